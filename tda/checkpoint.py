@@ -1,0 +1,143 @@
+"""Checkpoints through Orbax: save, restore, restore the parameters or the optimizer's state alone.
+
+A checkpoint is a directory `ROOT/STEP` with one tree {"params", "opt_state", "step"} and, as custom
+metadata, a plain description of how it came about. It is written atomically by Orbax.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from tda.model.functional import path_name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is absent or is not what was asked for."""
+
+
+def _steps(root) -> list[int]:
+    root = epath.Path(root)
+    if not root.exists():
+        return []
+    found = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
+    return sorted(s for s in found if ocp.is_orbax_checkpoint(root / str(s)))
+
+
+def latest_step(root) -> int | None:
+    """The last complete checkpoint's step under `root`, or None."""
+    steps = _steps(root)
+    return steps[-1] if steps else None
+
+
+def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
+    """Writes `state` as `ROOT/STEP` and removes all but the last `keep` checkpoints.
+
+    Args:
+        root: the directory of all checkpoints.
+        step: training step.
+        state: a tree of arrays.
+        description: JSON values kept with the checkpoint.
+        keep: checkpoints kept; 0 keeps all.
+    """
+    root = epath.Path(root)
+    ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
+    for old in _steps(root)[:-keep] if keep else ():
+        (root / str(old)).rmtree()
+
+
+def _locate(root, step: int | None) -> epath.Path:
+    step = latest_step(root) if step is None else step
+    path = epath.Path(root) / str(step)
+    if step is None or not path.exists():
+        there = ", ".join(map(str, _steps(root))) or "none"
+        raise CheckpointError(f"no checkpoint {step if step is not None else ''} under {root}; "
+                              f"steps there: {there}")
+    return path
+
+
+def describe(root, step: int | None = None) -> dict:
+    """The description that `save` was given. The last checkpoint's where `step` is None."""
+    return dict(ocp.metadata(_locate(root, step)).custom_metadata or {})
+
+
+def _load(path, wanted) -> Any:
+    with warnings.catch_warnings():
+        # Sharding is taken from the file where the caller has stated none: that is meant.
+        warnings.filterwarnings("ignore", message="Sharding info not provided")
+        return ocp.load(path, wanted)
+
+
+def restore(root, abstract_state: Any, step: int | None = None) -> Any:
+    """The whole state, in the structure, dtypes and shardings of `abstract_state`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or its parameters have other names or shapes.
+    """
+    path = _locate(root, step)
+    _check_shapes(path, ocp.metadata(path).metadata["params"], abstract_state["params"])
+    return _load(path, abstract_state)
+
+
+def restore_parameters(root, abstract_params: Any, step: int | None = None) -> Any:
+    """The parameters alone, in the shardings of `abstract_params`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or its parameters have other names or shapes.
+    """
+    path = _locate(root, step)
+    there = ocp.metadata(path).metadata
+    _check_shapes(path, there["params"], abstract_params)
+    wanted = jax.tree.map(lambda _: ..., there) | {"params": abstract_params}
+    return _load(path, wanted)["params"]
+
+
+def restore_optimizer(root, keep, step: int | None = None) -> Any:
+    """The optimizer's state as nested dicts and lists, loading only the leaves that `keep` names.
+
+    Args:
+        root: the directory of all checkpoints.
+        keep: called with a leaf's path name under `opt_state` (such as `1/0/nu/head/kernel`);
+            leaves it rejects are `...` in the result and are never read.
+        step: None for the last.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it has no optimizer state.
+    """
+    path = _locate(root, step)
+    there = ocp.metadata(path).metadata
+    if there.get("opt_state") is None or not jax.tree.leaves(there["opt_state"]):
+        raise CheckpointError(
+            f"{path} has no optimizer state (it holds {', '.join(sorted(there))}); "
+            "use correction='none', or a checkpoint saved with its optimizer's state"
+        )
+
+    def choose(p, x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if keep(path_name(p)) else ...
+
+    wanted = jax.tree.map(lambda _: ..., there)
+    wanted["opt_state"] = jax.tree_util.tree_map_with_path(choose, there["opt_state"])
+    return _load(path, wanted)["opt_state"]
+
+
+def _check_shapes(path, found, wanted) -> None:
+    found = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(found)}
+    wanted = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
+    differing = [
+        f"{n}: {found.get(n, 'absent')} in the checkpoint, {wanted.get(n, 'absent')} in the model"
+        for n in sorted(found.keys() | wanted.keys())
+        if found.get(n) != wanted.get(n)
+    ]
+    if differing:
+        more = f"\n  … and {len(differing) - 8} more" if len(differing) > 8 else ""
+        listed = "\n  ".join(differing[:8])
+        raise CheckpointError(f"{path} is of another model:\n  {listed}{more}")
+
+
+def size(state: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))

@@ -1,0 +1,114 @@
+"""Byte-level BPE: trained on the corpus, saved as one JSON file beside the checkpoint."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. Text is read as if a space stood
+    before it, so that a name has the same tokens at the start of a sentence and inside one. A
+    special token spelled out in a text is split into ordinary bytes, never read as the token.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        self._inner = inner
+        inner.encode_special_tokens = True
+        self.pad, self.bos, self.eos = (inner.token_to_id(t) for t in (PAD, BOS, EOS))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A tokenizer of at most `vocab_size` tokens, trained on `texts`.
+
+        Raises:
+            ValueError: `vocab_size` does not hold the 256 bytes and the special tokens.
+        """
+        specials = [PAD, BOS, EOS]
+        if vocab_size < 256 + len(specials):
+            raise ValueError(
+                f"vocab_size={vocab_size} is below {256 + len(specials)} "
+                "(256 bytes and the special tokens)"
+            )
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        """Reads a tokenizer that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a tokenizer, or lacks the special tokens.
+        """
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        try:
+            inner = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+        missing = [t for t in (PAD, BOS, EOS) if inner.token_to_id(t) is None]
+        if missing:
+            raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
+        return cls(inner)
+
+    def save(self, path) -> None:
+        """Writes the tokenizer to `path` as JSON, atomically."""
+        part = f"{path}.part"
+        self._inner.save(part)
+        os.replace(part, path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return self._inner.get_vocab_size()
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text gets."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return [e.ids for e in self._inner.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of `<bos> prompt target` and which of them are the target's.
+
+        Prompt and target are joined by one space. A token that reaches over the boundary counts as
+        the target's.
+
+        Returns:
+            int32 [T] ids and bool [T], true at target tokens.
+
+        Raises:
+            ValueError: the target has no token.
+        """
+        prompt, target = prompt.rstrip(), target.strip()
+        text = f"{prompt} {target}" if prompt else target
+        encoded = self._inner.encode(text, add_special_tokens=False)
+        # Offsets count the characters of `text`; a leading space that the tokenizer adds is not one.
+        is_target = [bool(target) and end > len(prompt) for _, end in encoded.offsets]
+        if not any(is_target):
+            raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
+        ids = np.asarray([self.bos, *encoded.ids], np.int32)
+        return ids, np.asarray([False, *is_target])
+
+    def decode(self, ids) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._inner.decode(list(map(int, ids)), skip_special_tokens=True)

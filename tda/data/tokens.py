@@ -1,0 +1,116 @@
+"""Tokenised sequences in two flat arrays, and the splitting of long documents into passages."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tda.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """N sequences of token ids, one after the other.
+
+    Attributes:
+        ids: of the sequences, length N.
+        documents: id of the document each sequence is (a part of), length N.
+        tokens: int32, all sequences' tokens in order.
+        starts: int64 [N + 1]; sequence i is `tokens[starts[i]:starts[i + 1]]`.
+        scored: bool like `tokens`: whether the loss counts the prediction *of* this token.
+    """
+
+    ids: Sequence[str]
+    documents: Sequence[str]
+    tokens: np.ndarray
+    starts: np.ndarray
+    scored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64 [N]."""
+        return np.diff(self.starts)
+
+
+def _table(ids, documents, sequences, scored) -> TokenTable:
+    starts = np.concatenate([[0], np.cumsum([len(s) for s in sequences], dtype=np.int64)])
+    flat = np.concatenate(sequences) if sequences else np.zeros(0)
+    flags = np.concatenate(scored) if scored else np.zeros(0)
+    return TokenTable(
+        ids, documents, flat.astype(np.int32), starts.astype(np.int64), flags.astype(bool)
+    )
+
+
+def passages(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, context: int
+) -> tuple[TokenTable, dict[str, int]]:
+    """Tokenises documents into passages of at most `context` positions each.
+
+    A passage is `<bos> … <eos>`; a document that is longer is cut into consecutive passages, each
+    starting with `<bos>` and only the last ending with `<eos>`. Their ids are the document's id, or
+    `ID#0`, `ID#1`, … where there are several. Nothing is dropped.
+
+    Args:
+        texts: (document id, text) pairs.
+        tokenizer: the model's tokenizer.
+        context: positions a passage may have at most.
+
+    Returns:
+        The table, and counts {"documents", "passages", "split"}.
+
+    Raises:
+        ValueError: a text is empty; the message names the document.
+    """
+    ids, documents, sequences = [], [], []
+    split = 0
+    texts = list(texts)
+    for (document, text), tokens in zip(
+        texts, tokenizer.encode([t for _, t in texts]), strict=True
+    ):
+        if not text.strip():
+            raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
+        # A sequence of n tokens has n - 1 positions, as the last token is only ever predicted.
+        tokens = [*tokens, tokenizer.eos]
+        parts = [tokens[i : i + context] for i in range(0, len(tokens), context)]
+        split += len(parts) > 1
+        for i, part in enumerate(parts):
+            ids.append(document if len(parts) == 1 else f"{document}#{i}")
+            documents.append(document)
+            sequences.append(np.asarray([tokenizer.bos, *part], np.int32))
+    scored = [np.arange(len(s)) > 0 for s in sequences]
+    counts = {"documents": len(texts), "passages": len(ids), "split": split}
+    return _table(ids, documents, sequences, scored), counts
+
+
+def queries(
+    prompts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, context: int
+) -> TokenTable:
+    """Tokenises queries; only their target tokens carry a loss.
+
+    Args:
+        prompts: (query id, prompt, target) triples.
+        tokenizer: the model's tokenizer.
+        context: positions the model has.
+
+    Raises:
+        ValueError: a target has no token, or prompt and target do not fit the context; the message
+            names the query.
+    """
+    ids, sequences, scored = [], [], []
+    for name, prompt, target in prompts:
+        try:
+            tokens, is_target = tokenizer.encode_query(prompt, target)
+        except ValueError as error:
+            raise ValueError(f"query {name!r}: {error}") from error
+        if len(tokens) - 1 > context:
+            raise ValueError(
+                f"query {name!r} needs {len(tokens) - 1} positions, the context has {context}; "
+                "shorten the prompt or raise the context"
+            )
+        ids.append(name)
+        sequences.append(tokens)
+        scored.append(is_target)
+    return _table(ids, ids, sequences, scored)

@@ -1,0 +1,1 @@
+"""The T-REx facts and sentences of the authors' public release."""

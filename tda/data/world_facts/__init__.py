@@ -1,0 +1,1 @@
+"""The embedded corpus: real facts about countries and cities, stated by templates."""

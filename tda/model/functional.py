@@ -1,0 +1,92 @@
+"""An NNX model as a pure function of a plain tree of parameters, laid out on a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tda import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """A model taken apart: `merge(params)` is the model again, with these parameters.
+
+    Attributes:
+        graphdef: the model's structure.
+        rest: its variables that are not parameters.
+        axes: logical axes of each parameter, a tree like the parameters with tuples for leaves.
+    """
+
+    graphdef: Any
+    rest: Any
+    axes: dict
+
+    def merge(self, params: dict) -> nnx.Module:
+        """The model with parameters `params`, a nested dict of arrays."""
+        return nnx.merge(self.graphdef, params, self.rest)
+
+    def apply(self, params: dict, *args):
+        """The model's output for these parameters."""
+        return self.merge(params)(*args)
+
+
+def split(model: nnx.Module) -> tuple[Functional, dict]:
+    """Takes a model apart into its structure and a nested dict of its parameters."""
+    graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+    axes = {path: _axes(variable) for path, variable in nnx.to_flat_state(state)}
+    return Functional(graphdef, rest, _nest(axes)), nnx.to_pure_dict(state)
+
+
+def _axes(variable) -> tuple:
+    stated = tuple(variable.get_metadata().get("axes") or ())
+    # A stacked parameter has one axis more than was stated: the layers'.
+    return (None,) * (len(variable.shape) - len(stated)) + stated
+
+
+def _nest(flat: dict) -> dict:
+    tree: dict = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def path_name(path) -> str:
+    """A tree path as `layers/attention/query/kernel`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def flat_parameters(params: dict) -> dict[str, jax.Array]:
+    """The leaves of a parameter tree by path name."""
+    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def abstract(params: dict, axes: dict, mesh) -> dict:
+    """Shapes, dtypes and shardings of `params` on `mesh`, without data."""
+
+    def one(x, a):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, a, x.shape))
+
+    return jax.tree.map(one, params, _like(axes, params))
+
+
+def place(params: dict, axes: dict, mesh) -> dict:
+    """`params` laid out on `mesh` by the axis rules."""
+    return jax.tree.map(
+        lambda x, a: jax.device_put(x, a.sharding), params, abstract(params, axes, mesh)
+    )
+
+
+def _like(axes: dict, params: dict):
+    flat, structure = jax.tree.flatten(params)
+    leaves = jax.tree.flatten(axes, is_leaf=lambda a: isinstance(a, tuple))[0]
+    assert len(leaves) == len(flat)
+    return jax.tree.unflatten(structure, [_Leaf(a) for a in leaves])
+
+
+class _Leaf(tuple):
+    """A tuple that is a leaf of a tree (a plain tuple is a branch)."""

@@ -1,0 +1,26 @@
+"""Named sizes of the decoder, as keyword arguments of `tda.model.decoder.Decoder`."""
+
+SIZES = {
+    "tiny": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, ff_width=384),
+    "small": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, ff_width=1024),
+    "154m": dict(
+        width=768, layers=12, heads=12, kv_heads=12, head_width=64, ff_width=2736, tied=False
+    ),
+    "1b": dict(
+        width=2048, layers=16, heads=32, kv_heads=8, head_width=64, ff_width=7168, tied=False
+    ),
+    "8b": dict(
+        width=4096, layers=32, heads=32, kv_heads=8, head_width=128, ff_width=14336, tied=False
+    ),
+}
+
+
+def size(name: str) -> dict:
+    """The keyword arguments of the size called `name`.
+
+    Raises:
+        ValueError: no such size; the message lists those there are.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown model size {name!r}; there are {', '.join(SIZES)}")
+    return dict(SIZES[name])

@@ -1,0 +1,83 @@
+"""The device mesh and the one table of axis rules. Nothing else names a mesh axis.
+
+Arrays elsewhere are described by *logical* axes ("batch", "embed", "heads", ...); `RULES` says over
+which axes of the mesh each is laid out. The mesh is always `Auto`: GSPMD propagates the rest.
+"""
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. An axis that is absent here (or None) is replicated.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of axes `MESH_AXES` over `devices` (all devices by default).
+
+    Args:
+        data: devices along the data axis; -1 takes what the other two leave over.
+        fsdp: devices over which parameters are split and gathered layer by layer.
+        tensor: devices over which heads, feed-forward width and vocabulary are split.
+        devices: the devices to use, in order.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data == -1:
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} "
+            f"devices, there are {len(devices)}"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
+    """The PartitionSpec of an array whose logical axes are `axes` (None: replicated).
+
+    With `shape` and `mesh`, an axis whose size the mesh does not divide is left replicated, and so
+    is one whose mesh axes an earlier axis already took.
+    """
+    used, out = set(), []
+    for i, axis in enumerate(axes):
+        names = RULES.get(axis) or ()
+        names = tuple(n for n in names if n not in used)
+        if mesh is not None:
+            names = tuple(n for n in names if n in mesh.shape)
+            size = math.prod(mesh.shape[n] for n in names)
+            if shape is not None and shape[i] % size:
+                names = ()
+        used.update(names)
+        out.append(names if names else None)
+    return PartitionSpec(*out)
+
+
+def named(mesh: Mesh, axes, shape=None) -> NamedSharding:
+    """`spec` on a concrete mesh."""
+    return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Over how many devices the batch axis is split: batch sizes must be a multiple of it."""
+    return math.prod(mesh.shape[n] for n in RULES["batch"])
+
+
+def constrain(x, *axes):
+    """`x` with its layout stated by logical axes; `x` itself where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
