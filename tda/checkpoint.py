@@ -55,8 +55,9 @@ def _locate(root, step: int | None) -> epath.Path:
     path = epath.Path(root) / str(step)
     if step is None or not path.exists():
         there = ", ".join(map(str, _steps(root))) or "none"
-        raise CheckpointError(f"no checkpoint {step if step is not None else ''} under {root}; "
-                              f"steps there: {there}")
+        raise CheckpointError(
+            f"no checkpoint {step if step is not None else ''} under {root}; steps there: {there}"
+        )
     return path
 
 

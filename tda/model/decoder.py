@@ -26,6 +26,17 @@ def rotary(x_BxTxHxK, base: float = 10_000.0):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxK.dtype)
 
 
+def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):
+    """`dot_general` with the leading axes of `x` merged into one.
+
+    The weight gradient then contracts one axis instead of two, which spares XLA's CPU backend a
+    transposed copy of both operands (a factor of two to three in a training step).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **kwargs)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def _linear(inputs, outputs, axes, init_scale, *, dtype, param_dtype, rngs):
     return nnx.Linear(
         inputs,
@@ -33,6 +44,7 @@ def _linear(inputs, outputs, axes, init_scale, *, dtype, param_dtype, rngs):
         use_bias=False,
         kernel_init=nnx.initializers.variance_scaling(init_scale, "fan_in", "normal"),
         kernel_metadata={"axes": axes},
+        dot_general=_rows_dot_general,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,

@@ -1,0 +1,1 @@
+"""Projected, corrected per-example gradients: the fast encoder and the slow reference."""

@@ -1,0 +1,131 @@
+"""Two-sided random projections, pooled over blocks of layers (Chang et al. 2024, section 3).
+
+A gradient G of an M × N matrix becomes AᵀGB with independent A (M × k) and B (N × k) of variance
+1/k, so that ⟨AᵀGB, AᵀHB⟩ is ⟨G, H⟩ in expectation for every M and N. The projections of a group's
+matrices are added up; the cross terms vanish in expectation.
+
+A matrix is a function of (seed, name, side) alone. Its bits come from Philox, whose stream is fixed
+by its published definition, so no device and no library version changes them.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from tda.gradients import sites
+
+FAMILIES = ("gaussian", "rademacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How gradients are projected and pooled.
+
+    Attributes:
+        side: k; each block has k × k dimensions.
+        blocks: number of contiguous blocks that the layers are split into.
+        seed: of all random matrices.
+        family: of their entries: "gaussian" or "rademacher".
+    """
+
+    side: int = 16
+    blocks: int = 8
+    seed: int = 0
+    family: str = "gaussian"
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}; use {', '.join(FAMILIES)}")
+        if self.side < 1 or self.blocks < 1:
+            raise ValueError(f"side={self.side} and blocks={self.blocks} must be positive")
+
+
+def random_matrix(seed: int, name: str, end: str, rows: int, side: int, family: str) -> np.ndarray:
+    """The projection matrix of one end ("left" or "right") of the matrix `name`.
+
+    Returns:
+        float32 [rows, side], entries of mean 0 and variance 1/side.
+    """
+    digest = hashlib.sha256(f"{seed}|{name}|{end}|{family}".encode()).digest()
+    bits = np.random.Philox(key=np.frombuffer(digest[:16], np.uint64))
+    count = rows * side
+    if family == "rademacher":
+        flips = np.unpackbits(bits.random_raw(-(-count // 64)).view(np.uint8))[:count]
+        entries = flips.astype(np.float64) * 2 - 1
+    else:
+        # Box–Muller; 53 bits make a uniform number in (0, 1].
+        half = -(-count // 2)
+        uniform = ((bits.random_raw(2 * half) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        radius = np.sqrt(-2.0 * np.log(uniform[:half]))
+        angle = 2.0 * np.pi * uniform[half:]
+        entries = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    return (entries / np.sqrt(side)).astype(np.float32).reshape(rows, side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which matrices are pooled into which block of an encoding.
+
+    Attributes:
+        blocks: names such as "0/attention", in the order in which encodings hold them.
+        side: k.
+        members: for each site's path, the block number of each of its layers.
+    """
+
+    blocks: tuple[str, ...]
+    side: int
+    members: dict[str, tuple[int, ...]]
+
+    @property
+    def width(self) -> int:
+        """E, the numbers in an encoding."""
+        return len(self.blocks) * self.side**2
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each block stands in an encoding."""
+        size = self.side**2
+        return [slice(i * size, (i + 1) * size) for i in range(len(self.blocks))]
+
+
+def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
+    """Splits the layers into contiguous blocks, each with a block for every kind of layer.
+
+    A matrix outside any layer (an embedding, the head) has a block of its kind's own.
+
+    Raises:
+        ValueError: more blocks are asked for than there are layers.
+    """
+    numbers = sorted({sites.layer_of(n) for s in chosen for n in s.names()} - {None})
+    if numbers and projection.blocks > len(numbers):
+        raise ValueError(
+            f"blocks={projection.blocks} exceeds the model's {len(numbers)} layers; lower it"
+        )
+    block_of_layer = {n: i * projection.blocks // len(numbers) for i, n in enumerate(numbers)}
+
+    def block_name(name):
+        layer = sites.layer_of(name)
+        group = sites.group_of(name)
+        return (-1, group) if layer is None else (block_of_layer[layer], group)
+
+    by_path = {s.path: [block_name(n) for n in s.names()] for s in chosen}
+    ordered = sorted({b for names in by_path.values() for b in names})
+    index = {b: i for i, b in enumerate(ordered)}
+    return Layout(
+        tuple(g if b < 0 else f"{b}/{g}" for b, g in ordered),
+        projection.side,
+        {path: tuple(index[b] for b in names) for path, names in by_path.items()},
+    )
+
+
+def matrices(site: sites.Site, projection: Projection) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a site: float32 [M, k] and [N, k], stacked over layers where the site is."""
+    p = projection
+
+    def one(name, end, rows):
+        return random_matrix(p.seed, name, end, rows, p.side, p.family)
+
+    left = np.stack([one(n, "left", site.rows) for n in site.names()])
+    right = np.stack([one(n, "right", site.columns) for n in site.names()])
+    return (left[0], right[0]) if site.stack is None else (left, right)

@@ -1,0 +1,55 @@
+"""The reference that the encoder is tested against: slow, obvious, right.
+
+The gradient of each example with respect to every whole parameter, scaled weight by weight,
+multiplied by the same A and B, added up by block.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tda import loss as losses
+from tda.gradients import projection as projections
+from tda.gradients import sites
+from tda.gradients.encoder import pool
+from tda.gradients.second_moments import Scale
+from tda.model import functional
+
+
+def per_example_gradients(model: nnx.Module, batch: dict, output: str = "loss") -> dict:
+    """The gradient of every example: float32 [B, …] by path name of the parameter."""
+    model_fn, params = functional.split(model)
+    output_fn = losses.output(output)
+
+    def one(params, example):
+        example = jax.tree.map(lambda x: x[None], example)
+        logits_1xTxV = model_fn.apply(params, example["tokens"])
+        return output_fn(logits_1xTxV, example["targets"], example["weights"])[0]
+
+    gradients = jax.vmap(jax.grad(one), in_axes=(None, 0))(params, batch)
+    return functional.flat_parameters(gradients)
+
+
+def encode(
+    model: nnx.Module,
+    batch: dict,
+    projection: projections.Projection,
+    scales: dict[str, Scale] | None = None,
+    output: str = "loss",
+    include: str | None = None,
+    exclude: str | None = None,
+) -> jax.Array:
+    """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
+    chosen = sites.find(model, include, exclude)
+    gradients = per_example_gradients(model, batch, output)
+    projected = {}
+    for site in chosen:
+        G = gradients[site.path].astype(jnp.float32)
+        if scales:
+            G = G * scales[site.path].dense()
+        left, right = projections.matrices(site, projection)
+        if site.stack is None:
+            projected[site] = jnp.einsum("bmn,mp,nq->bpq", G, left, right)
+        else:
+            projected[site] = jnp.einsum("blmn,lmp,lnq->lbpq", G, left, right)
+    return pool(projections.layout(chosen, projection), projected)
