@@ -88,19 +88,23 @@ def plan(
             f"row {row} has {positions[row]} positions, the longest batch {bucket_lengths[-1]}"
         )
     rng = None if seed is None else np.random.default_rng(seed)
+    longest = positions.max(initial=1)
+    bucket_lengths = bucket_lengths[: 1 + np.searchsorted(bucket_lengths, longest)]
     which = np.searchsorted(bucket_lengths, positions)
     rows = np.arange(len(positions)) if rng is None else rng.permutation(len(positions))
     rows = rows[np.argsort(which[rows], kind="stable")]
-    counts = np.bincount(which, minlength=len(bucket_lengths))
+    reached = np.cumsum(np.bincount(which, minlength=len(bucket_lengths)))
     starts, lengths, sizes = [], [], []
     first = 0
-    for length, count in zip(bucket_lengths, counts, strict=True):
+    for i, length in enumerate(bucket_lengths):
         size = max(1, tokens_per_batch // int(length) // multiple) * multiple
-        batch_starts = np.arange(first, first + count, size)
-        starts.append(batch_starts)
-        lengths.append(np.full(len(batch_starts), length))
-        sizes.append(np.full(len(batch_starts), size))
-        first += count
+        waiting = int(reached[i]) - first
+        # What does not fill a batch rolls over into the next length; only the last is partial.
+        count = waiting // size if i + 1 < len(bucket_lengths) else -(-waiting // size)
+        starts.append(first + size * np.arange(count))
+        lengths.append(np.full(count, length))
+        sizes.append(np.full(count, size))
+        first = min(first + size * count, len(rows))
     starts, lengths, sizes = map(np.concatenate, (starts, lengths, sizes))
     ends = np.append(starts[1:], len(rows))[: len(starts)]
     if rng is not None:

@@ -1,0 +1,89 @@
+"""Encoding a whole table of sequences: into memory (queries) or into a store (a corpus)."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from tda import progress, sharding
+from tda.data import batches as batching
+from tda.data.tokens import TokenTable
+from tda.gradients.encoder import Encoder
+from tda.store import GradientStore
+
+
+def encode_rows(
+    encoder: Encoder,
+    table: TokenTable,
+    rows: np.ndarray,
+    *,
+    bucket_lengths: tuple[int, ...],
+    tokens_per_batch: int,
+    pad: int,
+    mesh=None,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
+    """Projected gradients of some rows of a table, float32 [R, E] in the order of `rows`.
+
+    Args:
+        encoder: the encoder.
+        table: the sequences.
+        rows: which of them.
+        bucket_lengths, tokens_per_batch, pad: see `tda.data.batches`.
+        mesh: the devices that a batch is split over; one device where None.
+        on_batch: told the scored tokens of each batch when it is done.
+    """
+    rows = np.asarray(rows, np.int64)
+    multiple = 1 if mesh is None else sharding.batch_devices(mesh)
+    planned = batching.plan(
+        table.lengths[rows] - 1, bucket_lengths, tokens_per_batch, multiple=multiple
+    )
+    out = np.empty((len(rows), encoder.layout.width), np.float32)
+    waiting = None  # one batch is computed while the one before it is copied to the host
+    for i in range(len(planned)):
+        local = planned.order[planned.starts[i] : planned.starts[i + 1]]
+        batch = batching.materialise(
+            table, rows[local], int(planned.lengths[i]), int(planned.sizes[i]), pad
+        )
+        arrays = batch.arrays()
+        if mesh is not None:
+            arrays = {
+                k: jax.device_put(v, sharding.named(mesh, ("batch", None), v.shape))
+                for k, v in arrays.items()
+            }
+        encoded = encoder(arrays)
+        if waiting is not None:
+            _collect(out, waiting)
+        waiting = (local, encoded)
+        on_batch(int(batch.weights.sum()))
+    if waiting is not None:
+        _collect(out, waiting)
+    return out
+
+
+def _collect(out: np.ndarray, done) -> None:
+    local, encoded = done
+    out[local] = np.asarray(encoded)[: len(local)]
+
+
+def fill(
+    store: GradientStore, encoder: Encoder, table: TokenTable, what: str = "encode", **layout
+) -> None:
+    """Encodes the rows of every shard that the store lacks; killed, it goes on where it stopped.
+
+    Args:
+        store: one row for each of the table's sequences.
+        encoder: the encoder.
+        table: the corpus.
+        what: name of the work in the progress bar.
+        **layout: as for `encode_rows`.
+    """
+    shards, missing = store.shards(), store.missing()
+    tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
+    if not missing:
+        return
+    done = sum(tokens) - sum(tokens[i] for i in missing)
+    with progress.bar(sum(tokens), what, "token", done) as bar:
+        for i in missing:
+            rows = np.arange(shards[i].start, shards[i].stop)
+            store.write(i, encode_rows(encoder, table, rows, on_batch=bar.update, **layout))

@@ -1,0 +1,1 @@
+"""Evaluation of attribution: ranking metrics, tail-patch, and what the model knows."""

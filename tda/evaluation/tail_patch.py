@@ -1,0 +1,110 @@
+"""Tail-patch: does one training step on a passage raise the probability of the query's target?
+
+From the final checkpoint, one step of the training optimizer, its state restored, on one passage
+alone; the score is the change of the target sequence's probability (Chang et al. 2024, section 5).
+Every passage starts from the same checkpoint.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tda import loss as losses
+from tda import progress
+from tda.data import batches as batching
+from tda.data.tokens import TokenTable
+from tda.model.functional import Functional
+from tda.train import train_step
+
+
+def target_probability(merge, params: dict, query: dict) -> jax.Array:
+    """p(target | prompt) of one query {"tokens", "targets", "weights"}, each [T]: a scalar."""
+    query = jax.tree.map(lambda x: x[None], query)
+    logits_1xTxV = merge(params)(query["tokens"])
+    return jnp.exp(-losses.cross_entropy(logits_1xTxV, query["targets"], query["weights"])[0])
+
+
+def tail_patch(
+    model_fn: Functional,
+    state: dict,
+    tx: optax.GradientTransformation,
+    passages: TokenTable,
+    queries: TokenTable,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    bucket_lengths: tuple[int, ...],
+    pad: int,
+    pairs_per_call: int = 32,
+    together: int = 1,
+) -> np.ndarray:
+    """The change of the target's probability that one step on each passage makes.
+
+    Args:
+        model_fn: the model's structure.
+        state: the checkpoint {"params", "opt_state", "step"}.
+        tx: the training optimizer; its learning rate is that of the restored step.
+        passages, queries: the sequences.
+        pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient, which
+            shows what the optimizer's momentum does on its own.
+        bucket_lengths, pad: see `tda.data.batches`.
+        pairs_per_call: pairs that one compiled call works through.
+        together: of these, how many at once; each needs a copy of parameters and optimizer state.
+
+    Returns:
+        float64 [pairs]: p after − p before.
+    """
+    merge = model_fn.merge
+
+    def one(state, pair):
+        before = target_probability(merge, state["params"], pair["query"])
+        passage = jax.tree.map(lambda x: x[None], pair["passage"])
+        patched, _ = train_step(merge, tx, state, passage)
+        return target_probability(merge, patched["params"], pair["query"]) - before
+
+    call = jax.jit(
+        lambda state, batch: jax.lax.map(lambda p: one(state, p), batch, batch_size=together)
+    )
+    pairs = np.asarray(list(pairs), np.int64).reshape(-1, 2)
+    out = np.zeros(len(pairs))
+    longest = int(queries.lengths.max()) - 1
+    query_length = next(b for b in bucket_lengths if b >= longest)
+    positions = np.where(pairs[:, 1] < 0, 1, passages.lengths[pairs[:, 1]] - 1)
+    bucket = np.searchsorted(bucket_lengths, positions)
+    with progress.bar(len(pairs), "tail-patch", "pair") as bar:
+        for b in np.unique(bucket):
+            mine = np.flatnonzero(bucket == b)
+            for start in range(0, len(mine), pairs_per_call):
+                some = mine[start : start + pairs_per_call]
+                # The last call of a length repeats its last pair, to keep the shape.
+                filled = np.pad(some, (0, pairs_per_call - len(some)), mode="edge")
+                batch = {
+                    "passage": _passages(passages, pairs[filled, 1], bucket_lengths[b], pad),
+                    "query": _rows(queries, pairs[filled, 0], query_length, pad),
+                }
+                out[some] = np.asarray(call(state, batch))[: len(some)]
+                bar.update(len(some))
+    return out
+
+
+def _rows(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
+    return batching.materialise(table, rows, length, len(rows), pad).arrays()
+
+
+def _passages(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
+    arrays = _rows(table, np.maximum(rows, 0), length, pad) if (rows >= 0).all() else None
+    if arrays is None:
+        # Zero gradients stand alone or beside real passages of the same length.
+        real = np.flatnonzero(rows >= 0)
+        empty = np.zeros((len(rows), length))
+        arrays = {
+            "tokens": np.full(empty.shape, pad, np.int32),
+            "targets": np.full(empty.shape, pad, np.int32),
+            "weights": empty.astype(np.float32),
+        }
+        if len(real):
+            for key, value in _rows(table, rows[real], length, pad).items():
+                arrays[key][real] = value
+    return arrays

@@ -1,0 +1,1 @@
+"""Retrieval: from queries to ranked passages."""

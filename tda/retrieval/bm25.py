@@ -1,0 +1,50 @@
+"""BM25: the lexical baseline, by the `bm25s` library."""
+
+from collections.abc import Iterable
+
+import bm25s
+import numpy as np
+
+from tda.retrieval.ranked import Ranked, first_rank, top
+
+
+def search(
+    queries: list[str],
+    texts: Iterable[str],
+    k: int = 10,
+    correct: dict[str, list[np.ndarray]] | None = None,
+    k1: float = 1.5,
+    b: float = 0.75,
+) -> Ranked:
+    """Ranks passages for each query by BM25 (Robertson & Zaragoza 2009; Lucene's variant).
+
+    Args:
+        queries: the text of each query: prompt and target.
+        texts: the passages, in the corpus's order.
+        k: how many proponents to keep; opponents mean nothing here and are left out.
+        correct: for each set of labels, the correct rows of each query.
+        k1, b: BM25's constants.
+
+    Raises:
+        ValueError: no passage has a word.
+    """
+    texts = list(texts)
+    tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+    if not tokens.vocab:
+        raise ValueError("no passage has a word that BM25 could index")
+    index = bm25s.BM25(k1=k1, b=b)
+    index.index(tokens, show_progress=False)
+    # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
+    split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
+    count, kept = len(queries), min(k, len(texts))
+    rows, scores = np.zeros((count, kept), np.int64), np.zeros((count, kept), np.float32)
+    ranks = {label: np.zeros(count, np.int64) for label in correct or {}}
+    for q, words in enumerate(split):
+        known = [w for w in words if w in tokens.vocab]
+        scores_C = index.get_scores(known) if known else np.zeros(len(texts), np.float32)
+        rows[q] = top(scores_C, kept)
+        scores[q] = scores_C[rows[q]]
+        for label, lists in (correct or {}).items():
+            ranks[label][q] = first_rank(scores_C, lists[q])
+    none = np.zeros((count, 0))
+    return Ranked(rows, scores, none.astype(np.int64), none.astype(np.float32), ranks)

@@ -1,0 +1,46 @@
+"""What a retriever returns, and the rank of the first correct passage under ties."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """The best and the worst passages of each query.
+
+    Attributes:
+        proponents: int64 [Q, K], rows with the largest scores, best first.
+        proponent_scores: float32 [Q, K].
+        opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] from a
+            retriever whose low scores mean nothing.
+        opponent_scores: float32, like `opponents`.
+        first_ranks: for each set of labels, int64 [Q]: rank of the first correct passage in the
+            whole corpus, 0 where the query has none.
+    """
+
+    proponents: np.ndarray
+    proponent_scores: np.ndarray
+    opponents: np.ndarray
+    opponent_scores: np.ndarray
+    first_ranks: dict[str, np.ndarray]
+
+
+def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
+    """Rank, from 1, of the best of the `correct` rows; 0 where there are none.
+
+    Among equal scores a correct passage comes last: a method that scores all alike gets nothing.
+    """
+    if not len(correct):
+        return 0
+    best = scores_C[correct].max()
+    return 1 + int((scores_C >= best).sum() - (scores_C[correct] >= best).sum())
+
+
+def top(scores_C: np.ndarray, k: int) -> np.ndarray:
+    """The k rows with the largest scores, best first; among equals the lower row first."""
+    k = min(k, len(scores_C))
+    chosen = np.argpartition(-scores_C, k - 1)[:k] if k < len(scores_C) else np.arange(k)
+    # The partition may split equals arbitrarily: take all that reach its worst, then order.
+    reaching = np.flatnonzero(scores_C >= scores_C[chosen].min())
+    return reaching[np.lexsort((reaching, -scores_C[reaching]))][:k]
