@@ -1,0 +1,1 @@
+"""One file per run; its docstring says command, cost and expected numbers."""

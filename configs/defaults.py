@@ -1,0 +1,81 @@
+"""Every key that a config of `experiments.trace` has, with its default."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults that configs start from."""
+    c = ConfigDict()
+    c.seed = 0
+    c.methods = "trackstar,grad_cos,grad_dot,bm25"
+
+    c.data = ConfigDict()
+    c.data.name = "world_facts"  # a TFDS builder: world_facts or trex; unused with paths below
+    c.data.sentences = ""  # JSON lines (.jsonl, .jsonl.gz): the corpus
+    c.data.facts = ""  # JSON lines: the queries
+    c.data.dir = ""  # where TFDS puts what it prepares; WORKDIR/data by default
+    c.data.pool = "all"  # which facts are asked: all, or clean (one object, stated, no repetition)
+    c.data.exclude_relations = ""  # comma-separated relations, such as P527
+    c.data.n_sentences = 0  # the corpus is sampled to so many, keeping what states a query; 0: all
+    c.data.n_queries = 0  # queries are sampled to so many; 0: all
+    c.data.prompt = 0  # which of a fact's prompts: 0, 1, 2
+    c.data.seed = 0
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.vocab_size = 4096
+
+    c.model = ConfigDict()
+    c.model.size = "tiny"  # tda/model/sizes.py
+    c.model.context = 128  # positions a passage may have
+    c.model.dtype = "float32"
+    c.model.remat = False
+
+    c.train = ConfigDict()
+    c.train.epochs = 10.0
+    c.train.tokens_per_batch = 2048
+    c.train.optimizer = "adam"
+    c.train.learning_rate = 1e-3
+    c.train.schedule = "cosine"
+    c.train.warmup = 100
+    c.train.final = 0.1  # the last step's learning rate over the largest
+    c.train.b1 = 0.9
+    c.train.b2 = 0.99
+    c.train.eps = 1e-8
+    c.train.weight_decay = 0.0
+    c.train.clip = 1.0
+    c.train.save_every = 500
+    c.train.keep = 1
+
+    c.gradients = ConfigDict()
+    c.gradients.correction = "factored"  # what "corrected" means: factored or adam
+    c.gradients.output = "loss"  # loss, margin or logit
+    c.gradients.include = ""  # regular expression on parameters; empty: attention and MLP matrices
+    c.gradients.exclude = ""
+    c.gradients.tokens_per_batch = 4096
+
+    c.projection = ConfigDict()
+    c.projection.side = 16  # a block has side × side dimensions
+    c.projection.blocks = 8  # contiguous blocks of layers, each with attention and MLP apart
+    c.projection.seed = 0
+    c.projection.family = "gaussian"
+
+    c.store = ConfigDict()
+    c.store.dtype = "float32"
+
+    c.hessian = ConfigDict()
+    c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
+    c.hessian.weight = -1.0  # λ; -1: by the rule
+    c.hessian.damping = 1e-3  # in mean eigenvalues of a block
+
+    c.eval = ConfigDict()
+    c.eval.queries = 0  # evaluate on so many queries; 0: all
+    c.eval.top_k = 10
+    c.eval.tail_patch_queries = 100  # 0: no tail-patch
+    c.eval.tail_patch_learning_rate = 0.0  # 0: the training run's at its last step
+    c.eval.known_rank = 10  # a fact counts as known if the target's tokens rank so high
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c

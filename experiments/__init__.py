@@ -1,0 +1,1 @@
+"""Command-line programs: each reads a config, calls `tda`, prints and writes."""

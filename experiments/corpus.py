@@ -1,0 +1,146 @@
+"""The corpus and the queries of a config, read, checked and tokenised."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from experiments.workdir import Workdir
+from tda.data import features, jsonl, labels, tokens
+from tda.data.batches import buckets
+from tda.data.records import Fact, Sentence
+from tda.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run is about.
+
+    Attributes:
+        sentences: the corpus's documents.
+        queries: the facts that are asked.
+        tokenizer: trained on the corpus.
+        passages: tokenised documents, long ones split.
+        prompts: tokenised queries.
+        correct: for "all" and "strict" labels, the correct passage rows of each query.
+        buckets: lengths that batches are padded to.
+        fingerprint: JSON values that tell this corpus and these queries from others.
+    """
+
+    sentences: list[Sentence]
+    queries: list[Fact]
+    tokenizer: Tokenizer
+    passages: tokens.TokenTable
+    prompts: tokens.TokenTable
+    correct: dict[str, list[np.ndarray]]
+    buckets: tuple[int, ...]
+    fingerprint: dict
+
+    def text_of(self, row: int) -> str:
+        """The text of a passage."""
+        begin, end = self.passages.starts[row], self.passages.starts[row + 1]
+        return self.tokenizer.decode(self.passages.tokens[begin:end]).strip()
+
+
+def load(config, workdir: Workdir) -> Corpus:
+    """Reads what `config.data` names.
+
+    Raises:
+        ValueError: a path is missing, a record is malformed, a query does not fit; the message
+            names the file, the record or the key.
+    """
+    sentences, facts = _records(config.data, workdir)
+    # All labels are checked, even where only some facts are asked.
+    labels.relevant_passages(sentences, facts)
+    excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
+    if config.data.pool == "clean":
+        facts = labels.clean_pool(facts, sentences, exclude_relations=tuple(excluded))
+    elif config.data.pool != "all":
+        raise ValueError(f"unknown data.pool={config.data.pool!r}; use all or clean")
+    sentences, facts = labels.select(
+        sentences,
+        facts,
+        config.data.n_sentences or len(sentences),
+        config.data.n_queries or len(facts),
+        config.data.seed,
+    )
+    if not facts:
+        raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
+    prompts_of = {f.fact_id: f.prompt(config.data.prompt) for f in facts}
+    tokenizer = _tokenizer(config, workdir, sentences)
+    context = config.model.context
+    passages, counts = tokens.passages(
+        ((s.sentence_id, s.text) for s in sentences), tokenizer, context
+    )
+    print(
+        f"corpus: {counts['documents']:,} documents, {counts['passages']:,} passages "
+        f"({counts['split']:,} documents longer than {context} tokens were split), "
+        f"{int(passages.scored.sum()):,} tokens; {len(facts):,} queries"
+    )
+    prompts = tokens.queries(
+        ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
+    )
+    return Corpus(
+        sentences,
+        facts,
+        tokenizer,
+        passages,
+        prompts,
+        _correct(sentences, facts, passages),
+        buckets(context),
+        _fingerprint(passages, prompts, tokenizer),
+    )
+
+
+def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
+    if bool(data.sentences) != bool(data.facts):
+        raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
+    if data.sentences:
+        return jsonl.read_sentences(data.sentences), jsonl.read_facts(data.facts)
+    sentences, facts = features.load_tfds(data.name, data.dir or str(workdir / "data"))
+    return list(sentences), facts
+
+
+def _tokenizer(config, workdir: Workdir, sentences) -> Tokenizer:
+    digest = hashlib.sha256()
+    for s in sentences:
+        digest.update(s.text.encode())
+        digest.update(b"\0")
+    made_from = {"texts": digest.hexdigest()[:16], "vocab_size": config.tokenizer.vocab_size}
+    path = workdir / "model" / "tokenizer.json"
+    if workdir.finished("tokenizer", made_from):
+        return Tokenizer.load(path)
+    workdir.claim("tokenizer", made_from)
+    tokenizer = Tokenizer.train((s.text for s in sentences), config.tokenizer.vocab_size)
+    path.parent.mkdir(exist_ok=True)
+    tokenizer.save(path)
+    workdir.finish("tokenizer", made_from)
+    return tokenizer
+
+
+def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
+    rows: dict[str, list[int]] = {}
+    for row, document in enumerate(passages.documents):
+        rows.setdefault(document, []).append(row)
+    out = {}
+    for label, strict in (("all", False), ("strict", True)):
+        by_fact = labels.relevant_passages(sentences, facts, strict=strict)
+        out[label] = [
+            np.asarray(sorted(r for s in by_fact[f.fact_id] for r in rows[s]), np.int64)
+            for f in facts
+        ]
+    return out
+
+
+def _fingerprint(passages, prompts, tokenizer) -> dict:
+    def digest(table):
+        h = hashlib.sha256(table.tokens.tobytes())
+        h.update(table.scored.tobytes())
+        h.update("\0".join(table.ids).encode())
+        return h.hexdigest()[:16]
+
+    return {
+        "corpus": digest(passages),
+        "queries": digest(prompts),
+        "tokenizer": tokenizer.fingerprint(),
+    }

@@ -1,0 +1,142 @@
+"""The stage that trains the model, and the way back to what it left."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.corpus import Corpus
+from experiments.workdir import Workdir, write_json
+from tda import checkpoint, optimizer, sharding, train
+from tda.model import functional, sizes
+from tda.model.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        model: with the checkpoint's parameters.
+        root: the directory of its checkpoints.
+        step: the checkpoint.
+        tx: the optimizer that trained it.
+        mesh: the devices it is on.
+        fingerprint: tells this checkpoint from others.
+    """
+
+    model: nnx.Module
+    root: str
+    step: int
+    tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    fingerprint: dict
+
+
+def build_model(config, vocab_size: int) -> Decoder:
+    """A freshly initialised decoder of the config's size."""
+    return Decoder(**model_arguments(config, vocab_size), rngs=nnx.Rngs(config.seed))
+
+
+def model_arguments(config, vocab_size: int) -> dict:
+    """The decoder's keyword arguments, all plain values."""
+    m = config.model
+    return sizes.size(m.size) | dict(vocab_size=vocab_size, dtype=m.dtype, remat=m.remat)
+
+
+def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
+    """Steps of the whole run, and the keyword arguments that lay out its batches."""
+    mesh = make_mesh(config)
+    layout = dict(
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=config.train.tokens_per_batch,
+        seed=config.seed,
+    )
+    per_epoch = len(
+        train.epoch_plan(corpus.passages, 0, **layout, multiple=sharding.batch_devices(mesh))
+    )
+    return max(1, round(config.train.epochs * per_epoch)), layout
+
+
+def make_mesh(config) -> jax.sharding.Mesh:
+    """The mesh that the config asks for."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def make_optimizer(config, steps: int, learning_rate: float = 0.0):
+    """The config's optimizer; a `learning_rate` above 0 takes its schedule's place."""
+    t = config.train
+    rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
+    if learning_rate:
+        rate = optax.constant_schedule(learning_rate)
+    return optimizer.make_optimizer(
+        t.optimizer,
+        rate,
+        b1=t.b1,
+        b2=t.b2,
+        eps=t.eps,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+    )
+
+
+def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
+    """Trains the config's model on the corpus, or finds it trained."""
+    steps, layout = total_steps(config, corpus)
+    arguments = model_arguments(config, corpus.tokenizer.vocab_size)
+    made_from = {
+        "corpus": corpus.fingerprint["corpus"],
+        "tokenizer": corpus.fingerprint["tokenizer"],
+        "model": arguments,
+        "train": {k: v for k, v in config.train.items() if k not in ("save_every", "keep")},
+        "steps": steps,
+        "seed": config.seed,
+    }
+    root, tx, mesh = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps), None
+    mesh = make_mesh(config)
+    model = build_model(config, corpus.tokenizer.vocab_size)
+    if not workdir.finished("train", made_from):
+        workdir.claim("train", made_from)
+        write_json(workdir / "model" / "config.json", arguments)
+        train.fit(
+            model,
+            tx,
+            corpus.passages,
+            steps=steps,
+            directory=root,
+            pad=corpus.tokenizer.pad,
+            save_every=config.train.save_every,
+            keep=config.train.keep,
+            description={
+                "optimizer": {
+                    "name": config.train.optimizer,
+                    "b1": config.train.b1,
+                    "b2": config.train.b2,
+                    "eps": config.train.eps,
+                    "eps_root": 0.0,
+                },
+                "tokenizer": corpus.tokenizer.fingerprint(),
+                "model": arguments,
+            },
+            mesh=mesh,
+            log_path=workdir / "train.jsonl",
+            **layout,
+        )
+        workdir.finish("train", made_from)
+    model_fn, params = functional.split(model)
+    abstract = functional.abstract(params, model_fn.axes, mesh)
+    params = checkpoint.restore_parameters(root, abstract, steps)
+    return Trained(model_fn.merge(params), root, steps, tx, mesh, made_from)
+
+
+def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
+    """The model's structure and the whole state of the checkpoint, optimizer included."""
+    model_fn, params = functional.split(trained.model)
+    state = {"params": params, "opt_state": trained.tx.init(params), "step": jnp.int32(0)}
+    shardings = train.state_shardings(state, model_fn, trained.mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    return model_fn, checkpoint.restore(trained.root, abstract, trained.step)

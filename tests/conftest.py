@@ -1,0 +1,69 @@
+"""Settings of every test run: eight CPU devices in one process, and tiny models to test with."""
+
+import functools
+import os
+
+# Before jax is imported anywhere; a subprocess of a test inherits both.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tda import sharding
+from tda.model.decoder import Decoder
+
+TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+
+
+@functools.cache
+def make_decoder(**changes):
+    """A tiny decoder, all of whose weights are random, norms' scales too."""
+    shape = TINY | changes
+    model = Decoder(**shape, rngs=nnx.Rngs(0))
+    # Norms start as ones, which would hide a scale that is left out.
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] == "scale":
+            variable[...] = _norm_scale(path, shape["layers"], shape["width"], variable.ndim)
+    return model
+
+
+def _norm_scale(path, layers, width, ndim):
+    """Random numbers that are the same for stacked layers and a list of them."""
+    name = "/".join(k for k in path if isinstance(k, str))
+    rng = np.random.default_rng(list(name.encode()))
+    stacked = rng.uniform(0.5, 1.5, (layers, width)).astype(np.float32)
+    number = next((k for k in path if isinstance(k, int)), 0)
+    return stacked if ndim == 2 else stacked[number]
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    """Makes a tiny decoder, the same one for the same arguments: `decoder(tied=False)`."""
+    return make_decoder
+
+
+@pytest.fixture(scope="session")
+def random_batch():
+    """Makes a batch of random tokens: `random_batch([5, 3], length=8)`, padded to the right."""
+
+    def make(lengths, length: int, vocab_size: int = TINY["vocab_size"], seed: int = 0):
+        rng = np.random.default_rng(seed)
+        tokens = np.zeros((len(lengths), length + 1), np.int32)
+        weights = np.zeros((len(lengths), length), np.float32)
+        for i, n in enumerate(lengths):
+            tokens[i, : n + 1] = rng.integers(1, vocab_size, n + 1)
+            weights[i, :n] = 1.0
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A mesh of one device."""
+    return sharding.make_mesh(devices=jax.devices()[:1])

@@ -1,0 +1,107 @@
+"""Passages and queries as tables of tokens."""
+
+import numpy as np
+import pytest
+
+from tda.data import tokens
+from tda.data.tokenizer import Tokenizer
+
+SHORT = "Oslo lies in Norway."
+LONG = "The capital of Germany is Berlin, and 日本語 too: " * 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([SHORT, LONG], 290)
+
+
+def sequence(table, i):
+    part = slice(table.starts[i], table.starts[i + 1])
+    return table.tokens[part].tolist(), table.scored[part].tolist()
+
+
+def test_a_passage_is_bos_text_eos(tokenizer):
+    """Guards: doubled begin-of-sequence token."""
+    table, counts = tokens.passages([("a", SHORT), ("b", "Oslo")], tokenizer, 64)
+    assert (table.ids, table.documents, len(table)) == (["a", "b"], ["a", "b"], 2)
+    assert counts == {"documents": 2, "passages": 2, "split": 0}
+    for i, text in enumerate([SHORT, "Oslo"]):
+        ids, scored = sequence(table, i)
+        assert ids == [tokenizer.bos, *tokenizer.encode([text])[0], tokenizer.eos]
+        # Everything is predicted but <bos>.
+        assert scored == [False] + [True] * (len(ids) - 1)
+    np.testing.assert_array_equal(table.lengths, [len(sequence(table, i)[0]) for i in range(2)])
+    assert table.tokens.dtype == np.int32 and table.starts.dtype == np.int64
+
+
+@pytest.mark.parametrize("context", [1, 7, 10, 64])
+def test_splitting_loses_nothing(tokenizer, context):
+    """Guards: tokens of long documents dropped in silence."""
+    texts = [("first", LONG), ("short", "Oslo"), ("last", LONG[::-1])]
+    table, counts = tokens.passages(texts, tokenizer, context)
+    assert table.lengths.max() <= context + 1
+    joined, scored_count = {}, {}
+    for i, document in enumerate(table.documents):
+        ids, scored = sequence(table, i)
+        assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
+        assert scored == [False] + [True] * (len(ids) - 1)
+        joined[document] = joined.get(document, []) + ids[1:]
+        scored_count[document] = scored_count.get(document, 0) + sum(scored)
+    for document, text in texts:
+        whole = [*tokenizer.encode([text])[0], tokenizer.eos]
+        assert joined[document] == whole
+        assert scored_count[document] == len(whole)
+    assert counts["documents"] == 3 and counts["passages"] == len(table)
+    assert counts["split"] == sum(table.documents.count(d) > 1 for d in joined)
+
+
+def test_parts_are_numbered_and_keep_their_documents_id(tokenizer):
+    table, counts = tokens.passages([("a", "Oslo"), ("doc", LONG)], tokenizer, 40)
+    parts = len(table) - 1
+    assert parts > 2
+    assert table.ids == ["a", *(f"doc#{i}" for i in range(parts))]
+    assert table.documents == ["a"] + ["doc"] * parts
+    assert counts == {"documents": 2, "passages": parts + 1, "split": 1}
+
+
+def test_a_document_that_fits_exactly_is_not_split(tokenizer):
+    n = len(tokenizer.encode([SHORT])[0]) + 1
+    table, _ = tokens.passages([("a", SHORT)], tokenizer, n)
+    assert table.ids == ["a"]
+    table, _ = tokens.passages([("a", SHORT)], tokenizer, n - 1)
+    assert table.ids == ["a#0", "a#1"]
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\n"])
+def test_an_empty_text_is_refused_by_name(tokenizer, empty):
+    """Guards: an empty document writing over its neighbours."""
+    with pytest.raises(ValueError, match="document 'b' has an empty text"):
+        tokens.passages([("a", SHORT), ("b", empty), ("c", SHORT)], tokenizer, 64)
+
+
+def test_no_documents(tokenizer):
+    table, counts = tokens.passages([], tokenizer, 64)
+    assert len(table) == 0 and len(table.lengths) == 0
+    assert counts == {"documents": 0, "passages": 0, "split": 0}
+
+
+def test_only_a_querys_target_is_scored(tokenizer):
+    """Guards: query gradients over the prompt too."""
+    table = tokens.queries(
+        [("q1", "Oslo lies in", "Norway"), ("q2", "Berlin is in", "Germany")], tokenizer, 64
+    )
+    assert table.ids == ["q1", "q2"]
+    for i, (prompt, target) in enumerate([("Oslo lies in", "Norway"), ("Berlin is in", "Germany")]):
+        ids, scored = sequence(table, i)
+        expected, mask = tokenizer.encode_query(prompt, target)
+        assert ids == expected.tolist() and scored == mask.tolist()
+        assert ids.count(tokenizer.bos) == 1 and tokenizer.eos not in ids
+
+
+def test_query_errors_name_the_query(tokenizer):
+    with pytest.raises(ValueError, match="query 'q2': the target '' of the prompt"):
+        tokens.queries([("q1", "a", "b"), ("q2", "a", " ")], tokenizer, 64)
+    needed = len(tokenizer.encode_query(LONG, "Norway")[0]) - 1
+    with pytest.raises(ValueError, match=f"query 'long' needs {needed} positions, the context has"):
+        tokens.queries([("q1", "a", "b"), ("long", LONG, "Norway")], tokenizer, needed - 1)
+    assert len(tokens.queries([("long", LONG, "Norway")], tokenizer, needed)) == 1

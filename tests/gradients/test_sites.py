@@ -1,0 +1,115 @@
+"""Where weight matrices are found, and what they are called."""
+
+import jax
+import pytest
+from flax import nnx
+
+from tda.gradients import sites
+from tda.model import functional
+
+MLP = {"mlp/up/kernel", "mlp/gate/kernel", "mlp/down/kernel"}
+ATTENTION = {f"attention/{n}/kernel" for n in ("query", "key", "value", "out")}
+
+
+def names(chosen):
+    return sorted(n for s in chosen for n in s.names())
+
+
+def test_scanned_and_unrolled_models_agree_by_name_and_shape(decoder):
+    """Guards: moments mapped to the wrong modules when parameters are indexed by number."""
+    scanned = sites.find(decoder(layers=3), ".")
+    unrolled = sites.find(decoder(layers=3, scan=False), ".")
+    assert names(scanned) == names(unrolled)
+    shapes = [
+        {n: (s.rows, s.columns) for s in found for n in s.names()} for found in (scanned, unrolled)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["layers/2/mlp/down/kernel"] == (24, 16)
+    assert shapes[0]["layers/0/attention/key/kernel"] == (16, 8)
+    assert shapes[0]["embedding/embedding"] == (50, 16)
+
+
+def test_the_default_is_every_matrix_of_the_layers(decoder):
+    """Guards: matrices skipped in silence."""
+    found = sites.find(decoder(tied=False))
+    assert {s.path.removeprefix("layers/") for s in found} == MLP | ATTENTION
+    assert all(s.stack == 2 for s in found)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_everything_is_found_when_asked_for(decoder, scan):
+    """Guards: heads, embeddings and tied weights skipped in silence."""
+    for tied in (True, False):
+        model = decoder(tied=tied, scan=scan)
+        _, params = functional.split(model)
+        matrices = {n: x for n, x in functional.flat_parameters(params).items() if "norm" not in n}
+        found = {s.path: s for s in sites.find(model, ".")}
+        assert found.keys() == matrices.keys()
+        assert ("head/kernel" in found) == (not tied)
+        for path, site in found.items():
+            stack = () if site.stack is None else (site.stack,)
+            assert matrices[path].shape == (*stack, site.rows, site.columns)
+
+
+def test_include_and_exclude_search_the_path(decoder):
+    model = decoder(tied=False)
+    assert [s.path for s in sites.find(model, "head|embed")] == [
+        "embedding/embedding",
+        "head/kernel",
+    ]
+    kept = sites.find(model, exclude="gate|attention")
+    assert {s.path for s in kept} == {"layers/mlp/up/kernel", "layers/mlp/down/kernel"}
+    assert [s.path for s in kept] == sorted(s.path for s in kept)
+
+
+def test_nothing_found_is_refused_with_what_there_is(decoder):
+    with pytest.raises(ValueError, match="(?s)include='experts'.*layers/mlp/up/kernel"):
+        sites.find(decoder(), "experts")
+    with pytest.raises(ValueError, match="no weight matrix matches"):
+        sites.find(decoder(), exclude=".")
+
+
+def test_any_models_layers_are_found():
+    class Own(nnx.Linear):
+        """A user's subclass."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.mlp = Own(3, 4, rngs=rngs)
+            self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+    model = Model(nnx.Rngs(0))
+    assert [(s.path, s.rows, s.columns) for s in sites.find(model)] == [("mlp/kernel", 3, 4)]
+    assert names(sites.find(model, ".")) == ["blocks/0/kernel", "blocks/1/kernel", "mlp/kernel"]
+
+
+def test_a_stack_is_told_from_a_single_matrix():
+    site = sites.Site(("layers", "mlp", "up"), "kernel", 2, 3, stack=2)
+    assert site.path == "layers/mlp/up/kernel"
+    assert site.names() == ["layers/0/mlp/up/kernel", "layers/1/mlp/up/kernel"]
+    assert sites.Site(("layers", 1, "up"), "kernel", 2, 3, None).names() == ["layers/1/up/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("path", "group", "layer"),
+    [
+        ("layers/11/attention/out/kernel", "attention", 11),
+        ("layers/0/mlp/gate/kernel", "mlp", 0),
+        ("model/layers/2/self_attn/q_proj/kernel", "attention", 2),
+        ("h/3/feed_forward/w1/kernel", "mlp", 3),
+        ("embedding/embedding", "embedding", None),
+        ("lm_head/kernel", "head", None),
+        ("final/kernel", "other", None),
+    ],
+)
+def test_groups_and_layers_by_name(path, group, layer):
+    assert sites.group_of(path) == group
+    assert sites.layer_of(path) == layer
+
+
+def test_finding_allocates_nothing(decoder):
+    """Large models' sites can be listed by shape alone."""
+    abstract = nnx.eval_shape(lambda: decoder())
+    assert names(sites.find(abstract, ".")) == names(sites.find(decoder(), "."))
+    leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

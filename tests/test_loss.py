@@ -1,0 +1,74 @@
+"""Losses against the same numbers computed directly in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tda import loss
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 4, 7)).astype(np.float32) * 3
+    targets = rng.integers(0, 7, (3, 4)).astype(np.int32)
+    weights = np.asarray([[1, 1, 1, 1], [0, 1, 1, 0], [1, 0.5, 0, 0]], np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    p = np.take_along_axis(p, targets[..., None], -1)[..., 0]
+    return logits, targets, weights, p
+
+
+def test_cross_entropy_is_the_sum_of_nats(case):
+    """Guards: `sum` meant `mean`."""
+    logits, targets, weights, p = case
+    got = loss.cross_entropy(logits, targets, weights)
+    np.testing.assert_allclose(got, (-np.log(p) * weights).sum(-1), rtol=1e-5)
+    assert got.shape == (3,) and got.dtype == jnp.float32
+
+
+def test_margin_is_minus_the_log_odds(case):
+    """Guards: the sign. A margin is a loss here: a surer target has less of it."""
+    logits, targets, weights, p = case
+    got = loss.margin(logits, targets, weights)
+    np.testing.assert_allclose(got, (-np.log(p / (1 - p)) * weights).sum(-1), rtol=1e-5)
+
+
+def test_margin_is_finite_where_the_target_is_certain():
+    logits = np.zeros((1, 1, 5), np.float32)
+    logits[0, 0, 2] = 100.0
+    one = np.ones((1, 1), np.float32)
+    value, gradient = jax.value_and_grad(lambda x: loss.margin(x, np.asarray([[2]]), one).sum())(
+        jnp.asarray(logits)
+    )
+    np.testing.assert_allclose(value, np.log(4) - 100, rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0], [0.25, 0.25, -1, 0.25, 0.25], rtol=1e-6)
+
+
+def test_logit_is_minus_the_targets_logit(case):
+    logits, targets, weights, _ = case
+    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    got = loss.logit(logits, targets, weights)
+    np.testing.assert_allclose(got, (-picked * weights).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(loss.OUTPUTS))
+def test_positions_of_weight_zero_have_no_influence(case, name):
+    """Guards: encodings that depend on padding."""
+    logits, targets, weights, _ = case
+    silent = weights == 0
+    other_logits = np.where(silent[..., None], logits[..., ::-1] * 5, logits)
+    other_targets = np.where(silent, (targets + 1) % 7, targets)
+    f = loss.output(name)
+    np.testing.assert_array_equal(
+        f(logits, targets, weights), f(other_logits, other_targets, weights)
+    )
+    gradient = jax.grad(lambda x: f(x, targets, weights).sum())(jnp.asarray(logits))
+    assert np.all(np.asarray(gradient)[silent] == 0)
+    assert np.all(np.abs(np.asarray(gradient)[~silent]).sum(-1) > 0)
+
+
+def test_unknown_output_is_refused():
+    with pytest.raises(ValueError, match="unknown output function 'nll'; use loss, margin, logit"):
+        loss.output("nll")
