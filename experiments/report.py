@@ -39,9 +39,9 @@ def table(metrics: dict) -> str:
     ]
     if any_method["tail_patch"] is not None:
         lines.append(
-            f"Tail-patch: mean change of the target's probability after one optimizer step on a "
-            f"proponent, top 10 of {any_method['n_tail_patch_queries']} queries; a step with a zero "
-            f"gradient changes it by {100 * any_method['tail_patch_control']:+.2f}%."
+            "Tail-patch: mean change of the target's probability after one optimizer step on a "
+            f"proponent, top 10 of {any_method['n_tail_patch_queries']} queries; a step with a "
+            f"zero gradient changes it by {100 * any_method['tail_patch_control']:+.2f}%."
         )
     return "\n".join(lines)
 

@@ -5,34 +5,19 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-import sys
-
-from absl import app, flags
-from ml_collections import config_flags
-
 from experiments import attribution, corpus, evaluation, report, training
+from experiments.launch import launch
 from experiments.workdir import Workdir
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the run's config.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run's files.")
+from tda import methods
 
 
-def main(argv):
+def main(config, workdir):
     """Runs all stages and prints the table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = _CONFIG.value
-    try:
-        run(config, Workdir(_WORKDIR.value))
-    except (ValueError, OSError) as error:
-        # What the user can mend is told in a line; anything else keeps its traceback.
-        sys.exit(f"error: {error}")
+    run(config, Workdir(workdir))
 
 
 def run(config, workdir: Workdir) -> dict:
     """All stages in order; returns the metrics by method."""
-    from tda import methods
-
     methods.parse(config.methods)  # a wrong name is told before hours of training
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
@@ -49,5 +34,4 @@ def run(config, workdir: Workdir) -> dict:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    launch(main)

@@ -1,4 +1,4 @@
-"""A run's directory: stages leave a stamp of what they were made from, and are skipped if it fits."""
+"""A run's directory: stages leave a stamp of what made them, and are skipped where it fits."""
 
 import hashlib
 import json

@@ -182,7 +182,7 @@ def create(
         _check(path, store.manifest, manifest)
         if store.ids != list(ids):
             raise StoreError(
-                f"{path} holds other passages than the corpus; remove it to start anew"
+                f"{path} holds other passages than the corpus; remove it to start over"
             )
         return store
     try:

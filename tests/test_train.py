@@ -44,7 +44,7 @@ def fit(model, directory, log_path=None, **changes):
         tokens_per_batch=32,
         pad=0,
         seed=3,
-        save_every=8,
+        save_every=7,
         log_path=log_path,
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
     )
@@ -132,7 +132,7 @@ materialise, made = batches.materialise, []
 
 def dying(*args):
     made.append(1)
-    if len(made) == 22:  # in the middle of the run, six steps after the checkpoint of step 16
+    if len(made) == 20:  # in the middle of the run, some steps after the checkpoint of step 14
         os.kill(os.getpid(), signal.SIGKILL)
     return materialise(*args)
 
@@ -153,7 +153,10 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(decoder, uninterrupte
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint.latest_step(directory) == 16
+    assert checkpoint.latest_step(directory) == 14
+    # The data must go on in the middle of an epoch, not at the start of one.
+    layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
+    assert 14 % len(train.epoch_plan(table_of(), 0, **layout)) != 0
     # The log may have got further than the checkpoint, and end in half a line.
     with open(log_path, "a", encoding="utf-8") as log:
         log.write('{"step": 20, "epoch": 4, "loss": 1.0, "tokens": 9}\n{"step": 2')
@@ -172,7 +175,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(decoder, uninterrupte
         train.batching.materialise = step_data
     expected, other = uninterrupted
     assert_same(resumed, expected)
-    assert len(passes) == STEPS - 16
+    assert len(passes) == STEPS - 14
     assert steps_in(log_path) == [0, 10, 20, 23]
     assert log_path.read_text() == (other / "log.jsonl").read_text()
 
@@ -186,7 +189,7 @@ def test_a_finished_run_is_left_as_it_is(decoder, uninterrupted):
 
 def test_checkpoints_are_kept_with_their_description(decoder, uninterrupted, tmp_path):
     _, directory = uninterrupted
-    assert sorted(p.name for p in (directory / "run").iterdir()) == ["16", "24"]
+    assert sorted(p.name for p in (directory / "run").iterdir()) == ["21", "24"]
     fit(decoder(), tmp_path, steps=2, save_every=1, keep=1, description={"model": {"size": "x"}})
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
     assert checkpoint.describe(tmp_path) == {"model": {"size": "x"}}
@@ -217,9 +220,7 @@ def test_seeds_of_several_numbers_differ():
 
 
 def test_an_empty_corpus_is_refused(decoder, tmp_path):
-    nothing = TokenTable(
-        [], [], np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, bool)
-    )
+    nothing = TokenTable([], [], np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, bool))
     with pytest.raises(ValueError, match="the training corpus has no passages"):
         train.fit(
             decoder(),

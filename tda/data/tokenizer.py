@@ -102,7 +102,7 @@ class Tokenizer:
         prompt, target = prompt.rstrip(), target.strip()
         text = f"{prompt} {target}" if prompt else target
         encoded = self._inner.encode(text, add_special_tokens=False)
-        # Offsets count the characters of `text`; a leading space that the tokenizer adds is not one.
+        # Offsets count the characters of `text`, not the space that the tokenizer puts in front.
         is_target = [bool(target) and end > len(prompt) for _, end in encoded.offsets]
         if not any(is_target):
             raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")

@@ -101,7 +101,7 @@ def read(
     """The scale of every site, from the optimizer's state of a checkpoint.
 
     Args:
-        root: the directory of checkpoints; its description's `optimizer` gives b2, eps and eps_root.
+        root: the directory of checkpoints; its description's `optimizer` gives b2, eps, eps_root.
         chosen: the sites.
         correction: "factored" (row and column statistics, Adafactor's own or made from Adam's ν) or
             "adam" (exact, every weight).

@@ -1,8 +1,8 @@
 """Taps: where a model gives up its projected per-example gradients.
 
 A tap is an array of zeros, k × k for every example, that a layer y = x W carries along. It adds
-nothing to y; its cotangent, by `jax.custom_vjp`, is Aᵀ(Σ_t x_t δ_tᵀ)B = (xA)ᵀ(δB), the projection of
-that example's weight gradient. So differentiating the summed loss with respect to the taps alone
+nothing to y; its cotangent, by `jax.custom_vjp`, is Aᵀ(Σ_t x_t δ_tᵀ)B = (xA)ᵀ(δB), the projection
+of that example's weight gradient. So differentiating the summed loss with respect to the taps alone
 gives the projected gradients of a whole batch in one backward pass, in which no weight gradient is
 ever formed.
 
@@ -126,7 +126,7 @@ def _tapped_embed(kind: type) -> type:
             tap, B_DxP = self.tap[...], self.tap_right[...]
             return tap_factored(_positions(y), _positions(xA_BxTxP), tap, B_DxP).reshape(y.shape)
 
-        # The table's gradient is Σ_t δ_t q_tᵀ: input and output change places, and so the tap turns.
+        # The table's gradient is Σ_t δ_t q_tᵀ: input and output change places, so the tap turns.
         def attend(self, query, *args, **kwargs):
             y = super().attend(query, *args, **kwargs)
             A_VxP, B_DxP = self.tap_left[...], self.tap_right[...]

@@ -14,7 +14,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
 def rotary(x_BxTxHxK, base: float = 10_000.0):
-    """Rotary position encoding (Su et al. 2021, eq. 34) of heads of even width K, half-split layout.
+    """Rotary position encoding (Su et al. 2021, eq. 34) of heads of width K, half-split layout.
 
     Angles are taken in float32 whatever the dtype of `x`; positions count from 0.
     """

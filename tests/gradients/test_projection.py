@@ -46,7 +46,11 @@ def test_inner_products_are_kept_whatever_the_shape(shape, family):
 
 def test_inner_products_of_structured_matrices_are_kept():
     """Guards: one matrix for both ends (A = B), which the identity and symmetry give away."""
-    matrices_of = {"identity": np.eye(32), "rank one": np.ones((32, 32)), "spike": np.zeros((32, 32))}
+    matrices_of = {
+        "identity": np.eye(32),
+        "rank one": np.ones((32, 32)),
+        "spike": np.zeros((32, 32)),
+    }
     matrices_of["spike"][3, 3] = 1.0
     for name, G in matrices_of.items():
         G = G / np.linalg.norm(G)

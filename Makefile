@@ -1,0 +1,34 @@
+# make demo: the whole way on the embedded corpus.  make test: the fast tests.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.stamp
+
+.PHONY: demo test test-all lint venv clean
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+venv: $(STAMP)
+
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "tda needs Python 3.11 or later, and $(PYTHON) is not" \
+			"($$($(PYTHON) --version 2>&1)); try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

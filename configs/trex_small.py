@@ -1,0 +1,27 @@
+"""T-REx sentences: 20,000 of them, 500 queries from the clean pool, a model of 10M parameters.
+
+    python -m experiments.trace --config=configs/trex_small.py --workdir=runs/trex_small \\
+        --config.data.sentences=trex_lama_sentences.jsonl.gz \\
+        --config.data.facts=trex_lama_facts.jsonl.gz
+"""
+
+from configs import defaults
+
+
+def get_config():
+    """The config of the small T-REx run."""
+    c = defaults.get_config()
+    c.methods = "trackstar,trackstar_raw,grad_cos,grad_dot,bm25"
+    c.data.pool = "clean"
+    # The five relations whose aligned sentences state the fact least often.
+    c.data.exclude_relations = "P527,P138,P20,P937,P463"
+    c.data.n_sentences = 20_000
+    c.data.n_queries = 500
+    c.tokenizer.vocab_size = 8192
+    c.model.size = "small"
+    c.train.epochs = 5.0
+    c.train.warmup = 200
+    c.train.save_every = 200
+    c.projection.side = 48
+    c.projection.blocks = 8
+    return c

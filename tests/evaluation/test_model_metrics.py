@@ -1,0 +1,94 @@
+"""Tail-patch and knowledge against direct computations on a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tda import loss as losses
+from tda import optimizer
+from tda.data import tokens
+from tda.data.batches import materialise
+from tda.data.tokenizer import Tokenizer
+from tda.evaluation.knowledge import target_statistics
+from tda.evaluation.tail_patch import tail_patch
+from tda.model import functional
+from tda.model.decoder import Decoder
+
+BUCKETS = (8, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    texts = ["Paris is in France.", "Oslo is in Norway and it is cold there.", "Rome is in Italy."]
+    tokenizer = Tokenizer.train(texts, 300)
+    table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
+    asked = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
+    queries = tokens.queries(asked, tokenizer, 32)
+    model = Decoder(
+        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8,
+        ff_width=24, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    return tokenizer, table, queries, model
+
+
+def nats(model, queries, row, pad):
+    batch = materialise(queries, np.array([row]), 32, 1, pad).arrays()
+    out = losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
+    return float(out[0])
+
+
+def test_target_statistics(setup):
+    tokenizer, _, queries, model = setup
+    found = target_statistics(
+        model, queries, bucket_lengths=BUCKETS, tokens_per_batch=64, pad=tokenizer.pad
+    )
+    for row in range(2):
+        assert found["nats"][row] == pytest.approx(
+            nats(model, queries, row, tokenizer.pad), rel=1e-5
+        )
+        ids = queries.tokens[queries.starts[row] : queries.starts[row + 1]]
+        marked = queries.scored[queries.starts[row] : queries.starts[row + 1]]
+        logits = np.asarray(model(jnp.asarray(ids[None, :-1])))[0]
+        ranks = [
+            1 + int((logits[t - 1] > logits[t - 1, ids[t]]).sum())
+            for t in range(1, len(ids))
+            if marked[t]
+        ]
+        assert found["rank"][row] == max(ranks)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
+    tokenizer, table, queries, model = setup
+    tx = optimizer.make_optimizer(name, optax.constant_schedule(1e-2))
+    model_fn, params = functional.split(model)
+    opt_state = tx.init(params)
+    # An optimizer state that is not fresh: momentum and second moments of another step.
+    noise = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    _, opt_state = tx.update(noise, opt_state, params)
+    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(1)}
+    pairs = [(0, 0), (1, 0), (0, 2), (1, 1), (0, -1)]
+    found = tail_patch(
+        model_fn, state, tx, table, queries, pairs,
+        bucket_lengths=BUCKETS, pad=tokenizer.pad, pairs_per_call=2,
+    )  # fmt: skip
+    for (q, p), change in zip(pairs, found, strict=True):
+        gradient = jax.tree.map(jnp.zeros_like, params)
+        if p >= 0:
+            batch = materialise(table, np.array([p]), 32, 1, tokenizer.pad).arrays()
+
+            def mean_nats(params, batch=batch):
+                logits = model_fn.apply(params, batch["tokens"])
+                total = losses.cross_entropy(logits, batch["targets"], batch["weights"])
+                return total[0] / batch["weights"].sum()
+
+            gradient = jax.grad(mean_nats)(params)
+        updates, _ = tx.update(gradient, opt_state, params)
+        patched = model_fn.merge(optax.apply_updates(params, updates))
+        before = np.exp(-nats(model, queries, q, tokenizer.pad))
+        after = np.exp(-nats(patched, queries, q, tokenizer.pad))
+        assert change == pytest.approx(after - before, rel=1e-3, abs=1e-8)
+    assert found[0] > found[4]  # stating the fact helps more than momentum alone

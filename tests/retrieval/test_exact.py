@@ -1,0 +1,115 @@
+"""Exact search against a direct computation, ties and signs included."""
+
+import numpy as np
+import pytest
+
+from tda import hessian
+from tda.retrieval import exact, ranked
+
+SLICES = [slice(0, 3), slice(3, 8)]
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(97, 8)).astype(np.float32)
+
+
+def in_chunks(x, size):
+    return ((i, x[i : i + size]) for i in range(0, len(x), size))
+
+
+def naive(queries, passages, roots, unit_norm):
+    def encode(x):
+        if roots is not None:
+            x = np.concatenate([x[:, s] @ r for s, r in zip(SLICES, roots, strict=True)], axis=1)
+        return x / np.linalg.norm(x, axis=1, keepdims=True) if unit_norm else x
+
+    return encode(queries) @ encode(passages).T
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("size", [7, 97])
+def test_equals_the_direct_computation(data, whitened, unit_norm, size):
+    """Mistakes: proponents and opponents swapped; unit norm left out."""
+    queries, passages = data
+    R = hessian.autocorrelation([passages], SLICES)
+    roots = hessian.inverse_root(R) if whitened else None
+    correct = {
+        "all": [np.array([3, 50]), np.array([96]), np.array([], int), np.array([0]), np.array([7])]
+    }
+    found = exact.search(
+        queries,
+        in_chunks(passages, size),
+        97,
+        SLICES,
+        {"m": exact.Scorer(roots, unit_norm)},
+        10,
+        correct,
+        lambda rows: passages[rows],
+    )["m"]
+    scores = naive(queries, passages, roots, unit_norm)
+    order = np.argsort(-scores, axis=1)
+    np.testing.assert_array_equal(found.proponents, order[:, :10])
+    np.testing.assert_array_equal(found.opponents, order[:, ::-1][:, :10])
+    np.testing.assert_allclose(
+        found.proponent_scores, np.take_along_axis(scores, order[:, :10], 1), rtol=2e-4, atol=1e-5
+    )
+    for q, rows in enumerate(correct["all"]):
+        places = [int(np.flatnonzero(order[q] == r)[0]) + 1 for r in rows]
+        assert found.first_ranks["all"][q] == min(places, default=0)
+
+
+def test_several_methods_in_one_scan_equal_each_alone(data):
+    queries, passages = data
+    scorers = {"dot": exact.Scorer(None, False), "cos": exact.Scorer(None, True)}
+    both = exact.search(queries, in_chunks(passages, 20), 97, SLICES, scorers, 5)
+    for name, scorer in scorers.items():
+        alone = exact.search(queries, in_chunks(passages, 97), 97, SLICES, {name: scorer}, 5)
+        np.testing.assert_array_equal(both[name].proponents, alone[name].proponents)
+
+
+def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
+    queries, passages = data
+    same = np.ones_like(passages)
+    found = exact.search(
+        queries,
+        in_chunks(same, 20),
+        97,
+        SLICES,
+        {"m": exact.Scorer(None, True)},
+        5,
+        {"all": [np.array([0, 1])] * 5},
+        lambda rows: same[rows],
+    )["m"]
+    assert (found.first_ranks["all"] == 96).all()  # behind the 95 that are not correct
+
+
+def test_a_zero_gradient_scores_zero_and_not_nan(data):
+    queries, passages = data
+    passages = passages.copy()
+    passages[4] = 0
+    found = exact.search(
+        queries, in_chunks(passages, 50), 97, SLICES, {"m": exact.Scorer(None, True)}, 97
+    )["m"]
+    assert np.isfinite(found.proponent_scores).all()
+    assert (found.proponent_scores[found.proponents == 4] == 0).all()
+
+
+def test_fewer_passages_than_k(data):
+    queries, passages = data
+    found = exact.search(
+        queries, in_chunks(passages[:3], 2), 3, SLICES, {"m": exact.Scorer(None, True)}, 10
+    )["m"]
+    assert found.proponents.shape == (5, 3)
+
+
+def test_first_rank_and_top_break_ties_against_the_method():
+    scores = np.array([1.0, 5, 5, 0, 5])
+    assert ranked.first_rank(scores, np.array([2])) == 3
+    assert ranked.first_rank(scores, np.array([1, 2, 4])) == 1
+    assert ranked.first_rank(scores, np.array([3])) == 5
+    assert ranked.first_rank(scores, np.array([], int)) == 0
+    np.testing.assert_array_equal(ranked.top(scores, 2), [1, 2])
+    np.testing.assert_array_equal(ranked.top(scores, 9), [1, 2, 4, 0, 3])
