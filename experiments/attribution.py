@@ -1,6 +1,8 @@
 """The stages that encode corpus and queries into stores, and retrieve by every method."""
 
 import dataclasses
+import json
+import pathlib
 
 import numpy as np
 
@@ -12,8 +14,25 @@ from tda import store as stores
 from tda.gradients import encoder as encoders
 from tda.gradients import second_moments, sites
 from tda.gradients.projection import Projection
-from tda.retrieval import bm25, exact
+from tda.retrieval import bm25, exact, ranked
 from tda.retrieval.ranked import Ranked
+
+
+def _made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict:
+    """What decides the gradients of a store, apart from the rows."""
+    g = config.gradients
+    return plain(
+        {
+            "checkpoint": fingerprint(trained.fingerprint),
+            "step": trained.step,
+            "projection": dataclasses.asdict(Projection(**dict(config.projection))),
+            "correction": g.correction if corrected else "none",
+            "output": g.output,
+            "include": g.include,
+            "exclude": g.exclude,
+            "tokenizer": corpus.fingerprint["tokenizer"],
+        }
+    )
 
 
 def encode(
@@ -21,25 +40,14 @@ def encode(
 ) -> tuple[stores.GradientStore, np.ndarray]:
     """The store of the corpus's gradients, and the queries' gradients, encoded if not there yet."""
     g = config.gradients
-    correction = g.correction if corrected else "none"
-    projection = Projection(**dict(config.projection))
-    made_from = plain(
-        {
-            "checkpoint": fingerprint(trained.fingerprint),
-            "step": trained.step,
-            "projection": dataclasses.asdict(projection),
-            "correction": correction,
-            "output": g.output,
-            "include": g.include,
-            "exclude": g.exclude,
-            "tokenizer": corpus.fingerprint["tokenizer"],
-        }
-    )
+    made_from = _made_from(config, corpus, trained, corrected)
+    correction, projection = made_from["correction"], Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None)
     scales = None
     if correction != "none":
         chosen = sites.find(trained.model, **scope)
         scales = second_moments.read(trained.root, chosen, correction, trained.step)
+    _tell_coverage(trained, sites.find(trained.model, **scope))
     make = encoders.make_encoder(trained.model, projection, scales, g.output, **scope)
     blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
     layout = dict(
@@ -59,23 +67,35 @@ def encode(
     return passages, queries.read(slice(0, queries.rows))
 
 
+def _tell_coverage(trained: Trained, chosen: list[sites.Site]) -> None:
+    covered = sum(s.rows * s.columns * (s.stack or 1) for s in chosen)
+    out = sites.left_out(trained.model, chosen)
+    total = covered + sum(out.values())
+    print(
+        f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
+        f"left out: {', '.join(out) or 'none'}"
+    )
+
+
 def retrieve(
     config, corpus: Corpus, trained: Trained, workdir: Workdir
 ) -> tuple[dict[str, Ranked], dict]:
-    """What every method of the config ranks, and facts about how (λ and the like)."""
+    """What every method of the config ranks, and facts about how (λ and the like).
+
+    A ranking that is there already, from the same gradients and settings, is read.
+    """
     chosen = methods.parse(config.methods)
-    ranked, notes = {}, {}
+    files = {n: _file(config, corpus, trained, workdir, m) for n, m in chosen.items()}
+    todo = {n: m for n, m in chosen.items() if not files[n].exists()}
     for corrected in (False, True):
         sharing = {
-            n: m
-            for n, m in chosen.items()
-            if m.retriever == "gradient" and m.corrected == corrected
+            n: m for n, m in todo.items() if m.retriever == "gradient" and m.corrected == corrected
         }
         if sharing:
             store, queries = encode(config, corpus, trained, workdir, corrected)
+            print(f"search {store.rows:,} passages: {', '.join(sharing)}")
             scorers, note = _scorers(config, store, queries, sharing)
-            notes |= note
-            ranked |= exact.search(
+            found = exact.search(
                 queries,
                 store.chunks(),
                 store.rows,
@@ -85,13 +105,37 @@ def retrieve(
                 corpus.correct,
                 store.read,
             )
-    for name, method in chosen.items():
+            for name, ranking in found.items():
+                _keep(files[name], ranking, note.get(name))
+    for name, method in todo.items():
         if method.retriever == "bm25":
             texts = [corpus.text_of(i) for i in range(len(corpus.passages))]
             asked = [f"{f.prompt(config.data.prompt)} {f.entity1}" for f in corpus.queries]
-            ranked[name] = bm25.search(asked, texts, config.eval.top_k, corpus.correct)
-    write_json(workdir / "retrieval.json", notes)
-    return {name: ranked[name] for name in chosen}, notes
+            found = bm25.search(asked, texts, config.eval.top_k, corpus.correct)
+            _keep(files[name], found, None)
+    notes = {n: json.loads(_note(f).read_text()) for n, f in files.items() if _note(f).exists()}
+    return {n: ranked.load(files[n]) for n in chosen}, notes
+
+
+def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) -> pathlib.Path:
+    """Where a method's ranking is kept: named by all that it depends on."""
+    made_from: list = [dataclasses.asdict(method), corpus.fingerprint, config.eval.top_k]
+    if method.retriever == "gradient":
+        made_from += [_made_from(config, corpus, trained, method.corrected), dict(config.hessian)]
+        made_from.append(config.store.dtype)
+    directory = workdir / "retrieval"
+    directory.mkdir(exist_ok=True)
+    return directory / f"{method.retriever}-{fingerprint(plain(made_from))}.npz"
+
+
+def _note(file: pathlib.Path) -> pathlib.Path:
+    return file.with_suffix(".json")
+
+
+def _keep(file: pathlib.Path, found: Ranked, note: dict | None) -> None:
+    if note:
+        write_json(_note(file), note)
+    ranked.save(file, found)
 
 
 def _scorers(config, store, queries, sharing) -> tuple[dict[str, exact.Scorer], dict]:

@@ -80,15 +80,16 @@ def load(config, workdir: Workdir) -> Corpus:
     prompts = tokens.queries(
         ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
     )
+    correct = _correct(sentences, facts, passages)
     return Corpus(
         sentences,
         facts,
         tokenizer,
         passages,
         prompts,
-        _correct(sentences, facts, passages),
+        correct,
         buckets(context),
-        _fingerprint(passages, prompts, tokenizer),
+        _fingerprint(passages, prompts, tokenizer, correct),
     )
 
 
@@ -132,7 +133,7 @@ def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
     return out
 
 
-def _fingerprint(passages, prompts, tokenizer) -> dict:
+def _fingerprint(passages, prompts, tokenizer, correct) -> dict:
     def digest(table):
         h = hashlib.sha256(table.tokens.tobytes())
         h.update(table.scored.tobytes())
@@ -143,4 +144,9 @@ def _fingerprint(passages, prompts, tokenizer) -> dict:
         "corpus": digest(passages),
         "queries": digest(prompts),
         "tokenizer": tokenizer.fingerprint(),
+        "labels": _short(repr({k: [r.tolist() for r in v] for k, v in correct.items()})),
     }
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,5 +1,7 @@
 """The stage that measures what the methods retrieved, and writes results and metrics."""
 
+import json
+
 import numpy as np
 
 from experiments.corpus import Corpus
@@ -64,30 +66,52 @@ def _tail_patches(config, corpus, trained, ranked, workdir, asked):
     pairs = sorted({(q, int(p)) for f in ranked.values() for q in chosen for p in f.proponents[q]})
     pairs += [(q, -1) for q in chosen]
     made_from = {"model": trained.fingerprint, "rate": e.tail_patch_learning_rate}
-    path = workdir / f"tail_patch-{fingerprint([made_from, corpus.fingerprint])}.npz"
-    have = {}
-    if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            have = dict(zip(map(tuple, kept["pairs"].tolist()), kept["change"], strict=True))
+    path = workdir / f"tail_patch-{fingerprint([made_from, corpus.fingerprint])}.jsonl"
+    have = _read_patches(path)
     todo = [p for p in pairs if p not in have]
     if todo:
         model_fn, state = restore_state(trained)
         tx = make_optimizer(config, trained.step, e.tail_patch_learning_rate)
-        change = tail_patch(
-            model_fn,
-            state,
-            tx,
-            corpus.passages,
-            corpus.prompts,
-            todo,
-            bucket_lengths=corpus.buckets,
-            pad=corpus.tokenizer.pad,
-        )
-        have |= dict(zip(todo, change, strict=True))
-        part = path.with_suffix(".part.npz")
-        np.savez(part, pairs=np.asarray(list(have)), change=np.asarray(list(have.values())))
-        part.rename(path)
+        with open(path, "a", encoding="utf-8") as out:
+
+            def keep(which, change):
+                for i, x in zip(which, change, strict=True):
+                    query, passage = todo[i]
+                    have[query, passage] = float(x)
+                    line = {"query": query, "passage": passage, "change": float(x)}
+                    out.write(json.dumps(line) + "\n")
+                out.flush()
+
+            tail_patch(
+                model_fn,
+                state,
+                tx,
+                corpus.passages,
+                corpus.prompts,
+                todo,
+                bucket_lengths=corpus.buckets,
+                pad=corpus.tokenizer.pad,
+                on_done=keep,
+            )
     return have, [have[q, -1] for q in chosen], chosen
+
+
+def _read_patches(path) -> dict[tuple[int, int], float]:
+    """The pairs that an earlier run computed; a line torn by a kill is cut off."""
+    have: dict[tuple[int, int], float] = {}
+    if not path.exists():
+        return have
+    whole = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            item = json.loads(line)
+            have[item["query"], item["passage"]] = item["change"]
+            whole += len(line)
+    with open(path, "r+b") as out:
+        out.truncate(whole)
+    return have
 
 
 def _record(config, corpus: Corpus, found: Ranked, known: dict, q: int) -> dict:

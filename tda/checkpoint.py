@@ -25,7 +25,8 @@ def _steps(root) -> list[int]:
     if not root.exists():
         return []
     found = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
-    return sorted(s for s in found if ocp.is_orbax_checkpoint(root / str(s)))
+    # The metadata comes last; a directory without it is half written or half deleted.
+    return sorted(s for s in found if (root / str(s) / "_CHECKPOINT_METADATA").exists())
 
 
 def latest_step(root) -> int | None:

@@ -38,8 +38,8 @@ def make_optimizer(
     Args:
         name: "adam", "adamw" or "adafactor".
         learning_rate: a number or a schedule.
-        b1, b2, eps: Adam's constants; for Adafactor b2 is the decay of the second moments.
-        weight_decay: decoupled (AdamW); ignored by "adam".
+        b1, b2, eps: Adam's constants; Adafactor has none of them (its decay rises with the step).
+        weight_decay: decoupled, of "adamw" alone.
         clip: global norm that gradients are clipped to; None or 0 for none.
 
     Raises:

@@ -35,7 +35,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
-        data = len(devices) // (fsdp * tensor)
+        data = max(1, len(devices) // (fsdp * tensor))
     if data * fsdp * tensor != len(devices):
         raise ValueError(
             f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} "

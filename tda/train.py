@@ -120,7 +120,8 @@ def fit(
 
     Raises:
         ValueError: the table is empty.
-        tda.checkpoint.CheckpointError: a checkpoint under `directory` is of another model.
+        tda.checkpoint.CheckpointError: a checkpoint under `directory` is of another model, or of
+            another order of batches (corpus, seed, batch size or number of devices).
     """
     if not len(table):
         raise ValueError("the training corpus has no passages")
@@ -135,7 +136,17 @@ def fit(
     per_epoch = len(epoch_plan(table, 0, **layout))
     tokens_per_epoch = int(table.scored.sum())
     model_fn, state = initial_state(model, tx, mesh)
+    batches_of = {
+        "sequences": len(table),
+        "tokens": int(len(table.tokens)),
+        "bucket_lengths": list(bucket_lengths),
+        "tokens_per_batch": tokens_per_batch,
+        "multiple": multiple,
+        "seed": seed,
+    }
+    description = dict(description or {}) | {"batches": batches_of}
     if checkpoint.latest_step(directory) is not None:
+        _check_same_batches(checkpoint.describe(directory).get("batches"), batches_of, directory)
         shardings = state_shardings(state, model_fn, mesh)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
@@ -173,10 +184,25 @@ def fit(
                     raise FloatingPointError(
                         f"the loss at step {step} is {float(loss)}; lower the learning rate"
                     )
-                checkpoint.save(directory, step + 1, state, description or {}, keep)
+                checkpoint.save(directory, step + 1, state, description, keep)
     if log:
         log.close()
     return state
+
+
+def _check_same_batches(there: dict | None, wanted: dict, directory) -> None:
+    """A checkpoint of other batches cannot be gone on from: its step would mean another place."""
+    differing = [
+        f"{k}: {there.get(k)} there, {wanted[k]} now"
+        for k in wanted
+        if there and there.get(k) != wanted[k]
+    ]
+    if differing:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint under {directory} was trained on other batches ("
+            + "; ".join(differing)
+            + "); go on as it began, or train in another directory"
+        )
 
 
 def _stream(table, first, steps, pad, layout):

@@ -9,7 +9,8 @@ from tda import results
 
 def one(**changes):
     made = results.record(
-        "f1", "trex", "The capital of France is", "Paris", [("p1", "Paris…", 0.5)], [("p9", "x", -0.1)],
+        "f1", "trex", "The capital of France is", "Paris",
+        [("p1", "Paris…", 0.5)], [("p9", "x", -0.1)],
         fact_id="f1", proponent_correct=[True],
     )  # fmt: skip
     return made | changes

@@ -122,6 +122,26 @@ def test_the_loss_is_the_mean_over_scored_tokens(decoder, random_batch):
     assert float(train.batch_loss(fn.merge, params, nothing)) == 0.0
 
 
+def test_a_step_is_the_optimizers_and_carries_its_state(decoder, random_batch):
+    """Guards: the score's sign; an optimizer's state that is lost from step to step."""
+    fn, params = functional.split(decoder())
+    tx = optax.sgd(0.1, momentum=0.5)
+    batch = random_batch([6, 3], 6)
+    step = jax.jit(lambda state: train.train_step(fn.merge, tx, state, batch))
+    gradient = jax.jit(jax.grad(lambda p: train.batch_loss(fn.merge, p, batch)))
+    state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
+    first, loss = step(state)
+    second, _ = step(first)
+    assert int(second["step"]) == 2
+    np.testing.assert_allclose(loss, train.batch_loss(fn.merge, params, batch), rtol=1e-5)
+    g1, g2 = gradient(params), gradient(first["params"])
+    expected = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b + 0.5 * a), params, g1, g2)
+    for got, wanted in zip(
+        jax.tree.leaves(second["params"]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 KILLED_RUN = """
 import os, signal, sys
 import tests.conftest as shared
@@ -192,7 +212,7 @@ def test_checkpoints_are_kept_with_their_description(decoder, uninterrupted, tmp
     assert sorted(p.name for p in (directory / "run").iterdir()) == ["21", "24"]
     fit(decoder(), tmp_path, steps=2, save_every=1, keep=1, description={"model": {"size": "x"}})
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
-    assert checkpoint.describe(tmp_path) == {"model": {"size": "x"}}
+    assert checkpoint.describe(tmp_path)["model"] == {"size": "x"}
 
 
 def test_the_model_that_is_handed_in_stays_usable(decoder, uninterrupted):
@@ -265,3 +285,10 @@ def test_training_on_eight_devices(decoder, tmp_path):
     up = state["params"]["layers"]["mlp"]["up"]["kernel"]
     assert up.sharding.shard_shape(up.shape) == (2, 8, 12)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
+
+
+def test_a_run_of_other_batches_is_not_gone_on_from(decoder, tmp_path):
+    """Guards: a resumed run whose step means another place in the data."""
+    fit(decoder(), tmp_path, steps=1, save_every=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"other batches \(seed: 3 there, 4 now\)"):
+        fit(decoder(), tmp_path, steps=2, seed=4)

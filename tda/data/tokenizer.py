@@ -110,5 +110,5 @@ class Tokenizer:
         return ids, np.asarray([False, *is_target])
 
     def decode(self, ids) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, special tokens left out; it keeps the space put in front."""
         return self._inner.decode(list(map(int, ids)), skip_special_tokens=True)

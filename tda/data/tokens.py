@@ -1,5 +1,6 @@
 """Tokenised sequences in two flat arrays, and the splitting of long documents into passages."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -62,7 +63,7 @@ def passages(
         The table, and counts {"documents", "passages", "split"}.
 
     Raises:
-        ValueError: a text is empty; the message names the document.
+        ValueError: a text is empty, or two passages get the same id; the message names it.
     """
     ids, documents, sequences = [], [], []
     split = 0
@@ -75,11 +76,16 @@ def passages(
         # A sequence of n tokens has n - 1 positions, as the last token is only ever predicted.
         tokens = [*tokens, tokenizer.eos]
         parts = [tokens[i : i + context] for i in range(0, len(tokens), context)]
+        if len(parts) > 1 and parts[-1] == [tokenizer.eos]:
+            parts.pop()  # the text just fills its passages: no passage of <eos> alone
         split += len(parts) > 1
         for i, part in enumerate(parts):
             ids.append(document if len(parts) == 1 else f"{document}#{i}")
             documents.append(document)
             sequences.append(np.asarray([tokenizer.bos, *part], np.int32))
+    if len(set(ids)) < len(ids):
+        twice = next(i for i, n in collections.Counter(ids).items() if n > 1)
+        raise ValueError(f"two passages have the id {twice!r}; give documents other ids")
     scored = [np.arange(len(s)) > 0 for s in sequences]
     counts = {"documents": len(texts), "passages": len(ids), "split": split}
     return _table(ids, documents, sequences, scored), counts

@@ -5,7 +5,7 @@ alone; the score is the change of the target sequence's probability (Chang et al
 Every passage starts from the same checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ def tail_patch(
     pad: int,
     pairs_per_call: int = 32,
     together: int = 1,
+    on_done: Callable[[np.ndarray, np.ndarray], None] = lambda which, change: None,
 ) -> np.ndarray:
     """The change of the target's probability that one step on each passage makes.
 
@@ -52,6 +53,7 @@ def tail_patch(
         bucket_lengths, pad: see `tda.data.batches`.
         pairs_per_call: pairs that one compiled call works through.
         together: of these, how many at once; each needs a copy of parameters and optimizer state.
+        on_done: told, as the work goes on, which pairs are done (their numbers) and their changes.
 
     Returns:
         float64 [pairs]: p after − p before.
@@ -85,6 +87,7 @@ def tail_patch(
                     "query": _rows(queries, pairs[filled, 0], query_length, pad),
                 }
                 out[some] = np.asarray(call(state, batch))[: len(some)]
+                on_done(some, out[some])
                 bar.update(len(some))
     return out
 

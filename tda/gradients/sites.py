@@ -12,11 +12,14 @@ from flax import nnx
 
 _OWN_NDIM = {nnx.Linear: ("kernel", 2), nnx.Embed: ("embedding", 2)}
 
+# A stack's layers are numbered after the first of these in the path, else after its first part.
+_LAYERS = re.compile(r"(.*_)?(layers?|blocks?|stack|h)")
+
 _GROUPS = {
     "attention": re.compile(r"attn|attention"),
     "mlp": re.compile(r"mlp|ffn|feed_?forward"),
+    "head": re.compile(r"unembed|lm_head|(^|/)(head|output)(/|$)"),
     "embedding": re.compile(r"embed"),
-    "head": re.compile(r"head|unembed|output"),
 }
 
 
@@ -46,8 +49,10 @@ class Site:
         """The name of each layer's matrix: one, or one for each stacked layer."""
         if self.stack is None:
             return [self.path]
-        head, *rest = (*self.module, self.parameter)
-        return ["/".join(map(str, (head, i, *rest))) for i in range(self.stack)]
+        parts = [str(p) for p in (*self.module, self.parameter)]
+        named = (i for i, p in enumerate(parts) if _LAYERS.fullmatch(p))
+        at = next(named, 0) + 1
+        return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(self.stack)]
 
 
 def find(model: nnx.Module, include: str | None = None, exclude: str | None = None) -> list[Site]:
@@ -81,6 +86,16 @@ def find(model: nnx.Module, include: str | None = None, exclude: str | None = No
             f"the model has {', '.join(s.path for s in found) or 'none'}"
         )
     return sorted(chosen, key=lambda s: s.path)
+
+
+def left_out(model: nnx.Module, chosen: list[Site]) -> dict[str, int]:
+    """Sizes of the parameters whose gradients the chosen sites do not cover, by path name."""
+    covered = {s.path for s in chosen}
+    sizes = {
+        "/".join(map(str, path)): variable[...].size
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    return {path: size for path, size in sizes.items() if path not in covered}
 
 
 def group_of(path: str) -> str:

@@ -1,6 +1,7 @@
 """What a retriever returns, and the rank of the first correct passage under ties."""
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -24,6 +25,25 @@ class Ranked:
     opponents: np.ndarray
     opponent_scores: np.ndarray
     first_ranks: dict[str, np.ndarray]
+
+
+def save(path, ranked: Ranked) -> None:
+    """Writes a ranking to `path` (.npz); the file appears whole or not at all."""
+    arrays = {f.name: getattr(ranked, f.name) for f in dataclasses.fields(ranked)}
+    ranks = arrays.pop("first_ranks")
+    part = f"{path}.part"
+    with open(part, "wb") as out:
+        np.savez(out, **arrays, **{f"first_ranks/{label}": r for label, r in ranks.items()})
+    os.replace(part, path)
+
+
+def load(path) -> Ranked:
+    """Reads a ranking that `save` wrote."""
+    with np.load(path, allow_pickle=False) as kept:
+        arrays = dict(kept)
+    prefix = "first_ranks/"
+    ranks = {k[len(prefix) :]: arrays.pop(k) for k in list(arrays) if k.startswith(prefix)}
+    return Ranked(**arrays, first_ranks=ranks)
 
 
 def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:

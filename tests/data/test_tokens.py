@@ -48,7 +48,9 @@ def test_splitting_loses_nothing(tokenizer, context):
         joined[document] = joined.get(document, []) + ids[1:]
         scored_count[document] = scored_count.get(document, 0) + sum(scored)
     for document, text in texts:
-        whole = [*tokenizer.encode([text])[0], tokenizer.eos]
+        whole = tokenizer.encode([text])[0]
+        if len(whole) % context:  # a text that just fills its passages has no <eos>
+            whole.append(tokenizer.eos)
         assert joined[document] == whole
         assert scored_count[document] == len(whole)
     assert counts["documents"] == 3 and counts["passages"] == len(table)
@@ -67,9 +69,17 @@ def test_parts_are_numbered_and_keep_their_documents_id(tokenizer):
 def test_a_document_that_fits_exactly_is_not_split(tokenizer):
     n = len(tokenizer.encode([SHORT])[0]) + 1
     table, _ = tokens.passages([("a", SHORT)], tokenizer, n)
-    assert table.ids == ["a"]
-    table, _ = tokens.passages([("a", SHORT)], tokenizer, n - 1)
+    assert table.ids == ["a"] and table.tokens[-1] == tokenizer.eos
+    # One position less: the text still fits, and no passage of <eos> alone is made.
+    table, counts = tokens.passages([("a", SHORT)], tokenizer, n - 1)
+    assert table.ids == ["a"] and table.tokens[-1] != tokenizer.eos and counts["split"] == 0
+    table, _ = tokens.passages([("a", SHORT)], tokenizer, n - 2)
     assert table.ids == ["a#0", "a#1"]
+
+
+def test_parts_do_not_take_another_documents_id(tokenizer):
+    with pytest.raises(ValueError, match="two passages have the id 'a#1'"):
+        tokens.passages([("a", LONG), ("a#1", SHORT)], tokenizer, 40)
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\n"])

@@ -1,0 +1,291 @@
+"""`experiments.trace` from end to end on a corpus of a few sentences, and on bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import defaults
+from experiments import attribution, corpus, evaluation, launch, trace, training
+from experiments.workdir import Workdir, WorkdirError
+from tda import checkpoint, encoding, results, train
+from tda.data.records import RecordError
+
+CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
+
+
+def records():
+    """Sentences that state four facts twice, and some that state none."""
+    sentences, facts = [], []
+    for i, (country, capital) in enumerate(CAPITALS.items()):
+        uris = dict(entity0_uri=f"c:{i}", predicate_uri="P36", entity1_uri=f"t:{i}")
+        triple = dict(fact_id=f"f{i}", entity0=country, entity1=capital, **uris)
+        for text in (f"The capital of {country} is {capital}.", f"{capital} governs {country}."):
+            name = f"s{len(sentences):02}"
+            sentences.append({"sentence_id": name, "text": text, "fact_triples": [triple]})
+        sentences.append({"sentence_id": f"d{i}", "text": f"It rains in {country} all day long."})
+        facts.append(
+            {
+                "fact_id": f"f{i}",
+                "entity0": country,
+                "relation": "capital",
+                "entity1": capital,
+                **uris,
+                "prompt0": f"The capital of {country} is",
+                "trex_sentences": [sentences[-3]["sentence_id"], sentences[-2]["sentence_id"]],
+            }
+        )
+    return sentences, facts
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(i) + "\n" for i in items))
+    return str(path)
+
+
+def make_config(tmp_path, sentences=None, facts=None):
+    good_sentences, good_facts = records()
+    c = defaults.get_config()
+    c.data.sentences = write(
+        tmp_path / "s.jsonl", good_sentences if sentences is None else sentences
+    )
+    c.data.facts = write(tmp_path / "f.jsonl", good_facts if facts is None else facts)
+    c.tokenizer.vocab_size = 300
+    c.model.context = 32
+    c.train.epochs = 6.0
+    c.train.tokens_per_batch = 256
+    c.train.warmup = 2
+    c.train.save_every = 2
+    c.projection.side = 4
+    c.projection.blocks = 2
+    c.eval.tail_patch_queries = 2
+    c.mesh.data = -1
+    return c
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its config, its workdir and its metrics."""
+    path = tmp_path_factory.mktemp("trace")
+    config = make_config(path)
+    return config, path / "w", trace.run(config, Workdir(path / "w"))
+
+
+def test_writes_what_it_promises(finished):
+    _, path, metrics = finished
+    assert list(metrics) == ["trackstar", "grad_cos", "grad_dot", "bm25"]
+    assert json.loads((path / "metrics.json").read_text()) == metrics
+    for name, m in metrics.items():
+        assert 0 < m["mrr"] <= 1 and 0 <= m["recall_at_10"] <= 1 and m["n_queries"] == 4
+        assert np.isfinite(m["tail_patch"])
+        found = list(results.read(path / "results" / f"{name}.jsonl"))
+        assert [r["example_id"] for r in found] == ["f0", "f1", "f2", "f3"]
+        assert len(found[0]["proponents"]) == 10
+        texts = {s["text"] for s in records()[0]}
+        assert all(p in texts for r in found for p in r["proponents"])
+        scores = found[0]["proponent_scores"]
+        assert scores == sorted(scores, reverse=True)
+    assert metrics["bm25"]["mrr"] == 1.0
+    assert "TrackStar" in (path / "table.md").read_text()
+
+
+def test_metrics_are_those_of_the_records(finished):
+    _, path, metrics = finished
+    stating = {f["fact_id"]: f["trex_sentences"] for f in records()[1]}
+    for name in metrics:
+        reciprocal = []
+        for r in results.read(path / "results" / f"{name}.jsonl"):
+            ranks = [i for i, right in enumerate(r["proponent_correct"], 1) if right]
+            assert [  # the marks are the labels
+                p in stating[r["example_id"]] for p in r["proponent_ids"]
+            ] == r["proponent_correct"]
+            reciprocal.append(1 / ranks[0] if ranks else 0)
+        # A corpus of 12 passages: what is not among the first ten is eleventh or twelfth.
+        assert metrics[name]["mrr"] == pytest.approx(np.mean(reciprocal), abs=0.1)
+
+
+def test_a_second_run_computes_nothing_again(finished, monkeypatch):
+    config, path, metrics = finished
+
+    def fail(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    for module, name in (
+        (train, "fit"),
+        (encoding, "encode_rows"),
+        (attribution.exact, "search"),
+        (attribution.bm25, "search"),
+        (evaluation, "tail_patch"),
+    ):
+        monkeypatch.setattr(module, name, fail)
+    assert trace.run(config, Workdir(path)) == metrics
+
+
+def test_another_projection_goes_beside_the_old_one(finished, monkeypatch):
+    config, path, _ = finished
+    config = config.copy_and_resolve_references()
+    config.projection.seed = 1
+    config.methods = "grad_cos"
+    monkeypatch.setattr(train, "fit", None)
+    before = set(os.listdir(path / "stores"))
+    trace.run(config, Workdir(path))
+    assert before < set(os.listdir(path / "stores"))
+
+
+def test_another_model_size_in_the_same_workdir_is_refused(finished):
+    config, path, _ = finished
+    config = config.copy_and_resolve_references()
+    config.model.size = "small"
+    with pytest.raises(WorkdirError, match="holds another run; its train differs in\n  model"):
+        trace.run(config, Workdir(path))
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
+    config, path, _ = finished
+    data = corpus.load(config, Workdir(path))
+    trained = training.run(config, data, Workdir(path))
+    _, params = training.functional.split(trained.model)
+    checkpoint.save(tmp_path / "bare", trained.step, {"params": params}, {})
+    bare = training.Trained(
+        trained.model, str(tmp_path / "bare"), trained.step, trained.tx, trained.mesh, {}
+    )
+    with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
+        attribution.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
+    assert not (tmp_path / "w" / "stores").exists()
+
+
+def broken(change):
+    sentences, facts = records()
+    return change(sentences, facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, f: ([*s[:3], {"sentence_id": "x"}], f), RecordError, "s.jsonl, line 4.*'text'"),
+        (lambda s, f: ([s[0], s[0] | {"text": " "}], f), RecordError, "s.jsonl, line 2.*text"),
+        (lambda s, f: ([], f), ValueError, "s.jsonl.*no records"),
+        (lambda s, f: (s[1:], f), RecordError, "f0.*s00"),
+        (lambda s, f: (s, [f[0] | {"entity1": " "}]), ValueError, "entity1|target"),
+        (
+            lambda s, f: (s, [f[0] | {"prompt0": "on and on " * 40}]),
+            ValueError,
+            "'f0' needs .* positions, the context has 32",
+        ),
+    ],
+    ids=[
+        "broken line",
+        "empty text",
+        "empty corpus",
+        "absent sentence",
+        "no target",
+        "long prompt",
+    ],
+)
+def test_bad_input_is_told_and_nothing_is_trained(tmp_path, change, error, message):
+    config = make_config(tmp_path, *change(*records()))
+    with pytest.raises(error, match=message):
+        trace.run(config, Workdir(tmp_path / "w"))
+    assert not (tmp_path / "w" / "model" / "checkpoints").exists()
+    assert not (tmp_path / "w" / "results").exists()
+
+
+def test_a_torn_line_is_named(tmp_path):
+    config = make_config(tmp_path)
+    with open(config.data.sentences, "a") as out:
+        out.write('{"sentence_id": "t", "te')
+    with pytest.raises(ValueError, match="s.jsonl, line 13"):
+        trace.run(config, Workdir(tmp_path / "w"))
+
+
+def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
+    config = make_config(tmp_path)
+    config.methods = "trackstar,exp9"
+    config.data.sentences = "/nowhere"
+    with pytest.raises(ValueError, match="unknown method 'exp9'"):
+        trace.run(config, Workdir(tmp_path / "w"))
+
+
+def test_an_unwritable_workdir_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="cannot write to --workdir=.*choose another"):
+        Workdir(tmp_path / "file" / "w")
+
+
+def command(config_key_values, workdir):
+    return [
+        sys.executable,
+        "-m",
+        "experiments.trace",
+        "--config=configs/world_facts.py",
+        f"--workdir={workdir}",
+        *(f"--config.{k}={v}" for k, v in config_key_values.items()),
+    ]
+
+
+def test_a_mistyped_key_is_told_with_a_suggestion(tmp_path):
+    for key, wanted in (
+        ("train.epoch", "did you mean train.epochs"),
+        ("learning_rate", "did you mean"),
+        ("qqqq", "there are\n"),
+    ):
+        done = subprocess.run(command({key: 1}, tmp_path), capture_output=True, text=True)
+        assert done.returncode != 0
+        assert f"error: the config has no key {key!r}" in done.stderr and wanted in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_keys_of_a_config_are_found():
+    keys = launch._keys(defaults.get_config())
+    assert {"methods", "data.sentences", "eval.queries"} <= set(keys)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_in_the_same_files(tmp_path):
+    """Whatever stage the kill falls into: training, encoding, search, tail-patch."""
+    config = make_config(tmp_path)
+    changed = {
+        "data.sentences": config.data.sentences,
+        "data.facts": config.data.facts,
+        "data.pool": "all",
+        "tokenizer.vocab_size": 300,
+        "model.context": 32,
+        "train.epochs": 6.0,
+        "train.tokens_per_batch": 256,
+        "train.warmup": 2,
+        "train.save_every": 2,
+        "projection.side": 4,
+        "projection.blocks": 2,
+        "eval.tail_patch_queries": 2,
+    }
+    one_device = os.environ | {"XLA_FLAGS": ""}
+
+    def start(workdir):
+        return subprocess.Popen(
+            command(changed, workdir),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=one_device,
+        )
+
+    killed = tmp_path / "killed"
+    kills = 0
+    for stage in ("train.json", "stores", "retrieval", "tail_patch-", None):
+        run = start(killed)
+        while run.poll() is None and stage:
+            there = [p.name for p in killed.rglob("*")] if killed.exists() else []
+            if any(name.startswith(stage) for name in there):
+                run.send_signal(signal.SIGKILL)
+        kills += run.wait() == -signal.SIGKILL
+    assert run.returncode == 0 and kills >= 3
+    assert start(tmp_path / "whole").wait() == 0
+    for name in ("metrics.json", "table.md", "results/trackstar.jsonl", "results/grad_dot.jsonl"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for shard in (tmp_path / "whole" / "stores").rglob("*"):
+        if shard.is_file():
+            other = killed / shard.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == shard.read_bytes(), shard
