@@ -7,7 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the run's config.")
@@ -17,6 +18,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run's files.")
 def launch(main: Callable[[ConfigDict, str], None]) -> None:
     """Parses the command line and calls `main(config, workdir)`."""
     flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)  # what the libraries tell of themselves is not news
+    tfds.disable_progress_bar()
 
     def run(argv):
         if len(argv) > 1:
