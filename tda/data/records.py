@@ -203,15 +203,22 @@ def _triple(value: Any, where: str) -> Triple:
             )
         return Triple(None, None, None, *value)
     d = _mapping(value, where, "a triple, or a list of its three URIs")
+    fact_id = _optional_string(d, "fact_id", where)
+    # An id names the fact; without one the three URIs must.
+    uri = _name if fact_id is None else _uri_beside_an_id
     return Triple(
-        fact_id=_optional_string(d, "fact_id", where),
+        fact_id=fact_id,
         entity0=_optional_string(d, "entity0", where),
         entity1=_optional_string(d, "entity1", where),
-        entity0_uri=_name(d, "entity0_uri", where),
-        predicate_uri=_name(d, "predicate_uri", where),
-        entity1_uri=_name(d, "entity1_uri", where),
+        entity0_uri=uri(d, "entity0_uri", where),
+        predicate_uri=uri(d, "predicate_uri", where),
+        entity1_uri=uri(d, "entity1_uri", where),
         subject_initial=_optional_bool(d, "subject_initial", where),
     )
+
+
+def _uri_beside_an_id(d: Mapping[str, Any], key: str, where: str) -> str:
+    return _optional_string(d, key, where) or ""
 
 
 _REQUIRED = object()

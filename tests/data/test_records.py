@@ -76,7 +76,7 @@ def test_triples_without_fact_id_are_read_in_both_shapes(triple):
         ({"fact_triples": "x"}, "fact_triples", "a list of triples"),
         ({"fact_triples": [URIS, 4]}, "fact_triples', item 1", "4"),
         ({"fact_triples": [["a", "b"]]}, "fact_triples', item 0", "three non-empty strings"),
-        ({"fact_triples": [{"fact_id": "f"}]}, "entity0_uri", "missing"),
+        ({"fact_triples": [{"entity0": "f"}]}, "entity0_uri", "missing"),
         ({"fact_triples": [URIS | {"subject_initial": 1}]}, "subject_initial", "true, false"),
         ({"fact_triples": [URIS | {"fact_id": 9}]}, "fact_id", "9"),
     ],
@@ -150,3 +150,8 @@ def test_missing_fact_fields_are_named(field):
 def test_bad_facts_are_named(change, field):
     with pytest.raises(RecordError, match=f"line 17: field '{field}' is .*; it must be"):
         fact_from_dict(FACT | change, WHERE)
+
+
+def test_a_triple_with_an_id_needs_no_uris():
+    made = sentence_from_dict(SENTENCE | {"fact_triples": [{"fact_id": "f"}]}, "here")
+    assert made.fact_triples[0].fact_id == "f" and made.fact_triples[0].uris == ("", "", "")
