@@ -82,4 +82,10 @@ def _tell(error: Exception) -> None:
         where = f"\n(traceback in {path})"
     except OSError:
         traceback.print_exc()
-    sys.exit(f"error: {error}{where}")
+    advice = ""
+    if "No space left" in str(error):
+        advice = (
+            f"\nthe disk of --workdir={WORKDIR.value} is full: free some space and run the same "
+            "command again; it goes on where it stopped"
+        )
+    sys.exit(f"error: {error}{advice}{where}")

@@ -113,3 +113,16 @@ def test_first_rank_and_top_break_ties_against_the_method():
     assert ranked.first_rank(scores, np.array([], int)) == 0
     np.testing.assert_array_equal(ranked.top(scores, 2), [1, 2])
     np.testing.assert_array_equal(ranked.top(scores, 9), [1, 2, 4, 0, 3])
+
+
+def test_a_ranking_is_kept_and_read_again(data, tmp_path):
+    queries, passages = data
+    found = exact.search(
+        queries, in_chunks(passages, 20), 97, SLICES, {"m": exact.Scorer(None, True)}, 5,
+        {"all": [np.array([1])] * 5}, lambda rows: passages[rows],
+    )["m"]  # fmt: skip
+    ranked.save(tmp_path / "r.npz", found)
+    again = ranked.load(tmp_path / "r.npz")
+    for name in ("proponents", "proponent_scores", "opponents", "opponent_scores"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    np.testing.assert_array_equal(again.first_ranks["all"], found.first_ranks["all"])
