@@ -3,6 +3,10 @@
     python -m experiments.trace --config=configs/trex_small.py --workdir=runs/trex_small \\
         --config.data.sentences=trex_lama_sentences.jsonl.gz \\
         --config.data.facts=trex_lama_facts.jsonl.gz
+
+Cost: about an hour and 8 GiB of memory on 2 CPU cores, 6 GB of disk.
+Expected MRR (all labels, strict): TrackStar 0.200, 0.159; without correction 0.212, 0.177; gradient
+cosine 0.112, 0.080; gradient dot product 0.066, 0.050; BM25 0.976, 0.843.
 """
 
 from configs import defaults

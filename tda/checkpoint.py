@@ -5,6 +5,7 @@ metadata, a plain description of how it came about. It is written atomically by 
 """
 
 import math
+import os
 import warnings
 from typing import Any
 
@@ -20,8 +21,13 @@ class CheckpointError(ValueError):
     """A checkpoint is absent or is not what was asked for."""
 
 
+def _absolute(root) -> epath.Path:
+    """`root` as Orbax wants it: absolute, or with its scheme."""
+    return epath.Path(root) if "://" in os.fspath(root) else epath.Path(os.path.abspath(root))
+
+
 def _steps(root) -> list[int]:
-    root = epath.Path(root)
+    root = _absolute(root)
     if not root.exists():
         return []
     found = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
@@ -45,7 +51,7 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
         description: JSON values kept with the checkpoint.
         keep: checkpoints kept; 0 keeps all.
     """
-    root = epath.Path(root)
+    root = _absolute(root)
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
     for old in _steps(root)[:-keep] if keep else ():
         (root / str(old)).rmtree()
@@ -53,7 +59,7 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
 
 def _locate(root, step: int | None) -> epath.Path:
     step = latest_step(root) if step is None else step
-    path = epath.Path(root) / str(step)
+    path = _absolute(root) / str(step)
     if step is None or not path.exists():
         there = ", ".join(map(str, _steps(root))) or "none"
         raise CheckpointError(

@@ -117,6 +117,7 @@ def _spec(path: epath.Path, manifest: dict) -> dict:
         chunk_rows -= 1
     inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     url = os.fspath(path / "gradients")
+    url = url if "://" in url else os.path.abspath(url)
     return {
         "driver": "zarr3",
         "kvstore": f"{url}/" if "://" in url else {"driver": "file", "path": f"{url}/"},

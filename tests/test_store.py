@@ -43,6 +43,13 @@ def test_round_trip_by_slice_by_row_and_in_chunks(tmp_path):
     assert again.slices == [slice(0, 4), slice(4, 8)]
 
 
+def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled("here/s", rows())
+    np.testing.assert_array_equal(stores.open_store("here/s").read(slice(0, 10)), rows())
+    assert (tmp_path / "here" / "s" / "gradients" / "c" / "0" / "0").exists()
+
+
 def test_bfloat16_rounds_to_eight_bits(tmp_path):
     data = rows()
     store = filled(tmp_path / "s", data, dtype="bfloat16")
