@@ -2,7 +2,7 @@
 
     python -m experiments.trace --config=configs/world_facts.py --workdir=demo
 
-Cost: about 7 minutes and 4 GiB of memory on 2 CPU cores, 0.8 GB of disk.
+Cost: about 4 minutes and 2 GiB of memory on 2 CPU cores, 0.8 GB of disk.
 Expected: the target ranks first for about 64% of the 1,094 queries. MRR: TrackStar 0.66, gradient
 cosine 0.54, gradient dot product 0.36, BM25 0.94; tail-patch +2.4%, +2.2%, +1.5%, +1.5%.
 """
