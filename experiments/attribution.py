@@ -43,11 +43,10 @@ def encode(
     made_from = _made_from(config, corpus, trained, corrected)
     correction, projection = made_from["correction"], Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None)
-    scales = None
+    chosen, scales = sites.find(trained.model, **scope), None
     if correction != "none":
-        chosen = sites.find(trained.model, **scope)
         scales = second_moments.read(trained.root, chosen, correction, trained.step)
-    _tell_coverage(trained, sites.find(trained.model, **scope))
+    _tell_coverage(trained, chosen)
     make = encoders.make_encoder(trained.model, projection, scales, g.output, **scope)
     blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
     layout = dict(

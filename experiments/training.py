@@ -94,7 +94,7 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "steps": steps,
         "seed": config.seed,
     }
-    root, tx, mesh = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps), None
+    root, tx = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps)
     mesh = make_mesh(config)
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
@@ -135,8 +135,5 @@ def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
     """The model's structure and the whole state of the checkpoint, optimizer included."""
     model_fn, params = functional.split(trained.model)
     state = {"params": params, "opt_state": trained.tx.init(params), "step": jnp.int32(0)}
-    shardings = train.state_shardings(state, model_fn, trained.mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
+    abstract = train.abstract_state(state, model_fn, trained.mesh)
     return model_fn, checkpoint.restore(trained.root, abstract, trained.step)

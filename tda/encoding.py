@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from tda import progress, sharding
@@ -47,10 +46,7 @@ def encode_rows(
         )
         arrays = batch.arrays()
         if mesh is not None:
-            arrays = {
-                k: jax.device_put(v, sharding.named(mesh, ("batch", None), v.shape))
-                for k, v in arrays.items()
-            }
+            arrays = sharding.put_batch(mesh, arrays)
         encoded = encoder(arrays)
         if waiting is not None:
             _collect(out, waiting)

@@ -75,6 +75,11 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[n] for n in RULES["batch"])
 
 
+def put_batch(mesh: Mesh, arrays: dict) -> dict:
+    """A batch's arrays, each [B, T], with B split over the mesh's batch devices."""
+    return {k: jax.device_put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
+
+
 def constrain(x, *axes):
     """`x` with its layout stated by logical axes; `x` itself where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -60,6 +60,15 @@ def state_shardings(state: dict, model_fn: functional.Functional, mesh) -> dict:
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
+def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
+    """Shapes, dtypes and shardings of a state, as `tda.checkpoint.restore` takes them."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(state, model_fn, mesh),
+    )
+
+
 def epoch_plan(table: TokenTable, epoch: int, *, bucket_lengths, tokens_per_batch, multiple, seed):
     """The batches of one epoch, a function of (seed, epoch) alone."""
     return batching.plan(
@@ -147,11 +156,7 @@ def fit(
     description = dict(description or {}) | {"batches": batches_of}
     if checkpoint.latest_step(directory) is not None:
         _check_same_batches(checkpoint.describe(directory).get("batches"), batches_of, directory)
-        shardings = state_shardings(state, model_fn, mesh)
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-        )
-        state = checkpoint.restore(directory, abstract)
+        state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh))
     step_fn = jax.jit(
         lambda state, batch: train_step(model_fn.merge, tx, state, batch), donate_argnums=0
     )
@@ -165,12 +170,8 @@ def fit(
             round(tokens_per_epoch * steps / per_epoch), "train", "token", seen
         ) as progress_bar,
     ):
-        for step, epoch, batch in _stream(table, first, steps, pad, layout):
-            arrays = {
-                k: jax.device_put(v, sharding.named(mesh, ("batch", None), v.shape))
-                for k, v in batch.arrays().items()
-            }
-            state, loss = step_fn(state, arrays)
+        for step, epoch, batch in _stream(table, first, steps, per_epoch, pad, layout):
+            state, loss = step_fn(state, sharding.put_batch(mesh, batch.arrays()))
             tokens = int(batch.weights.sum())
             progress_bar.update(tokens)
             if log and (step % 10 == 0 or step + 1 == steps):
@@ -205,9 +206,8 @@ def _check_same_batches(there: dict | None, wanted: dict, directory) -> None:
         )
 
 
-def _stream(table, first, steps, pad, layout):
+def _stream(table, first, steps, per_epoch, pad, layout):
     step = first
-    per_epoch = len(epoch_plan(table, 0, **layout))
     while step < steps:
         epoch_of, offset = divmod(step, per_epoch)
         plan = epoch_plan(table, epoch_of, **layout)
