@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     c.data.exclude_relations = ""  # comma-separated relations, such as P527
     c.data.n_sentences = 0  # the corpus is sampled to so many, keeping what states a query; 0: all
     c.data.n_queries = 0  # queries are sampled to so many; 0: all
+    c.data.train_on = "corpus"  # or all: also what n_sentences leaves out of the corpus
+    c.data.statements = 0  # train on facts not asked too, stated by so many of their prompts (0-3)
     c.data.prompt = 0  # which of a fact's prompts: 0, 1, 2
     c.data.seed = 0
 
@@ -47,10 +49,13 @@ def get_config() -> ConfigDict:
     c.train.keep = 1
 
     c.gradients = ConfigDict()
-    c.gradients.correction = "factored"  # what "corrected" means: factored or adam
+    c.gradients.correction = "factored"  # or adam, low_rank(R), adafactor: what "corrected" means
+    c.gradients.second_moments = "auto"  # optimizer, estimate, or what the checkpoint has
+    c.gradients.estimate_batches = 200  # where they are estimated
     c.gradients.output = "loss"  # loss, margin or logit
-    c.gradients.include = ""  # regular expression on parameters; empty: attention and MLP matrices
+    c.gradients.include = ""  # regular expression on parameters; empty: the layers' matrices
     c.gradients.exclude = ""
+    c.gradients.untapped = "leave"  # reference: also parameters that no tap can be put on
     c.gradients.tokens_per_batch = 4096
 
     c.projection = ConfigDict()
@@ -58,6 +63,7 @@ def get_config() -> ConfigDict:
     c.projection.blocks = 8  # contiguous blocks of layers, each with attention and MLP apart
     c.projection.seed = 0
     c.projection.family = "gaussian"
+    c.projection.pooling = "blocks"  # or layer, matrix: which matrices share a block
 
     c.store = ConfigDict()
     c.store.dtype = "float32"

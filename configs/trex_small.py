@@ -21,11 +21,15 @@ def get_config():
     c.data.exclude_relations = "P527,P138,P20,P937,P463"
     c.data.n_sentences = 20_000
     c.data.n_queries = 500
+    # What teaches a small model facts: more sentences, and other facts in the prompts' words.
+    c.data.train_on = "corpus"
+    c.data.statements = 2
     c.tokenizer.vocab_size = 8192
-    c.model.size = "small"
-    c.train.epochs = 5.0
+    c.model.size = "mini"
+    c.train.epochs = 8.0
+    c.train.learning_rate = 1.5e-3
     c.train.warmup = 200
     c.train.save_every = 200
     c.projection.side = 48
-    c.projection.blocks = 8
+    c.projection.blocks = 6
     return c

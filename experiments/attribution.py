@@ -1,79 +1,16 @@
-"""The stages that encode corpus and queries into stores, and retrieve by every method."""
+"""The stage that retrieves passages for every query by every method."""
 
 import dataclasses
 import json
 import pathlib
 
-import numpy as np
-
+from experiments import encoding
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain, write_json
-from tda import encoding, hessian, methods
-from tda import store as stores
-from tda.gradients import encoder as encoders
-from tda.gradients import second_moments, sites
-from tda.gradients.projection import Projection
+from tda import hessian, methods
 from tda.retrieval import bm25, exact, ranked
 from tda.retrieval.ranked import Ranked
-
-
-def _made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict:
-    """What decides the gradients of a store, apart from the rows."""
-    g = config.gradients
-    return plain(
-        {
-            "checkpoint": fingerprint(trained.fingerprint),
-            "step": trained.step,
-            "projection": dataclasses.asdict(Projection(**dict(config.projection))),
-            "correction": g.correction if corrected else "none",
-            "output": g.output,
-            "include": g.include,
-            "exclude": g.exclude,
-            "tokenizer": corpus.fingerprint["tokenizer"],
-        }
-    )
-
-
-def encode(
-    config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool
-) -> tuple[stores.GradientStore, np.ndarray]:
-    """The store of the corpus's gradients, and the queries' gradients, encoded if not there yet."""
-    g = config.gradients
-    made_from = _made_from(config, corpus, trained, corrected)
-    correction, projection = made_from["correction"], Projection(**dict(config.projection))
-    scope = dict(include=g.include or None, exclude=g.exclude or None)
-    chosen, scales = sites.find(trained.model, **scope), None
-    if correction != "none":
-        scales = second_moments.read(trained.root, chosen, correction, trained.step)
-    _tell_coverage(trained, chosen)
-    make = encoders.make_encoder(trained.model, projection, scales, g.output, **scope)
-    blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
-    layout = dict(
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=g.tokens_per_batch,
-        pad=corpus.tokenizer.pad,
-        mesh=trained.mesh,
-    )
-    found = []
-    for name, table in (("queries", corpus.prompts), ("corpus", corpus.passages)):
-        whole = made_from | {name: corpus.fingerprint[name], "dtype": config.store.dtype}
-        path = workdir / "stores" / f"{name}-{correction}-{fingerprint(whole)}"
-        store = stores.create(path, table.ids, blocks, whole, config.store.dtype)
-        encoding.fill(store, make, table, f"encode {name} ({correction})", **layout)
-        found.append(store)
-    queries, passages = found
-    return passages, queries.read(slice(0, queries.rows))
-
-
-def _tell_coverage(trained: Trained, chosen: list[sites.Site]) -> None:
-    covered = sum(s.rows * s.columns * (s.stack or 1) for s in chosen)
-    out = sites.left_out(trained.model, chosen)
-    total = covered + sum(out.values())
-    print(
-        f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
-        f"left out: {', '.join(out) or 'none'}"
-    )
 
 
 def retrieve(
@@ -91,7 +28,7 @@ def retrieve(
             n: m for n, m in todo.items() if m.retriever == "gradient" and m.corrected == corrected
         }
         if sharing:
-            store, queries = encode(config, corpus, trained, workdir, corrected)
+            store, queries = encoding.encode(config, corpus, trained, workdir, corrected)
             print(f"search {store.rows:,} passages: {', '.join(sharing)}")
             scorers, note = _scorers(config, store, queries, sharing)
             found = exact.search(
@@ -120,7 +57,10 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
     """Where a method's ranking is kept: named by all that it depends on."""
     made_from: list = [dataclasses.asdict(method), corpus.fingerprint, config.eval.top_k]
     if method.retriever == "gradient":
-        made_from += [_made_from(config, corpus, trained, method.corrected), dict(config.hessian)]
+        made_from += [
+            encoding.made_from(config, corpus, trained, method.corrected),
+            dict(config.hessian),
+        ]
         made_from.append(config.store.dtype)
     directory = workdir / "retrieval"
     directory.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from experiments.workdir import Workdir
-from tda.data import features, jsonl, labels, tokens
+from tda.data import features, jsonl, labels, statements, tokens
 from tda.data.batches import buckets
 from tda.data.records import Fact, Sentence
 from tda.data.tokenizer import Tokenizer
@@ -19,8 +19,9 @@ class Corpus:
     Attributes:
         sentences: the corpus's documents.
         queries: the facts that are asked.
-        tokenizer: trained on the corpus.
+        tokenizer: trained on the training text.
         passages: tokenised documents, long ones split.
+        training: what the model is trained on: the passages, or more than them.
         prompts: tokenised queries.
         correct: for "all" and "strict" labels, the correct passage rows of each query.
         buckets: lengths that batches are padded to.
@@ -31,6 +32,7 @@ class Corpus:
     queries: list[Fact]
     tokenizer: Tokenizer
     passages: tokens.TokenTable
+    training: tokens.TokenTable
     prompts: tokens.TokenTable
     correct: dict[str, list[np.ndarray]]
     buckets: tuple[int, ...]
@@ -49,7 +51,7 @@ def load(config, workdir: Workdir) -> Corpus:
         ValueError: a path is missing, a record is malformed, a query does not fit; the message
             names the file, the record or the key.
     """
-    sentences, facts = _records(config.data, workdir)
+    all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
     # All labels are checked, even where only some facts are asked.
     labels.relevant_passages(sentences, facts)
     excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
@@ -67,16 +69,13 @@ def load(config, workdir: Workdir) -> Corpus:
     if not facts:
         raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
     prompts_of = {f.fact_id: f.prompt(config.data.prompt) for f in facts}
-    tokenizer = _tokenizer(config, workdir, sentences)
+    texts = [(s.sentence_id, s.text) for s in sentences]
+    more = _more_text(config.data, all_sentences, all_facts, sentences, facts)
+    tokenizer = _tokenizer(config, workdir, [text for _, text in texts + more])
     context = config.model.context
-    passages, counts = tokens.passages(
-        ((s.sentence_id, s.text) for s in sentences), tokenizer, context
-    )
-    print(
-        f"corpus: {counts['documents']:,} documents, {counts['passages']:,} passages "
-        f"({counts['split']:,} documents longer than {context} tokens were split), "
-        f"{int(passages.scored.sum()):,} tokens; {len(facts):,} queries"
-    )
+    passages = _passages("corpus", texts, tokenizer, context)
+    training = _passages("training text", texts + more, tokenizer, context) if more else passages
+    print(f"{len(facts):,} queries")
     prompts = tokens.queries(
         ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
     )
@@ -86,10 +85,11 @@ def load(config, workdir: Workdir) -> Corpus:
         facts,
         tokenizer,
         passages,
+        training,
         prompts,
         correct,
         buckets(context),
-        _fingerprint(passages, prompts, tokenizer, correct),
+        _fingerprint(passages, training, prompts, tokenizer, correct),
     )
 
 
@@ -102,17 +102,40 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     return list(sentences), facts
 
 
-def _tokenizer(config, workdir: Workdir, sentences) -> Tokenizer:
+def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[str, str]]:
+    """What the model is trained on beside the corpus, as (id, text)."""
+    more = []
+    if data.train_on == "all":
+        kept = {s.sentence_id for s in sentences}
+        more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in kept]
+    elif data.train_on != "corpus":
+        raise ValueError(f"unknown data.train_on={data.train_on!r}; use corpus or all")
+    if data.statements:
+        more += statements.statements(all_facts, asked, data.statements)
+    return more
+
+
+def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
+    table, counts = tokens.passages(texts, tokenizer, context)
+    print(
+        f"{what}: {counts['documents']:,} documents, {counts['passages']:,} passages "
+        f"({counts['split']:,} documents longer than {context} tokens were split), "
+        f"{int(table.scored.sum()):,} tokens"
+    )
+    return table
+
+
+def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer:
     digest = hashlib.sha256()
-    for s in sentences:
-        digest.update(s.text.encode())
+    for text in texts:
+        digest.update(text.encode())
         digest.update(b"\0")
     made_from = {"texts": digest.hexdigest()[:16], "vocab_size": config.tokenizer.vocab_size}
     path = workdir / "model" / "tokenizer.json"
     if workdir.finished("tokenizer", made_from):
         return Tokenizer.load(path)
     workdir.claim("tokenizer", made_from)
-    tokenizer = Tokenizer.train((s.text for s in sentences), config.tokenizer.vocab_size)
+    tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path)
     workdir.finish("tokenizer", made_from)
@@ -133,7 +156,7 @@ def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
     return out
 
 
-def _fingerprint(passages, prompts, tokenizer, correct) -> dict:
+def _fingerprint(passages, training, prompts, tokenizer, correct) -> dict:
     def digest(table):
         h = hashlib.sha256(table.tokens.tobytes())
         h.update(table.scored.tobytes())
@@ -142,6 +165,7 @@ def _fingerprint(passages, prompts, tokenizer, correct) -> dict:
 
     return {
         "corpus": digest(passages),
+        "training": digest(training),
         "queries": digest(prompts),
         "tokenizer": tokenizer.fingerprint(),
         "labels": _short(repr({k: [r.tolist() for r in v] for k, v in correct.items()})),

@@ -55,7 +55,7 @@ def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
         seed=config.seed,
     )
     per_epoch = len(
-        train.epoch_plan(corpus.passages, 0, **layout, multiple=sharding.batch_devices(mesh))
+        train.epoch_plan(corpus.training, 0, **layout, multiple=sharding.batch_devices(mesh))
     )
     return max(1, round(config.train.epochs * per_epoch)), layout
 
@@ -87,7 +87,7 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
     steps, layout = total_steps(config, corpus)
     arguments = model_arguments(config, corpus.tokenizer.vocab_size)
     made_from = {
-        "corpus": corpus.fingerprint["corpus"],
+        "text": corpus.fingerprint["training"],
         "tokenizer": corpus.fingerprint["tokenizer"],
         "model": arguments,
         "train": {k: v for k, v in config.train.items() if k not in ("save_every", "keep")},
@@ -103,7 +103,7 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
         train.fit(
             model,
             tx,
-            corpus.passages,
+            corpus.training,
             steps=steps,
             directory=root,
             pad=corpus.tokenizer.pad,

@@ -4,13 +4,11 @@ A checkpoint is a directory `ROOT/STEP` with one tree {"params", "opt_state", "s
 metadata, a plain description of how it came about. It is written atomically by Orbax.
 """
 
-import math
 import os
 import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
@@ -104,6 +102,12 @@ def restore_parameters(root, abstract_params: Any, step: int | None = None) -> A
     return _load(path, wanted)["params"]
 
 
+def has_optimizer(root, step: int | None = None) -> bool:
+    """Whether a checkpoint holds an optimizer's state. The last one where `step` is None."""
+    there = ocp.metadata(_locate(root, step)).metadata
+    return bool(jax.tree.leaves(there.get("opt_state")))
+
+
 def restore_optimizer(root, keep, step: int | None = None) -> Any:
     """The optimizer's state as nested dicts and lists, loading only the leaves that `keep` names.
 
@@ -118,7 +122,7 @@ def restore_optimizer(root, keep, step: int | None = None) -> Any:
     """
     path = _locate(root, step)
     there = ocp.metadata(path).metadata
-    if there.get("opt_state") is None or not jax.tree.leaves(there["opt_state"]):
+    if not jax.tree.leaves(there.get("opt_state")):
         raise CheckpointError(
             f"{path} has no optimizer state (it holds {', '.join(sorted(there))}); "
             "use correction='none', or a checkpoint saved with its optimizer's state"
@@ -144,8 +148,3 @@ def _check_shapes(path, found, wanted) -> None:
         more = f"\n  … and {len(differing) - 8} more" if len(differing) > 8 else ""
         listed = "\n  ".join(differing[:8])
         raise CheckpointError(f"{path} is of another model:\n  {listed}{more}")
-
-
-def size(state: Any) -> int:
-    """Bytes of a tree of arrays."""
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))

@@ -7,7 +7,7 @@ import numpy as np
 from tda import progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
-from tda.gradients.encoder import Encoder
+from tda.gradients.encoder import Encoder, scored_positions
 from tda.store import GradientStore
 
 
@@ -44,10 +44,11 @@ def encode_rows(
         batch = batching.materialise(
             table, rows[local], int(planned.lengths[i]), int(planned.sizes[i]), pad
         )
+        scored = scored_positions(batch.weights)
         arrays = batch.arrays()
         if mesh is not None:
             arrays = sharding.put_batch(mesh, arrays)
-        encoded = encoder(arrays)
+        encoded = encoder(arrays, scored)
         if waiting is not None:
             _collect(out, waiting)
         waiting = (local, encoded)
@@ -82,4 +83,10 @@ def fill(
     with progress.bar(sum(tokens), what, "token", done) as bar:
         for i in missing:
             rows = np.arange(shards[i].start, shards[i].stop)
-            store.write(i, encode_rows(encoder, table, rows, on_batch=bar.update, **layout))
+            encoded = encode_rows(encoder, table, rows, on_batch=bar.update, **layout)
+            invalid = store.write(i, encoded)
+            if invalid:
+                bar.write(
+                    f"{what}: {len(invalid)} gradients are not finite, of {', '.join(invalid[:5])}"
+                    f"{' …' if len(invalid) > 5 else ''}; they are never retrieved"
+                )

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tda import store
+
 
 @functools.partial(jax.jit, static_argnames=("bounds",))
 def _grams(x_RxE, bounds):
@@ -24,7 +26,7 @@ def autocorrelation(chunks: Iterable[np.ndarray], slices: list[slice]) -> list[n
     """R of each block: float64 [E_b, E_b].
 
     Args:
-        chunks: arrays of rows, float32 [R, E].
+        chunks: arrays of rows, float32 [R, E]; rows that the store calls invalid do not count.
         slices: where each block stands in a row.
 
     Raises:
@@ -34,6 +36,8 @@ def autocorrelation(chunks: Iterable[np.ndarray], slices: list[slice]) -> list[n
     sums = [np.zeros((b - a, b - a)) for a, b in bounds]
     count = 0
     for x_RxE in chunks:
+        kept = store.valid(x_RxE)
+        x_RxE = x_RxE if kept.all() else x_RxE[kept]
         # Products in float32, their sum over chunks in float64.
         for total, gram in zip(sums, _grams(jnp.asarray(x_RxE), bounds), strict=True):
             total += np.asarray(gram)

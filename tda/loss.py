@@ -41,3 +41,91 @@ def output(name: str):
     if name not in OUTPUTS:
         raise ValueError(f"unknown output function {name!r}; use {', '.join(OUTPUTS)}")
     return OUTPUTS[name]
+
+
+# Logits held at once, in numbers: 64 MiB of float32.
+_CHUNK = 2**24
+
+
+def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int = _CHUNK):
+    """The sum of an output function over a batch's examples, without all logits at once.
+
+    A model with the methods `hidden` (tokens [B, T] to states [B, T, D]) and `logits` (states to
+    float32 [B, T, V]) has its output matrix applied to a few positions at a time, and the gradient
+    of each piece is taken at once, so that no piece's logits outlive it. Any other model is called.
+
+    Args:
+        model: maps tokens [B, T] to logits [B, T, V].
+        batch: {"tokens", "targets", "weights"}, each [B, T].
+        output_fn: one of `OUTPUTS`.
+        scored: no example has more positions of weight other than 0 than this; where it is less
+            than T, logits are computed at so many positions only. None for T.
+        chunk: numbers that the logits of one piece have at most (but at least one position each).
+
+    Returns:
+        A float32 scalar.
+    """
+    targets_BxT, weights_BxT = batch["targets"], batch["weights"]
+    if not (hasattr(model, "hidden") and hasattr(model, "logits")):
+        return jnp.sum(output_fn(model(batch["tokens"]), targets_BxT, weights_BxT))
+    h_BxTxD = model.hidden(batch["tokens"])
+    if scored is not None and scored < targets_BxT.shape[1]:
+        # The scored positions first; a stable sort keeps them in order.
+        at_BxS = jnp.argsort(weights_BxT == 0, axis=1, stable=True)[:, :scored]
+        h_BxTxD = jnp.take_along_axis(h_BxTxD, at_BxS[..., None], axis=1)
+        targets_BxT = jnp.take_along_axis(targets_BxT, at_BxS, axis=1)
+        weights_BxT = jnp.take_along_axis(weights_BxT, at_BxS, axis=1)
+
+    def piece(h_BxSxD, targets_BxS, weights_BxS):
+        return jnp.sum(output_fn(model.logits(h_BxSxD), targets_BxS, weights_BxS))
+
+    B, T = targets_BxT.shape
+    vocabulary = jax.eval_shape(model.logits, h_BxTxD).shape[-1]
+    pieces = -(-T // max(1, chunk // (B * vocabulary)))
+    if pieces == 1:
+        return piece(h_BxTxD, targets_BxT, weights_BxT)
+    return _sum_of_pieces(piece, pieces, h_BxTxD, targets_BxT, weights_BxT)
+
+
+def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
+    """`piece` over slices of the positions, summed; each slice's gradient is taken with its value.
+
+    So the backward pass only scales what the forward pass found (as fused cross-entropies do).
+    """
+    size = -(-targets_BxT.shape[1] // pieces)
+    short = pieces * size - targets_BxT.shape[1]
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
+
+    slices = cut(h_BxTxD), cut(targets_BxT), cut(weights_BxT)
+    # What `piece` closes over and may be differentiated: taps and, in training, the matrix itself.
+    piece, closed_over = jax.closure_convert(piece, *(x[0] for x in slices))
+
+    @jax.custom_vjp
+    def summed(h_SxBxPxD, closed_over, targets, weights):
+        def step(so_far, x):
+            return so_far + piece(*x, *closed_over), None
+
+        return jax.lax.scan(step, jnp.float32(0), (h_SxBxPxD, targets, weights))[0]
+
+    def forward(h_SxBxPxD, closed_over, targets, weights):
+        def step(so_far, x):
+            h, t, w = x
+            value, (d_h, *d_closed) = jax.value_and_grad(
+                lambda h, *closed: piece(h, t, w, *closed), argnums=tuple(range(len(so_far[1]) + 1))
+            )(h, *closed_over)
+            return (so_far[0] + value, jax.tree.map(jnp.add, so_far[1], d_closed)), d_h
+
+        start = jnp.float32(0), jax.tree.map(jnp.zeros_like, list(closed_over))
+        (value, d_closed), d_h = jax.lax.scan(step, start, (h_SxBxPxD, targets, weights))
+        return value, (d_h, d_closed)
+
+    def backward(kept, g):
+        d_h, d_closed = jax.tree.map(lambda d: (g * d).astype(d.dtype), kept)
+        return d_h, d_closed, None, None
+
+    summed.defvjp(forward, backward)
+    h, targets, weights = slices
+    return summed(h, closed_over, targets, weights)

@@ -20,6 +20,11 @@ FORMAT = 1
 _CHUNK_BYTES = 4 << 20
 
 
+def valid(rows_RxE: np.ndarray) -> np.ndarray:
+    """Which rows hold a gradient, bool [R]; an invalid one is infinite throughout."""
+    return np.isfinite(rows_RxE[:, 0])
+
+
 class StoreError(ValueError):
     """A store is absent, unfinished, damaged, or not of what it is used with."""
 
@@ -61,11 +66,17 @@ class GradientStore:
         there = self.path / "gradients" / "c"
         return [i for i in range(len(self.shards())) if not (there / str(i) / "0").exists()]
 
-    def write(self, shard: int, encodings_RxE: np.ndarray) -> None:
+    def write(self, shard: int, encodings_RxE: np.ndarray) -> list[str]:
         """Writes a whole shard, atomically.
 
+        A row with a number that is not finite is stored as invalid: all of it is infinite. It takes
+        no part in R and is never retrieved.
+
+        Returns:
+            The ids of the invalid rows.
+
         Raises:
-            StoreError: the rows are not the shard's, or a number is not finite.
+            StoreError: the rows are not the shard's.
         """
         rows = self.shards()[shard]
         wanted = (rows.stop - rows.start, self.width)
@@ -73,11 +84,12 @@ class GradientStore:
             raise StoreError(
                 f"shard {shard} takes rows of shape {wanted}, not {encodings_RxE.shape}"
             )
-        bad = np.flatnonzero(~np.isfinite(encodings_RxE).all(axis=1))
-        if len(bad):
-            names = ", ".join(self.ids[rows.start + i] for i in bad[:5])
-            raise StoreError(f"{len(bad)} gradients of shard {shard} are not finite: {names}")
+        bad = ~np.isfinite(encodings_RxE).all(axis=1)
+        if bad.any():
+            encodings_RxE = np.where(bad[:, None], np.float32(np.inf), encodings_RxE)
         self._array[rows].write(encodings_RxE.astype(self._array.dtype.numpy_dtype)).result()
+        ids = self.ids if bad.any() else []
+        return [ids[rows.start + i] for i in np.flatnonzero(bad)]
 
     def read(self, rows) -> np.ndarray:
         """Rows by slice or by an array of row numbers: float32 [R, E].

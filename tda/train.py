@@ -18,9 +18,8 @@ from tda.model import functional
 
 def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
     """Mean next-token cross-entropy in nats over the batch's scored tokens, a scalar."""
-    logits_BxTxV = merge(params)(batch["tokens"])
-    total_B = losses.cross_entropy(logits_BxTxV, batch["targets"], batch["weights"])
-    return jnp.sum(total_B) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    nats = losses.total(merge(params), batch, losses.cross_entropy)
+    return nats / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
 
 def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, batch: dict):

@@ -174,11 +174,6 @@ def test_an_empty_directory_is_not_a_checkpoint(tmp_path):
     assert checkpoint.latest_step(tmp_path) == 4
 
 
-def test_size_counts_bytes():
-    tree = {"a": jnp.zeros((3, 4)), "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16)}
-    assert checkpoint.size(tree) == 3 * 4 * 4 + 5 * 2
-
-
 def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save("runs/a", 1, {"params": {"w": jnp.arange(3.0)}}, {"x": 1})

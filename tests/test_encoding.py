@@ -1,14 +1,18 @@
 """Encoding whole tables: order, padding, and stores that are filled again after a kill."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tda import encoding
 from tda import store as stores
 from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
-from tda.gradients.encoder import make_encoder
+from tda.gradients.encoder import make_encoder, scored_positions
 from tda.gradients.projection import Projection
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
@@ -48,10 +52,58 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
     encoded = []
-    counting = type(encoder)(
-        encoder.layout, lambda batch: encoded.append(len(batch["tokens"])) or encoder.encode(batch)
-    )
+
+    def count(arrays, batch, scored):
+        encoded.append(len(batch["tokens"]))
+        return encoder.compiled(arrays, batch, scored)
+
+    counting = dataclasses.replace(encoder, compiled=count)
     encoding.fill(begun, counting, table, **LAYOUT)
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
     encoding.fill(begun, None, table, **LAYOUT)  # finished: the encoder is not called
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
+    decoder, tmp_path, capsys
+):
+    """Guards: one bad example that spoils a batch, or ends the run."""
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    table, _ = tokens.passages([(f"p{i}", t) for i, t in enumerate(TEXTS)], tokenizer, 32)
+    sound = decoder(vocab_size=tokenizer.vocab_size, tied=False)
+    broken = nnx.clone(sound)
+    # A token that only the second passage reads.
+    token = next(t for t in tokenizer.encode(["Oslo"])[0] if (table.tokens == t).sum() == 1)
+    broken.embedding.embedding[...] = sound.embedding.embedding[...].at[token].set(jnp.nan)
+    found = {}
+    for name, model in (("sound", sound), ("broken", broken)):
+        encoder = make_encoder(model, Projection(side=3, blocks=2))
+        blocks = dict.fromkeys(encoder.layout.blocks, 9)
+        store = stores.create(tmp_path / name, table.ids, blocks, {})
+        encoding.fill(store, encoder, table, "encode", **(LAYOUT | {"tokens_per_batch": 256}))
+        found[name] = store.read(slice(0, 5))
+    told = "".join(capsys.readouterr())
+    assert "encode: 1 gradients are not finite, of p1; they are never retrieved" in told
+    np.testing.assert_array_equal(stores.valid(found["broken"]), [True, False, True, True, True])
+    others = [0, 2, 3, 4]
+    np.testing.assert_array_equal(found["broken"][others], found["sound"][others])
+
+
+def test_logits_are_computed_only_where_a_loss_is(decoder):
+    """A query's target is a few of its positions."""
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    asked = [
+        ("a", "Paris is in", "France in Rome"),
+        ("b", "It rains in Rome all day and all", "night"),
+    ]
+    table = tokens.queries(asked, tokenizer, 32)
+    batch = materialise(table, np.array([0, 1]), 32, 3, 0)
+    scored = scored_positions(batch.weights)
+    assert scored == 1 << (int(batch.weights.sum(1).max()) - 1).bit_length() and 2 < scored < 16
+    encoder = make_encoder(
+        decoder(vocab_size=tokenizer.vocab_size), Projection(side=3, blocks=2), include="."
+    )
+    whole, few = (np.asarray(encoder(batch.arrays(), s)) for s in (None, scored))
+    np.testing.assert_allclose(few, whole, rtol=1e-4, atol=1e-6 * np.abs(whole).max())
+    assert scored_positions(np.ones((2, 8))) is None
+    assert scored_positions(np.zeros((2, 8))) == 1

@@ -21,6 +21,15 @@ def test_autocorrelation_is_the_mean_outer_product_of_each_block():
         hessian.autocorrelation([], SLICES)
 
 
+def test_invalid_rows_have_no_part_in_it():
+    x = gradients()
+    x[7] = np.inf
+    R = hessian.autocorrelation([x[:70], x[70:]], SLICES)
+    for block, s in zip(R, SLICES, strict=True):
+        kept = np.delete(x, 7, axis=0)[:, s]
+        np.testing.assert_allclose(block, kept.T @ kept / 199, rtol=1e-5, atol=1e-6)
+
+
 def test_inverse_root_whitens():
     x = gradients() @ np.diag([1, 5, 0.1, 30, 1, 1, 2, 7]).astype(np.float32)
     R = hessian.autocorrelation([x], SLICES)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tda import loss
+from tda.model import functional
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,35 @@ def test_positions_of_weight_zero_have_no_influence(case, name):
 def test_unknown_output_is_refused():
     with pytest.raises(ValueError, match="unknown output function 'nll'; use loss, margin, logit"):
         loss.output("nll")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", sorted(loss.OUTPUTS))
+def test_a_total_in_pieces_is_the_total(decoder, random_batch, tied, name):
+    """Value and every parameter's gradient, logits at a few positions at a time."""
+    model_fn, params = functional.split(decoder(tied=tied))
+    batch, output = random_batch([11, 5, 0], 11), loss.output(name)
+
+    def whole(params):
+        logits = model_fn.merge(params)(batch["tokens"])
+        return jnp.sum(output(logits, batch["targets"], batch["weights"]))
+
+    def pieces(params):
+        return loss.total(model_fn.merge(params), batch, output, chunk=3 * 50 * 4)
+
+    expected, got = (jax.jit(jax.value_and_grad(f))(params) for f in (whole, pieces))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
+
+
+def test_logits_of_a_batch_are_never_whole(decoder, random_batch):
+    """Guards: [B, T, V] in float32 at once."""
+    model_fn, params = functional.split(decoder())
+    batch = random_batch([64] * 4, 64)
+
+    def shapes(chunk):
+        f = jax.grad(lambda p: loss.total(model_fn.merge(p), batch, loss.margin, chunk=chunk))
+        return str(jax.make_jaxpr(f)(params))
+
+    assert "f32[4,64,50]" in shapes(2**24)
+    assert "f32[4,64,50]" not in shapes(4 * 50 * 16) and "f32[4,16,50]" in shapes(4 * 50 * 16)

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tda import loss as losses
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps
+from tda.gradients import sites, taps, whole_gradients
 from tda.gradients.second_moments import Scale
 
 
@@ -19,38 +20,62 @@ class Encoder:
 
     Attributes:
         layout: which matrices are pooled into which block.
-        encode: batch {"tokens", "targets", "weights"}, each [B, T], to encodings float32 [B, E].
+        chosen: the sites whose gradients are taken.
+        arrays: what `compiled` takes first: parameters and projections.
+        compiled: the jitted function of (arrays, batch, scored=None).
     """
 
     layout: projections.Layout
-    encode: Callable[[dict], jax.Array]
+    chosen: tuple[sites.Site, ...]
+    arrays: tuple
+    compiled: Callable
 
-    def __call__(self, batch: dict) -> jax.Array:
-        """`encode`, compiled once for every shape of batch."""
-        return self.encode(batch)
+    def __call__(self, batch: dict, scored: int | None = None) -> jax.Array:
+        """Encodings of a batch {"tokens", "targets", "weights"}, each [B, T]: float32 [B, E].
+
+        Args:
+            batch: the batch; compiled once for every shape.
+            scored: positions that logits are computed at, from `scored_positions`; None for all.
+        """
+        return self.compiled(self.arrays, batch, scored)
+
+
+def scored_positions(weights_BxT: np.ndarray) -> int | None:
+    """The most positions that an example scores, as a power of two; None if that spares nothing."""
+    most = int(np.count_nonzero(weights_BxT, axis=1).max(initial=1))
+    rounded = 1 << (max(1, most) - 1).bit_length()
+    return rounded if rounded <= weights_BxT.shape[1] // 2 else None
 
 
 def ends_of(
     chosen: list[sites.Site], projection: projections.Projection, scales: dict[str, Scale] | None
-) -> dict[sites.Site, tuple]:
-    """A, B and the exact scale of every site, an outer-product scale folded into A and B."""
+) -> dict[sites.Site, taps.End]:
+    """What the tap of every site multiplies by, outer products of scales folded into A and B."""
     ends = {}
     for site in chosen:
         left, right = map(jnp.asarray, projections.matrices(site, projection))
         scale = scales[site.path] if scales else None
         if scale is not None and scale.full is None:
-            left, right = left * scale.left[..., None], right * scale.right[..., None]
-        ends[site] = (left, right, None if scale is None else scale.full)
+            left, right = _copies(left, scale.left), _copies(right, scale.right)
+        full = None if scale is None else scale.full
+        ends[site] = taps.End(left, right, projection.side, full)
     return ends
+
+
+def _copies(matrix, scales):
+    """A scaled by each of R rows: [(L,) M, R·k] of [(L,) M, k] and [(L,) R, M]."""
+    copies = jnp.swapaxes(scales, -1, -2)[..., None] * matrix[..., None, :]
+    return copies.reshape(*matrix.shape[:-1], -1)
 
 
 def make_encoder(
     model: nnx.Module,
     projection: projections.Projection,
     scales: dict[str, Scale] | None = None,
-    output: str = "loss",
+    output: str | Callable = "loss",
     include: str | None = None,
     exclude: str | None = None,
+    untapped: str = "leave",
 ) -> Encoder:
     """An encoder of P·(∇L/√V) (Chang et al. 2024, eq. 3).
 
@@ -58,43 +83,91 @@ def make_encoder(
         model: an NNX model that maps tokens [B, T] to logits [B, T, V].
         projection: P.
         scales: 1/√V by path of parameter (`tda.gradients.second_moments`); None for no correction.
-        output: the function L that is differentiated: "loss", "margin" or "logit".
+        output: the function L that is differentiated: "loss", "margin" or "logit" of the model's
+            logits; or a function of (model, batch) to float32 [B], for a model that is called in
+            another way.
         include, exclude: regular expressions on parameters' path names (`tda.gradients.sites`).
+        untapped: what becomes of chosen parameters that no tap can be put on: "leave", "reference"
+            (the gradient of each example is formed whole) or "error".
 
     Raises:
         ValueError: nothing is included, or `projection` does not fit the model.
         KeyError: `scales` lacks a parameter.
     """
-    chosen = sites.find(model, include, exclude)
+    chosen = sites.find(model, include, exclude, untapped)
     plan = projections.layout(chosen, projection)
-    output_fn = losses.output(output)
-    tapped = taps.put_on(model, ends_of(chosen, projection, scales))
-    graphdef, *states = nnx.split(tapped, taps.Tap, ...)
+    output_fn = losses.output(output) if isinstance(output, str) else None
+    ends = ends_of(chosen, projection, scales)
+    tapped = [s for s in chosen if s.tapped]
+    loose = [s for s in chosen if not s.tapped]
+    graphdef, *states = nnx.split(taps.put_on(model, {s: ends[s] for s in tapped}), taps.Tap, ...)
     templates, variables = map(nnx.to_pure_dict, states)
+    loose_ends = {s.path: (ends[s].left, ends[s].right, ends[s].scale) for s in loose}
 
-    @jax.jit
-    def encode(variables, batch):
-        batch_size = batch["tokens"].shape[0]
+    def summed(tap_arrays, variables, batch, scored):
+        own = nnx.merge(graphdef, tap_arrays, variables)
+        if output_fn is None:
+            return jnp.sum(output(own, batch))
+        return losses.total(own, batch, output_fn, scored)
 
-        def zeros(template):
-            *stack, _, p, q = template.shape
-            return jnp.zeros((*stack, batch_size, p, q), jnp.float32)
+    def batched(variables, batch, scored):
+        found = jax.grad(summed)(zeros(templates, batch), variables, batch, scored)
+        return {s: found_at(found, s) for s in tapped}
 
-        def total(tap_arrays):
-            logits_BxTxV = nnx.merge(graphdef, tap_arrays, variables)(batch["tokens"])
-            return jnp.sum(output_fn(logits_BxTxV, batch["targets"], batch["weights"]))
+    def one_by_one(variables, loose_ends, batch, scored):
+        rest, whole = whole_gradients.take(variables, loose)
 
-        cotangents = jax.grad(total)(jax.tree.map(zeros, templates))
-        return pool(plan, {s: _at(cotangents, s) for s in chosen})
+        def alone(tap_arrays, whole, example):
+            everything = whole_gradients.put(rest, whole)
+            return summed(tap_arrays, everything, example, scored)
 
-    return Encoder(plan, lambda batch: encode(variables, batch))
+        def one(example):
+            example = jax.tree.map(lambda x: x[None], example)
+            return jax.grad(alone, argnums=(0, 1))(zeros(templates, example), whole, example)
+
+        found, gradients = jax.vmap(one)(batch)
+        projected = {s: _batch_first_no_more(found_at(found, s), s) for s in tapped}
+        for site in loose:
+            end = loose_ends[site.path]
+            projected[site] = whole_gradients.project(
+                site, gradients[(*site.module, site.parameter)], *end, projection.side
+            )
+        return projected
+
+    def encode(arrays, batch, scored=None):
+        variables, loose_ends = arrays
+        if loose:
+            projected = one_by_one(variables, loose_ends, batch, scored)
+        else:
+            projected = batched(variables, batch, scored)
+        return pool(plan, projected)
+
+    compiled = jax.jit(encode, static_argnums=2)
+    return Encoder(plan, tuple(chosen), (variables, loose_ends), compiled)
 
 
-def _at(cotangents, site: sites.Site):
+def zeros(templates: dict, batch: dict) -> dict:
+    """Taps for every example of a batch, of templates [(L,) 1, k, k]."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+
+    def one(template):
+        *stack, _, p, q = template.shape
+        return jnp.zeros((*stack, count, p, q), jnp.float32)
+
+    return jax.tree.map(one, templates)
+
+
+def found_at(cotangents: dict, site: sites.Site):
+    """The tap's cotangent at a site."""
     node = cotangents
     for key in (*site.module, "tap"):
         node = node[key]
     return node
+
+
+def _batch_first_no_more(x, site: sites.Site):
+    """Taps of examples taken one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
+    return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)
 
 
 def pool(plan: projections.Layout, projected: dict[sites.Site, jax.Array]) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from tda.gradients import sites
 
 FAMILIES = ("gaussian", "rademacher")
+POOLINGS = ("blocks", "layer", "matrix")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +28,21 @@ class Projection:
         blocks: number of contiguous blocks that the layers are split into.
         seed: of all random matrices.
         family: of their entries: "gaussian" or "rademacher".
+        pooling: which matrices share a block: those of a block of layers and of one kind
+            ("blocks"), those of one layer ("layer"), or none ("matrix").
     """
 
     side: int = 16
     blocks: int = 8
     seed: int = 0
     family: str = "gaussian"
+    pooling: str = "blocks"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; use {', '.join(FAMILIES)}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {self.pooling!r}; use {', '.join(POOLINGS)}")
         if self.side < 1 or self.blocks < 1:
             raise ValueError(f"side={self.side} and blocks={self.blocks} must be positive")
 
@@ -90,7 +96,7 @@ class Layout:
 
 
 def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
-    """Splits the layers into contiguous blocks, each with a block for every kind of layer.
+    """Assigns every matrix to a block; by default, blocks of layers with every kind of layer apart.
 
     A matrix outside any layer (an embedding, the head) has a block of its kind's own.
 
@@ -98,22 +104,29 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
         ValueError: more blocks are asked for than there are layers.
     """
     numbers = sorted({sites.layer_of(n) for s in chosen for n in s.names()} - {None})
-    if numbers and projection.blocks > len(numbers):
+    pooled = projection.pooling == "blocks"
+    if pooled and numbers and projection.blocks > len(numbers):
         raise ValueError(
             f"blocks={projection.blocks} exceeds the model's {len(numbers)} layers; lower it"
         )
     block_of_layer = {n: i * projection.blocks // len(numbers) for i, n in enumerate(numbers)}
 
-    def block_name(name):
+    def block(site, name):
+        """A key that sorts as the blocks are to stand, and the block's name."""
         layer = sites.layer_of(name)
-        group = sites.group_of(name)
-        return (-1, group) if layer is None else (block_of_layer[layer], group)
+        if projection.pooling == "matrix":
+            return -1 if layer is None else layer, name
+        if layer is None:
+            return -1, site.group
+        if pooled:
+            return block_of_layer[layer], f"{block_of_layer[layer]}/{site.group}"
+        return layer, f"{layer}"
 
-    by_path = {s.path: [block_name(n) for n in s.names()] for s in chosen}
+    by_path = {s.path: [block(s, n) for n in s.names()] for s in chosen}
     ordered = sorted({b for names in by_path.values() for b in names})
     index = {b: i for i, b in enumerate(ordered)}
     return Layout(
-        tuple(g if b < 0 else f"{b}/{g}" for b, g in ordered),
+        tuple(name for _, name in ordered),
         projection.side,
         {path: tuple(index[b] for b in names) for path, names in by_path.items()},
     )
@@ -121,11 +134,12 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
 
 def matrices(site: sites.Site, projection: Projection) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a site: float32 [M, k] and [N, k], stacked over layers where the site is."""
-    p = projection
-
-    def one(name, end, rows):
-        return random_matrix(p.seed, name, end, rows, p.side, p.family)
-
-    left = np.stack([one(n, "left", site.rows) for n in site.names()])
-    right = np.stack([one(n, "right", site.columns) for n in site.names()])
-    return (left[0], right[0]) if site.stack is None else (left, right)
+    ends = []
+    for end, rows in (("left", site.rows), ("right", site.columns)):
+        names = site.names()
+        out = np.empty((len(names), rows, projection.side), np.float32)
+        for i, name in enumerate(names):
+            p = projection
+            out[i] = random_matrix(p.seed, name, end, rows, p.side, p.family)
+        ends.append(out[0] if site.stack is None else out)
+    return tuple(ends)

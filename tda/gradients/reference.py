@@ -4,6 +4,8 @@ The gradient of each example with respect to every whole parameter, scaled weigh
 multiplied by the same A and B, added up by block.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,13 +18,15 @@ from tda.gradients.second_moments import Scale
 from tda.model import functional
 
 
-def per_example_gradients(model: nnx.Module, batch: dict, output: str = "loss") -> dict:
+def per_example_gradients(model: nnx.Module, batch: dict, output: str | Callable = "loss") -> dict:
     """The gradient of every example: float32 [B, …] by path name of the parameter."""
     model_fn, params = functional.split(model)
-    output_fn = losses.output(output)
+    output_fn = losses.output(output) if isinstance(output, str) else None
 
     def one(params, example):
         example = jax.tree.map(lambda x: x[None], example)
+        if output_fn is None:
+            return output(model_fn.merge(params), example)[0]
         logits_1xTxV = model_fn.apply(params, example["tokens"])
         return output_fn(logits_1xTxV, example["targets"], example["weights"])[0]
 
@@ -35,16 +39,17 @@ def encode(
     batch: dict,
     projection: projections.Projection,
     scales: dict[str, Scale] | None = None,
-    output: str = "loss",
+    output: str | Callable = "loss",
     include: str | None = None,
     exclude: str | None = None,
+    untapped: str = "leave",
 ) -> jax.Array:
     """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
-    chosen = sites.find(model, include, exclude)
+    chosen = sites.find(model, include, exclude, untapped)
     gradients = per_example_gradients(model, batch, output)
     projected = {}
     for site in chosen:
-        G = gradients[site.path].astype(jnp.float32)
+        G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
         if scales:
             G = G * scales[site.path].dense()
         left, right = projections.matrices(site, projection)

@@ -1,44 +1,61 @@
-"""Where a model's weight matrices are: one site per linear layer or embedding module.
+"""Where a model's weights are: one site per parameter that the encoder takes gradients of.
 
-A module whose parameter has one axis more than the layer's own is a stack of layers (scanned). Its
-layers get the names that a list of layers would give them: `layers/attention/query/kernel` of layer
-3 is `layers/3/attention/query/kernel`. So a scanned model and an unrolled one agree by name.
+A parameter with one axis more than its layer's own is a stack of layers (scanned). Its layers get
+the names that a list of layers would give them: `layers/attention/query/kernel` of layer 3 is
+`layers/3/attention/query/kernel`. So a scanned model and an unrolled one agree by name.
 """
 
 import dataclasses
+import math
 import re
+from typing import Literal
 
 from flax import nnx
 
-_OWN_NDIM = {nnx.Linear: ("kernel", 2), nnx.Embed: ("embedding", 2)}
+from tda.gradients import layers
 
 # A stack's layers are numbered after the first of these in the path, else after its first part.
 _LAYERS = re.compile(r"(.*_)?(layers?|blocks?|stack|h)")
 
 _GROUPS = {
     "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|ffn|feed_?forward"),
+    "mlp": re.compile(r"mlp|ffn|ffw|feed_?forward"),
     "head": re.compile(r"unembed|lm_head|(^|/)(head|output)(/|$)"),
-    "embedding": re.compile(r"embed"),
+    "embedding": re.compile(r"embed|(^|/)w[tp]e(/|$)"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A weight matrix, or a stack of them, that the model multiplies by.
+    """A weight matrix, or a stack of them.
 
     Attributes:
         module: path of the module, such as ("layers", "attention", "query").
-        parameter: name of the parameter in it: "kernel" or "embedding".
-        rows, columns: M and N of one matrix.
+        parameter: name of the parameter in it, such as "kernel".
+        rows, columns: M and N of one matrix. A vector is a matrix of one row.
         stack: number of stacked layers, or None.
+        shape: of the parameter, the stack's axis first; None: [(L,) M, N].
+        order: the parameter's own axes, those of the rows before those of the columns; None: as is.
+        tapped: whether a tap gives its gradient; otherwise it is formed whole for every example.
+        group: "attention", "mlp", "embedding", "head" or "other"; None: by the path.
     """
 
     module: tuple
     parameter: str
     rows: int
     columns: int
-    stack: int | None
+    stack: int | None = None
+    shape: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    tapped: bool = True
+    group: str | None = None
+
+    def __post_init__(self):
+        if self.shape is None:
+            stack = () if self.stack is None else (self.stack,)
+            object.__setattr__(self, "shape", (*stack, self.rows, self.columns))
+        if self.group is None:
+            object.__setattr__(self, "group", group_of(self.path))
 
     @property
     def path(self) -> str:
@@ -54,48 +71,107 @@ class Site:
         at = next(named, 0) + 1
         return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(self.stack)]
 
+    def matrix(self, x):
+        """An array of the parameter's shape as a matrix or a stack of them: [(L,) M, N]."""
+        first = 0 if self.stack is None else 1
+        if self.order is not None:
+            x = x.transpose(*range(first), *(first + i for i in self.order))
+        return x.reshape(*x.shape[:first], self.rows, self.columns)
 
-def find(model: nnx.Module, include: str | None = None, exclude: str | None = None) -> list[Site]:
+
+def find(
+    model: nnx.Module,
+    include: str | None = None,
+    exclude: str | None = None,
+    untapped: Literal["leave", "reference", "error"] = "leave",
+) -> list[Site]:
     """The sites of `model`, sorted by path.
 
     Args:
         model: any NNX model.
         include: a regular expression that a parameter's path name must match (searched); by default
-            every matrix but embeddings, the output head and norms.
+            every matrix of a layer, which leaves out embeddings, the output head, norms and biases.
         exclude: one that it must not match.
+        untapped: what becomes of parameters that match and that no tap can be put on (norms,
+            biases, layers of unknown classes): "leave" them out (`left_out` names them), take them
+            by the "reference" path (each example's whole gradient is formed), or "error".
 
     Raises:
-        ValueError: no matrix matches.
+        ValueError: nothing matches, or, with untapped="error", something cannot be tapped.
     """
-    found = []
-    for path, module in nnx.iter_modules(model):
-        for kind, (parameter, ndim) in _OWN_NDIM.items():
-            if isinstance(module, kind):
-                shape = getattr(module, parameter).shape
-                stack = shape[0] if len(shape) == ndim + 1 else None
-                found.append(Site(tuple(path), parameter, *shape[-2:], stack))
-    chosen = [
-        s
-        for s in found
-        if (re.search(include, s.path) if include else group_of(s.path) in ("attention", "mlp"))
-        and not (exclude and re.search(exclude, s.path))
-    ]
+    if untapped not in ("leave", "reference", "error"):
+        raise ValueError(f"untapped is {untapped!r}; use leave, reference or error")
+    everything = _sites(model)
+    chosen = [s for s in everything if _selected(s, include, exclude)]
+    without = [s.path for s in chosen if not s.tapped]
+    if untapped == "error" and without:
+        raise ValueError(
+            f"no tap can be put on {', '.join(without)}; exclude them, or take them with "
+            "untapped='reference'"
+        )
+    if untapped != "reference":
+        chosen = [s for s in chosen if s.tapped]
     if not chosen:
+        listed = ", ".join(s.path + ("" if s.tapped else " (no tap)") for s in everything)
         raise ValueError(
             f"no weight matrix matches include={include!r}, exclude={exclude!r}; "
-            f"the model has {', '.join(s.path for s in found) or 'none'}"
+            f"the model has {listed or 'none'}"
         )
     return sorted(chosen, key=lambda s: s.path)
+
+
+def _selected(site: Site, include: str | None, exclude: str | None) -> bool:
+    if exclude and re.search(exclude, site.path):
+        return False
+    if include:
+        return re.search(include, site.path) is not None
+    return site.group not in ("embedding", "head") and site.rows > 1
+
+
+def _sites(model: nnx.Module) -> list[Site]:
+    """A site for every parameter of the model."""
+    modules = {tuple(path): m for path, m in nnx.iter_modules(model)}
+    found = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *module, parameter = path
+        found.append(_site(tuple(module), parameter, tuple(variable.shape), modules))
+    return found
+
+
+def _site(module: tuple, parameter: str, shape: tuple[int, ...], modules: dict) -> Site:
+    holder = modules.get(module)
+    group = _group(module, parameter, modules)
+    own = None if holder is None else layers.own_ndim(holder, parameter)
+    stack = shape[0] if own is not None and len(shape) == own + 1 else None
+    one = shape if stack is None else shape[1:]
+    product = None if holder is None else layers.product(holder)
+    if product is not None and product.parameter == parameter and len(one) == product.ndim:
+        order = (*product.rows, *product.columns)
+        rows = math.prod(one[i] for i in product.rows)
+        columns = math.prod(one[i] for i in product.columns)
+        turned = None if order == tuple(range(len(order))) else order
+        return Site(module, parameter, rows, columns, stack, shape, turned, True, group)
+    columns = one[-1] if one else 1
+    rows = math.prod(one[:-1])
+    return Site(module, parameter, rows, columns, stack, shape, None, False, group)
+
+
+def _group(module: tuple, parameter: str, modules: dict) -> str:
+    """The group by the path's name, else by the classes of the modules on the way to it."""
+    group = group_of("/".join(map(str, (*module, parameter))))
+    for i in range(len(module), 0, -1):
+        if group != "other":
+            break
+        # MultiHeadAttention, FeedForward: the class says what the attribute's name does not.
+        by_class = group_of(type(modules.get(module[:i])).__name__)
+        group = by_class if by_class in ("attention", "mlp") else group
+    return group
 
 
 def left_out(model: nnx.Module, chosen: list[Site]) -> dict[str, int]:
     """Sizes of the parameters whose gradients the chosen sites do not cover, by path name."""
     covered = {s.path for s in chosen}
-    sizes = {
-        "/".join(map(str, path)): variable[...].size
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    return {path: size for path, size in sizes.items() if path not in covered}
+    return {s.path: math.prod(s.shape) for s in _sites(model) if s.path not in covered}
 
 
 def group_of(path: str) -> str:

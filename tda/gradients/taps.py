@@ -4,27 +4,51 @@ A tap is an array of zeros, k × k for every example, that a layer y = x W carri
 nothing to y; its cotangent, by `jax.custom_vjp`, is Aᵀ(Σ_t x_t δ_tᵀ)B = (xA)ᵀ(δB), the projection
 of that example's weight gradient. So differentiating the summed loss with respect to the taps alone
 gives the projected gradients of a whole batch in one backward pass, in which no weight gradient is
-ever formed.
+ever formed. A sum of R outer products in place of 1/√V puts R scaled copies side by side in A and
+in B, as if there were R times as many positions.
+
+A tap of positions is one zero for every example and position; its cotangent is x_tᵀKδ_t, that
+position's part of ⟨K, G⟩.
 
 Taps are put on a model from outside: the class of a module becomes a subclass that taps its output.
 Paths and parameters stay what they were, and the model's own code runs unchanged.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tda.gradients import sites
+from tda.gradients import layers, sites
 
 
 class Tap(nnx.Variable):
-    """The zeros whose cotangent is the projected gradient: [(L,) B, k, k]."""
+    """The zeros whose cotangent is asked for: [(L,) B, k, k], or [(L,) B, T] for positions."""
 
 
 class Ends(nnx.Variable):
-    """What a tap multiplies by: A, B, and the scale of every weight where it is exact."""
+    """What a tap multiplies by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """What the tap of one site multiplies by. Axes are stacked as the site's are.
+
+    Attributes:
+        left: A, float32 [(L,) M, R·k]: R scaled copies side by side.
+        right: B, float32 [(L,) N, R·k].
+        side: k.
+        scale: 1/√V of every weight, float32 [(L,) M, N], where it is exact.
+        direction: for a tap of positions K = AWBᵀ; W, float32 [(L,) k, k].
+    """
+
+    left: jax.Array
+    right: jax.Array
+    side: int
+    scale: jax.Array | None = None
+    direction: jax.Array | None = None
 
 
 def _f32(x):
@@ -35,22 +59,28 @@ def _einsum(equation, *operands):
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
+def _project(x_BxTxM, A_MxRP, side: int):
+    """x A as float32 [B, T·R, k], with the product in the precision of x."""
+    xA_BxTxRP = _einsum("btm,mp->btp", x_BxTxM, A_MxRP.astype(x_BxTxM.dtype))
+    return xA_BxTxRP.reshape(x_BxTxM.shape[0], -1, side)
+
+
 @jax.custom_vjp
-def tap_factored(y_BxTxN, xA_BxTxP, tap_BxPxP, B_NxP):
+def tap_factored(y_BxTxN, xA_BxSxP, tap_BxPxP, B_NxRP):
     """`y`, whose cotangent δ reaches the tap as (xA)ᵀ(δB); `xA` is the projected input."""
-    del xA_BxTxP, tap_BxPxP, B_NxP
+    del xA_BxSxP, tap_BxPxP, B_NxRP
     return y_BxTxN
 
 
-def _factored_forward(y, xA_BxTxP, tap, B_NxP):
+def _factored_forward(y, xA_BxSxP, tap, B_NxRP):
     del tap
-    return y, (xA_BxTxP, B_NxP)
+    return y, (xA_BxSxP, B_NxRP)
 
 
 def _factored_backward(kept, d_BxTxN):
-    xA_BxTxP, B_NxP = kept
-    dB_BxTxP = _einsum("btn,np->btp", _f32(d_BxTxN), B_NxP)
-    return d_BxTxN, None, _einsum("btp,btq->bpq", xA_BxTxP, dB_BxTxP), None
+    xA_BxSxP, B_NxRP = kept
+    dB_BxSxP = _project(d_BxTxN, B_NxRP, xA_BxSxP.shape[-1])
+    return d_BxTxN, None, _einsum("bsp,bsq->bpq", xA_BxSxP, dB_BxSxP), None
 
 
 tap_factored.defvjp(_factored_forward, _factored_backward)
@@ -83,33 +113,75 @@ def _exact_backward(kept, d_BxTxN):
 tap_exact.defvjp(_exact_forward, _exact_backward)
 
 
-def _positions(x):
-    """`x` with exactly one axis of positions between batch and features."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+@jax.custom_vjp
+def tap_positions(y_BxTxN, xK_BxSxP, tap_BxT, B_NxRP):
+    """`y`, whose cotangent δ reaches the tap as Σ (xK) ∘ (δB) at every position.
+
+    B is None where K already has the output's width.
+    """
+    del xK_BxSxP, tap_BxT, B_NxRP
+    return y_BxTxN
 
 
-def _tap_output(module, y, x):
-    """Taps the product y = x W of inputs [B, …, M] and outputs [B, …, N]."""
+def _positions_forward(y, xK_BxSxP, tap_BxT, B_NxRP):
+    return y, (xK_BxSxP, B_NxRP, tap_BxT)
+
+
+def _positions_backward(kept, d_BxTxN):
+    xK_BxSxP, B_NxRP, tap_BxT = kept
+    dB_BxSxP = _f32(d_BxTxN) if B_NxRP is None else _project(d_BxTxN, B_NxRP, xK_BxSxP.shape[-1])
+    parts_BxS = jnp.sum(xK_BxSxP * dB_BxSxP, axis=-1)
+    # The sequence is the first axis of positions; whatever else a layer has is added up.
+    return d_BxTxN, None, jnp.sum(parts_BxS.reshape(*tap_BxT.shape, -1), axis=-1), None
+
+
+tap_positions.defvjp(_positions_forward, _positions_backward)
+
+
+def _tap_product(module, y_BxTxN, x_BxTxM, turned: bool = False):
+    """Taps the product y = x W; `turned` where the weight's rows are the output's."""
     A, B, tap = module.tap_left[...], module.tap_right[...], module.tap[...]
-    if x.ndim < 2 or x.shape[0] != tap.shape[0]:
+    scale = None if module.tap_scale is None else module.tap_scale[...]
+    direction = None if module.tap_direction is None else module.tap_direction[...]
+    if turned:
+        A, B = B, A
+        scale = None if scale is None else scale.T
+        direction = None if direction is None else direction.T
+        tap = tap if direction is not None else jnp.swapaxes(tap, 1, 2)
+    if x_BxTxM.shape[0] != tap.shape[0]:
         raise ValueError(
-            f"a layer of shape {A.shape[0]} × {B.shape[0]} was called with inputs {x.shape}: their "
-            f"first axis must be the batch ({tap.shape[0]} examples)"
+            f"a layer of shape {A.shape[0]} × {B.shape[0]} was called with inputs of first axis "
+            f"{x_BxTxM.shape[0]}: it must be the batch ({tap.shape[0]} examples)"
         )
-    x_BxTxM, y_BxTxN = _positions(jax.lax.stop_gradient(x)), _positions(y)
-    if module.tap_scale is not None:
-        out = tap_exact(y_BxTxN, x_BxTxM, tap, A, B, module.tap_scale[...])
-    else:
-        # Kept for the backward pass: k numbers a position, not the layer's whole input.
-        xA_BxTxP = _einsum("btm,mp->btp", _f32(x_BxTxM), A)
-        out = tap_factored(y_BxTxN, xA_BxTxP, tap, B)
-    return out.reshape(y.shape)
+    x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
+    if direction is not None:
+        return _tap_positions_of(y_BxTxN, x_BxTxM, tap, A, B, scale, direction)
+    if scale is not None:
+        return tap_exact(y_BxTxN, x_BxTxM, tap, A, B, scale)
+    # Kept for the backward pass: k numbers a position, not the layer's whole input.
+    return tap_factored(y_BxTxN, _project(x_BxTxM, A, tap.shape[-1]), tap, B)
 
 
-def _tapped_linear(kind: type) -> type:
+def _tap_positions_of(y, x_BxTxM, tap_BxT, A, B, scale, W_PxP):
+    if x_BxTxM.shape[1] % tap_BxT.shape[1]:
+        raise ValueError(
+            f"a layer of shape {A.shape[0]} × {B.shape[0]} has {x_BxTxM.shape[1]} positions, not a "
+            f"multiple of the sequence's {tap_BxT.shape[1]}; leave it out of the contributions"
+        )
+    if scale is not None:
+        K_MxN = (A @ W_PxP @ B.T) * scale
+        return tap_positions(y, _einsum("btm,mn->btn", _f32(x_BxTxM), K_MxN), tap_BxT, None)
+    xAW_BxSxP = _project(x_BxTxM, A, W_PxP.shape[0]) @ W_PxP
+    return tap_positions(y, xAW_BxSxP, tap_BxT, B)
+
+
+def _tapped_product(kind: type) -> type:
     class Tapped(kind):
         def __call__(self, inputs, *args, **kwargs):
-            return _tap_output(self, super().__call__(inputs, *args, **kwargs), inputs)
+            y = super().__call__(inputs, *args, **kwargs)
+            known = layers.product(self)
+            y_BxTxN, back = known.outputs(y)
+            return back(_tap_product(self, y_BxTxN, known.inputs(inputs)))
 
     return Tapped
 
@@ -119,57 +191,58 @@ def _tapped_embed(kind: type) -> type:
         # A look-up is a product with one-hot rows.
         def __call__(self, inputs, *args, **kwargs):
             y = super().__call__(inputs, *args, **kwargs)
+            known = layers.product(self)
+            y_BxTxN, back = known.outputs(y)
             if self.tap_scale is not None:
                 hot = jax.nn.one_hot(inputs, self.num_embeddings, dtype=jnp.float32)
-                return _tap_output(self, y, hot)
-            xA_BxTxP = jnp.take(self.tap_left[...], inputs, axis=0)
-            tap, B_DxP = self.tap[...], self.tap_right[...]
-            return tap_factored(_positions(y), _positions(xA_BxTxP), tap, B_DxP).reshape(y.shape)
+                return back(_tap_product(self, y_BxTxN, known.inputs(hot)))
+            tap, direction = self.tap[...], self.tap_direction
+            side = tap.shape[-1] if direction is None else direction[...].shape[-1]
+            xA_BxTxRP = jnp.take(self.tap_left[...], inputs, axis=0)
+            xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, side)
+            if direction is not None:
+                xAW_BxSxP = xA_BxSxP @ direction[...]
+                return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, self.tap_right[...]))
+            return back(tap_factored(y_BxTxN, xA_BxSxP, tap, self.tap_right[...]))
 
         # The table's gradient is Σ_t δ_t q_tᵀ: input and output change places, so the tap turns.
         def attend(self, query, *args, **kwargs):
             y = super().attend(query, *args, **kwargs)
-            A_VxP, B_DxP = self.tap_left[...], self.tap_right[...]
-            q_BxTxD, y_BxTxV = _positions(jax.lax.stop_gradient(query)), _positions(y)
-            turned = jnp.swapaxes(self.tap[...], 1, 2)
-            if self.tap_scale is not None:
-                out = tap_exact(y_BxTxV, q_BxTxD, turned, B_DxP, A_VxP, self.tap_scale[...].T)
-            else:
-                qB_BxTxP = _einsum("btd,dp->btp", _f32(q_BxTxD), B_DxP)
-                out = tap_factored(y_BxTxV, qB_BxTxP, turned, A_VxP)
-            return out.reshape(y.shape)
+            known = layers.product(self)
+            y_BxTxV, back = known.outputs(y)
+            return back(_tap_product(self, y_BxTxV, known.inputs(query), turned=True))
 
     return Tapped
 
 
-_TAPPED = {nnx.Linear: _tapped_linear, nnx.Embed: _tapped_embed}
-
-
 @functools.cache
 def _tapped_class(kind: type) -> type:
-    make = next(make for base, make in _TAPPED.items() if issubclass(kind, base))
+    make = _tapped_embed if issubclass(kind, nnx.Embed) else _tapped_product
     tapped = make(kind)
     tapped.__name__ = tapped.__qualname__ = f"Tapped{kind.__name__}"
     return tapped
 
 
-def put_on(model: nnx.Module, ends: dict[sites.Site, tuple]) -> nnx.Module:
+def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
     """A copy of `model` whose sites carry taps; the copy shares the arrays.
 
     Args:
         model: any NNX model.
-        ends: for each site A, B and the exact scale or None, stacked as the site is.
+        ends: what each site's tap multiplies by.
 
     Returns:
-        The model with variables of type `Tap` ([(L,) 1, k, k]: one example) and `Ends`.
+        The model with variables of type `Tap` ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one
+        example of one position) and `Ends`.
     """
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
-    for site, (left, right, scale) in ends.items():
+    for site, end in ends.items():
         module = modules[site.module]
         object.__setattr__(module, "__class__", _tapped_class(type(module)))
         stack = () if site.stack is None else (site.stack,)
-        module.tap = Tap(jnp.zeros((*stack, 1, left.shape[-1], right.shape[-1])))
-        module.tap_left, module.tap_right = Ends(left), Ends(right)
-        module.tap_scale = None if scale is None else Ends(scale)
+        one = (1, end.side, end.side) if end.direction is None else (1, 1)
+        module.tap = Tap(jnp.zeros((*stack, *one)))
+        module.tap_left, module.tap_right = Ends(end.left), Ends(end.right)
+        module.tap_scale = None if end.scale is None else Ends(end.scale)
+        module.tap_direction = None if end.direction is None else Ends(end.direction)
     return tapped

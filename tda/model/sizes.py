@@ -2,6 +2,7 @@
 
 SIZES = {
     "tiny": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, ff_width=384),
+    "mini": dict(width=192, layers=6, heads=3, kv_heads=3, head_width=64, ff_width=768),
     "small": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, ff_width=1024),
     "154m": dict(
         width=768, layers=12, heads=12, kv_heads=12, head_width=64, ff_width=2736, tied=False

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import hessian
+from tda import hessian, store
 from tda.retrieval.ranked import Ranked
 
 
@@ -38,9 +38,11 @@ encode = jax.jit(_encode, static_argnames=("unit_norm", "bounds"))
 
 
 @functools.partial(jax.jit, static_argnames=("unit_norm", "bounds"))
-def _scores(queries_QxE, x_RxE, roots, unit_norm, bounds):
-    encoded = _encode(x_RxE, roots, unit_norm, bounds)
-    return jnp.matmul(queries_QxE, encoded.T, precision=jax.lax.Precision.HIGHEST)
+def _scores(queries_QxE, x_RxE, valid_R, roots, unit_norm, bounds):
+    """Scores, float32 [Q, R]; NaN for an invalid row."""
+    encoded = _encode(jnp.where(valid_R[:, None], x_RxE, 0.0), roots, unit_norm, bounds)
+    scores = jnp.matmul(queries_QxE, encoded.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(valid_R, scores, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("k",))
@@ -49,6 +51,7 @@ def _merge(best, scores_QxR, first_row, k):
     kept_scores, kept_rows = best
     rows = first_row + jnp.arange(scores_QxR.shape[1])
     rows_QxR = jnp.broadcast_to(rows, scores_QxR.shape)
+    scores_QxR = jnp.where(jnp.isnan(scores_QxR), -jnp.inf, scores_QxR)
     scores = jnp.concatenate([kept_scores, scores_QxR], axis=1)
     rows = jnp.concatenate([kept_rows, rows_QxR], axis=1)
     top_scores, at = jax.lax.top_k(scores, k)
@@ -69,7 +72,8 @@ def search(
 
     Args:
         gradients_QxE: projected gradients of the queries, float32.
-        chunks: (first row, float32 [R, E]) over the whole corpus, in order.
+        chunks: (first row, float32 [R, E]) over the whole corpus, in order; rows that the store
+            calls invalid are never retrieved.
         rows: C, the number of rows in the corpus.
         slices: where each block stands in a row.
         scorers: the methods, by name.
@@ -94,11 +98,14 @@ def search(
         }
         above = {label: np.zeros(count, np.int64) for label in correct}
         state[name] = [queries, empty, empty, thresholds, above]
+    found = 0
     for first, chunk in chunks:
-        x_RxE = jnp.asarray(chunk)
+        valid_R = store.valid(chunk)
+        found += int(valid_R.sum())
+        x_RxE, valid_R = jnp.asarray(chunk), jnp.asarray(valid_R)
         for name, scorer in scorers.items():
             queries, best, worst, thresholds, above = state[name]
-            scores = _scores(queries, x_RxE, scorer.roots, scorer.unit_norm, bounds)
+            scores = _scores(queries, x_RxE, valid_R, scorer.roots, scorer.unit_norm, bounds)
             state[name][1] = _merge(best, scores, first, k)
             state[name][2] = _merge(worst, -scores, first, k)
             if correct:
@@ -112,11 +119,12 @@ def search(
             label: np.where(np.isfinite(thresholds[label]), above[label] + 1, 0)
             for label in correct
         }
+        # Where fewer than k rows are valid, the rest of the k were never filled.
         out[name] = Ranked(
-            np.asarray(best[1], np.int64),
-            np.asarray(best[0]),
-            np.asarray(worst[1], np.int64),
-            -np.asarray(worst[0]),
+            np.asarray(best[1], np.int64)[:, :found],
+            np.asarray(best[0])[:, :found],
+            np.asarray(worst[1], np.int64)[:, :found],
+            -np.asarray(worst[0])[:, :found],
             ranks,
         )
     return out
@@ -129,11 +137,13 @@ def _best_correct(queries_QxE, scorer, bounds, lists, read) -> np.ndarray:
     step = 4096
     for start in range(0, len(wanted), step):
         some = wanted[start : start + step].astype(np.int64)
+        rows_RxE = read(some)
+        valid_R = store.valid(rows_RxE)
         scores = np.asarray(
-            _scores(queries_QxE, jnp.asarray(read(some)), scorer.roots, scorer.unit_norm, bounds)
+            _scores(queries_QxE, rows_RxE, valid_R, scorer.roots, scorer.unit_norm, bounds)
         )
         for q, rows in enumerate(lists):
-            at = np.flatnonzero(np.isin(some, rows))
+            at = np.flatnonzero(np.isin(some, rows) & valid_R)
             if len(at):
                 best[q] = max(best[q], scores[q, at].max())
     return best

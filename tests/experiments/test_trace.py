@@ -12,6 +12,7 @@ import pytest
 
 from configs import defaults
 from experiments import attribution, corpus, evaluation, launch, trace, training
+from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
 from tda.data.records import RecordError
@@ -147,6 +148,7 @@ def test_another_model_size_in_the_same_workdir_is_refused(finished):
 
 def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
     config, path, _ = finished
+    config = config.copy_and_resolve_references()
     data = corpus.load(config, Workdir(path))
     trained = training.run(config, data, Workdir(path))
     _, params = training.functional.split(trained.model)
@@ -154,9 +156,21 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
     bare = training.Trained(
         trained.model, str(tmp_path / "bare"), trained.step, trained.tx, trained.mesh, {}
     )
+    config.gradients.second_moments = "optimizer"
     with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
-        attribution.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
+        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
     assert not (tmp_path / "w" / "stores").exists()
+    # Unless asked for, they are estimated, and the store says so.
+    config.gradients.second_moments = "auto"
+    config.gradients.estimate_batches = 2
+    store, queries = encoding_stage.encode(
+        config, data, bare, Workdir(tmp_path / "w"), corrected=True
+    )
+    made = store.manifest["fingerprint"]["second_moments"]
+    assert made["estimated from batches"] == 2
+    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
+    assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
+    assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
 
 
 def broken(change):

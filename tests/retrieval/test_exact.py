@@ -126,3 +126,32 @@ def test_a_ranking_is_kept_and_read_again(data, tmp_path):
     for name in ("proponents", "proponent_scores", "opponents", "opponent_scores"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     np.testing.assert_array_equal(again.first_ranks["all"], found.first_ranks["all"])
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_invalid_rows_are_never_retrieved(data, unit_norm):
+    queries, passages = data
+    holes = passages.copy()
+    holes[[3, 20, 96]] = np.inf
+    correct = {"all": [np.array([3, 50]), np.array([96]), np.array([0]), *[np.array([7])] * 2]}
+    kept = np.delete(np.arange(97), [3, 20, 96])
+    search = lambda x, k, correct: exact.search(  # noqa: E731
+        queries,
+        in_chunks(x, 10),
+        len(x),
+        SLICES,
+        {"m": exact.Scorer(None, unit_norm)},
+        k,
+        correct,
+        lambda rows: x[rows],
+    )["m"]
+    found = search(holes, 10, correct)
+    moved = {"all": [np.flatnonzero(np.isin(kept, rows)) for rows in correct["all"]]}
+    expected = search(passages[kept], 10, moved)
+    np.testing.assert_array_equal(found.proponents, kept[expected.proponents])
+    np.testing.assert_array_equal(found.opponents, kept[expected.opponents])
+    np.testing.assert_array_equal(found.first_ranks["all"], expected.first_ranks["all"])
+    assert found.first_ranks["all"][1] == 0  # its only correct passage is invalid
+    everything = search(holes, 97, correct)
+    assert everything.proponents.shape == (5, 94) and np.isfinite(everything.proponent_scores).all()
+    assert everything.opponents.shape == (5, 94) and not (everything.opponents == 20).any()

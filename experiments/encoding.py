@@ -1,0 +1,135 @@
+"""The stage that encodes corpus and queries into stores."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from experiments.corpus import Corpus
+from experiments.training import Trained
+from experiments.workdir import Workdir, fingerprint, plain
+from tda import checkpoint, encoding, train
+from tda import loss as losses
+from tda import store as stores
+from tda.data import batches
+from tda.gradients import encoder as encoders
+from tda.gradients import estimate, second_moments, sites
+from tda.gradients.projection import Projection
+
+
+def made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict:
+    """What decides the gradients of a store, apart from the rows."""
+    g = config.gradients
+    made = {
+        "checkpoint": fingerprint(trained.fingerprint),
+        "step": trained.step,
+        "projection": dataclasses.asdict(Projection(**dict(config.projection))),
+        "correction": g.correction if corrected else "none",
+        "output": g.output,
+        "include": g.include,
+        "exclude": g.exclude,
+        "untapped": g.untapped,
+        "tokenizer": corpus.fingerprint["tokenizer"],
+    }
+    if corrected:
+        made["second_moments"] = _source_of_moments(config, corpus, trained)
+    return plain(made)
+
+
+def _source_of_moments(config, corpus: Corpus, trained: Trained):
+    """What the second moments are estimated from, or "optimizer" where they are read."""
+    g = config.gradients
+    if g.second_moments not in ("auto", "optimizer", "estimate"):
+        raise ValueError(
+            f"unknown gradients.second_moments={g.second_moments!r}; "
+            "use auto, optimizer or estimate"
+        )
+    there = checkpoint.has_optimizer(trained.root, trained.step)
+    if g.second_moments == "optimizer" or (g.second_moments == "auto" and there):
+        return "optimizer"
+    return {
+        "estimated from batches": g.estimate_batches,
+        "of tokens": config.train.tokens_per_batch,
+        "text": corpus.fingerprint["training"],
+        "seed": config.seed,
+    }
+
+
+def _scales(config, corpus: Corpus, trained: Trained, chosen: list[sites.Site], made: dict):
+    """1/√V by path, as `made` says."""
+    if made["correction"] == "none":
+        return None
+    if made["second_moments"] == "optimizer":
+        return second_moments.read(trained.root, chosen, made["correction"], trained.step)
+    count, training = config.gradients.estimate_batches, corpus.training
+    print(f"second moments: estimated from {count} batches of the training text")
+    # A shuffled epoch's first batches are a sample of the text.
+    planned = train.epoch_plan(
+        training,
+        0,
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=config.train.tokens_per_batch,
+        multiple=1,
+        seed=config.seed,
+    )
+    found = (b.arrays() for b in batches.batches(training, planned, corpus.tokenizer.pad))
+
+    def loss(model, batch):
+        return losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
+
+    return estimate.estimate(
+        trained.model,
+        loss,
+        itertools.islice(found, count),
+        chosen,
+        made["correction"],
+        config.train.eps,
+    )
+
+
+def encode(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool
+) -> tuple[stores.GradientStore, np.ndarray]:
+    """The store of the corpus's gradients, and the queries' gradients, encoded if not there yet."""
+    g = config.gradients
+    made = made_from(config, corpus, trained, corrected)
+    correction, projection = made["correction"], Projection(**dict(config.projection))
+    scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
+    chosen = sites.find(trained.model, **scope)
+    scales = _scales(config, corpus, trained, chosen, made)
+    _tell_coverage(trained, chosen)
+    make = encoders.make_encoder(trained.model, projection, scales, g.output, **scope)
+    blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
+    layout = dict(
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=g.tokens_per_batch,
+        pad=corpus.tokenizer.pad,
+        mesh=trained.mesh,
+    )
+    found = []
+    for name, table in (("queries", corpus.prompts), ("corpus", corpus.passages)):
+        whole = made | {name: corpus.fingerprint[name], "dtype": config.store.dtype}
+        path = workdir / "stores" / f"{name}-{correction}-{fingerprint(whole)}"
+        store = stores.create(path, table.ids, blocks, whole, config.store.dtype)
+        encoding.fill(store, make, table, f"encode {name} ({correction})", **layout)
+        found.append(store)
+    queries, passages = found
+    gradients_QxE = queries.read(slice(0, queries.rows))
+    bad = np.flatnonzero(~stores.valid(gradients_QxE))
+    if len(bad):
+        raise ValueError(
+            f"the gradients of {len(bad)} queries are not finite, such as "
+            f"{corpus.prompts.ids[bad[0]]!r}; look at the model's logits for its prompt"
+        )
+    return passages, gradients_QxE
+
+
+def _tell_coverage(trained: Trained, chosen: list[sites.Site]) -> None:
+    covered = sum(math.prod(s.shape) for s in chosen)
+    out = sites.left_out(trained.model, chosen)
+    total = covered + sum(out.values())
+    print(
+        f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
+        f"left out: {', '.join(out) or 'none'}"
+    )

@@ -1,0 +1,107 @@
+"""Which positions of a passage carry its score: each position's part of an inner product.
+
+A projected gradient is a sum over positions, Σ_t Aᵀ x_t δ_tᵀ B, in every layer. So its inner
+product with a direction is one too: at position t, what a layer is given there (x_t) meets what the
+loss asks of its output there (δ_t). The parts add up to the score exactly.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tda import loss as losses
+from tda.gradients import encoder as encoders
+from tda.gradients import projection as projections
+from tda.gradients import sites, taps
+from tda.gradients.second_moments import Scale
+
+
+def make_contributions(
+    model: nnx.Module,
+    projection: projections.Projection,
+    scales: dict[str, Scale] | None = None,
+    output: str = "loss",
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Callable[[dict, jax.Array], jax.Array]:
+    """Makes a function that splits ⟨direction, encoding⟩ over positions.
+
+    The arguments are those of `tda.gradients.encoder.make_encoder`. The function takes a batch and
+    a direction float32 [E] and gives float32 [B, T], whose sum over T is the inner product of the
+    direction and the example's encoding. For a score ⟨N(W g_passage), N(W g_query)⟩ the direction
+    is W N(W g_query) / ‖W g_passage‖ (`direction_of`).
+
+    Raises:
+        ValueError: as `make_encoder` does.
+    """
+    chosen = sites.find(model, include, exclude)
+    plan = projections.layout(chosen, projection)
+    output_fn = losses.output(output)
+    ends = encoders.ends_of(chosen, projection, scales)
+    side = projection.side
+
+    def with_direction(direction_E):
+        blocks = direction_E.reshape(len(plan.blocks), side, side)
+        out = {}
+        for site, end in ends.items():
+            W = blocks[jnp.asarray(plan.members[site.path])]
+            W = W[0] if site.stack is None else W
+            out[site] = taps.End(end.left, end.right, side, end.scale, W)
+        return out
+
+    # The structure with a direction of zeros; the real one takes its place in every call.
+    example = taps.put_on(model, with_direction(jnp.zeros(plan.width)))
+    graphdef, *states = nnx.split(example, taps.Tap, ...)
+    templates, variables = map(nnx.to_pure_dict, states)
+
+    @jax.jit
+    def contributions(variables, batch, direction_E):
+        B, T = batch["tokens"].shape
+        variables = jax.tree.map(lambda x: x, variables)
+        for site, end in with_direction(direction_E).items():
+            node = variables
+            for key in site.module:
+                node = node[key]
+            node["tap_direction"] = end.direction
+
+        def summed(tap_arrays):
+            own = nnx.merge(graphdef, tap_arrays, variables)
+            # All logits at once: a piece of the positions would not be the sequence.
+            logits_BxTxV = own(batch["tokens"])
+            return jnp.sum(output_fn(logits_BxTxV, batch["targets"], batch["weights"]))
+
+        zeros = jax.tree.map(lambda t: jnp.zeros((*t.shape[:-2], B, T), jnp.float32), templates)
+        found = jax.grad(summed)(zeros)
+        parts = [encoders.found_at(found, s) for s in chosen]
+        return sum(x if s.stack is None else x.sum(0) for s, x in zip(chosen, parts, strict=True))
+
+    return lambda batch, direction_E: contributions(variables, batch, direction_E)
+
+
+def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarray:
+    """The direction whose inner product with a passage's gradient is its score for a query.
+
+    Args:
+        query_E, passage_E: projected gradients, float32 [E].
+        roots: W = R^(−1/2) by block, or None for the identity.
+        slices: where each block stands.
+        unit_norm: whether both are divided by their norms.
+
+    Returns:
+        float64 [E].
+    """
+
+    def whiten(x_E):
+        if roots is None:
+            return x_E
+        return np.concatenate([root @ x_E[s] for s, root in zip(slices, roots, strict=True)])
+
+    query_E = whiten(np.asarray(query_E, np.float64))
+    direction_E = whiten(query_E)  # W is symmetric
+    if not unit_norm:
+        return direction_E
+    norms = np.linalg.norm(query_E) * np.linalg.norm(whiten(np.asarray(passage_E, np.float64)))
+    return direction_E / norms if norms > 0 else np.zeros_like(direction_E)

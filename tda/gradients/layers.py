@@ -1,0 +1,174 @@
+"""What the encoder knows of layer classes: how a layer's output is a product with its parameter.
+
+A layer is known by the axes of its parameter that are summed over (the rows of a weight matrix) and
+those that appear in its output (the columns), and by how its input and output are laid out. Layers
+of other classes are not lost: `tda.gradients.sites` reports their parameters by name, and the
+reference path takes them if asked.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A layer's product with its parameter, the batch being the input's first axis.
+
+    Attributes:
+        parameter: the parameter's name in the layer.
+        rows: its own axes that are summed over, in the order in which they are flattened.
+        columns: its own axes that the output has, in order.
+        inputs: the layer's input to [B, T', M].
+        outputs: the layer's output to [B, T', N], and a function that turns that back.
+    """
+
+    parameter: str
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    inputs: Callable
+    outputs: Callable
+
+    @property
+    def ndim(self) -> int:
+        """Axes that the parameter has in one layer."""
+        return len(self.rows) + len(self.columns)
+
+
+# Classes of other packages that multiply by jnp.einsum: (class, parameter, attribute).
+_EINSUMS: list[tuple[type, str, str]] = [(nnx.Einsum, "kernel", "einsum_str")]
+
+_VECTORS = (nnx.RMSNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
+
+
+def register_einsum(kind: type, parameter: str, equation: str) -> None:
+    """Makes a layer class known whose call is `jnp.einsum(equation, inputs, parameter)`.
+
+    Args:
+        kind: the class; its `__call__` takes the input first.
+        parameter: the name of its parameter.
+        equation: the name of the attribute that holds the equation.
+    """
+    _EINSUMS.append((kind, parameter, equation))
+
+
+def product(module: nnx.Module) -> Product | None:
+    """How `module` multiplies by its parameter; None where that is not known."""
+    if isinstance(module, nnx.Linear):
+        return Product("kernel", (0,), (1,), _positions, _flattened(1))
+    if isinstance(module, nnx.Embed):
+        return Product("embedding", (0,), (1,), _positions, _flattened(1))
+    if isinstance(module, nnx.LinearGeneral):
+        return _linear_general(module)
+    for kind, parameter, equation in _EINSUMS:
+        if isinstance(module, kind):
+            text = getattr(module, equation, None)
+            return _einsum(parameter, text) if text else None
+    return None
+
+
+def own_ndim(module: nnx.Module, parameter: str) -> int | None:
+    """How many axes a layer's parameter has where the layer is not stacked; None if not known."""
+    known = product(module)
+    if known is not None and parameter == known.parameter:
+        return known.ndim
+    if isinstance(module, _VECTORS):
+        return 1
+    if parameter == "bias":
+        if isinstance(module, nnx.Linear):
+            return 1
+        if isinstance(module, nnx.LinearGeneral):
+            return len(module.out_features) + len(module.batch_axis)
+        if isinstance(module, nnx.Einsum):
+            return len(module.bias_shape)
+    return None
+
+
+def _positions(x):
+    """`x` with exactly one axis of positions between batch and features."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _flattened(features: int):
+    """Outputs [B, …, features] as [B, T', N]."""
+
+    def outputs(y):
+        width = math.prod(y.shape[y.ndim - features :])
+        return y.reshape(y.shape[0], -1, width), lambda flat: flat.reshape(y.shape)
+
+    return outputs
+
+
+def _linear_general(module: nnx.LinearGeneral) -> Product | None:
+    if module.batch_axis:
+        return None  # one matrix for every index of the batch axes
+    summed, kept = len(module.in_features), len(module.out_features)
+
+    def inputs(x):
+        axes = sorted(a % x.ndim for a in module.axis)  # NNX sorts them too
+        if 0 in axes:
+            raise ValueError(f"a layer sums over the batch: axis={module.axis} of {x.shape}")
+        x = jnp.moveaxis(x, axes, range(-summed, 0))
+        return x.reshape(x.shape[0], -1, math.prod(module.in_features))
+
+    rows = tuple(range(summed))
+    return Product("kernel", rows, tuple(range(summed, summed + kept)), inputs, _flattened(kept))
+
+
+def _einsum(parameter: str, equation: str) -> Product | None:
+    """The product that an einsum's equation describes; None where it is not a matrix product."""
+    left, out = equation.replace(" ", "").split("->")
+    x, w = left.split(",")
+    if "..." in w or any(len(set(t)) < len(t.replace("...", "")) for t in (x, w, out)):
+        return None
+    kept = "..." in out if x.startswith("...") else x[0] in out and x[0] not in w
+    rows = [c for c in w if c in x and c not in out]
+    columns = [c for c in w if c in out and c not in x]
+    if not kept or len(rows) + len(columns) < len(w):
+        return None  # a matrix for every index of a shared axis, or no batch in front
+
+    def letters(text, ndim):
+        """One letter for each axis; those of an ellipsis are upper Greek."""
+        count = ndim - len(text.replace("...", ""))
+        greek = [chr(0x391 + i) for i in range(count)]
+        if "..." not in text:
+            return list(text)
+        before, after = text.split("...")
+        return [*before, *greek, *after]
+
+    def inputs(a):
+        named = letters(x, a.ndim)
+        # An axis that neither the parameter nor the output has is summed over before the product.
+        lost = [i for i, c in enumerate(named) if c not in w and c not in out and c.isascii()]
+        a = jnp.sum(a, axis=tuple(lost)) if lost else a
+        named = [c for i, c in enumerate(named) if i not in lost]
+        order = [named.index(c) for c in (*(c for c in named if c not in rows), *rows)]
+        a = jnp.transpose(a, order)
+        return a.reshape(a.shape[0], -1, math.prod(a.shape[a.ndim - len(rows) :]))
+
+    def outputs(y):
+        named = letters(out, y.ndim)
+        # Positions in the input's order, so that they meet the input's.
+        shared = [c for c in letters(x, _ndim(x, out, y.ndim)) if c in named and c not in w]
+        order = [named.index(c) for c in (*shared, *columns)]
+        turned = jnp.transpose(y, order)
+        width = math.prod(turned.shape[turned.ndim - len(columns) :])
+
+        def back(flat):
+            return jnp.transpose(
+                flat.reshape(turned.shape), [order.index(i) for i in range(y.ndim)]
+            )
+
+        return turned.reshape(turned.shape[0], -1, width), back
+
+    position = {c: i for i, c in enumerate(w)}
+    axes = (tuple(position[c] for c in rows), tuple(position[c] for c in columns))
+    return Product(parameter, *axes, inputs, outputs)
+
+
+def _ndim(x: str, out: str, out_ndim: int) -> int:
+    """Axes of the input, from those of the output: an ellipsis stands for as many in both."""
+    return len(x.replace("...", "")) + out_ndim - len(out.replace("...", ""))

@@ -1,0 +1,42 @@
+"""Parameters that no tap can be put on: each example's gradient is formed whole, then projected."""
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from tda.gradients import sites
+
+
+def take(variables: dict, loose: list[sites.Site]) -> tuple[dict, dict]:
+    """Splits a nested dict into the arrays of some sites, by path, and all others, by path."""
+    flat = traverse_util.flatten_dict(variables, keep_empty_nodes=True)
+    paths = {(*s.module, s.parameter) for s in loose}
+    rest = {path: x for path, x in flat.items() if path not in paths}
+    return rest, {path: flat[path] for path in paths}
+
+
+def put(rest: dict, whole: dict) -> dict:
+    """The nested dict that `take` split."""
+    return traverse_util.unflatten_dict(rest | whole)
+
+
+def project(site: sites.Site, gradients, left, right, scale, side: int):
+    """Projects whole gradients of every example.
+
+    Args:
+        site: the parameter's.
+        gradients: [B, …] with the parameter's own axes.
+        left, right: A and B, float32 [(L,) M, R·k] and [(L,) N, R·k].
+        scale: 1/√V of every weight, [(L,) M, N], or None.
+        side: k.
+
+    Returns:
+        float32 [(L,) B, k, k].
+    """
+    G = jax.vmap(site.matrix)(gradients).astype(jnp.float32)
+    G = G if scale is None else G * scale
+    left = left.reshape(*left.shape[:-1], -1, side)
+    right = right.reshape(*right.shape[:-1], -1, side)
+    if site.stack is None:
+        return jnp.einsum("bmn,mrp,nrq->bpq", G, left, right)
+    return jnp.einsum("blmn,lmrp,lnrq->lbpq", G, left, right)

@@ -1,0 +1,93 @@
+"""The parts of a score that the positions of a passage carry."""
+
+import jax
+import numpy as np
+import pytest
+
+from tda.gradients import reference, sites
+from tda.gradients.contributions import direction_of, make_contributions
+from tda.gradients.encoder import make_encoder
+from tda.gradients.projection import Projection
+from tda.gradients.second_moments import adam_scale, factored_scale
+from tda.retrieval import exact
+
+P = Projection(side=4, blocks=2)
+
+
+def scales_of(model, correction):
+    if correction == "none":
+        return None
+    scales = {}
+    for site in sites.find(model, "."):
+        rng = np.random.default_rng(list(site.path.encode()))
+        full = adam_scale(np.exp(rng.normal(size=site.shape)), 7, 0.9, 1e-3)
+        scales[site.path] = full if correction == "adam" else factored_scale(full.full)
+    return scales
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("correction", ["none", "factored", "adam"])
+@pytest.mark.parametrize("include", [None, "."])
+def test_parts_sum_to_the_inner_product(decoder, random_batch, scan, correction, include):
+    model, batch = decoder(scan=scan), random_batch([6, 3, 5], 6)
+    scales = scales_of(model, correction)
+    encoded = np.asarray(make_encoder(model, P, scales, include=include)(batch))
+    direction = np.random.default_rng(0).normal(size=encoded.shape[1]).astype(np.float32)
+    parts = make_contributions(model, P, scales, include=include)(batch, direction)
+    assert parts.shape == batch["tokens"].shape and np.abs(parts[1, :3]).min() > 0
+    np.testing.assert_allclose(
+        np.asarray(parts, np.float64).sum(1),
+        encoded.astype(np.float64) @ direction,
+        atol=1e-5 * np.linalg.norm(encoded, axis=1).max() * np.linalg.norm(direction),
+    )
+    assert not np.asarray(parts)[1, 3:].any()  # padding carries nothing
+
+
+def test_parts_sum_to_the_score(decoder, random_batch):
+    """The score that a method ranks by, whitened and of unit norm."""
+    model, batch = decoder(), random_batch([6, 4], 6)
+    encoder = make_encoder(model, P)
+    passages, query = np.asarray(encoder(batch)), np.asarray(encoder(random_batch([5], 5, seed=1)))
+    rng = np.random.default_rng(0)
+    roots = [np.cov(rng.normal(size=(16, 40))).astype(np.float32) for _ in encoder.layout.slices]
+    bounds = tuple((s.start, s.stop) for s in encoder.layout.slices)
+    for roots_, unit in ((roots, True), (roots, False), (None, True)):
+        whitened = [np.asarray(exact.encode(x, roots_, unit, bounds)) for x in (query, passages)]
+        score = whitened[0] @ whitened[1].T
+        contributions = make_contributions(model, P)
+        for i in range(2):
+            direction = direction_of(query[0], passages[i], roots_, encoder.layout.slices, unit)
+            parts = contributions(batch, direction.astype(np.float32))
+            np.testing.assert_allclose(float(parts[i].sum()), score[0, i], rtol=2e-4, atol=1e-6)
+
+
+def test_a_positions_part_is_the_gradient_through_that_position(decoder, random_batch):
+    """Guards: parts that sum right but stand at the wrong positions."""
+    model, batch = decoder(layers=1, scan=False), random_batch([6], 6)
+    p = Projection(side=4, blocks=1)
+    include = "mlp/up"
+    direction = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    parts = np.asarray(make_contributions(model, p, include=include)(batch, direction))[0]
+
+    def value(mask_T):
+        """The inner product with the gradient of a weight that is used at some positions only."""
+        up = model.layers[0].mlp.up
+
+        class Masked(type(up)):
+            def __call__(self, x):
+                W, fixed = self.kernel[...], jax.lax.stop_gradient(self.kernel[...])
+                return x @ fixed + mask_T[None, :, None] * (x @ (W - fixed))
+
+        object.__setattr__(up, "__class__", Masked)
+        try:
+            return float(
+                np.asarray(reference.encode(model, batch, p, include=include))[0] @ direction
+            )
+        finally:
+            object.__setattr__(up, "__class__", Masked.__mro__[1])
+
+    for t in range(6):
+        mask = np.eye(6, dtype=np.float32)[t]
+        np.testing.assert_allclose(
+            value(mask), parts[t], rtol=1e-3, atol=1e-5 * np.abs(parts).max()
+        )
