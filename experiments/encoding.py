@@ -99,7 +99,9 @@ def encode(
     chosen = sites.find(trained.model, **scope)
     scales = _scales(config, corpus, trained, chosen, made)
     _tell_coverage(trained, chosen)
-    make = encoders.make_encoder(trained.model, projection, scales, g.output, **scope)
+    make = encoders.make_encoder(
+        trained.model, projection, scales, g.output, **scope, mesh=trained.mesh
+    )
     blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
     layout = dict(
         bucket_lengths=corpus.buckets,

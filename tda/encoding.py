@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from tda import progress, sharding
@@ -60,33 +61,55 @@ def encode_rows(
 
 def _collect(out: np.ndarray, done) -> None:
     local, encoded = done
-    out[local] = np.asarray(encoded)[: len(local)]
+    out[local] = sharding.to_host(encoded)[: len(local)]
 
 
 def fill(
-    store: GradientStore, encoder: Encoder, table: TokenTable, what: str = "encode", **layout
+    store: GradientStore,
+    encoder: Encoder,
+    table: TokenTable,
+    what: str = "encode",
+    mesh=None,
+    **layout,
 ) -> None:
     """Encodes the rows of every shard that the store lacks; killed, it goes on where it stopped.
+
+    Of several processes each writes shards of its own. Where the mesh is one process's alone, it
+    encodes those alone too; where the mesh spans processes, all encode every shard together.
 
     Args:
         store: one row for each of the table's sequences.
         encoder: the encoder.
         table: the corpus.
         what: name of the work in the progress bar.
+        mesh: the devices that a batch is split over; one device where None.
         **layout: as for `encode_rows`.
     """
-    shards, missing = store.shards(), store.missing()
+    shards = store.shards()
+    lacks = np.zeros(len(shards), bool)
+    lacks[store.missing()] = True
+    # A process that came later may find shards that another has written since.
+    missing = np.flatnonzero(sharding.agreed(lacks))
+    me, count = jax.process_index(), jax.process_count()
+    together = not sharding.is_local(mesh)
+    mine = missing if together else missing[me::count]
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
-    if not missing:
-        return
-    done = sum(tokens) - sum(tokens[i] for i in missing)
-    with progress.bar(sum(tokens), what, "token", done) as bar:
-        for i in missing:
-            rows = np.arange(shards[i].start, shards[i].stop)
-            encoded = encode_rows(encoder, table, rows, on_batch=bar.update, **layout)
-            invalid = store.write(i, encoded)
-            if invalid:
-                bar.write(
-                    f"{what}: {len(invalid)} gradients are not finite, of {', '.join(invalid[:5])}"
-                    f"{' …' if len(invalid) > 5 else ''}; they are never retrieved"
+    if len(mine):
+        done = sum(tokens) - sum(tokens[i] for i in mine)
+        with progress.bar(sum(tokens), what, "token", done) as bar:
+            for turn, i in enumerate(mine):
+                rows = np.arange(shards[i].start, shards[i].stop)
+                encoded = encode_rows(
+                    encoder, table, rows, mesh=mesh, on_batch=bar.update, **layout
                 )
+                if together and turn % count != me:
+                    continue
+                invalid = store.write(int(i), encoded)
+                if invalid:
+                    bar.write(_told(what, invalid))
+    sharding.wait_for_all("shards written")
+
+
+def _told(what: str, invalid: list[str]) -> str:
+    named = ", ".join(invalid[:5]) + (" …" if len(invalid) > 5 else "")
+    return f"{what}: {len(invalid)} gradients are not finite, of {named}; they are never retrieved"

@@ -7,6 +7,8 @@ which axes of the mesh each is laid out. The mesh is always `Auto`: GSPMD propag
 import math
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -76,8 +78,43 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def put_batch(mesh: Mesh, arrays: dict) -> dict:
-    """A batch's arrays, each [B, T], with B split over the mesh's batch devices."""
-    return {k: jax.device_put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
+    """A batch's arrays, each [B, T], with B split over the mesh's batch devices.
+
+    Where the mesh spans processes, each of them gives the same arrays and keeps its own part.
+    """
+    return {k: _put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
+
+
+def _put(x, layout: NamedSharding):
+    if layout.is_fully_addressable:
+        return jax.device_put(x, layout)
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+
+def to_host(x) -> np.ndarray:
+    """All of an array in this process's memory, whichever processes' devices it is on."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def is_local(mesh: Mesh | None) -> bool:
+    """Whether all of the mesh's devices are this process's; true of no mesh."""
+    mine = jax.process_index()
+    return mesh is None or all(d.process_index == mine for d in mesh.devices.flat)
+
+
+def agreed(flags) -> np.ndarray:
+    """Process 0's bool array, in every process."""
+    if jax.process_count() == 1:
+        return np.asarray(flags, bool)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, bool)))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def constrain(x, *axes):

@@ -12,9 +12,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
+
+from tda import sharding
 
 FORMAT = 1
 _CHUNK_BYTES = 4 << 20
@@ -162,6 +165,8 @@ def create(
 ) -> GradientStore:
     """Makes a store, or opens the unfinished or finished one that is there already.
 
+    Of several processes the first makes it, and the others open it when it is there.
+
     Args:
         path: a directory, local or `gs://`, `s3://`.
         ids: of the rows.
@@ -190,6 +195,10 @@ def create(
         "fingerprint": fingerprint,
     }
     path = epath.Path(path)
+    if jax.process_count() > 1:
+        if jax.process_index() == 0 and not (path / "manifest.json").exists():
+            _make(path, ids, manifest)
+        sharding.wait_for_all("store made")
     if (path / "manifest.json").exists():
         store = open_store(path)
         _check(path, store.manifest, manifest)
@@ -198,6 +207,10 @@ def create(
                 f"{path} holds other passages than the corpus; remove it to start over"
             )
         return store
+    return GradientStore(path, manifest, _make(path, ids, manifest))
+
+
+def _make(path: epath.Path, ids: Sequence[str], manifest: dict) -> ts.TensorStore:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "ids.json").write_text(json.dumps(list(ids), ensure_ascii=False))
@@ -208,7 +221,7 @@ def create(
         part.rename(path / "manifest.json")
     except OSError as error:
         raise StoreError(f"cannot write a store to {path}: {error}") from error
-    return GradientStore(path, manifest, array)
+    return array
 
 
 def open_store(path, fingerprint: dict | None = None) -> GradientStore:

@@ -9,9 +9,11 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
+from tda import sharding
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, whole_gradients
 from tda.gradients.second_moments import Scale
+from tda.model import functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Encoder:
         layout: which matrices are pooled into which block.
         chosen: the sites whose gradients are taken.
         arrays: what `compiled` takes first: parameters and projections.
+        axes: logical axes of the variables among them, by path name.
         compiled: the jitted function of (arrays, batch, scored=None).
     """
 
     layout: projections.Layout
     chosen: tuple[sites.Site, ...]
     arrays: tuple
+    axes: dict[str, tuple]
     compiled: Callable
 
     def __call__(self, batch: dict, scored: int | None = None) -> jax.Array:
@@ -76,6 +80,7 @@ def make_encoder(
     include: str | None = None,
     exclude: str | None = None,
     untapped: str = "leave",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
     """An encoder of P·(∇L/√V) (Chang et al. 2024, eq. 3).
 
@@ -89,19 +94,36 @@ def make_encoder(
         include, exclude: regular expressions on parameters' path names (`tda.gradients.sites`).
         untapped: what becomes of chosen parameters that no tap can be put on: "leave", "reference"
             (the gradient of each example is formed whole) or "error".
+        mesh: where given, projections and scales are laid out on it as the parameters they belong
+            to, by their logical axes; else they are replicated.
 
     Raises:
         ValueError: nothing is included, or `projection` does not fit the model.
         KeyError: `scales` lacks a parameter.
     """
     chosen = sites.find(model, include, exclude, untapped)
+    ends = ends_of(chosen, projection, scales)
+    encoder = build(model, chosen, projection, ends, output)
+    if mesh is None:
+        return encoder
+    return dataclasses.replace(encoder, arrays=place(encoder, mesh))
+
+
+def build(
+    model: nnx.Module,
+    chosen: list[sites.Site],
+    projection: projections.Projection,
+    ends: dict[sites.Site, taps.End],
+    output: str | Callable = "loss",
+) -> Encoder:
+    """The encoder of given sites and ends, whose arrays may be abstract (shapes without data)."""
     plan = projections.layout(chosen, projection)
     output_fn = losses.output(output) if isinstance(output, str) else None
-    ends = ends_of(chosen, projection, scales)
     tapped = [s for s in chosen if s.tapped]
     loose = [s for s in chosen if not s.tapped]
     graphdef, *states = nnx.split(taps.put_on(model, {s: ends[s] for s in tapped}), taps.Tap, ...)
     templates, variables = map(nnx.to_pure_dict, states)
+    axes = functional.logical_axes(states[1])
     loose_ends = {s.path: (ends[s].left, ends[s].right, ends[s].scale) for s in loose}
 
     def summed(tap_arrays, variables, batch, scored):
@@ -143,7 +165,24 @@ def make_encoder(
         return pool(plan, projected)
 
     compiled = jax.jit(encode, static_argnums=2)
-    return Encoder(plan, tuple(chosen), (variables, loose_ends), compiled)
+    return Encoder(plan, tuple(chosen), (variables, loose_ends), axes, compiled)
+
+
+def layouts(encoder: Encoder, mesh: jax.sharding.Mesh):
+    """The sharding of each of the encoder's arrays on `mesh`, by its logical axes."""
+    variables, loose_ends = encoder.arrays
+    by_path = functional.flat_parameters(variables)
+    named = {p: sharding.named(mesh, encoder.axes[p], x.shape) for p, x in by_path.items()}
+    replicated = sharding.named(mesh, ())
+    return (
+        jax.tree_util.tree_map_with_path(lambda p, _: named[functional.path_name(p)], variables),
+        jax.tree.map(lambda _: replicated, loose_ends),
+    )
+
+
+def place(encoder: Encoder, mesh: jax.sharding.Mesh) -> tuple:
+    """The encoder's arrays laid out on `mesh`."""
+    return jax.tree.map(jax.device_put, encoder.arrays, layouts(encoder, mesh))
 
 
 def zeros(templates: dict, batch: dict) -> dict:

@@ -223,6 +223,12 @@ def _tapped_class(kind: type) -> type:
     return tapped
 
 
+def _matrix_axes(variable, site: sites.Site) -> tuple:
+    """Logical axes of a weight matrix's rows and columns, where the parameter states them."""
+    stated = tuple(variable.get_metadata().get("axes") or ())
+    return stated if len(stated) == 2 and site.order is None else (None, None)
+
+
 def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
     """A copy of `model` whose sites carry taps; the copy shares the arrays.
 
@@ -242,7 +248,9 @@ def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
         stack = () if site.stack is None else (site.stack,)
         one = (1, end.side, end.side) if end.direction is None else (1, 1)
         module.tap = Tap(jnp.zeros((*stack, *one)))
-        module.tap_left, module.tap_right = Ends(end.left), Ends(end.right)
-        module.tap_scale = None if end.scale is None else Ends(end.scale)
+        axes = _matrix_axes(getattr(module, site.parameter), site)
+        module.tap_left = Ends(end.left, axes=(axes[0], None))
+        module.tap_right = Ends(end.right, axes=(axes[1], None))
+        module.tap_scale = None if end.scale is None else Ends(end.scale, axes=axes)
         module.tap_direction = None if end.direction is None else Ends(end.direction)
     return tapped

@@ -45,6 +45,11 @@ def _axes(variable) -> tuple:
     return (None,) * (len(variable.shape) - len(stated)) + stated
 
 
+def logical_axes(state) -> dict[str, tuple]:
+    """Logical axes of every variable of an NNX state, by path name."""
+    return {path_name(path): _axes(variable) for path, variable in nnx.to_flat_state(state)}
+
+
 def _nest(flat: dict) -> dict:
     tree: dict = {}
     for path, value in flat.items():

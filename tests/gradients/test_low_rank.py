@@ -86,6 +86,19 @@ def test_no_other_side_is_closer_in_relative_terms():
         np.testing.assert_allclose(there, least, rtol=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60)], ids=str)
+def test_the_start_is_the_truncated_svd_of_the_balanced_matrix(shape):
+    # Mild enough that nothing is clipped.
+    S = jnp.exp(0.1 * jnp.log(heavy_tailed(shape)))
+    left, right = (np.asarray(x) for x in factors(S))
+    balanced = np.asarray(S) / np.outer(left, right)
+    U, s, Vt = np.linalg.svd(balanced)
+    found = low_rank.product(*approximate(S, 3, sweeps=0)) / np.outer(left, right)
+    least = np.linalg.norm(s[3:])
+    assert least < 0.7 * np.linalg.norm(s[1:])
+    np.testing.assert_allclose(np.linalg.norm(found - balanced), least, rtol=1e-2)
+
+
 def test_passes_lower_the_error_of_the_truncated_svd():
     S = heavy_tailed((60, 80))
     errors = [error(S, approximate(S, 4, sweeps=sweeps)) for sweeps in (0, 1, 3, 40)]

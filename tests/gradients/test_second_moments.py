@@ -414,3 +414,7 @@ def test_the_step_that_is_asked_for_is_read(adam_runs, tmp_path):
     )
     np.testing.assert_array_equal(last, default)
     assert np.abs(np.asarray(first) - np.asarray(last)).max() > 1e-2
+    # Its description too: of the same state, other constants.
+    checkpoint.save(tmp_path, 4, state, {"optimizer": CONSTANTS | {"eps": 0.5}})
+    again = second_moments.read(tmp_path, chosen, "adam", 3)["layers/mlp/down/kernel"].full
+    np.testing.assert_array_equal(again, last)

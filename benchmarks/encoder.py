@@ -1,0 +1,169 @@
+"""Encoding against a training step of the same model on the same batches, and against vmap(grad).
+
+    python -m benchmarks.encoder --json=encoder.json
+    python -m benchmarks.encoder --sizes=10m --lengths=128 --rounds=5
+
+All sides run in one process, turn by turn: each round times every side once, and a side's figure is
+the median over rounds of its time over the training step's in the same round. A training step is
+forward, backward and Adam's update, jitted, with its state donated. Weights are random; a time does
+not depend on them. Memory is the compiler's own account: arguments, outputs and temporaries. Ratios
+are over the training step; "few" sides take fewer examples, as the reference's memory demands.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+
+from benchmarks import record
+from tda import sharding, train
+from tda.gradients import planning, reference, sites
+from tda.gradients.encoder import make_encoder
+from tda.gradients.projection import Projection
+from tda.gradients.second_moments import Scale, from_full
+from tda.model.decoder import Decoder
+
+_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
+_SIZES = flags.DEFINE_list("sizes", ["10m", "30m", "135m"], "models")
+_LENGTHS = flags.DEFINE_list("lengths", ["128", "512"], "positions of a batch's sequences")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "rounds after warm-up")
+_TOKENS = flags.DEFINE_integer("tokens", 2048, "positions of a batch")
+_SIDE = flags.DEFINE_integer("side", 16, "side of the projection")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "of computation")
+_VMAP = flags.DEFINE_bool("vmap", True, "time vmap(grad) too")
+
+SIZES = {
+    "10m": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, ff_width=1024),
+    "30m": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, ff_width=1376),
+    "135m": dict(width=576, layers=30, heads=9, kv_heads=3, head_width=64, ff_width=1536),
+}
+VOCABULARY = {"10m": 8192, "30m": 8192, "135m": 49152}
+CORRECTIONS = ("none", "factored", "low_rank(4)", "adam")
+
+
+def scales_of(model, correction: str) -> dict[str, Scale] | None:
+    """Scales of random second moments; their values cost nothing, their shapes do."""
+    if correction == "none":
+        return None
+    scales = {}
+    for i, site in enumerate(sites.find(model)):
+        stack = () if site.stack is None else (site.stack,)
+        shape = (*stack, site.rows, site.columns)
+        full = jnp.exp(jax.random.normal(jax.random.key(i), shape))
+        if correction.startswith("low_rank"):
+            rank = int(correction[9:-1])
+            left = jnp.ones((*stack, rank, site.rows))
+            scales[site.path] = Scale(left, jnp.ones((*stack, rank, site.columns)))
+        else:
+            scales[site.path] = from_full(full, correction)
+    return scales
+
+
+def random_batch(vocabulary: int, batch: int, length: int) -> dict:
+    """A batch of random tokens, every position scored."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1), dtype=np.int32)
+    weights = np.ones((batch, length), np.float32)
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    return {k: jnp.asarray(v) for k, v in arrays.items()}
+
+
+class TrainingStep:
+    """The side that all others are measured by. Holds its state from call to call."""
+
+    def __init__(self, model, batch):
+        tx = optax.adam(1e-3)
+        model_fn, self.state = train.initial_state(model, tx, sharding.make_mesh())
+        step = functools.partial(train.train_step, model_fn.merge, tx)
+        self.step, self.batch = jax.jit(step, donate_argnums=0), batch
+        self.memory = planning.memory_of(self.step.lower(self.state, batch).compile())
+
+    def __call__(self):
+        """One step; its loss."""
+        self.state, loss = self.step(self.state, self.batch)
+        return loss
+
+
+def case(size: str, length: int) -> dict:
+    """All figures of one model at one length."""
+    vocabulary = VOCABULARY[size]
+    model = Decoder(vocab_size=vocabulary, dtype=_DTYPE.value, **SIZES[size], rngs=nnx.Rngs(0))
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    head = vocabulary * SIZES[size]["width"]
+    batch = random_batch(vocabulary, max(1, _TOKENS.value // length), length)
+    projection = Projection(side=_SIDE.value, blocks=SIZES[size]["layers"])
+    step = TrainingStep(model, batch)
+    sides, memory = {"training step": step}, {"training step": step.memory}
+    for correction in CORRECTIONS:
+        encoder = make_encoder(model, projection, scales_of(model, correction))
+        sides[correction] = functools.partial(encoder, batch)
+        compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
+        memory[correction] = planning.memory_of(compiled)
+    # The reference keeps every example's whole gradient: a few examples are all that fits.
+    few = jax.tree.map(lambda x: x[: max(1, 512 // length)], batch)
+    if _VMAP.value and parameters < 5e7:
+        slow = jax.jit(lambda b: reference.encode(model, b, projection))
+        quick = make_encoder(model, projection)
+        sides["vmap(grad), few"] = functools.partial(slow, few)
+        sides["none, few"] = functools.partial(quick, few)
+        for name, f, *args in (
+            ("vmap(grad), few", slow, few),
+            ("none, few", quick.compiled, quick.arrays, few),
+        ):
+            memory[name] = planning.memory_of(f.lower(*args).compile())
+    times = record.in_turns(sides, _ROUNDS.value)
+    figures = {
+        "parameters": parameters,
+        "batch": list(batch["tokens"].shape),
+        "head's share of the matrix products": head / parameters,
+        "sides": {},
+    }
+    for name, seconds in times.items():
+        tokens = (few if name.endswith("few") else batch)["tokens"].size
+        ratios = [a / b for a, b in zip(seconds, times["training step"], strict=True)]
+        figures["sides"][name] = {
+            "seconds, median": statistics.median(seconds),
+            "tokens a second": tokens / statistics.median(seconds),
+            "time ratio": statistics.median(ratios),
+            "memory, MiB": memory[name].total / 2**20,
+            "memory ratio": memory[name].total / memory["training step"].total,
+        }
+    if "vmap(grad), few" in times:
+        pairs = zip(times["vmap(grad), few"], times["none, few"], strict=True)
+        figures["vmap(grad) over encoder, time"] = statistics.median(a / b for a, b in pairs)
+        figures["vmap(grad) over encoder, memory"] = (
+            memory["vmap(grad), few"].total / memory["none, few"].total
+        )
+    return figures
+
+
+def main(argv):
+    """Runs every case and prints a line for each side."""
+    del argv
+    found = {}
+    for size in _SIZES.value:
+        for length in map(int, _LENGTHS.value):
+            started = time.perf_counter()
+            name = f"{size}, {length} positions, {_DTYPE.value}"
+            found[name] = case(size, length)
+            print(f"{name}: {found[name]['parameters'] / 1e6:.1f}M parameters", flush=True)
+            for side, f in found[name]["sides"].items():
+                print(
+                    f"  {side:16} {f['time ratio']:6.2f} of its time"
+                    f" {f['tokens a second']:10,.0f} tokens/s {f['memory, MiB']:8,.0f} MiB"
+                )
+            for key in ("vmap(grad) over encoder, time", "vmap(grad) over encoder, memory"):
+                if key in found[name]:
+                    print(f"  {key}: {found[name][key]:.2f}")
+            print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
+            if _JSON.value:
+                record.write(_JSON.value, "encoder", found)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,57 @@
+"""Timing in turns, and the record of what was measured on what."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def in_turns(sides: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round; each side is called twice before, to warm up.
+
+    A round calls each side once, so that what slows the machine down slows all sides.
+    """
+    for call in sides.values():
+        for _ in range(2):
+            jax.block_until_ready(call())
+    times = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def write(path: str, name: str, figures: dict) -> None:
+    """Writes figures as JSON, with the machine and the versions."""
+    part = f"{path}.part"
+    with open(part, "w", encoding="utf-8") as out:
+        json.dump({"benchmark": name, "machine": machine(), "figures": figures}, out, indent=1)
+        out.write("\n")
+    os.replace(part, path)
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,107 @@
+"""What encoding costs on a mesh that is not at hand: compiled ahead of time, from shapes alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tda import sharding
+from tda.gradients import encoder as encoders
+from tda.gradients import projection as projections
+from tda.gradients import sites, taps
+from tda.gradients.second_moments import parse_correction
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled computation needs on each device.
+
+    Attributes:
+        arguments: parameters, projections, scales and the batch.
+        outputs: what it returns.
+        temporary: everything between.
+    """
+
+    arguments: int
+    outputs: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of it: bytes a device."""
+        return self.arguments + self.outputs + self.temporary
+
+
+def memory_of(compiled) -> Memory:
+    """The compiler's own account of a computation; arguments given away are counted once."""
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    return Memory(m.argument_size_in_bytes, outputs, m.temp_size_in_bytes)
+
+
+def abstract_ends(
+    chosen: list[sites.Site], projection: projections.Projection, correction: str
+) -> dict[sites.Site, taps.End]:
+    """Shapes of what `tda.gradients.encoder.ends_of` makes for a correction."""
+    name, rank = parse_correction(correction)
+    width = projection.side * (rank or 1)
+
+    def shape(site, *axes):
+        stack = () if site.stack is None else (site.stack,)
+        return jax.ShapeDtypeStruct((*stack, *axes), jnp.float32)
+
+    return {
+        s: taps.End(
+            shape(s, s.rows, width),
+            shape(s, s.columns, width),
+            projection.side,
+            shape(s, s.rows, s.columns) if name == "adam" else None,
+        )
+        for s in chosen
+    }
+
+
+def compile_encoder(
+    model: nnx.Module,
+    projection: projections.Projection,
+    mesh: jax.sharding.Mesh,
+    batch: int,
+    length: int,
+    correction: str = "factored",
+    include: str | None = None,
+):
+    """Compiles the encoder of an abstract model for a mesh.
+
+    Args:
+        model: made under `nnx.eval_shape`.
+        projection: the projection.
+        mesh: of real or simulated devices.
+        batch, length: B and T of a batch over all devices.
+        correction: as `tda.gradients.second_moments.parse_correction` takes it.
+        include: a regular expression on parameters' path names.
+
+    Returns:
+        The compiled computation; `memory_of` reads its memory.
+    """
+    chosen = sites.find(model, include)
+    encoder = encoders.build(
+        model, chosen, projection, abstract_ends(chosen, projection, correction)
+    )
+    arrays = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        encoder.arrays,
+        encoders.layouts(encoder, mesh),
+    )
+    with jax.set_mesh(mesh):
+        return encoder.compiled.lower(arrays, abstract_batch(mesh, batch, length)).compile()
+
+
+def abstract_batch(mesh: jax.sharding.Mesh, batch: int, length: int) -> dict:
+    """Shapes of a batch, split over the mesh's batch devices."""
+    layout = sharding.named(mesh, ("batch", None), (batch, length))
+
+    def shape(dtype):
+        return jax.ShapeDtypeStruct((batch, length), dtype, sharding=layout)
+
+    return {"tokens": shape(jnp.int32), "targets": shape(jnp.int32), "weights": shape(jnp.float32)}

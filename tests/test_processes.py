@@ -1,0 +1,79 @@
+"""Two real processes, joined by jax.distributed on localhost, that encode into one store."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tda import store as stores
+
+PROGRAM = """
+import os, sys
+port, me, path, spans = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "spans"
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+if me >= 0:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
+from flax import nnx
+from tda import encoding, sharding
+from tda import store as stores
+from tda.data import tokens
+from tda.data.tokenizer import Tokenizer
+from tda.gradients.encoder import make_encoder
+from tda.gradients.projection import Projection
+from tda.model import functional
+from tda.model.decoder import Decoder
+
+texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
+tokenizer = Tokenizer.train(texts, 300)
+table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
+if spans and me >= 0:
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+else:
+    mesh = sharding.make_mesh(data=-1, devices=jax.local_devices())
+model_fn, params = functional.split(model)
+model = model_fn.merge(functional.place(params, model_fn.axes, mesh))
+encoder = make_encoder(model, Projection(side=4, blocks=2), mesh=mesh)
+blocks = dict.fromkeys(encoder.layout.blocks, 16)
+store = stores.create(path, table.ids, blocks, {}, shard_bytes=4 * encoder.layout.width * 4)
+with jax.set_mesh(mesh):
+    encoding.fill(
+        store, encoder, table, mesh=mesh,
+        bucket_lengths=(16, 32, 48), tokens_per_batch=128, pad=0,
+    )
+assert store.missing() == [], store.missing()
+if me >= 0:
+    jax.distributed.shutdown()
+"""
+
+
+def run(arguments):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize("how", ["alone", "spans"])
+def test_two_processes_write_the_store_that_one_writes(tmp_path, how):
+    """Guards: streaming shards that overwrite each other; rows written twice or never."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    finish(run([port, -1, tmp_path / "one", how]))
+    finish(*(run([port, me, tmp_path / "two", how]) for me in (0, 1)))
+    one, two = (stores.open_store(tmp_path / name) for name in ("one", "two"))
+    assert len(one.shards()) == 6 and one.manifest == two.manifest and one.ids == two.ids
+    a, b = (s.read(slice(0, 23)) for s in (one, two))
+    np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
