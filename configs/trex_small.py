@@ -30,6 +30,8 @@ def get_config():
     c.train.learning_rate = 1.5e-3
     c.train.warmup = 200
     c.train.save_every = 200
+    c.gradients.include = "."
+    c.projection.pooling = "matrix"
     c.projection.side = 48
     c.projection.blocks = 6
     return c

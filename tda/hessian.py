@@ -5,7 +5,7 @@ R = λ R_eval + (1 − λ) R_train removes directions that all queries share.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ def autocorrelation(chunks: Iterable[np.ndarray], slices: list[slice]) -> list[n
         count += len(x_RxE)
     if not count:
         raise ValueError("there are no gradients to take R of")
-    return [s / count for s in sums]
+    for total in sums:
+        total /= count
+    return sums
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:
@@ -74,12 +76,15 @@ def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:
     return float(a / (a + b))
 
 
-def mix(train: list[np.ndarray], evaluation: list[np.ndarray], weight: float) -> list[np.ndarray]:
-    """λ R_eval + (1 − λ) R_train, block by block."""
-    return [weight * e + (1 - weight) * t for t, e in zip(train, evaluation, strict=True)]
+def mix(
+    train: list[np.ndarray], evaluation: list[np.ndarray], weight: float
+) -> Iterator[np.ndarray]:
+    """λ R_eval + (1 − λ) R_train, block by block as they are asked for."""
+    for t, e in zip(train, evaluation, strict=True):
+        yield weight * e + (1 - weight) * t
 
 
-def inverse_root(R: list[np.ndarray], damping: float = 1e-3) -> list[np.ndarray]:
+def inverse_root(R: Iterable[np.ndarray], damping: float = 1e-3) -> list[np.ndarray]:
     """(R + damping · mean eigenvalue · I)^(−1/2) of each block: float32 [E_b, E_b], symmetric.
 
     A block whose gradients all vanish becomes zero, not infinite.

@@ -21,6 +21,7 @@ from tda import sharding
 
 FORMAT = 1
 _CHUNK_BYTES = 4 << 20
+_READ_BYTES = 256 << 20
 
 
 def valid(rows_RxE: np.ndarray) -> np.ndarray:
@@ -109,8 +110,12 @@ class GradientStore:
             raise StoreError(f"{self.path} is unfinished: shards {self.missing()} are missing")
         return out
 
-    def chunks(self, rows: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows in order as (first row, float32 [≤ rows, E]); the next chunk is read ahead."""
+    def chunks(self, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows in order as (first row, float32 [≤ rows, E]); the next chunk is read ahead.
+
+        By default a chunk has 4096 rows, or fewer where these would take more than 256 MiB.
+        """
+        rows = rows or max(1, min(4096, _READ_BYTES // (4 * self.width)))
         starts = list(range(0, self.rows, rows))
         ahead = self._array[0 : min(rows, self.rows)].read() if starts else None
         for start in starts:

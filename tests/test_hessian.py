@@ -70,7 +70,7 @@ def test_the_mixing_rule_equalises_the_component():
     weight = hessian.mixing_weight(train, evaluation, 2)
     assert weight == pytest.approx(0.8)
     assert weight * evaluation[1] == pytest.approx((1 - weight) * train[1])
-    mixed = hessian.mix([np.diag(train)], [np.diag(evaluation)], weight)[0]
+    (mixed,) = hessian.mix([np.diag(train)], [np.diag(evaluation)], weight)
     np.testing.assert_allclose(np.diag(mixed), 0.8 * evaluation + 0.2 * train)
     with pytest.raises(ValueError, match="vanish at component 3"):
         hessian.mixing_weight(np.zeros(3), np.zeros(3), 3)

@@ -134,7 +134,7 @@ def _best_correct(queries_QxE, scorer, bounds, lists, read) -> np.ndarray:
     """The best score of any correct row, float32 [Q]; −inf where a query has none."""
     best = np.full(len(lists), -np.inf, np.float32)
     wanted = np.unique(np.concatenate([np.asarray(r, np.int64) for r in lists] or [[]]))
-    step = 4096
+    step = max(1, min(4096, 2**26 // queries_QxE.shape[1]))
     for start in range(0, len(wanted), step):
         some = wanted[start : start + step].astype(np.int64)
         rows_RxE = read(some)
