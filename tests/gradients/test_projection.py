@@ -205,3 +205,20 @@ def test_errors(decoder):
     with pytest.raises(ValueError, match="blocks=3 exceeds the model's 2 layers"):
         layout(find(decoder(layers=2)), Projection(blocks=3))
     assert projections.FAMILIES == FAMILIES
+
+
+def test_pooling_by_layer_and_by_matrix(decoder):
+    """Blocks of one layer, and of one matrix; the order of blocks is the layers'."""
+    chosen = find(decoder(layers=3, tied=False), ".")
+    by_layer = projections.layout(chosen, Projection(side=2, pooling="layer"))
+    assert by_layer.blocks == ("embedding", "head", "0", "1", "2")
+    by_matrix = projections.layout(chosen, Projection(side=2, pooling="matrix"))
+    assert len(by_matrix.blocks) == len(set(by_matrix.blocks)) == 2 + 3 * 7
+    assert by_matrix.blocks[:2] == ("embedding/embedding", "head/kernel")
+    for site in chosen:
+        assert [by_matrix.blocks[i] for i in by_matrix.members[site.path]] == site.names()
+        layers = [None if site.stack is None else str(i) for i in range(site.stack or 1)]
+        for i, layer in zip(by_layer.members[site.path], layers, strict=True):
+            assert by_layer.blocks[i] == (layer or site.group)
+    with pytest.raises(ValueError, match="unknown pooling 'rows'; use blocks, layer, matrix"):
+        Projection(pooling="rows")
