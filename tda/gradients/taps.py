@@ -150,8 +150,8 @@ def _tap_product(module, y_BxTxN, x_BxTxM, turned: bool = False):
         tap = tap if direction is not None else jnp.swapaxes(tap, 1, 2)
     if x_BxTxM.shape[0] != tap.shape[0]:
         raise ValueError(
-            f"a layer of shape {A.shape[0]} × {B.shape[0]} was called with inputs of first axis "
-            f"{x_BxTxM.shape[0]}: it must be the batch ({tap.shape[0]} examples)"
+            f"a layer of shape {A.shape[0]} × {B.shape[0]} was called with {x_BxTxM.shape[0]} "
+            f"inputs: their first axis must be the batch ({tap.shape[0]} examples)"
         )
     x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
     if direction is not None:

@@ -79,7 +79,8 @@ def test_any_models_layers_are_found():
             self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
 
     model = Model(nnx.Rngs(0))
-    assert [(s.path, s.rows, s.columns) for s in sites.find(model)] == [("mlp/kernel", 3, 4)]
+    found = {s.path: (s.rows, s.columns, s.group) for s in sites.find(model)}
+    assert found["mlp/kernel"] == (3, 4, "mlp") and found["blocks/1/kernel"] == (4, 4, "other")
     assert names(sites.find(model, ".")) == ["blocks/0/kernel", "blocks/1/kernel", "mlp/kernel"]
 
 
