@@ -221,7 +221,9 @@ def test_parameter_count_is_the_allocated_one(decoder):
 def test_sizes_are_copies_and_unknown_ones_refused():
     sizes.size("tiny")["width"] = 1
     assert sizes.size("tiny")["width"] == 128
-    with pytest.raises(ValueError, match="unknown model size 'huge'; there are tiny, small, 154m"):
+    with pytest.raises(
+        ValueError, match="unknown model size 'huge'; there are tiny, mini, small, 154m"
+    ):
         sizes.size("huge")
 
 
