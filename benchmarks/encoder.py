@@ -80,8 +80,9 @@ class TrainingStep:
         tx = optax.adam(1e-3)
         model_fn, self.state = train.initial_state(model, tx, sharding.make_mesh())
         step = functools.partial(train.train_step, model_fn.merge, tx)
-        self.step, self.batch = jax.jit(step, donate_argnums=0), batch
-        self.memory = planning.memory_of(self.step.lower(self.state, batch).compile())
+        self.step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
+        self.batch = batch
+        self.memory = planning.memory_of(self.step)
 
     def __call__(self):
         """One step; its loss."""
@@ -101,21 +102,21 @@ def case(size: str, length: int) -> dict:
     sides, memory = {"training step": step}, {"training step": step.memory}
     for correction in CORRECTIONS:
         encoder = make_encoder(model, projection, scales_of(model, correction))
-        sides[correction] = functools.partial(encoder, batch)
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
+        sides[correction] = functools.partial(compiled, encoder.arrays, batch)
         memory[correction] = planning.memory_of(compiled)
     # The reference keeps every example's whole gradient: a few examples are all that fits.
     few = jax.tree.map(lambda x: x[: max(1, 512 // length)], batch)
     if _VMAP.value and parameters < 5e7:
         slow = jax.jit(lambda b: reference.encode(model, b, projection))
         quick = make_encoder(model, projection)
-        sides["vmap(grad), few"] = functools.partial(slow, few)
-        sides["none, few"] = functools.partial(quick, few)
         for name, f, *args in (
             ("vmap(grad), few", slow, few),
             ("none, few", quick.compiled, quick.arrays, few),
         ):
-            memory[name] = planning.memory_of(f.lower(*args).compile())
+            compiled = f.lower(*args).compile()
+            sides[name] = functools.partial(compiled, *args)
+            memory[name] = planning.memory_of(compiled)
     times = record.in_turns(sides, _ROUNDS.value)
     figures = {
         "parameters": parameters,

@@ -33,16 +33,14 @@ def main(argv):
     # Before JAX looks for devices.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
-    import jax
-    import jax.numpy as jnp
     import optax
     from flax import nnx
 
     from benchmarks import record
-    from tda import sharding, train
+    from tda import sharding
     from tda.gradients import planning
     from tda.gradients.projection import Projection
-    from tda.model import functional, sizes
+    from tda.model import sizes
     from tda.model.decoder import Decoder
 
     mesh = sharding.make_mesh(_DATA.value, _FSDP.value, _TENSOR.value)
@@ -50,17 +48,9 @@ def main(argv):
     model = nnx.eval_shape(lambda: Decoder(**shape, remat=True, rngs=nnx.Rngs(0)))
 
     def training_step():
-        tx = optax.adam(1e-3)
-        model_fn, params = functional.split(model)
-
-        def start(params):
-            return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
-
-        state = train.abstract_state(jax.eval_shape(start, params), model_fn, mesh)
-        step = functools.partial(train.train_step, model_fn.merge, tx)
-        batch = planning.abstract_batch(mesh, _BATCH.value, _LENGTH.value)
-        with jax.set_mesh(mesh):
-            return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        return planning.compile_training_step(
+            model, optax.adam(1e-3), mesh, _BATCH.value, _LENGTH.value
+        )
 
     def encoder(correction):
         projection = Projection(side=_SIDE.value, blocks=_BLOCKS.value)

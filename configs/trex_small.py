@@ -33,5 +33,4 @@ def get_config():
     c.gradients.include = "."
     c.projection.pooling = "matrix"
     c.projection.side = 48
-    c.projection.blocks = 6
     return c

@@ -15,6 +15,7 @@ from tda import store as stores
 from tda.data import batches
 from tda.gradients import encoder as encoders
 from tda.gradients import estimate, second_moments, sites
+from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
 
 
@@ -97,12 +98,18 @@ def encode(
     correction, projection = made["correction"], Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = sites.find(trained.model, **scope)
-    scales = _scales(config, corpus, trained, chosen, made)
     _tell_coverage(trained, chosen)
-    make = encoders.make_encoder(
-        trained.model, projection, scales, g.output, **scope, mesh=trained.mesh
-    )
-    blocks = dict.fromkeys(make.layout.blocks, projection.side**2)
+    tables = {"queries": corpus.prompts, "corpus": corpus.passages}
+    whole = {n: made | {n: corpus.fingerprint[n], "dtype": config.store.dtype} for n in tables}
+    paths = {n: workdir / "stores" / f"{n}-{correction}-{fingerprint(whole[n])}" for n in tables}
+    encoder = None
+    # Second moments may have to be estimated: not for stores that lack nothing.
+    if not all(map(stores.finished, paths.values())):
+        scales = _scales(config, corpus, trained, chosen, made)
+        encoder = encoders.make_encoder(
+            trained.model, projection, scales, g.output, **scope, mesh=trained.mesh
+        )
+    blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     layout = dict(
         bucket_lengths=corpus.buckets,
         tokens_per_batch=g.tokens_per_batch,
@@ -110,11 +117,9 @@ def encode(
         mesh=trained.mesh,
     )
     found = []
-    for name, table in (("queries", corpus.prompts), ("corpus", corpus.passages)):
-        whole = made | {name: corpus.fingerprint[name], "dtype": config.store.dtype}
-        path = workdir / "stores" / f"{name}-{correction}-{fingerprint(whole)}"
-        store = stores.create(path, table.ids, blocks, whole, config.store.dtype)
-        encoding.fill(store, make, table, f"encode {name} ({correction})", **layout)
+    for name, table in tables.items():
+        store = stores.create(paths[name], table.ids, blocks, whole[name], config.store.dtype)
+        encoding.fill(store, encoder, table, f"encode {name} ({correction})", **layout)
         found.append(store)
     queries, passages = found
     gradients_QxE = queries.read(slice(0, queries.rows))

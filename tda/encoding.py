@@ -95,8 +95,8 @@ def fill(
     mine = missing if together else missing[me::count]
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
     if len(mine):
-        done = sum(tokens) - sum(tokens[i] for i in mine)
-        with progress.bar(sum(tokens), what, "token", done) as bar:
+        done = sum(tokens) - sum(tokens[i] for i in missing)
+        with progress.bar(done + sum(tokens[i] for i in mine), what, "token", done) as bar:
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
                 encoded = encode_rows(

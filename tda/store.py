@@ -255,6 +255,11 @@ def open_store(path, fingerprint: dict | None = None) -> GradientStore:
     return GradientStore(path, manifest, array)
 
 
+def finished(path) -> bool:
+    """Whether there is a store at `path` that lacks no shard."""
+    return (epath.Path(path) / "manifest.json").exists() and not open_store(path).missing()
+
+
 def _check(path, there: dict, wanted: dict) -> None:
     differing = list(_differences("", there, wanted))
     if differing:

@@ -43,6 +43,14 @@ def test_round_trip_by_slice_by_row_and_in_chunks(tmp_path):
     assert again.slices == [slice(0, 4), slice(4, 8)]
 
 
+def test_a_store_is_finished_when_no_shard_is_missing(tmp_path):
+    assert not stores.finished(tmp_path / "s")
+    store = stores.create(tmp_path / "s", ["a", "b"], BLOCKS, MADE)
+    assert not stores.finished(tmp_path / "s")
+    store.write(0, rows(2))
+    assert stores.finished(tmp_path / "s")
+
+
 def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     filled("here/s", rows())

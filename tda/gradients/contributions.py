@@ -62,10 +62,7 @@ def make_contributions(
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, end in with_direction(direction_E).items():
-            node = variables
-            for key in site.module:
-                node = node[key]
-            node["tap_direction"] = end.direction
+            encoders.module_at(variables, site)["tap_direction"] = end.direction
 
         def summed(tap_arrays):
             own = nnx.merge(graphdef, tap_arrays, variables)

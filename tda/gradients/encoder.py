@@ -1,6 +1,8 @@
 """The encoder: projected per-example gradients of a batch in one backward pass."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -196,12 +198,14 @@ def zeros(templates: dict, batch: dict) -> dict:
     return jax.tree.map(one, templates)
 
 
+def module_at(tree: dict, site: sites.Site) -> dict:
+    """What a nested dict of variables holds of a site's module."""
+    return functools.reduce(operator.getitem, site.module, tree)
+
+
 def found_at(cotangents: dict, site: sites.Site):
     """The tap's cotangent at a site."""
-    node = cotangents
-    for key in (*site.module, "tap"):
-        node = node[key]
-    return node
+    return module_at(cotangents, site)["tap"]
 
 
 def _batch_first_no_more(x, site: sites.Site):

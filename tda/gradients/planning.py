@@ -1,16 +1,19 @@
 """What encoding costs on a mesh that is not at hand: compiled ahead of time, from shapes alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
-from tda import sharding
+from tda import sharding, train
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps
 from tda.gradients.second_moments import parse_correction
+from tda.model import functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,29 @@ def compile_encoder(
     )
     with jax.set_mesh(mesh):
         return encoder.compiled.lower(arrays, abstract_batch(mesh, batch, length)).compile()
+
+
+def compile_training_step(
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    batch: int,
+    length: int,
+):
+    """Compiles a training step of an abstract model, which is what encoding is measured by.
+
+    The state is given away. The arguments are those of `compile_encoder`, and the optimizer.
+    """
+    model_fn, params = functional.split(model)
+
+    def start(params):
+        return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
+
+    state = train.abstract_state(jax.eval_shape(start, params), model_fn, mesh)
+    step = functools.partial(train.train_step, model_fn.merge, tx)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step, donate_argnums=0).lower(state, abstract_batch(mesh, batch, length))
+        return lowered.compile()
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, batch: int, length: int) -> dict:

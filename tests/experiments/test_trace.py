@@ -146,7 +146,7 @@ def test_another_model_size_in_the_same_workdir_is_refused(finished):
         trace.run(config, Workdir(path))
 
 
-def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
+def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, monkeypatch):
     config, path, _ = finished
     config = config.copy_and_resolve_references()
     data = corpus.load(config, Workdir(path))
@@ -171,6 +171,10 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
     exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
+    # And not again for stores that are there.
+    monkeypatch.setattr(encoding_stage.estimate, "estimate", None)
+    again, _ = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
 
 def broken(change):
