@@ -163,9 +163,8 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     # Unless asked for, they are estimated, and the store says so.
     config.gradients.second_moments = "auto"
     config.gradients.estimate_batches = 2
-    store, queries = encoding_stage.encode(
-        config, data, bare, Workdir(tmp_path / "w"), corrected=True
-    )
+    estimated = Workdir(tmp_path / "w")
+    store, queries = encoding_stage.encode(config, data, bare, estimated, corrected=True)
     made = store.manifest["fingerprint"]["second_moments"]
     assert made["estimated from batches"] == 2
     exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
