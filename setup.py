@@ -28,5 +28,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        # Models made by others, to test the encoder on (`make test-all`).
+        "models": ["google-tunix>=0.1.7"],
     },
 )
