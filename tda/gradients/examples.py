@@ -1,0 +1,78 @@
+"""Gradients of examples in one call: any model, any loss, batches of any form."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tda.gradients.encoder import Encoder, make_encoder
+from tda.gradients.projection import Projection
+from tda.gradients.second_moments import Scale
+
+
+def per_example(
+    model: nnx.Module,
+    loss: Callable,
+    batches: Iterable,
+    projection: Projection,
+    scales: dict[str, Scale] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    untapped: str = "leave",
+) -> Iterator[np.ndarray]:
+    """The projected gradient P·(∇L/√V) of every example (Chang et al. 2024, eq. 3).
+
+    Args:
+        model: any NNX model; in evaluation mode, where it has one.
+        loss: L, a function of the model and a batch: one number for each example, [B], that depends
+            on that example alone. It calls the model in its own way.
+        batches: trees of arrays (dicts with any keys, tuples), all with the batch as their first
+            axis. Compiled once for every shape.
+        projection: P.
+        scales, include, exclude, untapped: see `tda.gradients.encoder.make_encoder`.
+
+    Yields:
+        float32 [B, E] for each batch, in order.
+
+    Raises:
+        ValueError: at once, as `make_encoder` does; with a batch, if its arrays are not of one
+            length or the loss is not [B].
+        KeyError: `scales` lacks a parameter.
+    """
+
+    def checked(model, batch):
+        loss_B, count = loss(model, batch), _examples(batch)
+        if loss_B.shape != (count,):
+            raise ValueError(
+                f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
+                "must be one number for each example, neither summed nor averaged over the batch"
+            )
+        return loss_B
+
+    encoder = make_encoder(model, projection, scales, checked, include, exclude, untapped)
+    return _each(encoder, batches)
+
+
+def _examples(batch) -> int:
+    """The length of the first axis, which all arrays of a batch must share."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    lengths = {s[0] if s else None for s in shapes}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"every array of a batch must have the examples as its first axis; got shapes {shapes}"
+        )
+    return lengths.pop()
+
+
+def _each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:
+    before = None
+    for batch in batches:
+        _examples(batch)
+        # This batch is under way while the one before is handed over.
+        now = encoder(batch)
+        if before is not None:
+            yield np.asarray(before)
+        before = now
+    if before is not None:
+        yield np.asarray(before)

@@ -1,0 +1,114 @@
+"""Gradients of examples of any model, by any loss, from batches of any form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tda.gradients import Projection, estimate, per_example, projection, reference, sites
+from tda.gradients.encoder import make_encoder
+
+P = Projection(side=3, blocks=1)
+
+
+class Classifier(nnx.Module):
+    """A model of pictures and words: nothing in it is called tokens."""
+
+    def __init__(self, rngs):
+        self.pixels = nnx.Linear(4, 5, rngs=rngs)
+        self.words = nnx.Embed(20, 5, rngs=rngs)
+        self.mlp = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, pixels, words):
+        return self.mlp(jnp.tanh(self.pixels(pixels).mean((1, 2)) + self.words(words).sum(1)))
+
+
+def loss(model, batch):
+    (pixels, words), labels = batch["given"], batch["label"]
+    log_p = jax.nn.log_softmax(model(pixels, words))
+    return -log_p[jnp.arange(len(labels)), labels]
+
+
+def make_batch(count, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(size=(count, 2, 3, 4)).astype(np.float32)
+    words = rng.integers(0, 20, (count, 6))
+    return {"given": (pixels, words), "label": rng.integers(0, 3, count)}
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("untapped", ["leave", "reference"])
+def test_batches_of_any_keys_and_sizes(untapped):
+    model, scope = Classifier(nnx.Rngs(0)), dict(include=".", untapped=untapped)
+    batches = [make_batch(3), make_batch(2, seed=1)]
+    found = list(per_example(model, loss, iter(batches), P, **scope))
+    assert [x.shape[0] for x in found] == [3, 2]
+    for got, batch in zip(found, batches, strict=True):
+        assert isinstance(got, np.ndarray) and got.dtype == np.float32
+        close(got, reference.encode(model, batch, P, output=loss, **scope))
+
+
+def test_an_example_by_hand():
+    """Guards: gradients summed over the batch; an example's place in the batch."""
+    model, batch = Classifier(nnx.Rngs(0)), make_batch(4)
+    site = next(s for s in sites.find(model, ".") if s.path == "mlp/kernel")
+    A, B = projection.matrices(site, P)
+    pixels, words = batch["given"]
+    (got,) = per_example(model, loss, [batch], P, include="mlp")
+    kernel, bias = np.asarray(model.mlp.kernel[...]), np.asarray(model.mlp.bias[...])
+    for i in range(4):
+        x = np.asarray(jnp.tanh(model.pixels(pixels).mean((1, 2)) + model.words(words).sum(1)))[i]
+        p = np.exp(x @ kernel + bias)
+        delta = p / p.sum() - np.eye(3)[batch["label"][i]]
+        close(got[i], (A.T @ np.outer(x, delta) @ B).reshape(-1))
+
+
+def test_scales_are_those_of_the_encoder(decoder, random_batch):
+    """Guards: a correction silently dropped."""
+    model, batch, p = decoder(), random_batch([5, 3], 5), Projection(side=3, blocks=2)
+
+    def nats(model, batch):
+        log_p = jax.nn.log_softmax(model(batch["tokens"]))
+        picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * batch["weights"], axis=-1)
+
+    scales = estimate.estimate(model, nats, [batch], sites.find(model), "adam")
+    (got,) = per_example(model, nats, [batch], p, scales)
+    close(got, np.asarray(make_encoder(model, p, scales)(batch)))
+    (plain,) = per_example(model, nats, [batch], p)
+    assert np.linalg.norm(got) > 10 * np.linalg.norm(plain)
+
+
+def test_batches_are_read_as_they_are_needed():
+    """Guards: a corpus that must fit in memory."""
+    read = []
+
+    def stream():
+        for i in range(5):
+            read.append(i)
+            yield make_batch(2, seed=i)
+
+    found = per_example(Classifier(nnx.Rngs(0)), loss, stream(), P)
+    assert not read
+    next(found)
+    assert len(read) == 2
+    assert len(list(found)) == 4 and len(read) == 5
+    assert not list(per_example(Classifier(nnx.Rngs(0)), loss, [], P))
+
+
+def test_errors():
+    model = Classifier(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no weight matrix matches"):
+        per_example(model, loss, [], P, include="experts")
+    # Guards: `sum` meant `mean`: it would depend on the size of the batch.
+    for reduce in (jnp.mean, jnp.sum):
+        with pytest.raises(ValueError, match="neither summed nor averaged over the batch"):
+            list(per_example(model, lambda m, b, r=reduce: r(loss(m, b)), [make_batch(2)], P))
+    with pytest.raises(ValueError, match="examples as its first axis; got shapes"):
+        list(per_example(model, loss, [make_batch(2) | {"temperature": 0.7}], P))
+    with pytest.raises(ValueError, match="examples as its first axis; got shapes"):
+        list(per_example(model, loss, [make_batch(2) | {"label": np.zeros(3, np.int32)}], P))
