@@ -82,6 +82,29 @@ def test_moments_are_found_wherever_they_are(name, tmp_path):
             assert moments.prefix.count("/mu/") == 0
 
 
+def test_groups_and_parameters_in_another_order_keep_their_moments():
+    """Guards: moments mapped to the wrong modules when groups are reordered."""
+    swapped = jax.tree.map({"nu": "rest", "rest": "nu"}.get, LABELS)
+    # A parameter more, before all others, moves every number by one.
+    first = {"a": {"kernel": jnp.ones((6, 6))}}
+    labels = {"a": {"kernel": "rest"}} | LABELS
+    orders = [
+        (NESTED["partition"], {}),
+        (optax.partition({"rest": adam(), "nu": adam()}, swapped), {}),
+        (optax.partition({"nu": adam(), "rest": adam()}, labels), first),
+        (NESTED["masked"], {}),
+        (optax.chain(optax.masked(adam(), REST), optax.masked(adam(), BLOCKS)), {}),
+    ]
+    for tx, more in orders:
+        params, g = more | PARAMS, gradients(0)
+        _, state = tx.update(more | g, tx.init(params), params)
+        flat = flat_parameters(state)
+        for path, x in flat_parameters(g).items():
+            # The first step's ν, corrected for its bias, is the square of the gradient.
+            scale = optimizer_state.exact(optimizer_state.find(flat, path, ADAM))
+            np.testing.assert_allclose(scale, 1 / (np.sqrt(x**2 + 0.02) + 0.03), rtol=1e-5)
+
+
 def test_only_what_is_needed_is_loaded(tmp_path):
     state, _, _ = run(NESTED["chain"], 1)
     checkpoint.save(tmp_path, 1, {"params": PARAMS, "opt_state": state}, {})
