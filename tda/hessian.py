@@ -110,5 +110,9 @@ def _root(block: np.ndarray, damping: float) -> np.ndarray:
 def whiten(x_RxE, roots: list, slices: list[slice]):
     """R^(−1/2) applied to every row: float32 [R, E]."""
     return jnp.concatenate(
-        [x_RxE[:, s] @ root for s, root in zip(slices, roots, strict=True)], axis=-1
+        [
+            jnp.matmul(x_RxE[:, s], root, precision=jax.lax.Precision.HIGHEST)
+            for s, root in zip(slices, roots, strict=True)
+        ],
+        axis=-1,
     )

@@ -1,9 +1,11 @@
 """R, its spectra, the mixing rule and R^(−1/2)."""
 
+import jax
 import numpy as np
 import pytest
 
-from tda import hessian
+from tda import hessian, store
+from tda.retrieval import exact
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -41,12 +43,55 @@ def test_inverse_root_whitens():
 
 
 def test_inverse_root_is_finite_for_singular_and_vanishing_blocks():
-    """Mistake: inversion in float32 without damping."""
+    """Guards: float32 inversion without damping."""
     low_rank = np.outer([1.0, 2, 3], [1.0, 2, 3])
     for block in (low_rank, low_rank * 1e-20, low_rank * 1e20, np.zeros((3, 3))):
         (root,) = hessian.inverse_root([block], damping=1e-3)
         assert np.isfinite(root).all()
     assert not hessian.inverse_root([np.zeros((3, 3))])[0].any()
+
+
+def spread(count=400, width=24, condition=1e3):
+    """Gradients in whose R eigenvalues fall from 1 to 1/condition², about some common mean."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    x = rng.normal(size=(count, width)) * np.geomspace(1, 1 / condition, width)
+    return ((x + 2 * (np.arange(width) == 3)) @ turn).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_roots_are_those_of_float64(tmp_path, dtype):
+    """Guards: low-precision Gram matrices with broken eigenvectors."""
+    x = spread()
+    kept = store.create(tmp_path / "s", [f"p{i}" for i in range(400)], {"b": 24}, {}, dtype=dtype)
+    kept.write(0, x)
+    stored = kept.read(slice(0, 400)).astype(np.float64)
+    (R,) = hessian.autocorrelation((chunk for _, chunk in kept.chunks(100)), [slice(0, 24)])
+    np.testing.assert_allclose(R, stored.T @ stored / 400, rtol=0, atol=1e-6 * np.abs(R).max())
+    damping = 1e-3
+    (root,) = hessian.inverse_root([R], damping)
+    values, vectors = np.linalg.eigh(stored.T @ stored / 400)
+    expected = (vectors * (values + damping * values.mean()) ** -0.5) @ vectors.T
+    assert np.linalg.norm(root - expected, 2) < 1e-3 * np.linalg.norm(expected, 2)
+
+
+def test_a_sum_over_many_chunks_does_not_stand_still():
+    """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
+    one = np.ones((1, 2), np.float32)
+    R = hessian.autocorrelation([one * 2.0**12, *[one] * 64], [slice(0, 2)])[0]
+    np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
+
+
+def test_products_are_in_full_precision_on_every_device():
+    """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
+    roots, bounds = [np.eye(3), np.eye(5)], ((0, 3), (3, 8))
+    for function in (
+        lambda x: hessian._grams(x, bounds),
+        lambda x: hessian.whiten(x, roots, SLICES),
+        lambda x: exact._scores(x, x, np.ones(4, bool), roots, True, bounds),
+    ):
+        text = jax.jit(function).lower(np.ones((4, 8), np.float32)).as_text()
+        assert 0 < text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")
 
 
 def test_damping_is_in_units_of_the_mean_eigenvalue():
