@@ -10,23 +10,33 @@ import jax.numpy as jnp
 
 def cross_entropy(logits_BxTxV, targets_BxT, weights_BxT):
     """Next-token cross-entropy in nats, weighted and summed over positions: float32 [B]."""
-    picked = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    nats_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked
+    nats_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(nats_BxT * weights_BxT, axis=-1)
 
 
 def margin(logits_BxTxV, targets_BxT, weights_BxT):
     """Minus the log-odds of the target, −log(p / (1 − p)): TRAK's output function: float32 [B]."""
-    picked = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    hit = jax.nn.one_hot(targets_BxT, logits_BxTxV.shape[-1], dtype=bool)
-    others = jax.nn.logsumexp(jnp.where(hit, -jnp.inf, logits_BxTxV), axis=-1)
-    return jnp.sum((others - picked) * weights_BxT, axis=-1)
+    others = jnp.where(_hit(logits_BxTxV, targets_BxT), -jnp.inf, logits_BxTxV)
+    odds_BxT = jax.nn.logsumexp(others, axis=-1) - _picked(logits_BxTxV, targets_BxT)
+    return jnp.sum(odds_BxT * weights_BxT, axis=-1)
 
 
 def logit(logits_BxTxV, targets_BxT, weights_BxT):
     """Minus the target's logit: float32 [B]."""
-    picked = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    return jnp.sum(-picked * weights_BxT, axis=-1)
+    return jnp.sum(-_picked(logits_BxTxV, targets_BxT) * weights_BxT, axis=-1)
+
+
+def _hit(logits_BxTxV, targets_BxT):
+    """Whether a logit is the target's: bool [B, T, V]."""
+    return targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
+
+
+def _picked(logits_BxTxV, targets_BxT):
+    """The target's logit: float32 [B, T].
+
+    A sum over the vocabulary, not a look-up, whose gradient would be scattered into zeros.
+    """
+    return jnp.sum(jnp.where(_hit(logits_BxTxV, targets_BxT), logits_BxTxV, 0.0), axis=-1)
 
 
 OUTPUTS = {"loss": cross_entropy, "margin": margin, "logit": logit}

@@ -77,6 +77,13 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[n] for n in RULES["batch"])
 
 
+def devices_of_batch(examples: int) -> int:
+    """Over how many devices of the mesh that is set a batch of so many examples is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else batch_devices(mesh)
+    return devices if examples % devices == 0 else 1
+
+
 def put_batch(mesh: Mesh, arrays: dict) -> dict:
     """A batch's arrays, each [B, T], with B split over the mesh's batch devices.
 

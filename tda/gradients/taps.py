@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tda import sharding
 from tda.gradients import layers, sites
 
 
@@ -101,13 +102,36 @@ def _exact_forward(y, x_BxTxM, tap, A_MxP, B_NxP, scale_MxN):
 def _exact_backward(kept, d_BxTxN):
     x_BxTxM, A_MxP, B_NxP, scale_MxN = kept
 
-    def one(example):
-        # One example's weight gradient at a time: the batch's would not fit.
-        x_TxM, d_TxN = example
-        G_MxN = _einsum("tm,tn->mn", _f32(x_TxM), _f32(d_TxN)) * scale_MxN
-        return A_MxP.T @ (G_MxN @ B_NxP)
+    def some(examples):
+        # A few examples' weight gradients at a time: the batch's would not fit.
+        x_DxCxTxM, d_DxCxTxN = examples
+        G_DxCxMxN = _einsum("dctm,dctn->dcmn", _f32(x_DxCxTxM), _f32(d_DxCxTxN)) * scale_MxN
+        return _einsum("dcmq,mp->dcpq", _einsum("dcmn,nq->dcmq", G_DxCxMxN, B_NxP), A_MxP)
 
-    return d_BxTxN, None, jax.lax.map(one, (x_BxTxM, d_BxTxN)), None, None, None
+    devices, turns, together = _portions(x_BxTxM.shape[0], scale_MxN.size)
+
+    def cut(x):
+        """Every device's own examples, some in every turn: [turns, D, C, …]."""
+        x = jnp.swapaxes(x.reshape(devices, turns, together, *x.shape[1:]), 0, 1)
+        return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    found = jax.lax.map(some, (cut(x_BxTxM), cut(d_BxTxN)))
+    tap_BxPxP = jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[-2:])
+    return d_BxTxN, None, tap_BxPxP, None, None, None
+
+
+def _portions(examples: int, weights: int) -> tuple[int, int, int]:
+    """Devices, turns and examples of a turn on a device, whose product is `examples`.
+
+    A device takes as many examples at once as have 4 MiB of weight gradients, but at least one:
+    what a cache holds is not worth a turn of its own.
+    """
+    devices = sharding.devices_of_batch(examples)
+    own = examples // devices
+    together = max(
+        c for c in range(1, own + 1) if own % c == 0 and c * weights <= max(weights, 2**20)
+    )
+    return devices, own // together, together
 
 
 tap_exact.defvjp(_exact_forward, _exact_backward)

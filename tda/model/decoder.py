@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tda import sharding
+from tda.model.attention import causal_attention
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
@@ -51,8 +52,32 @@ def _linear(inputs, outputs, axes, init_scale, *, dtype, param_dtype, rngs):
     )
 
 
+def _recomputed(f):
+    """`f`, of whose results the backward pass keeps none: it runs `f` again on the arguments.
+
+    For what is cheap: writing and reading its results would take longer.
+    """
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+class Norm(nnx.RMSNorm):
+    """RMSNorm (Zhang & Sennrich 2019, eq. 4), its statistics in float32."""
+
+    def __call__(self, x_BxTxD):
+        """Divides each position's features by their root mean square: [B, T, D] to the same."""
+
+        @_recomputed
+        def normalised(x_BxTxD, scale_D):
+            x_BxTxD = x_BxTxD.astype(jnp.float32)
+            mean_BxTx1 = jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True)
+            y_BxTxD = x_BxTxD * jax.lax.rsqrt(mean_BxTx1 + self.epsilon) * scale_D
+            return y_BxTxD.astype(self.dtype)
+
+        return normalised(x_BxTxD, self.scale[...])
+
+
 def _norm(width, *, eps, dtype, param_dtype, rngs):
-    return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    return Norm(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -73,7 +98,7 @@ class Attention(nnx.Module):
         k = self.key(x_BxTxD).reshape(B, T, self.kv_heads, self.head_width)
         v = self.value(x_BxTxD).reshape(B, T, self.kv_heads, self.head_width)
         q, k = rotary(q, self.rope_base), rotary(k, self.rope_base)
-        y_BxTxHxK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y_BxTxHxK = causal_attention(q, k, v)
         return self.out(y_BxTxHxK.reshape(B, T, self.heads * self.head_width))
 
 
@@ -88,10 +113,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxTxD):
         """Transforms every position alone: [B, T, D] to [B, T, D]."""
-        h_BxTxF = self.up(x_BxTxD)
-        f = _ACTIVATIONS[self.activation]
-        h_BxTxF = f(h_BxTxF) if self.gate is None else f(self.gate(x_BxTxD)) * h_BxTxF
-        return self.down(h_BxTxF)
+        h_BxTxF, f = self.up(x_BxTxD), _ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(_recomputed(f)(h_BxTxF))
+        gated = _recomputed(lambda gate, h: f(gate) * h)
+        return self.down(gated(self.gate(x_BxTxD), h_BxTxF))
 
 
 class Block(nnx.Module):

@@ -1,0 +1,112 @@
+"""Causal grouped-query attention, a block of queries at a time.
+
+A block of queries meets only the keys up to its end, which spares half of the products of a long
+sequence; the backward pass recomputes the probabilities from each row's log-sum-exp (Dao et al.
+2022, algorithm 4), so that no [T, T] array outlives its block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30
+
+
+def causal_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
+    """softmax(q kᵀ / √K) v over the positions up to each one's own (Vaswani et al. 2017, eq. 1).
+
+    Scores and probabilities are float32, whatever the dtype of the arguments.
+
+    Args:
+        q_BxTxHxK: queries of H heads.
+        k_BxTxGxK, v_BxTxGxK: keys and values of G heads, each shared by H / G heads of queries.
+
+    Returns:
+        [B, T, H, K] in the dtype of `v_BxTxGxK`.
+    """
+    B, T, H, K = q_BxTxHxK.shape
+    G = k_BxTxGxK.shape[2]
+    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BxGxTxK, v_BxGxTxK = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxGxK, v_BxTxGxK))
+    y_BxGxRxTxK = _attend(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK)
+    return y_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """First and last position of each block: 64 positions, or more where that makes over 16."""
+    size = max(64, -(-T // 16))
+    return [(i, min(i + size, T)) for i in range(0, T, size)]
+
+
+def _rows(x_BxGxRxTxK, start: int, stop: int):
+    """A block's positions of all R heads of a group, one after the other: [B, G, R·S, K]."""
+    B, G, _, _, K = x_BxGxRxTxK.shape
+    return x_BxGxRxTxK[:, :, :, start:stop].reshape(B, G, -1, K)
+
+
+def _products(equation: str, *operands):
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int):
+    """Scores of a block's rows and the keys up to its end, −1e30 for keys that come later."""
+    scores = _products("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK[:, :, :stop])
+    at_S = jnp.tile(jnp.arange(start, stop), scores.shape[2] // (stop - start))
+    return jnp.where(at_S[:, None] >= jnp.arange(stop), scores, _MASKED)
+
+
+@jax.custom_vjp
+def _attend(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK):
+    return _forward(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK)[0]
+
+
+def _forward(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK):
+    R = q_BxGxRxTxK.shape[2]
+    outs, sums = [], []
+    for start, stop in _blocks(q_BxGxRxTxK.shape[3]):
+        scores = _scores(_rows(q_BxGxRxTxK, start, stop), k_BxGxTxK, start, stop)
+        most = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        p = (weights / total).astype(v_BxGxTxK.dtype)
+        y_BxGxSxK = _products("bgst,bgtk->bgsk", p, v_BxGxTxK[:, :, :stop])
+        outs.append(_unrolled(y_BxGxSxK.astype(v_BxGxTxK.dtype), R))
+        sums.append(most + jnp.log(total))
+    y_BxGxRxTxK = jnp.concatenate(outs, axis=3)
+    return y_BxGxRxTxK, (q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, y_BxGxRxTxK, sums)
+
+
+def _unrolled(x_BxGxSxK, R: int):
+    """What `_rows` made, as [B, G, R, S / R, K]."""
+    return x_BxGxSxK.reshape(*x_BxGxSxK.shape[:2], R, -1, x_BxGxSxK.shape[-1])
+
+
+def _backward(kept, d_BxGxRxTxK):
+    q, k, v, y, sums = kept
+    R, T = q.shape[2:4]
+    # The softmax's backward pass takes Σ_t p_st dp_st from each row: it is ⟨dy, y⟩.
+    inner = jnp.sum(_f32(d_BxGxRxTxK) * _f32(y), axis=-1, keepdims=True)
+    dq, dk, dv = [], [], []
+    for (start, stop), total in zip(_blocks(T), sums, strict=True):
+        rows = functools.partial(_rows, start=start, stop=stop)
+        q_BxGxSxK, d_BxGxSxK = rows(q), rows(d_BxGxRxTxK)
+        p = jnp.exp(_scores(q_BxGxSxK, k, start, stop) - total)
+        dp = _products("bgsk,bgtk->bgst", d_BxGxSxK, v[:, :, :stop])
+        ds = (p * (dp - rows(inner))).astype(q.dtype)
+        dq.append(_unrolled(_products("bgst,bgtk->bgsk", ds, k[:, :, :stop]), R))
+        after = [(0, 0), (0, 0), (0, 0), (0, T - stop)]
+        dk.append(jnp.pad(_products("bgst,bgsk->bgkt", ds, q_BxGxSxK), after))
+        dv.append(jnp.pad(_products("bgst,bgsk->bgkt", p.astype(v.dtype), d_BxGxSxK), after))
+    return (
+        jnp.concatenate(dq, axis=3).astype(q.dtype),
+        jnp.swapaxes(sum(dk), 2, 3).astype(k.dtype),
+        jnp.swapaxes(sum(dv), 2, 3).astype(v.dtype),
+    )
+
+
+def _f32(x):
+    return x.astype(jnp.float32)
+
+
+_attend.defvjp(_forward, _backward)

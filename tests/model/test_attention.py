@@ -1,0 +1,74 @@
+"""Causal attention in blocks, against the plain formula, in values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tda.model.attention import causal_attention
+
+
+def plain(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
+    """Softmax of masked scores, in one piece, in float64."""
+    H, G = q_BxTxHxK.shape[2], k_BxTxGxK.shape[2]
+    k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BxTxGxK, v_BxTxGxK))
+    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / np.sqrt(q_BxTxHxK.shape[-1])
+    T = scores.shape[-1]
+    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
+
+
+def arrays(B, T, H, G, K, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K))
+    return [jnp.asarray(2 * rng.normal(size=s), dtype) for s in shapes]
+
+
+def value_and_gradients(attention, q, k, v, towards):
+    def total(q, k, v):
+        y = attention(q, k, v)
+        return jnp.sum(y.astype(jnp.float32) * towards.astype(jnp.float32)), y
+
+    (_, y), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return y, *gradients
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "G"),
+    [(1, 2, 2), (7, 4, 2), (64, 2, 1), (65, 6, 3), (150, 2, 2), (1100, 2, 1)],
+    ids=str,
+)
+def test_values_and_gradients_are_the_plain_formulas(T, H, G):
+    """One block, blocks that end short, more than 16 of 64 positions; heads shared or not."""
+    given = arrays(2 if T < 1000 else 1, T, H, G, 8)
+    got = value_and_gradients(causal_attention, *given)
+    expected = value_and_gradients(plain, *given)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.float32 and a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+
+
+def test_half_precision_keeps_scores_and_sums_in_float32():
+    """Guards: half-precision softmax."""
+    given = arrays(2, 150, 4, 2, 16, "bfloat16")
+    got = value_and_gradients(causal_attention, *given)
+    expected = value_and_gradients(plain, *(x.astype(jnp.float32) for x in given))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # Two roundings to 8 bits of mantissa: of the queries over √K and of the result.
+        error = np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b)
+        assert error < 0.01
+
+
+def test_no_position_sees_a_later_one():
+    q, k, v, _ = arrays(1, 130, 2, 1, 4)
+    before = causal_attention(q, k, v)
+    after = causal_attention(q, k.at[:, 100:].add(9.0), v.at[:, 100:].add(9.0))
+    np.testing.assert_array_equal(after[:, :100], before[:, :100])
+    assert not np.allclose(after[:, 100:], before[:, 100:])
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, towards = arrays(1, 70, 2, 2, 4)
+    for x in value_and_gradients(causal_attention, 1e4 * q, k, v, towards):
+        assert np.isfinite(x).all()
