@@ -24,6 +24,10 @@ from flax import nnx
 from tda import sharding
 from tda.gradients import layers, sites
 
+# Weight gradients that a device holds at once, in numbers (but one example's at least): 4 MiB, what
+# a cache keeps until they are projected.
+_AT_ONCE = 2**20
+
 
 class Tap(nnx.Variable):
     """The zeros whose cotangent is asked for: [(L,) B, k, k], or [(L,) B, T] for positions."""
@@ -121,16 +125,11 @@ def _exact_backward(kept, d_BxTxN):
 
 
 def _portions(examples: int, weights: int) -> tuple[int, int, int]:
-    """Devices, turns and examples of a turn on a device, whose product is `examples`.
-
-    A device takes as many examples at once as have 4 MiB of weight gradients, but at least one:
-    what a cache holds is not worth a turn of its own.
-    """
+    """Devices, turns, and examples of a turn on a device, whose product is `examples`."""
     devices = sharding.devices_of_batch(examples)
     own = examples // devices
-    together = max(
-        c for c in range(1, own + 1) if own % c == 0 and c * weights <= max(weights, 2**20)
-    )
+    fitting = (n for n in range(2, own + 1) if own % n == 0 and n * weights <= _AT_ONCE)
+    together = max(fitting, default=1)
     return devices, own // together, together
 
 

@@ -1,0 +1,57 @@
+"""How the exact correction's weight gradients are formed: a few examples at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from tda import sharding
+from tda.gradients import reference, taps
+from tda.gradients.encoder import make_encoder
+from tda.gradients.projection import Projection
+from tda.gradients.second_moments import adam_scale
+from tda.gradients.sites import find
+from tda.model import functional
+
+P = Projection(side=4, blocks=2)
+
+
+def exact_scales(model):
+    scales = {}
+    for site in find(model):
+        nu = np.exp(np.random.default_rng(len(scales)).normal(size=site.shape))
+        scales[site.path] = adam_scale(nu, 7, 0.9, 1e-3)
+    return scales
+
+
+@pytest.mark.parametrize("at_once", [0, 16 * 24, 5 * 16 * 24])
+def test_examples_in_turns_keep_their_order(decoder, random_batch, monkeypatch, at_once):
+    """Guards: rows that trade places; the layers' matrices take from one to six examples a turn."""
+    monkeypatch.setattr(taps, "_AT_ONCE", at_once)
+    model = decoder()
+    scales, batch = exact_scales(model), random_batch([6, 4, 2, 5, 1, 3], 6)
+    got = make_encoder(model, P, scales)(batch)
+    expected = np.asarray(reference.encode(model, batch, P, scales))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_devices_take_turns_over_their_own_examples(decoder, random_batch, monkeypatch):
+    monkeypatch.setattr(taps, "_AT_ONCE", 0)
+    model = decoder()
+    scales, batch = exact_scales(model), random_batch([6, 4, 2, 5, 1, 3, 6, 2], 6)
+    expected = np.asarray(make_encoder(model, P, scales)(batch))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    fn, params = functional.split(model)
+    model = fn.merge(functional.place(params, fn.axes, mesh))
+    with jax.set_mesh(mesh):
+        assert taps._portions(8, 100) == (4, 2, 1)
+        got = make_encoder(model, P, scales, mesh=mesh)(sharding.put_batch(mesh, batch))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_portions_multiply_to_the_batch(monkeypatch):
+    monkeypatch.setattr(taps, "_AT_ONCE", 100)
+    assert taps._portions(12, 1000) == (1, 12, 1)
+    assert taps._portions(12, 25) == (1, 3, 4)
+    assert taps._portions(12, 20) == (1, 3, 4)
+    assert taps._portions(7, 50) == (1, 7, 1)
+    assert taps._portions(6, 1) == (1, 1, 6)
