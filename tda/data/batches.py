@@ -29,7 +29,7 @@ class Batch:
         return {"tokens": self.tokens, "targets": self.targets, "weights": self.weights}
 
 
-def buckets(context: int, ratio: float = 1.2, smallest: int = 8) -> tuple[int, ...]:
+def buckets(context: int, ratio: float = 1.16, smallest: int = 8) -> tuple[int, ...]:
     """Padded lengths up to `context`: multiples of 8, each about `ratio` times the one before."""
     if context < 1:
         raise ValueError(f"context={context} must be positive")
