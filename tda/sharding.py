@@ -48,13 +48,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
-    """The PartitionSpec of an array whose logical axes are `axes` (None: replicated).
+    """The PartitionSpec of an array whose logical axes are `axes`.
+
+    None is an axis that is replicated, `...` one that the compiler may lay out as it likes.
 
     With `shape` and `mesh`, an axis whose size the mesh does not divide is left replicated, and so
     is one whose mesh axes an earlier axis already took.
     """
     used, out = set(), []
     for i, axis in enumerate(axes):
+        if axis is ...:
+            out.append(PartitionSpec.UNCONSTRAINED)
+            continue
         names = RULES.get(axis) or ()
         names = tuple(n for n in names if n not in used)
         if mesh is not None:

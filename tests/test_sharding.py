@@ -57,6 +57,11 @@ def test_constrain_lays_an_array_out(mesh):
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: sharding.constrain(x * 2, "batch", "heads"))(jnp.ones((8, 6)))
     assert y.sharding.shard_shape(y.shape) == (2, 3)
+    # `...` leaves an axis as it was; None would replicate it.
+    for given, shape in ((..., (2, 3)), (None, (2, 6))):
+        with jax.set_mesh(mesh):
+            z = jax.jit(lambda x, a=given: sharding.constrain(x, "batch", a) + 0)(y)
+        assert z.sharding.shard_shape(z.shape) == shape
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -117,7 +117,7 @@ def _exact_backward(kept, d_BxTxN):
     def cut(x):
         """Every device's own examples, some in every turn: [turns, D, C, …]."""
         x = jnp.swapaxes(x.reshape(devices, turns, together, *x.shape[1:]), 0, 1)
-        return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return sharding.constrain(x, None, "batch", *[...] * (x.ndim - 2))
 
     found = jax.lax.map(some, (cut(x_BxTxM), cut(d_BxTxN)))
     tap_BxPxP = jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[-2:])

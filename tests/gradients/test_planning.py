@@ -1,5 +1,6 @@
 """What encoding costs in memory, by the compiler's account, on meshes real and simulated."""
 
+import jax
 import optax
 import pytest
 from flax import nnx
@@ -16,12 +17,20 @@ def abstract_model():
     return nnx.eval_shape(lambda: Decoder(**SHAPE, rngs=nnx.Rngs(0)))
 
 
+MESHES = {"one device": dict(devices=jax.devices()[:1]), "fsdp and tensor": dict(fsdp=4, tensor=2)}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("correction", ["none", "factored", "low_rank(4)", "adam"])
-def test_encoding_needs_no_more_memory_than_training(one_device, correction):
-    """For the same batch: no weight gradient of the batch, and never one for every example."""
+def test_encoding_needs_no_more_memory_than_training(correction, mesh):
+    """For the same batch: no weight gradient of the batch, and never one for every example.
+
+    On a mesh a device forms those of its own examples, of its own part of the features.
+    """
     model, projection = abstract_model(), Projection(side=8, blocks=4)
-    step = planning.compile_training_step(model, optax.adam(1e-3), one_device, 16, 64)
-    compiled = planning.compile_encoder(model, projection, one_device, 16, 64, correction)
+    mesh, B = sharding.make_mesh(**MESHES[mesh]), 16
+    step = planning.compile_training_step(model, optax.adam(1e-3), mesh, B, 64)
+    compiled = planning.compile_encoder(model, projection, mesh, B, 64, correction)
     assert planning.memory_of(compiled).total <= planning.memory_of(step).total
 
 
