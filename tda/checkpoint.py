@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from tda import processes
 from tda.model.functional import path_name
 
 
@@ -42,6 +43,8 @@ def latest_step(root) -> int | None:
 def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
     """Writes `state` as `ROOT/STEP` and removes all but the last `keep` checkpoints.
 
+    Of several processes each calls it, and writes what its devices hold.
+
     Args:
         root: the directory of all checkpoints.
         step: training step.
@@ -51,7 +54,12 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
     """
     root = _absolute(root)
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
-    for old in _steps(root)[:-keep] if keep else ():
+    if keep:
+        processes.by_first("remove old checkpoints", lambda: _remove_all_but(root, keep))
+
+
+def _remove_all_but(root: epath.Path, keep: int) -> None:
+    for old in _steps(root)[:-keep]:
         (root / str(old)).rmtree()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from tda import progress, sharding
+from tda import processes, progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
@@ -86,10 +86,8 @@ def fill(
         **layout: as for `encode_rows`.
     """
     shards = store.shards()
-    lacks = np.zeros(len(shards), bool)
-    lacks[store.missing()] = True
-    # A process that came later may find shards that another has written since.
-    missing = np.flatnonzero(sharding.agreed(lacks))
+    # A process that came later might find shards that another has written since.
+    missing = processes.by_first("list the shards", store.missing)
     me, count = jax.process_index(), jax.process_count()
     together = not sharding.is_local(mesh)
     mine = missing if together else missing[me::count]
@@ -107,7 +105,7 @@ def fill(
                 invalid = store.write(int(i), encoded)
                 if invalid:
                     bar.write(_told(what, invalid))
-    sharding.wait_for_all("shards written")
+    processes.wait_for_all("shards written")
 
 
 def _told(what: str, invalid: list[str]) -> str:

@@ -4,9 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from tda import processes
+
 
 def bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
     """A progress bar that also suits a log file: a line is rewritten at most every few seconds.
+
+    Of several processes the first alone shows it.
 
     Args:
         total: amount of work, in `unit`.
@@ -25,4 +29,5 @@ def bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
         dynamic_ncols=True,
         smoothing=0.05,
         file=sys.stderr,
+        disable=not processes.is_first(),
     )

@@ -116,19 +116,6 @@ def is_local(mesh: Mesh | None) -> bool:
     return mesh is None or all(d.process_index == mine for d in mesh.devices.flat)
 
 
-def agreed(flags) -> np.ndarray:
-    """Process 0's bool array, in every process."""
-    if jax.process_count() == 1:
-        return np.asarray(flags, bool)
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, bool)))
-
-
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def constrain(x, *axes):
     """`x` with its layout stated by logical axes; `x` itself where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from tda import sharding
+from tda import processes
 
 FORMAT = 1
 _CHUNK_BYTES = 4 << 20
@@ -200,33 +199,30 @@ def create(
         "fingerprint": fingerprint,
     }
     path = epath.Path(path)
-    if jax.process_count() > 1:
-        if jax.process_index() == 0 and not (path / "manifest.json").exists():
-            _make(path, ids, manifest)
-        sharding.wait_for_all("store made")
-    if (path / "manifest.json").exists():
-        store = open_store(path)
-        _check(path, store.manifest, manifest)
-        if store.ids != list(ids):
-            raise StoreError(
-                f"{path} holds other passages than the corpus; remove it to start over"
-            )
-        return store
-    return GradientStore(path, manifest, _make(path, ids, manifest))
+    processes.by_first(f"make the store {path}", lambda: _make_absent(path, ids, manifest))
+    store = open_store(path)
+    _check(path, store.manifest, manifest)
+    if store.ids != list(ids):
+        raise StoreError(f"{path} holds other passages than the corpus; remove it to start over")
+    return store
 
 
-def _make(path: epath.Path, ids: Sequence[str], manifest: dict) -> ts.TensorStore:
+def _make_absent(path: epath.Path, ids: Sequence[str], manifest: dict) -> None:
+    if not (path / "manifest.json").exists():
+        _make(path, ids, manifest)
+
+
+def _make(path: epath.Path, ids: Sequence[str], manifest: dict) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "ids.json").write_text(json.dumps(list(ids), ensure_ascii=False))
-        array = ts.open(_spec(path, manifest), create=True, delete_existing=True).result()
+        ts.open(_spec(path, manifest), create=True, delete_existing=True).result()
         # The manifest comes last: a directory without one is not a store yet.
         part = path / "manifest.json.part"
         part.write_text(json.dumps(manifest, indent=1))
         part.rename(path / "manifest.json")
     except OSError as error:
         raise StoreError(f"cannot write a store to {path}: {error}") from error
-    return array
 
 
 def open_store(path, fingerprint: dict | None = None) -> GradientStore:

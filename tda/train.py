@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tda import checkpoint, progress, sharding
+from tda import checkpoint, processes, progress, sharding
 from tda import loss as losses
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
@@ -121,7 +121,7 @@ def fit(
         keep: checkpoints kept, 0 for all.
         description: JSON values saved with each checkpoint.
         mesh: devices; all of them along the data axis by default.
-        log_path: JSON lines {"step", "epoch", "loss", "tokens"} are appended here.
+        log_path: JSON lines {"step", "epoch", "loss", "tokens"} are appended here, by process 0.
 
     Returns:
         The final state {"params", "opt_state", "step"}.
@@ -153,13 +153,16 @@ def fit(
         "seed": seed,
     }
     description = dict(description or {}) | {"batches": batches_of}
-    if checkpoint.latest_step(directory) is not None:
-        _check_same_batches(checkpoint.describe(directory).get("batches"), batches_of, directory)
-        state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh))
+    last = processes.by_first("look for checkpoints", lambda: checkpoint.latest_step(directory))
+    if last is not None:
+        there = checkpoint.describe(directory, last).get("batches")
+        _check_same_batches(there, batches_of, directory)
+        state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh), last)
     step_fn = jax.jit(
         lambda state, batch: train_step(model_fn.merge, tx, state, batch), donate_argnums=0
     )
     first = int(state["step"])
+    log_path = log_path if processes.is_first() else None
     _trim_log(log_path, first)
     log = open(log_path, "a", encoding="utf-8") if log_path else None
     seen = round(tokens_per_epoch * first / per_epoch)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda import sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 
@@ -40,6 +41,6 @@ def target_statistics(
     nats, ranks = np.zeros(len(queries)), np.zeros(len(queries), np.int64)
     for batch in batching.batches(queries, planned, pad):
         n, r = one_batch(state, batch.arrays())
-        nats[batch.rows] = np.asarray(n)[: len(batch.rows)]
-        ranks[batch.rows] = np.asarray(r)[: len(batch.rows)]
+        nats[batch.rows] = sharding.to_host(n)[: len(batch.rows)]
+        ranks[batch.rows] = sharding.to_host(r)[: len(batch.rows)]
     return {"nats": nats, "rank": ranks}

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from tda import loss as losses
-from tda import progress
+from tda import progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.model.functional import Functional
@@ -86,7 +86,7 @@ def tail_patch(
                     "passage": _passages(passages, pairs[filled, 1], bucket_lengths[b], pad),
                     "query": _rows(queries, pairs[filled, 0], query_length, pad),
                 }
-                out[some] = np.asarray(call(state, batch))[: len(some)]
+                out[some] = sharding.to_host(call(state, batch))[: len(some)]
                 on_done(some, out[some])
                 bar.update(len(some))
     return out

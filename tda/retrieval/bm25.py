@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import bm25s
 import numpy as np
 
 from tda.retrieval.ranked import Ranked, first_rank, top
@@ -28,6 +27,9 @@ def search(
     Raises:
         ValueError: no passage has a word.
     """
+    # Not above: its import computes by jax, and processes are joined before anything does.
+    import bm25s
+
     texts = list(texts)
     tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     if not tokens.vocab:
