@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
 
     c.store = ConfigDict()
     c.store.dtype = "float32"
+    c.store.shard_bytes = 256 << 20  # of a file; a host encodes whole files
 
     c.hessian = ConfigDict()
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion

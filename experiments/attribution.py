@@ -1,6 +1,7 @@
 """The stage that retrieves passages for every query by every method."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ from experiments import encoding
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain, write_json
-from tda import hessian, methods
+from tda import hessian, methods, processes
 from tda.retrieval import bm25, exact, ranked
 from tda.retrieval.ranked import Ranked
 
@@ -18,39 +19,52 @@ def retrieve(
 ) -> tuple[dict[str, Ranked], dict]:
     """What every method of the config ranks, and facts about how (λ and the like).
 
-    A ranking that is there already, from the same gradients and settings, is read.
+    A ranking that is there already, from the same gradients and settings, is read. Of several
+    processes all encode, and the first searches.
     """
     chosen = methods.parse(config.methods)
     files = {n: _file(config, corpus, trained, workdir, m) for n, m in chosen.items()}
-    todo = {n: m for n, m in chosen.items() if not files[n].exists()}
+    lacking = processes.by_first(
+        "look for rankings", lambda: [n for n, f in files.items() if not f.exists()]
+    )
+    todo = {n: chosen[n] for n in lacking}
     for corrected in (False, True):
         sharing = {
             n: m for n, m in todo.items() if m.retriever == "gradient" and m.corrected == corrected
         }
         if sharing:
             store, queries = encoding.encode(config, corpus, trained, workdir, corrected)
-            print(f"search {store.rows:,} passages: {', '.join(sharing)}")
-            scorers, note = _scorers(config, store, queries, sharing)
-            found = exact.search(
-                queries,
-                store.chunks(),
-                store.rows,
-                store.slices,
-                scorers,
-                config.eval.top_k,
-                corpus.correct,
-                store.read,
-            )
-            for name, ranking in found.items():
-                _keep(files[name], ranking, note.get(name))
+            work = functools.partial(_search, config, corpus, store, queries, sharing, files)
+            processes.by_first("search", work)
     for name, method in todo.items():
         if method.retriever == "bm25":
-            texts = [corpus.text_of(i) for i in range(len(corpus.passages))]
-            asked = [f"{f.prompt(config.data.prompt)} {f.entity1}" for f in corpus.queries]
-            found = bm25.search(asked, texts, config.eval.top_k, corpus.correct)
-            _keep(files[name], found, None)
-    notes = {n: json.loads(_note(f).read_text()) for n, f in files.items() if _note(f).exists()}
+            work = functools.partial(_search_text, config, corpus, files[name])
+            processes.by_first("search", work)
+    notes = processes.by_first("read notes", lambda: _notes(files))
     return {n: ranked.load(files[n]) for n in chosen}, notes
+
+
+def _search(config, corpus: Corpus, store, queries, sharing: dict, files: dict) -> None:
+    print(f"search {store.rows:,} passages: {', '.join(sharing)}")
+    scorers, note = _scorers(config, store, queries, sharing)
+    found = exact.search(
+        queries,
+        store.chunks(),
+        store.rows,
+        store.slices,
+        scorers,
+        config.eval.top_k,
+        corpus.correct,
+        store.read,
+    )
+    for name, ranking in found.items():
+        _keep(files[name], ranking, note.get(name))
+
+
+def _search_text(config, corpus: Corpus, file: pathlib.Path) -> None:
+    texts = [corpus.text_of(i) for i in range(len(corpus.passages))]
+    asked = [f"{f.prompt(config.data.prompt)} {f.entity1}" for f in corpus.queries]
+    _keep(file, bm25.search(asked, texts, config.eval.top_k, corpus.correct), None)
 
 
 def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) -> pathlib.Path:
@@ -69,6 +83,10 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
 
 def _note(file: pathlib.Path) -> pathlib.Path:
     return file.with_suffix(".json")
+
+
+def _notes(files: dict[str, pathlib.Path]) -> dict:
+    return {n: json.loads(_note(f).read_text()) for n, f in files.items() if _note(f).exists()}
 
 
 def _keep(file: pathlib.Path, found: Ranked, note: dict | None) -> None:

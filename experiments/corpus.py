@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 
 from experiments.workdir import Workdir
+from tda import processes
 from tda.data import features, jsonl, labels, statements, tokens
 from tda.data.batches import buckets
 from tda.data.records import Fact, Sentence
@@ -50,6 +51,7 @@ def load(config, workdir: Workdir) -> Corpus:
     Raises:
         ValueError: a path is missing, a record is malformed, a query does not fit; the message
             names the file, the record or the key.
+        tda.processes.ProcessError: processes read different files.
     """
     all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
     # All labels are checked, even where only some facts are asked.
@@ -80,6 +82,8 @@ def load(config, workdir: Workdir) -> Corpus:
         ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
     )
     correct = _correct(sentences, facts, passages)
+    fingerprint = _fingerprint(passages, training, prompts, tokenizer, correct)
+    processes.check_alike("corpus", fingerprint)
     return Corpus(
         sentences,
         facts,
@@ -89,7 +93,7 @@ def load(config, workdir: Workdir) -> Corpus:
         prompts,
         correct,
         buckets(context),
-        _fingerprint(passages, training, prompts, tokenizer, correct),
+        fingerprint,
     )
 
 
@@ -98,7 +102,13 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
         raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
     if data.sentences:
         return jsonl.read_sentences(data.sentences), jsonl.read_facts(data.facts)
-    sentences, facts = features.load_tfds(data.name, data.dir or str(workdir / "data"))
+    directory = data.dir or str(workdir / "data")
+    found: list = []
+    # The others find it prepared.
+    processes.by_first(
+        f"prepare {data.name}", lambda: found.extend(features.load_tfds(data.name, directory))
+    )
+    sentences, facts = found or features.load_tfds(data.name, directory)
     return list(sentences), facts
 
 
@@ -132,14 +142,16 @@ def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer:
         digest.update(b"\0")
     made_from = {"texts": digest.hexdigest()[:16], "vocab_size": config.tokenizer.vocab_size}
     path = workdir / "model" / "tokenizer.json"
-    if workdir.finished("tokenizer", made_from):
-        return Tokenizer.load(path)
-    workdir.claim("tokenizer", made_from)
-    tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
-    path.parent.mkdir(exist_ok=True)
-    tokenizer.save(path)
-    workdir.finish("tokenizer", made_from)
-    return tokenizer
+    if not workdir.finished("tokenizer", made_from):
+        workdir.claim("tokenizer", made_from)
+
+        def train():
+            path.parent.mkdir(exist_ok=True)
+            Tokenizer.train(texts, config.tokenizer.vocab_size).save(path)
+
+        processes.by_first("train the tokenizer", train)
+        workdir.finish("tokenizer", made_from)
+    return Tokenizer.load(path)
 
 
 def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:

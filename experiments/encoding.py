@@ -9,7 +9,7 @@ import numpy as np
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain
-from tda import checkpoint, encoding, train
+from tda import checkpoint, encoding, processes, sharding, train
 from tda import loss as losses
 from tda import store as stores
 from tda.data import batches
@@ -62,7 +62,8 @@ def _scales(config, corpus: Corpus, trained: Trained, chosen: list[sites.Site], 
     if made["correction"] == "none":
         return None
     if made["second_moments"] == "optimizer":
-        return second_moments.read(trained.root, chosen, made["correction"], trained.step)
+        scales = second_moments.read(trained.root, chosen, made["correction"], trained.step)
+        return {path: _within_reach(s, trained.mesh) for path, s in scales.items()}
     count, training = config.gradients.estimate_batches, corpus.training
     print(f"second moments: estimated from {count} batches of the training text")
     # A shuffled epoch's first batches are a sample of the text.
@@ -89,6 +90,15 @@ def _scales(config, corpus: Corpus, trained: Trained, chosen: list[sites.Site], 
     )
 
 
+def _within_reach(scale: second_moments.Scale, mesh) -> second_moments.Scale:
+    """A scale that was read onto the devices of all processes, for a model on this one's."""
+    parts = {f.name: getattr(scale, f.name) for f in dataclasses.fields(scale)}
+    far = {n: x for n, x in parts.items() if x is not None and not x.is_fully_addressable}
+    if not far or not sharding.is_local(mesh):
+        return scale
+    return dataclasses.replace(scale, **{n: sharding.to_host(x) for n, x in far.items()})
+
+
 def encode(
     config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool
 ) -> tuple[stores.GradientStore, np.ndarray]:
@@ -104,7 +114,7 @@ def encode(
     paths = {n: workdir / "stores" / f"{n}-{correction}-{fingerprint(whole[n])}" for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
-    if not all(map(stores.finished, paths.values())):
+    if not processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values()))):
         scales = _scales(config, corpus, trained, chosen, made)
         encoder = encoders.make_encoder(
             trained.model, projection, scales, g.output, **scope, mesh=trained.mesh
@@ -118,7 +128,14 @@ def encode(
     )
     found = []
     for name, table in tables.items():
-        store = stores.create(paths[name], table.ids, blocks, whole[name], config.store.dtype)
+        store = stores.create(
+            paths[name],
+            table.ids,
+            blocks,
+            whole[name],
+            config.store.dtype,
+            config.store.shard_bytes,
+        )
         encoding.fill(store, encoder, table, f"encode {name} ({correction})", **layout)
         found.append(store)
     queries, passages = found

@@ -1,13 +1,14 @@
 """The stage that measures what the methods retrieved, and writes results and metrics."""
 
 import json
+import os
 
 import numpy as np
 
 from experiments.corpus import Corpus
 from experiments.training import Trained, make_optimizer, restore_state
 from experiments.workdir import Workdir, fingerprint, write_json
-from tda import results
+from tda import processes, results
 from tda.evaluation import knowledge, ranking
 from tda.evaluation.tail_patch import tail_patch
 from tda.retrieval.ranked import Ranked
@@ -23,7 +24,10 @@ def sample(count: int, wanted: int, seed: int) -> np.ndarray:
 def run(
     config, corpus: Corpus, trained: Trained, ranked: dict[str, Ranked], workdir: Workdir
 ) -> dict:
-    """Metrics by method; writes `results/METHOD.jsonl` and `metrics.json`."""
+    """Metrics by method; writes `results/METHOD.jsonl` and `metrics.json`.
+
+    Of several processes all compute, since the model may be spread over them; the first writes.
+    """
     layout = dict(bucket_lengths=corpus.buckets, pad=corpus.tokenizer.pad)
     known = knowledge.target_statistics(
         trained.model, corpus.prompts, tokens_per_batch=config.gradients.tokens_per_batch, **layout
@@ -49,11 +53,15 @@ def run(
         m["tail_patch_control"] = float(np.mean(control)) if len(control) else None
         m["n_tail_patch_queries"] = len(patch_queries)
         metrics[name] = m
-    (workdir / "results").mkdir(exist_ok=True)
-    for name, found in ranked.items():
-        records = [_record(config, corpus, found, known, int(q)) for q in asked]
-        results.write(workdir / "results" / f"{name}.jsonl", records)
-    write_json(workdir / "metrics.json", metrics)
+
+    def write():
+        (workdir / "results").mkdir(exist_ok=True)
+        for name, found in ranked.items():
+            records = [_record(config, corpus, found, known, int(q)) for q in asked]
+            results.write(workdir / "results" / f"{name}.jsonl", records)
+        write_json(workdir / "metrics.json", metrics)
+
+    processes.by_first("write results", write)
     return metrics
 
 
@@ -67,12 +75,12 @@ def _tail_patches(config, corpus, trained, ranked, workdir, asked):
     pairs += [(q, -1) for q in chosen]
     made_from = {"model": trained.fingerprint, "rate": e.tail_patch_learning_rate}
     path = workdir / f"tail_patch-{fingerprint([made_from, corpus.fingerprint])}.jsonl"
-    have = _read_patches(path)
+    have = {(q, p): x for q, p, x in processes.by_first("read", lambda: _read_patches(path))}
     todo = [p for p in pairs if p not in have]
     if todo:
         model_fn, state = restore_state(trained)
         tx = make_optimizer(config, trained.step, e.tail_patch_learning_rate)
-        with open(path, "a", encoding="utf-8") as out:
+        with open(path if processes.is_first() else os.devnull, "a", encoding="utf-8") as out:
 
             def keep(which, change):
                 for i, x in zip(which, change, strict=True):
@@ -96,9 +104,9 @@ def _tail_patches(config, corpus, trained, ranked, workdir, asked):
     return have, [have[q, -1] for q in chosen], chosen
 
 
-def _read_patches(path) -> dict[tuple[int, int], float]:
-    """The pairs that an earlier run computed; a line torn by a kill is cut off."""
-    have: dict[tuple[int, int], float] = {}
+def _read_patches(path) -> list[tuple[int, int, float]]:
+    """What an earlier run computed, (query, passage, change); a line torn by a kill is cut off."""
+    have: list[tuple[int, int, float]] = []
     if not path.exists():
         return have
     whole = 0
@@ -107,7 +115,7 @@ def _read_patches(path) -> dict[tuple[int, int], float]:
             if not line.endswith(b"\n"):
                 break
             item = json.loads(line)
-            have[item["query"], item["passage"]] = item["change"]
+            have.append((item["query"], item["passage"], item["change"]))
             whole += len(line)
     with open(path, "r+b") as out:
         out.truncate(whole)

@@ -8,7 +8,7 @@ Every stage is resumed where it was killed, and skipped when its output is there
 from experiments import attribution, corpus, evaluation, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
-from tda import methods
+from tda import methods, processes
 
 
 def main(config, workdir):
@@ -17,14 +17,19 @@ def main(config, workdir):
 
 
 def run(config, workdir: Workdir) -> dict:
-    """All stages in order; returns the metrics by method."""
+    """All stages in order; returns the metrics by method.
+
+    Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
+    """
+    processes.check_alike("config", config.to_json())
     methods.parse(config.methods)  # a wrong name is told before hours of training
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
     ranked, notes = attribution.retrieve(config, data, trained, workdir)
     metrics = evaluation.run(config, data, trained, ranked, workdir)
     text = report.table(metrics)
-    (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
+    if processes.is_first():
+        (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():

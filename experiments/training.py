@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments.corpus import Corpus
 from experiments.workdir import Workdir, write_json
-from tda import checkpoint, optimizer, sharding, train
+from tda import checkpoint, optimizer, processes, sharding, train
 from tda.model import functional, sizes
 from tda.model.decoder import Decoder
 
@@ -23,7 +23,7 @@ class Trained:
         root: the directory of its checkpoints.
         step: the checkpoint.
         tx: the optimizer that trained it.
-        mesh: the devices it is on.
+        mesh: the devices it is on: of several processes each has a whole copy where it fits.
         fingerprint: tells this checkpoint from others.
     """
 
@@ -61,8 +61,20 @@ def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
 
 
 def make_mesh(config) -> jax.sharding.Mesh:
-    """The mesh that the config asks for."""
+    """The mesh that the config asks for: what the model is trained on."""
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def working_mesh(config) -> jax.sharding.Mesh:
+    """The mesh that the trained model works on.
+
+    Each process's own devices, where one model takes no more than these: processes then encode
+    apart, and nothing travels between hosts. Else that of training.
+    """
+    m = config.mesh
+    if jax.process_count() == 1 or jax.local_device_count() % (m.fsdp * m.tensor):
+        return make_mesh(config)
+    return sharding.make_mesh(-1, m.fsdp, m.tensor, jax.local_devices())
 
 
 def make_optimizer(config, steps: int, learning_rate: float = 0.0):
@@ -95,11 +107,11 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "seed": config.seed,
     }
     root, tx = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps)
-    mesh = make_mesh(config)
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
         workdir.claim("train", made_from)
-        write_json(workdir / "model" / "config.json", arguments)
+        if processes.is_first():
+            write_json(workdir / "model" / "config.json", arguments)
         train.fit(
             model,
             tx,
@@ -120,11 +132,12 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
                 "tokenizer": corpus.tokenizer.fingerprint(),
                 "model": arguments,
             },
-            mesh=mesh,
+            mesh=make_mesh(config),
             log_path=workdir / "train.jsonl",
             **layout,
         )
         workdir.finish("train", made_from)
+    mesh = working_mesh(config)
     model_fn, params = functional.split(model)
     abstract = functional.abstract(params, model_fn.axes, mesh)
     params = checkpoint.restore_parameters(root, abstract, steps)

@@ -1,9 +1,15 @@
-"""A run's directory: stages leave a stamp of what made them, and are skipped where it fits."""
+"""A run's directory: stages leave a stamp of what made them, and are skipped where it fits.
+
+Of several processes the first reads and writes the stamps, and all hear what it read.
+"""
 
 import hashlib
 import json
 import os
 import pathlib
+import time
+
+from tda import processes
 
 
 class WorkdirError(ValueError):
@@ -11,20 +17,44 @@ class WorkdirError(ValueError):
 
 
 class Workdir:
-    """The directory of one run."""
+    """The directory of one run.
+
+    Raises:
+        WorkdirError: it cannot be written, or processes on several hosts do not share it.
+    """
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
+        self._probe = self.path / ".writable"
+        token = processes.by_first(f"write to --workdir={path}", self._make)
+        apart = processes.which(not self._reaches(token))
+        if apart:
+            raise WorkdirError(
+                f"--workdir={path} of process {apart[0]} is not that of process 0, or cannot be "
+                "written there; give a directory on a file system that all hosts share"
+            )
+        if processes.is_first():
+            self._probe.unlink()
+
+    def _make(self) -> str:
+        token = str(time.time_ns())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            self._probe.write_text(token)
         except OSError as error:
             raise WorkdirError(
-                f"cannot write to --workdir={path}: {error.strerror or error}; "
+                f"cannot write to --workdir={self.path}: {error.strerror or error}; "
                 "choose another directory"
             ) from error
+        return token
+
+    def _reaches(self, token: str) -> bool:
+        """Whether this process writes where process 0 left `token`."""
+        try:
+            with open(self._probe, "r+", encoding="utf-8") as probe:
+                return probe.read() == token
+        except OSError:
+            return False
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
@@ -34,11 +64,15 @@ class Workdir:
 
     def finished(self, stage: str, made_from: dict) -> bool:
         """Whether `stage` was finished from just this."""
-        stamp = self._stamp(stage)
-        if not stamp.exists():
-            return False
-        there = json.loads(stamp.read_text(encoding="utf-8"))
-        return there["finished"] and there["made_from"] == plain(made_from)
+
+        def ask():
+            stamp = self._stamp(stage)
+            if not stamp.exists():
+                return False
+            there = json.loads(stamp.read_text(encoding="utf-8"))
+            return there["finished"] and there["made_from"] == plain(made_from)
+
+        return processes.by_first(f"look for the stage {stage}", ask)
 
     def claim(self, stage: str, made_from: dict) -> None:
         """Says that `stage` is being made from this.
@@ -46,7 +80,10 @@ class Workdir:
         Raises:
             WorkdirError: it was begun from something else; the message says what differs.
         """
-        stamp, wanted = self._stamp(stage), plain(made_from)
+        processes.by_first(f"begin the stage {stage}", lambda: self._claim(stage, plain(made_from)))
+
+    def _claim(self, stage: str, wanted: dict) -> None:
+        stamp = self._stamp(stage)
         if stamp.exists():
             there = json.loads(stamp.read_text(encoding="utf-8"))["made_from"]
             differing = [
@@ -64,7 +101,9 @@ class Workdir:
 
     def finish(self, stage: str, made_from: dict) -> None:
         """Says that `stage` is done."""
-        self._write(stage, plain(made_from), finished=True)
+        processes.by_first(
+            f"end the stage {stage}", lambda: self._write(stage, plain(made_from), finished=True)
+        )
 
     def _write(self, stage: str, made_from: dict, finished: bool) -> None:
         stamp = self._stamp(stage)
