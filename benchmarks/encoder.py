@@ -22,7 +22,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda import sharding, train
+from tda import huge_pages, sharding, train
 from tda.gradients import planning, reference, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
@@ -167,4 +167,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    huge_pages.use()
     app.run(main)
