@@ -95,13 +95,13 @@ def _backward(kept, d_BxGxRxTxK):
         dp = _products("bgsk,bgtk->bgst", d_BxGxSxK, v[:, :, :stop])
         ds = (p * (dp - rows(inner))).astype(q.dtype)
         dq.append(_unrolled(_products("bgst,bgtk->bgsk", ds, k[:, :, :stop]), R))
-        after = [(0, 0), (0, 0), (0, 0), (0, T - stop)]
-        dk.append(jnp.pad(_products("bgst,bgsk->bgkt", ds, q_BxGxSxK), after))
-        dv.append(jnp.pad(_products("bgst,bgsk->bgkt", p.astype(v.dtype), d_BxGxSxK), after))
+        after = [(0, 0), (0, 0), (0, T - stop), (0, 0)]
+        dk.append(jnp.pad(_products("bgst,bgsk->bgtk", ds, q_BxGxSxK), after))
+        dv.append(jnp.pad(_products("bgst,bgsk->bgtk", p.astype(v.dtype), d_BxGxSxK), after))
     return (
         jnp.concatenate(dq, axis=3).astype(q.dtype),
-        jnp.swapaxes(sum(dk), 2, 3).astype(k.dtype),
-        jnp.swapaxes(sum(dv), 2, 3).astype(v.dtype),
+        sum(dk).astype(k.dtype),
+        sum(dv).astype(v.dtype),
     )
 
 
