@@ -1,0 +1,276 @@
+"""`experiments.trace` by two real processes, joined on localhost, against one process."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import launch
+from tda import results
+from tda.retrieval import ranked
+from tests.experiments.test_trace import make_config
+
+QUIET = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+RUN = "from experiments.trace import launch, main; launch(main)"
+
+
+def start(arguments, devices=2, program=RUN, **more):
+    """A process of `experiments.trace`, or of another program, with CPU devices of its own."""
+    flags = f"--xla_force_host_platform_device_count={devices} {QUIET}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | more
+    command = [sys.executable, "-c", program, "--config=configs/world_facts.py", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def join(*arguments, **how):
+    """Two processes with the same or each with its own arguments: [(rc, stdout, stderr)]."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    common = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    started = [
+        start([*common, f"--process_id={i}", *arguments[i % len(arguments)]], **how) for i in (0, 1)
+    ]
+    try:
+        out = [p.communicate(timeout=900) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, out, strict=True)]
+
+
+def keys(tmp_path, **changed):
+    """The command-line keys of the tiny run."""
+    c = make_config(tmp_path)
+    set_ = {
+        "data.sentences": c.data.sentences,
+        "data.facts": c.data.facts,
+        "data.pool": "all",
+        "tokenizer.vocab_size": 300,
+        "model.context": 32,
+        "train.epochs": 6.0,
+        "train.tokens_per_batch": 256,
+        "train.warmup": 2,
+        "train.save_every": 4,
+        "projection.side": 4,
+        "projection.blocks": 2,
+        "store.shard_bytes": 512,
+        "methods": "trackstar,bm25",
+        "eval.tail_patch_queries": 1,
+    }
+    return [f"--config.{k}={v}" for k, v in (set_ | changed).items()]
+
+
+def files(path):
+    """What stages leave, each with when it was written."""
+    kept = ("model/checkpoints", "model/tokenizer.json", "stores", "retrieval", "tail_patch")
+    every = [p for p in path.rglob("*") if p.is_file()]
+    names = {str(p.relative_to(path)): p.stat().st_mtime_ns for p in every}
+    return {n: t for n, t in names.items() if n.startswith(kept)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mesh.fsdp": 2},
+        {"mesh.fsdp": 4, "gradients.correction": "adam"},
+        {"mesh.fsdp": 4, "gradients.second_moments": "estimate", "gradients.estimate_batches": 2},
+    ],
+    ids=["model on each", "model over both", "over both, estimated"],
+)
+def test_two_processes_find_what_one_finds(tmp_path, changed):
+    arguments = keys(tmp_path, **changed)
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start([*arguments, f"--workdir={one}"], devices=4)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    for code, _, errors in join([*arguments, f"--workdir={two}"]):
+        assert code == 0, errors[-3000:]
+
+    stores = [sorted(p.name for p in (w / "stores").iterdir()) for w in (one, two)]
+    assert stores[0] == stores[1] and len(stores[0]) == 2
+    shards = [p for p in (two / "stores").rglob("gradients/c/*/0")]
+    assert len(shards) > len(stores[0])  # or one process would have had nothing to encode
+    a, b = (json.loads((w / "metrics.json").read_text()) for w in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6, nan_ok=True)
+        kept = [list(results.read(w / "results" / f"{name}.jsonl")) for w in (one, two)]
+        assert len(kept[0]) == len(kept[1]) == 4
+        for x, y in zip(*kept, strict=True):
+            scale = np.abs(x["proponent_scores"]).max()
+            # Where ranks differ it is by a near tie: the scores at every rank are the same.
+            np.testing.assert_allclose(
+                y["proponent_scores"], x["proponent_scores"], rtol=0, atol=1e-3 * scale
+            )
+            assert y["proponent_ids"][:3] == x["proponent_ids"][:3]
+    rankings = [sorted(p.name for p in (w / "retrieval").glob("*.npz")) for w in (one, two)]
+    assert rankings[0] == rankings[1]
+    for name in rankings[0]:
+        found = [ranked.load(w / "retrieval" / name) for w in (one, two)]
+        for label, ranks in found[0].first_ranks.items():
+            np.testing.assert_array_equal(ranks, found[1].first_ranks[label])
+    losses = [(w / "train.jsonl").read_text().splitlines() for w in (one, two)]
+    for x, y in zip(*losses, strict=True):  # each step once, though two processes took it
+        assert json.loads(x) == pytest.approx(json.loads(y), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_then_skip_everything(tmp_path):
+    arguments = [*keys(tmp_path), f"--workdir={tmp_path / 'w'}"]
+    assert [code for code, _, _ in join([*arguments, "--config.methods=bm25"])] == [0, 0]
+    trained = files(tmp_path / "w")
+    assert not any("stores" in name for name in trained)
+    (first, out, bars), (second, quiet, no_bars) = join(arguments)
+    assert first == second == 0
+    assert "encode corpus" in bars and "train:" not in bars
+    assert "TrackStar" in out
+    for told in ("TrackStar", "queries", "files:"):
+        assert told not in quiet
+    assert "encode" not in no_bars
+    done = files(tmp_path / "w")
+    # The pairs of tail-patch are appended to; all else stands as it was written first.
+    kept = {n: t for n, t in trained.items() if not n.startswith("tail_patch")}
+    assert kept.items() <= done.items() and len(done) > len(trained)
+    metrics = (tmp_path / "w" / "metrics.json").read_bytes()
+    for code, _, errors in join(arguments):
+        assert code == 0
+        assert not any(bar in errors for bar in ("train:", "encode", "tail-patch:"))
+    assert files(tmp_path / "w") == done
+    assert (tmp_path / "w" / "metrics.json").read_bytes() == metrics
+
+
+def test_processes_that_share_no_workdir_are_told(tmp_path):
+    arguments = keys(tmp_path)
+    for code, _, errors in join(*([*arguments, f"--workdir={tmp_path / n}"] for n in "ab")):
+        assert code == 1
+        assert "of process 1 is not that of process 0" in errors
+
+
+def test_processes_with_other_configs_are_told(tmp_path):
+    arguments = [*keys(tmp_path), f"--workdir={tmp_path / 'w'}"]
+    for code, _, errors in join(arguments, [*arguments, "--config.seed=1"]):
+        assert code == 1 and "Traceback" not in errors
+        assert "process 1 has another config than process 0" in errors
+    assert not (tmp_path / "w" / "model").exists()
+
+
+FAILING = """
+import jax
+from experiments import launch
+from tda import processes
+launch._PATIENCE = 5
+
+def main(config, workdir):
+    def work():
+        raise ValueError("no such colour")
+    if config.seed == 0:
+        processes.by_first("paint", work)
+    if jax.process_index() == 1:
+        raise ValueError("no such colour")
+    processes.wait_for_all("never")
+
+launch.launch(main)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_alone_ends_the_other(tmp_path, failing):
+    arguments = [f"--config.seed={failing}", f"--workdir={tmp_path}"]
+    ended = join(arguments, program=FAILING)
+    assert all(code != 0 for code, _, _ in ended)
+    assert f"error in process {failing}: no such colour" in ended[failing][2]
+    if failing == 0:
+        assert "error in process 1: process 0 failed to paint" in ended[1][2]
+        assert "Traceback" not in ended[0][2] + ended[1][2]
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `jax.distributed.initialize` was called with; it is not called in truth."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
+    for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    flags.FLAGS.mark_as_parsed()
+    return calls
+
+
+def test_flags_say_what_is_joined(joined):
+    launch._join()
+    assert joined == []  # one process, unless asked
+    with flagsaver.flagsaver(distributed=True):
+        launch._join()
+    assert joined.pop() == {"shutdown_timeout_seconds": 60}
+    with flagsaver.flagsaver(coordinator="a:1", num_processes=3, process_id=2):
+        launch._join()
+    assert (
+        joined.pop().items()
+        >= {
+            "coordinator_address": "a:1",
+            "num_processes": 3,
+            "process_id": 2,
+            "cluster_detection_method": "deactivate",
+        }.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(coordinator="a:1"), "--num_processes and --process_id must be given"),
+        (dict(num_processes=2, process_id=0), "--coordinator must be given"),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id=2 must be from 0"),
+        (dict(coordinator="a", num_processes=2, process_id=0), "--coordinator=a must be HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_told(joined, given, message):
+    with flagsaver.flagsaver(**given), pytest.raises(SystemExit, match=message):
+        launch._join()
+    assert joined == []
+
+
+def test_a_task_of_several_that_was_not_told_so_is_refused(joined, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    launch._join()
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(SystemExit, match="SLURM_PROCID=3.*--distributed.*--nodistributed"):
+        launch._join()
+    with flagsaver.flagsaver(distributed=False):
+        launch._join()
+    assert joined == []
+
+
+def test_no_cluster_is_told(monkeypatch, joined):
+    def fail(**how):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with flagsaver.flagsaver(distributed=True), pytest.raises(SystemExit, match="--coordinator"):
+        launch._join()
+
+
+def test_nothing_computes_before_processes_are_joined():
+    check = (
+        "import experiments.trace\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_readme_names_the_flags():
+    readme = pathlib.Path(launch.__file__).parents[1].joinpath("README.md").read_text("utf-8")
+    for flag in ("--distributed", "--coordinator", "--num_processes", "--process_id"):
+        assert flag in readme
