@@ -7,7 +7,10 @@ All sides run in one process, turn by turn: each round times every side once, an
 the median over rounds of its time over the training step's in the same round. A training step is
 forward, backward and Adam's update, jitted, with its state donated. Weights are random; a time does
 not depend on them. Memory is the compiler's own account: arguments, outputs and temporaries. Ratios
-are over the training step; "few" sides take fewer examples, as the reference's memory demands.
+are over the training step. `vmap(grad)` then project is given as many of the batch's examples as
+have 2 GiB of gradients, and the encoder the same ones beside it. The least that the count of matrix
+products allows is printed too: an encoder forms no weight gradient but for exact Adam's, which
+cannot do without, and never the embedding's and the head's.
 """
 
 import functools
@@ -105,9 +108,9 @@ def case(size: str, length: int) -> dict:
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
         memory[correction] = planning.memory_of(compiled)
-    # The reference keeps every example's whole gradient: a few examples are all that fits.
-    few = jax.tree.map(lambda x: x[: max(1, 512 // length)], batch)
-    if _VMAP.value and parameters < 5e7:
+    # The reference keeps every example's whole gradient.
+    few = jax.tree.map(lambda x: x[: max(1, 2**31 // (4 * parameters))], batch)
+    if _VMAP.value:
         slow = jax.jit(lambda b: reference.encode(model, b, projection))
         quick = make_encoder(model, projection)
         for name, f, *args in (
@@ -122,6 +125,7 @@ def case(size: str, length: int) -> dict:
         "parameters": parameters,
         "batch": list(batch["tokens"].shape),
         "head's share of the matrix products": head / parameters,
+        "least by count": least(size, length, head),
         "sides": {},
     }
     for name, seconds in times.items():
@@ -143,6 +147,19 @@ def case(size: str, length: int) -> dict:
     return figures
 
 
+def least(size: str, length: int, head: int) -> dict:
+    """Multiplications of an encoder over a training step's, with and without weight gradients."""
+    shape = SIZES[size]
+    queries, keys = (shape[k] * shape["head_width"] for k in ("heads", "kv_heads"))
+    layer = shape["width"] * (2 * queries + 2 * keys + 3 * shape["ff_width"])
+    # Forward, and twice that backward; half of the positions are masked.
+    attention = 3 * 2 * queries * length / 2 * shape["layers"]
+    tapped = layer * shape["layers"]
+    step = 3 * (tapped + head) + attention
+    without = (2 * (tapped + head) + attention) / step
+    return {"no weight gradient": without, "exact Adam": without + tapped / step}
+
+
 def main(argv):
     """Runs every case and prints a line for each side."""
     del argv
@@ -153,6 +170,8 @@ def main(argv):
             name = f"{size}, {length} positions, {_DTYPE.value}"
             found[name] = case(size, length)
             print(f"{name}: {found[name]['parameters'] / 1e6:.1f}M parameters", flush=True)
+            for what, share in found[name]["least by count"].items():
+                print(f"  least by the count of products, {what}: {share:.2f}")
             for side, f in found[name]["sides"].items():
                 print(
                     f"  {side:16} {f['time ratio']:6.2f} of its time"

@@ -34,8 +34,8 @@ def causal_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
-    """First and last position of each block: 64 positions, or more where that makes over 16."""
-    size = max(64, -(-T // 16))
+    """First and last position of each block: 64 positions of a short sequence, 128, or T / 16."""
+    size = 64 if T <= 128 else max(128, -(-T // 16))
     return [(i, min(i + size, T)) for i in range(0, T, size)]
 
 

@@ -35,12 +35,12 @@ def value_and_gradients(attention, q, k, v, towards):
 
 @pytest.mark.parametrize(
     ("T", "H", "G"),
-    [(1, 2, 2), (7, 4, 2), (64, 2, 1), (65, 6, 3), (150, 2, 2), (1100, 2, 1)],
+    [(1, 2, 2), (7, 4, 2), (64, 2, 1), (65, 6, 3), (150, 2, 2), (2080, 2, 1)],
     ids=str,
 )
 def test_values_and_gradients_are_the_plain_formulas(T, H, G):
-    """One block, blocks that end short, more than 16 of 64 positions; heads shared or not."""
-    given = arrays(2 if T < 1000 else 1, T, H, G, 8)
+    """One block, blocks that end short, more than 16 of 128; heads shared or not."""
+    given = arrays(2 if T < 2000 else 1, T, H, G, 8)
     got = value_and_gradients(causal_attention, *given)
     expected = value_and_gradients(plain, *given)
     for a, b in zip(got, expected, strict=True):
