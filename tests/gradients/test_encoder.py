@@ -1,7 +1,7 @@
 """The encoder against the slow reference, against numbers made by hand, and against itself.
 
-float32 results agree to 1e-5 of a block's norm. With bfloat16 computation the tolerance is 3e-2:
-8 bits of mantissa, a few roundings deep.
+Results agree to 1e-5 of a block's norm. In bfloat16 too an encoding is the same alone, padded and
+in any batch; how far it is from that of float32: `test_numerics`.
 """
 
 import itertools
@@ -164,17 +164,17 @@ def rows_of(batch, rows, length):
 
 
 @pytest.mark.parametrize(
-    ("correction", "dtype", "tolerance"),
+    ("correction", "dtype"),
     [
-        ("none", "float32", 1e-5),
-        ("factored", "float32", 1e-5),
-        ("adam", "float32", 1e-5),
-        ("none", "bfloat16", 3e-2),
-        ("adam", "bfloat16", 3e-2),
+        ("none", "float32"),
+        ("factored", "float32"),
+        ("adam", "float32"),
+        ("none", "bfloat16"),
+        ("adam", "bfloat16"),
     ],
 )
 def test_an_encoding_is_the_same_alone_padded_and_in_any_batch(
-    decoder, random_batch, correction, dtype, tolerance
+    decoder, random_batch, correction, dtype
 ):
     """Guards: encodings that depend on batch mates, on padding, or on the position in the batch."""
     model = decoder(dtype=dtype)
@@ -185,7 +185,7 @@ def test_an_encoding_is_the_same_alone_padded_and_in_any_batch(
         got = encode(rows_of(batch, rows, length))
         for i, row in enumerate(rows):
             if row == 0:
-                assert_same_encodings(got[i : i + 1], alone, tolerance)
+                assert_same_encodings(got[i : i + 1], alone)
     # And other examples have other encodings.
     others = np.asarray(encode(rows_of(batch, [1, 2, 3], 9)))
     difference = np.linalg.norm(others - np.asarray(alone), axis=-1)
@@ -209,16 +209,6 @@ def test_an_encoding_is_of_the_sum_over_tokens_not_their_mean(decoder, random_ba
     first = batch | {"weights": np.asarray([[1, 1, 0, 0, 0, 0]], np.float32)}
     second = batch | {"weights": np.asarray([[0, 0, 1, 1, 1, 1]], np.float32)}
     assert_same_encodings(np.asarray(encode(first)) + np.asarray(encode(second)), encode(batch))
-
-
-def test_low_precision_computation_is_near_the_reference(decoder, random_batch):
-    """Guards: half precision before projection (the sums are float32 whatever is computed in)."""
-    low, full = decoder(dtype="bfloat16"), decoder()
-    batch = random_batch([6, 4], 6)
-    scales = scales_of(full, "adam")
-    got = make_encoder(low, P, scales)(batch)
-    assert got.dtype == jnp.float32
-    assert_same_encodings(got, reference.encode(full, batch, P, scales), 0.1)
 
 
 @pytest.mark.parametrize("correction", ["none", "adam"])
