@@ -19,7 +19,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 if me >= 0:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
-from tda import encoding, sharding
+from tda import encoding, processes, sharding
 from tda import store as stores
 from tda.data import tokens
 from tda.data.tokenizer import Tokenizer
@@ -49,6 +49,16 @@ with jax.set_mesh(mesh):
     )
 assert store.missing() == [], store.missing()
 if me >= 0:
+    said = processes.by_first("speak", lambda: {"who": me, "text": ["é" * 99, None]})
+    assert said == {"who": 0, "text": ["é" * 99, None]}, said
+    assert processes.by_first("be silent", lambda: None) is None
+    assert processes.which(me == 1) == [1] and processes.which(False) == []
+    processes.check_alike("path", path)
+    try:
+        processes.check_alike("number", me)
+        raise AssertionError("not told")
+    except processes.ProcessError as error:
+        assert "process 1 has another number" in str(error)
     jax.distributed.shutdown()
 """
 
