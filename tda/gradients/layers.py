@@ -38,8 +38,18 @@ class Product:
         return len(self.rows) + len(self.columns)
 
 
-# Classes of other packages that multiply by jnp.einsum: (class, parameter, attribute).
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What an embedding calls its parts: see `register_embedding`."""
+
+    parameter: str
+    look_up: str
+    attend: str | None
+
+
+# Classes that multiply by jnp.einsum: (class, parameter, attribute).
 _EINSUMS: list[tuple[type, str, str]] = [(nnx.Einsum, "kernel", "einsum_str")]
+_TABLES: list[tuple[type, Table]] = [(nnx.Embed, Table("embedding", "__call__", "attend"))]
 
 _VECTORS = (nnx.RMSNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
 
@@ -55,12 +65,34 @@ def register_einsum(kind: type, parameter: str, equation: str) -> None:
     _EINSUMS.append((kind, parameter, equation))
 
 
+def register_embedding(
+    kind: type, parameter: str, look_up: str = "__call__", attend: str | None = None
+) -> None:
+    """Makes a class known that holds a table [V, D] and looks up rows of it.
+
+    Args:
+        kind: the class.
+        parameter: the name of the table.
+        look_up: the method that takes row numbers [B, …] first, looks these rows up, and does what
+            it likes with them (scales them, say) but nothing else with the numbers.
+        attend: the method of tied models that takes states [B, …, D] first and gives states ·
+            tableᵀ, neither scaled nor shifted; None where there is none.
+    """
+    _TABLES.append((kind, Table(parameter, look_up, attend)))
+
+
+def table(kind: type) -> Table | None:
+    """What an embedding class calls its parts; None where `kind` is not known as one."""
+    return next((t for known, t in _TABLES if issubclass(kind, known)), None)
+
+
 def product(module: nnx.Module) -> Product | None:
     """How `module` multiplies by its parameter; None where that is not known."""
     if isinstance(module, nnx.Linear):
         return Product("kernel", (0,), (1,), _positions, _flattened(1))
-    if isinstance(module, nnx.Embed):
-        return Product("embedding", (0,), (1,), _positions, _flattened(1))
+    embedding = table(type(module))
+    if embedding is not None:
+        return Product(embedding.parameter, (0,), (1,), _positions, _flattened(1))
     if isinstance(module, nnx.LinearGeneral):
         return _linear_general(module)
     for kind, parameter, equation in _EINSUMS:

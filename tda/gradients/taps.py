@@ -209,39 +209,56 @@ def _tapped_product(kind: type) -> type:
     return Tapped
 
 
-def _tapped_embed(kind: type) -> type:
+def _tapped_embed(kind: type, table: layers.Table) -> type:
+    own_look_up, own_attend = (
+        getattr(kind, m) if m else None for m in (table.look_up, table.attend)
+    )
+
     class Tapped(kind):
-        # A look-up is a product with one-hot rows.
-        def __call__(self, inputs, *args, **kwargs):
-            y = super().__call__(inputs, *args, **kwargs)
-            known = layers.product(self)
-            y_BxTxN, back = known.outputs(y)
-            if self.tap_scale is not None:
-                hot = jax.nn.one_hot(inputs, self.num_embeddings, dtype=jnp.float32)
-                return back(_tap_product(self, y_BxTxN, known.inputs(hot)))
-            tap, direction = self.tap[...], self.tap_direction
-            side = tap.shape[-1] if direction is None else direction[...].shape[-1]
-            xA_BxTxRP = jnp.take(self.tap_left[...], inputs, axis=0)
-            xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, side)
-            if direction is not None:
-                xAW_BxSxP = xA_BxSxP @ direction[...]
-                return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, self.tap_right[...]))
-            return back(tap_factored(y_BxTxN, xA_BxSxP, tap, self.tap_right[...]))
+        pass
 
-        # The table's gradient is Σ_t δ_t q_tᵀ: input and output change places, so the tap turns.
-        def attend(self, query, *args, **kwargs):
-            y = super().attend(query, *args, **kwargs)
-            known = layers.product(self)
-            y_BxTxV, back = known.outputs(y)
-            return back(_tap_product(self, y_BxTxV, known.inputs(query), turned=True))
+    def look_up(self, inputs, *args, **kwargs):
+        if issubclass(kind, nnx.Embed):
+            return _tap_look_up(self, own_look_up(self, inputs, *args, **kwargs), inputs)
+        # What the class does with its rows is its own affair: it is given a table of just these.
+        rows = _tap_look_up(self, getattr(self, table.parameter)[...][inputs], inputs)
+        graphdef, state = nnx.split(self)
+        state[table.parameter] = state[table.parameter].replace(rows.reshape(-1, rows.shape[-1]))
+        numbers = jnp.arange(inputs.size).reshape(inputs.shape)
+        return own_look_up(nnx.merge(graphdef, state), numbers, *args, **kwargs)
 
+    # The table's gradient is Σ_t δ_t q_tᵀ: input and output change places, so the tap turns.
+    def attend(self, query, *args, **kwargs):
+        y_BxTxV, back = layers.product(self).outputs(own_attend(self, query, *args, **kwargs))
+        return back(_tap_product(self, y_BxTxV, layers.product(self).inputs(query), turned=True))
+
+    setattr(Tapped, table.look_up, look_up)
+    if table.attend:
+        setattr(Tapped, table.attend, attend)
     return Tapped
+
+
+def _tap_look_up(module, y, inputs):
+    """Taps the rows `y` that `inputs` look up: a product with one-hot rows."""
+    known = layers.product(module)
+    y_BxTxN, back = known.outputs(y)
+    if module.tap_scale is not None:
+        hot = jax.nn.one_hot(inputs, module.tap_left.shape[0], dtype=jnp.float32)
+        return back(_tap_product(module, y_BxTxN, known.inputs(hot)))
+    tap, direction = module.tap[...], module.tap_direction
+    side = tap.shape[-1] if direction is None else direction[...].shape[-1]
+    xA_BxTxRP = jnp.take(module.tap_left[...], inputs, axis=0)
+    xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, side)
+    if direction is not None:
+        xAW_BxSxP = xA_BxSxP @ direction[...]
+        return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, module.tap_right[...]))
+    return back(tap_factored(y_BxTxN, xA_BxSxP, tap, module.tap_right[...]))
 
 
 @functools.cache
 def _tapped_class(kind: type) -> type:
-    make = _tapped_embed if issubclass(kind, nnx.Embed) else _tapped_product
-    tapped = make(kind)
+    table = layers.table(kind)
+    tapped = _tapped_product(kind) if table is None else _tapped_embed(kind, table)
     tapped.__name__ = tapped.__qualname__ = f"Tapped{kind.__name__}"
     return tapped
 

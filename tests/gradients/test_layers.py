@@ -186,6 +186,40 @@ def test_a_users_einsum_class_can_be_made_known(random_batch):
     assert_equal_to_the_reference(model, random_batch([5, 3, 4], 5))
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_users_embedding_class_can_be_made_known(random_batch, remat):
+    """Guards: a table's gradient without the factor that its class gives the rows; tied tables."""
+
+    class Embedder(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Param(rngs.normal((V, D)))
+
+        def encode(self, tokens):
+            return jnp.tanh(self.table[...][tokens]) * jnp.sqrt(D)
+
+        def decode(self, x):
+            return x @ self.table[...].T
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embedder = Embedder(rngs)
+            self.mlp = nnx.Linear(D, D, rngs=rngs)
+
+        def __call__(self, tokens):
+            def encode(embedder, tokens):
+                return embedder.encode(tokens)
+
+            x = (nnx.remat(encode) if remat else encode)(self.embedder, tokens)
+            return self.embedder.decode(x + jnp.tanh(self.mlp(x)))
+
+    model, batch = Model(nnx.Rngs(0)), random_batch([5, 3, 4], 5)
+    assert [s.path for s in sites.find(model, ".")] == ["mlp/kernel"]
+    layers.register_embedding(Embedder, "table", "encode", "decode")
+    assert [s.path for s in sites.find(model, ".")] == ["embedder/table", "mlp/kernel"]
+    assert_equal_to_the_reference(model, batch)
+    assert_equal_to_the_reference(model, batch, untapped="reference")
+
+
 def test_a_loss_of_the_users_own(decoder, random_batch):
     """A model that is called in another way: the loss calls it."""
     model, batch = decoder(), random_batch([5, 3], 5)
