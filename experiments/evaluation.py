@@ -117,8 +117,9 @@ def _read_patches(path) -> list[tuple[int, int, float]]:
             item = json.loads(line)
             have.append((item["query"], item["passage"], item["change"]))
             whole += len(line)
-    with open(path, "r+b") as out:
-        out.truncate(whole)
+    if whole < path.stat().st_size:
+        with open(path, "r+b") as out:
+            out.truncate(whole)
     return have
 
 
