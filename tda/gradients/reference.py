@@ -4,6 +4,7 @@ The gradient of each example with respect to every whole parameter, scaled weigh
 multiplied by the same A and B, added up by block.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -47,6 +48,7 @@ def encode(
     """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
     chosen = sites.find(model, include, exclude, untapped)
     gradients = per_example_gradients(model, batch, output)
+    project = functools.partial(jnp.einsum, precision="highest")
     projected = {}
     for site in chosen:
         G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
@@ -54,7 +56,7 @@ def encode(
             G = G * scales[site.path].dense()
         left, right = projections.matrices(site, projection)
         if site.stack is None:
-            projected[site] = jnp.einsum("bmn,mp,nq->bpq", G, left, right)
+            projected[site] = project("bmn,mp,nq->bpq", G, left, right)
         else:
-            projected[site] = jnp.einsum("blmn,lmp,lnq->lbpq", G, left, right)
+            projected[site] = project("blmn,lmp,lnq->lbpq", G, left, right)
     return pool(projections.layout(chosen, projection), projected)

@@ -61,7 +61,8 @@ def _f32(x):
 
 
 def _einsum(equation, *operands):
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    # float32 operands are not rounded, as accelerators do unless told; sums are always float32.
+    return jnp.einsum(equation, *operands, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _project(x_BxTxM, A_MxRP, side: int):
@@ -71,21 +72,25 @@ def _project(x_BxTxM, A_MxRP, side: int):
 
 
 @jax.custom_vjp
-def tap_factored(y_BxTxN, xA_BxSxP, tap_BxPxP, B_NxRP):
-    """`y`, whose cotangent δ reaches the tap as (xA)ᵀ(δB); `xA` is the projected input."""
-    del xA_BxSxP, tap_BxPxP, B_NxRP
+def tap_factored(y_BxTxN, xA_BxSxP, tap_BxPxP, B_NxRP, scale_BxTxN=None):
+    """`y`, whose cotangent δ reaches the tap as (xA)ᵀ(δB), or as (xA)ᵀ((δ ∘ scale)B).
+
+    `xA` is the projected input.
+    """
+    del xA_BxSxP, tap_BxPxP, B_NxRP, scale_BxTxN
     return y_BxTxN
 
 
-def _factored_forward(y, xA_BxSxP, tap, B_NxRP):
+def _factored_forward(y, xA_BxSxP, tap, B_NxRP, scale_BxTxN):
     del tap
-    return y, (xA_BxSxP, B_NxRP)
+    return y, (xA_BxSxP, B_NxRP, scale_BxTxN)
 
 
 def _factored_backward(kept, d_BxTxN):
-    xA_BxSxP, B_NxRP = kept
-    dB_BxSxP = _project(d_BxTxN, B_NxRP, xA_BxSxP.shape[-1])
-    return d_BxTxN, None, _einsum("bsp,bsq->bpq", xA_BxSxP, dB_BxSxP), None
+    xA_BxSxP, B_NxRP, scale_BxTxN = kept
+    scaled = d_BxTxN if scale_BxTxN is None else _f32(d_BxTxN) * scale_BxTxN
+    dB_BxSxP = _project(scaled, B_NxRP, xA_BxSxP.shape[-1])
+    return d_BxTxN, None, _einsum("bsp,bsq->bpq", xA_BxSxP, dB_BxSxP), None, None
 
 
 tap_factored.defvjp(_factored_forward, _factored_backward)
@@ -109,7 +114,7 @@ def _exact_backward(kept, d_BxTxN):
     def some(examples):
         # A few examples' weight gradients at a time: the batch's would not fit.
         x_DxCxTxM, d_DxCxTxN = examples
-        G_DxCxMxN = _einsum("dctm,dctn->dcmn", _f32(x_DxCxTxM), _f32(d_DxCxTxN)) * scale_MxN
+        G_DxCxMxN = _einsum("dctm,dctn->dcmn", x_DxCxTxM, d_DxCxTxN) * scale_MxN
         return _einsum("dcmq,mp->dcpq", _einsum("dcmn,nq->dcmq", G_DxCxMxN, B_NxP), A_MxP)
 
     devices, turns, together = _portions(x_BxTxM.shape[0], scale_MxN.size)
@@ -192,9 +197,9 @@ def _tap_positions_of(y, x_BxTxM, tap_BxT, A, B, scale, W_PxP):
             f"multiple of the sequence's {tap_BxT.shape[1]}; leave it out of the contributions"
         )
     if scale is not None:
-        K_MxN = (A @ W_PxP @ B.T) * scale
+        K_MxN = _einsum("mp,pq,nq->mn", A, W_PxP, B) * scale
         return tap_positions(y, _einsum("btm,mn->btn", _f32(x_BxTxM), K_MxN), tap_BxT, None)
-    xAW_BxSxP = _project(x_BxTxM, A, W_PxP.shape[0]) @ W_PxP
+    xAW_BxSxP = _einsum("bsp,pq->bsq", _project(x_BxTxM, A, W_PxP.shape[0]), W_PxP)
     return tap_positions(y, xAW_BxSxP, tap_BxT, B)
 
 
@@ -239,20 +244,24 @@ def _tapped_embed(kind: type, table: layers.Table) -> type:
 
 
 def _tap_look_up(module, y, inputs):
-    """Taps the rows `y` that `inputs` look up: a product with one-hot rows."""
-    known = layers.product(module)
-    y_BxTxN, back = known.outputs(y)
+    """Taps the rows `y` that `inputs` look up: a product with one-hot rows.
+
+    So exact scales cost no weight gradient: each position has a row of its own.
+    """
+    y_BxTxN, back = layers.product(module).outputs(y)
+    tap, B, scale_BxTxN = module.tap[...], module.tap_right[...], None
     if module.tap_scale is not None:
-        hot = jax.nn.one_hot(inputs, module.tap_left.shape[0], dtype=jnp.float32)
-        return back(_tap_product(module, y_BxTxN, known.inputs(hot)))
-    tap, direction = module.tap[...], module.tap_direction
-    side = tap.shape[-1] if direction is None else direction[...].shape[-1]
+        scale_BxTxN = jnp.take(module.tap_scale[...], inputs, axis=0).reshape(y_BxTxN.shape)
+    side = (tap if module.tap_direction is None else module.tap_direction[...]).shape[-1]
     xA_BxTxRP = jnp.take(module.tap_left[...], inputs, axis=0)
     xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, side)
-    if direction is not None:
-        xAW_BxSxP = xA_BxSxP @ direction[...]
-        return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, module.tap_right[...]))
-    return back(tap_factored(y_BxTxN, xA_BxSxP, tap, module.tap_right[...]))
+    if module.tap_direction is None:
+        return back(tap_factored(y_BxTxN, xA_BxSxP, tap, B, scale_BxTxN))
+    xAW_BxSxP = _einsum("bsp,pq->bsq", xA_BxSxP, module.tap_direction[...])
+    if scale_BxTxN is None:
+        return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, B))
+    xK_BxTxN = _einsum("btq,nq->btn", xAW_BxSxP, B) * scale_BxTxN
+    return back(tap_positions(y_BxTxN, xK_BxTxN, tap, None))
 
 
 @functools.cache

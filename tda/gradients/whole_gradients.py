@@ -38,5 +38,5 @@ def project(site: sites.Site, gradients, left, right, scale, side: int):
     left = left.reshape(*left.shape[:-1], -1, side)
     right = right.reshape(*right.shape[:-1], -1, side)
     if site.stack is None:
-        return jnp.einsum("bmn,mrp,nrq->bpq", G, left, right)
-    return jnp.einsum("blmn,lmrp,lnrq->lbpq", G, left, right)
+        return jnp.einsum("bmn,mrp,nrq->bpq", G, left, right, precision="highest")
+    return jnp.einsum("blmn,lmrp,lnrq->lbpq", G, left, right, precision="highest")
