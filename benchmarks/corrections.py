@@ -29,6 +29,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,14 @@ def fresh_moments(run: Run) -> dict[str, Scale]:
     )
 
 
+def against_fresh(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
+    """By correction: errors against moments estimated anew; empty if none are asked for."""
+    if not _FRESH.value:
+        return {}
+    fresh = fresh_moments(run)
+    return {correction: errors(run, mine, fresh) for correction, mine in scales.items()}
+
+
 def whole_cosines(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
     """By correction: cosines of whole scaled gradients with exact Adam's, by kind of layer."""
     rng = np.random.default_rng(_SEED.value)
@@ -324,44 +333,43 @@ def encoding_times(run: Run, encoders: dict[str, Encoder]) -> dict[str, dict]:
     }
 
 
-def measure(run: Run) -> dict:
-    """All figures."""
-    scales, seconds, encoders, figures = {}, {}, {}, {}
+def measure(run: Run, figures: dict) -> Iterator[None]:
+    """Adds all figures by correction; yields when some are there."""
+    scales, seconds, encoders = {}, {}, {}
     for correction in CORRECTIONS:
         scales[correction], seconds[correction] = read_scales(run, correction)
         encoders[correction] = encoder_of(run, scales[correction])
     slices = encoders["adam"].layout.slices
-    print(f"{len(run.queries)} queries, {len(run.passages):,} passages", flush=True)
     exact_queries, exact_passages = encode(run, encoders["adam"])
     exactly = retrieve(run, exact_queries, exact_passages, slices)
     for correction in CORRECTIONS:
         mine = exact_queries, exact_passages
         if correction != "adam":
             mine = encode(run, encoders[correction])
-        close = mean_and_tail(cosines(mine[1], exact_passages))
         figures[correction] = errors(run, scales[correction], scales["adam"]) | {
-            "cosine of encodings": close,
+            "cosine of encodings": mean_and_tail(cosines(mine[1], exact_passages)),
             "cosine of queries' encodings": mean_and_tail(cosines(mine[0], exact_queries)),
             **retrieval_figures(retrieve(run, *mine, slices), exactly),
             "seconds to read, first and second time": seconds[correction],
         }
         _tell(correction, figures[correction])
+        yield
+    del mine
     floor = retrieve(run, *encode(run, encoder_of(run, scales["adam"], other_seed=True)), slices)
     figures["adam, another seed"] = retrieval_figures(floor, exactly)
     _tell("adam, another seed", figures["adam, another seed"])
-    for correction, found in whole_cosines(run, scales).items():
-        figures[correction]["cosine of whole gradients"] = found
-        print(f"{correction:12} whole gradients: {_short(found)}", flush=True)
-    if _FRESH.value:
-        fresh = fresh_moments(run)
-        for correction, mine in scales.items():
-            found = errors(run, mine, fresh)
-            figures[correction]["errors against fresh moments"] = found
-            print(f"{correction:12} against fresh moments: {_short(found)}", flush=True)
-    for correction, found in encoding_times(run, encoders).items():
-        figures[correction]["encoding time"] = found
-        print(f"{correction:12} encoding time: {_short(found)}", flush=True)
-    return figures
+    del exact_passages, floor
+    yield
+    stages = {
+        "cosine of whole gradients": lambda: whole_cosines(run, scales),
+        "errors against fresh moments": lambda: against_fresh(run, scales),
+        "encoding time": lambda: encoding_times(run, encoders),
+    }
+    for name, stage in stages.items():
+        for correction, found in stage().items():
+            figures[correction][name] = found
+            _tell(correction, {name: found})
+        yield
 
 
 def _short(value) -> str:
@@ -384,10 +392,12 @@ def main(config, workdir):
         "passages": len(run.passages),
         "training step": run.trained.step,
         "projection": dict(config.projection),
-        "corrections": measure(run),
+        "corrections": {},
     }
-    if _JSON.value:
-        record.write(_JSON.value, "corrections", figures)
+    print(f"{len(run.queries)} queries, {len(run.passages):,} passages", flush=True)
+    for _ in measure(run, figures["corrections"]):
+        if _JSON.value:
+            record.write(_JSON.value, "corrections", figures)
 
 
 if __name__ == "__main__":

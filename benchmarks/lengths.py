@@ -9,7 +9,7 @@ of scored tokens, over a random sample of the plan's batches or all; the other s
 random tokens that fill every position. Both run in one process, a batch of one side after a batch
 of the other: a round is some pairs of them, and a figure is the median over rounds of one rate over
 the other's; that of the whole plan takes every length's median rate at the length's share. Every
-shape is compiled and run twice before. Weights are random; a time does not depend on them. On a
+shape is compiled and run before. Weights are random; a time does not depend on them. On a
 machine that others keep busy, --clock=cpu counts the seconds that this process has had, on all its
 threads, instead of those that went by.
 """
@@ -115,9 +115,11 @@ def rate(done: list[dict], of: str = "tokens") -> float:
 
 def in_turns(real: Side, fixed: Side, chosen: np.ndarray) -> list[tuple[list, list]]:
     """What was timed in each round: batches of the real side and of the other, in pairs."""
-    firsts = np.unique(real.planned.lengths, return_index=True)[1]
-    for side, numbers in ((real, firsts), (fixed, [0])):
-        for i in np.repeat(numbers, 2):
+    # First and last of a length: only the first may hold rows so short that fewer logits are taken.
+    lengths = np.unique(real.planned.lengths)
+    ends = [np.searchsorted(real.planned.lengths, lengths, s) for s in ("left", "right")]
+    for side, numbers in ((real, np.concatenate([ends[0], ends[1] - 1])), (fixed, [0, 0])):
+        for i in numbers:
             side(i)
     rounds = []
     for start in range(0, len(chosen), _ROUND.value):
