@@ -110,6 +110,7 @@ def case(size: str, length: int) -> dict:
         memory[correction] = planning.memory_of(compiled)
     # The reference keeps every example's whole gradient.
     few = jax.tree.map(lambda x: x[: max(1, 2**31 // (4 * parameters))], batch)
+    pair = {}
     if _VMAP.value:
         slow = jax.jit(lambda b: reference.encode(model, b, projection))
         quick = make_encoder(model, projection)
@@ -118,9 +119,11 @@ def case(size: str, length: int) -> dict:
             ("none, few", quick.compiled, quick.arrays, few),
         ):
             compiled = f.lower(*args).compile()
-            sides[name] = functools.partial(compiled, *args)
+            pair[name] = functools.partial(compiled, *args)
             memory[name] = planning.memory_of(compiled)
     times = record.in_turns(sides, _ROUNDS.value)
+    # In rounds of their own: gigabytes of gradients leave little of the caches to others.
+    times |= record.in_turns(pair, _ROUNDS.value)
     figures = {
         "parameters": parameters,
         "batch": list(batch["tokens"].shape),

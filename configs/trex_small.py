@@ -31,6 +31,8 @@ def get_config():
     c.train.save_every = 200
     # The more dimensions the better; a block for each matrix keeps R small. The embedding too.
     c.gradients.include = "."
+    # A shard of so wide a store has 700 rows: small batches leave less of them over.
+    c.gradients.tokens_per_batch = 1024
     c.projection.pooling = "matrix"
     c.projection.side = 48
     return c

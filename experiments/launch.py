@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from tda import processes
+from tda import huge_pages, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the run's config.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run's files.")
@@ -34,6 +34,7 @@ _PATIENCE = 60
 
 def launch(main: Callable[[ConfigDict, str], None]) -> None:
     """Parses the command line and calls `main(config, workdir)`."""
+    huge_pages.use()
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)  # what the libraries tell of themselves is not news
     tfds.disable_progress_bar()

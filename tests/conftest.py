@@ -6,6 +6,8 @@ import os
 # Before jax is imported anywhere; a subprocess of a test inherits both. Compiling is most of the
 # tests' time, so the compiler is told not to try hard.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# No program that a test starts is to start twice for huge pages.
+os.environ.setdefault("GLIBC_TUNABLES", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
