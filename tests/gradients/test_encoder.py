@@ -223,18 +223,29 @@ def test_scanned_and_unrolled_models_have_equal_encodings(decoder, random_batch,
     assert_same_encodings(b(batch), a(batch))
 
 
-@pytest.mark.parametrize(("scan", "correction"), [(True, "factored"), (False, "adam")])
-def test_eight_devices_encode_as_one_does(decoder, random_batch, scan, correction):
+@pytest.mark.parametrize(
+    ("scan", "correction", "split"),
+    [
+        (True, "factored", dict(data=2, fsdp=2, tensor=2)),
+        (False, "adam", dict(data=2, fsdp=2, tensor=2)),
+        (True, "adam", dict(data=8)),
+        (True, "adam", dict(fsdp=8)),
+        (True, "adam", dict(tensor=8)),
+    ],
+    ids=str,
+)
+def test_eight_devices_encode_as_one_does(decoder, random_batch, scan, correction, split):
     """Guards: encodings that depend on the worker's number."""
     model = decoder(scan=scan)
     scales = scales_of(model, correction, ".")
     batch = random_batch([6, 4, 2, 6, 5, 1, 3, 6], 6)
     expected = make_encoder(model, P, scales, include=".")(batch)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**split)
     fn, params = functional.split(model)
     placed = functional.place(params, fn.axes, mesh)
     up = next(x for n, x in functional.flat_parameters(placed).items() if "mlp/up" in n)
-    assert up.addressable_shards[0].data.size * 4 == up.size
+    parts = split.get("fsdp", 1) * split.get("tensor", 1)
+    assert up.addressable_shards[0].data.size * parts == up.size
     arrays = {
         k: jax.device_put(v, sharding.named(mesh, ("batch", None), v.shape))
         for k, v in batch.items()
