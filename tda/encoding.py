@@ -1,5 +1,6 @@
 """Encoding a whole table of sequences: into memory (queries) or into a store (a corpus)."""
 
+import time
 from collections.abc import Callable
 
 import jax
@@ -105,7 +106,17 @@ def fill(
                 invalid = store.write(int(i), encoded)
                 if invalid:
                     bar.write(_told(what, invalid))
+    if not together:
+        _await(store)
     processes.wait_for_all("shards written")
+
+
+def _await(store: GradientStore) -> None:
+    """Waits for the other processes' shards, however much longer these take."""
+    seconds = 0.05
+    while store.missing():
+        time.sleep(seconds)
+        seconds = min(2 * seconds, 30.0)
 
 
 def _told(what: str, invalid: list[str]) -> str:

@@ -7,12 +7,17 @@ shared file systems remember for a while that there was none.
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+# Between CPUs a collective fails that one process enters half an hour after another.
+_SIGN_OF_LIFE = 300.0  # seconds
+_BUSY, _FAILED = -1, -2
 
 
 class ProcessError(RuntimeError):
@@ -33,6 +38,8 @@ def wait_for_all(what: str) -> None:
 def by_first(what: str, work: Callable[[], Any]) -> Any:
     """What `work` returns in process 0, in every process; the others wait and never call it.
 
+    They wait however long it takes. Process 0 calls it in another thread, where no mesh is set.
+
     Args:
         what: name of the work, an infinitive, for the error.
         work: returns a JSON value.
@@ -42,16 +49,27 @@ def by_first(what: str, work: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return work()
-    text, error = b"", None
-    if is_first():
+    text, error, length = b"", None, _BUSY
+
+    def run():
+        nonlocal text, error
         try:
             text = json.dumps(work()).encode()
         except Exception as e:  # the others must hear of it, whatever it is
             error = e
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text) if not error else -1)))
+
+    thread = threading.Thread(target=run, daemon=True)
+    if is_first():
+        thread.start()
+    while length == _BUSY:
+        if is_first():
+            thread.join(_SIGN_OF_LIFE)
+            if not thread.is_alive():
+                length = _FAILED if error else len(text)
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
     if error:
         raise error
-    if length < 0:
+    if length == _FAILED:
         raise ProcessError(f"process 0 failed to {what}; its own message says why")
     # Few lengths, since each is compiled for.
     buffer = np.zeros(1 << max(6, (length - 1).bit_length()), np.uint8)

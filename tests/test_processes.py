@@ -11,7 +11,7 @@ import pytest
 from tda import store as stores
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 port, me, path, spans = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "spans"
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
@@ -51,6 +51,8 @@ assert store.missing() == [], store.missing()
 if me >= 0:
     said = processes.by_first("speak", lambda: {"who": me, "text": ["é" * 99, None]})
     assert said == {"who": 0, "text": ["é" * 99, None]}, said
+    processes._SIGN_OF_LIFE = 0.2
+    assert processes.by_first("work long", lambda: [time.sleep(1), me]) == [None, 0]
     assert processes.by_first("be silent", lambda: None) is None
     assert processes.which(me == 1) == [1] and processes.which(False) == []
     processes.check_alike("path", path)
