@@ -171,17 +171,7 @@ def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
         weight = hessian.mixing_weight(*spectra, h.component or hessian.component(width))
     roots = hessian.inverse_root(hessian.mix(train, evaluation, weight), h.damping)
     scorers = {"cosine": exact.Scorer(None, True), "TrackStar": exact.Scorer(roots, True)}
-    chunks = ((i, passages[i : i + 4096]) for i in cuts)
-    return exact.search(
-        queries,
-        chunks,
-        len(passages),
-        slices,
-        scorers,
-        K,
-        run.correct,
-        passages.__getitem__,
-    )
+    return exact.search(queries, exact.InMemory(passages, slices), scorers, K, run.correct)
 
 
 def cosines(a_RxE: np.ndarray, b_RxE: np.ndarray) -> np.ndarray:

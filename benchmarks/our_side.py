@@ -146,7 +146,7 @@ class Ours:
             "trackstar": exact.Scorer(hessian.inverse_root(mixed, self.setup["damping"]), True)
         }
         lap("fixed")
-        found = exact.search(queries, store.chunks(), store.rows, slices, scorers)
+        found = exact.search(queries, store, scorers)
         self.ranked = found["trackstar"]
         lap("search")
         spent = {clock: built[clock] + s for clock, s in watch.read().items()}

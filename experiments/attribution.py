@@ -5,11 +5,14 @@ import functools
 import json
 import pathlib
 
+import jax
+
 from experiments import encoding
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain, write_json
-from tda import hessian, methods, processes
+from tda import hessian, methods, processes, progress, sharding
+from tda import store as stores
 from tda.retrieval import bm25, exact, ranked
 from tda.retrieval.ranked import Ranked
 
@@ -32,9 +35,13 @@ def retrieve(
         sharing = {
             n: m for n, m in todo.items() if m.retriever == "gradient" and m.corrected == corrected
         }
-        if sharing:
+        # A store that lost a shard is mended even if nothing is to be searched in it.
+        if sharing or _is_begun(config, corpus, trained, workdir, corrected):
             store, queries = encoding.encode(config, corpus, trained, workdir, corrected)
-            work = functools.partial(_search, config, corpus, store, queries, sharing, files)
+        if sharing:
+            work = functools.partial(
+                _search, config, corpus, trained, store, queries, sharing, files
+            )
             processes.by_first("search", work)
     for name, method in todo.items():
         if method.retriever == "bm25":
@@ -44,21 +51,42 @@ def retrieve(
     return {n: ranked.load(files[n]) for n in chosen}, notes
 
 
-def _search(config, corpus: Corpus, store, queries, sharing: dict, files: dict) -> None:
+def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool) -> bool:
+    made = encoding.made_from(config, corpus, trained, corrected)
+    path = encoding.path_of(config, corpus, workdir, "corpus", made)
+
+    def ask():
+        return (path / "manifest.json").exists() and not stores.finished(path)
+
+    return processes.by_first("look for an unfinished store", ask)
+
+
+def _search(
+    config, corpus: Corpus, trained: Trained, store, queries, sharing: dict, files: dict
+) -> None:
     print(f"search {store.rows:,} passages: {', '.join(sharing)}")
     scorers, note = _scorers(config, store, queries, sharing)
-    found = exact.search(
-        queries,
-        store.chunks(),
-        store.rows,
-        store.slices,
-        scorers,
-        config.eval.top_k,
-        corpus.correct,
-        store.read,
-    )
+    what = f"search ({', '.join(sharing)})"
+    with progress.bar(store.rows, what, "passage") as bar:
+        found = exact.search(
+            queries,
+            store,
+            scorers,
+            config.eval.top_k,
+            corpus.correct,
+            _search_mesh(trained),
+            bar.update,
+        )
     for name, ranking in found.items():
         _keep(files[name], ranking, note.get(name))
+
+
+def _search_mesh(trained: Trained):
+    """The devices that this process searches on; None where it is one."""
+    mesh = trained.mesh
+    if not sharding.is_local(mesh):
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+    return mesh if sharding.batch_devices(mesh) > 1 else None
 
 
 def _search_text(config, corpus: Corpus, file: pathlib.Path) -> None:
@@ -71,14 +99,22 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
     """Where a method's ranking is kept: named by all that it depends on."""
     made_from: list = [dataclasses.asdict(method), corpus.fingerprint, config.eval.top_k]
     if method.retriever == "gradient":
-        made_from += [
-            encoding.made_from(config, corpus, trained, method.corrected),
-            dict(config.hessian),
-        ]
-        made_from.append(config.store.dtype)
+        made = encoding.made_from(config, corpus, trained, method.corrected)
+        made_from += [made, dict(config.hessian), config.store.dtype]
+        made_from.append(_withdrawn(encoding.path_of(config, corpus, workdir, "corpus", made)))
     directory = workdir / "retrieval"
     directory.mkdir(exist_ok=True)
     return directory / f"{method.retriever}-{fingerprint(plain(made_from))}.npz"
+
+
+def _withdrawn(path: pathlib.Path) -> list[int]:
+    """The rows that were withdrawn from a store, if there is one."""
+
+    def ask():
+        there = (path / "manifest.json").exists()
+        return stores.open_store(path).withdrawn.tolist() if there else []
+
+    return processes.by_first("look for withdrawn passages", ask)
 
 
 def _note(file: pathlib.Path) -> pathlib.Path:

@@ -39,10 +39,11 @@ class Corpus:
     buckets: tuple[int, ...]
     fingerprint: dict
 
-    def text_of(self, row: int) -> str:
-        """The text of a passage."""
-        begin, end = self.passages.starts[row], self.passages.starts[row + 1]
-        return self.tokenizer.decode(self.passages.tokens[begin:end]).strip()
+    def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
+        """The text of a passage, or of a row of another table."""
+        table = self.passages if table is None else table
+        begin, end = table.starts[row], table.starts[row + 1]
+        return self.tokenizer.decode(table.tokens[begin:end]).strip()
 
 
 def load(config, workdir: Workdir) -> Corpus:

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from experiments.workdir import Workdir, fingerprint, plain
 from tda import checkpoint, encoding, processes, sharding, train
 from tda import loss as losses
 from tda import store as stores
-from tda.data import batches
+from tda.data import batches, tokens
 from tda.gradients import encoder as encoders
 from tda.gradients import estimate, second_moments, sites
 from tda.gradients import projection as projections
@@ -31,11 +33,40 @@ def made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict
         "include": g.include,
         "exclude": g.exclude,
         "untapped": g.untapped,
+        "parameters": {s.path: list(s.shape) for s in _sites(config, trained)},
         "tokenizer": corpus.fingerprint["tokenizer"],
     }
     if corrected:
         made["second_moments"] = _source_of_moments(config, corpus, trained)
     return plain(made)
+
+
+def _scope(config) -> dict:
+    g = config.gradients
+    return dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
+
+
+def _sites(config, trained: Trained) -> list[sites.Site]:
+    return sites.find(trained.model, **_scope(config))
+
+
+def path_of(config, corpus: Corpus, workdir: Workdir, name: str, made: dict) -> pathlib.Path:
+    """Where the store of the `corpus` or the `queries` is, of gradients made as `made` says."""
+    whole = made | {name: corpus.fingerprint[name], "dtype": config.store.dtype}
+    return workdir / "stores" / f"{name}-{made['correction']}-{fingerprint(whole)}"
+
+
+class _Texts(Sequence):
+    """The texts of a table's rows, decoded when they are asked for."""
+
+    def __init__(self, corpus: Corpus, table: tokens.TokenTable):
+        self._corpus, self._table = corpus, table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> str:
+        return self._corpus.text_of(row, self._table)
 
 
 def _source_of_moments(config, corpus: Corpus, trained: Trained):
@@ -106,18 +137,16 @@ def encode(
     g = config.gradients
     made = made_from(config, corpus, trained, corrected)
     correction, projection = made["correction"], Projection(**dict(config.projection))
-    scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
-    chosen = sites.find(trained.model, **scope)
+    chosen = _sites(config, trained)
     _tell_coverage(trained, chosen)
     tables = {"queries": corpus.prompts, "corpus": corpus.passages}
-    whole = {n: made | {n: corpus.fingerprint[n], "dtype": config.store.dtype} for n in tables}
-    paths = {n: workdir / "stores" / f"{n}-{correction}-{fingerprint(whole[n])}" for n in tables}
+    paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
     if not processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values()))):
         scales = _scales(config, corpus, trained, chosen, made)
         encoder = encoders.make_encoder(
-            trained.model, projection, scales, g.output, **scope, mesh=trained.mesh
+            trained.model, projection, scales, g.output, **_scope(config), mesh=trained.mesh
         )
     blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     layout = dict(
@@ -132,13 +161,17 @@ def encode(
             paths[name],
             table.ids,
             blocks,
-            whole[name],
+            made,
             config.store.dtype,
             config.store.shard_bytes,
+            documents=table.documents,
+            texts=_Texts(corpus, table),
+            corpus=corpus.fingerprint[name],
         )
         encoding.fill(store, encoder, table, f"encode {name} ({correction})", **layout)
         found.append(store)
     queries, passages = found
+    stores.check_same_kind(passages, queries)
     gradients_QxE = queries.read(slice(0, queries.rows))
     bad = np.flatnonzero(~stores.valid(gradients_QxE))
     if len(bad):

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from tda import processes
 
 
-def bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
+def bar(total: int, what: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:
     """A progress bar that also suits a log file: a line is rewritten at most every few seconds.
 
     Of several processes the first alone shows it.
@@ -17,6 +17,7 @@ def bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
         what: name of the work.
         unit: what is counted, such as "token".
         done: how much was done before (a resumed run).
+        quiet: shows nothing: the work is too little to watch.
     """
     slow = not sys.stderr.isatty()
     return tqdm(
@@ -29,5 +30,5 @@ def bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
         dynamic_ncols=True,
         smoothing=0.05,
         file=sys.stderr,
-        disable=not processes.is_first(),
+        disable=quiet or not processes.is_first(),
     )

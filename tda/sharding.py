@@ -97,6 +97,16 @@ def put_batch(mesh: Mesh, arrays: dict) -> dict:
     return {k: _put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
 
 
+def put_leading(mesh: Mesh, x):
+    """An array with its first axis split over the mesh's batch devices."""
+    return _put(x, named(mesh, ("batch", *[None] * (x.ndim - 1)), x.shape))
+
+
+def replicate(mesh: Mesh, x):
+    """An array, whole on every device of the mesh."""
+    return _put(x, named(mesh, (None,) * x.ndim, x.shape))
+
+
 def _put(x, layout: NamedSharding):
     if layout.is_fully_addressable:
         return jax.device_put(x, layout)

@@ -88,7 +88,7 @@ def test_products_are_in_full_precision_on_every_device():
     for function in (
         lambda x: hessian._grams(x, bounds),
         lambda x: hessian.whiten(x, roots, SLICES),
-        lambda x: exact._scores(x, x, np.ones(4, bool), roots, True, bounds),
+        lambda x: exact._scores(exact._Group(x, roots, (0,)), x, (3, 5)),
     ):
         text = jax.jit(function).lower(np.ones((4, 8), np.float32)).as_text()
         assert 0 < text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")

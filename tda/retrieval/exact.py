@@ -1,161 +1,328 @@
-"""Exact search: one scan over the store answers every method that shares its gradients."""
+"""Exact search: one scan over the gradients answers every method that shares them.
+
+Rows are decoded, whitened and scaled on the devices on the way; what is kept is the k best and the
+k worst of each query, so memory does not grow with the corpus. Over a mesh, every device scores
+rows of its own for all queries.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import hessian, store
+from tda import hessian, sharding, store
+from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import InMemory, Scorer, Source
+
+__all__ = ["InMemory", "Scorer", "Source", "search", "step_rows"]
+
+# Queries whose best are merged at a time; late in a scan few have any news.
+_MERGED = 64
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scorer:
-    """score(passage, query) = ⟨N(W g_passage), N(W g_query)⟩.
+class _Group:
+    """Methods with the same W: one product serves them all.
 
     Attributes:
-        roots: W = R^(−1/2) by block, or None for the identity.
-        unit_norm: N divides by the norm (a zero stays zero), else it does nothing.
+        queries_QxE: W g of the queries.
+        roots: W by block, or None.
+        methods: their numbers.
     """
 
-    roots: list[np.ndarray] | None
-    unit_norm: bool
+    queries_QxE: jax.Array
+    roots: list | None
+    methods: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
 
 
-def _encode(x_RxE, roots, unit_norm, bounds):
-    if roots is not None:
-        x_RxE = hessian.whiten(x_RxE, roots, [slice(a, b) for a, b in bounds])
-    if unit_norm:
-        norm_R = jnp.linalg.norm(x_RxE, axis=-1, keepdims=True)
-        x_RxE = x_RxE / jnp.where(norm_R > 0, norm_R, 1.0)
-    return x_RxE
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What is known of a method's ranking so far; one more axis in front for devices.
+
+    Attributes:
+        best, worst: the k largest scores and negated scores, each float32 [Q, k], falling, and
+            their rows, int32 [Q, k].
+        above: for each set of labels, int32 [Q]: rows that are not correct and score at least as
+            much as the best correct one.
+    """
+
+    best: tuple[jax.Array, jax.Array]
+    worst: tuple[jax.Array, jax.Array]
+    above: dict[str, jax.Array]
 
 
-encode = jax.jit(_encode, static_argnames=("unit_norm", "bounds"))
-
-
-@functools.partial(jax.jit, static_argnames=("unit_norm", "bounds"))
-def _scores(queries_QxE, x_RxE, valid_R, roots, unit_norm, bounds):
-    """Scores, float32 [Q, R]; NaN for an invalid row."""
-    encoded = _encode(jnp.where(valid_R[:, None], x_RxE, 0.0), roots, unit_norm, bounds)
-    scores = jnp.matmul(queries_QxE, encoded.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(valid_R, scores, jnp.nan)
-
-
-@functools.partial(jax.jit, static_argnames=("k",))
-def _merge(best, scores_QxR, first_row, k):
-    """The k largest of those kept and those new, with their rows."""
-    kept_scores, kept_rows = best
-    rows = first_row + jnp.arange(scores_QxR.shape[1])
-    rows_QxR = jnp.broadcast_to(rows, scores_QxR.shape)
-    scores_QxR = jnp.where(jnp.isnan(scores_QxR), -jnp.inf, scores_QxR)
-    scores = jnp.concatenate([kept_scores, scores_QxR], axis=1)
-    rows = jnp.concatenate([kept_rows, rows_QxR], axis=1)
-    top_scores, at = jax.lax.top_k(scores, k)
-    return top_scores, jnp.take_along_axis(rows, at, axis=1)
+def step_rows(width: int, devices: int = 1) -> int:
+    """Rows that are scored at a time: what stays in a CPU's cache, or fills an accelerator."""
+    numbers = (1 << 21) if jax.default_backend() == "cpu" else (1 << 26)
+    rows = min(4096, max(128, numbers // width))
+    return (1 << (rows.bit_length() - 1)) * devices
 
 
 def search(
     gradients_QxE: np.ndarray,
-    chunks: Iterable[tuple[int, np.ndarray]],
-    rows: int,
-    slices: list[slice],
+    source: Source,
     scorers: dict[str, Scorer],
     k: int = 10,
     correct: dict[str, list[np.ndarray]] | None = None,
-    read=None,
+    mesh: jax.sharding.Mesh | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Ranked]:
     """Scores every passage for every query and keeps the k best and the k worst.
 
+    Among equal scores the lower row comes first.
+
     Args:
         gradients_QxE: projected gradients of the queries, float32.
-        chunks: (first row, float32 [R, E]) over the whole corpus, in order; rows that the store
-            calls invalid are never retrieved.
-        rows: C, the number of rows in the corpus.
-        slices: where each block stands in a row.
+        source: those of the passages; invalid rows are never retrieved.
         scorers: the methods, by name.
         k: how many proponents and opponents to keep.
         correct: for each set of labels, the correct rows of each query; their first rank is found.
-        read: reads rows by number, float32 [R, E]; needed with `correct`.
+        mesh: the devices that rows are split over; one device where None.
+        on_rows: told the rows of each step when it has begun.
 
     Returns:
         What each method ranks, by its name.
     """
-    bounds = tuple((s.start, s.stop) for s in slices)
-    k = min(k, rows)
-    correct = correct or {}
-    count = len(gradients_QxE)
-    state = {}
-    for name, scorer in scorers.items():
-        queries = encode(gradients_QxE, scorer.roots, scorer.unit_norm, bounds)
-        empty = (jnp.full((count, k), -jnp.inf), jnp.zeros((count, k), jnp.int32))
-        thresholds = {
-            label: _best_correct(queries, scorer, bounds, lists, read)
-            for label, lists in correct.items()
-        }
-        above = {label: np.zeros(count, np.int64) for label in correct}
-        state[name] = [queries, empty, empty, thresholds, above]
+    if source.rows > np.iinfo(np.int32).max:
+        raise ValueError(f"{source.rows} rows are more than one search can number; search in parts")
+    devices = 1 if mesh is None else sharding.batch_devices(mesh)
+    step, widths = step_rows(source.form.width, devices), source.form.widths
+    k, correct = min(k, source.rows), correct or {}
+    methods = list(scorers.values())
+    groups = _groups(gradients_QxE, methods, widths)
+    thresholds = _thresholds(groups, methods, source, correct, step)
+    state = [_empty(len(gradients_QxE), k, devices, correct) for _ in methods]
+    pairs = {label: _Pairs(lists) for label, lists in correct.items()}
+    state, groups, thresholds = _placed(mesh, state, groups, thresholds)
+    norms = tuple(s.unit_norm for s in methods)
     found = 0
-    for first, chunk in chunks:
-        valid_R = store.valid(chunk)
-        found += int(valid_R.sum())
-        x_RxE, valid_R = jnp.asarray(chunk), jnp.asarray(valid_R)
-        for name, scorer in scorers.items():
-            queries, best, worst, thresholds, above = state[name]
-            scores = _scores(queries, x_RxE, valid_R, scorer.roots, scorer.unit_norm, bounds)
-            state[name][1] = _merge(best, scores, first, k)
-            state[name][2] = _merge(worst, -scores, first, k)
-            if correct:
-                host = np.asarray(scores)
-                for label, lists in correct.items():
-                    above[label] += _count_above(host, thresholds[label], lists, first)
-    out = {}
-    for name in scorers:
-        _, best, worst, thresholds, above = state[name]
-        ranks = {
-            label: np.where(np.isfinite(thresholds[label]), above[label] + 1, 0)
-            for label in correct
-        }
-        # Where fewer than k rows are valid, the rest of the k were never filled.
-        out[name] = Ranked(
-            np.asarray(best[1], np.int64)[:, :found],
-            np.asarray(best[0])[:, :found],
-            np.asarray(worst[1], np.int64)[:, :found],
-            -np.asarray(worst[0])[:, :found],
-            ranks,
+    for chunk in source.scan(step):
+        found += int(chunk.valid.sum())
+        x = scoring.padded(chunk, step)
+        each = step // devices
+        rows = _Step(
+            _split(x.values, devices),
+            None if x.scales is None else _split(x.scales, devices),
+            _split(x.valid, devices),
+            (chunk.first + each * np.arange(devices)).astype(np.int32),
+            {name: p.within(chunk.first, each, devices) for name, p in pairs.items()},
         )
+        state = _advance(state, _on_devices(mesh, rows), groups, thresholds, widths, norms)
+        on_rows(len(chunk))
+    return {
+        name: _finished(kept, k, found, {n: limits[n][i] for n in correct})
+        for i, (name, kept) in enumerate(zip(scorers, state, strict=True))
+        for limits in [{n: np.asarray(t) for n, t in thresholds.items()}]
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """Rows for every device: D in front of each axis.
+
+    Attributes:
+        values: [D, R, E]; scales: [D, R, blocks] or None; valid: [D, R]; first: [D].
+        pairs: for each set of labels, correct rows among these: (query, row), each [D, N].
+    """
+
+    values: np.ndarray
+    scales: np.ndarray | None
+    valid: np.ndarray
+    first: np.ndarray
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _split(x: np.ndarray, devices: int) -> np.ndarray:
+    return x.reshape(devices, -1, *x.shape[1:])
+
+
+def _placed(mesh, state, groups, thresholds):
+    if mesh is None:
+        return state, groups, thresholds
+    everywhere = functools.partial(jax.tree.map, lambda x: sharding.replicate(mesh, x))
+    return _on_devices(mesh, state), everywhere(groups), everywhere(thresholds)
+
+
+def _on_devices(mesh, tree):
+    """Arrays whose first axis is the devices, each device's part on it."""
+    if mesh is None:
+        # Memory that both can use is not copied.
+        return jax.tree.map(jax.device_put, tree)
+    return jax.tree.map(lambda x: sharding.put_leading(mesh, x), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("widths", "norms"), donate_argnums=0)
+def _advance(state, rows: _Step, groups, thresholds, widths, norms):
+    """The state after some more rows."""
+    one = functools.partial(
+        _advance_one, groups=groups, thresholds=thresholds, widths=widths, norms=norms
+    )
+    if len(rows.first) > 1:
+        return jax.vmap(one)(state, rows)
+    first = functools.partial(jax.tree.map, lambda x: x[0])
+    return jax.tree.map(lambda x: x[None], one(first(state), first(rows)))
+
+
+def _advance_one(state, rows: _Step, groups, thresholds, widths, norms):
+    """The same on one device, without the axis of devices."""
+    out = list(state)
+    gradients_RxE = store.decode(rows.values, rows.scales, widths)
+    gradients_RxE = jnp.where(rows.valid[:, None], gradients_RxE, 0.0)
+    for group in groups:
+        scores = _product(group, gradients_RxE, widths)
+        for i in group.methods:
+            scores_QxR = scores[norms[i]]
+            above = {}
+            for label, (query_N, row_N) in rows.pairs.items():
+                limit_Q = thresholds[label][i]
+                high = jnp.where(rows.valid, scores_QxR, -jnp.inf) >= limit_Q[:, None]
+                own = high.at[query_N, row_N].get(mode="fill", fill_value=False)
+                count_Q = high.sum(axis=1).at[query_N].add(-own.astype(jnp.int32), mode="drop")
+                above[label] = state[i].above[label] + count_Q
+            best, worst = (
+                _merge(kept, jnp.where(rows.valid, sign * scores_QxR, -jnp.inf), rows.first)
+                for kept, sign in ((state[i].best, 1), (state[i].worst, -1))
+            )
+            out[i] = _Kept(best, worst, above)
     return out
 
 
-def _best_correct(queries_QxE, scorer, bounds, lists, read) -> np.ndarray:
-    """The best score of any correct row, float32 [Q]; −inf where a query has none."""
-    best = np.full(len(lists), -np.inf, np.float32)
-    wanted = np.unique(np.concatenate([np.asarray(r, np.int64) for r in lists] or [[]]))
-    step = max(1, min(4096, 2**26 // queries_QxE.shape[1]))
-    for start in range(0, len(wanted), step):
-        some = wanted[start : start + step].astype(np.int64)
-        rows_RxE = read(some)
-        valid_R = store.valid(rows_RxE)
-        scores = np.asarray(
-            _scores(queries_QxE, rows_RxE, valid_R, scorer.roots, scorer.unit_norm, bounds)
+def _product(group: _Group, gradients_RxE, widths) -> dict[bool, jax.Array]:
+    """Scores with and without unit norm, float32 [Q, R]; unused ones are not computed."""
+    x_RxE = gradients_RxE
+    if group.roots is not None:
+        x_RxE = hessian.whiten(x_RxE, group.roots, scoring.slices_of(widths))
+    scores = jnp.matmul(group.queries_QxE, x_RxE.T, precision=jax.lax.Precision.HIGHEST)
+    of_queries = scoring.inverse_norms(group.queries_QxE)
+    scaled = scores * of_queries[:, None] * scoring.inverse_norms(x_RxE)
+    return {False: scores, True: scaled}
+
+
+def _merge(kept, scores_QxR, first):
+    """The k largest of those kept and those new, with their rows; among equals the lower row."""
+    count, k = kept[0].shape
+    size = min(count, _MERGED)
+
+    def some(carry):
+        (scores_Qxk, rows_Qxk), news_Q = carry
+        q = jnp.nonzero(news_Q, size=size, fill_value=count)[0]
+        new = scores_QxR.at[q].get(mode="fill", fill_value=-jnp.inf)
+        rows = jnp.broadcast_to(first + jnp.arange(new.shape[1], dtype=jnp.int32), new.shape)
+        # Those kept stand in front: their rows are lower.
+        new = jnp.concatenate([scores_Qxk.at[q].get(mode="clip"), new], axis=1)
+        rows = jnp.concatenate([rows_Qxk.at[q].get(mode="clip"), rows], axis=1)
+        top, at = jax.lax.top_k(new, k)
+        scores_Qxk = scores_Qxk.at[q].set(top, mode="drop")
+        rows_Qxk = rows_Qxk.at[q].set(jnp.take_along_axis(rows, at, axis=1), mode="drop")
+        return (scores_Qxk, rows_Qxk), news_Q.at[q].set(False, mode="drop")
+
+    news_Q = scores_QxR.max(axis=1) > kept[0][:, -1]
+    return jax.lax.while_loop(lambda carry: carry[1].any(), some, (kept, news_Q))[0]
+
+
+def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
+    numbers: dict[int, list[int]] = {}
+    for i, method in enumerate(methods):
+        numbers.setdefault(id(method.roots), []).append(i)
+    return [
+        _Group(
+            scoring.encode(gradients_QxE, methods[of[0]].roots, False, widths),
+            None if methods[of[0]].roots is None else list(map(jnp.asarray, methods[of[0]].roots)),
+            tuple(of),
         )
-        for q, rows in enumerate(lists):
-            at = np.flatnonzero(np.isin(some, rows) & valid_R)
-            if len(at):
-                best[q] = max(best[q], scores[q, at].max())
-    return best
+        for of in numbers.values()
+    ]
 
 
-def _count_above(scores_QxR, threshold_Q, lists, first) -> np.ndarray:
-    """How many rows that are not correct score at least the threshold (a tie counts against)."""
-    stop = first + scores_QxR.shape[1]
-    counts = (scores_QxR >= threshold_Q[:, None]).sum(axis=1)
-    for q, rows in enumerate(lists):
-        rows = np.asarray(rows, np.int64)
-        mine = rows[(rows >= first) & (rows < stop)] - first
-        # A query without a correct row has a threshold of −inf; its count is not used.
-        counts[q] -= (scores_QxR[q, mine] >= threshold_Q[q]).sum()
-    return counts
+def _empty(queries: int, k: int, devices: int, correct) -> _Kept:
+    def none():
+        shape = (devices, queries, k)
+        return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+
+    return _Kept(none(), none(), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
+
+
+def _thresholds(groups, methods, source: Source, correct, step) -> dict[str, jax.Array]:
+    """For each set of labels and method, the best score of a correct row: float32 [methods, Q].
+
+    NaN where a query has none.
+    """
+    widths, out = source.form.widths, {}
+    for label, lists in correct.items():
+        best = np.full((len(methods), len(lists)), np.nan, np.float32)
+        wanted = np.unique(np.concatenate([np.asarray(r, np.int64) for r in lists] or [[]]))
+        for start in range(0, len(wanted), step):
+            some = wanted[start : start + step].astype(np.int64)
+            gradients = source.read(some)
+            valid_R = store.valid(gradients)
+            gradients = np.where(valid_R[:, None], gradients, 0)
+            gradients = np.pad(gradients, [(0, step - len(some)), (0, 0)])
+            scores = {
+                i: np.asarray(s[methods[i].unit_norm])
+                for group in groups
+                for s in [_scores(group, gradients, widths)]
+                for i in group.methods
+            }
+            for q, rows in enumerate(lists):
+                at = np.flatnonzero(np.isin(some, rows) & valid_R)
+                for i in scores if len(at) else ():
+                    best[i, q] = np.fmax(best[i, q], scores[i][q, at].max())
+        out[label] = jnp.asarray(best)
+    return out
+
+
+_scores = jax.jit(_product, static_argnames="widths")
+
+
+class _Pairs:
+    """The correct (query, row) pairs of a set of labels, by row."""
+
+    def __init__(self, lists: list[np.ndarray]):
+        rows = np.concatenate([np.asarray(r, np.int64) for r in lists] or [np.zeros(0, np.int64)])
+        queries = np.repeat(np.arange(len(lists)), [len(r) for r in lists])
+        order = np.argsort(rows, kind="stable")
+        self._rows, self._queries = rows[order].astype(np.int64), queries[order].astype(np.int32)
+
+    def within(self, first: int, each: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and local rows, int32 [devices, N], of the pairs in each device's rows.
+
+        N is a power of two; what is over is out of bounds.
+        """
+        bounds = np.searchsorted(self._rows, first + each * np.arange(devices + 1))
+        largest = int(np.diff(bounds).max())
+        shape = devices, max(8, 1 << max(0, largest - 1).bit_length())
+        queries = np.full(shape, np.iinfo(np.int32).max, np.int32)
+        rows = queries.copy()
+        for d, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            queries[d, : b - a] = self._queries[a:b]
+            rows[d, : b - a] = self._rows[a:b] - (first + d * each)
+        return queries, rows
+
+
+def _finished(kept: _Kept, k: int, found: int, thresholds: dict[str, np.ndarray]) -> Ranked:
+    """A method's ranking, from what every device kept."""
+    best, best_rows = _of_all(*kept.best, k)
+    worst, worst_rows = _of_all(*kept.worst, k)
+    ranks = {
+        label: np.where(np.isnan(limit), 0, sharding.to_host(kept.above[label]).sum(0) + 1)
+        for label, limit in thresholds.items()
+    }
+    # Where fewer than k rows are valid, the rest of the k were never filled.
+    return Ranked(
+        best_rows[:, :found], best[:, :found], worst_rows[:, :found], -worst[:, :found], ranks
+    )
+
+
+def _of_all(scores_DxQxk, rows_DxQxk, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best that any device kept, with their rows."""
+    scores = np.concatenate(sharding.to_host(scores_DxQxk), axis=1)
+    rows = np.concatenate(sharding.to_host(rows_DxQxk), axis=1).astype(np.int64)
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

@@ -1,9 +1,10 @@
 """Exact search against a direct computation, ties and signs included."""
 
+import jax
 import numpy as np
 import pytest
 
-from tda import hessian
+from tda import hessian, sharding
 from tda.retrieval import exact, ranked
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -15,8 +16,16 @@ def data():
     return rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(97, 8)).astype(np.float32)
 
 
-def in_chunks(x, size):
-    return ((i, x[i : i + size]) for i in range(0, len(x), size))
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Searches take 16 rows at a time, or what a test sets."""
+    steps = {"rows": 16}
+    monkeypatch.setattr(exact, "step_rows", lambda width, devices=1: steps["rows"] * devices)
+    return steps
+
+
+def source(x):
+    return exact.InMemory(x, SLICES)
 
 
 def naive(queries, passages, roots, unit_norm):
@@ -30,24 +39,20 @@ def naive(queries, passages, roots, unit_norm):
 
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("unit_norm", [False, True])
-@pytest.mark.parametrize("size", [7, 97])
-def test_equals_the_direct_computation(data, whitened, unit_norm, size):
+@pytest.mark.parametrize("step", [8, 128])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_equals_the_direct_computation(data, small_steps, whitened, unit_norm, step, devices):
     """Mistakes: proponents and opponents swapped; unit norm left out."""
     queries, passages = data
+    small_steps["rows"] = step
+    mesh = None if devices == 1 else sharding.make_mesh(2, 2, devices=jax.devices()[:devices])
     R = hessian.autocorrelation([passages], SLICES)
     roots = hessian.inverse_root(R) if whitened else None
     correct = {
         "all": [np.array([3, 50]), np.array([96]), np.array([], int), np.array([0]), np.array([7])]
     }
     found = exact.search(
-        queries,
-        in_chunks(passages, size),
-        97,
-        SLICES,
-        {"m": exact.Scorer(roots, unit_norm)},
-        10,
-        correct,
-        lambda rows: passages[rows],
+        queries, source(passages), {"m": exact.Scorer(roots, unit_norm)}, 10, correct, mesh
     )["m"]
     scores = naive(queries, passages, roots, unit_norm)
     order = np.argsort(-scores, axis=1)
@@ -64,9 +69,9 @@ def test_equals_the_direct_computation(data, whitened, unit_norm, size):
 def test_several_methods_in_one_scan_equal_each_alone(data):
     queries, passages = data
     scorers = {"dot": exact.Scorer(None, False), "cos": exact.Scorer(None, True)}
-    both = exact.search(queries, in_chunks(passages, 20), 97, SLICES, scorers, 5)
+    both = exact.search(queries, source(passages), scorers, 5)
     for name, scorer in scorers.items():
-        alone = exact.search(queries, in_chunks(passages, 97), 97, SLICES, {name: scorer}, 5)
+        alone = exact.search(queries, source(passages), {name: scorer}, 5)
         np.testing.assert_array_equal(both[name].proponents, alone[name].proponents)
 
 
@@ -75,13 +80,10 @@ def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
     same = np.ones_like(passages)
     found = exact.search(
         queries,
-        in_chunks(same, 20),
-        97,
-        SLICES,
+        source(same),
         {"m": exact.Scorer(None, True)},
         5,
         {"all": [np.array([0, 1])] * 5},
-        lambda rows: same[rows],
     )["m"]
     assert (found.first_ranks["all"] == 96).all()  # behind the 95 that are not correct
 
@@ -90,18 +92,14 @@ def test_a_zero_gradient_scores_zero_and_not_nan(data):
     queries, passages = data
     passages = passages.copy()
     passages[4] = 0
-    found = exact.search(
-        queries, in_chunks(passages, 50), 97, SLICES, {"m": exact.Scorer(None, True)}, 97
-    )["m"]
+    found = exact.search(queries, source(passages), {"m": exact.Scorer(None, True)}, 97)["m"]
     assert np.isfinite(found.proponent_scores).all()
     assert (found.proponent_scores[found.proponents == 4] == 0).all()
 
 
 def test_fewer_passages_than_k(data):
     queries, passages = data
-    found = exact.search(
-        queries, in_chunks(passages[:3], 2), 3, SLICES, {"m": exact.Scorer(None, True)}, 10
-    )["m"]
+    found = exact.search(queries, source(passages[:3]), {"m": exact.Scorer(None, True)}, 10)["m"]
     assert found.proponents.shape == (5, 3)
 
 
@@ -117,10 +115,8 @@ def test_first_rank_and_top_break_ties_against_the_method():
 
 def test_a_ranking_is_kept_and_read_again(data, tmp_path):
     queries, passages = data
-    found = exact.search(
-        queries, in_chunks(passages, 20), 97, SLICES, {"m": exact.Scorer(None, True)}, 5,
-        {"all": [np.array([1])] * 5}, lambda rows: passages[rows],
-    )["m"]  # fmt: skip
+    scorers, correct = {"m": exact.Scorer(None, True)}, {"all": [np.array([1])] * 5}
+    found = exact.search(queries, source(passages), scorers, 5, correct)["m"]
     ranked.save(tmp_path / "r.npz", found)
     again = ranked.load(tmp_path / "r.npz")
     for name in ("proponents", "proponent_scores", "opponents", "opponent_scores"):
@@ -136,14 +132,7 @@ def test_invalid_rows_are_never_retrieved(data, unit_norm):
     correct = {"all": [np.array([3, 50]), np.array([96]), np.array([0]), *[np.array([7])] * 2]}
     kept = np.delete(np.arange(97), [3, 20, 96])
     search = lambda x, k, correct: exact.search(  # noqa: E731
-        queries,
-        in_chunks(x, 10),
-        len(x),
-        SLICES,
-        {"m": exact.Scorer(None, unit_norm)},
-        k,
-        correct,
-        lambda rows: x[rows],
+        queries, source(x), {"m": exact.Scorer(None, unit_norm)}, k, correct
     )["m"]
     found = search(holes, 10, correct)
     moved = {"all": [np.flatnonzero(np.isin(kept, rows)) for rows in correct["all"]]}
@@ -155,3 +144,29 @@ def test_invalid_rows_are_never_retrieved(data, unit_norm):
     everything = search(holes, 97, correct)
     assert everything.proponents.shape == (5, 94) and np.isfinite(everything.proponent_scores).all()
     assert everything.opponents.shape == (5, 94) and not (everything.opponents == 20).any()
+
+
+def test_duplicates_come_in_the_order_of_their_rows(data, small_steps):
+    """Guards: ties that depend on where a step or a device begins."""
+    queries, passages = data
+    copies = np.tile(passages[:20], (8, 1))
+    for step, devices in ((8, 1), (256, 1), (16, 4)):
+        small_steps["rows"] = step
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        found = exact.search(
+            queries, source(copies), {"m": exact.Scorer(None, True)}, 12, mesh=mesh
+        )["m"]
+        for rows in (found.proponents, found.opponents):
+            # Eight copies of the best, then four of the next.
+            np.testing.assert_array_equal(rows[:, :8], rows[:, :1] + 20 * np.arange(8))
+            np.testing.assert_array_equal(rows[:, 8:], rows[:, 8:9] + 20 * np.arange(4))
+            assert (rows[:, [0, 8]] < 20).all()
+
+
+def test_more_queries_than_are_merged_at_a_time(data):
+    _, passages = data
+    queries = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
+    found = exact.search(queries, source(passages), {"m": exact.Scorer(None, True)}, 7)["m"]
+    order = np.argsort(-naive(queries, passages, None, True), axis=1)
+    np.testing.assert_array_equal(found.proponents, order[:, :7])
+    np.testing.assert_array_equal(found.opponents, order[:, ::-1][:, :7])

@@ -1,0 +1,36 @@
+"""The gradient store: raw projected gradients on disk, with the passages that they are of.
+
+    DIR/manifest.json           what the rows are: shape, blocks, a fingerprint of what made them
+    DIR/withdrawn.json          rows that were withdrawn, if any
+    DIR/0/gradients             zarr v3 array [C, E], one file a shard, each chunk with its CRC32C
+    DIR/0/scales                zarr v3 array [C, blocks], where the gradients are int8
+    DIR/0/passages              id, document and text of every row (array_record)
+    DIR/0/ids, DIR/0/documents  zarr v3 arrays: from the hash of a name to its row
+    DIR/1/...                   the same for the passages that were appended, and so on
+
+A shard appears whole or not at all, so a killed run goes on with the shards that are missing. DIR
+is local, `gs://` or `s3://`, and any zarr reader opens the arrays.
+"""
+
+from tda.store.gradient_store import GradientStore
+from tda.store.location import StoreError
+from tda.store.making import append, check_same_kind, create, finished, open_store
+from tda.store.passages import Passage
+from tda.store.rows import DTYPES, Rows, decode, valid
+from tda.store.segment import Form
+
+__all__ = [
+    "DTYPES",
+    "Form",
+    "GradientStore",
+    "Passage",
+    "Rows",
+    "StoreError",
+    "append",
+    "check_same_kind",
+    "create",
+    "decode",
+    "finished",
+    "open_store",
+    "valid",
+]

@@ -1,0 +1,103 @@
+"""A directory of small files and arrays, local or in object storage, through TensorStore."""
+
+import json
+import os
+import pathlib
+import urllib.parse
+
+import tensorstore as ts
+
+
+class StoreError(ValueError):
+    """A store is absent, unfinished, damaged, or not of what it is used with."""
+
+
+class Location:
+    """A directory: a local path, or a `gs://` or `s3://` address.
+
+    Every write is atomic: a file appears whole or not at all. `AWS_ENDPOINT_URL` names another
+    server that speaks S3.
+
+    Attributes:
+        name: what the user calls it.
+        path: where it is on this machine; None of an address.
+    """
+
+    def __init__(self, path):
+        self.name = os.fspath(path).rstrip("/")
+        scheme = urllib.parse.urlsplit(self.name).scheme if "://" in self.name else ""
+        if scheme not in ("", "file", "gs", "s3"):
+            raise StoreError(f"{self.name}: use a local path, gs://BUCKET/PATH or s3://BUCKET/PATH")
+        local = self.name.removeprefix("file://")
+        self.path = pathlib.Path(os.path.abspath(local)) if scheme in ("", "file") else None
+        self._files = None
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.name}/{name}")
+
+    def spec(self) -> dict:
+        """TensorStore's specification of the directory, as a key-value store."""
+        if self.path is not None:
+            return {"driver": "file", "path": f"{self.path}/"}
+        address = urllib.parse.urlsplit(self.name)
+        driver = {"gs": "gcs"}.get(address.scheme, address.scheme)
+        spec = {"driver": driver, "bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        if driver == "s3" and endpoint:
+            # Buckets are then part of the path, as such servers want it.
+            spec |= {"endpoint": f"{endpoint}/{address.netloc}", "aws_region": _region()}
+        return spec
+
+    def _open(self) -> ts.KvStore:
+        if self._files is None:
+            self._files = ts.KvStore.open(self.spec()).result()
+        return self._files
+
+    def read(self, name: str) -> bytes | None:
+        """A file's contents, or None where there is no such file."""
+        found = self._call(f"read {name}", lambda files: files.read(name))
+        return found.value if found.state == "value" else None
+
+    def write(self, name: str, contents: bytes) -> None:
+        """Writes a file."""
+        self._call(f"write {name}", lambda files: files.write(name, contents))
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        self._call(f"remove {name}", lambda files: files.write(name, None))
+
+    def clear(self) -> None:
+        """Removes every file below."""
+        self._call("remove files", lambda files: files.delete_range(ts.KvStore.KeyRange()))
+
+    def names(self, folder: str = "") -> list[str]:
+        """The files below a folder, each with the folder before its name."""
+        prefix = f"{folder}/" if folder else ""
+        within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
+        return [k.decode() for k in self._call("list files", lambda files: files.list(within))]
+
+    def read_json(self, name: str):
+        """A JSON file's value, or None where there is no such file.
+
+        Raises:
+            StoreError: it is not JSON.
+        """
+        contents = self.read(name)
+        try:
+            return None if contents is None else json.loads(contents)
+        except ValueError as error:
+            raise StoreError(f"{self.name}/{name} is not JSON: {error}") from error
+
+    def write_json(self, name: str, value) -> None:
+        """Writes a value as JSON."""
+        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _call(self, what: str, call):
+        try:
+            return call(self._open()).result()
+        except (ValueError, OSError) as error:
+            raise StoreError(f"{self.name}: cannot {what}: {error}") from error
+
+
+def _region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"

@@ -1,0 +1,251 @@
+"""The passages of a store's rows: id, document and text, found by row or by name without a scan.
+
+Records lie in array_record files of `FILE_ROWS` rows each. Names are found through two sorted
+arrays, the hashes of all names and the rows that they belong to.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorstore as ts
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from tda import progress
+from tda.store.location import Location, StoreError
+
+FILE_ROWS = 1 << 16
+_INDEX_CHUNK, _INDEX_SHARD = 1 << 16, 1 << 22
+# Below this, nobody waits long enough to want a progress bar.
+_MANY = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Passage:
+    """What a row is the gradient of.
+
+    Attributes:
+        id: of the passage; no two rows of a store have the same.
+        document: id of the document that it is, or is a part of.
+        text: None where the store was made without texts.
+    """
+
+    id: str
+    document: str
+    text: str | None = None
+
+
+def digest(ids: Sequence[str], documents: Sequence[str]) -> str:
+    """A hash that tells these passages from others."""
+    out = hashlib.sha256()
+    for pair in zip(ids, documents, strict=True):
+        out.update("\0".join(pair).encode() + b"\1")
+    return out.hexdigest()[:32]
+
+
+def write(
+    location: Location,
+    ids: Sequence[str],
+    documents: Sequence[str],
+    texts: Sequence[str] | None,
+) -> None:
+    """Writes the passages of rows 0, 1, …, and the ways to find them by name.
+
+    Raises:
+        StoreError: two passages have the same id.
+    """
+    _write_index(location / "ids", ids, unique=True)
+    if documents is not ids and list(documents) != list(ids):
+        _write_index(location / "documents", documents, unique=False)
+    with progress.bar(len(ids), "write passages", "passage", quiet=len(ids) < _MANY) as bar:
+        for number in range(math.ceil(len(ids) / FILE_ROWS)):
+            rows = range(number * FILE_ROWS, min(len(ids), (number + 1) * FILE_ROWS))
+            records = ([ids[r], documents[r], texts[r] if texts else None] for r in rows)
+            _write_file(location / "passages", _file_name(number), records)
+            bar.update(len(rows))
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.array_record"
+
+
+def _write_file(folder: Location, name: str, records) -> None:
+    """Writes one file of records; where the folder is remote, on this machine first."""
+    with tempfile.TemporaryDirectory() as directory:
+        kept = pathlib.Path(directory) if folder.path is None else folder.path
+        kept.mkdir(parents=True, exist_ok=True)
+        part = kept / f"{name}.part"
+        # A group of one: a record is read without decoding its neighbours.
+        writer = ArrayRecordWriter(str(part), "group_size:1")
+        for record in records:
+            writer.write(json.dumps(record, ensure_ascii=False).encode())
+        writer.close()
+        if folder.path is None:
+            folder.write(name, part.read_bytes())
+        else:
+            part.rename(kept / name)
+
+
+class Passages:
+    """The passages of some rows, numbered from 0.
+
+    Args:
+        location: where `write` put them.
+        count: how many there are.
+    """
+
+    def __init__(self, location: Location, count: int):
+        self._location, self._count = location, count
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._fetched: pathlib.Path | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> Passage:
+        return self.read([row])[0]
+
+    def __iter__(self) -> Iterator[Passage]:
+        for start in range(0, self._count, 4096):
+            yield from self.read(range(start, min(self._count, start + 4096)))
+
+    def read(self, rows: Sequence[int]) -> list[Passage]:
+        """The passages of some rows, in that order.
+
+        Raises:
+            IndexError: there is no such row.
+            StoreError: a file is missing or damaged.
+        """
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._count:
+            raise IndexError(f"rows are from 0 to {self._count - 1}, not {rows.max()}")
+        out: list[Passage | None] = [None] * len(rows)
+        for number in np.unique(rows // FILE_ROWS):
+            at = np.flatnonzero(rows // FILE_ROWS == number)
+            for i, raw in zip(at, self._records(int(number), rows[at] % FILE_ROWS), strict=True):
+                out[i] = Passage(*json.loads(raw))
+        return out
+
+    def _records(self, number: int, within: np.ndarray) -> Sequence[bytes]:
+        try:
+            if number not in self._readers:
+                self._readers[number] = ArrayRecordReader(str(self._file(number)))
+            return self._readers[number].read(within.tolist())
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            folder = self._location / "passages"
+            raise StoreError(f"{folder.name}/{_file_name(number)} is damaged: {error}") from error
+
+    def _file(self, number: int) -> pathlib.Path:
+        """A file of records on this machine; a remote one is fetched once."""
+        folder, name = self._location / "passages", _file_name(number)
+        if folder.path is not None:
+            if not (folder.path / name).exists():
+                raise StoreError(f"{folder.name}/{name} is missing; make the store again")
+            return folder.path / name
+        if self._fetched is None:
+            self._fetched = pathlib.Path(tempfile.mkdtemp(prefix="passages-"))
+            weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
+        contents = folder.read(name)
+        if contents is None:
+            raise StoreError(f"{folder.name}/{name} is missing; make the store again")
+        (self._fetched / name).write_bytes(contents)
+        return self._fetched / name
+
+    def rows_of(self, name: str) -> list[int]:
+        """The row of the passage with this id: one, or none."""
+        return [r for r in self._ids.rows(name) if self[r].id == name]
+
+    def rows_of_document(self, name: str) -> list[int]:
+        """The rows of a document's passages, in order."""
+        return sorted(r for r in self._documents.rows(name) if self[r].document == name)
+
+    @functools.cached_property
+    def _ids(self) -> "_Index":
+        return _Index(self._location / "ids", self._count)
+
+    @functools.cached_property
+    def _documents(self) -> "_Index":
+        # Where every document is one passage, both are found in the same way.
+        there = (self._location / "documents").read("hashes/zarr.json") is not None
+        return _Index(self._location / "documents", self._count) if there else self._ids
+
+    def damage(self) -> dict[str, str]:
+        """What is wrong with the files of records, by file: each record is read."""
+        wrong = {}
+        for number in range(math.ceil(self._count / FILE_ROWS)):
+            count = min(FILE_ROWS, self._count - number * FILE_ROWS)
+            try:
+                found = len(self._records(number, np.arange(count)))
+                if found != count:
+                    wrong[_file_name(number)] = f"{found} records, {count} are due"
+            except StoreError as error:
+                wrong[_file_name(number)] = str(error)
+        return wrong
+
+
+class _Index:
+    """From a name to rows: sorted hashes, which are spread evenly, so a guess lands close."""
+
+    def __init__(self, location: Location, count: int):
+        self._count = count
+        self._hashes, self._rows = (_open_index(location, n, count) for n in ("hashes", "rows"))
+
+    def rows(self, name: str) -> list[int]:
+        """Rows whose name has the same hash."""
+        wanted = np.uint64(_hash(name))
+        guess = int(float(wanted) / 2.0**64 * self._count)
+        reach = 64 + 8 * math.isqrt(self._count)
+        while True:
+            low, high = max(0, guess - reach), min(self._count, guess + reach)
+            part = self._hashes[low:high].read().result()
+            first, last = np.searchsorted(part, wanted), np.searchsorted(part, wanted, "right")
+            # At an end of the window there may be more of them beyond it.
+            if (low == 0 or first > 0) and (high == self._count or last < len(part)):
+                return self._rows[low + first : low + last].read().result().tolist()
+            reach *= 4
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _write_index(location: Location, names: Sequence[str], unique: bool) -> None:
+    hashes = np.fromiter((_hash(n) for n in names), np.uint64, len(names))
+    rows = np.argsort(hashes, kind="stable")
+    hashes = hashes[rows]
+    if unique:
+        for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
+            if names[rows[i]] == names[rows[i + 1]]:
+                raise StoreError(f"two passages have the id {names[rows[i]]!r}")
+    for name, numbers in (("hashes", hashes), ("rows", rows)):
+        _open_index(location, name, len(names), create=True).write(numbers).result()
+
+
+def _open_index(location: Location, name: str, count: int, create: bool = False):
+    chunk = min(_INDEX_CHUNK, count)
+    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    codec = {"chunk_shape": [chunk], "codecs": inner}
+    shard = min(_INDEX_SHARD, chunk * math.ceil(count / chunk))
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (location / name).spec(),
+        "metadata": {
+            "shape": [count],
+            "data_type": {"hashes": "uint64", "rows": "int64"}[name],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+        },
+    }
+    how = dict(create=True, delete_existing=True) if create else dict(open=True)
+    try:
+        return ts.open(spec, **how).result()
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{location.name}/{name}: {error}") from error

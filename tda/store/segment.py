@@ -1,0 +1,271 @@
+"""A segment of a store: rows that were added together, in zarr arrays with one file a shard."""
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorstore as ts
+
+from tda.store import passages, rows, shard_file
+from tda.store.location import Location, StoreError
+from tda.store.passages import Passages
+from tda.store.rows import Rows
+
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What all rows of a store have in common.
+
+    Attributes:
+        dtype: of the numbers on disk.
+        widths: the numbers in each block of a row.
+    """
+
+    dtype: str
+    widths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """E, the numbers in a row."""
+        return sum(self.widths)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk, without its scales."""
+        return self.width * rows.DTYPES[self.dtype].itemsize
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays that a segment has; the last is written last."""
+        return ("scales", "gradients") if self.dtype == "int8" else ("gradients",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one shard, by their numbers in the segment."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def about(form: Form, ids, documents, shard_bytes: int, corpus) -> dict:
+    """What the manifest says of a segment: its rows, how they are cut into files, their passages.
+
+    A chunk, which has a checksum of its own, is a power of two of rows, so that readers' steps fit.
+    """
+    count = len(ids)
+    chunk = min(_power(_CHUNK_BYTES // form.row_bytes), _power(2 * count - 1))
+    shard = max(1, shard_bytes // form.row_bytes)
+    chunk = min(chunk, _power(shard))
+    return {
+        "rows": count,
+        "shard_rows": min(shard // chunk, math.ceil(count / chunk)) * chunk,
+        "chunk_rows": chunk,
+        "passages": passages.digest(ids, documents),
+        "corpus": corpus,
+    }
+
+
+def _power(n: int) -> int:
+    """The largest power of two up to n; 1 of less than that."""
+    return 1 << (max(1, n).bit_length() - 1)
+
+
+def make(location: Location, form: Form, described: dict, ids, documents, texts) -> None:
+    """Writes a segment's passages and its arrays, which have no shard yet."""
+    passages.write(location, ids, documents, texts)
+    for name in form.arrays:
+        _open_array(location, form, described, name, create=True)
+
+
+class Segment:
+    """The rows of a segment; their numbers start at 0 here.
+
+    Args:
+        location: its directory.
+        form: of its rows.
+        described: what the manifest says of it.
+        buffers: memory for reading.
+    """
+
+    def __init__(self, location: Location, form: Form, described: dict, buffers):
+        self.location, self.form, self._buffers = location, form, buffers
+        self.rows: int = described["rows"]
+        self.shard_rows: int = described["shard_rows"]
+        self.chunk_rows: int = described["chunk_rows"]
+        self.passages = Passages(location, self.rows)
+        self._arrays = {n: _open_array(location, form, described, n) for n in form.arrays}
+
+    @property
+    def shards(self) -> int:
+        """Number of its shards."""
+        return math.ceil(self.rows / self.shard_rows)
+
+    def rows_of(self, shard: int) -> slice:
+        """The rows of a shard."""
+        start = shard * self.shard_rows
+        return slice(start, min(self.rows, start + self.shard_rows))
+
+    def written(self) -> set[int]:
+        """Numbers of the shards that are there."""
+        found = []
+        for name in self.form.arrays:
+            keys = (k.split(".") for k in (self.location / name).names())
+            found.append({int(k[1]) for k in keys if k[0] == "c" and len(k) == 3})
+        return set.intersection(*found)
+
+    def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
+        """Writes a shard, atomically: the values come last, and with them the shard is there.
+
+        Returns:
+            Which rows are invalid, bool [R].
+        """
+        own, folder = self.rows_of(shard), (self.location / "gradients").path
+        wrong: list[np.ndarray] = []
+        scales: list[np.ndarray] = []
+
+        def encode(start: int) -> np.ndarray:
+            x = x_RxE[start : start + self.chunk_rows]
+            bad = ~np.isfinite(x).all(axis=1)
+            wrong.append(bad)
+            x = np.where(bad[:, None], np.float32(np.inf), x) if bad.any() else x
+            values, some = rows.encode(x, self.form.dtype, self.form.widths)
+            scales.append(some)
+            return values
+
+        def write_scales():
+            if self.form.dtype == "int8":
+                self._arrays["scales"][own].write(np.concatenate(scales)).result()
+
+        starts = range(0, len(x_RxE), self.chunk_rows)
+        if folder is None:
+            values = np.concatenate([encode(i) for i in starts])
+            write_scales()
+            self._arrays["gradients"][own].write(values).result()
+        else:
+            chunks = self.shard_rows // self.chunk_rows
+            path = str(folder / f"c.{shard}.0")
+            with shard_file.writing(path, chunks) as out, ThreadPoolExecutor(1) as ahead:
+                # One chunk is encoded while another is written.
+                for values in ahead.map(encode, starts):
+                    out.add(self._filled(values))
+                write_scales()
+        return np.concatenate(wrong)
+
+    def _filled(self, values: np.ndarray) -> np.ndarray:
+        """The values of a chunk: the last of the corpus is filled up as TensorStore does it."""
+        lacking = self.chunk_rows - len(values)
+        if not lacking:
+            return np.ascontiguousarray(values)
+        fill = np.full((lacking, values.shape[1]), _fill_value(self.form.dtype), values.dtype)
+        return np.concatenate([values, fill])
+
+    def remove(self, shard: int) -> None:
+        """Removes a shard."""
+        for name in reversed(self.form.arrays):
+            (self.location / name).remove(f"c.{shard}.0")
+
+    def read(self, local: np.ndarray) -> Rows:
+        """Some rows, in the order of their numbers.
+
+        Raises:
+            StoreError: a row is not written, or a checksum is wrong.
+        """
+        # A run of rows needs no list of them.
+        together = len(local) and (np.diff(local) == 1).all()
+        return self._read(slice(int(local[0]), int(local[-1]) + 1) if together else local)
+
+    def _read(self, index) -> Rows:
+        try:
+            found = {n: a[index].read() for n, a in self._arrays.items()}
+            values = found["gradients"].result()
+            scales = found["scales"].result() if "scales" in found else None
+        except (ValueError, OSError) as error:
+            raise StoreError(f"{self.location.name} is damaged: {error}") from error
+        return self._checked(values, scales)
+
+    def spans(self, shard: int, length: int) -> list[Span]:
+        """A shard in spans of `length` rows, a multiple of the rows of a chunk."""
+        own = self.rows_of(shard)
+        starts = range(own.start, own.stop, length)
+        return [Span(shard, i, min(own.stop, i + length)) for i in starts]
+
+    def read_span(self, span: Span) -> Rows:
+        """The rows of a span: straight from its file where that is on this machine.
+
+        Raises:
+            StoreError: a row is not written, or a checksum is wrong.
+        """
+        folder, index = (self.location / "gradients").path, slice(span.start, span.stop)
+        if folder is None:
+            return self._read(index)
+        dtype = rows.DTYPES[self.form.dtype]
+        try:
+            raw = shard_file.read(
+                str(folder / f"c.{span.shard}.0"),
+                (span.start - span.shard * self.shard_rows) // self.chunk_rows,
+                math.ceil((span.stop - span.start) / self.chunk_rows),
+                self.chunk_rows * self.form.row_bytes,
+                self.shard_rows // self.chunk_rows,
+                self._buffers,
+            )
+        except FileNotFoundError:
+            self._refuse_unfinished()
+        if raw is None:
+            return self._read(index)
+        values = raw.view(dtype).reshape(-1, self.form.width)[: span.stop - span.start]
+        scales = None
+        if "scales" in self._arrays:
+            scales = self._arrays["scales"][index].read().result()
+        return self._checked(values, scales)
+
+    def _checked(self, values: np.ndarray, scales: np.ndarray | None) -> Rows:
+        """Rows as read, with the invalid ones marked."""
+        telling = (values if scales is None else scales)[:, 0].astype(np.float32)
+        if np.isnan(telling).any():
+            self._refuse_unfinished()
+        return Rows(0, values, scales, np.isfinite(telling))
+
+    def _refuse_unfinished(self):
+        missing = sorted(set(range(self.shards)) - self.written())
+        raise StoreError(f"{self.location.name} is unfinished: shards {missing} are missing")
+
+
+def _fill_value(dtype: str):
+    """A row that was never written reads as NaN (of int8 the scale), not as a gradient of zero."""
+    return 0 if dtype == "int8" else np.nan
+
+
+def _open_array(location: Location, form: Form, described: dict, name: str, create: bool = False):
+    dtype, width = form.dtype, form.width
+    if name == "scales":
+        dtype, width = "float32", len(form.widths)
+    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    codec = {"chunk_shape": [described["chunk_rows"], width], "codecs": inner}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (location / name).spec(),
+        # A shard must appear even if its numbers are those of one that was never written.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [described["rows"], width],
+            "data_type": dtype,
+            "fill_value": 0 if dtype == "int8" else "NaN",
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [described["shard_rows"], width]},
+            },
+            # All files in one folder: one listing says which are there.
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+        },
+    }
+    how = dict(create=True, delete_existing=True) if create else dict(open=True)
+    try:
+        return ts.open(spec, **how).result()
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{location.name}/{name}: {error}") from error
