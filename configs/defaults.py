@@ -1,4 +1,4 @@
-"""Every key that a config of `experiments.trace` has, with its default."""
+"""Every key that a config of `experiments.trace` or `experiments.plan` has, with its default."""
 
 from ml_collections import ConfigDict
 
@@ -66,10 +66,14 @@ def get_config() -> ConfigDict:
     c.projection.pooling = "blocks"  # or layer, matrix: which matrices share a block
 
     c.store = ConfigDict()
+    # On disk: float32, bfloat16, or int8 with a scale for each block of a row. none: there is no
+    # store, the corpus is encoded as it is searched (and once more for R, unless it is sampled).
     c.store.dtype = "float32"
     c.store.shard_bytes = 256 << 20  # of a file; a host encodes whole files
 
     c.hessian = ConfigDict()
+    c.hessian.sample = 0  # R_train is taken of so many passages, drawn at random; 0: of all
+    c.hessian.seed = 0  # of that draw
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
     c.hessian.weight = -1.0  # λ; -1: by the rule
     c.hessian.damping = 1e-3  # in mean eigenvalues of a block
@@ -80,6 +84,12 @@ def get_config() -> ConfigDict:
     c.eval.tail_patch_queries = 100  # 0: no tail-patch
     c.eval.tail_patch_learning_rate = 0.0  # 0: the training run's at its last step
     c.eval.known_rank = 10  # a fact counts as known if the target's tokens rank so high
+
+    # What `experiments.plan` reckons with where there is no corpus to read; 0: the corpus is read.
+    c.plan = ConfigDict()
+    c.plan.passages = 0
+    c.plan.tokens = 0
+    c.plan.queries = 0
 
     c.mesh = ConfigDict()
     c.mesh.data = -1

@@ -32,10 +32,15 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 _PATIENCE = 60
 
 
-def launch(main: Callable[[ConfigDict, str], None]) -> None:
-    """Parses the command line and calls `main(config, workdir)`."""
+def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool = True) -> None:
+    """Parses the command line and calls `main(config, workdir)`.
+
+    Args:
+        main: the program.
+        needs_workdir: whether `--workdir` must be given; `main` gets None where it is not.
+    """
     huge_pages.use()
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     logging.set_verbosity(logging.WARNING)  # what the libraries tell of themselves is not news
     tfds.disable_progress_bar()
 
@@ -159,17 +164,9 @@ def _unknown(name: str, keys: list[str]) -> str:
 
 def _tell(error: Exception) -> None:
     """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
-    where = ""
-    try:
-        number = "" if processes.is_first() else f"-{jax.process_index()}"
-        path = os.path.join(WORKDIR.value, f"error{number}.txt")
-        with open(path, "w", encoding="utf-8") as out:
-            out.write(traceback.format_exc())
-        where = f"\n(traceback in {path})"
-    except OSError:
-        traceback.print_exc()
+    where = "" if WORKDIR.value is None else _keep_traceback(WORKDIR.value)
     advice = ""
-    if "No space left" in str(error):
+    if "No space left" in str(error) and WORKDIR.value is not None:
         advice = (
             f"\nthe disk of --workdir={WORKDIR.value} is full: free some space and run the same "
             "command again; it goes on where it stopped"
@@ -178,3 +175,16 @@ def _tell(error: Exception) -> None:
     # Told here and not by the interpreter's end, which may not come if another process is gone.
     print(f"error{who}: {error}{advice}{where}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _keep_traceback(workdir: str) -> str:
+    """Writes the traceback to a file of the workdir; returns what to say of it."""
+    number = "" if processes.is_first() else f"-{jax.process_index()}"
+    path = os.path.join(workdir, f"error{number}.txt")
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(traceback.format_exc())
+    except OSError:
+        traceback.print_exc()
+        return ""
+    return f"\n(traceback in {path})"

@@ -1,0 +1,30 @@
+"""The paper's own setting: C4 (English), 365M passages of 160B tokens, a model of 8B parameters.
+
+    python -m experiments.plan --config=configs/paper_c4.py --hardware=v5p-256
+
+It is here to be planned, not run: the corpus is stated by its size, and no file is named.
+Cost: the command says it, in seconds and on any machine. Expected: a store of 87.0 TiB in float32.
+"""
+
+from configs import defaults
+
+
+def get_config():
+    """The config of the paper's largest experiment."""
+    c = defaults.get_config()
+    c.methods = "trackstar"
+    c.plan.passages = 365_000_000
+    c.plan.tokens = 160_000_000_000
+    c.plan.queries = 5_415
+    # Not known to be the paper's: the vocabulary that makes a model of this shape 8.0B parameters.
+    c.tokenizer.vocab_size = 128_256
+    c.model.size = "8b"
+    c.model.context = 2048
+    c.model.dtype = "bfloat16"
+    # 8 blocks of layers × (attention, MLP) × 64 × 64 = 65,536 dimensions.
+    c.projection.side = 64
+    c.projection.blocks = 8
+    c.gradients.tokens_per_batch = 1 << 20
+    c.store.shard_bytes = 4 << 30
+    c.mesh.fsdp = 8
+    return c

@@ -1,0 +1,242 @@
+"""What tracing costs, before it is begun: time, disk and memory.
+
+    python -m experiments.plan --config=configs/NAME.py                      # on this machine
+    python -m experiments.plan --config=configs/NAME.py --hardware=v5p-256   # or h200x8, v5e-64, …
+
+Without `--hardware` the encoder and the products are timed here for some seconds; with it, the
+count of operations is divided by what such chips do at most, times `--mfu`. The exit status is 1
+where something does not fit. Nothing is trained, and nothing is put into `--workdir`: it only says
+on which disk the stores will be. Training, tail-patches and BM25 are not reckoned.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+
+import jax
+from absl import flags
+
+from experiments import plan_report, setting, training
+from experiments.launch import launch
+from experiments.setting import Setting
+from experiments.workdir import write_json
+from tda import calibration, chips, cost, sharding
+from tda.gradients import encoder as encoders
+from tda.gradients.projection import Projection
+
+HARDWARE = flags.DEFINE_string("hardware", None, "What it is to run on; measured here if absent.")
+MFU = flags.DEFINE_float("mfu", 0.4, "Share of a chip's peak that --hardware is taken to reach.")
+READING = flags.DEFINE_float("reading", 1.0, "GB/s at which a store is read.")
+HOST_MEMORY = flags.DEFINE_float("host_memory", None, "GiB of the host that takes R.")
+DISK = flags.DEFINE_float("disk", None, "TiB that the stores may take.")
+JSON = flags.DEFINE_string("json", None, "File that all figures are written to.")
+
+
+def main(config, workdir):
+    """Prints the plan; ends with status 1 where something does not fit."""
+    figures = run(
+        config,
+        workdir,
+        hardware=chips.parse(HARDWARE.value) if HARDWARE.value else None,
+        mfu=MFU.value,
+        reading=READING.value * 1e9,
+        host_memory=None if HOST_MEMORY.value is None else HOST_MEMORY.value * 2**30,
+        disk=None if DISK.value is None else DISK.value * 2**40,
+    )
+    print("\n" + plan_report.text(figures))
+    if JSON.value:
+        write_json(JSON.value, figures)
+    if figures["lacking"]:
+        sys.exit("\n".join(["error: this does not fit", *figures["lacking"]]))
+
+
+def run(
+    config,
+    workdir: str | None = None,
+    *,
+    hardware: chips.Hardware | None = None,
+    mfu: float = 0.4,
+    reading: float = 1e9,
+    host_memory: float | None = None,
+    disk: float | None = None,
+) -> dict:
+    """All figures of the plan, as JSON values.
+
+    Args:
+        config: of a run.
+        workdir: where the stores will be; its disk's free space is what there is.
+        hardware: what it is to run on; None for this machine, which is measured.
+        mfu: share of the chips' peak that is taken to be reached.
+        reading: bytes/s at which a store is read.
+        host_memory: bytes of the host; this machine's where None and nothing else is named.
+        disk: bytes free for stores; those of the workdir's disk where None.
+
+    Raises:
+        ValueError: the corpus cannot be read, a flag or key is out of range.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("a plan is the work of one process: start it without --distributed")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
+    here = hardware is None
+    devices = jax.device_count() if here else hardware.chips
+    parts = config.mesh.fsdp * config.mesh.tensor
+    if devices % parts:
+        raise ValueError(
+            f"mesh.fsdp × mesh.tensor = {parts} does not divide {devices} devices; change the "
+            "mesh, or give --hardware"
+        )
+    mesh = training.working_mesh(config) if here else None
+    s = setting.of(config, sharding.batch_devices(mesh) if here else devices // config.mesh.tensor)
+    if here:
+        host_memory = host_memory or _memory()
+        device_memory = _device_memory() or host_memory
+    else:
+        device_memory = hardware.chip.memory
+    if disk is None and (here or workdir):
+        disk = _free(workdir or ".")
+    r_memory = cost.hessian_bytes(s.widths, *s.hessians()) if s.hessians()[0] else 0
+    stores = s.stores * (s.passages + s.queries) * cost.row_bytes(s.widths, config.store.dtype)
+    needs = {
+        "parameters and projections on a device": (s.held() / parts, device_memory),
+        "R, its roots and eigenvectors": (r_memory, host_memory),
+        "eigenvectors of a block of R on a device": (
+            cost.eigen_bytes(max(s.widths)) if r_memory else 0,
+            device_memory,
+        ),
+        "stores on disk": (stores, disk),
+    }
+    lacking = cost.lacking(needs)
+    measured = None
+    if here and not lacking:
+        measured = _measure(config, s, mesh)
+        most = max(t.memory for t in measured["encoder"].values())
+        needs["encoding a batch on a device"] = (most, device_memory)
+        lacking = cost.lacking(needs)
+    return {
+        "setting": s.figures(),
+        "hardware": _named(hardware, mfu, devices),
+        "stages": _stages(s, hardware, mfu, devices, reading, measured, config),
+        "disk": _disk(s, reading, config.store.dtype),
+        "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
+        "lacking": lacking,
+    }
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine, or the container, has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(there, int(text)) if text.isdigit() else there
+
+
+def _device_memory() -> float | None:
+    """Bytes of a device's own memory; None where it has none (a CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _free(path: str) -> float:
+    """Bytes free on the disk that `path` is or will be on."""
+    there = pathlib.Path(path).resolve()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
+    if hardware is None:
+        kind = jax.devices()[0].device_kind
+        return {"title": f"this machine, {devices} × {kind}", "devices": devices, "measured": True}
+    return {
+        "title": hardware.title,
+        "devices": devices,
+        "measured": False,
+        "peak": hardware.chip.bfloat16,
+        "memory": hardware.chip.memory,
+        "mfu": mfu,
+    }
+
+
+def _measure(config, s: Setting, mesh) -> dict:
+    """How fast this machine encodes, by correction, and multiplies."""
+    g, found = config.gradients, {}
+    model = training.build_model(config, s.vocab_size)
+    scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
+    for correction, taps in s.taps.items():
+        # Corrections of the same count take the same time: none and factored.
+        alike = next((c for c in found if s.taps[c] == taps), None)
+        if alike is None:
+            encoder = encoders.make_encoder(
+                model,
+                Projection(**dict(config.projection)),
+                calibration.ones(s.sites, correction),
+                g.output,
+                **scope,
+                mesh=mesh,
+            )
+            times = calibration.encoder_times(encoder, s.shapes, s.vocab_size, mesh)
+        found[correction] = times if alike is None else found[alike]
+    products = calibration.product_times(s.width, max(s.widths), s.queries)
+    return {"encoder": found, "products": products}
+
+
+def _stages(s: Setting, hardware, mfu, devices, reading, measured, config) -> list[dict]:
+    """Operations, devices and seconds of every stage; seconds None where nothing was measured."""
+    out = []
+
+    def add(name, operations, count, seconds, **more):
+        out.append(
+            {"stage": name, "operations": operations, "devices": count, "seconds": seconds} | more
+        )
+
+    for correction, taps in s.taps.items():
+        for name, shapes in (("corpus", s.shapes), ("queries", s.query_shapes)):
+            operations = cost.encoding_operations(s.model, taps, shapes)
+            if hardware:
+                seconds = operations / (devices * hardware.chip.bfloat16 * mfu)
+            else:
+                seconds = measured and measured["encoder"][correction].seconds(shapes)
+            if shapes:
+                rate = s.tokens / seconds if name == "corpus" and seconds else None
+                add(f"encode {name}, {correction}", operations, devices, seconds, rate=rate)
+    rates = measured and measured["products"]
+    if hardware:
+        peak = hardware.chip.float32 * mfu
+        rates = calibration.ProductTimes(peak, peak, peak)
+    # R is the work of one device, the search that of the first host's.
+    near = min(devices, hardware.chip.host) if hardware else jax.local_device_count()
+    read = s.passages * cost.row_bytes(s.widths, config.store.dtype) / reading
+    gram = cost.gram_operations(s.widths, s.passages)
+    scores = cost.score_operations(s.width, s.passages, s.queries)
+    for correction, methods in s.methods.items():
+        roots, decompositions = s.decompositions(correction)
+        if roots:
+            eigen = decompositions * cost.eigen_operations(s.widths)
+            seconds = rates and max(read, gram / rates.gram) + eigen / rates.eigen
+            add(f"R, {correction}", gram + eigen, 1, seconds)
+        whitened = gram * sum(m.hessian != "none" for m in methods)
+        scored = scores * len(methods)
+        seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / near)
+        add(f"exact search, {correction}", whitened + scored, near, seconds)
+    return out
+
+
+def _disk(s: Setting, reading: float, chosen: str) -> dict:
+    """Bytes of rows, stores and indexes, and seconds of a scan, by dtype."""
+    by_dtype = {}
+    for dtype in cost.NUMBER_BYTES:
+        row = cost.row_bytes(s.widths, dtype)
+        by_dtype[dtype] = {
+            "row": row,
+            "store": row * s.passages,
+            "scan_seconds": row * s.passages / reading,
+            "index": (row + cost.code_bytes(s.width)) * s.passages,
+        }
+    codes = cost.code_bytes(s.width) * s.passages
+    return {"stores": s.stores, "dtype": chosen, "reading": reading, "codes": codes, **by_dtype}
+
+
+if __name__ == "__main__":
+    launch(main, needs_workdir=False)

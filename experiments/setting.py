@@ -1,0 +1,216 @@
+"""What a config sets the planner: sizes of its model, its encodings and its corpus."""
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments import corpus, training
+from experiments.workdir import Workdir
+from tda import cost, methods
+from tda.data.batches import buckets
+from tda.gradients import projection as projections
+from tda.gradients import sites
+from tda.gradients.projection import Projection
+from tda.gradients.second_moments import parse_correction
+from tda.model.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large a corpus is.
+
+    Attributes:
+        passages, tokens, queries: how many there are.
+        vocab_size: V of the model.
+        positions: of each passage, or None where only their number is known.
+        query_positions: of each query, or None.
+    """
+
+    passages: int
+    tokens: int
+    queries: int
+    vocab_size: int
+    positions: np.ndarray | None = None
+    query_positions: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Everything that a plan is reckoned from.
+
+    Attributes:
+        size: of the corpus.
+        parameters: numbers in the model.
+        sites: of the gradients that are taken.
+        model: what a position is multiplied by.
+        widths: numbers in each block of an encoding.
+        taps: what is taken of the model, by correction; a store is made for each.
+        methods: those that search each store, by correction.
+        dtype: that the model computes in.
+        rule: whether λ is found by the rule, which takes two spectra.
+        shapes, query_shapes: how many batches of each shape (B, T) there are.
+    """
+
+    size: Size
+    parameters: int
+    sites: list[sites.Site]
+    model: cost.Model
+    widths: list[int]
+    taps: dict[str, cost.Taps]
+    methods: dict[str, list[methods.Method]]
+    dtype: str
+    rule: bool
+    shapes: dict[tuple, float]
+    query_shapes: dict[tuple, float]
+
+    passages = property(lambda self: self.size.passages)
+    tokens = property(lambda self: self.size.tokens)
+    queries = property(lambda self: self.size.queries)
+    vocab_size = property(lambda self: self.size.vocab_size)
+    width = property(lambda self: sum(self.widths))
+    stores = property(lambda self: len(self.taps))
+
+    def decompositions(self, correction: str) -> tuple[int, int]:
+        """How many R^(−1/2) a store's methods need, and how many times R is decomposed for them."""
+        kinds = {m.hessian for m in self.methods[correction]} - {"none"}
+        return len(kinds), len(kinds) + 2 * ("mixed" in kinds and self.rule)
+
+    def hessians(self) -> tuple[int, int]:
+        """How many R and R^(−1/2) are held at once at the most."""
+        kinds = [{m.hessian for m in ms} - {"none"} for ms in self.methods.values()]
+        return max(((1 + ("mixed" in k), len(k)) for k in kinds if k), default=(0, 0))
+
+    def held(self) -> int:
+        """Bytes that encoding holds for every batch, over the devices of one copy of the model."""
+        tapped = [_matrix(s) for s in self.sites]
+        return max(
+            cost.held_bytes(self.parameters, tapped, t.side * t.rank, t.exact)
+            for t in self.taps.values()
+        )
+
+    def figures(self) -> dict:
+        """The same as JSON values."""
+        return {
+            "parameters": self.parameters,
+            "with_gradients": sum(m.numbers for m in map(_matrix, self.sites)),
+            "dtype": self.dtype,
+            "passages": self.passages,
+            "tokens": self.tokens,
+            "queries": self.queries,
+            "stated": self.size.positions is None,
+            "padding": 1 - self.tokens / sum(B * T * n for (B, T), n in self.shapes.items()),
+            "blocks": len(self.widths),
+            "largest_block": max(self.widths),
+            "width": self.width,
+        }
+
+
+def of(config, multiple: int = 1) -> Setting:
+    """The setting of a config.
+
+    Args:
+        config: of a run.
+        multiple: what B of a batch is a multiple of: devices that the batch is split over.
+
+    Raises:
+        ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` does.
+    """
+    chosen_methods = _by_correction(config)
+    size = _size(config)
+    arguments = training.model_arguments(config, size.vocab_size)
+    model = nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0)))
+    g, projection = config.gradients, Projection(**dict(config.projection))
+    scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
+    chosen = sites.find(model, **scope)
+    layout = projections.layout(chosen, projection)
+    widths = [projection.side**2] * len(layout.blocks)
+    everything = sites.find(model, include=".")
+    shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, config.store.dtype))
+    plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
+    if size.positions is None:
+        # Every passage is taken to have the mean length.
+        length = math.ceil(size.tokens / size.passages)
+        examples = max(1, g.tokens_per_batch // length // multiple) * multiple
+        shapes, query_shapes = {(examples, length): size.passages / examples}, {}
+    else:
+        shapes = cost.batch_shapes(size.positions, *plan)
+        query_shapes = cost.batch_shapes(size.query_positions, *plan)
+    return Setting(
+        size=size,
+        parameters=sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        sites=chosen,
+        model=_model(everything, arguments),
+        widths=widths,
+        taps={c: _taps(chosen, projection.side, c, model.tied) for c in chosen_methods},
+        methods=chosen_methods,
+        dtype=config.model.dtype,
+        rule=config.hessian.weight < 0,
+        shapes=shapes,
+        query_shapes=query_shapes,
+    )
+
+
+def _by_correction(config) -> dict[str, list[methods.Method]]:
+    """The methods that need a store, by its correction."""
+    out: dict[str, list] = {}
+    for method in methods.parse(config.methods).values():
+        if method.retriever == "gradient":
+            correction = config.gradients.correction if method.corrected else "none"
+            out.setdefault(correction, []).append(method)
+    if not out:
+        raise ValueError(f"none of methods={config.methods} needs gradients: nothing to plan")
+    return out
+
+
+def _size(config) -> Size:
+    """The size that the config states, or that of its corpus, which is read."""
+    stated = dict(config.plan)
+    if any(stated.values()):
+        wrong = [f"plan.{k}={v}" for k, v in stated.items() if v < 1]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: give all of a corpus's size, or nothing of it")
+        if stated["tokens"] > stated["passages"] * config.model.context:
+            raise ValueError(
+                f"plan.tokens={stated['tokens']} are more than plan.passages={stated['passages']} "
+                f"can have with model.context={config.model.context}"
+            )
+        return Size(vocab_size=config.tokenizer.vocab_size, **stated)
+    print("reading the corpus", flush=True)
+    # A directory of its own: to plan a run must not begin it.
+    with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
+        data = corpus.load(config, Workdir(path))
+    return Size(
+        passages=len(data.passages),
+        tokens=int(data.passages.scored.sum()),
+        queries=len(data.prompts),
+        vocab_size=data.tokenizer.vocab_size,
+        positions=data.passages.lengths - 1,
+        query_positions=data.prompts.lengths - 1,
+    )
+
+
+def _matrix(site: sites.Site, looked_up: bool | None = None) -> cost.Matrix:
+    looked_up = site.group == "embedding" if looked_up is None else looked_up
+    return cost.Matrix(site.rows, site.columns, site.stack or 1, looked_up)
+
+
+def _model(everything: list[sites.Site], arguments: dict) -> cost.Model:
+    layers = [_matrix(s) for s in everything if s.stack is not None]
+    outside = [_matrix(s) for s in everything if s.stack is None and s.group != "embedding"]
+    if arguments.get("tied", True):
+        outside += [_matrix(s, False) for s in everything if s.group == "embedding"]
+    attention = arguments["layers"] * arguments["heads"] * arguments["head_width"]
+    return cost.Model(tuple(layers), tuple(outside), attention, arguments["remat"])
+
+
+def _taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> cost.Taps:
+    name, rank = parse_correction(correction)
+    matrices = [_matrix(s) for s in chosen]
+    if tied:  # a tied embedding is tapped where it is looked up and as the head
+        matrices += [_matrix(s, False) for s in chosen if s.group == "embedding"]
+    return cost.Taps(tuple(matrices), side, rank or 1, name == "adam")
