@@ -13,7 +13,7 @@ from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain, write_json
 from tda import hessian, methods, processes, progress, sharding
 from tda import store as stores
-from tda.retrieval import bm25, exact, ranked
+from tda.retrieval import bm25, exact, ranked, scorer
 from tda.retrieval.ranked import Ranked
 
 
@@ -136,12 +136,13 @@ def _scorers(config, store, queries, sharing) -> tuple[dict[str, exact.Scorer], 
     kinds = {m.hessian for m in sharing.values()}
     roots, note = {"none": None}, {}
     if kinds - {"none"}:
-        train = hessian.autocorrelation((x for _, x in store.chunks()), store.slices)
+        slices = scorer.slices_of(store.form.widths)
+        train = hessian.autocorrelation(hessian.rows_for(store, h.sample, h.seed), slices)
         if "train" in kinds:
             roots["train"] = hessian.inverse_root(train, h.damping)
         if "mixed" in kinds:
-            evaluation = hessian.autocorrelation([queries], store.slices)
-            k = h.component or hessian.component(store.width)
+            evaluation = hessian.autocorrelation([queries], slices)
+            k = h.component or hessian.component(store.form.width)
             weight = h.weight
             if weight < 0:
                 spectra = hessian.spectrum(train), hessian.spectrum(evaluation)

@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from experiments.corpus import Corpus
@@ -15,10 +16,15 @@ from tda import checkpoint, encoding, processes, sharding, train
 from tda import loss as losses
 from tda import store as stores
 from tda.data import batches, tokens
+from tda.encoding import OnTheFly
 from tda.gradients import encoder as encoders
 from tda.gradients import estimate, second_moments, sites
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
+from tda.retrieval.scorer import Source
+
+# The dtype of a corpus that is encoded as it is searched.
+NO_STORE = "none"
 
 
 def made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict:
@@ -132,8 +138,11 @@ def _within_reach(scale: second_moments.Scale, mesh) -> second_moments.Scale:
 
 def encode(
     config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool
-) -> tuple[stores.GradientStore, np.ndarray]:
-    """The store of the corpus's gradients, and the queries' gradients, encoded if not there yet."""
+) -> tuple[Source, np.ndarray]:
+    """The corpus's gradients, a store unless the config wants none, and the queries' gradients.
+
+    What the stores lack is encoded.
+    """
     g = config.gradients
     made = made_from(config, corpus, trained, corrected)
     correction, projection = made["correction"], Projection(**dict(config.projection))
@@ -143,18 +152,21 @@ def encode(
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
-    if not processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values()))):
+    there = processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values())))
+    if config.store.dtype == NO_STORE or not there:
         scales = _scales(config, corpus, trained, chosen, made)
         encoder = encoders.make_encoder(
             trained.model, projection, scales, g.output, **_scope(config), mesh=trained.mesh
         )
-    blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     layout = dict(
         bucket_lengths=corpus.buckets,
         tokens_per_batch=g.tokens_per_batch,
         pad=corpus.tokenizer.pad,
         mesh=trained.mesh,
     )
+    if config.store.dtype == NO_STORE:
+        return _on_the_fly(corpus, encoder, layout)
+    blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     found = []
     for name, table in tables.items():
         store = stores.create(
@@ -173,13 +185,27 @@ def encode(
     queries, passages = found
     stores.check_same_kind(passages, queries)
     gradients_QxE = queries.read(slice(0, queries.rows))
-    bad = np.flatnonzero(~stores.valid(gradients_QxE))
+    _check_queries(corpus, gradients_QxE)
+    return passages, gradients_QxE
+
+
+def _on_the_fly(corpus: Corpus, encoder, layout) -> tuple[OnTheFly, np.ndarray]:
+    """The corpus as it is encoded while it is searched."""
+    if jax.process_count() > 1:
+        raise ValueError("store.dtype=none works in one process; give store.dtype to use several")
+    everyone = np.arange(len(corpus.prompts))
+    gradients_QxE = encoding.encode_rows(encoder, corpus.prompts, everyone, **layout)
+    _check_queries(corpus, gradients_QxE)
+    return OnTheFly(encoder, corpus.passages, **layout), gradients_QxE
+
+
+def _check_queries(corpus: Corpus, gradients_QxE: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
     if len(bad):
         raise ValueError(
             f"the gradients of {len(bad)} queries are not finite, such as "
             f"{corpus.prompts.ids[bad[0]]!r}; look at the model's logits for its prompt"
         )
-    return passages, gradients_QxE
 
 
 def _tell_coverage(trained: Trained, chosen: list[sites.Site]) -> None:

@@ -1,7 +1,8 @@
-"""Encoding a whole table of sequences: into memory (queries) or into a store (a corpus)."""
+"""Encoding a whole table of sequences: into memory, into a store, or as it is searched."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ from tda import processes, progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
-from tda.store import GradientStore
+from tda.store import Form, GradientStore, Rows, StoreError, valid
+
+_SPAN_BYTES = 256 << 20
 
 
 def encode_rows(
@@ -65,9 +68,57 @@ def _collect(out: np.ndarray, done) -> None:
     out[local] = sharding.to_host(encoded)[: len(local)]
 
 
+class OnTheFly:
+    """A corpus whose gradients are computed as they are asked for: a source without a store.
+
+    Args:
+        encoder: the encoder.
+        table: the corpus.
+        span_rows: rows that are encoded together; by default as many as take 256 MiB, those of a
+            store's shard.
+        on_batch: told the scored tokens of each batch when it is done.
+        **layout: as for `encode_rows`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        table: TokenTable,
+        span_rows: int = 0,
+        on_batch: Callable[[int], None] = lambda tokens: None,
+        **layout,
+    ):
+        self._encoder, self._table, self._layout = encoder, table, layout
+        self._on_batch = on_batch
+        self.form = Form("float32", tuple(s.stop - s.start for s in encoder.layout.slices))
+        self._span = span_rows or max(1, _SPAN_BYTES // self.form.row_bytes)
+
+    @property
+    def rows(self) -> int:
+        """C, the number of rows."""
+        return len(self._table)
+
+    def scan(self, step: int) -> Iterator[Rows]:
+        """All rows in order, at most `step` at a time: one pass over the corpus."""
+        for start in range(0, self.rows, self._span):
+            numbers = np.arange(start, min(self.rows, start + self._span))
+            x_RxE = self._encode(numbers, self._on_batch)
+            found = Rows(start, x_RxE, None, valid(x_RxE))
+            yield from (found[i : i + step] for i in range(0, len(numbers), step))
+
+    def read(self, numbers) -> np.ndarray:
+        """Some rows, float32 [R, E]; one with a number that is not finite is infinite."""
+        return self._encode(np.asarray(numbers, np.int64))
+
+    def _encode(self, numbers, on_batch=lambda tokens: None) -> np.ndarray:
+        x_RxE = encode_rows(self._encoder, self._table, numbers, on_batch=on_batch, **self._layout)
+        x_RxE[~np.isfinite(x_RxE).all(axis=1)] = np.inf
+        return x_RxE
+
+
 def fill(
     store: GradientStore,
-    encoder: Encoder,
+    encoder: Encoder | None,
     table: TokenTable,
     what: str = "encode",
     mesh=None,
@@ -80,12 +131,17 @@ def fill(
 
     Args:
         store: one row for each of the table's sequences.
-        encoder: the encoder.
+        encoder: the encoder; not needed where the store lacks nothing.
         table: the corpus.
         what: name of the work in the progress bar.
         mesh: the devices that a batch is split over; one device where None.
         **layout: as for `encode_rows`.
+
+    Raises:
+        StoreError: the table has another number of rows, or a shard cannot be written.
     """
+    if store.rows != len(table):
+        raise StoreError(f"{store.path} has {store.rows} rows, the corpus {len(table)}")
     shards = store.shards()
     # A process that came later might find shards that another has written since.
     missing = processes.by_first("list the shards", store.missing)
@@ -95,20 +151,45 @@ def fill(
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
     if len(mine):
         done = sum(tokens) - sum(tokens[i] for i in missing)
-        with progress.bar(done + sum(tokens[i] for i in mine), what, "token", done) as bar:
+        total = done + sum(tokens[i] for i in mine)
+        with progress.bar(total, what, "token", done) as bar, _Writing(store, what, bar) as out:
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
                 encoded = encode_rows(
                     encoder, table, rows, mesh=mesh, on_batch=bar.update, **layout
                 )
-                if together and turn % count != me:
-                    continue
-                invalid = store.write(int(i), encoded)
-                if invalid:
-                    bar.write(_told(what, invalid))
+                if not together or turn % count == me:
+                    out.write(int(i), encoded)
     if not together:
         _await(store)
     processes.wait_for_all("shards written")
+
+
+class _Writing:
+    """Writes a shard while the next is encoded."""
+
+    def __init__(self, store: GradientStore, what: str, bar):
+        self._store, self._what, self._bar = store, what, bar
+        self._thread, self._waiting = ThreadPoolExecutor(1, "write"), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with self._thread:
+            self._finish()
+
+    def write(self, shard: int, encoded: np.ndarray) -> None:
+        """Begins to write a shard, when the one before it is written."""
+        self._finish()
+        self._waiting: Future = self._thread.submit(self._store.write, shard, encoded)
+
+    def _finish(self) -> None:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            invalid = waiting.result()
+            if invalid:
+                self._bar.write(_told(self._what, invalid))
 
 
 def _await(store: GradientStore) -> None:

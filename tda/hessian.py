@@ -13,6 +13,8 @@ import numpy as np
 
 from tda import store
 
+_CHUNK_BYTES = 64 << 20
+
 
 @functools.partial(jax.jit, static_argnames=("bounds",))
 def _grams(x_RxE, bounds):
@@ -47,6 +49,25 @@ def autocorrelation(chunks: Iterable[np.ndarray], slices: list[slice]) -> list[n
     for total in sums:
         total /= count
     return sums
+
+
+def rows_for(source, sample: int = 0, seed: int = 0) -> Iterator[np.ndarray]:
+    """Gradients of a corpus to take R_train of, float32 [R, E] at a time.
+
+    Args:
+        source: the corpus's gradients: a store, or what is encoded as it is read.
+        sample: how many rows, drawn from the whole corpus without repetition; 0 takes all.
+        seed: of the draw.
+    """
+    step = 1 << (max(1, min(4096, _CHUNK_BYTES // (4 * source.form.width))).bit_length() - 1)
+    if not sample or sample >= source.rows:
+        yield from (found.decoded(source.form.widths) for found in source.scan(step))
+        return
+    # In rising order: a store reads what lies together once.
+    rng = np.random.default_rng(seed)
+    drawn = np.sort(rng.choice(source.rows, sample, replace=False, shuffle=False))
+    for start in range(0, sample, step):
+        yield source.read(drawn[start : start + step])
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda import encoding
+from tda import encoding, hessian
 from tda import store as stores
 from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
 from tda.gradients.encoder import make_encoder, scored_positions
 from tda.gradients.projection import Projection
+from tda.retrieval import exact
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
 LAYOUT = dict(bucket_lengths=(8, 16, 32), tokens_per_batch=32, pad=0)
@@ -107,3 +108,53 @@ def test_logits_are_computed_only_where_a_loss_is(decoder):
     np.testing.assert_allclose(few, whole, rtol=1e-4, atol=1e-6 * np.abs(whole).max())
     assert scored_positions(np.ones((2, 8))) is None
     assert scored_positions(np.zeros((2, 8))) == 1
+
+
+def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
+    """No store at all: the same ranking, ranks and scores, whatever the spans are."""
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    store = stores.create(tmp_path / "s", table.ids, blocks, {})
+    encoding.fill(store, encoder, table, **LAYOUT)
+    queries = encoding.encode_rows(encoder, table, np.array([1, 3]), **LAYOUT)
+    R = hessian.autocorrelation(hessian.rows_for(store), store.slices)
+    scorers = {
+        "dot": exact.Scorer(None, False),
+        "whitened": exact.Scorer(hessian.inverse_root(R), True),
+    }
+    correct = {"all": [np.array([1, 4]), np.array([0])]}
+    expected = exact.search(queries, store, scorers, 3, correct)
+    for span in (0, 2):
+        told = []
+        source = encoding.OnTheFly(encoder, table, span, told.append, **LAYOUT)
+        assert source.rows == 5 and source.form.widths == (9,) * 4
+        found = exact.search(queries, source, scorers, 3, correct)
+        assert sum(told) == table.scored.sum()  # one pass over the corpus
+        for name in scorers:
+            a, b = found[name], expected[name]
+            np.testing.assert_array_equal(a.proponents, b.proponents)
+            np.testing.assert_array_equal(a.opponents, b.opponents)
+            np.testing.assert_allclose(a.proponent_scores, b.proponent_scores, rtol=2e-4, atol=1e-5)
+            np.testing.assert_array_equal(a.first_ranks["all"], b.first_ranks["all"])
+
+
+def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
+    table, encoder = setup
+    store = stores.create(tmp_path / "s", ["a", "b"], dict.fromkeys(encoder.layout.blocks, 9), {})
+    with pytest.raises(stores.StoreError, match="has 2 rows, the corpus 5"):
+        encoding.fill(store, encoder, table, **LAYOUT)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
+    """Guards: an error in the thread that writes, which nobody hears."""
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    width = 4 * encoder.layout.width
+    store = stores.create(tmp_path / "s", table.ids, blocks, {}, shard_bytes=2 * width)
+
+    def full(self, shard, rows):
+        raise stores.StoreError("No space left")
+
+    monkeypatch.setattr(stores.GradientStore, "write", full)
+    with pytest.raises(stores.StoreError, match="No space left"):
+        encoding.fill(store, encoder, table, **LAYOUT)

@@ -119,3 +119,19 @@ def test_the_mixing_rule_equalises_the_component():
     np.testing.assert_allclose(np.diag(mixed), 0.8 * evaluation + 0.2 * train)
     with pytest.raises(ValueError, match="vanish at component 3"):
         hessian.mixing_weight(np.zeros(3), np.zeros(3), 3)
+
+
+def test_a_sample_for_R_is_drawn_from_the_whole_corpus():
+    """Mistakes: the Hessian from the first rows of the corpus instead of a sample of it."""
+    x = np.repeat(np.arange(1000, dtype=np.float32)[:, None], 8, axis=1)
+    source = exact.InMemory(x, SLICES)
+    drawn = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
+    assert len(set(drawn)) == 100
+    counts = np.histogram(drawn, bins=4, range=(0, 1000))[0]
+    assert (counts > 10).all() and drawn.max() > 900
+    again = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
+    other = np.concatenate(list(hessian.rows_for(source, 100, seed=1)))[:, 0]
+    np.testing.assert_array_equal(drawn, again)
+    assert set(other) != set(drawn)
+    for count in (0, 1000, 2000):
+        np.testing.assert_array_equal(np.concatenate(list(hessian.rows_for(source, count))), x)

@@ -281,12 +281,16 @@ class GradientStore:
         return None
 
     def damaged_passages(self) -> dict[str, str]:
-        """What is wrong with the files of passages, by file: all are read."""
+        """What is wrong with the files of passages, by file below the store: all are read."""
         out = {}
-        for segment in self._segments:
-            folder = segment.location / "passages"
-            out |= {f"{folder.name}/{n}": e for n, e in segment.passages.damage().items()}
+        for i, segment in enumerate(self._segments):
+            out |= {f"{i}/{name}": e for name, e in segment.passages.damage().items()}
         return out
+
+    def remove_passages(self, file: str) -> None:
+        """Removes what `damaged_passages` named: making the store again writes it again."""
+        number, _, name = file.partition("/")
+        self._segments[int(number)].passages.remove(name)
 
     def remove(self, shard: int) -> None:
         """Removes a shard: it is missing from now on, and the next run writes it again."""

@@ -44,8 +44,7 @@ class Location:
         spec = {"driver": driver, "bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if driver == "s3" and endpoint:
-            # Buckets are then part of the path, as such servers want it.
-            spec |= {"endpoint": f"{endpoint}/{address.netloc}", "aws_region": _region()}
+            spec |= {"endpoint": endpoint, "aws_region": _region()}
         return spec
 
     def _open(self) -> ts.KvStore:
@@ -74,7 +73,8 @@ class Location:
         """The files below a folder, each with the folder before its name."""
         prefix = f"{folder}/" if folder else ""
         within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
-        return [k.decode() for k in self._call("list files", lambda files: files.list(within))]
+        found = self._call("list files", lambda files: files.list(within))
+        return sorted(k.decode() for k in found)
 
     def read_json(self, name: str):
         """A JSON file's value, or None where there is no such file.

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from tda import processes
-from tda.store import rows, segment
-from tda.store.gradient_store import FORMAT, GradientStore
+from tda.store import passages, rows, segment
+from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
 from tda.store.segment import Form
 
@@ -66,12 +66,14 @@ def create(
             segment.make(location / "0", form, described, ids, documents, texts)
             # The manifest comes last: a directory without one is not a store yet.
             location.write_json("manifest.json", manifest)
+            return
+        there = read_manifest(location)
+        # What was appended since is no difference.
+        _check(location.name, there | {"segments": there["segments"][:1]}, manifest)
+        passages.write(location / "0", ids, documents, texts)
 
     processes.by_first(f"make the store {location.name}", make)
-    store = GradientStore(location)
-    # What was appended since is no difference.
-    _check(location.name, store.manifest | {"segments": store.manifest["segments"][:1]}, manifest)
-    return store
+    return GradientStore(location)
 
 
 def append(

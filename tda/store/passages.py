@@ -57,20 +57,29 @@ def write(
     documents: Sequence[str],
     texts: Sequence[str] | None,
 ) -> None:
-    """Writes the passages of rows 0, 1, …, and the ways to find them by name.
+    """Writes the passages of rows 0, 1, …, and the ways to find them by name; only what is missing.
 
     Raises:
         StoreError: two passages have the same id.
     """
-    _write_index(location / "ids", ids, unique=True)
-    if documents is not ids and list(documents) != list(ids):
+    there = set(location.names())
+    if not _has_index(there, "ids", len(ids)):
+        _write_index(location / "ids", ids, unique=True)
+    own = documents is ids or list(documents) == list(ids)
+    if not own and not _has_index(there, "documents", len(ids)):
         _write_index(location / "documents", documents, unique=False)
-    with progress.bar(len(ids), "write passages", "passage", quiet=len(ids) < _MANY) as bar:
-        for number in range(math.ceil(len(ids) / FILE_ROWS)):
+    numbers = [n for n in range(_files(len(ids))) if f"passages/{_file_name(n)}" not in there]
+    quiet = len(numbers) * FILE_ROWS < _MANY
+    with progress.bar(len(numbers), "write passages", "file", quiet=quiet) as bar:
+        for number in numbers:
             rows = range(number * FILE_ROWS, min(len(ids), (number + 1) * FILE_ROWS))
             records = ([ids[r], documents[r], texts[r] if texts else None] for r in rows)
             _write_file(location / "passages", _file_name(number), records)
-            bar.update(len(rows))
+            bar.update()
+
+
+def _files(count: int) -> int:
+    return math.ceil(count / FILE_ROWS)
 
 
 def _file_name(number: int) -> str:
@@ -174,21 +183,34 @@ class Passages:
     @functools.cached_property
     def _documents(self) -> "_Index":
         # Where every document is one passage, both are found in the same way.
-        there = (self._location / "documents").read("hashes/zarr.json") is not None
-        return _Index(self._location / "documents", self._count) if there else self._ids
+        name = "documents" if self._has_documents() else "ids"
+        return _Index(self._location / name, self._count)
+
+    def _has_documents(self) -> bool:
+        return self._location.read("documents/hashes/zarr.json") is not None
 
     def damage(self) -> dict[str, str]:
-        """What is wrong with the files of records, by file: each record is read."""
+        """What is wrong, by file below the location: everything is read."""
         wrong = {}
-        for number in range(math.ceil(self._count / FILE_ROWS)):
+        for number in range(_files(self._count)):
             count = min(FILE_ROWS, self._count - number * FILE_ROWS)
             try:
-                found = len(self._records(number, np.arange(count)))
-                if found != count:
-                    wrong[_file_name(number)] = f"{found} records, {count} are due"
+                self._records(number, np.arange(count))
             except StoreError as error:
-                wrong[_file_name(number)] = str(error)
+                wrong[f"passages/{_file_name(number)}"] = str(error)
+        for name in ("ids", "documents"):
+            try:
+                if name == "ids" or self._has_documents():
+                    _Index(self._location / name, self._count).read_all()
+            except (StoreError, ValueError) as error:
+                wrong[name] = str(error)
         return wrong
+
+    def remove(self, name: str) -> None:
+        """Removes what `damage` named: it is written again when the store is made again."""
+        folder = not name.endswith(".array_record")
+        for file in self._location.names(name) if folder else [name]:
+            self._location.remove(file)
 
 
 class _Index:
@@ -213,6 +235,13 @@ class _Index:
             reach *= 4
 
 
+    def read_all(self) -> None:
+        """Reads both arrays; raises a ValueError where one is damaged."""
+        for array in (self._hashes, self._rows):
+            for start in range(0, self._count, _INDEX_SHARD):
+                array[start : min(self._count, start + _INDEX_SHARD)].read().result()
+
+
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
@@ -227,6 +256,11 @@ def _write_index(location: Location, names: Sequence[str], unique: bool) -> None
                 raise StoreError(f"two passages have the id {names[rows[i]]!r}")
     for name, numbers in (("hashes", hashes), ("rows", rows)):
         _open_index(location, name, len(names), create=True).write(numbers).result()
+
+
+def _has_index(there: set[str], folder: str, count: int) -> bool:
+    files = [f"c/{i}" for i in range(math.ceil(count / _INDEX_SHARD))] + ["zarr.json"]
+    return all(f"{folder}/{n}/{f}" in there for n in ("hashes", "rows") for f in files)
 
 
 def _open_index(location: Location, name: str, count: int, create: bool = False):

@@ -1,0 +1,138 @@
+"""`experiments.store`, and runs whose stores were damaged, thinned or left out."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from experiments import store as command
+from experiments import trace
+from experiments.workdir import Workdir
+from tda import store as stores
+from tda.retrieval import ranked
+from tests.experiments.test_trace import make_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    c = make_config(tmp_path_factory.mktemp("store"))
+    c.methods = "trackstar,grad_cos"
+    c.eval.tail_patch_queries = 0
+    c.store.shard_bytes = 512
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A finished run: its workdir and metrics."""
+    path = tmp_path_factory.mktemp("run")
+    return path, trace.run(config, Workdir(path))
+
+
+def corpora(path):
+    return sorted(str(p) for p in (path / "stores").glob("corpus-*"))
+
+
+def test_info_tells_what_a_store_holds(run, capsys):
+    path, _ = run
+    for store in corpora(path):
+        assert command.info(store) == 0
+    told = capsys.readouterr().out
+    assert "12 of 64 numbers, float32" in told and "6 of 6 shards, 12 rows" in told
+    assert "correction  factored" in told and "correction  none" in told
+    assert "parameters  " in told and "missing" not in told
+
+
+def test_the_manifest_says_what_made_the_rows(run):
+    path, _ = run
+    manifest = json.loads(open(os.path.join(corpora(path)[0], "manifest.json")).read())
+    made = manifest["fingerprint"]
+    shapes = made["parameters"]
+    assert any(p.endswith("query/kernel") and len(s) >= 2 for p, s in shapes.items()), shapes
+    assert {"checkpoint", "step", "projection", "correction", "tokenizer"} <= made.keys()
+    assert {"seed", "family", "side"} <= made["projection"].keys()
+    assert manifest["segments"][0]["corpus"]
+    assert stores.open_store(corpora(path)[0]).passages([0])[0].text.endswith("is Paris.")
+
+
+def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
+    path, metrics = run
+    store = corpora(path)[0]
+    folder = os.path.join(store, "0", "gradients")
+    whole = {n: open(os.path.join(folder, n), "rb").read() for n in os.listdir(folder)}
+    shard = os.path.join(folder, "c.3.0")
+    raw = bytearray(whole["c.3.0"])
+    raw[9] ^= 1
+    open(shard, "wb").write(raw)
+    assert command.verify(store, report_only=True) == 1
+    assert "shard 3 (rows 6 to 7): " in capsys.readouterr().out and os.path.exists(shard)
+    assert command.verify(store) == 1
+    told = capsys.readouterr().out
+    assert "5 of 6 shards are whole" in told and "1 damaged: 3 (removed" in told
+    assert not os.path.exists(shard)
+    assert command.info(store) == 0 and "missing     shards 3" in capsys.readouterr().out
+    times = {n: os.stat(os.path.join(folder, n)).st_mtime_ns for n in os.listdir(folder)}
+    assert trace.run(config, Workdir(path)) == metrics
+    assert {n: open(os.path.join(folder, n), "rb").read() for n in whole} == whole
+    for name, when in times.items():
+        assert os.stat(os.path.join(folder, name)).st_mtime_ns == when
+    assert command.verify(store) == 0
+
+
+def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
+    path, metrics = run
+    other = config.copy_and_resolve_references()
+    other.store.dtype = "none"
+    workdir = Workdir(tmp_path)
+    os.symlink(path / "model", tmp_path / "model")
+    os.symlink(path / "stages", tmp_path / "stages")
+    found = trace.run(other, workdir)
+    assert not (tmp_path / "stores").exists()
+    for name in metrics:
+        assert found[name] == pytest.approx(metrics[name], nan_ok=True)
+        one, two = (
+            [json.loads(x) for x in open(w / "results" / f"{name}.jsonl")] for w in (path, tmp_path)
+        )
+        for a, b in zip(one, two, strict=True):
+            assert a["proponent_ids"] == b["proponent_ids"]
+            assert a["opponent_ids"] == b["opponent_ids"]
+            np.testing.assert_allclose(a["proponent_scores"], b["proponent_scores"], atol=1e-4)
+
+
+def test_r_of_a_sample_is_another_ranking_of_its_own(config, run):
+    path, _ = run
+    other = config.copy_and_resolve_references()
+    other.hessian.sample = 5
+    before = set((path / "retrieval").iterdir())
+    trace.run(other, Workdir(path))
+    new = set((path / "retrieval").iterdir()) - before
+    assert len([p for p in new if p.suffix == ".npz"]) >= 1
+
+
+def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
+    path, _ = run
+    records = [json.loads(x) for x in open(path / "results" / "trackstar.jsonl")]
+    gone = records[0]["proponent_ids"][0]
+    for store in corpora(path):
+        assert command.withdraw(store, [gone], []) == 0
+    assert "1 rows are withdrawn, 1 in all" in capsys.readouterr().out
+    trace.run(config, Workdir(path))
+    for name in ("trackstar", "grad_cos"):
+        after = [json.loads(x) for x in open(path / "results" / f"{name}.jsonl")]
+        for r in after:
+            assert gone not in r["proponent_ids"] + r["opponent_ids"]
+            assert len(r["proponent_ids"]) == 10
+    for file in (path / "retrieval").glob("*.npz"):
+        ranked.load(file)
+
+
+def test_refusals(run, tmp_path, capsys):
+    with pytest.raises(stores.StoreError, match="no store at"):
+        command.info(str(tmp_path))
+    with pytest.raises(ValueError, match="--ids"):
+        command.withdraw(corpora(run[0])[0], [], [])
+    with pytest.raises(SystemExit, match="usage"):
+        command.main(["store", "look", "x"])
+    with pytest.raises(SystemExit, match="error: no store"):
+        command.main(["store", "info", str(tmp_path)])

@@ -1,0 +1,372 @@
+"""The gradient store: round trips, refusals, kills."""
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+
+from tda import store as stores
+
+BLOCKS = {"0/attention": 4, "0/mlp": 4}
+MADE = {"checkpoint": "a", "projection": {"seed": 0, "side": 2}}
+
+
+def rows(count=10, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+
+
+def filled(path, data, shard_rows=4, dtype="float32"):
+    size = stores.DTYPES[dtype].itemsize
+    ids = [f"p{i}" for i in range(len(data))]
+    store = stores.create(path, ids, BLOCKS, MADE, dtype, shard_bytes=shard_rows * 8 * size)
+    for shard in store.missing():
+        store.write(shard, data[store.shards()[shard]])
+    return store
+
+
+def test_round_trip_by_slice_by_row_and_in_chunks(tmp_path):
+    data = rows()
+    store = filled(tmp_path / "s", data)
+    assert len(store.shards()) == 3 and store.missing() == []
+    again = stores.open_store(tmp_path / "s", MADE)
+    np.testing.assert_array_equal(again.read(slice(0, 10)), data)
+    np.testing.assert_array_equal(again.read([7, 0, 9]), data[[7, 0, 9]])
+    pieces = list(again.chunks(2))
+    assert [start for start, _ in pieces] == [0, 2, 4, 6, 8]
+    np.testing.assert_array_equal(np.concatenate([x for _, x in pieces]), data)
+    assert again.ids == [f"p{i}" for i in range(10)]
+    assert again.slices == [slice(0, 4), slice(4, 8)]
+
+
+def test_a_store_is_finished_when_no_shard_is_missing(tmp_path):
+    assert not stores.finished(tmp_path / "s")
+    store = stores.create(tmp_path / "s", ["a", "b"], BLOCKS, MADE)
+    assert not stores.finished(tmp_path / "s")
+    store.write(0, rows(2))
+    assert stores.finished(tmp_path / "s")
+
+
+def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled("here/s", rows())
+    np.testing.assert_array_equal(stores.open_store("here/s").read(slice(0, 10)), rows())
+    assert (tmp_path / "here" / "s" / "0" / "gradients" / "c.0.0").exists()
+
+
+def test_bfloat16_rounds_to_eight_bits(tmp_path):
+    data = rows()
+    store = filled(tmp_path / "s", data, dtype="bfloat16")
+    error = np.abs(store.read(slice(0, 10)) - data) / np.abs(data)
+    assert 0 < error.max() <= 2**-8
+
+
+def test_plain_zarr_opens_it(tmp_path):
+    data = rows()
+    filled(tmp_path / "s", data)
+    np.testing.assert_array_equal(
+        zarr.open_array(tmp_path / "s" / "0" / "gradients", mode="r")[:], data
+    )
+
+
+def test_a_missing_shard_is_an_error_and_not_zeros(tmp_path):
+    data = rows()
+    store = stores.create(tmp_path / "s", list("abcdefghij"), BLOCKS, MADE, shard_bytes=128)
+    store.write(0, data[:4])
+    store.write(2, data[8:])
+    assert store.missing() == [1]
+    with pytest.raises(stores.StoreError, match=r"unfinished.*\[1\]"):
+        store.read(slice(3, 6))
+    with pytest.raises(stores.StoreError, match="unfinished"):
+        list(store.chunks(4))
+    np.testing.assert_array_equal(store.read(slice(0, 4)), data[:4])
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    store = filled(tmp_path / "s", rows())
+    shard = tmp_path / "s" / "0" / "gradients" / "c.1.0"
+    raw = bytearray(shard.read_bytes())
+    raw[5] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(stores.StoreError, match="damaged"):
+        store.read(slice(4, 8))
+
+
+def test_what_differs_is_named(tmp_path):
+    filled(tmp_path / "s", rows())
+    wanted = {"checkpoint": "a", "projection": {"seed": 1, "side": 2}}
+    with pytest.raises(stores.StoreError, match="projection.seed: 0 in the store, 1 wanted"):
+        stores.open_store(tmp_path / "s", wanted)
+    with pytest.raises(stores.StoreError, match="segments.0.rows: 10 in the store, 9 wanted"):
+        stores.create(tmp_path / "s", [f"p{i}" for i in range(9)], BLOCKS, MADE, shard_bytes=128)
+    with pytest.raises(stores.StoreError, match="segments.0.passages"):
+        stores.create(tmp_path / "s", [f"q{i}" for i in range(10)], BLOCKS, MADE, shard_bytes=128)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_kept_as_invalid(tmp_path, number):
+    """Guards: a non-finite gradient that stops the run, or is lost without a word."""
+    data = rows()
+    data[5, 3] = number
+    ids = [f"p{i}" for i in range(10)]
+    store = stores.create(tmp_path / "s", ids, BLOCKS, MADE, shard_bytes=4 * 8 * 4)
+    assert [store.write(i, data[s]) for i, s in enumerate(store.shards())] == [[], ["p5"], []]
+    back = stores.open_store(tmp_path / "s").read(slice(0, 10))
+    np.testing.assert_array_equal(stores.valid(back), np.arange(10) != 5)
+    np.testing.assert_array_equal(back[stores.valid(back)], np.delete(data, 5, axis=0))
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(stores.StoreError, match="empty"):
+        stores.create(tmp_path / "s", [], BLOCKS, MADE)
+    with pytest.raises(stores.StoreError, match="no store at"):
+        stores.open_store(tmp_path / "nothing")
+    store = stores.create(tmp_path / "s", ["a", "b"], BLOCKS, MADE)
+    with pytest.raises(stores.StoreError, match="takes rows of shape"):
+        store.write(0, rows(1))
+    (tmp_path / "s" / "manifest.json").write_text("{")
+    with pytest.raises(stores.StoreError, match="manifest.json is not JSON"):
+        stores.open_store(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(stores.StoreError, match="format 99"):
+        stores.open_store(tmp_path / "s")
+
+
+def test_int8_keeps_scales_beside_the_values(tmp_path):
+    data = rows()
+    store = filled(tmp_path / "s", data, dtype="int8")
+    back = stores.open_store(tmp_path / "s").read(slice(0, 10))
+    largest = np.repeat(np.abs(data).reshape(10, 2, 4).max(axis=2), 4, axis=1)
+    assert (np.abs(back - data) <= largest / 127 / 2 * 1.001).all() and (back != data).any()
+    assert zarr.open_array(tmp_path / "s" / "0" / "gradients", mode="r").dtype == np.int8
+    assert zarr.open_array(tmp_path / "s" / "0" / "scales", mode="r").shape == (10, 2)
+    for found in store.scan(2):
+        np.testing.assert_array_equal(found.decoded((4, 4)), back[found.first : found.first + 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_invalid_rows_in_every_dtype(tmp_path, dtype):
+    data = rows()
+    data[5, 3] = np.nan
+    store = filled(tmp_path / "s", data, dtype=dtype)
+    for back in (store.read(slice(0, 10)), np.concatenate([x for _, x in store.chunks(4)])):
+        np.testing.assert_array_equal(stores.valid(back), np.arange(10) != 5)
+        assert np.isinf(back[5]).all()
+
+
+def test_a_shard_is_missing_until_scales_and_values_are_there(tmp_path):
+    store = filled(tmp_path / "s", rows(), dtype="int8")
+    (tmp_path / "s" / "0" / "scales" / "c.1.0").unlink()
+    assert store.missing() == [1]
+    with pytest.raises(stores.StoreError, match="unfinished"):
+        store.read(slice(4, 8))
+
+
+def test_passages_are_found_by_row_by_id_and_by_document(tmp_path):
+    ids = [f"d{i // 3}#{i % 3}" for i in range(30)]
+    documents = [f"d{i // 3}" for i in range(30)]
+    texts = [f"Text {i}: é\n" for i in range(30)]
+    store = stores.create(tmp_path / "s", ids, BLOCKS, MADE, documents=documents, texts=texts)
+    assert store.passages([7, 0]) == [
+        stores.Passage("d2#1", "d2", "Text 7: é\n"),
+        stores.Passage("d0#0", "d0", "Text 0: é\n"),
+    ]
+    assert store.row_of("d9#2") == 29 and store.rows_of_document("d4") == [12, 13, 14]
+    with pytest.raises(KeyError, match="no passage 'd4'"):
+        store.row_of("d4")
+    assert store.rows_of_document("d4#0") == []
+    with pytest.raises(IndexError, match="rows 0 to 29"):
+        store.passages([30])
+    with pytest.raises(IndexError):
+        store.passages([-1])
+    assert stores.create(tmp_path / "t", ["a"], BLOCKS, MADE).passages([0])[0].text is None
+
+
+def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
+    """Of many rows one record is read, and a small part of the index."""
+    from tda.store import passages
+
+    monkeypatch.setattr(passages, "FILE_ROWS", 4096)
+    count = 200_000
+    ids = [f"id{i}" for i in range(count)]
+    store = stores.create(tmp_path / "s", ids, BLOCKS, MADE)
+    read = []
+    original = passages.Passages._records
+    monkeypatch.setattr(
+        passages.Passages, "_records", lambda s, n, w: read.extend(w) or original(s, n, w)
+    )
+    index = passages._Index(store.location / "0" / "ids", count)
+    windows = []
+
+    class Spy:
+        def __init__(self, array):
+            self.array = array
+
+        def __getitem__(self, part):
+            windows.append(part.stop - part.start)
+            return self.array[part]
+
+    index._hashes = Spy(index._hashes)
+    store._segments[0].passages.__dict__["_ids"] = index
+    for row in (0, 77_777, count - 1):
+        assert store.row_of(f"id{row}") == row
+    assert len(read) == 3 and sum(windows) < count / 5
+    with pytest.raises(KeyError):
+        store.row_of("id200000")
+
+
+def test_names_with_the_same_hash_are_told_apart(tmp_path, monkeypatch):
+    from tda.store import passages
+
+    monkeypatch.setattr(passages, "_hash", lambda name: len(name))
+    ids = ["a", "b", "cc", "dd", "e"]
+    store = stores.create(tmp_path / "s", ids, BLOCKS, MADE)
+    assert [store.row_of(n) for n in ids] == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError):
+        store.row_of("z")
+
+
+def test_two_passages_with_the_same_id_are_refused(tmp_path):
+    with pytest.raises(stores.StoreError, match="two passages have the id 'b'"):
+        stores.create(tmp_path / "s", ["a", "b", "c", "b"], BLOCKS, MADE)
+    with pytest.raises(stores.StoreError, match="no store at"):
+        stores.open_store(tmp_path / "s")
+
+
+def contents(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_appended_rows_stand_behind_and_touch_nothing(tmp_path):
+    data, more = rows(), rows(7, seed=1)
+    filled(tmp_path / "s", data)
+    before = contents(tmp_path / "s" / "0")
+    new = [f"q{i}" for i in range(7)]
+    for _ in range(2):  # the second time, as after a kill, nothing is added
+        store = stores.append(tmp_path / "s", new, MADE, shard_bytes=128, texts=list("abcdefg"))
+        assert store.rows == 17 and store.missing() == [3, 4]
+    assert store.shards()[3:] == [slice(10, 14), slice(14, 17)]
+    for i in store.missing():
+        store.write(i, np.concatenate([data, more])[store.shards()[i]])
+    again = stores.open_store(tmp_path / "s", MADE)
+    np.testing.assert_array_equal(again.read(slice(0, 17)), np.concatenate([data, more]))
+    np.testing.assert_array_equal(
+        np.concatenate([x for _, x in again.chunks(4)]), np.concatenate([data, more])
+    )
+    assert [f for f, _ in again.chunks(4)] == [0, 4, 8, 10, 14]
+    assert again.row_of("q3") == 13 and again.passages([13, 2])[0].text == "d"
+    assert again.ids == [f"p{i}" for i in range(10)] + new
+    assert contents(tmp_path / "s" / "0") == before
+    # The corpus that it began with still opens it.
+    ids = [f"p{i}" for i in range(10)]
+    assert stores.create(tmp_path / "s", ids, BLOCKS, MADE, shard_bytes=128).rows == 17
+
+
+def test_what_may_not_be_appended(tmp_path):
+    filled(tmp_path / "s", rows())
+    with pytest.raises(stores.StoreError, match="checkpoint: a in the store, b wanted"):
+        stores.append(tmp_path / "s", ["q"], MADE | {"checkpoint": "b"})
+    with pytest.raises(stores.StoreError, match="has a passage 'p3' already"):
+        stores.append(tmp_path / "s", ["q", "p3"], MADE)
+    with pytest.raises(stores.StoreError, match="no rows"):
+        stores.append(tmp_path / "s", [], MADE)
+    assert stores.open_store(tmp_path / "s").rows == 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_withdrawn_passages_count_for_nothing(tmp_path, dtype):
+    data = rows()
+    ids, documents = [f"p{i}" for i in range(10)], [f"d{i // 4}" for i in range(10)]
+    size = stores.DTYPES[dtype].itemsize
+    store = stores.create(
+        tmp_path / "s", ids, BLOCKS, MADE, dtype, 4 * 8 * size, documents=documents
+    )
+    for i in store.missing():
+        store.write(i, data[store.shards()[i]])
+    kept = store.read(slice(0, 10))
+    assert store.withdraw(ids=["p1"]) == 1
+    assert store.withdraw(ids=["p1"], documents=["d2"]) == 2
+    again = stores.open_store(tmp_path / "s")
+    for back in (
+        again.read(slice(0, 10)),
+        again.read(np.arange(10)),
+        np.concatenate([x for _, x in again.chunks(2)]),
+    ):
+        np.testing.assert_array_equal(np.flatnonzero(~stores.valid(back)), [1, 8, 9])
+        np.testing.assert_array_equal(back[stores.valid(back)], kept[[0, 2, 3, 4, 5, 6, 7]])
+    with pytest.raises(stores.StoreError, match="no passage 'zz', no document 'd9'"):
+        again.withdraw(ids=["p2", "zz"], documents=["d9"])
+    assert stores.open_store(tmp_path / "s").withdrawn.tolist() == [1, 8, 9]
+
+
+def test_a_damaged_shard_is_named_and_can_be_removed(tmp_path):
+    store = filled(tmp_path / "s", rows())
+    shard = tmp_path / "s" / "0" / "gradients" / "c.1.0"
+    raw = bytearray(shard.read_bytes())
+    raw[5] ^= 1
+    shard.write_bytes(raw)
+    assert [bool(store.damage(i)) for i in range(3)] == [False, True, False]
+    with pytest.raises(stores.StoreError, match=r"c\.1\.0 is damaged.*store verify"):
+        list(store.chunks(4))
+    store.remove(1)
+    assert store.missing() == [1] and store.damage(1) is None
+    store.write(1, rows()[4:8])
+    np.testing.assert_array_equal(store.read(slice(0, 10)), rows())
+
+
+def test_damaged_passages_are_named_and_written_again(tmp_path):
+    make = lambda: stores.create(  # noqa: E731
+        tmp_path / "s", list("abcd"), BLOCKS, MADE, documents=list("xxyy"), texts=list("1234")
+    )
+    store = make()
+    store.write(0, rows(4))
+    before = contents(tmp_path / "s")
+    assert store.damaged_passages() == {}
+    files = sorted(f for f in before if "passages" in str(f) or f.parts[-2:] == ("c", "0"))
+    assert len(files) == 5  # records; hashes and rows of ids and of documents
+    for file in files:
+        raw = bytearray(before[file])
+        raw[len(raw) // 2] ^= 1
+        (tmp_path / "s" / file).write_bytes(raw)
+    damaged = stores.open_store(tmp_path / "s").damaged_passages()
+    assert sorted(damaged) == ["0/documents", "0/ids", "0/passages/000000.array_record"]
+    for name in damaged:
+        store.remove_passages(name)
+    make()
+    assert contents(tmp_path / "s") == before
+
+
+def test_stores_that_were_not_made_alike_are_not_compared(tmp_path):
+    """Guards: queries searched in a store of another projection."""
+    passages = filled(tmp_path / "s", rows())
+    other = MADE | {"projection": {"seed": 7, "side": 2}}
+    queries = stores.create(tmp_path / "q", ["a"], BLOCKS, MADE, corpus="other")
+    stores.check_same_kind(passages, queries)
+    queries = stores.create(tmp_path / "r", ["a"], BLOCKS, other)
+    with pytest.raises(stores.StoreError, match="fingerprint.projection.seed: 0 .*, 7 wanted"):
+        stores.check_same_kind(passages, queries)
+
+
+def test_parts_of_a_scan_are_disjoint_and_whole(tmp_path):
+    store = filled(tmp_path / "s", rows(30))
+    parts = [[f.first for f in store.scan(2, (i, 3))] for i in range(3)]
+    assert sorted(sum(parts, [])) == list(range(0, 30, 2)) and all(parts)
+
+
+def test_opening_reads_no_rows_of_a_large_store(tmp_path, monkeypatch):
+    """Guards: a store that takes its whole corpus to be opened."""
+    filled(tmp_path / "s", rows())
+    from tda.store import passages
+
+    monkeypatch.setattr(passages.Passages, "read", None)
+    monkeypatch.setattr(stores.GradientStore, "scan", None)
+    store = stores.open_store(tmp_path / "s", MADE)
+    assert store.missing() == [] and store.rows == 10
+
+
+def test_addresses_that_nothing_can_be_written_to(tmp_path):
+    with pytest.raises(stores.StoreError, match="use a local path, gs://"):
+        stores.create("ftp://a/b", ["a"], BLOCKS, MADE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(stores.StoreError, match="file"):
+        stores.create(tmp_path / "file" / "s", ["a"], BLOCKS, MADE)

@@ -1,0 +1,144 @@
+"""Stores in object storage: a server that speaks S3, and one that speaks Google's protocol."""
+
+import http.server
+import json
+import threading
+import urllib.parse
+
+import numpy as np
+import pytest
+
+from tda import store as stores
+
+BLOCKS = {"a": 4, "b": 4}
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    moto = pytest.importorskip("moto.server")
+    import boto3
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket/some/where"
+    finally:
+        server.stop()
+
+
+class _Bucket(http.server.BaseHTTPRequestHandler):
+    """Objects in memory behind the few calls of Google's JSON interface that are used here."""
+
+    objects: dict[str, tuple[int, bytes]] = {}
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _asked(self):
+        address = urllib.parse.urlsplit(self.path)
+        name = urllib.parse.unquote(address.path.partition("/o/")[2])
+        return name, dict(urllib.parse.parse_qsl(address.query))
+
+    def do_GET(self):
+        name, query = self._asked()
+        if not name:
+            start, end = query.get("startOffset", ""), query.get("endOffset", "\x7f")
+            found = [n for n in sorted(self.objects) if start <= n < end]
+            found = [n for n in found if n.startswith(query.get("prefix", ""))]
+            items = [{"name": n, "generation": str(self.objects[n][0])} for n in found]
+            return self._answer(200, json.dumps({"items": items}).encode())
+        if name not in self.objects:
+            return self._answer(404)
+        generation, body = self.objects[name]
+        code, headers = 200, {"x_goog_generation": str(generation)}
+        if "Range" in self.headers:
+            first, _, last = self.headers["Range"].partition("=")[2].partition("-")
+            size = len(body)
+            start = int(first) if first else size - int(last)
+            stop = int(last) + 1 if first and last else size
+            headers["Content_Range"] = f"bytes {start}-{min(stop, size) - 1}/{size}"
+            code, body = 206, body[start:stop]
+        return self._answer(code, body, **headers)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        _, query = self._asked()
+        generation = 1 + max((g for g, _ in self.objects.values()), default=0)
+        self.objects[query["name"]] = generation, body
+        told = {"name": query["name"], "generation": str(generation)}
+        self._answer(200, json.dumps(told).encode())
+
+    def do_DELETE(self):
+        name, _ = self._asked()
+        self._answer(204 if self.objects.pop(name, None) else 404)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def gs(monkeypatch):
+    _Bucket.objects = {}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    yield "gs://bucket/some/where"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("where", ["s3", "gs"])
+def test_a_store_in_object_storage_is_one_on_disk(request, tmp_path, where, dtype):
+    address = request.getfixturevalue(where)
+    data = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
+    data[5, 2] = np.nan
+    ids, texts = [f"p{i}" for i in range(10)], [f"Text é {i}" for i in range(10)]
+    size = 4 * 8 * stores.DTYPES[dtype].itemsize
+    made = []
+    for path in (f"{address}/{dtype}", tmp_path / "local"):
+        assert not stores.finished(path)
+        store = stores.create(path, ids, BLOCKS, {"x": 1}, dtype, size, texts=texts)
+        assert store.missing() == [0, 1, 2]
+        told = [store.write(i, data[store.shards()[i]]) for i in (2, 0)]
+        assert told == [[], []] and store.missing() == [1] and not stores.finished(path)
+        with pytest.raises(stores.StoreError, match=r"unfinished: shards \[1\]"):
+            list(store.scan(2))
+        assert store.write(1, data[4:8]) == ["p5"] and stores.finished(path)
+        store = stores.append(path, ["q0", "q1"], {"x": 1}, size, texts=["a", "b"])
+        store.write(3, data[:2])
+        assert store.withdraw(ids=["q0"]) == 1
+        made.append(stores.open_store(path, {"x": 1}))
+    remote, local = made
+    assert remote.manifest == local.manifest and remote.ids == local.ids
+    assert remote.withdrawn.tolist() == [10] and remote.row_of("q1") == 11
+    assert remote.passages([11, 3]) == local.passages([11, 3])
+    for found, expected in zip(remote.scan(2), local.scan(2), strict=True):
+        np.testing.assert_array_equal(found.decoded((4, 4)), expected.decoded((4, 4)))
+    np.testing.assert_array_equal(remote.read([7, 0]), local.read([7, 0]))
+    names = [n for n in remote.location.names() if "gradients/c." in n or "scales/c." in n]
+    assert names == [n for n in local.location.names() if n in names]
+    for name in names:  # shards are the same bytes, whoever wrote them
+        assert remote.location.read(name) == local.location.read(name)
+    assert remote.damage(0) is None and remote.damaged_passages() == {}
+    raw = bytearray(remote.location.read("0/gradients/c.0.0"))
+    raw[3] ^= 1
+    remote.location.write("0/gradients/c.0.0", bytes(raw))
+    assert "damaged" in remote.damage(0)
+    remote.remove(0)
+    assert remote.missing() == [0]
