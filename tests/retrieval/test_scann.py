@@ -360,8 +360,12 @@ def test_a_missing_part_is_built_again(copy, flat, corpus):
         scann.Index.open(copy)
     make(copy, corpus[0])
     assert contents(copy) == whole
-    # Where nothing is missing, nothing is asked for.
-    scann.build(copy, None, 2500, 64, FLAT, MADE)
+    # Where nothing is missing no encodings are asked for; the recall is, where it is not known.
+    x, queries = corpus
+    assert scann.build(copy, None, 2500, 64, FLAT, MADE).recall is None
+    index = scann.build(copy, None, 2500, 64, FLAT, MADE, lambda: (queries, exact(queries, x)))
+    assert index.recall["proponents"] >= 0.95
+    assert scann.build(copy, None, 2500, 64, FLAT, MADE, None).recall == index.recall
 
 
 @pytest.mark.parametrize("name", ["hashed_dataset.npy", "rows.npy", "scann_config.pb", "part.json"])
@@ -511,6 +515,8 @@ def test_the_rule_can_be_overridden_key_by_key():
     chosen = scann.settings_for(100_000, 11_008)
     changed = scann.settings_for(100_000, 11_008, dims_per_block=4, part_rows=3_000, reorder=77)
     assert changed == dataclasses.replace(chosen, dims_per_block=4, part_rows=3_000, reorder=77)
+    large = scann.settings_for(10_000_000, 11_008, reorder=50)
+    assert large == dataclasses.replace(scann.settings_for(10_000_000, 11_008), reorder=50)
     assert scann.settings_for(100_000, 11_008, k=100).reorder > chosen.reorder
     with pytest.raises(TypeError, match="colour"):
         scann.settings_for(100_000, 11_008, colour=1)
