@@ -97,7 +97,7 @@ def run(
     if disk is None and (here or workdir):
         disk = _free(workdir or ".")
     r_memory = cost.hessian_bytes(s.widths, *s.hessians()) if s.hessians()[0] else 0
-    stores = s.stores * (s.passages + s.queries) * cost.row_bytes(s.widths, config.store.dtype)
+    stores = s.stores * s.stored_bytes(s.passages + s.queries)
     needs = {
         "parameters and projections on a device": (s.held() / parts, device_memory),
         "R, its roots and eigenvectors": (r_memory, host_memory),
@@ -117,8 +117,8 @@ def run(
     return {
         "setting": s.figures(),
         "hardware": _named(hardware, mfu, devices),
-        "stages": _stages(s, hardware, mfu, devices, reading, measured, config),
-        "disk": _disk(s, reading, config.store.dtype),
+        "stages": _stages(s, hardware, mfu, devices, reading, measured),
+        "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
         "lacking": lacking,
     }
@@ -182,7 +182,7 @@ def _measure(config, s: Setting, mesh) -> dict:
     return {"encoder": found, "products": products}
 
 
-def _stages(s: Setting, hardware, mfu, devices, reading, measured, config) -> list[dict]:
+def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]:
     """Operations, devices and seconds of every stage; seconds None where nothing was measured."""
     out = []
 
@@ -191,39 +191,47 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured, config) -> li
             {"stage": name, "operations": operations, "devices": count, "seconds": seconds} | more
         )
 
+    rates = measured and measured["products"]
+    if hardware:
+        peak = hardware.chip.float32 * mfu
+        rates = calibration.ProductTimes(peak, peak, peak)
     for correction, taps in s.taps.items():
-        for name, shapes in (("corpus", s.shapes), ("queries", s.query_shapes)):
+        roots, _ = s.decompositions(correction)
+        tables = {"corpus": (s.shapes, s.tokens), "queries": (s.query_shapes, None)}
+        if roots and not s.has_store:
+            # Without a store R has the passages that it is taken of encoded for it.
+            share = s.r_rows / s.passages
+            shapes = {shape: share * count for shape, count in s.shapes.items()}
+            tables["corpus for R"] = shapes, share * s.tokens
+        for name, (shapes, tokens) in tables.items():
             operations = cost.encoding_operations(s.model, taps, shapes)
             if hardware:
                 seconds = operations / (devices * hardware.chip.bfloat16 * mfu)
             else:
                 seconds = measured and measured["encoder"][correction].seconds(shapes)
             if shapes:
-                rate = s.tokens / seconds if name == "corpus" and seconds else None
+                rate = tokens / seconds if tokens and seconds else None
                 add(f"encode {name}, {correction}", operations, devices, seconds, rate=rate)
-    rates = measured and measured["products"]
-    if hardware:
-        peak = hardware.chip.float32 * mfu
-        rates = calibration.ProductTimes(peak, peak, peak)
+    gram = cost.gram_operations(s.widths, 1)
     # R is the work of one device, the search that of the first host's.
     near = min(devices, hardware.chip.host) if hardware else jax.local_device_count()
-    read = s.passages * cost.row_bytes(s.widths, config.store.dtype) / reading
-    gram = cost.gram_operations(s.widths, s.passages)
-    scores = cost.score_operations(s.width, s.passages, s.queries)
     for correction, methods in s.methods.items():
         roots, decompositions = s.decompositions(correction)
         if roots:
             eigen = decompositions * cost.eigen_operations(s.widths)
-            seconds = rates and max(read, gram / rates.gram) + eigen / rates.eigen
-            add(f"R, {correction}", gram + eigen, 1, seconds)
-        whitened = gram * sum(m.hessian != "none" for m in methods)
-        scored = scores * len(methods)
+            summed = gram * s.r_rows
+            read = s.stored_bytes(s.r_rows) / reading
+            seconds = rates and max(read, summed / rates.gram) + eigen / rates.eigen
+            add(f"R, {correction}", summed + eigen, 1, seconds)
+        whitened = gram * s.passages * sum(m.hessian != "none" for m in methods)
+        scored = cost.score_operations(s.width, s.passages, s.queries) * len(methods)
+        read = s.stored_bytes(s.passages) / reading
         seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / near)
         add(f"exact search, {correction}", whitened + scored, near, seconds)
     return out
 
 
-def _disk(s: Setting, reading: float, chosen: str) -> dict:
+def _disk(s: Setting, reading: float) -> dict:
     """Bytes of rows, stores and indexes, and seconds of a scan, by dtype."""
     by_dtype = {}
     for dtype in cost.NUMBER_BYTES:
@@ -235,7 +243,13 @@ def _disk(s: Setting, reading: float, chosen: str) -> dict:
             "index": (row + cost.code_bytes(s.width)) * s.passages,
         }
     codes = cost.code_bytes(s.width) * s.passages
-    return {"stores": s.stores, "dtype": chosen, "reading": reading, "codes": codes, **by_dtype}
+    return {
+        "stores": s.stores,
+        "dtype": s.store_dtype,
+        "reading": reading,
+        "codes": codes,
+        **by_dtype,
+    }
 
 
 if __name__ == "__main__":

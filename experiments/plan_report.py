@@ -76,8 +76,12 @@ def _disk(disk: dict) -> str:
         row("ScaNN index: codes and rows to reorder", lambda x: as_bytes(x["index"])),
         ["  of it codes, 4 bits for 2 dimensions", as_bytes(disk["codes"]), "", ""],
     ]
-    several = f"\n{count} stores: each correction that the methods use has its own" * (count > 1)
-    return _columns(table) + several
+    told = ""
+    if not count:
+        told = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
+    elif count > 1:
+        told = f"\n{count} stores: each correction that the methods use has its own"
+    return _columns(table) + told
 
 
 def _needs(needs: dict) -> str:

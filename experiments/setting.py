@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from experiments import corpus, training
+from experiments.encoding import NO_STORE
 from experiments.workdir import Workdir
 from tda import cost, methods
 from tda.data.batches import buckets
@@ -52,6 +53,8 @@ class Setting:
         taps: what is taken of the model, by correction; a store is made for each.
         methods: those that search each store, by correction.
         dtype: that the model computes in.
+        store_dtype: of the numbers on disk; "none" where the corpus is encoded as it is searched.
+        r_rows: passages that R is taken of.
         rule: whether λ is found by the rule, which takes two spectra.
         shapes, query_shapes: how many batches of each shape (B, T) there are.
     """
@@ -64,6 +67,8 @@ class Setting:
     taps: dict[str, cost.Taps]
     methods: dict[str, list[methods.Method]]
     dtype: str
+    store_dtype: str
+    r_rows: int
     rule: bool
     shapes: dict[tuple, float]
     query_shapes: dict[tuple, float]
@@ -73,7 +78,12 @@ class Setting:
     queries = property(lambda self: self.size.queries)
     vocab_size = property(lambda self: self.size.vocab_size)
     width = property(lambda self: sum(self.widths))
-    stores = property(lambda self: len(self.taps))
+    has_store = property(lambda self: self.store_dtype != NO_STORE)
+    stores = property(lambda self: len(self.taps) * self.has_store)
+
+    def stored_bytes(self, rows: int) -> int:
+        """Bytes of so many gradients on disk: 0 where there is no store."""
+        return rows * cost.row_bytes(self.widths, self.store_dtype) if self.has_store else 0
 
     def decompositions(self, correction: str) -> tuple[int, int]:
         """How many R^(−1/2) a store's methods need, and how many times R is decomposed for them."""
@@ -130,7 +140,10 @@ def of(config, multiple: int = 1) -> Setting:
     layout = projections.layout(chosen, projection)
     widths = [projection.side**2] * len(layout.blocks)
     everything = sites.find(model, include=".")
-    shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, config.store.dtype))
+    row = cost.row_bytes(
+        widths, "float32" if config.store.dtype == NO_STORE else config.store.dtype
+    )
+    shard_rows = max(1, config.store.shard_bytes // row)
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
     if size.positions is None:
         # Every passage is taken to have the mean length.
@@ -149,6 +162,8 @@ def of(config, multiple: int = 1) -> Setting:
         taps={c: _taps(chosen, projection.side, c, model.tied) for c in chosen_methods},
         methods=chosen_methods,
         dtype=config.model.dtype,
+        store_dtype=config.store.dtype,
+        r_rows=min(config.hessian.sample or size.passages, size.passages),
         rule=config.hessian.weight < 0,
         shapes=shapes,
         query_shapes=query_shapes,

@@ -234,7 +234,6 @@ class _Index:
                 return self._rows[low + first : low + last].read().result().tolist()
             reach *= 4
 
-
     def read_all(self) -> None:
         """Reads both arrays; raises a ValueError where one is damaged."""
         for array in (self._hashes, self._rows):

@@ -75,6 +75,40 @@ def test_each_correction_of_the_methods_has_a_store_of_its_own():
     assert setting.of(config).decompositions("none") == (1, 1)
 
 
+def test_r_of_a_sample_reads_and_multiplies_the_sample():
+    config = paper_c4.get_config()
+    config.hessian.sample = 3_650_000
+    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    stages = {s["stage"]: s for s in found["stages"]}
+    eigen = 3 * 9 * 16 * 4096**3
+    assert stages["R, factored"]["operations"] == 2 * 3_650_000 * 16 * 4096**2 + eigen
+    # 1% of 87 TiB at 1 GB/s takes longer than its products.
+    seconds = 956.8256 + eigen / (459e12 / 6 * 0.4)
+    assert stages["R, factored"]["seconds"] == pytest.approx(seconds)
+    assert stages["exact search, factored"]["seconds"] == pytest.approx(95_682.56)
+
+
+def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
+    config = paper_c4.get_config()
+    config.store.dtype = "none"
+    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    assert found["needs"]["stores on disk"]["needed"] == 0
+    assert "no store" in plan_report.text(found)
+    stages = {s["stage"]: s["seconds"] for s in found["stages"]}
+    once = paper["stages"][0]["seconds"]
+    assert stages["encode corpus, factored"] == pytest.approx(once)
+    assert stages["encode corpus for R, factored"] == pytest.approx(once)
+    # Nothing is read: products alone, on the four chips of a host.
+    scores = 2 * 365e6 * (65_536 * 5_415 + 16 * 4096**2)
+    assert stages["exact search, factored"] == pytest.approx(scores / (4 * 459e12 / 6 * 0.4))
+    config.hessian.sample = 36_500_000
+    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    stages = {s["stage"]: s for s in found["stages"]}
+    again = stages["encode corpus for R, factored"]
+    assert again["seconds"] == pytest.approx(once / 10)
+    assert again["rate"] == pytest.approx(paper["stages"][0]["rate"])
+
+
 def test_what_does_not_fit_is_refused():
     config = paper_c4.get_config()
     hardware = chips.parse("v5e-64")
