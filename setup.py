@@ -21,6 +21,7 @@ setup(
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyahocorasick>=2.3.1",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
