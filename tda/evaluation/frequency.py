@@ -71,6 +71,18 @@ def _touched(text: str, at: int) -> bool:
     return 0 <= at < len(text) and text[at].isalnum()
 
 
+def begins_with(text: str, names: Iterable[str]) -> bool:
+    """Whether a text begins with one of the names, a whole word or words of it."""
+    text = normalised(text)
+    for name in map(normalised, names):
+        where = text
+        if len(name) > _SHORT:
+            where, name = text.casefold(), name.casefold()
+        if name and where.startswith(name) and not _touched(where, len(name)):
+            return True
+    return False
+
+
 def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) -> np.ndarray:
     """How many of the texts name both entities of each fact: int64 [facts].
 

@@ -4,7 +4,6 @@ import pathlib
 import re
 import time
 
-import numpy as np
 import pytest
 
 from tda.data import jsonl
