@@ -29,7 +29,9 @@ setup(
         "tqdm>=4.70.1",
     ],
     extras_require={
-        "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        "test": ["matplotlib>=3.11.2", "pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        # Plots of sweeps.
+        "plots": ["matplotlib>=3.11.2"],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],
     },
