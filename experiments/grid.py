@@ -21,7 +21,18 @@ from ml_collections import ConfigDict
 from experiments.workdir import fingerprint, plain
 
 # Keys that leave a training as it is. What else differs is another training.
-_AFTER_TRAINING = ("methods", "gradients", "projection", "store", "hessian", "eval", "plan")
+_AFTER_TRAINING = (
+    "methods",
+    "gradients",
+    "projection",
+    "curvature",
+    "several",
+    "dense",
+    "store",
+    "hessian",
+    "eval",
+    "plan",
+)
 _OF_TRAIN = ("save_every", "keep", "traced")
 # Keys that leave the stores as they are.
 _AFTER_STORES = ("hessian", "eval", "plan")

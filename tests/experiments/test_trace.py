@@ -201,6 +201,23 @@ def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
         measures.tail_patches(changed, data, trained, workdir, pairs)
 
 
+def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch):
+    config, path, _ = finished
+    changed = config.copy_and_resolve_references()
+    changed.eval.tail_patch_learning_rate = 1e30
+
+    def diverge(*args, on_done, **kwargs):
+        on_done(np.array([1]), np.array([[-1.0, np.nan]]))
+
+    monkeypatch.setattr(measures, "tail_patch", diverge)
+    with pytest.raises(FloatingPointError, match="passage 's01' .* query 'f0'.*lower .*1e\\+30"):
+        measures.tail_patches(changed, *loaded, Workdir(path), [(0, 0), (0, 1)])
+    rule = measures.fingerprint(
+        measures._model(loaded[1]) | {"rule": measures.step_rule(changed, loaded[1])}
+    )
+    assert not (path / f"tail_patch-{rule}.jsonl").exists()
+
+
 def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_path):
     config, path, metrics = finished
     data, trained = loaded
