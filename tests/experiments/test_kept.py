@@ -1,7 +1,9 @@
 """The file of kept results: torn lines, several writers, and what is not such a file."""
 
 import multiprocessing
+import threading
 
+import filelock
 import pytest
 
 from experiments.kept import Kept
@@ -32,10 +34,24 @@ def test_another_file_is_refused(tmp_path, line):
         kept.read()
 
 
+@pytest.mark.parametrize("work", [lambda k: k.read(), lambda k: k.add([("b", 2)])])
+def test_one_waits_for_another(tmp_path, work):
+    kept = Kept(tmp_path / "k.jsonl")
+    kept.add([("a", 1)])
+    other = threading.Thread(target=work, args=(kept,), daemon=True)
+    with filelock.FileLock(tmp_path / ".k.jsonl.lock"):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and kept.path.read_bytes().count(b"\n") == 1
+    other.join(60)
+    assert not other.is_alive()
+
+
 def _write(path, who):
     kept = Kept(path)
-    for i in range(50):
-        kept.add([(f"{who} {i} {j}", "x" * 1000) for j in range(20)])
+    for i in range(20):
+        # Long enough to be written in many pieces.
+        kept.add([(f"{who} {i} {j}", "x" * 4000) for j in range(50)])
         kept.read()
 
 
@@ -49,5 +65,5 @@ def test_several_writers_tear_nothing(tmp_path):
         w.join()
     assert [w.exitcode for w in writers] == [0, 0, 0]
     assert set(Kept(path).read()) == {
-        f"{w} {i} {j}" for w in range(3) for i in range(50) for j in range(20)
+        f"{w} {i} {j}" for w in range(3) for i in range(20) for j in range(50)
     }
