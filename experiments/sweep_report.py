@@ -1,7 +1,8 @@
 """What a sweep's points measured, as one tidy table and as plots.
 
 A plot is a dict: "name" of its files; "x", a column of the table; "y", metrics, a panel each;
-"lines", columns whose values tell the lines apart (by default "method"); "log_x"; and "mark", keys
+"lines", columns whose values tell the lines apart (by default "method"), the first by colour, the
+others by dashes; "log_x"; and "mark", keys
 and values of the point whose x is marked on each line, such as {"hessian.weight": -1.0}, with
 "mark_label", what it is called.
 """
@@ -138,13 +139,13 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
 
 
 def _lines(plot: dict, columns: list[str], table: list[dict], seeds: bool) -> list[plots.Line]:
-    by_label: dict[str, list[dict]] = {}
+    by_label: dict[tuple[str, str], list[dict]] = {}
     for row in table:
         if row[plot["x"]] is not None:
-            label = ", ".join(_shown(c, row[c]) for c in columns)
-            by_label.setdefault(label, []).append(row)
+            shown = [_shown(c, row[c]) for c in columns if _matters(c, row)]
+            by_label.setdefault((shown[0], ", ".join(shown)), []).append(row)
     out = []
-    for label, mine in by_label.items():
+    for (family, label), mine in by_label.items():
         mark = plot.get("mark")
         marked = [r[plot["x"]] for r in mine if mark and all(r[k] == v for k, v in mark.items())]
         at: dict = {}
@@ -152,7 +153,7 @@ def _lines(plot: dict, columns: list[str], table: list[dict], seeds: bool) -> li
             at.setdefault(row[plot["x"]], []).append(row)
         points = [_point(same, seeds) for same in at.values()]
         y, low, high = zip(*points, strict=True)
-        out.append(plots.Line(label, list(at), y, low, high, marked[0] if marked else None))
+        out.append(plots.Line(label, list(at), y, low, high, marked[0] if marked else None, family))
     return out
 
 
@@ -165,6 +166,12 @@ def _point(same: list[dict], seeds: bool) -> tuple[float, float, float]:
     row = same[-1]
     low, high = (nan if row[k] is None else row[k] for k in ("low", "high"))
     return row["value"], low, high
+
+
+def _matters(column: str, row: dict) -> bool:
+    """Whether a column says something of a row: no correction is made for some methods."""
+    method = METHODS.get(row["method"])
+    return column != "gradients.correction" or method is None or method.corrected
 
 
 def _shown(column: str, value) -> str:

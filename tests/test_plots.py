@@ -53,7 +53,32 @@ def test_names_stand_side_by_side(tmp_path, drawn):
     plots.draw(tmp_path / "p", [plots.Panel("t", lines)], "x")
     (axes,) = drawn[0].axes
     assert [t.get_text() for t in axes.get_xticklabels()] == ["z", "y", "w"]
-    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0, 1], [1, 2]]
+    a, b = axes.get_lines()
+    np.testing.assert_allclose(a.get_xdata(), [-0.1, 0.9])
+    np.testing.assert_allclose(b.get_xdata(), [1.1, 2.1])
+    assert a.get_linestyle() == "None" and a.get_marker() == "o"  # nothing lies between two names
+
+
+def test_lines_of_a_family_share_a_colour_and_no_two_look_alike(tmp_path, drawn):
+    lines = [
+        plots.Line(f"{f} {i}", [1, 2], [1, 2], [0, 1], [2, 3], family=f)
+        for f in "abcdefghij"
+        for i in range(2)
+    ]
+    plots.draw(tmp_path / "p", [plots.Panel("t", lines)], "x")
+    (axes,) = drawn[0].axes
+    made = axes.get_lines()
+    assert [made[i].get_color() == made[i + 1].get_color() for i in range(0, 20, 2)] == [True] * 10
+    looks = {(m.get_color(), m.get_linestyle(), m.get_marker()) for m in made}
+    assert len(looks) == 20
+    # So many bands would hide one another: error bars.
+    assert not any(type(c).__name__ == "FillBetweenPolyCollection" for c in axes.collections)
+    assert len(axes.collections) == 20
+
+
+def test_numbers_on_the_axis():
+    told = [plots._short(v) for v in (0.001, 3, 512, 2048, 1.3e6, 8e9)]
+    assert told == ["0.001", "3", "512", "2,048", "1.3M", "8B"]
 
 
 def test_files(tmp_path):

@@ -11,7 +11,15 @@ def get_sweep():
     """The grid of regular expressions on parameters."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,grad_cos"},
-        "axes": {"gradients.include": ("attention/", "mlp/", "embedding", "attention/|mlp/", ".")},
+        "axes": {
+            "gradients.include": (
+                "attention/",
+                "mlp/",
+                "embedding",
+                "attention/|mlp/",
+                "attention/|mlp/|embedding",
+            )
+        },
         "plots": [
             {
                 "name": "matrices",
