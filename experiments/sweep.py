@@ -7,10 +7,11 @@ Points that share a training or gradient stores share them: what a swept key lea
 made once. Killed at any moment, the same command goes on; a point that is finished is not run
 again. `--parallel=N` runs N points at a time, each in a process of its own; `--list` prints a
 command for each point instead, for a cluster's scheduler (points that need what another is making
-wait for it; the same command without `--list` gathers what they left).
+wait for it; the same command without `--list` gathers what they left). Points that run together on
+one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
 
     DIR/sweep.csv            a row for each point, method and metric
-    DIR/seeds.csv            where the seed is swept: mean and spread over its values
+    DIR/seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
     DIR/NAME.png, NAME.svg   the sweep file's plots
     DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point
     DIR/runs/                the trainings and their stores
@@ -222,6 +223,13 @@ def _about(config, data: corpus.Corpus, trained: training.Trained) -> dict:
     }
 
 
+def _leave_devices_to_points(arguments: list[str]) -> None:
+    """A process that only starts others must not take the accelerator's memory from them."""
+    if not any(a.startswith("-") and a.lstrip("-").split("=")[0] == "point" for a in arguments):
+        jax.config.update("jax_platforms", "cpu")
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("sweep")
+    _leave_devices_to_points(sys.argv[1:])
     launch(main)

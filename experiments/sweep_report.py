@@ -8,12 +8,15 @@ and values of the point whose x is marked on each line, such as {"hessian.weight
 """
 
 import csv
+import io
+import math
 import os
 import pathlib
 
 from experiments.grid import Point, Sweep
 from tda import plots
 from tda.evaluation import statistics
+from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
 
 _ABOUT = ("parameters", "dimensions", "training_tokens", "training_step")
@@ -92,20 +95,55 @@ def write(
     table = rows(sweep, found)
     files = [_write_csv(directory / "sweep.csv", table)]
     if "seed" in sweep.axes:
-        files.append(_write_csv(directory / "seeds.csv", across_seeds(table)))
+        together = across_seeds(table)
+        files.append(_write_csv(directory / "seeds.csv", together))
+        files.append(_write(directory / "seeds.md", seeds_table(sweep, together)))
     for plot in sweep.plots if draw else []:
         files += _draw(plot, sweep, table, directory)
     return files
 
 
-def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
+def seeds_table(sweep: Sweep, together: list[dict]) -> str:
+    """The headline over seeds as Markdown: mean ± standard deviation of each figure."""
+    others = [a for a in sweep.axes if a != "seed"]
+    by_row: dict[tuple, dict[str, dict]] = {}
+    for row in together:
+        if not row["group"]:
+            key = (_shown("method", row["method"]), *(str(row[a]) for a in others))
+            by_row.setdefault(key, {})[row["metric"]] = row
+    metrics = [m for m in HEADLINE if any(m in found for found in by_row.values())]
+    lines = [
+        f"| {' | '.join(['method', *others, *(_TITLES.get(m, m) for m in metrics)])} |",
+        "|---|" + "---|" * len(others) + "---:|" * len(metrics),
+    ]
+    for key, found in by_row.items():
+        cells = [_mean_and_spread(m, found[m]) if m in found else "–" for m in metrics]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
+    counts = sorted({row["seeds"] for row in together})
+    lines += ["", f"Mean ± standard deviation over {'–'.join(map(str, counts))} training seeds."]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(metric: str, row: dict) -> str:
+    digits, unit, scale = (2, "%", 100) if metric == "tail_patch" else (3, "", 1)
+    told = f"{scale * row['mean']:.{digits}f}"
+    spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
+    return told + spread + unit
+
+
+def _write(path: pathlib.Path, text: str) -> str:
     part = f"{path}.part"
-    with open(part, "w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    pathlib.Path(part).write_text(text, encoding="utf-8")
     os.replace(part, path)
     return str(path)
+
+
+def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return _write(path, out.getvalue())
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/seeds.py --workdir=DIR
 
-Cost: three runs of the config. `seeds.csv` has the figures.
+Cost: three runs of the config. `seeds.csv` has all figures, `seeds.md` the headline.
 """
 
 

@@ -154,6 +154,9 @@ def test_seeds_are_told_together(tmp_path):
     for r in rows:
         figures = [float(r[k]) for k in ("mean", "sd", "least", "most", "seeds")]
         assert figures == pytest.approx([0.6, 0.1, 0.5, 0.7, 3])
+    told = pathlib.Path(files[2]).read_text(encoding="utf-8")
+    assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in told.splitlines()
+    assert "over 3 training seeds" in told
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -281,6 +284,16 @@ def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
     told = sweep.command(point)
     assert told.endswith(f"--sweep={path} '--workdir=a b' --config.seed=3 --point={point.name}")
     assert told.startswith(f"{sys.executable} -m experiments.sweep --config=c.py")
+
+
+def test_only_points_take_an_accelerator(monkeypatch):
+    taken = []
+    monkeypatch.setattr(sweep.jax.config, "update", lambda *change: taken.append(change))
+    sweep._leave_devices_to_points(["--config=c.py", "--point=a"])
+    sweep._leave_devices_to_points(["--point", "a"])
+    assert not taken
+    sweep._leave_devices_to_points(["--config=c.py", "--workdir=point"])
+    assert taken == [("jax_platforms", "cpu")]
 
 
 def test_the_next_point_waits_for_nothing_if_it_can(tmp_path):
