@@ -65,7 +65,11 @@ def rows(sweep: Sweep, found: list[tuple[Point, dict, dict]]) -> list[dict]:
                         out.append(
                             shared
                             | {"group": group, "metric": metric, "value": value}
-                            | {"low": ends[0], "high": ends[1], "n_queries": g["n_queries"]}
+                            | {
+                                "low": ends[0],
+                                "high": ends[1],
+                                "n_queries": g["counts"].get(metric),
+                            }
                         )
     return out
 

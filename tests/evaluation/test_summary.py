@@ -67,6 +67,7 @@ def test_intervals_by_method_are_those_of_each_alone(values):
             )
     told = summary.as_json(found["a"])
     assert told["mrr"] == found["a"]["mrr"].mean
+    assert told["counts"] == {"mrr": 60, "tail_patch": 10, "mrr_at_10": 60}
     assert told["intervals"]["tail_patch"] == [
         found["a"]["tail_patch"].low, found["a"]["tail_patch"].high,
     ]  # fmt: skip

@@ -106,8 +106,10 @@ def made_up(point, seed=0, **more):
     """Metrics of a point as an evaluation writes them, and what is told of it."""
     m = {
         "mrr": 0.5 + 0.1 * seed, "recall_at_10": 0.7, "tail_patch": None, "n_queries": 9,
-        "confidence": 0.1, "intervals": {"mrr": [0.4, 0.6]},
-        "by_relation": {"capital": {"n_queries": 4, "mrr": 0.25, "intervals": {}}}, **more,
+        "confidence": 0.1, "intervals": {"mrr": [0.4, 0.6]}, "counts": {"mrr": 9},
+        "by_relation": {
+            "capital": {"n_queries": 5, "mrr": 0.25, "intervals": {}, "counts": {"mrr": 4}}
+        }, **more,
     }  # fmt: skip
     about = {"parameters": 10, "dimensions": 64, "training_tokens": 7, "training_step": 3}
     chosen = methods.parse(point.config.methods)

@@ -119,6 +119,7 @@ def test_metrics_of_queries_groups_and_methods(finished):
         ranks = np.array([r["first_correct_rank"] for r in found])
         assert m["mrr"] == pytest.approx(np.mean(1 / ranks))
         assert m["mrr_at_10"] == pytest.approx(np.mean(np.where(ranks <= 10, 1 / ranks, 0)))
+        assert m["counts"]["mrr"] == 4 and m["counts"]["tail_patch"] == 2
         low, high = m["intervals"]["mrr"]
         assert low <= m["mrr"] <= high
         patched = [r["proponent_tail_patch"] for r in found if "proponent_tail_patch" in r]
