@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Training-data attribution for language-model pretraining, in JAX",
     python_requires=">=3.11",
-    packages=find_packages(include=["tda", "tda.*", "experiments", "configs"]),
+    packages=find_packages(include=["tda", "tda.*", "experiments", "configs", "configs.*"]),
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",

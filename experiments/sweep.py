@@ -50,8 +50,8 @@ _OWN_FLAGS = ("parallel", "list", "nolist", "point", "plots", "noplots")
 
 def main(config, workdir):
     """Runs the sweep, a point of it, or lists its points."""
+    directory = pathlib.Path(workdir) if LIST.value else Workdir(workdir).path
     sweep = grid.load(SWEEP.value, config)
-    directory = pathlib.Path(workdir)
     if jax.process_count() > 1:
         raise ValueError("a sweep's points are processes of their own; leave out --distributed")
     for point in sweep.points:
@@ -198,11 +198,19 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
 def _once(marker: pathlib.Path):
     """Lets one process at a time in, until one has come through; then all at once."""
     if not marker.exists():
-        with filelock.FileLock(f"{marker}.lock"):
+        lock = filelock.FileLock(f"{marker}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"another point makes {marker}; waiting for it", flush=True)
+            lock.acquire()
+        try:
             if not marker.exists():
                 yield
                 marker.touch()
                 return
+        finally:
+            lock.release()
     yield
 
 

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -296,6 +297,38 @@ def test_only_points_take_an_accelerator(monkeypatch):
     assert not taken
     sweep._leave_devices_to_points(["--config=c.py", "--workdir=point"])
     assert taken == [("jax_platforms", "cpu")]
+
+
+def test_what_is_shared_is_made_by_one_and_waited_for_by_the_rest(tmp_path, capsys):
+    marker, seen = tmp_path / "m.training", []
+    inside, go = threading.Event(), threading.Event()
+
+    def make(name, wait):
+        with sweep._once(marker):
+            seen.append((name, marker.exists()))
+            if wait:
+                inside.set()
+                assert go.wait(60)
+
+    first = threading.Thread(target=make, args=("first", True), daemon=True)
+    first.start()
+    assert inside.wait(60)
+    rest = [threading.Thread(target=make, args=(i, False), daemon=True) for i in range(2)]
+    for thread in rest:
+        thread.start()
+        thread.join(0.2)
+    assert seen == [("first", False)] and "waiting for it" in capsys.readouterr().out
+    go.set()
+    for thread in (first, *rest):
+        thread.join(60)
+    assert sorted(seen[1:]) == [(0, True), (1, True)]
+    # Where the one that makes it fails, the next makes it.
+    marker.unlink()
+    with pytest.raises(ZeroDivisionError), sweep._once(marker):
+        raise ZeroDivisionError
+    assert not marker.exists()
+    make("next", False)
+    assert seen[-1] == ("next", False) and marker.exists()
 
 
 def test_the_next_point_waits_for_nothing_if_it_can(tmp_path):
