@@ -140,7 +140,8 @@ def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict
                         del running[name]
                         bar.update(1)
                         if process.returncode:
-                            failed[name] = _why(directory / "points" / name / "log.txt")
+                            log = directory / "points" / name / "log.txt"
+                            failed[name] = _why(log, process.returncode)
                 time.sleep(0.05)
         finally:
             for _, process in running.values():
@@ -168,11 +169,13 @@ def _start(point: Point, directory: pathlib.Path) -> subprocess.Popen:
         )
 
 
-def _why(log: pathlib.Path) -> str:
-    """The line of a log that tells the error."""
+def _why(log: pathlib.Path, code: int) -> str:
+    """Why a process ended: the signal that killed it, or the line of its log that tells."""
+    if code < 0:
+        return f"killed by signal {-code} ({log})"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line for line in lines if line.startswith("error")] or lines[-1:]
-    return f"{told[-1] if told else 'it was killed'} ({log})"
+    return f"{told[-1] if told else f'exit status {code}'} ({log})"
 
 
 def run_point(point: Point, directory: pathlib.Path) -> None:
@@ -182,6 +185,8 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
     with filelock.FileLock(own / "lock"):
         if is_finished(point, directory):
             return
+        # What an earlier config left is finished no more once its figures are written over.
+        (own / "point.json").unlink(missing_ok=True)
         config = point.config
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / f"{point.training}.training"):

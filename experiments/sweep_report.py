@@ -97,6 +97,8 @@ def write(
 ) -> list[str]:
     """Writes the tables and, if `draw`, the plots; returns the files' paths."""
     table = rows(sweep, found)
+    if not table:
+        raise ValueError("nothing was measured at any point: no ranks, and no tail-patch")
     files = [_write_csv(directory / "sweep.csv", table)]
     if "seed" in sweep.axes:
         together = across_seeds(table)

@@ -289,6 +289,15 @@ def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
     assert told.startswith(f"{sys.executable} -m experiments.sweep --config=c.py")
 
 
+def test_why_a_point_failed(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("train: 3%\nerror: no such file\n(traceback in error.txt)\n")
+    assert sweep._why(log, 1) == f"error: no such file ({log})"
+    assert sweep._why(log, -9) == f"killed by signal 9 ({log})"
+    log.write_text("")
+    assert sweep._why(log, 3) == f"exit status 3 ({log})"
+
+
 def test_only_points_take_an_accelerator(monkeypatch):
     taken = []
     monkeypatch.setattr(sweep.jax.config, "update", lambda *change: taken.append(change))
