@@ -2,12 +2,14 @@
 
     python -m benchmarks.retrieval --json=retrieval.json
 
-1. A store of bfloat16 rows made for the purpose is searched from the disk. In turns with it: plain
-   sequential reading of the same files, and the bare matrix product of as many rows. The share is
-   the time of the slower of these two over the search's. Before every side the files leave the
-   page cache, so a corpus larger than the memory is what is measured.
+1. A store of bfloat16 rows made for the purpose is searched from the disk, a part of its files at a
+   time. In turns with every part's search: plain sequential reading of the same files, and the bare
+   matrix product (float32) with as many rows. The share is the time of the slower of these two, all
+   parts together, over the search's. Before every side its files leave the page cache, so what is
+   measured is a corpus larger than the memory. A part is short, since shared machines change their
+   speed within seconds.
 2. Peak memory of a process that searches all rows, over that of one that searches a tenth.
-3. Rows in memory, float32: exact search here (proponents and opponents) in turns with FAISS's flat
+3. Rows in memory, float32: a `Retriever` (proponents and opponents) in turns with FAISS's flat
    inner product and NumPy's product and partition (proponents alone). What they find is compared.
 """
 
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +34,17 @@ from benchmarks import record
 from tda import huge_pages, progress
 from tda import store as stores
 from tda.retrieval import exact
+from tda.retrieval.retriever import Retriever
 from tda.retrieval.scorer import InMemory, Scorer
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the stores are made; temporary if unset")
 _ROWS = flags.DEFINE_integer("rows", 1_000_000, "rows of the large store; a small one has a tenth")
 _WIDTH = flags.DEFINE_integer("width", 4096, "numbers in a row")
-_QUERIES = flags.DEFINE_list("queries", ["16", "128"], "how many, each measured by itself")
+_QUERIES = flags.DEFINE_list("queries", ["16", "128", "1000"], "how many, each by itself")
 _IN_MEMORY = flags.DEFINE_integer("in_memory", 100_000, "rows for FAISS and NumPy")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of the store's sides")
+_PARTS = flags.DEFINE_integer("parts", 15, "that the large store is searched in")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "rounds over all parts")
 _MEMORY_ROUNDS = flags.DEFINE_integer("memory_rounds", 7, "rounds of the sides in memory")
 _CHILD = flags.DEFINE_string("child", None, "for internal use: search this store, print the peak")
 
@@ -73,7 +78,8 @@ def queries_of(count: int, width: int) -> np.ndarray:
 
 def files_of(store: stores.GradientStore) -> list[str]:
     """The files that the rows lie in."""
-    return sorted(map(str, pathlib.Path(store.path).glob("*/gradients/c.*")))
+    found = pathlib.Path(store.path, "0", "gradients").glob("c.*.0")
+    return [str(p) for p in sorted(found, key=lambda p: int(p.name.split(".")[1]))]
 
 
 def forget(files: list[str]) -> None:
@@ -96,60 +102,85 @@ def read_plainly(files: list[str], buffer: bytearray) -> None:
                 pass
 
 
-def product_of(queries_QxE: np.ndarray, rows: int):
-    """The bare product with as many rows, float32, at the best of several steps: (call, step)."""
+def product_of(queries_QxE: np.ndarray):
+    """The bare product with so many rows, float32, at the best of several steps: (call, step)."""
     width = queries_QxE.shape[1]
-    product = jax.jit(lambda q, x: jnp.matmul(q, x.T, precision=jax.lax.Precision.HIGHEST))
+    either = {
+        "queries first": jax.jit(lambda q, x: jnp.matmul(q, x.T)),
+        "rows first": jax.jit(lambda q, x: jnp.matmul(x, q.T)),
+    }
     queries = jax.device_put(queries_QxE)
 
-    def call(step: int, count: int):
+    def call(name: str, step: int):
         x = jax.device_put(np.ones((step, width), np.float32))
-        jax.block_until_ready([product(queries, x) for _ in range(2)])
 
-        def run():
-            for _ in range(-(-count // step)):
-                out = product(queries, x)
-            return out
+        def run(rows: int):
+            for _ in range(-(-rows // step)):
+                out = either[name](queries, x)
+            jax.block_until_ready(out)
 
         return run
 
-    steps = [512, 2048, 8192]
-    few = min(rows, 16_384)
-    times = record.in_turns({str(s): call(s, few) for s in steps}, 3)
-    step = min(steps, key=lambda s: statistics.median(times[str(s)]))
-    return call(step, rows), step
+    ways = {(name, step): call(name, step) for name in either for step in (512, 2048, 8192)}
+    few = {way: functools.partial(run, 8192) for way, run in ways.items()}
+    times = record.in_turns(few, 5)
+    best = min(few, key=lambda way: statistics.median(times[way]))
+    return ways[best], best
 
 
-def from_disk(store: stores.GradientStore, count: int) -> dict:
-    """Search, reading and product in turns, with so many queries."""
-    files, buffer = files_of(store), bytearray(16 << 20)
-    queries = queries_of(count, store.width)
-    multiply, step = product_of(queries, store.rows)
+class _Part:
+    """Some shards of a store, as a source: the `number`-th of so many parts."""
 
+    def __init__(self, store: stores.GradientStore, number: int, parts: int):
+        self._store, self._part = store, (number, parts)
+        self.form = store.form
+        self.files = files_of(store)[number::parts]
+        shards = store.shards()[number::parts]
+        self.rows = sum(map(_length, shards))
+
+    def scan(self, step: int):
+        """The rows of these shards."""
+        return self._store.scan(step, self._part)
+
+
+def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
+    """Search, reading and product in turns, part by part, with so many queries."""
+    buffer, queries = bytearray(16 << 20), queries_of(count, store.width)
+    multiply, step = product_of(queries)
+    sources = [_Part(store, i, parts) for i in range(parts)]
     sides = {
-        "search": lambda: exact.search(queries, store, METHOD, K),
-        "read": lambda: read_plainly(files, buffer),
-        "product": multiply,
+        "search": lambda part: exact.search(queries, part, METHOD, K),
+        "read": lambda part: read_plainly(part.files, buffer),
+        "product": lambda part: multiply(part.rows),
     }
-    times = record.in_turns(sides, _ROUNDS.value, warm_ups=1, before=lambda: forget(files))
-    size = sum(os.path.getsize(f) for f in files)
-    rounds = zip(times["search"], times["read"], times["product"], strict=True)
-    shares = [max(read, product) / search for search, read, product in rounds]
+    for call in sides.values():
+        call(sources[0])
+    seconds = {name: [] for name in sides}
+    for turn in range(_ROUNDS.value * parts):
+        part = sources[turn % parts]
+        # Every side comes first, second and last as often.
+        order = list(sides)[turn % 3 :] + list(sides)[: turn % 3]
+        for name in order:
+            forget(part.files)
+            started = time.perf_counter()
+            sides[name](part)
+            seconds[name].append(time.perf_counter() - started)
+    total = {name: sum(t) / _ROUNDS.value for name, t in seconds.items()}
+    size = sum(os.path.getsize(f) for part in sources for f in part.files)
     figures = {
         "queries": count,
         "rows": store.rows,
         "bytes": size,
         "product's step": step,
-        "share": statistics.median(shares),
-        "shares": shares,
-        **{f"{name}, s": statistics.median(t) for name, t in times.items()},
-        "search, GB/s": size / statistics.median(times["search"]) / 1e9,
-        "search, rows/s": store.rows / statistics.median(times["search"]),
+        "share": max(total["read"], total["product"]) / total["search"],
+        **{f"{name}, s": t for name, t in total.items()},
+        "search, GB/s": size / total["search"] / 1e9,
+        "seconds by part": seconds,
     }
     print(
-        f"{count} queries: search {figures['search, s']:.1f} s "
-        f"({figures['search, GB/s']:.2f} GB/s), reading {figures['read, s']:.1f} s, "
-        f"product {figures['product, s']:.1f} s: share {figures['share']:.2f}",
+        f"{count} queries, {store.rows:,} rows: search {total['search']:.1f} s "
+        f"({figures['search, GB/s']:.2f} GB/s), reading {total['read']:.1f} s, product "
+        f"{total['product']:.1f} s: share {figures['share']:.2f}",
         flush=True,
     )
     return figures
@@ -172,7 +203,7 @@ def in_memory(rows: int, width: int, count: int) -> dict:
     queries = queries_of(count, width)
     index = faiss.IndexFlatIP(width)
     index.add(passages)
-    source = InMemory(passages, [slice(0, width)])
+    retriever = Retriever(InMemory(passages, [slice(0, width)]), Scorer(None, False))
 
     def with_numpy():
         scores = queries @ passages.T
@@ -180,9 +211,9 @@ def in_memory(rows: int, width: int, count: int) -> dict:
         order = np.argsort(-np.take_along_axis(scores, top, 1), axis=1, kind="stable")
         return np.take_along_axis(top, order, 1)
 
-    ours = functools.partial(exact.search, queries, source, {"dot": Scorer(None, False)}, K)
+    ours = functools.partial(retriever.search, queries, K)
     sides = {"ours": ours, "faiss": lambda: index.search(queries, K), "numpy": with_numpy}
-    found = ours()["dot"].proponents
+    found = ours().proponents
     alike = {
         "faiss": float((index.search(queries, K)[1] == found).mean()),
         "numpy": float((with_numpy() == found).mean()),
@@ -215,7 +246,7 @@ def main(argv):
         rows, width = _ROWS.value, _WIDTH.value
         small = make(f"{root}/small", rows // 10, width)
         large = make(f"{root}/large", rows, width)
-        figures = {"from disk": [from_disk(large, count) for count in counts]}
+        figures = {"from disk": [from_disk(large, count, _PARTS.value) for count in counts]}
         peaks = {s.rows: peak(s.path, counts[-1]) for s in (small, large)}
         figures["peak, MiB"] = peaks
         figures["peak over a tenth's"] = peaks[large.rows] / peaks[small.rows]
