@@ -73,7 +73,17 @@ def rates(root: str) -> dict:
             for i, s in enumerate(shards):
                 store.write(i, x[s])
 
-        times = record.in_turns({"store": write, "plain": write_plainly}, _ROUNDS.value, 1)
+        def clear(store=store, shards=shards, plain=plain):
+            for i in range(len(shards)):
+                store.remove(i)
+                pathlib.Path(f"{plain}.{i}").unlink(missing_ok=True)
+
+        sides = {"store": write, "plain": write_plainly}
+        times = record.in_turns(sides, _ROUNDS.value, 1, clear)
+        if store.missing():
+            write()
+        if not pathlib.Path(f"{plain}.0").exists():
+            write_plainly()
         found = {"write, share": _ratio(times["plain"], times["store"])}
         found["write, GB/s"] = sum(sizes) / statistics.median(times["store"]) / 1e9
         buffer = bytearray(16 << 20)
