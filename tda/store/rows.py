@@ -68,10 +68,8 @@ def encode(
     if dtype != "int8":
         return rows_RxE.astype(DTYPES[dtype], copy=False), None
     if rows_RxE.nbytes >= _LARGE:
-        return tuple(
-            np.asarray(x)
-            for x in _quickly(rows_RxE, np.full(rows_RxE.shape[:1], _LARGEST, np.float32), widths)
-        )
+        largest_Rxb = np.full((len(rows_RxE), len(widths)), _LARGEST, np.float32)
+        return tuple(np.asarray(x) for x in _quickly(rows_RxE, largest_Rxb, widths))
     return quantised(rows_RxE, widths)
 
 
@@ -94,20 +92,22 @@ def quantised(rows_RxE: np.ndarray, widths: tuple[int, ...]) -> tuple[np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="widths")
-def _quickly(rows_RxE, largest_R, widths):
+def _quickly(rows_RxE, largest_Rxb, widths):
     """The same in one pass on all cores.
 
-    `largest_R` is an argument and no scalar, since XLA would multiply by the inverse of one, which
-    is not the same as dividing by it.
+    `largest_Rxb` is an argument for every block, since XLA multiplies by the inverse of what is
+    divided by again and again, which is not the same.
     """
     if len(set(widths)) == 1:
         blocks = [rows_RxE.reshape(len(rows_RxE), len(widths), -1)]
     else:
         ends = np.cumsum([0, *widths]).tolist()
         blocks = [rows_RxE[:, None, a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    values, scales = [], []
+    values, scales, at = [], [], 0
     for x_Rxbxw in blocks:
-        scale = jnp.abs(x_Rxbxw).max(axis=-1) / largest_R[:, None]
+        largest = largest_Rxb[:, at : at + x_Rxbxw.shape[1]]
+        at += x_Rxbxw.shape[1]
+        scale = jnp.abs(x_Rxbxw).max(axis=-1) / largest
         scale = jnp.where(scale < _TINY, 0, scale)
         usable = jnp.isfinite(scale) & (scale > 0)
         step = jnp.where(usable, scale, np.float32(np.inf))[..., None]
