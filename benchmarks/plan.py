@@ -17,8 +17,7 @@ import jax
 from absl import flags
 
 from benchmarks import finished_run, record
-from experiments import corpus as corpora
-from experiments import encoding, launch, plan, training
+from experiments import encoding, launch, plan
 from experiments.workdir import Workdir
 from tda.retrieval import exact
 
@@ -32,9 +31,7 @@ NAMES = {"encode corpus": "encode", "encode queries": "encode", "R": "R", "exact
 def run(config, directory: str) -> dict:
     """Seconds predicted and real, by stage: medians over rounds."""
     config.methods = METHODS
-    workdir = Workdir(directory)
-    corpus = corpora.load(config, workdir)
-    trained = training.run(config, corpus, workdir)
+    corpus, trained = finished_run.load(config, directory)
     rounds: list = []
     for turn in range(_ROUNDS.value + 1):
         predicted: dict[str, float] = {}
