@@ -27,6 +27,8 @@ setup(
         "tqdm>=4.70.1",
     ],
     extras_require={
+        # Dense retrieval.
+        "dense": ["sentence-transformers>=SENTVER"],
         "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],

@@ -76,7 +76,23 @@ def get_config() -> ConfigDict:
     c.hessian.seed = 0  # of that draw
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
     c.hessian.weight = -1.0  # λ; -1: by the rule
-    c.hessian.damping = 1e-3  # in mean eigenvalues of a block
+    # In mean eigenvalues of a block; −1: what a sample of this size needs (Ledoit and Wolf).
+    c.hessian.damping = 1e-3
+    c.hessian.cutoff = 0.0  # directions of smaller eigenvalues, in the same unit, are left out
+    # R_eval is made of all queries, of all but the one at hand (leave_one_out), or of the half
+    # that it is not in (disjoint).
+    c.hessian.evaluation = "all"
+
+    c.several = ConfigDict()
+    c.several.checkpoints = 3  # TracIn, TRAK and LESS take so many of those that training kept
+
+    c.curvature = ConfigDict()
+    c.curvature.sample = 4096  # passages that EK-FAC's and LoGra's factors are taken of; 0: all
+    c.curvature.seed = 0
+    c.curvature.damping = 0.1  # of EK-FAC, in mean eigenvalues of a matrix
+
+    c.dense = ConfigDict()
+    c.dense.model = ""  # of dense retrieval: a directory, or a name on the Hugging Face hub
 
     c.eval = ConfigDict()
     c.eval.queries = 0  # evaluate on so many queries; 0: all

@@ -16,8 +16,11 @@ from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
 from tda.data.records import RecordError
+from tda.methods import Gradients
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
+
+CORRECTED = Gradients(corrected=True)
 
 
 def records():
@@ -158,21 +161,21 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     )
     config.gradients.second_moments = "optimizer"
     with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
-        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
+        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), CORRECTED)
     assert not (tmp_path / "w" / "stores").exists()
     # Unless asked for, they are estimated, and the store says so.
     config.gradients.second_moments = "auto"
     config.gradients.estimate_batches = 2
     estimated = Workdir(tmp_path / "w")
-    store, queries = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    store, queries = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     made = store.manifest["fingerprint"]["second_moments"]
     assert made["estimated from batches"] == 2
-    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
+    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), CORRECTED)
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
     # And not again for stores that are there.
     monkeypatch.setattr(encoding_stage.estimate, "estimate", None)
-    again, _ = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    again, _ = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
 
