@@ -32,20 +32,18 @@ def batches(labels, rows=range(6), **changes):
     return list(kronecker.batches(table(), np.asarray(rows), labels=labels, **LAYOUT | changes))
 
 
+def whole_gradients(model, batch):
+    return jax.jit(lambda b: reference.per_example_gradients(model, b))(batch)
+
+
 def examples(model, labels):
-    """The whole gradient of each example, [N, (L,) M, N] by site, one at a time, unpadded."""
+    """The whole gradient of each example, float64 [N, (L,) M, N] by site."""
     chosen = kronecker.factored(sites.find(model))
     output = losses.cross_entropy if labels == "data" else kronecker.sampled_loss
     loss = lambda model, b: output(model(b["tokens"]), b["targets"], b["weights"])  # noqa: E731
-    found = {s: [] for s in chosen}
-    for row in range(6):
-        length = int(table().lengths[row]) - 1
-        alone = dict(bucket_lengths=(length,), tokens_per_batch=1, pad=0)
-        (batch,) = kronecker.batches(table(), np.array([row]), labels=labels, **alone)
-        whole = reference.per_example_gradients(model, batch, loss)
-        for s in chosen:
-            found[s].append(np.asarray(s.matrix(whole[s.path][0]), np.float64))
-    return {s: np.stack(x) for s, x in found.items()}
+    (batch,) = batches(labels, bucket_lengths=(8,), tokens_per_batch=48)
+    whole = jax.jit(lambda b: reference.per_example_gradients(model, b, loss))(batch)
+    return {s: np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64) for s in chosen}
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -182,7 +180,7 @@ def test_influence_is_that_of_the_dense_inverse(decoder, random_batch, scan):
                 curvature[s.path].values.sum(), stacked[path].values[layer].sum(), rtol=1e-3
             )
     batch = random_batch([6, 4, 3], 6)
-    whole = reference.per_example_gradients(model, batch)
+    whole = whole_gradients(model, batch)
     ends = kronecker.ekfac_ends(chosen, P, curvature)
     encoder = build(model, chosen, P, ends)
     got = np.asarray(encoder(batch), np.float64)
@@ -219,7 +217,7 @@ def test_projected_influence_tends_to_the_dense_one(decoder, random_batch):
     model = decoder()
     chosen, curvature = fitted(model)
     batch = random_batch([6, 4, 3, 5], 6)
-    whole = reference.per_example_gradients(model, batch)
+    whole = whole_gradients(model, batch)
     dense = np.zeros((4, 4))
     for s in chosen:
         G = np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64)
@@ -254,7 +252,7 @@ def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
     curvature = kronecker.eigenvectors(of, keep=P.side)
     encoder = build(model, chosen, P, kronecker.logra_ends(chosen, P.side, curvature))
     got = np.asarray(encoder(batch))
-    whole = reference.per_example_gradients(model, batch)
+    whole = whole_gradients(model, batch)
     for s in chosen:
         G = np.asarray(jax.vmap(s.matrix)(whole[s.path]))
         for layer, block in enumerate(encoder.layout.members[s.path]):
