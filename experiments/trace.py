@@ -29,7 +29,8 @@ def run(config, workdir: Workdir) -> dict:
     metrics = evaluation.run(config, data, trained, ranked, workdir)
     text = report.table(metrics)
     if processes.is_first():
-        (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
+        whole = f"{text}\n\n{report.details(metrics)}\n"
+        (workdir / "table.md").write_text(whole, encoding="utf-8")
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import defaults
-from experiments import attribution, corpus, evaluation, launch, trace, training
+from experiments import attribution, corpus, launch, measures, trace, training
 from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
@@ -124,7 +124,8 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
         (encoding, "encode_rows"),
         (attribution.exact, "search"),
         (attribution.bm25, "search"),
-        (evaluation, "tail_patch"),
+        (measures, "tail_patch"),
+        (measures.sampling, "sample"),
     ):
         monkeypatch.setattr(module, name, fail)
     assert trace.run(config, Workdir(path)) == metrics
