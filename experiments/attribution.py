@@ -69,8 +69,8 @@ def check(config, chosen: dict[str, Method]) -> None:
     """Nothing, where the config fits its methods.
 
     Raises:
-        ValueError: it does not; the message names the key.
-        ImportError: a method needs an extra that is not installed.
+        ValueError: it does not, or a method needs an extra that is not installed; the message
+            names the key or the extra.
     """
     for method in chosen.values():
         if method.hessian == "mixed":
@@ -272,3 +272,24 @@ def _keep(file: pathlib.Path, found: Ranked, note: dict | None) -> None:
     if note:
         write_json(_note(file), note)
     ranked.save(file, found)
+
+
+def told(note: dict) -> str:
+    """What `retrieve` says of a method, in a line."""
+    parts = []
+    if "lambda" in note:
+        parts.append(f"λ = {note['lambda']:.3f} at component {note['component']}")
+        parts.append(f"R_eval of {_OF_QUERIES[note['evaluation']]}")
+    if "damping" in note:
+        parts.append(f"damping {note['damping']:.3g}")
+    if "checkpoints" in note:
+        pairs = zip(note["checkpoints"], note["weights"], strict=True)
+        parts.append("checkpoints " + ", ".join(f"{s} ({w:.2f})" for s, w in pairs))
+    return "; ".join(parts)
+
+
+_OF_QUERIES = {
+    "all": "all queries",
+    "leave_one_out": "all but the query",
+    "disjoint": "the half without the query",
+}

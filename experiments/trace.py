@@ -17,12 +17,18 @@ def main(config, workdir):
 
 
 def run(config, workdir: Workdir) -> dict:
-    """All stages in order; returns the metrics by method.
+    """All stages in order; returns the metrics by method."""
+    return trace(config, workdir)[0]
+
+
+def trace(config, workdir: Workdir) -> tuple[dict, dict]:
+    """All stages in order; returns the metrics, and what is to be told of them, by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
     """
     processes.check_alike("config", config.to_json())
-    methods.parse(config.methods)  # a wrong name is told before hours of training
+    # What is wrong with the methods is told before hours of training.
+    attribution.check(config, methods.parse(config.methods))
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
     ranked, notes = attribution.retrieve(config, data, trained, workdir)
@@ -34,9 +40,9 @@ def run(config, workdir: Workdir) -> dict:
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
-        print(f"{name}: λ = {note['lambda']:.3f} at component {note['component']}")
+        print(f"{name}: {attribution.told(note)}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
-    return metrics
+    return metrics, notes
 
 
 if __name__ == "__main__":

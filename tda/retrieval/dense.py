@@ -11,14 +11,18 @@ import numpy as np
 BATCH = 64
 
 
+class DenseError(ValueError):
+    """The library or the model of dense retrieval is not there."""
+
+
 def check_installed() -> None:
     """Nothing, where `sentence-transformers` is installed; it is not imported.
 
     Raises:
-        ImportError: it is not.
+        DenseError: it is not.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise ImportError("dense retrieval needs the extra `dense`: pip install 'tda[dense]'")
+        raise DenseError("dense retrieval needs the extra `dense`: pip install 'tda[dense]'")
 
 
 class SentenceEncoder:
@@ -28,8 +32,7 @@ class SentenceEncoder:
         model: a directory, or a name on the Hugging Face hub.
 
     Raises:
-        ImportError: the extra `dense` is not installed.
-        ValueError: there is no such model.
+        DenseError: the extra `dense` is not installed, or there is no such model.
     """
 
     def __init__(self, model: str):
@@ -40,7 +43,7 @@ class SentenceEncoder:
         try:
             self._model = sentence_transformers.SentenceTransformer(model)
         except Exception as error:
-            raise ValueError(
+            raise DenseError(
                 f"cannot load dense.model={model!r} ({error}); give the directory of a "
                 "sentence-transformers model, or its name on the hub"
             ) from error
