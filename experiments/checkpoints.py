@@ -84,9 +84,9 @@ class Summed:
 def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: Method) -> Summed:
     """What to search for a method whose passages are not those of one store as they are.
 
-    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean of
-    1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric mean
-    of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
+    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean
+    of 1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric
+    mean of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
 
     Raises:
         ValueError: R is neither none nor R_train.
