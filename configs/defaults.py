@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
 
     c.several = ConfigDict()
     c.several.checkpoints = 3  # TracIn, TRAK and LESS take so many of those that training kept
+    c.several.keep_stores = True  # else those of earlier checkpoints go when they were searched
 
     c.curvature = ConfigDict()
     c.curvature.sample = 4096  # passages that EK-FAC's and LoGra's factors are taken of; 0: all

@@ -9,7 +9,7 @@
 Eleven passes over the corpus: the last checkpoint's gradients (plain, corrected, of the margin,
 under EK-FAC and LoGra), and the first three at two checkpoints before.
 Cost: training takes 6,338 steps of 2,048 tokens, a pass half as long as an epoch of it: half a day
-on 2 CPU cores; 60 GB of disk.
+on 2 CPU cores; 40 GB of disk.
 """
 
 import importlib.util
@@ -52,6 +52,7 @@ def get_config():
     c.projection.pooling = "matrix"
     c.projection.side = 32
     c.store.dtype = "int8"
+    c.several.keep_stores = False
     c.dense.model = sentence_encoder()
     return c
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -59,6 +60,9 @@ def retrieve(
             found = checkpoints.summed(config, corpus, trained, workdir, method)
             work = functools.partial(_search_summed, config, corpus, trained, name, found, files)
             processes.by_first("search", work)
+            del found, work
+            if not config.several.keep_stores:
+                _drop_earlier(config, corpus, trained, workdir, method)
         else:
             _OTHERS[method.retriever](config, corpus, trained, workdir, method, files[name])
     notes = processes.by_first("read notes", lambda: _notes(files))
@@ -101,7 +105,7 @@ def _search(
     mesh = search_mesh(trained)
     made = Whitening(config, store, queries, mesh)
     parts: dict[str, list] = {n: [] for n in sharing}
-    for part in made.parts(config, sharing):
+    for part in made.parts(sharing):
         found = _scan(config, corpus, queries, store, part.scorers, part.queries, mesh)
         for name, ranking in found.items():
             parts[name].append((part.queries, ranking))
@@ -110,9 +114,21 @@ def _search(
     made_from += [corpus.fingerprint, config.store.dtype]
     file = made.keep_spectra(workdir / "retrieval", names, plain(made_from))
     for name, method in sharing.items():
-        note = made.note(config, method)
+        note = made.note(method)
         note = note and note | {"spectra": file}
         _keep(files[name], ranked.join(parts[name]), note)
+
+
+def _drop_earlier(config, corpus, trained, workdir, method: Method) -> None:
+    """Removes the corpus's stores of all checkpoints but the traced one, once they were searched.
+
+    A ranking that is kept does not need them; another one would have them made again.
+    """
+    for step in checkpoints.steps_of(config, trained, method)[:-1]:
+        then = dataclasses.replace(trained, step=step)
+        made = encoding.made_from(config, corpus, then, method.gradients)
+        path = encoding.path_of(config, corpus, workdir, "corpus", made)
+        processes.by_first("remove a store", lambda path=path: shutil.rmtree(path, True))
 
 
 def _scan(config, corpus, gradients_QxE, source, scorers, some: np.ndarray, mesh):
@@ -282,6 +298,8 @@ def told(note: dict) -> str:
         parts.append(f"R_eval of {_OF_QUERIES[note['evaluation']]}")
     if "damping" in note:
         parts.append(f"damping {note['damping']:.3g}")
+    if "shrinkage" in note:
+        parts.append(f"shrunk by {note['shrinkage']:.2g}, the blocks' median")
     if "checkpoints" in note:
         pairs = zip(note["checkpoints"], note["weights"], strict=True)
         parts.append("checkpoints " + ", ".join(f"{s} ({w:.2f})" for s, w in pairs))

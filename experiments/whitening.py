@@ -62,7 +62,8 @@ class Whitening:
     """
 
     def __init__(self, config, source, queries_QxE: np.ndarray, mesh):
-        self._h, self._source, self._queries, self._mesh = config.hessian, source, queries_QxE, mesh
+        self._config, self._h = config, config.hessian
+        self._source, self._queries, self._mesh = source, queries_QxE, mesh
         self.slices = scorer.slices_of(source.form.widths)
         self._train = None
         self.notes: dict[str, dict] = {}
@@ -80,29 +81,28 @@ class Whitening:
             self.spectra["train"] = np.concatenate(hessian.spectra(self._train.blocks))
         return self._train
 
-    def _roots(self, R, noise):
-        """R^(−1/2), and the damping that each block got, in its mean eigenvalues."""
+    def _roots(self, R, noise, note: dict) -> tuple[list[np.ndarray], np.ndarray]:
+        """R^(−1/2), and how much of R is in it, by block: 1, or less where R was shrunk."""
         h = self._h
+        note["cutoff"] = h.cutoff
         if h.damping >= 0:
-            return hessian.inverse_root(R, h.damping, h.cutoff), h.damping
+            note["damping"] = h.damping
+            return hessian.inverse_root(R, h.damping, h.cutoff), np.ones(len(self.slices))
         R = list(R)
         shares = hessian.shrinkage(R, noise)
-        damping = np.median(shares / np.maximum(1 - shares, 1e-9))
-        return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, h.cutoff), float(damping)
+        note["shrinkage"] = float(np.median(shares))
+        return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, h.cutoff), 1 - shares
 
     def train_roots(self) -> list[np.ndarray]:
         """R_train^(−1/2) by block."""
-        roots, damping = self._roots(self.train.blocks, self.train.noise)
-        self.notes["train"] = {"damping": damping, "cutoff": self._h.cutoff}
-        return roots
+        self.notes["train"] = {}
+        return self._roots(self.train.blocks, self.train.noise, self.notes["train"])[0]
 
     def _mixed(self, evaluation: hessian.Autocorrelation, weight: float, name: str):
-        """Roots of λ R_eval + (1 − λ) R_train."""
+        """Of λ R_eval + (1 − λ) R_train, what `_roots` gives."""
         noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * self.train.noise
         R = hessian.mix(self.train.blocks, evaluation.blocks, weight)
-        roots, damping = self._roots(R, noise)
-        self.notes[name] |= {"damping": damping, "cutoff": self._h.cutoff}
-        return roots
+        return self._roots(R, noise, self.notes[name])
 
     def _weight(self, evaluation: hessian.Autocorrelation, name: str) -> float:
         """λ, by the rule or as the config says."""
@@ -120,18 +120,18 @@ class Whitening:
     def _autocorrelation(self, rows: np.ndarray) -> hessian.Autocorrelation:
         return hessian.of_source(scorer.InMemory(self._queries[rows], self.slices))
 
-    def parts(self, config, methods: dict[str, Method]) -> list[Part]:
+    def parts(self, methods: dict[str, Method]) -> list[Part]:
         """How to search for some methods: all queries together but where R differs by half."""
         everyone = np.arange(len(self._queries))
         roots: dict = {"none": None}
         together, by_half = {}, []
         for name, method in methods.items():
             kind = method.hessian
-            own = 0.0
+            own: tuple[float, ...] = ()
             if kind == "train" and kind not in roots:
                 roots[kind] = self.train_roots()
             if kind == "mixed":
-                kind = evaluation_of(config, method)
+                kind = evaluation_of(self._config, method)
                 if kind == "disjoint":
                     by_half.append(name)
                     continue
@@ -145,34 +145,36 @@ class Whitening:
         found = [Part(everyone, together)] if together else []
         return found + (self._halves(methods, by_half) if by_half else [])
 
-    def _whole(self, kind: str, everyone: np.ndarray) -> tuple[list, float]:
-        """Roots of R with all queries, and β of one query's own part in it."""
+    def _whole(self, kind: str, everyone: np.ndarray) -> tuple[list, tuple[float, ...]]:
+        """Roots of R with all queries, and β of one query's own part in each block of it."""
         n = len(everyone)
         evaluation = self._autocorrelation(everyone)
         weight = self._weight(evaluation, kind)
         if kind == "all":
-            return self._mixed(evaluation, weight, kind), 0.0
+            return self._mixed(evaluation, weight, kind)[0], ()
         if n < 2:
             raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
         # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
         grown = dataclasses.replace(
             evaluation, blocks=[b * (n / (n - 1)) for b in evaluation.blocks]
         )
-        return self._mixed(grown, weight, kind), weight / (n - 1)
+        roots, kept = self._mixed(grown, weight, kind)
+        return roots, tuple((kept * (weight / (n - 1))).tolist())
 
     def _halves(self, methods: dict[str, Method], names: list[str]) -> list[Part]:
         halves = hessian.halves(len(self._queries), self._h.seed)
-        found = []
+        found, weights = [], []
         for mine, others in (halves, halves[::-1]):
             evaluation = self._autocorrelation(others)
-            weight = self._weight(evaluation, "disjoint")
-            roots = self._mixed(evaluation, weight, "disjoint")
+            weights.append(self._weight(evaluation, "disjoint"))
+            roots, _ = self._mixed(evaluation, weights[-1], "disjoint")
             found.append(Part(mine, {n: Scorer(roots, methods[n].unit_norm) for n in names}))
+        self.notes["disjoint"]["lambda"] = float(np.mean(weights))
         return found
 
-    def note(self, config, method: Method) -> dict | None:
+    def note(self, method: Method) -> dict | None:
         """What a table says of a method's R."""
-        kind = evaluation_of(config, method) if method.hessian == "mixed" else method.hessian
+        kind = evaluation_of(self._config, method) if method.hessian == "mixed" else method.hessian
         return self.notes.get(kind)
 
     def keep_spectra(self, directory: pathlib.Path, layout_blocks, made_from) -> str | None:
@@ -184,9 +186,13 @@ class Whitening:
         if not self.spectra:
             return None
         name = f"spectra-{fingerprint(made_from)}.npz"
+        arrays = {"blocks": np.array(layout_blocks), "widths": np.array(self._source.form.widths)}
+        if (directory / name).exists():
+            # An earlier search may have needed an R that this one did not.
+            with np.load(directory / name, allow_pickle=False) as there:
+                arrays = dict(there) | arrays
         part = directory / f"{name}.part"
         with open(part, "wb") as out:
-            widths = np.array(self._source.form.widths)
-            np.savez(out, blocks=np.array(layout_blocks), widths=widths, **self.spectra)
+            np.savez(out, **arrays | self.spectra)
         os.replace(part, directory / name)
         return name

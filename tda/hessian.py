@@ -20,6 +20,8 @@ import numpy as np
 from tda import sharding, store
 
 _CHUNK_BYTES = 64 << 20
+# A step's sums read and write all of R: the more rows at a time, the fewer of them.
+_GRAM_ROWS = 4
 
 
 @functools.partial(jax.jit, static_argnames=("bounds",))
@@ -125,7 +127,7 @@ def of_source(
         ValueError: there are no valid rows.
     """
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    widths, step = source.form.widths, _step(source.form.width) * devices
+    widths, step = source.form.widths, _GRAM_ROWS * _step(source.form.width) * devices
 
     def put(x):
         x = x.reshape(devices, -1, *x.shape[1:])

@@ -163,6 +163,7 @@ def test_R_of_a_source_is_summed_on_the_devices(tmp_path, dtype, devices):
 def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):
     """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
     monkeypatch.setattr(hessian, "_step", lambda width: 1)
+    monkeypatch.setattr(hessian, "_GRAM_ROWS", 1)
     one = np.ones((1, 2), np.float32)
     x = np.concatenate([one * 2.0**12, *[one] * 64])
     R = hessian.of_source(exact.InMemory(x, [slice(0, 2)])).blocks[0]

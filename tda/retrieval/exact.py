@@ -39,7 +39,7 @@ class _Group:
     queries_QxE: jax.Array
     roots: list | None
     methods: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
-    own: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+    own: tuple[float, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -209,7 +209,7 @@ def _product(group: _Group, gradients_RxE, widths) -> dict[bool, jax.Array]:
     return {False: scores, True: scaled}
 
 
-def _without_own(queries_QxE, x_RxE, own: float, slices) -> dict[bool, jax.Array]:
+def _without_own(queries_QxE, x_RxE, own: tuple[float, ...], slices) -> dict[bool, jax.Array]:
     """Scores by R − β g gᵀ, from what R itself whitened: rows x, and queries h of gradient g.
 
     By Sherman and Morrison, (R − β g gᵀ)⁻¹ = R⁻¹ + β R⁻¹g gᵀR⁻¹ / (1 − β |h|²) in each block. So
@@ -218,14 +218,14 @@ def _without_own(queries_QxE, x_RxE, own: float, slices) -> dict[bool, jax.Array
     """
     shape = len(queries_QxE), len(x_RxE)
     scores_QxR, more_QxR, square_Q = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape[0])
-    for s in slices:
+    for s, beta in zip(slices, own, strict=True):
         h_QxB = queries_QxE[:, s]
         part_QxR = jnp.matmul(h_QxB, x_RxE[:, s].T, precision=jax.lax.Precision.HIGHEST)
         size_Q = jnp.sum(jnp.square(h_QxB), axis=1)
         # R − β g gᵀ is damped, so this is above 0 but for rounding.
-        left_Q = 1.0 / jnp.maximum(1.0 - own * size_Q, 1e-6)
+        left_Q = 1.0 / jnp.maximum(1.0 - beta * size_Q, 1e-6)
         scores_QxR += left_Q[:, None] * part_QxR
-        more_QxR += (own * left_Q)[:, None] * jnp.square(part_QxR)
+        more_QxR += (beta * left_Q)[:, None] * jnp.square(part_QxR)
         square_Q += left_Q * size_Q
     square_QxR = square_Q[:, None] * (jnp.sum(jnp.square(x_RxE), axis=1) + more_QxR)
     scaled = scores_QxR * jnp.where(

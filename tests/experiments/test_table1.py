@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_every_row_from_end_to_end(tmp_path):
     config.methods = ",".join(n for n in METHODS if n != "dense")
     config.train.keep = 0
     config.eval.samples = 0
+    config.several.keep_stores = False
     metrics = table1.run(config, Workdir(tmp_path / "w"))
     assert set(metrics) == set(METHODS) - {"dense"}
     with open(tmp_path / "w" / "table1.csv") as lines:
@@ -55,5 +57,11 @@ def test_every_row_from_end_to_end(tmp_path):
         assert float(row["tail_patch"]) == metrics[name]["tail_patch"]
         if name != "annotated":
             assert 0 < float(row["mrr"]) <= 1 and float(row["mrr_low"]) <= float(row["mrr_high"])
+    steps = {
+        json.loads((d / "manifest.json").read_text())["fingerprint"]["step"]
+        for d in (tmp_path / "w" / "stores").iterdir()
+        if d.name.startswith("corpus-")
+    }
+    assert len(steps) == 1  # those of earlier checkpoints are gone
     # What is there is read, and the same.
     assert table1.run(config, Workdir(tmp_path / "w")) == metrics

@@ -221,7 +221,7 @@ def test_a_querys_own_part_is_taken_out_of_R(data, small_steps, unit_norm, devic
     roots = hessian.inverse_root(whole, damping)
     scorers = {
         "all": exact.Scorer(roots, unit_norm),
-        "left out": exact.Scorer(roots, unit_norm, weight / (n - 1)),
+        "left out": exact.Scorer(roots, unit_norm, (weight / (n - 1),) * 2),
     }
     found = exact.search(queries, source(passages), scorers, 97, mesh=mesh)
     got = np.zeros_like(expected)
@@ -234,8 +234,8 @@ def test_a_querys_own_part_is_taken_out_of_R(data, small_steps, unit_norm, devic
 
 
 def test_without_roots_there_is_nothing_to_take_out():
-    with pytest.raises(ValueError, match="own there must be roots"):
-        exact.Scorer(None, True, 0.1)
+    with pytest.raises(ValueError, match="own has 1 blocks, and roots 0"):
+        exact.Scorer(None, True, (0.1,))
 
 
 def test_parts_of_the_queries_are_joined_in_their_order(data):
