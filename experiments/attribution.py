@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments import checkpoints, encoding, vectors, whitening
+from experiments import checkpoints, encoding, indexing, vectors, whitening
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.whitening import Whitening, search_mesh
@@ -78,7 +78,13 @@ def check(config, chosen: dict[str, Method]) -> None:
     """
     for method in chosen.values():
         if method.hessian == "mixed":
-            whitening.evaluation_of(config, method)
+            evaluation = whitening.evaluation_of(config, method)
+            if evaluation == "leave_one_out" and config.search.index != "none":
+                raise ValueError(
+                    f"{method.title}: with R_eval leave_one_out a passage has another norm for "
+                    "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
+                    "or search.index=none"
+                )
         if method.retriever == "dense":
             if not config.dense.model:
                 raise ValueError(
@@ -104,19 +110,37 @@ def _search(
     print(f"search {store.rows:,} passages: {', '.join(sharing)}")
     mesh = search_mesh(trained)
     made = Whitening(config, store, queries, mesh)
-    parts: dict[str, list] = {n: [] for n in sharing}
-    for part in made.parts(sharing):
-        found = _scan(config, corpus, queries, store, part.scorers, part.queries, mesh)
-        for name, ranking in found.items():
-            parts[name].append((part.queries, ranking))
+    found: dict[str, list] = {n: [] for n in sharing}
+    notes: dict[str, dict] = {n: {} for n in sharing}
+    parts = made.parts(sharing)
+    for number, part in enumerate(parts):
+
+        def exactly(gradients_QxE, scorers, k, correct):
+            return _scan(gradients_QxE, store, scorers, k, correct, mesh)
+
+        # Methods whose R differs by half have an index for each.
+        names = {n: f"{files[n].stem}-{number}" if number else files[n].stem for n in part.scorers}
+        rankings, told = indexing.search(
+            config,
+            store,
+            queries[part.queries],
+            part.scorers,
+            _labels(corpus, part.queries),
+            workdir,
+            names,
+            exactly,
+        )
+        for name, ranking in rankings.items():
+            found[name].append((part.queries, ranking))
+            notes[name] |= told.get(name, {})
     names = encoding.blocks_of(config, trained, what)
     made_from = [encoding.made_from(config, corpus, trained, what), dict(config.hessian)]
     made_from += [corpus.fingerprint, config.store.dtype]
     file = made.keep_spectra(workdir / "retrieval", names, plain(made_from))
     for name, method in sharing.items():
         note = made.note(method)
-        note = note and note | {"spectra": file}
-        _keep(files[name], ranked.join(parts[name]), note)
+        notes[name] |= note | {"spectra": file} if note else {}
+        _keep(files[name], ranked.join(found[name]), notes[name])
 
 
 def _drop_earlier(config, corpus, trained, workdir, method: Method) -> None:
@@ -131,26 +155,20 @@ def _drop_earlier(config, corpus, trained, workdir, method: Method) -> None:
         processes.by_first("remove a store", lambda path=path: shutil.rmtree(path, True))
 
 
-def _scan(config, corpus, gradients_QxE, source, scorers, some: np.ndarray, mesh):
-    correct = {label: [lists[q] for q in some] for label, lists in corpus.correct.items()}
-    what = f"search ({', '.join(scorers)})"
-    with progress.bar(source.rows, what, "passage") as bar:
-        return exact.search(
-            gradients_QxE[some], source, scorers, config.eval.top_k, correct, mesh, bar.update
-        )
+def _labels(corpus: Corpus, queries: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """For each set of labels, the correct rows of some queries."""
+    return {label: [lists[q] for q in queries] for label, lists in corpus.correct.items()}
+
+
+def _scan(gradients_QxE, source, scorers, k: int, correct, mesh):
+    with progress.bar(source.rows, f"search ({', '.join(scorers)})", "passage") as bar:
+        return exact.search(gradients_QxE, source, scorers, k, correct, mesh, bar.update)
 
 
 def _search_summed(config, corpus, trained, name: str, found: checkpoints.Summed, files) -> None:
-    everyone = np.arange(len(corpus.prompts))
-    ranking = _scan(
-        config,
-        corpus,
-        found.queries_QxE,
-        found.source,
-        {name: found.scorer},
-        everyone,
-        search_mesh(trained),
-    )[name]
+    k, mesh = config.eval.top_k, search_mesh(trained)
+    scorers = {name: found.scorer}
+    ranking = _scan(found.queries_QxE, found.source, scorers, k, corpus.correct, mesh)[name]
     _keep(files[name], ranking, found.note)
 
 
@@ -179,10 +197,8 @@ def _by_vectors(config, corpus, trained, workdir, method, file: pathlib.Path) ->
         whole = [slice(0, found.passages.shape[1])]
         source = exact.InMemory(found.passages, whole)
         scorer = {"vectors": exact.Scorer(None, method.unit_norm)}
-        everyone = np.arange(len(corpus.prompts))
-        ranking = _scan(
-            config, corpus, found.queries, source, scorer, everyone, search_mesh(trained)
-        )
+        k, mesh = config.eval.top_k, search_mesh(trained)
+        ranking = _scan(found.queries, source, scorer, k, corpus.correct, mesh)
         # What is least like a text says nothing.
         _keep(file, ranked.without_opponents(ranking["vectors"]), None)
 
@@ -253,6 +269,8 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
                 made_from += [made, config.store.dtype, _withdrawn(path)]
         if method.hessian != "none":
             made_from.append(dict(config.hessian))
+        if method.shares_scan and config.search.index != "none":
+            made_from.append(config.search.to_dict())
     elif method.retriever == "hidden":
         made_from += [fingerprint(trained.fingerprint), trained.step]
     elif method.retriever == "dense":

@@ -5,7 +5,7 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, report, training
+from experiments import attribution, corpus, evaluation, indexing, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -29,18 +29,20 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     processes.check_alike("config", config.to_json())
     # What is wrong with the methods is told before hours of training.
     attribution.check(config, methods.parse(config.methods))
+    indexing.check(config)
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
     ranked, notes = attribution.retrieve(config, data, trained, workdir)
     metrics = evaluation.run(config, data, trained, ranked, workdir)
-    text = report.table(metrics)
+    text = "\n".join([report.table(metrics), *indexing.told(notes)])
     if processes.is_first():
         whole = f"{text}\n\n{report.details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
-        print(f"{name}: {attribution.told(note)}")
+        if told := attribution.told(note):
+            print(f"{name}: {told}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
     return metrics, notes
 
