@@ -33,6 +33,7 @@ setup(
         "dense": ["sentence-transformers>=6.2.0"],
         "test": [
             "boto3>=1.44.8",
+            "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
@@ -45,6 +46,8 @@ setup(
             "rank-bm25>=0.2.2",
             "sentence-transformers>=6.2.0",
         ],
+        # Plots of sweeps.
+        "plots": ["matplotlib>=3.11.2"],
         # Approximate search.
         "scann": ["scann>=1.4.2"],
         # What `benchmarks.retrieval` compares with.

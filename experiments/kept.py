@@ -26,7 +26,7 @@ class Kept:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self._lock = filelock.FileLock(f"{self.path}.lock")
+        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def read(self) -> dict[str, Any]:
         """The values by key; a line torn by a kill is cut off.

@@ -85,6 +85,14 @@ def tail_patches(
             state = state | {"opt_state": _fresh(tx, state)}
 
         def keep(which: np.ndarray, log_p: np.ndarray) -> None:
+            bad = which[~np.isfinite(log_p).all(axis=1)]
+            if len(bad):
+                query, passage = asked[bad[0]]
+                raise FloatingPointError(
+                    f"after a tail-patch step on {_name(corpus, passage)} the target of query "
+                    f"{corpus.prompts.ids[query]!r} has no finite log p; lower "
+                    f"eval.tail_patch_learning_rate (it is {rule['learning_rate']:.3g})"
+                )
             done = [(names[i], x.tolist()) for i, x in zip(which, log_p, strict=True)]
             have.update(done)
             kept.add(done)
@@ -155,6 +163,12 @@ def generations(
             on_done=keep,
         )
     return {q: have[keys[q]] for q in queries}
+
+
+def _name(corpus: Corpus, passage: int) -> str:
+    if passage == CONTROL:
+        return "a zero gradient"
+    return f"passage {corpus.passages.ids[passage]!r}"
 
 
 def _total_steps(trained: Trained) -> int:

@@ -96,12 +96,16 @@ def details(metrics: dict) -> str:
 
 
 def _by_group(metrics: dict, key: str, name: str) -> list[str]:
-    groups = {g: found["n_queries"] for m in metrics.values() for g, found in m[key].items()}
-    columns = [(g, f"{g} ({count})") for g, count in groups.items()]
+    groups: dict[str, int] = {}
+    for m in metrics.values():
+        for group, found in m[key].items():
+            groups[group] = max(groups.get(group, 0), found["counts"].get(name, 0))
+    columns = [(g, f"{g} ({count})") for g, count in groups.items() if count]
     by_method = {n: {g: found.get(name) for g, found in m[key].items()} for n, m in metrics.items()}
 
     def cell(m: dict, group: str) -> str:
-        return _percent(m[group]) if name == "tail_patch" else _number(m[group])
+        x = m.get(group)
+        return _percent(x) if name == "tail_patch" else _number(x)
 
     return _rows(by_method, columns, cell)
 

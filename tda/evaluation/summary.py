@@ -122,7 +122,7 @@ def grouped(
         resamples, seed: see `tda.evaluation.statistics`.
 
     Returns:
-        For each method and group {"n_queries", each metric, "intervals"}.
+        For each method and group {"n_queries", each metric, "counts", "intervals"}.
     """
     out: dict = {method: {} for method in values}
     for number, group in enumerate(names):
@@ -180,8 +180,14 @@ def _difference(mean: float, low: float, high: float, p: float) -> dict:
 
 
 def as_json(found: Mapping[str, statistics.Interval]) -> dict:
-    """Each metric's mean by its name, and "intervals": [low, high] of each, as JSON values."""
+    """Means and intervals as JSON values.
+
+    Returns:
+        Each metric's mean by its name, None where it was not measured; "counts", the queries that
+        each was measured on; "intervals", [low, high] of each that was measured on two or more.
+    """
     out: dict = {name: number(i.mean) for name, i in found.items()}
+    out["counts"] = {name: i.count for name, i in found.items()}
     out["intervals"] = {
         name: [number(i.low), number(i.high)] for name, i in found.items() if i.count > 1
     }

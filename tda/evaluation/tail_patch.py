@@ -89,7 +89,10 @@ def tail_patch(
     out = np.zeros((len(pairs), 2))
     longest = int(queries.lengths.max()) - 1
     query_length = next(b for b in bucket_lengths if b >= longest)
-    positions = np.where(pairs[:, 1] < 0, 1, passages.lengths[pairs[:, 1]] - 1)
+    # A step with a zero gradient is the same at any length: one that is compiled for anyway, and
+    # the same one whatever the pairs are.
+    usual = int(np.median(passages.lengths)) - 1
+    positions = np.where(pairs[:, 1] < 0, usual, passages.lengths[pairs[:, 1]] - 1)
     bucket = np.searchsorted(bucket_lengths, positions)
     with progress.bar(len(pairs), "tail-patch", "pair") as bar:
         for b in np.unique(bucket):
