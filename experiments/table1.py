@@ -3,10 +3,13 @@
     python -m experiments.table1 --config=configs/trex_table1.py --workdir=DIR
 
 Does all that `experiments.trace` does, with the methods of the config, and writes `table1.md`,
-`table1.csv` and `table1.tex`. Every stage is resumed where it was killed.
+`table1.csv` and `table1.tex`, and where matplotlib is installed the spectra of R (`spectra.png`,
+`spectra.svg`). Every stage is resumed where it was killed.
 """
 
-from experiments import attribution, tables, trace
+import importlib.util
+
+from experiments import attribution, spectra, tables, trace
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -32,6 +35,15 @@ def run(config, workdir: Workdir) -> dict:
             (workdir / name).write_text(text, encoding="utf-8")
 
     processes.by_first("write the table", write)
+    kept = [n for n in notes.values() if n.get("spectra") and "lambda" in n]
+    if kept and importlib.util.find_spec("matplotlib"):
+        note = next((n for n in (notes.get("trackstar"),) if n in kept), kept[0])
+
+        def draw():
+            file = workdir / "retrieval" / note["spectra"]
+            return spectra.draw(file, note["component"], workdir / "spectra")
+
+        processes.by_first("draw the spectra", draw)
     print(f"table: {workdir.path}/table1.md, table1.csv, table1.tex")
     return metrics
 
