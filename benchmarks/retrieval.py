@@ -82,17 +82,6 @@ def files_of(store: stores.GradientStore) -> list[str]:
     return [str(p) for p in sorted(found, key=lambda p: int(p.name.split(".")[1]))]
 
 
-def forget(files: list[str]) -> None:
-    """Takes files out of the page cache, as far as the system lets."""
-    for name in files:
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def read_plainly(files: list[str], buffer: bytearray) -> None:
     """Reads files from end to end into the same memory."""
     for name in files:
@@ -161,7 +150,7 @@ def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
         # Every side comes first, second and last as often.
         order = list(sides)[turn % 3 :] + list(sides)[: turn % 3]
         for name in order:
-            forget(part.files)
+            record.forget(part.files)
             started = time.perf_counter()
             sides[name](part)
             seconds[name].append(time.perf_counter() - started)

@@ -101,7 +101,7 @@ def rates(root: str) -> dict:
 
         def forget(store=store, plain=plain, sizes=sizes):
             gradients = pathlib.Path(store.path, "0", "gradients").glob("c.*")
-            _forget([*gradients, *(f"{plain}.{i}" for i in range(len(sizes)))])
+            record.forget([*gradients, *(f"{plain}.{i}" for i in range(len(sizes)))])
 
         sides = {"store": read, "plain": read_plainly}
         times = record.in_turns(sides, _ROUNDS.value, 1, forget)
@@ -117,17 +117,6 @@ def rates(root: str) -> dict:
 
 def _ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
-
-
-def _forget(files) -> None:
-    """Takes files out of the page cache, as far as the system lets."""
-    for name in files:
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 class _Names:
