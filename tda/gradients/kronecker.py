@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
+from tda import sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients import layers, sites, taps
@@ -147,7 +148,10 @@ def eigenvectors(
         mean = jnp.trace(x, axis1=-1, axis2=-2)[..., None, None] / x.shape[-1]
         return jnp.linalg.eigh(x / jnp.where(mean > 0, mean, 1.0))[1][..., ::-1]
 
-    return {p: Curvature(*(np.asarray(one(x))[..., :keep] for x in ends)) for p, ends in of.items()}
+    return {
+        p: Curvature(*(sharding.to_host(one(x))[..., :keep] for x in ends))
+        for p, ends in of.items()
+    }
 
 
 def corrected(
@@ -181,7 +185,7 @@ def corrected(
         raise ValueError("no example of the sample is scored: there are no eigenvalues to take")
     return {
         s.path: dataclasses.replace(
-            bases[s.path], values=np.asarray(found[s][0] / np.float32(examples))
+            bases[s.path], values=sharding.to_host(found[s][0] / np.float32(examples))
         )
         for s in chosen
     }

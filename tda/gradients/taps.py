@@ -323,11 +323,14 @@ def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
         example of one position) and `Ends`.
 
     Raises:
-        ValueError: an embedding or a head has bases.
+        ValueError: an embedding or a head has bases, or a site has bases and no scale.
     """
     turned = [s.path for s, end in ends.items() if end.bases and s.group in ("embedding", "head")]
     if turned:
         raise ValueError(f"{', '.join(turned)}: tables of tokens cannot be turned to a basis")
+    unscaled = [s.path for s, end in ends.items() if end.bases and end.scale is None]
+    if unscaled:
+        raise ValueError(f"{', '.join(unscaled)}: a gradient is turned to be scaled; give a scale")
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
     for site, end in ends.items():
