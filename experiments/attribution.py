@@ -91,7 +91,7 @@ def check(config, chosen: dict[str, Method]) -> None:
                     "the method dense needs --config.dense.model: the directory of a "
                     "sentence-transformers model, or its name on the hub"
                 )
-            dense.check_installed()
+            dense.check(config.dense.model)
 
 
 def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients) -> bool:

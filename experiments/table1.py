@@ -25,10 +25,13 @@ def run(config, workdir: Workdir) -> dict:
     metrics, notes = trace.trace(config, workdir)
     told = {name: attribution.told(note) for name, note in notes.items()}
     chosen = methods.parse(config.methods)
+    paper = [n for n in methods.PAPER if n not in chosen]
+    titles = ", ".join(methods.METHODS[n].title for n in paper)
+    left_out = f"\nRows of the paper's table that are left out here: {titles}.\n" if paper else ""
 
     def write():
         for name, text in (
-            ("table1.md", tables.markdown(chosen, metrics, told)),
+            ("table1.md", tables.markdown(chosen, metrics, told) + left_out),
             ("table1.csv", tables.comma_separated(chosen, metrics)),
             ("table1.tex", tables.latex(chosen, metrics)),
         ):

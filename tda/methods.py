@@ -159,6 +159,20 @@ METHODS = {
     "gradient_norm": Method("gradient norm", retriever="gradient_norm", unit_norm=False),
 }
 
+# The rows of the paper's table, in its order.
+PAPER = (
+    "annotated",
+    "bm25",
+    "dense",
+    "trak",
+    "exp1",
+    "exp2",
+    "exp3",
+    "exp4",
+    "exp5",
+    "trackstar",
+)
+
 
 def parse(names: str) -> dict[str, Method]:
     """The methods of a comma-separated list, by name, in its order.

@@ -15,6 +15,19 @@ class DenseError(ValueError):
     """The library or the model of dense retrieval is not there."""
 
 
+def check(model: str) -> None:
+    """Nothing, where `sentence-transformers` is installed and the model is there.
+
+    A model that is no directory is loaded, and so downloaded if need be: not after hours of work.
+
+    Raises:
+        DenseError: the library or the model is not there.
+    """
+    check_installed()
+    if not pathlib.Path(model).is_dir():
+        SentenceEncoder(model)
+
+
 def check_installed() -> None:
     """Nothing, where `sentence-transformers` is installed; it is not imported.
 
