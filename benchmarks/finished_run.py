@@ -10,6 +10,7 @@ from experiments import corpus as corpora
 from experiments import encoding, training
 from experiments.workdir import Workdir
 from tda import hessian
+from tda.methods import Gradients
 from tda.retrieval import exact, scorer
 
 
@@ -26,7 +27,8 @@ def load(config, directory: str) -> tuple[corpora.Corpus, training.Trained]:
 def gradients(config, directory: str, corrected: bool = True):
     """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
     corpus, trained = load(config, directory)
-    store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(directory), corrected)
+    what = Gradients(corrected)
+    store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(directory), what)
     return corpus, store, queries_QxE
 
 

@@ -19,6 +19,7 @@ from absl import flags
 from benchmarks import finished_run, record
 from experiments import encoding, launch, plan
 from experiments.workdir import Workdir
+from tda.methods import Gradients
 from tda.retrieval import exact
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
@@ -62,8 +63,8 @@ def _really(config, corpus, trained, directory: str) -> dict[str, float]:
     seconds = {}
     path = tempfile.mkdtemp(prefix="plan_", dir=directory)
     try:
-        clock = time.perf_counter()
-        store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(path), True)
+        clock, what = time.perf_counter(), Gradients(corrected=True)
+        store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(path), what)
         seconds["encode"] = time.perf_counter() - clock
         clock = time.perf_counter()
         scorers = finished_run.scorers(store, queries_QxE)

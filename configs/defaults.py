@@ -47,7 +47,8 @@ def get_config() -> ConfigDict:
     c.train.weight_decay = 0.0
     c.train.clip = 1.0
     c.train.save_every = 500
-    c.train.keep = 1
+    c.train.keep = 1  # the last checkpoints; 0: all
+    c.train.traced = 1.0  # share of the training after which the model is traced; below 1: keep=0
 
     c.gradients = ConfigDict()
     c.gradients.correction = "factored"  # or adam, low_rank(R), adafactor: what "corrected" means
@@ -96,14 +97,37 @@ def get_config() -> ConfigDict:
     c.hessian.seed = 0  # of that draw
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
     c.hessian.weight = -1.0  # λ; -1: by the rule
-    c.hessian.damping = 1e-3  # in mean eigenvalues of a block
+    # In mean eigenvalues of a block; −1: what a sample of this size needs (Ledoit and Wolf).
+    c.hessian.damping = 1e-3
+    c.hessian.cutoff = 0.0  # directions of smaller eigenvalues, in the same unit, are left out
+    # R_eval is made of all queries, of all but the one at hand (leave_one_out), or of the half
+    # that it is not in (disjoint).
+    c.hessian.evaluation = "all"
+
+    c.several = ConfigDict()
+    c.several.checkpoints = 3  # TracIn, TRAK and LESS take so many of those that training kept
+    c.several.keep_stores = True  # else those of earlier checkpoints go when they were searched
+
+    c.curvature = ConfigDict()
+    c.curvature.sample = 4096  # passages that EK-FAC's and LoGra's factors are taken of; 0: all
+    c.curvature.seed = 0
+    c.curvature.damping = 0.1  # of EK-FAC, in mean eigenvalues of a matrix
+
+    c.dense = ConfigDict()
+    c.dense.model = ""  # of dense retrieval: a directory, or a name on the Hugging Face hub
 
     c.eval = ConfigDict()
     c.eval.queries = 0  # evaluate on so many queries; 0: all
     c.eval.top_k = 10
     c.eval.tail_patch_queries = 100  # 0: no tail-patch
-    c.eval.tail_patch_learning_rate = 0.0  # 0: the training run's at its last step
+    c.eval.tail_patch_learning_rate = 0.0  # 0: the training run's at the traced checkpoint
+    c.eval.tail_patch_state = "restored"  # the optimizer's at the checkpoint; or fresh: zeros
     c.eval.known_rank = 10  # a fact counts as known if the target's tokens rank so high
+    c.eval.samples = 20  # answers drawn from the model for a query; 0: none
+    c.eval.sampled_queries = 100  # for so many queries; 0: all
+    c.eval.frequency_edges = "1,10,100,1000,10000"  # where buckets of fact frequency begin
+    c.eval.resamples = 10_000  # of the queries, for intervals
+    c.eval.seed = 0  # of samples and intervals
 
     # What `experiments.plan` reckons with where there is no corpus to read; 0: the corpus is read.
     c.plan = ConfigDict()

@@ -45,6 +45,11 @@ class Corpus:
         begin, end = table.starts[row], table.starts[row + 1]
         return self.tokenizer.decode(table.tokens[begin:end]).strip()
 
+    def answers(self, query: int) -> list[str]:
+        """What counts as the query's target: the target itself first, and its aliases."""
+        fact = self.queries[query]
+        return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
+
 
 def load(config, workdir: Workdir) -> Corpus:
     """Reads what `config.data` names.

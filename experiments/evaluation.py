@@ -1,16 +1,17 @@
 """The stage that measures what the methods retrieved, and writes results and metrics."""
 
-import json
-import os
+import dataclasses
 
 import numpy as np
 
+from experiments import measures
 from experiments.corpus import Corpus
-from experiments.training import Trained, make_optimizer, restore_state
-from experiments.workdir import Workdir, fingerprint, write_json
-from tda import processes, results
-from tda.evaluation import knowledge, ranking
-from tda.evaluation.tail_patch import tail_patch
+from experiments.measures import CONTROL
+from experiments.training import Trained
+from experiments.workdir import Workdir, write_json
+from tda import processes, progress, results
+from tda.evaluation import frequency, knowledge, ranking, sampling, summary
+from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 
 
@@ -21,109 +22,206 @@ def sample(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of the queries, apart from any method.
+
+    Attributes:
+        nats: float64 [Q], −log p(target | prompt).
+        ranks: int64 [Q], worst rank of a token of the target.
+        frequencies: int64 [Q], passages of the corpus that name both entities.
+        bucket: int64 [Q], the bucket of each frequency.
+        buckets: what the buckets are called.
+        generations: by query row, what the model said.
+        confidence: by query row, the share of that which states the target.
+    """
+
+    nats: np.ndarray
+    ranks: np.ndarray
+    frequencies: np.ndarray
+    bucket: np.ndarray
+    buckets: list[str]
+    generations: dict[int, list[str]]
+    confidence: dict[int, float]
+
+
 def run(
-    config, corpus: Corpus, trained: Trained, ranked: dict[str, Ranked], workdir: Workdir
+    config,
+    corpus: Corpus,
+    trained: Trained,
+    ranked: dict[str, Ranked],
+    workdir: Workdir,
+    out=None,
 ) -> dict:
     """Metrics by method; writes `results/METHOD.jsonl` and `metrics.json`.
 
     Of several processes all compute, since the model may be spread over them; the first writes.
+
+    Args:
+        config, corpus, trained, workdir: of the run.
+        ranked: what each method retrieved. A row of −1 is none: a method may find fewer than K.
+        out: directory to write to; the workdir by default.
     """
-    layout = dict(bucket_lengths=corpus.buckets, pad=corpus.tokenizer.pad)
-    known = knowledge.target_statistics(
-        trained.model, corpus.prompts, tokens_per_batch=config.gradients.tokens_per_batch, **layout
-    )
     asked = sample(len(corpus.queries), config.eval.queries, config.data.seed)
-    knows = known["rank"][asked] <= config.eval.known_rank
-    print(
-        f"the model ranks the target first for {np.mean(known['rank'][asked] == 1):.1%} of the "
-        f"queries, in the top {config.eval.known_rank} for {knows.mean():.1%}; "
-        f"median −log p {np.median(known['nats'][asked]):.2f} nats"
-    )
-    patched, control, patch_queries = _tail_patches(config, corpus, trained, ranked, workdir, asked)
-    metrics = {}
-    for name, found in ranked.items():
-        m = {"n_queries": int(len(asked)), "n_known": int(knows.sum())}
-        for label, suffix in (("all", ""), ("strict", "_strict")):
-            ranks = found.first_ranks[label][asked]
-            for part, some in (("", ranks), ("_known", ranks[knows])):
-                m[f"mrr{suffix}{part}"] = ranking.mean_reciprocal_rank(some)
-                m[f"recall_at_10{suffix}{part}"] = ranking.recall_at(some, 10)
-        pairs = [(q, p) for q in patch_queries for p in found.proponents[q]]
-        m["tail_patch"] = float(np.mean([patched[p] for p in pairs])) if pairs else None
-        m["tail_patch_control"] = float(np.mean(control)) if len(control) else None
-        m["n_tail_patch_queries"] = len(patch_queries)
-        metrics[name] = m
+    known = _known(config, corpus, trained, workdir, asked)
+    patches = _Patches.measure(config, corpus, trained, ranked, workdir, asked)
+    values = {n: _values(config, found, known, patches, asked) for n, found in ranked.items()}
+    metrics = _metrics(config, corpus, trained, known, patches, values, asked)
 
     def write():
-        (workdir / "results").mkdir(exist_ok=True)
+        where = workdir.path if out is None else out
+        (where / "results").mkdir(parents=True, exist_ok=True)
         for name, found in ranked.items():
-            records = [_record(config, corpus, found, known, int(q)) for q in asked]
-            results.write(workdir / "results" / f"{name}.jsonl", records)
-        write_json(workdir / "metrics.json", metrics)
+            records = [_record(config, corpus, found, known, patches, int(q)) for q in asked]
+            results.write(where / "results" / f"{name}.jsonl", records)
+        write_json(where / "metrics.json", metrics)
 
     processes.by_first("write results", write)
     return metrics
 
 
-def _tail_patches(config, corpus, trained, ranked, workdir, asked):
+def _known(config, corpus: Corpus, trained: Trained, workdir: Workdir, asked) -> Known:
     e = config.eval
-    if not e.tail_patch_queries:
-        return {}, [], []
-    chosen = [int(q) for q in asked[sample(len(asked), e.tail_patch_queries, config.data.seed)]]
-    # A pair is computed once, whichever methods retrieved it, and kept for the next run.
-    pairs = sorted({(q, int(p)) for f in ranked.values() for q in chosen for p in f.proponents[q]})
-    pairs += [(q, -1) for q in chosen]
-    made_from = {"model": trained.fingerprint, "rate": e.tail_patch_learning_rate}
-    path = workdir / f"tail_patch-{fingerprint([made_from, corpus.fingerprint])}.jsonl"
-    have = {(q, p): x for q, p, x in processes.by_first("read", lambda: _read_patches(path))}
-    todo = [p for p in pairs if p not in have]
-    if todo:
-        model_fn, state = restore_state(trained)
-        tx = make_optimizer(config, trained.step, e.tail_patch_learning_rate)
-        with open(path if processes.is_first() else os.devnull, "a", encoding="utf-8") as out:
-
-            def keep(which, change):
-                for i, x in zip(which, change, strict=True):
-                    query, passage = todo[i]
-                    have[query, passage] = float(x)
-                    line = {"query": query, "passage": passage, "change": float(x)}
-                    out.write(json.dumps(line) + "\n")
-                out.flush()
-
-            tail_patch(
-                model_fn,
-                state,
-                tx,
-                corpus.passages,
-                corpus.prompts,
-                todo,
-                bucket_lengths=corpus.buckets,
-                pad=corpus.tokenizer.pad,
-                on_done=keep,
-            )
-    return have, [have[q, -1] for q in chosen], chosen
+    found = knowledge.target_statistics(
+        trained.model,
+        corpus.prompts,
+        tokens_per_batch=config.gradients.tokens_per_batch,
+        bucket_lengths=corpus.buckets,
+        pad=corpus.tokenizer.pad,
+    )
+    edges = _edges(e.frequency_edges)
+    with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
+        texts = (s.text for s in corpus.sentences)
+        frequencies = frequency.counts(corpus.queries, texts, bar.update)
+    bucket, buckets = frequency.buckets(frequencies, edges)
+    drawn: dict[int, list[str]] = {}
+    if e.samples:
+        chosen = asked[sample(len(asked), e.sampled_queries, config.data.seed)]
+        drawn = measures.generations(config, corpus, trained, workdir, chosen.tolist())
+    confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in drawn.items()}
+    known = Known(found["nats"], found["rank"], frequencies, bucket, buckets, drawn, confidence)
+    ranks = known.ranks[asked]
+    print(
+        f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
+        f"queries, in the top {e.known_rank} for {np.mean(ranks <= e.known_rank):.1%}; "
+        f"median −log p {np.median(known.nats[asked]):.2f} nats"
+    )
+    if confidence:
+        print(
+            f"of {e.samples} samples for each of {len(confidence)} queries "
+            f"{np.mean(list(confidence.values())):.1%} state the target"
+        )
+    return known
 
 
-def _read_patches(path) -> list[tuple[int, int, float]]:
-    """What an earlier run computed, (query, passage, change); a line torn by a kill is cut off."""
-    have: list[tuple[int, int, float]] = []
-    if not path.exists():
-        return have
-    whole = 0
-    with open(path, "rb") as lines:
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            item = json.loads(line)
-            have.append((item["query"], item["passage"], item["change"]))
-            whole += len(line)
-    if whole < path.stat().st_size:
-        with open(path, "r+b") as out:
-            out.truncate(whole)
-    return have
+def _edges(text: str) -> list[int]:
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"eval.frequency_edges={text!r} must be whole numbers with commas, such as 1,10,100"
+        ) from error
 
 
-def _record(config, corpus: Corpus, found: Ranked, known: dict, q: int) -> dict:
+@dataclasses.dataclass(frozen=True)
+class _Patches:
+    """Tail-patches of a sample of queries.
+
+    Attributes:
+        log_p: before and after, by (query row, passage row).
+        queries: the query rows of the sample.
+        rule: what a step is.
+    """
+
+    log_p: dict[tuple[int, int], tuple[float, float]]
+    queries: list[int]
+    rule: dict | None
+
+    @classmethod
+    def measure(cls, config, corpus, trained, ranked, workdir, asked) -> "_Patches":
+        e = config.eval
+        if not e.tail_patch_queries:
+            return cls({}, [], None)
+        chosen = asked[sample(len(asked), e.tail_patch_queries, config.data.seed)].tolist()
+        found = [(q, int(p)) for f in ranked.values() for q in chosen for p in f.proponents[q]]
+        pairs = [pair for pair in found if pair[1] >= 0] + [(q, CONTROL) for q in chosen]
+        log_p = measures.tail_patches(config, corpus, trained, workdir, pairs)
+        return cls(log_p, chosen, measures.step_rule(config, trained))
+
+    def of(self, proponents_QxK: np.ndarray) -> np.ndarray:
+        """float64 [Q, K, 2], NaN where there is no passage or the query is not in the sample."""
+        out = np.full((*proponents_QxK.shape, 2), np.nan)
+        for q in self.queries:
+            for i, p in enumerate(proponents_QxK[q].tolist()):
+                if p >= 0:
+                    out[q, i] = self.log_p[q, p]
+        return out
+
+    def control(self) -> np.ndarray:
+        """float64 [sample, 2], of a step with a zero gradient."""
+        return np.array([self.log_p[q, CONTROL] for q in self.queries]).reshape(-1, 2)
+
+
+def _values(config, found: Ranked, known: Known, patches: _Patches, asked) -> dict:
+    """A method's metrics, a number for each query that was asked."""
+    values = summary.rank_values({label: r[asked] for label, r in found.first_ranks.items()})
+    knows = known.ranks[asked] <= config.eval.known_rank
+    values |= summary.restricted(values, knows, "_known")
+    if patches.queries:
+        values |= summary.patch_values(patches.of(found.proponents)[asked])
+    return values
+
+
+def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
+    e = config.eval
+    how = dict(resamples=e.resamples, seed=e.seed)
+    relations = sorted({corpus.queries[q].relation for q in asked})
+    number = {name: i for i, name in enumerate(relations)}
+    of_relation = np.array([number[corpus.queries[q].relation] for q in asked], np.int64)
+    stated = (known.ranks[asked] != 1).astype(np.int64)
+    found = summary.intervals(values, **how)
+    groups = {
+        "by_relation": summary.grouped(values, of_relation, relations, **how),
+        "by_frequency": summary.grouped(values, known.bucket[asked], known.buckets, **how),
+        "by_stated": summary.grouped(values, stated, ["stated", "not stated"], **how),
+    }
+    differences = summary.compared(values, **how)
+    control = patches.control()
+    shared = {
+        "n_queries": int(len(asked)),
+        "n_known": int(np.sum(known.ranks[asked] <= e.known_rank)),
+        "n_stated": int(np.sum(stated == 0)),
+        "n_tail_patch_queries": len(patches.queries),
+        "tail_patch_control": summary.number(ranking.mean(change(control))),
+        "tail_patch_log_control": summary.number(ranking.mean(log_change(control))),
+        "tail_patch_rule": patches.rule,
+        "confidence": summary.number(ranking.mean(list(known.confidence.values()))),
+    }
+    empty = dict.fromkeys(_ALWAYS)
+    return {
+        name: empty
+        | summary.as_json(found[name])
+        | shared
+        | {key: by_method[name] for key, by_method in groups.items()}
+        | {"differences": differences[name]}
+        for name in values
+    }
+
+
+# A method that ranks nothing has these too, as null.
+_ALWAYS = (
+    *(
+        f"{metric}{label}{known}"
+        for label in ("", "_strict")
+        for known in ("", "_known")
+        for metric in ("mrr", "mrr_at_10", "recall_at_10")
+    ),
+    "tail_patch",
+    "tail_patch_log",
+)
+
+
+def _record(config, corpus: Corpus, found: Ranked, known: Known, patches: _Patches, q: int) -> dict:
     fact = corpus.queries[q]
     correct = set(corpus.correct["all"][q].tolist())
 
@@ -131,8 +229,19 @@ def _record(config, corpus: Corpus, found: Ranked, known: dict, q: int) -> dict:
         return [
             (corpus.passages.ids[r], corpus.text_of(r), s)
             for r, s in zip(rows, scores, strict=True)
+            if r >= 0
         ]
 
+    more: dict = {}
+    if q in known.generations:
+        more["8b_generations"] = known.generations[q]
+        more["8b_confidence"] = known.confidence[q]
+    for label, ranks in found.first_ranks.items():
+        more["first_correct_rank" if label == "all" else f"first_{label}_rank"] = int(ranks[q])
+    proponents = [int(p) for p in found.proponents[q] if p >= 0]
+    if q in patches.queries:
+        log_p = [patches.log_p[q, p] for p in proponents]
+        more["proponent_tail_patch"] = change(np.reshape(log_p, (-1, 2))).tolist()
     return results.record(
         fact.fact_id,
         config.data.name if not config.data.sentences else "jsonl",
@@ -143,7 +252,12 @@ def _record(config, corpus: Corpus, found: Ranked, known: dict, q: int) -> dict:
         fact_id=fact.fact_id,
         relation=fact.relation,
         groundtruth=fact.entity1,
-        proponent_correct=[int(r) in correct for r in found.proponents[q]],
-        target_nats=float(known["nats"][q]),
-        target_rank=int(known["rank"][q]),
+        proponent_correct=[p in correct for p in proponents],
+        has_trex_sentence=bool(correct),
+        is_8b_correct=bool(known.ranks[q] == 1),
+        c4_frequency=int(known.frequencies[q]),
+        c4_frequency_bucket=known.buckets[known.bucket[q]],
+        target_nats=float(known.nats[q]),
+        target_rank=int(known.ranks[q]),
+        **more,
     )

@@ -17,12 +17,18 @@ def main(config, workdir):
 
 
 def run(config, workdir: Workdir) -> dict:
-    """All stages in order; returns the metrics by method.
+    """All stages in order; returns the metrics by method."""
+    return trace(config, workdir)[0]
+
+
+def trace(config, workdir: Workdir) -> tuple[dict, dict]:
+    """All stages in order; returns the metrics, and what is to be told of them, by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
     """
     processes.check_alike("config", config.to_json())
-    methods.parse(config.methods)  # a wrong name is told before hours of training
+    # What is wrong with the methods is told before hours of training.
+    attribution.check(config, methods.parse(config.methods))
     indexing.check(config)
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
@@ -30,14 +36,15 @@ def run(config, workdir: Workdir) -> dict:
     metrics = evaluation.run(config, data, trained, ranked, workdir)
     text = "\n".join([report.table(metrics), *indexing.told(notes)])
     if processes.is_first():
-        (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
+        whole = f"{text}\n\n{report.details(metrics)}\n"
+        (workdir / "table.md").write_text(whole, encoding="utf-8")
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
-        if "lambda" in note:
-            print(f"{name}: λ = {note['lambda']:.3f} at component {note['component']}")
+        if told := attribution.told(note):
+            print(f"{name}: {told}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
-    return metrics
+    return metrics, notes
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from tda import checkpoint, optimizer, processes, sharding, train
 from tda.model import functional, sizes
 from tda.model.decoder import Decoder
 
+# Keys of `train` that leave the trained model as it is.
+_NOT_OF_TRAINING = ("save_every", "keep", "traced")
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -102,7 +105,7 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "text": corpus.fingerprint["training"],
         "tokenizer": corpus.fingerprint["tokenizer"],
         "model": arguments,
-        "train": {k: v for k, v in config.train.items() if k not in ("save_every", "keep")},
+        "train": {k: v for k, v in config.train.items() if k not in _NOT_OF_TRAINING},
         "steps": steps,
         "seed": config.seed,
     }
@@ -140,8 +143,28 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
     mesh = working_mesh(config)
     model_fn, params = functional.split(model)
     abstract = functional.abstract(params, model_fn.axes, mesh)
-    params = checkpoint.restore_parameters(root, abstract, steps)
-    return Trained(model_fn.merge(params), root, steps, tx, mesh, made_from)
+    traced = _traced_step(config, root, steps)
+    params = checkpoint.restore_parameters(root, abstract, traced)
+    return Trained(model_fn.merge(params), root, traced, tx, mesh, made_from)
+
+
+def _traced_step(config, root: str, steps: int) -> int:
+    """The checkpoint that is traced: of those kept, the one nearest to the share asked for."""
+    share = config.train.traced
+    if not 0 < share <= 1:
+        raise ValueError(f"train.traced={share} must be above 0, and 1 at most")
+    if share == 1:
+        return steps
+    wanted = share * steps
+    there = processes.by_first("list checkpoints", lambda: checkpoint.steps(root))
+    nearest = min(there, key=lambda s: abs(s - wanted))
+    if abs(nearest - wanted) > steps / 20:
+        raise ValueError(
+            f"train.traced={share} asks for a checkpoint near step {round(wanted)}, but those kept "
+            f"are of steps {', '.join(map(str, there))}; train anew with train.keep=0 and a "
+            "smaller train.save_every"
+        )
+    return nearest
 
 
 def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:

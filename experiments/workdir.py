@@ -25,7 +25,6 @@ class Workdir:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self._probe = self.path / ".writable"
         token = processes.by_first(f"write to --workdir={path}", self._make)
         apart = processes.which(not self._reaches(token))
         if apart:
@@ -34,13 +33,17 @@ class Workdir:
                 "written there; give a directory on a file system that all hosts share"
             )
         if processes.is_first():
-            self._probe.unlink()
+            self._probe(token).unlink()
+
+    def _probe(self, token: str) -> pathlib.Path:
+        # A name of its own: runs at the same time may share a workdir.
+        return self.path / f".writable-{token}"
 
     def _make(self) -> str:
-        token = str(time.time_ns())
+        token = f"{time.time_ns()}-{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._probe.write_text(token)
+            self._probe(token).write_text(token)
         except OSError as error:
             raise WorkdirError(
                 f"cannot write to --workdir={self.path}: {error.strerror or error}; "
@@ -51,7 +54,7 @@ class Workdir:
     def _reaches(self, token: str) -> bool:
         """Whether this process writes where process 0 left `token`."""
         try:
-            with open(self._probe, "r+", encoding="utf-8") as probe:
+            with open(self._probe(token), "r+", encoding="utf-8") as probe:
                 return probe.read() == token
         except OSError:
             return False

@@ -25,7 +25,8 @@ def _absolute(root) -> epath.Path:
     return epath.Path(root) if "://" in os.fspath(root) else epath.Path(os.path.abspath(root))
 
 
-def _steps(root) -> list[int]:
+def steps(root) -> list[int]:
+    """Steps of the complete checkpoints under `root`, rising."""
     root = _absolute(root)
     if not root.exists():
         return []
@@ -36,8 +37,8 @@ def _steps(root) -> list[int]:
 
 def latest_step(root) -> int | None:
     """The last complete checkpoint's step under `root`, or None."""
-    steps = _steps(root)
-    return steps[-1] if steps else None
+    there = steps(root)
+    return there[-1] if there else None
 
 
 def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
@@ -59,7 +60,7 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
 
 
 def _remove_all_but(root: epath.Path, keep: int) -> None:
-    for old in _steps(root)[:-keep]:
+    for old in steps(root)[:-keep]:
         (root / str(old)).rmtree()
 
 
@@ -67,7 +68,7 @@ def _locate(root, step: int | None) -> epath.Path:
     step = latest_step(root) if step is None else step
     path = _absolute(root) / str(step)
     if step is None or not path.exists():
-        there = ", ".join(map(str, _steps(root))) or "none"
+        there = ", ".join(map(str, steps(root))) or "none"
         raise CheckpointError(
             f"no checkpoint {step if step is not None else ''} under {root}; steps there: {there}"
         )

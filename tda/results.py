@@ -36,7 +36,11 @@ def record(
         prompt, target: the query's text.
         proponents, opponents: (passage id, text, score), most extreme first.
         **optional: further fields of the format: fact_id, relation, groundtruth,
-            proponent_correct, ….
+            proponent_correct, …. The names are the release's, whatever the run's model and corpus
+            are: "8b_generations" and "8b_confidence" are its own model's samples and their share
+            that states the target, "is_8b_correct" whether greedy decoding states it,
+            "c4_frequency" and "c4_frequency_bucket" how many passages of its own corpus name both
+            entities.
     """
     out = {
         "example_id": example_id,

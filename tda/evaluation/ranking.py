@@ -1,29 +1,55 @@
-"""MRR and recall from the rank of each query's first correct passage (0: it has none)."""
+"""MRR and recall from the rank of each query's first correct passage (0: it has none).
+
+Two conventions are in use for MRR. With full ranks a first correct passage at rank 500 counts
+1/500; cut at 10 (MRR@10) it counts nothing. Recall@10 is the same in both.
+"""
 
 import numpy as np
+
+
+def reciprocal_ranks(first_ranks, cut: int | None = None) -> np.ndarray:
+    """1/rank of each query's first correct passage.
+
+    Args:
+        first_ranks: int [Q], ranks from 1; a query without a correct passage has rank 0.
+        cut: ranks beyond it count as 0 (MRR@cut); None takes full ranks.
+
+    Returns:
+        float64 [Q], in [0, 1]; NaN for a query without a correct passage, as no method could find
+        one.
+    """
+    ranks = np.asarray(first_ranks, np.int64)
+    out = 1.0 / np.maximum(ranks, 1)
+    if cut is not None:
+        out = np.where(ranks <= cut, out, 0.0)
+    return np.where(ranks > 0, out, np.nan)
+
+
+def hits(first_ranks, k: int) -> np.ndarray:
+    """Whether a correct passage is among the first k: float64 [Q], 1 or 0; NaN as above."""
+    ranks = np.asarray(first_ranks, np.int64)
+    return np.where(ranks > 0, (ranks <= k).astype(np.float64), np.nan)
 
 
 def mean_reciprocal_rank(first_ranks, cut: int | None = None) -> float:
     """Mean over queries of 1/rank of the first correct passage.
 
     Args:
-        first_ranks: int [Q], ranks from 1; a query without a correct passage has rank 0 and is left
-            out, as no method could find one.
-        cut: ranks beyond it count as 0 (MRR@cut); None takes full ranks.
+        first_ranks, cut: as for `reciprocal_ranks`; a query of rank 0 is left out.
 
     Returns:
         A number in [0, 1]; NaN where no query has a correct passage.
     """
-    ranks = np.asarray(first_ranks)
-    ranks = ranks[ranks > 0]
-    if not len(ranks):
-        return float("nan")
-    reciprocal = 1.0 / ranks
-    return float(np.mean(reciprocal if cut is None else np.where(ranks <= cut, reciprocal, 0.0)))
+    return mean(reciprocal_ranks(first_ranks, cut))
 
 
 def recall_at(first_ranks, k: int) -> float:
     """Share of queries with a correct passage among the first k; NaN where none has one at all."""
-    ranks = np.asarray(first_ranks)
-    ranks = ranks[ranks > 0]
-    return float(np.mean(ranks <= k)) if len(ranks) else float("nan")
+    return mean(hits(first_ranks, k))
+
+
+def mean(values_Q) -> float:
+    """The mean of the queries that were measured (not NaN); NaN where none was."""
+    values_Q = np.asarray(values_Q, np.float64)
+    measured = np.isfinite(values_Q)
+    return float(values_Q[measured].mean()) if measured.any() else float("nan")

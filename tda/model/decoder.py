@@ -225,6 +225,23 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens_BxT):
         """The residual stream after the final norm, [B, T, D], of token ids [B, T]."""
+        return self.final_norm(self._stream(tokens_BxT, self.layers))
+
+    def residual_stream(self, tokens_BxT, layers: int):
+        """The residual stream after the first so many layers, [B, T, D], of token ids [B, T].
+
+        Raises:
+            ValueError: the model has no such number of layers, or none is asked for.
+        """
+        if not 1 <= layers <= self.layer_count:
+            raise ValueError(f"layers={layers}: the model has {self.layer_count}")
+        if not self.scan:
+            return self._stream(tokens_BxT, list(self.layers)[:layers])
+        graphdef, state = nnx.split(self.layers)
+        first = nnx.merge(graphdef, jax.tree.map(lambda x: x[:layers], state))
+        return self._stream(tokens_BxT, first)
+
+    def _stream(self, tokens_BxT, layers):
         x_BxTxD = self.embedding(tokens_BxT)
         x_BxTxD = sharding.constrain(x_BxTxD, "batch", None, None)
 
@@ -234,13 +251,10 @@ class Decoder(nnx.Module):
         if self.remat:
             layer = nnx.remat(layer)
         if self.scan:
-            x_BxTxD = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
-                x_BxTxD, self.layers
-            )
-        else:
-            for block in self.layers:
-                x_BxTxD = layer(x_BxTxD, block)
-        return self.final_norm(x_BxTxD)
+            return nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x_BxTxD, layers)
+        for block in layers:
+            x_BxTxD = layer(x_BxTxD, block)
+        return x_BxTxD
 
     def logits(self, hidden_BxTxD):
         """The output matrix applied to hidden states: float32 [B, T, V]."""

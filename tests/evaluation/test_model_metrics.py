@@ -13,7 +13,7 @@ from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.knowledge import target_statistics
-from tda.evaluation.tail_patch import tail_patch
+from tda.evaluation.tail_patch import change, log_change, tail_patch
 from tda.model import functional
 from tda.model.decoder import Decoder
 
@@ -75,7 +75,8 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
         model_fn, state, tx, table, queries, pairs,
         bucket_lengths=BUCKETS, pad=tokenizer.pad, pairs_per_call=2,
     )  # fmt: skip
-    for (q, p), change in zip(pairs, found, strict=True):
+    changes, logs = change(found), log_change(found)
+    for i, (q, p) in enumerate(pairs):
         gradient = jax.tree.map(jnp.zeros_like, params)
         if p >= 0:
             batch = materialise(table, np.array([p]), 32, 1, tokenizer.pad).arrays()
@@ -88,7 +89,15 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
             gradient = jax.grad(mean_nats)(params)
         updates, _ = tx.update(gradient, opt_state, params)
         patched = model_fn.merge(optax.apply_updates(params, updates))
-        before = np.exp(-nats(model, queries, q, tokenizer.pad))
-        after = np.exp(-nats(patched, queries, q, tokenizer.pad))
-        assert change == pytest.approx(after - before, rel=1e-3, abs=1e-8)
-    assert found[0] > found[4]  # stating the fact helps more than momentum alone
+        before = -nats(model, queries, q, tokenizer.pad)
+        after = -nats(patched, queries, q, tokenizer.pad)
+        assert found[i] == pytest.approx([before, after], rel=1e-5)
+        assert changes[i] == pytest.approx(np.exp(after) - np.exp(before), rel=1e-3, abs=1e-8)
+        assert logs[i] == pytest.approx(after - before, rel=1e-3, abs=1e-5)
+    assert changes[0] > changes[4]  # stating the fact helps more than momentum alone
+
+
+def test_changes_of_improbable_targets_do_not_cancel():
+    log_p = np.array([[-40.0, -40.0 + 1e-9], [np.log(0.25), np.log(0.75)], [-1.0, -1.0]])
+    assert change(log_p) == pytest.approx([np.exp(-40.0) * 1e-9, 0.5, 0.0], rel=1e-5, abs=0)
+    assert log_change(log_p) == pytest.approx([1e-9, np.log(3.0), 0.0], rel=1e-5)

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from configs import defaults
-from experiments import attribution, corpus, evaluation, launch, trace, training
+from experiments import attribution, corpus, evaluation, launch, measures, trace, training
 from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
 from tda import store as stores
 from tda.data.records import RecordError
+from tda.evaluation import annotated
+from tda.methods import Gradients
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
+
+CORRECTED = Gradients(corrected=True)
 
 
 def records():
@@ -132,6 +136,151 @@ def test_metrics_are_those_of_the_records(finished):
         assert metrics[name]["mrr"] == pytest.approx(np.mean(reciprocal), abs=0.1)
 
 
+def test_metrics_of_queries_groups_and_methods(finished):
+    config, path, metrics = finished
+    means = {}
+    for name, m in metrics.items():
+        found = list(results.read(path / "results" / f"{name}.jsonl"))
+        ranks = np.array([r["first_correct_rank"] for r in found])
+        assert m["mrr"] == pytest.approx(np.mean(1 / ranks))
+        assert m["mrr_at_10"] == pytest.approx(np.mean(np.where(ranks <= 10, 1 / ranks, 0)))
+        assert m["counts"]["mrr"] == 4 and m["counts"]["tail_patch"] == 2
+        low, high = m["intervals"]["mrr"]
+        assert low <= m["mrr"] <= high
+        patched = [r["proponent_tail_patch"] for r in found if "proponent_tail_patch" in r]
+        assert len(patched) == 2
+        for k in (1, 3, 5, 10):
+            by_hand = np.mean([p[:k] for p in patched])
+            assert m[f"tail_patch_at_{k}"] == pytest.approx(by_hand, rel=1e-9)
+        assert m["tail_patch"] == m["tail_patch_at_10"] != m["tail_patch_log"]
+        assert m["by_relation"]["capital"]["mrr"] == pytest.approx(m["mrr"])
+        assert [r["c4_frequency"] for r in found] == [2, 2, 2, 2]
+        assert list(m["by_frequency"]) == ["1 to 9"] == [found[0]["c4_frequency_bucket"]]
+        stated = [r["is_8b_correct"] for r in found]
+        assert m["n_stated"] == sum(stated) == sum(r["target_rank"] == 1 for r in found)
+        assert sum(g["n_queries"] for g in m["by_stated"].values()) == 4
+        means[name] = m["mrr"]
+    for name, other in ((a, b) for a in means for b in means if a != b):
+        difference = metrics[name]["differences"][other]["mrr"]["difference"]
+        assert difference == pytest.approx(means[name] - means[other], abs=1e-12)
+    told = (path / "table.md").read_text()
+    for title in ("95% intervals", "Difference to TrackStar", "by depth", "MRR by relation"):
+        assert f"## {title}" in told or f"{title}\n" in told
+
+
+def test_the_model_is_asked_for_answers(finished):
+    config, path, metrics = finished
+    found = list(results.read(path / "results" / "bm25.jsonl"))
+    for r in found:
+        assert len(r["8b_generations"]) == 20 and len(set(r["8b_generations"])) > 1
+        states = [g.startswith(r["groundtruth"]) for g in r["8b_generations"]]
+        assert r["8b_confidence"] == pytest.approx(np.mean(states), abs=0.1)
+    confidence = np.mean([r["8b_confidence"] for r in found])
+    assert metrics["bm25"]["confidence"] == pytest.approx(confidence)
+
+
+def test_the_tail_patch_step_is_what_it_says(finished):
+    config, path, metrics = finished
+    (stamp,) = [json.loads((path / "stages" / "train.json").read_text())]
+    rule = metrics["bm25"]["tail_patch_rule"]
+    steps = stamp["made_from"]["steps"]
+    assert rule["optimizer_state"] == "restored" and rule["checkpoint_step"] == steps
+    # The schedule ends at a tenth of its peak.
+    assert rule["learning_rate"] == pytest.approx(0.1 * config.train.learning_rate)
+    (kept,) = path.glob("tail_patch-*.jsonl")
+    pairs = [json.loads(line)["key"] for line in kept.read_text().splitlines()]
+    assert len(pairs) == len(set(pairs))  # each once, whichever methods found it
+    # All 12 passages and the control, for two queries at most.
+    assert len(pairs) <= 2 * 13
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    """The finished run's stages, to measure more of it."""
+    config, path, _ = finished
+    data = corpus.load(config, Workdir(path))
+    return data, training.run(config, data, Workdir(path))
+
+
+def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
+    config, path, metrics = finished
+    data, trained = loaded
+    workdir, pairs = Workdir(path), [(0, 0), (0, measures.CONTROL)]
+    usual = measures.tail_patches(config, data, trained, workdir, pairs)
+    changed = config.copy_and_resolve_references()
+    # The rate that the rule gives, spelled out, is the same step, and nothing is computed.
+    changed.eval.tail_patch_learning_rate = metrics["bm25"]["tail_patch_rule"]["learning_rate"]
+    assert measures.tail_patches(changed, data, trained, workdir, pairs) == usual
+    changed.eval.tail_patch_learning_rate *= 10
+    faster = measures.tail_patches(changed, data, trained, workdir, pairs)
+    effect = {p: x[1] - x[0] for p, x in usual.items()}
+    assert abs(faster[0, 0][1] - faster[0, 0][0]) > 3 * abs(effect[0, 0])
+    changed.eval.tail_patch_state = "fresh"
+    fresh = measures.tail_patches(changed, data, trained, workdir, pairs)
+    # Without momentum a step with a zero gradient is none; with it, it is one.
+    before, after = fresh[0, measures.CONTROL]
+    assert after == pytest.approx(before, abs=2e-6) and abs(effect[0, measures.CONTROL]) > 1e-4
+    assert fresh[0, 0][0] == pytest.approx(usual[0, 0][0]) and fresh[0, 0] != faster[0, 0]
+    assert len(list(path.glob("tail_patch-*.jsonl"))) == 3
+    changed.eval.tail_patch_state = "warm"
+    with pytest.raises(ValueError, match="tail_patch_state='warm'; use restored or fresh"):
+        measures.tail_patches(changed, data, trained, workdir, pairs)
+
+
+def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch):
+    config, path, _ = finished
+    changed = config.copy_and_resolve_references()
+    changed.eval.tail_patch_learning_rate = 1e30
+
+    def diverge(*args, on_done, **kwargs):
+        on_done(np.array([1]), np.array([[-1.0, np.nan]]))
+
+    monkeypatch.setattr(measures, "tail_patch", diverge)
+    with pytest.raises(FloatingPointError, match="passage 's01' .* query 'f0'.*lower .*1e\\+30"):
+        measures.tail_patches(changed, *loaded, Workdir(path), [(0, 0), (0, 1)])
+    rule = measures.fingerprint(
+        measures._model(loaded[1]) | {"rule": measures.step_rule(changed, loaded[1])}
+    )
+    assert not (path / f"tail_patch-{rule}.jsonl").exists()
+
+
+def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_path):
+    config, path, metrics = finished
+    data, trained = loaded
+    found = annotated.ranked(data.prompts.ids, data.correct["all"])
+    own = evaluation.run(
+        config, data, trained, {"annotated": found}, Workdir(path), tmp_path / "own"
+    )["annotated"]
+    records = list(results.read(tmp_path / "own" / "results" / "annotated.jsonl"))
+    assert all(len(r["proponents"]) == 2 and all(r["proponent_correct"]) for r in records)
+    patched = [r["proponent_tail_patch"] for r in records if "proponent_tail_patch" in r]
+    assert own["tail_patch"] == pytest.approx(np.mean(patched)) and own["mrr"] is None
+    assert json.loads((path / "metrics.json").read_text()) == metrics  # the run's own are left
+
+
+def test_a_checkpoint_within_the_training_is_traced(finished, loaded, tmp_path):
+    config, path, _ = finished
+    last = loaded[1].step
+    early = config.copy_and_resolve_references()
+    early.train.traced = 0.5
+    with pytest.raises(ValueError, match="train.traced=0.5 asks for.*keep=0"):
+        training.run(early, loaded[0], Workdir(path))
+    early.train.traced = 0.0
+    with pytest.raises(ValueError, match="above 0"):
+        training.run(early, loaded[0], Workdir(path))
+    early.train.keep, early.train.traced = 0, 0.5
+    workdir = Workdir(tmp_path / "w")
+    data = corpus.load(early, workdir)
+    trained = training.run(early, data, workdir)
+    assert abs(trained.step - last / 2) <= 1
+    early.train.traced = 1.0
+    whole = training.run(early, data, workdir)
+    assert whole.step == last and whole.fingerprint == trained.fingerprint
+    kernel = [np.asarray(t.model.final_norm.scale[...]) for t in (trained, whole, loaded[1])]
+    assert not np.array_equal(kernel[0], kernel[1])
+    np.testing.assert_array_equal(kernel[1], kernel[2])
+
+
 def test_a_second_run_computes_nothing_again(finished, monkeypatch):
     config, path, metrics = finished
 
@@ -143,7 +292,8 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
         (encoding, "encode_rows"),
         (attribution.exact, "search"),
         (attribution.bm25, "search"),
-        (evaluation, "tail_patch"),
+        (measures, "tail_patch"),
+        (measures.sampling, "sample"),
     ):
         monkeypatch.setattr(module, name, fail)
     assert trace.run(config, Workdir(path)) == metrics
@@ -180,21 +330,21 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     )
     config.gradients.second_moments = "optimizer"
     with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
-        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
+        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), CORRECTED)
     assert not (tmp_path / "w" / "stores").exists()
     # Unless asked for, they are estimated, and the store says so.
     config.gradients.second_moments = "auto"
     config.gradients.estimate_batches = 2
     estimated = Workdir(tmp_path / "w")
-    store, queries = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    store, queries = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     made = store.manifest["fingerprint"]["second_moments"]
     assert made["estimated from batches"] == 2
-    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
+    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), CORRECTED)
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
     # And not again for stores that are there.
     monkeypatch.setattr(encoding_stage.estimate, "estimate", None)
-    again, _ = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    again, _ = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
 

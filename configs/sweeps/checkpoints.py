@@ -1,0 +1,27 @@
+"""Influence and attribution as training goes on: checkpoints of one training.
+
+    python -m experiments.sweep --config=configs/world_facts.py \\
+        --sweep=configs/sweeps/checkpoints.py --workdir=DIR
+
+Cost: one training whose checkpoints are all kept, then two passes over the corpus a point. The
+learning rate falls along the training; `tokens.py` trains to the end of its schedule each time.
+"""
+
+
+def get_sweep():
+    """The grid of checkpoints, as shares of the training."""
+    return {
+        "fixed": {
+            "methods": "trackstar,trackstar_raw,grad_cos,bm25",
+            "train.keep": 0,
+            "train.save_every": 50,
+        },
+        "axes": {"train.traced": (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)},
+        "plots": [
+            {
+                "name": "checkpoints",
+                "x": "training_tokens",
+                "y": ("mrr", "recall_at_10", "tail_patch", "tail_patch_log"),
+            }
+        ],
+    }

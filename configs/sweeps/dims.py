@@ -1,0 +1,23 @@
+"""How many dimensions gradients are projected to.
+
+    python -m experiments.sweep --config=configs/world_facts.py \\
+        --sweep=configs/sweeps/dims.py --workdir=DIR
+
+Cost: one training, then two passes over the corpus a point, and a store of each.
+"""
+
+
+def get_sweep():
+    """The grid of sides: a block has side × side dimensions."""
+    return {
+        "fixed": {"methods": "trackstar,trackstar_raw,grad_cos,exp3"},
+        "axes": {"projection.side": (4, 8, 16, 32, 48)},
+        "plots": [
+            {
+                "name": "dims",
+                "x": "dimensions",
+                "y": ("mrr", "recall_at_10", "tail_patch"),
+                "log_x": True,
+            }
+        ],
+    }

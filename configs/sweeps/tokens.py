@@ -1,0 +1,23 @@
+"""Influence and attribution by training tokens: each number of epochs is a training of its own.
+
+    python -m experiments.sweep --config=configs/world_facts.py \\
+        --sweep=configs/sweeps/tokens.py --workdir=DIR
+
+Cost: a training (31 epochs in all) and two passes over the corpus a point.
+"""
+
+
+def get_sweep():
+    """The grid of epochs."""
+    return {
+        "fixed": {"methods": "trackstar,trackstar_raw,grad_cos,bm25"},
+        "axes": {"train.epochs": (1.0, 2.0, 4.0, 8.0, 16.0)},
+        "plots": [
+            {
+                "name": "tokens",
+                "x": "training_tokens",
+                "y": ("mrr", "recall_at_10", "tail_patch", "tail_patch_log"),
+                "log_x": True,
+            }
+        ],
+    }

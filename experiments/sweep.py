@@ -1,0 +1,235 @@
+"""Runs a grid of traces, and gathers what they measured into a table and plots.
+
+    python -m experiments.sweep --config=configs/world_facts.py \\
+        --sweep=configs/sweeps/lambda.py --workdir=DIR
+
+Points that share a training or gradient stores share them: what a swept key leaves as it is, is
+made once. Killed at any moment, the same command goes on; a point that is finished is not run
+again. `--parallel=N` runs N points at a time, each in a process of its own; `--list` prints a
+command for each point instead, for a cluster's scheduler (points that need what another is making
+wait for it; the same command without `--list` gathers what they left). Points that run together on
+one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
+
+    DIR/sweep.csv            a row for each point, method and metric
+    DIR/seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
+    DIR/NAME.png, NAME.svg   the sweep file's plots
+    DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point
+    DIR/runs/                the trainings and their stores
+"""
+
+import contextlib
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import filelock
+import jax
+from absl import flags
+
+from experiments import attribution, corpus, evaluation, grid, sweep_report, training
+from experiments.grid import Point
+from experiments.launch import launch
+from experiments.workdir import Workdir, plain, write_json
+from tda import methods, plots, progress
+from tda.gradients import projection as projections
+from tda.gradients import sites
+from tda.gradients.projection import Projection
+from tda.model import functional
+
+SWEEP = flags.DEFINE_string("sweep", None, "File of the sweep, such as configs/sweeps/lambda.py.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "How many points run at a time.", lower_bound=1)
+LIST = flags.DEFINE_bool("list", False, "Print a command for each point, and run none.")
+POINT = flags.DEFINE_string("point", None, "Run this point alone, in this process.")
+PLOTS = flags.DEFINE_bool("plots", True, "Draw the sweep's plots; needs matplotlib.")
+
+_OWN_FLAGS = ("parallel", "list", "nolist", "point", "plots", "noplots")
+
+
+def main(config, workdir):
+    """Runs the sweep, a point of it, or lists its points."""
+    sweep = grid.load(SWEEP.value, config)
+    directory = pathlib.Path(workdir)
+    if jax.process_count() > 1:
+        raise ValueError("a sweep's points are processes of their own; leave out --distributed")
+    for point in sweep.points:
+        methods.parse(point.config.methods)
+    if LIST.value:
+        for point in sweep.points:
+            print(command(point))
+        return
+    if POINT.value is not None:
+        by_name = {p.name: p for p in sweep.points}
+        if POINT.value not in by_name:
+            raise ValueError(f"--point={POINT.value}: there are {', '.join(by_name)}")
+        run_point(by_name[POINT.value], directory)
+        return
+    if PLOTS.value and sweep.plots:
+        _check_plots()
+    failed = run_all(sweep.points, directory, PARALLEL.value)
+    there = [p for p in sweep.points if is_finished(p, directory)]
+    if there:
+        files = sweep_report.write(sweep, _read(there, directory), directory, PLOTS.value)
+        print(f"{len(there)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
+    if failed:
+        told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        raise ValueError(f"{len(failed)} points failed; the same command tries again\n  {told}")
+
+
+def _check_plots() -> None:
+    """Tells before hours of work, not after, that plots cannot be drawn."""
+    try:
+        plots.check()
+    except ImportError as error:
+        raise ValueError(f"{error}, or run with --noplots") from error
+
+
+def command(point: Point) -> str:
+    """The command line that runs a point alone."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        own = argument.startswith("-") and name in _OWN_FLAGS
+        if not own and not skip:
+            kept.append(argument)
+        skip = own and not equals and name in ("parallel", "point")
+    return shlex.join([sys.executable, "-m", "experiments.sweep", *kept, f"--point={point.name}"])
+
+
+def _made_from(point: Point) -> dict:
+    return plain({"config": point.config.to_dict()})
+
+
+def is_finished(point: Point, directory: pathlib.Path) -> bool:
+    """Whether a point was run from just this config."""
+    stamp = directory / "points" / point.name / "point.json"
+    if not stamp.exists():
+        return False
+    return json.loads(stamp.read_text(encoding="utf-8"))["made_from"] == _made_from(point)
+
+
+def _read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dict, dict]]:
+    """Each point with its metrics and what is told of it."""
+    out = []
+    for point in points:
+        own = directory / "points" / point.name
+        metrics, told = (
+            json.loads((own / name).read_text(encoding="utf-8"))
+            for name in ("metrics.json", "point.json")
+        )
+        out.append((point, metrics, told["about"]))
+    return out
+
+
+def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict[str, str]:
+    """Runs every point that is not finished; returns what became of those that failed, by name."""
+    waiting = [p for p in points if not is_finished(p, directory)]
+    running: dict[str, tuple[Point, subprocess.Popen]] = {}
+    failed: dict[str, str] = {}
+    with progress.bar(len(points), "sweep", "point", len(points) - len(waiting)) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    point = _next(waiting, [p for p, _ in running.values()], directory)
+                    waiting.remove(point)
+                    running[point.name] = point, _start(point, directory)
+                for name, (_, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[name]
+                        bar.update(1)
+                        if process.returncode:
+                            failed[name] = _why(directory / "points" / name / "log.txt")
+                time.sleep(0.05)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+    return failed
+
+
+def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
+    """The point to start: one that need not wait for what another is making, if there is one."""
+    for attribute in ("training", "stores"):
+        made = {getattr(p, attribute) for p in running} - {
+            m.stem for m in (directory / "runs").glob(f"*/*.{attribute}")
+        }
+        free = [p for p in waiting if getattr(p, attribute) not in made]
+        waiting = free or waiting
+    return waiting[0]
+
+
+def _start(point: Point, directory: pathlib.Path) -> subprocess.Popen:
+    own = directory / "points" / point.name
+    own.mkdir(parents=True, exist_ok=True)
+    with open(own / "log.txt", "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            shlex.split(command(point)), stdout=log, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def _why(log: pathlib.Path) -> str:
+    """The line of a log that tells the error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [line for line in lines if line.startswith("error")] or lines[-1:]
+    return f"{told[-1] if told else 'it was killed'} ({log})"
+
+
+def run_point(point: Point, directory: pathlib.Path) -> None:
+    """Traces one point; what it shares with others is made by one of them, the rest wait."""
+    own = directory / "points" / point.name
+    own.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(own / "lock"):
+        if is_finished(point, directory):
+            return
+        config = point.config
+        shared = Workdir(directory / "runs" / point.training)
+        with _once(shared / f"{point.training}.training"):
+            data = corpus.load(config, shared)
+            trained = training.run(config, data, shared)
+        with _once(shared / f"{point.stores}.stores"):
+            ranked, notes = attribution.retrieve(config, data, trained, shared)
+        evaluation.run(config, data, trained, ranked, shared, own)
+        about = _about(config, data, trained) | {"notes": notes}
+        write_json(own / "point.json", {"made_from": _made_from(point), "about": about})
+
+
+@contextlib.contextmanager
+def _once(marker: pathlib.Path):
+    """Lets one process at a time in, until one has come through; then all at once."""
+    if not marker.exists():
+        with filelock.FileLock(f"{marker}.lock"):
+            if not marker.exists():
+                yield
+                marker.touch()
+                return
+    yield
+
+
+def _about(config, data: corpus.Corpus, trained: training.Trained) -> dict:
+    """What a plot may have on its x axis, beside the swept keys."""
+    g = config.gradients
+    chosen = sites.find(trained.model, g.include or None, g.exclude or None, g.untapped)
+    layout = projections.layout(chosen, Projection(**dict(config.projection)))
+    _, params = functional.split(trained.model)
+    share = trained.step / trained.fingerprint["steps"]
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "dimensions": layout.width,
+        "training_tokens": round(
+            float(config.train.epochs) * share * int(data.training.scored.sum())
+        ),
+        "training_step": trained.step,
+    }
+
+
+def _leave_devices_to_points(arguments: list[str]) -> None:
+    """A process that only starts others must not take the accelerator's memory from them."""
+    if not any(a.startswith("-") and a.lstrip("-").split("=")[0] == "point" for a in arguments):
+        jax.config.update("jax_platforms", "cpu")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("sweep")
+    _leave_devices_to_points(sys.argv[1:])
+    launch(main)

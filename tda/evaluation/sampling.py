@@ -1,0 +1,169 @@
+"""The model's confidence in a fact: what share of its sampled answers state the target.
+
+Sampled at temperature 1 (Chang et al. 2024 take 20 samples). The sequence so far is run anew for
+every token, so that any model will do; samples of a query that agree so far are run once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tda import progress, sharding
+from tda.evaluation.frequency import begins_with
+
+# Queries whose samples are drawn together.
+_TOGETHER = 64
+
+
+def sample(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    *,
+    samples: int = 20,
+    seed: int = 0,
+    stop: int,
+    bucket_lengths: tuple[int, ...],
+    tokens_per_batch: int,
+    pad: int,
+    on_done: Callable[[np.ndarray, list[list[list[int]]]], None] = lambda which, drawn: None,
+) -> list[list[list[int]]]:
+    """Continuations of each prompt, drawn from the model's own distribution.
+
+    Args:
+        model: maps tokens [B, T] to logits [B, T, V].
+        prompts: token ids of each prompt, `<bos>` first.
+        counts: tokens to draw after each prompt at most.
+        samples: continuations of each prompt.
+        seed: with the prompt's tokens, it decides the draws: they don't hang on the other prompts.
+        stop: the token that ends a continuation; it is left out.
+        bucket_lengths: lengths that sequences are padded to; no sequence grows beyond the last.
+        tokens_per_batch: positions of a batch at most.
+        pad: the padding token.
+        on_done: told, as the work goes on, which prompts are done and their continuations.
+
+    Returns:
+        For each prompt, `samples` lists of token ids.
+
+    Raises:
+        ValueError: a prompt is longer than the longest bucket.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest > bucket_lengths[-1]:
+        raise ValueError(f"a prompt has {longest} tokens, the model {bucket_lengths[-1]} positions")
+    next_token = _Next(model, bucket_lengths, tokens_per_batch, pad)
+    out: list = [None] * len(prompts)
+    # Prompts that need as many tokens end together.
+    order = np.argsort(np.asarray(counts), kind="stable")
+    with progress.bar(len(prompts), "sample", "query") as bar:
+        for start in range(0, len(order), _TOGETHER):
+            some = order[start : start + _TOGETHER]
+            uniform = [_uniform(prompts[i], counts[i], samples, seed) for i in some]
+            drawn = _draw([list(prompts[i]) for i in some], uniform, next_token, stop)
+            for i, found in zip(some, drawn, strict=True):
+                out[i] = found
+            on_done(some, drawn)
+            bar.update(len(some))
+    return out
+
+
+def _uniform(prompt: Sequence[int], count: int, samples: int, seed: int) -> np.ndarray:
+    """Numbers in [0, 1), float64 [samples, count]: each picks a token from its distribution."""
+    digest = hashlib.sha256(f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()).digest()
+    rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+    # A column at a time: more tokens leave the first ones as they were.
+    return rng.random((count, samples)).T
+
+
+def _draw(prompts, uniform, next_token, stop: int) -> list[list[list[int]]]:
+    """Continuations of a few prompts, a token of each in turn."""
+    going = {(i, s) for i, u in enumerate(uniform) for s in range(len(u)) if u.shape[1]}
+    drawn: list = [[[] for _ in u] for u in uniform]
+    step = 0
+    while going:
+        # The samples that share a prefix share its distribution.
+        sharing: dict[tuple, list] = {}
+        for i, s in sorted(going):
+            sharing.setdefault((i, *drawn[i][s]), []).append((i, s))
+        prefixes = [prompts[i] + list(continuation) for i, *continuation in sharing]
+        picks = [[uniform[i][s, step] for i, s in members] for members in sharing.values()]
+        for members, tokens in zip(sharing.values(), next_token(prefixes, picks), strict=True):
+            for (i, s), token in zip(members, tokens, strict=True):
+                if token != stop:
+                    drawn[i][s].append(token)
+                full = len(prompts[i]) + len(drawn[i][s]) > next_token.longest
+                if token == stop or full or step + 1 == uniform[i].shape[1]:
+                    going.remove((i, s))
+        step += 1
+    return drawn
+
+
+class _Next:
+    """Draws the token after each of some sequences."""
+
+    def __init__(self, model: nnx.Module, bucket_lengths, tokens_per_batch: int, pad: int):
+        graphdef, self._state = nnx.split(model)
+        self._buckets, self._tokens, self._pad = bucket_lengths, tokens_per_batch, pad
+        self.longest = bucket_lengths[-1]
+
+        @jax.jit
+        def probabilities(state, tokens_BxT, last_B):
+            model = nnx.merge(graphdef, state)
+            if hasattr(model, "hidden") and hasattr(model, "logits"):
+                h_BxTxD = model.hidden(tokens_BxT)
+                at = last_B[:, None, None]
+                logits_BxV = model.logits(jnp.take_along_axis(h_BxTxD, at, axis=1))[:, 0]
+            else:
+                logits_BxTxV = model(tokens_BxT)
+                logits_BxV = jnp.take_along_axis(logits_BxTxV, last_B[:, None, None], axis=1)[:, 0]
+            return jax.nn.softmax(logits_BxV.astype(jnp.float32), axis=-1)
+
+        self._probabilities = probabilities
+
+    def __call__(self, prefixes: list[list[int]], picks: list[list[float]]) -> list[list[int]]:
+        """The tokens that `picks`, numbers in [0, 1), choose after each prefix."""
+        out: list = [None] * len(prefixes)
+        bucket = np.searchsorted(self._buckets, [len(p) for p in prefixes])
+        for b in np.unique(bucket):
+            length = self._buckets[b]
+            size = max(1, self._tokens // length)
+            mine = np.flatnonzero(bucket == b)
+            for start in range(0, len(mine), size):
+                some = mine[start : start + size]
+                tokens_BxT = np.full((size, length), self._pad, np.int32)
+                last_B = np.zeros(size, np.int32)
+                for row, i in enumerate(some):
+                    tokens_BxT[row, : len(prefixes[i])] = prefixes[i]
+                    last_B[row] = len(prefixes[i]) - 1
+                p_BxV = sharding.to_host(self._probabilities(self._state, tokens_BxT, last_B))
+                for row, i in enumerate(some):
+                    out[i] = _pick(p_BxV[row], picks[i])
+        return out
+
+
+def _pick(p_V: np.ndarray, uniform: Sequence[float]) -> list[int]:
+    """The tokens whose stretch of [0, 1), laid out by probability, holds each number."""
+    reached = np.cumsum(p_V, dtype=np.float64)
+    # Their sum is 1 but for rounding; a token of no probability has no stretch and is never drawn.
+    at = np.searchsorted(reached, np.asarray(uniform) * reached[-1], side="right")
+    return np.minimum(at, len(p_V) - 1).tolist()
+
+
+def confidence(generations: Sequence[str], answers: Iterable[str]) -> float:
+    """Share of the generations that begin with one of the answers, as whole words.
+
+    Args:
+        generations: what the model said after the prompt.
+        answers: the target and its aliases; see `tda.evaluation.frequency` on case.
+
+    Raises:
+        ValueError: there are no generations.
+    """
+    if not generations:
+        raise ValueError("no generations: the confidence is a share of them")
+    answers = list(answers)
+    return float(np.mean([begins_with(text, answers) for text in generations]))

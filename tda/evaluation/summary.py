@@ -1,0 +1,199 @@
+"""From one number a query to what is told of a method: means, intervals, groups, differences.
+
+A metric is an array with a number for each query, NaN where it was not measured. All that follows
+is the same for every metric: its mean, its bootstrap interval, its mean in each group of queries,
+and its paired difference to other methods.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tda.evaluation import ranking, statistics
+from tda.evaluation.tail_patch import change, log_change
+
+CUT = 10
+DEPTHS = (1, 3, 5, 10)
+# What methods are compared by, and groups of queries described by.
+HEADLINE = (
+    "mrr",
+    "recall_at_10",
+    "mrr_strict",
+    "recall_at_10_strict",
+    "tail_patch",
+    "tail_patch_log",
+)
+
+
+def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The ranking metrics of each query.
+
+    Args:
+        first_ranks: for each set of labels, int [Q], the first correct passage's rank or 0.
+
+    Returns:
+        float64 [Q] by name: "mrr" of full ranks, "mrr_at_10" of ranks cut at 10, "recall_at_10";
+        those of a set of labels other than "all" end in its name, such as "mrr_strict".
+    """
+    out = {}
+    for label, ranks in first_ranks.items():
+        suffix = "" if label == "all" else f"_{label}"
+        out[f"mrr{suffix}"] = ranking.reciprocal_ranks(ranks)
+        out[f"mrr_at_{CUT}{suffix}"] = ranking.reciprocal_ranks(ranks, CUT)
+        out[f"recall_at_10{suffix}"] = ranking.hits(ranks, 10)
+    return out
+
+
+def patch_values(log_p_QxKx2: np.ndarray) -> dict[str, np.ndarray]:
+    """Tail-patch scores of each query: means over its first proponents.
+
+    Args:
+        log_p_QxKx2: log-probability of the target before and after one step on each proponent, in
+            the order of their ranks; NaN where there is none, or it was not measured.
+
+    Returns:
+        float64 [Q] by name: "tail_patch" over the first 10 (or all, where fewer were kept),
+        "tail_patch_at_1", …, and the same of log-probability, "tail_patch_log", ….
+    """
+    out = {}
+    K = log_p_QxKx2.shape[1]
+    for name, measure in (("tail_patch", change), ("tail_patch_log", log_change)):
+        changes_QxK = measure(log_p_QxKx2)
+        out[name] = _mean_of_first(changes_QxK, DEPTHS[-1])
+        for k in DEPTHS:
+            if k <= K:
+                out[f"{name}_at_{k}"] = _mean_of_first(changes_QxK, k)
+    return out
+
+
+def _mean_of_first(changes_QxK: np.ndarray, k: int) -> np.ndarray:
+    first = changes_QxK[:, :k]
+    measured = np.isfinite(first)
+    count = measured.sum(axis=1)
+    total = np.where(measured, first, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def restricted(values: Mapping[str, np.ndarray], mask_Q: np.ndarray, suffix: str) -> dict:
+    """The ranking metrics of the queries where `mask_Q` holds, their names with a suffix."""
+    return {
+        f"{name}{suffix}": np.where(mask_Q, x, np.nan)
+        for name, x in values.items()
+        if name.startswith(("mrr", "recall"))
+    }
+
+
+def intervals(
+    values: Mapping[str, Mapping[str, np.ndarray]], resamples: int, seed: int
+) -> dict[str, dict[str, statistics.Interval]]:
+    """Means and intervals by method and metric.
+
+    Args:
+        values: float64 [Q] by method and metric; the same queries everywhere.
+        resamples, seed: see `tda.evaluation.statistics`.
+    """
+    columns = [(method, name) for method, ms in values.items() for name in ms]
+    if not columns:
+        return {}
+    found = statistics.intervals(
+        np.stack([values[method][name] for method, name in columns], axis=1),
+        resamples=resamples,
+        seed=seed,
+    )
+    out: dict = {method: {} for method in values}
+    for (method, name), interval in zip(columns, found, strict=True):
+        out[method][name] = interval
+    return out
+
+
+def grouped(
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    numbers_Q: np.ndarray,
+    names: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, dict]]:
+    """The headline metrics in each group of queries, by method and group.
+
+    Args:
+        values: as for `intervals`.
+        numbers_Q: the group of each query, its place in `names`; below 0 for none.
+        names: of the groups; those without a query are left out.
+        resamples, seed: see `tda.evaluation.statistics`.
+
+    Returns:
+        For each method and group {"n_queries", each metric, "counts", "intervals"}.
+    """
+    out: dict = {method: {} for method in values}
+    for number, group in enumerate(names):
+        mine = np.flatnonzero(np.asarray(numbers_Q) == number)
+        if not len(mine):
+            continue
+        some = {
+            method: {name: x[mine] for name, x in ms.items() if name in HEADLINE}
+            for method, ms in values.items()
+        }
+        for method, found in intervals(some, resamples, seed).items():
+            out[method][group] = {"n_queries": len(mine)} | as_json(found)
+    return out
+
+
+def compared(
+    values: Mapping[str, Mapping[str, np.ndarray]], resamples: int, seed: int
+) -> dict[str, dict[str, dict[str, dict]]]:
+    """Paired differences of the headline metrics between all methods.
+
+    Args:
+        values: as for `intervals`.
+        resamples, seed: see `tda.evaluation.statistics`.
+
+    Returns:
+        For each method, other method and metric {"difference", "low", "high", "p"}: the method's
+        figure minus the other's, over queries on which both were measured.
+    """
+    names = list(values)
+    pairs = [
+        (a, b, metric)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for metric in HEADLINE
+        if metric in values[a] and metric in values[b]
+    ]
+    out: dict = {a: {b: {} for b in names if b != a} for a in names}
+    if not pairs:
+        return out
+    found = statistics.differences(
+        np.stack([values[a][metric] for a, _, metric in pairs], axis=1),
+        np.stack([values[b][metric] for _, b, metric in pairs], axis=1),
+        resamples=resamples,
+        seed=seed,
+    )
+    for (a, b, metric), d in zip(pairs, found, strict=True):
+        if d.count:
+            out[a][b][metric] = _difference(d.mean, d.low, d.high, d.p)
+            out[b][a][metric] = _difference(-d.mean, -d.high, -d.low, d.p)
+    return out
+
+
+def _difference(mean: float, low: float, high: float, p: float) -> dict:
+    return {"difference": number(mean), "low": number(low), "high": number(high), "p": number(p)}
+
+
+def as_json(found: Mapping[str, statistics.Interval]) -> dict:
+    """Means and intervals as JSON values.
+
+    Returns:
+        Each metric's mean by its name, None where it was not measured; "counts", the queries that
+        each was measured on; "intervals", [low, high] of each that was measured on two or more.
+    """
+    out: dict = {name: number(i.mean) for name, i in found.items()}
+    out["counts"] = {name: i.count for name, i in found.items()}
+    out["intervals"] = {
+        name: [number(i.low), number(i.high)] for name, i in found.items() if i.count > 1
+    }
+    return out
+
+
+def number(x: float) -> float | None:
+    """A number as JSON has it: None where it is not one."""
+    return float(x) if np.isfinite(x) else None

@@ -1,0 +1,106 @@
+"""Intervals against draws made one by one, against theory, and how often they hold the truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tda.evaluation import statistics
+
+
+def values(seed=0, Q=40, M=3, missing=0.2):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(Q, M)) + np.arange(M)
+    x[rng.random((Q, M)) < missing] = np.nan
+    return x
+
+
+def test_means_are_those_of_queries_drawn_one_by_one(monkeypatch):
+    x = values()
+    monkeypatch.setattr(statistics, "_CHUNK", 7 * len(x))  # several chunks, the last not full
+    got = statistics.resampled_means(x, resamples=30, seed=5)
+    rng = np.random.default_rng(5)
+    for start in range(0, 30, 7):
+        drawn = rng.integers(len(x), size=(min(7, 30 - start), len(x)))
+        for r, rows in enumerate(drawn):
+            for m in range(x.shape[1]):
+                mine = [x[q, m] for q in rows if not math.isnan(x[q, m])]
+                assert got[start + r, m] == pytest.approx(sum(mine) / len(mine), rel=1e-12)
+
+
+def test_interval_of_a_mean_is_that_of_theory():
+    x = np.random.default_rng(1).exponential(size=(2000, 1))
+    (found,) = statistics.intervals(x)
+    error = x.std() / math.sqrt(len(x))
+    assert found.mean == pytest.approx(x.mean(), rel=1e-12) and found.count == 2000
+    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.1 * error)
+    (narrower,) = statistics.intervals(x, level=0.5)
+    assert narrower.high - narrower.low == pytest.approx(2 * 0.6745 * error, rel=0.06)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    # 400 samples of 50 queries, each a column of its own; a fifth of each is not measured.
+    x = rng.normal(0.3, 1.0, size=(50, 400))
+    x[rng.random(x.shape) < 0.2] = np.nan
+    found = statistics.intervals(x, resamples=2000)
+    held = np.mean([i.low <= 0.3 <= i.high for i in found])
+    assert 0.91 <= held <= 0.97
+
+
+def test_the_same_seed_draws_the_same():
+    x = values()
+    assert statistics.intervals(x) == statistics.intervals(x)
+    assert statistics.intervals(x, seed=1) != statistics.intervals(x)
+    # A column's interval does not hang on what stands beside it.
+    (alone,), (beside, *_) = statistics.intervals(x[:, :1]), statistics.intervals(x)
+    assert (alone.low, alone.high) == pytest.approx((beside.low, beside.high), rel=1e-12)
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(3)
+    hard = rng.normal(scale=10.0, size=(200, 1))  # what both methods find hard
+    a, b = hard + 0.2 + 0.1 * rng.normal(size=hard.shape), hard
+    (found,) = statistics.differences(a, b)
+    assert found.low > 0.15 and found.high < 0.25 and found.p < 1e-3
+    assert found.mean == pytest.approx(float((a - b).mean()))
+    (back,) = statistics.differences(b, a)
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+    # Unpaired, the same 0.2 would drown.
+    (alone,) = statistics.intervals(a)
+    assert alone.high - alone.low > 1
+    # Queries that one of the two lacks are left out.
+    a[:150] = np.nan
+    assert statistics.differences(a, b)[0].count == 50
+    with pytest.raises(ValueError, match="one shape"):
+        statistics.differences(a, b[1:])
+
+
+def test_p_is_uniform_where_nothing_differs():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 100, 1500))
+    p = np.array([d.p for d in statistics.differences(a, b, resamples=1000)])
+    assert 0.035 < np.mean(p < 0.05) < 0.075 and 0.46 < np.mean(p < 0.5) < 0.54
+    # Equal to the last digit: no evidence at all.
+    assert statistics.differences(a[:, :1], a[:, :1])[0].p == 1.0
+
+
+def test_what_was_not_measured_is_not_a_number():
+    x = np.array([[np.nan, 1.0, 0.0], [np.nan, np.nan, 1.0]])
+    none, one, two = statistics.intervals(x)
+    assert math.isnan(none.mean) and none.count == 0
+    assert one.mean == 1.0 and math.isnan(one.low) and one.count == 1
+    assert two.mean == 0.5 and (two.low, two.high) == (0.0, 1.0)
+    assert math.isnan(statistics.intervals(np.zeros((0, 1)))[0].mean)
+    with pytest.raises(ValueError, match="level=95"):
+        statistics.intervals(x, level=95)
+
+
+def test_several_seeds():
+    found = statistics.across_seeds([0.2, 0.4, 0.3])
+    assert (found.mean, found.least, found.most, found.count) == pytest.approx((0.3, 0.2, 0.4, 3))
+    assert found.sd == pytest.approx(0.1)  # n − 1
+    one = statistics.across_seeds([0.5, float("nan")])
+    assert one.mean == 0.5 and math.isnan(one.sd) and one.count == 1
+    assert statistics.across_seeds([]).count == 0

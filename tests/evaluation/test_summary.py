@@ -1,0 +1,116 @@
+"""From numbers of queries to metrics, groups and differences, by hand."""
+
+import numpy as np
+import pytest
+
+from tda.evaluation import annotated, statistics, summary
+
+NAN = float("nan")
+
+
+def test_rank_values():
+    found = summary.rank_values({"all": np.array([1, 20, 0]), "strict": np.array([4, 0, 0])})
+    np.testing.assert_array_equal(found["mrr"], [1, 0.05, NAN])
+    np.testing.assert_array_equal(found["mrr_at_10"], [1, 0, NAN])
+    np.testing.assert_array_equal(found["recall_at_10"], [1, 0, NAN])
+    np.testing.assert_array_equal(found["mrr_strict"], [0.25, NAN, NAN])
+    assert set(found) == {
+        f"{m}{s}" for m in ("mrr", "mrr_at_10", "recall_at_10") for s in ("", "_strict")
+    }
+    known = summary.restricted(found | {"tail_patch": np.ones(3)}, np.array([0, 1, 1]) > 0, "_k")
+    np.testing.assert_array_equal(known["mrr_k"], [NAN, 0.05, NAN])
+    assert "tail_patch_k" not in known and len(known) == 6
+
+
+def test_patch_values():
+    p = np.full((3, 12, 2), NAN)
+    # The target's probability is 0.1 before each step, and rises by 0.01, 0.02, …, 0.12.
+    p[0, :, 0], p[0, :, 1] = 0.1, 0.1 + 0.01 * np.arange(1, 13)
+    p[1, :2, 0], p[1, :2, 1] = 0.5, [0.6, 0.2]  # a query with two proponents
+    found = summary.patch_values(np.log(p))
+    for name, expected in {
+        "tail_patch": [0.055, -0.1, NAN],
+        "tail_patch_at_1": [0.01, 0.1, NAN],
+        "tail_patch_at_3": [0.02, -0.1, NAN],
+        "tail_patch_at_10": [0.055, -0.1, NAN],
+        "tail_patch_log_at_1": [np.log(1.1), np.log(1.2), NAN],
+        "tail_patch_log_at_3": [
+            np.log([1.1, 1.2, 1.3]).mean(),
+            np.log([1.2, 0.4]).mean(),
+            NAN,
+        ],
+    }.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
+    few = summary.patch_values(np.log(p[:, :4]))
+    assert "tail_patch_at_5" not in few and "tail_patch_at_3" in few
+    np.testing.assert_allclose(few["tail_patch"], [0.025, -0.1, NAN])
+
+
+@pytest.fixture
+def values():
+    rng = np.random.default_rng(0)
+    a = {"mrr": rng.random(60), "tail_patch": rng.normal(size=60), "mrr_at_10": rng.random(60)}
+    a["tail_patch"][10:] = NAN
+    b = {"mrr": a["mrr"] + 0.1 + 0.01 * rng.normal(size=60), "tail_patch": a["tail_patch"] - 1}
+    return {"a": a, "b": b, "annotated": {"tail_patch": a["tail_patch"]}}
+
+
+def test_intervals_by_method_are_those_of_each_alone(values):
+    found = summary.intervals(values, resamples=500, seed=2)
+    for method, metrics in values.items():
+        assert list(found[method]) == list(metrics)
+        for name, x in metrics.items():
+            (alone,) = statistics.intervals(x[:, None], resamples=500, seed=2)
+            got = found[method][name]
+            assert (got.mean, got.low, got.high) == pytest.approx(
+                (alone.mean, alone.low, alone.high), rel=1e-9
+            )
+    told = summary.as_json(found["a"])
+    assert told["mrr"] == found["a"]["mrr"].mean
+    assert told["counts"] == {"mrr": 60, "tail_patch": 10, "mrr_at_10": 60}
+    assert told["intervals"]["tail_patch"] == [
+        found["a"]["tail_patch"].low, found["a"]["tail_patch"].high,
+    ]  # fmt: skip
+    assert summary.intervals({}, 10, 0) == {}
+
+
+def test_groups(values):
+    numbers = np.array([0, 1, -1] * 20)
+    found = summary.grouped(values, numbers, ["x", "y", "empty"], resamples=500, seed=2)
+    assert list(found["a"]) == ["x", "y"] and found["a"]["y"]["n_queries"] == 20
+    assert found["a"]["y"]["mrr"] == pytest.approx(values["a"]["mrr"][1::3].mean())
+    assert found["b"]["x"]["tail_patch"] == pytest.approx(
+        np.nanmean(values["b"]["tail_patch"][::3])
+    )
+    low, high = found["a"]["y"]["intervals"]["mrr"]
+    assert low < found["a"]["y"]["mrr"] < high
+    assert "mrr_at_10" not in found["a"]["x"] and "mrr" not in found["annotated"]["x"]
+
+
+def test_differences_between_all_methods(values):
+    found = summary.compared(values, resamples=500, seed=2)
+    d = found["b"]["a"]["mrr"]
+    assert d["difference"] == pytest.approx(0.1, abs=0.01) and d["low"] > 0.09 and d["p"] < 0.01
+    assert found["a"]["b"]["mrr"] == {
+        "difference": -d["difference"], "low": -d["high"], "high": -d["low"], "p": d["p"],
+    }  # fmt: skip
+    assert found["b"]["a"]["tail_patch"]["difference"] == pytest.approx(-1)
+    # Only what both have, and only the headline.
+    assert set(found["annotated"]["a"]) == {"tail_patch"}
+    assert set(found["a"]["b"]) == {"mrr", "tail_patch"}
+    assert summary.compared({"a": values["a"]}, 10, 0) == {"a": {}}
+
+
+def test_annotated_passages_are_drawn_and_padded():
+    correct = [np.array([5, 3]), np.arange(50), np.array([], np.int64)]
+    found = annotated.ranked(["q1", "q2", "q3"], correct, k=4)
+    assert set(found.proponents[0]) == {3, 5, -1} and found.proponents[0, 2:].tolist() == [-1, -1]
+    assert len(set(found.proponents[1].tolist())) == 4 and (found.proponents[1] >= 0).all()
+    assert (found.proponents[2] == -1).all()
+    assert np.isnan(found.proponent_scores[found.proponents < 0]).all()
+    assert found.first_ranks == {} and found.opponents.shape == (3, 0)
+    # A query's draw hangs on neither the others nor the order of its labels.
+    again = annotated.ranked(["q2"], [np.arange(50)[::-1]], k=4)
+    np.testing.assert_array_equal(again.proponents[0], found.proponents[1])
+    other = annotated.ranked(["q2"], [np.arange(50)], k=4, seed=1)
+    assert set(other.proponents[0]) != set(found.proponents[1])
