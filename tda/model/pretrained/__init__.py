@@ -1,0 +1,10 @@
+"""Models that others trained: Hugging Face directories and GGUF files, as the one decoder.
+
+Nothing of a file is ever run: configurations and tokenizers are JSON, tensors are safetensors or
+GGUF, and every tensor of a file has its place in the decoder or is an error that names it.
+"""
+
+from tda.model.pretrained.loading import Pretrained, load
+from tda.model.pretrained.tensors import PretrainedError
+
+__all__ = ["Pretrained", "PretrainedError", "load"]
