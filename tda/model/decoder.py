@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         self.window = window
         self.window_layers = None if window_layers is None else tuple(map(bool, window_layers))
         # Of all layers, and of those with a window where they differ: (features, base, scaling).
-        rotated = round(head_width * rope_fraction)
+        rotated = int(head_width * rope_fraction)
         self.rope = rotated, rope_base, _plain(rope_scaling)
         self.window_rope = None if window_rope_base is None else (rotated, window_rope_base, None)
         self._sights()  # what cannot be rotated is told at once

@@ -1,4 +1,4 @@
-"""Rotary position encoding: its periods, how long contexts stretch them, and two layouts of pairs."""
+"""Rotary position encoding: its periods, how long contexts stretch them, two layouts of pairs."""
 
 import dataclasses
 import math
@@ -43,11 +43,12 @@ def rotation(width: int, base: float = 10_000.0, scaling: dict | None = None) ->
     Args:
         width: features that are rotated, even.
         base: of the periods.
-        scaling: how they are stretched: {"kind": "linear", "factor"} (Chen et al. 2023, eq. 4),
-            {"kind": "llama3", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings"} (Llama 3.1: short periods stay, long ones take the
-            factor), {"kind": "factors", "factors"} (one for each pair), or {"kind": "yarn", "factor", "original_max_position_embeddings"} with
-            "beta_fast", "beta_slow", "truncate", "attention_factor" (Peng et al. 2023, section 3).
+        scaling: how they are stretched, by its "kind": "linear" ("factor"; Chen et al. 2023),
+            "llama3" ("factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings": short periods stay, long ones take the factor),
+            "yarn" ("factor", "original_max_position_embeddings", and "beta_fast", "beta_slow",
+            "truncate", "attention_factor" if they differ; Peng et al. 2023, section 3) or "factors"
+            (one for each pair).
 
     Raises:
         ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key.
@@ -94,7 +95,7 @@ def _checked(scaling: dict | None) -> str | None:
 
 
 def _yarn_ramp(width: int, base: float, scaling: dict):
-    """0 for pairs that turn often enough to stay, 1 for those that are stretched, linear between."""
+    """0 for pairs that turn often enough to stay, 1 for those stretched, linear between."""
     length = scaling["original_max_position_embeddings"]
 
     def pair(turns):

@@ -1,4 +1,4 @@
-"""Families of models: their configurations as the decoder's settings, their tensors as its parameters.
+"""Families of models: configurations as the decoder's settings, tensors as its parameters.
 
 A family is a function from a configuration (the JSON of Hugging Face's `config.json`) to the
 decoder's keyword arguments, and names of tensors. What a configuration says and the decoder does

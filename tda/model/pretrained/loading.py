@@ -141,6 +141,7 @@ def _is_embedding(source: Source, tensor: str, parts: dict[str, Part]) -> bool:
 
 
 def some(names: list[str], most: int = 6) -> str:
+    """The first of many names, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
