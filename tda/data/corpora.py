@@ -6,10 +6,13 @@ TFDS dataset by its name.
 
 import dataclasses
 import glob
+import hashlib
+import heapq
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from tda.data import jsonl
 
@@ -84,6 +87,45 @@ def documents(
     if kind == "texts":
         return _from_texts(where)
     return _from_tfds(os.fspath(where), *fields, split, data_dir)
+
+
+def sample(
+    found: Iterable[Document], count: int, keep: str | None = None, seed: int = 0
+) -> list[Document]:
+    """Some of a corpus's documents, drawn from all of it, in its order.
+
+    Args:
+        found: the documents, streamed once.
+        count: how many to draw (fewer where there are fewer).
+        keep: a regular expression; documents whose texts match it are all kept, whatever `count`.
+        seed: of the draw, which goes by the documents' ids alone.
+    """
+    pattern = re.compile(keep) if keep else None
+    kept, drawn = [], []
+    for i, document in enumerate(found):
+        if pattern is not None and pattern.search(document.text):
+            kept.append((i, document))
+            continue
+        digest = hashlib.blake2b(f"{seed} {document.id}".encode(), digest_size=8).digest()
+        # The smallest numbers stay: of a heap, the largest of them is on top.
+        item = (-int.from_bytes(digest, "big"), i, document)
+        if len(drawn) < count:
+            heapq.heappush(drawn, item)
+        elif drawn and item > drawn[0]:
+            heapq.heapreplace(drawn, item)
+    rest = sorted(drawn, reverse=True)[: max(0, count - len(kept))]
+    return [d for _, d in sorted([*kept, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
+
+
+def state_of(where) -> list:
+    """Names, sizes and times of change of a corpus's files, as JSON values; its name otherwise."""
+    name = os.path.expanduser(os.fspath(where))
+    if os.path.isdir(name):
+        files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
+    else:
+        files = sorted(glob.glob(name)) or [name]
+    found = [(f, os.stat(f)) for f in files if os.path.exists(f)]
+    return [[os.path.basename(f), s.st_size, s.st_mtime_ns] for f, s in found] or [name]
 
 
 def _kind(where) -> str:

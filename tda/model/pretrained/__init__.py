@@ -4,7 +4,7 @@ Nothing of a file is ever run: configurations and tokenizers are JSON, tensors a
 GGUF, and every tensor of a file has its place in the decoder or is an error that names it.
 """
 
-from tda.model.pretrained.loading import Pretrained, load
+from tda.model.pretrained.loading import Pretrained, load, locate
 from tda.model.pretrained.tensors import PretrainedError
 
-__all__ = ["Pretrained", "PretrainedError", "load"]
+__all__ = ["Pretrained", "PretrainedError", "load", "locate"]

