@@ -270,9 +270,11 @@ def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Doc
     try:
         source = tfds.data_source(name, split=split, data_dir=data_dir)
     except Exception as error:  # TFDS raises many kinds, among them its own
+        first = str(error).strip().splitlines()[0]
         raise CorpusError(
-            f"{name} cannot be opened as a TFDS dataset: {error}\nprepare it once: "
-            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+            f"{name} is no file, no directory and no TFDS dataset that can be opened ({first}); a "
+            f"TFDS dataset is prepared once by tfds.builder({name!r}, file_format='array_record')"
+            ".download_and_prepare()"
         ) from error
     for i in range(len(source)):
         place = f"{name}/{split}:{i}"
