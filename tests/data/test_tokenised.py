@@ -64,8 +64,8 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
         if document == "ünïcode/x":
             spans.append(span)
             # A cut between the bytes of one character leaves it in both passages.
-            whole = texts[document][span]
-            said = said.strip("\ufffd \n")
+            whole = texts[document][span].strip()
+            said = said.strip("\ufffd \n\t")
             assert said in whole and len(whole) - len(said) <= 3
         elif span is None:
             assert said.strip() == texts[document].strip()
