@@ -14,12 +14,26 @@ from tda.data.corpora import Document
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import estimate, per_example, reference, sites
 from tda.gradients.projection import Projection
-from tda.model.decoder import Decoder
 
 PLACES = {"Norway": "Oslo", "Spain": "Madrid", "Chad": "Djamena", "Peru": "Lima"}
 TEXTS = [f"The {word} of {a} is {b}." for word in ("town", "seat") for a, b in PLACES.items()]
 QUERIES = [("The town of Norway is", "Oslo"), ("q2", "The seat of Peru is", "Lima")]
 PROJECTION = Projection(side=4, pooling="matrix")
+
+
+class Bigram(nnx.Module):
+    """A language model that looks two tokens back: quick to compile."""
+
+    def __init__(self, vocab_size, rngs):
+        self.vocab_size = vocab_size
+        self.embed = nnx.Embed(vocab_size, 12, rngs=rngs)
+        self.first = nnx.Linear(12, 16, rngs=rngs)
+        self.second = nnx.Linear(16, vocab_size, rngs=rngs)
+
+    def __call__(self, tokens_BxT):
+        x_BxTxD = self.embed(tokens_BxT)
+        before = jnp.pad(x_BxTxD, [(0, 0), (1, 0), (0, 0)])[:, :-1]
+        return self.second(jnp.tanh(self.first(x_BxTxD + 0.5 * before)))
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +43,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
-    return Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
+    return Bigram(tokenizer.vocab_size, nnx.Rngs(0))
 
 
 def call(model, tokenizer, passages=TEXTS, queries=QUERIES, **how):
@@ -144,8 +157,7 @@ def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_pa
         found = call(model, tokenizer, file, directory=tmp_path / "kept")
         assert found.answers == expected.answers
     assert found[0].proponents[0].id.startswith("s")
-    other = Decoder(vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1,
-                    head_width=8, ff_width=24, rngs=nnx.Rngs(1))  # fmt: skip
+    other = Bigram(tokenizer.vocab_size, nnx.Rngs(1))
     with pytest.raises(ValueError, match="was not made with what it is used with"):
         call(other, tokenizer, file, directory=tmp_path / "kept")
 
@@ -209,7 +221,7 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         (dict(queries=["Oslo"]), "query 0 is 'Oslo'; give"),
         (dict(queries=[]), "there are no queries"),
         (dict(texts=TEXTS), "there is a tokenizer here"),
-        (dict(method="trackstar"), "fewer than the .* directions.*use method='exp5'"),
+        (dict(method="trackstar"), "R of 2 queries is hardly more.*use method='exp5'"),
         (dict(queries=[("Norway", " ")]), "has no token"),
     ],
 )
@@ -219,9 +231,7 @@ def test_what_does_not_fit_is_told(model, tokenizer, how, message):
 
 
 def test_models_and_passages_that_do_not_belong_together(model, tokenizer):
-    small = Tokenizer.train(TEXTS, 290)
-    other = Decoder(vocab_size=small.vocab_size - 5, width=16, layers=2, heads=2, kv_heads=1,
-                    head_width=8, ff_width=24, rngs=nnx.Rngs(0))  # fmt: skip
+    other = Bigram(tokenizer.vocab_size - 5, nnx.Rngs(1))
     with pytest.raises(ValueError, match="they do not belong together"):
         call(other, tokenizer)
     with pytest.raises(ValueError, match="passages are a path: give the model's tokenizer"):
