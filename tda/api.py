@@ -33,15 +33,7 @@ def load(path, *, parse_special: bool = False, **how) -> tuple[nnx.Module, Any]:
         tda.model.pretrained.PretrainedError: it is not a model that is known here.
         FileNotFoundError: no such path, or a directory without tokenizer.json.
     """
-    from tda.data.pretrained_tokenizer import PretrainedTokenizer
-
-    path = pretrained.locate(path)
-    model = pretrained.load(path, **how)
-    if path.is_dir():
-        return model, PretrainedTokenizer.load(path, parse_special)
-    from tda.model.pretrained import gguf_tokenizer
-
-    return model, gguf_tokenizer.load(path, parse_special)
+    return pretrained.load(path, **how), pretrained.load_tokenizer(path, parse_special)
 
 
 def trace(

@@ -4,7 +4,24 @@ Nothing of a file is ever run: configurations and tokenizers are JSON, tensors a
 GGUF, and every tensor of a file has its place in the decoder or is an error that names it.
 """
 
-from tda.model.pretrained.loading import Pretrained, load, locate
+from tda.model.pretrained.loading import (
+    Pretrained,
+    inspect,
+    load,
+    load_tokenizer,
+    locate,
+    place,
+    state_of,
+)
 from tda.model.pretrained.tensors import PretrainedError
 
-__all__ = ["Pretrained", "PretrainedError", "load", "locate"]
+__all__ = [
+    "Pretrained",
+    "PretrainedError",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "locate",
+    "place",
+    "state_of",
+]

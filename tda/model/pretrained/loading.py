@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from tda import progress, sharding
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import families, tensors
@@ -102,6 +103,33 @@ def locate(path) -> pathlib.Path:
         f"{path}: no such model; give a Hugging Face directory, a .gguf file, or the name of an "
         "installed package that holds one .gguf file"
     )
+
+
+def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
+    """The tokenizer of a model that `load` takes, from its `tokenizer.json` or GGUF metadata.
+
+    Args:
+        path: as for `load`.
+        parse_special: see `PretrainedTokenizer`.
+
+    Raises:
+        PretrainedError: a tokenizer of a kind that is not known.
+        FileNotFoundError: no such path, or a directory without tokenizer.json.
+    """
+    path = locate(path)
+    if path.is_dir():
+        return PretrainedTokenizer.load(path, parse_special)
+    from tda.model.pretrained import gguf_tokenizer
+
+    return gguf_tokenizer.load(path, parse_special)
+
+
+def state_of(path) -> list:
+    """Names and sizes of a model's files, as JSON values that tell it from others."""
+    path = locate(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    kinds = (".safetensors", ".json", ".gguf")
+    return [[f.name, f.stat().st_size] for f in files if f.suffix in kinds]
 
 
 def inspect(path) -> Pretrained:
