@@ -13,6 +13,7 @@ import sys
 
 from absl import app, flags, logging
 
+from experiments.launch import WORKDIR
 from tda import api, huge_pages
 from tda.data import corpora
 from tda.gradients.projection import Projection
@@ -32,7 +33,6 @@ SIDE = flags.DEFINE_integer("side", 8, "Each weight matrix has side × side dime
 CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.")
 MOMENTS = flags.DEFINE_integer("moments", 32, "Batches that second moments are estimated from.")
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of what is kept and found.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "What the model computes in; or bfloat16.")
 
 # Tokens that the model says where no target is given, and what ends them before.

@@ -124,7 +124,10 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
     }
     if config.model.pretrained:
         made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
-    root, tx = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps or config.train.warmup)
+    root, tx = (
+        str(workdir / "model" / "checkpoints"),
+        make_optimizer(config, steps or config.train.warmup),
+    )
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
         workdir.claim("train", made_from)

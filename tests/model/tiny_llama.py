@@ -22,11 +22,11 @@ CONFIG = dict(
 )
 
 
-def tensors() -> dict[str, np.ndarray]:
+def tensors(vocab_size: int = V, layers: int = L) -> dict[str, np.ndarray]:
     """Random numbers by the names that transformers gives them."""
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    shapes["lm_head.weight"] = (V, D)
-    for i in range(L):
+    shapes = {"model.embed_tokens.weight": (vocab_size, D), "model.norm.weight": (D,)}
+    shapes["lm_head.weight"] = (vocab_size, D)
+    for i in range(layers):
         at = f"model.layers.{i}."
         shapes |= {
             f"{at}input_layernorm.weight": (D,),
