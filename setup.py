@@ -21,14 +21,30 @@ setup(
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "safetensors>=0.8.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
     ],
     extras_require={
-        "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
-        # Models made by others, to test the encoder on (`make test-all`).
-        "models": ["google-tunix>=0.1.7"],
+        # Models in .gguf files.
+        "gguf": ["gguf>=0.19.0"],
+        # Corpora in Parquet files and `datasets` directories.
+        "parquet": ["pyarrow>=26.0.1"],
+        "test": [
+            "gguf>=0.19.0",
+            "pyarrow>=26.0.1",
+            "pytest>=9.2.0",
+            "ruff>=0.17.6",
+            "zarr>=3.1.6",
+        ],
+        # Models made by others, and what they are compared with (`make test-all`).
+        "models": [
+            "google-tunix>=0.1.7",
+            "sentencepiece>=0.2.3",
+            "torch==2.13.0",
+            "transformers>=5.24.0",
+        ],
     },
 )
