@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 PLACES = {"France": "Paris", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima"}
 
 
-def _world(directory: pathlib.Path) -> None:
+def files_of_the_pages(directory: pathlib.Path) -> None:
     """Files by the names that the pages give them: a model, a corpus, Adam's moments."""
     found = tiny_llama.tensors(vocab_size=320, layers=2)
     config = dict(vocab_size=320, num_hidden_layers=2)
@@ -44,7 +44,7 @@ def _world(directory: pathlib.Path) -> None:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    _world(tmp_path)
+    files_of_the_pages(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     return tmp_path
