@@ -1,6 +1,7 @@
 """One call from a model to ranked passages: texts or batches, kept or in memory, any loss."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +146,42 @@ def test_batches_and_a_loss_of_ones_own_give_the_same(model, tokenizer):
     once = tda.trace(model, iter(passages), iter([queries]), sample=2, **how)
     again = tda.trace(model, passages, [queries], **how)
     assert [f.id for f in once[0].proponents] == [f.id for f in again[0].proponents]
+
+
+def test_second_moments_are_of_a_sample_of_all_batches(model, monkeypatch):
+    """Guards: a sample that is the first rows of the corpus."""
+    seen = []
+
+    def watched(model, loss, batches, *_):
+        seen.append([int(b["tokens"][0, 1]) for b in batches])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "estimate", watched)
+    rows = [batch_of([[0, i, i]]) for i in range(100)]
+    with pytest.raises(KeyboardInterrupt):
+        tda.trace(model, rows, rows, sample=9, quiet=True)
+    assert len(seen[0]) == 9 and max(seen[0]) > 50 and seen[0] == sorted(set(seen[0]))
+    with pytest.raises(KeyboardInterrupt):
+        tda.trace(model, iter(rows), rows, sample=9, quiet=True)
+    assert seen[1] == list(range(9))
+
+
+def test_second_moments_are_of_passages_of_the_whole_corpus(model, tokenizer, monkeypatch):
+    """Guards: a sample that is the first rows of the corpus."""
+    texts = [TEXTS[0].replace("Norway", f"Norway {i}") for i in range(100)]
+    found = []
+
+    def watched(model, loss, batches, *_):
+        found.extend(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "estimate", watched)
+    with pytest.raises(KeyboardInterrupt):
+        call(model, tokenizer, texts, sample=3, tokens_per_batch=128)
+    said = [tokenizer.decode(row) for batch in found for row in batch["tokens"]]
+    numbers = [int(re.search(r"Norway (\d+)", text)[1]) for text in said if "Norway" in text]
+    assert len(found) == 3 and 5 < len(numbers) < 50
+    assert max(numbers) > 50 and len(set(numbers)) == len(numbers)
 
 
 def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_path):
