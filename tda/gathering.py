@@ -19,7 +19,7 @@ from tda.data import batches as batching
 from tda.data import corpora, tokenised, tokens
 from tda.data.corpora import Document
 from tda.data.tokens import TokenTable
-from tda.gradients import estimate, per_example, sites
+from tda.gradients import estimate, kept_scales, per_example, sites
 from tda.gradients import projection as projections
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
@@ -171,7 +171,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         pad=tokenizer.pad,
         mesh=setting.mesh,
     )
-    scales = setting.estimated(_batches(setting, table, layout))
+    scales = _scales(setting, table, layout, directory)
     encoder = make_encoder(
         setting.model, setting.projection, scales, setting.loss, **setting.scope, mesh=setting.mesh
     )
@@ -198,6 +198,27 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         return found.id, found.text
 
     return Made(store, gradients_QxE, passage, asked)
+
+
+def _scales(setting: Setting, table: TokenTable, layout: dict, directory):
+    """1/√V as the method wants it; what was estimated is kept in `directory`, if there is one."""
+    batches = _batches(setting, table, layout)
+    if directory is None or not setting.method.corrected or setting.scales is not None:
+        return setting.estimated(batches)
+    made_from = _made_from(setting, None) | {
+        "correction": setting.correction,
+        "sample": setting.sample,
+        "seed": setting.seed,
+        "tokens_per_batch": setting.tokens_per_batch,
+        "corpus": tokenised.fingerprint(table),
+    }
+    file = directory / "scales.safetensors"
+    found = kept_scales.load(file, made_from)
+    if found is None:
+        found = setting.estimated(batches)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept_scales.save(file, found, made_from)
+    return found
 
 
 def _queries(queries: Iterable) -> list[tuple[str, str, str]]:

@@ -184,7 +184,7 @@ def test_second_moments_are_of_passages_of_the_whole_corpus(model, tokenizer, mo
     assert max(numbers) > 50 and len(set(numbers)) == len(numbers)
 
 
-def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_path):
+def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_path, monkeypatch):
     file = tmp_path / "corpus.jsonl"
     file.write_text(
         "".join(json.dumps({"id": f"s{i}", "text": t}) + "\n" for i, t in enumerate(TEXTS))
@@ -194,6 +194,12 @@ def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_pa
         found = call(model, tokenizer, file, directory=tmp_path / "kept")
         assert found.answers == expected.answers
     assert found[0].proponents[0].id.startswith("s")
+    # What was estimated is kept, and not asked for again by the same call.
+    monkeypatch.setattr(estimate, "estimate", None)
+    assert call(model, tokenizer, file, directory=tmp_path / "kept").answers == expected.answers
+    with pytest.raises(TypeError, match="not callable"):
+        call(model, tokenizer, file, directory=tmp_path / "kept", sample=63)
+    monkeypatch.undo()
     other = Bigram(tokenizer.vocab_size, nnx.Rngs(1))
     with pytest.raises(ValueError, match="was not made with what it is used with"):
         call(other, tokenizer, file, directory=tmp_path / "kept")
