@@ -28,17 +28,24 @@ setup(
         "tqdm>=4.70.1",
     ],
     extras_require={
+        "test": [
+            "boto3>=1.44.8",
+            "gguf>=0.19.0",
+            "moto[server]>=5.2.5",
+            "pyarrow>=26.0.1",
+            "pytest>=9.2.0",
+            "ruff>=0.17.6",
+            "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "zarr>=3.1.6",
+        ],
         # Models in .gguf files.
         "gguf": ["gguf>=0.19.0"],
         # Corpora in Parquet files and `datasets` directories.
         "parquet": ["pyarrow>=26.0.1"],
-        "test": [
-            "gguf>=0.19.0",
-            "pyarrow>=26.0.1",
-            "pytest>=9.2.0",
-            "ruff>=0.17.6",
-            "zarr>=3.1.6",
-        ],
+        # Approximate search.
+        "scann": ["scann>=1.4.2"],
+        # What `benchmarks.retrieval` compares with.
+        "benchmarks": ["faiss-cpu>=1.15.1"],
         # Models made by others, and what they are compared with (`make test-all`).
         "models": [
             "google-tunix>=0.1.7",
