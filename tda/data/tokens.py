@@ -98,13 +98,13 @@ def passages(
     ):
         if not text.strip():
             raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
-        parts = cut([*tokens, *tokenizer.end], tokenizer, context)
+        tokens = [*tokens, *tokenizer.end]
+        parts = cut(tokens, tokenizer, context)
         split += len(parts) > 1
         for i, (first, stop) in enumerate(parts):
             ids.append(document if len(parts) == 1 else f"{document}#{i}")
             documents.append(document)
-            whole = [*tokenizer.begin, *[*tokens, *tokenizer.end][first:stop]]
-            sequences.append(np.asarray(whole, np.int32))
+            sequences.append(np.asarray([*tokenizer.begin, *tokens[first:stop]], np.int32))
     if len(set(ids)) < len(ids):
         twice = next(i for i, n in collections.Counter(ids).items() if n > 1)
         raise ValueError(f"two passages have the id {twice!r}; give documents other ids")

@@ -238,6 +238,25 @@ def test_gguf_errors_name_the_file(tmp_path):
         pretrained.load(other)
 
 
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [(dict(), 4096), (dict(sliding_window=None), None), (dict(sliding_window=7), 7)],
+)
+def test_mistrals_window_is_transformers_own_where_nothing_is_said(tmp_path, changes, window):
+    model = tiny_llama.write(tmp_path / "model", architectures=["MistralForCausalLM"], **changes)
+    assert pretrained.inspect(model).arguments.get("window") == window
+
+
+def test_a_model_that_was_trained_further_is_another(directory, tmp_path):
+    """Guards: a run that goes on with the gradients of another model of the same size."""
+    again = tiny_llama.write(tmp_path / "again")
+    found = tiny_llama.tensors()
+    other = tiny_llama.write(tmp_path / "other", {n: x * 1.001 for n, x in found.items()})
+    assert pretrained.state_of(again) == pretrained.state_of(directory)
+    for a, b in zip(pretrained.state_of(other), pretrained.state_of(directory), strict=True):
+        assert a[:2] == b[:2] and (a[2] == b[2]) == (a[0] == "config.json")
+
+
 def test_arguments_are_plain_values(directory):
     """Guards: a model that cannot be described beside its checkpoint."""
     arguments = pretrained.loading.inspect(directory).arguments

@@ -128,7 +128,6 @@ def _windows(c: Config, layers: int, used: bool = True, otherwise=None) -> dict:
 def _common(c: Config, *, tied: bool, width="hidden_size", heads="num_attention_heads") -> dict:
     """What nearly every configuration says in the same words."""
     c.refuse("quantization_config")
-    c.refuse("is_decoder", (None, True, False))
     head_width = c.get("head_dim", c[width] // c[heads])
     return dict(
         vocab_size=c["vocab_size"],
@@ -158,6 +157,8 @@ def _llama(c: Config) -> dict:
 
 
 def _mistral(c: Config) -> dict:
+    # Where a configuration is silent, transformers takes a window; null is none.
+    c = Config({"sliding_window": 4096} | c.values, c.where)
     return _llama(c) | _windows(c, c["num_hidden_layers"])
 
 

@@ -6,6 +6,7 @@ loaded on a mesh.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -125,11 +126,25 @@ def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
 
 
 def state_of(path) -> list:
-    """Names and sizes of a model's files, as JSON values that tell it from others."""
+    """Names, sizes and hashes of a model's files, as JSON values that tell it from others.
+
+    Of a large file only some of its contents are hashed, spread over all of it: a model that was
+    trained further differs in every matrix.
+    """
     path = locate(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     kinds = (".safetensors", ".json", ".gguf")
-    return [[f.name, f.stat().st_size] for f in files if f.suffix in kinds]
+    return [[f.name, f.stat().st_size, _digest(f)] for f in files if f.suffix in kinds]
+
+
+def _digest(file: pathlib.Path, pieces: int = 256, size: int = 1 << 14) -> str:
+    found, whole = hashlib.blake2b(digest_size=8), file.stat().st_size
+    step = max(size, whole // pieces)
+    with open(file, "rb") as opened:
+        for start in range(0, whole, step):
+            opened.seek(start)
+            found.update(opened.read(size))
+    return found.hexdigest()
 
 
 def inspect(path) -> Pretrained:
@@ -205,15 +220,17 @@ def _check(found: Pretrained) -> None:
     if missing:
         raise PretrainedError(f"{found.where} lacks {some(missing)}")
     try:
-        unstacked = nnx.eval_shape(
-            lambda: Decoder(**found.arguments | {"scan": False}, rngs=nnx.Rngs(0))
-        )
+        model = found.shapes()
     except ValueError as error:
         raise PretrainedError(f"{found.where}: {error}") from error
-    wanted = {
-        functional.path_name(path): tuple(variable.shape)
-        for path, variable in nnx.to_flat_state(nnx.state(unstacked, nnx.Param))
-    }
+    wanted = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, shape = functional.path_name(path), tuple(variable.shape)
+        if path[0] != "layers":
+            wanted[name] = shape
+            continue
+        for i in range(found.arguments["layers"]):
+            wanted[_of_layer(name, i)] = shape[1:]
     unmapped = sorted(wanted.keys() ^ found.parts.keys())
     if unmapped:
         raise PretrainedError(f"{found.where}: no tensor is known for {some(unmapped)}")
@@ -261,6 +278,11 @@ def _is_axes(x) -> bool:
     return isinstance(x, tuple)
 
 
+def _of_layer(path: str, layer: int) -> str:
+    """The path of one layer's parameter, of that of the stack."""
+    return path.replace("layers/", f"layers/{layer}/", 1)
+
+
 def _reader(found: Pretrained, path: str, shape: tuple[int, ...], dtype):
     """A function from an index to the parameter's numbers there; the last answer is kept."""
     parts = path.split("/")
@@ -278,8 +300,8 @@ def _reader(found: Pretrained, path: str, shape: tuple[int, ...], dtype):
         else:
             out = np.empty([b - a for a, b in bounds], dtype)
             for i, layer in enumerate(range(*bounds[0])):
-                name = "/".join(("layers", str(layer), *parts[1:]))
-                out[i] = found.parts[name].read(found.source, index[1:])
+                part = found.parts[_of_layer(path, layer)]
+                out[i] = part.read(found.source, index[1:])
         latest[:] = bounds, out
         return out
 
