@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from tda import gathering, hessian, methods, progress
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.gradients.projection import Projection
 from tda.gradients.second_moments import Scale
 from tda.model import pretrained
@@ -72,7 +73,8 @@ def trace(
         passages: the corpus. Texts: a path (`tda.data.corpora.documents` says which files), or an
             iterable of texts, of (id, text) or of `Document`. Else an iterable of batches.
         queries: (prompt, target) or (id, prompt, target); else batches.
-        tokenizer: a `PretrainedTokenizer` or `Tokenizer`.
+        tokenizer: the model's, in any form that `PretrainedTokenizer.of` takes: that of `load`, one
+            of transformers, or the path of one.
         loss: what is differentiated: "loss", "margin" or "logit" of a model from tokens [B, T] to
             logits [B, T, V]; or a function of the model and a batch ({"tokens", "targets",
             "weights"}, each [B, T], where there is a tokenizer) to float32 [B].
@@ -128,6 +130,7 @@ def trace(
     else:
         if texts is not None:
             raise ValueError("texts is for passages given as batches; there is a tokenizer here")
+        tokenizer = PretrainedTokenizer.of(tokenizer)
         made = gathering.of_texts(setting, passages, queries, tokenizer, context, directory)
     return _ranked(setting, made, k, damping)
 

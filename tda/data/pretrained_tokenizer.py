@@ -95,6 +95,36 @@ class PretrainedTokenizer:
             parse_special=parse_special,
         )
 
+    @classmethod
+    def of(cls, tokenizer, parse_special: bool = False):
+        """A tokenizer in whatever form one has it.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers (an `AutoTokenizer`), a
+                `tokenizers.Tokenizer`, a path for `load`, or anything with this class's methods,
+                which is given back.
+            parse_special: see the class.
+
+        Raises:
+            TypeError: none of these.
+        """
+        if isinstance(tokenizer, str | os.PathLike):
+            return cls.load(tokenizer, parse_special)
+        inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if isinstance(inner, tokenizers.Tokenizer):
+            # A copy: truncation and padding are switched off in it.
+            inner = tokenizers.Tokenizer.from_str(inner.to_str())
+            begin, end = _template(inner)
+            eos, pad = (getattr(tokenizer, f"{n}_token_id", None) for n in ("eos", "pad"))
+            how = dict(eos=eos, pad=pad, parse_special=parse_special)
+            return cls(inner, begin=begin, end=end, **how)
+        if hasattr(tokenizer, "encode_query") and hasattr(tokenizer, "encode_spans"):
+            return tokenizer
+        raise TypeError(
+            f"{type(tokenizer).__name__} is not a tokenizer that is known here; give a fast one of "
+            "transformers, a tokenizers.Tokenizer, or a PretrainedTokenizer"
+        )
+
     def save(self, directory) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` reads."""
         directory = pathlib.Path(directory)

@@ -1,6 +1,7 @@
 """Tokenizers that come with a model: its ids, its template once, and targets at their place."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -122,6 +123,22 @@ def test_the_target_is_the_tokens_after_the_prompt(begin, prompt, target):
     assert not is_target[: len(begin)].any()
     first = int(np.flatnonzero(is_target)[0])
     assert is_target[first:].all()
+
+
+def test_tokenizers_in_other_forms(tmp_path):
+    inner = byte_level(template=True)
+    inner.enable_truncation(4)
+    other = types.SimpleNamespace(backend_tokenizer=inner, eos_token_id=1, pad_token_id=2)
+    expected = PretrainedTokenizer.load(write(tmp_path, byte_level(template=True), **NAMES))
+    for form in (other, inner, tmp_path, str(tmp_path), expected):
+        found = PretrainedTokenizer.of(form)
+        assert found.sequence(TEXTS[1]) == expected.sequence(TEXTS[1])
+        assert found.begin == (0,)
+    assert PretrainedTokenizer.of(expected) is expected
+    found = PretrainedTokenizer.of(other)
+    assert (found.eos, found.pad) == (1, 2) and inner.truncation is not None
+    with pytest.raises(TypeError, match="int is not a tokenizer that is known here"):
+        PretrainedTokenizer.of(3)
 
 
 def test_what_cannot_be_asked_is_told():
@@ -280,6 +297,7 @@ def test_ids_are_those_of_transformers(tmp_path, kind):
     write(tmp_path, inner, **NAMES, tokenizer_class="PreTrainedTokenizerFast")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = PretrainedTokenizer.load(tmp_path, parse_special=True)
+    assert PretrainedTokenizer.of(theirs, True).fingerprint() == ours.fingerprint()
     rng = np.random.default_rng(1)
     pieces = [*"abcXYZ 019\n\t.,;é日本語🙂ß\u200d", "  ", "Bonn", "</s>", "don't", "12345"]
     texts = ["".join(rng.choice(pieces, rng.integers(0, 25))) for _ in range(400)]
