@@ -31,7 +31,7 @@ METHOD = flags.DEFINE_string("method", "exp5", "A name of tda/methods.py.")
 CORRECTION = flags.DEFINE_string("correction", "factored", "Or adam, low_rank(R).")
 SIDE = flags.DEFINE_integer("side", 8, "Each weight matrix has side × side dimensions.")
 CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.")
-MOMENTS = flags.DEFINE_integer("moments", 32, "Batches that second moments are estimated from.")
+MOMENTS = flags.DEFINE_integer("moments", 16, "Batches that second moments are estimated from.")
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "What the model computes in; or bfloat16.")
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 import tda
-from tda import results
+from tda import results, sharding
 from tda.data.corpora import Document
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import estimate, per_example, reference, sites
@@ -203,6 +203,17 @@ def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_pa
     other = Bigram(tokenizer.vocab_size, nnx.Rngs(1))
     with pytest.raises(ValueError, match="was not made with what it is used with"):
         call(other, tokenizer, file, directory=tmp_path / "kept")
+
+
+def test_many_devices_give_the_same(model, tokenizer, tmp_path):
+    expected = call(model, tokenizer)
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    for how in (dict(), dict(directory=tmp_path / "kept")):
+        found = call(model, tokenizer, mesh=mesh, **how)
+        for a, b in zip(found, expected, strict=True):
+            assert [f.id for f in a.proponents] == [f.id for f in b.proponents]
+            for f, g in zip(a.proponents, b.proponents, strict=True):
+                assert f.score == pytest.approx(g.score, abs=1e-4)
 
 
 def test_long_documents_are_cut_and_found_by_their_characters(model, tokenizer):
