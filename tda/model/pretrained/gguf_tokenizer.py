@@ -23,7 +23,6 @@ _LLAMA3 = (
 # How text is split, by the name in tokenizer.ggml.pre; None is GPT-2's own rule.
 _WORDS = {
     "gpt-2": None,
-    "default": None,
     "smollm": None,
     "llama-bpe": _LLAMA3,
     "dbrx": _LLAMA3,
@@ -48,7 +47,7 @@ def load(path, parse_special: bool = False) -> PretrainedTokenizer:
     types = say("token_type", [_NORMAL] * len(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if kind == "gpt2":
-        inner = _byte_level(path, vocabulary, say("merges", []), say("pre", "default"))
+        inner = _byte_level(path, vocabulary, say("merges", []), say("pre"))
         adds_bos = say("pre") == "llama-bpe"
     else:
         scores, prefix = say("scores", []), say("add_space_prefix", True)
@@ -69,10 +68,11 @@ def load(path, parse_special: bool = False) -> PretrainedTokenizer:
     )
 
 
-def _byte_level(path, vocabulary, merges, words: str) -> tokenizers.Tokenizer:
+def _byte_level(path, vocabulary, merges, words: str | None) -> tokenizers.Tokenizer:
     if words not in _WORDS:
         raise PretrainedError(
-            f"{path}: tokenizer.ggml.pre={words!r} is not known here; known are {', '.join(_WORDS)}"
+            f"{path}: tokenizer.ggml.pre={words!r} is not known here; known are "
+            f"{', '.join(_WORDS)}; give the tokenizer.json of the model instead"
         )
     pairs = [tuple(m.split(" ")) for m in merges]
     # Llama 3 takes a word that is a token as it is, even where merges do not lead to it.
