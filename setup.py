@@ -23,6 +23,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pyahocorasick>=2.3.1",
+        "safetensors>=0.8.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
@@ -34,7 +35,9 @@ setup(
         "test": [
             "boto3>=1.44.8",
             "matplotlib>=3.11.2",
+            "gguf>=0.19.0",
             "moto[server]>=5.2.5",
+            "pyarrow>=26.0.1",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -48,11 +51,20 @@ setup(
         ],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
+        # Models in .gguf files.
+        "gguf": ["gguf>=0.19.0"],
+        # Corpora in Parquet files and `datasets` directories.
+        "parquet": ["pyarrow>=26.0.1"],
         # Approximate search.
         "scann": ["scann>=1.4.2"],
         # What `benchmarks.retrieval` compares with.
         "benchmarks": ["faiss-cpu>=1.15.1"],
-        # Models made by others, to test the encoder on (`make test-all`).
-        "models": ["google-tunix>=0.1.7"],
+        # Models made by others, and what they are compared with (`make test-all`).
+        "models": [
+            "google-tunix>=0.1.7",
+            "sentencepiece>=0.2.3",
+            "torch==2.13.0",
+            "transformers>=5.24.0",
+        ],
     },
 )

@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.size = "tiny"  # tda/model/sizes.py
+    # Start from a pretrained model instead, with its tokenizer: a Hugging Face directory, a .gguf
+    # file, or a package that holds one. train.epochs=0 traces it as it is.
+    c.model.pretrained = ""
     c.model.context = 128  # positions a passage may have
     c.model.dtype = "float32"
     c.model.remat = False

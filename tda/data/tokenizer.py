@@ -75,6 +75,16 @@ class Tokenizer:
         os.replace(part, path)
 
     @property
+    def begin(self) -> tuple[int, ...]:
+        """What stands before every text."""
+        return (self.bos,)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """What stands after every text."""
+        return (self.eos,)
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, special ones included."""
         return self._inner.get_vocab_size()
@@ -86,6 +96,11 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         return [e.ids for e in self._inner.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids of each text, and the characters [start, stop) that each token is of."""
+        found = self._inner.encode_batch(texts, add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in found]
 
     def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of `<bos> prompt target` and which of them are the target's.
