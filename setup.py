@@ -8,6 +8,7 @@ setup(
     description="Training-data attribution for language-model pretraining, in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["tda", "tda.*", "experiments", "configs"]),
+    package_data={"tda.viewer": ["static/*"]},
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",
@@ -21,13 +22,21 @@ setup(
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "starlette>=1.10.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
+        "uvicorn>=0.54.0",
     ],
     extras_require={
-        "test": ["pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        "test": [
+            "httpx2>=2.16.2",
+            "playwright>=1.65.2",
+            "pytest>=9.2.0",
+            "ruff>=0.17.6",
+            "zarr>=3.1.6",
+        ],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],
     },

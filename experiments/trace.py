@@ -5,7 +5,7 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, report, training
+from experiments import attribution, corpus, evaluation, live, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -30,11 +30,13 @@ def run(config, workdir: Workdir) -> dict:
     text = report.table(metrics)
     if processes.is_first():
         (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
+        live.remember(config, workdir)
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
         print(f"{name}: λ = {note['lambda']:.3f} at component {note['component']}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
+    print(f"to look at them: python -m experiments.view --workdir={workdir.path}")
     return metrics
 
 
