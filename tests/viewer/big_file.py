@@ -1,6 +1,6 @@
 """A results file of the size of the paper's: 5,415 queries × 10 proponents of C4's length.
 
-    python -m tests.viewer.big_file OUT.jsonl
+python -m tests.viewer.big_file OUT.jsonl
 """
 
 import random
@@ -35,6 +35,7 @@ def records(queries: int = QUERIES, proponents: int = PROPONENTS, mean: int = 19
     for i in range(queries):
         drawn = [rng.randrange(len(pool)) for _ in range(proponents)]
         scores = sorted((rng.betavariate(2, 9) for _ in drawn), reverse=True)
+        pairs = zip(drawn, scores, strict=True)
         target = rng.choice(["Paris", "Oslo", "Rome", "physics", "Ontario"])
         entails = [round(rng.betavariate(0.4, 1.2), 4) for _ in drawn]
         yield results.record(
@@ -42,7 +43,7 @@ def records(queries: int = QUERIES, proponents: int = PROPONENTS, mean: int = 19
             "trex",
             f"Entity {i} of {rng.choice(['Norway', 'Texas', 'Japan'])} is located in",
             target,
-            [(f"c4-{seed}-{d}", f"{pool[d]} {target}.", s) for d, s in zip(drawn, scores)],
+            [(f"c4-{seed}-{d}", f"{pool[d]} {target}.", s) for d, s in pairs],
             [],
             fact_id=f"q{i:05}",
             relation=rng.choice(_RELATIONS),

@@ -105,8 +105,8 @@ function renote(passage) {
 }
 
 function open(row) {
+  sidebar.unfold(false);
   state.set(place(rows.main, row));
-  if (matchMedia("(max-width: 760px)").matches) main.scrollIntoView();
 }
 
 function drawTop() {
@@ -196,8 +196,8 @@ const KEYS = {
   k: () => sidebar.step(-1),
   ArrowLeft: () => sidebar.step(-1),
   r: () => sidebar.random(),
-  "/": () => sidebar.input.focus(),
-  g: () => sidebar.jump.focus(),
+  "/": () => (sidebar.unfold(true), sidebar.input.focus()),
+  g: () => (sidebar.unfold(true), sidebar.jump.focus()),
   p: () => state.set({ side: "proponents" }),
   o: () => state.set({ side: "opponents" }),
   b: () => state.set({ side: "both" }),

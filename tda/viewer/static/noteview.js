@@ -29,7 +29,7 @@ export async function showNotes(element, rows, isCurrent) {
       return h("li", {},
         h("span.tag", {}, types[note.type] ?? "comment"), " ",
         row === undefined ? title : h("a", { href: state.link({ ...place(file, row), filter: "", files: others(rows, file) }) }, title),
-        " ", h("code.id", {}, note.passage_id), note.comment && h("q", {}, note.comment));
+        " ", h("code.id", {}, note.passage_id.slice(0, 200)), note.comment && h("q", {}, note.comment));
     }))));
 }
 

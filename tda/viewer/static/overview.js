@@ -33,6 +33,8 @@ export async function showOverview(element, rows, chosen, tools) {
     plots(data)));
 }
 
+const short = (text) => (text.length > 120 ? `${text.slice(0, 120)}…` : text);
+
 /** A link to the queries that pass a filter, beside the present one. */
 function narrowed(rows, extra) {
   const { filter } = rows.state;
@@ -84,7 +86,7 @@ function byGroup(title, field, rows, chosen, found, order) {
       files.map((f) => h("th", { scope: "col" }, `${f.title}: MRR`)))),
     h("tbody", {}, some.map(([name, members]) => {
       const href = narrowed(rows, `${field} = ${quote(name)}`);
-      return h("tr", {}, h("th", { scope: "row" }, h("a", { href }, name)), h("td", {}, count(members.length)),
+      return h("tr", {}, h("th", { scope: "row" }, h("a", { href }, short(name))), h("td", {}, count(members.length)),
         files.map((file) => {
           const m = metrics(members.map((r) => found.get(file).get(r)));
           return h("td", {}, m.n ? bar(m.mrr, number(m.mrr), href) : "–");

@@ -22,7 +22,7 @@ export function passagesOf(record, side) {
 /**
  * A column.
  *
- * @param method {label, title, record, marks, live} of this column.
+ * @param method {label, title, record, marks, judge} of this column.
  * @param others the other columns' methods, whose ranks are shown on each passage.
  * @param context {data, example, side, heat}: `heat(label, passage, box)` shows heat in a box, or
  *     is missing where it cannot be had.
@@ -114,7 +114,7 @@ function card(passage, side, method, others, context) {
   h("div.head", {},
     h("span.rank", {}, passage.rank),
     h("span.score", { title: "score" }, number(passage.score)),
-    chip(mark, passage.entails),
+    chips(passage, side, method),
     moves(passage, side, method, others)),
   words, unfold,
   h("div.foot", {},
@@ -139,12 +139,21 @@ function card(passage, side, method, others, context) {
   heatBox);
 }
 
-function chip(mark, entails) {
-  if (typeof entails === "number") {
-    return h(mark ? "span.tag.yes" : "span.tag", {}, `entails ${number(entails, 2)}`);
+/** What a passage was judged: by the annotations, by the entailment model. */
+function chips(passage, side, { marks, judge, record }) {
+  if (side !== "proponents") return null;
+  const isRight = marks?.[passage.rank - 1];
+  const annotated = record.proponent_correct?.[passage.rank - 1];
+  const out = [];
+  if (annotated !== undefined && annotated !== null) {
+    const counts = judge !== "entailment" && isRight;
+    out.push(h(counts ? "span.tag.yes" : "span.tag", {}, annotated ? "✓ correct" : "not labelled"));
   }
-  if (mark === undefined || mark === null) return null;
-  return h(mark ? "span.tag.yes" : "span.tag", {}, mark ? "✓ correct" : "not labelled");
+  if (typeof passage.entails === "number") {
+    const counts = judge === "entailment" && isRight;
+    out.push(h(counts ? "span.tag.yes" : "span.tag", {}, `${counts ? "✓ " : ""}entails ${number(passage.entails, 2)}`));
+  }
+  return out;
 }
 
 /** Where the other columns rank the same passage. */

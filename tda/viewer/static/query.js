@@ -1,8 +1,7 @@
 // One query: what was asked, what is known of it, and each method's passages side by side.
 
-import { count, fill, h, number, percent, tell } from "./dom.js";
+import { count, fill, h, percent, tell } from "./dom.js";
 import { column } from "./passages.js";
-import { place } from "./sidebar.js";
 import * as state from "./state.js";
 
 /** The main file's row that the state names; undefined where it has none. */
@@ -38,6 +37,7 @@ export async function showQuery(element, rows, row, tools) {
       title: file.title,
       record: found,
       marks: found ? rows.marks(file, match) : null,
+      judge: rows.judge(file),
       first: i === 0,
     };
   });
@@ -153,10 +153,3 @@ function raw(methods) {
       }, h("summary", {}, `${m.title} (${m.label})`), box);
     }));
 }
-
-/** The address of a row and what it is called, for links elsewhere. */
-export function linkTo(file, row, text) {
-  return h("a", { href: state.link(place(file, row)) }, text);
-}
-
-export { number };

@@ -61,8 +61,12 @@ export class Sidebar {
     const jump = h("form", { onsubmit: (e) => (e.preventDefault(), this.jumpTo(this.jump.value)) },
       h("label.hidden", { for: "jump" }, "Jump to a query by its number or id"), this.jump,
       h("button", { type: "submit" }, "Go"));
-    fill(element,
-      h("h2", {}, "Queries"),
+    // Where there is no room beside the content, the list folds up over it.
+    this.fold = h("button.fold", { type: "button", "aria-controls": "side-body", onclick: () => this.unfold() });
+    this.unfold(false);
+    const body = h("div.side-body", { id: "side-body" });
+    fill(element, h("h2", {}, h("span", {}, "Queries"), this.fold), body);
+    fill(body,
       h("div.row",
         {},
         h("label", { for: "filter" }, "Filter"),
@@ -71,6 +75,13 @@ export class Sidebar {
       h("div.row", {}, h("label", { for: "sort" }, "Sort"), this.sort),
       h("div.row", {}, jump, h("button", { type: "button", onclick: () => this.random(), title: "Random query (r)" }, "Random")),
       this.pager, this.list);
+  }
+
+  /** Shows or folds the list on a narrow page. */
+  unfold(open = this.fold.getAttribute("aria-expanded") !== "true") {
+    this.fold.setAttribute("aria-expanded", String(open));
+    this.fold.textContent = open ? "Hide the list ▴" : "List and filter ▾";
+    this.element.classList.toggle("open", open);
   }
 
   /** Shows the rows that pass. */
