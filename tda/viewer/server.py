@@ -132,7 +132,9 @@ class _App:
         name = request.path_params["name"]
         if name not in self._static:
             raise HTTPException(404, f"there is no {name}")
-        return Response(self._static[name], media_type=_TYPES[os.path.splitext(name)[1]])
+        kind = _TYPES[os.path.splitext(name)[1]]
+        headers = {"cache-control": "private, max-age=60"}
+        return Response(self._static[name], media_type=kind, headers=headers)
 
     async def _piece(self, request: Request) -> Response:
         name = request.path_params["name"]
