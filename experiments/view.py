@@ -107,6 +107,7 @@ def serve(collection: Collection, answers, host: str, port: int, names: list[str
     )
     server = uvicorn.Server(config)
     socket = config.bind_socket()
+    socket.listen()  # who asks before the server runs is answered when it does
     bound = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     count = sum(len(f) for f in collection.files)
