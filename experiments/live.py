@@ -1,5 +1,6 @@
 """Live questions to a finished run: its model, tokenizer and stores, found in its workdir."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -140,7 +141,6 @@ def load(path: pathlib.Path, config: dict) -> tuple[Tracer, int]:
     queries = finished_stores(sorted((path / "stores").glob("queries-*")))
     for corrected in (False, True):
         fitting = [s for s in stores if _fits(s, wanted, corrected)]
-        # Those made with the config's own projection before others.
         fitting.sort(key=lambda s: not _is_configs(s, config))
         if fitting:
             encoded[corrected] = _encoded(fitting[0], queries, model, root, step)
@@ -179,9 +179,20 @@ def _fits(store: GradientStore, wanted: dict, corrected: bool) -> bool:
 
 
 def _is_configs(store: GradientStore, config: dict) -> bool:
-    made = store.manifest["fingerprint"]
-    own = made["correction"] in ("none", config["gradients"]["correction"])
-    return own and made["projection"] == config["projection"]
+    """Whether a store was made by the config's own settings, and not by an earlier run's."""
+    made, g = store.manifest["fingerprint"], config["gradients"]
+    own = made["correction"] in ("none", g["correction"])
+    same = all(made[k] == g[k] for k in ("output", "include", "exclude", "untapped"))
+    dtype = store.manifest["dtype"] == config["store"]["dtype"]
+    return own and same and dtype and made["projection"] == config["projection"]
+
+
+def _beside(scale: second_moments.Scale) -> second_moments.Scale:
+    """A scale on the model's device, whichever devices it was saved from."""
+    parts = {f.name: getattr(scale, f.name) for f in dataclasses.fields(scale)}
+    device = jax.local_devices()[0]
+    there = {n: jax.device_put(x, device) for n, x in parts.items() if x is not None}
+    return dataclasses.replace(scale, **there)
 
 
 def _encoded(
@@ -200,7 +211,8 @@ def _encoded(
                 "the second moments of this run's corrected gradients were estimated from its "
                 "text, not read from the checkpoint; ask by a method without correction"
             )
-        return second_moments.read(root, chosen, correction, step)
+        found = second_moments.read(root, chosen, correction, step)
+        return {path: _beside(scale) for path, scale in found.items()}
 
     same = [q for q in queries if q.manifest["fingerprint"] == made]
     return Encoded(

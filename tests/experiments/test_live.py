@@ -9,12 +9,14 @@ import pytest
 from experiments import live, trace
 from experiments.workdir import Workdir
 from tda import results
-from tda.data import batches, tokens
-from tda.evaluation import knowledge
 from tda.methods import METHODS
+from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
+from tda.viewer.notes import Notes
 from tests.experiments.test_trace import make_config
+from tests.viewer.browser import Page, launched, serving
 
+pytestmark = pytest.mark.slow  # the quick ones: tests/test_live.py
 NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
 
 
@@ -185,19 +187,45 @@ def test_stores_that_are_not_this_models_are_not_asked(workdir, tmp_path):
     assert "R_eval" in told["trackstar_raw"]["lacks"]
 
 
-def test_knowledge_of_a_table_agrees(run):
-    """The same figures as `evaluation.knowledge`, for a target of several tokens."""
-    tracer = run._open(silent)
-    table = tokens.queries(
-        [("q", "It rains in Spain", "all day long")], tracer._tokenizer, tracer._context
-    )
-    expected = knowledge.target_statistics(
-        tracer._model,
-        table,
-        bucket_lengths=batches.buckets(tracer._context),
-        tokens_per_batch=64,
-        pad=tracer._tokenizer.pad,
-    )
-    found = tracer.likelihood("It rains in Spain", "all day long")
-    assert found["nats"] == pytest.approx(float(expected["nats"][0]), rel=1e-5)
-    assert found["rank"] == expected["rank"][0]
+def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory):
+    """Guards: a store that an earlier run in the same workdir made by other settings."""
+    folder = tmp_path_factory.mktemp("twice")
+    config = make_config(folder)
+    config.methods, config.eval.tail_patch_queries = "grad_cos", 0
+    for name in ("model", "stages"):
+        os.symlink(workdir / name, folder / name)
+    for seed in (0, 1, 0):
+        config.projection.seed = seed
+        trace.run(config, Workdir(folder))
+        (asked, *_) = of_batch(folder, "grad_cos")
+        question = asked["inputs_plaintext"], asked["targets_plaintext"]
+        found = live.open_workdir(folder).trace(silent, *question, ["grad_cos"], 10)
+        assert found["methods"][0]["record"]["proponent_ids"] == asked["proponent_ids"]
+
+
+def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
+    """From the page to the store and back: the run's own answer, and its heat."""
+    asked = of_batch(workdir, "trackstar")[2]
+    collection = Collection(workdir, Notes(tmp_path / "notes.jsonl"))
+    for name in ("trackstar", "bm25"):
+        collection.add(workdir / "results" / f"{name}.jsonl")
+    with launched() as browser, serving(collection, run) as address:
+        page = Page(browser)
+        page.open(f"{address}#view=trace")
+        page.page.wait_for_selector(".methods input")
+        page.page.fill("#prompt", asked["inputs_plaintext"])
+        page.page.click("text=Let the model complete it")
+        page.page.wait_for_selector(".steps")
+        page.page.fill("#target", asked["targets_plaintext"])
+        page.page.locator(".main-action").click()
+        page.page.wait_for_selector(".results .column", timeout=120_000)
+        for name in NAMES:
+            shown = page.texts(f".results [data-method={name}] .card p.text")
+            expected = of_batch(workdir, name)[2]["proponents"]
+            assert shown == expected, name
+        page.page.click("#trackstar-proponents-1 >> text=heat")
+        page.page.wait_for_selector("#trackstar-proponents-1 .token", timeout=120_000)
+        tokens = page.texts("#trackstar-proponents-1 .token")
+        assert "".join(tokens[1:]) == asked["proponents"][0]
+        page.context.close()
+        page.fine()
