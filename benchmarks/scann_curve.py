@@ -1,8 +1,9 @@
 """Recall of the approximate index against its rate, beside exact search on the same rows.
 
-    python -m benchmarks.scann_curve --passages=passages.npy --queries=queries.npy --json=curve.json
+    python -m benchmarks.scann_curve --config=configs/world_facts.py --workdir=demo --json=PATH
 
-Both files hold encodings, float32 [rows, width]; passages are memory-mapped. An index is built for
+The workdir is that of a finished run of `experiments.trace`, whose config, with what the command
+line sets, must be given; what is searched are its encodings by TrackStar. An index is built for
 every way of coding and partitioning, and searched in several ways, through the library's own calls.
 All sides run in one process, turn by turn. Exact search is one float32 product with all rows by
 XLA, and the k best and worst of each query; a single query is padded to 16, as one row alone takes
@@ -25,17 +26,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks import record
-from tda import huge_pages
+from benchmarks import finished_run, record
+from experiments import launch
 from tda.retrieval import scann
 from tda.retrieval.ranked import Ranked
 
-_PASSAGES = flags.DEFINE_string("passages", None, "encodings of the passages, .npy", required=True)
-_QUERIES = flags.DEFINE_string("queries", None, "encodings of the queries, .npy", required=True)
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
-_WORKDIR = flags.DEFINE_string("workdir", None, "where indices are built; a temporary one if unset")
+_METHOD = flags.DEFINE_enum("method", "trackstar", ["trackstar", "cosine"], "whose encodings")
 _ROWS = flags.DEFINE_integer("rows", 0, "how many of the passages; 0 takes all")
 _BATCH = flags.DEFINE_integer("batch", 128, "queries of a batch")
 _SINGLE = flags.DEFINE_integer("single", 8, "queries that come one by one, each round")
@@ -286,12 +285,11 @@ def line(point: dict, what: str) -> str:
     )
 
 
-def main(argv):
+def main(config, workdir):
     """Measures every case and prints the fronts."""
-    del argv
-    passages_CxE = np.load(_PASSAGES.value, mmap_mode="r")
+    path = f"{workdir}/scann_curve_{_METHOD.value}.npy"
+    passages_CxE, queries_QxE = finished_run.encodings(config, workdir, _METHOD.value, path)
     passages_CxE = passages_CxE[: _ROWS.value or len(passages_CxE)]
-    queries_QxE = np.load(_QUERIES.value)
     exact = Exact(passages_CxE)
     wanted = in_batches(exact, queries_QxE)
     figures = {"rows": len(passages_CxE), "width": passages_CxE.shape[1]}
@@ -302,7 +300,7 @@ def main(argv):
         print(f"{name}: {value}", flush=True)
     figures["indices"], points = {}, []
     for case in cases():
-        directory = tempfile.mkdtemp(prefix="scann_curve_", dir=_WORKDIR.value)
+        directory = tempfile.mkdtemp(prefix="scann_curve_", dir=workdir)
         try:
             data = passages_CxE, queries_QxE, exact, wanted, signal_QxK
             found = measured(case, f"{directory}/index", *data)
@@ -324,5 +322,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    huge_pages.use()
-    app.run(main)
+    launch.launch(main)

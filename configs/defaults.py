@@ -1,6 +1,7 @@
 """Every key that a config of `experiments.trace` or `experiments.plan` has, with its default."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -70,6 +71,25 @@ def get_config() -> ConfigDict:
     # store, the corpus is encoded as it is searched (and once more for R, unless it is sampled).
     c.store.dtype = "float32"
     c.store.shard_bytes = 256 << 20  # of a file; a host encodes whole files
+
+    c.search = ConfigDict()
+    c.search.index = "none"  # or scann: approximate, where the corpus is large enough to gain by it
+    c.search.depth = 100  # passages that an index is asked for; deeper ranks are unknown
+    c.search.recall_queries = 100  # whose exact ranking an index is held against
+    c.search.memory_gib = 8.0  # for building an index, and for searching it
+    # Settings (tda/retrieval/scann_settings.py) that are to be others than the rule's.
+    c.search.scann = ConfigDict()
+    c.search.scann.part_rows = placeholder(int)
+    c.search.scann.dims_per_block = placeholder(int)
+    c.search.scann.threshold = placeholder(float)
+    c.search.scann.reorder = placeholder(int)
+    c.search.scann.reorder_dtype = placeholder(str)
+    c.search.scann.leaves = placeholder(int)
+    c.search.scann.leaves_to_search = placeholder(int)
+    c.search.scann.residual = placeholder(bool)
+    c.search.scann.soar = placeholder(float)
+    c.search.scann.training_rows = placeholder(int)
+    c.search.scann.training_iterations = placeholder(int)
 
     c.hessian = ConfigDict()
     c.hessian.sample = 0  # R_train is taken of so many passages, drawn at random; 0: of all

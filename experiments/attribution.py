@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from experiments import encoding
+from experiments import encoding, indexing
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain, write_json
@@ -40,7 +40,7 @@ def retrieve(
             store, queries = encoding.encode(config, corpus, trained, workdir, corrected)
         if sharing:
             work = functools.partial(
-                _search, config, corpus, trained, store, queries, sharing, files
+                _search, config, corpus, trained, store, queries, sharing, files, workdir
             )
             processes.by_first("search", work)
     for name, method in todo.items():
@@ -62,23 +62,30 @@ def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, correc
 
 
 def _search(
-    config, corpus: Corpus, trained: Trained, store, queries, sharing: dict, files: dict
+    config,
+    corpus: Corpus,
+    trained: Trained,
+    store,
+    queries,
+    sharing: dict,
+    files: dict,
+    workdir: Workdir,
 ) -> None:
     print(f"search {store.rows:,} passages: {', '.join(sharing)}")
-    scorers, note = _scorers(config, store, queries, sharing)
-    what = f"search ({', '.join(sharing)})"
-    with progress.bar(store.rows, what, "passage") as bar:
-        found = exact.search(
-            queries,
-            store,
-            scorers,
-            config.eval.top_k,
-            corpus.correct,
-            _search_mesh(trained),
-            bar.update,
-        )
+    scorers, notes = _scorers(config, store, queries, sharing)
+
+    def exactly(gradients_QxE, scorers, k, correct):
+        with progress.bar(store.rows, f"search ({', '.join(scorers)})", "passage") as bar:
+            return exact.search(
+                gradients_QxE, store, scorers, k, correct, _search_mesh(trained), bar.update
+            )
+
+    names = {n: files[n].stem for n in sharing}
+    found, told = indexing.search(
+        config, store, queries, scorers, corpus.correct, workdir, names, exactly
+    )
     for name, ranking in found.items():
-        _keep(files[name], ranking, note.get(name))
+        _keep(files[name], ranking, notes.get(name, {}) | told.get(name, {}))
 
 
 def _search_mesh(trained: Trained):
@@ -102,6 +109,8 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
         made = encoding.made_from(config, corpus, trained, method.corrected)
         made_from += [made, dict(config.hessian), config.store.dtype]
         made_from.append(_withdrawn(encoding.path_of(config, corpus, workdir, "corpus", made)))
+        if config.search.index != "none":
+            made_from.append(config.search.to_dict())
     directory = workdir / "retrieval"
     directory.mkdir(exist_ok=True)
     return directory / f"{method.retriever}-{fingerprint(plain(made_from))}.npz"

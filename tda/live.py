@@ -28,6 +28,9 @@ from tda.store import GradientStore
 
 Progress = Callable[[str, int, int], None]
 
+# What of a method is done here; one that asks for more must not be answered with less.
+_UNDERSTOOD = ("title", "corrected", "hessian", "unit_norm", "retriever")
+
 
 def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody looks at."""
@@ -113,6 +116,13 @@ class Tracer:
 
     def lacks(self, method: Method) -> str | None:
         """Why a method cannot be asked here; None where it can."""
+        beyond = [
+            f"{f.name}={getattr(method, f.name)}"
+            for f in dataclasses.fields(method)
+            if f.name not in _UNDERSTOOD and getattr(method, f.name) != f.default
+        ]
+        if beyond:
+            return f"methods with {', '.join(beyond)} answer no live questions"
         if method.retriever == "bm25":
             return None if self._encoded else "there is no store with the passages' texts"
         if method.retriever != "gradient":

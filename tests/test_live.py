@@ -1,5 +1,7 @@
 """Live tracing against what a run does for all its queries, on a tiny model and store."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from tda.evaluation import knowledge
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.live import Encoded, Hessian, Tracer
-from tda.methods import METHODS
+from tda.methods import METHODS, Method
 from tda.retrieval import exact
 
 CONTEXT, P = 24, Projection(side=4, blocks=2)
@@ -172,6 +174,19 @@ def test_refusals(made):
         tracer.heat("a", "b", METHODS["bm25"], "d0")
     with pytest.raises(ValueError, match="the context 24"):
         tracer.complete("long " * 60, 3)
+
+
+def test_a_method_that_asks_for_more_is_not_answered_with_less(made):
+    """Guards: a field that is added to methods, and left out here in silence."""
+
+    @dataclasses.dataclass(frozen=True)
+    class More(Method):
+        several: bool = False
+
+    assert made[0].lacks(More("plain")) is None
+    assert made[0].lacks(More("sum", several=True)) == (
+        "methods with several=True answer no live questions"
+    )
 
 
 def test_what_progress_raises_ends_the_work(made):

@@ -20,7 +20,7 @@ def data():
 def small_steps(monkeypatch):
     """Searches take 16 rows at a time, or what a test sets."""
     steps = {"rows": 16}
-    monkeypatch.setattr(exact, "step_rows", lambda width, devices=1: steps["rows"] * devices)
+    monkeypatch.setattr(exact, "step_rows", lambda width, devices, touched: steps["rows"] * devices)
     return steps
 
 
