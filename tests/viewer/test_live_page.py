@@ -106,6 +106,7 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     assert page.text("#trackstar-proponents-1 .text") == "<i>Paris</i> is the capital of France."
     assert page.texts("#trackstar-proponents-1 .move") == ["bm25 #2 ↓1"]
     assert "25.0%" in page.text(".results .facts")
+    assert page.page.locator(".steps button").count() == 2
     # The question is in the address; the answer stays while another view is looked at.
     assert "prompt=The+capital" in page.page.url
     page.page.keyboard.press("Escape")

@@ -11,6 +11,7 @@ export class Live {
     this.data = data;
     this.abilities = null;
     this.answer = null;
+    this.steps = null;
     this.running = null;
   }
 
@@ -36,6 +37,7 @@ export class Live {
         this.choice,
         h("div.row", {}, this.go, h("button", { type: "button", onclick: () => this.cancel() }, "Stop"))),
       this.progress, this.results));
+    if (this.steps) this.showSteps();
     if (this.answer) this.showAnswer();
     try {
       this.abilities ??= (await this.data.live("describe", {}, (job) => this.showProgress(job))).result;
@@ -90,6 +92,13 @@ export class Live {
   async complete() {
     const found = await this.ask("complete", { prompt: this.box.prompt.value, tokens: 8 });
     if (!found) return;
+    this.steps = found;
+    this.showSteps();
+    if (!this.box.target.value && found.steps.length) this.box.target.value = found.steps[0].token.trim();
+  }
+
+  showSteps() {
+    const found = this.steps;
     const sofar = [];
     fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, found.steps.map((step) => {
       sofar.push(step.token);
@@ -99,7 +108,6 @@ export class Live {
           h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
         h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`))));
     })), found.ended && h("p.quiet", {}, "The model ends the passage there."));
-    if (!this.box.target.value && sofar.length) this.box.target.value = sofar[0].trim();
   }
 
   async trace() {
