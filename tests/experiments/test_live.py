@@ -95,9 +95,8 @@ def test_r_is_kept_and_read_again(workdir, run):
     again, told = live.open_workdir(workdir), []
     found = again.trace(lambda *t: told.append(t[0]), *question, ["trackstar"], 10)
     assert "reading R" in told and "R of the passages" not in told
-    np.testing.assert_allclose(
-        found["methods"][0]["record"]["proponent_scores"], asked["proponent_scores"], rtol=1e-4
-    )
+    again = found["methods"][0]["record"]["proponent_scores"]
+    np.testing.assert_allclose(again, asked["proponent_scores"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["trackstar", "exp4", "grad_dot"])
@@ -125,19 +124,11 @@ def test_heat_tells_where_a_passage_is_read_otherwise(run, monkeypatch):
     assert not found["faithful"]
 
 
-def test_completion_is_greedy(workdir, run):
-    found = run.complete(silent, "The capital of France is", 4)
-    tracer = run._open(silent)
-    assert 1 <= len(found["steps"]) <= 4
-    for i, step in enumerate(found["steps"]):
-        before = "".join(s["token"] for s in found["steps"][:i])
-        alternatives = [step["probability"], *(o["probability"] for o in step["others"])]
-        assert alternatives == sorted(alternatives, reverse=True) and sum(alternatives) <= 1.0001
-        if step["token"].startswith(" ") and "�" not in before + step["token"]:
-            told = tracer.likelihood(f"The capital of France is{before}", step["token"])
-            # Where the token is the whole target, its probability is the same.
-            if len(tracer._query("x", step["token"])) == 1 and told["rank"] == 1:
-                assert np.exp(-told["nats"]) <= step["probability"] + 1e-4
+def test_a_completion_ends_where_the_model_ends_the_passage(run):
+    for prompt in ("The capital of France is", "The capital of France is Paris."):
+        found = run.complete(silent, prompt, 4)
+        assert "<eos>" not in [s["token"] for s in found["steps"]]
+        assert found["ended"] == (len(found["steps"]) < 4)
 
 
 def test_what_can_be_asked_is_described(run):
