@@ -112,6 +112,8 @@ def serve(collection: Collection, answers, host: str, port: int, names: list[str
     shown = f"[{host}]" if ":" in host else host
     count = sum(len(f) for f in collection.files)
     print(f"{count:,} records of {len(collection.files)} files")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"served on {host}: whoever reaches it reads all, and may write notes")
     print(f"viewer at http://{shown}:{bound}/  (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[socket])

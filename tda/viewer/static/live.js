@@ -73,6 +73,7 @@ export class Live {
   }
 
   async ask(what, body) {
+    this.cancel(); // what was asked before is not waited for
     try {
       const job = await this.data.live(what, body, (j) => this.showProgress(j));
       fill(this.progress, job.state === "cancelled" ? "Stopped." : h("span.quiet", {}, `${number(job.seconds, 1)} s`));
