@@ -71,7 +71,9 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if _without_port(host) not in self._hosts:
-            return f"this viewer is not reached as {host!r}; --names adds names that it is reached by"
+            return (
+                f"this viewer is not reached as {host!r}; --names adds names that it is reached by"
+            )
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             # A link from elsewhere may open the page, and nothing else.
             if headers.get("sec-fetch-mode") != "navigate" or scope["path"] != "/":

@@ -1,7 +1,5 @@
 """The filter's parser and the metrics, run in the browser that runs them for users."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -147,20 +145,23 @@ def test_metrics_are_those_of_the_records(page, address):
 
 def test_histograms_and_filters_agree_on_edges(page, address):
     """Every row is in just one bin, and a bin's filter finds the rows of its bar."""
-    values = [0.1 * i for i in range(41)] + [math.pi, 4.0, 0.0, -0.3]
-    found = page.open(address).page.evaluate(
-        """async (values) => {
-          const { histogram } = await import("./static/metrics.js");
-          const rows = values.map((v, i) => i);
-          return histogram(rows, (i) => values[i], 20);
-        }""",
-        values,
-    )
-    assert sorted(r for b in found for r in b["rows"]) == list(range(len(values)))
-    for i, b in enumerate(found):
-        last = i + 1 == len(found)
-        inside = [
-            r for r, v in enumerate(values)
-            if v >= b["low"] and (v <= b["high"] if last else v < b["high"])
-        ]  # fmt: skip
-        assert inside == b["rows"]
+    page.open(address)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        low, high = sorted(rng.normal(size=2).round(2).tolist())
+        # Values that lie on the edges, and beside them by a rounding.
+        edges = low + np.arange(20) * ((high - low) / 20)
+        values = [*edges, *np.nextafter(edges, high), *np.nextafter(edges[1:], low), high]
+        found = page.page.evaluate(
+            """async (values) => {
+              const { histogram } = await import("./static/metrics.js");
+              return histogram(values.map((v, i) => i), (i) => values[i], 20);
+            }""",
+            [float(v) for v in values],
+        )
+        assert sorted(r for b in found for r in b["rows"]) == list(range(len(values)))
+        for i, b in enumerate(found):
+            last = i + 1 == len(found)
+            above = [r for r, v in enumerate(values) if v >= b["low"]]
+            inside = [r for r in above if values[r] < b["high"] or last]
+            assert inside == b["rows"], (low, high, i)
