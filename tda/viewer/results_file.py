@@ -4,6 +4,7 @@ Opening reads the file once and keeps a row for each record and where its line s
 stay on disk.
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -139,12 +140,11 @@ class ResultsFile:
         """The first row with this id."""
         return self._rows_by_id.get(example)
 
-    @property
+    @functools.cached_property
     def _rows_by_id(self) -> dict[str, int]:
-        if not hasattr(self, "_by_id"):
-            ids = self.columns["id"]
-            self._by_id = {ids[i]: i for i in range(len(ids) - 1, -1, -1) if ids[i] is not None}
-        return self._by_id
+        ids = self.columns["id"]
+        # Of equal ids the first row counts.
+        return {ids[i]: i for i in range(len(ids) - 1, -1, -1) if ids[i] is not None}
 
     def close(self) -> None:
         """Closes the file."""

@@ -173,7 +173,8 @@ class _App:
         given = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
         example, passage, comment, where = given
         await _tried(notes.add, example, passage, kind, comment, where)
-        return JSONResponse(await run_in_threadpool(self._collection.piece, "notes"))
+        piece = await run_in_threadpool(self._collection.piece, "notes")
+        return Response(to_json(piece), media_type="application/json")
 
     async def _upload(self, request: Request) -> Response:
         name = os.path.basename(request.query_params.get("name", "")) or "upload.jsonl"

@@ -95,9 +95,7 @@ class Page:
 
     def drawn(self) -> "Page":
         """Waits until the page is drawn."""
-        self.page.wait_for_selector(
-            "html[data-ready]:not([data-ready='index']), .malformed", state="attached"
-        )
+        self.page.wait_for_selector("html[data-ready]", state="attached")
         return self
 
     def text(self, selector: str) -> str:

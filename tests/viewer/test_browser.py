@@ -159,7 +159,8 @@ def test_a_link_restores_everything(page, browser, address):
     page.until(lambda: "filter=" in page.page.url)
     page.page.select_option("#sort", "-top")
     page.page.click(".segments >> text=both")
-    page.page.fill("#highlight", "capital")
+    page.until(lambda: "side=both" in page.page.url)
+    page.drawn().page.fill("#highlight", "capital")
     page.page.press("#highlight", "Enter")
     page.until(lambda: page.page.locator(".legend mark.own").count() == 1)
     page.page.locator("#queries a").nth(3).click()
@@ -238,6 +239,16 @@ def test_the_keyboard_alone(page, address, folder):
     page.until(lambda: items[2]["inputs_plaintext"] in page.text(".asked"))
     page.page.keyboard.press("k")
     page.until(lambda: items[1]["inputs_plaintext"] in page.text(".asked"))
+    # What is pressed keeps the focus, though the page is drawn anew.
+    page.page.focus("text=Next →")
+    for row in (2, 3):
+        page.page.keyboard.press("Enter")
+        page.until(lambda row=row: items[row]["inputs_plaintext"] in page.text(".asked"))
+        page.drawn()
+    page.page.focus(".method:nth-child(3) > button")
+    for count in (3, 2):
+        page.page.keyboard.press("Enter")
+        page.until(lambda count=count: page.page.locator(".column").count() == count)
     page.page.keyboard.press("o")
     page.until(lambda: "side=opponents" in page.page.url)
     page.page.keyboard.press("2")

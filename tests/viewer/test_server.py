@@ -138,6 +138,10 @@ def test_notes_are_kept_and_counted(client, folder):
     assert found.status_code == 200 and found.json()["notes"][0]["comment"] == "é"
     assert client.get("/data/notes.json").json() == found.json()
     assert len((folder / "w" / "notes.jsonl").read_text().splitlines()) == 1
+    odd = json.dumps(asked | {"method": "bm25", "comment": "\ud800"}).encode()
+    headers = {TOKEN_HEADER: token(client), "content-type": "application/json"}
+    kept = client.post("/api/notes", content=odd, headers=headers)
+    assert kept.status_code == 200 and kept.json()["notes"][0]["comment"] == "\ud800"
     wrong = post(client, "/api/notes", asked | {"method": "bm25", "type": "x"})
     assert wrong.status_code == 400 and "unknown type" in wrong.json()["error"]
     assert post(client, "/api/notes", {"example_id": 3}).status_code == 400

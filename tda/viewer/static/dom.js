@@ -28,6 +28,19 @@ export function fill(element, ...children) {
   return element;
 }
 
+const CONTROLS = "a[href], button, input, select, textarea, summary";
+const named = (e) => `${e.tagName} ${e.id || e.getAttribute("aria-label") || e.textContent}`;
+
+/** As `fill`; the keyboard's focus stays on the control of the same name, if there is one. */
+export function refill(element, ...children) {
+  const had = document.activeElement;
+  const name = element.contains(had) && had !== element ? named(had) : null;
+  fill(element, ...children);
+  if (name === null) return element;
+  [...element.querySelectorAll(CONTROLS)].find((e) => named(e) === name)?.focus({ preventScroll: true });
+  return element;
+}
+
 /** A number for people: 0.174, 1,601, −0.02. */
 export function number(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";

@@ -1,6 +1,6 @@
 // The page: what is on it by the state, its header, its keys.
 
-import { count, fill, h, number, percent, tell } from "./dom.js";
+import { count, fill, h, number, percent, refill, tell } from "./dom.js";
 import { Data } from "./data.js";
 import { heatFor, Live } from "./live.js";
 import { judges, metrics } from "./metrics.js";
@@ -27,7 +27,6 @@ const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"
 async function start() {
   theme(localStorage.getItem("theme"));
   await data.open();
-  document.documentElement.dataset.ready = "index";
   state.follow();
   state.onChange((now, before) => draw(now.view !== before.view));
   await draw(false);
@@ -37,12 +36,15 @@ async function start() {
 async function draw(focus) {
   const mine = ++turn;
   const isCurrent = () => mine === turn;
+  delete document.documentElement.dataset.ready;
   try {
     await drawn(isCurrent, focus);
   } catch (error) {
     if (isCurrent()) fill(main, h("section.malformed", {}, h("h2", {}, "This cannot be shown"), h("p.wrong", {}, error.message)));
     console.warn(error.message);
   }
+  // For whoever waits until all is drawn.
+  if (isCurrent()) document.documentElement.dataset.ready = state.get().view;
 }
 
 async function drawn(isCurrent, focus) {
@@ -62,9 +64,7 @@ async function drawn(isCurrent, focus) {
   sidebar.update(rows, chosen, result.error, row);
   drawTop();
   await drawMain(now, row, isCurrent);
-  if (!isCurrent()) return;
-  if (focus) main.focus({ preventScroll: true });
-  document.documentElement.dataset.ready = `${now.view} ${now.q}`;
+  if (focus && isCurrent()) main.focus({ preventScroll: true });
 }
 
 /** Shows the first rows of a large file while the others are on their way. */
@@ -74,6 +74,7 @@ async function early(isCurrent) {
 }
 
 async function drawMain(now, row, isCurrent) {
+  document.title = `${VIEWS.find(([view]) => view === now.view)?.[1] ?? "Queries"} · tda`;
   if (now.view === "overview") return showOverview(main, rows, chosen, { isCurrent });
   if (now.view === "notes") return showNotes(main, rows, isCurrent);
   if (now.view === "trace") {
@@ -111,9 +112,9 @@ function open(row) {
 
 function drawTop() {
   const now = rows.state;
-  fill(top,
+  refill(top,
     h("div.bar-row", {},
-      h("a.brand", { href: state.link({ view: "query", q: "", filter: "", page: "" }) }, "tda"),
+      h("h1", {}, h("a.brand", { href: state.link({ view: "query", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
       h("nav.views", { "aria-label": "Views" }, VIEWS.map(([view, name]) =>
         h("a", { href: state.link({ view, page: "" }), "aria-current": now.view === view ? "page" : null }, name))),
       h("div.tools", {},
@@ -127,8 +128,7 @@ function drawTop() {
 
 function methodChip(file, i) {
   const on = rows.files.includes(file);
-  const isWhole = file.loaded === file.rows;
-  const m = isWhole && on ? metrics(Array.from({ length: file.rows }, (_, row) => rows.marks(file, row))) : null;
+  const m = file.loaded === file.rows && on ? figuresOf(file) : null;
   const figures = m?.n
     ? h("span.figures", {}, h("span", { title: "mean reciprocal rank of the first correct proponent, among those in the file" }, `MRR ${number(m.mrr)}`),
       h("span", { title: "queries with a correct one among the first ten" }, `R@10 ${percent(m.recall)}`),
@@ -143,6 +143,16 @@ function methodChip(file, i) {
       onclick: () => toggle(file),
     }, file.title), figures, bad,
     on && rows.files[0] !== file && h("button.link", { type: "button", title: "Put this method first: its queries are listed", onclick: () => first(file) }, "first"));
+}
+
+/** A file's metrics, kept until it is judged otherwise. */
+function figuresOf(file) {
+  const key = `${rows.judge(file)} ${rows.threshold()}`;
+  if (file.figures?.key !== key) {
+    const marks = Array.from({ length: file.rows }, (_, row) => rows.marks(file, row));
+    file.figures = { key, ...metrics(marks) };
+  }
+  return file.figures;
 }
 
 function toggle(file) {

@@ -1,6 +1,6 @@
 // One query: what was asked, what is known of it, and each method's passages side by side.
 
-import { count, fill, h, percent, tell } from "./dom.js";
+import { count, fill, h, percent, refill, tell } from "./dom.js";
 import { column } from "./passages.js";
 import * as state from "./state.js";
 
@@ -49,7 +49,7 @@ export async function showQuery(element, rows, row, tools) {
     onNote: tools.onNote,
   };
   const others = (m) => methods.filter((o) => o !== m);
-  fill(element,
+  refill(element,
     h("article.query", { "data-row": row },
       heading(record),
       h("div.actions", {},

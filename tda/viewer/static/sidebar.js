@@ -1,6 +1,6 @@
 // The list of queries: filter, sort, pages, jump, random.
 
-import { calm, count, fill, h } from "./dom.js";
+import { calm, count, fill, h, refill } from "./dom.js";
 import * as state from "./state.js";
 import { sorting } from "./rows.js";
 
@@ -96,7 +96,7 @@ export class Sidebar {
     fill(this.told, error
       ? h("span.wrong", {}, `${error.message} (at ${error.at + 1})`)
       : `${count(chosen.length)} of ${count(all)} queries${loading}`);
-    fill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
+    refill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
       .map(([name, filter, , title]) =>
         h("button.chip", {
           type: "button",
@@ -135,7 +135,7 @@ export class Sidebar {
     const page = this.page(), pages = this.pages();
     const to = (p, name, title, off) =>
       h("button", { type: "button", title, "aria-label": title, disabled: off, onclick: () => state.set({ page: p + 1 }) }, name);
-    fill(this.pager,
+    refill(this.pager,
       to(0, "«", "First page", page === 0),
       to(page - 1, "‹", "Page before", page === 0),
       h("span", {}, `page ${count(page + 1)} of ${count(pages)}`),
@@ -143,7 +143,7 @@ export class Sidebar {
       to(pages - 1, "»", "Last page", page + 1 >= pages));
     const some = this.chosen.slice(page * PAGE, (page + 1) * PAGE);
     this.list.setAttribute("start", page * PAGE + 1);
-    fill(this.list, some.map((row) => this.item(row)));
+    refill(this.list, some.map((row) => this.item(row)));
     if (!some.length && this.rows.main.loaded === this.rows.main.rows) {
       fill(this.list, h("li.quiet", {}, "No query passes this filter."));
     }
