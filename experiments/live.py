@@ -81,7 +81,7 @@ class LiveRun:
 
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
         """The model's own completion of a prompt."""
-        steps = self._open(progress).complete(prompt, tokens, on_progress=progress)
+        steps = self._open(progress).speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
         return {"steps": steps[:-1] if ended else steps, "ended": ended}
 
@@ -91,7 +91,7 @@ class LiveRun:
         """Passages by method, as results records."""
         tracer = self._open(progress)
         chosen = parse_methods(",".join(methods))
-        likelihood = tracer.likelihood(prompt, target)
+        likelihood = tracer.speaker.likelihood(prompt, target)
         found = tracer.trace(prompt, target, chosen, k, progress)
         return {
             "probability": math.exp(-likelihood["nats"]),

@@ -16,7 +16,7 @@ from tda.viewer.notes import Notes
 from tests.experiments.test_trace import make_config
 from tests.viewer.browser import Page, launched, serving
 
-pytestmark = pytest.mark.slow  # the quick ones: tests/test_live.py
+pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_tracer.py
 NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
 
 
@@ -81,7 +81,7 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
 def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run):
     for asked in of_batch(workdir, "bm25"):
         question = asked["inputs_plaintext"], asked["targets_plaintext"]
-        found = run._open(silent).likelihood(*question)
+        found = run._open(silent).speaker.likelihood(*question)
         assert found["nats"] == pytest.approx(asked["target_nats"], rel=1e-4)
         assert found["rank"] == asked["target_rank"]
 

@@ -66,6 +66,9 @@ class Answers:
         return {"tokens": tokens, "sum": 0.31, "score": 0.31, "faithful": True}
 
 
+CHECKED = "[...document.querySelectorAll('.methods input:checked')].map((i) => i.value)"
+
+
 @pytest.fixture
 def answers():
     return Answers()
@@ -90,8 +93,7 @@ def asking(page, address):
 def test_a_question_is_completed_and_traced(page, address, answers):
     asking(page, address)
     assert "1,200 passages, a model of 5,300,000 parameters" in page.text(".methods")
-    checked = "[...document.querySelectorAll('.methods input:checked')].map((i) => i.value)"
-    assert page.page.evaluate(checked) == ["trackstar", "bm25"]
+    assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
     assert page.page.is_disabled(".methods input[value=exp5]")
     page.page.fill("#prompt", "The capital of France is")
     page.page.click("text=Let the model complete it")
@@ -158,6 +160,15 @@ def test_progress_errors_and_stopping(page, address):
     page.page.fill("#target", "x")
     page.page.locator(".main-action").click()
     page.until(lambda: "has no token" in page.text(".progress"))
+    # What is typed stays when the page is drawn anew.
+    page.page.fill("#target", "typed")
+    page.page.uncheck(".methods input[value=bm25]")
+    page.page.evaluate("history.pushState(null, '', location.hash + '&side=both')")
+    page.page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")
+    page.drawn()
+    page.page.wait_for_selector(".methods input")
+    assert page.page.input_value("#target") == "typed"
+    assert page.page.evaluate(CHECKED) == ["trackstar"]
     page.page.fill("#prompt", "slow")
     page.page.locator(".main-action").click()
     page.until(lambda: "searching passages" in page.text(".progress"))

@@ -80,13 +80,18 @@ export class Data {
 
   /** Loads a file's rows; `onRows` is called after each chunk. Called again, it waits for them. */
   load(file, onRows) {
-    if (!this.loading.has(file.label)) this.loading.set(file.label, this.#load(file, onRows));
+    if (!this.loading.has(file.label)) {
+      const loaded = this.#load(file, onRows);
+      this.loading.set(file.label, loaded);
+      // What failed is asked for again from where it stopped.
+      loaded.catch(() => this.loading.delete(file.label));
+    }
     return this.loading.get(file.label);
   }
 
   async #load(file, onRows) {
     const size = this.index.summary_rows;
-    for (let chunk = 0; chunk * size < file.rows; chunk++) {
+    for (let chunk = file.loaded / size; chunk * size < file.rows; chunk++) {
       const part = await piece(`${file.number}/summaries-${chunk}`);
       const rows = Math.min(size, file.rows - chunk * size);
       for (const field of file.fields) {

@@ -13,13 +13,20 @@ export class Live {
     this.answer = null;
     this.steps = null;
     this.running = null;
+    this.checked = null;
   }
 
   async show(element, rows, isCurrent) {
     this.rows = rows;
     const now = rows.state;
-    const prompt = h("textarea", { id: "prompt", rows: 2, value: now.prompt, spellcheck: "false" });
-    const target = h("input", { id: "target", value: now.target, autocomplete: "off", spellcheck: "false" });
+    // What was typed stays when the page is drawn anew, unless a link asks something else.
+    const asks = JSON.stringify([now.prompt, now.target]);
+    const kept = this.asks === asks && this.box;
+    const [asked, wanted] = kept ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
+    if (kept) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
+    this.asks = asks;
+    const prompt = h("textarea", { id: "prompt", rows: 2, value: asked, spellcheck: "false" });
+    const target = h("input", { id: "target", value: wanted, autocomplete: "off", spellcheck: "false" });
     this.box = { prompt, target };
     this.progress = h("div.progress", { role: "status" });
     this.completed = h("div.completed", {});
@@ -52,7 +59,7 @@ export class Live {
   }
 
   showChoice() {
-    const wanted = this.rows.state.methods.split(",").filter(Boolean);
+    const wanted = this.checked?.length ? this.checked : this.rows.state.methods.split(",").filter(Boolean);
     const { methods } = this.abilities;
     const usual = methods.filter((m) => m.usual).map((m) => m.name);
     const on = wanted.length ? wanted : usual.length ? usual : methods.slice(0, 2).map((m) => m.name);
@@ -116,6 +123,8 @@ export class Live {
     const [prompt, target] = [this.box.prompt.value, this.box.target.value];
     if (!target.trim()) return tell("Give a target, or let the model complete the prompt.", "wrong");
     if (!methods.length) return tell("Choose a method.", "wrong");
+    this.checked = methods;
+    this.asks = JSON.stringify([prompt, target]);
     state.set({ prompt, target, methods: methods.join(",") }, { replace: true });
     const found = await this.ask("trace", { prompt, target, methods, k: 10 });
     if (!found) return;

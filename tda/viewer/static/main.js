@@ -25,7 +25,7 @@ let turn = 0; // of drawing: what was begun for an earlier state is dropped
 const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"]];
 
 async function start() {
-  theme(localStorage.getItem("theme"));
+  theme(remembered());
   await data.open();
   state.follow();
   state.onChange((now, before) => draw(now.view !== before.view));
@@ -107,6 +107,7 @@ function renote(passage) {
 
 function open(row) {
   sidebar.unfold(false);
+  scrollTo(0, 0);
   state.set(place(rows.main, row));
 }
 
@@ -197,7 +198,17 @@ function theme(name) {
 function turnTheme() {
   const isDark = getComputedStyle(document.documentElement).colorScheme.trim() === "dark";
   theme(isDark ? "light" : "dark");
-  localStorage.setItem("theme", isDark ? "light" : "dark");
+  remembered(isDark ? "light" : "dark");
+}
+
+/** The theme that was chosen before; a browser may forbid to keep it. */
+function remembered(chosen) {
+  try {
+    if (chosen) localStorage.setItem("theme", chosen);
+    return localStorage.getItem("theme");
+  } catch {
+    return null;
+  }
 }
 
 const KEYS = {

@@ -112,14 +112,14 @@ def test_likelihood_is_that_of_the_evaluation(made):
     tracer, model, _, _, prompts, tokenizer = made
     expected = knowledge.target_statistics(model, prompts, pad=tokenizer.pad, **LAYOUT)
     for q, (_, prompt, target) in enumerate(QUESTIONS):
-        found = tracer.likelihood(prompt, target)
+        found = tracer.speaker.likelihood(prompt, target)
         assert found["nats"] == pytest.approx(float(expected["nats"][q]), rel=1e-5)
         assert found["rank"] == expected["rank"][q]
 
 
 def test_completion_is_greedy(made):
     tracer, model, _, _, _, tokenizer = made
-    steps = tracer.complete("The capital of", 4)
+    steps = tracer.speaker.complete("The capital of", 4)
     ids = [tokenizer.bos, *tokenizer.encode(["The capital of"])[0]]
     for step in steps:
         logits_V = np.asarray(model(np.asarray([ids])))[0, -1].astype(np.float64)
@@ -173,7 +173,7 @@ def test_refusals(made):
     with pytest.raises(ValueError, match="BM25 has no gradients"):
         tracer.heat("a", "b", METHODS["bm25"], "d0")
     with pytest.raises(ValueError, match="the context 24"):
-        tracer.complete("long " * 60, 3)
+        tracer.speaker.complete("long " * 60, 3)
 
 
 def test_a_method_that_asks_for_more_is_not_answered_with_less(made):
