@@ -31,12 +31,19 @@ setup(
     ],
     extras_require={
         "test": [
+            "boto3>=1.44.8",
             "httpx2>=2.16.2",
+            "moto[server]>=5.2.5",
             "playwright>=1.65.2",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
+            "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "zarr>=3.1.6",
         ],
+        # Approximate search.
+        "scann": ["scann>=1.4.2"],
+        # What `benchmarks.retrieval` compares with.
+        "benchmarks": ["faiss-cpu>=1.15.1"],
         # Models made by others, to test the encoder on (`make test-all`).
         "models": ["google-tunix>=0.1.7"],
     },

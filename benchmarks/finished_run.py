@@ -13,15 +13,20 @@ from tda import hessian
 from tda.retrieval import exact, scorer
 
 
-def gradients(config, directory: str, corrected: bool = True):
-    """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
+def load(config, directory: str) -> tuple[corpora.Corpus, training.Trained]:
+    """The corpus and the trained model."""
     workdir = Workdir(directory)
     stamp = workdir / "stages" / "train.json"
     if not stamp.exists() or not json.loads(stamp.read_text())["finished"]:
         sys.exit(f"error: no finished training in {directory}; run experiments.trace first")
     corpus = corpora.load(config, workdir)
-    trained = training.run(config, corpus, workdir)
-    store, queries_QxE = encoding.encode(config, corpus, trained, workdir, corrected)
+    return corpus, training.run(config, corpus, workdir)
+
+
+def gradients(config, directory: str, corrected: bool = True):
+    """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
+    corpus, trained = load(config, directory)
+    store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(directory), corrected)
     return corpus, store, queries_QxE
 
 

@@ -73,7 +73,17 @@ def rates(root: str) -> dict:
             for i, s in enumerate(shards):
                 store.write(i, x[s])
 
-        times = record.in_turns({"store": write, "plain": write_plainly}, _ROUNDS.value, 1)
+        def clear(store=store, shards=shards, plain=plain):
+            for i in range(len(shards)):
+                store.remove(i)
+                pathlib.Path(f"{plain}.{i}").unlink(missing_ok=True)
+
+        sides = {"store": write, "plain": write_plainly}
+        times = record.in_turns(sides, _ROUNDS.value, 1, clear)
+        if store.missing():
+            write()
+        if not pathlib.Path(f"{plain}.0").exists():
+            write_plainly()
         found = {"write, share": _ratio(times["plain"], times["store"])}
         found["write, GB/s"] = sum(sizes) / statistics.median(times["store"]) / 1e9
         buffer = bytearray(16 << 20)
@@ -91,7 +101,7 @@ def rates(root: str) -> dict:
 
         def forget(store=store, plain=plain, sizes=sizes):
             gradients = pathlib.Path(store.path, "0", "gradients").glob("c.*")
-            _forget([*gradients, *(f"{plain}.{i}" for i in range(len(sizes)))])
+            record.forget([*gradients, *(f"{plain}.{i}" for i in range(len(sizes)))])
 
         sides = {"store": read, "plain": read_plainly}
         times = record.in_turns(sides, _ROUNDS.value, 1, forget)
@@ -107,17 +117,6 @@ def rates(root: str) -> dict:
 
 def _ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
-
-
-def _forget(files) -> None:
-    """Takes files out of the page cache, as far as the system lets."""
-    for name in files:
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 class _Names:

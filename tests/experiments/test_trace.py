@@ -15,6 +15,7 @@ from experiments import attribution, corpus, evaluation, launch, trace, training
 from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
+from tda import store as stores
 from tda.data.records import RecordError
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
@@ -93,6 +94,27 @@ def test_writes_what_it_promises(finished):
         assert scores == sorted(scores, reverse=True)
     assert metrics["bm25"]["mrr"] == 1.0
     assert "TrackStar" in (path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_limits_hold_in_every_stage(tmp_path):
+    """Mistakes: the option to limit rows ignored by one stage."""
+    config = make_config(tmp_path)
+    config.methods = "trackstar,grad_cos,bm25"
+    config.data.n_sentences, config.data.n_queries, config.eval.queries = 7, 3, 2
+    metrics = trace.run(config, Workdir(tmp_path / "w"))
+    data = corpus.load(config, Workdir(tmp_path / "w"))
+    kept = set(data.passages.ids)
+    assert len(kept) == len(data.passages) == 7 and len(data.queries) == 3
+    for kind, rows in (("corpus", 7), ("queries", 3)):
+        for path in (tmp_path / "w" / "stores").glob(f"{kind}-*"):
+            assert stores.open_store(path).rows == rows
+    for name, m in metrics.items():
+        assert m["n_queries"] == 2 and m["n_tail_patch_queries"] == 2
+        found = list(results.read(tmp_path / "w" / "results" / f"{name}.jsonl"))
+        assert len(found) == 2
+        for r in found:
+            assert set(r["proponent_ids"]) == kept and len(r["proponent_ids"]) == 7
 
 
 def test_metrics_are_those_of_the_records(finished):

@@ -170,3 +170,16 @@ def test_more_queries_than_are_merged_at_a_time(data):
     order = np.argsort(-naive(queries, passages, None, True), axis=1)
     np.testing.assert_array_equal(found.proponents, order[:, :7])
     np.testing.assert_array_equal(found.opponents, order[:, ::-1][:, :7])
+
+
+@pytest.mark.parametrize(
+    "length, k", [(8192, 10), (1024, 10), (96, 3), (4096, 1), (40, 10), (7, 9)]
+)
+@pytest.mark.parametrize("distinct", [2, 50, 10**6])
+def test_the_largest_are_found_by_groups_and_among_equals_the_first(length, k, distinct):
+    scores = np.random.default_rng(length).integers(0, distinct, (5, length)).astype(np.float32)
+    scores[2] = -np.inf
+    top, at = map(np.asarray, jax.jit(exact._largest, static_argnums=1)(scores, k))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(at, order)
+    np.testing.assert_array_equal(top, np.take_along_axis(scores, order, 1))
