@@ -8,6 +8,7 @@ setup(
     description="Training-data attribution for language-model pretraining, in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["tda", "tda.*", "experiments", "configs"]),
+    package_data={"tda.viewer": ["static/*"]},
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",
@@ -24,19 +25,23 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pyahocorasick>=2.3.1",
         "safetensors>=0.8.0",
+        "starlette>=1.10.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
+        "uvicorn>=0.54.0",
     ],
     extras_require={
         # Dense retrieval.
         "dense": ["sentence-transformers>=6.2.0"],
         "test": [
             "boto3>=1.44.8",
-            "matplotlib>=3.11.2",
             "gguf>=0.19.0",
+            "httpx2>=2.16.2",
+            "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
+            "playwright>=1.65.2",
             "pyarrow>=26.0.1",
             "pytest>=9.2.0",
             "ruff>=0.17.6",

@@ -5,7 +5,7 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, indexing, report, training
+from experiments import attribution, corpus, evaluation, indexing, live, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -38,12 +38,14 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     if processes.is_first():
         whole = f"{text}\n\n{report.details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
+        live.remember(config, workdir)
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
         if told := attribution.told(note):
             print(f"{name}: {told}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
+    print(f"to look at them: python -m experiments.view --workdir={workdir.path}")
     return metrics, notes
 
 
