@@ -6,8 +6,7 @@ The workdir is that of a finished run of `experiments.trace`, whose config, with
 line sets, must be given; what is searched are its encodings by TrackStar. An index is built for
 every way of coding and partitioning, and searched in several ways, through the library's own calls.
 All sides run in one process, turn by turn. Exact search is one float32 product with all rows by
-XLA, and the k best and worst of each query; a single query is padded to 16, as one row alone takes
-XLA six times as long. (NumPy's product with a memory map is slower in every shape.) A *batch* is
+XLA, and the k best and worst of each query. A *batch* is
 many queries at once; a *single* query comes alone, one after another. Two rates are given: of both
 rankings, proponents and opponents, and of proponents alone; exact search takes as long for either.
 Recall is over all queries; that of *signal* counts only those of the best rows whose scores as many
@@ -51,7 +50,7 @@ _SHARES = flags.DEFINE_list("shares", ["0.02", "0.05", "0.1", "0.25", "0.5", "1"
 _KINDS = flags.DEFINE_list("kinds", ["plain", "residual", "soar"], "of leaves")
 _REDUCED = flags.DEFINE_list("reduced", ["512", "1024", "2048", "4096"], "dimensions left by PCA")
 
-K, PADDED, GOAL = 10, 16, 0.95
+K, GOAL = 10, 0.95
 # Rows that principal directions are taken of.
 _SAMPLE = 6000
 SETTINGS = dict(reorder_dtype="int8", training_rows=5000, threshold=0.0)
@@ -104,15 +103,13 @@ class Exact:
 
     def __call__(self, queries_QxE: np.ndarray) -> Ranked:
         """The best and the worst K rows of every query."""
-        count = len(queries_QxE)
-        padded = np.pad(queries_QxE, [(0, max(0, PADDED - count)), (0, 0)])
-        best, rows, worst, last = (np.asarray(x)[:count] for x in _exact(padded, self._rows))
+        best, rows, worst, last = map(np.asarray, _exact(queries_QxE, self._rows))
         return Ranked(rows.astype(np.int64), best, last.astype(np.int64), -worst, {})
 
 
 @jax.jit
 def _exact(queries_QxE, passages_CxE):
-    scores = jnp.matmul(queries_QxE, passages_CxE.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.matmul(passages_CxE, queries_QxE.T, precision=jax.lax.Precision.HIGHEST).T
     return *jax.lax.top_k(scores, K), *jax.lax.top_k(-scores, K)
 
 
