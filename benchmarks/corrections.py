@@ -25,9 +25,7 @@ the projection. Times are in turns on the same batches. Nothing is written to th
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
@@ -36,10 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import record
+from benchmarks import finished_run, record
 from experiments import corpus as corpora
 from experiments import launch, training
-from experiments.workdir import Workdir
 from tda import encoding, hessian, train
 from tda import loss as losses
 from tda.data import batches
@@ -99,12 +96,7 @@ class Run:
 
 def load(config, directory: str) -> Run:
     """The finished run in a workdir, and the samples of it."""
-    workdir = Workdir(directory)
-    stamp = workdir / "stages" / "train.json"
-    if not stamp.exists() or not json.loads(stamp.read_text())["finished"]:
-        sys.exit(f"error: no finished training in {directory}; run experiments.trace first")
-    corpus = corpora.load(config, workdir)
-    trained = training.run(config, corpus, workdir)
+    corpus, trained = finished_run.load(config, directory)
     rng = np.random.default_rng(_SEED.value)
     queries = np.sort(rng.permutation(len(corpus.prompts))[: _QUERIES.value or None])
     stating = np.unique(np.concatenate([corpus.correct["all"][q] for q in queries]))

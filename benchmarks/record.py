@@ -4,26 +4,44 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
 
-def in_turns(sides: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round; each side is called twice before, to warm up.
+def in_turns(
+    sides: dict[str, Callable],
+    rounds: int,
+    warm_ups: int = 2,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of every side in every round; each side is called before, to warm up.
 
-    A round calls each side once, so that what slows the machine down slows all sides.
+    A round calls each side once, so that what slows the machine down slows all sides. `before` is
+    called ahead of every call that is timed, off the clock.
     """
     for call in sides.values():
-        for _ in range(2):
+        for _ in range(warm_ups):
             jax.block_until_ready(call())
     times = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
+            before()
             started = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - started)
     return times
+
+
+def forget(files: Iterable) -> None:
+    """Takes files out of the page cache, as far as the system lets."""
+    for name in files:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def machine() -> dict:

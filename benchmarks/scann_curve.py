@@ -1,12 +1,12 @@
 """Recall of the approximate index against its rate, beside exact search on the same rows.
 
-    python -m benchmarks.scann_curve --passages=passages.npy --queries=queries.npy --json=curve.json
+    python -m benchmarks.scann_curve --config=configs/world_facts.py --workdir=demo --json=PATH
 
-Both files hold encodings, float32 [rows, width]; passages are memory-mapped. An index is built for
+The workdir is that of a finished run of `experiments.trace`, whose config, with what the command
+line sets, must be given; what is searched are its encodings by TrackStar. An index is built for
 every way of coding and partitioning, and searched in several ways, through the library's own calls.
 All sides run in one process, turn by turn. Exact search is one float32 product with all rows by
-XLA, and the k best and worst of each query; a single query is padded to 16, as one row alone takes
-XLA six times as long. (NumPy's product with a memory map is slower in every shape.) A *batch* is
+XLA, and the k best and worst of each query. A *batch* is
 many queries at once; a *single* query comes alone, one after another. Two rates are given: of both
 rankings, proponents and opponents, and of proponents alone; exact search takes as long for either.
 Recall is over all queries; that of *signal* counts only those of the best rows whose scores as many
@@ -25,17 +25,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks import record
-from tda import huge_pages
+from benchmarks import finished_run, record
+from experiments import launch
 from tda.retrieval import scann
 from tda.retrieval.ranked import Ranked
 
-_PASSAGES = flags.DEFINE_string("passages", None, "encodings of the passages, .npy", required=True)
-_QUERIES = flags.DEFINE_string("queries", None, "encodings of the queries, .npy", required=True)
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
-_WORKDIR = flags.DEFINE_string("workdir", None, "where indices are built; a temporary one if unset")
+_METHOD = flags.DEFINE_enum("method", "trackstar", ["trackstar", "cosine"], "whose encodings")
 _ROWS = flags.DEFINE_integer("rows", 0, "how many of the passages; 0 takes all")
 _BATCH = flags.DEFINE_integer("batch", 128, "queries of a batch")
 _SINGLE = flags.DEFINE_integer("single", 8, "queries that come one by one, each round")
@@ -52,7 +50,7 @@ _SHARES = flags.DEFINE_list("shares", ["0.02", "0.05", "0.1", "0.25", "0.5", "1"
 _KINDS = flags.DEFINE_list("kinds", ["plain", "residual", "soar"], "of leaves")
 _REDUCED = flags.DEFINE_list("reduced", ["512", "1024", "2048", "4096"], "dimensions left by PCA")
 
-K, PADDED, GOAL = 10, 16, 0.95
+K, GOAL = 10, 0.95
 # Rows that principal directions are taken of.
 _SAMPLE = 6000
 SETTINGS = dict(reorder_dtype="int8", training_rows=5000, threshold=0.0)
@@ -105,15 +103,13 @@ class Exact:
 
     def __call__(self, queries_QxE: np.ndarray) -> Ranked:
         """The best and the worst K rows of every query."""
-        count = len(queries_QxE)
-        padded = np.pad(queries_QxE, [(0, max(0, PADDED - count)), (0, 0)])
-        best, rows, worst, last = (np.asarray(x)[:count] for x in _exact(padded, self._rows))
+        best, rows, worst, last = map(np.asarray, _exact(queries_QxE, self._rows))
         return Ranked(rows.astype(np.int64), best, last.astype(np.int64), -worst, {})
 
 
 @jax.jit
 def _exact(queries_QxE, passages_CxE):
-    scores = jnp.matmul(queries_QxE, passages_CxE.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.matmul(passages_CxE, queries_QxE.T, precision=jax.lax.Precision.HIGHEST).T
     return *jax.lax.top_k(scores, K), *jax.lax.top_k(-scores, K)
 
 
@@ -286,12 +282,11 @@ def line(point: dict, what: str) -> str:
     )
 
 
-def main(argv):
+def main(config, workdir):
     """Measures every case and prints the fronts."""
-    del argv
-    passages_CxE = np.load(_PASSAGES.value, mmap_mode="r")
+    path = f"{workdir}/scann_curve_{_METHOD.value}.npy"
+    passages_CxE, queries_QxE = finished_run.encodings(config, workdir, _METHOD.value, path)
     passages_CxE = passages_CxE[: _ROWS.value or len(passages_CxE)]
-    queries_QxE = np.load(_QUERIES.value)
     exact = Exact(passages_CxE)
     wanted = in_batches(exact, queries_QxE)
     figures = {"rows": len(passages_CxE), "width": passages_CxE.shape[1]}
@@ -302,7 +297,7 @@ def main(argv):
         print(f"{name}: {value}", flush=True)
     figures["indices"], points = {}, []
     for case in cases():
-        directory = tempfile.mkdtemp(prefix="scann_curve_", dir=_WORKDIR.value)
+        directory = tempfile.mkdtemp(prefix="scann_curve_", dir=workdir)
         try:
             data = passages_CxE, queries_QxE, exact, wanted, signal_QxK
             found = measured(case, f"{directory}/index", *data)
@@ -324,5 +319,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    huge_pages.use()
-    app.run(main)
+    launch.launch(main)

@@ -1,6 +1,7 @@
 """Every key that a config of `experiments.trace` or `experiments.plan` has, with its default."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -28,6 +29,9 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.size = "tiny"  # tda/model/sizes.py
+    # Start from a pretrained model instead, with its tokenizer: a Hugging Face directory, a .gguf
+    # file, or a package that holds one. train.epochs=0 traces it as it is.
+    c.model.pretrained = ""
     c.model.context = 128  # positions a passage may have
     c.model.dtype = "float32"
     c.model.remat = False
@@ -72,12 +76,48 @@ def get_config() -> ConfigDict:
     c.store.dtype = "float32"
     c.store.shard_bytes = 256 << 20  # of a file; a host encodes whole files
 
+    c.search = ConfigDict()
+    c.search.index = "none"  # or scann: approximate, where the corpus is large enough to gain by it
+    c.search.depth = 100  # passages that an index is asked for; deeper ranks are unknown
+    c.search.recall_queries = 100  # whose exact ranking an index is held against
+    c.search.memory_gib = 8.0  # for building an index, and for searching it
+    # Settings (tda/retrieval/scann_settings.py) that are to be others than the rule's.
+    c.search.scann = ConfigDict()
+    c.search.scann.part_rows = placeholder(int)
+    c.search.scann.dims_per_block = placeholder(int)
+    c.search.scann.threshold = placeholder(float)
+    c.search.scann.reorder = placeholder(int)
+    c.search.scann.reorder_dtype = placeholder(str)
+    c.search.scann.leaves = placeholder(int)
+    c.search.scann.leaves_to_search = placeholder(int)
+    c.search.scann.residual = placeholder(bool)
+    c.search.scann.soar = placeholder(float)
+    c.search.scann.training_rows = placeholder(int)
+    c.search.scann.training_iterations = placeholder(int)
+
     c.hessian = ConfigDict()
     c.hessian.sample = 0  # R_train is taken of so many passages, drawn at random; 0: of all
     c.hessian.seed = 0  # of that draw
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
     c.hessian.weight = -1.0  # λ; -1: by the rule
-    c.hessian.damping = 1e-3  # in mean eigenvalues of a block
+    # In mean eigenvalues of a block; −1: what a sample of this size needs (Ledoit and Wolf).
+    c.hessian.damping = 1e-3
+    c.hessian.cutoff = 0.0  # directions of smaller eigenvalues, in the same unit, are left out
+    # R_eval is made of all queries, of all but the one at hand (leave_one_out), or of the half
+    # that it is not in (disjoint).
+    c.hessian.evaluation = "all"
+
+    c.several = ConfigDict()
+    c.several.checkpoints = 3  # TracIn, TRAK and LESS take so many of those that training kept
+    c.several.keep_stores = True  # else those of earlier checkpoints go when they were searched
+
+    c.curvature = ConfigDict()
+    c.curvature.sample = 4096  # passages that EK-FAC's and LoGra's factors are taken of; 0: all
+    c.curvature.seed = 0
+    c.curvature.damping = 0.1  # of EK-FAC, in mean eigenvalues of a matrix
+
+    c.dense = ConfigDict()
+    c.dense.model = ""  # of dense retrieval: a directory, or a name on the Hugging Face hub
 
     c.eval = ConfigDict()
     c.eval.queries = 0  # evaluate on so many queries; 0: all

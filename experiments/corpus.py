@@ -9,8 +9,10 @@ from experiments.workdir import Workdir
 from tda import processes
 from tda.data import features, jsonl, labels, statements, tokens
 from tda.data.batches import buckets
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.records import Fact, Sentence
 from tda.data.tokenizer import Tokenizer
+from tda.model import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Corpus:
     Attributes:
         sentences: the corpus's documents.
         queries: the facts that are asked.
-        tokenizer: trained on the training text.
+        tokenizer: trained on the training text, or the pretrained model's.
         passages: tokenised documents, long ones split.
         training: what the model is trained on: the passages, or more than them.
         prompts: tokenised queries.
@@ -31,7 +33,7 @@ class Corpus:
 
     sentences: list[Sentence]
     queries: list[Fact]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PretrainedTokenizer
     passages: tokens.TokenTable
     training: tokens.TokenTable
     prompts: tokens.TokenTable
@@ -141,7 +143,9 @@ def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.To
     return table
 
 
-def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer:
+def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | PretrainedTokenizer:
+    if config.model.pretrained:
+        return pretrained.load_tokenizer(config.model.pretrained)
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from experiments import curvature
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain
@@ -18,33 +19,51 @@ from tda import store as stores
 from tda.data import batches, tokens
 from tda.encoding import OnTheFly
 from tda.gradients import encoder as encoders
-from tda.gradients import estimate, second_moments, sites
+from tda.gradients import estimate, first_moments, kronecker, second_moments, sites
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
+from tda.methods import Gradients
 from tda.retrieval.scorer import Source
 
 # The dtype of a corpus that is encoded as it is searched.
 NO_STORE = "none"
 
 
-def made_from(config, corpus: Corpus, trained: Trained, corrected: bool) -> dict:
+def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict:
     """What decides the gradients of a store, apart from the rows."""
     g = config.gradients
     made = {
         "checkpoint": fingerprint(trained.fingerprint),
         "step": trained.step,
-        "projection": dataclasses.asdict(Projection(**dict(config.projection))),
-        "correction": g.correction if corrected else "none",
-        "output": g.output,
+        "projection": dataclasses.asdict(_projection(config, what)),
+        "correction": g.correction if what.corrected else "none",
+        "output": what.output or g.output,
         "include": g.include,
         "exclude": g.exclude,
         "untapped": g.untapped,
-        "parameters": {s.path: list(s.shape) for s in _sites(config, trained)},
+        "parameters": {s.path: list(s.shape) for s in _chosen(config, trained, what)},
         "tokenizer": corpus.fingerprint["tokenizer"],
     }
-    if corrected:
+    if what.corrected:
         made["second_moments"] = _source_of_moments(config, corpus, trained)
+    if what.curvature != "none":
+        made["curvature"] = curvature.made_from(config, corpus, what.curvature)
     return plain(made)
+
+
+def _projection(config, what: Gradients) -> Projection:
+    projection = Projection(**dict(config.projection))
+    # Components of different matrices have nothing in common that could be added up.
+    return (
+        dataclasses.replace(projection, pooling="matrix")
+        if what.curvature == "logra"
+        else projection
+    )
+
+
+def _chosen(config, trained: Trained, what: Gradients) -> list[sites.Site]:
+    found = sites.find(trained.model, **_scope(config))
+    return found if what.curvature == "none" else kronecker.factored(found)
 
 
 def _scope(config) -> dict:
@@ -52,14 +71,11 @@ def _scope(config) -> dict:
     return dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
 
 
-def _sites(config, trained: Trained) -> list[sites.Site]:
-    return sites.find(trained.model, **_scope(config))
-
-
 def path_of(config, corpus: Corpus, workdir: Workdir, name: str, made: dict) -> pathlib.Path:
     """Where the store of the `corpus` or the `queries` is, of gradients made as `made` says."""
     whole = made | {name: corpus.fingerprint[name], "dtype": config.store.dtype}
-    return workdir / "stores" / f"{name}-{made['correction']}-{fingerprint(whole)}"
+    kind = made["curvature"]["kind"] if "curvature" in made else made["correction"]
+    return workdir / "stores" / f"{name}-{kind}-{fingerprint(whole)}"
 
 
 class _Texts(Sequence):
@@ -137,35 +153,85 @@ def _within_reach(scale: second_moments.Scale, mesh) -> second_moments.Scale:
 
 
 def encode(
-    config, corpus: Corpus, trained: Trained, workdir: Workdir, corrected: bool
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
 ) -> tuple[Source, np.ndarray]:
     """The corpus's gradients, a store unless the config wants none, and the queries' gradients.
 
     What the stores lack is encoded.
     """
-    g = config.gradients
-    made = made_from(config, corpus, trained, corrected)
-    correction, projection = made["correction"], Projection(**dict(config.projection))
-    chosen = _sites(config, trained)
-    _tell_coverage(trained, chosen)
     tables = {"queries": corpus.prompts, "corpus": corpus.passages}
+    if config.store.dtype == NO_STORE:
+        return _on_the_fly(config, corpus, trained, workdir, what)
+    queries, passages = _stores(config, corpus, trained, workdir, what, tables)
+    stores.check_same_kind(passages, queries)
+    gradients_QxE = queries.read(slice(0, queries.rows))
+    _check_queries(corpus, gradients_QxE)
+    return passages, gradients_QxE
+
+
+def encode_queries(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
+) -> np.ndarray:
+    """The queries' gradients alone, float32 [Q, E]."""
+    if config.store.dtype == NO_STORE:
+        return _on_the_fly(config, corpus, trained, workdir, what)[1]
+    tables = {"queries": corpus.prompts}
+    (queries,) = _stores(config, corpus, trained, workdir, what, tables)
+    gradients_QxE = queries.read(slice(0, queries.rows))
+    _check_queries(corpus, gradients_QxE)
+    return gradients_QxE
+
+
+def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
+    made = made_from(config, corpus, trained, what)
+    projection, output = _projection(config, what), made["output"]
+    chosen = _chosen(config, trained, what)
+    if what.curvature == "none":
+        scales = _scales(config, corpus, trained, chosen, made)
+        return encoders.make_encoder(
+            trained.model, projection, scales, output, **_scope(config), mesh=trained.mesh
+        )
+    ends = curvature.ends(config, corpus, trained, workdir, what.curvature, chosen, projection)
+    encoder = encoders.build(trained.model, chosen, projection, ends, output)
+    return dataclasses.replace(encoder, arrays=encoders.place(encoder, trained.mesh))
+
+
+def momentum(config, corpus: Corpus, trained: Trained, what: Gradients) -> tuple[np.ndarray, float]:
+    """P·(m/√V) of the optimizer's first moment m, float32 [E], and its b1."""
+    made = made_from(config, corpus, trained, what)
+    chosen, projection = _chosen(config, trained, what), _projection(config, what)
+    scales = _scales(config, corpus, trained, chosen, made)
+    return (
+        first_moments.projected(trained.root, chosen, projection, scales, trained.step),
+        config.train.b1,
+    )
+
+
+def blocks_of(config, trained: Trained, what: Gradients) -> tuple[str, ...]:
+    """The names of an encoding's blocks, in order."""
+    chosen = _chosen(config, trained, what)
+    return projections.layout(chosen, _projection(config, what)).blocks
+
+
+def _layout(config, corpus: Corpus, trained: Trained) -> dict:
+    return dict(
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=config.gradients.tokens_per_batch,
+        pad=corpus.tokenizer.pad,
+        mesh=trained.mesh,
+    )
+
+
+def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> list:
+    made = made_from(config, corpus, trained, what)
+    chosen, projection = _chosen(config, trained, what), _projection(config, what)
+    _tell_coverage(trained, chosen)
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
     there = processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values())))
-    if config.store.dtype == NO_STORE or not there:
-        scales = _scales(config, corpus, trained, chosen, made)
-        encoder = encoders.make_encoder(
-            trained.model, projection, scales, g.output, **_scope(config), mesh=trained.mesh
-        )
-    layout = dict(
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=g.tokens_per_batch,
-        pad=corpus.tokenizer.pad,
-        mesh=trained.mesh,
-    )
-    if config.store.dtype == NO_STORE:
-        return _on_the_fly(corpus, encoder, layout)
+    if not there:
+        encoder = _encoder(config, corpus, trained, workdir, what)
     blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     found = []
     for name, table in tables.items():
@@ -180,19 +246,25 @@ def encode(
             texts=_Texts(corpus, table),
             corpus=corpus.fingerprint[name],
         )
-        encoding.fill(store, encoder, table, f"encode {name} ({correction})", **layout)
+        told = f"encode {name} ({_told(made)})"
+        encoding.fill(store, encoder, table, told, **_layout(config, corpus, trained))
         found.append(store)
-    queries, passages = found
-    stores.check_same_kind(passages, queries)
-    gradients_QxE = queries.read(slice(0, queries.rows))
-    _check_queries(corpus, gradients_QxE)
-    return passages, gradients_QxE
+    return found
 
 
-def _on_the_fly(corpus: Corpus, encoder, layout) -> tuple[OnTheFly, np.ndarray]:
+def _told(made: dict) -> str:
+    parts = [made["curvature"]["kind"] if "curvature" in made else made["correction"]]
+    parts += [made["output"]] * (made["output"] != "loss")
+    return ", ".join([*parts, f"step {made['step']}"])
+
+
+def _on_the_fly(config, corpus, trained, workdir, what) -> tuple[OnTheFly, np.ndarray]:
     """The corpus as it is encoded while it is searched."""
     if jax.process_count() > 1:
         raise ValueError("store.dtype=none works in one process; give store.dtype to use several")
+    _tell_coverage(trained, _chosen(config, trained, what))
+    encoder = _encoder(config, corpus, trained, workdir, what)
+    layout = _layout(config, corpus, trained)
     everyone = np.arange(len(corpus.prompts))
     gradients_QxE = encoding.encode_rows(encoder, corpus.prompts, everyone, **layout)
     _check_queries(corpus, gradients_QxE)

@@ -29,6 +29,7 @@ _AFTER_TRAINING = (
     "several",
     "dense",
     "store",
+    "search",
     "hessian",
     "eval",
     "plan",
@@ -65,6 +66,13 @@ class Point:
         """Names the gradient stores that this point uses: points that agree share them."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _AFTER_STORES}
         return fingerprint(plain(config))
+
+    @property
+    def encoding(self) -> str:
+        """Names what no two points may encode at a time: points that differ may share a store."""
+        c = self.config
+        scope = [c.gradients.include, c.gradients.exclude, c.gradients.untapped, c.store.dtype]
+        return fingerprint(plain([self.training, c.train.traced, dict(c.projection), scope]))
 
 
 @dataclasses.dataclass(frozen=True)

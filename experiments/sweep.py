@@ -189,10 +189,10 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         (own / "point.json").unlink(missing_ok=True)
         config = point.config
         shared = Workdir(directory / "runs" / point.training)
-        with _once(shared / f"{point.training}.training"):
+        with _once(shared / f"{point.training}.training", shared / "training.lock"):
             data = corpus.load(config, shared)
             trained = training.run(config, data, shared)
-        with _once(shared / f"{point.stores}.stores"):
+        with _once(shared / f"{point.stores}.stores", shared / f"{point.encoding}.lock"):
             ranked, notes = attribution.retrieve(config, data, trained, shared)
         evaluation.run(config, data, trained, ranked, shared, own)
         about = _about(config, data, trained) | {"notes": notes}
@@ -200,10 +200,10 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _once(marker: pathlib.Path):
+def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     """Lets one process at a time in, until one has come through; then all at once."""
     if not marker.exists():
-        lock = filelock.FileLock(f"{marker}.lock")
+        lock = filelock.FileLock(lock_file)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:

@@ -5,7 +5,7 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, report, training
+from experiments import attribution, corpus, evaluation, indexing, live, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -17,26 +17,36 @@ def main(config, workdir):
 
 
 def run(config, workdir: Workdir) -> dict:
-    """All stages in order; returns the metrics by method.
+    """All stages in order; returns the metrics by method."""
+    return trace(config, workdir)[0]
+
+
+def trace(config, workdir: Workdir) -> tuple[dict, dict]:
+    """All stages in order; returns the metrics, and what is to be told of them, by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
     """
     processes.check_alike("config", config.to_json())
-    methods.parse(config.methods)  # a wrong name is told before hours of training
+    # What is wrong with the methods is told before hours of training.
+    attribution.check(config, methods.parse(config.methods))
+    indexing.check(config)
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
     ranked, notes = attribution.retrieve(config, data, trained, workdir)
     metrics = evaluation.run(config, data, trained, ranked, workdir)
-    text = report.table(metrics)
+    text = "\n".join([report.table(metrics), *indexing.told(notes)])
     if processes.is_first():
         whole = f"{text}\n\n{report.details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
+        live.remember(config, workdir)
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
-        print(f"{name}: λ = {note['lambda']:.3f} at component {note['component']}")
+        if told := attribution.told(note):
+            print(f"{name}: {told}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
-    return metrics
+    print(f"to look at them: python -m experiments.view --workdir={workdir.path}")
+    return metrics, notes
 
 
 if __name__ == "__main__":

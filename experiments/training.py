@@ -10,7 +10,7 @@ from flax import nnx
 from experiments.corpus import Corpus
 from experiments.workdir import Workdir, write_json
 from tda import checkpoint, optimizer, processes, sharding, train
-from tda.model import functional, sizes
+from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
 
 # Keys of `train` that leave the trained model as it is.
@@ -39,14 +39,28 @@ class Trained:
 
 
 def build_model(config, vocab_size: int) -> Decoder:
-    """A freshly initialised decoder of the config's size."""
-    return Decoder(**model_arguments(config, vocab_size), rngs=nnx.Rngs(config.seed))
+    """The decoder that training begins with: freshly initialised, or pretrained."""
+    arguments = model_arguments(config, vocab_size)
+    if config.model.pretrained:
+        found = pretrained.inspect(config.model.pretrained)
+        found = dataclasses.replace(found, arguments=arguments)
+        return pretrained.place(found, make_mesh(config))
+    return Decoder(**arguments, rngs=nnx.Rngs(config.seed))
 
 
 def model_arguments(config, vocab_size: int) -> dict:
     """The decoder's keyword arguments, all plain values."""
     m = config.model
-    return sizes.size(m.size) | dict(vocab_size=vocab_size, dtype=m.dtype, remat=m.remat)
+    how = dict(dtype=m.dtype, remat=m.remat)
+    if not m.pretrained:
+        return sizes.size(m.size) | dict(vocab_size=vocab_size) | how
+    arguments = pretrained.inspect(m.pretrained).arguments | how
+    if vocab_size > arguments["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer of {m.pretrained} has {vocab_size} tokens, the model "
+            f"{arguments['vocab_size']}: they do not belong together"
+        )
+    return arguments
 
 
 def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
@@ -60,6 +74,8 @@ def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
     per_epoch = len(
         train.epoch_plan(corpus.training, 0, **layout, multiple=sharding.batch_devices(mesh))
     )
+    if config.model.pretrained and not config.train.epochs:
+        return 0, layout
     return max(1, round(config.train.epochs * per_epoch)), layout
 
 
@@ -109,36 +125,19 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "steps": steps,
         "seed": config.seed,
     }
-    root, tx = str(workdir / "model" / "checkpoints"), make_optimizer(config, steps)
+    if config.model.pretrained:
+        made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
+    root, tx = (
+        str(workdir / "model" / "checkpoints"),
+        make_optimizer(config, steps or config.train.warmup),
+    )
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
         workdir.claim("train", made_from)
         if processes.is_first():
+            (workdir / "model").mkdir(exist_ok=True)
             write_json(workdir / "model" / "config.json", arguments)
-        train.fit(
-            model,
-            tx,
-            corpus.training,
-            steps=steps,
-            directory=root,
-            pad=corpus.tokenizer.pad,
-            save_every=config.train.save_every,
-            keep=config.train.keep,
-            description={
-                "optimizer": {
-                    "name": config.train.optimizer,
-                    "b1": config.train.b1,
-                    "b2": config.train.b2,
-                    "eps": config.train.eps,
-                    "eps_root": 0.0,
-                },
-                "tokenizer": corpus.tokenizer.fingerprint(),
-                "model": arguments,
-            },
-            mesh=make_mesh(config),
-            log_path=workdir / "train.jsonl",
-            **layout,
-        )
+        _train(config, corpus, model, tx, steps, layout, arguments, root, workdir)
         workdir.finish("train", made_from)
     mesh = working_mesh(config)
     model_fn, params = functional.split(model)
@@ -167,8 +166,51 @@ def _traced_step(config, root: str, steps: int) -> int:
     return nearest
 
 
+def _train(
+    config, corpus: Corpus, model, tx, steps: int, layout: dict, arguments: dict, root, workdir
+) -> None:
+    """Trains, or keeps a pretrained model as the checkpoint of step 0, without an optimizer."""
+    described = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
+    if not steps:
+        _, params = functional.split(model)
+        checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, described)
+        return
+    train.fit(
+        model,
+        tx,
+        corpus.training,
+        steps=steps,
+        directory=root,
+        pad=corpus.tokenizer.pad,
+        save_every=config.train.save_every,
+        keep=config.train.keep,
+        description={
+            "optimizer": {
+                "name": config.train.optimizer,
+                "b1": config.train.b1,
+                "b2": config.train.b2,
+                "eps": config.train.eps,
+                "eps_root": 0.0,
+            },
+            **described,
+        },
+        mesh=make_mesh(config),
+        log_path=workdir / "train.jsonl",
+        **layout,
+    )
+
+
 def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
-    """The model's structure and the whole state of the checkpoint, optimizer included."""
+    """The model's structure and the whole state of the checkpoint, optimizer included.
+
+    Raises:
+        ValueError: the checkpoint is a pretrained model's, without an optimizer's state.
+    """
+    if not checkpoint.has_optimizer(trained.root, trained.step):
+        raise ValueError(
+            f"{trained.root} has no optimizer's state, which tail-patches take their step with: "
+            "give train.epochs, or eval.tail_patch_queries=0"
+        )
     model_fn, params = functional.split(trained.model)
     state = {"params": params, "opt_state": trained.tx.init(params), "step": jnp.int32(0)}
     abstract = train.abstract_state(state, model_fn, trained.mesh)

@@ -1,3 +1,26 @@
-"""Training-data attribution for language-model pretraining, in JAX."""
+"""Training-data attribution for language-model pretraining, in JAX.
+
+import tda
+
+model, tokenizer = tda.load("SmolLM2-135M")
+print(tda.trace(model, "corpus.jsonl", [("Paris lies in", "France")], tokenizer=tokenizer))
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tda.api import load, trace
+    from tda.gradients.projection import Projection
 
 __version__ = "0.1.0"
+__all__ = ["Projection", "load", "trace"]
+
+_WHERE = {"load": "tda.api", "trace": "tda.api", "Projection": "tda.gradients.projection"}
+
+
+def __getattr__(name: str):
+    # On first use: programs that join other processes do so before jax computes anything.
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

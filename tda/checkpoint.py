@@ -126,6 +126,8 @@ def restore_optimizer(root, keep, step: int | None = None) -> Any:
             leaves it rejects are `...` in the result and are never read.
         step: None for the last.
 
+    Leaves are on the devices that they were saved from, or, where these are not here, on one.
+
     Raises:
         CheckpointError: no such checkpoint, or it has no optimizer state.
     """
@@ -137,12 +139,22 @@ def restore_optimizer(root, keep, step: int | None = None) -> Any:
             "use correction='none', or a checkpoint saved with its optimizer's state"
         )
 
-    def choose(p, x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if keep(path_name(p)) else ...
+    def load(sharding=None):
+        def choose(p, x):
+            chosen = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            return chosen if keep(path_name(p)) else ...
 
-    wanted = jax.tree.map(lambda _: ..., there)
-    wanted["opt_state"] = jax.tree_util.tree_map_with_path(choose, there["opt_state"])
-    return _load(path, wanted)["opt_state"]
+        wanted = jax.tree.map(lambda _: ..., there)
+        wanted["opt_state"] = jax.tree_util.tree_map_with_path(choose, there["opt_state"])
+        return _load(path, wanted)["opt_state"]
+
+    try:
+        return load()
+    except ValueError as error:
+        if "sharding" not in str(error) or jax.process_count() > 1:
+            raise
+        # Saved on more devices than there are here: the first of these takes it.
+        return load(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _check_shapes(path, found, wanted) -> None:

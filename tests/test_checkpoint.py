@@ -1,5 +1,9 @@
 """Checkpoints: what is read back, what is left unread, and clear refusals."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +184,31 @@ def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypat
     assert checkpoint.latest_step("runs/a") == 1 and checkpoint.describe("runs/a") == {"x": 1}
     back = checkpoint.restore_parameters("runs/a", {"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
     np.testing.assert_array_equal(back["w"], np.arange(3.0))
+
+
+ONE_DEVICE = """
+import sys, jax, numpy as np
+from tda import checkpoint
+assert jax.device_count() == 1
+found = checkpoint.restore_optimizer(sys.argv[1], lambda name: "nu" in name)
+print(float(np.asarray(found["nu"]["w"]).sum()))
+"""
+
+
+def test_an_optimizers_state_of_eight_devices_is_read_on_one(tmp_path):
+    """Guards: a run that was trained on more devices than the machine has that looks at it."""
+    mesh = sharding.make_mesh()
+    split = sharding.named(mesh, ("batch",), (16,))
+    nu = jax.device_put(jnp.arange(16.0), split)
+    state = {"params": {"w": jnp.ones(16)}, "opt_state": {"nu": {"w": nu}}, "step": 1}
+    checkpoint.save(tmp_path, 1, state, {})
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    ran = subprocess.run(
+        [sys.executable, "-c", ONE_DEVICE, str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": " ".join(flags)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert float(ran.stdout) == 120

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tda import hessian, store
+from tda import hessian, sharding, store
 from tda.retrieval import exact
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -135,3 +135,92 @@ def test_a_sample_for_R_is_drawn_from_the_whole_corpus():
     assert set(other) != set(drawn)
     for count in (0, 1000, 2000):
         np.testing.assert_array_equal(np.concatenate(list(hessian.rows_for(source, count))), x)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_R_of_a_source_is_summed_on_the_devices(tmp_path, dtype, devices):
+    """From a store as it lies on disk, steps that end anywhere, invalid rows among them."""
+    x = gradients(77)
+    x[[5, 76]] = np.inf
+    kept = store.create(
+        tmp_path / "s", [f"p{i}" for i in range(77)], {"a": 3, "b": 5}, {}, dtype=dtype
+    )
+    kept.write(0, x)
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    seen = []
+    R = hessian.of_source(kept, mesh=mesh, on_rows=seen.append)
+    assert sum(seen) == 77 and R.count == 75
+    stored = np.delete(kept.read(slice(0, 77)), [5, 76], axis=0).astype(np.float64)
+    for b, s in enumerate(SLICES):
+        mine = stored[:, s]
+        expected = mine.T @ mine / 75
+        np.testing.assert_allclose(R.blocks[b], expected, rtol=1e-5, atol=1e-6)
+        each = np.einsum("ri,rj->rij", mine, mine) - expected
+        np.testing.assert_allclose(R.noise[b], np.square(each).sum() / 75**2, rtol=1e-4)
+
+
+def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):
+    """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
+    monkeypatch.setattr(hessian, "_step", lambda width: 1)
+    monkeypatch.setattr(hessian, "_GRAM_ROWS", 1)
+    one = np.ones((1, 2), np.float32)
+    x = np.concatenate([one * 2.0**12, *[one] * 64])
+    R = hessian.of_source(exact.InMemory(x, [slice(0, 2)])).blocks[0]
+    np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
+
+
+def test_R_of_a_sample_of_a_source_is_that_of_the_rows_drawn():
+    x = gradients(300)
+    source = exact.InMemory(x, SLICES)
+    R = hessian.of_source(source, sample=50, seed=3)
+    drawn = np.concatenate(list(hessian.rows_for(source, 50, 3)))
+    for block, s in zip(R.blocks, SLICES, strict=True):
+        np.testing.assert_allclose(block, drawn[:, s].T @ drawn[:, s] / 50, rtol=1e-5)
+    assert R.count == 50
+    with pytest.raises(ValueError, match="no gradients"):
+        hessian.of_source(exact.InMemory(np.full((3, 8), np.inf, np.float32), SLICES))
+
+
+def test_shrinkage_is_the_best_mixture_with_a_multiple_of_one():
+    """Ledoit & Wolf: nearest to the true R on average, closer than any other share tried."""
+    rng = np.random.default_rng(0)
+    root = np.diag(np.sqrt(np.geomspace(4, 0.25, 12)))
+    true = root @ root
+    shares, errors = [], []
+    tried = np.linspace(0, 1, 21)
+    for _ in range(60):
+        x = (rng.normal(size=(30, 12)) @ root).astype(np.float32)
+        R = hessian.of_source(exact.InMemory(x, [slice(0, 12)]))
+        (share,) = hessian.shrinkage(R.blocks, R.noise)
+        shares.append(share)
+        each = [
+            np.sum(np.square(next(hessian.shrunk(R.blocks, [s])) - true)) for s in (share, *tried)
+        ]
+        errors.append(each)
+    mean = np.mean(errors, axis=0)
+    assert mean[0] < 0.7 * mean[1]  # than R itself
+    assert mean[0] < 1.1 * mean[1:].min()  # the best share, known only afterwards
+    assert abs(np.mean(shares) - tried[mean[1:].argmin()]) < 0.1
+
+
+def test_shrinkage_vanishes_with_many_rows_and_takes_all_of_a_multiple_of_one():
+    many = hessian.of_source(exact.InMemory(spread(4000), [slice(0, 24)]))
+    assert hessian.shrinkage(many.blocks, many.noise)[0] < 0.01
+    np.testing.assert_array_equal(hessian.shrinkage([np.eye(3)], np.array([0.5])), [1.0])
+    (block,) = hessian.shrunk([np.diag([3.0, 1.0])], [0.5])
+    np.testing.assert_allclose(np.diag(block), [2.5, 1.5])
+
+
+def test_a_cutoff_leaves_small_directions_out():
+    (root,) = hessian.inverse_root([np.diag([4.0, 2.0, 0.0])], damping=0.0, cutoff=1e-3)
+    np.testing.assert_allclose(np.diag(root), [0.5, 2**-0.5, 0.0], rtol=1e-6)
+    assert np.isfinite(root).all()
+
+
+def test_halves_hold_every_query_once():
+    a, b = hessian.halves(7, seed=1)
+    assert sorted([*a, *b]) == list(range(7)) and len(a) == 3
+    assert (np.diff(a) > 0).all() and (np.diff(b) > 0).all()
+    with pytest.raises(ValueError, match="two or more"):
+        hessian.halves(1)

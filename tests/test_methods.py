@@ -1,8 +1,11 @@
 """The table of methods: the three switches that tell the paper's rows apart."""
 
+import dataclasses
+
 import pytest
 
-from tda.methods import METHODS, parse
+from tda import methods
+from tda.methods import METHODS, Gradients, parse
 
 
 def test_rows_differ_in_the_papers_switches():
@@ -16,9 +19,43 @@ def test_rows_differ_in_the_papers_switches():
     assert switches["grad_dot"] == (False, "none", False)
 
 
+def test_every_row_says_what_there_is():
+    for m in METHODS.values():
+        assert m.hessian in methods.HESSIANS and m.curvature in methods.CURVATURES
+        assert m.passages in methods.PASSAGES and m.retriever in methods.RETRIEVERS
+    titles = [m.title for m in METHODS.values()]
+    assert len(set(titles)) == len(titles)
+    assert all(METHODS[name].retriever == name for name in methods.CONTROLS)
+
+
+def test_rows_that_share_gradients_share_a_store():
+    """One pass over the corpus for each set of gradients, whatever is done with them later."""
+    plain = {"grad_dot", "grad_cos", "exp2", "exp4", "trackstar_raw"}
+    corrected = {"exp1", "exp3", "exp5", "trackstar", "trackstar_disjoint"}
+    for names, what in ((plain, Gradients()), (corrected, Gradients(corrected=True))):
+        assert all(METHODS[n].gradients == what and METHODS[n].shares_scan for n in names)
+    # The last checkpoint's of TracIn and LESS are those too.
+    assert METHODS["tracin"].gradients == Gradients() == METHODS["less"].query_gradients
+    assert METHODS["less"].gradients == Gradients(corrected=True)
+    assert not METHODS["tracin"].shares_scan and not METHODS["trak"].shares_scan
+
+
+def test_trak_is_the_papers():
+    """Park et al. 2023: margin, both sides by R^(−1/2), no norm, Q, averaged over checkpoints."""
+    trak = METHODS["trak"]
+    assert trak.output == "margin" and trak.hessian == "train" and not trak.unit_norm
+    assert trak.passages == "unsure" and trak.several and not trak.by_learning_rate
+    assert not trak.corrected
+
+
+def test_grad_cos_and_exp2_differ_by_name_alone():
+    one, other = (dataclasses.replace(METHODS[n], title="") for n in ("grad_cos", "exp2"))
+    assert one == other
+
+
 def test_parse():
     assert list(parse("bm25, trackstar")) == ["bm25", "trackstar"]
-    with pytest.raises(ValueError, match="unknown method 'foo'; there are bm25"):
+    with pytest.raises(ValueError, match="unknown method 'foo'; there are annotated, bm25"):
         parse("foo")
     with pytest.raises(ValueError, match="named twice"):
         parse("bm25,bm25")

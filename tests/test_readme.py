@@ -1,23 +1,64 @@
 """The README's snippets are run, not trusted."""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
 
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+import tda
+from tda import results
 from tda.data import jsonl
 from tda.gradients.encoder import make_encoder
 from tda.model.decoder import Decoder
 from tda.model.sizes import size
+from tests.test_docs import files_of_the_pages
 
 README = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_snippet_is_run_here():
+    assert len(SNIPPETS) == 3
+
+
+def test_a_pretrained_model_is_traced(tmp_path, monkeypatch):
+    files_of_the_pages(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = (s for s in SNIPPETS if "tda.load" in s)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {})
+    assert "The capital of Spain is → Madrid" in said.getvalue()
+    first, second = results.read("results.jsonl")
+    assert len(first["proponents"]) == 8 and second["targets_plaintext"] == "Madrid"
+
+
+def test_a_model_with_a_loss_is_traced():
+    (snippet,) = (s for s in SNIPPETS if "query_batches" in s)
+    rng = np.random.default_rng(0)
+
+    def batch(examples):
+        ids = rng.integers(0, 20, (examples, 5))
+        return {"ids": ids, "labels": (ids * 7 + 1) % 20, "mask": np.ones((examples, 5))}
+
+    table = nnx.Sequential(nnx.Embed(20, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 20, rngs=nnx.Rngs(1)))
+    batches = [batch(3), batch(4)]
+    names = {"tda": tda, "optax": optax, "model": table, "batches": batches}
+    names |= {"query_batches": [batches[1]], "texts": list("abcdefg")}
+    exec(snippet, names)
+    # The queries are the second batch's examples: the best passage of each says the same.
+    assert [a.proponents[0].text for a in names["found"]] == list("defg")
+
 
 def test_the_gradients_snippet_runs():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (snippet,) = (s for s in SNIPPETS if "per_example" in s)
     model = Decoder(vocab_size=1000, **size("tiny"), rngs=nnx.Rngs(0))
     ids, mask = np.arange(18).reshape(3, 6), np.tri(3, 6, 3, np.float32)
     one = {"ids": ids, "labels": ids + 1, "mask": mask}

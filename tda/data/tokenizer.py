@@ -75,6 +75,16 @@ class Tokenizer:
         os.replace(part, path)
 
     @property
+    def begin(self) -> tuple[int, ...]:
+        """What stands before every text."""
+        return (self.bos,)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """What stands after every text."""
+        return (self.eos,)
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, special ones included."""
         return self._inner.get_vocab_size()
@@ -86,6 +96,23 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         return [e.ids for e in self._inner.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids of each text, and the characters [start, stop) that each token is of."""
+        found = self._inner.encode_batch(texts, add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in found]
+
+    def pieces(self, text: str) -> tuple[list[int], list[str]]:
+        """Token ids of a text, without special tokens, and the part of the text that each is.
+
+        The parts add up to the text. A character of several tokens belongs to the first of them.
+        """
+        encoded = self._inner.encode(text, add_special_tokens=False)
+        parts, begun = [], 0
+        for _, end in encoded.offsets:
+            parts.append(text[begun:end])
+            begun = max(begun, end)
+        return encoded.ids, parts
 
     def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of `<bos> prompt target` and which of them are the target's.

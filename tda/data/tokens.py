@@ -45,6 +45,30 @@ def _table(ids, documents, sequences, scored) -> TokenTable:
     )
 
 
+def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]:
+    """Where a document's tokens [first, stop) become passages of at most `context` positions.
+
+    Args:
+        tokens: of the document, what stands after it included and what stands before it not.
+        tokenizer: says what stands before and after.
+        context: positions a passage may have at most.
+    """
+    # A sequence of n tokens has n − 1 positions, as the last token is only ever predicted.
+    begin, end = len(tokenizer.begin), list(tokenizer.end)
+    if begin:
+        step = long = context + 1 - begin
+    else:
+        # The token before a passage predicts its first one.
+        step, long = context, context + 1
+    if step < 1:
+        raise ValueError(f"context={context} holds no more than what stands before every text")
+    last = max(1, len(tokens) - (0 if begin else 1))
+    parts = [(i, min(i + long, len(tokens))) for i in range(0, last, step)]
+    if len(parts) > 1 and end and list(tokens[parts[-1][0] :]) == end:
+        parts.pop()  # the text just fills its passages: no passage of <eos> alone
+    return parts
+
+
 def passages(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, context: int
 ) -> tuple[TokenTable, dict[str, int]]:
@@ -52,7 +76,8 @@ def passages(
 
     A passage is `<bos> … <eos>`; a document that is longer is cut into consecutive passages, each
     starting with `<bos>` and only the last ending with `<eos>`. Their ids are the document's id, or
-    `ID#0`, `ID#1`, … where there are several. Nothing is dropped.
+    `ID#0`, `ID#1`, … where there are several. Nothing is dropped. Where the tokenizer puts nothing
+    before a text, a passage begins with the last token of the one before it, which is not scored.
 
     Args:
         texts: (document id, text) pairs.
@@ -73,16 +98,13 @@ def passages(
     ):
         if not text.strip():
             raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
-        # A sequence of n tokens has n - 1 positions, as the last token is only ever predicted.
-        tokens = [*tokens, tokenizer.eos]
-        parts = [tokens[i : i + context] for i in range(0, len(tokens), context)]
-        if len(parts) > 1 and parts[-1] == [tokenizer.eos]:
-            parts.pop()  # the text just fills its passages: no passage of <eos> alone
+        tokens = [*tokens, *tokenizer.end]
+        parts = cut(tokens, tokenizer, context)
         split += len(parts) > 1
-        for i, part in enumerate(parts):
+        for i, (first, stop) in enumerate(parts):
             ids.append(document if len(parts) == 1 else f"{document}#{i}")
             documents.append(document)
-            sequences.append(np.asarray([tokenizer.bos, *part], np.int32))
+            sequences.append(np.asarray([*tokenizer.begin, *tokens[first:stop]], np.int32))
     if len(set(ids)) < len(ids):
         twice = next(i for i, n in collections.Counter(ids).items() if n > 1)
         raise ValueError(f"two passages have the id {twice!r}; give documents other ids")

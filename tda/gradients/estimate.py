@@ -19,18 +19,20 @@ from tda.model import functional
 
 
 def squared_gradients(
-    model: nnx.Module, loss: Callable, batches: Iterable[dict], chosen: list[sites.Site]
+    model: nnx.Module, loss: Callable, batches: Iterable, chosen: list[sites.Site]
 ) -> dict[str, jax.Array]:
     """V: the mean over batches of the squared gradient of each batch's mean loss.
 
     A batch's loss is the sum over its examples divided by the sum of its weights, as
-    `tda.train.batch_loss` has it; a batch without scored tokens is left out.
+    `tda.train.batch_loss` has it; a batch without scored tokens is left out. Of a batch that has no
+    "weights", the loss is the mean over its examples.
 
     Args:
         model: any NNX model.
         loss: of the model and a batch, one number for each example, summed over its positions:
             float32 [B]. Compiled once for every shape of batch.
-        batches: dicts with "weights" [B, T] and what else `loss` takes ("tokens", "targets").
+        batches: trees of arrays that `loss` takes; of language models dicts with "weights" [B, T]
+            ("tokens", "targets").
         chosen: the sites.
 
     Returns:
@@ -43,7 +45,8 @@ def squared_gradients(
 
     def mean_loss(params, batch):
         total_B = loss(model_fn.merge(params), batch)
-        return jnp.sum(total_B) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        scored = jnp.sum(batch["weights"]) if _has_weights(batch) else total_B.shape[0]
+        return jnp.sum(total_B) / jnp.maximum(scored, 1.0)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, params, batch):
@@ -52,17 +55,21 @@ def squared_gradients(
 
     sums, count = {s.path: jnp.zeros(s.shape, jnp.float32) for s in chosen}, 0
     for batch in batches:
-        if batch["weights"].any():
+        if not _has_weights(batch) or batch["weights"].any():
             sums, count = add(sums, params, batch), count + 1
     if not count:
         raise SecondMomentError("second moments need at least one batch with a scored token")
     return {s.path: s.matrix(sums[s.path] / count) for s in chosen}
 
 
+def _has_weights(batch) -> bool:
+    return isinstance(batch, dict) and "weights" in batch
+
+
 def estimate(
     model: nnx.Module,
     loss: Callable,
-    batches: Iterable[dict],
+    batches: Iterable,
     chosen: list[sites.Site],
     correction: str,
     eps: float = 1e-8,

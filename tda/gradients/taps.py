@@ -47,6 +47,8 @@ class End:
         side: k.
         scale: 1/√V of every weight, float32 [(L,) M, N], where it is exact.
         direction: for a tap of positions K = AWBᵀ; W, float32 [(L,) k, k].
+        bases: Q_A and Q_S, float32 [(L,) M, M] and [(L,) N, N]: the gradient is turned to Q_AᵀGQ_S
+            before it is scaled; A, B and the scale are in that basis then.
     """
 
     left: jax.Array
@@ -54,6 +56,7 @@ class End:
     side: int
     scale: jax.Array | None = None
     direction: jax.Array | None = None
+    bases: tuple[jax.Array, jax.Array] | None = None
 
 
 def _f32(x):
@@ -109,7 +112,11 @@ def _exact_forward(y, x_BxTxM, tap, A_MxP, B_NxP, scale_MxN):
 
 
 def _exact_backward(kept, d_BxTxN):
-    x_BxTxM, A_MxP, B_NxP, scale_MxN = kept
+    return d_BxTxN, None, _scaled_projections(*kept, d_BxTxN), None, None, None
+
+
+def _scaled_projections(x_BxTxM, A_MxP, B_NxP, scale_MxN, d_BxTxN):
+    """Aᵀ((Σ_t x_t δ_tᵀ) ∘ scale)B of every example: float32 [B, k, k]."""
 
     def some(examples):
         # A few examples' weight gradients at a time: the batch's would not fit.
@@ -125,8 +132,7 @@ def _exact_backward(kept, d_BxTxN):
         return sharding.constrain(x, None, "batch", *[...] * (x.ndim - 2))
 
     found = jax.lax.map(some, (cut(x_BxTxM), cut(d_BxTxN)))
-    tap_BxPxP = jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[-2:])
-    return d_BxTxN, None, tap_BxPxP, None, None, None
+    return jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[-2:])
 
 
 def _portions(examples: int, weights: int) -> tuple[int, int, int]:
@@ -139,6 +145,30 @@ def _portions(examples: int, weights: int) -> tuple[int, int, int]:
 
 
 tap_exact.defvjp(_exact_forward, _exact_backward)
+
+
+@jax.custom_vjp
+def tap_turned(y_BxTxN, xQ_BxTxM, tap_BxPxP, A_MxP, B_NxP, scale_MxN, Q_NxN):
+    """`y`, whose cotangent δ reaches the tap as Aᵀ((Σ_t (xQ)_t (δQ)_tᵀ) ∘ scale)B.
+
+    `xQ` is the input in the basis of its factor.
+    """
+    del xQ_BxTxM, tap_BxPxP, A_MxP, B_NxP, scale_MxN, Q_NxN
+    return y_BxTxN
+
+
+def _turned_forward(y, xQ_BxTxM, tap, A_MxP, B_NxP, scale_MxN, Q_NxN):
+    del tap
+    return y, (xQ_BxTxM, A_MxP, B_NxP, scale_MxN, Q_NxN)
+
+
+def _turned_backward(kept, d_BxTxN):
+    *kept, Q_NxN = kept
+    dQ_BxTxN = _einsum("btn,nm->btm", _f32(d_BxTxN), Q_NxN)
+    return d_BxTxN, None, _scaled_projections(*kept, dQ_BxTxN), None, None, None, None
+
+
+tap_turned.defvjp(_turned_forward, _turned_backward)
 
 
 @jax.custom_vjp
@@ -184,6 +214,9 @@ def _tap_product(module, y_BxTxN, x_BxTxM, turned: bool = False):
     x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
     if direction is not None:
         return _tap_positions_of(y_BxTxN, x_BxTxM, tap, A, B, scale, direction)
+    if module.tap_left_basis is not None:
+        xQ_BxTxM = _einsum("btm,mn->btn", _f32(x_BxTxM), module.tap_left_basis[...])
+        return tap_turned(y_BxTxN, xQ_BxTxM, tap, A, B, scale, module.tap_right_basis[...])
     if scale is not None:
         return tap_exact(y_BxTxN, x_BxTxM, tap, A, B, scale)
     # Kept for the backward pass: k numbers a position, not the layer's whole input.
@@ -288,7 +321,16 @@ def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
     Returns:
         The model with variables of type `Tap` ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one
         example of one position) and `Ends`.
+
+    Raises:
+        ValueError: an embedding or a head has bases, or a site has bases and no scale.
     """
+    turned = [s.path for s, end in ends.items() if end.bases and s.group in ("embedding", "head")]
+    if turned:
+        raise ValueError(f"{', '.join(turned)}: tables of tokens cannot be turned to a basis")
+    unscaled = [s.path for s, end in ends.items() if end.bases and end.scale is None]
+    if unscaled:
+        raise ValueError(f"{', '.join(unscaled)}: a gradient is turned to be scaled; give a scale")
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
     for site, end in ends.items():
@@ -302,4 +344,6 @@ def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
         module.tap_right = Ends(end.right, axes=(axes[1], None))
         module.tap_scale = None if end.scale is None else Ends(end.scale, axes=axes)
         module.tap_direction = None if end.direction is None else Ends(end.direction)
+        left, right = (None, None) if end.bases is None else map(Ends, end.bases)
+        module.tap_left_basis, module.tap_right_basis = left, right
     return tapped

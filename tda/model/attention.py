@@ -13,7 +13,9 @@ import jax.numpy as jnp
 _MASKED = -1e30
 
 
-def causal_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
+def causal_attention(
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale: float | None = None, window=None, soft_cap=None
+):
     """softmax(q kᵀ / √K) v over the positions up to each one's own (Vaswani et al. 2017, eq. 1).
 
     Scores and probabilities are float32, whatever the dtype of the arguments.
@@ -21,15 +23,20 @@ def causal_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
     Args:
         q_BxTxHxK: queries of H heads.
         k_BxTxGxK, v_BxTxGxK: keys and values of G heads, each shared by H / G heads of queries.
+        scale: what scores are multiplied by; None for 1/√K.
+        window: how many positions each sees, its own one counted; an integer or an integer array
+            without axes. None for all.
+        soft_cap: c of c·tanh(s / c), which every score s becomes before the softmax; None for s.
 
     Returns:
         [B, T, H, K] in the dtype of `v_BxTxGxK`.
     """
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
-    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    scale = K**-0.5 if scale is None else scale
+    q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BxGxTxK, v_BxGxTxK = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxGxK, v_BxTxGxK))
-    y_BxGxRxTxK = _attend(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK)
+    y_BxGxRxTxK = _attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)
     return y_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
@@ -49,23 +56,29 @@ def _products(equation: str, *operands):
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int):
-    """Scores of a block's rows and the keys up to its end, −1e30 for keys that come later."""
+def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int, window, soft_cap):
+    """Scores of a block's rows and the keys up to its end, −1e30 for keys that are not seen."""
     scores = _products("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK[:, :, :stop])
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     at_S = jnp.tile(jnp.arange(start, stop), scores.shape[2] // (stop - start))
-    return jnp.where(at_S[:, None] >= jnp.arange(stop), scores, _MASKED)
+    seen = at_S[:, None] >= jnp.arange(stop)
+    if window is not None:
+        seen &= at_S[:, None] - jnp.arange(stop) < window
+    return jnp.where(seen, scores, _MASKED)
 
 
-@jax.custom_vjp
-def _attend(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK):
-    return _forward(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window):
+    return _forward(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)[0]
 
 
-def _forward(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK):
+def _forward(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window):
     R = q_BxGxRxTxK.shape[2]
     outs, sums = [], []
     for start, stop in _blocks(q_BxGxRxTxK.shape[3]):
-        scores = _scores(_rows(q_BxGxRxTxK, start, stop), k_BxGxTxK, start, stop)
+        rows = _rows(q_BxGxRxTxK, start, stop)
+        scores = _scores(rows, k_BxGxTxK, start, stop, window, soft_cap)
         most = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -74,7 +87,7 @@ def _forward(q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK):
         outs.append(_unrolled(y_BxGxSxK.astype(v_BxGxTxK.dtype), R))
         sums.append(most + jnp.log(total))
     y_BxGxRxTxK = jnp.concatenate(outs, axis=3)
-    return y_BxGxRxTxK, (q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, y_BxGxRxTxK, sums)
+    return y_BxGxRxTxK, (q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, y_BxGxRxTxK, sums, window)
 
 
 def _unrolled(x_BxGxSxK, R: int):
@@ -82,8 +95,8 @@ def _unrolled(x_BxGxSxK, R: int):
     return x_BxGxSxK.reshape(*x_BxGxSxK.shape[:2], R, -1, x_BxGxSxK.shape[-1])
 
 
-def _backward(kept, d_BxGxRxTxK):
-    q, k, v, y, sums = kept
+def _backward(soft_cap, kept, d_BxGxRxTxK):
+    q, k, v, y, sums, window = kept
     R, T = q.shape[2:4]
     # The softmax's backward pass takes Σ_t p_st dp_st from each row: it is ⟨dy, y⟩.
     inner = jnp.sum(_f32(d_BxGxRxTxK) * _f32(y), axis=-1, keepdims=True)
@@ -91,9 +104,14 @@ def _backward(kept, d_BxGxRxTxK):
     for (start, stop), total in zip(_blocks(T), sums, strict=True):
         rows = functools.partial(_rows, start=start, stop=stop)
         q_BxGxSxK, d_BxGxSxK = rows(q), rows(d_BxGxRxTxK)
-        p = jnp.exp(_scores(q_BxGxSxK, k, start, stop) - total)
+        scores = _scores(q_BxGxSxK, k, start, stop, window, soft_cap)
+        p = jnp.exp(scores - total)
         dp = _products("bgsk,bgtk->bgst", d_BxGxSxK, v[:, :, :stop])
-        ds = (p * (dp - rows(inner))).astype(q.dtype)
+        ds = p * (dp - rows(inner))
+        if soft_cap is not None:
+            # Where a key is not seen p is 0, and the score no longer the capped one.
+            ds = jnp.where(p > 0, ds * (1 - jnp.square(scores / soft_cap)), 0.0)
+        ds = ds.astype(q.dtype)
         dq.append(_unrolled(_products("bgst,bgtk->bgsk", ds, k[:, :, :stop]), R))
         after = [(0, 0), (0, 0), (0, T - stop), (0, 0)]
         dk.append(jnp.pad(_products("bgst,bgsk->bgtk", ds, q_BxGxSxK), after))
@@ -102,6 +120,7 @@ def _backward(kept, d_BxGxRxTxK):
         jnp.concatenate(dq, axis=3).astype(q.dtype),
         sum(dk).astype(k.dtype),
         sum(dv).astype(v.dtype),
+        None,
     )
 
 

@@ -36,7 +36,8 @@ def split(model: nnx.Module) -> tuple[Functional, dict]:
     """Takes a model apart into its structure and a nested dict of its parameters."""
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
     axes = {path: _axes(variable) for path, variable in nnx.to_flat_state(state)}
-    return Functional(graphdef, rest, _nest(axes)), nnx.to_pure_dict(state)
+    # Plain arrays: a model that changes its variables (a Linen one its keys) changes copies.
+    return Functional(graphdef, nnx.to_pure_dict(rest), _nest(axes)), nnx.to_pure_dict(state)
 
 
 def _axes(variable) -> tuple:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tda.retrieval.ranked import Ranked, first_rank, top
+from tda.retrieval import by_score
+from tda.retrieval.ranked import Ranked
 
 
 def search(
@@ -38,15 +39,10 @@ def search(
     index.index(tokens, show_progress=False)
     # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
     split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
-    count, kept = len(queries), min(k, len(texts))
-    rows, scores = np.zeros((count, kept), np.int64), np.zeros((count, kept), np.float32)
-    ranks = {label: np.zeros(count, np.int64) for label in correct or {}}
-    for q, words in enumerate(split):
-        known = [w for w in words if w in tokens.vocab]
-        scores_C = index.get_scores(known) if known else np.zeros(len(texts), np.float32)
-        rows[q] = top(scores_C, kept)
-        scores[q] = scores_C[rows[q]]
-        for label, lists in (correct or {}).items():
-            ranks[label][q] = first_rank(scores_C, lists[q])
-    none = np.zeros((count, 0))
-    return Ranked(rows, scores, none.astype(np.int64), none.astype(np.float32), ranks)
+
+    def scores():
+        for words in split:
+            known = [w for w in words if w in tokens.vocab]
+            yield index.get_scores(known) if known else np.zeros(len(texts), np.float32)
+
+    return by_score.rank(scores(), len(queries), k, correct)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +12,8 @@ class Ranked:
     """The best and the worst passages of each query.
 
     Attributes:
-        proponents: int64 [Q, K], rows with the largest scores, best first.
+        proponents: int64 [Q, K], rows with the largest scores, best first; −1, which is no
+            passage, at the end where a retriever found fewer.
         proponent_scores: float32 [Q, K].
         opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] from a
             retriever whose low scores mean nothing.
@@ -44,6 +46,35 @@ def load(path) -> Ranked:
     prefix = "first_ranks/"
     ranks = {k[len(prefix) :]: arrays.pop(k) for k in list(arrays) if k.startswith(prefix)}
     return Ranked(**arrays, first_ranks=ranks)
+
+
+def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
+    """Rankings of parts of the queries as one of all.
+
+    Args:
+        parts: query numbers and their ranking; every number below Q is in just one part.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+    found = [r for _, r in parts]
+
+    def one(name):
+        return np.concatenate([getattr(r, name) for r in found])[order]
+
+    fields = (f.name for f in dataclasses.fields(Ranked) if f.name != "first_ranks")
+    labels = found[0].first_ranks
+    ranks = {n: np.concatenate([r.first_ranks[n] for r in found])[order] for n in labels}
+    return Ranked(**{name: one(name) for name in fields}, first_ranks=ranks)
+
+
+def without_opponents(ranked: Ranked) -> Ranked:
+    """The same ranking of a retriever whose low scores mean nothing."""
+    return dataclasses.replace(
+        ranked,
+        opponents=ranked.opponents[:, :0],
+        opponent_scores=ranked.opponent_scores[:, :0],
+    )
 
 
 def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:

@@ -107,7 +107,7 @@ def settings_for(
     held = memory_bytes // (4 * width)
     training = changes.get("training_rows", min(_TRAINING_ROWS, held // 8))
     part_rows = changes.get("part_rows", (held - 2 * training) // 3)
-    if part_rows < _PART_ROWS:
+    if "part_rows" not in changes and part_rows < _PART_ROWS:
         training = changes.get("training_rows", _PART_ROWS // 2)
         needed = 4 * width * (3 * _PART_ROWS + 2 * training)
         raise ValueError(

@@ -59,10 +59,20 @@ class Scorer:
     Attributes:
         roots: W = R^(−1/2) by block, or None for the identity.
         unit_norm: N divides by the norm (a zero stays zero), else it does nothing.
+        own: β of each block where every query is scored with R − β g gᵀ, g its own gradient, in
+            R's place (`tda.hessian`: its part in R_eval taken out); empty where not. Needs `roots`.
     """
 
     roots: list[np.ndarray] | None
     unit_norm: bool
+    own: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.own and len(self.own) != len(self.roots or ()):
+            raise ValueError(
+                f"a query's part is taken out of R: own has {len(self.own)} blocks, and roots "
+                f"{len(self.roots or ())}"
+            )
 
 
 def slices_of(widths: tuple[int, ...]) -> list[slice]:

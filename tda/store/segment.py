@@ -125,21 +125,27 @@ class Segment:
             Which rows are invalid, bool [R].
         """
         own, folder = self.rows_of(shard), (self.location / "gradients").path
-        wrong: list[np.ndarray] = []
-        scales: list[np.ndarray] = []
+        wrong: dict[int, np.ndarray] = {}
+        scales: dict[int, np.ndarray] = {}
 
         def encode(start: int) -> np.ndarray:
             x = x_RxE[start : start + self.chunk_rows]
             bad = ~np.isfinite(x).all(axis=1)
-            wrong.append(bad)
+            wrong[start] = bad
             x = np.where(bad[:, None], np.float32(np.inf), x) if bad.any() else x
             values, some = rows.encode(x, self.form.dtype, self.form.widths)
-            scales.append(some)
+            scales[start] = some
             return values
+
+        def whole_chunk(start: int) -> tuple[np.ndarray, int]:
+            values = self._filled(encode(start))
+            return values, shard_file.checksum(values)
 
         def write_scales():
             if self.form.dtype == "int8":
-                self._arrays["scales"][own].write(np.concatenate(scales)).result()
+                self._arrays["scales"][own].write(
+                    np.concatenate([scales[i] for i in starts])
+                ).result()
 
         starts = range(0, len(x_RxE), self.chunk_rows)
         if folder is None:
@@ -149,12 +155,12 @@ class Segment:
         else:
             chunks = self.shard_rows // self.chunk_rows
             path = str(folder / f"c.{shard}.0")
-            with shard_file.writing(path, chunks) as out, ThreadPoolExecutor(1) as ahead:
-                # One chunk is encoded while another is written.
-                for values in ahead.map(encode, starts):
-                    out.add(self._filled(values))
+            with shard_file.writing(path, chunks) as out, ThreadPoolExecutor(2) as ahead:
+                # Some chunks are encoded while another is written.
+                for values, checksum in ahead.map(whole_chunk, starts):
+                    out.add(values, checksum)
                 write_scales()
-        return np.concatenate(wrong)
+        return np.concatenate([wrong[i] for i in starts])
 
     def _filled(self, values: np.ndarray) -> np.ndarray:
         """The values of a chunk: the last of the corpus is filled up as TensorStore does it."""

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
+from experiments import indexing, trace
 from experiments import store as command
-from experiments import trace
 from experiments.workdir import Workdir
 from tda import store as stores
-from tda.retrieval import ranked
+from tda.retrieval import ranked, scann_settings
 from tests.experiments.test_trace import make_config
 
 
@@ -98,6 +98,74 @@ def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
             assert a["proponent_ids"] == b["proponent_ids"]
             assert a["opponent_ids"] == b["opponent_ids"]
             np.testing.assert_allclose(a["proponent_scores"], b["proponent_scores"], atol=1e-4)
+
+
+def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_path, capsys):
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
+    path, metrics = run
+    other = config.copy_and_resolve_references()
+    other.search.index = "scann"
+    found = trace.run(other, Workdir(path))
+    for name in metrics:
+        assert found[name] == pytest.approx(metrics[name], nan_ok=True)
+    assert "are searched exactly, which is quick enough" in capsys.readouterr().out
+    assert not (path / "indices").exists()
+
+
+def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys, monkeypatch):
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
+    path, metrics = run
+    other = config.copy_and_resolve_references()
+    other.search.index = "scann"
+    rows = stores.open_store(corpora(path)[0]).rows
+    monkeypatch.setattr(scann_settings, "_EXACT_NUMBERS", 0)
+    whole = dict(part_rows=rows, dims_per_block=2, reorder=rows, reorder_dtype="float32")
+    other.search.scann.update(whole, training_rows=max(16, rows))
+    # Every row is scored again by its encoding: what is found is what exact search finds.
+    found = trace.run(other, Workdir(path))
+    for name, m in metrics.items():
+        assert found[name]["recall_at_10"] == pytest.approx(m["recall_at_10"])
+        assert found[name]["mrr"] == pytest.approx(m["mrr"], rel=1e-5)
+    table = (path / "table.md").read_text()
+    assert table.count("through a ScaNN index, recall@10 against exact search over") == 2
+    assert table.count("proponents 1.000, opponents 1.000") == 2
+    assert "ScaNN" not in capsys.readouterr().err
+    # The index stands beside the exact rankings, which are found again.
+    again = trace.run(config, Workdir(path))
+    for name in metrics:
+        assert again[name] == pytest.approx(metrics[name], nan_ok=True)
+    assert "ScaNN" not in (path / "table.md").read_text()
+    assert len(list((path / "indices").iterdir())) == 2
+
+
+def test_a_rank_that_an_index_does_not_know_counts_as_the_last(monkeypatch):
+    deep = ranked.Ranked(
+        np.array([[5, 3, 8], [1, 2, 0], [4, 6, 7]]),
+        np.zeros((3, 3), np.float32),
+        np.array([[9, 2, 1]] * 3),
+        np.zeros((3, 3), np.float32),
+        {},
+    )
+    correct = {"all": [np.array([8, 3]), np.array([9]), np.array([], np.int64)]}
+    found = indexing._cut(deep, 2, correct, 10)
+    assert found.first_ranks["all"].tolist() == [2, 10, 0]
+    assert found.proponents.tolist() == [[5, 3], [1, 2], [4, 6]]
+    assert found.opponents.tolist() == [[9, 2]] * 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"search.index": "faiss"}, "unknown search.index='faiss'"),
+        ({"search.index": "scann", "store.dtype": "none"}, "needs a store to index"),
+        ({"search.index": "scann", "search.depth": 9}, "search.depth=9 is less than eval.top_k=10"),
+    ],
+)
+def test_indices_that_cannot_be_are_refused_at_once(config, tmp_path, changes, message):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        trace.run(other, Workdir(tmp_path))
 
 
 def test_r_of_a_sample_is_another_ranking_of_its_own(config, run):

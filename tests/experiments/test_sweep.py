@@ -76,6 +76,9 @@ def test_what_each_key_makes_anew(key, trains, encodes):
     other = grid._changed(config, {key: values}, "s.py")
     a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
     assert (a.training != b.training) == trains and (a.stores != b.stores) == encodes
+    # The uncorrected store is the same under every correction: not to be encoded twice at a time.
+    apart = encodes and key != "gradients.correction"
+    assert (a.encoding != b.encoding) == apart
 
 
 @pytest.mark.parametrize(
@@ -309,11 +312,11 @@ def test_only_points_take_an_accelerator(monkeypatch):
 
 
 def test_what_is_shared_is_made_by_one_and_waited_for_by_the_rest(tmp_path, capsys):
-    marker, seen = tmp_path / "m.training", []
+    marker, lock, seen = tmp_path / "m.training", tmp_path / "lock", []
     inside, go = threading.Event(), threading.Event()
 
     def make(name, wait):
-        with sweep._once(marker):
+        with sweep._once(marker, lock):
             seen.append((name, marker.exists()))
             if wait:
                 inside.set()
@@ -333,7 +336,7 @@ def test_what_is_shared_is_made_by_one_and_waited_for_by_the_rest(tmp_path, caps
     assert sorted(seen[1:]) == [(0, True), (1, True)]
     # Where the one that makes it fails, the next makes it.
     marker.unlink()
-    with pytest.raises(ZeroDivisionError), sweep._once(marker):
+    with pytest.raises(ZeroDivisionError), sweep._once(marker, lock):
         raise ZeroDivisionError
     assert not marker.exists()
     make("next", False)

@@ -15,10 +15,14 @@ from experiments import attribution, corpus, evaluation, launch, measures, trace
 from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
+from tda import store as stores
 from tda.data.records import RecordError
 from tda.evaluation import annotated
+from tda.methods import Gradients
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
+
+CORRECTED = Gradients(corrected=True)
 
 
 def records():
@@ -94,6 +98,27 @@ def test_writes_what_it_promises(finished):
         assert scores == sorted(scores, reverse=True)
     assert metrics["bm25"]["mrr"] == 1.0
     assert "TrackStar" in (path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_limits_hold_in_every_stage(tmp_path):
+    """Mistakes: the option to limit rows ignored by one stage."""
+    config = make_config(tmp_path)
+    config.methods = "trackstar,grad_cos,bm25"
+    config.data.n_sentences, config.data.n_queries, config.eval.queries = 7, 3, 2
+    metrics = trace.run(config, Workdir(tmp_path / "w"))
+    data = corpus.load(config, Workdir(tmp_path / "w"))
+    kept = set(data.passages.ids)
+    assert len(kept) == len(data.passages) == 7 and len(data.queries) == 3
+    for kind, rows in (("corpus", 7), ("queries", 3)):
+        for path in (tmp_path / "w" / "stores").glob(f"{kind}-*"):
+            assert stores.open_store(path).rows == rows
+    for name, m in metrics.items():
+        assert m["n_queries"] == 2 and m["n_tail_patch_queries"] == 2
+        found = list(results.read(tmp_path / "w" / "results" / f"{name}.jsonl"))
+        assert len(found) == 2
+        for r in found:
+            assert set(r["proponent_ids"]) == kept and len(r["proponent_ids"]) == 7
 
 
 def test_metrics_are_those_of_the_records(finished):
@@ -305,21 +330,21 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     )
     config.gradients.second_moments = "optimizer"
     with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
-        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), corrected=True)
+        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), CORRECTED)
     assert not (tmp_path / "w" / "stores").exists()
     # Unless asked for, they are estimated, and the store says so.
     config.gradients.second_moments = "auto"
     config.gradients.estimate_batches = 2
     estimated = Workdir(tmp_path / "w")
-    store, queries = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    store, queries = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     made = store.manifest["fingerprint"]["second_moments"]
     assert made["estimated from batches"] == 2
-    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), corrected=True)
+    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), CORRECTED)
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
     # And not again for stores that are there.
     monkeypatch.setattr(encoding_stage.estimate, "estimate", None)
-    again, _ = encoding_stage.encode(config, data, bare, estimated, corrected=True)
+    again, _ = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
 

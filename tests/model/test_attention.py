@@ -1,5 +1,7 @@
 """Causal attention in blocks, against the plain formula, in values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,18 @@ import pytest
 from tda.model.attention import causal_attention
 
 
-def plain(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK):
-    """Softmax of masked scores, in one piece, in float64."""
+def plain(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale=None, window=None, soft_cap=None):
+    """Softmax of masked scores, in one piece."""
     H, G = q_BxTxHxK.shape[2], k_BxTxGxK.shape[2]
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BxTxGxK, v_BxTxGxK))
-    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / np.sqrt(q_BxTxHxK.shape[-1])
+    scale = q_BxTxHxK.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     T = scores.shape[-1]
-    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
+    before = np.arange(T)[:, None] - np.arange(T)
+    seen = (before >= 0) & (before < (T if window is None else window))
+    scores = jnp.where(seen, scores, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
 
 
@@ -46,6 +53,25 @@ def test_values_and_gradients_are_the_plain_formulas(T, H, G):
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == jnp.float32 and a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("T", [7, 150])
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_windows_caps_and_scales_are_the_plain_formulas(T, window):
+    """Guards: a window that is off by one, a cap that the backward pass forgets."""
+    given = arrays(2, T, 4, 2, 8)
+    how = dict(scale=0.7, soft_cap=2.0, window=window)
+    expected = value_and_gradients(functools.partial(plain, **how), *given)
+    # Of scanned layers the window is an array.
+    traced = how | {"window": None if window is None else jnp.int32(window)}
+    for settings in (how, traced):
+        got = value_and_gradients(functools.partial(causal_attention, **settings), *given)
+        for a, b in zip(got, expected, strict=True):
+            # With a window of one position, queries and keys change nothing.
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * max(np.abs(b).max(), 1.0))
+    if window == 5 and T == 150:
+        far = value_and_gradients(functools.partial(plain, **how | {"window": 6}), *given)
+        assert np.abs(far[0] - expected[0]).max() > 0.1
 
 
 def test_half_precision_keeps_scores_and_sums_in_float32():

@@ -7,7 +7,8 @@ import pytest
 
 from tda import loss
 from tda.model import functional, sizes
-from tda.model.decoder import Decoder, parameter_count, rotary
+from tda.model.decoder import Decoder, parameter_count
+from tda.model.positions import rotary, rotation
 
 GROUPED = dict(heads=4, kv_heads=2, head_width=6)
 
@@ -104,8 +105,8 @@ def test_equal_to_a_naive_transformer(decoder, changes, act):
 def test_rotary_depends_on_distance_alone():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 8)).astype(np.float32)
-    rotated_q = np.asarray(rotary(jnp.tile(q, (1, 12, 1, 1)).reshape(1, 12, 1, 8)))[0, :, 0]
-    rotated_k = np.asarray(rotary(jnp.tile(k, (1, 12, 1, 1)).reshape(1, 12, 1, 8)))[0, :, 0]
+    q_TxK, k_TxK = (jnp.tile(x, (1, 12, 1, 1)).reshape(1, 12, 1, 8) for x in (q, k))
+    rotated_q, rotated_k = (np.asarray(rotary(x, rotation(8)))[0, :, 0] for x in (q_TxK, k_TxK))
     scores = rotated_q @ rotated_k.T
     for distance in range(-4, 5):
         line = np.diagonal(scores, distance)
@@ -232,7 +233,7 @@ def test_sizes_are_copies_and_unknown_ones_refused():
     [
         (dict(heads=3, kv_heads=2), "heads=3 is not a multiple of kv_heads=2"),
         (dict(head_width=7), "head_width=7 is odd"),
-        (dict(activation="tanh"), "unknown activation 'tanh'; use silu, gelu, relu"),
+        (dict(activation="tanh"), "unknown activation 'tanh'; use silu, gelu, gelu_exact, relu"),
     ],
 )
 def test_impossible_shapes_are_refused(decoder, changes, message):

@@ -1,10 +1,12 @@
 """BM25: what it ranks, and against the formula."""
 
 import math
+import pathlib
 
 import numpy as np
 import pytest
 
+from tda.data import jsonl, labels
 from tda.retrieval import bm25
 
 TEXTS = ["paris capital france", "berlin capital germany", "paris hotel guide", "oslo ferry"]
@@ -37,3 +39,48 @@ def test_a_query_of_unknown_words_ranks_nothing_first():
 def test_a_corpus_without_words_is_an_error():
     with pytest.raises(ValueError, match="no passage has a word"):
         bm25.search(["a"], ["!", "?"])
+
+
+DATA = pathlib.Path("../shared/data")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="the T-REx files are not there")
+def test_equals_a_second_implementation_on_a_thousand_queries():
+    """`rank_bm25` (BM25Okapi) with Lucene's idf has the same scores, but for a constant k1 + 1.
+
+    With its own idf, which is negative for words in more than half of the passages and then made
+    a quarter of the mean, the first passage is the same for nearly all queries.
+    """
+    rank_bm25 = pytest.importorskip("rank_bm25")
+    import bm25s
+
+    sentences = jsonl.read_sentences(DATA / "trex_lama_sentences.jsonl.gz")
+    facts = jsonl.read_facts(DATA / "trex_lama_facts.jsonl.gz")
+    facts = labels.clean_pool(facts, sentences)
+    sentences, facts = labels.select(sentences, facts, 10_000, 1000, seed=0)
+    texts, asked = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]
+    assert len(asked) == 1000
+
+    class Lucene(rank_bm25.BM25Okapi):
+        def _calc_idf(self, nd):
+            for word, n in nd.items():
+                self.idf[word] = math.log(1 + (self.corpus_size - n + 0.5) / (n + 0.5))
+
+    def words(x):
+        return bm25s.tokenize(x, stopwords="en", return_ids=False, show_progress=False)
+
+    corpus = words(texts)
+    lucene, okapi = Lucene(corpus), rank_bm25.BM25Okapi(corpus)
+    found = bm25.search(asked, texts, 10)
+    same_first = 0
+    for q, query in enumerate(words(asked)):
+        scores = lucene.get_scores(query) / 2.5
+        np.testing.assert_allclose(
+            found.proponent_scores[q], np.sort(scores)[::-1][:10], rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            scores[found.proponents[q]], found.proponent_scores[q], rtol=1e-4, atol=1e-5
+        )
+        same_first += okapi.get_scores(query).argmax() == found.proponents[q, 0]
+    assert same_first >= 970

@@ -20,7 +20,7 @@ def data():
 def small_steps(monkeypatch):
     """Searches take 16 rows at a time, or what a test sets."""
     steps = {"rows": 16}
-    monkeypatch.setattr(exact, "step_rows", lambda width, devices=1: steps["rows"] * devices)
+    monkeypatch.setattr(exact, "step_rows", lambda width, devices, touched: steps["rows"] * devices)
     return steps
 
 
@@ -170,3 +170,100 @@ def test_more_queries_than_are_merged_at_a_time(data):
     order = np.argsort(-naive(queries, passages, None, True), axis=1)
     np.testing.assert_array_equal(found.proponents, order[:, :7])
     np.testing.assert_array_equal(found.opponents, order[:, ::-1][:, :7])
+
+
+@pytest.mark.parametrize(
+    "length, k", [(8192, 10), (1024, 10), (96, 3), (4096, 1), (40, 10), (7, 9)]
+)
+@pytest.mark.parametrize("distinct", [2, 50, 10**6])
+def test_the_largest_are_found_by_groups_and_among_equals_the_first(length, k, distinct):
+    scores = np.random.default_rng(length).integers(0, distinct, (5, length)).astype(np.float32)
+    scores[2] = -np.inf
+    top, at = map(np.asarray, jax.jit(exact._largest, static_argnums=1)(scores, k))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(at, order)
+    np.testing.assert_array_equal(top, np.take_along_axis(scores, order, 1))
+
+
+def mixture(queries, passages, weight=0.7, damping=0.1):
+    """R of passages, and of queries with a common mean; blocks of λ R_eval + (1 − λ) R_train."""
+    train = hessian.autocorrelation([passages], SLICES)
+    evaluation = hessian.autocorrelation([queries], SLICES)
+    return train, evaluation, weight, damping
+
+
+def by_hand(queries, passages, R_of_query, unit_norm):
+    """Scores with an R for every query, in float64."""
+    scores = np.zeros((len(queries), len(passages)))
+    for q, g in enumerate(queries.astype(np.float64)):
+        inverse = [np.linalg.inv(R) for R in R_of_query(q)]
+
+        def product(a, b, inverse=inverse):
+            return sum(a[..., s] @ M @ b[..., s].T for s, M in zip(SLICES, inverse, strict=True))
+
+        scores[q] = product(passages.astype(np.float64), g[None])[:, 0]
+        if unit_norm:
+            norms = [product(x[None], x[None])[0, 0] for x in passages.astype(np.float64)]
+            scores[q] /= np.sqrt(np.array(norms) * product(g[None], g[None])[0, 0])
+    return scores
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_querys_own_part_is_taken_out_of_R(data, small_steps, unit_norm, devices):
+    """Leave-one-out by rank one equals an R_eval that was made without the query, for each."""
+    queries, passages = data
+    queries = queries + np.float32(1.5)
+    train, evaluation, weight, damping = mixture(queries, passages)
+    n = len(queries)
+    whole = [
+        weight * n / (n - 1) * e + (1 - weight) * t for t, e in zip(train, evaluation, strict=True)
+    ]
+    floors = [damping * np.trace(b) / len(b) for b in whole]
+
+    def without(q):
+        others = np.delete(queries, q, axis=0).astype(np.float64)
+        R = hessian.autocorrelation([others.astype(np.float32)], SLICES)
+        return [
+            weight * e + (1 - weight) * t + f * np.eye(len(e))
+            for t, e, f in zip(train, R, floors, strict=True)
+        ]
+
+    expected = by_hand(queries, passages, without, unit_norm)
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    roots = hessian.inverse_root(whole, damping)
+    scorers = {
+        "all": exact.Scorer(roots, unit_norm),
+        "left out": exact.Scorer(roots, unit_norm, (weight / (n - 1),) * 2),
+    }
+    found = exact.search(queries, source(passages), scorers, 97, mesh=mesh)
+    got = np.zeros_like(expected)
+    np.put_along_axis(got, found["left out"].proponents, found["left out"].proponent_scores, 1)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+    leaking = np.zeros_like(expected)
+    np.put_along_axis(leaking, found["all"].proponents, found["all"].proponent_scores, 1)
+    # It matters: the same search with the query in R is far from it.
+    assert np.abs(leaking - expected).max() > 0.05 * np.abs(expected).max()
+
+
+def test_without_roots_there_is_nothing_to_take_out():
+    with pytest.raises(ValueError, match="own has 1 blocks, and roots 0"):
+        exact.Scorer(None, True, (0.1,))
+
+
+def test_parts_of_the_queries_are_joined_in_their_order(data):
+    queries, passages = data
+    correct = {"all": [np.array([i]) for i in range(5)]}
+    scorer = {"m": exact.Scorer(None, True)}
+    whole = exact.search(queries, source(passages), scorer, 4, correct)["m"]
+    parts = []
+    for some in ([1, 4], [0, 2, 3]):
+        labels = {"all": [correct["all"][q] for q in some]}
+        found = exact.search(queries[some], source(passages), scorer, 4, labels)["m"]
+        parts.append((np.array(some), found))
+    joined = ranked.join(parts)
+    np.testing.assert_array_equal(joined.proponents, whole.proponents)
+    np.testing.assert_array_equal(joined.opponents, whole.opponents)
+    np.testing.assert_array_equal(joined.first_ranks["all"], whole.first_ranks["all"])
+    assert ranked.join([(np.arange(5), whole)]) is whole
+    assert ranked.without_opponents(whole).opponents.shape == (5, 0)

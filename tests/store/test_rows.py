@@ -60,3 +60,18 @@ def test_floats_are_rounded_to_nearest(dtype):
     assert scales is None and values.dtype == stores.DTYPES[dtype]
     back = np.asarray(stores.decode(values, None, WIDTHS))
     assert (np.abs(back - x) <= np.abs(x) * {"float32": 0, "bfloat16": 2**-8}[dtype]).all()
+
+
+@pytest.mark.parametrize("widths", [(512, 512), (100, 924)])
+def test_large_rows_are_rounded_as_small_ones_are(widths):
+    """All at once, by a compiled program, against block after block."""
+    x = np.random.default_rng(0).normal(size=(300, 1024)).astype(np.float32)
+    x[3, :100] = 0
+    x[5] = np.inf
+    x[7, 600] = 1e38
+    x[8] *= np.float32(1e-42)
+    assert x.nbytes > rows._LARGE
+    values, scales = rows.encode(x, "int8", widths)
+    one_by_one = rows.quantised(x, widths)
+    np.testing.assert_array_equal(scales, one_by_one[1])
+    np.testing.assert_array_equal(values, one_by_one[0])

@@ -115,7 +115,7 @@ def test_memory_is_not_used_again_while_somebody_holds_it():
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     path = tmp_path / "c.0.0"
     with pytest.raises(RuntimeError), shard_file.writing(str(path), 2) as out:
-        out.add(np.ones(4))
+        out.add(np.ones(4), 0)
         raise RuntimeError("disk")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,59 @@
+"""What a finished run of `experiments.trace` left: gradients, and TrackStar's encodings."""
+
+import json
+import os
+import sys
+
+import numpy as np
+
+from experiments import corpus as corpora
+from experiments import encoding, training
+from experiments.workdir import Workdir
+from tda import hessian
+from tda.methods import Gradients
+from tda.retrieval import exact, scorer
+
+
+def load(config, directory: str) -> tuple[corpora.Corpus, training.Trained]:
+    """The corpus and the trained model."""
+    workdir = Workdir(directory)
+    stamp = workdir / "stages" / "train.json"
+    if not stamp.exists() or not json.loads(stamp.read_text())["finished"]:
+        sys.exit(f"error: no finished training in {directory}; run experiments.trace first")
+    corpus = corpora.load(config, workdir)
+    return corpus, training.run(config, corpus, workdir)
+
+
+def gradients(config, directory: str, corrected: bool = True):
+    """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
+    corpus, trained = load(config, directory)
+    what = Gradients(corrected)
+    store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(directory), what)
+    return corpus, store, queries_QxE
+
+
+def scorers(store, queries_QxE: np.ndarray) -> dict[str, exact.Scorer]:
+    """TrackStar, with λ by the rule, and the cosine."""
+    slices = scorer.slices_of(store.form.widths)
+    train = hessian.autocorrelation(hessian.rows_for(store), slices)
+    asked = hessian.autocorrelation([queries_QxE], slices)
+    k = hessian.component(store.form.width)
+    weight = hessian.mixing_weight(hessian.spectrum(train), hessian.spectrum(asked), k)
+    roots = hessian.inverse_root(hessian.mix(train, asked, weight))
+    return {"trackstar": exact.Scorer(roots, True), "cosine": exact.Scorer(None, True)}
+
+
+def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Encodings of the corpus, in a memory map of `path` that is made once, and of the queries."""
+    _, store, queries_QxE = gradients(config, directory)
+    chosen = scorers(store, queries_QxE)[method]
+    of_queries = scorer.encode(queries_QxE, chosen.roots, chosen.unit_norm, store.form.widths)
+    if not os.path.exists(path):
+        shape = (store.rows, store.form.width)
+        out = np.lib.format.open_memmap(f"{path}.part", "w+", np.float32, shape)
+        for first, x_RxE in scorer.encodings(store, chosen, 512):
+            out[first : first + len(x_RxE)] = x_RxE
+        out.flush()
+        del out
+        os.replace(f"{path}.part", path)
+    return np.load(path, mmap_mode="r"), np.asarray(of_queries)

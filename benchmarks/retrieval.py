@@ -1,0 +1,268 @@
+"""Exact search: how close it comes to the disk and the processor, and against FAISS and NumPy.
+
+    python -m benchmarks.retrieval --json=retrieval.json
+
+1. A store of bfloat16 rows made for the purpose is searched from the disk, a part of its files at a
+   time. In turns with every part's search: plain sequential reading of the same files, and the bare
+   matrix product (float32) with as many rows. The share is the time of the slower of these two, all
+   parts together, over the search's. Before every side its files leave the page cache, so what is
+   measured is a corpus larger than the memory. A part is short, since shared machines change their
+   speed within seconds.
+2. Peak memory of a process that searches all rows, over that of one that searches a tenth.
+3. Rows in memory, float32: a `Retriever` (proponents and opponents) in turns with FAISS's flat
+   inner product and NumPy's product and partition, for proponents alone and for both. What they
+   find is compared.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import record
+from tda import huge_pages, progress
+from tda import store as stores
+from tda.retrieval import exact
+from tda.retrieval.retriever import Retriever
+from tda.retrieval.scorer import InMemory, Scorer
+
+_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where the stores are made; temporary if unset")
+_ROWS = flags.DEFINE_integer("rows", 1_000_000, "rows of the large store; a small one has a tenth")
+_WIDTH = flags.DEFINE_integer("width", 4096, "numbers in a row")
+_QUERIES = flags.DEFINE_list("queries", ["16", "128", "1000"], "how many, each by itself")
+_IN_MEMORY = flags.DEFINE_integer("in_memory", 100_000, "rows for FAISS and NumPy")
+_PARTS = flags.DEFINE_integer("parts", 15, "that the large store is searched in")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "rounds over all parts")
+_MEMORY_ROUNDS = flags.DEFINE_integer("memory_rounds", 7, "rounds of the sides in memory")
+_CHILD = flags.DEFINE_string("child", None, "for internal use: search this store, print the peak")
+
+K = 10
+METHOD = {"cosine": Scorer(None, True)}
+
+
+def make(path: str, rows: int, width: int) -> stores.GradientStore:
+    """A finished store of random rows, gone on with where it is unfinished."""
+    ids = [str(i) for i in range(rows)]
+    store = stores.create(path, ids, {"block": width}, {"benchmark": "retrieval"}, "bfloat16")
+    missing, shards = store.missing(), store.shards()
+    done = rows - sum(_length(shards[i]) for i in missing)
+    with progress.bar(rows, "make rows", "row", done) as bar:
+        for i in missing:
+            count = _length(shards[i])
+            rng = np.random.default_rng(i)
+            store.write(i, rng.standard_normal((count, width), np.float32))
+            bar.update(count)
+    return store
+
+
+def _length(rows: slice) -> int:
+    return rows.stop - rows.start
+
+
+def queries_of(count: int, width: int) -> np.ndarray:
+    """float32 [Q, E]."""
+    return np.random.default_rng(10**6).standard_normal((count, width), np.float32)
+
+
+def files_of(store: stores.GradientStore) -> list[str]:
+    """The files that the rows lie in."""
+    found = pathlib.Path(store.path, "0", "gradients").glob("c.*.0")
+    return [str(p) for p in sorted(found, key=lambda p: int(p.name.split(".")[1]))]
+
+
+def read_plainly(files: list[str], buffer: bytearray) -> None:
+    """Reads files from end to end into the same memory."""
+    for name in files:
+        with open(name, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while file.readinto(buffer):
+                pass
+
+
+def product_of(queries_QxE: np.ndarray):
+    """The bare product with so many rows, float32, at the best of several steps: (call, step)."""
+    width = queries_QxE.shape[1]
+    either = {
+        "queries first": jax.jit(lambda q, x: jnp.matmul(q, x.T)),
+        "rows first": jax.jit(lambda q, x: jnp.matmul(x, q.T)),
+    }
+    queries = jax.device_put(queries_QxE)
+
+    def call(name: str, step: int):
+        x = jax.device_put(np.ones((step, width), np.float32))
+
+        def run(rows: int):
+            for _ in range(-(-rows // step)):
+                out = either[name](queries, x)
+            jax.block_until_ready(out)
+
+        return run
+
+    ways = {(name, step): call(name, step) for name in either for step in (512, 2048, 8192)}
+    few = {way: functools.partial(run, 8192) for way, run in ways.items()}
+    times = record.in_turns(few, 5)
+    best = min(few, key=lambda way: statistics.median(times[way]))
+    return ways[best], best
+
+
+class _Part:
+    """Some shards of a store, as a source: the `number`-th of so many parts."""
+
+    def __init__(self, store: stores.GradientStore, number: int, parts: int):
+        self._store, self._part = store, (number, parts)
+        self.form = store.form
+        self.files = files_of(store)[number::parts]
+        shards = store.shards()[number::parts]
+        self.rows = sum(map(_length, shards))
+
+    def scan(self, step: int):
+        """The rows of these shards."""
+        return self._store.scan(step, self._part)
+
+
+def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
+    """Search, reading and product in turns, part by part, with so many queries."""
+    buffer, queries = bytearray(16 << 20), queries_of(count, store.width)
+    multiply, step = product_of(queries)
+    sources = [_Part(store, i, parts) for i in range(parts)]
+    sides = {
+        "search": lambda part: exact.search(queries, part, METHOD, K),
+        "read": lambda part: read_plainly(part.files, buffer),
+        "product": lambda part: multiply(part.rows),
+    }
+    for call in sides.values():
+        call(sources[0])
+    seconds = {name: [] for name in sides}
+    for turn in range(_ROUNDS.value * parts):
+        part = sources[turn % parts]
+        # Every side comes first, second and last as often.
+        order = list(sides)[turn % 3 :] + list(sides)[: turn % 3]
+        for name in order:
+            record.forget(part.files)
+            started = time.perf_counter()
+            sides[name](part)
+            seconds[name].append(time.perf_counter() - started)
+    total = {name: sum(t) / _ROUNDS.value for name, t in seconds.items()}
+    size = sum(os.path.getsize(f) for part in sources for f in part.files)
+    figures = {
+        "queries": count,
+        "rows": store.rows,
+        "bytes": size,
+        "product's step": step,
+        "share": max(total["read"], total["product"]) / total["search"],
+        **{f"{name}, s": t for name, t in total.items()},
+        "search, GB/s": size / total["search"] / 1e9,
+        "seconds by part": seconds,
+    }
+    print(
+        f"{count} queries, {store.rows:,} rows: search {total['search']:.1f} s "
+        f"({figures['search, GB/s']:.2f} GB/s), reading {total['read']:.1f} s, product "
+        f"{total['product']:.1f} s: share {figures['share']:.2f}",
+        flush=True,
+    )
+    return figures
+
+
+def peak(path: str, count: int) -> float:
+    """MiB that a process of its own takes at most while it searches a store."""
+    command = [sys.executable, "-m", "benchmarks.retrieval", f"--child={path}"]
+    out = subprocess.run(
+        [*command, f"--queries={count}"], check=True, capture_output=True, text=True
+    )
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def in_memory(rows: int, width: int, count: int) -> dict:
+    """Ours, FAISS and NumPy on the same rows in memory."""
+    import faiss
+
+    passages = np.random.default_rng(0).standard_normal((rows, width), np.float32)
+    queries = queries_of(count, width)
+    index = faiss.IndexFlatIP(width)
+    index.add(passages)
+    retriever = Retriever(InMemory(passages, [slice(0, width)]), Scorer(None, False))
+
+    def with_numpy(both: bool = False):
+        scores = queries @ passages.T
+        found = _top(scores)
+        return (found, _top(-scores)) if both else found
+
+    ours = functools.partial(retriever.search, queries, K)
+    both = np.concatenate([queries, -queries])
+    sides = {
+        "ours": ours,
+        "faiss": lambda: index.search(queries, K),
+        "faiss, both": lambda: index.search(both, K),
+        "numpy": with_numpy,
+        "numpy, both": lambda: with_numpy(both=True),
+    }
+    found = ours().proponents
+    alike = {
+        "faiss": float((index.search(queries, K)[1] == found).mean()),
+        "numpy": float((with_numpy() == found).mean()),
+    }
+    times = record.in_turns(sides, _MEMORY_ROUNDS.value, warm_ups=1)
+    figures = {"queries": count, "rows": rows, "same rows found": alike}
+    for name, t in times.items():
+        figures[f"{name}, s"] = statistics.median(t)
+        ratios = [x / y for x, y in zip(t, times["ours"], strict=True)]
+        figures[f"{name} over ours"] = statistics.median(ratios)
+    told = {n: round(figures[f"{n} over ours"], 2) for n in times if n != "ours"}
+    print(
+        f"{rows:,} rows in memory, {count} queries: time over ours {told}; the same rows: {alike}"
+    )
+    return figures
+
+
+def _top(scores_QxC: np.ndarray) -> np.ndarray:
+    """The K rows with the largest scores, best first."""
+    top = np.argpartition(scores_QxC, -K, axis=1)[:, -K:]
+    order = np.argsort(-np.take_along_axis(scores_QxC, top, 1), axis=1, kind="stable")
+    return np.take_along_axis(top, order, 1)
+
+
+def main(argv):
+    """Makes the stores, measures, prints."""
+    del argv
+    if _CHILD.value:
+        store = stores.open_store(_CHILD.value)
+        exact.search(queries_of(int(_QUERIES.value[0]), store.width), store, METHOD, K)
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    root = _WORKDIR.value or tempfile.mkdtemp(prefix="retrieval_")
+    counts = [int(q) for q in _QUERIES.value]
+    try:
+        rows, width = _ROWS.value, _WIDTH.value
+        small = make(f"{root}/small", rows // 10, width)
+        large = make(f"{root}/large", rows, width)
+        figures = {"from disk": [from_disk(large, count, _PARTS.value) for count in counts]}
+        peaks = {s.rows: peak(s.path, counts[-1]) for s in (small, large)}
+        figures["peak, MiB"] = peaks
+        figures["peak over a tenth's"] = peaks[large.rows] / peaks[small.rows]
+        print(
+            f"peak memory, MiB by rows: {peaks}: {figures['peak over a tenth' + chr(39) + 's']:.3f}"
+        )
+        figures["in memory"] = [in_memory(_IN_MEMORY.value, width, c) for c in counts]
+    finally:
+        if not _WORKDIR.value:
+            shutil.rmtree(root)
+    if _JSON.value:
+        record.write(_JSON.value, "retrieval", figures)
+
+
+if __name__ == "__main__":
+    huge_pages.use()
+    app.run(main)

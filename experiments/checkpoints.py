@@ -1,0 +1,123 @@
+"""Methods that sum over checkpoints or change passages' gradients first: TracIn, TRAK, LESS."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments import encoding, vectors
+from experiments.corpus import Corpus
+from experiments.training import Trained, total_steps
+from experiments.whitening import Whitening, search_mesh
+from experiments.workdir import Workdir
+from tda import checkpoint, optimizer, processes
+from tda.methods import Method
+from tda.model import functional
+from tda.retrieval import sources
+from tda.retrieval.scorer import Scorer
+
+
+def steps_of(config, trained: Trained, method: Method) -> list[int]:
+    """The checkpoints that a method sums over, rising; the traced one is the last.
+
+    Of those kept up to it, `several.checkpoints` at even distances; all where they are fewer.
+    """
+    if not method.several:
+        return [trained.step]
+    wanted = config.several.checkpoints
+    if wanted < 1:
+        raise ValueError(f"several.checkpoints={wanted} must be 1 or more")
+    kept = processes.by_first("list checkpoints", lambda: checkpoint.steps(trained.root))
+    there = [s for s in kept if s <= trained.step]
+    if len(there) <= wanted:
+        return there
+    at = np.linspace(0, len(there), wanted + 1)[1:].round().astype(int) - 1
+    return [there[i] for i in at]
+
+
+def at_step(trained: Trained, step: int) -> Trained:
+    """The model as it was at another checkpoint of the same training.
+
+    The first checkpoint's own parameters are restored; the optimizer's state is read where needed.
+    """
+    if step == trained.step:
+        return trained
+    model_fn, params = functional.split(trained.model)
+    abstract = functional.abstract(params, model_fn.axes, trained.mesh)
+    params = checkpoint.restore_parameters(trained.root, abstract, step)
+    return dataclasses.replace(trained, model=model_fn.merge(params), step=step)
+
+
+def weights(config, corpus: Corpus, method: Method, steps: list[int]) -> np.ndarray:
+    """What each checkpoint counts in the sum, float64, of sum 1.
+
+    By learning rate: its mean over the steps since the checkpoint before, as TracInCP (Pruthi et
+    al. 2020) and LESS (Xia et al. 2024) weigh them.
+    """
+    if not method.by_learning_rate or len(steps) == 1:
+        return np.full(len(steps), 1 / len(steps))
+    t = config.train
+    total, _ = total_steps(config, corpus)
+    rate = optimizer.schedule(t.schedule, t.learning_rate, total, t.warmup, t.final)
+    bounds = [0, *steps]
+    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    means = np.array([float(np.mean(rate(np.arange(a, b)))) for a, b in pairs])
+    return means / means.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A method of several checkpoints as one search.
+
+    Attributes:
+        source: the passages' rows of all checkpoints side by side.
+        queries_QxE: the queries', with each checkpoint's weight.
+        scorer: R^(−1/2) of each checkpoint's blocks; never a norm, which is of each part alone.
+        note: what a table says of it.
+    """
+
+    source: object
+    queries_QxE: np.ndarray
+    scorer: Scorer
+    note: dict
+
+
+def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: Method) -> Summed:
+    """What to search for a method whose passages are not those of one store as they are.
+
+    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean
+    of 1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric
+    mean of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
+
+    Raises:
+        ValueError: R is neither none nor R_train.
+    """
+    if method.hessian not in ("none", "train"):
+        raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
+    steps = steps_of(config, trained, method)
+    counts = weights(config, corpus, method, steps)
+    parts, queries, roots, sure = [], [], [], []
+    lengths_C = vectors.scored_tokens(corpus.passages)
+    for step, count in zip(steps, counts, strict=True):
+        then = at_step(trained, step)
+        source, q_QxE = encoding.encode(config, corpus, then, workdir, method.gradients)
+        if method.query_gradients != method.gradients:
+            q_QxE = encoding.encode_queries(config, corpus, then, workdir, method.query_gradients)
+        if method.hessian == "train":
+            whitening = Whitening(config, source, q_QxE, search_mesh(trained))
+            roots += whitening.train_roots()
+        if method.passages == "adam_step":
+            m_E, b1 = encoding.momentum(config, corpus, then, method.gradients)
+            source = sources.Mapped(source, sources.adam_steps(lengths_C, m_E, b1))
+        elif method.unit_norm:
+            source = sources.Mapped(source, sources.normalised)
+        if method.unit_norm:
+            q_QxE = sources.normalised(q_QxE)
+        if method.passages == "unsure":
+            sure.append(vectors.probabilities(config, corpus, then, workdir))
+        parts.append(source)
+        queries.append(q_QxE * np.float32(count))
+    source = parts[0] if len(parts) == 1 else sources.Joined(parts)
+    if sure:
+        source = sources.Mapped(source, sources.scaled(1 - np.mean(sure, axis=0)))
+    note = {"checkpoints": steps, "weights": [round(float(c), 6) for c in counts]}
+    return Summed(source, np.concatenate(queries, axis=1), Scorer(roots or None, False), note)

@@ -1,0 +1,363 @@
+"""Kronecker-factored curvature: covariances of activations and their gradients, and EK-FAC.
+
+A linear layer y = x W has the gradient G = Σ_t x_t δ_tᵀ. K-FAC takes its Fisher matrix to be A ⊗ S,
+A = E[x xᵀ] and S = E[δ δᵀ]; EK-FAC (George et al. 2018) keeps the eigenvectors Q_A and Q_S, and
+takes the eigenvalues from the gradients themselves: Λ = E[(Q_Aᵀ G Q_S)²]. Grosse et al. (2023),
+section 2.2, use it for influence functions: ∇L_qᵀ (F + λ)⁻¹ ∇L_p, with labels that are drawn from
+the model's own predictions and λ = 0.1 mean Λ.
+
+(F + λ)^(−1/2) is G ↦ Q_A ((Q_Aᵀ G Q_S) ∘ (Λ + λ)^(−1/2)) Q_Sᵀ. Applied to the gradients of queries
+and of passages before the projection, it makes every inner product of encodings an unbiased
+estimate of the influence, at the cost of exact Adam's correction and two turns. LoGra (Choe et al.
+2024) needs the covariances alone: their leading eigenvectors take the projection's place.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tda import loss as losses
+from tda import sharding
+from tda.data import batches as batching
+from tda.data.tokens import TokenTable
+from tda.gradients import layers, sites, taps
+from tda.gradients import projection as projections
+
+DAMPING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What is known of one site's curvature. Axes are stacked as the site's are.
+
+    Attributes:
+        left, right: Q_A and Q_S, float32 [(L,) M, M] and [(L,) N, N]: eigenvectors in columns,
+            those of the largest eigenvalues first.
+        values: Λ, float32 [(L,) M, N]; None where only the eigenvectors are wanted.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    values: np.ndarray | None = None
+
+
+def factored(chosen: list[sites.Site]) -> list[sites.Site]:
+    """The sites that have Kronecker factors: tapped layers that are no tables of tokens.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [s for s in chosen if s.tapped and s.group not in ("embedding", "head")]
+    if not found:
+        listed = ", ".join(s.path for s in chosen)
+        raise ValueError(f"no linear layer is among {listed}: Kronecker factors need one")
+    return found
+
+
+def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
+    """Cross-entropy of labels drawn from the model's own predictions: float32 [B].
+
+    Args:
+        logits_BxTxV: of the model.
+        uniform_BxT: numbers in [0, 1), each of which draws its position's label.
+        weights_BxT: which positions count.
+    """
+    p_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(logits_BxTxV))
+    below_BxT = jnp.sum(jnp.cumsum(p_BxTxV, axis=-1) <= uniform_BxT[..., None], axis=-1)
+    labels_BxT = jnp.minimum(below_BxT, logits_BxTxV.shape[-1] - 1)
+    return losses.cross_entropy(logits_BxTxV, labels_BxT, weights_BxT)
+
+
+def batches(
+    table: TokenTable,
+    rows: np.ndarray,
+    *,
+    labels: str,
+    bucket_lengths: tuple[int, ...],
+    tokens_per_batch: int,
+    pad: int,
+    multiple: int = 1,
+    seed: int = 0,
+) -> Iterator[dict]:
+    """Batches {"tokens", "targets", "weights"} of some rows of a table.
+
+    Args:
+        table, rows: the passages.
+        labels: "sampled": the targets are uniform numbers, for `sampled_loss`, a function of the
+            seed, the row and the position; "data": the next tokens.
+        bucket_lengths, tokens_per_batch, pad, multiple: see `tda.data.batches`.
+        seed: of the labels.
+    """
+    rows = np.asarray(rows, np.int64)
+    planned = batching.plan(
+        table.lengths[rows] - 1, bucket_lengths, tokens_per_batch, multiple=multiple
+    )
+    for i in range(len(planned)):
+        local = planned.order[planned.starts[i] : planned.starts[i + 1]]
+        length, size = int(planned.lengths[i]), int(planned.sizes[i])
+        batch = batching.materialise(table, rows[local], length, size, pad).arrays()
+        if labels == "sampled":
+            batch["targets"] = np.zeros((size, length), np.float32)
+            for j, row in enumerate(rows[local]):
+                batch["targets"][j] = np.random.default_rng([seed, row]).random(length)
+        yield batch
+
+
+def covariances(
+    model: nnx.Module, chosen: list[sites.Site], batches: Iterable[dict], labels: str
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """A and S of every site: means over positions of x xᵀ and δ δᵀ.
+
+    Args:
+        model: any NNX model of tokens to logits.
+        chosen: the sites, from `factored`.
+        batches: from `batches`; positions of weight 0 do not count.
+        labels: "sampled" or "data", as the batches have them.
+
+    Returns:
+        float32 [(L,) M, M] and [(L,) N, N] by path.
+
+    Raises:
+        ValueError: no position counts.
+    """
+
+    def empty(site, *shape):
+        return jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32)
+
+    seen = {s: (empty(s, s.rows, s.rows), empty(s, s.columns, s.columns)) for s in chosen}
+    found, count = _summed(model, seen, {}, batches, labels)
+    positions = count["positions"]
+    if not positions:
+        raise ValueError("no position of the sample is scored: there is nothing to take A and S of")
+    return {s.path: tuple(x / positions for x in found[s]) for s in chosen}
+
+
+def eigenvectors(
+    of: dict[str, tuple[jax.Array, jax.Array]], keep: int | None = None
+) -> dict[str, Curvature]:
+    """The eigenvectors of A and S, by path, largest first; only the first so many where asked."""
+
+    @jax.jit
+    def one(x):
+        # A mean eigenvalue of one, so that float32 holds every layer alike.
+        mean = jnp.trace(x, axis1=-1, axis2=-2)[..., None, None] / x.shape[-1]
+        return jnp.linalg.eigh(x / jnp.where(mean > 0, mean, 1.0))[1][..., ::-1]
+
+    return {
+        p: Curvature(*(sharding.to_host(one(x))[..., :keep] for x in ends))
+        for p, ends in of.items()
+    }
+
+
+def corrected(
+    model: nnx.Module,
+    chosen: list[sites.Site],
+    batches: Iterable[dict],
+    labels: str,
+    bases: dict[str, Curvature],
+) -> dict[str, Curvature]:
+    """The same curvature with EK-FAC's eigenvalues: Λ = mean over examples of (Q_Aᵀ G Q_S)².
+
+    Args:
+        model, chosen, batches, labels: as for `covariances`; an example's gradient is the sum over
+            its positions, and one without scored positions does not count.
+        bases: from `eigenvectors`, all of them.
+
+    Raises:
+        ValueError: no example counts.
+    """
+
+    def empty(site):
+        shape = (site.rows, site.columns)
+        return (jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32),)
+
+    turned = {
+        s: (jnp.asarray(bases[s.path].left), jnp.asarray(bases[s.path].right)) for s in chosen
+    }
+    found, count = _summed(model, {s: empty(s) for s in chosen}, turned, batches, labels)
+    examples = count["examples"]
+    if not examples:
+        raise ValueError("no example of the sample is scored: there are no eigenvalues to take")
+    return {
+        s.path: dataclasses.replace(
+            bases[s.path], values=sharding.to_host(found[s][0] / np.float32(examples))
+        )
+        for s in chosen
+    }
+
+
+def ekfac_ends(
+    chosen: list[sites.Site],
+    projection: projections.Projection,
+    curvature: dict[str, Curvature],
+    damping: float = DAMPING,
+) -> dict[sites.Site, taps.End]:
+    """Taps of P·(F + λ)^(−1/2) ∇L: see the module.
+
+    Args:
+        chosen: the sites, from `factored`.
+        projection: P.
+        curvature: with eigenvalues.
+        damping: λ over the mean of a matrix's Λ (Grosse et al. 2023 take 0.1).
+
+    Raises:
+        ValueError: the gradients of a matrix all vanish.
+    """
+    ends = {}
+    for site in chosen:
+        c = curvature[site.path]
+        mean = c.values.mean(axis=(-1, -2), keepdims=True)
+        if not (mean > 0).all():
+            raise ValueError(f"{site.path} has no curvature: all gradients of the sample vanish")
+        scale = jnp.asarray((c.values + damping * mean) ** -0.5, jnp.float32)
+        A, B = projections.matrices(site, projection)
+        left, right = (
+            jnp.einsum("...mn,...mp->...np", Q, X, precision="highest")
+            for Q, X in ((c.left, A), (c.right, B))
+        )
+        bases = jnp.asarray(c.left), jnp.asarray(c.right)
+        ends[site] = taps.End(left, right, projection.side, scale, bases=bases)
+    return ends
+
+
+def logra_ends(
+    chosen: list[sites.Site], side: int, curvature: dict[str, Curvature]
+) -> dict[sites.Site, taps.End]:
+    """Taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024).
+
+    A matrix with fewer rows or columns than `side` has zeros behind its own.
+    """
+
+    def leading(Q):
+        Q = Q[..., :side]
+        return jnp.asarray(np.pad(Q, [(0, 0)] * (Q.ndim - 1) + [(0, side - Q.shape[-1])]))
+
+    return {
+        s: taps.End(leading(curvature[s.path].left), leading(curvature[s.path].right), side)
+        for s in chosen
+    }
+
+
+class _Mask:
+    """Where the loss function leaves the batch's weights for the layers, while it is traced."""
+
+    weights_BxT = None
+
+
+@jax.custom_vjp
+def _watch_moments(y_BxTxN, x_BxTxM, mask_BxT, left_MxM, right_NxN):
+    """`y`; the cotangents of the last two are Σ x xᵀ and Σ δ δᵀ over the batch's positions."""
+    del x_BxTxM, mask_BxT, left_MxM, right_NxN
+    return y_BxTxN
+
+
+def _moments_forward(y, x_BxTxM, mask_BxT, left, right):
+    del left, right
+    return y, (x_BxTxM, mask_BxT)
+
+
+def _moments_backward(kept, d_BxTxN):
+    x_BxTxM, mask_BxT = kept
+    each = x_BxTxM.shape[1] // mask_BxT.shape[1]
+    x_BxTxM = x_BxTxM * jnp.repeat(mask_BxT, each, axis=1)[..., None]
+    gram = functools.partial(jnp.einsum, "btm,btn->mn", precision="highest")
+    x, d = x_BxTxM.astype(jnp.float32), d_BxTxN.astype(jnp.float32)
+    return d_BxTxN, None, None, gram(x, x), gram(d, d)
+
+
+_watch_moments.defvjp(_moments_forward, _moments_backward)
+
+
+@jax.custom_vjp
+def _watch_squares(y_BxTxN, x_BxTxM, squares_MxN, left_MxM, right_NxN):
+    """`y`; the cotangent of `squares` is Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples."""
+    del x_BxTxM, squares_MxN, left_MxM, right_NxN
+    return y_BxTxN
+
+
+def _squares_forward(y, x_BxTxM, squares, left, right):
+    del squares
+    return y, (x_BxTxM, left, right)
+
+
+def _squares_backward(kept, d_BxTxN):
+    x_BxTxM, left, right = kept
+    multiply = functools.partial(jnp.einsum, precision="highest")
+    x_BxTxM = multiply("btm,mk->btk", x_BxTxM.astype(jnp.float32), left)
+    dQ_BxTxN = multiply("btn,nk->btk", d_BxTxN.astype(jnp.float32), right)
+
+    def add(total, example):
+        # One example at a time: the batch's gradients would not fit.
+        return total + jnp.square(multiply("tm,tn->mn", *example)), None
+
+    empty = jnp.zeros((x_BxTxM.shape[-1], dQ_BxTxN.shape[-1]), jnp.float32)
+    total, _ = jax.lax.scan(add, empty, (x_BxTxM, dQ_BxTxN))
+    return d_BxTxN, None, total, None, None
+
+
+_watch_squares.defvjp(_squares_forward, _squares_backward)
+
+
+@functools.cache
+def _watched_class(kind: type) -> type:
+    class Watched(kind):
+        def __call__(self, inputs, *args, **kwargs):
+            y = super().__call__(inputs, *args, **kwargs)
+            known = layers.product(self)
+            y_BxTxN, back = known.outputs(y)
+            x_BxTxM = jax.lax.stop_gradient(known.inputs(inputs))
+            if self.watch_left is None:
+                weights = (self.watch_mask.weights_BxT > 0).astype(x_BxTxM.dtype)
+                watched = _watch_moments(y_BxTxN, x_BxTxM, weights, self.tap[...], self.tap2[...])
+            else:
+                bases = self.watch_left[...], self.watch_right[...]
+                watched = _watch_squares(y_BxTxN, x_BxTxM, self.tap[...], *bases)
+            return back(watched)
+
+    Watched.__name__ = Watched.__qualname__ = f"Watched{kind.__name__}"
+    return Watched
+
+
+def _summed(model, seen: dict, turned: dict, batches: Iterable[dict], labels: str):
+    """Sums over batches of what each site's taps, shaped as `seen` is, are given as cotangents."""
+    if labels not in ("sampled", "data"):
+        raise ValueError(f"unknown labels {labels!r}; use sampled or data")
+    output_fn = sampled_loss if labels == "sampled" else losses.cross_entropy
+    watching, mask = nnx.clone(model), _Mask()
+    modules = dict(nnx.iter_modules(watching))
+    for site, zeros in seen.items():
+        module = modules[site.module]
+        object.__setattr__(module, "__class__", _watched_class(type(module)))
+        module.tap = taps.Tap(zeros[0])
+        module.tap2 = taps.Tap(zeros[1]) if len(zeros) > 1 else None
+        left, right = map(taps.Ends, turned[site]) if site in turned else (None, None)
+        module.watch_left, module.watch_right, module.watch_mask = left, right, mask
+    graphdef, *states = nnx.split(watching, taps.Tap, ...)
+    start, variables = map(nnx.to_pure_dict, states)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(sums, variables, batch):
+        def total(tap_arrays):
+            mask.weights_BxT = batch["weights"]
+            return losses.total(nnx.merge(graphdef, tap_arrays, variables), batch, output_fn)
+
+        return jax.tree.map(jnp.add, sums, jax.grad(total)(sums))
+
+    sums = jax.tree.map(jnp.copy, start)
+    count = {"positions": 0, "examples": 0}
+    for batch in batches:
+        count["positions"] += int((batch["weights"] > 0).sum())
+        count["examples"] += int((batch["weights"] > 0).any(axis=1).sum())
+        sums = add(sums, variables, batch)
+    mask.weights_BxT = None
+
+    def at(site):
+        node = functools.reduce(lambda tree, key: tree[key], site.module, sums)
+        return [node[name] for name in ("tap", "tap2") if node.get(name) is not None]
+
+    return {s: at(s) for s in seen}, count

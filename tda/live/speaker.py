@@ -1,0 +1,98 @@
+"""What the model itself says: its completion of a prompt, and how likely it finds a target."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tda.data import batches, tokens
+from tda.data.tokenizer import Tokenizer
+from tda.live.roots import Progress, silent
+
+
+class Speaker:
+    """Asks a model for tokens.
+
+    Args:
+        model: maps tokens [B, T] to logits [B, T, V].
+        tokenizer: its tokenizer.
+        context: positions that a sequence may have.
+    """
+
+    def __init__(self, model: nnx.Module, tokenizer: Tokenizer, context: int):
+        self.tokenizer, self.context = tokenizer, context
+        graphdef, state = nnx.split(model)
+        compiled = jax.jit(lambda state, tokens_BxT: nnx.merge(graphdef, state)(tokens_BxT))
+        self._logits = lambda tokens_BxT: compiled(state, tokens_BxT)
+
+    def complete(
+        self, prompt: str, count: int, others: int = 5, on_progress: Progress = silent
+    ) -> list[dict]:
+        """The model's likeliest next tokens, one after the other.
+
+        Args:
+            prompt: the text before them.
+            count: tokens at most; it ends before where the model ends the passage.
+            others: candidates told of each step beside the one taken.
+            on_progress: told how far it is.
+
+        Returns:
+            For each step {"token", "probability", "others"}, the last a list of such pairs too.
+
+        Raises:
+            ValueError: the prompt does not fit the context.
+        """
+        (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
+        ids = [self.tokenizer.bos, *ids]
+        if len(ids) > self.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        steps = []
+        while len(steps) < count and len(ids) <= self.context:
+            on_progress("completing", len(steps), count)
+            p_V = _softmax(self._logits_of(ids)[-1])
+            order = np.argsort(-p_V, kind="stable")[: others + 1].tolist()
+            told = [{"token": self._shown(i), "probability": float(p_V[i])} for i in order]
+            steps.append(told[0] | {"others": told[1:]})
+            if order[0] == self.tokenizer.eos:
+                break
+            ids.append(order[0])
+        return steps
+
+    def _shown(self, token: int) -> str:
+        special = {
+            self.tokenizer.eos: "<eos>",
+            self.tokenizer.bos: "<bos>",
+            self.tokenizer.pad: "<pad>",
+        }
+        return special.get(token) or self.tokenizer.decode([token])
+
+    def _logits_of(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each token, float32 [T, V]."""
+        padded = np.full((1, self.bucket(len(ids))), self.tokenizer.pad, np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(self._logits(padded), np.float32)[0, : len(ids)]
+
+    def bucket(self, positions: int) -> int:
+        """The padded length of so many positions."""
+        return next(b for b in batches.buckets(self.context) if b >= positions)
+
+    def likelihood(self, prompt: str, target: str) -> dict:
+        """What the model thinks of a target: {"nats", "rank"}, as `evaluation.knowledge` says."""
+        table = self.query(prompt, target)
+        logits_TxV = self._logits_of(table.tokens[:-1]).astype(np.float64)
+        nats, worst = 0.0, 0
+        for t in np.flatnonzero(table.scored[1:]):
+            row, picked = logits_TxV[t], logits_TxV[t, table.tokens[t + 1]]
+            nats += float(np.logaddexp.reduce(row) - picked)
+            worst = max(worst, 1 + int((row > picked).sum()))
+        return {"nats": nats, "rank": worst}
+
+    def query(self, prompt: str, target: str) -> tokens.TokenTable:
+        """A question as a table of one sequence; a ValueError where it does not fit."""
+        return tokens.queries([("question", prompt, target)], self.tokenizer, self.context)
+
+
+def _softmax(x_V: np.ndarray) -> np.ndarray:
+    shifted = np.exp(x_V.astype(np.float64) - x_V.max())
+    return shifted / shifted.sum()

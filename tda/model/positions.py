@@ -1,0 +1,137 @@
+"""Rotary position encoding: its periods, how long contexts stretch them, two layouts of pairs."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+LAYOUTS = ("half", "interleaved")
+# What each kind of stretching must say, and what it may say.
+_SCALINGS = {
+    "linear": ({"factor"}, set()),
+    "factors": ({"factors"}, set()),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "attention_factor", "truncate"},
+    ),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """How fast each pair of features turns with the position. Axes may be stacked over layers.
+
+    Attributes:
+        inverse_period_K: radians a position, float32 [K / 2]; of less than K / 2 pairs, the
+            features behind them are left as they are.
+        factor: what the rotated features are multiplied by.
+    """
+
+    inverse_period_K: jax.Array
+    factor: float | jax.Array = 1.0
+
+
+def rotation(width: int, base: float = 10_000.0, scaling: dict | None = None) -> Rotation:
+    """Base^(−2i/K) for the pairs i of `width` = K features (Su et al. 2021, section 3.2.2).
+
+    Args:
+        width: features that are rotated, even.
+        base: of the periods.
+        scaling: how they are stretched, by its "kind": "linear" ("factor"; Chen et al. 2023),
+            "llama3" ("factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings": short periods stay, long ones take the factor),
+            "yarn" ("factor", "original_max_position_embeddings", and "beta_fast", "beta_slow",
+            "truncate", "attention_factor" if they differ; Peng et al. 2023, section 3) or "factors"
+            (one for each pair).
+
+    Raises:
+        ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key.
+    """
+    if width % 2:
+        raise ValueError(f"{width} features of a head are rotated; rotary encoding needs pairs")
+    inverse = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    kind = _checked(scaling)
+    if kind is None:
+        return Rotation(inverse)
+    if kind == "factors":
+        return Rotation(inverse / jnp.asarray(scaling["factors"], jnp.float32))
+    factor = scaling["factor"]
+    if kind == "linear":
+        return Rotation(inverse / factor)
+    if kind == "llama3":
+        # Turns that a pair made in the context that the model was first trained with.
+        turns = inverse * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return Rotation(inverse / factor * (1 - kept) + inverse * kept)
+    kept = 1 - _yarn_ramp(width, base, scaling)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return Rotation(inverse / factor * (1 - kept) + inverse * kept, attention)
+
+
+def _checked(scaling: dict | None) -> str | None:
+    if scaling is None:
+        return None
+    kind = scaling.get("kind")
+    if kind not in _SCALINGS:
+        raise ValueError(f"unknown rope_scaling kind {kind!r}; use {', '.join(_SCALINGS)}")
+    needed, allowed = _SCALINGS[kind]
+    given = scaling.keys() - {"kind"}
+    if needed - given or given - needed - allowed:
+        raise ValueError(
+            f"rope_scaling of kind {kind!r} needs {', '.join(sorted(needed))}"
+            + (f" and may have {', '.join(sorted(allowed))}" if allowed else "")
+            + f"; it has {', '.join(sorted(given))}"
+        )
+    return kind
+
+
+def _yarn_ramp(width: int, base: float, scaling: dict):
+    """0 for pairs that turn often enough to stay, 1 for those stretched, linear between."""
+    length = scaling["original_max_position_embeddings"]
+
+    def pair(turns):
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    span = high - low if high != low else 0.001
+    return jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - low) / span, 0.0, 1.0)
+
+
+def rotary(x_BxTxHxK, rotated: Rotation, layout: str = "half"):
+    """Rotary position encoding (Su et al. 2021, eq. 34) of heads of width K.
+
+    Angles are taken in float32 whatever the dtype of `x`; positions count from 0.
+
+    Args:
+        x_BxTxHxK: queries or keys.
+        rotated: the angles; features behind the last pair are left alone.
+        layout: which features are a pair: i and i + K/2 ("half"), or 2i and 2i + 1 ("interleaved").
+    """
+    inverse_period = rotated.inverse_period_K
+    width = 2 * inverse_period.shape[-1]
+    angle_TxK = jnp.arange(x_BxTxHxK.shape[1], dtype=jnp.float32)[:, None] * inverse_period
+    sin, cos = jnp.sin(angle_TxK)[None, :, None], jnp.cos(angle_TxK)[None, :, None]
+    if not (isinstance(rotated.factor, float) and rotated.factor == 1.0):
+        sin, cos = sin * rotated.factor, cos * rotated.factor
+    x, rest = x_BxTxHxK[..., :width], x_BxTxHxK[..., width:]
+    x = x.astype(jnp.float32)
+    a, b = (x[..., ::2], x[..., 1::2]) if layout == "interleaved" else jnp.split(x, 2, axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    if layout == "interleaved":
+        y = jnp.stack(turned, axis=-1).reshape(x.shape)
+    else:
+        y = jnp.concatenate(turned, axis=-1)
+    y = y.astype(x_BxTxHxK.dtype)
+    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y

@@ -1,0 +1,113 @@
+"""The tokenizer that a GGUF file holds as metadata: byte-level BPE, or SentencePiece's BPE.
+
+The file gives tokens, merges or scores, and the name of the rule that splits text into words before
+merges apply; the rule itself is not in the file.
+"""
+
+import pathlib
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.model.pretrained.gguf_file import Gguf
+from tda.model.pretrained.tensors import PretrainedError
+
+# Kinds of tokens, as the format numbers them.
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is split, by the name in tokenizer.ggml.pre; None is GPT-2's own rule.
+_WORDS = {
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+
+
+def load(path, parse_special: bool = False) -> PretrainedTokenizer:
+    """The tokenizer of a GGUF file.
+
+    Raises:
+        PretrainedError: a kind of tokenizer or a rule of words that is not known.
+    """
+    source = Gguf(pathlib.Path(path))
+
+    def say(key, default=None):
+        return source.metadata(f"tokenizer.ggml.{key}", default)
+
+    kind, tokens = say("model"), say("tokens")
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise PretrainedError(f"{path}: a tokenizer of the kind {kind!r} is not known here")
+    types = say("token_type", [_NORMAL] * len(tokens))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if kind == "gpt2":
+        inner = _byte_level(path, vocabulary, say("merges", []), say("pre"))
+        adds_bos = say("pre") == "llama-bpe"
+    else:
+        scores, prefix = say("scores", []), say("add_space_prefix", True)
+        inner = _sentencepiece(vocabulary, types, scores, say("unknown_token_id"), prefix)
+        adds_bos = True
+    special = [t for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
+    own = [t for t, k in zip(tokens, types, strict=True) if k == _USER]
+    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    inner.add_tokens([AddedToken(t, normalized=False) for t in own])
+    bos, eos = say("bos_token_id"), say("eos_token_id")
+    return PretrainedTokenizer(
+        inner,
+        begin=[bos] if say("add_bos_token", adds_bos) and bos is not None else [],
+        end=[eos] if say("add_eos_token", False) and eos is not None else [],
+        eos=eos,
+        pad=say("padding_token_id"),
+        parse_special=parse_special,
+    )
+
+
+def _byte_level(path, vocabulary, merges, words: str | None) -> tokenizers.Tokenizer:
+    if words not in _WORDS:
+        raise PretrainedError(
+            f"{path}: tokenizer.ggml.pre={words!r} is not known here; known are "
+            f"{', '.join(_WORDS)}; give the tokenizer.json of the model instead"
+        )
+    pairs = [tuple(m.split(" ")) for m in merges]
+    # Llama 3 takes a word that is a token as it is, even where merges do not lead to it.
+    whole = words == "llama-bpe"
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))
+    pattern = _WORDS[words]
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    if pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    if words == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if words == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _sentencepiece(vocabulary, types, scores, unknown, prefix: bool) -> tokenizers.Tokenizer:
+    normal = {t for t, i in vocabulary.items() if types[i] in (_NORMAL, _USER)}
+    # Pairs in the order in which their unions are preferred; among equals the shorter first half.
+    merges = [
+        (-scores[vocabulary[token]], vocabulary[token], i, token[:i], token[i:])
+        for token in normal
+        if types[vocabulary[token]] == _NORMAL
+        for i in range(1, len(token))
+        if token[:i] in normal and token[i:] in normal
+    ]
+    pairs = [(a, b) for *_, a, b in sorted(merges)]
+    of_unknown = next((t for t, i in vocabulary.items() if i == unknown), None)
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocabulary, pairs, unk_token=of_unknown, fuse_unk=True, byte_fallback=True)
+    )
+    steps = [normalizers.Replace(" ", "▁")]
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if prefix else steps)
+    after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*after, decoders.Strip(" ", 1, 0)] if prefix else after)
+    return inner

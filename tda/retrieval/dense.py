@@ -1,0 +1,86 @@
+"""Dense retrieval: a sentence encoder's vectors, by the `sentence-transformers` library."""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+BATCH = 64
+
+
+class DenseError(ValueError):
+    """The library or the model of dense retrieval is not there."""
+
+
+def check(model: str) -> None:
+    """Nothing, where `sentence-transformers` is installed and the model is there.
+
+    A model that is no directory is loaded, and so downloaded if need be: not after hours of work.
+
+    Raises:
+        DenseError: the library or the model is not there.
+    """
+    check_installed()
+    if not pathlib.Path(model).is_dir():
+        SentenceEncoder(model)
+
+
+def check_installed() -> None:
+    """Nothing, where `sentence-transformers` is installed; it is not imported.
+
+    Raises:
+        DenseError: it is not.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise DenseError("dense retrieval needs the extra `dense`: pip install 'tda[dense]'")
+
+
+class SentenceEncoder:
+    """A sentence encoder.
+
+    Args:
+        model: a directory, or a name on the Hugging Face hub.
+
+    Raises:
+        DenseError: the extra `dense` is not installed, or there is no such model.
+    """
+
+    def __init__(self, model: str):
+        check_installed()
+        # Not above: it brings in PyTorch.
+        import sentence_transformers
+
+        try:
+            self._model = sentence_transformers.SentenceTransformer(model)
+        except Exception as error:
+            raise DenseError(
+                f"cannot load dense.model={model!r} ({error}); give the directory of a "
+                "sentence-transformers model, or its name on the hub"
+            ) from error
+
+    @property
+    def width(self) -> int:
+        """D, the numbers in a vector."""
+        return self._model.get_sentence_embedding_dimension()
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of some texts, float32 [N, D]; a text that is too long is cut by the model."""
+        found = self._model.encode(
+            list(texts), batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True
+        )
+        return np.asarray(found, np.float32)
+
+
+def identity(model: str) -> str:
+    """What tells a model from others: its name, or the contents of its directory."""
+    directory = pathlib.Path(model)
+    if not directory.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
+        digest.update(os.fspath(file.relative_to(directory)).encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""Likeness of representations: the model's own hidden states of a text, averaged over its tokens.
+
+A baseline of attribution papers (Pezeshkpour et al. 2021; Akyürek et al. 2022): passages whose
+representation is like the query's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tda.data import batches as batching
+from tda.data.tokens import TokenTable
+
+LAYERS = ("middle", "last")
+
+
+class Pooler:
+    """Mean hidden states of sequences.
+
+    Args:
+        model: a decoder, with `residual_stream`.
+        layer: "last": after the last layer and the final norm, what logits are made of; "middle":
+            the residual stream after half of the layers.
+        without: ids of tokens that do not count in the mean: beginning, end, padding.
+        pad: the token that fills sequences up.
+
+    Raises:
+        ValueError: no such layer, or the model does not give its hidden states.
+    """
+
+    def __init__(self, model: nnx.Module, layer: str, without: tuple[int, ...], pad: int):
+        if layer not in LAYERS:
+            raise ValueError(f"unknown layer {layer!r}; use {' or '.join(LAYERS)}")
+        if not hasattr(model, "residual_stream"):
+            raise ValueError(
+                f"{type(model).__name__} has no method residual_stream(tokens, layers); without it "
+                "its hidden states cannot be compared"
+            )
+        self._pad, self.width = pad, None
+        graphdef, self._state = nnx.split(model)
+
+        @functools.partial(jax.jit, static_argnames="layer")
+        def pooled(state, tokens_BxT, layer):
+            own = nnx.merge(graphdef, state)
+            if layer == "last":
+                h_BxTxD = own.hidden(tokens_BxT)
+            else:
+                h_BxTxD = own.residual_stream(tokens_BxT, own.layer_count // 2)
+            counted_BxT = jnp.all(tokens_BxT[..., None] != jnp.asarray(without), axis=-1)
+            total_BxD = jnp.einsum(
+                "btd,bt->bd", h_BxTxD.astype(jnp.float32), counted_BxT.astype(jnp.float32)
+            )
+            return total_BxD / jnp.maximum(counted_BxT.sum(axis=1), 1)[:, None]
+
+        self._pooled = functools.partial(pooled, layer=layer)
+        probe = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        self.width = jax.eval_shape(self._pooled, self._state, probe).shape[-1]
+
+    def rows(
+        self,
+        table: TokenTable,
+        rows: np.ndarray,
+        bucket_lengths: tuple[int, ...],
+        tokens_per_batch: int,
+        on_rows=lambda rows: None,
+    ) -> np.ndarray:
+        """Representations of some rows of a table, float32 [R, D] in the order of `rows`.
+
+        Every token is read, the last one too, which the model only ever predicts in training.
+        """
+        rows = np.asarray(rows, np.int64)
+        # One position more than in training: the last token.
+        lengths = (*bucket_lengths, bucket_lengths[-1] + 1)
+        planned = batching.plan(table.lengths[rows], lengths, tokens_per_batch)
+        out = np.empty((len(rows), self.width), np.float32)
+        for i in range(len(planned)):
+            local = planned.order[planned.starts[i] : planned.starts[i + 1]]
+            tokens_BxT = np.full(
+                (int(planned.sizes[i]), int(planned.lengths[i])), self._pad, np.int32
+            )
+            for j, row in enumerate(rows[local]):
+                begin, end = table.starts[row], table.starts[row + 1]
+                tokens_BxT[j, : end - begin] = table.tokens[begin:end]
+            out[local] = np.asarray(self._pooled(self._state, tokens_BxT))[: len(local)]
+            on_rows(len(local))
+        return out

@@ -1,0 +1,1 @@
+"""The web viewer: results files side by side, live tracing, notes; served, or written as files."""

@@ -1,0 +1,188 @@
+"""The results files, notes, tables and plots that a viewer shows, and what it serves of them.
+
+A page asks for pieces by name, such as `0/records-12`; a server makes each when it is asked for,
+an export writes all of them. So there is one way in which data reach a page.
+"""
+
+import json
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+
+from tda.methods import METHODS
+from tda.results import ResultsError
+from tda.viewer import results_file
+from tda.viewer.notes import TYPES, Notes
+from tda.viewer.results_file import ResultsFile
+
+_PLOTS = (".png", ".svg")
+_MOST_PLOTS = 200
+
+
+class Collection:
+    """What a viewer shows.
+
+    Args:
+        workdir: a run's directory: its tables and plots are shown; may be None.
+        notes: the file of notes; None shows none.
+    """
+
+    def __init__(self, workdir=None, notes: Notes | None = None):
+        self.workdir = None if workdir is None else pathlib.Path(workdir)
+        self.notes = notes
+        self.files: list[ResultsFile] = []
+        self._lock = threading.Lock()
+
+    def add(
+        self, path, label: str = "", title: str = "", on_bytes: Callable[[int], None] | None = None
+    ) -> ResultsFile:
+        """Opens a results file and shows it beside the others.
+
+        Args:
+            path: the file.
+            label: short name; by default the file's, made unlike those of the others.
+            title: what the method is called; by default what `tda.methods` calls the label.
+            on_bytes: told the bytes of some lines when they are indexed.
+
+        Raises:
+            OSError, ResultsError: the file cannot be shown.
+        """
+        label = label or _stem(path)
+        title = title or (METHODS[label].title if label in METHODS else label)
+        file = ResultsFile(path, label, title, on_bytes or (lambda n: None))
+        with self._lock:
+            file.label = _unlike(label, [f.label for f in self.files])
+            self.files.append(file)
+        return file
+
+    def refresh(self) -> None:
+        """Opens again what was written anew since; a file that is gone stays as it was read."""
+        for i, file in enumerate(self.files):
+            if file.stale():
+                try:
+                    new = ResultsFile(file.path, file.label, file.title)
+                except (OSError, ResultsError):
+                    continue
+                # The old one is closed when no request reads it any more.
+                self.files[i] = new
+
+    def index(self) -> dict:
+        """What a page must know first."""
+        return {
+            "files": [f.describe() for f in self.files],
+            "summary_rows": results_file.SUMMARY_ROWS,
+            "record_rows": results_file.RECORD_ROWS,
+            "types": TYPES,
+            "notes": self.notes is not None,
+            "metrics": self._json("metrics.json"),
+            "tables": self._tables(),
+            "plots": [{"name": n, "file": f"plot-{i}{p.suffix}"} for i, n, p in self._plots()],
+        }
+
+    def piece(self, name: str):
+        """A piece of the data, as a JSON value.
+
+        Args:
+            name: "index", "notes", "FILE/summaries-CHUNK", "FILE/records-CHUNK" or
+                "overlap-FILE-FILE", each file by its number.
+
+        Raises:
+            KeyError: there is no such piece.
+        """
+        if name == "index":
+            return self.index()
+        if name == "notes":
+            return self._notes_piece()
+        if found := re.fullmatch(r"(\d{1,6})/(summaries|records)-(\d{1,9})", name):
+            file = self._numbered(found[1], name)
+            ask = file.summaries if found[2] == "summaries" else file.records
+            try:
+                return ask(int(found[3]))
+            except IndexError as error:
+                raise KeyError(name) from error
+        if found := re.fullmatch(r"overlap-(\d{1,6})-(\d{1,6})", name):
+            one, other = (self._numbered(n, name) for n in found.groups())
+            return results_file.overlap(one, other)
+        raise KeyError(name)
+
+    def _numbered(self, number: str, name: str) -> ResultsFile:
+        if int(number) >= len(self.files):
+            raise KeyError(name)
+        return self.files[int(number)]
+
+    def pieces(self) -> Iterator[str]:
+        """The names of all pieces."""
+        yield from ("index", "notes")
+        for i, file in enumerate(self.files):
+            for kind, size in (
+                ("summaries", results_file.SUMMARY_ROWS),
+                ("records", results_file.RECORD_ROWS),
+            ):
+                for chunk in range(results_file.chunks(len(file), size)):
+                    yield f"{i}/{kind}-{chunk}"
+            yield from (f"overlap-{i}-{j}" for j in range(len(self.files)) if j != i)
+
+    def _notes_piece(self) -> dict:
+        if self.notes is None:
+            return {"notes": [], "counts": {}}
+        return {"notes": self.notes.all(), "counts": self.notes.counts(self.files)}
+
+    def plot(self, file: str) -> pathlib.Path:
+        """The path of a plot that the index names.
+
+        Raises:
+            KeyError: it names no such plot.
+        """
+        for i, _, path in self._plots():
+            if file == f"plot-{i}{path.suffix}":
+                return path
+        raise KeyError(file)
+
+    def _plots(self) -> list[tuple[int, str, pathlib.Path]]:
+        """Plots below the workdir, each with its number and name; not those that lead out of it."""
+        if self.workdir is None:
+            return []
+        places = [self.workdir, *(self.workdir / d for d in ("plots", "figures", "sweep"))]
+        places += sorted(p for p in (self.workdir / "sweeps").glob("*") if p.is_dir())
+        root, out = self.workdir.resolve(), []
+        for place in places:
+            for path in sorted(place.glob("*")) if place.is_dir() else []:
+                inside = path.resolve().is_relative_to(root)
+                if path.suffix in _PLOTS and path.is_file() and inside:
+                    out.append((len(out), str(path.relative_to(self.workdir)), path))
+        return out[:_MOST_PLOTS]
+
+    def _tables(self) -> list[dict]:
+        """The workdir's tables, as their Markdown text."""
+        out = []
+        for name in ("table1.md", "table.md"):
+            path = None if self.workdir is None else self.workdir / name
+            if path is not None and path.is_file():
+                out.append({"name": name, "text": path.read_text("utf-8", "replace")[:100_000]})
+        return out
+
+    def _json(self, name: str):
+        path = None if self.workdir is None else self.workdir / name
+        if path is None or not path.is_file():
+            return None
+        try:
+            return results_file.plain(json.loads(path.read_bytes()))
+        except ValueError:
+            return None  # half written, or not this package's
+
+
+def _stem(path) -> str:
+    name = os.path.basename(os.fspath(path))
+    for ending in (".gz", ".jsonl", ".json"):
+        name = name.removesuffix(ending)
+    # A label is a word of the filter.
+    return re.sub(r"\W+", "_", name).strip("_") or "results"
+
+
+def _unlike(label: str, others: list[str]) -> str:
+    number, out = 2, label
+    while out in others:
+        out, number = f"{label}_{number}", number + 1
+    return out

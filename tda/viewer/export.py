@@ -1,0 +1,144 @@
+"""The viewer as a folder of static files: from any web server, or opened from the disk.
+
+Pages that are opened from a disk may load scripts but neither modules nor JSON. So the page's
+modules are written into one script, and every piece of data into a script of its own.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+
+from tda import progress
+from tda.viewer.collection import Collection
+from tda.viewer.results_file import to_json
+from tda.viewer.server import static_files
+
+_MARK = "tda-viewer-export"
+_IMPORT = re.compile(r'^import (?:\* as (\w+)|\{ ([^}]+) \}) from "\./(\w+)\.js";$', re.MULTILINE)
+_EXPORT = re.compile(
+    r"^export (?=(?:async )?function (\w+)|class (\w+)|const (\w+))|^export \{ ([^}]+) \};$",
+    re.MULTILINE,
+)
+# In a page, a policy cannot forbid frames; and scripts are named by the page's own script.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+class ExportError(ValueError):
+    """An export cannot be written."""
+
+
+def export(collection: Collection, out) -> int:
+    """Writes a collection and the page that shows it into a folder.
+
+    A folder that holds an export is made anew; begun again after a kill, it is written whole.
+
+    Args:
+        collection: what is shown; notes as they are now, plots copied.
+        out: the folder; it may be absent, empty, or hold an earlier export.
+
+    Returns:
+        The number of files of data.
+
+    Raises:
+        ExportError: the folder holds other files.
+        OSError: it cannot be written.
+    """
+    out = pathlib.Path(out)
+    mark = out / f".{_MARK}"
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise ExportError(f"{out} holds other files; name an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for folder in ("data", "static", "plots"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+        (out / folder).mkdir()
+    _write_page(out)
+    names = list(collection.pieces())
+    with progress.bar(len(names), "export", "file") as bar:
+        for name in names:
+            path = out / "data" / f"{name}.js"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(_script(name, collection.piece(name)))
+            bar.update()
+    for plot in collection.index()["plots"]:
+        shutil.copyfile(collection.plot(plot["file"]), out / "plots" / plot["file"])
+    return len(names)
+
+
+def _script(name: str, value) -> bytes:
+    # ASCII JSON is a JavaScript expression, and holds no "</script" that a page would see.
+    return b"viewerData(" + json.dumps(name).encode() + b"," + to_json(value) + b");\n"
+
+
+def _write_page(out: pathlib.Path) -> None:
+    files = static_files()
+    page = files.pop("index.html").decode()
+    modules = {n[:-3]: f.decode() for n, f in files.items() if n.endswith(".js")}
+    page = page.replace('data-token=""', "data-export", 1)
+    page = page.replace(
+        '<script type="module" src="static/main.js"></script>',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '    <script defer src="static/viewer.js"></script>',
+        1,
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    (out / "static" / "viewer.js").write_text(bundle(modules, "main"), encoding="utf-8")
+    for name, content in files.items():
+        if not name.endswith(".js"):
+            (out / "static" / os.path.basename(name)).write_bytes(content)
+
+
+def bundle(modules: dict[str, str], entry: str) -> str:
+    """Modules as one classic script: each in a function of its own, in the order of their imports.
+
+    Args:
+        modules: source by name; an import is `import { a, b } from "./name.js";` or
+            `import * as a from "./name.js";` in one line, an export stands before `function`,
+            `async function`, `class` or `const`.
+        entry: the module that begins.
+
+    Raises:
+        ExportError: an import or export is written in another way, or imports run in a circle.
+    """
+    done: dict[str, str] = {}
+
+    def take(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise ExportError(f"imports run in a circle: {' > '.join((*above, name))}")
+        if name in done:
+            return
+        if name not in modules:
+            raise ExportError(f"{above[-1]}.js imports {name}.js, which is not there")
+        for _, _, other in _IMPORT.findall(modules[name]):
+            take(other, (*above, name))
+        done[name] = _wrapped(name, modules[name])
+
+    take(entry, ())
+    return '"use strict";\nconst modules = {};\n' + "\n".join(done.values())
+
+
+def _wrapped(name: str, source: str) -> str:
+    exported: list[str] = []
+
+    def export_of(found: re.Match) -> str:
+        function, klass, const, listed = found.groups()
+        exported.extend(listed.split(", ") if listed else [function or klass or const])
+        return ""
+
+    def import_of(found: re.Match) -> str:
+        whole, names, other = found.groups()
+        wanted = whole or "{ " + names.replace(" as ", ": ") + " }"
+        return f"const {wanted} = modules.{other};"
+
+    source = _IMPORT.sub(import_of, _EXPORT.sub(export_of, source))
+    left = re.search(r"^(?:import|export)\b.*", source, re.MULTILINE)
+    if left:
+        raise ExportError(f"{name}.js: not understood: {left[0]}")
+    return f"modules.{name} = (() => {{\n{source}\nreturn {{ {', '.join(exported)} }};\n}})();\n"

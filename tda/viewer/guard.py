@@ -1,0 +1,95 @@
+"""What keeps a viewer to its own page: headers, the host that was asked, and a token for writes.
+
+Corpus text is shown as text and may hold anything, so the page may run no script but the package's
+own files. Other sites that the browser has open may neither read nor write here.
+"""
+
+import hmac
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+}
+TOKEN_HEADER = "x-viewer-token"
+
+
+class Guard:
+    """Wraps an application: refuses what does not come from its own page.
+
+    A request must name a host that is served (a foreign name that resolves to this machine does
+    not), and one that writes must come from the same origin and carry the token that the page was
+    given.
+
+    Args:
+        app: the application.
+        hosts: names that the viewer is reached by, without port.
+        token: what writes must carry.
+    """
+
+    def __init__(self, app, hosts: tuple[str, ...], token: str):
+        self._app, self._hosts, self._token = app, {h.lower() for h in hosts}, token
+
+    async def __call__(self, scope, receive, send):
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message):
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope)
+        app = self._app if refusal is None else JSONResponse({"error": refusal}, 403)
+        await app(scope, receive, with_headers)
+
+    def _refusal(self, scope) -> str | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if _without_port(host) not in self._hosts:
+            return (
+                f"this viewer is not reached as {host!r}; --names adds names that it is reached by"
+            )
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            # A link from elsewhere may open the page, and nothing else.
+            if headers.get("sec-fetch-mode") != "navigate" or scope["path"] != "/":
+                return "only the viewer's own page may ask for this"
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+            return f"writes from {origin} are refused"
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER, "").encode(), self._token.encode()):
+            return "the page is of an earlier start of the viewer; reload it"
+        return None
+
+
+def _without_port(host: str) -> str:
+    host = host.lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if ":" in host else host

@@ -1,0 +1,294 @@
+"""The viewer's server: the page, pieces of data, notes, uploads, and live tracing."""
+
+import importlib.resources
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from tda.viewer import download
+from tda.viewer.collection import Collection
+from tda.viewer.guard import Guard
+from tda.viewer.jobs import Jobs
+from tda.viewer.results_file import to_json
+
+_BODY_LIMIT = 1 << 20
+UPLOAD_LIMIT = 4 << 30
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+# A plot that is opened by itself must not run either what a file of the workdir might hold.
+_PLOT_POLICY = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+
+
+class Live(Protocol):
+    """What answers live questions; each method is told how to report `progress(what, done, total)`.
+
+    What they return is JSON values. Wrong input raises a ValueError.
+
+    Attributes:
+        heat_methods: names of the methods that `heat` can be asked about.
+    """
+
+    heat_methods: tuple[str, ...]
+
+    def describe(self, progress: Callable) -> dict:
+        """Methods and sizes; opens what must be opened."""
+
+    def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
+        """The model's own completion of a prompt."""
+
+    def trace(
+        self, progress: Callable, prompt: str, target: str, methods: list[str], k: int
+    ) -> dict:
+        """Passages by method, as results records."""
+
+    def heat(self, progress: Callable, prompt: str, target: str, method: str, passage: str) -> dict:
+        """What each position of a passage carries of its score."""
+
+
+def static_files() -> dict[str, bytes]:
+    """The page's own files by name."""
+    folder = importlib.resources.files("tda.viewer") / "static"
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    return {n: f for n, f in files.items() if os.path.splitext(n)[1] in _TYPES}
+
+
+def create_app(
+    collection: Collection,
+    live: Live | None = None,
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1"),
+    allow_urls: bool = False,
+    upload_limit: int = UPLOAD_LIMIT,
+):
+    """The viewer as an ASGI application.
+
+    Args:
+        collection: what is shown.
+        live: answers live questions; None where there is nothing to ask.
+        hosts: names that the viewer is reached by; others are refused.
+        allow_urls: whether the page may have results fetched from an address. Otherwise no request
+            leaves the machine.
+        upload_limit: bytes of a file given in the page.
+    """
+    return _App(collection, live, hosts, allow_urls, upload_limit).asgi()
+
+
+class _App:
+    def __init__(self, collection, live, hosts, allow_urls, upload_limit):
+        self._collection, self._live, self._hosts = collection, live, hosts
+        self._allow_urls, self._upload_limit = allow_urls, upload_limit
+        self._token = secrets.token_urlsafe(24)
+        self._static = static_files()
+        self._jobs = Jobs()
+
+    def asgi(self):
+        post = dict(methods=["POST"])
+        routes = [
+            Route("/", self._page),
+            Route("/static/{name}", self._static_file),
+            Route("/data/{name:path}.json", self._piece),
+            Route("/plots/{name}", self._plot),
+            Route("/api/notes", self._note, **post),
+            Route("/api/upload", self._upload, **post),
+            Route("/api/open", self._open, **post),
+            Route("/api/live/{what}", self._live_job, **post),
+            Route("/api/jobs/{number:int}", self._job, methods=["GET", "DELETE"]),
+        ]
+        app = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: _told},
+            middleware=[
+                Middleware(Guard, hosts=self._hosts, token=self._token),
+                Middleware(GZipMiddleware, minimum_size=4096, compresslevel=1),
+            ],
+        )
+        app.state.jobs = self._jobs
+        return app
+
+    async def _page(self, request: Request) -> Response:
+        page = self._static["index.html"].decode()
+        return Response(
+            page.replace('data-token=""', f'data-token="{self._token}"', 1),
+            media_type=_TYPES[".html"],
+        )
+
+    async def _static_file(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._static:
+            raise HTTPException(404, f"there is no {name}")
+        kind = _TYPES[os.path.splitext(name)[1]]
+        headers = {"cache-control": "private, max-age=60"}
+        return Response(self._static[name], media_type=kind, headers=headers)
+
+    async def _piece(self, request: Request) -> Response:
+        name = request.path_params["name"]
+
+        def make() -> bytes:
+            if name != "index":
+                return to_json(self._collection.piece(name))
+            self._collection.refresh()
+            abilities = {
+                "live": self._live is not None,
+                "heat_methods": [] if self._live is None else list(self._live.heat_methods),
+                "upload": True,
+                "urls": self._allow_urls,
+            }
+            return to_json(self._collection.index() | abilities)
+
+        try:
+            body = await run_in_threadpool(make)
+        except KeyError as error:
+            raise HTTPException(404, f"there are no data {name!r}") from error
+        return Response(body, media_type="application/json")
+
+    async def _plot(self, request: Request) -> Response:
+        try:
+            path = self._collection.plot(request.path_params["name"])
+        except KeyError as error:
+            raise HTTPException(404, "there is no such plot") from error
+        return FileResponse(path, media_type=_TYPES[path.suffix], headers=_PLOT_POLICY)
+
+    async def _note(self, request: Request) -> Response:
+        body = await _body(request)
+        notes = self._collection.notes
+        if notes is None:
+            raise HTTPException(409, "notes need a place: start with --workdir or --notes")
+        kind = _text(body, "type", optional=True)
+        given = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
+        example, passage, comment, where = given
+        await _tried(notes.add, example, passage, kind, comment, where)
+        piece = await run_in_threadpool(self._collection.piece, "notes")
+        return Response(to_json(piece), media_type="application/json")
+
+    async def _upload(self, request: Request) -> Response:
+        name = os.path.basename(request.query_params.get("name", "")) or "upload.jsonl"
+        # The name is the upload's own word: only its ending decides anything.
+        suffix = ".jsonl.gz" if name.endswith(".gz") else ".jsonl"
+        with tempfile.NamedTemporaryFile(suffix=suffix) as kept:
+            size = 0
+            try:
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self._upload_limit:
+                        raise HTTPException(
+                            413, f"the file is larger than {self._upload_limit:,} bytes"
+                        )
+                    await run_in_threadpool(kept.write, part)
+            except ClientDisconnect as error:
+                raise HTTPException(400, "the upload was broken off") from error
+            kept.flush()
+            label = name.split(".")[0]
+            return await self._added(kept.name, label)
+
+    async def _open(self, request: Request) -> Response:
+        body = await _body(request)
+        if not self._allow_urls:
+            raise HTTPException(403, "start the viewer with --allow_urls to open addresses here")
+        url = _text(body, "url")
+        with tempfile.TemporaryDirectory() as folder:
+            path = await _tried(download.fetch, url, folder, self._upload_limit)
+            return await self._added(path, "")
+
+    async def _added(self, path: str, label: str) -> Response:
+        label = "".join(c if c.isalnum() else "_" for c in label)[:80].strip("_")
+        file = await _tried(self._collection.add, path, label)
+        return JSONResponse({"label": file.label})
+
+    async def _live_job(self, request: Request) -> Response:
+        body, live = await _body(request), self._live
+        if live is None:
+            raise HTTPException(409, "there is no workdir to ask: start with --workdir")
+        what = request.path_params["what"]
+        if what == "describe":
+            work = live.describe
+        elif what == "complete":
+            arguments = _text(body, "prompt"), _whole(body, "tokens", 1, 64)
+
+            def work(progress):
+                return live.complete(progress, *arguments)
+        elif what == "trace":
+            methods = body.get("methods")
+            if not isinstance(methods, list) or not all(isinstance(m, str) for m in methods):
+                raise HTTPException(400, "'methods' must be a list of names")
+            question = _text(body, "prompt"), _text(body, "target"), methods
+            k = _whole(body, "k", 1, 100)
+
+            def work(progress):
+                return live.trace(progress, *question, k)
+        elif what == "heat":
+            names = ("prompt", "target", "method", "passage")
+            values = [_text(body, n) for n in names]
+
+            def work(progress):
+                return live.heat(progress, *values)
+        else:
+            raise HTTPException(404, f"there is no {what}")
+        return JSONResponse(self._jobs.start(work).describe())
+
+    async def _job(self, request: Request) -> Response:
+        number = request.path_params["number"]
+        try:
+            act = self._jobs.cancel if request.method == "DELETE" else self._jobs.get
+            return Response(to_json(act(number).describe()), media_type="application/json")
+        except KeyError as error:
+            raise HTTPException(404, f"there is no job {number}; ask again") from error
+
+
+async def _told(request: Request, error: HTTPException) -> Response:
+    return JSONResponse({"error": error.detail}, error.status_code)
+
+
+async def _tried(call, *arguments):
+    try:
+        return await run_in_threadpool(call, *arguments)
+    except (ValueError, OSError) as error:
+        raise HTTPException(400, str(error)) from error
+
+
+async def _body(request: Request) -> dict:
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise HTTPException(415, "send application/json")
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > _BODY_LIMIT:
+            raise HTTPException(413, f"more than {_BODY_LIMIT:,} bytes")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise HTTPException(400, "send an object")
+    return body
+
+
+def _text(body: dict, field: str, optional: bool = False) -> str | None:
+    value = body.get(field)
+    if value is None and optional:
+        return None
+    if not isinstance(value, str):
+        raise HTTPException(400, f"{field!r} must be a text")
+    return value
+
+
+def _whole(body: dict, field: str, least: int, most: int) -> int:
+    value = body.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise HTTPException(400, f"{field!r} must be a whole number from {least} to {most}")
+    return value

@@ -1,0 +1,171 @@
+// The pieces of data, by name: from the server as JSON, or in an export as script files.
+
+const isExport = document.documentElement.hasAttribute("data-export");
+const waiting = new Map();
+const KEPT = 60;
+
+// An export's files call this; JSON alone could not be read from file://.
+globalThis.viewerData = (name, value) => {
+  waiting.get(name)?.(value);
+  waiting.delete(name);
+};
+
+function fromScript(name) {
+  return new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    waiting.set(name, (value) => {
+      script.remove();
+      resolve(value);
+    });
+    script.onerror = () => reject(new Error(`data/${name}.js is missing from this export`));
+    script.src = `data/${name}.js`;
+    document.head.append(script);
+  });
+}
+
+async function fromServer(name) {
+  return told(await reached(`data/${name}.json`, {}));
+}
+
+async function reached(address, options) {
+  try {
+    return await fetch(address, options);
+  } catch {
+    throw new Error("the viewer's server does not answer; is it still running?");
+  }
+}
+
+async function told(response) {
+  const body = await response.json().catch(() => ({ error: `status ${response.status}` }));
+  if (!response.ok) throw new Error(body.error);
+  return body;
+}
+
+const piece = isExport ? fromScript : fromServer;
+
+/** Asks the server to do something; `body` is sent as JSON, a File as it is. */
+export async function ask(address, body, method = "POST") {
+  const headers = { "x-viewer-token": document.documentElement.dataset.token };
+  if (!(body instanceof Blob) && body !== undefined) {
+    headers["content-type"] = "application/json";
+    body = JSON.stringify(body);
+  }
+  return told(await reached(`api/${address}`, { method, headers, body }));
+}
+
+/** Everything that is shown. */
+export class Data {
+  /** Reads the index; rows follow with `load`. */
+  async open() {
+    this.index = await piece("index");
+    this.index.live &&= !isExport;
+    this.index.upload &&= !isExport;
+    this.canNote = this.index.notes && !isExport;
+    this.files = this.index.files.map((described, number) => ({
+      ...described,
+      number,
+      columns: Object.fromEntries(described.fields.map((f) => [f, []])),
+      loaded: 0,
+      byId: new Map(),
+      overlaps: new Map(),
+    }));
+    this.records = new Map();
+    this.loading = new Map();
+    await this.readNotes();
+  }
+
+  file(label) {
+    return this.files.find((f) => f.label === label);
+  }
+
+  /** Loads a file's rows; `onRows` is called after each chunk. Called again, it waits for them. */
+  load(file, onRows) {
+    if (!this.loading.has(file.label)) {
+      const loaded = this.#load(file, onRows);
+      this.loading.set(file.label, loaded);
+      // What failed is asked for again from where it stopped.
+      loaded.catch(() => this.loading.delete(file.label));
+    }
+    return this.loading.get(file.label);
+  }
+
+  async #load(file, onRows) {
+    const size = this.index.summary_rows;
+    for (let chunk = file.loaded / size; chunk * size < file.rows; chunk++) {
+      const part = await piece(`${file.number}/summaries-${chunk}`);
+      const rows = Math.min(size, file.rows - chunk * size);
+      for (const field of file.fields) {
+        const values = part[field] ?? new Array(rows).fill(null);
+        for (const value of values) file.columns[field].push(value);
+      }
+      for (let row = file.loaded; row < file.loaded + rows; row++) {
+        const id = file.columns.id?.[row];
+        if (id !== null && id !== undefined && !file.byId.has(id)) file.byId.set(id, row);
+      }
+      file.loaded += rows;
+      onRows?.(file);
+    }
+  }
+
+  /** A record of a file; the chunks asked for last are kept. */
+  async record(file, row) {
+    const size = this.index.record_rows;
+    const name = `${file.number}/records-${Math.floor(row / size)}`;
+    const found = this.records.get(name) ?? piece(name);
+    this.records.delete(name);
+    this.records.set(name, found);
+    if (this.records.size > KEPT) this.records.delete(this.records.keys().next().value);
+    try {
+      return (await found)[row % size];
+    } catch (error) {
+      this.records.delete(name);
+      throw error;
+    }
+  }
+
+  /** How many proponents each row of a file shares with another file; fills `file.overlaps`. */
+  async overlap(file, other) {
+    if (!file.overlaps.has(other.label)) {
+      file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`));
+    }
+    return file.overlaps.get(other.label);
+  }
+
+  async readNotes() {
+    this.#take(await piece("notes"));
+  }
+
+  #take({ notes, counts }) {
+    this.counts = counts;
+    this.notes = new Map(notes.map((n) => [noteKey(n.example_id, n.passage_id), n]));
+  }
+
+  note(example, passage) {
+    return this.notes.get(noteKey(example, passage));
+  }
+
+  async keepNote(example, passage, type, comment, method) {
+    const note = { example_id: example, passage_id: passage, type, comment, method };
+    this.#take(await ask("notes", note));
+  }
+
+  /** Runs a live question to its end; `onProgress(job)` hears of it. */
+  async live(what, body, onProgress) {
+    let job = await ask(`live/${what}`, body);
+    let pause = 60;
+    while (job.state === "waiting" || job.state === "running") {
+      onProgress?.(job);
+      await new Promise((resolve) => setTimeout(resolve, pause));
+      pause = Math.min(400, pause * 1.3);
+      job = await ask(`jobs/${job.number}`, undefined, "GET");
+    }
+    if (job.state === "failed") throw new Error(job.error);
+    return job;
+  }
+
+  cancel(job) {
+    return ask(`jobs/${job.number}`, undefined, "DELETE");
+  }
+}
+
+const noteKey = (example, passage) => JSON.stringify([example, passage]);

@@ -1,0 +1,191 @@
+// Live tracing: a prompt and a target, or the model's own completion; passages from the store.
+
+import { fill, h, number, percent, tell } from "./dom.js";
+import { column } from "./passages.js";
+import { heading, highlightBar, sides } from "./query.js";
+import * as state from "./state.js";
+
+/** The page on which live questions are asked. It keeps its answers while others are looked at. */
+export class Live {
+  constructor(data) {
+    this.data = data;
+    this.abilities = null;
+    this.answer = null;
+    this.steps = null;
+    this.running = null;
+    this.checked = null;
+  }
+
+  async show(element, rows, isCurrent) {
+    this.rows = rows;
+    const now = rows.state;
+    // What was typed stays when the page is drawn anew, unless a link asks something else.
+    const asks = JSON.stringify([now.prompt, now.target]);
+    const kept = this.asks === asks && this.box;
+    const [asked, wanted] = kept ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
+    if (kept) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
+    this.asks = asks;
+    const prompt = h("textarea", { id: "prompt", rows: 2, value: asked, spellcheck: "false" });
+    const target = h("input", { id: "target", value: wanted, autocomplete: "off", spellcheck: "false" });
+    this.box = { prompt, target };
+    this.progress = h("div.progress", { role: "status" });
+    this.completed = h("div.completed", {});
+    this.results = h("div.results", {});
+    this.choice = h("div.methods", { role: "group", "aria-label": "Methods" }, h("p.quiet", {}, "Opening the model and its store…"));
+    this.go = h("button.main-action", { type: "submit", disabled: true }, "Trace");
+    fill(element, h("article.live", {},
+      h("h2", {}, "Trace a question"),
+      h("p.quiet", {}, "Which training passages make the model say the target after the prompt?"),
+      h("form.ask", { onsubmit: (e) => (e.preventDefault(), this.trace()) },
+        h("label", { for: "prompt" }, "Prompt"), prompt,
+        h("div.row", {}, h("button", { type: "button", onclick: () => this.complete() }, "Let the model complete it")),
+        this.completed,
+        h("label", { for: "target" }, "Target"), target,
+        this.choice,
+        h("div.row", {}, this.go, h("button", { type: "button", onclick: () => this.cancel() }, "Stop"))),
+      this.progress, this.results));
+    if (this.steps) this.showSteps();
+    if (this.answer) this.showAnswer();
+    try {
+      this.abilities ??= (await this.data.live("describe", {}, (job) => this.showProgress(job))).result;
+    } catch (error) {
+      fill(this.progress);
+      fill(this.choice, h("p.wrong", {}, error.message));
+      return;
+    }
+    if (!isCurrent()) return;
+    this.showChoice();
+    if (!this.running) fill(this.progress);
+  }
+
+  showChoice() {
+    const wanted = this.checked?.length ? this.checked : this.rows.state.methods.split(",").filter(Boolean);
+    const { methods } = this.abilities;
+    const usual = methods.filter((m) => m.usual).map((m) => m.name);
+    const on = wanted.length ? wanted : usual.length ? usual : methods.slice(0, 2).map((m) => m.name);
+    fill(this.choice, h("span.label", {}, "Methods"),
+      methods.map((m) => h("label.check", { title: m.lacks ?? m.title },
+        h("input", { type: "checkbox", name: "method", value: m.name, checked: on.includes(m.name) && !m.lacks, disabled: Boolean(m.lacks) }),
+        m.title, m.lacks && h("span.quiet", {}, " (not here)"))));
+    const { passages, parameters } = this.abilities;
+    this.choice.append(h("p.quiet", {}, `${passages.toLocaleString("en-US")} passages, a model of ${parameters.toLocaleString("en-US")} parameters`));
+    this.go.disabled = false;
+  }
+
+  showProgress(job) {
+    const share = job.total ? job.done / job.total : null;
+    const meter = h("progress", { max: 1, value: share ?? undefined, "aria-label": job.what || "working" });
+    fill(this.progress, meter, h("span", {}, `${job.what || "waiting"}${share === null ? "" : ` ${Math.floor(100 * share)}%`}`));
+    this.running = job;
+  }
+
+  async ask(what, body) {
+    this.cancel(); // what was asked before is not waited for
+    try {
+      const job = await this.data.live(what, body, (j) => this.showProgress(j));
+      fill(this.progress, job.state === "cancelled" ? "Stopped." : h("span.quiet", {}, `${number(job.seconds, 1)} s`));
+      return job.state === "done" ? job.result : null;
+    } catch (error) {
+      fill(this.progress, h("span.wrong", {}, error.message));
+      return null;
+    } finally {
+      this.running = null;
+    }
+  }
+
+  cancel() {
+    if (this.running) this.data.cancel(this.running).catch((e) => tell(e.message, "wrong"));
+  }
+
+  async complete() {
+    const found = await this.ask("complete", { prompt: this.box.prompt.value, tokens: 8 });
+    if (!found) return;
+    this.steps = found;
+    this.showSteps();
+    if (!this.box.target.value && found.steps.length) this.box.target.value = found.steps[0].token.trim();
+  }
+
+  showSteps() {
+    const found = this.steps;
+    const sofar = [];
+    fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, found.steps.map((step) => {
+      sofar.push(step.token);
+      const target = sofar.join("").trim();
+      return h("li", {},
+        h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) },
+          h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
+        h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`))));
+    })), found.ended && h("p.quiet", {}, "The model ends the passage there."));
+  }
+
+  async trace() {
+    const methods = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
+    const [prompt, target] = [this.box.prompt.value, this.box.target.value];
+    if (!target.trim()) return tell("Give a target, or let the model complete the prompt.", "wrong");
+    if (!methods.length) return tell("Choose a method.", "wrong");
+    this.checked = methods;
+    this.asks = JSON.stringify([prompt, target]);
+    state.set({ prompt, target, methods: methods.join(",") }, { replace: true });
+    const found = await this.ask("trace", { prompt, target, methods, k: 10 });
+    if (!found) return;
+    this.answer = found;
+    this.showAnswer();
+  }
+
+  showAnswer() {
+    const { data, answer } = this;
+    const methods = answer.methods.map((m, i) => ({
+      label: m.name, title: m.title, record: m.record, marks: m.record.proponent_correct ?? null, first: i === 0,
+    }));
+    const record = methods[0].record;
+    const context = { data, example: record.example_id, side: this.rows.state.side, heat: heatFor(data, record), onNote: () => {} };
+    fill(this.results, heading(record),
+      h("dl.facts", {},
+        h("div", {}, h("dt", {}, "p(target | prompt)"), h("dd", {}, percent(answer.probability))),
+        h("div", {}, h("dt", {}, "target's rank"), h("dd", {}, String(answer.rank)))),
+      h("div.actions", {}, sides(this.rows.state.side)),
+      highlightBar(),
+      h("div.columns", { "data-count": methods.length }, methods.map((m) => column(m, methods.filter((o) => o !== m), context))));
+  }
+}
+
+/** Shows which tokens carry a score; missing where there is no model to ask. */
+export function heatFor(data, record) {
+  if (!data.index.live) return null;
+  return {
+    can: (label) => (data.index.heat_methods ?? []).includes(label),
+    async show(method, passage, box, onShown) {
+      fill(box, h("p.quiet", {}, "asking the model…"));
+      const question = { prompt: record.inputs_plaintext, target: record.targets_plaintext, method, passage: passage.id };
+      try {
+        const job = await data.live("heat", question, (j) => fill(box, h("p.quiet", {}, j.what || "waiting…")));
+        if (!job.result) return fill(box);
+        fill(box, drawn(job.result));
+        onShown();
+      } catch (error) {
+        fill(box, h("p.wrong", {}, error.message));
+      }
+    },
+  };
+}
+
+function drawn({ tokens, score, sum, faithful }) {
+  const most = Math.max(...tokens.map((t) => Math.abs(t.part)), 1e-30);
+  const words = tokens.map((t, i) => {
+    const next = tokens[i + 1]?.text.trim() ?? "the end";
+    const word = h(t.special ? "span.token.special" : "span.token", {
+      title: `${number(t.part, 4)} at “${t.text.trim()}”, predicting “${next}”`,
+    }, t.text);
+    const strength = Math.round((Math.abs(t.part) / most) * 100);
+    word.style.setProperty("--strength", `${strength}%`);
+    word.classList.add(t.part < 0 ? "cold" : "warm");
+    return word;
+  });
+  const top = [...tokens].sort((a, b) => Math.abs(b.part) - Math.abs(a.part)).slice(0, 3);
+  return [
+    h("p.text.tokens", { dir: "auto" }, words),
+    h("p.quiet", {}, "Most: ", top.map((t, i) => [i ? ", " : "", h("b", {}, t.text.trim() || "␣"), ` ${number(t.part, 4)}`]),
+      `. The parts sum to ${number(sum, 4)}; the score is ${number(score, 4)}.`),
+    !faithful && h("p.wrong", {}, "They differ: read anew, the passage's text has other tokens than it was encoded with."),
+  ];
+}

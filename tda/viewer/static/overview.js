@@ -1,0 +1,200 @@
+// Aggregates: metrics by method, relation and frequency, distributions, overlap; each bar leads to
+// the queries behind it.
+
+import { count, fill, h, number, percent } from "./dom.js";
+import { quote } from "./filter.js";
+import { firstRank, groups, histogram, metrics } from "./metrics.js";
+import * as state from "./state.js";
+
+const MANY = 40; // relations shown before "all"
+
+/** Fills `element` with the aggregates of the main file's chosen rows. */
+export async function showOverview(element, rows, chosen, tools) {
+  const { data, files, main } = rows;
+  await Promise.all(files.map((f) => data.load(f)));
+  const shared = await Promise.all(files.slice(1).map((f) => data.overlap(main, f)));
+  if (!tools.isCurrent()) return;
+  const marksOf = (file) => chosen.map((row) => {
+    const match = rows.match(file, row);
+    return match === undefined ? null : rows.marks(file, match);
+  });
+  const found = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
+  const filtered = rows.state.filter ? ` that pass “${rows.state.filter}”` : "";
+  fill(element, h("article.overview", {},
+    h("h2", {}, "Overview"),
+    h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}. A bar leads to its queries.`),
+    summaryTable(rows, chosen, found),
+    byGroup("By relation", "relation", rows, chosen, found),
+    byGroup("By fact frequency", "bucket", rows, chosen, found, byFrequency(rows)),
+    ranks(rows, chosen, found),
+    scores(rows, chosen),
+    overlaps(rows, chosen, shared),
+    runTables(data),
+    plots(data)));
+}
+
+const short = (text) => (text.length > 120 ? `${text.slice(0, 120)}…` : text);
+
+/** A link to the queries that pass a filter, beside the present one. */
+function narrowed(rows, extra) {
+  const { filter } = rows.state;
+  const both = filter ? `(${filter}) and ${extra}` : extra;
+  return state.link({ view: "query", filter: both, page: "", q: "" });
+}
+
+function bar(value, label, href, wide = 1) {
+  const inside = h("span.fill", {});
+  inside.style.width = `${Math.max(0, Math.min(1, (value ?? 0) / wide)) * 100}%`;
+  return h("a.bar", { href }, h("span.track", { "aria-hidden": "true" }, inside), h("span.value", {}, label));
+}
+
+const cells = (m) => [number(m.mrr), percent(m.recall), percent(m.precision)];
+
+function summaryTable(rows, chosen, found) {
+  const k = Math.max(...rows.files.map((f) => f.longest), 1);
+  return h("section", {}, h("h3", {}, "Methods"), scrolling("Methods", h("table", {},
+    h("thead", {}, h("tr", {}, ["method", "queries judged", `MRR@${k}`, "recall@10", "precision@10"].map((n) => h("th", { scope: "col" }, n)))),
+    h("tbody", {}, rows.files.map((file) => {
+      const m = metrics([...found.get(file).values()]);
+      return h("tr", {}, h("th", { scope: "row" }, file.title), h("td", {}, count(m.n)), cells(m).map((c) => h("td", {}, c)));
+    })))),
+  h("p.quiet", {}, `From the records: a correct passage beyond the ${k} that are shown counts as not found. ` +
+    "Full ranks, where the run has them, are in its own table below."));
+}
+
+function scrolling(name, table) {
+  return h("div.scrolling", { tabindex: "0", role: "region", "aria-label": name }, table);
+}
+
+function byFrequency(rows) {
+  const least = new Map();
+  const { bucket, frequency } = rows.main.columns;
+  bucket?.forEach((name, row) => {
+    const x = frequency?.[row] ?? Number.parseFloat(String(name).replaceAll(",", ""));
+    if (name !== null) least.set(name, Math.min(least.get(name) ?? Infinity, x));
+  });
+  return (a, b) => (least.get(a[0]) ?? 0) - (least.get(b[0]) ?? 0);
+}
+
+function byGroup(title, field, rows, chosen, found, order) {
+  const { main, files } = rows;
+  let parts = groups(chosen, (row) => main.columns[field]?.[row]);
+  if (!parts.length) return null;
+  if (order) parts.sort(order);
+  const table = (some) => h("table.grouped", {},
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, field), h("th", { scope: "col" }, "queries"),
+      files.map((f) => h("th", { scope: "col" }, `${f.title}: MRR`)))),
+    h("tbody", {}, some.map(([name, members]) => {
+      const href = narrowed(rows, `${field} = ${quote(name)}`);
+      return h("tr", {}, h("th", { scope: "row" }, h("a", { href }, short(name))), h("td", {}, count(members.length)),
+        files.map((file) => {
+          const m = metrics(members.map((r) => found.get(file).get(r)));
+          return h("td", {}, m.n ? bar(m.mrr, number(m.mrr), href) : "–");
+        }));
+    })));
+  const box = scrolling(title, table(parts.slice(0, MANY)));
+  const more = parts.length > MANY && h("button", { type: "button", onclick: (e) => (fill(box, table(parts)), e.target.remove()) }, `all ${count(parts.length)}`);
+  return h("section", {}, h("h3", {}, title), box, more);
+}
+
+function ranks(rows, chosen, found) {
+  const judged = rows.files.filter((f) => [...found.get(f).values()].some(Boolean));
+  if (!judged.length) return null;
+  return h("section", {}, h("h3", {}, "Rank of the first correct passage"), judged.map((file) => {
+    const marks = [...found.get(file).values()].filter(Boolean);
+    const most = Math.max(...marks.map((m) => m.length), 1);
+    const counts = new Array(most + 1).fill(0);
+    for (const m of marks) counts[firstRank(m) ?? 0]++;
+    const own = file === rows.main ? "" : `${file.label}.`;
+    const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${own}rank = ${i + 1}`]), ["none", counts[0], `not ${own}found`]];
+    return figure(file.title, bars.map(([name, n, filter]) => ({ name, n, href: narrowed(rows, filter) })));
+  }));
+}
+
+function scores(rows, chosen) {
+  const drawn = rows.files.map((file) => {
+    const own = file === rows.main ? "" : `${file.label}.`;
+    const value = (row) => {
+      const match = rows.match(file, row);
+      return match === undefined ? null : file.columns.top?.[match];
+    };
+    const bins = histogram(chosen, value);
+    if (!bins.length) return null;
+    const written = (x) => String(Number(x.toPrecision(17)));
+    return figure(`${file.title}: score of the first proponent`, bins.map((b, i) => ({
+      name: number(b.low),
+      n: b.rows.length,
+      right: b.rows.filter((r) => rows.marks(file, rows.match(file, r))?.[0]).length,
+      told: `${number(b.low)} to ${number(b.high)}`,
+      href: narrowed(rows, `${own}top >= ${written(b.low)} and ${own}top ${i + 1 === bins.length ? "<=" : "<"} ${written(b.high)}`),
+    })), "dark: the first proponent is correct");
+  }).filter(Boolean);
+  return drawn.length > 0 && h("section", {}, h("h3", {}, "Score distributions"), drawn);
+}
+
+/** Upright bars: [{name, n, href, right, told}]. */
+function figure(title, bars, legend) {
+  const most = Math.max(...bars.map((b) => b.n), 1);
+  return h("figure.chart", {}, h("figcaption", {}, title, legend && h("span.quiet", {}, ` · ${legend}`)),
+    h("ol.bars", {}, bars.map((b) => {
+      const column = h("span.column-bar", { "aria-hidden": "true" });
+      column.style.height = `${(100 * b.n) / most}%`;
+      if (b.right !== undefined) {
+        const part = h("span.part", {});
+        part.style.height = `${b.n ? (100 * b.right) / b.n : 0}%`;
+        column.append(part);
+      } else column.classList.add("part");
+      const told = `${b.told ?? b.name}: ${count(b.n)} queries${b.right === undefined ? "" : `, ${count(b.right)} correct`}`;
+      return h("li", {}, h("a", { href: b.href, title: told, "aria-label": told },
+        h("span.room", {}, column), h("span.name", { "aria-hidden": "true" }, b.name)));
+    })));
+}
+
+function overlaps(rows, chosen, shared) {
+  if (!shared.length) return null;
+  const { files } = rows;
+  const parts = shared.map((numbers, i) => {
+    const file = files[i + 1];
+    const known = chosen.map((r) => numbers[r]).filter((n) => n !== null);
+    if (!known.length) return null;
+    const most = Math.max(files[0].longest, 1);
+    const counts = new Array(most + 1).fill(0);
+    for (const n of known) counts[n]++;
+    const mean = known.reduce((a, b) => a + b, 0) / known.length;
+    return figure(`${files[0].title} and ${file.title}: ${number(mean, 2)} shared on average`,
+      counts.map((n, shared) => ({ name: String(shared), n, told: `${shared} shared`, href: narrowed(rows, `${file.label}.overlap = ${shared}`) })));
+  }).filter(Boolean);
+  return parts.length > 0 && h("section", {}, h("h3", {}, "Proponents that two methods share"), parts);
+}
+
+function runTables(data) {
+  return data.index.tables.map(({ name, text }) => {
+    const blocks = markdown(text);
+    return h("section", {}, h("h3", {}, `The run's ${name}`), blocks);
+  });
+}
+
+/** The tables and paragraphs of a Markdown text, all as text. */
+function markdown(text) {
+  const out = [];
+  for (const block of text.split(/\n\s*\n/u)) {
+    const lines = block.split("\n").filter((l) => l.trim());
+    if (!lines.length) continue;
+    if (!lines[0].startsWith("|")) {
+      out.push(h("p", {}, lines.join(" ").replace(/^#+\s*/u, "")));
+      continue;
+    }
+    const split = (l) => l.replace(/^\||\|\s*$/gu, "").split("|").map((c) => c.trim());
+    const [head, ...body] = lines.map(split).filter((c) => !c.every((x) => /^:?-+:?$/u.test(x)));
+    out.push(scrolling("Table", h("table", {},
+      h("thead", {}, h("tr", {}, head.map((c) => h("th", { scope: "col" }, c)))),
+      h("tbody", {}, body.map((r) => h("tr", {}, r.map((c, i) => (i ? h("td", {}, c) : h("th", { scope: "row" }, c)))))))));
+  }
+  return out;
+}
+
+function plots(data) {
+  if (!data.index.plots.length) return null;
+  return h("section", {}, h("h3", {}, "Plots of the run"), h("div.plots", {}, data.index.plots.map((p) =>
+    h("figure", {}, h("a", { href: `plots/${p.file}` }, h("img", { src: `plots/${p.file}`, alt: `plot ${p.name}`, loading: "lazy" })), h("figcaption", {}, p.name)))));
+}

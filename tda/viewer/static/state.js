@@ -1,0 +1,72 @@
+// What is shown, kept in the address: a link restores it, and so do back and forward.
+
+const DEFAULTS = {
+  view: "query",
+  q: "",
+  files: "",
+  filter: "",
+  sort: "",
+  page: "",
+  side: "proponents",
+  judge: "",
+  threshold: "0.5",
+  hl: "",
+  prompt: "",
+  target: "",
+  methods: "",
+};
+
+let current = read();
+const listeners = [];
+
+function read() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  return Object.fromEntries(
+    Object.entries(DEFAULTS).map(([key, value]) => [key, given.get(key) ?? value]),
+  );
+}
+
+/** The address's fragment of a state: `#view=…`, what is as always left out. */
+export function link(patch) {
+  const wanted = { ...current, ...patch };
+  const out = new URLSearchParams();
+  for (const [key, value] of Object.entries(wanted)) {
+    if (String(value) !== DEFAULTS[key]) out.set(key, value);
+  }
+  return `#${out}`;
+}
+
+/** The state: an object of strings. */
+export const get = () => current;
+
+/** Changes the state; with `replace`, without a step that "back" goes over. */
+export function set(patch, { replace = false } = {}) {
+  const address = link(patch);
+  if (address === link({})) return;
+  history[replace ? "replaceState" : "pushState"](null, "", address);
+  moved();
+}
+
+/** Calls `listener(state, before)` whenever the state has changed. */
+export const onChange = (listener) => listeners.push(listener);
+
+function moved() {
+  const before = current;
+  current = read();
+  for (const listener of listeners) listener(current, before);
+}
+
+/** Begins to follow the address: links and the browser's buttons. */
+export function follow() {
+  addEventListener("popstate", moved);
+}
+
+/** Texts that are highlighted beside the query's own. */
+export function highlights() {
+  try {
+    const found = JSON.parse(current.hl || "[]");
+    return Array.isArray(found) ? found.filter((x) => typeof x === "string" && x.trim()) : [];
+  } catch {
+    return [];
+  }
+}

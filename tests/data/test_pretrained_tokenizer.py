@@ -1,0 +1,329 @@
+"""Tokenizers that come with a model: its ids, its template once, and targets at their place."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from tda.data import tokens
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+
+TEXTS = [
+    "Ludwig van Beethoven was born in Bonn.",
+    "It rained for 12 days, 日本語 and é too.\n\n  Twice  as much…",
+    "def f(x):\n\treturn x + 1  # 🙂",
+]
+
+
+def byte_level(template=False, size=320):
+    """A byte-level BPE as Llama 3's: a template puts <s> before every text."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(TEXTS, trainer)
+    if template:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    return inner
+
+
+def write(directory, inner, **config):
+    inner.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+NAMES = dict(bos_token="<s>", eos_token={"content": "</s>"}, pad_token="<pad>")
+
+
+def test_ids_are_the_tokenizers_own_and_texts_come_back(tmp_path):
+    inner = byte_level()
+    inner.enable_truncation(4)
+    inner.enable_padding(length=9)
+    found = PretrainedTokenizer.load(write(tmp_path, inner, **NAMES))
+    plain = byte_level()
+    for text in [*TEXTS, "", " ", "a"]:
+        (ids,) = found.encode([text])
+        # Guards: a tokenizer that was saved with truncation or padding set.
+        assert ids == plain.encode(text, add_special_tokens=False).ids
+        assert found.decode(ids) == text
+    assert (found.begin, found.end, found.eos, found.pad) == ((), (), 1, 2)
+    assert found.vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "begin", "end"),
+    [
+        (False, {}, (), ()),
+        (True, {}, (0,), ()),
+        (True, dict(add_bos_token=False), (), ()),
+        (False, dict(add_bos_token=True, add_eos_token=True), (0,), (1,)),
+        (True, dict(add_eos_token=True), (0,), (1,)),
+    ],
+)
+def test_what_stands_around_a_text(tmp_path, template, flags, begin, end):
+    found = PretrainedTokenizer.load(write(tmp_path, byte_level(template), **NAMES, **flags))
+    assert (found.begin, found.end) == (begin, end)
+    ids = found.sequence("Bonn")
+    assert ids == [*begin, *found.encode(["Bonn"])[0], *end]
+    again = PretrainedTokenizer.load(tmp_path)
+    again.save(tmp_path / "copy")
+    copy = PretrainedTokenizer.load(tmp_path / "copy")
+    assert (copy.begin, copy.end, copy.eos, copy.pad) == (begin, end, found.eos, found.pad)
+    assert copy.sequence(TEXTS[1]) == found.sequence(TEXTS[1])
+    assert copy.fingerprint() == found.fingerprint()
+
+
+def test_the_beginning_is_never_doubled(tmp_path):
+    """Guards: doubled begin-of-sequence token, fixed once and broken again."""
+    directory = write(tmp_path, byte_level(template=True), **NAMES)
+    for parse_special in (False, True):
+        found = PretrainedTokenizer.load(directory, parse_special)
+        for text in ("Bonn", "<s>Bonn", "<s> Bonn"):
+            assert found.sequence(text).count(0) == 1
+            assert found.encode_query(text, "x")[0].tolist().count(0) == 1
+            table, _ = tokens.passages([("a", text)], found, 64)
+            assert table.tokens.tolist().count(0) == 1
+    # Without parse_special, what is spelled out is text; with it, it is the token.
+    plain, parsed = (PretrainedTokenizer.load(directory, p) for p in (False, True))
+    assert plain.decode(plain.encode(["</s>Bonn"])[0]) == "</s>Bonn"
+    assert parsed.encode(["</s>Bonn"])[0][0] == 1
+
+
+@pytest.mark.parametrize("begin", [(), (0,)])
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("Ludwig was born in", "Bonn"),
+        ("Ludwig was born in", " Bonn"),
+        ("Ludwig was born in ", "Bonn"),
+        ("Answer:\n", "日本語 12"),
+        ("Answer:\n\n", "  Bonn"),
+        ("Twice  as", "much…"),
+    ],
+)
+def test_the_target_is_the_tokens_after_the_prompt(begin, prompt, target):
+    found = PretrainedTokenizer(byte_level(), begin=begin)
+    ids, is_target = found.encode_query(prompt, target)
+    assert ids.dtype == np.int32 and len(ids) == len(is_target)
+    spaced = prompt[-1].isspace() or target[0].isspace()
+    joined = f"{prompt}{target}" if spaced else f"{prompt} {target}"
+    assert found.decode(ids) == joined
+    assert found.decode(ids[is_target]).strip() == target.strip()
+    assert not is_target[: len(begin)].any()
+    first = int(np.flatnonzero(is_target)[0])
+    assert is_target[first:].all()
+
+
+def test_tokenizers_in_other_forms(tmp_path):
+    inner = byte_level(template=True)
+    inner.enable_truncation(4)
+    other = types.SimpleNamespace(backend_tokenizer=inner, eos_token_id=1, pad_token_id=2)
+    expected = PretrainedTokenizer.load(write(tmp_path, byte_level(template=True), **NAMES))
+    for form in (other, inner, tmp_path, str(tmp_path), expected):
+        found = PretrainedTokenizer.of(form)
+        assert found.sequence(TEXTS[1]) == expected.sequence(TEXTS[1])
+        assert found.begin == (0,)
+    assert PretrainedTokenizer.of(expected) is expected
+    found = PretrainedTokenizer.of(other)
+    assert (found.eos, found.pad) == (1, 2) and inner.truncation is not None
+    with pytest.raises(TypeError, match="int is not a tokenizer that is known here"):
+        PretrainedTokenizer.of(3)
+
+
+def test_what_cannot_be_asked_is_told():
+    found = PretrainedTokenizer(byte_level())
+    with pytest.raises(ValueError, match="has no token"):
+        found.encode_query("Bonn lies in", " ")
+    with pytest.raises(ValueError, match="nothing stands before the target 'Bonn'"):
+        found.encode_query("", "Bonn")
+    ids, is_target = PretrainedTokenizer(byte_level(), begin=[0]).encode_query("", "Bonn")
+    assert ids[0] == 0 and is_target[1:].all()
+
+
+def test_files_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        PretrainedTokenizer.load(tmp_path)
+    write(tmp_path, byte_level(), bos_token="<bos>")
+    with pytest.raises(ValueError, match="has no token '<bos>', which is its bos_token"):
+        PretrainedTokenizer.load(tmp_path)
+    write(tmp_path, byte_level(), add_bos_token=True)
+    with pytest.raises(ValueError, match="add_bos_token is set, but there is no bos_token"):
+        PretrainedTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
+        PretrainedTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("context", [1, 5, 8, 200])
+@pytest.mark.parametrize("around", [dict(), dict(begin=[0]), dict(begin=[0], end=[1])])
+def test_every_token_of_a_long_text_is_predicted_once(context, around):
+    """Guards: tokens at the cuts of a document that no passage predicts."""
+    found = PretrainedTokenizer(byte_level(), **around)
+    table, counts = tokens.passages([("a", TEXTS[1]), ("b", TEXTS[0])], found, context)
+    assert table.lengths.max() <= context + 1
+    predicted = {"a": [], "b": []}
+    for i, document in enumerate(table.documents):
+        part = slice(table.starts[i], table.starts[i + 1])
+        predicted[document] += table.tokens[part][table.scored[part]].tolist()
+    for name, text in (("a", TEXTS[1]), ("b", TEXTS[0])):
+        whole = [*found.encode([text])[0]]
+        expected = whole if around else whole[1:]
+        assert predicted[name] in (expected, expected + list(found.end))
+    assert counts["documents"] == 2
+
+
+def gguf_file(path, tokenizer_model, **fields):
+    gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(tokenizer_model)
+    for name, value in fields.items():
+        add = {
+            "tokens": writer.add_token_list,
+            "merges": writer.add_token_merges,
+            "types": writer.add_token_types,
+            "scores": writer.add_token_scores,
+            "pre": writer.add_tokenizer_pre,
+            "bos": writer.add_bos_token_id,
+            "eos": writer.add_eos_token_id,
+            "unknown": writer.add_unk_token_id,
+            "add_bos": writer.add_add_bos_token,
+            "space": writer.add_add_space_prefix,
+        }[name]
+        add(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_byte_level_bpe_of_a_gguf_file(tmp_path):
+    from tda.model.pretrained import gguf_tokenizer
+
+    inner = byte_level()
+    model = json.loads(inner.to_str())["model"]
+    listed = sorted(model["vocab"], key=model["vocab"].get)
+    file = gguf_file(
+        tmp_path / "a.gguf",
+        "gpt2",
+        tokens=listed,
+        merges=[" ".join(m) for m in model["merges"]],
+        types=[3, 3, 3] + [1] * (len(listed) - 3),
+        pre="gpt-2",
+        bos=0,
+        eos=1,
+        add_bos=True,
+    )
+    found = gguf_tokenizer.load(file)
+    assert (found.begin, found.end, found.eos) == ((0,), (), 1)
+    for text in TEXTS:
+        assert found.encode([text])[0] == inner.encode(text).ids
+    # Other rules of words: digits apart, or by three.
+    for pre, digits in (("smollm", 1), ("qwen2", 1), ("llama-bpe", 3)):
+        fields = dict(tokens=listed, merges=[], types=[1] * len(listed), pre=pre)
+        words = gguf_tokenizer.load(gguf_file(tmp_path / f"{pre}.gguf", "gpt2", **fields))
+        split = words._inner.pre_tokenizer.pre_tokenize_str("in 12345")
+        assert max(len(w) for w, _ in split if w.isdigit()) == digits
+    with pytest.raises(ValueError, match="tokenizer.ggml.pre='tekken' is not known"):
+        gguf_tokenizer.load(gguf_file(tmp_path / "b.gguf", "gpt2", tokens=listed, pre="tekken"))
+    with pytest.raises(ValueError, match="kind 'bert' is not known"):
+        gguf_tokenizer.load(gguf_file(tmp_path / "c.gguf", "bert", tokens=listed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix):
+    spm = pytest.importorskip("sentencepiece", reason="needs the extra `models`")
+    from tda.model.pretrained import gguf_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(t.replace("\n", " ") for t in TEXTS) * 3)
+    spm.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "m"),
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        add_dummy_prefix=prefix,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    count = theirs.get_piece_size()
+    kinds = [
+        2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1
+        for i in range(count)
+    ]
+    file = gguf_file(
+        tmp_path / "m.gguf",
+        "llama",
+        tokens=[theirs.id_to_piece(i) for i in range(count)],
+        scores=[theirs.get_score(i) for i in range(count)],
+        types=kinds,
+        bos=1,
+        eos=2,
+        unknown=0,
+        space=prefix,
+    )
+    ours = gguf_tokenizer.load(file)
+    assert ours.begin == (1,)
+    rng = np.random.default_rng(0)
+    alphabet = list("abdefghilnortuvw .,123日本é🙂")
+    random = ["".join(rng.choice(alphabet, rng.integers(1, 40))) for _ in range(300)]
+    for case in [*(t.replace("\n", " ") for t in TEXTS), *random, "  two  spaces ", "born in Bonn"]:
+        assert ours.encode([case])[0] == theirs.encode(case), case
+        assert ours.decode(ours.encode([case])[0]) == case
+    assert ours.encode([""])[0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte-level", "template", "llama-2"])
+def test_ids_are_those_of_transformers(tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `models`")
+    inner = byte_level(template=kind == "template")
+    if kind == "llama-2":
+        inner = _metaspace()
+    write(tmp_path, inner, **NAMES, tokenizer_class="PreTrainedTokenizerFast")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = PretrainedTokenizer.load(tmp_path, parse_special=True)
+    assert PretrainedTokenizer.of(theirs, True).fingerprint() == ours.fingerprint()
+    rng = np.random.default_rng(1)
+    pieces = [*"abcXYZ 019\n\t.,;é日本語🙂ß\u200d", "  ", "Bonn", "</s>", "don't", "12345"]
+    texts = ["".join(rng.choice(pieces, rng.integers(0, 25))) for _ in range(400)]
+    for text in ["", " ", "\n", *TEXTS, *texts]:
+        assert ours.sequence(text) == theirs(text)["input_ids"], repr(text)
+
+
+def _metaspace():
+    """As Llama 2's: spaces are letters, bytes stand for what is not in the vocabulary."""
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?<=.)(?= )"), "isolated")
+    special = ["<s>", "</s>", "<pad>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    inner.train_from_iterator([TEXTS[0].replace(" ", "▁")], trainer)
+    state = json.loads(inner.to_str())
+    state["pre_tokenizer"] = None
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    state["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    inner = tokenizers.Tokenizer.from_str(json.dumps(state))
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return inner

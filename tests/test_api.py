@@ -1,0 +1,311 @@
+"""One call from a model to ranked passages: texts or batches, kept or in memory, any loss."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import tda
+from tda import results, sharding
+from tda.data.corpora import Document
+from tda.data.tokenizer import Tokenizer
+from tda.gradients import estimate, per_example, reference, sites
+from tda.gradients.projection import Projection
+
+PLACES = {"Norway": "Oslo", "Spain": "Madrid", "Chad": "Djamena", "Peru": "Lima"}
+TEXTS = [f"The {word} of {a} is {b}." for word in ("town", "seat") for a, b in PLACES.items()]
+QUERIES = [("The town of Norway is", "Oslo"), ("q2", "The seat of Peru is", "Lima")]
+PROJECTION = Projection(side=4, pooling="matrix")
+
+
+class Bigram(nnx.Module):
+    """A language model that looks two tokens back: quick to compile."""
+
+    def __init__(self, vocab_size, rngs):
+        self.vocab_size = vocab_size
+        self.embed = nnx.Embed(vocab_size, 12, rngs=rngs)
+        self.first = nnx.Linear(12, 16, rngs=rngs)
+        self.second = nnx.Linear(16, vocab_size, rngs=rngs)
+
+    def __call__(self, tokens_BxT):
+        x_BxTxD = self.embed(tokens_BxT)
+        before = jnp.pad(x_BxTxD, [(0, 0), (1, 0), (0, 0)])[:, :-1]
+        return self.second(jnp.tanh(self.first(x_BxTxD + 0.5 * before)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return Bigram(tokenizer.vocab_size, nnx.Rngs(0))
+
+
+def call(model, tokenizer, passages=TEXTS, queries=QUERIES, **how):
+    how = dict(projection=PROJECTION, k=3, quiet=True) | how
+    return tda.trace(model, passages, queries, tokenizer=tokenizer, **how)
+
+
+def sequences(tokenizer, texts):
+    return [[tokenizer.bos, *ids, tokenizer.eos] for ids in tokenizer.encode(texts)]
+
+
+def batch_of(rows, scored=None):
+    """One batch of token sequences, as a user would make it."""
+    length = max(map(len, rows)) - 1
+    tokens, weights = np.zeros((len(rows), length + 1), np.int32), np.zeros((len(rows), length))
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        weights[i, : len(row) - 1] = 1 if scored is None else scored[i][1:]
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights.astype(np.float32),
+    }
+
+
+def cosines(model, tokenizer, scales=None):
+    """Cosines of the slow reference's gradients: queries by passages."""
+    asked = [tokenizer.encode_query(*q[-2:]) for q in QUERIES]
+    queries = batch_of([i.tolist() for i, _ in asked], [s for _, s in asked])
+    found = [
+        np.asarray(reference.encode(model, batch, PROJECTION, scales))
+        for batch in (queries, batch_of(sequences(tokenizer, TEXTS)))
+    ]
+    q, c = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in found)
+    return q @ c.T
+
+
+def test_scores_are_the_references_cosines(model, tokenizer):
+    expected = cosines(model, tokenizer)
+    found = call(model, tokenizer, method="grad_cos")
+    assert found.method == "gradient cosine" and len(found) == 2
+    assert [(a.id, a.prompt, a.target) for a in found] == [("0", *QUERIES[0]), QUERIES[1]]
+    for q, answer in enumerate(found):
+        order = np.argsort(-expected[q])
+        assert [f.id for f in answer.proponents] == [str(i) for i in order[:3]]
+        assert [f.id for f in answer.opponents] == [str(i) for i in order[:-4:-1]]
+        for some in (answer.proponents, answer.opponents):
+            for f in some:
+                assert f.score == pytest.approx(expected[q][int(f.id)], abs=2e-5)
+                assert f.text == TEXTS[int(f.id)]
+
+
+def test_the_correction_is_estimated_from_the_passages(model, tokenizer):
+    batch = batch_of(sequences(tokenizer, TEXTS))
+    chosen = sites.find(model)
+
+    def loss(model, batch):
+        nats = optax.softmax_cross_entropy_with_integer_labels(
+            model(batch["tokens"]), batch["targets"]
+        )
+        return (nats * batch["weights"]).sum(axis=-1)
+
+    # All passages are one batch here, and the whole sample.
+    scales = estimate.estimate(model, loss, [batch], chosen, "adam")
+    expected = cosines(model, tokenizer, scales)
+    for how in (dict(correction="adam"), dict(scales=scales)):
+        found = call(model, tokenizer, method="exp3", **how)
+        for q, answer in enumerate(found):
+            for f in answer.proponents:
+                assert f.score == pytest.approx(expected[q][int(f.id)], abs=2e-4)
+        assert found[0].proponents[0].id == str(expected[0].argmax())
+
+
+def test_batches_and_a_loss_of_ones_own_give_the_same(model, tokenizer):
+    """No tokenizer: trees of arrays, and a loss that calls the model in its own way."""
+
+    def loss(model, batch):
+        logits = model(batch["x"][..., 0])
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["x"][..., 1])
+        return (nats * batch["w"]).sum(axis=-1)
+
+    def own(batch):
+        return {"x": np.stack([batch["tokens"], batch["targets"]], -1), "w": batch["weights"]}
+
+    asked = [tokenizer.encode_query(*q[-2:]) for q in QUERIES]
+    queries = own(batch_of([i.tolist() for i, _ in asked], [s for _, s in asked]))
+    rows = sequences(tokenizer, TEXTS)
+    passages = [own(batch_of(rows[:5])), own(batch_of(rows[5:]))]
+    how = dict(loss=loss, projection=PROJECTION, k=3, quiet=True)
+    found = tda.trace(model, passages, [queries], method="grad_cos", texts=TEXTS, **how)
+    expected = call(model, tokenizer, method="grad_cos")
+    for a, b in zip(found, expected, strict=True):
+        assert [f.id for f in a.proponents] == [f.id for f in b.proponents]
+        assert [f.text for f in a.proponents] == [f.text for f in b.proponents]
+        np.testing.assert_allclose(
+            [f.score for f in a.proponents], [f.score for f in b.proponents], atol=2e-5
+        )
+    # An iterator is read once, its first batches being the sample.
+    once = tda.trace(model, iter(passages), iter([queries]), sample=2, **how)
+    again = tda.trace(model, passages, [queries], **how)
+    assert [f.id for f in once[0].proponents] == [f.id for f in again[0].proponents]
+
+
+def test_second_moments_are_of_a_sample_of_all_batches(model, monkeypatch):
+    """Guards: a sample that is the first rows of the corpus."""
+    seen = []
+
+    def watched(model, loss, batches, *_):
+        seen.append([int(b["tokens"][0, 1]) for b in batches])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "estimate", watched)
+    rows = [batch_of([[0, i, i]]) for i in range(100)]
+    with pytest.raises(KeyboardInterrupt):
+        tda.trace(model, rows, rows, sample=9, quiet=True)
+    assert len(seen[0]) == 9 and max(seen[0]) > 50 and seen[0] == sorted(set(seen[0]))
+    with pytest.raises(KeyboardInterrupt):
+        tda.trace(model, iter(rows), rows, sample=9, quiet=True)
+    assert seen[1] == list(range(9))
+
+
+def test_second_moments_are_of_passages_of_the_whole_corpus(model, tokenizer, monkeypatch):
+    """Guards: a sample that is the first rows of the corpus."""
+    texts = [TEXTS[0].replace("Norway", f"Norway {i}") for i in range(100)]
+    found = []
+
+    def watched(model, loss, batches, *_):
+        found.extend(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "estimate", watched)
+    with pytest.raises(KeyboardInterrupt):
+        call(model, tokenizer, texts, sample=3, tokens_per_batch=128)
+    said = [tokenizer.decode(row) for batch in found for row in batch["tokens"]]
+    numbers = [int(re.search(r"Norway (\d+)", text)[1]) for text in said if "Norway" in text]
+    assert len(found) == 3 and 5 < len(numbers) < 50
+    assert max(numbers) > 50 and len(set(numbers)) == len(numbers)
+
+
+def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": f"s{i}", "text": t}) + "\n" for i, t in enumerate(TEXTS))
+    )
+    expected = call(model, tokenizer, file)
+    for _ in range(2):
+        found = call(model, tokenizer, file, directory=tmp_path / "kept")
+        assert found.answers == expected.answers
+    assert found[0].proponents[0].id.startswith("s")
+    # What was estimated is kept, and not asked for again by the same call.
+    monkeypatch.setattr(estimate, "estimate", None)
+    assert call(model, tokenizer, file, directory=tmp_path / "kept").answers == expected.answers
+    with pytest.raises(TypeError, match="not callable"):
+        call(model, tokenizer, file, directory=tmp_path / "kept", sample=63)
+    monkeypatch.undo()
+    other = Bigram(tokenizer.vocab_size, nnx.Rngs(1))
+    with pytest.raises(ValueError, match="was not made with what it is used with"):
+        call(other, tokenizer, file, directory=tmp_path / "kept")
+
+
+def test_many_devices_give_the_same(model, tokenizer, tmp_path):
+    expected = call(model, tokenizer)
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    for how in (dict(), dict(directory=tmp_path / "kept")):
+        found = call(model, tokenizer, mesh=mesh, **how)
+        for a, b in zip(found, expected, strict=True):
+            assert [f.id for f in a.proponents] == [f.id for f in b.proponents]
+            for f, g in zip(a.proponents, b.proponents, strict=True):
+                assert f.score == pytest.approx(g.score, abs=1e-4)
+
+
+def test_long_documents_are_cut_and_found_by_their_characters(model, tokenizer):
+    documents = [Document("short", TEXTS[0]), Document("long", " ".join(TEXTS))]
+    found = call(model, tokenizer, documents, context=16, k=20)
+    names = {f.id for f in found[0].proponents}
+    assert "short" in names and any(n.startswith("long#0-") for n in names)
+
+
+@pytest.mark.parametrize("untapped", ["reference", "leave"])
+def test_linen_models_through_the_bridge(untapped):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2)(jnp.tanh(linen.Dense(6)(x)))
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 5)).astype(np.float32), rng.integers(0, 2, 12)
+    model = nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(x)
+
+    def loss(model, batch):
+        logits = model(batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    batches = [{"x": x[:6], "y": y[:6]}, {"x": x[6:], "y": y[6:]}]
+    queries = [{"x": x[:2], "y": y[:2]}]
+    how = dict(loss=loss, untapped=untapped, projection=PROJECTION, method="grad_cos", quiet=True)
+    if untapped == "leave":
+        with pytest.raises(ValueError, match="no tap"):
+            tda.trace(model, batches, queries, **how)
+        return
+    found = tda.trace(model, batches, queries, **how)
+    # A query that is a passage itself is most like itself.
+    assert [a.proponents[0].id for a in found] == ["0", "1"]
+    assert found[0].proponents[0].score == pytest.approx(1, abs=1e-5)
+
+
+def test_answers_print_and_save(model, tokenizer, tmp_path):
+    found = call(model, tokenizer, [(f"<b>{i}", t) for i, t in enumerate(TEXTS)])
+    text = str(found)
+    assert text.splitlines()[0] == "Exp 5: optimizer, R_train, norm"
+    assert "The town of Norway is → Oslo" in text and found[0].proponents[0].text in text
+    assert "opponents" in found.show(opponents=True) and "opponents" not in text
+    assert "1 more queries" in found.show(queries=1)
+    page = found._repr_html_()
+    assert "&lt;b&gt;0" in page and "<b>0" not in page and page.count("<table>") == 2
+    found.save(tmp_path / "r.jsonl")
+    records = list(results.read(tmp_path / "r.jsonl"))
+    assert [r["example_id"] for r in records] == ["0", "q2"]
+    assert records[1]["proponent_ids"] == [f.id for f in found[1].proponents]
+    assert records[1]["targets_plaintext"] == "Lima"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (dict(method="bm25"), "method='bm25' is not one of grad_dot"),
+        (dict(method="exp9"), "unknown method 'exp9'"),
+        (dict(queries=["Oslo"]), "query 0 is 'Oslo'; give"),
+        (dict(queries=[]), "there are no queries"),
+        (dict(texts=TEXTS), "there is a tokenizer here"),
+        (dict(method="trackstar"), "R of 2 queries is hardly more.*use method='exp5'"),
+        (dict(queries=[("Norway", " ")]), "has no token"),
+    ],
+)
+def test_what_does_not_fit_is_told(model, tokenizer, how, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, tokenizer, **dict(projection=Projection(side=8, pooling="matrix")) | how)
+
+
+def test_models_and_passages_that_do_not_belong_together(model, tokenizer):
+    other = Bigram(tokenizer.vocab_size - 5, nnx.Rngs(1))
+    with pytest.raises(ValueError, match="they do not belong together"):
+        call(other, tokenizer)
+    with pytest.raises(ValueError, match="passages are a path: give the model's tokenizer"):
+        tda.trace(model, "corpus.jsonl", [])
+    with pytest.raises(ValueError, match="directory is for texts"):
+        tda.trace(model, [], [], directory="somewhere")
+
+
+def test_trackstar_mixes_where_there_are_queries_enough(model, tokenizer):
+    queries = [(f"The town of {a} is", b) for a in PLACES for b in PLACES.values()]
+    found = call(model, tokenizer, queries=queries, method="trackstar")
+    assert found.method == "TrackStar" and len(found) == 16
+    plain = call(model, tokenizer, queries=queries, method="exp5")
+    scores = [[f.score for f in a.proponents] for a in found]
+    assert not np.allclose(scores, [[f.score for f in a.proponents] for a in plain])
+
+
+def test_what_the_package_offers():
+    assert set(tda.__all__) == {"Projection", "load", "trace"}
+    assert tda.Projection is Projection and callable(tda.load)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tda.nothing  # noqa: B018
+    assert callable(per_example)

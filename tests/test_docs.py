@@ -1,0 +1,135 @@
+"""What the pages under docs/ tell to type is typed: Python here, commands in `make test-all`."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tda import methods, results
+from tests.data.test_pretrained_tokenizer import NAMES, byte_level
+from tests.data.test_pretrained_tokenizer import write as write_tokenizer
+from tests.model import tiny_llama
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PLACES = {"France": "Paris", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima"}
+
+
+def files_of_the_pages(directory: pathlib.Path) -> None:
+    """Files by the names that the pages give them: a model, a corpus, Adam's moments."""
+    found = tiny_llama.tensors(vocab_size=320, layers=2)
+    config = dict(vocab_size=320, num_hidden_layers=2)
+    model = tiny_llama.write(directory / "SmolLM2-135M", found, **config)
+    write_tokenizer(model, byte_level(template=True), **NAMES)
+    records = [
+        {"id": f"s{i}", "text": f"{b} is the {word} of {a}."}
+        for i, (word, a, b) in enumerate(
+            (w, a, b) for w in ("capital", "seat") for a, b in PLACES.items()
+        )
+    ]
+    lines = [json.dumps(r) + "\n" for r in records]
+    (directory / "corpus.jsonl").write_text("".join(lines))
+    moments = {f"{n}.exp_avg_sq": np.square(x) + 0.1 for n, x in found.items()}
+    save_file(moments, directory / "optimizer.safetensors")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    files_of_the_pages(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    return tmp_path
+
+
+def run_snippets(text: str) -> tuple[dict, str]:
+    """The names that a page's Python leaves behind, and what it printed."""
+    names, said = {}, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(snippet, names)
+    return names, said.getvalue()
+
+
+def test_huggingface(world):
+    names, said = run_snippets((DOCS / "huggingface.md").read_text())
+    assert "The capital of Spain is → Madrid" in said
+    assert len(list(results.read("results.jsonl"))) == 2
+    assert len(names["found"][0].proponents) == 8  # the second trace keeps its default of ten
+    assert names["scales"].keys() == {
+        f"layers/{m}/kernel"
+        for m in (
+            *(f"attention/{n}" for n in ("query", "key", "value", "out")),
+            *(f"mlp/{n}" for n in ("gate", "up", "down")),
+        )
+    }
+
+
+def test_own_model(world):
+    names, said = run_snippets((DOCS / "own_model.md").read_text())
+    # A query that is an example itself finds itself.
+    assert said.splitlines()[-1] == "0"
+    assert len(names["found"]) == 2
+
+
+def test_add_a_method(world):
+    _, said = run_snippets((DOCS / "add_a_method.md").read_text())
+    assert "R_train, no norm" in said and "[[0 1]]" in said
+
+
+def test_add_a_corpus(world):
+    names, said = run_snippets((DOCS / "add_a_corpus.md").read_text())
+    assert "s0 Paris is the capital of France." in said
+    assert {f.id for f in names["found"][0].proponents} == {"chapter-0", "chapter-1"}
+    assert said.splitlines()[-1].startswith("long ") and "capital" in said.splitlines()[-1]
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page: lines of blocks that start with python."""
+    return re.findall(r"^(?: {4})?(python -m .*)$", (DOCS / page).read_text(), re.MULTILINE)
+
+
+def test_every_page_is_run_here():
+    pages = {p.name for p in DOCS.glob("*.md")}
+    assert pages == {
+        "add_a_corpus.md",
+        "add_a_method.md",
+        "huggingface.md",
+        "own_model.md",
+        "pods.md",
+    }
+    assert [c.split()[2] for c in commands("huggingface.md")] == ["experiments.ask"]
+    assert [c.split()[2] for c in commands("pods.md")] == ["experiments.trace", "experiments.plan"]
+    assert not [p for p in pages - {"huggingface.md", "pods.md"} if commands(p)]
+
+
+def run_command(command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    arguments = shlex.split(command)
+    (cwd / "configs").exists() or (cwd / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, *arguments[1:]], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["huggingface.md", "pods.md"])
+def test_commands_run(world, page):
+    for command in commands(page):
+        ended = run_command(command, world)
+        assert ended.returncode == 0, ended.stderr
+        if "experiments.ask" in command:
+            assert "the model says: The capital of France is →" in ended.stdout
+            again = run_command(f"{command} --target=Paris", world)
+            assert again.returncode == 0 and "→ Paris" in again.stdout, again.stderr
+            (record,) = results.read(world / "runs/ask/results.jsonl")
+            assert record["targets_plaintext"] == "Paris"
+            assert len(record["proponents"]) == 8

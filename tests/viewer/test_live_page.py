@@ -1,0 +1,192 @@
+"""The page for live questions, with a stand-in for the run; the real one: tests/experiments."""
+
+import time
+
+import pytest
+
+from tda import results
+from tda.viewer.collection import Collection
+from tests.viewer.big_file import records
+from tests.viewer.browser import Page, serving
+
+
+class Answers:
+    """A run that knows the shape of its answers, and hostile words."""
+
+    heat_methods = ("trackstar",)
+
+    def __init__(self):
+        self.asked = []
+
+    def describe(self, progress):
+        return {
+            "methods": [
+                {"name": "trackstar", "title": "TrackStar", "usual": True, "lacks": None},
+                {"name": "bm25", "title": "BM25", "usual": True, "lacks": None},
+                {"name": "exp5", "title": "Exp 5", "usual": False, "lacks": "no such store"},
+            ],
+            "passages": 1200,
+            "parameters": 5300000,
+        }
+
+    def complete(self, progress, prompt, tokens):
+        self.asked.append((prompt, tokens))
+        others = [{"token": " <b>Lyon</b>", "probability": 0.2}]
+        return {
+            "steps": [
+                {"token": " Par", "probability": 0.5, "others": others},
+                {"token": "is", "probability": 0.9, "others": []},
+            ],
+            "ended": True,
+        }
+
+    def trace(self, progress, prompt, target, methods, k):
+        self.asked.append((prompt, target, methods, k))
+        if prompt == "slow":
+            for i in range(3000):
+                progress("searching passages", i, 3000)
+                time.sleep(0.01)
+        if prompt == "wrong":
+            raise ValueError("the target ' ' has no token")
+        texts = [("p1", "<i>Paris</i> is the capital of France.", 0.5), ("p2", "Rome.", 0.25)]
+        made = [results.record("live", "live", prompt, target, texts, texts[::-1])]
+        made.append(results.record("live", "live", prompt, target, texts[::-1], []))
+        listed = [
+            {"name": m, "title": m.title(), "record": r}
+            for m, r in zip(methods, made, strict=False)
+        ]
+        return {"probability": 0.25, "rank": 3, "methods": listed}
+
+    def heat(self, progress, prompt, target, method, passage):
+        self.asked.append((prompt, target, method, passage))
+        if passage == "p2":
+            raise ValueError("the store has no passage 'p2'")
+        parts = [("<bos>", 0.01, True), ("<i>Paris", 0.4, False), (" is", -0.1, False)]
+        tokens = [{"text": t, "part": p, "special": s} for t, p, s in parts]
+        return {"tokens": tokens, "sum": 0.31, "score": 0.31, "faithful": True}
+
+
+CHECKED = "[...document.querySelectorAll('.methods input:checked')].map((i) => i.value)"
+
+
+@pytest.fixture
+def answers():
+    return Answers()
+
+
+@pytest.fixture
+def address(tmp_path, answers):
+    results.write(tmp_path / "trackstar.jsonl", records(5, 3, mean=40))
+    collection = Collection()
+    collection.add(tmp_path / "trackstar.jsonl")
+    with serving(collection, answers) as found:
+        yield found
+
+
+def asking(page, address):
+    page.open(f"{address}#view=trace")
+    page.page.wait_for_selector(".methods input")
+    return page
+
+
+@pytest.mark.slow
+def test_a_question_is_completed_and_traced(page, address, answers):
+    asking(page, address)
+    assert "1,200 passages, a model of 5,300,000 parameters" in page.text(".methods")
+    assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
+    assert page.page.is_disabled(".methods input[value=exp5]")
+    page.page.fill("#prompt", "The capital of France is")
+    page.page.click("text=Let the model complete it")
+    page.page.wait_for_selector(".steps")
+    assert page.text(".steps").split("\n") == ["Par", "50.0%", "<b>Lyon</b> 20.0%", "is", "90.0%"]
+    page.page.locator(".steps button").nth(1).click()
+    assert page.page.input_value("#target") == "Paris"
+    page.page.locator(".main-action").click()
+    page.page.wait_for_selector(".results .column")
+    assert answers.asked[-1] == ("The capital of France is", "Paris", ["trackstar", "bm25"], 10)
+    assert page.texts(".results .column h3") == ["Trackstar", "Bm25"]
+    assert page.text("#trackstar-proponents-1 .text") == "<i>Paris</i> is the capital of France."
+    assert page.texts("#trackstar-proponents-1 .move") == ["bm25 #2 ↓1"]
+    assert "25.0%" in page.text(".results .facts")
+    assert page.page.locator(".steps button").count() == 2
+    # The question is in the address; the answer stays while another view is looked at.
+    assert "prompt=The+capital" in page.page.url
+    page.page.keyboard.press("Escape")
+    page.page.click(".segments >> text=opponents")
+    page.until(lambda: page.text("#trackstar-opponents-1 .text") == "Rome.")
+    page.page.click(".views >> text=Notes")
+    page.page.wait_for_selector(".notes-page")
+    page.page.click(".views >> text=Trace")
+    page.page.wait_for_selector(".results .column")
+    assert page.page.input_value("#target") == "Paris"
+
+
+@pytest.mark.slow
+def test_heat_shows_which_tokens_carry_the_score(page, address, answers):
+    asking(page, address)
+    page.page.fill("#prompt", "The capital of France is")
+    page.page.fill("#target", "Paris")
+    page.page.locator(".main-action").click()
+    page.page.wait_for_selector(".results .column")
+    assert page.page.locator("[data-method=bm25] >> text=heat").count() == 0
+    page.page.click("#trackstar-proponents-1 >> text=heat")
+    page.page.wait_for_selector("#trackstar-proponents-1 .token")
+    tokens = page.page.locator("#trackstar-proponents-1 .token")
+    assert tokens.all_inner_texts() == ["<bos>", "<i>Paris", " is"]
+    strengths = [t.evaluate("e => e.style.getPropertyValue('--strength')") for t in tokens.all()]
+    assert strengths == ["3%", "100%", "25%"]
+    assert "cold" in tokens.nth(2).get_attribute("class")
+    assert tokens.nth(1).get_attribute("title") == "0.4000 at “<i>Paris”, predicting “is”"
+    assert page.page.locator("#trackstar-proponents-1 p.text").first.is_hidden()
+    page.page.click("#trackstar-proponents-1 .foot >> text=text")
+    assert page.page.locator("#trackstar-proponents-1 p.text").first.is_visible()
+    page.page.click("#trackstar-proponents-2 >> text=heat")
+    page.until(lambda: "no passage 'p2'" in page.text("#trackstar-proponents-2 .heat"))
+    # Also of what a results file holds.
+    page.open(f"{address}#view=query")
+    page.page.click("#trackstar-proponents-1 >> text=heat")
+    page.page.wait_for_selector("#trackstar-proponents-1 .token")
+    first = next(records(5, 3, mean=40))
+    assert answers.asked[-1][0] == first["inputs_plaintext"]
+    assert answers.asked[-1][3] == first["proponent_ids"][0]
+
+
+@pytest.mark.slow
+def test_progress_errors_and_stopping(page, address):
+    asking(page, address)
+    page.page.locator(".main-action").click()
+    page.until(lambda: "Give a target" in page.text("#status"))
+    page.page.fill("#prompt", "wrong")
+    page.page.fill("#target", "x")
+    page.page.locator(".main-action").click()
+    page.until(lambda: "has no token" in page.text(".progress"))
+    # What is typed stays when the page is drawn anew.
+    page.page.fill("#target", "typed")
+    page.page.uncheck(".methods input[value=bm25]")
+    page.page.evaluate("history.pushState(null, '', location.hash + '&side=both')")
+    page.page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")
+    page.drawn()
+    page.page.wait_for_selector(".methods input")
+    assert page.page.input_value("#target") == "typed"
+    assert page.page.evaluate(CHECKED) == ["trackstar"]
+    page.page.fill("#prompt", "slow")
+    page.page.locator(".main-action").click()
+    page.until(lambda: "searching passages" in page.text(".progress"))
+    assert page.page.locator("progress").get_attribute("value") is not None
+    page.page.click("text=Stop")
+    page.until(lambda: page.text(".progress") == "Stopped.")
+
+
+@pytest.mark.slow
+def test_a_query_of_the_list_is_traced_live(browser, address):
+    page = Page(browser, width=400)
+    page.open(address)
+    prompt = page.text(".asked .prompt")
+    page.page.click("text=Trace live")
+    page.page.wait_for_selector(".methods input")
+    assert page.page.input_value("#prompt") == prompt and page.page.input_value("#target")
+    page.page.locator(".main-action").click()
+    page.page.wait_for_selector(".results .column")
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.context.close()
+    page.fine()
