@@ -28,9 +28,14 @@ def step_rule(config, trained: Trained) -> dict:
     """What a tail-patch step is, as JSON values that belong beside its scores.
 
     Raises:
-        ValueError: `eval.tail_patch_state` is unknown.
+        ValueError: `eval.tail_patch_state` is unknown, or the model was not trained here.
     """
     e, t = config.eval, config.train
+    if not _total_steps(trained):
+        raise ValueError(
+            "a tail-patch step needs the training optimizer, and this model was not trained here; "
+            "give --config.eval.tail_patch_queries=0, or train it (train.epochs)"
+        )
     if e.tail_patch_state not in ("restored", "fresh"):
         raise ValueError(
             f"unknown eval.tail_patch_state={e.tail_patch_state!r}; use restored or fresh"

@@ -225,7 +225,8 @@ def _about(config, data: corpus.Corpus, trained: training.Trained) -> dict:
     chosen = sites.find(trained.model, g.include or None, g.exclude or None, g.untapped)
     layout = projections.layout(chosen, Projection(**dict(config.projection)))
     _, params = functional.split(trained.model)
-    share = trained.step / trained.fingerprint["steps"]
+    # A pretrained model may be traced as it is, without a step.
+    share = trained.step / max(1, trained.fingerprint["steps"])
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "dimensions": layout.width,
