@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tda import loss as losses
+from tda import sharding
 from tda.data import tokens
 from tda.gradients import kronecker, reference, sites, taps
-from tda.gradients.encoder import build, make_encoder
+from tda.gradients.encoder import build, make_encoder, place
 from tda.gradients.projection import Projection
 from tda.model import functional
 
@@ -286,3 +287,30 @@ def test_what_cannot_be_factored_is_told(decoder):
     chosen = kronecker.factored(sites.find(decoder()))
     with pytest.raises(ValueError, match="no position"):
         kronecker.covariances(decoder(), chosen, [], "data")
+
+
+def test_eight_devices_factor_as_one_does(decoder, random_batch):
+    """Guards: sums over a batch's positions that stop at a device's own."""
+    model = decoder()
+    chosen, expected = fitted(model)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    fn, params = functional.split(model)
+    spread = fn.merge(functional.place(params, fn.axes, mesh))
+    some = batches("sampled", multiple=4)
+    bases = kronecker.eigenvectors(kronecker.covariances(spread, chosen, some, "sampled"))
+    found = kronecker.corrected(spread, chosen, some, "sampled", bases)
+    for path, c in found.items():
+        # An eigenvector's sign is free, and so is not in Λ.
+        largest = expected[path].values.max()
+        np.testing.assert_allclose(
+            c.values.sum((-1, -2)), expected[path].values.sum((-1, -2)), rtol=1e-3
+        )
+        assert c.values.max() == pytest.approx(largest, rel=1e-2)
+    batch = random_batch([6, 4, 2, 6, 5, 1, 3, 6], 6)
+    encoder = build(spread, chosen, P, kronecker.ekfac_ends(chosen, P, expected))
+    placed = dataclasses.replace(encoder, arrays=place(encoder, mesh))
+    alone = build(model, chosen, P, kronecker.ekfac_ends(chosen, P, expected))
+    with jax.set_mesh(mesh):
+        got = placed(sharding.put_batch(mesh, batch))
+    wanted = np.asarray(alone(batch))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
