@@ -18,6 +18,7 @@ import uvicorn
 from absl import app, flags, logging
 
 from experiments import live
+from experiments.launch import WORKDIR
 from tda import huge_pages, progress
 from tda.methods import METHODS
 from tda.viewer import download
@@ -26,7 +27,6 @@ from tda.viewer.export import export
 from tda.viewer.notes import Notes
 from tda.viewer.server import UPLOAD_LIMIT, create_app
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.")
 _RESULTS = flags.DEFINE_list("results", [], "Results files or addresses; LABEL=FILE names one.")
 _EXPORT = flags.DEFINE_string("export", None, "Write static files to this folder; serve nothing.")
 _NOTES = flags.DEFINE_string("notes", None, "File of notes; WORKDIR/notes.jsonl by default.")
@@ -126,7 +126,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            collection = collect(_WORKDIR.value, _RESULTS.value, _NOTES.value, folder)
+            collection = collect(WORKDIR.value, _RESULTS.value, _NOTES.value, folder)
             for file in collection.files:
                 if file.malformed:
                     print(f"{file.path}: {file.malformed:,} lines are malformed; they are shown so")
@@ -134,7 +134,7 @@ def main(argv):
                 count = export(collection, _EXPORT.value)
                 print(f"{count:,} files of data; open {_EXPORT.value}/index.html")
                 return
-            answers = live.open_workdir(_WORKDIR.value) if _WORKDIR.value and _LIVE.value else None
+            answers = live.open_workdir(WORKDIR.value) if WORKDIR.value and _LIVE.value else None
             serve(collection, answers, _HOST.value, _PORT.value, _NAMES.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
