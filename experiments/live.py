@@ -48,7 +48,7 @@ class LiveRun:
         heat_methods: names of the methods whose scores have parts by position.
     """
 
-    heat_methods = tuple(n for n, m in METHODS.items() if m.retriever == "gradient")
+    heat_methods = tuple(n for n, m in METHODS.items() if m.is_plain)
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -150,6 +150,11 @@ def load(path: pathlib.Path, config: dict) -> tuple[Tracer, int]:
             "a gradient method and store.dtype other than none"
         )
     h = config["hessian"]
+    if h["damping"] < 0 or h["cutoff"] or h["evaluation"] != "all":
+        raise LiveError(
+            "the run's R is made in a way that live questions do not know (hessian.damping=-1, "
+            "hessian.cutoff or hessian.evaluation); view its results with --nolive"
+        )
     how = Hessian(h["sample"], h["seed"], h["component"], h["weight"], h["damping"])
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tracer = Tracer(model, tokenizer, config["model"]["context"], encoded, how, path / "live")

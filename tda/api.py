@@ -106,8 +106,8 @@ def trace(
         KeyError: `scales` lacks a parameter.
     """
     chosen = methods.parse(method)
-    if len(chosen) != 1 or chosen[method].retriever != "gradient":
-        named = [n for n, m in methods.METHODS.items() if m.retriever == "gradient"]
+    if len(chosen) != 1 or not chosen[method].is_plain:
+        named = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(named)}")
     setting = gathering.Setting(
         model,

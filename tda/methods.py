@@ -91,6 +91,15 @@ class Method:
         )
 
     @property
+    def is_plain(self) -> bool:
+        """Whether correction, R and norm are all that it asks of one checkpoint's gradients."""
+        simple = ("title", "corrected", "hessian", "unit_norm", "retriever")
+        others = (f for f in dataclasses.fields(self) if f.name not in simple)
+        return self.retriever == "gradient" and all(
+            getattr(self, f.name) == f.default for f in others
+        )
+
+    @property
     def shares_scan(self) -> bool:
         """Whether passages are taken as the store has them, so that others scan it too."""
         plain = self.passages == "plain" and not self.several

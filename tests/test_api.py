@@ -270,7 +270,9 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(method="bm25"), "method='bm25' is not one of grad_dot"),
+        (dict(method="bm25"), "method='bm25' is not one of exp1, exp2"),
+        # More than correction, R and norm: not to be answered with less.
+        (dict(method="less"), "method='less' is not one of exp1, exp2"),
         (dict(method="exp9"), "unknown method 'exp9'"),
         (dict(queries=["Oslo"]), "query 0 is 'Oslo'; give"),
         (dict(queries=[]), "there are no queries"),

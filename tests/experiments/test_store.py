@@ -30,6 +30,11 @@ def run(config, tmp_path_factory):
     return path, trace.run(config, Workdir(path))
 
 
+def flat(metrics):
+    """The figures of a method that are one number each."""
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+
+
 def corpora(path):
     return sorted(str(p) for p in (path / "stores").glob("corpus-*"))
 
@@ -90,7 +95,7 @@ def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
     found = trace.run(other, workdir)
     assert not (tmp_path / "stores").exists()
     for name in metrics:
-        assert found[name] == pytest.approx(metrics[name], nan_ok=True)
+        assert flat(found[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
         one, two = (
             [json.loads(x) for x in open(w / "results" / f"{name}.jsonl")] for w in (path, tmp_path)
         )
@@ -107,7 +112,7 @@ def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_pat
     other.search.index = "scann"
     found = trace.run(other, Workdir(path))
     for name in metrics:
-        assert found[name] == pytest.approx(metrics[name], nan_ok=True)
+        assert flat(found[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
     assert "are searched exactly, which is quick enough" in capsys.readouterr().out
     assert not (path / "indices").exists()
 
@@ -133,7 +138,7 @@ def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys
     # The index stands beside the exact rankings, which are found again.
     again = trace.run(config, Workdir(path))
     for name in metrics:
-        assert again[name] == pytest.approx(metrics[name], nan_ok=True)
+        assert flat(again[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
     assert "ScaNN" not in (path / "table.md").read_text()
     assert len(list((path / "indices").iterdir())) == 2
 
@@ -191,7 +196,7 @@ def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
         for r in after:
             assert gone not in r["proponent_ids"] + r["opponent_ids"]
             assert len(r["proponent_ids"]) == 10
-    for file in (path / "retrieval").glob("*.npz"):
+    for file in (path / "retrieval").glob("gradient-*.npz"):
         ranked.load(file)
 
 
