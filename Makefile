@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: $(MODELS)
 	$(VENV)/bin/python -m pytest -m ""

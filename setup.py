@@ -44,6 +44,7 @@ setup(
             "playwright>=1.65.2",
             "pyarrow>=26.0.1",
             "pytest>=9.2.0",
+            "pytest-xdist>=3.8.0",
             "ruff>=0.17.6",
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "zarr>=3.1.6",

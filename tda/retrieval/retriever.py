@@ -53,7 +53,8 @@ class Retriever:
         on_rows: told the rows of each step as they are loaded.
 
     Raises:
-        ValueError: the encodings take more memory, or the index is of other encodings.
+        ValueError: the encodings take more memory, the index is of other encodings, or the method
+            takes a query's own part out of R, so that no encoding serves two queries.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class Retriever:
     ):
         self._source, self._scorer, self._index, self._mesh = source, scorer, index, mesh
         self._widths = source.form.widths
+        if scorer.own:
+            raise ValueError(
+                "the method takes a query's own part out of R: its passages have other encodings "
+                "for every query; search with tda.retrieval.exact"
+            )
         if index is not None:
             if (index.rows, index.width) != (source.rows, source.form.width):
                 raise ValueError(

@@ -9,7 +9,7 @@ from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.second_moments import adam_scale, factored_scale
-from tda.retrieval import exact
+from tda.retrieval import scorer
 
 P = Projection(side=4, blocks=2)
 
@@ -50,9 +50,9 @@ def test_parts_sum_to_the_score(decoder, random_batch):
     passages, query = np.asarray(encoder(batch)), np.asarray(encoder(random_batch([5], 5, seed=1)))
     rng = np.random.default_rng(0)
     roots = [np.cov(rng.normal(size=(16, 40))).astype(np.float32) for _ in encoder.layout.slices]
-    bounds = tuple((s.start, s.stop) for s in encoder.layout.slices)
+    widths = tuple(s.stop - s.start for s in encoder.layout.slices)
     for roots_, unit in ((roots, True), (roots, False), (None, True)):
-        whitened = [np.asarray(exact.encode(x, roots_, unit, bounds)) for x in (query, passages)]
+        whitened = [np.asarray(scorer.encode(x, roots_, unit, widths)) for x in (query, passages)]
         score = whitened[0] @ whitened[1].T
         contributions = make_contributions(model, P)
         for i in range(2):

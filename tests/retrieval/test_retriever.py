@@ -128,6 +128,8 @@ def test_through_an_index(data, store, tmp_path):
 def test_refusals(data, store):
     queries, passages = data
     method = scorer(passages)
+    with pytest.raises(ValueError, match="takes a query's own part out of R"):
+        Retriever(store, exact.Scorer(method.roots, True, own=(0.1, 0.1)))
     with pytest.raises(ValueError, match="97 rows take .* more than memory_bytes"):
         Retriever(store, method, memory_bytes=97 * 8 * 4 - 1)
     retriever = Retriever(store, method, memory_bytes=97 * 8 * 4)
