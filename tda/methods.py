@@ -91,13 +91,16 @@ class Method:
         )
 
     @property
+    def beyond_plain(self) -> dict[str, object]:
+        """What it asks for, by field, beyond a correction, R, norm and retriever."""
+        plain = ("title", "corrected", "hessian", "unit_norm", "retriever")
+        others = (f for f in dataclasses.fields(self) if f.name not in plain)
+        return {f.name: x for f in others if (x := getattr(self, f.name)) != f.default}
+
+    @property
     def is_plain(self) -> bool:
         """Whether correction, R and norm are all that it asks of one checkpoint's gradients."""
-        simple = ("title", "corrected", "hessian", "unit_norm", "retriever")
-        others = (f for f in dataclasses.fields(self) if f.name not in simple)
-        return self.retriever == "gradient" and all(
-            getattr(self, f.name) == f.default for f in others
-        )
+        return self.retriever == "gradient" and not self.beyond_plain
 
     @property
     def shares_scan(self) -> bool:

@@ -5,7 +5,6 @@ the encoder, R of the store, exact search. So a query of the run has the passage
 the run gave it.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -20,9 +19,6 @@ from tda.live.speaker import Speaker
 from tda.methods import Method
 from tda.retrieval import bm25, exact, scorer
 from tda.store import GradientStore
-
-# What of a method is done here; one that asks for more must not be answered with less.
-_UNDERSTOOD = ("title", "corrected", "hessian", "unit_norm", "retriever")
 
 
 class Tracer:
@@ -64,11 +60,8 @@ class Tracer:
 
     def lacks(self, method: Method) -> str | None:
         """Why a method cannot be asked here; None where it can."""
-        beyond = [
-            f"{f.name}={getattr(method, f.name)}"
-            for f in dataclasses.fields(method)
-            if f.name not in _UNDERSTOOD and getattr(method, f.name) != f.default
-        ]
+        # One that asks for more must not be answered with less.
+        beyond = [f"{name}={value}" for name, value in method.beyond_plain.items()]
         if beyond:
             return f"methods with {', '.join(beyond)} answer no live questions"
         if method.retriever == "bm25":
