@@ -216,34 +216,32 @@ def _advance_one(state, rows: _Step, labels, groups, thresholds, widths, norms):
     for group in groups:
         scores = _product(group, gradients_RxE, widths)
         for i in group.methods:
-            scores_QxR = scores[norms[i]]
+            scores_RxQ = scores[norms[i]]
             above = {}
             for label, (query_N, row_N) in labels.items():
                 limit_Q = thresholds[label][i]
-                high = jnp.where(rows.valid, scores_QxR, -jnp.inf) >= limit_Q[:, None]
-                own = high.at[query_N, row_N].get(mode="fill", fill_value=False)
-                count_Q = high.sum(axis=1).at[query_N].add(-own.astype(jnp.int32), mode="drop")
+                high_RxQ = jnp.where(rows.valid[:, None], scores_RxQ, -jnp.inf) >= limit_Q
+                own = high_RxQ.at[row_N, query_N].get(mode="fill", fill_value=False)
+                count_Q = high_RxQ.sum(axis=0).at[query_N].add(-own.astype(jnp.int32), mode="drop")
                 above[label] = state[i].above[label] + count_Q
-            best, worst = (
-                merge(kept, jnp.where(rows.valid, sign * scores_QxR, -jnp.inf), rows.first)
-                for kept, sign in ((state[i].best, 1), (state[i].worst, -1))
-            )
+            best = merge(state[i].best, scores_RxQ, rows.valid, rows.first)
+            worst = merge(state[i].worst, scores_RxQ, rows.valid, rows.first, sign=-1)
             out[i] = _Kept(best, worst, above)
     return out
 
 
 def _product(group: _Group, gradients_RxE, widths) -> dict[bool, jax.Array]:
-    """Scores with and without unit norm, float32 [Q, R]; unused ones are not computed."""
+    """Scores with and without unit norm, float32 [R, Q]; unused ones are not computed."""
     x_RxE = gradients_RxE
     if group.roots is not None:
         x_RxE = hessian.whiten(x_RxE, group.roots, scoring.slices_of(widths))
     if group.own:
         return _without_own(group.queries_QxE, x_RxE, group.own, scoring.slices_of(widths))
     # XLA's CPU product is up to three times as fast this way round.
-    scores = jnp.matmul(x_RxE, group.queries_QxE.T, precision=jax.lax.Precision.HIGHEST).T
+    scores_RxQ = jnp.matmul(x_RxE, group.queries_QxE.T, precision=jax.lax.Precision.HIGHEST)
     of_queries = scoring.inverse_norms(group.queries_QxE)
-    scaled = scores * of_queries[:, None] * scoring.inverse_norms(x_RxE)
-    return {False: scores, True: scaled}
+    scaled_RxQ = scores_RxQ * of_queries * scoring.inverse_norms(x_RxE)[:, None]
+    return {False: scores_RxQ, True: scaled_RxQ}
 
 
 def _without_own(queries_QxE, x_RxE, own: tuple[float, ...], slices) -> dict[bool, jax.Array]:
@@ -253,22 +251,22 @@ def _without_own(queries_QxE, x_RxE, own: tuple[float, ...], slices) -> dict[boo
     a passage's product with its query is ⟨h, x⟩ / (1 − β |h|²), and its squared norm, which now
     depends on the query, |x|² + β ⟨h, x⟩² / (1 − β |h|²).
     """
-    shape = len(queries_QxE), len(x_RxE)
-    scores_QxR, more_QxR, square_Q = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape[0])
+    shape = len(x_RxE), len(queries_QxE)
+    scores_RxQ, more_RxQ, square_Q = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape[1])
     for s, beta in zip(slices, own, strict=True):
         h_QxB = queries_QxE[:, s]
-        part_QxR = jnp.matmul(h_QxB, x_RxE[:, s].T, precision=jax.lax.Precision.HIGHEST)
+        part_RxQ = jnp.matmul(x_RxE[:, s], h_QxB.T, precision=jax.lax.Precision.HIGHEST)
         size_Q = jnp.sum(jnp.square(h_QxB), axis=1)
         # R − β g gᵀ is damped, so this is above 0 but for rounding.
         left_Q = 1.0 / jnp.maximum(1.0 - beta * size_Q, 1e-6)
-        scores_QxR += left_Q[:, None] * part_QxR
-        more_QxR += (beta * left_Q)[:, None] * jnp.square(part_QxR)
+        scores_RxQ += left_Q * part_RxQ
+        more_RxQ += beta * left_Q * jnp.square(part_RxQ)
         square_Q += left_Q * size_Q
-    square_QxR = square_Q[:, None] * (jnp.sum(jnp.square(x_RxE), axis=1) + more_QxR)
-    scaled = scores_QxR * jnp.where(
-        square_QxR > 0, jax.lax.rsqrt(jnp.maximum(square_QxR, 1e-37)), 0
+    square_RxQ = square_Q * (jnp.sum(jnp.square(x_RxE), axis=1)[:, None] + more_RxQ)
+    scaled_RxQ = scores_RxQ * jnp.where(
+        square_RxQ > 0, jax.lax.rsqrt(jnp.maximum(square_RxQ, 1e-37)), 0
     )
-    return {False: scores_QxR, True: scaled}
+    return {False: scores_RxQ, True: scaled_RxQ}
 
 
 def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
@@ -318,7 +316,7 @@ def _thresholds(groups, methods, source: Source, correct, step) -> dict[str, jax
             for q, rows in enumerate(lists):
                 at = np.flatnonzero(np.isin(some, rows) & valid_R)
                 for i in scores if len(at) else ():
-                    best[i, q] = np.fmax(best[i, q], scores[i][q, at].max())
+                    best[i, q] = np.fmax(best[i, q], scores[i][at, q].max())
         out[label] = jnp.asarray(best)
     return out
 

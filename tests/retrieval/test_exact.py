@@ -1,6 +1,7 @@
 """Exact search against a direct computation, ties and signs included."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -176,13 +177,22 @@ def test_more_queries_than_are_merged_at_a_time(data):
     "length, k", [(8192, 10), (1024, 10), (96, 3), (4096, 1), (40, 10), (7, 9)]
 )
 @pytest.mark.parametrize("distinct", [2, 50, 10**6])
-def test_the_largest_are_found_by_groups_and_among_equals_the_first(length, k, distinct):
-    scores = np.random.default_rng(length).integers(0, distinct, (5, length)).astype(np.float32)
-    scores[2] = -np.inf
-    top, at = map(np.asarray, jax.jit(best.largest, static_argnums=1)(scores, k))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(at, order)
-    np.testing.assert_array_equal(top, np.take_along_axis(scores, order, 1))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_best_are_found_by_groups_and_among_equals_the_first(length, k, distinct, sign):
+    rng = np.random.default_rng(length)
+    scores_RxQ = rng.integers(0, distinct, (2 * length, 20)).astype(np.float32)
+    valid_R = rng.random(2 * length) < 0.9
+    kept = jnp.full((20, k), -jnp.inf), jnp.zeros((20, k), jnp.int32)
+    merge = jax.jit(best.merge, static_argnums=4)
+    for first in (0, length):
+        some = slice(first, first + length)
+        kept = merge(kept, scores_RxQ[some], valid_R[some], first, sign)
+    top, at = map(np.asarray, kept)
+    signed = np.where(valid_R[:, None], sign * scores_RxQ, -np.inf).T
+    found = min(k, int(valid_R.sum()))
+    order = np.argsort(-signed, axis=1, kind="stable")[:, :found]
+    np.testing.assert_array_equal(at[:, :found], order)
+    np.testing.assert_array_equal(top[:, :found], np.take_along_axis(signed, order, 1))
 
 
 def mixture(queries, passages, weight=0.7, damping=0.1):
