@@ -22,7 +22,6 @@ from experiments.workdir import Workdir
 from tda.methods import Gradients
 from tda.retrieval import exact
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "plans and runs, in turns")
 
 METHODS = "trackstar,exp3"
@@ -85,8 +84,8 @@ def main(config, workdir):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         figures = run(config, workdir)
     print(figures)
-    if _JSON.value:
-        record.write(_JSON.value, "plan", figures)
+    if plan.JSON.value:
+        record.write(plan.JSON.value, "plan", figures)
 
 
 if __name__ == "__main__":

@@ -223,9 +223,10 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             read = s.stored_bytes(s.r_rows) / reading
             seconds = rates and max(read, summed / rates.gram) + eigen / rates.eigen
             add(f"R, {correction}", summed + eigen, 1, seconds)
-        whitened = gram * s.passages * sum(m.hessian != "none" for m in methods)
-        scored = cost.score_operations(s.width, s.passages, s.queries) * len(methods)
-        read = s.stored_bytes(s.passages) / reading
+        rows = s.passages + s.size.labelled
+        whitened = gram * rows * sum(m.hessian != "none" for m in methods)
+        scored = cost.score_operations(s.width, rows, s.queries) * len(methods)
+        read = s.stored_bytes(rows) / reading
         seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / near)
         add(f"exact search, {correction}", whitened + scored, near, seconds)
     return out

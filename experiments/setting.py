@@ -30,6 +30,7 @@ class Size:
         vocab_size: V of the model.
         positions: of each passage, or None where only their number is known.
         query_positions: of each query, or None.
+        labelled: passages that are correct for some query: the search scores them once more first.
     """
 
     passages: int
@@ -38,6 +39,7 @@ class Size:
     vocab_size: int
     positions: np.ndarray | None = None
     query_positions: np.ndarray | None = None
+    labelled: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,7 @@ def _size(config) -> Size:
         vocab_size=data.tokenizer.vocab_size,
         positions=data.passages.lengths - 1,
         query_positions=data.prompts.lengths - 1,
+        labelled=len(np.unique(np.concatenate([r for q in data.correct.values() for r in q]))),
     )
 
 

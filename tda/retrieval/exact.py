@@ -106,9 +106,9 @@ def search(
     step = step_rows(source.form.width, devices, touched)
     k, correct = min(k, source.rows), correct or {}
     groups = _groups(gradients_QxE, methods, widths)
-    thresholds = _thresholds(groups, methods, source, correct, step)
-    state = [_empty(len(gradients_QxE), k, devices, correct) for _ in methods]
     pairs = {label: _Pairs(lists) for label, lists in correct.items()}
+    thresholds = _thresholds(groups, methods, source, pairs, step)
+    state = [_empty(len(gradients_QxE), k, devices, correct) for _ in methods]
     state, groups, thresholds = _spread(mesh, state, groups, thresholds)
     norms = tuple(s.unit_norm for s in methods)
     found = 0
@@ -292,60 +292,64 @@ def _empty(queries: int, k: int, devices: int, correct) -> _Kept:
     return _Kept(none(), none(), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
 
 
-def _thresholds(groups, methods, source: Source, correct, step) -> dict[str, jax.Array]:
+def _thresholds(groups, methods, source: Source, pairs, step) -> dict[str, jax.Array]:
     """For each set of labels and method, the best score of a correct row: float32 [methods, Q].
 
     NaN where a query has none.
     """
-    widths, out = source.form.widths, {}
-    for label, lists in correct.items():
-        best = np.full((len(methods), len(lists)), np.nan, np.float32)
-        wanted = np.unique(np.concatenate([np.asarray(r, np.int64) for r in lists] or [[]]))
-        for start in range(0, len(wanted), step):
-            some = wanted[start : start + step].astype(np.int64)
-            gradients = source.read(some)
-            valid_R = store.valid(gradients)
-            gradients = np.where(valid_R[:, None], gradients, 0)
-            gradients = np.pad(gradients, [(0, step - len(some)), (0, 0)])
-            scores = {
-                i: np.asarray(s[methods[i].unit_norm])
-                for group in groups
-                for s in [_scores(group, gradients, widths)]
-                for i in group.methods
-            }
-            for q, rows in enumerate(lists):
-                at = np.flatnonzero(np.isin(some, rows) & valid_R)
-                for i in scores if len(at) else ():
-                    best[i, q] = np.fmax(best[i, q], scores[i][at, q].max())
-        out[label] = jnp.asarray(best)
-    return out
+    wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *(p.rows for p in pairs.values())]))
+    shape = len(methods), len(groups[0].queries_QxE)
+    out = {label: np.full(shape, np.nan, np.float32) for label in pairs}
+    for start in range(0, len(wanted), step):
+        some = wanted[start : start + step]
+        gradients = source.read(some)
+        valid_R = store.valid(gradients)
+        gradients = np.where(valid_R[:, None], gradients, 0)
+        gradients = np.pad(gradients, [(0, step - len(some)), (0, 0)])
+        for group in groups:
+            scores = _scores(group, gradients, source.form.widths)
+            for i in group.methods:
+                scores_RxQ = np.asarray(scores[methods[i].unit_norm])
+                for label, (row_N, query_N) in {n: p.among(some) for n, p in pairs.items()}.items():
+                    value_N = np.where(valid_R[row_N], scores_RxQ[row_N, query_N], np.nan)
+                    np.fmax.at(out[label][i], query_N, value_N)
+    return {label: jnp.asarray(best) for label, best in out.items()}
 
 
 _scores = jax.jit(_product, static_argnames="widths")
 
 
 class _Pairs:
-    """The correct (query, row) pairs of a set of labels, by row."""
+    """The correct (query, row) pairs of a set of labels, by row.
+
+    Attributes:
+        rows, queries: int64 [N], rising, and int32 [N].
+    """
 
     def __init__(self, lists: list[np.ndarray]):
         rows = np.concatenate([np.asarray(r, np.int64) for r in lists] or [np.zeros(0, np.int64)])
         queries = np.repeat(np.arange(len(lists)), [len(r) for r in lists])
         order = np.argsort(rows, kind="stable")
-        self._rows, self._queries = rows[order].astype(np.int64), queries[order].astype(np.int32)
+        self.rows, self.queries = rows[order].astype(np.int64), queries[order].astype(np.int32)
+
+    def among(self, some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `some`, rising rows with no other labelled one between them, and the queries."""
+        here = slice(*np.searchsorted(self.rows, [some[0], some[-1] + 1]))
+        return np.searchsorted(some, self.rows[here]), self.queries[here]
 
     def within(self, first: int, each: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
         """Queries and local rows, int32 [devices, N], of the pairs in each device's rows.
 
         N is a power of two; what is over is out of bounds.
         """
-        bounds = np.searchsorted(self._rows, first + each * np.arange(devices + 1))
+        bounds = np.searchsorted(self.rows, first + each * np.arange(devices + 1))
         largest = int(np.diff(bounds).max())
         shape = devices, max(8, 1 << max(0, largest - 1).bit_length())
         queries = np.full(shape, np.iinfo(np.int32).max, np.int32)
         rows = queries.copy()
         for d, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            queries[d, : b - a] = self._queries[a:b]
-            rows[d, : b - a] = self._rows[a:b] - (first + d * each)
+            queries[d, : b - a] = self.queries[a:b]
+            rows[d, : b - a] = self.rows[a:b] - (first + d * each)
         return queries, rows
 
 

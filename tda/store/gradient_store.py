@@ -16,7 +16,9 @@ from tda.store.segment import Form, Segment, Span
 
 FORMAT = 2
 _SPAN_BYTES = 64 << 20
-_SPANS_AHEAD = 2
+_SPANS_AHEAD = 3
+# One waits for the disk while another checks what it has read.
+_READERS = 2
 
 
 class GradientStore:
@@ -220,7 +222,7 @@ class GradientStore:
             StoreError: a shard is missing or damaged.
         """
         waiting: deque = deque()
-        with ThreadPoolExecutor(1, "read ahead") as ahead:
+        with ThreadPoolExecutor(_READERS, "read ahead") as ahead:
             for segment, first, span in self._spans(step, part):
                 waiting.append(ahead.submit(self._read_span, segment, first, span))
                 if len(waiting) > _SPANS_AHEAD:

@@ -8,6 +8,7 @@ them, but several times slower, for it copies every chunk.
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 import google_crc32c
@@ -24,19 +25,22 @@ class Buffers:
 
     def __init__(self):
         self._kept: list[np.ndarray] = []
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
         """uint8 [size], at an address that accelerators and vector units like."""
-        free = [i for i in range(len(self._kept)) if _holders(self._kept, i) == _NOBODY]
-        large = [i for i in free if len(self._kept[i]) >= size + 64]
-        if large:
-            buffer = self._kept[large[0]]
-        else:
-            self._kept = [b for i, b in enumerate(self._kept) if i not in free]
-            buffer = np.empty(size + 64, np.uint8)
-            self._kept.append(buffer)
-        start = -buffer.ctypes.data % 64
-        return buffer[start : start + size]
+        # Two readers must not find the same memory free.
+        with self._lock:
+            free = [i for i in range(len(self._kept)) if _holders(self._kept, i) == _NOBODY]
+            large = [i for i in free if len(self._kept[i]) >= size + 64]
+            if large:
+                buffer = self._kept[large[0]]
+            else:
+                self._kept = [b for i, b in enumerate(self._kept) if i not in free]
+                buffer = np.empty(size + 64, np.uint8)
+                self._kept.append(buffer)
+            start = -buffer.ctypes.data % 64
+            return buffer[start : start + size]
 
 
 def _holders(buffers: list[np.ndarray], i: int) -> int:

@@ -139,7 +139,7 @@ def small(tmp_path):
     rows = [{"sentence_id": f"s{i}", "text": t} for i, t in enumerate(texts)]
     sentences.write_text("".join(json.dumps(r) + "\n" for r in rows))
     asked = dict(fact_id="f", entity0="France", relation="capital", entity1="Paris")
-    asked |= dict(prompt0="The capital of France is", trex_sentences=[])
+    asked |= dict(prompt0="The capital of France is", trex_sentences=["s1", "s2", "s4"])
     fact.write_text(json.dumps(asked) + "\n")
     c.data.sentences, c.data.facts = str(sentences), str(fact)
     c.tokenizer.vocab_size, c.model.context = 300, 32
@@ -160,8 +160,13 @@ def test_a_real_corpus_is_counted_and_nothing_is_left_in_the_workdir(small, tmp_
         s["tokens"] / (1 - s["padding"])
     )
     assert "float32 model" in plan_report.text(found)
-    stages = [x["stage"] for x in found["stages"]]
+    stages = {x["stage"]: x["operations"] for x in found["stages"]}
     assert "encode queries, factored" in stages and "R, none" not in stages
+    # The passages that state a fact are scored once more, for their ranks.
+    assert setting.of(small).size.labelled == 3
+    methods_there = len(setting.of(small).methods["none"])
+    scored = cost.score_operations(s["width"], 33, 1) * methods_there
+    assert stages["exact search, none"] == scored
 
 
 def test_without_hardware_this_machine_is_measured(small, monkeypatch):
@@ -185,8 +190,9 @@ def test_without_hardware_this_machine_is_measured(small, monkeypatch):
     assert encode["seconds"] == positions * 0.25 + len(shapes)
     assert encode["devices"] == jax.device_count() and found["hardware"]["measured"]
     width, gram = 4 * 16, 2 * 30 * 4 * 16**2
-    # grad_cos and grad_dot: no whitening, two products with one query.
-    seconds = 2 * 2 * 30 * width / 1e5 / jax.local_device_count()
+    # grad_cos and grad_dot: no whitening, two products with one query, of 30 passages and of the
+    # 3 labelled ones.
+    seconds = 2 * 2 * 33 * width / 1e5 / jax.local_device_count()
     assert stages["exact search, none"]["seconds"] == pytest.approx(seconds)
     eigen = 3 * 9 * 4 * 16**3
     assert stages["R, factored"]["seconds"] == pytest.approx(gram / 1e6 + eigen / 1e4)

@@ -1,5 +1,9 @@
 """Shard files against TensorStore and zarr, which write and read the same format."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -110,6 +114,25 @@ def test_memory_is_not_used_again_while_somebody_holds_it():
     third = buffers.take(900)
     assert third.ctypes.data == address and address % 64 == 0
     assert buffers.take(5000).ctypes.data not in (address, second.ctypes.data)
+
+
+def test_readers_side_by_side_never_share_memory(monkeypatch):
+    """Guards: two threads that find the same memory free."""
+    buffers = shard_file.Buffers()
+    # Both look before either takes.
+    looked, holders = threading.Barrier(2), shard_file._holders
+
+    def look(kept, i):
+        found = holders(kept, i)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(0.2)
+        return found
+
+    buffers.take(1000)  # nobody holds it
+    monkeypatch.setattr(shard_file, "_holders", look)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(buffers.take, (1000, 1000))
+    assert first.ctypes.data != second.ctypes.data
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
