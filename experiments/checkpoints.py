@@ -106,7 +106,7 @@ def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: M
             whitening = Whitening(config, source, q_QxE, search_mesh(trained))
             roots += whitening.train_roots()
         if method.passages == "adam_step":
-            m_E, b1 = encoding.momentum(config, corpus, then, method.gradients)
+            m_E, b1 = encoding.momentum(config, corpus, then, workdir, method.gradients)
             source = sources.Mapped(source, sources.adam_steps(lengths_C, m_E, b1))
         elif method.unit_norm:
             source = sources.Mapped(source, sources.normalised)
