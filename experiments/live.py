@@ -9,6 +9,7 @@ from flax import nnx
 
 from experiments import live_others, live_stores, opened, remembered
 from experiments.corpus import Corpus
+from experiments.live_summed import Checkpoints
 from experiments.opened import config_of
 from experiments.remembered import LiveError, Reread
 from experiments.workdir import Workdir, write_json
@@ -122,16 +123,10 @@ def load(path: pathlib.Path, config: dict) -> tuple[Tracer, int]:
     passages = next(iter(encoded.values())).store if encoded else reread
     h = run.config.hessian
     how = Hessian(h.sample, h.seed, h.component, h.weight, h.damping, h.cutoff, h.evaluation)
-    tracer = Tracer(
-        run.trained.model,
-        run.tokenizer,
-        run.config.model.context,
-        encoded,
-        how,
-        path / "live",
-        there.known if there else None,
-        passages,
-        live_others.others(run, passages, text, reread),
-    )
+    known = there.known if there else None
+    others = live_others.others(run, passages, text, reread)
+    others["several"] = Checkpoints(run, reread, how, known)
+    whole = run.trained.model, run.tokenizer, run.config.model.context
+    tracer = Tracer(*whole, encoded, how, path / "live", known, passages, others)
     count = sum(x.size for x in jax.tree.leaves(nnx.state(run.trained.model, nnx.Param)))
     return tracer, count

@@ -26,11 +26,15 @@ def encoded(run: Opened, reread: Reread) -> dict[Gradients, Encoded]:
     """
     found = {}
     for what in dict.fromkeys(m.gradients for m in METHODS.values()):
-        fitting = [s for s in run.corpus if _is_of(s, what, run.config)]
-        fitting.sort(key=lambda s: not _is_configs(s, what, run.config))
-        if fitting:
-            found[what] = _encoded(fitting[0], run, reread)
+        if fitting := fitting_of(run.corpus, what, run.config):
+            found[what] = encoded_as(fitting[0], run, reread)
     return found
+
+
+def fitting_of(stores: list[GradientStore], what: Gradients, config) -> list[GradientStore]:
+    """Those of some stores that have these gradients, made by the config's settings first."""
+    fitting = [s for s in stores if _is_of(s, what, config)]
+    return sorted(fitting, key=lambda s: not _is_configs(s, what, config))
 
 
 def _is_of(store: GradientStore, what: Gradients, config) -> bool:
@@ -51,7 +55,8 @@ def _is_configs(store: GradientStore, what: Gradients, config) -> bool:
     return own and same and dtype and made["projection"] == projection
 
 
-def _encoded(store: GradientStore, run: Opened, reread: Reread) -> Encoded:
+def encoded_as(store: GradientStore, run: Opened, reread: Reread) -> Encoded:
+    """A store, and all that makes a question's gradient like its rows."""
     made = store.manifest["fingerprint"]
     include, exclude = made["include"] or None, made["exclude"] or None
     chosen = sites.find(run.trained.model, include, exclude, made["untapped"])

@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import defaults
-from experiments import remembered, training
+from experiments import checkpoints, remembered, training
 from experiments.remembered import LiveError, Remembered
 from experiments.training import Trained
 from experiments.workdir import fingerprint
@@ -80,18 +80,31 @@ def load(path: pathlib.Path, config: dict) -> Opened:
     tx = training.make_optimizer(config, made["steps"] or config.train.warmup)
     trained = Trained(model, root, step, tx, mesh, made)
     known = remembered.read(path)
-    wanted = {"checkpoint": fingerprint(made), "step": step, "tokenizer": tokenizer.fingerprint()}
+    run = Opened(path, config, trained, tokenizer, known, [], [])
+    return dataclasses.replace(run, **stores_of(run, step))
 
-    def stores_of(name: str) -> list[GradientStore]:
-        found = finished_stores(sorted((path / "stores").glob(f"{name}-*")))
-        found = [s for s in found if _fits(s, wanted)]
-        if known is not None:
-            found.sort(key=lambda s: text_of(s) != known.fingerprint[name])
-        return found
 
-    return Opened(
-        path, config, trained, tokenizer, known, stores_of("corpus"), stores_of("queries")
-    )
+def at_step(run: Opened, step: int) -> Opened:
+    """The run as it was at another checkpoint, with the stores of that."""
+    then = dataclasses.replace(run, trained=checkpoints.at_step(run.trained, step))
+    return dataclasses.replace(then, **stores_of(run, step))
+
+
+def stores_of(run: Opened, step: int) -> dict[str, list[GradientStore]]:
+    """The finished stores of a checkpoint's gradients, "corpus" and "queries", the best first."""
+    wanted = {
+        "checkpoint": fingerprint(run.trained.fingerprint),
+        "step": step,
+        "tokenizer": run.tokenizer.fingerprint(),
+    }
+    out = {}
+    for name in ("corpus", "queries"):
+        found = finished_stores(sorted((run.path / "stores").glob(f"{name}-*")))
+        out[name] = [s for s in found if _fits(s, wanted)]
+        if run.remembered is not None:
+            text = run.remembered.fingerprint[name]
+            out[name].sort(key=lambda s, text=text: text_of(s) != text)
+    return out
 
 
 def text_of(store: GradientStore) -> str | None:

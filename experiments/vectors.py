@@ -27,15 +27,25 @@ def probabilities(config, corpus: Corpus, trained: Trained, workdir: Workdir) ->
     """The geometric mean probability of each passage's tokens, float64 [C]."""
     _check_local(trained, "probabilities of passages")
     nats = likelihood.Likelihood(trained.model, corpus.tokenizer.pad)
-    made = {"what": "nats", "checkpoint": fingerprint(trained.fingerprint), "step": trained.step}
     layout = (corpus.buckets, config.gradients.tokens_per_batch)
 
     def compute(rows):
         return nats.rows(corpus.passages, rows, *layout)[:, None]
 
     table = corpus.passages
-    found = _kept(workdir, "nats", table.ids, 1, made, corpus.fingerprint["corpus"], compute)
-    return np.exp(-found[:, 0].astype(np.float64) / np.maximum(scored_tokens(table), 1))
+    made, text = made_of_nats(trained), corpus.fingerprint["corpus"]
+    found = _kept(workdir, "nats", table.ids, 1, made, text, compute)
+    return mean_probabilities(found, scored_tokens(table))
+
+
+def made_of_nats(trained: Trained) -> dict:
+    """What decides the nats of passages, apart from the rows."""
+    return {"what": "nats", "checkpoint": fingerprint(trained.fingerprint), "step": trained.step}
+
+
+def mean_probabilities(nats_Cx1: np.ndarray, lengths_C: np.ndarray) -> np.ndarray:
+    """The geometric mean probability of each passage's tokens, float64 [C]."""
+    return np.exp(-nats_Cx1[:, 0].astype(np.float64) / np.maximum(lengths_C, 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tda.retrieval.scorer import Scorer
 
 # What a method may ask for beside correction, R, norm and retriever.
 _KNOWN_FIELDS = ("output", "curvature", "evaluation", "layer")
+_OF_SUMS = ("several", "by_learning_rate", "passages")
 
 
 class Tracer:
@@ -39,10 +40,12 @@ class Tracer:
         folder: where R^(−1/2) is kept for the next start; None keeps it in memory alone.
         known: the run's own queries, by whose rules they are answered and marked.
         passages: the corpus; that of the gradients by default.
-        others: retrievers beside those of gradients and of words, by name.
+        others: retrievers beside those of gradients and of words, by name; "several" answers by
+            sums over checkpoints, and by passages whose gradients are changed.
 
     Attributes:
         speaker: asks the model for tokens.
+        roots: R^(−1/2) of the gradients.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Tracer:
         self.speaker = Speaker(model, tokenizer, context)
         self._model, self._encoded = model, encoded
         self._how, self._known = how or Hessian(), known or Known()
-        self._roots = Roots(encoded, self._how, folder)
+        self.roots = Roots(encoded, self._how, folder)
         if passages is None and encoded:
             passages = next(iter(encoded.values())).store
         self._passages, self._others = passages, dict(others or {})
@@ -80,12 +83,13 @@ class Tracer:
     def lacks(self, method: Method) -> str | None:
         """Why a method cannot be asked here; None where it can."""
         # One that asks for more must not be answered with less.
-        beyond = {n: x for n, x in method.beyond_plain.items() if n not in _KNOWN_FIELDS}
+        fields = _KNOWN_FIELDS + (_OF_SUMS if "several" in self._others else ())
+        beyond = {n: x for n, x in method.beyond_plain.items() if n not in fields}
         if beyond:
             named = ", ".join(f"{name}={value}" for name, value in beyond.items())
             return f"methods with {named} answer no live questions"
-        if method.retriever in self._others:
-            return self._others[method.retriever].lacks(method)
+        if _retriever(method) in self._others:
+            return self._others[_retriever(method)].lacks(method)
         if method.retriever not in ("gradient", "gradient_norm"):
             return f"there is nothing that the retriever {method.retriever!r} could search"
         if method.gradients not in self._encoded:
@@ -135,13 +139,13 @@ class Tracer:
         found = {}
         sharing: dict[Gradients, dict[str, Method]] = {}
         for name, method in methods.items():
-            if method.retriever == "gradient":
+            if method.shares_scan:
                 sharing.setdefault(method.gradients, {})[name] = method
         for gradients, own in sharing.items():
             found |= self._search(question, gradients, own, k, on_progress)
         for name, method in methods.items():
-            if method.retriever != "gradient":
-                retriever = self._others[method.retriever]
+            if not method.shares_scan:
+                retriever = self._others[_retriever(method)]
                 found[name] = retriever.search(method, question, k, on_progress)
         return {n: self._record(question, found[n], methods[n]) for n in methods}
 
@@ -158,9 +162,9 @@ class Tracer:
         on_progress: Progress,
     ) -> dict[str, Ranked]:
         store = self._encoded[gradients].store
-        gradient_1xE = self._gradient(question, gradients, on_progress)
+        gradient_1xE = self.gradient(question, gradients, on_progress)
         scorers = {
-            n: self._roots.scorer(m, question.number, gradients, on_progress)
+            n: self.roots.scorer(m, question.number, gradients, on_progress)
             for n, m in sharing.items()
         }
         done = 0
@@ -174,7 +178,7 @@ class Tracer:
         return exact.search(gradient_1xE, store, scorers, k, on_rows=on_rows)
 
     def _record(self, question: Question, found: Ranked, method: Method) -> dict:
-        e = self._encoded.get(method.gradients) if method.retriever == "gradient" else None
+        e = self._encoded.get(method.gradients) if method.shares_scan else None
         source = self._passages if e is None else e.store
 
         def passages(rows, scores):
@@ -199,7 +203,7 @@ class Tracer:
             **more,
         )
 
-    def _gradient(
+    def gradient(
         self, question: Question, gradients: Gradients, on_progress: Progress = silent
     ) -> np.ndarray:
         """The projected gradient of a question, float32 [1, E]."""
@@ -259,6 +263,8 @@ class Tracer:
         if why := self.lacks(method):
             raise ValueError(why)
         gradients = method.gradients
+        if not method.shares_scan:
+            raise ValueError(f"{method.title}: its scores are no inner products of one gradient")
         e = self._encoded[gradients]
         if why := heat.lacks(e):
             raise ValueError(why)
@@ -267,8 +273,8 @@ class Tracer:
         except KeyError as error:
             raise ValueError(f"the store has no passage {passage!r}") from error
         question = self._question(prompt, target)
-        query_1xE = self._gradient(question, gradients, on_progress)
-        scorer = self._roots.scorer(method, question.number, gradients, on_progress)
+        query_1xE = self.gradient(question, gradients, on_progress)
+        scorer = self.roots.scorer(method, question.number, gradients, on_progress)
         stored_1xE = e.store.read([row])
         if not np.isfinite(stored_1xE).all():
             raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")
@@ -282,6 +288,12 @@ class Tracer:
 
     def _tokens_of(self, store, row: int) -> tuple[np.ndarray, list[str]]:
         return heat.tokens_of(store, row, self.speaker)
+
+
+def _retriever(method: Method) -> str:
+    """The name of what answers by a method."""
+    summed = method.retriever == "gradient" and not method.shares_scan
+    return "several" if summed else method.retriever
 
 
 def _told(gradients: Gradients) -> str:

@@ -13,6 +13,7 @@ import pytest
 from experiments import live, opened, trace, training
 from experiments.workdir import Workdir
 from tda import results
+from tda import store as stores
 from tda.methods import METHODS
 from tests.experiments.test_trace import make_config
 
@@ -184,7 +185,7 @@ def test_heat_of_a_query_whose_part_is_taken_out(workdir, run):
 def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
     lacks = {m["name"]: m["lacks"] for m in run.describe(silent)["methods"]}
     assert all(lacks[name] is None for name in NAMES)
-    assert lacks["tracin"].startswith("methods with several=True")
+    assert lacks["tracin"].startswith("it sums over the checkpoints")
     assert "of the logit" in lacks["trackstar_logit"]
     with pytest.raises(ValueError, match="have no parts by position"):
         run.heat(silent, *asked(workdir), "ekfac", "s00")
@@ -211,8 +212,6 @@ def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
 def test_withdrawn_passages_are_found_by_nothing(workdir, tmp_path):
     folder = tmp_path / "w"
     shutil.copytree(workdir, folder)
-    from tda import store as stores
-
     for path in (folder / "stores").glob("corpus-*"):
         stores.open_store(path).withdraw(["s00"])
     found = live.open_workdir(folder).trace(silent, *asked(workdir), NAMES, 12)
