@@ -214,6 +214,8 @@ def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
             shown = page.texts(f".results [data-method={name}] .card p.text")
             expected = of_batch(workdir, name)[2]["proponents"]
             assert shown == expected, name
+            correct = of_batch(workdir, name)[2]["proponent_correct"]
+            assert page.page.locator(f"[data-method={name}] .tag.yes").count() == sum(correct) > 0
         page.page.click("#trackstar-proponents-1 >> text=heat")
         page.page.wait_for_selector("#trackstar-proponents-1 .token", timeout=120_000)
         tokens = page.texts("#trackstar-proponents-1 .token")
