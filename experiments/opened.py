@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -77,8 +78,7 @@ def load(path: pathlib.Path, config: dict) -> Opened:
     tokenizer = _tokenizer(path, config, "pretrained" in made)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     model = _model(_json(path / "model" / "config.json"), root, step, mesh)
-    tx = training.make_optimizer(config, made["steps"] or config.train.warmup)
-    trained = Trained(model, root, step, tx, mesh, made)
+    trained = Trained(model, root, step, optax.identity(), mesh, made)  # no step is taken
     known = remembered.read(path)
     run = Opened(path, config, trained, tokenizer, known, [], [])
     return dataclasses.replace(run, **stores_of(run, step))
