@@ -65,8 +65,9 @@ def check_live(workdir, names):
     for name, got in ((m["name"], m["record"]) for m in found):
         scores = expected[name]["proponent_scores"]
         scale = max(map(abs, scores))
+        # The model is not trained: its gradients are alike, and R⁻¹ makes rounding larger.
         np.testing.assert_allclose(
-            got["proponent_scores"], scores, rtol=5e-4, atol=5e-5 * scale, err_msg=name
+            got["proponent_scores"], scores, rtol=2e-3, atol=1e-3 * scale, err_msg=name
         )
         assert got["proponent_ids"][0] == expected[name]["proponent_ids"][0]
     assert answers.complete(lambda *told: None, question[0], 2)["steps"]
