@@ -51,7 +51,7 @@ def workdir(tmp_path_factory, one_device):
     config.methods = ",".join(NAMES)
     config.eval.tail_patch_queries = config.eval.samples = 0
     config.gradients.second_moments, config.gradients.estimate_batches = "estimate", 2
-    config.hessian.damping, config.hessian.cutoff = -1.0, 0.02
+    config.hessian.damping, config.hessian.cutoff = -1.0, 0.5
     config.hessian.evaluation = "leave_one_out"
     config.projection.blocks = 1
     (folder / "encoder").mkdir()
