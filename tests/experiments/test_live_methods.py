@@ -130,6 +130,18 @@ def test_the_halves_are_the_runs(workdir, run):
               number)  # fmt: skip
 
 
+def test_the_cutoff_is_the_configs(workdir, tmp_path):
+    """Guards: a cutoff that is not passed on; where R is shrunk, no direction is below it."""
+    names = ("model", "stages", "stores", "moments", "corpus.npz")
+    folder = linked(workdir, tmp_path / "w", *names)
+    config, scores = opened.config_of(workdir), []
+    for config["hessian"]["damping"], config["hessian"]["cutoff"] in ((1e-3, 0.0), (1e-3, 0.5)):
+        tracer, _ = live.load(folder, config)
+        found = tracer.trace(*asked(workdir), {"exp4": METHODS["exp4"]})["exp4"]
+        scores.append(found["proponent_scores"])
+    assert np.abs(np.subtract(*scores)).max() > 1e-2
+
+
 def test_another_question_is_scored_with_all_queries(run):
     names = ["trackstar", "trackstar_all", "trackstar_leave_one_out", "trackstar_disjoint"]
     found = run.trace(silent, *OWN, [*names, "annotated", "random"], 10)["methods"]
