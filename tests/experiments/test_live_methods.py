@@ -197,7 +197,8 @@ def test_heat_of_a_query_whose_part_is_taken_out(workdir, run):
 def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
     lacks = {m["name"]: m["lacks"] for m in run.describe(silent)["methods"]}
     assert all(lacks[name] is None for name in NAMES)
-    assert lacks["tracin"].startswith("it sums over the checkpoints")
+    assert lacks["tracin"] is None  # of the one checkpoint that is kept
+    assert lacks["trak"].startswith("it sums over the checkpoints")
     assert "of the logit" in lacks["trackstar_logit"]
     with pytest.raises(ValueError, match="have no parts by position"):
         run.heat(silent, *asked(workdir), "ekfac", "s00")
