@@ -13,7 +13,7 @@ from tda import checkpoint, optimizer, processes
 from tda.methods import Method
 from tda.model import functional
 from tda.retrieval import sources
-from tda.retrieval.scorer import Scorer
+from tda.retrieval.scorer import Scorer, Source
 
 
 def steps_of(config, trained: Trained, method: Method) -> list[int]:
@@ -48,15 +48,25 @@ def at_step(trained: Trained, step: int) -> Trained:
 
 
 def weights(config, corpus: Corpus, method: Method, steps: list[int]) -> np.ndarray:
+    """What each checkpoint counts in the sum, float64, of sum 1; see `weights_of`."""
+    return weights_of(config, total_steps(config, corpus)[0], method, steps)
+
+
+def weights_of(config, total: int, method: Method, steps: list[int]) -> np.ndarray:
     """What each checkpoint counts in the sum, float64, of sum 1.
 
     By learning rate: its mean over the steps since the checkpoint before, as TracInCP (Pruthi et
     al. 2020) and LESS (Xia et al. 2024) weigh them.
+
+    Args:
+        config: of the run.
+        total: steps of the whole training.
+        method: says whether by learning rate, or all alike.
+        steps: the checkpoints, rising.
     """
     if not method.by_learning_rate or len(steps) == 1:
         return np.full(len(steps), 1 / len(steps))
     t = config.train
-    total, _ = total_steps(config, corpus)
     rate = optimizer.schedule(t.schedule, t.learning_rate, total, t.warmup, t.final)
     bounds = [0, *steps]
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
@@ -75,49 +85,87 @@ class Summed:
         note: what a table says of it.
     """
 
-    source: object
+    source: Source
     queries_QxE: np.ndarray
     scorer: Scorer
     note: dict
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one checkpoint has in a sum.
+
+    Attributes:
+        source: its gradients of the passages.
+        queries_QxE: those of the queries.
+        roots: R^(−1/2) by block; empty for the identity.
+        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages step by Adam.
+        probabilities: of passages, float64 [C]; None unless they count by them.
+    """
+
+    source: Source
+    queries_QxE: np.ndarray
+    roots: list[np.ndarray]
+    momentum: tuple[np.ndarray, float] | None = None
+    probabilities: np.ndarray | None = None
+
+
 def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: Method) -> Summed:
     """What to search for a method whose passages are not those of one store as they are.
-
-    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean
-    of 1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric
-    mean of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
 
     Raises:
         ValueError: R is neither none nor R_train.
     """
     if method.hessian not in ("none", "train"):
         raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
-    steps = steps_of(config, trained, method)
-    counts = weights(config, corpus, method, steps)
-    parts, queries, roots, sure = [], [], [], []
-    lengths_C = vectors.scored_tokens(corpus.passages)
-    for step, count in zip(steps, counts, strict=True):
+    steps, parts = steps_of(config, trained, method), []
+    for step in steps:
         then = at_step(trained, step)
         source, q_QxE = encoding.encode(config, corpus, then, workdir, method.gradients)
         if method.query_gradients != method.gradients:
             q_QxE = encoding.encode_queries(config, corpus, then, workdir, method.query_gradients)
+        roots, momentum, probabilities = [], None, None
         if method.hessian == "train":
-            whitening = Whitening(config, source, q_QxE, search_mesh(trained))
-            roots += whitening.train_roots()
+            roots = Whitening(config, source, q_QxE, search_mesh(trained)).train_roots()
         if method.passages == "adam_step":
-            m_E, b1 = encoding.momentum(config, corpus, then, method.gradients)
-            source = sources.Mapped(source, sources.adam_steps(lengths_C, m_E, b1))
+            momentum = encoding.momentum(config, corpus, then, workdir, method.gradients)
+        if method.passages == "unsure":
+            probabilities = vectors.probabilities(config, corpus, then, workdir)
+        parts.append(Part(source, q_QxE, roots, momentum, probabilities))
+    counts = weights(config, corpus, method, steps)
+    return combined(method, parts, steps, counts, vectors.scored_tokens(corpus.passages))
+
+
+def combined(
+    method: Method, parts: list[Part], steps: list[int], counts: np.ndarray, lengths_C: np.ndarray
+) -> Summed:
+    """The checkpoints of a method as one search.
+
+    TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean
+    of 1 − p; φ is the gradient of the margin, and of a passage of many tokens p is the geometric
+    mean of their probabilities. TracIn: Σ η ⟨∇L(q), ∇L(p)⟩. LESS: Σ η cos(∇L(q), Adam's step on p).
+
+    Args:
+        method: the method.
+        parts: of each checkpoint.
+        steps, counts: which they are, and what each counts.
+        lengths_C: scored tokens of every passage.
+    """
+    rows, queries = [], []
+    for part, count in zip(parts, counts, strict=True):
+        source, q_QxE = part.source, part.queries_QxE
+        if part.momentum is not None:
+            source = sources.Mapped(source, sources.adam_steps(lengths_C, *part.momentum))
         elif method.unit_norm:
             source = sources.Mapped(source, sources.normalised)
         if method.unit_norm:
             q_QxE = sources.normalised(q_QxE)
-        if method.passages == "unsure":
-            sure.append(vectors.probabilities(config, corpus, then, workdir))
-        parts.append(source)
+        rows.append(source)
         queries.append(q_QxE * np.float32(count))
-    source = parts[0] if len(parts) == 1 else sources.Joined(parts)
+    source = rows[0] if len(rows) == 1 else sources.Joined(rows)
+    sure = [p.probabilities for p in parts if p.probabilities is not None]
     if sure:
         source = sources.Mapped(source, sources.scaled(1 - np.mean(sure, axis=0)))
+    roots = [root for part in parts for root in part.roots]
     note = {"checkpoints": steps, "weights": [round(float(c), 6) for c in counts]}
     return Summed(source, np.concatenate(queries, axis=1), Scorer(roots or None, False), note)

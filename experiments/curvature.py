@@ -1,6 +1,7 @@
 """Kronecker factors of a run's model, for EK-FAC and LoGra: fitted once, and kept."""
 
 import os
+import pathlib
 
 import numpy as np
 
@@ -38,27 +39,38 @@ def ends(
     projection: Projection,
 ) -> dict[sites.Site, taps.End]:
     """Taps of the gradients that the method of this kind compares."""
-    fitted = _fitted(config, corpus, trained, workdir, kind, chosen, projection.side)
+    file = file_of(workdir.path, made_from(config, corpus, kind), trained, chosen, projection.side)
+    fitted = _fitted(config, corpus, trained, kind, chosen, projection.side, file)
+    return ends_of(kind, chosen, projection, fitted, config.curvature.damping)
+
+
+def ends_of(kind: str, chosen, projection: Projection, fitted: dict, damping: float) -> dict:
+    """Taps of the gradients that the method of this kind compares, from its factors."""
     if kind == "logra":
         return kronecker.logra_ends(chosen, projection.side, fitted)
-    return kronecker.ekfac_ends(chosen, projection, fitted, config.curvature.damping)
+    return kronecker.ekfac_ends(chosen, projection, fitted, damping)
 
 
-def _fitted(config, corpus, trained, workdir, kind, chosen, side) -> dict:
-    made = made_from(config, corpus, kind)
-    made.pop("damping", None)
-    made |= {
+def file_of(
+    path, made: dict, trained: Trained, chosen: list[sites.Site], side: int
+) -> pathlib.Path:
+    """Where a workdir keeps the factors that were made as `made` says (`made_from`)."""
+    kind = made["kind"]
+    made = {k: v for k, v in made.items() if k != "damping"} | {
         "checkpoint": fingerprint(trained.fingerprint),
         "step": trained.step,
         "sites": [s.path for s in chosen],
     }
     keep = side if kind == "logra" else None
-    file = workdir / "curvature" / f"{kind}-{fingerprint([made, keep])}.npz"
+    return pathlib.Path(path) / "curvature" / f"{kind}-{fingerprint([made, keep])}.npz"
+
+
+def _fitted(config, corpus, trained, kind: str, chosen, side: int, file: pathlib.Path) -> dict:
     if not processes.by_first("look for curvature", file.exists):
-        found = _fit(config, corpus, trained, kind, chosen, keep)
+        found = _fit(config, corpus, trained, kind, chosen, side if kind == "logra" else None)
         processes.by_first("keep curvature", lambda: _save(file, found))
         return found
-    return _load(file)
+    return load(file)
 
 
 def _fit(config, corpus: Corpus, trained: Trained, kind: str, chosen, keep) -> dict:
@@ -105,7 +117,8 @@ def _save(file, found: dict) -> None:
     os.replace(part, file)
 
 
-def _load(file) -> dict:
+def load(file) -> dict:
+    """Factors that were kept, by path."""
     with np.load(file, allow_pickle=False) as kept:
         arrays = dict(kept)
     paths = {name.rpartition("|")[0] for name in arrays}

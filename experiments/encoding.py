@@ -1,7 +1,6 @@
 """The stage that encodes corpus and queries into stores."""
 
 import dataclasses
-import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,17 +8,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from experiments import curvature
+from experiments import curvature, moments
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint, plain
-from tda import checkpoint, encoding, processes, sharding, train
-from tda import loss as losses
+from tda import encoding, processes
 from tda import store as stores
-from tda.data import batches, tokens
+from tda.data import tokens
 from tda.encoding import OnTheFly
 from tda.gradients import encoder as encoders
-from tda.gradients import estimate, first_moments, kronecker, second_moments, sites
+from tda.gradients import first_moments, kronecker, sites
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
 from tda.methods import Gradients
@@ -35,7 +33,7 @@ def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict
     made = {
         "checkpoint": fingerprint(trained.fingerprint),
         "step": trained.step,
-        "projection": dataclasses.asdict(_projection(config, what)),
+        "projection": dataclasses.asdict(projection_of(config, what)),
         "correction": g.correction if what.corrected else "none",
         "output": what.output or g.output,
         "include": g.include,
@@ -45,13 +43,14 @@ def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict
         "tokenizer": corpus.fingerprint["tokenizer"],
     }
     if what.corrected:
-        made["second_moments"] = _source_of_moments(config, corpus, trained)
+        made["second_moments"] = moments.source(config, corpus, trained)
     if what.curvature != "none":
         made["curvature"] = curvature.made_from(config, corpus, what.curvature)
     return plain(made)
 
 
-def _projection(config, what: Gradients) -> Projection:
+def projection_of(config, what: Gradients) -> Projection:
+    """P of some gradients."""
     projection = Projection(**dict(config.projection))
     # Components of different matrices have nothing in common that could be added up.
     return (
@@ -91,67 +90,6 @@ class _Texts(Sequence):
         return self._corpus.text_of(row, self._table)
 
 
-def _source_of_moments(config, corpus: Corpus, trained: Trained):
-    """What the second moments are estimated from, or "optimizer" where they are read."""
-    g = config.gradients
-    if g.second_moments not in ("auto", "optimizer", "estimate"):
-        raise ValueError(
-            f"unknown gradients.second_moments={g.second_moments!r}; "
-            "use auto, optimizer or estimate"
-        )
-    there = checkpoint.has_optimizer(trained.root, trained.step)
-    if g.second_moments == "optimizer" or (g.second_moments == "auto" and there):
-        return "optimizer"
-    return {
-        "estimated from batches": g.estimate_batches,
-        "of tokens": config.train.tokens_per_batch,
-        "text": corpus.fingerprint["training"],
-        "seed": config.seed,
-    }
-
-
-def _scales(config, corpus: Corpus, trained: Trained, chosen: list[sites.Site], made: dict):
-    """1/√V by path, as `made` says."""
-    if made["correction"] == "none":
-        return None
-    if made["second_moments"] == "optimizer":
-        scales = second_moments.read(trained.root, chosen, made["correction"], trained.step)
-        return {path: _within_reach(s, trained.mesh) for path, s in scales.items()}
-    count, training = config.gradients.estimate_batches, corpus.training
-    print(f"second moments: estimated from {count} batches of the training text")
-    # A shuffled epoch's first batches are a sample of the text.
-    planned = train.epoch_plan(
-        training,
-        0,
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=config.train.tokens_per_batch,
-        multiple=1,
-        seed=config.seed,
-    )
-    found = (b.arrays() for b in batches.batches(training, planned, corpus.tokenizer.pad))
-
-    def loss(model, batch):
-        return losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
-
-    return estimate.estimate(
-        trained.model,
-        loss,
-        itertools.islice(found, count),
-        chosen,
-        made["correction"],
-        config.train.eps,
-    )
-
-
-def _within_reach(scale: second_moments.Scale, mesh) -> second_moments.Scale:
-    """A scale that was read onto the devices of all processes, for a model on this one's."""
-    parts = {f.name: getattr(scale, f.name) for f in dataclasses.fields(scale)}
-    far = {n: x for n, x in parts.items() if x is not None and not x.is_fully_addressable}
-    if not far or not sharding.is_local(mesh):
-        return scale
-    return dataclasses.replace(scale, **{n: sharding.to_host(x) for n, x in far.items()})
-
-
 def encode(
     config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
 ) -> tuple[Source, np.ndarray]:
@@ -184,10 +122,10 @@ def encode_queries(
 
 def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
     made = made_from(config, corpus, trained, what)
-    projection, output = _projection(config, what), made["output"]
+    projection, output = projection_of(config, what), made["output"]
     chosen = _chosen(config, trained, what)
     if what.curvature == "none":
-        scales = _scales(config, corpus, trained, chosen, made)
+        scales = moments.scales(config, corpus, trained, workdir, chosen, made)
         return encoders.make_encoder(
             trained.model, projection, scales, output, **_scope(config), mesh=trained.mesh
         )
@@ -196,11 +134,13 @@ def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: G
     return dataclasses.replace(encoder, arrays=encoders.place(encoder, trained.mesh))
 
 
-def momentum(config, corpus: Corpus, trained: Trained, what: Gradients) -> tuple[np.ndarray, float]:
+def momentum(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
+) -> tuple[np.ndarray, float]:
     """P·(m/√V) of the optimizer's first moment m, float32 [E], and its b1."""
     made = made_from(config, corpus, trained, what)
-    chosen, projection = _chosen(config, trained, what), _projection(config, what)
-    scales = _scales(config, corpus, trained, chosen, made)
+    chosen, projection = _chosen(config, trained, what), projection_of(config, what)
+    scales = moments.scales(config, corpus, trained, workdir, chosen, made)
     return (
         first_moments.projected(trained.root, chosen, projection, scales, trained.step),
         config.train.b1,
@@ -210,7 +150,7 @@ def momentum(config, corpus: Corpus, trained: Trained, what: Gradients) -> tuple
 def blocks_of(config, trained: Trained, what: Gradients) -> tuple[str, ...]:
     """The names of an encoding's blocks, in order."""
     chosen = _chosen(config, trained, what)
-    return projections.layout(chosen, _projection(config, what)).blocks
+    return projections.layout(chosen, projection_of(config, what)).blocks
 
 
 def _layout(config, corpus: Corpus, trained: Trained) -> dict:
@@ -224,7 +164,7 @@ def _layout(config, corpus: Corpus, trained: Trained) -> dict:
 
 def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> list:
     made = made_from(config, corpus, trained, what)
-    chosen, projection = _chosen(config, trained, what), _projection(config, what)
+    chosen, projection = _chosen(config, trained, what), projection_of(config, what)
     _tell_coverage(trained, chosen)
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None

@@ -38,7 +38,7 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     if processes.is_first():
         whole = f"{text}\n\n{report.details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
-        live.remember(config, workdir)
+        live.remember(config, data, workdir)
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():

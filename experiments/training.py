@@ -142,12 +142,12 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
     mesh = working_mesh(config)
     model_fn, params = functional.split(model)
     abstract = functional.abstract(params, model_fn.axes, mesh)
-    traced = _traced_step(config, root, steps)
+    traced = traced_step(config, root, steps)
     params = checkpoint.restore_parameters(root, abstract, traced)
     return Trained(model_fn.merge(params), root, traced, tx, mesh, made_from)
 
 
-def _traced_step(config, root: str, steps: int) -> int:
+def traced_step(config, root: str, steps: int) -> int:
     """The checkpoint that is traced: of those kept, the one nearest to the share asked for."""
     share = config.train.traced
     if not 0 < share <= 1:

@@ -102,18 +102,6 @@ class Tokenizer:
         found = self._inner.encode_batch(texts, add_special_tokens=False)
         return [(e.ids, e.offsets) for e in found]
 
-    def pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """Token ids of a text, without special tokens, and the part of the text that each is.
-
-        The parts add up to the text. A character of several tokens belongs to the first of them.
-        """
-        encoded = self._inner.encode(text, add_special_tokens=False)
-        parts, begun = [], 0
-        for _, end in encoded.offsets:
-            parts.append(text[begun:end])
-            begun = max(begun, end)
-        return encoded.ids, parts
-
     def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of `<bos> prompt target` and which of them are the target's.
 

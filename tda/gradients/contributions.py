@@ -83,7 +83,7 @@ def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarr
 
     Args:
         query_E, passage_E: projected gradients, float32 [E].
-        roots: W = R^(−1/2) by block, or None for the identity.
+        roots: W by block, WᵀW = R⁻¹, or None for the identity.
         slices: where each block stands.
         unit_norm: whether both are divided by their norms.
 
@@ -97,7 +97,10 @@ def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarr
         return np.concatenate([root @ x_E[s] for s, root in zip(slices, roots, strict=True)])
 
     query_E = whiten(np.asarray(query_E, np.float64))
-    direction_E = whiten(query_E)  # W is symmetric
+    direction_E = query_E
+    if roots is not None:
+        pairs = zip(slices, roots, strict=True)
+        direction_E = np.concatenate([root.T @ query_E[s] for s, root in pairs])
     if not unit_norm:
         return direction_E
     norms = np.linalg.norm(query_E) * np.linalg.norm(whiten(np.asarray(passage_E, np.float64)))

@@ -1,7 +1,9 @@
 """Live questions: one prompt and target at a time, answered from a model and its corpus's store."""
 
-from tda.live.roots import Encoded, Hessian, finished_stores
+from tda.live.encoded import Encoded, finished_stores
+from tda.live.questions import Known, Question
+from tda.live.roots import Hessian
 from tda.live.speaker import Speaker
 from tda.live.tracer import Tracer
 
-__all__ = ["Encoded", "Hessian", "Speaker", "Tracer", "finished_stores"]
+__all__ = ["Encoded", "Hessian", "Known", "Question", "Speaker", "Tracer", "finished_stores"]

@@ -6,20 +6,18 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tda import hessian
-from tda import store as stores
-from tda.gradients.projection import Projection
+from tda.live.encoded import Encoded, Progress
+from tda.methods import Gradients, Method
+from tda.retrieval.scorer import InMemory, Scorer
 from tda.store import GradientStore
 
-Progress = Callable[[str, int, int], None]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+# Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.
+_FLOOR = 1e-6
+_HALVES = ("first half", "second half")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,9 @@ class Hessian:
         sample, seed: passages that R_train is taken of (0: all), and the seed of their draw.
         component: k of the mixing rule; 0: in proportion to the width.
         weight: λ; below 0: by the rule.
-        damping: in mean eigenvalues of a block.
+        damping: in mean eigenvalues of a block; below 0: shrunk as a sample of its size needs.
+        cutoff: directions of smaller eigenvalues are left out, in the same unit.
+        evaluation: what R_eval is made of: "all" queries, "leave_one_out" or "disjoint".
     """
 
     sample: int = 0
@@ -38,103 +38,169 @@ class Hessian:
     component: int = 0
     weight: float = -1.0
     damping: float = 1e-3
+    cutoff: float = 0.0
+    evaluation: str = "all"
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A corpus's gradients, and all that makes a query's gradient like them.
+class _Root:
+    """R^(−1/2) by block, float32 [E_b, E_b] each, None for the identity; and β of `Scorer.own`."""
 
-    Attributes:
-        store: the corpus's gradients.
-        queries: the gradients that R_eval is taken of; None where there are none.
-        projection: P.
-        scales: gives 1/√V by path, or None; called when a query is first encoded.
-        output, include, exclude, untapped: as for `tda.gradients.encoder.make_encoder`.
-    """
-
-    store: GradientStore
-    queries: GradientStore | None
-    projection: Projection
-    scales: Callable[[], dict | None] = lambda: None
-    output: str = "loss"
-    include: str | None = None
-    exclude: str | None = None
-    untapped: str = "leave"
+    blocks: list[np.ndarray] | None
+    own: tuple[float, ...] = ()
 
 
 class Roots:
     """R^(−1/2) of each store and kind.
 
     Args:
-        encoded: the corpus's gradients, by whether they are corrected.
+        encoded: the corpus's gradients.
         how: how R is made.
         folder: where roots are kept for the next start; None keeps them in memory alone.
     """
 
-    def __init__(self, encoded: dict[bool, Encoded], how: Hessian, folder=None):
+    def __init__(self, encoded: dict[Gradients, Encoded], how: Hessian, folder=None):
         self._encoded, self._how = encoded, how
         self._folder = None if folder is None else pathlib.Path(folder)
-        self._roots: dict[tuple[bool, str], list[np.ndarray] | None] = {}
+        self._roots: dict[tuple[Gradients, str], _Root] = {}
+        self._train: tuple[Gradients, hessian.Autocorrelation] | None = None
 
-    def get(self, corrected: bool, kind: str, on_progress: Progress) -> list[np.ndarray] | None:
-        """R^(−1/2) by block, float32 [E_b, E_b] each; None for the identity.
+    def scorer(
+        self, method: Method, number: int | None, gradients: Gradients, on_progress: Progress
+    ) -> Scorer:
+        """How a method scores passages for a question.
+
+        R_eval of all queries has no part of a question that is none of the run's, and serves it
+        whatever `evaluation` says; a query of the run has the run's own rule: its part taken out
+        (leave_one_out), or the half that it is not in (disjoint).
 
         Args:
-            corrected: of which gradients.
-            kind: "none", "train" or "mixed".
+            method: a gradient method.
+            number: of the run's query that is asked; None where it is none of them.
+            gradients: the key of the method's store.
             on_progress: told what is done.
-        """
-        key = corrected, kind
-        if key not in self._roots:
-            self._roots[key] = None if kind == "none" else self._kept(*key, on_progress)
-        return self._roots[key]
 
-    def _kept(self, corrected: bool, kind: str, on_progress: Progress) -> list[np.ndarray]:
-        e = self._encoded[corrected]
+        Raises:
+            ValueError: the rule needs two queries, and there is one.
+        """
+        kind = self._kind(method, number, gradients)
+        key = gradients, kind
+        if key not in self._roots:
+            self._roots[key] = _Root(None) if kind == "none" else self._kept(*key, on_progress)
+        return Scorer(self._roots[key].blocks, method.unit_norm, self._roots[key].own)
+
+    def _kind(self, method: Method, number: int | None, gradients: Gradients) -> str:
+        """Which R: "none", "train", "mixed" (R_eval of all), "leave_one_out", or a half's name."""
+        rule = method.evaluation or self._how.evaluation
+        if method.hessian != "mixed" or number is None or rule == "all":
+            return method.hessian
+        if rule == "disjoint":
+            halves = hessian.halves(self._encoded[gradients].queries.rows, self._how.seed)
+            # The half that R_eval is taken of: not the question's own.
+            return _HALVES[int(number in halves[0])]
+        return rule
+
+    def _kept(self, gradients: Gradients, kind: str, on_progress: Progress) -> _Root:
+        e = self._encoded[gradients]
         path = None
         if self._folder is not None:
-            path = self._folder / f"root-{kind}-{_fingerprint(e, self._how, kind)}.npz"
+            name = f"root-{kind.replace(' ', '-')}-{_fingerprint(e, self._how, kind)}.npz"
+            path = self._folder / name
             if path.exists():
                 on_progress("reading R", 0, 0)
                 with np.load(path, allow_pickle=False) as kept:
-                    return [kept[str(i)] for i in range(len(e.store.slices))]
-        made = self._made(e, kind, on_progress)
+                    blocks = [kept[str(i)] for i in range(len(e.store.slices))]
+                    return _Root(blocks, tuple(kept["own"].tolist()))
+        made = self._made(gradients, kind, on_progress)
         if path is not None:
             # A run that may only be read is asked all the same; R is made again at each start.
             with contextlib.suppress(PermissionError):
                 _write(path, made)
         return made
 
-    def _made(self, e: Encoded, kind: str, on_progress: Progress) -> list[np.ndarray]:
-        how, slices = self._how, e.store.slices
-        total = min(how.sample or e.store.rows, e.store.rows)
-
-        def rows():
-            done = 0
-            for x_RxE in hessian.rows_for(e.store, how.sample, how.seed):
-                on_progress("R of the passages", done, total)
-                yield x_RxE
-                done += len(x_RxE)
-
-        train = hessian.autocorrelation(rows(), slices)
+    def _made(self, gradients: Gradients, kind: str, on_progress: Progress) -> _Root:
+        how, e = self._how, self._encoded[gradients]
+        train = self._train_of(gradients, on_progress)
         on_progress("decomposing R", 0, 0)
         if kind == "train":
-            return hessian.inverse_root(train, how.damping)
-        gradients_QxE = e.queries.read(slice(0, e.queries.rows))
-        evaluation = hessian.autocorrelation([gradients_QxE], slices)
+            return _Root(_inverse_root(train.blocks, train.noise, how)[0])
+        queries_QxE = e.queries.read(slice(0, e.queries.rows))
+        if kind in _HALVES:
+            halves = hessian.halves(len(queries_QxE), how.seed)
+            queries_QxE = queries_QxE[halves[_HALVES.index(kind)]]
+        evaluation = hessian.of_source(InMemory(queries_QxE, e.store.slices))
         weight = how.weight
         if weight < 0:
             k = how.component or hessian.component(e.store.width)
-            spectra = hessian.spectrum(train), hessian.spectrum(evaluation)
+            spectra = hessian.spectrum(train.blocks), hessian.spectrum(evaluation.blocks)
             weight = hessian.mixing_weight(*spectra, k)
-        return hessian.inverse_root(hessian.mix(train, evaluation, weight), how.damping)
+        blocks, n = evaluation.blocks, len(queries_QxE)
+        if kind == "leave_one_out":
+            if n < 2:
+                raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
+            # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
+            blocks = [b * (n / (n - 1)) for b in blocks]
+        noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * train.noise
+        mixed = hessian.mix(train.blocks, blocks, weight)
+        roots, kept = _inverse_root(mixed, noise, how)
+        own = (kept * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
+        return _Root(roots, tuple(own))
+
+    def _train_of(self, gradients: Gradients, on_progress: Progress) -> hessian.Autocorrelation:
+        """R_train; that of the last store is held, for its other kinds."""
+        if self._train is None or self._train[0] != gradients:
+            self._train = None
+            how, store, done = self._how, self._encoded[gradients].store, 0
+            total = min(how.sample or store.rows, store.rows)
+
+            def on_rows(rows: int) -> None:
+                nonlocal done
+                done += rows
+                on_progress("R of the passages", done, total)
+
+            on_progress("R of the passages", 0, total)
+            found = hessian.of_source(store, how.sample, how.seed, on_rows=on_rows)
+            self._train = gradients, found
+        return self._train[1]
 
 
-def _write(path: pathlib.Path, roots: list[np.ndarray]) -> None:
+def _inverse_root(R, noise: np.ndarray, how: Hessian) -> tuple[list[np.ndarray], np.ndarray]:
+    """R^(−1/2), and how much of R is in it, by block: 1, or less where R was shrunk."""
+    if how.damping >= 0:
+        return hessian.inverse_root(R, how.damping, how.cutoff), np.ones(len(noise))
+    R = list(R)
+    shares = hessian.shrinkage(R, noise)
+    return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, how.cutoff), 1 - shares
+
+
+def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np.ndarray] | None:
+    """F by block with FᵀF the inverse of R that a query is scored with, float64 [E_b, E_b].
+
+    R^(−1/2) itself where the query's own part stays in R. None for the identity.
+
+    Args:
+        scorer: how it is scored.
+        query_E: its gradient, float32 [E].
+        slices: where each block stands.
+    """
+    if not scorer.own:
+        return scorer.roots
+    out = []
+    for root, s, beta in zip(scorer.roots, slices, scorer.own, strict=True):
+        # (R − β g gᵀ)⁻¹ = W (I + γ h hᵀ) W, h = W g (Sherman and Morrison).
+        h_E = np.asarray(root, np.float64) @ query_E[s]
+        square = h_E @ h_E
+        longer = max(1 - beta * square, 1e-6) ** -0.5 - 1
+        step = longer / square if square > 0 else 0.0
+        out.append(root + step * np.outer(h_E, h_E @ root))
+    return out
+
+
+def _write(path: pathlib.Path, root: _Root) -> None:
     path.parent.mkdir(exist_ok=True)
     part = f"{path}.part"
     with open(part, "wb") as out:
-        np.savez(out, **{str(i): root for i, root in enumerate(roots)})
+        np.savez(out, own=np.asarray(root.own), **{str(i): b for i, b in enumerate(root.blocks)})
     os.replace(part, path)
 
 
@@ -145,13 +211,6 @@ def _fingerprint(e: Encoded, how: Hessian, kind: str) -> str:
         return [store.manifest, store.withdrawn.tolist()]
 
     made_from = [dataclasses.asdict(how), of(e.store)]
-    if kind == "mixed":
+    if kind != "train":
         made_from.append(of(e.queries))
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def finished_stores(paths: Sequence) -> list[GradientStore]:
-    """The stores among some paths that lack nothing, those written last first."""
-    there = [p for p in map(pathlib.Path, paths) if stores.finished(p)]
-    there.sort(key=lambda p: (p / "manifest.json").stat().st_mtime, reverse=True)
-    return [stores.open_store(p) for p in there]

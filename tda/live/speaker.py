@@ -8,7 +8,7 @@ from flax import nnx
 
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
-from tda.live.roots import Progress, silent
+from tda.live.encoded import Progress, silent
 
 
 class Speaker:
@@ -41,10 +41,12 @@ class Speaker:
             For each step {"token", "probability", "others"}, the last a list of such pairs too.
 
         Raises:
-            ValueError: the prompt does not fit the context.
+            ValueError: the prompt does not fit the context, or there is nothing to go on from.
         """
         (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
-        ids = [self.tokenizer.bos, *ids]
+        ids = [*self.tokenizer.begin, *ids]
+        if not ids:
+            raise ValueError("type a prompt: this model has no token that begins a text")
         if len(ids) > self.context:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
         steps = []
@@ -52,20 +54,26 @@ class Speaker:
             on_progress("completing", len(steps), count)
             p_V = _softmax(self._logits_of(ids)[-1])
             order = np.argsort(-p_V, kind="stable")[: others + 1].tolist()
-            told = [{"token": self._shown(i), "probability": float(p_V[i])} for i in order]
+            told = [{"token": self.shown(i), "probability": float(p_V[i])} for i in order]
             steps.append(told[0] | {"others": told[1:]})
             if order[0] == self.tokenizer.eos:
                 break
             ids.append(order[0])
         return steps
 
-    def _shown(self, token: int) -> str:
-        special = {
-            self.tokenizer.eos: "<eos>",
-            self.tokenizer.bos: "<bos>",
-            self.tokenizer.pad: "<pad>",
-        }
+    def shown(self, token: int) -> str:
+        """A token as it is shown."""
+        special = {getattr(self.tokenizer, n, None): f"<{n}>" for n in ("pad", "bos", "eos")}
         return special.get(token) or self.tokenizer.decode([token])
+
+    def pieces(self, text: str) -> tuple[list[int], list[str]]:
+        """Token ids of a text, without special tokens, and the part of the text that each is."""
+        ((ids, spans),) = self.tokenizer.encode_spans([text])
+        parts, begun = [], 0
+        for _, stop in spans:
+            parts.append(text[begun:stop])
+            begun = max(begun, stop)
+        return list(ids), parts
 
     def _logits_of(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each token, float32 [T, V]."""

@@ -5,20 +5,27 @@ the encoder, R of the store, exact search. So a query of the run has the passage
 the run gave it.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from flax import nnx
 
 from tda import encoding, results
-from tda.data import batches, tokens
+from tda.data import batches
 from tda.data.tokenizer import Tokenizer
-from tda.gradients import contributions, encoder
-from tda.live.roots import Encoded, Hessian, Progress, Roots, silent
+from tda.gradients import encoder
+from tda.live import heat, retrievers
+from tda.live.encoded import Encoded, Progress, silent
+from tda.live.questions import Known, Question
+from tda.live.retrievers import Passages, Retriever
+from tda.live.roots import Hessian, Roots, factors
 from tda.live.speaker import Speaker
-from tda.methods import Method
-from tda.retrieval import bm25, exact, scorer
-from tda.store import GradientStore
+from tda.methods import Gradients, Method
+from tda.retrieval import exact
+from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import Scorer
+
+# What a method may ask for beside correction, R, norm and retriever.
+_KNOWN_FIELDS = ("output", "curvature", "evaluation", "layer")
+_OF_SUMS = ("several", "by_learning_rate", "passages")
 
 
 class Tracer:
@@ -28,12 +35,17 @@ class Tracer:
         model: the model that the gradients were taken of.
         tokenizer: its tokenizer.
         context: positions that a query may have.
-        encoded: the corpus's gradients, by whether they are corrected.
+        encoded: the corpus's gradients.
         how: how R is made; by default as configs have it.
         folder: where R^(−1/2) is kept for the next start; None keeps it in memory alone.
+        known: the run's own queries, by whose rules they are answered and marked.
+        passages: the corpus; that of the gradients by default.
+        others: retrievers beside those of gradients and of words, by name; "several" answers by
+            sums over checkpoints, and by passages whose gradients are changed.
 
     Attributes:
         speaker: asks the model for tokens.
+        roots: R^(−1/2) of the gradients.
     """
 
     def __init__(
@@ -41,38 +53,58 @@ class Tracer:
         model: nnx.Module,
         tokenizer: Tokenizer,
         context: int,
-        encoded: dict[bool, Encoded],
+        encoded: dict[Gradients, Encoded],
         how: Hessian | None = None,
         folder=None,
+        known: Known | None = None,
+        passages: Passages | None = None,
+        others: dict[str, Retriever] | None = None,
     ):
         self.speaker = Speaker(model, tokenizer, context)
         self._model, self._encoded = model, encoded
-        self._roots = Roots(encoded, how or Hessian(), folder)
-        self._encoders: dict[bool, encoder.Encoder] = {}
-        self._scales: dict[bool, dict | None] = {}
-        self._parts: dict[bool, Callable] = {}
-        self._texts: list[str] | None = None
+        self._how, self._known = how or Hessian(), known or Known()
+        self.roots = Roots(encoded, self._how, folder)
+        if passages is None and encoded:
+            passages = next(iter(encoded.values())).store
+        self._passages, self._others = passages, dict(others or {})
+        if passages is not None:
+            self._others.setdefault("bm25", retrievers.Words(passages))
+        if norms := retrievers.gradient_norms(encoded):
+            self._others.setdefault("gradient_norm", norms)
+        self._encoders: dict[Gradients, encoder.Encoder] = {}
+        self._scales: dict[Gradients, dict | None] = {}
+        self._heats: dict[Gradients, heat.Heat] = {}
 
     @property
     def passages(self) -> int:
-        """C, the rows of the store."""
-        return max((e.store.rows for e in self._encoded.values()), default=0)
+        """C, the number of passages."""
+        return 0 if self._passages is None else self._passages.rows
 
     def lacks(self, method: Method) -> str | None:
         """Why a method cannot be asked here; None where it can."""
         # One that asks for more must not be answered with less.
-        beyond = [f"{name}={value}" for name, value in method.beyond_plain.items()]
+        fields = _KNOWN_FIELDS + (_OF_SUMS if "several" in self._others else ())
+        beyond = {n: x for n, x in method.beyond_plain.items() if n not in fields}
         if beyond:
-            return f"methods with {', '.join(beyond)} answer no live questions"
-        if method.retriever == "bm25":
-            return None if self._encoded else "there is no store with the passages' texts"
-        if method.retriever != "gradient":
-            return f"the retriever {method.retriever!r} answers no live questions"
-        if method.corrected not in self._encoded:
-            kind = "with" if method.corrected else "without"
-            return f"the run has no store of gradients {kind} optimizer correction"
-        if method.hessian == "mixed" and self._encoded[method.corrected].queries is None:
+            named = ", ".join(f"{name}={value}" for name, value in beyond.items())
+            return f"methods with {named} answer no live questions"
+        if _retriever(method) in self._others:
+            return self._others[_retriever(method)].lacks(method)
+        if method.retriever not in ("gradient", "gradient_norm"):
+            return f"there is nothing that the retriever {method.retriever!r} could search"
+        if method.gradients not in self._encoded:
+            return f"the run has no store of {_told(method.gradients)}"
+        return self._lacks_queries(method) if method.hessian == "mixed" else None
+
+    def _lacks_queries(self, method: Method) -> str | None:
+        if self._encoded[method.gradients].queries is None:
             return "R_eval needs the gradients of the run's queries, which are not there"
+        rule = method.evaluation or self._how.evaluation
+        if rule != "all" and not self._known.ids:
+            return (
+                f"R_eval is {rule}, and the run kept no list of its queries to know them by; run "
+                "experiments.trace with this workdir once more, which computes nothing anew"
+            )
         return None
 
     def trace(
@@ -84,6 +116,9 @@ class Tracer:
         on_progress: Progress = silent,
     ) -> dict[str, dict]:
         """The passages of a question, by each method.
+
+        A query of the run is answered as the run answered it, and its passages are marked where
+        they are correct; R_eval of another question is that of all queries (`Roots.scorer`).
 
         Args:
             prompt, target: the query.
@@ -100,27 +135,36 @@ class Tracer:
         for name, method in methods.items():
             if why := self.lacks(method):
                 raise ValueError(f"{name}: {why}")
-        table = self.speaker.query(prompt, target)
+        question = self._question(prompt, target)
         found = {}
-        for corrected in self._encoded:
-            sharing = {
-                n: m
-                for n, m in methods.items()
-                if m.retriever == "gradient" and m.corrected == corrected
-            }
-            if sharing:
-                found |= self._search(table, corrected, sharing, k, on_progress)
+        sharing: dict[Gradients, dict[str, Method]] = {}
         for name, method in methods.items():
-            if method.retriever == "bm25":
-                on_progress("BM25", 0, 0)
-                found[name] = bm25.search([f"{prompt} {target}"], self._all_texts(on_progress), k)
-        return {n: self._record(prompt, target, found[n], methods[n]) for n in methods}
+            if method.shares_scan:
+                sharing.setdefault(method.gradients, {})[name] = method
+        for gradients, own in sharing.items():
+            found |= self._search(question, gradients, own, k, on_progress)
+        for name, method in methods.items():
+            if not method.shares_scan:
+                retriever = self._others[_retriever(method)]
+                found[name] = retriever.search(method, question, k, on_progress)
+        return {n: self._record(question, found[n], methods[n]) for n in methods}
 
-    def _search(self, table, corrected: bool, sharing: dict, k: int, on_progress: Progress) -> dict:
-        store = self._encoded[corrected].store
-        gradient_1xE = self._gradient(table, corrected, on_progress)
+    def _question(self, prompt: str, target: str) -> Question:
+        table = self.speaker.query(prompt, target)
+        return Question(prompt, target, table, self._known.number(prompt, target))
+
+    def _search(
+        self,
+        question: Question,
+        gradients: Gradients,
+        sharing: dict[str, Method],
+        k: int,
+        on_progress: Progress,
+    ) -> dict[str, Ranked]:
+        store = self._encoded[gradients].store
+        gradient_1xE = self.gradient(question, gradients, on_progress)
         scorers = {
-            n: exact.Scorer(self._roots.get(corrected, m.hessian, on_progress), m.unit_norm)
+            n: self.roots.scorer(m, question.number, gradients, on_progress)
             for n, m in sharing.items()
         }
         done = 0
@@ -133,57 +177,44 @@ class Tracer:
         on_progress("searching passages", 0, store.rows)
         return exact.search(gradient_1xE, store, scorers, k, on_rows=on_rows)
 
-    def _record(self, prompt: str, target: str, found, method: Method) -> dict:
-        source = self._any(method).store
+    def _record(self, question: Question, found: Ranked, method: Method) -> dict:
+        e = self._encoded.get(method.gradients) if method.shares_scan else None
+        source = self._passages if e is None else e.store
 
         def passages(rows, scores):
-            read = source.passages(rows)
-            return [(p.id, p.text or "", s) for p, s in zip(read, scores.tolist(), strict=True)]
+            kept = rows >= 0
+            read = source.passages(rows[kept])
+            pairs = zip(read, scores[kept].tolist(), strict=True)
+            return [(p.id, p.text or "", s) for p, s in pairs]
 
+        more = {}
+        if question.number is not None:
+            correct = self._known.correct[question.number]
+            rows = found.proponents[0]
+            more["fact_id"] = self._known.ids[question.number]
+            more["proponent_correct"] = np.isin(rows[rows >= 0], correct).tolist()
         return results.record(
-            f"live: {prompt} {target}",
+            f"live: {question.text}",
             "live",
-            prompt,
-            target,
+            question.prompt,
+            question.target,
             passages(found.proponents[0], found.proponent_scores[0]),
             passages(found.opponents[0], found.opponent_scores[0]),
+            **more,
         )
 
-    def _any(self, method: Method) -> Encoded:
-        """The store that has a method's passages."""
-        return self._encoded.get(method.corrected) or next(iter(self._encoded.values()))
-
-    def _all_texts(self, on_progress: Progress) -> list[str]:
-        if self._texts is None:
-            store, texts, step = next(iter(self._encoded.values())).store, [], 8192
-            for first in range(0, store.rows, step):
-                on_progress("reading passages", first, store.rows)
-                rows = range(first, min(store.rows, first + step))
-                texts += [p.text or "" for p in store.passages(rows)]
-            for row in store.withdrawn.tolist():
-                texts[row] = ""  # never retrieved
-            self._texts = texts
-        return self._texts
-
-    def _gradient(self, table, corrected: bool, on_progress: Progress = silent) -> np.ndarray:
-        """The projected gradient of each row of a table, float32 [R, E]."""
-        e = self._encoded[corrected]
-        if corrected not in self._encoders:
+    def gradient(
+        self, question: Question, gradients: Gradients, on_progress: Progress = silent
+    ) -> np.ndarray:
+        """The projected gradient of a question, float32 [1, E]."""
+        if gradients not in self._encoders:
             on_progress("preparing the encoder", 0, 0)
-            self._encoders[corrected] = encoder.make_encoder(
-                self._model,
-                e.projection,
-                self._scales_of(corrected),
-                e.output,
-                e.include,
-                e.exclude,
-                e.untapped,
-            )
+            self._encoders[gradients] = self._encoder(gradients, on_progress)
         on_progress("taking the gradient", 0, 0)
         found = encoding.encode_rows(
-            self._encoders[corrected],
-            table,
-            np.arange(len(table)),
+            self._encoders[gradients],
+            question.table,
+            np.arange(1),
             bucket_lengths=batches.buckets(self.speaker.context),
             tokens_per_batch=1,
             pad=self.speaker.tokenizer.pad,
@@ -192,10 +223,18 @@ class Tracer:
             raise ValueError("the question's gradient is not finite: look at the model's logits")
         return found
 
-    def _scales_of(self, corrected: bool) -> dict | None:
-        if corrected not in self._scales:
-            self._scales[corrected] = self._encoded[corrected].scales()
-        return self._scales[corrected]
+    def _encoder(self, gradients: Gradients, on_progress: Progress) -> encoder.Encoder:
+        e = self._encoded[gradients]
+        if e.encoder is not None:
+            return e.encoder()
+        scales = self._scales_of(gradients, on_progress)
+        how = e.output, e.include, e.exclude, e.untapped
+        return encoder.make_encoder(self._model, e.projection, scales, *how)
+
+    def _scales_of(self, gradients: Gradients, on_progress: Progress) -> dict | None:
+        if gradients not in self._scales:
+            self._scales[gradients] = self._encoded[gradients].scales(on_progress)
+        return self._scales[gradients]
 
     def heat(
         self,
@@ -214,9 +253,7 @@ class Tracer:
             on_progress: told what is done.
 
         Returns:
-            "tokens": for each position {"text", "part", "special"}; "sum" of the parts; "score" of
-            the stored gradient; "faithful": whether they agree. They do not where the passage's
-            text, read anew, has other tokens than were encoded.
+            See `tda.live.heat.Heat.of`.
 
         Raises:
             ValueError: no such passage, or the method's scores have no such parts.
@@ -225,73 +262,44 @@ class Tracer:
             raise ValueError(f"{method.title} has no gradients: its scores have no positions")
         if why := self.lacks(method):
             raise ValueError(why)
-        e = self._encoded[method.corrected]
-        if e.untapped == "reference":
-            raise ValueError(
-                "this store took gradients of parameters without taps "
-                "(gradients.untapped=reference), whose parts by position are not known"
-            )
+        gradients = method.gradients
+        if not method.shares_scan:
+            raise ValueError(f"{method.title}: its scores are no inner products of one gradient")
+        e = self._encoded[gradients]
+        if why := heat.lacks(e):
+            raise ValueError(why)
         try:
             row = e.store.row_of(passage)
         except KeyError as error:
             raise ValueError(f"the store has no passage {passage!r}") from error
-        question = self.speaker.query(prompt, target)
-        query_1xE = self._gradient(question, method.corrected, on_progress)
-        roots = self._roots.get(method.corrected, method.hessian, on_progress)
+        question = self._question(prompt, target)
+        query_1xE = self.gradient(question, gradients, on_progress)
+        scorer = self.roots.scorer(method, question.number, gradients, on_progress)
         stored_1xE = e.store.read([row])
         if not np.isfinite(stored_1xE).all():
             raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")
         on_progress("splitting the score", 0, 0)
-        ids, pieces = self._tokens_of(e.store, row)
-        direction = contributions.direction_of(
-            query_1xE[0], stored_1xE[0], roots, e.store.slices, method.unit_norm
-        )
-        parts_T = self._parts_of(method.corrected, ids, direction)
-        encoded = [
-            np.asarray(scorer.encode(x, roots, method.unit_norm, e.store.form.widths))[0]
-            for x in (query_1xE, stored_1xE)
-        ]
-        score, total = float(encoded[0] @ encoded[1]), float(parts_T.sum())
-        near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum())
-        return {
-            "tokens": [
-                {"text": text, "part": float(part), "special": t == 0}
-                for t, (text, part) in enumerate(zip(pieces, parts_T, strict=False))
-            ],
-            "sum": total,
-            "score": score,
-            "faithful": abs(total - score) <= near,
-        }
+        if gradients not in self._heats:
+            scales = self._scales_of(gradients, on_progress)
+            self._heats[gradients] = heat.Heat(self._model, self.speaker, e, scales)
+        whitening = Scorer(factors(scorer, query_1xE[0], e.store.slices), method.unit_norm)
+        tokens = self._tokens_of(e.store, row)
+        return self._heats[gradients].of(query_1xE, stored_1xE, whitening, *tokens)
 
-    def _parts_of(self, corrected: bool, ids: np.ndarray, direction_E: np.ndarray) -> np.ndarray:
-        """The part of each position of a passage in an inner product, float64 [T]."""
-        if corrected not in self._parts:
-            e = self._encoded[corrected]
-            self._parts[corrected] = contributions.make_contributions(
-                self._model,
-                e.projection,
-                self._scales_of(corrected),
-                e.output,
-                e.include,
-                e.exclude,
-            )
-        starts = np.asarray([0, len(ids)], np.int64)
-        table = tokens.TokenTable(["passage"], ["passage"], ids, starts, np.arange(len(ids)) > 0)
-        positions, pad = len(ids) - 1, self.speaker.tokenizer.pad
-        length = self.speaker.bucket(positions)
-        batch = batches.materialise(table, np.asarray([0]), length, 1, pad).arrays()
-        parts_1xT = self._parts[corrected](batch, direction_E.astype(np.float32))
-        return np.asarray(parts_1xT, np.float64)[0, :positions]
+    def _tokens_of(self, store, row: int) -> tuple[np.ndarray, list[str]]:
+        return heat.tokens_of(store, row, self.speaker)
 
-    def _tokens_of(self, store: GradientStore, row: int) -> tuple[np.ndarray, list[str]]:
-        """A passage's tokens, int32, made of its text, and the text of each."""
-        (found,) = store.passages([row])
-        if found.text is None:
-            raise ValueError("the store was made without texts")
-        ids, pieces = self.speaker.tokenizer.pieces(found.text)
-        ids, pieces = [self.speaker.tokenizer.bos, *ids], ["<bos>", *pieces]
-        # Of a document that was split, the last passage alone ends with <eos>.
-        if store.rows_of_document(found.document)[-1] == row and len(ids) <= self.speaker.context:
-            ids, pieces = [*ids, self.speaker.tokenizer.eos], [*pieces, "<eos>"]
-        ids, pieces = ids[: self.speaker.context + 1], pieces[: self.speaker.context + 1]
-        return np.asarray(ids, np.int32), pieces
+
+def _retriever(method: Method) -> str:
+    """The name of what answers by a method."""
+    summed = method.retriever == "gradient" and not method.shares_scan
+    return "several" if summed else method.retriever
+
+
+def _told(gradients: Gradients) -> str:
+    """Which gradients they are, in words."""
+    kind = "with" if gradients.corrected else "without"
+    parts = [f"gradients {kind} optimizer correction"]
+    parts += [f"of the {gradients.output}"] * bool(gradients.output)
+    parts += [f"as {gradients.curvature} has them"] * (gradients.curvature != "none")
+    return ", ".join(parts)

@@ -8,6 +8,50 @@ from tda.retrieval import by_score
 from tda.retrieval.ranked import Ranked
 
 
+class Index:
+    """The words of passages, by BM25 (Robertson & Zaragoza 2009; Lucene's variant).
+
+    Args:
+        texts: the passages, in the corpus's order.
+        k1, b: BM25's constants.
+
+    Raises:
+        ValueError: no passage has a word.
+    """
+
+    def __init__(self, texts: Iterable[str], k1: float = 1.5, b: float = 0.75):
+        # Not above: its import computes by jax, and processes are joined before anything does.
+        import bm25s
+
+        texts = list(texts)
+        tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        if not tokens.vocab:
+            raise ValueError("no passage has a word that BM25 could index")
+        self._rows, self._vocabulary = len(texts), tokens.vocab
+        self._index = bm25s.BM25(k1=k1, b=b)
+        self._index.index(tokens, show_progress=False)
+
+    def search(
+        self,
+        queries: list[str],
+        k: int = 10,
+        correct: dict[str, list[np.ndarray]] | None = None,
+    ) -> Ranked:
+        """Ranks passages for each query; see `search`."""
+        import bm25s
+
+        # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
+        split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
+
+        def scores():
+            for words in split:
+                known = [w for w in words if w in self._vocabulary]
+                none = np.zeros(self._rows, np.float32)
+                yield self._index.get_scores(known) if known else none
+
+        return by_score.rank(scores(), len(queries), k, correct)
+
+
 def search(
     queries: list[str],
     texts: Iterable[str],
@@ -16,7 +60,7 @@ def search(
     k1: float = 1.5,
     b: float = 0.75,
 ) -> Ranked:
-    """Ranks passages for each query by BM25 (Robertson & Zaragoza 2009; Lucene's variant).
+    """Ranks passages for each query by BM25.
 
     Args:
         queries: the text of each query: prompt and target.
@@ -28,21 +72,4 @@ def search(
     Raises:
         ValueError: no passage has a word.
     """
-    # Not above: its import computes by jax, and processes are joined before anything does.
-    import bm25s
-
-    texts = list(texts)
-    tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
-    if not tokens.vocab:
-        raise ValueError("no passage has a word that BM25 could index")
-    index = bm25s.BM25(k1=k1, b=b)
-    index.index(tokens, show_progress=False)
-    # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
-    split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
-
-    def scores():
-        for words in split:
-            known = [w for w in words if w in tokens.vocab]
-            yield index.get_scores(known) if known else np.zeros(len(texts), np.float32)
-
-    return by_score.rank(scores(), len(queries), k, correct)
+    return Index(texts, k1, b).search(queries, k, correct)

@@ -43,8 +43,12 @@ def rank(
 
 def at_random(passages: int, queries: int, seed: int = 0) -> Iterable[np.ndarray]:
     """Scores in [0, 1) for every query, a function of the seed and its number."""
-    for q in range(queries):
-        yield np.random.default_rng([seed, q]).random(passages)
+    return (random_scores(passages, seed, q) for q in range(queries))
+
+
+def random_scores(passages: int, *seeds: int) -> np.ndarray:
+    """Scores in [0, 1), float64 [C], a function of the seeds."""
+    return np.random.default_rng(seeds).random(passages)
 
 
 def norms(source: Source, step: int) -> np.ndarray:

@@ -101,7 +101,7 @@ def test_tracin_is_the_weighted_sum_over_checkpoints(run):
 
 @pytest.mark.slow
 def test_less_is_the_cosine_of_adams_steps(more):
-    config, data, trained, _, ranked, notes = more
+    config, data, trained, workdir, ranked, notes = more
     steps = notes["less"]["checkpoints"]
     counts = checkpoints.weights(config, data, METHODS["less"], steps)
     lengths = vectors.scored_tokens(data.passages)
@@ -111,7 +111,7 @@ def test_less_is_the_cosine_of_adams_steps(more):
         p, _ = rows(more, Gradients(corrected=True), step)
         _, q = rows(more, Gradients(), step)
         then = checkpoints.at_step(trained, step)
-        m, b1 = encoding.momentum(config, data, then, Gradients(corrected=True))
+        m, b1 = encoding.momentum(config, data, then, workdir, Gradients(corrected=True))
         assert b1 == 0.9 and np.abs(m).max() > 0
         made = b1 * m + (1 - b1) * p / lengths[:, None]
         expected = expected + count * unit(q) @ unit(made).T

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments import live, trace
+from experiments import live, opened, trace
 from experiments.workdir import Workdir
 from tda import results
 from tda.methods import METHODS
@@ -67,9 +67,9 @@ def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
 def test_the_settings_of_r_are_the_runs(workdir, run):
     """Guards: defaults taken in the place of the run's own config."""
     asked = of_batch(workdir, "trackstar")[0]
-    kept = json.loads((workdir / live.CONFIG).read_text())
+    kept = json.loads((workdir / opened.CONFIG).read_text())
     assert kept["hessian"]["damping"] == 0.02
-    other = live._config_of(workdir)
+    other = opened.config_of(workdir)
     other["hessian"]["damping"] = 1e-3
     tracer, _ = live.load(workdir, other)
     chosen = {"trackstar": METHODS["trackstar"]}
@@ -214,6 +214,8 @@ def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
             shown = page.texts(f".results [data-method={name}] .card p.text")
             expected = of_batch(workdir, name)[2]["proponents"]
             assert shown == expected, name
+            correct = of_batch(workdir, name)[2]["proponent_correct"]
+            assert page.page.locator(f"[data-method={name}] .tag.yes").count() == sum(correct) > 0
         page.page.click("#trackstar-proponents-1 >> text=heat")
         page.page.wait_for_selector("#trackstar-proponents-1 .token", timeout=120_000)
         tokens = page.texts("#trackstar-proponents-1 .token")

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import ask, corpus, trace, training
+from experiments import ask, corpus, live, trace, training
 from experiments.workdir import Workdir
-from tda import checkpoint
+from tda import checkpoint, results
 from tda.model import functional, generation, pretrained
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
@@ -55,18 +55,38 @@ def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
         training.run(config, data, workdir)
 
 
+def check_live(workdir, names):
+    """Holds live answers to one of the run's queries against the run's own."""
+    answers = live.open_workdir(workdir)
+    expected = {n: list(results.read(workdir / "results" / f"{n}.jsonl"))[1] for n in names}
+    record = expected[names[0]]
+    question = record["inputs_plaintext"], record["targets_plaintext"]
+    found = answers.trace(lambda *told: None, *question, names, 10)["methods"]
+    for name, got in ((m["name"], m["record"]) for m in found):
+        scores = expected[name]["proponent_scores"]
+        scale = max(map(abs, scores))
+        # The model is not trained: its gradients are alike, and R⁻¹ makes rounding larger.
+        np.testing.assert_allclose(
+            got["proponent_scores"], scores, rtol=2e-3, atol=1e-3 * scale, err_msg=name
+        )
+        assert got["proponent_ids"][0] == expected[name]["proponent_ids"][0]
+    assert answers.complete(lambda *told: None, question[0], 2)["steps"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0.0, 6.0])
 def test_the_whole_way(tmp_path, directory, epochs):
     config = config_of(tmp_path, directory, epochs=epochs)
-    config.methods = "trackstar,exp5,grad_cos,bm25"
+    names = ["trackstar", "exp5", "grad_cos", "bm25", "hidden_last"]
+    config.methods = ",".join(names)
     config.eval.tail_patch_queries = 2 if epochs else 0
     metrics = trace.run(config, Workdir(tmp_path / "w"))
-    assert metrics.keys() == {"trackstar", "exp5", "grad_cos", "bm25"}
+    assert metrics.keys() == set(names)
     assert all(0 < m["mrr"] <= 1 for m in metrics.values())
     lines = (tmp_path / "w" / "results" / "trackstar.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert len(records) == 4 and all(len(r["proponents"]) == 10 for r in records)
+    check_live(tmp_path / "w", names)
     if epochs:
         log = (tmp_path / "w" / "train.jsonl").read_text().splitlines()
         assert json.loads(log[-1])["loss"] < json.loads(log[0])["loss"]

@@ -1,0 +1,117 @@
+"""Retrievers of a finished run that take no gradients: vectors of texts, labels, controls."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments import vectors
+from experiments.opened import Opened
+from experiments.remembered import Reread
+from experiments.workdir import Workdir
+from tda.data import batches
+from tda.live import Known, Question
+from tda.live.encoded import Progress
+from tda.live.retrievers import Control, Labels, Passages, Retriever, Vectors, random_scores
+from tda.methods import Method
+from tda.retrieval import dense
+
+
+def others(run: Opened, passages: Passages, text: str | None, reread: Reread) -> dict:
+    """The retrievers by name.
+
+    Args:
+        run: the run.
+        passages: its corpus.
+        text: the fingerprint of the corpus, where it is known.
+        reread: the corpus, to be read where what is asked was not kept.
+    """
+    known = run.remembered.known if run.remembered else Known()
+    sentences = _Sentences(run, text, reread)
+    found: dict[str, Retriever] = {
+        "hidden": _hidden(run, passages, text, reread),
+        "dense": Vectors(passages, sentences.of_passages, sentences.of_question, sentences.lacks),
+        "annotated": Labels(known, run.config.data.seed),
+        "random": Control(passages, random_scores(passages, run.config.seed)),
+        "length": Control(passages, _lengths(run, reread)),
+    }
+    return found
+
+
+def _told(what: str, total: int, on_progress: Progress) -> Callable[[int], None]:
+    return lambda done: on_progress(what, done, total)
+
+
+def _hidden(run: Opened, passages: Passages, text: str | None, reread: Reread) -> Vectors:
+    poolers: dict = {}
+
+    def of_passages(method: Method, on_progress: Progress) -> np.ndarray:
+        layer, made = method.layer, vectors.made_of_hidden_states(run.trained, method.layer)
+        on_progress("reading hidden states", 0, 0)
+        if text is not None:
+            kept = vectors.kept(run.path, f"hidden-{layer}-corpus", made, text)
+            if kept is not None:
+                return kept
+        corpus = reread.get(on_progress, "to compute hidden states, which the run did not")
+        on_rows = _told("hidden states of the passages", len(corpus.passages), on_progress)
+        how = run.config, corpus, run.trained, Workdir(run.path), layer, "corpus"
+        return vectors.hidden_states(*how, on_rows)
+
+    def of_question(method: Method, question: Question) -> np.ndarray:
+        layer = method.layer
+        if layer not in poolers:
+            poolers[layer] = vectors.make_pooler(run.trained, run.tokenizer, layer)
+        buckets = batches.buckets(run.config.model.context)
+        return poolers[layer].rows(question.table, np.arange(1), buckets, 1)
+
+    return Vectors(passages, of_passages, of_question)
+
+
+class _Sentences:
+    """A sentence encoder's vectors of a run's passages, and of questions."""
+
+    def __init__(self, run: Opened, text: str | None, reread: Reread):
+        self._run, self._text, self._reread = run, text, reread
+        self._encoder = None
+
+    def lacks(self, method: Method) -> str | None:
+        """Why it cannot be asked; None where it can."""
+        if not self._run.config.dense.model:
+            return "the run's config names no sentence encoder (dense.model)"
+        try:
+            dense.check_installed()
+        except dense.DenseError as error:
+            return str(error)
+        return None
+
+    def of_passages(self, method: Method, on_progress: Progress) -> np.ndarray:
+        """Those that were kept, or made now and kept: float32 [C, D]."""
+        run = self._run
+        made = vectors.made_of_sentences(run.config)
+        on_progress("reading sentence vectors", 0, 0)
+        if self._text is not None:
+            kept = vectors.kept(run.path, "dense-corpus", made, self._text)
+            if kept is not None:
+                return kept
+        corpus = self._reread.get(on_progress, "to encode sentences, which the run did not")
+        on_rows = _told("sentence vectors of the passages", len(corpus.passages), on_progress)
+        how = run.config, self._made(), corpus, Workdir(run.path), "corpus", corpus.text_of
+        return vectors.sentences(*how, on_rows)
+
+    def of_question(self, method: Method, question: Question) -> np.ndarray:
+        """That of prompt and target, float32 [1, D]."""
+        return self._made().encode([question.text])
+
+    def _made(self) -> dense.SentenceEncoder:
+        if self._encoder is None:
+            self._encoder = dense.SentenceEncoder(self._run.config.dense.model)
+        return self._encoder
+
+
+def _lengths(run: Opened, reread: Reread) -> Callable:
+    def scores(method: Method, question: Question, on_progress: Progress) -> np.ndarray:
+        if run.remembered is not None:
+            return run.remembered.lengths.astype(np.float32)
+        corpus = reread.get(on_progress, "to count tokens, which the run did not keep,")
+        return vectors.scored_tokens(corpus.passages).astype(np.float32)
+
+    return scores
