@@ -20,7 +20,6 @@ from absl import app, flags, logging
 from experiments import live
 from experiments.launch import WORKDIR
 from tda import huge_pages, progress
-from tda.methods import METHODS
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.export import export
@@ -81,10 +80,12 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _results_of(workdir: str) -> list[pathlib.Path]:
-    """A run's results files: those of named methods in their order in the table, best first."""
-    order = {name: -i for i, name in enumerate(METHODS)}
-    files = sorted((pathlib.Path(workdir) / "results").glob("*.jsonl"))
-    return sorted(files, key=lambda p: order.get(p.stem, 1))
+    """A run's results files, in the order that its config names the methods in."""
+    path = pathlib.Path(workdir)
+    named = [n.strip() for n in live.config_of(path)["methods"].split(",")]
+    order = {name: i for i, name in enumerate(named)}
+    files = (path / "results").glob("*.jsonl")
+    return sorted(files, key=lambda p: (order.get(p.stem, len(named)), p.stem))
 
 
 def _fetched(url: str, folder: str) -> str:

@@ -22,9 +22,14 @@ def workdir(tmp_path):
     return tmp_path / "w"
 
 
-def test_a_workdirs_results_are_shown_best_method_first(workdir, tmp_path):
+def test_a_workdirs_results_are_shown_in_the_runs_order(workdir, tmp_path):
+    def labels():
+        return [f.label for f in view.collect(str(workdir), [], None, str(tmp_path)).files]
+
     found = view.collect(str(workdir), [], None, str(tmp_path))
-    assert [f.label for f in found.files] == ["trackstar", "bm25", "mine"]
+    assert labels() == ["trackstar", "bm25", "mine"]  # as by default
+    (workdir / "config.json").write_text('{"methods": "exp3, bm25,trackstar"}')
+    assert labels() == ["bm25", "trackstar", "mine"]
     assert found.notes.path == str(workdir / "notes.jsonl")
 
 

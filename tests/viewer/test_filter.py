@@ -137,7 +137,7 @@ def test_metrics_are_those_of_the_records(page, address):
         marks = [[x > threshold for x in i[field]] for i in items]
         expected = python_metrics(marks)
         page.page.goto(f"{address}#judge={judge}&threshold={threshold}")
-        shown = f"MRR {expected['mrr']:.3f}"
+        shown = f"MRR@10 {expected['mrr']:.3f}"
         page.until(lambda shown=shown: shown in page.text(".figures"), shown)
         assert f"R@10 {100 * expected['recall']:.1f}%" in page.text(".figures")
         assert f"P@10 {100 * expected['precision']:.1f}%" in page.text(".figures")

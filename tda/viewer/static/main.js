@@ -131,7 +131,7 @@ function methodChip(file, i) {
   const on = rows.files.includes(file);
   const m = file.loaded === file.rows && on ? figuresOf(file) : null;
   const figures = m?.n
-    ? h("span.figures", {}, h("span", { title: "mean reciprocal rank of the first correct proponent, among those in the file" }, `MRR ${number(m.mrr)}`),
+    ? h("span.figures", {}, h("span", { title: "mean reciprocal rank of the first correct proponent, among those in the file" }, `MRR@${file.longest} ${number(m.mrr)}`),
       h("span", { title: "queries with a correct one among the first ten" }, `R@10 ${percent(m.recall)}`),
       h("span", { title: "correct ones among the first ten" }, `P@10 ${percent(m.precision)}`))
     : null;
