@@ -199,7 +199,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         texts=texts,
         corpus=tokenised.fingerprint(table),
     )
-    encoding.fill(store, encoder, table, "encode passages", **layout)
+    encoding.fill(store, encoder, table, "encode passages", quiet=setting.quiet, **layout)
 
     def passage(row):
         (found,) = store.passages([row])
