@@ -29,9 +29,10 @@ KEEP = flags.DEFINE_string("keep", None, "Keep documents that match this express
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The corpus's field of the text.")
 METHOD = flags.DEFINE_string("method", "exp5", "A name of tda/methods.py.")
 CORRECTION = flags.DEFINE_string("correction", "factored", "Or adam, low_rank(R).")
-SIDE = flags.DEFINE_integer("side", 8, "Each weight matrix has side × side dimensions.")
+SIDE = flags.DEFINE_integer("side", 16, "Each weight matrix has side × side dimensions.")
 CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.")
-MOMENTS = flags.DEFINE_integer("moments", 16, "Batches that second moments are estimated from.")
+BATCH = flags.DEFINE_integer("tokens_per_batch", 2048, "Positions that are encoded together.")
+MOMENTS = flags.DEFINE_integer("moments", 8, "Batches that second moments are estimated from.")
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "What the model computes in; or bfloat16.")
 
@@ -112,6 +113,7 @@ def run(directory: pathlib.Path):
         correction=CORRECTION.value,
         projection=Projection(side=SIDE.value, pooling="matrix"),
         context=CONTEXT.value,
+        tokens_per_batch=BATCH.value,
         sample=MOMENTS.value,
         k=TOP_K.value,
     )

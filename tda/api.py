@@ -55,7 +55,7 @@ def trace(
     exclude: str | None = None,
     untapped: str = "leave",
     texts: Sequence[str] | None = None,
-    sample: int = 64,
+    sample: int = 16,
     damping: float = 1e-3,
     seed: int = 0,
     directory=None,

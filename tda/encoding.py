@@ -122,6 +122,7 @@ def fill(
     table: TokenTable,
     what: str = "encode",
     mesh=None,
+    quiet: bool = False,
     **layout,
 ) -> None:
     """Encodes the rows of every shard that the store lacks; killed, it goes on where it stopped.
@@ -135,6 +136,7 @@ def fill(
         table: the corpus.
         what: name of the work in the progress bar.
         mesh: the devices that a batch is split over; one device where None.
+        quiet: shows no progress.
         **layout: as for `encode_rows`.
 
     Raises:
@@ -152,7 +154,10 @@ def fill(
     if len(mine):
         done = sum(tokens) - sum(tokens[i] for i in missing)
         total = done + sum(tokens[i] for i in mine)
-        with progress.bar(total, what, "token", done) as bar, _Writing(store, what, bar) as out:
+        with (
+            progress.bar(total, what, "token", done, quiet) as bar,
+            _Writing(store, what, bar) as out,
+        ):
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
                 encoded = encode_rows(

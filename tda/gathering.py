@@ -26,9 +26,14 @@ from tda.gradients.projection import Projection
 from tda.gradients.second_moments import Scale
 from tda.model import functional
 from tda.retrieval import scorer
+from tda.store.making import SHARD_BYTES
 
 # Gradients that are kept in memory where no directory is given, in bytes.
 _MEMORY = 8 << 30
+# Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines.
+_SHARD_TOKENS = 1 << 15
+# Of fewer tokens than this, padding costs less than compiling for more lengths of batches.
+_FEW_TOKENS, _COARSE = 1 << 20, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +170,9 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     directory = None if directory is None else pathlib.Path(directory)
     table = _table(passages, tokenizer, context, directory, setting.quiet)
     longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
+    how = {"ratio": _COARSE} if len(table.tokens) < _FEW_TOKENS else {}
     layout = dict(
-        bucket_lengths=batching.buckets(max(1, longest)),
+        bucket_lengths=batching.buckets(max(1, longest), **how),
         tokens_per_batch=setting.tokens_per_batch,
         pad=tokenizer.pad,
         mesh=setting.mesh,
@@ -175,8 +181,9 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     encoder = make_encoder(
         setting.model, setting.projection, scales, setting.loss, **setting.scope, mesh=setting.mesh
     )
-    rows = np.arange(len(prompts))
-    gradients_QxE = encoding.encode_rows(encoder, prompts, rows, **layout)
+    # A batch of a few prompts is not padded to as many as a batch of passages has.
+    few = layout | {"tokens_per_batch": _tokens_of(prompts, setting.tokens_per_batch)}
+    gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), **few)
     texts = _Texts(table, tokenizer)
     if directory is None:
         source = _encoded(setting, encoder, table, layout)
@@ -187,17 +194,28 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         table.ids,
         dict.fromkeys(encoder.layout.blocks, setting.projection.side**2),
         made_from,
+        shard_bytes=_shard_bytes(table, encoder.layout.width),
         documents=table.documents,
         texts=texts,
         corpus=tokenised.fingerprint(table),
     )
-    encoding.fill(store, encoder, table, "encode passages", **layout)
+    encoding.fill(store, encoder, table, "encode passages", quiet=setting.quiet, **layout)
 
     def passage(row):
         (found,) = store.passages([row])
         return found.id, found.text
 
     return Made(store, gradients_QxE, passage, asked)
+
+
+def _tokens_of(prompts: TokenTable, most: int) -> int:
+    """Positions of a batch that holds all prompts, `most` at most."""
+    return min(most, len(prompts) * int(prompts.lengths.max()))
+
+
+def _shard_bytes(table: TokenTable, width: int) -> int:
+    rows = max(1, int(_SHARD_TOKENS / max(1.0, float(table.lengths.mean()))))
+    return min(SHARD_BYTES, rows * 4 * width)
 
 
 def _scales(setting: Setting, table: TokenTable, layout: dict, directory):

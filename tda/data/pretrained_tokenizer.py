@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
+from tokenizers import processors
 
 
 class PretrainedTokenizer:
@@ -43,6 +44,10 @@ class PretrainedTokenizer:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = not parse_special
+        if isinstance(inner.post_processor, processors.TemplateProcessing):
+            # transformers puts a template that adds nothing where there was none.
+            if _template(inner) == ((), ()):
+                inner.post_processor = None
         self._inner, self.parse_special = inner, parse_special
         self.begin, self.end = tuple(map(int, begin)), tuple(map(int, end))
         self.eos = eos

@@ -51,7 +51,7 @@ def tail_patch(
     *,
     bucket_lengths: tuple[int, ...],
     pad: int,
-    pairs_per_call: int = 32,
+    pairs_per_call: int = 8,
     together: int = 1,
     on_done: Callable[[np.ndarray, np.ndarray], None] = lambda which, log_p: None,
 ) -> np.ndarray:
@@ -65,7 +65,8 @@ def tail_patch(
         pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient, which
             shows what the optimizer's momentum does on its own.
         bucket_lengths, pad: see `tda.data.batches`.
-        pairs_per_call: pairs that one compiled call works through.
+        pairs_per_call: pairs that one compiled call works through; the last of each length is
+            padded to so many.
         together: of these, how many at once; each needs a copy of parameters and optimizer state.
         on_done: told, as the work goes on, which pairs are done (their numbers), and their rows of
             the result.

@@ -56,7 +56,8 @@ def squared_gradients(
     sums, count = {s.path: jnp.zeros(s.shape, jnp.float32) for s in chosen}, 0
     for batch in batches:
         if not _has_weights(batch) or batch["weights"].any():
-            sums, count = add(sums, params, batch), count + 1
+            # Waited for: who counts the batches as they are taken tells what is done.
+            sums, count = jax.block_until_ready(add(sums, params, batch)), count + 1
     if not count:
         raise SecondMomentError("second moments need at least one batch with a scored token")
     return {s.path: s.matrix(sums[s.path] / count) for s in chosen}
@@ -100,7 +101,11 @@ def estimate(
     second_moments.check_full(correction)
     scales = {}
     for path, V in squared_gradients(model, loss, batches, chosen).items():
-        least = floor * jnp.mean(V, axis=(-1, -2), keepdims=True)
-        full = 1.0 / (jnp.sqrt(jnp.maximum(V, least)) + eps)
-        scales[path] = second_moments.from_full(full, correction)
+        scales[path] = second_moments.from_full(_inverse_root(V, eps, floor), correction)
     return second_moments.finite(scales)
+
+
+@jax.jit
+def _inverse_root(V, eps: float, floor: float):
+    least = floor * jnp.mean(V, axis=(-1, -2), keepdims=True)
+    return 1.0 / (jnp.sqrt(jnp.maximum(V, least)) + eps)

@@ -43,7 +43,9 @@ def write(directory, inner, **config):
     return directory
 
 
-NAMES = dict(bos_token="<s>", eos_token={"content": "</s>"}, pad_token="<pad>")
+NAMES = dict(
+    bos_token="<s>", eos_token={"__type": "AddedToken", "content": "</s>"}, pad_token="<pad>"
+)
 
 
 def test_ids_are_the_tokenizers_own_and_texts_come_back(tmp_path):

@@ -62,5 +62,6 @@ def test_a_trace_finds_the_passage_that_says_it(smollm2):
     projection = tda.Projection(side=8, pooling="matrix")
     how = dict(tokenizer=tokenizer, projection=projection, method="grad_cos", quiet=True)
     (answer,) = tda.trace(model, texts, [query], **how)
-    assert [f.id for f in answer.proponents[:2]] == ["0", "3"]
+    first, second = answer.proponents[:2]
+    assert first.id == "0" and first.score > 1.5 * second.score
     assert np.isfinite([f.score for f in answer.proponents]).all()

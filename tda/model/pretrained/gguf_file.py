@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 
-from tda.model.pretrained.families import linear
+from tda.model.pretrained.layouts import linear
 from tda.model.pretrained.loading import Pretrained, some
 from tda.model.pretrained.tensors import Part, PretrainedError
 

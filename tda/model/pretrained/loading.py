@@ -22,7 +22,7 @@ from tda import progress, sharding
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.model import functional
 from tda.model.decoder import Decoder
-from tda.model.pretrained import families, tensors
+from tda.model.pretrained import configurations, families, tensors
 from tda.model.pretrained.tensors import Part, PretrainedError, Source
 
 
@@ -171,7 +171,7 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PretrainedError(f"{file} is not JSON ({error})") from error
     family = families.family(config, str(file))
-    arguments = family.arguments(families.Config(config, str(file)))
+    arguments = family.arguments(configurations.Config(config, str(file)))
     source = tensors.of_directory(path)
     parts = families.parts(family, arguments, source.shapes())
     used = {p.tensor for p in parts.values()}
