@@ -53,9 +53,11 @@ class LiveRun:
         return self._tracer
 
     def describe(self, progress: Callable) -> dict:
-        """Methods, which of them can be asked, and sizes."""
+        """Methods, the run's own first; which of them can be asked; and sizes."""
         tracer = self._open(progress)
-        usual = [m for m in self._config["methods"].split(",") if m in METHODS]
+        named = [m.strip() for m in self._config["methods"].split(",")]
+        usual = [m for m in named if m in METHODS]
+        listed = [*usual, *(n for n in METHODS if n not in usual)]
         return {
             "methods": [
                 {
@@ -64,7 +66,8 @@ class LiveRun:
                     "usual": n in usual,
                     "lacks": tracer.lacks(m),
                 }
-                for n, m in METHODS.items()
+                for n in listed
+                for m in [METHODS[n]]
             ],
             "passages": tracer.passages,
             "parameters": self._parameters,

@@ -137,6 +137,7 @@ def test_what_can_be_asked_is_described(run):
     assert set(by_name) == set(METHODS) and told["passages"] == 12
     assert all(by_name[n]["lacks"] is None and by_name[n]["usual"] for n in NAMES)
     assert not by_name["exp5"]["usual"]
+    assert [m["name"] for m in told["methods"][: len(NAMES)]] == list(NAMES)
 
 
 def test_refusals(workdir, run, tmp_path):

@@ -95,10 +95,14 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     assert "1,200 passages, a model of 5,300,000 parameters" in page.text(".methods")
     assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
     assert page.page.is_disabled(".methods input[value=exp5]")
+    page.until(lambda: page.text(".progress") == "", "nothing is under way")
     page.page.fill("#prompt", "The capital of France is")
     page.page.click("text=Let the model complete it")
     page.page.wait_for_selector(".steps")
     assert page.text(".steps").split("\n") == ["Par", "50.0%", "<b>Lyon</b> 20.0%", "is", "90.0%"]
+    assert page.page.input_value("#target") == "Paris"  # the whole word, not its first token
+    page.page.locator(".steps button").nth(0).click()
+    assert page.page.input_value("#target") == "Par"
     page.page.locator(".steps button").nth(1).click()
     assert page.page.input_value("#target") == "Paris"
     page.page.locator(".main-action").click()

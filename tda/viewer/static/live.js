@@ -76,13 +76,15 @@ export class Live {
     const share = job.total ? job.done / job.total : null;
     const meter = h("progress", { max: 1, value: share ?? undefined, "aria-label": job.what || "working" });
     fill(this.progress, meter, h("span", {}, `${job.what || "waiting"}${share === null ? "" : ` ${Math.floor(100 * share)}%`}`));
-    this.running = job;
   }
 
   async ask(what, body) {
     this.cancel(); // what was asked before is not waited for
     try {
-      const job = await this.data.live(what, body, (j) => this.showProgress(j));
+      const job = await this.data.live(what, body, (j) => {
+        this.running = j;
+        this.showProgress(j);
+      });
       fill(this.progress, job.state === "cancelled" ? "Stopped." : h("span.quiet", {}, `${number(job.seconds, 1)} s`));
       return job.state === "done" ? job.result : null;
     } catch (error) {
@@ -102,7 +104,7 @@ export class Live {
     if (!found) return;
     this.steps = found;
     this.showSteps();
-    if (!this.box.target.value && found.steps.length) this.box.target.value = found.steps[0].token.trim();
+    if (!this.box.target.value) this.box.target.value = firstWord(found.steps);
   }
 
   showSteps() {
@@ -147,6 +149,12 @@ export class Live {
       highlightBar(),
       h("div.columns", { "data-count": methods.length }, methods.map((m) => column(m, methods.filter((o) => o !== m), context))));
   }
+}
+
+/** The first word of a completion: its tokens up to one that begins another. */
+export function firstWord(steps) {
+  const next = steps.findIndex((step, i) => i > 0 && !/^[\p{L}\p{N}]/u.test(step.token));
+  return steps.slice(0, next < 0 ? undefined : next).map((step) => step.token).join("").trim();
 }
 
 /** Shows which tokens carry a score; missing where there is no model to ask. */
