@@ -183,7 +183,9 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
     groups = {
         "by_relation": summary.grouped(values, of_relation, relations, **how),
         "by_frequency": summary.grouped(values, known.bucket[asked], known.buckets, **how),
-        "by_stated": summary.grouped(values, stated, ["stated", "not stated"], **how),
+        "by_stated": summary.grouped(
+            values, stated, ["stated", "not stated"], **how, differences=True
+        ),
     }
     differences = summary.compared(values, **how)
     control = patches.control()

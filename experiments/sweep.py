@@ -11,6 +11,7 @@ wait for it; the same command without `--list` gathers what they left). Points t
 one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
 
     DIR/sweep.csv            a row for each point, method and metric
+    DIR/differences.csv      paired differences between a point's methods, with intervals
     DIR/seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
     DIR/NAME.png, NAME.svg   the sweep file's plots
     DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point

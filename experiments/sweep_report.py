@@ -51,12 +51,7 @@ def rows(sweep: Sweep, found: list[tuple[Point, dict, dict]]) -> list[dict]:
             notes = about["notes"].get(method, {})
             shared = {"point": point.name} | point.values | {"method": method}
             shared |= {k: about.get(k) for k in _ABOUT} | {k: notes.get(k) for k in _NOTES}
-            groups = [("", m)] + [
-                (f"{key.removeprefix('by_')}: {group}", g)
-                for key in ("by_stated", "by_frequency", "by_relation")
-                for group, g in m.get(key, {}).items()
-            ]
-            for group, g in groups:
+            for group, g in _groups(m):
                 for metric, value in g.items():
                     if not metric.startswith(("mrr", "recall", "tail_patch")):
                         continue
@@ -70,6 +65,40 @@ def rows(sweep: Sweep, found: list[tuple[Point, dict, dict]]) -> list[dict]:
                                 "high": ends[1],
                                 "n_queries": g["counts"].get(metric),
                             }
+                        )
+    return out
+
+
+def _groups(m: dict) -> list[tuple[str, dict]]:
+    return [("", m)] + [
+        (f"{key.removeprefix('by_')}: {group}", g)
+        for key in ("by_stated", "by_frequency", "by_relation")
+        for group, g in m.get(key, {}).items()
+    ]
+
+
+def differences(found: list[tuple[Point, dict, dict]]) -> list[dict]:
+    """A row for each point, two methods, group of queries and metric: the first minus the other.
+
+    Args:
+        found: as for `rows`. Groups are those that were compared: all, and by whether the model
+            states the fact.
+    """
+    out = []
+    for point, metrics, about in found:
+        names = list(metrics)
+        for i, method in enumerate(names):
+            for group, g in _groups(metrics[method]):
+                for other in names[i + 1 :]:
+                    for metric, d in g.get("differences", {}).get(other, {}).items():
+                        pair = {"method": method, "other": other}
+                        out.append(
+                            {"point": point.name}
+                            | point.values
+                            | pair
+                            | {k: about.get(k) for k in _ABOUT}
+                            | {"group": group, "metric": metric}
+                            | d
                         )
     return out
 
@@ -100,6 +129,8 @@ def write(
     if not table:
         raise ValueError("nothing was measured at any point: no ranks, and no tail-patch")
     files = [_write_csv(directory / "sweep.csv", table)]
+    if pairs := differences(found):
+        files.append(_write_csv(directory / "differences.csv", pairs))
     if "seed" in sweep.axes:
         together = across_seeds(table)
         files.append(_write_csv(directory / "seeds.csv", together))

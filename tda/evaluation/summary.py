@@ -112,6 +112,7 @@ def grouped(
     names: Sequence[str],
     resamples: int,
     seed: int,
+    differences: bool = False,
 ) -> dict[str, dict[str, dict]]:
     """The headline metrics in each group of queries, by method and group.
 
@@ -120,9 +121,11 @@ def grouped(
         numbers_Q: the group of each query, its place in `names`; below 0 for none.
         names: of the groups; those without a query are left out.
         resamples, seed: see `tda.evaluation.statistics`.
+        differences: whether methods are compared in each group.
 
     Returns:
-        For each method and group {"n_queries", each metric, "counts", "intervals"}.
+        For each method and group {"n_queries", each metric, "counts", "intervals"}, and
+        "differences" as of `compared` where asked for.
     """
     out: dict = {method: {} for method in values}
     for number, group in enumerate(names):
@@ -135,6 +138,8 @@ def grouped(
         }
         for method, found in intervals(some, resamples, seed).items():
             out[method][group] = {"n_queries": len(mine)} | as_json(found)
+        for method, others in compared(some, resamples, seed).items() if differences else ():
+            out[method][group]["differences"] = others
     return out
 
 

@@ -85,6 +85,18 @@ def test_groups(values):
     low, high = found["a"]["y"]["intervals"]["mrr"]
     assert low < found["a"]["y"]["mrr"] < high
     assert "mrr_at_10" not in found["a"]["x"] and "mrr" not in found["annotated"]["x"]
+    assert "differences" not in found["a"]["x"]
+
+
+def test_differences_in_groups_are_those_of_their_queries(values):
+    numbers = np.array([0, 1, -1] * 20)
+    how = dict(resamples=500, seed=2)
+    found = summary.grouped(values, numbers, ["x", "y"], **how, differences=True)
+    alone = summary.compared(
+        {m: {n: x[1::3] for n, x in v.items()} for m, v in values.items()}, **how
+    )
+    assert found["b"]["y"]["differences"] == alone["b"]
+    assert found["b"]["y"]["differences"] != found["b"]["x"]["differences"]
 
 
 def test_differences_between_all_methods(values):

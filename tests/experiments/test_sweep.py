@@ -146,6 +146,34 @@ def test_the_table_is_tidy(tmp_path):
     assert {(r["value"], r["n_queries"], r["low"]) for r in grouped} == {("0.25", "4", "")}
 
 
+def test_differences_are_told_once_for_each_pair_and_group(tmp_path):
+    path = write(
+        tmp_path / "s.py",
+        '{"fixed": {"methods": "trackstar,exp5,bm25"}, "axes": {"hessian.weight": [0.5]}}',
+    )
+    found = grid.load(path, defaults.get_config())
+    (point,) = found.points
+    _, metrics, about = made_up(point)
+    d = {"difference": 0.25, "low": 0.1, "high": 0.4, "p": 0.01}
+    metrics = {n: dict(m) for n, m in metrics.items()}
+    for name, sign in (("trackstar", 1), ("exp5", -1)):
+        other = "exp5" if name == "trackstar" else "trackstar"
+        told = {other: {"mrr": d | {"difference": sign * 0.25}}}
+        metrics[name] |= {"differences": told, "by_stated": {"stated": {"differences": told}}}
+    files = sweep_report.write(found, [(point, metrics, about)], tmp_path, False)
+    assert files == [str(tmp_path / "sweep.csv"), str(tmp_path / "differences.csv")]
+    with open(files[1], encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(r["method"], r["other"], r["group"]) for r in rows] == [
+        ("trackstar", "exp5", ""),
+        ("trackstar", "exp5", "stated: stated"),
+    ]
+    assert {(r["hessian.weight"], r["dimensions"], r["metric"]) for r in rows} == {
+        ("0.5", "64", "mrr")
+    }
+    assert (rows[0]["difference"], rows[0]["low"], rows[0]["p"]) == ("0.25", "0.1", "0.01")
+
+
 def test_seeds_are_told_together(tmp_path):
     path = write(
         tmp_path / "s.py",
