@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import defaults
-from experiments import attribution, corpus, evaluation, launch, measures, trace, training
+from experiments import attribution, corpus, evaluation, launch, measures, moments, trace, training
 from experiments import encoding as encoding_stage
 from experiments.workdir import Workdir, WorkdirError
 from tda import checkpoint, encoding, results, train
@@ -343,7 +343,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
     # And not again for stores that are there.
-    monkeypatch.setattr(encoding_stage.estimate, "estimate", None)
+    monkeypatch.setattr(moments.estimate, "estimate", None)
     again, _ = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
     np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
