@@ -105,12 +105,14 @@ def test_two_processes_find_what_one_finds(tmp_path, changed):
 
     stores = [sorted(p.name for p in (w / "stores").iterdir()) for w in (one, two)]
     assert stores[0] == stores[1] and len(stores[0]) == 2
-    shards = [p for p in (two / "stores").rglob("gradients/c/*/0")]
+    shards = [p for p in (two / "stores").rglob("gradients/c.*.0")]
     assert len(shards) > len(stores[0])  # or one process would have had nothing to encode
     a, b = (json.loads((w / "metrics.json").read_text()) for w in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6, nan_ok=True)
+        figures = [{k: x for k, x in m[name].items() if isinstance(x, int | float)} for m in (a, b)]
+        assert len(figures[0]) > 10
+        assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-6)
         kept = [list(results.read(w / "results" / f"{name}.jsonl")) for w in (one, two)]
         assert len(kept[0]) == len(kept[1]) == 4
         for x, y in zip(*kept, strict=True):
@@ -120,9 +122,9 @@ def test_two_processes_find_what_one_finds(tmp_path, changed):
                 y["proponent_scores"], x["proponent_scores"], rtol=0, atol=1e-3 * scale
             )
             assert y["proponent_ids"][:3] == x["proponent_ids"][:3]
-    rankings = [sorted(p.name for p in (w / "retrieval").glob("*.npz")) for w in (one, two)]
-    assert rankings[0] == rankings[1]
-    for name in rankings[0]:
+    kept = [sorted(p.name for p in (w / "retrieval").glob("*.npz")) for w in (one, two)]
+    assert kept[0] == kept[1]
+    for name in (n for n in kept[0] if not n.startswith("spectra-")):
         found = [ranked.load(w / "retrieval" / name) for w in (one, two)]
         for label, ranks in found[0].first_ranks.items():
             np.testing.assert_array_equal(ranks, found[1].first_ranks[label])
