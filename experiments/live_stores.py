@@ -88,12 +88,13 @@ def _scales(run: Opened, reread: Reread, chosen, made: dict, on_progress: Progre
     if correction == "none":
         return None
     if made["second_moments"] == "optimizer":
-        trained = run.trained
+        trained, device = run.trained, jax.local_devices()[0]
         found = second_moments.read(trained.root, chosen, correction, trained.step)
-        return {path: _beside(scale) for path, scale in found.items()}
-    file = moments.kept_at(run.path, made, run.config.train.eps)
-    if file.exists():
-        return moments.load(file)
+        # On the model's device, whichever devices they were saved from.
+        return {path: s.map(lambda x: jax.device_put(x, device)) for path, s in found.items()}
+    found = moments.kept(run.path, made, run.config.train.eps)
+    if found is not None:
+        return found
     # A run of an older version kept none.
     corpus = reread.get(on_progress, "to estimate the second moments again")
     if made["second_moments"] != plain(moments.source(run.config, corpus, run.trained)):
@@ -109,14 +110,6 @@ def _scales(run: Opened, reread: Reread, chosen, made: dict, on_progress: Progre
 
     workdir = Workdir(run.path)
     return moments.scales(run.config, corpus, run.trained, workdir, chosen, made, on_batches)
-
-
-def _beside(scale: second_moments.Scale) -> second_moments.Scale:
-    """A scale on the model's device, whichever devices it was saved from."""
-    parts = {f.name: getattr(scale, f.name) for f in dataclasses.fields(scale)}
-    device = jax.local_devices()[0]
-    there = {n: jax.device_put(x, device) for n, x in parts.items() if x is not None}
-    return dataclasses.replace(scale, **there)
 
 
 def _by_factors(run: Opened, chosen, projection: Projection, made: dict) -> encoders.Encoder:

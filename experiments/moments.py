@@ -1,13 +1,8 @@
 """1/√V of a run's corrected gradients: read from the checkpoint, or estimated once and kept."""
 
-import dataclasses
 import itertools
-import os
 import pathlib
 from collections.abc import Callable
-
-import jax
-import numpy as np
 
 from experiments.corpus import Corpus
 from experiments.training import Trained
@@ -15,7 +10,7 @@ from experiments.workdir import Workdir, fingerprint
 from tda import checkpoint, processes, sharding, train
 from tda import loss as losses
 from tda.data import batches
-from tda.gradients import estimate, second_moments, sites
+from tda.gradients import estimate, kept_scales, second_moments, sites
 from tda.gradients.second_moments import Scale
 
 
@@ -64,48 +59,42 @@ def scales(
     if made["second_moments"] == "optimizer":
         found = second_moments.read(trained.root, chosen, made["correction"], trained.step)
         return {path: _within_reach(s, trained.mesh) for path, s in found.items()}
-    file = kept_at(workdir.path, made, config.train.eps)
-    if processes.by_first("look for second moments", file.exists):
-        return load(file)
+    eps = config.train.eps
+    which = _which(made, eps)
+    if processes.by_first("look for second moments", _file(workdir.path, which).exists):
+        return kept(workdir.path, made, eps)
     found = _estimated(config, corpus, trained, chosen, made, on_batches)
-    arrays = _arrays(found)  # of arrays on several hosts all have to give their part
-    processes.by_first("keep second moments", lambda: _save(file, arrays))
+    # Of arrays on several hosts all have to give their part.
+    here = {path: scale.map(sharding.to_host) for path, scale in found.items()}
+    processes.by_first("keep second moments", lambda: _keep(workdir.path, which, here))
     return found
 
 
-def kept_at(path, made: dict, eps: float) -> pathlib.Path:
-    """Where a workdir keeps the estimate that gradients made as `made` says were divided by."""
+def kept(path, made: dict, eps: float) -> dict[str, Scale] | None:
+    """The estimate that a workdir keeps for gradients made as `made` says; None where it has none.
+
+    Args:
+        path: the workdir.
+        made: what decides the gradients (`encoding.made_from`).
+        eps: of the optimizer.
+    """
+    which = _which(made, eps)
+    return kept_scales.load(_file(path, which), which)
+
+
+def _which(made: dict, eps: float) -> dict:
     keys = ("checkpoint", "step", "correction", "second_moments", "parameters")
-    which = {k: made[k] for k in keys} | {"eps": eps}
-    return pathlib.Path(path) / "moments" / f"{fingerprint(which)}.npz"
+    return {k: made[k] for k in keys} | {"eps": eps}
 
 
-def load(file) -> dict[str, Scale]:
-    """An estimate that was kept, by path."""
-    with np.load(file, allow_pickle=False) as kept:
-        arrays = dict(kept)
-    found: dict[str, dict] = {}
-    for name, x in arrays.items():
-        path, _, part = name.rpartition("|")
-        found.setdefault(path, {})[part] = jax.numpy.asarray(x)
-    return {path: Scale(**parts) for path, parts in found.items()}
+def _file(path, which: dict) -> pathlib.Path:
+    return pathlib.Path(path) / "moments" / f"{fingerprint(which)}.safetensors"
 
 
-def _arrays(found: dict[str, Scale]) -> dict[str, np.ndarray]:
-    return {
-        f"{path}|{f.name}": sharding.to_host(x)
-        for path, scale in found.items()
-        for f in dataclasses.fields(scale)
-        if (x := getattr(scale, f.name)) is not None
-    }
-
-
-def _save(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def _keep(path, which: dict, found: dict[str, Scale]) -> None:
+    file = _file(path, which)
     file.parent.mkdir(exist_ok=True)
-    part = f"{file}.part"
-    with open(part, "wb") as out:
-        np.savez(out, **arrays)
-    os.replace(part, file)
+    kept_scales.save(file, found, which)
 
 
 def _estimated(
@@ -144,8 +133,6 @@ def _estimated(
 
 def _within_reach(scale: Scale, mesh) -> Scale:
     """A scale that was read onto the devices of all processes, for a model on this one's."""
-    parts = {f.name: getattr(scale, f.name) for f in dataclasses.fields(scale)}
-    far = {n: x for n, x in parts.items() if x is not None and not x.is_fully_addressable}
-    if not far or not sharding.is_local(mesh):
+    if not sharding.is_local(mesh):
         return scale
-    return dataclasses.replace(scale, **{n: sharding.to_host(x) for n, x in far.items()})
+    return scale.map(lambda x: x if x.is_fully_addressable else sharding.to_host(x))

@@ -8,6 +8,7 @@ Moments of half precision are float32 before anything is done to them.
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,11 @@ class Scale:
         if self.full is not None:
             return self.full
         return low_rank.product(self.left, self.right)
+
+    def map(self, change: Callable) -> "Scale":
+        """The same with each array changed."""
+        parts = self.left, self.right, self.full
+        return Scale(*(None if x is None else change(x) for x in parts))
 
 
 def parse_correction(text: str) -> tuple[str, int | None]:
