@@ -138,8 +138,9 @@ def grouped(
         }
         for method, found in intervals(some, resamples, seed).items():
             out[method][group] = {"n_queries": len(mine)} | as_json(found)
-        for method, others in compared(some, resamples, seed).items() if differences else ():
-            out[method][group]["differences"] = others
+        if differences:
+            for method, others in compared(some, resamples, seed).items():
+                out[method][group]["differences"] = others
     return out
 
 

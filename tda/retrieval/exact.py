@@ -302,6 +302,7 @@ def _thresholds(groups, methods, source: Source, pairs, step) -> dict[str, jax.A
     out = {label: np.full(shape, np.nan, np.float32) for label in pairs}
     for start in range(0, len(wanted), step):
         some = wanted[start : start + step]
+        here = {label: p.among(some) for label, p in pairs.items()}
         gradients = source.read(some)
         valid_R = store.valid(gradients)
         gradients = np.where(valid_R[:, None], gradients, 0)
@@ -310,7 +311,7 @@ def _thresholds(groups, methods, source: Source, pairs, step) -> dict[str, jax.A
             scores = _scores(group, gradients, source.form.widths)
             for i in group.methods:
                 scores_RxQ = np.asarray(scores[methods[i].unit_norm])
-                for label, (row_N, query_N) in {n: p.among(some) for n, p in pairs.items()}.items():
+                for label, (row_N, query_N) in here.items():
                     value_N = np.where(valid_R[row_N], scores_RxQ[row_N, query_N], np.nan)
                     np.fmax.at(out[label][i], query_N, value_N)
     return {label: jnp.asarray(best) for label, best in out.items()}
