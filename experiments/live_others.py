@@ -26,9 +26,10 @@ def others(run: Opened, passages: Passages, text: str | None, reread: Reread) ->
         reread: the corpus, to be read where what is asked was not kept.
     """
     known = run.remembered.known if run.remembered else Known()
-    sentences = _Sentences(run, text, reread)
+    kept = _Kept(run, text, reread)
+    sentences = _Sentences(run, kept)
     found: dict[str, Retriever] = {
-        "hidden": _hidden(run, passages, text, reread),
+        "hidden": _hidden(run, passages, kept),
         "dense": Vectors(passages, sentences.of_passages, sentences.of_question, sentences.lacks),
         "annotated": Labels(known, run.config.data.seed),
         "random": Control(passages, random_scores(passages, run.config.seed)),
@@ -37,24 +38,62 @@ def others(run: Opened, passages: Passages, text: str | None, reread: Reread) ->
     return found
 
 
-def _told(what: str, total: int, on_progress: Progress) -> Callable[[int], None]:
-    return lambda done: on_progress(what, done, total)
+class _Kept:
+    """Vectors of a run's passages: those that it kept, else made now and kept.
+
+    Args:
+        run: the run.
+        text: the fingerprint of its corpus, where that is known.
+        reread: its corpus, read where the vectors have to be made.
+    """
+
+    def __init__(self, run: Opened, text: str | None, reread: Reread):
+        self._run, self._text, self._reread = run, text, reread
+
+    def get(
+        self, name: str, made: dict, what: str, why: str, compute: Callable, on_progress: Progress
+    ) -> np.ndarray:
+        """Float32 [C, D].
+
+        Args:
+            name, made: as for `vectors.kept`.
+            what: they are, to be told.
+            why: the corpus is read.
+            compute: makes them of a corpus and a workdir; told how many are there.
+            on_progress: told what is done.
+        """
+        on_progress(f"reading {what}", 0, 0)
+        if self._text is not None:
+            kept = vectors.kept(self._run.path, name, made, self._text)
+            if kept is not None:
+                return kept
+        corpus = self._reread.get(on_progress, why)
+        total = len(corpus.passages)
+
+        def on_rows(done: int) -> None:
+            on_progress(f"{what} of the passages", done, total)
+
+        return compute(corpus, Workdir(self._run.path), on_rows)
 
 
-def _hidden(run: Opened, passages: Passages, text: str | None, reread: Reread) -> Vectors:
+def _hidden(run: Opened, passages: Passages, kept: _Kept) -> Vectors:
     poolers: dict = {}
 
     def of_passages(method: Method, on_progress: Progress) -> np.ndarray:
-        layer, made = method.layer, vectors.made_of_hidden_states(run.trained, method.layer)
-        on_progress("reading hidden states", 0, 0)
-        if text is not None:
-            kept = vectors.kept(run.path, f"hidden-{layer}-corpus", made, text)
-            if kept is not None:
-                return kept
-        corpus = reread.get(on_progress, "to compute hidden states, which the run did not")
-        on_rows = _told("hidden states of the passages", len(corpus.passages), on_progress)
-        how = run.config, corpus, run.trained, Workdir(run.path), layer, "corpus"
-        return vectors.hidden_states(*how, on_rows)
+        layer = method.layer
+
+        def compute(corpus, workdir, on_rows):
+            how = run.config, corpus, run.trained, workdir, layer, "corpus"
+            return vectors.hidden_states(*how, on_rows)
+
+        return kept.get(
+            f"hidden-{layer}-corpus",
+            vectors.made_of_hidden_states(run.trained, layer),
+            "hidden states",
+            "to compute hidden states, which the run did not",
+            compute,
+            on_progress,
+        )
 
     def of_question(method: Method, question: Question) -> np.ndarray:
         layer = method.layer
@@ -69,8 +108,8 @@ def _hidden(run: Opened, passages: Passages, text: str | None, reread: Reread) -
 class _Sentences:
     """A sentence encoder's vectors of a run's passages, and of questions."""
 
-    def __init__(self, run: Opened, text: str | None, reread: Reread):
-        self._run, self._text, self._reread = run, text, reread
+    def __init__(self, run: Opened, kept: _Kept):
+        self._run, self._kept = run, kept
         self._encoder = None
 
     def lacks(self, method: Method) -> str | None:
@@ -85,17 +124,20 @@ class _Sentences:
 
     def of_passages(self, method: Method, on_progress: Progress) -> np.ndarray:
         """Those that were kept, or made now and kept: float32 [C, D]."""
-        run = self._run
-        made = vectors.made_of_sentences(run.config)
-        on_progress("reading sentence vectors", 0, 0)
-        if self._text is not None:
-            kept = vectors.kept(run.path, "dense-corpus", made, self._text)
-            if kept is not None:
-                return kept
-        corpus = self._reread.get(on_progress, "to encode sentences, which the run did not")
-        on_rows = _told("sentence vectors of the passages", len(corpus.passages), on_progress)
-        how = run.config, self._made(), corpus, Workdir(run.path), "corpus", corpus.text_of
-        return vectors.sentences(*how, on_rows)
+        config = self._run.config
+
+        def compute(corpus, workdir, on_rows):
+            how = config, self._made(), corpus, workdir, "corpus", corpus.text_of
+            return vectors.sentences(*how, on_rows)
+
+        return self._kept.get(
+            "dense-corpus",
+            vectors.made_of_sentences(config),
+            "sentence vectors",
+            "to encode sentences, which the run did not",
+            compute,
+            on_progress,
+        )
 
     def of_question(self, method: Method, question: Question) -> np.ndarray:
         """That of prompt and target, float32 [1, D]."""

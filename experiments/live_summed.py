@@ -10,7 +10,7 @@ from experiments.opened import Opened
 from experiments.remembered import Reread
 from tda.gradients import first_moments, sites
 from tda.live import Encoded, Hessian, Known, Question, Tracer
-from tda.live.encoded import Progress
+from tda.live.encoded import Progress, counted
 from tda.methods import METHODS, Gradients, Method
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
@@ -68,13 +68,8 @@ class Checkpoints:
     def search(self, method: Method, question: Question, k: int, on_progress: Progress) -> Ranked:
         """The k passages of one question."""
         found = self._summed(method, question, on_progress)
-        done = 0
-
-        def on_rows(rows: int) -> None:
-            nonlocal done
-            done += rows
-            on_progress("searching passages of all checkpoints", done, found.source.rows)
-
+        what = "searching passages of all checkpoints"
+        on_rows = counted(on_progress, what, found.source.rows)
         scorers = {"": found.scorer}
         return exact.search(found.queries_QxE, found.source, scorers, k, on_rows=on_rows)[""]
 

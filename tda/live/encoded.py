@@ -16,6 +16,19 @@ def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody looks at."""
 
 
+def counted(on_progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """Tells of work by what is added to it; told at once that it begins."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(what, done, total)
+
+    on_progress(what, 0, total)
+    return add
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """A corpus's gradients, and all that makes a query's gradient like them.

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from tda import hessian
-from tda.live.encoded import Encoded, Progress
+from tda.live.encoded import Encoded, Progress, counted
 from tda.methods import Gradients, Method
 from tda.retrieval.scorer import InMemory, Scorer
 from tda.store import GradientStore
@@ -150,15 +150,9 @@ class Roots:
         """R_train; that of the last store is held, for its other kinds."""
         if self._train is None or self._train[0] != gradients:
             self._train = None
-            how, store, done = self._how, self._encoded[gradients].store, 0
+            how, store = self._how, self._encoded[gradients].store
             total = min(how.sample or store.rows, store.rows)
-
-            def on_rows(rows: int) -> None:
-                nonlocal done
-                done += rows
-                on_progress("R of the passages", done, total)
-
-            on_progress("R of the passages", 0, total)
+            on_rows = counted(on_progress, "R of the passages", total)
             found = hessian.of_source(store, how.sample, how.seed, on_rows=on_rows)
             self._train = gradients, found
         return self._train[1]

@@ -13,7 +13,7 @@ from tda.data import batches
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import encoder
 from tda.live import heat, retrievers
-from tda.live.encoded import Encoded, Progress, silent
+from tda.live.encoded import Encoded, Progress, counted, silent
 from tda.live.questions import Known, Question
 from tda.live.retrievers import Passages, Retriever
 from tda.live.roots import Hessian, Roots, factors
@@ -167,14 +167,7 @@ class Tracer:
             n: self.roots.scorer(m, question.number, gradients, on_progress)
             for n, m in sharing.items()
         }
-        done = 0
-
-        def on_rows(rows: int) -> None:
-            nonlocal done
-            done += rows
-            on_progress("searching passages", done, store.rows)
-
-        on_progress("searching passages", 0, store.rows)
+        on_rows = counted(on_progress, "searching passages", store.rows)
         return exact.search(gradient_1xE, store, scorers, k, on_rows=on_rows)
 
     def _record(self, question: Question, found: Ranked, method: Method) -> dict:
@@ -283,11 +276,8 @@ class Tracer:
             scales = self._scales_of(gradients, on_progress)
             self._heats[gradients] = heat.Heat(self._model, self.speaker, e, scales)
         whitening = Scorer(factors(scorer, query_1xE[0], e.store.slices), method.unit_norm)
-        tokens = self._tokens_of(e.store, row)
+        tokens = heat.tokens_of(e.store, row, self.speaker)
         return self._heats[gradients].of(query_1xE, stored_1xE, whitening, *tokens)
-
-    def _tokens_of(self, store, row: int) -> tuple[np.ndarray, list[str]]:
-        return heat.tokens_of(store, row, self.speaker)
 
 
 def _retriever(method: Method) -> str:

@@ -9,6 +9,7 @@ import pytest
 from experiments import live, opened, trace
 from experiments.workdir import Workdir
 from tda import results
+from tda.live import heat
 from tda.methods import METHODS
 from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
@@ -116,10 +117,8 @@ def test_heat_sums_to_the_score(workdir, run, name):
 
 
 def test_heat_tells_where_a_passage_is_read_otherwise(run, monkeypatch):
-    tracer = run._open(silent)
-    monkeypatch.setattr(
-        tracer, "_tokens_of", lambda store, row: (np.asarray([1, 9, 9, 9, 9]), list("abcde"))
-    )
+    other = np.asarray([1, 9, 9, 9, 9]), list("abcde")
+    monkeypatch.setattr(heat, "tokens_of", lambda store, row, speaker: other)
     found = run.heat(silent, "The capital of France is", "Paris", "grad_dot", "s00")
     assert not found["faithful"]
 

@@ -13,6 +13,7 @@ from tda.evaluation import knowledge
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.live import Encoded, Hessian, Tracer
+from tda.live import heat as heats
 from tda.methods import METHODS, Gradients, Method
 from tda.retrieval import exact
 
@@ -105,8 +106,8 @@ def test_heat_sums_to_the_score(made):
 def test_heat_of_other_tokens_is_told(made, monkeypatch):
     tracer = made[0]
     _, prompt, target = QUESTIONS[0]
-    other = np.asarray([1, 9, 9, 9, 9], np.int32)
-    monkeypatch.setattr(tracer, "_tokens_of", lambda store, row: (other, list("abcde")))
+    other = np.asarray([1, 9, 9, 9, 9], np.int32), list("abcde")
+    monkeypatch.setattr(heats, "tokens_of", lambda store, row, speaker: other)
     assert not tracer.heat(prompt, target, METHODS["grad_dot"], "d0")["faithful"]
 
 
