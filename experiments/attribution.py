@@ -160,9 +160,9 @@ def _labels(corpus: Corpus, queries: np.ndarray) -> dict[str, list[np.ndarray]]:
     return {label: [lists[q] for q in queries] for label, lists in corpus.correct.items()}
 
 
-def _scan(gradients_QxE, source, scorers, k: int, correct, mesh):
+def _scan(gradients_QxE, source, scorers, k: int, correct, mesh, opponents: bool = True):
     with progress.bar(source.rows, f"search ({', '.join(scorers)})", "passage") as bar:
-        return exact.search(gradients_QxE, source, scorers, k, correct, mesh, bar.update)
+        return exact.search(gradients_QxE, source, scorers, k, correct, mesh, bar.update, opponents)
 
 
 def _search_summed(config, corpus, trained, name: str, found: checkpoints.Summed, files) -> None:
@@ -198,9 +198,9 @@ def _by_vectors(config, corpus, trained, workdir, method, file: pathlib.Path) ->
         source = exact.InMemory(found.passages, whole)
         scorer = {"vectors": exact.Scorer(None, method.unit_norm)}
         k, mesh = config.eval.top_k, search_mesh(trained)
-        ranking = _scan(found.queries, source, scorer, k, corpus.correct, mesh)
         # What is least like a text says nothing.
-        _keep(file, ranked.without_opponents(ranking["vectors"]), None)
+        ranking = _scan(found.queries, source, scorer, k, corpus.correct, mesh, opponents=False)
+        _keep(file, ranking["vectors"], None)
 
     processes.by_first("search", work)
 

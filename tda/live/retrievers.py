@@ -13,7 +13,7 @@ from tda.evaluation import annotated
 from tda.live.encoded import Encoded, Progress
 from tda.live.questions import Known, Question
 from tda.methods import Gradients, Method
-from tda.retrieval import bm25, by_score, exact, ranked
+from tda.retrieval import bm25, by_score, exact
 from tda.retrieval.ranked import Ranked
 from tda.store import Passage
 
@@ -104,7 +104,7 @@ class Vectors:
         scorers = {"": exact.Scorer(None, method.unit_norm)}
         asked_1xD, source = self._of_question(method, question), self._held[method.layer]
         # What is least like a text says nothing.
-        return ranked.without_opponents(exact.search(asked_1xD, source, scorers, k)[""])
+        return exact.search(asked_1xD, source, scorers, k, opponents=False)[""]
 
 
 class Labels:

@@ -48,7 +48,7 @@ class _Kept:
 
     Attributes:
         best, worst: the k largest scores and negated scores, each float32 [Q, k], falling, and
-            their rows, int32 [Q, k].
+            their rows, int32 [Q, k]; no worst, [Q, 0], where they are not wanted.
         above: for each set of labels, int32 [Q]: rows that are not correct and score at least as
             much as the best correct one.
     """
@@ -81,8 +81,9 @@ def search(
     correct: dict[str, list[np.ndarray]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
+    opponents: bool = True,
 ) -> dict[str, Ranked]:
-    """Scores every passage for every query and keeps the k best and the k worst.
+    """Scores every passage for every query and keeps the k best, and the k worst.
 
     Among equal scores the lower row comes first.
 
@@ -94,6 +95,7 @@ def search(
         correct: for each set of labels, the correct rows of each query; their first rank is found.
         mesh: the devices that rows are split over; one device where None.
         on_rows: told the rows of each step when it has begun.
+        opponents: whether the k worst are wanted too.
 
     Returns:
         What each method ranks, by its name.
@@ -108,7 +110,8 @@ def search(
     groups = _groups(gradients_QxE, methods, widths)
     pairs = {label: _Pairs(lists) for label, lists in correct.items()}
     thresholds = _thresholds(groups, methods, source, pairs, step)
-    state = [_empty(len(gradients_QxE), k, devices, correct) for _ in methods]
+    kept = k, k if opponents else 0
+    state = [_empty(len(gradients_QxE), kept, devices, correct) for _ in methods]
     state, groups, thresholds = _spread(mesh, state, groups, thresholds)
     norms = tuple(s.unit_norm for s in methods)
     found = 0
@@ -225,7 +228,9 @@ def _advance_one(state, rows: _Step, labels, groups, thresholds, widths, norms):
                 count_Q = high_RxQ.sum(axis=0).at[query_N].add(-own.astype(jnp.int32), mode="drop")
                 above[label] = state[i].above[label] + count_Q
             best = merge(state[i].best, scores_RxQ, rows.valid, rows.first)
-            worst = merge(state[i].worst, scores_RxQ, rows.valid, rows.first, sign=-1)
+            worst = state[i].worst
+            if worst[0].size:
+                worst = merge(worst, scores_RxQ, rows.valid, rows.first, sign=-1)
             out[i] = _Kept(best, worst, above)
     return out
 
@@ -284,12 +289,12 @@ def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
     ]
 
 
-def _empty(queries: int, k: int, devices: int, correct) -> _Kept:
-    def none():
+def _empty(queries: int, kept: tuple[int, int], devices: int, correct) -> _Kept:
+    def none(k: int):
         shape = (devices, queries, k)
         return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
 
-    return _Kept(none(), none(), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
+    return _Kept(*map(none, kept), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
 
 
 def _thresholds(groups, methods, source: Source, pairs, step) -> dict[str, jax.Array]:

@@ -68,15 +68,6 @@ def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
     return Ranked(**{name: one(name) for name in fields}, first_ranks=ranks)
 
 
-def without_opponents(ranked: Ranked) -> Ranked:
-    """The same ranking of a retriever whose low scores mean nothing."""
-    return dataclasses.replace(
-        ranked,
-        opponents=ranked.opponents[:, :0],
-        opponent_scores=ranked.opponent_scores[:, :0],
-    )
-
-
 def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
     """Rank, from 1, of the best of the `correct` rows; 0 where there are none.
 

@@ -99,6 +99,7 @@ class Retriever:
         gradients_QxE: np.ndarray,
         k: int = 10,
         correct: dict[str, list[np.ndarray]] | None = None,
+        opponents: bool = True,
     ) -> Ranked:
         """The k best and the k worst passages of every query.
 
@@ -107,6 +108,7 @@ class Retriever:
             k: how many proponents and opponents.
             correct: for each set of labels, the correct rows of each query, whose first rank is
                 found; only exact search knows it.
+            opponents: whether the k worst are wanted too.
 
         Raises:
             ValueError: the gradients do not fit or are not finite, or an index is asked for ranks.
@@ -117,13 +119,17 @@ class Retriever:
         )
         if self._index is None:
             dot = {"": Scorer(None, False)}
-            found = exact.search(encodings_QxE, self._held, dot, k, correct, self._mesh)
+            found = exact.search(
+                encodings_QxE, self._held, dot, k, correct, self._mesh, opponents=opponents
+            )
             return found[""]
         if correct:
             raise ValueError("an index does not know the rank of every row; search without it")
         gone = getattr(self._source, "withdrawn", None)
         read = None if self._index.settings.reorder else self._read
-        return self._index.search(np.asarray(encodings_QxE), k, gone, read=read)
+        return self._index.search(
+            np.asarray(encodings_QxE), k, gone, opponents=opponents, read=read
+        )
 
     def ask(self, gradient_E: np.ndarray, k: int = 10) -> Answer:
         """The passages for one query, float32 [E], with their texts where the source has them."""

@@ -76,6 +76,20 @@ def test_several_methods_in_one_scan_equal_each_alone(data):
         np.testing.assert_array_equal(both[name].proponents, alone[name].proponents)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_proponents_alone_are_those_of_a_search_for_both(data, devices):
+    queries, passages = data
+    correct = {"all": [np.array([i]) for i in range(5)]}
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    scorers = {"m": exact.Scorer(None, True)}
+    both = exact.search(queries, source(passages), scorers, 7, correct, mesh)["m"]
+    found = exact.search(queries, source(passages), scorers, 7, correct, mesh, opponents=False)["m"]
+    np.testing.assert_array_equal(found.proponents, both.proponents)
+    np.testing.assert_array_equal(found.proponent_scores, both.proponent_scores)
+    np.testing.assert_array_equal(found.first_ranks["all"], both.first_ranks["all"])
+    assert found.opponents.shape == found.opponent_scores.shape == (5, 0)
+
+
 def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
     queries, passages = data
     same = np.ones_like(passages)
@@ -276,4 +290,3 @@ def test_parts_of_the_queries_are_joined_in_their_order(data):
     np.testing.assert_array_equal(joined.opponents, whole.opponents)
     np.testing.assert_array_equal(joined.first_ranks["all"], whole.first_ranks["all"])
     assert ranked.join([(np.arange(5), whole)]) is whole
-    assert ranked.without_opponents(whole).opponents.shape == (5, 0)

@@ -66,6 +66,9 @@ def test_equals_exact_search_over_its_source(data, store, devices, whitened, uni
     wanted = exact.search(queries, store, {"m": method}, 7, correct)["m"]
     assert_same(retriever.search(queries, 7, correct), wanted)
     assert sum(seen) == retriever.rows == 97
+    alone = retriever.search(queries, 7, correct, opponents=False)
+    np.testing.assert_array_equal(alone.proponents, wanted.proponents)
+    assert alone.opponents.shape == (len(queries), 0)
 
 
 def test_an_answer_has_the_passages_with_their_texts(data, store):
@@ -116,6 +119,9 @@ def test_through_an_index(data, store, tmp_path):
         retriever = Retriever(store, method, index)
         wanted = exact.search(queries, store, {"m": method}, 4)["m"]
         assert_same(retriever.search(queries, 4), wanted)
+        alone = retriever.search(queries, 4, opponents=False)
+        np.testing.assert_array_equal(alone.proponents, wanted.proponents)
+        assert alone.opponents.shape == (len(queries), 0)
         with pytest.raises(ValueError, match="does not know the rank of every row"):
             retriever.search(queries, 4, {"all": [np.array([1])] * 5})
     gone = wanted.proponents[0, 0]
