@@ -136,6 +136,7 @@ def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
     """Search, reading and product in turns, part by part, with so many queries."""
     buffer, queries = bytearray(16 << 20), queries_of(count, store.width)
     multiply, step = product_of(queries)
+    parts = min(parts, len(store.shards()))
     sources = [_Part(store, i, parts) for i in range(parts)]
     sides = {
         "search": lambda part: exact.search(queries, part, METHOD, K),
