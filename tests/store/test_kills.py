@@ -36,7 +36,7 @@ print("begin", flush=True)
 def fill(store):
     for i in store.missing():
         store.write(i, data[store.shards()[i]])
-        print(i, flush=True)
+        print(f"wrote:{i}", flush=True)
 fill(stores.create(path, ids[:40], blocks, {"made": 1}, dtype, bytes_, texts=texts[:40]))
 fill(stores.append(path, ids[40:], {"made": 1}, bytes_, texts=texts[40:]))
 print("end", flush=True)
@@ -65,10 +65,17 @@ def assert_same(one, other):
     assert [n for n in a if a[n] != b[n]] == []
 
 
+def await_begin(process):
+    """Waits until a program says so, whatever the collectives print before."""
+    for line in process.stdout:
+        if line.strip() == "begin":
+            return
+    raise AssertionError(process.stderr.read()[-2000:])
+
+
 def run_until_killed(processes, seconds):
     """Waits for the first to begin, then kills all after some time; whether they ended before."""
-    line = processes[0].stdout.readline()
-    assert line, processes[0].stderr.read()[-2000:]
+    await_begin(processes[0])
     until = time.monotonic() + seconds
     while time.monotonic() < until and any(p.poll() is None for p in processes):
         time.sleep(0.002)
@@ -76,16 +83,17 @@ def run_until_killed(processes, seconds):
     for p in processes:
         p.send_signal(signal.SIGKILL)
     written = [p.communicate()[0].split() for p in processes]
-    return ended, [int(w) for words in written for w in words if w.isdigit()]
+    # Collectives print numbers of their own.
+    told = [w.removeprefix("wrote:") for words in written for w in words if w.startswith("wrote:")]
+    return ended, [int(w) for w in told]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_one_process_killed_at_random_moments(tmp_path, dtype, kills):
     """Guards: a killed run that must start again from nothing; rows twice, rows never."""
-    began = time.monotonic()
     whole = start(WRITE, [tmp_path / "whole", dtype])
-    whole.stdout.readline()
+    await_begin(whole)
     began = time.monotonic()
     assert whole.wait() == 0, whole.stderr.read()[-2000:]
     length = time.monotonic() - began
@@ -133,7 +141,7 @@ store = stores.create(
 write = stores.GradientStore.write
 def told(self, shard, x):
     out = write(self, shard, x)
-    print(shard, flush=True)
+    print(f"wrote:{shard}", flush=True)
     return out
 stores.GradientStore.write = told
 encoding.fill(store, encoder, table, **layout)
@@ -157,7 +165,7 @@ def test_encoding_killed_at_random_moments(tmp_path, count):
         return [start(ENCODE, [port, me, path, "float32"], **env) for me in range(count)]
 
     running = begin(tmp_path / "whole")
-    running[0].stdout.readline()
+    await_begin(running[0])
     began = time.monotonic()
     for p in running:
         _, errors = p.communicate()
