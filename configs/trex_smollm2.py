@@ -8,8 +8,8 @@
 Any other model: --config.model.pretrained=DIR. On a GPU, all sentences:
 --config.data.n_sentences=0 --config.data.n_queries=1000 --config.model.dtype=bfloat16.
 
-Cost: by counting, under an hour on 2 CPU cores, 6 GiB of memory. Expected numbers: not measured
-yet.
+Cost: 42 minutes on 2 CPU cores, 6 GiB of memory. Expected MRR: TrackStar 0.208, without correction
+0.252, gradient cosine 0.051, BM25 0.960; 13 of the 60 facts are stated (results/README.md).
 """
 
 from configs import defaults
