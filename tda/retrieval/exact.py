@@ -110,8 +110,8 @@ def search(
     groups = _groups(gradients_QxE, methods, widths)
     pairs = {label: _Pairs(lists) for label, lists in correct.items()}
     thresholds = _thresholds(groups, methods, source, pairs, step)
-    kept = k, k if opponents else 0
-    state = [_empty(len(gradients_QxE), kept, devices, correct) for _ in methods]
+    counts = k, k if opponents else 0
+    state = [_empty(len(gradients_QxE), counts, devices, correct) for _ in methods]
     state, groups, thresholds = _spread(mesh, state, groups, thresholds)
     norms = tuple(s.unit_norm for s in methods)
     found = 0
@@ -289,12 +289,12 @@ def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
     ]
 
 
-def _empty(queries: int, kept: tuple[int, int], devices: int, correct) -> _Kept:
+def _empty(queries: int, counts: tuple[int, int], devices: int, correct) -> _Kept:
     def none(k: int):
         shape = (devices, queries, k)
         return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
 
-    return _Kept(*map(none, kept), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
+    return _Kept(*map(none, counts), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
 
 
 def _thresholds(groups, methods, source: Source, pairs, step) -> dict[str, jax.Array]:

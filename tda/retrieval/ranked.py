@@ -15,8 +15,8 @@ class Ranked:
         proponents: int64 [Q, K], rows with the largest scores, best first; −1, which is no
             passage, at the end where a retriever found fewer.
         proponent_scores: float32 [Q, K].
-        opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] from a
-            retriever whose low scores mean nothing.
+        opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] where they
+            were not asked for, or low scores mean nothing.
         opponent_scores: float32, like `opponents`.
         first_ranks: for each set of labels, int64 [Q]: rank of the first correct passage in the
             whole corpus, 0 where the query has none.
