@@ -21,6 +21,7 @@ setup(
         "importlib_resources>=7.1.0",
         "jax>=0.10.2",
         "ml_collections>=1.1.0",
+        "ml_dtypes>=0.6.0",
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
