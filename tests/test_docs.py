@@ -102,13 +102,23 @@ def test_every_page_is_run_here():
     assert pages == {
         "add_a_corpus.md",
         "add_a_method.md",
+        "evaluation.md",
         "huggingface.md",
+        "large_corpora.md",
+        "methods.md",
         "own_model.md",
         "pods.md",
+        "sweeps.md",
+        "viewer.md",
     }
     assert [c.split()[2] for c in commands("huggingface.md")] == ["experiments.ask"]
     assert [c.split()[2] for c in commands("pods.md")] == ["experiments.trace", "experiments.plan"]
-    assert not [p for p in pages - {"huggingface.md", "pods.md"} if commands(p)]
+    assert [c.split()[2] for c in commands("large_corpora.md")] == ["experiments.plan"]
+    assert [c.split()[2] for c in commands("sweeps.md")] == ["experiments.sweep"]
+    assert {p for p in pages if commands(p)} == set(WITH_COMMANDS)
+
+
+WITH_COMMANDS = ("huggingface.md", "large_corpora.md", "pods.md", "sweeps.md")
 
 
 def run_command(command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
@@ -121,7 +131,7 @@ def run_command(command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["huggingface.md", "pods.md"])
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_run(world, page):
     for command in commands(page):
         ended = run_command(command, world)

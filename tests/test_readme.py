@@ -79,6 +79,20 @@ def test_the_example_records_are_read(tmp_path):
     assert jsonl.read_facts(tmp_path / "f.jsonl")[0].prompt(0) == json.loads(fact)["prompt0"]
 
 
-@pytest.mark.parametrize("name", ["tda/gradients/reference.py", "configs/world_facts.py"])
-def test_files_that_it_names_are_there(name):
-    assert name in README and pathlib.Path(__file__).parents[1].joinpath(name).exists()
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "results/README.md", "benchmarks/RESULTS.md"])
+def test_files_that_a_page_names_are_there(page):
+    text = ROOT.joinpath(page).read_text(encoding="utf-8")
+    folders = r"(?:tda|configs|experiments|benchmarks|tests)"
+    named = {ROOT / n for n in re.findall(rf"\b{folders}/[\w/]+\.(?:py|md)\b", text)}
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    named |= {ROOT.joinpath(page).parent / n for n in linked}
+    assert not [str(p) for p in named if not p.exists()]
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", README))
+    assert linked == {p for p in PAGES if p.startswith("docs/")}
