@@ -39,6 +39,8 @@ def retrieve(
     # Methods that differ in their title alone share a file, and are searched once.
     todo = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in todo.values()}
+    at_end = [m.gradients for m in todo.values() if m.retriever in ("gradient", "gradient_norm")]
+    encoding.ahead(config, corpus, trained, workdir, at_end)
     sharing: dict[Gradients, dict] = {g: {} for g in (Gradients(), Gradients(corrected=True))}
     for name, method in todo.items():
         if method.shares_scan:
@@ -53,11 +55,13 @@ def retrieve(
             )
             processes.by_first("search", work)
             del store, queries
+    after = dict(todo)
     for name, method in todo.items():
+        del after[name]
         if method.shares_scan:
             continue
         if method.retriever == "gradient":
-            found = checkpoints.summed(config, corpus, trained, workdir, method)
+            found = checkpoints.summed(config, corpus, trained, workdir, method, after.values())
             work = functools.partial(_search_summed, config, corpus, trained, name, found, files)
             processes.by_first("search", work)
             del found, work

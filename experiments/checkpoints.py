@@ -1,6 +1,7 @@
 """Methods that sum over checkpoints or change passages' gradients first: TracIn, TRAK, LESS."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -110,8 +111,21 @@ class Part:
     probabilities: np.ndarray | None = None
 
 
-def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: Method) -> Summed:
+def summed(
+    config,
+    corpus: Corpus,
+    trained: Trained,
+    workdir: Workdir,
+    method: Method,
+    others: Iterable[Method] = (),
+) -> Summed:
     """What to search for a method whose passages are not those of one store as they are.
+
+    Args:
+        config, corpus, trained, workdir: of the run.
+        method: the method.
+        others: methods that come after it, whose gradients are encoded in the same pass over the
+            corpus where that can be.
 
     Raises:
         ValueError: R is neither none nor R_train.
@@ -121,6 +135,10 @@ def summed(config, corpus: Corpus, trained: Trained, workdir: Workdir, method: M
     steps, parts = steps_of(config, trained, method), []
     for step in steps:
         then = at_step(trained, step)
+        alike = [m for m in others if m.several and step in steps_of(config, trained, m)]
+        encoding.ahead(
+            config, corpus, then, workdir, [method.gradients, *(m.gradients for m in alike)]
+        )
         source, q_QxE = encoding.encode(config, corpus, then, workdir, method.gradients)
         if method.query_gradients != method.gradients:
             q_QxE = encoding.encode_queries(config, corpus, then, workdir, method.query_gradients)

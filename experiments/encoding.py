@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from tda import store as stores
 from tda.data import tokens
 from tda.encoding import OnTheFly
 from tda.gradients import encoder as encoders
-from tda.gradients import first_moments, kronecker, sites
+from tda.gradients import first_moments, kronecker, sites, together
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
 from tda.methods import Gradients
@@ -25,6 +25,8 @@ from tda.retrieval.scorer import Source
 
 # The dtype of a corpus that is encoded as it is searched.
 NO_STORE = "none"
+# Rows in float32 that one pass for several kinds of gradients may hold of all of them.
+_TOGETHER_BYTES = 4 << 30
 
 
 def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict:
@@ -120,18 +122,59 @@ def encode_queries(
     return gradients_QxE
 
 
-def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
-    made = made_from(config, corpus, trained, what)
-    projection, output = projection_of(config, what), made["output"]
-    chosen = _chosen(config, trained, what)
+def ahead(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, wanted: Iterable[Gradients]
+) -> None:
+    """Encodes the corpus for several kinds of gradients in fewer passes than one for each.
+
+    Kinds of the same function share a pass where their shards have the same rows. Stores that lack
+    nothing are left alone, and so is a kind that would have a pass to itself: `encode` makes it.
+    """
+    if config.store.dtype == NO_STORE:
+        return
+    passes: dict[tuple, list] = {}
+    for what in dict.fromkeys(wanted):
+        made = made_from(config, corpus, trained, what)
+        store = _store(config, corpus, trained, workdir, what, made, "corpus", corpus.passages)
+        if processes.by_first("look for shards", store.missing):
+            rows = store.shards()[0].stop
+            most = max(1, _TOGETHER_BYTES // (rows * store.width * 4))
+            alike = passes.setdefault((made["output"], rows), [[]])
+            alike += [[]] * (len(alike[-1]) == most)
+            alike[-1].append((what, made, store))
+    for (output, _), alike in passes.items():
+        for kinds in (k for k in alike if len(k) > 1):
+            parts = [_part(config, corpus, trained, workdir, what, made) for what, made, _ in kinds]
+            for part in parts:
+                _tell_coverage(trained, part.chosen)
+            encoder = together.build(trained.model, parts, output, trained.mesh)
+            told = " and ".join(_told(made, step=False) for _, made, _ in kinds)
+            encoding.fill_together(
+                [store for _, _, store in kinds],
+                encoder,
+                corpus.passages,
+                f"encode corpus ({told}, step {trained.step})",
+                **_layout(config, corpus, trained),
+            )
+
+
+def _part(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients, made: dict
+) -> together.Part:
+    projection, chosen = projection_of(config, what), _chosen(config, trained, what)
     if what.curvature == "none":
         scales = moments.scales(config, corpus, trained, workdir, chosen, made)
-        return encoders.make_encoder(
-            trained.model, projection, scales, output, **_scope(config), mesh=trained.mesh
-        )
-    ends = curvature.ends(config, corpus, trained, workdir, what.curvature, chosen, projection)
-    encoder = encoders.build(trained.model, chosen, projection, ends, output)
-    return dataclasses.replace(encoder, arrays=encoders.place(encoder, trained.mesh))
+        ends = encoders.ends_of(chosen, projection, scales)
+    else:
+        ends = curvature.ends(config, corpus, trained, workdir, what.curvature, chosen, projection)
+    return together.Part(chosen, projection, ends)
+
+
+def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
+    made = made_from(config, corpus, trained, what)
+    part = _part(config, corpus, trained, workdir, what, made)
+    encoder = encoders.build(trained.model, part.chosen, part.projection, part.ends, made["output"])
+    return dataclasses.replace(encoder, arrays=together.place(encoder, trained.mesh))
 
 
 def momentum(
@@ -164,38 +207,51 @@ def _layout(config, corpus: Corpus, trained: Trained) -> dict:
 
 def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> list:
     made = made_from(config, corpus, trained, what)
-    chosen, projection = _chosen(config, trained, what), projection_of(config, what)
-    _tell_coverage(trained, chosen)
+    _tell_coverage(trained, _chosen(config, trained, what))
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
     there = processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values())))
     if not there:
         encoder = _encoder(config, corpus, trained, workdir, what)
-    blocks = dict.fromkeys(projections.layout(chosen, projection).blocks, projection.side**2)
     found = []
     for name, table in tables.items():
-        store = stores.create(
-            paths[name],
-            table.ids,
-            blocks,
-            made,
-            config.store.dtype,
-            config.store.shard_bytes,
-            documents=table.documents,
-            texts=_Texts(corpus, table),
-            corpus=corpus.fingerprint[name],
-        )
+        store = _store(config, corpus, trained, workdir, what, made, name, table)
         told = f"encode {name} ({_told(made)})"
         encoding.fill(store, encoder, table, told, **_layout(config, corpus, trained))
         found.append(store)
     return found
 
 
-def _told(made: dict) -> str:
+def _store(
+    config,
+    corpus: Corpus,
+    trained: Trained,
+    workdir: Workdir,
+    what: Gradients,
+    made: dict,
+    name: str,
+    table: tokens.TokenTable,
+) -> stores.GradientStore:
+    """The store of the `corpus` or the `queries`, made where it is not there."""
+    width = projection_of(config, what).side ** 2
+    return stores.create(
+        path_of(config, corpus, workdir, name, made),
+        table.ids,
+        dict.fromkeys(blocks_of(config, trained, what), width),
+        made,
+        config.store.dtype,
+        config.store.shard_bytes,
+        documents=table.documents,
+        texts=_Texts(corpus, table),
+        corpus=corpus.fingerprint[name],
+    )
+
+
+def _told(made: dict, step: bool = True) -> str:
     parts = [made["curvature"]["kind"] if "curvature" in made else made["correction"]]
     parts += [made["output"]] * (made["output"] != "loss")
-    return ", ".join([*parts, f"step {made['step']}"])
+    return ", ".join([*parts, *[f"step {made['step']}"] * step])
 
 
 def _on_the_fly(config, corpus, trained, workdir, what) -> tuple[OnTheFly, np.ndarray]:

@@ -11,13 +11,19 @@ from tda import processes, progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
+from tda.gradients.together import Together
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
 _SPAN_BYTES = 256 << 20
 
 
-def encode_rows(
-    encoder: Encoder,
+def encode_rows(encoder: Encoder, table: TokenTable, rows: np.ndarray, **layout) -> np.ndarray:
+    """Projected gradients of some rows of a table, float32 [R, E]; see `encode_rows_together`."""
+    return encode_rows_together(encoder, table, rows, **layout)[0]
+
+
+def encode_rows_together(
+    encoder: Encoder | Together,
     table: TokenTable,
     rows: np.ndarray,
     *,
@@ -26,8 +32,8 @@ def encode_rows(
     pad: int,
     mesh=None,
     on_batch: Callable[[int], None] = lambda tokens: None,
-) -> np.ndarray:
-    """Projected gradients of some rows of a table, float32 [R, E] in the order of `rows`.
+) -> list[np.ndarray]:
+    """Projected gradients of some rows of a table, of every kind that the encoder gives.
 
     Args:
         encoder: the encoder.
@@ -36,13 +42,16 @@ def encode_rows(
         bucket_lengths, tokens_per_batch, pad: see `tda.data.batches`.
         mesh: the devices that a batch is split over; one device where None.
         on_batch: told the scored tokens of each batch when it is done.
+
+    Returns:
+        Of each kind float32 [R, E], in the order of `rows`.
     """
     rows = np.asarray(rows, np.int64)
     multiple = 1 if mesh is None else sharding.batch_devices(mesh)
     planned = batching.plan(
         table.lengths[rows] - 1, bucket_lengths, tokens_per_batch, multiple=multiple
     )
-    out = np.empty((len(rows), encoder.layout.width), np.float32)
+    out = [np.empty((len(rows), kind.width), np.float32) for kind in encoder.layouts]
     waiting = None  # one batch is computed while the one before it is copied to the host
     for i in range(len(planned)):
         local = planned.order[planned.starts[i] : planned.starts[i + 1]]
@@ -53,7 +62,7 @@ def encode_rows(
         arrays = batch.arrays()
         if mesh is not None:
             arrays = sharding.put_batch(mesh, arrays)
-        encoded = encoder(arrays, scored)
+        encoded = encoder.all(arrays, scored)
         if waiting is not None:
             _collect(out, waiting)
         waiting = (local, encoded)
@@ -63,9 +72,10 @@ def encode_rows(
     return out
 
 
-def _collect(out: np.ndarray, done) -> None:
+def _collect(out: list[np.ndarray], done) -> None:
     local, encoded = done
-    out[local] = sharding.to_host(encoded)[: len(local)]
+    for rows_RxE, x_BxE in zip(out, encoded, strict=True):
+        rows_RxE[local] = sharding.to_host(x_BxE)[: len(local)]
 
 
 class OnTheFly:
@@ -142,11 +152,38 @@ def fill(
     Raises:
         StoreError: the table has another number of rows, or a shard cannot be written.
     """
-    if store.rows != len(table):
-        raise StoreError(f"{store.path} has {store.rows} rows, the corpus {len(table)}")
-    shards = store.shards()
+    fill_together([store], encoder, table, what, mesh, quiet, **layout)
+
+
+def fill_together(
+    stores: list[GradientStore],
+    encoder: Encoder | Together | None,
+    table: TokenTable,
+    what: str = "encode",
+    mesh=None,
+    quiet: bool = False,
+    **layout,
+) -> None:
+    """Fills several stores of the same corpus in one pass over it; see `fill`.
+
+    Args:
+        stores: one for each kind of gradients that the encoder gives, whose shards have the same
+            rows. What some lack is encoded for all, and written where it is lacking.
+        encoder, table, what, mesh, quiet, **layout: as for `fill`.
+
+    Raises:
+        StoreError: as `fill`, or the stores' shards differ.
+    """
+    for store in stores:
+        if store.rows != len(table):
+            raise StoreError(f"{store.path} has {store.rows} rows, the corpus {len(table)}")
+    shards = stores[0].shards()
+    for store in stores[1:]:
+        if store.shards() != shards:
+            raise StoreError(f"the shards of {store.path} are not those of {stores[0].path}")
     # A process that came later might find shards that another has written since.
-    missing = processes.by_first("list the shards", store.missing)
+    lacking = processes.by_first("list the shards", lambda: [s.missing() for s in stores])
+    missing = sorted(set().union(*lacking))
     me, count = jax.process_index(), jax.process_count()
     together = not sharding.is_local(mesh)
     mine = missing if together else missing[me::count]
@@ -156,25 +193,26 @@ def fill(
         total = done + sum(tokens[i] for i in mine)
         with (
             progress.bar(total, what, "token", done, quiet) as bar,
-            _Writing(store, what, bar) as out,
+            _Writing(stores, lacking, what, bar) as out,
         ):
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
-                encoded = encode_rows(
+                encoded = encode_rows_together(
                     encoder, table, rows, mesh=mesh, on_batch=bar.update, **layout
                 )
                 if not together or turn % count == me:
                     out.write(int(i), encoded)
     if not together:
-        _await(store)
+        for store in stores:
+            _await(store)
     processes.wait_for_all("shards written")
 
 
 class _Writing:
     """Writes a shard while the next is encoded."""
 
-    def __init__(self, store: GradientStore, what: str, bar):
-        self._store, self._what, self._bar = store, what, bar
+    def __init__(self, stores: list[GradientStore], lacking: list[list[int]], what: str, bar):
+        self._stores, self._lacking, self._what, self._bar = stores, lacking, what, bar
         self._thread, self._waiting = ThreadPoolExecutor(1, "write"), None
 
     def __enter__(self):
@@ -184,10 +222,17 @@ class _Writing:
         with self._thread:
             self._finish()
 
-    def write(self, shard: int, encoded: np.ndarray) -> None:
-        """Begins to write a shard, when the one before it is written."""
+    def write(self, shard: int, encoded: list[np.ndarray]) -> None:
+        """Begins to write a shard of every store, when the one before it is written."""
         self._finish()
-        self._waiting: Future = self._thread.submit(self._store.write, shard, encoded)
+        self._waiting: Future = self._thread.submit(self._write, shard, encoded)
+
+    def _write(self, shard: int, encoded: list[np.ndarray]) -> list[str]:
+        invalid = []
+        for store, lacking, rows_RxE in zip(self._stores, self._lacking, encoded, strict=True):
+            if shard in lacking:
+                invalid += store.write(shard, rows_RxE)
+        return list(dict.fromkeys(invalid))
 
     def _finish(self) -> None:
         if self._waiting is not None:

@@ -12,7 +12,8 @@ from tda import store as stores
 from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
-from tda.gradients.encoder import make_encoder, scored_positions
+from tda.gradients import sites, together
+from tda.gradients.encoder import ends_of, make_encoder, scored_positions
 from tda.gradients.projection import Projection
 from tda.retrieval import exact
 
@@ -63,6 +64,47 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
     encoding.fill(begun, None, table, **LAYOUT)  # finished: the encoder is not called
+
+
+def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
+    """What a kill left undone in some is encoded for all, and written where it is lacking."""
+    table, _ = setup
+    model = decoder(vocab_size=int(table.tokens.max()) + 1)
+    kinds = []
+    for projection in (Projection(side=3, blocks=2), Projection(side=3, blocks=2, seed=1)):
+        chosen = sites.find(model)
+        kinds.append(together.Part(chosen, projection, ends_of(chosen, projection, None)))
+    made = together.build(model, kinds)
+    width = 4 * made.layouts[0].width
+    blocks = dict.fromkeys(made.layouts[0].blocks, 9)
+    found = [
+        stores.create(tmp_path / name, table.ids, blocks, {"seed": i}, shard_bytes=2 * width)
+        for i, name in enumerate("ab")
+    ]
+    mark = np.ones((2, made.layouts[0].width), np.float32)
+    found[0].write(0, mark)
+    found[1].write(0, 2 * mark)
+    found[0].write(1, mark)
+    encoded = []
+
+    def count(arrays, batch, scored):
+        encoded.append(len(batch["tokens"]))
+        return made.compiled(arrays, batch, scored)
+
+    counting = dataclasses.replace(made, compiled=count)
+    encoding.fill_together(found, counting, table, **LAYOUT)
+    assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
+    for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):
+        assert not store.missing()
+        own = make_encoder(model, kind.projection)
+        expected = encoding.encode_rows(own, table, np.arange(5), **LAYOUT)
+        kept = slice(0, 4) if i == 0 else slice(0, 2)
+        expected[kept] = i + 1
+        np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
+    encoding.fill_together(found, None, table, **LAYOUT)  # finished: the encoder is not called
+    other = stores.create(tmp_path / "c", table.ids, blocks, {}, shard_bytes=9 * width)
+    with pytest.raises(stores.StoreError, match="shards of .*c are not those of .*a"):
+        encoding.fill_together([found[0], other], made, table, **LAYOUT)
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(

@@ -15,7 +15,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps
+from tda.gradients import sites, taps, together
 from tda.gradients.second_moments import Scale
 
 
@@ -53,7 +53,8 @@ def make_contributions(
         return out
 
     # The structure with a direction of zeros; the real one takes its place in every call.
-    example = taps.put_on(model, with_direction(jnp.zeros(plan.width)))
+    undirected = with_direction(jnp.zeros(plan.width))
+    example = taps.put_on(model, {s: (end,) for s, end in undirected.items()})
     graphdef, *states = nnx.split(example, taps.Tap, ...)
     templates, variables = map(nnx.to_pure_dict, states)
 
@@ -62,7 +63,7 @@ def make_contributions(
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, end in with_direction(direction_E).items():
-            encoders.module_at(variables, site)["tap_direction"] = end.direction
+            together.module_at(variables, site)["taps"][0]["direction"] = end.direction
 
         def summed(tap_arrays):
             own = nnx.merge(graphdef, tap_arrays, variables)
@@ -72,7 +73,7 @@ def make_contributions(
 
         zeros = jax.tree.map(lambda t: jnp.zeros((*t.shape[:-2], B, T), jnp.float32), templates)
         found = jax.grad(summed)(zeros)
-        parts = [encoders.found_at(found, s) for s in chosen]
+        parts = [together.found_at(found, s)[0] for s in chosen]
         return sum(x if s.stack is None else x.sum(0) for s, x in zip(chosen, parts, strict=True))
 
     return lambda batch, direction_E: contributions(variables, batch, direction_E)

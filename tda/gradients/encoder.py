@@ -1,8 +1,6 @@
 """The encoder: projected per-example gradients of a batch in one backward pass."""
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable
 
 import jax
@@ -10,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda import loss as losses
-from tda import sharding
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps, whole_gradients
+from tda.gradients import sites, taps, together
 from tda.gradients.second_moments import Scale
-from tda.model import functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +30,15 @@ class Encoder:
     arrays: tuple
     axes: dict[str, tuple]
     compiled: Callable
+
+    @property
+    def layouts(self) -> tuple[projections.Layout, ...]:
+        """Of the one kind of gradients; see `tda.gradients.together.Together`."""
+        return (self.layout,)
+
+    def all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
+        """Encodings of the one kind; see `tda.gradients.together.Together`."""
+        return (self(batch, scored),)
 
     def __call__(self, batch: dict, scored: int | None = None) -> jax.Array:
         """Encodings of a batch {"tokens", "targets", "weights"}, each [B, T]: float32 [B, E].
@@ -108,7 +112,7 @@ def make_encoder(
     encoder = build(model, chosen, projection, ends, output)
     if mesh is None:
         return encoder
-    return dataclasses.replace(encoder, arrays=place(encoder, mesh))
+    return dataclasses.replace(encoder, arrays=together.place(encoder, mesh))
 
 
 def build(
@@ -119,107 +123,10 @@ def build(
     output: str | Callable = "loss",
 ) -> Encoder:
     """The encoder of given sites and ends, whose arrays may be abstract (shapes without data)."""
-    plan = projections.layout(chosen, projection)
-    output_fn = losses.output(output) if isinstance(output, str) else None
-    tapped = [s for s in chosen if s.tapped]
-    loose = [s for s in chosen if not s.tapped]
-    graphdef, *states = nnx.split(taps.put_on(model, {s: ends[s] for s in tapped}), taps.Tap, ...)
-    templates, variables = map(nnx.to_pure_dict, states)
-    axes = functional.logical_axes(states[1])
-    loose_ends = {s.path: (ends[s].left, ends[s].right, ends[s].scale) for s in loose}
+    taken = together.take(model, [together.Part(chosen, projection, ends)], output)
 
-    def summed(tap_arrays, variables, batch, scored):
-        own = nnx.merge(graphdef, tap_arrays, variables)
-        if output_fn is None:
-            return jnp.sum(output(own, batch))
-        return losses.total(own, batch, output_fn, scored)
+    def alone(arrays, batch, scored=None):
+        return taken.encode(arrays, batch, scored)[0]
 
-    def batched(variables, batch, scored):
-        found = jax.grad(summed)(zeros(templates, batch), variables, batch, scored)
-        return {s: found_at(found, s) for s in tapped}
-
-    def one_by_one(variables, loose_ends, batch, scored):
-        rest, whole = whole_gradients.take(variables, loose)
-
-        def alone(tap_arrays, whole, example):
-            everything = whole_gradients.put(rest, whole)
-            return summed(tap_arrays, everything, example, scored)
-
-        def one(example):
-            example = jax.tree.map(lambda x: x[None], example)
-            return jax.grad(alone, argnums=(0, 1))(zeros(templates, example), whole, example)
-
-        found, gradients = jax.vmap(one)(batch)
-        projected = {s: _batch_first_no_more(found_at(found, s), s) for s in tapped}
-        for site in loose:
-            end = loose_ends[site.path]
-            projected[site] = whole_gradients.project(
-                site, gradients[(*site.module, site.parameter)], *end, projection.side
-            )
-        return projected
-
-    def encode(arrays, batch, scored=None):
-        variables, loose_ends = arrays
-        if loose:
-            projected = one_by_one(variables, loose_ends, batch, scored)
-        else:
-            projected = batched(variables, batch, scored)
-        return pool(plan, projected)
-
-    compiled = jax.jit(encode, static_argnums=2)
-    return Encoder(plan, tuple(chosen), (variables, loose_ends), axes, compiled)
-
-
-def layouts(encoder: Encoder, mesh: jax.sharding.Mesh):
-    """The sharding of each of the encoder's arrays on `mesh`, by its logical axes."""
-    variables, loose_ends = encoder.arrays
-    by_path = functional.flat_parameters(variables)
-    named = {p: sharding.named(mesh, encoder.axes[p], x.shape) for p, x in by_path.items()}
-    replicated = sharding.named(mesh, ())
-    return (
-        jax.tree_util.tree_map_with_path(lambda p, _: named[functional.path_name(p)], variables),
-        jax.tree.map(lambda _: replicated, loose_ends),
-    )
-
-
-def place(encoder: Encoder, mesh: jax.sharding.Mesh) -> tuple:
-    """The encoder's arrays laid out on `mesh`."""
-    return jax.tree.map(jax.device_put, encoder.arrays, layouts(encoder, mesh))
-
-
-def zeros(templates: dict, batch: dict) -> dict:
-    """Taps for every example of a batch, of templates [(L,) 1, k, k]."""
-    count = jax.tree.leaves(batch)[0].shape[0]
-
-    def one(template):
-        *stack, _, p, q = template.shape
-        return jnp.zeros((*stack, count, p, q), jnp.float32)
-
-    return jax.tree.map(one, templates)
-
-
-def module_at(tree: dict, site: sites.Site) -> dict:
-    """What a nested dict of variables holds of a site's module."""
-    return functools.reduce(operator.getitem, site.module, tree)
-
-
-def found_at(cotangents: dict, site: sites.Site):
-    """The tap's cotangent at a site."""
-    return module_at(cotangents, site)["tap"]
-
-
-def _batch_first_no_more(x, site: sites.Site):
-    """Taps of examples taken one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
-    return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)
-
-
-def pool(plan: projections.Layout, projected: dict[sites.Site, jax.Array]) -> jax.Array:
-    """Adds up the projections of each block's matrices: float32 [B, E] of [(L,) B, k, k] each."""
-    parts = [[] for _ in plan.blocks]
-    for site, x in projected.items():
-        x_LxBxPxP = x[None] if site.stack is None else x
-        for block in sorted(set(plan.members[site.path])):
-            layers = [i for i, b in enumerate(plan.members[site.path]) if b == block]
-            parts[block].append(jnp.sum(x_LxBxPxP[jnp.asarray(layers)], axis=0))
-    pooled = [sum(p) for p in parts]
-    return jnp.concatenate([p.reshape(p.shape[0], -1) for p in pooled], axis=-1)
+    compiled = jax.jit(alone, static_argnums=2)
+    return Encoder(taken.layouts[0], tuple(chosen), taken.arrays, taken.axes, compiled)

@@ -6,7 +6,7 @@ import numpy as np
 from tda import checkpoint
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients import sites, whole_gradients
+from tda.gradients import sites, together, whole_gradients
 from tda.gradients.optimizer_state import SecondMomentError
 from tda.gradients.second_moments import Scale
 from tda.model.functional import flat_parameters
@@ -63,4 +63,4 @@ def projected(
         )
         for site, end in encoders.ends_of(chosen, projection, scales).items()
     }
-    return np.asarray(encoders.pool(projections.layout(chosen, projection), parts)[0])
+    return np.asarray(together.pool(projections.layout(chosen, projection), parts)[0])

@@ -11,7 +11,7 @@ from flax import nnx
 from tda import sharding, train
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps
+from tda.gradients import sites, taps, together
 from tda.gradients.second_moments import parse_correction
 from tda.model import functional
 
@@ -94,7 +94,7 @@ def compile_encoder(
     arrays = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         encoder.arrays,
-        encoders.layouts(encoder, mesh),
+        together.shardings(encoder, mesh),
     )
     with jax.set_mesh(mesh):
         return encoder.compiled.lower(arrays, abstract_batch(mesh, batch, length)).compile()

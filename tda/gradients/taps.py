@@ -11,7 +11,8 @@ A tap of positions is one zero for every example and position; its cotangent is 
 position's part of ⟨K, G⟩.
 
 Taps are put on a model from outside: the class of a module becomes a subclass that taps its output.
-Paths and parameters stay what they were, and the model's own code runs unchanged.
+Paths and parameters stay what they were, and the model's own code runs unchanged. A layer may carry
+several taps, of different corrections: what comes back to its output is computed once for all.
 """
 
 import dataclasses
@@ -57,6 +58,20 @@ class End:
     scale: jax.Array | None = None
     direction: jax.Array | None = None
     bases: tuple[jax.Array, jax.Array] | None = None
+
+
+class Tapping(nnx.Module):
+    """One tap of a module, and what it multiplies by, as variables; fields are those of `End`."""
+
+    def __init__(self, end: End, stack: tuple[int, ...], axes: tuple):
+        one = (1, end.side, end.side) if end.direction is None else (1, 1)
+        self.tap = Tap(jnp.zeros((*stack, *one)))
+        self.left = Ends(end.left, axes=(axes[0], None))
+        self.right = Ends(end.right, axes=(axes[1], None))
+        self.scale = None if end.scale is None else Ends(end.scale, axes=axes)
+        self.direction = None if end.direction is None else Ends(end.direction)
+        left, right = (None, None) if end.bases is None else map(Ends, end.bases)
+        self.left_basis, self.right_basis = left, right
 
 
 def _f32(x):
@@ -197,10 +212,19 @@ tap_positions.defvjp(_positions_forward, _positions_backward)
 
 
 def _tap_product(module, y_BxTxN, x_BxTxM, turned: bool = False):
-    """Taps the product y = x W; `turned` where the weight's rows are the output's."""
-    A, B, tap = module.tap_left[...], module.tap_right[...], module.tap[...]
-    scale = None if module.tap_scale is None else module.tap_scale[...]
-    direction = None if module.tap_direction is None else module.tap_direction[...]
+    """Puts a module's taps on the product y = x W.
+
+    `turned` where the weight's rows are the output's.
+    """
+    for tapping in module.taps:
+        y_BxTxN = _tap_product_once(tapping, y_BxTxN, x_BxTxM, turned)
+    return y_BxTxN
+
+
+def _tap_product_once(tapping: Tapping, y_BxTxN, x_BxTxM, turned: bool):
+    A, B, tap = tapping.left[...], tapping.right[...], tapping.tap[...]
+    scale = None if tapping.scale is None else tapping.scale[...]
+    direction = None if tapping.direction is None else tapping.direction[...]
     if turned:
         A, B = B, A
         scale = None if scale is None else scale.T
@@ -214,9 +238,9 @@ def _tap_product(module, y_BxTxN, x_BxTxM, turned: bool = False):
     x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
     if direction is not None:
         return _tap_positions_of(y_BxTxN, x_BxTxM, tap, A, B, scale, direction)
-    if module.tap_left_basis is not None:
-        xQ_BxTxM = _einsum("btm,mn->btn", _f32(x_BxTxM), module.tap_left_basis[...])
-        return tap_turned(y_BxTxN, xQ_BxTxM, tap, A, B, scale, module.tap_right_basis[...])
+    if tapping.left_basis is not None:
+        xQ_BxTxM = _einsum("btm,mn->btn", _f32(x_BxTxM), tapping.left_basis[...])
+        return tap_turned(y_BxTxN, xQ_BxTxM, tap, A, B, scale, tapping.right_basis[...])
     if scale is not None:
         return tap_exact(y_BxTxN, x_BxTxM, tap, A, B, scale)
     # Kept for the backward pass: k numbers a position, not the layer's whole input.
@@ -277,24 +301,30 @@ def _tapped_embed(kind: type, table: layers.Table) -> type:
 
 
 def _tap_look_up(module, y, inputs):
-    """Taps the rows `y` that `inputs` look up: a product with one-hot rows.
+    """Puts a module's taps on the rows `y` that `inputs` look up: a product with one-hot rows.
 
     So exact scales cost no weight gradient: each position has a row of its own.
     """
     y_BxTxN, back = layers.product(module).outputs(y)
-    tap, B, scale_BxTxN = module.tap[...], module.tap_right[...], None
-    if module.tap_scale is not None:
-        scale_BxTxN = jnp.take(module.tap_scale[...], inputs, axis=0).reshape(y_BxTxN.shape)
-    side = (tap if module.tap_direction is None else module.tap_direction[...]).shape[-1]
-    xA_BxTxRP = jnp.take(module.tap_left[...], inputs, axis=0)
+    for tapping in module.taps:
+        y_BxTxN = _tap_look_up_once(tapping, y_BxTxN, inputs)
+    return back(y_BxTxN)
+
+
+def _tap_look_up_once(tapping: Tapping, y_BxTxN, inputs):
+    tap, B, scale_BxTxN = tapping.tap[...], tapping.right[...], None
+    if tapping.scale is not None:
+        scale_BxTxN = jnp.take(tapping.scale[...], inputs, axis=0).reshape(y_BxTxN.shape)
+    side = (tap if tapping.direction is None else tapping.direction[...]).shape[-1]
+    xA_BxTxRP = jnp.take(tapping.left[...], inputs, axis=0)
     xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, side)
-    if module.tap_direction is None:
-        return back(tap_factored(y_BxTxN, xA_BxSxP, tap, B, scale_BxTxN))
-    xAW_BxSxP = _einsum("bsp,pq->bsq", xA_BxSxP, module.tap_direction[...])
+    if tapping.direction is None:
+        return tap_factored(y_BxTxN, xA_BxSxP, tap, B, scale_BxTxN)
+    xAW_BxSxP = _einsum("bsp,pq->bsq", xA_BxSxP, tapping.direction[...])
     if scale_BxTxN is None:
-        return back(tap_positions(y_BxTxN, xAW_BxSxP, tap, B))
+        return tap_positions(y_BxTxN, xAW_BxSxP, tap, B)
     xK_BxTxN = _einsum("btq,nq->btn", xAW_BxSxP, B) * scale_BxTxN
-    return back(tap_positions(y_BxTxN, xK_BxTxN, tap, None))
+    return tap_positions(y_BxTxN, xK_BxTxN, tap, None)
 
 
 @functools.cache
@@ -311,39 +341,33 @@ def _matrix_axes(variable, site: sites.Site) -> tuple:
     return stated if len(stated) == 2 and site.order is None else (None, None)
 
 
-def put_on(model: nnx.Module, ends: dict[sites.Site, End]) -> nnx.Module:
+def put_on(model: nnx.Module, ends: dict[sites.Site, tuple[End, ...]]) -> nnx.Module:
     """A copy of `model` whose sites carry taps; the copy shares the arrays.
 
     Args:
         model: any NNX model.
-        ends: what each site's tap multiplies by.
+        ends: what each of a site's taps multiplies by.
 
     Returns:
         The model with variables of type `Tap` ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one
-        example of one position) and `Ends`.
+        example of one position) and `Ends`, in a list `taps` of each module.
 
     Raises:
         ValueError: an embedding or a head has bases, or a site has bases and no scale.
     """
-    turned = [s.path for s, end in ends.items() if end.bases and s.group in ("embedding", "head")]
+    every = [(s, end) for s, found in ends.items() for end in found]
+    turned = [s.path for s, end in every if end.bases and s.group in ("embedding", "head")]
     if turned:
         raise ValueError(f"{', '.join(turned)}: tables of tokens cannot be turned to a basis")
-    unscaled = [s.path for s, end in ends.items() if end.bases and end.scale is None]
+    unscaled = [s.path for s, end in every if end.bases and end.scale is None]
     if unscaled:
         raise ValueError(f"{', '.join(unscaled)}: a gradient is turned to be scaled; give a scale")
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
-    for site, end in ends.items():
+    for site, found in ends.items():
         module = modules[site.module]
         object.__setattr__(module, "__class__", _tapped_class(type(module)))
         stack = () if site.stack is None else (site.stack,)
-        one = (1, end.side, end.side) if end.direction is None else (1, 1)
-        module.tap = Tap(jnp.zeros((*stack, *one)))
         axes = _matrix_axes(getattr(module, site.parameter), site)
-        module.tap_left = Ends(end.left, axes=(axes[0], None))
-        module.tap_right = Ends(end.right, axes=(axes[1], None))
-        module.tap_scale = None if end.scale is None else Ends(end.scale, axes=axes)
-        module.tap_direction = None if end.direction is None else Ends(end.direction)
-        left, right = (None, None) if end.bases is None else map(Ends, end.bases)
-        module.tap_left_basis, module.tap_right_basis = left, right
+        module.taps = nnx.List([Tapping(end, stack, axes) for end in found])
     return tapped

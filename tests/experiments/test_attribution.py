@@ -87,6 +87,39 @@ def test_checkpoints_are_spread_over_the_training(run):
     assert not np.allclose(a, b)
 
 
+def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
+    """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
+    config, data, trained, workdir, *_ = run
+    config = config.copy_and_resolve_references()
+    config.gradients.exclude = "mlp"  # other stores than the run's
+    config.methods = "exp2,exp3,trackstar,tracin,less,gradient_norm,trak"
+    told = []
+    fill = encoding.encoding.fill_together
+
+    def counted(stores, encoder, table, what, *args, **kwargs):
+        if any(store.missing() for store in stores):
+            told.append(what)
+        fill(stores, encoder, table, what, *args, **kwargs)
+
+    monkeypatch.setattr(encoding.encoding, "fill_together", counted)
+    found, _ = attribution.retrieve(config, data, trained, workdir)
+    first, last = checkpoints.steps_of(config, trained, METHODS["tracin"])
+    corpus_passes = [w for w in told if w.startswith("encode corpus")]
+    assert sorted(corpus_passes) == sorted(
+        [f"encode corpus (none and factored, step {s})" for s in (first, last)]
+        + [f"encode corpus (none, margin, step {s})" for s in (first, last)]
+    )
+    # The rankings are those of kinds that are encoded one by one.
+    monkeypatch.setattr(encoding, "ahead", lambda *args: None)
+    other = Workdir(workdir.path.parent / "one by one")
+    alone, _ = attribution.retrieve(config, data, trained, other)
+    for name, ranked in found.items():
+        np.testing.assert_array_equal(ranked.proponents, alone[name].proponents)
+        np.testing.assert_allclose(
+            ranked.proponent_scores, alone[name].proponent_scores, rtol=1e-4, atol=1e-5
+        )
+
+
 def test_tracin_is_the_weighted_sum_over_checkpoints(run):
     config, data, trained, _, ranked, notes = run
     steps = notes["tracin"]["checkpoints"]

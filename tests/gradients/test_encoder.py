@@ -17,9 +17,10 @@ from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import projection as projections
 from tda.gradients import reference, sites
-from tda.gradients.encoder import make_encoder, pool
+from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.second_moments import Scale, adam_scale, factored_scale
+from tda.gradients.together import pool
 from tda.model import functional
 
 P = Projection(side=4, blocks=2)

@@ -11,8 +11,9 @@ from tda import loss as losses
 from tda import sharding
 from tda.data import tokens
 from tda.gradients import kronecker, reference, sites, taps
-from tda.gradients.encoder import build, make_encoder, place
+from tda.gradients.encoder import build, make_encoder
 from tda.gradients.projection import Projection
+from tda.gradients.together import place
 from tda.model import functional
 
 P = Projection(side=4, pooling="matrix")
@@ -283,7 +284,7 @@ def test_what_cannot_be_factored_is_told(decoder):
     end = taps.End(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
     turned = dataclasses.replace(end, bases=(jnp.eye(50), jnp.eye(16)))
     with pytest.raises(ValueError, match="embedding/embedding: tables of tokens"):
-        taps.put_on(decoder(), {everything[0]: turned})
+        taps.put_on(decoder(), {everything[0]: (turned,)})
     chosen = kronecker.factored(sites.find(decoder()))
     with pytest.raises(ValueError, match="no position"):
         kronecker.covariances(decoder(), chosen, [], "data")

@@ -1,0 +1,96 @@
+"""Several kinds of gradients in one pass: each equal to its own encoder's."""
+
+import jax
+import numpy as np
+import pytest
+
+from tda import sharding
+from tda.gradients import kronecker, sites, together
+from tda.gradients.encoder import build, ends_of, make_encoder
+from tda.gradients.projection import Projection
+from tda.gradients.together import Part
+from tests.gradients.test_encoder import assert_same_encodings, scales_of
+
+P = Projection(side=4, blocks=2)
+WIDER = Projection(side=6, pooling="matrix", seed=3)
+
+
+def part(model, correction, projection=P, include=None, untapped="leave"):
+    chosen = sites.find(model, include, None, untapped)
+    return Part(
+        chosen, projection, ends_of(chosen, projection, scales_of(model, correction, include))
+    )
+
+
+def turned(model):
+    """EK-FAC's, of curvature made up: any basis, any eigenvalues."""
+    chosen, rng, found = kronecker.factored(sites.find(model)), np.random.default_rng(0), {}
+    for site in chosen:
+        stack = () if site.stack is None else (site.stack,)
+        left, right = (
+            np.linalg.qr(rng.normal(size=(*stack, n, n)))[0].astype(np.float32)
+            for n in (site.rows, site.columns)
+        )
+        values = rng.uniform(0.5, 2, (*stack, site.rows, site.columns)).astype(np.float32)
+        found[site.path] = kronecker.Curvature(left, right, values)
+    return Part(chosen, P, kronecker.ekfac_ends(chosen, P, found, 0.1))
+
+
+def alone(model, one, output="loss"):
+    return build(model, one.chosen, one.projection, one.ends, output)
+
+
+@pytest.mark.parametrize(
+    ("scan", "tied", "output"), [(True, True, "loss"), (False, False, "margin")]
+)
+def test_each_kind_is_its_own_encoders(decoder, random_batch, scan, tied, output):
+    """Corrections, projections and sites that differ, at layers that all or some of them take."""
+    model, batch = decoder(scan=scan, tied=tied), random_batch([6, 4, 2], 6)
+    parts = [
+        part(model, "none", include="."),
+        part(model, "adam", WIDER),
+        part(model, "factored", include="."),
+        turned(model),
+    ]
+    found = together.build(model, parts, output)
+    got = found.all(batch)
+    assert len(got) == len(found.layouts) == 4
+    for one, x, layout, side in zip(parts, got, found.layouts, (4, 6, 4, 4), strict=True):
+        own = alone(model, one, output)
+        assert own.layout == layout
+        assert_same_encodings(x, own(batch), 2e-6, side)
+    # They are not the same to begin with.
+    assert not np.allclose(got[0], got[2], rtol=0.1)
+
+
+def test_parameters_without_taps_are_taken_for_each(decoder, random_batch):
+    """Norms by the reference path, in one kind with exact scales and in another without."""
+    model, batch = decoder(), random_batch([5, 2], 5)
+    parts = [
+        part(model, "none", WIDER, ".", "reference"),
+        part(model, "factored", P),
+        part(model, "none", P, "norm", "reference"),
+    ]
+    got = together.build(model, parts).all(batch)
+    for one, x in zip(parts, got, strict=True):
+        assert_same_encodings(x, alone(model, one)(batch), 5e-6, one.projection.side)
+
+
+def test_one_encoder_is_a_case_of_it(decoder, random_batch):
+    model, batch = decoder(), random_batch([5, 2], 5)
+    encoder = make_encoder(model, P)
+    (got,) = encoder.all(batch)
+    np.testing.assert_array_equal(got, encoder(batch))
+    assert encoder.layouts == (encoder.layout,)
+
+
+def test_split_over_a_mesh_it_is_the_same(decoder, random_batch):
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    model, batch = decoder(), random_batch([6, 4, 1, 5], 6)
+    parts = [part(model, "none", include="."), part(model, "factored", include=".")]
+    expected = together.build(model, parts).all(batch)
+    found = together.build(model, parts, mesh=mesh)
+    with jax.set_mesh(mesh):
+        got = found.all(sharding.put_batch(mesh, batch))
+    for x, y in zip(got, expected, strict=True):
+        assert_same_encodings(x, y, 1e-5)
