@@ -10,7 +10,8 @@ not depend on them. Memory is the compiler's own account: arguments, outputs and
 are over the training step. `vmap(grad)` then project is given as many of the batch's examples as
 have 2 GiB of gradients, and the encoder the same ones beside it. The least that the count of matrix
 products allows is printed too: an encoder forms no weight gradient but for exact Adam's, which
-cannot do without, and never the embedding's and the head's.
+cannot do without, and never the embedding's and the head's. "none and factored" encodes both kinds in
+one pass, which is held against a pass for each.
 """
 
 import functools
@@ -26,8 +27,8 @@ from flax import nnx
 
 from benchmarks import record
 from tda import huge_pages, sharding, train
-from tda.gradients import planning, reference, sites
-from tda.gradients.encoder import make_encoder
+from tda.gradients import planning, reference, sites, together
+from tda.gradients.encoder import ends_of, make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.second_moments import Scale, from_full
 from tda.model.decoder import Decoder
@@ -48,6 +49,7 @@ SIZES = {
 }
 VOCABULARY = {"10m": 8192, "30m": 8192, "135m": 49152}
 CORRECTIONS = ("none", "factored", "low_rank(4)", "adam")
+BOTH = ("none", "factored")
 
 
 def scales_of(model, correction: str) -> dict[str, Scale] | None:
@@ -66,6 +68,13 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
         else:
             scales[site.path] = from_full(full, correction)
     return scales
+
+
+def part(model, projection: Projection, correction: str) -> together.Part:
+    """One kind of gradients of an encoder of several."""
+    chosen = sites.find(model)
+    ends = ends_of(chosen, projection, scales_of(model, correction))
+    return together.Part(chosen, projection, ends)
 
 
 def random_batch(vocabulary: int, batch: int, length: int) -> dict:
@@ -108,6 +117,11 @@ def case(size: str, length: int) -> dict:
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
         memory[correction] = planning.memory_of(compiled)
+    # Two kinds of gradients in one pass, as a table of many rows has them encoded.
+    both = together.build(model, [part(model, projection, c) for c in BOTH])
+    compiled = both.compiled.lower(both.arrays, batch).compile()
+    sides[" and ".join(BOTH)] = functools.partial(compiled, both.arrays, batch)
+    memory[" and ".join(BOTH)] = planning.memory_of(compiled)
     # The reference keeps every example's whole gradient.
     few = jax.tree.map(lambda x: x[: max(1, 2**31 // (4 * parameters))], batch)
     pair = {}
@@ -141,6 +155,9 @@ def case(size: str, length: int) -> dict:
             "memory, MiB": memory[name].total / 2**20,
             "memory ratio": memory[name].total / memory["training step"].total,
         }
+    one_by_one = [sum(t) for t in zip(*(times[c] for c in BOTH), strict=True)]
+    at_once = zip(times[" and ".join(BOTH)], one_by_one, strict=True)
+    figures["two kinds at once over one by one"] = statistics.median(a / b for a, b in at_once)
     if "vmap(grad), few" in times:
         pairs = zip(times["vmap(grad), few"], times["none, few"], strict=True)
         figures["vmap(grad) over encoder, time"] = statistics.median(a / b for a, b in pairs)
@@ -180,7 +197,11 @@ def main(argv):
                     f"  {side:16} {f['time ratio']:6.2f} of its time"
                     f" {f['tokens a second']:10,.0f} tokens/s {f['memory, MiB']:8,.0f} MiB"
                 )
-            for key in ("vmap(grad) over encoder, time", "vmap(grad) over encoder, memory"):
+            for key in (
+                "two kinds at once over one by one",
+                "vmap(grad) over encoder, time",
+                "vmap(grad) over encoder, memory",
+            ):
                 if key in found[name]:
                     print(f"  {key}: {found[name][key]:.2f}")
             print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -69,37 +69,43 @@ class Ours:
         self.model = decoder(self.setup)
         self.encoders, self.step = {}, None
 
-    def _encoder(self, correction: str):
+    def projection(self) -> Projection:
+        """Of the side and the pooling that were set up."""
+        s = self.setup
+        return Projection(s["side"], s["shape"]["layers"], pooling=s["pooling"])
+
+    def encoder(self, correction: str):
+        """The encoder with a correction, compiled once."""
         if correction not in self.encoders:
             scales = None
             if correction != "none":
                 found = second_moments(self.model).items()
                 scales = {k: from_full(jnp.asarray(v) ** -0.5, correction) for k, v in found}
-            s = self.setup
-            projection = Projection(s["side"], s["shape"]["layers"], pooling=s["pooling"])
-            self.encoders[correction] = make_encoder(self.model, projection, scales)
+            self.encoders[correction] = make_encoder(self.model, self.projection(), scales)
         return self.encoders[correction]
 
-    def _table(self, rows: int) -> TokenTable:
+    def table(self, rows: int) -> TokenTable:
+        """The corpus's first rows."""
         ids = [str(i) for i in range(rows)]
         length = self.tokens.shape[1]
         flat = self.tokens[:rows].reshape(-1)
         scored = np.arange(len(flat)) % length > 0
         return TokenTable(ids, ids, flat, length * np.arange(rows + 1), scored)
 
-    def _layout(self, tokens: int) -> dict:
+    def layout(self, tokens: int) -> dict:
+        """How they are batched."""
         # Their batches have as many positions; of ours the last is padding.
         return dict(bucket_lengths=(self.tokens.shape[1],), tokens_per_batch=tokens, pad=0)
 
     def build(self, correction: str, rows: int, tokens: int) -> dict:
         """A store of raw projected gradients."""
-        encoder, table = self._encoder(correction), self._table(rows)
+        encoder, table = self.encoder(correction), self.table(rows)
         blocks = dict.fromkeys(encoder.layout.blocks, self.setup["side"] ** 2)
         path = self.directory / "ours"
         shutil.rmtree(path, ignore_errors=True)
         watch = Stopwatch()
         self.store = stores.create(path, table.ids, blocks, {})
-        encoding.fill(self.store, encoder, table, **self._layout(tokens))
+        encoding.fill(self.store, encoder, table, **self.layout(tokens))
         return watch.read()
 
     def check_build(self) -> dict:
@@ -126,7 +132,7 @@ class Ours:
         """The stages that `experiments.trace` runs for the method "trackstar"."""
         built = self.build(correction, rows, tokens)
         parts = {"encode the corpus": built["seconds"]}
-        encoder, table = self._encoder(correction), self._table(self.setup["queries"])
+        encoder, table = self.encoder(correction), self.table(self.setup["queries"])
         store, slices = self.store, self.store.slices
         watch = Stopwatch()
 
@@ -134,7 +140,7 @@ class Ours:
             parts[name] = built["seconds"] + watch.read()["seconds"] - sum(parts.values())
 
         everyone = np.arange(len(table))
-        queries = encoding.encode_rows(encoder, table, everyone, **self._layout(tokens))
+        queries = encoding.encode_rows(encoder, table, everyone, **self.layout(tokens))
         lap("encode the queries")
         train = hessian.autocorrelation((x for _, x in store.chunks()), slices)
         evaluation = hessian.autocorrelation([queries], slices)

@@ -104,7 +104,7 @@ def install(path: pathlib.Path) -> str:
     return str(python)
 
 
-_NAMES = {
+NAMES = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
     "attention/value": "self_attn.v_proj",
@@ -123,7 +123,7 @@ def as_llama(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for path, x in arrays.items():
         module, x = path.rpartition("/")[0], np.asarray(x)
         if module.startswith("layers/"):
-            name = _NAMES[module.removeprefix("layers/")]
+            name = NAMES[module.removeprefix("layers/")]
             for i, one in enumerate(x):
                 out[f"model.layers.{i}.{name}.weight"] = np.ascontiguousarray(one.T)
         elif module == "embedding":
