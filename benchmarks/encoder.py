@@ -10,8 +10,8 @@ not depend on them. Memory is the compiler's own account: arguments, outputs and
 are over the training step. `vmap(grad)` then project is given as many of the batch's examples as
 have 2 GiB of gradients, and the encoder the same ones beside it. The least that the count of matrix
 products allows is printed too: an encoder forms no weight gradient but for exact Adam's, which
-cannot do without, and never the embedding's and the head's. "none and factored" encodes both kinds in
-one pass, which is held against a pass for each.
+cannot do without, and never the embedding's and the head's. "none and factored" encodes both kinds
+in one pass, which is held against a pass for each.
 """
 
 import functools

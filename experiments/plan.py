@@ -6,7 +6,8 @@
 Without `--hardware` the encoder and the products are timed here for some seconds; with it, the
 count of operations is divided by what such chips do at most, times `--mfu`. The exit status is 1
 where something does not fit. Nothing is trained, and nothing is put into `--workdir`: it only says
-on which disk the stores will be. Training, tail-patches and BM25 are not reckoned.
+on which disk the stores will be. Training, tail-patches and BM25 are not reckoned, nor methods of
+several checkpoints, other output functions or curvature: their titles are told.
 """
 
 import os
@@ -23,6 +24,7 @@ from experiments.setting import Setting
 from experiments.workdir import write_json
 from tda import calibration, chips, cost, sharding
 from tda.gradients import encoder as encoders
+from tda.gradients import together
 from tda.gradients.projection import Projection
 
 HARDWARE = flags.DEFINE_string("hardware", None, "What it is to run on; measured here if absent.")
@@ -121,6 +123,7 @@ def run(
         "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
         "lacking": lacking,
+        "left_out": s.left_out,
     }
 
 
@@ -160,24 +163,21 @@ def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
 
 
 def _measure(config, s: Setting, mesh) -> dict:
-    """How fast this machine encodes, by correction, and multiplies."""
-    g, found = config.gradients, {}
+    """How fast this machine encodes, by corrections of a pass, and multiplies."""
+    found: dict[tuple, calibration.EncoderTimes] = {}
     model = training.build_model(config, s.vocab_size)
-    scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
-    for correction, taps in s.taps.items():
+    projection = Projection(**dict(config.projection))
+    for corrections in dict.fromkeys([*s.passes, *((c,) for c in s.taps)]):
         # Corrections of the same count take the same time: none and factored.
-        alike = next((c for c in found if s.taps[c] == taps), None)
+        counts = [s.taps[c] for c in corrections]
+        alike = next((p for p in found if [s.taps[c] for c in p] == counts), None)
         if alike is None:
-            encoder = encoders.make_encoder(
-                model,
-                Projection(**dict(config.projection)),
-                calibration.ones(s.sites, correction),
-                g.output,
-                **scope,
-                mesh=mesh,
-            )
+            ones = (calibration.ones(s.sites, c) for c in corrections)
+            ends = (encoders.ends_of(s.sites, projection, scales) for scales in ones)
+            parts = [together.Part(s.sites, projection, e) for e in ends]
+            encoder = together.build(model, parts, config.gradients.output, mesh)
             times = calibration.encoder_times(encoder, s.shapes, s.vocab_size, mesh)
-        found[correction] = times if alike is None else found[alike]
+        found[corrections] = times if alike is None else found[alike]
     products = calibration.product_times(s.width, max(s.widths), s.queries)
     return {"encoder": found, "products": products}
 
@@ -195,23 +195,27 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
     if hardware:
         peak = hardware.chip.float32 * mfu
         rates = calibration.ProductTimes(peak, peak, peak)
-    for correction, taps in s.taps.items():
-        roots, _ = s.decompositions(correction)
-        tables = {"corpus": (s.shapes, s.tokens), "queries": (s.query_shapes, None)}
-        if roots and not s.has_store:
+
+    def encode(name, corrections, shapes, tokens=None):
+        operations = cost.encoding_operations(s.model, [s.taps[c] for c in corrections], shapes)
+        if hardware:
+            seconds = operations / (devices * hardware.chip.bfloat16 * mfu)
+        else:
+            seconds = measured and measured["encoder"][corrections].seconds(shapes)
+        if shapes:
+            rate = tokens / seconds if tokens and seconds else None
+            named = " and ".join(corrections)
+            add(f"encode {name}, {named}", operations, devices, seconds, rate=rate)
+
+    for corrections in s.passes:
+        encode("corpus", corrections, s.shapes, s.tokens)
+    for correction in s.taps:
+        encode("queries", (correction,), s.query_shapes)
+        if s.decompositions(correction)[0] and not s.has_store:
             # Without a store R has the passages that it is taken of encoded for it.
             share = s.r_rows / s.passages
             shapes = {shape: share * count for shape, count in s.shapes.items()}
-            tables["corpus for R"] = shapes, share * s.tokens
-        for name, (shapes, tokens) in tables.items():
-            operations = cost.encoding_operations(s.model, taps, shapes)
-            if hardware:
-                seconds = operations / (devices * hardware.chip.bfloat16 * mfu)
-            else:
-                seconds = measured and measured["encoder"][correction].seconds(shapes)
-            if shapes:
-                rate = tokens / seconds if tokens and seconds else None
-                add(f"encode {name}, {correction}", operations, devices, seconds, rate=rate)
+            encode("corpus for R", (correction,), shapes, share * s.tokens)
     gram = cost.gram_operations(s.widths, 1)
     # R is the work of one device, the search that of the first host's.
     near = min(devices, hardware.chip.host) if hardware else jax.local_device_count()

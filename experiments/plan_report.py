@@ -6,7 +6,9 @@ from tda.cost import NUMBER_BYTES, as_bytes
 def text(figures: dict) -> str:
     """Everything that `experiments.plan.run` found, in aligned tables."""
     parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
-    return "\n\n".join([*parts, _needs(figures["needs"])])
+    left_out = ", ".join(figures["left_out"])
+    told = [f"not reckoned (another function, curvature, checkpoints): {left_out}"] * bool(left_out)
+    return "\n\n".join([*parts, _needs(figures["needs"]), *told])
 
 
 def _heading(figures: dict) -> str:

@@ -54,6 +54,8 @@ class Setting:
         widths: numbers in each block of an encoding.
         taps: what is taken of the model, by correction; a store is made for each.
         methods: those that search each store, by correction.
+        left_out: titles of methods with other gradients, or of several checkpoints, which are not
+            reckoned.
         dtype: that the model computes in.
         store_dtype: of the numbers on disk; "none" where the corpus is encoded as it is searched.
         r_rows: passages that R is taken of.
@@ -68,6 +70,7 @@ class Setting:
     widths: list[int]
     taps: dict[str, cost.Taps]
     methods: dict[str, list[methods.Method]]
+    left_out: list[str]
     dtype: str
     store_dtype: str
     r_rows: int
@@ -82,6 +85,11 @@ class Setting:
     width = property(lambda self: sum(self.widths))
     has_store = property(lambda self: self.store_dtype != NO_STORE)
     stores = property(lambda self: len(self.taps) * self.has_store)
+
+    @property
+    def passes(self) -> list[tuple[str, ...]]:
+        """The corrections of every pass over the corpus: all in one, where they have stores."""
+        return [tuple(self.taps)] if self.has_store else [(c,) for c in self.taps]
 
     def stored_bytes(self, rows: int) -> int:
         """Bytes of so many gradients on disk: 0 where there is no store."""
@@ -100,10 +108,12 @@ class Setting:
     def held(self) -> int:
         """Bytes that encoding holds for every batch, over the devices of one copy of the model."""
         tapped = [_matrix(s) for s in self.sites]
-        return max(
-            cost.held_bytes(self.parameters, tapped, t.side * t.rank, t.exact)
-            for t in self.taps.values()
-        )
+        alone = cost.held_bytes(self.parameters, [], 0, False)
+        more = {
+            c: cost.held_bytes(self.parameters, tapped, t.side * t.rank, t.exact) - alone
+            for c, t in self.taps.items()
+        }
+        return alone + max(sum(more[c] for c in corrections) for corrections in self.passes)
 
     def figures(self) -> dict:
         """The same as JSON values."""
@@ -132,7 +142,7 @@ def of(config, multiple: int = 1) -> Setting:
     Raises:
         ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` does.
     """
-    chosen_methods = _by_correction(config)
+    chosen_methods, left_out = _by_correction(config)
     size = _size(config)
     arguments = training.model_arguments(config, size.vocab_size)
     model = nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0)))
@@ -163,6 +173,7 @@ def of(config, multiple: int = 1) -> Setting:
         widths=widths,
         taps={c: _taps(chosen, projection.side, c, model.tied) for c in chosen_methods},
         methods=chosen_methods,
+        left_out=left_out,
         dtype=config.model.dtype,
         store_dtype=config.store.dtype,
         r_rows=min(config.hessian.sample or size.passages, size.passages),
@@ -172,16 +183,24 @@ def of(config, multiple: int = 1) -> Setting:
     )
 
 
-def _by_correction(config) -> dict[str, list[methods.Method]]:
-    """The methods that need a store, by its correction."""
+def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
+    """The methods that need a store, by its correction, and the titles of those left out."""
     out: dict[str, list] = {}
+    left_out = []
     for method in methods.parse(config.methods).values():
-        if method.retriever == "gradient":
-            correction = config.gradients.correction if method.corrected else "none"
-            out.setdefault(correction, []).append(method)
+        if method.retriever != "gradient":
+            continue
+        if method.beyond_plain.keys() - {"evaluation"}:
+            left_out.append(method.title)
+            continue
+        correction = config.gradients.correction if method.corrected else "none"
+        out.setdefault(correction, []).append(method)
     if not out:
-        raise ValueError(f"none of methods={config.methods} needs gradients: nothing to plan")
-    return out
+        raise ValueError(
+            f"none of methods={config.methods} searches the gradients of one checkpoint: nothing "
+            "to plan"
+        )
+    return out, left_out
 
 
 def _size(config) -> Size:

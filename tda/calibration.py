@@ -18,6 +18,7 @@ from tda.data.tokens import TokenTable
 from tda.gradients import planning, sites
 from tda.gradients.encoder import Encoder
 from tda.gradients.second_moments import Scale, parse_correction
+from tda.gradients.together import Together
 
 # Of a corpus with more shapes of batches than this only some are measured.
 _SHAPES = 6
@@ -90,7 +91,7 @@ def measured_shapes(shapes: Mapping[tuple[int, int], float], most: int = _SHAPES
 
 
 def encoder_times(
-    encoder: Encoder,
+    encoder: Encoder | Together,
     shapes: Mapping[tuple[int, int], float],
     vocab_size: int,
     mesh: jax.sharding.Mesh | None = None,
@@ -138,13 +139,15 @@ def _batch(examples: int, positions: int, mesh) -> dict:
     return arrays if mesh is None else sharding.put_batch(mesh, arrays)
 
 
-def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[], float]:
+def _turn(
+    encoder: Encoder | Together, examples, positions, vocab_size, mesh
+) -> Callable[[], float]:
     """A function that encodes a few full batches of a shape and returns seconds a batch."""
 
     def run(batches: int) -> float:
         table = _random_table(batches * examples, positions, vocab_size)
         started = time.perf_counter()
-        encoding.encode_rows(
+        encoding.encode_rows_together(
             encoder,
             table,
             np.arange(len(table)),

@@ -129,18 +129,19 @@ def example_operations(taps: Taps) -> int:
     return sum(2 * k * m.numbers + 2 * k * k * m.rows * m.count for m in whole)
 
 
-def encoding_operations(model: Model, taps: Taps, shapes: Mapping[tuple, float]) -> float:
-    """Operations of encoding a corpus, padding included.
+def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tuple, float]) -> float:
+    """Operations of encoding a corpus in one pass, padding included.
 
     Args:
         model: the model.
-        taps: what is taken of it.
+        taps: what is taken of it, for each kind of gradients.
         shapes: how many batches there are of B examples of T positions, by (B, T).
     """
-    alone = example_operations(taps)
+    taps = tuple(taps)
+    alone, taken = sum(map(example_operations, taps)), sum(map(tap_operations, taps))
     total = 0.0
     for (examples, positions), count in shapes.items():
-        each = model_operations(model, (positions + 1) / 2) + tap_operations(taps)
+        each = model_operations(model, (positions + 1) / 2) + taken
         total += count * examples * (positions * each + alone)
     return total
 

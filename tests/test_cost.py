@@ -50,11 +50,11 @@ def test_encoding_counts_every_position_of_every_batch():
     model, taps = Model((LAYER,), (HEAD,), attention=10), Taps((LAYER,), side=2, exact=True)
     # T = 3: 2 keys on average; 204 + 280 + 60 a position, 168 an example.
     one = 3 * (204 + 280 + 60) + 168
-    assert cost.encoding_operations(model, taps, {(4, 3): 2.5}) == 2.5 * 4 * one
+    assert cost.encoding_operations(model, [taps], {(4, 3): 2.5}) == 2.5 * 4 * one
     # T = 7: 4 keys on average.
     other = 7 * (204 + 560 + 60) + 168
     both = {(4, 3): 2.5, (1, 7): 1}
-    assert cost.encoding_operations(model, taps, both) == 2.5 * 4 * one + other
+    assert cost.encoding_operations(model, [taps], both) == 2.5 * 4 * one + other
 
 
 def test_an_8b_model_takes_four_operations_a_parameter_and_token():
@@ -62,7 +62,7 @@ def test_an_8b_model_takes_four_operations_a_parameter_and_token():
     layers = (Matrix(4096, 4096, 64), Matrix(4096, 1024, 64), Matrix(4096, 14336, 96))
     model = Model(layers, (Matrix(4096, 128256),), attention=32 * 32 * 128)
     taps = Taps(layers, side=64)
-    count = cost.encoding_operations(model, taps, {(1, 438): 1}) / 438
+    count = cost.encoding_operations(model, [taps], {(1, 438): 1}) / 438
     assert count == pytest.approx(4 * 7.5e9, rel=0.03)
 
 

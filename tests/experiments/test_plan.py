@@ -66,13 +66,40 @@ def test_each_correction_of_the_methods_has_a_store_of_its_own():
     one = (365_000_000 + 5_415) * 65_536 * 4
     assert found["needs"]["stores on disk"]["needed"] == 2 * one
     stages = [s["stage"] for s in found["stages"]]
-    assert stages.count("encode corpus, none") == stages.count("encode corpus, factored") == 1
+    # One pass for both; the queries are few.
+    assert [n for n in stages if n.startswith("encode corpus")] == [
+        "encode corpus, factored and none"
+    ]
     assert "2 stores" in plan_report.text(found)
     s = setting.of(config)
     assert s.decompositions("none") == (1, 3)  # grad_cos needs none
     assert s.hessians() == (2, 1)
     config.hessian.weight = 0.9
     assert setting.of(config).decompositions("none") == (1, 1)
+
+
+def test_a_pass_of_two_corrections_counts_the_model_once(paper):
+    """And methods that are not reckoned are told, not taken for others."""
+    config = paper_c4.get_config()
+    config.methods = "trackstar,grad_cos,tracin,trak,ekfac,trackstar_disjoint"
+    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    s = setting.of(config)
+    alone = paper["stages"][0]["operations"]
+    more = cost.tap_operations(s.taps["none"])
+    assert 0 < more < 0.05 * alone / 160e9
+    both = found["stages"][0]["operations"]
+    positions = sum(B * T * n for (B, T), n in s.shapes.items())
+    assert both == pytest.approx(alone + more * positions)
+    assert found["left_out"] == ["TracIn", "TRAK", "EK-FAC influence"]
+    assert "not reckoned" in plan_report.text(found)
+    assert "TracIn, TRAK, EK-FAC influence" in plan_report.text(found)
+    assert "not reckoned" not in plan_report.text(paper)
+    assert len(s.methods["factored"]) == 2  # R_eval of a half is a search like another
+    config.store.dtype = "none"
+    assert setting.of(config).passes == [("factored",), ("none",)]
+    config.methods = "tracin"
+    with pytest.raises(ValueError, match="searches the gradients of one checkpoint"):
+        setting.of(config)
 
 
 def test_r_of_a_sample_reads_and_multiplies_the_sample():
@@ -174,7 +201,7 @@ def test_without_hardware_this_machine_is_measured(small, monkeypatch):
     calls = []
 
     def encoder_times(encoder, shapes, vocab_size, mesh):
-        calls.append(len(encoder.layout.blocks))
+        calls.append([len(one.blocks) for one in encoder.layouts])
         return calibration.EncoderTimes(1.0, {8: 0.25}, 100)
 
     monkeypatch.setattr(calibration, "encoder_times", encoder_times)
@@ -182,11 +209,12 @@ def test_without_hardware_this_machine_is_measured(small, monkeypatch):
         calibration, "product_times", lambda *a: calibration.ProductTimes(1e6, 1e5, 1e4)
     )
     found = plan.run(small)
-    assert calls == [4]  # factored and none; 2 blocks of layers × attention and MLP
+    # The pass of both, and the queries' of either; 2 blocks of layers × attention and MLP.
+    assert calls == [[4, 4], [4]]
     shapes = setting.of(small, jax.device_count()).shapes
     positions = sum(B * T * n for (B, T), n in shapes.items())
     stages = {x["stage"]: x for x in found["stages"]}
-    encode = stages["encode corpus, none"]
+    encode = stages["encode corpus, factored and none"]
     assert encode["seconds"] == positions * 0.25 + len(shapes)
     assert encode["devices"] == jax.device_count() and found["hardware"]["measured"]
     width, gram = 4 * 16, 2 * 30 * 4 * 16**2
@@ -213,7 +241,7 @@ def test_what_cannot_be_is_not_measured(small, monkeypatch):
     [
         ({"plan.tokens": 0}, {}, "plan.tokens=0: give all of a corpus's size, or nothing"),
         ({"plan.tokens": 10**15}, {}, "plan.tokens=1000000000000000 are more than"),
-        ({"methods": "bm25"}, {}, "none of methods=bm25 needs gradients"),
+        ({"methods": "bm25"}, {}, "none of methods=bm25 searches the gradients"),
         ({"mesh.fsdp": 3}, {}, "mesh.fsdp × mesh.tensor = 3 does not divide 128 devices"),
         ({"store.dtype": "int4"}, {}, "unknown dtype 'int4'"),
         ({}, {"mfu": 0.0}, "--mfu=0.0 must be above 0"),
@@ -247,7 +275,7 @@ def test_operations_are_those_that_the_compiler_counts(correction, include, tied
     stacked = nnx.eval_shape(build(True))
     planned = setting._model(sites.find(stacked, "."), arguments | {"remat": False})
     taps = setting._taps(sites.find(stacked, include), 16, correction, tied)
-    assert cost.encoding_operations(planned, taps, {(4, 128): 1}) == pytest.approx(
+    assert cost.encoding_operations(planned, [taps], {(4, 128): 1}) == pytest.approx(
         counted, rel=0.07
     )
 
@@ -260,6 +288,9 @@ def test_parameters_that_encoding_holds_are_the_models():
     config = paper_c4.get_config()
     config.gradients.correction = "adam"
     assert setting.of(config).held() == 4 * (s.parameters + ends + taken)
+    # A pass of two kinds holds what each multiplies by.
+    config.methods = "trackstar,grad_cos"
+    assert setting.of(config).held() == 4 * (s.parameters + 2 * ends + taken)
 
 
 def command(*arguments):
