@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from tda import whole_file
+
 
 def in_turns(
     sides: dict[str, Callable],
@@ -59,11 +61,9 @@ def machine() -> dict:
 
 def write(path: str, name: str, figures: dict) -> None:
     """Writes figures as JSON, with the machine and the versions."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file.written(path) as out:
         json.dump({"benchmark": name, "machine": machine(), "figures": figures}, out, indent=1)
         out.write("\n")
-    os.replace(part, path)
 
 
 def _processor() -> str:

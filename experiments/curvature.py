@@ -1,6 +1,5 @@
 """Kronecker factors of a run's model, for EK-FAC and LoGra: fitted once, and kept."""
 
-import os
 import pathlib
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from experiments.corpus import Corpus
 from experiments.training import Trained
 from experiments.workdir import Workdir, fingerprint
-from tda import processes, progress, sharding
+from tda import processes, progress, sharding, whole_file
 from tda.gradients import kronecker, sites, taps
 from tda.gradients.projection import Projection
 
@@ -111,10 +110,8 @@ def _save(file, found: dict) -> None:
         for name, x in (("left", c.left), ("right", c.right), ("values", c.values))
         if x is not None
     }
-    part = f"{file}.part"
-    with open(part, "wb") as out:
+    with whole_file.written(file, "wb") as out:
         np.savez(out, **arrays)
-    os.replace(part, file)
 
 
 def load(file) -> dict:

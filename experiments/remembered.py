@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from experiments import corpus as corpora
 from experiments import vectors
 from experiments.corpus import Corpus
 from experiments.workdir import Workdir
+from tda import whole_file
 from tda.live import Known
 from tda.live.encoded import silent
 from tda.store import Passage
@@ -48,9 +48,7 @@ def keep(config, corpus: Corpus, workdir: Workdir) -> None:
         "prompts": [f.prompt(config.data.prompt) for f in facts],
         "targets": [f.entity1 for f in facts],
     }
-    path = workdir / FILE
-    part = f"{path}.part"
-    with open(part, "wb") as out:
+    with whole_file.written(workdir / FILE, "wb") as out:
         np.savez_compressed(
             out,
             told=np.frombuffer(json.dumps(told).encode(), np.uint8),
@@ -58,7 +56,6 @@ def keep(config, corpus: Corpus, workdir: Workdir) -> None:
             correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
             counts=np.asarray([len(rows) for rows in correct]),
         )
-    os.replace(part, path)
 
 
 def read(path: pathlib.Path) -> Remembered | None:

@@ -10,11 +10,10 @@ and values of the point whose x is marked on each line, such as {"hessian.weight
 import csv
 import io
 import math
-import os
 import pathlib
 
 from experiments.grid import Point, Sweep
-from tda import plots
+from tda import plots, whole_file
 from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
@@ -169,9 +168,8 @@ def _mean_and_spread(metric: str, row: dict) -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> str:
-    part = f"{path}.part"
-    pathlib.Path(part).write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole_file.written(path) as out:
+        out.write(text)
     return str(path)
 
 

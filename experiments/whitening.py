@@ -1,14 +1,13 @@
 """R of a store and of its queries, and the scorers that methods make of them."""
 
 import dataclasses
-import os
 import pathlib
 
 import jax
 import numpy as np
 
 from experiments.workdir import fingerprint
-from tda import hessian, progress, sharding
+from tda import hessian, progress, sharding, whole_file
 from tda.methods import Method
 from tda.retrieval import scorer
 from tda.retrieval.scorer import Scorer
@@ -191,8 +190,6 @@ class Whitening:
             # An earlier search may have needed an R that this one did not.
             with np.load(directory / name, allow_pickle=False) as there:
                 arrays = dict(there) | arrays
-        part = directory / f"{name}.part"
-        with open(part, "wb") as out:
+        with whole_file.written(directory / name, "wb") as out:
             np.savez(out, **arrays | self.spectra)
-        os.replace(part, directory / name)
         return name

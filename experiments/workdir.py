@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 
-from tda import processes
+from tda import processes, whole_file
 
 
 class WorkdirError(ValueError):
@@ -116,11 +116,9 @@ class Workdir:
 
 def write_json(path, value) -> None:
     """Writes JSON to `path`; the file appears whole or not at all."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file.written(path) as out:
         json.dump(value, out, indent=1, ensure_ascii=False)
         out.write("\n")
-    os.replace(part, path)
 
 
 def plain(value):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tda import whole_file
+
 # Told apart by people who see few colours too (Okabe & Ito 2008).
 _COLOURS = (
     "#0072B2",
@@ -133,11 +135,10 @@ def draw(
     files = []
     for suffix in ("png", "svg"):
         file = f"{os.fspath(path)}.{suffix}"
-        part = f"{file}.part"
         # No date in the file: the same figures give the same bytes.
         metadata = {"Date": None} if suffix == "svg" else {}
-        figure.savefig(part, format=suffix, dpi=160, metadata=metadata)
-        os.replace(part, file)
+        with whole_file.written(file, "wb") as out:
+            figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
         files.append(file)
     return files
 

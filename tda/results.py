@@ -1,8 +1,9 @@
 """Results records in the authors' format: one JSON line a query, with its ranked passages."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
+
+from tda import whole_file
 
 _LISTS = {
     "proponents": str,
@@ -57,11 +58,9 @@ def record(
 
 def write(path, records: Iterable[dict]) -> None:
     """Writes records to `path` as JSON lines; the file appears whole or not at all."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file.written(path) as out:
         for item in records:
             out.write(json.dumps(item, ensure_ascii=False) + "\n")
-    os.replace(part, path)
 
 
 def read(path) -> Iterator[dict]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tda import checkpoint, processes, progress, sharding
+from tda import checkpoint, processes, progress, sharding, whole_file
 from tda import loss as losses
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
@@ -232,7 +232,5 @@ def _trim_log(path, step: int) -> None:
                     kept.append(line)
             except json.JSONDecodeError:
                 break  # torn by the kill; everything after it is later still
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file.written(path) as out:
         out.writelines(kept)
-    os.replace(part, path)

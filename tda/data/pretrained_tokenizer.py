@@ -15,6 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
+from tda import whole_file
+
 
 class PretrainedTokenizer:
     """Text to token ids and back, as a pretrained model has it.
@@ -149,9 +151,8 @@ class PretrainedTokenizer:
             ("tokenizer.json", self._inner.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(named | flags, ensure_ascii=False, indent=1)),
         ):
-            part = directory / f"{name}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            os.replace(part, directory / name)
+            with whole_file.written(directory / name) as out:
+                out.write(text + "\n")
 
     @property
     def vocab_size(self) -> int:

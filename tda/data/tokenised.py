@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -22,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tda import progress
+from tda import progress, whole_file
 from tda.data.corpora import CorpusError, Document
 from tda.data.tokens import TokenTable, cut
 
@@ -224,9 +223,8 @@ def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Cou
     for i, (part, count) in enumerate(
         _parts(documents, tokenizer, context, quiet, first=done), start=done
     ):
-        with open(parts / "new.part", "wb") as out:
+        with whole_file.written(parts / f"{i}.npz", "wb") as out:
             np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
-        os.replace(parts / "new.part", parts / f"{i}.npz")
         done = i + 1
     counts = []
     for i in range(done):
@@ -342,6 +340,5 @@ def _read_json(path: pathlib.Path):
 
 
 def _write_json(path: pathlib.Path, value) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with whole_file.written(path) as out:
+        out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
 import numpy as np
 
-from tda import hessian
+from tda import hessian, whole_file
 from tda.live.encoded import Encoded, Progress, counted
 from tda.methods import Gradients, Method
 from tda.retrieval.scorer import InMemory, Scorer
@@ -192,10 +191,8 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np
 
 def _write(path: pathlib.Path, root: _Root) -> None:
     path.parent.mkdir(exist_ok=True)
-    part = f"{path}.part"
-    with open(part, "wb") as out:
+    with whole_file.written(path, "wb") as out:
         np.savez(out, own=np.asarray(root.own), **{str(i): b for i, b in enumerate(root.blocks)})
-    os.replace(part, path)
 
 
 def _fingerprint(e: Encoded, how: Hessian, kind: str) -> str:

@@ -1,10 +1,11 @@
 """What a retriever returns, and the rank of the first correct passage under ties."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import numpy as np
+
+from tda import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,8 @@ def save(path, ranked: Ranked) -> None:
     """Writes a ranking to `path` (.npz); the file appears whole or not at all."""
     arrays = {f.name: getattr(ranked, f.name) for f in dataclasses.fields(ranked)}
     ranks = arrays.pop("first_ranks")
-    part = f"{path}.part"
-    with open(part, "wb") as out:
+    with whole_file.written(path, "wb") as out:
         np.savez(out, **arrays, **{f"first_ranks/{label}": r for label, r in ranks.items()})
-    os.replace(part, path)
 
 
 def load(path) -> Ranked:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from tda import whole_file
 from tda.retrieval import scann_part
 from tda.retrieval.ranked import Ranked, top
 from tda.retrieval.scann_part import Part, ScannError
@@ -202,13 +203,11 @@ def read_manifest(root: pathlib.Path) -> dict:
 
 def write_manifest(root: pathlib.Path, manifest: dict) -> None:
     """Writes the manifest, which appears whole or not at all."""
-    part = root / "manifest.json.part"
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file.written(root / "manifest.json") as out:
         json.dump(manifest, out, indent=1)
         out.write("\n")
         out.flush()
         os.fsync(out.fileno())
-    os.replace(part, root / "manifest.json")
 
 
 def compare(root: pathlib.Path, there: dict, wanted: dict, name: str = "") -> None:
