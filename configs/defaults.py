@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.data.n_queries = 0  # queries are sampled to so many; 0: all
     c.data.train_on = "corpus"  # or all: also what n_sentences leaves out of the corpus
     c.data.statements = 0  # train on facts not asked too, stated by so many of their prompts (0-3)
+    c.data.statements_of = "all"  # which facts that is: all, or those that the corpus states
     c.data.prompt = 0  # which of a fact's prompts: 0, 1, 2
     c.data.seed = 0
 

@@ -128,8 +128,14 @@ def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[s
         more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in kept]
     elif data.train_on != "corpus":
         raise ValueError(f"unknown data.train_on={data.train_on!r}; use corpus or all")
+    if data.statements_of not in ("all", "corpus"):
+        raise ValueError(f"unknown data.statements_of={data.statements_of!r}; use all or corpus")
     if data.statements:
-        more += statements.statements(all_facts, asked, data.statements)
+        told = all_facts
+        if data.statements_of == "corpus":
+            ids = {t.fact_id for s in sentences for t in s.fact_triples}
+            told = [f for f in all_facts if f.fact_id in ids]
+        more += statements.statements(told, asked, data.statements)
     return more
 
 
