@@ -43,13 +43,13 @@ def test_a_kill_loses_some_minutes_and_not_the_corpus(tokenizer, tmp_path, monke
     store = stores.open_store(tmp_path / "gradients")
     tokens = sum(map(len, tokenizer.encode(TEXTS)))
     assert tokens > 2**15 and len(store.missing()) == len(store.shards()) - 1 > 0
-    encoded, encode_rows = [], encoding.encode_rows
+    encoded, encode_rows = [], encoding.encode_rows_together
 
     def watched(encoder, table, rows, **how):
         encoded.append(rows)
         return encode_rows(encoder, table, rows, **how)
 
-    monkeypatch.setattr(encoding, "encode_rows", watched)
+    monkeypatch.setattr(encoding, "encode_rows_together", watched)
     capsys.readouterr()
     found = call(tokenizer, directory=tmp_path)
     assert capsys.readouterr() == ("", "")  # it was told to be quiet
