@@ -289,7 +289,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
 
     for module, name in (
         (train, "fit"),
-        (encoding, "encode_rows"),
+        (encoding, "encode_rows_together"),
         (attribution.exact, "search"),
         (attribution.bm25, "search"),
         (measures, "tail_patch"),
