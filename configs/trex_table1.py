@@ -12,7 +12,8 @@ paper's rows without TRAK (--config.methods=…) take the first alone.
 Cost: training takes 5,070 steps of 2,048 tokens, a pass a quarter of its time. On 2 CPU cores the
 training and the first pass take an hour, the searches, vectors and tail-patches of 18 rows another;
 8 GiB of memory, 6 GB of disk for each kind of gradients.
-Expected MRR: TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139 (results/README.md).
+Expected MRR: TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139; see
+results/README.md.
 """
 
 import importlib.util
