@@ -39,7 +39,7 @@ def retrieve(
     # Methods that differ in their title alone share a file, and are searched once.
     todo = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in todo.values()}
-    at_end = [m.gradients for m in todo.values() if m.retriever in ("gradient", "gradient_norm")]
+    at_end = [m.gradients for m in todo.values() if m.takes_gradients]
     encoding.ahead(config, corpus, trained, workdir, at_end)
     sharing: dict[Gradients, dict] = {g: {} for g in (Gradients(), Gradients(corrected=True))}
     for name, method in todo.items():
@@ -264,7 +264,7 @@ def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) ->
     fields = dataclasses.asdict(method)
     fields.pop("title")
     made_from: list = [fields, corpus.fingerprint, config.eval.top_k]
-    if method.retriever in ("gradient", "gradient_norm"):
+    if method.takes_gradients:
         for step in checkpoints.steps_of(config, trained, method):
             then = dataclasses.replace(trained, step=step)
             for what in {method.gradients: 0, method.query_gradients: 0}:

@@ -132,18 +132,19 @@ def ahead(
     """
     if config.store.dtype == NO_STORE:
         return
-    passes: dict[tuple, list] = {}
+    alike: dict[tuple, list] = {}
     for what in dict.fromkeys(wanted):
         made = made_from(config, corpus, trained, what)
         store = _store(config, corpus, trained, workdir, what, made, "corpus", corpus.passages)
         if processes.by_first("look for shards", store.missing):
             rows = store.shards()[0].stop
-            most = max(1, _TOGETHER_BYTES // (rows * store.width * 4))
-            alike = passes.setdefault((made["output"], rows), [[]])
-            alike += [[]] * (len(alike[-1]) == most)
-            alike[-1].append((what, made, store))
-    for (output, _), alike in passes.items():
-        for kinds in (k for k in alike if len(k) > 1):
+            alike.setdefault((made["output"], rows), []).append((what, made, store))
+    for (output, rows), lacking in alike.items():
+        most = max(1, _TOGETHER_BYTES // (rows * max(s.width for _, _, s in lacking) * 4))
+        for first in range(0, len(lacking), most):
+            kinds = lacking[first : first + most]
+            if len(kinds) == 1:
+                continue
             parts = [_part(config, corpus, trained, workdir, what, made) for what, made, _ in kinds]
             for part in parts:
                 _tell_coverage(trained, part.chosen)
@@ -173,8 +174,9 @@ def _part(
 def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
     made = made_from(config, corpus, trained, what)
     part = _part(config, corpus, trained, workdir, what, made)
-    encoder = encoders.build(trained.model, part.chosen, part.projection, part.ends, made["output"])
-    return dataclasses.replace(encoder, arrays=together.place(encoder, trained.mesh))
+    return encoders.build(
+        trained.model, part.chosen, part.projection, part.ends, made["output"], trained.mesh
+    )
 
 
 def momentum(

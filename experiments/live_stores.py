@@ -9,7 +9,7 @@ from experiments.opened import Opened
 from experiments.remembered import LiveError, Reread
 from experiments.workdir import Workdir, plain
 from tda.gradients import encoder as encoders
-from tda.gradients import kronecker, second_moments, sites, together
+from tda.gradients import kronecker, second_moments, sites
 from tda.gradients.projection import Projection
 from tda.live import Encoded
 from tda.live.encoded import Progress
@@ -123,5 +123,5 @@ def _by_factors(run: Opened, chosen, projection: Projection, made: dict) -> enco
         )
     fitted = curvature.load(file)
     ends = curvature.ends_of(how["kind"], chosen, projection, fitted, how.get("damping", 0.0))
-    found = encoders.build(run.trained.model, chosen, projection, ends, made["output"])
-    return dataclasses.replace(found, arrays=together.place(found, run.trained.mesh))
+    trained = run.trained
+    return encoders.build(trained.model, chosen, projection, ends, made["output"], trained.mesh)

@@ -91,6 +91,11 @@ class Method:
         )
 
     @property
+    def takes_gradients(self) -> bool:
+        """Whether it needs the passages' gradients."""
+        return self.retriever in ("gradient", "gradient_norm")
+
+    @property
     def beyond_plain(self) -> dict[str, object]:
         """What it asks for, by field, beyond a correction, R, norm and retriever."""
         plain = ("title", "corrected", "hessian", "unit_norm", "retriever")

@@ -42,6 +42,17 @@ def test_rows_come_in_the_order_asked_for(setup, rows):
         np.testing.assert_allclose(found[i], np.asarray(alone)[0], rtol=2e-4, atol=1e-6)
 
 
+def counted(encoder):
+    """The encoder, and a list to which every batch that it encodes adds its size."""
+    encoded = []
+
+    def count(arrays, batch, scored):
+        encoded.append(len(batch["tokens"]))
+        return encoder.compiled(arrays, batch, scored)
+
+    return dataclasses.replace(encoder, compiled=count), encoded
+
+
 def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, tmp_path):
     table, encoder = setup
     blocks = dict.fromkeys(encoder.layout.blocks, 9)
@@ -53,13 +64,7 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
     begun = make("begun")
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
-    encoded = []
-
-    def count(arrays, batch, scored):
-        encoded.append(len(batch["tokens"]))
-        return encoder.compiled(arrays, batch, scored)
-
-    counting = dataclasses.replace(encoder, compiled=count)
+    counting, encoded = counted(encoder)
     encoding.fill(begun, counting, table, **LAYOUT)
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
@@ -85,13 +90,7 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     found[0].write(0, mark)
     found[1].write(0, 2 * mark)
     found[0].write(1, mark)
-    encoded = []
-
-    def count(arrays, batch, scored):
-        encoded.append(len(batch["tokens"]))
-        return made.compiled(arrays, batch, scored)
-
-    counting = dataclasses.replace(made, compiled=count)
+    counting, encoded = counted(made)
     encoding.fill_together(found, counting, table, **LAYOUT)
     assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
     for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):

@@ -109,10 +109,7 @@ def make_encoder(
     """
     chosen = sites.find(model, include, exclude, untapped)
     ends = ends_of(chosen, projection, scales)
-    encoder = build(model, chosen, projection, ends, output)
-    if mesh is None:
-        return encoder
-    return dataclasses.replace(encoder, arrays=together.place(encoder, mesh))
+    return build(model, chosen, projection, ends, output, mesh)
 
 
 def build(
@@ -121,12 +118,14 @@ def build(
     projection: projections.Projection,
     ends: dict[sites.Site, taps.End],
     output: str | Callable = "loss",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
-    """The encoder of given sites and ends, whose arrays may be abstract (shapes without data)."""
+    """The encoder of given sites and ends; without a mesh its arrays may be abstract (shapes)."""
     taken = together.take(model, [together.Part(chosen, projection, ends)], output)
 
     def alone(arrays, batch, scored=None):
         return taken.encode(arrays, batch, scored)[0]
 
     compiled = jax.jit(alone, static_argnums=2)
-    return Encoder(taken.layouts[0], tuple(chosen), taken.arrays, taken.axes, compiled)
+    found = Encoder(taken.layouts[0], tuple(chosen), taken.arrays, taken.axes, compiled)
+    return found if mesh is None else dataclasses.replace(found, arrays=together.place(found, mesh))
