@@ -47,7 +47,7 @@ def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarra
     """Encodings of the corpus, in a memory map of `path` that is made once, and of the queries."""
     _, store, queries_QxE = gradients(config, directory)
     chosen = scorers(store, queries_QxE)[method]
-    of_queries = scorer.encode(queries_QxE, chosen.roots, chosen.unit_norm, store.form.widths)
+    of_queries = scorer.encode(queries_QxE, chosen.whitening, chosen.unit_norm, store.form.widths)
     if not os.path.exists(path):
         shape = (store.rows, store.form.width)
         out = np.lib.format.open_memmap(f"{path}.part", "w+", np.float32, shape)

@@ -10,7 +10,7 @@ from experiments.measures import CONTROL
 from experiments.training import Trained
 from experiments.workdir import Workdir, write_json
 from tda import processes, progress, results
-from tda.evaluation import frequency, knowledge, ranking, sampling, summary
+from tda.evaluation import content, frequency, knowledge, ranking, sampling, statistics, summary
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 
@@ -67,6 +67,8 @@ def run(
     patches = _Patches.measure(config, corpus, trained, ranked, workdir, asked)
     values = {n: _values(config, found, known, patches, asked) for n, found in ranked.items()}
     metrics = _metrics(config, corpus, trained, known, patches, values, asked)
+    for name, found in _contents(config, corpus, ranked, patches, asked).items():
+        metrics[name]["by_content"] = found
 
     def write():
         where = workdir.path if out is None else out
@@ -208,6 +210,38 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
         | {"differences": differences[name]}
         for name in values
     }
+
+
+def _contents(config, corpus: Corpus, ranked: dict[str, Ranked], patches: _Patches, asked) -> dict:
+    """By method and kind of passage: its share of the proponents, and what a step on it does."""
+    sentences = {s.sentence_id: s for s in corpus.sentences}
+    queries = [corpus.queries[q] for q in asked]
+    correct = [corpus.correct["all"][q] for q in asked]
+    out: dict[str, dict] = {}
+    for name, found in ranked.items():
+        kinds_QxK = content.kinds(
+            queries,
+            found.proponents[asked],
+            correct,
+            corpus.text_of,
+            lambda row: sentences[corpus.passages.documents[row]].fact_triples,
+        )
+        shares = statistics.intervals(
+            content.shares(kinds_QxK), resamples=config.eval.resamples, seed=config.eval.seed
+        )
+        steps_QxK = change(patches.of(found.proponents)[asked])
+        out[name] = {
+            kind: {
+                "share": summary.number(share.mean),
+                "interval": [summary.number(share.low), summary.number(share.high)],
+                "tail_patch": summary.number(step),
+                "n_tail_patches": int(np.sum((kinds_QxK == k) & np.isfinite(steps_QxK))),
+            }
+            for k, (kind, share, step) in enumerate(
+                zip(content.KINDS, shares, content.by_kind(kinds_QxK, steps_QxK), strict=True)
+            )
+        }
+    return out
 
 
 # A method that ranks nothing has these too, as null.

@@ -81,7 +81,7 @@ def search(
     for name, scorer in scorers.items():
         asked = _sample(config, len(queries_QxE))
         encodings_QxE = np.asarray(
-            scoring.encode(queries_QxE, scorer.roots, scorer.unit_norm, source.form.widths)
+            scoring.encode(queries_QxE, scorer.whitening, scorer.unit_norm, source.form.widths)
         )
 
         def check_against(asked=asked, encodings=encodings_QxE, name=name, scorer=scorer):

@@ -84,6 +84,7 @@ def details(metrics: dict) -> str:
                 _cell,
             ),
         ]
+    parts += _contents(metrics)
     for key, title in (
         ("by_stated", "whether greedy decoding states the fact"),
         ("by_frequency", "fact frequency: passages that name both entities"),
@@ -93,6 +94,37 @@ def details(metrics: dict) -> str:
             if any(m.get(name) is not None for m in metrics.values()):
                 parts += [f"## {what} by {title}", _by_group(metrics, key, name)]
     return "\n\n".join(p if isinstance(p, str) else "\n".join(p) for p in parts)
+
+
+def _contents(metrics: dict) -> list:
+    """What the first passages have to do with their queries, and what steps on them do."""
+    kinds = list(next(iter(metrics.values()))["by_content"])
+    columns = [(kind, kind) for kind in kinds]
+    contents = {name: m["by_content"] for name, m in metrics.items()}
+    parts: list = [
+        "## What the proponents say\n\nTheir shares; a passage is of the first kind that fits.",
+        _rows(contents, columns, lambda m, kind: _share(m[kind])),
+    ]
+    if any(x["n_tail_patches"] for m in contents.values() for x in m.values()):
+        parts += [
+            "## Tail-patch by what the passage says\n\nMean over pairs of a query and a passage "
+            "(their number).",
+            _rows(contents, columns, lambda m, kind: _patched(m[kind])),
+        ]
+    return parts
+
+
+def _share(found: dict) -> str:
+    if found["share"] is None:
+        return "–"
+    low, high = found["interval"]
+    ends = "" if low is None else f" [{low:.1%}, {high:.1%}]"
+    return f"{found['share']:.1%}{ends}"
+
+
+def _patched(found: dict) -> str:
+    count = found["n_tail_patches"]
+    return f"{_percent(found['tail_patch'])} ({count:,})" if count else ""
 
 
 def _by_group(metrics: dict, key: str, name: str) -> list[str]:

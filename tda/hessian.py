@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import sharding, store
+from tda import blocks, sharding, store
+from tda.blocks import Block
 
 _CHUNK_BYTES = 64 << 20
 # A step's sums read and write all of R: the more rows at a time, the fewer of them.
@@ -308,12 +309,17 @@ def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
     return ((vectors * root) @ vectors.T).astype(np.float32)
 
 
-def whiten(x_RxE, roots: list, slices: list[slice]):
-    """R^(−1/2) applied to every row: float32 [R, E]."""
-    return jnp.concatenate(
-        [
-            jnp.matmul(x_RxE[:, s], root, precision=jax.lax.Precision.HIGHEST)
-            for s, root in zip(slices, roots, strict=True)
-        ],
-        axis=-1,
-    )
+def whiten(x_RxE, roots, slices: list[slice]):
+    """R^(−1/2) applied to every row: float32 [R, E].
+
+    Args:
+        x_RxE: gradients.
+        roots: R^(−1/2) by block, or all in one array, as `blocks.stacked` gives them.
+        slices: where each block stands in a row.
+    """
+
+    def one(out_RxE, block: Block, root):
+        part = jnp.matmul(block.of(x_RxE), root, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.dynamic_update_slice_in_dim(out_RxE, part, block.start, axis=1)
+
+    return blocks.over(one, jnp.zeros(x_RxE.shape, jnp.float32), slices, roots)

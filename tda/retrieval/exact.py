@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import hessian, sharding, store
+from tda import blocks, hessian, sharding, store
+from tda.blocks import Block
 from tda.retrieval import scorer as scoring
 from tda.retrieval.best import merge
 from tda.retrieval.ranked import Ranked
@@ -30,13 +31,13 @@ class _Group:
 
     Attributes:
         queries_QxE: W g of the queries.
-        roots: W by block, or None.
+        roots: W, as `tda.blocks` takes it, or None.
         methods: their numbers.
         own: β of `Scorer`.
     """
 
     queries_QxE: jax.Array
-    roots: list | None
+    roots: jax.Array | list | None
     methods: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
     own: tuple[float, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
@@ -108,7 +109,7 @@ def search(
     step = step_rows(source.form.width, devices, touched)
     k, correct = min(k, source.rows), correct or {}
     groups = _groups(gradients_QxE, methods, widths)
-    pairs = {label: _Pairs(lists) for label, lists in correct.items()}
+    pairs = {label: _Pairs(lists, step // devices) for label, lists in correct.items()}
     thresholds = _thresholds(groups, methods, source, pairs, step)
     counts = k, k if opponents else 0
     state = [_empty(len(gradients_QxE), counts, devices, correct) for _ in methods]
@@ -118,7 +119,7 @@ def search(
     for chunk in source.scan(step):
         x = chunk if isinstance(chunk, Placed) else place(chunk, step, mesh)
         found += x.valid_count
-        labels = {n: p.within(x.first, step // devices, devices) for n, p in pairs.items()}
+        labels = {n: p.within(x.first, devices) for n, p in pairs.items()}
         labels = _on_devices(mesh, labels)
         state = _advance(state, x.rows, labels, groups, thresholds, widths, norms)
         on_rows(len(x))
@@ -241,7 +242,7 @@ def _product(group: _Group, gradients_RxE, widths) -> dict[bool, jax.Array]:
     if group.roots is not None:
         x_RxE = hessian.whiten(x_RxE, group.roots, scoring.slices_of(widths))
     if group.own:
-        return _without_own(group.queries_QxE, x_RxE, group.own, scoring.slices_of(widths))
+        return _without_own(group, x_RxE, scoring.slices_of(widths))
     # XLA's CPU product is up to three times as fast this way round.
     scores_RxQ = jnp.matmul(x_RxE, group.queries_QxE.T, precision=jax.lax.Precision.HIGHEST)
     of_queries = scoring.inverse_norms(group.queries_QxE)
@@ -249,24 +250,28 @@ def _product(group: _Group, gradients_RxE, widths) -> dict[bool, jax.Array]:
     return {False: scores_RxQ, True: scaled_RxQ}
 
 
-def _without_own(queries_QxE, x_RxE, own: tuple[float, ...], slices) -> dict[bool, jax.Array]:
+def _without_own(group: _Group, x_RxE, slices) -> dict[bool, jax.Array]:
     """Scores by R − β g gᵀ, from what R itself whitened: rows x, and queries h of gradient g.
 
     By Sherman and Morrison, (R − β g gᵀ)⁻¹ = R⁻¹ + β R⁻¹g gᵀR⁻¹ / (1 − β |h|²) in each block. So
     a passage's product with its query is ⟨h, x⟩ / (1 − β |h|²), and its squared norm, which now
     depends on the query, |x|² + β ⟨h, x⟩² / (1 − β |h|²).
     """
-    shape = len(x_RxE), len(queries_QxE)
-    scores_RxQ, more_RxQ, square_Q = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape[1])
-    for s, beta in zip(slices, own, strict=True):
-        h_QxB = queries_QxE[:, s]
-        part_RxQ = jnp.matmul(x_RxE[:, s], h_QxB.T, precision=jax.lax.Precision.HIGHEST)
+    shape = len(x_RxE), len(group.queries_QxE)
+
+    def one(sums, block: Block, root, beta):
+        scores_RxQ, more_RxQ, square_Q = sums
+        h_QxB = block.of(group.queries_QxE)
+        part_RxQ = jnp.matmul(block.of(x_RxE), h_QxB.T, precision=jax.lax.Precision.HIGHEST)
         size_Q = jnp.sum(jnp.square(h_QxB), axis=1)
         # R − β g gᵀ is damped, so this is above 0 but for rounding.
         left_Q = 1.0 / jnp.maximum(1.0 - beta * size_Q, 1e-6)
         scores_RxQ += left_Q * part_RxQ
         more_RxQ += beta * left_Q * jnp.square(part_RxQ)
-        square_Q += left_Q * size_Q
+        return scores_RxQ, more_RxQ, square_Q + left_Q * size_Q
+
+    sums = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape[1])
+    scores_RxQ, more_RxQ, square_Q = blocks.over(one, sums, slices, group.roots, group.own)
     square_RxQ = square_Q * (jnp.sum(jnp.square(x_RxE), axis=1)[:, None] + more_RxQ)
     scaled_RxQ = scores_RxQ * jnp.where(
         square_RxQ > 0, jax.lax.rsqrt(jnp.maximum(square_RxQ, 1e-37)), 0
@@ -280,8 +285,8 @@ def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
         numbers.setdefault((id(method.roots), method.own), []).append(i)
     return [
         _Group(
-            scoring.encode(gradients_QxE, methods[of[0]].roots, False, widths),
-            None if methods[of[0]].roots is None else list(map(jnp.asarray, methods[of[0]].roots)),
+            scoring.encode(gradients_QxE, methods[of[0]].whitening, False, widths),
+            methods[of[0]].whitening,
             tuple(of),
             methods[of[0]].own,
         )
@@ -292,7 +297,8 @@ def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
 def _empty(queries: int, counts: tuple[int, int], devices: int, correct) -> _Kept:
     def none(k: int):
         shape = (devices, queries, k)
-        return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+        # Typed as what follows is, for which a program would be made anew.
+        return jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
 
     return _Kept(*map(none, counts), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
 
@@ -332,30 +338,33 @@ class _Pairs:
         rows, queries: int64 [N], rising, and int32 [N].
     """
 
-    def __init__(self, lists: list[np.ndarray]):
+    def __init__(self, lists: list[np.ndarray], each: int):
         rows = np.concatenate([np.asarray(r, np.int64) for r in lists] or [np.zeros(0, np.int64)])
         queries = np.repeat(np.arange(len(lists)), [len(r) for r in lists])
         order = np.argsort(rows, kind="stable")
         self.rows, self.queries = rows[order].astype(np.int64), queries[order].astype(np.int32)
+        self._each = each
+        ends = np.searchsorted(self.rows, self.rows + each)
+        self._most = int((ends - np.arange(len(ends))).max(initial=1))
 
     def among(self, some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in `some`, rising rows with no other labelled one between them, and the queries."""
         here = slice(*np.searchsorted(self.rows, [some[0], some[-1] + 1]))
         return np.searchsorted(some, self.rows[here]), self.queries[here]
 
-    def within(self, first: int, each: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
+    def within(self, first: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
         """Queries and local rows, int32 [devices, N], of the pairs in each device's rows.
 
-        N is a power of two; what is over is out of bounds.
+        N is the same for all `first`, so that one program takes them; what is over is out of
+        bounds.
         """
-        bounds = np.searchsorted(self.rows, first + each * np.arange(devices + 1))
-        largest = int(np.diff(bounds).max())
-        shape = devices, max(8, 1 << max(0, largest - 1).bit_length())
+        bounds = np.searchsorted(self.rows, first + self._each * np.arange(devices + 1))
+        shape = devices, self._most
         queries = np.full(shape, np.iinfo(np.int32).max, np.int32)
         rows = queries.copy()
         for d, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             queries[d, : b - a] = self.queries[a:b]
-            rows[d, : b - a] = self.rows[a:b] - (first + d * each)
+            rows[d, : b - a] = self.rows[a:b] - (first + d * self._each)
         return queries, rows
 
 

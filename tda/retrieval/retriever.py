@@ -115,7 +115,7 @@ class Retriever:
         """
         gradients_QxE = self._checked(gradients_QxE)
         encodings_QxE = scoring.encode(
-            gradients_QxE, self._scorer.roots, self._scorer.unit_norm, self._widths
+            gradients_QxE, self._scorer.whitening, self._scorer.unit_norm, self._widths
         )
         if self._index is None:
             dot = {"": Scorer(None, False)}
@@ -161,7 +161,8 @@ class Retriever:
         x_RxE = self._source.read(rows)
         valid = store.valid(x_RxE)
         clean = np.where(valid[:, None], x_RxE, 0)
-        encoded = scoring.encode(clean, self._scorer.roots, self._scorer.unit_norm, self._widths)
+        scorer = self._scorer
+        encoded = scoring.encode(clean, scorer.whitening, scorer.unit_norm, self._widths)
         return np.where(valid[:, None], np.asarray(encoded), np.inf)
 
 

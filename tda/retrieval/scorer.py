@@ -1,6 +1,7 @@
 """How gradients become encodings: R^(−1/2) and the norm; and where gradients come from."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import hessian, store
+from tda import blocks, hessian, store
 from tda.store import Form, Rows
 
 
@@ -74,6 +75,11 @@ class Scorer:
                 f"{len(self.roots or ())}"
             )
 
+    @functools.cached_property
+    def whitening(self):
+        """W on the device, as programs take it (`tda.blocks.stacked`); None for the identity."""
+        return None if self.roots is None else blocks.stacked(self.roots)
+
 
 def slices_of(widths: tuple[int, ...]) -> list[slice]:
     """Where each block stands in a row."""
@@ -111,7 +117,7 @@ def encodings(source: Source, scorer: Scorer, step: int) -> Iterator[tuple[int, 
         x = padded(found, step)
         gradients = store.decode(x.values, x.scales, widths)
         out = np.array(
-            encode(_cleaned(gradients, x.valid), scorer.roots, scorer.unit_norm, widths)
+            encode(_cleaned(gradients, x.valid), scorer.whitening, scorer.unit_norm, widths)
         )[: len(found)]
         out[~found.valid] = np.inf
         yield found.first, out

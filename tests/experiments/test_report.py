@@ -7,6 +7,19 @@ from experiments import report
 from tda.evaluation import summary
 
 
+def kind(share, interval, tail_patch=None, count=0):
+    """What is told of a kind of passages."""
+    told = {"share": share, "interval": interval, "tail_patch": tail_patch}
+    return told | {"n_tail_patches": count}
+
+
+CONTENT = {
+    "bm25": {"states it": kind(0.75, [0.5, 1.0], 0.0012, 150), "other": kind(0.25, [0.0, 0.5])},
+    "trackstar": {"states it": kind(1.0, [1.0, 1.0], -0.0003, 200), "other": kind(0.0, [0.0, 0.0])},
+    "grad_cos": {"states it": kind(None, [None, None]), "other": kind(0.5, [None, None])},
+}
+
+
 @pytest.fixture
 def metrics():
     """Metrics of three methods as an evaluation writes them; one read the labels."""
@@ -37,6 +50,7 @@ def metrics():
         | shared
         | {"tail_patch_rule": rule, "differences": compared[name]}
         | {key: relations[name] for key in ("by_relation", "by_frequency", "by_stated")}
+        | {"by_content": CONTENT[name]}
         for name, found in summary.intervals(values, **how).items()
     }
 
@@ -71,6 +85,11 @@ def test_the_tables_of_details(metrics):
     low, high = m["intervals"]["mrr"]
     assert rows(text, "95% intervals")["TrackStar"][0] == f"{m['mrr']:.3f} [{low:.3f}, {high:.3f}]"
     assert rows(text, "Conventions of MRR")["BM25"][1] == f"{metrics['bm25']['mrr_at_10']:.3f}"
+    said = rows(text, "What the proponents say")
+    assert said["BM25"] == ["75.0% [50.0%, 100.0%]", "25.0% [0.0%, 50.0%]"]
+    assert said["gradient cosine"] == ["–", "50.0%"]  # of one query: no interval
+    stepped = rows(text, "Tail-patch by what the passage says")
+    assert stepped["BM25"] == ["+0.12% (150)", ""] and stepped["TrackStar"][0] == "-0.03% (200)"
     apart = rows(text, "Difference to TrackStar")
     assert set(apart) == {"method", "BM25", "gradient cosine"}
     assert apart["BM25"][0] == (

@@ -160,6 +160,16 @@ def test_metrics_of_queries_groups_and_methods(finished):
         assert m["n_stated"] == sum(stated) == sum(r["target_rank"] == 1 for r in found)
         assert sum(g["n_queries"] for g in m["by_stated"].values()) == 4
         means[name] = m["mrr"]
+        said = m["by_content"]
+        states = np.mean([np.mean(r["proponent_correct"]) for r in found])
+        assert said["states the fact"]["share"] == pytest.approx(states)
+        assert sum(kind["share"] for kind in said.values()) == pytest.approx(1)
+        of_steps = sum(
+            kind["tail_patch"] * kind["n_tail_patches"]
+            for kind in said.values()
+            if kind["n_tail_patches"]
+        )
+        assert of_steps == pytest.approx(np.sum(patched), abs=1e-12)
     for name, other in ((a, b) for a in means for b in means if a != b):
         difference = metrics[name]["differences"][other]["mrr"]["difference"]
         assert difference == pytest.approx(means[name] - means[other], abs=1e-12)

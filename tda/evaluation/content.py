@@ -1,0 +1,96 @@
+"""What retrieved passages have to do with a query: they state its fact, or only something near it.
+
+A passage that raises the target's probability need not state the fact: it may state the same of
+another subject, or no more than name the target. How a method's first passages divide among these
+kinds, and what a step on each kind does, tells what a tail-patch is made of.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from tda.data.records import Fact, Triple
+from tda.evaluation import frequency
+
+# The nearest first; a passage is of the first kind that fits.
+KINDS = (
+    "states the fact",
+    "states it of another subject",
+    "names the target",
+    "states the relation, of another object",
+    "none of these",
+)
+
+
+def kinds(
+    facts: Sequence[Fact],
+    passages_QxK: np.ndarray,
+    correct: Sequence[np.ndarray],
+    text_of: Callable[[int], str],
+    triples_of: Callable[[int], Iterable[Triple]],
+) -> np.ndarray:
+    """The kind of each passage to the query that it was retrieved for.
+
+    Args:
+        facts: the queries.
+        passages_QxK: int, rows of passages; below 0 for none.
+        correct: the rows that state each query's fact.
+        text_of: the text of a row. The target is named by its name or an alias, as in
+            `tda.evaluation.frequency`.
+        triples_of: what a row is annotated with. Relations and objects are told apart by their
+            URIs; a triple that leaves its URIs out states nothing of another subject.
+
+    Returns:
+        int64 [Q, K], places in `KINDS`; −1 where there is no passage.
+    """
+    targets: dict[tuple[str, ...], int] = {}
+    target_of = [
+        targets.setdefault(tuple(sorted({f.entity1, *f.entity1_alias})), len(targets))
+        for f in facts
+    ]
+    names = frequency.Names(list(targets))
+    rows = {int(row) for row in np.unique(passages_QxK) if row >= 0}
+    named = {row: names(text_of(row)) for row in rows}
+    stated = {row: {(t.predicate_uri, t.entity1_uri) for t in triples_of(row)} for row in rows}
+    relations = {row: {relation for relation, _ in pairs} for row, pairs in stated.items()}
+    out = np.full(passages_QxK.shape, -1, np.int64)
+    for q, (fact, target) in enumerate(zip(facts, target_of, strict=True)):
+        own = set(np.asarray(correct[q]).tolist())
+        for i, row in enumerate(passages_QxK[q].tolist()):
+            if row < 0:
+                continue
+            fits = (
+                row in own,
+                (fact.predicate_uri, fact.entity1_uri) in stated[row],
+                target in named[row],
+                fact.predicate_uri in relations[row],
+                True,
+            )
+            out[q, i] = fits.index(True)
+    return out
+
+
+def shares(kinds_QxK: np.ndarray) -> np.ndarray:
+    """Of each query's passages, the share of each kind: float64 [Q, kinds], NaN without any."""
+    count_Qx1 = (kinds_QxK >= 0).sum(axis=1, keepdims=True)
+    of_kind = np.stack([(kinds_QxK == k).sum(axis=1) for k in range(len(KINDS))], axis=1)
+    return np.where(count_Qx1 > 0, of_kind / np.maximum(count_Qx1, 1), np.nan)
+
+
+def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
+    """The mean figure of all pairs of a query and a passage of each kind.
+
+    Args:
+        kinds_QxK: as of `kinds`.
+        figures_QxK: a number for each pair; NaN where it was not measured.
+
+    Returns:
+        float64 [kinds], NaN where none was measured. Over pairs and not over queries: few
+        queries have passages of every kind.
+    """
+    measured = np.isfinite(figures_QxK)
+    out = np.full(len(KINDS), np.nan)
+    for k in range(len(KINDS)):
+        found = figures_QxK[measured & (kinds_QxK == k)]
+        out[k] = found.mean() if len(found) else np.nan
+    return out

@@ -1,0 +1,88 @@
+"""What passages have to do with a query, on passages made for each kind."""
+
+import numpy as np
+import pytest
+
+from tda.data.records import Fact, Triple
+from tda.evaluation import content
+from tda.evaluation.content import KINDS
+
+
+def fact(subject, target, relation="born", alias=()):
+    """A fact whose URIs are its names."""
+    ids = (subject, relation, target, f"u:{subject}", f"u:{relation}", f"u:{target}")
+    return Fact(f"{subject}-{target}", *ids, (), tuple(alias), (), "prompt")
+
+
+def triple(subject, target, relation="born"):
+    """The annotation of such a fact."""
+    name = f"{subject}-{target}"
+    return Triple(name, subject, target, f"u:{subject}", f"u:{relation}", f"u:{target}")
+
+
+PASSAGES = [
+    ("Ada was born in Paris.", [triple("Ada", "Paris")]),
+    ("Bea was born in Paris; Ada too.", [triple("Bea", "Paris")]),
+    ("Ada likes the city of light.", []),
+    ("Ada was born in Rome.", [triple("Ada", "Rome")]),
+    ("Ada died in Paris.", [triple("Ada", "Paris", "died")]),
+    ("Parisians and Ada.", [triple("Ada", "Oslo", "died")]),
+    # Without URIs nothing is known of what it states.
+    ("Cora was born there.", [Triple("x", "Cora", "Paris", "", "", "")]),
+]
+ADA = fact("Ada", "Paris", alias=["City of Light"])
+
+
+def of(facts, passages_QxK, correct):
+    """The kinds of some passages, by name; None where there is none."""
+    found = content.kinds(
+        facts,
+        np.array(passages_QxK),
+        correct,
+        lambda row: PASSAGES[row][0],
+        lambda row: PASSAGES[row][1],
+    )
+    return [[KINDS[k] if k >= 0 else None for k in row] for row in found.tolist()]
+
+
+def test_each_kind():
+    assert of([ADA], [[0, 1, 2, 3, 4, 5, 6, -1]], [np.array([0])]) == [
+        [
+            "states the fact",
+            "states it of another subject",
+            "names the target",  # by an alias
+            "states the relation, of another object",
+            "names the target",  # the same object, under another relation
+            "none of these",  # part of a word is no name
+            "none of these",
+            None,
+        ]
+    ]
+
+
+def test_a_passage_has_a_kind_for_each_query():
+    rome = fact("Ada", "Rome")
+    found = of([ADA, rome], [[0, 3], [0, 3]], [np.array([0]), np.array([3])])
+    assert found[0] == ["states the fact", "states the relation, of another object"]
+    assert found[1] == ["states the relation, of another object", "states the fact"]
+
+
+def test_labels_decide_what_states_the_fact():
+    # A row of a long document may be correct without a word of the fact.
+    assert of([ADA], [[5]], [np.array([5])]) == [["states the fact"]]
+    assert of([ADA], [[0]], [np.array([], int)]) == [["states it of another subject"]]
+
+
+def test_shares_are_of_the_passages_that_are_there():
+    kinds = np.array([[0, 0, 2, 4], [1, -1, -1, -1], [-1] * 4])
+    found = content.shares(kinds)
+    assert found[0].tolist() == [0.5, 0, 0.25, 0, 0.25] and found[1].tolist() == [0, 1, 0, 0, 0]
+    assert np.isnan(found[2]).all()
+
+
+def test_figures_by_kind_are_means_of_pairs():
+    kinds = np.array([[0, 0, 2], [0, 1, -1]])
+    figures = np.array([[1.0, 3.0, np.nan], [8.0, np.nan, 100.0]])
+    found = content.by_kind(kinds, figures)
+    assert found[0] == pytest.approx(4.0)
+    assert np.isnan(found[1:]).all()
