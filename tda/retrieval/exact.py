@@ -297,8 +297,7 @@ def _groups(gradients_QxE, methods: list[Scorer], widths) -> list[_Group]:
 def _empty(queries: int, counts: tuple[int, int], devices: int, correct) -> _Kept:
     def none(k: int):
         shape = (devices, queries, k)
-        # Typed as what follows is, for which a program would be made anew.
-        return jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
+        return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
 
     return _Kept(*map(none, counts), {n: jnp.zeros((devices, queries), jnp.int32) for n in correct})
 
