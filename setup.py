@@ -30,6 +30,7 @@ setup(
         "starlette>=1.10.0",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
+        "threadpoolctl>=3.8.0",
         "tokenizers>=0.23.3",
         "tqdm>=4.70.1",
         "uvicorn>=0.54.0",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import encoding, progress, sharding
+from tda import encoding, host_blas, progress, sharding
 from tda.data.tokens import TokenTable
 from tda.gradients import planning, sites
 from tda.gradients.encoder import Encoder
@@ -189,11 +189,12 @@ def product_times(width: int, block: int, queries: int) -> ProductTimes:
     x_RxE, q_QxE = (rng.normal(size=(n, width)).astype(np.float32) for n in (rows, queries))
     b_RxB = jnp.asarray(rng.normal(size=(rows, block)).astype(np.float32))
     s_NxN = np.asarray(b_RxB[:side, :side])
-    s_NxN = jnp.asarray(s_NxN.T @ s_NxN)
+    # As many at a time as R's blocks are taken.
+    alike = [s_NxN.T @ s_NxN] * host_blas.cores()
     work = {
         "gram": (lambda: _product(b_RxB.T, b_RxB), 2 * rows * block * block),
         "scores": (lambda: _product(q_QxE, x_RxE.T), 2 * queries * rows * width),
-        "eigen": (lambda: jnp.linalg.eigh(s_NxN), 9 * len(s_NxN) ** 3),
+        "eigen": (lambda: host_blas.each(np.linalg.eigh, alike), 9 * side**3 * len(alike)),
     }
     rates = {}
     with progress.bar(len(work), "calibrate products", "step") as bar:

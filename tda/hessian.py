@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, sharding, store
+from tda import blocks, host_blas, sharding, store
 from tda.blocks import Block
 
 _CHUNK_BYTES = 64 << 20
@@ -202,8 +202,12 @@ def rows_for(source, sample: int = 0, seed: int = 0) -> Iterator[np.ndarray]:
 
 def spectra(R: list[np.ndarray]) -> list[np.ndarray]:
     """Eigenvalues of each block, falling: float64 [E_b]."""
-    found = (np.asarray(jnp.linalg.eigvalsh(b.astype(np.float32))) for b in R)
-    return [np.maximum(v, 0.0)[::-1].astype(np.float64) for v in found]
+
+    def one(block: np.ndarray) -> np.ndarray:
+        values = np.linalg.eigvalsh(block.astype(np.float32))
+        return np.maximum(values, 0.0)[::-1].astype(np.float64)
+
+    return host_blas.each(one, R)
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:
@@ -294,7 +298,7 @@ def inverse_root(
         cutoff: directions whose eigenvalue is below so many mean eigenvalues are left out
             altogether (a pseudo-inverse). The damping should be small then.
     """
-    return [_root(b, damping, cutoff) for b in R]
+    return host_blas.each(functools.partial(_root, damping=damping, cutoff=cutoff), R)
 
 
 def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
@@ -302,7 +306,7 @@ def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
     if mean <= 0:
         return np.zeros(block.shape, np.float32)
     # Scaled to a mean eigenvalue of one, so that float32 holds every block alike.
-    values, vectors = map(np.asarray, jnp.linalg.eigh((block / mean).astype(np.float32)))
+    values, vectors = np.linalg.eigh((block / mean).astype(np.float32))
     values = np.maximum(values, 0.0)
     with np.errstate(divide="ignore"):
         root = np.where(values < cutoff, 0.0, (values + damping) ** -0.5) / np.sqrt(mean)

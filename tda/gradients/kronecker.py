@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda import host_blas, sharding
 from tda import loss as losses
-from tda import sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients import layers, sites, taps
@@ -148,10 +148,11 @@ def eigenvectors(
         mean = jnp.trace(x, axis1=-1, axis2=-2)[..., None, None] / x.shape[-1]
         return jnp.linalg.eigh(x / jnp.where(mean > 0, mean, 1.0))[1][..., ::-1]
 
-    return {
-        p: Curvature(*(sharding.to_host(one(x))[..., :keep] for x in ends))
-        for p, ends in of.items()
-    }
+    with host_blas.one_thread():
+        return {
+            p: Curvature(*(sharding.to_host(one(x))[..., :keep] for x in ends))
+            for p, ends in of.items()
+        }
 
 
 def corrected(
