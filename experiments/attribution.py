@@ -40,6 +40,7 @@ def retrieve(
     todo = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in todo.values()}
     at_end = [m.gradients for m in todo.values() if m.takes_gradients]
+    encoding.tell_coverage(config, trained, at_end)
     encoding.ahead(config, corpus, trained, workdir, at_end)
     sharing: dict[Gradients, dict] = {g: {} for g in (Gradients(), Gradients(corrected=True))}
     for name, method in todo.items():

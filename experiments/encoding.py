@@ -122,6 +122,23 @@ def encode_queries(
     return gradients_QxE
 
 
+def tell_coverage(config, trained: Trained, wanted: Iterable[Gradients]) -> None:
+    """Prints what parameters gradients are of, and what is left out: a line for all kinds alike."""
+    lines = {}
+    for what in wanted:
+        chosen = _chosen(config, trained, what)
+        covered = sum(math.prod(s.shape) for s in chosen)
+        out = sites.left_out(trained.model, chosen)
+        total = covered + sum(out.values())
+        line = (
+            f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
+            f"left out: {', '.join(out) or 'none'}"
+        )
+        lines[line] = None
+    for line in lines:
+        print(line)
+
+
 def ahead(
     config, corpus: Corpus, trained: Trained, workdir: Workdir, wanted: Iterable[Gradients]
 ) -> None:
@@ -146,8 +163,6 @@ def ahead(
             if len(kinds) == 1:
                 continue
             parts = [_part(config, corpus, trained, workdir, what, made) for what, made, _ in kinds]
-            for part in parts:
-                _tell_coverage(trained, part.chosen)
             encoder = together.build(trained.model, parts, output, trained.mesh)
             told = " and ".join(_told(made, step=False) for _, made, _ in kinds)
             encoding.fill_together(
@@ -209,7 +224,6 @@ def _layout(config, corpus: Corpus, trained: Trained) -> dict:
 
 def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> list:
     made = made_from(config, corpus, trained, what)
-    _tell_coverage(trained, _chosen(config, trained, what))
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
@@ -260,7 +274,6 @@ def _on_the_fly(config, corpus, trained, workdir, what) -> tuple[OnTheFly, np.nd
     """The corpus as it is encoded while it is searched."""
     if jax.process_count() > 1:
         raise ValueError("store.dtype=none works in one process; give store.dtype to use several")
-    _tell_coverage(trained, _chosen(config, trained, what))
     encoder = _encoder(config, corpus, trained, workdir, what)
     layout = _layout(config, corpus, trained)
     everyone = np.arange(len(corpus.prompts))
@@ -276,13 +289,3 @@ def _check_queries(corpus: Corpus, gradients_QxE: np.ndarray) -> None:
             f"the gradients of {len(bad)} queries are not finite, such as "
             f"{corpus.prompts.ids[bad[0]]!r}; look at the model's logits for its prompt"
         )
-
-
-def _tell_coverage(trained: Trained, chosen: list[sites.Site]) -> None:
-    covered = sum(math.prod(s.shape) for s in chosen)
-    out = sites.left_out(trained.model, chosen)
-    total = covered + sum(out.values())
-    print(
-        f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
-        f"left out: {', '.join(out) or 'none'}"
-    )

@@ -87,6 +87,21 @@ def test_checkpoints_are_spread_over_the_training(run):
     assert not np.allclose(a, b)
 
 
+def test_what_gradients_leave_out_is_told_once(run, capsys):
+    """Mistakes: layers silently left out."""
+    config, data, trained, workdir, *_ = run
+    plain, corrected = Gradients(), Gradients(corrected=True)
+    encoding.tell_coverage(config, trained, [plain, corrected, plain])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "left out: embedding/embedding, final_norm" in line
+    config = config.copy_and_resolve_references()
+    config.gradients.include = "."
+    # EK-FAC has no factors for the look-up and the norms.
+    encoding.tell_coverage(config, trained, [plain, Gradients(curvature="ekfac")])
+    whole, factored = capsys.readouterr().out.splitlines()
+    assert "left out: embedding" not in whole and "left out: embedding/embedding" in factored
+
+
 def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
     """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
     config, data, trained, workdir, *_ = run
