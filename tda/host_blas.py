@@ -11,10 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import threadpoolctl
 
-T = TypeVar("T")
 U = TypeVar("U")
+
+_MEMORY = 8 << 30
+# A block in float64, and in float32 what LAPACK works in and what comes out.
+_COPIES = 4
 
 
 @contextlib.contextmanager
@@ -29,21 +33,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(function: Callable[[T], U], blocks: Iterable[T], workers: int | None = None) -> list[U]:
+def each(
+    function: Callable[[np.ndarray], U],
+    blocks: Iterable[np.ndarray],
+    workers: int | None = None,
+    memory: int = _MEMORY,
+) -> list[U]:
     """`function` of each block, in their order.
 
     Args:
         function: its time should be spent in NumPy, which lets other threads run meanwhile.
-        blocks: taken as they are needed: at most `workers` are in hand.
+        blocks: taken as they are needed, so that they may be made on the way.
         workers: how many at a time; `cores` by default.
+        memory: bytes that blocks at work may take, each with copies of it; one is always taken.
     """
     workers = workers or cores()
     out: list[U] = []
-    running: collections.deque[concurrent.futures.Future] = collections.deque()
+    running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
     with one_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for block in blocks:
-            if len(running) == workers:
-                out.append(running.popleft().result())
-            running.append(pool.submit(function, block))
-        out.extend(found.result() for found in running)
+            size = _COPIES * block.nbytes
+            while running and (
+                len(running) == workers or sum(s for s, _ in running) + size > memory
+            ):
+                out.append(running.popleft()[1].result())
+            running.append((size, pool.submit(function, block)))
+        out.extend(found.result() for _, found in running)
     return out
