@@ -215,17 +215,15 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
 def _contents(config, corpus: Corpus, ranked: dict[str, Ranked], patches: _Patches, asked) -> dict:
     """By method and kind of passage: its share of the proponents, and what a step on it does."""
     sentences = {s.sentence_id: s for s in corpus.sentences}
-    queries = [corpus.queries[q] for q in asked]
-    correct = [corpus.correct["all"][q] for q in asked]
+    says = content.Content(
+        [corpus.queries[q] for q in asked],
+        [corpus.correct["all"][q] for q in asked],
+        corpus.text_of,
+        lambda row: sentences[corpus.passages.documents[row]].fact_triples,
+    )
     out: dict[str, dict] = {}
     for name, found in ranked.items():
-        kinds_QxK = content.kinds(
-            queries,
-            found.proponents[asked],
-            correct,
-            corpus.text_of,
-            lambda row: sentences[corpus.passages.documents[row]].fact_triples,
-        )
+        kinds_QxK = says.kinds(found.proponents[asked])
         shares = statistics.intervals(
             content.shares(kinds_QxK), resamples=config.eval.resamples, seed=config.eval.seed
         )

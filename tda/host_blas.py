@@ -8,7 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -21,11 +21,9 @@ _MEMORY = 8 << 30
 _COPIES = 4
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> contextlib.AbstractContextManager:
     """Within it a BLAS or LAPACK call, NumPy's or JAX's on a CPU, takes one thread."""
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        yield
+    return threadpoolctl.threadpool_limits(1, user_api="blas")
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ another subject, or no more than name the target. How a method's first passages 
 kinds, and what a step on each kind does, tells what a tail-patch is made of.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -22,52 +23,80 @@ KINDS = (
 )
 
 
-def kinds(
-    facts: Sequence[Fact],
-    passages_QxK: np.ndarray,
-    correct: Sequence[np.ndarray],
-    text_of: Callable[[int], str],
-    triples_of: Callable[[int], Iterable[Triple]],
-) -> np.ndarray:
-    """The kind of each passage to the query that it was retrieved for.
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a passage says: the entities that it names, and (relation, object) of its triples."""
+
+    named: set[int]
+    stated: set[tuple[str, str]]
+    relations: set[str]
+
+
+class Content:
+    """What the passages of a corpus have to do with some queries; a passage is read once.
 
     Args:
         facts: the queries.
-        passages_QxK: int, rows of passages; below 0 for none.
         correct: the rows that state each query's fact.
         text_of: the text of a row. The target is named by its name or an alias, as in
             `tda.evaluation.frequency`.
         triples_of: what a row is annotated with. Relations and objects are told apart by their
             URIs; a triple that leaves its URIs out states nothing of another subject.
-
-    Returns:
-        int64 [Q, K], places in `KINDS`; −1 where there is no passage.
     """
-    targets: dict[tuple[str, ...], int] = {}
-    target_of = [
-        targets.setdefault(tuple(sorted({f.entity1, *f.entity1_alias})), len(targets))
-        for f in facts
-    ]
-    names = frequency.Names(list(targets))
-    rows = {int(row) for row in np.unique(passages_QxK) if row >= 0}
-    named = {row: names(text_of(row)) for row in rows}
-    stated = {row: {(t.predicate_uri, t.entity1_uri) for t in triples_of(row)} for row in rows}
-    relations = {row: {relation for relation, _ in pairs} for row, pairs in stated.items()}
-    out = np.full(passages_QxK.shape, -1, np.int64)
-    for q, (fact, target) in enumerate(zip(facts, target_of, strict=True)):
-        own = set(np.asarray(correct[q]).tolist())
-        for i, row in enumerate(passages_QxK[q].tolist()):
-            if row < 0:
-                continue
-            fits = (
-                row in own,
-                (fact.predicate_uri, fact.entity1_uri) in stated[row],
-                target in named[row],
-                fact.predicate_uri in relations[row],
-                True,
+
+    def __init__(
+        self,
+        facts: Sequence[Fact],
+        correct: Sequence[np.ndarray],
+        text_of: Callable[[int], str],
+        triples_of: Callable[[int], Iterable[Triple]],
+    ):
+        targets: dict[tuple[str, ...], int] = {}
+        self._queries = [
+            (
+                fact,
+                set(np.asarray(rows).tolist()),
+                targets.setdefault(
+                    frequency.entity(fact.entity1, fact.entity1_alias), len(targets)
+                ),
             )
-            out[q, i] = fits.index(True)
-    return out
+            for fact, rows in zip(facts, correct, strict=True)
+        ]
+        self._names = frequency.Names(list(targets))
+        self._text_of, self._triples_of = text_of, triples_of
+        self._rows: dict[int, _Read] = {}
+
+    def kinds(self, passages_QxK: np.ndarray) -> np.ndarray:
+        """The kind of each passage to the query that it was retrieved for.
+
+        Args:
+            passages_QxK: int, rows of passages; below 0 for none.
+
+        Returns:
+            int64 [Q, K], places in `KINDS`; −1 where there is no passage.
+        """
+        out = np.full(passages_QxK.shape, -1, np.int64)
+        for q, (fact, correct, target) in enumerate(self._queries):
+            for i, row in enumerate(passages_QxK[q].tolist()):
+                if row < 0:
+                    continue
+                read = self._read(row)
+                fits = (
+                    row in correct,
+                    (fact.predicate_uri, fact.entity1_uri) in read.stated,
+                    target in read.named,
+                    fact.predicate_uri in read.relations,
+                    True,
+                )
+                out[q, i] = fits.index(True)
+        return out
+
+    def _read(self, row: int) -> _Read:
+        if row not in self._rows:
+            stated = {(t.predicate_uri, t.entity1_uri) for t in self._triples_of(row)}
+            named = self._names(self._text_of(row))
+            self._rows[row] = _Read(named, stated, {relation for relation, _ in stated})
+        return self._rows[row]
 
 
 def shares(kinds_QxK: np.ndarray) -> np.ndarray:
@@ -81,7 +110,7 @@ def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
     """The mean figure of all pairs of a query and a passage of each kind.
 
     Args:
-        kinds_QxK: as of `kinds`.
+        kinds_QxK: as of `Content.kinds`.
         figures_QxK: a number for each pair; NaN where it was not measured.
 
     Returns:

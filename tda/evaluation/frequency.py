@@ -83,6 +83,11 @@ def begins_with(text: str, names: Iterable[str]) -> bool:
     return False
 
 
+def entity(name: str, aliases: Iterable[str]) -> tuple[str, ...]:
+    """An entity by all of its names, not its URI, which a corpus of one's own may lack."""
+    return tuple(sorted({name, *aliases}))
+
+
 def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) -> np.ndarray:
     """How many of the texts name both entities of each fact: int64 [facts].
 
@@ -94,8 +99,7 @@ def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) 
     entities: dict[tuple[str, ...], int] = {}
 
     def number(name: str, aliases: Iterable[str]) -> int:
-        # By all of its names, not its URI, which a corpus of one's own may lack.
-        return entities.setdefault(tuple(sorted({name, *aliases})), len(entities))
+        return entities.setdefault(entity(name, aliases), len(entities))
 
     facts_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i, fact in enumerate(facts):

@@ -35,13 +35,10 @@ ADA = fact("Ada", "Paris", alias=["City of Light"])
 
 def of(facts, passages_QxK, correct):
     """The kinds of some passages, by name; None where there is none."""
-    found = content.kinds(
-        facts,
-        np.array(passages_QxK),
-        correct,
-        lambda row: PASSAGES[row][0],
-        lambda row: PASSAGES[row][1],
+    says = content.Content(
+        facts, correct, lambda row: PASSAGES[row][0], lambda row: PASSAGES[row][1]
     )
+    found = says.kinds(np.array(passages_QxK))
     return [[KINDS[k] if k >= 0 else None for k in row] for row in found.tolist()]
 
 
@@ -65,6 +62,21 @@ def test_a_passage_has_a_kind_for_each_query():
     found = of([ADA, rome], [[0, 3], [0, 3]], [np.array([0]), np.array([3])])
     assert found[0] == ["states the fact", "states the relation, of another object"]
     assert found[1] == ["states the relation, of another object", "states the fact"]
+
+
+def test_a_passage_is_read_once():
+    read = []
+
+    def text_of(row):
+        read.append(row)
+        return PASSAGES[row][0]
+
+    says = content.Content([ADA], [np.array([0])], text_of, lambda row: PASSAGES[row][1])
+    first = says.kinds(np.array([[0, 1, 2]]))
+    np.testing.assert_array_equal(
+        says.kinds(np.array([[2, 0, 3]])), [[first[0, 2], first[0, 0], 3]]
+    )
+    assert sorted(read) == [0, 1, 2, 3]
 
 
 def test_labels_decide_what_states_the_fact():
