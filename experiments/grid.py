@@ -118,7 +118,8 @@ def load(path: str, config: ConfigDict) -> Sweep:
             for (keys, _), chosen in zip(axes, choice, strict=True)
             for key, value in zip(keys, chosen, strict=True)
         }
-        points.append(Point(_name(values), values, _changed(fixed, values, path)))
+        name = _name(values, told.get("fixed", {}))
+        points.append(Point(name, values, _changed(fixed, values, path)))
     return Sweep(names, points, list(told.get("plots", [])))
 
 
@@ -152,7 +153,8 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
-def _name(values: dict[str, Any]) -> str:
+def _name(values: dict[str, Any], fixed: dict[str, Any]) -> str:
+    """Tells the values; those of sweeps that fix other keys are other points."""
     told = ",".join(f"{key.split('.')[-1]}={value}" for key, value in values.items())
     readable = re.sub(r"[^\w.=,+-]+", "_", told)[:80]
-    return f"{readable}-{fingerprint(plain(values))[:6]}"
+    return f"{readable}-{fingerprint(plain(fixed | values))[:6]}"

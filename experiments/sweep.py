@@ -10,12 +10,15 @@ command for each point instead, for a cluster's scheduler (points that need what
 wait for it; the same command without `--list` gathers what they left). Points that run together on
 one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
 
-    DIR/sweep.csv            a row for each point, method and metric
-    DIR/differences.csv      paired differences between a point's methods, with intervals
-    DIR/seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
-    DIR/NAME.png, NAME.svg   the sweep file's plots
+    DIR/NAME/                what the sweep of configs/sweeps/NAME.py found:
+        sweep.csv            a row for each point, method and metric
+        differences.csv      paired differences between a point's methods, with intervals
+        seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
+        PLOT.png, PLOT.svg   the sweep file's plots
     DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point
     DIR/runs/                the trainings and their stores
+
+Sweeps may share a DIR, and with it trainings and stores.
 """
 
 import contextlib
@@ -53,6 +56,9 @@ def main(config, workdir):
     """Runs the sweep, a point of it, or lists its points."""
     directory = pathlib.Path(workdir) if LIST.value else Workdir(workdir).path
     sweep = grid.load(SWEEP.value, config)
+    name = pathlib.Path(SWEEP.value).stem
+    if name in ("points", "runs"):
+        raise ValueError(f"--sweep={SWEEP.value}: {name}/ holds all sweeps' work; rename it")
     if jax.process_count() > 1:
         raise ValueError("a sweep's points are processes of their own; leave out --distributed")
     for point in sweep.points:
@@ -72,7 +78,7 @@ def main(config, workdir):
     failed = run_all(sweep.points, directory, PARALLEL.value)
     there = [p for p in sweep.points if is_finished(p, directory)]
     if there:
-        files = sweep_report.write(sweep, _read(there, directory), directory, PLOTS.value)
+        files = sweep_report.write(sweep, _read(there, directory), directory / name, PLOTS.value)
         print(f"{len(there)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
     if failed:
         told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())

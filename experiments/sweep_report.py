@@ -127,6 +127,7 @@ def write(
     table = rows(sweep, found)
     if not table:
         raise ValueError("nothing was measured at any point: no ranks, and no tail-patch")
+    directory.mkdir(parents=True, exist_ok=True)
     files = [_write_csv(directory / "sweep.csv", table)]
     if pairs := differences(found):
         files.append(_write_csv(directory / "differences.csv", pairs))

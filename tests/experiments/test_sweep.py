@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from configs import defaults, world_facts
 from experiments import attribution, grid, measures, sweep, sweep_report, trace
@@ -48,9 +50,12 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     assert (last.hessian.weight, last.model.size, last.train.learning_rate) == (0.5, "mini", 2e-3)
     assert (last.methods, last.train.epochs, last.seed) == ("grad_cos", 2.0, 0)
     assert len({p.name for p in found.points}) == 4
-    # A point's name does not hang on the rest of the grid.
-    fewer = grid.load(write(tmp_path / "t.py", '{"axes": {"hessian.weight": [0.5]}}'), last)
-    assert fewer.points[0].name.startswith("weight=0.5-")
+    # A point's name does not hang on the rest of the grid, but on what else its file fixes.
+    names = []
+    for fixed, weights in (({}, [0.5]), ({}, [0, 0.5]), ({"train.epochs": 2}, [0.5])):
+        body = f'{{"axes": {{"hessian.weight": {weights}}}, "fixed": {fixed}}}'
+        names.append(grid.load(write(tmp_path / "t.py", body), last).points[-1].name)
+    assert names[0].startswith("weight=0.5-") and names[0] == names[1] != names[2]
     # What λ leaves as it is, is shared; another model is not.
     trainings, stores = ([getattr(p, k) for p in found.points] for k in ("training", "stores"))
     assert trainings[0] == trainings[2] != trainings[1] == trainings[3]
@@ -104,6 +109,19 @@ def test_other_files_are_refused(tmp_path):
         grid.load(str(tmp_path / "s.py"), defaults.get_config())
     with pytest.raises(FileNotFoundError):
         grid.load(str(tmp_path / "absent.py"), defaults.get_config())
+
+
+def test_a_sweep_may_not_be_named_as_what_all_share(tmp_path, capsys):
+    flags.FLAGS.mark_as_parsed()
+    for name in ("points", "runs", "point"):
+        path = write(tmp_path / f"{name}.py", '{"axes": {"seed": [1, 2]}}')
+        with flagsaver.flagsaver(sweep=path, list=True):
+            if name == "point":
+                sweep.main(defaults.get_config(), tmp_path)
+                assert len(capsys.readouterr().out.splitlines()) == 2
+            else:
+                with pytest.raises(ValueError, match=f"{name}.py: .*rename it"):
+                    sweep.main(defaults.get_config(), tmp_path)
 
 
 def made_up(point, seed=0, **more):
@@ -434,7 +452,7 @@ def test_killed_and_in_parallel_it_ends_in_the_same_table(tmp_path):
     last = start(killed, "--parallel=2")
     told = last.communicate()[0]
     assert last.returncode == 0 and "4 of 4 points" in told, told
-    for name in ("sweep.csv", "p.png"):
+    for name in ("s/sweep.csv", "s/p.png"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     # A point that fails is told, and the others' figures are there.
     failing = start(tmp_path / "failing", "--config.data.facts=/nowhere.jsonl")
