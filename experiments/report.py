@@ -1,5 +1,7 @@
 """The tables of a run, and example queries with their passages, as text."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from experiments.corpus import Corpus
@@ -40,9 +42,15 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def reference_of(methods: Iterable[str]) -> str:
+    """The method that others are compared with: TrackStar, or the first."""
+    names = list(methods)
+    return _REFERENCE if _REFERENCE in names else names[0]
+
+
 def details(metrics: dict) -> str:
     """The tables beside the main one: intervals, other conventions, differences, groups."""
-    reference = _REFERENCE if _REFERENCE in metrics else next(iter(metrics))
+    reference = reference_of(metrics)
     parts = [
         "## 95% intervals\n\nPercentile bootstrap over queries.",
         _rows(metrics, (*_MAIN[:4], _MAIN[-1]), _interval),

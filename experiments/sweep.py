@@ -13,7 +13,8 @@ one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much e
     DIR/NAME/                what the sweep of configs/sweeps/NAME.py found:
         sweep.csv            a row for each point, method and metric
         differences.csv      paired differences between a point's methods, with intervals
-        seeds.csv, seeds.md  where the seed is swept: mean and spread over its values
+        seeds.md             where the seed is swept: mean and spread over its values,
+                             of all figures in seeds.csv and seeds_differences.csv
         PLOT.png, PLOT.svg   the sweep file's plots
     DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point
     DIR/runs/                the trainings and their stores

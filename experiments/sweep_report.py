@@ -13,6 +13,7 @@ import math
 import pathlib
 
 from experiments.grid import Point, Sweep
+from experiments.report import reference_of
 from tda import plots, whole_file
 from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
@@ -20,7 +21,7 @@ from tda.methods import METHODS
 
 _ABOUT = ("parameters", "dimensions", "training_tokens", "training_step")
 _NOTES = ("lambda", "component")
-_FIGURES = ("value", "low", "high", "n_queries")
+_FIGURES = ("value", "difference", "low", "high", "p", "n_queries")
 _TITLES = {
     "mrr": "MRR",
     "recall_at_10": "recall@10",
@@ -102,16 +103,21 @@ def differences(found: list[tuple[Point, dict, dict]]) -> list[dict]:
     return out
 
 
-def across_seeds(table: list[dict]) -> list[dict]:
-    """The table with a row for all seeds together: mean, sd, least, most and their number."""
+def across_seeds(table: list[dict], figure: str = "value") -> list[dict]:
+    """The table with a row for all seeds together: mean, sd, least, most and their number.
+
+    Args:
+        table: of `rows`, or of `differences`.
+        figure: the column to tell: "value", or "difference".
+    """
     together: dict[tuple, list[dict]] = {}
-    apart = ("point", "seed", "lambda", *_FIGURES)
+    apart = ("point", "seed", *_NOTES, *_FIGURES)
     for row in table:
         key = tuple((k, v) for k, v in row.items() if k not in apart)
         together.setdefault(key, []).append(row)
     out = []
     for key, same in together.items():
-        spread = statistics.across_seeds([r["value"] for r in same])
+        spread = statistics.across_seeds([r[figure] for r in same])
         out.append(
             dict(key)
             | {"mean": spread.mean, "sd": spread.sd, "least": spread.least, "most": spread.most}
@@ -133,18 +139,46 @@ def write(
         files.append(_write_csv(directory / "differences.csv", pairs))
     if "seed" in sweep.axes:
         together = across_seeds(table)
+        apart = across_seeds(pairs, "difference")
         files.append(_write_csv(directory / "seeds.csv", together))
-        files.append(_write(directory / "seeds.md", seeds_table(sweep, together)))
+        if apart:
+            files.append(_write_csv(directory / "seeds_differences.csv", apart))
+        files.append(_write(directory / "seeds.md", seeds_table(sweep, together, apart)))
     for plot in sweep.plots if draw else []:
         files += _draw(plot, sweep, table, directory)
     return files
 
 
-def seeds_table(sweep: Sweep, together: list[dict]) -> str:
-    """The headline over seeds as Markdown: mean ± standard deviation of each figure."""
+def seeds_table(sweep: Sweep, together: list[dict], apart: list[dict]) -> str:
+    """The headline over seeds as Markdown, and how far methods are from a reference.
+
+    Args:
+        sweep: the sweep.
+        together: `across_seeds` of its rows.
+        apart: `across_seeds` of its differences.
+    """
     others = [a for a in sweep.axes if a != "seed"]
+    parts = [_headline(others, together, _mean_and_spread)]
+    counts = sorted({row["seeds"] for row in together})
+    parts.append(f"Mean ± standard deviation over {'–'.join(map(str, counts))} training seeds.")
+    reference = reference_of(row["method"] for row in together)
+    signs = {"method": -1, "other": 1}  # A pair's first minus its other: turned if ours is first.
+    to_reference = [
+        row | {"method": row["other" if side == "method" else "method"], "mean": sign * row["mean"]}
+        for row in apart
+        for side, sign in signs.items()
+        if row[side] == reference
+    ]
+    if to_reference:
+        parts.append(f"Less that of {METHODS[reference].title}, in the same way:")
+        parts.append(_headline(others, to_reference, _signed_mean_and_spread))
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(others: list[str], table: list[dict], cell) -> str:
+    """A row for each method and value of other axes; `cell` writes a metric's row of the table."""
     by_row: dict[tuple, dict[str, dict]] = {}
-    for row in together:
+    for row in table:
         if not row["group"]:
             key = (_shown("method", row["method"]), *(str(row[a]) for a in others))
             by_row.setdefault(key, {})[row["metric"]] = row
@@ -154,18 +188,20 @@ def seeds_table(sweep: Sweep, together: list[dict]) -> str:
         "|---|" + "---|" * len(others) + "---:|" * len(metrics),
     ]
     for key, found in by_row.items():
-        cells = [_mean_and_spread(m, found[m]) if m in found else "–" for m in metrics]
+        cells = [cell(m, found[m]) if m in found else "–" for m in metrics]
         lines.append(f"| {' | '.join([*key, *cells])} |")
-    counts = sorted({row["seeds"] for row in together})
-    lines += ["", f"Mean ± standard deviation over {'–'.join(map(str, counts))} training seeds."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _mean_and_spread(metric: str, row: dict) -> str:
+def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
     digits, unit, scale = (2, "%", 100) if metric == "tail_patch" else (3, "", 1)
-    told = f"{scale * row['mean']:.{digits}f}"
+    told = f"{scale * row['mean']:{sign}.{digits}f}"
     spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
     return told + spread + unit
+
+
+def _signed_mean_and_spread(metric: str, row: dict) -> str:
+    return _mean_and_spread(metric, row, "+")
 
 
 def _write(path: pathlib.Path, text: str) -> str:

@@ -208,7 +208,39 @@ def test_seeds_are_told_together(tmp_path):
         assert figures == pytest.approx([0.6, 0.1, 0.5, 0.7, 3])
     told = pathlib.Path(files[2]).read_text(encoding="utf-8")
     assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in told.splitlines()
-    assert "over 3 training seeds" in told
+    assert "over 3 training seeds" in told and "Less that of" not in told
+
+
+def test_differences_are_told_over_seeds(tmp_path):
+    path = write(
+        tmp_path / "s.py",
+        '{"fixed": {"methods": "bm25,trackstar,exp5"}, "axes": {"seed": [0, 1, 2]}}',
+    )
+    found = grid.load(path, defaults.get_config())
+    made = []
+    for p in found.points:
+        _, metrics, about = made_up(p, p.values["seed"])
+        metrics = {name: dict(m) for name, m in metrics.items()}
+        seed = p.values["seed"]
+        apart = {"bm25": {"trackstar": 0.1 * seed, "exp5": 0.9}, "trackstar": {"exp5": 0.2 * seed}}
+        for a, others in apart.items():
+            told = {b: {"mrr": {"difference": d, "low": 0, "high": 1}} for b, d in others.items()}
+            metrics[a]["differences"] = told
+        made.append((p, metrics, about))
+    files = [pathlib.Path(f) for f in sweep_report.write(found, made, tmp_path, False)]
+    assert [f.name for f in files] == [
+        "sweep.csv", "differences.csv", "seeds.csv", "seeds_differences.csv", "seeds.md",
+    ]  # fmt: skip
+    with open(files[3], encoding="utf-8") as lines:
+        rows = {(r["method"], r["other"]): r for r in csv.DictReader(lines)}
+    assert len(rows) == 3
+    figures = [float(rows["trackstar", "exp5"][k]) for k in ("mean", "sd", "least", "most")]
+    assert figures == pytest.approx([0.2, 0.2, 0.0, 0.4])
+    told = files[4].read_text(encoding="utf-8").split("Less that of TrackStar")[1].splitlines()
+    # A pair that has TrackStar first is turned; one without it is not told here.
+    assert "| BM25 | +0.100 ± 0.100 |" in told
+    assert "| Exp 5: optimizer, R_train, norm | -0.200 ± 0.200 |" in told
+    assert len([line for line in told if line.startswith("| ")]) == 3
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
