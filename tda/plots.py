@@ -21,6 +21,8 @@ _COLOURS = (
 )
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
+# What a panel's x axis and a character of its labels take, about, in inches.
+_AXIS_WIDTH, _CHARACTER = 2.9, 0.09
 # More lines than these are drawn with error bars: their bands would hide one another.
 _MOST_BANDS = 5
 
@@ -181,8 +183,18 @@ def _tick_values(axes, values: list[float]) -> None:
     from matplotlib import ticker
 
     if len(values) <= 6:
-        axes.set_xticks(values, [_short(v) for v in values])
+        labels = [_short(v) for v in values]
+        slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(values, labels, **(slant if _meet(values, labels) else {}))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _meet(values: list[float], labels: list[str]) -> bool:
+    """Whether labels of rising values would touch on a logarithmic axis."""
+    at = np.log(values)
+    gaps = np.diff(at) / max(at[-1] - at[0], 1e-9) * _AXIS_WIDTH
+    lengths = np.array([len(label) for label in labels])
+    return bool((gaps < _CHARACTER * (lengths[1:] + lengths[:-1]) / 2).any())
 
 
 def _short(value: float) -> str:

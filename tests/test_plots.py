@@ -76,6 +76,25 @@ def test_lines_of_a_family_share_a_colour_and_no_two_look_alike(tmp_path, drawn)
     assert len(axes.collections) == 20
 
 
+@pytest.mark.parametrize(
+    "values", [(464, 1856, 7424, 29696, 66816), (1.9e6, 5.3e6, 10.5e6), (8, 16, 32, 48)]
+)
+def test_labels_of_an_axis_do_not_touch(tmp_path, drawn, values):
+    line = plots.Line("a", values, [0.1] * len(values))
+    plots.draw(tmp_path / "p", [plots.Panel(t, [line]) for t in "abc"], "x", log_x=True)
+    drawn[0].canvas.draw()  # extents of now, not of the file that was written last
+    for axes in drawn[0].axes:
+        labels = axes.get_xticklabels()
+        boxes = [t.get_window_extent() for t in labels]
+        assert len(boxes) == len(values)
+        if labels[0].get_rotation():  # what turns about their ends needs a line's height
+            ends = np.array([b.x1 for b in boxes])
+            height = boxes[0].height / (np.sin(np.pi / 6) * len(labels[0].get_text()))
+            assert (np.diff(ends) > height).all()
+        else:
+            assert all(a.x1 + 3 < b.x0 for a, b in zip(boxes[:-1], boxes[1:], strict=True))
+
+
 def test_numbers_on_the_axis():
     told = [plots._short(v) for v in (0.001, 3, 512, 2048, 1.3e6, 8e9)]
     assert told == ["0.001", "3", "512", "2,048", "1.3M", "8B"]
