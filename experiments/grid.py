@@ -6,7 +6,7 @@ A sweep file has `get_sweep()`, which returns a dict:
         for several that change together; its values are tuples. The key "seed" makes figures be
         told as mean and spread over its values.
     "fixed": {key: value}, set at every point.
-    "plots": a list of {"name", "x", "y", "lines", "log_x", "mark"}: see `sweep_report`.
+    "plots": a list of {"name", "x", "y", "lines", "log_x", "omit", "mark"}: see `sweep_report`.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
 A plot is a dict: "name" of its files; "x", a column of the table; "y", metrics, a panel each;
 "lines", columns whose values tell the lines apart (by default "method"), the first by colour, the
-others by dashes; "log_x"; and "mark", keys
-and values of the point whose x is marked on each line, such as {"hessian.weight": -1.0}, with
-"mark_label", what it is called.
+others by dashes; "log_x"; "omit", methods that a metric's panel leaves out, by metric, such as one
+far above all others; and "mark", keys and values of the point whose x is marked on each line, such
+as {"hessian.weight": -1.0}, with "mark_label", what it is called.
 """
 
 import csv
@@ -219,7 +219,7 @@ def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:
-    unknown = set(plot) - {"name", "x", "y", "lines", "log_x", "mark", "mark_label"}
+    unknown = set(plot) - {"name", "x", "y", "lines", "log_x", "omit", "mark", "mark_label"}
     lines = plot.get("lines", ["method"])
     absent = [c for c in [plot["x"], *lines, *plot.get("mark", {})] if c not in table[0]]
     if unknown or absent:
@@ -230,7 +230,12 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
         )
     panels = []
     for metric in plot["y"]:
-        mine = [r for r in table if r["metric"] == metric and not r["group"]]
+        omitted = plot.get("omit", {}).get(metric, ())
+        mine = [
+            r
+            for r in table
+            if r["metric"] == metric and not r["group"] and r["method"] not in omitted
+        ]
         if mine:
             title = _TITLES.get(metric, metric)
             made = _lines(plot, lines, mine, "seed" in sweep.axes)

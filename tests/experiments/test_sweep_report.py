@@ -171,6 +171,10 @@ def test_marked_points_and_labels(tmp_path, monkeypatch):
     assert line.label == "TrackStar" and line.marked == 0.7
     assert sorted(line.x) == sorted({0.7, *(p.values["hessian.weight"] for p in found.points[1:])})
     assert set(line.low) == {0.4} and set(line.high) == {0.6}
+    found.plots[0]["omit"] = {"mrr": ("trackstar",)}
+    sweep_report.write(found, made, tmp_path, True)
+    (without, whole), _, _ = drawn[-1]
+    assert [x.label for x in whole.lines] == ["TrackStar", *(x.label for x in without.lines)]
     with pytest.raises(ValueError, match="plot 'lambda': no column nowhere"):
         found.plots[0]["x"] = "nowhere"
         sweep_report.write(found, made, tmp_path, True)
