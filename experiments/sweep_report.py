@@ -29,6 +29,8 @@ _TITLES = {
     "recall_at_10_strict": "recall@10, strict labels",
     "tail_patch": "tail-patch",
     "tail_patch_log": "tail-patch, log p",
+    "tail_patch_net": "tail-patch less that of momentum",
+    "tail_patch_log_net": "the same, log p",
     "lambda": "λ",
     "dimensions": "dimensions",
     "parameters": "parameters",

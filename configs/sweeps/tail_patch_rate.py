@@ -18,7 +18,7 @@ def get_sweep():
             {
                 "name": "tail_patch_rate",
                 "x": "eval.tail_patch_learning_rate",
-                "y": ("tail_patch", "tail_patch_log"),
+                "y": ("tail_patch_net", "tail_patch_log_net"),
                 "lines": ["method", "eval.tail_patch_state"],
                 "log_x": True,
             }

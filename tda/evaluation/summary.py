@@ -44,22 +44,26 @@ def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def patch_values(log_p_QxKx2: np.ndarray) -> dict[str, np.ndarray]:
+def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, np.ndarray]:
     """Tail-patch scores of each query: means over its first proponents.
 
     Args:
         log_p_QxKx2: log-probability of the target before and after one step on each proponent, in
             the order of their ranks; NaN where there is none, or it was not measured.
+        control_Qx2: the same of a step with a gradient of zero, which the optimizer's momentum
+            alone takes.
 
     Returns:
         float64 [Q] by name: "tail_patch" over the first 10 (or all, where fewer were kept),
-        "tail_patch_at_1", …, and the same of log-probability, "tail_patch_log", ….
+        "tail_patch_net", less what the control does, "tail_patch_at_1", …, and the same of
+        log-probability, "tail_patch_log", ….
     """
     out = {}
     K = log_p_QxKx2.shape[1]
     for name, measure in (("tail_patch", change), ("tail_patch_log", log_change)):
         changes_QxK = measure(log_p_QxKx2)
         out[name] = _mean_of_first(changes_QxK, DEPTHS[-1])
+        out[f"{name}_net"] = out[name] - measure(control_Qx2)
         for k in DEPTHS:
             if k <= K:
                 out[f"{name}_at_{k}"] = _mean_of_first(changes_QxK, k)

@@ -27,9 +27,17 @@ def test_patch_values():
     # The target's probability is 0.1 before each step, and rises by 0.01, 0.02, …, 0.12.
     p[0, :, 0], p[0, :, 1] = 0.1, 0.1 + 0.01 * np.arange(1, 13)
     p[1, :2, 0], p[1, :2, 1] = 0.5, [0.6, 0.2]  # a query with two proponents
-    found = summary.patch_values(np.log(p))
+    # A step by momentum alone raises the first by 0.03; the second's halves.
+    control = np.log([[0.1, 0.13], [0.5, 0.25], [NAN, NAN]])
+    found = summary.patch_values(np.log(p), control)
     for name, expected in {
         "tail_patch": [0.055, -0.1, NAN],
+        "tail_patch_net": [0.025, 0.15, NAN],
+        "tail_patch_log_net": [
+            np.log(1 + np.arange(1, 11) / 10).mean() - np.log(1.3),
+            np.log([1.2, 0.4]).mean() - np.log(0.5),
+            NAN,
+        ],
         "tail_patch_at_1": [0.01, 0.1, NAN],
         "tail_patch_at_3": [0.02, -0.1, NAN],
         "tail_patch_at_10": [0.055, -0.1, NAN],
@@ -41,7 +49,7 @@ def test_patch_values():
         ],
     }.items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
-    few = summary.patch_values(np.log(p[:, :4]))
+    few = summary.patch_values(np.log(p[:, :4]), control)
     assert "tail_patch_at_5" not in few and "tail_patch_at_3" in few
     np.testing.assert_allclose(few["tail_patch"], [0.025, -0.1, NAN])
 

@@ -140,7 +140,10 @@ def test_differences_are_told_over_seeds(tmp_path):
 def test_shipped_sweeps(tmp_path, path):
     config = world_facts.get_config()
     found = grid.load(str(path), config)
-    made = [made_up(p, tail_patch=0.01, tail_patch_log=0.2) for p in found.points]
+    made = [
+        made_up(p, tail_patch_net=0.01, tail_patch_log_net=0.2, tail_patch=0.02)
+        for p in found.points
+    ]
     files = sweep_report.write(found, made, tmp_path, True)
     names = {pathlib.Path(f).name for f in files}
     assert {f"{plot['name']}.{s}" for plot in found.plots for s in ("png", "svg")} <= names

@@ -153,6 +153,9 @@ def test_metrics_of_queries_groups_and_methods(finished):
             by_hand = np.mean([p[:k] for p in patched])
             assert m[f"tail_patch_at_{k}"] == pytest.approx(by_hand, rel=1e-9)
         assert m["tail_patch"] == m["tail_patch_at_10"] != m["tail_patch_log"]
+        for key in ("tail_patch", "tail_patch_log"):
+            assert m[f"{key}_control"] != 0
+            assert m[f"{key}_net"] == pytest.approx(m[key] - m[f"{key}_control"])
         assert m["by_relation"]["capital"]["mrr"] == pytest.approx(m["mrr"])
         assert [r["c4_frequency"] for r in found] == [2, 2, 2, 2]
         assert list(m["by_frequency"]) == ["1 to 9"] == [found[0]["c4_frequency_bucket"]]
