@@ -248,9 +248,10 @@ def test_trak_is_trakers(setting, tmp_path):
     np.testing.assert_allclose(ours, scale * theirs, rtol=0, atol=0.02 * np.abs(ours).max())
 
 
-def test_logra_is_dattris(setting):
+def test_logra_is_dattris(setting, tmp_path, monkeypatch):
     """With as many components as a layer has, R⁻¹ undoes any projection: theirs is random."""
     pytest.importorskip("dattri")
+    monkeypatch.chdir(tmp_path)  # It leaves a file where it is run.
     from dattri.algorithm.logra import LoGraAttributor
     from dattri.task import AttributionTask
 
