@@ -159,12 +159,10 @@ class _Patches:
                     out[q, i] = self.log_p[q, p]
         return out
 
-    def control(self, count: int) -> np.ndarray:
-        """float64 [Q, 2] of a step with a zero gradient, NaN where not in the sample; Q = count."""
-        out = np.full((count, 2), np.nan)
-        for q in self.queries:
-            out[q] = self.log_p[q, CONTROL]
-        return out
+    def control(self, asked) -> np.ndarray:
+        """float64 [asked, 2] of a step with a zero gradient, NaN where not in the sample."""
+        nothing = (np.nan, np.nan)
+        return np.array([self.log_p.get((int(q), CONTROL), nothing) for q in asked]).reshape(-1, 2)
 
 
 def _values(config, found: Ranked, known: Known, patches: _Patches, asked) -> dict:
@@ -173,8 +171,8 @@ def _values(config, found: Ranked, known: Known, patches: _Patches, asked) -> di
     knows = known.ranks[asked] <= config.eval.known_rank
     values |= summary.restricted(values, knows, "_known")
     if patches.queries:
-        control_Qx2 = patches.control(len(found.proponents))
-        values |= summary.patch_values(patches.of(found.proponents)[asked], control_Qx2[asked])
+        steps_QxKx2 = patches.of(found.proponents)[asked]
+        values |= summary.patch_values(steps_QxKx2, patches.control(asked))
     return values
 
 
@@ -194,7 +192,7 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
         ),
     }
     differences = summary.compared(values, **how)
-    control = patches.control(len(corpus.queries))[asked]
+    control = patches.control(asked)
     shared = {
         "n_queries": int(len(asked)),
         "n_known": int(np.sum(known.ranks[asked] <= e.known_rank)),

@@ -8,6 +8,7 @@ as {"hessian.weight": -1.0}, with "mark_label", what it is called.
 """
 
 import csv
+import functools
 import io
 import math
 import pathlib
@@ -173,7 +174,8 @@ def seeds_table(sweep: Sweep, together: list[dict], apart: list[dict]) -> str:
     ]
     if to_reference:
         parts.append(f"Less that of {METHODS[reference].title}, in the same way:")
-        parts.append(_headline(others, to_reference, _signed_mean_and_spread))
+        signed = functools.partial(_mean_and_spread, sign="+")
+        parts.append(_headline(others, to_reference, signed))
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,10 +202,6 @@ def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
     told = f"{scale * row['mean']:{sign}.{digits}f}"
     spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
     return told + spread + unit
-
-
-def _signed_mean_and_spread(metric: str, row: dict) -> str:
-    return _mean_and_spread(metric, row, "+")
 
 
 def _write(path: pathlib.Path, text: str) -> str:
