@@ -1,8 +1,6 @@
 """Labels, the clean pool and the draw of a subset."""
 
 import dataclasses
-import os
-import pathlib
 import random
 
 import pytest
@@ -10,10 +8,7 @@ import pytest
 from tda.data import jsonl
 from tda.data.labels import clean_pool, relevant_passages, select
 from tda.data.records import Fact, RecordError, Sentence, Triple
-
-DATA = pathlib.Path(
-    os.environ.get("TDA_DATA", pathlib.Path(__file__).parents[2].parent / "shared" / "data")
-)
+from tests.data import trex
 
 
 def make_fact(name, sentences=(), **fields):
@@ -155,10 +150,10 @@ def test_select_refuses_what_does_not_fit():
         select(sentences, facts, n_sentences=61, n_queries=1, seed=0)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the T-REx data is not here; set TDA_DATA to it")
+@trex.needed
 def test_clean_pool_of_the_real_data():
-    sentences = jsonl.read_sentences(DATA / "trex_lama_sentences.jsonl.gz")
-    facts = jsonl.read_facts(DATA / "trex_lama_facts.jsonl.gz")
+    sentences = jsonl.read_sentences(trex.SENTENCES)
+    facts = jsonl.read_facts(trex.FACTS)
     labels = relevant_passages(sentences, facts)
     assert sum(map(len, labels.values())) == 98_820
     assert len(clean_pool(facts, sentences)) == 10_333

@@ -1,13 +1,13 @@
 """BM25: what it ranks, and against the formula."""
 
 import math
-import pathlib
 
 import numpy as np
 import pytest
 
 from tda.data import jsonl, labels
 from tda.retrieval import bm25
+from tests.data import trex
 
 TEXTS = ["paris capital france", "berlin capital germany", "paris hotel guide", "oslo ferry"]
 
@@ -41,11 +41,8 @@ def test_a_corpus_without_words_is_an_error():
         bm25.search(["a"], ["!", "?"])
 
 
-DATA = pathlib.Path("../shared/data")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason="the T-REx files are not there")
+@trex.needed
 def test_equals_a_second_implementation_on_a_thousand_queries():
     """`rank_bm25` (BM25Okapi) with Lucene's idf has the same scores, but for a constant k1 + 1.
 
@@ -55,8 +52,8 @@ def test_equals_a_second_implementation_on_a_thousand_queries():
     rank_bm25 = pytest.importorskip("rank_bm25")
     import bm25s
 
-    sentences = jsonl.read_sentences(DATA / "trex_lama_sentences.jsonl.gz")
-    facts = jsonl.read_facts(DATA / "trex_lama_facts.jsonl.gz")
+    sentences = jsonl.read_sentences(trex.SENTENCES)
+    facts = jsonl.read_facts(trex.FACTS)
     facts = labels.clean_pool(facts, sentences)
     sentences, facts = labels.select(sentences, facts, 10_000, 1000, seed=0)
     texts, asked = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]
