@@ -100,7 +100,8 @@ class Part:
         source: its gradients of the passages.
         queries_QxE: those of the queries.
         roots: R^(−1/2) by block; empty for the identity.
-        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages step by Adam.
+        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages
+            step by Adam in the linear way.
         probabilities: of passages, float64 [C]; None unless they count by them.
     """
 
@@ -139,13 +140,15 @@ def summed(
         encoding.ahead(
             config, corpus, then, workdir, [method.gradients, *(m.gradients for m in alike)]
         )
-        source, q_QxE = encoding.encode(config, corpus, then, workdir, method.gradients)
-        if method.query_gradients != method.gradients:
+        if method.query_gradients == method.gradients:
+            source, q_QxE = encoding.encode(config, corpus, then, workdir, method.gradients)
+        else:
+            source = encoding.encode_passages(config, corpus, then, workdir, method.gradients)
             q_QxE = encoding.encode_queries(config, corpus, then, workdir, method.query_gradients)
         roots, momentum, probabilities = [], None, None
         if method.hessian == "train":
             roots = Whitening(config, source, q_QxE, search_mesh(trained)).train_roots()
-        if method.passages == "adam_step":
+        if method.passages == "adam_step_linear":
             momentum = encoding.momentum(config, corpus, then, workdir, method.gradients)
         if method.passages == "unsure":
             probabilities = vectors.probabilities(config, corpus, then, workdir)

@@ -16,8 +16,8 @@ from tda import encoding, processes
 from tda import store as stores
 from tda.data import tokens
 from tda.encoding import OnTheFly
+from tda.gradients import adam_steps, first_moments, kronecker, sites, together
 from tda.gradients import encoder as encoders
-from tda.gradients import first_moments, kronecker, sites, together
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
 from tda.methods import Gradients
@@ -32,11 +32,12 @@ _TOGETHER_BYTES = 4 << 30
 def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict:
     """What decides the gradients of a store, apart from the rows."""
     g = config.gradients
+    correction = g.correction if what.corrected else "none"
     made = {
         "checkpoint": fingerprint(trained.fingerprint),
         "step": trained.step,
         "projection": dataclasses.asdict(projection_of(config, what)),
-        "correction": g.correction if what.corrected else "none",
+        "correction": "adam_step" if what.adam_step else correction,
         "output": what.output or g.output,
         "include": g.include,
         "exclude": g.exclude,
@@ -99,14 +100,24 @@ def encode(
 
     What the stores lack is encoded.
     """
-    tables = {"queries": corpus.prompts, "corpus": corpus.passages}
     if config.store.dtype == NO_STORE:
         return _on_the_fly(config, corpus, trained, workdir, what)
+    tables = {"queries": corpus.prompts, "corpus": corpus.passages}
     queries, passages = _stores(config, corpus, trained, workdir, what, tables)
     stores.check_same_kind(passages, queries)
     gradients_QxE = queries.read(slice(0, queries.rows))
     _check_queries(corpus, gradients_QxE)
     return passages, gradients_QxE
+
+
+def encode_passages(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
+) -> Source:
+    """The corpus's gradients alone, as `encode` has them."""
+    if config.store.dtype == NO_STORE:
+        encoder = _encoder(config, corpus, trained, workdir, what)
+        return OnTheFly(encoder, corpus.passages, **_layout(config, corpus, trained))
+    return _stores(config, corpus, trained, workdir, what, {"corpus": corpus.passages})[0]
 
 
 def encode_queries(
@@ -145,12 +156,13 @@ def ahead(
     """Encodes the corpus for several kinds of gradients in fewer passes than one for each.
 
     Kinds of the same function share a pass where their shards have the same rows. Stores that lack
-    nothing are left alone, and so is a kind that would have a pass to itself: `encode` makes it.
+    nothing are left alone, and so is a kind that has a pass to itself (as Adam's steps, which no
+    other kind can share): `encode` makes it.
     """
     if config.store.dtype == NO_STORE:
         return
     alike: dict[tuple, list] = {}
-    for what in dict.fromkeys(wanted):
+    for what in dict.fromkeys(w for w in wanted if not w.adam_step):
         made = made_from(config, corpus, trained, what)
         store = _store(config, corpus, trained, workdir, what, made, "corpus", corpus.passages)
         if processes.by_first("look for shards", store.missing):
@@ -188,6 +200,15 @@ def _part(
 
 def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
     made = made_from(config, corpus, trained, what)
+    if what.adam_step:
+        return adam_steps.make_encoder(
+            trained.model,
+            chosen := _chosen(config, trained, what),
+            projection_of(config, what),
+            moments.adam_states(trained, chosen),
+            made["output"],
+            trained.mesh,
+        )
     part = _part(config, corpus, trained, workdir, what, made)
     return encoders.build(
         trained.model, part.chosen, part.projection, part.ends, made["output"], trained.mesh

@@ -103,7 +103,7 @@ class Checkpoints:
         if method.hessian == "train":
             scorer = then.tracer.roots.scorer(method, question.number, own, on_progress)
             roots = scorer.roots
-        if method.passages == "adam_step":
+        if method.passages == "adam_step_linear":
             key = then.run.trained.step, own
             if key not in self._momenta:
                 self._momenta[key] = _momentum(then.run, e, on_progress)

@@ -1,8 +1,11 @@
 """1/√V of a run's corrected gradients: read from the checkpoint, or estimated once and kept."""
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable
+
+import jax
 
 from experiments.corpus import Corpus
 from experiments.training import Trained
@@ -10,7 +13,7 @@ from experiments.workdir import Workdir, fingerprint
 from tda import checkpoint, processes, sharding, train
 from tda import loss as losses
 from tda.data import batches
-from tda.gradients import estimate, kept_scales, second_moments, sites
+from tda.gradients import adam_steps, estimate, kept_scales, second_moments, sites
 from tda.gradients.second_moments import Scale
 
 
@@ -58,7 +61,8 @@ def scales(
         return None
     if made["second_moments"] == "optimizer":
         found = second_moments.read(trained.root, chosen, made["correction"], trained.step)
-        return {path: _within_reach(s, trained.mesh) for path, s in found.items()}
+        within_reach = functools.partial(_within_reach, mesh=trained.mesh)
+        return {path: s.map(within_reach) for path, s in found.items()}
     eps = config.train.eps
     which = _which(made, eps)
     if processes.by_first("look for second moments", _file(workdir.path, which).exists):
@@ -131,8 +135,12 @@ def _estimated(
     )
 
 
-def _within_reach(scale: Scale, mesh) -> Scale:
-    """A scale that was read onto the devices of all processes, for a model on this one's."""
-    if not sharding.is_local(mesh):
-        return scale
-    return scale.map(lambda x: x if x.is_fully_addressable else sharding.to_host(x))
+def adam_states(trained: Trained, chosen: list[sites.Site]) -> dict[str, adam_steps.State]:
+    """Adam's state of every site at the checkpoint, by path."""
+    found = adam_steps.read(trained.root, chosen, trained.step)
+    return jax.tree.map(lambda x: _within_reach(x, trained.mesh), found)
+
+
+def _within_reach(x: jax.Array, mesh):
+    """An array that was read onto the devices of all processes, for a model on this one's."""
+    return sharding.to_host(x) if sharding.is_local(mesh) and not x.is_fully_addressable else x

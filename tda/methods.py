@@ -9,7 +9,7 @@ import dataclasses
 # What each field may be, with what it means where that is not said by its name.
 HESSIANS = ("none", "train", "mixed")
 CURVATURES = ("none", "ekfac", "logra")
-PASSAGES = ("plain", "unsure", "adam_step")
+PASSAGES = ("plain", "unsure", "adam_step", "adam_step_linear")
 RETRIEVERS = (
     "gradient",
     "bm25",
@@ -35,11 +35,14 @@ class Gradients:
         curvature: "ekfac" multiplies by the inverse root of EK-FAC's Fisher matrix
             (`tda.gradients.kronecker`) before the projection; "logra" projects on the principal
             components of activations and of their gradients, not at random; "none".
+        adam_step: the step that Adam would make on an example alone takes its gradient's place
+            (`tda.gradients.adam_steps`).
     """
 
     corrected: bool = False
     output: str = ""
     curvature: str = "none"
+    adam_step: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Method:
             count alike.
         passages: what is done to a passage's gradient first: nothing ("plain"); a weight of
             1 − p, p its tokens' mean probability ("unsure", TRAK's Q); or the step that Adam makes
-            on it takes its place ("adam_step", LESS).
+            on it takes its place ("adam_step", LESS), or that step but for the passage's part in
+            the second moments ("adam_step_linear", which needs no gradients of its own).
         evaluation: what R_eval is made of for a query: "all" queries, all but this one
             ("leave_one_out"), or a half that it is not in ("disjoint"); empty: as the run says.
         layer: of "hidden": "last" or "middle".
@@ -81,14 +85,16 @@ class Method:
     @property
     def gradients(self) -> Gradients:
         """Those of the passages."""
-        return Gradients(self.corrected, self.output, self.curvature)
+        adam_step = self.passages == "adam_step"
+        corrected = self.corrected and not adam_step
+        return Gradients(corrected, self.output, self.curvature, adam_step)
 
     @property
     def query_gradients(self) -> Gradients:
         """Those of the queries: LESS steps by Adam on passages alone, a query is a direction."""
-        return dataclasses.replace(
-            self.gradients, corrected=self.corrected and self.passages != "adam_step"
-        )
+        if self.passages not in ("adam_step", "adam_step_linear"):
+            return self.gradients
+        return dataclasses.replace(self.gradients, corrected=False, adam_step=False)
 
     @property
     def takes_gradients(self) -> bool:
@@ -162,6 +168,13 @@ METHODS = {
     "tracin": Method("TracIn", unit_norm=False, several=True, by_learning_rate=True),
     "less": Method(
         "LESS", corrected=True, several=True, by_learning_rate=True, passages="adam_step"
+    ),
+    "less_linear": Method(
+        "LESS, linear",
+        corrected=True,
+        several=True,
+        by_learning_rate=True,
+        passages="adam_step_linear",
     ),
     "ekfac": Method("EK-FAC influence", unit_norm=False, curvature="ekfac"),
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),

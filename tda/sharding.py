@@ -7,6 +7,7 @@ which axes of the mesh each is laid out. The mesh is always `Auto`: GSPMD propag
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -87,6 +88,35 @@ def devices_of_batch(examples: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else batch_devices(mesh)
     return devices if examples % devices == 0 else 1
+
+
+def in_portions(work, batch, numbers: int, most: int):
+    """`work` over a batch, a few examples at a time on every device.
+
+    Args:
+        work: of arrays [D, C, …], C examples of each of D devices, makes such arrays.
+        batch: a tree of arrays [B, …].
+        numbers: what `work` holds of each example.
+        most: what a device may hold at once (but one example's at least).
+
+    Returns:
+        What `work` makes, as arrays [B, …].
+    """
+    examples = jax.tree.leaves(batch)[0].shape[0]
+    devices = devices_of_batch(examples)
+    own = examples // devices
+    fitting = (n for n in range(2, own + 1) if own % n == 0 and n * numbers <= most)
+    together = max(fitting, default=1)
+
+    def cut(x):
+        """Every device's own examples, some in every turn: [turns, D, C, …]."""
+        x = jnp.swapaxes(x.reshape(devices, own // together, together, *x.shape[1:]), 0, 1)
+        return constrain(x, None, "batch", *[...] * (x.ndim - 2))
+
+    def whole(x):
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(whole, jax.lax.map(work, jax.tree.map(cut, batch)))
 
 
 def put_batch(mesh: Mesh, arrays: dict) -> dict:

@@ -110,3 +110,35 @@ def test_a_train_step_on_eight_devices_equals_one(decoder, random_batch, mesh, o
         assert nu[name].sharding.shard_shape(x.shape) == x.sharding.shard_shape(x.shape), name
     kernel = many["params"]["embedding"]["embedding"]
     assert kernel.sharding.shard_shape(kernel.shape) == (25, 8)
+
+
+@pytest.mark.parametrize(
+    ("examples", "numbers", "together"),
+    [(12, 1000, 1), (12, 25, 4), (12, 20, 4), (7, 50, 1), (6, 1, 6)],
+)
+def test_portions_are_as_large_as_may_be(examples, numbers, together):
+    seen = []
+
+    def work(batch):
+        seen.append(batch["x"].shape)
+        return {"twice": 2 * batch["x"], "sum": batch["x"].sum(2) + batch["y"]}
+
+    x, y = np.arange(examples * 3.0).reshape(examples, 3), np.arange(examples)
+    got = sharding.in_portions(work, {"x": x, "y": y}, numbers, 100)
+    assert seen == [(1, together, 3)]
+    np.testing.assert_array_equal(got["twice"], 2 * x)
+    np.testing.assert_array_equal(got["sum"], x.sum(1) + y)
+
+
+def test_devices_take_portions_of_their_own_examples(mesh):
+    seen, x = [], np.arange(24.0).reshape(8, 3)
+
+    def work(x_DxCx3):
+        seen.append(x_DxCx3.shape)
+        return x_DxCx3 + 1
+
+    with jax.set_mesh(mesh):
+        placed = sharding.put_batch(mesh, {"x": x})["x"]
+        got = jax.jit(lambda x: sharding.in_portions(work, x, 100, 0))(placed)
+    assert seen == [(4, 1, 3)]
+    np.testing.assert_array_equal(got, x + 1)

@@ -20,7 +20,7 @@ from tda.model.functional import flat_parameters
 _FIELDS = ("nu", "nu_max", "v_row", "v_col", "v")
 # Fields that mark a state of second moments; the others lie beside one of them.
 _MARKS = ("nu", "v_row")
-_CONSTANTS = ("b2", "eps", "eps_root", "decay")
+_CONSTANTS = ("b1", "b2", "eps", "eps_root", "decay")
 
 # The fields of the states that the rules below know, by the optimizer's name.
 _STATES = {
@@ -46,7 +46,8 @@ class Moments:
     Attributes:
         path: path name of the parameter.
         prefix: path name of the state, with "/" at its end unless it is empty.
-        fields: the parameter's leaves by field, of "nu", "nu_max", "v_row", "v_col", "v".
+        fields: the parameter's leaves by field, of "nu", "nu_max", "v_row", "v_col", "v", and "mu"
+            where first moments were loaded.
         siblings: the names of all fields of the state.
         count: steps taken, the state's own; None where it keeps none.
         constants: "name", "b2", "eps" and so on, for this very state.
@@ -60,24 +61,27 @@ class Moments:
     constants: dict
 
 
-def load(root, paths: set[str], step: int | None = None) -> dict:
+def load(root, paths: set[str], step: int | None = None, momentum: bool = False) -> dict:
     """The leaves of a checkpoint's optimizer state by path name; `...` for those not needed here.
 
     Args:
         root: the directory of checkpoints.
         paths: of the parameters whose second moments are wanted.
         step: None for the last checkpoint.
+        momentum: whether first moments are wanted too.
 
     Raises:
         tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
+
+    fields = (*_FIELDS, *["mu"] * momentum)
 
     def keep(name: str) -> bool:
         parts = name.split("/")
         return (
             parts[-1] == "count"
             or "hyperparams" in parts
-            or any(p in _FIELDS and "/".join(parts[i + 1 :]) in paths for i, p in enumerate(parts))
+            or any(p in fields and "/".join(parts[i + 1 :]) in paths for i, p in enumerate(parts))
         )
 
     return flat_parameters(checkpoint.restore_optimizer(root, keep, step))
@@ -119,7 +123,7 @@ def find(flat: dict, path: str, described: dict) -> Moments:
     return Moments(
         path,
         prefix,
-        {f: flat[n] for f in _FIELDS if (n := f"{prefix}{f}/{path}") in flat},
+        {f: x for f in (*_FIELDS, "mu") if (x := flat.get(f"{prefix}{f}/{path}", ...)) is not ...},
         frozenset(n[len(prefix) :].split("/")[0] for n in flat if n.startswith(prefix)),
         flat.get(f"{prefix}count"),
         _constants(flat, prefix, described),

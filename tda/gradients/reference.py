@@ -47,8 +47,17 @@ def encode(
 ) -> jax.Array:
     """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
     chosen = sites.find(model, include, exclude, untapped)
-    gradients = per_example_gradients(model, batch, output)
-    project = functools.partial(jnp.einsum, precision="highest")
+    return project(chosen, per_example_gradients(model, batch, output), projection, scales)
+
+
+def project(
+    chosen: list[sites.Site],
+    gradients: dict[str, jax.Array],
+    projection: projections.Projection,
+    scales: dict[str, Scale] | None = None,
+) -> jax.Array:
+    """The projections of whole gradients, float32 [B, …] by path: float32 [B, E]."""
+    einsum = functools.partial(jnp.einsum, precision="highest")
     projected = {}
     for site in chosen:
         G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
@@ -56,7 +65,7 @@ def encode(
             G = G * scales[site.path].dense()
         left, right = projections.matrices(site, projection)
         if site.stack is None:
-            projected[site] = project("bmn,mp,nq->bpq", G, left, right)
+            projected[site] = einsum("bmn,mp,nq->bpq", G, left, right)
         else:
-            projected[site] = project("blmn,lmp,lnq->lbpq", G, left, right)
+            projected[site] = einsum("blmn,lmp,lnq->lbpq", G, left, right)
     return pool(projections.layout(chosen, projection), projected)

@@ -139,24 +139,8 @@ def _scaled_projections(x_BxTxM, A_MxP, B_NxP, scale_MxN, d_BxTxN):
         G_DxCxMxN = _einsum("dctm,dctn->dcmn", x_DxCxTxM, d_DxCxTxN) * scale_MxN
         return _einsum("dcmq,mp->dcpq", _einsum("dcmn,nq->dcmq", G_DxCxMxN, B_NxP), A_MxP)
 
-    devices, turns, together = _portions(x_BxTxM.shape[0], scale_MxN.size)
-
-    def cut(x):
-        """Every device's own examples, some in every turn: [turns, D, C, …]."""
-        x = jnp.swapaxes(x.reshape(devices, turns, together, *x.shape[1:]), 0, 1)
-        return sharding.constrain(x, None, "batch", *[...] * (x.ndim - 2))
-
-    found = jax.lax.map(some, (cut(x_BxTxM), cut(d_BxTxN)))
-    return jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[-2:])
-
-
-def _portions(examples: int, weights: int) -> tuple[int, int, int]:
-    """Devices, turns, and examples of a turn on a device, whose product is `examples`."""
-    devices = sharding.devices_of_batch(examples)
-    own = examples // devices
-    fitting = (n for n in range(2, own + 1) if own % n == 0 and n * weights <= _AT_ONCE)
-    together = max(fitting, default=1)
-    return devices, own // together, together
+    batch = x_BxTxM, d_BxTxN
+    return sharding.in_portions(some, batch, scale_MxN.size, _AT_ONCE)
 
 
 tap_exact.defvjp(_exact_forward, _exact_backward)

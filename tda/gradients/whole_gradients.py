@@ -37,6 +37,12 @@ def project(site: sites.Site, gradients, left, right, scale, side: int):
     G = G if scale is None else G * scale
     left = left.reshape(*left.shape[:-1], -1, side)
     right = right.reshape(*right.shape[:-1], -1, side)
+    # Gradients come first, with their columns summed over: in any other order they are transposed.
+    dims = ((3,), (1,)), ((1,), (0,))
     if site.stack is None:
-        return jnp.einsum("bmn,mrp,nrq->bpq", G, left, right, precision="highest")
-    return jnp.einsum("blmn,lmrp,lnrq->lbpq", G, left, right, precision="highest")
+        G, left, right = G[:, None], left[None], right[None]
+    flat = right.reshape(*right.shape[:2], -1)
+    GB = jax.lax.dot_general(G, flat, dims, precision="highest")
+    GB = GB.reshape(*GB.shape[:-1], *right.shape[2:])
+    found = jnp.einsum("lbmrq,lmrp->lbpq", GB, left, precision="highest")
+    return found[0] if site.stack is None else found

@@ -292,4 +292,5 @@ def _told(gradients: Gradients) -> str:
     parts = [f"gradients {kind} optimizer correction"]
     parts += [f"of the {gradients.output}"] * bool(gradients.output)
     parts += [f"as {gradients.curvature} has them"] * (gradients.curvature != "none")
+    parts += ["as Adam steps by them"] * gradients.adam_step
     return ", ".join(parts)

@@ -6,8 +6,10 @@ import pytest
 from experiments import attribution, checkpoints, corpus, encoding, training, vectors
 from experiments.workdir import Workdir
 from tda import hessian, methods
+from tda import loss as losses
 from tda.data import batches
-from tda.gradients import kronecker
+from tda.gradients import adam_steps, kronecker, reference, sites
+from tda.gradients.projection import Projection
 from tda.methods import METHODS, Gradients
 from tda.retrieval import dense, scorer
 from tests.experiments.test_trace import make_config
@@ -17,7 +19,7 @@ NAMES = (
     "trackstar_all,trackstar_leave_one_out,trackstar_disjoint,exp2,grad_cos"
 )
 # Each needs encoders of its own, and these are to be compiled.
-MORE = "trak,less,ekfac,logra"
+MORE = "trak,less,less_linear,ekfac,logra"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
     config, data, trained, workdir, *_ = run
     config = config.copy_and_resolve_references()
     config.gradients.exclude = "mlp"  # other stores than the run's
-    config.methods = "exp2,exp3,trackstar,tracin,less,gradient_norm,trak"
+    config.methods = "exp2,exp3,trackstar,tracin,less_linear,gradient_norm,trak"
     told = []
     fill = encoding.encoding.fill_together
 
@@ -148,10 +150,38 @@ def test_tracin_is_the_weighted_sum_over_checkpoints(run):
 
 
 @pytest.mark.slow
-def test_less_is_the_cosine_of_adams_steps(more):
+def test_less_is_the_cosine_with_adams_steps(more):
     config, data, trained, workdir, ranked, notes = more
     steps = notes["less"]["checkpoints"]
     counts = checkpoints.weights(config, data, METHODS["less"], steps)
+    everyone = np.arange(12)
+    batch = batches.materialise(data.passages, everyone, 32, 12, data.tokenizer.pad).arrays()
+    expected = 0.0
+    for step, count in zip(steps, counts, strict=True):
+        then = checkpoints.at_step(trained, step)
+        _, q = rows(more, Gradients(), step)
+        chosen = sites.find(then.model)
+        states = adam_steps.read(trained.root, chosen, step)
+        assert float(states[chosen[0].path].count) == step
+        whole = reference.per_example_gradients(then.model, batch, _mean_losses)
+        made = {s.path: adam_steps.adam_step(states[s.path], whole[s.path]) for s in chosen}
+        made = reference.project(chosen, made, Projection(**dict(config.projection)))
+        expected = expected + count * unit(q) @ unit(np.asarray(made, np.float64)).T
+    np.testing.assert_allclose(scores_of(ranked, "less"), expected, rtol=1e-3, atol=1e-4)
+    others = scores_of(ranked, "less_linear")
+    assert np.abs(others - expected).max() > 0.01
+
+
+def _mean_losses(model, batch):
+    logits, weights = model(batch["tokens"]), batch["weights"]
+    return losses.cross_entropy(logits, batch["targets"], weights) / weights.sum(axis=1)
+
+
+@pytest.mark.slow
+def test_linear_less_needs_no_gradients_of_its_own(more):
+    config, data, trained, workdir, ranked, notes = more
+    steps = notes["less_linear"]["checkpoints"]
+    counts = checkpoints.weights(config, data, METHODS["less_linear"], steps)
     lengths = vectors.scored_tokens(data.passages)
     assert lengths.min() > 1 and (lengths == data.passages.lengths - 1).all()
     expected = 0.0
@@ -163,7 +193,7 @@ def test_less_is_the_cosine_of_adams_steps(more):
         assert b1 == 0.9 and np.abs(m).max() > 0
         made = b1 * m + (1 - b1) * p / lengths[:, None]
         expected = expected + count * unit(q) @ unit(made).T
-    np.testing.assert_allclose(scores_of(ranked, "less"), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(scores_of(ranked, "less_linear"), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from tests.experiments.test_live_methods import asked, check, linked, of_batch, 
 from tests.experiments.test_trace import make_config
 
 pytestmark = pytest.mark.slow
-NAMES = ["tracin", "less", "trak"]
+NAMES = ["tracin", "less", "less_linear", "trak"]
 
 
 @pytest.fixture(scope="module")

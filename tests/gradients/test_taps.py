@@ -43,15 +43,5 @@ def test_devices_take_turns_over_their_own_examples(decoder, random_batch, monke
     fn, params = functional.split(model)
     model = fn.merge(functional.place(params, fn.axes, mesh))
     with jax.set_mesh(mesh):
-        assert taps._portions(8, 100) == (4, 2, 1)
         got = make_encoder(model, P, scales, mesh=mesh)(sharding.put_batch(mesh, batch))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-def test_portions_multiply_to_the_batch(monkeypatch):
-    monkeypatch.setattr(taps, "_AT_ONCE", 100)
-    assert taps._portions(12, 1000) == (1, 12, 1)
-    assert taps._portions(12, 25) == (1, 3, 4)
-    assert taps._portions(12, 20) == (1, 3, 4)
-    assert taps._portions(7, 50) == (1, 7, 1)
-    assert taps._portions(6, 1) == (1, 1, 6)

@@ -1,0 +1,167 @@
+"""The step that Adam would make on each example alone, projected: P·(m̂ / (√v̂ + ε)).
+
+m = b1 m₀ + (1 − b1)∇ℓ and v = b2 v₀ + (1 − b2)(∇ℓ)² are the moments after the step, m₀ and v₀ those
+of the checkpoint, ℓ the mean loss of the example's tokens (Xia et al. 2024, section 3.1; Kingma &
+Ba 2015, algorithm 1). No tap can make it: it is not linear in ∇ℓ, so each example's gradient is
+formed whole, a few examples at a time, whatever the model does with its parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tda import checkpoint, sharding
+from tda import loss as losses
+from tda.gradients import encoder as encoders
+from tda.gradients import optimizer_state, sites, together, whole_gradients
+from tda.gradients import projection as projections
+from tda.gradients.optimizer_state import SecondMomentError
+from tda.model import functional
+
+# Weight gradients that a device holds at once, in numbers (but one example's at least): 256 MiB.
+_AT_ONCE = 2**26
+_OPTIMIZERS = ("adam", "adamw")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What Adam keeps of one parameter.
+
+    Attributes:
+        mu, nu: its moments, float32 in the parameter's shape.
+        count: steps made.
+        b1, b2, eps, eps_root: Adam's constants.
+    """
+
+    mu: jax.Array
+    nu: jax.Array
+    count: jax.Array
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    eps_root: jax.Array
+
+
+def read(root, chosen: list[sites.Site], step: int | None = None) -> dict[str, State]:
+    """Adam's state of every site, by path.
+
+    Args:
+        root: the directory of checkpoints. Its description's `optimizer` gives `name` (adam or
+            adamw), `b1`, `b2`, `eps` and `eps_root`; constants that `optax.inject_hyperparams`
+            keeps in the state win over these.
+        chosen: the sites.
+        step: None for the last checkpoint.
+
+    Raises:
+        SecondMomentError: another optimizer, or a state that lacks something.
+        tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
+    """
+    flat = optimizer_state.load(root, {s.path for s in chosen}, step, momentum=True)
+    described = checkpoint.describe(root, step).get("optimizer") or {}
+    return {s.path: _state(s, optimizer_state.find(flat, s.path, described)) for s in chosen}
+
+
+def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:
+    name, constants = moments.constants.get("name"), moments.constants
+    if name not in _OPTIMIZERS:
+        raise SecondMomentError(
+            f"{site.path} was trained with {name!r}: Adam's step is known of "
+            f"{' and '.join(_OPTIMIZERS)} alone"
+        )
+    lacking = [k for k in ("b1", "b2", "eps") if k not in constants]
+    if lacking:
+        raise SecondMomentError(
+            f"the checkpoint's description lacks optimizer.{' and '.join(lacking)}, which Adam's "
+            f"step of {site.path} needs"
+        )
+    absent = [k for k in ("mu", "nu") if k not in moments.fields]
+    absent += ["count"] * (moments.count is None)
+    if absent:
+        raise SecondMomentError(
+            f"the optimizer's state has no {' and no '.join(absent)} of {site.path}, which Adam's "
+            "step needs"
+        )
+    mu, nu = (jnp.asarray(moments.fields[k], jnp.float32) for k in ("mu", "nu"))
+    for field, x in (("mu", mu), ("nu", nu)):
+        if x.shape != site.shape:
+            raise SecondMomentError(
+                f"{field} of {site.path} has shape {x.shape}, the model {site.shape}"
+            )
+    own = {k: constants.get(k, 0.0) for k in ("b1", "b2", "eps", "eps_root")}
+    scalars = {k: jnp.asarray(x, jnp.float32) for k, x in own.items()}
+    return State(mu, nu, jnp.asarray(moments.count, jnp.float32), **scalars)
+
+
+def adam_step(state: State, gradient) -> jax.Array:
+    """Adam's step on a gradient, before the learning rate and without weight decay: float32."""
+    s, steps = state, state.count + 1
+    mu = s.b1 * s.mu + (1 - s.b1) * gradient
+    nu = s.b2 * s.nu + (1 - s.b2) * jnp.square(gradient)
+    mu_hat, nu_hat = mu / (1 - s.b1**steps), nu / (1 - s.b2**steps)
+    return mu_hat / (jnp.sqrt(nu_hat + s.eps_root) + s.eps)
+
+
+def make_encoder(
+    model: nnx.Module,
+    chosen: list[sites.Site],
+    projection: projections.Projection,
+    states: dict[str, State],
+    output: str = "loss",
+    mesh: jax.sharding.Mesh | None = None,
+) -> encoders.Encoder:
+    """An encoder of Adam's steps.
+
+    Args:
+        model: an NNX model that maps tokens [B, T] to logits [B, T, V].
+        chosen: the sites; such that no tap can be put on are taken as all others.
+        projection: P.
+        states: from `read`.
+        output: whose mean over an example's tokens is ℓ: "loss", "margin" or "logit".
+        mesh: where given, moments are laid out on it as the parameters they belong to.
+    """
+    plan, output_fn = projections.layout(chosen, projection), losses.output(output)
+    graphdef, state = nnx.split(model)
+    parameters, axes = nnx.to_pure_dict(state), functional.logical_axes(state)
+    moments = {s.path: (states[s.path].mu, states[s.path].nu) for s in chosen}
+    constants = {p: dataclasses.replace(states[p], mu=None, nu=None) for p in moments}
+    matrices = {
+        s.path: tuple(map(jnp.asarray, projections.matrices(s, projection))) for s in chosen
+    }
+    axes = {f"model/{p}": a for p, a in axes.items()} | {
+        f"moments/{p}/{i}": axes[p] for p in moments for i in range(2)
+    }
+
+    def mean_loss(whole, rest, example, scored):
+        own = nnx.merge(graphdef, whole_gradients.put(rest, whole))
+        count = jnp.sum(example["weights"])
+        return losses.total(own, example, output_fn, scored) / jnp.where(count > 0, count, 1)
+
+    def encode(arrays, batch, scored=None):
+        variables, (constants, matrices) = arrays
+        rest, whole = whole_gradients.take(variables["model"], chosen)
+
+        def one(example):
+            example = jax.tree.map(lambda x: x[None], example)
+            gradients = jax.grad(mean_loss)(whole, rest, example, scored)
+            projected = {}
+            for site in chosen:
+                mu, nu = variables["moments"][site.path]
+                before = dataclasses.replace(constants[site.path], mu=mu, nu=nu)
+                gradient = gradients[(*site.module, site.parameter)].astype(jnp.float32)
+                step = adam_step(before, gradient)
+                projected[site] = whole_gradients.project(
+                    site, step[None], *matrices[site.path], None, projection.side
+                )
+            return together.pool(plan, projected)[0]
+
+        weights = sum(x.size for x in whole.values())
+        return sharding.in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
+
+    arrays = {"model": parameters, "moments": moments}, (constants, matrices)
+    compiled: Callable = jax.jit(encode, static_argnums=2)
+    found = encoders.Encoder(plan, tuple(chosen), arrays, axes, compiled)
+    return found if mesh is None else dataclasses.replace(found, arrays=together.place(found, mesh))
