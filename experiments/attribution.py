@@ -90,6 +90,11 @@ def check(config, chosen: dict[str, Method]) -> None:
                     "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
                     "or search.index=none"
                 )
+        if method.steps_by_adam and config.train.optimizer not in ("adam", "adamw"):
+            raise ValueError(
+                f"{method.title} steps by Adam, whose moments train.optimizer="
+                f"{config.train.optimizer} does not keep; leave it out of methods, or train by adam"
+            )
         if method.retriever == "dense":
             if not config.dense.model:
                 raise ValueError(

@@ -90,9 +90,14 @@ class Method:
         return Gradients(corrected, self.output, self.curvature, adam_step)
 
     @property
+    def steps_by_adam(self) -> bool:
+        """Whether the moments of Adam's state make its passages' gradients."""
+        return self.passages in ("adam_step", "adam_step_linear")
+
+    @property
     def query_gradients(self) -> Gradients:
         """Those of the queries: LESS steps by Adam on passages alone, a query is a direction."""
-        if self.passages not in ("adam_step", "adam_step_linear"):
+        if not self.steps_by_adam:
             return self.gradients
         return dataclasses.replace(self.gradients, corrected=False, adam_step=False)
 

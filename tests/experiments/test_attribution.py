@@ -350,6 +350,11 @@ def test_what_the_config_lacks_is_told(run, monkeypatch):
     config.hessian.evaluation = "some"
     with pytest.raises(ValueError, match="hessian.evaluation='some'"):
         attribution.check(config, methods.parse("trackstar"))
+    config.train.optimizer = "adafactor"
+    for name in ("less", "less_linear"):
+        with pytest.raises(ValueError, match="LESS.* steps by Adam.*train.optimizer=adafactor"):
+            attribution.check(config, methods.parse(name))
+    attribution.check(config, methods.parse("tracin"))
     config.several.checkpoints = 0
     with pytest.raises(ValueError, match="several.checkpoints=0"):
         checkpoints.steps_of(config, trained, METHODS["tracin"])
