@@ -39,7 +39,8 @@ def make_decoder(**changes):
     # Norms start as ones, which would hide a scale that is left out.
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] == "scale":
-            variable[...] = _norm_scale(path, shape["layers"], shape["width"], variable.ndim)
+            scale = _norm_scale(path, shape["layers"], shape["width"], variable.ndim)
+            variable[...] = scale.astype(variable[...].dtype)
     return model
 
 

@@ -73,11 +73,12 @@ def test_different_dtypes_are_joined_in_float32(tmp_path):
 
 def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
     x = gradients()
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
     x[5] = np.inf
     weights = np.random.default_rng(2).random(61)
     for change, expected in (
         (sources.scaled(weights), x * weights[:, None]),
-        (sources.normalised, x / np.linalg.norm(x, axis=1, keepdims=True)),
+        (sources.normalised, x / norms),
     ):
         mapped = sources.Mapped(stored(tmp_path, change.__name__, x), change)
         scanned = np.concatenate([f.decoded(mapped.form.widths) for f in mapped.scan(16)])
