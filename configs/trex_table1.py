@@ -6,12 +6,13 @@
         --config.data.sentences=trex_lama_sentences.jsonl.gz \\
         --config.data.facts=trex_lama_facts.jsonl.gz
 
-Five passes over the corpus: of the last checkpoint one for gradients with and without correction,
-one for the margin's and one for EK-FAC and LoGra; the first two at an earlier checkpoint too. The
-paper's rows without TRAK (--config.methods=…) take the first alone.
-Cost: training takes 5,070 steps of 2,048 tokens; a pass a quarter of its time, that of EK-FAC as
-long as the training. On 2 CPU cores two and a quarter hours for training and passes, one for
-searches, vectors and tail-patches; 8 GiB of memory, 6 GB of disk for each kind of gradients.
+Seven passes over the corpus: of the last checkpoint one for gradients with and without correction,
+one for the margin's, one for EK-FAC and LoGra and one for LESS; all but EK-FAC's at an earlier
+checkpoint too. The paper's rows without TRAK (--config.methods=…) take the first alone.
+Cost: training takes 5,070 steps of 2,048 tokens; a pass a quarter of its time, that of EK-FAC and
+each of LESS's about as long as the training. On 2 CPU cores, without LESS, two and a quarter hours
+for training and passes, one for searches, vectors and tail-patches; 8 GiB of memory, 6 GB of disk
+for each kind of gradients.
 Expected MRR: TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139; see
 results/README.md.
 """
