@@ -17,6 +17,7 @@ from experiments.workdir import Workdir, fingerprint, plain, write_json
 from tda import methods, processes, progress
 from tda import store as stores
 from tda.evaluation import annotated
+from tda.gradients import adam_steps
 from tda.methods import Gradients, Method
 from tda.retrieval import bm25, by_score, dense, exact, ranked
 from tda.retrieval.ranked import Ranked
@@ -90,7 +91,7 @@ def check(config, chosen: dict[str, Method]) -> None:
                     "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
                     "or search.index=none"
                 )
-        if method.steps_by_adam and config.train.optimizer not in ("adam", "adamw"):
+        if method.steps_by_adam and config.train.optimizer not in adam_steps.OPTIMIZERS:
             raise ValueError(
                 f"{method.title} steps by Adam, whose moments train.optimizer="
                 f"{config.train.optimizer} does not keep; leave it out of methods, or train by adam"

@@ -100,8 +100,8 @@ class Part:
         source: its gradients of the passages.
         queries_QxE: those of the queries.
         roots: R^(−1/2) by block; empty for the identity.
-        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages
-            step by Adam in the linear way.
+        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages step by
+            Adam in the linear way.
         probabilities: of passages, float64 [C]; None unless they count by them.
     """
 

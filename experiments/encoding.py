@@ -25,6 +25,8 @@ from tda.retrieval.scorer import Source
 
 # The dtype of a corpus that is encoded as it is searched.
 NO_STORE = "none"
+# What stands for the correction in a store of Adam's steps.
+ADAM_STEP = "adam_step"
 # Rows in float32 that one pass for several kinds of gradients may hold of all of them.
 _TOGETHER_BYTES = 4 << 30
 
@@ -37,7 +39,7 @@ def made_from(config, corpus: Corpus, trained: Trained, what: Gradients) -> dict
         "checkpoint": fingerprint(trained.fingerprint),
         "step": trained.step,
         "projection": dataclasses.asdict(projection_of(config, what)),
-        "correction": "adam_step" if what.adam_step else correction,
+        "correction": ADAM_STEP if what.adam_step else correction,
         "output": what.output or g.output,
         "include": g.include,
         "exclude": g.exclude,
@@ -201,13 +203,10 @@ def _part(
 def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients):
     made = made_from(config, corpus, trained, what)
     if what.adam_step:
+        chosen, projection = _chosen(config, trained, what), projection_of(config, what)
+        states = moments.adam_states(trained, chosen)
         return adam_steps.make_encoder(
-            trained.model,
-            chosen := _chosen(config, trained, what),
-            projection_of(config, what),
-            moments.adam_states(trained, chosen),
-            made["output"],
-            trained.mesh,
+            trained.model, chosen, projection, states, made["output"], trained.mesh
         )
     part = _part(config, corpus, trained, workdir, what, made)
     return encoders.build(

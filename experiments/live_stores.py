@@ -41,7 +41,7 @@ def _is_of(store: GradientStore, what: Gradients, config) -> bool:
     made = store.manifest["fingerprint"]
     kind = made.get("curvature", {"kind": "none"})["kind"]
     output = what.output or config.gradients.output
-    adam_step = made["correction"] == "adam_step"
+    adam_step = made["correction"] == encoding.ADAM_STEP
     corrected = made["correction"] != "none" and not adam_step
     return Gradients(corrected, made["output"], kind, adam_step) == dataclasses.replace(
         what, output=output
@@ -51,7 +51,7 @@ def _is_of(store: GradientStore, what: Gradients, config) -> bool:
 def _is_configs(store: GradientStore, what: Gradients, config) -> bool:
     """Whether a store was made by the config's own settings, and not by an earlier run's."""
     made, g = store.manifest["fingerprint"], config.gradients
-    own = made["correction"] in ("none", "adam_step", g.correction)
+    own = made["correction"] in ("none", encoding.ADAM_STEP, g.correction)
     same = all(made[k] == g[k] for k in ("include", "exclude", "untapped"))
     dtype = store.manifest["dtype"] == config.store.dtype
     projection = plain(dataclasses.asdict(encoding.projection_of(config, what)))

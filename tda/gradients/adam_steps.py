@@ -7,7 +7,6 @@ formed whole, a few examples at a time, whatever the model does with its paramet
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from tda.model import functional
 
 # Weight gradients that a device holds at once, in numbers (but one example's at least): 256 MiB.
 _AT_ONCE = 2**26
-_OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw")
 
 
 @jax.tree_util.register_dataclass
@@ -60,17 +59,17 @@ def read(root, chosen: list[sites.Site], step: int | None = None) -> dict[str, S
         SecondMomentError: another optimizer, or a state that lacks something.
         tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    flat = optimizer_state.load(root, {s.path for s in chosen}, step, momentum=True)
+    flat = optimizer_state.load(root, {s.path for s in chosen}, step, ("mu", "nu"))
     described = checkpoint.describe(root, step).get("optimizer") or {}
     return {s.path: _state(s, optimizer_state.find(flat, s.path, described)) for s in chosen}
 
 
 def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:
     name, constants = moments.constants.get("name"), moments.constants
-    if name not in _OPTIMIZERS:
+    if name not in OPTIMIZERS:
         raise SecondMomentError(
             f"{site.path} was trained with {name!r}: Adam's step is known of "
-            f"{' and '.join(_OPTIMIZERS)} alone"
+            f"{' and '.join(OPTIMIZERS)} alone"
         )
     lacking = [k for k in ("b1", "b2", "eps") if k not in constants]
     if lacking:
@@ -162,6 +161,6 @@ def make_encoder(
         return sharding.in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)
-    compiled: Callable = jax.jit(encode, static_argnums=2)
+    compiled = jax.jit(encode, static_argnums=2)
     found = encoders.Encoder(plan, tuple(chosen), arrays, axes, compiled)
     return found if mesh is None else dataclasses.replace(found, arrays=together.place(found, mesh))

@@ -17,7 +17,7 @@ def read(root, chosen: list[sites.Site], step: int | None = None) -> dict:
         SecondMomentError: the optimizer keeps none of a parameter.
         tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    flat = optimizer_state.load(root, {s.path for s in chosen}, step, momentum=True)
+    flat = optimizer_state.load(root, {s.path for s in chosen}, step, ("mu",))
     fields = {s.path: optimizer_state.find(flat, s.path, {}).fields for s in chosen}
     lacking = [path for path, found in fields.items() if "mu" not in found]
     if lacking:

@@ -46,8 +46,8 @@ class Moments:
     Attributes:
         path: path name of the parameter.
         prefix: path name of the state, with "/" at its end unless it is empty.
-        fields: the parameter's leaves by field, of "nu", "nu_max", "v_row", "v_col", "v", and "mu"
-            where first moments were loaded.
+        fields: the parameter's leaves by field, of "nu", "nu_max", "v_row", "v_col", "v", "mu", as
+            far as they were loaded.
         siblings: the names of all fields of the state.
         count: steps taken, the state's own; None where it keeps none.
         constants: "name", "b2", "eps" and so on, for this very state.
@@ -61,20 +61,18 @@ class Moments:
     constants: dict
 
 
-def load(root, paths: set[str], step: int | None = None, momentum: bool = False) -> dict:
+def load(root, paths: set[str], step: int | None = None, fields=_FIELDS) -> dict:
     """The leaves of a checkpoint's optimizer state by path name; `...` for those not needed here.
 
     Args:
         root: the directory of checkpoints.
-        paths: of the parameters whose second moments are wanted.
+        paths: of the parameters whose moments are wanted.
         step: None for the last checkpoint.
-        momentum: whether first moments are wanted too.
+        fields: what is wanted of each; by default all second moments.
 
     Raises:
         tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-
-    fields = (*_FIELDS, *["mu"] * momentum)
 
     def keep(name: str) -> bool:
         parts = name.split("/")

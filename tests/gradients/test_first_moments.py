@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tda import checkpoint, train
-from tda.gradients import first_moments, second_moments, sites
+from tda.gradients import first_moments, optimizer_state, second_moments, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.optimizer_state import SecondMomentError
 from tda.gradients.projection import Projection
@@ -43,3 +43,15 @@ def test_an_optimizer_without_momentum_is_told(decoder, random_batch, tmp_path):
     stepped(decoder(), random_batch([7], 7), "adafactor", tmp_path / "c")
     with pytest.raises(SecondMomentError, match="no first moments .mu. of layers/attention"):
         first_moments.read(tmp_path / "c", sites.find(decoder()))
+
+
+def test_nothing_else_of_the_state_is_read(decoder, random_batch, tmp_path):
+    stepped(decoder(), random_batch([7], 7), "adam", tmp_path / "c")
+    chosen = sites.find(decoder())
+    flat = optimizer_state.load(tmp_path / "c", {s.path for s in chosen}, None, ("mu",))
+    for site in chosen:
+        (mu,), (nu,) = (
+            [x for name, x in flat.items() if name.endswith(f"{field}/{site.path}")]
+            for field in ("mu", "nu")
+        )
+        assert mu.shape == site.shape and nu is ...
