@@ -255,17 +255,18 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
 
 def _lines(plot: dict, columns: list[str], table: list[dict], seeds: bool) -> list[plots.Line]:
     by_label: dict[tuple[str, str], list[dict]] = {}
+    x = plot["x"]
     for row in table:
-        if row[plot["x"]] is not None:
+        if row[x] is not None:
             shown = [_shown(c, row[c]) for c in columns if _matters(c, row)]
             by_label.setdefault((shown[0], ", ".join(shown)), []).append(row)
     out = []
     for (family, label), mine in by_label.items():
         mark = plot.get("mark")
-        marked = [r[plot["x"]] for r in mine if mark and all(r[k] == v for k, v in mark.items())]
+        marked = [r[x] for r in mine if mark and all(r[k] == v for k, v in mark.items())]
         at: dict = {}
         for row in mine:
-            at.setdefault(row[plot["x"]], []).append(row)
+            at.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
         points = [_point(same, seeds) for same in at.values()]
         y, low, high = zip(*points, strict=True)
         out.append(plots.Line(label, list(at), y, low, high, marked[0] if marked else None, family))

@@ -23,6 +23,8 @@ _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
 # What a panel's x axis and a character of its labels take, about, in inches.
 _AXIS_WIDTH, _CHARACTER = 2.9, 0.09
+# Inches of a row of names, and of what is above and below the rows.
+_ROW_HEIGHT, _ROWS_HEIGHT = 0.25, 0.8
 # More lines than these are drawn with error bars: their bands would hide one another.
 _MOST_BANDS = 5
 
@@ -33,10 +35,10 @@ class Line:
 
     Attributes:
         label: its name in the legend; lines of one label look alike in every panel.
-        x: numbers, or names (then points stand side by side).
+        x: numbers, or names: then each has a row, and figures are read along the x axis.
         y: the figures; NaN where there is none.
         low, high: ends of each figure's interval, or NaN; None for no intervals.
-        marked: x that a vertical line of the same colour marks, or None.
+        marked: x that a vertical line of the same colour marks, where x are numbers, or None.
         family: lines of one family share a colour, and differ in their dashes; by default a line
             is a family of its own.
     """
@@ -52,7 +54,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Lines over one pair of axes; `percent` shows y as percentages."""
+    """Lines over one pair of axes; `percent` shows the figures as percentages."""
 
     title: str
     lines: list[Line]
@@ -95,38 +97,36 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = _styles([line for p in panels for line in p.lines])
+    lines = [line for p in panels for line in p.lines]
+    style, names = _styles(lines), _names(lines)
     handles = _handles(style, mark_label if _is_marked(panels) else "")
+    if set(style) == set(names):  # the rows say which is which
+        style = dict.fromkeys(style, style[names[0]])
+        handles = []
+    legend = len(handles) > 1
     width = 0.6 + 3.6 * len(panels)
     columns = _legend_columns(handles, width)
-    height = 3.1 + 0.2 * -(-len(handles) // columns)
+    height = _ROWS_HEIGHT + _ROW_HEIGHT * len(names) if names else 2.9
+    height += 0.2 * (1 + -(-len(handles) // columns)) * legend
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    named = any(isinstance(x, str) for p in panels for line in p.lines for x in line.x)
-    # Names keep the order in which they come.
-    names = list(dict.fromkeys(x for p in panels for line in p.lines for x in line.x))
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey="row" if names else "none")[0]
     for axes, panel in zip(all_axes, panels, strict=True):
-        for i, line in enumerate(panel.lines):
-            x = np.array([names.index(v) if named else v for v in line.x], float)
-            if named:  # side by side, since nothing lies between two names
-                x += 0.4 * ((i + 0.5) / len(panel.lines) - 0.5)
-            how = style[line.label] | ({"linestyle": "none"} if named else {})
-            _line(axes, line, x, how, len(panel.lines) <= _MOST_BANDS and not named)
+        if names:
+            _rows(axes, panel.lines, names, style)
+        else:
+            _lines(axes, panel.lines, style)
+            axes.set_xlabel(x_label)
+            if log_x:
+                axes.set_xscale("log")
+                _tick_values(axes, sorted({x for line in lines for x in line.x}))
         axes.set_title(panel.title, fontsize=10)
-        axes.set_xlabel(x_label)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if log_x and not named:
-            axes.set_xscale("log")
-        if named:
-            axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
-            axes.margins(x=0.1)
-        elif log_x:
-            _tick_values(axes, sorted(set(names)))
         if panel.percent:
-            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-    if len(handles) > 1:
+            figures = axes.xaxis if names else axes.yaxis
+            figures.set_major_formatter(ticker.FuncFormatter(_percent))
+    if legend:
         figure.legend(
             handles=handles,
             loc="outside lower center",
@@ -164,18 +164,48 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
     }
 
 
-def _line(axes, line: Line, x: np.ndarray, style: dict, band: bool) -> None:
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], np.asarray(line.y, float)[order]
-    axes.plot(x, y, linewidth=1.6, markersize=4.5, **style)
-    if line.low is not None and line.high is not None:
-        low, high = (np.asarray(v, float)[order] for v in (line.low, line.high))
-        if band and len(x) > 1:
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.13, lw=0)
-        else:
-            axes.vlines(x, low, high, color=style["color"], linewidth=1, alpha=0.6)
-    if line.marked is not None:
-        axes.axvline(line.marked, color=style["color"], linestyle=(0, (6, 4)), lw=1, alpha=0.8)
+def _names(lines: Sequence[Line]) -> list[str]:
+    """The lines' x where they are names, in the order in which they come; else none."""
+    names = list(dict.fromkeys(x for line in lines for x in line.x))
+    return names if any(isinstance(x, str) for x in names) else []
+
+
+def _lines(axes, lines: Sequence[Line], style: dict[str, dict]) -> None:
+    for line in lines:
+        order = np.argsort(np.asarray(line.x, float), kind="stable")
+        x, y, low, high = (
+            None if v is None else np.asarray(v, float)[order]
+            for v in (line.x, line.y, line.low, line.high)
+        )
+        how = style[line.label]
+        axes.plot(x, y, linewidth=1.6, markersize=4.5, **how)
+        if low is not None and high is not None:
+            if len(lines) <= _MOST_BANDS and len(x) > 1:
+                axes.fill_between(x, low, high, color=how["color"], alpha=0.13, lw=0)
+            else:
+                axes.vlines(x, low, high, color=how["color"], linewidth=1, alpha=0.6)
+        if line.marked is not None:
+            axes.axvline(line.marked, color=how["color"], linestyle=(0, (6, 4)), lw=1, alpha=0.8)
+
+
+def _rows(axes, lines: Sequence[Line], names: list[str], style: dict[str, dict]) -> None:
+    """A row for each name, from the top; in it a point for each line that has one."""
+    sharing = {n: [line.label for line in lines if n in line.x] for n in names}
+    for line in lines:
+        how = style[line.label] | {"linestyle": "none"}
+        mine = [sharing[n] for n in line.x]
+        apart = [0.5 * ((m.index(line.label) + 0.5) / len(m) - 0.5) for m in mine]
+        rows = np.array([names.index(n) for n in line.x]) + apart
+        axes.plot(np.asarray(line.y, float), rows, markersize=5, **how)
+        if line.low is not None and line.high is not None:
+            ends = (np.asarray(v, float) for v in (line.low, line.high))
+            axes.hlines(rows, *ends, color=how["color"], linewidth=1.2, alpha=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _percent(value: float, _) -> str:
+    return f"{round(100 * value, 6) + 0:g}%"
 
 
 def _tick_values(axes, values: list[float]) -> None:
@@ -221,5 +251,5 @@ def _handles(style: dict[str, dict], mark_label: str) -> list:
 
 def _legend_columns(handles: list, width: float) -> int:
     """As many as fit `width` inches."""
-    longest = max(len(h.get_label()) for h in handles)
+    longest = max((len(h.get_label()) for h in handles), default=0)
     return max(1, min(len(handles), int(width / (0.6 + 0.075 * longest))))

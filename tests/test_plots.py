@@ -43,20 +43,42 @@ def test_lines_are_the_figures_in_order_of_x(tmp_path, drawn):
     # A label looks alike in every panel, whatever stands before it there.
     assert right.get_lines()[0].get_color() == b.get_color() != a.get_color()
     assert left.get_xscale() == "log" and left.get_xlabel() == "x" and left.get_title() == "MRR"
-    assert right.yaxis.get_major_formatter()(0.25) in ("25%", "25.0%")
+    assert right.yaxis.get_major_formatter()(0.25, 0) == "25%"
     (legend,) = drawn[0].legends
     assert [t.get_text() for t in legend.get_texts()] == ["a", "b", "best"]
 
 
-def test_names_stand_side_by_side(tmp_path, drawn):
-    lines = [plots.Line("a", ["z", "y"], [1, 2]), plots.Line("b", ["y", "w"], [3, 4])]
-    plots.draw(tmp_path / "p", [plots.Panel("t", lines)], "x")
-    (axes,) = drawn[0].axes
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["z", "y", "w"]
+def test_names_have_rows(tmp_path, drawn):
+    lines = [
+        plots.Line("a", ["z", "y"], [1, 2], [0.5, 1.5], [1.5, 3]),
+        plots.Line("b", ["y", "w"], [3, 4]),
+    ]
+    plots.draw(tmp_path / "p", [plots.Panel(t, lines, percent=True) for t in "tu"], "x")
+    axes, right = drawn[0].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["z", "y", "w"]
+    assert axes.get_ylim() == right.get_ylim() == (2.5, -0.5)  # the first on top
     a, b = axes.get_lines()
-    np.testing.assert_allclose(a.get_xdata(), [-0.1, 0.9])
-    np.testing.assert_allclose(b.get_xdata(), [1.1, 2.1])
-    assert a.get_linestyle() == "None" and a.get_marker() == "o"  # nothing lies between two names
+    np.testing.assert_array_equal(a.get_xdata(), [1, 2])
+    np.testing.assert_array_equal(b.get_xdata(), [3, 4])
+    # Side by side where a row has both.
+    np.testing.assert_allclose(a.get_ydata(), [0, 0.875])
+    np.testing.assert_allclose(b.get_ydata(), [1.125, 2])
+    (ends,) = axes.collections
+    np.testing.assert_allclose(
+        ends.get_segments(), [[(0.5, 0), (1.5, 0)], [(1.5, 0.875), (3, 0.875)]]
+    )
+    assert a.get_linestyle() == "None"  # nothing lies between two names
+    assert axes.xaxis.get_major_formatter()(0.025, 0) == "2.5%"
+    assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["a", "b"]
+
+
+def test_a_line_for_each_row_needs_no_legend(tmp_path, drawn):
+    lines = [plots.Line(n, [n], [1]) for n in "abc"]
+    plots.draw(tmp_path / "p", [plots.Panel("t", lines)], "x")
+    assert not drawn[0].legends
+    (axes,) = drawn[0].axes
+    assert len({(m.get_color(), m.get_marker()) for m in axes.get_lines()}) == 1
+    np.testing.assert_allclose([m.get_ydata() for m in axes.get_lines()], [[0], [1], [2]])
 
 
 def test_lines_of_a_family_share_a_colour_and_no_two_look_alike(tmp_path, drawn):

@@ -181,3 +181,19 @@ def test_marked_points_and_labels(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="plot 'lambda': no column nowhere"):
         found.plots[0]["x"] = "nowhere"
         sweep_report.write(found, made, tmp_path, True)
+
+
+def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        sweep_report.plots, "draw", lambda path, panels, *a, **k: drawn.append(panels) or []
+    )
+    (shipped,) = [p for p in SHIPPED if p.stem == "seeds"]
+    found = grid.load(str(shipped), defaults.get_config())
+    made = [made_up(p, p.values["seed"]) for p in found.points]
+    sweep_report.write(found, made, tmp_path, True)
+    lines = drawn[0][0].lines
+    titles = [methods.METHODS[n].title for n in methods.parse(defaults.get_config().methods)]
+    assert [line.x for line in lines] == [[t] for t in titles] == [[line.label] for line in lines]
+    (y,), (low,), (high,) = lines[0].y, lines[0].low, lines[0].high
+    assert (low, y, high) == pytest.approx((0.5, 0.6, 0.7))  # a standard deviation over seeds
