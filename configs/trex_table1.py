@@ -13,7 +13,7 @@ Cost: training takes 5,070 steps of 2,048 tokens; a pass a quarter of its time, 
 each of LESS's about as long as the training. On 2 CPU cores, without LESS, two and a quarter hours
 for training and passes, one for searches, vectors and tail-patches; 8 GiB of memory, 6 GB of disk
 for each kind of gradients.
-Expected MRR: TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139; see
+Expected MRR (seed 0): TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139; see
 results/README.md.
 """
 
