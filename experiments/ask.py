@@ -25,7 +25,7 @@ CORPUS = flags.DEFINE_string("corpus", None, "File, pattern, directory or TFDS n
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What the model is asked; may be repeated.")
 TARGET = flags.DEFINE_multi_string("target", [], "What it should say to each prompt.")
 SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many documents from the corpus; 0: all.")
-KEEP = flags.DEFINE_string("keep", None, "Keep documents that match this expression in the draw.")
+KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The corpus's field of the text.")
 METHOD = flags.DEFINE_string("method", "exp5", "A name of tda/methods.py.")
 CORRECTION = flags.DEFINE_string("correction", "factored", "Or adam, low_rank(R).")
@@ -97,6 +97,8 @@ def main(argv):
 
 def run(directory: pathlib.Path):
     """The whole of it, by the flags."""
+    if KEEP.value is not None and not SAMPLE.value:
+        raise ValueError("--keep says what a draw must hold: give --sample too, or leave it out")
     directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
     passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value)

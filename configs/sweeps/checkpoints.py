@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/checkpoints.py --workdir=DIR
 
-Cost: one training whose checkpoints are all kept, then two passes over the corpus a point. The
+Cost: one training whose checkpoints are all kept, then a pass over the corpus a point. The
 learning rate falls along the training; `tokens.py` trains to the end of its schedule each time.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/correction.py --workdir=DIR
 
-Cost: one training, then four passes over the corpus for each number of dimensions. The table has
+Cost: one training, then three passes over the corpus for each number of dimensions. The table has
 the same by groups of queries: whether the model states the fact, its frequency, its relation.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/correction_training.py --workdir=DIR
 
-Cost: one training whose checkpoints are all kept, then two passes over the corpus a point. The
+Cost: one training whose checkpoints are all kept, then a pass over the corpus a point. The
 table has the same by groups of queries: whether the model states the fact, its frequency, its
 relation.
 """

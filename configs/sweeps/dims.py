@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/dims.py --workdir=DIR
 
-Cost: one training, then two passes over the corpus a point, and a store of each.
+Cost: one training, then a pass over the corpus a point, and two stores.
 """
 
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/matrices.py --workdir=DIR
 
-Cost: one training, then two passes over the corpus a point.
+Cost: one training, then a pass over the corpus a point.
 """
 
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/sizes.py --workdir=DIR
 
-Cost: a training and two passes over the corpus a point. A block of dimensions for each layer's
+Cost: a training and a pass over the corpus a point. A block of dimensions for each layer's
 attention and MLP would give larger models more of them: the number of blocks is the same here.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/trex_sweeps.py \\
         --sweep=configs/sweeps/sizes_matrix.py --workdir=DIR
 
-Cost: a training and two passes over the corpus a point. Larger models have more matrices: blocks
+Cost: a training and a pass over the corpus a point. Larger models have more matrices: blocks
 are the smaller, so that all have about 58,500 dimensions. `sizes.py` has few, in few blocks.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/tokens.py --workdir=DIR
 
-Cost: a training (31 epochs in all) and two passes over the corpus a point.
+Cost: a training (31 epochs in all) and a pass over the corpus a point.
 """
 
 

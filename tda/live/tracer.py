@@ -290,7 +290,8 @@ def _told(gradients: Gradients) -> str:
     """Which gradients they are, in words."""
     kind = "with" if gradients.corrected else "without"
     parts = [f"gradients {kind} optimizer correction"]
+    if gradients.adam_step:
+        parts = ["the step that Adam would make on each passage alone"]
     parts += [f"of the {gradients.output}"] * bool(gradients.output)
     parts += [f"as {gradients.curvature} has them"] * (gradients.curvature != "none")
-    parts += ["as Adam steps by them"] * gradients.adam_step
     return ", ".join(parts)

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from experiments import ask, corpus, live, trace, training
 from experiments.workdir import Workdir
@@ -123,6 +125,13 @@ class Says:
 def test_what_the_model_says_is_a_phrase(monkeypatch, said, phrase):
     monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in said])
     assert ask.continuation(None, Says(), "He was born in") == phrase.strip()
+
+
+def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(keep="Bonn"), pytest.raises(ValueError, match="give --sample too"):
+        ask.run(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_saying_nothing_is_told(monkeypatch):
