@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tda import encoding, methods, progress, sharding
+from tda import encoding, loss_identity, methods, progress, sharding
 from tda import loss as losses
 from tda import store as stores
 from tda.data import batches as batching
@@ -188,7 +188,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     if directory is None:
         source = _encoded(setting, encoder, table, layout)
         return Made(source, gradients_QxE, lambda row: (table.ids[row], texts[row]), asked)
-    made_from = _made_from(setting, scales) | {"tokenizer": tokenizer.fingerprint()}
+    made_from = _made_from(setting, scales, directory) | {"tokenizer": tokenizer.fingerprint()}
     store = stores.create(
         directory / "gradients",
         table.ids,
@@ -223,7 +223,7 @@ def _scales(setting: Setting, table: TokenTable, layout: dict, directory):
     batches = _batches(setting, table, layout)
     if directory is None or not setting.method.corrected or setting.scales is not None:
         return setting.estimated(batches)
-    made_from = _made_from(setting, None) | {
+    made_from = _made_from(setting, None, directory) | {
         "correction": setting.correction,
         "sample": setting.sample,
         "seed": setting.seed,
@@ -335,15 +335,15 @@ def _encoded(setting: Setting, encoder, table: TokenTable, layout: dict) -> scor
     return _in_memory(gradients_CxE, encoder.layout.slices)
 
 
-def _made_from(setting: Setting, scales: dict[str, Scale] | None) -> dict:
-    """What decides the gradients, as JSON values; functions by name alone."""
+def _made_from(setting: Setting, scales: dict[str, Scale] | None, directory) -> dict:
+    """What decides the gradients, as JSON values."""
     _, params = functional.split(setting.model)
     named = functional.flat_parameters(params)
     made = {
         "model": _digest(named),
         "correction": setting.correction if scales is not None else "none",
         "projection": dataclasses.asdict(setting.projection),
-        "output": setting.loss if isinstance(setting.loss, str) else setting.loss.__qualname__,
+        "loss": loss_identity.kept(setting.per_example, setting.model, directory),
         "parameters": {s.path: list(s.shape) for s in setting.sites()},
         **{name: value for name, value in setting.scope.items()},
     }

@@ -1,5 +1,6 @@
 """One call from a model to ranked passages: texts or batches, kept or in memory, any loss."""
 
+import functools
 import json
 import re
 
@@ -203,6 +204,21 @@ def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_pa
     other = Bigram(tokenizer.vocab_size, nnx.Rngs(1))
     with pytest.raises(ValueError, match="was not made with what it is used with"):
         call(other, tokenizer, file, directory=tmp_path / "kept")
+    # Of the same parameters, another function.
+    with pytest.raises(ValueError, match=r"fingerprint\.loss"):
+        call(model, tokenizer, file, directory=tmp_path / "kept", loss="margin", method="grad_cos")
+
+
+def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):
+    how = dict(directory=tmp_path, method="grad_cos")
+    mean = lambda m, b: total(m, b) / b["weights"].sum(axis=-1)  # noqa: E731
+    total = lambda m, b: optax.softmax_cross_entropy_with_integer_labels(  # noqa: E731
+        m(b["tokens"]), b["targets"]
+    ).sum(axis=-1, where=b["weights"] > 0)
+    found = call(model, tokenizer, loss=functools.partial(total), **how)
+    assert call(model, tokenizer, loss=total, **how).answers == found.answers
+    with pytest.raises(ValueError, match=r"fingerprint\.loss"):
+        call(model, tokenizer, loss=mean, **how)
 
 
 def test_many_devices_give_the_same(model, tokenizer, tmp_path):
