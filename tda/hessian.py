@@ -174,22 +174,21 @@ def _rows_of(source, sample: int, seed: int, step: int) -> Iterator[store.Rows]:
         yield from source.scan(step)
         return
     first = 0
-    for x_RxE in rows_for(source, sample, seed):
-        for start in range(0, len(x_RxE), step):
-            some = x_RxE[start : start + step]
-            yield store.Rows(first + start, some, None, store.valid(some))
+    for x_RxE in rows_for(source, sample, seed, step):
+        yield store.Rows(first, x_RxE, None, store.valid(x_RxE))
         first += len(x_RxE)
 
 
-def rows_for(source, sample: int = 0, seed: int = 0) -> Iterator[np.ndarray]:
+def rows_for(source, sample: int = 0, seed: int = 0, step: int = 0) -> Iterator[np.ndarray]:
     """Gradients of a corpus to take R_train of, float32 [R, E] at a time.
 
     Args:
         source: the corpus's gradients: a store, or what is encoded as it is read.
         sample: how many rows, drawn from the whole corpus without repetition; 0 takes all.
         seed: of the draw.
+        step: R; what takes 64 MiB where 0.
     """
-    step = _step(source.form.width)
+    step = step or _step(source.form.width)
     if not sample or sample >= source.rows:
         yield from (found.decoded(source.form.widths) for found in source.scan(step))
         return
@@ -294,10 +293,16 @@ def inverse_root(
     Args:
         R: symmetric, non-negative blocks.
         damping: in units of the block's mean eigenvalue; keeps directions that the sample of
-            gradients hardly saw from being blown up.
+            gradients hardly saw from being blown up. With 0 those that are no more than rounding
+            are left out (a pseudo-inverse).
         cutoff: directions whose eigenvalue is below so many mean eigenvalues are left out
             altogether (a pseudo-inverse). The damping should be small then.
+
+    Raises:
+        ValueError: damping or cutoff is below 0.
     """
+    if damping < 0 or cutoff < 0:
+        raise ValueError(f"damping={damping} and cutoff={cutoff} must not be negative")
     return host_blas.each(functools.partial(_root, damping=damping, cutoff=cutoff), R)
 
 
@@ -308,6 +313,8 @@ def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
     # Scaled to a mean eigenvalue of one, so that float32 holds every block alike.
     values, vectors = np.linalg.eigh((block / mean).astype(np.float32))
     values = np.maximum(values, 0.0)
+    if not damping:
+        cutoff = max(cutoff, len(values) * np.finfo(np.float32).eps * values[-1])
     with np.errstate(divide="ignore"):
         root = np.where(values < cutoff, 0.0, (values + damping) ** -0.5) / np.sqrt(mean)
     return ((vectors * root) @ vectors.T).astype(np.float32)

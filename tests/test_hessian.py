@@ -51,6 +51,16 @@ def test_inverse_root_is_finite_for_singular_and_vanishing_blocks():
     assert not hessian.inverse_root([np.zeros((3, 3))])[0].any()
 
 
+def test_without_damping_a_singular_block_has_a_pseudo_inverse():
+    rows = gradients(5)  # of 8 numbers: three directions that nothing is in
+    (root,) = hessian.inverse_root([rows.T @ rows / 5], damping=0.0)
+    expected = np.linalg.pinv((rows.T @ rows / 5).astype(np.float64), rcond=1e-6)
+    np.testing.assert_allclose(root @ root, expected, rtol=1e-3, atol=1e-3 * expected.max())
+    for wrong in (dict(damping=-1e-3), dict(cutoff=-1.0)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            hessian.inverse_root([np.eye(3)], **wrong)
+
+
 def spread(count=400, width=24, condition=1e3):
     """Gradients in whose R eigenvalues fall from 1 to 1/condition², about some common mean."""
     rng = np.random.default_rng(0)
@@ -178,6 +188,10 @@ def test_R_of_a_sample_of_a_source_is_that_of_the_rows_drawn():
     for block, s in zip(R.blocks, SLICES, strict=True):
         np.testing.assert_allclose(block, drawn[:, s].T @ drawn[:, s] / 50, rtol=1e-5)
     assert R.count == 50
+    # As many rows at a time as a step on the devices takes: none is mostly padding.
+    told = []
+    hessian.of_source(source, sample=200, seed=3, on_rows=told.append)
+    assert told == [200]
     with pytest.raises(ValueError, match="no gradients"):
         hessian.of_source(exact.InMemory(np.full((3, 8), np.inf, np.float32), SLICES))
 

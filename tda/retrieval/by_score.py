@@ -25,8 +25,9 @@ def rank(
     rows, kept = [], []
     ranks = {label: np.zeros(count, np.int64) for label in correct or {}}
     for q, scores_C in enumerate(scores):
-        rows.append(top(scores_C, k))
-        kept.append(scores_C[rows[-1]])
+        best = top(scores_C, k)
+        kept.append(scores_C[best])
+        rows.append(np.where(kept[-1] > -np.inf, best, -1))
         for label, lists in (correct or {}).items():
             right = lists[q][scores_C[lists[q]] > -np.inf]
             ranks[label][q] = first_rank(scores_C, right)

@@ -100,7 +100,15 @@ def search(
 
     Returns:
         What each method ranks, by its name.
+
+    Raises:
+        ValueError: there are no queries, or the gradient of one is not finite.
     """
+    if not len(gradients_QxE):
+        raise ValueError("there are no queries to search for")
+    bad = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
+    if len(bad):
+        raise ValueError(f"the gradient of query {bad[0]} (from 0) is not finite; leave it out")
     if source.rows > np.iinfo(np.int32).max:
         raise ValueError(f"{source.rows} rows are more than one search can number; search in parts")
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
@@ -338,10 +346,12 @@ class _Pairs:
     """
 
     def __init__(self, lists: list[np.ndarray], each: int):
-        rows = np.concatenate([np.asarray(r, np.int64) for r in lists] or [np.zeros(0, np.int64)])
+        # A row that is named twice is one correct row.
+        lists = [np.unique(np.asarray(r, np.int64)) for r in lists]
+        rows = np.concatenate([*lists, np.zeros(0, np.int64)])
         queries = np.repeat(np.arange(len(lists)), [len(r) for r in lists])
         order = np.argsort(rows, kind="stable")
-        self.rows, self.queries = rows[order].astype(np.int64), queries[order].astype(np.int32)
+        self.rows, self.queries = rows[order], queries[order].astype(np.int32)
         self._each = each
         ends = np.searchsorted(self.rows, self.rows + each)
         self._most = int((ends - np.arange(len(ends))).max(initial=1))

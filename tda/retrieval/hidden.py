@@ -40,6 +40,7 @@ class Pooler:
                 "its hidden states cannot be compared"
             )
         self._pad, self.width = pad, None
+        self._most = getattr(model, "max_positions", 0) or np.iinfo(np.int64).max
         graphdef, self._state = nnx.split(model)
 
         @functools.partial(jax.jit, static_argnames="layer")
@@ -48,7 +49,7 @@ class Pooler:
             if layer == "last":
                 h_BxTxD = own.hidden(tokens_BxT)
             else:
-                h_BxTxD = own.residual_stream(tokens_BxT, own.layer_count // 2)
+                h_BxTxD = own.residual_stream(tokens_BxT, max(1, own.layer_count // 2))
             counted_BxT = jnp.all(tokens_BxT[..., None] != jnp.asarray(without), axis=-1)
             total_BxD = jnp.einsum(
                 "btd,bt->bd", h_BxTxD.astype(jnp.float32), counted_BxT.astype(jnp.float32)
@@ -69,21 +70,23 @@ class Pooler:
     ) -> np.ndarray:
         """Representations of some rows of a table, float32 [R, D] in the order of `rows`.
 
-        Every token is read, the last one too, which the model only ever predicts in training.
+        Every token is read that the model has a position for, the last one too, which it only ever
+        predicts in training.
         """
         rows = np.asarray(rows, np.int64)
         # One position more than in training: the last token.
-        lengths = (*bucket_lengths, bucket_lengths[-1] + 1)
-        planned = batching.plan(table.lengths[rows], lengths, tokens_per_batch)
+        lengths = tuple(min(n, self._most) for n in (*bucket_lengths, bucket_lengths[-1] + 1))
+        read = np.minimum(table.lengths[rows], self._most)
+        planned = batching.plan(read, tuple(dict.fromkeys(lengths)), tokens_per_batch)
         out = np.empty((len(rows), self.width), np.float32)
         for i in range(len(planned)):
             local = planned.order[planned.starts[i] : planned.starts[i + 1]]
             tokens_BxT = np.full(
                 (int(planned.sizes[i]), int(planned.lengths[i])), self._pad, np.int32
             )
-            for j, row in enumerate(rows[local]):
-                begin, end = table.starts[row], table.starts[row + 1]
-                tokens_BxT[j, : end - begin] = table.tokens[begin:end]
+            for j, (row, length) in enumerate(zip(rows[local], read[local], strict=True)):
+                begin = table.starts[row]
+                tokens_BxT[j, :length] = table.tokens[begin : begin + length]
             out[local] = np.asarray(self._pooled(self._state, tokens_BxT))[: len(local)]
             on_rows(len(local))
         return out

@@ -74,8 +74,10 @@ def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
     """
     if not len(correct):
         return 0
-    best = scores_C[correct].max()
-    return 1 + int((scores_C >= best).sum() - (scores_C[correct] >= best).sum())
+    # A row that is named twice is one correct row.
+    right = scores_C[np.unique(correct)]
+    best = right.max()
+    return 1 + int((scores_C >= best).sum() - (right >= best).sum())
 
 
 def top(scores_C: np.ndarray, k: int) -> np.ndarray:

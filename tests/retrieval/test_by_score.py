@@ -19,6 +19,11 @@ def test_ranks_and_rows_are_those_of_the_scores():
     assert found.opponents.shape == (2, 0)
 
 
+def test_what_is_never_retrieved_is_no_passage():
+    found = by_score.rank([np.array([1.0, -np.inf, 2]), np.full(3, -np.inf)], 2, 3)
+    np.testing.assert_array_equal(found.proponents, [[2, 0, -1], [-1, -1, -1]])
+
+
 def test_a_score_of_all_alike_finds_nothing_first():
     found = by_score.rank([np.ones(50)], 1, 10, {"all": [np.array([0, 1])]})
     assert found.first_ranks["all"][0] == 49

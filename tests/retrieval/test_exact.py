@@ -143,6 +143,33 @@ def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
     assert (found.first_ranks["all"] == 96).all()  # behind the 95 that are not correct
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_row_that_labels_name_twice_counts_once(data, devices):
+    queries, passages = data
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    once = [np.array([q, 90]) for q in range(5)]
+    twice = [np.array([90, q, q, 90]) for q in range(5)]
+    found = exact.search(
+        queries,
+        source(passages),
+        {"a": exact.Scorer(None, False)},
+        3,
+        {"once": once, "twice": twice},
+        mesh,
+    )["a"].first_ranks
+    np.testing.assert_array_equal(found["twice"], found["once"])
+    assert ranked.first_rank(np.array([3.0, 2, 1]), np.array([1, 1])) == 2
+
+
+def test_queries_that_have_no_ranking_are_refused(data):
+    queries, passages = data
+    with pytest.raises(ValueError, match="no queries"):
+        exact.search(queries[:0], source(passages), {"a": exact.Scorer(None, False)})
+    queries[3, 2] = np.nan
+    with pytest.raises(ValueError, match=r"query 3 \(from 0\) is not finite"):
+        exact.search(queries, source(passages), {"a": exact.Scorer(None, False)})
+
+
 def test_a_zero_gradient_scores_zero_and_not_nan(data):
     queries, passages = data
     passages = passages.copy()
