@@ -69,14 +69,20 @@ class GradientStore:
         Raises:
             IndexError: there is no such row.
         """
-        numbers = np.asarray(numbers, np.int64)
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.rows:
-            raise IndexError(f"{self.path} has rows 0 to {self.rows - 1}; one asked for is not")
+        numbers = self._checked(numbers)
         out: list = [None] * len(numbers)
         for segment, at, local in self._split(numbers):
             for i, passage in zip(at, segment.passages.read(local), strict=True):
                 out[i] = passage
         return out
+
+    def _checked(self, numbers) -> np.ndarray:
+        """Numbers of rows, int64; an IndexError where there is no such row."""
+        numbers = np.asarray(numbers, np.int64)
+        outside = numbers[(numbers < 0) | (numbers >= self.rows)]
+        if len(outside):
+            raise IndexError(f"{self.path} has rows 0 to {self.rows - 1}, not {outside[0]}")
+        return numbers
 
     def row_of(self, name: str) -> int:
         """The row of the passage with this id, withdrawn or not.
@@ -104,25 +110,27 @@ class GradientStore:
         """Withdraws passages: from now on they take no part in R and are never retrieved.
 
         Their gradients stay on disk until the store is removed. Of several processes the first
-        writes it down.
+        writes it down. What others withdrew stays withdrawn, even where two do it at once; stores
+        that are open elsewhere keep the list that they have read.
 
         Args:
             ids: of passages.
             documents: whose passages are all withdrawn.
 
         Returns:
-            How many rows were withdrawn that had not been before.
+            How many rows were withdrawn that had not been before, by anybody.
 
         Raises:
             StoreError: there is no such passage or document; nothing is withdrawn then.
         """
-        before = len(self.withdrawn)
-        processes.by_first("withdraw passages", lambda: self._withdraw(ids, documents))
-        del self.withdrawn
-        return len(self.withdrawn) - before
+        more = processes.by_first("withdraw passages", lambda: self._withdraw(ids, documents))
+        # It is read again when it is asked for.
+        self.__dict__.pop("withdrawn", None)
+        return more
 
-    def _withdraw(self, ids, documents) -> None:
-        numbers, absent = set(self.withdrawn.tolist()), []
+    def _withdraw(self, ids, documents) -> int:
+        """Writes it down; returns how many rows were not there before."""
+        numbers, absent, more = set(), [], 0
         for name in ids:
             try:
                 numbers.add(self.row_of(name))
@@ -135,7 +143,15 @@ class GradientStore:
                 absent.append(f"document {name!r}")
         if absent:
             raise StoreError(f"{self.path} has no {', no '.join(absent[:5])}; nothing is withdrawn")
-        self.location.write_json("withdrawn.json", {"rows": sorted(numbers)})
+
+        def joined(there):
+            nonlocal more
+            before = set(there["rows"] if there else [])
+            more = len(numbers - before)
+            return {"rows": sorted(numbers | before)}
+
+        self.location.update_json("withdrawn.json", joined)
+        return more
 
     def shards(self) -> list[slice]:
         """The rows of every shard."""
@@ -200,11 +216,12 @@ class GradientStore:
         A row that holds no finite gradient, or was withdrawn, is infinite throughout.
 
         Raises:
+            IndexError: there is no such row.
             StoreError: a row is not written, or a checksum is wrong.
         """
         if isinstance(numbers, slice):
             numbers = np.arange(self.rows)[numbers]
-        numbers = np.asarray(numbers, np.int64)
+        numbers = self._checked(numbers)
         out = np.empty((len(numbers), self.width), np.float32)
         for segment, at, local in self._split(numbers):
             out[at] = self._advised(segment.read, local).decoded(self.form.widths)
@@ -290,7 +307,10 @@ class GradientStore:
         return out
 
     def remove_passages(self, file: str) -> None:
-        """Removes what `damaged_passages` named: making the store again writes it again."""
+        """Removes what `damaged_passages` named.
+
+        Making the store again writes it again; for passages that were appended, appending them.
+        """
         number, _, name = file.partition("/")
         self._segments[int(number)].passages.remove(name)
 

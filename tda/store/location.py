@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import urllib.parse
+from collections.abc import Callable
+from typing import Any
 
 import tensorstore as ts
 
@@ -54,27 +56,24 @@ class Location:
 
     def read(self, name: str) -> bytes | None:
         """A file's contents, or None where there is no such file."""
-        found = self._call(f"read {name}", lambda files: files.read(name))
-        return found.value if found.state == "value" else None
+        return _contents(self._read(name))
 
     def write(self, name: str, contents: bytes) -> None:
         """Writes a file."""
-        self._call(f"write {name}", lambda files: files.write(name, contents))
+        self._write(name, contents)
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
         self._call(f"remove {name}", lambda files: files.write(name, None))
-
-    def clear(self) -> None:
-        """Removes every file below."""
-        self._call("remove files", lambda files: files.delete_range(ts.KvStore.KeyRange()))
 
     def names(self, folder: str = "") -> list[str]:
         """The files below a folder, each with the folder before its name."""
         prefix = f"{folder}/" if folder else ""
         within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
         found = self._call("list files", lambda files: files.list(within))
-        return sorted(k.decode() for k in found)
+        # An object whose name ends in "/" stands for an empty folder.
+        found = [k for k in found if k.rpartition(b"/")[2]]
+        return sorted(k.decode(errors="backslashreplace") for k in found)
 
     def read_json(self, name: str):
         """A JSON file's value, or None where there is no such file.
@@ -82,21 +81,58 @@ class Location:
         Raises:
             StoreError: it is not JSON.
         """
-        contents = self.read(name)
+        return self._value(name, self.read(name))
+
+    def write_json(self, name: str, value) -> None:
+        """Writes a value as JSON."""
+        self.write(name, _as_json(value))
+
+    def update_json(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Writes a JSON file that follows from what it was; of two processes none is overwritten.
+
+        Args:
+            name: of the file.
+            change: from its value, or None where there is no such file, to the new one; called
+                again where another process wrote the file meanwhile.
+
+        Raises:
+            StoreError: it is not JSON.
+        """
+        written = False
+        while not written:
+            found = self._read(name)
+            value = change(self._value(name, _contents(found)))
+            # Without a generation it was not written: the file is no longer what was read.
+            written = bool(self._write(name, _as_json(value), found.stamp.generation).generation)
+
+    def _value(self, name: str, contents: bytes | None):
         try:
             return None if contents is None else json.loads(contents)
         except ValueError as error:
             raise StoreError(f"{self.name}/{name} is not JSON: {error}") from error
 
-    def write_json(self, name: str, value) -> None:
-        """Writes a value as JSON."""
-        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    def _read(self, name: str) -> ts.KvStore.ReadResult:
+        return self._call(f"read {name}", lambda files: files.read(name))
+
+    def _write(self, name: str, contents: bytes, only_over: bytes | None = None):
+        """Writes a file, `only_over` the one of that generation if it is given."""
+        return self._call(
+            f"write {name}", lambda files: files.write(name, contents, if_equal=only_over)
+        )
 
     def _call(self, what: str, call):
         try:
             return call(self._open()).result()
         except (ValueError, OSError) as error:
             raise StoreError(f"{self.name}: cannot {what}: {error}") from error
+
+
+def _contents(found: ts.KvStore.ReadResult) -> bytes | None:
+    return found.value if found.state == "value" else None
+
+
+def _as_json(value) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _region() -> str:

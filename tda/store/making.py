@@ -28,7 +28,8 @@ def create(
     Of several processes the first makes it, and the others open it when it is there.
 
     Args:
-        path: a directory, local or `gs://`, `s3://`.
+        path: a directory, local or `gs://`, `s3://`: empty or absent, or a store's. Nothing is
+            removed from it but what a killed creation left.
         ids: of the rows.
         blocks: name and width of each block of a row, in order.
         fingerprint: JSON values that say what the rows were made with.
@@ -40,8 +41,8 @@ def create(
         corpus: a JSON value that says what text the rows are of.
 
     Raises:
-        StoreError: another store is there, the corpus is empty, two ids are the same, or the
-            directory is not writable.
+        StoreError: another store is there, or anything else; the corpus is empty, two ids are the
+            same, or the directory is not writable.
     """
     if not len(ids):
         raise StoreError("there are no rows to store: the corpus is empty")
@@ -62,7 +63,12 @@ def create(
 
     def make():
         if location.read("manifest.json") is None:
-            location.clear()
+            if other := _cleared(location, "", "0"):
+                raise StoreError(
+                    f"{location.name} is not empty and is no store: it has {other} and no "
+                    "manifest.json. Nothing was removed; choose another directory, or move away "
+                    "what is in it"
+                )
             segment.make(location / "0", form, described, ids, documents, texts)
             # The manifest comes last: a directory without one is not a store yet.
             location.write_json("manifest.json", manifest)
@@ -88,7 +94,8 @@ def append(
 ) -> GradientStore:
     """Adds rows behind those of a store, which are not touched; the new shards are missing then.
 
-    Where these rows were appended before, nothing is added: a killed run goes on.
+    Where these rows were appended before, nothing is added, and files of their passages that lack
+    are written again: a killed run goes on.
 
     Args:
         path: the store.
@@ -96,7 +103,8 @@ def append(
         fingerprint: what the new rows are made with: the same as the store's.
 
     Raises:
-        StoreError: the fingerprint differs, an id is in the store already, or there are no rows.
+        StoreError: the fingerprint differs, an id is in the store already, there are no rows, or
+            where they belong there is something else.
     """
     if not len(ids):
         raise StoreError("there are no rows to append")
@@ -107,18 +115,46 @@ def append(
         segments = store.manifest["segments"]
         described = segment.about(store.form, ids, documents, shard_bytes, corpus)
         if described in segments[1:]:
+            number = segments.index(described, 1)
+            passages.write(store.location / str(number), ids, documents, texts)
             return
         for name in ids:
             if _has(store, name):
                 raise StoreError(f"{store.path} has a passage {name!r} already")
-        there = store.location / str(len(segments))
-        there.clear()
+        number = str(len(segments))
+        if other := _cleared(store.location, number, number):
+            raise StoreError(
+                f"{store.path} cannot be appended to: the new rows belong in {number}/, and "
+                f"{other} is no file of theirs. Nothing was removed; move away what is in {number}/"
+            )
+        there = store.location / number
         segment.make(there, store.form, described, ids, documents, texts)
         longer = store.manifest | {"segments": [*segments, described]}
         store.location.write_json("manifest.json", longer)
 
     processes.by_first(f"append to the store {path}", make)
     return open_store(path)
+
+
+def _cleared(location: Location, folder: str, number: str) -> str | None:
+    """Removes what a killed run left of the segment of that number, where there is nothing else.
+
+    Args:
+        location: of the store.
+        folder: where nothing else may be; "" of all of the store.
+        number: of the segment, one that no manifest names.
+
+    Returns:
+        None, or a file that is something else; nothing is removed then.
+    """
+    names, start = location.names(folder), f"{number}/"
+    for name in names:
+        if not (name.startswith(start) and segment.is_made(name.removeprefix(start))):
+            return name
+    # One by one, and not the directory: what another puts there meanwhile stays.
+    for name in names:
+        location.remove(name)
+    return None
 
 
 def _has(store: GradientStore, name: str) -> bool:

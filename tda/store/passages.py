@@ -78,6 +78,10 @@ def write(
             bar.update()
 
 
+def _missing(folder: Location, name: str) -> str:
+    return f"{folder.name}/{name} is missing; make the store, or append these passages, again"
+
+
 def _files(count: int) -> int:
     return math.ceil(count / FILE_ROWS)
 
@@ -157,14 +161,14 @@ class Passages:
         folder, name = self._location / "passages", _file_name(number)
         if folder.path is not None:
             if not (folder.path / name).exists():
-                raise StoreError(f"{folder.name}/{name} is missing; make the store again")
+                raise StoreError(_missing(folder, name))
             return folder.path / name
         if self._fetched is None:
             self._fetched = pathlib.Path(tempfile.mkdtemp(prefix="passages-"))
             weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
         contents = folder.read(name)
         if contents is None:
-            raise StoreError(f"{folder.name}/{name} is missing; make the store again")
+            raise StoreError(_missing(folder, name))
         (self._fetched / name).write_bytes(contents)
         return self._fetched / name
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -80,6 +81,19 @@ def make(location: Location, form: Form, described: dict, ids, documents, texts)
     passages.write(location, ids, documents, texts)
     for name in form.arrays:
         _open_array(location, form, described, name, create=True)
+
+
+# All files that `make` writes: what else there is, it did not.
+_MADE = re.compile(
+    r"(ids|documents)/(hashes|rows)/(zarr\.json|c/\d+)"
+    r"|passages/\d+\.array_record(\.part)?"
+    r"|(gradients|scales)/zarr\.json"
+)
+
+
+def is_made(file: str) -> bool:
+    """Whether a file, named by its path below a segment, is one that `make` writes."""
+    return _MADE.fullmatch(file) is not None
 
 
 class Segment:
@@ -226,7 +240,10 @@ class Segment:
         values = raw.view(dtype).reshape(-1, self.form.width)[: span.stop - span.start]
         scales = None
         if "scales" in self._arrays:
-            scales = self._arrays["scales"][index].read().result()
+            try:
+                scales = self._arrays["scales"][index].read().result()
+            except (ValueError, OSError) as error:
+                raise StoreError(f"{self.location.name}/scales is damaged: {error}") from error
         return self._checked(values, scales)
 
     def _checked(self, values: np.ndarray, scales: np.ndarray | None) -> Rows:

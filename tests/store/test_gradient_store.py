@@ -1,12 +1,14 @@
 """The gradient store: round trips, refusals, kills."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import zarr
 
 from tda import store as stores
+from tda.store import location, passages, segment
 
 BLOCKS = {"0/attention": 4, "0/mlp": 4}
 MADE = {"checkpoint": "a", "projection": {"seed": 0, "side": 2}}
@@ -59,6 +61,16 @@ def test_bfloat16_rounds_to_eight_bits(tmp_path):
     store = filled(tmp_path / "s", data, dtype="bfloat16")
     error = np.abs(store.read(slice(0, 10)) - data) / np.abs(data)
     assert 0 < error.max() <= 2**-8
+
+
+@pytest.mark.parametrize("absent", [-1, 10, 99])
+def test_a_row_that_does_not_exist_is_an_error_and_not_what_lay_in_memory(tmp_path, absent):
+    store = filled(tmp_path / "s", rows())
+    with pytest.raises(IndexError, match=f"rows 0 to 9, not {absent}"):
+        store.read([0, absent, 2])
+    with pytest.raises(IndexError, match=f"rows 0 to 9, not {absent}"):
+        store.passages([0, absent, 2])
+    assert store.read([]).shape == store.read(slice(10, 20)).shape == (0, 8)
 
 
 def test_plain_zarr_opens_it(tmp_path):
@@ -132,6 +144,130 @@ def test_refusals(tmp_path):
         stores.open_store(tmp_path / "s")
 
 
+@pytest.mark.parametrize("folder", [".", "0", "0/ids/hashes"])
+@pytest.mark.parametrize("name", ["thesis.txt", "sub/results.npy", "c.0.0", "zarr.json.bak"])
+def test_what_no_store_wrote_is_never_removed(tmp_path, folder, name):
+    """Guards: a directory that is named by mistake, and emptied."""
+    mine = tmp_path / folder / name
+    left = tmp_path / "0" / "ids" / "hashes" / "zarr.json"  # as by a killed creation
+    for file in (mine, left):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(stores.StoreError, match="is not empty and is no store.*choose another dir"):
+        stores.create(tmp_path, ["a", "b"], {"b": 4}, {})
+    assert contents(tmp_path) == before
+
+
+def test_a_store_that_lost_its_manifest_keeps_its_gradients(tmp_path):
+    filled(tmp_path / "s", rows())
+    (tmp_path / "s" / "manifest.json").unlink()
+    before = contents(tmp_path / "s")
+    with pytest.raises(stores.StoreError, match=r"no store: it has 0/gradients/c\.0\.0 and no man"):
+        filled(tmp_path / "s", rows())
+    assert contents(tmp_path / "s") == before
+
+
+def test_an_empty_directory_becomes_a_store(tmp_path):
+    (tmp_path / "s" / "0" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    filled(tmp_path / "link", rows())
+    np.testing.assert_array_equal(stores.open_store(tmp_path / "s").read(slice(0, 10)), rows())
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Makes the process die, so to say, after that many steps of making a store."""
+    left = 0
+
+    def step(owner, name):
+        original = getattr(owner, name)
+
+        def call(*arguments, **keywords):
+            nonlocal left
+            out = original(*arguments, **keywords)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return out
+
+        monkeypatch.setattr(owner, name, call)
+
+    # `rename` follows a record file that is written but has another name still.
+    for owner, name in [
+        (passages, "_open_index"),
+        (passages, "ArrayRecordWriter"),
+        (pathlib.Path, "rename"),
+        (segment, "_open_array"),
+        (location.Location, "write"),
+        (location.Location, "remove"),
+    ]:
+        step(owner, name)
+
+    def kill_after(steps):
+        nonlocal left
+        left = steps
+
+    return kill_after
+
+
+def test_what_a_killed_creation_left_makes_room_for_another_store(tmp_path, kill_after):
+    """Killed after every step; then the clearing is killed too; or something is put beside it."""
+
+    def make(path, ids="abcd", documents="xxyy"):
+        documents = list(documents)
+        return stores.create(path, list(ids), BLOCKS, MADE, "int8", documents=documents)
+
+    make(tmp_path / "whole", "efg", "efg")
+    whole, last = contents(tmp_path / "whole"), 9
+    for steps in range(1, last + 1):
+        path = tmp_path / str(steps)
+        kill_after(steps)
+        with pytest.raises(Killed):
+            make(path)
+        if steps == last:  # the manifest, with which it is a store
+            assert stores.open_store(path).ids == list("abcd")
+            continue
+        kill_after(0)
+        left = contents(path)
+        assert left
+        (path / "0" / "notes.txt").write_text("mine")
+        with pytest.raises(stores.StoreError, match="it has 0/notes.txt"):
+            make(path, "efg", "efg")
+        (path / "0" / "notes.txt").unlink()
+        assert contents(path) == left
+        kill_after(1)
+        with pytest.raises(Killed):
+            make(path, "efg", "efg")
+        assert len(contents(path)) == len(left) - 1
+        kill_after(0)
+        make(path, "efg", "efg")
+        assert contents(path) == whole
+
+
+def test_what_a_killed_append_left_makes_room_for_other_rows(tmp_path, kill_after):
+    def make(path, steps):
+        filled(path, rows())
+        kill_after(steps)
+        stores.append(path, ["a", "b"], MADE, documents=["x", "x"], texts=["1", "2"])
+
+    filled(tmp_path / "whole", rows())
+    stores.append(tmp_path / "whole", ["c"], MADE)
+    # The first three open what is there; the eleventh writes the manifest.
+    for steps in range(4, 11):
+        path = tmp_path / str(steps)
+        with pytest.raises(Killed):
+            make(path, steps)
+        kill_after(0)
+        assert (path / "1").exists() and stores.open_store(path).rows == 10
+        stores.append(path, ["c"], MADE)
+        assert contents(path) == contents(tmp_path / "whole")
+
+
 def test_int8_keeps_scales_beside_the_values(tmp_path):
     data = rows()
     store = filled(tmp_path / "s", data, dtype="int8")
@@ -184,8 +320,6 @@ def test_passages_are_found_by_row_by_id_and_by_document(tmp_path):
 
 def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
     """Of many rows one record is read, and a small part of the index."""
-    from tda.store import passages
-
     monkeypatch.setattr(passages, "FILE_ROWS", 4096)
     count = 200_000
     ids = [f"id{i}" for i in range(count)]
@@ -216,8 +350,6 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
 
 
 def test_names_with_the_same_hash_are_told_apart(tmp_path, monkeypatch):
-    from tda.store import passages
-
     monkeypatch.setattr(passages, "_hash", lambda name: len(name))
     ids = ["a", "b", "cc", "dd", "e"]
     store = stores.create(tmp_path / "s", ids, BLOCKS, MADE)
@@ -271,6 +403,14 @@ def test_what_may_not_be_appended(tmp_path):
     with pytest.raises(stores.StoreError, match="no rows"):
         stores.append(tmp_path / "s", [], MADE)
     assert stores.open_store(tmp_path / "s").rows == 10
+    mine = tmp_path / "s" / "1" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(stores.StoreError, match="1/notes.txt is no file of theirs.*move away"):
+        stores.append(tmp_path / "s", ["q"], MADE)
+    assert mine.read_text() == "mine" and stores.open_store(tmp_path / "s").rows == 10
+    mine.unlink()
+    assert stores.append(tmp_path / "s", ["q"], MADE).rows == 11
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -299,6 +439,42 @@ def test_withdrawn_passages_count_for_nothing(tmp_path, dtype):
     assert stores.open_store(tmp_path / "s").withdrawn.tolist() == [1, 8, 9]
 
 
+def test_withdrawals_of_stores_that_are_open_are_all_kept(tmp_path):
+    """Guards: a passage that is retrieved again, for another store had read the list before."""
+    filled(tmp_path / "s", rows())
+    one, two = (stores.open_store(tmp_path / "s") for _ in range(2))
+    one.read([0])
+    assert two.withdraw(ids=["p1", "p3"]) == 2
+    assert one.withdraw(ids=["p2", "p3"]) == 1
+    for store in (one, stores.open_store(tmp_path / "s")):
+        assert store.withdrawn.tolist() == [1, 2, 3]
+        assert np.flatnonzero(~stores.valid(store.read(range(5)))).tolist() == [1, 2, 3]
+    # A store keeps the list that it has read.
+    assert two.withdrawn.tolist() == [1, 2, 3] and one.withdraw(ids=["p9"]) == 1
+    assert two.withdrawn.tolist() == [1, 2, 3]
+
+
+def test_of_two_withdrawals_at_the_same_time_none_is_lost(tmp_path, monkeypatch):
+    """The other writes after the list was read, and before it is written."""
+    filled(tmp_path / "s", rows())
+    one, two = (stores.open_store(tmp_path / "s") for _ in range(2))
+    update, others = location.Location.update_json, ["p1", "p7"]
+
+    def overtaken(self, name, change):
+        def changed(there):
+            out = change(there)
+            if others:
+                monkeypatch.setattr(location.Location, "update_json", update)
+                two.withdraw(ids=[others.pop()])
+            return out
+
+        update(self, name, changed)
+
+    monkeypatch.setattr(location.Location, "update_json", overtaken)
+    assert one.withdraw(ids=["p0"]) == 1
+    assert others == [] and stores.open_store(tmp_path / "s").withdrawn.tolist() == [0, 1, 7]
+
+
 def test_a_damaged_shard_is_named_and_can_be_removed(tmp_path):
     store = filled(tmp_path / "s", rows())
     shard = tmp_path / "s" / "0" / "gradients" / "c.1.0"
@@ -312,6 +488,52 @@ def test_a_damaged_shard_is_named_and_can_be_removed(tmp_path):
     assert store.missing() == [1] and store.damage(1) is None
     store.write(1, rows()[4:8])
     np.testing.assert_array_equal(store.read(slice(0, 10)), rows())
+
+
+@pytest.mark.parametrize("at", [0, -1, -20, "cut", "empty"])
+def test_damaged_scales_are_named_and_can_be_removed(tmp_path, at):
+    store = filled(tmp_path / "s", rows(), dtype="int8")
+    data = store.read(slice(0, 10))
+    file = tmp_path / "s" / "0" / "scales" / "c.1.0"
+    raw = bytearray(file.read_bytes())
+    if at in ("cut", "empty"):
+        raw = raw[:-10] if at == "cut" else bytearray()
+    else:
+        raw[at] ^= 1
+    file.write_bytes(raw)
+    assert [bool(store.damage(i)) for i in range(3)] == [False, True, False]
+    assert "scales" in store.damage(1)
+    with pytest.raises(stores.StoreError, match="scales is damaged.*store verify"):
+        list(store.scan(4))
+    with pytest.raises(stores.StoreError, match="damaged.*store verify"):
+        store.read([5])
+    store.remove(1)
+    assert store.missing() == [1] and store.damage(1) is None
+    store.write(1, rows()[4:8])
+    np.testing.assert_array_equal(store.read(slice(0, 10)), data)
+
+
+def test_damaged_passages_that_were_appended_are_written_again(tmp_path):
+    filled(tmp_path / "s", rows())
+    append = lambda names: stores.append(  # noqa: E731
+        tmp_path / "s", list(names), MADE, documents=["x"] * len(names), texts=list(names)
+    )
+    for names in ("ab", "cde"):
+        store = append(names)
+        for i in store.missing():
+            store.write(i, rows(len(names)))
+    before = contents(tmp_path / "s")
+    damaged = ["2/documents", "2/ids", "2/passages/000000.array_record"]
+    for name in damaged:
+        store.remove_passages(name)
+    found = stores.open_store(tmp_path / "s")
+    with pytest.raises(stores.StoreError, match="is missing; make the store, or append these pass"):
+        found.passages([12])
+    assert found.missing() == []
+    again = append("cde")
+    assert contents(tmp_path / "s") == before
+    assert again.passages([12, 14])[1].text == "e" and again.damaged_passages() == {}
+    assert again.row_of("d") == 13 and again.rows_of_document("x") == [10, 11, 12, 13, 14]
 
 
 def test_damaged_passages_are_named_and_written_again(tmp_path):
@@ -356,8 +578,6 @@ def test_parts_of_a_scan_are_disjoint_and_whole(tmp_path):
 def test_opening_reads_no_rows_of_a_large_store(tmp_path, monkeypatch):
     """Guards: a store that takes its whole corpus to be opened."""
     filled(tmp_path / "s", rows())
-    from tda.store import passages
-
     monkeypatch.setattr(passages.Passages, "read", None)
     monkeypatch.setattr(stores.GradientStore, "scan", None)
     store = stores.open_store(tmp_path / "s", MADE)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tda import store as stores
+from tda.store.location import Location
 
 BLOCKS = {"a": 4, "b": 4}
 
@@ -77,6 +78,9 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         _, query = self._asked()
+        there = self.objects.get(query["name"], (0, b""))[0]
+        if int(query.get("ifGenerationMatch", there)) != there:
+            return self._answer(412)
         generation = 1 + max((g for g, _ in self.objects.values()), default=0)
         self.objects[query["name"]] = generation, body
         told = {"name": query["name"], "generation": str(generation)}
@@ -142,3 +146,46 @@ def test_a_store_in_object_storage_is_one_on_disk(request, tmp_path, where, dtyp
     assert "damaged" in remote.damage(0)
     remote.remove(0)
     assert remote.missing() == [0]
+
+
+@pytest.mark.parametrize("where", ["s3", "gs"])
+def test_only_what_a_killed_creation_left_is_removed_from_a_bucket(request, where):
+    """Guards: a folder of a bucket that is named by mistake, and emptied."""
+    address = request.getfixturevalue(where)
+    mine = Location(f"{address}/mine")
+    for name in ("thesis.txt", "sub/results.npy", "0/ids/rows/zarr.json"):
+        mine.write(name, b"mine")
+    before = mine.names()
+    assert len(before) == 3
+    with pytest.raises(stores.StoreError, match="is no store: it has sub/results.npy.*choose anot"):
+        stores.create(mine.name, ["a", "b"], BLOCKS, {})
+    assert mine.names() == before
+    left = Location(f"{address}/left")
+    # The first two stand for folders, as consoles make them.
+    for name in ("", "0/", "0/documents/rows/c/0", "0/passages/000000.array_record"):
+        left.write(name, b"")
+    store = stores.create(left.name, ["a", "b"], BLOCKS, {})
+    assert [p.id for p in store.passages([0, 1])] == ["a", "b"]
+    assert not [n for n in left.names() if "documents" in n]
+
+
+@pytest.mark.parametrize("where", ["s3", "gs"])
+def test_withdrawals_in_a_bucket_are_all_kept(request, where):
+    """One store has read the list before another wrote it; then one writes between."""
+    address = request.getfixturevalue(where) + "/withdrawn"
+    one = stores.create(address, ["a", "b", "c", "d"], BLOCKS, {})
+    two = stores.open_store(address)
+    assert len(one.withdrawn) == 0
+    assert two.withdraw(ids=["a"]) == 1 and one.withdraw(ids=["a", "b"]) == 1
+    assert one.withdrawn.tolist() == [0, 1]
+    asked = []
+
+    def joined(there):
+        asked.append(there["rows"])
+        if len(asked) == 1:
+            two.withdraw(ids=["d"])
+        return {"rows": sorted({*there["rows"], 2})}
+
+    one.location.update_json("withdrawn.json", joined)
+    assert asked == [[0, 1], [0, 1, 3]]
+    assert stores.open_store(address).withdrawn.tolist() == [0, 1, 2, 3]
