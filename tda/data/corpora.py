@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from tda.data import jsonl
+from tda.data.records import half_character
 
 KINDS = ("jsonl", "parquet", "datasets", "texts", "tfds")
 # What a corpus may call a document's id, the most telling first.
@@ -27,6 +28,8 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".txt": "texts",
 }
+# What `tfds.builder` takes: a name, and maybe a config and a version.
+_TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 
 class CorpusError(ValueError):
@@ -58,7 +61,8 @@ def documents(
     """Streams the documents of a corpus, in its own order.
 
     Args:
-        where: a file, a glob pattern, a directory, or the name of a TFDS dataset such as "c4/en".
+        where: a file, a glob pattern, a directory, or the name of a TFDS dataset such as "c4/en" or
+            "c4/en:3.0.1".
         kind: "jsonl" (plain or gzipped), "parquet", "datasets" (what `Dataset.save_to_disk` wrote),
             "texts" (every .txt file of a directory is a document) or "tfds"; by default it is
             found by the files' names.
@@ -70,7 +74,8 @@ def documents(
 
     Raises:
         FileNotFoundError: there is nothing of that name.
-        CorpusError: an unknown kind, a field that is not there, or a package that is not.
+        CorpusError: an unknown kind, a field that is not there or no Unicode, or a package that
+            is not there.
         tda.data.records.RecordError: a line is not JSON.
     """
     if kind is None:
@@ -148,9 +153,19 @@ def _kind(where) -> str:
             return kind
     if path.exists() or glob.glob(name):
         raise CorpusError(f"{where}: what kind of corpus is it? give kind={' or '.join(KINDS)}")
-    if path.is_absolute() or name.startswith(".") or path.suffix:
+    if path.is_absolute() or name.startswith(".") or (path.suffix and not _names_tfds(name)):
         raise FileNotFoundError(f"{where}: no such corpus")
     return "tfds"
+
+
+def _names_tfds(name: str) -> bool:
+    """Whether a name with a dot is that of a TFDS dataset, and not of a file that is not there."""
+    found = _TFDS.fullmatch(name)
+    if found is None:
+        return False
+    dataset, config, version = found[1], found[2], found[3]
+    # A config may have a dot ("wikipedia/20220301.en"); so may a file in a directory.
+    return version is not None or (config is not None and not os.path.isdir(dataset))
 
 
 def _document(record, where: str, text_field: str, id_field: str | None) -> Document:
@@ -169,6 +184,9 @@ def _document(record, where: str, text_field: str, id_field: str | None) -> Docu
     name = id_field or next((f for f in _IDS if record.get(f) is not None), None)
     found = where if name is None else record[name]
     found = found.decode("utf-8") if isinstance(found, bytes) else str(found)
+    for field, value in ((text_field, text), (name, found)):
+        if field is not None and (half := half_character(value)):
+            raise CorpusError(f"{where}: field {field!r} has {half}")
     return Document(found, text)
 
 

@@ -72,7 +72,8 @@ def clean_pool(
 
     A clean fact has no repetition between subject and object, one object for its subject and
     relation, and at least one passage by the strict labels of `relevant_passages`. What a fact
-    doesn't say of itself (`is_repetition`, `n_objects_same_subject`) is worked out from all facts.
+    doesn't say of itself is worked out: `is_repetition` from its names, one of which holds the
+    other, `n_objects_same_subject` from all facts.
 
     Args:
         facts: All facts of the corpus.
@@ -101,7 +102,8 @@ def clean_pool(
             n_objects = len(objects[fact.entity0_uri, fact.predicate_uri])
         repeats = fact.is_repetition
         if repeats is None:
-            repeats = fact.entity1.casefold() in fact.entity0.casefold()
+            subject, target = fact.entity0.casefold(), fact.entity1.casefold()
+            repeats = target in subject or subject in target
         return (
             not repeats
             and n_objects == 1

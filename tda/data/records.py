@@ -121,6 +121,21 @@ class Fact:
         return prompts[i]
 
 
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that has a lone surrogate, and what to do; None where it has none.
+
+    JSON can write one ("\\ud83d"), but it is no Unicode: no tokenizer and no file takes it.
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x} at {error.start}"
+        return f"half a character, {found} (a lone surrogate); replace it, by U+FFFD or a space"
+    return None
+
+
 def sentence_from_dict(d: Any, where: str) -> Sentence:
     """Validates one decoded JSON object as a passage.
 
@@ -133,7 +148,7 @@ def sentence_from_dict(d: Any, where: str) -> Sentence:
         The sentence.
 
     Raises:
-        RecordError: A field is missing or of the wrong type, or the text is blank.
+        RecordError: A field is missing, of the wrong type or no Unicode, or the text is blank.
     """
     d = _mapping(d, where, "a sentence")
     text = _field(d, "text", where, _is_string, "a string")
@@ -164,7 +179,7 @@ def fact_from_dict(d: Any, where: str) -> Fact:
         The fact.
 
     Raises:
-        RecordError: A field is missing or of the wrong type.
+        RecordError: A field is missing, of the wrong type or no Unicode.
     """
     d = _mapping(d, where, "a fact")
     entity0, relation, entity1 = (
@@ -201,6 +216,7 @@ def _triple(value: Any, where: str) -> Triple:
                 f"{where}: found {_shown(value)}; a triple given as a list is"
                 " [entity0_uri, predicate_uri, entity1_uri], three non-empty strings"
             )
+        _check_characters(value, where)
         return Triple(None, None, None, *value)
     d = _mapping(value, where, "a triple, or a list of its three URIs")
     fact_id = _optional_string(d, "fact_id", where)
@@ -241,7 +257,14 @@ def _field(
         )
     if not accepts(value):
         raise RecordError(f"{where}: field '{key}' is {_shown(value)}; it must be {wanted}")
+    _check_characters(value, f"{where}: field '{key}'")
     return value
+
+
+def _check_characters(value: Any, where: str) -> None:
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (half := half_character(text)):
+            raise RecordError(f"{where} has {half}")
 
 
 def _mapping(value: Any, where: str, what: str) -> Mapping[str, Any]:

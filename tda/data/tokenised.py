@@ -23,6 +23,7 @@ import numpy as np
 
 from tda import progress, whole_file
 from tda.data.corpora import CorpusError, Document
+from tda.data.records import half_character
 from tda.data.tokens import TokenTable, cut
 
 # Documents that are tokenised together, and how many of these make a part.
@@ -114,8 +115,8 @@ def on_disk(
         The passages, read from disk as they are needed, and counts of documents.
 
     Raises:
-        CorpusError: two passages have the same id, there is no text at all, or the directory was
-            made from something else.
+        CorpusError: two passages have the same id, a text or an id is no Unicode, there is no text
+            at all, or the directory was made from something else.
     """
     directory = pathlib.Path(directory)
     wanted = {"tokenizer": tokenizer.fingerprint(), "context": context} | made_from
@@ -180,6 +181,8 @@ def _part(batch: list[Document], tokenizer, context: int, bar) -> tuple[dict, Co
     blank = split = total = 0
     for start in range(0, len(batch), _BATCH):
         some = batch[start : start + _BATCH]
+        for document in some:
+            _check_characters(document)
         for document, (ids, places) in zip(
             some, tokenizer.encode_spans([d.text for d in some]), strict=True
         ):
@@ -207,6 +210,16 @@ def _part(batch: list[Document], tokenizer, context: int, bar) -> tuple[dict, Co
     }
     arrays = {k: np.asarray(found[k], dtype) for k, dtype in _ARRAYS.items()}
     return arrays, Counts(len(batch), blank, split)
+
+
+def _check_characters(document: Document) -> None:
+    """What a tokenizer would refuse without the document's name."""
+    if not isinstance(document.text, str):
+        kind = type(document.text).__name__
+        raise CorpusError(f"document {document.id!r}: the text is {kind}, not a string")
+    for what, value in (("id", document.id), ("text", document.text)):
+        if half := half_character(value):
+            raise CorpusError(f"document {document.id!r}: the {what} has {half}")
 
 
 def _characters(places, first: int, stop: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tda.data.records import half_character
 from tda.data.tokenizer import Tokenizer
 
 
@@ -88,11 +89,15 @@ def passages(
         The table, and counts {"documents", "passages", "split"}.
 
     Raises:
-        ValueError: a text is empty, or two passages get the same id; the message names it.
+        ValueError: a text is empty or no Unicode, or two passages get the same id; the message
+            names it.
     """
     ids, documents, sequences = [], [], []
     split = 0
     texts = list(texts)
+    for document, text in texts:
+        if half := half_character(text):
+            raise ValueError(f"document {document!r}: the text has {half}")
     for (document, text), tokens in zip(
         texts, tokenizer.encode([t for _, t in texts]), strict=True
     ):
@@ -124,11 +129,14 @@ def queries(
         context: positions the model has.
 
     Raises:
-        ValueError: a target has no token, or prompt and target do not fit the context; the message
-            names the query.
+        ValueError: a target has no token, a text is no Unicode, or prompt and target do not fit the
+            context; the message names the query.
     """
     ids, sequences, scored = [], [], []
     for name, prompt, target in prompts:
+        for what, text in (("prompt", prompt), ("target", target)):
+            if half := half_character(text):
+                raise ValueError(f"query {name!r}: the {what} has {half}")
         try:
             tokens, is_target = tokenizer.encode_query(prompt, target)
         except ValueError as error:

@@ -31,6 +31,7 @@ FIELDS = (
 )
 
 _NUMBER = (int, float)
+_TOO_LARGE = "too large for a floating-point number"
 
 
 def summarise(item, where: str) -> dict:
@@ -48,10 +49,12 @@ def summarise(item, where: str) -> dict:
         state the fact; bucket: its power of ten; model_correct: whether the model states the
         target; confidence, probability: in [0, 1]; target_rank: from 1; n: proponents; top,
         bottom: the first proponent's and the first opponent's score; correct: the proponents'
-        marks in order, such as "0110"; entailment: their scores in [0, 1]; error: None.
+        marks in order, such as "0110", None where the record says that no passage at all is
+        correct; entailment: their scores in [0, 1]; error: None.
 
     Raises:
-        ResultsError: a field is missing or has another type; the message names it.
+        ResultsError: a field is missing, has another type, or is too large a number; the message
+            names it.
     """
     if not isinstance(item, dict):
         raise ResultsError(f"{where}: a record must be an object, not {type(item).__name__}")
@@ -66,6 +69,8 @@ def summarise(item, where: str) -> dict:
     entailment = _list(item, "proponent_ais_scores", _NUMBER, where)
     _same_number(correct, counts["proponent"], "proponent_correct", "proponents", where)
     _same_number(entailment, counts["proponent"], "proponent_ais_scores", "proponents", where)
+    if item.get("has_trex_sentence") is False or item.get("first_correct_rank") == 0:
+        correct = None  # nothing could be found: a run's own tables leave such a query out too
     frequency = _number(item, "c4_frequency", where)
     rank, nats = (_number(item, f, where) for f in ("target_rank", "target_nats"))
     model_correct = _optional(item, "is_8b_correct", (bool, int), where)
@@ -130,6 +135,8 @@ def _list(item: dict, field: str, of, where: str, required: bool = False) -> lis
     for i, part in enumerate(value or []):
         if not isinstance(part, of):
             raise ResultsError(f"{where}: field {field!r}, item {i}: type {type(part).__name__}")
+        if of is _NUMBER and _too_large(part):
+            raise ResultsError(f"{where}: field {field!r}, item {i}: {_TOO_LARGE}")
     return value
 
 
@@ -146,7 +153,19 @@ def _text(item: dict, field: str, where: str, required: bool = False) -> str | N
 
 
 def _number(item: dict, field: str, where: str):
-    return _finite(_optional(item, field, _NUMBER, where))
+    value = _optional(item, field, _NUMBER, where)
+    if value is not None and _too_large(value):
+        raise ResultsError(f"{where}: field {field!r} is {_TOO_LARGE}")
+    return _finite(value)
+
+
+def _too_large(x) -> bool:
+    # JSON writes integers of any length, which Python reads.
+    try:
+        float(x)
+    except OverflowError:
+        return True
+    return False
 
 
 def _finite(x):

@@ -126,6 +126,36 @@ def test_a_tfds_dataset_by_its_name(tmp_path):
     assert found == {f"http://{d.id}": d.text for d in DOCUMENTS}
     with pytest.raises(CorpusError, match=r"no_such_set is no file, no directory and no TFDS"):
         list(corpora.documents("no_such_set", data_dir=tmp_path))
+    versioned = list(corpora.documents("tiny_c4:1.0.0", data_dir=tmp_path))
+    assert {d.text for d in versioned} == {d.text for d in DOCUMENTS}
+    assert versioned[0].id == "tiny_c4:1.0.0/train:0"
+    with pytest.raises(CorpusError, match=r"tiny_c4:2.0.0 is no file, no directory and no TFDS"):
+        list(corpora.documents("tiny_c4:2.0.0", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["c4", "c4/en", "c4:3.0.1", "c4/en:3.0.1", "c4/en:3.*.*", "wikipedia/20220301.en",
+             "wikipedia/20220301.en:1.0.0"],
+)  # fmt: skip
+def test_all_forms_of_a_tfds_name(monkeypatch, name):
+    """Guards: a version, or a config with a dot, taken for a file's ending."""
+    asked = []
+
+    def data_source(name, split, data_dir):
+        asked.append((name, split, data_dir))
+        return [{"text": "x"}]
+
+    monkeypatch.setattr(tfds, "data_source", data_source)
+    assert list(corpora.documents(name)) == [Document(f"{name}/train:0", "x")]
+    assert asked == [(name, "train", None)]
+
+
+def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()
+    for name in ("c4/part.csv", "a.csv", "./c4:3.0.1", str(tmp_path / "c4:3.0.1"), "a/b/c.csv"):
+        with pytest.raises(FileNotFoundError, match="no such corpus"):
+            corpora.documents(name)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +165,12 @@ def test_a_tfds_dataset_by_its_name(tmp_path):
         ([{"text": None}], {}, "'text' is NoneType, not a text"),
         ([[1]], {}, "a document must be an object, not list"),
         (ROWS, dict(id_field="uid"), "there is no field 'uid'"),
+        (
+            [*ROWS, {"text": "a \ud83d"}],
+            {},
+            r"a.jsonl, line 5: field 'text' has half a character, \\ud83d at 2 .*replace it",
+        ),
+        ([{"id": "\udc00", "text": "x"}], {}, "line 1: field 'id' has half a character"),
         (ROWS, dict(kind="csv"), "unknown kind of corpus 'csv'; use jsonl, parquet"),
     ],
 )

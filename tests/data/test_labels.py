@@ -103,14 +103,18 @@ def test_clean_pool_takes_each_condition_into_account():
 
 
 def test_clean_pool_works_out_what_facts_do_not_say():
-    sentences = [make_sentence(f"s{name}", make_triple(name, True)) for name in "abcd"]
+    sentences = [make_sentence(f"s{name}", make_triple(name, True)) for name in "abcdef"]
     facts = [
         make_fact("a", entity0_uri="u:same"),
         make_fact("b", entity0_uri="u:same"),
         make_fact("c", entity0="New York City", entity1="New York"),
         make_fact("d"),
+        # The other way round, as in the docstring of `Fact.is_repetition`.
+        make_fact("e", entity0="Mexico", entity1="Mexico City"),
+        make_fact("f", entity0="euro", entity1="Europe", is_repetition=False),
     ]
-    assert [fact.fact_id for fact in clean_pool(facts, sentences)] == ["d"]
+    # What a fact says of itself counts, whatever its names are.
+    assert [fact.fact_id for fact in clean_pool(facts, sentences)] == ["d", "f"]
 
 
 def corpus(n=60):

@@ -1,6 +1,7 @@
 """Validation: every kind of bad record gets an error that names place, field and remedy."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -150,6 +151,38 @@ def test_missing_fact_fields_are_named(field):
 def test_bad_facts_are_named(change, field):
     with pytest.raises(RecordError, match=f"line 17: field '{field}' is .*; it must be"):
         fact_from_dict(FACT | change, WHERE)
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("from_dict", "record", "change", "field"),
+    [
+        (sentence_from_dict, SENTENCE, {"text": f"Paris {HALF}"}, "text"),
+        (sentence_from_dict, SENTENCE, {"sentence_id": HALF}, "sentence_id"),
+        (sentence_from_dict, SENTENCE, {"abstract_uri": HALF}, "abstract_uri"),
+        (sentence_from_dict, SENTENCE, {"fact_triples": [["a", HALF, "b"]]}, "fact_triples"),
+        (sentence_from_dict, SENTENCE, {"fact_triples": [URIS | {"fact_id": HALF}]}, "fact_id"),
+        (fact_from_dict, FACT, {"prompt0": f"{HALF} is"}, "prompt0"),
+        (fact_from_dict, FACT, {"entity1": HALF}, "entity1"),
+        (fact_from_dict, FACT, {"prompt1": HALF}, "prompt1"),
+        (fact_from_dict, FACT, {"entity1_alias": ["a", HALF]}, "entity1_alias"),
+    ],
+)
+def test_half_a_character_is_named(from_dict, record, change, field):
+    """Guards: a tokenizer's "TextEncodeInput must be …", which names no record."""
+    with pytest.raises(RecordError) as error:
+        from_dict(record | change, WHERE)
+    told = str(error.value)
+    assert WHERE in told and f"'{field}'" in told and r"half a character, \ud83d" in told
+    assert "replace it" in told
+    told.encode()
+
+
+def test_characters_beyond_the_first_plane_are_whole():
+    smile = json.loads(r'"\ud83d\ude00"')
+    assert sentence_from_dict(SENTENCE | {"text": smile}, WHERE).text == "\U0001f600"
 
 
 def test_a_triple_with_an_id_needs_no_uris():

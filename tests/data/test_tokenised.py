@@ -1,5 +1,6 @@
 """A corpus as passages: on disk as in memory, killed or not, with ids that lead back."""
 
+import functools
 import os
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
     for nothing in ([], [Document("a", " ")]):
         with pytest.raises(CorpusError, match="the corpus has no text"):
             tokenised.in_memory(nothing, tokenizer, 24, quiet=True)
+    half = "Oslo \ud83d"
+    for wrong, message in (
+        (Document("p7", half), r"document 'p7': the text has half a character, \\ud83d at 5 "),
+        (Document(half, "Oslo"), r"document 'Oslo \\ud83d': the id has half a character"),
+        (Document("p8", None), "document 'p8': the text is NoneType, not a string"),
+    ):
+        for place, make in (
+            ((), tokenised.in_memory),
+            ((tmp_path,), functools.partial(tokenised.on_disk, made_from={})),
+        ):
+            with pytest.raises(CorpusError, match=message):
+                make(*place, [*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
     with pytest.raises(ValueError, match="context=0 holds no more"):
         tokenised.in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
 

@@ -108,6 +108,17 @@ def test_only_a_querys_target_is_scored(tokenizer):
         assert ids.count(tokenizer.bos) == 1 and tokenizer.eos not in ids
 
 
+def test_half_a_character_is_refused_by_name(tokenizer):
+    """Guards: the tokenizer's "TextEncodeInput must be …", which names nothing."""
+    half = "Oslo \ud83d"
+    with pytest.raises(ValueError, match=r"document 'b': the text has half a character, \\ud83d"):
+        tokens.passages([("a", SHORT), ("b", half)], tokenizer, 64)
+    with pytest.raises(ValueError, match=r"query 'q2': the prompt has half a character"):
+        tokens.queries([("q1", "a", "b"), ("q2", half, "b")], tokenizer, 64)
+    with pytest.raises(ValueError, match=r"query 'q2': the target has half a character"):
+        tokens.queries([("q1", "a", "b"), ("q2", "a", half)], tokenizer, 64)
+
+
 def test_query_errors_name_the_query(tokenizer):
     with pytest.raises(ValueError, match="query 'q2': the target '' of the prompt"):
         tokens.queries([("q1", "a", "b"), ("q2", "a", " ")], tokenizer, 64)

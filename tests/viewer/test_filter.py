@@ -143,6 +143,37 @@ def test_metrics_are_those_of_the_records(page, address):
         assert f"P@10 {100 * expected['precision']:.1f}%" in page.text(".figures")
 
 
+@pytest.mark.parametrize("fields", [{"has_trex_sentence": False}, {"first_correct_rank": 0}])
+def test_queries_without_any_correct_passage_are_left_out(page, tmp_path, fields):
+    """As in a run's own tables. Guards: MRR 0.5 of one labelled query, which is found first."""
+    items = list(records(3, 2, mean=40))
+    for item, marks in zip(items, ([True, False], [False, False], [False, False]), strict=True):
+        item["proponent_correct"] = marks
+        del item["proponent_ais_scores"]
+    results.write(tmp_path / "a.jsonl", [items[0], items[1] | fields])
+    # A release's records say neither: there all marks count, as ever.
+    results.write(tmp_path / "release.jsonl", items[:2])
+    results.write(tmp_path / "missed.jsonl", [items[0], items[1] | fields, items[2]])
+    collection = Collection()
+    for name in ("a", "release", "missed"):
+        collection.add(tmp_path / f"{name}.jsonl")
+    with serving(collection) as address:
+        page.open(f"{address}#files=a,release,missed")
+        page.until(lambda: len(page.texts(".figures")) == 3)
+        for shown, mrr in zip(page.texts(".figures"), ("1.000", "0.500", "0.500"), strict=True):
+            assert f"MRR@2 {mrr}" in shown
+        page.open(f"{address}#q=%232")
+        assert "not judged" in page.text(".column header")
+        # A bar leads to as many queries as it stands for.
+        page.open(f"{address}#view=overview&files=missed")
+        page.page.wait_for_selector(".chart")
+        assert page.texts(".overview tbody tr:first-child td")[0] == "2"
+        none = page.page.locator(".chart").first.locator("a").last
+        assert none.get_attribute("aria-label") == "none: 1 queries"
+        none.click()
+        page.until(lambda: page.text(".told").startswith("1 of"))
+
+
 def test_histograms_and_filters_agree_on_edges(page, address):
     """Every row is in just one bin, and a bin's filter finds the rows of its bar."""
     page.open(address)

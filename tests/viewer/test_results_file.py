@@ -59,6 +59,10 @@ def test_a_malformed_line_is_shown_and_the_rest_loads(tmp_path, items):
         ({k: v for k, v in items[0].items() if k != "targets_plaintext"}, "'targets_plaintext'"),
         (items[0] | {"c4_frequency": "many"}, "'c4_frequency' has type str"),
         ("[" * 100_000, "not JSON"),
+        (items[0] | {"proponent_scores": [10**400, 1, 1, 1]}, "'proponent_scores', item 0"),
+        (items[0] | {"proponent_scores": [1, 1, 1, -(10**400)]}, "'proponent_scores', item 3"),
+        (items[0] | {"c4_frequency": 10**400}, "'c4_frequency' is too large"),
+        (items[0] | {"target_nats": -(10**400)}, "'target_nats' is too large"),
     ]
     path = write(tmp_path / "a.jsonl", [items[0], *(line for line, _ in broken), items[1]])
     file = ResultsFile(path, "a")
@@ -68,8 +72,11 @@ def test_a_malformed_line_is_shown_and_the_rest_loads(tmp_path, items):
         assert f"a.jsonl, line {row + 1}: " in file.columns["error"][row]
         shown = file.record(row)
         assert why in shown["malformed"] and len(shown["line"]) <= 2000
-    assert file.record(0) == items[0] and file.record(9) == items[1]
-    assert file.row_of(items[1]["example_id"]) == 9
+    last = len(broken) + 1
+    assert file.record(0) == items[0] and file.record(last) == items[1]
+    assert file.row_of(items[1]["example_id"]) == last
+    for body in (file.summaries(0), file.records(0)):
+        assert json.loads(results_file.to_json(body)) == body
 
 
 def test_what_is_no_results_file_is_refused(tmp_path):
@@ -114,6 +121,26 @@ def test_the_row_of_a_record():
     assert row["model_correct"] is True and row["probability"] == pytest.approx(0.5)
     assert row["top"] == 0.5 and row["bottom"] == -0.3 and row["bucket"] == "100 to 999"
     assert summary.summarise(item | {"is_8b_correct": False}, "")["model_correct"] is False
+
+
+def test_a_query_without_any_correct_passage_is_not_judged():
+    """Guards: marks that are all false because nothing is labelled, counted as failures."""
+    item = {"inputs_plaintext": "a", "targets_plaintext": "b", "proponents": ["c", "d"]}
+    item["proponent_correct"] = [False, False]
+    for fields, expected in (
+        ({}, "00"),
+        ({"has_trex_sentence": None, "first_correct_rank": None}, "00"),
+        ({"has_trex_sentence": True, "first_correct_rank": 17}, "00"),
+        ({"has_trex_sentence": False}, None),
+        ({"first_correct_rank": 0}, None),
+        ({"has_trex_sentence": "no", "first_correct_rank": "0"}, "00"),
+    ):
+        assert summary.summarise(item | fields, "")["correct"] == expected, fields
+    scores = {"proponent_ais_scores": [0.9, 0.1], "has_trex_sentence": False}
+    assert summary.summarise(item | scores, "")["entailment"] == [0.9, 0.1]
+    unlike = item | {"proponent_correct": [False], "has_trex_sentence": False}
+    with pytest.raises(results.ResultsError, match="1 proponent_correct, but 2 proponents"):
+        summary.summarise(unlike, "")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
  * Whether each proponent of a row is correct.
  *
  * @param judge "annotations", or "entailment": a score over the threshold.
- * @returns booleans in rank order, or null where the row has no such marks.
+ * @returns booleans in rank order, or null where the row has no such marks, or no passage at all is
+ *     correct (`tda/viewer/summary.py`).
  */
 export function marks(file, row, judge, threshold) {
   if (judge === "entailment") {

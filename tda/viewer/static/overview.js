@@ -58,8 +58,8 @@ function summaryTable(rows, chosen, found) {
       const m = metrics([...found.get(file).values()]);
       return h("tr", {}, h("th", { scope: "row" }, file.title), h("td", {}, count(m.n)), cells(m).map((c) => h("td", {}, c)));
     })))),
-  h("p.quiet", {}, `From the records: a correct passage beyond the ${k} that are shown counts as not found. ` +
-    "Full ranks, where the run has them, are in its own table below."));
+  h("p.quiet", {}, `From the records: a correct passage beyond the ${k} that are shown counts as not found, ` +
+    "and a query for which no passage at all is correct is not judged. Full ranks, where the run has them, are in its own table below."));
 }
 
 function scrolling(name, table) {
@@ -106,7 +106,7 @@ function ranks(rows, chosen, found) {
     const counts = new Array(most + 1).fill(0);
     for (const m of marks) counts[firstRank(m) ?? 0]++;
     const own = file === rows.main ? "" : `${file.label}.`;
-    const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${own}rank = ${i + 1}`]), ["none", counts[0], `not ${own}found`]];
+    const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${own}rank = ${i + 1}`]), ["none", counts[0], `${own}found = no`]];
     return figure(file.title, bars.map(([name, n, filter]) => ({ name, n, href: narrowed(rows, filter) })));
   }));
 }

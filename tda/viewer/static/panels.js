@@ -31,7 +31,7 @@ const KEYS = [
 const EXAMPLES = [
   ["paris", "the word is in prompt, target or id"],
   ["rank <= 3", "the first correct proponent is among the first three"],
-  ["not found and confidence >= 0.5", "the model is sure, and no proponent is correct"],
+  ["found = no and confidence >= 0.5", "the model is sure, and no proponent is correct"],
   ['relation = "place of birth"', "quote what has spaces"],
   ["prompt ~ capital or prompt ~ river", "~ contains, !~ does not"],
   ["frequency < 1000 (rank = 1 or hits > 4)", "side by side means and"],

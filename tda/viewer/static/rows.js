@@ -37,8 +37,10 @@ export class Rows {
         return row + 1;
       case "rank":
         return metrics.firstRank(this.marks(file, row));
-      case "found":
-        return metrics.firstRank(this.marks(file, row)) !== null;
+      case "found": {
+        const marks = this.marks(file, row);
+        return marks && metrics.firstRank(marks) !== null;
+      }
       case "hits":
         return this.marks(file, row)?.filter(Boolean).length ?? null;
       case "malformed":

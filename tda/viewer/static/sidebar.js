@@ -14,7 +14,7 @@ const PRESETS = [
   ["common facts", "frequency >= 1000", "frequency", "1,000 passages or more state the fact"],
   ["rare facts", "frequency < 100", "frequency", "Fewer than 100 passages state the fact"],
   ["found first", "rank = 1", "marks", "The first proponent is correct"],
-  ["not found", "not found", "marks", "No proponent shown is correct"],
+  ["not found", "found = no", "marks", "No proponent shown is correct"],
   ["with notes", "noted", "id", "Some proponent has a note"],
   ["malformed", "malformed", "error", "Lines that are no record"],
 ];
