@@ -188,7 +188,10 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     if directory is None:
         source = _encoded(setting, encoder, table, layout)
         return Made(source, gradients_QxE, lambda row: (table.ids[row], texts[row]), asked)
-    made_from = _made_from(setting, scales, directory) | {"tokenizer": tokenizer.fingerprint()}
+    made_from = _made_from(setting, scales, directory) | {
+        "tokenizer": tokenizer.fingerprint(),
+        "passages": _ends(table),
+    }
     store = stores.create(
         directory / "gradients",
         table.ids,
@@ -229,6 +232,7 @@ def _scales(setting: Setting, table: TokenTable, layout: dict, directory):
         "seed": setting.seed,
         "tokens_per_batch": setting.tokens_per_batch,
         "corpus": tokenised.fingerprint(table),
+        "passages": _ends(table),
     }
     file = directory / "scales.safetensors"
     found = kept_scales.load(file, made_from)
@@ -352,6 +356,11 @@ def _made_from(setting: Setting, scales: dict[str, Scale] | None, directory) -> 
             {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}
         )
     return json.loads(json.dumps(made))
+
+
+def _ends(table: TokenTable) -> str:
+    """A hash of where passages end: without it, the same tokens may be cut in other places."""
+    return hashlib.blake2b(np.asarray(table.starts, np.int64).tobytes(), digest_size=8).hexdigest()
 
 
 def _digest(arrays: dict[str, jax.Array]) -> str:

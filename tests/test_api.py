@@ -13,9 +13,11 @@ from flax import linen, nnx
 import tda
 from tda import results, sharding
 from tda.data.corpora import Document
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import estimate, per_example, reference, sites
 from tda.gradients.projection import Projection
+from tests.data.test_pretrained_tokenizer import byte_level
 
 PLACES = {"Norway": "Oslo", "Spain": "Madrid", "Chad": "Djamena", "Peru": "Lima"}
 TEXTS = [f"The {word} of {a} is {b}." for word in ("town", "seat") for a, b in PLACES.items()]
@@ -219,6 +221,16 @@ def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):
     assert call(model, tokenizer, loss=total, **how).answers == found.answers
     with pytest.raises(ValueError, match=r"fingerprint\.loss"):
         call(model, tokenizer, loss=mean, **how)
+
+
+def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):
+    """Guards: a tokenizer that puts nothing between texts, so that their tokens run together."""
+    plain = PretrainedTokenizer.of(byte_level())
+    model = Bigram(plain.vocab_size, nnx.Rngs(0))
+    how = dict(directory=tmp_path, method="grad_cos", queries=[("Oslo", " is")])
+    call(model, plain, [("a", "Oslo is"), ("b", " old and small")], **how)
+    with pytest.raises(ValueError, match=r"fingerprint\.passages"):
+        call(model, plain, [("a", "Oslo is old"), ("b", " and small")], **how)
 
 
 def test_many_devices_give_the_same(model, tokenizer, tmp_path):

@@ -185,7 +185,8 @@ class Tracer:
             correct = self._known.correct[question.number]
             rows = found.proponents[0]
             more["fact_id"] = self._known.ids[question.number]
-            more["proponent_correct"] = np.isin(rows[rows >= 0], correct).tolist()
+            if len(correct):  # else there is nothing to judge by
+                more["proponent_correct"] = np.isin(rows[rows >= 0], correct).tolist()
         return results.record(
             f"live: {question.text}",
             "live",
