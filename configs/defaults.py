@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.data.facts = ""  # JSON lines: the queries
     c.data.dir = ""  # where TFDS puts what it prepares; WORKDIR/data by default
     c.data.pool = "all"  # which facts are asked: all, or clean (one object, stated, no repetition)
-    c.data.exclude_relations = ""  # comma-separated relations, such as P527
+    c.data.exclude_relations = ""  # comma-separated relations that are not asked, such as P527
     c.data.n_sentences = 0  # the corpus is sampled to so many, keeping what states a query; 0: all
     c.data.n_queries = 0  # queries are sampled to so many; 0: all
     c.data.train_on = "corpus"  # or all: also what n_sentences leaves out of the corpus
@@ -44,11 +44,12 @@ def get_config() -> ConfigDict:
     c.train.learning_rate = 1e-3
     c.train.schedule = "cosine"
     c.train.warmup = 100
-    c.train.final = 0.1  # the last step's learning rate over the largest
-    c.train.b1 = 0.9
+    # The last step's learning rate over the largest; with 0, tail-patches need a rate of their own.
+    c.train.final = 0.1
+    c.train.b1 = 0.9  # b1, b2 and eps are Adam's; Adafactor has none of them
     c.train.b2 = 0.99
     c.train.eps = 1e-8
-    c.train.weight_decay = 0.0
+    c.train.weight_decay = 0.0  # of adamw alone
     c.train.clip = 1.0
     c.train.save_every = 500
     c.train.keep = 1  # the last checkpoints; 0: all
@@ -100,7 +101,7 @@ def get_config() -> ConfigDict:
     c.hessian.sample = 0  # R_train is taken of so many passages, drawn at random; 0: of all
     c.hessian.seed = 0  # of that draw
     c.hessian.component = 0  # k of the mixing rule; 0: 1000 of 65,536, in proportion
-    c.hessian.weight = -1.0  # λ; -1: by the rule
+    c.hessian.weight = -1.0  # λ; -1: by the rule, which takes queries with k directions or more
     # In mean eigenvalues of a block; −1: what a sample of this size needs (Ledoit and Wolf).
     c.hessian.damping = 1e-3
     c.hessian.cutoff = 0.0  # directions of smaller eigenvalues, in the same unit, are left out

@@ -82,6 +82,8 @@ def check(config, chosen: dict[str, Method]) -> None:
         ValueError: it does not, or a method needs an extra that is not installed; the message
             names the key or the extra.
     """
+    if config.eval.top_k < 1:
+        raise ValueError(f"eval.top_k={config.eval.top_k} must be 1 or more")
     for method in chosen.values():
         if method.hessian == "mixed":
             evaluation = whitening.evaluation_of(config, method)

@@ -67,7 +67,9 @@ def load(config, workdir: Workdir) -> Corpus:
     excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
     if config.data.pool == "clean":
         facts = labels.clean_pool(facts, sentences, exclude_relations=tuple(excluded))
-    elif config.data.pool != "all":
+    elif config.data.pool == "all":
+        facts = labels.without_relations(facts, excluded)
+    else:
         raise ValueError(f"unknown data.pool={config.data.pool!r}; use all or clean")
     sentences, facts = labels.select(
         sentences,
@@ -133,9 +135,17 @@ def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[s
     if data.statements:
         told = all_facts
         if data.statements_of == "corpus":
-            ids = {t.fact_id for s in sentences for t in s.fact_triples}
-            told = [f for f in all_facts if f.fact_id in ids]
-        more += statements.statements(told, asked, data.statements)
+            stated = labels.relevant_passages(sentences, all_facts, missing="drop")
+            told = [f for f in all_facts if stated[f.fact_id]]
+            if not told:
+                raise ValueError(
+                    "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
+                    "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
+                )
+        found = list(statements.statements(told, asked, data.statements))
+        if not found:
+            print(f"no fact is stated beside the corpus: all {len(told):,} tell of what is asked")
+        more += found
     return more
 
 

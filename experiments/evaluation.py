@@ -73,6 +73,8 @@ def run(
     def write():
         where = workdir.path if out is None else out
         (where / "results").mkdir(parents=True, exist_ok=True)
+        # They say whose the results are: of some written over, those of before must not.
+        (where / "metrics.json").unlink(missing_ok=True)
         for name, found in ranked.items():
             records = [_record(config, corpus, found, known, patches, int(q)) for q in asked]
             results.write(where / "results" / f"{name}.jsonl", records)

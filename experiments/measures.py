@@ -24,11 +24,40 @@ from tda.evaluation.tail_patch import tail_patch
 CONTROL = -1
 
 
+_NO_STEP = (
+    "a tail-patch step has the learning rate of the traced checkpoint, and the schedule ends at 0: "
+    "give eval.tail_patch_learning_rate, or eval.tail_patch_queries=0"
+)
+
+
+def check(config) -> None:
+    """Nothing, where the config alone says of no tail-patch step that it would change nothing.
+
+    Raises:
+        ValueError: the steps are those of the end of a schedule that falls to 0.
+    """
+    e, t = config.eval, config.train
+    falls = t.schedule in ("cosine", "linear") and t.traced == 1 and t.final * t.learning_rate == 0
+    if e.tail_patch_queries and not e.tail_patch_learning_rate and t.epochs and falls:
+        raise ValueError(_NO_STEP)
+
+
+def check_step(config, trained: Trained) -> None:
+    """Nothing, where the traced checkpoint can take the tail-patch steps that are asked for.
+
+    Raises:
+        ValueError: as `step_rule` has it.
+    """
+    if config.eval.tail_patch_queries:
+        step_rule(config, trained)
+
+
 def step_rule(config, trained: Trained) -> dict:
     """What a tail-patch step is, as JSON values that belong beside its scores.
 
     Raises:
-        ValueError: `eval.tail_patch_state` is unknown, or the model was not trained here.
+        ValueError: `eval.tail_patch_state` is unknown, the model was not trained here, or its
+            schedule has come to 0.
     """
     e, t = config.eval, config.train
     if not _total_steps(trained):
@@ -45,6 +74,8 @@ def step_rule(config, trained: Trained) -> dict:
             trained.step
         )
     )
+    if not rate:
+        raise ValueError(_NO_STEP)
     return {
         "batch": "one passage alone",
         "loss": "mean cross-entropy over its tokens",

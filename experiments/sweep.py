@@ -5,10 +5,12 @@
 
 Points that share a training or gradient stores share them: what a swept key leaves as it is, is
 made once. Killed at any moment, the same command goes on; a point that is finished is not run
-again. `--parallel=N` runs N points at a time, each in a process of its own; `--list` prints a
-command for each point instead, for a cluster's scheduler (points that need what another is making
-wait for it; the same command without `--list` gathers what they left). Points that run together on
-one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
+again, unless what its config names (data.sentences, data.facts, model.pretrained, dense.model) has
+other contents now. `--parallel=N` runs N points at a time, each in a process of its own; `--list`
+prints a command for each point instead, for a cluster's scheduler (points that need what another is
+making wait for it; the same command without `--list` gathers what they left). Points that run
+together on one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may
+take.
 
     DIR/NAME/                what the sweep of configs/sweeps/NAME.py found:
         sweep.csv            a row for each point, method and metric
@@ -29,15 +31,26 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
 import filelock
 import jax
 from absl import flags
 
-from experiments import attribution, corpus, evaluation, grid, sweep_report, training
+from experiments import (
+    attribution,
+    corpus,
+    evaluation,
+    grid,
+    inputs,
+    measures,
+    sweep_report,
+    trace,
+    training,
+)
 from experiments.grid import Point
 from experiments.launch import launch
-from experiments.workdir import Workdir, plain, write_json
+from experiments.workdir import Workdir, fingerprint, plain, write_json
 from tda import methods, plots, progress
 from tda.gradients import projection as projections
 from tda.gradients import sites
@@ -64,26 +77,44 @@ def main(config, workdir):
         raise ValueError("a sweep's points are processes of their own; leave out --distributed")
     for point in sweep.points:
         methods.parse(point.config.methods)
-    if LIST.value:
-        for point in sweep.points:
-            print(command(point))
-        return
     if POINT.value is not None:
         by_name = {p.name: p for p in sweep.points}
         if POINT.value not in by_name:
             raise ValueError(f"--point={POINT.value}: there are {', '.join(by_name)}")
         run_point(by_name[POINT.value], directory)
         return
+    for point in sweep.points:
+        if not is_finished(point, directory):
+            _check(point)
+    if LIST.value:
+        for point in sweep.points:
+            print(command(point))
+        return
     if PLOTS.value and sweep.plots:
         _check_plots()
     failed = run_all(sweep.points, directory, PARALLEL.value)
     there = [p for p in sweep.points if is_finished(p, directory)]
+    why = "what it was made from has changed since"
+    failed |= {p.name: why for p in sweep.points if p not in there and p.name not in failed}
+    check_alike(there, directory)
     if there:
         files = sweep_report.write(sweep, _read(there, directory), directory / name, PLOTS.value)
         print(f"{len(there)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
     if failed:
         told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
         raise ValueError(f"{len(failed)} points failed; the same command tries again\n  {told}")
+
+
+def _check(point: Point) -> None:
+    """Tells before any point's work what is wrong with one."""
+    chosen = methods.parse(point.config.methods)
+    # A sentence encoder may have to be loaded to be looked for: that is the point's own work.
+    light = {n: m for n, m in chosen.items() if m.retriever != "dense"}
+    try:
+        attribution.check(point.config, light)
+        measures.check(point.config)
+    except ValueError as error:
+        raise ValueError(f"point {point.name}: {error}") from error
 
 
 def _check_plots() -> None:
@@ -110,12 +141,56 @@ def _made_from(point: Point) -> dict:
     return plain({"config": point.config.to_dict()})
 
 
-def is_finished(point: Point, directory: pathlib.Path) -> bool:
-    """Whether a point was run from just this config."""
+def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
+    """What a point left when it was run from just this config; None where it did not."""
     stamp = directory / "points" / point.name / "point.json"
     if not stamp.exists():
-        return False
-    return json.loads(stamp.read_text(encoding="utf-8"))["made_from"] == _made_from(point)
+        return None
+    told = json.loads(stamp.read_text(encoding="utf-8"))
+    return told if told["made_from"] == _made_from(point) else None
+
+
+def _changed(point: Point, told: dict) -> list[str]:
+    """The keys whose files are others than those that a point was run from."""
+    # Points of older versions do not say what they were run from.
+    return inputs.differing(told.get("made_of", {}).get("files", {}), inputs.digests(point.config))
+
+
+def is_finished(point: Point, directory: pathlib.Path) -> bool:
+    """Whether a point was run from just this config, and from the files that it names now."""
+    told = _stamp(point, directory)
+    return told is not None and not _changed(point, told)
+
+
+def check_alike(points: list[Point], directory: pathlib.Path) -> None:
+    """Nothing, where points whose configs name the same were made of the same.
+
+    Raises:
+        ValueError: two were not; they cannot be compared with files that are gone.
+    """
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    for point in points:
+        made_of = (_stamp(point, directory) or {}).get("made_of")
+        for what, named, value in _named(point, made_of) if made_of else ():
+            name, there = first.setdefault((what, named), (point.name, value))
+            if there != value:
+                raise ValueError(
+                    f"points {name} and {point.name} were run from different contents of {what}, "
+                    f"and their figures do not belong together; remove {directory}/points/POINT/"
+                    "point.json of the one that is to be run anew, and run the same command again"
+                )
+
+
+def _named(point: Point, made_of: dict) -> list[tuple[str, str, Any]]:
+    """What a point was made of: what it is, by which name, and what tells its contents."""
+    c = point.config
+    files = [(k, c[k.split(".")[0]][k.split(".")[1]], x) for k, x in made_of["files"].items() if x]
+    text = plain([c.data.to_dict(), c.tokenizer.to_dict(), c.model.context, c.model.pretrained])
+    return [
+        *files,
+        ("the corpus", fingerprint(text), made_of["corpus"]),
+        ("the training", point.training, made_of["training"]),
+    ]
 
 
 def _read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dict, dict]]:
@@ -134,6 +209,10 @@ def _read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dic
 def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict[str, str]:
     """Runs every point that is not finished; returns what became of those that failed, by name."""
     waiting = [p for p in points if not is_finished(p, directory)]
+    for point in waiting:
+        if told := _stamp(point, directory):
+            others = " and ".join(_changed(point, told))
+            print(f"{point.name} was run from another {others}; it is run anew", flush=True)
     running: dict[str, tuple[Point, subprocess.Popen]] = {}
     failed: dict[str, str] = {}
     with progress.bar(len(points), "sweep", "point", len(points) - len(waiting)) as bar:
@@ -193,18 +272,25 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
     with filelock.FileLock(own / "lock"):
         if is_finished(point, directory):
             return
-        # What an earlier config left is finished no more once its figures are written over.
-        (own / "point.json").unlink(missing_ok=True)
         config = point.config
+        trace.check(config)
+        # Before they are read: what changes meanwhile is another file afterwards.
+        files = inputs.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / f"{point.training}.training", shared / "training.lock"):
             data = corpus.load(config, shared)
             trained = training.run(config, data, shared)
+        measures.check_step(config, trained)
         with _once(shared / f"{point.stores}.stores", shared / f"{point.encoding}.lock"):
             ranked, notes = attribution.retrieve(config, data, trained, shared)
+        # What was measured before is finished no more once its figures are written over.
+        (own / "point.json").unlink(missing_ok=True)
         evaluation.run(config, data, trained, ranked, shared, own)
         about = _about(config, data, trained) | {"notes": notes}
-        write_json(own / "point.json", {"made_from": _made_from(point), "about": about})
+        made_of = {"files": files, "corpus": data.fingerprint}
+        made_of["training"] = fingerprint(plain(trained.fingerprint))
+        told = {"made_from": _made_from(point), "made_of": made_of, "about": about}
+        write_json(own / "point.json", told)
 
 
 @contextlib.contextmanager

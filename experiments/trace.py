@@ -5,7 +5,7 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, indexing, live, report, training
+from experiments import attribution, corpus, evaluation, indexing, live, measures, report, training
 from experiments.launch import launch
 from experiments.workdir import Workdir
 from tda import methods, processes
@@ -21,17 +21,27 @@ def run(config, workdir: Workdir) -> dict:
     return trace(config, workdir)[0]
 
 
+def check(config) -> None:
+    """Nothing, where the config can be obeyed as far as it tells: before hours of training.
+
+    Raises:
+        ValueError: it cannot; the message names the key.
+    """
+    attribution.check(config, methods.parse(config.methods))
+    indexing.check(config)
+    measures.check(config)
+
+
 def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     """All stages in order; returns the metrics, and what is to be told of them, by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
     """
     processes.check_alike("config", config.to_json())
-    # What is wrong with the methods is told before hours of training.
-    attribution.check(config, methods.parse(config.methods))
-    indexing.check(config)
+    check(config)
     data = corpus.load(config, workdir)
     trained = training.run(config, data, workdir)
+    measures.check_step(config, trained)
     ranked, notes = attribution.retrieve(config, data, trained, workdir)
     metrics = evaluation.run(config, data, trained, ranked, workdir)
     text = "\n".join([report.table(metrics), *indexing.told(notes)])

@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from configs import defaults
 from experiments.corpus import Corpus
 from experiments.workdir import Workdir, write_json
 from tda import checkpoint, optimizer, processes, sharding, train
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
 
+# Keys of `train` that only some optimizers have, and which.
+_OPTIONS = {
+    "weight_decay": ("adamw",),
+    "b1": ("adam", "adamw"),
+    "b2": ("adam", "adamw"),
+    "eps": ("adam", "adamw"),
+}
 # Keys of `train` that leave the trained model as it is.
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
 
@@ -113,8 +121,30 @@ def make_optimizer(config, steps: int, learning_rate: float = 0.0):
     )
 
 
+def check(config) -> None:
+    """Nothing, where the optimizer has all options that are given.
+
+    Raises:
+        ValueError: it has not; the message names the keys.
+    """
+    t, usual = config.train, defaults.get_config().train
+    given = [k for k, names in _OPTIONS.items() if t[k] != usual[k] and t.optimizer not in names]
+    if given:
+        named = ", ".join(f"train.{k}={t[k]}" for k in given)
+        those = " or ".join(_OPTIONS[given[0]])
+        raise ValueError(
+            f"{named} would have no effect with train.optimizer={t.optimizer}: leave it out, or "
+            f"train by {those}"
+        )
+
+
 def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
-    """Trains the config's model on the corpus, or finds it trained."""
+    """Trains the config's model on the corpus, or finds it trained.
+
+    Raises:
+        ValueError: the config cannot be trained as it says; or as `traced_step` has it.
+        experiments.workdir.WorkdirError: another training was begun in the workdir.
+    """
     steps, layout = total_steps(config, corpus)
     arguments = model_arguments(config, corpus.tokenizer.vocab_size)
     made_from = {
@@ -133,6 +163,8 @@ def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
     )
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
+        if steps:
+            check(config)
         workdir.claim("train", made_from)
         if processes.is_first():
             (workdir / "model").mkdir(exist_ok=True)

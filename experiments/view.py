@@ -4,12 +4,14 @@
     python -m experiments.view --results=a.jsonl,b.jsonl.gz,https://HOST/c.jsonl
     python -m experiments.view --workdir=DIR --export=OUT
 
-Serves on 127.0.0.1 alone, unless --host says otherwise. Of a workdir it shows `results/*.jsonl`,
-tables and plots; notes are kept in `WORKDIR/notes.jsonl`; questions are answered from its model and
-store (`experiments/live.py`).
+Serves on 127.0.0.1 alone, unless --host says otherwise. Of a workdir it shows the results of the
+last evaluation (`results/METHOD.jsonl` of the methods in `metrics.json`; --results shows others in
+their place), tables and plots; notes are kept in `WORKDIR/notes.jsonl`; questions are answered from
+its model and store (`experiments/live.py`).
 """
 
 import contextlib
+import json
 import pathlib
 import sys
 import tempfile
@@ -80,12 +82,30 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _results_of(workdir: str) -> list[pathlib.Path]:
-    """A run's results files, in the order that its config names the methods in."""
+    """The results of a run's last evaluation, in the order that its config names the methods in.
+
+    Raises:
+        ValueError: an evaluation was begun and did not end.
+    """
     path = pathlib.Path(workdir)
+    files = list((path / "results").glob("*.jsonl"))
+    if files and not (path / "metrics.json").exists():
+        raise ValueError(
+            f"{workdir} has results and no metrics.json: its evaluation did not end, and which run "
+            "they are of is not known; run the same command again, or name files with --results"
+        )
+    measured = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if files else {}
+    # Another evaluation asked other queries perhaps, or another model.
+    others = sorted(p.name for p in files if p.stem not in measured)
+    if others:
+        print(
+            f"left out, for they are not of the last evaluation: {', '.join(others)} in {workdir}/"
+            "results; --results=FILE,FILE shows the files that it names"
+        )
     named = [n.strip() for n in live.config_of(path)["methods"].split(",")]
     order = {name: i for i, name in enumerate(named)}
-    files = (path / "results").glob("*.jsonl")
-    return sorted(files, key=lambda p: (order.get(p.stem, len(named)), p.stem))
+    shown = [p for p in files if p.stem in measured]
+    return sorted(shown, key=lambda p: (order.get(p.stem, len(named)), p.stem))
 
 
 def _fetched(url: str, folder: str) -> str:

@@ -107,7 +107,10 @@ class Whitening:
         """λ, by the rule or as the config says."""
         k = self._h.component or hessian.component(self._source.form.width)
         weight = self._h.weight
-        spectrum = np.concatenate(hessian.spectra(evaluation.blocks))
+        by_block = hessian.spectra(evaluation.blocks)
+        if weight < 0:
+            hessian.check_component(by_block, k, evaluation.count)
+        spectrum = np.concatenate(by_block)
         self.spectra.setdefault("evaluation", spectrum)
         _ = self.train  # its spectrum is taken with it
         if weight < 0:

@@ -23,6 +23,8 @@ from tda.blocks import Block
 _CHUNK_BYTES = 64 << 20
 # A step's sums read and write all of R: the more rows at a time, the fewer of them.
 _GRAM_ROWS = 4
+# Eigenvalues below this, in largest ones, are no direction that was seen.
+_ROUNDING = 64 * np.finfo(np.float32).eps
 
 
 @functools.partial(jax.jit, static_argnames=("bounds",))
@@ -217,6 +219,35 @@ def spectrum(R: list[np.ndarray]) -> np.ndarray:
 def component(width: int) -> int:
     """The component k at which spectra are compared: 1000 of 65,536, in proportion to E."""
     return max(1, round(1000 * width / 65536))
+
+
+def check_component(evaluation: list[np.ndarray], k: int, count: int) -> None:
+    """Nothing, where the queries have a direction at component k of the mixing rule.
+
+    Where they have none the rule gives λ = 1: R_train is left out, and what is asked for with it.
+
+    Args:
+        evaluation: eigenvalues of R_eval by block, falling.
+        k: the component, counted from 1.
+        count: of how many queries R_eval is.
+
+    Raises:
+        ValueError: the eigenvalue there is the rounding of its block's largest, or there is none.
+    """
+    values = np.concatenate(evaluation)
+    if k > len(values):
+        raise ValueError(
+            f"there is no component {k} (hessian.component) of {len(values)} dimensions"
+        )
+    rounding = np.concatenate([np.full(len(x), _ROUNDING * x[0]) for x in evaluation])
+    at = np.argsort(-values, kind="stable")[k - 1]
+    if values[at] <= rounding[at]:
+        raise ValueError(
+            f"R_eval of {count} queries has no direction at component {k}, where the mixing rule "
+            "compares it with R_train, which would be left out (λ = 1): ask more queries, give a "
+            "smaller hessian.component or a hessian.weight from 0 to 1, or take exp5 for trackstar "
+            "(exp4 for trackstar_raw), which mixes nothing in"
+        )
 
 
 def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:

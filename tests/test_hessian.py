@@ -131,6 +131,17 @@ def test_the_mixing_rule_equalises_the_component():
         hessian.mixing_weight(np.zeros(3), np.zeros(3), 3)
 
 
+def test_a_component_that_no_query_reaches_is_refused():
+    few, many = gradients(3), gradients(30)
+    for rows, k in ((many, 8), (few, 3)):
+        hessian.check_component(hessian.spectra([rows.T @ rows]), k, len(rows))
+    spectra = hessian.spectra([few.T @ few])
+    with pytest.raises(ValueError, match="R_eval of 3 queries has no direction at component 4"):
+        hessian.check_component(spectra, 4, 3)
+    with pytest.raises(ValueError, match="no component 9 .hessian.component. of 8 dimensions"):
+        hessian.check_component(spectra, 9, 3)
+
+
 def test_a_sample_for_R_is_drawn_from_the_whole_corpus():
     """Mistakes: the Hessian from the first rows of the corpus instead of a sample of it."""
     x = np.repeat(np.arange(1000, dtype=np.float32)[:, None], 8, axis=1)

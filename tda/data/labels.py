@@ -87,10 +87,7 @@ def clean_pool(
     Raises:
         ValueError: An excluded relation is held by no fact.
     """
-    excluded = set(exclude_relations)
-    unknown = excluded - {name for fact in facts for name in _relation_names(fact)}
-    if unknown:
-        raise ValueError(f"exclude_relations: no fact has relation {sorted(unknown)}")
+    kept = without_relations(facts, exclude_relations)
     objects: dict[tuple[str, str], set[str]] = defaultdict(set)
     for fact in facts:
         objects[fact.entity0_uri, fact.predicate_uri].add(fact.entity1_uri)
@@ -104,14 +101,26 @@ def clean_pool(
         if repeats is None:
             subject, target = fact.entity0.casefold(), fact.entity1.casefold()
             repeats = target in subject or subject in target
-        return (
-            not repeats
-            and n_objects == 1
-            and bool(stated[fact.fact_id])
-            and excluded.isdisjoint(_relation_names(fact))
-        )
+        return not repeats and n_objects == 1 and bool(stated[fact.fact_id])
 
-    return [fact for fact in facts if is_clean(fact)]
+    return [fact for fact in kept if is_clean(fact)]
+
+
+def without_relations(facts: Sequence[Fact], exclude_relations: Sequence[str]) -> list[Fact]:
+    """The facts of other relations.
+
+    Args:
+        facts: All facts of the corpus.
+        exclude_relations: Relations, each by its name, its URI or the last part of that.
+
+    Raises:
+        ValueError: No fact has an excluded relation: it is misspelt.
+    """
+    excluded = set(exclude_relations)
+    unknown = excluded - {name for fact in facts for name in _relation_names(fact)}
+    if unknown:
+        raise ValueError(f"exclude_relations: no fact has relation {sorted(unknown)}")
+    return [fact for fact in facts if excluded.isdisjoint(_relation_names(fact))]
 
 
 def select(

@@ -80,7 +80,7 @@ class Roots:
             on_progress: told what is done.
 
         Raises:
-            ValueError: the rule needs two queries, and there is one.
+            ValueError: the rule needs more queries than there are.
         """
         kind = self._kind(method, number, gradients)
         key = gradients, kind
@@ -131,8 +131,10 @@ class Roots:
         weight = how.weight
         if weight < 0:
             k = how.component or hessian.component(e.store.width)
-            spectra = hessian.spectrum(train.blocks), hessian.spectrum(evaluation.blocks)
-            weight = hessian.mixing_weight(*spectra, k)
+            by_block = hessian.spectra(evaluation.blocks)
+            hessian.check_component(by_block, k, evaluation.count)
+            spectrum = np.sort(np.concatenate(by_block))[::-1]
+            weight = hessian.mixing_weight(hessian.spectrum(train.blocks), spectrum, k)
         blocks, n = evaluation.blocks, len(queries_QxE)
         if kind == "leave_one_out":
             if n < 2:

@@ -343,6 +343,10 @@ def test_what_the_config_lacks_is_told(run, monkeypatch):
     dense_only = methods.parse("dense")
     with pytest.raises(ValueError, match="needs --config.dense.model"):
         attribution.check(config, dense_only)
+    config.eval.top_k = 0
+    with pytest.raises(ValueError, match="eval.top_k=0 must be 1 or more"):
+        attribution.check(config, methods.parse("bm25"))
+    config.eval.top_k = 1
     config.dense.model = "somewhere"
     monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'tda\[dense\]'"):

@@ -1,6 +1,9 @@
 """A grid from end to end: what points share, commands, failures, parallel points."""
 
+import contextlib
 import json
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +111,144 @@ def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, caps
     # Another config is another point's result, even under the same name.
     changed = grid._changed(found.points[0].config, {"eval.top_k": 3}, "s.py")
     assert not sweep.is_finished(grid.Point(found.points[0].name, {}, changed), path)
+
+
+@contextlib.contextmanager
+def with_bytes(path, contents):
+    """A file with other contents for a while; None: it is gone."""
+    path = pathlib.Path(path)
+    before = path.read_bytes()
+    try:
+        path.unlink() if contents is None else path.write_bytes(contents)
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@contextlib.contextmanager
+def with_stamp(path, point, change):
+    """A point whose stamp says something else for a while."""
+    stamp = path / "points" / point.name / "point.json"
+    told = json.loads(stamp.read_text())
+    change(told)
+    with with_bytes(stamp, json.dumps(told).encode()):
+        yield
+
+
+class Ended:
+    """A point's process that has ended well."""
+
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+    def terminate(self):
+        pass
+
+
+@pytest.mark.parametrize("key", ["sentences", "facts"])
+def test_points_of_files_that_changed_are_run_anew(swept, monkeypatch, capsys, key):
+    """Mistakes: a table of points of the old file beside points of the new one."""
+    found, path, _ = swept
+    file = pathlib.Path(found.points[0].config.data[key])
+    started = []
+    monkeypatch.setattr(sweep, "_start", lambda point, _: started.append(point.name) or Ended())
+    with with_bytes(file, file.read_bytes().replace(b"Oslo", b"Bergen")):
+        assert not any(sweep.is_finished(p, path) for p in found.points)
+        sweep.run_all(found.points, path, 1)
+        told = capsys.readouterr().out
+    assert started == [p.name for p in found.points]
+    assert all(f"{name} was run from another data.{key}" in told for name in started)
+    # Written anew with the same contents it is the same file.
+    assert all(sweep.is_finished(p, path) for p in found.points)
+
+
+def test_points_without_their_files_are_gathered_if_they_agree(swept):
+    found, path, _ = swept
+    data = found.points[0].config.data
+    digest = ("made_of", "files", "data.facts")
+    with with_bytes(data.sentences, None), with_bytes(data.facts, None):
+        assert all(sweep.is_finished(p, path) for p in found.points)
+        sweep.check_alike(found.points, path)
+        last = found.points[-1]
+        for keys in (digest, ("made_of", "corpus", "queries"), ("made_of", "training")):
+
+            def change(told, keys=keys):
+                for key in keys[:-1]:
+                    told = told[key]
+                told[keys[-1]] = "another"
+
+            with with_stamp(path, last, change):
+                assert sweep.is_finished(last, path)
+                names = f"points {found.points[0].name} and {last.name} "
+                with pytest.raises(ValueError, match=re.escape(names) + ".*point.json"):
+                    sweep.check_alike(found.points, path)
+
+
+def test_a_table_has_no_points_of_both(swept, monkeypatch, capsys):
+    found, path, _ = swept
+    first, last = found.points[0], found.points[-1]
+    monkeypatch.setattr(sweep, "_start", lambda point, _: Ended())
+    flags.FLAGS.mark_as_parsed()
+
+    def main():
+        with flagsaver.flagsaver(
+            sweep=str(path.parent / "s.py"), list=False, point=None, plots=False
+        ):
+            sweep.main(first.config, path)
+
+    main()
+    assert "4 of 4 points" in capsys.readouterr().out
+    # What changed while the points ran is told, and none of them is gathered.
+    data = pathlib.Path(first.config.data.facts)
+    with with_bytes(data, data.read_bytes() + b"\n"):
+        with pytest.raises(ValueError, match="4 points failed.*\n.*has changed since"):
+            main()
+        assert "of 4 points" not in capsys.readouterr().out
+    with with_stamp(path, last, lambda told: told["made_of"].update(training="another")):
+        with pytest.raises(ValueError, match="different contents of the training"):
+            main()
+    assert "of 4 points" not in capsys.readouterr().out
+
+
+def test_points_of_older_versions_are_accepted(swept):
+    """They say nothing of their files."""
+    found, path, _ = swept
+    last = found.points[-1]
+    with with_stamp(path, last, lambda told: told.pop("made_of")):
+        assert sweep.is_finished(last, path)
+        sweep.check_alike(found.points, path)
+        data = found.points[0].config.data
+        with with_bytes(data.facts, b"{}"):
+            assert sweep.is_finished(last, path)
+            assert not sweep.is_finished(found.points[0], path)
+
+
+def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
+    """The training of the old text is there: neither is it thrown away, nor are its figures."""
+    found, path, _ = swept
+    point = found.points[0]
+    sentences = pathlib.Path(point.config.data.sentences)
+    changed = sentences.read_bytes().replace(b"all day", b"all night")
+    with with_bytes(sentences, changed), pytest.raises(ValueError, match="holds another run"):
+        sweep.run_point(point, path)
+    assert sweep.is_finished(point, path)
+
+
+def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, monkeypatch):
+    found, path, _ = swept
+    config = found.points[0].config
+    body = '{"axes": {"eval.top_k": (5, 0)}}'
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(sweep, "_start", None)
+    with flagsaver.flagsaver(sweep=write(tmp_path / "k.py", body), list=False, point=None):
+        with pytest.raises(ValueError, match="point top_k=0-.*eval.top_k=0 must be 1 or more"):
+            sweep.main(config, tmp_path / "w")
+    # A point alone tells it too, before it reads anything.
+    wrong = grid._changed(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
+    with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
+        sweep.run_point(grid.Point("p", {}, wrong), tmp_path / "w")
 
 
 def test_commands_are_for_one_point_each(monkeypatch, tmp_path):

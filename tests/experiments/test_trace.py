@@ -257,6 +257,39 @@ def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch
     assert not (path / f"tail_patch-{rule}.jsonl").exists()
 
 
+def test_a_step_of_no_length_is_refused(finished, loaded):
+    """Mistakes: tail-patch 0 of every method, where the schedule has come to its end."""
+    config = finished[0].copy_and_resolve_references()
+    config.train.final = 0.0
+    with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
+        measures.step_rule(config, loaded[1])
+    config.eval.tail_patch_learning_rate = 1e-4
+    assert measures.step_rule(config, loaded[1])["learning_rate"] == 1e-4
+
+
+def test_an_evaluation_that_is_broken_off_leaves_no_metrics(
+    finished, loaded, tmp_path, monkeypatch
+):
+    """Else a viewer would take what it wrote over for the earlier one's."""
+    config, path, metrics = finished
+    data, trained = loaded
+    ranked = {n: annotated.ranked(data.prompts.ids, data.correct["all"]) for n in ("a", "b")}
+    whole = config, data, trained, ranked, Workdir(path), tmp_path / "own"
+    evaluation.run(*whole)
+    assert (tmp_path / "own" / "metrics.json").exists()
+    write = evaluation.results.write
+
+    def torn(file, records):
+        if file.stem == "b":
+            raise OSError("No space left")
+        write(file, records)
+
+    monkeypatch.setattr(evaluation.results, "write", torn)
+    with pytest.raises(OSError):
+        evaluation.run(*whole)
+    assert not (tmp_path / "own" / "metrics.json").exists()
+
+
 def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_path):
     config, path, metrics = finished
     data, trained = loaded
@@ -411,6 +444,79 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
     config.data.sentences = "/nowhere"
     with pytest.raises(ValueError, match="unknown method 'exp9'"):
         trace.run(config, Workdir(tmp_path / "w"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.top_k": 0}, "eval.top_k=0 must be 1 or more"),
+        ({"train.final": 0.0}, "ends at 0: give eval.tail_patch_learning_rate"),
+        (
+            {"train.final": 0.0, "train.schedule": "linear"},
+            "ends at 0: give eval.tail_patch_learning_rate",
+        ),
+    ],
+)
+def test_what_the_config_alone_tells_is_told_before_anything_is_read(tmp_path, changes, message):
+    config = make_config(tmp_path)
+    config.update_from_flattened_dict({"data.sentences": "/nowhere"} | changes)
+    with pytest.raises(ValueError, match=message):
+        trace.run(config, Workdir(tmp_path / "w"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval.tail_patch_queries": 0},
+        {"eval.tail_patch_learning_rate": 1e-3},
+        {"train.schedule": "constant"},
+        {"train.traced": 0.5},
+    ],
+)
+def test_a_schedule_may_end_at_nothing_where_no_step_is_taken_there(tmp_path, changes):
+    config = make_config(tmp_path)
+    config.update_from_flattened_dict({"train.final": 0.0} | changes)
+    measures.check(config)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes", "message"),
+    [
+        ("adam", {"weight_decay": 0.1}, "weight_decay=0.1 .*optimizer=adam: .*adamw"),
+        ("adafactor", {"weight_decay": 0.1}, "weight_decay=0.1 .*optimizer=adafactor: .*adamw"),
+        ("adafactor", {"b1": 0.8, "eps": 1e-6}, "b1=0.8, train.eps=1e-06 .*optimizer=adafactor"),
+    ],
+)
+def test_options_that_the_optimizer_has_not_are_refused(
+    tmp_path, monkeypatch, optimizer, changes, message
+):
+    """Mistakes: a weight decay that is accepted and has no effect."""
+    config = make_config(tmp_path)
+    config.train.optimizer = optimizer
+    config.train.update(changes)
+    monkeypatch.setattr(training, "_train", None)
+    with pytest.raises(ValueError, match=f"train.{message}"):
+        trace.run(config, Workdir(tmp_path / "w"))
+    assert not (tmp_path / "w" / "stages" / "train.json").exists()
+
+
+def test_options_are_refused_of_no_training_that_is_done(finished, loaded, monkeypatch):
+    """A run that was finished before they were refused can still be traced."""
+    config, path, _ = finished
+    monkeypatch.setattr(training, "check", None)
+    assert training.run(config, loaded[0], Workdir(path)).step == loaded[1].step
+
+
+def test_what_an_optimizer_has_is_accepted():
+    for optimizer, changes in (
+        ("adamw", {"weight_decay": 0.1, "b1": 0.8}),
+        ("adam", {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
+        ("adafactor", {}),
+    ):
+        config = defaults.get_config()
+        config.train.optimizer = optimizer
+        config.train.update(changes)
+        training.check(config)
 
 
 def test_an_unwritable_workdir_is_told(tmp_path):

@@ -19,6 +19,8 @@ def workdir(tmp_path):
     (tmp_path / "w" / "results").mkdir(parents=True)
     for name in ("bm25", "trackstar", "mine"):
         results.write(tmp_path / "w" / "results" / f"{name}.jsonl", records(3, 2, 30))
+    metrics = {name: {"mrr": 0.5} for name in ("mine", "bm25", "trackstar")}
+    (tmp_path / "w" / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path / "w"
 
 
@@ -31,6 +33,23 @@ def test_a_workdirs_results_are_shown_in_the_runs_order(workdir, tmp_path):
     (workdir / "config.json").write_text('{"methods": "exp3, bm25,trackstar"}')
     assert labels() == ["bm25", "trackstar", "mine"]
     assert found.notes.path == str(workdir / "notes.jsonl")
+
+
+def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, capsys):
+    """Mistakes: methods of an earlier evaluation, of other queries, shown beside the new ones."""
+    (workdir / "metrics.json").write_text('{"trackstar": {}}')
+    found = view.collect(str(workdir), [], None, str(tmp_path))
+    assert [f.label for f in found.files] == ["trackstar"]
+    told = capsys.readouterr().out
+    assert "not of the last evaluation" in told and "bm25.jsonl, mine.jsonl" in told
+    assert "--results" in told and (workdir / "results" / "bm25.jsonl").exists()
+    names = [str(workdir / "results" / f"{n}.jsonl") for n in ("bm25", "trackstar")]
+    found = view.collect(str(workdir), names, None, str(tmp_path))
+    assert [f.label for f in found.files] == ["bm25", "trackstar"]
+    # One that was killed while it wrote left no metrics: whose the files are, nobody knows.
+    (workdir / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="no metrics.json.*run the same command again.*--results"):
+        view.collect(str(workdir), [], None, str(tmp_path))
 
 
 def test_named_files_take_their_place(workdir, tmp_path):

@@ -112,6 +112,37 @@ def test_methods_are_searched_together_where_they_can_be(data):
     assert made.note(METHODS["trackstar"])["evaluation"] == "leave_one_out"
 
 
+def test_too_few_queries_for_the_rule_are_refused():
+    """Mistakes: k beyond the directions of the queries gives λ = 1, and R_train is left out."""
+    rng = np.random.default_rng(0)
+    slices = [slice(0, 40), slice(40, 80)]
+    passages = InMemory(rng.normal(size=(200, 80)).astype(np.float32), slices)
+
+    def parts(count, name="trackstar", **changes):
+        config = defaults.get_config()
+        config.hessian.update(changes)
+        queries = (rng.normal(size=(count, 80)) + 1).astype(np.float32)
+        made = Whitening(config, passages, queries, None)
+        made.parts({"m": METHODS[name], "other": METHODS["exp5"]})
+        return made
+
+    ways_out = "3 queries.*component 7.*hessian.component.*hessian.weight.*exp5"
+    for name in ("trackstar", "trackstar_leave_one_out"):
+        with pytest.raises(ValueError, match=ways_out):
+            parts(3, name, component=7)
+    # Halves have fewer directions.
+    with pytest.raises(ValueError, match=ways_out):
+        parts(6, "trackstar_disjoint", component=7)
+    for count, changes in (
+        (3, dict(component=6)),
+        (4, dict(component=7)),
+        (3, dict(component=7, weight=0.9)),
+    ):
+        weight = parts(count, **changes).notes["all"]["lambda"]
+        assert 0 < weight < 0.999
+    assert parts(3, "exp5", component=7).notes.keys() == {"train"}
+
+
 def test_spectra_of_an_earlier_search_stay(data, tmp_path):
     both, train = whitening(data), whitening(data)
     both.parts({"m": METHODS["trackstar"]})

@@ -108,6 +108,18 @@ def test_a_method_has_a_rule_of_its_own(made):
     assert roots.scorer(METHODS["trackstar"], 2, KEY, lambda *t: None).own == ()
 
 
+def test_too_few_queries_for_the_rule_are_refused(made):
+    """As a run refuses them: three of a half have three directions in a block of four."""
+
+    def scorer(component, number):
+        how = Hessian(component=component, evaluation="disjoint", seed=3)
+        return Roots(made[0], how).scorer(METHODS["trackstar"], number, KEY, lambda *t: None)
+
+    with pytest.raises(ValueError, match="3 queries.*component 7.*hessian.weight.*exp5"):
+        scorer(7, 0)
+    assert len(scorer(6, 0).roots) == 2 and len(scorer(7, None).roots) == 2
+
+
 def test_r_is_shrunk_and_cut_off(made):
     """As `damping` = −1 and `cutoff` say; what is taken out again is shrunk with the rest."""
     encoded, _, q = made
