@@ -15,7 +15,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps, together
+from tda.gradients import sites, taps, together, unseen
 from tda.gradients.second_moments import Scale
 
 
@@ -35,7 +35,8 @@ def make_contributions(
     is W N(W g_query) / ‖W g_passage‖ (`direction_of`).
 
     Raises:
-        ValueError: as `make_encoder` does.
+        ValueError: as `make_encoder` does; with a batch, if the loss uses a parameter in a way that
+            its tap does not see.
     """
     chosen = sites.find(model, include, exclude)
     plan = projections.layout(chosen, projection)
@@ -57,19 +58,22 @@ def make_contributions(
     example = taps.put_on(model, {s: (end,) for s, end in undirected.items()})
     graphdef, *states = nnx.split(example, taps.Tap, ...)
     templates, variables = map(nnx.to_pure_dict, states)
+    search = unseen.make_search(model, chosen)
+
+    def total(own, batch):
+        # All logits at once: a piece of the positions would not be the sequence.
+        return jnp.sum(output_fn(own(batch["tokens"]), batch["targets"], batch["weights"]))
 
     @jax.jit
     def contributions(variables, batch, direction_E):
+        unseen.refuse(search(lambda own: total(own, batch)))
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, end in with_direction(direction_E).items():
             together.module_at(variables, site)["taps"][0]["direction"] = end.direction
 
         def summed(tap_arrays):
-            own = nnx.merge(graphdef, tap_arrays, variables)
-            # All logits at once: a piece of the positions would not be the sequence.
-            logits_BxTxV = own(batch["tokens"])
-            return jnp.sum(output_fn(logits_BxTxV, batch["targets"], batch["weights"]))
+            return total(nnx.merge(graphdef, tap_arrays, variables), batch)
 
         zeros = jax.tree.map(lambda t: jnp.zeros((*t.shape[:-2], B, T), jnp.float32), templates)
         found = jax.grad(summed)(zeros)

@@ -99,12 +99,14 @@ def make_encoder(
             another way.
         include, exclude: regular expressions on parameters' path names (`tda.gradients.sites`).
         untapped: what becomes of chosen parameters that no tap can be put on: "leave", "reference"
-            (the gradient of each example is formed whole) or "error".
+            (the gradient of each example is formed whole; also where a tap turns out to miss a part
+            of it) or "error".
         mesh: where given, projections and scales are laid out on it as the parameters they belong
             to, by their logical axes; else they are replicated.
 
     Raises:
-        ValueError: nothing is included, or `projection` does not fit the model.
+        ValueError: nothing is included, or `projection` does not fit the model; with a batch, if
+            taps miss a part of a gradient (`tda.gradients.unseen`), unless `untapped` allows it.
         KeyError: `scales` lacks a parameter.
     """
     chosen = sites.find(model, include, exclude, untapped)

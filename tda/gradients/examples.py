@@ -36,8 +36,8 @@ def per_example(
         float32 [B, E] for each batch, in order.
 
     Raises:
-        ValueError: at once, as `make_encoder` does; with a batch, if its arrays are not of one
-            length or the loss is not [B].
+        ValueError: as `make_encoder` does; with a batch, also if its arrays are not of one length
+            or the loss is not [B].
         KeyError: `scales` lacks a parameter.
     """
 

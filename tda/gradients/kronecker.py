@@ -25,7 +25,7 @@ from tda import host_blas, sharding
 from tda import loss as losses
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
-from tda.gradients import layers, sites, taps
+from tda.gradients import layers, sites, taps, unseen
 from tda.gradients import projection as projections
 
 DAMPING = 0.1
@@ -123,7 +123,7 @@ def covariances(
         float32 [(L,) M, M] and [(L,) N, N] by path.
 
     Raises:
-        ValueError: no position counts.
+        ValueError: no position counts, or the loss uses a parameter where no tap sees it.
     """
 
     def empty(site, *shape):
@@ -170,7 +170,7 @@ def corrected(
         bases: from `eigenvectors`, all of them.
 
     Raises:
-        ValueError: no example counts.
+        ValueError: no example counts, or the loss uses a parameter where no tap sees it.
     """
 
     def empty(site):
@@ -304,9 +304,8 @@ def _squares_backward(kept, d_BxTxN):
 _watch_squares.defvjp(_squares_forward, _squares_backward)
 
 
-@functools.cache
-def _watched_class(kind: type) -> type:
-    class Watched(kind):
+def _watched(base: type) -> type:
+    class Watched(base):
         def __call__(self, inputs, *args, **kwargs):
             y = super().__call__(inputs, *args, **kwargs)
             known = layers.product(self)
@@ -320,7 +319,6 @@ def _watched_class(kind: type) -> type:
                 watched = _watch_squares(y_BxTxN, x_BxTxM, self.tap[...], *bases)
             return back(watched)
 
-    Watched.__name__ = Watched.__qualname__ = f"Watched{kind.__name__}"
     return Watched
 
 
@@ -333,16 +331,19 @@ def _summed(model, seen: dict, turned: dict, batches: Iterable[dict], labels: st
     modules = dict(nnx.iter_modules(watching))
     for site, zeros in seen.items():
         module = modules[site.module]
-        object.__setattr__(module, "__class__", _watched_class(type(module)))
+        object.__setattr__(module, "__class__", layers.with_known(type(module), _watched))
         module.tap = taps.Tap(zeros[0])
         module.tap2 = taps.Tap(zeros[1]) if len(zeros) > 1 else None
         left, right = map(taps.Ends, turned[site]) if site in turned else (None, None)
         module.watch_left, module.watch_right, module.watch_mask = left, right, mask
     graphdef, *states = nnx.split(watching, taps.Tap, ...)
     start, variables = map(nnx.to_pure_dict, states)
+    search = unseen.make_search(model, seen)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, variables, batch):
+        unseen.refuse(search(lambda own: losses.total(own, batch, output_fn)))
+
         def total(tap_arrays):
             mask.weights_BxT = batch["weights"]
             return losses.total(nnx.merge(graphdef, tap_arrays, variables), batch, output_fn)

@@ -4,10 +4,15 @@ A layer is known by the axes of its parameter that are summed over (the rows of 
 those that appear in its output (the columns), and by how its input and output are laid out. Layers
 of other classes are not lost: `tda.gradients.sites` reports their parameters by name, and the
 reference path takes them if asked.
+
+A subclass of a known class is known by what it asks of that class (`super().__call__(x)`), so that
+what it does before and after is its own affair: see `with_known`.
 """
 
 import dataclasses
+import functools
 import math
+import types
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -47,11 +52,17 @@ class Table:
     attend: str | None
 
 
-# Classes that multiply by jnp.einsum: (class, parameter, attribute).
-_EINSUMS: list[tuple[type, str, str]] = [(nnx.Einsum, "kernel", "einsum_str")]
-_TABLES: list[tuple[type, Table]] = [(nnx.Embed, Table("embedding", "__call__", "attend"))]
+# What is known of each class. Of those that multiply by jnp.einsum: (parameter, attribute).
+_KNOWN: dict[type, Table | tuple[str, str] | None] = {
+    nnx.Linear: None,
+    nnx.LinearGeneral: None,
+    nnx.Einsum: ("kernel", "einsum_str"),
+    nnx.Embed: Table("embedding", "__call__", "attend"),
+}
 
 _VECTORS = (nnx.RMSNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
+# They put other numbers in the place of a layer's parameters before they call it.
+_CHANGING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def register_einsum(kind: type, parameter: str, equation: str) -> None:
@@ -62,7 +73,7 @@ def register_einsum(kind: type, parameter: str, equation: str) -> None:
         parameter: the name of its parameter.
         equation: the name of the attribute that holds the equation.
     """
-    _EINSUMS.append((kind, parameter, equation))
+    _KNOWN[kind] = parameter, equation
 
 
 def register_embedding(
@@ -78,28 +89,66 @@ def register_embedding(
         attend: the method of tied models that takes states [B, …, D] first and gives states ·
             tableᵀ, neither scaled nor shifted; None where there is none.
     """
-    _TABLES.append((kind, Table(parameter, look_up, attend)))
+    _KNOWN[kind] = Table(parameter, look_up, attend)
+
+
+def known(kind: type) -> type | None:
+    """The class whose product is known: `kind` itself, or the first that it derives from."""
+    return next((k for k in kind.__mro__ if k in _KNOWN), None)
 
 
 def table(kind: type) -> Table | None:
     """What an embedding class calls its parts; None where `kind` is not known as one."""
-    return next((t for known, t in _TABLES if issubclass(kind, known)), None)
+    parts = _KNOWN.get(known(kind))
+    return parts if isinstance(parts, Table) else None
+
+
+def methods(kind: type) -> tuple[str, ...]:
+    """The methods of a known class that use its parameter."""
+    parts = table(kind)
+    found = ("__call__",) if parts is None else (parts.look_up, parts.attend)
+    return tuple(name for name in found if name)
+
+
+def with_known(kind: type, change: Callable[[type], type]) -> type:
+    """A subclass of `kind` in which `change` of its known class, a subclass, stands before that.
+
+    What `kind` asks of the known class (`super().__call__(x)`) it asks of the subclass then. Called
+    again, it gives the same class.
+    """
+    return _with(kind, known(kind), change)
+
+
+@functools.cache
+def _with(kind: type, base: type, change: Callable[[type], type]) -> type:
+    changed = change(base)
+    name = f"{changed.__name__}{kind.__name__}"
+    # Python puts `changed` right before `base`, after all of `kind`'s own classes.
+    made = changed if kind is base else types.new_class(name, (kind, changed))
+    made.__name__ = made.__qualname__ = name
+    return made
+
+
+def changes_parameters(module: nnx.Module) -> bool:
+    """Whether `module` changes the parameters of the layers in it before it calls them."""
+    return isinstance(module, _CHANGING)
 
 
 def product(module: nnx.Module) -> Product | None:
     """How `module` multiplies by its parameter; None where that is not known."""
-    if isinstance(module, nnx.Linear):
+    kind = known(type(module))
+    if kind is None:
+        return None
+    if kind is nnx.Linear:
         return Product("kernel", (0,), (1,), _positions, _flattened(1))
-    embedding = table(type(module))
-    if embedding is not None:
-        return Product(embedding.parameter, (0,), (1,), _positions, _flattened(1))
-    if isinstance(module, nnx.LinearGeneral):
+    if kind is nnx.LinearGeneral:
         return _linear_general(module)
-    for kind, parameter, equation in _EINSUMS:
-        if isinstance(module, kind):
-            text = getattr(module, equation, None)
-            return _einsum(parameter, text) if text else None
-    return None
+    parts = _KNOWN[kind]
+    if isinstance(parts, Table):
+        return Product(parts.parameter, (0,), (1,), _positions, _flattened(1))
+    parameter, equation = parts
+    text = getattr(module, equation, None)
+    return _einsum(parameter, text) if text else None
 
 
 def own_ndim(module: nnx.Module, parameter: str) -> int | None:

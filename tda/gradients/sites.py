@@ -38,6 +38,8 @@ class Site:
         order: the parameter's own axes, those of the rows before those of the columns; None: as is.
         tapped: whether a tap gives its gradient; otherwise it is formed whole for every example.
         group: "attention", "mlp", "embedding", "head" or "other"; None: by the path.
+        whole: whether the gradient may be formed whole where the tap turns out to miss a part of it
+            (`tda.gradients.unseen`); else that is an error.
     """
 
     module: tuple
@@ -49,13 +51,14 @@ class Site:
     order: tuple[int, ...] | None = None
     tapped: bool = True
     group: str | None = None
+    whole: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self):
         if self.shape is None:
             stack = () if self.stack is None else (self.stack,)
             object.__setattr__(self, "shape", (*stack, self.rows, self.columns))
         if self.group is None:
-            object.__setattr__(self, "group", group_of(self.path))
+            object.__setattr__(self, "group", group_of(self.names()[0]))
 
     @property
     def path(self) -> str:
@@ -64,12 +67,7 @@ class Site:
 
     def names(self) -> list[str]:
         """The name of each layer's matrix: one, or one for each stacked layer."""
-        if self.stack is None:
-            return [self.path]
-        parts = [str(p) for p in (*self.module, self.parameter)]
-        named = (i for i, p in enumerate(parts) if _LAYERS.fullmatch(p))
-        at = next(named, 0) + 1
-        return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(self.stack)]
+        return _names(self.module, self.parameter, self.stack)
 
     def matrix(self, x):
         """An array of the parameter's shape as a matrix or a stack of them: [(L,) M, N]."""
@@ -93,8 +91,10 @@ def find(
             every matrix of a layer, which leaves out embeddings, the output head, norms and biases.
         exclude: one that it must not match.
         untapped: what becomes of parameters that match and that no tap can be put on (norms,
-            biases, layers of unknown classes): "leave" them out (`left_out` names them), take them
-            by the "reference" path (each example's whole gradient is formed), or "error".
+            biases, layers of unknown classes, parameters that several layers share): "leave" them
+            out (`left_out` names them), take them by the "reference" path (each example's whole
+            gradient is formed), or "error". With "reference" that path is open to all that match,
+            where a tap turns out to miss a part of the gradient; else that is an error (`unseen`).
 
     Raises:
         ValueError: nothing matches, or, with untapped="error", something cannot be tapped.
@@ -109,7 +109,9 @@ def find(
             f"no tap can be put on {', '.join(without)}; exclude them, or take them with "
             "untapped='reference'"
         )
-    if untapped != "reference":
+    if untapped == "reference":
+        chosen = [dataclasses.replace(s, whole=True) for s in chosen]
+    else:
         chosen = [s for s in chosen if s.tapped]
     if not chosen:
         listed = ", ".join(s.path + ("" if s.tapped else " (no tap)") for s in everything)
@@ -131,34 +133,45 @@ def _selected(site: Site, include: str | None, exclude: str | None) -> bool:
 def _sites(model: nnx.Module) -> list[Site]:
     """A site for every parameter of the model."""
     modules = {tuple(path): m for path, m in nnx.iter_modules(model)}
+    # A tap at one of its layers would miss what the others do with it.
+    shared = {tuple(p) for paths in nnx.find_duplicates(model, only=nnx.Param) for p in paths}
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, parameter = path
-        found.append(_site(tuple(module), parameter, tuple(variable.shape), modules))
+        shape, alone = tuple(variable.shape), tuple(path) not in shared
+        found.append(_site(tuple(module), parameter, shape, modules, alone))
     return found
 
 
-def _site(module: tuple, parameter: str, shape: tuple[int, ...], modules: dict) -> Site:
+def _site(
+    module: tuple, parameter: str, shape: tuple[int, ...], modules: dict, alone: bool
+) -> Site:
     holder = modules.get(module)
-    group = _group(module, parameter, modules)
     own = None if holder is None else layers.own_ndim(holder, parameter)
     stack = shape[0] if own is not None and len(shape) == own + 1 else None
+    group = _group(module, parameter, stack, modules)
     one = shape if stack is None else shape[1:]
     product = None if holder is None else layers.product(holder)
+    above = (modules.get(module[:i]) for i in range(len(module)))
+    tapped = alone and not any(map(layers.changes_parameters, above))
     if product is not None and product.parameter == parameter and len(one) == product.ndim:
         order = (*product.rows, *product.columns)
         rows = math.prod(one[i] for i in product.rows)
         columns = math.prod(one[i] for i in product.columns)
         turned = None if order == tuple(range(len(order))) else order
-        return Site(module, parameter, rows, columns, stack, shape, turned, True, group)
+        return Site(module, parameter, rows, columns, stack, shape, turned, tapped, group)
     columns = one[-1] if one else 1
     rows = math.prod(one[:-1])
     return Site(module, parameter, rows, columns, stack, shape, None, False, group)
 
 
-def _group(module: tuple, parameter: str, modules: dict) -> str:
+def _group(module: tuple, parameter: str, stack: int | None, modules: dict) -> str:
     """The group by the path's name, else by the classes of the modules on the way to it."""
-    group = group_of("/".join(map(str, (*module, parameter))))
+    name = _names(module, parameter, stack)[0]
+    group = group_of(name)
+    if group == "other" and layers.table(type(modules.get(module))) is not None:
+        # A table in a layer is called one by its class, not by its name alone.
+        group = "embedding" if _GROUPS["embedding"].search(name.lower()) else group
     for i in range(len(module), 0, -1):
         if group != "other":
             break
@@ -174,12 +187,29 @@ def left_out(model: nnx.Module, chosen: list[Site]) -> dict[str, int]:
     return {s.path: math.prod(s.shape) for s in _sites(model) if s.path not in covered}
 
 
-def group_of(path: str) -> str:
-    """The kind of layer that a parameter belongs to, by its path name; "other" if none fits."""
+def group_of(name: str) -> str:
+    """The kind of layer that a matrix belongs to, by its name; "other" if none fits.
+
+    In a numbered layer nothing is called the model's head or embedding (BERT's layers each have an
+    `output`), but for the list of them itself: `lm_head/0/kernel` is a head.
+    """
+    name = name.lower()
+    parts = name.split("/")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    ends = name if number is None else parts[number - 1] if number else ""
     for group, pattern in _GROUPS.items():
-        if pattern.search(path.lower()):
+        if pattern.search(ends if group in ("head", "embedding") else name):
             return group
     return "other"
+
+
+def _names(module: tuple, parameter: str, stack: int | None) -> list[str]:
+    parts = [str(p) for p in (*module, parameter)]
+    if stack is None:
+        return ["/".join(parts)]
+    named = (i for i, p in enumerate(parts) if _LAYERS.fullmatch(p))
+    at = next(named, 0) + 1
+    return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(stack)]
 
 
 def layer_of(name: str) -> int | None:

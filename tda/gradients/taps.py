@@ -10,13 +10,13 @@ in B, as if there were R times as many positions.
 A tap of positions is one zero for every example and position; its cotangent is x_tᵀKδ_t, that
 position's part of ⟨K, G⟩.
 
-Taps are put on a model from outside: the class of a module becomes a subclass that taps its output.
-Paths and parameters stay what they were, and the model's own code runs unchanged. A layer may carry
-several taps, of different corrections: what comes back to its output is computed once for all.
+Taps are put on a model from outside: the class of a module becomes a subclass that taps what the
+known class in it gives. Paths and parameters stay what they were, and the model's own code runs
+unchanged. A layer may carry several taps, of different corrections: what comes back to its output
+is computed once for all. What taps do not see of a parameter's use, `tda.gradients.unseen` finds.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -244,8 +244,8 @@ def _tap_positions_of(y, x_BxTxM, tap_BxT, A, B, scale, W_PxP):
     return tap_positions(y, xAW_BxSxP, tap_BxT, B)
 
 
-def _tapped_product(kind: type) -> type:
-    class Tapped(kind):
+def _tapped_product(base: type) -> type:
+    class Tapped(base):
         def __call__(self, inputs, *args, **kwargs):
             y = super().__call__(inputs, *args, **kwargs)
             known = layers.product(self)
@@ -255,16 +255,17 @@ def _tapped_product(kind: type) -> type:
     return Tapped
 
 
-def _tapped_embed(kind: type, table: layers.Table) -> type:
+def _tapped_embed(base: type) -> type:
+    table = layers.table(base)
     own_look_up, own_attend = (
-        getattr(kind, m) if m else None for m in (table.look_up, table.attend)
+        getattr(base, m) if m else None for m in (table.look_up, table.attend)
     )
 
-    class Tapped(kind):
+    class Tapped(base):
         pass
 
     def look_up(self, inputs, *args, **kwargs):
-        if issubclass(kind, nnx.Embed):
+        if base is nnx.Embed:
             return _tap_look_up(self, own_look_up(self, inputs, *args, **kwargs), inputs)
         # What the class does with its rows is its own affair: it is given a table of just these.
         rows = _tap_look_up(self, getattr(self, table.parameter)[...][inputs], inputs)
@@ -311,12 +312,8 @@ def _tap_look_up_once(tapping: Tapping, y_BxTxN, inputs):
     return tap_positions(y_BxTxN, xK_BxTxN, tap, None)
 
 
-@functools.cache
-def _tapped_class(kind: type) -> type:
-    table = layers.table(kind)
-    tapped = _tapped_product(kind) if table is None else _tapped_embed(kind, table)
-    tapped.__name__ = tapped.__qualname__ = f"Tapped{kind.__name__}"
-    return tapped
+def _tapped(base: type) -> type:
+    return _tapped_product(base) if layers.table(base) is None else _tapped_embed(base)
 
 
 def _matrix_axes(variable, site: sites.Site) -> tuple:
@@ -350,7 +347,7 @@ def put_on(model: nnx.Module, ends: dict[sites.Site, tuple[End, ...]]) -> nnx.Mo
     modules = dict(nnx.iter_modules(tapped))
     for site, found in ends.items():
         module = modules[site.module]
-        object.__setattr__(module, "__class__", _tapped_class(type(module)))
+        object.__setattr__(module, "__class__", layers.with_known(type(module), _tapped))
         stack = () if site.stack is None else (site.stack,)
         axes = _matrix_axes(getattr(module, site.parameter), site)
         module.taps = nnx.List([Tapping(end, stack, axes) for end in found])

@@ -16,7 +16,7 @@ from flax import nnx
 from tda import loss as losses
 from tda import sharding
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps, whole_gradients
+from tda.gradients import sites, taps, unseen, whole_gradients
 from tda.model import functional
 
 
@@ -85,7 +85,11 @@ class Taken:
 
 
 def take(model: nnx.Module, parts: list[Part], output: str | Callable) -> Taken:
-    """Taps of all parts on a model, and the function that reads them off in one pass."""
+    """Taps of all parts on a model, and the function that reads them off in one pass.
+
+    Where the taps turn out to miss a part of a parameter's gradient, once the function is traced,
+    it is formed whole for every example, if all parts that take it allow that; else an error says.
+    """
     plans = tuple(projections.layout(p.chosen, p.projection) for p in parts)
     output_fn = losses.output(output) if isinstance(output, str) else None
     # By site: the parts that take it, in the order of its taps.
@@ -101,18 +105,31 @@ def take(model: nnx.Module, parts: list[Part], output: str | Callable) -> Taken:
     templates, variables = map(nnx.to_pure_dict, states)
     axes = functional.logical_axes(states[1])
     loose_ends = {s.path: tuple((e.left, e.right, e.scale) for e in ends[s]) for s in loose}
+    search = unseen.make_search(model, tapped)
+    # Turned gradients cannot be formed whole.
+    fixed = {s for s, found in ends.items() if any(e.bases is not None for e in found)}
 
-    def summed(tap_arrays, variables, batch, scored):
-        own = nnx.merge(graphdef, tap_arrays, variables)
+    def total(own, batch, scored):
         if output_fn is None:
             return jnp.sum(output(own, batch))
         return losses.total(own, batch, output_fn, scored)
+
+    def summed(tap_arrays, variables, batch, scored):
+        return total(nnx.merge(graphdef, tap_arrays, variables), batch, scored)
+
+    def missed_by_taps(batch, scored):
+        missed = search(lambda own: total(own, batch, scored))
+        refused = [
+            s for p in parts for s in p.chosen if s in missed and (s in fixed or not s.whole)
+        ]
+        unseen.refuse(refused, ", or take them with untapped='reference'")
+        return missed
 
     def batched(variables, batch, scored):
         found = jax.grad(summed)(zeros(templates, batch), variables, batch, scored)
         return {s: found_at(found, s) for s in tapped}
 
-    def one_by_one(variables, loose_ends, batch, scored):
+    def one_by_one(variables, loose, loose_ends, batch, scored):
         rest, whole = whole_gradients.take(variables, loose)
 
         def alone(tap_arrays, whole, example):
@@ -136,8 +153,10 @@ def take(model: nnx.Module, parts: list[Part], output: str | Callable) -> Taken:
 
     def encode(arrays, batch, scored=None):
         variables, loose_ends = arrays
-        if loose:
-            projected = one_by_one(variables, loose_ends, batch, scored)
+        missed = missed_by_taps(batch, scored)
+        if loose or missed:
+            loose_ends = loose_ends | {s.path: _ends_at(variables, s) for s in missed}
+            projected = one_by_one(variables, [*loose, *missed], loose_ends, batch, scored)
         else:
             projected = batched(variables, batch, scored)
         return tuple(
@@ -185,6 +204,13 @@ def found_at(cotangents: dict, site: sites.Site) -> list:
     """The cotangents of a site's taps."""
     of = module_at(cotangents, site)["taps"]
     return [of[i]["tap"] for i in range(len(of))]
+
+
+def _ends_at(variables: dict, site: sites.Site) -> tuple:
+    """A, B and the scale (or None) of each of a site's taps."""
+    of = module_at(variables, site)["taps"]
+    each = (of[i] for i in range(len(of)))
+    return tuple((tap["left"], tap["right"], tap.get("scale")) for tap in each)
 
 
 def _batch_first_no_more(x, site: sites.Site):

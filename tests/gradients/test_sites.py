@@ -1,11 +1,15 @@
 """Where weight matrices are found, and what they are called."""
 
+import re
+
 import jax
 import pytest
 from flax import nnx
 
-from tda.gradients import sites
+from tda.gradients import kronecker, sites
 from tda.model import functional
+from tda.model.decoder import Decoder
+from tests.model.test_settings import FAMILIES, TINY
 
 MLP = {"mlp/up/kernel", "mlp/gate/kernel", "mlp/down/kernel"}
 ATTENTION = {f"attention/{n}/kernel" for n in ("query", "key", "value", "out")}
@@ -101,11 +105,90 @@ def test_a_stack_is_told_from_a_single_matrix():
         ("embedding/embedding", "embedding", None),
         ("lm_head/kernel", "head", None),
         ("final/kernel", "other", None),
+        ("blocks/0/output/kernel", "other", 0),
+        ("blocks/0/head/kernel", "other", 0),
+        ("encoder/layer/0/output/dense/kernel", "other", 0),
+        ("encoder/layer/0/attention/output/dense/kernel", "attention", 0),
+        ("embedder/layers/3/project/kernel", "other", 3),
+        ("bert/embeddings/word_embeddings/embedding", "embedding", None),
+        ("output/kernel", "head", None),
+        # Several of them: the number is not a layer's.
+        ("lm_head/0/kernel", "head", 0),
+        ("embed_tokens/1/embedding", "embedding", 1),
     ],
 )
 def test_groups_and_layers_by_name(path, group, layer):
     assert sites.group_of(path) == group
     assert sites.layer_of(path) == layer
+
+
+class Block(nnx.Module):
+    """A layer by BERT's names, with a table of its own."""
+
+    def __init__(self, rngs):
+        self.intermediate, self.output, self.head, self.embed = (
+            nnx.Linear(4, 4, rngs=rngs) for _ in range(4)
+        )
+        self.depth_embed = nnx.Embed(3, 4, rngs=rngs)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, scan, rngs):
+        self.embeddings = nnx.Embed(5, 4, rngs=rngs)
+        if scan:
+            self.layer = nnx.vmap(Block)(rngs.split(2))
+        else:
+            self.layer = nnx.List([Block(rngs) for _ in range(2)])
+        self.output = nnx.Linear(4, 5, rngs=rngs)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_may_have_an_output_and_a_head(scan):
+    """Guards: matrices of every layer left out by default, for what they are called."""
+    model = Encoder(scan, nnx.Rngs(0))
+    of_layers = ("intermediate", "output", "head", "embed")
+    found = sites.find(model)
+    assert names(found) == sorted(f"layer/{i}/{n}/kernel" for i in (0, 1) for n in of_layers)
+    assert {s.group for s in found} == {"other"}
+    assert kronecker.factored(sites.find(model, ".")) == found
+    # What looks up rows is an embedding, in a layer too.
+    groups = {n: s.group for s in sites.find(model, ".") for n in s.names()}
+    others = {n: g for n, g in groups.items() if g != "other"}
+    assert others == {
+        "embeddings/embedding": "embedding",
+        "layer/0/depth_embed/embedding": "embedding",
+        "layer/1/depth_embed/embedding": "embedding",
+        "output/kernel": "head",
+    }
+    assert {s.path: sites.Site(s.module, s.parameter, 4, 4, s.stack).group for s in found} == {
+        s.path: "other" for s in found
+    }
+
+
+OLD_GROUPS = {
+    "attention": r"attn|attention",
+    "mlp": r"mlp|ffn|ffw|feed_?forward",
+    "head": r"unembed|lm_head|(^|/)(head|output)(/|$)",
+    "embedding": r"embed|(^|/)w[tp]e(/|$)",
+}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_the_decoders_groups_are_those_of_stores_made_before(family, tied, scan):
+    """Blocks of a store are called by them: no other rule may move a matrix of this model."""
+    shape = TINY | FAMILIES.get(family, {}) | dict(tied=tied, scan=scan)
+    model = nnx.eval_shape(lambda: Decoder(**shape, rngs=nnx.Rngs(0)))
+    found = sites.find(model, ".", untapped="reference")
+    assert not sites.left_out(model, found) and len(found) > 9
+    for site in found:
+        by_name = (g for g, words in OLD_GROUPS.items() if re.search(words, site.path))
+        assert site.group == next(by_name, "other")
+    # By default the layers' matrices, as ever.
+    parts = MLP | ATTENTION if shape.get("gated", True) else MLP - {"mlp/gate/kernel"} | ATTENTION
+    expected = {f"layers/{i}/{part}" for i in range(shape["layers"]) for part in parts}
+    assert {n for s in sites.find(model) for n in s.names()} == expected
 
 
 def test_finding_allocates_nothing(decoder):
