@@ -1,7 +1,6 @@
 """The stage that encodes corpus and queries into stores."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -137,18 +136,8 @@ def encode_queries(
 
 def tell_coverage(config, trained: Trained, wanted: Iterable[Gradients]) -> None:
     """Prints what parameters gradients are of, and what is left out: a line for all kinds alike."""
-    lines = {}
-    for what in wanted:
-        chosen = _chosen(config, trained, what)
-        covered = sum(math.prod(s.shape) for s in chosen)
-        out = sites.left_out(trained.model, chosen)
-        total = covered + sum(out.values())
-        line = (
-            f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
-            f"left out: {', '.join(out) or 'none'}"
-        )
-        lines[line] = None
-    for line in lines:
+    lines = (sites.coverage(trained.model, _chosen(config, trained, what)) for what in wanted)
+    for line in dict.fromkeys(lines):
         print(line)
 
 

@@ -57,6 +57,11 @@ class Setting:
         """The parameters whose gradients are taken."""
         return sites.find(self.model, **self.scope)
 
+    def tell_coverage(self) -> None:
+        """Prints how much of the model is taken, and what is left out."""
+        if not self.quiet:
+            print(sites.coverage(self.model, self.sites()))
+
     def per_example(self, model, batch):
         """The loss of each example of a batch, [B]."""
         if callable(self.loss):
@@ -110,6 +115,7 @@ def of_batches(setting: Setting, passages, queries, texts) -> Made:
     """Gradients of batches of arrays, in memory."""
     if isinstance(passages, str | os.PathLike):
         raise ValueError("passages are a path: give the model's tokenizer too")
+    setting.tell_coverage()
     first, passages = _sampled(passages, setting)
     scales = setting.estimated(first)
     scope = setting.scope
@@ -165,6 +171,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {known}: they do not "
             "belong together"
         )
+    setting.tell_coverage()
     asked = _queries(queries)
     prompts = tokens.queries(asked, tokenizer, context)
     directory = None if directory is None else pathlib.Path(directory)

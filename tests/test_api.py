@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import tda
+from tda import loss as losses
 from tda import results, sharding
 from tda.data.corpora import Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
@@ -221,6 +222,28 @@ def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):
     assert call(model, tokenizer, loss=total, **how).answers == found.answers
     with pytest.raises(ValueError, match=r"fingerprint\.loss"):
         call(model, tokenizer, loss=mean, **how)
+
+
+def test_what_is_left_out_is_told(model, tokenizer, capsys):
+    """Guards: weights that no gradient is taken of, in silence."""
+    call(model, tokenizer, quiet=False, method="grad_cos")
+    V = tokenizer.vocab_size
+    taken, total = 12 * 16 + 16 * V, 12 * V + 12 * 16 + 16 + 16 * V + V
+    assert (
+        f"gradients of {taken:,} of {total:,} parameters ({taken / total:.0%}); "
+        "left out: embed/embedding, first/bias, second/bias\n"
+    ) in capsys.readouterr().out
+    batch = batch_of(sequences(tokenizer, TEXTS))
+    cross_entropy = lambda m, b: losses.output("loss")(  # noqa: E731
+        m(b["tokens"]), b["targets"], b["weights"]
+    )
+    how = dict(loss=cross_entropy, method="grad_cos", include=".", projection=PROJECTION)
+    tda.trace(model, [batch], [batch], **how)
+    assert "left out: first/bias, second/bias\n" in capsys.readouterr().out
+    deep = nnx.Dict({f"l{i}": nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for i in range(10)})
+    told = sites.coverage(deep, sites.find(deep, "kernel"))
+    assert told.startswith("gradients of 40 of 60 parameters (67%); left out: l0/bias, l1/bias, ")
+    assert told.endswith("l7/bias and 2 more")
 
 
 def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):

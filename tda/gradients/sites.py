@@ -24,6 +24,9 @@ _GROUPS = {
     "embedding": re.compile(r"embed|(^|/)w[tp]e(/|$)"),
 }
 
+# Parameters without gradients that `coverage` names.
+_NAMED = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -185,6 +188,18 @@ def left_out(model: nnx.Module, chosen: list[Site]) -> dict[str, int]:
     """Sizes of the parameters whose gradients the chosen sites do not cover, by path name."""
     covered = {s.path for s in chosen}
     return {s.path: math.prod(s.shape) for s in _sites(model) if s.path not in covered}
+
+
+def coverage(model: nnx.Module, chosen: list[Site]) -> str:
+    """In a line: how much of the model gradients are taken of, and what is left out."""
+    covered, out = sum(math.prod(s.shape) for s in chosen), left_out(model, chosen)
+    total = covered + sum(out.values())
+    named = ", ".join(list(out)[:_NAMED]) or "none"
+    more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
+    return (
+        f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
+        f"left out: {named}{more}"
+    )
 
 
 def group_of(name: str) -> str:
