@@ -6,11 +6,11 @@
 Points that share a training or gradient stores share them: what a swept key leaves as it is, is
 made once. Killed at any moment, the same command goes on; a point that is finished is not run
 again, unless what its config names (data.sentences, data.facts, model.pretrained, dense.model) has
-other contents now. `--parallel=N` runs N points at a time, each in a process of its own; `--list`
-prints a command for each point instead, for a cluster's scheduler (points that need what another is
-making wait for it; the same command without `--list` gathers what they left). Points that run
-together on one accelerator share its memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may
-take.
+other contents now (other text to train on is refused: give another workdir). `--parallel=N` runs N
+points at a time, each in a process of its own; `--list` prints a command for each point instead,
+for a cluster's scheduler (points that need what another is making wait for it; the same command
+without `--list` gathers what they left). Points that run together on one accelerator share its
+memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
 
     DIR/NAME/                what the sweep of configs/sweeps/NAME.py found:
         sweep.csv            a row for each point, method and metric
@@ -239,12 +239,21 @@ def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
     """The point to start: one that need not wait for what another is making, if there is one."""
     for attribute in ("training", "stores"):
-        made = {getattr(p, attribute) for p in running} - {
-            m.stem for m in (directory / "runs").glob(f"*/*.{attribute}")
+        made = {_marker(p, attribute) for p in running} - {
+            m.name for m in (directory / "runs").glob(f"*/*.{attribute}")
         }
-        free = [p for p in waiting if getattr(p, attribute) not in made]
+        free = [p for p in waiting if _marker(p, attribute) not in made]
         waiting = free or waiting
     return waiting[0]
+
+
+def _marker(point: Point, attribute: str) -> str:
+    """The file that says that what points share, their "training" or "stores", is made.
+
+    Of other files than those that the config names now it says nothing.
+    """
+    seen = fingerprint(plain(inputs.digests(point.config)))
+    return f"{getattr(point, attribute)}-{seen}.{attribute}"
 
 
 def _start(point: Point, directory: pathlib.Path) -> subprocess.Popen:
@@ -277,11 +286,11 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         # Before they are read: what changes meanwhile is another file afterwards.
         files = inputs.digests(config)
         shared = Workdir(directory / "runs" / point.training)
-        with _once(shared / f"{point.training}.training", shared / "training.lock"):
+        with _once(shared / _marker(point, "training"), shared / "training.lock"):
             data = corpus.load(config, shared)
             trained = training.run(config, data, shared)
         measures.check_step(config, trained)
-        with _once(shared / f"{point.stores}.stores", shared / f"{point.encoding}.lock"):
+        with _once(shared / _marker(point, "stores"), shared / f"{point.encoding}.lock"):
             ranked, notes = attribution.retrieve(config, data, trained, shared)
         # What was measured before is finished no more once its figures are written over.
         (own / "point.json").unlink(missing_ok=True)

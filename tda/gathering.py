@@ -209,6 +209,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         texts=texts,
         corpus=tokenised.fingerprint(table),
     )
+    loss_identity.keep(made_from["loss"], directory)
     encoding.fill(store, encoder, table, "encode passages", quiet=setting.quiet, **layout)
 
     def passage(row):
@@ -354,7 +355,7 @@ def _made_from(setting: Setting, scales: dict[str, Scale] | None, directory) -> 
         "model": _digest(named),
         "correction": setting.correction if scales is not None else "none",
         "projection": dataclasses.asdict(setting.projection),
-        "loss": loss_identity.kept(setting.per_example, setting.model, directory),
+        "loss": loss_identity.found(setting.per_example, setting.model, directory),
         "parameters": {s.path: list(s.shape) for s in setting.sites()},
         **{name: value for name, value in setting.scope.items()},
     }

@@ -345,7 +345,7 @@ def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
     values, vectors = np.linalg.eigh((block / mean).astype(np.float32))
     values = np.maximum(values, 0.0)
     if not damping:
-        cutoff = max(cutoff, len(values) * np.finfo(np.float32).eps * values[-1])
+        cutoff = max(cutoff, _ROUNDING * values[-1])
     with np.errstate(divide="ignore"):
         root = np.where(values < cutoff, 0.0, (values + damping) ** -0.5) / np.sqrt(mean)
     return ((vectors * root) @ vectors.T).astype(np.float32)

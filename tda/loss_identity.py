@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 from tda import whole_file
 from tda.model import functional
@@ -22,33 +25,42 @@ from tda.model import functional
 # Positions of the batch that is traced: the shortest that texts are padded to.
 _POSITIONS = 8
 _FILE = "loss.json"
+_VERSIONS = {"jax": jax.__version__, "flax": flax.__version__}
 
 
-def kept(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
-    """The hash of `of`; where another version of jax left one in `directory`, that one.
+def found(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
+    """The hash of `of`; where other versions of jax or flax left one in `directory`, that one.
 
-    Versions trace the same function to other steps, so what they left cannot be compared.
+    They trace the same function to other steps, so what they left cannot be compared.
 
     Args:
         loss: as `of` takes it.
         model: as `of` takes it.
-        directory: where `loss.json` is, or is written.
+        directory: where `keep` wrote, if it did.
     """
+    there = _kept(directory)
+    if there is not None and there["versions"] != _VERSIONS:
+        return there["loss"]
+    return of(loss, model)
+
+
+def keep(identity: str, directory: str | os.PathLike) -> None:
+    """Writes down what `found` gave, once gradients of that loss are in `directory`."""
+    there = _kept(directory)
+    if there is None or there["versions"] == _VERSIONS:
+        with whole_file.written(pathlib.Path(directory) / _FILE) as out:
+            json.dump({"versions": _VERSIONS, "loss": identity}, out)
+
+
+def _kept(directory) -> dict | None:
     file = pathlib.Path(directory) / _FILE
-    if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if there["jax"] != jax.__version__:
-            return there["loss"]
-    found = of(loss, model)
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file.written(file) as out:
-            json.dump({"jax": jax.__version__, "loss": found}, out)
-    return found
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def of(loss: Callable, model: nnx.Module) -> str:
     """A hash of the steps that jax traces a loss's gradient to, and of the constants in them.
+
+    What the gradient does not depend on has no part in it, nor have the names of functions.
 
     Args:
         loss: of the model and a batch of tokens, targets and weights, each [B, T], to [B].
@@ -61,21 +73,26 @@ def of(loss: Callable, model: nnx.Module) -> str:
     # A function may have a gradient of its own, which its steps forward do not show.
     gradient = jax.grad(lambda p, b: loss(made.merge(p), b).sum(), allow_int=True)
     traced = jax.make_jaxpr(gradient)(shapes, batch)
-    found = hashlib.blake2b(str(traced.jaxpr).encode(), digest_size=8)
-    for constant in _constants(traced):
+    steps, used, _ = partial_eval.dce_jaxpr_consts(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    text = re.sub(r"\b(name|jvp|fwd|bwd)=\S+", "", str(steps))
+    hashed = hashlib.blake2b(text.encode(), digest_size=8)
+    constants = [x for x, is_used in zip(traced.consts, used, strict=True) if is_used]
+    for constant in (*constants, *_constants(steps)):
         if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
             constant = jax.random.key_data(constant)
         x = np.asarray(constant)
-        found.update(f"{x.shape} {x.dtype}\0".encode() + x.tobytes())
-    return found.hexdigest()
+        hashed.update(f"{x.shape} {x.dtype}\0".encode() + x.tobytes())
+    return hashed.hexdigest()
 
 
-def _constants(traced: ClosedJaxpr) -> Iterator:
-    """Arrays that a trace holds, those of the traces inside too."""
-    yield from traced.consts
-    for step in traced.jaxpr.eqns:
+def _constants(steps: Jaxpr) -> Iterator:
+    """Arrays in the traces inside a trace."""
+    for step in steps.eqns:
         for value in jax.tree.leaves(
-            list(step.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
+            list(step.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
         ):
             if isinstance(value, ClosedJaxpr):
+                yield from value.consts
+                value = value.jaxpr
+            if isinstance(value, Jaxpr):
                 yield from _constants(value)

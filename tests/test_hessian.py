@@ -56,6 +56,10 @@ def test_without_damping_a_singular_block_has_a_pseudo_inverse():
     (root,) = hessian.inverse_root([rows.T @ rows / 5], damping=0.0)
     expected = np.linalg.pinv((rows.T @ rows / 5).astype(np.float64), rcond=1e-6)
     np.testing.assert_allclose(root @ root, expected, rtol=1e-3, atol=1e-3 * expected.max())
+    # In a wide block too only rounding is left out, not what is small.
+    values = np.geomspace(1, 1e-5, 300)
+    (root,) = hessian.inverse_root([np.diag(values)], damping=0.0)
+    np.testing.assert_allclose(np.diag(root), values**-0.5, rtol=1e-3)
     for wrong in (dict(damping=-1e-3), dict(cutoff=-1.0)):
         with pytest.raises(ValueError, match="must not be negative"):
             hessian.inverse_root([np.eye(3)], **wrong)

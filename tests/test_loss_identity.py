@@ -1,7 +1,6 @@
 """The identity of a loss: the same for the same function, another for another."""
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -101,12 +100,45 @@ def test_another_process_finds_the_same():
     assert found == {here + "\n"}
 
 
-def test_another_version_of_jax_is_taken_at_its_word(tmp_path):
+def test_other_versions_are_taken_at_their_word(tmp_path, monkeypatch):
     model = decoder()
-    one = loss_identity.kept(cross_entropy, model, tmp_path)
-    assert loss_identity.kept(cross_entropy, model, tmp_path) == one
-    assert loss_identity.kept(margin, model, tmp_path) != one
-    file = tmp_path / "loss.json"
-    assert json.loads(file.read_text()) == {"jax": jax.__version__, "loss": one}
-    file.write_text(json.dumps({"jax": "0.0.1", "loss": "theirs"}))
-    assert loss_identity.kept(cross_entropy, model, tmp_path) == "theirs"
+    one, other = (loss_identity.found(f, model, tmp_path) for f in (cross_entropy, margin))
+    assert one == loss_identity.of(cross_entropy, model) != other
+    loss_identity.keep(one, tmp_path)
+    # Of the store that is there last, whatever was tried before.
+    loss_identity.keep(other, tmp_path)
+    assert loss_identity.found(cross_entropy, model, tmp_path) == one
+    monkeypatch.setattr(loss_identity, "_VERSIONS", {"jax": "9.9"})
+    assert loss_identity.found(cross_entropy, model, tmp_path) == other
+    loss_identity.keep(one, tmp_path)
+    assert loss_identity.found(margin, model, tmp_path) == other
+
+
+def test_what_the_gradient_does_not_depend_on_does_not_count():
+    """Guards: a store refused since the model was called, or a helper was named otherwise."""
+
+    class Counting(nnx.Module):
+        def __init__(self, count):
+            self.inner = decoder()
+            self.count = nnx.BatchStat(jnp.full(3, count))
+
+        def __call__(self, tokens):
+            self.count[...] = self.count[...] + tokens.sum()
+            return self.inner(tokens)
+
+    one, other = (loss_identity.of(cross_entropy, Counting(n)) for n in (0.0, 5.0))
+    assert one == other
+
+    @jax.jit
+    def twice(x):
+        return 2 * x
+
+    @jax.jit
+    def double(x):
+        return 2 * x
+
+    one, other, more = (
+        loss_identity.of(lambda m, b, f=f: f(cross_entropy(m, b)), decoder())
+        for f in (twice, double, jax.jit(lambda x: 3 * x))
+    )
+    assert one == other != more

@@ -210,8 +210,12 @@ def group_of(name: str) -> str:
     """
     name = name.lower()
     parts = name.split("/")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    ends = name if number is None else parts[number - 1] if number else ""
+    # Only a list of layers has layers: a model in stages has its head in the last.
+    number = next(
+        (i for i, p in enumerate(parts) if i and p.isdigit() and _LAYERS.fullmatch(parts[i - 1])),
+        None,
+    )
+    ends = name if number is None else parts[number - 1]
     for group, pattern in _GROUPS.items():
         if pattern.search(ends if group in ("head", "embedding") else name):
             return group

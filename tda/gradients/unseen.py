@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from tda.gradients import layers, sites
@@ -22,8 +23,9 @@ def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
 
     It takes the loss, a function of a model like `model` to a scalar, and gives those of `chosen`
     whose parameter has a part in it beside what a tap sees. A parameter without any part in the
-    loss is not among them: its gradient is zero. One that is read under `stop_gradient`, or handed
-    to a `jax.custom_vjp` function, is among them all the same. Arrays of `model` are not kept.
+    loss is not among them: its gradient is zero; nor is one that is read but not differentiated
+    (`stop_gradient`). One that is handed to a `jax.custom_vjp` function is among them, whatever its
+    gradient there. Arrays of `model` are not kept.
 
     Args:
         model: any NNX model; of shapes alone, if need be.
@@ -44,9 +46,46 @@ def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
         traced = jax.make_jaxpr(lambda variables: loss(nnx.merge(graphdef, variables)))(variables)
         _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True])
         used = {path for path, is_used in zip(paths, used, strict=True) if is_used}
-        return [s for s in chosen if s.path in used]
+        found = [s for s in chosen if s.path in used]
+        # What is read, but not differentiated, is no part of the gradient.
+        return _differentiated(found, loss, graphdef, variables) if found else []
 
     return search
+
+
+def _differentiated(found: list[sites.Site], loss: Callable, graphdef, variables) -> list:
+    """Those of the sites by whose parameters the loss of a blind model has a gradient."""
+
+    def value(some, variables):
+        variables = jax.tree.map(lambda x: x, variables)
+        for site, x in zip(found, some, strict=True):
+            _holder(variables, site)[site.parameter] = x
+        return loss(nnx.merge(graphdef, variables))
+
+    some = [_holder(variables, s)[s.parameter] for s in found]
+    traced = jax.make_jaxpr(jax.grad(value))(some, variables).jaxpr
+    return [s for s, out in zip(found, traced.outvars, strict=True) if _is_made(traced, out)]
+
+
+def _holder(variables: dict, site: sites.Site) -> dict:
+    for part in site.module:
+        variables = variables[part]
+    return variables
+
+
+def _is_made(traced, out) -> bool:
+    """Whether an output of a trace follows from its inputs; a gradient of zero does not."""
+    made = {v: step for step in traced.eqns for v in step.outvars}
+    waiting, seen = [out], set()
+    while waiting:
+        v = waiting.pop()
+        if isinstance(v, Literal) or v in seen:
+            continue
+        if v not in made:
+            return True
+        seen.add(v)
+        waiting += made[v].invars
+    return False
 
 
 def refuse(found: Iterable[sites.Site], remedy: str = "") -> None:

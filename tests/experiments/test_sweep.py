@@ -325,9 +325,9 @@ def test_the_next_point_waits_for_nothing_if_it_can(tmp_path):
     assert sweep._next([b, c, d], [a], tmp_path).name == "d"
     run = tmp_path / "runs" / a.training
     run.mkdir(parents=True)
-    (run / f"{a.training}.training").touch()
+    (run / sweep._marker(a, "training")).touch()
     assert sweep._next([b, c, d], [a], tmp_path).name == "c"
-    (run / f"{a.stores}.stores").touch()
+    (run / sweep._marker(a, "stores")).touch()
     assert sweep._next([b, c, d], [a], tmp_path).name == "b"
     assert sweep._next([b], [], tmp_path).name == "b"
 

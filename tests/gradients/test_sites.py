@@ -165,6 +165,12 @@ def test_layers_may_have_an_output_and_a_head(scan):
     }
 
 
+def test_the_head_of_a_model_in_stages_is_a_head():
+    for path in ("stages/1/lm_head/kernel", "1/head/kernel", "towers/0/embed/embedding"):
+        assert sites.group_of(path) in ("head", "embedding")
+    assert sites.group_of("stages/1/blocks/0/output/kernel") == "other"
+
+
 OLD_GROUPS = {
     "attention": r"attn|attention",
     "mlp": r"mlp|ffn|ffw|feed_?forward",

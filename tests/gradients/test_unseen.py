@@ -304,6 +304,15 @@ class Recomputed(Model):
         return jax.checkpoint(lambda x: self.second(x))(again(self.first, x))
 
 
+class Undifferentiated(Model):
+    """The parameter is read, and no gradient goes there."""
+
+    def use(self, x):
+        jax.debug.callback(lambda _: None, jnp.sum(self.first.kernel[...]))
+        size = jax.lax.stop_gradient(jnp.linalg.norm(self.first.kernel[...]))
+        return self.second(jnp.tanh(self.first(x) / size))
+
+
 class Repeated(Model):
     def use(self, x):
         step = lambda x, _: (self.second(jnp.tanh(self.first(x))), None)  # noqa: E731
@@ -346,7 +355,18 @@ class Asked(Model):
         return super().use(x.astype(self.first.kernel.dtype))
 
 
-SEEN = (Compiled, CompiledCall, Recomputed, Repeated, Scanned, Stacked, SideBySide, Branched, Asked)
+SEEN = (
+    Compiled,
+    CompiledCall,
+    Recomputed,
+    Undifferentiated,
+    Repeated,
+    Scanned,
+    Stacked,
+    SideBySide,
+    Branched,
+    Asked,
+)
 
 
 @pytest.mark.parametrize("kind", SEEN)
