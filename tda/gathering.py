@@ -184,7 +184,8 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         pad=tokenizer.pad,
         mesh=setting.mesh,
     )
-    scales = _scales(setting, table, layout, directory)
+    made_from = None if directory is None else _made_from(setting, table, directory)
+    scales = _scales(setting, table, layout, directory, made_from)
     encoder = make_encoder(
         setting.model, setting.projection, scales, setting.loss, **setting.scope, mesh=setting.mesh
     )
@@ -195,10 +196,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     if directory is None:
         source = _encoded(setting, encoder, table, layout)
         return Made(source, gradients_QxE, lambda row: (table.ids[row], texts[row]), asked)
-    made_from = _made_from(setting, scales, directory) | {
-        "tokenizer": tokenizer.fingerprint(),
-        "passages": _ends(table),
-    }
+    made_from |= _corrected_by(setting, scales) | {"tokenizer": tokenizer.fingerprint()}
     store = stores.create(
         directory / "gradients",
         table.ids,
@@ -229,18 +227,17 @@ def _shard_bytes(table: TokenTable, width: int) -> int:
     return min(SHARD_BYTES, rows * 4 * width)
 
 
-def _scales(setting: Setting, table: TokenTable, layout: dict, directory):
+def _scales(setting: Setting, table: TokenTable, layout: dict, directory, made_from: dict | None):
     """1/√V as the method wants it; what was estimated is kept in `directory`, if there is one."""
     batches = _batches(setting, table, layout)
     if directory is None or not setting.method.corrected or setting.scales is not None:
         return setting.estimated(batches)
-    made_from = _made_from(setting, None, directory) | {
+    made_from = made_from | {
         "correction": setting.correction,
         "sample": setting.sample,
         "seed": setting.seed,
         "tokens_per_batch": setting.tokens_per_batch,
         "corpus": tokenised.fingerprint(table),
-        "passages": _ends(table),
     }
     file = directory / "scales.safetensors"
     found = kept_scales.load(file, made_from)
@@ -347,23 +344,26 @@ def _encoded(setting: Setting, encoder, table: TokenTable, layout: dict) -> scor
     return _in_memory(gradients_CxE, encoder.layout.slices)
 
 
-def _made_from(setting: Setting, scales: dict[str, Scale] | None, directory) -> dict:
-    """What decides the gradients, as JSON values."""
+def _made_from(setting: Setting, table: TokenTable, directory) -> dict:
+    """What decides the gradients, but for their correction, as JSON values."""
     _, params = functional.split(setting.model)
-    named = functional.flat_parameters(params)
     made = {
-        "model": _digest(named),
-        "correction": setting.correction if scales is not None else "none",
+        "model": _digest(functional.flat_parameters(params)),
         "projection": dataclasses.asdict(setting.projection),
         "loss": loss_identity.found(setting.per_example, setting.model, directory),
         "parameters": {s.path: list(s.shape) for s in setting.sites()},
-        **{name: value for name, value in setting.scope.items()},
+        "passages": _ends(table),
+        **setting.scope,
     }
-    if scales is not None:
-        made["scales"] = _digest(
-            {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}
-        )
     return json.loads(json.dumps(made))
+
+
+def _corrected_by(setting: Setting, scales: dict[str, Scale] | None) -> dict:
+    """The correction of the gradients, as JSON values."""
+    if scales is None:
+        return {"correction": "none"}
+    arrays = {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}
+    return {"correction": setting.correction, "scales": _digest(arrays)}
 
 
 def _ends(table: TokenTable) -> str:

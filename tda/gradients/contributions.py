@@ -70,7 +70,7 @@ def make_contributions(
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, end in with_direction(direction_E).items():
-            together.module_at(variables, site)["taps"][0]["direction"] = end.direction
+            sites.module_at(variables, site)["taps"][0]["direction"] = end.direction
 
         def summed(tap_arrays):
             return total(nnx.merge(graphdef, tap_arrays, variables), batch)

@@ -6,7 +6,9 @@ the names that a list of layers would give them: `layers/attention/query/kernel`
 """
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from typing import Literal
 
@@ -229,6 +231,11 @@ def _names(module: tuple, parameter: str, stack: int | None) -> list[str]:
     named = (i for i, p in enumerate(parts) if _LAYERS.fullmatch(p))
     at = next(named, 0) + 1
     return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(stack)]
+
+
+def module_at(tree: dict, site: Site) -> dict:
+    """What a nested dict of variables holds of a site's module."""
+    return functools.reduce(operator.getitem, site.module, tree)
 
 
 def layer_of(name: str) -> int | None:

@@ -5,8 +5,6 @@ given, and what the loss asks of its output, are computed once, and projected fo
 """
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable
 
 import jax
@@ -195,20 +193,15 @@ def zeros(templates: dict, batch: dict) -> dict:
     return jax.tree.map(one, templates)
 
 
-def module_at(tree: dict, site: sites.Site) -> dict:
-    """What a nested dict of variables holds of a site's module."""
-    return functools.reduce(operator.getitem, site.module, tree)
-
-
 def found_at(cotangents: dict, site: sites.Site) -> list:
     """The cotangents of a site's taps."""
-    of = module_at(cotangents, site)["taps"]
+    of = sites.module_at(cotangents, site)["taps"]
     return [of[i]["tap"] for i in range(len(of))]
 
 
 def _ends_at(variables: dict, site: sites.Site) -> tuple:
     """A, B and the scale (or None) of each of a site's taps."""
-    of = module_at(variables, site)["taps"]
+    of = sites.module_at(variables, site)["taps"]
     each = (of[i] for i in range(len(of)))
     return tuple((tap["left"], tap["right"], tap.get("scale")) for tap in each)
 

@@ -59,18 +59,12 @@ def _differentiated(found: list[sites.Site], loss: Callable, graphdef, variables
     def value(some, variables):
         variables = jax.tree.map(lambda x: x, variables)
         for site, x in zip(found, some, strict=True):
-            _holder(variables, site)[site.parameter] = x
+            sites.module_at(variables, site)[site.parameter] = x
         return loss(nnx.merge(graphdef, variables))
 
-    some = [_holder(variables, s)[s.parameter] for s in found]
+    some = [sites.module_at(variables, s)[s.parameter] for s in found]
     traced = jax.make_jaxpr(jax.grad(value))(some, variables).jaxpr
     return [s for s, out in zip(found, traced.outvars, strict=True) if _is_made(traced, out)]
-
-
-def _holder(variables: dict, site: sites.Site) -> dict:
-    for part in site.module:
-        variables = variables[part]
-    return variables
 
 
 def _is_made(traced, out) -> bool:
