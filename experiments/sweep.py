@@ -107,12 +107,9 @@ def main(config, workdir):
 
 def _check(point: Point) -> None:
     """Tells before any point's work what is wrong with one."""
-    chosen = methods.parse(point.config.methods)
-    # A sentence encoder may have to be loaded to be looked for: that is the point's own work.
-    light = {n: m for n, m in chosen.items() if m.retriever != "dense"}
     try:
-        attribution.check(point.config, light)
-        measures.check(point.config)
+        # To load a sentence encoder is the point's own work.
+        trace.check(point.config, encoder=False)
     except ValueError as error:
         raise ValueError(f"point {point.name}: {error}") from error
 

@@ -21,13 +21,20 @@ def run(config, workdir: Workdir) -> dict:
     return trace(config, workdir)[0]
 
 
-def check(config) -> None:
+def check(config, encoder: bool = True) -> None:
     """Nothing, where the config can be obeyed as far as it tells: before hours of training.
+
+    Args:
+        config: of the run.
+        encoder: whether a sentence encoder is looked for too, which may have to be loaded.
 
     Raises:
         ValueError: it cannot; the message names the key.
     """
-    attribution.check(config, methods.parse(config.methods))
+    chosen = methods.parse(config.methods)
+    if not encoder:
+        chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
+    attribution.check(config, chosen)
     indexing.check(config)
     measures.check(config)
 

@@ -239,12 +239,17 @@ def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
 def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, monkeypatch):
     found, path, _ = swept
     config = found.points[0].config
-    body = '{"axes": {"eval.top_k": (5, 0)}}'
     flags.FLAGS.mark_as_parsed()
     monkeypatch.setattr(sweep, "_start", None)
-    with flagsaver.flagsaver(sweep=write(tmp_path / "k.py", body), list=False, point=None):
-        with pytest.raises(ValueError, match="point top_k=0-.*eval.top_k=0 must be 1 or more"):
-            sweep.main(config, tmp_path / "w")
+    for axis, told in (
+        ('"eval.top_k": (5, 0)', "point top_k=0-.*eval.top_k=0 must be 1 or more"),
+        ('"search.index": ("none", "scan")', "point index=scan-.*unknown search.index='scan'"),
+        ('"train.final": (0.0,)', "point final=0.0-.*ends at 0"),
+    ):
+        body = f'{{"axes": {{{axis}}}}}'
+        with flagsaver.flagsaver(sweep=write(tmp_path / "k.py", body), list=False, point=None):
+            with pytest.raises(ValueError, match=told):
+                sweep.main(config, tmp_path / "w")
     # A point alone tells it too, before it reads anything.
     wrong = grid._changed(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
     with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
