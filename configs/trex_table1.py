@@ -10,11 +10,11 @@ Seven passes over the corpus: of the last checkpoint one for gradients with and 
 one for the margin's, one for EK-FAC and LoGra and one for LESS; all but EK-FAC's at an earlier
 checkpoint too. The paper's rows without TRAK (--config.methods=…) take the first alone.
 Cost: training takes 5,070 steps of 2,048 tokens; a pass a quarter of its time, that of EK-FAC and
-each of LESS's about as long as the training. On 2 CPU cores, without LESS, two and a quarter hours
-for training and passes, one for searches, vectors and tail-patches; 8 GiB of memory, 6 GB of disk
-for each kind of gradients.
-Expected MRR (seed 0): TrackStar 0.373, without correction 0.386, Exp 5 0.287, cosine 0.139; see
-results/README.md.
+each of LESS's about as long as the training. On 2 CPU cores 3.7 hours for training and passes (of
+it 85 minutes LESS's), one for searches, vectors and tail-patches; 8 GiB of memory, 6 GB of disk for
+each kind of gradients.
+Expected MRR (seed 0): TrackStar 0.373, without correction 0.386, Exp 5 0.287, LESS 0.240, cosine
+0.139; see results/README.md.
 """
 
 import importlib.util
