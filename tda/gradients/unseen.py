@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
@@ -64,22 +65,24 @@ def _differentiated(found: list[sites.Site], loss: Callable, graphdef, variables
 
     some = [sites.module_at(variables, s)[s.parameter] for s in found]
     traced = jax.make_jaxpr(jax.grad(value))(some, variables).jaxpr
-    return [s for s, out in zip(found, traced.outvars, strict=True) if _is_made(traced, out)]
+    return [s for s, out in zip(found, traced.outvars, strict=True) if not _is_zero(traced, out)]
 
 
-def _is_made(traced, out) -> bool:
-    """Whether an output of a trace follows from its inputs; a gradient of zero does not."""
-    made = {v: step for step in traced.eqns for v in step.outvars}
+def _is_zero(traced, out) -> bool:
+    """Whether an output of a trace follows from zeros alone, as a gradient that is not there."""
+    made_of = {v: step.invars for step in traced.eqns for v in step.outvars}
     waiting, seen = [out], set()
     while waiting:
         v = waiting.pop()
-        if isinstance(v, Literal) or v in seen:
-            continue
-        if v not in made:
-            return True
-        seen.add(v)
-        waiting += made[v].invars
-    return False
+        if isinstance(v, Literal):
+            if np.any(v.val):
+                return False
+        elif not made_of.get(v):
+            return False
+        elif v not in seen:
+            seen.add(v)
+            waiting += made_of[v]
+    return True
 
 
 def refuse(found: Iterable[sites.Site], remedy: str = "") -> None:

@@ -273,6 +273,25 @@ def test_a_use_that_no_tap_sees_is_refused_or_taken_whole(random_batch, kind):
     assert_equal_to_the_reference(model, batch, exclude=path)
 
 
+LINEAR = {
+    "sum": lambda kernel: kernel.sum(),
+    "small": lambda kernel: 1e-3 * kernel.mean(),
+    "compiled": jax.jit(lambda kernel: -kernel[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_part_of_the_loss_that_is_linear_in_a_parameter_is_refused(random_batch, name):
+    """Guards: a gradient that is the same for all batches taken for one of zero."""
+
+    def loss(model, batch):
+        return model(batch["tokens"]).sum((1, 2)) + LINEAR[name](model.first.kernel[...])
+
+    encoder = make_encoder(made(Model), P, output=loss)
+    with pytest.raises(ValueError, match="gradient of first/kernel:"):
+        encoder(batch_of(random_batch))
+
+
 # Uses that taps see, however the model is compiled.
 
 
