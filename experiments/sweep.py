@@ -235,22 +235,22 @@ def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict
 
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
     """The point to start: one that need not wait for what another is making, if there is one."""
+    files = {p.name: inputs.digests(p.config) for p in (*waiting, *running)}
     for attribute in ("training", "stores"):
-        made = {_marker(p, attribute) for p in running} - {
+        made = {_marker(p, attribute, files[p.name]) for p in running} - {
             m.name for m in (directory / "runs").glob(f"*/*.{attribute}")
         }
-        free = [p for p in waiting if _marker(p, attribute) not in made]
+        free = [p for p in waiting if _marker(p, attribute, files[p.name]) not in made]
         waiting = free or waiting
     return waiting[0]
 
 
-def _marker(point: Point, attribute: str) -> str:
+def _marker(point: Point, attribute: str, files: dict) -> str:
     """The file that says that what points share, their "training" or "stores", is made.
 
-    Of other files than those that the config names now it says nothing.
+    It says so of the contents with these digests alone.
     """
-    seen = fingerprint(plain(inputs.digests(point.config)))
-    return f"{getattr(point, attribute)}-{seen}.{attribute}"
+    return f"{getattr(point, attribute)}-{fingerprint(plain(files))}.{attribute}"
 
 
 def _start(point: Point, directory: pathlib.Path) -> subprocess.Popen:
@@ -283,11 +283,11 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         # Before they are read: what changes meanwhile is another file afterwards.
         files = inputs.digests(config)
         shared = Workdir(directory / "runs" / point.training)
-        with _once(shared / _marker(point, "training"), shared / "training.lock"):
+        with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             data = corpus.load(config, shared)
             trained = training.run(config, data, shared)
         measures.check_step(config, trained)
-        with _once(shared / _marker(point, "stores"), shared / f"{point.encoding}.lock"):
+        with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
             ranked, notes = attribution.retrieve(config, data, trained, shared)
         # What was measured before is finished no more once its figures are written over.
         (own / "point.json").unlink(missing_ok=True)

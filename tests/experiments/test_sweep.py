@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import defaults
-from experiments import attribution, grid, measures, sweep, sweep_report, trace
+from experiments import attribution, grid, inputs, measures, sweep, sweep_report, trace
 from experiments.workdir import Workdir
 from tda import encoding, train
 from tests.experiments.test_grid import write
@@ -236,6 +236,25 @@ def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
     assert sweep.is_finished(point, path)
 
 
+def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, monkeypatch):
+    """Guards: two points at once in the stores of the new file, which none has made."""
+    found, _, _ = swept
+    facts = tmp_path / "facts.jsonl"
+    facts.write_bytes(pathlib.Path(found.points[0].config.data.facts).read_bytes())
+    config = grid._changed(found.points[0].config, {"data.facts": str(facts)}, "s.py")
+    (point,) = grid.load(write(tmp_path / "s.py", '{"axes": {"seed": [0]}}'), config).points
+    old = inputs.digests(point.config)
+
+    real = sweep.training.run
+    monkeypatch.setattr(sweep.training, "run", lambda *a: (real(*a), facts.write_bytes(b""))[0])
+    monkeypatch.setattr(sweep.attribution, "retrieve", lambda *a: ({}, {}))
+    monkeypatch.setattr(sweep.evaluation, "run", lambda *a: {})
+    sweep.run_point(point, tmp_path)
+    assert inputs.digests(point.config) != old
+    markers = sorted(f.name for f in (tmp_path / "runs" / point.training).glob("*-*.*s"))
+    assert markers == [sweep._marker(point, "stores", old)]
+
+
 def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, monkeypatch):
     found, path, _ = swept
     config = found.points[0].config
@@ -330,9 +349,10 @@ def test_the_next_point_waits_for_nothing_if_it_can(tmp_path):
     assert sweep._next([b, c, d], [a], tmp_path).name == "d"
     run = tmp_path / "runs" / a.training
     run.mkdir(parents=True)
-    (run / sweep._marker(a, "training")).touch()
+    files = inputs.digests(a.config)
+    (run / sweep._marker(a, "training", files)).touch()
     assert sweep._next([b, c, d], [a], tmp_path).name == "c"
-    (run / sweep._marker(a, "stores")).touch()
+    (run / sweep._marker(a, "stores", files)).touch()
     assert sweep._next([b, c, d], [a], tmp_path).name == "b"
     assert sweep._next([b], [], tmp_path).name == "b"
 
