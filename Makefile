@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-# Huge pages for large buffers (tda/huge_pages.py): set here, programs need not start twice.
+# Huge pages for large buffers (tda/runtime/huge_pages.py): set here, programs need not start twice.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 STAMP := $(VENV)/.stamp
 # Published models that the encoder is tested on: only the slow tests need them.

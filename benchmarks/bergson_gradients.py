@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import record, vs_bergson
 from benchmarks.our_side import Ours
-from tda import encoding
+from tda.encoding import table
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.projection import Projection
@@ -84,7 +84,7 @@ def main(argv):
             versions = side.ask("prepare")
             for correction in CORRECTIONS:
                 encoder = ours.encoder(correction)
-                mine = encoding.encode_rows(
+                mine = table.encode_rows(
                     encoder, ours.table(len(rows)), rows, **ours.layout(flags.FLAGS.tokens)
                 )
                 command = dict(correction=correction, rows=len(rows), tokens=flags.FLAGS.tokens)

@@ -35,18 +35,22 @@ import numpy as np
 from absl import flags
 
 from benchmarks import finished_run, record
-from experiments import corpus as corpora
-from experiments import launch, training
-from tda import encoding, hessian, train
+from experiments import launch
+from tda import hessian
 from tda import loss as losses
 from tda.data import batches
+from tda.encoding import table
 from tda.evaluation import ranking
-from tda.gradients import estimate, reference, second_moments, sites
+from tda.gradients import reference, sites
 from tda.gradients.encoder import Encoder, make_encoder, scored_positions
+from tda.gradients.moments import estimate, second_moments
+from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import Scale
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
+from tda.run import corpus as corpora
+from tda.run import train
+from tda.training import loop
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _QUERIES = flags.DEFINE_integer("queries", 200, "queries, sampled at random; 0: all")
@@ -76,7 +80,7 @@ class Run:
 
     config: object
     corpus: corpora.Corpus
-    trained: training.Trained
+    trained: train.Trained
     chosen: list[sites.Site]
     queries: np.ndarray
     passages: np.ndarray
@@ -138,7 +142,7 @@ def encoder_of(run: Run, scales: dict[str, Scale] | None, other_seed: bool = Fal
 def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of the queries and of the passages, float32 [Q, E] and [C, E]."""
     rows_of = functools.partial(
-        encoding.encode_rows,
+        table.encode_rows,
         encoder,
         bucket_lengths=run.lengths,
         tokens_per_batch=run.config.gradients.tokens_per_batch,
@@ -154,14 +158,14 @@ def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
     """What the gradient cosine and TrackStar rank, λ by the rule unless the config sets it."""
     h = run.config.hessian
     cuts = range(0, len(passages), 4096)
-    train = hessian.autocorrelation((passages[i : i + 4096] for i in cuts), slices)
+    loop = hessian.autocorrelation((passages[i : i + 4096] for i in cuts), slices)
     evaluation = hessian.autocorrelation([queries], slices)
     weight = h.weight
     if weight < 0:
-        spectra = hessian.spectrum(train), hessian.spectrum(evaluation)
+        spectra = hessian.spectrum(loop), hessian.spectrum(evaluation)
         width = passages.shape[1]
         weight = hessian.mixing_weight(*spectra, h.component or hessian.component(width))
-    roots = hessian.inverse_root(hessian.mix(train, evaluation, weight), h.damping)
+    roots = hessian.inverse_root(hessian.mix(loop, evaluation, weight), h.damping)
     scorers = {"cosine": exact.Scorer(None, True), "TrackStar": exact.Scorer(roots, True)}
     return exact.search(queries, exact.InMemory(passages, slices), scorers, K, run.correct)
 
@@ -225,7 +229,7 @@ def errors(run: Run, scales: dict[str, Scale] | None, exactly: dict[str, Scale])
 def fresh_moments(run: Run) -> dict[str, Scale]:
     """1/√V estimated anew from batches of the training text, at the checkpoint's parameters."""
     text = run.corpus.training
-    planned = train.epoch_plan(
+    planned = loop.epoch_plan(
         text,
         0,
         bucket_lengths=run.lengths,

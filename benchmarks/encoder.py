@@ -26,12 +26,13 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda import huge_pages, sharding, train
 from tda.gradients import planning, reference, sites, together
 from tda.gradients.encoder import ends_of, make_encoder
+from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import Scale, from_full
 from tda.model.decoder import Decoder
+from tda.runtime import huge_pages, sharding
+from tda.training import loop
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SIZES = flags.DEFINE_list("sizes", ["10m", "30m", "135m"], "models")
@@ -90,8 +91,8 @@ class TrainingStep:
 
     def __init__(self, model, batch):
         tx = optax.adam(1e-3)
-        model_fn, self.state = train.initial_state(model, tx, sharding.make_mesh())
-        step = functools.partial(train.train_step, model_fn.merge, tx)
+        model_fn, self.state = loop.initial_state(model, tx, sharding.make_mesh())
+        step = functools.partial(loop.train_step, model_fn.merge, tx)
         self.step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
         self.batch = batch
         self.memory = planning.memory_of(self.step)

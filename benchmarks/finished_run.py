@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 
-from experiments import corpus as corpora
-from experiments import encoding, training
-from experiments.workdir import Workdir
 from tda import hessian
 from tda.methods import Gradients
 from tda.retrieval import exact, scorer
+from tda.run import corpus as corpora
+from tda.run import encode
+from tda.run import train as training
+from tda.run.workdir import Workdir
 
 
 def load(config, directory: str) -> tuple[corpora.Corpus, training.Trained]:
@@ -28,7 +29,7 @@ def gradients(config, directory: str, corrected: bool = True):
     """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
     corpus, trained = load(config, directory)
     what = Gradients(corrected)
-    store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(directory), what)
+    store, queries_QxE = encode.encode(config, corpus, trained, Workdir(directory), what)
     return corpus, store, queries_QxE
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.lengths --sentences=trex_lama_sentences.jsonl.gz --json=lengths.json
     python -m benchmarks.lengths --sentences=mine.jsonl --batches=120 --json=lengths.json
 
-Batches are planned, padded, encoded and copied to the host as `experiments.encoding` has it done.
+Batches are planned, padded, encoded and copied to the host as `tda.run.encode` has it done.
 The padding is that of the whole corpus, planned at once and shard by shard of a store. The rate is
 of scored tokens, over a random sample of the plan's batches or all; the other side are sequences of
 random tokens that fill every position. Both run in one process, a batch of one side after a batch

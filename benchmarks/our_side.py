@@ -19,14 +19,15 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import encoder as training
-from tda import encoding, hessian
+from tda import hessian
 from tda import loss as losses
 from tda import store as stores
 from tda.data.tokens import TokenTable
+from tda.encoding import table as encoding
 from tda.gradients import sites
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import from_full
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import from_full
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.retrieval import exact

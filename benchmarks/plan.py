@@ -17,10 +17,11 @@ import jax
 from absl import flags
 
 from benchmarks import finished_run, record
-from experiments import encoding, launch, plan
-from experiments.workdir import Workdir
+from experiments import launch, plan
 from tda.methods import Gradients
 from tda.retrieval import exact
+from tda.run import encode
+from tda.run.workdir import Workdir
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "plans and runs, in turns")
 
@@ -63,7 +64,7 @@ def _really(config, corpus, trained, directory: str) -> dict[str, float]:
     path = tempfile.mkdtemp(prefix="plan_", dir=directory)
     try:
         clock, what = time.perf_counter(), Gradients(corrected=True)
-        store, queries_QxE = encoding.encode(config, corpus, trained, Workdir(path), what)
+        store, queries_QxE = encode.encode(config, corpus, trained, Workdir(path), what)
         seconds["encode"] = time.perf_counter() - clock
         clock = time.perf_counter()
         scorers = finished_run.scorers(store, queries_QxE)

@@ -37,11 +37,11 @@ def main(argv):
     from flax import nnx
 
     from benchmarks import record
-    from tda import sharding
     from tda.gradients import planning
     from tda.gradients.projection import Projection
     from tda.model import sizes
     from tda.model.decoder import Decoder
+    from tda.runtime import sharding
 
     mesh = sharding.make_mesh(_DATA.value, _FSDP.value, _TENSOR.value)
     shape = sizes.size(_SIZE.value) | dict(vocab_size=_VOCABULARY.value, dtype="bfloat16")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from tda import whole_file
+from tda.runtime import atomic_file
 
 
 def in_turns(
@@ -61,7 +61,7 @@ def machine() -> dict:
 
 def write(path: str, name: str, figures: dict) -> None:
     """Writes figures as JSON, with the machine and the versions."""
-    with whole_file.written(path) as out:
+    with atomic_file.written(path) as out:
         json.dump({"benchmark": name, "machine": machine(), "figures": figures}, out, indent=1)
         out.write("\n")
 

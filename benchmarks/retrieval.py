@@ -31,11 +31,11 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import record
-from tda import huge_pages, progress
 from tda import store as stores
 from tda.retrieval import exact
 from tda.retrieval.retriever import Retriever
 from tda.retrieval.scorer import InMemory, Scorer
+from tda.runtime import huge_pages, progress
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the stores are made; temporary if unset")

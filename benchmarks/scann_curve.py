@@ -29,8 +29,8 @@ from absl import flags
 
 from benchmarks import finished_run, record
 from experiments import launch
-from tda.retrieval import scann
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scann import build
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _METHOD = flags.DEFINE_enum("method", "trackstar", ["trackstar", "cosine"], "whose encodings")
@@ -62,14 +62,14 @@ class Case:
     """One index, and the ways in which it is searched: (leaves to search, rows reordered)."""
 
     name: str
-    settings: scann.Settings
+    settings: build.Settings
     searches: tuple[tuple[int, int], ...]
 
 
 def cases() -> list[Case]:
     """Codes of every size; then, of one size, other dtypes, other thresholds, and leaves."""
     reorders = tuple((0, int(r)) for r in _REORDER.value)
-    one = functools.partial(scann.Settings, **(SETTINGS | dict(part_rows=_PART_ROWS.value)))
+    one = functools.partial(build.Settings, **(SETTINGS | dict(part_rows=_PART_ROWS.value)))
     base = dict(dims_per_block=_BASE.value)
     out = [Case(f"{b} dims", one(dims_per_block=int(b)), reorders) for b in _BLOCKS.value]
     for dtype in _DTYPES.value:
@@ -192,7 +192,7 @@ def measured(
 
     started = time.perf_counter()
     rows, width = passages_CxE.shape
-    index = scann.build(directory, chunks, rows, width, case.settings, {})
+    index = build.build(directory, chunks, rows, width, case.settings, {})
     figures = {
         "settings": vars(case.settings),
         "parts": index.manifest["parts"],

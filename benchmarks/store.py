@@ -28,9 +28,9 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import record
-from tda import huge_pages
 from tda import store as stores
 from tda.data import batches
+from tda.runtime import huge_pages
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where stores are made; temporary if unset")

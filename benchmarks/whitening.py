@@ -21,8 +21,10 @@ import threadpoolctl
 from absl import app, flags
 
 from benchmarks import record
-from tda import blocks, hessian, host_blas
+from tda import hessian
+from tda.hessian import blocks
 from tda.retrieval.scorer import slices_of
+from tda.runtime import host_blas
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of all sides")

@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     c.search.depth = 100  # passages that an index is asked for; deeper ranks are unknown
     c.search.recall_queries = 100  # whose exact ranking an index is held against
     c.search.memory_gib = 8.0  # for building an index, and for searching it
-    # Settings (tda/retrieval/scann_settings.py) that are to be others than the rule's.
+    # Settings (tda/retrieval/scann/settings.py) that are to be others than the rule's.
     c.search.scann = ConfigDict()
     c.search.scann.part_rows = placeholder(int)
     c.search.scann.dims_per_block = placeholder(int)

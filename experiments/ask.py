@@ -14,11 +14,12 @@ import sys
 from absl import app, flags, logging
 
 from experiments.launch import WORKDIR
-from tda import api, huge_pages
+from tda import api
+from tda.answers import Traced
 from tda.data import corpora
 from tda.gradients.projection import Projection
 from tda.model import generation
-from tda.traced import Traced
+from tda.runtime import huge_pages
 
 MODEL = flags.DEFINE_string("model", None, "Hugging Face directory, .gguf file, or package.")
 CORPUS = flags.DEFINE_string("corpus", None, "File, pattern, directory or TFDS name of passages.")

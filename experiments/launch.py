@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from tda import huge_pages, processes
+from tda.runtime import huge_pages, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the run's config.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run's files.")

@@ -18,14 +18,15 @@ import sys
 import jax
 from absl import flags
 
-from experiments import plan_report, setting, training
 from experiments.launch import launch
-from experiments.setting import Setting
-from experiments.workdir import write_json
-from tda import calibration, chips, cost, sharding
 from tda.gradients import encoder as encoders
 from tda.gradients import together
 from tda.gradients.projection import Projection
+from tda.plan import calibration, chips, cost, report, setting
+from tda.plan.setting import Setting
+from tda.run import train
+from tda.run.workdir import write_json
+from tda.runtime import sharding
 
 HARDWARE = flags.DEFINE_string("hardware", None, "What it is to run on; measured here if absent.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of a chip's peak that --hardware is taken to reach.")
@@ -46,7 +47,7 @@ def main(config, workdir):
         host_memory=None if HOST_MEMORY.value is None else HOST_MEMORY.value * 2**30,
         disk=None if DISK.value is None else DISK.value * 2**40,
     )
-    print("\n" + plan_report.text(figures))
+    print("\n" + report.text(figures))
     if JSON.value:
         write_json(JSON.value, figures)
     if figures["lacking"]:
@@ -89,7 +90,7 @@ def run(
             f"mesh.fsdp × mesh.tensor = {parts} does not divide {devices} devices; change the "
             "mesh, or give --hardware"
         )
-    mesh = training.working_mesh(config) if here else None
+    mesh = train.working_mesh(config) if here else None
     s = setting.of(config, sharding.batch_devices(mesh) if here else devices // config.mesh.tensor)
     if here:
         host_memory = host_memory or _memory()
@@ -165,7 +166,7 @@ def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
 def _measure(config, s: Setting, mesh) -> dict:
     """How fast this machine encodes, by corrections of a pass, and multiplies."""
     found: dict[tuple, calibration.EncoderTimes] = {}
-    model = training.build_model(config, s.vocab_size)
+    model = train.build_model(config, s.vocab_size)
     projection = Projection(**dict(config.projection))
     for corrections in dict.fromkeys([*s.passes, *((c,) for c in s.taps)]):
         # Corrections of the same count take the same time: none and factored.

@@ -11,14 +11,14 @@ import sys
 
 import numpy as np
 
-from tda import plots
+from tda.reports import plots
 
 # Points of a line, at even distances on a logarithmic axis.
 _POINTS = 60
 
 
 def draw(file, component: int | None = None, out=None) -> list[str]:
-    """Draws the spectra in a file of `experiments.whitening`.
+    """Draws the spectra in a file of `tda.retrieval.whitening`.
 
     Args:
         file: of spectra (.npz).

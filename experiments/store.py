@@ -12,8 +12,8 @@ import sys
 
 from absl import app, flags, logging
 
-from tda import progress
 from tda import store as stores
+from tda.runtime import progress
 
 _REPORT = flags.DEFINE_bool("report_only", False, "verify: remove nothing.")
 _IDS = flags.DEFINE_list("ids", [], "withdraw: ids of passages.")

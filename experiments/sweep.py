@@ -37,25 +37,19 @@ import filelock
 import jax
 from absl import flags
 
-from experiments import (
-    attribution,
-    corpus,
-    evaluation,
-    grid,
-    inputs,
-    measures,
-    sweep_report,
-    trace,
-    training,
-)
-from experiments.grid import Point
+from experiments import trace
 from experiments.launch import launch
-from experiments.workdir import Workdir, fingerprint, plain, write_json
-from tda import methods, plots, progress
+from tda import methods
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.projection import Projection
 from tda.model import functional
+from tda.reports import plots
+from tda.run import corpus, evaluate, measures, retrieve, train
+from tda.run.workdir import Workdir, fingerprint, plain, write_json
+from tda.runtime import progress
+from tda.sweep import digests, grid, report
+from tda.sweep.grid import Point
 
 SWEEP = flags.DEFINE_string("sweep", None, "File of the sweep, such as configs/sweeps/lambda.py.")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "How many points run at a time.", lower_bound=1)
@@ -98,7 +92,7 @@ def main(config, workdir):
     failed |= {p.name: why for p in sweep.points if p not in there and p.name not in failed}
     check_alike(there, directory)
     if there:
-        files = sweep_report.write(sweep, _read(there, directory), directory / name, PLOTS.value)
+        files = report.write(sweep, _read(there, directory), directory / name, PLOTS.value)
         print(f"{len(there)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
     if failed:
         told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
@@ -150,7 +144,9 @@ def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
 def _changed(point: Point, told: dict) -> list[str]:
     """The keys whose files are others than those that a point was run from."""
     # Points of older versions do not say what they were run from.
-    return inputs.differing(told.get("made_of", {}).get("files", {}), inputs.digests(point.config))
+    return digests.differing(
+        told.get("made_of", {}).get("files", {}), digests.digests(point.config)
+    )
 
 
 def is_finished(point: Point, directory: pathlib.Path) -> bool:
@@ -235,7 +231,7 @@ def run_all(points: list[Point], directory: pathlib.Path, parallel: int) -> dict
 
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
     """The point to start: one that need not wait for what another is making, if there is one."""
-    files = {p.name: inputs.digests(p.config) for p in (*waiting, *running)}
+    files = {p.name: digests.digests(p.config) for p in (*waiting, *running)}
     for attribute in ("training", "stores"):
         made = {_marker(p, attribute, files[p.name]) for p in running} - {
             m.name for m in (directory / "runs").glob(f"*/*.{attribute}")
@@ -281,17 +277,17 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         config = point.config
         trace.check(config)
         # Before they are read: what changes meanwhile is another file afterwards.
-        files = inputs.digests(config)
+        files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             data = corpus.load(config, shared)
-            trained = training.run(config, data, shared)
+            trained = train.run(config, data, shared)
         measures.check_step(config, trained)
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
-            ranked, notes = attribution.retrieve(config, data, trained, shared)
+            ranked, notes = retrieve.retrieve(config, data, trained, shared)
         # What was measured before is finished no more once its figures are written over.
         (own / "point.json").unlink(missing_ok=True)
-        evaluation.run(config, data, trained, ranked, shared, own)
+        evaluate.run(config, data, trained, ranked, shared, own)
         about = _about(config, data, trained) | {"notes": notes}
         made_of = {"files": files, "corpus": data.fingerprint}
         made_of["training"] = fingerprint(plain(trained.fingerprint))
@@ -319,7 +315,7 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     yield
 
 
-def _about(config, data: corpus.Corpus, trained: training.Trained) -> dict:
+def _about(config, data: corpus.Corpus, trained: train.Trained) -> dict:
     """What a plot may have on its x axis, beside the swept keys."""
     g = config.gradients
     chosen = sites.find(trained.model, g.include or None, g.exclude or None, g.untapped)

@@ -9,10 +9,13 @@ Does all that `experiments.trace` does, with the methods of the config, and writ
 
 import importlib.util
 
-from experiments import attribution, spectra, tables, trace
+from experiments import spectra, trace
 from experiments.launch import launch
-from experiments.workdir import Workdir
-from tda import methods, processes
+from tda import methods
+from tda.reports import tables
+from tda.run import retrieve
+from tda.run.workdir import Workdir
+from tda.runtime import processes
 
 
 def main(config, workdir):
@@ -23,7 +26,7 @@ def main(config, workdir):
 def run(config, workdir: Workdir) -> dict:
     """All stages in order; returns the metrics by method."""
     metrics, notes = trace.trace(config, workdir)
-    told = {name: attribution.told(note) for name, note in notes.items()}
+    told = {name: retrieve.told(note) for name, note in notes.items()}
     chosen = methods.parse(config.methods)
     paper = [n for n in methods.PAPER if n not in chosen]
     titles = ", ".join(methods.METHODS[n].title for n in paper)

@@ -5,10 +5,13 @@
 Every stage is resumed where it was killed, and skipped when its output is there and matches.
 """
 
-from experiments import attribution, corpus, evaluation, indexing, live, measures, report, training
 from experiments.launch import launch
-from experiments.workdir import Workdir
-from tda import methods, processes
+from tda import methods
+from tda.live import finished_run
+from tda.reports import report
+from tda.run import corpus, evaluate, index, measures, retrieve, train
+from tda.run.workdir import Workdir
+from tda.runtime import processes
 
 
 def main(config, workdir):
@@ -34,8 +37,8 @@ def check(config, encoder: bool = True) -> None:
     chosen = methods.parse(config.methods)
     if not encoder:
         chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
-    attribution.check(config, chosen)
-    indexing.check(config)
+    retrieve.check(config, chosen)
+    index.check(config)
     measures.check(config)
 
 
@@ -47,19 +50,19 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     processes.check_alike("config", config.to_json())
     check(config)
     data = corpus.load(config, workdir)
-    trained = training.run(config, data, workdir)
+    trained = train.run(config, data, workdir)
     measures.check_step(config, trained)
-    ranked, notes = attribution.retrieve(config, data, trained, workdir)
-    metrics = evaluation.run(config, data, trained, ranked, workdir)
-    text = "\n".join([report.table(metrics), *indexing.told(notes)])
+    ranked, notes = retrieve.retrieve(config, data, trained, workdir)
+    metrics = evaluate.run(config, data, trained, ranked, workdir)
+    text = "\n".join([report.table(metrics), *index.told(notes)])
     if processes.is_first():
         whole = f"{text}\n\n{report.details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
-        live.remember(config, data, workdir)
+        finished_run.remember(config, data, workdir)
     print("\n" + report.examples(config, data, ranked))
     print(text)
     for name, note in notes.items():
-        if told := attribution.told(note):
+        if told := retrieve.told(note):
             print(f"{name}: {told}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
     print(f"to look at them: python -m experiments.view --workdir={workdir.path}")

@@ -7,7 +7,7 @@
 Serves on 127.0.0.1 alone, unless --host says otherwise. Of a workdir it shows the results of the
 last evaluation (`results/METHOD.jsonl` of the methods in `metrics.json`; --results shows others in
 their place), tables and plots; notes are kept in `WORKDIR/notes.jsonl`; questions are answered from
-its model and store (`experiments/live.py`).
+its model and store (`tda/live/finished_run.py`).
 """
 
 import contextlib
@@ -19,9 +19,9 @@ import tempfile
 import uvicorn
 from absl import app, flags, logging
 
-from experiments import live
 from experiments.launch import WORKDIR
-from tda import huge_pages, progress
+from tda.live import finished_run
+from tda.runtime import huge_pages, progress
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.export import export
@@ -102,7 +102,7 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             f"left out, for they are not of the last evaluation: {', '.join(others)} in {workdir}/"
             "results; --results=FILE,FILE shows the files that it names"
         )
-    named = [n.strip() for n in live.config_of(path)["methods"].split(",")]
+    named = [n.strip() for n in finished_run.config_of(path)["methods"].split(",")]
     order = {name: i for i, name in enumerate(named)}
     shown = [p for p in files if p.stem in measured]
     return sorted(shown, key=lambda p: (order.get(p.stem, len(named)), p.stem))
@@ -155,7 +155,9 @@ def main(argv):
                 count = export(collection, _EXPORT.value)
                 print(f"{count:,} files of data; open {_EXPORT.value}/index.html")
                 return
-            answers = live.open_workdir(WORKDIR.value) if WORKDIR.value and _LIVE.value else None
+            answers = (
+                finished_run.open_workdir(WORKDIR.value) if WORKDIR.value and _LIVE.value else None
+            )
             serve(collection, answers, _HOST.value, _PORT.value, _NAMES.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -8,13 +8,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tda import gathering, hessian, methods, progress
+from tda import hessian, methods
+from tda.answers import Answer, Found, Traced
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.encoding import inputs
+from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import Scale
 from tda.model import pretrained
 from tda.retrieval import exact, scorer
-from tda.traced import Answer, Found, Traced
+from tda.runtime import progress
 
 __all__ = ["load", "trace"]
 
@@ -82,7 +84,7 @@ def trace(
             also mixes in R of the queries, which takes many queries of one form.
         correction: what √V the gradients are divided by: "factored", "low_rank(R)" or "adam".
         scales: 1/√V by path of parameter, where they are known
-            (`tda.gradients.second_moments.read`); else they are estimated.
+            (`tda.gradients.moments.second_moments.read`); else they are estimated.
         projection: by default 16 × 16 dimensions for each weight matrix.
         k: how many proponents and opponents of each query.
         context: positions of a passage; longer documents are cut into several passages.
@@ -109,7 +111,7 @@ def trace(
     if len(chosen) != 1 or not chosen[method].is_plain:
         named = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(named)}")
-    setting = gathering.Setting(
+    setting = inputs.Setting(
         model,
         loss,
         chosen[method],
@@ -126,16 +128,16 @@ def trace(
     if tokenizer is None:
         if directory is not None:
             raise ValueError("directory is for texts: give a tokenizer, or no directory")
-        made = gathering.of_batches(setting, passages, queries, texts)
+        made = inputs.of_batches(setting, passages, queries, texts)
     else:
         if texts is not None:
             raise ValueError("texts is for passages given as batches; there is a tokenizer here")
         tokenizer = PretrainedTokenizer.of(tokenizer)
-        made = gathering.of_texts(setting, passages, queries, tokenizer, context, directory)
+        made = inputs.of_texts(setting, passages, queries, tokenizer, context, directory)
     return _ranked(setting, made, k, damping)
 
 
-def _ranked(setting: gathering.Setting, made: gathering.Made, k: int, damping: float) -> Traced:
+def _ranked(setting: inputs.Setting, made: inputs.Made, k: int, damping: float) -> Traced:
     bad = np.flatnonzero(~np.isfinite(made.gradients_QxE).all(axis=1))
     if len(bad):
         raise ValueError(

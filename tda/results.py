@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 
-from tda import whole_file
+from tda.runtime import atomic_file
 
 _LISTS = {
     "proponents": str,
@@ -58,7 +58,7 @@ def record(
 
 def write(path, records: Iterable[dict]) -> None:
     """Writes records to `path` as JSON lines; the file appears whole or not at all."""
-    with whole_file.written(path) as out:
+    with atomic_file.written(path) as out:
         for item in records:
             out.write(json.dumps(item, ensure_ascii=False) + "\n")
 

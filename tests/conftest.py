@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda import sharding
 from tda.model.decoder import Decoder
+from tda.runtime import sharding
 
 TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 

@@ -12,12 +12,14 @@ from flax import linen, nnx
 
 import tda
 from tda import loss as losses
-from tda import results, sharding
+from tda import results
 from tda.data.corpora import Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
-from tda.gradients import estimate, per_example, reference, sites
+from tda.gradients import per_example, reference, sites
+from tda.gradients.moments import estimate
 from tda.gradients.projection import Projection
+from tda.runtime import sharding
 from tests.data.test_pretrained_tokenizer import byte_level
 
 PLACES = {"Norway": "Oslo", "Spain": "Madrid", "Chad": "Djamena", "Peru": "Lima"}

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
-from tda.data.records import Fact, RecordError, Sentence, fact_from_dict, sentence_from_dict
+from tda.facts.records import Fact, RecordError, Sentence, fact_from_dict, sentence_from_dict
 
 Path = str | os.PathLike[str]
 Paths = Path | Sequence[Path]

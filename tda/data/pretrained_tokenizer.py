@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from tda import whole_file
+from tda.runtime import atomic_file
 
 
 class PretrainedTokenizer:
@@ -151,7 +151,7 @@ class PretrainedTokenizer:
             ("tokenizer.json", self._inner.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(named | flags, ensure_ascii=False, indent=1)),
         ):
-            with whole_file.written(directory / name) as out:
+            with atomic_file.written(directory / name) as out:
                 out.write(text + "\n")
 
     @property

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tda import progress, whole_file
 from tda.data.corpora import CorpusError, Document
-from tda.data.records import half_character
 from tda.data.tokens import TokenTable, cut
+from tda.facts.records import half_character
+from tda.runtime import atomic_file, progress
 
 # Documents that are tokenised together, and how many of these make a part.
 _BATCH = 256
@@ -236,7 +236,7 @@ def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Cou
     for i, (part, count) in enumerate(
         _parts(documents, tokenizer, context, quiet, first=done), start=done
     ):
-        with whole_file.written(parts / f"{i}.npz", "wb") as out:
+        with atomic_file.written(parts / f"{i}.npz", "wb") as out:
             np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
         done = i + 1
     counts = []
@@ -353,5 +353,5 @@ def _read_json(path: pathlib.Path):
 
 
 def _write_json(path: pathlib.Path, value) -> None:
-    with whole_file.written(path) as out:
+    with atomic_file.written(path) as out:
         out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")

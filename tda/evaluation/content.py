@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tda.data.records import Fact, Triple
 from tda.evaluation import frequency
+from tda.facts.records import Fact, Triple
 
 # The nearest first; a passage is of the first kind that fits.
 KINDS = (

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import ahocorasick
 import numpy as np
 
-from tda.data.records import Fact
+from tda.facts.records import Fact
 
 # Names so short are matched with their case.
 _SHORT = 3

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda import sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
+from tda.runtime import sharding
 
 
 def target_statistics(

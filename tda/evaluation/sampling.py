@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda import progress, sharding
 from tda.evaluation.frequency import begins_with
+from tda.runtime import progress, sharding
 
 # Queries whose samples are drawn together.
 _TOGETHER = 64

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from tda import loss as losses
-from tda import progress, sharding
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.model.functional import Functional
-from tda.train import train_step
+from tda.runtime import progress, sharding
+from tda.training.loop import train_step
 
 
 def target_log_probability(merge, params: dict, query: dict) -> jax.Array:

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tda import checkpoint, sharding
 from tda import loss as losses
 from tda.gradients import encoder as encoders
-from tda.gradients import optimizer_state, sites, together, whole_gradients
 from tda.gradients import projection as projections
-from tda.gradients.optimizer_state import SecondMomentError
+from tda.gradients import sites, together, whole_gradients
+from tda.gradients.moments import optimizer_state
+from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model import functional
+from tda.runtime import sharding
+from tda.training import checkpoint
 
 # Weight gradients that a device holds at once, in numbers (but one example's at least): 256 MiB.
 _AT_ONCE = 2**26
@@ -57,7 +59,7 @@ def read(root, chosen: list[sites.Site], step: int | None = None) -> dict[str, S
 
     Raises:
         SecondMomentError: another optimizer, or a state that lacks something.
-        tda.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
+        tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
     flat = optimizer_state.load(root, {s.path for s in chosen}, step, ("mu", "nu"))
     described = checkpoint.describe(root, step).get("optimizer") or {}

@@ -16,7 +16,7 @@ from tda import loss as losses
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together, unseen
-from tda.gradients.second_moments import Scale
+from tda.gradients.moments.second_moments import Scale
 
 
 def make_contributions(

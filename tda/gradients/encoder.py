@@ -10,7 +10,7 @@ from flax import nnx
 
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together
-from tda.gradients.second_moments import Scale
+from tda.gradients.moments.second_moments import Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def make_encoder(
     Args:
         model: an NNX model that maps tokens [B, T] to logits [B, T, V].
         projection: P.
-        scales: 1/√V by path of parameter (`tda.gradients.second_moments`); None for no correction.
+        scales: 1/√V by path of parameter (`tda.gradients.moments.second_moments`); None for no
+            correction.
         output: the function L that is differentiated: "loss", "margin" or "logit" of the model's
             logits; or a function of (model, batch) to float32 [B], for a model that is called in
             another way.

@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 
 from tda.gradients.encoder import Encoder, make_encoder
+from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import Scale
 
 
 def per_example(

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda import host_blas, sharding
 from tda import loss as losses
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
 from tda.gradients import layers, sites, taps, unseen
 from tda.gradients import projection as projections
+from tda.runtime import host_blas, sharding
 
 DAMPING = 0.1
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tda import sharding, train
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together
-from tda.gradients.second_moments import parse_correction
+from tda.gradients.moments.second_moments import parse_correction
 from tda.model import functional
+from tda.runtime import sharding
+from tda.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def compile_encoder(
         projection: the projection.
         mesh: of real or simulated devices.
         batch, length: B and T of a batch over all devices.
-        correction: as `tda.gradients.second_moments.parse_correction` takes it.
+        correction: as `tda.gradients.moments.second_moments.parse_correction` takes it.
         include: a regular expression on parameters' path names.
 
     Returns:
@@ -116,8 +117,8 @@ def compile_training_step(
     def start(params):
         return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
 
-    state = train.abstract_state(jax.eval_shape(start, params), model_fn, mesh)
-    step = functools.partial(train.train_step, model_fn.merge, tx)
+    state = loop.abstract_state(jax.eval_shape(start, params), model_fn, mesh)
+    step = functools.partial(loop.train_step, model_fn.merge, tx)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(state, abstract_batch(mesh, batch, length))
         return lowered.compile()

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tda import sharding
 from tda.gradients import layers, sites
+from tda.runtime import sharding
 
 # Weight gradients that a device holds at once, in numbers (but one example's at least): 4 MiB, what
 # a cache keeps until they are projected.

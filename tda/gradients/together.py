@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tda import loss as losses
-from tda import sharding
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, unseen, whole_gradients
 from tda.model import functional
+from tda.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from tda.evaluation import annotated
 from tda.live.encoded import Encoded, Progress
 from tda.live.questions import Known, Question
 from tda.methods import Gradients, Method
-from tda.retrieval import bm25, by_score, exact
+from tda.retrieval import annotated, bm25, by_score, exact
 from tda.retrieval.ranked import Ranked
 from tda.store import Passage
 

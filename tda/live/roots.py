@@ -8,10 +8,11 @@ import pathlib
 
 import numpy as np
 
-from tda import hessian, whole_file
+from tda import hessian
 from tda.live.encoded import Encoded, Progress, counted
 from tda.methods import Gradients, Method
 from tda.retrieval.scorer import InMemory, Scorer
+from tda.runtime import atomic_file
 from tda.store import GradientStore
 
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.
@@ -193,7 +194,7 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np
 
 def _write(path: pathlib.Path, root: _Root) -> None:
     path.parent.mkdir(exist_ok=True)
-    with whole_file.written(path, "wb") as out:
+    with atomic_file.written(path, "wb") as out:
         np.savez(out, own=np.asarray(root.own), **{str(i): b for i, b in enumerate(root.blocks)})
 
 

@@ -8,9 +8,10 @@ the run gave it.
 import numpy as np
 from flax import nnx
 
-from tda import encoding, results
+from tda import results
 from tda.data import batches
 from tda.data.tokenizer import Tokenizer
+from tda.encoding import table as encoding
 from tda.gradients import encoder
 from tda.live import heat, retrievers
 from tda.live.encoded import Encoded, Progress, counted, silent

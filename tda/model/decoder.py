@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tda import sharding
 from tda.model import layers as parts
 from tda.model import norms, positions
 from tda.model.layers import ACTIVATIONS, Block, Sight, linear
+from tda.runtime import sharding
 
 # A window that no sequence reaches: layers that see everything, among layers with windows.
 _EVERYTHING = 2**30

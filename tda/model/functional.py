@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tda import sharding
+from tda.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ import functools
 import jax
 from flax import nnx
 
-from tda import sharding
 from tda.model.attention import causal_attention
 from tda.model.norms import make_norm, recomputed
 from tda.model.positions import Rotation, rotary
+from tda.runtime import sharding
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

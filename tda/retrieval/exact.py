@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, hessian, sharding, store
-from tda.blocks import Block
+from tda import hessian, store
+from tda.hessian import blocks
+from tda.hessian.blocks import Block
 from tda.retrieval import scorer as scoring
 from tda.retrieval.best import merge
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import InMemory, Scorer, Source
+from tda.runtime import sharding
 from tda.store import Rows
 
 __all__ = ["InMemory", "Placed", "Scorer", "Source", "place", "search", "step_rows"]
@@ -31,7 +33,7 @@ class _Group:
 
     Attributes:
         queries_QxE: W g of the queries.
-        roots: W, as `tda.blocks` takes it, or None.
+        roots: W, as `tda.hessian.blocks` takes it, or None.
         methods: their numbers.
         own: β of `Scorer`.
     """

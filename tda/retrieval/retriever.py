@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from tda import sharding, store
+from tda import store
 from tda.retrieval import exact
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.scann_index import Index
+from tda.retrieval.scann.index import Index
 from tda.retrieval.scorer import Scorer, Source
+from tda.runtime import sharding
 from tda.store import Form, Passage, Rows
 
 
@@ -85,7 +86,7 @@ class Retriever:
             raise ValueError(
                 f"the encodings of {source.rows:,} rows take {needed / 2**30:.1f} GiB, more than "
                 f"memory_bytes = {memory_bytes / 2**30:.1f} GiB; give more, or an index "
-                "(tda.retrieval.scann)"
+                "(tda.retrieval.scann.build)"
             )
         self._held = _Held(source, scorer, mesh, on_rows)
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, hessian, store
+from tda import hessian, store
+from tda.hessian import blocks
 from tda.store import Form, Rows
 
 
@@ -77,7 +78,7 @@ class Scorer:
 
     @functools.cached_property
     def whitening(self):
-        """W on the device, as programs take it (`tda.blocks.stacked`); None for the identity."""
+        """W on the device, as programs take it (`blocks.stacked`); None for the identity."""
         return None if self.roots is None else blocks.stacked(self.roots)
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tda import processes
+from tda.runtime import processes
 from tda.store import shard_file
 from tda.store.location import Location, StoreError
 from tda.store.passages import Passage

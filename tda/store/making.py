@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tda import processes
+from tda.runtime import processes
 from tda.store import passages, rows, segment
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from tda import progress
+from tda.runtime import progress
 from tda.store.location import Location, StoreError
 
 FILE_ROWS = 1 << 16

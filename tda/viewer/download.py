@@ -7,7 +7,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from tda import whole_file
+from tda.runtime import atomic_file
 
 _PART = 1 << 20
 
@@ -45,7 +45,7 @@ def fetch(
                 raise ValueError(f"{url} leads to {found.url}, which is not fetched")
             # Of a body in chunks no length is known, whatever the header says.
             total, done = found.length or 0, 0
-            with whole_file.written(path, "wb") as out:
+            with atomic_file.written(path, "wb") as out:
                 for part in _parts(found, url, total):
                     done += len(part)
                     if done > limit:

@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 
-from tda import progress
+from tda.runtime import progress
 from tda.viewer.collection import Collection
 from tda.viewer.results_file import to_json
 from tda.viewer.server import static_files

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tda.data import jsonl
-from tda.data.records import RecordError
+from tda.facts.records import RecordError
 
 
 def line(i, text="Some text."):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tda.data.records import Fact, Triple
 from tda.evaluation import content
 from tda.evaluation.content import KINDS
+from tda.facts.records import Fact, Triple
 
 
 def fact(subject, target, relation="born", alias=()):

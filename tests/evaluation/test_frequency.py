@@ -5,9 +5,9 @@ import re
 import pytest
 
 from tda.data import jsonl
-from tda.data.records import Fact
 from tda.evaluation import frequency
-from tests.data import trex
+from tda.facts.records import Fact
+from tests.facts import trex
 
 
 def fact(subject, target, subject_alias=(), target_alias=(), name="f"):

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda import optimizer
 from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ from tda.evaluation.knowledge import target_statistics
 from tda.evaluation.tail_patch import change, log_change, tail_patch
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.training import optimizer
 
 BUCKETS = (8, 16, 32)
 

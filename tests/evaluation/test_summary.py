@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tda.evaluation import annotated, statistics, summary
+from tda.evaluation import statistics, summary
+from tda.retrieval import annotated
 
 NAN = float("nan")
 

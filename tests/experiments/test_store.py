@@ -6,11 +6,13 @@ import os
 import numpy as np
 import pytest
 
-from experiments import indexing, trace
 from experiments import store as command
-from experiments.workdir import Workdir
+from experiments import trace
 from tda import store as stores
-from tda.retrieval import ranked, scann_settings
+from tda.retrieval import ranked
+from tda.retrieval.scann import settings
+from tda.run import index
+from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
 
@@ -123,7 +125,7 @@ def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys
     other = config.copy_and_resolve_references()
     other.search.index = "scann"
     rows = stores.open_store(corpora(path)[0]).rows
-    monkeypatch.setattr(scann_settings, "_EXACT_NUMBERS", 0)
+    monkeypatch.setattr(settings, "_EXACT_NUMBERS", 0)
     whole = dict(part_rows=rows, dims_per_block=2, reorder=rows, reorder_dtype="float32")
     other.search.scann.update(whole, training_rows=max(16, rows))
     # Every row is scored again by its encoding: what is found is what exact search finds.
@@ -152,7 +154,7 @@ def test_a_rank_that_an_index_does_not_know_counts_as_the_last(monkeypatch):
         {},
     )
     correct = {"all": [np.array([8, 3]), np.array([9]), np.array([], np.int64)]}
-    found = indexing._cut(deep, 2, correct, 10)
+    found = index._cut(deep, 2, correct, 10)
     assert found.first_ranks["all"].tolist() == [2, 10, 0]
     assert found.proponents.tolist() == [[5, 3], [1, 2], [4, 6]]
     assert found.opponents.tolist() == [[9, 2]] * 3

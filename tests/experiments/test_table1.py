@@ -7,9 +7,9 @@ import json
 import pytest
 
 from experiments import table1, trace
-from experiments.workdir import Workdir
 from tda import methods
 from tda.methods import METHODS
+from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
 

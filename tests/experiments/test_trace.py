@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from configs import defaults
-from experiments import attribution, corpus, evaluation, launch, measures, moments, trace, training
-from experiments import encoding as encoding_stage
-from experiments.workdir import Workdir, WorkdirError
-from tda import checkpoint, encoding, results, train
+from experiments import launch, trace
+from tda import results
 from tda import store as stores
-from tda.data.records import RecordError
-from tda.evaluation import annotated
+from tda.encoding import table
+from tda.facts.records import RecordError
 from tda.methods import Gradients
+from tda.retrieval import annotated
+from tda.run import corpus, evaluate, measures, moments, retrieve, train
+from tda.run import encode as encoding_stage
+from tda.run.workdir import Workdir, WorkdirError
+from tda.training import checkpoint, loop
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
 
@@ -212,7 +215,7 @@ def loaded(finished):
     """The finished run's stages, to measure more of it."""
     config, path, _ = finished
     data = corpus.load(config, Workdir(path))
-    return data, training.run(config, data, Workdir(path))
+    return data, train.run(config, data, Workdir(path))
 
 
 def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
@@ -275,18 +278,18 @@ def test_an_evaluation_that_is_broken_off_leaves_no_metrics(
     data, trained = loaded
     ranked = {n: annotated.ranked(data.prompts.ids, data.correct["all"]) for n in ("a", "b")}
     whole = config, data, trained, ranked, Workdir(path), tmp_path / "own"
-    evaluation.run(*whole)
+    evaluate.run(*whole)
     assert (tmp_path / "own" / "metrics.json").exists()
-    write = evaluation.results.write
+    write = evaluate.results.write
 
     def torn(file, records):
         if file.stem == "b":
             raise OSError("No space left")
         write(file, records)
 
-    monkeypatch.setattr(evaluation.results, "write", torn)
+    monkeypatch.setattr(evaluate.results, "write", torn)
     with pytest.raises(OSError):
-        evaluation.run(*whole)
+        evaluate.run(*whole)
     assert not (tmp_path / "own" / "metrics.json").exists()
 
 
@@ -294,7 +297,7 @@ def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_pa
     config, path, metrics = finished
     data, trained = loaded
     found = annotated.ranked(data.prompts.ids, data.correct["all"])
-    own = evaluation.run(
+    own = evaluate.run(
         config, data, trained, {"annotated": found}, Workdir(path), tmp_path / "own"
     )["annotated"]
     records = list(results.read(tmp_path / "own" / "results" / "annotated.jsonl"))
@@ -310,17 +313,17 @@ def test_a_checkpoint_within_the_training_is_traced(finished, loaded, tmp_path):
     early = config.copy_and_resolve_references()
     early.train.traced = 0.5
     with pytest.raises(ValueError, match="train.traced=0.5 asks for.*keep=0"):
-        training.run(early, loaded[0], Workdir(path))
+        train.run(early, loaded[0], Workdir(path))
     early.train.traced = 0.0
     with pytest.raises(ValueError, match="above 0"):
-        training.run(early, loaded[0], Workdir(path))
+        train.run(early, loaded[0], Workdir(path))
     early.train.keep, early.train.traced = 0, 0.5
     workdir = Workdir(tmp_path / "w")
     data = corpus.load(early, workdir)
-    trained = training.run(early, data, workdir)
+    trained = train.run(early, data, workdir)
     assert abs(trained.step - last / 2) <= 1
     early.train.traced = 1.0
-    whole = training.run(early, data, workdir)
+    whole = train.run(early, data, workdir)
     assert whole.step == last and whole.fingerprint == trained.fingerprint
     kernel = [np.asarray(t.model.final_norm.scale[...]) for t in (trained, whole, loaded[1])]
     assert not np.array_equal(kernel[0], kernel[1])
@@ -334,10 +337,10 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
         raise AssertionError("computed again")
 
     for module, name in (
-        (train, "fit"),
-        (encoding, "encode_rows_together"),
-        (attribution.exact, "search"),
-        (attribution.bm25, "search"),
+        (loop, "fit"),
+        (table, "encode_rows_together"),
+        (retrieve.exact, "search"),
+        (retrieve.bm25, "search"),
         (measures, "tail_patch"),
         (measures.sampling, "sample"),
     ):
@@ -350,7 +353,7 @@ def test_another_projection_goes_beside_the_old_one(finished, monkeypatch):
     config = config.copy_and_resolve_references()
     config.projection.seed = 1
     config.methods = "grad_cos"
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(loop, "fit", None)
     before = set(os.listdir(path / "stores"))
     trace.run(config, Workdir(path))
     assert before < set(os.listdir(path / "stores"))
@@ -368,10 +371,10 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     config, path, _ = finished
     config = config.copy_and_resolve_references()
     data = corpus.load(config, Workdir(path))
-    trained = training.run(config, data, Workdir(path))
-    _, params = training.functional.split(trained.model)
+    trained = train.run(config, data, Workdir(path))
+    _, params = train.functional.split(trained.model)
     checkpoint.save(tmp_path / "bare", trained.step, {"params": params}, {})
-    bare = training.Trained(
+    bare = train.Trained(
         trained.model, str(tmp_path / "bare"), trained.step, trained.tx, trained.mesh, {}
     )
     config.gradients.second_moments = "optimizer"
@@ -494,7 +497,7 @@ def test_options_that_the_optimizer_has_not_are_refused(
     config = make_config(tmp_path)
     config.train.optimizer = optimizer
     config.train.update(changes)
-    monkeypatch.setattr(training, "_train", None)
+    monkeypatch.setattr(train, "_train", None)
     with pytest.raises(ValueError, match=f"train.{message}"):
         trace.run(config, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "stages" / "train.json").exists()
@@ -503,8 +506,8 @@ def test_options_that_the_optimizer_has_not_are_refused(
 def test_options_are_refused_of_no_training_that_is_done(finished, loaded, monkeypatch):
     """A run that was finished before they were refused can still be traced."""
     config, path, _ = finished
-    monkeypatch.setattr(training, "check", None)
-    assert training.run(config, loaded[0], Workdir(path)).step == loaded[1].step
+    monkeypatch.setattr(train, "check", None)
+    assert train.run(config, loaded[0], Workdir(path)).step == loaded[1].step
 
 
 def test_what_an_optimizer_has_is_accepted():
@@ -516,7 +519,7 @@ def test_what_an_optimizer_has_is_accepted():
         config = defaults.get_config()
         config.train.optimizer = optimizer
         config.train.update(changes)
-        training.check(config)
+        train.check(config)
 
 
 def test_an_unwritable_workdir_is_told(tmp_path):

@@ -7,10 +7,13 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import ask, corpus, live, trace, training
-from experiments.workdir import Workdir
-from tda import checkpoint, results
+from experiments import ask, trace
+from tda import results
+from tda.live import finished_run
 from tda.model import functional, generation, pretrained
+from tda.run import corpus, train
+from tda.run.workdir import Workdir
+from tda.training import checkpoint
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
 from tests.experiments.test_trace import make_config
@@ -42,24 +45,24 @@ def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
     workdir = Workdir(tmp_path / "w")
     data = corpus.load(config, workdir)
     assert data.tokenizer.begin == (0,) and data.passages.tokens[0] == 0
-    trained = training.run(config, data, workdir)
+    trained = train.run(config, data, workdir)
     assert trained.step == 0 and not checkpoint.has_optimizer(trained.root, 0)
     expected = arrays(pretrained.load(directory, quiet=True))
     for name, x in arrays(trained.model).items():
         np.testing.assert_array_equal(np.asarray(x), expected[name])
     with pytest.raises(ValueError, match=r"no optimizer's state.*eval.tail_patch_queries=0"):
-        training.restore_state(trained)
+        train.restore_state(trained)
     # The same run is found finished; another model's files are another run.
-    training.run(config, data, workdir)
+    train.run(config, data, workdir)
     other = json.loads((directory / "config.json").read_text()) | {"pad_token_id": 12345}
     (directory / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="holds another run; its train differs in"):
-        training.run(config, data, workdir)
+        train.run(config, data, workdir)
 
 
 def check_live(workdir, names):
     """Holds live answers to one of the run's queries against the run's own."""
-    answers = live.open_workdir(workdir)
+    answers = finished_run.open_workdir(workdir)
     expected = {n: list(results.read(workdir / "results" / f"{n}.jsonl"))[1] for n in names}
     record = expected[names[0]]
     question = record["inputs_plaintext"], record["targets_plaintext"]

@@ -9,11 +9,12 @@ import optax
 import pytest
 from flax import nnx
 
-from tda import checkpoint, sharding
 from tda.gradients import adam_steps, reference, sites
-from tda.gradients.optimizer_state import SecondMomentError
+from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.projection import Projection
 from tda.model import functional
+from tda.runtime import sharding
+from tda.training import checkpoint
 
 P = Projection(side=4, blocks=2)
 ADAM = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 1e-5}

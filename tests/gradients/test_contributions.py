@@ -7,8 +7,8 @@ import pytest
 from tda.gradients import reference, sites
 from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import adam_scale, factored_scale
 from tda.retrieval import scorer
 
 P = Projection(side=4, blocks=2)

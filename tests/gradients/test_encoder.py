@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda import sharding
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
 from tda.gradients import projection as projections
 from tda.gradients import reference, sites
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.together import pool
 from tda.model import functional
+from tda.runtime import sharding
 
 P = Projection(side=4, blocks=2)
 

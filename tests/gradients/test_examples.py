@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import Projection, estimate, per_example, projection, reference, sites
+from tda.gradients import Projection, per_example, projection, reference, sites
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments import estimate
 
 P = Projection(side=3, blocks=1)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tda import loss as losses
-from tda import sharding
 from tda.data import tokens
 from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build, make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.together import place
 from tda.model import functional
+from tda.runtime import sharding
 
 P = Projection(side=4, pooling="matrix")
 LAYOUT = dict(bucket_lengths=(4, 8), tokens_per_batch=24, pad=0)

@@ -8,8 +8,8 @@ from flax import nnx
 
 from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import adam_scale
 from tda.model import functional
 
 P = Projection(side=3, blocks=1)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda import hessian, likelihood
+from tda import hessian
 from tda.data import tokens
+from tda.evaluation import likelihood
 from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build
 from tda.gradients.projection import Projection

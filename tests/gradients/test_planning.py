@@ -5,10 +5,10 @@ import optax
 import pytest
 from flax import nnx
 
-from tda import sharding
 from tda.gradients import planning
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
+from tda.runtime import sharding
 
 SHAPE = dict(vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, head_width=16, ff_width=192)
 

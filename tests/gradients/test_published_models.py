@@ -13,8 +13,8 @@ from flax import nnx
 
 from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import adam_scale, factored_scale
 
 # Compiling three families takes a minute, and the package is not small.
 pytestmark = pytest.mark.slow

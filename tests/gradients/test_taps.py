@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from tda import sharding
 from tda.gradients import reference, taps
 from tda.gradients.encoder import make_encoder
+from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
-from tda.gradients.second_moments import adam_scale
 from tda.gradients.sites import find
 from tda.model import functional
+from tda.runtime import sharding
 
 P = Projection(side=4, blocks=2)
 

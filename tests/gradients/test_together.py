@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from tda import sharding
 from tda.gradients import kronecker, sites, together
 from tda.gradients.encoder import build, ends_of, make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.together import Part
+from tda.runtime import sharding
 from tests.gradients.test_encoder import assert_same_encodings, scales_of
 
 P = Projection(side=4, blocks=2)

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tda import encoding, hessian
+from tda import hessian
 from tda import store as stores
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
+from tda.encoding import table as encoding
 from tda.evaluation import knowledge
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tda import sharding
 from tda.model import functional, pretrained
 from tda.model.pretrained import PretrainedError, tensors
+from tda.runtime import sharding
 from tests.model import tiny_llama
 from tests.model.tiny_llama import CONFIG, D, F, G, H, K, L, V
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from tda.data import jsonl, labels
+from tda.data import jsonl
+from tda.facts import labels
 from tda.retrieval import bm25
-from tests.data import trex
+from tests.facts import trex
 
 TEXTS = ["paris capital france", "berlin capital germany", "paris hotel guide", "oslo ferry"]
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda import hessian, sharding
+from tda import hessian
 from tda.retrieval import best, exact, ranked
 from tda.retrieval.scorer import slices_of
+from tda.runtime import sharding
 
 SLICES = [slice(0, 3), slice(3, 8)]
 

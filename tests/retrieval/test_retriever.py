@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from tda import hessian, sharding
+from tda import hessian
 from tda import store as stores
 from tda.retrieval import exact
 from tda.retrieval.retriever import Retriever
+from tda.runtime import sharding
 
 BLOCKS = {"a": 3, "b": 5}
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -102,8 +103,8 @@ def test_withdrawn_and_invalid_passages_are_never_retrieved(data, store):
 
 def test_through_an_index(data, store, tmp_path):
     pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
-    from tda.retrieval import scann
     from tda.retrieval import scorer as scoring
+    from tda.retrieval.scann import build
 
     queries, passages = data
     method = scorer(passages)
@@ -112,8 +113,8 @@ def test_through_an_index(data, store, tmp_path):
         "kept": dict(reorder=97, reorder_dtype="float32"),
         "read": dict(reorder=0),
     }.items():
-        settings = scann.Settings(97, dims_per_block=2, training_rows=97, **changes)
-        index = scann.build(
+        settings = build.Settings(97, dims_per_block=2, training_rows=97, **changes)
+        index = build.build(
             tmp_path / name, lambda first: scoring.encodings(store, method, 32), 97, 8, settings, {}
         )
         retriever = Retriever(store, method, index)

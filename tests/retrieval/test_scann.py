@@ -15,14 +15,14 @@ import time
 import numpy as np
 import pytest
 
-from tda.retrieval import scann, scann_part
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scann import build, part
 
 pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
 
 MADE = {"encodings": "of a test", "widths": (32, 32)}
-FLAT = scann.Settings(part_rows=1000, dims_per_block=2, reorder=100, training_rows=1000)
-TREE = scann.Settings(
+FLAT = build.Settings(part_rows=1000, dims_per_block=2, reorder=100, training_rows=1000)
+TREE = build.Settings(
     part_rows=1000,
     dims_per_block=2,
     reorder=100,
@@ -64,7 +64,7 @@ def exact(queries, x, k=10, without=()):
 
 
 def make(path, x, settings=FLAT, fingerprint=MADE, check=None):
-    return scann.build(path, given(x), len(x), x.shape[1], settings, fingerprint, check)
+    return build.build(path, given(x), len(x), x.shape[1], settings, fingerprint, check)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +103,21 @@ def test_recall_against_exact_search(tmp_path, settings, capsys):
     shared = np.mean([len(set(a) & set(b)) / 10 for a, b in pairs])
     assert index.recall["proponents"] == pytest.approx(shared)
     assert f"proponents {index.recall['proponents']:.3f}" in capsys.readouterr().out
-    assert scann.Index.open(tmp_path / "i").recall == index.recall
+    assert build.Index.open(tmp_path / "i").recall == index.recall
 
 
 def test_recall_counts_what_is_missed(flat, corpus):
     """Mistakes: the score's sign ignored by recall; proponents and opponents swapped."""
     wanted = exact(corpus[1], corpus[0])
     far = (wanted.proponents + 1) % 2500
-    assert scann.recall(flat, corpus[1], wanted)["proponents"] >= 0.95
+    assert build.recall(flat, corpus[1], wanted)["proponents"] >= 0.95
     moved = Ranked(far, wanted.proponent_scores, wanted.opponents, wanted.opponent_scores, {})
-    assert scann.recall(flat, corpus[1], moved)["proponents"] < 0.2
-    assert scann.recall(flat, corpus[1], moved)["opponents"] >= 0.95
+    assert build.recall(flat, corpus[1], moved)["proponents"] < 0.2
+    assert build.recall(flat, corpus[1], moved)["opponents"] >= 0.95
     swapped = Ranked(wanted.opponents, None, wanted.proponents, None, {})
-    found = scann.recall(flat, corpus[1], swapped)
+    found = build.recall(flat, corpus[1], swapped)
     assert found["proponents"] == found["opponents"] == 0
-    assert scann.recall(flat, corpus[1], wanted, k=3)["k"] == 3
+    assert build.recall(flat, corpus[1], wanted, k=3)["k"] == 3
 
 
 def test_parts_searched_throughout_equal_brute_force(tree, corpus):
@@ -132,7 +132,7 @@ def test_parts_searched_throughout_equal_brute_force(tree, corpus):
 def test_equal_scores_come_in_the_order_of_rows(tmp_path):
     x, queries = clustered(3000)
     x[2000:] = x[:1000]
-    settings = scann.Settings(part_rows=1000, dims_per_block=0)
+    settings = build.Settings(part_rows=1000, dims_per_block=0)
     found = make(tmp_path / "i", x, settings).search(queries, 20)
     assert_equal(found, exact(queries, x, 20))
     equal = found.proponent_scores[:, :-1] == found.proponent_scores[:, 1:]
@@ -157,12 +157,12 @@ def test_equal_scores_come_in_the_order_of_rows(tmp_path):
 )
 def test_every_setting_finds_proponents_and_opponents(tmp_path, changes):
     x, queries = clustered(1500)
-    settings = scann.Settings(
+    settings = build.Settings(
         **(dict(part_rows=800, dims_per_block=2, training_rows=800) | changes)
     )
     index = make(tmp_path / "i", x, settings)
     wanted = exact(queries, x)
-    found = scann.recall(scann.Index.open(tmp_path / "i"), queries, wanted)
+    found = build.recall(build.Index.open(tmp_path / "i"), queries, wanted)
     least = 0.6 if settings.reorder == 0 else 0.9
     assert min(found["proponents"], found["opponents"]) >= least, found
     # Beside the rows themselves there are their numbers, codebooks and centres.
@@ -230,7 +230,7 @@ def test_one_query_none_and_proponents_alone(flat, corpus):
 def test_candidates_are_scored_again_by_their_encodings(tmp_path):
     """Codes alone, of three parts, find among 400 candidates what exact search finds."""
     x, queries = clustered(2500)
-    settings = scann.Settings(part_rows=900, dims_per_block=4, reorder=0, training_rows=900)
+    settings = build.Settings(part_rows=900, dims_per_block=4, reorder=0, training_rows=900)
     wanted, asked = exact(queries, x), []
 
     def read(rows):
@@ -239,15 +239,15 @@ def test_candidates_are_scored_again_by_their_encodings(tmp_path):
         return x[rows]
 
     fingerprint, check = {}, lambda: (queries, wanted)
-    index = scann.build(tmp_path / "i", given(x), *x.shape, settings, fingerprint, check, read)
+    index = build.build(tmp_path / "i", given(x), *x.shape, settings, fingerprint, check, read)
     assert set(asked) == {400} and len(asked) == 80
     assert min(index.recall["proponents"], index.recall["opponents"]) >= 0.95
-    assert scann.recall(index, queries, wanted)["proponents"] < 0.8
+    assert build.recall(index, queries, wanted)["proponents"] < 0.8
     assert_equal(index.search(queries, read=read, candidates=2500), wanted)
     gone = wanted.proponents[0, 2]
     y = x.copy()
     y[gone] = np.inf
-    with pytest.raises(scann.ScannError, match=f"row {gone} is invalid now: give `without`"):
+    with pytest.raises(build.ScannError, match=f"row {gone} is invalid now: give `without`"):
         index.search(queries, read=y.__getitem__)
     found = index.search(queries, 10, [gone], read=y.__getitem__, candidates=2499)
     assert_equal(found, exact(queries, y))
@@ -258,13 +258,13 @@ def test_a_moved_index_is_opened_and_searched(tmp_path, corpus):
     before = make(tmp_path / "here", x).search(queries)
     os.makedirs(tmp_path / "else")
     shutil.move(tmp_path / "here", tmp_path / "else" / "there")
-    index = scann.Index.open(tmp_path / "else" / "there", MADE)
+    index = build.Index.open(tmp_path / "else" / "there", MADE)
     assert_equal(index.search(queries), before)
     assert [name for name, data in contents(index.path).items() if b"/here/" in data] == []
 
 
 def test_parts_that_do_not_stay_in_memory(flat, corpus):
-    index = scann.Index.open(flat.path, memory_bytes=0)
+    index = build.Index.open(flat.path, memory_bytes=0)
     assert_equal(index.search(corpus[1]), flat.search(corpus[1]))
     assert index._loaded == {} and len(flat._loaded) == 3
 
@@ -280,7 +280,7 @@ def contents(path):
 def test_the_same_rows_give_the_same_bytes(tmp_path, corpus, tree):
     """However the rows are cut, and whatever was in other parts."""
     x, _ = corpus
-    scann.build(tmp_path / "i", given(x, 997), len(x), 64, TREE, MADE)
+    build.build(tmp_path / "i", given(x, 997), len(x), 64, TREE, MADE)
     one, other = contents(tmp_path / "i"), contents(tree.path)
     assert sorted(one) == sorted(other)
     assert [name for name in one if one[name] != other[name]] == []
@@ -288,9 +288,10 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, corpus, tree):
 
 BUILD = """
 import sys, time, numpy as np
-from tda.retrieval import scann
+from tda.retrieval.ranked import Ranked
+from tda.retrieval.scann import build, settings as scann_settings
 x = np.load(sys.argv[1])
-settings = scann.Settings(
+settings = scann_settings.Settings(
     part_rows=300, dims_per_block=2, reorder=50, training_rows=300, leaves=8, leaves_to_search=4
 )
 def chunks(first):
@@ -302,8 +303,8 @@ q = x[:20]
 def check():
     scores = q @ x.T
     best, worst = np.argsort(-scores)[:, :5], np.argsort(scores)[:, :5]
-    return q, scann.Ranked(best, None, worst, None, {})
-scann.build(sys.argv[2], chunks, len(x), 64, settings, {}, check)
+    return q, Ranked(best, None, worst, None, {})
+build.build(sys.argv[2], chunks, len(x), 64, settings, {}, check)
 print("end", flush=True)
 """
 
@@ -356,27 +357,27 @@ def copy(flat, tmp_path):
 def test_a_missing_part_is_built_again(copy, flat, corpus):
     whole = contents(copy)
     shutil.rmtree(copy / "00001")
-    with pytest.raises(scann.ScannError, match="not finished: parts 00001 are missing"):
-        scann.Index.open(copy)
+    with pytest.raises(build.ScannError, match="not finished: parts 00001 are missing"):
+        build.Index.open(copy)
     make(copy, corpus[0])
     assert contents(copy) == whole
     # Where nothing is missing no encodings are asked for; the recall is, where it is not known.
     x, queries = corpus
-    assert scann.build(copy, None, 2500, 64, FLAT, MADE).recall is None
-    index = scann.build(copy, None, 2500, 64, FLAT, MADE, lambda: (queries, exact(queries, x)))
+    assert build.build(copy, None, 2500, 64, FLAT, MADE).recall is None
+    index = build.build(copy, None, 2500, 64, FLAT, MADE, lambda: (queries, exact(queries, x)))
     assert index.recall["proponents"] >= 0.95
-    assert scann.build(copy, None, 2500, 64, FLAT, MADE, None).recall == index.recall
+    assert build.build(copy, None, 2500, 64, FLAT, MADE, None).recall == index.recall
 
 
 @pytest.mark.parametrize("name", ["hashed_dataset.npy", "rows.npy", "scann_config.pb", "part.json"])
 def test_damage_is_named(copy, name):
     file = copy / "00002" / name
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(scann.ScannError, match=f"00002/{name}.*build the index again"):
-        scann.Index.open(copy)
+    with pytest.raises(build.ScannError, match=f"00002/{name}.*build the index again"):
+        build.Index.open(copy)
     file.unlink()
-    with pytest.raises(scann.ScannError, match=f"00002/{name}.*build the index again"):
-        scann.Index.open(copy)
+    with pytest.raises(build.ScannError, match=f"00002/{name}.*build the index again"):
+        build.Index.open(copy)
 
 
 def test_files_of_other_places_are_not_read(copy, corpus):
@@ -386,8 +387,8 @@ def test_files_of_other_places_are_not_read(copy, corpus):
     about = json.loads((copy / "00000" / "part.json").read_text())
     about["files"][file.name] = len(outside)
     (copy / "00000" / "part.json").write_text(json.dumps(about))
-    with pytest.raises(scann.ScannError, match="names a file elsewhere"):
-        scann.Index.open(copy).search(corpus[1])
+    with pytest.raises(build.ScannError, match="names a file elsewhere"):
+        build.Index.open(copy).search(corpus[1])
 
 
 class Harm:
@@ -399,8 +400,8 @@ class Harm:
 def test_pickles_are_refused_and_not_run(copy, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (copy / name).write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(scann.ScannError, match=f"{name} is a pickle"):
-        scann.Index.open(copy)
+    with pytest.raises(build.ScannError, match=f"{name} is a pickle"):
+        build.Index.open(copy)
     assert not os.path.exists("harm")
 
 
@@ -412,42 +413,42 @@ def test_no_pickle_is_written(tree):
 
 
 def test_an_index_of_something_else_is_refused(copy, corpus):
-    scann.Index.open(copy, {"encodings": "of a test"})
-    with pytest.raises(scann.ScannError, match="fingerprint.encodings: of a test in the index, of"):
-        scann.Index.open(copy, {"encodings": "of another"})
-    with pytest.raises(scann.ScannError, match="fingerprint.more: None in the index, 1 wanted"):
+    build.Index.open(copy, {"encodings": "of a test"})
+    with pytest.raises(build.ScannError, match="fingerprint.encodings: of a test in the index, of"):
+        build.Index.open(copy, {"encodings": "of another"})
+    with pytest.raises(build.ScannError, match="fingerprint.more: None in the index, 1 wanted"):
         make(copy, corpus[0], fingerprint=MADE | {"more": 1})
-    with pytest.raises(scann.ScannError, match="settings.dims_per_block: 2 in the index, 4 wanted"):
-        make(copy, corpus[0], scann.Settings(part_rows=1000, dims_per_block=4))
-    with pytest.raises(scann.ScannError, match="rows: 2500 in the index, 2400 wanted"):
+    with pytest.raises(build.ScannError, match="settings.dims_per_block: 2 in the index, 4 wanted"):
+        make(copy, corpus[0], build.Settings(part_rows=1000, dims_per_block=4))
+    with pytest.raises(build.ScannError, match="rows: 2500 in the index, 2400 wanted"):
         make(copy, corpus[0][:2400])
-    with pytest.raises(scann.ScannError, match="no index at"):
-        scann.Index.open(copy / "00000")
+    with pytest.raises(build.ScannError, match="no index at"):
+        build.Index.open(copy / "00000")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(scann.ScannError, match="has format 0"):
-        scann.Index.open(copy)
+    with pytest.raises(build.ScannError, match="has format 0"):
+        build.Index.open(copy)
 
 
 def test_queries_that_do_not_fit_are_refused(flat, corpus):
     queries = corpus[1].copy()
-    with pytest.raises(scann.ScannError, match=r"queries \[40, 63\] do not fit .* 64 numbers"):
+    with pytest.raises(build.ScannError, match=r"queries \[40, 63\] do not fit .* 64 numbers"):
         flat.search(queries[:, :63])
-    with pytest.raises(scann.ScannError, match="k is 0"):
+    with pytest.raises(build.ScannError, match="k is 0"):
         flat.search(queries, 0)
     queries[7, 3] = np.nan
-    with pytest.raises(scann.ScannError, match="query 7 has a number that is not finite"):
+    with pytest.raises(build.ScannError, match="query 7 has a number that is not finite"):
         flat.search(queries)
-    with pytest.raises(scann.ScannError, match="recall@11 of 40 queries"):
-        scann.recall(flat, corpus[1], exact(*reversed(corpus)), 11)
+    with pytest.raises(build.ScannError, match="recall@11 of 40 queries"):
+        build.recall(flat, corpus[1], exact(*reversed(corpus)), 11)
 
 
 def test_rows_that_are_not_those_announced_are_refused(tmp_path):
     x, _ = clustered(300)
 
     def refused(chunks, match, rows=300, width=64):
-        with pytest.raises(scann.ScannError, match=match):
-            scann.build(tmp_path / "i", chunks, rows, width, FLAT, {})
+        with pytest.raises(build.ScannError, match=match):
+            build.build(tmp_path / "i", chunks, rows, width, FLAT, {})
         shutil.rmtree(tmp_path / "i", ignore_errors=True)
 
     refused(given(x), "nothing to index: 0 rows", rows=0)
@@ -467,10 +468,10 @@ def test_without_scann_the_extra_is_named(monkeypatch, tmp_path, flat, corpus):
     monkeypatch.setitem(sys.modules, "scann", None)
     for call in (
         lambda: make(tmp_path / "i", corpus[0]),
-        lambda: scann.Index.open(flat.path).search(corpus[1]),
-        scann_part.version,
+        lambda: build.Index.open(flat.path).search(corpus[1]),
+        part.version,
     ):
-        with pytest.raises(scann.ScannError, match=r"pip install 'tda\[scann\]'"):
+        with pytest.raises(build.ScannError, match=r"pip install 'tda\[scann\]'"):
             call()
 
 
@@ -485,14 +486,14 @@ def test_settings_that_do_not_go_together_are_refused():
         "soar and residual need leaves": dict(soar=1.5),
     }.items():
         with pytest.raises(ValueError, match=match):
-            scann.Settings(**(dict(part_rows=10) | wrong))
+            build.Settings(**(dict(part_rows=10) | wrong))
 
 
 @pytest.mark.parametrize("width", [4_096, 65_536])
 @pytest.mark.parametrize("rows", [1_000, 100_000, 1_000_000, 365_000_000])
 def test_the_rule_of_sizes(rows, width):
     memory = 32 << 30
-    settings = scann.settings_for(rows, width, memory_bytes=memory)
+    settings = build.settings_for(rows, width, memory_bytes=memory)
     if rows == 1_000:
         assert settings is None
         return
@@ -512,14 +513,14 @@ def test_the_rule_of_sizes(rows, width):
 
 
 def test_the_rule_can_be_overridden_key_by_key():
-    chosen = scann.settings_for(100_000, 11_008)
-    changed = scann.settings_for(100_000, 11_008, dims_per_block=4, part_rows=3_000, reorder=77)
+    chosen = build.settings_for(100_000, 11_008)
+    changed = build.settings_for(100_000, 11_008, dims_per_block=4, part_rows=3_000, reorder=77)
     assert changed == dataclasses.replace(chosen, dims_per_block=4, part_rows=3_000, reorder=77)
-    large = scann.settings_for(10_000_000, 11_008, reorder=50)
-    assert large == dataclasses.replace(scann.settings_for(10_000_000, 11_008), reorder=50)
-    assert scann.settings_for(100_000, 11_008, k=100).reorder > chosen.reorder
+    large = build.settings_for(10_000_000, 11_008, reorder=50)
+    assert large == dataclasses.replace(build.settings_for(10_000_000, 11_008), reorder=50)
+    assert build.settings_for(100_000, 11_008, k=100).reorder > chosen.reorder
     with pytest.raises(TypeError, match="colour"):
-        scann.settings_for(100_000, 11_008, colour=1)
+        build.settings_for(100_000, 11_008, colour=1)
     with pytest.raises(ValueError, match="0.5 GiB hold too few rows of 65536 numbers .* 1.0 GiB"):
-        scann.settings_for(100_000, 65_536, memory_bytes=1 << 29)
-    assert scann.settings_for(100_000, 65_536, memory_bytes=1 << 30).part_rows >= 1_000
+        build.settings_for(100_000, 65_536, memory_bytes=1 << 29)
+    assert build.settings_for(100_000, 65_536, memory_bytes=1 << 30).part_rows >= 1_000

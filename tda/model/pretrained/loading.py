@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda import progress, sharding
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import configurations, families, tensors
 from tda.model.pretrained.tensors import Part, PretrainedError, Source
+from tda.runtime import progress, sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""From a corpus, texts or batches, to a store of projected gradients."""

@@ -1,0 +1,1 @@
+"""Labelled corpora: passages, the facts that they state, and queries about the facts."""

@@ -1,0 +1,123 @@
+"""TFDS builder `trex`: the facts and the sentences of the authors' release, or of local files.
+
+Source: Chang et al. (2024), "Scalable Influence and Fact Tracing for Large Language Model
+Pretraining", https://github.com/PAIR-code/pretraining-tda. The sentences are from T-REx
+(CC-BY-SA-4.0).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from tda.data import jsonl
+from tda.data.jsonl import Paths
+from tda.facts import features
+
+RELEASE = "https://storage.googleapis.com/tda-resources/2410.17413/public/"
+N_SHARDS = 20
+
+_CITATION = """@article{chang2024scalable,
+  title={Scalable Influence and Fact Tracing for Large Language Model Pretraining},
+  author={Chang, Tyler A. and Rajagopal, Dheeraj and Bolukbasi, Tolga and Dixon, Lucas and
+    Tenney, Ian},
+  journal={arXiv preprint arXiv:2410.17413},
+  year={2024}
+}"""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TrexConfig(tfds.core.BuilderConfig):
+    """Which facts of the release to take: the 5,415 sampled queries, or all 1.2M.
+
+    Attributes:
+        facts_file: Name of the facts file in the release, or "" for local files.
+    """
+
+    facts_file: str = ""
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """The release's facts and sentences, in the order of its files.
+
+    Configs are `sample` (the sampled queries) and `full` (every fact); both take all 19.6M
+    sentences, a download of 6 GB. With `sentences` and `facts`, local files of the same form are
+    read instead and nothing is downloaded; a config named by their contents keeps the datasets
+    of different files apart.
+
+    Args:
+        sentences: Local JSON lines of sentences: a file, a glob pattern, or a list of files.
+        facts: Local JSON lines of facts.
+        **kwargs: For `tfds.core.GeneratorBasedBuilder`, such as `data_dir` and `config`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        TrexConfig(
+            name="sample",
+            description="The 5,415 sampled queries, all sentences.",
+            facts_file="trex_facts_sample.jsonl",
+        ),
+        TrexConfig(
+            name="full",
+            description="All 1.2M facts, all sentences.",
+            facts_file="trex_facts.jsonl",
+        ),
+    ]
+
+    def __init__(
+        self, *, sentences: Paths | None = None, facts: Paths | None = None, **kwargs: Any
+    ):
+        if (sentences is None) != (facts is None):
+            raise ValueError("give both sentences= and facts=, or neither to use the release")
+        self._local = None
+        if sentences is not None:
+            if kwargs.get("config") is not None:
+                raise ValueError("config= chooses from the release; leave it out for local files")
+            self._local = {"sentences": jsonl.expand(sentences), "facts": jsonl.expand(facts)}
+            kwargs["config"] = TrexConfig(
+                name=f"local_{_fingerprint(self._local)}", description="Local JSON lines."
+            )
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Unshuffled: the record number is then the corpus row, the same on every machine.
+        return self.dataset_info_from_configs(
+            description="Facts, and Wikipedia sentences with the facts they state (T-REx).",
+            features=features.record_features(),
+            homepage="https://github.com/PAIR-code/pretraining-tda",
+            citation=_CITATION,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        files = self._local or dl_manager.download(
+            {
+                "sentences": [
+                    f"{RELEASE}trex_sentences.jsonl-{i:05d}-of-{N_SHARDS:05d}"
+                    for i in range(N_SHARDS)
+                ],
+                "facts": RELEASE + self.builder_config.facts_file,
+            }
+        )
+        return {split: self._generate_examples(split, files[split]) for split in files}
+
+    def _generate_examples(self, split: str, files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
+        if split == "sentences":
+            for sentence in jsonl.iter_sentences(files):
+                yield sentence.sentence_id, features.encode_sentence(sentence)
+        else:
+            for fact in jsonl.iter_facts(files):
+                yield fact.fact_id, features.encode_fact(fact)
+
+
+def _fingerprint(files: dict[str, list[str]]) -> str:
+    digest = hashlib.sha256()
+    for split, names in sorted(files.items()):
+        digest.update(f"{split} {len(names)}".encode())
+        for name in names:
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""1/√V: the optimizer's second moments, read from its state or estimated from a sample."""

@@ -1,0 +1,243 @@
+"""1/√V from the optimizer's state that another program left beside a pretrained model.
+
+Safetensors whose names hold those of the parameters (Megatron's, OLMo's), or PyTorch's
+`optimizer.pt`. Moments belong to a parameter by its name and by nothing else: PyTorch numbers
+parameters, in an order that the training program chose, so a file without names needs them.
+"""
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from tda.gradients import sites
+from tda.gradients.moments import optimizer_state, second_moments
+from tda.gradients.moments.optimizer_state import SecondMomentError
+from tda.gradients.moments.second_moments import Scale
+from tda.model.pretrained.loading import Pretrained, some
+from tda.model.pretrained.tensors import Safetensors, Source
+
+# What the running mean of squared gradients is called.
+_FIELD = "exp_avg_sq"
+_HOW_TO_NAME = (
+    "json.dump([[name_of[p] for p in group['params']] for group in optimizer.param_groups], file) "
+    "with name_of = {p: n for n, p in model.named_parameters()}"
+)
+
+
+def read(
+    path,
+    found: Pretrained,
+    chosen: list[sites.Site],
+    correction: str,
+    *,
+    names: Sequence[Sequence[str]] | str | os.PathLike | None = None,
+    rename: Callable[[str], str] = lambda name: name,
+    allow_torch: bool = False,
+    b2: float | None = None,
+    eps: float | None = None,
+    step: int | None = None,
+) -> dict[str, Scale]:
+    """The scale of every site by Adam's rule, 1 / (√(ν / (1 − b2ᵗ)) + eps).
+
+    Args:
+        path: a .safetensors file, a directory of them (all are read), or PyTorch's `optimizer.pt`.
+        found: the model's files (`tda.model.pretrained.loading.inspect`): which tensor is which
+            parameter.
+        chosen: the sites.
+        correction: "adam", "factored" or "low_rank(R)" (`tda.gradients.moments.second_moments`).
+        names: for `optimizer.pt`, the parameters' names by group, in the optimizer's order, or a
+            JSON file of them; not needed where the file has `param_names`.
+        rename: from a tensor's name in the model's files to that in the optimizer's.
+        allow_torch: read PyTorch's format, a pickle, by `torch.load(weights_only=True)`.
+        b2, eps, step: of Adam, where the file does not say them.
+
+    Raises:
+        SecondMomentError: moments that are not there, there twice or of another shape, or constants
+            that are lacking; the message names them.
+    """
+    second_moments.check_full(correction)
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise SecondMomentError(f"{path}: no such file or directory")
+    if path.is_dir() or path.suffix == ".safetensors":
+        state = _of_safetensors(path)
+    else:
+        state = _of_torch(path, names, allow_torch)
+    told = {"b2": b2, "eps": eps, "step": step}
+    scales = {}
+    for site in chosen:
+        parts = _parts(found, site)
+        layers = []
+        for part in parts:
+            moments = state(rename(part.tensor), {k: v for k, v in told.items() if v is not None})
+            nu = np.asarray(_slice(moments, part, site, path), np.float32)
+            layers.append(optimizer_state.adam(nu, moments["step"], moments["b2"], moments["eps"]))
+        full = layers[0] if site.stack is None else jnp.stack(layers)
+        scales[site.path] = second_moments.from_full(site.matrix(full), correction)
+    return second_moments.finite(scales)
+
+
+def _parts(found: Pretrained, site: sites.Site) -> list:
+    names = [site.path] if site.stack is None else site.names()
+    missing = [n for n in names if n not in found.parts]
+    if missing:
+        raise SecondMomentError(f"{found.where} has no tensor for {some(missing)}")
+    return [found.parts[n] for n in names]
+
+
+def _slice(moments: dict, part, site: sites.Site, path) -> np.ndarray:
+    shape = site.shape if site.stack is None else site.shape[1:]
+    whole = moments["shape"]
+    fits = part.take is None or whole[part.axis] > int(part.take.max())
+    if len(whole) != len(shape) or not fits or part.shape(whole) != tuple(shape):
+        raise SecondMomentError(
+            f"{path}: the second moments of {moments['name']} have the shape {whole}, which does "
+            f"not fit {site.path} {tuple(shape)}"
+        )
+    index = tuple(slice(0, n) for n in shape)
+    # An offset of the parameter is none of its gradient's.
+    found = part.read(moments["source"], index) - np.float32(part.plus)
+    return found
+
+
+class _Renamed:
+    """One tensor, whatever it is asked for."""
+
+    def __init__(self, source: Source, name: str):
+        self._source, self._name = source, name
+
+    def read(self, tensor, index):
+        return self._source.read(self._name, index)
+
+
+def _of_safetensors(path: pathlib.Path):
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    source = Safetensors(files)
+    shapes = source.shapes()
+    if not any(_FIELD in name for name in shapes):
+        raise SecondMomentError(
+            f"{path} has no tensor with {_FIELD!r} in its name; it has {some(sorted(shapes))}"
+        )
+
+    def state(name, told):
+        field = _only(path, name, _FIELD, shapes)
+        steps = [n for n in _candidates(name, "step", shapes)] or [
+            n for n in shapes if n in ("step", "optimizer.step", "optim.step", "state.step")
+        ]
+        if "step" not in told and steps:
+            whole = tuple(slice(0, n) for n in shapes[steps[0]])
+            told = told | {"step": int(np.asarray(source.read(steps[0], whole)).reshape(-1)[0])}
+        lacking = sorted({"b2", "eps", "step"} - told.keys())
+        if lacking:
+            raise SecondMomentError(
+                f"{path} does not say Adam's {', '.join(lacking)} for {name}; give them"
+            )
+        return told | {
+            "name": name,
+            "shape": shapes[field],
+            "source": _Renamed(source, field),
+        }
+
+    return state
+
+
+def _candidates(name: str, field: str, names) -> list[str]:
+    """Tensors that hold a field of a parameter: its name before or behind the field's."""
+    ends = (f"{name}.{field}", f"{field}.{name}", f"{name}/{field}", f"{field}/{name}")
+    # A name may have others in front of it, but not be the end of a longer word.
+    return [n for n in names for end in ends if n == end or n.endswith(("." + end, "/" + end))]
+
+
+def _only(path, name: str, field: str, names) -> str:
+    found = _candidates(name, field, names)
+    if len(found) != 1:
+        said = f"more than once: {some(found)}" if found else "not at all"
+        there = [n for n in names if field in n]
+        raise SecondMomentError(
+            f"{path} has {field} of {name} {said}; it has {some(there)}; where names differ, "
+            "give rename"
+        )
+    return found[0]
+
+
+def _of_torch(path: pathlib.Path, names, allow_torch: bool):
+    if not allow_torch:
+        raise SecondMomentError(
+            f"{path} is a file of PyTorch, a pickle; allow_torch=True reads it by "
+            "torch.load(weights_only=True), which runs nothing that the file holds"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise SecondMomentError(f"reading {path} takes the package torch") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle's many kinds
+        raise SecondMomentError(f"{path} cannot be read as tensors alone: {error}") from error
+    if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
+        raise SecondMomentError(f"{path} is not an optimizer's state_dict")
+    groups = loaded["param_groups"]
+    by_name = _numbered(path, groups, names)
+
+    def state(name, told):
+        if name not in by_name:
+            raise SecondMomentError(
+                f"{path}: no parameter is called {name}; there are {some(sorted(by_name))}"
+            )
+        number, group = by_name[name]
+        own = loaded["state"].get(number)
+        if own is None or _FIELD not in own:
+            raise SecondMomentError(
+                f"{path}: parameter {number} ({name}) has no {_FIELD}; it has "
+                f"{', '.join(own or ()) or 'no state'}"
+            )
+        if group.get("amsgrad"):
+            raise SecondMomentError(f"{path}: AMSGrad's state is not supported")
+        nu = own[_FIELD].float().numpy()
+        found = {"b2": group["betas"][1], "eps": group["eps"], "step": int(own["step"])}
+        return found | told | {"name": name, "shape": nu.shape, "source": _Array(nu)}
+
+    return state
+
+
+class _Array:
+    """An array as the one tensor of a source."""
+
+    def __init__(self, x: np.ndarray):
+        self._x = x
+
+    def read(self, tensor, index):
+        return self._x[index]
+
+
+def _numbered(path, groups, names) -> dict[str, tuple[int, dict]]:
+    """Number and group of every parameter by its name."""
+    if names is None:
+        names = [g.get("param_names") for g in groups]
+        if any(n is None for n in names):
+            raise SecondMomentError(
+                f"{path} numbers its parameters and does not name them; give names, in the "
+                f"optimizer's order: {_HOW_TO_NAME}"
+            )
+    elif isinstance(names, str | os.PathLike):
+        names = json.loads(pathlib.Path(names).read_text(encoding="utf-8"))
+    counts = [len(g["params"]) for g in groups]
+    if [len(n) for n in names] != counts:
+        raise SecondMomentError(
+            f"{path} has groups of {counts} parameters, names of {[len(n) for n in names]}"
+        )
+    flat = [n for group in names for n in group]
+    twice = [n for n, count in collections.Counter(flat).items() if count > 1]
+    if twice:
+        raise SecondMomentError(f"names has {some(twice)} twice")
+    pairs = zip(groups, names, strict=True)
+    return {
+        name: (number, group)
+        for group, own in pairs
+        for number, name in zip(group["params"], own, strict=True)
+    }

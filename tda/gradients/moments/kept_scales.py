@@ -1,0 +1,45 @@
+"""1/√V on disk, so that what took many gradients is not estimated again."""
+
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tda.gradients.moments.second_moments import Scale
+
+
+def save(path, scales: dict[str, Scale], made_from: dict) -> None:
+    """Writes scales to `path` as safetensors; the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        scales: by path of parameter.
+        made_from: JSON values that say what they were made from.
+    """
+    arrays = {
+        f"{name}:{part}": np.asarray(x)
+        for name, scale in scales.items()
+        for part, x in vars(scale).items()
+        if x is not None
+    }
+    # Beside it, so that the file is moved into its place at once.
+    beside = f"{path}.part"
+    save_file(arrays, beside, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
+    os.replace(beside, path)
+
+
+def load(path, made_from: dict) -> dict[str, Scale] | None:
+    """What `save` wrote, if it was made from just this; None otherwise."""
+    if not os.path.exists(path):
+        return None
+    found: dict[str, dict] = {}
+    with safe_open(os.fspath(path), framework="numpy") as opened:
+        if (opened.metadata() or {}).get("made_from") != json.dumps(made_from, sort_keys=True):
+            return None
+        for key in opened.keys():
+            name, _, part = key.rpartition(":")
+            found.setdefault(name, {})[part] = jnp.asarray(opened.get_tensor(key))
+    return {name: Scale(**parts) for name, parts in found.items()}

@@ -1,0 +1,261 @@
+"""1/√V from the optimizer's second moments, read from a checkpoint without anything else of it.
+
+The optimizer's own rule decides where epsilon goes: Adam divides by √(ν̂ + eps_root) + eps with the
+bias-corrected ν̂ = ν / (1 − b2ᵗ) (Kingma & Ba 2015, algorithm 1); Adafactor multiplies by
+(r / mean r)^(−1/2) c^(−1/2) of its row and column statistics (Shazeer & Stern 2018, algorithm 4).
+Moments of half precision are float32 before anything is done to them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tda.gradients import sites
+from tda.gradients.moments import low_rank, optimizer_state
+from tda.gradients.moments.optimizer_state import Moments, SecondMomentError
+from tda.training import checkpoint
+
+CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """1/√V of one site, a sum of outer products or in full. Axes are stacked as the site's are.
+
+    Attributes:
+        left: float32 [(L,) R, M], or None.
+        right: float32 [(L,) R, N], or None.
+        full: float32 [(L,) M, N], or None.
+    """
+
+    left: jnp.ndarray | None = None
+    right: jnp.ndarray | None = None
+    full: jnp.ndarray | None = None
+
+    def dense(self) -> jnp.ndarray:
+        """The scale of every weight, Σ_r left_r right_rᵀ: float32 [(L,) M, N]."""
+        if self.full is not None:
+            return self.full
+        return low_rank.product(self.left, self.right)
+
+    def map(self, change: Callable) -> "Scale":
+        """The same with each array changed."""
+        parts = self.left, self.right, self.full
+        return Scale(*(None if x is None else change(x) for x in parts))
+
+
+def parse_correction(text: str) -> tuple[str, int | None]:
+    """A correction's name and, of "low_rank(R)", the rank R.
+
+    Raises:
+        SecondMomentError: no such correction, or a rank below 1.
+    """
+    match = re.fullmatch(r"low_rank\((\d+)\)", text)
+    if match and int(match[1]) >= 1:
+        return "low_rank", int(match[1])
+    if text not in CORRECTIONS[:-1]:
+        raise SecondMomentError(
+            f"unknown correction {text!r}; use {', '.join(CORRECTIONS)} with a rank R from 1"
+        )
+    return text, None
+
+
+def adam_scale(nu, count, b2: float, eps: float, eps_root: float = 0.0) -> Scale:
+    """Adam's own scale of every weight, from ν after `count` steps."""
+    return Scale(full=optimizer_state.adam(nu, count, b2, eps, eps_root))
+
+
+def factored_scale(full) -> Scale:
+    """The rank-one scale with the row and column means of V = full⁻² (Shazeer & Stern 2018, eq. 3).
+
+    Where a row and a column are both far below the mean of V, their crossing gets a scale far above
+    the exact one, as with Adafactor itself.
+
+    Args:
+        full: 1/√V, float32 [(L,) M, N].
+    """
+    left, right = _factor(jnp.asarray(full, jnp.float32))
+    return Scale(left[..., None, :], right[..., None, :])
+
+
+@jax.jit
+def _factor(full):
+    # √V over the largest √V of the matrix: a square of it is neither above 1 nor ever too small.
+    least = jnp.min(full, axis=(-1, -2), keepdims=True)
+    rows, columns = (_root_mean_square(least / full, axis) for axis in (-1, -2))
+    overall = _root_mean_square(rows[..., None], -2)
+    return overall / rows, columns**-1 * least[..., 0]
+
+
+def _root_mean_square(x, axis: int):
+    most = jnp.max(x, axis=axis, keepdims=True)
+    return jnp.squeeze(most, axis) * jnp.sqrt(jnp.mean(jnp.square(x / most), axis=axis))
+
+
+def low_rank_scale(full, rank: int) -> Scale:
+    """The sum of `rank` outer products closest to 1/√V in relative terms.
+
+    It minimises Σ (1 − Ŝ/S)², S balanced by `factored_scale` first
+    (`tda.gradients.moments.low_rank`); with rank 1 it is about that scale, with min(M, N) exact.
+
+    Args:
+        full: S = 1/√V, float32 [(L,) M, N].
+        rank: at least 1.
+    """
+    full = jnp.asarray(full, jnp.float32)
+    return Scale(*low_rank.approximate(full, *_factor(full), rank))
+
+
+def check_full(correction: str) -> tuple[str, int | None]:
+    """The parsed name of a correction that is made from second moments of every weight.
+
+    Raises:
+        SecondMomentError: it is not "adam", "factored" or "low_rank(R)".
+    """
+    name, rank = parse_correction(correction)
+    if name in ("none", "adafactor"):
+        raise SecondMomentError(
+            f"correction {name!r} is not made from second moments of every weight; use adam, "
+            "factored or low_rank(R)"
+        )
+    return name, rank
+
+
+def from_full(full, correction: str) -> Scale:
+    """The scale that a correction makes of 1/√V of every weight, float32 [(L,) M, N].
+
+    Raises:
+        SecondMomentError: the correction is not "adam", "factored" or "low_rank(R)".
+    """
+    name, rank = check_full(correction)
+    if name == "low_rank":
+        return low_rank_scale(full, rank)
+    return factored_scale(full) if name == "factored" else Scale(full=full)
+
+
+def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
+    """The scale that optax's Adafactor multiplies a gradient of this shape by.
+
+    optax keeps, of the two largest axes d1 ≤ d0, v_row = mean over d0 and v_col = mean over d1, and
+    `v` where it does not factor.
+
+    Args:
+        v_row, v_col, v: the state's leaves of this parameter; those unused have shape (1,).
+        shape: of the parameter.
+
+    Returns:
+        The scale, its last two axes those of the shape; an outer product (R = 1) where these are
+        the two that optax factors.
+
+    Raises:
+        SecondMomentError: no leaf fits the shape.
+    """
+    v_row, v_col, v = (jnp.asarray(x, jnp.float32) for x in (v_row, v_col, v))
+    if tuple(v.shape) == tuple(shape):
+        return Scale(full=1.0 / jnp.sqrt(v))
+    if len(shape) < 2:
+        raise SecondMomentError(f"Adafactor's v has shape {v.shape} for a parameter {shape}")
+    d1, d0 = map(int, np.argsort(shape, kind="stable")[-2:])
+    fits = tuple(np.delete(shape, d0)) == v_row.shape and tuple(np.delete(shape, d1)) == v_col.shape
+    if not fits:
+        raise SecondMomentError(
+            f"Adafactor's statistics {v_row.shape} and {v_col.shape} do not fit {shape}"
+        )
+    # v_row lacks axis d0, so d1 keeps its number unless it came after d0.
+    reduced = d1 - 1 if d1 > d0 else d1
+    row = 1.0 / jnp.sqrt(v_row / jnp.mean(v_row, axis=reduced, keepdims=True))
+    col = 1.0 / jnp.sqrt(v_col)
+    if {d0, d1} == {len(shape) - 2, len(shape) - 1}:
+        left, right = (row, col) if d0 > d1 else (col, row)
+        return Scale(left[..., None, :], right[..., None, :])
+    return Scale(full=jnp.expand_dims(row, d0) * jnp.expand_dims(col, d1))
+
+
+def read(
+    root, chosen: list[sites.Site], correction: str, step: int | None = None
+) -> dict[str, Scale]:
+    """The scale of every site, from the optimizer's state of a checkpoint.
+
+    Args:
+        root: the directory of checkpoints. Its description's `optimizer` gives `name` (adam, adamw,
+            nadam, nadamw, yogi, amsgrad or rmsprop; Adafactor is known by its state) and `b2`,
+            `eps`, `eps_root` (of rmsprop `eps`, `eps_in_sqrt`, `decay`); constants that
+            `optax.inject_hyperparams` keeps in the state win over these.
+        chosen: the sites.
+        correction: "adam" (the optimizer's exact scale of every weight), "adafactor" (Adafactor's
+            own row and column statistics, and the moments of what it does not factor), "factored"
+            (Adafactor's, or the same statistics of another's ν) or "low_rank(R)" (the sum of R
+            outer products closest to "adam").
+        step: None for the last checkpoint.
+
+    Returns:
+        A `Scale` by the site's path.
+
+    Raises:
+        SecondMomentError: unknown correction, or the state lacks what it needs.
+        tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
+    """
+    if parse_correction(correction)[0] == "none":
+        raise SecondMomentError("correction 'none' has no scales to read")
+    flat = optimizer_state.load(root, {s.path for s in chosen}, step)
+    described = checkpoint.describe(root, step).get("optimizer") or {}
+    found = {s.path: optimizer_state.find(flat, s.path, described) for s in chosen}
+    return finite({s.path: site_scale(s, found[s.path], correction) for s in chosen})
+
+
+def finite(scales: dict[str, Scale]) -> dict[str, Scale]:
+    """The scales, if all are finite.
+
+    Raises:
+        SecondMomentError: some are not, or are 0: second moments of 0 without an epsilon, or
+            moments that are not finite.
+    """
+    for path, scale in scales.items():
+        parts = [x for x in (scale.left, scale.right, scale.full) if x is not None]
+        good = all(bool(jnp.isfinite(x).all()) for x in parts)
+        if not good or (scale.full is not None and not bool((scale.full > 0).all())):
+            raise SecondMomentError(
+                f"1/√V of {path} is not finite and above 0: its second moments are not finite, or "
+                "are 0 without an epsilon"
+            )
+    return scales
+
+
+def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
+    """The scale of one site, from what the optimizer keeps of its parameter.
+
+    Raises:
+        SecondMomentError: it does not hold what the correction needs.
+    """
+    name, _ = parse_correction(correction)
+    if moments.count is not None and int(moments.count) == 0:
+        raise SecondMomentError(f"the optimizer has made no step with {site.path}")
+    if "v_row" in moments.fields:
+        if name not in ("adafactor", "factored"):
+            raise SecondMomentError(
+                f"{site.path} was trained with Adafactor, whose statistics are of rank one and not "
+                f"of every weight: {correction!r} has nothing to work from; "
+                "use correction='factored'"
+            )
+        stored = [moments.fields[field] for field in ("v_row", "v_col", "v")]
+        return _as_matrix(site, adafactor_scale(*stored, site.shape))
+    if name == "adafactor":
+        raise SecondMomentError(
+            f"{site.path} was not trained with Adafactor (the state has "
+            f"{', '.join(sorted(moments.siblings))}); use 'factored' for the same statistics of ν"
+        )
+    nu = moments.fields["nu"]
+    if nu.shape != site.shape:
+        raise SecondMomentError(f"ν of {site.path} has shape {nu.shape}, the model {site.shape}")
+    return from_full(site.matrix(optimizer_state.exact(moments)), correction)
+
+
+def _as_matrix(site: sites.Site, scale: Scale) -> Scale:
+    stack = () if site.stack is None else (site.stack,)
+    if site.order is None and site.shape == (*stack, site.rows, site.columns):
+        return scale
+    return Scale(full=site.matrix(scale.dense()))

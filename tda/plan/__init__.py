@@ -1,0 +1,1 @@
+"""What a run will cost in time, memory and disk."""

@@ -1,0 +1,117 @@
+"""A plan's figures as text."""
+
+from tda.plan.cost import NUMBER_BYTES, as_bytes
+
+
+def text(figures: dict) -> str:
+    """Everything that `experiments.plan.run` found, in aligned tables."""
+    parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
+    left_out = ", ".join(figures["left_out"])
+    told = [f"not reckoned (another function, curvature, checkpoints): {left_out}"] * bool(left_out)
+    return "\n\n".join([*parts, _needs(figures["needs"]), *told])
+
+
+def _heading(figures: dict) -> str:
+    s, h = figures["setting"], figures["hardware"]
+    share = s["with_gradients"] / s["parameters"]
+    corpus = f"{s['passages']:,} passages, {s['tokens']:,} tokens, {s['queries']:,} queries"
+    corpus += " (stated by the config)" if s["stated"] else f"; padding {s['padding']:.0%}"
+    rates = "rates measured here"
+    if not h["measured"]:
+        rates = f"{h['mfu']:.0%} of {h['peak'] / 1e12:,.0f} TFLOP/s (bfloat16) each assumed (--mfu)"
+    heading = _columns(
+        [
+            ["model", f"{s['parameters']:,} parameters; gradients of {share:.0%} of them"],
+            ["corpus", corpus],
+            ["encoding", f"{s['width']:,} dimensions, in {s['blocks']} blocks"],
+            ["hardware", f"{h['title']}; {rates}"],
+        ],
+        "<<",
+    )
+    if h["measured"] or s["dtype"] == "bfloat16":
+        return heading
+    return (
+        heading + "\n(a float32 model is reckoned at that rate too; GPUs have half of it with TF32)"
+    )
+
+
+def _stages(stages: list[dict]) -> str:
+    rows = [["", "FLOP", "devices", "time", "device hours", "tokens/s"]]
+    for x in stages:
+        seconds, rate = x["seconds"], x.get("rate")
+        rows.append(
+            [
+                x["stage"],
+                f"{x['operations']:.2e}",
+                f"{x['devices']:,}",
+                _time(seconds),
+                _hours(seconds, x["devices"]),
+                f"{rate:,.0f}" if rate else "",
+            ]
+        )
+    if all(x["seconds"] is not None for x in stages):
+        spent = sum(x["seconds"] * x["devices"] for x in stages)
+        total = sum(x["seconds"] for x in stages)
+        operations = sum(x["operations"] for x in stages)
+        rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent, 1), ""])
+    return _columns(rows)
+
+
+def _hours(seconds: float | None, devices: int) -> str:
+    if seconds is None:
+        return "–"
+    hours = seconds * devices / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
+
+
+def _disk(disk: dict) -> str:
+    def row(name: str, value) -> list[str]:
+        return [name, *(value(disk[dtype]) for dtype in NUMBER_BYTES)]
+
+    count, rate = disk["stores"], f"{disk['reading'] / 1e9:g} GB/s"
+    names = [f"{d} (chosen)" if d == disk["dtype"] else d for d in NUMBER_BYTES]
+    table = [
+        ["on disk", *names],
+        row("a gradient", lambda x: as_bytes(x["row"])),
+        row("a store of the corpus", lambda x: as_bytes(x["store"])),
+        row(f"  one scan at {rate} (--reading)", lambda x: _time(x["scan_seconds"])),
+        row("ScaNN index: codes and rows to reorder", lambda x: as_bytes(x["index"])),
+        ["  of it codes, 4 bits for 2 dimensions", as_bytes(disk["codes"]), "", ""],
+    ]
+    told = ""
+    if not count:
+        told = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
+    elif count > 1:
+        told = f"\n{count} stores: each correction that the methods use has its own"
+    return _columns(table) + told
+
+
+def _needs(needs: dict) -> str:
+    rows = [["what must fit", "needed", "there", ""]]
+    for name, x in needs.items():
+        there = "not known" if x["there"] is None else as_bytes(x["there"])
+        fits = x["there"] is None or x["needed"] <= x["there"]
+        rows.append([name, as_bytes(x["needed"]), there, "" if fits else "DOES NOT FIT"])
+    return _columns(rows)
+
+
+def _time(seconds: float | None) -> str:
+    """A duration to read: "38 s", "12.5 min", "26.6 h", "14.2 days"."""
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def _columns(rows: list[list[str]], sides: str = "") -> str:
+    """Rows in aligned columns: the first to the left, the others to the right."""
+    sides = sides or "<" + ">" * (len(rows[0]) - 1)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{c:{side}{width}}" for c, side, width in cells).rstrip())
+    return "\n".join(lines)

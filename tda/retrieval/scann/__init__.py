@@ -1,0 +1,1 @@
+"""Approximate first-stage search with ScaNN."""

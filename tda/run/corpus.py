@@ -1,0 +1,215 @@
+"""The corpus and the queries of a config, read, checked and tokenised."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from tda.data import jsonl, tokens
+from tda.data.batches import buckets
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.tokenizer import Tokenizer
+from tda.facts import features, labels, statements
+from tda.facts.records import Fact, Sentence
+from tda.model import pretrained
+from tda.run.workdir import Workdir
+from tda.runtime import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run is about.
+
+    Attributes:
+        sentences: the corpus's documents.
+        queries: the facts that are asked.
+        tokenizer: trained on the training text, or the pretrained model's.
+        passages: tokenised documents, long ones split.
+        training: what the model is trained on: the passages, or more than them.
+        prompts: tokenised queries.
+        correct: for "all" and "strict" labels, the correct passage rows of each query.
+        buckets: lengths that batches are padded to.
+        fingerprint: JSON values that tell this corpus and these queries from others.
+    """
+
+    sentences: list[Sentence]
+    queries: list[Fact]
+    tokenizer: Tokenizer | PretrainedTokenizer
+    passages: tokens.TokenTable
+    training: tokens.TokenTable
+    prompts: tokens.TokenTable
+    correct: dict[str, list[np.ndarray]]
+    buckets: tuple[int, ...]
+    fingerprint: dict
+
+    def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
+        """The text of a passage, or of a row of another table."""
+        table = self.passages if table is None else table
+        begin, end = table.starts[row], table.starts[row + 1]
+        return self.tokenizer.decode(table.tokens[begin:end]).strip()
+
+    def answers(self, query: int) -> list[str]:
+        """What counts as the query's target: the target itself first, and its aliases."""
+        fact = self.queries[query]
+        return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
+
+
+def load(config, workdir: Workdir) -> Corpus:
+    """Reads what `config.data` names.
+
+    Raises:
+        ValueError: a path is missing, a record is malformed, a query does not fit; the message
+            names the file, the record or the key.
+        tda.runtime.processes.ProcessError: processes read different files.
+    """
+    all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
+    # All labels are checked, even where only some facts are asked.
+    labels.relevant_passages(sentences, facts)
+    excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
+    if config.data.pool == "clean":
+        facts = labels.clean_pool(facts, sentences, exclude_relations=tuple(excluded))
+    elif config.data.pool == "all":
+        facts = labels.without_relations(facts, excluded)
+    else:
+        raise ValueError(f"unknown data.pool={config.data.pool!r}; use all or clean")
+    sentences, facts = labels.select(
+        sentences,
+        facts,
+        config.data.n_sentences or len(sentences),
+        config.data.n_queries or len(facts),
+        config.data.seed,
+    )
+    if not facts:
+        raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
+    prompts_of = {f.fact_id: f.prompt(config.data.prompt) for f in facts}
+    texts = [(s.sentence_id, s.text) for s in sentences]
+    more = _more_text(config.data, all_sentences, all_facts, sentences, facts)
+    tokenizer = _tokenizer(config, workdir, [text for _, text in texts + more])
+    context = config.model.context
+    passages = _passages("corpus", texts, tokenizer, context)
+    training = _passages("training text", texts + more, tokenizer, context) if more else passages
+    print(f"{len(facts):,} queries")
+    prompts = tokens.queries(
+        ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
+    )
+    correct = _correct(sentences, facts, passages)
+    fingerprint = _fingerprint(passages, training, prompts, tokenizer, correct)
+    processes.check_alike("corpus", fingerprint)
+    return Corpus(
+        sentences,
+        facts,
+        tokenizer,
+        passages,
+        training,
+        prompts,
+        correct,
+        buckets(context),
+        fingerprint,
+    )
+
+
+def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
+    if bool(data.sentences) != bool(data.facts):
+        raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
+    if data.sentences:
+        return jsonl.read_sentences(data.sentences), jsonl.read_facts(data.facts)
+    directory = data.dir or str(workdir / "data")
+    found: list = []
+    # The others find it prepared.
+    processes.by_first(
+        f"prepare {data.name}", lambda: found.extend(features.load_tfds(data.name, directory))
+    )
+    sentences, facts = found or features.load_tfds(data.name, directory)
+    return list(sentences), facts
+
+
+def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[str, str]]:
+    """What the model is trained on beside the corpus, as (id, text)."""
+    more = []
+    if data.train_on == "all":
+        kept = {s.sentence_id for s in sentences}
+        more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in kept]
+    elif data.train_on != "corpus":
+        raise ValueError(f"unknown data.train_on={data.train_on!r}; use corpus or all")
+    if data.statements_of not in ("all", "corpus"):
+        raise ValueError(f"unknown data.statements_of={data.statements_of!r}; use all or corpus")
+    if data.statements:
+        told = all_facts
+        if data.statements_of == "corpus":
+            stated = labels.relevant_passages(sentences, all_facts, missing="drop")
+            told = [f for f in all_facts if stated[f.fact_id]]
+            if not told:
+                raise ValueError(
+                    "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
+                    "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
+                )
+        found = list(statements.statements(told, asked, data.statements))
+        if not found:
+            print(f"no fact is stated beside the corpus: all {len(told):,} tell of what is asked")
+        more += found
+    return more
+
+
+def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
+    table, counts = tokens.passages(texts, tokenizer, context)
+    print(
+        f"{what}: {counts['documents']:,} documents, {counts['passages']:,} passages "
+        f"({counts['split']:,} documents longer than {context} tokens were split), "
+        f"{int(table.scored.sum()):,} tokens"
+    )
+    return table
+
+
+def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | PretrainedTokenizer:
+    if config.model.pretrained:
+        return pretrained.load_tokenizer(config.model.pretrained)
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+        digest.update(b"\0")
+    made_from = {"texts": digest.hexdigest()[:16], "vocab_size": config.tokenizer.vocab_size}
+    path = workdir / "model" / "tokenizer.json"
+    if not workdir.finished("tokenizer", made_from):
+        workdir.claim("tokenizer", made_from)
+
+        def train():
+            path.parent.mkdir(exist_ok=True)
+            Tokenizer.train(texts, config.tokenizer.vocab_size).save(path)
+
+        processes.by_first("train the tokenizer", train)
+        workdir.finish("tokenizer", made_from)
+    return Tokenizer.load(path)
+
+
+def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
+    rows: dict[str, list[int]] = {}
+    for row, document in enumerate(passages.documents):
+        rows.setdefault(document, []).append(row)
+    out = {}
+    for label, strict in (("all", False), ("strict", True)):
+        by_fact = labels.relevant_passages(sentences, facts, strict=strict)
+        out[label] = [
+            np.asarray(sorted(r for s in by_fact[f.fact_id] for r in rows[s]), np.int64)
+            for f in facts
+        ]
+    return out
+
+
+def _fingerprint(passages, training, prompts, tokenizer, correct) -> dict:
+    def digest(table):
+        h = hashlib.sha256(table.tokens.tobytes())
+        h.update(table.scored.tobytes())
+        h.update("\0".join(table.ids).encode())
+        return h.hexdigest()[:16]
+
+    return {
+        "corpus": digest(passages),
+        "training": digest(training),
+        "queries": digest(prompts),
+        "tokenizer": tokenizer.fingerprint(),
+        "labels": _short(repr({k: [r.tolist() for r in v] for k, v in correct.items()})),
+    }
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

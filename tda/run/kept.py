@@ -1,0 +1,70 @@
+"""Results of long work, kept a line at a time, so that none is computed twice.
+
+A file of JSON lines {"key", "value"} that is only appended to. Runs at the same time may share it:
+whoever reads or writes holds its lock for as long as that takes.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import filelock
+
+from tda.runtime import processes
+
+
+class Kept:
+    """What was computed so far, by key.
+
+    Of several processes the first reads and writes, and all hear what it read.
+
+    Args:
+        path: the file; it need not exist.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+
+    def read(self) -> dict[str, Any]:
+        """The values by key; a line torn by a kill is cut off.
+
+        Raises:
+            ValueError: a line is not such a record; the message names file and line.
+        """
+        return processes.by_first(f"read {self.path.name}", self._read)
+
+    def _read(self) -> dict[str, Any]:
+        have: dict[str, Any] = {}
+        if not self.path.exists():
+            return have
+        whole = 0
+        with self._lock, open(self.path, "r+b") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    item = json.loads(line)
+                    have[item["key"]] = item["value"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"{self.path}, line {number}: not a kept result ({error}); "
+                        "remove the line, or the file to compute all anew"
+                    ) from error
+                whole += len(line)
+            if whole < os.fstat(lines.fileno()).st_size:
+                lines.truncate(whole)
+        return have
+
+    def add(self, items: Iterable[tuple[str, Any]]) -> None:
+        """Appends values; of several processes the first alone does."""
+        if not processes.is_first():
+            return
+        text = "".join(
+            json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n"
+            for key, value in items
+        )
+        with self._lock, open(self.path, "a", encoding="utf-8") as out:
+            out.write(text)

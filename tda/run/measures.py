@@ -1,0 +1,230 @@
+"""What is measured of the model pair by pair or query by query, kept on disk and shared by methods.
+
+A value's key is a digest of the tokens that it was computed from, and its file is named by the
+checkpoint and the rule: so it serves every method, every run on that checkpoint, and any subset of
+the corpus or of the queries.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from tda.data.tokens import TokenTable
+from tda.evaluation import sampling
+from tda.evaluation.tail_patch import tail_patch
+from tda.run.corpus import Corpus
+from tda.run.kept import Kept
+from tda.run.train import Trained, make_optimizer, restore_state
+from tda.run.workdir import Workdir, fingerprint, plain
+from tda.training import optimizer
+
+# The passage row of a step with a zero gradient.
+CONTROL = -1
+
+
+_NO_STEP = (
+    "a tail-patch step has the learning rate of the traced checkpoint, and the schedule ends at 0: "
+    "give eval.tail_patch_learning_rate, or eval.tail_patch_queries=0"
+)
+
+
+def check(config) -> None:
+    """Nothing, where the config alone says of no tail-patch step that it would change nothing.
+
+    Raises:
+        ValueError: the steps are those of the end of a schedule that falls to 0.
+    """
+    e, t = config.eval, config.train
+    falls = t.schedule in ("cosine", "linear") and t.traced == 1 and t.final * t.learning_rate == 0
+    if e.tail_patch_queries and not e.tail_patch_learning_rate and t.epochs and falls:
+        raise ValueError(_NO_STEP)
+
+
+def check_step(config, trained: Trained) -> None:
+    """Nothing, where the traced checkpoint can take the tail-patch steps that are asked for.
+
+    Raises:
+        ValueError: as `step_rule` has it.
+    """
+    if config.eval.tail_patch_queries:
+        step_rule(config, trained)
+
+
+def step_rule(config, trained: Trained) -> dict:
+    """What a tail-patch step is, as JSON values that belong beside its scores.
+
+    Raises:
+        ValueError: `eval.tail_patch_state` is unknown, the model was not trained here, or its
+            schedule has come to 0.
+    """
+    e, t = config.eval, config.train
+    if not _total_steps(trained):
+        raise ValueError(
+            "a tail-patch step needs the training optimizer, and this model was not trained here; "
+            "give --config.eval.tail_patch_queries=0, or train it (train.epochs)"
+        )
+    if e.tail_patch_state not in ("restored", "fresh"):
+        raise ValueError(
+            f"unknown eval.tail_patch_state={e.tail_patch_state!r}; use restored or fresh"
+        )
+    rate = e.tail_patch_learning_rate or float(
+        optimizer.schedule(t.schedule, t.learning_rate, _total_steps(trained), t.warmup, t.final)(
+            trained.step
+        )
+    )
+    if not rate:
+        raise ValueError(_NO_STEP)
+    return {
+        "batch": "one passage alone",
+        "loss": "mean cross-entropy over its tokens",
+        "optimizer": t.optimizer,
+        "optimizer_state": e.tail_patch_state,
+        "learning_rate": rate,
+        "clip": t.clip,
+        "checkpoint_step": trained.step,
+    }
+
+
+def tail_patches(
+    config,
+    corpus: Corpus,
+    trained: Trained,
+    workdir: Workdir,
+    pairs: Iterable[tuple[int, int]],
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """The target's log-probability before and after one step, for every pair.
+
+    Args:
+        config, corpus, trained, workdir: of the run.
+        pairs: (query row, passage row), or (query row, `CONTROL`); each is computed once, whoever
+            asks for it and however often.
+
+    Returns:
+        {(query row, passage row): (before, after)} in nats.
+    """
+    pairs = sorted(set(pairs))
+    rule = step_rule(config, trained)
+    kept = Kept(workdir / f"tail_patch-{fingerprint(_model(trained) | {'rule': rule})}.jsonl")
+    have = kept.read()
+    query_of = {q: _digest(corpus.prompts, q) for q in {q for q, _ in pairs}}
+    passage_of = {p: _digest(corpus.passages, p) for p in {p for _, p in pairs}}
+    keys = [f"{query_of[q]} {passage_of[p]}" for q, p in pairs]
+    # Passages of the same text are one passage.
+    todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in have}
+    if todo:
+        names, asked = list(todo), list(todo.values())
+        model_fn, state = restore_state(trained)
+        tx = make_optimizer(config, _total_steps(trained), rule["learning_rate"])
+        if rule["optimizer_state"] == "fresh":
+            state = state | {"opt_state": _fresh(tx, state)}
+
+        def keep(which: np.ndarray, log_p: np.ndarray) -> None:
+            bad = which[~np.isfinite(log_p).all(axis=1)]
+            if len(bad):
+                query, passage = asked[bad[0]]
+                raise FloatingPointError(
+                    f"after a tail-patch step on {_name(corpus, passage)} the target of query "
+                    f"{corpus.prompts.ids[query]!r} has no finite log p; lower "
+                    f"eval.tail_patch_learning_rate (it is {rule['learning_rate']:.3g})"
+                )
+            done = [(names[i], x.tolist()) for i, x in zip(which, log_p, strict=True)]
+            have.update(done)
+            kept.add(done)
+
+        tail_patch(
+            model_fn,
+            state,
+            tx,
+            corpus.passages,
+            corpus.prompts,
+            asked,
+            bucket_lengths=corpus.buckets,
+            pad=corpus.tokenizer.pad,
+            on_done=keep,
+        )
+    return {pair: tuple(have[key]) for pair, key in zip(pairs, keys, strict=True)}
+
+
+def _fresh(tx, state: dict):
+    """An optimizer state as at the first step, laid out like the one it takes the place of."""
+    new = jax.jit(tx.init)(state["params"])
+    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state["opt_state"])
+
+
+def generations(
+    config, corpus: Corpus, trained: Trained, workdir: Workdir, queries: Sequence[int]
+) -> dict[int, list[str]]:
+    """What the model says after the prompts of some queries, `eval.samples` times each.
+
+    As many tokens are drawn as the longest answer (target or alias) of the query has, and one more.
+
+    Returns:
+        {query row: texts}.
+    """
+    count, tokenizer, prompts = config.eval.samples, corpus.tokenizer, corpus.prompts
+    made_from = _model(trained) | {"samples": count, "seed": config.eval.seed}
+    kept = Kept(workdir / f"generations-{fingerprint(made_from)}.jsonl")
+    have = kept.read()
+    ids, lengths, keys = {}, {}, {}
+    for q in queries:
+        begin, end = prompts.starts[q], prompts.starts[q + 1]
+        asked = int(np.flatnonzero(prompts.scored[begin:end])[0])
+        ids[q] = prompts.tokens[begin : begin + asked].tolist()
+        encoded = tokenizer.encode(corpus.answers(q))
+        lengths[q] = 1 + max(map(len, encoded))
+        keys[q] = f"{_hash(prompts.tokens[begin : begin + asked])} {lengths[q]}"
+    todo = list({keys[q]: q for q in queries if keys[q] not in have}.values())
+
+    def keep(which: np.ndarray, drawn: list) -> None:
+        done = [
+            (keys[todo[i]], [tokenizer.decode(s).strip() for s in found])
+            for i, found in zip(which, drawn, strict=True)
+        ]
+        have.update(done)
+        kept.add(done)
+
+    if todo:
+        sampling.sample(
+            trained.model,
+            [ids[q] for q in todo],
+            [lengths[q] for q in todo],
+            samples=count,
+            seed=config.eval.seed,
+            stop=tokenizer.eos,
+            bucket_lengths=corpus.buckets,
+            tokens_per_batch=config.gradients.tokens_per_batch,
+            pad=tokenizer.pad,
+            on_done=keep,
+        )
+    return {q: have[keys[q]] for q in queries}
+
+
+def _name(corpus: Corpus, passage: int) -> str:
+    if passage == CONTROL:
+        return "a zero gradient"
+    return f"passage {corpus.passages.ids[passage]!r}"
+
+
+def _total_steps(trained: Trained) -> int:
+    """Steps of the whole training, of which the traced checkpoint may end a part."""
+    return trained.fingerprint["steps"]
+
+
+def _model(trained: Trained) -> dict:
+    return {"checkpoint": plain(trained.fingerprint), "step": trained.step}
+
+
+def _digest(table: TokenTable, row: int) -> str:
+    if row == CONTROL:
+        return "control"
+    begin, end = table.starts[row], table.starts[row + 1]
+    return _hash(table.tokens[begin:end], table.scored[begin:end])
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(str(x.dtype).encode() + np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""What a run keeps of its corpus for live questions, and the way back to all of it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from tda.live import Known
+from tda.live.encoded import silent
+from tda.run import corpus as corpora
+from tda.run import vectors
+from tda.run.corpus import Corpus
+from tda.run.workdir import Workdir
+from tda.runtime import atomic_file
+from tda.store import Passage
+
+# What it is called in a workdir.
+FILE = "corpus.npz"
+
+
+class LiveError(ValueError):
+    """A workdir cannot answer live questions, or not this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """What is known of a run's corpus without reading it.
+
+    Attributes:
+        fingerprint: as `Corpus.fingerprint`.
+        known: the run's queries and their correct passages.
+        lengths: scored tokens of every passage, int32 [C].
+    """
+
+    fingerprint: dict
+    known: Known
+    lengths: np.ndarray
+
+
+def keep(config, corpus: Corpus, workdir: Workdir) -> None:
+    """Writes what is to be known of a run's corpus into its workdir."""
+    facts, correct = corpus.queries, corpus.correct["all"]
+    told = {
+        "fingerprint": corpus.fingerprint,
+        "ids": [f.fact_id for f in facts],
+        "prompts": [f.prompt(config.data.prompt) for f in facts],
+        "targets": [f.entity1 for f in facts],
+    }
+    with atomic_file.written(workdir / FILE, "wb") as out:
+        np.savez_compressed(
+            out,
+            told=np.frombuffer(json.dumps(told).encode(), np.uint8),
+            lengths=vectors.scored_tokens(corpus.passages).astype(np.int32),
+            correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
+            counts=np.asarray([len(rows) for rows in correct]),
+        )
+
+
+def read(path: pathlib.Path) -> Remembered | None:
+    """What a workdir's run kept; None where one of an older version kept nothing."""
+    if not (path / FILE).exists():
+        return None
+    with np.load(path / FILE, allow_pickle=False) as kept:
+        told = json.loads(kept["told"].tobytes())
+        correct = np.split(kept["correct"], np.cumsum(kept["counts"])[:-1])
+        lengths = kept["lengths"]
+    known = Known(told["ids"], told["prompts"], told["targets"], correct)
+    return Remembered(told["fingerprint"], known, lengths)
+
+
+class Reread:
+    """A run's corpus, read again when something needs more of it than the workdir keeps.
+
+    Also the passages of a run without a store (`tda.live.retrievers.Passages`).
+
+    Args:
+        config: of the run.
+        path: its workdir.
+        fingerprint: of the passages that must be found, or None where it is not known.
+        rows: C, where it is known.
+    """
+
+    def __init__(self, config, path: pathlib.Path, fingerprint: str | None, rows: int = 0):
+        self._config, self._path, self._fingerprint = config, path, fingerprint
+        self._rows, self._corpus = rows, None
+        self.withdrawn = np.zeros(0, np.int64)
+
+    def get(self, on_progress: Callable[[str, int, int], None], why: str) -> Corpus:
+        """The corpus.
+
+        Args:
+            on_progress: told that it is read.
+            why: what it is needed for, to be told where it cannot be read.
+
+        Raises:
+            LiveError: the run's files are not there, or hold another corpus.
+        """
+        if self._corpus is None:
+            on_progress("reading the run's corpus", 0, 0)
+            try:
+                found = corpora.load(self._config, Workdir(self._path))
+            except (ValueError, OSError) as error:
+                raise LiveError(
+                    f"{why} needs the files that the run read its corpus from: {error}"
+                ) from error
+            if self._fingerprint not in (None, found.fingerprint["corpus"]):
+                raise LiveError(
+                    f"{why} needs the run's corpus, and the files that it was read from "
+                    "(data.sentences, data.facts) hold another one by now"
+                )
+            self._corpus = found
+        return self._corpus
+
+    @property
+    def rows(self) -> int:
+        """C, the number of passages."""
+        return self._rows or len(self._read().passages)
+
+    def passages(self, numbers) -> list[Passage]:
+        """Id, document and text of some rows."""
+        found = self._read()
+        table = found.passages
+        return [Passage(table.ids[i], table.documents[i], found.text_of(i)) for i in numbers]
+
+    def _read(self) -> Corpus:
+        return self.get(silent, "a run without a store")

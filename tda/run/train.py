@@ -1,0 +1,250 @@
+"""The stage that trains the model, and the way back to what it left."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from configs import defaults
+from tda.model import functional, pretrained, sizes
+from tda.model.decoder import Decoder
+from tda.run.corpus import Corpus
+from tda.run.workdir import Workdir, write_json
+from tda.runtime import processes, sharding
+from tda.training import checkpoint, loop, optimizer
+
+# Keys of `train` that only some optimizers have, and which.
+_OPTIONS = {
+    "weight_decay": ("adamw",),
+    "b1": ("adam", "adamw"),
+    "b2": ("adam", "adamw"),
+    "eps": ("adam", "adamw"),
+}
+# Keys of `train` that leave the trained model as it is.
+_NOT_OF_TRAINING = ("save_every", "keep", "traced")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        model: with the checkpoint's parameters.
+        root: the directory of its checkpoints.
+        step: the checkpoint.
+        tx: the optimizer that trained it.
+        mesh: the devices it is on: of several processes each has a whole copy where it fits.
+        fingerprint: tells this checkpoint from others.
+    """
+
+    model: nnx.Module
+    root: str
+    step: int
+    tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    fingerprint: dict
+
+
+def build_model(config, vocab_size: int) -> Decoder:
+    """The decoder that training begins with: freshly initialised, or pretrained."""
+    arguments = model_arguments(config, vocab_size)
+    if config.model.pretrained:
+        found = pretrained.inspect(config.model.pretrained)
+        found = dataclasses.replace(found, arguments=arguments)
+        return pretrained.place(found, make_mesh(config))
+    return Decoder(**arguments, rngs=nnx.Rngs(config.seed))
+
+
+def model_arguments(config, vocab_size: int) -> dict:
+    """The decoder's keyword arguments, all plain values."""
+    m = config.model
+    how = dict(dtype=m.dtype, remat=m.remat)
+    if not m.pretrained:
+        return sizes.size(m.size) | dict(vocab_size=vocab_size) | how
+    arguments = pretrained.inspect(m.pretrained).arguments | how
+    if vocab_size > arguments["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer of {m.pretrained} has {vocab_size} tokens, the model "
+            f"{arguments['vocab_size']}: they do not belong together"
+        )
+    return arguments
+
+
+def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
+    """Steps of the whole run, and the keyword arguments that lay out its batches."""
+    mesh = make_mesh(config)
+    layout = dict(
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=config.train.tokens_per_batch,
+        seed=config.seed,
+    )
+    per_epoch = len(
+        loop.epoch_plan(corpus.training, 0, **layout, multiple=sharding.batch_devices(mesh))
+    )
+    if config.model.pretrained and not config.train.epochs:
+        return 0, layout
+    return max(1, round(config.train.epochs * per_epoch)), layout
+
+
+def make_mesh(config) -> jax.sharding.Mesh:
+    """The mesh that the config asks for: what the model is trained on."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def working_mesh(config) -> jax.sharding.Mesh:
+    """The mesh that the trained model works on.
+
+    Each process's own devices, where one model takes no more than these: processes then encode
+    apart, and nothing travels between hosts. Else that of training.
+    """
+    m = config.mesh
+    if jax.process_count() == 1 or jax.local_device_count() % (m.fsdp * m.tensor):
+        return make_mesh(config)
+    return sharding.make_mesh(-1, m.fsdp, m.tensor, jax.local_devices())
+
+
+def make_optimizer(config, steps: int, learning_rate: float = 0.0):
+    """The config's optimizer; a `learning_rate` above 0 takes its schedule's place."""
+    t = config.train
+    rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
+    if learning_rate:
+        rate = optax.constant_schedule(learning_rate)
+    return optimizer.make_optimizer(
+        t.optimizer,
+        rate,
+        b1=t.b1,
+        b2=t.b2,
+        eps=t.eps,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+    )
+
+
+def check(config) -> None:
+    """Nothing, where the optimizer has all options that are given.
+
+    Raises:
+        ValueError: it has not; the message names the keys.
+    """
+    t, usual = config.train, defaults.get_config().train
+    given = [k for k, names in _OPTIONS.items() if t[k] != usual[k] and t.optimizer not in names]
+    if given:
+        named = ", ".join(f"train.{k}={t[k]}" for k in given)
+        those = " or ".join(_OPTIONS[given[0]])
+        raise ValueError(
+            f"{named} would have no effect with train.optimizer={t.optimizer}: leave it out, or "
+            f"train by {those}"
+        )
+
+
+def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
+    """Trains the config's model on the corpus, or finds it trained.
+
+    Raises:
+        ValueError: the config cannot be trained as it says; or as `traced_step` has it.
+        tda.run.workdir.WorkdirError: another training was begun in the workdir.
+    """
+    steps, layout = total_steps(config, corpus)
+    arguments = model_arguments(config, corpus.tokenizer.vocab_size)
+    made_from = {
+        "text": corpus.fingerprint["training"],
+        "tokenizer": corpus.fingerprint["tokenizer"],
+        "model": arguments,
+        "train": {k: v for k, v in config.train.items() if k not in _NOT_OF_TRAINING},
+        "steps": steps,
+        "seed": config.seed,
+    }
+    if config.model.pretrained:
+        made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
+    root, tx = (
+        str(workdir / "model" / "checkpoints"),
+        make_optimizer(config, steps or config.train.warmup),
+    )
+    model = build_model(config, corpus.tokenizer.vocab_size)
+    if not workdir.finished("train", made_from):
+        if steps:
+            check(config)
+        workdir.claim("train", made_from)
+        if processes.is_first():
+            (workdir / "model").mkdir(exist_ok=True)
+            write_json(workdir / "model" / "config.json", arguments)
+        _train(config, corpus, model, tx, steps, layout, arguments, root, workdir)
+        workdir.finish("train", made_from)
+    mesh = working_mesh(config)
+    model_fn, params = functional.split(model)
+    abstract = functional.abstract(params, model_fn.axes, mesh)
+    traced = traced_step(config, root, steps)
+    params = checkpoint.restore_parameters(root, abstract, traced)
+    return Trained(model_fn.merge(params), root, traced, tx, mesh, made_from)
+
+
+def traced_step(config, root: str, steps: int) -> int:
+    """The checkpoint that is traced: of those kept, the one nearest to the share asked for."""
+    share = config.train.traced
+    if not 0 < share <= 1:
+        raise ValueError(f"train.traced={share} must be above 0, and 1 at most")
+    if share == 1:
+        return steps
+    wanted = share * steps
+    there = processes.by_first("list checkpoints", lambda: checkpoint.steps(root))
+    nearest = min(there, key=lambda s: abs(s - wanted))
+    if abs(nearest - wanted) > steps / 20:
+        raise ValueError(
+            f"train.traced={share} asks for a checkpoint near step {round(wanted)}, but those kept "
+            f"are of steps {', '.join(map(str, there))}; train anew with train.keep=0 and a "
+            "smaller train.save_every"
+        )
+    return nearest
+
+
+def _train(
+    config, corpus: Corpus, model, tx, steps: int, layout: dict, arguments: dict, root, workdir
+) -> None:
+    """Trains, or keeps a pretrained model as the checkpoint of step 0, without an optimizer."""
+    described = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
+    if not steps:
+        _, params = functional.split(model)
+        checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, described)
+        return
+    loop.fit(
+        model,
+        tx,
+        corpus.training,
+        steps=steps,
+        directory=root,
+        pad=corpus.tokenizer.pad,
+        save_every=config.train.save_every,
+        keep=config.train.keep,
+        description={
+            "optimizer": {
+                "name": config.train.optimizer,
+                "b1": config.train.b1,
+                "b2": config.train.b2,
+                "eps": config.train.eps,
+                "eps_root": 0.0,
+            },
+            **described,
+        },
+        mesh=make_mesh(config),
+        log_path=workdir / "train.jsonl",
+        **layout,
+    )
+
+
+def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
+    """The model's structure and the whole state of the checkpoint, optimizer included.
+
+    Raises:
+        ValueError: the checkpoint is a pretrained model's, without an optimizer's state.
+    """
+    if not checkpoint.has_optimizer(trained.root, trained.step):
+        raise ValueError(
+            f"{trained.root} has no optimizer's state, which tail-patches take their step with: "
+            "give train.epochs, or eval.tail_patch_queries=0"
+        )
+    model_fn, params = functional.split(trained.model)
+    state = {"params": params, "opt_state": trained.tx.init(params), "step": jnp.int32(0)}
+    abstract = loop.abstract_state(state, model_fn, trained.mesh)
+    return model_fn, checkpoint.restore(trained.root, abstract, trained.step)

@@ -1,0 +1,1 @@
+"""Devices, processes, progress, atomic files: what every room stands on."""

@@ -1,0 +1,89 @@
+"""What `tda.trace` computes, and what a kill costs it."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import tda
+from tda import store as stores
+from tda.data import batches as batching
+from tda.data.tokenizer import Tokenizer
+from tda.encoding import inputs
+from tda.encoding import table as encoding
+from tda.gradients.projection import Projection
+from tests.test_api import Bigram
+
+TEXTS = [f"The town number {i} is the seat of county number {i % 7}." for i in range(4000)]
+QUERY = ("The town number 3 is", "the seat")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 300)
+
+
+def call(tokenizer, texts=TEXTS, **how):
+    model = Bigram(tokenizer.vocab_size, nnx.Rngs(0))
+    how = dict(projection=Projection(side=4, pooling="matrix"), k=3, sample=2, quiet=True) | how
+    return tda.trace(model, texts, [QUERY], tokenizer=tokenizer, **how)
+
+
+def test_a_kill_loses_some_minutes_and_not_the_corpus(tokenizer, tmp_path, monkeypatch, capsys):
+    """Guards: small gradients of a large model, all of which fit one shard of many bytes."""
+    write = stores.GradientStore.write
+
+    def killed(store, shard, encoded):
+        if shard:
+            raise KeyboardInterrupt
+        return write(store, shard, encoded)
+
+    monkeypatch.setattr(stores.GradientStore, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(tokenizer, directory=tmp_path)
+    monkeypatch.undo()
+    store = stores.open_store(tmp_path / "gradients")
+    tokens = sum(map(len, tokenizer.encode(TEXTS)))
+    assert tokens > 2**15 and len(store.missing()) == len(store.shards()) - 1 > 0
+    encoded, encode_rows = [], encoding.encode_rows_together
+
+    def watched(encoder, table, rows, **how):
+        encoded.append(rows)
+        return encode_rows(encoder, table, rows, **how)
+
+    monkeypatch.setattr(encoding, "encode_rows_together", watched)
+    capsys.readouterr()
+    found = call(tokenizer, directory=tmp_path)
+    assert capsys.readouterr() == ("", "")  # it was told to be quiet
+    first = store.shards()[0].stop
+    assert np.concatenate(encoded[1:]).tolist() == list(range(first, len(TEXTS)))
+    for one, other in zip(found[0].proponents, call(tokenizer)[0].proponents, strict=True):
+        assert one.id == other.id and one.score == pytest.approx(other.score, abs=1e-5)
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """The shapes (size, length) of the batches that are made."""
+    found, materialise = [], batching.materialise
+
+    def watched(table, rows, length, size, pad):
+        found.append((size, length))
+        return materialise(table, rows, length, size, pad)
+
+    monkeypatch.setattr(batching, "materialise", watched)
+    return found
+
+
+def test_a_prompt_is_not_padded_to_a_batch_of_passages(tokenizer, shapes):
+    call(tokenizer, method="grad_cos")
+    sizes = [size for size, _ in shapes]
+    assert sizes[0] == 1 and max(sizes) > 50
+
+
+def test_few_tokens_are_compiled_for_few_lengths(tokenizer, shapes, monkeypatch):
+    texts = ["number " * n for n in range(1, 200)] * 2
+    call(tokenizer, texts, method="grad_cos", tokens_per_batch=512)
+    few = {length for _, length in shapes}
+    shapes.clear()
+    monkeypatch.setattr(inputs, "_FEW_TOKENS", 0)
+    call(tokenizer, texts, method="grad_cos", tokens_per_batch=512)
+    assert len(few) <= 10 < len({length for _, length in shapes})

@@ -1,0 +1,202 @@
+"""Encoding whole tables: order, padding, and stores that are filled again after a kill."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tda import hessian
+from tda import store as stores
+from tda.data import tokens
+from tda.data.batches import materialise
+from tda.data.tokenizer import Tokenizer
+from tda.encoding import table as encoding
+from tda.gradients import sites, together
+from tda.gradients.encoder import ends_of, make_encoder, scored_positions
+from tda.gradients.projection import Projection
+from tda.retrieval import exact
+
+TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
+LAYOUT = dict(bucket_lengths=(8, 16, 32), tokens_per_batch=32, pad=0)
+
+
+@pytest.fixture(scope="module")
+def setup(decoder):
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    documents = [(str(i), t) for i, t in enumerate(TEXTS)]
+    table, _ = tokens.passages(documents, tokenizer, 32)
+    model = decoder(vocab_size=tokenizer.vocab_size)
+    return table, make_encoder(model, Projection(side=3, blocks=2))
+
+
+# Row 2 is the longest: in the last case it comes last in the batch that it shares.
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [4, 2], [3], [2, 0, 1]])
+def test_rows_come_in_the_order_asked_for(setup, rows):
+    """Mistakes: padding rows overwriting real ones; encodings that depend on batch mates."""
+    table, encoder = setup
+    layout = LAYOUT | {"tokens_per_batch": 128}
+    found = encoding.encode_rows(encoder, table, np.array(rows), **layout)
+    for i, row in enumerate(rows):
+        alone = encoder(materialise(table, np.array([row]), 32, 1, 0).arrays())
+        np.testing.assert_allclose(found[i], np.asarray(alone)[0], rtol=2e-4, atol=1e-6)
+
+
+def counted(encoder):
+    """The encoder, and a list to which every batch that it encodes adds its size."""
+    encoded = []
+
+    def count(arrays, batch, scored):
+        encoded.append(len(batch["tokens"]))
+        return encoder.compiled(arrays, batch, scored)
+
+    return dataclasses.replace(encoder, compiled=count), encoded
+
+
+def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, tmp_path):
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    make = lambda name: stores.create(  # noqa: E731
+        tmp_path / name, table.ids, blocks, {}, shard_bytes=2 * 4 * encoder.layout.width
+    )
+    whole = make("whole")
+    encoding.fill(whole, encoder, table, **LAYOUT)
+    begun = make("begun")
+    assert begun.missing() == [0, 1, 2]
+    begun.write(1, whole.read(slice(2, 4)))
+    counting, encoded = counted(encoder)
+    encoding.fill(begun, counting, table, **LAYOUT)
+    assert len(encoded) == 2  # a batch for each of the two shards that were missing
+    np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
+    encoding.fill(begun, None, table, **LAYOUT)  # finished: the encoder is not called
+
+
+def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
+    """What a kill left undone in some is encoded for all, and written where it is lacking."""
+    table, _ = setup
+    model = decoder(vocab_size=int(table.tokens.max()) + 1)
+    kinds = []
+    for projection in (Projection(side=3, blocks=2), Projection(side=3, blocks=2, seed=1)):
+        chosen = sites.find(model)
+        kinds.append(together.Part(chosen, projection, ends_of(chosen, projection, None)))
+    made = together.build(model, kinds)
+    width = 4 * made.layouts[0].width
+    blocks = dict.fromkeys(made.layouts[0].blocks, 9)
+    found = [
+        stores.create(tmp_path / name, table.ids, blocks, {"seed": i}, shard_bytes=2 * width)
+        for i, name in enumerate("ab")
+    ]
+    mark = np.ones((2, made.layouts[0].width), np.float32)
+    found[0].write(0, mark)
+    found[1].write(0, 2 * mark)
+    found[0].write(1, mark)
+    counting, encoded = counted(made)
+    encoding.fill_together(found, counting, table, **LAYOUT)
+    assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
+    for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):
+        assert not store.missing()
+        own = make_encoder(model, kind.projection)
+        expected = encoding.encode_rows(own, table, np.arange(5), **LAYOUT)
+        kept = slice(0, 4) if i == 0 else slice(0, 2)
+        expected[kept] = i + 1
+        np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
+    encoding.fill_together(found, None, table, **LAYOUT)  # finished: the encoder is not called
+    other = stores.create(tmp_path / "c", table.ids, blocks, {}, shard_bytes=9 * width)
+    with pytest.raises(stores.StoreError, match="shards of .*c are not those of .*a"):
+        encoding.fill_together([found[0], other], made, table, **LAYOUT)
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
+    decoder, tmp_path, capsys
+):
+    """Guards: one bad example that spoils a batch, or ends the run."""
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    table, _ = tokens.passages([(f"p{i}", t) for i, t in enumerate(TEXTS)], tokenizer, 32)
+    sound = decoder(vocab_size=tokenizer.vocab_size, tied=False)
+    broken = nnx.clone(sound)
+    # A token that only the second passage reads.
+    token = next(t for t in tokenizer.encode(["Oslo"])[0] if (table.tokens == t).sum() == 1)
+    broken.embedding.embedding[...] = sound.embedding.embedding[...].at[token].set(jnp.nan)
+    found = {}
+    for name, model in (("sound", sound), ("broken", broken)):
+        encoder = make_encoder(model, Projection(side=3, blocks=2))
+        blocks = dict.fromkeys(encoder.layout.blocks, 9)
+        store = stores.create(tmp_path / name, table.ids, blocks, {})
+        encoding.fill(store, encoder, table, "encode", **(LAYOUT | {"tokens_per_batch": 256}))
+        found[name] = store.read(slice(0, 5))
+    told = "".join(capsys.readouterr())
+    assert "encode: 1 gradients are not finite, of p1; they are never retrieved" in told
+    np.testing.assert_array_equal(stores.valid(found["broken"]), [True, False, True, True, True])
+    others = [0, 2, 3, 4]
+    np.testing.assert_array_equal(found["broken"][others], found["sound"][others])
+
+
+def test_logits_are_computed_only_where_a_loss_is(decoder):
+    """A query's target is a few of its positions."""
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    asked = [
+        ("a", "Paris is in", "France in Rome"),
+        ("b", "It rains in Rome all day and all", "night"),
+    ]
+    table = tokens.queries(asked, tokenizer, 32)
+    batch = materialise(table, np.array([0, 1]), 32, 3, 0)
+    scored = scored_positions(batch.weights)
+    assert scored == 1 << (int(batch.weights.sum(1).max()) - 1).bit_length() and 2 < scored < 16
+    encoder = make_encoder(
+        decoder(vocab_size=tokenizer.vocab_size), Projection(side=3, blocks=2), include="."
+    )
+    whole, few = (np.asarray(encoder(batch.arrays(), s)) for s in (None, scored))
+    np.testing.assert_allclose(few, whole, rtol=1e-4, atol=1e-6 * np.abs(whole).max())
+    assert scored_positions(np.ones((2, 8))) is None
+    assert scored_positions(np.zeros((2, 8))) == 1
+
+
+def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
+    """No store at all: the same ranking, ranks and scores, whatever the spans are."""
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    store = stores.create(tmp_path / "s", table.ids, blocks, {})
+    encoding.fill(store, encoder, table, **LAYOUT)
+    queries = encoding.encode_rows(encoder, table, np.array([1, 3]), **LAYOUT)
+    R = hessian.autocorrelation(hessian.rows_for(store), store.slices)
+    scorers = {
+        "dot": exact.Scorer(None, False),
+        "whitened": exact.Scorer(hessian.inverse_root(R), True),
+    }
+    correct = {"all": [np.array([1, 4]), np.array([0])]}
+    expected = exact.search(queries, store, scorers, 3, correct)
+    for span in (0, 2):
+        told = []
+        source = encoding.OnTheFly(encoder, table, span, told.append, **LAYOUT)
+        assert source.rows == 5 and source.form.widths == (9,) * 4
+        found = exact.search(queries, source, scorers, 3, correct)
+        assert sum(told) == table.scored.sum()  # one pass over the corpus
+        for name in scorers:
+            a, b = found[name], expected[name]
+            np.testing.assert_array_equal(a.proponents, b.proponents)
+            np.testing.assert_array_equal(a.opponents, b.opponents)
+            np.testing.assert_allclose(a.proponent_scores, b.proponent_scores, rtol=2e-4, atol=1e-5)
+            np.testing.assert_array_equal(a.first_ranks["all"], b.first_ranks["all"])
+
+
+def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
+    table, encoder = setup
+    store = stores.create(tmp_path / "s", ["a", "b"], dict.fromkeys(encoder.layout.blocks, 9), {})
+    with pytest.raises(stores.StoreError, match="has 2 rows, the corpus 5"):
+        encoding.fill(store, encoder, table, **LAYOUT)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
+    """Guards: an error in the thread that writes, which nobody hears."""
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    width = 4 * encoder.layout.width
+    store = stores.create(tmp_path / "s", table.ids, blocks, {}, shard_bytes=2 * width)
+
+    def full(self, shard, rows):
+        raise stores.StoreError("No space left")
+
+    monkeypatch.setattr(stores.GradientStore, "write", full)
+    with pytest.raises(stores.StoreError, match="No space left"):
+        encoding.fill(store, encoder, table, **LAYOUT)

@@ -1,0 +1,257 @@
+"""R, its spectra, the mixing rule and R^(−1/2)."""
+
+import jax
+import numpy as np
+import pytest
+
+from tda import hessian, store
+from tda.hessian import sums
+from tda.retrieval import exact
+from tda.runtime import sharding
+
+SLICES = [slice(0, 3), slice(3, 8)]
+
+
+def gradients(count=200, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+
+
+def test_autocorrelation_is_the_mean_outer_product_of_each_block():
+    x = gradients()
+    R = hessian.autocorrelation([x[:70], x[70:]], SLICES)
+    for block, s in zip(R, SLICES, strict=True):
+        np.testing.assert_allclose(block, x[:, s].T @ x[:, s] / 200, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no gradients"):
+        hessian.autocorrelation([], SLICES)
+
+
+def test_invalid_rows_have_no_part_in_it():
+    x = gradients()
+    x[7] = np.inf
+    R = hessian.autocorrelation([x[:70], x[70:]], SLICES)
+    for block, s in zip(R, SLICES, strict=True):
+        kept = np.delete(x, 7, axis=0)[:, s]
+        np.testing.assert_allclose(block, kept.T @ kept / 199, rtol=1e-5, atol=1e-6)
+
+
+def test_inverse_root_whitens():
+    x = gradients() @ np.diag([1, 5, 0.1, 30, 1, 1, 2, 7]).astype(np.float32)
+    R = hessian.autocorrelation([x], SLICES)
+    white = np.asarray(hessian.whiten(x, hessian.inverse_root(R, damping=0.0), SLICES))
+    for s in SLICES:
+        np.testing.assert_allclose(
+            white[:, s].T @ white[:, s] / 200, np.eye(s.stop - s.start), atol=2e-4
+        )
+
+
+def test_inverse_root_is_finite_for_singular_and_vanishing_blocks():
+    """Guards: float32 inversion without damping."""
+    low_rank = np.outer([1.0, 2, 3], [1.0, 2, 3])
+    for block in (low_rank, low_rank * 1e-20, low_rank * 1e20, np.zeros((3, 3))):
+        (root,) = hessian.inverse_root([block], damping=1e-3)
+        assert np.isfinite(root).all()
+    assert not hessian.inverse_root([np.zeros((3, 3))])[0].any()
+
+
+def test_without_damping_a_singular_block_has_a_pseudo_inverse():
+    rows = gradients(5)  # of 8 numbers: three directions that nothing is in
+    (root,) = hessian.inverse_root([rows.T @ rows / 5], damping=0.0)
+    expected = np.linalg.pinv((rows.T @ rows / 5).astype(np.float64), rcond=1e-6)
+    np.testing.assert_allclose(root @ root, expected, rtol=1e-3, atol=1e-3 * expected.max())
+    # In a wide block too only rounding is left out, not what is small.
+    values = np.geomspace(1, 1e-5, 300)
+    (root,) = hessian.inverse_root([np.diag(values)], damping=0.0)
+    np.testing.assert_allclose(np.diag(root), values**-0.5, rtol=1e-3)
+    for wrong in (dict(damping=-1e-3), dict(cutoff=-1.0)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            hessian.inverse_root([np.eye(3)], **wrong)
+
+
+def spread(count=400, width=24, condition=1e3):
+    """Gradients in whose R eigenvalues fall from 1 to 1/condition², about some common mean."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    x = rng.normal(size=(count, width)) * np.geomspace(1, 1 / condition, width)
+    return ((x + 2 * (np.arange(width) == 3)) @ turn).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_roots_are_those_of_float64(tmp_path, dtype):
+    """Guards: low-precision Gram matrices with broken eigenvectors."""
+    x = spread()
+    kept = store.create(tmp_path / "s", [f"p{i}" for i in range(400)], {"b": 24}, {}, dtype=dtype)
+    kept.write(0, x)
+    stored = kept.read(slice(0, 400)).astype(np.float64)
+    (R,) = hessian.autocorrelation((chunk for _, chunk in kept.chunks(100)), [slice(0, 24)])
+    np.testing.assert_allclose(R, stored.T @ stored / 400, rtol=0, atol=1e-6 * np.abs(R).max())
+    damping = 1e-3
+    (root,) = hessian.inverse_root([R], damping)
+    values, vectors = np.linalg.eigh(stored.T @ stored / 400)
+    expected = (vectors * (values + damping * values.mean()) ** -0.5) @ vectors.T
+    assert np.linalg.norm(root - expected, 2) < 1e-3 * np.linalg.norm(expected, 2)
+
+
+def test_a_sum_over_many_chunks_does_not_stand_still():
+    """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
+    one = np.ones((1, 2), np.float32)
+    R = hessian.autocorrelation([one * 2.0**12, *[one] * 64], [slice(0, 2)])[0]
+    np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
+
+
+def test_products_are_in_full_precision_on_every_device():
+    """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
+    roots, bounds = [np.eye(3), np.eye(5)], ((0, 3), (3, 8))
+    for function in (
+        lambda x: sums._grams(x, bounds),
+        lambda x: hessian.whiten(x, roots, SLICES),
+        lambda x: exact._scores(exact._Group(x, roots, (0,)), x, (3, 5)),
+    ):
+        text = jax.jit(function).lower(np.ones((4, 8), np.float32)).as_text()
+        assert 0 < text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")
+
+
+def test_damping_is_in_units_of_the_mean_eigenvalue():
+    (root,) = hessian.inverse_root([np.diag([4.0, 0.0])], damping=0.5)
+    np.testing.assert_allclose(np.diag(root), [(4 + 1) ** -0.5, 1.0], rtol=1e-6)
+
+
+def test_spectrum_joins_the_blocks_and_falls():
+    R = [np.diag([1.0, 9.0]), np.diag([4.0, 16.0, 2.0])]
+    np.testing.assert_allclose(hessian.spectrum(R), [16, 9, 4, 2, 1], rtol=1e-6)
+
+
+def test_component_is_in_proportion():
+    assert hessian.component(65536) == 1000
+    assert hessian.component(4096) == 62
+    assert hessian.component(10) == 1
+
+
+def test_the_mixing_rule_equalises_the_component():
+    train, evaluation = np.array([9.0, 4.0, 1.0]), np.array([100.0, 1.0, 0.0])
+    weight = hessian.mixing_weight(train, evaluation, 2)
+    assert weight == pytest.approx(0.8)
+    assert weight * evaluation[1] == pytest.approx((1 - weight) * train[1])
+    (mixed,) = hessian.mix([np.diag(train)], [np.diag(evaluation)], weight)
+    np.testing.assert_allclose(np.diag(mixed), 0.8 * evaluation + 0.2 * train)
+    with pytest.raises(ValueError, match="vanish at component 3"):
+        hessian.mixing_weight(np.zeros(3), np.zeros(3), 3)
+
+
+def test_a_component_that_no_query_reaches_is_refused():
+    few, many = gradients(3), gradients(30)
+    for rows, k in ((many, 8), (few, 3)):
+        hessian.check_component(hessian.spectra([rows.T @ rows]), k, len(rows))
+    spectra = hessian.spectra([few.T @ few])
+    with pytest.raises(ValueError, match="R_eval of 3 queries has no direction at component 4"):
+        hessian.check_component(spectra, 4, 3)
+    with pytest.raises(ValueError, match="no component 9 .hessian.component. of 8 dimensions"):
+        hessian.check_component(spectra, 9, 3)
+
+
+def test_a_sample_for_R_is_drawn_from_the_whole_corpus():
+    """Mistakes: the Hessian from the first rows of the corpus instead of a sample of it."""
+    x = np.repeat(np.arange(1000, dtype=np.float32)[:, None], 8, axis=1)
+    source = exact.InMemory(x, SLICES)
+    drawn = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
+    assert len(set(drawn)) == 100
+    counts = np.histogram(drawn, bins=4, range=(0, 1000))[0]
+    assert (counts > 10).all() and drawn.max() > 900
+    again = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
+    other = np.concatenate(list(hessian.rows_for(source, 100, seed=1)))[:, 0]
+    np.testing.assert_array_equal(drawn, again)
+    assert set(other) != set(drawn)
+    for count in (0, 1000, 2000):
+        np.testing.assert_array_equal(np.concatenate(list(hessian.rows_for(source, count))), x)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_R_of_a_source_is_summed_on_the_devices(tmp_path, dtype, devices):
+    """From a store as it lies on disk, steps that end anywhere, invalid rows among them."""
+    x = gradients(77)
+    x[[5, 76]] = np.inf
+    kept = store.create(
+        tmp_path / "s", [f"p{i}" for i in range(77)], {"a": 3, "b": 5}, {}, dtype=dtype
+    )
+    kept.write(0, x)
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    seen = []
+    R = hessian.of_source(kept, mesh=mesh, on_rows=seen.append)
+    assert sum(seen) == 77 and R.count == 75
+    stored = np.delete(kept.read(slice(0, 77)), [5, 76], axis=0).astype(np.float64)
+    for b, s in enumerate(SLICES):
+        mine = stored[:, s]
+        expected = mine.T @ mine / 75
+        np.testing.assert_allclose(R.blocks[b], expected, rtol=1e-5, atol=1e-6)
+        each = np.einsum("ri,rj->rij", mine, mine) - expected
+        np.testing.assert_allclose(R.noise[b], np.square(each).sum() / 75**2, rtol=1e-4)
+
+
+def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):
+    """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
+    monkeypatch.setattr(hessian, "_step", lambda width: 1)
+    monkeypatch.setattr(hessian, "_GRAM_ROWS", 1)
+    one = np.ones((1, 2), np.float32)
+    x = np.concatenate([one * 2.0**12, *[one] * 64])
+    R = hessian.of_source(exact.InMemory(x, [slice(0, 2)])).blocks[0]
+    np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
+
+
+def test_R_of_a_sample_of_a_source_is_that_of_the_rows_drawn():
+    x = gradients(300)
+    source = exact.InMemory(x, SLICES)
+    R = hessian.of_source(source, sample=50, seed=3)
+    drawn = np.concatenate(list(hessian.rows_for(source, 50, 3)))
+    for block, s in zip(R.blocks, SLICES, strict=True):
+        np.testing.assert_allclose(block, drawn[:, s].T @ drawn[:, s] / 50, rtol=1e-5)
+    assert R.count == 50
+    # As many rows at a time as a step on the devices takes: none is mostly padding.
+    told = []
+    hessian.of_source(source, sample=200, seed=3, on_rows=told.append)
+    assert told == [200]
+    with pytest.raises(ValueError, match="no gradients"):
+        hessian.of_source(exact.InMemory(np.full((3, 8), np.inf, np.float32), SLICES))
+
+
+def test_shrinkage_is_the_best_mixture_with_a_multiple_of_one():
+    """Ledoit & Wolf: nearest to the true R on average, closer than any other share tried."""
+    rng = np.random.default_rng(0)
+    root = np.diag(np.sqrt(np.geomspace(4, 0.25, 12)))
+    true = root @ root
+    shares, errors = [], []
+    tried = np.linspace(0, 1, 21)
+    for _ in range(60):
+        x = (rng.normal(size=(30, 12)) @ root).astype(np.float32)
+        R = hessian.of_source(exact.InMemory(x, [slice(0, 12)]))
+        (share,) = hessian.shrinkage(R.blocks, R.noise)
+        shares.append(share)
+        each = [
+            np.sum(np.square(next(hessian.shrunk(R.blocks, [s])) - true)) for s in (share, *tried)
+        ]
+        errors.append(each)
+    mean = np.mean(errors, axis=0)
+    assert mean[0] < 0.7 * mean[1]  # than R itself
+    assert mean[0] < 1.1 * mean[1:].min()  # the best share, known only afterwards
+    assert abs(np.mean(shares) - tried[mean[1:].argmin()]) < 0.1
+
+
+def test_shrinkage_vanishes_with_many_rows_and_takes_all_of_a_multiple_of_one():
+    many = hessian.of_source(exact.InMemory(spread(4000), [slice(0, 24)]))
+    assert hessian.shrinkage(many.blocks, many.noise)[0] < 0.01
+    np.testing.assert_array_equal(hessian.shrinkage([np.eye(3)], np.array([0.5])), [1.0])
+    (block,) = hessian.shrunk([np.diag([3.0, 1.0])], [0.5])
+    np.testing.assert_allclose(np.diag(block), [2.5, 1.5])
+
+
+def test_a_cutoff_leaves_small_directions_out():
+    (root,) = hessian.inverse_root([np.diag([4.0, 2.0, 0.0])], damping=0.0, cutoff=1e-3)
+    np.testing.assert_allclose(np.diag(root), [0.5, 2**-0.5, 0.0], rtol=1e-6)
+    assert np.isfinite(root).all()
+
+
+def test_halves_hold_every_query_once():
+    a, b = hessian.halves(7, seed=1)
+    assert sorted([*a, *b]) == list(range(7)) and len(a) == 3
+    assert (np.diff(a) > 0).all() and (np.diff(b) > 0).all()
+    with pytest.raises(ValueError, match="two or more"):
+        hessian.halves(1)

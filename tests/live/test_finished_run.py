@@ -1,0 +1,224 @@
+"""Live questions are answered as the run answered its own, and their heat is that of the score."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from experiments import trace
+from tda import results
+from tda.live import finished_run, heat, opened
+from tda.methods import METHODS
+from tda.run.workdir import Workdir
+from tda.viewer.collection import Collection
+from tda.viewer.jobs import Cancelled
+from tda.viewer.notes import Notes
+from tests.experiments.test_trace import make_config
+from tests.viewer.browser import Page, launched, serving
+
+pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_tracer.py
+NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
+
+
+def silent(what, done, total):
+    pass
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run of a few sentences."""
+    folder = tmp_path_factory.mktemp("live")
+    config = make_config(folder)
+    config.methods = ",".join(NAMES)
+    config.eval.tail_patch_queries = 0
+    config.hessian.damping = 0.02
+    trace.run(config, Workdir(folder / "w"))
+    return folder / "w"
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return finished_run.open_workdir(workdir)
+
+
+def of_batch(workdir, name):
+    return list(results.read(workdir / "results" / f"{name}.jsonl"))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
+    asked = of_batch(workdir, "bm25")[number]
+    found = run.trace(
+        silent, asked["inputs_plaintext"], asked["targets_plaintext"], list(NAMES), 10
+    )
+    assert [m["name"] for m in found["methods"]] == list(NAMES)
+    for method in found["methods"]:
+        expected, got = of_batch(workdir, method["name"])[number], method["record"]
+        results.check(got, method["name"])
+        for kind in ("proponent", "opponent"):
+            scale = max(map(abs, expected[f"{kind}_scores"]), default=1)
+            np.testing.assert_allclose(
+                got[f"{kind}_scores"], expected[f"{kind}_scores"], rtol=1e-4, atol=1e-5 * scale
+            )
+            assert got[f"{kind}_ids"] == expected[f"{kind}_ids"], method["name"]
+            assert got[f"{kind}s"] == expected[f"{kind}s"]
+
+
+def test_the_settings_of_r_are_the_runs(workdir, run):
+    """Guards: defaults taken in the place of the run's own config."""
+    asked = of_batch(workdir, "trackstar")[0]
+    kept = json.loads((workdir / opened.CONFIG).read_text())
+    assert kept["hessian"]["damping"] == 0.02
+    other = opened.config_of(workdir)
+    other["hessian"]["damping"] = 1e-3
+    tracer, _ = finished_run.load(workdir, other)
+    chosen = {"trackstar": METHODS["trackstar"]}
+    question = asked["inputs_plaintext"], asked["targets_plaintext"]
+    differing = tracer.trace(*question, chosen)["trackstar"]["proponent_scores"]
+    assert np.abs(np.subtract(differing, asked["proponent_scores"])).max() > 1e-3
+
+
+def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run):
+    for asked in of_batch(workdir, "bm25"):
+        question = asked["inputs_plaintext"], asked["targets_plaintext"]
+        found = run._open(silent).speaker.likelihood(*question)
+        assert found["nats"] == pytest.approx(asked["target_nats"], rel=1e-4)
+        assert found["rank"] == asked["target_rank"]
+
+
+def test_r_is_kept_and_read_again(workdir, run):
+    asked = of_batch(workdir, "trackstar")[1]
+    question = asked["inputs_plaintext"], asked["targets_plaintext"]
+    run.trace(silent, *question, ["trackstar"], 10)
+    kept = sorted((workdir / "live").glob("root-*.npz"))
+    assert kept and not list((workdir / "live").glob("*.part"))
+    again, told = finished_run.open_workdir(workdir), []
+    found = again.trace(lambda *t: told.append(t[0]), *question, ["trackstar"], 10)
+    assert "reading R" in told and "R of the passages" not in told
+    again = found["methods"][0]["record"]["proponent_scores"]
+    np.testing.assert_allclose(again, asked["proponent_scores"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["trackstar", "exp4", "grad_dot"])
+def test_heat_sums_to_the_score(workdir, run, name):
+    for asked in of_batch(workdir, name)[:2]:
+        for i in (0, 7):
+            question = asked["inputs_plaintext"], asked["targets_plaintext"]
+            found = run.heat(silent, *question, name, asked["proponent_ids"][i])
+            scale = max(map(abs, asked["proponent_scores"]))
+            assert found["score"] == pytest.approx(
+                asked["proponent_scores"][i], rel=1e-3, abs=1e-4 * scale
+            )
+            assert found["faithful"]
+            assert found["sum"] == pytest.approx(found["score"], rel=1e-3, abs=1e-3 * scale)
+            text = "".join(t["text"] for t in found["tokens"] if not t["special"])
+            assert asked["proponents"][i] == text
+
+
+def test_heat_tells_where_a_passage_is_read_otherwise(run, monkeypatch):
+    other = np.asarray([1, 9, 9, 9, 9]), list("abcde")
+    monkeypatch.setattr(heat, "tokens_of", lambda store, row, speaker: other)
+    found = run.heat(silent, "The capital of France is", "Paris", "grad_dot", "s00")
+    assert not found["faithful"]
+
+
+def test_a_completion_ends_where_the_model_ends_the_passage(run):
+    for prompt in ("The capital of France is", "The capital of France is Paris."):
+        found = run.complete(silent, prompt, 4)
+        assert "<eos>" not in [s["token"] for s in found["steps"]]
+        assert found["ended"] == (len(found["steps"]) < 4)
+
+
+def test_what_can_be_asked_is_described(run):
+    told = run.describe(silent)
+    by_name = {m["name"]: m for m in told["methods"]}
+    assert set(by_name) == set(METHODS) and told["passages"] == 12
+    assert all(by_name[n]["lacks"] is None and by_name[n]["usual"] for n in NAMES)
+    assert not by_name["exp5"]["usual"]
+    assert [m["name"] for m in told["methods"][: len(NAMES)]] == list(NAMES)
+
+
+def test_refusals(workdir, run, tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'bert'"):
+        run.trace(silent, "a", "b", ["bert"], 3)
+    with pytest.raises(ValueError, match="the context has 32"):
+        run.trace(silent, "long " * 60, "b", ["grad_cos"], 3)
+    with pytest.raises(ValueError, match="has no token"):
+        run.trace(silent, "a", " ", ["grad_cos"], 3)
+    with pytest.raises(ValueError, match="no passage 'zz'"):
+        run.heat(silent, "a", "b", "grad_cos", "zz")
+    with pytest.raises(ValueError, match="BM25 has no gradients"):
+        run.heat(silent, "a", "b", "bm25", "s00")
+    with pytest.raises(ValueError, match="the context 32"):
+        run.complete(silent, "long " * 60, 3)
+    assert finished_run.open_workdir(tmp_path) is None
+
+
+def test_a_search_ends_when_it_is_not_wanted(run):
+    def progress(what, done, total):
+        if what == "searching passages":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run.trace(progress, "The capital of France is", "Paris", ["grad_cos"], 3)
+
+
+def test_stores_that_are_not_this_models_are_not_asked(workdir, tmp_path):
+    os.symlink(workdir / "model", tmp_path / "model")
+    os.symlink(workdir / "stages", tmp_path / "stages")
+    (tmp_path / "stores").mkdir()
+    with pytest.raises(finished_run.LiveError, match="no finished store of this model"):
+        finished_run.open_workdir(tmp_path).describe(silent)
+    for store in (workdir / "stores").glob("corpus-none-*"):
+        os.symlink(store, tmp_path / "stores" / store.name)
+    told = {m["name"]: m for m in finished_run.open_workdir(tmp_path).describe(silent)["methods"]}
+    assert told["exp4"]["lacks"] is None and told["bm25"]["lacks"] is None
+    assert "no store of gradients with optimizer correction" in told["trackstar"]["lacks"]
+    assert "R_eval" in told["trackstar_raw"]["lacks"]
+
+
+def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory):
+    """Guards: a store that an earlier run in the same workdir made by other settings."""
+    folder = tmp_path_factory.mktemp("twice")
+    config = make_config(folder)
+    config.methods, config.eval.tail_patch_queries = "grad_cos", 0
+    for name in ("model", "stages"):
+        os.symlink(workdir / name, folder / name)
+    for seed in (0, 1, 0):
+        config.projection.seed = seed
+        trace.run(config, Workdir(folder))
+        (asked, *_) = of_batch(folder, "grad_cos")
+        question = asked["inputs_plaintext"], asked["targets_plaintext"]
+        found = finished_run.open_workdir(folder).trace(silent, *question, ["grad_cos"], 10)
+        assert found["methods"][0]["record"]["proponent_ids"] == asked["proponent_ids"]
+
+
+def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
+    """From the page to the store and back: the run's own answer, and its heat."""
+    asked = of_batch(workdir, "trackstar")[2]
+    collection = Collection(workdir, Notes(tmp_path / "notes.jsonl"))
+    for name in ("trackstar", "bm25"):
+        collection.add(workdir / "results" / f"{name}.jsonl")
+    with launched() as browser, serving(collection, run) as address:
+        page = Page(browser)
+        page.open(f"{address}#view=trace")
+        page.page.wait_for_selector(".methods input")
+        page.page.fill("#prompt", asked["inputs_plaintext"])
+        page.page.click("text=Let the model complete it")
+        page.page.wait_for_selector(".steps")
+        page.page.fill("#target", asked["targets_plaintext"])
+        page.page.locator(".main-action").click()
+        page.page.wait_for_selector(".results .column", timeout=120_000)
+        for name in NAMES:
+            shown = page.texts(f".results [data-method={name}] .card p.text")
+            expected = of_batch(workdir, name)[2]["proponents"]
+            assert shown == expected, name
+            correct = of_batch(workdir, name)[2]["proponent_correct"]
+            assert page.page.locator(f"[data-method={name}] .tag.yes").count() == sum(correct) > 0
+        page.page.click("#trackstar-proponents-1 >> text=heat")
+        page.page.wait_for_selector("#trackstar-proponents-1 .token", timeout=120_000)
+        tokens = page.texts("#trackstar-proponents-1 .token")
+        assert "".join(tokens[1:]) == asked["proponents"][0]
+        page.context.close()
+        page.fine()

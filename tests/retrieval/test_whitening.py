@@ -1,0 +1,155 @@
+"""R of a run's methods: what is taken out of it, what is drawn from it, what is kept of it."""
+
+import numpy as np
+import pytest
+
+from configs import defaults
+from tda import hessian
+from tda.methods import METHODS
+from tda.retrieval import exact
+from tda.retrieval.scorer import InMemory
+from tda.retrieval.whitening import Whitening
+
+SLICES = [slice(0, 3), slice(3, 8)]
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(9, 8)) + 1.0
+    return rng.normal(size=(60, 8)).astype(np.float32), queries.astype(np.float32)
+
+
+def whitening(data, **changes):
+    config = defaults.get_config()
+    config.hessian.update(changes)
+    passages, queries = data
+    return Whitening(config, InMemory(passages, SLICES), queries, None)
+
+
+def scores(data, part, name):
+    passages, queries = data
+    scorer = {name: part.scorers[name]}
+    found = exact.search(queries[part.queries], InMemory(passages, SLICES), scorer, 60)[name]
+    out = np.zeros((len(part.queries), 60))
+    np.put_along_axis(out, found.proponents, found.proponent_scores.astype(np.float64), 1)
+    return out
+
+
+def cosines(passages, g, R):
+    """Cosines under R⁻¹ of blocks, float64."""
+    inverse = [np.linalg.inv(b) for b in R]
+
+    def product(a, b):
+        return sum(a[:, s] @ M @ b[:, s].T for s, M in zip(SLICES, inverse, strict=True))
+
+    p, g = passages.astype(np.float64), g[None].astype(np.float64)
+    return product(p, g)[:, 0] / np.sqrt(np.diag(product(p, p)) * product(g, g)[0, 0])
+
+
+@pytest.mark.parametrize("damping", [0.05, -1.0])
+def test_leave_one_out_is_exact_damped_or_shrunk(data, damping):
+    """Guards: a query's part taken out whole of an R that was drawn to a multiple of one."""
+    passages, queries = data
+    made = whitening(data, damping=damping, weight=0.6)
+    (part,) = made.parts({"m": METHODS["trackstar_leave_one_out"]})
+    got = scores(data, part, "m")
+    train = hessian.of_source(InMemory(passages, SLICES))
+    evaluation = hessian.of_source(InMemory(queries, SLICES))
+    grown = [b * 9 / 8 for b in evaluation.blocks]
+    whole = [0.6 * e + 0.4 * t for e, t in zip(grown, train.blocks, strict=True)]
+    shares = hessian.shrinkage(whole, 0.36 * evaluation.noise + 0.16 * train.noise)
+    note = made.note(METHODS["trackstar_leave_one_out"])
+    assert (shares > 0.02).all() and note["lambda"] == 0.6
+    if damping < 0:
+        assert note["shrinkage"] == pytest.approx(np.median(shares))
+    else:
+        assert note["damping"] == damping
+    for q in range(9):
+        own = [np.outer(queries[q, s], queries[q, s]) * (0.6 / 8) for s in SLICES]
+        R = []
+        for b, mine, share in zip(whole, own, shares, strict=True):
+            mean = np.trace(b) / len(b) * np.eye(len(b))
+            if damping < 0:
+                R.append((1 - share) * (b - mine) + share * mean + 1e-6 * mean)
+            else:
+                R.append(b - mine + damping * mean)
+        np.testing.assert_allclose(got[q], cosines(passages, queries[q], R), atol=2e-4)
+
+
+def test_disjoint_halves_never_see_their_own_queries(data):
+    passages, queries = data
+    made = whitening(data, weight=0.6)
+    parts = made.parts({"m": METHODS["trackstar_disjoint"]})
+    assert sorted(np.concatenate([p.queries for p in parts])) == list(range(9))
+    train = hessian.of_source(InMemory(passages, SLICES)).blocks
+    for part in parts:
+        others = np.setdiff1d(np.arange(9), part.queries)
+        evaluation = hessian.of_source(InMemory(queries[others], SLICES)).blocks
+        R = [0.6 * e + 0.4 * t for e, t in zip(evaluation, train, strict=True)]
+        R = [b + 1e-3 * np.trace(b) / len(b) * np.eye(len(b)) for b in R]
+        got = scores(data, part, "m")
+        for row, q in enumerate(part.queries):
+            np.testing.assert_allclose(got[row], cosines(passages, queries[q], R), atol=5e-4)
+    # Changing a query changes its own scores by its gradient alone, not by R.
+    other = queries.copy()
+    q = parts[0].queries[0]
+    other[q] *= 3
+    again = whitening((passages, other), weight=0.6).parts({"m": METHODS["trackstar_disjoint"]})
+    before, after = scores(data, parts[0], "m"), scores((passages, other), again[0], "m")
+    np.testing.assert_allclose(after[0], before[0], atol=1e-4)
+
+
+def test_methods_are_searched_together_where_they_can_be(data):
+    made = whitening(data, evaluation="leave_one_out")
+    names = ("exp3", "exp5", "trackstar", "trackstar_all", "trackstar_disjoint")
+    parts = made.parts({n: METHODS[n] for n in names})
+    assert [set(p.scorers) for p in parts] == [set(names[:4]), {names[4]}, {names[4]}]
+    scorers = parts[0].scorers
+    assert scorers["exp3"].roots is None and scorers["exp5"].own == ()
+    assert scorers["trackstar"].own and not scorers["trackstar_all"].own
+    assert made.note(METHODS["exp3"]) is None
+    assert made.note(METHODS["trackstar"])["evaluation"] == "leave_one_out"
+
+
+def test_too_few_queries_for_the_rule_are_refused():
+    """Mistakes: k beyond the directions of the queries gives λ = 1, and R_train is left out."""
+    rng = np.random.default_rng(0)
+    slices = [slice(0, 40), slice(40, 80)]
+    passages = InMemory(rng.normal(size=(200, 80)).astype(np.float32), slices)
+
+    def parts(count, name="trackstar", **changes):
+        config = defaults.get_config()
+        config.hessian.update(changes)
+        queries = (rng.normal(size=(count, 80)) + 1).astype(np.float32)
+        made = Whitening(config, passages, queries, None)
+        made.parts({"m": METHODS[name], "other": METHODS["exp5"]})
+        return made
+
+    ways_out = "3 queries.*component 7.*hessian.component.*hessian.weight.*exp5"
+    for name in ("trackstar", "trackstar_leave_one_out"):
+        with pytest.raises(ValueError, match=ways_out):
+            parts(3, name, component=7)
+    # Halves have fewer directions.
+    with pytest.raises(ValueError, match=ways_out):
+        parts(6, "trackstar_disjoint", component=7)
+    for count, changes in (
+        (3, dict(component=6)),
+        (4, dict(component=7)),
+        (3, dict(component=7, weight=0.9)),
+    ):
+        weight = parts(count, **changes).notes["all"]["lambda"]
+        assert 0 < weight < 0.999
+    assert parts(3, "exp5", component=7).notes.keys() == {"train"}
+
+
+def test_spectra_of_an_earlier_search_stay(data, tmp_path):
+    both, train = whitening(data), whitening(data)
+    both.parts({"m": METHODS["trackstar"]})
+    name = both.keep_spectra(tmp_path, ("a", "b"), {"x": 1})
+    train.parts({"m": METHODS["exp5"]})
+    assert train.keep_spectra(tmp_path, ("a", "b"), {"x": 1}) == name
+    with np.load(tmp_path / name, allow_pickle=False) as kept:
+        assert set(kept) == {"blocks", "widths", "train", "evaluation"}
+        assert list(kept["blocks"]) == ["a", "b"] and kept["train"].shape == (8,)
+    assert whitening(data).keep_spectra(tmp_path, (), {}) is None

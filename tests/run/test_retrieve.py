@@ -1,0 +1,365 @@
+"""Every method from end to end: rankings against scores made by hand from the stores."""
+
+import numpy as np
+import pytest
+
+from tda import hessian, methods
+from tda import loss as losses
+from tda.data import batches
+from tda.gradients import adam_steps, kronecker, reference, sites
+from tda.gradients.projection import Projection
+from tda.methods import METHODS, Gradients
+from tda.retrieval import dense, scorer
+from tda.run import checkpoints, corpus, encode, retrieve, vectors
+from tda.run import train as training
+from tda.run.workdir import Workdir
+from tests.experiments.test_trace import make_config
+
+NAMES = (
+    "annotated,tracin,hidden_last,hidden_middle,random,length,gradient_norm,"
+    "trackstar_all,trackstar_leave_one_out,trackstar_disjoint,exp2,grad_cos"
+)
+# Each needs encoders of its own, and these are to be compiled.
+MORE = "trak,less,less_linear,ekfac,logra"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_device):
+    """A config with its corpus, its model of several checkpoints, and what every method ranks."""
+    path = tmp_path_factory.mktemp("attribution")
+    config = make_config(path)
+    config.methods = NAMES
+    config.train.keep = 0
+    config.train.save_every = 1
+    config.train.epochs = 3.0
+    config.projection.blocks = 1
+    config.several.checkpoints = 2
+    config.eval.top_k = 12
+    workdir = Workdir(path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        # On one device: to compile for eight is most of the time.
+        patch.setattr(training, "make_mesh", lambda config: one_device)
+        data = corpus.load(config, workdir)
+        trained = training.run(config, data, workdir)
+        ranked, notes = retrieve.retrieve(config, data, trained, workdir)
+        yield config, data, trained, workdir, ranked, notes
+
+
+@pytest.fixture(scope="module")
+def more(run):
+    """The same run with more methods."""
+    config, data, trained, workdir, *_ = run
+    config = config.copy_and_resolve_references()
+    config.methods = MORE
+    return config, data, trained, workdir, *retrieve.retrieve(config, data, trained, workdir)
+
+
+def scores_of(ranked, name):
+    """Scores of all passages, float64 [Q, C]: the corpus has no more than were kept."""
+    found = ranked[name]
+    out = np.full((4, 12), np.nan)
+    np.put_along_axis(out, found.proponents, found.proponent_scores.astype(np.float64), axis=1)
+    return out
+
+
+def rows(run, what, step=None):
+    """Gradients of passages and queries at a checkpoint, float64."""
+    config, data, trained, workdir, *_ = run
+    then = trained if step is None else checkpoints.at_step(trained, step)
+    source, queries = encode.encode(config, data, then, workdir, what)
+    return source.read(np.arange(12)).astype(np.float64), queries.astype(np.float64)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def whitened(x, slices, damping=1e-3):
+    R = hessian.autocorrelation([x.astype(np.float32)], slices)
+    roots = hessian.inverse_root(R, damping)
+    return lambda y: np.concatenate([y[:, s] @ r for s, r in zip(slices, roots, strict=True)], 1)
+
+
+def test_checkpoints_are_spread_over_the_training(run):
+    config, _, trained, *_ = run
+    steps = checkpoints.steps_of(config, trained, METHODS["tracin"])
+    assert len(steps) == 2 and steps[-1] == trained.step and steps[0] == trained.step // 2
+    assert checkpoints.steps_of(config, trained, METHODS["trackstar"]) == [trained.step]
+    models = [checkpoints.at_step(trained, s).model for s in steps]
+    a, b = (np.asarray(m.embedding.embedding[...]) for m in models[:2])
+    assert not np.allclose(a, b)
+
+
+def test_what_gradients_leave_out_is_told_once(run, capsys):
+    """Mistakes: layers silently left out."""
+    config, data, trained, workdir, *_ = run
+    plain, corrected = Gradients(), Gradients(corrected=True)
+    encode.tell_coverage(config, trained, [plain, corrected, plain])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "left out: embedding/embedding, final_norm" in line
+    config = config.copy_and_resolve_references()
+    config.gradients.include = "."
+    # EK-FAC has no factors for the look-up and the norms.
+    encode.tell_coverage(config, trained, [plain, Gradients(curvature="ekfac")])
+    whole, factored = capsys.readouterr().out.splitlines()
+    assert "left out: embedding" not in whole and "left out: embedding/embedding" in factored
+
+
+def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
+    """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
+    config, data, trained, workdir, *_ = run
+    config = config.copy_and_resolve_references()
+    config.gradients.exclude = "mlp"  # other stores than the run's
+    config.methods = "exp2,exp3,trackstar,tracin,less_linear,gradient_norm,trak"
+    told = []
+    fill = encode.encoding.fill_together
+
+    def counted(stores, encoder, table, what, *args, **kwargs):
+        if any(store.missing() for store in stores):
+            told.append(what)
+        fill(stores, encoder, table, what, *args, **kwargs)
+
+    monkeypatch.setattr(encode.encoding, "fill_together", counted)
+    found, _ = retrieve.retrieve(config, data, trained, workdir)
+    first, last = checkpoints.steps_of(config, trained, METHODS["tracin"])
+    corpus_passes = [w for w in told if w.startswith("encode corpus")]
+    assert sorted(corpus_passes) == sorted(
+        [f"encode corpus (none and factored, step {s})" for s in (first, last)]
+        + [f"encode corpus (none, margin, step {s})" for s in (first, last)]
+    )
+    # The rankings are those of kinds that are encoded one by one.
+    monkeypatch.setattr(encode, "ahead", lambda *args: None)
+    other = Workdir(workdir.path.parent / "one by one")
+    alone, _ = retrieve.retrieve(config, data, trained, other)
+    for name, ranked in found.items():
+        np.testing.assert_array_equal(ranked.proponents, alone[name].proponents)
+        np.testing.assert_allclose(
+            ranked.proponent_scores, alone[name].proponent_scores, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_tracin_is_the_weighted_sum_over_checkpoints(run):
+    config, data, trained, _, ranked, notes = run
+    steps = notes["tracin"]["checkpoints"]
+    counts = checkpoints.weights(config, data, METHODS["tracin"], steps)
+    assert counts.sum() == pytest.approx(1) and len(set(counts)) > 1
+    expected = 0.0
+    for step, count in zip(steps, counts, strict=True):
+        p, q = rows(run, Gradients(), step)
+        expected = expected + count * q @ p.T
+    np.testing.assert_allclose(scores_of(ranked, "tracin"), expected, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_less_is_the_cosine_with_adams_steps(more):
+    config, data, trained, workdir, ranked, notes = more
+    steps = notes["less"]["checkpoints"]
+    counts = checkpoints.weights(config, data, METHODS["less"], steps)
+    everyone = np.arange(12)
+    batch = batches.materialise(data.passages, everyone, 32, 12, data.tokenizer.pad).arrays()
+    expected = 0.0
+    for step, count in zip(steps, counts, strict=True):
+        then = checkpoints.at_step(trained, step)
+        _, q = rows(more, Gradients(), step)
+        chosen = sites.find(then.model)
+        states = adam_steps.read(trained.root, chosen, step)
+        assert float(states[chosen[0].path].count) == step
+        whole = reference.per_example_gradients(then.model, batch, _mean_losses)
+        made = {s.path: adam_steps.adam_step(states[s.path], whole[s.path]) for s in chosen}
+        made = reference.project(chosen, made, Projection(**dict(config.projection)))
+        expected = expected + count * unit(q) @ unit(np.asarray(made, np.float64)).T
+    np.testing.assert_allclose(scores_of(ranked, "less"), expected, rtol=1e-3, atol=1e-4)
+    others = scores_of(ranked, "less_linear")
+    assert np.abs(others - expected).max() > 0.01
+
+
+def _mean_losses(model, batch):
+    logits, weights = model(batch["tokens"]), batch["weights"]
+    return losses.cross_entropy(logits, batch["targets"], weights) / weights.sum(axis=1)
+
+
+@pytest.mark.slow
+def test_linear_less_needs_no_gradients_of_its_own(more):
+    config, data, trained, workdir, ranked, notes = more
+    steps = notes["less_linear"]["checkpoints"]
+    counts = checkpoints.weights(config, data, METHODS["less_linear"], steps)
+    lengths = vectors.scored_tokens(data.passages)
+    assert lengths.min() > 1 and (lengths == data.passages.lengths - 1).all()
+    expected = 0.0
+    for step, count in zip(steps, counts, strict=True):
+        p, _ = rows(more, Gradients(corrected=True), step)
+        _, q = rows(more, Gradients(), step)
+        then = checkpoints.at_step(trained, step)
+        m, b1 = encode.momentum(config, data, then, workdir, Gradients(corrected=True))
+        assert b1 == 0.9 and np.abs(m).max() > 0
+        made = b1 * m + (1 - b1) * p / lengths[:, None]
+        expected = expected + count * unit(q) @ unit(made).T
+    np.testing.assert_allclose(scores_of(ranked, "less_linear"), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_trak_is_the_papers_formula(more):
+    config, data, trained, workdir, ranked, notes = more
+    steps, margin = notes["trak"]["checkpoints"], Gradients(output="margin")
+    kernels, doubts = [], []
+    for step in steps:
+        p, q = rows(more, margin, step)
+        slices = scorer.slices_of((16,) * (p.shape[1] // 16))
+        white = whitened(p, slices)
+        kernels.append(white(q) @ white(p).T)
+        then = checkpoints.at_step(trained, step)
+        doubts.append(1 - vectors.probabilities(config, data, then, workdir))
+    expected = np.mean(kernels, axis=0) * np.mean(doubts, axis=0)
+    found = scores_of(ranked, "trak")
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+    # Q matters: no two passages have the same.
+    assert np.ptp(np.mean(doubts, axis=0)) > 1e-4
+
+
+def test_probabilities_are_geometric_means(run):
+    config, data, trained, workdir, *_ = run
+    found = vectors.probabilities(config, data, trained, workdir)
+    batch = batches.materialise(data.passages, np.array([3]), 32, 1, data.tokenizer.pad)
+    logits = np.asarray(trained.model(batch.tokens), np.float64)[0]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = log_p[np.arange(32), batch.targets[0]]
+    mean = (picked * batch.weights[0]).sum() / batch.weights.sum()
+    assert found[3] == pytest.approx(np.exp(mean), rel=1e-4)
+    assert ((found > 0) & (found < 1)).all() and found.shape == (12,)
+
+
+@pytest.mark.slow
+def test_curvature_is_fitted_once_and_leaves_tables_out(more, monkeypatch):
+    config, data, trained, workdir, ranked, _ = more
+    monkeypatch.setattr(kronecker, "covariances", None)
+    for kind in ("ekfac", "logra"):
+        what = METHODS[kind].gradients
+        made = encode.made_from(config, data, trained, what)
+        assert not any("embedding" in path for path in made["parameters"])
+        p, q = rows(more, what)
+        if kind == "ekfac":
+            expected = q @ p.T
+        else:
+            slices = scorer.slices_of((16,) * (p.shape[1] // 16))
+            white = whitened(p, slices)
+            expected = white(q) @ white(p).T
+        tolerance = dict(rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(scores_of(ranked, kind), expected, **tolerance)
+        # And not the plain gradients' scores.
+        plain_p, plain_q = rows(more, Gradients())
+        rank = np.corrcoef((plain_q @ plain_p.T).ravel(), expected.ravel())[0, 1]
+        assert rank < 0.999
+
+
+def test_what_R_eval_is_made_of_changes_the_scores_but_not_much_else(run):
+    *_, ranked, notes = run
+    names = ("trackstar_all", "trackstar_leave_one_out", "trackstar_disjoint")
+    scores = [scores_of(ranked, n) for n in names]
+    for i, name in enumerate(names):
+        assert notes[name]["evaluation"] == name.removeprefix("trackstar_")
+        assert 0 < notes[name]["lambda"] < 1 and "λ = " in retrieve.told(notes[name])
+        assert np.abs(scores[i]).max() <= 1 + 1e-5
+        for other in scores[:i]:
+            assert np.abs(scores[i] - other).max() > 1e-4
+
+
+def test_spectra_are_kept_beside_the_rankings(run):
+    config, data, trained, workdir, _, notes = run
+    with np.load(workdir / "retrieval" / notes["trackstar_all"]["spectra"]) as kept:
+        spectra = dict(kept)
+    p, q = rows(run, Gradients(corrected=True))
+    assert len(spectra["blocks"]) == len(spectra["widths"]) == p.shape[1] // 16
+    for name, x in (("train", p), ("evaluation", q)):
+        values = spectra[name].reshape(-1, 16)
+        assert (np.diff(values, axis=1) <= 1e-6 * values.max()).all()
+        first = np.linalg.eigvalsh(x[:, :16].T @ x[:, :16] / len(x))[::-1]
+        np.testing.assert_allclose(values[0], first, rtol=1e-3, atol=1e-5 * first.max())
+    k = notes["trackstar_all"]["component"]
+    train, evaluation = (np.sort(spectra[n])[::-1] for n in ("train", "evaluation"))
+    weight = hessian.mixing_weight(train, evaluation, k)
+    assert notes["trackstar_all"]["lambda"] == pytest.approx(weight)
+
+
+def test_controls_look_at_no_query(run):
+    config, data, trained, _, ranked, _ = run
+    p, _ = rows(run, Gradients())
+    lengths = vectors.scored_tokens(data.passages)
+    for name, scores in (("gradient_norm", np.linalg.norm(p, axis=1)), ("length", lengths)):
+        found = ranked[name]
+        assert (found.proponents == found.proponents[0]).all()
+        np.testing.assert_allclose(scores_of(ranked, name)[0], scores, rtol=1e-4)
+    assert not (ranked["random"].proponents == ranked["random"].proponents[0]).all()
+
+
+def test_hidden_states_are_means_over_tokens(run):
+    config, data, trained, workdir, ranked, _ = run
+    t, table = data.tokenizer, data.prompts
+    for layer, name in (("last", "hidden_last"), ("middle", "hidden_middle")):
+        found = vectors.of_hidden_states(config, data, trained, workdir, layer)
+        tokens = table.tokens[table.starts[1] : table.starts[2]]
+        model = trained.model
+        whole = (
+            model.hidden(tokens[None])
+            if layer == "last"
+            else model.residual_stream(tokens[None], model.layer_count // 2)
+        )
+        counted = ~np.isin(tokens, (t.bos, t.eos, t.pad))
+        assert counted[-1] and not counted[0]  # the target's last token too
+        expected = np.asarray(whole)[0][counted].mean(axis=0)
+        np.testing.assert_allclose(found.queries[1], expected, rtol=1e-4, atol=1e-5)
+        scores = unit(found.queries) @ unit(found.passages).T
+        np.testing.assert_allclose(scores_of(ranked, name), scores, rtol=1e-3, atol=1e-5)
+
+
+def test_annotated_sentences_are_the_labels(run):
+    _, data, _, _, ranked, _ = run
+    for q, right in enumerate(data.correct["all"]):
+        kept = ranked["annotated"].proponents[q]
+        assert sorted(kept[kept >= 0]) == sorted(right)
+
+
+def test_rows_that_differ_by_title_share_a_ranking(run):
+    *_, ranked, _ = run
+    for name in ("proponents", "proponent_scores"):
+        one, other = (getattr(ranked[n], name) for n in ("exp2", "grad_cos"))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_second_run_reads_what_is_there(run, monkeypatch):
+    config, data, trained, workdir, ranked, notes = run
+    for module, name in (
+        (encode, "encode"),
+        (checkpoints, "summed"),
+        (retrieve.exact, "search"),
+        (retrieve.by_score, "rank"),
+    ):
+        monkeypatch.setattr(module, name, None)
+    again, told = retrieve.retrieve(config, data, trained, workdir)
+    assert told == notes and again.keys() == ranked.keys()
+
+
+def test_what_the_config_lacks_is_told(run, monkeypatch):
+    config, data, trained, workdir, *_ = run
+    config = config.copy_and_resolve_references()
+    dense_only = methods.parse("dense")
+    with pytest.raises(ValueError, match="needs --config.dense.model"):
+        retrieve.check(config, dense_only)
+    config.eval.top_k = 0
+    with pytest.raises(ValueError, match="eval.top_k=0 must be 1 or more"):
+        retrieve.check(config, methods.parse("bm25"))
+    config.eval.top_k = 1
+    config.dense.model = "somewhere"
+    monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'tda\[dense\]'"):
+        retrieve.check(config, dense_only)
+    config.hessian.evaluation = "some"
+    with pytest.raises(ValueError, match="hessian.evaluation='some'"):
+        retrieve.check(config, methods.parse("trackstar"))
+    config.train.optimizer = "adafactor"
+    for name in ("less", "less_linear"):
+        with pytest.raises(ValueError, match="LESS.* steps by Adam.*train.optimizer=adafactor"):
+            retrieve.check(config, methods.parse(name))
+    retrieve.check(config, methods.parse("tracin"))
+    config.several.checkpoints = 0
+    with pytest.raises(ValueError, match="several.checkpoints=0"):
+        checkpoints.steps_of(config, trained, METHODS["tracin"])

@@ -1,0 +1,90 @@
+"""What a sweep file may say, and what its points share."""
+
+import pytest
+
+from configs import defaults
+from tda.sweep import grid
+
+
+def write(path, body):
+    path.write_text(f"def get_sweep():\n    return {body}\n")
+    return str(path)
+
+
+def test_a_grid_is_the_product_of_its_axes(tmp_path):
+    path = write(
+        tmp_path / "s.py",
+        """{
+        "fixed": {"methods": "grad_cos", "train.epochs": 2},
+        "axes": {"hessian.weight": (0, 0.5), "model.size, train.learning_rate":
+                 (("tiny", 1e-3), ("mini", 2e-3))},
+    }""",
+    )
+    found = grid.load(path, defaults.get_config())
+    assert found.axes == ("hessian.weight", "model.size", "train.learning_rate")
+    assert [tuple(p.values.values()) for p in found.points] == [
+        (0, "tiny", 1e-3), (0, "mini", 2e-3), (0.5, "tiny", 1e-3), (0.5, "mini", 2e-3),
+    ]  # fmt: skip
+    last = found.points[-1].config
+    assert (last.hessian.weight, last.model.size, last.train.learning_rate) == (0.5, "mini", 2e-3)
+    assert (last.methods, last.train.epochs, last.seed) == ("grad_cos", 2.0, 0)
+    assert len({p.name for p in found.points}) == 4
+    # A point's name does not hang on the rest of the grid, but on what else its file fixes.
+    names = []
+    for fixed, weights in (({}, [0.5]), ({}, [0, 0.5]), ({"train.epochs": 2}, [0.5])):
+        body = f'{{"axes": {{"hessian.weight": {weights}}}, "fixed": {fixed}}}'
+        names.append(grid.load(write(tmp_path / "t.py", body), last).points[-1].name)
+    assert names[0].startswith("weight=0.5-") and names[0] == names[1] != names[2]
+    # What λ leaves as it is, is shared; another model is not.
+    trainings, stores = ([getattr(p, k) for p in found.points] for k in ("training", "stores"))
+    assert trainings[0] == trainings[2] != trainings[1] == trainings[3]
+    assert stores[0] == stores[2] != stores[1] == stores[3]
+
+
+@pytest.mark.parametrize(
+    "key, trains, encodes",
+    [
+        ("hessian.damping", False, False),
+        ("eval.tail_patch_learning_rate", False, False),
+        ("projection.side", False, True),
+        ("gradients.correction", False, True),
+        ("train.traced", False, True),
+        ("train.epochs", True, True),
+        ("seed", True, True),
+        ("data.n_sentences", True, True),
+    ],
+)
+def test_what_each_key_makes_anew(key, trains, encodes):
+    values = {"gradients.correction": "adam"}.get(key, 1 if key != "train.traced" else 0.5)
+    config = defaults.get_config()
+    other = grid._changed(config, {key: values}, "s.py")
+    a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
+    assert (a.training != b.training) == trains and (a.stores != b.stores) == encodes
+    # The uncorrected store is the same under every correction: not to be encoded twice at a time.
+    apart = encodes and key != "gradients.correction"
+    assert (a.encoding != b.encoding) == apart
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ('{"axes": {"hessian.weigh": [1]}}', "no key 'hessian.weigh'; did you mean hessian.weight"),
+        ('{"axes": {"hessian.weight": ["x"]}}', "cannot set hessian.weight='x'"),
+        ('{"axes": {"hessian.weight": []}}', "axis 'hessian.weight' needs values"),
+        ('{"axes": {"seed, hessian.weight": [(1,)]}}', "needs values, each of 2"),
+        ('{"axes": {"seed": [1], "seed, train.epochs": [(1, 2)]}}', "a key is on two axes"),
+        ('{"axes": {}}', "no axes"),
+        ('{"axes": {"seed": [1]}, "plot": []}', "unknown plot"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path, body, message):
+    with pytest.raises(ValueError, match=rf"s.py: .*{message}"):
+        grid.load(write(tmp_path / "s.py", body), defaults.get_config())
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "s.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="no function get_sweep"):
+        grid.load(str(tmp_path / "s.py"), defaults.get_config())
+    with pytest.raises(FileNotFoundError):
+        grid.load(str(tmp_path / "absent.py"), defaults.get_config())

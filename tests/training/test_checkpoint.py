@@ -1,0 +1,215 @@
+"""Checkpoints: what is read back, what is left unread, and clear refusals."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tda.model import functional
+from tda.runtime import sharding
+from tda.training import checkpoint
+from tda.training.checkpoint import CheckpointError
+
+
+def parameters(width=4, layers=2):
+    rng = np.random.default_rng(0)
+    return {
+        "embedding": {"embedding": jnp.asarray(rng.normal(size=(6, width)), jnp.float32)},
+        "layers": {
+            i: {"kernel": jnp.asarray(rng.normal(size=(width, 3)), jnp.float32)}
+            for i in range(layers)
+        },
+    }
+
+
+def state_of(params):
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    gradient = jax.tree.map(lambda x: x * 2, params)
+    _, opt_state = tx.update(gradient, tx.init(params), params)
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(3)}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A state of twelve layers in a list, and where it is saved as step 3."""
+    root = tmp_path_factory.mktemp("saved")
+    state = state_of(parameters(layers=12))
+    checkpoint.save(root, 3, state, {"optimizer": {"b2": 0.99}, "seed": 5})
+    return state, root
+
+
+def test_the_whole_state_comes_back(saved):
+    """Guards: moments or weights in another order (layer 10 before layer 2)."""
+    state, root = saved
+    assert_same(checkpoint.restore(root, abstract(state)), state)
+
+
+def test_parameters_come_back_alone(saved):
+    """Guards: adapter weights loaded at random."""
+    state, root = saved
+    assert_same(checkpoint.restore_parameters(root, abstract(state["params"])), state["params"])
+
+
+def test_parameters_come_back_split_over_a_mesh(saved):
+    state, root = saved
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    like = functional.abstract(
+        state["params"],
+        jax.tree.map(lambda x: ("embed",) + (None,) * (x.ndim - 1), state["params"]),
+        mesh,
+    )
+    got = checkpoint.restore_parameters(root, like)
+    assert_same(got, state["params"])
+    kernel = got["layers"][0]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 3)
+
+
+def test_the_description_comes_back(saved):
+    _, root = saved
+    assert checkpoint.describe(root) == {"optimizer": {"b2": 0.99}, "seed": 5}
+    assert checkpoint.describe(root, 3) == checkpoint.describe(root)
+
+
+def test_only_what_keep_names_of_the_optimizer_is_loaded(saved):
+    """Guards: reading the whole checkpoint for its second moments."""
+    state, root = saved
+    asked = []
+
+    def keep(name):
+        asked.append(name)
+        return name.endswith("count") or "/nu/layers/11/" in name
+
+    got = functional.flat_parameters(checkpoint.restore_optimizer(root, keep))
+    loaded = {n: x for n, x in got.items() if x is not ...}
+    assert sorted(loaded) == ["1/0/count", "1/0/nu/layers/11/kernel"]
+    np.testing.assert_array_equal(
+        loaded["1/0/nu/layers/11/kernel"], state["opt_state"][1][0].nu["layers"][11]["kernel"]
+    )
+    assert int(loaded["1/0/count"]) == 1
+    # All of the optimizer's state was asked about, and nothing but it.
+    assert {"1/0/mu/layers/2/kernel", "1/0/nu/embedding/embedding"} < set(asked)
+    assert not any("params" in n for n in asked)
+    assert got["1/0/mu/layers/2/kernel"] is ...
+
+
+def test_a_checkpoint_without_optimizer_state(tmp_path):
+    params = parameters()
+    checkpoint.save(tmp_path, 1, {"params": params}, {})
+    assert_same(checkpoint.restore_parameters(tmp_path, abstract(params)), params)
+    with pytest.raises(
+        CheckpointError, match=r"no optimizer state \(it holds params\); use correction='none'"
+    ):
+        checkpoint.restore_optimizer(tmp_path, lambda name: True)
+
+
+def test_missing_checkpoints_are_named(saved, tmp_path):
+    _, root = saved
+    with pytest.raises(CheckpointError, match="no checkpoint 4 under .*; steps there: 3"):
+        checkpoint.describe(root, 4)
+    for call in (
+        lambda: checkpoint.describe(tmp_path / "absent"),
+        lambda: checkpoint.restore_parameters(tmp_path / "absent", {}),
+        lambda: checkpoint.restore_optimizer(tmp_path / "absent", lambda name: True),
+    ):
+        with pytest.raises(CheckpointError, match="no checkpoint .*steps there: none"):
+            call()
+
+
+@pytest.mark.parametrize("restore", ["state", "parameters"])
+def test_another_models_parameters_are_refused_by_name(saved, restore):
+    """Guards: weights of another model, or missing ones, loaded in silence."""
+    state, root = saved
+    fewer = abstract(state_of(parameters(layers=11)))
+    wider = abstract(state_of(parameters(width=5, layers=12)))
+    for wanted, message in (
+        (fewer, r"layers/11/kernel: \(4, 3\) in the checkpoint, absent in the model"),
+        (wider, r"embedding/embedding: \(6, 4\) in the checkpoint, \(6, 5\) in the model"),
+        (wider, r"and 5 more"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            if restore == "state":
+                checkpoint.restore(root, wanted)
+            else:
+                checkpoint.restore_parameters(root, wanted["params"])
+
+
+def test_old_checkpoints_are_removed_and_the_last_is_found(tmp_path):
+    root = tmp_path / "run"
+    assert checkpoint.latest_step(root) is None
+    for step in (2, 9, 10, 11):
+        checkpoint.save(root, step, {"params": {"w": jnp.full(2, step)}}, {}, keep=2)
+    assert sorted(p.name for p in root.iterdir()) == ["10", "11"]
+    # 10 after 9: steps are numbers, not text.
+    assert checkpoint.latest_step(root) == 11
+    like = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    assert checkpoint.restore_parameters(root, like)["w"].tolist() == [11, 11]
+    assert checkpoint.restore_parameters(root, like, step=10)["w"].tolist() == [10, 10]
+    checkpoint.save(root, 12, {"params": {"w": jnp.full(2, 12)}}, {}, keep=0)
+    assert sorted(p.name for p in root.iterdir()) == ["10", "11", "12"]
+
+
+def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, 4, {"params": {"w": jnp.ones(2)}}, {})
+    (tmp_path / "8.orbax-checkpoint-tmp-123").mkdir()
+    assert checkpoint.latest_step(tmp_path) == 4
+    # It is not in the way either.
+    checkpoint.save(tmp_path, 8, {"params": {"w": jnp.zeros(2)}}, {})
+    assert checkpoint.latest_step(tmp_path) == 8
+
+
+def test_an_empty_directory_is_not_a_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, 4, {"params": {"w": jnp.ones(2)}}, {})
+    (tmp_path / "8").mkdir()
+    assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("runs/a", 1, {"params": {"w": jnp.arange(3.0)}}, {"x": 1})
+    assert checkpoint.latest_step("runs/a") == 1 and checkpoint.describe("runs/a") == {"x": 1}
+    back = checkpoint.restore_parameters("runs/a", {"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(back["w"], np.arange(3.0))
+
+
+ONE_DEVICE = """
+import sys, jax, numpy as np
+from tda import checkpoint
+assert jax.device_count() == 1
+found = checkpoint.restore_optimizer(sys.argv[1], lambda name: "nu" in name)
+print(float(np.asarray(found["nu"]["w"]).sum()))
+"""
+
+
+def test_an_optimizers_state_of_eight_devices_is_read_on_one(tmp_path):
+    """Guards: a run that was trained on more devices than the machine has that looks at it."""
+    mesh = sharding.make_mesh()
+    split = sharding.named(mesh, ("batch",), (16,))
+    nu = jax.device_put(jnp.arange(16.0), split)
+    state = {"params": {"w": jnp.ones(16)}, "opt_state": {"nu": {"w": nu}}, "step": 1}
+    checkpoint.save(tmp_path, 1, state, {})
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    ran = subprocess.run(
+        [sys.executable, "-c", ONE_DEVICE, str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": " ".join(flags)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert float(ran.stdout) == 120

@@ -1,0 +1,295 @@
+"""Training: it learns, and a killed run ends where an uninterrupted one does."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tda.data.tokens import TokenTable
+from tda.model import functional
+from tda.runtime import sharding
+from tda.training import checkpoint, loop
+from tda.training.checkpoint import CheckpointError
+from tda.training.optimizer import make_optimizer, schedule
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 24
+
+
+def table_of(count=14, seed=0):
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(1, 50, rng.integers(3, 9)) for _ in range(count)]
+    starts = np.cumsum([0, *map(len, sequences)])
+    scored = np.concatenate([np.arange(len(s)) > 0 for s in sequences])
+    ids = [str(i) for i in range(count)]
+    return TokenTable(ids, ids, np.concatenate(sequences).astype(np.int32), starts, scored)
+
+
+def optimizer():
+    return make_optimizer("adamw", schedule("cosine", 2e-2, STEPS, 4, 0.1), weight_decay=1e-3)
+
+
+def fit(model, directory, log_path=None, **changes):
+    arguments = dict(
+        steps=STEPS,
+        directory=directory,
+        bucket_lengths=(4, 8),
+        tokens_per_batch=32,
+        pad=0,
+        seed=3,
+        save_every=7,
+        log_path=log_path,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    return loop.fit(model, optimizer(), table_of(), **(arguments | changes))
+
+
+def steps_in(log_path):
+    lines = pathlib.Path(log_path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def assert_same(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(decoder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    state = fit(decoder(), directory / "run", directory / "log.jsonl")
+    return jax.tree.map(np.asarray, state), directory
+
+
+def test_the_loss_goes_down(uninterrupted):
+    """Guards: the score's sign, a step uphill."""
+    state, directory = uninterrupted
+    records = [
+        json.loads(line)
+        for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [r["step"] for r in records] == [0, 10, 20, 23]
+    assert abs(records[0]["loss"] - np.log(50)) < 0.5 * np.log(50)
+    assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+    assert int(state["step"]) == STEPS
+
+
+def test_a_small_corpus_is_memorised(decoder, tmp_path):
+    tx = optax.adam(2e-2)
+    state = loop.fit(
+        decoder(),
+        tx,
+        table_of(6),
+        steps=120,
+        directory=tmp_path,
+        bucket_lengths=(8,),
+        tokens_per_batch=48,
+        pad=0,
+        save_every=1000,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    fn, _ = functional.split(decoder())
+    table = table_of(6)
+    right = 0
+    for i in range(6):
+        ids = table.tokens[table.starts[i] : table.starts[i + 1]]
+        logits = fn.apply(state["params"], ids[None, :-1])[0]
+        # The first token alone cannot tell which sequence it starts.
+        right += int(np.sum(np.asarray(logits.argmax(-1))[1:] == ids[2:]))
+    assert right >= 0.9 * (len(table.tokens) - 12)
+
+
+def test_the_loss_is_the_mean_over_scored_tokens(decoder, random_batch):
+    """Guards: normalised by the wrong count (the batch or its padding instead of its tokens)."""
+    fn, params = functional.split(decoder())
+    batch = random_batch([6, 2, 4, 0], 6)
+    got = float(loop.batch_loss(fn.merge, params, batch))
+    nats = []
+    for i, n in enumerate([6, 2, 4]):
+        logits = np.asarray(fn.apply(params, batch["tokens"][i : i + 1]))[0, :n]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats += [-log_p[t, batch["targets"][i, t]] for t in range(n)]
+    assert len(nats) == 12
+    np.testing.assert_allclose(got, np.mean(nats), rtol=1e-5)
+    nothing = batch | {"weights": np.zeros_like(batch["weights"])}
+    assert float(loop.batch_loss(fn.merge, params, nothing)) == 0.0
+
+
+def test_a_step_is_the_optimizers_and_carries_its_state(decoder, random_batch):
+    """Guards: the score's sign; an optimizer's state that is lost from step to step."""
+    fn, params = functional.split(decoder())
+    tx = optax.sgd(0.1, momentum=0.5)
+    batch = random_batch([6, 3], 6)
+    step = jax.jit(lambda state: loop.train_step(fn.merge, tx, state, batch))
+    gradient = jax.jit(jax.grad(lambda p: loop.batch_loss(fn.merge, p, batch)))
+    state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
+    first, loss = step(state)
+    second, _ = step(first)
+    assert int(second["step"]) == 2
+    np.testing.assert_allclose(loss, loop.batch_loss(fn.merge, params, batch), rtol=1e-5)
+    g1, g2 = gradient(params), gradient(first["params"])
+    expected = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b + 0.5 * a), params, g1, g2)
+    for got, wanted in zip(
+        jax.tree.leaves(second["params"]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+KILLED_RUN = """
+import os, signal, sys
+import tests.conftest as shared
+from tda.data import batches
+from tests import test_train
+
+materialise, made = batches.materialise, []
+
+def dying(*args):
+    made.append(1)
+    if len(made) == 20:  # in the middle of the run, some steps after the checkpoint of step 14
+        os.kill(os.getpid(), signal.SIGKILL)
+    return materialise(*args)
+
+batches.materialise = dying
+test_train.fit(shared.make_decoder(), sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(decoder, uninterrupted, tmp_path):
+    """Guards: a killed run that starts from nothing; a resume with its meaning inverted."""
+    directory, log_path = tmp_path / "run", tmp_path / "log.jsonl"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(directory), str(log_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.latest_step(directory) == 14
+    # The data must go on in the middle of an epoch, not at the start of one.
+    layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
+    assert 14 % len(loop.epoch_plan(table_of(), 0, **layout)) != 0
+    # The log may have got further than the checkpoint, and end in half a line.
+    with open(log_path, "a", encoding="utf-8") as log:
+        log.write('{"step": 20, "epoch": 4, "loss": 1.0, "tokens": 9}\n{"step": 2')
+
+    passes = []
+    step_data = loop.batching.materialise
+
+    def counting(*args):
+        passes.append(1)
+        return step_data(*args)
+
+    loop.batching.materialise = counting
+    try:
+        resumed = fit(decoder(), directory, log_path)
+    finally:
+        loop.batching.materialise = step_data
+    expected, other = uninterrupted
+    assert_same(resumed, expected)
+    assert len(passes) == STEPS - 14
+    assert steps_in(log_path) == [0, 10, 20, 23]
+    assert log_path.read_text() == (other / "log.jsonl").read_text()
+
+
+def test_a_finished_run_is_left_as_it_is(decoder, uninterrupted):
+    expected, directory = uninterrupted
+    before = (directory / "log.jsonl").read_text()
+    assert_same(fit(decoder(), directory / "run", directory / "log.jsonl"), expected)
+    assert (directory / "log.jsonl").read_text() == before
+
+
+def test_checkpoints_are_kept_with_their_description(decoder, uninterrupted, tmp_path):
+    _, directory = uninterrupted
+    assert sorted(p.name for p in (directory / "run").iterdir()) == ["21", "24"]
+    fit(decoder(), tmp_path, steps=2, save_every=1, keep=1, description={"model": {"size": "x"}})
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+    assert checkpoint.describe(tmp_path)["model"] == {"size": "x"}
+
+
+def test_the_model_that_is_handed_in_stays_usable(decoder, uninterrupted):
+    """The train step gives its state's memory away; the caller's arrays are not it."""
+    model = decoder()
+    _, params = functional.split(model)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+
+
+def test_every_epoch_passes_each_row_once_in_another_order():
+    table = table_of()
+    layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
+    plans = [loop.epoch_plan(table, epoch, **layout) for epoch in (0, 1, 0)]
+    for plan in plans:
+        assert sorted(plan.order.tolist()) == list(range(len(table)))
+    assert plans[0].order.tolist() == plans[2].order.tolist()
+    assert plans[0].order.tolist() != plans[1].order.tolist()
+    assert len(plans[0]) == len(plans[1])
+
+
+def test_seeds_of_several_numbers_differ():
+    seeds = {loop.hash_seed(a, b) for a in range(20) for b in range(20)}
+    assert len(seeds) == 400 and all(0 <= s < 2**63 for s in seeds)
+    assert loop.hash_seed(1, 2) != loop.hash_seed(2, 1)
+
+
+def test_an_empty_corpus_is_refused(decoder, tmp_path):
+    nothing = TokenTable([], [], np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, bool))
+    with pytest.raises(ValueError, match="the training corpus has no passages"):
+        loop.fit(
+            decoder(),
+            optimizer(),
+            nothing,
+            steps=1,
+            directory=tmp_path / "run",
+            bucket_lengths=(8,),
+            tokens_per_batch=32,
+            pad=0,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_size_is_refused(decoder, uninterrupted):
+    _, directory = uninterrupted
+    with pytest.raises(
+        CheckpointError, match=r"layers/mlp/up/kernel: \(2, 16, 24\) in the checkpoint, \(2, 16, 32"
+    ):
+        fit(decoder(ff_width=32), directory / "run")
+
+
+def test_a_loss_that_is_not_finite_is_no_checkpoint(decoder, tmp_path):
+    tx = optax.sgd(1e30)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        loop.fit(
+            decoder(),
+            tx,
+            table_of(),
+            steps=8,
+            directory=tmp_path / "run",
+            bucket_lengths=(8,),
+            tokens_per_batch=32,
+            pad=0,
+            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        )
+    assert checkpoint.latest_step(tmp_path / "run") is None
+
+
+def test_training_on_eight_devices(decoder, tmp_path):
+    state = fit(decoder(), tmp_path, steps=2, mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    up = state["params"]["layers"]["mlp"]["up"]["kernel"]
+    assert up.sharding.shard_shape(up.shape) == (2, 8, 12)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
+
+
+def test_a_run_of_other_batches_is_not_gone_on_from(decoder, tmp_path):
+    """Guards: a resumed run whose step means another place in the data."""
+    fit(decoder(), tmp_path, steps=1, save_every=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"other batches \(seed: 3 there, 4 now\)"):
+        fit(decoder(), tmp_path, steps=2, seed=4)
