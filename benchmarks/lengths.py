@@ -23,8 +23,9 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.data import batches, jsonl, tokens
+from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
+from tda.facts import files
 from tda.gradients.encoder import Encoder, make_encoder, scored_positions
 from tda.gradients.projection import Projection
 from tda.model import sizes
@@ -52,7 +53,7 @@ def now() -> float:
 
 def read(path: str) -> tuple[tokens.TokenTable, Tokenizer]:
     """The corpus, tokenised by a tokenizer that is trained on it."""
-    sentences = jsonl.read_sentences(path)
+    sentences = files.read_sentences(path)
     tokenizer = Tokenizer.train([s.text for s in sentences], _VOCABULARY.value)
     texts = ((s.sentence_id, s.text) for s in sentences)
     return tokens.passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer

@@ -13,7 +13,7 @@ from flax import nnx
 
 import tda
 from tda import results
-from tda.data import jsonl
+from tda.facts import files
 from tda.gradients.encoder import make_encoder
 from tda.model.decoder import Decoder
 from tda.model.sizes import size
@@ -75,8 +75,8 @@ def test_the_example_records_are_read(tmp_path):
     passage, fact = re.findall(r"^    (\{.*\})$", README, re.MULTILINE)
     (tmp_path / "p.jsonl").write_text(passage + "\n")
     (tmp_path / "f.jsonl").write_text(fact + "\n")
-    assert jsonl.read_sentences(tmp_path / "p.jsonl")[0].fact_triples[0].fact_id == "f1"
-    assert jsonl.read_facts(tmp_path / "f.jsonl")[0].prompt(0) == json.loads(fact)["prompt0"]
+    assert files.read_sentences(tmp_path / "p.jsonl")[0].fact_triples[0].fact_id == "f1"
+    assert files.read_facts(tmp_path / "f.jsonl")[0].prompt(0) == json.loads(fact)["prompt0"]
 
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from tda.data import jsonl
-from tda.facts.records import half_character
+from tda.data.jsonl import half_character
 
 KINDS = ("jsonl", "parquet", "datasets", "texts", "tfds")
 # What a corpus may call a document's id, the most telling first.
@@ -76,7 +76,7 @@ def documents(
         FileNotFoundError: there is nothing of that name.
         CorpusError: an unknown kind, a field that is not there or no Unicode, or a package that
             is not there.
-        tda.facts.records.RecordError: a line is not JSON.
+        tda.data.jsonl.RecordError: a line is not JSON.
     """
     if kind is None:
         kind = _kind(where)

@@ -1,48 +1,21 @@
-"""Passages and facts from JSON lines, plain or gzipped, in one file or in many shards."""
+"""Records of JSON lines, plain or gzipped, in one file or in many shards."""
 
 import glob
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, TypeVar
-
-from tda.facts.records import Fact, RecordError, Sentence, fact_from_dict, sentence_from_dict
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 Path = str | os.PathLike[str]
 Paths = Path | Sequence[Path]
-Record = TypeVar("Record", Sentence, Fact)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def read_sentences(path: Paths) -> list[Sentence]:
-    """Reads passages, in the order of the files.
-
-    Args:
-        path: A file, a glob pattern (its matches are read in sorted order), or a list of files.
-
-    Raises:
-        FileNotFoundError: No such file.
-        RecordError: A file or a record cannot be used, two records share an id, or there are none.
-    """
-    return list(iter_sentences(path))
-
-
-def read_facts(path: Paths) -> list[Fact]:
-    """Reads facts, in the order of the files; arguments and errors as for `read_sentences`."""
-    return list(iter_facts(path))
-
-
-def iter_sentences(path: Paths) -> Iterator[Sentence]:
-    """Streams passages; as `read_sentences`, but it holds no more than the ids."""
-    return _validated(path, sentence_from_dict, "sentence_id")
-
-
-def iter_facts(path: Paths) -> Iterator[Fact]:
-    """Streams facts; as `read_facts`, but it holds no more than the ids."""
-    return _validated(path, fact_from_dict, "fact_id")
+class RecordError(ValueError):
+    """A record cannot be used; the message names where it stands, the field and what is wanted."""
 
 
 def iter_records(path: Paths) -> Iterator[tuple[str, Any]]:
@@ -121,22 +94,16 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
-def _validated(
-    path: Paths, from_dict: Callable[[Any, str], Record], id_field: str
-) -> Iterator[Record]:
-    return _unique(
-        ((where, from_dict(value, where)) for where, value in iter_records(path)), id_field
-    )
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that has a lone surrogate, and what to do; None where it has none.
 
-
-def _unique(records: Iterable[tuple[str, Record]], id_field: str) -> Iterator[Record]:
-    place_of: dict[str, str] = {}
-    for where, record in records:
-        record_id = getattr(record, id_field)
-        if record_id in place_of:
-            raise RecordError(
-                f"{where}: field '{id_field}' is {record_id!r}, as in {place_of[record_id]};"
-                " ids must be unique, drop or rename one of the two"
-            )
-        place_of[record_id] = where
-        yield record
+    JSON can write one ("\\ud83d"), but it is no Unicode: no tokenizer and no file takes it.
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x} at {error.start}"
+        return f"half a character, {found} (a lone surrogate); replace it, by U+FFFD or a space"
+    return None

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from tda.data.corpora import CorpusError, Document
+from tda.data.jsonl import half_character
 from tda.data.tokens import TokenTable, cut
-from tda.facts.records import half_character
 from tda.runtime import atomic_file, progress
 
 # Documents that are tokenised together, and how many of these make a part.

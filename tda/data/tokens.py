@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tda.data.jsonl import half_character
 from tda.data.tokenizer import Tokenizer
-from tda.facts.records import half_character
 
 
 @dataclasses.dataclass(frozen=True)

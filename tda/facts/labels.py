@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from tda.facts.records import Fact, RecordError, Sentence, Triple
+from tda.data.jsonl import RecordError
+from tda.facts.records import Fact, Sentence, Triple
 
 
 def relevant_passages(

@@ -8,9 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-class RecordError(ValueError):
-    """A record cannot be used; the message names where it stands, the field and what is wanted."""
+from tda.data.jsonl import RecordError, half_character
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,21 +117,6 @@ class Fact:
         if prompts[i] is None:
             raise RecordError(f"fact {self.fact_id!r} has no 'prompt{i}': use prompt0, or add it")
         return prompts[i]
-
-
-def half_character(text: str) -> str | None:
-    """What is wrong with a text that has a lone surrogate, and what to do; None where it has none.
-
-    JSON can write one ("\\ud83d"), but it is no Unicode: no tokenizer and no file takes it.
-    """
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(text[error.start]):04x} at {error.start}"
-        return f"half a character, {found} (a lone surrogate); replace it, by U+FFFD or a space"
-    return None
 
 
 def sentence_from_dict(d: Any, where: str) -> Sentence:

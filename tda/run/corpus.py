@@ -5,11 +5,11 @@ import hashlib
 
 import numpy as np
 
-from tda.data import jsonl, tokens
+from tda.data import tokens
 from tda.data.batches import buckets
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
-from tda.facts import features, labels, statements
+from tda.facts import features, files, labels, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
 from tda.run.workdir import Workdir
@@ -112,7 +112,7 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     if bool(data.sentences) != bool(data.facts):
         raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
     if data.sentences:
-        return jsonl.read_sentences(data.sentences), jsonl.read_facts(data.facts)
+        return files.read_sentences(data.sentences), files.read_facts(data.facts)
     directory = data.dir or str(workdir / "data")
     found: list = []
     # The others find it prepared.

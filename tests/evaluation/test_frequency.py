@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tda.data import jsonl
 from tda.evaluation import frequency
+from tda.facts import files
 from tda.facts.records import Fact
 from tests.facts import trex
 
@@ -75,9 +75,9 @@ def slow(facts, texts):
 @trex.needed
 def test_real_facts_against_regular_expressions():
     texts, facts = [], []
-    for _, record in zip(range(400), jsonl.iter_sentences(trex.SENTENCES)):  # noqa: B905
+    for _, record in zip(range(400), files.iter_sentences(trex.SENTENCES)):  # noqa: B905
         texts.append(record.text)
-    for _, record in zip(range(150), jsonl.iter_facts(trex.FACTS)):  # noqa: B905
+    for _, record in zip(range(150), files.iter_facts(trex.FACTS)):  # noqa: B905
         facts.append(record)
     found = frequency.counts(facts, texts)
     assert found.tolist() == slow(facts, texts) and found.sum() > 100
@@ -86,8 +86,8 @@ def test_real_facts_against_regular_expressions():
 @pytest.mark.slow
 @trex.needed
 def test_the_whole_of_trex_in_one_pass():
-    sentences = jsonl.read_sentences(trex.SENTENCES)
-    facts = jsonl.read_facts(trex.FACTS)
+    sentences = files.read_sentences(trex.SENTENCES)
+    facts = files.read_facts(trex.FACTS)
     found = frequency.counts(facts, (s.text for s in sentences))  # Can be read once.
     # The sentences were aligned by names: every fact but one is named by the one that states it.
     assert (found == 0).sum() <= 1

@@ -14,8 +14,8 @@ from configs import defaults
 from experiments import launch, trace
 from tda import results
 from tda import store as stores
+from tda.data.jsonl import RecordError
 from tda.encoding import table
-from tda.facts.records import RecordError
 from tda.methods import Gradients
 from tda.retrieval import annotated
 from tda.run import corpus, evaluate, measures, moments, retrieve, train

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-from tda.data import jsonl
+from tda.data.jsonl import RecordError
+from tda.facts import files
 from tda.facts.labels import clean_pool, relevant_passages, select
-from tda.facts.records import Fact, RecordError, Sentence, Triple
+from tda.facts.records import Fact, Sentence, Triple
 from tests.facts import trex
 
 
@@ -156,8 +157,8 @@ def test_select_refuses_what_does_not_fit():
 
 @trex.needed
 def test_clean_pool_of_the_real_data():
-    sentences = jsonl.read_sentences(trex.SENTENCES)
-    facts = jsonl.read_facts(trex.FACTS)
+    sentences = files.read_sentences(trex.SENTENCES)
+    facts = files.read_facts(trex.FACTS)
     labels = relevant_passages(sentences, facts)
     assert sum(map(len, labels.values())) == 98_820
     assert len(clean_pool(facts, sentences)) == 10_333

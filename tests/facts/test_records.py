@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from tda.facts.records import RecordError, fact_from_dict, sentence_from_dict
+from tda.data.jsonl import RecordError
+from tda.facts.records import fact_from_dict, sentence_from_dict
 
 WHERE = "corpus.jsonl.gz, line 17"
 URIS = {"entity0_uri": "u:FR", "predicate_uri": "u:P36", "entity1_uri": "u:Paris"}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tda.data.jsonl import RecordError
 from tda.facts.features import load_tfds, read_prepared
-from tda.facts.records import RecordError
 from tda.facts.trex.builder import Builder
 from tests.facts.trex_files import FACTS, SENTENCES, write
 

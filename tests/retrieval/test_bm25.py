@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tda.data import jsonl
-from tda.facts import labels
+from tda.facts import files, labels
 from tda.retrieval import bm25
 from tests.facts import trex
 
@@ -53,8 +52,8 @@ def test_equals_a_second_implementation_on_a_thousand_queries():
     rank_bm25 = pytest.importorskip("rank_bm25")
     import bm25s
 
-    sentences = jsonl.read_sentences(trex.SENTENCES)
-    facts = jsonl.read_facts(trex.FACTS)
+    sentences = files.read_sentences(trex.SENTENCES)
+    facts = files.read_facts(trex.FACTS)
     facts = labels.clean_pool(facts, sentences)
     sentences, facts = labels.select(sentences, facts, 10_000, 1000, seed=0)
     texts, asked = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]

@@ -12,9 +12,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from tda.data import jsonl
-from tda.data.jsonl import Paths
+from tda.data.jsonl import Paths, expand
 from tda.facts import features
+from tda.facts.files import iter_facts, iter_sentences
 
 RELEASE = "https://storage.googleapis.com/tda-resources/2410.17413/public/"
 N_SHARDS = 20
@@ -76,7 +76,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         if sentences is not None:
             if kwargs.get("config") is not None:
                 raise ValueError("config= chooses from the release; leave it out for local files")
-            self._local = {"sentences": jsonl.expand(sentences), "facts": jsonl.expand(facts)}
+            self._local = {"sentences": expand(sentences), "facts": expand(facts)}
             kwargs["config"] = TrexConfig(
                 name=f"local_{_fingerprint(self._local)}", description="Local JSON lines."
             )
@@ -106,10 +106,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
         if split == "sentences":
-            for sentence in jsonl.iter_sentences(files):
+            for sentence in iter_sentences(files):
                 yield sentence.sentence_id, features.encode_sentence(sentence)
         else:
-            for fact in jsonl.iter_facts(files):
+            for fact in iter_facts(files):
                 yield fact.fact_id, features.encode_fact(fact)
 
 

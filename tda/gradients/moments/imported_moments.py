@@ -18,7 +18,7 @@ from tda.gradients import sites
 from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.moments.second_moments import Scale
-from tda.model.pretrained.loading import Pretrained, some
+from tda.model.pretrained.description import Pretrained, some
 from tda.model.pretrained.tensors import Safetensors, Source
 
 # What the running mean of squared gradients is called.

@@ -4,8 +4,8 @@ Nothing of a file is ever run: configurations and tokenizers are JSON, tensors a
 GGUF, and every tensor of a file has its place in the decoder or is an error that names it.
 """
 
+from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.loading import (
-    Pretrained,
     inspect,
     load,
     load_tokenizer,

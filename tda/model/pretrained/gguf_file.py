@@ -9,8 +9,8 @@ import pathlib
 
 import numpy as np
 
+from tda.model.pretrained.description import Pretrained, some
 from tda.model.pretrained.layouts import linear
-from tda.model.pretrained.loading import Pretrained, some
 from tda.model.pretrained.tensors import Part, PretrainedError
 
 _KNOWN = ("llama", "qwen2", "qwen3", "olmo2", "gemma3")

@@ -21,32 +21,10 @@ from flax import nnx
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.model import functional
 from tda.model.decoder import Decoder
-from tda.model.pretrained import configurations, families, tensors
+from tda.model.pretrained import configurations, families, gguf_file, gguf_tokenizer, tensors
+from tda.model.pretrained.description import Pretrained, some
 from tda.model.pretrained.tensors import Part, PretrainedError, Source
 from tda.runtime import progress, sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """What the files of a model say of it.
-
-    Attributes:
-        arguments: of `tda.model.decoder.Decoder`, plain values.
-        parts: where each parameter of the unstacked decoder is, by path.
-        source: the tensors.
-        where: the directory or file.
-        config: its configuration, as it is written there.
-    """
-
-    arguments: dict
-    parts: dict[str, Part]
-    source: Source
-    where: str
-    config: dict
-
-    def shapes(self) -> nnx.Module:
-        """The decoder without numbers: shapes and dtypes in the places of arrays."""
-        return nnx.eval_shape(lambda: Decoder(**self.arguments, rngs=nnx.Rngs(0)))
 
 
 def load(
@@ -120,8 +98,6 @@ def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
     path = locate(path)
     if path.is_dir():
         return PretrainedTokenizer.load(path, parse_special)
-    from tda.model.pretrained import gguf_tokenizer
-
     return gguf_tokenizer.load(path, parse_special)
 
 
@@ -153,8 +129,6 @@ def inspect(path) -> Pretrained:
     if path.is_file():
         if path.suffix != ".gguf":
             raise PretrainedError(f"{path} is neither a directory nor a .gguf file")
-        from tda.model.pretrained import gguf_file
-
         found = gguf_file.inspect(path)
     else:
         found = _inspect_directory(path)
@@ -205,12 +179,6 @@ def _is_embedding(source: Source, tensor: str, parts: dict[str, Part]) -> bool:
             "set tie_word_embeddings to false if the output matrix is its own"
         )
     return True
-
-
-def some(names: list[str], most: int = 6) -> str:
-    """The first of many names, for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _check(found: Pretrained) -> None:

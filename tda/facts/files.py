@@ -1,0 +1,58 @@
+"""Reads passages and facts from JSON lines, and checks every record."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from tda.data.jsonl import Paths, RecordError, iter_records
+from tda.facts.records import Fact, Sentence, fact_from_dict, sentence_from_dict
+
+Record = TypeVar("Record", Sentence, Fact)
+
+
+def read_sentences(path: Paths) -> list[Sentence]:
+    """Reads passages, in the order of the files.
+
+    Args:
+        path: A file, a glob pattern (its matches are read in sorted order), or a list of files.
+
+    Raises:
+        FileNotFoundError: No such file.
+        RecordError: A file or a record cannot be used, two records share an id, or there are none.
+    """
+    return list(iter_sentences(path))
+
+
+def read_facts(path: Paths) -> list[Fact]:
+    """Reads facts, in the order of the files; arguments and errors as for `read_sentences`."""
+    return list(iter_facts(path))
+
+
+def iter_sentences(path: Paths) -> Iterator[Sentence]:
+    """Streams passages; as `read_sentences`, but it holds no more than the ids."""
+    return _validated(path, sentence_from_dict, "sentence_id")
+
+
+def iter_facts(path: Paths) -> Iterator[Fact]:
+    """Streams facts; as `read_facts`, but it holds no more than the ids."""
+    return _validated(path, fact_from_dict, "fact_id")
+
+
+def _validated(
+    path: Paths, from_dict: Callable[[Any, str], Record], id_field: str
+) -> Iterator[Record]:
+    return _unique(
+        ((where, from_dict(value, where)) for where, value in iter_records(path)), id_field
+    )
+
+
+def _unique(records: Iterable[tuple[str, Record]], id_field: str) -> Iterator[Record]:
+    place_of: dict[str, str] = {}
+    for where, record in records:
+        record_id = getattr(record, id_field)
+        if record_id in place_of:
+            raise RecordError(
+                f"{where}: field '{id_field}' is {record_id!r}, as in {place_of[record_id]};"
+                " ids must be unique, drop or rename one of the two"
+            )
+        place_of[record_id] = where
+        yield record
