@@ -49,7 +49,7 @@ from tda.gradients.projection import Projection
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.run import corpus as corpora
-from tda.run import train
+from tda.run.run import Trained
 from tda.training import loop
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
@@ -80,7 +80,7 @@ class Run:
 
     config: object
     corpus: corpora.Corpus
-    trained: train.Trained
+    trained: Trained
     chosen: list[sites.Site]
     queries: np.ndarray
     passages: np.ndarray

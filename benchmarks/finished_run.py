@@ -12,10 +12,11 @@ from tda.retrieval import exact, scorer
 from tda.run import corpus as corpora
 from tda.run import encode
 from tda.run import train as training
+from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
 
 
-def load(config, directory: str) -> tuple[corpora.Corpus, training.Trained]:
+def load(config, directory: str) -> tuple[Corpus, Trained]:
     """The corpus and the trained model."""
     workdir = Workdir(directory)
     stamp = workdir / "stages" / "train.json"

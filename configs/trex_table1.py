@@ -27,7 +27,7 @@ METHODS = (
     "annotated,bm25,trak,exp1,exp2,exp3,exp4,exp5,trackstar,trackstar_raw,"
     "trackstar_leave_one_out,trackstar_disjoint,"
     # Others.
-    "grad_dot,tracin,less,less_linear,ekfac,ekfac_cos,logra,logra_cos,hidden_last,hidden_middle,"
+    "grad_dot,tracin,less,ekfac,ekfac_cos,logra,logra_cos,hidden_last,hidden_middle,"
     # Controls.
     "random,length,gradient_norm"
 )

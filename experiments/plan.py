@@ -25,8 +25,8 @@ from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, report, setting
 from tda.plan.setting import Setting
 from tda.run import train
-from tda.run.workdir import write_json
 from tda.runtime import sharding
+from tda.runtime.atomic_file import write_json
 
 HARDWARE = flags.DEFINE_string("hardware", None, "What it is to run on; measured here if absent.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of a chip's peak that --hardware is taken to reach.")

@@ -37,7 +37,6 @@ import filelock
 import jax
 from absl import flags
 
-from experiments import trace
 from experiments.launch import launch
 from tda import methods
 from tda.gradients import projection as projections
@@ -45,9 +44,12 @@ from tda.gradients import sites
 from tda.gradients.projection import Projection
 from tda.model import functional
 from tda.reports import plots
-from tda.run import corpus, evaluate, measures, retrieve, train
-from tda.run.workdir import Workdir, fingerprint, plain, write_json
+from tda.run import corpus, evaluate, measures, retrieve, stages, train
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import progress
+from tda.runtime.atomic_file import write_json
+from tda.runtime.fingerprint import fingerprint, plain
 from tda.sweep import digests, grid, report
 from tda.sweep.grid import Point
 
@@ -103,7 +105,7 @@ def _check(point: Point) -> None:
     """Tells before any point's work what is wrong with one."""
     try:
         # To load a sentence encoder is the point's own work.
-        trace.check(point.config, encoder=False)
+        stages.check(point.config, encoder=False)
     except ValueError as error:
         raise ValueError(f"point {point.name}: {error}") from error
 
@@ -275,7 +277,7 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         if is_finished(point, directory):
             return
         config = point.config
-        trace.check(config)
+        stages.check(config)
         # Before they are read: what changes meanwhile is another file afterwards.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
@@ -315,7 +317,7 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     yield
 
 
-def _about(config, data: corpus.Corpus, trained: train.Trained) -> dict:
+def _about(config, data: Corpus, trained: Trained) -> dict:
     """What a plot may have on its x axis, beside the swept keys."""
     g = config.gradients
     chosen = sites.find(trained.model, g.include or None, g.exclude or None, g.untapped)

@@ -9,11 +9,11 @@ Does all that `experiments.trace` does, with the methods of the config, and writ
 
 import importlib.util
 
-from experiments import spectra, trace
+from experiments import spectra
 from experiments.launch import launch
 from tda import methods
 from tda.reports import tables
-from tda.run import retrieve
+from tda.run import retrieve, stages
 from tda.run.workdir import Workdir
 from tda.runtime import processes
 
@@ -25,7 +25,7 @@ def main(config, workdir):
 
 def run(config, workdir: Workdir) -> dict:
     """All stages in order; returns the metrics by method."""
-    metrics, notes = trace.trace(config, workdir)
+    metrics, notes = stages.trace(config, workdir)
     told = {name: retrieve.told(note) for name, note in notes.items()}
     chosen = methods.parse(config.methods)
     paper = [n for n in methods.PAPER if n not in chosen]

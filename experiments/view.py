@@ -21,6 +21,7 @@ from absl import app, flags, logging
 
 from experiments.launch import WORKDIR
 from tda.live import finished_run
+from tda.run import remembered
 from tda.runtime import huge_pages, progress
 from tda.viewer import download
 from tda.viewer.collection import Collection
@@ -102,7 +103,7 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             f"left out, for they are not of the last evaluation: {', '.join(others)} in {workdir}/"
             "results; --results=FILE,FILE shows the files that it names"
         )
-    named = [n.strip() for n in finished_run.config_of(path)["methods"].split(",")]
+    named = [n.strip() for n in remembered.config_of(path)["methods"].split(",")]
     order = {name: i for i, name in enumerate(named)}
     shown = [p for p in files if p.stem in measured]
     return sorted(shown, key=lambda p: (order.get(p.stem, len(named)), p.stem))

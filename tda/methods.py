@@ -9,7 +9,7 @@ import dataclasses
 # What each field may be, with what it means where that is not said by its name.
 HESSIANS = ("none", "train", "mixed")
 CURVATURES = ("none", "ekfac", "logra")
-PASSAGES = ("plain", "unsure", "adam_step", "adam_step_linear")
+PASSAGES = ("plain", "unsure", "adam_step")
 RETRIEVERS = (
     "gradient",
     "bm25",
@@ -62,8 +62,7 @@ class Method:
             count alike.
         passages: what is done to a passage's gradient first: nothing ("plain"); a weight of
             1 − p, p its tokens' mean probability ("unsure", TRAK's Q); or the step that Adam makes
-            on it takes its place ("adam_step", LESS), or that step but for the passage's part in
-            the second moments ("adam_step_linear", which needs no gradients of its own).
+            on it takes its place ("adam_step", LESS).
         evaluation: what R_eval is made of for a query: "all" queries, all but this one
             ("leave_one_out"), or a half that it is not in ("disjoint"); empty: as the run says.
         layer: of "hidden": "last" or "middle".
@@ -92,7 +91,7 @@ class Method:
     @property
     def steps_by_adam(self) -> bool:
         """Whether the moments of Adam's state make its passages' gradients."""
-        return self.passages in ("adam_step", "adam_step_linear")
+        return self.passages == "adam_step"
 
     @property
     def query_gradients(self) -> Gradients:
@@ -173,13 +172,6 @@ METHODS = {
     "tracin": Method("TracIn", unit_norm=False, several=True, by_learning_rate=True),
     "less": Method(
         "LESS", corrected=True, several=True, by_learning_rate=True, passages="adam_step"
-    ),
-    "less_linear": Method(
-        "LESS, linear",
-        corrected=True,
-        several=True,
-        by_learning_rate=True,
-        passages="adam_step_linear",
     ),
     "ekfac": Method("EK-FAC influence", unit_norm=False, curvature="ekfac"),
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),

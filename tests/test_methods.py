@@ -36,8 +36,6 @@ def test_rows_that_share_gradients_share_a_store():
         assert all(METHODS[n].gradients == what and METHODS[n].shares_scan for n in names)
     # The last checkpoint's of TracIn and LESS are those too.
     assert METHODS["tracin"].gradients == Gradients() == METHODS["less"].query_gradients
-    assert METHODS["less_linear"].gradients == Gradients(corrected=True)
-    assert METHODS["less_linear"].query_gradients == Gradients()
     assert METHODS["less"].gradients == Gradients(adam_step=True)
     assert not METHODS["tracin"].shares_scan and not METHODS["trak"].shares_scan
 

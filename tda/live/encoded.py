@@ -7,26 +7,8 @@ from collections.abc import Callable, Sequence
 from tda import store as stores
 from tda.gradients.encoder import Encoder
 from tda.gradients.projection import Projection
+from tda.runtime.progress import Progress
 from tda.store import GradientStore
-
-Progress = Callable[[str, int, int], None]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
-
-
-def counted(on_progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    """Tells of work by what is added to it; told at once that it begins."""
-    done = 0
-
-    def add(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress(what, done, total)
-
-    on_progress(what, 0, total)
-    return add
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,22 +9,12 @@ from flax import nnx
 
 from tda.live import Hessian, Tracer, live_stores, opened
 from tda.live import others as live_others
-from tda.live.opened import config_of
 from tda.live.sums import Checkpoints
 from tda.methods import METHODS
 from tda.methods import parse as parse_methods
-from tda.run import remembered
-from tda.run.corpus import Corpus
-from tda.run.remembered import LiveError, Reread
-from tda.run.workdir import Workdir, write_json
+from tda.run.remembered import LiveError, Reread, config_of
 
-__all__ = ["LiveError", "LiveRun", "load", "open_workdir", "remember"]
-
-
-def remember(config, corpus: Corpus, workdir: Workdir) -> None:
-    """Writes a run's config into its workdir, and what is to be known of its corpus."""
-    remembered.keep(config, corpus, workdir)
-    write_json(workdir / opened.CONFIG, config.to_dict())
+__all__ = ["LiveError", "LiveRun", "load", "open_workdir"]
 
 
 def open_workdir(path) -> "LiveRun | None":

@@ -9,12 +9,13 @@ from tda.gradients import kronecker, sites
 from tda.gradients.moments import second_moments
 from tda.gradients.projection import Projection
 from tda.live import Encoded
-from tda.live.encoded import Progress
 from tda.live.opened import Opened
 from tda.methods import METHODS, Gradients
 from tda.run import curvature, encode, moments
 from tda.run.remembered import LiveError, Reread
-from tda.run.workdir import Workdir, plain
+from tda.run.workdir import Workdir
+from tda.runtime.fingerprint import plain
+from tda.runtime.progress import Progress
 from tda.store import GradientStore
 
 

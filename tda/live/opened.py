@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import defaults
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.live import finished_stores
@@ -17,14 +16,11 @@ from tda.model import functional, pretrained
 from tda.model.decoder import Decoder
 from tda.run import checkpoints, remembered, train
 from tda.run.remembered import LiveError, Remembered
-from tda.run.train import Trained
-from tda.run.workdir import fingerprint
+from tda.run.run import Trained
 from tda.runtime import sharding
+from tda.runtime.fingerprint import fingerprint
 from tda.store import GradientStore
 from tda.training import checkpoint
-
-# Written at the end of a run, so that questions are answered by its own settings.
-CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +44,6 @@ class Opened:
     remembered: Remembered | None
     corpus: list[GradientStore]
     queries: list[GradientStore]
-
-
-def config_of(path: pathlib.Path) -> dict:
-    """The run's config; a run of an older version left none, and had the defaults perhaps."""
-    config = defaults.get_config().to_dict()
-    if (path / CONFIG).exists():
-        there = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        config = {
-            k: v | there.get(k, {}) if isinstance(v, dict) else there.get(k, v)
-            for k, v in config.items()
-        }
-    return config
 
 
 def load(path: pathlib.Path, config: dict) -> Opened:

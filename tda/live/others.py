@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 
 from tda.data import batches
-from tda.live import Known, Question
-from tda.live.encoded import Progress
+from tda.live import Question
 from tda.live.opened import Opened
 from tda.live.retrievers import Control, Labels, Passages, Retriever, Vectors, random_scores
 from tda.methods import Method
 from tda.retrieval import dense
 from tda.run import vectors
-from tda.run.remembered import Reread
+from tda.run.remembered import Known, Reread
 from tda.run.workdir import Workdir
+from tda.runtime.progress import Progress
 
 
 def others(run: Opened, passages: Passages, text: str | None, reread: Reread) -> dict:

@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from tda.live.encoded import Encoded, Progress
-from tda.live.questions import Known, Question
+from tda.live.encoded import Encoded
+from tda.live.questions import Question
 from tda.methods import Gradients, Method
 from tda.retrieval import annotated, bm25, by_score, exact
 from tda.retrieval.ranked import Ranked
+from tda.run.remembered import Known
+from tda.runtime.progress import Progress
 from tda.store import Passage
 
 _TEXTS = 8192

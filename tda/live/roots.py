@@ -9,10 +9,11 @@ import pathlib
 import numpy as np
 
 from tda import hessian
-from tda.live.encoded import Encoded, Progress, counted
+from tda.live.encoded import Encoded
 from tda.methods import Gradients, Method
 from tda.retrieval.scorer import InMemory, Scorer
 from tda.runtime import atomic_file
+from tda.runtime.progress import Progress, counted
 from tda.store import GradientStore
 
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.

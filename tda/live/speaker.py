@@ -8,7 +8,7 @@ from flax import nnx
 
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
-from tda.live.encoded import Progress, silent
+from tda.runtime.progress import Progress, silent
 
 
 class Speaker:

@@ -4,17 +4,15 @@ import dataclasses
 
 import numpy as np
 
-from tda.gradients import sites
-from tda.gradients.moments import first_moments
-from tda.live import Encoded, Hessian, Known, Question, Tracer, live_stores, opened
-from tda.live.encoded import Progress, counted
+from tda.live import Encoded, Hessian, Question, Tracer, live_stores, opened
 from tda.live.opened import Opened
 from tda.methods import METHODS, Gradients, Method
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.run import checkpoints, vectors
 from tda.run.checkpoints import Part, Summed
-from tda.run.remembered import Reread
+from tda.run.remembered import Known, Reread
+from tda.runtime.progress import Progress, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Checkpoints:
     def __init__(self, run: Opened, reread: Reread, how: Hessian, known: Known | None):
         self._run, self._reread, self._how, self._known = run, reread, how, known
         self._opened: dict[int, _Then] = {}
-        self._momenta: dict[tuple[int, Gradients], tuple[np.ndarray, float]] = {}
 
     def lacks(self, method: Method) -> str | None:
         """Why a method cannot be asked; None where it can."""
@@ -80,7 +77,7 @@ class Checkpoints:
         parts = [self._part(self._at(s, on_progress), method, question, on_progress) for s in steps]
         total = trained.fingerprint["steps"]
         counts = checkpoints.weights_of(config, total, method, steps)
-        return checkpoints.combined(method, parts, steps, counts, self._run.remembered.lengths)
+        return checkpoints.combined(method, parts, steps, counts)
 
     def _at(self, step: int, on_progress: Progress) -> _Then:
         if step not in self._opened:
@@ -100,18 +97,13 @@ class Checkpoints:
         own = method.gradients
         e = then.encoded[own]
         q_1xE = then.tracer.gradient(question, method.query_gradients, on_progress)
-        roots, momentum, probabilities = [], None, None
+        roots, probabilities = [], None
         if method.hessian == "train":
             scorer = then.tracer.roots.scorer(method, question.number, own, on_progress)
             roots = scorer.roots
-        if method.passages == "adam_step_linear":
-            key = then.run.trained.step, own
-            if key not in self._momenta:
-                self._momenta[key] = _momentum(then.run, e, on_progress)
-            momentum = self._momenta[key]
         if method.passages == "unsure":
             probabilities = self._probabilities(then.run, on_progress)
-        return Part(e.store, q_1xE, roots, momentum, probabilities)
+        return Part(e.store, q_1xE, roots, probabilities)
 
     def _probabilities(self, run: Opened, on_progress: Progress) -> np.ndarray:
         there = run.remembered
@@ -122,11 +114,3 @@ class Checkpoints:
             on_progress("likelihood of the passages", 0, 0)
             return vectors.probabilities(run.config, corpus, run.trained, run.path)
         return vectors.mean_probabilities(kept, there.lengths)
-
-
-def _momentum(run: Opened, e: Encoded, on_progress: Progress) -> tuple[np.ndarray, float]:
-    """P·(m/√V), float32 [E], and b1."""
-    chosen = sites.find(run.trained.model, e.include, e.exclude, e.untapped)
-    scales = e.scales(on_progress)
-    root, step = run.trained.root, run.trained.step
-    return first_moments.projected(root, chosen, e.projection, scales, step), run.config.train.b1

@@ -14,8 +14,8 @@ from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
 from tda.gradients import encoder
 from tda.live import heat, retrievers
-from tda.live.encoded import Encoded, Progress, counted, silent
-from tda.live.questions import Known, Question
+from tda.live.encoded import Encoded
+from tda.live.questions import Question
 from tda.live.retrievers import Passages, Retriever
 from tda.live.roots import Hessian, Roots, factors
 from tda.live.speaker import Speaker
@@ -23,6 +23,8 @@ from tda.methods import Gradients, Method
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer
+from tda.run.remembered import Known
+from tda.runtime.progress import Progress, counted, silent
 
 # What a method may ask for beside correction, R, norm and retriever.
 _KNOWN_FIELDS = ("output", "curvature", "evaluation", "layer")

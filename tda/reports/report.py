@@ -2,11 +2,7 @@
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from tda.methods import METHODS
-from tda.retrieval.ranked import Ranked
-from tda.run.corpus import Corpus
 
 _MAIN = (
     ("mrr", "MRR"),
@@ -196,24 +192,3 @@ def _percent(x: float | None) -> str:
 
 def _nats(x: float | None) -> str:
     return "" if x is None else f"{x:+.4f}"
-
-
-def examples(config, corpus: Corpus, ranked: dict[str, Ranked], count: int = 3) -> str:
-    """A few queries with the top three proponents of each method in full text."""
-    chosen = np.random.default_rng(config.data.seed + 1).permutation(len(corpus.queries))[:count]
-    lines = []
-    for q in sorted(map(int, chosen)):
-        fact = corpus.queries[q]
-        correct = set(corpus.correct["all"][q].tolist())
-        lines.append(f"{fact.prompt(config.data.prompt)} → {fact.entity1}")
-        for name, found in ranked.items():
-            lines.append(f"  {name}")
-            for row, score in list(
-                zip(found.proponents[q], found.proponent_scores[q], strict=True)
-            )[:3]:
-                if row < 0:  # a method that found fewer
-                    continue
-                mark = "✓" if int(row) in correct else " "
-                lines.append(f"    {mark} {score:8.3f}  {corpus.text_of(int(row))}")
-        lines.append("")
-    return "\n".join(lines)

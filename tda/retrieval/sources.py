@@ -143,25 +143,3 @@ def normalised(x_RxE: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarr
     """A change for `Mapped`: every row at norm one; a zero row stays zero."""
     norm_R = np.linalg.norm(x_RxE, axis=1)
     return x_RxE / np.where(norm_R > 0, norm_R, 1)[:, None].astype(np.float32)
-
-
-def adam_steps(
-    lengths_C: np.ndarray, momentum_E: np.ndarray, b1: float
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A change for `Mapped`: of corrected gradients, the step that Adam would make, at norm one.
-
-    The direction of LESS (Xia et al. 2024, section 3): (b1 m + (1 − b1) ∇ℓ) / √V, projected, of
-    the mean loss ℓ of the passage's tokens. V is the checkpoint's: LESS adds (1 − b2)(∇ℓ)² to it,
-    which no projection of ∇ℓ can tell.
-
-    Args:
-        lengths_C: scored tokens of every passage; a store's gradients are of the sum over them.
-        momentum_E: P·(m/√V), float32 [E], m the optimizer's first moment.
-        b1: Adam's.
-    """
-
-    def change(x_RxE, numbers):
-        mean_RxE = x_RxE / np.maximum(lengths_C[numbers], 1)[:, None].astype(np.float32)
-        return normalised(np.float32(b1) * momentum_E + np.float32(1 - b1) * mean_RxE)
-
-    return change

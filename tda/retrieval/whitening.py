@@ -10,8 +10,8 @@ from tda import hessian
 from tda.methods import Method
 from tda.retrieval import scorer
 from tda.retrieval.scorer import Scorer
-from tda.run.workdir import fingerprint
 from tda.runtime import atomic_file, progress, sharding
+from tda.runtime.fingerprint import fingerprint
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.

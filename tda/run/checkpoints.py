@@ -11,8 +11,8 @@ from tda.retrieval import sources
 from tda.retrieval.scorer import Scorer, Source
 from tda.retrieval.whitening import Whitening, search_mesh
 from tda.run import encode, vectors
-from tda.run.corpus import Corpus
-from tda.run.train import Trained, total_steps
+from tda.run.run import Corpus, Trained
+from tda.run.train import total_steps
 from tda.run.workdir import Workdir
 from tda.runtime import processes
 from tda.training import checkpoint, optimizer
@@ -101,15 +101,12 @@ class Part:
         source: its gradients of the passages.
         queries_QxE: those of the queries.
         roots: R^(−1/2) by block; empty for the identity.
-        momentum: P·(m/√V) of the optimizer, and its b1; None unless passages step by
-            Adam in the linear way.
         probabilities: of passages, float64 [C]; None unless they count by them.
     """
 
     source: Source
     queries_QxE: np.ndarray
     roots: list[np.ndarray]
-    momentum: tuple[np.ndarray, float] | None = None
     probabilities: np.ndarray | None = None
 
 
@@ -146,21 +143,17 @@ def summed(
         else:
             source = encode.encode_passages(config, corpus, then, workdir, method.gradients)
             q_QxE = encode.encode_queries(config, corpus, then, workdir, method.query_gradients)
-        roots, momentum, probabilities = [], None, None
+        roots, probabilities = [], None
         if method.hessian == "train":
             roots = Whitening(config, source, q_QxE, search_mesh(trained)).train_roots()
-        if method.passages == "adam_step_linear":
-            momentum = encode.momentum(config, corpus, then, workdir, method.gradients)
         if method.passages == "unsure":
             probabilities = vectors.probabilities(config, corpus, then, workdir)
-        parts.append(Part(source, q_QxE, roots, momentum, probabilities))
+        parts.append(Part(source, q_QxE, roots, probabilities))
     counts = weights(config, corpus, method, steps)
-    return combined(method, parts, steps, counts, vectors.scored_tokens(corpus.passages))
+    return combined(method, parts, steps, counts)
 
 
-def combined(
-    method: Method, parts: list[Part], steps: list[int], counts: np.ndarray, lengths_C: np.ndarray
-) -> Summed:
+def combined(method: Method, parts: list[Part], steps: list[int], counts: np.ndarray) -> Summed:
     """The checkpoints of a method as one search.
 
     TRAK (Park et al. 2023, section 3): the mean over checkpoints of φ(q)ᵀ R⁻¹ φ(p), times the mean
@@ -171,16 +164,12 @@ def combined(
         method: the method.
         parts: of each checkpoint.
         steps, counts: which they are, and what each counts.
-        lengths_C: scored tokens of every passage.
     """
     rows, queries = [], []
     for part, count in zip(parts, counts, strict=True):
         source, q_QxE = part.source, part.queries_QxE
-        if part.momentum is not None:
-            source = sources.Mapped(source, sources.adam_steps(lengths_C, *part.momentum))
-        elif method.unit_norm:
-            source = sources.Mapped(source, sources.normalised)
         if method.unit_norm:
+            source = sources.Mapped(source, sources.normalised)
             q_QxE = sources.normalised(q_QxE)
         rows.append(source)
         queries.append(q_QxE * np.float32(count))

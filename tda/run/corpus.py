@@ -1,6 +1,5 @@
 """The corpus and the queries of a config, read, checked and tokenised."""
 
-import dataclasses
 import hashlib
 
 import numpy as np
@@ -12,46 +11,9 @@ from tda.data.tokenizer import Tokenizer
 from tda.facts import features, files, labels, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
+from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What a run is about.
-
-    Attributes:
-        sentences: the corpus's documents.
-        queries: the facts that are asked.
-        tokenizer: trained on the training text, or the pretrained model's.
-        passages: tokenised documents, long ones split.
-        training: what the model is trained on: the passages, or more than them.
-        prompts: tokenised queries.
-        correct: for "all" and "strict" labels, the correct passage rows of each query.
-        buckets: lengths that batches are padded to.
-        fingerprint: JSON values that tell this corpus and these queries from others.
-    """
-
-    sentences: list[Sentence]
-    queries: list[Fact]
-    tokenizer: Tokenizer | PretrainedTokenizer
-    passages: tokens.TokenTable
-    training: tokens.TokenTable
-    prompts: tokens.TokenTable
-    correct: dict[str, list[np.ndarray]]
-    buckets: tuple[int, ...]
-    fingerprint: dict
-
-    def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
-        """The text of a passage, or of a row of another table."""
-        table = self.passages if table is None else table
-        begin, end = table.starts[row], table.starts[row + 1]
-        return self.tokenizer.decode(table.tokens[begin:end]).strip()
-
-    def answers(self, query: int) -> list[str]:
-        """What counts as the query's target: the target itself first, and its aliases."""
-        fact = self.queries[query]
-        return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
 
 
 def load(config, workdir: Workdir) -> Corpus:

@@ -6,10 +6,10 @@ import numpy as np
 
 from tda.gradients import kronecker, sites, taps
 from tda.gradients.projection import Projection
-from tda.run.corpus import Corpus
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, fingerprint
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime.fingerprint import fingerprint
 
 # EK-FAC's Fisher matrix is of the model's own predictions; LoGra takes the data's labels.
 _LABELS = {"ekfac": "sampled", "logra": "data"}

@@ -14,15 +14,14 @@ from tda.encoding.table import OnTheFly
 from tda.gradients import adam_steps, kronecker, sites, together
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients.moments import first_moments
 from tda.gradients.projection import Projection
 from tda.methods import Gradients
 from tda.retrieval.scorer import Source
 from tda.run import curvature, moments
-from tda.run.corpus import Corpus
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, fingerprint, plain
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes
+from tda.runtime.fingerprint import fingerprint, plain
 
 # The dtype of a corpus that is encoded as it is searched.
 NO_STORE = "none"
@@ -202,19 +201,6 @@ def _encoder(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: G
     part = _part(config, corpus, trained, workdir, what, made)
     return encoders.build(
         trained.model, part.chosen, part.projection, part.ends, made["output"], trained.mesh
-    )
-
-
-def momentum(
-    config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients
-) -> tuple[np.ndarray, float]:
-    """P·(m/√V) of the optimizer's first moment m, float32 [E], and its b1."""
-    made = made_from(config, corpus, trained, what)
-    chosen, projection = _chosen(config, trained, what), projection_of(config, what)
-    scales = moments.scales(config, corpus, trained, workdir, chosen, made)
-    return (
-        first_moments.projected(trained.root, chosen, projection, scales, trained.step),
-        config.train.b1,
     )
 
 

@@ -9,11 +9,11 @@ from tda.evaluation import content, frequency, knowledge, ranking, sampling, sta
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
-from tda.run.corpus import Corpus
 from tda.run.measures import CONTROL
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, write_json
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes, progress
+from tda.runtime.atomic_file import write_json
 
 
 def sample(count: int, wanted: int, seed: int) -> np.ndarray:

@@ -14,10 +14,11 @@ import numpy as np
 from tda.data.tokens import TokenTable
 from tda.evaluation import sampling
 from tda.evaluation.tail_patch import tail_patch
-from tda.run.corpus import Corpus
 from tda.run.kept import Kept
-from tda.run.train import Trained, make_optimizer, restore_state
-from tda.run.workdir import Workdir, fingerprint, plain
+from tda.run.run import Corpus, Trained
+from tda.run.train import make_optimizer, restore_state
+from tda.run.workdir import Workdir
+from tda.runtime.fingerprint import fingerprint, plain
 from tda.training import optimizer
 
 # The passage row of a step with a zero gradient.

@@ -12,10 +12,10 @@ from tda.data import batches
 from tda.gradients import adam_steps, sites
 from tda.gradients.moments import estimate, kept_scales, second_moments
 from tda.gradients.moments.second_moments import Scale
-from tda.run.corpus import Corpus
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, fingerprint
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
+from tda.runtime.fingerprint import fingerprint
 from tda.training import checkpoint, loop
 
 

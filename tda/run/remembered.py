@@ -1,27 +1,61 @@
 """What a run keeps of its corpus for live questions, and the way back to all of it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tda.live import Known
-from tda.live.encoded import silent
+from configs import defaults
 from tda.run import corpus as corpora
 from tda.run import vectors
-from tda.run.corpus import Corpus
+from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import atomic_file
+from tda.runtime.atomic_file import write_json
+from tda.runtime.progress import silent
 from tda.store import Passage
 
+# Written at the end of a run, so that questions are answered by its own settings.
+CONFIG = "config.json"
 # What it is called in a workdir.
 FILE = "corpus.npz"
 
 
 class LiveError(ValueError):
     """A workdir cannot answer live questions, or not this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A run's own queries, and the passages that are correct for them.
+
+    Attributes:
+        ids: of the queries, in the run's order.
+        prompts, targets: their text.
+        correct: the correct passage rows of each, int64.
+    """
+
+    ids: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    correct: Sequence[np.ndarray] = ()
+
+    def number(self, prompt: str, target: str) -> int | None:
+        """Which of the queries a question is, the first of those alike; None where it is none."""
+        return self._numbers.get(_key(prompt, target))
+
+    @functools.cached_property
+    def _numbers(self) -> dict[tuple[str, str], int]:
+        keys = [_key(*pair) for pair in zip(self.prompts, self.targets, strict=True)]
+        return {key: q for q, key in reversed(list(enumerate(keys)))}
+
+
+def _key(prompt: str, target: str) -> tuple[str, str]:
+    # White space between them makes no other question: they are joined by one space.
+    return prompt.rstrip(), target.strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +73,25 @@ class Remembered:
     lengths: np.ndarray
 
 
-def keep(config, corpus: Corpus, workdir: Workdir) -> None:
-    """Writes what is to be known of a run's corpus into its workdir."""
+def remember(config, corpus: Corpus, workdir: Workdir) -> None:
+    """Writes a run's config into its workdir, and what live questions need of its corpus."""
+    _write_corpus(config, corpus, workdir)
+    write_json(workdir / CONFIG, config.to_dict())
+
+
+def config_of(path: pathlib.Path) -> dict:
+    """The run's config; a run of an older version left none, and had the defaults perhaps."""
+    config = defaults.get_config().to_dict()
+    if (path / CONFIG).exists():
+        there = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = {
+            k: v | there.get(k, {}) if isinstance(v, dict) else there.get(k, v)
+            for k, v in config.items()
+        }
+    return config
+
+
+def _write_corpus(config, corpus: Corpus, workdir: Workdir) -> None:
     facts, correct = corpus.queries, corpus.correct["all"]
     told = {
         "fingerprint": corpus.fingerprint,

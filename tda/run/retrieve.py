@@ -17,10 +17,11 @@ from tda.retrieval import annotated, bm25, by_score, dense, exact, ranked, white
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.whitening import Whitening, search_mesh
 from tda.run import checkpoints, encode, index, vectors
-from tda.run.corpus import Corpus
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, fingerprint, plain, write_json
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes, progress
+from tda.runtime.atomic_file import write_json
+from tda.runtime.fingerprint import fingerprint, plain
 
 
 def retrieve(

@@ -10,9 +10,10 @@ from flax import nnx
 from configs import defaults
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
-from tda.run.corpus import Corpus
-from tda.run.workdir import Workdir, write_json
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
+from tda.runtime.atomic_file import write_json
 from tda.training import checkpoint, loop, optimizer
 
 # Keys of `train` that only some optimizers have, and which.
@@ -24,27 +25,6 @@ _OPTIONS = {
 }
 # Keys of `train` that leave the trained model as it is.
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained model.
-
-    Attributes:
-        model: with the checkpoint's parameters.
-        root: the directory of its checkpoints.
-        step: the checkpoint.
-        tx: the optimizer that trained it.
-        mesh: the devices it is on: of several processes each has a whole copy where it fits.
-        fingerprint: tells this checkpoint from others.
-    """
-
-    model: nnx.Module
-    root: str
-    step: int
-    tx: optax.GradientTransformation
-    mesh: jax.sharding.Mesh
-    fingerprint: dict
 
 
 def build_model(config, vocab_size: int) -> Decoder:

@@ -9,10 +9,10 @@ from tda import store as stores
 from tda.data.tokens import TokenTable
 from tda.evaluation import likelihood
 from tda.retrieval import dense, hidden
-from tda.run.corpus import Corpus
-from tda.run.train import Trained
-from tda.run.workdir import Workdir, fingerprint, plain
+from tda.run.run import Corpus, Trained
+from tda.run.workdir import Workdir
 from tda.runtime import processes, progress, sharding
+from tda.runtime.fingerprint import fingerprint, plain
 
 # Rows that are computed together; what a kill may lose.
 _TOGETHER = 2048

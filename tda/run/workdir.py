@@ -3,13 +3,14 @@
 Of several processes the first reads and writes the stamps, and all hear what it read.
 """
 
-import hashlib
 import json
 import os
 import pathlib
 import time
 
-from tda.runtime import atomic_file, processes
+from tda.runtime import processes
+from tda.runtime.atomic_file import write_json
+from tda.runtime.fingerprint import plain
 
 
 class WorkdirError(ValueError):
@@ -112,20 +113,3 @@ class Workdir:
         stamp = self._stamp(stage)
         stamp.parent.mkdir(exist_ok=True)
         write_json(stamp, {"finished": finished, "made_from": made_from})
-
-
-def write_json(path, value) -> None:
-    """Writes JSON to `path`; the file appears whole or not at all."""
-    with atomic_file.written(path) as out:
-        json.dump(value, out, indent=1, ensure_ascii=False)
-        out.write("\n")
-
-
-def plain(value):
-    """A value as JSON gives it back, so that it compares equal to what was read."""
-    return json.loads(json.dumps(value))
-
-
-def fingerprint(value) -> str:
-    """A short hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

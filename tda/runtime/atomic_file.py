@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from typing import IO
@@ -25,3 +26,10 @@ def written(path, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
         raise
+
+
+def write_json(path, value) -> None:
+    """Writes JSON to `path`; the file appears whole or not at all."""
+    with written(path) as out:
+        json.dump(value, out, indent=1, ensure_ascii=False)
+        out.write("\n")

@@ -1,10 +1,31 @@
 """Progress of long work: done, rate and time left, on standard error."""
 
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from tda.runtime import processes
+
+# Told the name of the work, the amount that is done and the whole amount (0: not known).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+def counted(on_progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """Returns a function that reports work by the amount added; reports the start at once."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(what, done, total)
+
+    on_progress(what, 0, total)
+    return add
 
 
 def bar(total: int, what: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:

@@ -9,7 +9,7 @@ from tda import methods
 from tda.data import corpora, jsonl
 from tda.model import pretrained
 from tda.retrieval import dense
-from tda.run.workdir import fingerprint
+from tda.runtime.fingerprint import fingerprint
 
 
 def digests(config) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tda.run.workdir import fingerprint, plain
+from tda.runtime.fingerprint import fingerprint, plain
 
 # Keys that leave a training as it is. What else differs is another training.
 _AFTER_TRAINING = (

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import store as command
-from experiments import trace
 from tda import store as stores
 from tda.retrieval import ranked
 from tda.retrieval.scann import settings
-from tda.run import index
+from tda.run import index, stages
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -29,7 +28,7 @@ def config(tmp_path_factory):
 def run(config, tmp_path_factory):
     """A finished run: its workdir and metrics."""
     path = tmp_path_factory.mktemp("run")
-    return path, trace.run(config, Workdir(path))
+    return path, stages.trace(config, Workdir(path))[0]
 
 
 def flat(metrics):
@@ -80,7 +79,7 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     assert not os.path.exists(shard)
     assert command.info(store) == 0 and "missing     shards 3" in capsys.readouterr().out
     times = {n: os.stat(os.path.join(folder, n)).st_mtime_ns for n in os.listdir(folder)}
-    assert trace.run(config, Workdir(path)) == metrics
+    assert stages.trace(config, Workdir(path))[0] == metrics
     assert {n: open(os.path.join(folder, n), "rb").read() for n in whole} == whole
     for name, when in times.items():
         assert os.stat(os.path.join(folder, name)).st_mtime_ns == when
@@ -94,7 +93,7 @@ def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
     workdir = Workdir(tmp_path)
     os.symlink(path / "model", tmp_path / "model")
     os.symlink(path / "stages", tmp_path / "stages")
-    found = trace.run(other, workdir)
+    found = stages.trace(other, workdir)[0]
     assert not (tmp_path / "stores").exists()
     for name in metrics:
         assert flat(found[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
@@ -112,7 +111,7 @@ def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_pat
     path, metrics = run
     other = config.copy_and_resolve_references()
     other.search.index = "scann"
-    found = trace.run(other, Workdir(path))
+    found = stages.trace(other, Workdir(path))[0]
     for name in metrics:
         assert flat(found[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
     assert "are searched exactly, which is quick enough" in capsys.readouterr().out
@@ -129,7 +128,7 @@ def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys
     whole = dict(part_rows=rows, dims_per_block=2, reorder=rows, reorder_dtype="float32")
     other.search.scann.update(whole, training_rows=max(16, rows))
     # Every row is scored again by its encoding: what is found is what exact search finds.
-    found = trace.run(other, Workdir(path))
+    found = stages.trace(other, Workdir(path))[0]
     for name, m in metrics.items():
         assert found[name]["recall_at_10"] == pytest.approx(m["recall_at_10"])
         assert found[name]["mrr"] == pytest.approx(m["mrr"], rel=1e-5)
@@ -138,7 +137,7 @@ def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys
     assert table.count("proponents 1.000, opponents 1.000") == 2
     assert "ScaNN" not in capsys.readouterr().err
     # The index stands beside the exact rankings, which are found again.
-    again = trace.run(config, Workdir(path))
+    again = stages.trace(config, Workdir(path))[0]
     for name in metrics:
         assert flat(again[name]) == pytest.approx(flat(metrics[name]), nan_ok=True)
     assert "ScaNN" not in (path / "table.md").read_text()
@@ -172,7 +171,7 @@ def test_indices_that_cannot_be_are_refused_at_once(config, tmp_path, changes, m
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        trace.run(other, Workdir(tmp_path))
+        stages.trace(other, Workdir(tmp_path))
 
 
 def test_r_of_a_sample_is_another_ranking_of_its_own(config, run):
@@ -180,7 +179,7 @@ def test_r_of_a_sample_is_another_ranking_of_its_own(config, run):
     other = config.copy_and_resolve_references()
     other.hessian.sample = 5
     before = set((path / "retrieval").iterdir())
-    trace.run(other, Workdir(path))
+    stages.trace(other, Workdir(path))
     new = set((path / "retrieval").iterdir()) - before
     assert len([p for p in new if p.suffix == ".npz"]) >= 1
 
@@ -192,7 +191,7 @@ def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
     for store in corpora(path):
         assert command.withdraw(store, [gone], []) == 0
     assert "1 rows are withdrawn, 1 in all" in capsys.readouterr().out
-    trace.run(config, Workdir(path))
+    stages.trace(config, Workdir(path))
     for name in ("trackstar", "grad_cos"):
         after = [json.loads(x) for x in open(path / "results" / f"{name}.jsonl")]
         for r in after:

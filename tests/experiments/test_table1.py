@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from experiments import table1, trace
+from experiments import table1
 from tda import methods
 from tda.methods import METHODS
+from tda.run import stages
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -17,7 +18,7 @@ def test_writes_the_table_three_times(tmp_path, monkeypatch):
     figures = {"n_queries": 9, "n_tail_patch_queries": 0, "mrr": 0.5, "differences": {}}
     metrics = {n: figures | {"mrr": x} for n, x in (("trackstar", 0.5), ("random", 0.25))}
     notes = {"trackstar": {"lambda": 0.25, "component": 3, "evaluation": "all", "damping": 0.001}}
-    monkeypatch.setattr(trace, "trace", lambda config, workdir: (metrics, notes))
+    monkeypatch.setattr(stages, "trace", lambda config, workdir: (metrics, notes))
     config = make_config(tmp_path)
     config.methods = "trackstar,random"
     assert table1.run(config, Workdir(tmp_path / "w")) == metrics

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from configs import defaults
-from experiments import launch, trace
+from experiments import launch
 from tda import results
 from tda import store as stores
 from tda.data.jsonl import RecordError
 from tda.encoding import table
 from tda.methods import Gradients
 from tda.retrieval import annotated
-from tda.run import corpus, evaluate, measures, moments, retrieve, train
+from tda.run import corpus, evaluate, measures, moments, retrieve, stages, train
 from tda.run import encode as encoding_stage
+from tda.run.run import Trained
 from tda.run.workdir import Workdir, WorkdirError
 from tda.training import checkpoint, loop
 
@@ -82,7 +83,7 @@ def finished(tmp_path_factory):
     """A finished run: its config, its workdir and its metrics."""
     path = tmp_path_factory.mktemp("trace")
     config = make_config(path)
-    return config, path / "w", trace.run(config, Workdir(path / "w"))
+    return config, path / "w", stages.trace(config, Workdir(path / "w"))[0]
 
 
 def test_writes_what_it_promises(finished):
@@ -109,7 +110,7 @@ def test_limits_hold_in_every_stage(tmp_path):
     config = make_config(tmp_path)
     config.methods = "trackstar,grad_cos,bm25"
     config.data.n_sentences, config.data.n_queries, config.eval.queries = 7, 3, 2
-    metrics = trace.run(config, Workdir(tmp_path / "w"))
+    metrics = stages.trace(config, Workdir(tmp_path / "w"))[0]
     data = corpus.load(config, Workdir(tmp_path / "w"))
     kept = set(data.passages.ids)
     assert len(kept) == len(data.passages) == 7 and len(data.queries) == 3
@@ -345,7 +346,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
         (measures.sampling, "sample"),
     ):
         monkeypatch.setattr(module, name, fail)
-    assert trace.run(config, Workdir(path)) == metrics
+    assert stages.trace(config, Workdir(path))[0] == metrics
 
 
 def test_another_projection_goes_beside_the_old_one(finished, monkeypatch):
@@ -355,7 +356,7 @@ def test_another_projection_goes_beside_the_old_one(finished, monkeypatch):
     config.methods = "grad_cos"
     monkeypatch.setattr(loop, "fit", None)
     before = set(os.listdir(path / "stores"))
-    trace.run(config, Workdir(path))
+    stages.trace(config, Workdir(path))
     assert before < set(os.listdir(path / "stores"))
 
 
@@ -364,7 +365,7 @@ def test_another_model_size_in_the_same_workdir_is_refused(finished):
     config = config.copy_and_resolve_references()
     config.model.size = "small"
     with pytest.raises(WorkdirError, match="holds another run; its train differs in\n  model"):
-        trace.run(config, Workdir(path))
+        stages.trace(config, Workdir(path))
 
 
 def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, monkeypatch):
@@ -374,7 +375,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, mon
     trained = train.run(config, data, Workdir(path))
     _, params = train.functional.split(trained.model)
     checkpoint.save(tmp_path / "bare", trained.step, {"params": params}, {})
-    bare = train.Trained(
+    bare = Trained(
         trained.model, str(tmp_path / "bare"), trained.step, trained.tx, trained.mesh, {}
     )
     config.gradients.second_moments = "optimizer"
@@ -428,7 +429,7 @@ def broken(change):
 def test_bad_input_is_told_and_nothing_is_trained(tmp_path, change, error, message):
     config = make_config(tmp_path, *change(*records()))
     with pytest.raises(error, match=message):
-        trace.run(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "model" / "checkpoints").exists()
     assert not (tmp_path / "w" / "results").exists()
 
@@ -438,7 +439,7 @@ def test_a_torn_line_is_named(tmp_path):
     with open(config.data.sentences, "a") as out:
         out.write('{"sentence_id": "t", "te')
     with pytest.raises(ValueError, match="s.jsonl, line 13"):
-        trace.run(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
 
 
 def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
@@ -446,7 +447,7 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
     config.methods = "trackstar,exp9"
     config.data.sentences = "/nowhere"
     with pytest.raises(ValueError, match="unknown method 'exp9'"):
-        trace.run(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
 
 
 @pytest.mark.parametrize(
@@ -464,7 +465,7 @@ def test_what_the_config_alone_tells_is_told_before_anything_is_read(tmp_path, c
     config = make_config(tmp_path)
     config.update_from_flattened_dict({"data.sentences": "/nowhere"} | changes)
     with pytest.raises(ValueError, match=message):
-        trace.run(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
 
 
 @pytest.mark.parametrize(
@@ -499,7 +500,7 @@ def test_options_that_the_optimizer_has_not_are_refused(
     config.train.update(changes)
     monkeypatch.setattr(train, "_train", None)
     with pytest.raises(ValueError, match=f"train.{message}"):
-        trace.run(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "stages" / "train.json").exists()
 
 

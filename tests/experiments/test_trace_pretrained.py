@@ -7,11 +7,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import ask, trace
+from experiments import ask
 from tda import results
 from tda.live import finished_run
 from tda.model import functional, generation, pretrained
-from tda.run import corpus, train
+from tda.run import corpus, stages, train
 from tda.run.workdir import Workdir
 from tda.training import checkpoint
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
@@ -85,7 +85,7 @@ def test_the_whole_way(tmp_path, directory, epochs):
     names = ["trackstar", "exp5", "grad_cos", "bm25", "hidden_last"]
     config.methods = ",".join(names)
     config.eval.tail_patch_queries = 2 if epochs else 0
-    metrics = trace.run(config, Workdir(tmp_path / "w"))
+    metrics = stages.trace(config, Workdir(tmp_path / "w"))[0]
     assert metrics.keys() == set(names)
     assert all(0 < m["mrr"] <= 1 for m in metrics.values())
     lines = (tmp_path / "w" / "results" / "trackstar.jsonl").read_text().splitlines()

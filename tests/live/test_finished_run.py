@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from experiments import trace
 from tda import results
-from tda.live import finished_run, heat, opened
+from tda.live import finished_run, heat
 from tda.methods import METHODS
+from tda.run import remembered, stages
 from tda.run.workdir import Workdir
 from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
     config.methods = ",".join(NAMES)
     config.eval.tail_patch_queries = 0
     config.hessian.damping = 0.02
-    trace.run(config, Workdir(folder / "w"))
+    stages.trace(config, Workdir(folder / "w"))
     return folder / "w"
 
 
@@ -68,9 +68,9 @@ def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
 def test_the_settings_of_r_are_the_runs(workdir, run):
     """Guards: defaults taken in the place of the run's own config."""
     asked = of_batch(workdir, "trackstar")[0]
-    kept = json.loads((workdir / opened.CONFIG).read_text())
+    kept = json.loads((workdir / remembered.CONFIG).read_text())
     assert kept["hessian"]["damping"] == 0.02
-    other = opened.config_of(workdir)
+    other = remembered.config_of(workdir)
     other["hessian"]["damping"] = 1e-3
     tracer, _ = finished_run.load(workdir, other)
     chosen = {"trackstar": METHODS["trackstar"]}
@@ -187,7 +187,7 @@ def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory)
         os.symlink(workdir / name, folder / name)
     for seed in (0, 1, 0):
         config.projection.seed = seed
-        trace.run(config, Workdir(folder))
+        stages.trace(config, Workdir(folder))
         (asked, *_) = of_batch(folder, "grad_cos")
         question = asked["inputs_plaintext"], asked["targets_plaintext"]
         found = finished_run.open_workdir(folder).trace(silent, *question, ["grad_cos"], 10)

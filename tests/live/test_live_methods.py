@@ -10,12 +10,11 @@ import zlib
 import numpy as np
 import pytest
 
-from experiments import trace
 from tda import results
 from tda import store as stores
-from tda.live import finished_run, opened
+from tda.live import finished_run
 from tda.methods import METHODS
-from tda.run import train
+from tda.run import remembered, stages, train
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -66,7 +65,7 @@ def workdir(tmp_path_factory, one_device):
         patch.setitem(sys.modules, "sentence_transformers", library)
         # On one device: to compile for eight is most of the time.
         patch.setattr(train, "make_mesh", lambda config: one_device)
-        trace.run(config, Workdir(folder / "w"))
+        stages.trace(config, Workdir(folder / "w"))
         yield folder / "w"
 
 
@@ -136,7 +135,7 @@ def test_the_cutoff_is_the_configs(workdir, tmp_path):
     """Guards: a cutoff that is not passed on; where R is shrunk, no direction is below it."""
     names = ("model", "stages", "stores", "moments", "corpus.npz")
     folder = linked(workdir, tmp_path / "w", *names)
-    config, scores = opened.config_of(workdir), []
+    config, scores = remembered.config_of(workdir), []
     for config["hessian"]["damping"], config["hessian"]["cutoff"] in ((1e-3, 0.0), (1e-3, 0.5)):
         tracer, _ = finished_run.load(folder, config)
         found = tracer.trace(*asked(workdir), {"exp4": METHODS["exp4"]})["exp4"]
@@ -156,7 +155,7 @@ def test_another_question_is_scored_with_all_queries(run):
 
 def test_what_was_not_kept_is_made_once(workdir, tmp_path):
     """Vectors and second moments, of a run of an older version or without such methods."""
-    folder = linked(workdir, tmp_path / "w", "model", "stages", opened.CONFIG, "corpus.npz")
+    folder = linked(workdir, tmp_path / "w", "model", "stages", remembered.CONFIG, "corpus.npz")
     names = ["trackstar", "hidden_last", "dense"]
     for store in (workdir / "stores").iterdir():
         if not store.name.startswith(("hidden", "dense")):
@@ -178,7 +177,7 @@ def test_files_that_are_gone_are_told(workdir, tmp_path):
     files = ("model", "stages", "corpus.npz")
     folder = linked(workdir, tmp_path / "w", *files)
     (folder / "stores").mkdir()
-    config = opened.config_of(workdir)
+    config = remembered.config_of(workdir)
     config["data"]["sentences"] = str(tmp_path / "gone.jsonl")
     tracer, _ = finished_run.load(folder, config)
     hidden = {"hidden_last": METHODS["hidden_last"]}
@@ -207,7 +206,7 @@ def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
     with pytest.raises(ValueError, match="have no parts by position"):
         run.heat(silent, *asked(workdir), "ekfac", "s00")
     # A run of an older version knows neither its queries nor its labels.
-    old = linked(workdir, tmp_path / "w", "model", "stages", "stores", "moments", opened.CONFIG)
+    old = linked(workdir, tmp_path / "w", "model", "stages", "stores", "moments", remembered.CONFIG)
     told = {
         m["name"]: m["lacks"] for m in finished_run.open_workdir(old).describe(silent)["methods"]
     }
@@ -219,7 +218,7 @@ def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
 def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
     names = ["bm25", "hidden_last", "length", "random", "annotated"]
     folder = linked(workdir, tmp_path / "w", "model", "stages", "corpus.npz")
-    config = opened.config_of(workdir)
+    config = remembered.config_of(workdir)
     config["store"]["dtype"] = "none"
     tracer, _ = finished_run.load(folder, config)
     chosen = {n: METHODS[n] for n in names}

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from tda.live.questions import Known, Question
+from tda.live.questions import Question
 from tda.live.retrievers import Control, Labels, Vectors, Words, random_scores
 from tda.methods import METHODS
 from tda.retrieval import bm25, by_score
+from tda.run.remembered import Known
 from tda.store import Passage
 
 TEXTS = ["Oslo is the capital.", "It rains in Oslo.", "Rome fell.", "Oslo, Oslo, Oslo!"]

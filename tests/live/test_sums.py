@@ -2,16 +2,15 @@
 
 import pytest
 
-from experiments import trace
 from tda import store as stores
-from tda.live import finished_run, opened
-from tda.run import train
+from tda.live import finished_run
+from tda.run import remembered, stages, train
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 from tests.live.test_live_methods import asked, check, linked, of_batch, silent
 
 pytestmark = pytest.mark.slow
-NAMES = ["tracin", "less", "less_linear", "trak"]
+NAMES = ["tracin", "less", "trak"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def workdir(tmp_path_factory, one_device):
     with pytest.MonkeyPatch.context() as patch:
         # On one device: to compile for eight is most of the time.
         patch.setattr(train, "make_mesh", lambda config: one_device)
-        trace.run(config, Workdir(folder / "w"))
+        stages.trace(config, Workdir(folder / "w"))
         yield folder / "w"
 
 
@@ -43,7 +42,7 @@ def test_sums_over_checkpoints_are_those_of_the_run(workdir):
 
 
 def test_a_store_that_is_gone_is_told(workdir, tmp_path):
-    folder = linked(workdir, tmp_path / "w", "model", "stages", "corpus.npz", opened.CONFIG)
+    folder = linked(workdir, tmp_path / "w", "model", "stages", "corpus.npz", remembered.CONFIG)
     (folder / "stores").mkdir()
     kept = [p for p in (workdir / "stores").iterdir() if p.name.startswith(("corpus", "queries"))]
     steps = {stores.open_store(p).manifest["fingerprint"]["step"] for p in kept}

@@ -90,13 +90,3 @@ def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
 
 def test_a_zero_row_stays_zero():
     assert not sources.normalised(np.zeros((2, 4), np.float32)).any()
-
-
-def test_adams_step_is_of_the_mean_over_tokens():
-    """Guards: LESS with the gradient of a sum, which drowns the momentum for long passages."""
-    x, lengths = gradients(3), np.array([4, 2, 10])
-    m = np.arange(8, dtype=np.float32)
-    got = sources.adam_steps(lengths, m, 0.9)(x, np.array([0, 2, 1]))
-    for row, numbers in enumerate([0, 2, 1]):
-        step = 0.9 * m + 0.1 * x[row] / lengths[numbers]
-        np.testing.assert_allclose(got[row], step / np.linalg.norm(step), rtol=1e-5)

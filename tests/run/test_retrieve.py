@@ -20,7 +20,7 @@ NAMES = (
     "trackstar_all,trackstar_leave_one_out,trackstar_disjoint,exp2,grad_cos"
 )
 # Each needs encoders of its own, and these are to be compiled.
-MORE = "trak,less,less_linear,ekfac,logra"
+MORE = "trak,less,ekfac,logra"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
     config, data, trained, workdir, *_ = run
     config = config.copy_and_resolve_references()
     config.gradients.exclude = "mlp"  # other stores than the run's
-    config.methods = "exp2,exp3,trackstar,tracin,less_linear,gradient_norm,trak"
+    config.methods = "exp2,exp3,trackstar,tracin,gradient_norm,trak"
     told = []
     fill = encode.encoding.fill_together
 
@@ -169,32 +169,11 @@ def test_less_is_the_cosine_with_adams_steps(more):
         made = reference.project(chosen, made, Projection(**dict(config.projection)))
         expected = expected + count * unit(q) @ unit(np.asarray(made, np.float64)).T
     np.testing.assert_allclose(scores_of(ranked, "less"), expected, rtol=1e-3, atol=1e-4)
-    others = scores_of(ranked, "less_linear")
-    assert np.abs(others - expected).max() > 0.01
 
 
 def _mean_losses(model, batch):
     logits, weights = model(batch["tokens"]), batch["weights"]
     return losses.cross_entropy(logits, batch["targets"], weights) / weights.sum(axis=1)
-
-
-@pytest.mark.slow
-def test_linear_less_needs_no_gradients_of_its_own(more):
-    config, data, trained, workdir, ranked, notes = more
-    steps = notes["less_linear"]["checkpoints"]
-    counts = checkpoints.weights(config, data, METHODS["less_linear"], steps)
-    lengths = vectors.scored_tokens(data.passages)
-    assert lengths.min() > 1 and (lengths == data.passages.lengths - 1).all()
-    expected = 0.0
-    for step, count in zip(steps, counts, strict=True):
-        p, _ = rows(more, Gradients(corrected=True), step)
-        _, q = rows(more, Gradients(), step)
-        then = checkpoints.at_step(trained, step)
-        m, b1 = encode.momentum(config, data, then, workdir, Gradients(corrected=True))
-        assert b1 == 0.9 and np.abs(m).max() > 0
-        made = b1 * m + (1 - b1) * p / lengths[:, None]
-        expected = expected + count * unit(q) @ unit(made).T
-    np.testing.assert_allclose(scores_of(ranked, "less_linear"), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -356,9 +335,8 @@ def test_what_the_config_lacks_is_told(run, monkeypatch):
     with pytest.raises(ValueError, match="hessian.evaluation='some'"):
         retrieve.check(config, methods.parse("trackstar"))
     config.train.optimizer = "adafactor"
-    for name in ("less", "less_linear"):
-        with pytest.raises(ValueError, match="LESS.* steps by Adam.*train.optimizer=adafactor"):
-            retrieve.check(config, methods.parse(name))
+    with pytest.raises(ValueError, match="LESS steps by Adam.*train.optimizer=adafactor"):
+        retrieve.check(config, methods.parse("less"))
     retrieve.check(config, methods.parse("tracin"))
     config.several.checkpoints = 0
     with pytest.raises(ValueError, match="several.checkpoints=0"):

@@ -16,9 +16,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import defaults
-from experiments import sweep, trace
+from experiments import sweep
 from tda.encoding import table as encoding
-from tda.run import measures, retrieve
+from tda.run import measures, retrieve, stages
 from tda.run.workdir import Workdir
 from tda.sweep import digests, grid, report
 from tda.training import loop
@@ -86,7 +86,7 @@ def test_points_share_what_their_keys_leave_alone(swept):
 def test_a_point_is_what_a_trace_of_its_config_is(swept, tmp_path):
     found, path, _ = swept
     point = found.points[-1]
-    metrics = trace.run(point.config, Workdir(tmp_path / "alone"))
+    metrics = stages.trace(point.config, Workdir(tmp_path / "alone"))[0]
     there = json.loads((path / "points" / point.name / "metrics.json").read_text())
     assert there == metrics
     for name in ("trackstar", "grad_cos"):
