@@ -192,11 +192,14 @@ def _train(
         model,
         tx,
         corpus.training,
-        steps=steps,
-        directory=root,
-        pad=corpus.tokenizer.pad,
-        save_every=config.train.save_every,
-        keep=config.train.keep,
+        loop.TrainingSettings(
+            steps=steps,
+            pad=corpus.tokenizer.pad,
+            save_every=config.train.save_every,
+            keep=config.train.keep,
+            **layout,
+        ),
+        root,
         description={
             "optimizer": {
                 "name": config.train.optimizer,
@@ -209,7 +212,6 @@ def _train(
         },
         mesh=make_mesh(config),
         log_path=workdir / "train.jsonl",
-        **layout,
     )
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints through Orbax: save, restore, restore the parameters or the optimizer's state alone.
+"""Checkpoints through Orbax: the whole state, or its parameters or optimizer state alone.
 
 A checkpoint is a directory `ROOT/STEP` with one tree {"params", "opt_state", "step"} and, as custom
-metadata, a plain description of how it came about. It is written atomically by Orbax.
+metadata, a JSON description of its training. Orbax writes it atomically.
 """
 
 import os
@@ -17,41 +17,40 @@ from tda.runtime import processes
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is absent or is not what was asked for."""
+    """A checkpoint is absent, or lacks what the caller needs."""
 
 
 def _absolute(root) -> epath.Path:
-    """`root` as Orbax wants it: absolute, or with its scheme."""
+    """Returns `root` as Orbax requires it: an absolute path, or a URL."""
     return epath.Path(root) if "://" in os.fspath(root) else epath.Path(os.path.abspath(root))
 
 
 def steps(root) -> list[int]:
-    """Steps of the complete checkpoints under `root`, rising."""
+    """Returns the steps of the complete checkpoints under `root`, rising."""
     root = _absolute(root)
     if not root.exists():
         return []
-    found = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
-    # The metadata comes last; a directory without it is half written or half deleted.
-    return sorted(s for s in found if (root / str(s) / "_CHECKPOINT_METADATA").exists())
+    numbered = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
+    # Orbax writes the metadata last: a directory without it is half written or half deleted.
+    return sorted(s for s in numbered if (root / str(s) / "_CHECKPOINT_METADATA").exists())
 
 
 def latest_step(root) -> int | None:
-    """The last complete checkpoint's step under `root`, or None."""
-    there = steps(root)
-    return there[-1] if there else None
+    """Returns the step of the last complete checkpoint under `root`, or None."""
+    return max(steps(root), default=None)
 
 
 def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
     """Writes `state` as `ROOT/STEP` and removes all but the last `keep` checkpoints.
 
-    Of several processes each calls it, and writes what its devices hold.
+    With several processes, every process calls it and writes the shards on its devices.
 
     Args:
         root: the directory of all checkpoints.
         step: training step.
         state: a tree of arrays.
-        description: JSON values kept with the checkpoint.
-        keep: checkpoints kept; 0 keeps all.
+        description: JSON values saved with the checkpoint.
+        keep: number of checkpoints that stay; 0 keeps all.
     """
     root = _absolute(root)
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
@@ -68,30 +67,31 @@ def _locate(root, step: int | None) -> epath.Path:
     step = latest_step(root) if step is None else step
     path = _absolute(root) / str(step)
     if step is None or not path.exists():
-        there = ", ".join(map(str, steps(root))) or "none"
+        available = ", ".join(map(str, steps(root))) or "none"
         raise CheckpointError(
-            f"no checkpoint {step if step is not None else ''} under {root}; steps there: {there}"
+            f"no checkpoint {'' if step is None else f'{step} '}under {root}; "
+            f"available steps: {available}"
         )
     return path
 
 
 def describe(root, step: int | None = None) -> dict:
-    """The description that `save` was given. The last checkpoint's where `step` is None."""
+    """Returns the description saved with a checkpoint, by default the last."""
     return dict(ocp.metadata(_locate(root, step)).custom_metadata or {})
 
 
-def _load(path, wanted) -> Any:
+def _load(path, abstract_tree) -> Any:
     with warnings.catch_warnings():
-        # Sharding is taken from the file where the caller has stated none: that is meant.
+        # Where the caller states no sharding, the file's own sharding is intended.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
-        return ocp.load(path, wanted)
+        return ocp.load(path, abstract_tree)
 
 
 def restore(root, abstract_state: Any, step: int | None = None) -> Any:
-    """The whole state, in the structure, dtypes and shardings of `abstract_state`.
+    """Restores the whole state, with the structure, dtypes and shardings of `abstract_state`.
 
     Raises:
-        CheckpointError: no such checkpoint, or its parameters have other names or shapes.
+        CheckpointError: the checkpoint does not exist, or its parameters differ in name or shape.
     """
     path = _locate(root, step)
     _check_shapes(path, ocp.metadata(path).metadata["params"], abstract_state["params"])
@@ -99,73 +99,84 @@ def restore(root, abstract_state: Any, step: int | None = None) -> Any:
 
 
 def restore_parameters(root, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters alone, in the shardings of `abstract_params`.
+    """Restores the parameters alone, with the shardings of `abstract_params`.
 
     Raises:
-        CheckpointError: no such checkpoint, or its parameters have other names or shapes.
+        CheckpointError: the checkpoint does not exist, or its parameters differ in name or shape.
     """
     path = _locate(root, step)
-    there = ocp.metadata(path).metadata
-    _check_shapes(path, there["params"], abstract_params)
-    wanted = jax.tree.map(lambda _: ..., there) | {"params": abstract_params}
-    return _load(path, wanted)["params"]
+    saved = ocp.metadata(path).metadata
+    _check_shapes(path, saved["params"], abstract_params)
+    # `...` is Orbax's mark for a leaf that is not read.
+    abstract_tree = jax.tree.map(lambda _: ..., saved) | {"params": abstract_params}
+    return _load(path, abstract_tree)["params"]
 
 
 def has_optimizer(root, step: int | None = None) -> bool:
-    """Whether a checkpoint holds an optimizer's state. The last one where `step` is None."""
-    there = ocp.metadata(_locate(root, step)).metadata
-    return bool(jax.tree.leaves(there.get("opt_state")))
+    """Returns whether a checkpoint, by default the last, holds an optimizer's state."""
+    saved = ocp.metadata(_locate(root, step)).metadata
+    return bool(jax.tree.leaves(saved.get("opt_state")))
 
 
 def restore_optimizer(root, keep, step: int | None = None) -> Any:
-    """The optimizer's state as nested dicts and lists, loading only the leaves that `keep` names.
+    """Restores the optimizer's state as nested dicts and lists, reading only selected leaves.
 
     Args:
         root: the directory of all checkpoints.
-        keep: called with a leaf's path name under `opt_state` (such as `1/0/nu/head/kernel`);
-            leaves it rejects are `...` in the result and are never read.
-        step: None for the last.
+        keep: a predicate on a leaf's path name under `opt_state`, such as `1/0/nu/head/kernel`;
+            the leaves that it rejects are not read, and are `...` in the result.
+        step: the checkpoint; None for the last.
 
-    Leaves are on the devices that they were saved from, or, where these are not here, on one.
+    Returns:
+        The tree. Its leaves are on the devices that they were saved from or, where this machine
+        lacks those, on its first device.
 
     Raises:
-        CheckpointError: no such checkpoint, or it has no optimizer state.
+        CheckpointError: the checkpoint does not exist, or has no optimizer state.
     """
     path = _locate(root, step)
-    there = ocp.metadata(path).metadata
-    if not jax.tree.leaves(there.get("opt_state")):
+    saved = ocp.metadata(path).metadata
+    if not jax.tree.leaves(saved.get("opt_state")):
         raise CheckpointError(
-            f"{path} has no optimizer state (it holds {', '.join(sorted(there))}); "
+            f"{path} has no optimizer state (it holds {', '.join(sorted(saved))}); "
             "use correction='none', or a checkpoint saved with its optimizer's state"
         )
 
     def load(sharding=None):
         def choose(p, x):
-            chosen = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            return chosen if keep(path_name(p)) else ...
+            if not keep(path_name(p)):
+                return ...
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        wanted = jax.tree.map(lambda _: ..., there)
-        wanted["opt_state"] = jax.tree_util.tree_map_with_path(choose, there["opt_state"])
-        return _load(path, wanted)["opt_state"]
+        abstract_tree = jax.tree.map(lambda _: ..., saved)
+        abstract_tree["opt_state"] = jax.tree_util.tree_map_with_path(choose, saved["opt_state"])
+        return _load(path, abstract_tree)["opt_state"]
 
     try:
         return load()
     except ValueError as error:
         if "sharding" not in str(error) or jax.process_count() > 1:
             raise
-        # Saved on more devices than there are here: the first of these takes it.
+        # Saved on more devices than this machine has: put it on the first of them.
         return load(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
-def _check_shapes(path, found, wanted) -> None:
-    found = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(found)}
-    wanted = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
+def _check_shapes(path, saved_params, model_params) -> None:
+    """Checks that a checkpoint's parameters have the model's names and shapes.
+
+    Raises:
+        CheckpointError: they do not; the message names the first eight that differ.
+    """
+    saved, model = (
+        {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved_params, model_params)
+    )
     differing = [
-        f"{n}: {found.get(n, 'absent')} in the checkpoint, {wanted.get(n, 'absent')} in the model"
-        for n in sorted(found.keys() | wanted.keys())
-        if found.get(n) != wanted.get(n)
+        f"{n}: {saved.get(n, 'absent')} in the checkpoint, {model.get(n, 'absent')} in the model"
+        for n in sorted(saved.keys() | model.keys())
+        if saved.get(n) != model.get(n)
     ]
     if differing:
         more = f"\n  … and {len(differing) - 8} more" if len(differing) > 8 else ""
         listed = "\n  ".join(differing[:8])
-        raise CheckpointError(f"{path} is of another model:\n  {listed}{more}")
+        raise CheckpointError(f"{path} holds another model's parameters:\n  {listed}{more}")

@@ -1,5 +1,6 @@
-"""One train step, and the loop around it that can be killed at any moment."""
+"""A training step, and a training loop that resumes exactly after being killed at any moment."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -18,13 +19,20 @@ from tda.training import checkpoint
 
 
 def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
-    """Mean next-token cross-entropy in nats over the batch's scored tokens, a scalar."""
+    """Returns the mean next-token cross-entropy of the scored tokens in nats, a scalar."""
     nats = losses.total(merge(params), batch, losses.cross_entropy)
     return nats / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
 
 def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, batch: dict):
-    """One optimizer step: the new state {"params", "opt_state", "step"} and the loss before it."""
+    """Takes one optimizer step; returns the new state and the loss before the step.
+
+    Args:
+        merge: builds the model from its parameters.
+        tx: the optimizer.
+        state: {"params", "opt_state", "step"}.
+        batch: {"tokens", "targets", "weights"}, each [B, T].
+    """
     loss, gradient = jax.value_and_grad(lambda p: batch_loss(merge, p, batch))(state["params"])
     updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
@@ -32,19 +40,19 @@ def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, b
 
 
 def initial_state(model: nnx.Module, tx: optax.GradientTransformation, mesh):
-    """The model's structure and a fresh state laid out on `mesh`."""
+    """Returns the model's structure and a fresh training state laid out on `mesh`."""
     model_fn, params = functional.split(model)
-    # A copy: the train step gives its state's memory away, the model must keep its own.
+    # A copy: the compiled step donates its state's buffers, and the model must keep its arrays.
     params = functional.place(jax.tree.map(jnp.copy, params), model_fn.axes, mesh)
     state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
     return model_fn, jax.tree.map(jax.device_put, state, state_shardings(state, model_fn, mesh))
 
 
 def state_shardings(state: dict, model_fn: functional.Functional, mesh) -> dict:
-    """Shardings of a state: parameters by the axis rules, the optimizer's copies like them.
+    """Returns the shardings of a state: parameters by the axis rules, moments like parameters.
 
-    A leaf of the optimizer's state is a copy if its path ends in a parameter's path and its shape
-    is the parameter's; every other leaf is replicated.
+    A leaf of the optimizer's state is sharded like a parameter if its path ends in the parameter's
+    path and the shapes agree (as moments do); every other leaf is replicated.
     """
     abstract = functional.abstract(state["params"], model_fn.axes, mesh)
     by_path = functional.flat_parameters(abstract)
@@ -52,16 +60,16 @@ def state_shardings(state: dict, model_fn: functional.Functional, mesh) -> dict:
     def choose(path, x):
         parts = functional.path_name(path).split("/")
         for i in range(len(parts)):
-            like = by_path.get("/".join(parts[i:]))
-            if like is not None and like.shape == x.shape:
-                return like.sharding
+            parameter = by_path.get("/".join(parts[i:]))
+            if parameter is not None and parameter.shape == x.shape:
+                return parameter.sharding
         return sharding.named(mesh, (None,) * x.ndim)
 
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
 def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
-    """Shapes, dtypes and shardings of a state, as `tda.training.checkpoint.restore` takes them."""
+    """Returns a state's shapes, dtypes and shardings, for `tda.training.checkpoint.restore`."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
@@ -70,7 +78,7 @@ def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
 
 
 def epoch_plan(table: TokenTable, epoch: int, *, bucket_lengths, tokens_per_batch, multiple, seed):
-    """The batches of one epoch, a function of (seed, epoch) alone."""
+    """Plans the batches of one epoch, which depend on the table, the seed and the epoch alone."""
     return batching.plan(
         table.lengths - 1,
         bucket_lengths,
@@ -81,83 +89,87 @@ def epoch_plan(table: TokenTable, epoch: int, *, bucket_lengths, tokens_per_batc
 
 
 def hash_seed(*parts: int) -> int:
-    """A seed from several numbers."""
+    """Combines several numbers into one seed."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63)
     return seed
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The length of a training, its batches and its checkpoints."""
+
+    steps: int
+    """Optimizer steps in all."""
+    bucket_lengths: tuple[int, ...]
+    """Lengths in positions that batches are padded to, rising."""
+    tokens_per_batch: int
+    """Positions of a batch, at most."""
+    pad: int
+    """The padding token."""
+    seed: int = 0
+    """Seed of the order of batches."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Number of checkpoints that stay on disk; 0 for all."""
+
+
 def fit(
     model: nnx.Module,
     tx: optax.GradientTransformation,
     table: TokenTable,
-    *,
-    steps: int,
+    settings: TrainingSettings,
     directory,
-    bucket_lengths: tuple[int, ...],
-    tokens_per_batch: int,
-    pad: int,
-    seed: int = 0,
-    save_every: int = 500,
-    keep: int = 2,
+    *,
     description: dict | None = None,
     mesh=None,
     log_path=None,
 ) -> dict:
-    """Trains to step `steps`, from the last checkpoint under `directory` if there is one.
+    """Trains to step `settings.steps`, resuming from the last checkpoint under `directory`.
 
-    Killed at any moment and called again, it ends in the parameters of an uninterrupted run: the
-    data's position is the step, and batches are a function of (seed, step).
+    If the process is killed at any moment and `fit` is called again, the final parameters are those
+    of an uninterrupted run: the step says where in the data to resume, and batches depend on
+    (seed, step) alone.
 
     Args:
         model: the initialised model.
         tx: the optimizer.
-        table: the training sequences; an epoch passes each once.
-        steps: total steps.
-        directory: where checkpoints go; one is written every `save_every` steps and at the end.
-        bucket_lengths, tokens_per_batch, pad: see `tda.data.batches`.
-        seed: of the order of batches.
-        save_every: steps between checkpoints.
-        keep: checkpoints kept, 0 for all.
+        table: the training sequences; each is seen once per epoch.
+        settings: length, batches and checkpoints.
+        directory: where checkpoints are written.
         description: JSON values saved with each checkpoint.
-        mesh: devices; all of them along the data axis by default.
-        log_path: JSON lines {"step", "epoch", "loss", "tokens"} are appended here, by process 0.
+        mesh: the devices; by default all of them, along the data axis.
+        log_path: a file that process 0 appends JSON lines {"step", "epoch", "loss", "tokens"} to.
 
     Returns:
         The final state {"params", "opt_state", "step"}.
 
     Raises:
         ValueError: the table is empty.
-        tda.training.checkpoint.CheckpointError: a checkpoint under `directory` is of another model,
-            or of another order of batches (corpus, seed, batch size or number of devices).
+        FloatingPointError: the loss at a checkpoint is not finite; the checkpoint is not written.
+        tda.training.checkpoint.CheckpointError: a checkpoint under `directory` belongs to another
+            model, or was made with other batches (corpus, seed, batch size or number of devices).
     """
     if not len(table):
         raise ValueError("the training corpus has no passages")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    multiple = sharding.batch_devices(mesh)
-    layout = dict(
-        bucket_lengths=bucket_lengths,
-        tokens_per_batch=tokens_per_batch,
-        multiple=multiple,
-        seed=seed,
-    )
-    per_epoch = len(epoch_plan(table, 0, **layout))
+    layout = {
+        "bucket_lengths": settings.bucket_lengths,
+        "tokens_per_batch": settings.tokens_per_batch,
+        "multiple": sharding.batch_devices(mesh),
+        "seed": settings.seed,
+    }
+    steps, per_epoch = settings.steps, len(epoch_plan(table, 0, **layout))
     tokens_per_epoch = int(table.scored.sum())
     model_fn, state = initial_state(model, tx, mesh)
-    batches_of = {
-        "sequences": len(table),
-        "tokens": int(len(table.tokens)),
-        "bucket_lengths": list(bucket_lengths),
-        "tokens_per_batch": tokens_per_batch,
-        "multiple": multiple,
-        "seed": seed,
-    }
-    description = dict(description or {}) | {"batches": batches_of}
+    batch_identity = {"sequences": len(table), "tokens": int(len(table.tokens))} | layout
+    batch_identity["bucket_lengths"] = list(settings.bucket_lengths)
+    description = dict(description or {}) | {"batches": batch_identity}
     last = processes.by_first("look for checkpoints", lambda: checkpoint.latest_step(directory))
     if last is not None:
-        there = checkpoint.describe(directory, last).get("batches")
-        _check_same_batches(there, batches_of, directory)
+        _check_same_batches(checkpoint.describe(directory, last), batch_identity, directory)
         state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh), last)
     step_fn = jax.jit(
         lambda state, batch: train_step(model_fn.merge, tx, state, batch), donate_argnums=0
@@ -166,72 +178,79 @@ def fit(
     log_path = log_path if processes.is_first() else None
     _trim_log(log_path, first)
     log = open(log_path, "a", encoding="utf-8") if log_path else None
-    seen = round(tokens_per_epoch * first / per_epoch)
+    total_tokens, seen_tokens = (round(tokens_per_epoch * n / per_epoch) for n in (steps, first))
     with (
         jax.set_mesh(mesh),
-        progress.bar(
-            round(tokens_per_epoch * steps / per_epoch), "train", "token", seen
-        ) as progress_bar,
+        progress.bar(total_tokens, "train", "token", seen_tokens) as progress_bar,
     ):
-        for step, epoch, batch in _stream(table, first, steps, per_epoch, pad, layout):
+        for step, epoch, batch in _stream(table, first, steps, per_epoch, settings.pad, layout):
             state, loss = step_fn(state, sharding.put_batch(mesh, batch.arrays()))
             tokens = int(batch.weights.sum())
             progress_bar.update(tokens)
+            # Reading the loss waits for the device, so it is read at every tenth step only.
             if log and (step % 10 == 0 or step + 1 == steps):
                 record = {"step": step, "epoch": epoch, "loss": float(loss), "tokens": tokens}
                 progress_bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
                 log.write(json.dumps(record) + "\n")
-            if (step + 1) % save_every == 0 or step + 1 == steps:
+            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+                # The log goes first: a resumed run drops lines beyond its checkpoint, but cannot
+                # add lines that the kill lost.
                 if log:
                     log.flush()
                 if not jnp.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss at step {step} is {float(loss)}; lower the learning rate"
                     )
-                checkpoint.save(directory, step + 1, state, description, keep)
+                checkpoint.save(directory, step + 1, state, description, settings.keep)
     if log:
         log.close()
     return state
 
 
-def _check_same_batches(there: dict | None, wanted: dict, directory) -> None:
-    """A checkpoint of other batches cannot be gone on from: its step would mean another place."""
+def _check_same_batches(description: dict, current: dict, directory) -> None:
+    """Checks that a checkpoint was made with the current batches, so that its step is theirs too.
+
+    Raises:
+        CheckpointError: it was not; the message names what differs.
+    """
+    saved = description.get("batches")
     differing = [
-        f"{k}: {there.get(k)} there, {wanted[k]} now"
-        for k in wanted
-        if there and there.get(k) != wanted[k]
+        f"{k}: {saved.get(k)} in the checkpoint, {current[k]} now"
+        for k in current
+        if saved and saved.get(k) != current[k]
     ]
     if differing:
         raise checkpoint.CheckpointError(
-            f"the checkpoint under {directory} was trained on other batches ("
+            f"the checkpoint under {directory} was made with other batches ("
             + "; ".join(differing)
-            + "); go on as it began, or train in another directory"
+            + "); restore those settings, or train in another directory"
         )
 
 
 def _stream(table, first, steps, per_epoch, pad, layout):
+    """Yields (step, epoch, batch) from step `first` on."""
     step = first
     while step < steps:
-        epoch_of, offset = divmod(step, per_epoch)
-        plan = epoch_plan(table, epoch_of, **layout)
+        epoch, offset = divmod(step, per_epoch)
+        plan = epoch_plan(table, epoch, **layout)
         for batch in batching.batches(table, plan, pad, offset):
             if step == steps:
                 return
-            yield step, epoch_of, batch
+            yield step, epoch, batch
             step += 1
 
 
 def _trim_log(path, step: int) -> None:
-    """Drops log lines past the step that a resumed run goes on from (and a torn last line)."""
+    """Drops the log lines at or past `step`, where a resumed run starts, and a torn last line."""
     if not path or not os.path.exists(path):
         return
-    kept = []
+    earlier = []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             try:
                 if json.loads(line)["step"] < step:
-                    kept.append(line)
+                    earlier.append(line)
             except json.JSONDecodeError:
-                break  # torn by the kill; everything after it is later still
+                break  # A kill cut this line off; nothing valid follows it.
     with atomic_file.written(path) as out:
-        out.writelines(kept)
+        out.writelines(earlier)

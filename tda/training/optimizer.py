@@ -1,4 +1,4 @@
-"""Optimizers by name, and a record of the constants that attribution needs to know afterwards."""
+"""Optimizers and learning-rate schedules by name."""
 
 import optax
 
@@ -6,22 +6,29 @@ _SCHEDULES = ("constant", "cosine", "linear")
 
 
 def schedule(name: str, peak: float, steps: int, warmup: int, final: float):
-    """Learning rate by step: `warmup` steps from 0 to `peak`, then `name` down to `final` × peak.
+    """Returns the learning rate by step: a linear warm-up to `peak`, then the named schedule.
+
+    Args:
+        name: "constant", "cosine" or "linear".
+        peak: the learning rate after the warm-up.
+        steps: steps of the whole training.
+        warmup: steps of the warm-up, from 0.
+        final: the last learning rate as a share of `peak`.
 
     Raises:
-        ValueError: unknown name, or more warm-up than steps.
+        ValueError: the name is unknown, or the warm-up is longer than the training.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; use {', '.join(_SCHEDULES)}")
     if warmup > steps:
         raise ValueError(f"warmup={warmup} exceeds steps={steps}")
-    rest = max(1, steps - warmup)
-    after = {
+    decay_steps = max(1, steps - warmup)
+    main = {
         "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
-        "linear": lambda: optax.linear_schedule(peak, final * peak, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=final),
+        "linear": lambda: optax.linear_schedule(peak, final * peak, decay_steps),
     }[name]()
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), main], [warmup])
 
 
 def make_optimizer(
@@ -33,17 +40,17 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Adam(W) or Adafactor behind clipping by global norm.
+    """Returns Adam, AdamW or Adafactor, after clipping by global norm.
 
     Args:
         name: "adam", "adamw" or "adafactor".
         learning_rate: a number or a schedule.
-        b1, b2, eps: Adam's constants; Adafactor has none of them (its decay rises with the step).
-        weight_decay: decoupled, of "adamw" alone.
-        clip: global norm that gradients are clipped to; None or 0 for none.
+        b1, b2, eps: Adam's constants; unused by Adafactor, whose decay rate rises with the step.
+        weight_decay: decoupled weight decay, used by "adamw" alone.
+        clip: largest global norm of the gradient; None or 0 for no clipping.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     if name == "adam":
         core = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read back, what is left unread, and clear refusals."""
+"""Checkpoints: what is restored, which leaves are never read, and which errors are raised."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def assert_same(got, expected):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A state of twelve layers in a list, and where it is saved as step 3."""
+    """A state with twelve layers, and the directory where it is saved as step 3."""
     root = tmp_path_factory.mktemp("saved")
     state = state_of(parameters(layers=12))
     checkpoint.save(root, 3, state, {"optimizer": {"b2": 0.99}, "seed": 5})
@@ -89,10 +89,10 @@ def test_the_description_comes_back(saved):
 def test_only_what_keep_names_of_the_optimizer_is_loaded(saved):
     """Guards: reading the whole checkpoint for its second moments."""
     state, root = saved
-    asked = []
+    names = []
 
     def keep(name):
-        asked.append(name)
+        names.append(name)
         return name.endswith("count") or "/nu/layers/11/" in name
 
     got = functional.flat_parameters(checkpoint.restore_optimizer(root, keep))
@@ -102,9 +102,9 @@ def test_only_what_keep_names_of_the_optimizer_is_loaded(saved):
         loaded["1/0/nu/layers/11/kernel"], state["opt_state"][1][0].nu["layers"][11]["kernel"]
     )
     assert int(loaded["1/0/count"]) == 1
-    # All of the optimizer's state was asked about, and nothing but it.
-    assert {"1/0/mu/layers/2/kernel", "1/0/nu/embedding/embedding"} < set(asked)
-    assert not any("params" in n for n in asked)
+    # The predicate saw every leaf of the optimizer's state, and nothing else.
+    assert {"1/0/mu/layers/2/kernel", "1/0/nu/embedding/embedding"} < set(names)
+    assert not any("params" in n for n in names)
     assert got["1/0/mu/layers/2/kernel"] is ...
 
 
@@ -120,14 +120,14 @@ def test_a_checkpoint_without_optimizer_state(tmp_path):
 
 def test_missing_checkpoints_are_named(saved, tmp_path):
     _, root = saved
-    with pytest.raises(CheckpointError, match="no checkpoint 4 under .*; steps there: 3"):
+    with pytest.raises(CheckpointError, match="no checkpoint 4 under .*; available steps: 3"):
         checkpoint.describe(root, 4)
     for call in (
         lambda: checkpoint.describe(tmp_path / "absent"),
         lambda: checkpoint.restore_parameters(tmp_path / "absent", {}),
         lambda: checkpoint.restore_optimizer(tmp_path / "absent", lambda name: True),
     ):
-        with pytest.raises(CheckpointError, match="no checkpoint .*steps there: none"):
+        with pytest.raises(CheckpointError, match="no checkpoint .*available steps: none"):
             call()
 
 
@@ -137,16 +137,16 @@ def test_another_models_parameters_are_refused_by_name(saved, restore):
     state, root = saved
     fewer = abstract(state_of(parameters(layers=11)))
     wider = abstract(state_of(parameters(width=5, layers=12)))
-    for wanted, message in (
+    for other, message in (
         (fewer, r"layers/11/kernel: \(4, 3\) in the checkpoint, absent in the model"),
         (wider, r"embedding/embedding: \(6, 4\) in the checkpoint, \(6, 5\) in the model"),
         (wider, r"and 5 more"),
     ):
         with pytest.raises(CheckpointError, match=message):
             if restore == "state":
-                checkpoint.restore(root, wanted)
+                checkpoint.restore(root, other)
             else:
-                checkpoint.restore_parameters(root, wanted["params"])
+                checkpoint.restore_parameters(root, other["params"])
 
 
 def test_old_checkpoints_are_removed_and_the_last_is_found(tmp_path):
@@ -168,7 +168,7 @@ def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(tmp_path):
     checkpoint.save(tmp_path, 4, {"params": {"w": jnp.ones(2)}}, {})
     (tmp_path / "8.orbax-checkpoint-tmp-123").mkdir()
     assert checkpoint.latest_step(tmp_path) == 4
-    # It is not in the way either.
+    # Nor does it block the next attempt to save that step.
     checkpoint.save(tmp_path, 8, {"params": {"w": jnp.zeros(2)}}, {})
     assert checkpoint.latest_step(tmp_path) == 8
 
@@ -189,15 +189,15 @@ def test_a_relative_path_is_taken_from_the_working_directory(tmp_path, monkeypat
 
 ONE_DEVICE = """
 import sys, jax, numpy as np
-from tda import checkpoint
+from tda.training import checkpoint
 assert jax.device_count() == 1
-found = checkpoint.restore_optimizer(sys.argv[1], lambda name: "nu" in name)
-print(float(np.asarray(found["nu"]["w"]).sum()))
+state = checkpoint.restore_optimizer(sys.argv[1], lambda name: "nu" in name)
+print(float(np.asarray(state["nu"]["w"]).sum()))
 """
 
 
 def test_an_optimizers_state_of_eight_devices_is_read_on_one(tmp_path):
-    """Guards: a run that was trained on more devices than the machine has that looks at it."""
+    """Guards: a checkpoint from more devices than the reading machine has."""
     mesh = sharding.make_mesh()
     split = sharding.named(mesh, ("batch",), (16,))
     nu = jax.device_put(jnp.arange(16.0), split)

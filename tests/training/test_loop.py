@@ -1,5 +1,6 @@
 """Training: it learns, and a killed run ends where an uninterrupted one does."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,9 +19,10 @@ from tda.model import functional
 from tda.runtime import sharding
 from tda.training import checkpoint, loop
 from tda.training.checkpoint import CheckpointError
+from tda.training.loop import TrainingSettings
 from tda.training.optimizer import make_optimizer, schedule
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 
 
@@ -37,19 +39,18 @@ def optimizer():
     return make_optimizer("adamw", schedule("cosine", 2e-2, STEPS, 4, 0.1), weight_decay=1e-3)
 
 
-def fit(model, directory, log_path=None, **changes):
-    arguments = dict(
-        steps=STEPS,
-        directory=directory,
-        bucket_lengths=(4, 8),
-        tokens_per_batch=32,
-        pad=0,
-        seed=3,
-        save_every=7,
+def fit(model, directory, log_path=None, mesh=None, description=None, **changes):
+    settings = TrainingSettings(STEPS, (4, 8), tokens_per_batch=32, pad=0, seed=3, save_every=7)
+    return loop.fit(
+        model,
+        optimizer(),
+        table_of(),
+        dataclasses.replace(settings, **changes),
+        directory,
+        description=description,
+        mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
         log_path=log_path,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
     )
-    return loop.fit(model, optimizer(), table_of(), **(arguments | changes))
 
 
 def steps_in(log_path):
@@ -88,12 +89,8 @@ def test_a_small_corpus_is_memorised(decoder, tmp_path):
         decoder(),
         tx,
         table_of(6),
-        steps=120,
-        directory=tmp_path,
-        bucket_lengths=(8,),
-        tokens_per_batch=48,
-        pad=0,
-        save_every=1000,
+        TrainingSettings(120, (8,), tokens_per_batch=48, pad=0, save_every=1000),
+        tmp_path,
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
     )
     fn, _ = functional.split(decoder())
@@ -137,32 +134,34 @@ def test_a_step_is_the_optimizers_and_carries_its_state(decoder, random_batch):
     np.testing.assert_allclose(loss, loop.batch_loss(fn.merge, params, batch), rtol=1e-5)
     g1, g2 = gradient(params), gradient(first["params"])
     expected = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b + 0.5 * a), params, g1, g2)
-    for got, wanted in zip(
+    for got, expected_leaf in zip(
         jax.tree.leaves(second["params"]), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got, expected_leaf, rtol=1e-4, atol=1e-6)
 
 
 KILLED_RUN = """
 import os, signal, sys
 import tests.conftest as shared
-from tda.data import batches
-from tests import test_train
+from tda.runtime import sharding
+from tests.training import test_loop
 
-materialise, made = batches.materialise, []
+put_batch, steps = sharding.put_batch, []
 
-def dying(*args):
-    made.append(1)
-    if len(made) == 20:  # in the middle of the run, some steps after the checkpoint of step 14
+def killing_put_batch(*args):
+    steps.append(1)
+    if len(steps) == 20:  # some steps after the checkpoint of step 14
         os.kill(os.getpid(), signal.SIGKILL)
-    return materialise(*args)
+    return put_batch(*args)
 
-batches.materialise = dying
-test_train.fit(shared.make_decoder(), sys.argv[1], sys.argv[2])
+sharding.put_batch = killing_put_batch
+test_loop.fit(shared.make_decoder(), sys.argv[1], sys.argv[2])
 """
 
 
-def test_a_killed_run_ends_where_an_uninterrupted_one_does(decoder, uninterrupted, tmp_path):
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(
+    decoder, uninterrupted, tmp_path, monkeypatch
+):
     """Guards: a killed run that starts from nothing; a resume with its meaning inverted."""
     directory, log_path = tmp_path / "run", tmp_path / "log.jsonl"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -175,30 +174,26 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(decoder, uninterrupte
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.latest_step(directory) == 14
-    # The data must go on in the middle of an epoch, not at the start of one.
+    # The checkpoint lies in the middle of an epoch, so the resumed run must skip batches.
     layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
     assert 14 % len(loop.epoch_plan(table_of(), 0, **layout)) != 0
-    # The log may have got further than the checkpoint, and end in half a line.
+    # The log may be ahead of the checkpoint, and end in half a line.
     with open(log_path, "a", encoding="utf-8") as log:
         log.write('{"step": 20, "epoch": 4, "loss": 1.0, "tokens": 9}\n{"step": 2')
 
-    passes = []
-    step_data = loop.batching.materialise
+    put_batch, steps = sharding.put_batch, []
 
-    def counting(*args):
-        passes.append(1)
-        return step_data(*args)
+    def counting_put_batch(*args):
+        steps.append(1)
+        return put_batch(*args)
 
-    loop.batching.materialise = counting
-    try:
-        resumed = fit(decoder(), directory, log_path)
-    finally:
-        loop.batching.materialise = step_data
-    expected, other = uninterrupted
+    monkeypatch.setattr(sharding, "put_batch", counting_put_batch)
+    resumed = fit(decoder(), directory, log_path)
+    expected, uninterrupted_directory = uninterrupted
     assert_same(resumed, expected)
-    assert len(passes) == STEPS - 14
+    assert len(steps) == STEPS - 14
     assert steps_in(log_path) == [0, 10, 20, 23]
-    assert log_path.read_text() == (other / "log.jsonl").read_text()
+    assert log_path.read_text() == (uninterrupted_directory / "log.jsonl").read_text()
 
 
 def test_a_finished_run_is_left_as_it_is(decoder, uninterrupted):
@@ -217,7 +212,7 @@ def test_checkpoints_are_kept_with_their_description(decoder, uninterrupted, tmp
 
 
 def test_the_model_that_is_handed_in_stays_usable(decoder, uninterrupted):
-    """The train step gives its state's memory away; the caller's arrays are not it."""
+    """The compiled step donates its state, which must not be the caller's arrays."""
     model = decoder()
     _, params = functional.split(model)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
@@ -247,11 +242,8 @@ def test_an_empty_corpus_is_refused(decoder, tmp_path):
             decoder(),
             optimizer(),
             nothing,
-            steps=1,
-            directory=tmp_path / "run",
-            bucket_lengths=(8,),
-            tokens_per_batch=32,
-            pad=0,
+            TrainingSettings(1, (8,), tokens_per_batch=32, pad=0),
+            tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
 
@@ -264,18 +256,15 @@ def test_a_checkpoint_of_another_size_is_refused(decoder, uninterrupted):
         fit(decoder(ff_width=32), directory / "run")
 
 
-def test_a_loss_that_is_not_finite_is_no_checkpoint(decoder, tmp_path):
+def test_a_loss_that_is_not_finite_is_not_saved(decoder, tmp_path):
     tx = optax.sgd(1e30)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         loop.fit(
             decoder(),
             tx,
             table_of(),
-            steps=8,
-            directory=tmp_path / "run",
-            bucket_lengths=(8,),
-            tokens_per_batch=32,
-            pad=0,
+            TrainingSettings(8, (8,), tokens_per_batch=32, pad=0),
+            tmp_path / "run",
             mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         )
     assert checkpoint.latest_step(tmp_path / "run") is None
@@ -288,8 +277,10 @@ def test_training_on_eight_devices(decoder, tmp_path):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
 
 
-def test_a_run_of_other_batches_is_not_gone_on_from(decoder, tmp_path):
+def test_training_does_not_resume_with_other_batches(decoder, tmp_path):
     """Guards: a resumed run whose step means another place in the data."""
     fit(decoder(), tmp_path, steps=1, save_every=1)
-    with pytest.raises(checkpoint.CheckpointError, match=r"other batches \(seed: 3 there, 4 now\)"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"other batches \(seed: 3 in the checkpoint, 4"
+    ):
         fit(decoder(), tmp_path, steps=2, seed=4)
