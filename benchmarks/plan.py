@@ -19,6 +19,7 @@ from absl import flags
 from benchmarks import finished_run, record
 from experiments import launch, plan
 from tda.methods import Gradients
+from tda.plan import planner
 from tda.retrieval import exact
 from tda.run import encode
 from tda.run.workdir import Workdir
@@ -36,7 +37,7 @@ def run(config, directory: str) -> dict:
     rounds: list = []
     for turn in range(_ROUNDS.value + 1):
         predicted: dict[str, float] = {}
-        for stage in plan.run(config, directory)["stages"]:
+        for stage in planner.run(config, directory)["stages"]:
             name = NAMES[stage["stage"].split(",")[0]]
             predicted[name] = predicted.get(name, 0) + stage["seconds"]
         real = _really(config, corpus, trained, directory)

@@ -37,27 +37,6 @@ MOMENTS = flags.DEFINE_integer("moments", 8, "Batches that second moments are es
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "What the model computes in; or bfloat16.")
 
-# Tokens that the model says where no target is given, and what ends them before.
-_TOKENS = 8
-_ENDS = "\n.,;:!?()"
-
-
-def continuation(model, tokenizer, prompt: str) -> str:
-    """What the model says next, up to the end of the phrase.
-
-    Raises:
-        ValueError: it says nothing but white space.
-    """
-    ids = [*tokenizer.begin, *tokenizer.encode([prompt])[0]]
-    said = generation.greedy(model, ids, _TOKENS, tokenizer.eos)
-    text = tokenizer.decode(ids[len(tokenizer.begin) :] + said)[len(prompt) :]
-    phrase = text.lstrip()
-    ends = [i for i, c in enumerate(phrase) if c in _ENDS and i]
-    phrase = phrase[: ends[0]] if ends else phrase
-    if not phrase.strip():
-        raise ValueError(f"the model says {text!r} to {prompt!r}; give a --target")
-    return phrase.strip()
-
 
 def ask(
     model,
@@ -75,7 +54,7 @@ def ask(
             "each prompt, or none"
         )
     if not targets:
-        targets = [continuation(model, tokenizer, prompt) for prompt in prompts]
+        targets = [generation.continuation(model, tokenizer, prompt) for prompt in prompts]
         for prompt, target in zip(prompts, targets, strict=True):
             print(f"the model says: {prompt} → {target}", flush=True)
     queries = list(zip(prompts, targets, strict=True))

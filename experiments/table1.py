@@ -9,10 +9,9 @@ Does all that `experiments.trace` does, with the methods of the config, and writ
 
 import importlib.util
 
-from experiments import spectra
 from experiments.launch import launch
 from tda import methods
-from tda.reports import tables
+from tda.reports import spectra, tables
 from tda.run import retrieve, stages
 from tda.run.workdir import Workdir
 from tda.runtime import processes

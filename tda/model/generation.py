@@ -7,6 +7,10 @@ from flax import nnx
 
 from tda.model import functional
 
+# Tokens that the model says where no target is given, and what ends them before.
+_TOKENS = 8
+_ENDS = "\n.,;:!?()"
+
 
 def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[int]:
     """The tokens that a model finds most likely after `ids`, one after the other.
@@ -35,3 +39,20 @@ def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[
             return tokens_1xT[0, len(ids) : at].tolist()
         tokens_1xT[0, at] = found
     return tokens_1xT[0, len(ids) :].tolist()
+
+
+def continuation(model, tokenizer, prompt: str) -> str:
+    """What the model says next, up to the end of the phrase.
+
+    Raises:
+        ValueError: it says nothing but white space.
+    """
+    ids = [*tokenizer.begin, *tokenizer.encode([prompt])[0]]
+    said = greedy(model, ids, _TOKENS, tokenizer.eos)
+    text = tokenizer.decode(ids[len(tokenizer.begin) :] + said)[len(prompt) :]
+    phrase = text.lstrip()
+    ends = [i for i, c in enumerate(phrase) if c in _ENDS and i]
+    phrase = phrase[: ends[0]] if ends else phrase
+    if not phrase.strip():
+        raise ValueError(f"the model says {text!r} to {prompt!r}; give a --target")
+    return phrase.strip()

@@ -4,7 +4,7 @@ from tda.plan.cost import NUMBER_BYTES, as_bytes
 
 
 def text(figures: dict) -> str:
-    """Everything that `experiments.plan.run` found, in aligned tables."""
+    """Everything that `tda.plan.planner.run` found, in aligned tables."""
     parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
     left_out = ", ".join(figures["left_out"])
     told = [f"not reckoned (another function, curvature, checkpoints): {left_out}"] * bool(left_out)

@@ -127,7 +127,7 @@ class Says:
 )
 def test_what_the_model_says_is_a_phrase(monkeypatch, said, phrase):
     monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in said])
-    assert ask.continuation(None, Says(), "He was born in") == phrase.strip()
+    assert generation.continuation(None, Says(), "He was born in") == phrase.strip()
 
 
 def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
@@ -140,6 +140,6 @@ def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
 def test_saying_nothing_is_told(monkeypatch):
     monkeypatch.setattr(generation, "greedy", lambda *_: [32, 10])
     with pytest.raises(ValueError, match="give a --target"):
-        ask.continuation(None, Says(), "He was born in")
+        generation.continuation(None, Says(), "He was born in")
     with pytest.raises(ValueError, match="--target is given 1 times, --prompt 2 times"):
         ask.ask(None, Says(), ["a", "b"], ["c"], [], None)

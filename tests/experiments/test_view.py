@@ -9,8 +9,8 @@ import urllib.request
 
 import pytest
 
-from experiments import view
 from tda import results
+from tda.viewer import opening
 from tests.viewer.big_file import records
 
 
@@ -26,9 +26,9 @@ def workdir(tmp_path):
 
 def test_a_workdirs_results_are_shown_in_the_runs_order(workdir, tmp_path):
     def labels():
-        return [f.label for f in view.collect(str(workdir), [], None, str(tmp_path)).files]
+        return [f.label for f in opening.collect(str(workdir), [], None, str(tmp_path)).files]
 
-    found = view.collect(str(workdir), [], None, str(tmp_path))
+    found = opening.collect(str(workdir), [], None, str(tmp_path))
     assert labels() == ["trackstar", "bm25", "mine"]  # as by default
     (workdir / "config.json").write_text('{"methods": "exp3, bm25,trackstar"}')
     assert labels() == ["bm25", "trackstar", "mine"]
@@ -38,26 +38,28 @@ def test_a_workdirs_results_are_shown_in_the_runs_order(workdir, tmp_path):
 def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, capsys):
     """Mistakes: methods of an earlier evaluation, of other queries, shown beside the new ones."""
     (workdir / "metrics.json").write_text('{"trackstar": {}}')
-    found = view.collect(str(workdir), [], None, str(tmp_path))
+    found = opening.collect(str(workdir), [], None, str(tmp_path))
     assert [f.label for f in found.files] == ["trackstar"]
     told = capsys.readouterr().out
     assert "not of the last evaluation" in told and "bm25.jsonl, mine.jsonl" in told
     assert "--results" in told and (workdir / "results" / "bm25.jsonl").exists()
     names = [str(workdir / "results" / f"{n}.jsonl") for n in ("bm25", "trackstar")]
-    found = view.collect(str(workdir), names, None, str(tmp_path))
+    found = opening.collect(str(workdir), names, None, str(tmp_path))
     assert [f.label for f in found.files] == ["bm25", "trackstar"]
     # One that was killed while it wrote left no metrics: whose the files are, nobody knows.
     (workdir / "metrics.json").unlink()
     with pytest.raises(ValueError, match="no metrics.json.*run the same command again.*--results"):
-        view.collect(str(workdir), [], None, str(tmp_path))
+        opening.collect(str(workdir), [], None, str(tmp_path))
 
 
 def test_named_files_take_their_place(workdir, tmp_path):
     bm25 = workdir / "results" / "bm25.jsonl"
-    found = view.collect(str(workdir), [f"new={bm25}", str(bm25), str(bm25)], None, str(tmp_path))
+    found = opening.collect(
+        str(workdir), [f"new={bm25}", str(bm25), str(bm25)], None, str(tmp_path)
+    )
     assert [f.label for f in found.files] == ["new", "bm25", "bm25_2"]
     assert [f.title for f in found.files] == ["new", "BM25", "BM25"]
-    found = view.collect(None, [str(bm25)], str(tmp_path / "n.jsonl"), str(tmp_path))
+    found = opening.collect(None, [str(bm25)], str(tmp_path / "n.jsonl"), str(tmp_path))
     assert found.workdir is None and found.notes.path == str(tmp_path / "n.jsonl")
 
 
@@ -66,10 +68,10 @@ def test_results_from_an_address(workdir, tmp_path):
 
     with static_server(workdir / "results") as address:
         url = address.replace("index.html", "mine.jsonl")
-        found = view.collect(None, [url], None, str(tmp_path))
+        found = opening.collect(None, [url], None, str(tmp_path))
         assert [f.label for f in found.files] == ["mine"] and len(found.files[0]) == 3
         with pytest.raises(OSError, match="cannot fetch .*none.jsonl"):
-            view.collect(None, [url.replace("mine", "none")], None, str(tmp_path))
+            opening.collect(None, [url.replace("mine", "none")], None, str(tmp_path))
 
 
 def test_refusals(workdir, tmp_path):
@@ -79,9 +81,9 @@ def test_refusals(workdir, tmp_path):
         ((str(tmp_path), [], None), "has no .jsonl file: finish the run"),
     ):
         with pytest.raises(ValueError, match=why):
-            view.collect(*arguments, str(tmp_path))
+            opening.collect(*arguments, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="absent.jsonl"):
-        view.collect(None, [str(tmp_path / "absent.jsonl")], None, str(tmp_path))
+        opening.collect(None, [str(tmp_path / "absent.jsonl")], None, str(tmp_path))
 
 
 @pytest.mark.slow

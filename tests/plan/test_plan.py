@@ -10,12 +10,11 @@ import pytest
 from flax import nnx
 
 from configs import defaults, paper_c4
-from experiments import plan
 from tda.gradients import encoder as encoders
 from tda.gradients import sites
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
-from tda.plan import calibration, chips, cost, report, setting
+from tda.plan import calibration, chips, cost, planner, report, setting
 from tda.run import corpus
 from tda.run.workdir import Workdir
 
@@ -25,7 +24,7 @@ TEBI, GIBI = 2**40, 2**30
 @pytest.fixture(scope="module")
 def paper():
     """The plan of the paper's config on a slice of 256 TensorCores."""
-    return plan.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"))
+    return planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"))
 
 
 def test_the_papers_store_takes_87_tebibytes(paper):
@@ -45,12 +44,14 @@ def test_hours_are_operations_over_the_share_of_the_peak(paper):
     assert encode["operations"] == pytest.approx(4 * 7.5e9 * 160e9, rel=0.05)
     assert encode["seconds"] == pytest.approx(encode["operations"] / (128 * 459e12 * 0.4))
     assert encode["rate"] == pytest.approx(160e9 / encode["seconds"])
-    other = plan.run(paper_c4.get_config(), hardware=chips.parse("v5p-512"), mfu=0.2)["stages"][0]
+    other = planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-512"), mfu=0.2)["stages"][
+        0
+    ]
     assert other["seconds"] == pytest.approx(encode["seconds"], rel=1e-3)
     # R and the search wait for the disk: 87 TiB at 1 GB/s.
     for stage in paper["stages"][1:]:
         assert stage["seconds"] == pytest.approx(95_682.56, rel=1e-2)
-    fast = plan.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"), reading=1e15)
+    fast = planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"), reading=1e15)
     gram = 2 * 365e6 * 16 * 4096**2
     eigen = 3 * 9 * 16 * 4096**3  # two spectra and a root
     peak = 459e12 / 6 * 0.4
@@ -63,7 +64,7 @@ def test_hours_are_operations_over_the_share_of_the_peak(paper):
 def test_each_correction_of_the_methods_has_a_store_of_its_own():
     config = paper_c4.get_config()
     config.methods = "trackstar,trackstar_raw,grad_cos,bm25"
-    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
     one = (365_000_000 + 5_415) * 65_536 * 4
     assert found["needs"]["stores on disk"]["needed"] == 2 * one
     stages = [s["stage"] for s in found["stages"]]
@@ -83,7 +84,7 @@ def test_a_pass_of_two_corrections_counts_the_model_once(paper):
     """And methods that are not reckoned are told, not taken for others."""
     config = paper_c4.get_config()
     config.methods = "trackstar,grad_cos,tracin,trak,ekfac,trackstar_disjoint"
-    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
     s = setting.of(config)
     alone = paper["stages"][0]["operations"]
     more = cost.tap_operations(s.taps["none"])
@@ -106,7 +107,7 @@ def test_a_pass_of_two_corrections_counts_the_model_once(paper):
 def test_r_of_a_sample_reads_and_multiplies_the_sample():
     config = paper_c4.get_config()
     config.hessian.sample = 3_650_000
-    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
     stages = {s["stage"]: s for s in found["stages"]}
     eigen = 3 * 9 * 16 * 4096**3
     assert stages["R, factored"]["operations"] == 2 * 3_650_000 * 16 * 4096**2 + eigen
@@ -119,7 +120,7 @@ def test_r_of_a_sample_reads_and_multiplies_the_sample():
 def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
     config = paper_c4.get_config()
     config.store.dtype = "none"
-    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
     assert found["needs"]["stores on disk"]["needed"] == 0
     assert "no store" in report.text(found)
     stages = {s["stage"]: s["seconds"] for s in found["stages"]}
@@ -130,7 +131,7 @@ def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
     scores = 2 * 365e6 * (65_536 * 5_415 + 16 * 4096**2)
     assert stages["exact search, factored"] == pytest.approx(scores / (4 * 459e12 / 6 * 0.4))
     config.hessian.sample = 36_500_000
-    found = plan.run(config, hardware=chips.parse("v5p-256"))
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
     stages = {s["stage"]: s for s in found["stages"]}
     again = stages["encode corpus for R, factored"]
     assert again["seconds"] == pytest.approx(once / 10)
@@ -140,21 +141,21 @@ def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
 def test_what_does_not_fit_is_refused():
     config = paper_c4.get_config()
     hardware = chips.parse("v5e-64")
-    found = plan.run(config, hardware=hardware, disk=50 * TEBI)
+    found = planner.run(config, hardware=hardware, disk=50 * TEBI)
     assert found["lacking"] == ["stores on disk: 87.0 TiB needed, 50.0 TiB there"]
     told = report.text(found).splitlines()[-1].split()
     assert told == "stores on disk 87.0 TiB 50.0 TiB DOES NOT FIT".split()
     # A block for each of 224 matrices of side 128, 2 GiB each in float64.
     config.projection.side, config.projection.pooling = 128, "matrix"
-    found = plan.run(config, hardware=hardware, host_memory=512 * GIBI)
+    found = planner.run(config, hardware=hardware, host_memory=512 * GIBI)
     assert any(x.startswith("R, its roots and eigenvectors: ") for x in found["lacking"])
     assert found["needs"]["R, its roots and eigenvectors"]["needed"] > 2 * 224 * 2 * GIBI
     config.mesh.fsdp = 1
-    found = plan.run(config, hardware=hardware)
+    found = planner.run(config, hardware=hardware)
     assert found["lacking"][0].startswith("parameters and projections on a device: 3")
     # Gradients without R take none of its memory.
     config.methods = "grad_cos"
-    found = plan.run(config, hardware=hardware, host_memory=GIBI)
+    found = planner.run(config, hardware=hardware, host_memory=GIBI)
     assert found["needs"]["R, its roots and eigenvectors"]["needed"] == 0
 
 
@@ -176,7 +177,7 @@ def small(tmp_path):
 
 
 def test_a_real_corpus_is_counted_and_nothing_is_left_in_the_workdir(small, tmp_path):
-    found = plan.run(small, str(tmp_path / "w"), hardware=chips.parse("h100"))
+    found = planner.run(small, str(tmp_path / "w"), hardware=chips.parse("h100"))
     data = corpus.load(small, Workdir(tmp_path / "other"))
     s = found["setting"]
     assert (s["passages"], s["queries"], s["stated"]) == (30, 1, False)
@@ -209,7 +210,7 @@ def test_without_hardware_this_machine_is_measured(small, monkeypatch):
     monkeypatch.setattr(
         calibration, "product_times", lambda *a: calibration.ProductTimes(1e6, 1e5, 1e4)
     )
-    found = plan.run(small)
+    found = planner.run(small)
     # The pass of both, and the queries' of either; 2 blocks of layers × attention and MLP.
     assert calls == [[4, 4], [4]]
     shapes = setting.of(small, jax.device_count()).shapes
@@ -230,8 +231,8 @@ def test_without_hardware_this_machine_is_measured(small, monkeypatch):
 
 def test_what_cannot_be_is_not_measured(small, monkeypatch):
     monkeypatch.setattr(calibration, "encoder_times", None)
-    monkeypatch.setattr(plan, "_memory", lambda: 1000.0)
-    found = plan.run(small)
+    monkeypatch.setattr(planner, "_memory", lambda: 1000.0)
+    found = planner.run(small)
     assert {x["seconds"] for x in found["stages"]} == {None}
     assert len(found["lacking"]) == 3
     assert "–" in report.text(found) and "together" not in report.text(found)
@@ -252,7 +253,7 @@ def test_what_makes_no_sense_is_told(changes, arguments, message):
     config = paper_c4.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        plan.run(config, hardware=chips.parse("v5p-256"), **arguments)
+        planner.run(config, hardware=chips.parse("v5p-256"), **arguments)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import spectra
+from tda.reports import spectra
 
 
 def test_draws_both_spectra(tmp_path):

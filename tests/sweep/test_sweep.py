@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from experiments import sweep
 from tda.encoding import table as encoding
 from tda.run import measures, retrieve, stages
 from tda.run.workdir import Workdir
-from tda.sweep import digests, grid, report
+from tda.sweep import digests, grid, points, report
 from tda.training import loop
 from tests.experiments.test_trace import make_config
 from tests.sweep.test_grid import write
@@ -55,7 +56,7 @@ def swept(tmp_path_factory):
         for module, name in ((loop, "fit"), (encoding, "fill_together"), (measures, "tail_patch")):
             patch.setattr(module, name, counted(module, name, count))
         for point in found.points:
-            sweep.run_point(point, path / "w")
+            points.run_point(point, path / "w")
     return found, path / "w", count
 
 
@@ -80,7 +81,7 @@ def test_points_share_what_their_keys_leave_alone(swept):
     (kept,) = path.glob("runs/*/tail_patch-*.jsonl")
     keys = [json.loads(line)["key"] for line in kept.read_text().splitlines()]
     assert len(keys) == len(set(keys))
-    assert all(sweep.is_finished(p, path) for p in found.points)
+    assert all(points.is_finished(p, path) for p in found.points)
 
 
 def test_a_point_is_what_a_trace_of_its_config_is(swept, tmp_path):
@@ -99,10 +100,10 @@ def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, caps
     found, path, _ = swept
     monkeypatch.setattr(retrieve, "retrieve", None)
     for point in found.points:
-        sweep.run_point(point, path)
-    monkeypatch.setattr(sweep, "_start", None)
-    assert sweep.run_all(found.points, path, 2) == {}
-    table = report.rows(found, sweep._read(found.points, path))
+        points.run_point(point, path)
+    monkeypatch.setattr(points, "_start", None)
+    assert points.run_all(found.points, path, 2, None) == {}
+    table = report.rows(found, points.read(found.points, path))
     lambdas = {
         (r["projection.side"], r["lambda"])
         for r in table
@@ -113,7 +114,7 @@ def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, caps
     assert np.isfinite([r["value"] for r in table]).all()
     # Another config is another point's result, even under the same name.
     changed = grid._changed(found.points[0].config, {"eval.top_k": 3}, "s.py")
-    assert not sweep.is_finished(grid.Point(found.points[0].name, {}, changed), path)
+    assert not points.is_finished(grid.Point(found.points[0].name, {}, changed), path)
 
 
 @contextlib.contextmanager
@@ -156,15 +157,15 @@ def test_points_of_files_that_changed_are_run_anew(swept, monkeypatch, capsys, k
     found, path, _ = swept
     file = pathlib.Path(found.points[0].config.data[key])
     started = []
-    monkeypatch.setattr(sweep, "_start", lambda point, _: started.append(point.name) or Ended())
+    monkeypatch.setattr(points, "_start", lambda point, *_: started.append(point.name) or Ended())
     with with_bytes(file, file.read_bytes().replace(b"Oslo", b"Bergen")):
-        assert not any(sweep.is_finished(p, path) for p in found.points)
-        sweep.run_all(found.points, path, 1)
+        assert not any(points.is_finished(p, path) for p in found.points)
+        points.run_all(found.points, path, 1, None)
         told = capsys.readouterr().out
     assert started == [p.name for p in found.points]
     assert all(f"{name} was run from another data.{key}" in told for name in started)
     # Written anew with the same contents it is the same file.
-    assert all(sweep.is_finished(p, path) for p in found.points)
+    assert all(points.is_finished(p, path) for p in found.points)
 
 
 def test_points_without_their_files_are_gathered_if_they_agree(swept):
@@ -172,8 +173,8 @@ def test_points_without_their_files_are_gathered_if_they_agree(swept):
     data = found.points[0].config.data
     digest = ("made_of", "files", "data.facts")
     with with_bytes(data.sentences, None), with_bytes(data.facts, None):
-        assert all(sweep.is_finished(p, path) for p in found.points)
-        sweep.check_alike(found.points, path)
+        assert all(points.is_finished(p, path) for p in found.points)
+        points.check_alike(found.points, path)
         last = found.points[-1]
         for keys in (digest, ("made_of", "corpus", "queries"), ("made_of", "training")):
 
@@ -183,16 +184,16 @@ def test_points_without_their_files_are_gathered_if_they_agree(swept):
                 told[keys[-1]] = "another"
 
             with with_stamp(path, last, change):
-                assert sweep.is_finished(last, path)
+                assert points.is_finished(last, path)
                 names = f"points {found.points[0].name} and {last.name} "
                 with pytest.raises(ValueError, match=re.escape(names) + ".*point.json"):
-                    sweep.check_alike(found.points, path)
+                    points.check_alike(found.points, path)
 
 
 def test_a_table_has_no_points_of_both(swept, monkeypatch, capsys):
     found, path, _ = swept
     first, last = found.points[0], found.points[-1]
-    monkeypatch.setattr(sweep, "_start", lambda point, _: Ended())
+    monkeypatch.setattr(points, "_start", lambda *_: Ended())
     flags.FLAGS.mark_as_parsed()
 
     def main():
@@ -220,12 +221,12 @@ def test_points_of_older_versions_are_accepted(swept):
     found, path, _ = swept
     last = found.points[-1]
     with with_stamp(path, last, lambda told: told.pop("made_of")):
-        assert sweep.is_finished(last, path)
-        sweep.check_alike(found.points, path)
+        assert points.is_finished(last, path)
+        points.check_alike(found.points, path)
         data = found.points[0].config.data
         with with_bytes(data.facts, b"{}"):
-            assert sweep.is_finished(last, path)
-            assert not sweep.is_finished(found.points[0], path)
+            assert points.is_finished(last, path)
+            assert not points.is_finished(found.points[0], path)
 
 
 def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
@@ -235,8 +236,8 @@ def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
     sentences = pathlib.Path(point.config.data.sentences)
     changed = sentences.read_bytes().replace(b"all day", b"all night")
     with with_bytes(sentences, changed), pytest.raises(ValueError, match="holds another run"):
-        sweep.run_point(point, path)
-    assert sweep.is_finished(point, path)
+        points.run_point(point, path)
+    assert points.is_finished(point, path)
 
 
 def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, monkeypatch):
@@ -248,21 +249,21 @@ def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, m
     (point,) = grid.load(write(tmp_path / "s.py", '{"axes": {"seed": [0]}}'), config).points
     old = digests.digests(point.config)
 
-    real = sweep.training.run
-    monkeypatch.setattr(sweep.training, "run", lambda *a: (real(*a), facts.write_bytes(b""))[0])
-    monkeypatch.setattr(sweep.attribution, "retrieve", lambda *a: ({}, {}))
-    monkeypatch.setattr(sweep.evaluation, "run", lambda *a: {})
-    sweep.run_point(point, tmp_path)
+    real = points.train.run
+    monkeypatch.setattr(points.train, "run", lambda *a: (real(*a), facts.write_bytes(b""))[0])
+    monkeypatch.setattr(points.retrieve, "retrieve", lambda *a: ({}, {}))
+    monkeypatch.setattr(points.evaluate, "run", lambda *a: {})
+    points.run_point(point, tmp_path)
     assert digests.digests(point.config) != old
     markers = sorted(f.name for f in (tmp_path / "runs" / point.training).glob("*-*.*s"))
-    assert markers == [sweep._marker(point, "stores", old)]
+    assert markers == [points._marker(point, "stores", old)]
 
 
 def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, monkeypatch):
     found, path, _ = swept
     config = found.points[0].config
     flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(sweep, "_start", None)
+    monkeypatch.setattr(points, "_start", None)
     for axis, told in (
         ('"eval.top_k": (5, 0)', "point top_k=0-.*eval.top_k=0 must be 1 or more"),
         ('"search.index": ("none", "scan")', "point index=scan-.*unknown search.index='scan'"),
@@ -275,7 +276,7 @@ def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, m
     # A point alone tells it too, before it reads anything.
     wrong = grid._changed(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
     with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
-        sweep.run_point(grid.Point("p", {}, wrong), tmp_path / "w")
+        points.run_point(grid.Point("p", {}, wrong), tmp_path / "w")
 
 
 def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
@@ -283,7 +284,7 @@ def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
     given = ["sweep.py", "--config=c.py", f"--sweep={path}", "--workdir=a b", "--config.seed=3"]
     monkeypatch.setattr(sys, "argv", [*given, "--parallel", "4", "--list", "--noplots"])
     (point,) = grid.load(path, defaults.get_config()).points
-    told = sweep.command(point)
+    told = shlex.join(sweep.command(point))
     assert told.endswith(f"--sweep={path} '--workdir=a b' --config.seed=3 --point={point.name}")
     assert told.startswith(f"{sys.executable} -m experiments.sweep --config=c.py")
 
@@ -291,10 +292,10 @@ def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
 def test_why_a_point_failed(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("train: 3%\nerror: no such file\n(traceback in error.txt)\n")
-    assert sweep._why(log, 1) == f"error: no such file ({log})"
-    assert sweep._why(log, -9) == f"killed by signal 9 ({log})"
+    assert points._why(log, 1) == f"error: no such file ({log})"
+    assert points._why(log, -9) == f"killed by signal 9 ({log})"
     log.write_text("")
-    assert sweep._why(log, 3) == f"exit status 3 ({log})"
+    assert points._why(log, 3) == f"exit status 3 ({log})"
 
 
 def test_only_points_take_an_accelerator(monkeypatch):
@@ -312,7 +313,7 @@ def test_what_is_shared_is_made_by_one_and_waited_for_by_the_rest(tmp_path, caps
     inside, go = threading.Event(), threading.Event()
 
     def make(name, wait):
-        with sweep._once(marker, lock):
+        with points._once(marker, lock):
             seen.append((name, marker.exists()))
             if wait:
                 inside.set()
@@ -332,7 +333,7 @@ def test_what_is_shared_is_made_by_one_and_waited_for_by_the_rest(tmp_path, caps
     assert sorted(seen[1:]) == [(0, True), (1, True)]
     # Where the one that makes it fails, the next makes it.
     marker.unlink()
-    with pytest.raises(ZeroDivisionError), sweep._once(marker, lock):
+    with pytest.raises(ZeroDivisionError), points._once(marker, lock):
         raise ZeroDivisionError
     assert not marker.exists()
     make("next", False)
@@ -349,15 +350,15 @@ def test_the_next_point_waits_for_nothing_if_it_can(tmp_path):
     a, b = point("a", hessian_weight=0.1), point("b", hessian_weight=0.2)
     c, d = point("c", projection_side=4), point("d", model_size="mini")
     # While a trains, only d has something of its own to do.
-    assert sweep._next([b, c, d], [a], tmp_path).name == "d"
+    assert points._next([b, c, d], [a], tmp_path).name == "d"
     run = tmp_path / "runs" / a.training
     run.mkdir(parents=True)
     files = digests.digests(a.config)
-    (run / sweep._marker(a, "training", files)).touch()
-    assert sweep._next([b, c, d], [a], tmp_path).name == "c"
-    (run / sweep._marker(a, "stores", files)).touch()
-    assert sweep._next([b, c, d], [a], tmp_path).name == "b"
-    assert sweep._next([b], [], tmp_path).name == "b"
+    (run / points._marker(a, "training", files)).touch()
+    assert points._next([b, c, d], [a], tmp_path).name == "c"
+    (run / points._marker(a, "stores", files)).touch()
+    assert points._next([b, c, d], [a], tmp_path).name == "b"
+    assert points._next([b], [], tmp_path).name == "b"
 
 
 @pytest.mark.slow
