@@ -1,48 +1,76 @@
-"""How likely the model finds whole sequences."""
+"""How likely a model finds targets: their −log p, and the ranks of their tokens."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tda import loss as losses
 from tda.data import batches as batching
 from tda.data.tokens import TokenTable
+from tda.runtime import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetStatistics:
+    """What a model says about the scored tokens of each of R sequences."""
+
+    nats: np.ndarray
+    """float32 [R]: −log p(target | the tokens before it), summed over the target's tokens."""
+    ranks: np.ndarray
+    """int64 [R]: the worst rank (from 1) of any token of the target among all tokens, each given
+    the tokens before it. Greedy decoding states the target exactly if this is 1."""
+
+
+def target_statistics(logits_BxTxV, targets_BxT, weights_BxT) -> tuple[jax.Array, jax.Array]:
+    """Returns −log p in nats, float32 [B], and worst ranks, int32 [B], of the weighted targets."""
+    nats_B = losses.cross_entropy(logits_BxTxV, targets_BxT, weights_BxT)
+    target_logits_BxTx1 = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)
+    ranks_BxT = 1 + jnp.sum(logits_BxTxV > target_logits_BxTx1, axis=-1)
+    return nats_B, jnp.max(jnp.where(weights_BxT > 0, ranks_BxT, 0), axis=-1)
 
 
 class Likelihood:
-    """−log p of sequences under one model.
+    """Computes the target statistics of a table's sequences under one model.
 
     Args:
         model: maps tokens [B, T] to logits [B, T, V].
-        pad: the token that fills sequences up.
+        bucket_lengths, tokens_per_batch: the shapes of batches, as in `tda.data.batches.plan`.
+        pad: the padding token.
     """
 
-    def __init__(self, model: nnx.Module, pad: int):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        bucket_lengths: tuple[int, ...],
+        tokens_per_batch: int,
+        pad: int,
+    ):
+        self._bucket_lengths, self._tokens_per_batch = bucket_lengths, tokens_per_batch
         self._pad = pad
         graphdef, self._state = nnx.split(model)
 
         @jax.jit
-        def nats(state, batch):
+        def statistics(state, batch):
             logits_BxTxV = nnx.merge(graphdef, state)(batch["tokens"])
-            return losses.cross_entropy(logits_BxTxV, batch["targets"], batch["weights"])
+            return target_statistics(logits_BxTxV, batch["targets"], batch["weights"])
 
-        self._nats = nats
+        self._statistics = statistics
 
-    def rows(
-        self,
-        table: TokenTable,
-        rows: np.ndarray,
-        bucket_lengths: tuple[int, ...],
-        tokens_per_batch: int,
-    ) -> np.ndarray:
-        """−log p in nats, summed over scored tokens, of some rows of a table: float32 [R]."""
-        rows = np.asarray(rows, np.int64)
-        planned = batching.plan(table.lengths[rows] - 1, bucket_lengths, tokens_per_batch)
-        out = np.empty(len(rows), np.float32)
-        for i in range(len(planned)):
-            local = planned.order[planned.starts[i] : planned.starts[i + 1]]
+    def __call__(self, table: TokenTable, rows: np.ndarray | None = None) -> TargetStatistics:
+        """Returns the statistics of the table's `rows` (by default all), in their order."""
+        rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
+        plan = batching.plan(table.lengths[rows] - 1, self._bucket_lengths, self._tokens_per_batch)
+        nats, ranks = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
+        for i in range(len(plan)):
+            places = plan.order[plan.starts[i] : plan.starts[i + 1]]
             batch = batching.materialise(
-                table, rows[local], int(planned.lengths[i]), int(planned.sizes[i]), self._pad
+                table, rows[places], int(plan.lengths[i]), int(plan.sizes[i]), self._pad
             )
-            out[local] = np.asarray(self._nats(self._state, batch.arrays()))[: len(local)]
-        return out
+            batch_nats, batch_ranks = self._statistics(self._state, batch.arrays())
+            nats[places] = sharding.to_host(batch_nats)[: len(places)]
+            ranks[places] = sharding.to_host(batch_ranks)[: len(places)]
+        return TargetStatistics(nats, ranks)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
+from tda.evaluation.likelihood import target_statistics
 from tda.runtime.progress import Progress, silent
 
 
@@ -86,15 +87,14 @@ class Speaker:
         return next(b for b in batches.buckets(self.context) if b >= positions)
 
     def likelihood(self, prompt: str, target: str) -> dict:
-        """What the model thinks of a target: {"nats", "rank"}, as `evaluation.knowledge` says."""
+        """Returns {"nats", "rank"} of a target; see `tda.evaluation.likelihood`."""
         table = self.query(prompt, target)
-        logits_TxV = self._logits_of(table.tokens[:-1]).astype(np.float64)
-        nats, worst = 0.0, 0
-        for t in np.flatnonzero(table.scored[1:]):
-            row, picked = logits_TxV[t], logits_TxV[t, table.tokens[t + 1]]
-            nats += float(np.logaddexp.reduce(row) - picked)
-            worst = max(worst, 1 + int((row > picked).sum()))
-        return {"nats": nats, "rank": worst}
+        length = self.bucket(int(table.lengths[0]) - 1)
+        batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
+        # With the logits' own compiled function: it is there before the first question.
+        logits_1xTxV = self._logits(batch.tokens)
+        (nats,), (rank,) = target_statistics(logits_1xTxV, batch.targets, batch.weights)
+        return {"nats": float(nats), "rank": int(rank)}
 
     def query(self, prompt: str, target: str) -> tokens.TokenTable:
         """A question as a table of one sequence; a ValueError where it does not fit."""

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from tda import results
-from tda.evaluation import content, frequency, knowledge, ranking, sampling, statistics, summary
+from tda.evaluation import content, frequency, ranking, sampling, statistics, summary
+from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
@@ -28,7 +29,7 @@ class Known:
     """What is known of the queries, apart from any method.
 
     Attributes:
-        nats: float64 [Q], −log p(target | prompt).
+        nats: float32 [Q], −log p(target | prompt).
         ranks: int64 [Q], worst rank of a token of the target.
         frequencies: int64 [Q], passages of the corpus that name both entities.
         bucket: int64 [Q], the bucket of each frequency.
@@ -87,13 +88,13 @@ def run(
 
 def _known(config, corpus: Corpus, trained: Trained, workdir: Workdir, asked) -> Known:
     e = config.eval
-    found = knowledge.target_statistics(
+    likelihood = Likelihood(
         trained.model,
-        corpus.prompts,
         tokens_per_batch=config.gradients.tokens_per_batch,
         bucket_lengths=corpus.buckets,
         pad=corpus.tokenizer.pad,
     )
+    targets = likelihood(corpus.prompts)
     edges = _edges(e.frequency_edges)
     with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
         texts = (s.text for s in corpus.sentences)
@@ -104,7 +105,7 @@ def _known(config, corpus: Corpus, trained: Trained, workdir: Workdir, asked) ->
         chosen = asked[sample(len(asked), e.sampled_queries, config.data.seed)]
         drawn = measures.generations(config, corpus, trained, workdir, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in drawn.items()}
-    known = Known(found["nats"], found["rank"], frequencies, bucket, buckets, drawn, confidence)
+    known = Known(targets.nats, targets.ranks, frequencies, bucket, buckets, drawn, confidence)
     ranks = known.ranks[asked]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "

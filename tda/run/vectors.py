@@ -7,7 +7,7 @@ import numpy as np
 
 from tda import store as stores
 from tda.data.tokens import TokenTable
-from tda.evaluation import likelihood
+from tda.evaluation.likelihood import Likelihood
 from tda.retrieval import dense, hidden
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
@@ -27,11 +27,15 @@ def scored_tokens(table: TokenTable) -> np.ndarray:
 def probabilities(config, corpus: Corpus, trained: Trained, workdir: Workdir) -> np.ndarray:
     """The geometric mean probability of each passage's tokens, float64 [C]."""
     _check_local(trained, "probabilities of passages")
-    nats = likelihood.Likelihood(trained.model, corpus.tokenizer.pad)
-    layout = (corpus.buckets, config.gradients.tokens_per_batch)
+    likelihood = Likelihood(
+        trained.model,
+        bucket_lengths=corpus.buckets,
+        tokens_per_batch=config.gradients.tokens_per_batch,
+        pad=corpus.tokenizer.pad,
+    )
 
     def compute(rows):
-        return nats.rows(corpus.passages, rows, *layout)[:, None]
+        return likelihood(corpus.passages, rows).nats[:, None]
 
     table = corpus.passages
     made, text = made_of_nats(trained), corpus.fingerprint["corpus"]

@@ -1,4 +1,4 @@
-"""Tail-patch and knowledge against direct computations on a tiny model."""
+"""Tail-patch and target statistics against direct computations on a tiny model."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tda import loss as losses
 from tda.data import tokens
 from tda.data.batches import materialise
 from tda.data.tokenizer import Tokenizer
-from tda.evaluation.knowledge import target_statistics
+from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.tail_patch import change, log_change, tail_patch
 from tda.model import functional
 from tda.model.decoder import Decoder
@@ -25,8 +25,8 @@ def setup():
     texts = ["Paris is in France.", "Oslo is in Norway and it is cold there.", "Rome is in Italy."]
     tokenizer = Tokenizer.train(texts, 300)
     table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
-    asked = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
-    queries = tokens.queries(asked, tokenizer, 32)
+    questions = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
+    queries = tokens.queries(questions, tokenizer, 32)
     model = Decoder(
         vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8,
         ff_width=24, rngs=nnx.Rngs(0),
@@ -42,22 +42,24 @@ def nats(model, queries, row, pad):
 
 def test_target_statistics(setup):
     tokenizer, _, queries, model = setup
-    found = target_statistics(
-        model, queries, bucket_lengths=BUCKETS, tokens_per_batch=64, pad=tokenizer.pad
-    )
+    likelihood = Likelihood(model, bucket_lengths=BUCKETS, tokens_per_batch=64, pad=tokenizer.pad)
+    targets = likelihood(queries)
+    last_alone = likelihood(queries, [1])
+    assert last_alone.nats == pytest.approx(targets.nats[1:], rel=1e-6)
+    assert last_alone.ranks.tolist() == targets.ranks[1:].tolist()
     for row in range(2):
-        assert found["nats"][row] == pytest.approx(
+        assert targets.nats[row] == pytest.approx(
             nats(model, queries, row, tokenizer.pad), rel=1e-5
         )
         ids = queries.tokens[queries.starts[row] : queries.starts[row + 1]]
-        marked = queries.scored[queries.starts[row] : queries.starts[row + 1]]
+        is_target = queries.scored[queries.starts[row] : queries.starts[row + 1]]
         logits = np.asarray(model(jnp.asarray(ids[None, :-1])))[0]
         ranks = [
             1 + int((logits[t - 1] > logits[t - 1, ids[t]]).sum())
             for t in range(1, len(ids))
-            if marked[t]
+            if is_target[t]
         ]
-        assert found["rank"][row] == max(ranks)
+        assert targets.ranks[row] == max(ranks)
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
@@ -71,11 +73,11 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
     _, opt_state = tx.update(noise, opt_state, params)
     state = {"params": params, "opt_state": opt_state, "step": jnp.int32(1)}
     pairs = [(0, 0), (1, 0), (0, 2), (1, 1), (0, -1)]
-    found = tail_patch(
+    log_p = tail_patch(
         model_fn, state, tx, table, queries, pairs,
         bucket_lengths=BUCKETS, pad=tokenizer.pad, pairs_per_call=2,
     )  # fmt: skip
-    changes, logs = change(found), log_change(found)
+    changes, logs = change(log_p), log_change(log_p)
     for i, (q, p) in enumerate(pairs):
         gradient = jax.tree.map(jnp.zeros_like, params)
         if p >= 0:
@@ -91,7 +93,7 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
         patched = model_fn.merge(optax.apply_updates(params, updates))
         before = -nats(model, queries, q, tokenizer.pad)
         after = -nats(patched, queries, q, tokenizer.pad)
-        assert found[i] == pytest.approx([before, after], rel=1e-5)
+        assert log_p[i] == pytest.approx([before, after], rel=1e-5)
         assert changes[i] == pytest.approx(np.exp(after) - np.exp(before), rel=1e-3, abs=1e-8)
         assert logs[i] == pytest.approx(after - before, rel=1e-3, abs=1e-5)
     assert changes[0] > changes[4]  # stating the fact helps more than momentum alone

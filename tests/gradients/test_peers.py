@@ -13,7 +13,7 @@ from flax import nnx
 
 from tda import hessian
 from tda.data import tokens
-from tda.evaluation import likelihood
+from tda.evaluation.likelihood import Likelihood
 from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build
 from tda.gradients.projection import Projection
@@ -239,7 +239,7 @@ def test_trak_is_trakers(setting, tmp_path):
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     whole = [slice(0, D * D)]
     roots = hessian.inverse_root(hessian.autocorrelation([p], whole), 1e-7)
-    nats = likelihood.Likelihood(model, 0).rows(passages, np.arange(PASSAGES), (T,), 100)
+    nats = Likelihood(model, bucket_lengths=(T,), tokens_per_batch=100, pad=0)(passages).nats
     kernel = (
         np.asarray(hessian.whiten(q, roots, whole)) @ np.asarray(hessian.whiten(p, roots, whole)).T
     )

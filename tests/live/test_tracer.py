@@ -10,7 +10,7 @@ from tda import store as stores
 from tda.data import batches, tokens
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
-from tda.evaluation import knowledge
+from tda.evaluation.likelihood import Likelihood
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.live import Encoded, Hessian, Tracer
@@ -114,11 +114,11 @@ def test_heat_of_other_tokens_is_told(made, monkeypatch):
 
 def test_likelihood_is_that_of_the_evaluation(made):
     tracer, model, _, _, prompts, tokenizer = made
-    expected = knowledge.target_statistics(model, prompts, pad=tokenizer.pad, **LAYOUT)
+    expected = Likelihood(model, pad=tokenizer.pad, **LAYOUT)(prompts)
     for q, (_, prompt, target) in enumerate(QUESTIONS):
         found = tracer.speaker.likelihood(prompt, target)
-        assert found["nats"] == pytest.approx(float(expected["nats"][q]), rel=1e-5)
-        assert found["rank"] == expected["rank"][q]
+        assert found["nats"] == pytest.approx(float(expected.nats[q]), rel=1e-5)
+        assert found["rank"] == expected.ranks[q]
 
 
 def test_completion_is_greedy(made):
