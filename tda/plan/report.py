@@ -1,6 +1,7 @@
 """A plan's figures as text."""
 
 from tda.plan.cost import NUMBER_BYTES, as_bytes
+from tda.reports import formats
 
 
 def text(figures: dict) -> str:
@@ -19,14 +20,14 @@ def _heading(figures: dict) -> str:
     rates = "rates measured here"
     if not h["measured"]:
         rates = f"{h['mfu']:.0%} of {h['peak'] / 1e12:,.0f} TFLOP/s (bfloat16) each assumed (--mfu)"
-    heading = _columns(
+    heading = formats.aligned(
         [
             ["model", f"{s['parameters']:,} parameters; gradients of {share:.0%} of them"],
             ["corpus", corpus],
             ["encoding", f"{s['width']:,} dimensions, in {s['blocks']} blocks"],
             ["hardware", f"{h['title']}; {rates}"],
         ],
-        "<<",
+        "ll",
     )
     if h["measured"] or s["dtype"] == "bfloat16":
         return heading
@@ -54,7 +55,7 @@ def _stages(stages: list[dict]) -> str:
         total = sum(x["seconds"] for x in stages)
         operations = sum(x["operations"] for x in stages)
         rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent, 1), ""])
-    return _columns(rows)
+    return formats.aligned(rows)
 
 
 def _hours(seconds: float | None, devices: int) -> str:
@@ -83,7 +84,7 @@ def _disk(disk: dict) -> str:
         told = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
     elif count > 1:
         told = f"\n{count} stores: each correction that the methods use has its own"
-    return _columns(table) + told
+    return formats.aligned(table) + told
 
 
 def _needs(needs: dict) -> str:
@@ -92,7 +93,7 @@ def _needs(needs: dict) -> str:
         there = "not known" if x["there"] is None else as_bytes(x["there"])
         fits = x["there"] is None or x["needed"] <= x["there"]
         rows.append([name, as_bytes(x["needed"]), there, "" if fits else "DOES NOT FIT"])
-    return _columns(rows)
+    return formats.aligned(rows)
 
 
 def _time(seconds: float | None) -> str:
@@ -104,14 +105,3 @@ def _time(seconds: float | None) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
-
-
-def _columns(rows: list[list[str]], sides: str = "") -> str:
-    """Rows in aligned columns: the first to the left, the others to the right."""
-    sides = sides or "<" + ">" * (len(rows[0]) - 1)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, sides, widths, strict=True)
-        lines.append("  ".join(f"{c:{side}{width}}" for c, side, width in cells).rstrip())
-    return "\n".join(lines)

@@ -1,17 +1,17 @@
-"""Tables of methods: what each consists of, its figures with intervals, as Markdown, CSV, LaTeX.
+"""Tables of methods and their figures: those of a run (`table.md`), and the paper's Table 1.
 
-A figure is marked where it is not above that of every control (`tda.methods.CONTROLS`), a retriever
-that looks at no query: where the 95% interval of the paired difference to one of them is not
-wholly above 0.
+In Table 1 a figure is marked if it is not above that of every control (`tda.methods.CONTROLS`:
+retrievers that ignore the query), that is, if the 95% interval of the paired difference to some
+control is not wholly above 0.
 """
 
-import csv
-import io
-import math
+from collections.abc import Callable, Iterable, Sequence
 
-from tda.methods import CONTROLS, Method
+from tda.methods import CONTROLS, METHODS, Method
+from tda.reports import formats
 
 MARK = "†"
+# Columns as (metric, title).
 COLUMNS = (
     ("mrr", "MRR"),
     ("recall_at_10", "recall@10"),
@@ -19,10 +19,177 @@ COLUMNS = (
     ("recall_at_10_strict", "recall@10 strict"),
     ("tail_patch", "tail-patch"),
 )
+_RUN_COLUMNS = (
+    *COLUMNS[:4],
+    ("mrr_known", "MRR known"),
+    ("recall_at_10_known", "recall@10 known"),
+    COLUMNS[4],
+)
+_MRR_COLUMNS = (
+    ("mrr", "MRR"),
+    ("mrr_at_10", "MRR@10"),
+    ("mrr_strict", "MRR strict"),
+    ("mrr_at_10_strict", "MRR@10 strict"),
+)
+# The method that others are compared with, if it is among them.
+_REFERENCE = "trackstar"
+
+
+def reference_of(methods: Iterable[str]) -> str:
+    """Returns the method that the others are compared with: TrackStar, or else the first."""
+    names = list(methods)
+    return _REFERENCE if _REFERENCE in names else names[0]
+
+
+def run_table(metrics: dict) -> str:
+    """Returns a run's main table in Markdown: methods × metrics, and what the columns mean."""
+    m = next(iter(metrics.values()))
+    lines = [
+        _by_method(metrics, _RUN_COLUMNS, _cell),
+        "",
+        f"{m['n_queries']} queries, {m['n_known']} of them known (every token of "
+        "the target ranks high under the prompt). Strict: only labels known to be sure count.",
+    ]
+    if m["n_tail_patch_queries"]:
+        rule = m["tail_patch_rule"]
+        control = formats.figure("tail_patch", m["tail_patch_control"])
+        lines.append(
+            "Tail-patch: mean change of the target's probability after one optimizer step on a "
+            f"proponent, top 10 of {m['n_tail_patch_queries']} queries; a step with a "
+            f"zero gradient changes it by {control}. A step: "
+            f"{rule['optimizer']}, its state {rule['optimizer_state']}, learning rate "
+            f"{rule['learning_rate']:.3g}, {rule['batch']}."
+        )
+    return "\n".join(lines)
+
+
+def run_details(metrics: dict) -> str:
+    """Returns a run's other tables: intervals, conventions of MRR, differences, groups."""
+    reference = reference_of(metrics)
+    parts = [
+        "## 95% intervals\n\nPercentile bootstrap over queries.",
+        _by_method(
+            metrics,
+            COLUMNS,
+            lambda m, key: formats.figure_with_interval(m, key, _missing_text(key)),
+        ),
+        "## Conventions of MRR\n\nWith full ranks, and MRR@10: ranks beyond 10 count nothing.",
+        _by_method(metrics, _MRR_COLUMNS, _cell),
+    ]
+    if len(metrics) > 1:
+        title = METHODS[reference].title
+        parts += [
+            f"## Difference to {title}\n\nA method's figure minus {title}'s over the same "
+            "queries: mean, 95% interval, two-sided p (paired bootstrap).",
+            _by_method(
+                {n: m["differences"][reference] for n, m in metrics.items() if n != reference},
+                COLUMNS,
+                _difference_cell,
+            ),
+        ]
+    if next(iter(metrics.values()))["n_tail_patch_queries"]:
+        parts += [
+            "## Tail-patch by depth\n\nMean over the first k proponents: change of the "
+            "probability, then of the log-probability in nats.",
+            _by_method(
+                metrics,
+                [
+                    (f"{name}_at_{k}", f"{title} k = {k}")
+                    for name, title in (("tail_patch", "p"), ("tail_patch_log", "log p"))
+                    for k in (1, 3, 5, 10)
+                    if any(f"{name}_at_{k}" in m for m in metrics.values())
+                ],
+                _cell,
+            ),
+        ]
+    parts += _content_tables(metrics)
+    for key, group_title in (
+        ("by_stated", "whether greedy decoding states the fact"),
+        ("by_frequency", "fact frequency: passages that name both entities"),
+        ("by_relation", "relation"),
+    ):
+        for metric, title in (("mrr", "MRR"), ("tail_patch", "tail-patch")):
+            if any(m.get(metric) is not None for m in metrics.values()):
+                parts += [f"## {title} by {group_title}", _by_group(metrics, key, metric)]
+    return "\n\n".join(parts)
+
+
+def _content_tables(metrics: dict) -> list[str]:
+    """Returns tables of how the proponents relate to their queries, and of tail-patches by that."""
+    contents = {name: m["by_content"] for name, m in metrics.items()}
+    columns = [(kind, kind) for kind in next(iter(contents.values()))]
+    parts = [
+        "## What the proponents say\n\nTheir shares; a passage is of the first kind that fits.",
+        _by_method(contents, columns, lambda m, kind: _share_cell(m[kind])),
+    ]
+    if any(x["n_tail_patches"] for m in contents.values() for x in m.values()):
+        parts += [
+            "## Tail-patch by what the passage says\n\nMean over pairs of a query and a passage "
+            "(their number).",
+            _by_method(contents, columns, lambda m, kind: _tail_patch_cell(m[kind])),
+        ]
+    return parts
+
+
+def _share_cell(content: dict) -> str:
+    if content["share"] is None:
+        return "–"
+    low, high = content["interval"]
+    interval = "" if low is None else f" [{low:.1%}, {high:.1%}]"
+    return f"{content['share']:.1%}{interval}"
+
+
+def _tail_patch_cell(content: dict) -> str:
+    count = content["n_tail_patches"]
+    return f"{formats.figure('tail_patch', content['tail_patch'])} ({count:,})" if count else ""
+
+
+def _by_group(metrics: dict, key: str, metric: str) -> str:
+    """Returns a table of one metric, a column for each group with the number of its queries."""
+    counts: dict[str, int] = {}
+    for m in metrics.values():
+        for group, figures in m[key].items():
+            counts[group] = max(counts.get(group, 0), figures["counts"].get(metric, 0))
+    columns = [(group, f"{group} ({count})") for group, count in counts.items() if count]
+    return _by_method(
+        {name: m[key] for name, m in metrics.items()},
+        columns,
+        lambda groups, group: _cell(groups.get(group, {}), metric),
+    )
+
+
+def _by_method(
+    by_method: dict, columns: Sequence[tuple[str, str]], cell: Callable[[dict, str], str]
+) -> str:
+    return formats.markdown(
+        ["method", *(title for _, title in columns)],
+        [[METHODS[n].title, *(cell(m, key) for key, _ in columns)] for n, m in by_method.items()],
+        "l" + "r" * len(columns),
+    )
+
+
+def _cell(m: dict, metric: str) -> str:
+    return formats.figure(metric, m.get(metric), missing=_missing_text(metric))
+
+
+def _missing_text(metric: str) -> str:
+    # Tail-patch is an option of a run, so its absence needs no mark.
+    return "" if metric.startswith("tail_patch") else "–"
+
+
+def _difference_cell(differences: dict, metric: str) -> str:
+    d = differences.get(metric)
+    if d is None:
+        return ""
+    mean, low, high = (formats.figure(metric, d[k], True) for k in ("difference", "low", "high"))
+    return mean if d["low"] is None else f"{mean} [{low}, {high}], p {d['p']:.2g}"
 
 
 def switches(method: Method) -> dict[str, str]:
-    """What the paper's table says of a row: optimizer, R, unit norm; empty of other retrievers."""
+    """Returns how the paper's table describes a row: optimizer, R, unit norm.
+
+    All are empty for retrievers that do not use gradients.
+    """
     if method.retriever != "gradient":
         return {"optimizer": "", "R": "", "norm": ""}
     R = {"none": "", "train": "R_train", "mixed": "mixed"}[method.hessian]
@@ -35,45 +202,45 @@ def switches(method: Method) -> dict[str, str]:
 
 
 def below_controls(name: str, metric: str, metrics: dict) -> list[str]:
-    """The controls that a method's figure is not clearly above, by name.
+    """Returns the names of the controls that a method's figure is not clearly above.
 
-    Empty of the controls themselves, and where the figure was not measured.
+    Empty for the controls themselves, and where the figure was not measured.
     """
-    figure = metrics[name].get(metric)
-    if name in CONTROLS or figure is None:
+    value = metrics[name].get(metric)
+    if name in CONTROLS or value is None:
         return []
     out = []
     for control in CONTROLS:
-        other = metrics.get(control, {}).get(metric)
-        if other is None:
+        control_value = metrics.get(control, {}).get(metric)
+        if control_value is None:
             continue
         difference = metrics[name].get("differences", {}).get(control, {}).get(metric, {})
         # Without an interval (a single query) the figures themselves decide.
         low = difference.get("low")
-        if (figure - other if low is None else low) <= 0:
+        if (value - control_value if low is None else low) <= 0:
             out.append(control)
     return out
 
 
 def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -> str:
-    """The table in Markdown, and below it what its columns and marks mean.
+    """Returns Table 1 in Markdown, followed by what its columns and marks mean.
 
     Args:
-        methods: the rows, by name, in order.
-        metrics: of each, as `tda.run.evaluate` writes them.
-        notes: what else there is to say of a method.
+        methods: the rows by name, in order.
+        metrics: each method's metrics, as `tda.run.evaluate` writes them.
+        notes: remarks on methods by name, listed below the table; empty ones are left out.
     """
-    head = ["method", "optimizer", "R", "unit norm", *(title for _, title in COLUMNS)]
-    lines = [_row(head), "|---|:-:|:-:|:-:|" + "---:|" * len(COLUMNS)]
-    marked = False
+    rows, is_marked = [], False
     for name, method in methods.items():
-        cells = [_cell(metrics[name], key) for key, _ in COLUMNS]
+        cells = [formats.figure_with_interval(metrics[name], key) for key, _ in COLUMNS]
         for i, (key, _) in enumerate(COLUMNS):
             if below_controls(name, key, metrics):
-                cells[i], marked = f"{cells[i]} {MARK}", True
-        lines.append(_row([method.title, *switches(method).values(), *cells]))
+                cells[i], is_marked = f"{cells[i]} {MARK}", True
+        rows.append([method.title, *switches(method).values(), *cells])
+    head = ["method", "optimizer", "R", "unit norm", *(title for _, title in COLUMNS)]
     m = next(iter(metrics.values()))
-    lines += [
+    lines = [
+        formats.markdown(head, rows, "lccc" + "r" * len(COLUMNS)),
         "",
         f"{m['n_queries']} queries; in brackets 95% intervals (bootstrap over queries). *Strict* "
         "counts only labels known to be sure.",
@@ -84,11 +251,11 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
             f"top 10 of {m['n_tail_patch_queries']} queries."
         )
     if any(c in metrics for c in CONTROLS):
-        named = ", ".join(methods[c].title for c in CONTROLS if c in metrics)
+        controls = ", ".join(methods[c].title for c in CONTROLS if c in metrics)
         lines.append(
-            f"{MARK}: not above a control that looks at no query ({named})."
-            if marked
-            else f"Every figure is above those of the controls ({named})."
+            f"{MARK}: not above a control that looks at no query ({controls})."
+            if is_marked
+            else f"Every figure is above those of the controls ({controls})."
         )
     if notes:
         lines += ["", *(f"- {methods[n].title}: {text}" for n, text in notes.items() if text)]
@@ -96,7 +263,7 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
 
 
 def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
-    """Every single figure of every method, with the ends of its interval where it has one (CSV)."""
+    """Returns every single figure of every method as CSV, with the ends of its interval if any."""
     keys: list[str] = []
     for m in metrics.values():
         keys += [k for k, x in m.items() if k not in keys and not isinstance(x, dict | list | str)]
@@ -106,75 +273,37 @@ def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
         if any(key in m.get("intervals", {}) for m in metrics.values()):
             columns += [f"{key}_low", f"{key}_high"]
     columns += [f"{key}_not_above" for key, _ in COLUMNS]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for name, method in methods.items():
         m = metrics[name]
         row = {"method": name, "title": method.title} | switches(method)
         for key in keys:
             low, high = m.get("intervals", {}).get(key, (None, None))
-            ends = {f"{key}_low": low, f"{key}_high": high}
-            row |= {k: x for k, x in ({key: m.get(key)} | ends).items() if k in columns}
+            row |= {key: m.get(key), f"{key}_low": low, f"{key}_high": high}
         for key, _ in COLUMNS:
             row[f"{key}_not_above"] = " ".join(below_controls(name, key, metrics))
-        writer.writerow({k: "" if _missing(x) else x for k, x in row.items()})
-    return out.getvalue()
+        rows.append({k: "" if formats.is_missing(row[k]) else row[k] for k in columns})
+    return formats.comma_separated(rows, columns)
 
 
 def latex(methods: dict[str, Method], metrics: dict) -> str:
-    """The table in LaTeX, with `booktabs` and without intervals; the largest of each is bold."""
-    heads = [title for _, title in COLUMNS]
-    best = {
-        key: max(
-            (m[key] for n, m in metrics.items() if n not in CONTROLS and not _missing(m.get(key))),
-            default=None,
-        )
-        for key, _ in COLUMNS
-    }
-    lines = [
-        r"\begin{tabular}{lccc" + "r" * len(COLUMNS) + "}",
-        r"\toprule",
-        " & ".join(["method", "optimizer", "$R$", "unit norm", *map(_escaped, heads)]) + r" \\",
-        r"\midrule",
-    ]
+    """Returns Table 1 in LaTeX without intervals; the best figure of each column is bold."""
+    best = {}
+    for key, _ in COLUMNS:
+        figures = [m.get(key) for name, m in metrics.items() if name not in CONTROLS]
+        best[key] = max((x for x in figures if not formats.is_missing(x)), default=None)
+    rows = []
     for name, method in methods.items():
         cells = []
         for key, _ in COLUMNS:
             x = metrics[name].get(key)
-            text = _escaped(_figure(key, x))
+            text = formats.escape_latex(formats.figure(key, x))
             text = rf"\textbf{{{text}}}" if text and x == best[key] else text
             cells.append(text + (r"$^\dagger$" if below_controls(name, key, metrics) else ""))
         s = switches(method)
         R = {"R_train": r"$R_\mathrm{train}$"}.get(s["R"], s["R"])
-        marks = [r"$\checkmark$" if s[k] else "" for k in ("optimizer", "norm")]
-        lines.append(" & ".join([_escaped(method.title), marks[0], R, marks[1], *cells]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _row(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _missing(x) -> bool:
-    return x is None or (isinstance(x, float) and math.isnan(x))
-
-
-def _figure(key: str, x) -> str:
-    if _missing(x):
-        return ""
-    return f"{100 * x:+.2f}%" if key.startswith("tail_patch") else f"{x:.3f}"
-
-
-def _cell(m: dict, key: str) -> str:
-    text = _figure(key, m.get(key))
-    ends = m.get("intervals", {}).get(key)
-    if not text or not ends or any(map(_missing, ends)):
-        return text
-    return f"{text} [{', '.join(_figure(key, e) for e in ends)}]"
-
-
-def _escaped(text: str) -> str:
-    for special in "\\&%#_":
-        text = text.replace(special, "\\" + special)
-    return text.replace("−", "$-$")
+        optimizer, norm = (r"$\checkmark$" if s[k] else "" for k in ("optimizer", "norm"))
+        rows.append([formats.escape_latex(method.title), optimizer, R, norm, *cells])
+    titles = [formats.escape_latex(title) for _, title in COLUMNS]
+    head = ["method", "optimizer", "$R$", "unit norm", *titles]
+    return formats.latex(head, rows, "lccc" + "r" * len(COLUMNS))

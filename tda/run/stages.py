@@ -3,7 +3,7 @@
 import numpy as np
 
 from tda import methods
-from tda.reports import report
+from tda.reports import tables
 from tda.retrieval.ranked import Ranked
 from tda.run import corpus, evaluate, index, measures, remembered, retrieve, train
 from tda.run.run import Corpus
@@ -41,9 +41,9 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     measures.check_step(config, trained)
     ranked, notes = retrieve.retrieve(config, data, trained, workdir)
     metrics = evaluate.run(config, data, trained, ranked, workdir)
-    text = "\n".join([report.table(metrics), *index.told(notes)])
+    text = "\n".join([tables.run_table(metrics), *index.told(notes)])
     if processes.is_first():
-        whole = f"{text}\n\n{report.details(metrics)}\n"
+        whole = f"{text}\n\n{tables.run_details(metrics)}\n"
         (workdir / "table.md").write_text(whole, encoding="utf-8")
         remembered.remember(config, data, workdir)
     print("\n" + examples(config, data, ranked))

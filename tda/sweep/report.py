@@ -7,17 +7,15 @@ far above all others; and "mark", keys and values of the point whose x is marked
 as {"hessian.weight": -1.0}, with "mark_label", what it is called.
 """
 
-import csv
 import functools
-import io
 import math
 import pathlib
 
 from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
-from tda.reports import plots
-from tda.reports.report import reference_of
+from tda.reports import formats, plots
+from tda.reports.tables import reference_of
 from tda.runtime import atomic_file
 from tda.sweep.grid import Point, Sweep
 
@@ -188,14 +186,14 @@ def _headline(others: list[str], table: list[dict], cell) -> str:
             key = (_shown("method", row["method"]), *(str(row[a]) for a in others))
             by_row.setdefault(key, {})[row["metric"]] = row
     metrics = [m for m in HEADLINE if any(m in found for found in by_row.values())]
-    lines = [
-        f"| {' | '.join(['method', *others, *(_TITLES.get(m, m) for m in metrics)])} |",
-        "|---|" + "---|" * len(others) + "---:|" * len(metrics),
-    ]
-    for key, found in by_row.items():
-        cells = [cell(m, found[m]) if m in found else "–" for m in metrics]
-        lines.append(f"| {' | '.join([*key, *cells])} |")
-    return "\n".join(lines)
+    return formats.markdown(
+        ["method", *others, *(_TITLES.get(m, m) for m in metrics)],
+        [
+            [*key, *(cell(m, row[m]) if m in row else "–" for m in metrics)]
+            for key, row in by_row.items()
+        ],
+        "l" + "l" * len(others) + "r" * len(metrics),
+    )
 
 
 def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
@@ -212,11 +210,7 @@ def _write(path: pathlib.Path, text: str) -> str:
 
 
 def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return _write(path, out.getvalue())
+    return _write(path, formats.comma_separated(table))
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:

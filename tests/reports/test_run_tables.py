@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tda.evaluation import summary
-from tda.reports import report
+from tda.reports import tables
 
 
 def kind(share, interval, tail_patch=None, count=0):
@@ -65,7 +65,7 @@ def rows(text, title):
 
 
 def test_the_main_table(metrics):
-    text = report.table(metrics)
+    text = tables.run_table(metrics)
     m = metrics["trackstar"]
     assert f"| TrackStar | {m['mrr']:.3f} | {m['recall_at_10']:.3f} |" in text
     assert f"| {100 * m['tail_patch']:+.2f}% |" in text
@@ -76,11 +76,11 @@ def test_the_main_table(metrics):
     assert "adam, its state restored, learning rate 0.0003, one passage alone" in text
     for m in metrics.values():
         m |= {"n_tail_patch_queries": 0, "tail_patch": None, "tail_patch_rule": None}
-    assert "optimizer step" not in report.table(metrics)
+    assert "optimizer step" not in tables.run_table(metrics)
 
 
 def test_the_tables_of_details(metrics):
-    text = report.details(metrics)
+    text = tables.run_details(metrics)
     m, d = metrics["trackstar"], metrics["bm25"]["differences"]["trackstar"]
     low, high = m["intervals"]["mrr"]
     assert rows(text, "95% intervals")["TrackStar"][0] == f"{m['mrr']:.3f} [{low:.3f}, {high:.3f}]"
@@ -108,5 +108,5 @@ def test_the_tables_of_details(metrics):
 
 
 def test_one_method_is_compared_with_none(metrics):
-    text = report.details({"bm25": metrics["bm25"] | {"differences": {}}})
+    text = tables.run_details({"bm25": metrics["bm25"] | {"differences": {}}})
     assert "Difference" not in text and "## 95% intervals" in text
