@@ -85,7 +85,7 @@ def main(argv):
             for correction in CORRECTIONS:
                 encoder = ours.encoder(correction)
                 mine = table.encode_rows(
-                    encoder, ours.table(len(rows)), rows, **ours.layout(flags.FLAGS.tokens)
+                    encoder, ours.table(len(rows)), rows, ours.layout(flags.FLAGS.tokens)
                 )
                 command = dict(correction=correction, rows=len(rows), tokens=flags.FLAGS.tokens)
                 sizes = side.ask("gradients", **command)["sizes"]

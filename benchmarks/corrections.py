@@ -87,9 +87,11 @@ class Run:
     correct: dict[str, list[np.ndarray]]
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of batches: few, as each is compiled for nine encoders."""
-        return batches.buckets(self.config.model.context, ratio=2.0)
+    def layout(self) -> batches.BatchLayout:
+        """How passages are batched: in few lengths, as each is compiled for nine encoders."""
+        lengths = batches.buckets(self.config.model.context, ratio=2.0)
+        tokens = self.config.gradients.tokens_per_batch
+        return batches.BatchLayout(lengths, tokens, self.corpus.tokenizer.pad)
 
     @property
     def scope(self) -> dict:
@@ -141,13 +143,7 @@ def encoder_of(run: Run, scales: dict[str, Scale] | None, other_seed: bool = Fal
 
 def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of the queries and of the passages, float32 [Q, E] and [C, E]."""
-    rows_of = functools.partial(
-        table.encode_rows,
-        encoder,
-        bucket_lengths=run.lengths,
-        tokens_per_batch=run.config.gradients.tokens_per_batch,
-        pad=run.corpus.tokenizer.pad,
-    )
+    rows_of = functools.partial(table.encode_rows, encoder, layout=run.layout)
     return (
         rows_of(run.corpus.prompts, run.queries),
         rows_of(run.corpus.passages, run.passages),
@@ -229,15 +225,8 @@ def errors(run: Run, scales: dict[str, Scale] | None, exactly: dict[str, Scale])
 def fresh_moments(run: Run) -> dict[str, Scale]:
     """1/√V estimated anew from batches of the training text, at the checkpoint's parameters."""
     text = run.corpus.training
-    planned = loop.epoch_plan(
-        text,
-        0,
-        bucket_lengths=run.lengths,
-        tokens_per_batch=run.config.train.tokens_per_batch,
-        multiple=1,
-        seed=_SEED.value,
-    )
-    found = (b.arrays() for b in batches.batches(text, planned, run.corpus.tokenizer.pad))
+    layout = dataclasses.replace(run.layout, tokens_per_batch=run.config.train.tokens_per_batch)
+    found = (b.arrays() for b in loop.epoch_batches(text, 0, layout, _SEED.value))
 
     def loss(model, batch):
         return losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
@@ -287,16 +276,10 @@ def whole_cosines(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
 
 def encoding_times(run: Run, encoders: dict[str, Encoder]) -> dict[str, dict]:
     """Time over exact Adam's and over that without correction, on four batches of the corpus."""
-    planned = batches.plan(
-        run.corpus.passages.lengths[run.passages] - 1,
-        run.lengths,
-        run.config.gradients.tokens_per_batch,
-    )
+    planned = run.layout.batches(run.corpus.passages, run.passages)
     inputs = []
     for i in np.unique(np.linspace(0, len(planned) - 1, 6).astype(int)[1:-1]):
-        rows = run.passages[planned.order[planned.starts[i] : planned.starts[i + 1]]]
-        shape = int(planned.lengths[i]), int(planned.sizes[i])
-        batch = batches.materialise(run.corpus.passages, rows, *shape, run.corpus.tokenizer.pad)
+        batch = planned[i]
         inputs.append((batch.arrays(), scored_positions(batch.weights)))
     sides = {
         name: functools.partial(lambda e: [e(*x) for x in inputs], encoder)

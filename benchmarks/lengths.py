@@ -95,8 +95,7 @@ class Side:
     def __call__(self, i: int) -> dict:
         """Encodes batch i: its length, positions and scored tokens, seconds, those of the host."""
         p, started = self.planned, now()
-        rows = p.order[p.starts[i] : p.starts[i + 1]]
-        batch = batches.materialise(self.table, rows, p.lengths[i], p.sizes[i], self.pad)
+        batch = batches.materialise(self.table, p.members(i), p.lengths[i], p.sizes[i], self.pad)
         scored = scored_positions(batch.weights)
         made = now()
         np.asarray(self.encoder(batch.arrays(), scored))

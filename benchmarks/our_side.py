@@ -22,6 +22,7 @@ from benchmarks import encoder as training
 from tda import hessian
 from tda import loss as losses
 from tda import store as stores
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
 from tda.gradients import sites
@@ -93,10 +94,10 @@ class Ours:
         scored = np.arange(len(flat)) % length > 0
         return TokenTable(ids, ids, flat, length * np.arange(rows + 1), scored)
 
-    def layout(self, tokens: int) -> dict:
+    def layout(self, tokens: int) -> BatchLayout:
         """How they are batched."""
         # Their batches have as many positions; of ours the last is padding.
-        return dict(bucket_lengths=(self.tokens.shape[1],), tokens_per_batch=tokens, pad=0)
+        return BatchLayout((self.tokens.shape[1],), tokens, pad=0)
 
     def build(self, correction: str, rows: int, tokens: int) -> dict:
         """A store of raw projected gradients."""
@@ -106,7 +107,7 @@ class Ours:
         shutil.rmtree(path, ignore_errors=True)
         watch = Stopwatch()
         self.store = stores.create(path, table.ids, blocks, {})
-        encoding.fill(self.store, encoder, table, **self.layout(tokens))
+        encoding.fill(self.store, encoder, table, self.layout(tokens))
         return watch.read()
 
     def check_build(self) -> dict:
@@ -141,7 +142,7 @@ class Ours:
             parts[name] = built["seconds"] + watch.read()["seconds"] - sum(parts.values())
 
         everyone = np.arange(len(table))
-        queries = encoding.encode_rows(encoder, table, everyone, **self.layout(tokens))
+        queries = encoding.encode_rows(encoder, table, everyone, self.layout(tokens))
         lap("encode the queries")
         train = hessian.autocorrelation((x for _, x in store.chunks()), slices)
         evaluation = hessian.autocorrelation([queries], slices)

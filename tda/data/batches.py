@@ -1,11 +1,17 @@
-"""Length-bucketed batches of a few fixed shapes: deterministic, and found by their number alone."""
+"""Length-bucketed batches of a few fixed shapes: deterministic, and each found by its number alone.
+
+A `BatchLayout` says how sequences are cut into batches; `BatchLayout.batches` plans them for some
+rows of a table, and the sequence that it returns makes batch i when it is asked for it.
+"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from tda.data.tokens import TokenTable
+from tda.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,20 +23,26 @@ class Batch:
         targets: int32 [B, T], the token after each.
         weights: float32 [B, T], 1 where the prediction carries a loss, 0 elsewhere (padding too).
         rows: int64 [R ≤ B], the table's rows that the first R sequences are; the rest is padding.
+        places: int64 [R], where these rows stand among all the rows that were batched.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
     rows: np.ndarray
+    places: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a loss needs, as a pytree."""
+        """Returns the arrays that a loss needs, as a pytree."""
         return {"tokens": self.tokens, "targets": self.targets, "weights": self.weights}
 
 
 def buckets(context: int, ratio: float = 1.16, smallest: int = 8) -> tuple[int, ...]:
-    """Padded lengths up to `context`: multiples of 8, each about `ratio` times the one before."""
+    """Returns padded lengths up to `context`: multiples of 8, each about `ratio` times the last.
+
+    Every length is compiled for; a smaller ratio trades compilations for less padding. 1.16 was
+    measured on sentences of T-REx (benchmarks/lengths.py).
+    """
     if context < 1:
         raise ValueError(f"context={context} must be positive")
     lengths = [min(smallest, context)]
@@ -42,13 +54,13 @@ def buckets(context: int, ratio: float = 1.16, smallest: int = 8) -> tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which rows go into which batch: an index of batches, without their contents.
+    """An index of batches: which sequences go into which batch, without their contents.
 
     Attributes:
-        order: int64 [N], the rows, batch after batch.
+        order: int64 [N], the sequences' numbers, batch after batch.
         starts: int64 [batches + 1]; batch i holds `order[starts[i]:starts[i + 1]]`.
-        lengths: int64 [batches], T of each.
-        sizes: int64 [batches], B of each (a batch that is not full is padded up to it).
+        lengths: int64 [batches], T of each batch.
+        sizes: int64 [batches], B of each batch (one that is not full is padded up to it).
     """
 
     order: np.ndarray
@@ -58,6 +70,10 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def members(self, i: int) -> np.ndarray:
+        """Returns the numbers of the sequences in batch i, int64 [R ≤ B]."""
+        return self.order[self.starts[i] : self.starts[i + 1]]
 
 
 def plan(
@@ -70,12 +86,11 @@ def plan(
     """Groups sequences of like length into batches of about `tokens_per_batch` positions.
 
     Args:
-        positions: int [N], positions of each sequence.
-        bucket_lengths: the lengths T that batches may have, rising.
-        tokens_per_batch: B × T of a batch at most (but at least `multiple` sequences).
-        multiple: B is a multiple of this (the devices that the batch axis is split over).
-        seed: shuffles sequences among the batches of a length, and the batches; None keeps order
-            within a length and puts short batches first.
+        positions: positions of each sequence, int [N].
+        bucket_lengths, tokens_per_batch: see `BatchLayout`.
+        multiple: a divisor of every B (the number of devices that the batch axis is split over).
+        seed: shuffles sequences among the batches of a length, and the batches; with None the
+            order within a length is kept, and short batches come first.
 
     Raises:
         ValueError: a sequence is longer than the longest bucket.
@@ -90,16 +105,16 @@ def plan(
     rng = None if seed is None else np.random.default_rng(seed)
     longest = positions.max(initial=1)
     bucket_lengths = bucket_lengths[: 1 + np.searchsorted(bucket_lengths, longest)]
-    which = np.searchsorted(bucket_lengths, positions)
+    bucket = np.searchsorted(bucket_lengths, positions)
     rows = np.arange(len(positions)) if rng is None else rng.permutation(len(positions))
-    rows = rows[np.argsort(which[rows], kind="stable")]
-    reached = np.cumsum(np.bincount(which, minlength=len(bucket_lengths)))
+    rows = rows[np.argsort(bucket[rows], kind="stable")]
+    reached = np.cumsum(np.bincount(bucket, minlength=len(bucket_lengths)))
     starts, lengths, sizes = [], [], []
     first = 0
     for i, length in enumerate(bucket_lengths):
         size = max(1, tokens_per_batch // int(length) // multiple) * multiple
         waiting = int(reached[i]) - first
-        # What does not fill a batch rolls over into the next length; only the last is partial.
+        # Sequences that do not fill a batch move on to the next length; only the last is partial.
         count = waiting // size if i + 1 < len(bucket_lengths) else -(-waiting // size)
         starts.append(first + size * np.arange(count))
         lengths.append(np.full(count, length))
@@ -117,8 +132,15 @@ def plan(
     return Plan(rows, bounds, lengths.astype(np.int64), sizes.astype(np.int64))
 
 
-def materialise(table: TokenTable, rows: np.ndarray, length: int, size: int, pad: int) -> Batch:
-    """The batch of `rows`, padded to `size` sequences of `length` positions."""
+def materialise(
+    table: TokenTable,
+    rows: np.ndarray,
+    length: int,
+    size: int,
+    pad: int,
+    places: np.ndarray | None = None,
+) -> Batch:
+    """Returns the batch of `rows`, padded to `size` sequences of `length` positions."""
     if len(rows) > size:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {size}")
     tokens = np.full((size, length + 1), pad, np.int32)
@@ -127,11 +149,80 @@ def materialise(table: TokenTable, rows: np.ndarray, length: int, size: int, pad
         begin, end = table.starts[row], table.starts[row + 1]
         tokens[i, : end - begin] = table.tokens[begin:end]
         scored[i, : end - begin] = table.scored[begin:end]
-    return Batch(tokens[:, :-1], tokens[:, 1:], scored[:, 1:], np.asarray(rows, np.int64))
+    places = np.arange(len(rows)) if places is None else places
+    rows = np.asarray(rows, np.int64)
+    return Batch(tokens[:, :-1], tokens[:, 1:], scored[:, 1:], rows, places)
 
 
-def batches(table: TokenTable, planned: Plan, pad: int, first: int = 0) -> Iterator[Batch]:
-    """The batches of a plan from number `first` on."""
-    for i in range(first, len(planned)):
-        rows = planned.order[planned.starts[i] : planned.starts[i + 1]]
-        yield materialise(table, rows, int(planned.lengths[i]), int(planned.sizes[i]), pad)
+class Batches(Sequence):
+    """The batches of some rows of a table; each is made when it is asked for.
+
+    Args:
+        table: the sequences.
+        rows: the rows that are batched, int64 [R].
+        plan: which of `rows` go into which batch.
+        pad: the padding token.
+    """
+
+    def __init__(self, table: TokenTable, rows: np.ndarray, plan: Plan, pad: int):
+        self.plan = plan
+        self._table, self._rows, self._pad = table, rows, pad
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"there is no batch {i}, there are {len(self)}")
+        places = self.plan.members(i)
+        length, size = int(self.plan.lengths[i]), int(self.plan.sizes[i])
+        return materialise(self._table, self._rows[places], length, size, self._pad, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How sequences are cut into batches, and the devices that a batch is split over."""
+
+    bucket_lengths: tuple[int, ...]
+    """The lengths T that batches may have, rising; each of them is compiled for."""
+
+    tokens_per_batch: int
+    """B × T of a batch at most (but at least one sequence for each device)."""
+
+    pad: int
+    """The token that fills sequences up; it never carries a loss."""
+
+    mesh: jax.sharding.Mesh | None = None
+    """The devices that the batch axis is split over; one device where None."""
+
+    @property
+    def multiple(self) -> int:
+        """The number that divides every B: the devices that the batch axis is split over."""
+        return 1 if self.mesh is None else sharding.batch_devices(self.mesh)
+
+    def batches(
+        self, table: TokenTable, rows: np.ndarray | None = None, seed: int | None = None
+    ) -> Batches:
+        """Plans batches of some rows of a table.
+
+        Args:
+            table: the sequences.
+            rows: the rows to batch; all of them by default.
+            seed: see `plan`.
+
+        Raises:
+            ValueError: a row is longer than the longest bucket.
+        """
+        rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
+        planned = plan(
+            table.lengths[rows] - 1, self.bucket_lengths, self.tokens_per_batch, self.multiple, seed
+        )
+        return Batches(table, rows, planned, self.pad)
+
+    def padded_length(self, positions: int) -> int:
+        """Returns the shortest length that holds so many positions."""
+        return next(length for length in self.bucket_lengths if length >= positions)
+
+    def put(self, arrays: dict[str, np.ndarray]) -> dict:
+        """Splits the arrays of a batch over the mesh's devices."""
+        return arrays if self.mesh is None else sharding.put_batch(self.mesh, arrays)

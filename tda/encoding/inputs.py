@@ -17,6 +17,7 @@ from tda import methods
 from tda import store as stores
 from tda.data import batches as batching
 from tda.data import corpora, tokenised, tokens
+from tda.data.batches import BatchLayout
 from tda.data.corpora import Document
 from tda.data.tokens import TokenTable
 from tda.encoding import loss_identity
@@ -182,11 +183,11 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
     table = _table(passages, tokenizer, context, directory, setting.quiet)
     longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
     how = {"ratio": _COARSE} if len(table.tokens) < _FEW_TOKENS else {}
-    layout = dict(
-        bucket_lengths=batching.buckets(max(1, longest), **how),
-        tokens_per_batch=setting.tokens_per_batch,
-        pad=tokenizer.pad,
-        mesh=setting.mesh,
+    layout = BatchLayout(
+        batching.buckets(max(1, longest), **how),
+        setting.tokens_per_batch,
+        tokenizer.pad,
+        setting.mesh,
     )
     made_from = None if directory is None else _made_from(setting, table, directory)
     scales = _scales(setting, table, layout, directory, made_from)
@@ -194,8 +195,10 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         setting.model, setting.projection, scales, setting.loss, **setting.scope, mesh=setting.mesh
     )
     # A batch of a few prompts is not padded to as many as a batch of passages has.
-    few = layout | {"tokens_per_batch": _tokens_of(prompts, setting.tokens_per_batch)}
-    gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), **few)
+    few = dataclasses.replace(
+        layout, tokens_per_batch=_tokens_of(prompts, setting.tokens_per_batch)
+    )
+    gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), few)
     texts = _Texts(table, tokenizer)
     if directory is None:
         source = _encoded(setting, encoder, table, layout)
@@ -212,7 +215,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         corpus=tokenised.fingerprint(table),
     )
     loss_identity.keep(made_from["loss"], directory)
-    encoding.fill(store, encoder, table, "encode passages", quiet=setting.quiet, **layout)
+    encoding.fill(store, encoder, table, layout, "encode passages", setting.quiet)
 
     def passage(row):
         (found,) = store.passages([row])
@@ -231,7 +234,9 @@ def _shard_bytes(table: TokenTable, width: int) -> int:
     return min(SHARD_BYTES, rows * 4 * width)
 
 
-def _scales(setting: Setting, table: TokenTable, layout: dict, directory, made_from: dict | None):
+def _scales(
+    setting: Setting, table: TokenTable, layout: BatchLayout, directory, made_from: dict | None
+):
     """1/√V as the method wants it; what was estimated is kept in `directory`, if there is one."""
     batches = _batches(setting, table, layout)
     if directory is None or not setting.method.corrected or setting.scales is not None:
@@ -312,7 +317,7 @@ class _Texts(Sequence):
         return self._tokenizer.decode(self._table.tokens[begin:end]).strip()
 
 
-def _batches(setting: Setting, table: TokenTable, layout: dict) -> Iterable[dict]:
+def _batches(setting: Setting, table: TokenTable, layout: BatchLayout) -> Iterable[dict]:
     """Batches of passages that are drawn from the whole corpus, to estimate from."""
     if not setting.method.corrected or setting.scales is not None:
         return
@@ -321,19 +326,13 @@ def _batches(setting: Setting, table: TokenTable, layout: dict) -> Iterable[dict
     mean = max(1.0, float(table.lengths.mean()))
     count = min(len(table), int(setting.sample * setting.tokens_per_batch / mean) + 1)
     rows = rng.choice(len(table), count, replace=False)
-    planned = batching.plan(
-        table.lengths[rows] - 1,
-        layout["bucket_lengths"],
-        setting.tokens_per_batch,
-        seed=setting.seed,
-    )
-    for i in range(min(setting.sample, len(planned))):
-        own = rows[planned.order[planned.starts[i] : planned.starts[i + 1]]]
-        length, size = int(planned.lengths[i]), int(planned.sizes[i])
-        yield batching.materialise(table, own, length, size, layout["pad"]).arrays()
+    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
+    layout = dataclasses.replace(layout, mesh=None)
+    for batch in itertools.islice(layout.batches(table, rows, setting.seed), setting.sample):
+        yield batch.arrays()
 
 
-def _encoded(setting: Setting, encoder, table: TokenTable, layout: dict) -> scorer.InMemory:
+def _encoded(setting: Setting, encoder, table: TokenTable, layout: BatchLayout) -> scorer.InMemory:
     needed = 4 * len(table) * encoder.layout.width
     if needed > _MEMORY:
         raise ValueError(
@@ -343,7 +342,7 @@ def _encoded(setting: Setting, encoder, table: TokenTable, layout: dict) -> scor
     total = int(table.scored.sum())
     with progress.bar(total, "encode passages", "token", quiet=setting.quiet) as bar:
         gradients_CxE = encoding.encode_rows(
-            encoder, table, np.arange(len(table)), on_batch=bar.update, **layout
+            encoder, table, np.arange(len(table)), layout, bar.update
         )
     return _in_memory(gradients_CxE, encoder.layout.slices)
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
-from tda.data import batches as batching
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
 from tda.gradients.together import Together
@@ -17,20 +17,22 @@ from tda.store import Form, GradientStore, Rows, StoreError, valid
 _SPAN_BYTES = 256 << 20
 
 
-def encode_rows(encoder: Encoder, table: TokenTable, rows: np.ndarray, **layout) -> np.ndarray:
+def encode_rows(
+    encoder: Encoder,
+    table: TokenTable,
+    rows: np.ndarray,
+    layout: BatchLayout,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
     """Projected gradients of some rows of a table, float32 [R, E]; see `encode_rows_together`."""
-    return encode_rows_together(encoder, table, rows, **layout)[0]
+    return encode_rows_together(encoder, table, rows, layout, on_batch)[0]
 
 
 def encode_rows_together(
     encoder: Encoder | Together,
     table: TokenTable,
     rows: np.ndarray,
-    *,
-    bucket_lengths: tuple[int, ...],
-    tokens_per_batch: int,
-    pad: int,
-    mesh=None,
+    layout: BatchLayout,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> list[np.ndarray]:
     """Projected gradients of some rows of a table, of every kind that the encoder gives.
@@ -39,33 +41,21 @@ def encode_rows_together(
         encoder: the encoder.
         table: the sequences.
         rows: which of them.
-        bucket_lengths, tokens_per_batch, pad: see `tda.data.batches`.
-        mesh: the devices that a batch is split over; one device where None.
+        layout: how the rows are batched.
         on_batch: told the scored tokens of each batch when it is done.
 
     Returns:
         Of each kind float32 [R, E], in the order of `rows`.
     """
     rows = np.asarray(rows, np.int64)
-    multiple = 1 if mesh is None else sharding.batch_devices(mesh)
-    planned = batching.plan(
-        table.lengths[rows] - 1, bucket_lengths, tokens_per_batch, multiple=multiple
-    )
     out = [np.empty((len(rows), kind.width), np.float32) for kind in encoder.layouts]
     waiting = None  # one batch is computed while the one before it is copied to the host
-    for i in range(len(planned)):
-        local = planned.order[planned.starts[i] : planned.starts[i + 1]]
-        batch = batching.materialise(
-            table, rows[local], int(planned.lengths[i]), int(planned.sizes[i]), pad
-        )
+    for batch in layout.batches(table, rows):
         scored = scored_positions(batch.weights)
-        arrays = batch.arrays()
-        if mesh is not None:
-            arrays = sharding.put_batch(mesh, arrays)
-        encoded = encoder.all(arrays, scored)
+        encoded = encoder.all(layout.put(batch.arrays()), scored)
         if waiting is not None:
             _collect(out, waiting)
-        waiting = (local, encoded)
+        waiting = (batch.places, encoded)
         on_batch(int(batch.weights.sum()))
     if waiting is not None:
         _collect(out, waiting)
@@ -73,9 +63,9 @@ def encode_rows_together(
 
 
 def _collect(out: list[np.ndarray], done) -> None:
-    local, encoded = done
+    places, encoded = done
     for rows_RxE, x_BxE in zip(out, encoded, strict=True):
-        rows_RxE[local] = sharding.to_host(x_BxE)[: len(local)]
+        rows_RxE[places] = sharding.to_host(x_BxE)[: len(places)]
 
 
 class OnTheFly:
@@ -84,19 +74,19 @@ class OnTheFly:
     Args:
         encoder: the encoder.
         table: the corpus.
+        layout: how rows are batched.
         span_rows: rows that are encoded together; by default as many as take 256 MiB, those of a
             store's shard.
         on_batch: told the scored tokens of each batch when it is done.
-        **layout: as for `encode_rows`.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         table: TokenTable,
+        layout: BatchLayout,
         span_rows: int = 0,
         on_batch: Callable[[int], None] = lambda tokens: None,
-        **layout,
     ):
         self._encoder, self._table, self._layout = encoder, table, layout
         self._on_batch = on_batch
@@ -121,7 +111,7 @@ class OnTheFly:
         return self._encode(np.asarray(numbers, np.int64))
 
     def _encode(self, numbers, on_batch=lambda tokens: None) -> np.ndarray:
-        x_RxE = encode_rows(self._encoder, self._table, numbers, on_batch=on_batch, **self._layout)
+        x_RxE = encode_rows(self._encoder, self._table, numbers, self._layout, on_batch)
         x_RxE[~np.isfinite(x_RxE).all(axis=1)] = np.inf
         return x_RxE
 
@@ -130,10 +120,9 @@ def fill(
     store: GradientStore,
     encoder: Encoder | None,
     table: TokenTable,
+    layout: BatchLayout,
     what: str = "encode",
-    mesh=None,
     quiet: bool = False,
-    **layout,
 ) -> None:
     """Encodes the rows of every shard that the store lacks; killed, it goes on where it stopped.
 
@@ -144,32 +133,30 @@ def fill(
         store: one row for each of the table's sequences.
         encoder: the encoder; not needed where the store lacks nothing.
         table: the corpus.
+        layout: how rows are batched, and the devices that a batch is split over.
         what: name of the work in the progress bar.
-        mesh: the devices that a batch is split over; one device where None.
         quiet: shows no progress.
-        **layout: as for `encode_rows`.
 
     Raises:
         StoreError: the table has another number of rows, or a shard cannot be written.
     """
-    fill_together([store], encoder, table, what, mesh, quiet, **layout)
+    fill_together([store], encoder, table, layout, what, quiet)
 
 
 def fill_together(
     stores: list[GradientStore],
     encoder: Encoder | Together | None,
     table: TokenTable,
+    layout: BatchLayout,
     what: str = "encode",
-    mesh=None,
     quiet: bool = False,
-    **layout,
 ) -> None:
     """Fills several stores of the same corpus in one pass over it; see `fill`.
 
     Args:
         stores: one for each kind of gradients that the encoder gives, whose shards have the same
             rows. What some lack is encoded for all, and written where it is lacking.
-        encoder, table, what, mesh, quiet, **layout: as for `fill`.
+        encoder, table, layout, what, quiet: as for `fill`.
 
     Raises:
         StoreError: as `fill`, or the stores' shards differ.
@@ -185,7 +172,7 @@ def fill_together(
     lacking = processes.by_first("list the shards", lambda: [s.missing() for s in stores])
     missing = sorted(set().union(*lacking))
     me, count = jax.process_index(), jax.process_count()
-    together = not sharding.is_local(mesh)
+    together = not sharding.is_local(layout.mesh)
     mine = missing if together else missing[me::count]
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
     if len(mine):
@@ -197,9 +184,7 @@ def fill_together(
         ):
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
-                encoded = encode_rows_together(
-                    encoder, table, rows, mesh=mesh, on_batch=bar.update, **layout
-                )
+                encoded = encode_rows_together(encoder, table, rows, layout, bar.update)
                 if not together or turn % count == me:
                     out.write(int(i), encoded)
     if not together:

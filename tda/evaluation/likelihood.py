@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.data import batches as batching
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.runtime import sharding
 
@@ -37,20 +37,11 @@ class Likelihood:
 
     Args:
         model: maps tokens [B, T] to logits [B, T, V].
-        bucket_lengths, tokens_per_batch: the shapes of batches, as in `tda.data.batches.plan`.
-        pad: the padding token.
+        layout: how sequences are batched.
     """
 
-    def __init__(
-        self,
-        model: nnx.Module,
-        *,
-        bucket_lengths: tuple[int, ...],
-        tokens_per_batch: int,
-        pad: int,
-    ):
-        self._bucket_lengths, self._tokens_per_batch = bucket_lengths, tokens_per_batch
-        self._pad = pad
+    def __init__(self, model: nnx.Module, layout: BatchLayout):
+        self._layout = layout
         graphdef, self._state = nnx.split(model)
 
         @jax.jit
@@ -63,13 +54,9 @@ class Likelihood:
     def __call__(self, table: TokenTable, rows: np.ndarray | None = None) -> TargetStatistics:
         """Returns the statistics of the table's `rows` (by default all), in their order."""
         rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
-        plan = batching.plan(table.lengths[rows] - 1, self._bucket_lengths, self._tokens_per_batch)
         nats, ranks = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
-        for i in range(len(plan)):
-            places = plan.order[plan.starts[i] : plan.starts[i + 1]]
-            batch = batching.materialise(
-                table, rows[places], int(plan.lengths[i]), int(plan.sizes[i]), self._pad
-            )
+        for batch in self._layout.batches(table, rows):
+            places = batch.places
             batch_nats, batch_ranks = self._statistics(self._state, batch.arrays())
             nats[places] = sharding.to_host(batch_nats)[: len(places)]
             ranks[places] = sharding.to_host(batch_ranks)[: len(places)]

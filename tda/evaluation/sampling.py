@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda.data.batches import BatchLayout
 from tda.evaluation.frequency import begins_with
 from tda.runtime import progress, sharding
 
@@ -27,9 +28,7 @@ def sample(
     samples: int = 20,
     seed: int = 0,
     stop: int,
-    bucket_lengths: tuple[int, ...],
-    tokens_per_batch: int,
-    pad: int,
+    layout: BatchLayout,
     on_done: Callable[[np.ndarray, list[list[list[int]]]], None] = lambda which, drawn: None,
 ) -> list[list[list[int]]]:
     """Continuations of each prompt, drawn from the model's own distribution.
@@ -41,9 +40,7 @@ def sample(
         samples: continuations of each prompt.
         seed: with the prompt's tokens, it decides the draws: they don't hang on the other prompts.
         stop: the token that ends a continuation; it is left out.
-        bucket_lengths: lengths that sequences are padded to; no sequence grows beyond the last.
-        tokens_per_batch: positions of a batch at most.
-        pad: the padding token.
+        layout: how sequences are batched; no sequence grows beyond its longest bucket.
         on_done: told, as the work goes on, which prompts are done and their continuations.
 
     Returns:
@@ -53,9 +50,10 @@ def sample(
         ValueError: a prompt is longer than the longest bucket.
     """
     longest = max(map(len, prompts), default=0)
-    if longest > bucket_lengths[-1]:
-        raise ValueError(f"a prompt has {longest} tokens, the model {bucket_lengths[-1]} positions")
-    next_token = _Next(model, bucket_lengths, tokens_per_batch, pad)
+    positions = layout.bucket_lengths[-1]
+    if longest > positions:
+        raise ValueError(f"a prompt has {longest} tokens, the model {positions} positions")
+    next_token = _Next(model, layout)
     out: list = [None] * len(prompts)
     # Prompts that need as many tokens end together.
     order = np.argsort(np.asarray(counts), kind="stable")
@@ -105,10 +103,9 @@ def _draw(prompts, uniform, next_token, stop: int) -> list[list[list[int]]]:
 class _Next:
     """Draws the token after each of some sequences."""
 
-    def __init__(self, model: nnx.Module, bucket_lengths, tokens_per_batch: int, pad: int):
+    def __init__(self, model: nnx.Module, layout: BatchLayout):
         graphdef, self._state = nnx.split(model)
-        self._buckets, self._tokens, self._pad = bucket_lengths, tokens_per_batch, pad
-        self.longest = bucket_lengths[-1]
+        self._layout, self.longest = layout, layout.bucket_lengths[-1]
 
         @jax.jit
         def probabilities(state, tokens_BxT, last_B):
@@ -127,14 +124,15 @@ class _Next:
     def __call__(self, prefixes: list[list[int]], picks: list[list[float]]) -> list[list[int]]:
         """The tokens that `picks`, numbers in [0, 1), choose after each prefix."""
         out: list = [None] * len(prefixes)
-        bucket = np.searchsorted(self._buckets, [len(p) for p in prefixes])
+        bucket_lengths = self._layout.bucket_lengths
+        bucket = np.searchsorted(bucket_lengths, [len(p) for p in prefixes])
         for b in np.unique(bucket):
-            length = self._buckets[b]
-            size = max(1, self._tokens // length)
+            length = bucket_lengths[b]
+            size = max(1, self._layout.tokens_per_batch // length)
             mine = np.flatnonzero(bucket == b)
             for start in range(0, len(mine), size):
                 some = mine[start : start + size]
-                tokens_BxT = np.full((size, length), self._pad, np.int32)
+                tokens_BxT = np.full((size, length), self._layout.pad, np.int32)
                 last_B = np.zeros(size, np.int32)
                 for row, i in enumerate(some):
                     tokens_BxT[row, : len(prefixes[i])] = prefixes[i]

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.data import batches as batching
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients import layers, sites, taps, unseen
 from tda.gradients import projection as projections
@@ -78,10 +78,7 @@ def batches(
     rows: np.ndarray,
     *,
     labels: str,
-    bucket_lengths: tuple[int, ...],
-    tokens_per_batch: int,
-    pad: int,
-    multiple: int = 1,
+    layout: BatchLayout,
     seed: int = 0,
 ) -> Iterator[dict]:
     """Batches {"tokens", "targets", "weights"} of some rows of a table.
@@ -90,22 +87,18 @@ def batches(
         table, rows: the passages.
         labels: "sampled": the targets are uniform numbers, for `sampled_loss`, a function of the
             seed, the row and the position; "data": the next tokens.
-        bucket_lengths, tokens_per_batch, pad, multiple: see `tda.data.batches`.
+        layout: how the rows are batched.
         seed: of the labels.
     """
-    rows = np.asarray(rows, np.int64)
-    planned = batching.plan(
-        table.lengths[rows] - 1, bucket_lengths, tokens_per_batch, multiple=multiple
-    )
-    for i in range(len(planned)):
-        local = planned.order[planned.starts[i] : planned.starts[i + 1]]
-        length, size = int(planned.lengths[i]), int(planned.sizes[i])
-        batch = batching.materialise(table, rows[local], length, size, pad).arrays()
+    for batch in layout.batches(table, rows):
+        arrays = batch.arrays()
         if labels == "sampled":
-            batch["targets"] = np.zeros((size, length), np.float32)
-            for j, row in enumerate(rows[local]):
-                batch["targets"][j] = np.random.default_rng([seed, row]).random(length)
-        yield batch
+            arrays["targets"] = np.zeros(batch.tokens.shape, np.float32)
+            for i, row in enumerate(batch.rows):
+                arrays["targets"][i] = np.random.default_rng([seed, row]).random(
+                    batch.tokens.shape[1]
+                )
+        yield arrays
 
 
 def covariances(

@@ -100,7 +100,8 @@ def _hidden(run: Opened, passages: Passages, kept: _Kept) -> Vectors:
         if layer not in poolers:
             poolers[layer] = vectors.make_pooler(run.trained, run.tokenizer, layer)
         buckets = batches.buckets(run.config.model.context)
-        return poolers[layer].rows(question.table, np.arange(1), buckets, 1)
+        layout = batches.BatchLayout(buckets, 1, run.tokenizer.pad)
+        return poolers[layer].rows(question.table, np.arange(1), layout)
 
     return Vectors(passages, of_passages, of_question)
 

@@ -84,7 +84,12 @@ class Speaker:
 
     def bucket(self, positions: int) -> int:
         """The padded length of so many positions."""
-        return next(b for b in batches.buckets(self.context) if b >= positions)
+        return self.layout.padded_length(positions)
+
+    @property
+    def layout(self) -> batches.BatchLayout:
+        """How questions are batched: one at a time."""
+        return batches.BatchLayout(batches.buckets(self.context), 1, self.tokenizer.pad)
 
     def likelihood(self, prompt: str, target: str) -> dict:
         """Returns {"nats", "rank"} of a target; see `tda.evaluation.likelihood`."""

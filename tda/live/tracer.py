@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from tda import results
-from tda.data import batches
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
 from tda.gradients import encoder
@@ -212,9 +211,7 @@ class Tracer:
             self._encoders[gradients],
             question.table,
             np.arange(1),
-            bucket_lengths=batches.buckets(self.speaker.context),
-            tokens_per_batch=1,
-            pad=self.speaker.tokenizer.pad,
+            self.speaker.layout,
         )
         if not np.isfinite(found).all():
             raise ValueError("the question's gradient is not finite: look at the model's logits")

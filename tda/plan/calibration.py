@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
 from tda.gradients import planning, sites
@@ -148,15 +149,8 @@ def _turn(
     def run(batches: int) -> float:
         table = _random_table(batches * examples, positions, vocab_size)
         started = time.perf_counter()
-        encoding.encode_rows_together(
-            encoder,
-            table,
-            np.arange(len(table)),
-            bucket_lengths=(positions,),
-            tokens_per_batch=examples * positions,
-            pad=0,
-            mesh=mesh,
-        )
+        layout = BatchLayout((positions,), examples * positions, 0, mesh)
+        encoding.encode_rows_together(encoder, table, np.arange(len(table)), layout)
         return (time.perf_counter() - started) / batches
 
     run(1)  # the first run touches its memory for the first time

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tda.data import batches as batching
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 
 LAYERS = ("middle", "last")
@@ -25,13 +26,12 @@ class Pooler:
         layer: "last": after the last layer and the final norm, what logits are made of; "middle":
             the residual stream after half of the layers.
         without: ids of tokens that do not count in the mean: beginning, end, padding.
-        pad: the token that fills sequences up.
 
     Raises:
         ValueError: no such layer, or the model does not give its hidden states.
     """
 
-    def __init__(self, model: nnx.Module, layer: str, without: tuple[int, ...], pad: int):
+    def __init__(self, model: nnx.Module, layer: str, without: tuple[int, ...]):
         if layer not in LAYERS:
             raise ValueError(f"unknown layer {layer!r}; use {' or '.join(LAYERS)}")
         if not hasattr(model, "residual_stream"):
@@ -39,7 +39,7 @@ class Pooler:
                 f"{type(model).__name__} has no method residual_stream(tokens, layers); without it "
                 "its hidden states cannot be compared"
             )
-        self._pad, self.width = pad, None
+        self.width = None
         self._most = getattr(model, "max_positions", 0) or np.iinfo(np.int64).max
         graphdef, self._state = nnx.split(model)
 
@@ -64,8 +64,7 @@ class Pooler:
         self,
         table: TokenTable,
         rows: np.ndarray,
-        bucket_lengths: tuple[int, ...],
-        tokens_per_batch: int,
+        layout: BatchLayout,
         on_rows=lambda rows: None,
     ) -> np.ndarray:
         """Representations of some rows of a table, float32 [R, D] in the order of `rows`.
@@ -75,14 +74,16 @@ class Pooler:
         """
         rows = np.asarray(rows, np.int64)
         # One position more than in training: the last token.
-        lengths = tuple(min(n, self._most) for n in (*bucket_lengths, bucket_lengths[-1] + 1))
+        lengths = tuple(
+            min(n, self._most) for n in (*layout.bucket_lengths, layout.bucket_lengths[-1] + 1)
+        )
         read = np.minimum(table.lengths[rows], self._most)
-        planned = batching.plan(read, tuple(dict.fromkeys(lengths)), tokens_per_batch)
+        planned = batching.plan(read, tuple(dict.fromkeys(lengths)), layout.tokens_per_batch)
         out = np.empty((len(rows), self.width), np.float32)
         for i in range(len(planned)):
-            local = planned.order[planned.starts[i] : planned.starts[i + 1]]
+            local = planned.members(i)
             tokens_BxT = np.full(
-                (int(planned.sizes[i]), int(planned.lengths[i])), self._pad, np.int32
+                (int(planned.sizes[i]), int(planned.lengths[i])), layout.pad, np.int32
             )
             for j, (row, length) in enumerate(zip(rows[local], read[local], strict=True)):
                 begin = table.starts[row]

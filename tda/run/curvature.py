@@ -8,7 +8,7 @@ from tda.gradients import kronecker, sites, taps
 from tda.gradients.projection import Projection
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
-from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint
 
 # EK-FAC's Fisher matrix is of the model's own predictions; LoGra takes the data's labels.
@@ -85,10 +85,7 @@ def _fit(config, corpus: Corpus, trained: Trained, kind: str, chosen, keep) -> d
                 corpus.passages,
                 rows,
                 labels=labels,
-                bucket_lengths=corpus.buckets,
-                tokens_per_batch=config.gradients.tokens_per_batch,
-                pad=corpus.tokenizer.pad,
-                multiple=sharding.batch_devices(trained.mesh),
+                layout=corpus.layout(config.gradients.tokens_per_batch, trained.mesh),
                 seed=c.seed,
             )
             for batch in found:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tda import store as stores
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.encoding import table as encoding
 from tda.encoding.table import OnTheFly
 from tda.gradients import adam_steps, kronecker, sites, together
@@ -118,7 +119,7 @@ def encode_passages(
     """The corpus's gradients alone, as `encode` has them."""
     if config.store.dtype == NO_STORE:
         encoder = _encoder(config, corpus, trained, workdir, what)
-        return OnTheFly(encoder, corpus.passages, **_layout(config, corpus, trained))
+        return OnTheFly(encoder, corpus.passages, _layout(config, corpus, trained))
     return _stores(config, corpus, trained, workdir, what, {"corpus": corpus.passages})[0]
 
 
@@ -173,8 +174,8 @@ def ahead(
                 [store for _, _, store in kinds],
                 encoder,
                 corpus.passages,
+                _layout(config, corpus, trained),
                 f"encode corpus ({told}, step {trained.step})",
-                **_layout(config, corpus, trained),
             )
 
 
@@ -210,13 +211,8 @@ def blocks_of(config, trained: Trained, what: Gradients) -> tuple[str, ...]:
     return projections.layout(chosen, projection_of(config, what)).blocks
 
 
-def _layout(config, corpus: Corpus, trained: Trained) -> dict:
-    return dict(
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=config.gradients.tokens_per_batch,
-        pad=corpus.tokenizer.pad,
-        mesh=trained.mesh,
-    )
+def _layout(config, corpus: Corpus, trained: Trained) -> BatchLayout:
+    return corpus.layout(config.gradients.tokens_per_batch, trained.mesh)
 
 
 def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> list:
@@ -231,7 +227,7 @@ def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> 
     for name, table in tables.items():
         store = _store(config, corpus, trained, workdir, what, made, name, table)
         told = f"encode {name} ({_told(made)})"
-        encoding.fill(store, encoder, table, told, **_layout(config, corpus, trained))
+        encoding.fill(store, encoder, table, _layout(config, corpus, trained), told)
         found.append(store)
     return found
 
@@ -274,9 +270,9 @@ def _on_the_fly(config, corpus, trained, workdir, what) -> tuple[OnTheFly, np.nd
     encoder = _encoder(config, corpus, trained, workdir, what)
     layout = _layout(config, corpus, trained)
     everyone = np.arange(len(corpus.prompts))
-    gradients_QxE = encoding.encode_rows(encoder, corpus.prompts, everyone, **layout)
+    gradients_QxE = encoding.encode_rows(encoder, corpus.prompts, everyone, layout)
     _check_queries(corpus, gradients_QxE)
-    return OnTheFly(encoder, corpus.passages, **layout), gradients_QxE
+    return OnTheFly(encoder, corpus.passages, layout), gradients_QxE
 
 
 def _check_queries(corpus: Corpus, gradients_QxE: np.ndarray) -> None:

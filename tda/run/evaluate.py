@@ -88,12 +88,7 @@ def run(
 
 def _known(config, corpus: Corpus, trained: Trained, workdir: Workdir, asked) -> Known:
     e = config.eval
-    likelihood = Likelihood(
-        trained.model,
-        tokens_per_batch=config.gradients.tokens_per_batch,
-        bucket_lengths=corpus.buckets,
-        pad=corpus.tokenizer.pad,
-    )
+    likelihood = Likelihood(trained.model, corpus.layout(config.gradients.tokens_per_batch))
     targets = likelihood(corpus.prompts)
     edges = _edges(e.frequency_edges)
     with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:

@@ -194,9 +194,7 @@ def generations(
             samples=count,
             seed=config.eval.seed,
             stop=tokenizer.eos,
-            bucket_lengths=corpus.buckets,
-            tokens_per_batch=config.gradients.tokens_per_batch,
-            pad=tokenizer.pad,
+            layout=corpus.layout(config.gradients.tokens_per_batch),
             on_done=keep,
         )
     return {q: have[keys[q]] for q in queries}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 
 from tda import loss as losses
-from tda.data import batches
 from tda.gradients import adam_steps, sites
 from tda.gradients.moments import estimate, kept_scales, second_moments
 from tda.gradients.moments.second_moments import Scale
@@ -109,15 +108,8 @@ def _estimated(
     count, training = config.gradients.estimate_batches, corpus.training
     print(f"second moments: estimated from {count} batches of the training text")
     # A shuffled epoch's first batches are a sample of the text.
-    planned = loop.epoch_plan(
-        training,
-        0,
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=config.train.tokens_per_batch,
-        multiple=1,
-        seed=config.seed,
-    )
-    found = batches.batches(training, planned, corpus.tokenizer.pad)
+    layout = corpus.layout(config.train.tokens_per_batch)
+    found = loop.epoch_batches(training, 0, layout, config.seed)
 
     def sampled():
         for done, batch in enumerate(itertools.islice(found, count)):

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.facts.records import Fact, Sentence
@@ -65,6 +66,10 @@ class Corpus:
         table = self.passages if table is None else table
         begin, end = table.starts[row], table.starts[row + 1]
         return self.tokenizer.decode(table.tokens[begin:end]).strip()
+
+    def layout(self, tokens_per_batch: int, mesh: jax.sharding.Mesh | None = None) -> BatchLayout:
+        """Returns how sequences of the corpus and its queries are batched."""
+        return BatchLayout(self.buckets, tokens_per_batch, self.tokenizer.pad, mesh)
 
     def answers(self, query: int) -> list[str]:
         """What counts as the query's target: the target itself first, and its aliases."""

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from configs import defaults
+from tda.data.batches import BatchLayout
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
 from tda.run.run import Corpus, Trained
@@ -52,17 +53,10 @@ def model_arguments(config, vocab_size: int) -> dict:
     return arguments
 
 
-def total_steps(config, corpus: Corpus) -> tuple[int, dict]:
-    """Steps of the whole run, and the keyword arguments that lay out its batches."""
-    mesh = make_mesh(config)
-    layout = dict(
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=config.train.tokens_per_batch,
-        seed=config.seed,
-    )
-    per_epoch = len(
-        loop.epoch_plan(corpus.training, 0, **layout, multiple=sharding.batch_devices(mesh))
-    )
+def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:
+    """Steps of the whole run, and how its batches are cut."""
+    layout = corpus.layout(config.train.tokens_per_batch, make_mesh(config))
+    per_epoch = len(loop.epoch_batches(corpus.training, 0, layout, config.seed))
     if config.model.pretrained and not config.train.epochs:
         return 0, layout
     return max(1, round(config.train.epochs * per_epoch)), layout
@@ -180,7 +174,15 @@ def traced_step(config, root: str, steps: int) -> int:
 
 
 def _train(
-    config, corpus: Corpus, model, tx, steps: int, layout: dict, arguments: dict, root, workdir
+    config,
+    corpus: Corpus,
+    model,
+    tx,
+    steps: int,
+    layout: BatchLayout,
+    arguments: dict,
+    root,
+    workdir,
 ) -> None:
     """Trains, or keeps a pretrained model as the checkpoint of step 0, without an optimizer."""
     described = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
@@ -194,10 +196,10 @@ def _train(
         corpus.training,
         loop.TrainingSettings(
             steps=steps,
-            pad=corpus.tokenizer.pad,
+            layout=layout,
+            seed=config.seed,
             save_every=config.train.save_every,
             keep=config.train.keep,
-            **layout,
         ),
         root,
         description={
@@ -210,7 +212,6 @@ def _train(
             },
             **described,
         },
-        mesh=make_mesh(config),
         log_path=workdir / "train.jsonl",
     )
 

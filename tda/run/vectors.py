@@ -27,12 +27,7 @@ def scored_tokens(table: TokenTable) -> np.ndarray:
 def probabilities(config, corpus: Corpus, trained: Trained, workdir: Workdir) -> np.ndarray:
     """The geometric mean probability of each passage's tokens, float64 [C]."""
     _check_local(trained, "probabilities of passages")
-    likelihood = Likelihood(
-        trained.model,
-        bucket_lengths=corpus.buckets,
-        tokens_per_batch=config.gradients.tokens_per_batch,
-        pad=corpus.tokenizer.pad,
-    )
+    likelihood = Likelihood(trained.model, corpus.layout(config.gradients.tokens_per_batch))
 
     def compute(rows):
         return likelihood(corpus.passages, rows).nats[:, None]
@@ -89,7 +84,7 @@ def hidden_states(
     _check_local(trained, "hidden states")
     table = {"queries": corpus.prompts, "corpus": corpus.passages}[name]
     pooler = make_pooler(trained, corpus.tokenizer, layer)
-    layout = (corpus.buckets, config.gradients.tokens_per_batch)
+    layout = corpus.layout(config.gradients.tokens_per_batch)
     return _kept(
         workdir,
         f"hidden-{layer}-{name}",
@@ -97,7 +92,7 @@ def hidden_states(
         pooler.width,
         made_of_hidden_states(trained, layer),
         corpus.fingerprint[name],
-        lambda rows: pooler.rows(table, rows, *layout),
+        lambda rows: pooler.rows(table, rows, layout),
         on_rows,
     )
 
@@ -106,7 +101,7 @@ def make_pooler(trained: Trained, tokenizer, layer: str) -> hidden.Pooler:
     """Takes the mean hidden states of the traced model, special tokens left out."""
     special = (*tokenizer.begin, *tokenizer.end, tokenizer.eos, tokenizer.pad)
     without = tuple(sorted({t for t in special if t is not None}))
-    return hidden.Pooler(trained.model, layer, without, tokenizer.pad)
+    return hidden.Pooler(trained.model, layer, without)
 
 
 def made_of_hidden_states(trained: Trained, layer: str) -> dict:

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from tda import loss as losses
-from tda.data import batches as batching
+from tda.data.batches import Batches, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
 from tda.runtime import atomic_file, processes, progress, sharding
@@ -77,15 +77,9 @@ def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
     )
 
 
-def epoch_plan(table: TokenTable, epoch: int, *, bucket_lengths, tokens_per_batch, multiple, seed):
-    """Plans the batches of one epoch, which depend on the table, the seed and the epoch alone."""
-    return batching.plan(
-        table.lengths - 1,
-        bucket_lengths,
-        tokens_per_batch,
-        multiple=multiple,
-        seed=hash_seed(seed, epoch),
-    )
+def epoch_batches(table: TokenTable, epoch: int, layout: BatchLayout, seed: int) -> Batches:
+    """Plans the batches of one epoch, which depend on table, layout, seed and epoch alone."""
+    return layout.batches(table, seed=hash_seed(seed, epoch))
 
 
 def hash_seed(*parts: int) -> int:
@@ -102,12 +96,8 @@ class TrainingSettings:
 
     steps: int
     """Optimizer steps in all."""
-    bucket_lengths: tuple[int, ...]
-    """Lengths in positions that batches are padded to, rising."""
-    tokens_per_batch: int
-    """Positions of a batch, at most."""
-    pad: int
-    """The padding token."""
+    layout: BatchLayout
+    """How sequences are batched; without a mesh, over all devices along the data axis."""
     seed: int = 0
     """Seed of the order of batches."""
     save_every: int = 500
@@ -124,7 +114,6 @@ def fit(
     directory,
     *,
     description: dict | None = None,
-    mesh=None,
     log_path=None,
 ) -> dict:
     """Trains to step `settings.steps`, resuming from the last checkpoint under `directory`.
@@ -140,7 +129,6 @@ def fit(
         settings: length, batches and checkpoints.
         directory: where checkpoints are written.
         description: JSON values saved with each checkpoint.
-        mesh: the devices; by default all of them, along the data axis.
         log_path: a file that process 0 appends JSON lines {"step", "epoch", "loss", "tokens"} to.
 
     Returns:
@@ -154,18 +142,20 @@ def fit(
     """
     if not len(table):
         raise ValueError("the training corpus has no passages")
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    layout = {
-        "bucket_lengths": settings.bucket_lengths,
-        "tokens_per_batch": settings.tokens_per_batch,
-        "multiple": sharding.batch_devices(mesh),
-        "seed": settings.seed,
-    }
-    steps, per_epoch = settings.steps, len(epoch_plan(table, 0, **layout))
+    mesh = settings.layout.mesh or sharding.make_mesh()
+    layout = dataclasses.replace(settings.layout, mesh=mesh)
+    steps, seed = settings.steps, settings.seed
+    per_epoch = len(epoch_batches(table, 0, layout, seed))
     tokens_per_epoch = int(table.scored.sum())
     model_fn, state = initial_state(model, tx, mesh)
-    batch_identity = {"sequences": len(table), "tokens": int(len(table.tokens))} | layout
-    batch_identity["bucket_lengths"] = list(settings.bucket_lengths)
+    batch_identity = {
+        "sequences": len(table),
+        "tokens": int(len(table.tokens)),
+        "bucket_lengths": list(layout.bucket_lengths),
+        "tokens_per_batch": layout.tokens_per_batch,
+        "multiple": layout.multiple,
+        "seed": seed,
+    }
     description = dict(description or {}) | {"batches": batch_identity}
     last = processes.by_first("look for checkpoints", lambda: checkpoint.latest_step(directory))
     if last is not None:
@@ -183,8 +173,8 @@ def fit(
         jax.set_mesh(mesh),
         progress.bar(total_tokens, "train", "token", seen_tokens) as progress_bar,
     ):
-        for step, epoch, batch in _stream(table, first, steps, per_epoch, settings.pad, layout):
-            state, loss = step_fn(state, sharding.put_batch(mesh, batch.arrays()))
+        for step, epoch, batch in _stream(table, first, steps, per_epoch, layout, seed):
+            state, loss = step_fn(state, layout.put(batch.arrays()))
             tokens = int(batch.weights.sum())
             progress_bar.update(tokens)
             # Reading the loss waits for the device, so it is read at every tenth step only.
@@ -227,17 +217,14 @@ def _check_same_batches(description: dict, current: dict, directory) -> None:
         )
 
 
-def _stream(table, first, steps, per_epoch, pad, layout):
+def _stream(table, first, steps, per_epoch, layout, seed):
     """Yields (step, epoch, batch) from step `first` on."""
-    step = first
-    while step < steps:
-        epoch, offset = divmod(step, per_epoch)
-        plan = epoch_plan(table, epoch, **layout)
-        for batch in batching.batches(table, plan, pad, offset):
-            if step == steps:
-                return
-            yield step, epoch, batch
-            step += 1
+    batches = None
+    for step in range(first, steps):
+        epoch, number = divmod(step, per_epoch)
+        if batches is None or number == 0:
+            batches = epoch_batches(table, epoch, layout, seed)
+        yield step, epoch, batches[number]
 
 
 def _trim_log(path, step: int) -> None:

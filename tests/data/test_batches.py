@@ -1,10 +1,13 @@
 """Batches: every row once, few shapes, and contents exactly right."""
 
+import jax
 import numpy as np
 import pytest
 
 from tda.data import batches
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
+from tda.runtime import sharding
 
 BUCKETS = (4, 8, 16)
 
@@ -32,7 +35,7 @@ def test_every_row_is_in_one_batch_that_holds_it(count, multiple, seed):
     held = np.diff(planned.starts)
     assert np.all(held >= 1) and np.all(held <= planned.sizes)
     for i, length in enumerate(planned.lengths):
-        rows = planned.order[planned.starts[i] : planned.starts[i + 1]]
+        rows = planned.members(i)
         assert positions[rows].max() <= length
     # All shapes are of the few lengths, one size each, a multiple of the devices, and near 48.
     assert set(planned.lengths.tolist()) <= set(BUCKETS)
@@ -146,9 +149,9 @@ def test_batches_hold_the_tables_tokens_and_start_anywhere():
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, 99, rng.integers(2, 18)).tolist() for _ in range(60)]
     table = table_of(sequences)
-    planned = batches.plan(table.lengths - 1, BUCKETS, 48, multiple=2, seed=5)
-    everything = list(batches.batches(table, planned, pad=0))
-    assert len(everything) == len(planned)
+    planned = BatchLayout(BUCKETS, 48, pad=0).batches(table, seed=5)
+    everything = list(planned)
+    assert len(everything) == len(planned) == len(planned.plan)
     for batch in everything:
         for i, row in enumerate(batch.rows):
             n = len(sequences[row]) - 1
@@ -158,8 +161,19 @@ def test_batches_hold_the_tables_tokens_and_start_anywhere():
         assert not batch.weights[len(batch.rows) :].any()
     scored = sum(float(b.weights.sum()) for b in everything)
     assert scored == table.scored.sum()
-    late = list(batches.batches(table, planned, pad=0, first=3))
-    assert len(late) == len(planned) - 3
-    for a, b in zip(everything[3:], late, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.rows, b.rows)
+    again = planned[3]
+    np.testing.assert_array_equal(again.tokens, everything[3].tokens)
+    np.testing.assert_array_equal(again.rows, everything[3].rows)
+
+
+def test_batches_of_some_rows_know_their_places():
+    table = table_of([[1] * n for n in (9, 2, 5, 3, 7, 4)])
+    rows = np.asarray([4, 1, 3, 0])
+    for batch in BatchLayout(BUCKETS, 16, pad=0).batches(table, rows):
+        np.testing.assert_array_equal(rows[batch.places], batch.rows)
+
+
+def test_the_devices_of_a_mesh_divide_every_batch():
+    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+    planned = BatchLayout(BUCKETS, 16, 0, mesh).batches(table_of([[1, 2, 3]] * 5))
+    assert (planned.plan.sizes % 4 == 0).all()

@@ -46,9 +46,9 @@ def test_a_kill_loses_some_minutes_and_not_the_corpus(tokenizer, tmp_path, monke
     assert tokens > 2**15 and len(store.missing()) == len(store.shards()) - 1 > 0
     encoded, encode_rows = [], encoding.encode_rows_together
 
-    def watched(encoder, table, rows, **how):
+    def watched(encoder, table, rows, *arguments):
         encoded.append(rows)
-        return encode_rows(encoder, table, rows, **how)
+        return encode_rows(encoder, table, rows, *arguments)
 
     monkeypatch.setattr(encoding, "encode_rows_together", watched)
     capsys.readouterr()
@@ -65,9 +65,9 @@ def shapes(monkeypatch):
     """The shapes (size, length) of the batches that are made."""
     found, materialise = [], batching.materialise
 
-    def watched(table, rows, length, size, pad):
+    def watched(table, rows, length, size, *arguments):
         found.append((size, length))
-        return materialise(table, rows, length, size, pad)
+        return materialise(table, rows, length, size, *arguments)
 
     monkeypatch.setattr(batching, "materialise", watched)
     return found

@@ -10,7 +10,7 @@ from flax import nnx
 from tda import hessian
 from tda import store as stores
 from tda.data import tokens
-from tda.data.batches import materialise
+from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
 from tda.gradients import sites, together
@@ -19,7 +19,7 @@ from tda.gradients.projection import Projection
 from tda.retrieval import exact
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
-LAYOUT = dict(bucket_lengths=(8, 16, 32), tokens_per_batch=32, pad=0)
+LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def setup(decoder):
 def test_rows_come_in_the_order_asked_for(setup, rows):
     """Mistakes: padding rows overwriting real ones; encodings that depend on batch mates."""
     table, encoder = setup
-    layout = LAYOUT | {"tokens_per_batch": 128}
-    found = encoding.encode_rows(encoder, table, np.array(rows), **layout)
+    layout = dataclasses.replace(LAYOUT, tokens_per_batch=128)
+    found = encoding.encode_rows(encoder, table, np.array(rows), layout)
     for i, row in enumerate(rows):
         alone = encoder(materialise(table, np.array([row]), 32, 1, 0).arrays())
         np.testing.assert_allclose(found[i], np.asarray(alone)[0], rtol=2e-4, atol=1e-6)
@@ -61,15 +61,15 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
         tmp_path / name, table.ids, blocks, {}, shard_bytes=2 * 4 * encoder.layout.width
     )
     whole = make("whole")
-    encoding.fill(whole, encoder, table, **LAYOUT)
+    encoding.fill(whole, encoder, table, LAYOUT)
     begun = make("begun")
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
     counting, encoded = counted(encoder)
-    encoding.fill(begun, counting, table, **LAYOUT)
+    encoding.fill(begun, counting, table, LAYOUT)
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
-    encoding.fill(begun, None, table, **LAYOUT)  # finished: the encoder is not called
+    encoding.fill(begun, None, table, LAYOUT)  # finished: the encoder is not called
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
@@ -92,19 +92,19 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     found[1].write(0, 2 * mark)
     found[0].write(1, mark)
     counting, encoded = counted(made)
-    encoding.fill_together(found, counting, table, **LAYOUT)
+    encoding.fill_together(found, counting, table, LAYOUT)
     assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
     for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):
         assert not store.missing()
         own = make_encoder(model, kind.projection)
-        expected = encoding.encode_rows(own, table, np.arange(5), **LAYOUT)
+        expected = encoding.encode_rows(own, table, np.arange(5), LAYOUT)
         kept = slice(0, 4) if i == 0 else slice(0, 2)
         expected[kept] = i + 1
         np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
-    encoding.fill_together(found, None, table, **LAYOUT)  # finished: the encoder is not called
+    encoding.fill_together(found, None, table, LAYOUT)  # finished: the encoder is not called
     other = stores.create(tmp_path / "c", table.ids, blocks, {}, shard_bytes=9 * width)
     with pytest.raises(stores.StoreError, match="shards of .*c are not those of .*a"):
-        encoding.fill_together([found[0], other], made, table, **LAYOUT)
+        encoding.fill_together([found[0], other], made, table, LAYOUT)
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
         encoder = make_encoder(model, Projection(side=3, blocks=2))
         blocks = dict.fromkeys(encoder.layout.blocks, 9)
         store = stores.create(tmp_path / name, table.ids, blocks, {})
-        encoding.fill(store, encoder, table, "encode", **(LAYOUT | {"tokens_per_batch": 256}))
+        encoding.fill(store, encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256))
         found[name] = store.read(slice(0, 5))
     told = "".join(capsys.readouterr())
     assert "encode: 1 gradients are not finite, of p1; they are never retrieved" in told
@@ -157,8 +157,8 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
     table, encoder = setup
     blocks = dict.fromkeys(encoder.layout.blocks, 9)
     store = stores.create(tmp_path / "s", table.ids, blocks, {})
-    encoding.fill(store, encoder, table, **LAYOUT)
-    queries = encoding.encode_rows(encoder, table, np.array([1, 3]), **LAYOUT)
+    encoding.fill(store, encoder, table, LAYOUT)
+    queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
     R = hessian.autocorrelation(hessian.rows_for(store), store.slices)
     scorers = {
         "dot": exact.Scorer(None, False),
@@ -168,7 +168,7 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
     expected = exact.search(queries, store, scorers, 3, correct)
     for span in (0, 2):
         told = []
-        source = encoding.OnTheFly(encoder, table, span, told.append, **LAYOUT)
+        source = encoding.OnTheFly(encoder, table, LAYOUT, span, told.append)
         assert source.rows == 5 and source.form.widths == (9,) * 4
         found = exact.search(queries, source, scorers, 3, correct)
         assert sum(told) == table.scored.sum()  # one pass over the corpus
@@ -184,7 +184,7 @@ def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
     table, encoder = setup
     store = stores.create(tmp_path / "s", ["a", "b"], dict.fromkeys(encoder.layout.blocks, 9), {})
     with pytest.raises(stores.StoreError, match="has 2 rows, the corpus 5"):
-        encoding.fill(store, encoder, table, **LAYOUT)
+        encoding.fill(store, encoder, table, LAYOUT)
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
@@ -199,4 +199,4 @@ def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatc
 
     monkeypatch.setattr(stores.GradientStore, "write", full)
     with pytest.raises(stores.StoreError, match="No space left"):
-        encoding.fill(store, encoder, table, **LAYOUT)
+        encoding.fill(store, encoder, table, LAYOUT)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tda import loss as losses
 from tda.data import tokens
-from tda.data.batches import materialise
+from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.tail_patch import change, log_change, tail_patch
@@ -42,7 +42,7 @@ def nats(model, queries, row, pad):
 
 def test_target_statistics(setup):
     tokenizer, _, queries, model = setup
-    likelihood = Likelihood(model, bucket_lengths=BUCKETS, tokens_per_batch=64, pad=tokenizer.pad)
+    likelihood = Likelihood(model, BatchLayout(BUCKETS, 64, tokenizer.pad))
     targets = likelihood(queries)
     last_alone = likelihood(queries, [1])
     assert last_alone.nats == pytest.approx(targets.nats[1:], rel=1e-6)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tda.data.batches import BatchLayout
 from tda.evaluation import sampling
 
 BUCKETS = (4, 8, 16)
 STOP, PAD = 7, 0
 RUN = nnx.jit(lambda model, tokens: model(tokens))
-LAYOUT = dict(stop=STOP, bucket_lengths=BUCKETS, tokens_per_batch=64, pad=PAD)
+LAYOUT = dict(stop=STOP, layout=BatchLayout(BUCKETS, tokens_per_batch=64, pad=PAD))
 
 
 def one_by_one(model, prompt, count, samples, seed):

@@ -9,6 +9,7 @@ import pytest
 
 from tda import loss as losses
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build, make_encoder
 from tda.gradients.projection import Projection
@@ -17,7 +18,7 @@ from tda.model import functional
 from tda.runtime import sharding
 
 P = Projection(side=4, pooling="matrix")
-LAYOUT = dict(bucket_lengths=(4, 8), tokens_per_batch=24, pad=0)
+LAYOUT = BatchLayout((4, 8), tokens_per_batch=24, pad=0)
 
 
 def table(lengths=(5, 8, 2, 6, 3, 7), seed=0):
@@ -31,7 +32,8 @@ def table(lengths=(5, 8, 2, 6, 3, 7), seed=0):
 
 
 def batches(labels, rows=range(6), **changes):
-    return list(kronecker.batches(table(), np.asarray(rows), labels=labels, **LAYOUT | changes))
+    layout = dataclasses.replace(LAYOUT, **changes)
+    return list(kronecker.batches(table(), np.asarray(rows), labels=labels, layout=layout))
 
 
 def whole_gradients(model, batch):
@@ -297,7 +299,7 @@ def test_eight_devices_factor_as_one_does(decoder, random_batch):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     fn, params = functional.split(model)
     spread = fn.merge(functional.place(params, fn.axes, mesh))
-    some = batches("sampled", multiple=4)
+    some = batches("sampled", mesh=mesh)
     bases = kronecker.eigenvectors(kronecker.covariances(spread, chosen, some, "sampled"))
     found = kronecker.corrected(spread, chosen, some, "sampled", bases)
     for path, c in found.items():

@@ -13,6 +13,7 @@ from flax import nnx
 
 from tda import hessian
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.evaluation.likelihood import Likelihood
 from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build
@@ -142,8 +143,8 @@ def test_ekfac_is_kronfluences(setting, tmp_path):
     theirs = analyzer.load_pairwise_scores("s")["all_modules"].numpy()
 
     def batches():
-        layout = dict(bucket_lengths=(T,), tokens_per_batch=20 * T, pad=0)
-        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", **layout)
+        layout = BatchLayout((T,), tokens_per_batch=20 * T, pad=0)
+        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
 
     bases = kronecker.eigenvectors(kronecker.covariances(model, chosen, batches(), "data"))
     curvature = kronecker.corrected(model, chosen, batches(), "data", bases)
@@ -239,7 +240,7 @@ def test_trak_is_trakers(setting, tmp_path):
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     whole = [slice(0, D * D)]
     roots = hessian.inverse_root(hessian.autocorrelation([p], whole), 1e-7)
-    nats = Likelihood(model, bucket_lengths=(T,), tokens_per_batch=100, pad=0)(passages).nats
+    nats = Likelihood(model, BatchLayout((T,), 100, pad=0))(passages).nats
     kernel = (
         np.asarray(hessian.whiten(q, roots, whole)) @ np.asarray(hessian.whiten(p, roots, whole)).T
     )
@@ -275,8 +276,8 @@ def test_logra_is_dattris(setting, tmp_path, monkeypatch):
     theirs = attributor.attribute(load(passages, 20), load(queries, QUERIES)).numpy().T
 
     def batches():
-        layout = dict(bucket_lengths=(T,), tokens_per_batch=20 * T, pad=0)
-        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", **layout)
+        layout = BatchLayout((T,), tokens_per_batch=20 * T, pad=0)
+        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
 
     of = kronecker.covariances(model, chosen, batches(), "data")
     ends = kronecker.logra_ends(chosen, D, kronecker.eigenvectors(of, keep=D))

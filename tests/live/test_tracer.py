@@ -7,7 +7,8 @@ import pytest
 
 from tda import hessian
 from tda import store as stores
-from tda.data import batches, tokens
+from tda.data import tokens
+from tda.data.batches import BatchLayout, buckets
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
 from tda.evaluation.likelihood import Likelihood
@@ -23,7 +24,6 @@ CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madr
 QUESTIONS = [(f"q-{a}", f"The capital of {a} is", b) for a, b in CAPITALS.items()]
 TEXTS = [f"{prompt} {target}." for _, prompt, target in QUESTIONS]
 TEXTS += ["It rains in Oslo all day long.", "Rome fell. " * 9, "Paris é naïve — 日本."]
-LAYOUT = dict(bucket_lengths=batches.buckets(CONTEXT), tokens_per_batch=64)
 NAMES = ("grad_dot", "grad_cos", "exp4", "trackstar_raw")
 
 
@@ -45,7 +45,8 @@ def made(decoder, tmp_path_factory):
             folder / name, some.ids, dict.fromkeys(encoder.layout.blocks, 16), {"made": "here"},
             documents=some.documents, texts=texts,
         )  # fmt: skip
-        encoding.fill(found[name], encoder, some, name, pad=tokenizer.pad, **LAYOUT)
+        layout = BatchLayout(buckets(CONTEXT), tokens_per_batch=64, pad=tokenizer.pad)
+        encoding.fill(found[name], encoder, some, layout)
     encoded = Encoded(found["corpus"], found["queries"], P)
     tracer = Tracer(
         model, tokenizer, CONTEXT, {Gradients(): encoded}, Hessian(damping=0.05), folder
@@ -114,7 +115,7 @@ def test_heat_of_other_tokens_is_told(made, monkeypatch):
 
 def test_likelihood_is_that_of_the_evaluation(made):
     tracer, model, _, _, prompts, tokenizer = made
-    expected = Likelihood(model, pad=tokenizer.pad, **LAYOUT)(prompts)
+    expected = Likelihood(model, BatchLayout(buckets(CONTEXT), 64, tokenizer.pad))(prompts)
     for q, (_, prompt, target) in enumerate(QUESTIONS):
         found = tracer.speaker.likelihood(prompt, target)
         assert found["nats"] == pytest.approx(float(expected.nats[q]), rel=1e-5)

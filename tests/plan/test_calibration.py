@@ -94,12 +94,7 @@ def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device)
     model = train.build_model(config, planned.vocab_size)
     projection = Projection(**dict(config.projection))
     blocks = dict.fromkeys(map(str, range(len(planned.widths))), planned.widths[0])
-    layout = dict(
-        bucket_lengths=data.buckets,
-        tokens_per_batch=config.gradients.tokens_per_batch,
-        pad=data.tokenizer.pad,
-        mesh=one_device,
-    )
+    layout = data.layout(config.gradients.tokens_per_batch, one_device)
 
     def make():
         """A new encoder: nothing of it is compiled yet."""
@@ -112,7 +107,7 @@ def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device)
         store = stores.create(tmp_path / str(turn), data.passages.ids, blocks, {})
         encoder = make()
         started = time.perf_counter()
-        table.fill(store, encoder, data.passages, **layout)
+        table.fill(store, encoder, data.passages, layout)
         taken = time.perf_counter() - started
         ratios.append(times.seconds(planned.shapes) / taken)
         print(f"predicted over real: {ratios[-1]:.3f} of {taken:.1f} s")

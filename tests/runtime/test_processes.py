@@ -19,14 +19,16 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 if me >= 0:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
-from tda import encoding, processes, sharding
 from tda import store as stores
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.data.tokenizer import Tokenizer
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.encoding import table as encoding
+from tda.runtime import processes, sharding
 
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
@@ -44,8 +46,8 @@ blocks = dict.fromkeys(encoder.layout.blocks, 16)
 store = stores.create(path, table.ids, blocks, {}, shard_bytes=4 * encoder.layout.width * 4)
 with jax.set_mesh(mesh):
     encoding.fill(
-        store, encoder, table, mesh=mesh,
-        bucket_lengths=(16, 32, 48), tokens_per_batch=128, pad=0,
+        store, encoder, table,
+        BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0, mesh=mesh),
     )
 assert store.missing() == [], store.missing()
 if me >= 0:

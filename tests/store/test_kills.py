@@ -118,10 +118,11 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 if port:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
-from tda import encoding
 from tda import store as stores
 from tda.data import tokens
+from tda.data.batches import BatchLayout
 from tda.data.tokenizer import Tokenizer
+from tda.encoding import table as encoding
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
@@ -131,8 +132,8 @@ table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
 encoder = make_encoder(model, Projection(side=4, blocks=2))
-layout = dict(bucket_lengths=(16, 32, 48), tokens_per_batch=128, pad=0)
-encoding.encode_rows(encoder, table, range(64), **layout)  # compiled before the clock starts
+layout = BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0)
+encoding.encode_rows(encoder, table, range(64), layout)  # compiled before the clock starts
 blocks = dict.fromkeys(encoder.layout.blocks, 16)
 print("begin", flush=True)
 store = stores.create(
@@ -144,7 +145,7 @@ def told(self, shard, x):
     print(f"wrote:{shard}", flush=True)
     return out
 stores.GradientStore.write = told
-encoding.fill(store, encoder, table, **layout)
+encoding.fill(store, encoder, table, layout)
 if port:
     jax.distributed.shutdown()
 """

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
 from tda.runtime import sharding
@@ -24,6 +25,7 @@ from tda.training.optimizer import make_optimizer, schedule
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
+LAYOUT = BatchLayout((4, 8), tokens_per_batch=32, pad=0)
 
 
 def table_of(count=14, seed=0):
@@ -39,8 +41,13 @@ def optimizer():
     return make_optimizer("adamw", schedule("cosine", 2e-2, STEPS, 4, 0.1), weight_decay=1e-3)
 
 
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 def fit(model, directory, log_path=None, mesh=None, description=None, **changes):
-    settings = TrainingSettings(STEPS, (4, 8), tokens_per_batch=32, pad=0, seed=3, save_every=7)
+    layout = dataclasses.replace(LAYOUT, mesh=mesh or one_device())
+    settings = TrainingSettings(STEPS, layout, seed=3, save_every=7)
     return loop.fit(
         model,
         optimizer(),
@@ -48,7 +55,6 @@ def fit(model, directory, log_path=None, mesh=None, description=None, **changes)
         dataclasses.replace(settings, **changes),
         directory,
         description=description,
-        mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
         log_path=log_path,
     )
 
@@ -89,9 +95,8 @@ def test_a_small_corpus_is_memorised(decoder, tmp_path):
         decoder(),
         tx,
         table_of(6),
-        TrainingSettings(120, (8,), tokens_per_batch=48, pad=0, save_every=1000),
+        TrainingSettings(120, BatchLayout((8,), 48, pad=0, mesh=one_device()), save_every=1000),
         tmp_path,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
     )
     fn, _ = functional.split(decoder())
     table = table_of(6)
@@ -175,8 +180,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.latest_step(directory) == 14
     # The checkpoint lies in the middle of an epoch, so the resumed run must skip batches.
-    layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
-    assert 14 % len(loop.epoch_plan(table_of(), 0, **layout)) != 0
+    assert 14 % len(loop.epoch_batches(table_of(), 0, LAYOUT, seed=3)) != 0
     # The log may be ahead of the checkpoint, and end in half a line.
     with open(log_path, "a", encoding="utf-8") as log:
         log.write('{"step": 20, "epoch": 4, "loss": 1.0, "tokens": 9}\n{"step": 2')
@@ -220,8 +224,7 @@ def test_the_model_that_is_handed_in_stays_usable(decoder, uninterrupted):
 
 def test_every_epoch_passes_each_row_once_in_another_order():
     table = table_of()
-    layout = dict(bucket_lengths=(4, 8), tokens_per_batch=32, multiple=1, seed=3)
-    plans = [loop.epoch_plan(table, epoch, **layout) for epoch in (0, 1, 0)]
+    plans = [loop.epoch_batches(table, epoch, LAYOUT, seed=3).plan for epoch in (0, 1, 0)]
     for plan in plans:
         assert sorted(plan.order.tolist()) == list(range(len(table)))
     assert plans[0].order.tolist() == plans[2].order.tolist()
@@ -242,7 +245,7 @@ def test_an_empty_corpus_is_refused(decoder, tmp_path):
             decoder(),
             optimizer(),
             nothing,
-            TrainingSettings(1, (8,), tokens_per_batch=32, pad=0),
+            TrainingSettings(1, BatchLayout((8,), tokens_per_batch=32, pad=0)),
             tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
@@ -263,9 +266,8 @@ def test_a_loss_that_is_not_finite_is_not_saved(decoder, tmp_path):
             decoder(),
             tx,
             table_of(),
-            TrainingSettings(8, (8,), tokens_per_batch=32, pad=0),
+            TrainingSettings(8, BatchLayout((8,), 32, pad=0, mesh=one_device())),
             tmp_path / "run",
-            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         )
     assert checkpoint.latest_step(tmp_path / "run") is None
 
