@@ -56,7 +56,7 @@ def read(path: str) -> tuple[tokens.TokenTable, Tokenizer]:
     sentences = files.read_sentences(path)
     tokenizer = Tokenizer.train([s.text for s in sentences], _VOCABULARY.value)
     texts = ((s.sentence_id, s.text) for s in sentences)
-    return tokens.passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer
+    return tokens.tokenise_passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer
 
 
 def random_table(vocabulary: int) -> tokens.TokenTable:

@@ -61,7 +61,7 @@ def machine() -> dict:
 
 def write(path: str, name: str, figures: dict) -> None:
     """Writes figures as JSON, with the machine and the versions."""
-    with atomic_file.written(path) as out:
+    with atomic_file.open_atomic(path) as out:
         json.dump({"benchmark": name, "machine": machine(), "figures": figures}, out, indent=1)
         out.write("\n")
 

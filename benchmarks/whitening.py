@@ -71,7 +71,10 @@ def decomposed(width: int, count: int) -> dict:
         with threadpoolctl.threadpool_limits(host_blas.cores(), user_api="blas"):
             return [np.linalg.eigh(x) for x in of]
 
-    sides = {"ours": lambda: host_blas.each(np.linalg.eigh, of), "one after another": together}
+    sides = {
+        "ours": lambda: host_blas.map_blocks(np.linalg.eigh, of),
+        "one after another": together,
+    }
     out = {}
     for name, whether in (("alone", False), ("beside another process", True)):
         with busy(whether):

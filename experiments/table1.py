@@ -39,7 +39,7 @@ def run(config, workdir: Workdir) -> dict:
         ):
             (workdir / name).write_text(text, encoding="utf-8")
 
-    processes.by_first("write the table", write)
+    processes.on_first_process("write the table", write)
     kept = [n for n in notes.values() if n.get("spectra") and "lambda" in n]
     if kept and importlib.util.find_spec("matplotlib"):
         note = next((n for n in (notes.get("trackstar"),) if n in kept), kept[0])
@@ -48,7 +48,7 @@ def run(config, workdir: Workdir) -> dict:
             file = workdir / "retrieval" / note["spectra"]
             return spectra.draw(file, note["component"], workdir / "spectra")
 
-        processes.by_first("draw the spectra", draw)
+        processes.on_first_process("draw the spectra", draw)
     print(f"table: {workdir.path}/table1.md, table1.csv, table1.tex")
     return metrics
 

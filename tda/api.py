@@ -75,8 +75,8 @@ def trace(
         passages: the corpus. Texts: a path (`tda.data.corpora.documents` says which files), or an
             iterable of texts, of (id, text) or of `Document`. Else an iterable of batches.
         queries: (prompt, target) or (id, prompt, target); else batches.
-        tokenizer: the model's, in any form that `PretrainedTokenizer.of` takes: that of `load`, one
-            of transformers, or the path of one.
+        tokenizer: the model's tokenizer: that of `load`, one of transformers, or a path (any form
+            that `PretrainedTokenizer.wrap` takes).
         loss: what is differentiated: "loss", "margin" or "logit" of a model from tokens [B, T] to
             logits [B, T, V]; or a function of the model and a batch ({"tokens", "targets",
             "weights"}, each [B, T], where there is a tokenizer) to float32 [B].
@@ -132,7 +132,7 @@ def trace(
     else:
         if texts is not None:
             raise ValueError("texts is for passages given as batches; there is a tokenizer here")
-        tokenizer = PretrainedTokenizer.of(tokenizer)
+        tokenizer = PretrainedTokenizer.wrap(tokenizer)
         made = inputs.of_texts(setting, passages, queries, tokenizer, context, directory)
     return _ranked(setting, made, k, damping)
 

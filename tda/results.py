@@ -58,7 +58,7 @@ def record(
 
 def write(path, records: Iterable[dict]) -> None:
     """Writes records to `path` as JSON lines; the file appears whole or not at all."""
-    with atomic_file.written(path) as out:
+    with atomic_file.open_atomic(path) as out:
         for item in records:
             out.write(json.dumps(item, ensure_ascii=False) + "\n")
 

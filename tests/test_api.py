@@ -250,7 +250,7 @@ def test_what_is_left_out_is_told(model, tokenizer, capsys):
 
 def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):
     """Guards: a tokenizer that puts nothing between texts, so that their tokens run together."""
-    plain = PretrainedTokenizer.of(byte_level())
+    plain = PretrainedTokenizer.wrap(byte_level())
     model = Bigram(plain.vocab_size, nnx.Rngs(0))
     how = dict(directory=tmp_path, method="grad_cos", queries=[("Oslo", " is")])
     call(model, plain, [("a", "Oslo is"), ("b", " old and small")], **how)

@@ -122,7 +122,7 @@ def sample(
     return [d for _, d in sorted([*kept, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
 
 
-def state_of(where) -> list:
+def describe_files(where) -> list:
     """Names, sizes and times of change of a corpus's files, as JSON values; its name otherwise."""
     name = os.path.expanduser(os.fspath(where))
     if os.path.isdir(name):

@@ -103,7 +103,7 @@ class PretrainedTokenizer:
         )
 
     @classmethod
-    def of(cls, tokenizer, parse_special: bool = False):
+    def wrap(cls, tokenizer, parse_special: bool = False):
         """A tokenizer in whatever form one has it.
 
         Args:
@@ -151,7 +151,7 @@ class PretrainedTokenizer:
             ("tokenizer.json", self._inner.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(named | flags, ensure_ascii=False, indent=1)),
         ):
-            with atomic_file.written(directory / name) as out:
+            with atomic_file.open_atomic(directory / name) as out:
                 out.write(text + "\n")
 
     @property

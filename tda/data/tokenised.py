@@ -82,10 +82,10 @@ class Counts:
     split: int
 
 
-def in_memory(
+def tokenise_in_memory(
     documents: Iterable[Document], tokenizer, context: int, quiet: bool = False
 ) -> tuple[TokenTable, Counts]:
-    """The passages of a corpus that fits in memory; see `on_disk` for arguments and errors."""
+    """The passages of a corpus that fits in memory; see `tokenise_on_disk`."""
     parts, counts = [], []
     for part, count in _parts(documents, tokenizer, context, quiet):
         parts.append(part)
@@ -93,7 +93,7 @@ def in_memory(
     return _table(_joined(parts)), _sum(counts)
 
 
-def on_disk(
+def tokenise_on_disk(
     directory,
     documents: Iterable[Document],
     tokenizer,
@@ -236,7 +236,7 @@ def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Cou
     for i, (part, count) in enumerate(
         _parts(documents, tokenizer, context, quiet, first=done), start=done
     ):
-        with atomic_file.written(parts / f"{i}.npz", "wb") as out:
+        with atomic_file.open_atomic(parts / f"{i}.npz", "wb") as out:
             np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
         done = i + 1
     counts = []
@@ -353,5 +353,5 @@ def _read_json(path: pathlib.Path):
 
 
 def _write_json(path: pathlib.Path, value) -> None:
-    with atomic_file.written(path) as out:
+    with atomic_file.open_atomic(path) as out:
         out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")

@@ -70,7 +70,7 @@ def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]
     return parts
 
 
-def passages(
+def tokenise_passages(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, context: int
 ) -> tuple[TokenTable, dict[str, int]]:
     """Tokenises documents into passages of at most `context` positions each.
@@ -118,7 +118,7 @@ def passages(
     return _table(ids, documents, sequences, scored), counts
 
 
-def queries(
+def tokenise_queries(
     prompts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, context: int
 ) -> TokenTable:
     """Tokenises queries; only their target tokens carry a loss.

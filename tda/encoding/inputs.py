@@ -178,7 +178,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         )
     setting.tell_coverage()
     asked = _queries(queries)
-    prompts = tokens.queries(asked, tokenizer, context)
+    prompts = tokens.tokenise_queries(asked, tokenizer, context)
     directory = None if directory is None else pathlib.Path(directory)
     table = _table(passages, tokenizer, context, directory, setting.quiet)
     longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
@@ -215,7 +215,7 @@ def of_texts(setting: Setting, passages, queries, tokenizer, context, directory)
         corpus=tokenised.fingerprint(table),
     )
     loss_identity.keep(made_from["loss"], directory)
-    encoding.fill(store, encoder, table, layout, "encode passages", setting.quiet)
+    encoding.fill_store(store, encoder, table, layout, "encode passages", setting.quiet)
 
     def passage(row):
         (found,) = store.passages([row])
@@ -285,12 +285,12 @@ def _table(passages, tokenizer, context, directory, quiet) -> TokenTable:
     if isinstance(passages, str | os.PathLike):
         found = corpora.documents(passages)
         if directory is not None:
-            made_from = {"corpus": corpora.state_of(passages)}
+            made_from = {"corpus": corpora.describe_files(passages)}
             how = (tokenizer, context, made_from, quiet)
-            return _told(tokenised.on_disk(directory / "tokens", found, *how), quiet)
+            return _told(tokenised.tokenise_on_disk(directory / "tokens", found, *how), quiet)
     else:
         found = _documents(passages)
-    return _told(tokenised.in_memory(found, tokenizer, context, quiet), quiet)
+    return _told(tokenised.tokenise_in_memory(found, tokenizer, context, quiet), quiet)
 
 
 def _told(made: tuple[TokenTable, tokenised.Counts], quiet: bool) -> TokenTable:

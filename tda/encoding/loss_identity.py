@@ -48,7 +48,7 @@ def keep(identity: str, directory: str | os.PathLike) -> None:
     """Writes down what `found` gave, once gradients of that loss are in `directory`."""
     there = _kept(directory)
     if there is None or there["versions"] == _VERSIONS:
-        with atomic_file.written(pathlib.Path(directory) / _FILE) as out:
+        with atomic_file.open_atomic(pathlib.Path(directory) / _FILE) as out:
             json.dump({"versions": _VERSIONS, "loss": identity}, out)
 
 

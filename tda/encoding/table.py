@@ -24,11 +24,11 @@ def encode_rows(
     layout: BatchLayout,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Projected gradients of some rows of a table, float32 [R, E]; see `encode_rows_together`."""
-    return encode_rows_together(encoder, table, rows, layout, on_batch)[0]
+    """Projected gradients of some rows of a table, float32 [R, E]; see `encode_kinds`."""
+    return encode_kinds(encoder, table, rows, layout, on_batch)[0]
 
 
-def encode_rows_together(
+def encode_kinds(
     encoder: Encoder | Together,
     table: TokenTable,
     rows: np.ndarray,
@@ -116,7 +116,7 @@ class OnTheFly:
         return x_RxE
 
 
-def fill(
+def fill_store(
     store: GradientStore,
     encoder: Encoder | None,
     table: TokenTable,
@@ -140,10 +140,10 @@ def fill(
     Raises:
         StoreError: the table has another number of rows, or a shard cannot be written.
     """
-    fill_together([store], encoder, table, layout, what, quiet)
+    fill_stores([store], encoder, table, layout, what, quiet)
 
 
-def fill_together(
+def fill_stores(
     stores: list[GradientStore],
     encoder: Encoder | Together | None,
     table: TokenTable,
@@ -151,15 +151,15 @@ def fill_together(
     what: str = "encode",
     quiet: bool = False,
 ) -> None:
-    """Fills several stores of the same corpus in one pass over it; see `fill`.
+    """Fills several stores of the same corpus in one pass over it; see `fill_store`.
 
     Args:
         stores: one for each kind of gradients that the encoder gives, whose shards have the same
             rows. What some lack is encoded for all, and written where it is lacking.
-        encoder, table, layout, what, quiet: as for `fill`.
+        encoder, table, layout, what, quiet: as for `fill_store`.
 
     Raises:
-        StoreError: as `fill`, or the stores' shards differ.
+        StoreError: as `fill_store`, or the stores' shards differ.
     """
     for store in stores:
         if store.rows != len(table):
@@ -169,7 +169,7 @@ def fill_together(
         if store.shards() != shards:
             raise StoreError(f"the shards of {store.path} are not those of {stores[0].path}")
     # A process that came later might find shards that another has written since.
-    lacking = processes.by_first("list the shards", lambda: [s.missing() for s in stores])
+    lacking = processes.on_first_process("list the shards", lambda: [s.missing() for s in stores])
     missing = sorted(set().union(*lacking))
     me, count = jax.process_index(), jax.process_count()
     together = not sharding.is_local(layout.mesh)
@@ -184,7 +184,7 @@ def fill_together(
         ):
             for turn, i in enumerate(mine):
                 rows = np.arange(shards[i].start, shards[i].stop)
-                encoded = encode_rows_together(encoder, table, rows, layout, bar.update)
+                encoded = encode_kinds(encoder, table, rows, layout, bar.update)
                 if not together or turn % count == me:
                     out.write(int(i), encoded)
     if not together:

@@ -160,7 +160,7 @@ def make_encoder(
             return together.pool(plan, projected)[0]
 
         weights = sum(x.size for x in whole.values())
-        return sharding.in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
+        return sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)
     compiled = jax.jit(encode, static_argnums=2)

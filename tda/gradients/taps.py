@@ -140,7 +140,7 @@ def _scaled_projections(x_BxTxM, A_MxP, B_NxP, scale_MxN, d_BxTxN):
         return _einsum("dcmq,mp->dcpq", _einsum("dcmn,nq->dcmq", G_DxCxMxN, B_NxP), A_MxP)
 
     batch = x_BxTxM, d_BxTxN
-    return sharding.in_portions(some, batch, scale_MxN.size, _AT_ONCE)
+    return sharding.map_in_portions(some, batch, scale_MxN.size, _AT_ONCE)
 
 
 tap_exact.defvjp(_exact_forward, _exact_backward)

@@ -31,7 +31,7 @@ def spectra(R: list[np.ndarray]) -> list[np.ndarray]:
         values = np.linalg.eigvalsh(block.astype(np.float32))
         return np.maximum(values, 0.0)[::-1].astype(np.float64)
 
-    return host_blas.each(one, R)
+    return host_blas.map_blocks(one, R)
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:
@@ -157,7 +157,7 @@ def inverse_root(
     """
     if damping < 0 or cutoff < 0:
         raise ValueError(f"damping={damping} and cutoff={cutoff} must not be negative")
-    return host_blas.each(functools.partial(_root, damping=damping, cutoff=cutoff), R)
+    return host_blas.map_blocks(functools.partial(_root, damping=damping, cutoff=cutoff), R)
 
 
 def _root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:

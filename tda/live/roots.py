@@ -195,7 +195,7 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np
 
 def _write(path: pathlib.Path, root: _Root) -> None:
     path.parent.mkdir(exist_ok=True)
-    with atomic_file.written(path, "wb") as out:
+    with atomic_file.open_atomic(path, "wb") as out:
         np.savez(out, own=np.asarray(root.own), **{str(i): b for i, b in enumerate(root.blocks)})
 
 

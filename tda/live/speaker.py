@@ -103,7 +103,7 @@ class Speaker:
 
     def query(self, prompt: str, target: str) -> tokens.TokenTable:
         """A question as a table of one sequence; a ValueError where it does not fit."""
-        return tokens.queries([("question", prompt, target)], self.tokenizer, self.context)
+        return tokens.tokenise_queries([("question", prompt, target)], self.tokenizer, self.context)
 
 
 def _softmax(x_V: np.ndarray) -> np.ndarray:

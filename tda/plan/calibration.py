@@ -150,7 +150,7 @@ def _turn(
         table = _random_table(batches * examples, positions, vocab_size)
         started = time.perf_counter()
         layout = BatchLayout((positions,), examples * positions, 0, mesh)
-        encoding.encode_rows_together(encoder, table, np.arange(len(table)), layout)
+        encoding.encode_kinds(encoder, table, np.arange(len(table)), layout)
         return (time.perf_counter() - started) / batches
 
     run(1)  # the first run touches its memory for the first time
@@ -189,7 +189,7 @@ def product_times(width: int, block: int, queries: int) -> ProductTimes:
     work = {
         "gram": (lambda: _product(b_RxB.T, b_RxB), 2 * rows * block * block),
         "scores": (lambda: _product(q_QxE, x_RxE.T), 2 * queries * rows * width),
-        "eigen": (lambda: host_blas.each(np.linalg.eigh, alike), 9 * side**3 * len(alike)),
+        "eigen": (lambda: host_blas.map_blocks(np.linalg.eigh, alike), 9 * side**3 * len(alike)),
     }
     rates = {}
     with progress.bar(len(work), "calibrate products", "step") as bar:

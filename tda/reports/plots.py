@@ -139,7 +139,7 @@ def draw(
         file = f"{os.fspath(path)}.{suffix}"
         # No date in the file: the same figures give the same bytes.
         metadata = {"Date": None} if suffix == "svg" else {}
-        with atomic_file.written(file, "wb") as out:
+        with atomic_file.open_atomic(file, "wb") as out:
             figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
         files.append(file)
     return files

@@ -34,7 +34,7 @@ def save(path, ranked: Ranked) -> None:
     """Writes a ranking to `path` (.npz); the file appears whole or not at all."""
     arrays = {f.name: getattr(ranked, f.name) for f in dataclasses.fields(ranked)}
     ranks = arrays.pop("first_ranks")
-    with atomic_file.written(path, "wb") as out:
+    with atomic_file.open_atomic(path, "wb") as out:
         np.savez(out, **arrays, **{f"first_ranks/{label}": r for label, r in ranks.items()})
 
 

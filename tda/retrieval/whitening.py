@@ -194,6 +194,6 @@ class Whitening:
             # An earlier search may have needed an R that this one did not.
             with np.load(directory / name, allow_pickle=False) as there:
                 arrays = dict(there) | arrays
-        with atomic_file.written(directory / name, "wb") as out:
+        with atomic_file.open_atomic(directory / name, "wb") as out:
             np.savez(out, **arrays | self.spectra)
         return name

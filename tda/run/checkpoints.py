@@ -28,7 +28,7 @@ def steps_of(config, trained: Trained, method: Method) -> list[int]:
     wanted = config.several.checkpoints
     if wanted < 1:
         raise ValueError(f"several.checkpoints={wanted} must be 1 or more")
-    kept = processes.by_first("list checkpoints", lambda: checkpoint.steps(trained.root))
+    kept = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(trained.root))
     there = [s for s in kept if s <= trained.step]
     if len(there) <= wanted:
         return there

@@ -51,7 +51,7 @@ def load(config, workdir: Workdir) -> Corpus:
     passages = _passages("corpus", texts, tokenizer, context)
     training = _passages("training text", texts + more, tokenizer, context) if more else passages
     print(f"{len(facts):,} queries")
-    prompts = tokens.queries(
+    prompts = tokens.tokenise_queries(
         ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
     )
     correct = _correct(sentences, facts, passages)
@@ -78,7 +78,7 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     directory = data.dir or str(workdir / "data")
     found: list = []
     # The others find it prepared.
-    processes.by_first(
+    processes.on_first_process(
         f"prepare {data.name}", lambda: found.extend(features.load_tfds(data.name, directory))
     )
     sentences, facts = found or features.load_tfds(data.name, directory)
@@ -113,7 +113,7 @@ def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[s
 
 
 def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
-    table, counts = tokens.passages(texts, tokenizer, context)
+    table, counts = tokens.tokenise_passages(texts, tokenizer, context)
     print(
         f"{what}: {counts['documents']:,} documents, {counts['passages']:,} passages "
         f"({counts['split']:,} documents longer than {context} tokens were split), "
@@ -138,7 +138,7 @@ def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | Pretra
             path.parent.mkdir(exist_ok=True)
             Tokenizer.train(texts, config.tokenizer.vocab_size).save(path)
 
-        processes.by_first("train the tokenizer", train)
+        processes.on_first_process("train the tokenizer", train)
         workdir.finish("tokenizer", made_from)
     return Tokenizer.load(path)
 

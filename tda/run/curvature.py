@@ -65,9 +65,9 @@ def file_of(
 
 
 def _fitted(config, corpus, trained, kind: str, chosen, side: int, file: pathlib.Path) -> dict:
-    if not processes.by_first("look for curvature", file.exists):
+    if not processes.on_first_process("look for curvature", file.exists):
         found = _fit(config, corpus, trained, kind, chosen, side if kind == "logra" else None)
-        processes.by_first("keep curvature", lambda: _save(file, found))
+        processes.on_first_process("keep curvature", lambda: _save(file, found))
         return found
     return load(file)
 
@@ -107,7 +107,7 @@ def _save(file, found: dict) -> None:
         for name, x in (("left", c.left), ("right", c.right), ("values", c.values))
         if x is not None
     }
-    with atomic_file.written(file, "wb") as out:
+    with atomic_file.open_atomic(file, "wb") as out:
         np.savez(out, **arrays)
 
 

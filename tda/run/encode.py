@@ -158,7 +158,7 @@ def ahead(
     for what in dict.fromkeys(w for w in wanted if not w.adam_step):
         made = made_from(config, corpus, trained, what)
         store = _store(config, corpus, trained, workdir, what, made, "corpus", corpus.passages)
-        if processes.by_first("look for shards", store.missing):
+        if processes.on_first_process("look for shards", store.missing):
             rows = store.shards()[0].stop
             alike.setdefault((made["output"], rows), []).append((what, made, store))
     for (output, rows), lacking in alike.items():
@@ -170,7 +170,7 @@ def ahead(
             parts = [_part(config, corpus, trained, workdir, what, made) for what, made, _ in kinds]
             encoder = together.build(trained.model, parts, output, trained.mesh)
             told = " and ".join(_told(made, step=False) for _, made, _ in kinds)
-            encoding.fill_together(
+            encoding.fill_stores(
                 [store for _, _, store in kinds],
                 encoder,
                 corpus.passages,
@@ -220,14 +220,16 @@ def _stores(config, corpus, trained, workdir, what: Gradients, tables: dict) -> 
     paths = {n: path_of(config, corpus, workdir, n, made) for n in tables}
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
-    there = processes.by_first("look for stores", lambda: all(map(stores.finished, paths.values())))
+    there = processes.on_first_process(
+        "look for stores", lambda: all(map(stores.finished, paths.values()))
+    )
     if not there:
         encoder = _encoder(config, corpus, trained, workdir, what)
     found = []
     for name, table in tables.items():
         store = _store(config, corpus, trained, workdir, what, made, name, table)
         told = f"encode {name} ({_told(made)})"
-        encoding.fill(store, encoder, table, _layout(config, corpus, trained), told)
+        encoding.fill_store(store, encoder, table, _layout(config, corpus, trained), told)
         found.append(store)
     return found
 

@@ -82,7 +82,7 @@ def run(
             results.write(where / "results" / f"{name}.jsonl", records)
         write_json(where / "metrics.json", metrics)
 
-    processes.by_first("write results", write)
+    processes.on_first_process("write results", write)
     return metrics
 
 

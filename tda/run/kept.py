@@ -34,7 +34,7 @@ class Kept:
         Raises:
             ValueError: a line is not such a record; the message names file and line.
         """
-        return processes.by_first(f"read {self.path.name}", self._read)
+        return processes.on_first_process(f"read {self.path.name}", self._read)
 
     def _read(self) -> dict[str, Any]:
         have: dict[str, Any] = {}

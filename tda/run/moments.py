@@ -66,12 +66,12 @@ def scales(
         return {path: s.map(within_reach) for path, s in found.items()}
     eps = config.train.eps
     which = _which(made, eps)
-    if processes.by_first("look for second moments", _file(workdir.path, which).exists):
+    if processes.on_first_process("look for second moments", _file(workdir.path, which).exists):
         return kept(workdir.path, made, eps)
     found = _estimated(config, corpus, trained, chosen, made, on_batches)
     # Of arrays on several hosts all have to give their part.
     here = {path: scale.map(sharding.to_host) for path, scale in found.items()}
-    processes.by_first("keep second moments", lambda: _keep(workdir.path, which, here))
+    processes.on_first_process("keep second moments", lambda: _keep(workdir.path, which, here))
     return found
 
 

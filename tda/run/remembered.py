@@ -99,7 +99,7 @@ def _write_corpus(config, corpus: Corpus, workdir: Workdir) -> None:
         "prompts": [f.prompt(config.data.prompt) for f in facts],
         "targets": [f.entity1 for f in facts],
     }
-    with atomic_file.written(workdir / FILE, "wb") as out:
+    with atomic_file.open_atomic(workdir / FILE, "wb") as out:
         np.savez_compressed(
             out,
             told=np.frombuffer(json.dumps(told).encode(), np.uint8),

@@ -35,7 +35,7 @@ def retrieve(
     chosen = methods.parse(config.methods)
     check(config, chosen)
     files = {n: _file(config, corpus, trained, workdir, m) for n, m in chosen.items()}
-    lacking = processes.by_first(
+    lacking = processes.on_first_process(
         "look for rankings", lambda: [n for n, f in files.items() if not f.exists()]
     )
     # Methods that differ in their title alone share a file, and are searched once.
@@ -56,7 +56,7 @@ def retrieve(
             work = functools.partial(
                 _search, config, corpus, trained, workdir, what, store, queries, own, files
             )
-            processes.by_first("search", work)
+            processes.on_first_process("search", work)
             del store, queries
     after = dict(todo)
     for name, method in todo.items():
@@ -66,13 +66,13 @@ def retrieve(
         if method.retriever == "gradient":
             found = checkpoints.summed(config, corpus, trained, workdir, method, after.values())
             work = functools.partial(_search_summed, config, corpus, trained, name, found, files)
-            processes.by_first("search", work)
+            processes.on_first_process("search", work)
             del found, work
             if not config.several.keep_stores:
                 _drop_earlier(config, corpus, trained, workdir, method)
         else:
             _OTHERS[method.retriever](config, corpus, trained, workdir, method, files[name])
-    notes = processes.by_first("read notes", lambda: _notes(files))
+    notes = processes.on_first_process("read notes", lambda: _notes(files))
     return {n: ranked.load(files[n]) for n in chosen}, notes
 
 
@@ -115,7 +115,7 @@ def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: 
     def ask():
         return (path / "manifest.json").exists() and not stores.finished(path)
 
-    return processes.by_first("look for an unfinished store", ask)
+    return processes.on_first_process("look for an unfinished store", ask)
 
 
 def _search(
@@ -166,7 +166,7 @@ def _drop_earlier(config, corpus, trained, workdir, method: Method) -> None:
         then = dataclasses.replace(trained, step=step)
         made = encode.made_from(config, corpus, then, method.gradients)
         path = encode.path_of(config, corpus, workdir, "corpus", made)
-        processes.by_first("remove a store", lambda path=path: shutil.rmtree(path, True))
+        processes.on_first_process("remove a store", lambda path=path: shutil.rmtree(path, True))
 
 
 def _labels(corpus: Corpus, queries: np.ndarray) -> dict[str, list[np.ndarray]]:
@@ -197,7 +197,7 @@ def _by_words(config, corpus, trained, workdir, method, file: pathlib.Path) -> N
         asked = _asked(config, corpus)
         _keep(file, bm25.search(asked, texts, config.eval.top_k, corpus.correct), None)
 
-    processes.by_first("search", work)
+    processes.on_first_process("search", work)
 
 
 def _by_vectors(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
@@ -216,7 +216,7 @@ def _by_vectors(config, corpus, trained, workdir, method, file: pathlib.Path) ->
         ranking = _scan(found.queries, source, scorer, k, corpus.correct, mesh, opponents=False)
         _keep(file, ranking["vectors"], None)
 
-    processes.by_first("search", work)
+    processes.on_first_process("search", work)
 
 
 def _by_labels(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
@@ -225,7 +225,7 @@ def _by_labels(config, corpus, trained, workdir, method, file: pathlib.Path) -> 
         found = annotated.ranked(ids, corpus.correct["all"], config.eval.top_k, config.data.seed)
         _keep(file, found, None)
 
-    processes.by_first("search", work)
+    processes.on_first_process("search", work)
 
 
 def _by_control(scores: Callable):
@@ -238,7 +238,7 @@ def _by_control(scores: Callable):
         def work():
             _keep(file, by_score.rank(found, count, config.eval.top_k, corpus.correct), None)
 
-        processes.by_first("search", work)
+        processes.on_first_process("search", work)
 
     return search
 
@@ -305,7 +305,7 @@ def _withdrawn(path: pathlib.Path) -> list[int]:
         there = (path / "manifest.json").exists()
         return stores.open_store(path).withdrawn.tolist() if there else []
 
-    return processes.by_first("look for withdrawn passages", ask)
+    return processes.on_first_process("look for withdrawn passages", ask)
 
 
 def _note(file: pathlib.Path) -> pathlib.Path:

@@ -162,7 +162,7 @@ def traced_step(config, root: str, steps: int) -> int:
     if share == 1:
         return steps
     wanted = share * steps
-    there = processes.by_first("list checkpoints", lambda: checkpoint.steps(root))
+    there = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
     nearest = min(there, key=lambda s: abs(s - wanted))
     if abs(nearest - wanted) > steps / 20:
         raise ValueError(

@@ -218,6 +218,6 @@ def _kept(
                     bar.update(len(rows))
                     on_rows(bar.n)
 
-    processes.by_first(f"compute {name}", fill)
+    processes.on_first_process(f"compute {name}", fill)
     store = stores.open_store(path)
     return store.read(slice(0, store.rows))

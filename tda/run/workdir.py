@@ -26,8 +26,8 @@ class Workdir:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        token = processes.by_first(f"write to --workdir={path}", self._make)
-        apart = processes.which(not self._reaches(token))
+        token = processes.on_first_process(f"write to --workdir={path}", self._make)
+        apart = processes.where(not self._reaches(token))
         if apart:
             raise WorkdirError(
                 f"--workdir={path} of process {apart[0]} is not that of process 0, or cannot be "
@@ -76,7 +76,7 @@ class Workdir:
             there = json.loads(stamp.read_text(encoding="utf-8"))
             return there["finished"] and there["made_from"] == plain(made_from)
 
-        return processes.by_first(f"look for the stage {stage}", ask)
+        return processes.on_first_process(f"look for the stage {stage}", ask)
 
     def claim(self, stage: str, made_from: dict) -> None:
         """Says that `stage` is being made from this.
@@ -84,7 +84,9 @@ class Workdir:
         Raises:
             WorkdirError: it was begun from something else; the message says what differs.
         """
-        processes.by_first(f"begin the stage {stage}", lambda: self._claim(stage, plain(made_from)))
+        processes.on_first_process(
+            f"begin the stage {stage}", lambda: self._claim(stage, plain(made_from))
+        )
 
     def _claim(self, stage: str, wanted: dict) -> None:
         stamp = self._stamp(stage)
@@ -105,7 +107,7 @@ class Workdir:
 
     def finish(self, stage: str, made_from: dict) -> None:
         """Says that `stage` is done."""
-        processes.by_first(
+        processes.on_first_process(
             f"end the stage {stage}", lambda: self._write(stage, plain(made_from), finished=True)
         )
 

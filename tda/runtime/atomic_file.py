@@ -8,7 +8,7 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def written(path, mode: str = "w") -> Iterator[IO]:
+def open_atomic(path, mode: str = "w") -> Iterator[IO]:
     """Opens a file beside `path` to write to; it takes the place of `path` at the end.
 
     Whatever is at `path` stays as it was until then, and after an error or a kill.
@@ -30,6 +30,6 @@ def written(path, mode: str = "w") -> Iterator[IO]:
 
 def write_json(path, value) -> None:
     """Writes JSON to `path`; the file appears whole or not at all."""
-    with written(path) as out:
+    with open_atomic(path) as out:
         json.dump(value, out, indent=1, ensure_ascii=False)
         out.write("\n")

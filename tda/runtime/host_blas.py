@@ -31,7 +31,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(
+def map_blocks(
     function: Callable[[np.ndarray], U],
     blocks: Iterable[np.ndarray],
     workers: int | None = None,

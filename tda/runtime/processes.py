@@ -35,7 +35,7 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def by_first(what: str, work: Callable[[], Any]) -> Any:
+def on_first_process(what: str, work: Callable[[], Any]) -> Any:
     """What `work` returns in process 0, in every process; the others wait and never call it.
 
     They wait however long it takes. Process 0 calls it in another thread, where no mesh is set.
@@ -77,7 +77,7 @@ def by_first(what: str, work: Callable[[], Any]) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes())
 
 
-def which(flag: bool) -> list[int]:
+def where(flag: bool) -> list[int]:
     """The processes that say yes, by number; the same list in every process."""
     if jax.process_count() == 1:
         return [0] if flag else []
@@ -93,7 +93,7 @@ def check_alike(what: str, value: Any) -> None:
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint8)
-    apart = which((multihost_utils.broadcast_one_to_all(mine) != mine).any())
+    apart = where((multihost_utils.broadcast_one_to_all(mine) != mine).any())
     if apart:
         raise ProcessError(
             f"process {apart[0]} has another {what} than process 0; start all with the same "

@@ -90,7 +90,7 @@ def devices_of_batch(examples: int) -> int:
     return devices if examples % devices == 0 else 1
 
 
-def in_portions(work, batch, numbers: int, most: int):
+def map_in_portions(work, batch, numbers: int, most: int):
     """`work` over a batch, a few examples at a time on every device.
 
     Args:

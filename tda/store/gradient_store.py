@@ -123,7 +123,9 @@ class GradientStore:
         Raises:
             StoreError: there is no such passage or document; nothing is withdrawn then.
         """
-        more = processes.by_first("withdraw passages", lambda: self._withdraw(ids, documents))
+        more = processes.on_first_process(
+            "withdraw passages", lambda: self._withdraw(ids, documents)
+        )
         # It is read again when it is asked for.
         self.__dict__.pop("withdrawn", None)
         return more

@@ -78,7 +78,7 @@ def create(
         _check(location.name, there | {"segments": there["segments"][:1]}, manifest)
         passages.write(location / "0", ids, documents, texts)
 
-    processes.by_first(f"make the store {location.name}", make)
+    processes.on_first_process(f"make the store {location.name}", make)
     return GradientStore(location)
 
 
@@ -132,7 +132,7 @@ def append(
         longer = store.manifest | {"segments": [*segments, described]}
         store.location.write_json("manifest.json", longer)
 
-    processes.by_first(f"append to the store {path}", make)
+    processes.on_first_process(f"append to the store {path}", make)
     return open_store(path)
 
 

@@ -36,7 +36,7 @@ def differing(there: dict[str, str | None], now: dict[str, str | None]) -> list[
 
 def _digest(digest, name: str) -> str | None:
     try:
-        return _kept(digest, name, json.dumps(corpora.state_of(name)))
+        return _kept(digest, name, json.dumps(corpora.describe_files(name)))
     except (OSError, pretrained.PretrainedError):
         return None
 

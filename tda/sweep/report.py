@@ -204,7 +204,7 @@ def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> str:
-    with atomic_file.written(path) as out:
+    with atomic_file.open_atomic(path) as out:
         out.write(text)
     return str(path)
 

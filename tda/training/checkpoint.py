@@ -55,7 +55,7 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
     root = _absolute(root)
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
     if keep:
-        processes.by_first("remove old checkpoints", lambda: _remove_all_but(root, keep))
+        processes.on_first_process("remove old checkpoints", lambda: _remove_all_but(root, keep))
 
 
 def _remove_all_but(root: epath.Path, keep: int) -> None:

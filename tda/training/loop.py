@@ -157,7 +157,9 @@ def fit(
         "seed": seed,
     }
     description = dict(description or {}) | {"batches": batch_identity}
-    last = processes.by_first("look for checkpoints", lambda: checkpoint.latest_step(directory))
+    last = processes.on_first_process(
+        "look for checkpoints", lambda: checkpoint.latest_step(directory)
+    )
     if last is not None:
         _check_same_batches(checkpoint.describe(directory, last), batch_identity, directory)
         state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh), last)
@@ -239,5 +241,5 @@ def _trim_log(path, step: int) -> None:
                     earlier.append(line)
             except json.JSONDecodeError:
                 break  # A kill cut this line off; nothing valid follows it.
-    with atomic_file.written(path) as out:
+    with atomic_file.open_atomic(path) as out:
         out.writelines(earlier)

@@ -45,7 +45,7 @@ def fetch(
                 raise ValueError(f"{url} leads to {found.url}, which is not fetched")
             # Of a body in chunks no length is known, whatever the header says.
             total, done = found.length or 0, 0
-            with atomic_file.written(path, "wb") as out:
+            with atomic_file.open_atomic(path, "wb") as out:
                 for part in _parts(found, url, total):
                     done += len(part)
                     if done > limit:

@@ -94,7 +94,7 @@ def test_the_beginning_is_never_doubled(tmp_path):
         for text in ("Bonn", "<s>Bonn", "<s> Bonn"):
             assert found.sequence(text).count(0) == 1
             assert found.encode_query(text, "x")[0].tolist().count(0) == 1
-            table, _ = tokens.passages([("a", text)], found, 64)
+            table, _ = tokens.tokenise_passages([("a", text)], found, 64)
             assert table.tokens.tolist().count(0) == 1
     # Without parse_special, what is spelled out is text; with it, it is the token.
     plain, parsed = (PretrainedTokenizer.load(directory, p) for p in (False, True))
@@ -133,14 +133,14 @@ def test_tokenizers_in_other_forms(tmp_path):
     other = types.SimpleNamespace(backend_tokenizer=inner, eos_token_id=1, pad_token_id=2)
     expected = PretrainedTokenizer.load(write(tmp_path, byte_level(template=True), **NAMES))
     for form in (other, inner, tmp_path, str(tmp_path), expected):
-        found = PretrainedTokenizer.of(form)
+        found = PretrainedTokenizer.wrap(form)
         assert found.sequence(TEXTS[1]) == expected.sequence(TEXTS[1])
         assert found.begin == (0,)
-    assert PretrainedTokenizer.of(expected) is expected
-    found = PretrainedTokenizer.of(other)
+    assert PretrainedTokenizer.wrap(expected) is expected
+    found = PretrainedTokenizer.wrap(other)
     assert (found.eos, found.pad) == (1, 2) and inner.truncation is not None
     with pytest.raises(TypeError, match="int is not a tokenizer that is known here"):
-        PretrainedTokenizer.of(3)
+        PretrainedTokenizer.wrap(3)
 
 
 def test_what_cannot_be_asked_is_told():
@@ -172,7 +172,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
 def test_every_token_of_a_long_text_is_predicted_once(context, around):
     """Guards: tokens at the cuts of a document that no passage predicts."""
     found = PretrainedTokenizer(byte_level(), **around)
-    table, counts = tokens.passages([("a", TEXTS[1]), ("b", TEXTS[0])], found, context)
+    table, counts = tokens.tokenise_passages([("a", TEXTS[1]), ("b", TEXTS[0])], found, context)
     assert table.lengths.max() <= context + 1
     predicted = {"a": [], "b": []}
     for i, document in enumerate(table.documents):
@@ -299,7 +299,7 @@ def test_ids_are_those_of_transformers(tmp_path, kind):
     write(tmp_path, inner, **NAMES, tokenizer_class="PreTrainedTokenizerFast")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = PretrainedTokenizer.load(tmp_path, parse_special=True)
-    assert PretrainedTokenizer.of(theirs, True).fingerprint() == ours.fingerprint()
+    assert PretrainedTokenizer.wrap(theirs, True).fingerprint() == ours.fingerprint()
     rng = np.random.default_rng(1)
     pieces = [*"abcXYZ 019\n\t.,;é日本語🙂ß\u200d", "  ", "Bonn", "</s>", "don't", "12345"]
     texts = ["".join(rng.choice(pieces, rng.integers(0, 25))) for _ in range(400)]

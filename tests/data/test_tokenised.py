@@ -39,9 +39,9 @@ def same(a, b):
 
 
 def test_the_same_passages_as_of_the_table_in_memory(tokenizer):
-    found, counts = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    found, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
     pairs = [(d.id, d.text) for d in DOCUMENTS if d.text.strip()]
-    expected, _ = tokens.passages(pairs, tokenizer, 24)
+    expected, _ = tokens.tokenise_passages(pairs, tokenizer, 24)
     several = len({n.split("#")[0] for n in found.ids if "#" in n})
     assert counts == tokenised.Counts(len(DOCUMENTS), 1, several) and several > 3
     assert list(found.documents) == list(expected.documents)
@@ -55,7 +55,7 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
     """Guards: spans that are off by the space that a tokenizer puts in front."""
     if own:
         tokenizer = Tokenizer.train(TEXTS, 320)
-    found, _ = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    found, _ = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
     texts = {d.id: d.text for d in DOCUMENTS}
     spans = []
     for i, name in enumerate(found.ids):
@@ -76,26 +76,26 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
 
 
 def test_on_disk_as_in_memory(tokenizer, tmp_path):
-    expected, counts = tokenised.in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
     how = (tokenizer, 24, {"corpus": "x"})
-    found, same_counts = tokenised.on_disk(tmp_path, DOCUMENTS, *how, quiet=True)
+    found, same_counts = tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, *how, quiet=True)
     same(found, expected)
     assert same_counts == counts and isinstance(found.tokens, np.memmap)
     assert tokenised.fingerprint(found) == tokenised.fingerprint(expected)
     # There already: the documents are not read again.
-    again, _ = tokenised.on_disk(tmp_path, iter(()), *how, quiet=True)
+    again, _ = tokenised.tokenise_on_disk(tmp_path, iter(()), *how, quiet=True)
     same(again, expected)
     assert sorted(os.listdir(tmp_path)) == sorted(
         ["corpus.json", *(f"{k}.npy" for k in tokenised._ARRAYS)]
     )
     with pytest.raises(CorpusError, match="made from another corpus; it differs in context"):
-        tokenised.on_disk(tmp_path, DOCUMENTS, tokenizer, 25, {"corpus": "x"}, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, tokenizer, 25, {"corpus": "x"}, quiet=True)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path):
     """Guards: a resumed corpus with documents twice, or without some."""
     how = (tokenizer, 24, {"corpus": "x"})
-    tokenised.on_disk(tmp_path / "whole", DOCUMENTS, *how, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path / "whole", DOCUMENTS, *how, quiet=True)
     read = []
 
     def until(count):
@@ -107,9 +107,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path):
 
     for count in (5, 14, 15, 40):
         with pytest.raises(KeyboardInterrupt):
-            tokenised.on_disk(tmp_path / "killed", until(count), *how, quiet=True)
+            tokenised.tokenise_on_disk(tmp_path / "killed", until(count), *how, quiet=True)
     assert len(list((tmp_path / "killed" / "parts").glob("*.npz"))) == 6
-    tokenised.on_disk(tmp_path / "killed", DOCUMENTS, *how, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path / "killed", DOCUMENTS, *how, quiet=True)
     for name in os.listdir(tmp_path / "whole"):
         one, other = ((tmp_path / d / name).read_bytes() for d in ("whole", "killed"))
         assert one == other, name
@@ -117,10 +117,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path):
 
 def test_what_cannot_be_is_told(tokenizer, tmp_path):
     with pytest.raises(CorpusError, match="two documents have the id 'short'"):
-        tokenised.in_memory([*DOCUMENTS, DOCUMENTS[0]], tokenizer, 24, quiet=True)
+        tokenised.tokenise_in_memory([*DOCUMENTS, DOCUMENTS[0]], tokenizer, 24, quiet=True)
     for nothing in ([], [Document("a", " ")]):
         with pytest.raises(CorpusError, match="the corpus has no text"):
-            tokenised.in_memory(nothing, tokenizer, 24, quiet=True)
+            tokenised.tokenise_in_memory(nothing, tokenizer, 24, quiet=True)
     half = "Oslo \ud83d"
     for wrong, message in (
         (Document("p7", half), r"document 'p7': the text has half a character, \\ud83d at 5 "),
@@ -128,13 +128,13 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
         (Document("p8", None), "document 'p8': the text is NoneType, not a string"),
     ):
         for place, make in (
-            ((), tokenised.in_memory),
-            ((tmp_path,), functools.partial(tokenised.on_disk, made_from={})),
+            ((), tokenised.tokenise_in_memory),
+            ((tmp_path,), functools.partial(tokenised.tokenise_on_disk, made_from={})),
         ):
             with pytest.raises(CorpusError, match=message):
                 make(*place, [*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
     with pytest.raises(ValueError, match="context=0 holds no more"):
-        tokenised.in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
+        tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
 
 
 def test_places_of_ids():

@@ -22,7 +22,7 @@ def sequence(table, i):
 
 def test_a_passage_is_bos_text_eos(tokenizer):
     """Guards: doubled begin-of-sequence token."""
-    table, counts = tokens.passages([("a", SHORT), ("b", "Oslo")], tokenizer, 64)
+    table, counts = tokens.tokenise_passages([("a", SHORT), ("b", "Oslo")], tokenizer, 64)
     assert (table.ids, table.documents, len(table)) == (["a", "b"], ["a", "b"], 2)
     assert counts == {"documents": 2, "passages": 2, "split": 0}
     for i, text in enumerate([SHORT, "Oslo"]):
@@ -38,7 +38,7 @@ def test_a_passage_is_bos_text_eos(tokenizer):
 def test_splitting_loses_nothing(tokenizer, context):
     """Guards: tokens of long documents dropped in silence."""
     texts = [("first", LONG), ("short", "Oslo"), ("last", LONG[::-1])]
-    table, counts = tokens.passages(texts, tokenizer, context)
+    table, counts = tokens.tokenise_passages(texts, tokenizer, context)
     assert table.lengths.max() <= context + 1
     joined, scored_count = {}, {}
     for i, document in enumerate(table.documents):
@@ -58,7 +58,7 @@ def test_splitting_loses_nothing(tokenizer, context):
 
 
 def test_parts_are_numbered_and_keep_their_documents_id(tokenizer):
-    table, counts = tokens.passages([("a", "Oslo"), ("doc", LONG)], tokenizer, 40)
+    table, counts = tokens.tokenise_passages([("a", "Oslo"), ("doc", LONG)], tokenizer, 40)
     parts = len(table) - 1
     assert parts > 2
     assert table.ids == ["a", *(f"doc#{i}" for i in range(parts))]
@@ -68,36 +68,36 @@ def test_parts_are_numbered_and_keep_their_documents_id(tokenizer):
 
 def test_a_document_that_fits_exactly_is_not_split(tokenizer):
     n = len(tokenizer.encode([SHORT])[0]) + 1
-    table, _ = tokens.passages([("a", SHORT)], tokenizer, n)
+    table, _ = tokens.tokenise_passages([("a", SHORT)], tokenizer, n)
     assert table.ids == ["a"] and table.tokens[-1] == tokenizer.eos
     # One position less: the text still fits, and no passage of <eos> alone is made.
-    table, counts = tokens.passages([("a", SHORT)], tokenizer, n - 1)
+    table, counts = tokens.tokenise_passages([("a", SHORT)], tokenizer, n - 1)
     assert table.ids == ["a"] and table.tokens[-1] != tokenizer.eos and counts["split"] == 0
-    table, _ = tokens.passages([("a", SHORT)], tokenizer, n - 2)
+    table, _ = tokens.tokenise_passages([("a", SHORT)], tokenizer, n - 2)
     assert table.ids == ["a#0", "a#1"]
 
 
 def test_parts_do_not_take_another_documents_id(tokenizer):
     with pytest.raises(ValueError, match="two passages have the id 'a#1'"):
-        tokens.passages([("a", LONG), ("a#1", SHORT)], tokenizer, 40)
+        tokens.tokenise_passages([("a", LONG), ("a#1", SHORT)], tokenizer, 40)
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\n"])
 def test_an_empty_text_is_refused_by_name(tokenizer, empty):
     """Guards: an empty document writing over its neighbours."""
     with pytest.raises(ValueError, match="document 'b' has an empty text"):
-        tokens.passages([("a", SHORT), ("b", empty), ("c", SHORT)], tokenizer, 64)
+        tokens.tokenise_passages([("a", SHORT), ("b", empty), ("c", SHORT)], tokenizer, 64)
 
 
 def test_no_documents(tokenizer):
-    table, counts = tokens.passages([], tokenizer, 64)
+    table, counts = tokens.tokenise_passages([], tokenizer, 64)
     assert len(table) == 0 and len(table.lengths) == 0
     assert counts == {"documents": 0, "passages": 0, "split": 0}
 
 
 def test_only_a_querys_target_is_scored(tokenizer):
     """Guards: query gradients over the prompt too."""
-    table = tokens.queries(
+    table = tokens.tokenise_queries(
         [("q1", "Oslo lies in", "Norway"), ("q2", "Berlin is in", "Germany")], tokenizer, 64
     )
     assert table.ids == ["q1", "q2"]
@@ -112,17 +112,17 @@ def test_half_a_character_is_refused_by_name(tokenizer):
     """Guards: the tokenizer's "TextEncodeInput must be …", which names nothing."""
     half = "Oslo \ud83d"
     with pytest.raises(ValueError, match=r"document 'b': the text has half a character, \\ud83d"):
-        tokens.passages([("a", SHORT), ("b", half)], tokenizer, 64)
+        tokens.tokenise_passages([("a", SHORT), ("b", half)], tokenizer, 64)
     with pytest.raises(ValueError, match=r"query 'q2': the prompt has half a character"):
-        tokens.queries([("q1", "a", "b"), ("q2", half, "b")], tokenizer, 64)
+        tokens.tokenise_queries([("q1", "a", "b"), ("q2", half, "b")], tokenizer, 64)
     with pytest.raises(ValueError, match=r"query 'q2': the target has half a character"):
-        tokens.queries([("q1", "a", "b"), ("q2", "a", half)], tokenizer, 64)
+        tokens.tokenise_queries([("q1", "a", "b"), ("q2", "a", half)], tokenizer, 64)
 
 
 def test_query_errors_name_the_query(tokenizer):
     with pytest.raises(ValueError, match="query 'q2': the target '' of the prompt"):
-        tokens.queries([("q1", "a", "b"), ("q2", "a", " ")], tokenizer, 64)
+        tokens.tokenise_queries([("q1", "a", "b"), ("q2", "a", " ")], tokenizer, 64)
     needed = len(tokenizer.encode_query(LONG, "Norway")[0]) - 1
     with pytest.raises(ValueError, match=f"query 'long' needs {needed} positions, the context has"):
-        tokens.queries([("q1", "a", "b"), ("long", LONG, "Norway")], tokenizer, needed - 1)
-    assert len(tokens.queries([("long", LONG, "Norway")], tokenizer, needed)) == 1
+        tokens.tokenise_queries([("q1", "a", "b"), ("long", LONG, "Norway")], tokenizer, needed - 1)
+    assert len(tokens.tokenise_queries([("long", LONG, "Norway")], tokenizer, needed)) == 1

@@ -44,13 +44,13 @@ def test_a_kill_loses_some_minutes_and_not_the_corpus(tokenizer, tmp_path, monke
     store = stores.open_store(tmp_path / "gradients")
     tokens = sum(map(len, tokenizer.encode(TEXTS)))
     assert tokens > 2**15 and len(store.missing()) == len(store.shards()) - 1 > 0
-    encoded, encode_rows = [], encoding.encode_rows_together
+    encoded, encode_rows = [], encoding.encode_kinds
 
     def watched(encoder, table, rows, *arguments):
         encoded.append(rows)
         return encode_rows(encoder, table, rows, *arguments)
 
-    monkeypatch.setattr(encoding, "encode_rows_together", watched)
+    monkeypatch.setattr(encoding, "encode_kinds", watched)
     capsys.readouterr()
     found = call(tokenizer, directory=tmp_path)
     assert capsys.readouterr() == ("", "")  # it was told to be quiet

@@ -26,7 +26,7 @@ LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
 def setup(decoder):
     tokenizer = Tokenizer.train(TEXTS, 300)
     documents = [(str(i), t) for i, t in enumerate(TEXTS)]
-    table, _ = tokens.passages(documents, tokenizer, 32)
+    table, _ = tokens.tokenise_passages(documents, tokenizer, 32)
     model = decoder(vocab_size=tokenizer.vocab_size)
     return table, make_encoder(model, Projection(side=3, blocks=2))
 
@@ -61,15 +61,15 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
         tmp_path / name, table.ids, blocks, {}, shard_bytes=2 * 4 * encoder.layout.width
     )
     whole = make("whole")
-    encoding.fill(whole, encoder, table, LAYOUT)
+    encoding.fill_store(whole, encoder, table, LAYOUT)
     begun = make("begun")
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
     counting, encoded = counted(encoder)
-    encoding.fill(begun, counting, table, LAYOUT)
+    encoding.fill_store(begun, counting, table, LAYOUT)
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
-    encoding.fill(begun, None, table, LAYOUT)  # finished: the encoder is not called
+    encoding.fill_store(begun, None, table, LAYOUT)  # finished: the encoder is not called
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
@@ -92,7 +92,7 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     found[1].write(0, 2 * mark)
     found[0].write(1, mark)
     counting, encoded = counted(made)
-    encoding.fill_together(found, counting, table, LAYOUT)
+    encoding.fill_stores(found, counting, table, LAYOUT)
     assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
     for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):
         assert not store.missing()
@@ -101,10 +101,10 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
         kept = slice(0, 4) if i == 0 else slice(0, 2)
         expected[kept] = i + 1
         np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
-    encoding.fill_together(found, None, table, LAYOUT)  # finished: the encoder is not called
+    encoding.fill_stores(found, None, table, LAYOUT)  # finished: the encoder is not called
     other = stores.create(tmp_path / "c", table.ids, blocks, {}, shard_bytes=9 * width)
     with pytest.raises(stores.StoreError, match="shards of .*c are not those of .*a"):
-        encoding.fill_together([found[0], other], made, table, LAYOUT)
+        encoding.fill_stores([found[0], other], made, table, LAYOUT)
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
@@ -112,7 +112,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
 ):
     """Guards: one bad example that spoils a batch, or ends the run."""
     tokenizer = Tokenizer.train(TEXTS, 300)
-    table, _ = tokens.passages([(f"p{i}", t) for i, t in enumerate(TEXTS)], tokenizer, 32)
+    table, _ = tokens.tokenise_passages([(f"p{i}", t) for i, t in enumerate(TEXTS)], tokenizer, 32)
     sound = decoder(vocab_size=tokenizer.vocab_size, tied=False)
     broken = nnx.clone(sound)
     # A token that only the second passage reads.
@@ -123,7 +123,9 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
         encoder = make_encoder(model, Projection(side=3, blocks=2))
         blocks = dict.fromkeys(encoder.layout.blocks, 9)
         store = stores.create(tmp_path / name, table.ids, blocks, {})
-        encoding.fill(store, encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256))
+        encoding.fill_store(
+            store, encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256)
+        )
         found[name] = store.read(slice(0, 5))
     told = "".join(capsys.readouterr())
     assert "encode: 1 gradients are not finite, of p1; they are never retrieved" in told
@@ -139,7 +141,7 @@ def test_logits_are_computed_only_where_a_loss_is(decoder):
         ("a", "Paris is in", "France in Rome"),
         ("b", "It rains in Rome all day and all", "night"),
     ]
-    table = tokens.queries(asked, tokenizer, 32)
+    table = tokens.tokenise_queries(asked, tokenizer, 32)
     batch = materialise(table, np.array([0, 1]), 32, 3, 0)
     scored = scored_positions(batch.weights)
     assert scored == 1 << (int(batch.weights.sum(1).max()) - 1).bit_length() and 2 < scored < 16
@@ -157,7 +159,7 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
     table, encoder = setup
     blocks = dict.fromkeys(encoder.layout.blocks, 9)
     store = stores.create(tmp_path / "s", table.ids, blocks, {})
-    encoding.fill(store, encoder, table, LAYOUT)
+    encoding.fill_store(store, encoder, table, LAYOUT)
     queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
     R = hessian.autocorrelation(hessian.rows_for(store), store.slices)
     scorers = {
@@ -184,7 +186,7 @@ def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
     table, encoder = setup
     store = stores.create(tmp_path / "s", ["a", "b"], dict.fromkeys(encoder.layout.blocks, 9), {})
     with pytest.raises(stores.StoreError, match="has 2 rows, the corpus 5"):
-        encoding.fill(store, encoder, table, LAYOUT)
+        encoding.fill_store(store, encoder, table, LAYOUT)
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
@@ -199,4 +201,4 @@ def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatc
 
     monkeypatch.setattr(stores.GradientStore, "write", full)
     with pytest.raises(stores.StoreError, match="No space left"):
-        encoding.fill(store, encoder, table, LAYOUT)
+        encoding.fill_store(store, encoder, table, LAYOUT)

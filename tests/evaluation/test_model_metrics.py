@@ -24,9 +24,9 @@ BUCKETS = (8, 16, 32)
 def setup():
     texts = ["Paris is in France.", "Oslo is in Norway and it is cold there.", "Rome is in Italy."]
     tokenizer = Tokenizer.train(texts, 300)
-    table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
+    table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
     questions = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
-    queries = tokens.queries(questions, tokenizer, 32)
+    queries = tokens.tokenise_queries(questions, tokenizer, 32)
     model = Decoder(
         vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8,
         ff_width=24, rngs=nnx.Rngs(0),

@@ -339,7 +339,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
 
     for module, name in (
         (loop, "fit"),
-        (table, "encode_rows_together"),
+        (table, "encode_kinds"),
         (retrieve.exact, "search"),
         (retrieve.bm25, "search"),
         (measures, "tail_patch"),

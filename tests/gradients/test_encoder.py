@@ -259,7 +259,7 @@ def test_eight_devices_encode_as_one_does(decoder, random_batch, scan, correctio
 def test_a_querys_gradient_is_of_its_target_tokens_only(decoder):
     """Guards: query gradients over the prompt too."""
     tokenizer = Tokenizer.train(["Oslo lies in Norway."], 280)
-    table = tokens.queries([("q", "Oslo lies in", "New Norway")], tokenizer, 32)
+    table = tokens.tokenise_queries([("q", "Oslo lies in", "New Norway")], tokenizer, 32)
     length = int(table.lengths[0]) + 2
     batch = batches.materialise(table, np.asarray([0]), length, 1, tokenizer.pad).arrays()
     model = decoder(vocab_size=tokenizer.vocab_size)

@@ -34,8 +34,8 @@ def made(decoder, tmp_path_factory):
     tokenizer = Tokenizer.train(TEXTS, 300)
     model = decoder(vocab_size=tokenizer.vocab_size)
     documents = [(f"d{i}", t) for i, t in enumerate(TEXTS)]
-    table, _ = tokens.passages(documents, tokenizer, CONTEXT)
-    prompts = tokens.queries(QUESTIONS, tokenizer, CONTEXT)
+    table, _ = tokens.tokenise_passages(documents, tokenizer, CONTEXT)
+    prompts = tokens.tokenise_queries(QUESTIONS, tokenizer, CONTEXT)
     encoder = make_encoder(model, P)
     found = {}
     for name, some in (("corpus", table), ("queries", prompts)):
@@ -46,7 +46,7 @@ def made(decoder, tmp_path_factory):
             documents=some.documents, texts=texts,
         )  # fmt: skip
         layout = BatchLayout(buckets(CONTEXT), tokens_per_batch=64, pad=tokenizer.pad)
-        encoding.fill(found[name], encoder, some, layout)
+        encoding.fill_store(found[name], encoder, some, layout)
     encoded = Encoded(found["corpus"], found["queries"], P)
     tracer = Tracer(
         model, tokenizer, CONTEXT, {Gradients(): encoded}, Hessian(damping=0.05), folder

@@ -186,7 +186,7 @@ def main(config, workdir):
     def work():
         raise ValueError("no such colour")
     if config.seed == 0:
-        processes.by_first("paint", work)
+        processes.on_first_process("paint", work)
     if jax.process_index() == 1:
         raise ValueError("no such colour")
     processes.wait_for_all("never")

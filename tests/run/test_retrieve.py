@@ -112,14 +112,14 @@ def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
     config.gradients.exclude = "mlp"  # other stores than the run's
     config.methods = "exp2,exp3,trackstar,tracin,gradient_norm,trak"
     told = []
-    fill = encode.encoding.fill_together
+    fill = encode.encoding.fill_stores
 
     def counted(stores, encoder, table, what, *args, **kwargs):
         if any(store.missing() for store in stores):
             told.append(what)
         fill(stores, encoder, table, what, *args, **kwargs)
 
-    monkeypatch.setattr(encode.encoding, "fill_together", counted)
+    monkeypatch.setattr(encode.encoding, "fill_stores", counted)
     found, _ = retrieve.retrieve(config, data, trained, workdir)
     first, last = checkpoints.steps_of(config, trained, METHODS["tracin"])
     corpus_passes = [w for w in told if w.startswith("encode corpus")]

@@ -31,19 +31,19 @@ def test_results_are_in_the_order_of_the_blocks():
             first.set()
         return 10 * i
 
-    assert host_blas.each(late, numbers(5), workers=2) == [0, 10, 20, 30, 40]
-    assert host_blas.each(late, [], workers=2) == []
+    assert host_blas.map_blocks(late, numbers(5), workers=2) == [0, 10, 20, 30, 40]
+    assert host_blas.map_blocks(late, [], workers=2) == []
 
 
 def test_a_call_takes_one_thread_and_the_rest_is_put_back():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         before = threads()
         assert set(before) == {2}
-        found = host_blas.each(lambda _: threads(), numbers(3), workers=2)
+        found = host_blas.map_blocks(lambda _: threads(), numbers(3), workers=2)
         assert all(set(x) == {1} for x in found)
         assert threads() == before
         with pytest.raises(np.linalg.LinAlgError):
-            host_blas.each(np.linalg.inv, [np.eye(2), np.zeros((2, 2))], workers=2)
+            host_blas.map_blocks(np.linalg.inv, [np.eye(2), np.zeros((2, 2))], workers=2)
         assert threads() == before
 
 
@@ -71,5 +71,5 @@ def test_no_more_blocks_are_at_work_than_fit(memory, expected):
             at_work -= 1
         return int(block[0])
 
-    found = host_blas.each(work, numbers(9), workers=3, memory=memory)
+    found = host_blas.map_blocks(work, numbers(9), workers=3, memory=memory)
     assert found == list(range(9)) and most == expected

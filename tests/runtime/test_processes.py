@@ -32,7 +32,7 @@ from tda.runtime import processes, sharding
 
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
-table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
 if spans and me >= 0:
@@ -45,18 +45,18 @@ encoder = make_encoder(model, Projection(side=4, blocks=2), mesh=mesh)
 blocks = dict.fromkeys(encoder.layout.blocks, 16)
 store = stores.create(path, table.ids, blocks, {}, shard_bytes=4 * encoder.layout.width * 4)
 with jax.set_mesh(mesh):
-    encoding.fill(
+    encoding.fill_store(
         store, encoder, table,
         BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0, mesh=mesh),
     )
 assert store.missing() == [], store.missing()
 if me >= 0:
-    said = processes.by_first("speak", lambda: {"who": me, "text": ["é" * 99, None]})
+    said = processes.on_first_process("speak", lambda: {"who": me, "text": ["é" * 99, None]})
     assert said == {"who": 0, "text": ["é" * 99, None]}, said
     processes._SIGN_OF_LIFE = 0.2
-    assert processes.by_first("work long", lambda: [time.sleep(1), me]) == [None, 0]
-    assert processes.by_first("be silent", lambda: None) is None
-    assert processes.which(me == 1) == [1] and processes.which(False) == []
+    assert processes.on_first_process("work long", lambda: [time.sleep(1), me]) == [None, 0]
+    assert processes.on_first_process("be silent", lambda: None) is None
+    assert processes.where(me == 1) == [1] and processes.where(False) == []
     processes.check_alike("path", path)
     try:
         processes.check_alike("number", me)

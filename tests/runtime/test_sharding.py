@@ -125,7 +125,7 @@ def test_portions_are_as_large_as_may_be(examples, numbers, together):
         return {"twice": 2 * batch["x"], "sum": batch["x"].sum(2) + batch["y"]}
 
     x, y = np.arange(examples * 3.0).reshape(examples, 3), np.arange(examples)
-    got = sharding.in_portions(work, {"x": x, "y": y}, numbers, 100)
+    got = sharding.map_in_portions(work, {"x": x, "y": y}, numbers, 100)
     assert seen == [(1, together, 3)]
     np.testing.assert_array_equal(got["twice"], 2 * x)
     np.testing.assert_array_equal(got["sum"], x.sum(1) + y)
@@ -140,6 +140,6 @@ def test_devices_take_portions_of_their_own_examples(mesh):
 
     with jax.set_mesh(mesh):
         placed = sharding.put_batch(mesh, {"x": x})["x"]
-        got = jax.jit(lambda x: sharding.in_portions(work, x, 100, 0))(placed)
+        got = jax.jit(lambda x: sharding.map_in_portions(work, x, 100, 0))(placed)
     assert seen == [(4, 1, 3)]
     np.testing.assert_array_equal(got, x + 1)

@@ -128,7 +128,7 @@ from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(64)]
 tokenizer = Tokenizer.train(texts, 300)
-table, _ = tokens.passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
 encoder = make_encoder(model, Projection(side=4, blocks=2))
@@ -145,7 +145,7 @@ def told(self, shard, x):
     print(f"wrote:{shard}", flush=True)
     return out
 stores.GradientStore.write = told
-encoding.fill(store, encoder, table, layout)
+encoding.fill_store(store, encoder, table, layout)
 if port:
     jax.distributed.shutdown()
 """

@@ -53,7 +53,7 @@ def swept(tmp_path_factory):
     found = grid.load(write(path / "s.py", body), config)
     count = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((loop, "fit"), (encoding, "fill_together"), (measures, "tail_patch")):
+        for module, name in ((loop, "fit"), (encoding, "fill_stores"), (measures, "tail_patch")):
             patch.setattr(module, name, counted(module, name, count))
         for point in found.points:
             points.run_point(point, path / "w")
@@ -64,7 +64,7 @@ def counted(module, name, count):
     real = getattr(module, name)
 
     def call(*args, **kwargs):
-        if name == "fill_together" and not any(store.missing() for store in args[0]):
+        if name == "fill_stores" and not any(store.missing() for store in args[0]):
             return real(*args, **kwargs)
         count[name] = count.get(name, 0) + 1
         return real(*args, **kwargs)
@@ -76,7 +76,7 @@ def test_points_share_what_their_keys_leave_alone(swept):
     found, path, count = swept
     # One training; of two sides the corpus, raw and corrected at once, and the queries for each.
     # Retrieved pairs that an earlier point measured are not measured again.
-    assert count["fit"] == 1 and count["fill_together"] == 2 * (1 + 2)
+    assert count["fit"] == 1 and count["fill_stores"] == 2 * (1 + 2)
     assert len(list((path / "runs").iterdir())) == 1
     (kept,) = path.glob("runs/*/tail_patch-*.jsonl")
     keys = [json.loads(line)["key"] for line in kept.read_text().splitlines()]

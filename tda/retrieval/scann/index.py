@@ -203,7 +203,7 @@ def read_manifest(root: pathlib.Path) -> dict:
 
 def write_manifest(root: pathlib.Path, manifest: dict) -> None:
     """Writes the manifest, which appears whole or not at all."""
-    with atomic_file.written(root / "manifest.json") as out:
+    with atomic_file.open_atomic(root / "manifest.json") as out:
         json.dump(manifest, out, indent=1)
         out.write("\n")
         out.flush()
