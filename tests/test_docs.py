@@ -12,9 +12,11 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from tda import methods, results
+from tda.gradients import reference
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
 from tests.model import tiny_llama
@@ -63,7 +65,7 @@ def test_huggingface(world):
     names, said = run_snippets((DOCS / "huggingface.md").read_text())
     assert "The capital of Spain is → Madrid" in said
     assert len(list(results.read("results.jsonl"))) == 2
-    assert len(names["found"][0].proponents) == 8  # the second trace keeps its default of ten
+    assert len(names["traced"][0].proponents) == 8  # the second trace keeps its default of ten
     assert names["scales"].keys() == {
         f"layers/{m}/kernel"
         for m in (
@@ -77,7 +79,13 @@ def test_own_model(world):
     names, said = run_snippets((DOCS / "own_model.md").read_text())
     # A query that is an example itself finds itself.
     assert said.splitlines()[1] == "0"
-    assert len(names["found"]) == 2
+    assert len(names["traced"]) == 2
+    # The page's gradients are those of the slow reference.
+    model = names["Classifier"](nnx.Rngs(0))
+    examples = {k: np.concatenate([b[k] for b in names["batches"]]) for k in names["batches"][0]}
+    expected = reference.encode(model, examples, names["projection"], output=names["loss"])
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(names["gradients"], expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_add_a_method(world):
@@ -88,13 +96,13 @@ def test_add_a_method(world):
 def test_add_a_corpus(world):
     names, said = run_snippets((DOCS / "add_a_corpus.md").read_text())
     assert "s0 Paris is the capital of France." in said
-    assert {f.id for f in names["found"][0].proponents} == {"chapter-0", "chapter-1"}
+    assert {f.id for f in names["traced"][0].proponents} == {"chapter-0", "chapter-1"}
     assert said.splitlines()[-1].startswith("long ") and "capital" in said.splitlines()[-1]
 
 
 def commands(page: str) -> list[str]:
-    """The commands of a page: lines of blocks that start with python."""
-    return re.findall(r"^(?: {4})?(python -m .*)$", (DOCS / page).read_text(), re.MULTILINE)
+    """The commands of a page that need nothing else: whole lines that start with python."""
+    return re.findall(r"^(?: {4})?(python -m .*[^\\])$", (DOCS / page).read_text(), re.MULTILINE)
 
 
 def test_every_page_is_run_here():
@@ -102,6 +110,7 @@ def test_every_page_is_run_here():
     assert pages == {
         "add_a_corpus.md",
         "add_a_method.md",
+        "costs.md",
         "evaluation.md",
         "huggingface.md",
         "large_corpora.md",
@@ -109,16 +118,18 @@ def test_every_page_is_run_here():
         "own_model.md",
         "pods.md",
         "sweeps.md",
+        "table1.md",
         "viewer.md",
     }
     assert [c.split()[2] for c in commands("huggingface.md")] == ["experiments.ask"]
     assert [c.split()[2] for c in commands("pods.md")] == ["experiments.trace", "experiments.plan"]
     assert [c.split()[2] for c in commands("large_corpora.md")] == ["experiments.plan"]
+    assert [c.split()[2] for c in commands("costs.md")] == ["experiments.plan"]
     assert [c.split()[2] for c in commands("sweeps.md")] == ["experiments.sweep"]
     assert {p for p in pages if commands(p)} == set(WITH_COMMANDS)
 
 
-WITH_COMMANDS = ("huggingface.md", "large_corpora.md", "pods.md", "sweeps.md")
+WITH_COMMANDS = ("costs.md", "huggingface.md", "large_corpora.md", "pods.md", "sweeps.md")
 
 
 def run_command(command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:

@@ -14,18 +14,16 @@ from flax import nnx
 import tda
 from tda import results
 from tda.facts import files
-from tda.gradients.encoder import make_encoder
-from tda.model.decoder import Decoder
-from tda.model.sizes import size
 from tests.test_docs import files_of_the_pages
 
-README = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 2
 
 
 def test_a_pretrained_model_is_traced(tmp_path, monkeypatch):
@@ -54,32 +52,18 @@ def test_a_model_with_a_loss_is_traced():
     names |= {"query_batches": [batches[1]], "texts": list("abcdefg")}
     exec(snippet, names)
     # The queries are the second batch's examples: the best passage of each says the same.
-    assert [a.proponents[0].text for a in names["found"]] == list("defg")
-
-
-def test_the_gradients_snippet_runs():
-    (snippet,) = (s for s in SNIPPETS if "per_example" in s)
-    model = Decoder(vocab_size=1000, **size("tiny"), rngs=nnx.Rngs(0))
-    ids, mask = np.arange(18).reshape(3, 6), np.tri(3, 6, 3, np.float32)
-    one = {"ids": ids, "labels": ids + 1, "mask": mask}
-    names = {"model": model, "batches": [one, {k: x[:2] for k, x in one.items()}]}
-    exec(snippet, names)
-    assert names["gradients"].shape == (5, 2 * 4 * 16**2)
-    same = {"tokens": ids, "targets": ids + 1, "weights": mask}
-    expected = np.asarray(make_encoder(model, names["projection"])(same))
-    for got, rows in ((names["gradients"][:3], expected), (names["gradients"][3:], expected[:2])):
-        np.testing.assert_allclose(got, rows, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert [a.proponents[0].text for a in names["traced"]] == list("defg")
 
 
 def test_the_example_records_are_read(tmp_path):
-    passage, fact = re.findall(r"^    (\{.*\})$", README, re.MULTILINE)
+    page = ROOT.joinpath("docs/add_a_corpus.md").read_text(encoding="utf-8")
+    passage, fact = re.findall(r"^    (\{.*\})$", page, re.MULTILINE)
     (tmp_path / "p.jsonl").write_text(passage + "\n")
     (tmp_path / "f.jsonl").write_text(fact + "\n")
     assert files.read_sentences(tmp_path / "p.jsonl")[0].fact_triples[0].fact_id == "f1"
     assert files.read_facts(tmp_path / "f.jsonl")[0].prompt(0) == json.loads(fact)["prompt0"]
 
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 
 
