@@ -6,7 +6,7 @@ It is here to be planned, not run: the corpus is stated by its size, and no file
 Cost: the command says it, in seconds and on any machine. Expected: a store of 87.0 TiB in float32.
 """
 
-from configs import defaults
+from tda.run import defaults
 
 
 def get_config():

@@ -9,7 +9,7 @@ Expected MRR (all labels, strict): TrackStar 0.329, 0.289; without correction 0.
 cosine 0.191, 0.153; gradient dot product 0.100, 0.086; BM25 0.976, 0.843.
 """
 
-from configs import defaults
+from tda.run import defaults
 
 
 def get_config():

@@ -12,7 +12,7 @@ Cost: 48 minutes on 2 CPU cores, 6 GiB of memory. Expected MRR: TrackStar 0.288,
 0.258, gradient cosine 0.059, BM25 0.957; 48 of the 100 facts are stated (results/README.md).
 """
 
-from configs import defaults
+from tda.run import defaults
 
 
 def get_config():

@@ -12,12 +12,15 @@ Expected MRR: TrackStar 0.184, without correction 0.183, gradient cosine 0.099, 
 results/README.md.
 """
 
-from configs import trex_small
+import pathlib
+import runpy
 
 
 def get_config():
     """The config of the sweeps on T-REx."""
-    c = trex_small.get_config()
+    # By its path, since the files of an installed package are not on Python's path.
+    small = pathlib.Path(__file__).with_name("trex_small.py")
+    c = runpy.run_path(str(small))["get_config"]()
     c.methods = "trackstar,trackstar_raw,exp5,exp4,exp3,grad_cos,grad_dot,bm25,random"
     c.data.n_sentences = 10_000
     c.data.statements_of = "corpus"

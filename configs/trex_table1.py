@@ -20,7 +20,7 @@ Expected MRR (seed 0): TrackStar 0.373, without correction 0.386, Exp 5 0.287, L
 import importlib.util
 import pathlib
 
-from configs import defaults
+from tda.run import defaults
 
 METHODS = (
     # The paper's rows, and what R_eval is made of.

@@ -8,7 +8,7 @@ TrackStar 0.64 to 0.66, gradient cosine 0.50 to 0.54, gradient dot product 0.35 
 tail-patch +2.3 to 2.7%, +2.1 to 2.4%, +1.4 to 1.9%, +1.5 to 1.7%.
 """
 
-from configs import defaults
+from tda.run import defaults
 
 
 def get_config():

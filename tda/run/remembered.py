@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from configs import defaults
 from tda.run import corpus as corpora
-from tda.run import vectors
+from tda.run import defaults, vectors
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import atomic_file

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from configs import defaults
 from tda.data.batches import BatchLayout
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
+from tda.run import defaults
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding

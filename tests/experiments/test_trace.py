@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 
-from configs import defaults
 from experiments import launch
 from tda import results
 from tda import store as stores
@@ -18,7 +17,7 @@ from tda.data.jsonl import RecordError
 from tda.encoding import table
 from tda.methods import Gradients
 from tda.retrieval import annotated
-from tda.run import corpus, evaluate, measures, moments, retrieve, stages, train
+from tda.run import corpus, defaults, evaluate, measures, moments, retrieve, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.run import Trained
 from tda.run.workdir import Workdir, WorkdirError

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import defaults, paper_c4
+from configs import paper_c4
 from tda.gradients import encoder as encoders
 from tda.gradients import sites
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
 from tda.plan import calibration, chips, cost, planner, report, setting
-from tda.run import corpus
+from tda.run import corpus, defaults
 from tda.run.workdir import Workdir
 
 TEBI, GIBI = 2**40, 2**30

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from configs import defaults
 from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
 from tda.retrieval.scorer import InMemory
 from tda.retrieval.whitening import Whitening
+from tda.run import defaults
 
 SLICES = [slice(0, 3), slice(3, 8)]
 

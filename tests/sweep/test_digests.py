@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from configs import defaults
+from tda.run import defaults
 from tda.sweep import digests
 from tests.model import tiny_llama
 

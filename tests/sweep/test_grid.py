@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import defaults
+from tda.run import defaults
 from tda.sweep import grid
 
 

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from configs import defaults, world_facts
+from configs import world_facts
 from tda import methods
+from tda.run import defaults
 from tda.sweep import grid, report
 from tests.sweep.test_grid import write
 

@@ -16,10 +16,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from configs import defaults
 from experiments import sweep
 from tda.encoding import table as encoding
-from tda.run import measures, retrieve, stages
+from tda.run import defaults, measures, retrieve, stages
 from tda.run.workdir import Workdir
 from tda.sweep import digests, grid, points, report
 from tda.training import loop

@@ -1,0 +1,159 @@
+"""Every key of a config, with its default and its meaning in a line."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# By key: the default and the meaning, which `--help` shows. A type stands for a key without a
+# default: the rule's value holds until the key is set.
+KEYS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "seed of the initial parameters, the order of batches and random controls"),
+    "methods": ("trackstar,grad_cos,grad_dot,bm25", "rows of the table: names in tda/methods.py"),
+    # The corpus and the queries.
+    "data.name": ("world_facts", "TFDS builder, world_facts or trex; unused with the paths below"),
+    "data.sentences": ("", "JSON lines (.jsonl, .jsonl.gz) of the corpus"),
+    "data.facts": ("", "JSON lines of the queries"),
+    "data.dir": ("", "directory for what TFDS prepares; empty: WORKDIR/data"),
+    "data.pool": ("all", "facts to ask: all, or clean (one object, stated, no repetition)"),
+    "data.exclude_relations": ("", "comma-separated relations not to ask, such as P527"),
+    "data.n_sentences": (0, "sample of the corpus, with all that states a query; 0: all"),
+    "data.n_queries": (0, "sample of the queries; 0: all"),
+    "data.train_on": ("corpus", "training text: corpus, or all (also what n_sentences leaves out)"),
+    "data.statements": (0, "train also on facts not asked, each stated by 0 to 3 of its prompts"),
+    "data.statements_of": ("all", "which facts: all, or those that the corpus states (corpus)"),
+    "data.prompt": (0, "which of a fact's prompts to ask: 0, 1 or 2"),
+    "data.seed": (0, "seed of the samples"),
+    "tokenizer.vocab_size": (4096, "size of the vocabulary to learn"),
+    # The model.
+    "model.size": ("tiny", "a size in tda/model/sizes.py"),
+    "model.pretrained": (
+        "",
+        "start from this model and its tokenizer: a Hugging Face directory, a .gguf file or a "
+        "package that holds one; train.epochs=0 traces it as it is",
+    ),
+    "model.context": (128, "positions of a passage at most"),
+    "model.dtype": ("float32", "dtype of computation: float32 or bfloat16"),
+    "model.remat": (False, "recompute activations in the backward pass to save memory"),
+    # Training.
+    "train.epochs": (10.0, "passes over the training text"),
+    "train.tokens_per_batch": (2048, "positions of a batch"),
+    "train.optimizer": ("adam", "optimizer: adam, adamw or adafactor"),
+    "train.learning_rate": (1e-3, "largest learning rate"),
+    "train.schedule": ("cosine", "schedule after the warm-up: cosine, linear or constant"),
+    "train.warmup": (100, "steps of linear warm-up"),
+    "train.final": (
+        0.1,
+        "last learning rate over the largest; with 0, set eval.tail_patch_learning_rate",
+    ),
+    "train.b1": (0.9, "b1 of adam and adamw"),
+    "train.b2": (0.99, "b2 of adam and adamw"),
+    "train.eps": (1e-8, "eps of adam and adamw"),
+    "train.weight_decay": (0.0, "weight decay of adamw"),
+    "train.clip": (1.0, "largest global norm of a gradient"),
+    "train.save_every": (500, "steps between checkpoints"),
+    "train.keep": (1, "how many of the last checkpoints to keep; 0: all"),
+    "train.traced": (1.0, "share of the training after which to trace; below 1 needs keep=0"),
+    # Gradients.
+    "gradients.correction": ("factored", "optimizer correction: factored, adam or low_rank(R)"),
+    "gradients.second_moments": (
+        "auto",
+        "source of V: optimizer, estimate, or auto (the optimizer's where the checkpoint has them)",
+    ),
+    "gradients.estimate_batches": (200, "batches to estimate second moments from"),
+    "gradients.output": ("loss", "differentiated output: loss, margin or logit"),
+    "gradients.include": ("", "regular expression of parameters; empty: the layers' matrices"),
+    "gradients.exclude": ("", "regular expression of parameters to leave out"),
+    "gradients.untapped": (
+        "leave",
+        "parameters that no tap reaches: leave, reference (slow) or error",
+    ),
+    "gradients.tokens_per_batch": (4096, "positions of a batch to encode"),
+    # Projection.
+    "projection.side": (16, "a block of the encoding has side × side dimensions"),
+    "projection.blocks": (8, "contiguous blocks of layers, each with attention and MLP apart"),
+    "projection.seed": (0, "seed of the projection matrices"),
+    "projection.family": ("gaussian", "distribution of their entries: gaussian or rademacher"),
+    "projection.pooling": (
+        "blocks",
+        "matrices that share a block: blocks (of layers), layer, matrix",
+    ),
+    # The store.
+    "store.dtype": (
+        "float32",
+        "float32, bfloat16, int8 (a scale a block and row), or none: no store, the corpus is "
+        "encoded while it is searched, and once more for R unless R is sampled",
+    ),
+    "store.shard_bytes": (256 << 20, "size of a file; a host encodes whole files"),
+    # Search.
+    "search.index": ("none", "none (exact), or scann: approximate, for large corpora"),
+    "search.depth": (100, "passages to ask an index for; deeper ranks are unknown"),
+    "search.recall_queries": (100, "queries to measure an index's recall on"),
+    "search.memory_gib": (8.0, "memory to build and search an index in, GiB"),
+    # Each replaces the rule's value (tda/retrieval/scann/settings.py).
+    "search.scann.part_rows": (int, "rows of a part of the index at most"),
+    "search.scann.dims_per_block": (int, "numbers that a 4-bit code stands for; 0: no codes"),
+    "search.scann.threshold": (float, "threshold of anisotropic quantisation, from 0 to below 1"),
+    "search.scann.reorder": (int, "rows of a part to score again by their encodings"),
+    "search.scann.reorder_dtype": (str, "dtype of those encodings: float32, bfloat16 or int8"),
+    "search.scann.leaves": (int, "partitions of a part by k-means; 0: none"),
+    "search.scann.leaves_to_search": (int, "partitions that a query looks into"),
+    "search.scann.residual": (bool, "code a row less its partition's centre"),
+    "search.scann.soar": (float, "λ of SOAR's second partition of a row; 0: one partition"),
+    "search.scann.training_rows": (int, "rows of a part to learn codes and partitions from"),
+    "search.scann.training_iterations": (int, "iterations of k-means"),
+    # R.
+    "hessian.sample": (0, "passages to sum R_train over, drawn at random; 0: all"),
+    "hessian.seed": (0, "seed of that draw"),
+    "hessian.component": (0, "k of the mixing rule; 0: 1000 for 65,536 dimensions, in proportion"),
+    "hessian.weight": (-1.0, "λ of R_eval in the mixture; -1: by the rule, for k or more queries"),
+    "hessian.damping": (
+        1e-3,
+        "in mean eigenvalues of a block; -1: what the sample's size needs (Ledoit and Wolf)",
+    ),
+    "hessian.cutoff": (0.0, "leave out directions of smaller eigenvalues, in the same unit"),
+    "hessian.evaluation": (
+        "all",
+        "queries of R_eval: all, leave_one_out, or disjoint (the half without the query)",
+    ),
+    # Methods over several checkpoints; EK-FAC and LoGra; dense retrieval.
+    "several.checkpoints": (3, "checkpoints that TracIn, TRAK and LESS use"),
+    "several.keep_stores": (True, "keep the stores of earlier checkpoints after their search"),
+    "curvature.sample": (4096, "passages to take the factors of EK-FAC and LoGra from; 0: all"),
+    "curvature.seed": (0, "seed of that draw and of EK-FAC's labels"),
+    "curvature.damping": (0.1, "damping of EK-FAC, in mean eigenvalues of a matrix"),
+    "dense.model": ("", "sentence encoder: a directory, or a name on the Hugging Face hub"),
+    # Evaluation.
+    "eval.queries": (0, "queries to evaluate on; 0: all"),
+    "eval.top_k": (10, "proponents of a query to write and to patch with"),
+    "eval.tail_patch_queries": (100, "queries of the tail-patch; 0: no tail-patch"),
+    "eval.tail_patch_learning_rate": (0.0, "0: the training's at the traced checkpoint"),
+    "eval.tail_patch_state": ("restored", "optimizer state: restored, or fresh (zeros)"),
+    "eval.known_rank": (10, "a fact is known if each token of the target ranks so high"),
+    "eval.samples": (20, "answers to draw from the model for a query; 0: none"),
+    "eval.sampled_queries": (100, "queries to draw answers for; 0: all"),
+    "eval.frequency_edges": ("1,10,100,1000,10000", "where buckets of fact frequency begin"),
+    "eval.resamples": (10_000, "resamples of the queries for intervals"),
+    "eval.seed": (0, "seed of answers and intervals"),
+    # For `experiments.plan`, where there is no corpus to read.
+    "plan.passages": (0, "passages of the corpus; 0: read it"),
+    "plan.tokens": (0, "tokens of the corpus"),
+    "plan.queries": (0, "number of queries"),
+    "mesh.data": (-1, "devices along the data axis; -1: all that are left"),
+    "mesh.fsdp": (1, "devices that share the parameters"),
+    "mesh.tensor": (1, "devices that share a matrix product"),
+}
+
+
+def get_config() -> ConfigDict:
+    """Returns a config of the defaults."""
+    config = ConfigDict()
+    for key, (default, _) in KEYS.items():
+        *sections, name = key.split(".")
+        section = config
+        for parent in sections:
+            if parent not in section:
+                section[parent] = ConfigDict()
+            section = section[parent]
+        section[name] = placeholder(default) if isinstance(default, type) else default
+    return config
