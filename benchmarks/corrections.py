@@ -48,8 +48,7 @@ from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
-from tda.run import corpus as corpora
-from tda.run.run import Trained
+from tda.run.run import Corpus, Trained
 from tda.training import loop
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
@@ -79,7 +78,7 @@ class Run:
     """
 
     config: object
-    corpus: corpora.Corpus
+    corpus: Corpus
     trained: Trained
     chosen: list[sites.Site]
     queries: np.ndarray
@@ -102,7 +101,8 @@ class Run:
 
 def load(config, directory: str) -> Run:
     """The finished run in a workdir, and the samples of it."""
-    corpus, trained = finished_run.load(config, directory)
+    finished = finished_run.load(config, directory)
+    corpus, trained = finished.corpus, finished.trained
     rng = np.random.default_rng(_SEED.value)
     queries = np.sort(rng.permutation(len(corpus.prompts))[: _QUERIES.value or None])
     stating = np.unique(np.concatenate([corpus.correct["all"][q] for q in queries]))

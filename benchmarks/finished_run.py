@@ -7,31 +7,27 @@ import sys
 import numpy as np
 
 from tda import hessian
-from tda.methods import Gradients
+from tda.methods import GradientKind
 from tda.retrieval import exact, scorer
-from tda.run import corpus as corpora
-from tda.run import encode
-from tda.run import train as training
-from tda.run.run import Corpus, Trained
+from tda.run import encode, stages
+from tda.run.run import Run
 from tda.run.workdir import Workdir
 
 
-def load(config, directory: str) -> tuple[Corpus, Trained]:
-    """The corpus and the trained model."""
+def load(config, directory: str) -> Run:
+    """The finished run."""
     workdir = Workdir(directory)
     stamp = workdir / "stages" / "train.json"
     if not stamp.exists() or not json.loads(stamp.read_text())["finished"]:
         sys.exit(f"error: no finished training in {directory}; run experiments.trace first")
-    corpus = corpora.load(config, workdir)
-    return corpus, training.run(config, corpus, workdir)
+    return stages.prepare(config, workdir)
 
 
 def gradients(config, directory: str, corrected: bool = True):
     """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
-    corpus, trained = load(config, directory)
-    what = Gradients(corrected)
-    store, queries_QxE = encode.encode(config, corpus, trained, Workdir(directory), what)
-    return corpus, store, queries_QxE
+    run = load(config, directory)
+    store, queries_QxE = encode.encode(run, GradientKind(corrected))
+    return run.corpus, store, queries_QxE
 
 
 def scorers(store, queries_QxE: np.ndarray) -> dict[str, exact.Scorer]:

@@ -8,6 +8,7 @@ short calibration; then corpus and queries are encoded into new stores, R is tak
 is searched by TrackStar and the cosine. Compilation is not in the plan: a first round pays for it.
 """
 
+import dataclasses
 import shutil
 import statistics
 import tempfile
@@ -18,10 +19,11 @@ from absl import flags
 
 from benchmarks import finished_run, record
 from experiments import launch, plan
-from tda.methods import Gradients
+from tda.methods import GradientKind
 from tda.plan import planner
 from tda.retrieval import exact
 from tda.run import encode
+from tda.run.run import Run
 from tda.run.workdir import Workdir
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "plans and runs, in turns")
@@ -33,14 +35,15 @@ NAMES = {"encode corpus": "encode", "encode queries": "encode", "R": "R", "exact
 def run(config, directory: str) -> dict:
     """Seconds predicted and real, by stage: medians over rounds."""
     config.methods = METHODS
-    corpus, trained = finished_run.load(config, directory)
+    finished = finished_run.load(config, directory)
+    corpus = finished.corpus
     rounds: list = []
     for turn in range(_ROUNDS.value + 1):
         predicted: dict[str, float] = {}
         for stage in planner.run(config, directory)["stages"]:
             name = NAMES[stage["stage"].split(",")[0]]
             predicted[name] = predicted.get(name, 0) + stage["seconds"]
-        real = _really(config, corpus, trained, directory)
+        real = _really(finished, directory)
         if turn:  # the first compiles
             rounds.append((predicted, real))
             print(
@@ -60,18 +63,20 @@ def run(config, directory: str) -> dict:
     return figures | {"passages": len(corpus.passages), "queries": len(corpus.queries)}
 
 
-def _really(config, corpus, trained, directory: str) -> dict[str, float]:
+def _really(run: Run, directory: str) -> dict[str, float]:
     seconds = {}
     path = tempfile.mkdtemp(prefix="plan_", dir=directory)
     try:
-        clock, what = time.perf_counter(), Gradients(corrected=True)
-        store, queries_QxE = encode.encode(config, corpus, trained, Workdir(path), what)
+        clock, kind = time.perf_counter(), GradientKind(corrected=True)
+        there = dataclasses.replace(run, workdir=Workdir(path))
+        store, queries_QxE = encode.encode(there, kind)
         seconds["encode"] = time.perf_counter() - clock
         clock = time.perf_counter()
         scorers = finished_run.scorers(store, queries_QxE)
         seconds["R"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        exact.search(queries_QxE, store, scorers, config.eval.top_k, corpus.correct)
+        k, correct = run.config.eval.top_k, run.corpus.correct
+        exact.search(queries_QxE, store, scorers, k, correct)
         seconds["search"] = time.perf_counter() - clock
     finally:
         shutil.rmtree(path)

@@ -25,7 +25,7 @@ def main(config, workdir):
 def run(config, workdir: Workdir) -> dict:
     """All stages in order; returns the metrics by method."""
     metrics, notes = stages.trace(config, workdir)
-    told = {name: retrieve.told(note) for name, note in notes.items()}
+    told = {name: retrieve.describe(note) for name, note in notes.items()}
     chosen = methods.parse(config.methods)
     paper = [n for n in methods.PAPER if n not in chosen]
     titles = ", ".join(methods.METHODS[n].title for n in paper)

@@ -1,7 +1,7 @@
 """Every named method as data: which gradients, which R, which norm, which retriever.
 
 A row of a table is a line here; a new row is a new line. Methods with the same gradients share one
-store of each checkpoint (`Gradients`), and one scan over it answers all that need nothing else.
+store of each checkpoint (`GradientKind`), and one scan over it answers all that need nothing else.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ CONTROLS = ("random", "length", "gradient_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradients:
-    """What is encoded in one pass over the corpus, at one checkpoint.
+class GradientKind:
+    """A kind of gradients: what one store of a checkpoint holds.
 
     Attributes:
         corrected: gradients are divided by the root of the optimizer's second moments.
@@ -51,7 +51,7 @@ class Method:
 
     Attributes:
         title: what tables call it.
-        corrected, output, curvature: see `Gradients`.
+        corrected, output, curvature: see `GradientKind`.
         hessian: R is "none", "train" (R_train) or "mixed" (λ R_eval + (1 − λ) R_train).
         unit_norm: encodings are scaled to norm one, so that a score is a cosine.
         retriever: "gradient", one that needs no projected gradients ("bm25", "dense", "hidden",
@@ -82,11 +82,11 @@ class Method:
     layer: str = "last"
 
     @property
-    def gradients(self) -> Gradients:
-        """Those of the passages."""
+    def gradients(self) -> GradientKind:
+        """The kind of gradients of the passages."""
         adam_step = self.passages == "adam_step"
         corrected = self.corrected and not adam_step
-        return Gradients(corrected, self.output, self.curvature, adam_step)
+        return GradientKind(corrected, self.output, self.curvature, adam_step)
 
     @property
     def steps_by_adam(self) -> bool:
@@ -94,8 +94,8 @@ class Method:
         return self.passages == "adam_step"
 
     @property
-    def query_gradients(self) -> Gradients:
-        """Those of the queries: LESS steps by Adam on passages alone, a query is a direction."""
+    def query_gradients(self) -> GradientKind:
+        """The kind of gradients of the queries: LESS steps by Adam on passages alone."""
         if not self.steps_by_adam:
             return self.gradients
         return dataclasses.replace(self.gradients, corrected=False, adam_step=False)

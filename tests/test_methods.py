@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tda import methods
-from tda.methods import METHODS, Gradients, parse
+from tda.methods import METHODS, GradientKind, parse
 
 
 def test_rows_differ_in_the_papers_switches():
@@ -32,11 +32,11 @@ def test_rows_that_share_gradients_share_a_store():
     """One pass over the corpus for each set of gradients, whatever is done with them later."""
     plain = {"grad_dot", "grad_cos", "exp2", "exp4", "trackstar_raw"}
     corrected = {"exp1", "exp3", "exp5", "trackstar", "trackstar_disjoint"}
-    for names, what in ((plain, Gradients()), (corrected, Gradients(corrected=True))):
+    for names, what in ((plain, GradientKind()), (corrected, GradientKind(corrected=True))):
         assert all(METHODS[n].gradients == what and METHODS[n].shares_scan for n in names)
     # The last checkpoint's of TracIn and LESS are those too.
-    assert METHODS["tracin"].gradients == Gradients() == METHODS["less"].query_gradients
-    assert METHODS["less"].gradients == Gradients(adam_step=True)
+    assert METHODS["tracin"].gradients == GradientKind() == METHODS["less"].query_gradients
+    assert METHODS["less"].gradients == GradientKind(adam_step=True)
     assert not METHODS["tracin"].shares_scan and not METHODS["trak"].shares_scan
 
 

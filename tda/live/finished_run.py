@@ -7,12 +7,15 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from tda.live import Hessian, Tracer, live_stores, opened
-from tda.live import others as live_others
+from tda.live.live_stores import encoded_kinds
+from tda.live.others import others
+from tda.live.retrievers import StoredPassages
+from tda.live.roots import Hessian
 from tda.live.sums import Checkpoints
+from tda.live.tracer import Tracer
 from tda.methods import METHODS
 from tda.methods import parse as parse_methods
-from tda.run.remembered import LiveError, Reread, config_of
+from tda.run.remembered import LiveError, config_of, open_run
 
 __all__ = ["LiveError", "LiveRun", "load", "open_workdir"]
 
@@ -41,6 +44,7 @@ class LiveRun:
             progress("opening the model and its store", 0, 0)
             self._config = config_of(self._path)
             self._tracer, self._parameters = load(self._path, self._config)
+        self._tracer.corpus.on_progress = progress
         return self._tracer
 
     def describe(self, progress: Callable) -> dict:
@@ -93,34 +97,26 @@ class LiveRun:
         return tracer.heat(prompt, target, chosen, passage, progress)
 
 
-def load(path: pathlib.Path, config: dict) -> tuple[Tracer, int]:
+def load(path: pathlib.Path, config: dict | None = None) -> tuple[Tracer, int]:
     """The tracer of a finished run, and how many parameters its model has.
 
     Args:
         path: the workdir.
-        config: the run's config, as plain values.
+        config: the run's config, as plain values; read from the workdir by default.
 
     Raises:
         LiveError: something of it is missing or does not belong together; the message says what.
     """
-    run = opened.load(path, config)
-    there = run.remembered
-    text = opened.text_of(run.corpus[0]) if run.corpus else None
-    text = there.fingerprint["corpus"] if there else text
-    reread = Reread(run.config, path, text, len(there.lengths) if there else 0)
-    encoded = live_stores.encoded(run, reread)
-    if not encoded and there is None:
-        raise LiveError(
-            f"{path}/stores has no finished store of this model's gradients; finish the run with "
-            "a gradient method and store.dtype other than none"
-        )
-    passages = next(iter(encoded.values())).store if encoded else reread
+    run = open_run(path, config)
+    corpus, encoded = run.corpus, encoded_kinds(run)
+    passages = StoredPassages(next(iter(encoded.values())).store) if encoded else corpus
     h = run.config.hessian
     how = Hessian(h.sample, h.seed, h.component, h.weight, h.damping, h.cutoff, h.evaluation)
-    known = there.known if there else None
-    others = live_others.others(run, passages, text, reread)
-    others["several"] = Checkpoints(run, reread, how, known)
-    whole = run.trained.model, run.tokenizer, run.config.model.context
-    tracer = Tracer(*whole, encoded, how, path / "live", known, passages, others)
-    count = sum(x.size for x in jax.tree.leaves(nnx.state(run.trained.model, nnx.Param)))
-    return tracer, count
+    retrievers = others(run, passages) | {"several": Checkpoints(run, how)}
+    model, context = run.trained.model, run.config.model.context
+    folder = path / "live"
+    tracer = Tracer(
+        model, corpus.tokenizer, context, encoded, how, folder, corpus.known, passages, retrievers
+    )
+    tracer.corpus = corpus
+    return tracer, sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -11,18 +11,18 @@ import numpy as np
 
 from tda.live.encoded import Encoded
 from tda.live.questions import Question
-from tda.methods import Gradients, Method
+from tda.methods import GradientKind, Method
 from tda.retrieval import annotated, bm25, by_score, exact
 from tda.retrieval.ranked import Ranked
 from tda.run.remembered import Known
 from tda.runtime.progress import Progress
-from tda.store import Passage
+from tda.store import GradientStore, Passage
 
 _TEXTS = 8192
 
 
 class Passages(Protocol):
-    """A corpus's passages, by row: a `GradientStore`, or what a run's corpus is read into."""
+    """A corpus's passages, by row."""
 
     @property
     def rows(self) -> int:
@@ -32,8 +32,16 @@ class Passages(Protocol):
     def withdrawn(self) -> np.ndarray:
         """The rows that are never retrieved, int64."""
 
-    def passages(self, numbers) -> list[Passage]:
+    def read_passages(self, rows) -> list[Passage]:
         """Id, document and text of some rows."""
+
+
+class StoredPassages:
+    """The passages whose gradients a store has."""
+
+    def __init__(self, store: GradientStore):
+        self._store, self.rows, self.withdrawn = store, store.rows, store.withdrawn
+        self.read_passages = store.passages
 
 
 class Retriever(Protocol):
@@ -63,7 +71,7 @@ class Words:
             for first in range(0, rows, _TEXTS):
                 on_progress("reading passages", first, rows)
                 some = range(first, min(rows, first + _TEXTS))
-                texts += [p.text or "" for p in self._passages.passages(some)]
+                texts += [p.text or "" for p in self._passages.read_passages(some)]
             on_progress("indexing words", 0, 0)
             self._index = bm25.Index(texts)
         on_progress("BM25", 0, 0)
@@ -164,9 +172,9 @@ def random_scores(passages: Passages, seed: int) -> Callable:
     return scores
 
 
-def gradient_norms(encoded: dict[Gradients, Encoded]) -> Control | None:
+def gradient_norms(encoded: dict[GradientKind, Encoded]) -> Control | None:
     """The control by norms of uncorrected gradients; None where there are none."""
-    e, held = encoded.get(Gradients()), []
+    e, held = encoded.get(GradientKind()), []
     if e is None:
         return None
 
@@ -176,7 +184,7 @@ def gradient_norms(encoded: dict[Gradients, Encoded]) -> Control | None:
             held.append(by_score.norms(e.store, exact.step_rows(e.store.form.width)))
         return held[0]
 
-    return Control(e.store, scores)
+    return Control(StoredPassages(e.store), scores)
 
 
 def _ranked(rows_K: np.ndarray, scores_K: np.ndarray) -> Ranked:

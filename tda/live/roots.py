@@ -10,7 +10,7 @@ import numpy as np
 
 from tda import hessian
 from tda.live.encoded import Encoded
-from tda.methods import Gradients, Method
+from tda.methods import GradientKind, Method
 from tda.retrieval.scorer import InMemory, Scorer
 from tda.runtime import atomic_file
 from tda.runtime.progress import Progress, counted
@@ -60,14 +60,14 @@ class Roots:
         folder: where roots are kept for the next start; None keeps them in memory alone.
     """
 
-    def __init__(self, encoded: dict[Gradients, Encoded], how: Hessian, folder=None):
+    def __init__(self, encoded: dict[GradientKind, Encoded], how: Hessian, folder=None):
         self._encoded, self._how = encoded, how
         self._folder = None if folder is None else pathlib.Path(folder)
-        self._roots: dict[tuple[Gradients, str], _Root] = {}
-        self._train: tuple[Gradients, hessian.Autocorrelation] | None = None
+        self._roots: dict[tuple[GradientKind, str], _Root] = {}
+        self._train: tuple[GradientKind, hessian.Autocorrelation] | None = None
 
     def scorer(
-        self, method: Method, number: int | None, gradients: Gradients, on_progress: Progress
+        self, method: Method, number: int | None, gradients: GradientKind, on_progress: Progress
     ) -> Scorer:
         """How a method scores passages for a question.
 
@@ -90,7 +90,7 @@ class Roots:
             self._roots[key] = _Root(None) if kind == "none" else self._kept(*key, on_progress)
         return Scorer(self._roots[key].blocks, method.unit_norm, self._roots[key].own)
 
-    def _kind(self, method: Method, number: int | None, gradients: Gradients) -> str:
+    def _kind(self, method: Method, number: int | None, gradients: GradientKind) -> str:
         """Which R: "none", "train", "mixed" (R_eval of all), "leave_one_out", or a half's name."""
         rule = method.evaluation or self._how.evaluation
         if method.hessian != "mixed" or number is None or rule == "all":
@@ -101,7 +101,7 @@ class Roots:
             return _HALVES[int(number in halves[0])]
         return rule
 
-    def _kept(self, gradients: Gradients, kind: str, on_progress: Progress) -> _Root:
+    def _kept(self, gradients: GradientKind, kind: str, on_progress: Progress) -> _Root:
         e = self._encoded[gradients]
         path = None
         if self._folder is not None:
@@ -119,7 +119,7 @@ class Roots:
                 _write(path, made)
         return made
 
-    def _made(self, gradients: Gradients, kind: str, on_progress: Progress) -> _Root:
+    def _made(self, gradients: GradientKind, kind: str, on_progress: Progress) -> _Root:
         how, e = self._how, self._encoded[gradients]
         train = self._train_of(gradients, on_progress)
         on_progress("decomposing R", 0, 0)
@@ -149,7 +149,7 @@ class Roots:
         own = (kept * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
         return _Root(roots, tuple(own))
 
-    def _train_of(self, gradients: Gradients, on_progress: Progress) -> hessian.Autocorrelation:
+    def _train_of(self, gradients: GradientKind, on_progress: Progress) -> hessian.Autocorrelation:
         """R_train; that of the last store is held, for its other kinds."""
         if self._train is None or self._train[0] != gradients:
             self._train = None

@@ -18,7 +18,7 @@ from tda.live.questions import Question
 from tda.live.retrievers import Passages, Retriever
 from tda.live.roots import Hessian, Roots, factors
 from tda.live.speaker import Speaker
-from tda.methods import Gradients, Method
+from tda.methods import GradientKind, Method
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer
@@ -55,7 +55,7 @@ class Tracer:
         model: nnx.Module,
         tokenizer: Tokenizer,
         context: int,
-        encoded: dict[Gradients, Encoded],
+        encoded: dict[GradientKind, Encoded],
         how: Hessian | None = None,
         folder=None,
         known: Known | None = None,
@@ -67,15 +67,15 @@ class Tracer:
         self._how, self._known = how or Hessian(), known or Known()
         self.roots = Roots(encoded, self._how, folder)
         if passages is None and encoded:
-            passages = next(iter(encoded.values())).store
+            passages = retrievers.StoredPassages(next(iter(encoded.values())).store)
         self._passages, self._others = passages, dict(others or {})
         if passages is not None:
             self._others.setdefault("bm25", retrievers.Words(passages))
         if norms := retrievers.gradient_norms(encoded):
             self._others.setdefault("gradient_norm", norms)
-        self._encoders: dict[Gradients, encoder.Encoder] = {}
-        self._scales: dict[Gradients, dict | None] = {}
-        self._heats: dict[Gradients, heat.Heat] = {}
+        self._encoders: dict[GradientKind, encoder.Encoder] = {}
+        self._scales: dict[GradientKind, dict | None] = {}
+        self._heats: dict[GradientKind, heat.Heat] = {}
 
     @property
     def passages(self) -> int:
@@ -139,7 +139,7 @@ class Tracer:
                 raise ValueError(f"{name}: {why}")
         question = self._question(prompt, target)
         found = {}
-        sharing: dict[Gradients, dict[str, Method]] = {}
+        sharing: dict[GradientKind, dict[str, Method]] = {}
         for name, method in methods.items():
             if method.shares_scan:
                 sharing.setdefault(method.gradients, {})[name] = method
@@ -158,7 +158,7 @@ class Tracer:
     def _search(
         self,
         question: Question,
-        gradients: Gradients,
+        gradients: GradientKind,
         sharing: dict[str, Method],
         k: int,
         on_progress: Progress,
@@ -173,12 +173,9 @@ class Tracer:
         return exact.search(gradient_1xE, store, scorers, k, on_rows=on_rows)
 
     def _record(self, question: Question, found: Ranked, method: Method) -> dict:
-        e = self._encoded.get(method.gradients) if method.shares_scan else None
-        source = self._passages if e is None else e.store
-
         def passages(rows, scores):
             kept = rows >= 0
-            read = source.passages(rows[kept])
+            read = self._passages.read_passages(rows[kept])
             pairs = zip(read, scores[kept].tolist(), strict=True)
             return [(p.id, p.text or "", s) for p, s in pairs]
 
@@ -200,7 +197,7 @@ class Tracer:
         )
 
     def gradient(
-        self, question: Question, gradients: Gradients, on_progress: Progress = silent
+        self, question: Question, gradients: GradientKind, on_progress: Progress = silent
     ) -> np.ndarray:
         """The projected gradient of a question, float32 [1, E]."""
         if gradients not in self._encoders:
@@ -217,7 +214,7 @@ class Tracer:
             raise ValueError("the question's gradient is not finite: look at the model's logits")
         return found
 
-    def _encoder(self, gradients: Gradients, on_progress: Progress) -> encoder.Encoder:
+    def _encoder(self, gradients: GradientKind, on_progress: Progress) -> encoder.Encoder:
         e = self._encoded[gradients]
         if e.encoder is not None:
             return e.encoder()
@@ -225,7 +222,7 @@ class Tracer:
         how = e.output, e.include, e.exclude, e.untapped
         return encoder.make_encoder(self._model, e.projection, scales, *how)
 
-    def _scales_of(self, gradients: Gradients, on_progress: Progress) -> dict | None:
+    def _scales_of(self, gradients: GradientKind, on_progress: Progress) -> dict | None:
         if gradients not in self._scales:
             self._scales[gradients] = self._encoded[gradients].scales(on_progress)
         return self._scales[gradients]
@@ -287,7 +284,7 @@ def _retriever(method: Method) -> str:
     return "several" if summed else method.retriever
 
 
-def _told(gradients: Gradients) -> str:
+def _told(gradients: GradientKind) -> str:
     """Which gradients they are, in words."""
     kind = "with" if gradients.corrected else "without"
     parts = [f"gradients {kind} optimizer correction"]

@@ -3,14 +3,13 @@
 import dataclasses
 import pathlib
 
-import jax
 import numpy as np
 
 from tda import hessian
 from tda.methods import Method
 from tda.retrieval import scorer
 from tda.retrieval.scorer import Scorer
-from tda.runtime import atomic_file, progress, sharding
+from tda.runtime import atomic_file, progress
 from tda.runtime.fingerprint import fingerprint
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
@@ -28,14 +27,6 @@ def evaluation_of(config, method: Method) -> str:
     if name not in EVALUATIONS:
         raise ValueError(f"unknown hessian.evaluation={name!r}; use {', '.join(EVALUATIONS)}")
     return name
-
-
-def search_mesh(trained) -> jax.sharding.Mesh | None:
-    """The devices that this process searches on; None where it is one."""
-    mesh = trained.mesh
-    if not sharding.is_local(mesh):
-        mesh = sharding.make_mesh(devices=jax.local_devices())
-    return mesh if sharding.batch_devices(mesh) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,70 +6,50 @@ from collections.abc import Iterable
 import numpy as np
 
 from tda.methods import Method
-from tda.model import functional
 from tda.retrieval import sources
 from tda.retrieval.scorer import Scorer, Source
-from tda.retrieval.whitening import Whitening, search_mesh
+from tda.retrieval.whitening import Whitening
 from tda.run import encode, vectors
-from tda.run.run import Corpus, Trained
-from tda.run.train import total_steps
-from tda.run.workdir import Workdir
+from tda.run.run import Run
 from tda.runtime import processes
 from tda.training import checkpoint, optimizer
 
 
-def steps_of(config, trained: Trained, method: Method) -> list[int]:
+def steps_of(run: Run, method: Method) -> list[int]:
     """The checkpoints that a method sums over, rising; the traced one is the last.
 
     Of those kept up to it, `several.checkpoints` at even distances; all where they are fewer.
     """
+    traced = run.trained.step
     if not method.several:
-        return [trained.step]
-    wanted = config.several.checkpoints
-    if wanted < 1:
-        raise ValueError(f"several.checkpoints={wanted} must be 1 or more")
-    kept = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(trained.root))
-    there = [s for s in kept if s <= trained.step]
-    if len(there) <= wanted:
-        return there
-    at = np.linspace(0, len(there), wanted + 1)[1:].round().astype(int) - 1
-    return [there[i] for i in at]
+        return [traced]
+    count = run.config.several.checkpoints
+    if count < 1:
+        raise ValueError(f"several.checkpoints={count} must be 1 or more")
+    root = run.trained.root
+    saved = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
+    saved = [s for s in saved if s <= traced]
+    if len(saved) <= count:
+        return saved
+    at = np.linspace(0, len(saved), count + 1)[1:].round().astype(int) - 1
+    return [saved[i] for i in at]
 
 
-def at_step(trained: Trained, step: int) -> Trained:
-    """The model as it was at another checkpoint of the same training.
-
-    The first checkpoint's own parameters are restored; the optimizer's state is read where needed.
-    """
-    if step == trained.step:
-        return trained
-    model_fn, params = functional.split(trained.model)
-    abstract = functional.abstract(params, model_fn.axes, trained.mesh)
-    params = checkpoint.restore_parameters(trained.root, abstract, step)
-    return dataclasses.replace(trained, model=model_fn.merge(params), step=step)
-
-
-def weights(config, corpus: Corpus, method: Method, steps: list[int]) -> np.ndarray:
-    """What each checkpoint counts in the sum, float64, of sum 1; see `weights_of`."""
-    return weights_of(config, total_steps(config, corpus)[0], method, steps)
-
-
-def weights_of(config, total: int, method: Method, steps: list[int]) -> np.ndarray:
-    """What each checkpoint counts in the sum, float64, of sum 1.
+def weights(run: Run, method: Method, steps: list[int]) -> np.ndarray:
+    """The weight of each checkpoint in the sum, float64, of sum 1.
 
     By learning rate: its mean over the steps since the checkpoint before, as TracInCP (Pruthi et
     al. 2020) and LESS (Xia et al. 2024) weigh them.
 
     Args:
-        config: of the run.
-        total: steps of the whole training.
+        run: the run.
         method: says whether by learning rate, or all alike.
         steps: the checkpoints, rising.
     """
     if not method.by_learning_rate or len(steps) == 1:
         return np.full(len(steps), 1 / len(steps))
-    t = config.train
-    rate = optimizer.schedule(t.schedule, t.learning_rate, total, t.warmup, t.final)
+    t = run.config.train
+    rate = optimizer.schedule(t.schedule, t.learning_rate, run.total_steps, t.warmup, t.final)
     bounds = [0, *steps]
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
     means = np.array([float(np.mean(rate(np.arange(a, b)))) for a, b in pairs])
@@ -110,47 +90,37 @@ class Part:
     probabilities: np.ndarray | None = None
 
 
-def summed(
-    config,
-    corpus: Corpus,
-    trained: Trained,
-    workdir: Workdir,
-    method: Method,
-    others: Iterable[Method] = (),
-) -> Summed:
-    """What to search for a method whose passages are not those of one store as they are.
+def summed(run: Run, method: Method, later: Iterable[Method] = ()) -> Summed:
+    """Prepares the search of a method whose passages are not those of one store as they are.
 
     Args:
-        config, corpus, trained, workdir: of the run.
+        run: the run.
         method: the method.
-        others: methods that come after it, whose gradients are encoded in the same pass over the
-            corpus where that can be.
+        later: methods that come after it, whose gradients are encoded in the same pass over the
+            corpus where that is possible.
 
     Raises:
         ValueError: R is neither none nor R_train.
     """
     if method.hessian not in ("none", "train"):
         raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
-    steps, parts = steps_of(config, trained, method), []
+    steps, parts = steps_of(run, method), []
     for step in steps:
-        then = at_step(trained, step)
-        alike = [m for m in others if m.several and step in steps_of(config, trained, m)]
-        encode.ahead(
-            config, corpus, then, workdir, [method.gradients, *(m.gradients for m in alike)]
-        )
+        then = run.at_step(step)
+        sharing = [m for m in later if m.several and step in steps_of(run, m)]
+        encode.encode_together(then, [method.gradients, *(m.gradients for m in sharing)])
         if method.query_gradients == method.gradients:
-            source, q_QxE = encode.encode(config, corpus, then, workdir, method.gradients)
+            source, q_QxE = encode.encode(then, method.gradients)
         else:
-            source = encode.encode_passages(config, corpus, then, workdir, method.gradients)
-            q_QxE = encode.encode_queries(config, corpus, then, workdir, method.query_gradients)
+            source = encode.encode_passages(then, method.gradients)
+            q_QxE = encode.encode_queries(then, method.query_gradients)
         roots, probabilities = [], None
         if method.hessian == "train":
-            roots = Whitening(config, source, q_QxE, search_mesh(trained)).train_roots()
+            roots = Whitening(run.config, source, q_QxE, run.search_mesh).train_roots()
         if method.passages == "unsure":
-            probabilities = vectors.probabilities(config, corpus, then, workdir)
+            probabilities = vectors.probabilities(then)
         parts.append(Part(source, q_QxE, roots, probabilities))
-    counts = weights(config, corpus, method, steps)
-    return combined(method, parts, steps, counts)
+    return combined(method, parts, steps, weights(run, method, steps))
 
 
 def combined(method: Method, parts: list[Part], steps: list[int], counts: np.ndarray) -> Summed:

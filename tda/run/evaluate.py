@@ -1,6 +1,7 @@
 """The stage that measures what the methods retrieved, and writes results and metrics."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 
@@ -11,31 +12,30 @@ from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
 from tda.run.measures import CONTROL
-from tda.run.run import Corpus, Trained
-from tda.run.workdir import Workdir
+from tda.run.run import Run
 from tda.runtime import processes, progress
 from tda.runtime.atomic_file import write_json
 
 
-def sample(count: int, wanted: int, seed: int) -> np.ndarray:
-    """A fixed sample of `wanted` of `count` queries (all where 0), in order."""
-    if not wanted or wanted >= count:
+def sample(count: int, size: int, seed: int) -> np.ndarray:
+    """Returns a fixed sample of `size` of `count` queries (all where 0), in order."""
+    if not size or size >= count:
         return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is known of the queries, apart from any method.
+    """The model and the corpus on the queries, apart from any method.
 
     Attributes:
         nats: float32 [Q], −log p(target | prompt).
         ranks: int64 [Q], worst rank of a token of the target.
         frequencies: int64 [Q], passages of the corpus that name both entities.
         bucket: int64 [Q], the bucket of each frequency.
-        buckets: what the buckets are called.
-        generations: by query row, what the model said.
-        confidence: by query row, the share of that which states the target.
+        buckets: names of the buckets.
+        generations: sampled answers of the model, by query row.
+        confidence: share of these that state the target, by query row.
     """
 
     nats: np.ndarray
@@ -47,65 +47,61 @@ class Known:
     confidence: dict[int, float]
 
 
-def run(
-    config,
-    corpus: Corpus,
-    trained: Trained,
-    ranked: dict[str, Ranked],
-    workdir: Workdir,
-    out=None,
-) -> dict:
-    """Metrics by method; writes `results/METHOD.jsonl` and `metrics.json`.
+def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:
+    """Computes the metrics of every method; writes `results/METHOD.jsonl` and `metrics.json`.
 
     Of several processes all compute, since the model may be spread over them; the first writes.
 
     Args:
-        config, corpus, trained, workdir: of the run.
-        ranked: what each method retrieved. A row of −1 is none: a method may find fewer than K.
+        run: the run.
+        rankings: by method. A row of −1 is no passage: a method may find fewer than K.
         out: directory to write to; the workdir by default.
+
+    Returns:
+        The metrics by method.
     """
-    asked = sample(len(corpus.queries), config.eval.queries, config.data.seed)
-    known = _known(config, corpus, trained, workdir, asked)
-    patches = _Patches.measure(config, corpus, trained, ranked, workdir, asked)
-    values = {n: _values(config, found, known, patches, asked) for n, found in ranked.items()}
-    metrics = _metrics(config, corpus, trained, known, patches, values, asked)
-    for name, found in _contents(config, corpus, ranked, patches, asked).items():
-        metrics[name]["by_content"] = found
+    queries = sample(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
+    known = _known(run, queries)
+    patches = _Patches.measure(run, rankings, queries)
+    values = {n: _values(run, r, known, patches, queries) for n, r in rankings.items()}
+    metrics = _metrics(run, known, patches, values, queries)
+    for name, contents in _contents(run, rankings, patches, queries).items():
+        metrics[name]["by_content"] = contents
 
     def write():
-        where = workdir.path if out is None else out
-        (where / "results").mkdir(parents=True, exist_ok=True)
-        # They say whose the results are: of some written over, those of before must not.
-        (where / "metrics.json").unlink(missing_ok=True)
-        for name, found in ranked.items():
-            records = [_record(config, corpus, found, known, patches, int(q)) for q in asked]
-            results.write(where / "results" / f"{name}.jsonl", records)
-        write_json(where / "metrics.json", metrics)
+        directory = run.workdir.path if out is None else out
+        (directory / "results").mkdir(parents=True, exist_ok=True)
+        # metrics.json says which run the results are of: not while they are overwritten.
+        (directory / "metrics.json").unlink(missing_ok=True)
+        for name, ranked in rankings.items():
+            records = [_record(run, ranked, known, patches, int(q)) for q in queries]
+            results.write(directory / "results" / f"{name}.jsonl", records)
+        write_json(directory / "metrics.json", metrics)
 
     processes.on_first_process("write results", write)
     return metrics
 
 
-def _known(config, corpus: Corpus, trained: Trained, workdir: Workdir, asked) -> Known:
-    e = config.eval
-    likelihood = Likelihood(trained.model, corpus.layout(config.gradients.tokens_per_batch))
+def _known(run: Run, queries: np.ndarray) -> Known:
+    corpus, e = run.corpus, run.config.eval
+    likelihood = Likelihood(run.trained.model, run.unsharded_layout)
     targets = likelihood(corpus.prompts)
     edges = _edges(e.frequency_edges)
     with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
         texts = (s.text for s in corpus.sentences)
         frequencies = frequency.counts(corpus.queries, texts, bar.update)
     bucket, buckets = frequency.buckets(frequencies, edges)
-    drawn: dict[int, list[str]] = {}
+    answers: dict[int, list[str]] = {}
     if e.samples:
-        chosen = asked[sample(len(asked), e.sampled_queries, config.data.seed)]
-        drawn = measures.generations(config, corpus, trained, workdir, chosen.tolist())
-    confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in drawn.items()}
-    known = Known(targets.nats, targets.ranks, frequencies, bucket, buckets, drawn, confidence)
-    ranks = known.ranks[asked]
+        chosen = queries[sample(len(queries), e.sampled_queries, run.config.data.seed)]
+        answers = measures.generations(run, chosen.tolist())
+    confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
+    known = Known(targets.nats, targets.ranks, frequencies, bucket, buckets, answers, confidence)
+    ranks = known.ranks[queries]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
         f"queries, in the top {e.known_rank} for {np.mean(ranks <= e.known_rank):.1%}; "
-        f"median −log p {np.median(known.nats[asked]):.2f} nats"
+        f"median −log p {np.median(known.nats[queries]):.2f} nats"
     )
     if confidence:
         print(
@@ -139,18 +135,18 @@ class _Patches:
     rule: dict | None
 
     @classmethod
-    def measure(cls, config, corpus, trained, ranked, workdir, asked) -> "_Patches":
-        e = config.eval
+    def measure(cls, run: Run, rankings: dict[str, Ranked], queries: np.ndarray) -> "_Patches":
+        e = run.config.eval
         if not e.tail_patch_queries:
             return cls({}, [], None)
-        chosen = asked[sample(len(asked), e.tail_patch_queries, config.data.seed)].tolist()
-        found = [(q, int(p)) for f in ranked.values() for q in chosen for p in f.proponents[q]]
-        pairs = [pair for pair in found if pair[1] >= 0] + [(q, CONTROL) for q in chosen]
-        log_p = measures.tail_patches(config, corpus, trained, workdir, pairs)
-        return cls(log_p, chosen, measures.step_rule(config, trained))
+        drawn = sample(len(queries), e.tail_patch_queries, run.config.data.seed)
+        chosen = queries[drawn].tolist()
+        pairs = [(q, int(p)) for r in rankings.values() for q in chosen for p in r.proponents[q]]
+        pairs = [pair for pair in pairs if pair[1] >= 0] + [(q, CONTROL) for q in chosen]
+        return cls(measures.tail_patches(run, pairs), chosen, measures.step_rule(run))
 
-    def of(self, proponents_QxK: np.ndarray) -> np.ndarray:
-        """float64 [Q, K, 2], NaN where there is no passage or the query is not in the sample."""
+    def changes(self, proponents_QxK: np.ndarray) -> np.ndarray:
+        """log p before and after, float64 [Q, K, 2]; NaN where not measured."""
         out = np.full((*proponents_QxK.shape, 2), np.nan)
         for q in self.queries:
             for i, p in enumerate(proponents_QxK[q].tolist()):
@@ -158,43 +154,44 @@ class _Patches:
                     out[q, i] = self.log_p[q, p]
         return out
 
-    def control(self, asked) -> np.ndarray:
-        """float64 [asked, 2] of a step with a zero gradient, NaN where not in the sample."""
-        nothing = (np.nan, np.nan)
-        return np.array([self.log_p.get((int(q), CONTROL), nothing) for q in asked]).reshape(-1, 2)
+    def control(self, queries: np.ndarray) -> np.ndarray:
+        """The same of a step with a zero gradient, float64 [queries, 2]; NaN outside the sample."""
+        absent = (np.nan, np.nan)
+        log_p = [self.log_p.get((int(q), CONTROL), absent) for q in queries]
+        return np.array(log_p).reshape(-1, 2)
 
 
-def _values(config, found: Ranked, known: Known, patches: _Patches, asked) -> dict:
-    """A method's metrics, a number for each query that was asked."""
-    values = summary.rank_values({label: r[asked] for label, r in found.first_ranks.items()})
-    knows = known.ranks[asked] <= config.eval.known_rank
-    values |= summary.restricted(values, knows, "_known")
+def _values(run: Run, ranked: Ranked, known: Known, patches: _Patches, queries) -> dict:
+    """A method's metrics, a number for each query."""
+    values = summary.rank_values({label: r[queries] for label, r in ranked.first_ranks.items()})
+    is_known = known.ranks[queries] <= run.config.eval.known_rank
+    values |= summary.restricted(values, is_known, "_known")
     if patches.queries:
-        steps_QxKx2 = patches.of(found.proponents)[asked]
-        values |= summary.patch_values(steps_QxKx2, patches.control(asked))
+        steps_QxKx2 = patches.changes(ranked.proponents)[queries]
+        values |= summary.patch_values(steps_QxKx2, patches.control(queries))
     return values
 
 
-def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
-    e = config.eval
-    how = dict(resamples=e.resamples, seed=e.seed)
-    relations = sorted({corpus.queries[q].relation for q in asked})
+def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -> dict:
+    corpus, e = run.corpus, run.config.eval
+    bootstrap = dict(resamples=e.resamples, seed=e.seed)
+    relations = sorted({corpus.queries[q].relation for q in queries})
     number = {name: i for i, name in enumerate(relations)}
-    of_relation = np.array([number[corpus.queries[q].relation] for q in asked], np.int64)
-    stated = (known.ranks[asked] != 1).astype(np.int64)
-    found = summary.intervals(values, **how)
+    of_relation = np.array([number[corpus.queries[q].relation] for q in queries], np.int64)
+    stated = (known.ranks[queries] != 1).astype(np.int64)
+    intervals = summary.intervals(values, **bootstrap)
     groups = {
-        "by_relation": summary.grouped(values, of_relation, relations, **how),
-        "by_frequency": summary.grouped(values, known.bucket[asked], known.buckets, **how),
+        "by_relation": summary.grouped(values, of_relation, relations, **bootstrap),
+        "by_frequency": summary.grouped(values, known.bucket[queries], known.buckets, **bootstrap),
         "by_stated": summary.grouped(
-            values, stated, ["stated", "not stated"], **how, differences=True
+            values, stated, ["stated", "not stated"], **bootstrap, differences=True
         ),
     }
-    differences = summary.compared(values, **how)
-    control = patches.control(asked)
+    differences = summary.compared(values, **bootstrap)
+    control = patches.control(queries)
     shared = {
-        "n_queries": int(len(asked)),
-        "n_known": int(np.sum(known.ranks[asked] <= e.known_rank)),
+        "n_queries": int(len(queries)),
+        "n_known": int(np.sum(known.ranks[queries] <= e.known_rank)),
         "n_stated": int(np.sum(stated == 0)),
         "n_tail_patch_queries": len(patches.queries),
         "tail_patch_control": summary.number(ranking.mean(change(control))),
@@ -205,7 +202,7 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
     empty = dict.fromkeys(_ALWAYS)
     return {
         name: empty
-        | summary.as_json(found[name])
+        | summary.as_json(intervals[name])
         | shared
         | {key: by_method[name] for key, by_method in groups.items()}
         | {"differences": differences[name]}
@@ -213,22 +210,21 @@ def _metrics(config, corpus, trained, known, patches, values, asked) -> dict:
     }
 
 
-def _contents(config, corpus: Corpus, ranked: dict[str, Ranked], patches: _Patches, asked) -> dict:
-    """By method and kind of passage: its share of the proponents, and what a step on it does."""
+def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries) -> dict:
+    """By method and kind of passage: its share of the proponents, and the effect of a step."""
+    corpus, e = run.corpus, run.config.eval
     sentences = {s.sentence_id: s for s in corpus.sentences}
-    says = content.Content(
-        [corpus.queries[q] for q in asked],
-        [corpus.correct["all"][q] for q in asked],
+    contents = content.Content(
+        [corpus.queries[q] for q in queries],
+        [corpus.correct["all"][q] for q in queries],
         corpus.text_of,
         lambda row: sentences[corpus.passages.documents[row]].fact_triples,
     )
     out: dict[str, dict] = {}
-    for name, found in ranked.items():
-        kinds_QxK = says.kinds(found.proponents[asked])
-        shares = statistics.intervals(
-            content.shares(kinds_QxK), resamples=config.eval.resamples, seed=config.eval.seed
-        )
-        steps_QxK = change(patches.of(found.proponents)[asked])
+    for name, ranked in rankings.items():
+        kinds_QxK = contents.kinds(ranked.proponents[queries])
+        shares = statistics.intervals(content.shares(kinds_QxK), resamples=e.resamples, seed=e.seed)
+        steps_QxK = change(patches.changes(ranked.proponents)[queries])
         out[name] = {
             kind: {
                 "share": summary.number(share.mean),
@@ -243,7 +239,7 @@ def _contents(config, corpus: Corpus, ranked: dict[str, Ranked], patches: _Patch
     return out
 
 
-# A method that ranks nothing has these too, as null.
+# Metrics that a method has as null where it ranks nothing.
 _ALWAYS = (
     *(
         f"{metric}{label}{known}"
@@ -256,7 +252,9 @@ _ALWAYS = (
 )
 
 
-def _record(config, corpus: Corpus, found: Ranked, known: Known, patches: _Patches, q: int) -> dict:
+def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -> dict:
+    """The record of a query in the results of a method."""
+    config, corpus = run.config, run.corpus
     fact = corpus.queries[q]
     correct = set(corpus.correct["all"][q].tolist())
 
@@ -271,9 +269,9 @@ def _record(config, corpus: Corpus, found: Ranked, known: Known, patches: _Patch
     if q in known.generations:
         more["8b_generations"] = known.generations[q]
         more["8b_confidence"] = known.confidence[q]
-    for label, ranks in found.first_ranks.items():
+    for label, ranks in ranked.first_ranks.items():
         more["first_correct_rank" if label == "all" else f"first_{label}_rank"] = int(ranks[q])
-    proponents = [int(p) for p in found.proponents[q] if p >= 0]
+    proponents = [int(p) for p in ranked.proponents[q] if p >= 0]
     if q in patches.queries:
         log_p = [patches.log_p[q, p] for p in proponents]
         more["proponent_tail_patch"] = change(np.reshape(log_p, (-1, 2))).tolist()
@@ -282,8 +280,8 @@ def _record(config, corpus: Corpus, found: Ranked, known: Known, patches: _Patch
         config.data.name if not config.data.sentences else "jsonl",
         fact.prompt(config.data.prompt),
         fact.entity1,
-        passages(found.proponents[q], found.proponent_scores[q]),
-        passages(found.opponents[q], found.opponent_scores[q]),
+        passages(ranked.proponents[q], ranked.proponent_scores[q]),
+        passages(ranked.opponents[q], ranked.opponent_scores[q]),
         fact_id=fact.fact_id,
         relation=fact.relation,
         groundtruth=fact.entity1,

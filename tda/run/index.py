@@ -13,8 +13,7 @@ from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann import build, part
 from tda.retrieval.scorer import Scorer, Source
-from tda.run.encode import NO_STORE
-from tda.run.workdir import Workdir
+from tda.run.run import NO_STORE, Run
 
 KINDS = ("none", "scann")
 
@@ -54,26 +53,25 @@ def settings(config, source: Source) -> build.Settings | None:
 
 
 def search(
-    config,
+    run: Run,
     source: Source,
     queries_QxE: np.ndarray,
     scorers: dict[str, Scorer],
     correct: dict[str, list[np.ndarray]],
-    workdir: Workdir,
     fingerprints: dict[str, str],
     exactly: Callable[..., dict[str, Ranked]],
 ) -> tuple[dict[str, Ranked], dict[str, dict]]:
     """What every method ranks, and what is to be told of its index.
 
     Args:
-        config: of the run.
+        run: the run.
         source, queries_QxE: gradients of the corpus and of the queries.
         scorers: the methods, by name.
         correct: for each set of labels, the correct rows of each query.
-        workdir: where indices are kept.
         fingerprints: of all that decides a method's encodings, by name.
         exactly: exact search by queries, scorers, k and correct rows.
     """
+    config = run.config
     k = config.eval.top_k
     chosen = settings(config, source) if config.search.index == "scann" else None
     if chosen is None:
@@ -90,7 +88,7 @@ def search(
             return encodings[asked], found
 
         index = build.build(
-            workdir / "indices" / fingerprints[name],
+            run.workdir / "indices" / fingerprints[name],
             lambda first, scorer=scorer: scoring.encodings(
                 source, scorer, exact.step_rows(source.form.width)
             ),
@@ -133,8 +131,8 @@ def _rank(found_K: np.ndarray, correct: np.ndarray, rows: int) -> int:
     return int(at[0]) + 1 if len(at) else rows
 
 
-def told(notes: dict) -> list[str]:
-    """What a table that was made through indices says below it, a line for each."""
+def describe(notes: dict) -> list[str]:
+    """Describes the indices that were searched, a line for each."""
     lines = []
     for name, note in notes.items():
         if "index" in note:

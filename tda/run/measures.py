@@ -1,4 +1,4 @@
-"""What is measured of the model pair by pair or query by query, kept on disk and shared by methods.
+"""Measurements of the model pair by pair or query by query, kept on disk and shared by methods.
 
 A value's key is a digest of the tokens that it was computed from, and its file is named by the
 checkpoint and the rule: so it serves every method, every run on that checkpoint, and any subset of
@@ -14,11 +14,10 @@ import numpy as np
 from tda.data.tokens import TokenTable
 from tda.evaluation import sampling
 from tda.evaluation.tail_patch import tail_patch
-from tda.run.kept import Kept
-from tda.run.run import Corpus, Trained
+from tda.run.result_log import ResultLog
+from tda.run.run import Corpus, Run
 from tda.run.train import make_optimizer, restore_state
-from tda.run.workdir import Workdir
-from tda.runtime.fingerprint import fingerprint, plain
+from tda.runtime.fingerprint import fingerprint
 from tda.training import optimizer
 
 # The passage row of a step with a zero gradient.
@@ -32,7 +31,7 @@ _NO_STEP = (
 
 
 def check(config) -> None:
-    """Nothing, where the config alone says of no tail-patch step that it would change nothing.
+    """Checks that no tail-patch step of the config has a learning rate of 0.
 
     Raises:
         ValueError: the steps are those of the end of a schedule that falls to 0.
@@ -43,25 +42,25 @@ def check(config) -> None:
         raise ValueError(_NO_STEP)
 
 
-def check_step(config, trained: Trained) -> None:
-    """Nothing, where the traced checkpoint can take the tail-patch steps that are asked for.
+def check_step(run: Run) -> None:
+    """Checks that the traced checkpoint can take the tail-patch steps that are asked for.
 
     Raises:
         ValueError: as `step_rule` has it.
     """
-    if config.eval.tail_patch_queries:
-        step_rule(config, trained)
+    if run.config.eval.tail_patch_queries:
+        step_rule(run)
 
 
-def step_rule(config, trained: Trained) -> dict:
-    """What a tail-patch step is, as JSON values that belong beside its scores.
+def step_rule(run: Run) -> dict:
+    """Describes a tail-patch step as JSON values that belong beside its scores.
 
     Raises:
         ValueError: `eval.tail_patch_state` is unknown, the model was not trained here, or its
             schedule has come to 0.
     """
-    e, t = config.eval, config.train
-    if not _total_steps(trained):
+    e, t = run.config.eval, run.config.train
+    if not run.total_steps:
         raise ValueError(
             "a tail-patch step needs the training optimizer, and this model was not trained here; "
             "give --config.eval.tail_patch_queries=0, or train it (train.epochs)"
@@ -71,8 +70,8 @@ def step_rule(config, trained: Trained) -> dict:
             f"unknown eval.tail_patch_state={e.tail_patch_state!r}; use restored or fresh"
         )
     rate = e.tail_patch_learning_rate or float(
-        optimizer.schedule(t.schedule, t.learning_rate, _total_steps(trained), t.warmup, t.final)(
-            trained.step
+        optimizer.schedule(t.schedule, t.learning_rate, run.total_steps, t.warmup, t.final)(
+            run.trained.step
         )
     )
     if not rate:
@@ -84,21 +83,17 @@ def step_rule(config, trained: Trained) -> dict:
         "optimizer_state": e.tail_patch_state,
         "learning_rate": rate,
         "clip": t.clip,
-        "checkpoint_step": trained.step,
+        "checkpoint_step": run.trained.step,
     }
 
 
 def tail_patches(
-    config,
-    corpus: Corpus,
-    trained: Trained,
-    workdir: Workdir,
-    pairs: Iterable[tuple[int, int]],
+    run: Run, pairs: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """The target's log-probability before and after one step, for every pair.
 
     Args:
-        config, corpus, trained, workdir: of the run.
+        run: the run.
         pairs: (query row, passage row), or (query row, `CONTROL`); each is computed once, whoever
             asks for it and however often.
 
@@ -106,25 +101,27 @@ def tail_patches(
         {(query row, passage row): (before, after)} in nats.
     """
     pairs = sorted(set(pairs))
-    rule = step_rule(config, trained)
-    kept = Kept(workdir / f"tail_patch-{fingerprint(_model(trained) | {'rule': rule})}.jsonl")
-    have = kept.read()
+    corpus, rule = run.corpus, step_rule(run)
+    log = ResultLog(
+        run.workdir / f"tail_patch-{fingerprint(run.checkpoint | {'rule': rule})}.jsonl"
+    )
+    have = log.read()
     query_of = {q: _digest(corpus.prompts, q) for q in {q for q, _ in pairs}}
     passage_of = {p: _digest(corpus.passages, p) for p in {p for _, p in pairs}}
     keys = [f"{query_of[q]} {passage_of[p]}" for q, p in pairs]
     # Passages of the same text are one passage.
     todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in have}
     if todo:
-        names, asked = list(todo), list(todo.values())
-        model_fn, state = restore_state(trained)
-        tx = make_optimizer(config, _total_steps(trained), rule["learning_rate"])
+        names, lacking = list(todo), list(todo.values())
+        model_fn, state = restore_state(run.trained)
+        tx = make_optimizer(run.config, run.total_steps, rule["learning_rate"])
         if rule["optimizer_state"] == "fresh":
             state = state | {"opt_state": _fresh(tx, state)}
 
         def keep(which: np.ndarray, log_p: np.ndarray) -> None:
             bad = which[~np.isfinite(log_p).all(axis=1)]
             if len(bad):
-                query, passage = asked[bad[0]]
+                query, passage = lacking[bad[0]]
                 raise FloatingPointError(
                     f"after a tail-patch step on {_name(corpus, passage)} the target of query "
                     f"{corpus.prompts.ids[query]!r} has no finite log p; lower "
@@ -132,7 +129,7 @@ def tail_patches(
                 )
             done = [(names[i], x.tolist()) for i, x in zip(which, log_p, strict=True)]
             have.update(done)
-            kept.add(done)
+            log.add(done)
 
         tail_patch(
             model_fn,
@@ -140,7 +137,7 @@ def tail_patches(
             tx,
             corpus.passages,
             corpus.prompts,
-            asked,
+            lacking,
             bucket_lengths=corpus.buckets,
             pad=corpus.tokenizer.pad,
             on_done=keep,
@@ -154,47 +151,46 @@ def _fresh(tx, state: dict):
     return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state["opt_state"])
 
 
-def generations(
-    config, corpus: Corpus, trained: Trained, workdir: Workdir, queries: Sequence[int]
-) -> dict[int, list[str]]:
-    """What the model says after the prompts of some queries, `eval.samples` times each.
+def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
+    """Samples the model's answers to the prompts of some queries, `eval.samples` times each.
 
     As many tokens are drawn as the longest answer (target or alias) of the query has, and one more.
 
     Returns:
         {query row: texts}.
     """
-    count, tokenizer, prompts = config.eval.samples, corpus.tokenizer, corpus.prompts
-    made_from = _model(trained) | {"samples": count, "seed": config.eval.seed}
-    kept = Kept(workdir / f"generations-{fingerprint(made_from)}.jsonl")
-    have = kept.read()
+    count, seed = run.config.eval.samples, run.config.eval.seed
+    corpus, tokenizer, prompts = run.corpus, run.corpus.tokenizer, run.corpus.prompts
+    provenance = run.checkpoint | {"samples": count, "seed": seed}
+    log = ResultLog(run.workdir / f"generations-{fingerprint(provenance)}.jsonl")
+    have = log.read()
     ids, lengths, keys = {}, {}, {}
     for q in queries:
         begin, end = prompts.starts[q], prompts.starts[q + 1]
-        asked = int(np.flatnonzero(prompts.scored[begin:end])[0])
-        ids[q] = prompts.tokens[begin : begin + asked].tolist()
+        target = begin + int(np.flatnonzero(prompts.scored[begin:end])[0])
+        ids[q] = prompts.tokens[begin:target].tolist()
         encoded = tokenizer.encode(corpus.answers(q))
         lengths[q] = 1 + max(map(len, encoded))
-        keys[q] = f"{_hash(prompts.tokens[begin : begin + asked])} {lengths[q]}"
+        keys[q] = f"{_hash(prompts.tokens[begin:target])} {lengths[q]}"
     todo = list({keys[q]: q for q in queries if keys[q] not in have}.values())
 
     def keep(which: np.ndarray, drawn: list) -> None:
         done = [
-            (keys[todo[i]], [tokenizer.decode(s).strip() for s in found])
-            for i, found in zip(which, drawn, strict=True)
+            (keys[todo[i]], [tokenizer.decode(s).strip() for s in answers])
+            for i, answers in zip(which, drawn, strict=True)
         ]
         have.update(done)
-        kept.add(done)
+        log.add(done)
 
     if todo:
         sampling.sample(
-            trained.model,
+            run.trained.model,
             [ids[q] for q in todo],
             [lengths[q] for q in todo],
             samples=count,
-            seed=config.eval.seed,
+            seed=seed,
             stop=tokenizer.eos,
-            layout=corpus.layout(config.gradients.tokens_per_batch),
+            layout=run.unsharded_layout,
             on_done=keep,
         )
     return {q: have[keys[q]] for q in queries}
@@ -204,15 +200,6 @@ def _name(corpus: Corpus, passage: int) -> str:
     if passage == CONTROL:
         return "a zero gradient"
     return f"passage {corpus.passages.ids[passage]!r}"
-
-
-def _total_steps(trained: Trained) -> int:
-    """Steps of the whole training, of which the traced checkpoint may end a part."""
-    return trained.fingerprint["steps"]
-
-
-def _model(trained: Trained) -> dict:
-    return {"checkpoint": plain(trained.fingerprint), "step": trained.step}
 
 
 def _digest(table: TokenTable, row: int) -> str:

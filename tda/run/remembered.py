@@ -1,25 +1,33 @@
-"""What a run keeps of its corpus for live questions, and the way back to all of it."""
+"""Opening a finished run: its config and model, and its corpus, read only where it must be."""
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import jax
 import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
 
+from tda.data.batches import BatchLayout, buckets
+from tda.data.tokenizer import Tokenizer
+from tda.model import functional, pretrained
+from tda.model.decoder import Decoder
 from tda.run import corpus as corpora
-from tda.run import defaults, vectors
-from tda.run.run import Corpus
+from tda.run import train
+from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
-from tda.runtime import atomic_file
+from tda.runtime import atomic_file, sharding
 from tda.runtime.atomic_file import write_json
-from tda.runtime.progress import silent
+from tda.runtime.progress import Progress, silent
 from tda.store import Passage
+from tda.training import checkpoint
 
-# Written at the end of a run, so that questions are answered by its own settings.
+# Files that a run writes at its end, so that questions are answered by its own settings.
 CONFIG = "config.json"
-# What it is called in a workdir.
 FILE = "corpus.npz"
 
 
@@ -43,7 +51,7 @@ class Known:
     correct: Sequence[np.ndarray] = ()
 
     def number(self, prompt: str, target: str) -> int | None:
-        """Which of the queries a question is, the first of those alike; None where it is none."""
+        """The number of the first query with this text; None where it is none of them."""
         return self._numbers.get(_key(prompt, target))
 
     @functools.cached_property
@@ -57,122 +65,156 @@ def _key(prompt: str, target: str) -> tuple[str, str]:
     return prompt.rstrip(), target.strip()
 
 
-@dataclasses.dataclass(frozen=True)
-class Remembered:
-    """What is known of a run's corpus without reading it.
+class RememberedCorpus:
+    """A finished run's corpus, of which the workdir keeps what most questions need.
 
-    Attributes:
-        fingerprint: as `Corpus.fingerprint`.
-        known: the run's queries and their correct passages.
-        lengths: scored tokens of every passage, int32 [C].
-    """
-
-    fingerprint: dict
-    known: Known
-    lengths: np.ndarray
-
-
-def remember(config, corpus: Corpus, workdir: Workdir) -> None:
-    """Writes a run's config into its workdir, and what live questions need of its corpus."""
-    _write_corpus(config, corpus, workdir)
-    write_json(workdir / CONFIG, config.to_dict())
-
-
-def config_of(path: pathlib.Path) -> dict:
-    """The run's config; a run of an older version left none, and had the defaults perhaps."""
-    config = defaults.get_config().to_dict()
-    if (path / CONFIG).exists():
-        there = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        config = {
-            k: v | there.get(k, {}) if isinstance(v, dict) else there.get(k, v)
-            for k, v in config.items()
-        }
-    return config
-
-
-def _write_corpus(config, corpus: Corpus, workdir: Workdir) -> None:
-    facts, correct = corpus.queries, corpus.correct["all"]
-    told = {
-        "fingerprint": corpus.fingerprint,
-        "ids": [f.fact_id for f in facts],
-        "prompts": [f.prompt(config.data.prompt) for f in facts],
-        "targets": [f.entity1 for f in facts],
-    }
-    with atomic_file.open_atomic(workdir / FILE, "wb") as out:
-        np.savez_compressed(
-            out,
-            told=np.frombuffer(json.dumps(told).encode(), np.uint8),
-            lengths=vectors.scored_tokens(corpus.passages).astype(np.int32),
-            correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
-            counts=np.asarray([len(rows) for rows in correct]),
-        )
-
-
-def read(path: pathlib.Path) -> Remembered | None:
-    """What a workdir's run kept; None where one of an older version kept nothing."""
-    if not (path / FILE).exists():
-        return None
-    with np.load(path / FILE, allow_pickle=False) as kept:
-        told = json.loads(kept["told"].tobytes())
-        correct = np.split(kept["correct"], np.cumsum(kept["counts"])[:-1])
-        lengths = kept["lengths"]
-    known = Known(told["ids"], told["prompts"], told["targets"], correct)
-    return Remembered(told["fingerprint"], known, lengths)
-
-
-class Reread:
-    """A run's corpus, read again when something needs more of it than the workdir keeps.
-
-    Also the passages of a run without a store (`tda.live.retrievers.Passages`).
+    It has the attributes of `Corpus`; those that the workdir does not keep are read from the run's
+    own files when they are first asked for.
 
     Args:
         config: of the run.
-        path: its workdir.
-        fingerprint: of the passages that must be found, or None where it is not known.
-        rows: C, where it is known.
+        workdir: of the run.
+        tokenizer: of its model.
+
+    Attributes:
+        tokenizer, buckets, fingerprint, lengths: as `Corpus` has them.
+        known: the run's queries and their correct passages.
+        on_progress: told when the files are read.
+
+    Raises:
+        LiveError: the run is not finished.
     """
 
-    def __init__(self, config, path: pathlib.Path, fingerprint: str | None, rows: int = 0):
-        self._config, self._path, self._fingerprint = config, path, fingerprint
-        self._rows, self._corpus = rows, None
-        self.withdrawn = np.zeros(0, np.int64)
+    def __init__(self, config: ConfigDict, workdir: Workdir, tokenizer):
+        self._config, self._workdir = config, workdir
+        self.tokenizer, self.buckets = tokenizer, buckets(config.model.context)
+        self.on_progress: Progress = silent
+        try:
+            with np.load(workdir / FILE, allow_pickle=False) as file:
+                record = json.loads(file["told"].tobytes())
+                correct = np.split(file["correct"], np.cumsum(file["counts"])[:-1])
+                self.lengths = file["lengths"]
+        except FileNotFoundError as error:
+            raise LiveError(f"{workdir / FILE} is missing: the run is not finished") from error
+        self.fingerprint: dict = record["fingerprint"]
+        self.known = Known(record["ids"], record["prompts"], record["targets"], correct)
 
-    def get(self, on_progress: Callable[[str, int, int], None], why: str) -> Corpus:
-        """The corpus.
-
-        Args:
-            on_progress: told that it is read.
-            why: what it is needed for, to be told where it cannot be read.
+    @functools.cached_property
+    def files(self) -> Corpus:
+        """The whole corpus, from the files that the run read.
 
         Raises:
-            LiveError: the run's files are not there, or hold another corpus.
+            LiveError: the files are not there, or hold another corpus.
         """
-        if self._corpus is None:
-            on_progress("reading the run's corpus", 0, 0)
-            try:
-                found = corpora.load(self._config, Workdir(self._path))
-            except (ValueError, OSError) as error:
-                raise LiveError(
-                    f"{why} needs the files that the run read its corpus from: {error}"
-                ) from error
-            if self._fingerprint not in (None, found.fingerprint["corpus"]):
-                raise LiveError(
-                    f"{why} needs the run's corpus, and the files that it was read from "
-                    "(data.sentences, data.facts) hold another one by now"
-                )
-            self._corpus = found
-        return self._corpus
+        self.on_progress("reading the run's corpus", 0, 0)
+        try:
+            corpus = corpora.load(self._config, self._workdir)
+        except (ValueError, OSError) as error:
+            raise LiveError(
+                "the run did not keep what this question needs of its corpus; to compute it takes "
+                f"the files that the run read its corpus from: {error}"
+            ) from error
+        if corpus.fingerprint["corpus"] != self.fingerprint["corpus"]:
+            raise LiveError(
+                "the run did not keep what this question needs of its corpus, and the files that "
+                "it was read from (data.sentences, data.facts) hold another one by now"
+            )
+        return corpus
+
+    def __getattr__(self, name: str):
+        # What is no attribute of this object is one of the corpus in the files.
+        if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of"}:
+            return getattr(self.files, name)
+        raise AttributeError(name)
+
+    def layout(self, tokens_per_batch: int, mesh: jax.sharding.Mesh | None = None) -> BatchLayout:
+        """Returns how sequences of the corpus and its queries are batched."""
+        return BatchLayout(self.buckets, tokens_per_batch, self.tokenizer.pad, mesh)
 
     @property
     def rows(self) -> int:
         """C, the number of passages."""
-        return self._rows or len(self._read().passages)
+        return len(self.lengths)
 
-    def passages(self, numbers) -> list[Passage]:
+    @property
+    def withdrawn(self) -> np.ndarray:
+        """No rows: passages are withdrawn from stores."""
+        return np.zeros(0, np.int64)
+
+    def read_passages(self, rows) -> list[Passage]:
         """Id, document and text of some rows."""
-        found = self._read()
-        table = found.passages
-        return [Passage(table.ids[i], table.documents[i], found.text_of(i)) for i in numbers]
+        table = self.files.passages
+        return [Passage(table.ids[i], table.documents[i], self.files.text_of(i)) for i in rows]
 
-    def _read(self) -> Corpus:
-        return self.get(silent, "a run without a store")
+
+def remember(run: Run) -> None:
+    """Writes a run's config into its workdir, and what live questions need of its corpus."""
+    facts, correct = run.corpus.queries, run.corpus.correct["all"]
+    record = {
+        "fingerprint": run.corpus.fingerprint,
+        "ids": [f.fact_id for f in facts],
+        "prompts": [f.prompt(run.config.data.prompt) for f in facts],
+        "targets": [f.entity1 for f in facts],
+    }
+    with atomic_file.open_atomic(run.workdir / FILE, "wb") as out:
+        np.savez_compressed(
+            out,
+            told=np.frombuffer(json.dumps(record).encode(), np.uint8),
+            lengths=run.corpus.lengths.astype(np.int32),
+            correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
+            counts=np.asarray([len(rows) for rows in correct]),
+        )
+    write_json(run.workdir / CONFIG, run.config.to_dict())
+
+
+def config_of(path: pathlib.Path) -> dict:
+    """The config of a finished run, as plain values."""
+    return _read_json(path / CONFIG)
+
+
+def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
+    """Opens a finished run, with its model on one device: questions come one at a time.
+
+    Args:
+        path: the workdir.
+        config: as plain values; that of the run by default.
+
+    Raises:
+        LiveError: something of it is missing; the message says what.
+    """
+    config = ConfigDict(config_of(path) if config is None else config)
+    root = str(path / "model" / "checkpoints")
+    provenance = _read_json(path / "stages" / "train.json")["made_from"]
+    step = train.traced_step(config, root, provenance["steps"])
+    tokenizer = _tokenizer(path, config, "pretrained" in provenance)
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    model = _model(_read_json(path / "model" / "config.json"), root, step, mesh)
+    trained = Trained(model, root, step, optax.identity(), mesh, provenance)  # no step is taken
+    workdir = Workdir(path)
+    return Run(config, workdir, RememberedCorpus(config, workdir, tokenizer), trained)
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LiveError(f"{path} is missing: the run is not finished") from error
+
+
+def _tokenizer(path: pathlib.Path, config: ConfigDict, is_pretrained: bool):
+    if not is_pretrained:
+        return Tokenizer.load(path / "model" / "tokenizer.json")
+    try:
+        return pretrained.load_tokenizer(config.model.pretrained)
+    except (ValueError, OSError) as error:
+        raise LiveError(
+            f"the tokenizer of model.pretrained={config.model.pretrained} cannot be read, which "
+            f"the run took from there: {error}"
+        ) from error
+
+
+def _model(arguments: dict, root: str, step: int, mesh) -> nnx.Module:
+    model = Decoder(**arguments, rngs=nnx.Rngs(0))
+    model_fn, params = functional.split(model)
+    abstract = functional.abstract(params, model_fn.axes, mesh)
+    return model_fn.merge(checkpoint.restore_parameters(root, abstract, step))

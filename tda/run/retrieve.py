@@ -12,29 +12,26 @@ import numpy as np
 from tda import methods
 from tda import store as stores
 from tda.gradients import adam_steps
-from tda.methods import Gradients, Method
+from tda.methods import GradientKind, Method
 from tda.retrieval import annotated, bm25, by_score, dense, exact, ranked, whitening
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import Whitening, search_mesh
+from tda.retrieval.whitening import Whitening
 from tda.run import checkpoints, encode, index, vectors
-from tda.run.run import Corpus, Trained
-from tda.run.workdir import Workdir
+from tda.run.run import Corpus, Run
 from tda.runtime import processes, progress
 from tda.runtime.atomic_file import write_json
 from tda.runtime.fingerprint import fingerprint, plain
 
 
-def retrieve(
-    config, corpus: Corpus, trained: Trained, workdir: Workdir
-) -> tuple[dict[str, Ranked], dict]:
+def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     """What every method of the config ranks, and facts about how (λ and the like).
 
     A ranking that is there already, from the same gradients and settings, is read. Of several
     processes all encode, and the first searches.
     """
-    chosen = methods.parse(config.methods)
-    check(config, chosen)
-    files = {n: _file(config, corpus, trained, workdir, m) for n, m in chosen.items()}
+    chosen = methods.parse(run.config.methods)
+    check(run.config, chosen)
+    files = {n: _file(run, m) for n, m in chosen.items()}
     lacking = processes.on_first_process(
         "look for rankings", lambda: [n for n, f in files.items() if not f.exists()]
     )
@@ -42,20 +39,20 @@ def retrieve(
     todo = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in todo.values()}
     at_end = [m.gradients for m in todo.values() if m.takes_gradients]
-    encode.tell_coverage(config, trained, at_end)
-    encode.ahead(config, corpus, trained, workdir, at_end)
-    sharing: dict[Gradients, dict] = {g: {} for g in (Gradients(), Gradients(corrected=True))}
+    encode.print_coverage(run, at_end)
+    encode.encode_together(run, at_end)
+    sharing: dict[GradientKind, dict] = {
+        k: {} for k in (GradientKind(), GradientKind(corrected=True))
+    }
     for name, method in todo.items():
         if method.shares_scan:
             sharing.setdefault(method.gradients, {})[name] = method
-    for what, own in sharing.items():
+    for kind, own in sharing.items():
         # A store that lost a shard is mended even if nothing is to be searched in it.
-        if own or _is_begun(config, corpus, trained, workdir, what):
-            store, queries = encode.encode(config, corpus, trained, workdir, what)
+        if own or _is_begun(run, kind):
+            store, queries = encode.encode(run, kind)
         if own:
-            work = functools.partial(
-                _search, config, corpus, trained, workdir, what, store, queries, own, files
-            )
+            work = functools.partial(_search, run, kind, store, queries, own, files)
             processes.on_first_process("search", work)
             del store, queries
     after = dict(todo)
@@ -64,14 +61,14 @@ def retrieve(
         if method.shares_scan:
             continue
         if method.retriever == "gradient":
-            found = checkpoints.summed(config, corpus, trained, workdir, method, after.values())
-            work = functools.partial(_search_summed, config, corpus, trained, name, found, files)
+            found = checkpoints.summed(run, method, after.values())
+            work = functools.partial(_search_summed, run, name, found, files)
             processes.on_first_process("search", work)
             del found, work
-            if not config.several.keep_stores:
-                _drop_earlier(config, corpus, trained, workdir, method)
+            if not run.config.several.keep_stores:
+                _drop_earlier(run, method)
         else:
-            _OTHERS[method.retriever](config, corpus, trained, workdir, method, files[name])
+            _OTHERS[method.retriever](run, method, files[name])
     notes = processes.on_first_process("read notes", lambda: _notes(files))
     return {n: ranked.load(files[n]) for n in chosen}, notes
 
@@ -108,9 +105,8 @@ def check(config, chosen: dict[str, Method]) -> None:
             dense.check(config.dense.model)
 
 
-def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: Gradients) -> bool:
-    made = encode.made_from(config, corpus, trained, what)
-    path = encode.path_of(config, corpus, workdir, "corpus", made)
+def _is_begun(run: Run, kind: GradientKind) -> bool:
+    path = run.store_path("corpus", kind)
 
     def ask():
         return (path / "manifest.json").exists() and not stores.finished(path)
@@ -118,15 +114,13 @@ def _is_begun(config, corpus: Corpus, trained: Trained, workdir: Workdir, what: 
     return processes.on_first_process("look for an unfinished store", ask)
 
 
-def _search(
-    config, corpus, trained, workdir, what: Gradients, store, queries, sharing: dict, files: dict
-) -> None:
+def _search(run: Run, kind: GradientKind, store, queries, sharing: dict, files: dict) -> None:
     print(f"search {store.rows:,} passages: {', '.join(sharing)}")
-    mesh = search_mesh(trained)
-    made = Whitening(config, store, queries, mesh)
+    mesh = run.search_mesh
+    whitening = Whitening(run.config, store, queries, mesh)
     found: dict[str, list] = {n: [] for n in sharing}
     notes: dict[str, dict] = {n: {} for n in sharing}
-    parts = made.parts(sharing)
+    parts = whitening.parts(sharing)
     for number, part in enumerate(parts):
 
         def exactly(gradients_QxE, scorers, k, correct):
@@ -135,37 +129,34 @@ def _search(
         # Methods whose R differs by half have an index for each.
         names = {n: f"{files[n].stem}-{number}" if number else files[n].stem for n in part.scorers}
         rankings, told = index.search(
-            config,
+            run,
             store,
             queries[part.queries],
             part.scorers,
-            _labels(corpus, part.queries),
-            workdir,
+            _labels(run.corpus, part.queries),
             names,
             exactly,
         )
         for name, ranking in rankings.items():
             found[name].append((part.queries, ranking))
             notes[name] |= told.get(name, {})
-    names = encode.blocks_of(config, trained, what)
-    made_from = [encode.made_from(config, corpus, trained, what), dict(config.hessian)]
-    made_from += [corpus.fingerprint, config.store.dtype]
-    file = made.keep_spectra(workdir / "retrieval", names, plain(made_from))
+    provenance = [run.provenance(kind), dict(run.config.hessian)]
+    provenance += [run.corpus.fingerprint, run.config.store.dtype]
+    directory = run.workdir / "retrieval"
+    file = whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
     for name, method in sharing.items():
-        note = made.note(method)
+        note = whitening.note(method)
         notes[name] |= note | {"spectra": file} if note else {}
         _keep(files[name], ranked.join(found[name]), notes[name])
 
 
-def _drop_earlier(config, corpus, trained, workdir, method: Method) -> None:
+def _drop_earlier(run: Run, method: Method) -> None:
     """Removes the corpus's stores of all checkpoints but the traced one, once they were searched.
 
     A ranking that is kept does not need them; another one would have them made again.
     """
-    for step in checkpoints.steps_of(config, trained, method)[:-1]:
-        then = dataclasses.replace(trained, step=step)
-        made = encode.made_from(config, corpus, then, method.gradients)
-        path = encode.path_of(config, corpus, workdir, "corpus", made)
+    for step in checkpoints.steps_of(run, method)[:-1]:
+        path = run.store_path("corpus", method.gradients, step)
         processes.on_first_process("remove a store", lambda path=path: shutil.rmtree(path, True))
 
 
@@ -179,50 +170,50 @@ def _scan(gradients_QxE, source, scorers, k: int, correct, mesh, opponents: bool
         return exact.search(gradients_QxE, source, scorers, k, correct, mesh, bar.update, opponents)
 
 
-def _search_summed(config, corpus, trained, name: str, found: checkpoints.Summed, files) -> None:
-    k, mesh = config.eval.top_k, search_mesh(trained)
+def _search_summed(run: Run, name: str, found: checkpoints.Summed, files) -> None:
+    k, mesh, corpus = run.config.eval.top_k, run.search_mesh, run.corpus
     scorers = {name: found.scorer}
     ranking = _scan(found.queries_QxE, found.source, scorers, k, corpus.correct, mesh)[name]
     _keep(files[name], ranking, found.note)
 
 
-def _asked(config, corpus: Corpus) -> list[str]:
-    """The text of each query: prompt and target."""
-    return [f"{f.prompt(config.data.prompt)} {f.entity1}" for f in corpus.queries]
-
-
-def _by_words(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
+def _by_words(run: Run, method: Method, file: pathlib.Path) -> None:
     def work():
+        corpus, k = run.corpus, run.config.eval.top_k
         texts = [corpus.text_of(i) for i in range(len(corpus.passages))]
-        asked = _asked(config, corpus)
-        _keep(file, bm25.search(asked, texts, config.eval.top_k, corpus.correct), None)
+        _keep(file, bm25.search(run.query_texts, texts, k, corpus.correct), None)
 
     processes.on_first_process("search", work)
 
 
-def _by_vectors(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
+def _by_vectors(run: Run, method: Method, file: pathlib.Path) -> None:
+    corpus = run.corpus
+    names = ("queries", "corpus")
     if method.retriever == "dense":
-        asked = _asked(config, corpus)
-        found = vectors.of_sentences(config, corpus, workdir, asked)
+        encoder = functools.cache(lambda: dense.SentenceEncoder(run.config.dense.model))
+        queries_QxD, passages_CxD = (vectors.sentence_vectors(run, encoder, n) for n in names)
     else:
-        found = vectors.of_hidden_states(config, corpus, trained, workdir, method.layer)
+        pooler = vectors.make_pooler(run, method.layer)
+        queries_QxD, passages_CxD = (
+            vectors.hidden_states(run, pooler, method.layer, n) for n in names
+        )
 
     def work():
-        whole = [slice(0, found.passages.shape[1])]
-        source = exact.InMemory(found.passages, whole)
+        source = exact.InMemory(passages_CxD, [slice(0, passages_CxD.shape[1])])
         scorer = {"vectors": exact.Scorer(None, method.unit_norm)}
-        k, mesh = config.eval.top_k, search_mesh(trained)
+        k, mesh = run.config.eval.top_k, run.search_mesh
         # What is least like a text says nothing.
-        ranking = _scan(found.queries, source, scorer, k, corpus.correct, mesh, opponents=False)
+        ranking = _scan(queries_QxD, source, scorer, k, corpus.correct, mesh, opponents=False)
         _keep(file, ranking["vectors"], None)
 
     processes.on_first_process("search", work)
 
 
-def _by_labels(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
+def _by_labels(run: Run, method: Method, file: pathlib.Path) -> None:
     def work():
-        ids = [f.fact_id for f in corpus.queries]
-        found = annotated.ranked(ids, corpus.correct["all"], config.eval.top_k, config.data.seed)
+        ids, config = [f.fact_id for f in run.corpus.queries], run.config
+        correct = run.corpus.correct["all"]
+        found = annotated.ranked(ids, correct, config.eval.top_k, config.data.seed)
         _keep(file, found, None)
 
     processes.on_first_process("search", work)
@@ -231,31 +222,31 @@ def _by_labels(config, corpus, trained, workdir, method, file: pathlib.Path) -> 
 def _by_control(scores: Callable):
     """A retriever whose scores look at no query."""
 
-    def search(config, corpus, trained, workdir, method, file: pathlib.Path) -> None:
-        found = scores(config, corpus, trained, workdir, method)
-        count = len(corpus.queries)
+    def search(run: Run, method: Method, file: pathlib.Path) -> None:
+        found = scores(run, method)
+        count, corpus, k = len(run.corpus.queries), run.corpus, run.config.eval.top_k
 
         def work():
-            _keep(file, by_score.rank(found, count, config.eval.top_k, corpus.correct), None)
+            _keep(file, by_score.rank(found, count, k, corpus.correct), None)
 
         processes.on_first_process("search", work)
 
     return search
 
 
-def _at_random(config, corpus, trained, workdir, method):
-    return by_score.at_random(len(corpus.passages), len(corpus.queries), config.seed)
+def _at_random(run: Run, method: Method):
+    return by_score.at_random(len(run.corpus.passages), len(run.corpus.queries), run.config.seed)
 
 
-def _lengths(config, corpus, trained, workdir, method):
-    lengths_C = vectors.scored_tokens(corpus.passages).astype(np.float32)
-    return (lengths_C for _ in corpus.queries)
+def _lengths(run: Run, method: Method):
+    lengths_C = run.corpus.lengths.astype(np.float32)
+    return (lengths_C for _ in run.corpus.queries)
 
 
-def _norms(config, corpus, trained, workdir, method):
-    store, _ = encode.encode(config, corpus, trained, workdir, method.gradients)
+def _norms(run: Run, method: Method):
+    store, _ = encode.encode(run, method.gradients)
     norms_C = by_score.norms(store, exact.step_rows(store.form.width))
-    return (norms_C for _ in corpus.queries)
+    return (norms_C for _ in run.corpus.queries)
 
 
 _OTHERS = {
@@ -269,33 +260,32 @@ _OTHERS = {
 }
 
 
-def _file(config, corpus: Corpus, trained: Trained, workdir: Workdir, method) -> pathlib.Path:
-    """Where a method's ranking is kept: named by all that it depends on."""
+def _file(run: Run, method: Method) -> pathlib.Path:
+    """The file of a method's ranking, named by all that the ranking depends on."""
+    config = run.config
     fields = dataclasses.asdict(method)
     fields.pop("title")
-    made_from: list = [fields, corpus.fingerprint, config.eval.top_k]
+    provenance: list = [fields, run.corpus.fingerprint, config.eval.top_k]
     if method.takes_gradients:
-        for step in checkpoints.steps_of(config, trained, method):
-            then = dataclasses.replace(trained, step=step)
-            for what in {method.gradients: 0, method.query_gradients: 0}:
-                made = encode.made_from(config, corpus, then, what)
-                path = encode.path_of(config, corpus, workdir, "corpus", made)
-                made_from += [made, config.store.dtype, _withdrawn(path)]
+        for step in checkpoints.steps_of(run, method):
+            for kind in {method.gradients: 0, method.query_gradients: 0}:
+                withdrawn = _withdrawn(run.store_path("corpus", kind, step))
+                provenance += [run.provenance(kind, step), config.store.dtype, withdrawn]
         if method.hessian != "none":
-            made_from.append(dict(config.hessian))
+            provenance.append(dict(config.hessian))
         if method.shares_scan and config.search.index != "none":
-            made_from.append(config.search.to_dict())
+            provenance.append(config.search.to_dict())
     elif method.retriever == "hidden":
-        made_from += [fingerprint(trained.fingerprint), trained.step]
+        provenance += [fingerprint(run.trained.fingerprint), run.trained.step]
     elif method.retriever == "dense":
-        made_from.append(dense.identity(config.dense.model))
+        provenance.append(dense.identity(config.dense.model))
     elif method.retriever == "random":
-        made_from.append(config.seed)
+        provenance.append(config.seed)
     elif method.retriever == "annotated":
-        made_from.append(config.data.seed)
-    directory = workdir / "retrieval"
+        provenance.append(config.data.seed)
+    directory = run.workdir / "retrieval"
     directory.mkdir(exist_ok=True)
-    return directory / f"{method.retriever}-{fingerprint(plain(made_from))}.npz"
+    return directory / f"{method.retriever}-{fingerprint(plain(provenance))}.npz"
 
 
 def _withdrawn(path: pathlib.Path) -> list[int]:
@@ -322,8 +312,8 @@ def _keep(file: pathlib.Path, found: Ranked, note: dict | None) -> None:
     ranked.save(file, found)
 
 
-def told(note: dict) -> str:
-    """What `retrieve` says of a method, in a line."""
+def describe(note: dict) -> str:
+    """Describes a note of `retrieve` in a line."""
     parts = []
     if "lambda" in note:
         parts.append(f"λ = {note['lambda']:.3f} at component {note['component']}")

@@ -10,19 +10,18 @@ from flax import nnx
 from tda.data.batches import BatchLayout
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
-from tda.run import defaults
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
 from tda.runtime.atomic_file import write_json
 from tda.training import checkpoint, loop, optimizer
 
-# Keys of `train` that only some optimizers have, and which.
+# Keys of `train` that only some optimizers have: their default, and which optimizers.
 _OPTIONS = {
-    "weight_decay": ("adamw",),
-    "b1": ("adam", "adamw"),
-    "b2": ("adam", "adamw"),
-    "eps": ("adam", "adamw"),
+    "weight_decay": (0.0, ("adamw",)),
+    "b1": (0.9, ("adam", "adamw")),
+    "b2": (0.99, ("adam", "adamw")),
+    "eps": (1e-8, ("adam", "adamw")),
 }
 # Keys of `train` that leave the trained model as it is.
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
@@ -97,23 +96,27 @@ def make_optimizer(config, steps: int, learning_rate: float = 0.0):
 
 
 def check(config) -> None:
-    """Nothing, where the optimizer has all options that are given.
+    """Checks that the optimizer has all options that are given.
 
     Raises:
-        ValueError: it has not; the message names the keys.
+        ValueError: it lacks some; the message names the keys.
     """
-    t, usual = config.train, defaults.get_config().train
-    given = [k for k, names in _OPTIONS.items() if t[k] != usual[k] and t.optimizer not in names]
-    if given:
-        named = ", ".join(f"train.{k}={t[k]}" for k in given)
-        those = " or ".join(_OPTIONS[given[0]])
+    t = config.train
+    unused = [
+        key
+        for key, (default, optimizers) in _OPTIONS.items()
+        if t[key] != default and t.optimizer not in optimizers
+    ]
+    if unused:
+        named = ", ".join(f"train.{key}={t[key]}" for key in unused)
+        optimizers = " or ".join(_OPTIONS[unused[0]][1])
         raise ValueError(
             f"{named} would have no effect with train.optimizer={t.optimizer}: leave it out, or "
-            f"train by {those}"
+            f"train by {optimizers}"
         )
 
 
-def run(config, corpus: Corpus, workdir: Workdir) -> Trained:
+def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
     """Trains the config's model on the corpus, or finds it trained.
 
     Raises:

@@ -12,12 +12,11 @@ import filelock
 import jax
 
 from tda.gradients import projection as projections
-from tda.gradients import sites
-from tda.gradients.projection import Projection
+from tda.methods import GradientKind
 from tda.model import functional
 from tda.reports import plots
 from tda.run import corpus, evaluate, measures, retrieve, stages, train
-from tda.run.run import Corpus, Trained
+from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import progress
 from tda.runtime.atomic_file import write_json
@@ -212,16 +211,16 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             data = corpus.load(config, shared)
-            trained = train.run(config, data, shared)
-        measures.check_step(config, trained)
+            run = Run(config, shared, data, train.train(config, data, shared))
+        measures.check_step(run)
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
-            ranked, notes = retrieve.retrieve(config, data, trained, shared)
+            rankings, notes = retrieve.retrieve(run)
         # What was measured before is finished no more once its figures are written over.
         (own / "point.json").unlink(missing_ok=True)
-        evaluate.run(config, data, trained, ranked, shared, own)
-        about = _about(config, data, trained) | {"notes": notes}
+        evaluate.evaluate(run, rankings, own)
+        about = _about(run) | {"notes": notes}
         made_of = {"files": files, "corpus": data.fingerprint}
-        made_of["training"] = fingerprint(plain(trained.fingerprint))
+        made_of["training"] = fingerprint(plain(run.trained.fingerprint))
         told = {"made_from": _made_from(point), "made_of": made_of, "about": about}
         write_json(own / "point.json", told)
 
@@ -246,11 +245,10 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     yield
 
 
-def _about(config, data: Corpus, trained: Trained) -> dict:
-    """What a plot may have on its x axis, beside the swept keys."""
-    g = config.gradients
-    chosen = sites.find(trained.model, g.include or None, g.exclude or None, g.untapped)
-    layout = projections.layout(chosen, Projection(**dict(config.projection)))
+def _about(run: Run) -> dict:
+    """The figures of a point that a plot may have on its x axis, beside the swept keys."""
+    trained, kind = run.trained, GradientKind()
+    layout = projections.layout(run.sites(kind), run.projection(kind))
     _, params = functional.split(trained.model)
     # A pretrained model may be traced as it is, without a step.
     share = trained.step / max(1, trained.fingerprint["steps"])
@@ -258,7 +256,7 @@ def _about(config, data: Corpus, trained: Trained) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "dimensions": layout.width,
         "training_tokens": round(
-            float(config.train.epochs) * share * int(data.training.scored.sum())
+            float(run.config.train.epochs) * share * int(run.corpus.training.scored.sum())
         ),
         "training_step": trained.step,
     }

@@ -7,7 +7,6 @@ import tempfile
 
 import uvicorn
 
-from tda.run import remembered
 from tda.runtime import progress
 from tda.viewer import download
 from tda.viewer.collection import Collection
@@ -77,10 +76,8 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             f"left out, for they are not of the last evaluation: {', '.join(others)} in {workdir}/"
             "results; --results=FILE,FILE shows the files that it names"
         )
-    named = [n.strip() for n in remembered.config_of(path)["methods"].split(",")]
-    order = {name: i for i, name in enumerate(named)}
-    shown = [p for p in files if p.stem in measured]
-    return sorted(shown, key=lambda p: (order.get(p.stem, len(named)), p.stem))
+    shown = {p.stem: p for p in files}
+    return [shown[name] for name in measured if name in shown]
 
 
 def _fetched(url: str, folder: str) -> str:

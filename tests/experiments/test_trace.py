@@ -1,5 +1,6 @@
 """`experiments.trace` from end to end on a corpus of a few sentences, and on bad input."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,17 +16,16 @@ from tda import results
 from tda import store as stores
 from tda.data.jsonl import RecordError
 from tda.encoding import table
-from tda.methods import Gradients
+from tda.methods import GradientKind
 from tda.retrieval import annotated
 from tda.run import corpus, defaults, evaluate, measures, moments, retrieve, stages, train
 from tda.run import encode as encoding_stage
-from tda.run.run import Trained
 from tda.run.workdir import Workdir, WorkdirError
 from tda.training import checkpoint, loop
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
 
-CORRECTED = Gradients(corrected=True)
+CORRECTED = GradientKind(corrected=True)
 
 
 def records():
@@ -214,49 +214,50 @@ def test_the_tail_patch_step_is_what_it_says(finished):
 def loaded(finished):
     """The finished run's stages, to measure more of it."""
     config, path, _ = finished
-    data = corpus.load(config, Workdir(path))
-    return data, train.run(config, data, Workdir(path))
+    return stages.prepare(config, Workdir(path))
+
+
+def changed(run, config):
+    return dataclasses.replace(run, config=config)
 
 
 def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
     config, path, metrics = finished
-    data, trained = loaded
-    workdir, pairs = Workdir(path), [(0, 0), (0, measures.CONTROL)]
-    usual = measures.tail_patches(config, data, trained, workdir, pairs)
-    changed = config.copy_and_resolve_references()
+    pairs = [(0, 0), (0, measures.CONTROL)]
+    usual = measures.tail_patches(loaded, pairs)
+    other = config.copy_and_resolve_references()
     # The rate that the rule gives, spelled out, is the same step, and nothing is computed.
-    changed.eval.tail_patch_learning_rate = metrics["bm25"]["tail_patch_rule"]["learning_rate"]
-    assert measures.tail_patches(changed, data, trained, workdir, pairs) == usual
-    changed.eval.tail_patch_learning_rate *= 10
-    faster = measures.tail_patches(changed, data, trained, workdir, pairs)
+    other.eval.tail_patch_learning_rate = metrics["bm25"]["tail_patch_rule"]["learning_rate"]
+    assert measures.tail_patches(changed(loaded, other), pairs) == usual
+    other.eval.tail_patch_learning_rate *= 10
+    faster = measures.tail_patches(changed(loaded, other), pairs)
     effect = {p: x[1] - x[0] for p, x in usual.items()}
     assert abs(faster[0, 0][1] - faster[0, 0][0]) > 3 * abs(effect[0, 0])
-    changed.eval.tail_patch_state = "fresh"
-    fresh = measures.tail_patches(changed, data, trained, workdir, pairs)
+    other.eval.tail_patch_state = "fresh"
+    fresh = measures.tail_patches(changed(loaded, other), pairs)
     # Without momentum a step with a zero gradient is none; with it, it is one.
     before, after = fresh[0, measures.CONTROL]
     assert after == pytest.approx(before, abs=2e-6) and abs(effect[0, measures.CONTROL]) > 1e-4
     assert fresh[0, 0][0] == pytest.approx(usual[0, 0][0]) and fresh[0, 0] != faster[0, 0]
     assert len(list(path.glob("tail_patch-*.jsonl"))) == 3
-    changed.eval.tail_patch_state = "warm"
+    other.eval.tail_patch_state = "warm"
     with pytest.raises(ValueError, match="tail_patch_state='warm'; use restored or fresh"):
-        measures.tail_patches(changed, data, trained, workdir, pairs)
+        measures.tail_patches(changed(loaded, other), pairs)
 
 
 def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch):
     config, path, _ = finished
-    changed = config.copy_and_resolve_references()
-    changed.eval.tail_patch_learning_rate = 1e30
+    other = config.copy_and_resolve_references()
+    other.eval.tail_patch_learning_rate = 1e30
 
     def diverge(*args, on_done, **kwargs):
         on_done(np.array([1]), np.array([[-1.0, np.nan]]))
 
     monkeypatch.setattr(measures, "tail_patch", diverge)
     with pytest.raises(FloatingPointError, match="passage 's01' .* query 'f0'.*lower .*1e\\+30"):
-        measures.tail_patches(changed, *loaded, Workdir(path), [(0, 0), (0, 1)])
-    rule = measures.fingerprint(
-        measures._model(loaded[1]) | {"rule": measures.step_rule(changed, loaded[1])}
-    )
+        measures.tail_patches(changed(loaded, other), [(0, 0), (0, 1)])
+    rule = measures.step_rule(changed(loaded, other))
+    rule = measures.fingerprint(loaded.checkpoint | {"rule": rule})
     assert not (path / f"tail_patch-{rule}.jsonl").exists()
 
 
@@ -265,9 +266,9 @@ def test_a_step_of_no_length_is_refused(finished, loaded):
     config = finished[0].copy_and_resolve_references()
     config.train.final = 0.0
     with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
-        measures.step_rule(config, loaded[1])
+        measures.step_rule(changed(loaded, config))
     config.eval.tail_patch_learning_rate = 1e-4
-    assert measures.step_rule(config, loaded[1])["learning_rate"] == 1e-4
+    assert measures.step_rule(changed(loaded, config))["learning_rate"] == 1e-4
 
 
 def test_an_evaluation_that_is_broken_off_leaves_no_metrics(
@@ -275,10 +276,10 @@ def test_an_evaluation_that_is_broken_off_leaves_no_metrics(
 ):
     """Else a viewer would take what it wrote over for the earlier one's."""
     config, path, metrics = finished
-    data, trained = loaded
+    data = loaded.corpus
     ranked = {n: annotated.ranked(data.prompts.ids, data.correct["all"]) for n in ("a", "b")}
-    whole = config, data, trained, ranked, Workdir(path), tmp_path / "own"
-    evaluate.run(*whole)
+    arguments = loaded, ranked, tmp_path / "own"
+    evaluate.evaluate(*arguments)
     assert (tmp_path / "own" / "metrics.json").exists()
     write = evaluate.results.write
 
@@ -289,17 +290,15 @@ def test_an_evaluation_that_is_broken_off_leaves_no_metrics(
 
     monkeypatch.setattr(evaluate.results, "write", torn)
     with pytest.raises(OSError):
-        evaluate.run(*whole)
+        evaluate.evaluate(*arguments)
     assert not (tmp_path / "own" / "metrics.json").exists()
 
 
 def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_path):
     config, path, metrics = finished
-    data, trained = loaded
+    data = loaded.corpus
     found = annotated.ranked(data.prompts.ids, data.correct["all"])
-    own = evaluate.run(
-        config, data, trained, {"annotated": found}, Workdir(path), tmp_path / "own"
-    )["annotated"]
+    own = evaluate.evaluate(loaded, {"annotated": found}, tmp_path / "own")["annotated"]
     records = list(results.read(tmp_path / "own" / "results" / "annotated.jsonl"))
     assert all(len(r["proponents"]) == 2 and all(r["proponent_correct"]) for r in records)
     patched = [r["proponent_tail_patch"] for r in records if "proponent_tail_patch" in r]
@@ -309,23 +308,23 @@ def test_annotated_sentences_are_measured_without_ranks(finished, loaded, tmp_pa
 
 def test_a_checkpoint_within_the_training_is_traced(finished, loaded, tmp_path):
     config, path, _ = finished
-    last = loaded[1].step
+    last = loaded.trained.step
     early = config.copy_and_resolve_references()
     early.train.traced = 0.5
     with pytest.raises(ValueError, match="train.traced=0.5 asks for.*keep=0"):
-        train.run(early, loaded[0], Workdir(path))
+        train.train(early, loaded.corpus, Workdir(path))
     early.train.traced = 0.0
     with pytest.raises(ValueError, match="above 0"):
-        train.run(early, loaded[0], Workdir(path))
+        train.train(early, loaded.corpus, Workdir(path))
     early.train.keep, early.train.traced = 0, 0.5
     workdir = Workdir(tmp_path / "w")
     data = corpus.load(early, workdir)
-    trained = train.run(early, data, workdir)
+    trained = train.train(early, data, workdir)
     assert abs(trained.step - last / 2) <= 1
     early.train.traced = 1.0
-    whole = train.run(early, data, workdir)
+    whole = train.train(early, data, workdir)
     assert whole.step == last and whole.fingerprint == trained.fingerprint
-    kernel = [np.asarray(t.model.final_norm.scale[...]) for t in (trained, whole, loaded[1])]
+    kernel = [np.asarray(t.model.final_norm.scale[...]) for t in (trained, whole, loaded.trained)]
     assert not np.array_equal(kernel[0], kernel[1])
     np.testing.assert_array_equal(kernel[1], kernel[2])
 
@@ -370,30 +369,31 @@ def test_another_model_size_in_the_same_workdir_is_refused(finished):
 def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path, monkeypatch):
     config, path, _ = finished
     config = config.copy_and_resolve_references()
-    data = corpus.load(config, Workdir(path))
-    trained = train.run(config, data, Workdir(path))
+    run = stages.prepare(config, Workdir(path))
+    trained = run.trained
     _, params = train.functional.split(trained.model)
     checkpoint.save(tmp_path / "bare", trained.step, {"params": params}, {})
-    bare = Trained(
-        trained.model, str(tmp_path / "bare"), trained.step, trained.tx, trained.mesh, {}
+    bare = dataclasses.replace(
+        run,
+        workdir=Workdir(tmp_path / "w"),
+        trained=dataclasses.replace(trained, root=str(tmp_path / "bare"), fingerprint={}),
     )
     config.gradients.second_moments = "optimizer"
     with pytest.raises(checkpoint.CheckpointError, match="has no optimizer state"):
-        encoding_stage.encode(config, data, bare, Workdir(tmp_path / "w"), CORRECTED)
+        encoding_stage.encode(bare, CORRECTED)
     assert not (tmp_path / "w" / "stores").exists()
     # Unless asked for, they are estimated, and the store says so.
     config.gradients.second_moments = "auto"
     config.gradients.estimate_batches = 2
-    estimated = Workdir(tmp_path / "w")
-    store, queries = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
+    store, queries = encoding_stage.encode(bare, CORRECTED)
     made = store.manifest["fingerprint"]["second_moments"]
     assert made["estimated from batches"] == 2
-    exact, _ = encoding_stage.encode(config, data, trained, Workdir(path), CORRECTED)
+    exact, _ = encoding_stage.encode(run, CORRECTED)
     assert exact.manifest["fingerprint"]["second_moments"] == "optimizer"
     assert not np.allclose(store.read([0]), exact.read([0])) and np.isfinite(queries).all()
     # And not again for stores that are there.
     monkeypatch.setattr(moments.estimate, "estimate", None)
-    again, _ = encoding_stage.encode(config, data, bare, estimated, CORRECTED)
+    again, _ = encoding_stage.encode(bare, CORRECTED)
     np.testing.assert_array_equal(again.read([0]), store.read([0]))
 
 
@@ -507,7 +507,7 @@ def test_options_are_refused_of_no_training_that_is_done(finished, loaded, monke
     """A run that was finished before they were refused can still be traced."""
     config, path, _ = finished
     monkeypatch.setattr(train, "check", None)
-    assert train.run(config, loaded[0], Workdir(path)).step == loaded[1].step
+    assert train.train(config, loaded.corpus, Workdir(path)).step == loaded.trained.step
 
 
 def test_what_an_optimizer_has_is_accepted():

@@ -45,7 +45,7 @@ def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
     workdir = Workdir(tmp_path / "w")
     data = corpus.load(config, workdir)
     assert data.tokenizer.begin == (0,) and data.passages.tokens[0] == 0
-    trained = train.run(config, data, workdir)
+    trained = train.train(config, data, workdir)
     assert trained.step == 0 and not checkpoint.has_optimizer(trained.root, 0)
     expected = arrays(pretrained.load(directory, quiet=True))
     for name, x in arrays(trained.model).items():
@@ -53,11 +53,11 @@ def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
     with pytest.raises(ValueError, match=r"no optimizer's state.*eval.tail_patch_queries=0"):
         train.restore_state(trained)
     # The same run is found finished; another model's files are another run.
-    train.run(config, data, workdir)
+    train.train(config, data, workdir)
     other = json.loads((directory / "config.json").read_text()) | {"pad_token_id": 12345}
     (directory / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="holds another run; its train differs in"):
-        train.run(config, data, workdir)
+        train.train(config, data, workdir)
 
 
 def check_live(workdir, names):

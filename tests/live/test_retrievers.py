@@ -21,7 +21,7 @@ class Passages:
     def __init__(self, *withdrawn):
         self.withdrawn = np.asarray(withdrawn, np.int64)
 
-    def passages(self, numbers):
+    def read_passages(self, numbers):
         return [Passage(f"d{i}", f"d{i}", TEXTS[i]) for i in numbers]
 
 

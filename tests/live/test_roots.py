@@ -8,7 +8,7 @@ from tda import store as stores
 from tda.gradients.projection import Projection
 from tda.live import Encoded, Hessian
 from tda.live.roots import Roots, factors
-from tda.methods import METHODS, Gradients
+from tda.methods import METHODS, GradientKind
 from tda.retrieval import exact
 
 WIDTHS, N, D = (3, 4), 6, 0.05
@@ -16,7 +16,7 @@ SLICES = [slice(0, 3), slice(3, 7)]
 LAMBDA = 0.4
 # Unlike one another, so that R is not shrunk to the identity.
 SCALES = np.array([0.2, 1.0, 3.0, 0.3, 1.0, 2.0, 0.1])
-KEY = Gradients(corrected=True)
+KEY = GradientKind(corrected=True)
 
 
 def store(path, rows, seed):

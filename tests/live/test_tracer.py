@@ -16,7 +16,7 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.live import Encoded, Hessian, Tracer
 from tda.live import heat as heats
-from tda.methods import METHODS, Gradients, Method
+from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import exact
 
 CONTEXT, P = 24, Projection(side=4, blocks=2)
@@ -49,7 +49,7 @@ def made(decoder, tmp_path_factory):
         encoding.fill_store(found[name], encoder, some, layout)
     encoded = Encoded(found["corpus"], found["queries"], P)
     tracer = Tracer(
-        model, tokenizer, CONTEXT, {Gradients(): encoded}, Hessian(damping=0.05), folder
+        model, tokenizer, CONTEXT, {GradientKind(): encoded}, Hessian(damping=0.05), folder
     )
     return tracer, model, found["corpus"], found["queries"], prompts, tokenizer
 
@@ -139,7 +139,7 @@ def test_completion_is_greedy(made):
 
 def test_r_is_kept_for_the_next_start(made, tmp_path):
     tracer, model, store, queries, _, tokenizer = made
-    encoded = {Gradients(): Encoded(store, queries, P)}
+    encoded = {GradientKind(): Encoded(store, queries, P)}
     question, chosen = QUESTIONS[0][1:], {"exp4": METHODS["exp4"]}
     told: list[list[str]] = []
     found = []
@@ -160,7 +160,7 @@ def test_withdrawn_passages_are_not_found_by_words_either(made, tmp_path):
         texts=[p.text for p in store.passages(range(store.rows))],
     )  # fmt: skip
     copy.withdraw(["d0"])
-    one = Tracer(model, tokenizer, CONTEXT, {Gradients(): Encoded(copy, None, P)})
+    one = Tracer(model, tokenizer, CONTEXT, {GradientKind(): Encoded(copy, None, P)})
     found = one.trace("The capital of France is", "Paris", {"bm25": METHODS["bm25"]}, 3)["bm25"]
     assert "d0" not in found["proponent_ids"]
 

@@ -1,5 +1,7 @@
 """Every method from end to end: rankings against scores made by hand from the stores."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,9 @@ from tda import loss as losses
 from tda.data import batches
 from tda.gradients import adam_steps, kronecker, reference, sites
 from tda.gradients.projection import Projection
-from tda.methods import METHODS, Gradients
+from tda.methods import METHODS, GradientKind
 from tda.retrieval import dense, scorer
-from tda.run import checkpoints, corpus, encode, retrieve, vectors
+from tda.run import checkpoints, encode, retrieve, stages, vectors
 from tda.run import train as training
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
@@ -24,7 +26,7 @@ MORE = "trak,less,ekfac,logra"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, one_device):
+def traced(tmp_path_factory, one_device):
     """A config with its corpus, its model of several checkpoints, and what every method ranks."""
     path = tmp_path_factory.mktemp("attribution")
     config = make_config(path)
@@ -39,19 +41,22 @@ def run(tmp_path_factory, one_device):
     with pytest.MonkeyPatch.context() as patch:
         # On one device: to compile for eight is most of the time.
         patch.setattr(training, "make_mesh", lambda config: one_device)
-        data = corpus.load(config, workdir)
-        trained = training.run(config, data, workdir)
-        ranked, notes = retrieve.retrieve(config, data, trained, workdir)
-        yield config, data, trained, workdir, ranked, notes
+        run = stages.prepare(config, workdir)
+        yield run, *retrieve.retrieve(run)
 
 
 @pytest.fixture(scope="module")
-def more(run):
+def more(traced):
     """The same run with more methods."""
-    config, data, trained, workdir, *_ = run
-    config = config.copy_and_resolve_references()
-    config.methods = MORE
-    return config, data, trained, workdir, *retrieve.retrieve(config, data, trained, workdir)
+    run = changed(traced[0], methods=MORE)
+    return run, *retrieve.retrieve(run)
+
+
+def changed(run, **keys):
+    """The run with some keys of its config changed."""
+    config = run.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in keys.items()})
+    return dataclasses.replace(run, config=config)
 
 
 def scores_of(ranked, name):
@@ -62,11 +67,10 @@ def scores_of(ranked, name):
     return out
 
 
-def rows(run, what, step=None):
+def rows(traced, kind, step=None):
     """Gradients of passages and queries at a checkpoint, float64."""
-    config, data, trained, workdir, *_ = run
-    then = trained if step is None else checkpoints.at_step(trained, step)
-    source, queries = encode.encode(config, data, then, workdir, what)
+    run, *_ = traced
+    source, queries = encode.encode(run if step is None else run.at_step(step), kind)
     return source.read(np.arange(12)).astype(np.float64), queries.astype(np.float64)
 
 
@@ -80,57 +84,60 @@ def whitened(x, slices, damping=1e-3):
     return lambda y: np.concatenate([y[:, s] @ r for s, r in zip(slices, roots, strict=True)], 1)
 
 
-def test_checkpoints_are_spread_over_the_training(run):
-    config, _, trained, *_ = run
-    steps = checkpoints.steps_of(config, trained, METHODS["tracin"])
+def test_checkpoints_are_spread_over_the_training(traced):
+    run, *_ = traced
+    trained = run.trained
+    steps = checkpoints.steps_of(run, METHODS["tracin"])
     assert len(steps) == 2 and steps[-1] == trained.step and steps[0] == trained.step // 2
-    assert checkpoints.steps_of(config, trained, METHODS["trackstar"]) == [trained.step]
-    models = [checkpoints.at_step(trained, s).model for s in steps]
+    assert checkpoints.steps_of(run, METHODS["trackstar"]) == [trained.step]
+    models = [run.at_step(s).trained.model for s in steps]
     a, b = (np.asarray(m.embedding.embedding[...]) for m in models[:2])
     assert not np.allclose(a, b)
 
 
-def test_what_gradients_leave_out_is_told_once(run, capsys):
+def test_what_gradients_leave_out_is_told_once(traced, capsys):
     """Mistakes: layers silently left out."""
-    config, data, trained, workdir, *_ = run
-    plain, corrected = Gradients(), Gradients(corrected=True)
-    encode.tell_coverage(config, trained, [plain, corrected, plain])
+    run, *_ = traced
+    plain, corrected = GradientKind(), GradientKind(corrected=True)
+    encode.print_coverage(run, [plain, corrected, plain])
     (line,) = capsys.readouterr().out.splitlines()
     assert "left out: embedding/embedding, final_norm" in line
-    config = config.copy_and_resolve_references()
-    config.gradients.include = "."
+    run = changed(run, gradients__include=".")
     # EK-FAC has no factors for the look-up and the norms.
-    encode.tell_coverage(config, trained, [plain, Gradients(curvature="ekfac")])
+    encode.print_coverage(run, [plain, GradientKind(curvature="ekfac")])
     whole, factored = capsys.readouterr().out.splitlines()
     assert "left out: embedding" not in whole and "left out: embedding/embedding" in factored
 
 
-def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
+def test_kinds_of_one_function_are_encoded_in_one_pass(traced, monkeypatch):
     """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
-    config, data, trained, workdir, *_ = run
-    config = config.copy_and_resolve_references()
-    config.gradients.exclude = "mlp"  # other stores than the run's
-    config.methods = "exp2,exp3,trackstar,tracin,gradient_norm,trak"
+    run, *_ = traced
+    workdir = run.workdir
+    # Other stores than the run's.
+    own = dataclasses.replace(METHODS["tracin"], title="corrected TracIn", corrected=True)
+    monkeypatch.setitem(METHODS, "tracin_corrected", own)
+    names = "exp2,exp3,trackstar,tracin,tracin_corrected,gradient_norm,trak"
+    run = changed(run, gradients__exclude="mlp", methods=names)
     told = []
     fill = encode.encoding.fill_stores
 
-    def counted(stores, encoder, table, what, *args, **kwargs):
+    def counted(stores, encoder, table, layout, what, *args):
         if any(store.missing() for store in stores):
             told.append(what)
-        fill(stores, encoder, table, what, *args, **kwargs)
+        fill(stores, encoder, table, layout, what, *args)
 
     monkeypatch.setattr(encode.encoding, "fill_stores", counted)
-    found, _ = retrieve.retrieve(config, data, trained, workdir)
-    first, last = checkpoints.steps_of(config, trained, METHODS["tracin"])
+    found, _ = retrieve.retrieve(run)
+    first, last = checkpoints.steps_of(run, METHODS["tracin"])
     corpus_passes = [w for w in told if w.startswith("encode corpus")]
     assert sorted(corpus_passes) == sorted(
         [f"encode corpus (none and factored, step {s})" for s in (first, last)]
         + [f"encode corpus (none, margin, step {s})" for s in (first, last)]
     )
     # The rankings are those of kinds that are encoded one by one.
-    monkeypatch.setattr(encode, "ahead", lambda *args: None)
+    monkeypatch.setattr(encode, "encode_together", lambda *args: None)
     other = Workdir(workdir.path.parent / "one by one")
-    alone, _ = retrieve.retrieve(config, data, trained, other)
+    alone, _ = retrieve.retrieve(dataclasses.replace(run, workdir=other))
     for name, ranked in found.items():
         np.testing.assert_array_equal(ranked.proponents, alone[name].proponents)
         np.testing.assert_allclose(
@@ -138,33 +145,34 @@ def test_kinds_of_one_function_are_encoded_in_one_pass(run, monkeypatch):
         )
 
 
-def test_tracin_is_the_weighted_sum_over_checkpoints(run):
-    config, data, trained, _, ranked, notes = run
+def test_tracin_is_the_weighted_sum_over_checkpoints(traced):
+    run, ranked, notes = traced
     steps = notes["tracin"]["checkpoints"]
-    counts = checkpoints.weights(config, data, METHODS["tracin"], steps)
+    counts = checkpoints.weights(run, METHODS["tracin"], steps)
     assert counts.sum() == pytest.approx(1) and len(set(counts)) > 1
     expected = 0.0
     for step, count in zip(steps, counts, strict=True):
-        p, q = rows(run, Gradients(), step)
+        p, q = rows(traced, GradientKind(), step)
         expected = expected + count * q @ p.T
     np.testing.assert_allclose(scores_of(ranked, "tracin"), expected, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 def test_less_is_the_cosine_with_adams_steps(more):
-    config, data, trained, workdir, ranked, notes = more
+    run, ranked, notes = more
+    config, data, trained = run.config, run.corpus, run.trained
     steps = notes["less"]["checkpoints"]
-    counts = checkpoints.weights(config, data, METHODS["less"], steps)
+    counts = checkpoints.weights(run, METHODS["less"], steps)
     everyone = np.arange(12)
     batch = batches.materialise(data.passages, everyone, 32, 12, data.tokenizer.pad).arrays()
     expected = 0.0
     for step, count in zip(steps, counts, strict=True):
-        then = checkpoints.at_step(trained, step)
-        _, q = rows(more, Gradients(), step)
-        chosen = sites.find(then.model)
+        then = run.at_step(step)
+        _, q = rows(more, GradientKind(), step)
+        chosen = sites.find(then.trained.model)
         states = adam_steps.read(trained.root, chosen, step)
         assert float(states[chosen[0].path].count) == step
-        whole = reference.per_example_gradients(then.model, batch, _mean_losses)
+        whole = reference.per_example_gradients(then.trained.model, batch, _mean_losses)
         made = {s.path: adam_steps.adam_step(states[s.path], whole[s.path]) for s in chosen}
         made = reference.project(chosen, made, Projection(**dict(config.projection)))
         expected = expected + count * unit(q) @ unit(np.asarray(made, np.float64)).T
@@ -178,16 +186,16 @@ def _mean_losses(model, batch):
 
 @pytest.mark.slow
 def test_trak_is_the_papers_formula(more):
-    config, data, trained, workdir, ranked, notes = more
-    steps, margin = notes["trak"]["checkpoints"], Gradients(output="margin")
+    run, ranked, notes = more
+    steps, margin = notes["trak"]["checkpoints"], GradientKind(output="margin")
     kernels, doubts = [], []
     for step in steps:
         p, q = rows(more, margin, step)
         slices = scorer.slices_of((16,) * (p.shape[1] // 16))
         white = whitened(p, slices)
         kernels.append(white(q) @ white(p).T)
-        then = checkpoints.at_step(trained, step)
-        doubts.append(1 - vectors.probabilities(config, data, then, workdir))
+        then = run.at_step(step)
+        doubts.append(1 - vectors.probabilities(then))
     expected = np.mean(kernels, axis=0) * np.mean(doubts, axis=0)
     found = scores_of(ranked, "trak")
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
@@ -195,9 +203,10 @@ def test_trak_is_the_papers_formula(more):
     assert np.ptp(np.mean(doubts, axis=0)) > 1e-4
 
 
-def test_probabilities_are_geometric_means(run):
-    config, data, trained, workdir, *_ = run
-    found = vectors.probabilities(config, data, trained, workdir)
+def test_probabilities_are_geometric_means(traced):
+    run, *_ = traced
+    data, trained = run.corpus, run.trained
+    found = vectors.probabilities(run)
     batch = batches.materialise(data.passages, np.array([3]), 32, 1, data.tokenizer.pad)
     logits = np.asarray(trained.model(batch.tokens), np.float64)[0]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -209,11 +218,11 @@ def test_probabilities_are_geometric_means(run):
 
 @pytest.mark.slow
 def test_curvature_is_fitted_once_and_leaves_tables_out(more, monkeypatch):
-    config, data, trained, workdir, ranked, _ = more
+    run, ranked, _ = more
     monkeypatch.setattr(kronecker, "covariances", None)
     for kind in ("ekfac", "logra"):
         what = METHODS[kind].gradients
-        made = encode.made_from(config, data, trained, what)
+        made = run.provenance(what)
         assert not any("embedding" in path for path in made["parameters"])
         p, q = rows(more, what)
         if kind == "ekfac":
@@ -225,28 +234,29 @@ def test_curvature_is_fitted_once_and_leaves_tables_out(more, monkeypatch):
         tolerance = dict(rtol=1e-2, atol=2e-3 * np.abs(expected).max())
         np.testing.assert_allclose(scores_of(ranked, kind), expected, **tolerance)
         # And not the plain gradients' scores.
-        plain_p, plain_q = rows(more, Gradients())
+        plain_p, plain_q = rows(more, GradientKind())
         rank = np.corrcoef((plain_q @ plain_p.T).ravel(), expected.ravel())[0, 1]
         assert rank < 0.999
 
 
-def test_what_R_eval_is_made_of_changes_the_scores_but_not_much_else(run):
-    *_, ranked, notes = run
+def test_what_R_eval_is_made_of_changes_the_scores_but_not_much_else(traced):
+    run, ranked, notes = traced
     names = ("trackstar_all", "trackstar_leave_one_out", "trackstar_disjoint")
     scores = [scores_of(ranked, n) for n in names]
     for i, name in enumerate(names):
         assert notes[name]["evaluation"] == name.removeprefix("trackstar_")
-        assert 0 < notes[name]["lambda"] < 1 and "λ = " in retrieve.told(notes[name])
+        assert 0 < notes[name]["lambda"] < 1 and "λ = " in retrieve.describe(notes[name])
         assert np.abs(scores[i]).max() <= 1 + 1e-5
         for other in scores[:i]:
             assert np.abs(scores[i] - other).max() > 1e-4
 
 
-def test_spectra_are_kept_beside_the_rankings(run):
-    config, data, trained, workdir, _, notes = run
+def test_spectra_are_kept_beside_the_rankings(traced):
+    run, _, notes = traced
+    workdir = run.workdir
     with np.load(workdir / "retrieval" / notes["trackstar_all"]["spectra"]) as kept:
         spectra = dict(kept)
-    p, q = rows(run, Gradients(corrected=True))
+    p, q = rows(traced, GradientKind(corrected=True))
     assert len(spectra["blocks"]) == len(spectra["widths"]) == p.shape[1] // 16
     for name, x in (("train", p), ("evaluation", q)):
         values = spectra[name].reshape(-1, 16)
@@ -259,10 +269,11 @@ def test_spectra_are_kept_beside_the_rankings(run):
     assert notes["trackstar_all"]["lambda"] == pytest.approx(weight)
 
 
-def test_controls_look_at_no_query(run):
-    config, data, trained, _, ranked, _ = run
-    p, _ = rows(run, Gradients())
-    lengths = vectors.scored_tokens(data.passages)
+def test_controls_look_at_no_query(traced):
+    run, ranked, _ = traced
+    data = run.corpus
+    p, _ = rows(traced, GradientKind())
+    lengths = data.lengths
     for name, scores in (("gradient_norm", np.linalg.norm(p, axis=1)), ("length", lengths)):
         found = ranked[name]
         assert (found.proponents == found.proponents[0]).all()
@@ -270,11 +281,14 @@ def test_controls_look_at_no_query(run):
     assert not (ranked["random"].proponents == ranked["random"].proponents[0]).all()
 
 
-def test_hidden_states_are_means_over_tokens(run):
-    config, data, trained, workdir, ranked, _ = run
+def test_hidden_states_are_means_over_tokens(traced):
+    run, ranked, _ = traced
+    data, trained = run.corpus, run.trained
     t, table = data.tokenizer, data.prompts
     for layer, name in (("last", "hidden_last"), ("middle", "hidden_middle")):
-        found = vectors.of_hidden_states(config, data, trained, workdir, layer)
+        pooler = vectors.make_pooler(run, layer)
+        queries = vectors.hidden_states(run, pooler, layer, "queries")
+        passages = vectors.hidden_states(run, pooler, layer, "corpus")
         tokens = table.tokens[table.starts[1] : table.starts[2]]
         model = trained.model
         whole = (
@@ -285,27 +299,28 @@ def test_hidden_states_are_means_over_tokens(run):
         counted = ~np.isin(tokens, (t.bos, t.eos, t.pad))
         assert counted[-1] and not counted[0]  # the target's last token too
         expected = np.asarray(whole)[0][counted].mean(axis=0)
-        np.testing.assert_allclose(found.queries[1], expected, rtol=1e-4, atol=1e-5)
-        scores = unit(found.queries) @ unit(found.passages).T
+        np.testing.assert_allclose(queries[1], expected, rtol=1e-4, atol=1e-5)
+        scores = unit(queries) @ unit(passages).T
         np.testing.assert_allclose(scores_of(ranked, name), scores, rtol=1e-3, atol=1e-5)
 
 
-def test_annotated_sentences_are_the_labels(run):
-    _, data, _, _, ranked, _ = run
+def test_annotated_sentences_are_the_labels(traced):
+    run, ranked, _ = traced
+    data = run.corpus
     for q, right in enumerate(data.correct["all"]):
         kept = ranked["annotated"].proponents[q]
         assert sorted(kept[kept >= 0]) == sorted(right)
 
 
-def test_rows_that_differ_by_title_share_a_ranking(run):
-    *_, ranked, _ = run
+def test_rows_that_differ_by_title_share_a_ranking(traced):
+    run, ranked, _ = traced
     for name in ("proponents", "proponent_scores"):
         one, other = (getattr(ranked[n], name) for n in ("exp2", "grad_cos"))
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_second_run_reads_what_is_there(run, monkeypatch):
-    config, data, trained, workdir, ranked, notes = run
+def test_a_second_run_reads_what_is_there(traced, monkeypatch):
+    run, ranked, notes = traced
     for module, name in (
         (encode, "encode"),
         (checkpoints, "summed"),
@@ -313,12 +328,13 @@ def test_a_second_run_reads_what_is_there(run, monkeypatch):
         (retrieve.by_score, "rank"),
     ):
         monkeypatch.setattr(module, name, None)
-    again, told = retrieve.retrieve(config, data, trained, workdir)
+    again, told = retrieve.retrieve(run)
     assert told == notes and again.keys() == ranked.keys()
 
 
-def test_what_the_config_lacks_is_told(run, monkeypatch):
-    config, data, trained, workdir, *_ = run
+def test_what_the_config_lacks_is_told(traced, monkeypatch):
+    run, *_ = traced
+    config = run.config
     config = config.copy_and_resolve_references()
     dense_only = methods.parse("dense")
     with pytest.raises(ValueError, match="needs --config.dense.model"):
@@ -340,4 +356,4 @@ def test_what_the_config_lacks_is_told(run, monkeypatch):
     retrieve.check(config, methods.parse("tracin"))
     config.several.checkpoints = 0
     with pytest.raises(ValueError, match="several.checkpoints=0"):
-        checkpoints.steps_of(config, trained, METHODS["tracin"])
+        checkpoints.steps_of(dataclasses.replace(run, config=config), METHODS["tracin"])

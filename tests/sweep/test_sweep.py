@@ -248,10 +248,10 @@ def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, m
     (point,) = grid.load(write(tmp_path / "s.py", '{"axes": {"seed": [0]}}'), config).points
     old = digests.digests(point.config)
 
-    real = points.train.run
-    monkeypatch.setattr(points.train, "run", lambda *a: (real(*a), facts.write_bytes(b""))[0])
+    real = points.train.train
+    monkeypatch.setattr(points.train, "train", lambda *a: (real(*a), facts.write_bytes(b""))[0])
     monkeypatch.setattr(points.retrieve, "retrieve", lambda *a: ({}, {}))
-    monkeypatch.setattr(points.evaluate, "run", lambda *a: {})
+    monkeypatch.setattr(points.evaluate, "evaluate", lambda *a: {})
     points.run_point(point, tmp_path)
     assert digests.digests(point.config) != old
     markers = sorted(f.name for f in (tmp_path / "runs" / point.training).glob("*-*.*s"))

@@ -6,15 +6,15 @@ import threading
 import filelock
 import pytest
 
-from tda.run.kept import Kept
+from tda.run.result_log import ResultLog
 
 
 def test_round_trip_and_a_torn_line(tmp_path):
-    kept = Kept(tmp_path / "k.jsonl")
+    kept = ResultLog(tmp_path / "k.jsonl")
     assert kept.read() == {}
     kept.add([("a", 1), ("b", [0.1, 2.0])])
     kept.add([("é", {"x": None}), ("a", 3)])
-    assert Kept(tmp_path / "k.jsonl").read() == {"a": 3, "b": [0.1, 2.0], "é": {"x": None}}
+    assert ResultLog(tmp_path / "k.jsonl").read() == {"a": 3, "b": [0.1, 2.0], "é": {"x": None}}
     whole = kept.path.read_bytes()
     for cut in range(1, 25):
         kept.path.write_bytes(whole[:-cut])
@@ -26,7 +26,7 @@ def test_round_trip_and_a_torn_line(tmp_path):
 
 @pytest.mark.parametrize("line", [b"{}\n", b"[]\n", b"7\n", b"not JSON\n", b"\xff\n"])
 def test_another_file_is_refused(tmp_path, line):
-    kept = Kept(tmp_path / "k.jsonl")
+    kept = ResultLog(tmp_path / "k.jsonl")
     kept.add([("a", 1)])
     with open(kept.path, "ab") as out:
         out.write(line)
@@ -36,7 +36,7 @@ def test_another_file_is_refused(tmp_path, line):
 
 @pytest.mark.parametrize("work", [lambda k: k.read(), lambda k: k.add([("b", 2)])])
 def test_one_waits_for_another(tmp_path, work):
-    kept = Kept(tmp_path / "k.jsonl")
+    kept = ResultLog(tmp_path / "k.jsonl")
     kept.add([("a", 1)])
     other = threading.Thread(target=work, args=(kept,), daemon=True)
     with filelock.FileLock(tmp_path / ".k.jsonl.lock"):
@@ -48,7 +48,7 @@ def test_one_waits_for_another(tmp_path, work):
 
 
 def _write(path, who):
-    kept = Kept(path)
+    kept = ResultLog(path)
     for i in range(20):
         # Long enough to be written in many pieces.
         kept.add([(f"{who} {i} {j}", "x" * 4000) for j in range(50)])
@@ -64,6 +64,6 @@ def test_several_writers_tear_nothing(tmp_path):
     for w in writers:
         w.join()
     assert [w.exitcode for w in writers] == [0, 0, 0]
-    assert set(Kept(path).read()) == {
+    assert set(ResultLog(path).read()) == {
         f"{w} {i} {j}" for w in range(3) for i in range(20) for j in range(50)
     }

@@ -15,8 +15,8 @@ import filelock
 from tda.runtime import processes
 
 
-class Kept:
-    """What was computed so far, by key.
+class ResultLog:
+    """The values that were computed so far, by key.
 
     Of several processes the first reads and writes, and all hear what it read.
 
@@ -37,26 +37,26 @@ class Kept:
         return processes.on_first_process(f"read {self.path.name}", self._read)
 
     def _read(self) -> dict[str, Any]:
-        have: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if not self.path.exists():
-            return have
-        whole = 0
+            return values
+        complete = 0  # bytes of the lines that were written to their end
         with self._lock, open(self.path, "r+b") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     break
                 try:
                     item = json.loads(line)
-                    have[item["key"]] = item["value"]
+                    values[item["key"]] = item["value"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(
                         f"{self.path}, line {number}: not a kept result ({error}); "
                         "remove the line, or the file to compute all anew"
                     ) from error
-                whole += len(line)
-            if whole < os.fstat(lines.fileno()).st_size:
-                lines.truncate(whole)
-        return have
+                complete += len(line)
+            if complete < os.fstat(lines.fileno()).st_size:
+                lines.truncate(complete)
+        return values
 
     def add(self, items: Iterable[tuple[str, Any]]) -> None:
         """Appends values; of several processes the first alone does."""
