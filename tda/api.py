@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tda import hessian, methods
+from tda import methods
 from tda.answers import Answer, Found, Traced
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import inputs
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
 from tda.model import pretrained
-from tda.retrieval import exact, scorer
+from tda.retrieval import exact
+from tda.retrieval.whitening import HessianSettings, Whitening
 from tda.runtime import progress
 
 __all__ = ["load", "trace"]
@@ -145,18 +146,19 @@ def _ranked(setting: inputs.Setting, made: inputs.Made, k: int, damping: float) 
             "output for it"
         )
     method, source = setting.method, made.source
-    roots = None
-    if method.hessian != "none":
-        slices = scorer.slices_of(source.form.widths)
-        R = hessian.autocorrelation(hessian.rows_for(source), slices)
-        if method.hessian == "mixed":
-            R = _mixed(R, made.gradients_QxE, slices)
-        roots = hessian.inverse_root(R, damping)
-    one = {"it": scorer.Scorer(roots, method.unit_norm)}
+    if method.hessian == "mixed" and len(made.gradients_QxE) < _FEWEST_QUERIES:
+        raise ValueError(
+            f"R of {len(made.gradients_QxE)} queries is hardly more than these, and mixing it in "
+            "would take out what is asked for; use method='exp5' below "
+            f"{_FEWEST_QUERIES} queries"
+        )
+    settings = HessianSettings(damping=damping)
+    whitening = Whitening(settings, source, made.gradients_QxE, setting.mesh, quiet=setting.quiet)
+    (part,) = whitening.parts({"": method})
     with progress.bar(source.rows, "search", "passage", quiet=setting.quiet) as bar:
-        found = exact.search(
-            made.gradients_QxE, source, one, k, mesh=setting.mesh, on_rows=bar.update
-        )["it"]
+        ranked = exact.search(
+            made.gradients_QxE, source, part.scorers, k, mesh=setting.mesh, on_rows=bar.update
+        )[""]
 
     def passages(rows, scores):
         return tuple(
@@ -170,22 +172,9 @@ def _ranked(setting: inputs.Setting, made: inputs.Made, k: int, damping: float) 
         [
             Answer(
                 *query,
-                passages(found.proponents[q], found.proponent_scores[q]),
-                passages(found.opponents[q], found.opponent_scores[q]),
+                passages(ranked.proponents[q], ranked.proponent_scores[q]),
+                passages(ranked.opponents[q], ranked.opponent_scores[q]),
             )
             for q, query in enumerate(made.asked)
         ],
     )
-
-
-def _mixed(R_train, gradients_QxE, slices):
-    """λ R_eval + (1 − λ) R_train by the paper's rule."""
-    if len(gradients_QxE) < _FEWEST_QUERIES:
-        raise ValueError(
-            f"R of {len(gradients_QxE)} queries is hardly more than these, and mixing it in would "
-            f"take out what is asked for; use method='exp5' below {_FEWEST_QUERIES} queries"
-        )
-    R_eval = hessian.autocorrelation([gradients_QxE], slices)
-    k = hessian.component(gradients_QxE.shape[1])
-    weight = hessian.mixing_weight(hessian.spectrum(R_train), hessian.spectrum(R_eval), k)
-    return hessian.mix(R_train, R_eval, weight)

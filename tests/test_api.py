@@ -358,6 +358,13 @@ def test_trackstar_mixes_where_there_are_queries_enough(model, tokenizer):
     assert not np.allclose(scores, [[f.score for f in a.proponents] for a in plain])
 
 
+def test_queries_of_too_few_directions_are_not_mixed_in(model, tokenizer):
+    """Guards: λ by rounding noise, where the mixing rule looks beyond the queries' directions."""
+    wide = Projection(side=16, pooling="matrix")
+    with pytest.raises(ValueError, match="R_eval of 16 queries has no direction at component"):
+        call(model, tokenizer, queries=QUERIES * 8, method="trackstar", projection=wide)
+
+
 def test_what_the_package_offers():
     assert set(tda.__all__) == {"Projection", "load", "trace"}
     assert tda.Projection is Projection and callable(tda.load)

@@ -2,9 +2,8 @@
 
 from tda.live.encoded import Encoded, finished_stores
 from tda.live.questions import Question
-from tda.live.roots import Hessian
 from tda.live.speaker import Speaker
 from tda.live.tracer import Tracer
 from tda.run.remembered import Known
 
-__all__ = ["Encoded", "Hessian", "Known", "Question", "Speaker", "Tracer", "finished_stores"]
+__all__ = ["Encoded", "Known", "Question", "Speaker", "Tracer", "finished_stores"]

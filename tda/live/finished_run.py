@@ -10,7 +10,6 @@ from flax import nnx
 from tda.live.live_stores import encoded_kinds
 from tda.live.others import others
 from tda.live.retrievers import StoredPassages
-from tda.live.roots import Hessian
 from tda.live.sums import Checkpoints
 from tda.live.tracer import Tracer
 from tda.methods import METHODS
@@ -110,13 +109,19 @@ def load(path: pathlib.Path, config: dict | None = None) -> tuple[Tracer, int]:
     run = open_run(path, config)
     corpus, encoded = run.corpus, encoded_kinds(run)
     passages = StoredPassages(next(iter(encoded.values())).store) if encoded else corpus
-    h = run.config.hessian
-    how = Hessian(h.sample, h.seed, h.component, h.weight, h.damping, h.cutoff, h.evaluation)
-    retrievers = others(run, passages) | {"several": Checkpoints(run, how)}
+    retrievers = others(run, passages) | {"several": Checkpoints(run)}
     model, context = run.trained.model, run.config.model.context
     folder = path / "live"
     tracer = Tracer(
-        model, corpus.tokenizer, context, encoded, how, folder, corpus.known, passages, retrievers
+        model,
+        corpus.tokenizer,
+        context,
+        encoded,
+        run.hessian,
+        folder,
+        corpus.known,
+        passages,
+        retrievers,
     )
     tracer.corpus = corpus
     return tracer, sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -5,7 +5,6 @@ import functools
 from tda import store as stores
 from tda.live.live_stores import encoded_kinds
 from tda.live.questions import Question
-from tda.live.roots import Hessian
 from tda.live.tracer import Tracer
 from tda.methods import Method
 from tda.retrieval import exact
@@ -21,11 +20,10 @@ class Checkpoints:
 
     Args:
         run: the run.
-        how: how R is made.
     """
 
-    def __init__(self, run: Run, how: Hessian):
-        self._run, self._how = run, how
+    def __init__(self, run: Run):
+        self._run = run
         self._at_step = functools.cache(self._open)
 
     def lacks(self, method: Method) -> str | None:
@@ -65,7 +63,9 @@ class Checkpoints:
         corpus = run.corpus
         model, folder = run.trained.model, run.workdir / "live"
         context = run.config.model.context
-        tracer = Tracer(model, corpus.tokenizer, context, encoded, self._how, folder, corpus.known)
+        tracer = Tracer(
+            model, corpus.tokenizer, context, encoded, run.hessian, folder, corpus.known
+        )
         return run, encoded, tracer
 
     def _part(self, step: int, method: Method, question: Question, on_progress: Progress) -> Part:
@@ -75,7 +75,7 @@ class Checkpoints:
         roots, probabilities = [], None
         if method.hessian == "train":
             kind = method.gradients
-            roots = tracer.roots.scorer(method, question.number, kind, on_progress).roots
+            roots = tracer.scorer(method, question, kind, on_progress).roots
         if method.passages == "unsure":
             on_progress("likelihood of the passages", 0, 0)
             probabilities = vectors.probabilities(run)

@@ -5,6 +5,8 @@ the encoder, R of the store, exact search. So a query of the run has the passage
 the run gave it.
 """
 
+import pathlib
+
 import numpy as np
 from flax import nnx
 
@@ -16,12 +18,12 @@ from tda.live import heat, retrievers
 from tda.live.encoded import Encoded
 from tda.live.questions import Question
 from tda.live.retrievers import Passages, Retriever
-from tda.live.roots import Hessian, Roots, factors
 from tda.live.speaker import Speaker
 from tda.methods import GradientKind, Method
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer
+from tda.retrieval.whitening import HessianSettings, Whitening, factors
 from tda.run.remembered import Known
 from tda.runtime.progress import Progress, counted, silent
 
@@ -38,7 +40,7 @@ class Tracer:
         tokenizer: its tokenizer.
         context: positions that a query may have.
         encoded: the corpus's gradients.
-        how: how R is made; by default as configs have it.
+        settings: how R is made.
         folder: where R^(−1/2) is kept for the next start; None keeps it in memory alone.
         known: the run's own queries, by whose rules they are answered and marked.
         passages: the corpus; that of the gradients by default.
@@ -47,7 +49,6 @@ class Tracer:
 
     Attributes:
         speaker: asks the model for tokens.
-        roots: R^(−1/2) of the gradients.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Tracer:
         tokenizer: Tokenizer,
         context: int,
         encoded: dict[GradientKind, Encoded],
-        how: Hessian | None = None,
+        settings: HessianSettings | None = None,
         folder=None,
         known: Known | None = None,
         passages: Passages | None = None,
@@ -64,8 +65,9 @@ class Tracer:
     ):
         self.speaker = Speaker(model, tokenizer, context)
         self._model, self._encoded = model, encoded
-        self._how, self._known = how or Hessian(), known or Known()
-        self.roots = Roots(encoded, self._how, folder)
+        self._settings, self._known = settings or HessianSettings(), known or Known()
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._whitenings: dict[GradientKind, Whitening] = {}
         if passages is None and encoded:
             passages = retrievers.StoredPassages(next(iter(encoded.values())).store)
         self._passages, self._others = passages, dict(others or {})
@@ -101,7 +103,7 @@ class Tracer:
     def _lacks_queries(self, method: Method) -> str | None:
         if self._encoded[method.gradients].queries is None:
             return "R_eval needs the gradients of the run's queries, which are not there"
-        rule = method.evaluation or self._how.evaluation
+        rule = self._settings.evaluation_of(method)
         if rule != "all" and not self._known.ids:
             return (
                 f"R_eval is {rule}, and the run kept no list of its queries to know them by; run "
@@ -165,12 +167,29 @@ class Tracer:
     ) -> dict[str, Ranked]:
         store = self._encoded[gradients].store
         gradient_1xE = self.gradient(question, gradients, on_progress)
-        scorers = {
-            n: self.roots.scorer(m, question.number, gradients, on_progress)
-            for n, m in sharing.items()
-        }
+        scorers = {n: self.scorer(m, question, gradients, on_progress) for n, m in sharing.items()}
         on_rows = counted(on_progress, "searching passages", store.rows)
         return exact.search(gradient_1xE, store, scorers, k, on_rows=on_rows)
+
+    def scorer(
+        self, method: Method, question: Question, kind: GradientKind, on_progress: Progress
+    ) -> Scorer:
+        """How a method scores passages for a question; see `Whitening.parts`."""
+        if kind not in self._whitenings:
+            e = self._encoded[kind]
+            queries = e.queries and e.queries.read(slice(0, e.queries.rows))
+            stores = [s for s in (e.store, e.queries) if s is not None]
+            identity = [[s.manifest, s.withdrawn.tolist()] for s in stores]
+            self._whitenings[kind] = Whitening(
+                self._settings,
+                e.store,
+                queries,
+                folder=self._folder,
+                identity=identity,
+                on_progress=lambda *told: self._on_progress(*told),
+            )
+        self._on_progress = on_progress
+        return self._whitenings[kind].scorer(method, question.number)
 
     def _record(self, question: Question, found: Ranked, method: Method) -> dict:
         def passages(rows, scores):
@@ -265,7 +284,7 @@ class Tracer:
             raise ValueError(f"the store has no passage {passage!r}") from error
         question = self._question(prompt, target)
         query_1xE = self.gradient(question, gradients, on_progress)
-        scorer = self.roots.scorer(method, question.number, gradients, on_progress)
+        scorer = self.scorer(method, question, gradients, on_progress)
         stored_1xE = e.store.read([row])
         if not np.isfinite(stored_1xE).all():
             raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")

@@ -1,40 +1,73 @@
-"""R of a store and of its queries, and the scorers that methods make of them."""
+"""R of passages and queries, and the scorers that methods make of it: the one recipe for R.
 
+`tda.trace`, runs and live questions all whiten by this module.
+"""
+
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from tda import hessian
 from tda.methods import Method
 from tda.retrieval import scorer
-from tda.retrieval.scorer import Scorer
+from tda.retrieval.scorer import Scorer, Source
 from tda.runtime import atomic_file, progress
 from tda.runtime.fingerprint import fingerprint
+from tda.runtime.progress import Progress
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.
 _FLOOR = 1e-6
+_HALVES = ("first half", "second half")
 
 
-def evaluation_of(config, method: Method) -> str:
-    """What a method's R_eval is made of.
+@dataclasses.dataclass(frozen=True)
+class HessianSettings:
+    """How R is made."""
 
-    Raises:
-        ValueError: `hessian.evaluation` is unknown.
-    """
-    name = method.evaluation or config.hessian.evaluation
-    if name not in EVALUATIONS:
-        raise ValueError(f"unknown hessian.evaluation={name!r}; use {', '.join(EVALUATIONS)}")
-    return name
+    sample: int = 0
+    """Passages that R_train is taken of, drawn at random; 0 takes all."""
+
+    seed: int = 0
+    """Seed of that draw, and of the halves of queries."""
+
+    component: int = 0
+    """k of the mixing rule, counted from 1; 0: in proportion to the width."""
+
+    weight: float = -1.0
+    """λ, the weight of R_eval; below 0: by the rule."""
+
+    damping: float = 1e-3
+    """Added to R, in mean eigenvalues of a block; below 0: R is shrunk as its sample size needs."""
+
+    cutoff: float = 0.0
+    """Directions of smaller eigenvalues, in mean eigenvalues of a block, are left out."""
+
+    evaluation: str = "all"
+    """The queries that R_eval is taken of: "all", "leave_one_out" or "disjoint"."""
+
+    def evaluation_of(self, method: Method) -> str:
+        """Returns what a method's R_eval is taken of: its own rule, or that of the settings.
+
+        Raises:
+            ValueError: `evaluation` is unknown.
+        """
+        rule = method.evaluation or self.evaluation
+        if rule not in EVALUATIONS:
+            raise ValueError(f"unknown hessian.evaluation={rule!r}; use {', '.join(EVALUATIONS)}")
+        return rule
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Queries that are searched together, and how.
+    """Queries that are searched together.
 
     Attributes:
-        queries: their numbers, rising.
+        queries: their places among the queries asked for, rising.
         scorers: by the method's name.
     """
 
@@ -42,149 +75,265 @@ class Part:
     scorers: dict[str, Scorer]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Root:
+    """R^(−1/2) by block, float32 [E_b, E_b] each, None for the identity; and β of `Scorer.own`."""
+
+    blocks: list[np.ndarray] | None
+    own: tuple[float, ...] = ()
+
+
 class Whitening:
-    """R_train of a source and R_eval of its queries, taken when they are first needed.
+    """R^(−1/2) of one source of gradients, each kind made when it is first needed.
+
+    The kinds are "none" (the identity), "train" (R_train), and mixtures of R_train with an R_eval
+    of "all" queries, of all with one's own part to be taken out ("leave_one_out"), or of the
+    "first half" or the "second half" of the queries.
 
     Args:
-        config: of the run.
-        source: the corpus's gradients.
-        queries_QxE: the queries' gradients.
-        mesh: the devices; one where None.
+        settings: how R is made.
+        source: the passages' gradients.
+        queries_QxE: the gradients of the queries that R_eval is taken of; not needed for R_train.
+        mesh: the devices that R_train is summed on; one where None.
+        folder: where roots are kept for the next start; None keeps them in memory alone.
+        identity: JSON values that tell these gradients from others, for the files in `folder`.
+        on_progress: told what is done; None shows a progress bar.
+        quiet: shows no progress bar.
+
+    Attributes:
+        notes: what was decided for each kind of R (λ, damping, shrinkage, …), for tables.
+        spectra: eigenvalues of R_train ("train") and of the first R_eval ("evaluation"), float64
+            [E], each block's falling, block after block.
     """
 
-    def __init__(self, config, source, queries_QxE: np.ndarray, mesh):
-        self._config, self._h = config, config.hessian
-        self._source, self._queries, self._mesh = source, queries_QxE, mesh
-        self.slices = scorer.slices_of(source.form.widths)
-        self._train = None
+    def __init__(
+        self,
+        settings: HessianSettings,
+        source: Source,
+        queries_QxE: np.ndarray | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        folder: pathlib.Path | None = None,
+        identity=None,
+        on_progress: Progress | None = None,
+        quiet: bool = False,
+    ):
+        self._settings, self._source, self._queries = settings, source, queries_QxE
+        self._mesh, self._folder, self._identity = mesh, folder, identity
+        self._on_progress, self._quiet = on_progress, quiet
+        self._slices = scorer.slices_of(source.form.widths)
+        self._train: hessian.Autocorrelation | None = None
+        self._roots: dict[str, _Root] = {"none": _Root(None)}
         self.notes: dict[str, dict] = {}
         self.spectra: dict[str, np.ndarray] = {}
+
+    def parts(
+        self, methods: dict[str, Method], numbers: Sequence[int | None] | None = None
+    ) -> list[Part]:
+        """Returns how to search for some queries: all together unless their R differ.
+
+        Args:
+            methods: by name.
+            numbers: which of the queries of R_eval each query is, None where it is none of them;
+                by default these queries in order. R_eval of all queries has no part of a query
+                that is none of them, and serves it whatever the rule is.
+        """
+        if numbers is None:
+            numbers = range(len(self._queries))
+        together: dict[str, Scorer] = {}
+        split: dict[tuple[str, ...], list[str]] = {}
+        for name, method in methods.items():
+            kinds = tuple(self._kind(method, number) for number in numbers)
+            if len(set(kinds)) == 1:
+                together[name] = self._scorer(method, kinds[0])
+            else:
+                split.setdefault(kinds, []).append(name)
+        parts = [Part(np.arange(len(numbers)), together)] if together else []
+        for kinds, names in split.items():
+            for kind in sorted(set(kinds), reverse=True):
+                places = np.flatnonzero([k == kind for k in kinds])
+                scorers = {n: self._scorer(methods[n], kind) for n in names}
+                parts.append(Part(places, scorers))
+        return parts
+
+    def scorer(self, method: Method, number: int | None) -> Scorer:
+        """Returns how a method scores passages for one query; `number` as in `parts`."""
+        return self._scorer(method, self._kind(method, number))
+
+    def train_roots(self) -> list[np.ndarray]:
+        """R_train^(−1/2) by block, float32."""
+        return self._root("train").blocks
+
+    def note(self, method: Method) -> dict | None:
+        """What a table says of a method's R; None where nothing was decided."""
+        rule = method.hessian
+        if rule == "mixed":
+            rule = self._settings.evaluation_of(method)
+        if rule != "disjoint":
+            return self.notes.get(rule)
+        halves = [self.notes[h] for h in reversed(_HALVES) if h in self.notes]
+        if not halves:
+            return None
+        weight = float(np.mean([note["lambda"] for note in halves]))
+        return halves[-1] | {"lambda": weight, "evaluation": rule}
+
+    def keep_spectra(self, directory: pathlib.Path, block_names, provenance) -> str | None:
+        """Writes the spectra that were taken (.npz), and returns the file's name.
+
+        Arrays: "blocks" (names), "widths", and float64 [E] "train" and "evaluation".
+        """
+        if not self.spectra:
+            return None
+        name = f"spectra-{fingerprint(provenance)}.npz"
+        arrays = {"blocks": np.array(block_names), "widths": np.array(self._source.form.widths)}
+        if (directory / name).exists():
+            # An earlier search may have needed an R that this one did not.
+            with np.load(directory / name, allow_pickle=False) as file:
+                arrays = dict(file) | arrays
+        with atomic_file.open_atomic(directory / name, "wb") as out:
+            np.savez(out, **arrays | self.spectra)
+        return name
+
+    def _scorer(self, method: Method, kind: str) -> Scorer:
+        root = self._root(kind)
+        return Scorer(root.blocks, method.unit_norm, root.own)
+
+    def _kind(self, method: Method, number: int | None) -> str:
+        if method.hessian != "mixed":
+            return method.hessian
+        rule = self._settings.evaluation_of(method)
+        if number is None:
+            return "all"
+        if rule != "disjoint":
+            return rule
+        # R_eval is taken of the half that the query is not in.
+        return _HALVES[int(number in self._halves()[0])]
+
+    def _halves(self) -> tuple[np.ndarray, np.ndarray]:
+        return hessian.halves(len(self._queries), self._settings.seed)
+
+    def _root(self, kind: str) -> _Root:
+        if kind not in self._roots:
+            self._roots[kind] = self._read(kind) or self._make_and_keep(kind)
+        return self._roots[kind]
+
+    def _file(self, kind: str) -> pathlib.Path | None:
+        if self._folder is None:
+            return None
+        made_from = [dataclasses.asdict(self._settings), self._identity]
+        return self._folder / f"root-{kind.replace(' ', '-')}-{fingerprint(made_from)}.npz"
+
+    def _read(self, kind: str) -> _Root | None:
+        file = self._file(kind)
+        if file is None or not file.exists():
+            return None
+        self._tell("reading R")
+        with np.load(file, allow_pickle=False) as arrays:
+            blocks = [arrays[str(i)] for i in range(len(self._slices))]
+            return _Root(blocks, tuple(arrays["own"].tolist()))
+
+    def _make_and_keep(self, kind: str) -> _Root:
+        root, file = self._make(kind), self._file(kind)
+        if file is not None:
+            # A run that may only be read is asked all the same; R is made again at each start.
+            with contextlib.suppress(PermissionError):
+                file.parent.mkdir(exist_ok=True)
+                blocks = {str(i): b for i, b in enumerate(root.blocks)}
+                with atomic_file.open_atomic(file, "wb") as out:
+                    np.savez(out, own=np.asarray(root.own), **blocks)
+        return root
+
+    def _tell(self, description: str) -> None:
+        if self._on_progress is not None:
+            self._on_progress(description, 0, 0)
 
     @property
     def train(self) -> hessian.Autocorrelation:
         """R_train."""
         if self._train is None:
-            count = min(self._h.sample or self._source.rows, self._source.rows)
-            with progress.bar(count, "R_train", "passage") as bar:
-                self._train = hessian.of_source(
-                    self._source, self._h.sample, self._h.seed, self._mesh, bar.update
-                )
+            s, rows = self._settings, self._source.rows
+            with self._progress(min(s.sample or rows, rows)) as on_rows:
+                self._train = hessian.of_source(self._source, s.sample, s.seed, self._mesh, on_rows)
             self.spectra["train"] = np.concatenate(hessian.spectra(self._train.blocks))
         return self._train
 
-    def _roots(self, R, noise, note: dict) -> tuple[list[np.ndarray], np.ndarray]:
-        """R^(−1/2), and how much of R is in it, by block: 1, or less where R was shrunk."""
-        h = self._h
-        note["cutoff"] = h.cutoff
-        if h.damping >= 0:
-            note["damping"] = h.damping
-            return hessian.inverse_root(R, h.damping, h.cutoff), np.ones(len(self.slices))
+    @contextlib.contextmanager
+    def _progress(self, total: int):
+        if self._on_progress is not None:
+            yield progress.counted(self._on_progress, "R of the passages", total)
+            return
+        with progress.bar(total, "R_train", "passage", quiet=self._quiet) as bar:
+            yield bar.update
+
+    def _make(self, kind: str) -> _Root:
+        train = self.train
+        self._tell("decomposing R")
+        if kind == "train":
+            self.notes[kind] = {}
+            return _Root(self._inverse_root(train.blocks, train.noise, self.notes[kind])[0])
+        queries_QxE = self._queries
+        if kind in _HALVES:
+            queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
+        evaluation = hessian.of_source(scorer.InMemory(queries_QxE, self._slices))
+        weight = self._weight(evaluation, kind)
+        blocks, n = evaluation.blocks, len(queries_QxE)
+        if kind == "leave_one_out":
+            if n < 2:
+                raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
+            # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
+            blocks = [b * (n / (n - 1)) for b in blocks]
+        noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * train.noise
+        mixed = hessian.mix(train.blocks, blocks, weight)
+        roots, shares = self._inverse_root(mixed, noise, self.notes[kind])
+        own = (shares * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
+        return _Root(roots, tuple(own))
+
+    def _weight(self, evaluation: hessian.Autocorrelation, kind: str) -> float:
+        """λ, by the rule or as the settings say."""
+        k = self._settings.component or hessian.component(self._source.form.width)
+        weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks)
+        spectrum = np.concatenate(by_block)
+        self.spectra.setdefault("evaluation", spectrum)
+        if weight < 0:
+            # With fewer directions than k the rule would compare R_train with rounding.
+            hessian.check_component(by_block, k, evaluation.count)
+            both = (np.sort(x)[::-1] for x in (self.spectra["train"], spectrum))
+            weight = hessian.mixing_weight(*both, k)
+        self.notes[kind] = {"lambda": weight, "component": k, "evaluation": kind}
+        return weight
+
+    def _inverse_root(self, R, noise, note: dict) -> tuple[list[np.ndarray], np.ndarray]:
+        """R^(−1/2), and the share of R in it, by block: 1, or less where R was shrunk."""
+        s = self._settings
+        note["cutoff"] = s.cutoff
+        if s.damping >= 0:
+            note["damping"] = s.damping
+            roots = hessian.inverse_root(R, s.damping, s.cutoff)
+            return roots, np.ones(len(self._slices))
         R = list(R)
         shares = hessian.shrinkage(R, noise)
         note["shrinkage"] = float(np.median(shares))
-        return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, h.cutoff), 1 - shares
+        return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, s.cutoff), 1 - shares
 
-    def train_roots(self) -> list[np.ndarray]:
-        """R_train^(−1/2) by block."""
-        self.notes["train"] = {}
-        return self._roots(self.train.blocks, self.train.noise, self.notes["train"])[0]
 
-    def _mixed(self, evaluation: hessian.Autocorrelation, weight: float, name: str):
-        """Of λ R_eval + (1 − λ) R_train, what `_roots` gives."""
-        noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * self.train.noise
-        R = hessian.mix(self.train.blocks, evaluation.blocks, weight)
-        return self._roots(R, noise, self.notes[name])
+def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np.ndarray] | None:
+    """Returns F by block with FᵀF the inverse of R that a query is scored with, [E_b, E_b].
 
-    def _weight(self, evaluation: hessian.Autocorrelation, name: str) -> float:
-        """λ, by the rule or as the config says."""
-        k = self._h.component or hessian.component(self._source.form.width)
-        weight = self._h.weight
-        by_block = hessian.spectra(evaluation.blocks)
-        if weight < 0:
-            hessian.check_component(by_block, k, evaluation.count)
-        spectrum = np.concatenate(by_block)
-        self.spectra.setdefault("evaluation", spectrum)
-        _ = self.train  # its spectrum is taken with it
-        if weight < 0:
-            both = (np.sort(x)[::-1] for x in (self.spectra["train"], spectrum))
-            weight = hessian.mixing_weight(*both, k)
-        self.notes[name] = {"lambda": weight, "component": k, "evaluation": name}
-        return weight
+    R^(−1/2) itself where the query's own part stays in R. None for the identity.
 
-    def _autocorrelation(self, rows: np.ndarray) -> hessian.Autocorrelation:
-        return hessian.of_source(scorer.InMemory(self._queries[rows], self.slices))
-
-    def parts(self, methods: dict[str, Method]) -> list[Part]:
-        """How to search for some methods: all queries together but where R differs by half."""
-        everyone = np.arange(len(self._queries))
-        roots: dict = {"none": None}
-        together, by_half = {}, []
-        for name, method in methods.items():
-            kind = method.hessian
-            own: tuple[float, ...] = ()
-            if kind == "train" and kind not in roots:
-                roots[kind] = self.train_roots()
-            if kind == "mixed":
-                kind = evaluation_of(self._config, method)
-                if kind == "disjoint":
-                    by_half.append(name)
-                    continue
-                if kind not in roots:
-                    roots[kind] = self._whole(kind, everyone)
-                if kind == "leave_one_out":
-                    own = roots[kind][1]
-                together[name] = Scorer(roots[kind][0], method.unit_norm, own)
-                continue
-            together[name] = Scorer(roots[kind], method.unit_norm)
-        found = [Part(everyone, together)] if together else []
-        return found + (self._halves(methods, by_half) if by_half else [])
-
-    def _whole(self, kind: str, everyone: np.ndarray) -> tuple[list, tuple[float, ...]]:
-        """Roots of R with all queries, and β of one query's own part in each block of it."""
-        n = len(everyone)
-        evaluation = self._autocorrelation(everyone)
-        weight = self._weight(evaluation, kind)
-        if kind == "all":
-            return self._mixed(evaluation, weight, kind)[0], ()
-        if n < 2:
-            raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
-        # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
-        grown = dataclasses.replace(
-            evaluation, blocks=[b * (n / (n - 1)) for b in evaluation.blocks]
-        )
-        roots, kept = self._mixed(grown, weight, kind)
-        return roots, tuple((kept * (weight / (n - 1))).tolist())
-
-    def _halves(self, methods: dict[str, Method], names: list[str]) -> list[Part]:
-        halves = hessian.halves(len(self._queries), self._h.seed)
-        found, weights = [], []
-        for mine, others in (halves, halves[::-1]):
-            evaluation = self._autocorrelation(others)
-            weights.append(self._weight(evaluation, "disjoint"))
-            roots, _ = self._mixed(evaluation, weights[-1], "disjoint")
-            found.append(Part(mine, {n: Scorer(roots, methods[n].unit_norm) for n in names}))
-        self.notes["disjoint"]["lambda"] = float(np.mean(weights))
-        return found
-
-    def note(self, method: Method) -> dict | None:
-        """What a table says of a method's R."""
-        kind = evaluation_of(self._config, method) if method.hessian == "mixed" else method.hessian
-        return self.notes.get(kind)
-
-    def keep_spectra(self, directory: pathlib.Path, layout_blocks, made_from) -> str | None:
-        """Writes the spectra that were taken (.npz), and gives the file's name.
-
-        Arrays: "blocks" (names), "widths", and float64 [E] "train" and "evaluation", each block's
-        eigenvalues falling, block after block.
-        """
-        if not self.spectra:
-            return None
-        name = f"spectra-{fingerprint(made_from)}.npz"
-        arrays = {"blocks": np.array(layout_blocks), "widths": np.array(self._source.form.widths)}
-        if (directory / name).exists():
-            # An earlier search may have needed an R that this one did not.
-            with np.load(directory / name, allow_pickle=False) as there:
-                arrays = dict(there) | arrays
-        with atomic_file.open_atomic(directory / name, "wb") as out:
-            np.savez(out, **arrays | self.spectra)
-        return name
+    Args:
+        scorer: how the query is scored.
+        query_E: its gradient, float32 [E].
+        slices: the columns of each block.
+    """
+    if not scorer.own:
+        return scorer.roots
+    out = []
+    for root, s, beta in zip(scorer.roots, slices, scorer.own, strict=True):
+        # (R − β g gᵀ)⁻¹ = W (I + γ h hᵀ) W, h = W g (Sherman and Morrison).
+        h_E = np.asarray(root, np.float64) @ query_E[s]
+        square = h_E @ h_E
+        longer = max(1 - beta * square, 1e-6) ** -0.5 - 1
+        step = longer / square if square > 0 else 0.0
+        out.append(root + step * np.outer(h_E, h_E @ root))
+    return out

@@ -116,7 +116,7 @@ def summed(run: Run, method: Method, later: Iterable[Method] = ()) -> Summed:
             q_QxE = encode.encode_queries(then, method.query_gradients)
         roots, probabilities = [], None
         if method.hessian == "train":
-            roots = Whitening(run.config, source, q_QxE, run.search_mesh).train_roots()
+            roots = Whitening(run.hessian, source, mesh=run.search_mesh).train_roots()
         if method.passages == "unsure":
             probabilities = vectors.probabilities(then)
         parts.append(Part(source, q_QxE, roots, probabilities))

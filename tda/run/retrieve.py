@@ -13,9 +13,9 @@ from tda import methods
 from tda import store as stores
 from tda.gradients import adam_steps
 from tda.methods import GradientKind, Method
-from tda.retrieval import annotated, bm25, by_score, dense, exact, ranked, whitening
+from tda.retrieval import annotated, bm25, by_score, dense, exact, ranked
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import Whitening
+from tda.retrieval.whitening import HessianSettings, Whitening
 from tda.run import checkpoints, encode, index, vectors
 from tda.run.run import Corpus, Run
 from tda.runtime import processes, progress
@@ -84,7 +84,7 @@ def check(config, chosen: dict[str, Method]) -> None:
         raise ValueError(f"eval.top_k={config.eval.top_k} must be 1 or more")
     for method in chosen.values():
         if method.hessian == "mixed":
-            evaluation = whitening.evaluation_of(config, method)
+            evaluation = HessianSettings(**dict(config.hessian)).evaluation_of(method)
             if evaluation == "leave_one_out" and config.search.index != "none":
                 raise ValueError(
                     f"{method.title}: with R_eval leave_one_out a passage has another norm for "
@@ -117,7 +117,7 @@ def _is_begun(run: Run, kind: GradientKind) -> bool:
 def _search(run: Run, kind: GradientKind, store, queries, sharing: dict, files: dict) -> None:
     print(f"search {store.rows:,} passages: {', '.join(sharing)}")
     mesh = run.search_mesh
-    whitening = Whitening(run.config, store, queries, mesh)
+    whitening = Whitening(run.hessian, store, queries, mesh)
     found: dict[str, list] = {n: [] for n in sharing}
     notes: dict[str, dict] = {n: {} for n in sharing}
     parts = whitening.parts(sharing)

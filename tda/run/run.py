@@ -21,6 +21,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import Site
 from tda.methods import GradientKind
 from tda.model import functional
+from tda.retrieval.whitening import HessianSettings
 from tda.run.workdir import Workdir
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, plain
@@ -164,6 +165,11 @@ class Run:
         if not sharding.is_local(mesh):
             mesh = sharding.make_mesh(devices=jax.local_devices())
         return mesh if sharding.batch_devices(mesh) > 1 else None
+
+    @property
+    def hessian(self) -> HessianSettings:
+        """How R is made."""
+        return HessianSettings(**dict(self.config.hessian))
 
     @property
     def query_texts(self) -> list[str]:

@@ -14,10 +14,11 @@ from tda.encoding import table as encoding
 from tda.evaluation.likelihood import Likelihood
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
-from tda.live import Encoded, Hessian, Tracer
+from tda.live import Encoded, Tracer
 from tda.live import heat as heats
 from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import exact
+from tda.retrieval.whitening import HessianSettings
 
 CONTEXT, P = 24, Projection(side=4, blocks=2)
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
@@ -49,7 +50,7 @@ def made(decoder, tmp_path_factory):
         encoding.fill_store(found[name], encoder, some, layout)
     encoded = Encoded(found["corpus"], found["queries"], P)
     tracer = Tracer(
-        model, tokenizer, CONTEXT, {GradientKind(): encoded}, Hessian(damping=0.05), folder
+        model, tokenizer, CONTEXT, {GradientKind(): encoded}, HessianSettings(damping=0.05), folder
     )
     return tracer, model, found["corpus"], found["queries"], prompts, tokenizer
 
@@ -143,7 +144,7 @@ def test_r_is_kept_for_the_next_start(made, tmp_path):
     question, chosen = QUESTIONS[0][1:], {"exp4": METHODS["exp4"]}
     told: list[list[str]] = []
     found = []
-    for how in (Hessian(), Hessian(), Hessian(damping=0.5)):
+    for how in (HessianSettings(), HessianSettings(), HessianSettings(damping=0.5)):
         told.append([])
         one = Tracer(model, tokenizer, CONTEXT, encoded, how, tmp_path / "kept")
         found.append(one.trace(*question, chosen, 5, lambda *t: told[-1].append(t[0]))["exp4"])

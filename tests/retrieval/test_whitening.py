@@ -7,8 +7,7 @@ from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
 from tda.retrieval.scorer import InMemory
-from tda.retrieval.whitening import Whitening
-from tda.run import defaults
+from tda.retrieval.whitening import HessianSettings, Whitening
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -21,10 +20,8 @@ def data():
 
 
 def whitening(data, **changes):
-    config = defaults.get_config()
-    config.hessian.update(changes)
     passages, queries = data
-    return Whitening(config, InMemory(passages, SLICES), queries, None)
+    return Whitening(HessianSettings(**changes), InMemory(passages, SLICES), queries)
 
 
 def scores(data, part, name):
@@ -119,10 +116,8 @@ def test_too_few_queries_for_the_rule_are_refused():
     passages = InMemory(rng.normal(size=(200, 80)).astype(np.float32), slices)
 
     def parts(count, name="trackstar", **changes):
-        config = defaults.get_config()
-        config.hessian.update(changes)
         queries = (rng.normal(size=(count, 80)) + 1).astype(np.float32)
-        made = Whitening(config, passages, queries, None)
+        made = Whitening(HessianSettings(**changes), passages, queries)
         made.parts({"m": METHODS[name], "other": METHODS["exp5"]})
         return made
 
