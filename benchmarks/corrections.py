@@ -46,9 +46,10 @@ from tda.gradients.encoder import Encoder, make_encoder, scored_positions
 from tda.gradients.moments import estimate, second_moments
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.run.run import Corpus, Trained
 from tda.training import loop
 
@@ -116,7 +117,7 @@ def load(config, directory: str) -> Run:
         for label, lists in corpus.correct.items()
     }
     run = Run(config, corpus, trained, [], queries, passages, correct)
-    return dataclasses.replace(run, chosen=find_sites(trained.model, **run.scope))
+    return dataclasses.replace(run, chosen=sites.find(trained.model, **run.scope))
 
 
 def read_scales(run: Run, correction: str) -> tuple[dict[str, Scale] | None, list[float]]:
@@ -154,17 +155,16 @@ def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
 def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
     """What the gradient cosine and TrackStar rank, λ by the rule unless the config sets it."""
     h = run.config.hessian
-    cuts = range(0, len(passages), 4096)
-    loop = hessian.autocorrelation((passages[i : i + 4096] for i in cuts), slices)
-    evaluation = hessian.autocorrelation([queries], slices)
+    loop = hessian.autocorrelation_of_source(InMemory(passages, slices)).blocks
+    evaluation = hessian.autocorrelation_of_source(InMemory(queries, slices)).blocks
     weight = h.weight
     if weight < 0:
         spectra = hessian.spectrum(loop), hessian.spectrum(evaluation)
         width = passages.shape[1]
-        weight = hessian.mixing_weight(*spectra, h.component or hessian.component(width))
+        weight = hessian.mixing_weight(*spectra, h.component or hessian.default_component(width))
     roots = hessian.inverse_root(hessian.mix(loop, evaluation, weight), h.damping)
-    scorers = {"cosine": exact.Scorer(None, True), "TrackStar": exact.Scorer(roots, True)}
-    return exact.search(queries, exact.InMemory(passages, slices), scorers, K, run.correct)
+    scorers = {"cosine": Scorer(None, True), "TrackStar": Scorer(roots, True)}
+    return exact.search(queries, InMemory(passages, slices), scorers, K, run.correct)
 
 
 def cosines(a_RxE: np.ndarray, b_RxE: np.ndarray) -> np.ndarray:

@@ -26,13 +26,11 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.gradients import reference, together
+from tda.gradients import planning, reference, sites, together
 from tda.gradients.encoder import ends_of, make_encoder
 from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
-from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
 from tda.training import loop
 
@@ -60,7 +58,7 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
     if correction == "none":
         return None
     scales = {}
-    for i, site in enumerate(find_sites(model)):
+    for i, site in enumerate(sites.find(model)):
         stack = () if site.stack is None else (site.stack,)
         shape = (*stack, site.rows, site.columns)
         full = jnp.exp(jax.random.normal(jax.random.key(i), shape))
@@ -75,7 +73,7 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
 
 def part(model, projection: Projection, correction: str) -> together.Part:
     """One kind of gradients of an encoder of several."""
-    chosen = find_sites(model)
+    chosen = sites.find(model)
     ends = ends_of(chosen, projection, scales_of(model, correction))
     return together.Part(chosen, projection, ends)
 
@@ -97,7 +95,7 @@ class TrainingStep:
         step = functools.partial(loop.train_step, model_fn.merge, tx)
         self.step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
         self.batch = batch
-        self.memory = memory_of(self.step)
+        self.memory = planning.memory_of(self.step)
 
     def __call__(self):
         """One step; its loss."""
@@ -119,12 +117,12 @@ def case(size: str, length: int) -> dict:
         encoder = make_encoder(model, projection, scales_of(model, correction))
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
-        memory[correction] = memory_of(compiled)
+        memory[correction] = planning.memory_of(compiled)
     # Two kinds of gradients in one pass, as a table of many rows has them encoded.
     both = together.build(model, [part(model, projection, c) for c in BOTH])
     compiled = both.compiled.lower(both.arrays, batch).compile()
     sides[" and ".join(BOTH)] = functools.partial(compiled, both.arrays, batch)
-    memory[" and ".join(BOTH)] = memory_of(compiled)
+    memory[" and ".join(BOTH)] = planning.memory_of(compiled)
     # The reference keeps every example's whole gradient.
     few = jax.tree.map(lambda x: x[: max(1, 2**31 // (4 * parameters))], batch)
     pair = {}
@@ -137,7 +135,7 @@ def case(size: str, length: int) -> dict:
         ):
             compiled = f.lower(*args).compile()
             pair[name] = functools.partial(compiled, *args)
-            memory[name] = memory_of(compiled)
+            memory[name] = planning.memory_of(compiled)
     times = record.in_turns(sides, _ROUNDS.value)
     # In rounds of their own: gigabytes of gradients leave little of the caches to others.
     times |= record.in_turns(pair, _ROUNDS.value)

@@ -8,7 +8,9 @@ import numpy as np
 
 from tda import hessian
 from tda.methods import GradientKind
-from tda.retrieval import exact, scorer
+from tda.retrieval import scorer
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.run import encode, stages
 from tda.run.run import Run
 from tda.run.workdir import Workdir
@@ -30,15 +32,15 @@ def gradients(config, directory: str, corrected: bool = True):
     return run.corpus, store, queries_QxE
 
 
-def scorers(store, queries_QxE: np.ndarray) -> dict[str, exact.Scorer]:
+def scorers(store, queries_QxE: np.ndarray) -> dict[str, Scorer]:
     """TrackStar, with λ by the rule, and the cosine."""
-    slices = scorer.slices_of(store.form.widths)
-    train = hessian.autocorrelation(hessian.rows_for(store), slices)
-    asked = hessian.autocorrelation([queries_QxE], slices)
-    k = hessian.component(store.form.width)
+    slices = hessian.block_slices(store.form.widths)
+    train = hessian.autocorrelation_of_source(store).blocks
+    asked = hessian.autocorrelation_of_source(InMemory(queries_QxE, slices)).blocks
+    k = hessian.default_component(store.form.width)
     weight = hessian.mixing_weight(hessian.spectrum(train), hessian.spectrum(asked), k)
     roots = hessian.inverse_root(hessian.mix(train, asked, weight))
-    return {"trackstar": exact.Scorer(roots, True), "cosine": exact.Scorer(None, True)}
+    return {"trackstar": Scorer(roots, True), "cosine": Scorer(None, True)}
 
 
 def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +51,7 @@ def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarra
     if not os.path.exists(path):
         shape = (store.rows, store.form.width)
         out = np.lib.format.open_memmap(f"{path}.part", "w+", np.float32, shape)
-        for first, x_RxE in scorer.encodings(store, chosen, 512):
+        for first, x_RxE in scorer.encode_source(store, chosen, 512):
             out[first : first + len(x_RxE)] = x_RxE
         out.flush()
         del out

@@ -25,13 +25,15 @@ from tda import store as stores
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
+from tda.gradients import sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import from_full
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.retrieval import exact
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 
 
 def decoder(setup: dict) -> Decoder:
@@ -43,7 +45,7 @@ def decoder(setup: dict) -> Decoder:
 def second_moments(model: Decoder) -> dict[str, np.ndarray]:
     """Random second moments of every matrix, by path."""
     out = {}
-    for i, site in enumerate(find_sites(model)):
+    for i, site in enumerate(sites.find(model)):
         normal = np.random.default_rng(i).standard_normal(site.shape, np.float32)
         out[site.path] = np.exp(normal)
     return out
@@ -144,15 +146,13 @@ class Ours:
         everyone = np.arange(len(table))
         queries = encoding.encode_rows(encoder, table, everyone, self.layout(tokens))
         lap("encode the queries")
-        train = hessian.autocorrelation((x for _, x in store.chunks()), slices)
-        evaluation = hessian.autocorrelation([queries], slices)
+        train = hessian.autocorrelation_of_source(store).blocks
+        evaluation = hessian.autocorrelation_of_source(InMemory(queries, slices)).blocks
         lap("R")
         spectra = hessian.spectrum(train), hessian.spectrum(evaluation)
         weight = hessian.mixing_weight(*spectra, self.setup["component"])
         mixed = hessian.mix(train, evaluation, weight)
-        scorers = {
-            "trackstar": exact.Scorer(hessian.inverse_root(mixed, self.setup["damping"]), True)
-        }
+        scorers = {"trackstar": Scorer(hessian.inverse_root(mixed, self.setup["damping"]), True)}
         lap("fixed")
         found = exact.search(queries, store, scorers)
         self.ranked = found["trackstar"]

@@ -9,20 +9,10 @@ the same as, that of an accelerator's, whose attention kernels need less.
 """
 
 import functools
+import os
 import time
 
-import jax
-import optax
 from absl import app, flags
-from flax import nnx
-
-from benchmarks import record
-from benchmarks.ahead_of_time import compile_encoder, compile_training_step
-from tda.gradients.projection import Projection
-from tda.model import sizes
-from tda.model.decoder import Decoder
-from tda.plan.calibration import memory_of
-from tda.runtime import sharding
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SIZE = flags.DEFINE_string("size", "8b", "model size of tda/model/sizes.py")
@@ -40,19 +30,33 @@ def main(argv):
     """Compiles a training step and the encoder of every correction; prints bytes a device."""
     del argv
     count = _DATA.value * _FSDP.value * _TENSOR.value
-    # Both take effect as long as no device has been used yet.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
+    # Before JAX looks for devices.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    import optax
+    from flax import nnx
+
+    from benchmarks import record
+    from tda.gradients import planning
+    from tda.gradients.projection import Projection
+    from tda.model import sizes
+    from tda.model.decoder import Decoder
+    from tda.runtime import sharding
+
     mesh = sharding.make_mesh(_DATA.value, _FSDP.value, _TENSOR.value)
     shape = sizes.size(_SIZE.value) | dict(vocab_size=_VOCABULARY.value, dtype="bfloat16")
     model = nnx.eval_shape(lambda: Decoder(**shape, remat=True, rngs=nnx.Rngs(0)))
 
     def training_step():
-        return compile_training_step(model, optax.adam(1e-3), mesh, _BATCH.value, _LENGTH.value)
+        return planning.compile_training_step(
+            model, optax.adam(1e-3), mesh, _BATCH.value, _LENGTH.value
+        )
 
     def encoder(correction):
         projection = Projection(side=_SIDE.value, blocks=_BLOCKS.value)
-        return compile_encoder(model, projection, mesh, _BATCH.value, _LENGTH.value, correction)
+        return planning.compile_encoder(
+            model, projection, mesh, _BATCH.value, _LENGTH.value, correction
+        )
 
     sides = {"training step": training_step}
     for correction in ("none", "factored", "low_rank(4)", "adam"):
@@ -67,7 +71,7 @@ def main(argv):
     }
     for name, compile_ in sides.items():
         started = time.perf_counter()
-        memory = memory_of(compile_())
+        memory = planning.memory_of(compile_())
         gib = {k: round(getattr(memory, k) / 2**30, 3) for k in ("arguments", "temporary", "total")}
         figures["GiB a device"][name] = gib
         print(

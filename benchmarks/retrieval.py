@@ -34,7 +34,8 @@ from benchmarks import record
 from tda import store as stores
 from tda.retrieval import exact
 from tda.retrieval.retriever import Retriever
-from tda.retrieval.scorer import InMemory, Scorer
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.runtime import huge_pages, progress
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")

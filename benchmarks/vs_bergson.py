@@ -148,7 +148,7 @@ def prepare(directory: pathlib.Path, size: str) -> dict:
         "queries": min(_QUERIES.value, _ROWS.value),
         "side": flags.FLAGS.side,
         "pooling": _POOLING.value,
-        "component": hessian.component(width),
+        "component": hessian.default_component(width),
         "damping": DAMPING,
         "hessian_rows": _HESSIAN_ROWS.value,
     }

@@ -22,8 +22,7 @@ from absl import app, flags
 
 from benchmarks import record
 from tda import hessian
-from tda.hessian import blocks
-from tda.retrieval.scorer import slices_of
+from tda.hessian import block_slices, blocks
 from tda.runtime import host_blas
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
@@ -86,10 +85,10 @@ def decomposed(width: int, count: int) -> dict:
 
 def applied(count: int, width: int) -> dict:
     """Times of the program from a list and from one array: the first call, and others."""
-    rng, slices = np.random.default_rng(0), slices_of((width,) * count)
+    rng, slices = np.random.default_rng(0), block_slices((width,) * count)
     x_RxE = jnp.asarray(rng.normal(size=(_ROWS, count * width)).astype(np.float32))
     roots = [jnp.asarray(rng.normal(size=(width, width)).astype(np.float32)) for _ in slices]
-    forms = {"list": roots, "one array": blocks.stacked(roots)}
+    forms = {"list": roots, "one array": blocks.stack(roots)}
     made = {}
 
     def first(form):

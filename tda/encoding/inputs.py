@@ -28,9 +28,8 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate, kept_scales
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model import functional
-from tda.retrieval import scorer
+from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
 from tda.store.making import SHARD_BYTES
 
@@ -61,7 +60,7 @@ class Setting:
 
     def sites(self) -> list[sites.Site]:
         """The parameters whose gradients are taken."""
-        return find_sites(self.model, **self.scope)
+        return sites.find(self.model, **self.scope)
 
     def tell_coverage(self) -> None:
         """Prints how much of the model is taken, and what is left out."""
@@ -111,7 +110,7 @@ class Made:
         asked: id, prompt and target of each query.
     """
 
-    source: scorer.Source
+    source: Source
     gradients_QxE: np.ndarray
     passage: Callable[[int], tuple[str, str]]
     asked: list[tuple[str, str, str]]
@@ -164,9 +163,9 @@ def _sampled(batches, setting: Setting) -> tuple[list, Iterable]:
     return first, itertools.chain(first, batches)
 
 
-def _in_memory(gradients_CxE: np.ndarray, slices) -> scorer.InMemory:
+def _in_memory(gradients_CxE: np.ndarray, slices) -> InMemory:
     gradients_CxE[~np.isfinite(gradients_CxE).all(axis=1)] = np.inf
-    return scorer.InMemory(gradients_CxE, slices)
+    return InMemory(gradients_CxE, slices)
 
 
 def of_texts(setting: Setting, passages, queries, tokenizer, context, directory) -> Made:
@@ -333,7 +332,7 @@ def _batches(setting: Setting, table: TokenTable, layout: BatchLayout) -> Iterab
         yield batch.arrays()
 
 
-def _encoded(setting: Setting, encoder, table: TokenTable, layout: BatchLayout) -> scorer.InMemory:
+def _encoded(setting: Setting, encoder, table: TokenTable, layout: BatchLayout) -> InMemory:
     needed = 4 * len(table) * encoder.layout.width
     if needed > _MEMORY:
         raise ValueError(

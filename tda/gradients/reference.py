@@ -15,7 +15,6 @@ from tda import loss as losses
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.moments.second_moments import Scale
-from tda.gradients.sites import find_sites
 from tda.gradients.together import pool
 from tda.model import functional
 
@@ -47,7 +46,7 @@ def encode(
     untapped: str = "leave",
 ) -> jax.Array:
     """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
-    chosen = find_sites(model, include, exclude, untapped)
+    chosen = sites.find(model, include, exclude, untapped)
     return project(chosen, per_example_gradients(model, batch, output), projection, scales)
 
 

@@ -1,33 +1,33 @@
-"""R, the Gauss-Newton approximation of the Hessian: sums, spectra, mixing and roots."""
+"""R, the Gauss-Newton approximation of the Hessian: sums, spectra, mixing and inverse roots."""
 
+from tda.hessian.autocorrelation import Autocorrelation, autocorrelation_of_source
+from tda.hessian.blocks import block_slices
 from tda.hessian.root import (
     check_component,
-    component,
-    halves,
+    default_component,
+    draw_halves,
     inverse_root,
     mix,
     mixing_weight,
+    shrink,
     shrinkage,
-    shrunk,
     spectra,
     spectrum,
     whiten,
 )
-from tda.hessian.sums import Autocorrelation, autocorrelation, of_source, rows_for
 
 __all__ = [
     "Autocorrelation",
-    "autocorrelation",
+    "autocorrelation_of_source",
+    "block_slices",
     "check_component",
-    "component",
-    "halves",
+    "default_component",
+    "draw_halves",
     "inverse_root",
     "mix",
     "mixing_weight",
-    "of_source",
-    "rows_for",
+    "shrink",
     "shrinkage",
-    "shrunk",
     "spectra",
     "spectrum",
     "whiten",

@@ -14,6 +14,8 @@ from tda.live.questions import Question
 from tda.methods import GradientKind, Method
 from tda.retrieval import annotated, bm25, by_score, exact
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.run.remembered import Known
 from tda.runtime.progress import Progress
 from tda.store import GradientStore, Passage
@@ -101,16 +103,16 @@ class Vectors:
     ):
         self._passages, self._of_passages = passages, of_passages
         self._of_question, self.lacks = of_question, why
-        self._held: dict[str, exact.InMemory] = {}
+        self._held: dict[str, InMemory] = {}
 
     def search(self, method: Method, question: Question, k: int, on_progress: Progress) -> Ranked:
         """See `Retriever`."""
         if method.layer not in self._held:
             vectors_CxD = np.array(self._of_passages(method, on_progress))
             vectors_CxD[self._passages.withdrawn] = np.inf
-            self._held[method.layer] = exact.InMemory(vectors_CxD, [slice(0, vectors_CxD.shape[1])])
+            self._held[method.layer] = InMemory(vectors_CxD, [slice(0, vectors_CxD.shape[1])])
         on_progress("comparing vectors", 0, 0)
-        scorers = {"": exact.Scorer(None, method.unit_norm)}
+        scorers = {"": Scorer(None, method.unit_norm)}
         asked_1xD, source = self._of_question(method, question), self._held[method.layer]
         # What is least like a text says nothing.
         return exact.search(asked_1xD, source, scorers, k, opponents=False)[""]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tda.retrieval.ranked import Ranked, first_rank, top
-from tda.retrieval.scorer import Source
+from tda.retrieval.sources import Source
 
 
 def rank(

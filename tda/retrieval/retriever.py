@@ -11,7 +11,8 @@ from tda.retrieval import exact
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann.index import Index
-from tda.retrieval.scorer import Scorer, Source
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import Source
 from tda.runtime import sharding
 from tda.store import Form, Passage, Rows
 
@@ -69,7 +70,7 @@ class Retriever:
     ):
         self._source, self._scorer, self._index, self._mesh = source, scorer, index, mesh
         self._widths = source.form.widths
-        if scorer.own:
+        if scorer.query_weights:
             raise ValueError(
                 "the method takes a query's own part out of R: its passages have other encodings "
                 "for every query; search with tda.retrieval.exact"
@@ -177,7 +178,7 @@ class _Held:
         self._step = exact.step_rows(width, devices, touched=False)
         self._steps: list[exact.Placed] = []
         buffer_RxE, filled = np.empty((self._step, width), np.float32), 0
-        for _, x_RxE in scoring.encodings(source, scorer, min(self._step, 1024)):
+        for _, x_RxE in scoring.encode_source(source, scorer, min(self._step, 1024)):
             taken = 0
             while taken < len(x_RxE):
                 some = x_RxE[taken : taken + self._step - filled]

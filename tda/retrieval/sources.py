@@ -1,24 +1,66 @@
-"""Sources made of others: rows that something is done to first, and several checkpoints as one.
+"""Sources of projected gradients: arrays, rows changed on the way, and sources side by side.
 
-Scores that are sums over checkpoints, Σ_c ⟨a_c, b_c⟩, are inner products of rows put side by side:
-so the search of one store is also that of many, blocks and R^(−1/2) included.
+A sum of scores over checkpoints, Σ_c ⟨a_c, b_c⟩, is the inner product of rows put side by side. So
+one search takes the sources of several checkpoints joined, blocks and R^(−1/2) included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from tda.retrieval.scorer import Source
+from tda import store
 from tda.store import Form, Rows
+
+
+class Source(Protocol):
+    """Projected gradients of a corpus: a `GradientStore`, an array, or an encoder at work."""
+
+    form: Form
+
+    @property
+    def rows(self) -> int:
+        """C, the number of rows."""
+
+    def scan(self, step: int) -> Iterator[Rows]:
+        """Yields all rows in order, at most `step` at a time."""
+
+    def read(self, numbers) -> np.ndarray:
+        """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
+
+
+class InMemory:
+    """An array as a source.
+
+    Args:
+        gradients_CxE: float32; infinite rows are invalid.
+        slices: the columns of each block.
+    """
+
+    def __init__(self, gradients_CxE: np.ndarray, slices: list[slice]):
+        self._gradients = gradients_CxE
+        self.form = Form("float32", tuple(s.stop - s.start for s in slices))
+        self.rows = len(gradients_CxE)
+
+    def scan(self, step: int) -> Iterator[Rows]:
+        """Yields all rows in order, at most `step` at a time."""
+        for first in range(0, self.rows, step):
+            x_RxE = self._gradients[first : first + step]
+            yield Rows(first, x_RxE, None, store.valid(x_RxE))
+
+    def read(self, numbers) -> np.ndarray:
+        """Reads the rows with these numbers, float32 [R, E]."""
+        return self._gradients[numbers]
 
 
 class Mapped:
     """A source whose rows are changed as they are read.
 
     Args:
-        source: the rows as they are.
-        change: takes gradients, finite float32 [R, E], and their row numbers, int64 [R]; gives
-            float32 [R, E]. It must treat every row by itself.
+        source: the original rows.
+        change: a function of gradients, finite float32 [R, E], and their row numbers, int64 [R],
+            that returns float32 [R, E]. It must treat every row by itself, since scans and reads
+            pass rows in different groups.
     """
 
     def __init__(self, source: Source, change: Callable[[np.ndarray, np.ndarray], np.ndarray]):
@@ -31,30 +73,30 @@ class Mapped:
         return self._source.rows
 
     def scan(self, step: int) -> Iterator[Rows]:
-        """All rows in order, at most `step` at a time."""
-        for found in self._source.scan(step):
-            numbers = found.first + np.arange(len(found))
-            x_RxE = found.decoded(self._source.form.widths)
-            yield Rows(found.first, self._changed(x_RxE, numbers), None, found.valid)
+        """Yields all rows in order, at most `step` at a time."""
+        for rows in self._source.scan(step):
+            numbers = rows.first + np.arange(len(rows))
+            x_RxE = rows.decoded(self._source.form.widths)
+            yield Rows(rows.first, self._change_valid(x_RxE, numbers), None, rows.valid)
 
     def read(self, numbers) -> np.ndarray:
-        """Some rows, float32 [R, E]; an invalid one is infinite throughout."""
-        return self._changed(self._source.read(numbers), np.asarray(numbers, np.int64))
+        """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
+        return self._change_valid(self._source.read(numbers), np.asarray(numbers, np.int64))
 
-    def _changed(self, x_RxE: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        good = np.isfinite(x_RxE).all(axis=1)
+    def _change_valid(self, x_RxE: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        valid = np.isfinite(x_RxE).all(axis=1)
         out = np.full(x_RxE.shape, np.inf, np.float32)
-        out[good] = self._change(x_RxE[good], numbers[good])
+        out[valid] = self._change(x_RxE[valid], numbers[valid])
         return out
 
 
 class Joined:
     """The rows of several sources side by side: [a_1 … a_n].
 
-    A row is valid where it is in all of them.
+    A row is valid if it is valid in all of them.
 
     Raises:
-        ValueError: there is no source, or they have different numbers of rows.
+        ValueError: there is no source, or the sources differ in their number of rows.
     """
 
     def __init__(self, sources: Sequence[Source]):
@@ -72,55 +114,52 @@ class Joined:
         return self._sources[0].rows
 
     def scan(self, step: int) -> Iterator[Rows]:
-        """All rows in order, at most `step` at a time."""
-        for found in zip(*(_Steps(s, step) for s in self._sources), strict=True):
-            valid = np.logical_and.reduce([f.valid for f in found])
+        """Yields all rows in order, at most `step` at a time."""
+        scans = (_scan_full_steps(s, step) for s in self._sources)
+        for pieces in zip(*scans, strict=True):
+            first = pieces[0].first
+            valid = np.logical_and.reduce([p.valid for p in pieces])
             if self.form.dtype == "int8":
-                values = np.concatenate([f.values for f in found], axis=1)
-                scales = np.concatenate([f.scales for f in found], axis=1)
-                yield Rows(found[0].first, values, scales, valid)
+                values = np.concatenate([p.values for p in pieces], axis=1)
+                scales = np.concatenate([p.scales for p in pieces], axis=1)
+                yield Rows(first, values, scales, valid)
                 continue
-            parts = [
-                f.values if s.form.dtype == self.form.dtype else f.decoded(s.form.widths)
-                for f, s in zip(found, self._sources, strict=True)
+            columns = [
+                p.values if s.form.dtype == self.form.dtype else p.decoded(s.form.widths)
+                for p, s in zip(pieces, self._sources, strict=True)
             ]
-            yield Rows(found[0].first, np.concatenate(parts, axis=1), None, valid)
+            yield Rows(first, np.concatenate(columns, axis=1), None, valid)
 
     def read(self, numbers) -> np.ndarray:
-        """Some rows, float32 [R, E]; an invalid one is infinite throughout."""
+        """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
         out = np.concatenate([s.read(numbers) for s in self._sources], axis=1)
         out[~np.isfinite(out).all(axis=1)] = np.inf
         return out
 
 
-class _Steps:
-    """A source's rows in pieces of just `step`, wherever its files end."""
-
-    def __init__(self, source: Source, step: int):
-        self._source, self._step = source, step
-
-    def __iter__(self) -> Iterator[Rows]:
-        waiting: list[Rows] = []
-        count = 0
-        for found in self._source.scan(self._step):
-            # Copied: a store gives its buffers to the rows that come next.
-            waiting.append(_copy(found))
-            count += len(found)
-            while count >= self._step:
-                whole = _together(waiting)
-                yield whole[0 : self._step]
-                waiting = [whole[self._step : len(whole)]] if count > self._step else []
-                count -= self._step
-        if count:
-            yield _together(waiting)
+def _scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
+    """Yields a source's rows in pieces of exactly `step`, wherever its files end."""
+    waiting: list[Rows] = []
+    count = 0
+    for rows in source.scan(step):
+        # Copied: a store reuses its buffers for the rows that come next.
+        waiting.append(_copy(rows))
+        count += len(rows)
+        while count >= step:
+            joined = _concatenate(waiting)
+            yield joined[0:step]
+            waiting = [joined[step : len(joined)]] if count > step else []
+            count -= step
+    if count:
+        yield _concatenate(waiting)
 
 
-def _copy(found: Rows) -> Rows:
-    scales = None if found.scales is None else found.scales.copy()
-    return Rows(found.first, found.values.copy(), scales, found.valid.copy())
+def _copy(rows: Rows) -> Rows:
+    scales = None if rows.scales is None else rows.scales.copy()
+    return Rows(rows.first, rows.values.copy(), scales, rows.valid.copy())
 
 
-def _together(pieces: list[Rows]) -> Rows:
+def _concatenate(pieces: list[Rows]) -> Rows:
     if len(pieces) == 1:
         return pieces[0]
     scales = None
@@ -134,12 +173,12 @@ def _together(pieces: list[Rows]) -> Rows:
     )
 
 
-def scaled(weights_C: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A change for `Mapped`: every row times its own weight."""
+def scale_by(weights_C: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Returns a change for `Mapped` that multiplies every row by its own weight."""
     return lambda x_RxE, numbers: x_RxE * weights_C[numbers, None].astype(np.float32)
 
 
-def normalised(x_RxE: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:
-    """A change for `Mapped`: every row at norm one; a zero row stays zero."""
+def normalise(x_RxE: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:
+    """Divides every row by its norm, a change for `Mapped`; a zero row stays zero."""
     norm_R = np.linalg.norm(x_RxE, axis=1)
     return x_RxE / np.where(norm_R > 0, norm_R, 1)[:, None].astype(np.float32)

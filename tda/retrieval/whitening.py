@@ -13,8 +13,8 @@ import numpy as np
 
 from tda import hessian
 from tda.methods import Method
-from tda.retrieval import scorer
-from tda.retrieval.scorer import Scorer, Source
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory, Source
 from tda.runtime import atomic_file, progress
 from tda.runtime.fingerprint import fingerprint
 from tda.runtime.progress import Progress
@@ -77,10 +77,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Root:
-    """R^(−1/2) by block, float32 [E_b, E_b] each, None for the identity; and β of `Scorer.own`."""
+    """R^(−1/2) by block, float32 [E_b, E_b], None for the identity; and `Scorer.query_weights`."""
 
     blocks: list[np.ndarray] | None
-    own: tuple[float, ...] = ()
+    query_weights: tuple[float, ...] = ()
 
 
 class Whitening:
@@ -121,7 +121,7 @@ class Whitening:
         self._settings, self._source, self._queries = settings, source, queries_QxE
         self._mesh, self._folder, self._identity = mesh, folder, identity
         self._on_progress, self._quiet = on_progress, quiet
-        self._slices = scorer.slices_of(source.form.widths)
+        self._slices = hessian.block_slices(source.form.widths)
         self._train: hessian.Autocorrelation | None = None
         self._roots: dict[str, _Root] = {"none": _Root(None)}
         self.notes: dict[str, dict] = {}
@@ -196,7 +196,7 @@ class Whitening:
 
     def _scorer(self, method: Method, kind: str) -> Scorer:
         root = self._root(kind)
-        return Scorer(root.blocks, method.unit_norm, root.own)
+        return Scorer(root.blocks, method.unit_norm, root.query_weights)
 
     def _kind(self, method: Method, number: int | None) -> str:
         if method.hessian != "mixed":
@@ -210,7 +210,7 @@ class Whitening:
         return _HALVES[int(number in self._halves()[0])]
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        return hessian.halves(len(self._queries), self._settings.seed)
+        return hessian.draw_halves(len(self._queries), self._settings.seed)
 
     def _root(self, kind: str) -> _Root:
         if kind not in self._roots:
@@ -240,7 +240,7 @@ class Whitening:
                 file.parent.mkdir(exist_ok=True)
                 blocks = {str(i): b for i, b in enumerate(root.blocks)}
                 with atomic_file.open_atomic(file, "wb") as out:
-                    np.savez(out, own=np.asarray(root.own), **blocks)
+                    np.savez(out, own=np.asarray(root.query_weights), **blocks)
         return root
 
     def _tell(self, description: str) -> None:
@@ -253,7 +253,9 @@ class Whitening:
         if self._train is None:
             s, rows = self._settings, self._source.rows
             with self._progress(min(s.sample or rows, rows)) as on_rows:
-                self._train = hessian.of_source(self._source, s.sample, s.seed, self._mesh, on_rows)
+                self._train = hessian.autocorrelation_of_source(
+                    self._source, s.sample, s.seed, self._mesh, on_rows
+                )
             self.spectra["train"] = np.concatenate(hessian.spectra(self._train.blocks))
         return self._train
 
@@ -274,7 +276,7 @@ class Whitening:
         queries_QxE = self._queries
         if kind in _HALVES:
             queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
-        evaluation = hessian.of_source(scorer.InMemory(queries_QxE, self._slices))
+        evaluation = hessian.autocorrelation_of_source(InMemory(queries_QxE, self._slices))
         weight = self._weight(evaluation, kind)
         blocks, n = evaluation.blocks, len(queries_QxE)
         if kind == "leave_one_out":
@@ -290,7 +292,7 @@ class Whitening:
 
     def _weight(self, evaluation: hessian.Autocorrelation, kind: str) -> float:
         """λ, by the rule or as the settings say."""
-        k = self._settings.component or hessian.component(self._source.form.width)
+        k = self._settings.component or hessian.default_component(self._source.form.width)
         weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks)
         spectrum = np.concatenate(by_block)
         self.spectra.setdefault("evaluation", spectrum)
@@ -313,7 +315,7 @@ class Whitening:
         R = list(R)
         shares = hessian.shrinkage(R, noise)
         note["shrinkage"] = float(np.median(shares))
-        return hessian.inverse_root(hessian.shrunk(R, shares), _FLOOR, s.cutoff), 1 - shares
+        return hessian.inverse_root(hessian.shrink(R, shares), _FLOOR, s.cutoff), 1 - shares
 
 
 def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np.ndarray] | None:
@@ -326,10 +328,10 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np
         query_E: its gradient, float32 [E].
         slices: the columns of each block.
     """
-    if not scorer.own:
+    if not scorer.query_weights:
         return scorer.roots
     out = []
-    for root, s, beta in zip(scorer.roots, slices, scorer.own, strict=True):
+    for root, s, beta in zip(scorer.roots, slices, scorer.query_weights, strict=True):
         # (R − β g gᵀ)⁻¹ = W (I + γ h hᵀ) W, h = W g (Sherman and Morrison).
         h_E = np.asarray(root, np.float64) @ query_E[s]
         square = h_E @ h_E

@@ -7,7 +7,8 @@ import numpy as np
 
 from tda.methods import Method
 from tda.retrieval import sources
-from tda.retrieval.scorer import Scorer, Source
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import Source
 from tda.retrieval.whitening import Whitening
 from tda.run import encode, vectors
 from tda.run.run import Run
@@ -139,14 +140,14 @@ def combined(method: Method, parts: list[Part], steps: list[int], counts: np.nda
     for part, count in zip(parts, counts, strict=True):
         source, q_QxE = part.source, part.queries_QxE
         if method.unit_norm:
-            source = sources.Mapped(source, sources.normalised)
-            q_QxE = sources.normalised(q_QxE)
+            source = sources.Mapped(source, sources.normalise)
+            q_QxE = sources.normalise(q_QxE)
         rows.append(source)
         queries.append(q_QxE * np.float32(count))
     source = rows[0] if len(rows) == 1 else sources.Joined(rows)
     sure = [p.probabilities for p in parts if p.probabilities is not None]
     if sure:
-        source = sources.Mapped(source, sources.scaled(1 - np.mean(sure, axis=0)))
+        source = sources.Mapped(source, sources.scale_by(1 - np.mean(sure, axis=0)))
     roots = [root for part in parts for root in part.roots]
     note = {"checkpoints": steps, "weights": [round(float(c), 6) for c in counts]}
     return Summed(source, np.concatenate(queries, axis=1), Scorer(roots or None, False), note)

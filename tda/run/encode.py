@@ -12,7 +12,7 @@ from tda.encoding.table import OnTheFly
 from tda.gradients import adam_steps, sites, together
 from tda.gradients import encoder as encoders
 from tda.methods import GradientKind
-from tda.retrieval.scorer import Source
+from tda.retrieval.sources import Source
 from tda.run import curvature, moments
 from tda.run.run import NO_STORE, Corpus, Run
 from tda.runtime import processes

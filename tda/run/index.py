@@ -12,7 +12,8 @@ from tda.retrieval import exact
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann import build, part
-from tda.retrieval.scorer import Scorer, Source
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import Source
 from tda.run.run import NO_STORE, Run
 
 KINDS = ("none", "scann")
@@ -89,7 +90,7 @@ def search(
 
         index = build.build(
             run.workdir / "indices" / fingerprints[name],
-            lambda first, scorer=scorer: scoring.encodings(
+            lambda first, scorer=scorer: scoring.encode_source(
                 source, scorer, exact.step_rows(source.form.width)
             ),
             source.rows,

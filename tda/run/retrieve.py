@@ -15,6 +15,8 @@ from tda.gradients import adam_steps
 from tda.methods import GradientKind, Method
 from tda.retrieval import annotated, bm25, by_score, dense, exact, ranked
 from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import HessianSettings, Whitening
 from tda.run import checkpoints, encode, index, vectors
 from tda.run.run import Corpus, Run
@@ -199,8 +201,8 @@ def _by_vectors(run: Run, method: Method, file: pathlib.Path) -> None:
         )
 
     def work():
-        source = exact.InMemory(passages_CxD, [slice(0, passages_CxD.shape[1])])
-        scorer = {"vectors": exact.Scorer(None, method.unit_norm)}
+        source = InMemory(passages_CxD, [slice(0, passages_CxD.shape[1])])
+        scorer = {"vectors": Scorer(None, method.unit_norm)}
         k, mesh = run.config.eval.top_k, run.search_mesh
         # What is least like a text says nothing.
         ranking = _scan(queries_QxD, source, scorer, k, corpus.correct, mesh, opponents=False)

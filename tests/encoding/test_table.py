@@ -13,11 +13,11 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
-from tda.gradients import together
+from tda.gradients import sites, together
 from tda.gradients.encoder import ends_of, make_encoder, scored_positions
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.retrieval import exact
+from tda.retrieval.scorer import Scorer
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
 LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
@@ -79,7 +79,7 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     model = decoder(vocab_size=int(table.tokens.max()) + 1)
     kinds = []
     for projection in (Projection(side=3, blocks=2), Projection(side=3, blocks=2, seed=1)):
-        chosen = find_sites(model)
+        chosen = sites.find(model)
         kinds.append(together.Part(chosen, projection, ends_of(chosen, projection, None)))
     made = together.build(model, kinds)
     width = 4 * made.layouts[0].width
@@ -162,10 +162,10 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
     store = stores.create(tmp_path / "s", table.ids, blocks, {})
     encoding.fill_store(store, encoder, table, LAYOUT)
     queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
-    R = hessian.autocorrelation(hessian.rows_for(store), store.slices)
+    R = hessian.autocorrelation_of_source(store).blocks
     scorers = {
-        "dot": exact.Scorer(None, False),
-        "whitened": exact.Scorer(hessian.inverse_root(R), True),
+        "dot": Scorer(None, False),
+        "whitened": Scorer(hessian.inverse_root(R), True),
     }
     correct = {"all": [np.array([1, 4]), np.array([0])]}
     expected = exact.search(queries, store, scorers, 3, correct)

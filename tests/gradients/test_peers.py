@@ -15,10 +15,10 @@ from tda import hessian
 from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.evaluation.likelihood import Likelihood
-from tda.gradients import kronecker, reference, taps
+from tda.gradients import kronecker, reference, sites, taps
 from tda.gradients.encoder import build
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
+from tda.retrieval.sources import InMemory
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def setting():
     for name in ("up", "down", "out"):
         kernel = getattr(model, name).kernel
         kernel[...] = 2.0 * kernel[...]
-    return model, find_sites(model, include="up|down")
+    return model, sites.find(model, include="up|down")
 
 
 def spearman(a, b):
@@ -240,7 +240,7 @@ def test_trak_is_trakers(setting, tmp_path):
     encoder = full(model, chosen, "margin")
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     whole = [slice(0, D * D)]
-    roots = hessian.inverse_root(hessian.autocorrelation([p], whole), 1e-7)
+    roots = hessian.inverse_root(hessian.autocorrelation_of_source(InMemory(p, whole)).blocks, 1e-7)
     nats = Likelihood(model, BatchLayout((T,), 100, pad=0))(passages).nats
     kernel = (
         np.asarray(hessian.whiten(q, roots, whole)) @ np.asarray(hessian.whiten(p, roots, whole)).T
@@ -285,7 +285,9 @@ def test_logra_is_dattris(setting, tmp_path, monkeypatch):
     encoder = build(model, chosen, Projection(side=D, pooling="matrix"), ends)
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     slices = [slice(0, D * D), slice(D * D, 2 * D * D)]
-    roots = hessian.inverse_root(hessian.autocorrelation([p], slices), 1e-7)
+    roots = hessian.inverse_root(
+        hessian.autocorrelation_of_source(InMemory(p, slices)).blocks, 1e-7
+    )
     ours = (
         np.asarray(hessian.whiten(q, roots, slices))
         @ np.asarray(hessian.whiten(p, roots, slices)).T

@@ -1,12 +1,11 @@
-"""Programs over blocks: a loop over alike ones is what one after another is."""
+"""Programs over blocks: a loop gives what one block after another gives."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.hessian import blocks
-from tda.retrieval.scorer import slices_of
+from tda.hessian import block_slices, blocks
 
 
 def matrices(*widths):
@@ -14,50 +13,50 @@ def matrices(*widths):
     return [rng.normal(size=(w, w)).astype(np.float32) for w in widths]
 
 
-def folded(x_RxE, made, widths, scales):
-    """Something that takes every argument of a step, and the order of the blocks."""
+def fold_all(x_RxE, roots, widths, scales):
+    """A fold that depends on every argument of a step and on the order of the blocks."""
 
     def step(carry, block, matrix, scale):
-        return 0.5 * carry + scale * (block.of(x_RxE) @ matrix).sum(axis=1) + block.start
+        return 0.5 * carry + scale * (block.columns(x_RxE) @ matrix).sum(axis=1) + block.start
 
-    return blocks.over(step, jnp.zeros(len(x_RxE)), slices_of(widths), made, scales)
+    return blocks.fold(step, jnp.zeros(len(x_RxE)), block_slices(widths), roots, scales)
 
 
-def test_a_loop_is_what_one_after_another_is():
+def test_a_loop_gives_what_one_block_after_another_gives():
     widths, x = (4,) * 5, np.random.default_rng(1).normal(size=(7, 20)).astype(np.float32)
-    made, scales = matrices(*widths), (1.0, -2.0, 3.0, 0.5, 0.25)
-    one_by_one = folded(x, made, widths, scales)
-    loop = jax.jit(lambda x, m: folded(x, m, widths, scales))(x, blocks.stacked(made))
+    roots, scales = matrices(*widths), (1.0, -2.0, 3.0, 0.5, 0.25)
+    one_by_one = fold_all(x, roots, widths, scales)
+    loop = jax.jit(lambda x, m: fold_all(x, m, widths, scales))(x, blocks.stack(roots))
     np.testing.assert_allclose(loop, one_by_one, rtol=1e-6)
     by_hand = np.zeros(7)
-    for i, s in enumerate(slices_of(widths)):
-        by_hand = 0.5 * by_hand + scales[i] * (x[:, s] @ made[i]).sum(axis=1) + s.start
+    for i, s in enumerate(block_slices(widths)):
+        by_hand = 0.5 * by_hand + scales[i] * (x[:, s] @ roots[i]).sum(axis=1) + s.start
     np.testing.assert_allclose(loop, by_hand, rtol=1e-5)
 
 
 def test_the_program_does_not_grow_with_the_blocks():
-    def length(made, count):
+    def length(roots, count):
         x = np.zeros((2, 4 * count), np.float32)
         scales = (1.0,) * count
-        told = jax.jit(lambda x, m: folded(x, m, (4,) * count, scales)).lower(x, made).as_text()
-        return told.count("dot_general")
+        program = jax.jit(lambda x, m: fold_all(x, m, (4,) * count, scales)).lower(x, roots)
+        return program.as_text().count("dot_general")
 
-    assert length(blocks.stacked(matrices(*[4] * 50)), 50) == 1
+    assert length(blocks.stack(matrices(*[4] * 50)), 50) == 1
     assert length(matrices(*[4] * 50), 50) == 50
 
 
 def test_blocks_that_differ_or_are_large_are_left_apart(monkeypatch):
-    assert isinstance(blocks.stacked(matrices(3, 5)), list)
-    assert blocks.stacked(matrices(4, 4)).shape == (2, 4, 4)
+    assert isinstance(blocks.stack(matrices(3, 5)), list)
+    assert blocks.stack(matrices(4, 4)).shape == (2, 4, 4)
     monkeypatch.setattr(blocks, "_STACKED_BYTES", 2 * 16 * 4 - 1)
-    assert isinstance(blocks.stacked(matrices(4, 4)), list)
+    assert isinstance(blocks.stack(matrices(4, 4)), list)
 
 
 def test_matrices_that_do_not_fit_are_an_error():
-    x, made = np.zeros((2, 8), np.float32), blocks.stacked(matrices(4, 4))
+    x, roots = np.zeros((2, 8), np.float32), blocks.stack(matrices(4, 4))
     with pytest.raises(ValueError, match="2 matrices of width 4 do not fit"):
-        folded(x, made, (2, 6), (1.0, 1.0))
+        fold_all(x, roots, (2, 6), (1.0, 1.0))
     with pytest.raises(ValueError, match="2 matrices of width 4 do not fit"):
-        folded(x, made, (4,), (1.0, 1.0))
+        fold_all(x, roots, (4,), (1.0, 1.0))
     with pytest.raises(ValueError, match="longer than"):
-        folded(x, matrices(4, 4), (4,), (1.0, 1.0))
+        fold_all(x, matrices(4, 4), (4,), (1.0, 1.0))

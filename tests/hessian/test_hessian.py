@@ -1,12 +1,14 @@
 """R, its spectra, the mixing rule and R^(−1/2)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tda import hessian, store
-from tda.hessian import sums
-from tda.retrieval import exact
+from tda.hessian import autocorrelation
+from tda.retrieval import scorer
+from tda.retrieval.sources import InMemory
 from tda.runtime import sharding
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -18,25 +20,25 @@ def gradients(count=200, seed=0):
 
 def test_autocorrelation_is_the_mean_outer_product_of_each_block():
     x = gradients()
-    R = hessian.autocorrelation([x[:70], x[70:]], SLICES)
+    R = hessian.autocorrelation_of_source(InMemory(x, SLICES)).blocks
     for block, s in zip(R, SLICES, strict=True):
         np.testing.assert_allclose(block, x[:, s].T @ x[:, s] / 200, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="no gradients"):
-        hessian.autocorrelation([], SLICES)
+        hessian.autocorrelation_of_source(InMemory(x[:0], SLICES))
 
 
 def test_invalid_rows_have_no_part_in_it():
     x = gradients()
     x[7] = np.inf
-    R = hessian.autocorrelation([x[:70], x[70:]], SLICES)
+    R = hessian.autocorrelation_of_source(InMemory(x, SLICES)).blocks
     for block, s in zip(R, SLICES, strict=True):
-        kept = np.delete(x, 7, axis=0)[:, s]
-        np.testing.assert_allclose(block, kept.T @ kept / 199, rtol=1e-5, atol=1e-6)
+        valid = np.delete(x, 7, axis=0)[:, s]
+        np.testing.assert_allclose(block, valid.T @ valid / 199, rtol=1e-5, atol=1e-6)
 
 
 def test_inverse_root_whitens():
     x = gradients() @ np.diag([1, 5, 0.1, 30, 1, 1, 2, 7]).astype(np.float32)
-    R = hessian.autocorrelation([x], SLICES)
+    R = hessian.autocorrelation_of_source(InMemory(x, SLICES)).blocks
     white = np.asarray(hessian.whiten(x, hessian.inverse_root(R, damping=0.0), SLICES))
     for s in SLICES:
         np.testing.assert_allclose(
@@ -79,10 +81,12 @@ def spread(count=400, width=24, condition=1e3):
 def test_roots_are_those_of_float64(tmp_path, dtype):
     """Guards: low-precision Gram matrices with broken eigenvectors."""
     x = spread()
-    kept = store.create(tmp_path / "s", [f"p{i}" for i in range(400)], {"b": 24}, {}, dtype=dtype)
-    kept.write(0, x)
-    stored = kept.read(slice(0, 400)).astype(np.float64)
-    (R,) = hessian.autocorrelation((chunk for _, chunk in kept.chunks(100)), [slice(0, 24)])
+    gradient_store = store.create(
+        tmp_path / "s", [f"p{i}" for i in range(400)], {"b": 24}, {}, dtype=dtype
+    )
+    gradient_store.write(0, x)
+    stored = gradient_store.read(slice(0, 400)).astype(np.float64)
+    (R,) = hessian.autocorrelation_of_source(gradient_store).blocks
     np.testing.assert_allclose(R, stored.T @ stored / 400, rtol=0, atol=1e-6 * np.abs(R).max())
     damping = 1e-3
     (root,) = hessian.inverse_root([R], damping)
@@ -91,20 +95,15 @@ def test_roots_are_those_of_float64(tmp_path, dtype):
     assert np.linalg.norm(root - expected, 2) < 1e-3 * np.linalg.norm(expected, 2)
 
 
-def test_a_sum_over_many_chunks_does_not_stand_still():
-    """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
-    one = np.ones((1, 2), np.float32)
-    R = hessian.autocorrelation([one * 2.0**12, *[one] * 64], [slice(0, 2)])[0]
-    np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
-
-
 def test_products_are_in_full_precision_on_every_device():
     """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
-    roots, bounds = [np.eye(3), np.eye(5)], ((0, 3), (3, 8))
+    widths, roots = (3, 5), [np.eye(3), np.eye(5)]
+    sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, w, w), (1,))) for w in widths]
+    valid = np.ones((1, 4), bool)
     for function in (
-        lambda x: sums._grams(x, bounds),
+        lambda x: autocorrelation._add_rows(sums, x[None], None, valid, widths),
         lambda x: hessian.whiten(x, roots, SLICES),
-        lambda x: exact._scores(exact._Group(x, roots, (0,)), x, (3, 5)),
+        lambda x: scorer.score(scorer.ScorerGroup(x, roots, (0,)), x, widths),
     ):
         text = jax.jit(function).lower(np.ones((4, 8), np.float32)).as_text()
         assert 0 < text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")
@@ -121,9 +120,9 @@ def test_spectrum_joins_the_blocks_and_falls():
 
 
 def test_component_is_in_proportion():
-    assert hessian.component(65536) == 1000
-    assert hessian.component(4096) == 62
-    assert hessian.component(10) == 1
+    assert hessian.default_component(65536) == 1000
+    assert hessian.default_component(4096) == 62
+    assert hessian.default_component(10) == 1
 
 
 def test_the_mixing_rule_equalises_the_component():
@@ -148,20 +147,36 @@ def test_a_component_that_no_query_reaches_is_refused():
         hessian.check_component(spectra, 9, 3)
 
 
+class Recording(InMemory):
+    """Notes the numbers of the rows that are read."""
+
+    def __init__(self, x):
+        super().__init__(x, SLICES)
+        self.numbers = np.zeros(0, np.int64)
+
+    def read(self, numbers):
+        self.numbers = np.concatenate([self.numbers, numbers])
+        return super().read(numbers)
+
+
+def drawn_rows(x, sample, seed=0):
+    source = Recording(x)
+    hessian.autocorrelation_of_source(source, sample, seed)
+    return source.numbers
+
+
 def test_a_sample_for_R_is_drawn_from_the_whole_corpus():
     """Mistakes: the Hessian from the first rows of the corpus instead of a sample of it."""
     x = np.repeat(np.arange(1000, dtype=np.float32)[:, None], 8, axis=1)
-    source = exact.InMemory(x, SLICES)
-    drawn = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
+    drawn = drawn_rows(x, 100)
     assert len(set(drawn)) == 100
     counts = np.histogram(drawn, bins=4, range=(0, 1000))[0]
     assert (counts > 10).all() and drawn.max() > 900
-    again = np.concatenate(list(hessian.rows_for(source, 100)))[:, 0]
-    other = np.concatenate(list(hessian.rows_for(source, 100, seed=1)))[:, 0]
-    np.testing.assert_array_equal(drawn, again)
-    assert set(other) != set(drawn)
+    np.testing.assert_array_equal(drawn, drawn_rows(x, 100))
+    assert set(drawn_rows(x, 100, seed=1)) != set(drawn)
     for count in (0, 1000, 2000):
-        np.testing.assert_array_equal(np.concatenate(list(hessian.rows_for(source, count))), x)
+        assert hessian.autocorrelation_of_source(InMemory(x, SLICES), count).count == 1000
+        assert not len(drawn_rows(x, count))  # it is scanned from end to end
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -170,47 +185,47 @@ def test_R_of_a_source_is_summed_on_the_devices(tmp_path, dtype, devices):
     """From a store as it lies on disk, steps that end anywhere, invalid rows among them."""
     x = gradients(77)
     x[[5, 76]] = np.inf
-    kept = store.create(
+    gradient_store = store.create(
         tmp_path / "s", [f"p{i}" for i in range(77)], {"a": 3, "b": 5}, {}, dtype=dtype
     )
-    kept.write(0, x)
+    gradient_store.write(0, x)
     mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
     seen = []
-    R = hessian.of_source(kept, mesh=mesh, on_rows=seen.append)
+    R = hessian.autocorrelation_of_source(gradient_store, mesh=mesh, on_rows=seen.append)
     assert sum(seen) == 77 and R.count == 75
-    stored = np.delete(kept.read(slice(0, 77)), [5, 76], axis=0).astype(np.float64)
+    stored = np.delete(gradient_store.read(slice(0, 77)), [5, 76], axis=0).astype(np.float64)
     for b, s in enumerate(SLICES):
-        mine = stored[:, s]
-        expected = mine.T @ mine / 75
+        block = stored[:, s]
+        expected = block.T @ block / 75
         np.testing.assert_allclose(R.blocks[b], expected, rtol=1e-5, atol=1e-6)
-        each = np.einsum("ri,rj->rij", mine, mine) - expected
+        each = np.einsum("ri,rj->rij", block, block) - expected
         np.testing.assert_allclose(R.noise[b], np.square(each).sum() / 75**2, rtol=1e-4)
 
 
 def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):
     """Guards: low-precision Gram matrices: in float32, 2²⁴ + 1 is 2²⁴."""
-    monkeypatch.setattr(hessian, "_step", lambda width: 1)
-    monkeypatch.setattr(hessian, "_GRAM_ROWS", 1)
+    monkeypatch.setattr(autocorrelation, "_chunk_rows", lambda width: 1)
+    monkeypatch.setattr(autocorrelation, "_CHUNKS_PER_STEP", 1)
     one = np.ones((1, 2), np.float32)
     x = np.concatenate([one * 2.0**12, *[one] * 64])
-    R = hessian.of_source(exact.InMemory(x, [slice(0, 2)])).blocks[0]
+    R = hessian.autocorrelation_of_source(InMemory(x, [slice(0, 2)])).blocks[0]
     np.testing.assert_array_equal(R * 65, 2.0**24 + 64)
 
 
 def test_R_of_a_sample_of_a_source_is_that_of_the_rows_drawn():
     x = gradients(300)
-    source = exact.InMemory(x, SLICES)
-    R = hessian.of_source(source, sample=50, seed=3)
-    drawn = np.concatenate(list(hessian.rows_for(source, 50, 3)))
+    source = InMemory(x, SLICES)
+    R = hessian.autocorrelation_of_source(source, sample=50, seed=3)
+    drawn = x[drawn_rows(x, 50, 3)]
     for block, s in zip(R.blocks, SLICES, strict=True):
         np.testing.assert_allclose(block, drawn[:, s].T @ drawn[:, s] / 50, rtol=1e-5)
     assert R.count == 50
     # As many rows at a time as a step on the devices takes: none is mostly padding.
-    told = []
-    hessian.of_source(source, sample=200, seed=3, on_rows=told.append)
-    assert told == [200]
+    steps = []
+    hessian.autocorrelation_of_source(source, sample=200, seed=3, on_rows=steps.append)
+    assert steps == [200]
     with pytest.raises(ValueError, match="no gradients"):
-        hessian.of_source(exact.InMemory(np.full((3, 8), np.inf, np.float32), SLICES))
+        hessian.autocorrelation_of_source(InMemory(np.full((3, 8), np.inf, np.float32), SLICES))
 
 
 def test_shrinkage_is_the_best_mixture_with_a_multiple_of_one():
@@ -222,11 +237,11 @@ def test_shrinkage_is_the_best_mixture_with_a_multiple_of_one():
     tried = np.linspace(0, 1, 21)
     for _ in range(60):
         x = (rng.normal(size=(30, 12)) @ root).astype(np.float32)
-        R = hessian.of_source(exact.InMemory(x, [slice(0, 12)]))
+        R = hessian.autocorrelation_of_source(InMemory(x, [slice(0, 12)]))
         (share,) = hessian.shrinkage(R.blocks, R.noise)
         shares.append(share)
         each = [
-            np.sum(np.square(next(hessian.shrunk(R.blocks, [s])) - true)) for s in (share, *tried)
+            np.sum(np.square(next(hessian.shrink(R.blocks, [s])) - true)) for s in (share, *tried)
         ]
         errors.append(each)
     mean = np.mean(errors, axis=0)
@@ -236,10 +251,10 @@ def test_shrinkage_is_the_best_mixture_with_a_multiple_of_one():
 
 
 def test_shrinkage_vanishes_with_many_rows_and_takes_all_of_a_multiple_of_one():
-    many = hessian.of_source(exact.InMemory(spread(4000), [slice(0, 24)]))
+    many = hessian.autocorrelation_of_source(InMemory(spread(4000), [slice(0, 24)]))
     assert hessian.shrinkage(many.blocks, many.noise)[0] < 0.01
     np.testing.assert_array_equal(hessian.shrinkage([np.eye(3)], np.array([0.5])), [1.0])
-    (block,) = hessian.shrunk([np.diag([3.0, 1.0])], [0.5])
+    (block,) = hessian.shrink([np.diag([3.0, 1.0])], [0.5])
     np.testing.assert_allclose(np.diag(block), [2.5, 1.5])
 
 
@@ -250,8 +265,8 @@ def test_a_cutoff_leaves_small_directions_out():
 
 
 def test_halves_hold_every_query_once():
-    a, b = hessian.halves(7, seed=1)
+    a, b = hessian.draw_halves(7, seed=1)
     assert sorted([*a, *b]) == list(range(7)) and len(a) == 3
     assert (np.diff(a) > 0).all() and (np.diff(b) > 0).all()
     with pytest.raises(ValueError, match="two or more"):
-        hessian.halves(1)
+        hessian.draw_halves(1)

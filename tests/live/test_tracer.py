@@ -18,6 +18,7 @@ from tda.live import Encoded, Tracer
 from tda.live import heat as heats
 from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import exact
+from tda.retrieval.scorer import Scorer
 from tda.retrieval.whitening import HessianSettings
 
 CONTEXT, P = 24, Projection(side=4, blocks=2)
@@ -57,14 +58,13 @@ def made(decoder, tmp_path_factory):
 
 def scorers(store, queries):
     """The methods' scorers, written out."""
-    slices = store.slices
-    train = hessian.autocorrelation(hessian.rows_for(store), slices)
-    evaluation = hessian.autocorrelation([queries.read(slice(0, queries.rows))], slices)
-    k = hessian.component(store.width)
+    train = hessian.autocorrelation_of_source(store).blocks
+    evaluation = hessian.autocorrelation_of_source(queries).blocks
+    k = hessian.default_component(store.width)
     weight = hessian.mixing_weight(hessian.spectrum(train), hessian.spectrum(evaluation), k)
     mixed = hessian.inverse_root(hessian.mix(train, evaluation, weight), 0.05)
     roots = {"none": None, "train": hessian.inverse_root(train, 0.05), "mixed": mixed}
-    return {n: exact.Scorer(roots[METHODS[n].hessian], METHODS[n].unit_norm) for n in NAMES}
+    return {n: Scorer(roots[METHODS[n].hessian], METHODS[n].unit_norm) for n in NAMES}
 
 
 def test_passages_are_those_of_a_search_for_all_queries(made):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tda.retrieval import by_score, exact
+from tda.retrieval import by_score
+from tda.retrieval.sources import InMemory
 
 
 def test_ranks_and_rows_are_those_of_the_scores():
@@ -42,6 +43,6 @@ def test_chance_is_the_same_again_and_different_for_each_query():
 def test_norms_of_a_source():
     x = np.random.default_rng(0).normal(size=(37, 8)).astype(np.float32)
     x[3] = np.inf
-    norms = by_score.norms(exact.InMemory(x, [slice(0, 8)]), 16)
+    norms = by_score.norms(InMemory(x, [slice(0, 8)]), 16)
     np.testing.assert_allclose(np.delete(norms, 3), np.linalg.norm(np.delete(x, 3, 0), axis=1))
     assert norms[3] == -np.inf

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tda import hessian
+from tda.hessian import block_slices
 from tda.retrieval import best, exact, ranked
-from tda.retrieval.scorer import slices_of
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.runtime import sharding
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -33,12 +35,12 @@ def small_steps(monkeypatch):
 @pytest.fixture(params=[(3, 5), (2, 2, 2, 2)], ids=str)
 def widths(request, monkeypatch):
     """Blocks of several widths, and alike: these are looped over."""
-    monkeypatch.setattr(sys.modules[__name__], "SLICES", slices_of(request.param))
+    monkeypatch.setattr(sys.modules[__name__], "SLICES", block_slices(request.param))
     return request.param
 
 
 def source(x):
-    return exact.InMemory(x, SLICES)
+    return InMemory(x, SLICES)
 
 
 def naive(queries, passages, roots, unit_norm):
@@ -61,13 +63,13 @@ def test_equals_the_direct_computation(
     queries, passages = data
     small_steps["rows"] = step
     mesh = None if devices == 1 else sharding.make_mesh(2, 2, devices=jax.devices()[:devices])
-    R = hessian.autocorrelation([passages], SLICES)
+    R = hessian.autocorrelation_of_source(InMemory(passages, SLICES)).blocks
     roots = hessian.inverse_root(R) if whitened else None
     correct = {
         "all": [np.array([3, 50]), np.array([96]), np.array([], int), np.array([0]), np.array([7])]
     }
     found = exact.search(
-        queries, source(passages), {"m": exact.Scorer(roots, unit_norm)}, 10, correct, mesh
+        queries, source(passages), {"m": Scorer(roots, unit_norm)}, 10, correct, mesh
     )["m"]
     scores = naive(queries, passages, roots, unit_norm)
     order = np.argsort(-scores, axis=1)
@@ -81,12 +83,12 @@ def test_equals_the_direct_computation(
         assert found.first_ranks["all"][q] == min(places, default=0)
 
 
-class Ragged(exact.InMemory):
+class Ragged(InMemory):
     """A source whose files end in the middle of a step."""
 
     def scan(self, step):
         for first in range(0, self.rows, 29):
-            for rows in exact.InMemory(self._gradients[first : first + 29], SLICES).scan(step):
+            for rows in InMemory(self._gradients[first : first + 29], SLICES).scan(step):
                 yield dataclasses.replace(rows, first=first + rows.first)
 
 
@@ -98,7 +100,7 @@ def test_a_step_is_compiled_once(data, small_steps, devices):
     rng = np.random.default_rng(0)
     correct = {"all": [rng.permutation(97)[:n] for n in (40, 1, 0, 9, 2)]}
     mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
-    scorers = {"m": exact.Scorer([np.eye(3, dtype=np.float32), np.eye(5, dtype=np.float32)], True)}
+    scorers = {"m": Scorer([np.eye(3, dtype=np.float32), np.eye(5, dtype=np.float32)], True)}
     before = exact._advance._cache_size()
     found = exact.search(queries, Ragged(passages, SLICES), scorers, 10, correct, mesh)["m"]
     # On a mesh the first state is laid out by hand, and the next by the program.
@@ -110,7 +112,7 @@ def test_a_step_is_compiled_once(data, small_steps, devices):
 
 def test_several_methods_in_one_scan_equal_each_alone(data):
     queries, passages = data
-    scorers = {"dot": exact.Scorer(None, False), "cos": exact.Scorer(None, True)}
+    scorers = {"dot": Scorer(None, False), "cos": Scorer(None, True)}
     both = exact.search(queries, source(passages), scorers, 5)
     for name, scorer in scorers.items():
         alone = exact.search(queries, source(passages), {name: scorer}, 5)
@@ -122,7 +124,7 @@ def test_proponents_alone_are_those_of_a_search_for_both(data, devices):
     queries, passages = data
     correct = {"all": [np.array([i]) for i in range(5)]}
     mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
-    scorers = {"m": exact.Scorer(None, True)}
+    scorers = {"m": Scorer(None, True)}
     both = exact.search(queries, source(passages), scorers, 7, correct, mesh)["m"]
     found = exact.search(queries, source(passages), scorers, 7, correct, mesh, opponents=False)["m"]
     np.testing.assert_array_equal(found.proponents, both.proponents)
@@ -137,7 +139,7 @@ def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
     found = exact.search(
         queries,
         source(same),
-        {"m": exact.Scorer(None, True)},
+        {"m": Scorer(None, True)},
         5,
         {"all": [np.array([0, 1])] * 5},
     )["m"]
@@ -153,7 +155,7 @@ def test_a_row_that_labels_name_twice_counts_once(data, devices):
     found = exact.search(
         queries,
         source(passages),
-        {"a": exact.Scorer(None, False)},
+        {"a": Scorer(None, False)},
         3,
         {"once": once, "twice": twice},
         mesh,
@@ -165,24 +167,24 @@ def test_a_row_that_labels_name_twice_counts_once(data, devices):
 def test_queries_that_have_no_ranking_are_refused(data):
     queries, passages = data
     with pytest.raises(ValueError, match="no queries"):
-        exact.search(queries[:0], source(passages), {"a": exact.Scorer(None, False)})
+        exact.search(queries[:0], source(passages), {"a": Scorer(None, False)})
     queries[3, 2] = np.nan
     with pytest.raises(ValueError, match=r"query 3 \(from 0\) is not finite"):
-        exact.search(queries, source(passages), {"a": exact.Scorer(None, False)})
+        exact.search(queries, source(passages), {"a": Scorer(None, False)})
 
 
 def test_a_zero_gradient_scores_zero_and_not_nan(data):
     queries, passages = data
     passages = passages.copy()
     passages[4] = 0
-    found = exact.search(queries, source(passages), {"m": exact.Scorer(None, True)}, 97)["m"]
+    found = exact.search(queries, source(passages), {"m": Scorer(None, True)}, 97)["m"]
     assert np.isfinite(found.proponent_scores).all()
     assert (found.proponent_scores[found.proponents == 4] == 0).all()
 
 
 def test_fewer_passages_than_k(data):
     queries, passages = data
-    found = exact.search(queries, source(passages[:3]), {"m": exact.Scorer(None, True)}, 10)["m"]
+    found = exact.search(queries, source(passages[:3]), {"m": Scorer(None, True)}, 10)["m"]
     assert found.proponents.shape == (5, 3)
 
 
@@ -198,7 +200,7 @@ def test_first_rank_and_top_break_ties_against_the_method():
 
 def test_a_ranking_is_kept_and_read_again(data, tmp_path):
     queries, passages = data
-    scorers, correct = {"m": exact.Scorer(None, True)}, {"all": [np.array([1])] * 5}
+    scorers, correct = {"m": Scorer(None, True)}, {"all": [np.array([1])] * 5}
     found = exact.search(queries, source(passages), scorers, 5, correct)["m"]
     ranked.save(tmp_path / "r.npz", found)
     again = ranked.load(tmp_path / "r.npz")
@@ -215,7 +217,7 @@ def test_invalid_rows_are_never_retrieved(data, unit_norm):
     correct = {"all": [np.array([3, 50]), np.array([96]), np.array([0]), *[np.array([7])] * 2]}
     kept = np.delete(np.arange(97), [3, 20, 96])
     search = lambda x, k, correct: exact.search(  # noqa: E731
-        queries, source(x), {"m": exact.Scorer(None, unit_norm)}, k, correct
+        queries, source(x), {"m": Scorer(None, unit_norm)}, k, correct
     )["m"]
     found = search(holes, 10, correct)
     moved = {"all": [np.flatnonzero(np.isin(kept, rows)) for rows in correct["all"]]}
@@ -236,9 +238,7 @@ def test_duplicates_come_in_the_order_of_their_rows(data, small_steps):
     for step, devices in ((8, 1), (256, 1), (16, 4)):
         small_steps["rows"] = step
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        found = exact.search(
-            queries, source(copies), {"m": exact.Scorer(None, True)}, 12, mesh=mesh
-        )["m"]
+        found = exact.search(queries, source(copies), {"m": Scorer(None, True)}, 12, mesh=mesh)["m"]
         for rows in (found.proponents, found.opponents):
             # Eight copies of the best, then four of the next.
             np.testing.assert_array_equal(rows[:, :8], rows[:, :1] + 20 * np.arange(8))
@@ -249,7 +249,7 @@ def test_duplicates_come_in_the_order_of_their_rows(data, small_steps):
 def test_more_queries_than_are_merged_at_a_time(data):
     _, passages = data
     queries = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
-    found = exact.search(queries, source(passages), {"m": exact.Scorer(None, True)}, 7)["m"]
+    found = exact.search(queries, source(passages), {"m": Scorer(None, True)}, 7)["m"]
     order = np.argsort(-naive(queries, passages, None, True), axis=1)
     np.testing.assert_array_equal(found.proponents, order[:, :7])
     np.testing.assert_array_equal(found.opponents, order[:, ::-1][:, :7])
@@ -279,8 +279,8 @@ def test_the_best_are_found_by_groups_and_among_equals_the_first(length, k, dist
 
 def mixture(queries, passages, weight=0.7, damping=0.1):
     """R of passages, and of queries with a common mean; blocks of λ R_eval + (1 − λ) R_train."""
-    train = hessian.autocorrelation([passages], SLICES)
-    evaluation = hessian.autocorrelation([queries], SLICES)
+    train = hessian.autocorrelation_of_source(InMemory(passages, SLICES)).blocks
+    evaluation = hessian.autocorrelation_of_source(InMemory(queries, SLICES)).blocks
     return train, evaluation, weight, damping
 
 
@@ -315,7 +315,7 @@ def test_a_querys_own_part_is_taken_out_of_R(data, widths, unit_norm, devices):
 
     def without(q):
         others = np.delete(queries, q, axis=0).astype(np.float64)
-        R = hessian.autocorrelation([others.astype(np.float32)], SLICES)
+        R = hessian.autocorrelation_of_source(InMemory(others.astype(np.float32), SLICES)).blocks
         return [
             weight * e + (1 - weight) * t + f * np.eye(len(e))
             for t, e, f in zip(train, R, floors, strict=True)
@@ -325,8 +325,8 @@ def test_a_querys_own_part_is_taken_out_of_R(data, widths, unit_norm, devices):
     mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
     roots = hessian.inverse_root(whole, damping)
     scorers = {
-        "all": exact.Scorer(roots, unit_norm),
-        "left out": exact.Scorer(roots, unit_norm, (weight / (n - 1),) * len(SLICES)),
+        "all": Scorer(roots, unit_norm),
+        "left out": Scorer(roots, unit_norm, (weight / (n - 1),) * len(SLICES)),
     }
     found = exact.search(queries, source(passages), scorers, 97, mesh=mesh)
     got = np.zeros_like(expected)
@@ -339,14 +339,14 @@ def test_a_querys_own_part_is_taken_out_of_R(data, widths, unit_norm, devices):
 
 
 def test_without_roots_there_is_nothing_to_take_out():
-    with pytest.raises(ValueError, match="own has 1 blocks, and roots 0"):
-        exact.Scorer(None, True, (0.1,))
+    with pytest.raises(ValueError, match="query_weights has 1 blocks and roots has 0"):
+        Scorer(None, True, (0.1,))
 
 
 def test_parts_of_the_queries_are_joined_in_their_order(data):
     queries, passages = data
     correct = {"all": [np.array([i]) for i in range(5)]}
-    scorer = {"m": exact.Scorer(None, True)}
+    scorer = {"m": Scorer(None, True)}
     whole = exact.search(queries, source(passages), scorer, 4, correct)["m"]
     parts = []
     for some in ([1, 4], [0, 2, 3]):

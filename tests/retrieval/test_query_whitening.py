@@ -6,7 +6,7 @@ import pytest
 from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
-from tda.retrieval.scorer import InMemory
+from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import HessianSettings, Whitening, factors
 
 WIDTHS, N, D = (3, 4), 6, 0.05
@@ -79,7 +79,7 @@ def test_a_querys_own_part_is_taken_out(data):
 
 def test_a_query_is_whitened_by_the_half_that_it_is_not_in(data):
     p, q = data
-    halves = hessian.halves(N, 3)
+    halves = hessian.draw_halves(N, 3)
     for mine, others in (halves, halves[::-1]):
         for number in mine:
             found, scorer = scored(data, "disjoint", int(number), query=number)
@@ -97,9 +97,9 @@ def test_another_question_has_all_queries(data, rule):
 
 def test_a_method_has_a_rule_of_its_own(data):
     whitened = whitening(data, evaluation="all")
-    own = whitened.scorer(METHODS["trackstar_leave_one_out"], 2).own
+    own = whitened.scorer(METHODS["trackstar_leave_one_out"], 2).query_weights
     assert len(own) == len(WIDTHS)
-    assert whitened.scorer(METHODS["trackstar"], 2).own == ()
+    assert whitened.scorer(METHODS["trackstar"], 2).query_weights == ()
 
 
 def test_too_few_queries_for_the_rule_are_refused(data):
@@ -118,16 +118,18 @@ def test_r_is_shrunk_and_cut_off(data):
     """As `damping` = −1 and `cutoff` say; what is taken out again is shrunk with the rest."""
     settings = dict(weight=LAMBDA, damping=-1.0, cutoff=0.5, evaluation="leave_one_out")
     scorer = whitening(data, **settings).scorer(METHODS["trackstar"], 1)
-    train, evaluation = (hessian.of_source(InMemory(x.astype(np.float32), SLICES)) for x in data)
+    train, evaluation = (
+        hessian.autocorrelation_of_source(InMemory(x.astype(np.float32), SLICES)) for x in data
+    )
     grown = [b * N / (N - 1) for b in evaluation.blocks]
     R = list(hessian.mix(train.blocks, grown, LAMBDA))
     shares = hessian.shrinkage(R, LAMBDA**2 * evaluation.noise + (1 - LAMBDA) ** 2 * train.noise)
     assert (shares > 0).all() and (shares < 1).all()
-    expected = hessian.inverse_root(hessian.shrunk(R, shares), 1e-6, 0.5)
+    expected = hessian.inverse_root(hessian.shrink(R, shares), 1e-6, 0.5)
     for got, root in zip(scorer.roots, expected, strict=True):
         np.testing.assert_allclose(got, root, rtol=1e-4, atol=1e-5)
     assert any(np.linalg.matrix_rank(root, tol=1e-4) < len(root) for root in expected)
-    np.testing.assert_allclose(scorer.own, (1 - shares) * LAMBDA / (N - 1), rtol=1e-6)
+    np.testing.assert_allclose(scorer.query_weights, (1 - shares) * LAMBDA / (N - 1), rtol=1e-6)
 
 
 def test_what_is_kept_is_read_with_its_own_part(data, tmp_path):
@@ -139,6 +141,6 @@ def test_what_is_kept_is_read_with_its_own_part(data, tmp_path):
         for i in range(2)
     )
     assert told[1] == ["reading R"] and "decomposing R" in told[0]
-    assert one.own == other.own and len(one.own) == len(WIDTHS)
+    assert one.query_weights == other.query_weights and len(one.query_weights) == len(WIDTHS)
     for a, b in zip(one.roots, other.roots, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -8,6 +8,8 @@ from tda import hessian
 from tda import store as stores
 from tda.retrieval import exact
 from tda.retrieval.retriever import Retriever
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.runtime import sharding
 
 BLOCKS = {"a": 3, "b": 5}
@@ -36,8 +38,8 @@ def small_steps(monkeypatch):
 
 
 def scorer(x, whitened=True, unit_norm=True):
-    roots = hessian.inverse_root(hessian.autocorrelation([x], SLICES)) if whitened else None
-    return exact.Scorer(roots, unit_norm)
+    R = hessian.autocorrelation_of_source(InMemory(x, SLICES)).blocks
+    return Scorer(hessian.inverse_root(R) if whitened else None, unit_norm)
 
 
 def assert_same(one, other):
@@ -85,7 +87,7 @@ def test_an_answer_has_the_passages_with_their_texts(data, store):
     scores = [h.score for h in answer.proponents + answer.opponents[::-1]]
     assert scores == sorted(scores, reverse=True)
     # An array has no passages, only rows.
-    bare = Retriever(exact.InMemory(passages, SLICES), method).ask(queries[2], 3)
+    bare = Retriever(InMemory(passages, SLICES), method).ask(queries[2], 3)
     assert [(h.row, h.passage) for h in bare.proponents] == [
         (h.row, None) for h in answer.proponents
     ]
@@ -115,7 +117,12 @@ def test_through_an_index(data, store, tmp_path):
     }.items():
         settings = build.Settings(97, dims_per_block=2, training_rows=97, **changes)
         index = build.build(
-            tmp_path / name, lambda first: scoring.encodings(store, method, 32), 97, 8, settings, {}
+            tmp_path / name,
+            lambda first: scoring.encode_source(store, method, 32),
+            97,
+            8,
+            settings,
+            {},
         )
         retriever = Retriever(store, method, index)
         wanted = exact.search(queries, store, {"m": method}, 4)["m"]
@@ -129,14 +136,14 @@ def test_through_an_index(data, store, tmp_path):
     store.withdraw([f"p{gone}"])
     assert gone not in Retriever(store, method, index).search(queries, 4).proponents
     with pytest.raises(ValueError, match="has 97 rows of 8 numbers, the source 96 of 8"):
-        Retriever(exact.InMemory(passages[:96], SLICES), method, index)
+        Retriever(InMemory(passages[:96], SLICES), method, index)
 
 
 def test_refusals(data, store):
     queries, passages = data
     method = scorer(passages)
     with pytest.raises(ValueError, match="takes a query's own part out of R"):
-        Retriever(store, exact.Scorer(method.roots, True, own=(0.1, 0.1)))
+        Retriever(store, Scorer(method.roots, True, query_weights=(0.1, 0.1)))
     with pytest.raises(ValueError, match="97 rows take .* more than memory_bytes"):
         Retriever(store, method, memory_bytes=97 * 8 * 4 - 1)
     retriever = Retriever(store, method, memory_bytes=97 * 8 * 4)

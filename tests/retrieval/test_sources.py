@@ -5,6 +5,8 @@ import pytest
 
 from tda import store as stores
 from tda.retrieval import exact, sources
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -45,7 +47,7 @@ def test_side_by_side_is_a_sum_of_scores(tmp_path, dtype):
     counts = np.array([0.2, 0.3, 0.5], np.float32)
     together = np.concatenate([c * q for c, q in zip(counts, queries, strict=True)], axis=1)
     correct = {"all": [np.array([3]), np.array([7]), np.array([60]), np.array([1, 2])]}
-    found = exact.search(together, joined, {"m": exact.Scorer(None, False)}, 60, correct)["m"]
+    found = exact.search(together, joined, {"m": Scorer(None, False)}, 60, correct)["m"]
     read = [k.read(slice(0, 61)) for k in kept]
     scores = sum(
         c * q @ np.where(np.isinf(p), 0, p).T for c, q, p in zip(counts, queries, read, strict=True)
@@ -62,13 +64,13 @@ def test_side_by_side_is_a_sum_of_scores(tmp_path, dtype):
 
 def test_different_dtypes_are_joined_in_float32(tmp_path):
     one, other = gradients(), gradients(seed=1)
-    joined = sources.Joined([stored(tmp_path, "a", one, "int8"), exact.InMemory(other, SLICES)])
+    joined = sources.Joined([stored(tmp_path, "a", one, "int8"), InMemory(other, SLICES)])
     assert joined.form.dtype == "float32" and joined.form.widths == (3, 5, 3, 5)
     rows = np.concatenate([f.decoded(joined.form.widths) for f in joined.scan(16)])
     np.testing.assert_array_equal(rows[:, 8:], other)
     assert [len(f) for f in joined.scan(16)] == [16, 16, 16, 13]
     with pytest.raises(ValueError, match="as many rows each"):
-        sources.Joined([exact.InMemory(one, SLICES), exact.InMemory(one[:5], SLICES)])
+        sources.Joined([InMemory(one, SLICES), InMemory(one[:5], SLICES)])
 
 
 def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
@@ -77,8 +79,8 @@ def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
     x[5] = np.inf
     weights = np.random.default_rng(2).random(61)
     for change, expected in (
-        (sources.scaled(weights), x * weights[:, None]),
-        (sources.normalised, x / norms),
+        (sources.scale_by(weights), x * weights[:, None]),
+        (sources.normalise, x / norms),
     ):
         mapped = sources.Mapped(stored(tmp_path, change.__name__, x), change)
         scanned = np.concatenate([f.decoded(mapped.form.widths) for f in mapped.scan(16)])
@@ -89,4 +91,4 @@ def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
 
 
 def test_a_zero_row_stays_zero():
-    assert not sources.normalised(np.zeros((2, 4), np.float32)).any()
+    assert not sources.normalise(np.zeros((2, 4), np.float32)).any()

@@ -6,7 +6,7 @@ import pytest
 from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
-from tda.retrieval.scorer import InMemory
+from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import HessianSettings, Whitening
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -51,8 +51,8 @@ def test_leave_one_out_is_exact_damped_or_shrunk(data, damping):
     made = whitening(data, damping=damping, weight=0.6)
     (part,) = made.parts({"m": METHODS["trackstar_leave_one_out"]})
     got = scores(data, part, "m")
-    train = hessian.of_source(InMemory(passages, SLICES))
-    evaluation = hessian.of_source(InMemory(queries, SLICES))
+    train = hessian.autocorrelation_of_source(InMemory(passages, SLICES))
+    evaluation = hessian.autocorrelation_of_source(InMemory(queries, SLICES))
     grown = [b * 9 / 8 for b in evaluation.blocks]
     whole = [0.6 * e + 0.4 * t for e, t in zip(grown, train.blocks, strict=True)]
     shares = hessian.shrinkage(whole, 0.36 * evaluation.noise + 0.16 * train.noise)
@@ -79,10 +79,10 @@ def test_disjoint_halves_never_see_their_own_queries(data):
     made = whitening(data, weight=0.6)
     parts = made.parts({"m": METHODS["trackstar_disjoint"]})
     assert sorted(np.concatenate([p.queries for p in parts])) == list(range(9))
-    train = hessian.of_source(InMemory(passages, SLICES)).blocks
+    train = hessian.autocorrelation_of_source(InMemory(passages, SLICES)).blocks
     for part in parts:
         others = np.setdiff1d(np.arange(9), part.queries)
-        evaluation = hessian.of_source(InMemory(queries[others], SLICES)).blocks
+        evaluation = hessian.autocorrelation_of_source(InMemory(queries[others], SLICES)).blocks
         R = [0.6 * e + 0.4 * t for e, t in zip(evaluation, train, strict=True)]
         R = [b + 1e-3 * np.trace(b) / len(b) * np.eye(len(b)) for b in R]
         got = scores(data, part, "m")
@@ -103,8 +103,8 @@ def test_methods_are_searched_together_where_they_can_be(data):
     parts = made.parts({n: METHODS[n] for n in names})
     assert [set(p.scorers) for p in parts] == [set(names[:4]), {names[4]}, {names[4]}]
     scorers = parts[0].scorers
-    assert scorers["exp3"].roots is None and scorers["exp5"].own == ()
-    assert scorers["trackstar"].own and not scorers["trackstar_all"].own
+    assert scorers["exp3"].roots is None and scorers["exp5"].query_weights == ()
+    assert scorers["trackstar"].query_weights and not scorers["trackstar_all"].query_weights
     assert made.note(METHODS["exp3"]) is None
     assert made.note(METHODS["trackstar"])["evaluation"] == "leave_one_out"
 

@@ -8,11 +8,11 @@ import pytest
 from tda import hessian, methods
 from tda import loss as losses
 from tda.data import batches
-from tda.gradients import adam_steps, kronecker, reference
+from tda.gradients import adam_steps, kronecker, reference, sites
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.methods import METHODS, GradientKind
-from tda.retrieval import dense, scorer
+from tda.retrieval import dense
+from tda.retrieval.sources import InMemory
 from tda.run import checkpoints, encode, retrieve, stages, vectors
 from tda.run import train as training
 from tda.run.workdir import Workdir
@@ -80,7 +80,7 @@ def unit(x):
 
 
 def whitened(x, slices, damping=1e-3):
-    R = hessian.autocorrelation([x.astype(np.float32)], slices)
+    R = hessian.autocorrelation_of_source(InMemory(x.astype(np.float32), slices)).blocks
     roots = hessian.inverse_root(R, damping)
     return lambda y: np.concatenate([y[:, s] @ r for s, r in zip(slices, roots, strict=True)], 1)
 
@@ -170,7 +170,7 @@ def test_less_is_the_cosine_with_adams_steps(more):
     for step, count in zip(steps, counts, strict=True):
         then = run.at_step(step)
         _, q = rows(more, GradientKind(), step)
-        chosen = find_sites(then.trained.model)
+        chosen = sites.find(then.trained.model)
         states = adam_steps.read(trained.root, chosen, step)
         assert float(states[chosen[0].path].count) == step
         whole = reference.per_example_gradients(then.trained.model, batch, _mean_losses)
@@ -192,7 +192,7 @@ def test_trak_is_the_papers_formula(more):
     kernels, doubts = [], []
     for step in steps:
         p, q = rows(more, margin, step)
-        slices = scorer.slices_of((16,) * (p.shape[1] // 16))
+        slices = hessian.block_slices((16,) * (p.shape[1] // 16))
         white = whitened(p, slices)
         kernels.append(white(q) @ white(p).T)
         then = run.at_step(step)
@@ -229,7 +229,7 @@ def test_curvature_is_fitted_once_and_leaves_tables_out(more, monkeypatch):
         if kind == "ekfac":
             expected = q @ p.T
         else:
-            slices = scorer.slices_of((16,) * (p.shape[1] // 16))
+            slices = hessian.block_slices((16,) * (p.shape[1] // 16))
             white = whitened(p, slices)
             expected = white(q) @ white(p).T
         tolerance = dict(rtol=1e-2, atol=2e-3 * np.abs(expected).max())

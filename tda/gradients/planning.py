@@ -1,8 +1,6 @@
-"""The encoder and a training step, compiled ahead of time from shapes alone.
+"""What encoding costs on a mesh that is not at hand: compiled ahead of time, from shapes alone."""
 
-So what they need on a large mesh is known without one: see `benchmarks.pod`.
-"""
-
+import dataclasses
 import functools
 
 import jax
@@ -11,19 +9,45 @@ import optax
 from flax import nnx
 
 from tda.gradients import encoder as encoders
+from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together
 from tda.gradients.moments.second_moments import parse_correction
-from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
 from tda.training import loop
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled computation needs on each device.
+
+    Attributes:
+        arguments: parameters, projections, scales and the batch.
+        outputs: what it returns.
+        temporary: everything between.
+    """
+
+    arguments: int
+    outputs: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of it: bytes a device."""
+        return self.arguments + self.outputs + self.temporary
+
+
+def memory_of(compiled) -> Memory:
+    """The compiler's own account of a computation; arguments given away are counted once."""
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    return Memory(m.argument_size_in_bytes, outputs, m.temp_size_in_bytes)
+
+
 def abstract_ends(
-    chosen: list[sites.Site], projection: Projection, correction: str
+    chosen: list[sites.Site], projection: projections.Projection, correction: str
 ) -> dict[sites.Site, taps.End]:
-    """Returns the shapes of what `tda.gradients.encoder.ends_of` makes for a correction."""
+    """Shapes of what `tda.gradients.encoder.ends_of` makes for a correction."""
     name, rank = parse_correction(correction)
     width = projection.side * (rank or 1)
 
@@ -44,7 +68,7 @@ def abstract_ends(
 
 def compile_encoder(
     model: nnx.Module,
-    projection: Projection,
+    projection: projections.Projection,
     mesh: jax.sharding.Mesh,
     batch: int,
     length: int,
@@ -62,9 +86,9 @@ def compile_encoder(
         include: a regular expression on parameters' path names.
 
     Returns:
-        The compiled computation.
+        The compiled computation; `memory_of` reads its memory.
     """
-    chosen = find_sites(model, include)
+    chosen = sites.find(model, include)
     encoder = encoders.build(
         model, chosen, projection, abstract_ends(chosen, projection, correction)
     )
@@ -84,9 +108,9 @@ def compile_training_step(
     batch: int,
     length: int,
 ):
-    """Compiles a training step of an abstract model, the yardstick of encoding.
+    """Compiles a training step of an abstract model, which is what encoding is measured by.
 
-    Its state is donated. The arguments are those of `compile_encoder`, and the optimizer.
+    The state is given away. The arguments are those of `compile_encoder`, and the optimizer.
     """
     model_fn, params = functional.split(model)
 
@@ -101,7 +125,7 @@ def compile_training_step(
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, batch: int, length: int) -> dict:
-    """Returns the shapes of a batch, split over the mesh's batch devices."""
+    """Shapes of a batch, split over the mesh's batch devices."""
     layout = sharding.named(mesh, ("batch", None), (batch, length))
 
     def shape(dtype):
