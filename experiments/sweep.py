@@ -1,27 +1,27 @@
-"""Runs a grid of traces, and gathers what they measured into a table and plots.
+"""Runs a grid of traces, and gathers their metrics into a table and plots.
 
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/lambda.py --workdir=DIR
 
-Points that share a training or gradient stores share them: what a swept key leaves as it is, is
-made once. Killed at any moment, the same command goes on; a point that is finished is not run
-again, unless what its config names (data.sentences, data.facts, model.pretrained, dense.model) has
-other contents now (other text to train on is refused: give another workdir). `--parallel=N` runs N
-points at a time, each in a process of its own; `--list` prints a command for each point instead,
-for a cluster's scheduler (points that need what another is making wait for it; the same command
-without `--list` gathers what they left). Points that run together on one accelerator share its
-memory: XLA_PYTHON_CLIENT_MEM_FRACTION says how much each may take.
+Points share a training or gradient stores: whatever the swept keys do not affect is computed once.
+A killed sweep continues where it stopped. A finished point is run again only if a file that its
+config names (data.sentences, data.facts, model.pretrained, dense.model) has other contents now;
+if the text to train on has changed, the sweep needs another workdir. `--parallel=N` runs N points
+at a time, each in a process of its own; `--list` prints a command for each point instead, for a
+cluster's scheduler (a point waits for what another is computing; the same command without `--list`
+gathers the results). Points that run together on one accelerator share its memory:
+XLA_PYTHON_CLIENT_MEM_FRACTION limits what each takes.
 
-    DIR/NAME/                what the sweep of configs/sweeps/NAME.py found:
+    DIR/NAME/                the results of configs/sweeps/NAME.py:
         sweep.csv            a row for each point, method and metric
         differences.csv      paired differences between a point's methods, with intervals
-        seeds.md             where the seed is swept: mean and spread over its values,
+        seeds.md             if the seed is swept: mean and spread over its values,
                              of all figures in seeds.csv and seeds_differences.csv
         PLOT.png, PLOT.svg   the sweep file's plots
     DIR/points/POINT/        metrics.json, results/METHOD.jsonl and the log of a point
     DIR/runs/                the trainings and their stores
 
-Sweeps may share a DIR, and with it trainings and stores.
+Several sweeps may use one DIR, and share trainings and stores.
 """
 
 import pathlib
@@ -31,28 +31,31 @@ import sys
 import jax
 from absl import flags
 
-from experiments.launch import launch
 from tda import methods
 from tda.run.workdir import Workdir
 from tda.sweep import grid, points, report
 from tda.sweep.grid import Point
 
-SWEEP = flags.DEFINE_string("sweep", None, "File of the sweep, such as configs/sweeps/lambda.py.")
-PARALLEL = flags.DEFINE_integer("parallel", 1, "How many points run at a time.", lower_bound=1)
+from .command_line import find_packaged
+from .launch import launch
+
+SWEEP = flags.DEFINE_string("sweep", None, "File of the sweep, or a packaged one's name: lambda.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "Points to run at a time.", lower_bound=1)
 LIST = flags.DEFINE_bool("list", False, "Print a command for each point, and run none.")
 POINT = flags.DEFINE_string("point", None, "Run this point alone, in this process.")
 PLOTS = flags.DEFINE_bool("plots", True, "Draw the sweep's plots; needs matplotlib.")
 
-_OWN_FLAGS = ("parallel", "list", "nolist", "point", "plots", "noplots")
+# Flags that do not belong to a point's command.
+_SWEEP_FLAGS = ("parallel", "list", "nolist", "point", "plots", "noplots")
 
 
 def main(config, workdir):
-    """Runs the sweep, a point of it, or lists its points."""
+    """Runs the sweep, or a point of it, or lists its points."""
     directory = pathlib.Path(workdir) if LIST.value else Workdir(workdir).path
-    sweep = grid.load(SWEEP.value, config)
+    sweep = grid.load(find_packaged(SWEEP.value, "sweeps"), config)
     name = pathlib.Path(SWEEP.value).stem
     if name in ("points", "runs"):
-        raise ValueError(f"--sweep={SWEEP.value}: {name}/ holds all sweeps' work; rename it")
+        raise ValueError(f"--sweep={SWEEP.value}: {name}/ holds the work of all sweeps; rename it")
     if jax.process_count() > 1:
         raise ValueError("a sweep's points are processes of their own; leave out --distributed")
     for point in sweep.points:
@@ -72,33 +75,34 @@ def main(config, workdir):
         return
     if PLOTS.value and sweep.plots:
         points.check_plots()
-    failed = points.run_all(sweep.points, directory, PARALLEL.value, command)
-    there = [p for p in sweep.points if points.is_finished(p, directory)]
-    why = "what it was made from has changed since"
-    failed |= {p.name: why for p in sweep.points if p not in there and p.name not in failed}
-    points.check_alike(there, directory)
-    if there:
-        files = report.write(sweep, points.read(there, directory), directory / name, PLOTS.value)
-        print(f"{len(there)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
-    if failed:
-        told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
-        raise ValueError(f"{len(failed)} points failed; the same command tries again\n  {told}")
+    errors = points.run_all(sweep.points, directory, PARALLEL.value, command)
+    finished = [p for p in sweep.points if points.is_finished(p, directory)]
+    stale = [p.name for p in sweep.points if p not in finished and p.name not in errors]
+    errors |= dict.fromkeys(stale, "a file that it was run from has changed since")
+    points.check_alike(finished, directory)
+    if finished:
+        files = report.write(sweep, points.read(finished, directory), directory / name, PLOTS.value)
+        print(f"{len(finished)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
+    if errors:
+        lines = "\n  ".join(f"{name}: {error}" for name, error in errors.items())
+        raise ValueError(f"{len(errors)} points failed; the same command tries again\n  {lines}")
 
 
 def command(point: Point) -> list[str]:
-    """The command line that runs a point alone."""
-    kept, skip = [], False
+    """Returns the command line that runs a point alone: this one, without the sweep's own flags."""
+    arguments, is_value = [], False
     for argument in sys.argv[1:]:
         name, equals, _ = argument.lstrip("-").partition("=")
-        own = argument.startswith("-") and name in _OWN_FLAGS
-        if not own and not skip:
-            kept.append(argument)
-        skip = own and not equals and name in ("parallel", "point")
-    return [sys.executable, "-m", "experiments.sweep", *kept, f"--point={point.name}"]
+        is_flag = argument.startswith("-") and name in _SWEEP_FLAGS
+        if not is_flag and not is_value:
+            arguments.append(argument)
+        is_value = is_flag and not equals and name in ("parallel", "point")
+    # tda.experiments.sweep in an installed copy.
+    return [sys.executable, "-m", f"{__package__}.sweep", *arguments, f"--point={point.name}"]
 
 
 def _leave_devices_to_points(arguments: list[str]) -> None:
-    """A process that only starts others must not take the accelerator's memory from them."""
+    """Keeps a process that only starts others from taking the accelerator's memory."""
     if not any(a.startswith("-") and a.lstrip("-").split("=")[0] == "point" for a in arguments):
         jax.config.update("jax_platforms", "cpu")
 

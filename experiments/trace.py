@@ -2,12 +2,13 @@
 
     python -m experiments.trace --config=configs/world_facts.py --workdir=DIR
 
-Every stage is resumed where it was killed, and skipped when its output is there and matches.
+A killed run continues where it stopped; a stage whose output is there and matches is skipped.
 """
 
-from experiments.launch import launch
 from tda.run import stages
 from tda.run.workdir import Workdir
+
+from .launch import launch
 
 
 def main(config, workdir):

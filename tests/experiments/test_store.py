@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     assert "shard 3 (rows 6 to 7): " in capsys.readouterr().out and os.path.exists(shard)
     assert command.verify(store) == 1
     told = capsys.readouterr().out
-    assert "5 of 6 shards are whole" in told and "1 damaged: 3 (removed" in told
+    assert "5 of 6 shards are intact" in told and "1 damaged: 3 (removed" in told
     assert not os.path.exists(shard)
     assert command.info(store) == 0 and "missing     shards 3" in capsys.readouterr().out
     times = {n: os.stat(os.path.join(folder, n)).st_mtime_ns for n in os.listdir(folder)}

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import launch
+from experiments import command_line
 from tda import results
 from tda import store as stores
 from tda.data.jsonl import RecordError
@@ -543,7 +543,7 @@ def test_a_mistyped_key_is_told_with_a_suggestion(tmp_path):
     for key, wanted in (
         ("train.epoch", "did you mean train.epochs"),
         ("learning_rate", "did you mean"),
-        ("qqqq", "there are\n"),
+        ("qqqq", "its keys are\n"),
     ):
         done = subprocess.run(command({key: 1}, tmp_path), capture_output=True, text=True)
         assert done.returncode != 0
@@ -552,7 +552,7 @@ def test_a_mistyped_key_is_told_with_a_suggestion(tmp_path):
 
 
 def test_keys_of_a_config_are_found():
-    keys = launch._keys(defaults.get_config())
+    keys = command_line.list_keys(defaults.get_config())
     assert {"methods", "data.sentences", "eval.queries"} <= set(keys)
 
 

@@ -1,0 +1,124 @@
+"""The command line of a main: `--help`, packaged configs by name, and unknown config keys."""
+
+import difflib
+import pathlib
+import runpy
+import sys
+import textwrap
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from tda.run import defaults
+
+# Beside this folder both in a checkout and in an installed package.
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_LAUNCH = f"{__package__}.launch"
+# Where meanings begin in `--help`.
+_COLUMN = 38
+
+
+def parse(argv: list[str], takes_config: bool) -> list[str]:
+    """Parses flags as absl does; returns the other arguments.
+
+    `--help` prints what `describe` returns and ends the program; `--config` may be a packaged
+    config's name. An unknown config key ends the program with the keys that it resembles.
+    """
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    if {"-h", "-help", "--help", "--helpshort"} & set(options[1:]):
+        print(describe(takes_config))
+        sys.exit(0)
+    argv = _with_config_path(argv)
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        keys = list_keys(_read_config(argv))
+        for argument in argv[1:]:
+            name = argument.lstrip("-").split("=")[0]
+            if name.startswith("config.") and name[len("config.") :] not in keys:
+                sys.exit(f"error: {_describe_unknown(name[len('config.') :], keys)}")
+        raise error
+
+
+def find_packaged(path: str, folder: str = "") -> str:
+    """Returns a config file's path: `path` itself if it exists, else that of a packaged config.
+
+    Args:
+        path: such as configs/world_facts.py or world_facts.
+        folder: of the packaged configs, such as "sweeps".
+    """
+    packaged = _CONFIGS / folder / f"{pathlib.Path(path).stem}.py"
+    return str(packaged) if not pathlib.Path(path).is_file() and packaged.is_file() else path
+
+
+def _with_config_path(argv: list[str]) -> list[str]:
+    """The arguments with the path of a packaged config in place of its name."""
+    argv = list(argv)
+    for i, argument in enumerate(argv[1:], 1):
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            if equals:
+                argv[i] = f"{name}={find_packaged(value)}"
+            elif i + 1 < len(argv):
+                argv[i + 1] = find_packaged(argv[i + 1])
+    return argv
+
+
+def describe(takes_config: bool) -> str:
+    """Returns the help of the main that runs: its docstring, its flags and the config's keys."""
+    main = sys.modules["__main__"]
+    text = (main.__doc__ or "").strip()
+    if main.__spec__ and main.__spec__.name.startswith("tda."):
+        text = text.replace("python -m experiments.", "tda ")
+    names = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    if takes_config:
+        names |= {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(_LAUNCH)}
+    lines = [text, "", "Flags (all of them, those of libraries too: --helpfull):"]
+    for name, flag in names.items():
+        default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
+        lines += _entry(f"--[no]{name}" if flag.boolean else f"--{name}=", flag.help + default)
+    if takes_config:
+        lines += ["", "Keys of the config (--config.KEY=VALUE; the config may set other defaults):"]
+        for key, (default, meaning) in defaults.KEYS.items():
+            value = "" if isinstance(default, type) else default
+            lines += _entry(f"{key}={value}", meaning)
+    return "\n".join(lines)
+
+
+def _entry(name: str, meaning: str) -> list[str]:
+    """A name and its meaning in two columns, or below each other where the name is long."""
+    meaning = " ".join(meaning.split())
+    wrapped = textwrap.wrap(meaning, 100 - _COLUMN, break_long_words=False) or [""]
+    name = f"  {name}"
+    first = [f"{name:<{_COLUMN}}{wrapped.pop(0)}"] if len(name) < _COLUMN else [name]
+    return first + [" " * _COLUMN + line for line in wrapped]
+
+
+def _read_config(argv: list[str]) -> ConfigDict:
+    """The config that `--config` names, before any key is overridden."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            return runpy.run_path(value or following)["get_config"]()
+    return ConfigDict()
+
+
+def list_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns every key of a config, such as `train.epochs`."""
+    keys = []
+    for key, value in config.items():
+        keys += (
+            list_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+        )
+    return keys
+
+
+def _describe_unknown(name: str, keys: list[str]) -> str:
+    """The error for a key that the config does not have."""
+    last = {k.split(".")[-1]: k for k in keys}
+    close = difflib.get_close_matches(name, keys, n=3, cutoff=0.6) or [
+        last[k] for k in difflib.get_close_matches(name.split(".")[-1], last, n=3, cutoff=0.6)
+    ]
+    if close:
+        return f"the config has no key {name!r}; did you mean {' or '.join(close)}?"
+    return f"the config has no key {name!r}; its keys are\n  " + "\n  ".join(keys)
