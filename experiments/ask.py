@@ -21,7 +21,7 @@ from .launch import WORKDIR, start
 
 MODEL = flags.DEFINE_string("model", None, "Hugging Face directory, .gguf file, or package.")
 CORPUS = flags.DEFINE_string("corpus", None, "File, pattern, directory or TFDS name of passages.")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "Text that the model continues; repeatable.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Text that the model continues.")
 TARGET = flags.DEFINE_multi_string("target", [], "Continuation to explain, one for each prompt.")
 SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.")
 KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")

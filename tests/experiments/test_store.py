@@ -207,6 +207,6 @@ def test_refusals(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="--ids"):
         command.withdraw(corpora(run[0])[0], [], [])
     with pytest.raises(SystemExit, match="usage"):
-        command.main(["store", "look", "x"])
-    with pytest.raises(SystemExit, match="error: no store"):
-        command.main(["store", "info", str(tmp_path)])
+        command.main(["look", "x"])
+    with pytest.raises(stores.StoreError, match="no store at"):
+        command.main(["info", str(tmp_path)])

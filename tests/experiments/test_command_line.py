@@ -1,0 +1,86 @@
+"""The command line: packaged configs by name, help, and the command `tda` of an installed copy."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import tda.__main__ as command
+from experiments import command_line
+from tda.run import defaults
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_packaged_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/world_facts.py", "world_facts.py", "world_facts"):
+        assert command_line.find_packaged(name) == str(ROOT / "configs/world_facts.py")
+    for name in ("configs/sweeps/lambda.py", "lambda"):
+        assert command_line.find_packaged(name, "sweeps") == str(ROOT / "configs/sweeps/lambda.py")
+    (tmp_path / "world_facts.py").touch()
+    assert command_line.find_packaged("world_facts.py") == "world_facts.py"
+    assert command_line.find_packaged("absent.py") == "absent.py"
+
+
+def test_only_the_config_flag_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(ROOT / "configs/world_facts.py")
+    argv = ["x", "--config", "world_facts", "-config=world_facts", "--workdir=world_facts"]
+    expected = ["x", "--config", path, f"-config={path}", "--workdir=world_facts"]
+    assert command_line._with_config_path(argv) == expected
+
+
+def test_the_command_lists_every_main_in_a_line():
+    lines = command.describe().splitlines()
+    mains = {p.stem for p in (ROOT / "experiments").glob("[a-z]*.py")} - {"launch", "command_line"}
+    assert {line.split()[0] for line in lines[5:]} == mains | {"demo"}
+    assert max(map(len, lines)) <= 100
+
+
+def run(*arguments, cwd, python_path=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "tda", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(python_path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_shows_flags_and_the_keys_of_the_config(tmp_path):
+    shown = run("trace", "--help", cwd=tmp_path).stdout
+    for key, (_, meaning) in defaults.KEYS.items():
+        assert f"\n  {key}=" in shown and meaning.split()[0] in shown
+    assert "--workdir=" in shown and max(map(len, shown.splitlines())) <= 100
+
+
+def test_what_the_command_does_not_know_is_refused(tmp_path):
+    refused = run("trance", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "unknown command 'trance'; use demo, trace, table1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_puts_tda_alone_into_site_packages(tmp_path):
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "-t", str(site), str(wheel)], check=True)
+    version = wheel.name.split("-")[1]
+    assert {p.name for p in site.iterdir()} == {"tda", f"tda_jax-{version}.dist-info", "bin"}
+    assert [p.name for p in (site / "bin").iterdir()] == ["tda"]
+    names = zipfile.ZipFile(wheel).namelist()
+    for file in ("py.typed", "configs/sweeps/lambda.py", "viewer/static/index.html"):
+        assert f"tda/{file}" in names
+    # The package of the checkout is not on the path here.
+    assert "tda COMMAND" in run("--help", cwd=tmp_path, python_path=site).stdout
+    shown = run("sweep", "--help", cwd=tmp_path, python_path=site).stdout
+    assert "tda sweep --config=configs/world_facts.py" in shown and "hessian.weight=" in shown
+    planned = run("plan", "--config=paper_c4", "--hardware=v5p-256", cwd=tmp_path, python_path=site)
+    assert planned.returncode == 0 and "87.0 TiB" in planned.stdout, planned.stderr
