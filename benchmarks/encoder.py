@@ -26,11 +26,12 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.gradients import planning, reference, sites, together
+from tda.gradients import reference, sites, together
 from tda.gradients.encoder import ends_of, make_encoder
 from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
+from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
 from tda.training import loop
 
@@ -95,7 +96,7 @@ class TrainingStep:
         step = functools.partial(loop.train_step, model_fn.merge, tx)
         self.step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
         self.batch = batch
-        self.memory = planning.memory_of(self.step)
+        self.memory = memory_of(self.step)
 
     def __call__(self):
         """One step; its loss."""
@@ -117,12 +118,12 @@ def case(size: str, length: int) -> dict:
         encoder = make_encoder(model, projection, scales_of(model, correction))
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
-        memory[correction] = planning.memory_of(compiled)
+        memory[correction] = memory_of(compiled)
     # Two kinds of gradients in one pass, as a table of many rows has them encoded.
     both = together.build(model, [part(model, projection, c) for c in BOTH])
     compiled = both.compiled.lower(both.arrays, batch).compile()
     sides[" and ".join(BOTH)] = functools.partial(compiled, both.arrays, batch)
-    memory[" and ".join(BOTH)] = planning.memory_of(compiled)
+    memory[" and ".join(BOTH)] = memory_of(compiled)
     # The reference keeps every example's whole gradient.
     few = jax.tree.map(lambda x: x[: max(1, 2**31 // (4 * parameters))], batch)
     pair = {}
@@ -135,7 +136,7 @@ def case(size: str, length: int) -> dict:
         ):
             compiled = f.lower(*args).compile()
             pair[name] = functools.partial(compiled, *args)
-            memory[name] = planning.memory_of(compiled)
+            memory[name] = memory_of(compiled)
     times = record.in_turns(sides, _ROUNDS.value)
     # In rounds of their own: gigabytes of gradients leave little of the caches to others.
     times |= record.in_turns(pair, _ROUNDS.value)

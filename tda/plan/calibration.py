@@ -16,7 +16,7 @@ import numpy as np
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
-from tda.gradients import planning, sites
+from tda.gradients import sites
 from tda.gradients.encoder import Encoder
 from tda.gradients.moments.second_moments import Scale, parse_correction
 from tda.gradients.together import Together
@@ -26,6 +26,33 @@ from tda.runtime import host_blas, progress, sharding
 _SHAPES = 6
 _ROUNDS = 5
 _SECONDS_A_TURN = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled computation needs on each device.
+
+    Attributes:
+        arguments: parameters, projections, scales and the batch.
+        outputs: results.
+        temporary: everything in between.
+    """
+
+    arguments: int
+    outputs: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device in all."""
+        return self.arguments + self.outputs + self.temporary
+
+
+def memory_of(compiled) -> Memory:
+    """Returns the compiler's account of a computation; donated arguments are counted once."""
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    return Memory(m.argument_size_in_bytes, outputs, m.temp_size_in_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +144,7 @@ def encoder_times(
             found = encoder.compiled.lower(encoder.arrays, arrays, None).compile()
             seconds.append(time.perf_counter() - started)
             compiled[examples, positions] = found
-            memory = max(memory, planning.memory_of(found).total)
+            memory = max(memory, memory_of(found).total)
             bar.update()
 
         def call(arrays, batch, scored):

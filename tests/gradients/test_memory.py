@@ -1,13 +1,14 @@
-"""What encoding costs in memory, by the compiler's account, on meshes real and simulated."""
+"""The memory that encoding takes, by the compiler's account, on real and simulated meshes."""
 
 import jax
 import optax
 import pytest
 from flax import nnx
 
-from tda.gradients import planning
+from benchmarks.pod import compile_encoder, compile_training_step
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
+from tda.plan.calibration import memory_of
 from tda.runtime import sharding
 
 SHAPE = dict(vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, head_width=16, ff_width=192)
@@ -29,9 +30,9 @@ def test_encoding_needs_no_more_memory_than_training(correction, mesh):
     """
     model, projection = abstract_model(), Projection(side=8, blocks=4)
     mesh, B = sharding.make_mesh(**MESHES[mesh]), 16
-    step = planning.compile_training_step(model, optax.adam(1e-3), mesh, B, 64)
-    compiled = planning.compile_encoder(model, projection, mesh, B, 64, correction)
-    assert planning.memory_of(compiled).total <= planning.memory_of(step).total
+    step = compile_training_step(model, optax.adam(1e-3), mesh, B, 64)
+    compiled = compile_encoder(model, projection, mesh, B, 64, correction)
+    assert memory_of(compiled).total <= memory_of(step).total
 
 
 def test_a_mesh_splits_what_a_device_holds(one_device):
@@ -39,7 +40,7 @@ def test_a_mesh_splits_what_a_device_holds(one_device):
     model, projection = abstract_model(), Projection(side=8, blocks=4)
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     held = [
-        planning.memory_of(planning.compile_encoder(model, projection, m, 8, 32, "adam")).arguments
+        memory_of(compile_encoder(model, projection, m, 8, 32, "adam")).arguments
         for m in (one_device, mesh)
     ]
     assert held[1] < held[0] / 6
