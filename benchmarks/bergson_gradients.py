@@ -22,6 +22,7 @@ from tda.encoding import table
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 
 CORRECTIONS = ("none", "factored", "adam")
 ALIKE = 1e-4
@@ -76,7 +77,7 @@ def main(argv):
         directory = pathlib.Path(made)
         setup, start = vs_bergson.prepare(directory, size), vs_bergson.starters(directory, python)
         ours = Ours(str(directory))
-        chosen = sites.find(ours.model)
+        chosen = find_sites(ours.model)
         projection = ours.projection()
         np.savez(directory / "projections.npz", **projection_matrices(chosen, projection))
         rows, found = np.arange(setup["rows"]), {}

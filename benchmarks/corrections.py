@@ -46,6 +46,7 @@ from tda.gradients.encoder import Encoder, make_encoder, scored_positions
 from tda.gradients.moments import estimate, second_moments
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer
@@ -117,7 +118,7 @@ def load(config, directory: str) -> Run:
         for label, lists in corpus.correct.items()
     }
     run = Run(config, corpus, trained, [], queries, passages, correct)
-    return dataclasses.replace(run, chosen=sites.find(trained.model, **run.scope))
+    return dataclasses.replace(run, chosen=find_sites(trained.model, **run.scope))
 
 
 def read_scales(run: Run, correction: str) -> tuple[dict[str, Scale] | None, list[float]]:

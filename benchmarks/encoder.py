@@ -26,10 +26,11 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.gradients import reference, sites, together
+from tda.gradients import reference, together
 from tda.gradients.encoder import ends_of, make_encoder
 from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
@@ -59,7 +60,7 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
     if correction == "none":
         return None
     scales = {}
-    for i, site in enumerate(sites.find(model)):
+    for i, site in enumerate(find_sites(model)):
         stack = () if site.stack is None else (site.stack,)
         shape = (*stack, site.rows, site.columns)
         full = jnp.exp(jax.random.normal(jax.random.key(i), shape))
@@ -74,7 +75,7 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
 
 def part(model, projection: Projection, correction: str) -> together.Part:
     """One kind of gradients of an encoder of several."""
-    chosen = sites.find(model)
+    chosen = find_sites(model)
     ends = ends_of(chosen, projection, scales_of(model, correction))
     return together.Part(chosen, projection, ends)
 

@@ -25,10 +25,10 @@ from tda import store as stores
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
-from tda.gradients import sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import from_full
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.retrieval import exact
@@ -45,7 +45,7 @@ def decoder(setup: dict) -> Decoder:
 def second_moments(model: Decoder) -> dict[str, np.ndarray]:
     """Random second moments of every matrix, by path."""
     out = {}
-    for i, site in enumerate(sites.find(model)):
+    for i, site in enumerate(find_sites(model)):
         normal = np.random.default_rng(i).standard_normal(site.shape, np.float32)
         out[site.path] = np.exp(normal)
     return out

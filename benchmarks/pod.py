@@ -22,6 +22,7 @@ from tda.gradients import encoder as encoders
 from tda.gradients import sites, taps, together
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional, sizes
 from tda.model.decoder import Decoder
 from tda.plan.calibration import memory_of
@@ -84,7 +85,7 @@ def compile_encoder(
     Returns:
         The compiled computation.
     """
-    chosen = sites.find(model, include)
+    chosen = find_sites(model, include)
     encoder = encoders.build(
         model, chosen, projection, abstract_ends(chosen, projection, correction)
     )

@@ -90,7 +90,7 @@ def trace(
         k: how many proponents and opponents of each query.
         context: positions of a passage; longer documents are cut into several passages.
         tokens_per_batch: positions that are encoded together.
-        include, exclude, untapped: which parameters (`tda.gradients.sites.find`).
+        include, exclude, untapped: which parameters (`tda.gradients.sites.find_sites`).
         texts: of passages that are given as batches, in order, to show.
         sample: batches that second moments are estimated from, drawn at random; of batches from an
             iterator, the first ones.

@@ -19,6 +19,7 @@ from tda.data.tokenizer import Tokenizer
 from tda.gradients import per_example, reference, sites
 from tda.gradients.moments import estimate
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.runtime import sharding
 from tests.data.test_pretrained_tokenizer import byte_level
 
@@ -105,7 +106,7 @@ def test_scores_are_the_references_cosines(model, tokenizer):
 
 def test_the_correction_is_estimated_from_the_passages(model, tokenizer):
     batch = batch_of(sequences(tokenizer, TEXTS))
-    chosen = sites.find(model)
+    chosen = find_sites(model)
 
     def loss(model, batch):
         nats = optax.softmax_cross_entropy_with_integer_labels(
@@ -243,7 +244,7 @@ def test_what_is_left_out_is_told(model, tokenizer, capsys):
     tda.trace(model, [batch], [batch], **how)
     assert "left out: first/bias, second/bias\n" in capsys.readouterr().out
     deep = nnx.Dict({f"l{i}": nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for i in range(10)})
-    told = sites.coverage(deep, sites.find(deep, "kernel"))
+    told = sites.coverage(deep, find_sites(deep, "kernel"))
     assert told.startswith("gradients of 40 of 60 parameters (67%); left out: l0/bias, l1/bias, ")
     assert told.endswith("l7/bias and 2 more")
 

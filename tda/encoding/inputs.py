@@ -28,6 +28,7 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate, kept_scales
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
@@ -60,7 +61,7 @@ class Setting:
 
     def sites(self) -> list[sites.Site]:
         """The parameters whose gradients are taken."""
-        return sites.find(self.model, **self.scope)
+        return find_sites(self.model, **self.scope)
 
     def tell_coverage(self) -> None:
         """Prints how much of the model is taken, and what is left out."""

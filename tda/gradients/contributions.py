@@ -17,6 +17,7 @@ from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together, unseen
 from tda.gradients.moments.second_moments import Scale
+from tda.gradients.sites import find_sites
 
 
 def make_contributions(
@@ -38,7 +39,7 @@ def make_contributions(
         ValueError: as `make_encoder` does; with a batch, if the loss uses a parameter in a way that
             its tap does not see.
     """
-    chosen = sites.find(model, include, exclude)
+    chosen = find_sites(model, include, exclude)
     plan = projections.layout(chosen, projection)
     output_fn = losses.output(output)
     ends = encoders.ends_of(chosen, projection, scales)

@@ -11,6 +11,7 @@ from flax import nnx
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, together
 from tda.gradients.moments.second_moments import Scale
+from tda.gradients.sites import find_sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def make_encoder(
             taps miss a part of a gradient (`tda.gradients.unseen`), unless `untapped` allows it.
         KeyError: `scales` lacks a parameter.
     """
-    chosen = sites.find(model, include, exclude, untapped)
+    chosen = find_sites(model, include, exclude, untapped)
     ends = ends_of(chosen, projection, scales)
     return build(model, chosen, projection, ends, output, mesh)
 

@@ -15,6 +15,7 @@ from tda import loss as losses
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.moments.second_moments import Scale
+from tda.gradients.sites import find_sites
 from tda.gradients.together import pool
 from tda.model import functional
 
@@ -46,7 +47,7 @@ def encode(
     untapped: str = "leave",
 ) -> jax.Array:
     """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
-    chosen = sites.find(model, include, exclude, untapped)
+    chosen = find_sites(model, include, exclude, untapped)
     return project(chosen, per_example_gradients(model, batch, output), projection, scales)
 
 

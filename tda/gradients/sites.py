@@ -82,7 +82,7 @@ class Site:
         return x.reshape(*x.shape[:first], self.rows, self.columns)
 
 
-def find(
+def find_sites(
     model: nnx.Module,
     include: str | None = None,
     exclude: str | None = None,

@@ -15,6 +15,7 @@ from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.plan import cost
 from tda.run import corpus, train
@@ -149,10 +150,10 @@ def of(config, multiple: int = 1) -> Setting:
     model = nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0)))
     g, projection = config.gradients, Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
-    chosen = sites.find(model, **scope)
+    chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)
     widths = [projection.side**2] * len(layout.blocks)
-    everything = sites.find(model, include=".")
+    everything = find_sites(model, include=".")
     row = cost.row_bytes(
         widths, "float32" if config.store.dtype == NO_STORE else config.store.dtype
     )

@@ -15,10 +15,10 @@ from tda.data.batches import BatchLayout
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.facts.records import Fact, Sentence
-from tda.gradients import kronecker, sites
+from tda.gradients import kronecker
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
-from tda.gradients.sites import Site
+from tda.gradients.sites import Site, find_sites
 from tda.methods import GradientKind
 from tda.model import functional
 from tda.retrieval.whitening import HessianSettings
@@ -192,7 +192,7 @@ class Run:
     def sites(self, kind: GradientKind) -> list[Site]:
         """The parameters whose gradients are taken."""
         g = self.config.gradients
-        chosen = sites.find(self.trained.model, g.include or None, g.exclude or None, g.untapped)
+        chosen = find_sites(self.trained.model, g.include or None, g.exclude or None, g.untapped)
         return chosen if kind.curvature == "none" else kronecker.factored(chosen)
 
     def blocks(self, kind: GradientKind) -> tuple[str, ...]:

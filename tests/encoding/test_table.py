@@ -13,9 +13,10 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
-from tda.gradients import sites, together
+from tda.gradients import together
 from tda.gradients.encoder import ends_of, make_encoder, scored_positions
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.scorer import Scorer
 
@@ -79,7 +80,7 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     model = decoder(vocab_size=int(table.tokens.max()) + 1)
     kinds = []
     for projection in (Projection(side=3, blocks=2), Projection(side=3, blocks=2, seed=1)):
-        chosen = sites.find(model)
+        chosen = find_sites(model)
         kinds.append(together.Part(chosen, projection, ends_of(chosen, projection, None)))
     made = together.build(model, kinds)
     width = 4 * made.layouts[0].width

@@ -9,9 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from tda.gradients import adam_steps, reference, sites
+from tda.gradients import adam_steps, reference
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
 from tda.training import checkpoint
@@ -64,7 +65,7 @@ def expected(model, chosen, batch, update):
 def test_equals_optax(trained, random_batch, monkeypatch):
     """Embeddings, tied or not, and norms among the parameters; in portions of any size."""
     model, root, update = trained
-    batch, chosen = random_batch(LENGTHS, 8), sites.find(model, ".")
+    batch, chosen = random_batch(LENGTHS, 8), find_sites(model, ".")
     want = expected(model, chosen, batch, update)
     states = adam_steps.read(root, chosen)
     for at_once in (1, 10_000, 2**26):
@@ -88,7 +89,7 @@ def _linear(model, batch, states):
 
 def test_logits_of_scored_positions_alone_are_enough(trained, random_batch):
     model, root, update = trained
-    batch, chosen = random_batch([2, 3, 1], 8), sites.find(model, "kernel")
+    batch, chosen = random_batch([2, 3, 1], 8), find_sites(model, "kernel")
     encoder = adam_steps.make_encoder(model, chosen, P, adam_steps.read(root, chosen))
     whole = np.asarray(encoder(batch))
     np.testing.assert_allclose(encoder(batch, 4), whole, rtol=1e-4, atol=1e-5)
@@ -100,7 +101,7 @@ def test_logits_of_scored_positions_alone_are_enough(trained, random_batch):
 def test_on_a_mesh(trained, random_batch):
     """Parameters and moments split over devices, examples too."""
     model, root, update = trained
-    batch, chosen = random_batch(LENGTHS, 8), sites.find(model, ".")
+    batch, chosen = random_batch(LENGTHS, 8), find_sites(model, ".")
     states = adam_steps.read(root, chosen)
     want = np.asarray(adam_steps.make_encoder(model, chosen, P, states)(batch))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -127,18 +128,18 @@ def test_on_a_mesh(trained, random_batch):
 def test_what_is_not_adams_is_told(decoder, tmp_path, described, told):
     _save(decoder(), optax.adam(1.0), tmp_path / "c", described)
     with pytest.raises(SecondMomentError, match=told):
-        adam_steps.read(tmp_path / "c", sites.find(decoder()))
+        adam_steps.read(tmp_path / "c", find_sites(decoder()))
 
 
 def test_a_state_without_momentum_is_told(decoder, tmp_path):
     _save(decoder(), optax.scale_by_rms(), tmp_path / "c", DESCRIBED["optimizer"])
     with pytest.raises(SecondMomentError, match="no mu and no count of layers/attention"):
-        adam_steps.read(tmp_path / "c", sites.find(decoder()))
+        adam_steps.read(tmp_path / "c", find_sites(decoder()))
 
 
 def test_moments_of_another_shape_are_told(decoder, tmp_path):
     _save(decoder(), optax.adam(1.0), tmp_path / "c", DESCRIBED["optimizer"])
-    chosen = [dataclasses.replace(s, shape=(1, *s.shape)) for s in sites.find(decoder())]
+    chosen = [dataclasses.replace(s, shape=(1, *s.shape)) for s in find_sites(decoder())]
     with pytest.raises(SecondMomentError, match="mu of layers/.* has shape"):
         adam_steps.read(tmp_path / "c", chosen)
 

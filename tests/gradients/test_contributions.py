@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from tda.gradients import reference, sites
+from tda.gradients import reference
 from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.retrieval import scorer
 
 P = Projection(side=4, blocks=2)
@@ -18,7 +19,7 @@ def scales_of(model, correction):
     if correction == "none":
         return None
     scales = {}
-    for site in sites.find(model, "."):
+    for site in find_sites(model, "."):
         rng = np.random.default_rng(list(site.path.encode()))
         full = adam_scale(np.exp(rng.normal(size=site.shape)), 7, 0.9, 1e-3)
         scales[site.path] = full if correction == "adam" else factored_scale(full.full)

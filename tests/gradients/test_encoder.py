@@ -19,6 +19,7 @@ from tda.gradients import reference, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.gradients.together import pool
 from tda.model import functional
 from tda.runtime import sharding
@@ -31,7 +32,7 @@ def scales_of(model, correction, include=None):
     if correction == "none":
         return None
     scales = {}
-    for site in sites.find(model, include):
+    for site in find_sites(model, include):
         nu = np.stack([second_moment(n, site.rows, site.columns) for n in site.names()])
         full = adam_scale(nu if site.stack else nu[0], 7, 0.9, 1e-3)
         scales[site.path] = full if correction == "adam" else factored_scale(full.full)

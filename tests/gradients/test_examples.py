@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import Projection, per_example, projection, reference, sites
+from tda.gradients import Projection, per_example, projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate
+from tda.gradients.sites import find_sites
 
 P = Projection(side=3, blocks=1)
 
@@ -56,7 +57,7 @@ def test_batches_of_any_keys_and_sizes(untapped):
 def test_an_example_by_hand():
     """Guards: gradients summed over the batch; an example's place in the batch."""
     model, batch = Classifier(nnx.Rngs(0)), make_batch(4)
-    site = next(s for s in sites.find(model, ".") if s.path == "mlp/kernel")
+    site = next(s for s in find_sites(model, ".") if s.path == "mlp/kernel")
     A, B = projection.matrices(site, P)
     pixels, words = batch["given"]
     (got,) = per_example(model, loss, [batch], P, include="mlp")
@@ -77,7 +78,7 @@ def test_scales_are_those_of_the_encoder(decoder, random_batch):
         picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * batch["weights"], axis=-1)
 
-    scales = estimate.estimate(model, nats, [batch], sites.find(model), "adam")
+    scales = estimate.estimate(model, nats, [batch], find_sites(model), "adam")
     (got,) = per_example(model, nats, [batch], p, scales)
     close(got, np.asarray(make_encoder(model, p, scales)(batch)))
     (plain,) = per_example(model, nats, [batch], p)

@@ -10,9 +10,10 @@ import pytest
 from tda import loss as losses
 from tda.data import tokens
 from tda.data.batches import BatchLayout
-from tda.gradients import kronecker, reference, sites, taps
+from tda.gradients import kronecker, reference, taps
 from tda.gradients.encoder import build, make_encoder
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.gradients.together import place
 from tda.model import functional
 from tda.runtime import sharding
@@ -42,7 +43,7 @@ def whole_gradients(model, batch):
 
 def examples(model, labels):
     """The whole gradient of each example, float64 [N, (L,) M, N] by site."""
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
     output = losses.cross_entropy if labels == "data" else kronecker.sampled_loss
     loss = lambda model, b: output(model(b["tokens"]), b["targets"], b["weights"])  # noqa: E731
     (batch,) = batches(labels, bucket_lengths=(8,), tokens_per_batch=48)
@@ -54,7 +55,7 @@ def examples(model, labels):
 def test_sampled_labels_do_not_depend_on_the_batch(decoder, scan):
     """Guards: labels, and so curvature, that depend on batch mates."""
     model = decoder(scan=scan)
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
     one, other = (
         kronecker.covariances(model, chosen, batches("sampled", rows, **c), "sampled")
         for rows, c in ((range(6), {}), ([3, 1, 5, 0, 4, 2], dict(tokens_per_batch=8)))
@@ -78,7 +79,7 @@ def test_labels_are_drawn_from_the_models_predictions():
 def test_covariances_are_the_means_over_positions(decoder):
     """By hand, of the layers whose inputs and outputs are at hand: A of the first layer's query."""
     model = decoder(tied=False)
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
     assert all("embedding" not in s.path and "head" not in s.path for s in chosen)
     found = kronecker.covariances(model, chosen, batches("data"), "data")
     fn, _ = functional.split(model)
@@ -155,7 +156,7 @@ def test_eigenvalues_are_the_mean_squares_of_turned_gradients(decoder, scan, lab
 
 
 def fitted(model):
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
     of = kronecker.covariances(model, chosen, batches("sampled"), "sampled")
     bases = kronecker.eigenvectors(of)
     return chosen, kronecker.corrected(model, chosen, batches("sampled"), "sampled", bases)
@@ -237,7 +238,7 @@ def test_projected_influence_tends_to_the_dense_one(decoder, random_batch):
 def test_without_turning_and_damping_it_is_the_plain_encoder(decoder, random_batch):
     """Bases of unit vectors and Λ = 1 leave the gradient as it is, but for the damping's root."""
     model, batch = decoder(), random_batch([6, 4], 6)
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
 
     def unit(s):
         eye = [np.tile(np.eye(n, dtype=np.float32), (2, 1, 1)) for n in (s.rows, s.columns)]
@@ -251,7 +252,7 @@ def test_without_turning_and_damping_it_is_the_plain_encoder(decoder, random_bat
 
 def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
     model, batch = decoder(), random_batch([6, 4], 6)
-    chosen = kronecker.factored(sites.find(model))
+    chosen = kronecker.factored(find_sites(model))
     of = kronecker.covariances(model, chosen, batches("data"), "data")
     curvature = kronecker.eigenvectors(of, keep=P.side)
     encoder = build(model, chosen, P, kronecker.logra_ends(chosen, P.side, curvature))
@@ -271,7 +272,7 @@ def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
 
 def test_few_rows_leave_zeros_behind(decoder):
     model = decoder()
-    chosen = kronecker.factored(sites.find(model, include="key"))
+    chosen = kronecker.factored(find_sites(model, include="key"))
     of = kronecker.covariances(model, chosen, batches("data"), "data")
     ends = kronecker.logra_ends(chosen, 12, kronecker.eigenvectors(of, keep=12))
     (end,) = ends.values()
@@ -281,13 +282,13 @@ def test_few_rows_leave_zeros_behind(decoder):
 
 def test_what_cannot_be_factored_is_told(decoder):
     with pytest.raises(ValueError, match="no linear layer is among embedding/embedding"):
-        kronecker.factored(sites.find(decoder(), include="embedding"))
-    everything = sites.find(decoder(), include="embedding")
+        kronecker.factored(find_sites(decoder(), include="embedding"))
+    everything = find_sites(decoder(), include="embedding")
     end = taps.End(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
     turned = dataclasses.replace(end, bases=(jnp.eye(50), jnp.eye(16)))
     with pytest.raises(ValueError, match="embedding/embedding: tables of tokens"):
         taps.put_on(decoder(), {everything[0]: (turned,)})
-    chosen = kronecker.factored(sites.find(decoder()))
+    chosen = kronecker.factored(find_sites(decoder()))
     with pytest.raises(ValueError, match="no position"):
         kronecker.covariances(decoder(), chosen, [], "data")
 

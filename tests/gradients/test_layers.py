@@ -10,6 +10,7 @@ from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 
 P = Projection(side=3, blocks=1)
@@ -19,7 +20,7 @@ V, D = 50, 6
 def scales_of(model, **scope):
     """An exact scale of every weight; each site's own."""
     scales = {}
-    for site in sites.find(model, ".", **scope):
+    for site in find_sites(model, ".", **scope):
         rng = np.random.default_rng(list(site.path.encode()))
         stack = () if site.stack is None else (site.stack,)
         nu = np.exp(rng.normal(size=(*stack, site.rows, site.columns)))
@@ -65,7 +66,7 @@ class General(nnx.Module):
 def test_general_layers_equal_the_reference(random_batch):
     """Guards: layers skipped in silence; axes flattened in another order on the two paths."""
     model = General(nnx.Rngs(0))
-    found = {s.path for s in sites.find(model, ".")}
+    found = {s.path for s in find_sites(model, ".")}
     assert found == {
         *(f"attention/{n}/kernel" for n in ("query", "key", "value", "out")),
         *(f"{n}/kernel" for n in ("split", "join", "heads", "back", "turned", "lm_head")),
@@ -79,7 +80,7 @@ def test_norms_and_biases_by_option(random_batch):
     model = General(nnx.Rngs(1))
     batch = random_batch([5, 3], 5)
     assert_equal_to_the_reference(model, batch, untapped="reference")
-    loose = {s.path for s in sites.find(model, ".", untapped="reference") if not s.tapped}
+    loose = {s.path for s in find_sites(model, ".", untapped="reference") if not s.tapped}
     assert {"split/bias", "attention/query/bias", "back/bias", "lm_head/bias"} <= loose
 
 
@@ -91,7 +92,7 @@ def test_the_decoders_norms_too(decoder, random_batch):
         assert_equal_to_the_reference(
             model, random_batch([5, 3], 5), projection, untapped="reference"
         )
-        assert not sites.left_out(model, sites.find(model, ".", untapped="reference"))
+        assert not sites.left_out(model, find_sites(model, ".", untapped="reference"))
 
 
 def test_scanned_and_unrolled_norms_have_equal_encodings(decoder, random_batch):
@@ -123,13 +124,13 @@ class Experts(nnx.Module):
 def test_what_cannot_be_tapped_is_named_and_taken_if_asked(random_batch):
     """Guards: experts skipped in silence."""
     model, batch = Experts(nnx.Rngs(0)), random_batch([5, 3], 5)
-    assert {"mlp_experts", "shared/kernel"} <= sites.left_out(model, sites.find(model, ".")).keys()
+    assert {"mlp_experts", "shared/kernel"} <= sites.left_out(model, find_sites(model, ".")).keys()
     with pytest.raises(ValueError, match=r"the model has .*mlp_experts \(no tap\)"):
-        sites.find(model)
+        find_sites(model)
     with pytest.raises(ValueError, match="no tap can be put on .*mlp_experts"):
-        sites.find(model, ".", untapped="error")
+        find_sites(model, ".", untapped="error")
     with pytest.raises(ValueError, match="untapped is 'skip'"):
-        sites.find(model, ".", untapped="skip")
+        find_sites(model, ".", untapped="skip")
     assert_equal_to_the_reference(model, batch, untapped="reference", exclude="each")
 
 
@@ -156,7 +157,7 @@ class Scanned(nnx.Module):
 
 def test_shared_layers_add_up(random_batch):
     model = Scanned(nnx.Rngs(0))
-    stacked = next(s for s in sites.find(model) if s.path == "layers/kernel")
+    stacked = next(s for s in find_sites(model) if s.path == "layers/kernel")
     assert stacked.stack == 3 and stacked.names()[2] == "layers/2/kernel"
     assert_equal_to_the_reference(model, random_batch([5, 3], 5), Projection(side=3, blocks=3))
 
@@ -180,9 +181,9 @@ def test_a_users_einsum_class_can_be_made_known(random_batch):
             return self.embed.attend(x + self.attn(x).reshape(x.shape))
 
     model = Model(nnx.Rngs(0))
-    assert not sites.find(model, ".")[0].path.startswith("attn")
+    assert not find_sites(model, ".")[0].path.startswith("attn")
     layers.register_einsum(Einsum, "w", "equation")
-    assert [(s.path, s.rows, s.columns) for s in sites.find(model)] == [("attn/w", D, 6)]
+    assert [(s.path, s.rows, s.columns) for s in find_sites(model)] == [("attn/w", D, 6)]
     assert_equal_to_the_reference(model, random_batch([5, 3, 4], 5))
 
 
@@ -213,9 +214,9 @@ def test_a_users_embedding_class_can_be_made_known(random_batch, remat):
             return self.embedder.decode(x + jnp.tanh(self.mlp(x)))
 
     model, batch = Model(nnx.Rngs(0)), random_batch([5, 3, 4], 5)
-    assert [s.path for s in sites.find(model, ".")] == ["mlp/kernel"]
+    assert [s.path for s in find_sites(model, ".")] == ["mlp/kernel"]
     layers.register_embedding(Embedder, "table", "encode", "decode")
-    assert [s.path for s in sites.find(model, ".")] == ["embedder/table", "mlp/kernel"]
+    assert [s.path for s in find_sites(model, ".")] == ["embedder/table", "mlp/kernel"]
     assert_equal_to_the_reference(model, batch)
     assert_equal_to_the_reference(model, batch, untapped="reference")
 

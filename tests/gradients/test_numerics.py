@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import projection, reference, sites
+from tda.gradients import projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
 
@@ -43,7 +44,7 @@ def scale_of(correction):
 
 def exactly(batch, scale):
     """Aᵀ((Σ_t x_t δ_tᵀ) ∘ scale)B in float64."""
-    (site,) = sites.find(Layer("float32"))
+    (site,) = find_sites(Layer("float32"))
     A, B = projection.matrices(site, P)
     G = np.einsum("btm,btn->bmn", *(np.asarray(batch[k], np.float64) for k in ("x", "d")))
     G = G if scale is None else G * np.asarray(scale.dense(), np.float64)
@@ -91,7 +92,7 @@ def test_every_matrix_gives_something_for_every_example(
 ):
     """Guards: kernels that return zeros."""
     model, p = decoder(dtype=dtype, scan=scan, tied=False), Projection(side=4, pooling="matrix")
-    chosen = sites.find(model, ".")
+    chosen = find_sites(model, ".")
     scales = None
     if correction == "adam":
         ones = {
@@ -113,7 +114,7 @@ def off(got, expected, side=4):
 def ones(model):
     """A scale of 1 for every weight: products are then taken in float32, weight by weight."""
     shapes = {
-        s.path: ((s.stack,) if s.stack else ()) + (s.rows, s.columns) for s in sites.find(model)
+        s.path: ((s.stack,) if s.stack else ()) + (s.rows, s.columns) for s in find_sites(model)
     }
     return {path: Scale(full=jnp.ones(shape)) for path, shape in shapes.items()}
 

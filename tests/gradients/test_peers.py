@@ -15,10 +15,11 @@ from tda import hessian
 from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.evaluation.likelihood import Likelihood
-from tda.gradients import kronecker, reference, sites, taps
+from tda.gradients import kronecker, reference, taps
 from tda.gradients.encoder import build
 from tda.gradients.projection import Projection
 from tda.retrieval.sources import InMemory
+from tda.gradients.sites import find_sites
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,7 @@ def setting():
     for name in ("up", "down", "out"):
         kernel = getattr(model, name).kernel
         kernel[...] = 2.0 * kernel[...]
-    return model, sites.find(model, include="up|down")
+    return model, find_sites(model, include="up|down")
 
 
 def spearman(a, b):

@@ -5,7 +5,7 @@ import pytest
 
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection, layout, matrices, random_matrix
-from tda.gradients.sites import Site, find
+from tda.gradients.sites import Site, find_sites
 
 FAMILIES = ("gaussian", "rademacher")
 
@@ -156,11 +156,11 @@ def test_a_matrix_is_a_function_of_its_own_name_alone(decoder):
             out.update({n: (left[i], right[i]) for i, n in enumerate(s.names())})
         return out
 
-    scanned = by_name(find(decoder(layers=3), "."))
+    scanned = by_name(find_sites(decoder(layers=3), "."))
     for other in (
-        by_name(reversed(find(decoder(layers=3), "."))),
-        by_name(find(decoder(layers=3, scan=False), ".")),
-        by_name(find(decoder(layers=3), "mlp/down")),
+        by_name(reversed(find_sites(decoder(layers=3), "."))),
+        by_name(find_sites(decoder(layers=3, scan=False), ".")),
+        by_name(find_sites(decoder(layers=3), "mlp/down")),
     ):
         assert other.keys() <= scanned.keys() and other
         for name, ends in other.items():
@@ -169,7 +169,7 @@ def test_a_matrix_is_a_function_of_its_own_name_alone(decoder):
 
 
 def test_blocks_are_contiguous_layers_by_kind(decoder):
-    plan = layout(find(decoder(layers=5), None), Projection(side=3, blocks=2))
+    plan = layout(find_sites(decoder(layers=5), None), Projection(side=3, blocks=2))
     assert plan.blocks == ("0/attention", "0/mlp", "1/attention", "1/mlp")
     assert plan.members["layers/attention/key/kernel"] == (0, 0, 0, 2, 2)
     assert plan.members["layers/mlp/down/kernel"] == (1, 1, 1, 3, 3)
@@ -178,7 +178,7 @@ def test_blocks_are_contiguous_layers_by_kind(decoder):
 
 
 def test_matrices_outside_layers_have_their_own_blocks(decoder):
-    plan = layout(find(decoder(tied=False), "."), Projection(side=2, blocks=1))
+    plan = layout(find_sites(decoder(tied=False), "."), Projection(side=2, blocks=1))
     assert plan.blocks == ("embedding", "head", "0/attention", "0/mlp")
     assert plan.members["embedding/embedding"] == (0,)
     assert plan.members["head/kernel"] == (1,)
@@ -203,13 +203,13 @@ def test_errors(decoder):
         with pytest.raises(ValueError, match="must be positive"):
             Projection(**bad)
     with pytest.raises(ValueError, match="blocks=3 exceeds the model's 2 layers"):
-        layout(find(decoder(layers=2)), Projection(blocks=3))
+        layout(find_sites(decoder(layers=2)), Projection(blocks=3))
     assert projections.FAMILIES == FAMILIES
 
 
 def test_pooling_by_layer_and_by_matrix(decoder):
     """Blocks of one layer, and of one matrix; the order of blocks is the layers'."""
-    chosen = find(decoder(layers=3, tied=False), ".")
+    chosen = find_sites(decoder(layers=3, tied=False), ".")
     by_layer = projections.layout(chosen, Projection(side=2, pooling="layer"))
     assert by_layer.blocks == ("embedding", "head", "0", "1", "2")
     by_matrix = projections.layout(chosen, Projection(side=2, pooling="matrix"))

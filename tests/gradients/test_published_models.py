@@ -15,6 +15,7 @@ from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 
 # Compiling three families takes a minute, and the package is not small.
 pytestmark = pytest.mark.slow
@@ -90,7 +91,7 @@ def test_every_parameter_equals_the_reference(tunix, random_batch, name, correct
     """Guards: a model attributed by a part of its parameters, on a model made by others."""
     model, batch = make(tunix, name), random_batch([6, 4, 3], 6, V)
     projection = Projection(side=4, pooling="matrix")
-    chosen = sites.find(model, ".", untapped="reference")
+    chosen = find_sites(model, ".", untapped="reference")
     assert not sites.left_out(model, chosen)
     assert all(s.tapped for s in chosen if s.rows > 1)
     scales = scales_of(chosen, correction)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from tda.gradients import kronecker, sites
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tests.model.test_settings import FAMILIES, TINY
@@ -21,8 +22,8 @@ def names(chosen):
 
 def test_scanned_and_unrolled_models_agree_by_name_and_shape(decoder):
     """Guards: moments mapped to the wrong modules when parameters are indexed by number."""
-    scanned = sites.find(decoder(layers=3), ".")
-    unrolled = sites.find(decoder(layers=3, scan=False), ".")
+    scanned = find_sites(decoder(layers=3), ".")
+    unrolled = find_sites(decoder(layers=3, scan=False), ".")
     assert names(scanned) == names(unrolled)
     shapes = [
         {n: (s.rows, s.columns) for s in found for n in s.names()} for found in (scanned, unrolled)
@@ -35,7 +36,7 @@ def test_scanned_and_unrolled_models_agree_by_name_and_shape(decoder):
 
 def test_the_default_is_every_matrix_of_the_layers(decoder):
     """Guards: matrices skipped in silence."""
-    found = sites.find(decoder(tied=False))
+    found = find_sites(decoder(tied=False))
     assert {s.path.removeprefix("layers/") for s in found} == MLP | ATTENTION
     assert all(s.stack == 2 for s in found)
 
@@ -47,7 +48,7 @@ def test_everything_is_found_when_asked_for(decoder, scan):
         model = decoder(tied=tied, scan=scan)
         _, params = functional.split(model)
         matrices = {n: x for n, x in functional.flat_parameters(params).items() if "norm" not in n}
-        found = {s.path: s for s in sites.find(model, ".")}
+        found = {s.path: s for s in find_sites(model, ".")}
         assert found.keys() == matrices.keys()
         assert ("head/kernel" in found) == (not tied)
         for path, site in found.items():
@@ -57,20 +58,20 @@ def test_everything_is_found_when_asked_for(decoder, scan):
 
 def test_include_and_exclude_search_the_path(decoder):
     model = decoder(tied=False)
-    assert [s.path for s in sites.find(model, "head|embed")] == [
+    assert [s.path for s in find_sites(model, "head|embed")] == [
         "embedding/embedding",
         "head/kernel",
     ]
-    kept = sites.find(model, exclude="gate|attention")
+    kept = find_sites(model, exclude="gate|attention")
     assert {s.path for s in kept} == {"layers/mlp/up/kernel", "layers/mlp/down/kernel"}
     assert [s.path for s in kept] == sorted(s.path for s in kept)
 
 
 def test_nothing_found_is_refused_with_what_there_is(decoder):
     with pytest.raises(ValueError, match="(?s)include='experts'.*layers/mlp/up/kernel"):
-        sites.find(decoder(), "experts")
+        find_sites(decoder(), "experts")
     with pytest.raises(ValueError, match="no weight matrix matches"):
-        sites.find(decoder(), exclude=".")
+        find_sites(decoder(), exclude=".")
 
 
 def test_any_models_layers_are_found():
@@ -83,9 +84,9 @@ def test_any_models_layers_are_found():
             self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
 
     model = Model(nnx.Rngs(0))
-    found = {s.path: (s.rows, s.columns, s.group) for s in sites.find(model)}
+    found = {s.path: (s.rows, s.columns, s.group) for s in find_sites(model)}
     assert found["mlp/kernel"] == (3, 4, "mlp") and found["blocks/1/kernel"] == (4, 4, "other")
-    assert names(sites.find(model, ".")) == ["blocks/0/kernel", "blocks/1/kernel", "mlp/kernel"]
+    assert names(find_sites(model, ".")) == ["blocks/0/kernel", "blocks/1/kernel", "mlp/kernel"]
 
 
 def test_a_stack_is_told_from_a_single_matrix():
@@ -147,12 +148,12 @@ def test_layers_may_have_an_output_and_a_head(scan):
     """Guards: matrices of every layer left out by default, for what they are called."""
     model = Encoder(scan, nnx.Rngs(0))
     of_layers = ("intermediate", "output", "head", "embed")
-    found = sites.find(model)
+    found = find_sites(model)
     assert names(found) == sorted(f"layer/{i}/{n}/kernel" for i in (0, 1) for n in of_layers)
     assert {s.group for s in found} == {"other"}
-    assert kronecker.factored(sites.find(model, ".")) == found
+    assert kronecker.factored(find_sites(model, ".")) == found
     # What looks up rows is an embedding, in a layer too.
-    groups = {n: s.group for s in sites.find(model, ".") for n in s.names()}
+    groups = {n: s.group for s in find_sites(model, ".") for n in s.names()}
     others = {n: g for n, g in groups.items() if g != "other"}
     assert others == {
         "embeddings/embedding": "embedding",
@@ -186,7 +187,7 @@ def test_the_decoders_groups_are_those_of_stores_made_before(family, tied, scan)
     """Blocks of a store are called by them: no other rule may move a matrix of this model."""
     shape = TINY | FAMILIES.get(family, {}) | dict(tied=tied, scan=scan)
     model = nnx.eval_shape(lambda: Decoder(**shape, rngs=nnx.Rngs(0)))
-    found = sites.find(model, ".", untapped="reference")
+    found = find_sites(model, ".", untapped="reference")
     assert not sites.left_out(model, found) and len(found) > 9
     for site in found:
         by_name = (g for g, words in OLD_GROUPS.items() if re.search(words, site.path))
@@ -194,12 +195,12 @@ def test_the_decoders_groups_are_those_of_stores_made_before(family, tied, scan)
     # By default the layers' matrices, as ever.
     parts = MLP | ATTENTION if shape.get("gated", True) else MLP - {"mlp/gate/kernel"} | ATTENTION
     expected = {f"layers/{i}/{part}" for i in range(shape["layers"]) for part in parts}
-    assert {n for s in sites.find(model) for n in s.names()} == expected
+    assert {n for s in find_sites(model) for n in s.names()} == expected
 
 
 def test_finding_allocates_nothing(decoder):
     """Large models' sites can be listed by shape alone."""
     abstract = nnx.eval_shape(lambda: decoder())
-    assert names(sites.find(abstract, ".")) == names(sites.find(decoder(), "."))
+    assert names(find_sites(abstract, ".")) == names(find_sites(decoder(), "."))
     leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

@@ -8,7 +8,7 @@ from tda.gradients import reference, taps
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
 
@@ -17,7 +17,7 @@ P = Projection(side=4, blocks=2)
 
 def exact_scales(model):
     scales = {}
-    for site in find(model):
+    for site in find_sites(model):
         nu = np.exp(np.random.default_rng(len(scales)).normal(size=site.shape))
         scales[site.path] = adam_scale(nu, 7, 0.9, 1e-3)
     return scales

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from tda.gradients import kronecker, sites, together
+from tda.gradients import kronecker, together
 from tda.gradients.encoder import build, ends_of, make_encoder
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.gradients.together import Part
 from tda.runtime import sharding
 from tests.gradients.test_encoder import assert_same_encodings, scales_of
@@ -16,7 +17,7 @@ WIDER = Projection(side=6, pooling="matrix", seed=3)
 
 
 def part(model, correction, projection=P, include=None, untapped="leave"):
-    chosen = sites.find(model, include, None, untapped)
+    chosen = find_sites(model, include, None, untapped)
     return Part(
         chosen, projection, ends_of(chosen, projection, scales_of(model, correction, include))
     )
@@ -24,7 +25,7 @@ def part(model, correction, projection=P, include=None, untapped="leave"):
 
 def turned(model):
     """EK-FAC's, of curvature made up: any basis, any eigenvalues."""
-    chosen, rng, found = kronecker.factored(sites.find(model)), np.random.default_rng(0), {}
+    chosen, rng, found = kronecker.factored(find_sites(model)), np.random.default_rng(0), {}
     for site in chosen:
         stack = () if site.stack is None else (site.stack,)
         left, right = (

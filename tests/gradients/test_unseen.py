@@ -12,6 +12,7 @@ from flax import nnx
 from tda.gradients import contributions, kronecker, layers, reference, sites, together, unseen
 from tda.gradients.encoder import ends_of, make_encoder
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tests.gradients.test_layers import D, V, assert_equal_to_the_reference, scales_of
 
 P = Projection(side=3, pooling="matrix")
@@ -65,12 +66,12 @@ class OneKernel(Model):
 def test_a_parameter_of_two_layers_is_named_and_taken_whole(random_batch):
     """Guards: tied weights of which one layer's part is counted."""
     model, batch = made(OneKernel), batch_of(random_batch)
-    assert "first/kernel" in sites.left_out(model, sites.find(model, "."))
+    assert "first/kernel" in sites.left_out(model, find_sites(model, "."))
     with pytest.raises(ValueError, match="no tap can be put on first/kernel"):
-        sites.find(model, "kernel", untapped="error")
+        find_sites(model, "kernel", untapped="error")
     assert_equal_to_the_reference(model, batch)
     assert_equal_to_the_reference(model, batch, untapped="reference")
-    assert "first/kernel" in {s.path for s in sites.find(model, ".", untapped="reference")}
+    assert "first/kernel" in {s.path for s in find_sites(model, ".", untapped="reference")}
 
 
 def test_a_layer_with_two_names_is_tapped(random_batch):
@@ -80,7 +81,7 @@ def test_a_layer_with_two_names_is_tapped(random_batch):
             self.second = self.first
 
     model = made(Twice)
-    assert all(s.tapped for s in sites.find(model, "kernel", untapped="reference"))
+    assert all(s.tapped for s in find_sites(model, "kernel", untapped="reference"))
     assert_equal_to_the_reference(model, batch_of(random_batch))
 
 
@@ -97,10 +98,10 @@ def test_a_parameter_that_a_wrapper_changes_is_taken_whole(random_batch):
             return self.second(jnp.tanh(self.norm(x, update_stats=False)))
 
     model, path = made(Wrapped), "norm/layer_instance/kernel"
-    assert path in sites.left_out(model, sites.find(model, "."))
+    assert path in sites.left_out(model, find_sites(model, "."))
     scope = dict(untapped="reference", exclude="norm/batch_stats")
     assert_equal_to_the_reference(model, batch_of(random_batch), **scope)
-    assert path in {s.path for s in sites.find(model, ".", **scope)}
+    assert path in {s.path for s in find_sites(model, ".", **scope)}
 
 
 # Subclasses with a call of their own.
@@ -153,7 +154,7 @@ def test_what_a_subclass_makes_of_its_class_counts(random_batch, name):
             return LAYERS[name](rngs)
 
     model = made(Subclassed)
-    assert "first/kernel" in {s.path for s in sites.find(model) if s.tapped}
+    assert "first/kernel" in {s.path for s in find_sites(model) if s.tapped}
     assert_equal_to_the_reference(model, batch_of(random_batch))
 
 
@@ -175,7 +176,7 @@ def test_embeddings_have_subclasses_too(random_batch):
             return self.embed.attend(jnp.tanh(self.use(self.embed(tokens))))
 
     model = made(Tied)
-    assert {s.path for s in sites.find(model, ".")} >= {"embed/embedding"}
+    assert {s.path for s in find_sites(model, ".")} >= {"embed/embedding"}
     assert_equal_to_the_reference(model, batch_of(random_batch))
 
 
@@ -394,7 +395,7 @@ def test_what_taps_see_is_not_refused(random_batch, kind):
     batch = batch_of(random_batch)
     for _ in range(2):
         model = made(kind)
-        chosen = sites.find(model, "kernel|embedding")
+        chosen = find_sites(model, "kernel|embedding")
         assert not unseen.make_search(model, chosen)(lambda own: own(batch["tokens"]).sum())
         assert_equal_to_the_reference(model, batch)
 
@@ -419,7 +420,7 @@ def test_each_kind_decides_for_itself(random_batch):
     model, batch = made(Direct), batch_of(random_batch)
 
     def part(include, untapped, scales=None):
-        chosen = sites.find(model, include, untapped=untapped)
+        chosen = find_sites(model, include, untapped=untapped)
         return together.Part(chosen, P, ends_of(chosen, P, scales))
 
     whole, plain = part("first/kernel", "reference"), part("second/kernel", "leave")
@@ -441,7 +442,7 @@ def test_each_kind_decides_for_itself(random_batch):
 
 def test_contributions_and_curvature_refuse_it_too(random_batch):
     model, batch = made(Direct), batch_of(random_batch)
-    chosen = sites.find(model, "kernel", "head")
+    chosen = find_sites(model, "kernel", "head")
     split = contributions.make_contributions(model, P, include="kernel")  # of three matrices
     with pytest.raises(ValueError, match=r"gradient of first/kernel: .*exclude them(\n|$)"):
         split(batch, jnp.zeros(3 * P.side**2))
@@ -465,7 +466,7 @@ def test_curvature_is_of_what_a_subclass_asks_of_its_class(random_batch):
     found = []
     for kind in (Subclassed, Plain):
         model = made(kind)
-        chosen = kronecker.factored(sites.find(model))
+        chosen = kronecker.factored(find_sites(model))
         found.append(kronecker.covariances(model, chosen, [batch], "data"))
     for path, factors in found[0].items():
         for got, expected in zip(factors, found[1][path], strict=True):
@@ -475,7 +476,7 @@ def test_curvature_is_of_what_a_subclass_asks_of_its_class(random_batch):
 def test_the_search_keeps_no_arrays():
     """Guards: a second copy of the weights on the device once they are laid out on a mesh."""
     model = made(Model)
-    search = unseen.make_search(model, sites.find(model))
+    search = unseen.make_search(model, find_sites(model))
     kept = weakref.ref(model.first.kernel.get_value())
     assert kept() is not None
     del model

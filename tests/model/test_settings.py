@@ -11,6 +11,7 @@ from flax import nnx
 from tda.gradients import reference, sites
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
 
@@ -96,8 +97,8 @@ def test_encodings_equal_the_reference_in_every_parameter(name, random_batch):
     model, batch = make(name), random_batch([6, 4, 2], 6)
     projection = Projection(side=4, pooling="matrix")
     scope = dict(include=".", untapped="reference")
-    assert not sites.left_out(model, sites.find(model, **scope))
-    tapped = [s.path for s in sites.find(model, include=".")]
+    assert not sites.left_out(model, find_sites(model, **scope))
+    tapped = [s.path for s in find_sites(model, include=".")]
     assert sum("kernel" in p for p in tapped) == (6 if "gated" in FAMILIES[name] else 7) + (
         name == "neox"
     )

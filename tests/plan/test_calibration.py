@@ -11,8 +11,8 @@ from configs import world_facts
 from tda import store as stores
 from tda.encoding import table
 from tda.gradients import encoder as encoders
-from tda.gradients import sites
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.plan import calibration, setting
 from tda.plan.calibration import EncoderTimes
@@ -42,7 +42,7 @@ def test_of_many_shapes_some_are_measured_and_the_longest_and_shortest_among_the
 def test_scales_of_ones_change_nothing_but_the_work(decoder, random_batch, correction):
     """They have a correction's own form: its encoder is what is timed."""
     model, projection = decoder(), Projection(side=3, blocks=2)
-    scales = calibration.ones(sites.find(model), correction)
+    scales = calibration.ones(find_sites(model), correction)
     batch = random_batch([5, 8], length=8)
     found = encoders.make_encoder(model, projection, scales)(batch)
     plain = np.asarray(encoders.make_encoder(model, projection)(batch))

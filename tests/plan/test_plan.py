@@ -11,8 +11,8 @@ from flax import nnx
 
 from configs import paper_c4
 from tda.gradients import encoder as encoders
-from tda.gradients import sites
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.plan import calibration, chips, cost, planner, report, setting
 from tda.run import corpus, defaults
@@ -269,14 +269,14 @@ def test_operations_are_those_that_the_compiler_counts(correction, include, tied
 
     # The compiler counts a loop's body once: so the layers are a list.
     model = build(False)()
-    scales = calibration.ones(sites.find(model, include), correction)
+    scales = calibration.ones(find_sites(model, include), correction)
     encoder = encoders.make_encoder(model, Projection(side=16, blocks=2), scales, include=include)
     batch = {k: np.zeros((4, 128), np.int32) for k in ("tokens", "targets")}
     batch["weights"] = np.ones((4, 128), np.float32)
     counted = encoder.compiled.lower(encoder.arrays, batch, None).cost_analysis()["flops"]
     stacked = nnx.eval_shape(build(True))
-    planned = setting._model(sites.find(stacked, "."), arguments | {"remat": False})
-    taps = setting._taps(sites.find(stacked, include), 16, correction, tied)
+    planned = setting._model(find_sites(stacked, "."), arguments | {"remat": False})
+    taps = setting._taps(find_sites(stacked, include), 16, correction, tied)
     assert cost.encoding_operations(planned, [taps], {(4, 128): 1}) == pytest.approx(
         counted, rel=0.07
     )

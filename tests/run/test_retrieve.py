@@ -8,8 +8,9 @@ import pytest
 from tda import hessian, methods
 from tda import loss as losses
 from tda.data import batches
-from tda.gradients import adam_steps, kronecker, reference, sites
+from tda.gradients import adam_steps, kronecker, reference
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
 from tda.methods import METHODS, GradientKind
 from tda.retrieval import dense
 from tda.retrieval.sources import InMemory
@@ -170,7 +171,7 @@ def test_less_is_the_cosine_with_adams_steps(more):
     for step, count in zip(steps, counts, strict=True):
         then = run.at_step(step)
         _, q = rows(more, GradientKind(), step)
-        chosen = sites.find(then.trained.model)
+        chosen = find_sites(then.trained.model)
         states = adam_steps.read(trained.root, chosen, step)
         assert float(states[chosen[0].path].count) == step
         whole = reference.per_example_gradients(then.trained.model, batch, _mean_losses)

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients import sites
 from tda.gradients.moments import second_moments
 from tda.gradients.moments.estimate import estimate, squared_gradients
 from tda.gradients.moments.optimizer_state import SecondMomentError
+from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.training import loop
 
@@ -37,7 +37,7 @@ def test_the_estimate_is_the_mean_of_adams_own_second_moments(decoder, sample, s
     # After one step from nothing, the bias-corrected ν is that batch's squared gradient.
     states = [step(state, batch)["opt_state"][0] for batch in sample]
     nus = [functional.flat_parameters(s.nu) for s in states]
-    chosen = sites.find(model, ".")
+    chosen = find_sites(model, ".")
     V = squared_gradients(model, loss, sample, chosen)
     assert V.keys() == {s.path for s in chosen}
     for site in chosen:
@@ -48,7 +48,7 @@ def test_the_estimate_is_the_mean_of_adams_own_second_moments(decoder, sample, s
 def test_every_correction_is_made_from_the_same_moments(decoder, sample):
     """Guards: a correction silently dropped; the floor or epsilon left out."""
     model = decoder()
-    chosen = sites.find(model, "down|^embedding")
+    chosen = find_sites(model, "down|^embedding")
     V = squared_gradients(model, loss, sample, chosen)
     found = {
         c: estimate(model, loss, sample, chosen, c, eps=0.01, floor=0.1)
@@ -69,7 +69,7 @@ def test_every_correction_is_made_from_the_same_moments(decoder, sample):
 def test_weights_that_no_batch_reaches_have_a_bounded_scale(decoder, sample):
     """Guards: infinite scales, and scales that drown all others, of words not in the sample."""
     model = decoder(tied=False)
-    chosen = sites.find(model, "^embedding")
+    chosen = find_sites(model, "^embedding")
     (V,) = squared_gradients(model, loss, sample, chosen).values()
     untouched = np.asarray(V).max(axis=1) == 0
     assert untouched.any() and not untouched.all()
@@ -105,7 +105,7 @@ def test_moments_are_summed_in_float32():
     """Guards: a sum that stands still, and squares rounded, in the parameter's bfloat16."""
     model = Bag(jnp.bfloat16)
     x = 1 + 2**-7
-    V = squared_gradients(model, bag_loss, [bag_batch(x)] * 300, sites.find(model, "^used"))
+    V = squared_gradients(model, bag_loss, [bag_batch(x)] * 300, find_sites(model, "^used"))
     assert V["used/kernel"].dtype == jnp.float32 and V["used/kernel"].shape == (3, 4)
     np.testing.assert_allclose(V["used/kernel"], np.full((3, 4), x * x), rtol=1e-6)
 
@@ -118,21 +118,21 @@ def test_the_loss_is_compiled_once_for_every_shape():
         return bag_loss(model, batch)
 
     batches = [bag_batch(x, length) for x in (1.0, 2.0, 3.0) for length in (1, 2)]
-    squared_gradients(model, counted, batches, sites.find(model, "^used"))
+    squared_gradients(model, counted, batches, find_sites(model, "^used"))
     assert sorted(traces) == [(1, 1, 3), (1, 2, 3)]
 
 
 def test_a_matrix_that_is_not_in_use_has_the_epsilons_scale():
     model = Bag()
-    scales = estimate(model, bag_loss, [bag_batch(1.0)], sites.find(model, "."), "adam", eps=1e-3)
+    scales = estimate(model, bag_loss, [bag_batch(1.0)], find_sites(model, "."), "adam", eps=1e-3)
     np.testing.assert_allclose(scales["unused/kernel"].full, np.full((3, 4), 1e3), rtol=1e-6)
     with pytest.raises(SecondMomentError, match="unused/kernel is not finite and above 0"):
-        estimate(model, bag_loss, [bag_batch(1.0)], sites.find(model, "."), "adam", eps=0.0)
+        estimate(model, bag_loss, [bag_batch(1.0)], find_sites(model, "."), "adam", eps=0.0)
 
 
 def test_what_cannot_be_estimated_is_refused():
     model = Bag()
-    chosen = sites.find(model, "^used")
+    chosen = find_sites(model, "^used")
     for correction in ("none", "adafactor"):
         with pytest.raises(SecondMomentError, match=f"'{correction}' is not made from second"):
             estimate(model, bag_loss, [], chosen, correction)
@@ -148,7 +148,7 @@ def test_what_cannot_be_estimated_is_refused():
 
 def test_a_batch_without_scored_tokens_does_not_count():
     model = Bag()
-    chosen = sites.find(model, "^used")
+    chosen = find_sites(model, "^used")
     empty = bag_batch(1.0) | {"weights": jnp.zeros((1, 1))}
     V = squared_gradients(model, bag_loss, [empty, bag_batch(2.0), empty], chosen)
     np.testing.assert_allclose(V["used/kernel"], np.full((3, 4), 4.0))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tda.gradients import sites
 from tda.gradients.moments import imported_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.moments.second_moments import from_full
+from tda.gradients.sites import find_sites
 from tda.model import pretrained
 from tda.model.pretrained import loading
 from tests.model import tiny_llama
@@ -23,7 +23,7 @@ ADAM = dict(b2=0.95, eps=1e-6, step=7)
 def model(tmp_path_factory):
     directory = tiny_llama.write(tmp_path_factory.mktemp("model"))
     found = loading.inspect(directory)
-    return found, sites.find(pretrained.load(directory, quiet=True), include="kernel|embedding")
+    return found, find_sites(pretrained.load(directory, quiet=True), include="kernel|embedding")
 
 
 def moments():

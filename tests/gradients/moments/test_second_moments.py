@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from tda.gradients import sites
 from tda.gradients.moments import low_rank, optimizer_state, second_moments
 from tda.gradients.moments.second_moments import (
     Scale,
@@ -17,7 +16,7 @@ from tda.gradients.moments.second_moments import (
     low_rank_scale,
     parse_correction,
 )
-from tda.gradients.sites import Site
+from tda.gradients.sites import Site, find_sites
 from tda.model import functional
 from tda.training import checkpoint
 from tda.training.optimizer import make_optimizer
@@ -239,7 +238,7 @@ def adafactor_run(decoder, tmp_path_factory):
 def test_adams_moments_are_read_by_path(adam_runs, scan):
     """Guards: moments mapped to the wrong modules; a correction silently dropped."""
     model, state, root = adam_runs[scan]
-    chosen = sites.find(model, ".")
+    chosen = find_sites(model, ".")
     got = second_moments.read(root, chosen, "adam")
     assert got.keys() == {s.path for s in chosen}
     nu = functional.flat_parameters(optax.tree.get(state["opt_state"], "nu"))
@@ -253,7 +252,7 @@ def test_adams_moments_are_read_by_path(adam_runs, scan):
 @pytest.mark.parametrize("scan", [True, False])
 def test_factored_moments_are_made_from_adams(adam_runs, scan):
     model, state, root = adam_runs[scan]
-    chosen = sites.find(model)
+    chosen = find_sites(model)
     got = second_moments.read(root, chosen, "factored")
     nu = functional.flat_parameters(optax.tree.get(state["opt_state"], "nu"))
     for path, scale in got.items():
@@ -267,7 +266,7 @@ def test_factored_moments_are_made_from_adams(adam_runs, scan):
 @pytest.mark.parametrize("correction", ["factored", "adafactor"])
 def test_adafactors_moments_are_read_by_path(adafactor_run, correction):
     model, state, root = adafactor_run
-    chosen = sites.find(model, ".")
+    chosen = find_sites(model, ".")
     got = second_moments.read(root, chosen, correction)
     held = {
         kind: functional.flat_parameters(optax.tree.get(state["opt_state"], kind))
@@ -286,19 +285,19 @@ def test_adafactor_has_no_exact_moments(adafactor_run):
     model, _, root = adafactor_run
     for correction in ("adam", "low_rank(2)"):
         with pytest.raises(SecondMomentError, match="Adafactor.*rank one.*correction='factored'"):
-            second_moments.read(root, sites.find(model), correction)
+            second_moments.read(root, find_sites(model), correction)
 
 
 def test_adam_has_no_adafactor_moments(adam_runs):
     model, _, root = adam_runs[True]
     with pytest.raises(SecondMomentError, match="not trained with Adafactor.*count, mu, nu"):
-        second_moments.read(root, sites.find(model), "adafactor")
+        second_moments.read(root, find_sites(model), "adafactor")
 
 
 def test_low_rank_moments_are_made_from_adams(adam_runs):
     """Guards: a rank that is not passed on; layers or sides that change places."""
     model, _, root = adam_runs[True]
-    chosen = sites.find(model, "query|down")
+    chosen = find_sites(model, "query|down")
     exact = second_moments.read(root, chosen, "adam")
     for rank in (3, 16):
         for path, scale in second_moments.read(root, chosen, f"low_rank({rank})").items():
@@ -314,9 +313,9 @@ def test_unknown_corrections_are_refused(adam_runs):
     """Guards: a correction silently dropped."""
     model, _, root = adam_runs[True]
     with pytest.raises(SecondMomentError, match="unknown correction 'adma'"):
-        second_moments.read(root, sites.find(model), "adma")
+        second_moments.read(root, find_sites(model), "adma")
     with pytest.raises(SecondMomentError, match="'none' has no scales"):
-        second_moments.read(root, sites.find(model), "none")
+        second_moments.read(root, find_sites(model), "none")
 
 
 # Parameters that are no [(L,) M, N] themselves: path, own shape, stack, order of the axes.
@@ -361,7 +360,7 @@ def test_scales_that_are_not_finite_are_refused(adam_runs, tmp_path):
     checkpoint.save(tmp_path, 1, state | {"opt_state": zeros}, {"optimizer": none})
     for correction in ("adam", "factored", "low_rank(2)"):
         with pytest.raises(SecondMomentError, match="1/√V of layers.* is not finite"):
-            second_moments.read(tmp_path, sites.find(model, "down"), correction)
+            second_moments.read(tmp_path, find_sites(model, "down"), correction)
 
 
 def test_a_state_before_the_first_step_is_refused(adam_runs, tmp_path):
@@ -369,14 +368,14 @@ def test_a_state_before_the_first_step_is_refused(adam_runs, tmp_path):
     fresh = optax.adam(1e-2).init(state["params"])
     checkpoint.save(tmp_path, 1, state | {"opt_state": fresh}, {"optimizer": CONSTANTS})
     with pytest.raises(SecondMomentError, match="no step with layers/mlp/down/kernel"):
-        second_moments.read(tmp_path, sites.find(model, "down"), "adam")
+        second_moments.read(tmp_path, find_sites(model, "down"), "adam")
 
 
 def test_a_checkpoint_without_optimizer_state_is_refused(adam_runs, tmp_path):
     model, state, _ = adam_runs[True]
     checkpoint.save(tmp_path, 1, {"params": state["params"]}, {"optimizer": CONSTANTS})
     with pytest.raises(checkpoint.CheckpointError, match="no optimizer state"):
-        second_moments.read(tmp_path, sites.find(model), "adam")
+        second_moments.read(tmp_path, find_sites(model), "adam")
 
 
 def test_an_optimizer_without_second_moments_is_refused(adam_runs, tmp_path):
@@ -384,22 +383,22 @@ def test_an_optimizer_without_second_moments_is_refused(adam_runs, tmp_path):
     momentum = optax.sgd(0.1, momentum=0.9).init(state["params"])
     checkpoint.save(tmp_path, 1, {"params": state["params"], "opt_state": momentum}, {})
     with pytest.raises(SecondMomentError, match="no second moments"):
-        second_moments.read(tmp_path, sites.find(model), "factored")
+        second_moments.read(tmp_path, find_sites(model), "factored")
 
 
 def test_moments_of_another_model_are_refused(adam_runs, decoder):
     _, _, root = adam_runs[True]
     with pytest.raises(SecondMomentError, match=r"shape \(3, 16, 24\), the model \(3, 16, 32\)"):
-        second_moments.read(root, sites.find(decoder(layers=3, ff_width=32), "up"), "adam")
+        second_moments.read(root, find_sites(decoder(layers=3, ff_width=32), "up"), "adam")
     with pytest.raises(SecondMomentError, match="no second moments of layers/0/.*it has nothing"):
-        second_moments.read(root, sites.find(decoder(layers=3, scan=False)), "adam")
+        second_moments.read(root, find_sites(decoder(layers=3, scan=False)), "adam")
 
 
 def test_a_description_without_adams_constants_is_refused(adam_runs, tmp_path):
     model, state, _ = adam_runs[True]
     checkpoint.save(tmp_path, 1, state, {"optimizer": {"eps": 1e-8}})
     with pytest.raises(SecondMomentError, match="lacks optimizer.b2"):
-        second_moments.read(tmp_path, sites.find(model), "adam")
+        second_moments.read(tmp_path, find_sites(model), "adam")
 
 
 def test_the_step_that_is_asked_for_is_read(adam_runs, tmp_path):
@@ -408,7 +407,7 @@ def test_the_step_that_is_asked_for_is_read(adam_runs, tmp_path):
     other = train(model, tx, steps=1)
     checkpoint.save(tmp_path, 1, other, {"optimizer": CONSTANTS})
     checkpoint.save(tmp_path, 3, state, {"optimizer": CONSTANTS})
-    chosen = sites.find(model, "down")
+    chosen = find_sites(model, "down")
     first, last, default = (
         second_moments.read(tmp_path, chosen, "adam", step)["layers/mlp/down/kernel"].full
         for step in (1, 3, None)
