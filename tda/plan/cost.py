@@ -1,7 +1,7 @@
 """What tracing costs, by counting: floating-point operations, and bytes on disk and in memory.
 
 A product of a row of M numbers and an M × N matrix counts as 2·M·N operations. Only products of
-matrices are counted: the rest is little beside them. `benchmarks/pod.py` asks the compiler for an
+matrices are counted: the rest is little beside them. `benchmarks.pod` asks the compiler for an
 encoder's memory instead, and `tda.plan.calibration` measures how long these operations take.
 """
 

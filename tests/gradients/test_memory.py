@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks.pod import compile_encoder, compile_training_step
+from benchmarks.ahead_of_time import compile_encoder, compile_training_step
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
 from tda.plan.calibration import memory_of
