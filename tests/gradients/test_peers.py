@@ -18,8 +18,8 @@ from tda.evaluation.likelihood import Likelihood
 from tda.gradients import kronecker, reference, taps
 from tda.gradients.encoder import build
 from tda.gradients.projection import Projection
-from tda.retrieval.sources import InMemory
 from tda.gradients.sites import find_sites
+from tda.retrieval.sources import InMemory
 
 pytestmark = pytest.mark.slow
 
