@@ -1,4 +1,4 @@
-"""What a run reads from outside its workdir, and digests that tell whether it is still the same."""
+"""Digests of the files that a run reads from outside its workdir."""
 
 import functools
 import hashlib
@@ -13,52 +13,57 @@ from tda.runtime.fingerprint import fingerprint
 
 
 def digests(config) -> dict[str, str | None]:
-    """A digest of what each key of a config names; None where it is no file that is there now.
+    """Returns a digest of the files that each key of a config names, by key.
 
-    By contents: a file that was copied or touched is the same.
+    None where the key names no file that exists now. Digests are of the contents: a file that was
+    copied or touched has the same one.
     """
-    d, chosen = config.data, methods.parse(config.methods).values()
-    encoder = config.dense.model if any(m.retriever == "dense" for m in chosen) else ""
-    named = {
-        "data.sentences": (d.sentences, _of_files),
-        "data.facts": (d.facts, _of_files),
-        "model.pretrained": (config.model.pretrained, _of_model),
-        "dense.model": (encoder, _of_encoder),
+    data = config.data
+    uses_encoder = any(m.retriever == "dense" for m in methods.parse(config.methods).values())
+    sources = {
+        "data.sentences": (data.sentences, _digest_files),
+        "data.facts": (data.facts, _digest_files),
+        "model.pretrained": (config.model.pretrained, _digest_model),
+        "dense.model": (config.dense.model if uses_encoder else "", _digest_encoder),
     }
-    return {key: _digest(digest, name) for key, (name, digest) in named.items() if name}
+    return {key: _digest(function, name) for key, (name, function) in sources.items() if name}
 
 
-def differing(there: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
-    """The keys of two `digests` that name other contents; what is not there cannot be compared."""
-    both = [k for k, digest in there.items() if None not in (digest, now.get(k))]
-    return [k for k in both if there[k] != now[k]]
+def differing(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
+    """Returns the keys whose digests differ; keys without a digest on either side are skipped."""
+    return [
+        key
+        for key, digest in before.items()
+        if None not in (digest, now.get(key)) and digest != now[key]
+    ]
 
 
-def _digest(digest, name: str) -> str | None:
+def _digest(function, name: str) -> str | None:
     try:
-        return _kept(digest, name, json.dumps(corpora.describe_files(name)))
+        return _cached_digest(function, name, json.dumps(corpora.describe_files(name)))
     except (OSError, pretrained.PretrainedError):
         return None
 
 
 @functools.cache
-def _kept(digest, name: str, state: str) -> str | None:
-    # The points of a sweep name the same files, which are read once as long as nothing stirs them.
-    return digest(name)
+def _cached_digest(function, name: str, state: str) -> str | None:
+    # All points of a sweep name the same files. They are read once for each `state` (sizes and
+    # times of modification), which is cheap to look up.
+    return function(name)
 
 
-def _of_files(name: str) -> str:
-    found = hashlib.sha256()
-    for file in jsonl.expand(name):
-        with open(file, "rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()[:16]
+def _digest_files(name: str) -> str:
+    digest = hashlib.sha256()
+    for path in jsonl.expand(name):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
-def _of_model(name: str) -> str:
+def _digest_model(name: str) -> str:
     return fingerprint(pretrained.state_of(name))
 
 
-def _of_encoder(name: str) -> str | None:
-    # A name on the hub tells nothing that the config does not.
+def _digest_encoder(name: str) -> str | None:
+    # The name of a model on the hub is in the config already.
     return dense.identity(name) if os.path.isdir(name) else None

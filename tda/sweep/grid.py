@@ -1,12 +1,13 @@
-"""What a sweep file says: the points of a grid, each a config with some keys changed.
+"""Sweep files: the points of a grid, each a config with some keys changed.
 
 A sweep file has `get_sweep()`, which returns a dict:
 
     "axes": {key: values}, the grid's axes. A key such as "model.size, train.learning_rate" stands
-        for several that change together; its values are tuples. The key "seed" makes figures be
-        told as mean and spread over its values.
+        for several keys that change together; its values are tuples. Figures are reported as mean
+        and spread over the values of the key "seed".
     "fixed": {key: value}, set at every point.
-    "plots": a list of {"name", "x", "y", "lines", "log_x", "omit", "mark"}: see `sweep_report`.
+    "plots": a list of {"name", "x", "y", "lines", "log_x", "omit", "mark"}: see
+        `tda.sweep.report`.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Keys that leave a training as it is. What else differs is another training.
+# Keys that do not affect a training. Points that differ in any other key train apart.
 _AFTER_TRAINING = (
     "methods",
     "gradients",
@@ -34,8 +35,9 @@ _AFTER_TRAINING = (
     "eval",
     "plan",
 )
-_OF_TRAIN = ("save_every", "keep", "traced")
-# Keys that leave the stores as they are.
+# Keys of the section `train` that do not affect it either.
+_TRAIN_KEYS_AFTER_TRAINING = ("save_every", "keep", "traced")
+# Keys that do not affect the stores.
 _AFTER_STORES = ("hessian", "eval", "plan")
 
 
@@ -44,9 +46,9 @@ class Point:
     """One point of a grid.
 
     Attributes:
-        name: of its directory; the same whatever other points there are.
-        values: by key, what the axes set here.
-        config: the whole config.
+        name: the name of its directory, which does not depend on the other points.
+        values: the values that the axes set at this point, by key.
+        config: the complete config.
     """
 
     name: str
@@ -55,21 +57,27 @@ class Point:
 
     @property
     def training(self) -> str:
-        """Names the training that this point uses: points that agree share it."""
+        """The name of this point's training, which all points with this name share."""
         config = self.config.to_dict()
         config = {k: v for k, v in config.items() if k not in _AFTER_TRAINING}
-        config["train"] = {k: v for k, v in config["train"].items() if k not in _OF_TRAIN}
+        config["train"] = {
+            k: v for k, v in config["train"].items() if k not in _TRAIN_KEYS_AFTER_TRAINING
+        }
         return fingerprint(plain(config))
 
     @property
     def stores(self) -> str:
-        """Names the gradient stores that this point uses: points that agree share them."""
+        """The name of this point's gradient stores, which all points with this name share."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _AFTER_STORES}
         return fingerprint(plain(config))
 
     @property
     def encoding(self) -> str:
-        """Names what no two points may encode at a time: points that differ may share a store."""
+        """The name of the lock under which this point encodes.
+
+        Points with other `stores` may still have one store in common (methods differ, say), so the
+        lock must be wider than `stores`.
+        """
         c = self.config
         scope = [c.gradients.include, c.gradients.exclude, c.gradients.untapped, c.store.dtype]
         return fingerprint(plain([self.training, c.train.traced, dict(c.projection), scope]))
@@ -77,12 +85,12 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep file's contents, checked.
+    """The checked contents of a sweep file.
 
     Attributes:
-        axes: every key that is swept.
-        points: of the grid.
-        plots: what to draw.
+        axes: all keys that are swept.
+        points: the points of the grid.
+        plots: the plots to draw.
     """
 
     axes: tuple[str, ...]
@@ -91,23 +99,23 @@ class Sweep:
 
 
 def load(path: str, config: ConfigDict) -> Sweep:
-    """Reads a sweep file, and lays its grid over a config.
+    """Reads a sweep file and applies its grid to a config.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no `get_sweep`, or says something that the config has no place for; the
-            message names the file and the key.
+        FileNotFoundError: the file does not exist.
+        ValueError: it has no `get_sweep`, or sets a key that the config lacks; the message names
+            the file and the key.
     """
-    found = runpy.run_path(path)
-    if "get_sweep" not in found:
+    module = runpy.run_path(path)
+    if "get_sweep" not in module:
         raise ValueError(f"{path} has no function get_sweep()")
-    told = dict(found["get_sweep"]())
-    unknown = set(told) - {"axes", "fixed", "plots"}
-    if unknown or not told.get("axes"):
-        wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else "no axes"
-        raise ValueError(f"{path}: {wrong}; get_sweep() returns axes, fixed and plots")
-    fixed = _changed(config, told.get("fixed", {}), path)
-    axes = [_axis(key, values, path) for key, values in told["axes"].items()]
+    contents = {"fixed": {}, "plots": []} | dict(module["get_sweep"]())
+    unknown = set(contents) - {"axes", "fixed", "plots"}
+    if unknown or not contents.get("axes"):
+        problem = f"unknown {', '.join(sorted(unknown))}" if unknown else "no axes"
+        raise ValueError(f"{path}: {problem}; get_sweep() returns axes, fixed and plots")
+    fixed = _with_values(config, contents["fixed"], path)
+    axes = [_parse_axis(key, values, path) for key, values in contents["axes"].items()]
     names = tuple(key for keys, _ in axes for key in keys)
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: a key is on two axes; there are {', '.join(names)}")
@@ -115,15 +123,15 @@ def load(path: str, config: ConfigDict) -> Sweep:
     for choice in itertools.product(*(values for _, values in axes)):
         values = {
             key: value
-            for (keys, _), chosen in zip(axes, choice, strict=True)
-            for key, value in zip(keys, chosen, strict=True)
+            for (keys, _), axis_values in zip(axes, choice, strict=True)
+            for key, value in zip(keys, axis_values, strict=True)
         }
-        name = _name(values, told.get("fixed", {}))
-        points.append(Point(name, values, _changed(fixed, values, path)))
-    return Sweep(names, points, list(told.get("plots", [])))
+        name = _name_point(values, contents["fixed"])
+        points.append(Point(name, values, _with_values(fixed, values, path)))
+    return Sweep(names, points, list(contents["plots"]))
 
 
-def _axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
+def _parse_axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
     keys = [k.strip() for k in key.split(",")]
     rows = [tuple(v) if len(keys) > 1 else (v,) for v in values]
     if not rows or any(len(row) != len(keys) for row in rows):
@@ -131,7 +139,7 @@ def _axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
     return keys, rows
 
 
-def _changed(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:
+def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for key, value in values.items():
         known = _keys(config)
@@ -153,8 +161,8 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
-def _name(values: dict[str, Any], fixed: dict[str, Any]) -> str:
-    """Tells the values; those of sweeps that fix other keys are other points."""
-    told = ",".join(f"{key.split('.')[-1]}={value}" for key, value in values.items())
-    readable = re.sub(r"[^\w.=,+-]+", "_", told)[:80]
+def _name_point(values: dict[str, Any], fixed: dict[str, Any]) -> str:
+    """Returns a readable name with a digest, since points of other sweeps fix other keys."""
+    text = ",".join(f"{key.split('.')[-1]}={value}" for key, value in values.items())
+    readable = re.sub(r"[^\w.=,+-]+", "_", text)[:80]
     return f"{readable}-{fingerprint(plain(fixed | values))[:6]}"

@@ -1,4 +1,4 @@
-"""The points of a sweep: which are finished, how they are run, and what they share."""
+"""Runs the points of a sweep; points that need the same training or stores share them."""
 
 import contextlib
 import json
@@ -24,21 +24,29 @@ from tda.runtime.fingerprint import fingerprint, plain
 from tda.sweep import digests
 from tda.sweep.grid import Point
 
-# The command line that runs a point alone.
+# Returns the command line that runs one point alone.
 Command = Callable[[Point], list[str]]
 
 
 def check(point: Point) -> None:
-    """Tells before any point's work what is wrong with one."""
+    """Checks a point's config before any point runs.
+
+    Raises:
+        ValueError: it is invalid; the message names the point and the key.
+    """
     try:
-        # To load a sentence encoder is the point's own work.
+        # Without the sentence encoder, whose loading is left to the point itself.
         stages.check(point.config, encoder=False)
     except ValueError as error:
         raise ValueError(f"point {point.name}: {error}") from error
 
 
 def check_plots() -> None:
-    """Tells before hours of work, not after, that plots cannot be drawn."""
+    """Checks before hours of work that plots can be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     try:
         plots.check()
     except ImportError as error:
@@ -50,49 +58,48 @@ def _made_from(point: Point) -> dict:
 
 
 def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
-    """What a point left when it was run from just this config; None where it did not."""
-    stamp = directory / "points" / point.name / "point.json"
-    if not stamp.exists():
+    """Returns the record of a finished point if it was run with this very config, else None."""
+    file = directory / "points" / point.name / "point.json"
+    if not file.exists():
         return None
-    told = json.loads(stamp.read_text(encoding="utf-8"))
-    return told if told["made_from"] == _made_from(point) else None
+    stamp = json.loads(file.read_text(encoding="utf-8"))
+    return stamp if stamp["made_from"] == _made_from(point) else None
 
 
-def _changed(point: Point, told: dict) -> list[str]:
-    """The keys whose files are others than those that a point was run from."""
-    # Points of older versions do not say what they were run from.
-    return digests.differing(
-        told.get("made_of", {}).get("files", {}), digests.digests(point.config)
-    )
+def _changed_keys(point: Point, stamp: dict) -> list[str]:
+    """Returns the config keys whose files have changed since the point was run."""
+    return digests.differing(stamp["made_of"]["files"], digests.digests(point.config))
 
 
 def is_finished(point: Point, directory: pathlib.Path) -> bool:
-    """Whether a point was run from just this config, and from the files that it names now."""
-    told = _stamp(point, directory)
-    return told is not None and not _changed(point, told)
+    """Returns whether a point was run with this very config and the files as they are now."""
+    stamp = _stamp(point, directory)
+    return stamp is not None and not _changed_keys(point, stamp)
 
 
 def check_alike(points: list[Point], directory: pathlib.Path) -> None:
-    """Nothing, where points whose configs name the same were made of the same.
+    """Checks that inputs with the same name had the same contents at every finished point.
+
+    `is_finished` cannot see this where the files no longer exist.
 
     Raises:
-        ValueError: two were not; they cannot be compared with files that are gone.
+        ValueError: the contents differed between two points.
     """
     first: dict[tuple[str, str], tuple[str, Any]] = {}
     for point in points:
-        made_of = (_stamp(point, directory) or {}).get("made_of")
-        for what, named, value in _named(point, made_of) if made_of else ():
-            name, there = first.setdefault((what, named), (point.name, value))
-            if there != value:
+        stamp = _stamp(point, directory)
+        for title, name, contents in _inputs(point, stamp["made_of"]) if stamp else ():
+            first_point, first_contents = first.setdefault((title, name), (point.name, contents))
+            if first_contents != contents:
                 raise ValueError(
-                    f"points {name} and {point.name} were run from different contents of {what}, "
-                    f"and their figures do not belong together; remove {directory}/points/POINT/"
-                    "point.json of the one that is to be run anew, and run the same command again"
+                    f"points {first_point} and {point.name} were run from different contents of "
+                    f"{title}, so their figures cannot be compared; remove {directory}/points/"
+                    "POINT/point.json of the point to run again, and repeat the command"
                 )
 
 
-def _named(point: Point, made_of: dict) -> list[tuple[str, str, Any]]:
-    """What a point was made of: what it is, by which name, and what tells its contents."""
+def _inputs(point: Point, made_of: dict) -> list[tuple[str, str, Any]]:
+    """Returns (title, name in the config, digest of the contents) of all inputs of a point."""
     c = point.config
     files = [(k, c[k.split(".")[0]][k.split(".")[1]], x) for k, x in made_of["files"].items() if x]
     text = plain([c.data.to_dict(), c.tokenizer.to_dict(), c.model.context, c.model.pretrained])
@@ -104,15 +111,14 @@ def _named(point: Point, made_of: dict) -> list[tuple[str, str, Any]]:
 
 
 def read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dict, dict]]:
-    """Each point with its metrics and what is told of it."""
+    """Returns (point, its metrics, a description of its run) for each finished point."""
     out = []
     for point in points:
-        own = directory / "points" / point.name
-        metrics, told = (
-            json.loads((own / name).read_text(encoding="utf-8"))
+        metrics, stamp = (
+            json.loads((directory / "points" / point.name / name).read_text(encoding="utf-8"))
             for name in ("metrics.json", "point.json")
         )
-        out.append((point, metrics, told["about"]))
+        out.append((point, metrics, stamp["about"]))
     return out
 
 
@@ -125,19 +131,19 @@ def run_all(
     """Runs every point that is not finished, `parallel` at a time.
 
     Args:
-        points: of the sweep.
-        directory: the sweep's.
-        parallel: how many processes run at a time.
-        command: the command line that runs a point.
+        points: the points of the sweep.
+        directory: the directory of all sweeps.
+        parallel: number of processes at a time.
+        command: returns the command line that runs a point.
 
     Returns:
-        By the names of the points that failed, why.
+        The reasons of failures by the name of the point.
     """
     waiting = [p for p in points if not is_finished(p, directory)]
     for point in waiting:
-        if told := _stamp(point, directory):
-            others = " and ".join(_changed(point, told))
-            print(f"{point.name} was run from another {others}; it is run anew", flush=True)
+        if stamp := _stamp(point, directory):
+            keys = " and ".join(_changed_keys(point, stamp))
+            print(f"{keys} changed since {point.name} was run; it runs again", flush=True)
     running: dict[str, tuple[Point, subprocess.Popen]] = {}
     failed: dict[str, str] = {}
     with progress.bar(len(points), "sweep", "point", len(points) - len(waiting)) as bar:
@@ -153,7 +159,7 @@ def run_all(
                         bar.update(1)
                         if process.returncode:
                             log = directory / "points" / name / "log.txt"
-                            failed[name] = _why(log, process.returncode)
+                            failed[name] = _failure(log, process.returncode)
                 time.sleep(0.05)
         finally:
             for _, process in running.values():
@@ -162,51 +168,55 @@ def run_all(
 
 
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
-    """The point to start: one that need not wait for what another is making, if there is one."""
+    """Returns the point to start next: if possible, one that need not wait for a running one."""
     files = {p.name: digests.digests(p.config) for p in (*waiting, *running)}
     for attribute in ("training", "stores"):
-        made = {_marker(p, attribute, files[p.name]) for p in running} - {
+        in_progress = {_marker(p, attribute, files[p.name]) for p in running} - {
             m.name for m in (directory / "runs").glob(f"*/*.{attribute}")
         }
-        free = [p for p in waiting if _marker(p, attribute, files[p.name]) not in made]
+        free = [p for p in waiting if _marker(p, attribute, files[p.name]) not in in_progress]
         waiting = free or waiting
     return waiting[0]
 
 
 def _marker(point: Point, attribute: str, files: dict) -> str:
-    """The file that says that what points share, their "training" or "stores", is made.
+    """Returns the name of the file that marks a shared "training" or "stores" as finished.
 
-    It says so of the contents with these digests alone.
+    The name holds a digest of the input files, so that a changed file has no marker yet.
     """
     return f"{getattr(point, attribute)}-{fingerprint(plain(files))}.{attribute}"
 
 
 def _start(point: Point, directory: pathlib.Path, command: Command) -> subprocess.Popen:
-    own = directory / "points" / point.name
-    own.mkdir(parents=True, exist_ok=True)
-    with open(own / "log.txt", "w", encoding="utf-8") as log:
+    point_directory = directory / "points" / point.name
+    point_directory.mkdir(parents=True, exist_ok=True)
+    with open(point_directory / "log.txt", "w", encoding="utf-8") as log:
         return subprocess.Popen(command(point), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def _why(log: pathlib.Path, code: int) -> str:
-    """Why a process ended: the signal that killed it, or the line of its log that tells."""
+def _failure(log: pathlib.Path, code: int) -> str:
+    """Returns why a process ended: the signal that killed it, or the error line of its log."""
     if code < 0:
         return f"killed by signal {-code} ({log})"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    told = [line for line in lines if line.startswith("error")] or lines[-1:]
-    return f"{told[-1] if told else f'exit status {code}'} ({log})"
+    errors = [line for line in lines if line.startswith("error")] or lines[-1:]
+    return f"{errors[-1] if errors else f'exit status {code}'} ({log})"
 
 
 def run_point(point: Point, directory: pathlib.Path) -> None:
-    """Traces one point; what it shares with others is made by one of them, the rest wait."""
-    own = directory / "points" / point.name
-    own.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(own / "lock"):
+    """Traces one point, unless it is finished.
+
+    Of the points that share a training or stores, one computes them and the others wait.
+    """
+    point_directory = directory / "points" / point.name
+    point_directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(point_directory / "lock"):
         if is_finished(point, directory):
             return
         config = point.config
         stages.check(config)
-        # Before they are read: what changes meanwhile is another file afterwards.
+        # Taken before the files are read: if one changes meanwhile, the digest no longer matches,
+        # and the point runs again.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
@@ -215,25 +225,29 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         measures.check_step(run)
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
             rankings, notes = retrieve.retrieve(run)
-        # What was measured before is finished no more once its figures are written over.
-        (own / "point.json").unlink(missing_ok=True)
-        evaluate.evaluate(run, rankings, own)
+        # The figures are about to be overwritten: until they are complete, the point is not
+        # finished.
+        (point_directory / "point.json").unlink(missing_ok=True)
+        evaluate.evaluate(run, rankings, point_directory)
         about = _about(run) | {"notes": notes}
         made_of = {"files": files, "corpus": data.fingerprint}
         made_of["training"] = fingerprint(plain(run.trained.fingerprint))
-        told = {"made_from": _made_from(point), "made_of": made_of, "about": about}
-        write_json(own / "point.json", told)
+        stamp = {"made_from": _made_from(point), "made_of": made_of, "about": about}
+        write_json(point_directory / "point.json", stamp)
 
 
 @contextlib.contextmanager
 def _once(marker: pathlib.Path, lock_file: pathlib.Path):
-    """Lets one process at a time in, until one has come through; then all at once."""
+    """Runs the body under a lock in the first process that succeeds, then without a lock.
+
+    The body is a stage of a run: after the first success it only loads what is there.
+    """
     if not marker.exists():
         lock = filelock.FileLock(lock_file)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            print(f"another point makes {marker}; waiting for it", flush=True)
+            print(f"another point is computing {marker}; waiting for it", flush=True)
             lock.acquire()
         try:
             if not marker.exists():
@@ -246,11 +260,11 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
 
 
 def _about(run: Run) -> dict:
-    """The figures of a point that a plot may have on its x axis, beside the swept keys."""
+    """Returns the figures that a plot may use as x beside the swept keys."""
     trained, kind = run.trained, GradientKind()
     layout = projections.layout(run.sites(kind), run.projection(kind))
     _, params = functional.split(trained.model)
-    # A pretrained model may be traced as it is, without a step.
+    # A pretrained model may be traced as it is, without any training step.
     share = trained.step / max(1, trained.fingerprint["steps"])
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),

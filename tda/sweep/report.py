@@ -1,10 +1,16 @@
-"""What a sweep's points measured, as one tidy table and as plots.
+"""The figures of a sweep's points as one tidy table and as plots.
 
-A plot is a dict: "name" of its files; "x", a column of the table; "y", metrics, a panel each;
-"lines", columns whose values tell the lines apart (by default "method"), the first by colour, the
-others by dashes; "log_x"; "omit", methods that a metric's panel leaves out, by metric, such as one
-far above all others; and "mark", keys and values of the point whose x is marked on each line, such
-as {"hessian.weight": -1.0}, with "mark_label", what it is called.
+A plot is a dict with these keys:
+
+    "name": the name of its files.
+    "x": a column of the table.
+    "y": metrics, one panel each.
+    "lines": the columns that distinguish lines (by default "method"), the first by colour and the
+        others by dashes.
+    "log_x": whether the x axis is logarithmic.
+    "omit": by metric, the methods that its panel leaves out, such as one far above all others.
+    "mark": keys and values of the point whose x is marked on each line, such as
+        {"hessian.weight": -1.0}; "mark_label" names it in the legend.
 """
 
 import functools
@@ -19,9 +25,12 @@ from tda.reports.tables import reference_of
 from tda.runtime import atomic_file
 from tda.sweep.grid import Point, Sweep
 
-_ABOUT = ("parameters", "dimensions", "training_tokens", "training_step")
-_NOTES = ("lambda", "component")
-_FIGURES = ("value", "difference", "low", "high", "p", "n_queries")
+# A finished point: the point, its metrics by method, and the description of its run.
+Result = tuple[Point, dict, dict]
+
+_RUN_COLUMNS = ("parameters", "dimensions", "training_tokens", "training_step")
+_NOTE_COLUMNS = ("lambda", "component")
+_FIGURE_COLUMNS = ("value", "difference", "low", "high", "p", "n_queries")
 _TITLES = {
     "mrr": "MRR",
     "recall_at_10": "recall@10",
@@ -40,65 +49,56 @@ _TITLES = {
 }
 
 
-def rows(sweep: Sweep, found: list[tuple[Point, dict, dict]]) -> list[dict]:
-    """A row for each point, method, group of queries and metric.
-
-    Args:
-        sweep: the sweep.
-        found: finished points, each with its metrics and what is told about it.
-    """
+def rows(results: list[Result]) -> list[dict]:
+    """Returns a row for each point, method, group of queries and metric."""
     out = []
-    for point, metrics, about in found:
+    for point, metrics, about in results:
         for method, m in metrics.items():
             notes = about["notes"].get(method, {})
             shared = {"point": point.name} | point.values | {"method": method}
-            shared |= {k: about.get(k) for k in _ABOUT} | {k: notes.get(k) for k in _NOTES}
-            for group, g in _groups(m):
-                for metric, value in g.items():
-                    if not metric.startswith(("mrr", "recall", "tail_patch")):
-                        continue
-                    if isinstance(value, int | float):
-                        ends = g.get("intervals", {}).get(metric, (None, None))
+            shared |= {k: about.get(k) for k in _RUN_COLUMNS}
+            shared |= {k: notes.get(k) for k in _NOTE_COLUMNS}
+            for group, figures in _groups(m):
+                for metric, value in figures.items():
+                    is_metric = metric.startswith(("mrr", "recall", "tail_patch"))
+                    if is_metric and isinstance(value, int | float):
+                        low, high = figures.get("intervals", {}).get(metric, (None, None))
                         out.append(
                             shared
                             | {"group": group, "metric": metric, "value": value}
-                            | {
-                                "low": ends[0],
-                                "high": ends[1],
-                                "n_queries": g["counts"].get(metric),
-                            }
+                            | {"low": low, "high": high}
+                            | {"n_queries": figures["counts"].get(metric)}
                         )
     return out
 
 
 def _groups(m: dict) -> list[tuple[str, dict]]:
+    """Returns (name, figures) of all queries together, whose name is empty, and of each group."""
     return [("", m)] + [
-        (f"{key.removeprefix('by_')}: {group}", g)
+        (f"{key.removeprefix('by_')}: {group}", figures)
         for key in ("by_stated", "by_frequency", "by_relation")
-        for group, g in m.get(key, {}).items()
+        for group, figures in m.get(key, {}).items()
     ]
 
 
-def differences(found: list[tuple[Point, dict, dict]]) -> list[dict]:
-    """A row for each point, two methods, group of queries and metric: the first minus the other.
+def differences(results: list[Result]) -> list[dict]:
+    """Returns a row for each point, pair of methods, group and metric: the first minus the second.
 
-    Args:
-        found: as for `rows`. Groups are those that were compared: all, and by whether the model
-            states the fact.
+    Groups are those in which methods were compared: all queries, and by whether the model states
+    the fact.
     """
     out = []
-    for point, metrics, about in found:
+    for point, metrics, about in results:
         names = list(metrics)
         for i, method in enumerate(names):
-            for group, g in _groups(metrics[method]):
+            for group, figures in _groups(metrics[method]):
                 for other in names[i + 1 :]:
-                    for metric, d in g.get("differences", {}).get(other, {}).items():
-                        pair = {"method": method, "other": other}
+                    for metric, d in figures.get("differences", {}).get(other, {}).items():
                         out.append(
                             {"point": point.name}
                             | point.values
-                            | pair
-                            | {k: about.get(k) for k in _ABOUT}
+                            | {"method": method, "other": other}
+                            | {k: about.get(k) for k in _RUN_COLUMNS}
                             | {"group": group, "metric": metric}
                             | d
                         )
@@ -106,20 +106,20 @@ def differences(found: list[tuple[Point, dict, dict]]) -> list[dict]:
 
 
 def across_seeds(table: list[dict], figure: str = "value") -> list[dict]:
-    """The table with a row for all seeds together: mean, sd, least, most and their number.
+    """Merges the rows of all seeds into one: mean, sd, least, most and the number of seeds.
 
     Args:
-        table: of `rows`, or of `differences`.
-        figure: the column to tell: "value", or "difference".
+        table: the rows of `rows` or `differences`.
+        figure: the column to summarise: "value", or "difference".
     """
-    together: dict[tuple, list[dict]] = {}
-    apart = ("point", "seed", *_NOTES, *_FIGURES)
+    by_key: dict[tuple, list[dict]] = {}
+    varying = ("point", "seed", *_NOTE_COLUMNS, *_FIGURE_COLUMNS)
     for row in table:
-        key = tuple((k, v) for k, v in row.items() if k not in apart)
-        together.setdefault(key, []).append(row)
+        key = tuple((k, v) for k, v in row.items() if k not in varying)
+        by_key.setdefault(key, []).append(row)
     out = []
-    for key, same in together.items():
-        spread = statistics.across_seeds([r[figure] for r in same])
+    for key, seed_rows in by_key.items():
+        spread = statistics.across_seeds([r[figure] for r in seed_rows])
         out.append(
             dict(key)
             | {"mean": spread.mean, "sd": spread.sd, "least": spread.least, "most": spread.most}
@@ -128,79 +128,84 @@ def across_seeds(table: list[dict], figure: str = "value") -> list[dict]:
     return out
 
 
-def write(
-    sweep: Sweep, found: list[tuple[Point, dict, dict]], directory: pathlib.Path, draw: bool
-) -> list[str]:
+def write(sweep: Sweep, results: list[Result], directory: pathlib.Path, draw: bool) -> list[str]:
     """Writes the tables and, if `draw`, the plots; returns the files' paths."""
-    table = rows(sweep, found)
+    table = rows(results)
     if not table:
         raise ValueError("nothing was measured at any point: no ranks, and no tail-patch")
     directory.mkdir(parents=True, exist_ok=True)
     files = [_write_csv(directory / "sweep.csv", table)]
-    if pairs := differences(found):
-        files.append(_write_csv(directory / "differences.csv", pairs))
+    if difference_table := differences(results):
+        files.append(_write_csv(directory / "differences.csv", difference_table))
     if "seed" in sweep.axes:
-        together = across_seeds(table)
-        apart = across_seeds(pairs, "difference")
-        files.append(_write_csv(directory / "seeds.csv", together))
-        if apart:
-            files.append(_write_csv(directory / "seeds_differences.csv", apart))
-        files.append(_write(directory / "seeds.md", seeds_table(sweep, together, apart)))
+        figures = across_seeds(table)
+        figure_differences = across_seeds(difference_table, "difference")
+        files.append(_write_csv(directory / "seeds.csv", figures))
+        if figure_differences:
+            files.append(_write_csv(directory / "seeds_differences.csv", figure_differences))
+        text = seeds_table(sweep, figures, figure_differences)
+        files.append(_write(directory / "seeds.md", text))
     for plot in sweep.plots if draw else []:
         files += _draw(plot, sweep, table, directory)
     return files
 
 
-def seeds_table(sweep: Sweep, together: list[dict], apart: list[dict]) -> str:
-    """The headline over seeds as Markdown, and how far methods are from a reference.
+def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict]) -> str:
+    """Returns the headline metrics over seeds in Markdown, and differences to the reference.
 
     Args:
         sweep: the sweep.
-        together: `across_seeds` of its rows.
-        apart: `across_seeds` of its differences.
+        figures: `across_seeds` of its rows.
+        figure_differences: `across_seeds` of its differences.
     """
-    others = [a for a in sweep.axes if a != "seed"]
-    parts = [_headline(others, together, _mean_and_spread)]
-    counts = sorted({row["seeds"] for row in together})
+    axes = [a for a in sweep.axes if a != "seed"]
+    parts = [_headline(axes, figures, _mean_and_spread)]
+    counts = sorted({row["seeds"] for row in figures})
     parts.append(f"Mean ± standard deviation over {'–'.join(map(str, counts))} training seeds.")
-    reference = reference_of(row["method"] for row in together)
-    signs = {"method": -1, "other": 1}  # A pair's first minus its other: turned if ours is first.
+    reference = reference_of(row["method"] for row in figures)
+    # A row is its first method minus its second: the sign flips where the reference comes first.
     to_reference = [
-        row | {"method": row["other" if side == "method" else "method"], "mean": sign * row["mean"]}
-        for row in apart
-        for side, sign in signs.items()
+        row | {"method": row[other_side], "mean": sign * row["mean"]}
+        for row in figure_differences
+        for side, other_side, sign in (("method", "other", -1), ("other", "method", 1))
         if row[side] == reference
     ]
     if to_reference:
         parts.append(f"Less that of {METHODS[reference].title}, in the same way:")
         signed = functools.partial(_mean_and_spread, sign="+")
-        parts.append(_headline(others, to_reference, signed))
+        parts.append(_headline(axes, to_reference, signed))
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(others: list[str], table: list[dict], cell) -> str:
-    """A row for each method and value of other axes; `cell` writes a metric's row of the table."""
-    by_row: dict[tuple, dict[str, dict]] = {}
+def _headline(axes: list[str], table: list[dict], cell) -> str:
+    """Returns a table with a row for each method and value of `axes`, a column for each metric.
+
+    Args:
+        axes: the sweep's axes other than the seed.
+        table: rows with the mean and spread of one metric each.
+        cell: formats such a row, given its metric.
+    """
+    by_key: dict[tuple, dict[str, dict]] = {}
     for row in table:
         if not row["group"]:
-            key = (_shown("method", row["method"]), *(str(row[a]) for a in others))
-            by_row.setdefault(key, {})[row["metric"]] = row
-    metrics = [m for m in HEADLINE if any(m in found for found in by_row.values())]
+            key = (_shown("method", row["method"]), *(str(row[a]) for a in axes))
+            by_key.setdefault(key, {})[row["metric"]] = row
+    metrics = [m for m in HEADLINE if any(m in by_metric for by_metric in by_key.values())]
     return formats.markdown(
-        ["method", *others, *(_TITLES.get(m, m) for m in metrics)],
+        ["method", *axes, *(_TITLES.get(m, m) for m in metrics)],
         [
-            [*key, *(cell(m, row[m]) if m in row else "–" for m in metrics)]
-            for key, row in by_row.items()
+            [*key, *(cell(m, by_metric[m]) if m in by_metric else "–" for m in metrics)]
+            for key, by_metric in by_key.items()
         ],
-        "l" + "l" * len(others) + "r" * len(metrics),
+        "l" * (1 + len(axes)) + "r" * len(metrics),
     )
 
 
 def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
     digits, unit, scale = (2, "%", 100) if metric == "tail_patch" else (3, "", 1)
-    told = f"{scale * row['mean']:{sign}.{digits}f}"
+    mean = f"{scale * row['mean']:{sign}.{digits}f}"
     spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
-    return told + spread + unit
+    return mean + spread + unit
 
 
 def _write(path: pathlib.Path, text: str) -> str:
@@ -215,8 +220,8 @@ def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:
     unknown = set(plot) - {"name", "x", "y", "lines", "log_x", "omit", "mark", "mark_label"}
-    lines = plot.get("lines", ["method"])
-    absent = [c for c in [plot["x"], *lines, *plot.get("mark", {})] if c not in table[0]]
+    columns = plot.get("lines", ["method"])
+    absent = [c for c in [plot["x"], *columns, *plot.get("mark", {})] if c not in table[0]]
     if unknown or absent:
         raise ValueError(
             f"plot {plot['name']!r}: "
@@ -226,17 +231,15 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
     panels = []
     for metric in plot["y"]:
         omitted = plot.get("omit", {}).get(metric, ())
-        mine = [
+        metric_rows = [
             r
             for r in table
             if r["metric"] == metric and not r["group"] and r["method"] not in omitted
         ]
-        if mine:
-            title = _TITLES.get(metric, metric)
-            made = _lines(plot, lines, mine, "seed" in sweep.axes)
-            panels.append(
-                plots.Panel(title, made, metric.startswith("tail_patch") and "log" not in metric)
-            )
+        if metric_rows:
+            lines = _lines(plot, columns, metric_rows, "seed" in sweep.axes)
+            is_percent = metric.startswith("tail_patch") and "log" not in metric
+            panels.append(plots.Panel(_TITLES.get(metric, metric), lines, is_percent))
     if not panels:
         return []
     return plots.draw(
@@ -248,39 +251,39 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
     )
 
 
-def _lines(plot: dict, columns: list[str], table: list[dict], seeds: bool) -> list[plots.Line]:
+def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -> list[plots.Line]:
+    """Returns the lines of one panel."""
     by_label: dict[tuple[str, str], list[dict]] = {}
-    x = plot["x"]
+    x, mark = plot["x"], plot.get("mark")
     for row in table:
         if row[x] is not None:
-            shown = [_shown(c, row[c]) for c in columns if _matters(c, row)]
-            by_label.setdefault((shown[0], ", ".join(shown)), []).append(row)
+            parts = [_shown(c, row[c]) for c in columns if _applies(c, row)]
+            by_label.setdefault((parts[0], ", ".join(parts)), []).append(row)
     out = []
-    for (family, label), mine in by_label.items():
-        mark = plot.get("mark")
-        marked = [r[x] for r in mine if mark and all(r[k] == v for k, v in mark.items())]
-        at: dict = {}
-        for row in mine:
-            at.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
-        points = [_point(same, seeds) for same in at.values()]
+    for (family, label), line_rows in by_label.items():
+        is_marked = [mark and all(r[k] == v for k, v in mark.items()) for r in line_rows]
+        marked = next((r[x] for r, m in zip(line_rows, is_marked, strict=True) if m), None)
+        by_x: dict = {}
+        for row in line_rows:
+            by_x.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
+        points = [_figure(same_x, has_seeds) for same_x in by_x.values()]
         y, low, high = zip(*points, strict=True)
-        out.append(plots.Line(label, list(at), y, low, high, marked[0] if marked else None, family))
+        out.append(plots.Line(label, list(by_x), y, low, high, marked, family))
     return out
 
 
-def _point(same: list[dict], seeds: bool) -> tuple[float, float, float]:
-    """A figure and its interval: over queries, or a standard deviation over seeds."""
-    if seeds:
-        spread = statistics.across_seeds([r["value"] for r in same])
+def _figure(rows: list[dict], has_seeds: bool) -> tuple[float, float, float]:
+    """Returns a figure and its interval: over queries, or one standard deviation over seeds."""
+    if has_seeds:
+        spread = statistics.across_seeds([r["value"] for r in rows])
         return spread.mean, spread.mean - spread.sd, spread.mean + spread.sd
-    nan = float("nan")
-    row = same[-1]
-    low, high = (nan if row[k] is None else row[k] for k in ("low", "high"))
+    row = rows[-1]
+    low, high = (float("nan") if row[k] is None else row[k] for k in ("low", "high"))
     return row["value"], low, high
 
 
-def _matters(column: str, row: dict) -> bool:
-    """Whether a column says something of a row: no correction is made for some methods."""
+def _applies(column: str, row: dict) -> bool:
+    """Returns whether a column concerns a row: some methods have no optimizer correction."""
     method = METHODS.get(row["method"])
     return column != "gradients.correction" or method is None or method.corrected
 

@@ -118,8 +118,8 @@ def test_labels_of_an_axis_do_not_touch(tmp_path, drawn, values):
 
 
 def test_numbers_on_the_axis():
-    told = [plots._short(v) for v in (0.001, 3, 512, 2048, 1.3e6, 8e9)]
-    assert told == ["0.001", "3", "512", "2,048", "1.3M", "8B"]
+    labels = [plots._short_number(v) for v in (0.001, 3, 512, 2048, 1.3e6, 8e9)]
+    assert labels == ["0.001", "3", "512", "2,048", "1.3M", "8B"]
 
 
 def test_files(tmp_path):

@@ -57,7 +57,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
 def test_what_each_key_makes_anew(key, trains, encodes):
     values = {"gradients.correction": "adam"}.get(key, 1 if key != "train.traced" else 0.5)
     config = defaults.get_config()
-    other = grid._changed(config, {key: values}, "s.py")
+    other = grid._with_values(config, {key: values}, "s.py")
     a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
     assert (a.training != b.training) == trains and (a.stores != b.stores) == encodes
     # The uncorrected store is the same under every correction: not to be encoded twice at a time.

@@ -1,4 +1,4 @@
-"""A sweep's tables and plots."""
+"""Tables and plots of a sweep."""
 
 import csv
 import pathlib
@@ -18,8 +18,8 @@ SHIPPED = sorted(
 )
 
 
-def made_up(point, seed=0, **more):
-    """Metrics of a point as an evaluation writes them, and what is told of it."""
+def make_result(point, seed=0, **more):
+    """Metrics of a point as an evaluation writes them, and the description of its run."""
     m = {
         "mrr": 0.5 + 0.1 * seed, "recall_at_10": 0.7, "tail_patch": None, "n_queries": 9,
         "confidence": 0.1, "intervals": {"mrr": [0.4, 0.6]}, "counts": {"mrr": 9},
@@ -38,8 +38,8 @@ def test_the_table_is_tidy(tmp_path):
         tmp_path / "s.py",
         '{"fixed": {"methods": "trackstar,bm25"}, "axes": {"hessian.weight": [-1.0, 0.5]}}',
     )
-    found = grid.load(path, defaults.get_config())
-    files = report.write(found, [made_up(p) for p in found.points], tmp_path, True)
+    loaded = grid.load(path, defaults.get_config())
+    files = report.write(loaded, [make_result(p) for p in loaded.points], tmp_path, True)
     assert files == [str(tmp_path / "sweep.csv")]
     with open(files[0], encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -58,21 +58,21 @@ def test_the_table_is_tidy(tmp_path):
     assert {(r["value"], r["n_queries"], r["low"]) for r in grouped} == {("0.25", "4", "")}
 
 
-def test_differences_are_told_once_for_each_pair_and_group(tmp_path):
+def test_differences_have_one_row_for_each_pair_and_group(tmp_path):
     path = write(
         tmp_path / "s.py",
         '{"fixed": {"methods": "trackstar,exp5,bm25"}, "axes": {"hessian.weight": [0.5]}}',
     )
-    found = grid.load(path, defaults.get_config())
-    (point,) = found.points
-    _, metrics, about = made_up(point)
+    loaded = grid.load(path, defaults.get_config())
+    (point,) = loaded.points
+    _, metrics, about = make_result(point)
     d = {"difference": 0.25, "low": 0.1, "high": 0.4, "p": 0.01}
     metrics = {n: dict(m) for n, m in metrics.items()}
     for name, sign in (("trackstar", 1), ("exp5", -1)):
         other = "exp5" if name == "trackstar" else "trackstar"
-        told = {other: {"mrr": d | {"difference": sign * 0.25}}}
-        metrics[name] |= {"differences": told, "by_stated": {"stated": {"differences": told}}}
-    files = report.write(found, [(point, metrics, about)], tmp_path, False)
+        text = {other: {"mrr": d | {"difference": sign * 0.25}}}
+        metrics[name] |= {"differences": text, "by_stated": {"stated": {"differences": text}}}
+    files = report.write(loaded, [(point, metrics, about)], tmp_path, False)
     assert files == [str(tmp_path / "sweep.csv"), str(tmp_path / "differences.csv")]
     with open(files[1], encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -86,42 +86,42 @@ def test_differences_are_told_once_for_each_pair_and_group(tmp_path):
     assert (rows[0]["difference"], rows[0]["low"], rows[0]["p"]) == ("0.25", "0.1", "0.01")
 
 
-def test_seeds_are_told_together(tmp_path):
+def test_seeds_are_summarised(tmp_path):
     path = write(
         tmp_path / "s.py",
         '{"fixed": {"methods": "bm25"}, "axes": {"seed": [0, 1, 2], "projection.side": [2, 4]}}',
     )
-    found = grid.load(path, defaults.get_config())
-    made = [made_up(p, p.values["seed"]) for p in found.points]
-    files = report.write(found, made, tmp_path, True)
+    loaded = grid.load(path, defaults.get_config())
+    results = [make_result(p, p.values["seed"]) for p in loaded.points]
+    files = report.write(loaded, results, tmp_path, True)
     with open(files[1], encoding="utf-8") as lines:
         rows = [r for r in csv.DictReader(lines) if r["metric"] == "mrr" and not r["group"]]
     assert [r["projection.side"] for r in rows] == ["2", "4"]
     for r in rows:
         figures = [float(r[k]) for k in ("mean", "sd", "least", "most", "seeds")]
         assert figures == pytest.approx([0.6, 0.1, 0.5, 0.7, 3])
-    told = pathlib.Path(files[2]).read_text(encoding="utf-8")
-    assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in told.splitlines()
-    assert "over 3 training seeds" in told and "Less that of" not in told
+    text = pathlib.Path(files[2]).read_text(encoding="utf-8")
+    assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in text.splitlines()
+    assert "over 3 training seeds" in text and "Less that of" not in text
 
 
-def test_differences_are_told_over_seeds(tmp_path):
+def test_differences_are_summarised_over_seeds(tmp_path):
     path = write(
         tmp_path / "s.py",
         '{"fixed": {"methods": "bm25,trackstar,exp5"}, "axes": {"seed": [0, 1, 2]}}',
     )
-    found = grid.load(path, defaults.get_config())
-    made = []
-    for p in found.points:
-        _, metrics, about = made_up(p, p.values["seed"])
+    loaded = grid.load(path, defaults.get_config())
+    results = []
+    for p in loaded.points:
+        _, metrics, about = make_result(p, p.values["seed"])
         metrics = {name: dict(m) for name, m in metrics.items()}
         seed = p.values["seed"]
-        apart = {"bm25": {"trackstar": 0.1 * seed, "exp5": 0.9}, "trackstar": {"exp5": 0.2 * seed}}
-        for a, others in apart.items():
-            told = {b: {"mrr": {"difference": d, "low": 0, "high": 1}} for b, d in others.items()}
-            metrics[a]["differences"] = told
-        made.append((p, metrics, about))
-    files = [pathlib.Path(f) for f in report.write(found, made, tmp_path, False)]
+        gaps = {"bm25": {"trackstar": 0.1 * seed, "exp5": 0.9}, "trackstar": {"exp5": 0.2 * seed}}
+        for a, others in gaps.items():
+            text = {b: {"mrr": {"difference": d, "low": 0, "high": 1}} for b, d in others.items()}
+            metrics[a]["differences"] = text
+        results.append((p, metrics, about))
+    files = [pathlib.Path(f) for f in report.write(loaded, results, tmp_path, False)]
     assert [f.name for f in files] == [
         "sweep.csv", "differences.csv", "seeds.csv", "seeds_differences.csv", "seeds.md",
     ]  # fmt: skip
@@ -130,26 +130,26 @@ def test_differences_are_told_over_seeds(tmp_path):
     assert len(rows) == 3
     figures = [float(rows["trackstar", "exp5"][k]) for k in ("mean", "sd", "least", "most")]
     assert figures == pytest.approx([0.2, 0.2, 0.0, 0.4])
-    told = files[4].read_text(encoding="utf-8").split("Less that of TrackStar")[1].splitlines()
-    # A pair that has TrackStar first is turned; one without it is not told here.
-    assert "| BM25 | +0.100 ± 0.100 |" in told
-    assert "| Exp 5: optimizer, R_train, norm | -0.200 ± 0.200 |" in told
-    assert len([line for line in told if line.startswith("| ")]) == 3
+    text = files[4].read_text(encoding="utf-8").split("Less that of TrackStar")[1].splitlines()
+    # The sign flips where TrackStar comes first; a pair without it is left out.
+    assert "| BM25 | +0.100 ± 0.100 |" in text
+    assert "| Exp 5: optimizer, R_train, norm | -0.200 ± 0.200 |" in text
+    assert len([line for line in text if line.startswith("| ")]) == 3
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_sweeps(tmp_path, path):
     config = world_facts.get_config()
-    found = grid.load(str(path), config)
-    made = [
-        made_up(p, tail_patch_net=0.01, tail_patch_log_net=0.2, tail_patch=0.02)
-        for p in found.points
+    loaded = grid.load(str(path), config)
+    results = [
+        make_result(p, tail_patch_net=0.01, tail_patch_log_net=0.2, tail_patch=0.02)
+        for p in loaded.points
     ]
-    files = report.write(found, made, tmp_path, True)
+    files = report.write(loaded, results, tmp_path, True)
     names = {pathlib.Path(f).name for f in files}
-    assert {f"{plot['name']}.{s}" for plot in found.plots for s in ("png", "svg")} <= names
-    assert len(found.points) > 1 and found.plots
-    for p in found.points:
+    assert {f"{plot['name']}.{s}" for plot in loaded.plots for s in ("png", "svg")} <= names
+    assert len(loaded.points) > 1 and loaded.plots
+    for p in loaded.points:
         methods.parse(p.config.methods)
     assert f"--sweep=configs/sweeps/{path.name}" in path.read_text()
 
@@ -160,28 +160,28 @@ def test_marked_points_and_labels(tmp_path, monkeypatch):
         report.plots, "draw", lambda path, panels, *a, **k: drawn.append((panels, a, k)) or []
     )
     (shipped,) = [p for p in SHIPPED if p.stem == "lambda"]
-    found = grid.load(str(shipped), defaults.get_config())
-    made = []
-    for p in found.points:
-        _, metrics, about = made_up(p)
+    loaded = grid.load(str(shipped), defaults.get_config())
+    results = []
+    for p in loaded.points:
+        _, metrics, about = make_result(p)
         value = p.values["hessian.weight"]
         about["notes"] = {m: {"lambda": 0.7 if value < 0 else value} for m in metrics}
-        made.append((p, metrics, about))
-    report.write(found, made, tmp_path, True)
-    panels, (x_label,), how = drawn[0]
-    assert x_label == "λ" and how["mark_label"] == "the rule's λ"
+        results.append((p, metrics, about))
+    report.write(loaded, results, tmp_path, True)
+    panels, (x_label,), keywords = drawn[0]
+    assert x_label == "λ" and keywords["mark_label"] == "the rule's λ"
     assert [p.title for p in panels] == ["MRR", "recall@10"]  # no tail-patch was measured
     line = panels[0].lines[0]
     assert line.label == "TrackStar" and line.marked == 0.7
-    assert sorted(line.x) == sorted({0.7, *(p.values["hessian.weight"] for p in found.points[1:])})
+    assert sorted(line.x) == sorted({0.7, *(p.values["hessian.weight"] for p in loaded.points[1:])})
     assert set(line.low) == {0.4} and set(line.high) == {0.6}
-    found.plots[0]["omit"] = {"mrr": ("trackstar",)}
-    report.write(found, made, tmp_path, True)
-    (without, whole), _, _ = drawn[-1]
-    assert [x.label for x in whole.lines] == ["TrackStar", *(x.label for x in without.lines)]
+    loaded.plots[0]["omit"] = {"mrr": ("trackstar",)}
+    report.write(loaded, results, tmp_path, True)
+    (without, complete), _, _ = drawn[-1]
+    assert [x.label for x in complete.lines] == ["TrackStar", *(x.label for x in without.lines)]
     with pytest.raises(ValueError, match="plot 'lambda': no column nowhere"):
-        found.plots[0]["x"] = "nowhere"
-        report.write(found, made, tmp_path, True)
+        loaded.plots[0]["x"] = "nowhere"
+        report.write(loaded, results, tmp_path, True)
 
 
 def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
@@ -190,9 +190,9 @@ def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
         report.plots, "draw", lambda path, panels, *a, **k: drawn.append(panels) or []
     )
     (shipped,) = [p for p in SHIPPED if p.stem == "seeds"]
-    found = grid.load(str(shipped), defaults.get_config())
-    made = [made_up(p, p.values["seed"]) for p in found.points]
-    report.write(found, made, tmp_path, True)
+    loaded = grid.load(str(shipped), defaults.get_config())
+    results = [make_result(p, p.values["seed"]) for p in loaded.points]
+    report.write(loaded, results, tmp_path, True)
     lines = drawn[0][0].lines
     titles = [methods.METHODS[n].title for n in methods.parse(defaults.get_config().methods)]
     assert [line.x for line in lines] == [[t] for t in titles] == [[line.label] for line in lines]

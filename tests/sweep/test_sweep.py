@@ -102,7 +102,7 @@ def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, caps
         points.run_point(point, path)
     monkeypatch.setattr(points, "_start", None)
     assert points.run_all(found.points, path, 2, None) == {}
-    table = report.rows(found, points.read(found.points, path))
+    table = report.rows(points.read(found.points, path))
     lambdas = {
         (r["projection.side"], r["lambda"])
         for r in table
@@ -112,7 +112,7 @@ def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, caps
     assert {r["dimensions"] for r in table} == {4 * 2**2, 4 * 4**2}
     assert np.isfinite([r["value"] for r in table]).all()
     # Another config is another point's result, even under the same name.
-    changed = grid._changed(found.points[0].config, {"eval.top_k": 3}, "s.py")
+    changed = grid._with_values(found.points[0].config, {"eval.top_k": 3}, "s.py")
     assert not points.is_finished(grid.Point(found.points[0].name, {}, changed), path)
 
 
@@ -162,7 +162,7 @@ def test_points_of_files_that_changed_are_run_anew(swept, monkeypatch, capsys, k
         points.run_all(found.points, path, 1, None)
         told = capsys.readouterr().out
     assert started == [p.name for p in found.points]
-    assert all(f"{name} was run from another data.{key}" in told for name in started)
+    assert all(f"data.{key} changed since {name} was run" in told for name in started)
     # Written anew with the same contents it is the same file.
     assert all(points.is_finished(p, path) for p in found.points)
 
@@ -215,19 +215,6 @@ def test_a_table_has_no_points_of_both(swept, monkeypatch, capsys):
     assert "of 4 points" not in capsys.readouterr().out
 
 
-def test_points_of_older_versions_are_accepted(swept):
-    """They say nothing of their files."""
-    found, path, _ = swept
-    last = found.points[-1]
-    with with_stamp(path, last, lambda told: told.pop("made_of")):
-        assert points.is_finished(last, path)
-        points.check_alike(found.points, path)
-        data = found.points[0].config.data
-        with with_bytes(data.facts, b"{}"):
-            assert points.is_finished(last, path)
-            assert not points.is_finished(found.points[0], path)
-
-
 def test_what_was_measured_stays_where_a_changed_file_is_refused(swept):
     """The training of the old text is there: neither is it thrown away, nor are its figures."""
     found, path, _ = swept
@@ -244,7 +231,7 @@ def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, m
     found, _, _ = swept
     facts = tmp_path / "facts.jsonl"
     facts.write_bytes(pathlib.Path(found.points[0].config.data.facts).read_bytes())
-    config = grid._changed(found.points[0].config, {"data.facts": str(facts)}, "s.py")
+    config = grid._with_values(found.points[0].config, {"data.facts": str(facts)}, "s.py")
     (point,) = grid.load(write(tmp_path / "s.py", '{"axes": {"seed": [0]}}'), config).points
     old = digests.digests(point.config)
 
@@ -273,7 +260,7 @@ def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, m
             with pytest.raises(ValueError, match=told):
                 sweep.main(config, tmp_path / "w")
     # A point alone tells it too, before it reads anything.
-    wrong = grid._changed(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
+    wrong = grid._with_values(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
     with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
         points.run_point(grid.Point("p", {}, wrong), tmp_path / "w")
 
@@ -291,10 +278,10 @@ def test_commands_are_for_one_point_each(monkeypatch, tmp_path):
 def test_why_a_point_failed(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("train: 3%\nerror: no such file\n(traceback in error.txt)\n")
-    assert points._why(log, 1) == f"error: no such file ({log})"
-    assert points._why(log, -9) == f"killed by signal 9 ({log})"
+    assert points._failure(log, 1) == f"error: no such file ({log})"
+    assert points._failure(log, -9) == f"killed by signal 9 ({log})"
     log.write_text("")
-    assert points._why(log, 3) == f"exit status 3 ({log})"
+    assert points._failure(log, 3) == f"exit status 3 ({log})"
 
 
 def test_only_points_take_an_accelerator(monkeypatch):
