@@ -32,6 +32,7 @@ from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
 from tda.training import loop
@@ -108,7 +109,9 @@ class TrainingStep:
 def case(size: str, length: int) -> dict:
     """All figures of one model at one length."""
     vocabulary = VOCABULARY[size]
-    model = Decoder(vocab_size=vocabulary, dtype=_DTYPE.value, **SIZES[size], rngs=nnx.Rngs(0))
+    model = Decoder(
+        DecoderSettings(vocab_size=vocabulary, dtype=_DTYPE.value, **SIZES[size]), rngs=nnx.Rngs(0)
+    )
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     head = vocabulary * SIZES[size]["width"]
     batch = random_batch(vocabulary, max(1, _TOKENS.value // length), length)

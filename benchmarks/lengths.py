@@ -30,6 +30,7 @@ from tda.gradients.encoder import Encoder, make_encoder, scored_positions
 from tda.gradients.projection import Projection
 from tda.model import sizes
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SENTENCES = flags.DEFINE_string("sentences", None, "JSON lines: the corpus", required=True)
@@ -172,7 +173,7 @@ def main(argv):
     options = {} if _RATIO.value is None else {"ratio": _RATIO.value}
     bucket_lengths = batches.buckets(_CONTEXT.value, **options)
     shape = sizes.size(_SIZE.value) | dict(vocab_size=tokenizer.vocab_size)
-    model = Decoder(**shape, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0))
     encoder = make_encoder(model, Projection(side=_SIDE.value, blocks=shape["layers"]))
     shard_rows = _SHARD_BYTES // (4 * encoder.layout.width)
     figures = {

@@ -31,6 +31,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.retrieval import exact
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory
@@ -39,7 +40,7 @@ from tda.retrieval.sources import InMemory
 def decoder(setup: dict) -> Decoder:
     """Our model; the same weights in every process."""
     shape = dict(vocab_size=setup["vocabulary"], tied=setup["tied"], **setup["shape"])
-    return Decoder(**shape, rngs=nnx.Rngs(0))
+    return Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0))
 
 
 def second_moments(model: Decoder) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from benchmarks.ahead_of_time import compile_encoder, compile_training_step
 from tda.gradients.projection import Projection
 from tda.model import sizes
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan.calibration import memory_of
 from tda.runtime import sharding
 
@@ -45,7 +46,7 @@ def main(argv):
     jax.config.update("jax_num_cpu_devices", count)
     mesh = sharding.make_mesh(_DATA.value, _FSDP.value, _TENSOR.value)
     shape = sizes.size(_SIZE.value) | dict(vocab_size=_VOCABULARY.value, dtype="bfloat16")
-    model = nnx.eval_shape(lambda: Decoder(**shape, remat=True, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**shape, remat=True), rngs=nnx.Rngs(0)))
 
     def training_step():
         return compile_training_step(model, optax.adam(1e-3), mesh, _BATCH.value, _LENGTH.value)

@@ -26,6 +26,7 @@ import pytest
 from flax import nnx
 
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.runtime import sharding
 
 TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
@@ -35,7 +36,7 @@ TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8
 def make_decoder(**changes):
     """A tiny decoder, all of whose weights are random, norms' scales too."""
     shape = TINY | changes
-    model = Decoder(**shape, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0))
     # Norms start as ones, which would hide a scale that is left out.
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] == "scale":

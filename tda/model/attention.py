@@ -1,8 +1,8 @@
 """Causal grouped-query attention, a block of queries at a time.
 
-A block of queries meets only the keys up to its end, which spares half of the products of a long
-sequence; the backward pass recomputes the probabilities from each row's log-sum-exp (Dao et al.
-2022, algorithm 4), so that no [T, T] array outlives its block.
+A block of queries is multiplied with the keys up to its end only, which saves half of the products
+of a long sequence. The backward pass recomputes the probabilities from each row's log-sum-exp (Dao
+et al. 2022, algorithm 4), so that no [T, T] array outlives its block.
 """
 
 import functools
@@ -10,23 +10,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# Large enough that exp gives 0, and finite, so that a masked row gives no NaN.
 _MASKED = -1e30
 
 
 def causal_attention(
     q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale: float | None = None, window=None, soft_cap=None
 ):
-    """softmax(q kᵀ / √K) v over the positions up to each one's own (Vaswani et al. 2017, eq. 1).
+    """Computes softmax(q kᵀ / √K) v over the positions up to each query's own.
 
-    Scores and probabilities are float32, whatever the dtype of the arguments.
+    Vaswani et al. 2017, eq. 1. Scores are float32, whatever the dtype of the arguments.
 
     Args:
         q_BxTxHxK: queries of H heads.
         k_BxTxGxK, v_BxTxGxK: keys and values of G heads, each shared by H / G heads of queries.
-        scale: what scores are multiplied by; None for 1/√K.
-        window: how many positions each sees, its own one counted; an integer or an integer array
-            without axes. None for all.
-        soft_cap: c of c·tanh(s / c), which every score s becomes before the softmax; None for s.
+        scale: factor of the scores; None for 1/√K.
+        window: number of positions that each query attends to, counting its own; an integer or an
+            integer array without axes. None for all.
+        soft_cap: c of c·tanh(s / c), applied to every score s before the softmax; None for no cap.
 
     Returns:
         [B, T, H, K] in the dtype of `v_BxTxGxK`.
@@ -41,7 +42,7 @@ def causal_attention(
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
-    """First and last position of each block: 64 positions of a short sequence, 128, or T / 16."""
+    """First position and end of each block: 64 positions of a short sequence, 128, or T / 16."""
     size = 64 if T <= 128 else max(128, -(-T // 16))
     return [(i, min(i + size, T)) for i in range(0, T, size)]
 
@@ -57,15 +58,16 @@ def _products(equation: str, *operands):
 
 
 def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int, window, soft_cap):
-    """Scores of a block's rows and the keys up to its end, −1e30 for keys that are not seen."""
+    """Scores of a block's rows and the keys up to its end; masked keys score −1e30."""
     scores = _products("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK[:, :, :stop])
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    at_S = jnp.tile(jnp.arange(start, stop), scores.shape[2] // (stop - start))
-    seen = at_S[:, None] >= jnp.arange(stop)
+    # The rows of a group's R heads follow each other, so the block's positions repeat R times.
+    position_S = jnp.tile(jnp.arange(start, stop), scores.shape[2] // (stop - start))
+    visible = position_S[:, None] >= jnp.arange(stop)
     if window is not None:
-        seen &= at_S[:, None] - jnp.arange(stop) < window
-    return jnp.where(seen, scores, _MASKED)
+        visible &= position_S[:, None] - jnp.arange(stop) < window
+    return jnp.where(visible, scores, _MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,47 +77,47 @@ def _attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window):
 
 def _forward(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window):
     R = q_BxGxRxTxK.shape[2]
-    outs, sums = [], []
+    outs, log_sums = [], []
     for start, stop in _blocks(q_BxGxRxTxK.shape[3]):
         rows = _rows(q_BxGxRxTxK, start, stop)
         scores = _scores(rows, k_BxGxTxK, start, stop, window, soft_cap)
-        most = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - most)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         p = (weights / total).astype(v_BxGxTxK.dtype)
         y_BxGxSxK = _products("bgst,bgtk->bgsk", p, v_BxGxTxK[:, :, :stop])
-        outs.append(_unrolled(y_BxGxSxK.astype(v_BxGxTxK.dtype), R))
-        sums.append(most + jnp.log(total))
+        outs.append(_split_heads(y_BxGxSxK.astype(v_BxGxTxK.dtype), R))
+        log_sums.append(largest + jnp.log(total))
     y_BxGxRxTxK = jnp.concatenate(outs, axis=3)
-    return y_BxGxRxTxK, (q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, y_BxGxRxTxK, sums, window)
+    return y_BxGxRxTxK, (q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, y_BxGxRxTxK, log_sums, window)
 
 
-def _unrolled(x_BxGxSxK, R: int):
-    """What `_rows` made, as [B, G, R, S / R, K]."""
+def _split_heads(x_BxGxSxK, R: int):
+    """The rows of `_rows` with the heads on an axis of their own again: [B, G, R, S / R, K]."""
     return x_BxGxSxK.reshape(*x_BxGxSxK.shape[:2], R, -1, x_BxGxSxK.shape[-1])
 
 
-def _backward(soft_cap, kept, d_BxGxRxTxK):
-    q, k, v, y, sums, window = kept
+def _backward(soft_cap, residuals, d_BxGxRxTxK):
+    q, k, v, y, log_sums, window = residuals
     R, T = q.shape[2:4]
-    # The softmax's backward pass takes Σ_t p_st dp_st from each row: it is ⟨dy, y⟩.
+    # The softmax's backward pass subtracts Σ_t p_st dp_st from each row, which equals ⟨dy, y⟩.
     inner = jnp.sum(_f32(d_BxGxRxTxK) * _f32(y), axis=-1, keepdims=True)
     dq, dk, dv = [], [], []
-    for (start, stop), total in zip(_blocks(T), sums, strict=True):
+    for (start, stop), log_sum in zip(_blocks(T), log_sums, strict=True):
         rows = functools.partial(_rows, start=start, stop=stop)
         q_BxGxSxK, d_BxGxSxK = rows(q), rows(d_BxGxRxTxK)
         scores = _scores(q_BxGxSxK, k, start, stop, window, soft_cap)
-        p = jnp.exp(scores - total)
+        p = jnp.exp(scores - log_sum)
         dp = _products("bgsk,bgtk->bgst", d_BxGxSxK, v[:, :, :stop])
         ds = p * (dp - rows(inner))
         if soft_cap is not None:
-            # Where a key is not seen p is 0, and the score no longer the capped one.
+            # A masked key's score is not the capped one; there p is 0, and the gradient too.
             ds = jnp.where(p > 0, ds * (1 - jnp.square(scores / soft_cap)), 0.0)
         ds = ds.astype(q.dtype)
-        dq.append(_unrolled(_products("bgst,bgtk->bgsk", ds, k[:, :, :stop]), R))
-        after = [(0, 0), (0, 0), (0, T - stop), (0, 0)]
-        dk.append(jnp.pad(_products("bgst,bgsk->bgtk", ds, q_BxGxSxK), after))
-        dv.append(jnp.pad(_products("bgst,bgsk->bgtk", p.astype(v.dtype), d_BxGxSxK), after))
+        dq.append(_split_heads(_products("bgst,bgtk->bgsk", ds, k[:, :, :stop]), R))
+        to_all_keys = [(0, 0), (0, 0), (0, T - stop), (0, 0)]
+        dk.append(jnp.pad(_products("bgst,bgsk->bgtk", ds, q_BxGxSxK), to_all_keys))
+        dv.append(jnp.pad(_products("bgst,bgsk->bgtk", p.astype(v.dtype), d_BxGxSxK), to_all_keys))
     return (
         jnp.concatenate(dq, axis=3).astype(q.dtype),
         sum(dk).astype(k.dtype),

@@ -1,4 +1,4 @@
-"""An NNX model as a pure function of a plain tree of parameters, laid out on a mesh."""
+"""An NNX model as a pure function of a nested dict of parameters, laid out on a mesh."""
 
 import dataclasses
 from typing import Any
@@ -15,8 +15,8 @@ class Functional:
 
     Attributes:
         graphdef: the model's structure.
-        rest: its variables that are not parameters.
-        axes: logical axes of each parameter, a tree like the parameters with tuples for leaves.
+        rest: variables that are not parameters.
+        axes: logical axes of each parameter: a tree like the parameters', with tuples for leaves.
     """
 
     graphdef: Any
@@ -24,11 +24,11 @@ class Functional:
     axes: dict
 
     def merge(self, params: dict) -> nnx.Module:
-        """The model with parameters `params`, a nested dict of arrays."""
+        """Returns the model with parameters `params`, a nested dict of arrays."""
         return nnx.merge(self.graphdef, params, self.rest)
 
     def apply(self, params: dict, *args):
-        """The model's output for these parameters."""
+        """Returns the model's output for these parameters."""
         return self.merge(params)(*args)
 
 
@@ -36,18 +36,19 @@ def split(model: nnx.Module) -> tuple[Functional, dict]:
     """Takes a model apart into its structure and a nested dict of its parameters."""
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
     axes = {path: _axes(variable) for path, variable in nnx.to_flat_state(state)}
-    # Plain arrays: a model that changes its variables (a Linen one its keys) changes copies.
+    # Plain arrays, so that a model that writes to its variables (a Linen one to its keys) writes
+    # to copies.
     return Functional(graphdef, nnx.to_pure_dict(rest), _nest(axes)), nnx.to_pure_dict(state)
 
 
 def _axes(variable) -> tuple:
     stated = tuple(variable.get_metadata().get("axes") or ())
-    # A stacked parameter has one axis more than was stated: the layers'.
+    # A stacked parameter has the axis of layers in front of the stated ones.
     return (None,) * (len(variable.shape) - len(stated)) + stated
 
 
 def logical_axes(state) -> dict[str, tuple]:
-    """Logical axes of every variable of an NNX state, by path name."""
+    """Returns the logical axes of every variable of an NNX state, by path name."""
     return {path_name(path): _axes(variable) for path, variable in nnx.to_flat_state(state)}
 
 
@@ -62,32 +63,33 @@ def _nest(flat: dict) -> dict:
 
 
 def path_name(path) -> str:
-    """A tree path as `layers/attention/query/kernel`."""
+    """Returns a tree path as a name, such as `layers/attention/query/kernel`."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
 def flat_parameters(params: dict) -> dict[str, jax.Array]:
-    """The leaves of a parameter tree by path name."""
+    """Returns the leaves of a parameter tree by path name."""
     return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
 def abstract(params: dict, axes: dict, mesh) -> dict:
-    """Shapes, dtypes and shardings of `params` on `mesh`, without data."""
+    """Returns shapes, dtypes and shardings of `params` on `mesh`, without data."""
 
-    def one(x, a):
+    def shape(x, a):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, a, x.shape))
 
-    return jax.tree.map(one, params, _like(axes, params))
+    return jax.tree.map(shape, params, _like(axes, params))
 
 
 def place(params: dict, axes: dict, mesh) -> dict:
-    """`params` laid out on `mesh` by the axis rules."""
+    """Lays out `params` on `mesh` by the axis rules."""
     return jax.tree.map(
         lambda x, a: jax.device_put(x, a.sharding), params, abstract(params, axes, mesh)
     )
 
 
 def _like(axes: dict, params: dict):
+    """The axes as a tree of the structure of `params`, with leaves that jax takes for leaves."""
     flat, structure = jax.tree.flatten(params)
     leaves = jax.tree.flatten(axes, is_leaf=lambda a: isinstance(a, tuple))[0]
     assert len(leaves) == len(flat)

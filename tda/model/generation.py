@@ -1,4 +1,4 @@
-"""What a model says next: greedy continuation."""
+"""Greedy continuation of a text."""
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +13,35 @@ _ENDS = "\n.,;:!?()"
 
 
 def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[int]:
-    """The tokens that a model finds most likely after `ids`, one after the other.
+    """Continues `ids` with the most likely token, again and again.
 
-    Every token takes a pass over all positions: for a few tokens, on any model.
+    Every token takes a pass over all positions. That works on any causal model, and is fast enough
+    for a few tokens.
 
     Args:
         model: maps tokens [1, T] to logits [1, T, V], causally.
-        ids: the tokens before.
-        count: how many tokens to add at most.
-        stop: a token that ends it, and is not returned.
+        ids: the tokens to continue.
+        count: largest number of tokens to add.
+        stop: a token that ends the continuation, and is not returned.
+
+    Returns:
+        The added tokens.
 
     Raises:
-        ValueError: there is no token to go on from.
+        ValueError: `ids` is empty.
     """
     ids = list(map(int, ids))
     if not ids:
-        raise ValueError("there is no token to go on from: give a prompt")
+        raise ValueError("there is no token to continue: give a prompt")
     model_fn, params = functional.split(model)
     run = jax.jit(lambda params, tokens, at: jnp.argmax(model_fn.apply(params, tokens)[0, at]))
     tokens_1xT = np.zeros((1, len(ids) + count), np.int32)
     tokens_1xT[0, : len(ids)] = ids
     for at in range(len(ids), len(ids) + count):
-        found = int(run(params, tokens_1xT, at - 1))
-        if found == stop:
+        token = int(run(params, tokens_1xT, at - 1))
+        if token == stop:
             return tokens_1xT[0, len(ids) : at].tolist()
-        tokens_1xT[0, at] = found
+        tokens_1xT[0, at] = token
     return tokens_1xT[0, len(ids) :].tolist()
 
 

@@ -1,25 +1,25 @@
-"""Norms of the decoder: RMSNorm and LayerNorm, their statistics in float32."""
+"""Norms of the decoder: RMSNorm and LayerNorm, with statistics in float32."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-KINDS = ("rms", "layer")
+from tda.model.settings import DecoderSettings
 
 
 def recomputed(f):
-    """`f`, of whose results the backward pass keeps none: it runs `f` again on the arguments.
+    """Returns `f` such that the backward pass runs it again instead of storing its results.
 
-    For what is cheap: writing and reading its results would take longer.
+    For cheap functions, whose results would take longer to write and read than to compute.
     """
     return jax.checkpoint(f, prevent_cse=False)
 
 
 class Norm(nnx.RMSNorm):
-    """RMSNorm (Zhang & Sennrich 2019, eq. 4), its statistics in float32.
+    """RMSNorm (Zhang & Sennrich 2019, eq. 4), with statistics in float32.
 
     Attributes:
-        offset: what is added to the scale; 1 where the scale is kept as its distance from 1.
+        offset: added to the scale; 1 where the scale is stored as its distance from 1.
     """
 
     offset = 0.0
@@ -28,39 +28,46 @@ class Norm(nnx.RMSNorm):
         """Divides each position's features by their root mean square: [B, T, D] to the same."""
 
         @recomputed
-        def normalised(x_BxTxD, scale_D):
+        def normalise(x_BxTxD, scale_D):
             x_BxTxD = x_BxTxD.astype(jnp.float32)
             mean_BxTx1 = jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True)
             scale_D = scale_D.astype(jnp.float32) + self.offset if self.offset else scale_D
             y_BxTxD = x_BxTxD * jax.lax.rsqrt(mean_BxTx1 + self.epsilon) * scale_D
             return y_BxTxD.astype(self.dtype)
 
-        return normalised(x_BxTxD, self.scale[...])
+        return normalise(x_BxTxD, self.scale[...])
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm with scale and bias (Ba et al. 2016, eq. 4), its statistics in float32."""
+    """LayerNorm with scale and bias (Ba et al. 2016, eq. 4), with statistics in float32."""
 
     def __call__(self, x_BxTxD):
         """Centres each position's features and divides by their deviation: [B, T, D] to same."""
 
         @recomputed
-        def normalised(x_BxTxD, scale_D, bias_D):
+        def normalise(x_BxTxD, scale_D, bias_D):
             x_BxTxD = x_BxTxD.astype(jnp.float32)
             x_BxTxD = x_BxTxD - jnp.mean(x_BxTxD, axis=-1, keepdims=True)
             variance_BxTx1 = jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True)
             y_BxTxD = x_BxTxD * jax.lax.rsqrt(variance_BxTx1 + self.epsilon) * scale_D + bias_D
             return y_BxTxD.astype(self.dtype)
 
-        return normalised(x_BxTxD, self.scale[...], self.bias[...])
+        return normalise(x_BxTxD, self.scale[...], self.bias[...])
 
 
-def make_norm(kind: str, width: int, *, eps: float, offset: float = 0.0, **kinds):
-    """A norm of the kind "rms" or "layer" over `width` features; it starts as a scale of one."""
-    if kind == "layer":
-        return LayerNorm(width, epsilon=eps, **kinds)
-    if not offset:
-        return Norm(width, epsilon=eps, **kinds)
-    norm = Norm(width, epsilon=eps, scale_init=nnx.initializers.constant(1.0 - offset), **kinds)
-    norm.offset = offset
+def make_norm(settings: DecoderSettings, width: int, rngs: nnx.Rngs) -> Norm | LayerNorm:
+    """Returns the settings' norm over `width` features, which starts as a scale of one."""
+    arguments = dict(
+        epsilon=settings.norm_eps,
+        dtype=jnp.dtype(settings.dtype),
+        param_dtype=jnp.dtype(settings.param_dtype),
+        rngs=rngs,
+    )
+    if settings.norm == "layer":
+        return LayerNorm(width, **arguments)
+    if not settings.norm_offset:
+        return Norm(width, **arguments)
+    start = nnx.initializers.constant(1.0 - settings.norm_offset)
+    norm = Norm(width, scale_init=start, **arguments)
+    norm.offset = settings.norm_offset
     return norm

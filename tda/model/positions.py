@@ -1,4 +1,4 @@
-"""Rotary position encoding: its periods, how long contexts stretch them, two layouts of pairs."""
+"""Rotary position encoding: its periods, how they are stretched, and two layouts of pairs."""
 
 import dataclasses
 import math
@@ -6,8 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-LAYOUTS = ("half", "interleaved")
-# What each kind of stretching must say, and what it may say.
+# Required and optional keys of each kind of scaling.
 _SCALINGS = {
     "linear": ({"factor"}, set()),
     "factors": ({"factors"}, set()),
@@ -28,9 +27,9 @@ class Rotation:
     """How fast each pair of features turns with the position. Axes may be stacked over layers.
 
     Attributes:
-        inverse_period_K: radians a position, float32 [K / 2]; of less than K / 2 pairs, the
-            features behind them are left as they are.
-        factor: what the rotated features are multiplied by.
+        inverse_period_K: radians per position, float32 [K / 2]; with fewer than K / 2 pairs, the
+            remaining features of a head are not rotated.
+        factor: factor of the rotated features.
     """
 
     inverse_period_K: jax.Array
@@ -38,64 +37,65 @@ class Rotation:
 
 
 def rotation(width: int, base: float = 10_000.0, scaling: dict | None = None) -> Rotation:
-    """Base^(−2i/K) for the pairs i of `width` = K features (Su et al. 2021, section 3.2.2).
+    """Returns base^(−2i/K) for the pairs i of `width` = K features (Su et al. 2021, section 3.2.2).
 
     Args:
-        width: features that are rotated, even.
-        base: of the periods.
-        scaling: how they are stretched, by its "kind": "linear" ("factor"; Chen et al. 2023),
-            "llama3" ("factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings": short periods stay, long ones take the factor),
-            "yarn" ("factor", "original_max_position_embeddings", and "beta_fast", "beta_slow",
-            "truncate", "attention_factor" if they differ; Peng et al. 2023, section 3) or "factors"
-            (one for each pair).
-
-    Raises:
-        ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key.
+        width: number of rotated features, even.
+        base: base of the periods.
+        scaling: how the periods are stretched, by its "kind": "linear" ("factor"; Chen et al.
+            2023), "llama3" ("factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings": only long periods are stretched), "yarn" ("factor",
+            "original_max_position_embeddings", and optionally "beta_fast", "beta_slow",
+            "truncate", "attention_factor"; Peng et al. 2023, section 3) or "factors" (one for each
+            pair). `check` refuses others.
     """
-    if width % 2:
-        raise ValueError(f"{width} features of a head are rotated; rotary encoding needs pairs")
     inverse = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    kind = _checked(scaling)
-    if kind is None:
+    if scaling is None:
         return Rotation(inverse)
+    kind = scaling["kind"]
     if kind == "factors":
         return Rotation(inverse / jnp.asarray(scaling["factors"], jnp.float32))
     factor = scaling["factor"]
     if kind == "linear":
         return Rotation(inverse / factor)
     if kind == "llama3":
-        # Turns that a pair made in the context that the model was first trained with.
+        # Turns that a pair makes in the context length of the first training.
         turns = inverse * scaling["original_max_position_embeddings"] / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return Rotation(inverse / factor * (1 - kept) + inverse * kept)
-    kept = 1 - _yarn_ramp(width, base, scaling)
+        unscaled = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return Rotation(inverse / factor * (1 - unscaled) + inverse * unscaled)
+    unscaled = 1 - _yarn_ramp(width, base, scaling)
     attention = scaling.get("attention_factor")
     if attention is None:
         attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return Rotation(inverse / factor * (1 - kept) + inverse * kept, attention)
+    return Rotation(inverse / factor * (1 - unscaled) + inverse * unscaled, attention)
 
 
-def _checked(scaling: dict | None) -> str | None:
+def check(width: int, scaling: dict | None) -> None:
+    """Checks the arguments of `rotation`.
+
+    Raises:
+        ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key.
+    """
+    if width % 2:
+        raise ValueError(f"{width} features of a head are rotated; rotary encoding needs pairs")
     if scaling is None:
-        return None
+        return
     kind = scaling.get("kind")
     if kind not in _SCALINGS:
         raise ValueError(f"unknown rope_scaling kind {kind!r}; use {', '.join(_SCALINGS)}")
-    needed, allowed = _SCALINGS[kind]
-    given = scaling.keys() - {"kind"}
-    if needed - given or given - needed - allowed:
+    required, optional = _SCALINGS[kind]
+    keys = scaling.keys() - {"kind"}
+    if required - keys or keys - required - optional:
         raise ValueError(
-            f"rope_scaling of kind {kind!r} needs {', '.join(sorted(needed))}"
-            + (f" and may have {', '.join(sorted(allowed))}" if allowed else "")
-            + f"; it has {', '.join(sorted(given))}"
+            f"rope_scaling of kind {kind!r} needs {', '.join(sorted(required))}"
+            + (f" and may have {', '.join(sorted(optional))}" if optional else "")
+            + f"; it has {', '.join(sorted(keys))}"
         )
-    return kind
 
 
 def _yarn_ramp(width: int, base: float, scaling: dict):
-    """0 for pairs that turn often enough to stay, 1 for those stretched, linear between."""
+    """0 for pairs that turn often and stay as they are, 1 for stretched pairs, linear between."""
     length = scaling["original_max_position_embeddings"]
 
     def pair(turns):
@@ -109,29 +109,31 @@ def _yarn_ramp(width: int, base: float, scaling: dict):
     return jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - low) / span, 0.0, 1.0)
 
 
-def rotary(x_BxTxHxK, rotated: Rotation, layout: str = "half"):
-    """Rotary position encoding (Su et al. 2021, eq. 34) of heads of width K.
+def rotary(x_BxTxHxK, rotation: Rotation, layout: str = "half"):
+    """Rotates heads of width K by their positions (Su et al. 2021, eq. 34).
 
-    Angles are taken in float32 whatever the dtype of `x`; positions count from 0.
+    Angles are float32 whatever the dtype of `x`; positions count from 0.
 
     Args:
         x_BxTxHxK: queries or keys.
-        rotated: the angles; features behind the last pair are left alone.
-        layout: which features are a pair: i and i + K/2 ("half"), or 2i and 2i + 1 ("interleaved").
+        rotation: the angles; features behind the last pair are not rotated.
+        layout: which features form a pair: i and i + K/2 ("half"), or 2i and 2i + 1
+            ("interleaved").
     """
-    inverse_period = rotated.inverse_period_K
+    inverse_period = rotation.inverse_period_K
     width = 2 * inverse_period.shape[-1]
     angle_TxK = jnp.arange(x_BxTxHxK.shape[1], dtype=jnp.float32)[:, None] * inverse_period
     sin, cos = jnp.sin(angle_TxK)[None, :, None], jnp.cos(angle_TxK)[None, :, None]
-    if not (isinstance(rotated.factor, float) and rotated.factor == 1.0):
-        sin, cos = sin * rotated.factor, cos * rotated.factor
+    # A factor of 1 costs nothing; a stacked one is an array of unknown value.
+    if not (isinstance(rotation.factor, float) and rotation.factor == 1.0):
+        sin, cos = sin * rotation.factor, cos * rotation.factor
     x, rest = x_BxTxHxK[..., :width], x_BxTxHxK[..., width:]
     x = x.astype(jnp.float32)
     a, b = (x[..., ::2], x[..., 1::2]) if layout == "interleaved" else jnp.split(x, 2, axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
+    pair = [a * cos - b * sin, b * cos + a * sin]
     if layout == "interleaved":
-        y = jnp.stack(turned, axis=-1).reshape(x.shape)
+        y = jnp.stack(pair, axis=-1).reshape(x.shape)
     else:
-        y = jnp.concatenate(turned, axis=-1)
+        y = jnp.concatenate(pair, axis=-1)
     y = y.astype(x_BxTxHxK.dtype)
     return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y

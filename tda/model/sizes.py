@@ -1,4 +1,4 @@
-"""Named sizes of the decoder, as keyword arguments of `tda.model.decoder.Decoder`."""
+"""Named sizes of the decoder, as keyword arguments of `tda.model.settings.DecoderSettings`."""
 
 SIZES = {
     "tiny": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, ff_width=384),
@@ -17,10 +17,10 @@ SIZES = {
 
 
 def size(name: str) -> dict:
-    """The keyword arguments of the size called `name`.
+    """Returns the settings of a named size, all but the vocabulary's.
 
     Raises:
-        ValueError: no such size; the message lists those there are.
+        ValueError: there is no such size; the message lists the known ones.
     """
     if name not in SIZES:
         raise ValueError(f"unknown model size {name!r}; there are {', '.join(SIZES)}")

@@ -17,6 +17,7 @@ from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan import cost
 from tda.run import corpus, train
 from tda.run.encode import NO_STORE
@@ -147,7 +148,7 @@ def of(config, multiple: int = 1) -> Setting:
     chosen_methods, left_out = _by_correction(config)
     size = _size(config)
     arguments = train.model_arguments(config, size.vocab_size)
-    model = nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
     g, projection = config.gradients, Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
@@ -173,7 +174,7 @@ def of(config, multiple: int = 1) -> Setting:
         sites=chosen,
         model=_model(everything, arguments),
         widths=widths,
-        taps={c: _taps(chosen, projection.side, c, model.tied) for c in chosen_methods},
+        taps={c: _taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods},
         methods=chosen_methods,
         left_out=left_out,
         dtype=config.model.dtype,

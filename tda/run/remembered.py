@@ -16,6 +16,7 @@ from tda.data.batches import BatchLayout, buckets
 from tda.data.tokenizer import Tokenizer
 from tda.model import functional, pretrained
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.run import corpus as corpora
 from tda.run import train
 from tda.run.run import Corpus, Run, Trained
@@ -214,7 +215,7 @@ def _tokenizer(path: pathlib.Path, config: ConfigDict, is_pretrained: bool):
 
 
 def _model(arguments: dict, root: str, step: int, mesh) -> nnx.Module:
-    model = Decoder(**arguments, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0))
     model_fn, params = functional.split(model)
     abstract = functional.abstract(params, model_fn.axes, mesh)
     return model_fn.merge(checkpoint.restore_parameters(root, abstract, step))

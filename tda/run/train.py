@@ -10,6 +10,7 @@ from flax import nnx
 from tda.data.batches import BatchLayout
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
@@ -34,7 +35,7 @@ def build_model(config, vocab_size: int) -> Decoder:
         found = pretrained.inspect(config.model.pretrained)
         found = dataclasses.replace(found, arguments=arguments)
         return pretrained.place(found, make_mesh(config))
-    return Decoder(**arguments, rngs=nnx.Rngs(config.seed))
+    return Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(config.seed))
 
 
 def model_arguments(config, vocab_size: int) -> dict:

@@ -14,6 +14,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.encoding import loss_identity
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 
 SIZES = dict(
     vocab_size=50, width=16, layers=2, heads=2, kv_heads=2, head_width=8, ff_width=32, scan=False
@@ -21,7 +22,7 @@ SIZES = dict(
 
 
 def decoder(seed=0, **how):
-    return Decoder(**SIZES | how, rngs=nnx.Rngs(seed))
+    return Decoder(DecoderSettings(**SIZES | how), rngs=nnx.Rngs(seed))
 
 
 def cross_entropy(model, batch):

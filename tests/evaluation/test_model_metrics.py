@@ -15,6 +15,7 @@ from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.tail_patch import change, log_change, tail_patch
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.training import optimizer
 
 BUCKETS = (8, 16, 32)
@@ -27,10 +28,11 @@ def setup():
     table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
     questions = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
     queries = tokens.tokenise_queries(questions, tokenizer, 32)
-    model = Decoder(
+    settings = DecoderSettings(
         vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8,
-        ff_width=24, rngs=nnx.Rngs(0),
+        ff_width=24,
     )  # fmt: skip
+    model = Decoder(settings, rngs=nnx.Rngs(0))
     return tokenizer, table, queries, model
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from benchmarks.ahead_of_time import compile_encoder, compile_training_step
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan.calibration import memory_of
 from tda.runtime import sharding
 
@@ -15,7 +16,7 @@ SHAPE = dict(vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, head_width
 
 
 def abstract_model():
-    return nnx.eval_shape(lambda: Decoder(**SHAPE, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(DecoderSettings(**SHAPE), rngs=nnx.Rngs(0)))
 
 
 MESHES = {"one device": dict(devices=jax.devices()[:1]), "fsdp and tensor": dict(fsdp=4, tensor=2)}

@@ -10,6 +10,7 @@ from tda.gradients import kronecker, sites
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tests.model.test_settings import FAMILIES, TINY
 
 MLP = {"mlp/up/kernel", "mlp/gate/kernel", "mlp/down/kernel"}
@@ -186,7 +187,7 @@ OLD_GROUPS = {
 def test_the_decoders_groups_are_those_of_stores_made_before(family, tied, scan):
     """Blocks of a store are called by them: no other rule may move a matrix of this model."""
     shape = TINY | FAMILIES.get(family, {}) | dict(tied=tied, scan=scan)
-    model = nnx.eval_shape(lambda: Decoder(**shape, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0)))
     found = find_sites(model, ".", untapped="reference")
     assert not sites.left_out(model, found) and len(found) > 9
     for site in found:

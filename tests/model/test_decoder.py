@@ -9,6 +9,7 @@ from tda import loss
 from tda.model import functional, sizes
 from tda.model.decoder import Decoder, parameter_count
 from tda.model.positions import rotary, rotation
+from tda.model.settings import DecoderSettings
 
 GROUPED = dict(heads=4, kv_heads=2, head_width=6)
 
@@ -208,7 +209,7 @@ def test_parameters_can_be_bfloat16(decoder):
     ],
 )
 def test_parameter_counts_of_the_large_sizes(name, vocab_size, expected, tolerance):
-    count = parameter_count(vocab_size=vocab_size, **sizes.size(name))
+    count = parameter_count(DecoderSettings(vocab_size=vocab_size, **sizes.size(name)))
     assert abs(count - expected) <= tolerance * expected
 
 
@@ -216,7 +217,8 @@ def test_parameter_count_is_the_allocated_one(decoder):
     shape = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
     for changes in (dict(tied=True), dict(tied=False, gated=False, scan=False)):
         _, params = functional.split(decoder(**changes))
-        assert parameter_count(**shape, **changes) == sum(x.size for x in jax.tree.leaves(params))
+        count = parameter_count(DecoderSettings(**shape, **changes))
+        assert count == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_sizes_are_copies_and_unknown_ones_refused():

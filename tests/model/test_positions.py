@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.model.positions import Rotation, rotary, rotation
+from tda.model.positions import Rotation, check, rotary, rotation
 
 K = 8
 
@@ -97,6 +97,6 @@ def test_yarn_keeps_pairs_that_turn_often():
         (8, {"kind": "linear", "factor": 2.0, "mscale": 1.0}, "it has factor, mscale"),
     ],
 )
-def test_what_cannot_be_is_told(width, scaling, message):
+def test_scalings_with_other_keys_are_refused(width, scaling, message):
     with pytest.raises(ValueError, match=message):
-        rotation(width, 100.0, scaling)
+        check(width, scaling)

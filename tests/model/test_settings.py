@@ -14,6 +14,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 
 TINY = dict(vocab_size=50, width=16, layers=3, heads=2, kv_heads=1, head_width=8, ff_width=24)
 FAMILIES = {
@@ -55,7 +56,7 @@ FAMILIES = {
 @functools.cache
 def make(name, **changes):
     """A model all of whose vectors are random too: ones and zeros would hide much."""
-    model = Decoder(**TINY | FAMILIES[name] | changes, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**TINY | FAMILIES[name] | changes), rngs=nnx.Rngs(0))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] in ("scale", "bias"):
             whole = "/".join(str(p) for p in path if not isinstance(p, int))
@@ -150,11 +151,11 @@ def test_more_positions_than_are_learned_are_refused():
         (dict(norm="layer", norm_offset=1.0), "norm_offset=1.0 is for norm='rms'"),
         (dict(window=0), "window=0 must be positive"),
         (dict(window_layers=[True] * 3), "need a window"),
-        (dict(window=2, window_layers=[True]), "says of 1 layers, not of 3"),
+        (dict(window=2, window_layers=[True]), "1 entries for 3 layers"),
         (dict(rope_fraction=0.4), "3 features of a head are rotated"),
         (dict(rope_scaling={"kind": "long"}), "unknown rope_scaling kind 'long'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        Decoder(**TINY | changes, rngs=nnx.Rngs(0))
+        DecoderSettings(**TINY | changes)

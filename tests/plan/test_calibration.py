@@ -14,6 +14,7 @@ from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan import calibration, setting
 from tda.plan.calibration import EncoderTimes
 from tda.run import corpus, train
@@ -68,7 +69,7 @@ def test_time_grows_with_the_work(one_device):
     seconds = {}
     for width in (64, 256):
         shape = dict(layers=1, heads=2, kv_heads=2, head_width=32, ff_width=4 * width)
-        model = Decoder(vocab_size=64, width=width, **shape, rngs=nnx.Rngs(0))
+        model = Decoder(DecoderSettings(vocab_size=64, width=width, **shape), rngs=nnx.Rngs(0))
         encoder = encoders.make_encoder(model, Projection(side=4, blocks=1), mesh=one_device)
         times = calibration.encoder_times(encoder, {(32, 64): 1}, 64, one_device, rounds=2)
         seconds[width] = times.seconds({(32, 64): 100}) - times.compile

@@ -14,6 +14,7 @@ from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.plan import calibration, chips, cost, planner, report, setting
 from tda.run import corpus, defaults
 from tda.run.workdir import Workdir
@@ -265,7 +266,7 @@ def test_operations_are_those_that_the_compiler_counts(correction, include, tied
     arguments |= dict(vocab_size=512, tied=tied)
 
     def build(scan):
-        return lambda: Decoder(**arguments, scan=scan, rngs=nnx.Rngs(0))
+        return lambda: Decoder(DecoderSettings(**arguments, scan=scan), rngs=nnx.Rngs(0))
 
     # The compiler counts a loop's body once: so the layers are a list.
     model = build(False)()

@@ -7,6 +7,7 @@ from flax import nnx
 from tda.data.batches import BatchLayout, buckets
 from tda.data.tokens import TokenTable
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.retrieval.hidden import Pooler
 
 SIZES = dict(vocab_size=40, width=8, heads=2, kv_heads=2, head_width=4, ff_width=16, scan=False)
@@ -21,7 +22,7 @@ def table(*lengths):
 
 @pytest.mark.parametrize("positions", [0, 16])
 def test_a_passage_has_a_token_more_than_the_model_positions(positions):
-    model = Decoder(**SIZES, layers=2, max_positions=positions, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**SIZES, layers=2, max_positions=positions), rngs=nnx.Rngs(0))
     found = Pooler(model, "last", without=(0,)).rows(
         passages := table(17, 5, 16),
         np.array([2, 0, 1]),
@@ -34,7 +35,7 @@ def test_a_passage_has_a_token_more_than_the_model_positions(positions):
 
 
 def test_the_middle_of_one_layer_is_behind_it():
-    model = Decoder(**SIZES, layers=1, rngs=nnx.Rngs(0))
+    model = Decoder(DecoderSettings(**SIZES, layers=1), rngs=nnx.Rngs(0))
     passages = table(8)
     (found,) = Pooler(model, "middle", without=(0,)).rows(
         passages, [0], BatchLayout((8,), 64, pad=0)

@@ -27,6 +27,7 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.model import functional
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 from tda.encoding import table as encoding
 from tda.runtime import processes, sharding
 
@@ -34,7 +35,7 @@ texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
 table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
-model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
+model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
 if spans and me >= 0:
     mesh = sharding.make_mesh(data=2, fsdp=2)
 else:

@@ -126,11 +126,12 @@ from tda.encoding import table as encoding
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(64)]
 tokenizer = Tokenizer.train(texts, 300)
 table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
-model = Decoder(vocab_size=tokenizer.vocab_size, **shape, rngs=nnx.Rngs(0))
+model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
 encoder = make_encoder(model, Projection(side=4, blocks=2))
 layout = BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0)
 encoding.encode_rows(encoder, table, range(64), layout)  # compiled before the clock starts

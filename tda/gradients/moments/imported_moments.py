@@ -18,7 +18,7 @@ from tda.gradients import sites
 from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.moments.second_moments import Scale
-from tda.model.pretrained.description import Pretrained, some
+from tda.model.pretrained.description import Pretrained, shorten
 from tda.model.pretrained.tensors import Safetensors, Source
 
 # What the running mean of squared gradients is called.
@@ -86,7 +86,7 @@ def _parts(found: Pretrained, site: sites.Site) -> list:
     names = [site.path] if site.stack is None else site.names()
     missing = [n for n in names if n not in found.parts]
     if missing:
-        raise SecondMomentError(f"{found.where} has no tensor for {some(missing)}")
+        raise SecondMomentError(f"{found.path} has no tensor for {shorten(missing)}")
     return [found.parts[n] for n in names]
 
 
@@ -121,7 +121,7 @@ def _of_safetensors(path: pathlib.Path):
     shapes = source.shapes()
     if not any(_FIELD in name for name in shapes):
         raise SecondMomentError(
-            f"{path} has no tensor with {_FIELD!r} in its name; it has {some(sorted(shapes))}"
+            f"{path} has no tensor with {_FIELD!r} in its name; it has {shorten(sorted(shapes))}"
         )
 
     def state(name, told):
@@ -156,10 +156,10 @@ def _candidates(name: str, field: str, names) -> list[str]:
 def _only(path, name: str, field: str, names) -> str:
     found = _candidates(name, field, names)
     if len(found) != 1:
-        said = f"more than once: {some(found)}" if found else "not at all"
+        said = f"more than once: {shorten(found)}" if found else "not at all"
         there = [n for n in names if field in n]
         raise SecondMomentError(
-            f"{path} has {field} of {name} {said}; it has {some(there)}; where names differ, "
+            f"{path} has {field} of {name} {said}; it has {shorten(there)}; where names differ, "
             "give rename"
         )
     return found[0]
@@ -187,7 +187,7 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
     def state(name, told):
         if name not in by_name:
             raise SecondMomentError(
-                f"{path}: no parameter is called {name}; there are {some(sorted(by_name))}"
+                f"{path}: no parameter is called {name}; there are {shorten(sorted(by_name))}"
             )
         number, group = by_name[name]
         own = loaded["state"].get(number)
@@ -234,7 +234,7 @@ def _numbered(path, groups, names) -> dict[str, tuple[int, dict]]:
     flat = [n for group in names for n in group]
     twice = [n for n, count in collections.Counter(flat).items() if count > 1]
     if twice:
-        raise SecondMomentError(f"names has {some(twice)} twice")
+        raise SecondMomentError(f"names has {shorten(twice)} twice")
     pairs = zip(groups, names, strict=True)
     return {
         name: (number, group)

@@ -1,7 +1,7 @@
 """Configurations of published models (Hugging Face's `config.json`) as the decoder's settings.
 
-A function a family, from a `Config` to the decoder's keyword arguments. What a configuration says
-and the decoder does not do is an error that names it.
+Each family has a function from a `Config` to keyword arguments of `DecoderSettings`: JSON values,
+which runs keep beside the model. A setting that the decoder lacks is an error that names it.
 """
 
 from tda.model.pretrained.tensors import PretrainedError
@@ -18,43 +18,52 @@ _ACTIVATIONS = {
 
 
 class Config:
-    """A configuration whose keys are read with defaults, and refused with its file's name."""
+    """A configuration: reads keys with defaults, and names its file in errors.
 
-    def __init__(self, values: dict, where: str):
-        self.values, self.where = values, where
+    Attributes:
+        values: the JSON object.
+        path: its file.
+    """
+
+    def __init__(self, values: dict, path: str):
+        self.values, self.path = values, path
+
+    def with_defaults(self, **defaults) -> "Config":
+        """Returns the configuration with values for the keys that it lacks; null stays null."""
+        return Config(defaults | self.values, self.path)
 
     def __getitem__(self, key: str):
         if self.values.get(key) is None:
-            raise PretrainedError(f"{self.where} lacks {key!r}")
+            raise PretrainedError(f"{self.path} lacks {key!r}")
         return self.values[key]
 
     def get(self, key: str, default=None):
-        """The value of a key; `default` where it is absent or null."""
+        """Returns the value of a key, or `default` where it is absent or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, allowed=(None, False)) -> None:
-        """Raises a PretrainedError unless the key's value is one that changes nothing."""
+        """Raises a PretrainedError unless the key has one of the allowed values or is absent."""
         if self.values.get(key) not in allowed:
-            raise PretrainedError(f"{self.where}: {key}={self.values[key]!r} is not supported")
+            raise PretrainedError(f"{self.path}: {key}={self.values[key]!r} is not supported")
 
     def activation(self, key: str = "hidden_act", default: str | None = None) -> str:
-        """The decoder's name of the activation."""
+        """Returns the decoder's name of the activation."""
         name = self.get(key, default) if default else self[key]
         if name not in _ACTIVATIONS:
             raise PretrainedError(
-                f"{self.where}: {key}={name!r} is not supported; known are "
-                f"{', '.join(_ACTIVATIONS)}"
+                f"{self.path}: {key}={name!r} is not supported; known are {', '.join(_ACTIVATIONS)}"
             )
         return _ACTIVATIONS[name]
 
 
 def _rope(c: Config, kind: str | None = None, base: float = 10_000.0) -> dict:
-    """Settings of the rotary encoding; of one `kind` of layers where these differ."""
-    new = c.get("rope_parameters", {})
-    if kind is not None and kind in new:
-        new = new[kind] or {}
-    scaling = dict(new or c.get("rope_scaling", {}))
+    """Returns the settings of the rotary encoding, of one `kind` of layers where these differ."""
+    # Newer versions of transformers write rope_parameters, older ones rope_theta and rope_scaling.
+    parameters = c.get("rope_parameters", {})
+    if kind is not None and kind in parameters:
+        parameters = parameters[kind] or {}
+    scaling = dict(parameters or c.get("rope_scaling", {}))
     name = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     base = scaling.pop("rope_theta", c.get("rope_theta", c.get("rotary_emb_base", base)))
@@ -66,7 +75,7 @@ def _rope(c: Config, kind: str | None = None, base: float = 10_000.0) -> dict:
         scaling.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
     if name not in ("default", "linear", "llama3", "yarn"):
         raise PretrainedError(
-            f"{c.where}: rotary scaling of type {name!r} is not supported; known are default, "
+            f"{c.path}: rotary scaling of type {name!r} is not supported; known are default, "
             "linear, llama3 and yarn"
         )
     return dict(
@@ -76,38 +85,47 @@ def _rope(c: Config, kind: str | None = None, base: float = 10_000.0) -> dict:
     )
 
 
-def _windows(c: Config, layers: int, used: bool = True, otherwise=None) -> dict:
-    """Settings of the sliding window: which layers have it, by `layer_types` or by `otherwise`."""
-    window = c.get("sliding_window")
-    kinds = c.get("layer_types")
-    if window is None or not used:
+def _windows(c: Config, has_window=None) -> dict:
+    """Returns the settings of the sliding window.
+
+    Args:
+        c: the configuration, whose `layer_types` tell which layers have the window.
+        has_window: tells it by a layer's number where there are no `layer_types`; None for all.
+    """
+    window, layers, types = c.get("sliding_window"), c["num_hidden_layers"], c.get("layer_types")
+    if window is None:
         return {}
-    if kinds is not None:
-        strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-        if strange or len(kinds) != layers:
+    if types is not None:
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        if unknown or len(types) != layers:
             raise PretrainedError(
-                f"{c.where}: layer_types names {len(kinds)} layers"
-                + (f" and {', '.join(strange)}, which is not supported" if strange else "")
+                f"{c.path}: layer_types names {len(types)} layers"
+                + (f" and {', '.join(unknown)}, which is not supported" if unknown else "")
             )
-        windowed = [kind == "sliding_attention" for kind in kinds]
+        windowed = [kind == "sliding_attention" for kind in types]
     else:
-        windowed = [otherwise is None or otherwise(i) for i in range(layers)]
+        windowed = [has_window is None or has_window(i) for i in range(layers)]
     if not any(windowed):
         return {}
     return dict(window=window, window_layers=None if all(windowed) else windowed)
 
 
-def _common(c: Config, *, tied: bool, width="hidden_size", heads="num_attention_heads") -> dict:
-    """What nearly every configuration says in the same words."""
+def _common(c: Config, *, tied: bool) -> dict:
+    """Returns the settings whose keys nearly all families share.
+
+    Args:
+        c: the configuration.
+        tied: transformers' default of `tie_word_embeddings` for the family.
+    """
     c.refuse("quantization_config")
-    head_width = c.get("head_dim", c[width] // c[heads])
+    width, heads = c["hidden_size"], c["num_attention_heads"]
     return dict(
         vocab_size=c["vocab_size"],
-        width=c[width],
+        width=width,
         layers=c["num_hidden_layers"],
-        heads=c[heads],
-        kv_heads=c.get("num_key_value_heads", c[heads]),
-        head_width=head_width,
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads", heads),
+        head_width=c.get("head_dim", width // heads),
         ff_width=c["intermediate_size"],
         tied=bool(c.get("tie_word_embeddings", tied)),
     )
@@ -131,26 +149,27 @@ def llama(c: Config) -> dict:
 
 def mistral(c: Config) -> dict:
     """Mistral."""
-    # Where a configuration is silent, transformers takes a window; null is none.
-    c = Config({"sliding_window": 4096} | c.values, c.where)
-    return llama(c) | _windows(c, c["num_hidden_layers"])
+    # transformers has a window where the key is absent, and none where it is null.
+    c = c.with_defaults(sliding_window=4096)
+    return llama(c) | _windows(c)
 
 
 def qwen2(c: Config) -> dict:
     """Qwen 2."""
-    kept = c.get("max_window_layers", 28)
-    windows = _windows(
-        c, c["num_hidden_layers"], bool(c.get("use_sliding_window", False)), lambda i: i >= kept
-    )
+    first = c.get("max_window_layers", 28)
+    windows = _windows(c, lambda i: i >= first) if c.get("use_sliding_window", False) else {}
     return llama(c) | windows | dict(attention_bias=True, out_bias=False)
 
 
 def qwen3(c: Config) -> dict:
     """Qwen 3."""
     bias = bool(c.get("attention_bias", False))
-    own = dict(query_key_norm="head", attention_bias=bias, out_bias=bias)
-    own["head_width"] = c.get("head_dim", 128)
-    return qwen2(c) | own
+    return qwen2(c) | dict(
+        query_key_norm="head",
+        attention_bias=bias,
+        out_bias=bias,
+        head_width=c.get("head_dim", 128),
+    )
 
 
 def olmo2(c: Config) -> dict:
@@ -162,20 +181,24 @@ def olmo2(c: Config) -> dict:
 
 def gemma3(c: Config) -> dict:
     """Gemma 3, the text model."""
-    layers, pattern = c["num_hidden_layers"], c.get("sliding_window_pattern", 6)
     c.refuse("use_bidirectional_attention")
-    # What older configurations leave out, transformers takes from the 4B model.
-    values = {"rope_theta": 1_000_000.0, "head_dim": 256, "num_key_value_heads": 4} | c.values
-    values = {"num_attention_heads": 8, "vocab_size": 262_208, "sliding_window": 4096} | values
-    c = Config(values, c.where)
-    bias = bool(c.get("attention_bias", False))
-    near = _rope(c, "sliding_attention")["rope_base"]
+    # transformers takes the 4B model's values for the keys that older configurations lack.
+    c = c.with_defaults(
+        rope_theta=1_000_000.0,
+        head_dim=256,
+        num_key_value_heads=4,
+        num_attention_heads=8,
+        vocab_size=262_208,
+        sliding_window=4096,
+    )
+    pattern, bias = c.get("sliding_window_pattern", 6), bool(c.get("attention_bias", False))
+    window_rope_base = _rope(c, "sliding_attention")["rope_base"]
     if "rope_parameters" not in c.values:
-        near = c.get("rope_local_base_freq", 10_000.0)
-    out = (
+        window_rope_base = c.get("rope_local_base_freq", 10_000.0)
+    arguments = (
         _common(c, tied=True)
         | _rope(c, "full_attention")
-        | _windows(c, layers, otherwise=lambda i: bool((i + 1) % pattern))
+        | _windows(c, lambda i: bool((i + 1) % pattern))
         | dict(
             activation=c.activation("hidden_activation", "gelu_pytorch_tanh"),
             norm_eps=c.get("rms_norm_eps", 1e-6),
@@ -190,7 +213,9 @@ def gemma3(c: Config) -> dict:
             embedding_scale=float(c["hidden_size"]) ** 0.5,
         )
     )
-    return out | (dict(window_rope_base=float(near)) if "window" in out else {})
+    if "window" in arguments:
+        arguments["window_rope_base"] = float(window_rope_base)
+    return arguments
 
 
 def gpt2(c: Config) -> dict:
@@ -227,7 +252,7 @@ def neox(c: Config) -> dict:
         _common(c, tied=False)
         | _rope(c)
         | dict(
-            rope_fraction=_rope(Config({"rotary_pct": 0.25} | c.values, c.where))["rope_fraction"],
+            rope_fraction=_rope(c.with_defaults(rotary_pct=0.25))["rope_fraction"],
             gated=False,
             activation=c.activation(default="gelu"),
             norm="layer",

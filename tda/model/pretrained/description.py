@@ -2,36 +2,44 @@
 
 import dataclasses
 
-from flax import nnx
-
-from tda.model.decoder import Decoder
+from tda.model.decoder import Decoder, abstract_decoder
 from tda.model.pretrained.tensors import Part, Source
+from tda.model.settings import DecoderSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What the files of a model say of it.
+    """A published model, described by its files.
 
     Attributes:
-        arguments: of `tda.model.decoder.Decoder`, plain values.
-        parts: where each parameter of the unstacked decoder is, by path.
+        arguments: keyword arguments of `DecoderSettings` that the files state, as JSON values.
+        parts: the place of each parameter of the unstacked decoder, by path.
         source: the tensors.
-        where: the directory or file.
-        config: its configuration, as it is written there.
+        path: the directory or file.
+        config: its configuration, as written there.
     """
 
     arguments: dict
     parts: dict[str, Part]
     source: Source
-    where: str
+    path: str
     config: dict
 
-    def shapes(self) -> nnx.Module:
-        """The decoder without numbers: shapes and dtypes in the places of arrays."""
-        return nnx.eval_shape(lambda: Decoder(**self.arguments, rngs=nnx.Rngs(0)))
+    @property
+    def settings(self) -> DecoderSettings:
+        """The decoder's settings.
+
+        Raises:
+            ValueError: the files state settings that do not fit each other.
+        """
+        return DecoderSettings(**self.arguments)
+
+    def abstract_decoder(self) -> Decoder:
+        """The decoder with shapes and dtypes in place of arrays."""
+        return abstract_decoder(self.settings)
 
 
-def some(names: list[str], most: int = 6) -> str:
-    """The first of many names, for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def shorten(names: list[str], limit: int = 6) -> str:
+    """Lists the first names of many, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

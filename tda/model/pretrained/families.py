@@ -1,15 +1,12 @@
-"""Families of models: configurations as the decoder's settings, tensors as its parameters.
-
-A family is a function from a configuration (`configurations`) to the decoder's keyword arguments,
-and names of tensors (`layouts`).
-"""
+"""Families of models: configurations as the decoder's settings, tensors as its parameters."""
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tda.model.pretrained import configurations, layouts
 from tda.model.pretrained.tensors import Part, PretrainedError
+from tda.model.settings import DecoderSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,26 +14,50 @@ class Family:
     """One family.
 
     Attributes:
-        arguments: of `tda.model.decoder.Decoder`, from a `configurations.Config`.
-        layer: parts of one layer by path of parameter, from the arguments and the layer's prefix.
-        outside: parts outside of the layers, likewise, from the arguments and the prefix.
-        base: what the names of the tensors begin with, where the model was saved with its head.
-        layers: what stands before a layer's number.
+        arguments: from a `configurations.Config` to keyword arguments of `DecoderSettings`.
+        layer: from the settings and a layer's prefix to the layer's parts by path of parameter.
+        outside: from the settings and the model's prefix to the parts outside of the layers.
+        model_prefix: how the names of tensors begin in a model that was saved with its head.
+        layers_prefix: what stands before a layer's number.
         ignored: a regular expression of tensors that are no parameters.
     """
 
-    arguments: Callable
-    layer: Callable
-    outside: Callable
-    base: str
-    layers: str
-    ignored: str = r"$^"
+    arguments: Callable[[configurations.Config], dict]
+    layer: Callable[[DecoderSettings, str], dict[str, Part]]
+    outside: Callable[[DecoderSettings, str], dict[str, Part]]
+    model_prefix: str
+    layers_prefix: str
+    ignored: str
+
+    def is_ignored(self, tensor: str) -> bool:
+        """Whether a tensor is a buffer that holds nothing learned."""
+        return re.search(self.ignored, tensor) is not None
+
+    def parts(self, settings: DecoderSettings, tensors: Iterable[str]) -> dict[str, Part]:
+        """Returns the part of every parameter of the unstacked decoder, by its path.
+
+        Args:
+            settings: the decoder's.
+            tensors: names of all tensors.
+        """
+        # A model that was saved without its head has no prefix.
+        prefix = self.model_prefix
+        prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+        parts = dict(self.outside(settings, prefix))
+        for i in range(settings.layers):
+            layer = self.layer(settings, f"{prefix}{self.layers_prefix}{i}.")
+            parts |= {f"layers/{i}/{path}": part for path, part in layer.items()}
+        return parts
 
 
-def _like_llama(arguments: Callable) -> Family:
-    ignored = r"rotary_emb\.inv_freq$"
+def _like_llama(arguments: Callable[[configurations.Config], dict]) -> Family:
     return Family(
-        arguments, layouts.llama_layer, layouts.llama_outside, "model.", "layers.", ignored
+        arguments,
+        layouts.llama_layer,
+        layouts.llama_outside,
+        model_prefix="model.",
+        layers_prefix="layers.",
+        ignored=r"rotary_emb\.inv_freq$",
     )
 
 
@@ -51,53 +72,32 @@ FAMILIES = {
         configurations.gpt2,
         layouts.gpt2_layer,
         layouts.gpt2_outside,
-        "transformer.",
-        "h.",
-        r"attn\.(masked_)?bias$",
+        model_prefix="transformer.",
+        layers_prefix="h.",
+        ignored=r"attn\.(masked_)?bias$",
     ),
     "GPTNeoXForCausalLM": Family(
         configurations.neox,
         layouts.neox_layer,
         layouts.neox_outside,
-        "gpt_neox.",
-        "layers.",
-        r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
+        model_prefix="gpt_neox.",
+        layers_prefix="layers.",
+        ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
     ),
 }
 
 
-def family(config: dict, where: str) -> Family:
-    """The family of a configuration, by its `architectures`.
+def find_family(config: configurations.Config) -> Family:
+    """Returns the family that a configuration names in `architectures`.
 
     Raises:
-        PretrainedError: it names none, or one that is not known; the message lists those known.
+        PretrainedError: it names none, or an unknown one; the message lists the known ones.
     """
-    names = config.get("architectures") or []
+    names = config.get("architectures", [])
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     raise PretrainedError(
-        f"{where}: the architecture {', '.join(map(str, names)) or 'is not named; it'} is not "
-        f"known here; known are {', '.join(FAMILIES)}"
+        f"{config.path}: the architecture {', '.join(map(str, names)) or 'is not named; it'} is "
+        f"not known here; known are {', '.join(FAMILIES)}"
     )
-
-
-def parts(found: Family, arguments: dict, names) -> dict[str, Part]:
-    """The part of every parameter of the unstacked decoder, by its path.
-
-    Args:
-        found: the family.
-        arguments: of the decoder.
-        names: of the tensors; a model that was saved without its head has no `base` in them.
-    """
-    base = found.base if any(n.startswith(found.base) for n in names) else ""
-    out = dict(found.outside(arguments, base))
-    for i in range(arguments["layers"]):
-        layer = found.layer(arguments, f"{base}{found.layers}{i}.")
-        out |= {f"layers/{i}/{path}": part for path, part in layer.items()}
-    return out
-
-
-def is_ignored(found: Family, tensor: str) -> bool:
-    """Whether a tensor is a buffer that holds nothing learned."""
-    return re.search(found.ignored, tensor) is not None

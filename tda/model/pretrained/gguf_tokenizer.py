@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file holds as metadata: byte-level BPE, or SentencePiece's BPE.
+"""The tokenizer in a GGUF file's metadata: byte-level BPE, or SentencePiece's BPE.
 
 The file gives tokens, merges or scores, and the name of the rule that splits text into words before
 merges apply; the rule itself is not in the file.
@@ -20,7 +20,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is split, by the name in tokenizer.ggml.pre; None is GPT-2's own rule.
+# How text is split into words, by the name in tokenizer.ggml.pre; None is GPT-2's rule.
 _WORDS = {
     "gpt-2": None,
     "smollm": None,
@@ -31,39 +31,39 @@ _WORDS = {
 
 
 def load(path, parse_special: bool = False) -> PretrainedTokenizer:
-    """The tokenizer of a GGUF file.
+    """Returns the tokenizer of a GGUF file.
 
     Raises:
-        PretrainedError: a kind of tokenizer or a rule of words that is not known.
+        PretrainedError: an unknown kind of tokenizer, or an unknown rule that splits words.
     """
     source = Gguf(pathlib.Path(path))
 
-    def say(key, default=None):
+    def value(key, default=None):
         return source.metadata(f"tokenizer.ggml.{key}", default)
 
-    kind, tokens = say("model"), say("tokens")
+    kind, tokens = value("model"), value("tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise PretrainedError(f"{path}: a tokenizer of the kind {kind!r} is not known here")
-    types = say("token_type", [_NORMAL] * len(tokens))
+    types = value("token_type", [_NORMAL] * len(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if kind == "gpt2":
-        inner = _byte_level(path, vocabulary, say("merges", []), say("pre"))
-        adds_bos = say("pre") == "llama-bpe"
+        inner = _byte_level(path, vocabulary, value("merges", []), value("pre"))
+        adds_bos = value("pre") == "llama-bpe"
     else:
-        scores, prefix = say("scores", []), say("add_space_prefix", True)
-        inner = _sentencepiece(vocabulary, types, scores, say("unknown_token_id"), prefix)
+        scores, prefix = value("scores", []), value("add_space_prefix", True)
+        inner = _sentencepiece(vocabulary, types, scores, value("unknown_token_id"), prefix)
         adds_bos = True
     special = [t for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
-    own = [t for t, k in zip(tokens, types, strict=True) if k == _USER]
+    user_defined = [t for t, k in zip(tokens, types, strict=True) if k == _USER]
     inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    inner.add_tokens([AddedToken(t, normalized=False) for t in own])
-    bos, eos = say("bos_token_id"), say("eos_token_id")
+    inner.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
+    bos, eos = value("bos_token_id"), value("eos_token_id")
     return PretrainedTokenizer(
         inner,
-        begin=[bos] if say("add_bos_token", adds_bos) and bos is not None else [],
-        end=[eos] if say("add_eos_token", False) and eos is not None else [],
+        begin=[bos] if value("add_bos_token", adds_bos) and bos is not None else [],
+        end=[eos] if value("add_eos_token", False) and eos is not None else [],
         eos=eos,
-        pad=say("padding_token_id"),
+        pad=value("padding_token_id"),
         parse_special=parse_special,
     )
 
@@ -75,9 +75,9 @@ def _byte_level(path, vocabulary, merges, words: str | None) -> tokenizers.Token
             f"{', '.join(_WORDS)}; give the tokenizer.json of the model instead"
         )
     pairs = [tuple(m.split(" ")) for m in merges]
-    # Llama 3 takes a word that is a token as it is, even where merges do not lead to it.
-    whole = words == "llama-bpe"
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))
+    # Llama 3 keeps a word that is a token as it is, even where merges do not lead to it.
+    ignore_merges = words == "llama-bpe"
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
     pattern = _WORDS[words]
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
     if pattern is not None:
@@ -93,7 +93,8 @@ def _byte_level(path, vocabulary, merges, words: str | None) -> tokenizers.Token
 
 def _sentencepiece(vocabulary, types, scores, unknown, prefix: bool) -> tokenizers.Tokenizer:
     normal = {t for t, i in vocabulary.items() if types[i] in (_NORMAL, _USER)}
-    # Pairs in the order in which their unions are preferred; among equals the shorter first half.
+    # SentencePiece has no merges: pairs are merged in the order of their union's score, and among
+    # equal scores the pair with the shorter first half goes first.
     merges = [
         (-scores[vocabulary[token]], vocabulary[token], i, token[:i], token[i:])
         for token in normal
@@ -102,9 +103,9 @@ def _sentencepiece(vocabulary, types, scores, unknown, prefix: bool) -> tokenize
         if token[:i] in normal and token[i:] in normal
     ]
     pairs = [(a, b) for *_, a, b in sorted(merges)]
-    of_unknown = next((t for t, i in vocabulary.items() if i == unknown), None)
+    unknown_token = next((t for t, i in vocabulary.items() if i == unknown), None)
     inner = tokenizers.Tokenizer(
-        models.BPE(vocabulary, pairs, unk_token=of_unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary, pairs, unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
     )
     steps = [normalizers.Replace(" ", "▁")]
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if prefix else steps)

@@ -1,18 +1,26 @@
 """Where published models keep each parameter of the decoder: names of tensors, by path.
 
-A function a family for one layer (its arguments, and what its tensors' names begin with), and one
-for what is outside of the layers.
+Each family has a function for one layer, which takes the decoder's settings and the prefix of the
+layer's tensors, and one for the parameters outside of the layers.
 """
 
 import numpy as np
 
 from tda.model.pretrained.tensors import Part
+from tda.model.settings import DecoderSettings
 
 
-def linear(ours: str, theirs: str, bias: bool, **how) -> dict[str, Part]:
-    """The parts of a linear layer that PyTorch keeps as [N, M]."""
-    out = {f"{ours}/kernel": Part(f"{theirs}.weight", transpose=True, **how)}
-    return out | ({f"{ours}/bias": Part(f"{theirs}.bias", **how)} if bias else {})
+def linear(path: str, tensor: str, bias: bool, take: np.ndarray | None = None) -> dict[str, Part]:
+    """Returns the parts of a linear layer, whose matrix PyTorch keeps as [N, M].
+
+    Args:
+        path: path of the layer in the decoder.
+        tensor: name of its tensors, without ".weight" and ".bias".
+        bias: whether it has a bias.
+        take: the rows that belong to this layer, as in `Part`.
+    """
+    parts = {f"{path}/kernel": Part(f"{tensor}.weight", transpose=True, take=take)}
+    return parts | ({f"{path}/bias": Part(f"{tensor}.bias", take=take)} if bias else {})
 
 
 _NORMS = {
@@ -20,96 +28,96 @@ _NORMS = {
     "after": ("attention_after_norm", "mlp_after_norm"),
     "both": ("attention_norm", "attention_after_norm", "mlp_norm", "mlp_after_norm"),
 }
+_LLAMA_NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 
 
-def llama_layer(a: dict, at: str) -> dict[str, Part]:
-    """A layer by Llama's names, which most families use."""
-    place = a.get("norm_place", "before")
-    theirs = {
-        "before": ("input_layernorm", "post_attention_layernorm"),
-        "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
-        "both": (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
-    }[place]
+def llama_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of a layer by Llama's names, which most families use."""
+    place = settings.norm_place
     parts = {
-        f"{ours}/scale": Part(f"{at}{name}.weight")
-        for ours, name in zip(_NORMS[place], theirs, strict=True)
+        f"{path}/scale": Part(f"{prefix}{name}.weight")
+        for path, name in zip(_NORMS[place], _LLAMA_NORMS[place], strict=True)
     }
-    for ours, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        bias = a.get("attention_bias", False)
-        parts |= linear(f"attention/{ours}", f"{at}self_attn.{name}", bias)
-    parts |= linear("attention/out", f"{at}self_attn.o_proj", a.get("out_bias", False))
-    if a.get("query_key_norm"):
-        parts["attention/query_norm/scale"] = Part(f"{at}self_attn.q_norm.weight")
-        parts["attention/key_norm/scale"] = Part(f"{at}self_attn.k_norm.weight")
-    for ours in ("gate", "up", "down"):
-        parts |= linear(f"mlp/{ours}", f"{at}mlp.{ours}_proj", a.get("mlp_bias", False))
+    attention = f"{prefix}self_attn"
+    for path, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        parts |= linear(f"attention/{path}", f"{attention}.{name}", settings.attention_bias)
+    parts |= linear("attention/out", f"{attention}.o_proj", settings.out_bias)
+    if settings.query_key_norm:
+        parts["attention/query_norm/scale"] = Part(f"{attention}.q_norm.weight")
+        parts["attention/key_norm/scale"] = Part(f"{attention}.k_norm.weight")
+    for path in ("gate", "up", "down"):
+        parts |= linear(f"mlp/{path}", f"{prefix}mlp.{path}_proj", settings.mlp_bias)
     return parts
 
 
-def _head(a: dict, name: str) -> dict[str, Part]:
-    return {} if a["tied"] else {"head/kernel": Part(name, transpose=True)}
+def _head(settings: DecoderSettings, tensor: str) -> dict[str, Part]:
+    return {} if settings.tied else {"head/kernel": Part(tensor, transpose=True)}
 
 
-def llama_outside(a: dict, base: str) -> dict[str, Part]:
-    """Embedding, final norm and head by Llama's names."""
+def llama_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of embedding, final norm and head by Llama's names."""
     return {
-        "embedding/embedding": Part(f"{base}embed_tokens.weight"),
-        "final_norm/scale": Part(f"{base}norm.weight"),
-    } | _head(a, "lm_head.weight")
+        "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
+        "final_norm/scale": Part(f"{prefix}norm.weight"),
+    } | _head(settings, "lm_head.weight")
 
 
-def _norm_with_bias(ours: str, theirs: str) -> dict[str, Part]:
-    return {f"{ours}/scale": Part(f"{theirs}.weight"), f"{ours}/bias": Part(f"{theirs}.bias")}
+def _norm_with_bias(path: str, tensor: str) -> dict[str, Part]:
+    return {f"{path}/scale": Part(f"{tensor}.weight"), f"{path}/bias": Part(f"{tensor}.bias")}
 
 
-def gpt2_layer(a: dict, at: str) -> dict[str, Part]:
-    """A layer of GPT-2."""
+def gpt2_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of a layer of GPT-2."""
     # GPT-2 keeps its matrices as [M, N], and those of queries, keys and values side by side.
-    parts = _norm_with_bias("attention_norm", f"{at}ln_1")
-    parts |= _norm_with_bias("mlp_norm", f"{at}ln_2")
-    D = a["width"]
-    for i, ours in enumerate(("query", "key", "value")):
-        take = np.arange(i * D, (i + 1) * D)
-        parts[f"attention/{ours}/kernel"] = Part(f"{at}attn.c_attn.weight", axis=1, take=take)
-        parts[f"attention/{ours}/bias"] = Part(f"{at}attn.c_attn.bias", take=take)
+    parts = _norm_with_bias("attention_norm", f"{prefix}ln_1")
+    parts |= _norm_with_bias("mlp_norm", f"{prefix}ln_2")
+    D = settings.width
+    for i, name in enumerate(("query", "key", "value")):
+        take, fused = np.arange(i * D, (i + 1) * D), f"{prefix}attn.c_attn"
+        parts[f"attention/{name}/kernel"] = Part(f"{fused}.weight", axis=1, take=take)
+        parts[f"attention/{name}/bias"] = Part(f"{fused}.bias", take=take)
     pairs = (("attention/out", "attn.c_proj"), ("mlp/up", "mlp.c_fc"), ("mlp/down", "mlp.c_proj"))
-    for ours, theirs in pairs:
-        parts[f"{ours}/kernel"] = Part(f"{at}{theirs}.weight")
-        parts[f"{ours}/bias"] = Part(f"{at}{theirs}.bias")
+    for path, name in pairs:
+        parts[f"{path}/kernel"] = Part(f"{prefix}{name}.weight")
+        parts[f"{path}/bias"] = Part(f"{prefix}{name}.bias")
     return parts
 
 
-def gpt2_outside(a: dict, base: str) -> dict[str, Part]:
-    """Embeddings, final norm and head of GPT-2."""
+def gpt2_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of embeddings, final norm and head of GPT-2."""
     return {
-        "embedding/embedding": Part(f"{base}wte.weight"),
-        "position_embedding/embedding": Part(f"{base}wpe.weight"),
-    } | (_norm_with_bias("final_norm", f"{base}ln_f") | _head(a, "lm_head.weight"))
+        "embedding/embedding": Part(f"{prefix}wte.weight"),
+        "position_embedding/embedding": Part(f"{prefix}wpe.weight"),
+    } | (_norm_with_bias("final_norm", f"{prefix}ln_f") | _head(settings, "lm_head.weight"))
 
 
-def neox_layer(a: dict, at: str) -> dict[str, Part]:
-    """A layer of GPT-NeoX."""
-    # Rows of queries, keys and values take turns, a head at a time.
-    H, K = a["heads"], a["head_width"]
+def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of a layer of GPT-NeoX."""
+    # One matrix holds a head's queries, keys and values, then the next head's.
+    H, K = settings.heads, settings.head_width
     rows_Hx3xK = np.arange(H * 3 * K).reshape(H, 3, K)
-    parts = _norm_with_bias("attention_norm", f"{at}input_layernorm")
-    parts |= _norm_with_bias("mlp_norm", f"{at}post_attention_layernorm")
-    for i, ours in enumerate(("query", "key", "value")):
-        take, bias = rows_Hx3xK[:, i].reshape(-1), a["attention_bias"]
-        fused = f"{at}attention.query_key_value"
-        parts |= linear(f"attention/{ours}", fused, bias, take=take)
-    parts |= linear("attention/out", f"{at}attention.dense", a["out_bias"])
-    parts |= linear("mlp/up", f"{at}mlp.dense_h_to_4h", True)
-    return parts | linear("mlp/down", f"{at}mlp.dense_4h_to_h", True)
+    parts = _norm_with_bias("attention_norm", f"{prefix}input_layernorm")
+    parts |= _norm_with_bias("mlp_norm", f"{prefix}post_attention_layernorm")
+    fused, bias = f"{prefix}attention.query_key_value", settings.attention_bias
+    for i, name in enumerate(("query", "key", "value")):
+        parts |= linear(f"attention/{name}", fused, bias, take=rows_Hx3xK[:, i].reshape(-1))
+    parts |= linear("attention/out", f"{prefix}attention.dense", settings.out_bias)
+    parts |= linear("mlp/up", f"{prefix}mlp.dense_h_to_4h", True)
+    return parts | linear("mlp/down", f"{prefix}mlp.dense_4h_to_h", True)
 
 
-def neox_outside(a: dict, base: str) -> dict[str, Part]:
-    """Embedding, final norm and head of GPT-NeoX."""
-    return {"embedding/embedding": Part(f"{base}embed_in.weight")} | (
-        _norm_with_bias("final_norm", f"{base}final_layer_norm") | _head(a, "embed_out.weight")
+def neox_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of embedding, final norm and head of GPT-NeoX."""
+    return {"embedding/embedding": Part(f"{prefix}embed_in.weight")} | (
+        _norm_with_bias("final_norm", f"{prefix}final_layer_norm")
+        | _head(settings, "embed_out.weight")
     )

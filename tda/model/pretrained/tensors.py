@@ -1,4 +1,4 @@
-"""Tensors of files by name, read a slice at a time; and which slice of which is a parameter."""
+"""Tensors of files, read by name a slice at a time, and the slice that holds each parameter."""
 
 import collections
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Protocol
 
-import ml_dtypes  # noqa: F401  (numpy learns of bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -18,15 +18,15 @@ class PretrainedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where the matrix or vector of one layer is in a file.
+    """The place of one layer's matrix or vector in a file.
 
     Attributes:
-        tensor: its name.
+        tensor: name of the tensor.
         transpose: whether rows and columns are swapped (PyTorch keeps a linear layer as [N, M]).
-        axis: of the tensor, along which `take` picks.
-        take: the indices that are this parameter's, where several share a tensor or its order is
-            another; None for all.
-        plus: what is added to the numbers.
+        axis: axis of the tensor that `take` indexes.
+        take: this parameter's indices, where several parameters share a tensor or the file has
+            another order; None for all.
+        plus: number added to all of the parameter's numbers.
     """
 
     tensor: str
@@ -35,15 +35,15 @@ class Part:
     take: np.ndarray | None = None
     plus: float = 0.0
 
-    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Its shape as a parameter, of a tensor of shape `whole`."""
-        out = list(whole)
+    def shape(self, tensor_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the parameter's shape, given its tensor's."""
+        shape = list(tensor_shape)
         if self.take is not None:
-            out[self.axis] = len(self.take)
-        return tuple(reversed(out)) if self.transpose else tuple(out)
+            shape[self.axis] = len(self.take)
+        return tuple(reversed(shape)) if self.transpose else tuple(shape)
 
     def read(self, source: "Source", index: tuple[slice, ...]) -> np.ndarray:
-        """The parameter's numbers at `index`; no more of the tensor is read than is needed."""
+        """Reads the parameter's numbers at `index`, and no more of the tensor than they span."""
         index = list(reversed(index)) if self.transpose else list(index)
         picked = None
         if self.take is not None:
@@ -51,70 +51,67 @@ class Part:
             first = int(picked.min(initial=0 if not len(picked) else picked[0]))
             index[self.axis] = slice(first, int(picked.max(initial=first)) + 1)
             picked = picked - first
-        found = source.read(self.tensor, tuple(index))
+        numbers = source.read(self.tensor, tuple(index))
         if picked is not None:
-            found = np.take(found, picked, axis=self.axis)
+            numbers = np.take(numbers, picked, axis=self.axis)
         if self.plus:
-            found = found.astype(np.float32) + np.float32(self.plus)
-        return found.T if self.transpose else found
+            numbers = numbers.astype(np.float32) + np.float32(self.plus)
+        return numbers.T if self.transpose else numbers
 
 
 class Source(Protocol):
     """The tensors of a model's files."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its name."""
+        """Returns the shape of every tensor by its name."""
 
     def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Some of a tensor's numbers."""
+        """Reads a tensor's numbers at `index`."""
 
 
 class Safetensors:
-    """The tensors of one or many safetensors files, each opened by memory map.
-
-    Args:
-        files: the files.
+    """The tensors of safetensors files, each mapped into memory.
 
     Raises:
         PretrainedError: a file is damaged, or two files have a tensor of the same name.
     """
 
     def __init__(self, files: list[pathlib.Path]):
-        self._holders, self._shapes = {}, {}
+        self._file_of_tensor, self._shapes = {}, {}
         for file in files:
             try:
                 opened = safe_open(os.fspath(file), framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise PretrainedError(f"{file} cannot be read ({error}); fetch it again") from error
             for name in opened.keys():
-                if name in self._holders:
+                if name in self._file_of_tensor:
                     raise PretrainedError(f"{file}: another file has a tensor {name!r} too")
-                self._holders[name] = opened
+                self._file_of_tensor[name] = opened
                 self._shapes[name] = tuple(opened.get_slice(name).get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its name."""
+        """Returns the shape of every tensor by its name."""
         return self._shapes
 
     def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Some of a tensor's numbers."""
-        return self._holders[tensor].get_slice(tensor)[index]
+        """Reads a tensor's numbers at `index`."""
+        return self._file_of_tensor[tensor].get_slice(tensor)[index]
 
 
-def of_directory(directory: pathlib.Path) -> Safetensors:
-    """The safetensors of a Hugging Face directory, sharded or not.
+def open_directory(directory: pathlib.Path) -> Safetensors:
+    """Opens the safetensors of a Hugging Face directory, sharded or not.
 
     Raises:
-        PretrainedError: there are none, or a shard that the index names is not there or lacks a
+        PretrainedError: there are none, or a shard that the index names is missing or lacks a
             tensor.
     """
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         files = sorted(directory.glob("*.safetensors"))
         if not files:
-            there = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
+            contents = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
             raise PretrainedError(
-                f"{directory} has no .safetensors file (it has {there}); save the model with "
+                f"{directory} has no .safetensors file (it has {contents}); save the model with "
                 "safe_serialization, other formats may run code"
             )
         return Safetensors(files)
@@ -130,8 +127,8 @@ def of_directory(directory: pathlib.Path) -> Safetensors:
     absent = [f for f in by_file if not (directory / f).exists()]
     if absent:
         raise PretrainedError(f"{index} names {', '.join(absent)}, which {directory} lacks")
-    found = Safetensors([directory / f for f in sorted(by_file)])
-    lost = sorted(set(listed) - set(found.shapes()))
+    tensors = Safetensors([directory / f for f in sorted(by_file)])
+    lost = sorted(set(listed) - set(tensors.shapes()))
     if lost:
         raise PretrainedError(f"{index} names {', '.join(lost[:4])}, which no shard holds")
-    return found
+    return tensors

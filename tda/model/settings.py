@@ -1,0 +1,133 @@
+"""The settings of the decoder: its sizes, and the choices that make it one family or another."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from tda.model import positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """The sizes and choices of a `tda.model.decoder.Decoder`.
+
+    The defaults are those of the Llama family. As JSON, a run keeps the fields by their names.
+
+    Raises:
+        ValueError: a field is unknown or does not fit the others; the message names it.
+    """
+
+    vocab_size: int
+    """V, the number of tokens."""
+    width: int
+    """D, the features of the residual stream."""
+    layers: int
+    """L."""
+    heads: int
+    """H, the heads of queries."""
+    kv_heads: int
+    """The heads of keys and values, each shared by H / kv_heads heads of queries."""
+    head_width: int
+    """K, the features of a head."""
+    ff_width: int
+    """F, the features inside the MLP."""
+    gated: bool = True
+    """Whether the MLP is gated (Shazeer 2020)."""
+    activation: Literal["silu", "gelu", "gelu_exact", "relu"] = "silu"
+    """The MLP's activation; "gelu" is the approximation by tanh."""
+    tied: bool = True
+    """Whether the output matrix is the embedding's transpose."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Where norms stand: before attention and MLP, after them, or both."""
+    norm_eps: float = 1e-6
+    """Epsilon of the norms."""
+    norm_offset: float = 0.0
+    """Added to the scales of RMSNorm: 1 where they are stored as the distance from 1 (Gemma)."""
+    parallel: bool = False
+    """Whether attention and MLP both read the stream that enters the layer (GPT-NeoX)."""
+    attention_bias: bool = False
+    """Whether queries, keys and values have biases."""
+    out_bias: bool = False
+    """Whether attention's output has a bias."""
+    mlp_bias: bool = False
+    """Whether the MLP's matrices have biases."""
+    query_key_norm: Literal["head", "all", None] = None
+    """Norms of queries and keys: of each head, of all heads together, or none."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None for 1/√K."""
+    attention_soft_cap: float | None = None
+    """c of c·tanh(s / c), applied to attention scores s; None for no cap."""
+    logit_soft_cap: float | None = None
+    """The same for logits."""
+    max_positions: int = 0
+    """Rows of a learned position embedding (GPT-2); 0 for rotary positions."""
+    rope_base: float = 10_000.0
+    """Base of the rotary periods."""
+    rope_scaling: dict | None = dataclasses.field(default=None, hash=False)
+    """How the rotary periods are stretched (`tda.model.positions.rotation`); None: not at all."""
+    rope_fraction: float = 1.0
+    """Share of a head's features that is rotated."""
+    rope_layout: Literal["half", "interleaved"] = "half"
+    """Which features form a pair: i and i + K/2, or 2i and 2i + 1."""
+    window: int | None = None
+    """Positions that a layer attends to, counting its own; None for all."""
+    window_layers: Sequence[bool] | None = None
+    """For each layer, whether it has the window; None where all have it."""
+    window_rope_base: float | None = None
+    """Base of the rotary periods in layers with the window, unscaled; None for the same."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings on their way into the first layer."""
+    scan: bool = True
+    """Whether layers are stacked and scanned, so that compile time does not grow with L."""
+    remat: bool = False
+    """Whether the backward pass recomputes a layer's activations instead of storing them."""
+    dtype: str = "float32"
+    """Dtype of the computation, "float32" or "bfloat16"; logits are always float32."""
+    param_dtype: str = "float32"
+    """Dtype of the parameters."""
+
+    def __post_init__(self):
+        if self.window_layers is not None:
+            # A tuple, because the settings are part of a module's hashable structure.
+            object.__setattr__(self, "window_layers", tuple(map(bool, self.window_layers)))
+        for field in dataclasses.fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if choices and isinstance(choices[0], str) and value not in choices:
+                raise ValueError(
+                    f"unknown {field.name} {value!r}; use {', '.join(map(str, choices))}"
+                )
+        self._check_heads()
+        self._check_window()
+        if self.norm_offset and self.norm != "rms":
+            raise ValueError(f"norm_offset={self.norm_offset} is for norm='rms', not {self.norm!r}")
+
+    def _check_heads(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; give a divisor"
+            )
+        if self.max_positions:
+            return
+        if self.head_width % 2:
+            raise ValueError(f"head_width={self.head_width} is odd; rotary encoding needs pairs")
+        positions.check(self.rotated_features, self.rope_scaling)
+
+    def _check_window(self) -> None:
+        if self.window is None:
+            if self.window_layers is not None or self.window_rope_base is not None:
+                raise ValueError("window_layers and window_rope_base need a window; give it too")
+            return
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be positive")
+        if self.window_layers is not None and len(self.window_layers) != self.layers:
+            raise ValueError(
+                f"window_layers has {len(self.window_layers)} entries for {self.layers} layers; "
+                "give one for each"
+            )
+
+    @property
+    def rotated_features(self) -> int:
+        """How many features of a head are rotated."""
+        return int(self.head_width * self.rope_fraction)
