@@ -1,1 +1,1 @@
-"""Corpora and queries: records, their files and labels, and the TFDS builders that serve them."""
+"""Tokenizers, corpora of plain documents, tables of token ids, and the batches cut from them."""

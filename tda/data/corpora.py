@@ -1,24 +1,24 @@
-"""Corpora of many forms as a stream of documents, never more than a few of them in memory.
+"""Reads corpora of many forms as a stream of documents, only a few of them in memory at a time.
 
-JSON lines, Parquet files, a Hugging Face `datasets` directory on disk, a folder of text files, or a
-TFDS dataset by its name.
+The forms are JSON lines, Parquet files, a Hugging Face `datasets` directory on disk, a folder of
+text files, and a TFDS dataset by its name.
 """
 
 import dataclasses
 import glob
-import hashlib
 import heapq
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tda.data import jsonl
 from tda.data.jsonl import half_character
+from tda.runtime.fingerprint import hash_64_bits
 
 KINDS = ("jsonl", "parquet", "datasets", "texts", "tfds")
-# What a corpus may call a document's id, the most telling first.
+# Fields that hold a document's id, in order of preference.
 _IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -28,7 +28,7 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".txt": "texts",
 }
-# What `tfds.builder` takes: a name, and maybe a config and a version.
+# The names that `tfds.builder` takes: DATASET[/CONFIG][:VERSION].
 _TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 
@@ -38,11 +38,11 @@ class CorpusError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """One document.
+    """A document of a corpus.
 
     Attributes:
-        id: its name in the corpus.
-        text: what it says; it may be blank.
+        id: the document's name in the corpus.
+        text: the document's text, which may be blank.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Document:
 
 
 def documents(
-    where,
+    source: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     kind: str | None = None,
     text_field: str = "text",
@@ -61,82 +61,83 @@ def documents(
     """Streams the documents of a corpus, in its own order.
 
     Args:
-        where: a file, a glob pattern, a directory, or the name of a TFDS dataset such as "c4/en" or
-            "c4/en:3.0.1".
-        kind: "jsonl" (plain or gzipped), "parquet", "datasets" (what `Dataset.save_to_disk` wrote),
-            "texts" (every .txt file of a directory is a document) or "tfds"; by default it is
-            found by the files' names.
+        source: a file, a glob pattern, a list of files, a directory, or the name of a TFDS dataset
+            such as "c4/en" or "c4/en:3.0.1".
+        kind: "jsonl" (plain or gzipped), "parquet", "datasets" (the output of
+            `Dataset.save_to_disk`), "texts" (every .txt file of a directory is a document) or
+            "tfds"; by default the names of the files decide.
         text_field: the field or column of the text.
-        id_field: that of the id; by default "id", "sentence_id", "doc_id", "docid" or "_id" where
-            there is one, else documents are named by file and number, counted from 0.
-        split: of a TFDS dataset or of a `datasets` directory with several.
-        data_dir: where TFDS has its datasets; its own default where None.
+        id_field: the field or column of the id; by default "id", "sentence_id", "doc_id", "docid"
+            or "_id" if there is one, else documents are named by file and number, from 0.
+        split: the split of a TFDS dataset, or of a `datasets` directory with several.
+        data_dir: the directory of TFDS datasets; TFDS's default if None.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        CorpusError: an unknown kind, a field that is not there or no Unicode, or a package that
-            is not there.
+        FileNotFoundError: no file or directory has that name.
+        CorpusError: the kind is unknown, a field is missing or not Unicode, or a package is not
+            installed.
         tda.data.jsonl.RecordError: a line is not JSON.
     """
     if kind is None:
-        kind = _kind(where)
+        kind = _guess_kind(source)
     if kind not in KINDS:
         raise CorpusError(f"unknown kind of corpus {kind!r}; use {', '.join(KINDS)}")
     fields = text_field, id_field
     if kind == "jsonl":
-        return _from_jsonl(where, *fields)
+        return _from_jsonl(source, *fields)
     if kind == "parquet":
-        return _from_parquet(where, *fields)
+        return _from_parquet(source, *fields)
     if kind == "datasets":
-        return _from_datasets(pathlib.Path(os.path.expanduser(where)), *fields, split)
+        return _from_datasets(pathlib.Path(os.path.expanduser(source)), *fields, split)
     if kind == "texts":
-        return _from_texts(where)
-    return _from_tfds(os.fspath(where), *fields, split, data_dir)
+        return _from_texts(source)
+    return _from_tfds(os.fspath(source), *fields, split, data_dir)
 
 
 def sample(
-    found: Iterable[Document], count: int, keep: str | None = None, seed: int = 0
+    documents: Iterable[Document], count: int, keep: str | None = None, seed: int = 0
 ) -> list[Document]:
-    """Some of a corpus's documents, drawn from all of it, in its order.
+    """Draws documents from the whole of a corpus; returns them in its order.
 
     Args:
-        found: the documents, streamed once.
-        count: how many to draw (fewer where there are fewer).
-        keep: a regular expression; documents whose texts match it are all kept, whatever `count`.
-        seed: of the draw, which goes by the documents' ids alone.
+        documents: the documents, read once.
+        count: the number of documents to draw (all if there are fewer).
+        keep: a regular expression; every document whose text matches it is in the sample, even if
+            these are more than `count`.
+        seed: the seed of the draw, which depends on the documents' ids and nothing else.
     """
     pattern = re.compile(keep) if keep else None
-    kept, drawn = [], []
-    for i, document in enumerate(found):
+    matching, drawn = [], []
+    for i, document in enumerate(documents):
         if pattern is not None and pattern.search(document.text):
-            kept.append((i, document))
+            matching.append((i, document))
             continue
-        digest = hashlib.blake2b(f"{seed} {document.id}".encode(), digest_size=8).digest()
-        # The smallest numbers stay: of a heap, the largest of them is on top.
-        item = (-int.from_bytes(digest, "big"), i, document)
+        # The documents with the smallest hashes stay. Python's heap has its smallest item on top,
+        # so hashes are negated to find the largest of those that stay.
+        item = (-hash_64_bits(f"{seed} {document.id}", "big"), i, document)
         if len(drawn) < count:
             heapq.heappush(drawn, item)
         elif drawn and item > drawn[0]:
             heapq.heapreplace(drawn, item)
-    rest = sorted(drawn, reverse=True)[: max(0, count - len(kept))]
-    return [d for _, d in sorted([*kept, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
+    rest = sorted(drawn, reverse=True)[: max(0, count - len(matching))]
+    return [d for _, d in sorted([*matching, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
 
 
-def describe_files(where) -> list:
-    """Names, sizes and times of change of a corpus's files, as JSON values; its name otherwise."""
-    name = os.path.expanduser(os.fspath(where))
+def describe_files(source: str | os.PathLike) -> list:
+    """Returns names, sizes and times of change of a corpus's files; its name if it has no files."""
+    name = os.path.expanduser(os.fspath(source))
     if os.path.isdir(name):
         files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
     else:
         files = sorted(glob.glob(name)) or [name]
-    found = [(f, os.stat(f)) for f in files if os.path.exists(f)]
-    return [[os.path.basename(f), s.st_size, s.st_mtime_ns] for f, s in found] or [name]
+    states = [(f, os.stat(f)) for f in files if os.path.exists(f)]
+    return [[os.path.basename(f), s.st_size, s.st_mtime_ns] for f, s in states] or [name]
 
 
-def _kind(where) -> str:
-    if not isinstance(where, str | os.PathLike):
-        return "jsonl" if len(where) == 0 else _kind(where[0])
-    name = os.path.expanduser(os.fspath(where))
+def _guess_kind(source) -> str:
+    if not isinstance(source, str | os.PathLike):
+        return "jsonl" if len(source) == 0 else _guess_kind(source[0])
+    name = os.path.expanduser(os.fspath(source))
     path = pathlib.Path(name)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -145,57 +146,59 @@ def _kind(where) -> str:
             if next(path.rglob(pattern), None) is not None:
                 return kind
         raise CorpusError(
-            f"{where} holds no .parquet file, no .txt file and no `datasets` dataset; "
+            f"{source} holds no .parquet file, no .txt file and no `datasets` dataset; "
             "name files of JSON lines by a pattern such as 'DIR/*.jsonl.gz'"
         )
     for suffix, kind in _SUFFIXES.items():
         if path.name.endswith(suffix):
             return kind
     if path.exists() or glob.glob(name):
-        raise CorpusError(f"{where}: what kind of corpus is it? give kind={' or '.join(KINDS)}")
+        raise CorpusError(f"{source}: unknown kind of corpus; give kind={' or '.join(KINDS)}")
     if path.is_absolute() or name.startswith(".") or (path.suffix and not _names_tfds(name)):
-        raise FileNotFoundError(f"{where}: no such corpus")
+        raise FileNotFoundError(f"{source}: no such corpus")
     return "tfds"
 
 
 def _names_tfds(name: str) -> bool:
-    """Whether a name with a dot is that of a TFDS dataset, and not of a file that is not there."""
-    found = _TFDS.fullmatch(name)
-    if found is None:
+    """Returns whether a name with a dot names a TFDS dataset rather than a missing file."""
+    match = _TFDS.fullmatch(name)
+    if match is None:
         return False
-    dataset, config, version = found[1], found[2], found[3]
+    dataset, config, version = match[1], match[2], match[3]
     # A config may have a dot ("wikipedia/20220301.en"); so may a file in a directory.
     return version is not None or (config is not None and not os.path.isdir(dataset))
 
 
-def _document(record, where: str, text_field: str, id_field: str | None) -> Document:
+def _document(record, place: str, text_field: str, id_field: str | None) -> Document:
+    """Returns a record's document; its id is `place` if the record has none."""
     if not isinstance(record, dict):
-        raise CorpusError(f"{where}: a document must be an object, not {type(record).__name__}")
+        raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
     for field in (text_field, id_field):
         if field is not None and field not in record:
             raise CorpusError(
-                f"{where}: there is no field {field!r}; the fields are "
+                f"{place}: there is no field {field!r}; the fields are "
                 f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
             )
     text = record[text_field]
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     if not isinstance(text, str):
-        raise CorpusError(f"{where}: {text_field!r} is {type(text).__name__}, not a text")
-    name = id_field or next((f for f in _IDS if record.get(f) is not None), None)
-    found = where if name is None else record[name]
-    found = found.decode("utf-8") if isinstance(found, bytes) else str(found)
-    for field, value in ((text_field, text), (name, found)):
+        raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
+    id_field = id_field or next((f for f in _IDS if record.get(f) is not None), None)
+    name = place if id_field is None else record[id_field]
+    name = name.decode("utf-8") if isinstance(name, bytes) else str(name)
+    for field, value in ((text_field, text), (id_field, name)):
         if field is not None and (half := half_character(value)):
-            raise CorpusError(f"{where}: field {field!r} has {half}")
-    return Document(found, text)
+            raise CorpusError(f"{place}: field {field!r} has {half}")
+    return Document(name, text)
 
 
-def _from_jsonl(where, text_field, id_field) -> Iterator[Document]:
-    for file in jsonl.expand(where):
-        own = os.path.basename(file)
+def _from_jsonl(source, text_field, id_field) -> Iterator[Document]:
+    for file in jsonl.expand(source):
+        name = os.path.basename(file)
         for i, (place, record) in enumerate(jsonl.iter_records(file)):
-            found = _document(record, place, text_field, id_field)
-            yield Document(f"{own}:{i}", found.text) if found.id == place else found
+            document = _document(record, place, text_field, id_field)
+            # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
+            yield Document(f"{name}:{i}", document.text) if document.id == place else document
 
 
 def _arrow():
@@ -204,15 +207,15 @@ def _arrow():
         import pyarrow.parquet
     except ImportError as error:
         raise CorpusError(
-            "reading Parquet and `datasets` takes the package pyarrow: pip install 'tda[parquet]'"
+            "reading Parquet and `datasets` needs the package pyarrow: pip install 'tda[parquet]'"
         ) from error
     return pyarrow
 
 
-def _from_parquet(where, text_field, id_field) -> Iterator[Document]:
+def _from_parquet(source, text_field, id_field) -> Iterator[Document]:
     arrow = _arrow()
-    path = pathlib.Path(os.path.expanduser(os.fspath(where)))
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else jsonl.expand(where)
+    path = pathlib.Path(os.path.expanduser(os.fspath(source)))
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else jsonl.expand(source)
     for file in files:
         try:
             opened = arrow.parquet.ParquetFile(file)
@@ -224,23 +227,22 @@ def _from_parquet(where, text_field, id_field) -> Iterator[Document]:
 
 
 def _columns(names: list[str], file, text_field, id_field) -> list[str]:
-    """The columns that are read; all that a document needs, and no others."""
+    """Returns the columns that a document needs: the others are not read."""
     for field in (text_field, id_field):
         if field is not None and field not in names:
             raise CorpusError(
                 f"{file}: there is no column {field!r}; the columns are {', '.join(names)}; "
                 "name it by text_field or id_field"
             )
-    wanted = {text_field, id_field} | ({*_IDS} if id_field is None else set())
-    return [n for n in names if n in wanted]
+    needed = {text_field, id_field} | ({*_IDS} if id_field is None else set())
+    return [n for n in names if n in needed]
 
 
-def _rows(batches, own: str, text_field, id_field) -> Iterator[Document]:
+def _rows(batches, file: str, text_field, id_field) -> Iterator[Document]:
     i = 0
     for batch in batches:
         for record in batch.to_pylist():
-            place = f"{own}:{i}"
-            yield _document(record, place, text_field, id_field)
+            yield _document(record, f"{file}:{i}", text_field, id_field)
             i += 1
 
 
@@ -248,15 +250,15 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
     arrow = _arrow()
     splits = path / "dataset_dict.json"
     if splits.exists():
-        there = json.loads(splits.read_text(encoding="utf-8"))["splits"]
-        if split not in there:
-            raise CorpusError(f"{path} has no split {split!r}; there are {', '.join(there)}")
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        if split not in names:
+            raise CorpusError(f"{path} has no split {split!r}; there are {', '.join(names)}")
         path = path / split
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_files"):
         raise CorpusError(
-            f"{path} is a selection of rows; write it whole: dataset.flatten_indices()"
-            ".save_to_disk(…)"
+            f"{path} is a selection of another dataset's rows; write the rows themselves: "
+            "dataset.flatten_indices().save_to_disk(…)"
         )
     for file in state["_data_files"]:
         name = path / os.path.basename(file["filename"])
@@ -267,12 +269,10 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
             yield from _rows(batches, name.name, text_field, id_field)
 
 
-def _from_texts(where) -> Iterator[Document]:
-    path = pathlib.Path(os.path.expanduser(os.fspath(where)))
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else list(map(pathlib.Path, [path]))
-    if not path.is_dir():
-        files = [pathlib.Path(f) for f in jsonl.expand(where)]
-    for file in files:
+def _from_texts(source) -> Iterator[Document]:
+    path = pathlib.Path(os.path.expanduser(os.fspath(source)))
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else jsonl.expand(source)
+    for file in map(pathlib.Path, files):
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         try:
             yield Document(name, file.read_text(encoding="utf-8"))
@@ -287,13 +287,12 @@ def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Doc
 
     try:
         source = tfds.data_source(name, split=split, data_dir=data_dir)
-    except Exception as error:  # TFDS raises many kinds, among them its own
+    except Exception as error:  # TFDS raises errors of many classes, some of its own
         first = str(error).strip().splitlines()[0]
         raise CorpusError(
-            f"{name} is no file, no directory and no TFDS dataset that can be opened ({first}); a "
-            f"TFDS dataset is prepared once by tfds.builder({name!r}, file_format='array_record')"
+            f"{name} is no file, no directory and no TFDS dataset that can be opened ({first}); "
+            f"prepare a TFDS dataset by tfds.builder({name!r}, file_format='array_record')"
             ".download_and_prepare()"
         ) from error
     for i in range(len(source)):
-        place = f"{name}/{split}:{i}"
-        yield _document(source[i], place, text_field, id_field)
+        yield _document(source[i], f"{name}/{split}:{i}", text_field, id_field)

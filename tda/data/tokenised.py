@@ -1,17 +1,16 @@
-"""A corpus as passages of token ids: streamed from its documents into files, then read in place.
+"""A corpus of any size as a token table: streamed from its documents into files, read in place.
 
-    DIR/corpus.json        what it was made from, and counts; written last
-    DIR/tokens.npy, …      the arrays of a `TokenTable`, opened by memory map
-    DIR/parts/             what is finished of it while it is being made
+    DIR/corpus.json        what the table was made from, and counts; written last
+    DIR/tokens.npy, …      the arrays of a `TokenTable`, opened as memory maps
+    DIR/parts/             the finished parts, while the table is being made
 
-A passage's id leads back to its place: it is the document's id where it is the whole document, else
-`ID#START-END`, characters START to END of it. Killed while it is made and started again, it goes on
-behind the last finished part, to the same bytes.
+A passage's id leads back to its place: it is the document's id if the passage is the whole
+document, else `ID#START-END` for its characters START to END. A tokenisation that is killed resumes
+after the last finished part and ends in the same bytes.
 """
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import json
 import pathlib
@@ -25,32 +24,34 @@ from tda.data.corpora import CorpusError, Document
 from tda.data.jsonl import half_character
 from tda.data.tokens import TokenTable, cut
 from tda.runtime import atomic_file, progress
+from tda.runtime.fingerprint import hash_64_bits, plain
 
-# Documents that are tokenised together, and how many of these make a part.
+# Documents in one call of the tokenizer (which spreads them over threads), and calls for a part:
+# a part is what a kill loses at most.
 _BATCH = 256
 _BATCHES_A_PART = 64
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 
 
 def place_of(passage: str, documents: Sequence[str] | None = None) -> tuple[str, slice | None]:
-    """The document that a passage's id names, and the characters of it; None for all of them.
+    """Returns a passage's document and its characters there; None for the whole document.
 
     Args:
-        passage: the id.
-        documents: names of documents, where one may itself end like a place.
+        passage: the passage's id.
+        documents: ids of documents, needed only if one of them itself ends in `#START-END`.
     """
-    found = _SPAN.fullmatch(passage)
-    if found is None or (documents is not None and passage in documents):
+    match = _SPAN.fullmatch(passage)
+    if match is None or (documents is not None and passage in documents):
         return passage, None
-    return found[1], slice(int(found[2]), int(found[3]))
+    return match[1], slice(int(match[2]), int(match[3]))
 
 
 class Strings(Sequence):
-    """Strings in one array of bytes, decoded when they are asked for.
+    """N strings in one array of bytes, decoded when they are asked for.
 
     Args:
-        bytes_: UTF-8 of all of them, uint8.
-        ends: int64 [N], where each ends.
+        bytes_: the strings in UTF-8, one after the other, uint8.
+        ends: where each string ends, int64 [N].
     """
 
     def __init__(self, bytes_: np.ndarray, ends: np.ndarray):
@@ -69,12 +70,12 @@ class Strings(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of the documents.
+    """Numbers of documents.
 
     Attributes:
-        documents: how many there were.
-        blank: how many of them had no text, and became no passage.
-        split: how many became several passages.
+        documents: all documents.
+        blank: those without text, which became no passage.
+        split: those that became several passages.
     """
 
     documents: int
@@ -85,7 +86,7 @@ class Counts:
 def tokenise_in_memory(
     documents: Iterable[Document], tokenizer, context: int, quiet: bool = False
 ) -> tuple[TokenTable, Counts]:
-    """The passages of a corpus that fits in memory; see `tokenise_on_disk`."""
+    """Tokenises a corpus that fits in memory; see `tokenise_on_disk`."""
     parts, counts = [], []
     for part, count in _parts(documents, tokenizer, context, quiet):
         parts.append(part)
@@ -98,59 +99,51 @@ def tokenise_on_disk(
     documents: Iterable[Document],
     tokenizer,
     context: int,
-    made_from: dict,
+    provenance: dict,
     quiet: bool = False,
 ) -> tuple[TokenTable, Counts]:
-    """Tokenises a corpus into `directory`, or opens what is there already.
+    """Tokenises a corpus into `directory`, or opens the table that is there already.
 
     Args:
-        directory: of the files.
-        documents: the corpus; the same in the same order whenever this is called.
-        tokenizer: the model's.
-        context: positions that a passage may have at most.
-        made_from: JSON values that tell this corpus from others.
-        quiet: shows no progress.
+        directory: the directory of the files.
+        documents: the corpus, the same documents in the same order in every call.
+        tokenizer: the model's tokenizer.
+        context: the most positions that a passage may have.
+        provenance: JSON values that tell this corpus from others.
+        quiet: whether no progress is shown.
 
     Returns:
         The passages, read from disk as they are needed, and counts of documents.
 
     Raises:
-        CorpusError: two passages have the same id, a text or an id is no Unicode, there is no text
-            at all, or the directory was made from something else.
+        CorpusError: two documents have the same id, a text or an id is not Unicode, there is no
+            text at all, or the directory was made from another corpus.
     """
     directory = pathlib.Path(directory)
-    wanted = {"tokenizer": tokenizer.fingerprint(), "context": context} | made_from
+    provenance = plain({"tokenizer": tokenizer.fingerprint(), "context": context} | provenance)
     stamp, parts = directory / "corpus.json", directory / "parts"
-    there = _read_json(stamp) or _read_json(parts / "made_from.json")
-    if there is not None and there["made_from"] != json.loads(json.dumps(wanted)):
-        differing = sorted(k for k in wanted if there["made_from"].get(k) != wanted[k])
+    existing = _read_json(stamp) or _read_json(parts / "made_from.json")
+    if existing is not None and existing["made_from"] != provenance:
+        differing = sorted(k for k in provenance if existing["made_from"].get(k) != provenance[k])
         raise CorpusError(
             f"{directory} was made from another corpus; it differs in {', '.join(differing)}; "
             "remove it, or use another directory"
         )
     if not stamp.exists():
         parts.mkdir(parents=True, exist_ok=True)
-        _write_json(parts / "made_from.json", {"made_from": wanted})
+        atomic_file.write_json(parts / "made_from.json", {"made_from": provenance})
         counts = _fill(parts, documents, tokenizer, context, quiet)
         _join(directory, parts, len(counts))
-        _write_json(stamp, {"made_from": wanted, "counts": dataclasses.asdict(_sum(counts))})
+        # The stamp comes last: a directory without one is not finished.
+        total = dataclasses.asdict(_sum(counts))
+        atomic_file.write_json(stamp, {"made_from": provenance, "counts": total})
     shutil.rmtree(parts, ignore_errors=True)
     arrays = {k: np.load(directory / f"{k}.npy", mmap_mode="r") for k in _ARRAYS}
     return _table(arrays), Counts(**_read_json(stamp)["counts"])
 
 
-def fingerprint(table: TokenTable) -> str:
-    """A hash of the passages: ids and tokens."""
-    found = hashlib.sha256()
-    for start in range(0, len(table.tokens), 1 << 22):
-        found.update(np.ascontiguousarray(table.tokens[start : start + (1 << 22)]).tobytes())
-    for name in table.ids:
-        found.update(name.encode() + b"\0")
-    return found.hexdigest()[:16]
-
-
-# What a part and the whole hold: tokens of all passages, where each ends, its document's number
-# and characters (−1 for a whole document), and the documents' names.
+# The arrays of a part and of the joined table: the tokens of all passages, where each passage ends,
+# its document's number and characters (−1 for a whole document), and the documents' names.
 _ARRAYS = {
     "tokens": np.int32,
     "ends": np.int64,
@@ -166,7 +159,7 @@ def _none() -> dict[str, np.ndarray]:
 
 
 def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tuple[dict, Counts]]:
-    """Parts of the corpus behind the first so many."""
+    """Yields the parts of the corpus from number `first` on."""
     documents = iter(documents)
     size = _BATCH * _BATCHES_A_PART
     with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
@@ -180,27 +173,27 @@ def _part(batch: list[Document], tokenizer, context: int, bar) -> tuple[dict, Co
     tokens, ends, owners, spans, names = [], [], [], [], []
     blank = split = total = 0
     for start in range(0, len(batch), _BATCH):
-        some = batch[start : start + _BATCH]
-        for document in some:
+        documents = batch[start : start + _BATCH]
+        for document in documents:
             _check_characters(document)
         for document, (ids, places) in zip(
-            some, tokenizer.encode_spans([d.text for d in some]), strict=True
+            documents, tokenizer.encode_spans([d.text for d in documents]), strict=True
         ):
             if not document.text.strip():
                 blank += 1
                 continue
-            whole = [*ids, *tokenizer.end]
-            pieces = cut(whole, tokenizer, context)
-            split += len(pieces) > 1
-            for first, stop in pieces:
-                tokens += [*tokenizer.begin, *whole[first:stop]]
+            sequence = [*ids, *tokenizer.end]
+            ranges = cut(sequence, tokenizer, context)
+            split += len(ranges) > 1
+            for first, stop in ranges:
+                tokens += [*tokenizer.begin, *sequence[first:stop]]
                 total += len(tokenizer.begin) + stop - first
                 ends.append(total)
                 owners.append(len(names))
-                spans.append(_characters(places, first, stop) if len(pieces) > 1 else (-1, -1))
+                spans.append(_characters(places, first, stop) if len(ranges) > 1 else (-1, -1))
             names.append(document.id.encode())
-        bar.update(len(some))
-    found = {
+        bar.update(len(documents))
+    arrays = {
         "tokens": tokens,
         "ends": ends,
         "owners": owners,
@@ -208,28 +201,28 @@ def _part(batch: list[Document], tokenizer, context: int, bar) -> tuple[dict, Co
         "names": np.frombuffer(b"".join(names), np.uint8),
         "name_ends": np.cumsum([len(n) for n in names]),
     }
-    arrays = {k: np.asarray(found[k], dtype) for k, dtype in _ARRAYS.items()}
+    arrays = {k: np.asarray(arrays[k], dtype) for k, dtype in _ARRAYS.items()}
     return arrays, Counts(len(batch), blank, split)
 
 
 def _check_characters(document: Document) -> None:
-    """What a tokenizer would refuse without the document's name."""
+    """Checks what a tokenizer would refuse without naming the document."""
     if not isinstance(document.text, str):
         kind = type(document.text).__name__
         raise CorpusError(f"document {document.id!r}: the text is {kind}, not a string")
-    for what, value in (("id", document.id), ("text", document.text)):
+    for field, value in (("id", document.id), ("text", document.text)):
         if half := half_character(value):
-            raise CorpusError(f"document {document.id!r}: the {what} has {half}")
+            raise CorpusError(f"document {document.id!r}: the {field} has {half}")
 
 
 def _characters(places, first: int, stop: int) -> tuple[int, int]:
-    """Characters that tokens [first, stop) are of; what stands behind a text is of none."""
-    own = places[first : min(stop, len(places))]
-    return min(a for a, _ in own), max(b for _, b in own)
+    """Returns the characters of tokens [first, stop); the tokens after a text have none."""
+    spans = places[first : min(stop, len(places))]
+    return min(a for a, _ in spans), max(b for _, b in spans)
 
 
 def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Counts]:
-    """Writes the parts that are missing; each appears whole or not at all."""
+    """Writes the parts that are missing, each atomically; returns the counts of all parts."""
     done = 0
     while (parts / f"{done}.npz").exists():
         done += 1
@@ -247,17 +240,17 @@ def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Cou
 
 
 def _joined(parts: list[dict]) -> dict[str, np.ndarray]:
-    """The arrays of all parts, in memory."""
+    """Joins the arrays of all parts in memory."""
     out, shift = {k: [] for k in _ARRAYS}, collections.Counter()
     for part in parts:
         for k, x in part.items():
             out[k].append(x + shift[k] if k in _SHIFTED else x)
-        shift.update({k: len(part[of]) for k, of in _SHIFTED.items()})
+        shift.update({k: len(part[target]) for k, target in _SHIFTED.items()})
     return {k: np.concatenate(x) if x else _none()[k] for k, x in out.items()}
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, count: int) -> None:
-    """One file for each array, of all parts, one part in memory at a time."""
+    """Joins all parts into one file for each array, with one part in memory at a time."""
     sizes = collections.Counter()
     for i in range(count):
         with np.load(parts / f"{i}.npz") as part:
@@ -271,21 +264,21 @@ def _join(directory: pathlib.Path, parts: pathlib.Path, count: int) -> None:
     at, shift = collections.Counter(), collections.Counter()
     for i in range(count):
         with np.load(parts / f"{i}.npz") as part:
-            found = {k: part[k] for k in _ARRAYS}
-        for k, x in found.items():
+            arrays = {k: part[k] for k in _ARRAYS}
+        for k, x in arrays.items():
             out[k][at[k] : at[k] + len(x)] = x + shift[k] if k in _SHIFTED else x
-        at.update({k: len(x) for k, x in found.items()})
-        shift.update({k: len(found[of]) for k, of in _SHIFTED.items()})
+        at.update({k: len(x) for k, x in arrays.items()})
+        shift.update({k: len(arrays[target]) for k, target in _SHIFTED.items()})
     for x in out.values():
         x.flush()
 
 
-# Numbers that count on behind the parts before, and what of these they count.
+# Arrays of offsets, which are shifted when parts are joined, and the arrays that they point into.
 _SHIFTED = {"ends": "tokens", "owners": "name_ends", "name_ends": "names"}
 
 
 class _Owners(Sequence):
-    """The document's name of every passage."""
+    """The name of every passage's document."""
 
     def __init__(self, names: Strings, owners: np.ndarray):
         self._names, self._owners = names, owners
@@ -316,7 +309,7 @@ class _Ids(_Owners):
 
 def _table(arrays: dict[str, np.ndarray]) -> TokenTable:
     if not len(arrays["ends"]):
-        raise CorpusError("the corpus has no text: no document, or blank ones alone")
+        raise CorpusError("the corpus has no text: it has no document, or only blank ones")
     names = Strings(arrays["names"], arrays["name_ends"])
     ids = _Ids(names, arrays["owners"], arrays["spans"])
     _check_unique(names)
@@ -327,18 +320,13 @@ def _table(arrays: dict[str, np.ndarray]) -> TokenTable:
 
 
 def _check_unique(names: Strings) -> None:
-    """No two documents have the same name. Hashes are compared first, they take less memory."""
-    hashes = np.fromiter(
-        (
-            int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "little")
-            for n in names
-        ),
-        np.uint64,
-        len(names),
-    )
+    """Checks that no two documents have the same name.
+
+    Compares hashes first: a set of the names themselves would take many times the memory.
+    """
+    hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
     order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    for i in same:
+    for i in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]):
         a, b = names[int(order[i])], names[int(order[i + 1])]
         if a == b:
             raise CorpusError(f"two documents have the id {a!r}; give them other ids")
@@ -350,8 +338,3 @@ def _sum(counts: list[Counts]) -> Counts:
 
 def _read_json(path: pathlib.Path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_json(path: pathlib.Path, value) -> None:
-    with atomic_file.open_atomic(path) as out:
-        out.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")

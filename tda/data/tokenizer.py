@@ -1,6 +1,5 @@
-"""Byte-level BPE: trained on the corpus, saved as one JSON file beside the checkpoint."""
+"""A byte-level BPE tokenizer: trained on the corpus, one JSON file beside the checkpoint."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 
@@ -8,15 +7,17 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tda.runtime.fingerprint import fingerprint_parts
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """A tokenizer of whole sequences.
 
-    A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. Text is read as if a space stood
-    before it, so that a name has the same tokens at the start of a sentence and inside one. A
-    special token spelled out in a text is split into ordinary bytes, never read as the token.
+    A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. A space is put before every
+    text, so that a name has the same tokens at the start of a sentence and inside one. A special
+    token spelled out in a text is split into ordinary bytes and never read as the token.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
@@ -26,10 +27,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A tokenizer of at most `vocab_size` tokens, trained on `texts`.
+        """Trains a tokenizer of at most `vocab_size` tokens on `texts`.
 
         Raises:
-            ValueError: `vocab_size` does not hold the 256 bytes and the special tokens.
+            ValueError: `vocab_size` is too small for the 256 bytes and the special tokens.
         """
         specials = [PAD, BOS, EOS]
         if vocab_size < 256 + len(specials):
@@ -76,12 +77,12 @@ class Tokenizer:
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """What stands before every text."""
+        """The token ids before every text."""
         return (self.bos,)
 
     @property
     def end(self) -> tuple[int, ...]:
-        """What stands after every text."""
+        """The token ids after every text."""
         return (self.eos,)
 
     @property
@@ -90,26 +91,26 @@ class Tokenizer:
         return self._inner.get_vocab_size()
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides which ids a text gets."""
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()[:16]
+        """Returns a hash of everything that decides which ids a text gets."""
+        return fingerprint_parts([self._inner.to_str()])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Returns the token ids of each text, without special tokens."""
         return [e.ids for e in self._inner.encode_batch(texts, add_special_tokens=False)]
 
     def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Token ids of each text, and the characters [start, stop) that each token is of."""
-        found = self._inner.encode_batch(texts, add_special_tokens=False)
-        return [(e.ids, e.offsets) for e in found]
+        """Returns the token ids of each text, and the characters [start, stop) of each token."""
+        encodings = self._inner.encode_batch(texts, add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in encodings]
 
     def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of `<bos> prompt target` and which of them are the target's.
+        """Returns the token ids of `<bos> prompt target` and which of them are the target's.
 
-        Prompt and target are joined by one space. A token that reaches over the boundary counts as
-        the target's.
+        Prompt and target are joined by one space. A token that crosses the boundary counts as the
+        target's.
 
         Returns:
-            int32 [T] ids and bool [T], true at target tokens.
+            Ids, int32 [T], and whether a token is the target's, bool [T].
 
         Raises:
             ValueError: the target has no token.
@@ -125,5 +126,5 @@ class Tokenizer:
         return ids, np.asarray([False, *is_target])
 
     def decode(self, ids) -> str:
-        """The text of token ids, special tokens left out; it keeps the space put in front."""
+        """Returns the text of token ids without special tokens; it starts with the added space."""
         return self._inner.decode(list(map(int, ids)), skip_special_tokens=True)

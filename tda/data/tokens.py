@@ -1,13 +1,15 @@
-"""Tokenised sequences in two flat arrays, and the splitting of long documents into passages."""
+"""Tokenised sequences in flat arrays, and the splitting of long documents into passages."""
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from tda.data.jsonl import half_character
 from tda.data.tokenizer import Tokenizer
+from tda.runtime.fingerprint import fingerprint_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +17,11 @@ class TokenTable:
     """N sequences of token ids, one after the other.
 
     Attributes:
-        ids: of the sequences, length N.
-        documents: id of the document each sequence is (a part of), length N.
-        tokens: int32, all sequences' tokens in order.
+        ids: the sequences' ids, length N.
+        documents: the id of the document that each sequence is (a part of), length N.
+        tokens: all sequences' tokens in order, int32.
         starts: int64 [N + 1]; sequence i is `tokens[starts[i]:starts[i + 1]]`.
-        scored: bool like `tokens`: whether the loss counts the prediction *of* this token.
+        scored: whether the loss counts the prediction *of* a token, bool like `tokens`.
     """
 
     ids: Sequence[str]
@@ -36,6 +38,36 @@ class TokenTable:
         """Tokens of each sequence, int64 [N]."""
         return np.diff(self.starts)
 
+    def fingerprint(self) -> str:
+        """Returns a hash of tokens, scored positions and ids.
+
+        Nothing predicts the first token of a sequence, so it is never scored: the scored positions
+        say where passages end, and the same text cut in other places has another hash.
+        """
+        ids = itertools.chain.from_iterable(
+            ("\0", name) if i else (name,) for i, name in enumerate(self.ids)
+        )
+        return fingerprint_parts(itertools.chain((self.tokens, self.scored), ids))
+
+
+class PassageTexts(Sequence):
+    """The texts of a table's sequences, decoded when they are asked for.
+
+    Args:
+        table: the sequences.
+        tokenizer: the tokenizer that made them.
+    """
+
+    def __init__(self, table: TokenTable, tokenizer):
+        self._table, self._tokenizer = table, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> str:
+        begin, end = self._table.starts[row], self._table.starts[row + 1]
+        return self._tokenizer.decode(self._table.tokens[begin:end]).strip()
+
 
 def _table(ids, documents, sequences, scored) -> TokenTable:
     starts = np.concatenate([[0], np.cumsum([len(s) for s in sequences], dtype=np.int64)])
@@ -47,27 +79,32 @@ def _table(ids, documents, sequences, scored) -> TokenTable:
 
 
 def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]:
-    """Where a document's tokens [first, stop) become passages of at most `context` positions.
+    """Returns the ranges [first, stop) of a document's tokens that become passages.
 
     Args:
-        tokens: of the document, what stands after it included and what stands before it not.
-        tokenizer: says what stands before and after.
-        context: positions a passage may have at most.
+        tokens: the document's tokens with the tokenizer's `end`, without its `begin`.
+        tokenizer: the tokenizer; every passage starts with its `begin`.
+        context: the most positions that a passage may have.
+
+    Raises:
+        ValueError: the context has no room for a text.
     """
     # A sequence of n tokens has n − 1 positions, as the last token is only ever predicted.
     begin, end = len(tokenizer.begin), list(tokenizer.end)
     if begin:
-        step = long = context + 1 - begin
+        step = size = context + 1 - begin
     else:
-        # The token before a passage predicts its first one.
-        step, long = context, context + 1
+        # Passages overlap by a token: the last one of a passage predicts the first of the next.
+        step, size = context, context + 1
     if step < 1:
-        raise ValueError(f"context={context} holds no more than what stands before every text")
+        raise ValueError(
+            f"context={context} holds only the tokens before every text; use a longer context"
+        )
     last = max(1, len(tokens) - (0 if begin else 1))
-    parts = [(i, min(i + long, len(tokens))) for i in range(0, last, step)]
-    if len(parts) > 1 and end and list(tokens[parts[-1][0] :]) == end:
-        parts.pop()  # the text just fills its passages: no passage of <eos> alone
-    return parts
+    ranges = [(i, min(i + size, len(tokens))) for i in range(0, last, step)]
+    if len(ranges) > 1 and end and list(tokens[ranges[-1][0] :]) == end:
+        ranges.pop()  # the text just fills its passages: no passage of <eos> alone
+    return ranges
 
 
 def tokenise_passages(
@@ -75,22 +112,22 @@ def tokenise_passages(
 ) -> tuple[TokenTable, dict[str, int]]:
     """Tokenises documents into passages of at most `context` positions each.
 
-    A passage is `<bos> … <eos>`; a document that is longer is cut into consecutive passages, each
-    starting with `<bos>` and only the last ending with `<eos>`. Their ids are the document's id, or
-    `ID#0`, `ID#1`, … where there are several. Nothing is dropped. Where the tokenizer puts nothing
-    before a text, a passage begins with the last token of the one before it, which is not scored.
+    A passage is `<bos> … <eos>`; a longer document is cut into consecutive passages, each starting
+    with `<bos>` and only the last ending with `<eos>`. A passage has its document's id, or `ID#0`,
+    `ID#1`, … if there are several. Nothing is dropped. If the tokenizer puts nothing before a text,
+    a passage begins with the last token of the one before it, which is not scored.
 
     Args:
         texts: (document id, text) pairs.
         tokenizer: the model's tokenizer.
-        context: positions a passage may have at most.
+        context: the most positions that a passage may have.
 
     Returns:
         The table, and counts {"documents", "passages", "split"}.
 
     Raises:
-        ValueError: a text is empty or no Unicode, or two passages get the same id; the message
-            names it.
+        ValueError: a text is empty or not Unicode, or two passages get the same id; the message
+            names the document or the id.
     """
     ids, documents, sequences = [], [], []
     split = 0
@@ -104,10 +141,10 @@ def tokenise_passages(
         if not text.strip():
             raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
         tokens = [*tokens, *tokenizer.end]
-        parts = cut(tokens, tokenizer, context)
-        split += len(parts) > 1
-        for i, (first, stop) in enumerate(parts):
-            ids.append(document if len(parts) == 1 else f"{document}#{i}")
+        ranges = cut(tokens, tokenizer, context)
+        split += len(ranges) > 1
+        for i, (first, stop) in enumerate(ranges):
+            ids.append(document if len(ranges) == 1 else f"{document}#{i}")
             documents.append(document)
             sequences.append(np.asarray([*tokenizer.begin, *tokens[first:stop]], np.int32))
     if len(set(ids)) < len(ids):
@@ -126,17 +163,17 @@ def tokenise_queries(
     Args:
         prompts: (query id, prompt, target) triples.
         tokenizer: the model's tokenizer.
-        context: positions the model has.
+        context: the model's positions.
 
     Raises:
-        ValueError: a target has no token, a text is no Unicode, or prompt and target do not fit the
-            context; the message names the query.
+        ValueError: a target has no token, a text is not Unicode, or prompt and target do not fit
+            the context; the message names the query.
     """
     ids, sequences, scored = [], [], []
     for name, prompt, target in prompts:
-        for what, text in (("prompt", prompt), ("target", target)):
+        for field, text in (("prompt", prompt), ("target", target)):
             if half := half_character(text):
-                raise ValueError(f"query {name!r}: the {what} has {half}")
+                raise ValueError(f"query {name!r}: the {field} has {half}")
         try:
             tokens, is_target = tokenizer.encode_query(prompt, target)
         except ValueError as error:

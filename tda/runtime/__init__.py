@@ -1,1 +1,1 @@
-"""Devices, processes, progress, atomic files: what every room stands on."""
+"""Devices, processes, progress, files and hashes: the ground that every other package uses."""

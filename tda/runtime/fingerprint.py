@@ -1,14 +1,64 @@
-"""Short hashes of JSON values."""
+"""Short hashes that tell one input of a computation from another.
+
+They identify finished work on disk (stages of a run, stores, rankings): the same input must give
+the same hash in every version, or finished work is done again.
+"""
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+# Bytes of an array that are hashed at a time: a table of tokens may be larger than memory.
+_CHUNK = 16 << 20
 
 
-def plain(value):
-    """A value as JSON gives it back, so that it compares equal to what was read."""
+def plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back, so that it compares equal to what is read later."""
     return json.loads(json.dumps(value))
 
 
-def fingerprint(value) -> str:
-    """A short hash of a JSON value."""
+def fingerprint(value: Any) -> str:
+    """Returns a hash of a JSON value, 12 hexadecimal digits; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint_parts(parts: Iterable[str | bytes | np.ndarray]) -> str:
+    """Returns a hash of strings, bytes and arrays one after the other, 16 hexadecimal digits.
+
+    Where one part ends and the next begins is not hashed: the caller separates them where it can
+    vary. Arrays may be memory maps; they are read a chunk at a time.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            step = max(1, _CHUNK // max(1, part.itemsize))
+            for start in range(0, len(part), step):
+                digest.update(np.ascontiguousarray(part[start : start + step]).tobytes())
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_texts(texts: Iterable[str]) -> str:
+    """Returns a hash of texts in their order, 16 hexadecimal digits."""
+    return fingerprint_parts(f"{text}\0" for text in texts)
+
+
+def fingerprint_arrays(arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Returns a hash of named arrays that are in this process's memory, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {x.shape} {x.dtype}\0".encode())
+        digest.update(x.view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def hash_64_bits(text: str, byteorder: str = "little") -> int:
+    """Returns a hash of a text, a number below 2^64 that is spread evenly."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, byteorder)

@@ -1,7 +1,7 @@
 """Linear algebra of many blocks on the host: one thread a block, a block for each core at a time.
 
-Threads of one BLAS call wait for each other by spinning. Where another process, or JAX itself, is
-at work on the same cores, that takes far longer than the call alone on one thread.
+The threads of a BLAS call wait for each other by spinning. If another process, or JAX itself, is at
+work on the same cores, that takes far longer than the same call on one thread.
 """
 
 import collections
@@ -17,17 +17,17 @@ import threadpoolctl
 U = TypeVar("U")
 
 _MEMORY = 8 << 30
-# A block in float64, and in float32 what LAPACK works in and what comes out.
+# In units of a float32 block: the block in float64 (2), LAPACK's working memory and the result.
 _COPIES = 4
 
 
 def one_thread() -> contextlib.AbstractContextManager:
-    """Within it a BLAS or LAPACK call, NumPy's or JAX's on a CPU, takes one thread."""
+    """Limits BLAS and LAPACK calls, NumPy's or JAX's on a CPU, to one thread inside the context."""
     return threadpoolctl.threadpool_limits(1, user_api="blas")
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -37,16 +37,16 @@ def map_blocks(
     workers: int | None = None,
     memory: int = _MEMORY,
 ) -> list[U]:
-    """`function` of each block, in their order.
+    """Calls `function` on each block, several at a time; returns the results in order.
 
     Args:
-        function: its time should be spent in NumPy, which lets other threads run meanwhile.
-        blocks: taken as they are needed, so that they may be made on the way.
-        workers: how many at a time; `cores` by default.
-        memory: bytes that blocks at work may take, each with copies of it; one is always taken.
+        function: a function that spends its time in NumPy, which releases the interpreter's lock.
+        blocks: the blocks; the iterable is advanced only as they are needed.
+        workers: the number of blocks at a time; `cores()` by default.
+        memory: bytes that the blocks at work may take with copies of them; one block always may.
     """
     workers = workers or cores()
-    out: list[U] = []
+    results: list[U] = []
     running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
     with one_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for block in blocks:
@@ -54,7 +54,7 @@ def map_blocks(
             while running and (
                 len(running) == workers or sum(s for s, _ in running) + size > memory
             ):
-                out.append(running.popleft()[1].result())
+                results.append(running.popleft()[1].result())
             running.append((size, pool.submit(function, block)))
-        out.extend(found.result() for _, found in running)
-    return out
+        results.extend(future.result() for _, future in running)
+    return results

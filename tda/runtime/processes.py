@@ -1,11 +1,11 @@
-"""Several processes of one run (`jax.distributed`): what the first alone does, what all agree on.
+"""Several processes of one run (`jax.distributed`): what process 0 does alone, and agreement.
 
-Process 0 writes the small files and takes the decisions that hang on what is on disk, so that no
-process enters a collective alone. Another asks for a file only when process 0 has made it: some
-shared file systems remember for a while that there was none.
+Process 0 writes the small files and takes every decision that depends on what is on disk. If each
+process looked for itself, one might see a file that another does not see yet, and would enter a
+collective alone, which hangs or fails. The others ask for a file only after process 0 has written
+it: some shared file systems remember for a while that a file was missing.
 """
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -15,8 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Between CPUs a collective fails that one process enters half an hour after another.
-_SIGN_OF_LIFE = 300.0  # seconds
+from tda.runtime.fingerprint import fingerprint
+
+# Seconds. A collective between CPUs fails if one process enters it half an hour after another, so
+# process 0 enters one this often while it is at work.
+_SIGN_OF_LIFE = 300.0
 _BUSY, _FAILED = -1, -2
 
 
@@ -25,27 +28,28 @@ class ProcessError(RuntimeError):
 
 
 def is_first() -> bool:
-    """Whether this is process 0; true where there is one process."""
+    """Returns whether this is process 0; true if there is only one process."""
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here."""
+def wait_for_all(barrier: str) -> None:
+    """Returns when every process has reached this barrier."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(barrier)
 
 
-def on_first_process(what: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns in process 0, in every process; the others wait and never call it.
+def on_first_process(task: str, work: Callable[[], Any]) -> Any:
+    """Calls `work` in process 0 and returns its result in every process.
 
-    They wait however long it takes. Process 0 calls it in another thread, where no mesh is set.
+    The other processes wait, however long it takes, and never call it. Process 0 calls it in
+    another thread, where no mesh is set.
 
     Args:
-        what: name of the work, an infinitive, for the error.
+        task: the name of the work, an infinitive, for the error.
         work: returns a JSON value.
 
     Raises:
-        ProcessError: in the others, where `work` fails in process 0, which raises its own error.
+        ProcessError: in the other processes, if `work` fails; process 0 raises the error itself.
     """
     if jax.process_count() == 1:
         return work()
@@ -55,7 +59,7 @@ def on_first_process(what: str, work: Callable[[], Any]) -> Any:
         nonlocal text, error
         try:
             text = json.dumps(work()).encode()
-        except Exception as e:  # the others must hear of it, whatever it is
+        except Exception as e:  # whatever it is, the other processes must hear of it
             error = e
 
     thread = threading.Thread(target=run, daemon=True)
@@ -70,32 +74,32 @@ def on_first_process(what: str, work: Callable[[], Any]) -> Any:
     if error:
         raise error
     if length == _FAILED:
-        raise ProcessError(f"process 0 failed to {what}; its own message says why")
-    # Few lengths, since each is compiled for.
+        raise ProcessError(f"process 0 failed to {task}; its own message says why")
+    # A power of two, since each length of the buffer is compiled for.
     buffer = np.zeros(1 << max(6, (length - 1).bit_length()), np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes())
 
 
 def where(flag: bool) -> list[int]:
-    """The processes that say yes, by number; the same list in every process."""
+    """Returns the numbers of the processes whose flag is true; the same list in every process."""
     if jax.process_count() == 1:
         return [0] if flag else []
     return np.flatnonzero(multihost_utils.process_allgather(np.bool_(flag))).tolist()
 
 
-def check_alike(what: str, value: Any) -> None:
-    """Nothing, where every process has the same JSON value: else they would mix two runs.
+def check_alike(name: str, value: Any) -> None:
+    """Checks that every process has the same JSON value, so that two runs are never mixed.
 
     Raises:
-        ProcessError: in all of them; the message names one that has another `what`.
+        ProcessError: in all processes, if one has another value; the message names that process.
     """
     if jax.process_count() == 1:
         return
-    mine = np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint8)
-    apart = where((multihost_utils.broadcast_one_to_all(mine) != mine).any())
-    if apart:
+    local = np.frombuffer(fingerprint(value).encode(), np.uint8)
+    differing = where((multihost_utils.broadcast_one_to_all(local) != local).any())
+    if differing:
         raise ProcessError(
-            f"process {apart[0]} has another {what} than process 0; start all with the same "
+            f"process {differing[0]} has another {name} than process 0; start all with the same "
             "command, on the same files"
         )

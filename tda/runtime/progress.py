@@ -7,47 +7,47 @@ from tqdm import tqdm
 
 from tda.runtime import processes
 
-# Told the name of the work, the amount that is done and the whole amount (0: not known).
+# Called with the name of the work, the amount that is done and the total (0 if not known).
 Progress = Callable[[str, int, int], None]
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(work: str, done: int, total: int) -> None:
     """Shows no progress."""
 
 
-def counted(on_progress: Progress, what: str, total: int) -> Callable[[int], None]:
+def counted(on_progress: Progress, work: str, total: int) -> Callable[[int], None]:
     """Returns a function that reports work by the amount added; reports the start at once."""
     done = 0
 
     def add(count: int) -> None:
         nonlocal done
         done += count
-        on_progress(what, done, total)
+        on_progress(work, done, total)
 
-    on_progress(what, 0, total)
+    on_progress(work, 0, total)
     return add
 
 
-def bar(total: int, what: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:
-    """A progress bar that also suits a log file: a line is rewritten at most every few seconds.
+def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:
+    """Returns a progress bar that also suits a log file: its line is rewritten every few seconds.
 
-    Of several processes the first alone shows it.
+    Of several processes only process 0 shows it.
 
     Args:
-        total: amount of work, in `unit`.
-        what: name of the work.
-        unit: what is counted, such as "token".
-        done: how much was done before (a resumed run).
-        quiet: shows nothing: the work is too little to watch.
+        total: amount of work, in `unit`; None if not known.
+        description: the name of the work.
+        unit: the unit of work, such as "token".
+        done: amount done before (a resumed run).
+        quiet: whether nothing is shown.
     """
-    slow = not sys.stderr.isatty()
+    is_log = not sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=what,
+        desc=description,
         unit=unit,
         initial=done,
         unit_scale=True,
-        mininterval=10 if slow else 0.5,
+        mininterval=10 if is_log else 0.5,
         dynamic_ncols=True,
         smoothing=0.05,
         file=sys.stderr,

@@ -1,6 +1,6 @@
-"""The device mesh and the one table of axis rules. Nothing else names a mesh axis.
+"""The device mesh and the one table of axis rules: no other module names an axis of the mesh.
 
-Arrays elsewhere are described by *logical* axes ("batch", "embed", "heads", ...); `RULES` says over
+Other modules describe arrays by *logical* axes ("batch", "embed", "heads", …); `RULES` says over
 which axes of the mesh each is laid out. The mesh is always `Auto`: GSPMD propagates the rest.
 """
 
@@ -25,10 +25,10 @@ RULES = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of axes `MESH_AXES` over `devices` (all devices by default).
+    """Returns a mesh with the axes `MESH_AXES` over `devices` (all devices by default).
 
     Args:
-        data: devices along the data axis; -1 takes what the other two leave over.
+        data: devices along the data axis; -1 takes those that the other two axes leave.
         fsdp: devices over which parameters are split and gathered layer by layer.
         tensor: devices over which heads, feed-forward width and vocabulary are split.
         devices: the devices to use, in order.
@@ -49,12 +49,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
-    """The PartitionSpec of an array whose logical axes are `axes`.
+    """Returns the PartitionSpec of an array with the given logical axes.
 
-    None is an axis that is replicated, `...` one that the compiler may lay out as it likes.
-
-    With `shape` and `mesh`, an axis whose size the mesh does not divide is left replicated, and so
-    is one whose mesh axes an earlier axis already took.
+    None is an axis that is replicated, `...` one that the compiler may lay out as it likes. An axis
+    is replicated too if its mesh axes are taken by an earlier axis or, with `shape` and `mesh`, if
+    its size is not a multiple of the devices along them.
     """
     used, out = set(), []
     for i, axis in enumerate(axes):
@@ -74,66 +73,67 @@ def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
 
 
 def named(mesh: Mesh, axes, shape=None) -> NamedSharding:
-    """`spec` on a concrete mesh."""
+    """Returns the sharding of an array with the given logical axes on a mesh; see `spec`."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """Over how many devices the batch axis is split: batch sizes must be a multiple of it."""
+    """Returns the devices that the batch axis is split over; they must divide batch sizes."""
     return math.prod(mesh.shape[n] for n in RULES["batch"])
 
 
 def devices_of_batch(examples: int) -> int:
-    """Over how many devices of the mesh that is set a batch of so many examples is split."""
+    """Returns the devices of the current mesh that a batch of so many examples is split over."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else batch_devices(mesh)
     return devices if examples % devices == 0 else 1
 
 
-def map_in_portions(work, batch, numbers: int, most: int):
-    """`work` over a batch, a few examples at a time on every device.
+def map_in_portions(function, batch, numbers: int, limit: int):
+    """Maps a function over a batch, a few examples at a time on every device.
 
     Args:
-        work: of arrays [D, C, …], C examples of each of D devices, makes such arrays.
+        function: maps arrays [D, C, …], C examples on each of D devices, to such arrays.
         batch: a tree of arrays [B, …].
-        numbers: what `work` holds of each example.
-        most: what a device may hold at once (but one example's at least).
+        numbers: how many numbers `function` holds for each example.
+        limit: how many numbers a device may hold at once (one example is always allowed).
 
     Returns:
-        What `work` makes, as arrays [B, …].
+        The function's results as arrays [B, …].
     """
     examples = jax.tree.leaves(batch)[0].shape[0]
     devices = devices_of_batch(examples)
-    own = examples // devices
-    fitting = (n for n in range(2, own + 1) if own % n == 0 and n * numbers <= most)
-    together = max(fitting, default=1)
+    per_device = examples // devices
+    # A divisor, since every turn of `lax.map` has the same shape.
+    fitting = (n for n in range(2, per_device + 1) if per_device % n == 0 and n * numbers <= limit)
+    portion = max(fitting, default=1)
 
-    def cut(x):
-        """Every device's own examples, some in every turn: [turns, D, C, …]."""
-        x = jnp.swapaxes(x.reshape(devices, own // together, together, *x.shape[1:]), 0, 1)
+    def split(x):
+        """[B, …] to [turns, D, C, …]: in every turn each device works on examples of its own."""
+        x = jnp.swapaxes(x.reshape(devices, per_device // portion, portion, *x.shape[1:]), 0, 1)
         return constrain(x, None, "batch", *[...] * (x.ndim - 2))
 
-    def whole(x):
+    def join(x):
         return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
 
-    return jax.tree.map(whole, jax.lax.map(work, jax.tree.map(cut, batch)))
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, batch)))
 
 
 def put_batch(mesh: Mesh, arrays: dict) -> dict:
-    """A batch's arrays, each [B, T], with B split over the mesh's batch devices.
+    """Puts a batch's arrays, each [B, T], on the mesh, B split over its batch devices.
 
-    Where the mesh spans processes, each of them gives the same arrays and keeps its own part.
+    If the mesh spans processes, each of them gives the same arrays and keeps its part.
     """
     return {k: _put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
 
 
 def put_leading(mesh: Mesh, x):
-    """An array with its first axis split over the mesh's batch devices."""
+    """Puts an array on the mesh, its first axis split over the batch devices."""
     return _put(x, named(mesh, ("batch", *[None] * (x.ndim - 1)), x.shape))
 
 
 def replicate(mesh: Mesh, x):
-    """An array, whole on every device of the mesh."""
+    """Puts a copy of an array on every device of the mesh."""
     return _put(x, named(mesh, (None,) * x.ndim, x.shape))
 
 
@@ -144,20 +144,23 @@ def _put(x, layout: NamedSharding):
 
 
 def to_host(x) -> np.ndarray:
-    """All of an array in this process's memory, whichever processes' devices it is on."""
+    """Copies an array to this process's memory, from the devices of all processes.
+
+    If the array spans processes, this is a collective: all of them must call it.
+    """
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def is_local(mesh: Mesh | None) -> bool:
-    """Whether all of the mesh's devices are this process's; true of no mesh."""
-    mine = jax.process_index()
-    return mesh is None or all(d.process_index == mine for d in mesh.devices.flat)
+    """Returns whether all of the mesh's devices are this process's; true without a mesh."""
+    index = jax.process_index()
+    return mesh is None or all(d.process_index == index for d in mesh.devices.flat)
 
 
 def constrain(x, *axes):
-    """`x` with its layout stated by logical axes; `x` itself where no mesh is set."""
+    """Returns `x` with a layout stated by logical axes; `x` unchanged if no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return x

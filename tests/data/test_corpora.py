@@ -96,7 +96,7 @@ def test_splits_of_a_datasets_directory(tmp_path):
         corpora.documents(tmp_path, split="dev").__next__()
     state = {"_data_files": [], "_indices_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "train" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(CorpusError, match="is a selection of rows; write it whole"):
+    with pytest.raises(CorpusError, match="is a selection of another dataset.s rows; write the rows themselves"):
         list(corpora.documents(tmp_path))
 
 
@@ -187,7 +187,7 @@ def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(CorpusError, match=r"holds no .parquet file, no .txt file"):
         list(corpora.documents(tmp_path))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(CorpusError, match="what kind of corpus is it"):
+    with pytest.raises(CorpusError, match="unknown kind of corpus; give kind="):
         list(corpora.documents(tmp_path / "a.csv"))
     parquet(tmp_path)
     (tmp_path / "0.parquet").write_bytes(b"PAR1")

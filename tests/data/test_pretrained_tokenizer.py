@@ -139,7 +139,7 @@ def test_tokenizers_in_other_forms(tmp_path):
     assert PretrainedTokenizer.wrap(expected) is expected
     found = PretrainedTokenizer.wrap(other)
     assert (found.eos, found.pad) == (1, 2) and inner.truncation is not None
-    with pytest.raises(TypeError, match="int is not a tokenizer that is known here"):
+    with pytest.raises(TypeError, match="int is not a known kind of tokenizer"):
         PretrainedTokenizer.wrap(3)
 
 

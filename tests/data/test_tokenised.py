@@ -81,7 +81,7 @@ def test_on_disk_as_in_memory(tokenizer, tmp_path):
     found, same_counts = tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, *how, quiet=True)
     same(found, expected)
     assert same_counts == counts and isinstance(found.tokens, np.memmap)
-    assert tokenised.fingerprint(found) == tokenised.fingerprint(expected)
+    assert found.fingerprint() == expected.fingerprint()
     # There already: the documents are not read again.
     again, _ = tokenised.tokenise_on_disk(tmp_path, iter(()), *how, quiet=True)
     same(again, expected)
@@ -129,11 +129,11 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
     ):
         for place, make in (
             ((), tokenised.tokenise_in_memory),
-            ((tmp_path,), functools.partial(tokenised.tokenise_on_disk, made_from={})),
+            ((tmp_path,), functools.partial(tokenised.tokenise_on_disk, provenance={})),
         ):
             with pytest.raises(CorpusError, match=message):
                 make(*place, [*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
-    with pytest.raises(ValueError, match="context=0 holds no more"):
+    with pytest.raises(ValueError, match="context=0 holds only the tokens before every text"):
         tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
 
 

@@ -8,8 +8,8 @@ from tda.runtime import huge_pages
 
 PROGRAM = """
 import os, sys
-from tda import huge_pages
-huge_pages._asked_for = lambda: sys.argv[1] == "asked"
+from tda.runtime import huge_pages
+huge_pages._on_request = lambda: sys.argv[1] == "asked"
 huge_pages.use()
 print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
 """
@@ -35,7 +35,7 @@ def test_it_does_not_where_that_changes_nothing():
 def test_the_systems_setting_is_read(tmp_path, monkeypatch):
     for text, asked in (("always [madvise] never", True), ("[always] madvise never", False)):
         (tmp_path / "enabled").write_text(text)
-        monkeypatch.setattr(huge_pages, "_SETTING", tmp_path / "enabled")
-        assert huge_pages._asked_for() == asked
-    monkeypatch.setattr(huge_pages, "_SETTING", tmp_path / "absent")
-    assert not huge_pages._asked_for()
+        monkeypatch.setattr(huge_pages, "_KERNEL_SETTING", tmp_path / "enabled")
+        assert huge_pages._on_request() == asked
+    monkeypatch.setattr(huge_pages, "_KERNEL_SETTING", tmp_path / "absent")
+    assert not huge_pages._on_request()
