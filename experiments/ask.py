@@ -12,7 +12,7 @@ import pathlib
 from absl import flags
 
 from tda import api
-from tda.answers import Traced
+from tda.answers import TraceResult
 from tda.data import corpora
 from tda.gradients.projection import Projection
 from tda.model import generation
@@ -78,7 +78,7 @@ def ask(
     passages,
     directory: pathlib.Path,
     **arguments,
-) -> Traced:
+) -> TraceResult:
     """Traces every prompt; writes and returns the answers."""
     if targets and len(targets) != len(prompts):
         raise ValueError(

@@ -1,23 +1,27 @@
-"""What a trace found: queries with their ranked passages, to print, to show and to save."""
+"""The result of a trace: queries with their ranked passages, to print, to show and to save."""
 
 import dataclasses
 import html
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 
 from tda import results
 
+# Queries that a notebook shows.
+_SHOWN = 20
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Found:
-    """A passage that was retrieved.
+class RankedPassage:
+    """A retrieved passage.
 
     Attributes:
-        id: of the passage; it leads back to its document and characters
+        id: the passage's id, which leads back to its document and characters
             (`tda.data.tokenised.place_of`).
-        score: of the passage for the query: the cosine of their encodings, or their product where
-            the method has no unit norm.
-        text: what it says; empty where only arrays were given.
+        score: the cosine of the passage's and the query's encodings, or their product if the method
+            has no unit norm.
+        text: the passage's text; empty if only arrays were given.
     """
 
     id: str
@@ -27,28 +31,28 @@ class Found:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """A query and what was found for it.
+    """A query and its ranked passages.
 
     Attributes:
-        id: of the query.
-        prompt, target: what was asked; empty where only arrays were given.
-        proponents: the passages that speak most for the target, best first.
+        id: the query's id.
+        prompt, target: the query's text; empty if only arrays were given.
+        proponents: the passages that support the target most, best first.
         opponents: those that speak most against it, worst first.
     """
 
     id: str
     prompt: str
     target: str
-    proponents: tuple[Found, ...]
-    opponents: tuple[Found, ...]
+    proponents: tuple[RankedPassage, ...]
+    opponents: tuple[RankedPassage, ...]
 
 
-class Traced(Sequence):
+class TraceResult(Sequence[Answer]):
     """The answers of a trace, one for each query, in order.
 
     Attributes:
-        method: what ranked the passages, as tables call it.
-        answers: of the queries.
+        method: the title of the method that ranked the passages.
+        answers: the answers.
     """
 
     def __init__(self, method: str, answers: Sequence[Answer]):
@@ -61,34 +65,36 @@ class Traced(Sequence):
         return self.answers[index]
 
     def records(self) -> Iterator[dict]:
-        """The answers in the format of results files (`tda.results`)."""
+        """Yields the answers in the format of results files (`tda.results`)."""
         for answer in self:
-            found = (
-                [(f.id, f.text, f.score) for f in some]
-                for some in (answer.proponents, answer.opponents)
+            proponents, opponents = (
+                [(p.id, p.text, p.score) for p in passages]
+                for passages in (answer.proponents, answer.opponents)
             )
-            yield results.record(answer.id, "queries", answer.prompt, answer.target, *found)
+            yield results.record(
+                answer.id, "queries", answer.prompt, answer.target, proponents, opponents
+            )
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the answers to `path` as JSON lines, a record of `tda.results` each."""
         results.write(path, self.records())
 
     def show(self, queries: int = 10, passages: int = 5, opponents: bool = False) -> str:
-        """The answers as text, each passage in a line of the terminal's width.
+        """Returns the answers as text, a line of the terminal's width for each passage.
 
         Args:
-            queries, passages: how many are shown at most.
+            queries, passages: the most queries, and passages of each, that are shown.
             opponents: whether opponents are shown too.
         """
         width = shutil.get_terminal_size((100, 24)).columns
         lines = [self.method] if self.answers else [f"{self.method}: no queries"]
         for answer in self.answers[:queries]:
-            lines += ["", _asked(answer)]
-            for title, found in _lists(answer, opponents):
+            lines += ["", _describe_query(answer)]
+            for title, ranked in _lists(answer, opponents):
                 lines += [f"  {title}"] if opponents else []
-                for f in found[:passages]:
-                    said = " ".join((f.text or f.id).split())
-                    line = f"  {f.score:9.3f}  {said}"
+                for passage in ranked[:passages]:
+                    text = " ".join((passage.text or passage.id).split())
+                    line = f"  {passage.score:9.3f}  {text}"
                     lines.append(line if len(line) <= width else line[: width - 1] + "…")
         if len(self) > queries:
             lines += ["", f"… and {len(self) - queries} more queries"]
@@ -101,31 +107,31 @@ class Traced(Sequence):
         return self.show()
 
     def _repr_html_(self) -> str:
-        """The answers as notebooks show them: a table for each query."""
+        """Returns the answers as notebooks show them: a table for each query."""
         out = [f"<p><b>{html.escape(self.method)}</b></p>"]
-        for answer in self.answers[:20]:
-            out.append(f"<p>{html.escape(_asked(answer))}</p><table>")
+        for answer in self.answers[:_SHOWN]:
+            out.append(f"<p>{html.escape(_describe_query(answer))}</p><table>")
             out.append("<tr><th>score</th><th>passage</th><th>id</th></tr>")
-            for title, found in _lists(answer, bool(answer.opponents)):
+            for title, ranked in _lists(answer, bool(answer.opponents)):
                 if title == "opponents":
                     out.append("<tr><th colspan='3'>opponents</th></tr>")
-                for f in found:
-                    cells = f"{f.score:.3f}", f.text, f.id
+                for passage in ranked:
+                    cells = f"{passage.score:.3f}", passage.text, passage.id
                     row = "".join(
                         f"<td style='text-align:left'>{html.escape(c)}</td>" for c in cells
                     )
                     out.append(f"<tr>{row}</tr>")
             out.append("</table>")
-        if len(self) > 20:
-            out.append(f"<p>… and {len(self) - 20} more queries</p>")
+        if len(self) > _SHOWN:
+            out.append(f"<p>… and {len(self) - _SHOWN} more queries</p>")
         return "\n".join(out)
 
 
-def _asked(answer: Answer) -> str:
+def _describe_query(answer: Answer) -> str:
     return f"{answer.prompt} → {answer.target}" if answer.target else f"query {answer.id}"
 
 
-def _lists(answer: Answer, opponents: bool):
+def _lists(answer: Answer, opponents: bool) -> Iterator[tuple[str, tuple[RankedPassage, ...]]]:
     yield "proponents", answer.proponents
     if opponents:
         yield "opponents", answer.opponents

@@ -1,4 +1,4 @@
-"""Attribution in one call: a model, passages and queries in, ranked passages out."""
+"""Attribution in one call: from a model, passages and queries to ranked passages."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from tda import methods
-from tda.answers import Answer, Found, Traced
+from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import inputs
 from tda.gradients.moments.second_moments import Scale
@@ -25,19 +25,21 @@ __all__ = ["load", "trace"]
 _FEWEST_QUERIES = 16
 
 
-def load(path, *, parse_special: bool = False, **how) -> tuple[nnx.Module, Any]:
-    """A pretrained model and its tokenizer, from a Hugging Face directory or a GGUF file.
+def load(
+    path: str | os.PathLike, *, parse_special: bool = False, **options: Any
+) -> tuple[nnx.Module, PretrainedTokenizer]:
+    """Loads a pretrained model and its tokenizer from a Hugging Face directory or a GGUF file.
 
     Args:
         path: the directory or the file, or the name of a package that holds a GGUF file.
         parse_special: see `tda.data.pretrained_tokenizer.PretrainedTokenizer`.
-        **how: mesh, dtype, param_dtype, scan, remat, quiet: see `tda.model.pretrained.load`.
+        **options: mesh, dtype, param_dtype, scan, remat, quiet: see `tda.model.pretrained.load`.
 
     Raises:
-        tda.model.pretrained.PretrainedError: it is not a model that is known here.
+        tda.model.pretrained.PretrainedError: the model is of an unknown kind.
         FileNotFoundError: no such path, or a directory without tokenizer.json.
     """
-    return pretrained.load(path, **how), pretrained.load_tokenizer(path, parse_special)
+    return pretrained.load(path, **options), pretrained.load_tokenizer(path, parse_special)
 
 
 def trace(
@@ -45,7 +47,7 @@ def trace(
     passages: str | os.PathLike | Iterable,
     queries: Iterable,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     loss: str | Callable = "loss",
     method: str = "exp5",
     correction: str = "factored",
@@ -61,45 +63,48 @@ def trace(
     sample: int = 16,
     damping: float = 1e-3,
     seed: int = 0,
-    directory=None,
+    directory: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     quiet: bool = False,
-) -> Traced:
+) -> TraceResult:
     """Finds the training passages that made a model say something (Chang et al. 2024).
 
     With a tokenizer, passages and queries are texts. Without one, both are batches: trees of arrays
-    with the examples as their first axis, one loss for each example.
+    whose first axis is the examples, each of which has a loss.
 
     Args:
-        model: any NNX model, in evaluation mode where it has one; a Linen model through
-            `flax.nnx.bridge.ToNNX` with `untapped="reference"`.
-        passages: the corpus. Texts: a path (`tda.data.corpora.documents` says which files), or an
-            iterable of texts, of (id, text) or of `Document`. Else an iterable of batches.
-        queries: (prompt, target) or (id, prompt, target); else batches.
+        model: any NNX model, in evaluation mode if it has one; wrap a Linen model in
+            `flax.nnx.bridge.ToNNX` and give `untapped="reference"`.
+        passages: the corpus. With a tokenizer, a path (`tda.data.corpora.documents` says which
+            files), or an iterable of texts, of (id, text) or of `Document`; else an iterable of
+            batches.
+        queries: an iterable of (prompt, target) or (id, prompt, target); else of batches.
         tokenizer: the model's tokenizer: that of `load`, one of transformers, or a path (any form
             that `PretrainedTokenizer.wrap` takes).
-        loss: what is differentiated: "loss", "margin" or "logit" of a model from tokens [B, T] to
-            logits [B, T, V]; or a function of the model and a batch ({"tokens", "targets",
-            "weights"}, each [B, T], where there is a tokenizer) to float32 [B].
-        method: a name of `tda.methods.METHODS`. "exp5" whitens by R of the passages; "trackstar"
-            also mixes in R of the queries, which takes many queries of one form.
-        correction: what √V the gradients are divided by: "factored", "low_rank(R)" or "adam".
-        scales: 1/√V by path of parameter, where they are known
-            (`tda.gradients.moments.second_moments.read`); else they are estimated.
-        projection: by default 16 × 16 dimensions for each weight matrix.
-        k: how many proponents and opponents of each query.
-        context: positions of a passage; longer documents are cut into several passages.
+        loss: the function that is differentiated: "loss", "margin" or "logit" of a model from
+            tokens [B, T] to logits [B, T, V]; or a function of the model and a batch to float32 [B]
+            (with a tokenizer, the batch is {"tokens", "targets", "weights"}, each [B, T]).
+        method: a name in `tda.methods.METHODS`. "exp5" (TrackStar without R of the queries)
+            whitens by R of the passages; "trackstar" also mixes in R of the queries, which needs
+            many queries of one form.
+        correction: the form of √V that gradients are divided by: "factored", "low_rank(R)" or
+            "adam".
+        scales: 1/√V by path of parameter, if known (`tda.gradients.moments.second_moments.read`);
+            else V is estimated from the passages.
+        projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
+        k: the number of proponents, and of opponents, of each query.
+        context: the most positions of a passage; longer documents are cut into several passages.
         tokens_per_batch: positions that are encoded together.
-        include, exclude, untapped: which parameters (`tda.gradients.sites.find_sites`).
-        texts: of passages that are given as batches, in order, to show.
-        sample: batches that second moments are estimated from, drawn at random; of batches from an
-            iterator, the first ones.
-        damping: of R, in mean eigenvalues of a block.
-        seed: of the draw.
-        directory: where tokens and gradients are kept; killed and called again with the same
-            arguments, it goes on where it stopped. In memory where None.
-        mesh: the devices that batches are split over; one device where None.
-        quiet: shows no progress.
+        include, exclude, untapped: the choice of parameters (`tda.gradients.sites.find_sites`).
+        texts: the texts of passages that are given as batches, in order, to show.
+        sample: the number of batches that second moments are estimated from, drawn at random; from
+            an iterator of batches, the first ones.
+        damping: the damping of R, in mean eigenvalues of a block.
+        seed: the seed of the draw.
+        directory: where tokens and gradients are stored; a call that is killed resumes if it is
+            repeated with the same arguments. In memory if None.
+        mesh: the devices that batches are split over; one device if None.
+        quiet: whether no progress is shown.
 
     Returns:
         The ranked passages of each query.
@@ -108,66 +113,65 @@ def trace(
         ValueError: an argument does not fit; the message names it and says what to do.
         KeyError: `scales` lacks a parameter.
     """
-    chosen = methods.parse(method)
-    if len(chosen) != 1 or not chosen[method].is_plain:
-        named = [n for n, m in methods.METHODS.items() if m.is_plain]
-        raise ValueError(f"method={method!r} is not one of {', '.join(named)}")
-    setting = inputs.Setting(
-        model,
-        loss,
-        chosen[method],
-        correction,
-        scales,
-        projection or Projection(side=16, pooling="matrix"),
-        dict(include=include, exclude=exclude, untapped=untapped),
-        tokens_per_batch,
-        sample,
-        seed,
-        mesh,
-        quiet,
+    parsed = methods.parse(method)
+    if len(parsed) != 1 or not parsed[method].is_plain:
+        names = [n for n, m in methods.METHODS.items() if m.is_plain]
+        raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
+    settings = inputs.TraceSettings(
+        model=model,
+        loss=loss,
+        method=parsed[method],
+        moments=inputs.MomentSettings(correction, scales, sample, seed),
+        projection=projection or Projection(side=16, pooling="matrix"),
+        scope=dict(include=include, exclude=exclude, untapped=untapped),
+        tokens_per_batch=tokens_per_batch,
+        mesh=mesh,
+        quiet=quiet,
     )
     if tokenizer is None:
         if directory is not None:
             raise ValueError("directory is for texts: give a tokenizer, or no directory")
-        made = inputs.of_batches(setting, passages, queries, texts)
+        gradients = inputs.encode_batches(settings, passages, queries, texts)
     else:
         if texts is not None:
             raise ValueError("texts is for passages given as batches; there is a tokenizer here")
         tokenizer = PretrainedTokenizer.wrap(tokenizer)
-        made = inputs.of_texts(setting, passages, queries, tokenizer, context, directory)
-    return _ranked(setting, made, k, damping)
+        gradients = inputs.encode_texts(settings, passages, queries, tokenizer, context, directory)
+    return _rank(settings, gradients, k, damping)
 
 
-def _ranked(setting: inputs.Setting, made: inputs.Made, k: int, damping: float) -> Traced:
-    bad = np.flatnonzero(~np.isfinite(made.gradients_QxE).all(axis=1))
-    if len(bad):
+def _rank(
+    settings: inputs.TraceSettings, gradients: inputs.TraceGradients, k: int, damping: float
+) -> TraceResult:
+    queries_QxE, source, method = gradients.gradients_QxE, gradients.source, settings.method
+    invalid = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))
+    if len(invalid):
         raise ValueError(
-            f"the gradient of query {made.asked[bad[0]][0]!r} is not finite; look at the model's "
-            "output for it"
+            f"the gradient of query {gradients.queries[invalid[0]][0]!r} is not finite; look at "
+            "the model's output for it"
         )
-    method, source = setting.method, made.source
-    if method.hessian == "mixed" and len(made.gradients_QxE) < _FEWEST_QUERIES:
+    if method.hessian == "mixed" and len(queries_QxE) < _FEWEST_QUERIES:
         raise ValueError(
-            f"R of {len(made.gradients_QxE)} queries is hardly more than these, and mixing it in "
-            "would take out what is asked for; use method='exp5' below "
-            f"{_FEWEST_QUERIES} queries"
+            f"R of {len(queries_QxE)} queries is hardly more than these, and mixing it in would "
+            f"take out what is asked for; use method='exp5' below {_FEWEST_QUERIES} queries"
         )
-    settings = HessianSettings(damping=damping)
-    whitening = Whitening(settings, source, made.gradients_QxE, setting.mesh, quiet=setting.quiet)
+    whitening = Whitening(
+        HessianSettings(damping=damping), source, queries_QxE, settings.mesh, quiet=settings.quiet
+    )
     (part,) = whitening.parts({"": method})
-    with progress.bar(source.rows, "search", "passage", quiet=setting.quiet) as bar:
+    with progress.bar(source.rows, "search", "passage", quiet=settings.quiet) as bar:
         ranked = exact.search(
-            made.gradients_QxE, source, part.scorers, k, mesh=setting.mesh, on_rows=bar.update
+            queries_QxE, source, part.scorers, k, mesh=settings.mesh, on_rows=bar.update
         )[""]
 
     def passages(rows, scores):
         return tuple(
-            Found(name, float(score), text)
+            RankedPassage(name, float(score), text)
             for row, score in zip(rows, scores, strict=True)
-            for name, text in [made.passage(int(row))]
+            for name, text in [gradients.passage_of(int(row))]
         )
 
-    return Traced(
+    return TraceResult(
         method.title,
         [
             Answer(
@@ -175,6 +179,6 @@ def _ranked(setting: inputs.Setting, made: inputs.Made, k: int, damping: float) 
                 passages(ranked.proponents[q], ranked.proponent_scores[q]),
                 passages(ranked.opponents[q], ranked.opponent_scores[q]),
             )
-            for q, query in enumerate(made.asked)
+            for q, query in enumerate(gradients.queries)
         ],
     )

@@ -1,6 +1,7 @@
-"""Results records in the authors' format: one JSON line a query, with its ranked passages."""
+"""Results files in the authors' format: a JSON line for each query, with its ranked passages."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 
 from tda.runtime import atomic_file
@@ -17,7 +18,7 @@ _REQUIRED = ("example_id", "query_set", "inputs_plaintext", "targets_plaintext",
 
 
 class ResultsError(ValueError):
-    """A results file is not in the format."""
+    """A file that is not in the format of results files."""
 
 
 def record(
@@ -29,42 +30,42 @@ def record(
     opponents: list[tuple[str, str, float]],
     **optional,
 ) -> dict:
-    """One query's record.
+    """Returns the record of a query.
 
     Args:
-        example_id: id of the query.
-        query_set: name of the set of queries.
+        example_id: the query's id.
+        query_set: the name of the set of queries.
         prompt, target: the query's text.
         proponents, opponents: (passage id, text, score), most extreme first.
         **optional: further fields of the format: fact_id, relation, groundtruth,
-            proponent_correct, …. The names are the release's, whatever the run's model and corpus
-            are: "8b_generations" and "8b_confidence" are its own model's samples and their share
-            that states the target, "is_8b_correct" whether greedy decoding states it,
-            "c4_frequency" and "c4_frequency_bucket" how many passages of its own corpus name both
-            entities.
+            proponent_correct, …. Their names are those of the authors' release, whatever the run's
+            model and corpus are: "8b_generations" are samples of the run's model, "8b_confidence"
+            is the share of them that state the target, "is_8b_correct" is whether greedy decoding
+            states it; "c4_frequency" and "c4_frequency_bucket" say how many passages of the run's
+            corpus name both entities.
     """
-    out = {
+    out: dict = {
         "example_id": example_id,
         "query_set": query_set,
         "inputs_plaintext": prompt,
         "targets_plaintext": target,
     }
-    for kind, found in (("proponent", proponents), ("opponent", opponents)):
-        out[f"{kind}s"] = [text for _, text, _ in found]
-        out[f"{kind}_ids"] = [name for name, _, _ in found]
-        out[f"{kind}_scores"] = [float(score) for _, _, score in found]
+    for kind, passages in (("proponent", proponents), ("opponent", opponents)):
+        out[f"{kind}s"] = [text for _, text, _ in passages]
+        out[f"{kind}_ids"] = [name for name, _, _ in passages]
+        out[f"{kind}_scores"] = [float(score) for _, _, score in passages]
     return out | optional
 
 
-def write(path, records: Iterable[dict]) -> None:
+def write(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """Writes records to `path` as JSON lines; the file appears whole or not at all."""
     with atomic_file.open_atomic(path) as out:
         for item in records:
             out.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
-def read(path) -> Iterator[dict]:
-    """The records of a results file, checked.
+def read(path: str | os.PathLike) -> Iterator[dict]:
+    """Reads and checks the records of a results file.
 
     Raises:
         ResultsError: a line is not a record; the message names file, line and field.
@@ -81,7 +82,11 @@ def read(path) -> Iterator[dict]:
 
 
 def check(item, where: str) -> None:
-    """Raises a ResultsError, naming `where` and the field, unless `item` is a record."""
+    """Checks that `item` is a record.
+
+    Raises:
+        ResultsError: it is not; the message names `where` and the field.
+    """
     if not isinstance(item, dict):
         raise ResultsError(f"{where}: a record must be an object, not {type(item).__name__}")
     for field in _REQUIRED:

@@ -255,7 +255,7 @@ def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):
     model = Bigram(plain.vocab_size, nnx.Rngs(0))
     how = dict(directory=tmp_path, method="grad_cos", queries=[("Oslo", " is")])
     call(model, plain, [("a", "Oslo is"), ("b", " old and small")], **how)
-    with pytest.raises(ValueError, match=r"fingerprint\.passages"):
+    with pytest.raises(ValueError, match=r"segments\.0\.corpus"):
         call(model, plain, [("a", "Oslo is old"), ("b", " and small")], **how)
 
 

@@ -1,9 +1,12 @@
-"""The gradients of what `tda.trace` is given: texts with a tokenizer, or batches."""
+"""The gradients of what `tda.trace` is given: texts with a tokenizer, or batches of arrays.
+
+Texts take the path of the package docstring: documents, a token table, batches, the encoder, and
+a store (with a directory) or memory (without). Batches of the user's own arrays have no tokens and
+stay in memory.
+"""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,12 +22,12 @@ from tda.data import batches as batching
 from tda.data import corpora, tokenised, tokens
 from tda.data.batches import BatchLayout
 from tda.data.corpora import Document
-from tda.data.tokens import TokenTable
+from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import loss_identity
 from tda.encoding import table as encoding
 from tda.gradients import per_example, sites
 from tda.gradients import projection as projections
-from tda.gradients.encoder import make_encoder
+from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments import estimate, kept_scales
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
@@ -32,61 +35,85 @@ from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
+from tda.runtime.fingerprint import fingerprint_arrays, plain
 from tda.store.making import SHARD_BYTES
 
-# Gradients that are kept in memory where no directory is given, in bytes.
+# Bytes of gradients that are held in memory if no directory is given.
 _MEMORY = 8 << 30
 # Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines.
 _SHARD_TOKENS = 1 << 15
-# Of fewer tokens than this, padding costs less than compiling for more lengths of batches.
+# With fewer tokens than this, padding costs less than compiling for more lengths of batches.
 _FEW_TOKENS, _COARSE = 1 << 20, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What `tda.trace` was told, apart from its data; attributes are its arguments."""
+class MomentSettings:
+    """Where 1/√V of corrected gradients comes from."""
+
+    correction: str
+    """The form of √V: "factored", "low_rank(R)" or "adam"."""
+    scales: dict[str, Scale] | None
+    """1/√V by path of parameter, if known; else V is estimated from a sample of the passages."""
+    sample: int
+    """Batches in the sample."""
+    seed: int
+    """Seed of the draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSettings:
+    """The arguments of `tda.trace` other than its data."""
 
     model: nnx.Module
+    """The model whose gradients are taken."""
     loss: str | Callable
+    """A name of `tda.loss.output`, or a function of the model and a batch to [B]."""
     method: methods.Method
-    correction: str
-    scales: dict[str, Scale] | None
+    """What ranks the passages; says whether gradients are corrected."""
+    moments: MomentSettings
+    """The second moments that gradients are corrected by."""
     projection: Projection
+    """The random projection of every weight matrix's gradient."""
     scope: dict
+    """Which parameters: include, exclude and untapped of `tda.gradients.sites.find_sites`."""
     tokens_per_batch: int
-    sample: int
-    seed: int
+    """Positions that are encoded together, at most."""
     mesh: jax.sharding.Mesh | None
+    """The devices that batches are split over; one device if None."""
     quiet: bool
+    """Whether no progress is shown."""
+
+    @property
+    def needs_estimate(self) -> bool:
+        """Whether second moments are estimated from the passages."""
+        return self.method.corrected and self.moments.scales is None
 
     def sites(self) -> list[sites.Site]:
-        """The parameters whose gradients are taken."""
+        """Returns the parameters whose gradients are taken."""
         return find_sites(self.model, **self.scope)
 
-    def tell_coverage(self) -> None:
-        """Prints how much of the model is taken, and what is left out."""
+    def print_coverage(self) -> None:
+        """Prints what share of the parameters the gradients cover, and what is left out."""
         if not self.quiet:
             print(sites.coverage(self.model, self.sites()))
 
-    def per_example(self, model, batch):
-        """The loss of each example of a batch, [B]."""
+    def example_losses(self, model, batch) -> jax.Array:
+        """Returns the loss of each example of a batch, [B]."""
         if callable(self.loss):
             return self.loss(model, batch)
-        found = losses.output(self.loss)
-        return found(model(batch["tokens"]), batch["targets"], batch["weights"])
+        output = losses.output(self.loss)
+        return output(model(batch["tokens"]), batch["targets"], batch["weights"])
 
-    def summed(self, model, batch):
-        """The losses of a batch, added up where that spares memory: [B] or [1]."""
+    def total_loss(self, model, batch) -> jax.Array:
+        """Returns the losses of a batch, [B], or their sum, [1], if that saves memory."""
         if callable(self.loss):
             return self.loss(model, batch)
         return losses.total(model, batch, losses.output(self.loss))[None]
 
-    def estimated(self, batches: Iterable) -> dict[str, Scale] | None:
-        """1/√V as the method wants it: none, those given, or from some batches."""
-        if not self.method.corrected:
-            return None
-        if self.scales is not None:
-            return self.scales
+    def estimate_scales(self, batches: Iterable) -> dict[str, Scale] | None:
+        """Returns 1/√V by path: None for raw gradients, those given, or estimated from batches."""
+        if not self.needs_estimate:
+            return self.moments.scales if self.method.corrected else None
         batches = list(batches)
         with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:
 
@@ -96,54 +123,64 @@ class Setting:
                     bar.update()
 
             return estimate.estimate(
-                self.model, self.summed, counted(), self.sites(), self.correction
+                self.model, self.total_loss, counted(), self.sites(), self.moments.correction
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """Gradients of passages and queries, and what they are of.
-
-    Attributes:
-        source: the passages' gradients.
-        gradients_QxE: the queries', float32.
-        passage: from a row to the passage's id and text.
-        asked: id, prompt and target of each query.
-    """
+class TraceGradients:
+    """Gradients of passages and queries, with their texts."""
 
     source: Source
+    """The passages' gradients."""
     gradients_QxE: np.ndarray
-    passage: Callable[[int], tuple[str, str]]
-    asked: list[tuple[str, str, str]]
+    """The queries' gradients, float32."""
+    passage_of: Callable[[int], tuple[str, str]]
+    """Maps a row to the id and the text of its passage."""
+    queries: list[tuple[str, str, str]]
+    """Id, prompt and target of each query."""
 
 
-def of_batches(setting: Setting, passages, queries, texts) -> Made:
-    """Gradients of batches of arrays, in memory."""
+def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGradients:
+    """Encodes batches of arrays in memory.
+
+    Args:
+        settings: the arguments of `tda.trace`.
+        passages, queries: iterables of batches, trees of arrays with the examples first.
+        texts: the passages' texts, to show; None if there are none.
+
+    Raises:
+        ValueError: there are no batches, or another number of texts than passages.
+    """
     if isinstance(passages, str | os.PathLike):
         raise ValueError("passages are a path: give the model's tokenizer too")
-    setting.tell_coverage()
-    first, passages = _sampled(passages, setting)
-    scales = setting.estimated(first)
-    scope = setting.scope
+    settings.print_coverage()
+    sample, passages = _sample_batches(passages, settings)
+    scales = settings.estimate_scales(sample)
 
-    def encode(batches, what):
-        found = []
-        with progress.bar(None, what, "example", quiet=setting.quiet) as bar:
+    def encode(batches, description):
+        encoded = []
+        with progress.bar(None, description, "example", quiet=settings.quiet) as bar:
             for x_BxE in per_example(
-                setting.model, setting.per_example, batches, setting.projection, scales, **scope
+                settings.model,
+                settings.example_losses,
+                batches,
+                settings.projection,
+                scales,
+                **settings.scope,
             ):
-                found.append(x_BxE)
+                encoded.append(x_BxE)
                 bar.update(len(x_BxE))
-        if not found:
-            raise ValueError(f"there is nothing to {what}: the iterable of batches is empty")
-        return np.concatenate(found)
+        if not encoded:
+            raise ValueError(f"there is nothing to {description}: the iterable of batches is empty")
+        return np.concatenate(encoded)
 
     gradients_CxE = encode(passages, "encode passages")
     gradients_QxE = encode(queries, "encode queries")
     if texts is not None and len(texts) != len(gradients_CxE):
         raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
-    layout = projections.layout(setting.sites(), setting.projection)
-    return Made(
+    layout = projections.layout(settings.sites(), settings.projection)
+    return TraceGradients(
         _in_memory(gradients_CxE, layout.slices),
         gradients_QxE,
         lambda row: (str(row), "" if texts is None else texts[row]),
@@ -151,83 +188,107 @@ def of_batches(setting: Setting, passages, queries, texts) -> Made:
     )
 
 
-def _sampled(batches, setting: Setting) -> tuple[list, Iterable]:
-    """Some batches to estimate from, and all of them."""
-    if not setting.method.corrected or setting.scales is not None:
+def _sample_batches(batches, settings: TraceSettings) -> tuple[list, Iterable]:
+    """Returns batches to estimate second moments from, and all batches."""
+    if not settings.needs_estimate:
         return [], batches
+    count = settings.moments.sample
     if isinstance(batches, Sequence):
-        rng, count = np.random.default_rng(setting.seed), min(setting.sample, len(batches))
-        drawn = np.sort(rng.choice(len(batches), count, replace=False))
+        rng = np.random.default_rng(settings.moments.seed)
+        drawn = np.sort(rng.choice(len(batches), min(count, len(batches)), replace=False))
         return [batches[i] for i in drawn], batches
+    # An iterator can be read once only: its first batches are the sample.
     batches = iter(batches)
-    first = list(itertools.islice(batches, setting.sample))
+    first = list(itertools.islice(batches, count))
     return first, itertools.chain(first, batches)
 
 
 def _in_memory(gradients_CxE: np.ndarray, slices) -> InMemory:
+    # Infinite rows are never retrieved.
     gradients_CxE[~np.isfinite(gradients_CxE).all(axis=1)] = np.inf
     return InMemory(gradients_CxE, slices)
 
 
-def of_texts(setting: Setting, passages, queries, tokenizer, context, directory) -> Made:
-    """Gradients of texts, kept in `directory` or in memory."""
-    known = getattr(setting.model, "vocab_size", None)
-    if known is not None and tokenizer.vocab_size > known:
+def encode_texts(
+    settings: TraceSettings, passages, queries, tokenizer, context: int, directory
+) -> TraceGradients:
+    """Encodes texts into a store in `directory`, or in memory.
+
+    Args:
+        settings: the arguments of `tda.trace`.
+        passages, queries: as `tda.trace` takes them.
+        tokenizer: the model's tokenizer.
+        context: the most positions that a passage may have.
+        directory: where tokens, second moments and gradients are stored; in memory if None.
+
+    Raises:
+        ValueError: tokenizer and model differ in tokens, a query does not fit, the gradients do not
+            fit in memory, or `directory` holds other gradients.
+    """
+    vocab_size = getattr(settings.model, "vocab_size", None)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {known}: they do not "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: they do not "
             "belong together"
         )
-    setting.tell_coverage()
-    asked = _queries(queries)
-    prompts = tokens.tokenise_queries(asked, tokenizer, context)
+    settings.print_coverage()
+    queries = _check_queries(queries)
+    prompts = tokens.tokenise_queries(queries, tokenizer, context)
     directory = None if directory is None else pathlib.Path(directory)
-    table = _table(passages, tokenizer, context, directory, setting.quiet)
-    longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
-    how = {"ratio": _COARSE} if len(table.tokens) < _FEW_TOKENS else {}
-    layout = BatchLayout(
-        batching.buckets(max(1, longest), **how),
-        setting.tokens_per_batch,
-        tokenizer.pad,
-        setting.mesh,
-    )
-    made_from = None if directory is None else _made_from(setting, table, directory)
-    scales = _scales(setting, table, layout, directory, made_from)
+    table = _tokenise(passages, tokenizer, context, directory, settings.quiet)
+    layout = _make_layout(settings, table, prompts, tokenizer.pad)
+    provenance = None if directory is None else _provenance(settings, directory)
+    scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
     encoder = make_encoder(
-        setting.model, setting.projection, scales, setting.loss, **setting.scope, mesh=setting.mesh
+        settings.model,
+        settings.projection,
+        scales,
+        settings.loss,
+        **settings.scope,
+        mesh=settings.mesh,
     )
-    # A batch of a few prompts is not padded to as many as a batch of passages has.
-    few = dataclasses.replace(
-        layout, tokens_per_batch=_tokens_of(prompts, setting.tokens_per_batch)
-    )
-    gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), few)
-    texts = _Texts(table, tokenizer)
+    gradients_QxE = _encode_prompts(encoder, prompts, layout)
+    texts = PassageTexts(table, tokenizer)
     if directory is None:
-        source = _encoded(setting, encoder, table, layout)
-        return Made(source, gradients_QxE, lambda row: (table.ids[row], texts[row]), asked)
-    made_from |= _corrected_by(setting, scales) | {"tokenizer": tokenizer.fingerprint()}
+        source = _encode_in_memory(encoder, table, layout, settings.quiet)
+        return TraceGradients(
+            source, gradients_QxE, lambda row: (table.ids[row], texts[row]), queries
+        )
+    provenance |= _describe_correction(settings, scales) | {"tokenizer": tokenizer.fingerprint()}
     store = stores.create(
         directory / "gradients",
         table.ids,
-        dict.fromkeys(encoder.layout.blocks, setting.projection.side**2),
-        made_from,
+        dict.fromkeys(encoder.layout.blocks, settings.projection.side**2),
+        provenance,
         shard_bytes=_shard_bytes(table, encoder.layout.width),
         documents=table.documents,
         texts=texts,
-        corpus=tokenised.fingerprint(table),
+        corpus=table.fingerprint(),
     )
-    loss_identity.keep(made_from["loss"], directory)
-    encoding.fill_store(store, encoder, table, layout, "encode passages", setting.quiet)
+    loss_identity.keep(provenance["loss"], directory)
+    encoding.fill_store(store, encoder, table, layout, "encode passages", settings.quiet)
 
-    def passage(row):
-        (found,) = store.passages([row])
-        return found.id, found.text
+    def passage_of(row):
+        (passage,) = store.passages([row])
+        return passage.id, passage.text
 
-    return Made(store, gradients_QxE, passage, asked)
+    return TraceGradients(store, gradients_QxE, passage_of, queries)
 
 
-def _tokens_of(prompts: TokenTable, most: int) -> int:
-    """Positions of a batch that holds all prompts, `most` at most."""
-    return min(most, len(prompts) * int(prompts.lengths.max()))
+def _make_layout(
+    settings: TraceSettings, table: TokenTable, prompts: TokenTable, pad: int
+) -> BatchLayout:
+    longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
+    options = {"ratio": _COARSE} if len(table.tokens) < _FEW_TOKENS else {}
+    bucket_lengths = batching.buckets(max(1, longest), **options)
+    return BatchLayout(bucket_lengths, settings.tokens_per_batch, pad, settings.mesh)
+
+
+def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) -> np.ndarray:
+    # A few prompts would fill only a corner of a batch that is padded to the size for passages.
+    needed = len(prompts) * int(prompts.lengths.max())
+    layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
+    return encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
 
 
 def _shard_bytes(table: TokenTable, width: int) -> int:
@@ -235,30 +296,52 @@ def _shard_bytes(table: TokenTable, width: int) -> int:
     return min(SHARD_BYTES, rows * 4 * width)
 
 
-def _scales(
-    setting: Setting, table: TokenTable, layout: BatchLayout, directory, made_from: dict | None
-):
-    """1/√V as the method wants it; what was estimated is kept in `directory`, if there is one."""
-    batches = _batches(setting, table, layout)
-    if directory is None or not setting.method.corrected or setting.scales is not None:
-        return setting.estimated(batches)
-    made_from = made_from | {
-        "correction": setting.correction,
-        "sample": setting.sample,
-        "seed": setting.seed,
-        "tokens_per_batch": setting.tokens_per_batch,
-        "corpus": tokenised.fingerprint(table),
+def _load_or_estimate_scales(
+    settings: TraceSettings,
+    table: TokenTable,
+    layout: BatchLayout,
+    directory: pathlib.Path | None,
+    provenance: dict | None,
+) -> dict[str, Scale] | None:
+    """Returns 1/√V as the method needs it; an estimate is saved in `directory`, if there is one."""
+    if not settings.needs_estimate:
+        return settings.estimate_scales([])
+    batches = _sample_passages(settings, table, layout)
+    if directory is None:
+        return settings.estimate_scales(batches)
+    provenance = provenance | {
+        "correction": settings.moments.correction,
+        "sample": settings.moments.sample,
+        "seed": settings.moments.seed,
+        "tokens_per_batch": settings.tokens_per_batch,
+        "corpus": table.fingerprint(),
     }
     file = directory / "scales.safetensors"
-    found = kept_scales.load(file, made_from)
-    if found is None:
-        found = setting.estimated(batches)
+    scales = kept_scales.load(file, provenance)
+    if scales is None:
+        scales = settings.estimate_scales(batches)
         file.parent.mkdir(parents=True, exist_ok=True)
-        kept_scales.save(file, found, made_from)
-    return found
+        kept_scales.save(file, scales, provenance)
+    return scales
 
 
-def _queries(queries: Iterable) -> list[tuple[str, str, str]]:
+def _sample_passages(
+    settings: TraceSettings, table: TokenTable, layout: BatchLayout
+) -> Iterable[dict]:
+    """Yields batches of passages drawn from the whole corpus, to estimate second moments from."""
+    count, seed = settings.moments.sample, settings.moments.seed
+    # About as many rows as fill the batches: planning the whole corpus would take longer.
+    mean = max(1.0, float(table.lengths.mean()))
+    size = min(len(table), int(count * settings.tokens_per_batch / mean) + 1)
+    rows = np.random.default_rng(seed).choice(len(table), size, replace=False)
+    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
+    batches = dataclasses.replace(layout, mesh=None).batches(table, rows, seed)
+    for batch in itertools.islice(batches, count):
+        yield batch.arrays()
+
+
+def _check_queries(queries: Iterable) -> list[tuple[str, str, str]]:
+    """Returns id, prompt and target of each query; a query without an id is named by number."""
     out = []
     for i, query in enumerate(queries):
         if isinstance(query, str) or len(query) not in (2, 3):
@@ -282,20 +365,19 @@ def _documents(passages: Iterable) -> Iterable[Document]:
             yield Document(str(name), text)
 
 
-def _table(passages, tokenizer, context, directory, quiet) -> TokenTable:
-    if isinstance(passages, str | os.PathLike):
-        found = corpora.documents(passages)
-        if directory is not None:
-            made_from = {"corpus": corpora.describe_files(passages)}
-            how = (tokenizer, context, made_from, quiet)
-            return _told(tokenised.tokenise_on_disk(directory / "tokens", found, *how), quiet)
+def _tokenise(
+    passages, tokenizer, context: int, directory: pathlib.Path | None, quiet: bool
+) -> TokenTable:
+    """Tokenises the corpus, on disk if it is a file and there is a directory, else in memory."""
+    is_path = isinstance(passages, str | os.PathLike)
+    documents = corpora.documents(passages) if is_path else _documents(passages)
+    if is_path and directory is not None:
+        provenance = {"corpus": corpora.describe_files(passages)}
+        table, counts = tokenised.tokenise_on_disk(
+            directory / "tokens", documents, tokenizer, context, provenance, quiet
+        )
     else:
-        found = _documents(passages)
-    return _told(tokenised.tokenise_in_memory(found, tokenizer, context, quiet), quiet)
-
-
-def _told(made: tuple[TokenTable, tokenised.Counts], quiet: bool) -> TokenTable:
-    table, counts = made
+        table, counts = tokenised.tokenise_in_memory(documents, tokenizer, context, quiet)
     if not quiet:
         print(
             f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "
@@ -304,36 +386,9 @@ def _told(made: tuple[TokenTable, tokenised.Counts], quiet: bool) -> TokenTable:
     return table
 
 
-class _Texts(Sequence):
-    """The texts of a table's passages, decoded when they are asked for."""
-
-    def __init__(self, table: TokenTable, tokenizer):
-        self._table, self._tokenizer = table, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, row: int) -> str:
-        begin, end = self._table.starts[row], self._table.starts[row + 1]
-        return self._tokenizer.decode(self._table.tokens[begin:end]).strip()
-
-
-def _batches(setting: Setting, table: TokenTable, layout: BatchLayout) -> Iterable[dict]:
-    """Batches of passages that are drawn from the whole corpus, to estimate from."""
-    if not setting.method.corrected or setting.scales is not None:
-        return
-    rng = np.random.default_rng(setting.seed)
-    # Enough rows for so many batches, and not more than are needed to draw from.
-    mean = max(1.0, float(table.lengths.mean()))
-    count = min(len(table), int(setting.sample * setting.tokens_per_batch / mean) + 1)
-    rows = rng.choice(len(table), count, replace=False)
-    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
-    layout = dataclasses.replace(layout, mesh=None)
-    for batch in itertools.islice(layout.batches(table, rows, setting.seed), setting.sample):
-        yield batch.arrays()
-
-
-def _encoded(setting: Setting, encoder, table: TokenTable, layout: BatchLayout) -> InMemory:
+def _encode_in_memory(
+    encoder: Encoder, table: TokenTable, layout: BatchLayout, quiet: bool
+) -> InMemory:
     needed = 4 * len(table) * encoder.layout.width
     if needed > _MEMORY:
         raise ValueError(
@@ -341,45 +396,33 @@ def _encoded(setting: Setting, encoder, table: TokenTable, layout: BatchLayout) 
             "directory to keep them in, or a smaller projection.side"
         )
     total = int(table.scored.sum())
-    with progress.bar(total, "encode passages", "token", quiet=setting.quiet) as bar:
-        gradients_CxE = encoding.encode_rows(
-            encoder, table, np.arange(len(table)), layout, bar.update
-        )
+    with progress.bar(total, "encode passages", "token", quiet=quiet) as bar:
+        rows = np.arange(len(table))
+        gradients_CxE = encoding.encode_rows(encoder, table, rows, layout, bar.update)
     return _in_memory(gradients_CxE, encoder.layout.slices)
 
 
-def _made_from(setting: Setting, table: TokenTable, directory) -> dict:
-    """What decides the gradients, but for their correction, as JSON values."""
-    _, params = functional.split(setting.model)
-    made = {
-        "model": _digest(functional.flat_parameters(params)),
-        "projection": dataclasses.asdict(setting.projection),
-        "loss": loss_identity.found(setting.per_example, setting.model, directory),
-        "parameters": {s.path: list(s.shape) for s in setting.sites()},
-        "passages": _ends(table),
-        **setting.scope,
-    }
-    return json.loads(json.dumps(made))
+def _provenance(settings: TraceSettings, directory: pathlib.Path) -> dict:
+    """Returns what decides the gradients of a passage, except for their correction."""
+    _, params = functional.split(settings.model)
+    return plain(
+        {
+            "model": _fingerprint_arrays(functional.flat_parameters(params)),
+            "projection": dataclasses.asdict(settings.projection),
+            "loss": loss_identity.found(settings.example_losses, settings.model, directory),
+            "parameters": {s.path: list(s.shape) for s in settings.sites()},
+            **settings.scope,
+        }
+    )
 
 
-def _corrected_by(setting: Setting, scales: dict[str, Scale] | None) -> dict:
-    """The correction of the gradients, as JSON values."""
+def _describe_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> dict:
+    """Returns the correction of the gradients as JSON values."""
     if scales is None:
         return {"correction": "none"}
     arrays = {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}
-    return {"correction": setting.correction, "scales": _digest(arrays)}
+    return {"correction": settings.moments.correction, "scales": _fingerprint_arrays(arrays)}
 
 
-def _ends(table: TokenTable) -> str:
-    """A hash of where passages end: without it, the same tokens may be cut in other places."""
-    return hashlib.blake2b(np.asarray(table.starts, np.int64).tobytes(), digest_size=8).hexdigest()
-
-
-def _digest(arrays: dict[str, jax.Array]) -> str:
-    """A hash of named arrays."""
-    found = hashlib.blake2b(digest_size=8)
-    for name in sorted(arrays):
-        x = np.ascontiguousarray(sharding.to_host(arrays[name]))
-        found.update(f"{name} {x.shape} {x.dtype}\0".encode())
-        found.update(x.view(np.uint8).reshape(-1).data)
-    return found.hexdigest()
+def _fingerprint_arrays(arrays: dict[str, jax.Array]) -> str:
+    return fingerprint_arrays({name: sharding.to_host(x) for name, x in arrays.items()})

@@ -1,4 +1,4 @@
-"""Encoding a whole table of sequences: into memory, into a store, or as it is searched."""
+"""Encodes a whole table of sequences: into memory, into a store, or as it is searched."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,10 @@ from tda.gradients.together import Together
 from tda.runtime import processes, progress, sharding
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
+# As many bytes as a shard of a store has by default.
 _SPAN_BYTES = 256 << 20
+# Seconds between looks for other processes' shards, at most.
+_LONGEST_PAUSE = 30.0
 
 
 def encode_rows(
@@ -24,7 +27,7 @@ def encode_rows(
     layout: BatchLayout,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Projected gradients of some rows of a table, float32 [R, E]; see `encode_kinds`."""
+    """Returns projected gradients of some rows of a table, float32 [R, E]; see `encode_kinds`."""
     return encode_kinds(encoder, table, rows, layout, on_batch)[0]
 
 
@@ -35,21 +38,22 @@ def encode_kinds(
     layout: BatchLayout,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> list[np.ndarray]:
-    """Projected gradients of some rows of a table, of every kind that the encoder gives.
+    """Returns projected gradients of some rows of a table, of every kind that the encoder computes.
 
     Args:
         encoder: the encoder.
         table: the sequences.
-        rows: which of them.
-        layout: how the rows are batched.
-        on_batch: told the scored tokens of each batch when it is done.
+        rows: numbers of the rows to encode, [R].
+        layout: how the rows are batched, and the devices that a batch is split over.
+        on_batch: called after each batch with its number of scored tokens.
 
     Returns:
-        Of each kind float32 [R, E], in the order of `rows`.
+        For each kind of gradients float32 [R, E], in the order of `rows`.
     """
     rows = np.asarray(rows, np.int64)
     out = [np.empty((len(rows), kind.width), np.float32) for kind in encoder.layouts]
-    waiting = None  # one batch is computed while the one before it is copied to the host
+    # JAX runs asynchronously: a batch is computed while the one before is copied to the host.
+    waiting = None
     for batch in layout.batches(table, rows):
         scored = scored_positions(batch.weights)
         encoded = encoder.all(layout.put(batch.arrays()), scored)
@@ -62,22 +66,23 @@ def encode_kinds(
     return out
 
 
-def _collect(out: list[np.ndarray], done) -> None:
-    places, encoded = done
+def _collect(out: list[np.ndarray], batch) -> None:
+    """Copies a batch's gradients, without those of padding, to the places of its rows."""
+    places, encoded = batch
     for rows_RxE, x_BxE in zip(out, encoded, strict=True):
         rows_RxE[places] = sharding.to_host(x_BxE)[: len(places)]
 
 
 class OnTheFly:
-    """A corpus whose gradients are computed as they are asked for: a source without a store.
+    """A corpus without a store, whose gradients are computed whenever they are read.
 
     Args:
         encoder: the encoder.
         table: the corpus.
         layout: how rows are batched.
-        span_rows: rows that are encoded together; by default as many as take 256 MiB, those of a
+        span_rows: rows that are planned and encoded at a time; by default 256 MiB of them, as in a
             store's shard.
-        on_batch: told the scored tokens of each batch when it is done.
+        on_batch: called after each batch with its number of scored tokens.
     """
 
     def __init__(
@@ -99,15 +104,15 @@ class OnTheFly:
         return len(self._table)
 
     def scan(self, step: int) -> Iterator[Rows]:
-        """All rows in order, at most `step` at a time: one pass over the corpus."""
+        """Yields all rows in order, at most `step` at a time: one pass over the corpus."""
         for start in range(0, self.rows, self._span):
             numbers = np.arange(start, min(self.rows, start + self._span))
             x_RxE = self._encode(numbers, self._on_batch)
-            found = Rows(start, x_RxE, None, valid(x_RxE))
-            yield from (found[i : i + step] for i in range(0, len(numbers), step))
+            span = Rows(start, x_RxE, None, valid(x_RxE))
+            yield from (span[i : i + step] for i in range(0, len(numbers), step))
 
     def read(self, numbers) -> np.ndarray:
-        """Some rows, float32 [R, E]; one with a number that is not finite is infinite."""
+        """Returns some rows, float32 [R, E]; a row with a number that is not finite is infinite."""
         return self._encode(np.asarray(numbers, np.int64))
 
     def _encode(self, numbers, on_batch=lambda tokens: None) -> np.ndarray:
@@ -121,26 +126,26 @@ def fill_store(
     encoder: Encoder | None,
     table: TokenTable,
     layout: BatchLayout,
-    what: str = "encode",
+    description: str = "encode",
     quiet: bool = False,
 ) -> None:
-    """Encodes the rows of every shard that the store lacks; killed, it goes on where it stopped.
+    """Encodes the rows of every shard that a store lacks; resumes after a kill.
 
-    Of several processes each writes shards of its own. Where the mesh is one process's alone, it
-    encodes those alone too; where the mesh spans processes, all encode every shard together.
+    Every process writes shards of its own. If each has a mesh of its own devices, it also encodes
+    its shards alone; if the mesh spans processes, all of them encode every shard together.
 
     Args:
-        store: one row for each of the table's sequences.
-        encoder: the encoder; not needed where the store lacks nothing.
+        store: a store with one row for each of the table's sequences.
+        encoder: the encoder; not used if the store lacks nothing.
         table: the corpus.
         layout: how rows are batched, and the devices that a batch is split over.
-        what: name of the work in the progress bar.
-        quiet: shows no progress.
+        description: the name of the work in the progress bar.
+        quiet: whether no progress is shown.
 
     Raises:
         StoreError: the table has another number of rows, or a shard cannot be written.
     """
-    fill_stores([store], encoder, table, layout, what, quiet)
+    fill_stores([store], encoder, table, layout, description, quiet)
 
 
 def fill_stores(
@@ -148,18 +153,18 @@ def fill_stores(
     encoder: Encoder | Together | None,
     table: TokenTable,
     layout: BatchLayout,
-    what: str = "encode",
+    description: str = "encode",
     quiet: bool = False,
 ) -> None:
     """Fills several stores of the same corpus in one pass over it; see `fill_store`.
 
     Args:
-        stores: one for each kind of gradients that the encoder gives, whose shards have the same
-            rows. What some lack is encoded for all, and written where it is lacking.
-        encoder, table, layout, what, quiet: as for `fill_store`.
+        stores: a store for each kind of gradients that the encoder computes; their shards have the
+            same rows. A shard that any store lacks is encoded for all, and written to those.
+        encoder, table, layout, description, quiet: as for `fill_store`.
 
     Raises:
-        StoreError: as `fill_store`, or the stores' shards differ.
+        StoreError: as for `fill_store`, or the stores' shards differ.
     """
     for store in stores:
         if store.rows != len(table):
@@ -168,36 +173,38 @@ def fill_stores(
     for store in stores[1:]:
         if store.shards() != shards:
             raise StoreError(f"the shards of {store.path} are not those of {stores[0].path}")
-    # A process that came later might find shards that another has written since.
+    # Only process 0 looks: a process that looked later might see shards that another has written
+    # since, and the processes would no longer agree on who writes what.
     lacking = processes.on_first_process("list the shards", lambda: [s.missing() for s in stores])
     missing = sorted(set().union(*lacking))
-    me, count = jax.process_index(), jax.process_count()
-    together = not sharding.is_local(layout.mesh)
-    mine = missing if together else missing[me::count]
+    process, count = jax.process_index(), jax.process_count()
+    is_shared = not sharding.is_local(layout.mesh)
+    local = missing if is_shared else missing[process::count]
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
-    if len(mine):
+    if len(local):
         done = sum(tokens) - sum(tokens[i] for i in missing)
-        total = done + sum(tokens[i] for i in mine)
+        total = done + sum(tokens[i] for i in local)
         with (
-            progress.bar(total, what, "token", done, quiet) as bar,
-            _Writing(stores, lacking, what, bar) as out,
+            progress.bar(total, description, "token", done, quiet) as bar,
+            _Writer(stores, lacking, description, bar) as writer,
         ):
-            for turn, i in enumerate(mine):
+            for turn, i in enumerate(local):
                 rows = np.arange(shards[i].start, shards[i].stop)
                 encoded = encode_kinds(encoder, table, rows, layout, bar.update)
-                if not together or turn % count == me:
-                    out.write(int(i), encoded)
-    if not together:
+                if not is_shared or turn % count == process:
+                    writer.write(int(i), encoded)
+    if not is_shared:
         for store in stores:
             _await(store)
     processes.wait_for_all("shards written")
 
 
-class _Writing:
-    """Writes a shard while the next is encoded."""
+class _Writer:
+    """Writes a shard in another thread while the next one is encoded."""
 
-    def __init__(self, stores: list[GradientStore], lacking: list[list[int]], what: str, bar):
-        self._stores, self._lacking, self._what, self._bar = stores, lacking, what, bar
+    def __init__(self, stores: list[GradientStore], lacking: list[list[int]], description, bar):
+        self._stores, self._lacking = stores, lacking
+        self._description, self._bar = description, bar
         self._thread, self._waiting = ThreadPoolExecutor(1, "write"), None
 
     def __enter__(self):
@@ -208,7 +215,7 @@ class _Writing:
             self._finish()
 
     def write(self, shard: int, encoded: list[np.ndarray]) -> None:
-        """Begins to write a shard of every store, when the one before it is written."""
+        """Begins to write a shard to every store that lacks it, once the last one is written."""
         self._finish()
         self._waiting: Future = self._thread.submit(self._write, shard, encoded)
 
@@ -224,17 +231,24 @@ class _Writing:
             waiting, self._waiting = self._waiting, None
             invalid = waiting.result()
             if invalid:
-                self._bar.write(_told(self._what, invalid))
+                self._bar.write(_describe_invalid(self._description, invalid))
 
 
 def _await(store: GradientStore) -> None:
-    """Waits for the other processes' shards, however much longer these take."""
+    """Waits for the other processes' shards, however long they take.
+
+    A barrier would not do: between CPUs a collective fails if a process waits in it for half an
+    hour.
+    """
     seconds = 0.05
     while store.missing():
         time.sleep(seconds)
-        seconds = min(2 * seconds, 30.0)
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
-def _told(what: str, invalid: list[str]) -> str:
-    named = ", ".join(invalid[:5]) + (" …" if len(invalid) > 5 else "")
-    return f"{what}: {len(invalid)} gradients are not finite, of {named}; they are never retrieved"
+def _describe_invalid(description: str, invalid: list[str]) -> str:
+    names = ", ".join(invalid[:5]) + (" …" if len(invalid) > 5 else "")
+    return (
+        f"{description}: {len(invalid)} gradients are not finite, of {names}; "
+        "they are never retrieved"
+    )
