@@ -22,6 +22,7 @@ test-all: $(MODELS)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 venv: $(STAMP)
 
@@ -40,5 +41,5 @@ $(MODELS): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

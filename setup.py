@@ -64,6 +64,7 @@ setup(
             "pytest-xdist>=3.8.0",
             "ruff>=0.17.6",
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "setuptools>=70.1",
             "zarr>=3.1.6",
         ],
         # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.

@@ -7,7 +7,7 @@ print(tda.trace(model, "corpus.jsonl", [("Paris lies in", "France")], tokenizer=
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tda.api import load, trace
@@ -19,7 +19,7 @@ __all__ = ["Projection", "load", "trace"]
 _WHERE = {"load": "tda.api", "trace": "tda.api", "Projection": "tda.gradients.projection"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # On first use: programs that join other processes do so before jax computes anything.
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)

@@ -205,7 +205,8 @@ class _Writer:
     def __init__(self, stores: list[GradientStore], lacking: list[list[int]], description, bar):
         self._stores, self._lacking = stores, lacking
         self._description, self._bar = description, bar
-        self._thread, self._waiting = ThreadPoolExecutor(1, "write"), None
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: Future | None = None
 
     def __enter__(self):
         return self
@@ -217,7 +218,7 @@ class _Writer:
     def write(self, shard: int, encoded: list[np.ndarray]) -> None:
         """Begins to write a shard to every store that lacks it, once the last one is written."""
         self._finish()
-        self._waiting: Future = self._thread.submit(self._write, shard, encoded)
+        self._waiting = self._thread.submit(self._write, shard, encoded)
 
     def _write(self, shard: int, encoded: list[np.ndarray]) -> list[str]:
         invalid = []
