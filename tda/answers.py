@@ -5,6 +5,7 @@ import html
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 from tda import results
 
@@ -61,7 +62,13 @@ class TraceResult(Sequence[Answer]):
     def __len__(self) -> int:
         return len(self.answers)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Answer: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Answer]: ...
+
+    def __getitem__(self, index: int | slice) -> Answer | Sequence[Answer]:
         return self.answers[index]
 
     def records(self) -> Iterator[dict]:

@@ -164,7 +164,7 @@ def _rank(
             queries_QxE, source, part.scorers, k, mesh=settings.mesh, on_rows=bar.update
         )[""]
 
-    def passages(rows, scores):
+    def passages(rows: np.ndarray, scores: np.ndarray) -> tuple[RankedPassage, ...]:
         return tuple(
             RankedPassage(name, float(score), text)
             for row, score in zip(rows, scores, strict=True)

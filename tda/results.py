@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tda.runtime import atomic_file
 
@@ -28,7 +29,7 @@ def record(
     target: str,
     proponents: list[tuple[str, str, float]],
     opponents: list[tuple[str, str, float]],
-    **optional,
+    **optional: Any,
 ) -> dict:
     """Returns the record of a query.
 
@@ -81,7 +82,7 @@ def read(path: str | os.PathLike) -> Iterator[dict]:
             yield item
 
 
-def check(item, where: str) -> None:
+def check(item: Any, where: str) -> None:
     """Checks that `item` is a record.
 
     Raises:
