@@ -1,7 +1,5 @@
 """The corpus and the queries of a config, read, checked and tokenised."""
 
-import hashlib
-
 import numpy as np
 
 from tda.data import tokens
@@ -14,6 +12,7 @@ from tda.model import pretrained
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import processes
+from tda.runtime.fingerprint import fingerprint_parts, fingerprint_texts
 
 
 def load(config, workdir: Workdir) -> Corpus:
@@ -125,11 +124,7 @@ def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.To
 def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | PretrainedTokenizer:
     if config.model.pretrained:
         return pretrained.load_tokenizer(config.model.pretrained)
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    made_from = {"texts": digest.hexdigest()[:16], "vocab_size": config.tokenizer.vocab_size}
+    made_from = {"texts": fingerprint_texts(texts), "vocab_size": config.tokenizer.vocab_size}
     path = workdir / "model" / "tokenizer.json"
     if not workdir.finished("tokenizer", made_from):
         workdir.claim("tokenizer", made_from)
@@ -158,20 +153,11 @@ def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
 
 
 def _fingerprint(passages, training, prompts, tokenizer, correct) -> dict:
-    def digest(table):
-        h = hashlib.sha256(table.tokens.tobytes())
-        h.update(table.scored.tobytes())
-        h.update("\0".join(table.ids).encode())
-        return h.hexdigest()[:16]
-
+    rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})
     return {
-        "corpus": digest(passages),
-        "training": digest(training),
-        "queries": digest(prompts),
+        "corpus": passages.fingerprint(),
+        "training": training.fingerprint(),
+        "queries": prompts.fingerprint(),
         "tokenizer": tokenizer.fingerprint(),
-        "labels": _short(repr({k: [r.tolist() for r in v] for k, v in correct.items()})),
+        "labels": fingerprint_parts([rows]),
     }
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,12 +1,12 @@
 """The stage that encodes corpus and queries into stores."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from tda import store as stores
-from tda.data import tokens
+from tda.data.tokens import PassageTexts
 from tda.encoding import table as encoding
 from tda.encoding.table import OnTheFly
 from tda.gradients import adam_steps, sites, together
@@ -14,24 +14,11 @@ from tda.gradients import encoder as encoders
 from tda.methods import GradientKind
 from tda.retrieval.sources import Source
 from tda.run import curvature, moments
-from tda.run.run import NO_STORE, Corpus, Run
+from tda.run.run import NO_STORE, Run
 from tda.runtime import processes
 
 # Rows in float32 that one pass for several kinds of gradients may hold of all of them.
 _PASS_BYTES = 4 << 30
-
-
-class _Texts(Sequence):
-    """The texts of a table's rows, decoded when they are asked for."""
-
-    def __init__(self, corpus: Corpus, table: tokens.TokenTable):
-        self._corpus, self._table = corpus, table
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, row: int) -> str:
-        return self._corpus.text_of(row, self._table)
 
 
 def encode(run: Run, kind: GradientKind) -> tuple[Source, np.ndarray]:
@@ -168,7 +155,7 @@ def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
         run.config.store.dtype,
         run.config.store.shard_bytes,
         documents=table.documents,
-        texts=_Texts(run.corpus, table),
+        texts=PassageTexts(table, run.corpus.tokenizer),
         corpus=run.corpus.fingerprint[name],
     )
 

@@ -5,7 +5,6 @@ checkpoint and the rule: so it serves every method, every run on that checkpoint
 the corpus or of the queries.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -17,7 +16,7 @@ from tda.evaluation.tail_patch import tail_patch
 from tda.run.result_log import ResultLog
 from tda.run.run import Corpus, Run
 from tda.run.train import make_optimizer, restore_state
-from tda.runtime.fingerprint import fingerprint
+from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 from tda.training import optimizer
 
 # The passage row of a step with a zero gradient.
@@ -210,7 +209,4 @@ def _digest(table: TokenTable, row: int) -> str:
 
 
 def _hash(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for x in arrays:
-        digest.update(str(x.dtype).encode() + np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint_parts(part for x in arrays for part in (str(x.dtype), x))

@@ -91,8 +91,7 @@ class Corpus:
     def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
         """The text of a passage, or of a row of another table."""
         table = self.passages if table is None else table
-        begin, end = table.starts[row], table.starts[row + 1]
-        return self.tokenizer.decode(table.tokens[begin:end]).strip()
+        return tokens.PassageTexts(table, self.tokenizer)[row]
 
     def layout(self, tokens_per_batch: int, mesh: jax.sharding.Mesh | None = None) -> BatchLayout:
         """Returns how sequences of the corpus and its queries are batched."""

@@ -20,6 +20,7 @@ import tensorstore as ts
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from tda.runtime import progress
+from tda.runtime.fingerprint import hash_64_bits
 from tda.store.location import Location, StoreError
 
 FILE_ROWS = 1 << 16
@@ -226,7 +227,7 @@ class _Index:
 
     def rows(self, name: str) -> list[int]:
         """Rows whose name has the same hash."""
-        wanted = np.uint64(_hash(name))
+        wanted = np.uint64(hash_64_bits(name))
         guess = int(float(wanted) / 2.0**64 * self._count)
         reach = 64 + 8 * math.isqrt(self._count)
         while True:
@@ -245,12 +246,8 @@ class _Index:
                 array[start : min(self._count, start + _INDEX_SHARD)].read().result()
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
 def _write_index(location: Location, names: Sequence[str], unique: bool) -> None:
-    hashes = np.fromiter((_hash(n) for n in names), np.uint64, len(names))
+    hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
     rows = np.argsort(hashes, kind="stable")
     hashes = hashes[rows]
     if unique:
