@@ -350,7 +350,7 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
 
 
 def test_names_with_the_same_hash_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(passages, "_hash", lambda name: len(name))
+    monkeypatch.setattr(passages, "hash_64_bits", lambda name: len(name))
     ids = ["a", "b", "cc", "dd", "e"]
     store = stores.create(tmp_path / "s", ids, BLOCKS, MADE)
     assert [store.row_of(n) for n in ids] == [0, 1, 2, 3, 4]
