@@ -186,18 +186,14 @@ def measured(
 ) -> dict:
     """Recall and times of one index, searched in every way, beside exact search."""
 
-    def chunks(first):
-        for at in range(first, len(passages_CxE), 2048):
-            yield at, passages_CxE[at : at + 2048]
-
     started = time.perf_counter()
-    rows, width = passages_CxE.shape
-    index = build.build(directory, chunks, rows, width, case.settings, {})
+    read, shape = passages_CxE.__getitem__, passages_CxE.shape
+    index = build.build(directory, read, shape, case.settings, {})
     figures = {
         "settings": vars(case.settings),
         "parts": index.manifest["parts"],
         "build, s": time.perf_counter() - started,
-        "bytes a row": case.settings.row_bytes(width),
+        "bytes a row": case.settings.row_bytes(shape[1]),
         "searches": [],
     }
     batch, few = queries_QxE[: _BATCH.value], queries_QxE[: _SINGLE.value]

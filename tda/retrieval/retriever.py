@@ -1,6 +1,7 @@
 """A corpus made ready for questions: after loading, a query is answered in milliseconds."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -128,7 +129,9 @@ class Retriever:
         if correct:
             raise ValueError("an index does not know the rank of every row; search without it")
         gone = getattr(self._source, "withdrawn", None)
-        read = None if self._index.settings.reorder else self._read
+        read = None
+        if not self._index.settings.reorder:
+            read = functools.partial(scoring.read_encodings, self._source, self._scorer)
         return self._index.search(
             np.asarray(encodings_QxE), k, gone, opponents=opponents, read=read
         )
@@ -157,15 +160,6 @@ class Retriever:
         if len(bad):
             raise ValueError(f"the gradient of query {bad[0]} is not finite")
         return x
-
-    def _read(self, rows: np.ndarray) -> np.ndarray:
-        """Encodings of some rows, float32 [R, E]."""
-        x_RxE = self._source.read(rows)
-        valid = store.valid(x_RxE)
-        clean = np.where(valid[:, None], x_RxE, 0)
-        scorer = self._scorer
-        encoded = scoring.encode(clean, scorer.whitening, scorer.unit_norm, self._widths)
-        return np.where(valid[:, None], np.asarray(encoded), np.inf)
 
 
 class _Held:

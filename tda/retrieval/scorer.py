@@ -85,6 +85,15 @@ def encode_source(source: Source, scorer: Scorer, step: int) -> Iterator[tuple[i
         yield rows.first, out
 
 
+def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:
+    """Reads rows of a source and encodes them: float32 [R, E]; invalid rows are all infinite."""
+    x_RxE = source.read(numbers)
+    valid_R = store.valid(x_RxE)
+    cleaned = _zero_invalid(x_RxE, valid_R)
+    encoded = encode(cleaned, scorer.whitening, scorer.unit_norm, source.form.widths)
+    return np.where(valid_R[:, None], np.asarray(encoded), np.float32(np.inf))
+
+
 def pad_rows(rows: Rows, step: int) -> Rows:
     """Appends invalid rows up to `step`, so that one compiled program takes every step."""
     lacking = step - len(rows)

@@ -1,17 +1,18 @@
-"""Search through an approximate index, where the config wants one and the corpus is large enough.
+"""Search through an approximate index, if the config asks for one and the corpus is large enough.
 
-Ranks of correct passages are known only as deep as the index is asked; a correct passage that it
+Ranks of correct passages are known only as deep as the index is searched; a correct passage that it
 does not return counts as the last of the corpus, so MRR and recall are lower bounds.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
-from tda.retrieval import exact
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann import build, part
+from tda.retrieval.scann.index import CANDIDATES
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
 from tda.run.run import NO_STORE, Run
@@ -20,10 +21,10 @@ KINDS = ("none", "scann")
 
 
 def check(config) -> None:
-    """Nothing, where the search section of a config can be obeyed.
+    """Checks the search section of a config.
 
     Raises:
-        ValueError: it cannot; names the key.
+        ValueError: a value is unknown or conflicts with another; the message names the key.
         ScannError: ScaNN is not installed.
     """
     s = config.search
@@ -39,18 +40,19 @@ def check(config) -> None:
 
 
 def settings(config, source: Source) -> build.Settings | None:
-    """How the corpus is indexed; None where exact search is to be used, and says why."""
+    """Returns the settings of the index, or None, and says why, if search is to be exact."""
     s = config.search
     changes = {k: v for k, v in s.scann.items() if v is not None}
-    found = build.settings_for(
-        source.rows, source.form.width, config.eval.top_k, int(s.memory_gib * 2**30), **changes
+    memory_bytes = int(s.memory_gib * 2**30)
+    chosen = build.settings_for(
+        source.rows, source.form.width, config.eval.top_k, memory_bytes, **changes
     )
-    if found is None:
+    if chosen is None:
         print(
             f"search.index=scann: {source.rows:,} rows of {source.form.width:,} numbers are "
             "searched exactly, which is quick enough and has a recall of 1"
         )
-    return found
+    return chosen
 
 
 def search(
@@ -62,58 +64,67 @@ def search(
     fingerprints: dict[str, str],
     exactly: Callable[..., dict[str, Ranked]],
 ) -> tuple[dict[str, Ranked], dict[str, dict]]:
-    """What every method ranks, and what is to be told of its index.
+    """Returns the ranking of every method, and notes on its index for tables.
 
     Args:
         run: the run.
-        source, queries_QxE: gradients of the corpus and of the queries.
+        source: gradients of the corpus.
+        queries_QxE: gradients of the queries.
         scorers: the methods, by name.
         correct: for each set of labels, the correct rows of each query.
-        fingerprints: of all that decides a method's encodings, by name.
+        fingerprints: identity of each method's encodings, by name.
         exactly: exact search by queries, scorers, k and correct rows.
     """
-    config = run.config
-    k = config.eval.top_k
+    config, k = run.config, run.config.eval.top_k
     chosen = settings(config, source) if config.search.index == "scann" else None
     if chosen is None:
         return exactly(queries_QxE, scorers, k, correct), {}
-    ranked, told = {}, {}
+    count = min(len(queries_QxE), config.search.recall_queries)
+    rng = np.random.default_rng(config.data.seed)
+    sample = np.sort(rng.permutation(len(queries_QxE))[:count])
+    rankings, notes = {}, {}
     for name, scorer in scorers.items():
-        asked = _sample(config, len(queries_QxE))
         encodings_QxE = np.asarray(
             scoring.encode(queries_QxE, scorer.whitening, scorer.unit_norm, source.form.widths)
         )
 
-        def check_against(asked=asked, encodings=encodings_QxE, name=name, scorer=scorer):
-            found = exactly(queries_QxE[asked], {name: scorer}, 10, {})[name]
-            return encodings[asked], found
+        def rank_sample(encodings_QxE=encodings_QxE, name=name, scorer=scorer):
+            return encodings_QxE[sample], exactly(queries_QxE[sample], {name: scorer}, 10, {})[name]
 
+        read = functools.partial(scoring.read_encodings, source, scorer)
         index = build.build(
             run.workdir / "indices" / fingerprints[name],
-            lambda first, scorer=scorer: scoring.encode_source(
-                source, scorer, exact.step_rows(source.form.width)
-            ),
-            source.rows,
-            source.form.width,
+            read,
+            (source.rows, source.form.width),
             chosen,
             {"encodings": fingerprints[name]},
-            check_against,
+            rank_sample,
         )
-        deep = index.search(encodings_QxE, min(config.search.depth, source.rows))
-        ranked[name] = _cut(deep, k, correct, source.rows)
-        told[name] = {"index": {"settings": vars(chosen), "recall": index.recall}}
-    return ranked, told
-
-
-def _sample(config, queries: int) -> np.ndarray:
-    count = min(queries, config.search.recall_queries)
-    return np.sort(np.random.default_rng(config.data.seed).permutation(queries)[:count])
+        deep = index.search(
+            encodings_QxE,
+            min(config.search.depth, source.rows),
+            getattr(source, "withdrawn", None),
+            # An index of codes alone leaves the order of its candidates to their encodings.
+            read=None if chosen.reorder else read,
+            # As many as for the k rows of the recall: deeper ranks are worth no more reading.
+            candidates=CANDIDATES * k,
+        )
+        rankings[name] = _cut(deep, k, correct, source.rows)
+        notes[name] = {"index": {"settings": vars(chosen), "recall": index.recall}}
+    return rankings, notes
 
 
 def _cut(deep: Ranked, k: int, correct, rows: int) -> Ranked:
-    """The first k, and the ranks of the first correct passages among all that were returned."""
+    """Returns the first k rows, with the first correct rank among all rows that were returned."""
+
+    def rank(proponents_K: np.ndarray, correct_rows: np.ndarray) -> int:
+        if not len(correct_rows):
+            return 0
+        places = np.flatnonzero(np.isin(proponents_K, correct_rows))
+        return int(places[0]) + 1 if len(places) else rows
+
     ranks = {
-        label: np.array([_rank(deep.proponents[q], c, rows) for q, c in enumerate(lists)], np.int64)
+        label: np.array([rank(deep.proponents[q], c) for q, c in enumerate(lists)], np.int64)
         for label, lists in correct.items()
     }
     return Ranked(
@@ -123,13 +134,6 @@ def _cut(deep: Ranked, k: int, correct, rows: int) -> Ranked:
         deep.opponent_scores[:, :k],
         ranks,
     )
-
-
-def _rank(found_K: np.ndarray, correct: np.ndarray, rows: int) -> int:
-    if not len(correct):
-        return 0
-    at = np.flatnonzero(np.isin(found_K, correct))
-    return int(at[0]) + 1 if len(at) else rows
 
 
 def describe(notes: dict) -> list[str]:

@@ -1,5 +1,7 @@
 """The retriever against exact search over its source, in memory and through an index."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -116,14 +118,8 @@ def test_through_an_index(data, store, tmp_path):
         "read": dict(reorder=0),
     }.items():
         settings = build.Settings(97, dims_per_block=2, training_rows=97, **changes)
-        index = build.build(
-            tmp_path / name,
-            lambda first: scoring.encode_source(store, method, 32),
-            97,
-            8,
-            settings,
-            {},
-        )
+        read = functools.partial(scoring.read_encodings, store, method)
+        index = build.build(tmp_path / name, read, (97, 8), settings, {})
         retriever = Retriever(store, method, index)
         wanted = exact.search(queries, store, {"m": method}, 4)["m"]
         assert_same(retriever.search(queries, 4), wanted)

@@ -1,16 +1,16 @@
-"""Approximate search by ScaNN over encodings: an index on disk, built part by part.
+"""Approximate search by ScaNN over encodings: building an index on disk, part by part.
 
-    DIR/manifest.json   settings, shape, a fingerprint of the encodings, the recall against exact
+    DIR/manifest.json   settings, shape, fingerprint of the encodings, recall against exact search
     DIR/00000/...       the first rows of the corpus; 00001/ the next, and so on
 
-Every part covers consecutive rows, so memory does not grow with the corpus, and is in its place
-whole or not at all: a killed build goes on with the parts that are missing, and ends in the same
-bytes. The directory may be moved. ScaNN is optional: pip install 'tda[scann]'.
+Every part covers consecutive rows, so memory does not grow with the corpus, and appears whole or
+not at all: a killed build resumes with the missing parts and ends in the same bytes. The directory
+may be moved. ScaNN is optional: pip install 'tda[scann]'.
 """
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,127 +25,108 @@ from tda.runtime import progress
 
 __all__ = ["Index", "ScannError", "Settings", "build", "recall", "settings_for"]
 
-Chunks = Iterable[tuple[int, np.ndarray]]
+# Bytes of encodings to read at a time.
+_STEP_BYTES = 64 << 20
 
 
 def build(
     path,
-    chunks: Callable[[int], Chunks],
-    rows: int,
-    width: int,
+    read: Read,
+    shape: tuple[int, int],
     settings: Settings,
     fingerprint: dict,
     check: Callable[[], tuple[np.ndarray, Ranked]] | None = None,
-    read: Read | None = None,
 ) -> Index:
-    """Builds an index, goes on building it, or opens it where nothing is missing.
+    """Builds an index, resumes building it, or opens it if no part is missing.
 
-    The recall of a finished index is printed and kept in its manifest. One process builds at a
-    time.
+    The recall of a finished index is printed and kept in its manifest. Only one process may build
+    an index at a time.
 
     Args:
         path: a local directory.
-        chunks: called with a row's number, gives the encodings in order as (first row,
-            float32 [R, E]), from that row or from any before it. A row that is infinite is
-            invalid: it is never retrieved.
-        rows, width: C and E.
-        settings: how; `settings_for` chooses.
-        fingerprint: JSON values that say what the encodings are.
-        check: gives a sample of queries, float32 [Q, E], and their exact ranking; called when the
-            parts are there.
-        read: what searches will be given to score the candidates again; the recall is that of such
-            searches.
+        read: a function from row numbers to encodings; rows of missing parts are read once and in
+            order. An infinite row is invalid: it is never retrieved.
+        shape: C and E.
+        settings: settings of ScaNN; `settings_for` chooses them.
+        fingerprint: JSON values that identify the encodings.
+        check: a function that returns a sample of queries, float32 [Q, E], and their exact ranking,
+            called once all parts exist. The recall is that of searches as `Index.search` does them,
+            with `read` if the index keeps no encodings to reorder by.
 
     Raises:
-        ScannError: another index is there, or one of other settings; the rows given are not those
-            announced; no row is valid; ScaNN is not installed.
+        ScannError: the directory has an index of other encodings or settings; the encodings do not
+            fit the shape; no row is valid; ScaNN is not installed.
     """
-    root = pathlib.Path(path)
+    root, (rows, width) = pathlib.Path(path), shape
     if rows < 1 or width < 1:
         raise ScannError(f"there is nothing to index: {rows} rows of {width} numbers")
+    parts = scann_index.split_rows(rows, settings.part_rows)
     manifest = {
         "format": scann_index.FORMAT,
         "rows": rows,
         "width": width,
-        "parts": len(scann_index.parts_of(rows, settings.part_rows)),
+        "parts": len(parts),
         "settings": vars(settings),
         "fingerprint": json.loads(json.dumps(fingerprint)),
         "scann": scann_part.version(),
     }
     if (root / "manifest.json").exists():
-        there = scann_index.read_manifest(root)
-        scann_index.compare(root, {k: there.get(k) for k in manifest}, manifest)
+        stored = scann_index.read_manifest(root)
+        scann_index.check_same(root, {k: stored.get(k) for k in manifest}, manifest)
     else:
         root.mkdir(parents=True, exist_ok=True)
         scann_index.write_manifest(root, manifest | {"recall": None})
-    built = _fill(root, chunks, rows, width, settings)
+    directories = {scann_index.part_path(root, i): covered for i, covered in enumerate(parts)}
+    missing = {d: covered for d, covered in directories.items() if not d.exists()}
+    done = rows - sum(covered.stop - covered.start for covered in missing.values())
+    if missing:
+        # One buffer serves all parts: it is most of the memory that a build takes.
+        buffer = np.empty((max(s.stop - s.start for s in missing.values()), width), np.float32)
+        with progress.bar(rows, "index", "row", done) as bar:
+            for directory, covered in missing.items():
+                rows_N, x_NxE = _read_valid(read, covered, buffer)
+                scann_part.write_part(directory, covered, rows_N, x_NxE, settings)
+                bar.update(covered.stop - covered.start)
     index = Index.open(root)
     if not index.valid_rows:
         raise ScannError(f"none of the {rows} rows for {root} is valid: there is nothing to search")
-    if check is not None and (built or index.recall is None):
-        found = recall(index, *check(), read=read)
-        scann_index.write_manifest(root, manifest | {"recall": found})
-        index.recall = found
+    if check is not None and (missing or index.recall is None):
+        r = recall(index, *check(), read=None if settings.reorder else read)
+        scann_index.write_manifest(root, manifest | {"recall": r})
+        index.recall = r
         print(
-            f"index {root}: recall@{found['k']} against exact search over {found['queries']} "
-            f"queries: proponents {found['proponents']:.3f}, opponents {found['opponents']:.3f}",
+            f"index {root}: recall@{r['k']} against exact search over {r['queries']} queries: "
+            f"proponents {r['proponents']:.3f}, opponents {r['opponents']:.3f}",
             flush=True,
         )
     return index
 
 
-def _fill(root: pathlib.Path, chunks, rows: int, width: int, settings: Settings) -> int:
-    """Builds the parts that are missing; how many these were."""
-    missing = [
-        (scann_index.directory(root, i), covered)
-        for i, covered in enumerate(scann_index.parts_of(rows, settings.part_rows))
-        if not scann_index.directory(root, i).exists()
-    ]
-    if not missing:
-        return 0
-    done = rows - sum(s.stop - s.start for _, s in missing)
-    given = chunks(missing[0][1].start)
-    with progress.bar(rows, "index", "row", done) as bar:
-        gathered = _gathered(given, [s for _, s in missing], rows, width)
-        for (directory, covered), (rows_N, x_NxE) in zip(missing, gathered, strict=True):
-            scann_part.write(directory, covered, rows_N, x_NxE, settings)
-            bar.update(covered.stop - covered.start)
-    return len(missing)
-
-
-def _gathered(
-    chunks: Chunks, wanted: list[slice], rows: int, width: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The valid rows of every part wanted and their encodings, which the next ones overwrite."""
-    buffer = np.empty((max(s.stop - s.start for s in wanted), width), np.float32)
-    stream, first, x = iter(chunks), 0, np.empty((0, width), np.float32)
-    for part in wanted:
-        at, numbers = part.start, []
-        while at < part.stop:
-            while first + len(x) <= at:
-                first, x = next(stream, (rows, None))
-                if x is None or first > at:
-                    raise ScannError(f"the encodings of rows {at} to {min(first, rows)} are absent")
-                if x.ndim != 2 or x.shape[1] != width or first + len(x) > rows:
-                    raise ScannError(
-                        f"encodings {list(x.shape)} of rows from {first} do not fit an index of "
-                        f"{rows} rows, {width} numbers each"
-                    )
-            some = x[at - first : part.stop - first]
-            own = at + np.flatnonzero(store.valid(some))
-            kept = sum(map(len, numbers))
-            buffer[kept : kept + len(own)] = x[own - first]
-            numbers.append(own)
-            at += len(some)
-        rows_N = np.concatenate(numbers)
-        x_NxE = buffer[: len(rows_N)]
-        bad = np.flatnonzero(~np.isfinite(x_NxE.sum(axis=1, dtype=np.float64)))
-        if len(bad):
+def _read_valid(read: Read, covered: slice, buffer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the valid rows of a part into the buffer; returns their numbers and encodings."""
+    width = buffer.shape[1]
+    step = max(1, _STEP_BYTES // (4 * width))
+    numbers, count = [], 0
+    for first in range(covered.start, covered.stop, step):
+        rows = np.arange(first, min(first + step, covered.stop))
+        x = read(rows)
+        if x.shape != (len(rows), width):
             raise ScannError(
-                f"the encoding of row {rows_N[bad[0]]} has a number that is not finite; an invalid "
-                "row is infinite throughout"
+                f"encodings {list(x.shape)} of rows from {first} do not fit {len(rows)} rows of "
+                f"{width} numbers"
             )
-        yield rows_N, x_NxE
+        valid = store.valid(x)
+        numbers.append(rows[valid])
+        buffer[count : count + len(numbers[-1])] = x[valid]
+        count += len(numbers[-1])
+    rows_N, x_NxE = np.concatenate(numbers), buffer[:count]
+    bad = np.flatnonzero(~np.isfinite(x_NxE.sum(axis=1, dtype=np.float64)))
+    if len(bad):
+        raise ScannError(
+            f"the encoding of row {rows_N[bad[0]]} has a number that is not finite; an invalid "
+            "row is infinite throughout"
+        )
+    return rows_N, x_NxE
 
 
 def recall(
@@ -155,16 +136,17 @@ def recall(
     k: int | None = None,
     read: Read | None = None,
 ) -> dict:
-    """The share of the exact k best, and k worst, rows that an index finds.
+    """Returns the share of the exact k best, and k worst, rows that an index finds.
 
-    Where equal scores stand on both sides of the k-th, the other row found counts as missed.
+    If equal scores stand on both sides of the k-th, a row that exact search left out counts as
+    missed.
 
     Args:
         index: the index.
         queries_QxE: encodings of the queries.
-        exact: what exact search ranks for these.
-        k: how many of each; as many as `exact` has by default.
-        read: what the search is given to score the candidates again.
+        exact: the exact ranking of these queries.
+        k: rows of each query to compare; all that `exact` has by default.
+        read: as in `Index.search`.
 
     Returns:
         {"k", "queries", "proponents", "opponents"}, the last two from 0 to 1.
@@ -172,22 +154,22 @@ def recall(
     Raises:
         ScannError: the exact ranking has no queries, other queries, or fewer rows.
     """
-    kept = exact.proponents.shape[1]
-    k = k or kept
-    if not 0 < k <= kept or len(exact.proponents) != len(queries_QxE) or not len(queries_QxE):
+    depth = exact.proponents.shape[1]
+    k = k or depth
+    if not 0 < k <= depth or len(exact.proponents) != len(queries_QxE) or not len(queries_QxE):
         raise ScannError(
             f"recall@{k} of {len(queries_QxE)} queries cannot be told from an exact ranking of "
-            f"{len(exact.proponents)} queries, {kept} rows each"
+            f"{len(exact.proponents)} queries, {depth} rows each"
         )
-    found = index.search(queries_QxE, k, read=read)
+    approximate = index.search(queries_QxE, k, read=read)
     return {
         "k": k,
         "queries": len(queries_QxE),
-        "proponents": _shared(found.proponents, exact.proponents[:, :k]),
-        "opponents": _shared(found.opponents, exact.opponents[:, :k]),
+        "proponents": _overlap(approximate.proponents, exact.proponents[:, :k]),
+        "opponents": _overlap(approximate.opponents, exact.opponents[:, :k]),
     }
 
 
-def _shared(found_Qxk: np.ndarray, exact_Qxk: np.ndarray) -> float:
-    """The share of the exact rows that are among those found."""
-    return float((exact_Qxk[:, :, None] == found_Qxk[:, None, :]).any(axis=2).mean())
+def _overlap(rows_Qxk: np.ndarray, exact_Qxk: np.ndarray) -> float:
+    """Returns the share of the exact rows that are among the others."""
+    return float((exact_Qxk[:, :, None] == rows_Qxk[:, None, :]).any(axis=2).mean())

@@ -1,13 +1,12 @@
 """One part of an approximate index: consecutive rows of a corpus, as ScaNN's files in a directory.
 
-    rows.npy        int64 [N]: which rows of the corpus are in the part (the valid ones)
-    part.json       the rows that it covers, and the size of every file
-    scann_*, *.npy  ScaNN's own files
-
-A directory is data: nothing in it is unpickled, and its files name each other by relative paths.
+rows.npy        int64 [N], the valid rows of the part, as row numbers of the corpus
+part.json       the rows that the part covers, and the size of every file
+scann_*, *.npy  the files of ScaNN's `serialize`
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -18,21 +17,21 @@ import numpy as np
 
 from tda.retrieval.scann.settings import Settings
 
-# Below, codes cannot be learned, and scoring every row costs nothing.
-_FEWEST = 256
+# ScaNN's codes cannot be learned from fewer rows, and scoring so few one by one costs nothing.
+_FEWEST_ROWS = 256
 # Queries that a thread takes at a time.
 _BATCH = 32
 
 
 class ScannError(ValueError):
-    """An index cannot be made, is absent, unfinished, damaged, or not of what it is used with."""
+    """An index that cannot be built, or is absent, unfinished, damaged or of other encodings."""
 
 
-def library():
-    """ScaNN's module of searchers, imported when first needed: it is optional.
+def import_scann():
+    """Imports ScaNN when it is first needed, since it is optional.
 
     Raises:
-        ScannError: it is not installed, or does not load here.
+        ScannError: ScaNN is not installed or does not load on this machine.
     """
     try:
         from scann.scann_ops.py import scann_ops_pybind
@@ -45,21 +44,19 @@ def library():
 
 
 def version() -> str:
-    """ScaNN's version."""
-    from importlib import metadata
-
-    library()
-    return metadata.version("scann")
+    """Returns ScaNN's version, or raises ScannError if it is not installed."""
+    import_scann()
+    return importlib.metadata.version("scann")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part that is loaded.
+    """A part in memory.
 
     Attributes:
-        rows: int64 [N], rows of the corpus, rising.
-        searcher: ScaNN's; None where no row is valid.
-        settings: what it was built with.
+        rows: row numbers of the corpus, int64 [N], rising.
+        searcher: ScaNN's searcher; None if no row is valid.
+        settings: the settings that it was built with.
     """
 
     rows: np.ndarray
@@ -67,89 +64,100 @@ class Part:
     settings: Settings
 
     def search(
-        self, encodings_QxE: np.ndarray, k: int, gone: np.ndarray, leaves: int = 0, reorder: int = 0
+        self,
+        encodings_QxE: np.ndarray,
+        k: int,
+        without: np.ndarray,
+        leaves: int = 0,
+        reorder: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k rows with the largest inner products: rows and scores, each [Q, ≤ k], best first.
+        """Returns the rows with the largest inner products and these, each [Q, ≤ k], best first.
 
         Args:
-            encodings_QxE: queries, float32.
-            k: how many; all that there are, where they are fewer.
-            gone: sorted rows of the corpus that are not to be returned.
-            leaves, reorder: instead of the settings' `leaves_to_search` and `reorder`, unless 0.
+            encodings_QxE: the queries' encodings, float32.
+            k: number of rows; all rows of the part if they are fewer.
+            without: rows of the corpus to leave out, sorted.
+            leaves: `leaves_to_search`; 0 takes that of the settings.
+            reorder: as in the settings; 0 takes that of the settings.
         """
-        gone_N = np.isin(self.rows, gone)
-        wanted = min(k, int((~gone_N).sum()))
+        excluded_N = np.isin(self.rows, without)
+        k = min(k, int((~excluded_N).sum()))
         count = len(encodings_QxE)
-        rows, scores = np.zeros((count, wanted), np.int64), np.zeros((count, wanted), np.float32)
-        lacking = np.arange(count) if wanted else np.arange(0)
-        fetched = min(len(self.rows), wanted + min(wanted, int(gone_N.sum())))
-        while len(lacking):
-            at, found = self._nearest(encodings_QxE[lacking], fetched, leaves, reorder)
-            kept = ~np.isnan(found) & ~gone_N[at]
-            enough = np.flatnonzero(kept.sum(axis=1) >= wanted)
-            # Those kept move to the front, in their order.
-            front = np.argsort(~kept[enough], axis=1, kind="stable")[:, :wanted]
-            rows[lacking[enough]] = self.rows[np.take_along_axis(at[enough], front, 1)]
-            scores[lacking[enough]] = np.take_along_axis(found[enough], front, 1)
-            lacking = np.delete(lacking, enough)
-            if len(lacking) and fetched == len(self.rows) and leaves == self.settings.leaves:
-                raise ScannError(f"ScaNN found fewer than {wanted} rows where there are as many")
-            # The leaves held too few, or too many of the rows are gone.
+        rows, scores = np.zeros((count, k), np.int64), np.zeros((count, k), np.float32)
+        pending = np.arange(count) if k else np.arange(0)
+        fetched = min(len(self.rows), k + min(k, int(excluded_N.sum())))
+        while len(pending):
+            places, values = self._nearest(encodings_QxE[pending], fetched, leaves, reorder)
+            usable = ~np.isnan(values) & ~excluded_N[places]
+            enough = np.flatnonzero(usable.sum(axis=1) >= k)
+            # A stable sort moves the usable ones to the front and keeps their order.
+            front = np.argsort(~usable[enough], axis=1, kind="stable")[:, :k]
+            rows[pending[enough]] = self.rows[np.take_along_axis(places[enough], front, 1)]
+            scores[pending[enough]] = np.take_along_axis(values[enough], front, 1)
+            pending = np.delete(pending, enough)
+            if len(pending) and fetched == len(self.rows) and leaves == self.settings.leaves:
+                raise ScannError(f"ScaNN returned fewer than {k} rows though there are as many")
+            # The searched leaves hold too few rows, or too many of them are left out: ask for more.
             fetched, leaves = min(len(self.rows), 4 * fetched), self.settings.leaves
         return rows, scores
 
     def _nearest(self, encodings_QxE, k: int, leaves: int, reorder: int):
-        """Places in `rows` and scores, each [Q, k]; a score is NaN where fewer were found."""
+        """Returns places in `rows` and scores, each [Q, k]; NaN scores if fewer were found."""
         reorder = max(k, reorder or self.settings.reorder)
-        threads = min(_BATCH, -(-len(encodings_QxE) // (os.cpu_count() or 1)))
-        at, scores = self.searcher.search_batched_parallel(
-            encodings_QxE, k, reorder, leaves or self.settings.leaves_to_search or None, threads
-        )
-        return at.astype(np.int64), scores
+        leaves = leaves or self.settings.leaves_to_search or None
+        batch = min(_BATCH, -(-len(encodings_QxE) // (os.cpu_count() or 1)))
+        search = self.searcher.search_batched_parallel
+        places, scores = search(encodings_QxE, k, reorder, leaves, batch)
+        return places.astype(np.int64), scores
 
 
-def write(
+def write_part(
     path: pathlib.Path, covered: slice, rows_N: np.ndarray, encodings_NxE, settings: Settings
 ) -> None:
-    """Builds a part; the directory appears whole or not at all.
+    """Builds a part; its directory appears whole or not at all.
 
-    The same rows give the same bytes, with any number of threads: k-means starts from centres that
-    are chosen by k-means++ with a fixed generator (from random ones, it would not).
+    The same rows give the same bytes, with any number of threads.
 
     Args:
         path: the directory.
         covered: rows of the corpus that the part covers.
-        rows_N: those of them that are valid.
-        encodings_NxE: float32, of these.
-        settings: how.
+        rows_N: the valid rows among them.
+        encodings_NxE: encodings of the valid rows, float32.
+        settings: settings of ScaNN.
 
     Raises:
-        ScannError: ScaNN refuses, or the disk does.
+        ScannError: ScaNN fails, or the disk does.
     """
     temporary = path.with_name(path.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         if len(rows_N):
-            _searcher(encodings_NxE, settings).serialize(str(temporary), relative_path=True)
+            searcher = _build_searcher(encodings_NxE, settings)
+            searcher.serialize(str(temporary), relative_path=True)
         np.save(temporary / "rows.npy", rows_N)
-        files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-        about = {"first": covered.start, "stop": covered.stop, "valid": len(rows_N)}
-        about["files"] = files
-        (temporary / "part.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        description = {
+            "first": covered.start,
+            "stop": covered.stop,
+            "valid": len(rows_N),
+            "files": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
+        }
+        text = json.dumps(description, indent=1) + "\n"
+        (temporary / "part.json").write_text(text, encoding="utf-8")
+        # On disk before the directory gets its name, so that not even a power cut leaves half.
         for file in [*temporary.iterdir(), temporary]:
-            _to_disk(file)
+            _flush(file)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        _flush(path.parent)
     except (OSError, RuntimeError, ValueError) as error:
         raise ScannError(f"cannot build {path}: {error}") from error
 
 
-def _searcher(encodings_NxE, settings: Settings):
-    scann = library()
-    count, nan = len(encodings_NxE), float("nan")
+def _build_searcher(encodings_NxE, settings: Settings):
+    scann = import_scann()
+    count = len(encodings_NxE)
     builder = scann.builder(encodings_NxE, 10, "dot_product").set_n_training_threads(os.cpu_count())
-    if count < _FEWEST or not (settings.dims_per_block or settings.leaves):
+    if count < _FEWEST_ROWS or not (settings.dims_per_block or settings.leaves):
         return builder.score_brute_force().build()
     leaves = min(settings.leaves, count // 16)
     if leaves > 1:
@@ -158,7 +166,7 @@ def _searcher(encodings_NxE, settings: Settings):
             min(leaves, settings.leaves_to_search),
             training_sample_size=settings.training_rows,
             training_iterations=settings.training_iterations,
-            # Random centres would be other ones in every run.
+            # k-means++ has a fixed generator; random centres would differ between two builds.
             random_init=False,
             soar_lambda=settings.soar or None,
         )
@@ -168,7 +176,7 @@ def _searcher(encodings_NxE, settings: Settings):
 
     builder = builder.score_ah(
         settings.dims_per_block,
-        anisotropic_quantization_threshold=settings.threshold or nan,
+        anisotropic_quantization_threshold=settings.threshold or float("nan"),
         training_sample_size=settings.training_rows,
         training_iterations=settings.training_iterations,
         residual_quantization=settings.residual and leaves > 1,
@@ -179,7 +187,7 @@ def _searcher(encodings_NxE, settings: Settings):
     return builder.build()
 
 
-def _to_disk(path: pathlib.Path) -> None:
+def _flush(path: pathlib.Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -187,70 +195,53 @@ def _to_disk(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def refuse_pickles(path: pathlib.Path) -> None:
-    """Nothing, where no file below a directory is a pickle.
-
-    Raises:
-        ScannError: one is.
-    """
-    for file in path.rglob("*"):
-        if file.suffix in (".pkl", ".pickle"):
-            raise ScannError(
-                f"{file} is a pickle, which could run anything: an index has none, and this one is "
-                "not opened"
-            )
-
-
-def check(path: pathlib.Path, covered: slice) -> tuple[int, int]:
-    """Looks for what is wrong with a part's files, without reading the large ones.
+def check_part(path: pathlib.Path, covered: slice) -> tuple[int, int]:
+    """Checks a part's files by their sizes: ScaNN's own loader may crash on a truncated file.
 
     Returns:
-        Bytes of all its files, and the rows in it.
+        The bytes of all files, and the number of valid rows.
 
     Raises:
-        ScannError: one is missing, truncated, or not its own.
+        ScannError: a file is missing or has another size, or the part covers other rows.
     """
     advice = "remove the directory and build the index again: only this part is made anew"
-    names = sorted(p.name for p in path.iterdir())
     try:
-        about = json.loads((path / "part.json").read_text(encoding="utf-8"))
-        sizes = {str(name): int(size) for name, size in about["files"].items()}
-        there, valid = slice(about["first"], about["stop"]), int(about["valid"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        description = json.loads((path / "part.json").read_text(encoding="utf-8"))
+        sizes, valid = dict(description["files"]), int(description["valid"])
+        rows = slice(description["first"], description["stop"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScannError(f"{path / 'part.json'} cannot be read ({error}); {advice}") from error
-    if there != covered:
+    if rows != covered:
         raise ScannError(
-            f"{path} has rows {there.start} to {there.stop}, not {covered.start} to {covered.stop};"
-            f" {advice}"
+            f"{path} has rows {rows.start} to {rows.stop}, not {covered.start} to {covered.stop}; "
+            f"{advice}"
         )
     for name, size in sizes.items():
-        file = path / name
-        if name not in names:
-            raise ScannError(f"{file} is missing; {advice}")
-        if file.stat().st_size != size:
-            raise ScannError(f"{file} has {file.stat().st_size} bytes, not {size}; {advice}")
-    for name in set(names) - sizes.keys() - {"part.json"}:
-        raise ScannError(f"{path / name} is not a file of the index; remove it")
+        actual = (path / name).stat().st_size if (path / name).exists() else "no"
+        if actual != size:
+            raise ScannError(f"{path / name} has {actual} bytes, not {size}; {advice}")
     return sum(sizes.values()), valid
 
 
-def load(path: pathlib.Path, settings: Settings) -> Part:
-    """Reads a part that `check` found nothing wrong with.
+def load_part(path: pathlib.Path, settings: Settings) -> Part:
+    """Loads a part that `check_part` has checked.
+
+    Reads what ScaNN's `load_searcher` reads, except for `scann_docids.pkl`, which it would
+    unpickle: an index has no document ids, and a pickle could run anything.
 
     Raises:
-        ScannError: its files do not fit together.
+        ScannError: the files do not fit together, or name files elsewhere.
     """
-    scann = library()
+    scann = import_scann()
     try:
         rows = np.load(path / "rows.npy", allow_pickle=False)
         if not len(rows):
             return Part(rows, None, settings)
         assets = (path / "scann_assets.pbtxt").read_text(encoding="utf-8")
         for name in re.findall(r'asset_path: *"([^"]*)"', assets):
-            # An index could else read files from anywhere.
+            # Otherwise an index from someone else could read files from anywhere.
             if pathlib.PurePath(name).name != name:
                 raise ScannError(f"{path / 'scann_assets.pbtxt'} names a file elsewhere: {name}")
-        # Not by ScaNN's own loader, which unpickles.
         searcher = scann.ScannSearcher(scann.scann_pybind.ScannNumpy(str(path), assets))
     except (OSError, RuntimeError, ValueError) as error:
         raise ScannError(f"cannot load {path}: {error}") from error
