@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -118,15 +119,20 @@ def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_pat
     assert not (path / "indices").exists()
 
 
-def test_through_an_index_the_recall_stands_beside_the_table(config, run, capsys, monkeypatch):
+@pytest.mark.parametrize("encodings", ["kept in the index", "read from the store"])
+def test_through_an_index_the_recall_stands_beside_the_table(
+    config, run, capsys, monkeypatch, encodings
+):
     pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
     path, metrics = run
+    shutil.rmtree(path / "indices", ignore_errors=True)
     other = config.copy_and_resolve_references()
     other.search.index = "scann"
     rows = stores.open_store(corpora(path)[0]).rows
     monkeypatch.setattr(settings, "_EXACT_NUMBERS", 0)
-    whole = dict(part_rows=rows, dims_per_block=2, reorder=rows, reorder_dtype="float32")
-    other.search.scann.update(whole, training_rows=max(16, rows))
+    reorder = rows if encodings == "kept in the index" else 0
+    one_part = dict(part_rows=rows, dims_per_block=2, reorder=reorder, reorder_dtype="float32")
+    other.search.scann.update(one_part, training_rows=max(16, rows))
     # Every row is scored again by its encoding: what is found is what exact search finds.
     found = stages.trace(other, Workdir(path))[0]
     for name, m in metrics.items():
