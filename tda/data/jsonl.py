@@ -15,15 +15,15 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class RecordError(ValueError):
-    """A record cannot be used; the message names where it stands, the field and what is wanted."""
+    """A record that cannot be used; the message names its place, the field and what is expected."""
 
 
 def iter_records(path: Paths) -> Iterator[tuple[str, Any]]:
     """Streams the decoded JSON values of some files; blank lines are skipped.
 
     Args:
-        path: A file, a glob pattern, or a list of files. Gzip is known by its first bytes, since
-            a downloaded file may have lost its suffix.
+        path: A file, a glob pattern, or a list of files. Gzip is recognised by its first bytes,
+            since a downloaded file may have lost its suffix.
 
     Yields:
         The place of each record, such as "facts.jsonl.gz, line 17", and its value.
@@ -95,15 +95,15 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 
 def half_character(text: str) -> str | None:
-    """What is wrong with a text that has a lone surrogate, and what to do; None where it has none.
+    """Returns what is wrong with a text that has a lone surrogate, and the remedy; else None.
 
-    JSON can write one ("\\ud83d"), but it is no Unicode: no tokenizer and no file takes it.
+    JSON can hold one ("\\ud83d"), but it is not Unicode: no tokenizer and no file accepts it.
     """
     if text.isascii():
         return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        found = f"\\u{ord(text[error.start]):04x} at {error.start}"
-        return f"half a character, {found} (a lone surrogate); replace it, by U+FFFD or a space"
+        surrogate = f"\\u{ord(text[error.start]):04x} at {error.start}"
+        return f"half a character, {surrogate} (a lone surrogate); replace it, by U+FFFD or a space"
     return None
