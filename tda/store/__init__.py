@@ -1,14 +1,14 @@
-"""The gradient store: raw projected gradients on disk, with the passages that they are of.
+"""The gradient store: raw projected gradients on disk, with their passages.
 
-    DIR/manifest.json           what the rows are: shape, blocks, a fingerprint of what made them
+    DIR/manifest.json           shape, blocks, and a fingerprint of what the rows were made from
     DIR/withdrawn.json          rows that were withdrawn, if any
     DIR/0/gradients             zarr v3 array [C, E], one file a shard, each chunk with its CRC32C
     DIR/0/scales                zarr v3 array [C, blocks], where the gradients are int8
     DIR/0/passages              id, document and text of every row (array_record)
     DIR/0/ids, DIR/0/documents  zarr v3 arrays: from the hash of a name to its row
-    DIR/1/...                   the same for the passages that were appended, and so on
+    DIR/1/...                   the same for passages that were appended, and so on
 
-A shard appears whole or not at all, so a killed run goes on with the shards that are missing. DIR
+A shard appears whole or not at all, so a killed run resumes with the missing shards. DIR
 is local, `gs://` or `s3://`, and any zarr reader opens the arrays.
 """
 

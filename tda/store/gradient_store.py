@@ -1,4 +1,4 @@
-"""The gradient store as its users see it: rows by number, shards to write, passages by name."""
+"""The gradient store: rows by number, shards to write, passages by name."""
 
 import functools
 from collections import deque
@@ -17,18 +17,18 @@ from tda.store.segment import Form, Segment, Span
 FORMAT = 2
 _SPAN_BYTES = 64 << 20
 _SPANS_AHEAD = 3
-# One waits for the disk while another checks what it has read.
+# One reader waits for the disk while the other checks checksums.
 _READERS = 2
 
 
 class GradientStore:
-    """Rows of projected gradients with their passages. Made by `create` or `open_store`.
+    """Rows of projected gradients with their passages. Returned by `create` and `open_store`.
 
     Attributes:
-        location: where it is.
-        path: the same as a string.
-        manifest: what its rows are.
-        form: dtype and widths of its rows.
+        location: its directory.
+        path: the directory as a string.
+        manifest: the JSON value that describes its rows.
+        form: dtype and block widths of its rows.
     """
 
     def __init__(self, location: Location):
@@ -44,7 +44,7 @@ class GradientStore:
 
     @property
     def rows(self) -> int:
-        """C, the number of rows when finished; withdrawn ones count too."""
+        """C, the number of rows of the finished store, withdrawn rows included."""
         return self._firsts[-1]
 
     @property
@@ -54,17 +54,17 @@ class GradientStore:
 
     @property
     def slices(self) -> list[slice]:
-        """Where each block stands in a row."""
+        """The columns of each block."""
         ends = np.cumsum([0, *self.form.widths])
         return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     @property
     def ids(self) -> list[str]:
-        """The ids of all rows, in order: every record is read."""
+        """The ids of all rows, in order; reads every record."""
         return [p.id for s in self._segments for p in s.passages]
 
     def passages(self, numbers: Sequence[int]) -> list[Passage]:
-        """Id, document and text of some rows, read at random.
+        """Reads id, document and text of rows, in the order of `numbers`.
 
         Raises:
             IndexError: there is no such row.
@@ -77,7 +77,7 @@ class GradientStore:
         return out
 
     def _checked(self, numbers) -> np.ndarray:
-        """Numbers of rows, int64; an IndexError where there is no such row."""
+        """Returns row numbers as int64; raises an IndexError where there is no such row."""
         numbers = np.asarray(numbers, np.int64)
         outside = numbers[(numbers < 0) | (numbers >= self.rows)]
         if len(outside):
@@ -85,10 +85,10 @@ class GradientStore:
         return numbers
 
     def row_of(self, name: str) -> int:
-        """The row of the passage with this id, withdrawn or not.
+        """Returns the row of the passage with this id, withdrawn or not.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such passage.
         """
         for segment, first in zip(self._segments, self._firsts, strict=False):
             for row in segment.passages.rows_of(name):
@@ -96,29 +96,29 @@ class GradientStore:
         raise KeyError(f"{self.path} has no passage {name!r}")
 
     def rows_of_document(self, name: str) -> list[int]:
-        """The rows of a document's passages; empty where there is no such document."""
+        """Returns the rows of a document's passages; empty where there is no such document."""
         pairs = zip(self._segments, self._firsts, strict=False)
         return [first + r for s, first in pairs for r in s.passages.rows_of_document(name)]
 
     @functools.cached_property
     def withdrawn(self) -> np.ndarray:
-        """Rows that were withdrawn, int64, rising."""
-        there = self.location.read_json("withdrawn.json")
-        return np.asarray(there["rows"] if there else [], np.int64)
+        """Rows that were withdrawn, int64, ascending."""
+        stored = self.location.read_json("withdrawn.json")
+        return np.asarray(stored["rows"] if stored else [], np.int64)
 
     def withdraw(self, ids: Sequence[str] = (), documents: Sequence[str] = ()) -> int:
         """Withdraws passages: from now on they take no part in R and are never retrieved.
 
         Their gradients stay on disk until the store is removed. Of several processes the first
-        writes it down. What others withdrew stays withdrawn, even where two do it at once; stores
-        that are open elsewhere keep the list that they have read.
+        writes the list. Concurrent withdrawals are both kept; stores that are open elsewhere keep
+        the list that they have read.
 
         Args:
-            ids: of passages.
-            documents: whose passages are all withdrawn.
+            ids: ids of passages.
+            documents: ids of documents, whose passages are all withdrawn.
 
         Returns:
-            How many rows were withdrawn that had not been before, by anybody.
+            The number of rows that had not been withdrawn before.
 
         Raises:
             StoreError: there is no such passage or document; nothing is withdrawn then.
@@ -126,12 +126,12 @@ class GradientStore:
         more = processes.on_first_process(
             "withdraw passages", lambda: self._withdraw(ids, documents)
         )
-        # It is read again when it is asked for.
+        # Drops the cached property, so that the list is read again.
         self.__dict__.pop("withdrawn", None)
         return more
 
     def _withdraw(self, ids, documents) -> int:
-        """Writes it down; returns how many rows were not there before."""
+        """Writes the list; returns the number of new rows."""
         numbers, absent, more = set(), [], 0
         for name in ids:
             try:
@@ -139,36 +139,36 @@ class GradientStore:
             except KeyError:
                 absent.append(f"passage {name!r}")
         for name in documents:
-            found = self.rows_of_document(name)
-            numbers.update(found)
-            if not found:
+            rows = self.rows_of_document(name)
+            numbers.update(rows)
+            if not rows:
                 absent.append(f"document {name!r}")
         if absent:
             raise StoreError(f"{self.path} has no {', no '.join(absent[:5])}; nothing is withdrawn")
 
-        def joined(there):
+        def add(stored):
             nonlocal more
-            before = set(there["rows"] if there else [])
+            before = set(stored["rows"] if stored else [])
             more = len(numbers - before)
             return {"rows": sorted(numbers | before)}
 
-        self.location.update_json("withdrawn.json", joined)
+        self.location.update_json("withdrawn.json", add)
         return more
 
     def shards(self) -> list[slice]:
-        """The rows of every shard."""
+        """Returns the rows of every shard."""
         out = []
         for segment, first in zip(self._segments, self._firsts, strict=False):
-            own = map(segment.rows_of, range(segment.shards))
-            out += [slice(first + s.start, first + s.stop) for s in own]
+            rows = map(segment.rows_of, range(segment.shards))
+            out += [slice(first + s.start, first + s.stop) for s in rows]
         return out
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not written yet."""
+        """Returns the numbers of the shards that are not written yet."""
         out, before = [], 0
         for segment in self._segments:
-            there = segment.written()
-            out += [before + i for i in range(segment.shards) if i not in there]
+            written = segment.written()
+            out += [before + i for i in range(segment.shards) if i not in written]
             before += segment.shards
         return out
 
@@ -181,7 +181,7 @@ class GradientStore:
         raise IndexError(f"{self.path} has no shard of that number")
 
     def _split(self, numbers: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
-        """Rows by segment: which of the numbers, and what they are in it."""
+        """Yields each segment with the positions in `numbers` and the local numbers of its rows."""
         for segment, first in zip(self._segments, self._firsts, strict=False):
             at = np.flatnonzero((numbers >= first) & (numbers < first + segment.rows))
             if len(at):
@@ -190,7 +190,7 @@ class GradientStore:
     def write(self, shard: int, encodings_RxE: np.ndarray) -> list[str]:
         """Writes a whole shard, atomically.
 
-        A row with a number that is not finite is stored as invalid. It takes no part in R and is
+        A row with a number that is not finite is stored as invalid: it takes no part in R and is
         never retrieved.
 
         Returns:
@@ -200,20 +200,20 @@ class GradientStore:
             StoreError: the rows are not the shard's, or cannot be written.
         """
         segment, number = self._place(shard)
-        own = segment.rows_of(number)
-        wanted = (own.stop - own.start, self.width)
-        if encodings_RxE.shape != wanted:
+        rows = segment.rows_of(number)
+        shape = (rows.stop - rows.start, self.width)
+        if encodings_RxE.shape != shape:
             raise StoreError(
-                f"shard {shard} takes rows of shape {wanted}, not {encodings_RxE.shape}"
+                f"shard {shard} takes rows of shape {shape}, not {encodings_RxE.shape}"
             )
         try:
             bad = segment.write(number, encodings_RxE)
         except (ValueError, OSError) as error:
             raise StoreError(f"cannot write shard {shard} of {self.path}: {error}") from error
-        return [p.id for p in segment.passages.read(own.start + np.flatnonzero(bad))]
+        return [p.id for p in segment.passages.read(rows.start + np.flatnonzero(bad))]
 
     def read(self, numbers) -> np.ndarray:
-        """Rows by slice or by an array of row numbers: float32 [R, E].
+        """Reads rows by slice or by an array of row numbers: float32 [R, E].
 
         A row that holds no finite gradient, or was withdrawn, is infinite throughout.
 
@@ -226,16 +226,16 @@ class GradientStore:
         numbers = self._checked(numbers)
         out = np.empty((len(numbers), self.width), np.float32)
         for segment, at, local in self._split(numbers):
-            out[at] = self._advised(segment.read, local).decoded(self.form.widths)
+            out[at] = self._read_advising(segment.read, local).decoded(self.form.widths)
         out[np.isin(numbers, self.withdrawn)] = np.inf
         return out
 
     def scan(self, step: int, part: tuple[int, int] = (0, 1)) -> Iterator[Rows]:
-        """All rows in order, at most `step` at a time; files are read ahead.
+        """Reads all rows in order, at most `step` at a time; files are read ahead.
 
         Args:
             step: rows at a time, a power of two.
-            part: (i, n): only the i-th of n equal parts of the shards, for n readers.
+            part: (i, n) to read only shards i, i + n, …, as the i-th of n readers.
 
         Raises:
             StoreError: a shard is missing or damaged.
@@ -252,8 +252,9 @@ class GradientStore:
     def _spans(self, step: int, part: tuple[int, int]) -> Iterator[tuple[Segment, int, Span]]:
         number = 0
         for segment, first in zip(self._segments, self._firsts, strict=False):
-            wanted = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
-            length = 1 << (wanted.bit_length() - 1)
+            rows = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
+            # A power of two is a multiple of both the step and the chunk, which are powers too.
+            length = 1 << (rows.bit_length() - 1)
             for shard in range(segment.shards):
                 if number % part[1] == part[0]:
                     for span in segment.spans(shard, length):
@@ -261,35 +262,38 @@ class GradientStore:
                 number += 1
 
     def _read_span(self, segment: Segment, first: int, span: Span) -> Rows:
-        found = self._advised(segment.read_span, span)
+        rows = self._read_advising(segment.read_span, span)
         start, stop = first + span.start, first + span.stop
-        gone = self.withdrawn[slice(*np.searchsorted(self.withdrawn, [start, stop]))]
-        found.valid[gone - start] = False
-        return Rows(start, found.values, found.scales, found.valid)
+        withdrawn = self.withdrawn[slice(*np.searchsorted(self.withdrawn, [start, stop]))]
+        rows.valid[withdrawn - start] = False
+        return Rows(start, rows.values, rows.scales, rows.valid)
 
-    def _advised(self, read, what) -> Rows:
-        """`read(what)`; where that is damaged, it is told how to find all that is."""
+    def _read_advising(self, read, index) -> Rows:
+        """Returns `read(index)`; an error of damage also names the command that repairs it."""
         try:
-            return read(what)
+            return read(index)
         except StoreError as error:
             if "damaged" not in str(error):
                 raise
             command = f"python -m experiments.store verify {self.path}"
-            raise StoreError(f"{error}; {command} finds all that is, and removes it") from error
+            raise StoreError(
+                f"{error}; {command} finds all damaged files and removes them"
+            ) from error
 
     def chunks(self, step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows in order as (first row, float32 [≤ step, E]); the next are read ahead.
+        """Yields all rows in order as (first row, float32 [≤ step, E]); files are read ahead.
 
         By default a chunk has 4096 rows, or fewer where these would take more than 64 MiB.
         """
         largest = max(1, min(4096, _SPAN_BYTES // (4 * self.width)))
-        for found in self.scan(step or 1 << (largest.bit_length() - 1)):
-            yield found.first, found.decoded(self.form.widths)
+        for rows in self.scan(step or 1 << (largest.bit_length() - 1)):
+            yield rows.first, rows.decoded(self.form.widths)
 
     def damage(self, shard: int) -> str | None:
-        """What is wrong with a shard that is there: all of it is read.
+        """Reads a whole shard and describes its damage.
 
-        None where nothing is, or the shard is missing.
+        Returns:
+            The error; None where the shard is undamaged or missing.
         """
         segment, number = self._place(shard)
         if number not in segment.written():
@@ -302,16 +306,16 @@ class GradientStore:
         return None
 
     def damaged_passages(self) -> dict[str, str]:
-        """What is wrong with the files of passages, by file below the store: all are read."""
+        """Reads all files of passages; returns the error of each damaged one, by file name."""
         out = {}
         for i, segment in enumerate(self._segments):
             out |= {f"{i}/{name}": e for name, e in segment.passages.damage().items()}
         return out
 
     def remove_passages(self, file: str) -> None:
-        """Removes what `damaged_passages` named.
+        """Removes a file that `damaged_passages` named.
 
-        Making the store again writes it again; for passages that were appended, appending them.
+        Creating the store again, or appending the passages again, writes it again.
         """
         number, _, name = file.partition("/")
         self._segments[int(number)].passages.remove(name)
@@ -322,24 +326,24 @@ class GradientStore:
         segment.remove(number)
 
 
-def _pieces(found: Rows, step: int) -> Iterator[Rows]:
-    for start in range(0, len(found), step):
-        yield found[start : start + step]
+def _pieces(rows: Rows, step: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def read_manifest(location: Location) -> dict:
-    """The manifest of the store at a location.
+    """Returns the manifest of the store at a location.
 
     Raises:
-        StoreError: there is none, or of another format.
+        StoreError: there is none, or one of another format.
     """
     manifest = location.read_json("manifest.json")
     if manifest is None:
         raise StoreError(f"no store at {location.name} (it has no manifest.json)")
-    there = manifest.get("format") if isinstance(manifest, dict) else None
-    if there != FORMAT:
+    stored = manifest.get("format") if isinstance(manifest, dict) else None
+    if stored != FORMAT:
         raise StoreError(
-            f"{location.name} has format {there}, this version reads {FORMAT}; "
-            "remove it, and it is made again"
+            f"{location.name} has format {stored}, this version reads {FORMAT}; "
+            "remove it, and the next run builds it again"
         )
     return manifest

@@ -11,18 +11,18 @@ import tensorstore as ts
 
 
 class StoreError(ValueError):
-    """A store is absent, unfinished, damaged, or not of what it is used with."""
+    """A store is absent, unfinished, damaged, or was built with other settings."""
 
 
 class Location:
     """A directory: a local path, or a `gs://` or `s3://` address.
 
     Every write is atomic: a file appears whole or not at all. `AWS_ENDPOINT_URL` names another
-    server that speaks S3.
+    server with the S3 protocol.
 
     Attributes:
-        name: what the user calls it.
-        path: where it is on this machine; None of an address.
+        name: the path or address as the user gave it.
+        path: the local path; None for an address.
     """
 
     def __init__(self, path):
@@ -38,7 +38,7 @@ class Location:
         return Location(f"{self.name}/{name}")
 
     def spec(self) -> dict:
-        """TensorStore's specification of the directory, as a key-value store."""
+        """Returns TensorStore's specification of the directory, as a key-value store."""
         if self.path is not None:
             return {"driver": "file", "path": f"{self.path}/"}
         address = urllib.parse.urlsplit(self.name)
@@ -55,7 +55,7 @@ class Location:
         return self._files
 
     def read(self, name: str) -> bytes | None:
-        """A file's contents, or None where there is no such file."""
+        """Returns a file's contents, or None where there is no such file."""
         return _contents(self._read(name))
 
     def write(self, name: str, contents: bytes) -> None:
@@ -63,20 +63,20 @@ class Location:
         self._write(name, contents)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file, if it exists."""
         self._call(f"remove {name}", lambda files: files.write(name, None))
 
     def names(self, folder: str = "") -> list[str]:
-        """The files below a folder, each with the folder before its name."""
+        """Returns the files below a folder, each with the folder before its name."""
         prefix = f"{folder}/" if folder else ""
         within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
-        found = self._call("list files", lambda files: files.list(within))
+        keys = self._call("list files", lambda files: files.list(within))
         # An object whose name ends in "/" stands for an empty folder.
-        found = [k for k in found if k.rpartition(b"/")[2]]
-        return sorted(k.decode(errors="backslashreplace") for k in found)
+        keys = [k for k in keys if k.rpartition(b"/")[2]]
+        return sorted(k.decode(errors="backslashreplace") for k in keys)
 
     def read_json(self, name: str):
-        """A JSON file's value, or None where there is no such file.
+        """Returns a JSON file's value, or None where there is no such file.
 
         Raises:
             StoreError: it is not JSON.
@@ -88,10 +88,10 @@ class Location:
         self.write(name, _as_json(value))
 
     def update_json(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Writes a JSON file that follows from what it was; of two processes none is overwritten.
+        """Replaces a JSON file's value by one derived from it, without losing concurrent updates.
 
         Args:
-            name: of the file.
+            name: name of the file.
             change: from its value, or None where there is no such file, to the new one; called
                 again where another process wrote the file meanwhile.
 
@@ -100,10 +100,10 @@ class Location:
         """
         written = False
         while not written:
-            found = self._read(name)
-            value = change(self._value(name, _contents(found)))
-            # Without a generation it was not written: the file is no longer what was read.
-            written = bool(self._write(name, _as_json(value), found.stamp.generation).generation)
+            stored = self._read(name)
+            value = change(self._value(name, _contents(stored)))
+            # Without a generation nothing was written: another process changed the file.
+            written = bool(self._write(name, _as_json(value), stored.stamp.generation).generation)
 
     def _value(self, name: str, contents: bytes | None):
         try:
@@ -115,20 +115,20 @@ class Location:
         return self._call(f"read {name}", lambda files: files.read(name))
 
     def _write(self, name: str, contents: bytes, only_over: bytes | None = None):
-        """Writes a file, `only_over` the one of that generation if it is given."""
+        """Writes a file; with `only_over`, only where the file still has that generation."""
         return self._call(
             f"write {name}", lambda files: files.write(name, contents, if_equal=only_over)
         )
 
-    def _call(self, what: str, call):
+    def _call(self, action: str, call):
         try:
             return call(self._open()).result()
         except (ValueError, OSError) as error:
-            raise StoreError(f"{self.name}: cannot {what}: {error}") from error
+            raise StoreError(f"{self.name}: cannot {action}: {error}") from error
 
 
-def _contents(found: ts.KvStore.ReadResult) -> bytes | None:
-    return found.value if found.state == "value" else None
+def _contents(result: ts.KvStore.ReadResult) -> bytes | None:
+    return result.value if result.state == "value" else None
 
 
 def _as_json(value) -> bytes:

@@ -1,4 +1,4 @@
-"""Making a store, appending to one, opening one; and the refusal of one that does not fit."""
+"""Creates a store, appends to one, opens one, and refuses one built with other settings."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,26 +23,26 @@ def create(
     texts: Sequence[str] | None = None,
     corpus=None,
 ) -> GradientStore:
-    """Makes a store, or opens the unfinished or finished one that is there already.
+    """Creates a store, or opens the unfinished or finished one that exists already.
 
-    Of several processes the first makes it, and the others open it when it is there.
+    Of several processes the first creates it, and the others then open it.
 
     Args:
-        path: a directory, local or `gs://`, `s3://`: empty or absent, or a store's. Nothing is
-            removed from it but what a killed creation left.
-        ids: of the rows.
+        path: a directory, local or `gs://`, `s3://`: empty, absent, or a store's. Only files that
+            a killed creation left are removed from it.
+        ids: ids of the rows.
         blocks: name and width of each block of a row, in order.
-        fingerprint: JSON values that say what the rows were made with.
-        dtype: of the numbers on disk: "float32", "bfloat16", or "int8" with a scale for each block
-            of a row.
-        shard_bytes: size of a shard, about; what is lost at most by a kill.
-        documents: id of each row's document; the row's own by default.
-        texts: of the rows; left out by default.
-        corpus: a JSON value that says what text the rows are of.
+        fingerprint: JSON values that identify what the rows were made from.
+        dtype: dtype of the numbers on disk: "float32", "bfloat16", or "int8" with a scale for each
+            block of a row.
+        shard_bytes: approximate size of a shard, the most that a killed run loses.
+        documents: id of each row's document; None for the row's own id.
+        texts: texts of the rows; None to store none.
+        corpus: a JSON value that identifies the text of the rows.
 
     Raises:
-        StoreError: another store is there, or anything else; the corpus is empty, two ids are the
-            same, or the directory is not writable.
+        StoreError: the directory holds another store or other files; the corpus is empty, two ids
+            are the same, or the directory is not writable.
     """
     if not len(ids):
         raise StoreError("there are no rows to store: the corpus is empty")
@@ -63,19 +63,19 @@ def create(
 
     def make():
         if location.read("manifest.json") is None:
-            if other := _cleared(location, "", "0"):
+            if other := _clear_leftovers(location, "", "0"):
                 raise StoreError(
                     f"{location.name} is not empty and is no store: it has {other} and no "
                     "manifest.json. Nothing was removed; choose another directory, or move away "
                     "what is in it"
                 )
             segment.make(location / "0", form, described, ids, documents, texts)
-            # The manifest comes last: a directory without one is not a store yet.
+            # The manifest is written last: a directory without one is not a store yet.
             location.write_json("manifest.json", manifest)
             return
-        there = read_manifest(location)
-        # What was appended since is no difference.
-        _check(location.name, there | {"segments": there["segments"][:1]}, manifest)
+        stored = read_manifest(location)
+        # Segments that were appended since are no difference.
+        _check(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
         passages.write(location / "0", ids, documents, texts)
 
     processes.on_first_process(f"make the store {location.name}", make)
@@ -92,19 +92,19 @@ def append(
     texts: Sequence[str] | None = None,
     corpus=None,
 ) -> GradientStore:
-    """Adds rows behind those of a store, which are not touched; the new shards are missing then.
+    """Adds rows behind those of a store, as shards that are still to be written.
 
-    Where these rows were appended before, nothing is added, and files of their passages that lack
-    are written again: a killed run goes on.
+    Rows that were appended before are not added again; missing files of their passages are written
+    again, so that a killed run resumes.
 
     Args:
         path: the store.
-        ids, shard_bytes, documents, texts, corpus: of the new rows, as for `create`.
-        fingerprint: what the new rows are made with: the same as the store's.
+        ids, shard_bytes, documents, texts, corpus: the new rows, as for `create`.
+        fingerprint: what the new rows were made from; equal to the store's.
 
     Raises:
         StoreError: the fingerprint differs, an id is in the store already, there are no rows, or
-            where they belong there is something else.
+            the directory that they belong in holds other files.
     """
     if not len(ids):
         raise StoreError("there are no rows to append")
@@ -122,13 +122,13 @@ def append(
             if _has(store, name):
                 raise StoreError(f"{store.path} has a passage {name!r} already")
         number = str(len(segments))
-        if other := _cleared(store.location, number, number):
+        if other := _clear_leftovers(store.location, number, number):
             raise StoreError(
                 f"{store.path} cannot be appended to: the new rows belong in {number}/, and "
                 f"{other} is no file of theirs. Nothing was removed; move away what is in {number}/"
             )
-        there = store.location / number
-        segment.make(there, store.form, described, ids, documents, texts)
+        folder = store.location / number
+        segment.make(folder, store.form, described, ids, documents, texts)
         longer = store.manifest | {"segments": [*segments, described]}
         store.location.write_json("manifest.json", longer)
 
@@ -136,22 +136,22 @@ def append(
     return open_store(path)
 
 
-def _cleared(location: Location, folder: str, number: str) -> str | None:
-    """Removes what a killed run left of the segment of that number, where there is nothing else.
+def _clear_leftovers(location: Location, folder: str, number: str) -> str | None:
+    """Removes what a killed run left of a segment, unless the folder holds other files.
 
     Args:
-        location: of the store.
-        folder: where nothing else may be; "" of all of the store.
-        number: of the segment, one that no manifest names.
+        location: the store's.
+        folder: the folder that may hold nothing else; "" for all of the store.
+        number: number of the segment, one that no manifest names.
 
     Returns:
-        None, or a file that is something else; nothing is removed then.
+        None, or the name of another file; nothing is removed then.
     """
     names, start = location.names(folder), f"{number}/"
     for name in names:
         if not (name.startswith(start) and segment.is_made(name.removeprefix(start))):
             return name
-    # One by one, and not the directory: what another puts there meanwhile stays.
+    # File by file, so that files that another process adds meanwhile stay.
     for name in names:
         location.remove(name)
     return None
@@ -170,51 +170,52 @@ def open_store(path, fingerprint: dict | None = None) -> GradientStore:
 
     Args:
         path: its directory.
-        fingerprint: what its rows must have been made with; only the keys given are compared.
+        fingerprint: what its rows must have been made from; only these keys are compared.
 
     Raises:
-        StoreError: there is none, its format is unknown, or it differs; the message says in what.
+        StoreError: there is no store, its format is unknown, or its fingerprint differs; the
+            message lists the differences.
     """
     store = GradientStore(Location(path))
     if fingerprint is not None:
-        there = store.manifest["fingerprint"]
-        _check(store.path, {k: there.get(k) for k in fingerprint}, fingerprint)
+        stored = store.manifest["fingerprint"]
+        _check(store.path, {k: stored.get(k) for k in fingerprint}, fingerprint)
     return store
 
 
-def check_same_kind(one: GradientStore, other: GradientStore) -> None:
-    """Nothing, where the rows of two stores may be compared: queries with passages.
+def check_same_kind(store: GradientStore, other: GradientStore) -> None:
+    """Checks that the rows of two stores can be compared, such as queries with passages.
 
     Raises:
-        StoreError: they were not made with the same; the message says what differs.
+        StoreError: they were built with different settings; the message lists the differences.
     """
     keys = ("width", "blocks", "block_widths", "fingerprint")
-    _check(one.path, *({k: s.manifest[k] for k in keys} for s in (one, other)))
+    _check(store.path, *({k: s.manifest[k] for k in keys} for s in (store, other)))
 
 
 def finished(path) -> bool:
-    """Whether there is a store at `path` that lacks no shard."""
+    """Whether there is a store at `path` with all of its shards."""
     location = Location(path)
-    there = location.read("manifest.json") is not None
-    return there and not GradientStore(location).missing()
+    exists = location.read("manifest.json") is not None
+    return exists and not GradientStore(location).missing()
 
 
-def _check(path, there: dict, wanted: dict) -> None:
-    differing = list(_differences("", there, wanted))
-    if differing:
+def _check(path, stored: dict, expected: dict) -> None:
+    differences = list(_differences("", stored, expected))
+    if differences:
         raise StoreError(
-            f"{path} was not made with what it is used with:\n  "
-            + "\n  ".join(differing)
-            + "\nremove it, or use what it was made with"
+            f"{path} was built with other settings:\n  "
+            + "\n  ".join(differences)
+            + "\nremove it, or use the settings that it was built with"
         )
 
 
-def _differences(name: str, there, wanted) -> Iterator[str]:
-    if isinstance(there, list) and isinstance(wanted, list) and len(there) == len(wanted):
-        there, wanted = dict(enumerate(there)), dict(enumerate(wanted))
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        for key in sorted(there.keys() | wanted.keys()):
+def _differences(name: str, stored, expected) -> Iterator[str]:
+    if isinstance(stored, list) and isinstance(expected, list) and len(stored) == len(expected):
+        stored, expected = dict(enumerate(stored)), dict(enumerate(expected))
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        for key in sorted(stored.keys() | expected.keys()):
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(inner, there.get(key), wanted.get(key))
-    elif there != wanted:
-        yield f"{name}: {there} in the store, {wanted} wanted"
+            yield from _differences(inner, stored.get(key), expected.get(key))
+    elif stored != expected:
+        yield f"{name}: {stored} in the store, {expected} wanted"

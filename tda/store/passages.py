@@ -1,4 +1,4 @@
-"""The passages of a store's rows: id, document and text, found by row or by name without a scan.
+"""The passages of a store's rows: id, document and text, by row or by name without a scan.
 
 Records lie in array_record files of `FILE_ROWS` rows each. Names are found through two sorted
 arrays, the hashes of all names and the rows that they belong to.
@@ -25,18 +25,18 @@ from tda.store.location import Location, StoreError
 
 FILE_ROWS = 1 << 16
 _INDEX_CHUNK, _INDEX_SHARD = 1 << 16, 1 << 22
-# Below this, nobody waits long enough to want a progress bar.
+# With fewer passages, writing takes too short a time for a progress bar.
 _MANY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Passage:
-    """What a row is the gradient of.
+    """The passage whose gradient a row is.
 
     Attributes:
-        id: of the passage; no two rows of a store have the same.
-        document: id of the document that it is, or is a part of.
-        text: None where the store was made without texts.
+        id: id of the passage, unique in the store.
+        document: id of the document that the passage is, or is a part of.
+        text: its text; None where the store has no texts.
     """
 
     id: str
@@ -45,7 +45,7 @@ class Passage:
 
 
 def digest(ids: Sequence[str], documents: Sequence[str]) -> str:
-    """A hash that tells these passages from others."""
+    """Returns a hash that identifies the passages."""
     out = hashlib.sha256()
     for pair in zip(ids, documents, strict=True):
         out.update("\0".join(pair).encode() + b"\1")
@@ -58,18 +58,18 @@ def write(
     documents: Sequence[str],
     texts: Sequence[str] | None,
 ) -> None:
-    """Writes the passages of rows 0, 1, …, and the ways to find them by name; only what is missing.
+    """Writes the passages of rows 0, 1, …, and their index by name; only the missing files.
 
     Raises:
         StoreError: two passages have the same id.
     """
-    there = set(location.names())
-    if not _has_index(there, "ids", len(ids)):
+    files = set(location.names())
+    if not _has_index(files, "ids", len(ids)):
         _write_index(location / "ids", ids, unique=True)
-    own = documents is ids or list(documents) == list(ids)
-    if not own and not _has_index(there, "documents", len(ids)):
+    same = documents is ids or list(documents) == list(ids)
+    if not same and not _has_index(files, "documents", len(ids)):
         _write_index(location / "documents", documents, unique=False)
-    numbers = [n for n in range(_files(len(ids))) if f"passages/{_file_name(n)}" not in there]
+    numbers = [n for n in range(_files(len(ids))) if f"passages/{_file_name(n)}" not in files]
     quiet = len(numbers) * FILE_ROWS < _MANY
     with progress.bar(len(numbers), "write passages", "file", quiet=quiet) as bar:
         for number in numbers:
@@ -92,12 +92,12 @@ def _file_name(number: int) -> str:
 
 
 def _write_file(folder: Location, name: str, records) -> None:
-    """Writes one file of records; where the folder is remote, on this machine first."""
+    """Writes one file of records; for a remote folder, to a local file first."""
     with tempfile.TemporaryDirectory() as directory:
-        kept = pathlib.Path(directory) if folder.path is None else folder.path
-        kept.mkdir(parents=True, exist_ok=True)
-        part = kept / f"{name}.part"
-        # A group of one: a record is read without decoding its neighbours.
+        local = pathlib.Path(directory) if folder.path is None else folder.path
+        local.mkdir(parents=True, exist_ok=True)
+        part = local / f"{name}.part"
+        # Groups of one record: each is read without decoding its neighbours.
         writer = ArrayRecordWriter(str(part), "group_size:1")
         for record in records:
             writer.write(json.dumps(record, ensure_ascii=False).encode())
@@ -105,15 +105,15 @@ def _write_file(folder: Location, name: str, records) -> None:
         if folder.path is None:
             folder.write(name, part.read_bytes())
         else:
-            part.rename(kept / name)
+            part.rename(local / name)
 
 
 class Passages:
-    """The passages of some rows, numbered from 0.
+    """The passages of rows 0, 1, …
 
     Args:
-        location: where `write` put them.
-        count: how many there are.
+        location: the directory that `write` wrote to.
+        count: number of rows.
     """
 
     def __init__(self, location: Location, count: int):
@@ -132,7 +132,7 @@ class Passages:
             yield from self.read(range(start, min(self._count, start + 4096)))
 
     def read(self, rows: Sequence[int]) -> list[Passage]:
-        """The passages of some rows, in that order.
+        """Reads the passages of some rows, in that order.
 
         Raises:
             IndexError: there is no such row.
@@ -158,7 +158,7 @@ class Passages:
             raise StoreError(f"{folder.name}/{_file_name(number)} is damaged: {error}") from error
 
     def _file(self, number: int) -> pathlib.Path:
-        """A file of records on this machine; a remote one is fetched once."""
+        """Returns the local path of a file of records; a remote one is fetched once."""
         folder, name = self._location / "passages", _file_name(number)
         if folder.path is not None:
             if not (folder.path / name).exists():
@@ -174,11 +174,11 @@ class Passages:
         return self._fetched / name
 
     def rows_of(self, name: str) -> list[int]:
-        """The row of the passage with this id: one, or none."""
+        """Returns the row of the passage with this id, as a list of one row or none."""
         return [r for r in self._ids.rows(name) if self[r].id == name]
 
     def rows_of_document(self, name: str) -> list[int]:
-        """The rows of a document's passages, in order."""
+        """Returns the rows of a document's passages, in order."""
         return sorted(r for r in self._documents.rows(name) if self[r].document == name)
 
     @functools.cached_property
@@ -187,7 +187,7 @@ class Passages:
 
     @functools.cached_property
     def _documents(self) -> "_Index":
-        # Where every document is one passage, both are found in the same way.
+        # Where every document is one passage, the index of ids serves for both.
         name = "documents" if self._has_documents() else "ids"
         return _Index(self._location / name, self._count)
 
@@ -195,7 +195,7 @@ class Passages:
         return self._location.read("documents/hashes/zarr.json") is not None
 
     def damage(self) -> dict[str, str]:
-        """What is wrong, by file below the location: everything is read."""
+        """Reads everything; returns the error of each damaged file, by its name."""
         wrong = {}
         for number in range(_files(self._count)):
             count = min(FILE_ROWS, self._count - number * FILE_ROWS)
@@ -212,29 +212,30 @@ class Passages:
         return wrong
 
     def remove(self, name: str) -> None:
-        """Removes what `damage` named: it is written again when the store is made again."""
+        """Removes a file that `damage` named; creating the store again writes it again."""
         folder = not name.endswith(".array_record")
         for file in self._location.names(name) if folder else [name]:
             self._location.remove(file)
 
 
 class _Index:
-    """From a name to rows: sorted hashes, which are spread evenly, so a guess lands close."""
+    """From a name to rows, by sorted hashes: they are uniform, so a position is easily guessed."""
 
     def __init__(self, location: Location, count: int):
         self._count = count
         self._hashes, self._rows = (_open_index(location, n, count) for n in ("hashes", "rows"))
 
     def rows(self, name: str) -> list[int]:
-        """Rows whose name has the same hash."""
-        wanted = np.uint64(hash_64_bits(name))
-        guess = int(float(wanted) / 2.0**64 * self._count)
+        """Returns the rows whose name has the same hash."""
+        key = np.uint64(hash_64_bits(name))
+        guess = int(float(key) / 2.0**64 * self._count)
+        # The rank of a uniform number deviates by about √count, so this window rarely misses it.
         reach = 64 + 8 * math.isqrt(self._count)
         while True:
             low, high = max(0, guess - reach), min(self._count, guess + reach)
             part = self._hashes[low:high].read().result()
-            first, last = np.searchsorted(part, wanted), np.searchsorted(part, wanted, "right")
-            # At an end of the window there may be more of them beyond it.
+            first, last = np.searchsorted(part, key), np.searchsorted(part, key, "right")
+            # A run of equal hashes that touches the window's end may go on beyond it.
             if (low == 0 or first > 0) and (high == self._count or last < len(part)):
                 return self._rows[low + first : low + last].read().result().tolist()
             reach *= 4
@@ -258,9 +259,9 @@ def _write_index(location: Location, names: Sequence[str], unique: bool) -> None
         _open_index(location, name, len(names), create=True).write(numbers).result()
 
 
-def _has_index(there: set[str], folder: str, count: int) -> bool:
+def _has_index(names: set[str], folder: str, count: int) -> bool:
     files = [f"c/{i}" for i in range(math.ceil(count / _INDEX_SHARD))] + ["zarr.json"]
-    return all(f"{folder}/{n}/{f}" in there for n in ("hashes", "rows") for f in files)
+    return all(f"{folder}/{n}/{f}" in names for n in ("hashes", "rows") for f in files)
 
 
 def _open_index(location: Location, name: str, count: int, create: bool = False):
@@ -278,8 +279,8 @@ def _open_index(location: Location, name: str, count: int, create: bool = False)
             "codecs": [{"name": "sharding_indexed", "configuration": codec}],
         },
     }
-    how = dict(create=True, delete_existing=True) if create else dict(open=True)
+    mode = dict(create=True, delete_existing=True) if create else dict(open=True)
     try:
-        return ts.open(spec, **how).result()
+        return ts.open(spec, **mode).result()
     except (ValueError, OSError) as error:
         raise StoreError(f"{location.name}/{name}: {error}") from error

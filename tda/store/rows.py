@@ -1,4 +1,4 @@
-"""Rows of gradients as they lie on disk: float32, bfloat16, or int8 with a scale for each block."""
+"""Rows of gradients as stored on disk: float32, bfloat16, or int8 with a scale for each block."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ DTYPES = {
 }
 _LARGEST = 127
 _TINY = np.finfo(np.float32).tiny
-# Bytes of rows that are worth a program of their own.
+# Rows of at least this many bytes are quantised by a compiled program.
 _LARGE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """R consecutive rows of a store, not decoded yet.
+    """R consecutive rows of a store, as stored.
 
     Attributes:
         first: number of the first row.
@@ -60,7 +60,7 @@ def valid(rows_RxE: np.ndarray) -> np.ndarray:
 def encode(
     rows_RxE: np.ndarray, dtype: str, widths: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows as they lie on disk: values [R, E], and for int8 scales, float32 [R, blocks].
+    """Returns rows as stored: values [R, E], and for int8 scales, float32 [R, blocks].
 
     int8 rounds each block of a row to multiples of its largest number / 127 (half to even). A row
     that is infinite keeps that: in its values, or in its scales.
@@ -69,34 +69,34 @@ def encode(
         return rows_RxE.astype(DTYPES[dtype], copy=False), None
     if rows_RxE.nbytes >= _LARGE:
         largest_Rxb = np.full((len(rows_RxE), len(widths)), _LARGEST, np.float32)
-        return tuple(np.asarray(x) for x in _quickly(rows_RxE, largest_Rxb, widths))
-    return quantised(rows_RxE, widths)
+        return tuple(np.asarray(x) for x in _quantise_compiled(rows_RxE, largest_Rxb, widths))
+    return quantise(rows_RxE, widths)
 
 
-def quantised(rows_RxE: np.ndarray, widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """int8 values and their scales, step by step."""
-    whole = np.empty(rows_RxE.shape, np.int8)
+def quantise(rows_RxE: np.ndarray, widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 values and their scales, computed with numpy."""
+    values = np.empty(rows_RxE.shape, np.int8)
     scales = np.empty((len(rows_RxE), len(widths)), np.float32)
     ends = np.cumsum([0, *widths])
     for b, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         x = rows_RxE[:, start:stop]
         scale = np.maximum(x.max(axis=1), -x.min(axis=1)) / np.float32(_LARGEST)
-        # Numbers below the normal ones are 0 to most devices.
+        # Most devices flush subnormal numbers to 0.
         scales[:, b] = np.where(scale < _TINY, 0, scale)
-        # Of a block of zeros, and of an infinite one, all numbers are 0.
+        # In a block of zeros, and in an infinite one, all values are 0.
         usable = np.isfinite(scales[:, b]) & (scales[:, b] > 0)
         step = np.where(usable, scales[:, b], np.float32(np.inf))[:, None]
         with np.errstate(invalid="ignore"):
-            whole[:, start:stop] = np.rint(np.where(usable[:, None], x / step, 0))
-    return whole, scales
+            values[:, start:stop] = np.rint(np.where(usable[:, None], x / step, 0))
+    return values, scales
 
 
 @functools.partial(jax.jit, static_argnames="widths")
-def _quickly(rows_RxE, largest_Rxb, widths):
-    """The same in one pass on all cores.
+def _quantise_compiled(rows_RxE, largest_Rxb, widths):
+    """Returns the same bits as `quantise`, in one pass on all cores.
 
-    `largest_Rxb` is an argument for every block, since XLA multiplies by the inverse of what is
-    divided by again and again, which is not the same.
+    `largest_Rxb` holds 127 for every block: XLA replaces division by a shared constant with
+    multiplication by its inverse, which rounds differently.
     """
     if len(set(widths)) == 1:
         blocks = [rows_RxE.reshape(len(rows_RxE), len(widths), -1)]
@@ -111,14 +111,14 @@ def _quickly(rows_RxE, largest_Rxb, widths):
         scale = jnp.where(scale < _TINY, 0, scale)
         usable = jnp.isfinite(scale) & (scale > 0)
         step = jnp.where(usable, scale, np.float32(np.inf))[..., None]
-        whole = jnp.round(jnp.where(usable[..., None], x_Rxbxw / step, 0)).astype(jnp.int8)
-        values.append(whole.reshape(len(whole), -1))
+        rounded = jnp.round(jnp.where(usable[..., None], x_Rxbxw / step, 0)).astype(jnp.int8)
+        values.append(rounded.reshape(len(rounded), -1))
         scales.append(scale)
     return jnp.concatenate(values, axis=1), jnp.concatenate(scales, axis=1)
 
 
 def decode(values_RxE, scales_Rxb, widths: tuple[int, ...]):
-    """The gradients on the device, float32 [R, E]; what stands in an invalid row is undefined."""
+    """Decodes rows on the device, float32 [R, E]; the numbers of an invalid row are undefined."""
     x_RxE = values_RxE.astype(jnp.float32)
     if scales_Rxb is None:
         return x_RxE

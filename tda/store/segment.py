@@ -1,4 +1,4 @@
-"""A segment of a store: rows that were added together, in zarr arrays with one file a shard."""
+"""A segment of a store: rows that were added together, in zarr arrays of one file a shard."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ class Form:
     """What all rows of a store have in common.
 
     Attributes:
-        dtype: of the numbers on disk.
-        widths: the numbers in each block of a row.
+        dtype: dtype of the numbers on disk.
+        widths: how many numbers each block of a row has.
     """
 
     dtype: str
@@ -40,7 +40,7 @@ class Form:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The arrays that a segment has; the last is written last."""
+        """The names of a segment's arrays, in the order in which they are written."""
         return ("scales", "gradients") if self.dtype == "int8" else ("gradients",)
 
 
@@ -54,9 +54,9 @@ class Span:
 
 
 def about(form: Form, ids, documents, shard_bytes: int, corpus) -> dict:
-    """What the manifest says of a segment: its rows, how they are cut into files, their passages.
+    """Returns a segment's entry in the manifest: its rows, their layout in files, their passages.
 
-    A chunk, which has a checksum of its own, is a power of two of rows, so that readers' steps fit.
+    A chunk, which has its own checksum, has a power of two of rows, so that readers' steps fit.
     """
     count = len(ids)
     chunk = min(_power(_CHUNK_BYTES // form.row_bytes), _power(2 * count - 1))
@@ -72,7 +72,7 @@ def about(form: Form, ids, documents, shard_bytes: int, corpus) -> dict:
 
 
 def _power(n: int) -> int:
-    """The largest power of two up to n; 1 of less than that."""
+    """The largest power of two up to n, at least 1."""
     return 1 << (max(1, n).bit_length() - 1)
 
 
@@ -116,29 +116,29 @@ class Segment:
 
     @property
     def shards(self) -> int:
-        """Number of its shards."""
+        """Number of shards."""
         return math.ceil(self.rows / self.shard_rows)
 
     def rows_of(self, shard: int) -> slice:
-        """The rows of a shard."""
+        """Returns the rows of a shard."""
         start = shard * self.shard_rows
         return slice(start, min(self.rows, start + self.shard_rows))
 
     def written(self) -> set[int]:
-        """Numbers of the shards that are there."""
-        found = []
+        """Returns the numbers of the shards that are written."""
+        by_array = []
         for name in self.form.arrays:
             keys = (k.split(".") for k in (self.location / name).names())
-            found.append({int(k[1]) for k in keys if k[0] == "c" and len(k) == 3})
-        return set.intersection(*found)
+            by_array.append({int(k[1]) for k in keys if k[0] == "c" and len(k) == 3})
+        return set.intersection(*by_array)
 
     def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
-        """Writes a shard, atomically: the values come last, and with them the shard is there.
+        """Writes a shard, atomically: the values are written last, and complete it.
 
         Returns:
             Which rows are invalid, bool [R].
         """
-        own, folder = self.rows_of(shard), (self.location / "gradients").path
+        shard_rows, folder = self.rows_of(shard), (self.location / "gradients").path
         wrong: dict[int, np.ndarray] = {}
         scales: dict[int, np.ndarray] = {}
 
@@ -147,17 +147,16 @@ class Segment:
             bad = ~np.isfinite(x).all(axis=1)
             wrong[start] = bad
             x = np.where(bad[:, None], np.float32(np.inf), x) if bad.any() else x
-            values, some = rows.encode(x, self.form.dtype, self.form.widths)
-            scales[start] = some
+            values, scales[start] = rows.encode(x, self.form.dtype, self.form.widths)
             return values
 
-        def whole_chunk(start: int) -> tuple[np.ndarray, int]:
+        def encode_chunk(start: int) -> tuple[np.ndarray, int]:
             values = self._filled(encode(start))
             return values, shard_file.checksum(values)
 
         def write_scales():
             if self.form.dtype == "int8":
-                self._arrays["scales"][own].write(
+                self._arrays["scales"][shard_rows].write(
                     np.concatenate([scales[i] for i in starts])
                 ).result()
 
@@ -165,19 +164,19 @@ class Segment:
         if folder is None:
             values = np.concatenate([encode(i) for i in starts])
             write_scales()
-            self._arrays["gradients"][own].write(values).result()
+            self._arrays["gradients"][shard_rows].write(values).result()
         else:
             chunks = self.shard_rows // self.chunk_rows
             path = str(folder / f"c.{shard}.0")
             with shard_file.writing(path, chunks) as out, ThreadPoolExecutor(2) as ahead:
-                # Some chunks are encoded while another is written.
-                for values, checksum in ahead.map(whole_chunk, starts):
+                # The next chunks are encoded while one is written.
+                for values, checksum in ahead.map(encode_chunk, starts):
                     out.add(values, checksum)
                 write_scales()
         return np.concatenate([wrong[i] for i in starts])
 
     def _filled(self, values: np.ndarray) -> np.ndarray:
-        """The values of a chunk: the last of the corpus is filled up as TensorStore does it."""
+        """Returns the values of a chunk; the corpus's last is filled up as TensorStore fills it."""
         lacking = self.chunk_rows - len(values)
         if not lacking:
             return np.ascontiguousarray(values)
@@ -190,32 +189,32 @@ class Segment:
             (self.location / name).remove(f"c.{shard}.0")
 
     def read(self, local: np.ndarray) -> Rows:
-        """Some rows, in the order of their numbers.
+        """Reads rows, in the order of their numbers.
 
         Raises:
             StoreError: a row is not written, or a checksum is wrong.
         """
-        # A run of rows needs no list of them.
-        together = len(local) and (np.diff(local) == 1).all()
-        return self._read(slice(int(local[0]), int(local[-1]) + 1) if together else local)
+        # A run of rows is read as a slice.
+        is_run = len(local) and (np.diff(local) == 1).all()
+        return self._read(slice(int(local[0]), int(local[-1]) + 1) if is_run else local)
 
     def _read(self, index) -> Rows:
         try:
-            found = {n: a[index].read() for n, a in self._arrays.items()}
-            values = found["gradients"].result()
-            scales = found["scales"].result() if "scales" in found else None
+            reads = {n: a[index].read() for n, a in self._arrays.items()}
+            values = reads["gradients"].result()
+            scales = reads["scales"].result() if "scales" in reads else None
         except (ValueError, OSError) as error:
             raise StoreError(f"{self.location.name} is damaged: {error}") from error
         return self._checked(values, scales)
 
     def spans(self, shard: int, length: int) -> list[Span]:
-        """A shard in spans of `length` rows, a multiple of the rows of a chunk."""
-        own = self.rows_of(shard)
-        starts = range(own.start, own.stop, length)
-        return [Span(shard, i, min(own.stop, i + length)) for i in starts]
+        """Cuts a shard into spans of `length` rows, a multiple of the rows of a chunk."""
+        shard_rows = self.rows_of(shard)
+        starts = range(shard_rows.start, shard_rows.stop, length)
+        return [Span(shard, i, min(shard_rows.stop, i + length)) for i in starts]
 
     def read_span(self, span: Span) -> Rows:
-        """The rows of a span: straight from its file where that is on this machine.
+        """Reads the rows of a span, straight from its file if the file is local.
 
         Raises:
             StoreError: a row is not written, or a checksum is wrong.
@@ -247,11 +246,12 @@ class Segment:
         return self._checked(values, scales)
 
     def _checked(self, values: np.ndarray, scales: np.ndarray | None) -> Rows:
-        """Rows as read, with the invalid ones marked."""
-        telling = (values if scales is None else scales)[:, 0].astype(np.float32)
-        if np.isnan(telling).any():
+        """Returns the rows with the invalid ones marked."""
+        # An invalid row is infinite throughout, one never written NaN: the first number tells.
+        first = (values if scales is None else scales)[:, 0].astype(np.float32)
+        if np.isnan(first).any():
             self._refuse_unfinished()
-        return Rows(0, values, scales, np.isfinite(telling))
+        return Rows(0, values, scales, np.isfinite(first))
 
     def _refuse_unfinished(self):
         missing = sorted(set(range(self.shards)) - self.written())
@@ -259,7 +259,7 @@ class Segment:
 
 
 def _fill_value(dtype: str):
-    """A row that was never written reads as NaN (of int8 the scale), not as a gradient of zero."""
+    """A row that was never written reads as NaN (in int8 its scale), not as a gradient of zero."""
     return 0 if dtype == "int8" else np.nan
 
 
@@ -272,7 +272,7 @@ def _open_array(location: Location, form: Form, described: dict, name: str, crea
     spec = {
         "driver": "zarr3",
         "kvstore": (location / name).spec(),
-        # A shard must appear even if its numbers are those of one that was never written.
+        # A shard must appear even if all of its numbers equal the fill value.
         "store_data_equal_to_fill_value": True,
         "metadata": {
             "shape": [described["rows"], width],
@@ -282,13 +282,13 @@ def _open_array(location: Location, form: Form, described: dict, name: str, crea
                 "name": "regular",
                 "configuration": {"chunk_shape": [described["shard_rows"], width]},
             },
-            # All files in one folder: one listing says which are there.
+            # All files in one folder, so that one listing shows which are written.
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "sharding_indexed", "configuration": codec}],
         },
     }
-    how = dict(create=True, delete_existing=True) if create else dict(open=True)
+    mode = dict(create=True, delete_existing=True) if create else dict(open=True)
     try:
-        return ts.open(spec, **how).result()
+        return ts.open(spec, **mode).result()
     except (ValueError, OSError) as error:
         raise StoreError(f"{location.name}/{name}: {error}") from error

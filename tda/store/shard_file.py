@@ -1,8 +1,8 @@
 """Shards of a local array, read and written at the disk's rate.
 
 A shard file (zarr v3, `sharding_indexed`) holds its chunks one after the other, each followed by
-its CRC32C, and at its end where each of them begins. TensorStore writes the same bytes and reads
-them, but several times slower, for it copies every chunk.
+its CRC32C, and at its end an index of their offsets. TensorStore reads and writes the same bytes,
+but several times slower, because it copies every chunk.
 """
 
 import contextlib
@@ -21,50 +21,50 @@ _ABSENT = np.uint64(2**64 - 1)
 
 
 class Buffers:
-    """Memory that is used again once nobody holds it: fresh pages cost as much as reading."""
+    """Buffers reused once no array refers to them: fresh pages cost as much as reading."""
 
     def __init__(self):
-        self._kept: list[np.ndarray] = []
+        self._buffers: list[np.ndarray] = []
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """uint8 [size], at an address that accelerators and vector units like."""
-        # Two readers must not find the same memory free.
+        """Returns uint8 [size], aligned to 64 bytes for accelerators and vector units."""
+        # Two readers must not take the same free buffer.
         with self._lock:
-            free = [i for i in range(len(self._kept)) if _holders(self._kept, i) == _NOBODY]
-            large = [i for i in free if len(self._kept[i]) >= size + 64]
+            free = [i for i in range(len(self._buffers)) if _holders(self._buffers, i) == _UNUSED]
+            large = [i for i in free if len(self._buffers[i]) >= size + 64]
             if large:
-                buffer = self._kept[large[0]]
+                buffer = self._buffers[large[0]]
             else:
-                self._kept = [b for i, b in enumerate(self._kept) if i not in free]
+                self._buffers = [b for i, b in enumerate(self._buffers) if i not in free]
                 buffer = np.empty(size + 64, np.uint8)
-                self._kept.append(buffer)
+                self._buffers.append(buffer)
             start = -buffer.ctypes.data % 64
             return buffer[start : start + size]
 
 
 def _holders(buffers: list[np.ndarray], i: int) -> int:
-    """References to a buffer: of views of it, and of arrays of jax that share its memory."""
+    """Counts references to a buffer: by its views, and by jax arrays that share its memory."""
     return sys.getrefcount(buffers[i])
 
 
-_NOBODY = _holders([np.empty(0, np.uint8)], 0)
+_UNUSED = _holders([np.empty(0, np.uint8)], 0)
 
 
 def read(
     path: str, first: int, count: int, chunk_bytes: int, chunks: int, buffers: Buffers
 ) -> np.ndarray | None:
-    """Chunks `first` to `first + count` of a shard, as they are: uint8 [count × chunk_bytes].
+    """Reads chunks `first` to `first + count` of a shard: uint8 [count × chunk_bytes].
 
     Args:
         path: the shard's file.
-        first, count: which of its chunks.
-        chunk_bytes: of one chunk, without its checksum.
-        chunks: how many chunks a whole shard has.
-        buffers: where the memory is taken from.
+        first, count: the first chunk and the number of chunks.
+        chunk_bytes: bytes of one chunk, without its checksum.
+        chunks: number of chunks in a whole shard.
+        buffers: source of the memory.
 
     Returns:
-        None where the file is laid out in another way than TensorStore does it.
+        The bytes; None where the file is not laid out as TensorStore lays it out.
 
     Raises:
         StoreError: a checksum is wrong, or the file is cut short.
@@ -72,7 +72,7 @@ def read(
     """
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
-            # The kernel reads further ahead then: three times the rate, a tenth of its work.
+            # The kernel then reads further ahead: three times the rate for a tenth of its work.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         start = _start(path, file, first, count, chunk_bytes, chunks)
         if start is None:
@@ -80,20 +80,20 @@ def read(
         out = buffers.take(count * chunk_bytes)
         checksums = np.empty(count, np.dtype("<u4"))
         for i in range(0, count, _MOST):
-            here = slice(i, min(count, i + _MOST))
-            _fill(path, file, start + i * (chunk_bytes + _CHECKSUM), out, checksums, here)
-    for i, there in enumerate(checksums):
-        if google_crc32c.value(out[i * chunk_bytes : (i + 1) * chunk_bytes]) != there:
+            part = slice(i, min(count, i + _MOST))
+            _fill(path, file, start + i * (chunk_bytes + _CHECKSUM), out, checksums, part)
+    for i, stored in enumerate(checksums):
+        if google_crc32c.value(out[i * chunk_bytes : (i + 1) * chunk_bytes]) != stored:
             raise StoreError(f"{path} is damaged: the checksum of chunk {first + i} is wrong")
     return out
 
 
-# Buffers that one call may fill, two for each chunk.
+# Chunks per call of preadv, which fills two buffers for each; Linux allows 1,024 buffers.
 _MOST = 512
 
 
 def _start(path, file, first, count, chunk_bytes, chunks) -> int | None:
-    """Where chunk `first` begins, if the wanted ones lie one after the other."""
+    """The offset of chunk `first`; None unless the chunks lie one after the other."""
     size = os.fstat(file.fileno()).st_size
     length = 16 * chunks + _CHECKSUM
     raw = os.pread(file.fileno(), length, max(0, size - length))
@@ -112,37 +112,37 @@ def _start(path, file, first, count, chunk_bytes, chunks) -> int | None:
 
 
 def _fill(path, file, offset: int, out: np.ndarray, checksums: np.ndarray, which: slice) -> None:
-    """Reads chunks and checksums, which alternate in the file, each to where it belongs."""
+    """Reads chunks and checksums, which alternate in the file, into their arrays."""
     chunk_bytes = len(out) // len(checksums)
     targets = []
     for i in range(which.start, which.stop):
         targets.append(memoryview(out[i * chunk_bytes : (i + 1) * chunk_bytes]))
         targets.append(memoryview(checksums[i : i + 1].view(np.uint8)))
     while targets:
-        got = os.preadv(file.fileno(), targets, offset)
-        if not got:
+        n_read = os.preadv(file.fileno(), targets, offset)
+        if not n_read:
             raise StoreError(f"{path} is damaged: it is cut short")
-        offset += got
-        while targets and got >= len(targets[0]):
-            got -= len(targets.pop(0))
-        if got:
-            targets[0] = targets[0][got:]
+        offset += n_read
+        while targets and n_read >= len(targets[0]):
+            n_read -= len(targets.pop(0))
+        if n_read:
+            targets[0] = targets[0][n_read:]
 
 
 def checksum(chunk: np.ndarray) -> int:
-    """The CRC32C of a chunk's bytes."""
+    """Returns the CRC32C of a chunk's bytes."""
     return google_crc32c.value(chunk.reshape(-1).view(np.uint8))
 
 
 class Writer:
-    """The chunks of a shard that is being written, in order. Made by `writing`."""
+    """Writes the chunks of a shard, in order. Yielded by `writing`."""
 
     def __init__(self, file, chunks: int):
         self._file, self._offset, self._count = file, 0, 0
         self._index = np.full((chunks, 2), _ABSENT, "<u8")
 
     def add(self, chunk: np.ndarray, checksum: int) -> None:
-        """Writes a whole chunk: contiguous numbers, of the array's dtype; and its `checksum`."""
+        """Writes a whole chunk, contiguous and of the array's dtype, and its `checksum`."""
         raw = chunk.reshape(-1).view(np.uint8)
         self._file.write(raw.data)
         self._file.write(checksum.to_bytes(_CHECKSUM, "little"))
@@ -151,18 +151,18 @@ class Writer:
         self._offset, self._count = self._offset + length, self._count + 1
 
     def end(self) -> None:
-        """Writes where each chunk begins."""
+        """Writes the index of the chunks' offsets."""
         raw = self._index.tobytes()
         self._file.write(raw + google_crc32c.value(raw).to_bytes(_CHECKSUM, "little"))
 
 
 @contextlib.contextmanager
 def writing(path: str, chunks: int) -> Iterator[Writer]:
-    """Writes a shard file that appears, whole and on the disk, when the block ends without error.
+    """Writes a shard file that appears, whole and synced, when the block ends without error.
 
     Args:
         path: the shard's file.
-        chunks: how many chunks a whole shard has; fewer may be added.
+        chunks: number of chunks in a whole shard; fewer may be added.
     """
     part = f"{path}.part"
     try:

@@ -72,6 +72,6 @@ def test_large_rows_are_rounded_as_small_ones_are(widths):
     x[8] *= np.float32(1e-42)
     assert x.nbytes > rows._LARGE
     values, scales = rows.encode(x, "int8", widths)
-    one_by_one = rows.quantised(x, widths)
+    one_by_one = rows.quantise(x, widths)
     np.testing.assert_array_equal(scales, one_by_one[1])
     np.testing.assert_array_equal(values, one_by_one[0])
