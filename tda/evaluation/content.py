@@ -120,6 +120,6 @@ def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
     measured = np.isfinite(figures_QxK)
     out = np.full(len(KINDS), np.nan)
     for k in range(len(KINDS)):
-        found = figures_QxK[measured & (kinds_QxK == k)]
-        out[k] = found.mean() if len(found) else np.nan
+        kind_figures = figures_QxK[measured & (kinds_QxK == k)]
+        out[k] = kind_figures.mean() if len(kind_figures) else np.nan
     return out

@@ -44,17 +44,17 @@ class Names:
         self._cased, self._folded = _automaton(cased), _automaton(folded)
 
     def __call__(self, text: str) -> set[int]:
-        """Numbers of the entities that `text` names."""
+        """Returns the numbers of the entities that `text` names."""
         text = normalised(text)
-        found: set[int] = set()
+        entities: set[int] = set()
         for automaton, where in ((self._cased, text), (self._folded, text.casefold())):
             if automaton is None:
                 continue
             for end, (length, numbers) in automaton.iter(where):
                 start = end + 1 - length
                 if not _touched(where, start - 1) and not _touched(where, end + 1):
-                    found |= numbers
-        return found
+                    entities |= numbers
+        return entities
 
 
 def _automaton(numbers_of: dict[str, set[int]]):

@@ -59,13 +59,13 @@ def sample(
     order = np.argsort(np.asarray(counts), kind="stable")
     with progress.bar(len(prompts), "sample", "query") as bar:
         for start in range(0, len(order), _TOGETHER):
-            some = order[start : start + _TOGETHER]
-            uniform = [_uniform(prompts[i], counts[i], samples, seed) for i in some]
-            drawn = _draw([list(prompts[i]) for i in some], uniform, next_token, stop)
-            for i, found in zip(some, drawn, strict=True):
-                out[i] = found
-            on_done(some, drawn)
-            bar.update(len(some))
+            batch = order[start : start + _TOGETHER]
+            uniform = [_uniform(prompts[i], counts[i], samples, seed) for i in batch]
+            drawn = _draw([list(prompts[i]) for i in batch], uniform, next_token, stop)
+            for i, continuations in zip(batch, drawn, strict=True):
+                out[i] = continuations
+            on_done(batch, drawn)
+            bar.update(len(batch))
     return out
 
 
@@ -129,16 +129,16 @@ class _Next:
         for b in np.unique(bucket):
             length = bucket_lengths[b]
             size = max(1, self._layout.tokens_per_batch // length)
-            mine = np.flatnonzero(bucket == b)
-            for start in range(0, len(mine), size):
-                some = mine[start : start + size]
+            in_bucket = np.flatnonzero(bucket == b)
+            for start in range(0, len(in_bucket), size):
+                batch = in_bucket[start : start + size]
                 tokens_BxT = np.full((size, length), self._layout.pad, np.int32)
                 last_B = np.zeros(size, np.int32)
-                for row, i in enumerate(some):
+                for row, i in enumerate(batch):
                     tokens_BxT[row, : len(prefixes[i])] = prefixes[i]
                     last_B[row] = len(prefixes[i]) - 1
                 p_BxV = sharding.to_host(self._probabilities(self._state, tokens_BxT, last_B))
-                for row, i in enumerate(some):
+                for row, i in enumerate(batch):
                     out[i] = _pick(p_BxV[row], picks[i])
         return out
 

@@ -137,11 +137,13 @@ def _percentiles(values_QxM, level, resamples, seed):
     means = np.full(counts.shape, np.nan)
     np.divide(sums, counts, out=means, where=counts > 0)
     low, high = np.full(counts.shape, np.nan), np.full(counts.shape, np.nan)
-    some = counts > 1
-    if some.any():
+    has_interval = counts > 1
+    if has_interval.any():
         tail = (1 - level) / 2
         # A draw that misses every measured query says nothing of the mean.
-        low[some], high[some] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0)
+        low[has_interval], high[has_interval] = np.nanquantile(
+            drawn[:, has_interval], [tail, 1 - tail], axis=0
+        )
     return means, low, high, drawn
 
 

@@ -99,13 +99,13 @@ def intervals(
     columns = [(method, name) for method, ms in values.items() for name in ms]
     if not columns:
         return {}
-    found = statistics.intervals(
+    computed = statistics.intervals(
         np.stack([values[method][name] for method, name in columns], axis=1),
         resamples=resamples,
         seed=seed,
     )
     out: dict = {method: {} for method in values}
-    for (method, name), interval in zip(columns, found, strict=True):
+    for (method, name), interval in zip(columns, computed, strict=True):
         out[method][name] = interval
     return out
 
@@ -133,18 +133,18 @@ def grouped(
     """
     out: dict = {method: {} for method in values}
     for number, group in enumerate(names):
-        mine = np.flatnonzero(np.asarray(numbers_Q) == number)
-        if not len(mine):
+        rows = np.flatnonzero(np.asarray(numbers_Q) == number)
+        if not len(rows):
             continue
-        some = {
-            method: {name: x[mine] for name, x in ms.items() if name in HEADLINE}
+        group_values = {
+            method: {name: x[rows] for name, x in ms.items() if name in HEADLINE}
             for method, ms in values.items()
         }
-        for method, found in intervals(some, resamples, seed).items():
-            out[method][group] = {"n_queries": len(mine)} | as_json(found)
+        for method, group_intervals in intervals(group_values, resamples, seed).items():
+            out[method][group] = {"n_queries": len(rows)} | as_json(group_intervals)
         if differences:
-            for method, others in compared(some, resamples, seed).items():
-                out[method][group]["differences"] = others
+            for method, differences_by_method in compared(group_values, resamples, seed).items():
+                out[method][group]["differences"] = differences_by_method
     return out
 
 
@@ -172,13 +172,13 @@ def compared(
     out: dict = {a: {b: {} for b in names if b != a} for a in names}
     if not pairs:
         return out
-    found = statistics.differences(
+    computed = statistics.differences(
         np.stack([values[a][metric] for a, _, metric in pairs], axis=1),
         np.stack([values[b][metric] for _, b, metric in pairs], axis=1),
         resamples=resamples,
         seed=seed,
     )
-    for (a, b, metric), d in zip(pairs, found, strict=True):
+    for (a, b, metric), d in zip(pairs, computed, strict=True):
         if d.count:
             out[a][b][metric] = _difference(d.mean, d.low, d.high, d.p)
             out[b][a][metric] = _difference(-d.mean, -d.high, -d.low, d.p)
@@ -189,17 +189,17 @@ def _difference(mean: float, low: float, high: float, p: float) -> dict:
     return {"difference": number(mean), "low": number(low), "high": number(high), "p": number(p)}
 
 
-def as_json(found: Mapping[str, statistics.Interval]) -> dict:
+def as_json(intervals: Mapping[str, statistics.Interval]) -> dict:
     """Means and intervals as JSON values.
 
     Returns:
         Each metric's mean by its name, None where it was not measured; "counts", the queries that
         each was measured on; "intervals", [low, high] of each that was measured on two or more.
     """
-    out: dict = {name: number(i.mean) for name, i in found.items()}
-    out["counts"] = {name: i.count for name, i in found.items()}
+    out: dict = {name: number(i.mean) for name, i in intervals.items()}
+    out["counts"] = {name: i.count for name, i in intervals.items()}
     out["intervals"] = {
-        name: [number(i.low), number(i.high)] for name, i in found.items() if i.count > 1
+        name: [number(i.low), number(i.high)] for name, i in intervals.items() if i.count > 1
     }
     return out
 

@@ -97,18 +97,18 @@ def tail_patch(
     bucket = np.searchsorted(bucket_lengths, positions)
     with progress.bar(len(pairs), "tail-patch", "pair") as bar:
         for b in np.unique(bucket):
-            mine = np.flatnonzero(bucket == b)
-            for start in range(0, len(mine), pairs_per_call):
-                some = mine[start : start + pairs_per_call]
+            in_bucket = np.flatnonzero(bucket == b)
+            for start in range(0, len(in_bucket), pairs_per_call):
+                call_pairs = in_bucket[start : start + pairs_per_call]
                 # The last call of a length repeats its last pair, to keep the shape.
-                filled = np.pad(some, (0, pairs_per_call - len(some)), mode="edge")
+                filled = np.pad(call_pairs, (0, pairs_per_call - len(call_pairs)), mode="edge")
                 batch = {
                     "passage": _passages(passages, pairs[filled, 1], bucket_lengths[b], pad),
                     "query": _rows(queries, pairs[filled, 0], query_length, pad),
                 }
-                out[some] = sharding.to_host(call(state, batch))[: len(some)]
-                on_done(some, out[some])
-                bar.update(len(some))
+                out[call_pairs] = sharding.to_host(call(state, batch))[: len(call_pairs)]
+                on_done(call_pairs, out[call_pairs])
+                bar.update(len(call_pairs))
     return out
 
 

@@ -99,15 +99,15 @@ def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:
     name, rank = parse_correction(correction)
     if name == "none":
         return None
-    found = {}
+    scales = {}
     for s in chosen:
         stack = () if s.stack is None else (s.stack,)
         if name == "adam":
-            found[s.path] = Scale(full=jnp.ones((*stack, s.rows, s.columns)))
+            scales[s.path] = Scale(full=jnp.ones((*stack, s.rows, s.columns)))
         else:
             left, right = ((*stack, rank or 1, n) for n in (s.rows, s.columns))
-            found[s.path] = Scale(jnp.ones(left), jnp.ones(right))
-    return found
+            scales[s.path] = Scale(jnp.ones(left), jnp.ones(right))
+    return scales
 
 
 def measured_shapes(shapes: Mapping[tuple[int, int], float], most: int = _SHAPES) -> list[tuple]:
@@ -141,10 +141,10 @@ def encoder_times(
         for examples, positions in chosen:
             started = time.perf_counter()
             arrays = _batch(examples, positions, mesh)
-            found = encoder.compiled.lower(encoder.arrays, arrays, None).compile()
+            executable = encoder.compiled.lower(encoder.arrays, arrays, None).compile()
             seconds.append(time.perf_counter() - started)
-            compiled[examples, positions] = found
-            memory = max(memory, memory_of(found).total)
+            compiled[examples, positions] = executable
+            memory = max(memory, memory_of(executable).total)
             bar.update()
 
         def call(arrays, batch, scored):
@@ -152,12 +152,12 @@ def encoder_times(
 
         ready = dataclasses.replace(encoder, compiled=call)
         turns = {s: _turn(ready, *s, vocab_size, mesh) for s in chosen}
-        found = {s: [] for s in chosen}
+        seconds_by_shape = {s: [] for s in chosen}
         for _ in range(rounds):
             for shape, turn in turns.items():
-                found[shape].append(turn())
+                seconds_by_shape[shape].append(turn())
                 bar.update()
-    position = {T: statistics.median(found[B, T]) / (B * T) for B, T in chosen}
+    position = {T: statistics.median(seconds_by_shape[B, T]) / (B * T) for B, T in chosen}
     return EncoderTimes(statistics.mean(seconds), position, memory)
 
 

@@ -125,8 +125,8 @@ def tap_operations(taps: Taps) -> int:
 
 def example_operations(taps: Taps) -> int:
     """Operations of one example however long it is: an exact scale's AᵀGB, 2·k·M·N + 2·k²·M."""
-    k, whole = taps.side, [m for m in taps.matrices if taps.exact and not m.looked_up]
-    return sum(2 * k * m.numbers + 2 * k * k * m.rows * m.count for m in whole)
+    k, matrices = taps.side, [m for m in taps.matrices if taps.exact and not m.looked_up]
+    return sum(2 * k * m.numbers + 2 * k * k * m.rows * m.count for m in matrices)
 
 
 def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tuple, float]) -> float:
@@ -138,10 +138,10 @@ def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tupl
         shapes: how many batches there are of B examples of T positions, by (B, T).
     """
     taps = tuple(taps)
-    alone, taken = sum(map(example_operations, taps)), sum(map(tap_operations, taps))
+    alone, per_position = sum(map(example_operations, taps)), sum(map(tap_operations, taps))
     total = 0.0
     for (examples, positions), count in shapes.items():
-        each = model_operations(model, (positions + 1) / 2) + taken
+        each = model_operations(model, (positions + 1) / 2) + per_position
         total += count * examples * (positions * each + alone)
     return total
 
@@ -160,13 +160,13 @@ def batch_shapes(
         bucket_lengths, tokens_per_batch, multiple: as `tda.data.batches.plan` takes them.
         shard_rows: passages in a shard of the store.
     """
-    found: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for first in range(0, len(positions), shard_rows):
-        some = positions[first : first + shard_rows]
-        planned = batches.plan(some, bucket_lengths, tokens_per_batch, multiple)
+        shard = positions[first : first + shard_rows]
+        planned = batches.plan(shard, bucket_lengths, tokens_per_batch, multiple)
         for size, length in zip(planned.sizes.tolist(), planned.lengths.tolist(), strict=True):
-            found[size, length] = found.get((size, length), 0) + 1
-    return dict(sorted(found.items(), key=lambda item: item[0][1]))
+            counts[size, length] = counts.get((size, length), 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: item[0][1]))
 
 
 def row_bytes(widths: Iterable[int], dtype: str) -> int:
@@ -225,11 +225,11 @@ def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
     Args:
         widths: numbers in each block.
         matrices: how many R there are (of passages, of queries), float64.
-        roots: how many R^(−1/2) are kept, float32.
+        roots: how many R^(−1/2) are stored, float32.
     """
     widths = list(widths)
-    kept = matrices * r_bytes(widths) + roots * r_bytes(widths, 4)
-    return kept + eigen_bytes(max(widths))
+    stored = matrices * r_bytes(widths) + roots * r_bytes(widths, 4)
+    return stored + eigen_bytes(max(widths))
 
 
 def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: bool) -> int:
@@ -250,12 +250,12 @@ def lacking(needs: Mapping[str, tuple[float, float | None]]) -> list[str]:
     """What does not fit, in sentences.
 
     Args:
-        needs: bytes needed and bytes there, None where that is not known, by name.
+        needs: bytes needed and bytes available, None where that is not known, by name.
     """
     return [
-        f"{name}: {as_bytes(needed)} needed, {as_bytes(there)} there"
-        for name, (needed, there) in needs.items()
-        if there is not None and needed > there
+        f"{name}: {as_bytes(needed)} needed, {as_bytes(available)} there"
+        for name, (needed, available) in needs.items()
+        if available is not None and needed > available
     ]
 
 

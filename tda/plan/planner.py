@@ -1,4 +1,4 @@
-"""Estimates what a run will take: operations and seconds of its stages, memory and disk."""
+"""Estimates a run in advance: operations and seconds of its stages, memory and disk."""
 
 import os
 import pathlib
@@ -25,14 +25,14 @@ def run(
     host_memory: float | None = None,
     disk: float | None = None,
 ) -> dict:
-    """All figures of the plan, as JSON values.
+    """Returns all figures of the plan, as JSON values.
 
     Args:
         config: of a run.
-        workdir: where the stores will be; its disk's free space is what there is.
-        hardware: what it is to run on; None for this machine, which is measured.
-        mfu: share of the chips' peak that is taken to be reached.
-        reading: bytes/s at which a store is read.
+        workdir: where the stores will be; the free space of its disk is the limit.
+        hardware: the machine that it will run on; None for this one, which is measured.
+        mfu: assumed share of the chips' peak rate.
+        reading: rate at which a store is read, in bytes/s.
         host_memory: bytes of the host; this machine's where None and nothing else is named.
         disk: bytes free for stores; those of the workdir's disk where None.
 
@@ -90,24 +90,24 @@ def run(
 
 
 def _memory() -> float:
-    """Bytes of memory that this machine, or the container, has."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Returns the bytes of memory of this machine, or of its container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = pathlib.Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
-    return min(there, int(text)) if text.isdigit() else there
+    return min(total, int(text)) if text.isdigit() else total
 
 
 def _device_memory() -> float | None:
-    """Bytes of a device's own memory; None where it has none (a CPU)."""
+    """Returns the bytes of a device's own memory; None if it has none (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _free(path: str) -> float:
-    """Bytes free on the disk that `path` is or will be on."""
-    there = pathlib.Path(path).resolve()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    """Returns the free bytes of the disk that `path` is or will be on."""
+    folder = pathlib.Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
@@ -125,23 +125,23 @@ def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
 
 
 def _measure(config, s: Setting, mesh) -> dict:
-    """How fast this machine encodes, by corrections of a pass, and multiplies."""
-    found: dict[tuple, calibration.EncoderTimes] = {}
+    """Measures how fast this machine encodes, by the corrections of a pass, and multiplies."""
+    times_by_pass: dict[tuple, calibration.EncoderTimes] = {}
     model = train.build_model(config, s.vocab_size)
     projection = Projection(**dict(config.projection))
     for corrections in dict.fromkeys([*s.passes, *((c,) for c in s.taps)]):
         # Corrections of the same count take the same time: none and factored.
         counts = [s.taps[c] for c in corrections]
-        alike = next((p for p in found if [s.taps[c] for c in p] == counts), None)
+        alike = next((p for p in times_by_pass if [s.taps[c] for c in p] == counts), None)
         if alike is None:
             ones = (calibration.ones(s.sites, c) for c in corrections)
             ends = (encoders.ends_of(s.sites, projection, scales) for scales in ones)
             parts = [together.Part(s.sites, projection, e) for e in ends]
             encoder = together.build(model, parts, config.gradients.output, mesh)
             times = calibration.encoder_times(encoder, s.shapes, s.vocab_size, mesh)
-        found[corrections] = times if alike is None else found[alike]
+        times_by_pass[corrections] = times if alike is None else times_by_pass[alike]
     products = calibration.product_times(s.width, max(s.widths), s.queries)
-    return {"encoder": found, "products": products}
+    return {"encoder": times_by_pass, "products": products}
 
 
 def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]:

@@ -1,15 +1,17 @@
-"""A plan's figures as text."""
+"""Formats a plan as text."""
 
 from tda.plan.cost import NUMBER_BYTES, as_bytes
 from tda.reports import formats
 
 
 def text(figures: dict) -> str:
-    """Everything that `tda.plan.planner.run` found, in aligned tables."""
+    """Returns the figures of `tda.plan.planner.run` as aligned tables."""
     parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
     left_out = ", ".join(figures["left_out"])
-    told = [f"not reckoned (another function, curvature, checkpoints): {left_out}"] * bool(left_out)
-    return "\n\n".join([*parts, _needs(figures["needs"]), *told])
+    parts.append(_needs(figures["needs"]))
+    if left_out:
+        parts.append(f"not reckoned (another function, curvature, checkpoints): {left_out}")
+    return "\n\n".join(parts)
 
 
 def _heading(figures: dict) -> str:
@@ -79,20 +81,20 @@ def _disk(disk: dict) -> str:
         row("ScaNN index: codes and rows to reorder", lambda x: as_bytes(x["index"])),
         ["  of it codes, 4 bits for 2 dimensions", as_bytes(disk["codes"]), "", ""],
     ]
-    told = ""
+    note = ""
     if not count:
-        told = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
+        note = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
     elif count > 1:
-        told = f"\n{count} stores: each correction that the methods use has its own"
-    return formats.aligned(table) + told
+        note = f"\n{count} stores: each correction that the methods use has its own"
+    return formats.aligned(table) + note
 
 
 def _needs(needs: dict) -> str:
     rows = [["what must fit", "needed", "there", ""]]
     for name, x in needs.items():
-        there = "not known" if x["there"] is None else as_bytes(x["there"])
+        available = "not known" if x["there"] is None else as_bytes(x["there"])
         fits = x["there"] is None or x["needed"] <= x["there"]
-        rows.append([name, as_bytes(x["needed"]), there, "" if fits else "DOES NOT FIT"])
+        rows.append([name, as_bytes(x["needed"]), available, "" if fits else "DOES NOT FIT"])
     return formats.aligned(rows)
 
 

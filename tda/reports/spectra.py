@@ -27,16 +27,16 @@ def draw(file, component: int | None = None, out=None) -> list[str]:
     """
     plots.check()
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            found = {n: kept[n] for n in ("train", "evaluation") if n in kept}
+        with np.load(file, allow_pickle=False) as arrays:
+            spectra = {n: arrays[n] for n in ("train", "evaluation") if n in arrays}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a file of spectra: {error}") from error
-    if not found:
+    if not spectra:
         raise ValueError(f"{file} has neither the array train nor evaluation: no spectra")
     lines = []
     for name, label in (("train", "R_train"), ("evaluation", "R_eval")):
-        if name in found:
-            values = np.sort(found[name])[::-1]
+        if name in spectra:
+            values = np.sort(spectra[name])[::-1]
             x = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))
             y = values[x - 1]
             with np.errstate(divide="ignore"):

@@ -1,7 +1,7 @@
-"""The results files, notes, tables and plots that a viewer shows, and what it serves of them.
+"""The results files, notes, tables and plots that a viewer shows, and the pieces that it serves.
 
-A page asks for pieces by name, such as `0/records-12`; a server makes each when it is asked for,
-an export writes all of them. So there is one way in which data reach a page.
+A page asks for pieces by name, such as `0/records-12`. A server makes each on request and an export
+writes all of them, so data reach a page in one way only.
 """
 
 import json
@@ -22,11 +22,11 @@ _MOST_PLOTS = 200
 
 
 class Collection:
-    """What a viewer shows.
+    """The contents of a viewer.
 
     Args:
-        workdir: a run's directory: its tables and plots are shown; may be None.
-        notes: the file of notes; None shows none.
+        workdir: a run's directory: its tables and plots are shown; None for none.
+        notes: the notes on passages; None for none.
     """
 
     def __init__(self, workdir=None, notes: Notes | None = None):
@@ -38,13 +38,13 @@ class Collection:
     def add(
         self, path, label: str = "", title: str = "", on_bytes: Callable[[int], None] | None = None
     ) -> ResultsFile:
-        """Opens a results file and shows it beside the others.
+        """Opens a results file and adds it to those shown.
 
         Args:
             path: the file.
-            label: short name; by default the file's, made unlike those of the others.
-            title: what the method is called; by default what `tda.methods` calls the label.
-            on_bytes: told the bytes of some lines when they are indexed.
+            label: short name; by default the file's, made distinct from the other labels.
+            title: the method's title; by default that of the label in `tda.methods`.
+            on_bytes: called with the number of further bytes that are indexed.
 
         Raises:
             OSError, ResultsError: the file cannot be shown.
@@ -58,18 +58,18 @@ class Collection:
         return file
 
     def refresh(self) -> None:
-        """Opens again what was written anew since; a file that is gone stays as it was read."""
+        """Reopens files that have changed; a deleted file stays as it was read."""
         for i, file in enumerate(self.files):
             if file.stale():
                 try:
                     new = ResultsFile(file.path, file.label, file.title)
                 except (OSError, ResultsError):
                     continue
-                # The old one is closed when no request reads it any more.
+                # The old file is closed by the garbage collector once no request reads it.
                 self.files[i] = new
 
     def index(self) -> dict:
-        """What a page must know first."""
+        """Returns what a page must know first."""
         return {
             "files": [f.describe() for f in self.files],
             "summary_rows": results_file.SUMMARY_ROWS,
@@ -82,7 +82,7 @@ class Collection:
         }
 
     def piece(self, name: str):
-        """A piece of the data, as a JSON value.
+        """Returns a piece of the data as a JSON value.
 
         Args:
             name: "index", "notes", "FILE/summaries-CHUNK", "FILE/records-CHUNK" or
@@ -95,15 +95,15 @@ class Collection:
             return self.index()
         if name == "notes":
             return self._notes_piece()
-        if found := re.fullmatch(r"(\d{1,6})/(summaries|records)-(\d{1,9})", name):
-            file = self._numbered(found[1], name)
-            ask = file.summaries if found[2] == "summaries" else file.records
+        if match := re.fullmatch(r"(\d{1,6})/(summaries|records)-(\d{1,9})", name):
+            file = self._numbered(match[1], name)
+            ask = file.summaries if match[2] == "summaries" else file.records
             try:
-                return ask(int(found[3]))
+                return ask(int(match[3]))
             except IndexError as error:
                 raise KeyError(name) from error
-        if found := re.fullmatch(r"overlap-(\d{1,6})-(\d{1,6})", name):
-            one, other = (self._numbered(n, name) for n in found.groups())
+        if match := re.fullmatch(r"overlap-(\d{1,6})-(\d{1,6})", name):
+            one, other = (self._numbered(n, name) for n in match.groups())
             return results_file.overlap(one, other)
         raise KeyError(name)
 
@@ -113,7 +113,7 @@ class Collection:
         return self.files[int(number)]
 
     def pieces(self) -> Iterator[str]:
-        """The names of all pieces."""
+        """Yields the names of all pieces."""
         yield from ("index", "notes")
         for i, file in enumerate(self.files):
             for kind, size in (
@@ -130,7 +130,7 @@ class Collection:
         return {"notes": self.notes.all(), "counts": self.notes.counts(self.files)}
 
     def plot(self, file: str) -> pathlib.Path:
-        """The path of a plot that the index names.
+        """Returns the path of a plot that the index names.
 
         Raises:
             KeyError: it names no such plot.
@@ -141,7 +141,7 @@ class Collection:
         raise KeyError(file)
 
     def _plots(self) -> list[tuple[int, str, pathlib.Path]]:
-        """Plots below the workdir, each with its number and name; not those that lead out of it."""
+        """Returns (number, name, path) of the plots; links that leave the workdir are skipped."""
         if self.workdir is None:
             return []
         places = [self.workdir, *(self.workdir / d for d in ("plots", "figures", "sweep"))]
@@ -155,7 +155,7 @@ class Collection:
         return out[:_MOST_PLOTS]
 
     def _tables(self) -> list[dict]:
-        """The workdir's tables, as their Markdown text."""
+        """Returns the workdir's tables as Markdown."""
         out = []
         for name in ("table1.md", "table.md"):
             path = None if self.workdir is None else self.workdir / name
@@ -181,8 +181,8 @@ def _stem(path) -> str:
     return re.sub(r"\W+", "_", name).strip("_") or "results"
 
 
-def _unlike(label: str, others: list[str]) -> str:
+def _unlike(label: str, labels: list[str]) -> str:
     number, out = 2, label
-    while out in others:
+    while out in labels:
         out, number = f"{label}_{number}", number + 1
     return out

@@ -1,4 +1,4 @@
-"""Fetching a results file from an address."""
+"""Downloads a results file from a URL."""
 
 import http.client
 import os
@@ -13,7 +13,7 @@ _PART = 1 << 20
 
 
 def is_url(name: str) -> bool:
-    """Whether `name` is an address and not a path."""
+    """Returns whether `name` is a URL and not a path."""
     return urllib.parse.urlsplit(name).scheme in ("http", "https")
 
 
@@ -23,30 +23,30 @@ def fetch(
     limit: int,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Fetches a results file into a folder, whole or not at all; returns its path.
+    """Downloads a results file into a folder, atomically; returns its path.
 
     Args:
-        url: http or https.
-        folder: where to put it, under the address's last name.
-        limit: bytes that it may have.
-        on_bytes: told bytes fetched and bytes in all (0: unknown).
+        url: an http or https URL.
+        folder: the folder; the file is named by the last part of the URL.
+        limit: its largest size in bytes.
+        on_bytes: called with bytes so far and bytes in all (0: unknown).
 
     Raises:
-        ValueError: not such an address, or the file is too large.
-        OSError: it cannot be fetched, or breaks off.
+        ValueError: the URL has another scheme, or the file is too large.
+        OSError: the download fails or ends early.
     """
     if not is_url(url):
         raise ValueError(f"{url!r} is no http or https address")
     name = os.path.basename(urllib.parse.urlsplit(url).path) or "results.jsonl"
     path = os.path.join(folder, name)
     try:
-        with urllib.request.urlopen(url, timeout=60) as found:
-            if urllib.parse.urlsplit(found.url).scheme not in ("http", "https"):
-                raise ValueError(f"{url} leads to {found.url}, which is not fetched")
-            # Of a body in chunks no length is known, whatever the header says.
-            total, done = found.length or 0, 0
+        with urllib.request.urlopen(url, timeout=60) as response:
+            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
+                raise ValueError(f"{url} leads to {response.url}, which is not fetched")
+            # The length of a chunked body is unknown, whatever the header says.
+            total, done = response.length or 0, 0
             with atomic_file.open_atomic(path, "wb") as out:
-                for part in _parts(found, url, total):
+                for part in _parts(response, url, total):
                     done += len(part)
                     if done > limit:
                         raise ValueError(f"{url} has more than {limit:,} bytes")
@@ -59,17 +59,17 @@ def fetch(
     return path
 
 
-def _parts(found: http.client.HTTPResponse, url: str, total: int) -> Iterator[bytes]:
-    """The bytes of an answer in parts; an OSError where they end too early."""
+def _parts(response: http.client.HTTPResponse, url: str, total: int) -> Iterator[bytes]:
+    """Yields a response's bytes in parts; raises an OSError if it ends early."""
     done, cause = 0, None
     try:
-        # As the bytes come: of a larger read that fails, those that came would not be counted.
-        while part := found.read1(_PART):
+        # read1 returns bytes as they arrive: a failed larger read would lose count of them.
+        while part := response.read1(_PART):
             done += len(part)
             yield part
     except (http.client.HTTPException, OSError) as error:
         cause = error
-    # A connection that closes early looks like the end.
+    # A connection that closes early looks like the end of the file.
     if cause is not None or done < total:
         of = f" of {total:,}" if total else ""
         raise OSError(f"{url} broke off after {done:,}{of} bytes; fetch it again") from cause

@@ -127,15 +127,15 @@ def bundle(modules: dict[str, str], entry: str) -> str:
 def _wrapped(name: str, source: str) -> str:
     exported: list[str] = []
 
-    def export_of(found: re.Match) -> str:
-        function, klass, const, listed = found.groups()
+    def export_of(match: re.Match) -> str:
+        function, klass, const, listed = match.groups()
         exported.extend(listed.split(", ") if listed else [function or klass or const])
         return ""
 
-    def import_of(found: re.Match) -> str:
-        whole, names, other = found.groups()
-        wanted = whole or "{ " + names.replace(" as ", ": ") + " }"
-        return f"const {wanted} = modules.{other};"
+    def import_of(match: re.Match) -> str:
+        namespace, names, other = match.groups()
+        pattern = namespace or "{ " + names.replace(" as ", ": ") + " }"
+        return f"const {pattern} = modules.{other};"
 
     source = _IMPORT.sub(import_of, _EXPORT.sub(export_of, source))
     left = re.search(r"^(?:import|export)\b.*", source, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Long work for a page: one job after the other, with progress that can be asked for."""
+"""Long-running work for a page: one job at a time, with progress to poll."""
 
 import dataclasses
 import itertools
@@ -8,26 +8,26 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-# A finished job's result is kept for the page to fetch, not for ever.
-_KEPT = 32
+# Results of the last finished jobs stay in memory until the page has fetched them.
+_MOST_FINISHED = 32
 
 
 class Cancelled(Exception):
-    """Raised inside a job that is not wanted any more."""
+    """Raised inside a job that was cancelled."""
 
 
 @dataclasses.dataclass
 class Job:
-    """A piece of work.
+    """A running, waiting or finished job.
 
     Attributes:
-        number: of the job.
+        number: its number.
         state: "waiting", "running", "done", "failed" or "cancelled".
-        what: what it is doing.
-        done, total: how far it is; total 0: not known.
-        result: a JSON value, when done.
-        error: why it failed.
-        seconds: how long it ran.
+        what: its current activity.
+        done, total: its progress; a total of 0 is unknown.
+        result: a JSON value, once done.
+        error: the reason of a failure.
+        seconds: its running time.
     """
 
     number: int
@@ -38,20 +38,20 @@ class Job:
     result: object = None
     error: str = ""
     seconds: float = 0.0
-    unwanted: bool = dataclasses.field(default=False, repr=False)
+    is_cancelled: bool = dataclasses.field(default=False, repr=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Tells how far the job is; it ends here if nobody wants it any more.
+        """Records the job's progress; ends the job here if it was cancelled.
 
         Raises:
-            Cancelled: it is not wanted.
+            Cancelled: the job was cancelled.
         """
         self.what, self.done, self.total = what, done, total
-        if self.unwanted:
+        if self.is_cancelled:
             raise Cancelled
 
     def describe(self) -> dict:
-        """The job as JSON values."""
+        """Returns the job as JSON values."""
         names = ("number", "state", "what", "done", "total", "result", "error", "seconds")
         return {n: getattr(self, n) for n in names}
 
@@ -65,19 +65,19 @@ class Jobs:
         self._lock = threading.Lock()
 
     def start(self, work: Callable[[Callable], object]) -> Job:
-        """Begins a job: `work` is called with its `progress` when those before it are done."""
+        """Queues a job: `work` is called with its `progress` once the jobs before it are done."""
         with self._lock:
             job = Job(next(self._numbers))
             self._jobs[job.number] = job
             ended = [n for n, j in self._jobs.items() if j.state not in ("waiting", "running")]
-            for number in ended[:-_KEPT]:
+            for number in ended[:-_MOST_FINISHED]:
                 del self._jobs[number]
         self._pool.submit(self._run, job, work)
         return job
 
     @staticmethod
     def _run(job: Job, work) -> None:
-        if job.unwanted:
+        if job.is_cancelled:
             job.state = "cancelled"
             return
         job.state, begun = "running", time.monotonic()
@@ -94,10 +94,10 @@ class Jobs:
         job.seconds = time.monotonic() - begun
 
     def get(self, number: int) -> Job:
-        """A job.
+        """Returns a job.
 
         Raises:
-            KeyError: there is none of that number, or it ended long ago.
+            KeyError: no job has this number, or it ended long ago.
         """
         return self._jobs[number]
 
@@ -105,16 +105,16 @@ class Jobs:
         """Ends a job at its next step.
 
         Raises:
-            KeyError: there is none of that number.
+            KeyError: no job has this number.
         """
         job = self._jobs[number]
-        job.unwanted = True
+        job.is_cancelled = True
         return job
 
     def close(self) -> None:
         """Cancels everything and waits for the job that runs."""
         for job in list(self._jobs.values()):
-            job.unwanted = True
+            job.is_cancelled = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

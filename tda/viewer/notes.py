@@ -1,8 +1,8 @@
-"""Notes on passages, made by hand: of what type is a proponent? Kept as JSON lines, appended to.
+"""A reader's notes on passages (of what type is a proponent?), appended to a file of JSON lines.
 
 The types are those of the paper's analysis of proponents (Chang et al. 2024, section 6): does the
-passage state the fact, a part of it, or only what is around it? A note is on a passage of a query,
-whichever method retrieved it; so one reading counts for every method.
+passage state the fact, a part of it, or only something near it? A note belongs to a passage of a
+query, whichever method retrieved it, so one reading counts for every method.
 """
 
 import json
@@ -24,24 +24,24 @@ _LIMIT = 4000  # characters of an id or a comment
 
 
 class NotesError(ValueError):
-    """A note cannot be kept, or a file of notes cannot be read."""
+    """A note cannot be saved, or a file of notes cannot be read."""
 
 
 class Notes:
-    """The notes in a file; the last on a passage counts.
+    """The notes in a file; the last one on a passage counts.
 
     Args:
-        path: the file; it need not exist. A last line that a kill tore is cut off.
+        path: the file, which need not exist. A last line that a kill cut short is removed.
 
     Raises:
-        NotesError: a line is no note; the message names file and line.
+        NotesError: a line is not a note; the message names file and line.
     """
 
     def __init__(self, path):
         self.path = os.fspath(path)
         self._lock = threading.Lock()
         self._notes: dict[tuple[str, str], dict] = {}
-        whole = 0
+        complete_bytes = 0
         if not os.path.exists(self.path):
             return
         with open(self.path, "rb") as lines:
@@ -49,10 +49,10 @@ class Notes:
                 if not line.endswith(b"\n"):
                     break
                 self._take(_parsed(line, f"{self.path}, line {number}"))
-                whole += len(line)
-        if whole < os.path.getsize(self.path):
+                complete_bytes += len(line)
+        if complete_bytes < os.path.getsize(self.path):
             with open(self.path, "r+b") as out:
-                out.truncate(whole)
+                out.truncate(complete_bytes)
 
     def _take(self, note: dict) -> None:
         key = note["example_id"], note["passage_id"]
@@ -61,19 +61,19 @@ class Notes:
             self._notes[key] = note
 
     def add(self, example: str, passage: str, kind: str | None, comment: str, where: str) -> dict:
-        """Keeps a note; without type and comment, the note on the passage is taken back.
+        """Saves a note; one without type and comment withdraws the note on the passage.
 
         Args:
             example, passage: the query's and the passage's id.
             kind: one of `TYPES`, or None.
             comment: any text.
-            where: label of the results that were looked at.
+            where: the label of the results in which the passage was read.
 
         Returns:
             The note, as in the file.
 
         Raises:
-            NotesError: a value is not of these, or the file cannot be written.
+            NotesError: a value is invalid, or the file cannot be written.
         """
         note = {
             "example_id": example,
@@ -96,12 +96,12 @@ class Notes:
         return note
 
     def all(self) -> list[dict]:
-        """The notes that count, oldest first."""
+        """Returns the current notes, oldest first."""
         with self._lock:
             return list(self._notes.values())
 
     def counts(self, files: list[ResultsFile]) -> dict[str, dict[str, int]]:
-        """For each file's label and each type, how many of its proponents are noted as that."""
+        """Counts each file's proponents by the type of their note: {label: {type: count}}."""
         out = {f.label: dict.fromkeys(TYPES, 0) for f in files}
         for note in self.all():
             for file in files if note["type"] else ():
@@ -112,7 +112,7 @@ class Notes:
 
 
 def check(note: dict, where: str) -> None:
-    """Raises a NotesError, naming `where` and the field, unless `note` is a note."""
+    """Checks a note; a NotesError names `where` and the field."""
     for field in ("example_id", "passage_id", "comment", "method"):
         if not isinstance(note.get(field), str) or len(note[field]) > _LIMIT:
             raise NotesError(f"{where}: {field!r} must be a text of at most {_LIMIT} characters")

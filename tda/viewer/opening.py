@@ -1,4 +1,4 @@
-"""Opening the viewer: which results are shown, and the server that shows them."""
+"""Opens the results that a viewer shows, and serves them."""
 
 import contextlib
 import json
@@ -15,34 +15,34 @@ from tda.viewer.server import UPLOAD_LIMIT, create_app
 
 
 def collect(workdir: str | None, results: list[str], notes: str | None, folder: str) -> Collection:
-    """Everything that the flags name, opened.
+    """Opens everything that the flags name.
 
     Args:
         workdir: a run's directory, or None.
-        results: paths or addresses, each maybe behind `LABEL=`.
-        notes: file of notes, or None.
-        folder: where downloads go.
+        results: paths or URLs, each optionally preceded by `LABEL=`.
+        notes: the file of notes, or None.
+        folder: the folder for downloads.
 
     Raises:
-        ValueError, OSError: there is nothing to show, or something of it cannot be read.
+        ValueError, OSError: there is nothing to show, or a file cannot be read.
     """
-    found = [_named(r) for r in results]
+    sources = [_named(r) for r in results]
     if workdir is not None:
         if not pathlib.Path(workdir).is_dir():
             raise ValueError(f"--workdir={workdir} is no directory")
         if notes is None:
             notes = str(pathlib.Path(workdir) / "notes.jsonl")
-        if not found:
-            found = [("", str(p)) for p in _results_of(workdir)]
-            if not found:
+        if not sources:
+            sources = [("", str(p)) for p in _results_of(workdir)]
+            if not sources:
                 raise ValueError(
                     f"{workdir}/results has no .jsonl file: finish the run "
                     "(python -m experiments.trace), or name files with --results"
                 )
-    if not found:
+    if not sources:
         raise ValueError("nothing to show: give --workdir=DIR or --results=FILE,FILE")
     collection = Collection(workdir, None if notes is None else Notes(notes))
-    for label, name in found:
+    for label, name in sources:
         path = _fetched(name, folder) if download.is_url(name) else name
         size = pathlib.Path(path).stat().st_size
         with progress.bar(size, f"open {name}", "B", quiet=size < 64 << 20) as bar:
@@ -56,10 +56,10 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _results_of(workdir: str) -> list[pathlib.Path]:
-    """The results of a run's last evaluation, in the order that its config names the methods in.
+    """Returns the results of a run's last evaluation, in the config's order of methods.
 
     Raises:
-        ValueError: an evaluation was begun and did not end.
+        ValueError: the last evaluation did not finish.
     """
     path = pathlib.Path(workdir)
     files = list((path / "results").glob("*.jsonl"))
@@ -69,12 +69,12 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             "they are of is not known; run the same command again, or name files with --results"
         )
     measured = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if files else {}
-    # Another evaluation asked other queries perhaps, or another model.
-    others = sorted(p.name for p in files if p.stem not in measured)
-    if others:
+    # Results of an earlier evaluation may be of other queries, or of another model.
+    outdated = sorted(p.name for p in files if p.stem not in measured)
+    if outdated:
         print(
-            f"left out, for they are not of the last evaluation: {', '.join(others)} in {workdir}/"
-            "results; --results=FILE,FILE shows the files that it names"
+            f"left out: {', '.join(outdated)} in {workdir}/results, of an earlier evaluation; name "
+            "files with --results=FILE,FILE to show them"
         )
     shown = {p.stem: p for p in files}
     return [shown[name] for name in measured if name in shown]
@@ -87,14 +87,14 @@ def _fetched(url: str, folder: str) -> str:
             bar.total = total or None
             bar.update(done - bar.n)
 
-        own = tempfile.mkdtemp(dir=folder)
-        return download.fetch(url, own, UPLOAD_LIMIT, on_bytes)
+        own_folder = tempfile.mkdtemp(dir=folder)
+        return download.fetch(url, own_folder, UPLOAD_LIMIT, on_bytes)
 
 
 def serve(
     collection: Collection, answers, host: str, port: int, names: list[str], allow_urls: bool
 ) -> None:
-    """Serves until it is interrupted; prints the address when it answers."""
+    """Serves until interrupted; prints the address once it answers."""
     hosts = ("127.0.0.1", "localhost", "::1", host, *names)
     application = create_app(collection, answers, hosts, allow_urls)
     config = uvicorn.Config(
@@ -102,7 +102,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     socket = config.bind_socket()
-    socket.listen()  # who asks before the server runs is answered when it does
+    socket.listen()  # Requests that come before the server runs wait for it.
     bound = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     count = sum(len(f) for f in collection.files)

@@ -1,7 +1,7 @@
-"""A results file opened for reading at random: an index of its lines, its records read when asked.
+"""Random access to a results file: an index of its lines in memory, its records on disk.
 
-Opening reads the file once and keeps a row for each record and where its line stands; the passages
-stay on disk.
+Opening reads the file once and keeps a summary row and the position of each record. The passages
+are read only when a page asks for them.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 from tda.results import ResultsError
 from tda.viewer import summary
 
-# Of a summary chunk and of a chunk of records: what a page asks for at once.
+# Rows of a chunk of summaries and of a chunk of records: what a page asks for at once.
 SUMMARY_ROWS = 1000
 RECORD_ROWS = 10
 _SHOWN = 2000  # characters of a malformed line
@@ -32,15 +32,15 @@ class ResultsFile:
         path: JSON lines, in the release's format; `.gz` is decompressed to a temporary file.
         label: short name: in links, in the filter, over columns.
         title: what the method is called.
-        on_bytes: told the bytes of some lines when they are indexed.
+        on_bytes: called with the number of further bytes that are indexed.
 
     Attributes:
         columns: for each field of `tda.viewer.summary.FIELDS` a list with a value a row.
-        digest: tells this file's contents from others.
+        digest: a hash of the file's contents.
 
     Raises:
         OSError: the file cannot be read.
-        ResultsError: it holds nothing, or no line of it is a record.
+        ResultsError: it is empty, or none of its lines is a record.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class ResultsFile:
         self._seen = _signature(self.path)
         starts, lengths, ids = [], [], []
         start, digest, name = 0, hashlib.sha256(), os.path.basename(self.path)
-        told = 0
+        reported = 0
         for number, line in enumerate(self._file, 1):
             if line.strip():
                 digest.update(line)
-                row, found = _row(line, f"{name}, line {number}")
+                row, proponents = _row(line, f"{name}, line {number}")
                 for field, values in self.columns.items():
                     values.append(row[field])
                 starts.append(start)
                 lengths.append(len(line))
-                ids.append(np.fromiter(map(_number_of, found), np.uint64, len(found)))
+                ids.append(np.fromiter(map(_number_of, proponents), np.uint64, len(proponents)))
             start += len(line)
-            if start - told > 1 << 22:
-                on_bytes(start - told)
-                told = start
-        on_bytes(start - told)
+            if start - reported > 1 << 22:
+                on_bytes(start - reported)
+                reported = start
+        on_bytes(start - reported)
         self._starts, self._lengths, self._ids = starts, lengths, ids
         self.digest = digest.hexdigest()[:16]
         if not starts:
@@ -79,15 +79,15 @@ class ResultsFile:
 
     @property
     def malformed(self) -> int:
-        """Lines that are no record."""
+        """The number of lines that are not records."""
         return sum(e is not None for e in self.columns["error"])
 
     def stale(self) -> bool:
-        """Whether another file lies at the path by now."""
+        """Returns whether the file at the path has changed since it was read."""
         return _signature(self.path) != self._seen
 
     def describe(self) -> dict:
-        """What a page must know before it asks for rows."""
+        """Returns what a page must know before it asks for rows."""
         present = [f for f, v in self.columns.items() if any(x is not None for x in v)]
         return {
             "label": self.label,
@@ -101,7 +101,7 @@ class ResultsFile:
         }
 
     def summaries(self, chunk: int) -> dict:
-        """Some rows' columns, those that the file has.
+        """Returns one chunk of rows as columns, only those that the file has.
 
         Raises:
             IndexError: there is no such chunk.
@@ -111,7 +111,7 @@ class ResultsFile:
         return {f: v for f, v in parts.items() if any(x is not None for x in v)}
 
     def records(self, chunk: int) -> list:
-        """Some records; a line that is none is {"malformed": why, "line": its beginning}.
+        """Returns one chunk of records; a malformed line is {"malformed": reason, "line": start}.
 
         Raises:
             IndexError: there is no such chunk.
@@ -120,7 +120,7 @@ class ResultsFile:
         return [self.record(i) for i in range(rows.start, rows.stop)]
 
     def record(self, row: int) -> dict:
-        """One record; a number that is not finite becomes None, as JSON has no word for it."""
+        """Returns one record; numbers that are not finite become None, since JSON lacks them."""
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
             return plain(json.loads(line))
@@ -128,16 +128,16 @@ class ResultsFile:
         return {"malformed": self.columns["error"][row], "line": shown[:_SHOWN]}
 
     def proponent_numbers(self, row: int) -> np.ndarray:
-        """A number for each proponent's id, uint64, the same for the same id."""
+        """Returns a hash of each proponent's id, uint64."""
         return self._ids[row]
 
     def ranks_of(self, row: int, passage: str) -> int:
-        """The rank of a passage among a record's proponents, from 1; 0 where it is not."""
+        """Returns the rank of a passage among a record's proponents, from 1; 0 if it is not one."""
         at = np.flatnonzero(self._ids[row] == _number_of(passage))
         return int(at[0]) + 1 if len(at) else 0
 
     def row_of(self, example: str) -> int | None:
-        """The first row with this id."""
+        """Returns the first row with this id, or None."""
         return self._rows_by_id.get(example)
 
     @functools.cached_property
@@ -152,22 +152,22 @@ class ResultsFile:
 
 
 def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
-    """For every row of `one`, how many of its proponents the other file has for the same query.
+    """Counts, for every row of `one`, the proponents that the other file has for the same query.
 
-    None where the other file lacks the query, or either gives no ids.
+    The count is None if the other file lacks the query, or either file has no ids.
     """
     out: list[int | None] = []
     for row, example in enumerate(one.columns["id"]):
         match = None if example is None else other.row_of(example)
-        mine = one.proponent_numbers(row)
-        theirs = None if match is None else other.proponent_numbers(match)
-        lacking = theirs is None or not len(mine) or not len(theirs)
-        out.append(None if lacking else len(set(mine.tolist()) & set(theirs.tolist())))
+        numbers = one.proponent_numbers(row)
+        other_numbers = None if match is None else other.proponent_numbers(match)
+        lacking = other_numbers is None or not len(numbers) or not len(other_numbers)
+        out.append(None if lacking else len(set(numbers.tolist()) & set(other_numbers.tolist())))
     return out
 
 
 def plain(value):
-    """A JSON value without numbers that are not finite: these become None."""
+    """Returns a JSON value with None in place of numbers that are not finite."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
@@ -184,12 +184,12 @@ def _plain(value):
 
 
 def to_json(value) -> bytes:
-    """A value as JSON in ASCII: whatever a text holds, a page can read it."""
+    """Encodes a value as ASCII JSON, which any page can read whatever its texts contain."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def chunks(count: int, size: int) -> int:
-    """How many chunks of `size` hold `count` rows."""
+    """Returns how many chunks of `size` hold `count` rows."""
     return -(-count // size)
 
 
@@ -200,7 +200,7 @@ def _rows(chunk: int, size: int, count: int) -> slice:
 
 
 def _row(line: bytes, where: str) -> tuple[dict, list[str]]:
-    """The row of a line, and its proponents' ids."""
+    """Returns the summary row of a line, and its proponents' ids."""
     try:
         item = json.loads(line)
         return summary.summarise(item, where), item.get("proponent_ids") or []
@@ -211,26 +211,26 @@ def _row(line: bytes, where: str) -> tuple[dict, list[str]]:
 
 
 def _number_of(name: str) -> int:
-    # Within a process the same name has the same hash; 64 bits tell names apart.
+    # Hashes are stable within a process, and 64 bits make collisions negligible.
     return hash(name) & (2**64 - 1)
 
 
 def _opened(path: str):
     if not path.endswith(".gz"):
         return open(path, "rb")
-    whole = tempfile.TemporaryFile()
+    unpacked = tempfile.TemporaryFile()
     with gzip.open(path, "rb") as packed:
         try:
-            shutil.copyfileobj(packed, whole, 1 << 20)
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
         except (EOFError, gzip.BadGzipFile) as error:
-            raise ResultsError(f"{path} is not a whole gzip file: {error}") from error
-    whole.seek(0)
-    return whole
+            raise ResultsError(f"{path} is not a complete gzip file: {error}") from error
+    unpacked.seek(0)
+    return unpacked
 
 
 def _signature(path: str):
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -32,14 +32,15 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
-# A plot that is opened by itself must not run either what a file of the workdir might hold.
+# An SVG opened on its own must not run scripts either: it comes from the workdir.
 _PLOT_POLICY = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
 class Live(Protocol):
-    """What answers live questions; each method is told how to report `progress(what, done, total)`.
+    """Answers live questions.
 
-    What they return is JSON values. Wrong input raises a ValueError.
+    Each method reports through `progress(what, done, total)` and returns JSON values. Wrong input
+    raises a ValueError.
 
     Attributes:
         heat_methods: names of the methods that `heat` can be asked about.
@@ -48,22 +49,22 @@ class Live(Protocol):
     heat_methods: tuple[str, ...]
 
     def describe(self, progress: Callable) -> dict:
-        """Methods and sizes; opens what must be opened."""
+        """Opens the model and its stores; returns the methods and sizes."""
 
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
-        """The model's own completion of a prompt."""
+        """Returns the model's own completion of a prompt."""
 
     def trace(
         self, progress: Callable, prompt: str, target: str, methods: list[str], k: int
     ) -> dict:
-        """Passages by method, as results records."""
+        """Returns the passages of each method, as results records."""
 
     def heat(self, progress: Callable, prompt: str, target: str, method: str, passage: str) -> dict:
-        """What each position of a passage carries of its score."""
+        """Returns the share of a passage's score that each of its positions carries."""
 
 
 def static_files() -> dict[str, bytes]:
-    """The page's own files by name."""
+    """Returns the page's static files by name."""
     folder = importlib.resources.files("tda.viewer") / "static"
     files = {f.name: f.read_bytes() for f in folder.iterdir()}
     return {n: f for n, f in files.items() if os.path.splitext(n)[1] in _TYPES}
@@ -76,15 +77,15 @@ def create_app(
     allow_urls: bool = False,
     upload_limit: int = UPLOAD_LIMIT,
 ):
-    """The viewer as an ASGI application.
+    """Returns the viewer as an ASGI application.
 
     Args:
-        collection: what is shown.
-        live: answers live questions; None where there is nothing to ask.
-        hosts: names that the viewer is reached by; others are refused.
-        allow_urls: whether the page may have results fetched from an address. Otherwise no request
+        collection: the results to show.
+        live: answers live questions; None if there is no model to ask.
+        hosts: host names of the viewer; requests under other names are refused.
+        allow_urls: whether the page may have results fetched from a URL. Otherwise no request
             leaves the machine.
-        upload_limit: bytes of a file given in the page.
+        upload_limit: largest upload in bytes.
     """
     return _App(collection, live, hosts, allow_urls, upload_limit).asgi()
 
@@ -107,12 +108,12 @@ class _App:
             Route("/api/notes", self._note, **post),
             Route("/api/upload", self._upload, **post),
             Route("/api/open", self._open, **post),
-            Route("/api/live/{what}", self._live_job, **post),
+            Route("/api/live/{action}", self._live_job, **post),
             Route("/api/jobs/{number:int}", self._job, methods=["GET", "DELETE"]),
         ]
         app = Starlette(
             routes=routes,
-            exception_handlers={HTTPException: _told},
+            exception_handlers={HTTPException: _error_response},
             middleware=[
                 Middleware(Guard, hosts=self._hosts, token=self._token),
                 Middleware(GZipMiddleware, minimum_size=4096, compresslevel=1),
@@ -168,10 +169,12 @@ class _App:
         body = await _body(request)
         notes = self._collection.notes
         if notes is None:
-            raise HTTPException(409, "notes need a place: start with --workdir or --notes")
+            raise HTTPException(
+                409, "notes need a file: start the viewer with --workdir or --notes"
+            )
         kind = _text(body, "type", optional=True)
-        given = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
-        example, passage, comment, where = given
+        fields = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
+        example, passage, comment, where = fields
         await _tried(notes.add, example, passage, kind, comment, where)
         piece = await run_in_threadpool(self._collection.piece, "notes")
         return Response(to_json(piece), media_type="application/json")
@@ -180,7 +183,7 @@ class _App:
         name = os.path.basename(request.query_params.get("name", "")) or "upload.jsonl"
         # The name is the upload's own word: only its ending decides anything.
         suffix = ".jsonl.gz" if name.endswith(".gz") else ".jsonl"
-        with tempfile.NamedTemporaryFile(suffix=suffix) as kept:
+        with tempfile.NamedTemporaryFile(suffix=suffix) as upload:
             size = 0
             try:
                 async for part in request.stream():
@@ -189,17 +192,17 @@ class _App:
                         raise HTTPException(
                             413, f"the file is larger than {self._upload_limit:,} bytes"
                         )
-                    await run_in_threadpool(kept.write, part)
+                    await run_in_threadpool(upload.write, part)
             except ClientDisconnect as error:
                 raise HTTPException(400, "the upload was broken off") from error
-            kept.flush()
+            upload.flush()
             label = name.split(".")[0]
-            return await self._added(kept.name, label)
+            return await self._added(upload.name, label)
 
     async def _open(self, request: Request) -> Response:
         body = await _body(request)
         if not self._allow_urls:
-            raise HTTPException(403, "start the viewer with --allow_urls to open addresses here")
+            raise HTTPException(403, "start the viewer with --allow_urls to open URLs")
         url = _text(body, "url")
         with tempfile.TemporaryDirectory() as folder:
             path = await _tried(download.fetch, url, folder, self._upload_limit)
@@ -213,32 +216,32 @@ class _App:
     async def _live_job(self, request: Request) -> Response:
         body, live = await _body(request), self._live
         if live is None:
-            raise HTTPException(409, "there is no workdir to ask: start with --workdir")
-        what = request.path_params["what"]
-        if what == "describe":
+            raise HTTPException(409, "there is no model to ask: start the viewer with --workdir")
+        action = request.path_params["action"]
+        if action == "describe":
             work = live.describe
-        elif what == "complete":
-            arguments = _text(body, "prompt"), _whole(body, "tokens", 1, 64)
+        elif action == "complete":
+            arguments = _text(body, "prompt"), _integer(body, "tokens", 1, 64)
 
             def work(progress):
                 return live.complete(progress, *arguments)
-        elif what == "trace":
+        elif action == "trace":
             methods = body.get("methods")
             if not isinstance(methods, list) or not all(isinstance(m, str) for m in methods):
                 raise HTTPException(400, "'methods' must be a list of names")
             question = _text(body, "prompt"), _text(body, "target"), methods
-            k = _whole(body, "k", 1, 100)
+            k = _integer(body, "k", 1, 100)
 
             def work(progress):
                 return live.trace(progress, *question, k)
-        elif what == "heat":
+        elif action == "heat":
             names = ("prompt", "target", "method", "passage")
             values = [_text(body, n) for n in names]
 
             def work(progress):
                 return live.heat(progress, *values)
         else:
-            raise HTTPException(404, f"there is no {what}")
+            raise HTTPException(404, f"there is no {action}")
         return JSONResponse(self._jobs.start(work).describe())
 
     async def _job(self, request: Request) -> Response:
@@ -250,7 +253,7 @@ class _App:
             raise HTTPException(404, f"there is no job {number}; ask again") from error
 
 
-async def _told(request: Request, error: HTTPException) -> Response:
+async def _error_response(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code)
 
 
@@ -287,7 +290,7 @@ def _text(body: dict, field: str, optional: bool = False) -> str | None:
     return value
 
 
-def _whole(body: dict, field: str, least: int, most: int) -> int:
+def _integer(body: dict, field: str, least: int, most: int) -> int:
     value = body.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise HTTPException(400, f"{field!r} must be a whole number from {least} to {most}")

@@ -63,8 +63,8 @@ def summarise(item, where: str) -> dict:
         texts = _list(item, f"{kind}s", str, where, required=kind == "proponent")
         counts[kind] = len(texts or [])
         for field, of in ((f"{kind}_ids", str), (f"{kind}_scores", _NUMBER)):
-            found = _list(item, field, of, where)
-            _same_number(found, counts[kind], field, f"{kind}s", where)
+            values = _list(item, field, of, where)
+            _same_number(values, counts[kind], field, f"{kind}s", where)
     correct = _list(item, "proponent_correct", (bool, int), where)
     entailment = _list(item, "proponent_ais_scores", _NUMBER, where)
     _same_number(correct, counts["proponent"], "proponent_correct", "proponents", where)
@@ -115,9 +115,9 @@ def bucket_of(frequency: int) -> str:
 
 
 def _bucket(item: dict, frequency) -> str | None:
-    given = item.get("c4_frequency_bucket")
-    if isinstance(given, str | int | float) and not isinstance(given, bool):
-        return _cut(str(given))
+    bucket = item.get("c4_frequency_bucket")
+    if isinstance(bucket, str | int | float) and not isinstance(bucket, bool):
+        return _cut(str(bucket))
     return None if frequency is None else bucket_of(int(frequency))
 
 
@@ -140,9 +140,9 @@ def _list(item: dict, field: str, of, where: str, required: bool = False) -> lis
     return value
 
 
-def _same_number(found: list | None, count: int, field: str, other: str, where: str) -> None:
-    if found is not None and len(found) != count:
-        raise ResultsError(f"{where}: {len(found)} {field}, but {count} {other}")
+def _same_number(values: list | None, count: int, field: str, other: str, where: str) -> None:
+    if values is not None and len(values) != count:
+        raise ResultsError(f"{where}: {len(values)} {field}, but {count} {other}")
 
 
 def _text(item: dict, field: str, where: str, required: bool = False) -> str | None:

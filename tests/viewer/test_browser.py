@@ -83,7 +83,7 @@ def test_smoke_open_filter_compare_highlight(page, address, folder):
     marks = page.page.locator("[data-method=trackstar] mark.target").all_inner_texts()
     assert expected[0]["targets_plaintext"] in marks
     page.page.fill("#filter", "rank = ")
-    page.until(lambda: "missing" in page.text(".told"))
+    page.until(lambda: "incomplete" in page.text(".told"))
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_two_and_three_methods_side_by_side(page, address, folder):
     page.until(lambda: page.texts("[data-method=bm25] h4") == ["Proponents", "Opponents"])
     # A file without the query says so, and is not put in its place.
     page.open(f"{address}#q=q{QUERIES - 1:05}&files=trackstar,bm25")
-    assert "This file lacks the query." in page.text(".column:nth-child(2)")
+    assert "This file does not contain the query." in page.text(".column:nth-child(2)")
 
 
 @pytest.mark.slow
@@ -382,7 +382,7 @@ def test_attacks_are_text(page, hostile, tmp_path):
             page.page.locator(".raw summary").first.click()
             inert(page)
         page.open(f"{address}#q=%23{len(ATTACKS) + 1}&filter=malformed")
-        assert "is no record" in page.text(".malformed h2")
+        assert "is not a record" in page.text(".malformed h2")
         assert "<script>" in page.text(".malformed pre")
         for view in ("overview", "notes", "trace"):
             page.open(f"{address}#view={view}")

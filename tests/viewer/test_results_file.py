@@ -45,7 +45,7 @@ def test_gzip_is_the_same(tmp_path, items):
     file = ResultsFile(path, "a")
     assert [file.record(i) for i in (24, 0, 7)] == [items[24], items[0], items[7]]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(results.ResultsError, match="not a whole gzip file"):
+    with pytest.raises(results.ResultsError, match="not a complete gzip file"):
         ResultsFile(path, "a")
 
 

@@ -66,7 +66,7 @@ export class Live {
     fill(this.choice, h("span.label", {}, "Methods"),
       methods.map((m) => h("label.check", { title: m.lacks ?? m.title },
         h("input", { type: "checkbox", name: "method", value: m.name, checked: on.includes(m.name) && !m.lacks, disabled: Boolean(m.lacks) }),
-        m.title, m.lacks && h("span.quiet", {}, " (not here)"))));
+        m.title, m.lacks && h("span.quiet", {}, " (not available)"))));
     const { passages, parameters } = this.abilities;
     this.choice.append(h("p.quiet", {}, `${passages.toLocaleString("en-US")} passages, a model of ${parameters.toLocaleString("en-US")} parameters`));
     this.go.disabled = false;
@@ -163,7 +163,7 @@ export function heatFor(data, record) {
   return {
     can: (label) => (data.index.heat_methods ?? []).includes(label),
     async show(method, passage, box, onShown) {
-      fill(box, h("p.quiet", {}, "asking the model…"));
+      fill(box, h("p.quiet", {}, "Asking the model…"));
       const question = { prompt: record.inputs_plaintext, target: record.targets_plaintext, method, passage: passage.id };
       try {
         const job = await data.live("heat", question, (j) => fill(box, h("p.quiet", {}, j.what || "waiting…")));
@@ -194,6 +194,6 @@ function drawn({ tokens, score, sum, faithful }) {
     h("p.text.tokens", { dir: "auto" }, words),
     h("p.quiet", {}, "Most: ", top.map((t, i) => [i ? ", " : "", h("b", {}, t.text.trim() || "␣"), ` ${number(t.part, 4)}`]),
       `. The parts sum to ${number(sum, 4)}; the score is ${number(score, 4)}.`),
-    !faithful && h("p.wrong", {}, "They differ: read anew, the passage's text has other tokens than it was encoded with."),
+    !faithful && h("p.wrong", {}, "They differ because the passage's text, tokenised again, gives other tokens than those it was encoded with."),
   ];
 }

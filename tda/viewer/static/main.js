@@ -82,7 +82,7 @@ async function drawMain(now, row, isCurrent) {
     return fill(main, h("p.quiet", {}, "Live tracing needs a run's model and store: python -m experiments.view --workdir=DIR"));
   }
   if (row === undefined) {
-    return fill(main, h("p.quiet", {}, now.q ? `${rows.main.title} has no query ${now.q}.` : "No query passes this filter."));
+    return fill(main, h("p.quiet", {}, now.q ? `${rows.main.title} has no query ${now.q}.` : "No query matches this filter."));
   }
   await showQuery(main, rows, row, {
     isCurrent,
@@ -132,8 +132,8 @@ function methodChip(file, i) {
   const m = file.loaded === file.rows && on ? figuresOf(file) : null;
   const figures = m?.n
     ? h("span.figures", {}, h("span", { title: "mean reciprocal rank of the first correct proponent, among those in the file" }, `MRR@${file.longest} ${number(m.mrr)}`),
-      h("span", { title: "queries with a correct one among the first ten" }, `R@10 ${percent(m.recall)}`),
-      h("span", { title: "correct ones among the first ten" }, `P@10 ${percent(m.precision)}`))
+      h("span", { title: "share of queries with a correct proponent among the first ten" }, `R@10 ${percent(m.recall)}`),
+      h("span", { title: "share of correct proponents among the first ten" }, `P@10 ${percent(m.precision)}`))
     : null;
   const bad = file.malformed ? h("span.wrong", {}, `${count(file.malformed)} malformed`) : null;
   return h("div.method", { class: on ? "method on" : "method" },
@@ -143,7 +143,7 @@ function methodChip(file, i) {
       title: `${file.name}: ${count(file.rows)} queries (key ${i + 1})`,
       onclick: () => toggle(file),
     }, file.title), figures, bad,
-    on && rows.files[0] !== file && h("button.link", { type: "button", title: "Put this method first: its queries are listed", onclick: () => first(file) }, "first"));
+    on && rows.files[0] !== file && h("button.link", { type: "button", title: "Put this method first and list its queries", onclick: () => first(file) }, "first"));
 }
 
 /** A file's metrics, kept until it is judged otherwise. */
@@ -158,7 +158,7 @@ function figuresOf(file) {
 
 function toggle(file) {
   const on = rows.files.includes(file);
-  if (on && rows.files.length === 1) return tell("One method is always shown.");
+  if (on && rows.files.length === 1) return tell("At least one method must be shown.");
   const next = on ? rows.files.filter((f) => f !== file) : [...rows.files, file];
   state.set({ files: next.map((f) => f.label).join(",") });
 }
@@ -170,7 +170,7 @@ function first(file) {
 
 function judging() {
   const possible = [...new Set(rows.files.flatMap(judges))];
-  if (!possible.length) return h("p.quiet", {}, "No marks in these files: nothing to measure.");
+  if (!possible.length) return h("p.quiet", {}, "These files do not mark correct passages, so there is nothing to measure.");
   const judge = rows.judge(rows.files.find((f) => judges(f).length));
   const threshold = h("input", {
     id: "threshold", type: "number", min: 0, max: 1, step: 0.05, value: rows.state.threshold,

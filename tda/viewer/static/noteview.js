@@ -15,8 +15,8 @@ export async function showNotes(element, rows, isCurrent) {
   fill(element, h("article.notes-page", {},
     h("h2", {}, "Notes"),
     h("p.quiet", {}, data.index.notes
-      ? "What a proponent is to its query, read by hand. A note is on a passage of a query, and counts for every method that retrieved it."
-      : "Notes need a place: start the viewer with --workdir or --notes."),
+      ? "How each proponent relates to its query, as judged by a reader. A note belongs to a passage of a query and counts for every method that retrieved the passage."
+      : "Notes need a file: start the viewer with --workdir or --notes."),
     h("div.scrolling", { tabindex: "0", role: "region", "aria-label": "Counts by type" }, h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "type"), used.map((f) => h("th", { scope: "col" }, f.title)))),
       h("tbody", {}, Object.entries(types).map(([type, name]) =>

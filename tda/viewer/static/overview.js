@@ -19,10 +19,10 @@ export async function showOverview(element, rows, chosen, tools) {
     return match === undefined ? null : rows.marks(file, match);
   });
   const found = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
-  const filtered = rows.state.filter ? ` that pass “${rows.state.filter}”` : "";
+  const filtered = rows.state.filter ? ` that match “${rows.state.filter}”` : "";
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
-    h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}. A bar leads to its queries.`),
+    h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}. Click a bar to see its queries.`),
     summaryTable(rows, chosen, found),
     byGroup("By relation", "relation", rows, chosen, found),
     byGroup("By fact frequency", "bucket", rows, chosen, found, byFrequency(rows)),
@@ -58,8 +58,8 @@ function summaryTable(rows, chosen, found) {
       const m = metrics([...found.get(file).values()]);
       return h("tr", {}, h("th", { scope: "row" }, file.title), h("td", {}, count(m.n)), cells(m).map((c) => h("td", {}, c)));
     })))),
-  h("p.quiet", {}, `From the records: a correct passage beyond the ${k} that are shown counts as not found, ` +
-    "and a query for which no passage at all is correct is not judged. Full ranks, where the run has them, are in its own table below."));
+  h("p.quiet", {}, `Computed from the records: a correct passage beyond the first ${k} counts as not found, ` +
+    "and queries without any correct passage are not judged. The run's own table below uses full ranks, where it has them."));
 }
 
 function scrolling(name, table) {

@@ -17,24 +17,24 @@ function dialog(title, ...inside) {
 }
 
 const KEYS = [
-  ["j  k", "next query, query before"],
+  ["j  k", "next query, previous query"],
   ["r", "a random query"],
-  ["/", "to the filter"],
+  ["/", "go to the filter"],
   ["g", "jump to a number or id"],
   ["p  o  b", "proponents, opponents, both"],
   ["1 … 9", "show or hide a method"],
   ["v  t  n  q", "overview, trace, notes, queries"],
   ["d", "dark or light"],
-  ["?", "this page"],
+  ["?", "this help"],
 ];
 
 const EXAMPLES = [
   ["paris", "the word is in prompt, target or id"],
   ["rank <= 3", "the first correct proponent is among the first three"],
   ["found = no and confidence >= 0.5", "the model is sure, and no proponent is correct"],
-  ['relation = "place of birth"', "quote what has spaces"],
+  ['relation = "place of birth"', "quote values with spaces"],
   ["prompt ~ capital or prompt ~ river", "~ contains, !~ does not"],
-  ["frequency < 1000 (rank = 1 or hits > 4)", "side by side means and"],
+  ["frequency < 1000 (rank = 1 or hits > 4)", "conditions side by side are joined by and"],
   ["rank = 1 and bm25.rank > 1", "another file's field, by its label"],
   ["bm25.overlap = 0", "no proponent shared with another file"],
 ];
@@ -44,7 +44,7 @@ export function showHelp(rows) {
   dialog("Help",
     h("h3", {}, "Filter"),
     h("table.help", {}, h("tbody", {}, EXAMPLES.map(([text, told]) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, text)), h("td", {}, told))))),
-    h("p", {}, "Signs: ", h("code", {}, "= != < <= > >= ~ !~ and or not ( )"), ". A query that lacks a field passes no comparison but != and !~."),
+    h("p", {}, "Operators: ", h("code", {}, "= != < <= > >= ~ !~ and or not ( )"), ". A query that lacks a field matches only != and !~."),
     h("p", {}, "Fields: ", rows.fields().map((f, i) => [i ? ", " : "", h("code", {}, f)]), "."),
     h("h3", {}, "Keys"),
     h("table.help", {}, h("tbody", {}, KEYS.map(([key, told]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, told))))));
@@ -79,6 +79,6 @@ export function showOpen(index, onOpened) {
         opened(() => ask("open", { url: url.value }));
       },
     }, h("label", { for: "open-url" }, "An address"), url, h("button", { type: "submit", disabled: !index.urls }, "Fetch"),
-    !index.urls && h("p.quiet", {}, "Nothing is fetched from elsewhere unless the viewer is started with --allow_urls, or with an address in --results.")),
+    !index.urls && h("p.quiet", {}, "The viewer fetches nothing from other sites unless it is started with --allow_urls or with a URL in --results.")),
     told);
 }

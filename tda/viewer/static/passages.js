@@ -32,7 +32,7 @@ export function column(method, others, context) {
   const name = `column-${label}`;
   if (!record) {
     return h("section.column", { "aria-labelledby": name }, h("h3", { id: name }, method.title),
-      h("p.quiet", {}, "This file lacks the query."));
+      h("p.quiet", {}, "This file does not contain the query."));
   }
   const sides = context.side === "both" ? ["proponents", "opponents"] : [context.side];
   const right = method.marks?.map((m, i) => (m ? i + 1 : 0)).filter(Boolean) ?? [];
@@ -49,7 +49,7 @@ export function column(method, others, context) {
         sides.length > 1 ? h("h4", {}, side === "proponents" ? "Proponents" : "Opponents") : null,
         list.length
           ? [strip(list, side, method), list.map((p) => card(p, side, method, others, context))]
-          : h("p.quiet", {}, `No ${side}${side === "opponents" ? ": this method's low scores say nothing" : ""}.`),
+          : h("p.quiet", {}, `No ${side}${side === "opponents" ? ": low scores of this method have no meaning" : ""}.`),
       ];
     }));
 }
@@ -182,7 +182,7 @@ function noteForm(passage, method, { data, example, onNote }) {
   const keep = async () => {
     try {
       await data.keepNote(example, passage.id, select.value || null, comment.value, method.label);
-      tell("Note kept.");
+      tell("Note saved.");
       onNote?.(passage.id);
     } catch (error) {
       tell(error.message, "wrong");

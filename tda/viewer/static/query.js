@@ -23,7 +23,7 @@ export async function showQuery(element, rows, row, tools) {
   const record = records[0];
   if (record.malformed) {
     fill(element, h("section.malformed", {},
-      h("h2", {}, `Line ${row + 1} is no record`),
+      h("h2", {}, `Line ${row + 1} is not a record`),
       h("p.wrong", {}, record.malformed),
       h("pre", {}, record.line)));
     return;
@@ -53,7 +53,7 @@ export async function showQuery(element, rows, row, tools) {
     h("article.query", { "data-row": row },
       heading(record),
       h("div.actions", {},
-        h("button", { type: "button", onclick: () => tools.step(-1), title: "Query before (k)" }, "← Before"),
+        h("button", { type: "button", onclick: () => tools.step(-1), title: "Previous query (k)" }, "← Previous"),
         h("button", { type: "button", onclick: () => tools.step(1), title: "Next query (j)" }, "Next →"),
         sides(now.side),
         h("button", { type: "button", onclick: copyLink }, "Copy link"),
@@ -85,7 +85,7 @@ async function copyLink() {
     await navigator.clipboard.writeText(location.href);
     tell("Link copied.");
   } catch {
-    tell("The browser does not let it be copied: take it from the address bar.");
+    tell("The browser does not allow copying; use the address bar instead.");
   }
 }
 

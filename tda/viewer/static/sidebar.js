@@ -16,7 +16,7 @@ const PRESETS = [
   ["found first", "rank = 1", "marks", "The first proponent is correct"],
   ["not found", "found = no", "marks", "No proponent shown is correct"],
   ["with notes", "noted", "id", "Some proponent has a note"],
-  ["malformed", "malformed", "error", "Lines that are no record"],
+  ["malformed", "malformed", "error", "Lines that are not records"],
 ];
 
 const SORTS = [
@@ -137,7 +137,7 @@ export class Sidebar {
       h("button", { type: "button", title, "aria-label": title, disabled: off, onclick: () => state.set({ page: p + 1 }) }, name);
     refill(this.pager,
       to(0, "«", "First page", page === 0),
-      to(page - 1, "‹", "Page before", page === 0),
+      to(page - 1, "‹", "Previous page", page === 0),
       h("span", {}, `page ${count(page + 1)} of ${count(pages)}`),
       to(page + 1, "›", "Next page", page + 1 >= pages),
       to(pages - 1, "»", "Last page", page + 1 >= pages));
@@ -145,7 +145,7 @@ export class Sidebar {
     this.list.setAttribute("start", page * PAGE + 1);
     refill(this.list, some.map((row) => this.item(row)));
     if (!some.length && this.rows.main.loaded === this.rows.main.rows) {
-      fill(this.list, h("li.quiet", {}, "No query passes this filter."));
+      fill(this.list, h("li.quiet", {}, "No query matches this filter."));
     }
     this.list.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
   }
