@@ -12,6 +12,7 @@ from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import inputs
+from tda.encoding.settings import MomentSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
 from tda.model import pretrained
@@ -117,11 +118,11 @@ def trace(
     if len(parsed) != 1 or not parsed[method].is_plain:
         names = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
-    settings = inputs.TraceSettings(
+    settings = TraceSettings(
         model=model,
         loss=loss,
         method=parsed[method],
-        moments=inputs.MomentSettings(correction, scales, sample, seed),
+        moments=MomentSettings(correction, scales, sample, seed),
         projection=projection or Projection(side=16, pooling="matrix"),
         scope=dict(include=include, exclude=exclude, untapped=untapped),
         tokens_per_batch=tokens_per_batch,
@@ -141,7 +142,7 @@ def trace(
 
 
 def _rank(
-    settings: inputs.TraceSettings, gradients: inputs.TraceGradients, k: int, damping: float
+    settings: TraceSettings, gradients: inputs.TraceGradients, k: int, damping: float
 ) -> TraceResult:
     queries_QxE, source, method = gradients.gradients_QxE, gradients.source, settings.method
     invalid = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))

@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
-from tda import loss as losses
-from tda import methods
 from tda import store as stores
 from tda.data import batches as batching
 from tda.data import corpora, tokenised, tokens
@@ -25,13 +22,12 @@ from tda.data.corpora import Document
 from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import loss_identity
 from tda.encoding import table as encoding
-from tda.gradients import per_example, sites
+from tda.encoding.settings import TraceSettings
+from tda.gradients import per_example
 from tda.gradients import projection as projections
 from tda.gradients.encoder import Encoder, make_encoder
-from tda.gradients.moments import estimate, kept_scales
+from tda.gradients.moments import kept_scales
 from tda.gradients.moments.second_moments import Scale
-from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
@@ -44,87 +40,6 @@ _MEMORY = 8 << 30
 _SHARD_TOKENS = 1 << 15
 # With fewer tokens than this, padding costs less than compiling for more lengths of batches.
 _FEW_TOKENS, _COARSE = 1 << 20, 1.5
-
-
-@dataclasses.dataclass(frozen=True)
-class MomentSettings:
-    """Where 1/√V of corrected gradients comes from."""
-
-    correction: str
-    """The form of √V: "factored", "low_rank(R)" or "adam"."""
-    scales: dict[str, Scale] | None
-    """1/√V by path of parameter, if known; else V is estimated from a sample of the passages."""
-    sample: int
-    """Batches in the sample."""
-    seed: int
-    """Seed of the draw."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceSettings:
-    """The arguments of `tda.trace` other than its data."""
-
-    model: nnx.Module
-    """The model whose gradients are taken."""
-    loss: str | Callable
-    """A name of `tda.loss.output`, or a function of the model and a batch to [B]."""
-    method: methods.Method
-    """What ranks the passages; says whether gradients are corrected."""
-    moments: MomentSettings
-    """The second moments that gradients are corrected by."""
-    projection: Projection
-    """The random projection of every weight matrix's gradient."""
-    scope: dict
-    """Which parameters: include, exclude and untapped of `tda.gradients.sites.find_sites`."""
-    tokens_per_batch: int
-    """Positions that are encoded together, at most."""
-    mesh: jax.sharding.Mesh | None
-    """The devices that batches are split over; one device if None."""
-    quiet: bool
-    """Whether no progress is shown."""
-
-    @property
-    def needs_estimate(self) -> bool:
-        """Whether second moments are estimated from the passages."""
-        return self.method.corrected and self.moments.scales is None
-
-    def sites(self) -> list[sites.Site]:
-        """Returns the parameters whose gradients are taken."""
-        return find_sites(self.model, **self.scope)
-
-    def print_coverage(self) -> None:
-        """Prints what share of the parameters the gradients cover, and what is left out."""
-        if not self.quiet:
-            print(sites.coverage(self.model, self.sites()))
-
-    def example_losses(self, model, batch) -> jax.Array:
-        """Returns the loss of each example of a batch, [B]."""
-        if callable(self.loss):
-            return self.loss(model, batch)
-        output = losses.output(self.loss)
-        return output(model(batch["tokens"]), batch["targets"], batch["weights"])
-
-    def total_loss(self, model, batch) -> jax.Array:
-        """Returns the losses of a batch, [B], or their sum, [1], if that saves memory."""
-        if callable(self.loss):
-            return self.loss(model, batch)
-        return losses.total(model, batch, losses.output(self.loss))[None]
-
-    def estimate_scales(self, batches: Iterable) -> dict[str, Scale] | None:
-        """Returns 1/√V by path: None for raw gradients, those given, or estimated from batches."""
-        if not self.needs_estimate:
-            return self.moments.scales if self.method.corrected else None
-        batches = list(batches)
-        with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:
-
-            def counted():
-                for batch in batches:
-                    yield batch
-                    bar.update()
-
-            return estimate.estimate(
-                self.model, self.total_loss, counted(), self.sites(), self.moments.correction
-            )
 
 
 @dataclasses.dataclass(frozen=True)
