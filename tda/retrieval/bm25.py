@@ -9,7 +9,7 @@ from tda.retrieval.ranked import Ranked
 
 
 class Index:
-    """The words of passages, by BM25 (Robertson & Zaragoza 2009; Lucene's variant).
+    """An index of the words of passages, for BM25 (Robertson & Zaragoza 2009; Lucene's variant).
 
     Args:
         texts: the passages, in the corpus's order.
@@ -20,7 +20,8 @@ class Index:
     """
 
     def __init__(self, texts: Iterable[str], k1: float = 1.5, b: float = 0.75):
-        # Not above: its import computes by jax, and processes are joined before anything does.
+        # Imported here because its import computes with jax, which must come after
+        # `jax.distributed` has joined the processes.
         import bm25s
 
         texts = list(texts)
@@ -46,8 +47,8 @@ class Index:
         def scores():
             for words in split:
                 known = [w for w in words if w in self._vocabulary]
-                none = np.zeros(self._rows, np.float32)
-                yield self._index.get_scores(known) if known else none
+                zeros = np.zeros(self._rows, np.float32)
+                yield self._index.get_scores(known) if known else zeros
 
         return by_score.rank(scores(), len(queries), k, correct)
 
@@ -63,9 +64,9 @@ def search(
     """Ranks passages for each query by BM25.
 
     Args:
-        queries: the text of each query: prompt and target.
+        queries: text of each query, prompt and target.
         texts: the passages, in the corpus's order.
-        k: how many proponents to keep; opponents mean nothing here and are left out.
+        k: number of proponents to keep; opponents mean nothing here and are left out.
         correct: for each set of labels, the correct rows of each query.
         k1, b: BM25's constants.
 

@@ -12,16 +12,16 @@ BATCH = 64
 
 
 class DenseError(ValueError):
-    """The library or the model of dense retrieval is not there."""
+    """The library or the model of dense retrieval is missing."""
 
 
 def check(model: str) -> None:
-    """Nothing, where `sentence-transformers` is installed and the model is there.
+    """Checks that `sentence-transformers` is installed and the model exists.
 
-    A model that is no directory is loaded, and so downloaded if need be: not after hours of work.
+    A model that is not a directory is loaded, and so downloaded if need be, before hours of work.
 
     Raises:
-        DenseError: the library or the model is not there.
+        DenseError: the library or the model is missing.
     """
     check_installed()
     if not pathlib.Path(model).is_dir():
@@ -29,10 +29,10 @@ def check(model: str) -> None:
 
 
 def check_installed() -> None:
-    """Nothing, where `sentence-transformers` is installed; it is not imported.
+    """Checks that `sentence-transformers` is installed, without importing it.
 
     Raises:
-        DenseError: it is not.
+        DenseError: it is not installed.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise DenseError("dense retrieval needs the extra `dense`: pip install 'tda[dense]'")
@@ -50,7 +50,7 @@ class SentenceEncoder:
 
     def __init__(self, model: str):
         check_installed()
-        # Not above: it brings in PyTorch.
+        # Imported here because it imports PyTorch.
         import sentence_transformers
 
         try:
@@ -67,15 +67,15 @@ class SentenceEncoder:
         return self._model.get_sentence_embedding_dimension()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of some texts, float32 [N, D]; a text that is too long is cut by the model."""
-        found = self._model.encode(
+        """Encodes texts, float32 [N, D]; the model cuts a text that is too long."""
+        vectors = self._model.encode(
             list(texts), batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True
         )
-        return np.asarray(found, np.float32)
+        return np.asarray(vectors, np.float32)
 
 
 def identity(model: str) -> str:
-    """What tells a model from others: its name, or the contents of its directory."""
+    """Returns what identifies a model: its name, or a hash of its directory's contents."""
     directory = pathlib.Path(model)
     if not directory.is_dir():
         return model

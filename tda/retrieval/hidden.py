@@ -45,11 +45,11 @@ class Pooler:
 
         @functools.partial(jax.jit, static_argnames="layer")
         def pooled(state, tokens_BxT, layer):
-            own = nnx.merge(graphdef, state)
+            model = nnx.merge(graphdef, state)
             if layer == "last":
-                h_BxTxD = own.hidden(tokens_BxT)
+                h_BxTxD = model.hidden(tokens_BxT)
             else:
-                h_BxTxD = own.residual_stream(tokens_BxT, max(1, own.layer_count // 2))
+                h_BxTxD = model.residual_stream(tokens_BxT, max(1, model.layer_count // 2))
             counted_BxT = jnp.all(tokens_BxT[..., None] != jnp.asarray(without), axis=-1)
             total_BxD = jnp.einsum(
                 "btd,bt->bd", h_BxTxD.astype(jnp.float32), counted_BxT.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A corpus made ready for questions: after loading, a query is answered in milliseconds."""
+"""A corpus loaded for questions, each of which is then answered in milliseconds."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ class Retriever:
         correct: dict[str, list[np.ndarray]] | None = None,
         opponents: bool = True,
     ) -> Ranked:
-        """The k best and the k worst passages of every query.
+        """Returns the k best and the k worst passages of every query.
 
         Args:
             gradients_QxE: projected gradients of the queries, float32, made as the source's were.
@@ -122,32 +122,32 @@ class Retriever:
         )
         if self._index is None:
             dot = {"": Scorer(None, False)}
-            found = exact.search(
+            rankings = exact.search(
                 encodings_QxE, self._held, dot, k, correct, self._mesh, opponents=opponents
             )
-            return found[""]
+            return rankings[""]
         if correct:
             raise ValueError("an index does not know the rank of every row; search without it")
-        gone = getattr(self._source, "withdrawn", None)
+        withdrawn = getattr(self._source, "withdrawn", None)
         read = None
         if not self._index.settings.reorder:
             read = functools.partial(scoring.read_encodings, self._source, self._scorer)
         return self._index.search(
-            np.asarray(encodings_QxE), k, gone, opponents=opponents, read=read
+            np.asarray(encodings_QxE), k, withdrawn, opponents=opponents, read=read
         )
 
     def ask(self, gradient_E: np.ndarray, k: int = 10) -> Answer:
-        """The passages for one query, float32 [E], with their texts where the source has them."""
-        found = self.search(np.asarray(gradient_E)[None], k)
+        """Returns the passages for one query, float32 [E], with texts if the source has them."""
+        ranking = self.search(np.asarray(gradient_E)[None], k)
         return Answer(
-            self._hits(found.proponents[0], found.proponent_scores[0]),
-            self._hits(found.opponents[0], found.opponent_scores[0]),
+            self._hits(ranking.proponents[0], ranking.proponent_scores[0]),
+            self._hits(ranking.opponents[0], ranking.opponent_scores[0]),
         )
 
     def _hits(self, rows_K: np.ndarray, scores_K: np.ndarray) -> list[Hit]:
         passages = getattr(self._source, "passages", lambda rows: [None] * len(rows))(rows_K)
-        found = zip(rows_K, scores_K, passages, strict=True)
-        return [Hit(int(row), float(score), passage) for row, score, passage in found]
+        hits = zip(rows_K, scores_K, passages, strict=True)
+        return [Hit(int(row), float(score), passage) for row, score, passage in hits]
 
     def _checked(self, gradients_QxE) -> np.ndarray:
         x = np.asarray(gradients_QxE, np.float32)
@@ -173,11 +173,11 @@ class _Held:
         self._steps: list[exact.Placed] = []
         buffer_RxE, filled = np.empty((self._step, width), np.float32), 0
         for _, x_RxE in scoring.encode_source(source, scorer, min(self._step, 1024)):
-            taken = 0
-            while taken < len(x_RxE):
-                some = x_RxE[taken : taken + self._step - filled]
-                buffer_RxE[filled : filled + len(some)] = some
-                filled, taken = filled + len(some), taken + len(some)
+            start = 0
+            while start < len(x_RxE):
+                piece = x_RxE[start : start + self._step - filled]
+                buffer_RxE[filled : filled + len(piece)] = piece
+                filled, start = filled + len(piece), start + len(piece)
                 if filled == self._step:
                     self._keep(buffer_RxE, mesh)
                     buffer_RxE, filled = np.empty((self._step, width), np.float32), 0
@@ -190,13 +190,13 @@ class _Held:
         self._steps.append(exact.place(rows, self._step, mesh))
 
     def scan(self, step: int) -> Iterator[exact.Placed]:
-        """All steps, in order."""
+        """Yields all steps in order."""
         if step != self._step:
             raise ValueError(f"encodings are held in steps of {self._step} rows, not {step}")
         yield from self._steps
 
     def read(self, numbers) -> np.ndarray:
-        """Some rows, float32 [R, E]."""
+        """Reads the rows with these numbers, float32 [R, E]."""
         numbers = np.asarray(numbers, np.int64)
         out = np.empty((len(numbers), self.form.width), np.float32)
         for i in np.unique(numbers // self._step):
