@@ -281,7 +281,7 @@ def test_nothing_computes_before_processes_are_joined():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_readme_names_the_flags():
-    readme = pathlib.Path(launch.__file__).parents[1].joinpath("README.md").read_text("utf-8")
+def test_the_page_on_pods_names_the_flags():
+    page = pathlib.Path(launch.__file__).parents[1].joinpath("docs/pods.md").read_text("utf-8")
     for flag in ("--distributed", "--coordinator", "--num_processes", "--process_id"):
-        assert flag in readme
+        assert flag in page
