@@ -1,4 +1,4 @@
-"""The TFDS form of the records, shared by every builder, and reading it without TensorFlow.
+"""The TFDS features of the records, shared by every builder, and reading without TensorFlow.
 
 A TFDS dataset has one feature spec for all its splits, so the spec is the union of both records'
 fields (they share no name): a sentence leaves the fields of a fact blank, and the other way round.
@@ -157,11 +157,11 @@ def decode_fact(example: Mapping[str, Any]) -> Fact:
 
 
 class RecordSequence(Sequence, Generic[Record]):
-    """The records of a random-access source, each decoded when it is asked for.
+    """The records of a random-access source, each decoded on access.
 
     Args:
         source: Anything with `len` and integer indexing, such as a TFDS data source.
-        decode: Makes a record of one of its examples.
+        decode: From an example of the source to a record.
     """
 
     def __init__(self, source: Any, decode: Callable[[Any], Record]):
@@ -188,14 +188,14 @@ class RecordSequence(Sequence, Generic[Record]):
 def load_tfds(
     name: str, data_dir: str | os.PathLike[str], **builder_kwargs: Any
 ) -> tuple[RecordSequence[Sentence], list[Fact]]:
-    """Opens one of this package's TFDS datasets, preparing it first where it isn't there yet.
+    """Opens one of this package's TFDS datasets, preparing it first if it does not exist yet.
 
     TensorFlow is neither needed nor imported.
 
     Args:
         name: "world_facts" or "trex".
         data_dir: Directory that TFDS keeps its datasets in.
-        **builder_kwargs: For the builder, such as `config="sample"` of trex.
+        **builder_kwargs: Arguments of the builder, such as `config="sample"` of trex.
 
     Returns:
         The sentences, read lazily, and the facts, both in the order they were generated in.
@@ -205,7 +205,7 @@ def load_tfds(
     """
     if name not in ("world_facts", "trex"):
         raise ValueError(f"no dataset {name!r}; choose 'world_facts' or 'trex'")
-    # The builders import this module for the features, so theirs waits until it is called.
+    # Imported here, because the builders import this module for the features.
     module = importlib.import_module(f"tda.facts.{name}.builder")
     builder = module.Builder(
         data_dir=os.fspath(data_dir), file_format="array_record", **builder_kwargs

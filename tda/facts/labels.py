@@ -1,4 +1,4 @@
-"""Which passages are correct for which query, which facts are clean, and how to draw a subset."""
+"""Labels of queries, the pool of clean facts, and subsets of a corpus."""
 
 import random
 from collections import defaultdict
@@ -72,9 +72,9 @@ def clean_pool(
     """Returns the facts whose query has one right answer and a passage that states it.
 
     A clean fact has no repetition between subject and object, one object for its subject and
-    relation, and at least one passage by the strict labels of `relevant_passages`. What a fact
-    doesn't say of itself is worked out: `is_repetition` from its names, one of which holds the
-    other, `n_objects_same_subject` from all facts.
+    relation, and at least one passage by the strict labels of `relevant_passages`. Fields that a
+    fact lacks are derived: `is_repetition` from whether one name holds the other,
+    `n_objects_same_subject` from all facts.
 
     Args:
         facts: All facts of the corpus.
@@ -88,7 +88,7 @@ def clean_pool(
     Raises:
         ValueError: An excluded relation is held by no fact.
     """
-    kept = without_relations(facts, exclude_relations)
+    included = without_relations(facts, exclude_relations)
     objects: dict[tuple[str, str], set[str]] = defaultdict(set)
     for fact in facts:
         objects[fact.entity0_uri, fact.predicate_uri].add(fact.entity1_uri)
@@ -104,18 +104,18 @@ def clean_pool(
             repeats = target in subject or subject in target
         return not repeats and n_objects == 1 and bool(stated[fact.fact_id])
 
-    return [fact for fact in kept if is_clean(fact)]
+    return [fact for fact in included if is_clean(fact)]
 
 
 def without_relations(facts: Sequence[Fact], exclude_relations: Sequence[str]) -> list[Fact]:
-    """The facts of other relations.
+    """Returns the facts of all other relations.
 
     Args:
         facts: All facts of the corpus.
         exclude_relations: Relations, each by its name, its URI or the last part of that.
 
     Raises:
-        ValueError: No fact has an excluded relation: it is misspelt.
+        ValueError: No fact has one of the excluded relations; it may be misspelt.
     """
     excluded = set(exclude_relations)
     unknown = excluded - {name for fact in facts for name in _relation_names(fact)}
@@ -131,7 +131,7 @@ def select(
     n_queries: int,
     seed: int,
 ) -> tuple[list[Sentence], list[Fact]]:
-    """Draws queries, and a corpus that keeps every passage annotated with any of them.
+    """Draws queries, and a corpus that holds every passage annotated with any of them.
 
     The draw depends on the seed and on the ids, never on the order of the arguments.
 
@@ -157,15 +157,15 @@ def select(
     drawn = _draw((fact.fact_id for fact in facts), n_queries, f"queries {seed}")
     queries = [fact for fact in facts if fact.fact_id in drawn]
     labels = relevant_passages(sentences, queries, missing="drop")
-    kept = {sentence_id for ids in labels.values() for sentence_id in ids}
-    if len(kept) > n_sentences:
+    sentence_ids = {sentence_id for ids in labels.values() for sentence_id in ids}
+    if len(sentence_ids) > n_sentences:
         raise ValueError(
             f"n_sentences is {n_sentences}, but the {n_queries} queries drawn are annotated in"
-            f" {len(kept)} sentences; raise n_sentences to that, or lower n_queries"
+            f" {len(sentence_ids)} sentences; raise n_sentences to that, or lower n_queries"
         )
-    others = (s.sentence_id for s in sentences if s.sentence_id not in kept)
-    kept |= _draw(others, n_sentences - len(kept), f"sentences {seed}")
-    return [sentence for sentence in sentences if sentence.sentence_id in kept], queries
+    unlabelled = (s.sentence_id for s in sentences if s.sentence_id not in sentence_ids)
+    sentence_ids |= _draw(unlabelled, n_sentences - len(sentence_ids), f"sentences {seed}")
+    return [sentence for sentence in sentences if sentence.sentence_id in sentence_ids], queries
 
 
 class _Matcher:

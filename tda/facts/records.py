@@ -228,7 +228,7 @@ def _field(
     key: str,
     where: str,
     accepts: Callable[[Any], bool],
-    wanted: str,
+    expected: str,
     default: Any = _REQUIRED,
 ) -> Any:
     value = d.get(key)
@@ -236,10 +236,10 @@ def _field(
         return default
     if key not in d:
         raise RecordError(
-            f"{where}: field '{key}' is missing (found {_shown(sorted(d))}); add it as {wanted}"
+            f"{where}: field '{key}' is missing (found {_shown(sorted(d))}); add it as {expected}"
         )
     if not accepts(value):
-        raise RecordError(f"{where}: field '{key}' is {_shown(value)}; it must be {wanted}")
+        raise RecordError(f"{where}: field '{key}' is {_shown(value)}; it must be {expected}")
     _check_characters(value, f"{where}: field '{key}'")
     return value
 
@@ -250,9 +250,9 @@ def _check_characters(value: Any, where: str) -> None:
             raise RecordError(f"{where} has {half}")
 
 
-def _mapping(value: Any, where: str, what: str) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str, expected: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: found {_shown(value)}; {what} must be a JSON object")
+        raise RecordError(f"{where}: found {_shown(value)}; {expected} must be a JSON object")
     return value
 
 

@@ -147,7 +147,7 @@ def _similar(places: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], t
     pairs = []
     for i, a in enumerate(places):
         for b in places[:i]:
-            # Names that look alike start alike; that spares nearly all of the slow comparisons.
+            # Names that look alike start alike; that saves nearly all of the slow comparisons.
             if a[0][0] == b[0][0] and abs(len(a[0]) - len(b[0])) <= 4:
                 if difflib.SequenceMatcher(None, a[0], b[0]).ratio() >= _SIMILARITY:
                     pairs.append((a, b))
