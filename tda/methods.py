@@ -10,16 +10,6 @@ import dataclasses
 HESSIANS = ("none", "train", "mixed")
 CURVATURES = ("none", "ekfac", "logra")
 PASSAGES = ("plain", "unsure", "adam_step")
-RETRIEVERS = (
-    "gradient",
-    "bm25",
-    "dense",
-    "hidden",
-    "annotated",
-    "random",
-    "length",
-    "gradient_norm",
-)
 # The retrievers that look at no query: a method is worth something only above these.
 CONTROLS = ("random", "length", "gradient_norm")
 
@@ -118,6 +108,12 @@ class Method:
         return self.retriever == "gradient" and not self.beyond_plain
 
     @property
+    def searched_by(self) -> str:
+        """The name of the retriever in the registry (`tda.run.registry`)."""
+        is_sum = self.retriever == "gradient" and not self.shares_scan
+        return "sums" if is_sum else self.retriever
+
+    @property
     def shares_scan(self) -> bool:
         """Whether passages are taken as the store has them, so that others scan it too."""
         plain = self.passages == "plain" and not self.several
@@ -199,6 +195,16 @@ PAPER = (
     "exp5",
     "trackstar",
 )
+
+
+def register(name: str, method: Method) -> None:
+    """Makes a method of one's own known by name, in this process.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if METHODS.setdefault(name, method) != method:
+        raise ValueError(f"method {name!r} is registered already; give yours another name")
 
 
 def parse(names: str) -> dict[str, Method]:

@@ -6,6 +6,7 @@ import pytest
 
 from tda import methods
 from tda.methods import METHODS, GradientKind, parse
+from tda.run.registry import RETRIEVERS
 
 
 def test_rows_differ_in_the_papers_switches():
@@ -22,7 +23,7 @@ def test_rows_differ_in_the_papers_switches():
 def test_every_row_says_what_there_is():
     for m in METHODS.values():
         assert m.hessian in methods.HESSIANS and m.curvature in methods.CURVATURES
-        assert m.passages in methods.PASSAGES and m.retriever in methods.RETRIEVERS
+        assert m.passages in methods.PASSAGES and m.searched_by in RETRIEVERS
     titles = [m.title for m in METHODS.values()]
     assert len(set(titles)) == len(titles)
     assert all(METHODS[name].retriever == name for name in methods.CONTROLS)

@@ -1,26 +1,34 @@
-"""Live questions to a finished run: its model, tokenizer and stores, found in its workdir."""
+"""Live questions to a finished run, by its own model, stores and retrievers.
 
+A live question is a run with one query: a query of the run has the passages and scores that the run
+gave it, and any other prompt and target is searched by the same code.
+"""
+
+import functools
 import math
 import pathlib
-from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 
-from tda.live.live_stores import encoded_kinds
-from tda.live.others import others
-from tda.live.retrievers import StoredPassages
-from tda.live.sums import Checkpoints
-from tda.live.tracer import Tracer
-from tda.methods import METHODS
+from tda import results
+from tda.live.heat import Heat
+from tda.live.speaker import Speaker
+from tda.methods import METHODS, Method
 from tda.methods import parse as parse_methods
-from tda.run.remembered import LiveError, config_of, open_run
+from tda.retrieval.ranked import Ranked
+from tda.run import remembered
+from tda.run.registry import retriever_of
+from tda.run.remembered import LiveError
+from tda.run.retrievers import Queries, Retriever
+from tda.runtime.progress import Progress
 
-__all__ = ["LiveError", "LiveRun", "load", "open_workdir"]
+__all__ = ["LiveError", "LiveRun", "open_workdir"]
 
 
 def open_workdir(path) -> "LiveRun | None":
-    """A finished run to ask; None where the workdir holds no model."""
+    """Returns a finished run to ask; None where the workdir holds no model."""
     path = pathlib.Path(path)
     return LiveRun(path) if (path / "model" / "config.json").exists() else None
 
@@ -28,100 +36,166 @@ def open_workdir(path) -> "LiveRun | None":
 class LiveRun:
     """Answers a viewer's questions (`tda.viewer.server.Live`); opened by the first of them.
 
+    The retrievers are made once and held: encoders stay compiled, R^(−1/2), indices and vectors in
+    memory.
+
+    Args:
+        path: the workdir.
+        config: the run's config, as plain values; read from the workdir by default.
+
     Attributes:
         heat_methods: names of the methods whose scores have parts by position.
     """
 
     heat_methods = tuple(n for n, m in METHODS.items() if m.shares_scan and m.curvature == "none")
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self._tracer: Tracer | None = None
+    def __init__(self, path: pathlib.Path, config: dict | None = None):
+        self._path, self._config = path, config
+        self._retrievers: dict[str, Retriever] = {}
 
-    def _open(self, progress: Callable) -> Tracer:
-        if self._tracer is None:
+    @functools.cached_property
+    def run(self):
+        """The run (`tda.run.run.Run`)."""
+        return remembered.open_run(self._path, self._config)
+
+    @functools.cached_property
+    def speaker(self) -> Speaker:
+        """Asks the run's model for tokens."""
+        run = self.run
+        return Speaker(run.trained.model, run.corpus.tokenizer, run.config.model.context)
+
+    @functools.cached_property
+    def _heat(self) -> Heat:
+        return Heat(self.run, self.speaker, self._retriever(METHODS["grad_dot"]).encodings)
+
+    def _open(self, progress: Progress) -> None:
+        if "run" not in vars(self):
             progress("opening the model and its store", 0, 0)
-            self._config = config_of(self._path)
-            self._tracer, self._parameters = load(self._path, self._config)
-        self._tracer.corpus.on_progress = progress
-        return self._tracer
+        self.run.corpus.on_progress = progress
 
-    def describe(self, progress: Callable) -> dict:
+    def _retriever(self, method: Method) -> Retriever:
+        if method.searched_by not in self._retrievers:
+            self._retrievers[method.searched_by] = retriever_of(method)(self.run)
+        return self._retrievers[method.searched_by]
+
+    def lacks(self, method: Method) -> str | None:
+        """Why a method cannot be asked; None where it can."""
+        return self._retriever(method).lacks(method)
+
+    def describe(self, progress: Progress) -> dict:
         """Methods, the run's own first; which of them can be asked; and sizes."""
-        tracer = self._open(progress)
-        named = [m.strip() for m in self._config["methods"].split(",")]
-        usual = [m for m in named if m in METHODS]
-        listed = [*usual, *(n for n in METHODS if n not in usual)]
+        self._open(progress)
+        names = [name.strip() for name in self.run.config.methods.split(",")]
+        usual = [name for name in names if name in METHODS]
+        model = self.run.trained.model
         return {
             "methods": [
                 {
-                    "name": n,
-                    "title": m.title,
-                    "usual": n in usual,
-                    "lacks": tracer.lacks(m),
+                    "name": name,
+                    "title": METHODS[name].title,
+                    "usual": name in usual,
+                    "lacks": self.lacks(METHODS[name]),
                 }
-                for n in listed
-                for m in [METHODS[n]]
+                for name in dict.fromkeys([*usual, *METHODS])
             ],
-            "passages": tracer.passages,
-            "parameters": self._parameters,
+            "passages": self.run.corpus.rows,
+            "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         }
 
-    def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
+    def complete(self, progress: Progress, prompt: str, tokens: int) -> dict:
         """The model's own completion of a prompt."""
-        steps = self._open(progress).speaker.complete(prompt, tokens, on_progress=progress)
+        self._open(progress)
+        steps = self.speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
         return {"steps": steps[:-1] if ended else steps, "ended": ended}
 
     def trace(
-        self, progress: Callable, prompt: str, target: str, methods: list[str], k: int
+        self, progress: Progress, prompt: str, target: str, methods: list[str], k: int
     ) -> dict:
         """Passages by method, as results records."""
-        tracer = self._open(progress)
+        self._open(progress)
         chosen = parse_methods(",".join(methods))
-        likelihood = tracer.speaker.likelihood(prompt, target)
-        found = tracer.trace(prompt, target, chosen, k, progress)
+        likelihood = self.speaker.likelihood(prompt, target)
+        records = self.records(prompt, target, chosen, k, progress)
         return {
             "probability": math.exp(-likelihood["nats"]),
             "rank": likelihood["rank"],
             "methods": [
-                {"name": n, "title": m.title, "record": found[n]} for n, m in chosen.items()
+                {"name": n, "title": m.title, "record": records[n]} for n, m in chosen.items()
             ],
         }
 
-    def heat(self, progress: Callable, prompt: str, target: str, method: str, passage: str) -> dict:
-        """What each position of a passage carries of its score."""
-        tracer = self._open(progress)
+    def records(
+        self, prompt: str, target: str, methods: dict[str, Method], k: int, progress: Progress
+    ) -> dict[str, dict]:
+        """The passages of a question by method, as results records.
+
+        Args:
+            prompt, target: the question.
+            methods: by name.
+            k: proponents and opponents of each.
+            progress: told what is done; what it raises ends the work.
+
+        Raises:
+            ValueError: the question does not fit the context, or a method cannot be asked here.
+        """
+        for name, method in methods.items():
+            if why := self.lacks(method):
+                raise ValueError(f"{name}: {why}")
+        queries = self._queries(prompt, target)
+        groups: dict[str, dict[str, Method]] = {}
+        for name, method in methods.items():
+            groups.setdefault(method.searched_by, {})[name] = method
+        records = {}
+        for group in groups.values():
+            retriever = self._retriever(next(iter(group.values())))
+            for name, result in retriever.search(queries, group, k, progress).items():
+                records[name] = self._record(prompt, target, queries, result.ranked)
+        return records
+
+    def _queries(self, prompt: str, target: str) -> Queries:
+        table = self.speaker.query(prompt, target)
+        number = self.run.corpus.known.number(prompt, target)
+        return Queries(table, [f"{prompt} {target}"], [number], {})
+
+    def _record(self, prompt: str, target: str, queries: Queries, ranked: Ranked) -> dict:
+        corpus, (number,) = self.run.corpus, queries.numbers
+
+        def passages(rows_K, scores_K):
+            exist = rows_K >= 0
+            read = corpus.read_passages(rows_K[exist])
+            pairs = zip(read, scores_K[exist].tolist(), strict=True)
+            return [(p.id, p.text or "", score) for p, score in pairs]
+
+        more = {}
+        if number is not None:
+            correct = corpus.known.correct[number]
+            more["fact_id"] = corpus.known.ids[number]
+            if len(correct):  # else there is nothing to judge by
+                rows_K = ranked.proponents[0]
+                more["proponent_correct"] = np.isin(rows_K[rows_K >= 0], correct).tolist()
+        return results.record(
+            f"live: {queries.texts[0]}",
+            "live",
+            prompt,
+            target,
+            passages(ranked.proponents[0], ranked.proponent_scores[0]),
+            passages(ranked.opponents[0], ranked.opponent_scores[0]),
+            **more,
+        )
+
+    def heat(self, progress: Progress, prompt: str, target: str, method: str, passage: str) -> dict:
+        """How much each position of a passage adds to its score; see `Heat.split`.
+
+        Raises:
+            ValueError: no such passage, or the method's scores have no such parts.
+        """
+        self._open(progress)
         (chosen,) = parse_methods(method).values()
-        return tracer.heat(prompt, target, chosen, passage, progress)
-
-
-def load(path: pathlib.Path, config: dict | None = None) -> tuple[Tracer, int]:
-    """The tracer of a finished run, and how many parameters its model has.
-
-    Args:
-        path: the workdir.
-        config: the run's config, as plain values; read from the workdir by default.
-
-    Raises:
-        LiveError: something of it is missing or does not belong together; the message says what.
-    """
-    run = open_run(path, config)
-    corpus, encoded = run.corpus, encoded_kinds(run)
-    passages = StoredPassages(next(iter(encoded.values())).store) if encoded else corpus
-    retrievers = others(run, passages) | {"several": Checkpoints(run)}
-    model, context = run.trained.model, run.config.model.context
-    folder = path / "live"
-    tracer = Tracer(
-        model,
-        corpus.tokenizer,
-        context,
-        encoded,
-        run.hessian,
-        folder,
-        corpus.known,
-        passages,
-        retrievers,
-    )
-    tracer.corpus = corpus
-    return tracer, sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        if chosen.retriever != "gradient":
+            raise ValueError(f"{chosen.title} has no gradients: its scores have no positions")
+        if why := self.lacks(chosen):
+            raise ValueError(why)
+        if not chosen.shares_scan:
+            raise ValueError(f"{chosen.title}: its scores are no inner products of one gradient")
+        return self._heat.split(self._queries(prompt, target), chosen, passage, progress)

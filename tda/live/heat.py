@@ -1,71 +1,82 @@
 """Which positions of a passage carry its score for a question."""
 
 import numpy as np
-from flax import nnx
 
-from tda.data import batches, tokens
+from tda.data import tokens
 from tda.gradients import contributions
-from tda.live.encoded import Encoded
 from tda.live.speaker import Speaker
+from tda.methods import GradientKind, Method
 from tda.retrieval.scorer import Scorer
+from tda.retrieval.whitening import factors
+from tda.run import moments
+from tda.run.gradient_retrievers import Encodings
+from tda.run.retrievers import Queries
+from tda.run.run import Run
+from tda.runtime.progress import Progress
 from tda.store import GradientStore
 
 
-def lacks(e: Encoded) -> str | None:
-    """Why scores by some gradients cannot be split; None where they can."""
-    if e.untapped == "reference":
-        return (
-            "this store took gradients of parameters without taps "
-            "(gradients.untapped=reference), whose parts by position are not known"
-        )
-    if e.encoder is not None:
-        return "scores by gradients that Kronecker factors changed have no parts by position"
-    return None
-
-
 class Heat:
-    """Splits scores by one store's gradients.
+    """Splits scores of a finished run's passages by position.
 
     Args:
-        model: the model that they were taken of.
+        run: the run.
         speaker: knows the tokenizer and the context.
-        e: the gradients.
-        scales: 1/√V by path, or None.
+        encodings: the gradients of the run.
     """
 
-    def __init__(self, model: nnx.Module, speaker: Speaker, e: Encoded, scales: dict | None):
-        self._speaker, self._e = speaker, e
-        how = e.output, e.include, e.exclude
-        self._parts = contributions.make_contributions(model, e.projection, scales, *how)
+    def __init__(self, run: Run, speaker: Speaker, encodings: Encodings):
+        self._run, self._speaker, self._encodings = run, speaker, encodings
+        self._contributions: dict = {}
 
-    def of(
-        self,
-        query_1xE: np.ndarray,
-        stored_1xE: np.ndarray,
-        scorer: Scorer,
-        ids: np.ndarray,
-        pieces: list[str],
-    ) -> dict:
-        """What each position of a passage carries of its score.
+    def split(self, queries: Queries, method: Method, passage: str, on_progress: Progress) -> dict:
+        """Returns how much each position of a passage adds to its score for one question.
 
         Args:
-            query_1xE, stored_1xE: the gradients of question and passage.
-            scorer: its roots are factors F of which FᵀF is the inverse of R.
-            ids: the passage's tokens.
-            pieces: the text of each.
+            queries: the question.
+            method: a method whose scores are inner products of gradients of one store.
+            passage: the passage's id.
+            on_progress: told what is done.
 
         Returns:
             "tokens": for each position {"text", "part", "special"}; "sum" of the parts; "score" of
             the stored gradient; "faithful": whether they agree. They do not where the passage's
             text, read anew, has other tokens than were encoded.
+
+        Raises:
+            ValueError: there is no such passage, or its score cannot be split.
         """
-        slices = self._e.store.slices
+        kind = method.gradients
+        if self._run.config.gradients.untapped == "reference":
+            raise ValueError(
+                "this store took gradients of parameters without taps "
+                "(gradients.untapped=reference), whose parts by position are not known"
+            )
+        if kind.curvature != "none":
+            raise ValueError(
+                "scores by gradients that Kronecker factors changed have no parts by position"
+            )
+        store = self._encodings.passages(kind)
+        try:
+            row = store.row_of(passage)
+        except KeyError as error:
+            raise ValueError(f"the store has no passage {passage!r}") from error
+        query_E = self._encodings.of_queries(queries, kind, on_progress)[0]
+        (number,) = queries.numbers
+        scorer = self._encodings.whitening(kind, on_progress).scorer(method, number)
+        (stored_E,) = store.read([row])
+        if not np.isfinite(stored_E).all():
+            raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")
+        on_progress("splitting the score", 0, 0)
+        whitening = Scorer(factors(scorer, query_E, store.slices), method.unit_norm)
         direction_E = contributions.direction_of(
-            query_1xE[0], stored_1xE[0], scorer.roots, slices, scorer.unit_norm
+            query_E, stored_E, whitening.roots, store.slices, whitening.unit_norm
         )
-        parts_T = self._of_positions(ids, direction_E)
-        score = float(stored_1xE[0].astype(np.float64) @ direction_E)
+        ids, pieces = tokens_of(store, row, self._speaker)
+        parts_T = self._parts(kind, ids, direction_E, on_progress)
+        score = float(stored_E.astype(np.float64) @ direction_E)
         total = float(parts_T.sum())
+        # float32 sums over other shapes of batches; beyond that the tokens differ.
         near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum())
         special = len(self._speaker.tokenizer.begin)
         return {
@@ -78,30 +89,40 @@ class Heat:
             "faithful": abs(total - score) <= near,
         }
 
-    def _of_positions(self, ids: np.ndarray, direction_E: np.ndarray) -> np.ndarray:
+    def _parts(
+        self, kind: GradientKind, ids: np.ndarray, direction_E: np.ndarray, on_progress: Progress
+    ) -> np.ndarray:
         """The part of each position of a passage in an inner product, float64 [T]."""
+        if kind not in self._contributions:
+            run, g = self._run, self._run.config.gradients
+            self._contributions[kind] = contributions.make_contributions(
+                run.trained.model,
+                run.projection(kind),
+                moments.inverse_root_moments(run, kind, on_progress),
+                kind.output or g.output,
+                g.include or None,
+                g.exclude or None,
+            )
         starts = np.asarray([0, len(ids)], np.int64)
         table = tokens.TokenTable(["passage"], ["passage"], ids, starts, np.arange(len(ids)) > 0)
-        positions, pad = len(ids) - 1, self._speaker.tokenizer.pad
-        length = self._speaker.bucket(positions)
-        batch = batches.materialise(table, np.asarray([0]), length, 1, pad).arrays()
-        parts_1xT = self._parts(batch, direction_E.astype(np.float32))
-        return np.asarray(parts_1xT, np.float64)[0, :positions]
+        (batch,) = self._speaker.layout.batches(table)
+        parts_1xT = self._contributions[kind](batch.arrays(), direction_E.astype(np.float32))
+        return np.asarray(parts_1xT, np.float64)[0, : len(ids) - 1]
 
 
 def tokens_of(store: GradientStore, row: int, speaker: Speaker) -> tuple[np.ndarray, list[str]]:
-    """A passage's tokens, int32, made of its text, and the text of each.
+    """Returns a passage's tokens, int32, made of its text, and the text of each.
 
     Raises:
         ValueError: the store has no texts.
     """
-    (found,) = store.passages([row])
-    if found.text is None:
+    (passage,) = store.passages([row])
+    if passage.text is None:
         raise ValueError("the store was made without texts")
     tokenizer, longest = speaker.tokenizer, speaker.context + 1
-    ids, pieces = speaker.pieces(found.text)
+    ids, pieces = speaker.pieces(passage.text)
     ids, pieces = [*tokenizer.begin, *ids], [*map(speaker.shown, tokenizer.begin), *pieces]
     # Of a document that was split, the last passage alone ends with <eos>.
-    if store.rows_of_document(found.document)[-1] == row and len(ids) < longest:
+    if store.rows_of_document(passage.document)[-1] == row and len(ids) < longest:
         ids, pieces = [*ids, *tokenizer.end], [*pieces, *map(speaker.shown, tokenizer.end)]
     return np.asarray(ids[:longest], np.int32), pieces[:longest]

@@ -1,7 +1,6 @@
 """Methods that sum over checkpoints or change passages' gradients first: TracIn, TRAK, LESS."""
 
 import dataclasses
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,8 +8,6 @@ from tda.methods import Method
 from tda.retrieval import sources
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
-from tda.retrieval.whitening import Whitening
-from tda.run import encode, vectors
 from tda.run.run import Run
 from tda.runtime import processes
 from tda.training import checkpoint, optimizer
@@ -89,39 +86,6 @@ class Part:
     queries_QxE: np.ndarray
     roots: list[np.ndarray]
     probabilities: np.ndarray | None = None
-
-
-def summed(run: Run, method: Method, later: Iterable[Method] = ()) -> Summed:
-    """Prepares the search of a method whose passages are not those of one store as they are.
-
-    Args:
-        run: the run.
-        method: the method.
-        later: methods that come after it, whose gradients are encoded in the same pass over the
-            corpus where that is possible.
-
-    Raises:
-        ValueError: R is neither none nor R_train.
-    """
-    if method.hessian not in ("none", "train"):
-        raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
-    steps, parts = steps_of(run, method), []
-    for step in steps:
-        then = run.at_step(step)
-        sharing = [m for m in later if m.several and step in steps_of(run, m)]
-        encode.encode_together(then, [method.gradients, *(m.gradients for m in sharing)])
-        if method.query_gradients == method.gradients:
-            source, q_QxE = encode.encode(then, method.gradients)
-        else:
-            source = encode.encode_passages(then, method.gradients)
-            q_QxE = encode.encode_queries(then, method.query_gradients)
-        roots, probabilities = [], None
-        if method.hessian == "train":
-            roots = Whitening(run.hessian, source, mesh=run.search_mesh).train_roots()
-        if method.passages == "unsure":
-            probabilities = vectors.probabilities(then)
-        parts.append(Part(source, q_QxE, roots, probabilities))
-    return combined(method, parts, steps, weights(run, method, steps))
 
 
 def combined(method: Method, parts: list[Part], steps: list[int], counts: np.ndarray) -> Summed:

@@ -16,6 +16,7 @@ from tda.retrieval.sources import Source
 from tda.run import curvature, moments
 from tda.run.run import NO_STORE, Run
 from tda.runtime import processes
+from tda.runtime.progress import Progress
 
 # Rows in float32 that one pass for several kinds of gradients may hold of all of them.
 _PASS_BYTES = 4 << 30
@@ -103,17 +104,50 @@ def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
             )
 
 
-def _part(run: Run, kind: GradientKind) -> together.Part:
+def _part(run: Run, kind: GradientKind, on_progress: Progress | None = None) -> together.Part:
     chosen, projection = run.sites(kind), run.projection(kind)
     if kind.curvature == "none":
-        ends = encoders.ends_of(chosen, projection, moments.inverse_root_moments(run, kind))
+        ends = encoders.ends_of(
+            chosen, projection, moments.inverse_root_moments(run, kind, on_progress)
+        )
     else:
         ends = curvature.ends(run, kind)
     return together.Part(chosen, projection, ends)
 
 
-def make_encoder(run: Run, kind: GradientKind):
-    """Makes the encoder of a kind of gradients of the run's model."""
+def missing_stores(run: Run, kind: GradientKind, name: str, step: int | None = None) -> str | None:
+    """Describes the store of the "corpus" or of the "queries" if it is not finished, else None."""
+    if run.config.store.dtype != NO_STORE and stores.finished(run.store_path(name, kind, step)):
+        return None
+    if kind.adam_step:
+        parts = ["the step that Adam would make on each passage alone"]
+    else:
+        parts = [f"gradients {'with' if kind.corrected else 'without'} optimizer correction"]
+    parts += [f"of the {kind.output}"] * bool(kind.output)
+    parts += [f"as {kind.curvature} has them"] * (kind.curvature != "none")
+    return f"the run has no store of {', '.join(parts)}"
+
+
+def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) -> list:
+    """What of a kind's gradients decides a ranking, as JSON values."""
+    path = run.store_path("corpus", kind, step)
+
+    def read_withdrawn():
+        exists = (path / "manifest.json").exists()
+        return stores.open_store(path).withdrawn.tolist() if exists else []
+
+    withdrawn = processes.on_first_process("look for withdrawn passages", read_withdrawn)
+    return [run.provenance(kind, step), run.config.store.dtype, withdrawn]
+
+
+def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = None):
+    """Makes the encoder of a kind of gradients of the run's model.
+
+    Args:
+        run: the run.
+        kind: the gradients.
+        on_progress: told of second moments that have to be estimated.
+    """
     model, mesh = run.trained.model, run.trained.mesh
     output = kind.output or run.config.gradients.output
     if kind.adam_step:
@@ -121,13 +155,15 @@ def make_encoder(run: Run, kind: GradientKind):
         return adam_steps.make_encoder(
             model, run.sites(kind), run.projection(kind), states, output, mesh
         )
-    part = _part(run, kind)
+    part = _part(run, kind, on_progress)
     return encoders.build(model, part.chosen, part.projection, part.ends, output, mesh)
 
 
 def _stores(run: Run, kind: GradientKind, *names: str) -> list[stores.GradientStore]:
     """The finished stores of a kind, by name."""
     paths = [run.store_path(name, kind) for name in names]
+    if run.live:
+        return [stores.open_store(path) for path in paths]
     encoder = None
     # Second moments may have to be estimated: not for stores that lack nothing.
     finished = processes.on_first_process(

@@ -63,6 +63,7 @@ def search(
     correct: dict[str, list[np.ndarray]],
     fingerprints: dict[str, str],
     exactly: Callable[..., dict[str, Ranked]],
+    k: int,
 ) -> tuple[dict[str, Ranked], dict[str, dict]]:
     """Returns the ranking of every method, and notes on its index for tables.
 
@@ -74,8 +75,9 @@ def search(
         correct: for each set of labels, the correct rows of each query.
         fingerprints: identity of each method's encodings, by name.
         exactly: exact search by queries, scorers, k and correct rows.
+        k: proponents and opponents of each query.
     """
-    config, k = run.config, run.config.eval.top_k
+    config = run.config
     chosen = settings(config, source) if config.search.index == "scann" else None
     if chosen is None:
         return exactly(queries_QxE, scorers, k, correct), {}

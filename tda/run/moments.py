@@ -3,7 +3,6 @@
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable
 
 import jax
 
@@ -15,18 +14,19 @@ from tda.methods import GradientKind
 from tda.run.run import Run
 from tda.runtime import processes, sharding
 from tda.runtime.fingerprint import fingerprint
+from tda.runtime.progress import Progress
 from tda.training import loop
 
 
 def inverse_root_moments(
-    run: Run, kind: GradientKind, on_batches: Callable[[int], None] = lambda done: None
+    run: Run, kind: GradientKind, on_progress: Progress | None = None
 ) -> dict[str, Scale] | None:
     """1/√V by path; None without correction.
 
     Args:
         run: the run.
         kind: the gradients.
-        on_batches: told the number of batches done, where V is estimated.
+        on_progress: told the batches done, where V is estimated.
     """
     provenance = run.provenance(kind)
     if provenance["correction"] == "none":
@@ -40,7 +40,7 @@ def inverse_root_moments(
     file = _file(run.workdir.path, identity)
     if processes.on_first_process("look for second moments", file.exists):
         return kept_scales.load(file, identity)
-    scales = _estimate(run, sites, provenance["correction"], on_batches)
+    scales = _estimate(run, sites, provenance["correction"], on_progress)
     # Of arrays on several hosts all have to give their part.
     local = {path: scale.map(sharding.to_host) for path, scale in scales.items()}
 
@@ -62,7 +62,7 @@ def _file(path, identity: dict) -> pathlib.Path:
     return pathlib.Path(path) / "moments" / f"{fingerprint(identity)}.safetensors"
 
 
-def _estimate(run: Run, sites, correction: str, on_batches) -> dict[str, Scale]:
+def _estimate(run: Run, sites, correction: str, on_progress) -> dict[str, Scale]:
     config, training = run.config, run.corpus.training
     count = config.gradients.estimate_batches
     print(f"second moments: estimated from {count} batches of the training text")
@@ -72,7 +72,8 @@ def _estimate(run: Run, sites, correction: str, on_batches) -> dict[str, Scale]:
 
     def sample():
         for done, batch in enumerate(itertools.islice(epoch, count)):
-            on_batches(done)
+            if on_progress is not None:
+                on_progress("estimating second moments", done, count)
             yield batch.arrays()
 
     def loss(model, batch):

@@ -12,8 +12,10 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from tda import store as stores
 from tda.data.batches import BatchLayout, buckets
 from tda.data.tokenizer import Tokenizer
+from tda.methods import METHODS
 from tda.model import functional, pretrained
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
@@ -24,7 +26,7 @@ from tda.run.workdir import Workdir
 from tda.runtime import atomic_file, sharding
 from tda.runtime.atomic_file import write_json
 from tda.runtime.progress import Progress, silent
-from tda.store import Passage
+from tda.store import GradientStore, Passage
 from tda.training import checkpoint
 
 # Files that a run writes at its end, so that questions are answered by its own settings.
@@ -81,6 +83,7 @@ class RememberedCorpus:
         tokenizer, buckets, fingerprint, lengths: as `Corpus` has them.
         known: the run's queries and their correct passages.
         on_progress: told when the files are read.
+        store: a store of the corpus's gradients, which has its texts; None where there is none.
 
     Raises:
         LiveError: the run is not finished.
@@ -90,6 +93,7 @@ class RememberedCorpus:
         self._config, self._workdir = config, workdir
         self.tokenizer, self.buckets = tokenizer, buckets(config.model.context)
         self.on_progress: Progress = silent
+        self.store: GradientStore | None = None
         try:
             with np.load(workdir / FILE, allow_pickle=False) as file:
                 record = json.loads(file["told"].tobytes())
@@ -133,19 +137,30 @@ class RememberedCorpus:
         return BatchLayout(self.buckets, tokens_per_batch, self.tokenizer.pad, mesh)
 
     @property
+    def correct(self) -> dict[str, Sequence[np.ndarray]]:
+        """The correct passage rows of each query by all labels."""
+        return {"all": self.known.correct}
+
+    @property
+    def query_ids(self) -> Sequence[str]:
+        """The id of each query's fact."""
+        return self.known.ids
+
+    @property
     def rows(self) -> int:
         """C, the number of passages."""
         return len(self.lengths)
 
     @property
     def withdrawn(self) -> np.ndarray:
-        """No rows: passages are withdrawn from stores."""
-        return np.zeros(0, np.int64)
+        """The rows that are never retrieved, int64."""
+        return np.zeros(0, np.int64) if self.store is None else self.store.withdrawn
 
     def read_passages(self, rows) -> list[Passage]:
-        """Id, document and text of some rows."""
-        table = self.files.passages
-        return [Passage(table.ids[i], table.documents[i], self.files.text_of(i)) for i in rows]
+        """Id, document and text of some rows, from a store if there is one."""
+        if self.store is not None:
+            return self.store.passages(rows)
+        return self.files.read_passages(rows)
 
 
 def remember(run: Run) -> None:
@@ -192,7 +207,15 @@ def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
     model = _model(_read_json(path / "model" / "config.json"), root, step, mesh)
     trained = Trained(model, root, step, optax.identity(), mesh, provenance)  # no step is taken
     workdir = Workdir(path)
-    return Run(config, workdir, RememberedCorpus(config, workdir, tokenizer), trained)
+    # A live question is searched exactly: an index is for many.
+    config.search.index = "none"
+    corpus = RememberedCorpus(config, workdir, tokenizer)
+    run = Run(config, workdir, corpus, trained, live=True)
+    kinds = dict.fromkeys(m.gradients for m in METHODS.values())
+    paths = (run.store_path("corpus", kind) for kind in kinds)
+    path = next((p for p in paths if stores.finished(p)), None)
+    corpus.store = None if path is None else stores.open_store(path)
+    return run
 
 
 def _read_json(path: pathlib.Path) -> dict:

@@ -25,6 +25,7 @@ from tda.retrieval.whitening import HessianSettings
 from tda.run.workdir import Workdir
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, plain
+from tda.store import Passage
 from tda.training import checkpoint
 
 # The `store.dtype` of a run that encodes its corpus as it is searched.
@@ -97,6 +98,21 @@ class Corpus:
         """Returns how sequences of the corpus and its queries are batched."""
         return BatchLayout(self.buckets, tokens_per_batch, self.tokenizer.pad, mesh)
 
+    @property
+    def rows(self) -> int:
+        """C, the number of passages."""
+        return len(self.passages)
+
+    @property
+    def query_ids(self) -> list[str]:
+        """The id of each query's fact."""
+        return [f.fact_id for f in self.queries]
+
+    def read_passages(self, rows) -> list[Passage]:
+        """Id, document and text of some rows."""
+        table = self.passages
+        return [Passage(table.ids[i], table.documents[i], self.text_of(i)) for i in rows]
+
     def answers(self, query: int) -> list[str]:
         """The texts that count as the query's target: the target itself first, and its aliases."""
         fact = self.queries[query]
@@ -122,6 +138,9 @@ class Run:
 
     trained: Trained
     """The model at the traced checkpoint."""
+
+    live: bool = False
+    """Whether the run is finished and held open for questions: none of its stores is written."""
 
     def at_step(self, step: int) -> "Run":
         """The run with the model of another checkpoint of the same training.

@@ -17,8 +17,8 @@ from tda import store as stores
 from tda.data.jsonl import RecordError
 from tda.encoding import table
 from tda.methods import GradientKind
-from tda.retrieval import annotated
-from tda.run import corpus, defaults, evaluate, measures, moments, retrieve, stages, train
+from tda.retrieval import annotated, bm25, exact
+from tda.run import corpus, defaults, evaluate, measures, moments, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
 from tda.training import checkpoint, loop
@@ -338,8 +338,8 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
     for module, name in (
         (loop, "fit"),
         (table, "encode_kinds"),
-        (retrieve.exact, "search"),
-        (retrieve.bm25, "search"),
+        (exact, "search"),
+        (bm25.Index, "search"),
         (measures, "tail_patch"),
         (measures.sampling, "sample"),
     ):

@@ -17,7 +17,7 @@ from tda.viewer.notes import Notes
 from tests.experiments.test_trace import make_config
 from tests.viewer.browser import Page, launched, serving
 
-pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_tracer.py
+pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_retrievers.py
 NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
 
 
@@ -72,17 +72,17 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
     assert kept["hessian"]["damping"] == 0.02
     other = remembered.config_of(workdir)
     other["hessian"]["damping"] = 1e-3
-    tracer, _ = finished_run.load(workdir, other)
+    live = finished_run.LiveRun(workdir, other)
     chosen = {"trackstar": METHODS["trackstar"]}
     question = asked["inputs_plaintext"], asked["targets_plaintext"]
-    differing = tracer.trace(*question, chosen)["trackstar"]["proponent_scores"]
+    differing = live.records(*question, chosen, 10, silent)["trackstar"]["proponent_scores"]
     assert np.abs(np.subtract(differing, asked["proponent_scores"])).max() > 1e-3
 
 
 def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run):
     for asked in of_batch(workdir, "bm25"):
         question = asked["inputs_plaintext"], asked["targets_plaintext"]
-        found = run._open(silent).speaker.likelihood(*question)
+        found = run.speaker.likelihood(*question)
         assert found["nats"] == pytest.approx(asked["target_nats"], rel=1e-4)
         assert found["rank"] == asked["target_rank"]
 

@@ -137,8 +137,8 @@ def test_the_cutoff_is_the_configs(workdir, tmp_path):
     folder = linked(workdir, tmp_path / "w", *names)
     config, scores = remembered.config_of(workdir), []
     for config["hessian"]["damping"], config["hessian"]["cutoff"] in ((1e-3, 0.0), (1e-3, 0.5)):
-        tracer, _ = finished_run.load(folder, config)
-        found = tracer.trace(*asked(workdir), {"exp4": METHODS["exp4"]})["exp4"]
+        live = finished_run.LiveRun(folder, config)
+        found = live.records(*asked(workdir), {"exp4": METHODS["exp4"]}, 10, silent)["exp4"]
         scores.append(found["proponent_scores"])
     assert np.abs(np.subtract(*scores)).max() > 1e-2
 
@@ -179,12 +179,12 @@ def test_files_that_are_gone_are_told(workdir, tmp_path):
     (folder / "stores").mkdir()
     config = remembered.config_of(workdir)
     config["data"]["sentences"] = str(tmp_path / "gone.jsonl")
-    tracer, _ = finished_run.load(folder, config)
+    live = finished_run.LiveRun(folder, config)
     hidden = {"hidden_last": METHODS["hidden_last"]}
     with pytest.raises(
         finished_run.LiveError, match="compute hidden states.*needs the files .*gone.jsonl"
     ):
-        tracer.trace(*asked(workdir), hidden)
+        live.records(*asked(workdir), hidden, 10, silent)
 
 
 def test_heat_of_a_query_whose_part_is_taken_out(workdir, run):
@@ -220,11 +220,11 @@ def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
     folder = linked(workdir, tmp_path / "w", "model", "stages", "corpus.npz")
     config = remembered.config_of(workdir)
     config["store"]["dtype"] = "none"
-    tracer, _ = finished_run.load(folder, config)
+    live = finished_run.LiveRun(folder, config)
     chosen = {n: METHODS[n] for n in names}
-    found = tracer.trace(*asked(workdir), chosen)
+    found = live.records(*asked(workdir), chosen, 10, silent)
     check({"methods": [{"name": n, "record": r} for n, r in found.items()]}, workdir, 0)
-    assert "no store of gradients" in tracer.lacks(METHODS["grad_cos"])
+    assert "no store of gradients" in live.lacks(METHODS["grad_cos"])
 
 
 def test_withdrawn_passages_are_found_by_nothing(workdir, tmp_path):

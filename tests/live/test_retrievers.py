@@ -1,46 +1,45 @@
-"""Retrievers without gradients, and how a question is known to be one of the run's."""
+"""Retrievers without gradients, asked one question at a time."""
+
+import types
 
 import numpy as np
 import pytest
 
-from tda.live.questions import Question
-from tda.live.retrievers import Control, Labels, Vectors, Words, random_scores
-from tda.methods import METHODS
+from tda.methods import METHODS, Method
 from tda.retrieval import bm25, by_score
+from tda.run import registry
 from tda.run.remembered import Known
+from tda.run.retrievers import Labels, Queries, Random, Words, _Vectors
 from tda.store import Passage
 
 TEXTS = ["Oslo is the capital.", "It rains in Oslo.", "Rome fell.", "Oslo, Oslo, Oslo!"]
 
 
-class Passages:
-    """A corpus, of which a passage may be withdrawn."""
-
-    rows = len(TEXTS)
-
-    def __init__(self, *withdrawn):
-        self.withdrawn = np.asarray(withdrawn, np.int64)
-
-    def read_passages(self, numbers):
-        return [Passage(f"d{i}", f"d{i}", TEXTS[i]) for i in numbers]
-
-
-def silent(what, done, total):
-    pass
+def live_run(*withdrawn):
+    """A run held open for questions, of whose corpus passages may be withdrawn."""
+    corpus = types.SimpleNamespace(
+        rows=len(TEXTS),
+        withdrawn=np.asarray(withdrawn, np.int64),
+        read_passages=lambda rows: [Passage(f"d{i}", f"d{i}", TEXTS[i]) for i in rows],
+        correct={"all": [np.array([3]), np.array([0, 2])]},
+        query_ids=["q0", "q1"],
+    )
+    config = types.SimpleNamespace(seed=7, data=types.SimpleNamespace(seed=0))
+    return types.SimpleNamespace(live=True, corpus=corpus, config=config, search_mesh=None)
 
 
 def ask(retriever, name, number=None, k=10):
-    question = Question("Where is", "Oslo", None, number)
-    found = retriever.search(METHODS[name], question, k, silent)
-    return found.proponents[0].tolist(), found.proponent_scores[0]
+    queries = Queries(None, ["Where is Oslo"], [number], {})
+    ranked = retriever.search(queries, {name: METHODS[name]}, k)[name].ranked
+    return ranked.proponents[0].tolist(), ranked.proponent_scores[0]
 
 
 def test_words_score_as_without_a_withdrawal():
     whole = bm25.search(["Where is Oslo"], TEXTS)
-    rows, scores = ask(Words(Passages()), "bm25")
+    rows, scores = ask(Words(live_run()), "bm25")
     assert rows == whole.proponents[0].tolist()
     np.testing.assert_array_equal(scores, whole.proponent_scores[0])
-    rows, scores = ask(Words(Passages(rows[0])), "bm25", k=2)
+    rows, scores = ask(Words(live_run(rows[0])), "bm25", k=2)
     assert rows == whole.proponents[0].tolist()[1:3]
     np.testing.assert_array_equal(scores, whole.proponent_scores[0][1:3])
 
@@ -49,11 +48,15 @@ def test_vectors_are_asked_for_once_for_each_layer():
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     asked = []
 
-    def of_passages(method, on_progress):
-        asked.append(method.layer)
-        return x if method.layer == "last" else -x
+    class Rows(_Vectors):
+        def _vectors(self, name, layer, on_rows):
+            asked.append(layer)
+            return x if layer == "last" else -x
 
-    vectors = Vectors(Passages(2), of_passages, lambda method, question: x[1:2])
+        def _encode(self, queries, layer):
+            return x[1:2]
+
+    vectors = Rows(live_run(2))
     for _ in range(2):
         rows, scores = ask(vectors, "hidden_last")
         assert rows[0] == 1 and set(rows) == {0, 1, 3} and scores[0] == pytest.approx(1)
@@ -63,7 +66,7 @@ def test_vectors_are_asked_for_once_for_each_layer():
 
 
 def test_chance_is_the_runs_for_its_queries_and_the_texts_for_others():
-    control = Control(Passages(), random_scores(Passages(), 7))
+    control = Random(live_run())
     expected = list(by_score.at_random(4, 3, 7))
     for number in range(3):
         rows, scores = ask(control, "random", number)
@@ -71,17 +74,28 @@ def test_chance_is_the_runs_for_its_queries_and_the_texts_for_others():
     once, again = (ask(control, "random")[1] for _ in range(2))
     np.testing.assert_array_equal(once, again)
     assert not any(np.allclose(once, np.sort(e)[::-1]) for e in expected)
-    assert len(ask(Control(Passages(1), random_scores(Passages(), 7)), "random")[0]) == 3
+    assert len(ask(Random(live_run(1)), "random")[0]) == 3
 
 
 def test_labels_are_of_the_runs_queries_alone():
-    known = Known(["q0", "q1"], ["a", "b"], ["c", "d"], [np.array([3]), np.array([0, 2])])
-    labels = Labels(known, 0)
+    labels = Labels(live_run())
     rows, _ = ask(labels, "annotated", 1)
     assert set(rows) - {-1} == {0, 2}
-    assert ask(labels, "annotated")[0] == []
-    assert labels.lacks(METHODS["annotated"]) is None
-    assert "kept no list of its queries" in Labels(Known(), 0).lacks(METHODS["annotated"])
+    assert set(ask(labels, "annotated")[0]) == {-1}
+
+
+def test_a_retriever_of_ones_own_is_registered_once(monkeypatch):
+    monkeypatch.setattr(registry, "RETRIEVERS", dict(registry.RETRIEVERS))
+    method = Method("mine", retriever="mine")
+    with pytest.raises(ValueError, match="mine: unknown retriever 'mine'; there are gradient"):
+        registry.retriever_of(method)
+    registry.register_retriever("mine", Words)
+    registry.register_retriever("mine", Words)  # a module that is imported twice
+    assert registry.retriever_of(method) is Words
+    with pytest.raises(ValueError, match="'bm25' is registered already"):
+        registry.register_retriever("bm25", Labels)
+    with pytest.raises(ValueError, match="--plugin=no_such_module cannot be imported"):
+        registry.load_plugins(["no_such_module"])
 
 
 def test_a_question_is_known_by_its_text():

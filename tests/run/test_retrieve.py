@@ -12,7 +12,7 @@ from tda.gradients import adam_steps, kronecker, reference
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.methods import METHODS, GradientKind
-from tda.retrieval import dense
+from tda.retrieval import by_score, dense, exact
 from tda.retrieval.sources import InMemory
 from tda.run import checkpoints, encode, retrieve, stages, vectors
 from tda.run import train as training
@@ -325,9 +325,9 @@ def test_a_second_run_reads_what_is_there(traced, monkeypatch):
     run, ranked, notes = traced
     for module, name in (
         (encode, "encode"),
-        (checkpoints, "summed"),
-        (retrieve.exact, "search"),
-        (retrieve.by_score, "rank"),
+        (checkpoints, "combined"),
+        (exact, "search"),
+        (by_score, "rank"),
     ):
         monkeypatch.setattr(module, name, None)
     again, told = retrieve.retrieve(run)

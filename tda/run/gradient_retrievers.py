@@ -1,0 +1,318 @@
+"""Retrievers by projected gradients: of one checkpoint, and sums over several."""
+
+import functools
+import shutil
+
+import numpy as np
+
+from tda import store as stores
+from tda.encoding import table as encoding
+from tda.methods import GradientKind, Method
+from tda.retrieval import exact, ranked
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import Source
+from tda.retrieval.whitening import Whitening
+from tda.run import checkpoints, encode, index, vectors
+from tda.run.checkpoints import Part
+from tda.run.retrievers import Queries, Result, Retriever, search_progress, tell
+from tda.run.run import Run
+from tda.runtime import processes
+from tda.runtime.fingerprint import plain
+from tda.runtime.progress import Progress
+
+
+class Encodings:
+    """Gradients of a run at one checkpoint, by kind, with R^(−1/2) of each.
+
+    Args:
+        run: the run at that checkpoint.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._passages: dict[GradientKind, Source] = {}
+        self._queries: dict[GradientKind, np.ndarray | None] = {}
+        self._encoders: dict = {}
+        self._whitenings: dict[GradientKind, Whitening] = {}
+        self._on_progress: Progress | None = None
+
+    def encode(self, kind: GradientKind) -> None:
+        """Encodes passages and queries of a kind, where their stores lack some."""
+        if kind not in self._passages or kind not in self._queries:
+            self._passages[kind], self._queries[kind] = encode.encode(self.run, kind)
+
+    def passages(self, kind: GradientKind) -> Source:
+        """The passages' gradients."""
+        if kind not in self._passages:
+            self._passages[kind] = encode.encode_passages(self.run, kind)
+        return self._passages[kind]
+
+    def run_queries(self, kind: GradientKind) -> np.ndarray | None:
+        """The gradients of the run's own queries, float32; None where a finished run has none."""
+        if kind not in self._queries:
+            absent = self.run.live and encode.missing_stores(self.run, kind, "queries")
+            self._queries[kind] = None if absent else encode.encode_queries(self.run, kind)
+        return self._queries[kind]
+
+    def encoder(self, kind: GradientKind, on_progress: Progress | None = None):
+        """The encoder of a kind, compiled once."""
+        if kind not in self._encoders:
+            tell(on_progress, "preparing the encoder")
+            self._encoders[kind] = encode.make_encoder(self.run, kind, on_progress)
+        return self._encoders[kind]
+
+    def of_queries(
+        self, queries: Queries, kind: GradientKind, on_progress: Progress | None = None
+    ) -> np.ndarray:
+        """The gradients of queries, float32 [Q, E]: the run's own as it has them, others encoded.
+
+        Raises:
+            ValueError: a gradient is not finite.
+        """
+        stored_QxE = self.run_queries(kind)
+        if stored_QxE is not None and None not in queries.numbers:
+            if len(queries) == len(stored_QxE):
+                return stored_QxE
+            return stored_QxE[list(queries.numbers)]
+        encoder = self.encoder(kind, on_progress)
+        tell(on_progress, "taking the gradient")
+        layout, rows = self.run.corpus.layout(1), np.arange(len(queries))
+        encoded_QxE = encoding.encode_rows(encoder, queries.table, rows, layout)
+        if not np.isfinite(encoded_QxE).all():
+            raise ValueError("the question's gradient is not finite: look at the model's logits")
+        return encoded_QxE
+
+    def whitening(self, kind: GradientKind, on_progress: Progress | None = None) -> Whitening:
+        """R^(−1/2) of a kind; in a live session kept on disk for the next one."""
+        self._on_progress = on_progress
+        if kind not in self._whitenings:
+            run, source = self.run, self.passages(kind)
+            folder, identity = None, None
+            if run.live:
+                paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
+                opened = [stores.open_store(p) for p in paths if stores.finished(p)]
+                folder = run.workdir / "live"
+                identity = [[s.manifest, s.withdrawn.tolist()] for s in opened]
+            self._whitenings[kind] = Whitening(
+                run.hessian,
+                source,
+                self.run_queries(kind),
+                run.search_mesh,
+                folder=folder,
+                identity=identity,
+                on_progress=self._relay if run.live else None,
+            )
+        return self._whitenings[kind]
+
+    def _relay(self, description: str, done: int, total: int) -> None:
+        # R is made once and used by later questions, each with a progress of its own.
+        if self._on_progress is not None:
+            self._on_progress(description, done, total)
+
+    def release(self) -> None:
+        """Drops all gradients."""
+        for cache in (self._passages, self._queries, self._encoders, self._whitenings):
+            cache.clear()
+
+
+class Gradients(Retriever):
+    """Methods that scan the gradients of the traced checkpoint: those of a kind share a scan."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.encodings = Encodings(run)
+
+    def lacks(self, method):
+        """Why the run has not all gradients that a method needs."""
+        missing = encode.missing_stores(self.run, method.gradients, "corpus")
+        if missing or method.hessian != "mixed":
+            return missing
+        if encode.missing_stores(self.run, method.gradients, "queries"):
+            return "R_eval needs the gradients of the run's queries, which are not there"
+        return None
+
+    def provenance(self, method):
+        """Gradients, R and the index."""
+        config = self.run.config
+        provenance = encode.ranking_provenance(self.run, method.gradients)
+        if method.hessian != "none":
+            provenance.append(dict(config.hessian))
+        if config.search.index != "none":
+            provenance.append(config.search.to_dict())
+        return provenance
+
+    def prepare(self, methods, later=()):
+        """Encodes corpus and queries."""
+        for kind in dict.fromkeys(m.gradients for m in methods.values()):
+            self.encodings.encode(kind)
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        kinds: dict[GradientKind, dict[str, Method]] = {}
+        for name, method in methods.items():
+            kinds.setdefault(method.gradients, {})[name] = method
+        results: dict[str, Result] = {}
+        for kind, sharing in kinds.items():
+            results |= self._search_kind(queries, kind, sharing, k, on_progress)
+        return results
+
+    def _search_kind(self, queries, kind, methods, k, on_progress) -> dict[str, Result]:
+        run, source = self.run, self.encodings.passages(kind)
+        if not run.live:
+            print(f"search {source.rows:,} passages: {', '.join(methods)}")
+        gradients_QxE = self.encodings.of_queries(queries, kind, on_progress)
+        whitening = self.encodings.whitening(kind, on_progress)
+        rankings: dict[str, list] = {n: [] for n in methods}
+        notes: dict[str, dict] = {n: {} for n in methods}
+
+        def search_exactly(gradients_QxE, scorers, k, correct):
+            with search_progress(scorers, source.rows, on_progress) as on_rows:
+                return exact.search(
+                    gradients_QxE, source, scorers, k, correct, run.search_mesh, on_rows
+                )
+
+        for number, part in enumerate(whitening.parts(methods, queries.numbers)):
+            # Methods whose R differs by half have an index for each.
+            suffix = f"-{number}" if number else ""
+            names = {}
+            if run.config.search.index != "none":
+                names = {n: f"{self.ranking_name(methods[n])}{suffix}" for n in part.scorers}
+            correct = {
+                label: [lists[q] for q in part.queries] for label, lists in queries.correct.items()
+            }
+            found, index_notes = index.search(
+                run,
+                source,
+                gradients_QxE[part.queries],
+                part.scorers,
+                correct,
+                names,
+                search_exactly,
+                k,
+            )
+            for name, ranking in found.items():
+                rankings[name].append((part.queries, ranking))
+                notes[name] |= index_notes.get(name, {})
+        spectra = None if run.live else self._keep_spectra(kind, whitening)
+        for name, method in methods.items():
+            note = whitening.note(method)
+            notes[name] |= note | {"spectra": spectra} if note else {}
+        return {n: Result(ranked.join(rankings[n]), notes[n]) for n in methods}
+
+    def _keep_spectra(self, kind: GradientKind, whitening: Whitening) -> str | None:
+        run = self.run
+        provenance = [run.provenance(kind), dict(run.config.hessian)]
+        provenance += [run.corpus.fingerprint, run.config.store.dtype]
+        directory = run.workdir / "retrieval"
+        return whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
+
+    def release(self, methods):
+        """Drops the gradients."""
+        self.encodings.release()
+
+
+class Sums(Retriever):
+    """Methods that sum over checkpoints, or change passages' gradients first."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
+
+    def lacks(self, method):
+        """Why the run has not all gradients that a method needs."""
+        if method.hessian == "mixed":
+            return "a sum over checkpoints takes R none or train"
+        steps = checkpoints.steps_of(self.run, method)
+        lacking = [s for s in steps if self._lacks_stores(s, method)]
+        if lacking:
+            return (
+                f"it sums over the checkpoints {', '.join(map(str, steps))}, and the run has no "
+                f"store of gradients of {', '.join(map(str, lacking))}: it was not asked for, or "
+                "it went when it was searched (several.keep_stores=False)"
+            )
+        return None
+
+    def _lacks_stores(self, step: int, method: Method) -> bool:
+        pairs = (("corpus", method.gradients), ("queries", method.query_gradients))
+        return any(encode.missing_stores(self.run, kind, name, step) for name, kind in pairs)
+
+    def provenance(self, method):
+        """Gradients of every checkpoint, and R."""
+        provenance = []
+        for step in checkpoints.steps_of(self.run, method):
+            for kind in dict.fromkeys((method.gradients, method.query_gradients)):
+                provenance += encode.ranking_provenance(self.run, kind, step)
+        if method.hessian != "none":
+            provenance.append(dict(self.run.config.hessian))
+        return provenance
+
+    def prepare(self, methods, later=()):
+        """Encodes corpus and queries at every checkpoint."""
+        for method in methods.values():
+            if method.hessian not in ("none", "train"):
+                raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
+            for step in checkpoints.steps_of(self.run, method):
+                encodings = self._at_step(step)
+                sharing = [
+                    m for m in later if m.several and step in checkpoints.steps_of(self.run, m)
+                ]
+                kinds = [method.gradients, *(m.gradients for m in sharing)]
+                encode.encode_together(encodings.run, kinds)
+                if method.query_gradients == method.gradients:
+                    encodings.encode(method.gradients)
+                else:
+                    # Passages step by Adam, queries are plain: no store of plain passages.
+                    encodings.passages(method.gradients)
+                    encodings.run_queries(method.query_gradients)
+                if method.passages == "unsure":
+                    vectors.probabilities(encodings.run)
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        results = {}
+        for name, method in methods.items():
+            steps = checkpoints.steps_of(self.run, method)
+            parts = [self._part(s, queries, method, on_progress) for s in steps]
+            weights = checkpoints.weights(self.run, method, steps)
+            summed = checkpoints.combined(method, parts, steps, weights)
+            scorers: dict[str, Scorer] = {name: summed.scorer}
+            with search_progress(scorers, summed.source.rows, on_progress) as on_rows:
+                ranking = exact.search(
+                    summed.queries_QxE,
+                    summed.source,
+                    scorers,
+                    k,
+                    queries.correct,
+                    self.run.search_mesh,
+                    on_rows,
+                )[name]
+            results[name] = Result(ranking, summed.note)
+        return results
+
+    def _part(self, step: int, queries: Queries, method: Method, on_progress) -> Part:
+        tell(on_progress, f"opening the checkpoint of step {step}")
+        encodings, kind = self._at_step(step), method.gradients
+        source = encodings.passages(kind)
+        queries_QxE = encodings.of_queries(queries, method.query_gradients, on_progress)
+        roots, probabilities = [], None
+        if method.hessian == "train":
+            roots = encodings.whitening(kind, on_progress).train_roots()
+        if method.passages == "unsure":
+            tell(on_progress, "likelihood of the passages")
+            probabilities = vectors.probabilities(encodings.run)
+        return Part(source, queries_QxE, roots, probabilities)
+
+    def release(self, methods):
+        """Drops the gradients, and the stores of earlier checkpoints unless they are kept.
+
+        A ranking that is kept does not need them; another one would have them made again.
+        """
+        self._at_step.cache_clear()
+        if self.run.config.several.keep_stores:
+            return
+        for method in methods.values():
+            for step in checkpoints.steps_of(self.run, method)[:-1]:
+                path = self.run.store_path("corpus", method.gradients, step)
+                processes.on_first_process(
+                    "remove a store", lambda path=path: shutil.rmtree(path, True)
+                )

@@ -1,0 +1,80 @@
+"""The retrievers by name, those of the package and those that are registered from outside."""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable
+
+from tda.methods import Method
+from tda.run.gradient_retrievers import Gradients, Sums
+from tda.run.retrievers import (
+    Dense,
+    GradientNorm,
+    Hidden,
+    Labels,
+    Length,
+    Random,
+    Retriever,
+    Words,
+)
+from tda.run.run import Run
+
+# Each makes the retriever of a run.
+RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
+    "gradient": Gradients,
+    "sums": Sums,
+    "bm25": Words,
+    "dense": Dense,
+    "hidden": Hidden,
+    "annotated": Labels,
+    "random": Random,
+    "length": Length,
+    "gradient_norm": GradientNorm,
+}
+# Packages that are installed name their modules under this group of entry points.
+_ENTRY_POINTS = "tda.methods"
+
+
+def register_retriever(name: str, factory: Callable[[Run], Retriever]) -> None:
+    """Makes a retriever known by name, for methods with `retriever=name`.
+
+    Args:
+        name: of the retriever.
+        factory: returns the retriever of a run: a subclass of `Retriever` itself, or a function.
+
+    Raises:
+        ValueError: another retriever has the name.
+    """
+    if RETRIEVERS.setdefault(name, factory) is not factory:
+        raise ValueError(f"retriever {name!r} is registered already; give yours another name")
+
+
+def retriever_of(method: Method) -> Callable[[Run], Retriever]:
+    """Returns what makes a method's retriever.
+
+    Raises:
+        ValueError: its name is unknown.
+    """
+    if method.searched_by not in RETRIEVERS:
+        raise ValueError(
+            f"{method.title}: unknown retriever {method.retriever!r}; there are "
+            f"{', '.join(RETRIEVERS)}, and what a --plugin registers"
+        )
+    return RETRIEVERS[method.searched_by]
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Imports modules that register methods and retrievers: those named, and installed ones.
+
+    Raises:
+        ValueError: a module cannot be found; the message names it.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--plugin={module} cannot be imported ({error}); it must be installed, or in a "
+                "directory of PYTHONPATH"
+            ) from error
+    for entry_point in importlib.metadata.entry_points(group=_ENTRY_POINTS):
+        entry_point.load()

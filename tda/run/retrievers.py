@@ -1,0 +1,404 @@
+"""Retrievers by name: what ranks a run's passages for queries.
+
+A method names its retriever (`Method.searched_by`). A run makes each retriever once: the batch
+stage (`tda.run.retrieve`) searches with all of the run's queries, a live session with one query.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from tda.data.tokens import TokenTable
+from tda.methods import GradientKind, Method
+from tda.retrieval import annotated, bm25, by_score, dense, exact
+from tda.retrieval.ranked import Ranked
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
+from tda.run import encode, vectors
+from tda.run.run import Run
+from tda.runtime import progress
+from tda.runtime.fingerprint import fingerprint, plain
+from tda.runtime.progress import Progress, silent
+
+# Passages whose texts are read together.
+_TEXTS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """Queries that are searched together."""
+
+    table: TokenTable
+    """Prompts and targets as tokens."""
+
+    texts: Sequence[str]
+    """The text of each: prompt and target."""
+
+    numbers: Sequence[int | None]
+    """The number of each among the run's own queries; None where it is none of them."""
+
+    correct: dict[str, list[np.ndarray]]
+    """For each set of labels whose ranks are wanted, the correct passage rows of each query."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def queries_of_run(run: Run) -> Queries:
+    """Returns all queries of a run."""
+    prompts = run.corpus.prompts
+    return Queries(prompts, run.query_texts, range(len(prompts)), run.corpus.correct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a method ranked, and notes about how (λ and the like)."""
+
+    ranked: Ranked
+    note: dict = dataclasses.field(default_factory=dict)
+
+
+class Retriever:
+    """Ranks passages for queries by all methods that name it.
+
+    A subclass implements `search`; the rest has defaults.
+
+    Args:
+        run: the run whose passages are ranked. Where `run.live` is set the retriever is held open,
+            and answers one question after the other from what the run kept.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def search(
+        self,
+        queries: Queries,
+        methods: dict[str, Method],
+        k: int,
+        on_progress: Progress | None = None,
+    ) -> dict[str, Result]:
+        """Ranks passages for each query.
+
+        Args:
+            queries: the queries.
+            methods: by name.
+            k: how many proponents, and opponents, of each query.
+            on_progress: told what is done; None shows progress bars.
+
+        Returns:
+            By the method's name.
+        """
+        raise NotImplementedError
+
+    def lacks(self, method: Method) -> str | None:
+        """Why a live question cannot be answered by a method; None where it can."""
+        return None
+
+    def prepare(self, methods: dict[str, Method], later: Iterable[Method] = ()) -> None:
+        """Encodes what a search needs: the work of all processes, before the first searches.
+
+        Args:
+            methods: those of the next search.
+            later: methods of later searches, whose gradients may share a pass over the corpus.
+        """
+
+    def release(self, methods: dict[str, Method]) -> None:
+        """Drops what only the last search needed."""
+
+    def provenance(self, method: Method) -> list:
+        """What a ranking depends on beside the method, the corpus and k, as JSON values."""
+        return []
+
+    def ranking_name(self, method: Method) -> str:
+        """The name of the file of a method's ranking, by all that the ranking depends on."""
+        fields = dataclasses.asdict(method)
+        fields.pop("title")
+        run = self.run
+        common = [fields, run.corpus.fingerprint, run.config.eval.top_k]
+        return f"{method.retriever}-{fingerprint(plain(common + self.provenance(method)))}"
+
+    @property
+    def withdrawn(self) -> np.ndarray:
+        """Rows that live questions never retrieve, int64."""
+        return self.run.corpus.withdrawn if self.run.live else np.zeros(0, np.int64)
+
+
+@contextlib.contextmanager
+def search_progress(methods: Iterable[str], rows: int, on_progress: Progress | None):
+    """Yields what is told the rows of each step of a search."""
+    if on_progress is not None:
+        yield progress.counted(on_progress, "searching passages", rows)
+        return
+    with progress.bar(rows, f"search ({', '.join(methods)})", "passage") as bar:
+        yield bar.update
+
+
+def tell(on_progress: Progress | None, description: str) -> None:
+    """Reports work whose amount is not known."""
+    if on_progress is not None:
+        on_progress(description, 0, 0)
+
+
+class Words(Retriever):
+    """BM25; its index is made for the first search."""
+
+    _index: bm25.Index | None = None
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        if self._index is None:
+            texts, rows = [], self.run.corpus.rows
+            for first in range(0, rows, _TEXTS):
+                if on_progress is not None:
+                    on_progress("reading passages", first, rows)
+                chunk = range(first, min(rows, first + _TEXTS))
+                texts += [p.text or "" for p in self.run.corpus.read_passages(chunk)]
+            tell(on_progress, "indexing words")
+            self._index = bm25.Index(texts)
+        tell(on_progress, "BM25")
+        withdrawn = self.withdrawn
+        ranked = self._index.search(queries.texts, k + len(withdrawn), queries.correct)
+        # Left out of the answer, not of the index: the scores of others stay those of the run.
+        return dict.fromkeys(methods, Result(_without(ranked, withdrawn, k)))
+
+
+def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
+    """A ranking of k more passages than were withdrawn, without these."""
+    if not len(withdrawn):
+        return ranked
+    order = np.argsort(np.isin(ranked.proponents, withdrawn), axis=1, kind="stable")
+    left = min(k, ranked.proponents.shape[1] - len(withdrawn))
+    rows, scores = (
+        np.take_along_axis(x, order, 1)[:, :left]
+        for x in (ranked.proponents, ranked.proponent_scores)
+    )
+    return dataclasses.replace(ranked, proponents=rows, proponent_scores=scores)
+
+
+class _Vectors(Retriever):
+    """Likeness of vectors of texts, which a subclass gives; the corpus's are held by layer."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._sources: dict[str, InMemory] = {}
+
+    def _vectors(self, name: str, layer: str, on_rows: Callable[[int], None]) -> np.ndarray:
+        raise NotImplementedError
+
+    def _encode(self, queries: Queries, layer: str) -> np.ndarray:
+        raise NotImplementedError
+
+    _description = "vectors"
+
+    def prepare(self, methods, later=()):
+        """Computes the vectors of passages and queries."""
+        for method in methods.values():
+            for name in ("queries", "corpus"):
+                self._vectors(name, method.layer, vectors.ignore_rows)
+
+    def _source(self, layer: str, on_progress: Progress | None) -> InMemory:
+        if layer not in self._sources:
+            tell(on_progress, f"reading {self._description}")
+            total = self.run.corpus.rows
+
+            def on_rows(done: int) -> None:
+                if on_progress is not None:
+                    on_progress(f"{self._description} of the passages", done, total)
+
+            vectors_CxD = np.array(self._vectors("corpus", layer, on_rows))
+            vectors_CxD[self.withdrawn] = np.inf
+            self._sources[layer] = InMemory(vectors_CxD, [slice(0, vectors_CxD.shape[1])])
+        return self._sources[layer]
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        results = {}
+        for name, method in methods.items():
+            source = self._source(method.layer, on_progress)
+            if self.run.live:
+                queries_QxD = self._encode(queries, method.layer)
+            else:
+                queries_QxD = self._vectors("queries", method.layer, vectors.ignore_rows)
+            tell(on_progress, "comparing vectors")
+            # No opponents: what is least like a text says nothing.
+            with search_progress([name], source.rows, silent if self.run.live else None) as f:
+                ranked = exact.search(
+                    queries_QxD,
+                    source,
+                    {name: Scorer(None, method.unit_norm)},
+                    k,
+                    queries.correct,
+                    self.run.search_mesh,
+                    f,
+                    opponents=False,
+                )[name]
+            results[name] = Result(ranked)
+        return results
+
+    def release(self, methods):
+        """Drops the vectors."""
+        self._sources.clear()
+
+
+class Dense(_Vectors):
+    """Vectors of a sentence encoder."""
+
+    _description = "sentence vectors"
+    _encoder: dense.SentenceEncoder | None = None
+
+    def lacks(self, method):
+        """Why no sentence encoder is there."""
+        if not self.run.config.dense.model:
+            return "the run's config names no sentence encoder (dense.model)"
+        try:
+            dense.check_installed()
+        except dense.DenseError as error:
+            return str(error)
+        return None
+
+    def provenance(self, method):
+        """The encoder."""
+        return [dense.identity(self.run.config.dense.model)]
+
+    def _make_encoder(self) -> dense.SentenceEncoder:
+        if self._encoder is None:
+            self._encoder = dense.SentenceEncoder(self.run.config.dense.model)
+        return self._encoder
+
+    def _vectors(self, name, layer, on_rows):
+        return vectors.sentence_vectors(self.run, self._make_encoder, name, on_rows)
+
+    def _encode(self, queries, layer):
+        return self._make_encoder().encode(list(queries.texts))
+
+
+class Hidden(_Vectors):
+    """Mean hidden states of the traced model."""
+
+    _description = "hidden states"
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._poolers: dict = {}
+
+    def provenance(self, method):
+        """The checkpoint."""
+        return [fingerprint(self.run.trained.fingerprint), self.run.trained.step]
+
+    def _pooler(self, layer: str):
+        if layer not in self._poolers:
+            self._poolers[layer] = vectors.make_pooler(self.run, layer)
+        return self._poolers[layer]
+
+    def _vectors(self, name, layer, on_rows):
+        return vectors.hidden_states(self.run, self._pooler(layer), layer, name, on_rows)
+
+    def _encode(self, queries, layer):
+        layout = self.run.corpus.layout(1)
+        return self._pooler(layer).rows(queries.table, np.arange(len(queries)), layout)
+
+
+class Labels(Retriever):
+    """The passages that are annotated with each query's fact; others than the run's have none."""
+
+    def provenance(self, method):
+        """The seed of the draw."""
+        return [self.run.config.data.seed]
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        correct, ids = self.run.corpus.correct["all"], self.run.corpus.query_ids
+        none = np.zeros(0, np.int64)
+        rows = [none if n is None else correct[n] for n in queries.numbers]
+        names = ["" if n is None else ids[n] for n in queries.numbers]
+        ranked = annotated.ranked(names, rows, k, self.run.config.data.seed)
+        return dict.fromkeys(methods, Result(ranked))
+
+
+class _Control(Retriever):
+    """Scores that look at no query, which a subclass gives."""
+
+    def _scores(self, queries: Queries, on_progress: Progress | None) -> Iterable[np.ndarray]:
+        raise NotImplementedError
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        withdrawn = self.withdrawn
+
+        def scores():
+            for scores_C in self._scores(queries, on_progress):
+                if len(withdrawn):
+                    scores_C = np.array(scores_C)
+                    scores_C[withdrawn] = -np.inf
+                yield scores_C
+
+        k = min(k, self.run.corpus.rows - len(withdrawn))
+        ranked = by_score.rank(scores(), len(queries), k, queries.correct)
+        return dict.fromkeys(methods, Result(ranked))
+
+
+class Random(_Control):
+    """Random scores: a function of the query's number, or of its text if it is not the run's."""
+
+    def provenance(self, method):
+        """The seed."""
+        return [self.run.config.seed]
+
+    def _scores(self, queries, on_progress):
+        rows, seed = self.run.corpus.rows, self.run.config.seed
+        for number, text in zip(queries.numbers, queries.texts, strict=True):
+            if number is not None:
+                yield by_score.random_scores(rows, seed, number)
+                continue
+            digest = hashlib.sha256(text.encode()).digest()
+            yield by_score.random_scores(rows, seed, *np.frombuffer(digest, np.uint32).tolist())
+
+
+class Length(_Control):
+    """Scored tokens of each passage."""
+
+    def _scores(self, queries, on_progress):
+        lengths_C = self.run.corpus.lengths.astype(np.float32)
+        return (lengths_C for _ in range(len(queries)))
+
+
+class GradientNorm(_Control):
+    """Norms of the passages' gradients."""
+
+    _norms: np.ndarray | None = None
+
+    def lacks(self, method):
+        """Why there are no gradients."""
+        return encode.missing_stores(self.run, method.gradients, "corpus")
+
+    def prepare(self, methods, later=()):
+        """Encodes the corpus."""
+        encode.encode(self.run, _kind(methods))
+
+    def _norms_of(self, kind: GradientKind, on_progress) -> np.ndarray:
+        if self._norms is None:
+            tell(on_progress, "norms of gradients")
+            source = encode.encode_passages(self.run, kind)
+            self._norms = by_score.norms(source, exact.step_rows(source.form.width))
+        return self._norms
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        self._norms_of(_kind(methods), on_progress)
+        return super().search(queries, methods, k, on_progress)
+
+    def _scores(self, queries, on_progress):
+        return (self._norms for _ in range(len(queries)))
+
+    def provenance(self, method):
+        """The gradients."""
+        return encode.ranking_provenance(self.run, method.gradients)
+
+
+def _kind(methods: dict[str, Method]) -> GradientKind:
+    (kind,) = {m.gradients for m in methods.values()}
+    return kind
