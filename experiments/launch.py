@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from tda.run.registry import load_plugins
 from tda.runtime import huge_pages, processes
 
 from . import command_line
@@ -29,6 +30,7 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, free there.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retrievers.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 # Seconds that a process which failed waits for the others to end too, before all are ended.
@@ -53,6 +55,7 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
                 if not processes.is_first():
                     nowhere = quiet.enter_context(open(os.devnull, "w"))
                     quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                load_plugins(PLUGIN.value)
                 main(CONFIG.value, WORKDIR.value)
             processes.wait_for_all("the end")
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
