@@ -182,7 +182,7 @@ def test_files_that_are_gone_are_told(workdir, tmp_path):
     live = finished_run.LiveRun(folder, config)
     hidden = {"hidden_last": METHODS["hidden_last"]}
     with pytest.raises(
-        finished_run.LiveError, match="compute hidden states.*needs the files .*gone.jsonl"
+        finished_run.LiveError, match="did not keep what.*takes the files .*gone.jsonl"
     ):
         live.records(*asked(workdir), hidden, 10, silent)
 
@@ -197,7 +197,7 @@ def test_heat_of_a_query_whose_part_is_taken_out(workdir, run):
             assert heat["score"] == expected and heat["sum"] == expected and heat["faithful"]
 
 
-def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
+def test_what_cannot_be_asked_says_why(workdir, run):
     lacks = {m["name"]: m["lacks"] for m in run.describe(silent)["methods"]}
     assert all(lacks[name] is None for name in NAMES)
     assert lacks["tracin"] is None  # of the one checkpoint that is kept
@@ -205,14 +205,6 @@ def test_what_cannot_be_asked_says_why(workdir, run, tmp_path):
     assert "of the logit" in lacks["trackstar_logit"]
     with pytest.raises(ValueError, match="have no parts by position"):
         run.heat(silent, *asked(workdir), "ekfac", "s00")
-    # A run of an older version knows neither its queries nor its labels.
-    old = linked(workdir, tmp_path / "w", "model", "stages", "stores", "moments", remembered.CONFIG)
-    told = {
-        m["name"]: m["lacks"] for m in finished_run.open_workdir(old).describe(silent)["methods"]
-    }
-    assert "run experiments.trace with this workdir once more" in told["trackstar"]
-    assert "kept no list of its queries" in told["annotated"]
-    assert told["trackstar_all"] is None and told["hidden_last"] is None
 
 
 def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
