@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from tda.gradients import encoder as encoders
-from tda.gradients import sites, taps, together
+from tda.gradients import sites, taps
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -20,10 +20,10 @@ from tda.runtime import sharding
 from tda.training import loop
 
 
-def abstract_ends(
+def abstract_taps(
     chosen: list[sites.Site], projection: Projection, correction: str
-) -> dict[sites.Site, taps.End]:
-    """Returns the shapes of what `tda.gradients.encoder.ends_of` makes for a correction."""
+) -> dict[sites.Site, taps.Tap]:
+    """Returns the shapes of what `tda.gradients.encoder.make_taps` makes for a correction."""
     name, rank = parse_correction(correction)
     width = projection.side * (rank or 1)
 
@@ -32,7 +32,7 @@ def abstract_ends(
         return jax.ShapeDtypeStruct((*stack, *axes), jnp.float32)
 
     return {
-        s: taps.End(
+        s: taps.Tap(
             shape(s, s.rows, width),
             shape(s, s.columns, width),
             projection.side,
@@ -65,13 +65,13 @@ def compile_encoder(
         The compiled computation.
     """
     chosen = find_sites(model, include)
-    encoder = encoders.build(
-        model, chosen, projection, abstract_ends(chosen, projection, correction)
+    encoder = encoders.build_encoder(
+        model, [(projection, abstract_taps(chosen, projection, correction))]
     )
     arrays = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         encoder.arrays,
-        together.shardings(encoder, mesh),
+        encoder.shardings(mesh),
     )
     with jax.set_mesh(mesh):
         return encoder.compiled.lower(arrays, abstract_batch(mesh, batch, length)).compile()

@@ -26,8 +26,8 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.gradients import reference, together
-from tda.gradients.encoder import ends_of, make_encoder
+from tda.gradients import reference
+from tda.gradients.encoder import build_encoder, make_encoder, make_taps
 from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -74,11 +74,11 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
     return scales
 
 
-def part(model, projection: Projection, correction: str) -> together.Part:
+def kind_of(model, projection: Projection, correction: str) -> tuple:
     """One kind of gradients of an encoder of several."""
     chosen = find_sites(model)
-    ends = ends_of(chosen, projection, scales_of(model, correction))
-    return together.Part(chosen, projection, ends)
+    taps = make_taps(chosen, projection, scales_of(model, correction))
+    return projection, taps
 
 
 def random_batch(vocabulary: int, batch: int, length: int) -> dict:
@@ -124,7 +124,7 @@ def case(size: str, length: int) -> dict:
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
         memory[correction] = memory_of(compiled)
     # Two kinds of gradients in one pass, as a table of many rows has them encoded.
-    both = together.build(model, [part(model, projection, c) for c in BOTH])
+    both = build_encoder(model, [kind_of(model, projection, c) for c in BOTH])
     compiled = both.compiled.lower(both.arrays, batch).compile()
     sides[" and ".join(BOTH)] = functools.partial(compiled, both.arrays, batch)
     memory[" and ".join(BOTH)] = memory_of(compiled)

@@ -10,7 +10,6 @@ import numpy as np
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
-from tda.gradients.together import Together
 from tda.runtime import processes, progress, sharding
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
@@ -32,7 +31,7 @@ def encode_rows(
 
 
 def encode_kinds(
-    encoder: Encoder | Together,
+    encoder: Encoder,
     table: TokenTable,
     rows: np.ndarray,
     layout: BatchLayout,
@@ -56,7 +55,7 @@ def encode_kinds(
     waiting = None
     for batch in layout.batches(table, rows):
         scored = scored_positions(batch.weights)
-        encoded = encoder.all(layout.put(batch.arrays()), scored)
+        encoded = encoder.encode_all(layout.put(batch.arrays()), scored)
         if waiting is not None:
             _collect(out, waiting)
         waiting = (batch.places, encoded)
@@ -150,7 +149,7 @@ def fill_store(
 
 def fill_stores(
     stores: list[GradientStore],
-    encoder: Encoder | Together | None,
+    encoder: Encoder | None,
     table: TokenTable,
     layout: BatchLayout,
     description: str = "encode",

@@ -14,8 +14,8 @@ from flax import nnx
 
 from tda import loss as losses
 from tda.gradients import encoder as encoders
+from tda.gradients import full_gradients, sites
 from tda.gradients import projection as projections
-from tda.gradients import sites, together, whole_gradients
 from tda.gradients.moments import optimizer_state
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model import functional
@@ -137,13 +137,13 @@ def make_encoder(
     }
 
     def mean_loss(whole, rest, example, scored):
-        own = nnx.merge(graphdef, whole_gradients.put(rest, whole))
+        own = nnx.merge(graphdef, full_gradients.join_parameters(rest, whole))
         count = jnp.sum(example["weights"])
         return losses.total(own, example, output_fn, scored) / jnp.where(count > 0, count, 1)
 
     def encode(arrays, batch, scored=None):
         variables, (constants, matrices) = arrays
-        rest, whole = whole_gradients.take(variables["model"], chosen)
+        rest, whole = full_gradients.split_parameters(variables["model"], chosen)
 
         def one(example):
             example = jax.tree.map(lambda x: x[None], example)
@@ -154,15 +154,15 @@ def make_encoder(
                 before = dataclasses.replace(constants[site.path], mu=mu, nu=nu)
                 gradient = gradients[(*site.module, site.parameter)].astype(jnp.float32)
                 step = adam_step(before, gradient)
-                projected[site] = whole_gradients.project(
+                projected[site] = full_gradients.project(
                     site, step[None], *matrices[site.path], None, projection.side
                 )
-            return together.pool(plan, projected)[0]
+            return projections.pool(plan, projected)[0]
 
         weights = sum(x.size for x in whole.values())
-        return sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
+        return (sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE),)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)
     compiled = jax.jit(encode, static_argnums=2)
-    found = encoders.Encoder(plan, tuple(chosen), arrays, axes, compiled)
-    return found if mesh is None else dataclasses.replace(found, arrays=together.place(found, mesh))
+    encoder = encoders.Encoder((plan,), arrays, axes, compiled)
+    return encoder if mesh is None else encoder.place(mesh)

@@ -5,6 +5,7 @@ product with a direction is one too: at position t, what a layer is given there 
 loss asks of its output there (δ_t). The parts add up to the score exactly.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
-from tda.gradients import sites, taps, together, unseen
+from tda.gradients import sites, taps, unseen
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.sites import find_sites
 
@@ -42,22 +43,22 @@ def make_contributions(
     chosen = find_sites(model, include, exclude)
     plan = projections.layout(chosen, projection)
     output_fn = losses.output(output)
-    ends = encoders.ends_of(chosen, projection, scales)
+    site_taps = encoders.make_taps(chosen, projection, scales)
     side = projection.side
 
     def with_direction(direction_E):
         blocks = direction_E.reshape(len(plan.blocks), side, side)
         out = {}
-        for site, end in ends.items():
+        for site, tap in site_taps.items():
             W = blocks[jnp.asarray(plan.members[site.path])]
             W = W[0] if site.stack is None else W
-            out[site] = taps.End(end.left, end.right, side, end.scale, W)
+            out[site] = dataclasses.replace(tap, direction=W)
         return out
 
     # The structure with a direction of zeros; the real one takes its place in every call.
     undirected = with_direction(jnp.zeros(plan.width))
-    example = taps.put_on(model, {s: (end,) for s, end in undirected.items()})
-    graphdef, *states = nnx.split(example, taps.Tap, ...)
+    example = taps.put_on(model, {s: (tap,) for s, tap in undirected.items()})
+    graphdef, *states = nnx.split(example, taps.Zeros, ...)
     templates, variables = map(nnx.to_pure_dict, states)
     search = unseen.make_search(model, chosen)
 
@@ -70,15 +71,15 @@ def make_contributions(
         unseen.refuse(search(lambda own: total(own, batch)))
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
-        for site, end in with_direction(direction_E).items():
-            sites.module_at(variables, site)["taps"][0]["direction"] = end.direction
+        for site, tap in with_direction(direction_E).items():
+            sites.module_at(variables, site)["taps"][0]["direction"] = tap.direction
 
         def summed(tap_arrays):
             return total(nnx.merge(graphdef, tap_arrays, variables), batch)
 
         zeros = jax.tree.map(lambda t: jnp.zeros((*t.shape[:-2], B, T), jnp.float32), templates)
-        found = jax.grad(summed)(zeros)
-        parts = [together.found_at(found, s)[0] for s in chosen]
+        cotangents = jax.grad(summed)(zeros)
+        parts = [taps.cotangents_at(cotangents, s)[0] for s in chosen]
         return sum(x if s.stack is None else x.sum(0) for s, x in zip(chosen, parts, strict=True))
 
     return lambda batch, direction_E: contributions(variables, batch, direction_E)

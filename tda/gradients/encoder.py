@@ -1,87 +1,109 @@
-"""The encoder: projected per-example gradients of a batch in one backward pass."""
+"""The encoder: projected per-example gradients of a batch in one backward pass.
+
+The gradient of a layer y = x W is G = Σ_t x_t δ_tᵀ, δ being the gradient of y. An encoding needs
+only its projection AᵀGB = (xA)ᵀ(δB), k × k numbers, which never takes G itself. So every layer gets
+a *tap* (`tda.gradients.taps`): zeros of shape k × k for each example, whose gradient is made to be
+that projection. The summed loss of a batch is differentiated with respect to the taps alone. One
+backward pass then gives the projections of all examples and layers, and XLA computes no gradient of
+a weight: 4N operations a token for N weights, where a training step takes 6N.
+
+Kinds of gradients that differ in correction, sites or projection share that pass: each kind has its
+own taps, and what comes back to a layer's output is computed once for all.
+
+Where a parameter has no tap (a norm, a bias, a layer of an unknown class), or its tap misses a part
+of its gradient (`tda.gradients.unseen`), each example's full gradient is formed and projected, if
+the caller allows that with untapped="reference".
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda.gradients import projection as projections
-from tda.gradients import sites, taps, together
+from tda import loss as losses
+from tda.gradients import full_gradients, projection, taps, unseen
 from tda.gradients.moments.second_moments import Scale
-from tda.gradients.sites import find_sites
+from tda.gradients.projection import Layout, Projection
+from tda.gradients.sites import Site, find_sites
+from tda.gradients.taps import Tap
+from tda.model import functional
+from tda.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Encodes batches with one set of parameters.
+    """Encodes batches into gradients of one kind, or of several, with one set of parameters.
 
     Attributes:
-        layout: which matrices are pooled into which block.
-        chosen: the sites whose gradients are taken.
-        arrays: what `compiled` takes first: parameters and projections.
-        axes: logical axes of the variables among them, by path name.
-        compiled: the jitted function of (arrays, batch, scored=None).
+        layouts: for each kind, which matrices are pooled into which block of its encodings.
+        arrays: the first argument of `compiled`: variables of the model and of its taps by path,
+            and the matrices of the parameters without taps.
+        axes: logical axes of the variables, by path name.
+        compiled: the jitted function of (arrays, batch, scored=None), which returns a tuple of
+            float32 [B, E], one for each kind.
     """
 
-    layout: projections.Layout
-    chosen: tuple[sites.Site, ...]
+    layouts: tuple[Layout, ...]
     arrays: tuple
     axes: dict[str, tuple]
     compiled: Callable
 
     @property
-    def layouts(self) -> tuple[projections.Layout, ...]:
-        """Of the one kind of gradients; see `tda.gradients.together.Together`."""
-        return (self.layout,)
-
-    def all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
-        """Encodings of the one kind; see `tda.gradients.together.Together`."""
-        return (self(batch, scored),)
+    def layout(self) -> Layout:
+        """The layout of the only kind."""
+        (layout,) = self.layouts
+        return layout
 
     def __call__(self, batch: dict, scored: int | None = None) -> jax.Array:
-        """Encodings of a batch {"tokens", "targets", "weights"}, each [B, T]: float32 [B, E].
+        """Encodes a batch into gradients of the only kind: float32 [B, E].
 
         Args:
-            batch: the batch; compiled once for every shape.
-            scored: positions that logits are computed at, from `scored_positions`; None for all.
+            batch: {"tokens", "targets", "weights"}, each [B, T]; compiled once for every shape.
+            scored: number of positions that logits are computed at, from `scored_positions`; None
+                for all.
         """
+        (encoding_BxE,) = self.encode_all(batch, scored)
+        return encoding_BxE
+
+    def encode_all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
+        """Encodes a batch into gradients of every kind, float32 [B, E] each; see `__call__`."""
         return self.compiled(self.arrays, batch, scored)
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> tuple:
+        """Returns the sharding of each of `arrays` on a mesh, by its logical axes."""
+        variables, untapped = self.arrays
+
+        def of_variable(path, x):
+            return sharding.named(mesh, self.axes[functional.path_name(path)], x.shape)
+
+        replicated = sharding.named(mesh, ())
+        return (
+            jax.tree_util.tree_map_with_path(of_variable, variables),
+            jax.tree.map(lambda _: replicated, untapped),
+        )
+
+    def place(self, mesh: jax.sharding.Mesh) -> "Encoder":
+        """Returns the same encoder with its arrays laid out on a mesh."""
+        arrays = jax.tree.map(jax.device_put, self.arrays, self.shardings(mesh))
+        return dataclasses.replace(self, arrays=arrays)
 
 
 def scored_positions(weights_BxT: np.ndarray) -> int | None:
-    """The most positions that an example scores, as a power of two; None if that spares nothing."""
+    """Returns the most positions that any example scores, rounded up to a power of two.
+
+    None if that saves nothing. Powers of two keep the number of compiled programs small.
+    """
     most = int(np.count_nonzero(weights_BxT, axis=1).max(initial=1))
     rounded = 1 << (max(1, most) - 1).bit_length()
     return rounded if rounded <= weights_BxT.shape[1] // 2 else None
 
 
-def ends_of(
-    chosen: list[sites.Site], projection: projections.Projection, scales: dict[str, Scale] | None
-) -> dict[sites.Site, taps.End]:
-    """What the tap of every site multiplies by, outer products of scales folded into A and B."""
-    ends = {}
-    for site in chosen:
-        left, right = map(jnp.asarray, projections.matrices(site, projection))
-        scale = scales[site.path] if scales else None
-        if scale is not None and scale.full is None:
-            left, right = _copies(left, scale.left), _copies(right, scale.right)
-        full = None if scale is None else scale.full
-        ends[site] = taps.End(left, right, projection.side, full)
-    return ends
-
-
-def _copies(matrix, scales):
-    """A scaled by each of R rows: [(L,) M, R·k] of [(L,) M, k] and [(L,) R, M]."""
-    copies = jnp.swapaxes(scales, -1, -2)[..., None] * matrix[..., None, :]
-    return copies.reshape(*matrix.shape[:-1], -1)
-
-
 def make_encoder(
     model: nnx.Module,
-    projection: projections.Projection,
+    projection: Projection,
     scales: dict[str, Scale] | None = None,
     output: str | Callable = "loss",
     include: str | None = None,
@@ -89,47 +111,166 @@ def make_encoder(
     untapped: str = "leave",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
-    """An encoder of P·(∇L/√V) (Chang et al. 2024, eq. 3).
+    """Makes an encoder of P·(∇L/√V) (Chang et al. 2024, eq. 3).
 
     Args:
         model: an NNX model that maps tokens [B, T] to logits [B, T, V].
         projection: P.
-        scales: 1/√V by path of parameter (`tda.gradients.moments.second_moments`); None for no
+        scales: 1/√V by path of the parameter (`tda.gradients.moments.second_moments`); None for no
             correction.
-        output: the function L that is differentiated: "loss", "margin" or "logit" of the model's
-            logits; or a function of (model, batch) to float32 [B], for a model that is called in
-            another way.
+        output: L, the function that is differentiated: "loss", "margin" or "logit" of the model's
+            logits; or a function of (model, batch) to float32 [B], for a model with another call.
         include, exclude: regular expressions on parameters' path names (`tda.gradients.sites`).
-        untapped: what becomes of chosen parameters that no tap can be put on: "leave", "reference"
-            (the gradient of each example is formed whole; also where a tap turns out to miss a part
-            of it) or "error".
-        mesh: where given, projections and scales are laid out on it as the parameters they belong
-            to, by their logical axes; else they are replicated.
+        untapped: treatment of selected parameters that no tap can be put on: "leave" them out,
+            "reference" (form each example's full gradient; also where a tap turns out to miss a
+            part of the gradient) or "error".
+        mesh: the mesh on which projections and scales are laid out as the parameters they belong
+            to, by their logical axes; None replicates them.
 
     Raises:
         ValueError: nothing is included, or `projection` does not fit the model; with a batch, if
             taps miss a part of a gradient (`tda.gradients.unseen`), unless `untapped` allows it.
         KeyError: `scales` lacks a parameter.
     """
-    chosen = find_sites(model, include, exclude, untapped)
-    ends = ends_of(chosen, projection, scales)
-    return build(model, chosen, projection, ends, output, mesh)
+    sites = find_sites(model, include, exclude, untapped)
+    kind = projection, make_taps(sites, projection, scales)
+    return build_encoder(model, [kind], output, mesh)
 
 
-def build(
+def make_taps(
+    sites: Sequence[Site], projection_: Projection, scales: dict[str, Scale] | None
+) -> dict[Site, Tap]:
+    """Returns the tap of every site; scales that are outer products are folded into A and B."""
+    by_site = {}
+    for site in sites:
+        left, right = map(jnp.asarray, projection.matrices(site, projection_))
+        scale = scales[site.path] if scales else None
+        if scale is not None and scale.full is None:
+            left, right = _scaled_copies(left, scale.left), _scaled_copies(right, scale.right)
+        full = None if scale is None else scale.full
+        by_site[site] = Tap(left, right, projection_.side, full)
+    return by_site
+
+
+def _scaled_copies(matrix, scales):
+    """Returns R copies of A, each with its rows scaled, side by side.
+
+    [(L,) M, R·k] of [(L,) M, k] and [(L,) R, M].
+    """
+    copies = jnp.swapaxes(scales, -1, -2)[..., None] * matrix[..., None, :]
+    return copies.reshape(*matrix.shape[:-1], -1)
+
+
+def build_encoder(
     model: nnx.Module,
-    chosen: list[sites.Site],
-    projection: projections.Projection,
-    ends: dict[sites.Site, taps.End],
+    kinds: Sequence[tuple[Projection, dict[Site, Tap]]],
     output: str | Callable = "loss",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
-    """The encoder of given sites and ends; without a mesh its arrays may be abstract (shapes)."""
-    taken = together.take(model, [together.Part(chosen, projection, ends)], output)
+    """Builds an encoder of one or several kinds of gradients, each from its taps.
 
-    def alone(arrays, batch, scored=None):
-        return taken.encode(arrays, batch, scored)[0]
+    Args:
+        model: any NNX model.
+        kinds: the projection and the taps by site of each kind (`make_taps`).
+        output: see `make_encoder`.
+        mesh: see `make_encoder`; without one the taps may be shapes alone.
+    """
+    layouts = tuple(projection.layout(list(taps_), p) for p, taps_ in kinds)
+    arrays, axes, encode = _encoding_function(model, kinds, layouts, output)
+    encoder = Encoder(layouts, arrays, axes, jax.jit(encode, static_argnums=2))
+    return encoder if mesh is None else encoder.place(mesh)
 
-    compiled = jax.jit(alone, static_argnums=2)
-    found = Encoder(taken.layouts[0], tuple(chosen), taken.arrays, taken.axes, compiled)
-    return found if mesh is None else dataclasses.replace(found, arrays=together.place(found, mesh))
+
+def _encoding_function(model, kinds, layouts, output):
+    """Returns arrays, their logical axes, and the function of (arrays, batch, scored=None)."""
+    output_fn = losses.output(output) if isinstance(output, str) else None
+    # The taps of each site by number of the kind, in the order in which a layer carries them.
+    taps_of: dict[Site, dict[int, Tap]] = {}
+    for i, (_, by_site) in enumerate(kinds):
+        for site, tap in by_site.items():
+            taps_of.setdefault(site, {})[i] = tap
+    tapped = [s for s in taps_of if s.tapped]
+    untapped = [s for s in taps_of if not s.tapped]
+    tapped_model = taps.put_on(model, {s: tuple(taps_of[s].values()) for s in tapped})
+    graphdef, *states = nnx.split(tapped_model, taps.Zeros, ...)
+    templates, variables = map(nnx.to_pure_dict, states)
+    axes = functional.logical_axes(states[1])
+    untapped_arrays = {
+        s.path: tuple((t.left, t.right, t.scale) for t in taps_of[s].values()) for s in untapped
+    }
+    search = unseen.make_search(model, tapped)
+
+    def total_of(own_model, batch, scored):
+        if output_fn is None:
+            return jnp.sum(output(own_model, batch))
+        return losses.total(own_model, batch, output_fn, scored)
+
+    def total(zeros, variables, batch, scored):
+        return total_of(nnx.merge(graphdef, zeros, variables), batch, scored)
+
+    def missed_sites(batch, scored):
+        """Sites whose taps miss a part of the gradient, if all kinds allow the full gradient."""
+        missed = search(lambda own_model: total_of(own_model, batch, scored))
+        # Gradients in another basis (EK-FAC) are formed by their taps alone.
+        refused = [
+            site
+            for _, by_site in kinds
+            for site, tap in by_site.items()
+            if site in missed
+            and (not site.by_reference or any(t.bases for t in taps_of[site].values()))
+        ]
+        unseen.refuse(refused, ", or take them with untapped='reference'")
+        return missed
+
+    def by_taps(variables, batch, scored):
+        """Projections of the whole batch in one backward pass, by site and tap."""
+        zeros = taps.zeros_for(templates, batch)
+        cotangents = jax.grad(total)(zeros, variables, batch, scored)
+        return {s: taps.cotangents_at(cotangents, s) for s in tapped}
+
+    def by_example(variables, full_sites, matrices, batch, scored):
+        """The same, with the full gradients of some sites: one backward pass for each example."""
+        rest, parameters = full_gradients.split_parameters(variables, full_sites)
+
+        def total_of_example(zeros, parameters, example):
+            joined = full_gradients.join_parameters(rest, parameters)
+            return total(zeros, joined, example, scored)
+
+        def encode_example(example):
+            example = jax.tree.map(lambda x: x[None], example)
+            zeros = taps.zeros_for(templates, example)
+            return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
+
+        cotangents, gradients = jax.vmap(encode_example)(batch)
+        projected = {
+            s: [_without_example_axis(x, s) for x in taps.cotangents_at(cotangents, s)]
+            for s in tapped
+        }
+        for site in full_sites:
+            gradient = gradients[(*site.module, site.parameter)]
+            sides = (kinds[i][0].side for i in taps_of[site])
+            projected[site] = [
+                full_gradients.project(site, gradient, *arrays, side)
+                for arrays, side in zip(matrices[site.path], sides, strict=True)
+            ]
+        return projected
+
+    def encode(arrays, batch, scored=None):
+        variables, matrices = arrays
+        missed = missed_sites(batch, scored)
+        if untapped or missed:
+            matrices = matrices | {s.path: taps.matrices_at(variables, s) for s in missed}
+            projected = by_example(variables, [*untapped, *missed], matrices, batch, scored)
+        else:
+            projected = by_taps(variables, batch, scored)
+        return tuple(
+            projection.pool(layout, {s: projected[s][list(taps_of[s]).index(i)] for s in by_site})
+            for i, (layout, (_, by_site)) in enumerate(zip(layouts, kinds, strict=True))
+        )
+
+    return (variables, untapped_arrays), axes, encode
+
+
+def _without_example_axis(x, site: Site):
+    """Taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
+    return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)

@@ -119,15 +119,16 @@ def covariances(
         ValueError: no position counts, or the loss uses a parameter where no tap sees it.
     """
 
-    def empty(site, *shape):
-        return jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32)
-
-    seen = {s: (empty(s, s.rows, s.rows), empty(s, s.columns, s.columns)) for s in chosen}
-    found, count = _summed(model, seen, {}, batches, labels)
+    empty = {s: (_zeros(s, s.rows, s.rows), _zeros(s, s.columns, s.columns)) for s in chosen}
+    sums, count = _sum_over_batches(model, empty, {}, batches, labels)
     positions = count["positions"]
     if not positions:
         raise ValueError("no position of the sample is scored: there is nothing to take A and S of")
-    return {s.path: tuple(x / positions for x in found[s]) for s in chosen}
+    return {s.path: tuple(x / positions for x in sums[s]) for s in chosen}
+
+
+def _zeros(site: sites.Site, *shape: int) -> jax.Array:
+    return jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32)
 
 
 def eigenvectors(
@@ -166,31 +167,28 @@ def corrected(
         ValueError: no example counts, or the loss uses a parameter where no tap sees it.
     """
 
-    def empty(site):
-        shape = (site.rows, site.columns)
-        return (jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32),)
-
-    turned = {
+    by_site = {
         s: (jnp.asarray(bases[s.path].left), jnp.asarray(bases[s.path].right)) for s in chosen
     }
-    found, count = _summed(model, {s: empty(s) for s in chosen}, turned, batches, labels)
+    empty = {s: (_zeros(s, s.rows, s.columns),) for s in chosen}
+    sums, count = _sum_over_batches(model, empty, by_site, batches, labels)
     examples = count["examples"]
     if not examples:
         raise ValueError("no example of the sample is scored: there are no eigenvalues to take")
     return {
         s.path: dataclasses.replace(
-            bases[s.path], values=sharding.to_host(found[s][0] / np.float32(examples))
+            bases[s.path], values=sharding.to_host(sums[s][0] / np.float32(examples))
         )
         for s in chosen
     }
 
 
-def ekfac_ends(
+def ekfac_taps(
     chosen: list[sites.Site],
     projection: projections.Projection,
     curvature: dict[str, Curvature],
     damping: float = DAMPING,
-) -> dict[sites.Site, taps.End]:
+) -> dict[sites.Site, taps.Tap]:
     """Taps of P·(F + λ)^(−1/2) ∇L: see the module.
 
     Args:
@@ -202,7 +200,7 @@ def ekfac_ends(
     Raises:
         ValueError: the gradients of a matrix all vanish.
     """
-    ends = {}
+    by_site = {}
     for site in chosen:
         c = curvature[site.path]
         mean = c.values.mean(axis=(-1, -2), keepdims=True)
@@ -215,13 +213,13 @@ def ekfac_ends(
             for Q, X in ((c.left, A), (c.right, B))
         )
         bases = jnp.asarray(c.left), jnp.asarray(c.right)
-        ends[site] = taps.End(left, right, projection.side, scale, bases=bases)
-    return ends
+        by_site[site] = taps.Tap(left, right, projection.side, scale, bases=bases)
+    return by_site
 
 
-def logra_ends(
+def logra_taps(
     chosen: list[sites.Site], side: int, curvature: dict[str, Curvature]
-) -> dict[sites.Site, taps.End]:
+) -> dict[sites.Site, taps.Tap]:
     """Taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024).
 
     A matrix with fewer rows or columns than `side` has zeros behind its own.
@@ -232,127 +230,115 @@ def logra_ends(
         return jnp.asarray(np.pad(Q, [(0, 0)] * (Q.ndim - 1) + [(0, side - Q.shape[-1])]))
 
     return {
-        s: taps.End(leading(curvature[s.path].left), leading(curvature[s.path].right), side)
+        s: taps.Tap(leading(curvature[s.path].left), leading(curvature[s.path].right), side)
         for s in chosen
     }
 
 
-class _Mask:
-    """Where the loss function leaves the batch's weights for the layers, while it is traced."""
-
-    weights_BxT = None
-
-
-@jax.custom_vjp
-def _watch_moments(y_BxTxN, x_BxTxM, mask_BxT, left_MxM, right_NxN):
-    """`y`; the cotangents of the last two are Σ x xᵀ and Σ δ δᵀ over the batch's positions."""
-    del x_BxTxM, mask_BxT, left_MxM, right_NxN
-    return y_BxTxN
-
-
-def _moments_forward(y, x_BxTxM, mask_BxT, left, right):
-    del left, right
-    return y, (x_BxTxM, mask_BxT)
-
-
-def _moments_backward(kept, d_BxTxN):
-    x_BxTxM, mask_BxT = kept
-    each = x_BxTxM.shape[1] // mask_BxT.shape[1]
-    x_BxTxM = x_BxTxM * jnp.repeat(mask_BxT, each, axis=1)[..., None]
-    gram = functools.partial(jnp.einsum, "btm,btn->mn", precision="highest")
+def _moments(d_BxTxN, x_BxTxM, mask_BxT):
+    """Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N]."""
+    repeats = x_BxTxM.shape[1] // mask_BxT.shape[1]
+    x_BxTxM = x_BxTxM * jnp.repeat(mask_BxT, repeats, axis=1)[..., None]
     x, d = x_BxTxM.astype(jnp.float32), d_BxTxN.astype(jnp.float32)
-    return d_BxTxN, None, None, gram(x, x), gram(d, d)
+    return _einsum("btm,btn->mn", x, x), _einsum("btm,btn->mn", d, d)
 
 
-_watch_moments.defvjp(_moments_forward, _moments_backward)
-
-
-@jax.custom_vjp
-def _watch_squares(y_BxTxN, x_BxTxM, squares_MxN, left_MxM, right_NxN):
-    """`y`; the cotangent of `squares` is Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples."""
-    del x_BxTxM, squares_MxN, left_MxM, right_NxN
-    return y_BxTxN
-
-
-def _squares_forward(y, x_BxTxM, squares, left, right):
-    del squares
-    return y, (x_BxTxM, left, right)
-
-
-def _squares_backward(kept, d_BxTxN):
-    x_BxTxM, left, right = kept
-    multiply = functools.partial(jnp.einsum, precision="highest")
-    x_BxTxM = multiply("btm,mk->btk", x_BxTxM.astype(jnp.float32), left)
-    dQ_BxTxN = multiply("btn,nk->btk", d_BxTxN.astype(jnp.float32), right)
+def _squares(d_BxTxN, x_BxTxM, left_MxM, right_NxN):
+    """Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples: float32 [M, N]."""
+    xQ_BxTxM = _einsum("btm,mk->btk", x_BxTxM.astype(jnp.float32), left_MxM)
+    dQ_BxTxN = _einsum("btn,nk->btk", d_BxTxN.astype(jnp.float32), right_NxN)
 
     def add(total, example):
         # One example at a time: the batch's gradients would not fit.
-        return total + jnp.square(multiply("tm,tn->mn", *example)), None
+        return total + jnp.square(_einsum("tm,tn->mn", *example)), None
 
-    empty = jnp.zeros((x_BxTxM.shape[-1], dQ_BxTxN.shape[-1]), jnp.float32)
-    total, _ = jax.lax.scan(add, empty, (x_BxTxM, dQ_BxTxN))
-    return d_BxTxN, None, total, None, None
-
-
-_watch_squares.defvjp(_squares_forward, _squares_backward)
+    empty = jnp.zeros((xQ_BxTxM.shape[-1], dQ_BxTxN.shape[-1]), jnp.float32)
+    return jax.lax.scan(add, empty, (xQ_BxTxM, dQ_BxTxN))[0]
 
 
-def _watched(base: type) -> type:
-    class Watched(base):
-        def __call__(self, inputs, *args, **kwargs):
-            y = super().__call__(inputs, *args, **kwargs)
-            known = layers.product(self)
-            y_BxTxN, back = known.outputs(y)
-            x_BxTxM = jax.lax.stop_gradient(known.inputs(inputs))
-            if self.watch_left is None:
-                weights = (self.watch_mask.weights_BxT > 0).astype(x_BxTxM.dtype)
-                watched = _watch_moments(y_BxTxN, x_BxTxM, weights, self.tap[...], self.tap2[...])
-            else:
-                bases = self.watch_left[...], self.watch_right[...]
-                watched = _watch_squares(y_BxTxN, x_BxTxM, self.tap[...], *bases)
-            return back(watched)
-
-    return Watched
+# Eigenvectors of a rounded covariance are another basis, so products keep float32's precision.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+_watch_moments = taps.identity_with_rule(_moments)
+_watch_squares = taps.identity_with_rule(_squares)
 
 
-def _summed(model, seen: dict, turned: dict, batches: Iterable[dict], labels: str):
-    """Sums over batches of what each site's taps, shaped as `seen` is, are given as cotangents."""
+def _watch_call(layer, use, call, inputs):
+    """Calls a layer and watches its product (`tda.gradients.layers.wrap_calls`)."""
+    del use  # always a product: tables of tokens have no Kronecker factors
+    watch = {name: variable[...] for name, variable in layer.watch.items()}
+
+    def change(y_BxTxN, x_BxTxM):
+        x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
+        if "left_basis" in watch:
+            bases = watch["left_basis"], watch["right_basis"]
+            return _watch_squares(y_BxTxN, watch["sum0"], x_BxTxM, *bases)
+        mask_BxT = (watch["weights"] > 0).astype(x_BxTxM.dtype)
+        return _watch_moments(y_BxTxN, (watch["sum0"], watch["sum1"]), x_BxTxM, mask_BxT)
+
+    return layers.change_product(layer, call, inputs, change)
+
+
+def _sum_over_batches(
+    model,
+    empty: dict[sites.Site, tuple],
+    bases: dict[sites.Site, tuple],
+    batches: Iterable[dict],
+    labels: str,
+) -> tuple[dict[sites.Site, list], dict[str, int]]:
+    """Sums what each site is watched for over batches.
+
+    Args:
+        model: any NNX model.
+        empty: zeros in the shapes of each site's sums: two of `_moments`, or one of `_squares`.
+        bases: Q_A and Q_S of each site, for `_squares`; empty for `_moments`.
+        batches, labels: see `covariances`.
+
+    Returns:
+        The sums by site, and the numbers of "positions" and "examples" that count.
+    """
     if labels not in ("sampled", "data"):
         raise ValueError(f"unknown labels {labels!r}; use sampled or data")
     output_fn = sampled_loss if labels == "sampled" else losses.cross_entropy
-    watching, mask = nnx.clone(model), _Mask()
-    modules = dict(nnx.iter_modules(watching))
-    for site, zeros in seen.items():
+    watched = nnx.clone(model)
+    modules = dict(nnx.iter_modules(watched))
+    for site, zeros in empty.items():
         module = modules[site.module]
-        object.__setattr__(module, "__class__", layers.with_known(type(module), _watched))
-        module.tap = taps.Tap(zeros[0])
-        module.tap2 = taps.Tap(zeros[1]) if len(zeros) > 1 else None
-        left, right = map(taps.Ends, turned[site]) if site in turned else (None, None)
-        module.watch_left, module.watch_right, module.watch_mask = left, right, mask
-    graphdef, *states = nnx.split(watching, taps.Tap, ...)
-    start, variables = map(nnx.to_pure_dict, states)
-    search = unseen.make_search(model, seen)
+        layers.wrap_calls(module, _watch_call)
+        watch = {f"sum{i}": taps.Zeros(x) for i, x in enumerate(zeros)}
+        if site in bases:
+            watch |= zip(("left_basis", "right_basis"), map(nnx.Variable, bases[site]), strict=True)
+        else:
+            # Each batch puts its own in this place.
+            watch["weights"] = nnx.Variable(_zeros(site, 1, 1))
+        module.watch = nnx.Dict(watch)
+    graphdef, *states = nnx.split(watched, taps.Zeros, ...)
+    sums, variables = map(nnx.to_pure_dict, states)
+    search = unseen.make_search(model, empty)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, variables, batch):
-        unseen.refuse(search(lambda own: losses.total(own, batch, output_fn)))
+        unseen.refuse(search(lambda own_model: losses.total(own_model, batch, output_fn)))
+        variables = jax.tree.map(lambda x: x, variables)
+        for site in empty:
+            if site not in bases:
+                stack = () if site.stack is None else (site.stack,)
+                shape = (*stack, *batch["weights"].shape)
+                watch = sites.module_at(variables, site)["watch"]
+                watch["weights"] = jnp.broadcast_to(batch["weights"], shape)
 
-        def total(tap_arrays):
-            mask.weights_BxT = batch["weights"]
-            return losses.total(nnx.merge(graphdef, tap_arrays, variables), batch, output_fn)
+        def total(zeros):
+            return losses.total(nnx.merge(graphdef, zeros, variables), batch, output_fn)
 
         return jax.tree.map(jnp.add, sums, jax.grad(total)(sums))
 
-    sums = jax.tree.map(jnp.copy, start)
+    sums = jax.tree.map(jnp.copy, sums)
     count = {"positions": 0, "examples": 0}
     for batch in batches:
         count["positions"] += int((batch["weights"] > 0).sum())
         count["examples"] += int((batch["weights"] > 0).any(axis=1).sum())
         sums = add(sums, variables, batch)
-    mask.weights_BxT = None
-
-    def at(site):
-        node = functools.reduce(lambda tree, key: tree[key], site.module, sums)
-        return [node[name] for name in ("tap", "tap2") if node.get(name) is not None]
-
-    return {s: at(s) for s in seen}, count
+    by_site = {}
+    for site in empty:
+        watch = sites.module_at(sums, site)["watch"]
+        by_site[site] = [watch[f"sum{i}"] for i in range(len(empty[site]))]
+    return by_site, count

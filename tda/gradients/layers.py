@@ -6,7 +6,7 @@ of other classes are not lost: `tda.gradients.sites` reports their parameters by
 reference path takes them if asked.
 
 A subclass of a known class is known by what it asks of that class (`super().__call__(x)`), so that
-what it does before and after is its own affair: see `with_known`.
+what it does before and after is its own affair: see `wrap_calls`.
 """
 
 import dataclasses
@@ -103,30 +103,56 @@ def table(kind: type) -> Table | None:
     return parts if isinstance(parts, Table) else None
 
 
-def methods(kind: type) -> tuple[str, ...]:
-    """The methods of a known class that use its parameter."""
-    parts = table(kind)
-    found = ("__call__",) if parts is None else (parts.look_up, parts.attend)
-    return tuple(name for name in found if name)
+def wrap_calls(module: nnx.Module, around: Callable) -> None:
+    """Puts a function around everything that a layer's known class does with its parameter.
 
+    The layer's class becomes a subclass of it, in which a subclass of the known class stands before
+    that. So whatever the layer's own class asks of the known class (`super().__call__(x)`) passes
+    through `around`, and what it does before and after runs unchanged.
 
-def with_known(kind: type, change: Callable[[type], type]) -> type:
-    """A subclass of `kind` in which `change` of its known class, a subclass, stands before that.
-
-    What `kind` asks of the known class (`super().__call__(x)`) it asks of the subclass then. Called
-    again, it gives the same class.
+    Args:
+        module: a layer of a known class, or of a subclass of one; changed in place.
+        around: a function at module level, of (layer, use, call, inputs): `use` is "product",
+            "look_up" or "attend" (of an embedding), `call(layer, inputs)` is the known class's own
+            method. It returns the output.
     """
-    return _with(kind, known(kind), change)
+    kind = type(module)
+    object.__setattr__(module, "__class__", _wrapped(kind, known(kind), around))
 
 
 @functools.cache
-def _with(kind: type, base: type, change: Callable[[type], type]) -> type:
-    changed = change(base)
-    name = f"{changed.__name__}{kind.__name__}"
-    # Python puts `changed` right before `base`, after all of `kind`'s own classes.
-    made = changed if kind is base else types.new_class(name, (kind, changed))
-    made.__name__ = made.__qualname__ = name
-    return made
+def _wrapped(kind: type, base: type, around: Callable) -> type:
+    parts = table(base)
+    uses = {"__call__": "product"}
+    if parts is not None:
+        uses = {parts.look_up: "look_up"} | ({parts.attend: "attend"} if parts.attend else {})
+    methods = {name: _around(getattr(base, name), use, around) for name, use in uses.items()}
+    wrapped = types.new_class(f"Wrapped{base.__name__}", (base,), {}, lambda ns: ns.update(methods))
+    if kind is base:
+        return wrapped
+    # Python's method resolution puts `wrapped` right before `base`, after all of `kind`'s own
+    # classes.
+    return types.new_class(f"Wrapped{kind.__name__}", (kind, wrapped))
+
+
+def _around(method: Callable, use: str, around: Callable) -> Callable:
+    def wrapped(self, inputs, *args, **kwargs):
+        return around(self, use, lambda layer, x: method(layer, x, *args, **kwargs), inputs)
+
+    return wrapped
+
+
+def change_product(layer: nnx.Module, call: Callable, inputs, change: Callable):
+    """Calls a layer and changes its product: `change` maps [B, T', N] and [B, T', M] to the former.
+
+    Args:
+        layer: a layer of a known class.
+        call, inputs: as `wrap_calls` hands them over.
+        change: a function of the layer's output and its input.
+    """
+    known_product = product(layer)
+    y_BxTxN, back = known_product.outputs(call(layer, inputs))
+    return back(change(y_BxTxN, known_product.inputs(inputs)))
 
 
 def changes_parameters(module: nnx.Module) -> bool:

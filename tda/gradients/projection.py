@@ -11,6 +11,8 @@ by its published definition, so no device and no library version changes them.
 import dataclasses
 import hashlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tda.gradients import sites
@@ -143,3 +145,15 @@ def matrices(site: sites.Site, projection: Projection) -> tuple[np.ndarray, np.n
             out[i] = random_matrix(p.seed, name, end, rows, p.side, p.family)
         ends.append(out[0] if site.stack is None else out)
     return tuple(ends)
+
+
+def pool(layout: Layout, projected: dict[sites.Site, jax.Array]) -> jax.Array:
+    """Adds up the projections of each block's matrices: float32 [B, E] of [(L,) B, k, k] each."""
+    parts = [[] for _ in layout.blocks]
+    for site, x in projected.items():
+        x_LxBxPxP = x[None] if site.stack is None else x
+        for block in sorted(set(layout.members[site.path])):
+            layers = [i for i, b in enumerate(layout.members[site.path]) if b == block]
+            parts[block].append(jnp.sum(x_LxBxPxP[jnp.asarray(layers)], axis=0))
+    pooled = [sum(p) for p in parts]
+    return jnp.concatenate([p.reshape(p.shape[0], -1) for p in pooled], axis=-1)

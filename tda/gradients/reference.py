@@ -16,7 +16,6 @@ from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.sites import find_sites
-from tda.gradients.together import pool
 from tda.model import functional
 
 
@@ -69,4 +68,4 @@ def project(
             projected[site] = einsum("bmn,mp,nq->bpq", G, left, right)
         else:
             projected[site] = einsum("blmn,lmp,lnq->lbpq", G, left, right)
-    return pool(projections.layout(chosen, projection), projected)
+    return projections.pool(projections.layout(chosen, projection), projected)

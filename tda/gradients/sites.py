@@ -43,8 +43,8 @@ class Site:
         order: the parameter's own axes, those of the rows before those of the columns; None: as is.
         tapped: whether a tap gives its gradient; otherwise it is formed whole for every example.
         group: "attention", "mlp", "embedding", "head" or "other"; None: by the path.
-        whole: whether the gradient may be formed whole where the tap turns out to miss a part of it
-            (`tda.gradients.unseen`); else that is an error.
+        by_reference: whether the full gradient may be formed where the tap turns out to miss a part
+            of it (`tda.gradients.unseen`); else that is an error.
     """
 
     module: tuple
@@ -56,7 +56,7 @@ class Site:
     order: tuple[int, ...] | None = None
     tapped: bool = True
     group: str | None = None
-    whole: bool = dataclasses.field(default=False, compare=False)
+    by_reference: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self):
         if self.shape is None:
@@ -115,7 +115,7 @@ def find_sites(
             "untapped='reference'"
         )
     if untapped == "reference":
-        chosen = [dataclasses.replace(s, whole=True) for s in chosen]
+        chosen = [dataclasses.replace(s, by_reference=True) for s in chosen]
     else:
         chosen = [s for s in chosen if s.tapped]
     if not chosen:

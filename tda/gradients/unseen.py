@@ -35,8 +35,7 @@ def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
     chosen, blind = tuple(chosen), nnx.clone(model)
     modules = dict(nnx.iter_modules(blind))
     for site in chosen:
-        module = modules[site.module]
-        object.__setattr__(module, "__class__", layers.with_known(type(module), _blind))
+        layers.wrap_calls(modules[site.module], _with_zeros)
     graphdef, state = nnx.split(blind)
     variables = jax.eval_shape(lambda x: x, nnx.to_pure_dict(state))
     paths = list(functional.flat_parameters(variables))
@@ -103,23 +102,11 @@ def refuse(found: Iterable[sites.Site], remedy: str = "") -> None:
         )
 
 
-def _blind(base: type) -> type:
-    class Blind(base):
-        pass
-
-    for name in layers.methods(base):
-        setattr(Blind, name, _with_zeros(getattr(base, name)))
-    return Blind
-
-
-def _with_zeros(method: Callable) -> Callable:
-    """The method of a layer, with zeros for the parameter."""
-
-    def call(self, *args, **kwargs):
-        parameter = layers.product(self).parameter
-        graphdef, state = nnx.split(self)
-        old = state[parameter]
-        state[parameter] = old.replace(jnp.zeros(old.shape, old.dtype))
-        return method(nnx.merge(graphdef, state), *args, **kwargs)
-
-    return call
+def _with_zeros(layer, use, call, inputs):
+    """Calls a layer with zeros in its parameter's place (`tda.gradients.layers.wrap_calls`)."""
+    del use
+    parameter = layers.product(layer).parameter
+    graphdef, state = nnx.split(layer)
+    old = state[parameter]
+    state[parameter] = old.replace(jnp.zeros(old.shape, old.dtype))
+    return call(nnx.merge(graphdef, state), inputs)

@@ -19,7 +19,6 @@ from tda.encoding import table as encoding
 from tda.gradients import sites
 from tda.gradients.encoder import Encoder
 from tda.gradients.moments.second_moments import Scale, parse_correction
-from tda.gradients.together import Together
 from tda.runtime import host_blas, progress, sharding
 
 # Of a corpus with more shapes of batches than this only some are measured.
@@ -120,7 +119,7 @@ def measured_shapes(shapes: Mapping[tuple[int, int], float], most: int = _SHAPES
 
 
 def encoder_times(
-    encoder: Encoder | Together,
+    encoder: Encoder,
     shapes: Mapping[tuple[int, int], float],
     vocab_size: int,
     mesh: jax.sharding.Mesh | None = None,
@@ -168,9 +167,7 @@ def _batch(examples: int, positions: int, mesh) -> dict:
     return arrays if mesh is None else sharding.put_batch(mesh, arrays)
 
 
-def _turn(
-    encoder: Encoder | Together, examples, positions, vocab_size, mesh
-) -> Callable[[], float]:
+def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[], float]:
     """A function that encodes a few full batches of a shape and returns seconds a batch."""
 
     def run(batches: int) -> float:

@@ -7,7 +7,6 @@ import shutil
 import jax
 
 from tda.gradients import encoder as encoders
-from tda.gradients import together
 from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, setting
 from tda.plan.setting import Setting
@@ -135,9 +134,9 @@ def _measure(config, s: Setting, mesh) -> dict:
         alike = next((p for p in times_by_pass if [s.taps[c] for c in p] == counts), None)
         if alike is None:
             ones = (calibration.ones(s.sites, c) for c in corrections)
-            ends = (encoders.ends_of(s.sites, projection, scales) for scales in ones)
-            parts = [together.Part(s.sites, projection, e) for e in ends]
-            encoder = together.build(model, parts, config.gradients.output, mesh)
+            taps_of_kinds = (encoders.make_taps(s.sites, projection, scales) for scales in ones)
+            kinds = [(projection, taps) for taps in taps_of_kinds]
+            encoder = encoders.build_encoder(model, kinds, config.gradients.output, mesh)
             times = calibration.encoder_times(encoder, s.shapes, s.vocab_size, mesh)
         times_by_pass[corrections] = times if alike is None else times_by_pass[alike]
     products = calibration.product_times(s.width, max(s.widths), s.queries)

@@ -11,13 +11,13 @@ from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint
 
 
-def ends(run: Run, kind: GradientKind) -> dict[sites.Site, taps.End]:
+def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
     """Taps of the gradients that EK-FAC or LoGra compares, by site."""
     chosen, projection = run.sites(kind), run.projection(kind)
     factors = _factors(run, kind)
     if kind.curvature == "logra":
-        return kronecker.logra_ends(chosen, projection.side, factors)
-    return kronecker.ekfac_ends(chosen, projection, factors, run.config.curvature.damping)
+        return kronecker.logra_taps(chosen, projection.side, factors)
+    return kronecker.ekfac_taps(chosen, projection, factors, run.config.curvature.damping)
 
 
 def file_of(run: Run, kind: GradientKind) -> pathlib.Path:

@@ -9,8 +9,11 @@ from tda import store as stores
 from tda.data.tokens import PassageTexts
 from tda.encoding import table as encoding
 from tda.encoding.table import OnTheFly
-from tda.gradients import adam_steps, sites, together
+from tda.gradients import adam_steps, sites
 from tda.gradients import encoder as encoders
+from tda.gradients.projection import Projection
+from tda.gradients.sites import Site
+from tda.gradients.taps import Tap
 from tda.methods import GradientKind
 from tda.retrieval.sources import Source
 from tda.run import curvature, moments
@@ -93,26 +96,25 @@ def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
             shared = lacking[first : first + most]
             if len(shared) == 1:
                 continue
-            parts = [_part(run, kind) for kind, _ in shared]
+            kinds = [_projection_and_taps(run, kind) for kind, _ in shared]
             described = " and ".join(describe_kind(run, kind) for kind, _ in shared)
             encoding.fill_stores(
                 [store for _, store in shared],
-                together.build(run.trained.model, parts, output, run.trained.mesh),
+                encoders.build_encoder(run.trained.model, kinds, output, run.trained.mesh),
                 run.corpus.passages,
                 run.layout,
                 f"encode corpus ({described}, step {run.trained.step})",
             )
 
 
-def _part(run: Run, kind: GradientKind, on_progress: Progress | None = None) -> together.Part:
-    chosen, projection = run.sites(kind), run.projection(kind)
-    if kind.curvature == "none":
-        ends = encoders.ends_of(
-            chosen, projection, moments.inverse_root_moments(run, kind, on_progress)
-        )
-    else:
-        ends = curvature.ends(run, kind)
-    return together.Part(chosen, projection, ends)
+def _projection_and_taps(
+    run: Run, kind: GradientKind, on_progress: Progress | None = None
+) -> tuple[Projection, dict[Site, Tap]]:
+    projection = run.projection(kind)
+    if kind.curvature != "none":
+        return projection, curvature.make_taps(run, kind)
+    scales = moments.inverse_root_moments(run, kind, on_progress)
+    return projection, encoders.make_taps(run.sites(kind), projection, scales)
 
 
 def missing_stores(run: Run, kind: GradientKind, name: str, step: int | None = None) -> str | None:
@@ -155,8 +157,8 @@ def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = No
         return adam_steps.make_encoder(
             model, run.sites(kind), run.projection(kind), states, output, mesh
         )
-    part = _part(run, kind, on_progress)
-    return encoders.build(model, part.chosen, part.projection, part.ends, output, mesh)
+    pair = _projection_and_taps(run, kind, on_progress)
+    return encoders.build_encoder(model, [pair], output, mesh)
 
 
 def _stores(run: Run, kind: GradientKind, *names: str) -> list[stores.GradientStore]:

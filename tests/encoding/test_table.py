@@ -13,8 +13,7 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
-from tda.gradients import together
-from tda.gradients.encoder import ends_of, make_encoder, scored_positions
+from tda.gradients.encoder import build_encoder, make_encoder, make_taps, scored_positions
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import exact
@@ -81,8 +80,8 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     kinds = []
     for projection in (Projection(side=3, blocks=2), Projection(side=3, blocks=2, seed=1)):
         chosen = find_sites(model)
-        kinds.append(together.Part(chosen, projection, ends_of(chosen, projection, None)))
-    made = together.build(model, kinds)
+        kinds.append((projection, make_taps(chosen, projection, None)))
+    made = build_encoder(model, kinds)
     width = 4 * made.layouts[0].width
     blocks = dict.fromkeys(made.layouts[0].blocks, 9)
     found = [

@@ -20,7 +20,6 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
-from tda.gradients.together import pool
 from tda.model import functional
 from tda.runtime import sharding
 
@@ -354,7 +353,7 @@ def test_pooling_adds_up_the_layers_of_a_block():
     plan = projections.layout([stacked, single], Projection(side=1, blocks=2))
     x = jnp.arange(8.0).reshape(4, 2, 1, 1)
     y = 100 * x
-    got = pool(plan, {stacked: x, single: y})
+    got = projections.pool(plan, {stacked: x, single: y})
     np.testing.assert_array_equal(got, [[202.0, 1010.0], [404.0, 1212.0]])
 
 

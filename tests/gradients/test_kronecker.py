@@ -11,10 +11,9 @@ from tda import loss as losses
 from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.gradients import kronecker, reference, taps
-from tda.gradients.encoder import build, make_encoder
+from tda.gradients.encoder import build_encoder, make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
-from tda.gradients.together import place
 from tda.model import functional
 from tda.runtime import sharding
 
@@ -186,8 +185,8 @@ def test_influence_is_that_of_the_dense_inverse(decoder, random_batch, scan):
             )
     batch = random_batch([6, 4, 3], 6)
     whole = whole_gradients(model, batch)
-    ends = kronecker.ekfac_ends(chosen, P, curvature)
-    encoder = build(model, chosen, P, ends)
+    ends = kronecker.ekfac_taps(chosen, P, curvature)
+    encoder = build_encoder(model, [(P, ends)])
     got = np.asarray(encoder(batch), np.float64)
     expected = np.zeros_like(got)
     for s in chosen:
@@ -230,7 +229,7 @@ def test_projected_influence_tends_to_the_dense_one(decoder, random_batch):
             flat = G[:, layer].reshape(4, -1)
             dense += flat @ dense_root(curvature[s.path], layer, kronecker.DAMPING, -1.0) @ flat.T
     wide = Projection(side=96, pooling="matrix")
-    encoder = build(model, chosen, wide, kronecker.ekfac_ends(chosen, wide, curvature))
+    encoder = build_encoder(model, [(wide, kronecker.ekfac_taps(chosen, wide, curvature))])
     x = np.asarray(encoder(batch), np.float64)
     assert np.linalg.norm(x @ x.T - dense) < 0.1 * np.linalg.norm(dense)
 
@@ -244,8 +243,8 @@ def test_without_turning_and_damping_it_is_the_plain_encoder(decoder, random_bat
         eye = [np.tile(np.eye(n, dtype=np.float32), (2, 1, 1)) for n in (s.rows, s.columns)]
         return kronecker.Curvature(*eye, np.ones((2, s.rows, s.columns), np.float32))
 
-    ends = kronecker.ekfac_ends(chosen, P, {s.path: unit(s) for s in chosen}, damping=3.0)
-    got = build(model, chosen, P, ends)(batch)
+    ends = kronecker.ekfac_taps(chosen, P, {s.path: unit(s) for s in chosen}, damping=3.0)
+    got = build_encoder(model, [(P, ends)])(batch)
     expected = make_encoder(model, P)(batch)
     np.testing.assert_allclose(np.asarray(got) * 2, expected, rtol=1e-4, atol=1e-5)
 
@@ -255,7 +254,7 @@ def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
     chosen = kronecker.factored(find_sites(model))
     of = kronecker.covariances(model, chosen, batches("data"), "data")
     curvature = kronecker.eigenvectors(of, keep=P.side)
-    encoder = build(model, chosen, P, kronecker.logra_ends(chosen, P.side, curvature))
+    encoder = build_encoder(model, [(P, kronecker.logra_taps(chosen, P.side, curvature))])
     got = np.asarray(encoder(batch))
     whole = whole_gradients(model, batch)
     for s in chosen:
@@ -274,7 +273,7 @@ def test_few_rows_leave_zeros_behind(decoder):
     model = decoder()
     chosen = kronecker.factored(find_sites(model, include="key"))
     of = kronecker.covariances(model, chosen, batches("data"), "data")
-    ends = kronecker.logra_ends(chosen, 12, kronecker.eigenvectors(of, keep=12))
+    ends = kronecker.logra_taps(chosen, 12, kronecker.eigenvectors(of, keep=12))
     (end,) = ends.values()
     assert end.right.shape == (2, 8, 12) and not np.asarray(end.right)[..., 8:].any()
     assert np.asarray(end.left).any(axis=1).all()
@@ -284,7 +283,7 @@ def test_what_cannot_be_factored_is_told(decoder):
     with pytest.raises(ValueError, match="no linear layer is among embedding/embedding"):
         kronecker.factored(find_sites(decoder(), include="embedding"))
     everything = find_sites(decoder(), include="embedding")
-    end = taps.End(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
+    end = taps.Tap(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
     turned = dataclasses.replace(end, bases=(jnp.eye(50), jnp.eye(16)))
     with pytest.raises(ValueError, match="embedding/embedding: tables of tokens"):
         taps.put_on(decoder(), {everything[0]: (turned,)})
@@ -311,9 +310,9 @@ def test_eight_devices_factor_as_one_does(decoder, random_batch):
         )
         assert c.values.max() == pytest.approx(largest, rel=1e-2)
     batch = random_batch([6, 4, 2, 6, 5, 1, 3, 6], 6)
-    encoder = build(spread, chosen, P, kronecker.ekfac_ends(chosen, P, expected))
-    placed = dataclasses.replace(encoder, arrays=place(encoder, mesh))
-    alone = build(model, chosen, P, kronecker.ekfac_ends(chosen, P, expected))
+    encoder = build_encoder(spread, [(P, kronecker.ekfac_taps(chosen, P, expected))])
+    placed = encoder.place(mesh)
+    alone = build_encoder(model, [(P, kronecker.ekfac_taps(chosen, P, expected))])
     with jax.set_mesh(mesh):
         got = placed(sharding.put_batch(mesh, batch))
     wanted = np.asarray(alone(batch))

@@ -16,7 +16,7 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.evaluation.likelihood import Likelihood
 from tda.gradients import kronecker, reference, taps
-from tda.gradients.encoder import build
+from tda.gradients.encoder import build_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval.sources import InMemory
@@ -163,16 +163,16 @@ def test_ekfac_is_kronfluences(setting, tmp_path):
     np.testing.assert_allclose(exact, theirs, rtol=2e-3, atol=2e-3 * np.abs(theirs).std())
     # And the encodings that are compared in a table: the same on average over projections.
     projection = Projection(side=256, pooling="matrix")
-    ends = kronecker.ekfac_ends(chosen, projection, curvature)
-    encoder = build(model, chosen, projection, ends)
+    ends = kronecker.ekfac_taps(chosen, projection, curvature)
+    encoder = build_encoder(model, [(projection, ends)])
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     assert spearman(q @ p.T, theirs) > 0.95
     # Orthogonal matrices in the projection's place keep every inner product: the scores are equal.
     turned = {
-        s: taps.End(jnp.eye(D), jnp.eye(D), D, end.scale, bases=end.bases)
+        s: taps.Tap(jnp.eye(D), jnp.eye(D), D, end.scale, bases=end.bases)
         for s, end in ends.items()
     }
-    unprojected = build(model, chosen, Projection(side=D, pooling="matrix"), turned)
+    unprojected = build_encoder(model, [(Projection(side=D, pooling="matrix"), turned)])
     q, p = (np.asarray(unprojected(batch_of(rows))) for rows in (queries, passages))
     np.testing.assert_allclose(q @ p.T, theirs, rtol=2e-3, atol=2e-3 * np.abs(theirs).std())
     assert spearman(q @ p.T, theirs) > 0.999
@@ -180,8 +180,8 @@ def test_ekfac_is_kronfluences(setting, tmp_path):
 
 def full(model, chosen, output):
     """The encoder without a projection: identities in its place."""
-    ends = {s: taps.End(jnp.eye(D), jnp.eye(D), D) for s in chosen}
-    return build(model, chosen, Projection(side=D, pooling="matrix"), ends, output)
+    ends = {s: taps.Tap(jnp.eye(D), jnp.eye(D), D) for s in chosen}
+    return build_encoder(model, [(Projection(side=D, pooling="matrix"), ends)], output)
 
 
 def test_trak_is_trakers(setting, tmp_path):
@@ -282,8 +282,8 @@ def test_logra_is_dattris(setting, tmp_path, monkeypatch):
         return kronecker.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
 
     of = kronecker.covariances(model, chosen, batches(), "data")
-    ends = kronecker.logra_ends(chosen, D, kronecker.eigenvectors(of, keep=D))
-    encoder = build(model, chosen, Projection(side=D, pooling="matrix"), ends)
+    ends = kronecker.logra_taps(chosen, D, kronecker.eigenvectors(of, keep=D))
+    encoder = build_encoder(model, [(Projection(side=D, pooling="matrix"), ends)])
     q, p = (np.asarray(encoder(batch_of(rows))) for rows in (queries, passages))
     slices = [slice(0, D * D), slice(D * D, 2 * D * D)]
     roots = hessian.inverse_root(

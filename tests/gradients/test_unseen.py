@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import contributions, kronecker, layers, reference, sites, together, unseen
-from tda.gradients.encoder import ends_of, make_encoder
+from tda.gradients import contributions, kronecker, layers, reference, sites, unseen
+from tda.gradients.encoder import build_encoder, make_encoder, make_taps
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tests.gradients.test_layers import D, V, assert_equal_to_the_reference, scales_of
@@ -421,23 +421,23 @@ def test_each_kind_decides_for_itself(random_batch):
 
     def part(include, untapped, scales=None):
         chosen = find_sites(model, include, untapped=untapped)
-        return together.Part(chosen, P, ends_of(chosen, P, scales))
+        return P, make_taps(chosen, P, scales)
 
     whole, plain = part("first/kernel", "reference"), part("second/kernel", "leave")
     exact = part(".", "reference", scales_of(model, untapped="reference"))
-    got = together.build(model, [whole, plain, exact]).all(batch)
+    got = build_encoder(model, [whole, plain, exact]).encode_all(batch)
     for x, one in zip(got, (whole, plain, exact), strict=True):
         scales = scales_of(model, untapped="reference") if one is exact else None
         gradients = reference.per_example_gradients(model, batch)
-        expected = reference.project(one.chosen, gradients, P, scales)
+        expected = reference.project(list(one[1]), gradients, P, scales)
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(ValueError, match="gradient of first/kernel:"):
-        together.build(model, [whole, part("kernel", "leave")]).all(batch)
-    (site,) = whole.chosen
+        build_encoder(model, [whole, part("kernel", "leave")]).encode_all(batch)
+    (site,) = whole[1]
     unit = kronecker.Curvature(np.eye(D), np.eye(D), np.ones((D, D)))
-    turned = together.Part([site], P, kronecker.ekfac_ends([site], P, {site.path: unit}))
+    turned = (P, kronecker.ekfac_taps([site], P, {site.path: unit}))
     with pytest.raises(ValueError, match="gradient of first/kernel:"):
-        together.build(model, [turned]).all(batch)
+        build_encoder(model, [turned]).encode_all(batch)
 
 
 def test_contributions_and_curvature_refuse_it_too(random_batch):

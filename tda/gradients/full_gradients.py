@@ -7,17 +7,17 @@ from flax import traverse_util
 from tda.gradients import sites
 
 
-def take(variables: dict, loose: list[sites.Site]) -> tuple[dict, dict]:
+def split_parameters(variables: dict, sites_: list[sites.Site]) -> tuple[dict, dict]:
     """Splits a nested dict into the arrays of some sites, by path, and all others, by path."""
     flat = traverse_util.flatten_dict(variables, keep_empty_nodes=True)
-    paths = {(*s.module, s.parameter) for s in loose}
+    paths = {(*s.module, s.parameter) for s in sites_}
     rest = {path: x for path, x in flat.items() if path not in paths}
     return rest, {path: flat[path] for path in paths}
 
 
-def put(rest: dict, whole: dict) -> dict:
-    """The nested dict that `take` split."""
-    return traverse_util.unflatten_dict(rest | whole)
+def join_parameters(rest: dict, parameters: dict) -> dict:
+    """The nested dict that `split_parameters` split."""
+    return traverse_util.unflatten_dict(rest | parameters)
 
 
 def project(site: sites.Site, gradients, left, right, scale, side: int):
@@ -44,5 +44,5 @@ def project(site: sites.Site, gradients, left, right, scale, side: int):
     flat = right.reshape(*right.shape[:2], -1)
     GB = jax.lax.dot_general(G, flat, dims, precision="highest")
     GB = GB.reshape(*GB.shape[:-1], *right.shape[2:])
-    found = jnp.einsum("lbmrq,lmrp->lbpq", GB, left, precision="highest")
-    return found[0] if site.stack is None else found
+    projected = jnp.einsum("lbmrq,lmrp->lbpq", GB, left, precision="highest")
+    return projected[0] if site.stack is None else projected
