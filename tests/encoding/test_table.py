@@ -95,10 +95,10 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
     counting, encoded = counted(made)
     encoding.fill_stores(found, counting, table, LAYOUT)
     assert len(encoded) == 2  # shards 1 and 2; none lacks shard 0
-    for i, (store, kind) in enumerate(zip(found, kinds, strict=True)):
+    for i, (store, (projection, _)) in enumerate(zip(found, kinds, strict=True)):
         assert not store.missing()
-        own = make_encoder(model, kind.projection)
-        expected = encoding.encode_rows(own, table, np.arange(5), LAYOUT)
+        encoder = make_encoder(model, projection)
+        expected = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
         kept = slice(0, 4) if i == 0 else slice(0, 2)
         expected[kept] = i + 1
         np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
