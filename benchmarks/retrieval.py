@@ -9,7 +9,7 @@
    measured is a corpus larger than the memory. A part is short, since shared machines change their
    speed within seconds.
 2. Peak memory of a process that searches all rows, over that of one that searches a tenth.
-3. Rows in memory, float32: a `Retriever` in turns with FAISS's flat inner product and NumPy's
+3. Rows in memory, float32: an `exact.Held` in turns with FAISS's flat inner product and NumPy's
    product and partition, each for proponents alone and for both. What they find is compared.
 """
 
@@ -33,7 +33,6 @@ from absl import app, flags
 from benchmarks import record
 from tda import store as stores
 from tda.retrieval import exact
-from tda.retrieval.retriever import Retriever
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory
 from tda.runtime import huge_pages, progress
@@ -194,24 +193,25 @@ def in_memory(rows: int, width: int, count: int) -> dict:
     queries = queries_of(count, width)
     index = faiss.IndexFlatIP(width)
     index.add(passages)
-    retriever = Retriever(InMemory(passages, [slice(0, width)]), Scorer(None, False))
+    held = exact.Held(InMemory(passages, [slice(0, width)]))
+    dot = {"dot": Scorer(None, False)}
 
     def with_numpy(both: bool = False):
         scores = queries @ passages.T
         found = _top(scores)
         return (found, _top(-scores)) if both else found
 
-    ours = functools.partial(retriever.search, queries, K, opponents=False)
+    ours = functools.partial(exact.search, queries, held, dot, K, opponents=False)
     both = np.concatenate([queries, -queries])
     sides = {
         "ours": ours,
-        "ours, both": functools.partial(retriever.search, queries, K),
+        "ours, both": functools.partial(exact.search, queries, held, dot, K),
         "faiss": lambda: index.search(queries, K),
         "faiss, both": lambda: index.search(both, K),
         "numpy": with_numpy,
         "numpy, both": lambda: with_numpy(both=True),
     }
-    found = ours().proponents
+    found = ours()["dot"].proponents
     alike = {
         "faiss": float((index.search(queries, K)[1] == found).mean()),
         "numpy": float((with_numpy() == found).mean()),

@@ -7,7 +7,7 @@ scores its own rows for all queries.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from tda.retrieval.best import merge
 from tda.retrieval.correct_rows import CorrectRows
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer, ScorerGroup, group_scorers, pad_rows, score
-from tda.retrieval.sources import Source
+from tda.retrieval.sources import Source, scan_full_steps
 from tda.runtime import sharding
 from tda.store import Rows
 
@@ -181,6 +181,30 @@ def place(chunk: Rows, step: int, mesh: jax.sharding.Mesh | None = None) -> Plac
         (chunk.first + step // devices * np.arange(devices)).astype(np.int32),
     )
     return Placed(chunk.first, len(chunk), int(chunk.valid.sum()), _split_over(mesh, rows))
+
+
+class Held:
+    """A source whose rows stay on the devices, so that each search reads and copies nothing.
+
+    What is withdrawn from the source after the first search takes effect in a new `Held`.
+
+    Args:
+        source: projected gradients, or encodings (`Mapped`), that fit in the devices' memory.
+        mesh: the devices that rows are split over, as in `search`.
+    """
+
+    def __init__(self, source: Source, mesh: jax.sharding.Mesh | None = None):
+        self.form, self.rows, self.read = source.form, source.rows, source.read
+        self._source, self._mesh = source, mesh
+        self._step, self._placed = 0, []
+
+    def scan(self, step: int) -> Iterator[Placed]:
+        """Yields all rows in order, `step` at a time; another step places all rows anew."""
+        if step != self._step:
+            self._placed = []
+            rows = scan_full_steps(self._source, step)
+            self._step, self._placed = step, [place(r, step, self._mesh) for r in rows]
+        yield from self._placed
 
 
 def _split_over(mesh, tree):

@@ -115,7 +115,7 @@ class Joined:
 
     def scan(self, step: int) -> Iterator[Rows]:
         """Yields all rows in order, at most `step` at a time."""
-        scans = (_scan_full_steps(s, step) for s in self._sources)
+        scans = (scan_full_steps(s, step) for s in self._sources)
         for pieces in zip(*scans, strict=True):
             first = pieces[0].first
             valid = np.logical_and.reduce([p.valid for p in pieces])
@@ -137,7 +137,7 @@ class Joined:
         return out
 
 
-def _scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
+def scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
     """Yields a source's rows in pieces of exactly `step`, wherever its files end."""
     waiting: list[Rows] = []
     count = 0

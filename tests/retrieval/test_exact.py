@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tda import hessian
+from tda import store as stores
 from tda.hessian import block_slices
 from tda.retrieval import best, exact, ranked
 from tda.retrieval.scorer import Scorer
@@ -90,6 +91,39 @@ class Ragged(InMemory):
         for first in range(0, self.rows, 29):
             for rows in InMemory(self._gradients[first : first + 29], SLICES).scan(step):
                 yield dataclasses.replace(rows, first=first + rows.first)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_held_rows_are_ranked_as_those_of_their_source(
+    data, tmp_path, monkeypatch, whitened, unit_norm, devices
+):
+    """Rows and correct rows of a store with a withdrawn passage; later searches read nothing."""
+    queries, passages = data
+    ids = [f"p{i}" for i in range(97)]
+    store = stores.create(tmp_path, ids, {"a": 3, "b": 5}, {}, shard_bytes=32 * 32)
+    for i in store.missing():
+        store.write(i, passages[store.shards()[i]])
+    roots = hessian.inverse_root(hessian.autocorrelation_of_source(store).blocks)
+    scorers = {"m": Scorer(roots if whitened else None, unit_norm)}
+    best_rows = exact.search(queries, store, scorers, 5)["m"].proponents[:, 0]
+    store.withdraw([f"p{i}" for i in best_rows])
+    mesh = None if devices == 1 else sharding.make_mesh(devices=jax.devices()[:devices])
+    correct = {
+        "all": [np.array([3, 90]), np.array([], np.int64), *[np.array([i]) for i in (1, 40, 96)]]
+    }
+    expected = exact.search(queries, store, scorers, 97, correct)["m"]
+    held = exact.Held(store, mesh)
+    for _ in range(2):
+        found = exact.search(queries, held, scorers, 97, correct, mesh)["m"]
+        np.testing.assert_array_equal(found.proponents, expected.proponents)
+        np.testing.assert_array_equal(found.opponents, expected.opponents)
+        np.testing.assert_allclose(found.proponent_scores, expected.proponent_scores, rtol=1e-5)
+        np.testing.assert_allclose(found.opponent_scores, expected.opponent_scores, rtol=1e-5)
+        np.testing.assert_array_equal(found.first_ranks["all"], expected.first_ranks["all"])
+        assert not np.isin(found.proponents, best_rows).any()
+        monkeypatch.setattr(store, "scan", None)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
