@@ -6,11 +6,10 @@ TFDS features have no null either. An optional string is stored as "" for None (
 empty string as None, so nothing else is), an optional number or truth value as -1.
 """
 
-import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, get_type_hints, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,44 +19,24 @@ from tda.facts.records import Fact, Sentence, Triple
 Record = TypeVar("Record", Sentence, Fact)
 
 _NONE = -1
+_HINTS = {record: get_type_hints(record) for record in (Sentence, Fact, Triple)}
 
 
-_SENTENCE = {
-    "sentence_id": tfds.features.Text(),
-    "text": tfds.features.Text(),
-    "abstract_uri": tfds.features.Text(),
-    "sent_idx_in_abst": np.int64,
-    "fact_triples": tfds.features.Sequence(
-        {
-            "fact_id": tfds.features.Text(),
-            "entity0": tfds.features.Text(),
-            "entity1": tfds.features.Text(),
-            "entity0_uri": tfds.features.Text(),
-            "predicate_uri": tfds.features.Text(),
-            "entity1_uri": tfds.features.Text(),
-            "subject_initial": np.int64,
-        }
-    ),
-}
-_FACT = {
-    "fact_id": tfds.features.Text(),
-    "entity0": tfds.features.Text(),
-    "relation": tfds.features.Text(),
-    "entity1": tfds.features.Text(),
-    "entity0_uri": tfds.features.Text(),
-    "predicate_uri": tfds.features.Text(),
-    "entity1_uri": tfds.features.Text(),
-    "entity0_alias": tfds.features.Sequence(tfds.features.Text()),
-    "entity1_alias": tfds.features.Sequence(tfds.features.Text()),
-    "trex_sentences": tfds.features.Sequence(tfds.features.Text()),
-    "prompt0": tfds.features.Text(),
-    "prompt1": tfds.features.Text(),
-    "prompt2": tfds.features.Text(),
-    "c4_frequency": np.int64,
-    "is_repetition": np.int64,
-    "n_objects_same_subject": np.int64,
-    "kilt_id": tfds.features.Text(),
-}
+def _feature(hint: Any) -> Any:
+    """Returns the TFDS feature of a field with this type."""
+    if hint == tuple[Triple, ...]:
+        return tfds.features.Sequence(_spec(Triple))
+    if hint == tuple[str, ...]:
+        return tfds.features.Sequence(tfds.features.Text())
+    return tfds.features.Text() if hint in (str, str | None) else np.int64
+
+
+def _spec(record: type) -> dict[str, Any]:
+    return {name: _feature(hint) for name, hint in _HINTS[record].items()}
+
+
+_SPECS = {record: _spec(record) for record in _HINTS}
+_SENTENCE, _FACT = _SPECS[Sentence], _SPECS[Fact]
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -67,93 +46,65 @@ def record_features() -> tfds.features.FeaturesDict:
 
 def encode_sentence(sentence: Sentence) -> dict[str, Any]:
     """Returns the TFDS example of a sentence."""
-    return _blank(_FACT) | {
-        "sentence_id": sentence.sentence_id,
-        "text": sentence.text,
-        "abstract_uri": sentence.abstract_uri or "",
-        "sent_idx_in_abst": _encode_number(sentence.sent_idx_in_abst),
-        "fact_triples": [
-            dataclasses.asdict(triple)
-            | {
-                "fact_id": triple.fact_id or "",
-                "entity0": triple.entity0 or "",
-                "entity1": triple.entity1 or "",
-                "subject_initial": _encode_number(triple.subject_initial),
-            }
-            for triple in sentence.fact_triples
-        ],
-    }
-
-
-def decode_sentence(example: Mapping[str, Any]) -> Sentence:
-    """Returns the sentence of a TFDS example; the inverse of `encode_sentence`."""
-    triples = example["fact_triples"]
-    columns = [triples[field.name] for field in dataclasses.fields(Triple)]
-    return Sentence(
-        sentence_id=_text(example["sentence_id"]),
-        text=_text(example["text"]),
-        abstract_uri=_text(example["abstract_uri"]) or None,
-        sent_idx_in_abst=_decode_number(example["sent_idx_in_abst"]),
-        fact_triples=tuple(
-            Triple(
-                fact_id=_text(fact_id) or None,
-                entity0=_text(entity0) or None,
-                entity1=_text(entity1) or None,
-                entity0_uri=_text(entity0_uri),
-                predicate_uri=_text(predicate_uri),
-                entity1_uri=_text(entity1_uri),
-                subject_initial=_decode_bool(subject_initial),
-            )
-            for (
-                fact_id,
-                entity0,
-                entity1,
-                entity0_uri,
-                predicate_uri,
-                entity1_uri,
-                subject_initial,
-            ) in zip(*columns, strict=True)
-        ),
-    )
+    return _blank(_FACT) | _encode(sentence)
 
 
 def encode_fact(fact: Fact) -> dict[str, Any]:
     """Returns the TFDS example of a fact."""
-    return _blank(_SENTENCE) | {
-        **dataclasses.asdict(fact),
-        "entity0_alias": list(fact.entity0_alias),
-        "entity1_alias": list(fact.entity1_alias),
-        "trex_sentences": list(fact.trex_sentences),
-        "prompt1": fact.prompt1 or "",
-        "prompt2": fact.prompt2 or "",
-        "c4_frequency": _encode_number(fact.c4_frequency),
-        "is_repetition": _encode_number(fact.is_repetition),
-        "n_objects_same_subject": _encode_number(fact.n_objects_same_subject),
-        "kilt_id": fact.kilt_id or "",
-    }
+    return _blank(_SENTENCE) | _encode(fact)
+
+
+def _encode(record: Sentence | Fact | Triple) -> dict[str, Any]:
+    def encode(value: Any, feature: Any) -> Any:
+        if isinstance(feature, tfds.features.Sequence):
+            return [_encode(x) if isinstance(x, Triple) else x for x in value]
+        if isinstance(feature, tfds.features.Text):
+            return value or ""
+        return _NONE if value is None else int(value)
+
+    return {n: encode(getattr(record, n), f) for n, f in _SPECS[type(record)].items()}
+
+
+def decode_sentence(example: Mapping[str, Any]) -> Sentence:
+    """Returns the sentence of a TFDS example; the inverse of `encode_sentence`."""
+    return _decode(Sentence, example)
 
 
 def decode_fact(example: Mapping[str, Any]) -> Fact:
     """Returns the fact of a TFDS example; the inverse of `encode_fact`."""
-    return Fact(
-        fact_id=_text(example["fact_id"]),
-        entity0=_text(example["entity0"]),
-        relation=_text(example["relation"]),
-        entity1=_text(example["entity1"]),
-        entity0_uri=_text(example["entity0_uri"]),
-        predicate_uri=_text(example["predicate_uri"]),
-        entity1_uri=_text(example["entity1_uri"]),
-        entity0_alias=tuple(map(_text, example["entity0_alias"])),
-        entity1_alias=tuple(map(_text, example["entity1_alias"])),
-        trex_sentences=tuple(map(_text, example["trex_sentences"])),
-        prompt0=_text(example["prompt0"]),
-        prompt1=_text(example["prompt1"]) or None,
-        prompt2=_text(example["prompt2"]) or None,
-        c4_frequency=_decode_number(example["c4_frequency"]),
-        is_repetition=_decode_bool(example["is_repetition"]),
-        n_objects_same_subject=_decode_number(example["n_objects_same_subject"]),
-        kilt_id=_text(example["kilt_id"]) or None,
-    )
+    return _decode(Fact, example)
+
+
+def _decode(record: type, example: Mapping[str, Any]) -> Any:
+    return record(**{name: decode(example[name]) for name, decode in _DECODERS[record].items()})
+
+
+def _decoder(hint: Any) -> Callable[[Any], Any]:
+    """Returns the function that decodes a field of this type."""
+    return {
+        str: _text,
+        str | None: lambda value: _text(value) or None,
+        int | None: lambda value: None if int(value) == _NONE else int(value),
+        bool | None: lambda value: None if int(value) == _NONE else bool(value),
+        tuple[str, ...]: lambda value: tuple(map(_text, value)),
+        tuple[Triple, ...]: _decode_triples,
+    }[hint]
+
+
+def _decode_triples(columns: Mapping[str, Any]) -> tuple[Triple, ...]:
+    # TFDS keeps a sequence of objects as a column for each of their fields.
+    rows = zip(*(columns[name] for name in _HINTS[Triple]), strict=True)
+    return tuple(_decode(Triple, dict(zip(_HINTS[Triple], row, strict=True))) for row in rows)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+_DECODERS = {
+    record: {name: _decoder(hint) for name, hint in hints.items()}
+    for record, hints in _HINTS.items()
+}
 
 
 class RecordSequence(Sequence, Generic[Record]):
@@ -238,19 +189,3 @@ def _blank(fields: Mapping[str, Any]) -> dict[str, Any]:
         return "" if isinstance(feature, tfds.features.Text) else _NONE
 
     return {name: blank(feature) for name, feature in fields.items()}
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _encode_number(value: int | bool | None) -> int:
-    return _NONE if value is None else int(value)
-
-
-def _decode_number(value: Any) -> int | None:
-    return None if int(value) == _NONE else int(value)
-
-
-def _decode_bool(value: Any) -> bool | None:
-    return None if int(value) == _NONE else bool(value)
