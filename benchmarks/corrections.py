@@ -190,8 +190,8 @@ def retrieval_figures(found: dict[str, Ranked], exactly: dict[str, Ranked]) -> d
     return {
         name: {
             "overlap": overlap(r, exactly[name]),
-            "MRR": ranking.mean_reciprocal_rank(r.first_ranks["all"]),
-            "recall@10": ranking.recall_at(r.first_ranks["all"], 10),
+            "MRR": ranking.mean(ranking.reciprocal_ranks(r.first_ranks["all"])),
+            "recall@10": ranking.mean(ranking.hits(r.first_ranks["all"], 10)),
         }
         for name, r in found.items()
     }

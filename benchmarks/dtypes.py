@@ -44,7 +44,7 @@ def run(config, directory: str) -> dict:
             found[f"{name}: overlap"] = float(same.mean())
             for label, ranks in r.first_ranks.items():
                 key = f"{name}: MRR, {label} labels"
-                found[key] = ranking.mean_reciprocal_rank(ranks)
+                found[key] = ranking.mean(ranking.reciprocal_ranks(ranks))
                 if dtype != "float32":
                     found[f"{key}, relative"] = found[key] / figures["float32"][key] - 1
         figures[dtype] = found

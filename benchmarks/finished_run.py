@@ -51,8 +51,9 @@ def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarra
     if not os.path.exists(path):
         shape = (store.rows, store.form.width)
         out = np.lib.format.open_memmap(f"{path}.part", "w+", np.float32, shape)
-        for first, x_RxE in scorer.encode_source(store, chosen, 512):
-            out[first : first + len(x_RxE)] = x_RxE
+        for first in range(0, store.rows, 512):
+            rows = np.arange(first, min(store.rows, first + 512))
+            out[rows] = scorer.read_encodings(store, chosen, rows)
         out.flush()
         del out
         os.replace(f"{path}.part", path)

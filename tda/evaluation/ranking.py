@@ -31,23 +31,6 @@ def hits(first_ranks, k: int) -> np.ndarray:
     return np.where(ranks > 0, (ranks <= k).astype(np.float64), np.nan)
 
 
-def mean_reciprocal_rank(first_ranks, cut: int | None = None) -> float:
-    """Mean over queries of 1/rank of the first correct passage.
-
-    Args:
-        first_ranks, cut: as for `reciprocal_ranks`; a query of rank 0 is left out.
-
-    Returns:
-        A number in [0, 1]; NaN where no query has a correct passage.
-    """
-    return mean(reciprocal_ranks(first_ranks, cut))
-
-
-def recall_at(first_ranks, k: int) -> float:
-    """Share of queries with a correct passage among the first k; NaN where none has one at all."""
-    return mean(hits(first_ranks, k))
-
-
 def mean(values_Q) -> float:
     """The mean of the queries that were measured (not NaN); NaN where none was."""
     values_Q = np.asarray(values_Q, np.float64)

@@ -38,7 +38,13 @@ class Index:
         k: int = 10,
         correct: dict[str, list[np.ndarray]] | None = None,
     ) -> Ranked:
-        """Ranks passages for each query; see `search`."""
+        """Ranks passages for each query.
+
+        Args:
+            queries: text of each query, prompt and target.
+            k: number of proponents to keep; opponents mean nothing here and are left out.
+            correct: for each set of labels, the correct rows of each query.
+        """
         import bm25s
 
         # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
@@ -51,26 +57,3 @@ class Index:
                 yield self._index.get_scores(known) if known else zeros
 
         return by_score.rank(scores(), len(queries), k, correct)
-
-
-def search(
-    queries: list[str],
-    texts: Iterable[str],
-    k: int = 10,
-    correct: dict[str, list[np.ndarray]] | None = None,
-    k1: float = 1.5,
-    b: float = 0.75,
-) -> Ranked:
-    """Ranks passages for each query by BM25.
-
-    Args:
-        queries: text of each query, prompt and target.
-        texts: the passages, in the corpus's order.
-        k: number of proponents to keep; opponents mean nothing here and are left out.
-        correct: for each set of labels, the correct rows of each query.
-        k1, b: BM25's constants.
-
-    Raises:
-        ValueError: no passage has a word.
-    """
-    return Index(texts, k1, b).search(queries, k, correct)

@@ -42,11 +42,6 @@ def rank(
     )
 
 
-def at_random(passages: int, queries: int, seed: int = 0) -> Iterable[np.ndarray]:
-    """Draws scores in [0, 1) for every query, a function of the seed and the query's number."""
-    return (random_scores(passages, seed, q) for q in range(queries))
-
-
 def random_scores(passages: int, *seeds: int) -> np.ndarray:
     """Draws scores in [0, 1), float64 [C], a function of the seeds."""
     return np.random.default_rng(seeds).random(passages)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -68,21 +67,6 @@ def encode(x_RxE, whitening, unit_norm: bool, widths: tuple[int, ...]):
 @jax.jit
 def _zero_invalid(x_RxE, valid_R):
     return jnp.where(valid_R[:, None], x_RxE, 0.0)
-
-
-def encode_source(source: Source, scorer: Scorer, step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Encodes a whole source, as (first row, float32 [≤ step, E]).
-
-    A row that is invalid in the source is all infinite.
-    """
-    widths = source.form.widths
-    for rows in source.scan(step):
-        x = pad_rows(rows, step)
-        gradients = _zero_invalid(store.decode(x.values, x.scales, widths), x.valid)
-        encoded = encode(gradients, scorer.whitening, scorer.unit_norm, widths)
-        out = np.array(encoded)[: len(rows)]
-        out[~rows.valid] = np.inf
-        yield rows.first, out
 
 
 def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:

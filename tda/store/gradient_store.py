@@ -280,15 +280,6 @@ class GradientStore:
                 f"{error}; {command} finds all damaged files and removes them"
             ) from error
 
-    def chunks(self, step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields all rows in order as (first row, float32 [≤ step, E]); files are read ahead.
-
-        By default a chunk has 4096 rows, or fewer where these would take more than 64 MiB.
-        """
-        largest = max(1, min(4096, _SPAN_BYTES // (4 * self.width)))
-        for rows in self.scan(step or 1 << (largest.bit_length() - 1)):
-            yield rows.first, rows.decoded(self.form.widths)
-
     def damage(self, shard: int) -> str | None:
         """Reads a whole shard and describes its damage.
 

@@ -127,10 +127,6 @@ class ResultsFile:
         shown = line.decode("utf-8", "replace").strip()
         return {"malformed": self.columns["error"][row], "line": shown[:_SHOWN]}
 
-    def proponent_numbers(self, row: int) -> np.ndarray:
-        """Returns a hash of each proponent's id, uint64."""
-        return self._ids[row]
-
     def ranks_of(self, row: int, passage: str) -> int:
         """Returns the rank of a passage among a record's proponents, from 1; 0 if it is not one."""
         at = np.flatnonzero(self._ids[row] == _number_of(passage))
@@ -159,8 +155,8 @@ def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
     out: list[int | None] = []
     for row, example in enumerate(one.columns["id"]):
         match = None if example is None else other.row_of(example)
-        numbers = one.proponent_numbers(row)
-        other_numbers = None if match is None else other.proponent_numbers(match)
+        numbers = one._ids[row]
+        other_numbers = None if match is None else other._ids[match]
         lacking = other_numbers is None or not len(numbers) or not len(other_numbers)
         out.append(None if lacking else len(set(numbers.tolist()) & set(other_numbers.tolist())))
     return out

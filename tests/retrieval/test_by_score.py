@@ -31,12 +31,11 @@ def test_a_score_of_all_alike_finds_nothing_first():
 
 
 def test_chance_is_the_same_again_and_different_for_each_query():
-    once, again = (list(by_score.at_random(100, 3, seed=4)) for _ in range(2))
+    once, again = ([by_score.random_scores(100, 4, q) for q in range(3)] for _ in range(2))
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once[0], once[1])
-    ranks = by_score.rank(
-        by_score.at_random(100, 400), 400, 10, {"all": [np.array([7])] * 400}
-    ).first_ranks["all"]
+    scores = (by_score.random_scores(100, 0, q) for q in range(400))
+    ranks = by_score.rank(scores, 400, 10, {"all": [np.array([7])] * 400}).first_ranks["all"]
     assert 45 < ranks.mean() < 56 and ranks.min() == 1
 
 
