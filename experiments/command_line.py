@@ -10,6 +10,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from tda.run import defaults
+from tda.sweep.grid import list_keys
 
 # Beside this folder both in a checkout and in an installed package.
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -101,16 +102,6 @@ def _read_config(argv: list[str]) -> ConfigDict:
         if name == "config":
             return runpy.run_path(value or following)["get_config"]()
     return ConfigDict()
-
-
-def list_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns every key of a config, such as `train.epochs`."""
-    keys = []
-    for key, value in config.items():
-        keys += (
-            list_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-        )
-    return keys
 
 
 def _describe_unknown(name: str, keys: list[str]) -> str:

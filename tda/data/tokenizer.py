@@ -7,12 +7,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.runtime.fingerprint import fingerprint_parts
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-class Tokenizer:
+class Tokenizer(PretrainedTokenizer):
     """A tokenizer of whole sequences.
 
     A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. A space is put before every
@@ -21,9 +22,9 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
-        self._inner = inner
-        inner.encode_special_tokens = True
-        self.pad, self.bos, self.eos = (inner.token_to_id(t) for t in (PAD, BOS, EOS))
+        self.bos = inner.token_to_id(BOS)
+        eos, pad = inner.token_to_id(EOS), inner.token_to_id(PAD)
+        super().__init__(inner, begin=[self.bos], end=[eos], eos=eos, pad=pad)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -75,33 +76,9 @@ class Tokenizer:
         self._inner.save(part)
         os.replace(part, path)
 
-    @property
-    def begin(self) -> tuple[int, ...]:
-        """The token ids before every text."""
-        return (self.bos,)
-
-    @property
-    def end(self) -> tuple[int, ...]:
-        """The token ids after every text."""
-        return (self.eos,)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return self._inner.get_vocab_size()
-
     def fingerprint(self) -> str:
         """Returns a hash of everything that decides which ids a text gets."""
         return fingerprint_parts([self._inner.to_str()])
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Returns the token ids of each text, without special tokens."""
-        return [e.ids for e in self._inner.encode_batch(texts, add_special_tokens=False)]
-
-    def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Returns the token ids of each text, and the characters [start, stop) of each token."""
-        encodings = self._inner.encode_batch(texts, add_special_tokens=False)
-        return [(e.ids, e.offsets) for e in encodings]
 
     def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of `<bos> prompt target` and which of them are the target's.
@@ -124,7 +101,3 @@ class Tokenizer:
             raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
         ids = np.asarray([self.bos, *encoded.ids], np.int32)
         return ids, np.asarray([False, *is_target])
-
-    def decode(self, ids) -> str:
-        """Returns the text of token ids without special tokens; it starts with the added space."""
-        return self._inner.decode(list(map(int, ids)), skip_special_tokens=True)

@@ -1,8 +1,9 @@
 """Creates a store, appends to one, opens one, and refuses one built with other settings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tda.runtime import processes
+from tda.runtime.differences import differences
 from tda.store import passages, rows, segment
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
@@ -201,21 +202,10 @@ def finished(path) -> bool:
 
 
 def _check(path, stored: dict, expected: dict) -> None:
-    differences = list(_differences("", stored, expected))
-    if differences:
+    lines = list(differences(stored, expected, "the store"))
+    if lines:
         raise StoreError(
             f"{path} was built with other settings:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(lines)
             + "\nremove it, or use the settings that it was built with"
         )
-
-
-def _differences(name: str, stored, expected) -> Iterator[str]:
-    if isinstance(stored, list) and isinstance(expected, list) and len(stored) == len(expected):
-        stored, expected = dict(enumerate(stored)), dict(enumerate(expected))
-    if isinstance(stored, dict) and isinstance(expected, dict):
-        for key in sorted(stored.keys() | expected.keys()):
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(inner, stored.get(key), expected.get(key))
-    elif stored != expected:
-        yield f"{name}: {stored} in the store, {expected} wanted"

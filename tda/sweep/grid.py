@@ -142,7 +142,7 @@ def _parse_axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
 def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for key, value in values.items():
-        known = _keys(config)
+        known = list_keys(config)
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -154,11 +154,13 @@ def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> Confi
     return config
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    out = []
+def list_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns every key of a config, such as `train.epochs`."""
+    keys = []
     for key, value in config.items():
-        out += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-    return out
+        is_section = isinstance(value, ConfigDict)
+        keys += list_keys(value, f"{prefix}{key}.") if is_section else [prefix + key]
+    return keys
 
 
 def _name_point(values: dict[str, Any], fixed: dict[str, Any]) -> str:

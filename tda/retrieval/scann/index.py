@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from tda.retrieval.scann import part as scann_part
 from tda.retrieval.scann.part import Part, ScannError
 from tda.retrieval.scann.settings import Settings
 from tda.runtime import atomic_file
+from tda.runtime.differences import differences
 
 FORMAT = 1
 # Candidates to score again by their encodings, for each row that a search returns.
@@ -211,24 +212,10 @@ def write_manifest(root: pathlib.Path, manifest: dict) -> None:
 
 def check_same(root: pathlib.Path, stored: dict, expected: dict) -> None:
     """Checks that an index was built with the expected values, and raises ScannError otherwise."""
-    stored, expected = dict(_leaves("", stored)), dict(_leaves("", expected))
-    lines = [
-        f"{name}: {stored.get(name)} in the index, {expected.get(name)} wanted"
-        for name in sorted(stored.keys() | expected.keys())
-        if stored.get(name) != expected.get(name)
-    ]
+    lines = list(differences(stored, expected, "the index"))
     if lines:
         raise ScannError(
             f"{root} was built with other values:\n  "
             + "\n  ".join(lines)
             + "\nremove it, or use the values that it was built with"
         )
-
-
-def _leaves(name: str, value) -> Iterator[tuple[str, object]]:
-    """Yields the values of nested dicts with their dotted names."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, item in value.items():
-        yield from _leaves(f"{name}.{key}" if name else key, item)

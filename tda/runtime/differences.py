@@ -1,0 +1,21 @@
+"""What differs between the description of finished work and that of the work asked for."""
+
+from collections.abc import Iterator
+
+
+def differences(stored, expected, place: str, name: str = "") -> Iterator[str]:
+    """Yields a line for each value that differs between two trees of dicts and lists.
+
+    Args:
+        stored, expected: JSON values.
+        place: where `stored` is from, such as "the store", for the lines.
+        name: dotted name of the two values.
+    """
+    if isinstance(stored, list) and isinstance(expected, list) and len(stored) == len(expected):
+        stored, expected = dict(enumerate(stored)), dict(enumerate(expected))
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        for key in sorted(stored.keys() | expected.keys()):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differences(stored.get(key), expected.get(key), place, inner)
+    elif stored != expected:
+        yield f"{name}: {stored} in {place}, {expected} wanted"
