@@ -50,7 +50,7 @@ def trace(
     *,
     tokenizer: Any = None,
     loss: str | Callable = "loss",
-    method: str = "exp5",
+    method: str = "trackstar_train",
     correction: str = "factored",
     scales: dict[str, Scale] | None = None,
     projection: Projection | None = None,
@@ -85,7 +85,7 @@ def trace(
         loss: the function that is differentiated: "loss", "margin" or "logit" of a model from
             tokens [B, T] to logits [B, T, V]; or a function of the model and a batch to float32 [B]
             (with a tokenizer, the batch is {"tokens", "targets", "weights"}, each [B, T]).
-        method: a name in `tda.methods.METHODS`. "exp5" (TrackStar without R of the queries)
+        method: a name in `tda.methods.METHODS`. "trackstar_train" (the paper's Exp 5)
             whitens by R of the passages; "trackstar" also mixes in R of the queries, which needs
             many queries of one form.
         correction: the form of √V that gradients are divided by: "factored", "low_rank(R)" or
@@ -153,8 +153,9 @@ def _rank(
         )
     if method.hessian == "mixed" and len(queries_QxE) < _FEWEST_QUERIES:
         raise ValueError(
-            f"R of {len(queries_QxE)} queries is hardly more than these, and mixing it in would "
-            f"take out what is asked for; use method='exp5' below {_FEWEST_QUERIES} queries"
+            f"R of {len(queries_QxE)} queries holds little but their own gradients, and mixing it "
+            "in would remove what they ask for; use method='trackstar_train' below "
+            f"{_FEWEST_QUERIES} queries"
         )
     whitening = Whitening(
         HessianSettings(damping=damping), source, queries_QxE, settings.mesh, quiet=settings.quiet

@@ -133,13 +133,16 @@ METHODS = {
         several=True,
         passages="unsure",
     ),
+    # The paper's ablations of TrackStar, as its table numbers them. "Optimizer" is the correction
+    # by the optimizer's second moments, "R_train" R of the passages, "norm" a unit norm (a cosine).
     "exp1": Method("Exp 1: optimizer, no norm", corrected=True, unit_norm=False),
     "exp2": Method("Exp 2: norm"),
     "exp3": Method("Exp 3: optimizer, norm", corrected=True),
     "exp4": Method("Exp 4: R_train, norm", hessian="train"),
     "exp5": Method("Exp 5: optimizer, R_train, norm", corrected=True, hessian="train"),
     "trackstar": Method("TrackStar", corrected=True, hessian="mixed"),
-    # TrackStar with one thing changed.
+    # TrackStar with one thing changed. The first is Exp 5 under a name that says what it is.
+    "trackstar_train": Method("TrackStar, R of the passages", corrected=True, hessian="train"),
     "trackstar_raw": Method("TrackStar without optimizer correction", hessian="mixed"),
     "trackstar_all": Method(
         "TrackStar, R_eval of all queries", corrected=True, hessian="mixed", evaluation="all"

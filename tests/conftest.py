@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 
 # Before jax is imported anywhere; a subprocess of a test inherits both. Compiling is most of the
 # tests' time, so the compiler is told not to try hard.
@@ -30,6 +31,25 @@ from tda.model.settings import DecoderSettings
 from tda.runtime import sharding
 
 TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+
+
+# A worker that kept the programs of all files would grow beyond 5 GB. Dropping them after every
+# file would compile again what files share, so they go only when the worker has grown.
+_PROGRAMS_BYTES = 1_200_000_000
+
+
+def _resident_bytes() -> int:
+    """Returns the memory of this process; 0 where the system does not tell."""
+    statm = pathlib.Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs():
+    yield
+    if _resident_bytes() > _PROGRAMS_BYTES:
+        jax.clear_caches()
 
 
 @functools.cache

@@ -308,7 +308,7 @@ def test_linen_models_through_the_bridge(untapped):
 def test_answers_print_and_save(model, tokenizer, tmp_path):
     found = call(model, tokenizer, [(f"<b>{i}", t) for i, t in enumerate(TEXTS)])
     text = str(found)
-    assert text.splitlines()[0] == "Exp 5: optimizer, R_train, norm"
+    assert text.splitlines()[0] == "TrackStar, R of the passages"
     assert "The town of Norway is → Oslo" in text and found[0].proponents[0].text in text
     assert "opponents" in found.show(opponents=True) and "opponents" not in text
     assert "1 more queries" in found.show(queries=1)
@@ -331,7 +331,7 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         (dict(queries=["Oslo"]), "query 0 is 'Oslo'; give"),
         (dict(queries=[]), "there are no queries"),
         (dict(texts=TEXTS), "there is a tokenizer here"),
-        (dict(method="trackstar"), "R of 2 queries is hardly more.*use method='exp5'"),
+        (dict(method="trackstar"), "R of 2 queries holds little.*use method='trackstar_train'"),
         (dict(queries=[("Norway", " ")]), "has no token"),
     ],
 )

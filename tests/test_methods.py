@@ -15,7 +15,7 @@ def test_rows_differ_in_the_papers_switches():
     assert switches["exp2"] == switches["grad_cos"] == (False, "none", True)
     assert switches["exp3"] == (True, "none", True)
     assert switches["exp4"] == (False, "train", True)
-    assert switches["exp5"] == (True, "train", True)
+    assert switches["exp5"] == switches["trackstar_train"] == (True, "train", True)
     assert switches["trackstar"] == (True, "mixed", True)
     assert switches["grad_dot"] == (False, "none", False)
 

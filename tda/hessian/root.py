@@ -71,8 +71,9 @@ def check_component(evaluation: list[np.ndarray], k: int, count: int) -> None:
         raise ValueError(
             f"R_eval of {count} queries has no direction at component {k}, where the mixing rule "
             "compares it with R_train: λ would be 1, which leaves R_train out. Ask more queries, "
-            "set a smaller hessian.component or a hessian.weight from 0 to 1, or use exp5 instead "
-            "of trackstar (exp4 instead of trackstar_raw), which does not mix"
+            "set a smaller hessian.component or a hessian.weight from 0 to 1, or use "
+            "trackstar_train (also exp5) instead of trackstar, or exp4 instead of trackstar_raw: "
+            "they take R of the passages alone"
         )
 
 
