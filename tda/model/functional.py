@@ -16,12 +16,12 @@ class Functional:
     Attributes:
         graphdef: the model's structure.
         rest: variables that are not parameters.
-        axes: logical axes of each parameter: a tree like the parameters', with tuples for leaves.
+        axes: logical axes of each parameter, by path name.
     """
 
     graphdef: Any
     rest: Any
-    axes: dict
+    axes: dict[str, tuple]
 
     def merge(self, params: dict) -> nnx.Module:
         """Returns the model with parameters `params`, a nested dict of arrays."""
@@ -35,31 +35,20 @@ class Functional:
 def split(model: nnx.Module) -> tuple[Functional, dict]:
     """Takes a model apart into its structure and a nested dict of its parameters."""
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-    axes = {path: _axes(variable) for path, variable in nnx.to_flat_state(state)}
     # Plain arrays, so that a model that writes to its variables (a Linen one to its keys) writes
     # to copies.
-    return Functional(graphdef, nnx.to_pure_dict(rest), _nest(axes)), nnx.to_pure_dict(state)
-
-
-def _axes(variable) -> tuple:
-    stated = tuple(variable.get_metadata().get("axes") or ())
-    # A stacked parameter has the axis of layers in front of the stated ones.
-    return (None,) * (len(variable.shape) - len(stated)) + stated
+    model_fn = Functional(graphdef, nnx.to_pure_dict(rest), logical_axes(state))
+    return model_fn, nnx.to_pure_dict(state)
 
 
 def logical_axes(state) -> dict[str, tuple]:
     """Returns the logical axes of every variable of an NNX state, by path name."""
-    return {path_name(path): _axes(variable) for path, variable in nnx.to_flat_state(state)}
-
-
-def _nest(flat: dict) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
+    axes = {}
+    for path, variable in nnx.to_flat_state(state):
+        stated = tuple(variable.get_metadata().get("axes") or ())
+        # A stacked parameter has the axis of layers in front of the stated ones.
+        axes[path_name(path)] = (None,) * (len(variable.shape) - len(stated)) + stated
+    return axes
 
 
 def path_name(path) -> str:
@@ -72,29 +61,18 @@ def flat_parameters(params: dict) -> dict[str, jax.Array]:
     return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
-def abstract(params: dict, axes: dict, mesh) -> dict:
+def abstract(params: dict, axes: dict[str, tuple], mesh) -> dict:
     """Returns shapes, dtypes and shardings of `params` on `mesh`, without data."""
 
-    def shape(x, a):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, a, x.shape))
+    def shape(path, x):
+        layout = sharding.named(mesh, axes[path_name(path)], x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
-    return jax.tree.map(shape, params, _like(axes, params))
+    return jax.tree_util.tree_map_with_path(shape, params)
 
 
-def place(params: dict, axes: dict, mesh) -> dict:
+def place(params: dict, axes: dict[str, tuple], mesh) -> dict:
     """Lays out `params` on `mesh` by the axis rules."""
     return jax.tree.map(
         lambda x, a: jax.device_put(x, a.sharding), params, abstract(params, axes, mesh)
     )
-
-
-def _like(axes: dict, params: dict):
-    """The axes as a tree of the structure of `params`, with leaves that jax takes for leaves."""
-    flat, structure = jax.tree.flatten(params)
-    leaves = jax.tree.flatten(axes, is_leaf=lambda a: isinstance(a, tuple))[0]
-    assert len(leaves) == len(flat)
-    return jax.tree.unflatten(structure, [_Leaf(a) for a in leaves])
-
-
-class _Leaf(tuple):
-    """A tuple that is a leaf of a tree (a plain tuple is a branch)."""

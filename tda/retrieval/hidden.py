@@ -80,14 +80,8 @@ class Pooler:
         read = np.minimum(table.lengths[rows], self._most)
         planned = batching.plan(read, tuple(dict.fromkeys(lengths)), layout.tokens_per_batch)
         out = np.empty((len(rows), self.width), np.float32)
-        for i in range(len(planned)):
-            local = planned.members(i)
-            tokens_BxT = np.full(
-                (int(planned.sizes[i]), int(planned.lengths[i])), layout.pad, np.int32
-            )
-            for j, (row, length) in enumerate(zip(rows[local], read[local], strict=True)):
-                begin = table.starts[row]
-                tokens_BxT[j, :length] = table.tokens[begin : begin + length]
-            out[local] = np.asarray(self._pooled(self._state, tokens_BxT))[: len(local)]
-            on_rows(len(local))
+        for batch in batching.Batches(table, rows, planned, layout.pad):
+            pooled_BxD = self._pooled(self._state, batch.tokens)
+            out[batch.places] = np.asarray(pooled_BxD)[: len(batch.places)]
+            on_rows(len(batch.places))
         return out

@@ -268,14 +268,8 @@ def test_every_matrix_carries_its_axes(decoder, scan):
         "gate/kernel": ("embed", "mlp"),
         "down/kernel": ("mlp", "embed"),
     }
-    flat = {
-        functional.path_name(p): axes
-        for p, axes in jax.tree_util.tree_leaves_with_path(
-            fn.axes, is_leaf=lambda a: isinstance(a, tuple)
-        )
-    }
-    assert flat.keys() == functional.flat_parameters(params).keys()
-    for name, axes in flat.items():
+    assert fn.axes.keys() == functional.flat_parameters(params).keys()
+    for name, axes in fn.axes.items():
         stacked = (None,) if scan and name.startswith("layers") else ()
         own = expected.get("/".join(name.split("/")[-2:]), (None,))
         assert axes == stacked + own, name

@@ -71,7 +71,10 @@ def test_parameters_come_back_split_over_a_mesh(saved):
     mesh = sharding.make_mesh(data=4, fsdp=2)
     like = functional.abstract(
         state["params"],
-        jax.tree.map(lambda x: ("embed",) + (None,) * (x.ndim - 1), state["params"]),
+        {
+            name: ("embed",) + (None,) * (x.ndim - 1)
+            for name, x in functional.flat_parameters(state["params"]).items()
+        },
         mesh,
     )
     got = checkpoint.restore_parameters(root, like)

@@ -219,7 +219,6 @@ def place(
 ) -> Decoder:
     """Returns the decoder with its parameters, each read as its devices need it."""
     model_fn, abstract = functional.split(described.abstract_decoder())
-    axes = functional.flat_parameters(jax.tree.map(_Axes, model_fn.axes, is_leaf=_is_axes))
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
     label = f"load {os.path.basename(described.path)}"
     with progress.bar(total, label, "number", quiet=quiet) as bar:
@@ -230,24 +229,13 @@ def place(
             if mesh is None:
                 parameter = jnp.asarray(read_slice(tuple(slice(0, n) for n in x.shape)))
             else:
-                layout = sharding.named(mesh, axes[name].names, x.shape)
+                layout = sharding.named(mesh, model_fn.axes[name], x.shape)
                 parameter = jax.make_array_from_callback(x.shape, layout, read_slice)
             bar.update(parameter.size)
             return parameter
 
         params = jax.tree_util.tree_map_with_path(read, abstract)
     return model_fn.merge(params)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """The logical axes of a parameter as a leaf of a tree, where a tuple would be a branch."""
-
-    names: tuple
-
-
-def _is_axes(x) -> bool:
-    return isinstance(x, tuple)
 
 
 def _path_in_layer(path: str, layer: int) -> str:
