@@ -54,12 +54,10 @@ def build(
             with `read` if the index keeps no encodings to reorder by.
 
     Raises:
-        ScannError: the directory has an index of other encodings or settings; the encodings do not
-            fit the shape; no row is valid; ScaNN is not installed.
+        ScannError: the directory has an index of other encodings or settings; no row is valid;
+            ScaNN is not installed.
     """
     root, (rows, width) = pathlib.Path(path), shape
-    if rows < 1 or width < 1:
-        raise ScannError(f"there is nothing to index: {rows} rows of {width} numbers")
     parts = scann_index.split_rows(rows, settings.part_rows)
     manifest = {
         "format": scann_index.FORMAT,
@@ -85,7 +83,7 @@ def build(
         with progress.bar(rows, "index", "row", done) as bar:
             for directory, covered in missing.items():
                 rows_N, x_NxE = _read_valid(read, covered, buffer)
-                scann_part.write_part(directory, covered, rows_N, x_NxE, settings)
+                scann_part.write_part(directory, rows_N, x_NxE, settings)
                 bar.update(covered.stop - covered.start)
     index = Index.open(root)
     if not index.valid_rows:
@@ -110,11 +108,6 @@ def _read_valid(read: Read, covered: slice, buffer: np.ndarray) -> tuple[np.ndar
     for first in range(covered.start, covered.stop, step):
         rows = np.arange(first, min(first + step, covered.stop))
         x = read(rows)
-        if x.shape != (len(rows), width):
-            raise ScannError(
-                f"encodings {list(x.shape)} of rows from {first} do not fit {len(rows)} rows of "
-                f"{width} numbers"
-            )
         valid = store.valid(x)
         numbers.append(rows[valid])
         buffer[count : count + len(numbers[-1])] = x[valid]
@@ -150,17 +143,8 @@ def recall(
 
     Returns:
         {"k", "queries", "proponents", "opponents"}, the last two from 0 to 1.
-
-    Raises:
-        ScannError: the exact ranking has no queries, other queries, or fewer rows.
     """
-    depth = exact.proponents.shape[1]
-    k = k or depth
-    if not 0 < k <= depth or len(exact.proponents) != len(queries_QxE) or not len(queries_QxE):
-        raise ScannError(
-            f"recall@{k} of {len(queries_QxE)} queries cannot be told from an exact ranking of "
-            f"{len(exact.proponents)} queries, {depth} rows each"
-        )
+    k = k or exact.proponents.shape[1]
     approximate = index.search(queries_QxE, k, read=read)
     return {
         "k": k,

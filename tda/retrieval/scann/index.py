@@ -46,7 +46,7 @@ class Index:
                 f"{path} is not finished: parts {', '.join(missing[:5])} are missing "
                 f"({len(missing)} of {len(slices)}); build it again, and the build resumes"
             )
-        checked = map(scann_part.check_part, self._parts, slices)
+        checked = map(scann_part.check_part, self._parts)
         sizes, counts = zip(*checked, strict=True)
         self.valid_rows = sum(counts)
         # The first parts that fit stay in memory; the others are loaded for every search.
@@ -54,26 +54,20 @@ class Index:
         self._loaded: dict[int, Part] = {}
 
     @classmethod
-    def open(cls, path, fingerprint: dict | None = None, memory_bytes: int = 8 << 30) -> "Index":
+    def open(cls, path, memory_bytes: int = 8 << 30) -> "Index":
         """Opens an index.
 
         Args:
             path: its directory.
-            fingerprint: the expected fingerprint of its encodings; only these keys are compared.
             memory_bytes: memory for parts that stay loaded between searches; one more part is in
                 memory while it is searched.
 
         Raises:
-            ScannError: there is no index, or it is unfinished, damaged or of other encodings; the
-                message names the file, or what differs.
+            ScannError: there is no index, or it is unfinished or damaged; the message names the
+                file.
         """
         root = pathlib.Path(path)
-        manifest = read_manifest(root)
-        if fingerprint is not None:
-            stored = {k: manifest["fingerprint"].get(k) for k in fingerprint}
-            expected = json.loads(json.dumps(fingerprint))
-            check_same(root, {"fingerprint": stored}, {"fingerprint": expected})
-        return cls(root, manifest, memory_bytes)
+        return cls(root, read_manifest(root), memory_bytes)
 
     def search(
         self,
@@ -107,9 +101,12 @@ class Index:
             The ranking, without first ranks: an index knows the ranks of no other rows.
 
         Raises:
-            ScannError: the queries do not fit, or a part cannot be read.
+            ScannError: an encoding is not finite, or a part cannot be read.
         """
-        queries_QxE = self._check_queries(encodings_QxE, k)
+        queries_QxE = np.ascontiguousarray(encodings_QxE, np.float32)
+        bad = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))
+        if len(bad):
+            raise ScannError(f"the encoding of query {bad[0]} has a number that is not finite")
         without = np.unique(np.asarray([] if without is None else without, np.int64))
         count = len(queries_QxE)
         # The smallest inner products with q are the largest with −q.
@@ -129,20 +126,6 @@ class Index:
             empty = np.zeros((count, 0))
             return Ranked(rows, scores, empty.astype(np.int64), empty.astype(np.float32), {})
         return Ranked(rows[:count], scores[:count], rows[count:], -scores[count:], {})
-
-    def _check_queries(self, encodings_QxE, k: int) -> np.ndarray:
-        x = np.ascontiguousarray(encodings_QxE, np.float32)
-        if x.ndim != 2 or x.shape[1] != self.width:
-            raise ScannError(
-                f"queries {list(x.shape)} do not fit {self.path}, whose rows have {self.width} "
-                "numbers: encode them as its rows were"
-            )
-        bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-        if len(bad):
-            raise ScannError(f"the encoding of query {bad[0]} has a number that is not finite")
-        if k < 1:
-            raise ScannError(f"k is {k}; it is at least 1")
-        return x
 
     def _load(self, number: int) -> Part:
         part = self._loaded.get(number)

@@ -1,7 +1,7 @@
 """One part of an approximate index: consecutive rows of a corpus, as ScaNN's files in a directory.
 
 rows.npy        int64 [N], the valid rows of the part, as row numbers of the corpus
-part.json       the rows that the part covers, and the size of every file
+part.json       the number of these rows, and the size of every file
 scann_*, *.npy  the files of ScaNN's `serialize`
 """
 
@@ -111,17 +111,14 @@ class Part:
         return places.astype(np.int64), scores
 
 
-def write_part(
-    path: pathlib.Path, covered: slice, rows_N: np.ndarray, encodings_NxE, settings: Settings
-) -> None:
+def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: Settings) -> None:
     """Builds a part; its directory appears whole or not at all.
 
     The same rows give the same bytes, with any number of threads.
 
     Args:
         path: the directory.
-        covered: rows of the corpus that the part covers.
-        rows_N: the valid rows among them.
+        rows_N: the valid rows of the part, as row numbers of the corpus.
         encodings_NxE: encodings of the valid rows, float32.
         settings: settings of ScaNN.
 
@@ -137,8 +134,6 @@ def write_part(
             searcher.serialize(str(temporary), relative_path=True)
         np.save(temporary / "rows.npy", rows_N)
         description = {
-            "first": covered.start,
-            "stop": covered.stop,
             "valid": len(rows_N),
             "files": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
         }
@@ -195,27 +190,21 @@ def _flush(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def check_part(path: pathlib.Path, covered: slice) -> tuple[int, int]:
+def check_part(path: pathlib.Path) -> tuple[int, int]:
     """Checks a part's files by their sizes: ScaNN's own loader may crash on a truncated file.
 
     Returns:
         The bytes of all files, and the number of valid rows.
 
     Raises:
-        ScannError: a file is missing or has another size, or the part covers other rows.
+        ScannError: a file is missing or has another size.
     """
     advice = "remove the directory and build the index again: only this part is made anew"
     try:
         description = json.loads((path / "part.json").read_text(encoding="utf-8"))
         sizes, valid = dict(description["files"]), int(description["valid"])
-        rows = slice(description["first"], description["stop"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScannError(f"{path / 'part.json'} cannot be read ({error}); {advice}") from error
-    if rows != covered:
-        raise ScannError(
-            f"{path} has rows {rows.start} to {rows.stop}, not {covered.start} to {covered.stop}; "
-            f"{advice}"
-        )
     for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).exists() else "no"
         if actual != size:
