@@ -117,17 +117,7 @@ def _rows(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
 
 
 def _passages(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
-    arrays = _rows(table, np.maximum(rows, 0), length, pad) if (rows >= 0).all() else None
-    if arrays is None:
-        # Zero gradients stand alone or beside real passages of the same length.
-        real = np.flatnonzero(rows >= 0)
-        empty = np.zeros((len(rows), length))
-        arrays = {
-            "tokens": np.full(empty.shape, pad, np.int32),
-            "targets": np.full(empty.shape, pad, np.int32),
-            "weights": empty.astype(np.float32),
-        }
-        if len(real):
-            for key, value in _rows(table, rows[real], length, pad).items():
-                arrays[key][real] = value
-    return arrays
+    # A row of -1, whose gradient is zero, is an empty one: padding, which stands behind all others.
+    order = np.argsort(rows < 0, kind="stable")
+    batch = batching.materialise(table, rows[rows >= 0], length, len(rows), pad)
+    return {name: x[np.argsort(order)] for name, x in batch.arrays().items()}

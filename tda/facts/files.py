@@ -1,6 +1,6 @@
 """Reads passages and facts from JSON lines, and checks every record."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from tda.data.jsonl import Paths, RecordError, iter_records
@@ -40,14 +40,9 @@ def iter_facts(path: Paths) -> Iterator[Fact]:
 def _validated(
     path: Paths, from_dict: Callable[[Any, str], Record], id_field: str
 ) -> Iterator[Record]:
-    return _unique(
-        ((where, from_dict(value, where)) for where, value in iter_records(path)), id_field
-    )
-
-
-def _unique(records: Iterable[tuple[str, Record]], id_field: str) -> Iterator[Record]:
     place_of: dict[str, str] = {}
-    for where, record in records:
+    for where, value in iter_records(path):
+        record = from_dict(value, where)
         record_id = getattr(record, id_field)
         if record_id in place_of:
             raise RecordError(

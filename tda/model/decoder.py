@@ -168,8 +168,3 @@ class Decoder(nnx.Module):
 def abstract_decoder(settings: DecoderSettings) -> Decoder:
     """Returns a decoder of shapes and dtypes, without allocating any array."""
     return nnx.eval_shape(lambda: Decoder(settings, rngs=nnx.Rngs(0)))
-
-
-def parameter_count(settings: DecoderSettings) -> int:
-    """Returns the number of parameters of a decoder with these settings; nothing is allocated."""
-    return sum(p.size for p in jax.tree.leaves(nnx.state(abstract_decoder(settings), nnx.Param)))

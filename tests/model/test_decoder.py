@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tda import loss
 from tda.model import functional, sizes
-from tda.model.decoder import Decoder, parameter_count
+from tda.model.decoder import Decoder, abstract_decoder
 from tda.model.positions import rotary, rotation
 from tda.model.settings import DecoderSettings
 
@@ -21,6 +22,11 @@ def logits_of(model, tokens):
 
 def tokens_of(batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, 50, (batch, length)).astype(np.int32)
+
+
+def parameter_count(settings):
+    params = nnx.state(abstract_decoder(settings), nnx.Param)
+    return sum(p.size for p in jax.tree.leaves(params))
 
 
 def close(a, b, tolerance=1e-5):
