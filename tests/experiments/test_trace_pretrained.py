@@ -105,7 +105,7 @@ def test_greedy_continuation_is_the_largest_logit_each_time(directory):
         logits = model(np.asarray([ids + found[:i]], np.int32))
         assert token == int(np.argmax(logits[0, -1]))
     assert generation.greedy(model, ids, 4, stop=found[2]) == found[: found.index(found[2])]
-    with pytest.raises(ValueError, match="no token to go on from"):
+    with pytest.raises(ValueError, match="there is no token to continue: give a prompt"):
         generation.greedy(model, [], 4)
 
 

@@ -36,7 +36,7 @@ def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, 
     found = opening.collect(str(workdir), [], None, str(tmp_path))
     assert [f.label for f in found.files] == ["trackstar"]
     told = capsys.readouterr().out
-    assert "not of the last evaluation" in told and "bm25.jsonl, mine.jsonl" in told
+    assert "of an earlier evaluation" in told and "bm25.jsonl, mine.jsonl" in told
     assert "--results" in told and (workdir / "results" / "bm25.jsonl").exists()
     names = [str(workdir / "results" / f"{n}.jsonl") for n in ("bm25", "trackstar")]
     found = opening.collect(str(workdir), names, None, str(tmp_path))

@@ -179,7 +179,7 @@ def test_processes_with_other_configs_are_told(tmp_path):
 FAILING = """
 import jax
 from experiments import launch
-from tda import processes
+from tda.runtime import processes
 launch._PATIENCE = 5
 
 def main(config, workdir):
