@@ -110,13 +110,11 @@ class _Next:
         @jax.jit
         def probabilities(state, tokens_BxT, last_B):
             model = nnx.merge(graphdef, state)
-            if hasattr(model, "hidden") and hasattr(model, "logits"):
-                h_BxTxD = model.hidden(tokens_BxT)
-                at = last_B[:, None, None]
-                logits_BxV = model.logits(jnp.take_along_axis(h_BxTxD, at, axis=1))[:, 0]
-            else:
-                logits_BxTxV = model(tokens_BxT)
-                logits_BxV = jnp.take_along_axis(logits_BxTxV, last_B[:, None, None], axis=1)[:, 0]
+            # Where the model allows it, logits are made of the last positions alone.
+            has_head = hasattr(model, "hidden") and hasattr(model, "logits")
+            x_BxTxN = model.hidden(tokens_BxT) if has_head else model(tokens_BxT)
+            x_Bx1xN = jnp.take_along_axis(x_BxTxN, last_B[:, None, None], axis=1)
+            logits_BxV = (model.logits(x_Bx1xN) if has_head else x_Bx1xN)[:, 0]
             return jax.nn.softmax(logits_BxV.astype(jnp.float32), axis=-1)
 
         self._probabilities = probabilities

@@ -46,7 +46,8 @@ class Location:
         spec = {"driver": driver, "bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if driver == "s3" and endpoint:
-            spec |= {"endpoint": endpoint, "aws_region": _region()}
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
         return spec
 
     def _open(self) -> ts.KvStore:
@@ -58,9 +59,11 @@ class Location:
         """Returns a file's contents, or None where there is no such file."""
         return _contents(self._read(name))
 
-    def write(self, name: str, contents: bytes) -> None:
-        """Writes a file."""
-        self._write(name, contents)
+    def write(self, name: str, contents: bytes, only_over: bytes | None = None):
+        """Writes a file; with `only_over`, only where the file still has that generation."""
+        return self._call(
+            f"write {name}", lambda files: files.write(name, contents, if_equal=only_over)
+        )
 
     def remove(self, name: str) -> None:
         """Removes a file, if it exists."""
@@ -103,7 +106,7 @@ class Location:
             stored = self._read(name)
             value = change(self._value(name, _contents(stored)))
             # Without a generation nothing was written: another process changed the file.
-            written = bool(self._write(name, _as_json(value), stored.stamp.generation).generation)
+            written = bool(self.write(name, _as_json(value), stored.stamp.generation).generation)
 
     def _value(self, name: str, contents: bytes | None):
         try:
@@ -113,12 +116,6 @@ class Location:
 
     def _read(self, name: str) -> ts.KvStore.ReadResult:
         return self._call(f"read {name}", lambda files: files.read(name))
-
-    def _write(self, name: str, contents: bytes, only_over: bytes | None = None):
-        """Writes a file; with `only_over`, only where the file still has that generation."""
-        return self._call(
-            f"write {name}", lambda files: files.write(name, contents, if_equal=only_over)
-        )
 
     def _call(self, action: str, call):
         try:
@@ -133,7 +130,3 @@ def _contents(result: ts.KvStore.ReadResult) -> bytes | None:
 
 def _as_json(value) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"

@@ -134,17 +134,14 @@ def write(sweep: Sweep, results: list[Result], directory: pathlib.Path, draw: bo
     if not table:
         raise ValueError("nothing was measured at any point: no ranks, and no tail-patch")
     directory.mkdir(parents=True, exist_ok=True)
-    files = [_write_csv(directory / "sweep.csv", table)]
-    if difference_table := differences(results):
-        files.append(_write_csv(directory / "differences.csv", difference_table))
+    tables = {"sweep": table, "differences": differences(results)}
+    texts = {}
     if "seed" in sweep.axes:
-        figures = across_seeds(table)
-        figure_differences = across_seeds(difference_table, "difference")
-        files.append(_write_csv(directory / "seeds.csv", figures))
-        if figure_differences:
-            files.append(_write_csv(directory / "seeds_differences.csv", figure_differences))
-        text = seeds_table(sweep, figures, figure_differences)
-        files.append(_write(directory / "seeds.md", text))
+        tables["seeds"] = across_seeds(table)
+        tables["seeds_differences"] = across_seeds(tables["differences"], "difference")
+        texts["seeds.md"] = seeds_table(sweep, tables["seeds"], tables["seeds_differences"])
+    texts = {f"{n}.csv": formats.comma_separated(t) for n, t in tables.items() if t} | texts
+    files = [_write(directory / name, text) for name, text in texts.items()]
     for plot in sweep.plots if draw else []:
         files += _draw(plot, sweep, table, directory)
     return files
@@ -212,10 +209,6 @@ def _write(path: pathlib.Path, text: str) -> str:
     with atomic_file.open_atomic(path) as out:
         out.write(text)
     return str(path)
-
-
-def _write_csv(path: pathlib.Path, table: list[dict]) -> str:
-    return _write(path, formats.comma_separated(table))
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:
