@@ -99,8 +99,8 @@ class Method:
     def beyond_plain(self) -> dict[str, object]:
         """What it asks for, by field, beyond a correction, R, norm and retriever."""
         plain = ("title", "corrected", "hessian", "unit_norm", "retriever")
-        others = (f for f in dataclasses.fields(self) if f.name not in plain)
-        return {f.name: x for f in others if (x := getattr(self, f.name)) != f.default}
+        fields = (f for f in dataclasses.fields(self) if f.name not in plain)
+        return {f.name: x for f in fields if (x := getattr(self, f.name)) != f.default}
 
     @property
     def is_plain(self) -> bool:

@@ -28,21 +28,21 @@ class Speaker:
         self._logits = lambda tokens_BxT: compiled(state, tokens_BxT)
 
     def complete(
-        self, prompt: str, count: int, others: int = 5, on_progress: Progress = silent
+        self, prompt: str, count: int, alternatives: int = 5, on_progress: Progress = silent
     ) -> list[dict]:
         """The model's likeliest next tokens, one after the other.
 
         Args:
             prompt: the text before them.
             count: tokens at most; it ends before where the model ends the passage.
-            others: candidates told of each step beside the one taken.
-            on_progress: told how far it is.
+            alternatives: candidates reported for each step beside the chosen one.
+            on_progress: called with the progress.
 
         Returns:
             For each step {"token", "probability", "others"}, the last a list of such pairs too.
 
         Raises:
-            ValueError: the prompt does not fit the context, or there is nothing to go on from.
+            ValueError: the prompt does not fit the context, or there is no token to continue.
         """
         (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
         ids = [*self.tokenizer.begin, *ids]
@@ -54,9 +54,9 @@ class Speaker:
         while len(steps) < count and len(ids) <= self.context:
             on_progress("completing", len(steps), count)
             p_V = _softmax(self._logits_of(ids)[-1])
-            order = np.argsort(-p_V, kind="stable")[: others + 1].tolist()
-            told = [{"token": self.shown(i), "probability": float(p_V[i])} for i in order]
-            steps.append(told[0] | {"others": told[1:]})
+            order = np.argsort(-p_V, kind="stable")[: alternatives + 1].tolist()
+            candidates = [{"token": self.shown(i), "probability": float(p_V[i])} for i in order]
+            steps.append(candidates[0] | {"others": candidates[1:]})
             if order[0] == self.tokenizer.eos:
                 break
             ids.append(order[0])

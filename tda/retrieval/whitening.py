@@ -287,8 +287,8 @@ class Whitening:
         noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * train.noise
         mixed = hessian.mix(train.blocks, blocks, weight)
         roots, shares = self._inverse_root(mixed, noise, self.notes[kind])
-        own = (shares * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
-        return _Root(roots, tuple(own))
+        weights = (shares * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
+        return _Root(roots, tuple(weights))
 
     def _weight(self, evaluation: hessian.Autocorrelation, kind: str) -> float:
         """λ, by the rule or as the settings say."""

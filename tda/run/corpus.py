@@ -1,4 +1,4 @@
-"""The corpus and the queries of a config, read, checked and tokenised."""
+"""The stage that reads, checks and tokenises the corpus and the queries of a config."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tda.runtime.fingerprint import fingerprint_parts, fingerprint_texts
 
 
 def load(config, workdir: Workdir) -> Corpus:
-    """Reads what `config.data` names.
+    """Reads the corpus and the queries that `config.data` names.
 
     Raises:
         ValueError: a path is missing, a record is malformed, a query does not fit; the message
@@ -24,7 +24,7 @@ def load(config, workdir: Workdir) -> Corpus:
         tda.runtime.processes.ProcessError: processes read different files.
     """
     all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
-    # All labels are checked, even where only some facts are asked.
+    # Checks all labels, even if only some facts are queried.
     labels.relevant_passages(sentences, facts)
     excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
     if config.data.pool == "clean":
@@ -75,46 +75,46 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     if data.sentences:
         return files.read_sentences(data.sentences), files.read_facts(data.facts)
     directory = data.dir or str(workdir / "data")
-    found: list = []
-    # The others find it prepared.
+    records: list = []
+    # Process 0 prepares the files, and the others then read them.
     processes.on_first_process(
-        f"prepare {data.name}", lambda: found.extend(features.load_tfds(data.name, directory))
+        f"prepare {data.name}", lambda: records.extend(features.load_tfds(data.name, directory))
     )
-    sentences, facts = found or features.load_tfds(data.name, directory)
+    sentences, facts = records or features.load_tfds(data.name, directory)
     return list(sentences), facts
 
 
-def _more_text(data, all_sentences, all_facts, sentences, asked) -> list[tuple[str, str]]:
-    """What the model is trained on beside the corpus, as (id, text)."""
+def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
+    """Returns the text that the model is trained on beside the corpus, as (id, text)."""
     more = []
     if data.train_on == "all":
-        kept = {s.sentence_id for s in sentences}
-        more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in kept]
+        selected = {s.sentence_id for s in sentences}
+        more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected]
     elif data.train_on != "corpus":
         raise ValueError(f"unknown data.train_on={data.train_on!r}; use corpus or all")
     if data.statements_of not in ("all", "corpus"):
         raise ValueError(f"unknown data.statements_of={data.statements_of!r}; use all or corpus")
     if data.statements:
-        told = all_facts
+        facts = all_facts
         if data.statements_of == "corpus":
             stated = labels.relevant_passages(sentences, all_facts, missing="drop")
-            told = [f for f in all_facts if stated[f.fact_id]]
-            if not told:
+            facts = [f for f in all_facts if stated[f.fact_id]]
+            if not facts:
                 raise ValueError(
                     "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
                     "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
                 )
-        found = list(statements.statements(told, asked, data.statements))
-        if not found:
-            print(f"no fact is stated beside the corpus: all {len(told):,} tell of what is asked")
-        more += found
+        stated_facts = list(statements.statements(facts, queries, data.statements))
+        if not stated_facts:
+            print(f"no fact is stated beside the corpus: all {len(facts):,} answer a query")
+        more += stated_facts
     return more
 
 
-def _passages(what: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
+def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
     table, counts = tokens.tokenise_passages(texts, tokenizer, context)
     print(
-        f"{what}: {counts['documents']:,} documents, {counts['passages']:,} passages "
+        f"{label}: {counts['documents']:,} documents, {counts['passages']:,} passages "
         f"({counts['split']:,} documents longer than {context} tokens were split), "
         f"{int(table.scored.sum()):,} tokens"
     )

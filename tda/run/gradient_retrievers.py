@@ -180,7 +180,7 @@ class Gradients(Retriever):
             correct = {
                 label: [lists[q] for q in part.queries] for label, lists in queries.correct.items()
             }
-            found, index_notes = index.search(
+            rankings_by_name, index_notes = index.search(
                 run,
                 source,
                 gradients_QxE[part.queries],
@@ -190,7 +190,7 @@ class Gradients(Retriever):
                 search_exactly,
                 k,
             )
-            for name, ranking in found.items():
+            for name, ranking in rankings_by_name.items():
                 rankings[name].append((part.queries, ranking))
                 notes[name] |= index_notes.get(name, {})
         spectra = None if run.live else self._keep_spectra(kind, whitening)

@@ -1,4 +1,4 @@
-"""The stage that trains the model, and the way back to what it left."""
+"""The stage that trains the model, or finds and restores the trained one."""
 
 import dataclasses
 
@@ -17,34 +17,34 @@ from tda.runtime import processes, sharding
 from tda.runtime.atomic_file import write_json
 from tda.training import checkpoint, loop, optimizer
 
-# Keys of `train` that only some optimizers have: their default, and which optimizers.
+# Keys of `train` that only some optimizers have: the key's default, and those optimizers.
 _OPTIONS = {
     "weight_decay": (0.0, ("adamw",)),
     "b1": (0.9, ("adam", "adamw")),
     "b2": (0.99, ("adam", "adamw")),
     "eps": (1e-8, ("adam", "adamw")),
 }
-# Keys of `train` that leave the trained model as it is.
+# Keys of `train` that do not affect the trained model.
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
 
 
 def build_model(config, vocab_size: int) -> Decoder:
-    """The decoder that training begins with: freshly initialised, or pretrained."""
+    """Returns the decoder that training starts from: freshly initialised, or pretrained."""
     arguments = model_arguments(config, vocab_size)
     if config.model.pretrained:
-        found = pretrained.inspect(config.model.pretrained)
-        found = dataclasses.replace(found, arguments=arguments)
-        return pretrained.place(found, make_mesh(config))
+        description = pretrained.inspect(config.model.pretrained)
+        description = dataclasses.replace(description, arguments=arguments)
+        return pretrained.place(description, make_mesh(config))
     return Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(config.seed))
 
 
 def model_arguments(config, vocab_size: int) -> dict:
-    """The decoder's keyword arguments, all plain values."""
+    """Returns the fields of the decoder's settings, as plain values."""
     m = config.model
-    how = dict(dtype=m.dtype, remat=m.remat)
+    computing = dict(dtype=m.dtype, remat=m.remat)
     if not m.pretrained:
-        return sizes.size(m.size) | dict(vocab_size=vocab_size) | how
-    arguments = pretrained.inspect(m.pretrained).arguments | how
+        return sizes.size(m.size) | dict(vocab_size=vocab_size) | computing
+    arguments = pretrained.inspect(m.pretrained).arguments | computing
     if vocab_size > arguments["vocab_size"]:
         raise ValueError(
             f"the tokenizer of {m.pretrained} has {vocab_size} tokens, the model "
@@ -54,7 +54,7 @@ def model_arguments(config, vocab_size: int) -> dict:
 
 
 def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:
-    """Steps of the whole run, and how its batches are cut."""
+    """Returns the number of steps of the whole training, and the layout of its batches."""
     layout = corpus.layout(config.train.tokens_per_batch, make_mesh(config))
     per_epoch = len(loop.epoch_batches(corpus.training, 0, layout, config.seed))
     if config.model.pretrained and not config.train.epochs:
@@ -63,15 +63,15 @@ def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:
 
 
 def make_mesh(config) -> jax.sharding.Mesh:
-    """The mesh that the config asks for: what the model is trained on."""
+    """Returns the mesh of the config, which the model is trained on."""
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def working_mesh(config) -> jax.sharding.Mesh:
-    """The mesh that the trained model works on.
+    """Returns the mesh that the trained model works on.
 
-    Each process's own devices, where one model takes no more than these: processes then encode
-    apart, and nothing travels between hosts. Else that of training.
+    If one copy of the model fits the devices of a process, each process has a copy: processes then
+    encode independently, and nothing travels between hosts. Otherwise it is the mesh of training.
     """
     m = config.mesh
     if jax.process_count() == 1 or jax.local_device_count() % (m.fsdp * m.tensor):
@@ -80,7 +80,7 @@ def working_mesh(config) -> jax.sharding.Mesh:
 
 
 def make_optimizer(config, steps: int, learning_rate: float = 0.0):
-    """The config's optimizer; a `learning_rate` above 0 takes its schedule's place."""
+    """Returns the config's optimizer; a `learning_rate` above 0 replaces its schedule."""
     t = config.train
     rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
     if learning_rate:
@@ -97,10 +97,10 @@ def make_optimizer(config, steps: int, learning_rate: float = 0.0):
 
 
 def check(config) -> None:
-    """Checks that the optimizer has all options that are given.
+    """Checks that every option of `train` that differs from its default has an effect.
 
     Raises:
-        ValueError: it lacks some; the message names the keys.
+        ValueError: the optimizer ignores some; the message names the keys.
     """
     t = config.train
     unused = [
@@ -121,7 +121,7 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
     """Trains the config's model on the corpus, or finds it trained.
 
     Raises:
-        ValueError: the config cannot be trained as it says; or as `traced_step` has it.
+        ValueError: the config asks for something impossible, or as `traced_step` says.
         tda.run.workdir.WorkdirError: another training was begun in the workdir.
     """
     steps, layout = total_steps(config, corpus)
@@ -136,15 +136,14 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
     }
     if config.model.pretrained:
         made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
-    root, tx = (
-        str(workdir / "model" / "checkpoints"),
-        make_optimizer(config, steps or config.train.warmup),
-    )
+    root = str(workdir / "model" / "checkpoints")
+    tx = make_optimizer(config, steps or config.train.warmup)
     model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
         if steps:
             check(config)
         workdir.claim("train", made_from)
+        # Process 0 alone writes; live questions build the model from this file.
         if processes.is_first():
             (workdir / "model").mkdir(exist_ok=True)
             write_json(workdir / "model" / "config.json", arguments)
@@ -159,19 +158,20 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
 
 
 def traced_step(config, root: str, steps: int) -> int:
-    """The checkpoint that is traced: of those kept, the one nearest to the share asked for."""
+    """Returns the step of the traced checkpoint: the kept one nearest to `train.traced`."""
     share = config.train.traced
     if not 0 < share <= 1:
         raise ValueError(f"train.traced={share} must be above 0, and 1 at most")
     if share == 1:
         return steps
-    wanted = share * steps
-    there = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
-    nearest = min(there, key=lambda s: abs(s - wanted))
-    if abs(nearest - wanted) > steps / 20:
+    target = share * steps
+    kept_steps = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
+    nearest = min(kept_steps, key=lambda s: abs(s - target))
+    # A checkpoint more than 5% of the training away is another model than the one asked for.
+    if abs(nearest - target) > steps / 20:
         raise ValueError(
-            f"train.traced={share} asks for a checkpoint near step {round(wanted)}, but those kept "
-            f"are of steps {', '.join(map(str, there))}; train anew with train.keep=0 and a "
+            f"train.traced={share} asks for a checkpoint near step {round(target)}, but those kept "
+            f"are of steps {', '.join(map(str, kept_steps))}; train anew with train.keep=0 and a "
             "smaller train.save_every"
         )
     return nearest
@@ -188,11 +188,11 @@ def _train(
     root,
     workdir,
 ) -> None:
-    """Trains, or keeps a pretrained model as the checkpoint of step 0, without an optimizer."""
-    described = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
+    """Trains; without steps, saves the pretrained model as checkpoint 0 without an optimizer."""
+    description = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
     if not steps:
         _, params = functional.split(model)
-        checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, described)
+        checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, description)
         return
     loop.fit(
         model,
@@ -214,17 +214,17 @@ def _train(
                 "eps": config.train.eps,
                 "eps_root": 0.0,
             },
-            **described,
+            **description,
         },
         log_path=workdir / "train.jsonl",
     )
 
 
 def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
-    """The model's structure and the whole state of the checkpoint, optimizer included.
+    """Restores the full state of the checkpoint, optimizer included, with the model's structure.
 
     Raises:
-        ValueError: the checkpoint is a pretrained model's, without an optimizer's state.
+        ValueError: the checkpoint is that of a pretrained model, without an optimizer's state.
     """
     if not checkpoint.has_optimizer(trained.root, trained.step):
         raise ValueError(

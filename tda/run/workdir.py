@@ -1,6 +1,7 @@
-"""A run's directory: stages leave a stamp of what made them, and are skipped where it fits.
+"""A run's directory. A stage leaves a stamp of its inputs, and is skipped when the stamp matches.
 
-Of several processes the first reads and writes the stamps, and all hear what it read.
+Process 0 reads and writes the stamps and tells the others: on a shared file system they might not
+yet see what it has just written, and would then take another path than it does.
 """
 
 import json
@@ -27,17 +28,17 @@ class Workdir:
     def __init__(self, path):
         self.path = pathlib.Path(path)
         token = processes.on_first_process(f"write to --workdir={path}", self._make)
-        apart = processes.where(not self._reaches(token))
-        if apart:
+        unreachable = processes.where(not self._reaches(token))
+        if unreachable:
             raise WorkdirError(
-                f"--workdir={path} of process {apart[0]} is not that of process 0, or cannot be "
-                "written there; give a directory on a file system that all hosts share"
+                f"--workdir={path} of process {unreachable[0]} is not that of process 0, or cannot "
+                "be written there; give a directory on a file system that all hosts share"
             )
         if processes.is_first():
             self._probe(token).unlink()
 
     def _probe(self, token: str) -> pathlib.Path:
-        # A name of its own: runs at the same time may share a workdir.
+        # A unique name, because runs at the same time may share a workdir.
         return self.path / f".writable-{token}"
 
     def _make(self) -> str:
@@ -53,7 +54,7 @@ class Workdir:
         return token
 
     def _reaches(self, token: str) -> bool:
-        """Whether this process writes where process 0 left `token`."""
+        """Whether this process can write to the directory where process 0 left `token`."""
         try:
             with open(self._probe(token), "r+", encoding="utf-8") as probe:
                 return probe.read() == token
@@ -67,35 +68,37 @@ class Workdir:
         return self.path / "stages" / f"{stage}.json"
 
     def finished(self, stage: str, made_from: dict) -> bool:
-        """Whether `stage` was finished from just this."""
+        """Whether `stage` is finished and was made from exactly these inputs."""
 
-        def ask():
+        def look():
             stamp = self._stamp(stage)
             if not stamp.exists():
                 return False
-            there = json.loads(stamp.read_text(encoding="utf-8"))
-            return there["finished"] and there["made_from"] == plain(made_from)
+            record = json.loads(stamp.read_text(encoding="utf-8"))
+            return record["finished"] and record["made_from"] == plain(made_from)
 
-        return processes.on_first_process(f"look for the stage {stage}", ask)
+        return processes.on_first_process(f"look for the stage {stage}", look)
 
     def claim(self, stage: str, made_from: dict) -> None:
-        """Says that `stage` is being made from this.
+        """Records, before the work, that `stage` is made from these inputs.
+
+        A killed stage thereby continues only from the same inputs.
 
         Raises:
-            WorkdirError: it was begun from something else; the message says what differs.
+            WorkdirError: the stage was begun from other inputs; the message says what differs.
         """
         processes.on_first_process(
             f"begin the stage {stage}", lambda: self._claim(stage, plain(made_from))
         )
 
-    def _claim(self, stage: str, wanted: dict) -> None:
+    def _claim(self, stage: str, made_from: dict) -> None:
         stamp = self._stamp(stage)
         if stamp.exists():
-            there = json.loads(stamp.read_text(encoding="utf-8"))["made_from"]
+            before = json.loads(stamp.read_text(encoding="utf-8"))["made_from"]
             differing = [
-                f"{k}: {there.get(k)} there, {wanted.get(k)} asked for"
-                for k in sorted(there.keys() | wanted.keys())
-                if there.get(k) != wanted.get(k)
+                f"{k}: {before.get(k)} there, {made_from.get(k)} asked for"
+                for k in sorted(before.keys() | made_from.keys())
+                if before.get(k) != made_from.get(k)
             ]
             if differing:
                 raise WorkdirError(
@@ -103,10 +106,10 @@ class Workdir:
                     + "\n  ".join(differing)
                     + "\nuse another --workdir, or remove this one"
                 )
-        self._write(stage, wanted, finished=False)
+        self._write(stage, made_from, finished=False)
 
     def finish(self, stage: str, made_from: dict) -> None:
-        """Says that `stage` is done."""
+        """Records that `stage` is finished."""
         processes.on_first_process(
             f"end the stage {stage}", lambda: self._write(stage, plain(made_from), finished=True)
         )
