@@ -35,6 +35,7 @@ MOMENTS = flags.DEFINE_integer("moments", 8, "Batches to estimate second moments
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of computation: float32 or bfloat16.")
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("plugin")
 
 
 def main(_):

@@ -74,7 +74,7 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
 
 
 def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
-    """Parses the command line of a main that has no config, and calls it.
+    """Parses the command line of a main that has no config, loads plugins, and calls it.
 
     Args:
         main: the program; gets the arguments that are no flags.
@@ -85,6 +85,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
         if not takes_arguments:
             _refuse_arguments(arguments)
         try:
+            load_plugins(PLUGIN.value)
             main(arguments[1:])
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")

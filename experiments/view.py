@@ -31,6 +31,7 @@ _NAMES = flags.DEFINE_list("names", [], "Further host names of the viewer.")
 _URLS = flags.DEFINE_bool("allow_urls", False, "Let the page fetch results from URLs.")
 _LIVE = flags.DEFINE_bool("live", True, "Answer live questions from the workdir.")
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("plugin")
 
 
 def main(_):

@@ -1,32 +1,32 @@
-"""Every named method as data: which gradients, which R, which norm, which retriever.
+"""All methods by name: the gradients, R, norm and retriever of each.
 
-A row of a table is a line here; a new row is a new line. Methods with the same gradients share one
-store of each checkpoint (`GradientKind`), and one scan over it answers all that need nothing else.
+To add a row to a table, add an entry to `METHODS`. Methods with the same gradients share one store
+for each checkpoint (`GradientKind`), and are searched in a single scan over it if they can be.
 """
 
 import dataclasses
 
-# What each field may be, with what it means where that is not said by its name.
+# The values that a field may have.
 HESSIANS = ("none", "train", "mixed")
 CURVATURES = ("none", "ekfac", "logra")
 PASSAGES = ("plain", "unsure", "adam_step")
-# The retrievers that look at no query: a method is worth something only above these.
+# Retrievers that ignore the query: the baselines that any useful method must beat.
 CONTROLS = ("random", "length", "gradient_norm")
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientKind:
-    """A kind of gradients: what one store of a checkpoint holds.
+    """A kind of gradients; a store holds those of one kind at one checkpoint.
 
     Attributes:
-        corrected: gradients are divided by the root of the optimizer's second moments.
-        output: the function that is differentiated: "loss", "margin", "logit"; empty: as the run
-            says (`gradients.output`).
+        corrected: whether gradients are divided by the root of the optimizer's second moments.
+        output: the function that is differentiated: "loss", "margin" or "logit"; if empty, that of
+            the config (`gradients.output`).
         curvature: "ekfac" multiplies by the inverse root of EK-FAC's Fisher matrix
             (`tda.gradients.kronecker`) before the projection; "logra" projects on the principal
-            components of activations and of their gradients, not at random; "none".
-        adam_step: the step that Adam would make on an example alone takes its gradient's place
-            (`tda.gradients.adam_steps`).
+            components of activations and of their gradients instead of at random; or "none".
+        adam_step: whether an example's gradient is replaced by the step that Adam would take on
+            it alone (`tda.gradients.adam_steps`).
     """
 
     corrected: bool = False
@@ -40,22 +40,23 @@ class Method:
     """How one method turns projected gradients, or text, into a ranking.
 
     Attributes:
-        title: what tables call it.
+        title: its name in tables.
         corrected, output, curvature: see `GradientKind`.
         hessian: R is "none", "train" (R_train) or "mixed" (λ R_eval + (1 − λ) R_train).
-        unit_norm: encodings are scaled to norm one, so that a score is a cosine.
+        unit_norm: whether encodings are scaled to norm one, which makes scores cosines.
         retriever: "gradient", one that needs no projected gradients ("bm25", "dense", "hidden",
             "annotated"), or a control that looks at no query ("random", "length",
             "gradient_norm").
-        several: scores are summed over several checkpoints, each with its own R.
-        by_learning_rate: in that sum a checkpoint counts by the learning rate up to it, else all
-            count alike.
-        passages: what is done to a passage's gradient first: nothing ("plain"); a weight of
-            1 − p, p its tokens' mean probability ("unsure", TRAK's Q); or the step that Adam makes
-            on it takes its place ("adam_step", LESS).
-        evaluation: what R_eval is made of for a query: "all" queries, all but this one
-            ("leave_one_out"), or a half that it is not in ("disjoint"); empty: as the run says.
-        layer: of "hidden": "last" or "middle".
+        several: whether scores are summed over several checkpoints, each with its own R.
+        by_learning_rate: whether a checkpoint's weight in that sum is the learning rate of the
+            steps up to it; otherwise all weigh the same.
+        passages: how a passage's gradient is changed first: not at all ("plain"); weighted by
+            1 − p, with p the mean probability of its tokens ("unsure", TRAK's Q); or replaced by
+            the step that Adam takes on it ("adam_step", LESS).
+        evaluation: the queries of R_eval when a query is scored: "all", all but this one
+            ("leave_one_out"), or the half that it is not in ("disjoint"); if empty, the rule of
+            the config (`hessian.evaluation`).
+        layer: the layer of the "hidden" retriever: "last" or "middle".
     """
 
     title: str
@@ -80,31 +81,31 @@ class Method:
 
     @property
     def steps_by_adam(self) -> bool:
-        """Whether the moments of Adam's state make its passages' gradients."""
+        """Whether passages' gradients are replaced by Adam's steps."""
         return self.passages == "adam_step"
 
     @property
     def query_gradients(self) -> GradientKind:
-        """The kind of gradients of the queries: LESS steps by Adam on passages alone."""
+        """The kind of gradients of the queries: LESS takes Adam's steps on passages only."""
         if not self.steps_by_adam:
             return self.gradients
         return dataclasses.replace(self.gradients, corrected=False, adam_step=False)
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether it needs the passages' gradients."""
+        """Whether the method needs the passages' gradients."""
         return self.retriever in ("gradient", "gradient_norm")
 
     @property
     def beyond_plain(self) -> dict[str, object]:
-        """What it asks for, by field, beyond a correction, R, norm and retriever."""
+        """The fields other than correction, R, norm and retriever that are not at their default."""
         plain = ("title", "corrected", "hessian", "unit_norm", "retriever")
         fields = (f for f in dataclasses.fields(self) if f.name not in plain)
         return {f.name: x for f in fields if (x := getattr(self, f.name)) != f.default}
 
     @property
     def is_plain(self) -> bool:
-        """Whether correction, R and norm are all that it asks of one checkpoint's gradients."""
+        """Whether the method needs only the gradients of one checkpoint, R and a norm."""
         return self.retriever == "gradient" and not self.beyond_plain
 
     @property
@@ -115,7 +116,7 @@ class Method:
 
     @property
     def shares_scan(self) -> bool:
-        """Whether passages are taken as the store has them, so that others scan it too."""
+        """Whether the method uses stored gradients unchanged, and can share a scan with others."""
         plain = self.passages == "plain" and not self.several
         return self.retriever == "gradient" and plain
 
@@ -133,15 +134,20 @@ METHODS = {
         several=True,
         passages="unsure",
     ),
-    # The paper's ablations of TrackStar, as its table numbers them. "Optimizer" is the correction
-    # by the optimizer's second moments, "R_train" R of the passages, "norm" a unit norm (a cosine).
+    # The paper's ablations of TrackStar, numbered as in its table:
+    # Exp 1: gradients with optimizer correction (by its second moments), as a dot product.
+    # Exp 2: gradients as they are, as a cosine.
+    # Exp 3: gradients with optimizer correction, as a cosine.
+    # Exp 4: gradients whitened by R of the passages (R_train), as a cosine.
+    # Exp 5: optimizer correction and R_train, as a cosine: the default of `tda.trace`.
     "exp1": Method("Exp 1: optimizer, no norm", corrected=True, unit_norm=False),
     "exp2": Method("Exp 2: norm"),
     "exp3": Method("Exp 3: optimizer, norm", corrected=True),
     "exp4": Method("Exp 4: R_train, norm", hessian="train"),
     "exp5": Method("Exp 5: optimizer, R_train, norm", corrected=True, hessian="train"),
     "trackstar": Method("TrackStar", corrected=True, hessian="mixed"),
-    # TrackStar with one thing changed. The first is Exp 5 under a name that says what it is.
+    # TrackStar with one change. The first is Exp 5 under a descriptive name: rankings and stores
+    # are named by the other fields, so the two share their files.
     "trackstar_train": Method("TrackStar, R of the passages", corrected=True, hessian="train"),
     "trackstar_raw": Method("TrackStar without optimizer correction", hessian="mixed"),
     "trackstar_all": Method(
@@ -176,7 +182,7 @@ METHODS = {
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),
     "logra": Method("LoGra", hessian="train", unit_norm=False, curvature="logra"),
     "logra_cos": Method("LoGra, norm", hessian="train", curvature="logra"),
-    # Likeness of what the model computes.
+    # Similarity of hidden states.
     "hidden_last": Method("hidden states, last layer", retriever="hidden"),
     "hidden_middle": Method("hidden states, middle layer", retriever="hidden", layer="middle"),
     # Controls.
@@ -201,20 +207,20 @@ PAPER = (
 
 
 def register(name: str, method: Method) -> None:
-    """Makes a method of one's own known by name, in this process.
+    """Registers a method under a name, for this process.
 
     Raises:
-        ValueError: another method has the name.
+        ValueError: the name belongs to another method.
     """
     if METHODS.setdefault(name, method) != method:
         raise ValueError(f"method {name!r} is registered already; give yours another name")
 
 
 def parse(names: str) -> dict[str, Method]:
-    """The methods of a comma-separated list, by name, in its order.
+    """Returns the methods of a comma-separated list by name, in its order.
 
     Raises:
-        ValueError: a name is unknown, given twice, or none is given.
+        ValueError: the list is empty, or a name is unknown or repeated.
     """
     listed = [n.strip() for n in names.split(",") if n.strip()]
     if not listed:

@@ -28,7 +28,7 @@ __all__ = ["LiveError", "LiveRun", "open_workdir"]
 
 
 def open_workdir(path) -> "LiveRun | None":
-    """Returns a finished run to ask; None where the workdir holds no model."""
+    """Opens a finished run for questions; returns None if the workdir holds no model."""
     path = pathlib.Path(path)
     return LiveRun(path) if (path / "model" / "config.json").exists() else None
 
@@ -36,22 +36,21 @@ def open_workdir(path) -> "LiveRun | None":
 class LiveRun:
     """Answers a viewer's questions (`tda.viewer.server.Live`); opened by the first of them.
 
-    The retrievers are made once and held: encoders stay compiled, R^(−1/2), indices and vectors in
-    memory.
+    Retrievers are made once: encoders stay compiled, and R^(−1/2), indices and vectors in memory.
 
     Args:
         path: the workdir.
         config: the run's config, as plain values; read from the workdir by default.
-
-    Attributes:
-        heat_methods: names of the methods whose scores have parts by position.
     """
-
-    heat_methods = tuple(n for n, m in METHODS.items() if m.shares_scan and m.curvature == "none")
 
     def __init__(self, path: pathlib.Path, config: dict | None = None):
         self._path, self._config = path, config
         self._retrievers: dict[str, Retriever] = {}
+
+    @property
+    def heat_methods(self) -> tuple[str, ...]:
+        """Names of the methods whose scores have parts by position, those of plugins included."""
+        return tuple(n for n, m in METHODS.items() if m.shares_scan and m.curvature == "none")
 
     @functools.cached_property
     def run(self):
@@ -60,7 +59,7 @@ class LiveRun:
 
     @functools.cached_property
     def speaker(self) -> Speaker:
-        """Asks the run's model for tokens."""
+        """The run's model, to complete prompts and score targets."""
         run = self.run
         return Speaker(run.trained.model, run.corpus.tokenizer, run.config.model.context)
 
@@ -79,11 +78,11 @@ class LiveRun:
         return self._retrievers[method.searched_by]
 
     def lacks(self, method: Method) -> str | None:
-        """Why a method cannot be asked; None where it can."""
+        """Returns why a method cannot be asked here, or None if it can."""
         return self._retriever(method).lacks(method)
 
     def describe(self, progress: Progress) -> dict:
-        """Methods, the run's own first; which of them can be asked; and sizes."""
+        """Returns all methods, the run's first, with why some cannot be asked; and sizes."""
         self._open(progress)
         names = [name.strip() for name in self.run.config.methods.split(",")]
         usual = [name for name in names if name in METHODS]
@@ -103,7 +102,7 @@ class LiveRun:
         }
 
     def complete(self, progress: Progress, prompt: str, tokens: int) -> dict:
-        """The model's own completion of a prompt."""
+        """Returns the model's own completion of a prompt."""
         self._open(progress)
         steps = self.speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
@@ -112,7 +111,7 @@ class LiveRun:
     def trace(
         self, progress: Progress, prompt: str, target: str, methods: list[str], k: int
     ) -> dict:
-        """Passages by method, as results records."""
+        """Returns the passages of a question by method, as results records."""
         self._open(progress)
         chosen = parse_methods(",".join(methods))
         likelihood = self.speaker.likelihood(prompt, target)
@@ -128,13 +127,13 @@ class LiveRun:
     def records(
         self, prompt: str, target: str, methods: dict[str, Method], k: int, progress: Progress
     ) -> dict[str, dict]:
-        """The passages of a question by method, as results records.
+        """Returns the passages of a question by method, as results records.
 
         Args:
             prompt, target: the question.
             methods: by name.
-            k: proponents and opponents of each.
-            progress: told what is done; what it raises ends the work.
+            k: the number of proponents, and of opponents.
+            progress: called with the progress; an exception that it raises stops the search.
 
         Raises:
             ValueError: the question does not fit the context, or a method cannot be asked here.
@@ -171,7 +170,7 @@ class LiveRun:
         if number is not None:
             correct = corpus.known.correct[number]
             more["fact_id"] = corpus.known.ids[number]
-            if len(correct):  # else there is nothing to judge by
+            if len(correct):  # without labels, passages are not marked
                 rows_K = ranked.proponents[0]
                 more["proponent_correct"] = np.isin(rows_K[rows_K >= 0], correct).tolist()
         return results.record(
@@ -185,10 +184,10 @@ class LiveRun:
         )
 
     def heat(self, progress: Progress, prompt: str, target: str, method: str, passage: str) -> dict:
-        """How much each position of a passage adds to its score; see `Heat.split`.
+        """Returns how much each position of a passage adds to its score; see `Heat.split`.
 
         Raises:
-            ValueError: no such passage, or the method's scores have no such parts.
+            ValueError: the passage is unknown, or the method's scores cannot be split.
         """
         self._open(progress)
         (chosen,) = parse_methods(method).values()

@@ -1,4 +1,4 @@
-"""What the model itself says: its completion of a prompt, and how likely it finds a target."""
+"""The model's own completion of a prompt, and the likelihood that it gives a target."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from tda.runtime.progress import Progress, silent
 
 
 class Speaker:
-    """Asks a model for tokens.
+    """A model that completes prompts and scores targets, one at a time.
 
     Args:
         model: maps tokens [B, T] to logits [B, T, V].
         tokenizer: its tokenizer.
-        context: positions that a sequence may have.
+        context: the most positions of a sequence.
     """
 
     def __init__(self, model: nnx.Module, tokenizer: Tokenizer, context: int):
@@ -30,19 +30,21 @@ class Speaker:
     def complete(
         self, prompt: str, count: int, alternatives: int = 5, on_progress: Progress = silent
     ) -> list[dict]:
-        """The model's likeliest next tokens, one after the other.
+        """Returns the model's greedy completion of a prompt, token by token.
 
         Args:
-            prompt: the text before them.
-            count: tokens at most; it ends before where the model ends the passage.
-            alternatives: candidates reported for each step beside the chosen one.
-            on_progress: called with the progress.
+            prompt: the text to complete.
+            count: the most tokens; fewer if the model ends the passage.
+            alternatives: the number of next likeliest tokens to list for each step.
+            on_progress: gets the number of tokens so far.
 
         Returns:
-            For each step {"token", "probability", "others"}, the last a list of such pairs too.
+            For each step {"token", "probability", "others"}; "others" lists the alternatives, each
+            with its "token" and "probability".
 
         Raises:
-            ValueError: the prompt does not fit the context, or there is no token to continue.
+            ValueError: the prompt does not fit the context, or is empty and the tokenizer has no
+                token that begins a text.
         """
         (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
         ids = [*self.tokenizer.begin, *ids]
@@ -63,32 +65,33 @@ class Speaker:
         return steps
 
     def shown(self, token: int) -> str:
-        """A token as it is shown."""
+        """Returns a token's text, for a special token its name in angle brackets."""
         special = {getattr(self.tokenizer, n, None): f"<{n}>" for n in ("pad", "bos", "eos")}
         return special.get(token) or self.tokenizer.decode([token])
 
     def pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """Token ids of a text, without special tokens, and the part of the text that each is."""
+        """Returns a text's token ids, without special tokens, and the piece of text of each."""
         ((ids, spans),) = self.tokenizer.encode_spans([text])
         parts, begun = [], 0
+        # Spans may overlap (several tokens of one character): a character belongs to the first.
         for _, stop in spans:
             parts.append(text[begun:stop])
             begun = max(begun, stop)
         return list(ids), parts
 
     def _logits_of(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after each token, float32 [T, V]."""
+        """Returns the logits after each token, float32 [T, V]."""
         padded = np.full((1, self.bucket(len(ids))), self.tokenizer.pad, np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(self._logits(padded), np.float32)[0, : len(ids)]
 
     def bucket(self, positions: int) -> int:
-        """The padded length of so many positions."""
+        """Returns the padded length of a sequence of this many positions."""
         return self.layout.padded_length(positions)
 
     @property
     def layout(self) -> batches.BatchLayout:
-        """How questions are batched: one at a time."""
+        """The layout of batches of one question."""
         return batches.BatchLayout(batches.buckets(self.context), 1, self.tokenizer.pad)
 
     def likelihood(self, prompt: str, target: str) -> dict:
@@ -96,13 +99,17 @@ class Speaker:
         table = self.query(prompt, target)
         length = self.bucket(int(table.lengths[0]) - 1)
         batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
-        # With the logits' own compiled function: it is there before the first question.
+        # The function that completes prompts, which is usually compiled by now.
         logits_1xTxV = self._logits(batch.tokens)
         (nats,), (rank,) = target_statistics(logits_1xTxV, batch.targets, batch.weights)
         return {"nats": float(nats), "rank": int(rank)}
 
     def query(self, prompt: str, target: str) -> tokens.TokenTable:
-        """A question as a table of one sequence; a ValueError where it does not fit."""
+        """Returns a question as a table of one sequence.
+
+        Raises:
+            ValueError: it does not fit the context, or the target has no token.
+        """
         return tokens.tokenise_queries([("question", prompt, target)], self.tokenizer, self.context)
 
 

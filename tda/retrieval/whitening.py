@@ -235,7 +235,7 @@ class Whitening:
     def _make_and_keep(self, kind: str) -> _Root:
         root, file = self._make(kind), self._file(kind)
         if file is not None:
-            # A run that may only be read is asked all the same; R is made again at each start.
+            # A read-only workdir can still be asked; R is then computed again in each session.
             with contextlib.suppress(PermissionError):
                 file.parent.mkdir(exist_ok=True)
                 blocks = {str(i): b for i, b in enumerate(root.blocks)}
@@ -287,6 +287,7 @@ class Whitening:
         noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * train.noise
         mixed = hessian.mix(train.blocks, blocks, weight)
         roots, shares = self._inverse_root(mixed, noise, self.notes[kind])
+        # What a query weighs in the mixture, taken out of it when that query is scored.
         weights = (shares * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
         return _Root(roots, tuple(weights))
 

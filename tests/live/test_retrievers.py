@@ -5,9 +5,10 @@ import types
 import numpy as np
 import pytest
 
-from tda.methods import METHODS, Method
+from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import bm25, by_score
-from tda.run import registry
+from tda.run import gradient_retrievers, registry
+from tda.run.gradient_retrievers import Encodings
 from tda.run.remembered import Known
 from tda.run.retrievers import Labels, Queries, Random, Words, _Vectors
 from tda.store import Passage
@@ -103,3 +104,14 @@ def test_a_question_is_known_by_its_text():
     assert known.number("a", "c") == 0
     assert known.number("b ", " d") == 1  # the first of two alike
     assert known.number("a", "d") is None and Known().number("a", "c") is None
+
+
+def test_a_gradient_that_is_not_finite_is_refused(monkeypatch):
+    encodings = Encodings(live_run())
+    encodings.run.corpus.layout = lambda tokens: None
+    monkeypatch.setattr(encodings, "run_queries", lambda kind: None)
+    monkeypatch.setattr(encodings, "encoder", lambda kind, on_progress: None)
+    rows = np.full((1, 4), np.nan, np.float32)
+    monkeypatch.setattr(gradient_retrievers.encoding, "encode_rows", lambda *args: rows)
+    with pytest.raises(ValueError, match="question's gradient is not finite"):
+        encodings.of_queries(Queries(None, ["a b"], [None], {}), GradientKind())

@@ -8,6 +8,7 @@ from tda.methods import METHODS
 from tda.retrieval import exact
 from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.runtime import atomic_file
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -148,3 +149,50 @@ def test_spectra_of_an_earlier_search_stay(data, tmp_path):
         assert set(kept) == {"blocks", "widths", "train", "evaluation"}
         assert list(kept["blocks"]) == ["a", "b"] and kept["train"].shape == (8,)
     assert whitening(data).keep_spectra(tmp_path, (), {}) is None
+
+
+def scorer(data, number, folder=None, identity=None, on_progress=None, **changes):
+    passages, queries = data
+    settings = HessianSettings(weight=0.6, **changes)
+    source = InMemory(passages, SLICES)
+    roots = Whitening(
+        settings, source, queries, folder=folder, identity=identity, on_progress=on_progress
+    )
+    return roots.scorer(METHODS["trackstar"], number)
+
+
+@pytest.mark.parametrize("rule", ["all", "leave_one_out", "disjoint"])
+def test_another_question_has_r_of_all_queries(data, rule):
+    expected, other = scorer(data, None, evaluation="all"), scorer(data, None, evaluation=rule)
+    assert other.query_weights == ()
+    for a, b in zip(expected.roots, other.roots, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_roots_are_read_again_with_the_weights_of_queries(data, tmp_path):
+    told: list[list[str]] = [[], [], [], []]
+    changes = [{}, {}, {"damping": 0.5}, {}]
+    identities = ["a", "a", "a", "b"]
+    roots = [
+        scorer(
+            data, 1, tmp_path / "live", identity, lambda *t, i=i: told[i].append(t[0]),
+            evaluation="leave_one_out", **change,
+        )
+        for i, (change, identity) in enumerate(zip(changes, identities, strict=True))
+    ]  # fmt: skip
+    assert "decomposing R" in told[0] and told[1] == ["reading R"]
+    assert "decomposing R" in told[2] and "decomposing R" in told[3]
+    assert roots[0].query_weights == roots[1].query_weights and len(roots[0].query_weights) == 2
+    for a, b in zip(roots[0].roots, roots[1].roots, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(list((tmp_path / "live").glob("root-leave_one_out-*.npz"))) == 3
+
+
+def test_roots_of_a_read_only_workdir_are_computed(data, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(atomic_file, "open_atomic", refuse)
+    roots = scorer(data, 1, tmp_path, "a").roots
+    for a, b in zip(roots, scorer(data, 1).roots, strict=True):
+        np.testing.assert_array_equal(a, b)
