@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tda import methods, results
 from tda.gradients import reference
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
+from tests.experiments import test_trace
 from tests.model import tiny_llama
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,6 +95,25 @@ def test_add_a_method(world):
     assert "R_train, no norm" in said and "[[0 1]]" in said
 
 
+@pytest.mark.slow
+def test_add_a_method_by_a_plugin(world):
+    page = (DOCS / "add_a_method.md").read_text()
+    (function,) = re.findall(r"```python\n(import numpy.*?)\nprint\(", page, re.DOTALL)
+    block = page.partition("the function `search` from above:\n")[2].partition("\nand run with")[0]
+    (world / "words.py").write_text(f"{function}\n{textwrap.dedent(block)}")
+    config = test_trace.make_config(world)
+    command = "python -m experiments.trace --config=world_facts --workdir=w --plugin=words"
+    changes = {"methods": "words", "model.size": config.model.size, "train.epochs": 1}
+    changes |= {"data.sentences": config.data.sentences, "data.facts": config.data.facts}
+    changes |= {"tokenizer.vocab_size": 300, "model.context": 32, "eval.tail_patch_queries": 0}
+    changes |= {"eval.samples": 0, "train.warmup": 1, "train.tokens_per_batch": 256}
+    command += "".join(f" --config.{key}={value}" for key, value in changes.items())
+    ended = run_command(command, world)
+    assert ended.returncode == 0, ended.stderr
+    records = list(results.read(world / "w" / "results" / "words.jsonl"))
+    assert records and all(r["proponents"] for r in records)
+
+
 def test_add_a_corpus(world):
     names, said = run_snippets((DOCS / "add_a_corpus.md").read_text())
     assert "s0 Paris is the capital of France." in said
@@ -135,7 +156,7 @@ WITH_COMMANDS = ("costs.md", "huggingface.md", "large_corpora.md", "pods.md", "s
 def run_command(command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
     arguments = shlex.split(command)
     (cwd / "configs").exists() or (cwd / "configs").symlink_to(ROOT / "configs")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, *arguments[1:]], cwd=cwd, env=environment, capture_output=True, text=True
     )
