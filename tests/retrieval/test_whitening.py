@@ -196,3 +196,14 @@ def test_roots_of_a_read_only_workdir_are_computed(data, tmp_path, monkeypatch):
     roots = scorer(data, 1, tmp_path, "a").roots
     for a, b in zip(roots, scorer(data, 1).roots, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["trackstar_leave_one_out", "trackstar_disjoint"])
+def test_a_query_alone_is_scored_as_among_all(data, name):
+    roots = whitening(data, weight=0.6)
+    for part in roots.parts({"m": METHODS[name]}):
+        for q in part.queries:
+            alone, among_all = roots.scorer(METHODS[name], int(q)), part.scorers["m"]
+            assert alone.query_weights == among_all.query_weights
+            for a, b in zip(alone.roots, among_all.roots, strict=True):
+                np.testing.assert_array_equal(a, b)
