@@ -26,7 +26,7 @@ def sample(count: int, size: int, seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """The model and the corpus on the queries, apart from any method.
+    """What the model and the corpus know of the queries, independent of any method.
 
     Attributes:
         nats: float32 [Q], −log p(target | prompt).
@@ -71,7 +71,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     def write():
         directory = run.workdir.path if out is None else out
         (directory / "results").mkdir(parents=True, exist_ok=True)
-        # metrics.json says which run the results are of: not while they are overwritten.
+        # metrics.json says which results are valid, so it is removed while they are overwritten.
         (directory / "metrics.json").unlink(missing_ok=True)
         for name, ranked in rankings.items():
             records = [_record(run, ranked, known, patches, int(q)) for q in queries]
@@ -239,7 +239,7 @@ def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries)
     return out
 
 
-# Metrics that a method has as null where it ranks nothing.
+# Metrics that are null for a method that ranks nothing.
 _ALWAYS = (
     *(
         f"{metric}{label}{known}"

@@ -123,7 +123,7 @@ class Gradients(Retriever):
         self.encodings = Encodings(run)
 
     def lacks(self, method):
-        """Why the run has not all gradients that a method needs."""
+        """Returns which of the gradients that a method needs are missing, or None."""
         missing = encode.missing_stores(self.run, method.gradients, "corpus")
         if missing or method.hessian != "mixed":
             return missing
@@ -219,7 +219,7 @@ class Sums(Retriever):
         self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
 
     def lacks(self, method):
-        """Why the run has not all gradients that a method needs."""
+        """Returns which of the gradients that a method needs are missing, or None."""
         if method.hessian == "mixed":
             return "a sum over checkpoints takes R none or train"
         steps = checkpoints.steps_of(self.run, method)
@@ -228,7 +228,7 @@ class Sums(Retriever):
             return (
                 f"it sums over the checkpoints {', '.join(map(str, steps))}, and the run has no "
                 f"store of gradients of {', '.join(map(str, lacking))}: it was not asked for, or "
-                "it went when it was searched (several.keep_stores=False)"
+                "it was deleted after the search (several.keep_stores=False)"
             )
         return None
 
@@ -305,7 +305,7 @@ class Sums(Retriever):
     def release(self, methods):
         """Drops the gradients, and the stores of earlier checkpoints unless they are kept.
 
-        A ranking that is kept does not need them; another one would have them made again.
+        Finished rankings do not need these stores; a new ranking encodes them again.
         """
         self._at_step.cache_clear()
         if self.run.config.several.keep_stores:

@@ -30,26 +30,26 @@ RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "length": Length,
     "gradient_norm": GradientNorm,
 }
-# Packages that are installed name their modules under this group of entry points.
+# Installed packages list their plugin modules in this group of entry points.
 _ENTRY_POINTS = "tda.methods"
 
 
 def register_retriever(name: str, factory: Callable[[Run], Retriever]) -> None:
-    """Makes a retriever known by name, for methods with `retriever=name`.
+    """Registers a retriever under a name, for methods with `retriever=name`.
 
     Args:
         name: of the retriever.
         factory: returns the retriever of a run: a subclass of `Retriever` itself, or a function.
 
     Raises:
-        ValueError: another retriever has the name.
+        ValueError: the name belongs to another retriever.
     """
     if RETRIEVERS.setdefault(name, factory) is not factory:
         raise ValueError(f"retriever {name!r} is registered already; give yours another name")
 
 
 def retriever_of(method: Method) -> Callable[[Run], Retriever]:
-    """Returns what makes a method's retriever.
+    """Returns the function that makes a method's retriever.
 
     Raises:
         ValueError: its name is unknown.

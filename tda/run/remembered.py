@@ -1,4 +1,4 @@
-"""Opening a finished run: its config and model, and its corpus, read only where it must be."""
+"""Opens a finished run: its config and model, and its corpus, which is read only if needed."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ FILE = "corpus.npz"
 
 
 class LiveError(ValueError):
-    """A workdir cannot answer live questions, or not this one."""
+    """The error of a workdir that cannot answer live questions, or not this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Known:
     correct: Sequence[np.ndarray] = ()
 
     def number(self, prompt: str, target: str) -> int | None:
-        """The number of the first query with this text; None where it is none of them."""
+        """Returns the number of the first query with this text, or None if there is none."""
         return self._numbers.get(_key(prompt, target))
 
     @functools.cached_property
@@ -64,7 +64,7 @@ class Known:
 
 
 def _key(prompt: str, target: str) -> tuple[str, str]:
-    # White space between them makes no other question: they are joined by one space.
+    # White space at the border does not matter: prompt and target are joined by one space.
     return prompt.rstrip(), target.strip()
 
 
@@ -127,7 +127,7 @@ class RememberedCorpus:
         return corpus
 
     def __getattr__(self, name: str):
-        # What is no attribute of this object is one of the corpus in the files.
+        # Attributes that the workdir does not keep are those of the corpus in the files.
         if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of"}:
             return getattr(self.files, name)
         raise AttributeError(name)
@@ -157,7 +157,7 @@ class RememberedCorpus:
         return np.zeros(0, np.int64) if self.store is None else self.store.withdrawn
 
     def read_passages(self, rows) -> list[Passage]:
-        """Id, document and text of some rows, from a store if there is one."""
+        """Returns id, document and text of some rows, from a store if there is one."""
         if self.store is not None:
             return self.store.passages(rows)
         return self.files.read_passages(rows)
@@ -184,7 +184,7 @@ def remember(run: Run) -> None:
 
 
 def config_of(path: pathlib.Path) -> dict:
-    """The config of a finished run, as plain values."""
+    """Returns the config of a finished run, as plain values."""
     return _read_json(path / CONFIG)
 
 
@@ -196,7 +196,7 @@ def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
         config: as plain values; that of the run by default.
 
     Raises:
-        LiveError: something of it is missing; the message says what.
+        LiveError: a file of the run is missing; the message names it.
     """
     config = ConfigDict(config_of(path) if config is None else config)
     root = str(path / "model" / "checkpoints")

@@ -1,4 +1,4 @@
-"""Results of long work, kept a line at a time, so that none is computed twice.
+"""Results of long computations, saved line by line, so that none is computed twice.
 
 A file of JSON lines {"key", "value"} that is only appended to. Runs at the same time may share it:
 whoever reads or writes holds its lock for as long as that takes.
@@ -18,7 +18,7 @@ from tda.runtime import processes
 class ResultLog:
     """The values that were computed so far, by key.
 
-    Of several processes the first reads and writes, and all hear what it read.
+    Only process 0 reads and writes the file; it sends what it read to the others.
 
     Args:
         path: the file; it need not exist.
@@ -59,7 +59,7 @@ class ResultLog:
         return values
 
     def add(self, items: Iterable[tuple[str, Any]]) -> None:
-        """Appends values; of several processes the first alone does."""
+        """Appends values, in process 0 only."""
         if not processes.is_first():
             return
         text = "".join(

@@ -55,7 +55,7 @@ def queries_of_run(run: Run) -> Queries:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a method ranked, and notes about how (λ and the like)."""
+    """A method's ranking, with notes on how it was made (λ and the like)."""
 
     ranked: Ranked
     note: dict = dataclasses.field(default_factory=dict)
@@ -95,7 +95,7 @@ class Retriever:
         raise NotImplementedError
 
     def lacks(self, method: Method) -> str | None:
-        """Why a live question cannot be answered by a method; None where it can."""
+        """Returns why a method cannot answer live questions, or None if it can."""
         return None
 
     def prepare(self, methods: dict[str, Method], later: Iterable[Method] = ()) -> None:
@@ -110,11 +110,11 @@ class Retriever:
         """Drops what only the last search needed."""
 
     def provenance(self, method: Method) -> list:
-        """What a ranking depends on beside the method, the corpus and k, as JSON values."""
+        """Returns what else a ranking depends on, besides method, corpus and k, as JSON values."""
         return []
 
     def ranking_name(self, method: Method) -> str:
-        """The name of the file of a method's ranking, by all that the ranking depends on."""
+        """Returns the file name of a method's ranking: a hash of all that it depends on."""
         fields = dataclasses.asdict(method)
         fields.pop("title")
         run = self.run
@@ -129,7 +129,7 @@ class Retriever:
 
 @contextlib.contextmanager
 def search_progress(methods: Iterable[str], rows: int, on_progress: Progress | None):
-    """Yields what is told the rows of each step of a search."""
+    """Yields a function to call with the number of rows of each step of a search."""
     if on_progress is not None:
         yield progress.counted(on_progress, "searching passages", rows)
         return
@@ -167,7 +167,7 @@ class Words(Retriever):
 
 
 def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
-    """A ranking of k more passages than were withdrawn, without these."""
+    """Removes withdrawn passages from a ranking with that many more than k."""
     if not len(withdrawn):
         return ranked
     order = np.argsort(np.isin(ranked.proponents, withdrawn), axis=1, kind="stable")
@@ -180,7 +180,7 @@ def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
 
 
 class _Vectors(Retriever):
-    """Likeness of vectors of texts, which a subclass gives; the corpus's are held by layer."""
+    """Similarity of text vectors, which a subclass computes; the corpus's are held by layer."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -224,7 +224,7 @@ class _Vectors(Retriever):
             else:
                 queries_QxD = self._vectors("queries", method.layer, vectors.ignore_rows)
             tell(on_progress, "comparing vectors")
-            # No opponents: what is least like a text says nothing.
+            # No opponents: the least similar texts are unrelated, not opposed.
             with search_progress([name], source.rows, silent if self.run.live else None) as f:
                 ranked = exact.search(
                     queries_QxD,
@@ -251,7 +251,7 @@ class Dense(_Vectors):
     _encoder: dense.SentenceEncoder | None = None
 
     def lacks(self, method):
-        """Why no sentence encoder is there."""
+        """Returns why there is no sentence encoder, or None if there is one."""
         if not self.run.config.dense.model:
             return "the run's config names no sentence encoder (dense.model)"
         try:
@@ -303,7 +303,7 @@ class Hidden(_Vectors):
 
 
 class Labels(Retriever):
-    """The passages that are annotated with each query's fact; others than the run's have none."""
+    """The passages annotated with each query's fact; a question that is not the run's has none."""
 
     def provenance(self, method):
         """The seed of the draw."""
@@ -320,7 +320,7 @@ class Labels(Retriever):
 
 
 class _Control(Retriever):
-    """Scores that look at no query, which a subclass gives."""
+    """Scores that do not depend on the query's content, which a subclass computes."""
 
     def _scores(self, queries: Queries, on_progress: Progress | None) -> Iterable[np.ndarray]:
         raise NotImplementedError
@@ -359,7 +359,7 @@ class Random(_Control):
 
 
 class Length(_Control):
-    """Scored tokens of each passage."""
+    """The number of scored tokens of each passage."""
 
     def _scores(self, queries, on_progress):
         lengths_C = self.run.corpus.lengths.astype(np.float32)
@@ -372,7 +372,7 @@ class GradientNorm(_Control):
     _norms: np.ndarray | None = None
 
     def lacks(self, method):
-        """Why there are no gradients."""
+        """Returns why there are no gradients, or None if there are."""
         return encode.missing_stores(self.run, method.gradients, "corpus")
 
     def prepare(self, methods, later=()):

@@ -1,6 +1,6 @@
-"""Rows of numbers of every sequence that are no gradients: vectors of texts, and probabilities.
+"""Stored rows other than gradients: vectors of texts, and probabilities of passages.
 
-Each array is kept in a store of its own under `stores/`, and computed where that is unfinished.
+Each array has its own store under `stores/`, and is computed if that store is unfinished.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from tda.run.run import Run
 from tda.runtime import processes, progress, sharding
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Rows that are computed together; the most that a kill may lose.
+# Rows that are computed and written together: a killed run loses at most these.
 _SHARD_ROWS = 2048
 
 
@@ -131,7 +131,7 @@ def _check_local(run: Run, description: str) -> None:
 
 
 def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows) -> np.ndarray:
-    """Reads an array, once the rows that it lacks are computed: a killed run goes on with them."""
+    """Computes the rows that an array's store lacks, and reads it; a killed run resumes."""
     corpus = run.corpus.fingerprint[array.table]
     path = run.workdir / "stores" / f"{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
 
