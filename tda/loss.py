@@ -16,8 +16,8 @@ def cross_entropy(logits_BxTxV, targets_BxT, weights_BxT):
 
 def margin(logits_BxTxV, targets_BxT, weights_BxT):
     """Minus the log-odds of the target, −log(p / (1 − p)): TRAK's output function: float32 [B]."""
-    others = jnp.where(_hit(logits_BxTxV, targets_BxT), -jnp.inf, logits_BxTxV)
-    odds_BxT = jax.nn.logsumexp(others, axis=-1) - _picked(logits_BxTxV, targets_BxT)
+    other_logits = jnp.where(_hit(logits_BxTxV, targets_BxT), -jnp.inf, logits_BxTxV)
+    odds_BxT = jax.nn.logsumexp(other_logits, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(odds_BxT * weights_BxT, axis=-1)
 
 
@@ -132,8 +132,8 @@ def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
         (value, d_closed), d_h = jax.lax.scan(step, start, (h_SxBxPxD, targets, weights))
         return value, (d_h, d_closed)
 
-    def backward(kept, g):
-        d_h, d_closed = jax.tree.map(lambda d: (g * d).astype(d.dtype), kept)
+    def backward(residuals, g):
+        d_h, d_closed = jax.tree.map(lambda d: (g * d).astype(d.dtype), residuals)
         return d_h, d_closed, None, None
 
     summed.defvjp(forward, backward)

@@ -180,7 +180,7 @@ def encode_texts(
         texts=texts,
         corpus=table.fingerprint(),
     )
-    loss_identity.keep(provenance["loss"], directory)
+    loss_identity.save(provenance["loss"], directory)
     encoding.fill_store(store, encoder, table, layout, "encode passages", settings.quiet)
 
     def passage_of(row):
@@ -324,7 +324,9 @@ def _provenance(settings: TraceSettings, directory: pathlib.Path) -> dict:
         {
             "model": _fingerprint_arrays(functional.flat_parameters(params)),
             "projection": dataclasses.asdict(settings.projection),
-            "loss": loss_identity.found(settings.example_losses, settings.model, directory),
+            "loss": loss_identity.identify_or_load(
+                settings.example_losses, settings.model, directory
+            ),
             "parameters": {s.path: list(s.shape) for s in settings.sites()},
             **settings.scope,
         }

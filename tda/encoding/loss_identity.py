@@ -1,7 +1,7 @@
-"""Which function of its parameters and a batch a model's loss is: a hash, kept beside gradients.
+"""A hash that identifies the loss whose gradients are stored, kept beside them.
 
-Parameters alone do not say it: a model's settings (the base of its rotations, an epsilon, what it
-computes in) and the body of a loss decide gradients as much.
+The parameters alone do not identify it: a model's settings (the base of its rotations, an epsilon,
+the dtype it computes in) and the body of a loss decide gradients as much.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.interpreters import partial_eval
+from jax.interpreters import partial_eval  # not public, but in jax 0.10.1 to 0.12
 
 from tda.model import functional
 from tda.runtime import atomic_file
@@ -28,36 +28,36 @@ _FILE = "loss.json"
 _VERSIONS = {"jax": jax.__version__, "flax": flax.__version__}
 
 
-def found(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
-    """The hash of `of`; where other versions of jax or flax left one in `directory`, that one.
+def identify_or_load(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
+    """Returns the hash of `identify`, or the one that other versions of jax or flax left.
 
-    They trace the same function to other steps, so what they left cannot be compared.
+    Other versions trace the same function to other steps, so their hash cannot be compared.
 
     Args:
-        loss: as `of` takes it.
-        model: as `of` takes it.
-        directory: where `keep` wrote, if it did.
+        loss: as `identify` takes it.
+        model: as `identify` takes it.
+        directory: where `save` wrote, if it did.
     """
-    there = _kept(directory)
-    if there is not None and there["versions"] != _VERSIONS:
-        return there["loss"]
-    return of(loss, model)
+    record = _load(directory)
+    if record is not None and record["versions"] != _VERSIONS:
+        return record["loss"]
+    return identify(loss, model)
 
 
-def keep(identity: str, directory: str | os.PathLike) -> None:
-    """Writes down what `found` gave, once gradients of that loss are in `directory`."""
-    there = _kept(directory)
-    if there is None or there["versions"] == _VERSIONS:
+def save(identity: str, directory: str | os.PathLike) -> None:
+    """Writes the hash that `identify_or_load` returned, once gradients of that loss are stored."""
+    record = _load(directory)
+    if record is None or record["versions"] == _VERSIONS:
         with atomic_file.open_atomic(pathlib.Path(directory) / _FILE) as out:
             json.dump({"versions": _VERSIONS, "loss": identity}, out)
 
 
-def _kept(directory) -> dict | None:
+def _load(directory) -> dict | None:
     file = pathlib.Path(directory) / _FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def of(loss: Callable, model: nnx.Module) -> str:
+def identify(loss: Callable, model: nnx.Module) -> str:
     """A hash of the steps that jax traces a loss's gradient to, and of the constants in them.
 
     What the gradient does not depend on has no part in it, nor have the names of functions.
@@ -66,12 +66,12 @@ def of(loss: Callable, model: nnx.Module) -> str:
         loss: of the model and a batch of tokens, targets and weights, each [B, T], to [B].
         model: whose parameters' values do not count.
     """
-    made, params = functional.split(model)
+    model_fn, params = functional.split(model)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {k: jax.ShapeDtypeStruct((1, _POSITIONS), dtype) for k, dtype in dtypes.items()}
     # A function may have a gradient of its own, which its steps forward do not show.
-    gradient = jax.grad(lambda p, b: loss(made.merge(p), b).sum(), allow_int=True)
+    gradient = jax.grad(lambda p, b: loss(model_fn.merge(p), b).sum(), allow_int=True)
     traced = jax.make_jaxpr(gradient)(shapes, batch)
     steps, used, _ = partial_eval.dce_jaxpr_consts(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     text = re.sub(r"\b(name|jvp|fwd|bwd)=\S+", "", str(steps))

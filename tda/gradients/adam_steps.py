@@ -92,8 +92,8 @@ def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:
             raise SecondMomentError(
                 f"{field} of {site.path} has shape {x.shape}, the model {site.shape}"
             )
-    own = {k: constants.get(k, 0.0) for k in ("b1", "b2", "eps", "eps_root")}
-    scalars = {k: jnp.asarray(x, jnp.float32) for k, x in own.items()}
+    values = {k: constants.get(k, 0.0) for k in ("b1", "b2", "eps", "eps_root")}
+    scalars = {k: jnp.asarray(x, jnp.float32) for k, x in values.items()}
     return State(mu, nu, jnp.asarray(moments.count, jnp.float32), **scalars)
 
 
@@ -136,18 +136,18 @@ def make_encoder(
         f"moments/{p}/{i}": axes[p] for p in moments for i in range(2)
     }
 
-    def mean_loss(whole, rest, example, scored):
-        own = nnx.merge(graphdef, full_gradients.join_parameters(rest, whole))
+    def mean_loss(parameters, rest, example, scored):
+        own_model = nnx.merge(graphdef, full_gradients.join_parameters(rest, parameters))
         count = jnp.sum(example["weights"])
-        return losses.total(own, example, output_fn, scored) / jnp.where(count > 0, count, 1)
+        return losses.total(own_model, example, output_fn, scored) / jnp.where(count > 0, count, 1)
 
     def encode(arrays, batch, scored=None):
         variables, (constants, matrices) = arrays
-        rest, whole = full_gradients.split_parameters(variables["model"], chosen)
+        rest, parameters = full_gradients.split_parameters(variables["model"], chosen)
 
         def one(example):
             example = jax.tree.map(lambda x: x[None], example)
-            gradients = jax.grad(mean_loss)(whole, rest, example, scored)
+            gradients = jax.grad(mean_loss)(parameters, rest, example, scored)
             projected = {}
             for site in chosen:
                 mu, nu = variables["moments"][site.path]
@@ -159,7 +159,7 @@ def make_encoder(
                 )
             return projections.pool(plan, projected)[0]
 
-        weights = sum(x.size for x in whole.values())
+        weights = sum(x.size for x in parameters.values())
         return (sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE),)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)

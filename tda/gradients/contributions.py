@@ -62,13 +62,13 @@ def make_contributions(
     templates, variables = map(nnx.to_pure_dict, states)
     search = unseen.make_search(model, chosen)
 
-    def total(own, batch):
+    def total(own_model, batch):
         # All logits at once: a piece of the positions would not be the sequence.
-        return jnp.sum(output_fn(own(batch["tokens"]), batch["targets"], batch["weights"]))
+        return jnp.sum(output_fn(own_model(batch["tokens"]), batch["targets"], batch["weights"]))
 
     @jax.jit
     def contributions(variables, batch, direction_E):
-        unseen.refuse(search(lambda own: total(own, batch)))
+        unseen.refuse(search(lambda own_model: total(own_model, batch)))
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, tap in with_direction(direction_E).items():

@@ -52,11 +52,11 @@ def factored(chosen: list[sites.Site]) -> list[sites.Site]:
     Raises:
         ValueError: there are none.
     """
-    found = [s for s in chosen if s.tapped and s.group not in ("embedding", "head")]
-    if not found:
+    factored_sites = [s for s in chosen if s.tapped and s.group not in ("embedding", "head")]
+    if not factored_sites:
         listed = ", ".join(s.path for s in chosen)
         raise ValueError(f"no linear layer is among {listed}: Kronecker factors need one")
-    return found
+    return factored_sites
 
 
 def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):

@@ -212,7 +212,7 @@ def _flattened(features: int):
 def _linear_general(module: nnx.LinearGeneral) -> Product | None:
     if module.batch_axis:
         return None  # one matrix for every index of the batch axes
-    summed, kept = len(module.in_features), len(module.out_features)
+    summed, outputs = len(module.in_features), len(module.out_features)
 
     def inputs(x):
         axes = sorted(a % x.ndim for a in module.axis)  # NNX sorts them too
@@ -222,7 +222,9 @@ def _linear_general(module: nnx.LinearGeneral) -> Product | None:
         return x.reshape(x.shape[0], -1, math.prod(module.in_features))
 
     rows = tuple(range(summed))
-    return Product("kernel", rows, tuple(range(summed, summed + kept)), inputs, _flattened(kept))
+    return Product(
+        "kernel", rows, tuple(range(summed, summed + outputs)), inputs, _flattened(outputs)
+    )
 
 
 def _einsum(parameter: str, equation: str) -> Product | None:
@@ -231,10 +233,10 @@ def _einsum(parameter: str, equation: str) -> Product | None:
     x, w = left.split(",")
     if "..." in w or any(len(set(t)) < len(t.replace("...", "")) for t in (x, w, out)):
         return None
-    kept = "..." in out if x.startswith("...") else x[0] in out and x[0] not in w
+    has_batch = "..." in out if x.startswith("...") else x[0] in out and x[0] not in w
     rows = [c for c in w if c in x and c not in out]
     columns = [c for c in w if c in out and c not in x]
-    if not kept or len(rows) + len(columns) < len(w):
+    if not has_batch or len(rows) + len(columns) < len(w):
         return None  # a matrix for every index of a shared axis, or no batch in front
 
     def letters(text, ndim):

@@ -140,20 +140,21 @@ def _sites(model: nnx.Module) -> list[Site]:
     modules = {tuple(path): m for path, m in nnx.iter_modules(model)}
     # A tap at one of its layers would miss what the others do with it.
     shared = {tuple(p) for paths in nnx.find_duplicates(model, only=nnx.Param) for p in paths}
-    found = []
+    all_sites = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, parameter = path
         shape, alone = tuple(variable.shape), tuple(path) not in shared
-        found.append(_site(tuple(module), parameter, shape, modules, alone))
-    return found
+        all_sites.append(_site(tuple(module), parameter, shape, modules, alone))
+    return all_sites
 
 
 def _site(
     module: tuple, parameter: str, shape: tuple[int, ...], modules: dict, alone: bool
 ) -> Site:
     holder = modules.get(module)
-    own = None if holder is None else layers.own_ndim(holder, parameter)
-    stack = shape[0] if own is not None and len(shape) == own + 1 else None
+    layer_ndim = None if holder is None else layers.own_ndim(holder, parameter)
+    stacked = layer_ndim is not None and len(shape) == layer_ndim + 1
+    stack = shape[0] if stacked else None
     group = _group(module, parameter, stack, modules)
     one = shape if stack is None else shape[1:]
     product = None if holder is None else layers.product(holder)

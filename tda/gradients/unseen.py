@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import Literal
-from jax.interpreters import partial_eval
+from jax.interpreters import partial_eval  # not public, but in jax 0.10.1 to 0.12
 
 from tda.gradients import layers, sites
 from tda.model import functional
@@ -44,27 +44,29 @@ def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
         if not chosen:
             return []
         traced = jax.make_jaxpr(lambda variables: loss(nnx.merge(graphdef, variables)))(variables)
+        # Only dropping dead code recognises the zeros that the gradient of a scan carries along,
+        # and nothing public does that.
         _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True])
         used = {path for path, is_used in zip(paths, used, strict=True) if is_used}
-        found = [s for s in chosen if s.path in used]
+        missed = [s for s in chosen if s.path in used]
         # What is read, but not differentiated, is no part of the gradient.
-        return _differentiated(found, loss, graphdef, variables) if found else []
+        return _differentiated(missed, loss, graphdef, variables) if missed else []
 
     return search
 
 
-def _differentiated(found: list[sites.Site], loss: Callable, graphdef, variables) -> list:
+def _differentiated(missed: list[sites.Site], loss: Callable, graphdef, variables) -> list:
     """Those of the sites by whose parameters the loss of a blind model has a gradient."""
 
-    def value(some, variables):
+    def value(arrays, variables):
         variables = jax.tree.map(lambda x: x, variables)
-        for site, x in zip(found, some, strict=True):
+        for site, x in zip(missed, arrays, strict=True):
             sites.module_at(variables, site)[site.parameter] = x
         return loss(nnx.merge(graphdef, variables))
 
-    some = [sites.module_at(variables, s)[s.parameter] for s in found]
-    traced = jax.make_jaxpr(jax.grad(value))(some, variables).jaxpr
-    return [s for s, out in zip(found, traced.outvars, strict=True) if not _is_zero(traced, out)]
+    arrays = [sites.module_at(variables, s)[s.parameter] for s in missed]
+    traced = jax.make_jaxpr(jax.grad(value))(arrays, variables).jaxpr
+    return [s for s, out in zip(missed, traced.outvars, strict=True) if not _is_zero(traced, out)]
 
 
 def _is_zero(traced, out) -> bool:
@@ -84,19 +86,19 @@ def _is_zero(traced, out) -> bool:
     return True
 
 
-def refuse(found: Iterable[sites.Site], remedy: str = "") -> None:
+def refuse(missed: Iterable[sites.Site], remedy: str = "") -> None:
     """Refuses sites of which taps miss something.
 
     Args:
-        found: the sites.
+        missed: the sites.
         remedy: what can be done other than excluding them.
 
     Raises:
         ValueError: there are any.
     """
-    if found := sorted({s.path for s in found}):
+    if missed := sorted({s.path for s in missed}):
         raise ValueError(
-            f"taps miss a part of the gradient of {', '.join(found)}: the model reads them itself "
+            f"taps miss a part of the gradient of {', '.join(missed)}: the model reads them itself "
             "(or a layer's subclass does, beside what it asks of its class), where no tap is; "
             f"exclude them{remedy}"
         )

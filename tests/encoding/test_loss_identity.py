@@ -34,19 +34,19 @@ def margin(model, batch):
 
 
 def test_parameters_do_not_count_and_settings_do():
-    one = loss_identity.of(cross_entropy, decoder())
-    assert one == loss_identity.of(cross_entropy, decoder(seed=1))
+    one = loss_identity.identify(cross_entropy, decoder())
+    assert one == loss_identity.identify(cross_entropy, decoder(seed=1))
     others = [decoder(rope_base=50.0), decoder(dtype="bfloat16"), decoder(ff_width=16)]
-    assert len({one, *(loss_identity.of(cross_entropy, m) for m in others)}) == 4
+    assert len({one, *(loss_identity.identify(cross_entropy, m) for m in others)}) == 4
 
 
 def test_the_body_of_a_loss_counts_and_not_its_name():
     model = decoder()
-    one = loss_identity.of(cross_entropy, model)
-    assert one == loss_identity.of(lambda m, b: cross_entropy(m, b), model)
-    assert one == loss_identity.of(functools.partial(cross_entropy), model)
-    assert one != loss_identity.of(margin, model)
-    assert one != loss_identity.of(lambda m, b: 3 * cross_entropy(m, b), model)
+    one = loss_identity.identify(cross_entropy, model)
+    assert one == loss_identity.identify(lambda m, b: cross_entropy(m, b), model)
+    assert one == loss_identity.identify(functools.partial(cross_entropy), model)
+    assert one != loss_identity.identify(margin, model)
+    assert one != loss_identity.identify(lambda m, b: 3 * cross_entropy(m, b), model)
 
 
 @pytest.mark.parametrize("inside", [lambda f: f, jax.jit], ids=["outside", "inside a jit"])
@@ -57,7 +57,7 @@ def test_constants_that_a_loss_closes_over_count(inside):
         return lambda model, batch: scaled(cross_entropy(model, batch))
 
     model = decoder()
-    one, same, other = (loss_identity.of(loss(s), model) for s in (2, 2, 3))
+    one, same, other = (loss_identity.identify(loss(s), model) for s in (2, 2, 3))
     assert one == same != other
 
 
@@ -71,7 +71,7 @@ def test_a_gradient_of_its_own_counts():
         return lambda model, batch: same(cross_entropy(model, batch))
 
     model = decoder()
-    assert loss_identity.of(loss(1.0), model) != loss_identity.of(loss(2.0), model)
+    assert loss_identity.identify(loss(1.0), model) != loss_identity.identify(loss(2.0), model)
 
 
 def through_functions(model, batch):
@@ -85,7 +85,7 @@ def through_functions(model, batch):
 def test_another_process_finds_the_same():
     code = (
         "from tests.encoding.test_loss_identity import *\n"
-        "print(loss_identity.of(through_functions, decoder(scan=True, remat=True)))"
+        "print(loss_identity.identify(through_functions, decoder(scan=True, remat=True)))"
     )
     found = {
         subprocess.run(
@@ -97,22 +97,24 @@ def test_another_process_finds_the_same():
         ).stdout
         for seed in ("1", "2")
     }
-    here = loss_identity.of(through_functions, decoder(scan=True, remat=True))
+    here = loss_identity.identify(through_functions, decoder(scan=True, remat=True))
     assert found == {here + "\n"}
 
 
 def test_other_versions_are_taken_at_their_word(tmp_path, monkeypatch):
     model = decoder()
-    one, other = (loss_identity.found(f, model, tmp_path) for f in (cross_entropy, margin))
-    assert one == loss_identity.of(cross_entropy, model) != other
-    loss_identity.keep(one, tmp_path)
+    one, other = (
+        loss_identity.identify_or_load(f, model, tmp_path) for f in (cross_entropy, margin)
+    )
+    assert one == loss_identity.identify(cross_entropy, model) != other
+    loss_identity.save(one, tmp_path)
     # Of the store that is there last, whatever was tried before.
-    loss_identity.keep(other, tmp_path)
-    assert loss_identity.found(cross_entropy, model, tmp_path) == one
+    loss_identity.save(other, tmp_path)
+    assert loss_identity.identify_or_load(cross_entropy, model, tmp_path) == one
     monkeypatch.setattr(loss_identity, "_VERSIONS", {"jax": "9.9"})
-    assert loss_identity.found(cross_entropy, model, tmp_path) == other
-    loss_identity.keep(one, tmp_path)
-    assert loss_identity.found(margin, model, tmp_path) == other
+    assert loss_identity.identify_or_load(cross_entropy, model, tmp_path) == other
+    loss_identity.save(one, tmp_path)
+    assert loss_identity.identify_or_load(margin, model, tmp_path) == other
 
 
 def test_what_the_gradient_does_not_depend_on_does_not_count():
@@ -127,7 +129,7 @@ def test_what_the_gradient_does_not_depend_on_does_not_count():
             self.count[...] = self.count[...] + tokens.sum()
             return self.inner(tokens)
 
-    one, other = (loss_identity.of(cross_entropy, Counting(n)) for n in (0.0, 5.0))
+    one, other = (loss_identity.identify(cross_entropy, Counting(n)) for n in (0.0, 5.0))
     assert one == other
 
     @jax.jit
@@ -139,7 +141,7 @@ def test_what_the_gradient_does_not_depend_on_does_not_count():
         return 2 * x
 
     one, other, more = (
-        loss_identity.of(lambda m, b, f=f: f(cross_entropy(m, b)), decoder())
+        loss_identity.identify(lambda m, b, f=f: f(cross_entropy(m, b)), decoder())
         for f in (twice, double, jax.jit(lambda x: 3 * x))
     )
     assert one == other != more

@@ -31,7 +31,7 @@ _HOW_TO_NAME = (
 
 def read(
     path,
-    found: Pretrained,
+    pretrained: Pretrained,
     chosen: list[sites.Site],
     correction: str,
     *,
@@ -46,8 +46,8 @@ def read(
 
     Args:
         path: a .safetensors file, a directory of them (all are read), or PyTorch's `optimizer.pt`.
-        found: the model's files (`tda.model.pretrained.loading.inspect`): which tensor is which
-            parameter.
+        pretrained: the description of the model's files (`tda.model.pretrained.loading.inspect`),
+            which says which tensor is which parameter.
         chosen: the sites.
         correction: "adam", "factored" or "low_rank(R)" (`tda.gradients.moments.second_moments`).
         names: for `optimizer.pt`, the parameters' names by group, in the optimizer's order, or a
@@ -68,13 +68,15 @@ def read(
         state = _of_safetensors(path)
     else:
         state = _of_torch(path, names, allow_torch)
-    told = {"b2": b2, "eps": eps, "step": step}
+    constants = {"b2": b2, "eps": eps, "step": step}
     scales = {}
     for site in chosen:
-        parts = _parts(found, site)
+        parts = _parts(pretrained, site)
         layers = []
         for part in parts:
-            moments = state(rename(part.tensor), {k: v for k, v in told.items() if v is not None})
+            moments = state(
+                rename(part.tensor), {k: v for k, v in constants.items() if v is not None}
+            )
             nu = np.asarray(_slice(moments, part, site, path), np.float32)
             layers.append(optimizer_state.adam(nu, moments["step"], moments["b2"], moments["eps"]))
         full = layers[0] if site.stack is None else jnp.stack(layers)
@@ -82,27 +84,26 @@ def read(
     return second_moments.finite(scales)
 
 
-def _parts(found: Pretrained, site: sites.Site) -> list:
+def _parts(pretrained: Pretrained, site: sites.Site) -> list:
     names = [site.path] if site.stack is None else site.names()
-    missing = [n for n in names if n not in found.parts]
+    missing = [n for n in names if n not in pretrained.parts]
     if missing:
-        raise SecondMomentError(f"{found.path} has no tensor for {shorten(missing)}")
-    return [found.parts[n] for n in names]
+        raise SecondMomentError(f"{pretrained.path} has no tensor for {shorten(missing)}")
+    return [pretrained.parts[n] for n in names]
 
 
 def _slice(moments: dict, part, site: sites.Site, path) -> np.ndarray:
     shape = site.shape if site.stack is None else site.shape[1:]
-    whole = moments["shape"]
-    fits = part.take is None or whole[part.axis] > int(part.take.max())
-    if len(whole) != len(shape) or not fits or part.shape(whole) != tuple(shape):
+    full_shape = moments["shape"]
+    fits = part.take is None or full_shape[part.axis] > int(part.take.max())
+    if len(full_shape) != len(shape) or not fits or part.shape(full_shape) != tuple(shape):
         raise SecondMomentError(
-            f"{path}: the second moments of {moments['name']} have the shape {whole}, which does "
-            f"not fit {site.path} {tuple(shape)}"
+            f"{path}: the second moments of {moments['name']} have the shape {full_shape}, which "
+            f"does not fit {site.path} {tuple(shape)}"
         )
     index = tuple(slice(0, n) for n in shape)
-    # An offset of the parameter is none of its gradient's.
-    found = part.read(moments["source"], index) - np.float32(part.plus)
-    return found
+    # The tensor may be stored with an offset (Gemma's norms), which no moment has.
+    return part.read(moments["source"], index) - np.float32(part.plus)
 
 
 class _Renamed:
@@ -124,20 +125,21 @@ def _of_safetensors(path: pathlib.Path):
             f"{path} has no tensor with {_FIELD!r} in its name; it has {shorten(sorted(shapes))}"
         )
 
-    def state(name, told):
+    def state(name, constants):
         field = _only(path, name, _FIELD, shapes)
         steps = [n for n in _candidates(name, "step", shapes)] or [
             n for n in shapes if n in ("step", "optimizer.step", "optim.step", "state.step")
         ]
-        if "step" not in told and steps:
-            whole = tuple(slice(0, n) for n in shapes[steps[0]])
-            told = told | {"step": int(np.asarray(source.read(steps[0], whole)).reshape(-1)[0])}
-        lacking = sorted({"b2", "eps", "step"} - told.keys())
+        if "step" not in constants and steps:
+            index = tuple(slice(0, n) for n in shapes[steps[0]])
+            count = np.asarray(source.read(steps[0], index)).reshape(-1)[0]
+            constants = constants | {"step": int(count)}
+        lacking = sorted({"b2", "eps", "step"} - constants.keys())
         if lacking:
             raise SecondMomentError(
                 f"{path} does not say Adam's {', '.join(lacking)} for {name}; give them"
             )
-        return told | {
+        return constants | {
             "name": name,
             "shape": shapes[field],
             "source": _Renamed(source, field),
@@ -154,15 +156,15 @@ def _candidates(name: str, field: str, names) -> list[str]:
 
 
 def _only(path, name: str, field: str, names) -> str:
-    found = _candidates(name, field, names)
-    if len(found) != 1:
-        said = f"more than once: {shorten(found)}" if found else "not at all"
-        there = [n for n in names if field in n]
+    matches = _candidates(name, field, names)
+    if len(matches) != 1:
+        occurrence = f"more than once: {shorten(matches)}" if matches else "not at all"
+        similar = [n for n in names if field in n]
         raise SecondMomentError(
-            f"{path} has {field} of {name} {said}; it has {shorten(there)}; where names differ, "
-            "give rename"
+            f"{path} has {field} of {name} {occurrence}; it has {shorten(similar)}; where names "
+            "differ, give rename"
         )
-    return found[0]
+    return matches[0]
 
 
 def _of_torch(path: pathlib.Path, names, allow_torch: bool):
@@ -184,23 +186,23 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
     groups = loaded["param_groups"]
     by_name = _numbered(path, groups, names)
 
-    def state(name, told):
+    def state(name, constants):
         if name not in by_name:
             raise SecondMomentError(
                 f"{path}: no parameter is called {name}; there are {shorten(sorted(by_name))}"
             )
         number, group = by_name[name]
-        own = loaded["state"].get(number)
-        if own is None or _FIELD not in own:
+        entry = loaded["state"].get(number)
+        if entry is None or _FIELD not in entry:
             raise SecondMomentError(
                 f"{path}: parameter {number} ({name}) has no {_FIELD}; it has "
-                f"{', '.join(own or ()) or 'no state'}"
+                f"{', '.join(entry or ()) or 'no state'}"
             )
         if group.get("amsgrad"):
             raise SecondMomentError(f"{path}: AMSGrad's state is not supported")
-        nu = own[_FIELD].float().numpy()
-        found = {"b2": group["betas"][1], "eps": group["eps"], "step": int(own["step"])}
-        return found | told | {"name": name, "shape": nu.shape, "source": _Array(nu)}
+        nu = entry[_FIELD].float().numpy()
+        stated = {"b2": group["betas"][1], "eps": group["eps"], "step": int(entry["step"])}
+        return stated | constants | {"name": name, "shape": nu.shape, "source": _Array(nu)}
 
     return state
 
@@ -238,6 +240,6 @@ def _numbered(path, groups, names) -> dict[str, tuple[int, dict]]:
     pairs = zip(groups, names, strict=True)
     return {
         name: (number, group)
-        for group, own in pairs
-        for number, name in zip(group["params"], own, strict=True)
+        for group, group_names in pairs
+        for number, name in zip(group["params"], group_names, strict=True)
     }

@@ -35,11 +35,11 @@ def load(path, made_from: dict) -> dict[str, Scale] | None:
     """What `save` wrote, if it was made from just this; None otherwise."""
     if not os.path.exists(path):
         return None
-    found: dict[str, dict] = {}
+    parts_by_name: dict[str, dict] = {}
     with safe_open(os.fspath(path), framework="numpy") as opened:
         if (opened.metadata() or {}).get("made_from") != json.dumps(made_from, sort_keys=True):
             return None
         for key in opened.keys():
             name, _, part = key.rpartition(":")
-            found.setdefault(name, {})[part] = jnp.asarray(opened.get_tensor(key))
-    return {name: Scale(**parts) for name, parts in found.items()}
+            parts_by_name.setdefault(name, {})[part] = jnp.asarray(opened.get_tensor(key))
+    return {name: Scale(**parts) for name, parts in parts_by_name.items()}

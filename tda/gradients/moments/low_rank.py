@@ -97,8 +97,8 @@ def _alternate(K, u, v, sweeps: int):
         v, u = _solve(K.T, v, u)
         new = error(u, v)
         # Also false where the solution is not a number.
-        taken = new < e
-        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), (u, v, new), best), None
+        improves = new < e
+        return jax.tree.map(lambda a, b: jnp.where(improves, a, b), (u, v, new), best), None
 
     return jax.lax.scan(sweep, (u, v, error(u, v)), None, length=sweeps)[0][:2]
 

@@ -98,26 +98,26 @@ def find(flat: dict, path: str, described: dict) -> Moments:
         SecondMomentError: there are none, or more than one; the message lists what there is.
     """
     marks = [f"{mark}/{path}" for mark in _MARKS]
-    found = {
+    states = {
         name[: -len(mark)]: name
         for name in flat
         for mark in marks
         if name == mark or name.endswith("/" + mark)
     }
     # A module may be called "nu" too: what lies inside of a state that was found is no state.
-    found = {
+    states = {
         prefix: name
-        for prefix, name in found.items()
-        if not any(prefix != outer and prefix.startswith(outer) for outer in found)
+        for prefix, name in states.items()
+        if not any(prefix != outer and prefix.startswith(outer) for outer in states)
     }
-    if len(found) > 1:
+    if len(states) > 1:
         raise SecondMomentError(
             f"the optimizer's state has second moments of {path} more than once: "
-            f"{', '.join(found.values())}"
+            f"{', '.join(states.values())}"
         )
-    if not found:
+    if not states:
         raise SecondMomentError(_missing(flat, path))
-    (prefix,) = found
+    (prefix,) = states
     return Moments(
         path,
         prefix,
@@ -130,26 +130,26 @@ def find(flat: dict, path: str, described: dict) -> Moments:
 
 def _missing(flat: dict, path: str) -> str:
     of_it = [n for n in flat if n == path or n.endswith("/" + path)]
-    others = [n for n in flat if any(f"/{mark}/" in f"/{n}" for mark in _MARKS)]
-    more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+    elsewhere = [n for n in flat if any(f"/{mark}/" in f"/{n}" for mark in _MARKS)]
+    more = f" and {len(elsewhere) - 6} more" if len(elsewhere) > 6 else ""
     return (
         f"the optimizer's state has no second moments of {path}; of that parameter it has "
         f"{', '.join(of_it) or 'nothing'}; under the names {' and '.join(_MARKS)} it has "
-        f"{', '.join(others[:6]) or 'nothing'}{more}"
+        f"{', '.join(elsewhere[:6]) or 'nothing'}{more}"
     )
 
 
 def _constants(flat: dict, prefix: str, described: dict) -> dict:
-    found = {k: v for k, v in described.items() if not isinstance(v, dict)}
+    constants = {k: v for k, v in described.items() if not isinstance(v, dict)}
     parts = prefix.split("/")
     for part in parts:
         if isinstance(described.get(part), dict):
-            found |= described[part]
+            constants |= described[part]
     # What `inject_hyperparams` keeps is what the last update used; the innermost is the state's.
     for i in range(len(parts)):
         inject = "".join(f"{p}/" for p in parts[:i]) + "hyperparams/"
-        found |= {k: flat[inject + k] for k in _CONSTANTS if inject + k in flat}
-    return found
+        constants |= {k: flat[inject + k] for k in _CONSTANTS if inject + k in flat}
+    return constants
 
 
 def adam(nu, count, b2, eps, eps_root=0.0) -> jax.Array:

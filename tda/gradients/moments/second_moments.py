@@ -203,8 +203,8 @@ def read(
         raise SecondMomentError("correction 'none' has no scales to read")
     flat = optimizer_state.load(root, {s.path for s in chosen}, step)
     described = checkpoint.describe(root, step).get("optimizer") or {}
-    found = {s.path: optimizer_state.find(flat, s.path, described) for s in chosen}
-    return finite({s.path: site_scale(s, found[s.path], correction) for s in chosen})
+    moments = {s.path: optimizer_state.find(flat, s.path, described) for s in chosen}
+    return finite({s.path: site_scale(s, moments[s.path], correction) for s in chosen})
 
 
 def finite(scales: dict[str, Scale]) -> dict[str, Scale]:
