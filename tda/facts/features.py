@@ -81,14 +81,15 @@ def _decode(record: type, example: Mapping[str, Any]) -> Any:
 
 def _decoder(hint: Any) -> Callable[[Any], Any]:
     """Returns the function that decodes a field of this type."""
-    return {
+    decoders: dict[Any, Callable[[Any], Any]] = {
         str: _text,
         str | None: lambda value: _text(value) or None,
         int | None: lambda value: None if int(value) == _NONE else int(value),
         bool | None: lambda value: None if int(value) == _NONE else bool(value),
         tuple[str, ...]: lambda value: tuple(map(_text, value)),
         tuple[Triple, ...]: _decode_triples,
-    }[hint]
+    }
+    return decoders[hint]
 
 
 def _decode_triples(columns: Mapping[str, Any]) -> tuple[Triple, ...]:
