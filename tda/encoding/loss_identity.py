@@ -1,7 +1,7 @@
 """A hash that identifies the loss whose gradients are stored, kept beside them.
 
-The parameters alone do not identify it: a model's settings (the base of its rotations, an epsilon,
-the dtype it computes in) and the body of a loss decide gradients as much.
+The parameters alone do not identify the loss: gradients also depend on the model's settings (the
+base of its rotary embedding, an epsilon, the compute dtype) and on the body of the loss function.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from jax.interpreters import partial_eval  # not public, but in jax 0.10.1 to 0.
 from tda.model import functional
 from tda.runtime import atomic_file
 
-# Positions of the batch that is traced: the shortest that texts are padded to.
+# Length of the batch that is traced: the shortest length that texts are padded to.
 _POSITIONS = 8
 _FILE = "loss.json"
 _VERSIONS = {"jax": jax.__version__, "flax": flax.__version__}
 
 
 def identify_or_load(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
-    """Returns the hash of `identify`, or the one that other versions of jax or flax left.
+    """Returns the hash of `identify`, or the saved hash if other versions of jax or flax wrote it.
 
-    Other versions trace the same function to other steps, so their hash cannot be compared.
+    Other versions may trace the same function to different steps, so hashes of two versions cannot
+    be compared, and the saved one is trusted.
 
     Args:
-        loss: as `identify` takes it.
-        model: as `identify` takes it.
-        directory: where `save` wrote, if it did.
+        loss, model: as for `identify`.
+        directory: the directory that `save` writes to; it may hold no hash yet.
     """
     record = _load(directory)
     if record is not None and record["versions"] != _VERSIONS:
@@ -45,7 +45,10 @@ def identify_or_load(loss: Callable, model: nnx.Module, directory: str | os.Path
 
 
 def save(identity: str, directory: str | os.PathLike) -> None:
-    """Writes the hash that `identify_or_load` returned, once gradients of that loss are stored."""
+    """Writes the hash from `identify_or_load`; call it once the loss's gradients are stored.
+
+    A hash that other versions of jax or flax wrote is left as it is.
+    """
     record = _load(directory)
     if record is None or record["versions"] == _VERSIONS:
         with atomic_file.open_atomic(pathlib.Path(directory) / _FILE) as out:
@@ -58,21 +61,24 @@ def _load(directory) -> dict | None:
 
 
 def identify(loss: Callable, model: nnx.Module) -> str:
-    """A hash of the steps that jax traces a loss's gradient to, and of the constants in them.
+    """Returns a hash of the jaxpr of a loss's gradient and of the constants in it.
 
-    What the gradient does not depend on has no part in it, nor have the names of functions.
+    Code that the gradient does not depend on does not change the hash, nor do function names.
 
     Args:
-        loss: of the model and a batch of tokens, targets and weights, each [B, T], to [B].
-        model: whose parameters' values do not count.
+        loss: a function of the model and a batch {"tokens", "targets", "weights"}, each [B, T],
+            that returns one number per example, [B].
+        model: the model; the values of its parameters do not matter.
     """
     model_fn, params = functional.split(model)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {k: jax.ShapeDtypeStruct((1, _POSITIONS), dtype) for k, dtype in dtypes.items()}
-    # A function may have a gradient of its own, which its steps forward do not show.
+    # The gradient is traced, not the loss: a custom gradient does not show in the forward steps.
     gradient = jax.grad(lambda p, b: loss(model_fn.merge(p), b).sum(), allow_int=True)
     traced = jax.make_jaxpr(gradient)(shapes, batch)
+    # jax has no public way to drop dead code from a jaxpr, hence `jax.interpreters`. Without
+    # it, code that the gradient does not depend on (a scan's zeros among it) would change the hash.
     steps, used, _ = partial_eval.dce_jaxpr_consts(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     text = re.sub(r"\b(name|jvp|fwd|bwd)=\S+", "", str(steps))
     hashed = hashlib.blake2b(text.encode(), digest_size=8)
@@ -86,7 +92,7 @@ def identify(loss: Callable, model: nnx.Module) -> str:
 
 
 def _constants(steps: Jaxpr) -> Iterator:
-    """Arrays in the traces inside a trace."""
+    """Yields the constants of the jaxprs nested in a jaxpr (loops, branches, jitted calls)."""
     for step in steps.eqns:
         for value in jax.tree.leaves(
             list(step.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)

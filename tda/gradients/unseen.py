@@ -1,9 +1,10 @@
-"""What a loss does with a layer's parameter that the layer's tap does not see.
+"""Finds uses of a layer's parameter in a loss that the layer's tap does not see.
 
-A tap is at what the layer's class does with its parameter. Where the model also reads the parameter
-itself (`x @ layer.kernel[...]`), or a subclass multiplies by it without asking the known class,
-a part of the gradient is not there. So the loss is traced once more, by shapes alone, with zeros in
-the parameter's place in all that a tap sees: what still depends on the parameter is unseen.
+A tap sees what the layer's known class does with its parameter. Where the model also reads the
+parameter directly (`x @ layer.kernel[...]`), or a subclass multiplies by it without calling the
+known class, the tap misses a part of the gradient. To find such sites, the loss is traced once more
+by shape only, with the parameter replaced by zeros wherever a tap sees it: if the loss still
+depends on the parameter, a part of its gradient is unseen.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,17 +21,17 @@ from tda.model import functional
 
 
 def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
-    """Makes a function that finds the sites of which taps would miss something.
+    """Makes a function that finds the sites whose gradient the taps would miss in part.
 
-    It takes the loss, a function of a model like `model` to a scalar, and gives those of `chosen`
-    whose parameter has a part in it beside what a tap sees. A parameter without any part in the
-    loss is not among them: its gradient is zero; nor is one that is read but not differentiated
-    (`stop_gradient`). One that is handed to a `jax.custom_vjp` function is among them, whatever its
-    gradient there. Arrays of `model` are not kept.
+    The function takes the loss, a function from a model like `model` to a scalar, and returns the
+    sites among `chosen` whose parameter the loss uses where no tap sees it. It does not return a
+    parameter that the loss does not use, whose gradient is zero, or one that is read but not
+    differentiated (`stop_gradient`). It returns every parameter passed to a `jax.custom_vjp`
+    function, whatever its gradient there. It holds no arrays of `model`.
 
     Args:
-        model: any NNX model; of shapes alone, if need be.
-        chosen: the sites that taps are put on.
+        model: any NNX model; its arrays may be abstract (shapes only).
+        chosen: the sites with taps.
     """
     chosen, blind = tuple(chosen), nnx.clone(model)
     modules = dict(nnx.iter_modules(blind))
@@ -44,19 +45,20 @@ def make_search(model: nnx.Module, chosen: Iterable[sites.Site]) -> Callable:
         if not chosen:
             return []
         traced = jax.make_jaxpr(lambda variables: loss(nnx.merge(graphdef, variables)))(variables)
-        # Only dropping dead code recognises the zeros that the gradient of a scan carries along,
-        # and nothing public does that.
+        # jax has no public way to drop dead code from a jaxpr, hence `jax.interpreters`. Nothing
+        # else will do: the gradient of a scan carries zeros along that look like a dependence on
+        # the parameter, and only dead code elimination recognises them.
         _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True])
         used = {path for path, is_used in zip(paths, used, strict=True) if is_used}
         missed = [s for s in chosen if s.path in used]
-        # What is read, but not differentiated, is no part of the gradient.
+        # A parameter that is read but not differentiated contributes nothing to the gradient.
         return _differentiated(missed, loss, graphdef, variables) if missed else []
 
     return search
 
 
 def _differentiated(missed: list[sites.Site], loss: Callable, graphdef, variables) -> list:
-    """Those of the sites by whose parameters the loss of a blind model has a gradient."""
+    """Returns the sites whose parameters have a gradient in the loss of the blind model."""
 
     def value(arrays, variables):
         variables = jax.tree.map(lambda x: x, variables)
@@ -70,7 +72,7 @@ def _differentiated(missed: list[sites.Site], loss: Callable, graphdef, variable
 
 
 def _is_zero(traced, out) -> bool:
-    """Whether an output of a trace follows from zeros alone, as a gradient that is not there."""
+    """Returns whether an output of a trace depends on zeros only, as a missing gradient does."""
     made_of = {v: step.invars for step in traced.eqns for v in step.outvars}
     waiting, seen = [out], set()
     while waiting:
@@ -87,25 +89,25 @@ def _is_zero(traced, out) -> bool:
 
 
 def refuse(missed: Iterable[sites.Site], remedy: str = "") -> None:
-    """Refuses sites of which taps miss something.
+    """Raises an error if the taps miss a part of any site's gradient.
 
     Args:
-        missed: the sites.
-        remedy: what can be done other than excluding them.
+        missed: the sites that `make_search`'s function returned.
+        remedy: text appended to the message: an alternative to excluding the sites.
 
     Raises:
-        ValueError: there are any.
+        ValueError: `missed` is not empty.
     """
     if missed := sorted({s.path for s in missed}):
         raise ValueError(
-            f"taps miss a part of the gradient of {', '.join(missed)}: the model reads them itself "
-            "(or a layer's subclass does, beside what it asks of its class), where no tap is; "
+            f"taps miss a part of the gradient of {', '.join(missed)}: the model, or a subclass of "
+            "the layer, reads these parameters directly, where no tap sees it; "
             f"exclude them{remedy}"
         )
 
 
 def _with_zeros(layer, use, call, inputs):
-    """Calls a layer with zeros in its parameter's place (`tda.gradients.layers.wrap_calls`)."""
+    """Calls a layer with its parameter replaced by zeros (see `layers.wrap_calls`)."""
     del use
     parameter = layers.product(layer).parameter
     graphdef, state = nnx.split(layer)
