@@ -1,8 +1,8 @@
-"""1/√V from the optimizer's state that another program left beside a pretrained model.
+"""1/√V from the optimizer state that another program saved with a pretrained model.
 
-Safetensors whose names hold those of the parameters (Megatron's, OLMo's), or PyTorch's
-`optimizer.pt`. Moments belong to a parameter by its name and by nothing else: PyTorch numbers
-parameters, in an order that the training program chose, so a file without names needs them.
+Reads safetensors whose tensor names contain the parameters' names (Megatron, OLMo), or PyTorch's
+`optimizer.pt`. Moments are matched to parameters by name only: PyTorch numbers the parameters in
+an order that the training program chose, so a file without names needs a list of them.
 """
 
 import collections
@@ -21,7 +21,7 @@ from tda.gradients.moments.second_moments import Scale
 from tda.model.pretrained.description import Pretrained, shorten
 from tda.model.pretrained.tensors import Safetensors, Source
 
-# What the running mean of squared gradients is called.
+# PyTorch's name for the running mean of squared gradients.
 _FIELD = "exp_avg_sq"
 _HOW_TO_NAME = (
     "json.dump([[name_of[p] for p in group['params']] for group in optimizer.param_groups], file) "
@@ -42,23 +42,23 @@ def read(
     eps: float | None = None,
     step: int | None = None,
 ) -> dict[str, Scale]:
-    """The scale of every site by Adam's rule, 1 / (√(ν / (1 − b2ᵗ)) + eps).
+    """Reads the scale of every site by Adam's rule, 1 / (√(ν / (1 − b2ᵗ)) + eps).
 
     Args:
         path: a .safetensors file, a directory of them (all are read), or PyTorch's `optimizer.pt`.
         pretrained: the description of the model's files (`tda.model.pretrained.loading.inspect`),
-            which says which tensor is which parameter.
+            which maps parameters to tensors.
         chosen: the sites.
         correction: "adam", "factored" or "low_rank(R)" (`tda.gradients.moments.second_moments`).
-        names: for `optimizer.pt`, the parameters' names by group, in the optimizer's order, or a
-            JSON file of them; not needed where the file has `param_names`.
-        rename: from a tensor's name in the model's files to that in the optimizer's.
-        allow_torch: read PyTorch's format, a pickle, by `torch.load(weights_only=True)`.
-        b2, eps, step: of Adam, where the file does not say them.
+        names: for `optimizer.pt`, the parameters' names by group, in the optimizer's order, or the
+            path of a JSON file with them; not needed if the file has `param_names`.
+        rename: a function from a tensor's name in the model's files to its name in the optimizer's.
+        allow_torch: allows PyTorch's format, a pickle, read by `torch.load(weights_only=True)`.
+        b2, eps, step: Adam's constants and step count, if the file does not have them.
 
     Raises:
-        SecondMomentError: moments that are not there, there twice or of another shape, or constants
-            that are lacking; the message names them.
+        SecondMomentError: moments are missing, ambiguous or of another shape, or constants are
+            missing; the message names them.
     """
     second_moments.check_full(correction)
     path = pathlib.Path(path)
@@ -102,12 +102,12 @@ def _slice(moments: dict, part, site: sites.Site, path) -> np.ndarray:
             f"does not fit {site.path} {tuple(shape)}"
         )
     index = tuple(slice(0, n) for n in shape)
-    # The tensor may be stored with an offset (Gemma's norms), which no moment has.
+    # `read` adds the parameter's offset (Gemma's norms); moments have none, so it is taken off.
     return part.read(moments["source"], index) - np.float32(part.plus)
 
 
 class _Renamed:
-    """One tensor, whatever it is asked for."""
+    """A source that reads one tensor, whatever name it is given."""
 
     def __init__(self, source: Source, name: str):
         self._source, self._name = source, name
@@ -137,7 +137,7 @@ def _of_safetensors(path: pathlib.Path):
         lacking = sorted({"b2", "eps", "step"} - constants.keys())
         if lacking:
             raise SecondMomentError(
-                f"{path} does not say Adam's {', '.join(lacking)} for {name}; give them"
+                f"{path} does not say Adam's {', '.join(lacking)} for {name}; pass them"
             )
         return constants | {
             "name": name,
@@ -149,9 +149,9 @@ def _of_safetensors(path: pathlib.Path):
 
 
 def _candidates(name: str, field: str, names) -> list[str]:
-    """Tensors that hold a field of a parameter: its name before or behind the field's."""
+    """Returns the tensors that may hold a parameter's field: NAME.FIELD or FIELD.NAME."""
     ends = (f"{name}.{field}", f"{field}.{name}", f"{name}/{field}", f"{field}/{name}")
-    # A name may have others in front of it, but not be the end of a longer word.
+    # Further components may come before, but the match must start at a component's start.
     return [n for n in names for end in ends if n == end or n.endswith(("." + end, "/" + end))]
 
 
@@ -161,8 +161,8 @@ def _only(path, name: str, field: str, names) -> str:
         occurrence = f"more than once: {shorten(matches)}" if matches else "not at all"
         similar = [n for n in names if field in n]
         raise SecondMomentError(
-            f"{path} has {field} of {name} {occurrence}; it has {shorten(similar)}; where names "
-            "differ, give rename"
+            f"{path} has {field} of {name} {occurrence}; it has {shorten(similar)}; if the names "
+            "differ, pass rename"
         )
     return matches[0]
 
@@ -170,17 +170,17 @@ def _only(path, name: str, field: str, names) -> str:
 def _of_torch(path: pathlib.Path, names, allow_torch: bool):
     if not allow_torch:
         raise SecondMomentError(
-            f"{path} is a file of PyTorch, a pickle; allow_torch=True reads it by "
-            "torch.load(weights_only=True), which runs nothing that the file holds"
+            f"{path} is a PyTorch file, a pickle; allow_torch=True reads it by "
+            "torch.load(weights_only=True), which runs no code from the file"
         )
     try:
         import torch
     except ImportError as error:
-        raise SecondMomentError(f"reading {path} takes the package torch") from error
+        raise SecondMomentError(f"reading {path} needs the package torch; install it") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle's many kinds
-        raise SecondMomentError(f"{path} cannot be read as tensors alone: {error}") from error
+    except Exception as error:  # unpickling raises many types
+        raise SecondMomentError(f"{path} cannot be read as tensors only: {error}") from error
     if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
         raise SecondMomentError(f"{path} is not an optimizer's state_dict")
     groups = loaded["param_groups"]
@@ -189,7 +189,7 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
     def state(name, constants):
         if name not in by_name:
             raise SecondMomentError(
-                f"{path}: no parameter is called {name}; there are {shorten(sorted(by_name))}"
+                f"{path}: no parameter is called {name}; it has {shorten(sorted(by_name))}"
             )
         number, group = by_name[name]
         entry = loaded["state"].get(number)
@@ -208,7 +208,7 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
 
 
 class _Array:
-    """An array as the one tensor of a source."""
+    """A source with a single tensor, given as an array."""
 
     def __init__(self, x: np.ndarray):
         self._x = x
@@ -218,12 +218,12 @@ class _Array:
 
 
 def _numbered(path, groups, names) -> dict[str, tuple[int, dict]]:
-    """Number and group of every parameter by its name."""
+    """Returns the number and the group of every parameter by its name."""
     if names is None:
         names = [g.get("param_names") for g in groups]
         if any(n is None for n in names):
             raise SecondMomentError(
-                f"{path} numbers its parameters and does not name them; give names, in the "
+                f"{path} numbers its parameters and does not name them; pass names, in the "
                 f"optimizer's order: {_HOW_TO_NAME}"
             )
     elif isinstance(names, str | os.PathLike):
@@ -231,7 +231,8 @@ def _numbered(path, groups, names) -> dict[str, tuple[int, dict]]:
     counts = [len(g["params"]) for g in groups]
     if [len(n) for n in names] != counts:
         raise SecondMomentError(
-            f"{path} has groups of {counts} parameters, names of {[len(n) for n in names]}"
+            f"{path} has groups of {counts} parameters, but names has groups of "
+            f"{[len(n) for n in names]}"
         )
     flat = [n for group in names for n in group]
     twice = [n for n, count in collections.Counter(flat).items() if count > 1]

@@ -1,11 +1,12 @@
-"""Where an optimizer's state keeps a parameter's second moments, and how the optimizer uses them.
+"""Finds a parameter's second moments in an optimizer's state and applies the optimizer's rule.
 
 States may be nested in any way (`optax.chain`, `masked`, `partition`, `inject_hyperparams`,
-`MultiSteps`): a state of one transformation is recognised by its fields, whatever it lies in. No
-index, order or shape decides what belongs to which parameter.
+`MultiSteps`): the state of a transformation is recognised by its fields, at any depth. Moments
+are matched to parameters by name, never by index, order or shape.
 
-optax calls "nu" what many optimizers divide by, in different ways, so their rule goes by the name
-of the optimizer in the checkpoint's description, and the state must have that optimizer's fields.
+Many optax optimizers call their second moments "nu" but divide by them in different ways. So the
+optimizer's name in the checkpoint's description selects the rule, and the state must have the
+fields of that optimizer.
 """
 
 import dataclasses
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 from tda.model.functional import flat_parameters
 from tda.training import checkpoint
 
-# What a state may keep of each parameter, as optax's transformations name it.
+# The fields with a parameter's second moments, as optax's transformations name them.
 _FIELDS = ("nu", "nu_max", "v_row", "v_col", "v")
-# Fields that mark a state of second moments; the others lie beside one of them.
+# Every state with second moments has one of these fields; the other fields are its siblings.
 _MARKS = ("nu", "v_row")
 _CONSTANTS = ("b1", "b2", "eps", "eps_root", "decay")
 
-# The fields of the states that the rules below know, by the optimizer's name.
+# The fields of the states that `exact` supports, by the optimizer's name.
 _STATES = {
     **dict.fromkeys(("adam", "adamw", "nadam", "nadamw", "yogi"), [{"count", "mu", "nu"}]),
     "amsgrad": [{"count", "mu", "nu", "nu_max"}],
@@ -41,16 +42,15 @@ class SecondMomentError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What the state of one transformation holds of one parameter.
+    """One parameter's moments in the state of one transformation.
 
     Attributes:
         path: path name of the parameter.
-        prefix: path name of the state, with "/" at its end unless it is empty.
-        fields: the parameter's leaves by field, of "nu", "nu_max", "v_row", "v_col", "v", "mu", as
-            far as they were loaded.
+        prefix: path name of the state, ending in "/" unless it is empty.
+        fields: the parameter's loaded leaves by field: "nu", "nu_max", "v_row", "v_col", "v", "mu".
         siblings: the names of all fields of the state.
-        count: steps taken, the state's own; None where it keeps none.
-        constants: "name", "b2", "eps" and so on, for this very state.
+        count: the state's number of steps; None if it has no counter.
+        constants: the optimizer's "name", "b2", "eps" and so on, as they apply to this state.
     """
 
     path: str
@@ -62,13 +62,13 @@ class Moments:
 
 
 def load(root, paths: set[str], step: int | None = None, fields=_FIELDS) -> dict:
-    """The leaves of a checkpoint's optimizer state by path name; `...` for those not needed here.
+    """Loads the leaves of a checkpoint's optimizer state by path name; `...` for unneeded leaves.
 
     Args:
         root: the directory of checkpoints.
-        paths: of the parameters whose moments are wanted.
-        step: None for the last checkpoint.
-        fields: what is wanted of each; by default all second moments.
+        paths: path names of the parameters whose moments to load.
+        step: the checkpoint's step; None for the last checkpoint.
+        fields: the fields to load of each parameter; by default all second moments.
 
     Raises:
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
@@ -86,16 +86,17 @@ def load(root, paths: set[str], step: int | None = None, fields=_FIELDS) -> dict
 
 
 def find(flat: dict, path: str, described: dict) -> Moments:
-    """The second moments of one parameter.
+    """Finds the second moments of one parameter.
 
     Args:
-        flat: the state's leaves by path name (`load`).
-        path: of the parameter.
-        described: the optimizer's constants as the checkpoint's description has them. Where parts
-            of a partition differ, a dict under a part's label holds that part's.
+        flat: the state's leaves by path name, from `load`.
+        path: path name of the parameter.
+        described: the optimizer's constants in the checkpoint's description. If the parts of a
+            partition differ, a dict under a part's label holds the constants of that part.
 
     Raises:
-        SecondMomentError: there are none, or more than one; the message lists what there is.
+        SecondMomentError: the state has no second moments of the parameter, or several; the
+            message lists those that it has.
     """
     marks = [f"{mark}/{path}" for mark in _MARKS]
     states = {
@@ -104,7 +105,7 @@ def find(flat: dict, path: str, described: dict) -> Moments:
         for mark in marks
         if name == mark or name.endswith("/" + mark)
     }
-    # A module may be called "nu" too: what lies inside of a state that was found is no state.
+    # A module may also be called "nu": a match inside another match is a parameter, not a state.
     states = {
         prefix: name
         for prefix, name in states.items()
@@ -145,7 +146,8 @@ def _constants(flat: dict, prefix: str, described: dict) -> dict:
     for part in parts:
         if isinstance(described.get(part), dict):
             constants |= described[part]
-    # What `inject_hyperparams` keeps is what the last update used; the innermost is the state's.
+    # `inject_hyperparams` stores the constants of the last update, so these win over the
+    # description's; of several, the innermost applies to this state.
     for i in range(len(parts)):
         inject = "".join(f"{p}/" for p in parts[:i]) + "hyperparams/"
         constants |= {k: flat[inject + k] for k in _CONSTANTS if inject + k in flat}
@@ -153,15 +155,15 @@ def _constants(flat: dict, prefix: str, described: dict) -> dict:
 
 
 def adam(nu, count, b2, eps, eps_root=0.0) -> jax.Array:
-    """1 / (√(ν / (1 − b2ᵗ) + eps_root) + eps) in float32: Kingma & Ba 2015, algorithm 1."""
+    """Returns 1 / (√(ν / (1 − b2ᵗ) + eps_root) + eps), float32 (Kingma & Ba 2015, algorithm 1)."""
     nu_hat = jnp.asarray(nu, jnp.float32) / (1.0 - b2 ** jnp.asarray(count, jnp.float32))
     return 1.0 / (jnp.sqrt(nu_hat + eps_root) + eps)
 
 
 def exact(moments: Moments) -> jax.Array:
-    """What the optimizer itself multiplies every weight's gradient by.
+    """Returns the factor by which the optimizer multiplies each weight's gradient.
 
-    Adam's rule (`adam`) is that of Adam(W), NAdam(W) and Yogi. AMSGrad divides by the maximum of
+    Adam(W), NAdam(W) and Yogi use Adam's rule (`adam`). AMSGrad divides by the maximum of
     the bias-corrected moments (Reddi et al. 2018; optax corrects before it takes the maximum),
     RMSProp by √(ν + eps), or by √ν + eps if `eps_in_sqrt` is false.
 
@@ -169,8 +171,8 @@ def exact(moments: Moments) -> jax.Array:
         float32, in the parameter's shape.
 
     Raises:
-        SecondMomentError: an optimizer of other rules, constants that are lacking, or a state that
-            is not of the optimizer that the description names.
+        SecondMomentError: the optimizer's rule is not supported, constants are missing, or the
+            state does not belong to the optimizer that the description names.
     """
     constants = moments.constants
     name, count = constants.get("name"), moments.count
