@@ -1,12 +1,12 @@
-"""What the encoder knows of layer classes: how a layer's output is a product with its parameter.
+"""The layer classes that taps support: how a layer multiplies its input by its parameter.
 
-A layer is known by the axes of its parameter that are summed over (the rows of a weight matrix) and
-those that appear in its output (the columns), and by how its input and output are laid out. Layers
-of other classes are not lost: `tda.gradients.sites` reports their parameters by name, and the
-reference path takes them if asked.
+A layer is described by the axes of its parameter that are summed over (the rows of a weight
+matrix), those that appear in its output (the columns), and the layout of its input and output.
+Layers of other classes are not lost: `tda.gradients.sites` reports their parameters by name, and
+the reference path can form their gradients.
 
-A subclass of a known class is known by what it asks of that class (`super().__call__(x)`), so that
-what it does before and after is its own affair: see `wrap_calls`.
+Of a subclass, taps see the calls to the known class (`super().__call__(x)`); whatever the subclass
+does before and after runs unchanged: see `wrap_calls`.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A layer's product with its parameter, the batch being the input's first axis.
+    """A layer's product with its parameter; the batch is the input's first axis.
 
     Attributes:
         parameter: the parameter's name in the layer.
-        rows: its own axes that are summed over, in the order in which they are flattened.
-        columns: its own axes that the output has, in order.
-        inputs: the layer's input to [B, T', M].
-        outputs: the layer's output to [B, T', N], and a function that turns that back.
+        rows: the parameter's axes that are summed over, in the order in which they are flattened.
+        columns: the parameter's axes that appear in the output, in order.
+        inputs: a function from the layer's input to [B, T', M].
+        outputs: a function from the layer's output to [B, T', N] and a function that undoes it.
     """
 
     parameter: str
@@ -39,20 +39,20 @@ class Product:
 
     @property
     def ndim(self) -> int:
-        """Axes that the parameter has in one layer."""
+        """The number of axes of one layer's parameter."""
         return len(self.rows) + len(self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What an embedding calls its parts: see `register_embedding`."""
+    """The names of an embedding's table and methods: see `register_embedding`."""
 
     parameter: str
     look_up: str
     attend: str | None
 
 
-# What is known of each class. Of those that multiply by jnp.einsum: (parameter, attribute).
+# The known classes. Those that call jnp.einsum: (parameter, attribute that holds the equation).
 _KNOWN: dict[type, Table | tuple[str, str] | None] = {
     nnx.Linear: None,
     nnx.LinearGeneral: None,
@@ -61,12 +61,12 @@ _KNOWN: dict[type, Table | tuple[str, str] | None] = {
 }
 
 _VECTORS = (nnx.RMSNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
-# They put other numbers in the place of a layer's parameters before they call it.
+# Classes that replace the parameters of the layer inside them before they call it.
 _CHANGING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def register_einsum(kind: type, parameter: str, equation: str) -> None:
-    """Makes a layer class known whose call is `jnp.einsum(equation, inputs, parameter)`.
+    """Registers a layer class whose call is `jnp.einsum(equation, inputs, parameter)`.
 
     Args:
         kind: the class; its `__call__` takes the input first.
@@ -79,42 +79,43 @@ def register_einsum(kind: type, parameter: str, equation: str) -> None:
 def register_embedding(
     kind: type, parameter: str, look_up: str = "__call__", attend: str | None = None
 ) -> None:
-    """Makes a class known that holds a table [V, D] and looks up rows of it.
+    """Registers a class that holds a table [V, D] and looks up its rows.
 
     Args:
         kind: the class.
         parameter: the name of the table.
-        look_up: the method that takes row numbers [B, …] first, looks these rows up, and does what
-            it likes with them (scales them, say) but nothing else with the numbers.
-        attend: the method of tied models that takes states [B, …, D] first and gives states ·
-            tableᵀ, neither scaled nor shifted; None where there is none.
+        look_up: the method whose first argument is row numbers [B, …] and that looks up these
+            rows. It may change the rows (scale them, say), but must not use the numbers otherwise.
+        attend: in tied models, the method whose first argument is states [B, …, D] and that
+            returns states · tableᵀ, neither scaled nor shifted; None if there is none.
     """
     _KNOWN[kind] = Table(parameter, look_up, attend)
 
 
 def known(kind: type) -> type | None:
-    """The class whose product is known: `kind` itself, or the first that it derives from."""
+    """Returns the first known class among `kind` and its base classes; None if there is none."""
     return next((k for k in kind.__mro__ if k in _KNOWN), None)
 
 
 def table(kind: type) -> Table | None:
-    """What an embedding class calls its parts; None where `kind` is not known as one."""
+    """Returns the names of an embedding class's parts; None if `kind` is not an embedding."""
     parts = _KNOWN.get(known(kind))
     return parts if isinstance(parts, Table) else None
 
 
 def wrap_calls(module: nnx.Module, around: Callable) -> None:
-    """Puts a function around everything that a layer's known class does with its parameter.
+    """Puts a function around each use that a layer's known class makes of its parameter.
 
-    The layer's class becomes a subclass of it, in which a subclass of the known class stands before
-    that. So whatever the layer's own class asks of the known class (`super().__call__(x)`) passes
-    through `around`, and what it does before and after runs unchanged.
+    The layer gets a new class, a subclass of its own, with a subclass of the known class placed
+    right before the known class in Python's method resolution order. So every call of the layer's
+    own class to the known class (`super().__call__(x)`) passes through `around`, and the rest of
+    the layer's code runs unchanged.
 
     Args:
         module: a layer of a known class, or of a subclass of one; changed in place.
-        around: a function at module level, of (layer, use, call, inputs): `use` is "product",
-            "look_up" or "attend" (of an embedding), `call(layer, inputs)` is the known class's own
-            method. It returns the output.
+        around: a module-level function of (layer, use, call, inputs) that returns the output:
+            `use` is "product", or an embedding's "look_up" or "attend"; `call(layer, inputs)` is
+            the known class's own method.
     """
     kind = type(module)
     object.__setattr__(module, "__class__", _wrapped(kind, known(kind), around))
@@ -130,8 +131,8 @@ def _wrapped(kind: type, base: type, around: Callable) -> type:
     wrapped = types.new_class(f"Wrapped{base.__name__}", (base,), {}, lambda ns: ns.update(methods))
     if kind is base:
         return wrapped
-    # Python's method resolution puts `wrapped` right before `base`, after all of `kind`'s own
-    # classes.
+    # Python's method resolution puts `wrapped` right before `base`, and after `kind` and the
+    # classes between them.
     return types.new_class(f"Wrapped{kind.__name__}", (kind, wrapped))
 
 
@@ -143,12 +144,12 @@ def _around(method: Callable, use: str, around: Callable) -> Callable:
 
 
 def change_product(layer: nnx.Module, call: Callable, inputs, change: Callable):
-    """Calls a layer and changes its product: `change` maps [B, T', N] and [B, T', M] to the former.
+    """Calls a layer and changes its product.
 
     Args:
         layer: a layer of a known class.
-        call, inputs: as `wrap_calls` hands them over.
-        change: a function of the layer's output and its input.
+        call, inputs: the arguments that `wrap_calls` passes to `around`.
+        change: a function from the output [B, T', N] and the input [B, T', M] to a new output.
     """
     known_product = product(layer)
     y_BxTxN, back = known_product.outputs(call(layer, inputs))
@@ -156,12 +157,12 @@ def change_product(layer: nnx.Module, call: Callable, inputs, change: Callable):
 
 
 def changes_parameters(module: nnx.Module) -> bool:
-    """Whether `module` changes the parameters of the layers in it before it calls them."""
+    """Returns whether `module` changes its layers' parameters before it calls them."""
     return isinstance(module, _CHANGING)
 
 
 def product(module: nnx.Module) -> Product | None:
-    """How `module` multiplies by its parameter; None where that is not known."""
+    """Returns how `module` multiplies by its parameter; None if its class is not known."""
     kind = known(type(module))
     if kind is None:
         return None
@@ -178,7 +179,7 @@ def product(module: nnx.Module) -> Product | None:
 
 
 def own_ndim(module: nnx.Module, parameter: str) -> int | None:
-    """How many axes a layer's parameter has where the layer is not stacked; None if not known."""
+    """Returns the number of axes of an unstacked layer's parameter; None if not known."""
     known = product(module)
     if known is not None and parameter == known.parameter:
         return known.ndim
@@ -195,12 +196,12 @@ def own_ndim(module: nnx.Module, parameter: str) -> int | None:
 
 
 def _positions(x):
-    """`x` with exactly one axis of positions between batch and features."""
+    """Returns `x` with exactly one axis of positions between batch and features."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _flattened(features: int):
-    """Outputs [B, …, features] as [B, T', N]."""
+    """Returns a function from outputs [B, …, *features] to [B, T', N] and its inverse."""
 
     def outputs(y):
         width = math.prod(y.shape[y.ndim - features :])
@@ -228,7 +229,7 @@ def _linear_general(module: nnx.LinearGeneral) -> Product | None:
 
 
 def _einsum(parameter: str, equation: str) -> Product | None:
-    """The product that an einsum's equation describes; None where it is not a matrix product."""
+    """Returns the product that an equation describes; None if it is not a matrix product."""
     left, out = equation.replace(" ", "").split("->")
     x, w = left.split(",")
     if "..." in w or any(len(set(t)) < len(t.replace("...", "")) for t in (x, w, out)):
@@ -240,7 +241,7 @@ def _einsum(parameter: str, equation: str) -> Product | None:
         return None  # a matrix for every index of a shared axis, or no batch in front
 
     def letters(text, ndim):
-        """One letter for each axis; those of an ellipsis are upper Greek."""
+        """Returns one letter per axis; an ellipsis's axes get capital Greek letters."""
         count = ndim - len(text.replace("...", ""))
         greek = [chr(0x391 + i) for i in range(count)]
         if "..." not in text:
@@ -250,7 +251,7 @@ def _einsum(parameter: str, equation: str) -> Product | None:
 
     def inputs(a):
         named = letters(x, a.ndim)
-        # An axis that neither the parameter nor the output has is summed over before the product.
+        # An axis of the input alone is summed over before the product.
         lost = [i for i, c in enumerate(named) if c not in w and c not in out and c.isascii()]
         a = jnp.sum(a, axis=tuple(lost)) if lost else a
         named = [c for i, c in enumerate(named) if i not in lost]
@@ -260,7 +261,7 @@ def _einsum(parameter: str, equation: str) -> Product | None:
 
     def outputs(y):
         named = letters(out, y.ndim)
-        # Positions in the input's order, so that they meet the input's.
+        # Positions in the input's order, so that they line up with the input's positions.
         shared = [c for c in letters(x, _ndim(x, out, y.ndim)) if c in named and c not in w]
         order = [named.index(c) for c in (*shared, *columns)]
         turned = jnp.transpose(y, order)
@@ -279,5 +280,5 @@ def _einsum(parameter: str, equation: str) -> Product | None:
 
 
 def _ndim(x: str, out: str, out_ndim: int) -> int:
-    """Axes of the input, from those of the output: an ellipsis stands for as many in both."""
+    """Returns the input's number of axes: an ellipsis stands for equally many in both."""
     return len(x.replace("...", "")) + out_ndim - len(out.replace("...", ""))

@@ -39,12 +39,12 @@ class Site:
         parameter: name of the parameter in it, such as "kernel".
         rows, columns: M and N of one matrix. A vector is a matrix of one row.
         stack: number of stacked layers, or None.
-        shape: of the parameter, the stack's axis first; None: [(L,) M, N].
-        order: the parameter's own axes, those of the rows before those of the columns; None: as is.
-        tapped: whether a tap gives its gradient; otherwise it is formed whole for every example.
-        group: "attention", "mlp", "embedding", "head" or "other"; None: by the path.
-        by_reference: whether the full gradient may be formed where the tap turns out to miss a part
-            of it (`tda.gradients.unseen`); else that is an error.
+        shape: the parameter's shape, the stack's axis first; None: [(L,) M, N].
+        order: the axes of one layer's parameter, rows' before columns'; None: already in order.
+        tapped: whether a tap gives the gradient; otherwise each example's full gradient is formed.
+        group: "attention", "mlp", "embedding", "head" or "other"; None: decided by the path.
+        by_reference: whether the full gradient may be formed if the tap turns out to miss a part
+            of it (`tda.gradients.unseen`); otherwise that is an error.
     """
 
     module: tuple
@@ -67,15 +67,15 @@ class Site:
 
     @property
     def path(self) -> str:
-        """Path name of the parameter in the tree of parameters."""
+        """The parameter's path name in the tree of parameters."""
         return "/".join(map(str, (*self.module, self.parameter)))
 
     def names(self) -> list[str]:
-        """The name of each layer's matrix: one, or one for each stacked layer."""
+        """Returns the name of the matrix, or of each matrix in the stack."""
         return _names(self.module, self.parameter, self.stack)
 
     def matrix(self, x):
-        """An array of the parameter's shape as a matrix or a stack of them: [(L,) M, N]."""
+        """Returns an array of the parameter's shape as a matrix or a stack of them: [(L,) M, N]."""
         first = 0 if self.stack is None else 1
         if self.order is not None:
             x = x.transpose(*range(first), *(first + i for i in self.order))
@@ -88,43 +88,43 @@ def find_sites(
     exclude: str | None = None,
     untapped: Literal["leave", "reference", "error"] = "leave",
 ) -> list[Site]:
-    """The sites of `model`, sorted by path.
+    """Returns the sites of `model`, sorted by path.
 
     Args:
         model: any NNX model.
-        include: a regular expression that a parameter's path name must match (searched); by default
-            every matrix of a layer, which leaves out embeddings, the output head, norms and biases.
-        exclude: one that it must not match.
-        untapped: what becomes of parameters that match and that no tap can be put on (norms,
-            biases, layers of unknown classes, parameters that several layers share): "leave" them
-            out (`left_out` names them), take them by the "reference" path (each example's whole
-            gradient is formed), or "error". With "reference" that path is open to all that match,
-            where a tap turns out to miss a part of the gradient; else that is an error (`unseen`).
+        include: a regular expression to search for in a parameter's path name; by default all
+            matrices of layers, without embeddings, the output head, norms and biases.
+        exclude: a regular expression for parameters to exclude.
+        untapped: how to treat matching parameters that cannot have a tap (norms, biases, layers of
+            unknown classes, parameters that several layers share): "leave" them out (`left_out`
+            names them), use the "reference" path (each example's full gradient is formed), or
+            raise an "error". With "reference", that path also serves a matching parameter whose
+            tap turns out to miss a part of the gradient; otherwise that is an error (`unseen`).
 
     Raises:
-        ValueError: nothing matches, or, with untapped="error", something cannot be tapped.
+        ValueError: no parameter matches, or untapped="error" and a parameter cannot have a tap.
     """
     if untapped not in ("leave", "reference", "error"):
         raise ValueError(f"untapped is {untapped!r}; use leave, reference or error")
     everything = _sites(model)
-    chosen = [s for s in everything if _selected(s, include, exclude)]
-    without = [s.path for s in chosen if not s.tapped]
+    sites = [s for s in everything if _selected(s, include, exclude)]
+    without = [s.path for s in sites if not s.tapped]
     if untapped == "error" and without:
         raise ValueError(
-            f"no tap can be put on {', '.join(without)}; exclude them, or take them with "
-            "untapped='reference'"
+            f"no tap can be put on {', '.join(without)}; exclude them, or pass "
+            "untapped='reference' to form their full gradients"
         )
     if untapped == "reference":
-        chosen = [dataclasses.replace(s, by_reference=True) for s in chosen]
+        sites = [dataclasses.replace(s, by_reference=True) for s in sites]
     else:
-        chosen = [s for s in chosen if s.tapped]
-    if not chosen:
+        sites = [s for s in sites if s.tapped]
+    if not sites:
         listed = ", ".join(s.path + ("" if s.tapped else " (no tap)") for s in everything)
         raise ValueError(
             f"no weight matrix matches include={include!r}, exclude={exclude!r}; "
             f"the model has {listed or 'none'}"
         )
-    return sorted(chosen, key=lambda s: s.path)
+    return sorted(sites, key=lambda s: s.path)
 
 
 def _selected(site: Site, include: str | None, exclude: str | None) -> bool:
@@ -136,9 +136,9 @@ def _selected(site: Site, include: str | None, exclude: str | None) -> bool:
 
 
 def _sites(model: nnx.Module) -> list[Site]:
-    """A site for every parameter of the model."""
+    """Returns a site for every parameter of the model."""
     modules = {tuple(path): m for path, m in nnx.iter_modules(model)}
-    # A tap at one of its layers would miss what the others do with it.
+    # A tap on one of the layers that share a parameter would miss the gradient from the others.
     shared = {tuple(p) for paths in nnx.find_duplicates(model, only=nnx.Param) for p in paths}
     all_sites = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -172,30 +172,30 @@ def _site(
 
 
 def _group(module: tuple, parameter: str, stack: int | None, modules: dict) -> str:
-    """The group by the path's name, else by the classes of the modules on the way to it."""
+    """Returns the group by the path name, or else by the classes of the modules on the path."""
     name = _names(module, parameter, stack)[0]
     group = group_of(name)
     if group == "other" and layers.table(type(modules.get(module))) is not None:
-        # A table in a layer is called one by its class, not by its name alone.
+        # Inside a numbered layer the name alone is not enough: the class must be a table too.
         group = "embedding" if _GROUPS["embedding"].search(name.lower()) else group
     for i in range(len(module), 0, -1):
         if group != "other":
             break
-        # MultiHeadAttention, FeedForward: the class says what the attribute's name does not.
+        # The class's name (MultiHeadAttention, FeedForward) may tell more than the attribute's.
         by_class = group_of(type(modules.get(module[:i])).__name__)
         group = by_class if by_class in ("attention", "mlp") else group
     return group
 
 
-def left_out(model: nnx.Module, chosen: list[Site]) -> dict[str, int]:
-    """Sizes of the parameters whose gradients the chosen sites do not cover, by path name."""
-    covered = {s.path for s in chosen}
+def left_out(model: nnx.Module, sites: list[Site]) -> dict[str, int]:
+    """Returns the size of each parameter that the sites do not cover, by path name."""
+    covered = {s.path for s in sites}
     return {s.path: math.prod(s.shape) for s in _sites(model) if s.path not in covered}
 
 
-def coverage(model: nnx.Module, chosen: list[Site]) -> str:
-    """In a line: how much of the model gradients are taken of, and what is left out."""
-    covered, out = sum(math.prod(s.shape) for s in chosen), left_out(model, chosen)
+def coverage(model: nnx.Module, sites: list[Site]) -> str:
+    """Describes in a line what share of the parameters the gradients cover and what they omit."""
+    covered, out = sum(math.prod(s.shape) for s in sites), left_out(model, sites)
     total = covered + sum(out.values())
     named = ", ".join(list(out)[:_NAMED]) or "none"
     more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
@@ -206,14 +206,15 @@ def coverage(model: nnx.Module, chosen: list[Site]) -> str:
 
 
 def group_of(name: str) -> str:
-    """The kind of layer that a matrix belongs to, by its name; "other" if none fits.
+    """Returns the group of a matrix by its name; "other" if no group fits.
 
-    In a numbered layer nothing is called the model's head or embedding (BERT's layers each have an
-    `output`), but for the list of them itself: `lm_head/0/kernel` is a head.
+    A name inside a numbered layer never means the model's head or embedding (each of BERT's layers
+    has an `output`), but the name of the list of layers may: `lm_head/0/kernel` is a head.
     """
     name = name.lower()
     parts = name.split("/")
-    # Only a list of layers has layers: a model in stages has its head in the last.
+    # Only numbers behind a name for layers count: in a model of numbered stages, the last stage
+    # holds the head.
     number = next(
         (i for i, p in enumerate(parts) if i and p.isdigit() and _LAYERS.fullmatch(parts[i - 1])),
         None,
@@ -235,10 +236,10 @@ def _names(module: tuple, parameter: str, stack: int | None) -> list[str]:
 
 
 def module_at(tree: dict, site: Site) -> dict:
-    """What a nested dict of variables holds of a site's module."""
+    """Returns the part of a nested dict of variables that belongs to a site's module."""
     return functools.reduce(operator.getitem, site.module, tree)
 
 
 def layer_of(name: str) -> int | None:
-    """The layer's number in a matrix's name: its first component that is a number."""
+    """Returns the layer's number in a matrix's name: the first component that is a number."""
     return next((int(part) for part in name.split("/") if part.isdigit()), None)
