@@ -1,7 +1,7 @@
-"""Pure losses. Each takes logits, targets and weights and gives one number per example.
+"""Pure losses. Each takes logits, targets and weights and returns one number per example.
 
-L = Σ_t w_t f(logits_t, target_t). The weights say which positions count: all tokens of a passage,
-only the target tokens of a query, never padding.
+L = Σ_t w_t f(logits_t, target_t). The weights select positions: all tokens of a passage, only the
+target tokens of a query, never padding.
 """
 
 import jax
@@ -9,32 +9,32 @@ import jax.numpy as jnp
 
 
 def cross_entropy(logits_BxTxV, targets_BxT, weights_BxT):
-    """Next-token cross-entropy in nats, weighted and summed over positions: float32 [B]."""
+    """Returns next-token cross-entropy in nats, weighted and summed over positions: float32 [B]."""
     nats_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(nats_BxT * weights_BxT, axis=-1)
 
 
 def margin(logits_BxTxV, targets_BxT, weights_BxT):
-    """Minus the log-odds of the target, −log(p / (1 − p)): TRAK's output function: float32 [B]."""
+    """Returns minus the target's log-odds, −log(p / (1 − p)), as in TRAK: float32 [B]."""
     other_logits = jnp.where(_hit(logits_BxTxV, targets_BxT), -jnp.inf, logits_BxTxV)
     odds_BxT = jax.nn.logsumexp(other_logits, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(odds_BxT * weights_BxT, axis=-1)
 
 
 def logit(logits_BxTxV, targets_BxT, weights_BxT):
-    """Minus the target's logit: float32 [B]."""
+    """Returns minus the target's logit: float32 [B]."""
     return jnp.sum(-_picked(logits_BxTxV, targets_BxT) * weights_BxT, axis=-1)
 
 
 def _hit(logits_BxTxV, targets_BxT):
-    """Whether a logit is the target's: bool [B, T, V]."""
+    """Returns whether each logit is the target's: bool [B, T, V]."""
     return targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
 
 
 def _picked(logits_BxTxV, targets_BxT):
-    """The target's logit: float32 [B, T].
+    """Returns the target's logit: float32 [B, T].
 
-    A sum over the vocabulary, not a look-up, whose gradient would be scattered into zeros.
+    Sums over the vocabulary: the gradient of a look-up would be a scatter into zeros.
     """
     return jnp.sum(jnp.where(_hit(logits_BxTxV, targets_BxT), logits_BxTxV, 0.0), axis=-1)
 
@@ -43,7 +43,7 @@ OUTPUTS = {"loss": cross_entropy, "margin": margin, "logit": logit}
 
 
 def output(name: str):
-    """The output function called `name`; all are losses, so that less is better.
+    """Returns the output function called `name`; all are losses: lower is better.
 
     Raises:
         ValueError: no such output function.
@@ -53,24 +53,25 @@ def output(name: str):
     return OUTPUTS[name]
 
 
-# Logits held at once, in numbers: 64 MiB of float32.
+# The number of logits held at once: 64 MiB of float32.
 _CHUNK = 2**24
 
 
 def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int = _CHUNK):
-    """The sum of an output function over a batch's examples, without all logits at once.
+    """Sums an output function over a batch's examples without holding all logits at once.
 
     A model with the methods `hidden` (tokens [B, T] to states [B, T, D]) and `logits` (states to
-    float32 [B, T, V]) has its output matrix applied to a few positions at a time, and the gradient
-    of each piece is taken at once, so that no piece's logits outlive it. Any other model is called.
+    float32 [B, T, V]) has its output matrix applied to a few positions at a time. Each piece's
+    gradient is computed with its value, so that its logits can be freed. Any other model is called
+    directly, with all logits at once.
 
     Args:
         model: maps tokens [B, T] to logits [B, T, V].
         batch: {"tokens", "targets", "weights"}, each [B, T].
         output_fn: one of `OUTPUTS`.
-        scored: no example has more positions of weight other than 0 than this; where it is less
-            than T, logits are computed at so many positions only. None for T.
-        chunk: numbers that the logits of one piece have at most (but at least one position each).
+        scored: an upper bound on an example's positions of nonzero weight; if it is less than T,
+            logits are computed at this many positions only. None for T.
+        chunk: the largest number of logits in one piece (a piece has at least one position).
 
     Returns:
         A float32 scalar.
@@ -80,7 +81,7 @@ def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int =
         return jnp.sum(output_fn(model(batch["tokens"]), targets_BxT, weights_BxT))
     h_BxTxD = model.hidden(batch["tokens"])
     if scored is not None and scored < targets_BxT.shape[1]:
-        # The scored positions first; a stable sort keeps them in order.
+        # Scored positions come first; the stable sort keeps their order.
         at_BxS = jnp.argsort(weights_BxT == 0, axis=1, stable=True)[:, :scored]
         h_BxTxD = jnp.take_along_axis(h_BxTxD, at_BxS[..., None], axis=1)
         targets_BxT = jnp.take_along_axis(targets_BxT, at_BxS, axis=1)
@@ -98,9 +99,9 @@ def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int =
 
 
 def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
-    """`piece` over slices of the positions, summed; each slice's gradient is taken with its value.
+    """Sums `piece` over slices of the positions, with each slice's gradient beside its value.
 
-    So the backward pass only scales what the forward pass found (as fused cross-entropies do).
+    The backward pass only scales the forward pass's gradients, as fused cross-entropies do.
     """
     size = -(-targets_BxT.shape[1] // pieces)
     short = pieces * size - targets_BxT.shape[1]
@@ -110,7 +111,7 @@ def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
         return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
 
     slices = cut(h_BxTxD), cut(targets_BxT), cut(weights_BxT)
-    # What `piece` closes over and may be differentiated: taps and, in training, the matrix itself.
+    # The differentiable arrays that `piece` closes over: taps and, in training, the output matrix.
     piece, closed_over = jax.closure_convert(piece, *(x[0] for x in slices))
 
     @jax.custom_vjp

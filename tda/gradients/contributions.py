@@ -1,8 +1,8 @@
-"""Which positions of a passage carry its score: each position's part of an inner product.
+"""Splits a passage's score over its positions: each position's part of an inner product.
 
-A projected gradient is a sum over positions, Σ_t Aᵀ x_t δ_tᵀ B, in every layer. So its inner
-product with a direction is one too: at position t, what a layer is given there (x_t) meets what the
-loss asks of its output there (δ_t). The parts add up to the score exactly.
+A projected gradient is a sum over positions, Σ_t Aᵀ x_t δ_tᵀ B, in every layer, with the layer's
+input x_t and output gradient δ_t at position t. So its inner product with a direction is a sum
+over positions too, and the parts add up to the score exactly.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ def make_contributions(
     """Makes a function that splits ⟨direction, encoding⟩ over positions.
 
     The arguments are those of `tda.gradients.encoder.make_encoder`. The function takes a batch and
-    a direction float32 [E] and gives float32 [B, T], whose sum over T is the inner product of the
+    a direction float32 [E] and returns float32 [B, T], whose sum over T is the inner product of the
     direction and the example's encoding. For a score ⟨N(W g_passage), N(W g_query)⟩ the direction
     is W N(W g_query) / ‖W g_passage‖ (`direction_of`).
 
     Raises:
-        ValueError: as `make_encoder` does; with a batch, if the loss uses a parameter in a way that
-            its tap does not see.
+        ValueError: the arguments are invalid (see `make_encoder`), or, when the function is called,
+            the loss uses a parameter in a way that its tap does not see.
     """
     chosen = find_sites(model, include, exclude)
     plan = projections.layout(chosen, projection)
@@ -55,7 +55,7 @@ def make_contributions(
             out[site] = dataclasses.replace(tap, direction=W)
         return out
 
-    # The structure with a direction of zeros; the real one takes its place in every call.
+    # The direction here only fixes the shapes; each call puts its own in its place.
     undirected = with_direction(jnp.zeros(plan.width))
     example = taps.put_on(model, {s: (tap,) for s, tap in undirected.items()})
     graphdef, *states = nnx.split(example, taps.Zeros, ...)
@@ -63,7 +63,7 @@ def make_contributions(
     search = unseen.make_search(model, chosen)
 
     def total(own_model, batch):
-        # All logits at once: a piece of the positions would not be the sequence.
+        # All logits at once: a tap on the head needs the whole sequence, not a piece of it.
         return jnp.sum(output_fn(own_model(batch["tokens"]), batch["targets"], batch["weights"]))
 
     @jax.jit
@@ -86,13 +86,13 @@ def make_contributions(
 
 
 def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarray:
-    """The direction whose inner product with a passage's gradient is its score for a query.
+    """Returns the direction whose inner product with a passage's gradient is its score.
 
     Args:
         query_E, passage_E: projected gradients, float32 [E].
-        roots: W by block, WᵀW = R⁻¹, or None for the identity.
-        slices: where each block stands.
-        unit_norm: whether both are divided by their norms.
+        roots: W of each block, WᵀW = R⁻¹, or None for the identity.
+        slices: each block's slice of the E dimensions.
+        unit_norm: whether both whitened gradients are divided by their norms.
 
     Returns:
         float64 [E].
