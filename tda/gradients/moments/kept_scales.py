@@ -1,4 +1,4 @@
-"""1/√V on disk, so that what took many gradients is not estimated again."""
+"""1/√V on disk, so that an estimate from many gradients is made only once."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def save(path, scales: dict[str, Scale], made_from: dict) -> None:
     Args:
         path: the file.
         scales: by path of parameter.
-        made_from: JSON values that say what they were made from.
+        made_from: the provenance of the scales, JSON values.
     """
     arrays = {
         f"{name}:{part}": np.asarray(x)
@@ -25,14 +25,14 @@ def save(path, scales: dict[str, Scale], made_from: dict) -> None:
         for part, x in vars(scale).items()
         if x is not None
     }
-    # Beside it, so that the file is moved into its place at once.
+    # Written beside `path`, then renamed: a rename within a file system is atomic.
     beside = f"{path}.part"
     save_file(arrays, beside, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
     os.replace(beside, path)
 
 
 def load(path, made_from: dict) -> dict[str, Scale] | None:
-    """What `save` wrote, if it was made from just this; None otherwise."""
+    """Loads what `save` wrote; None if there is no file or its provenance differs."""
     if not os.path.exists(path):
         return None
     parts_by_name: dict[str, dict] = {}

@@ -1,7 +1,7 @@
-"""A matrix of positive numbers as a sum of a few outer products, close to it in relative terms.
+"""Approximates a positive matrix by a sum of a few outer products, close in relative terms.
 
-A corrected gradient g ∘ S has entries of unit variance, so what an approximation Ŝ does wrong to it
-is Σ (1 − Ŝ/S)², not Σ (S − Ŝ)², which the few largest entries of S decide. Minimising it is a
+A corrected gradient g ∘ S has entries of unit variance, so the error of an approximation Ŝ is
+Σ (1 − Ŝ/S)², not Σ (S − Ŝ)², which the few largest entries of S would dominate. Minimising it is a
 weighted low-rank approximation (Srebro & Jaakkola 2003): given one side's vectors, every row of the
 other side is a small least-squares problem of its own.
 """
@@ -28,18 +28,18 @@ def approximate(scale, left, right, rank: int, sweeps: int = _SWEEPS):
 
     S is divided by the outer product left·rightᵀ, which makes its entries about 1 (K); the start is
     a truncated SVD of K, by subspace iteration; then `sweeps` times each side is solved for exactly
-    with weights 1/K². A sweep that does not lower the error is not taken.
+    with weights 1/K². A sweep that does not lower the error is discarded.
 
-    With rank ≥ min(M, N) the result is exact. Ŝ is not held above 0: where S is far below its
-    neighbours, entries of the wrong sign are possible.
+    With rank ≥ min(M, N) the result is exact. Ŝ is not constrained to be positive: where S is far
+    below its neighbours, entries of the wrong sign are possible.
 
-    The layers of a stack go one after the other: beside the arguments and results, memory is for a
-    few arrays of one layer's [M, N] and for (M + N) rank² numbers; a sweep costs about 4 M N rank²
-    operations.
+    The layers of a stack are approximated one after the other: besides the arguments and results,
+    this takes memory for a few arrays of one layer's [M, N] and for (M + N) rank² numbers. A sweep
+    costs about 4 M N rank² operations.
 
     Args:
         scale: S, float32 [(L,) M, N], all above 0.
-        left, right: of a rank-one approximation, float32 [(L,) M] and [(L,) N], all above 0.
+        left, right: a rank-one approximation of S, float32 [(L,) M] and [(L,) N], all above 0.
         rank: R, at least 1.
         sweeps: passes of alternating least squares.
 
@@ -63,18 +63,18 @@ def approximate(scale, left, right, rank: int, sweeps: int = _SWEEPS):
 
 
 def relative_error(scale, left, right) -> jax.Array:
-    """√(mean (1 − Ŝ/S)²) of each matrix: float32 [(L,)].
+    """Returns √(mean (1 − Ŝ/S)²) of each matrix: float32 [(L,)].
 
     Args:
         scale: S, float32 [(L,) M, N].
-        left, right: of Ŝ, float32 [(L,) R, M] and [(L,) R, N].
+        left, right: the vectors of Ŝ, float32 [(L,) R, M] and [(L,) R, N].
     """
     return jnp.sqrt(jnp.mean(jnp.square(1.0 - product(left, right) / scale), axis=(-1, -2)))
 
 
 def _start(K, rank: int):
-    """The truncated SVD of K, its largest entries clipped: [M, R] and [N, R]."""
-    # Of an entry far above the others the relative error is 1 at most, yet an SVD would follow it.
+    """Returns the truncated SVD of K after clipping its largest entries: [M, R] and [N, R]."""
+    # An SVD would fit an entry far above the others, though its relative error is 1 at most.
     typical = jnp.mean(1.0 / K) / jnp.mean(jnp.square(1.0 / K))
     K = jnp.minimum(K, 3.0 * typical)
     width = min(rank + _OVERSAMPLE, *K.shape)
@@ -96,7 +96,7 @@ def _alternate(K, u, v, sweeps: int):
         u, v = _solve(K, u, v)
         v, u = _solve(K.T, v, u)
         new = error(u, v)
-        # Also false where the solution is not a number.
+        # Also false if the solution has NaNs, so these are discarded too.
         improves = new < e
         return jax.tree.map(lambda a, b: jnp.where(improves, a, b), (u, v, new), best), None
 
@@ -104,16 +104,16 @@ def _alternate(K, u, v, sweeps: int):
 
 
 def _solve(K, u, v):
-    """The u that minimises Σ ((K − u vᵀ)/K)², and v made orthonormal (u is for that one)."""
+    """Returns the u that minimises Σ ((K − u vᵀ)/K)² for an orthonormal v, and that v."""
     rank = v.shape[1]
     v, turned = jnp.linalg.qr(v)
     u = u @ turned.T
-    # Solved for the change of u, so that nothing is lost where u is already right.
+    # Solved for the change of u, so that no digits are lost where u is nearly right already.
     residual = (1.0 - (u @ v.T) / K) / K
     pairs = (v[:, :, None] * v[:, None, :]).reshape(-1, rank * rank)
     normal = (jnp.square(1.0 / K) @ pairs).reshape(-1, rank, rank)
     size = jnp.trace(normal, axis1=1, axis2=2)[:, None, None] / rank
-    # A row of tiny weights must not be divided by rounding errors.
+    # Rows are normalised and regularised: with tiny weights, rounding errors would dominate.
     normal = normal / size + 1e-6 * jnp.eye(rank)
     change = jnp.linalg.solve(normal, (residual @ v)[:, :, None] / size)
     return u + change[:, :, 0], v

@@ -1,9 +1,9 @@
-"""1/√V from the optimizer's second moments, read from a checkpoint without anything else of it.
+"""1/√V from the optimizer's second moments; of a checkpoint, only these are read.
 
-The optimizer's own rule decides where epsilon goes: Adam divides by √(ν̂ + eps_root) + eps with the
+The optimizer's rule decides where epsilon goes: Adam divides by √(ν̂ + eps_root) + eps with the
 bias-corrected ν̂ = ν / (1 − b2ᵗ) (Kingma & Ba 2015, algorithm 1); Adafactor multiplies by
 (r / mean r)^(−1/2) c^(−1/2) of its row and column statistics (Shazeer & Stern 2018, algorithm 4).
-Moments of half precision are float32 before anything is done to them.
+Half-precision moments are cast to float32 before any arithmetic.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """1/√V of one site, a sum of outer products or in full. Axes are stacked as the site's are.
+    """1/√V of one site, as a sum of outer products or in full; stacked if the site is.
 
     Attributes:
         left: float32 [(L,) R, M], or None.
@@ -37,22 +37,22 @@ class Scale:
     full: jnp.ndarray | None = None
 
     def dense(self) -> jnp.ndarray:
-        """The scale of every weight, Σ_r left_r right_rᵀ: float32 [(L,) M, N]."""
+        """Returns the scale of every weight, Σ_r left_r right_rᵀ: float32 [(L,) M, N]."""
         if self.full is not None:
             return self.full
         return low_rank.product(self.left, self.right)
 
     def map(self, change: Callable) -> "Scale":
-        """The same with each array changed."""
+        """Returns a scale with `change` applied to each array."""
         parts = self.left, self.right, self.full
         return Scale(*(None if x is None else change(x) for x in parts))
 
 
 def parse_correction(text: str) -> tuple[str, int | None]:
-    """A correction's name and, of "low_rank(R)", the rank R.
+    """Returns a correction's name and, for "low_rank(R)", the rank R.
 
     Raises:
-        SecondMomentError: no such correction, or a rank below 1.
+        SecondMomentError: the correction is unknown, or its rank is below 1.
     """
     match = re.fullmatch(r"low_rank\((\d+)\)", text)
     if match and int(match[1]) >= 1:
@@ -65,15 +65,16 @@ def parse_correction(text: str) -> tuple[str, int | None]:
 
 
 def adam_scale(nu, count, b2: float, eps: float, eps_root: float = 0.0) -> Scale:
-    """Adam's own scale of every weight, from ν after `count` steps."""
+    """Returns Adam's exact scale of every weight, from ν after `count` steps."""
     return Scale(full=optimizer_state.adam(nu, count, b2, eps, eps_root))
 
 
 def factored_scale(full) -> Scale:
-    """The rank-one scale with the row and column means of V = full⁻² (Shazeer & Stern 2018, eq. 3).
+    """Returns the rank-one scale from the row and column means of V = full⁻².
 
-    Where a row and a column are both far below the mean of V, their crossing gets a scale far above
-    the exact one, as with Adafactor itself.
+    This is Adafactor's factorisation (Shazeer & Stern 2018, eq. 3), and shares its weakness: where
+    a row and a column are both far below the mean of V, the weight at their crossing gets a scale
+    far above the exact one.
 
     Args:
         full: 1/√V, float32 [(L,) M, N].
@@ -84,7 +85,7 @@ def factored_scale(full) -> Scale:
 
 @jax.jit
 def _factor(full):
-    # √V over the largest √V of the matrix: a square of it is neither above 1 nor ever too small.
+    # √V over the matrix's largest √V, so that squares are at most 1 and do not all underflow.
     least = jnp.min(full, axis=(-1, -2), keepdims=True)
     rows, columns = (_root_mean_square(least / full, axis) for axis in (-1, -2))
     overall = _root_mean_square(rows[..., None], -2)
@@ -97,10 +98,10 @@ def _root_mean_square(x, axis: int):
 
 
 def low_rank_scale(full, rank: int) -> Scale:
-    """The sum of `rank` outer products closest to 1/√V in relative terms.
+    """Returns the sum of `rank` outer products closest to 1/√V in relative terms.
 
-    It minimises Σ (1 − Ŝ/S)², S balanced by `factored_scale` first
-    (`tda.gradients.moments.low_rank`); with rank 1 it is about that scale, with min(M, N) exact.
+    It minimises Σ (1 − Ŝ/S)², after S is balanced by `factored_scale`
+    (`tda.gradients.moments.low_rank`). Rank 1 gives about that scale; rank min(M, N) is exact.
 
     Args:
         full: S = 1/√V, float32 [(L,) M, N].
@@ -111,7 +112,7 @@ def low_rank_scale(full, rank: int) -> Scale:
 
 
 def check_full(correction: str) -> tuple[str, int | None]:
-    """The parsed name of a correction that is made from second moments of every weight.
+    """Parses a correction and checks that it is made from second moments of every weight.
 
     Raises:
         SecondMomentError: it is not "adam", "factored" or "low_rank(R)".
@@ -126,7 +127,7 @@ def check_full(correction: str) -> tuple[str, int | None]:
 
 
 def from_full(full, correction: str) -> Scale:
-    """The scale that a correction makes of 1/√V of every weight, float32 [(L,) M, N].
+    """Returns a correction's scale, made from 1/√V of every weight: float32 [(L,) M, N].
 
     Raises:
         SecondMomentError: the correction is not "adam", "factored" or "low_rank(R)".
@@ -138,21 +139,21 @@ def from_full(full, correction: str) -> Scale:
 
 
 def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
-    """The scale that optax's Adafactor multiplies a gradient of this shape by.
+    """Returns the scale by which optax's Adafactor multiplies a gradient of this shape.
 
-    optax keeps, of the two largest axes d1 ≤ d0, v_row = mean over d0 and v_col = mean over d1, and
-    `v` where it does not factor.
+    For the two largest axes d1 ≤ d0, optax stores v_row, the mean over d0, and v_col, the mean
+    over d1. It stores the full `v` of parameters that it does not factor.
 
     Args:
-        v_row, v_col, v: the state's leaves of this parameter; those unused have shape (1,).
-        shape: of the parameter.
+        v_row, v_col, v: the state's leaves of this parameter; unused ones have shape (1,).
+        shape: the parameter's shape.
 
     Returns:
-        The scale, its last two axes those of the shape; an outer product (R = 1) where these are
-        the two that optax factors.
+        The scale, in the parameter's axes: an outer product (R = 1) if optax factors the last two
+        axes, otherwise in full.
 
     Raises:
-        SecondMomentError: no leaf fits the shape.
+        SecondMomentError: the leaves do not fit the shape.
     """
     v_row, v_col, v = (jnp.asarray(x, jnp.float32) for x in (v_row, v_col, v))
     if tuple(v.shape) == tuple(shape):
@@ -165,7 +166,7 @@ def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
         raise SecondMomentError(
             f"Adafactor's statistics {v_row.shape} and {v_col.shape} do not fit {shape}"
         )
-    # v_row lacks axis d0, so d1 keeps its number unless it came after d0.
+    # v_row has no axis d0, so d1 moves down by one if it came after d0.
     reduced = d1 - 1 if d1 > d0 else d1
     row = 1.0 / jnp.sqrt(v_row / jnp.mean(v_row, axis=reduced, keepdims=True))
     col = 1.0 / jnp.sqrt(v_col)
@@ -178,25 +179,25 @@ def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
 def read(
     root, chosen: list[sites.Site], correction: str, step: int | None = None
 ) -> dict[str, Scale]:
-    """The scale of every site, from the optimizer's state of a checkpoint.
+    """Reads the scale of every site from the optimizer's state in a checkpoint.
 
     Args:
         root: the directory of checkpoints. Its description's `optimizer` gives `name` (adam, adamw,
-            nadam, nadamw, yogi, amsgrad or rmsprop; Adafactor is known by its state) and `b2`,
-            `eps`, `eps_root` (of rmsprop `eps`, `eps_in_sqrt`, `decay`); constants that
-            `optax.inject_hyperparams` keeps in the state win over these.
+            nadam, nadamw, yogi, amsgrad or rmsprop; Adafactor is recognised by its state) and
+            `b2`, `eps`, `eps_root` (for rmsprop: `eps`, `eps_in_sqrt`, `decay`); constants that
+            `optax.inject_hyperparams` stores in the state take precedence.
         chosen: the sites.
-        correction: "adam" (the optimizer's exact scale of every weight), "adafactor" (Adafactor's
-            own row and column statistics, and the moments of what it does not factor), "factored"
-            (Adafactor's, or the same statistics of another's ν) or "low_rank(R)" (the sum of R
-            outer products closest to "adam").
-        step: None for the last checkpoint.
+        correction: "adam" (the optimizer's exact scale of every weight), "factored" (Adafactor's
+            row and column statistics, or the same statistics of another optimizer's ν),
+            "adafactor" (as "factored", but an error unless Adafactor wrote the state) or
+            "low_rank(R)" (the sum of R outer products closest to "adam").
+        step: the checkpoint's step; None for the last checkpoint.
 
     Returns:
-        A `Scale` by the site's path.
+        A `Scale` for each site, by path.
 
     Raises:
-        SecondMomentError: unknown correction, or the state lacks what it needs.
+        SecondMomentError: the correction is unknown, or the state does not have what it needs.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
     if parse_correction(correction)[0] == "none":
@@ -208,11 +209,10 @@ def read(
 
 
 def finite(scales: dict[str, Scale]) -> dict[str, Scale]:
-    """The scales, if all are finite.
+    """Returns the scales after checking that they are finite and above 0.
 
     Raises:
-        SecondMomentError: some are not, or are 0: second moments of 0 without an epsilon, or
-            moments that are not finite.
+        SecondMomentError: a scale is not: its moments are not finite, or are 0 without an epsilon.
     """
     for path, scale in scales.items():
         parts = [x for x in (scale.left, scale.right, scale.full) if x is not None]
@@ -226,10 +226,10 @@ def finite(scales: dict[str, Scale]) -> dict[str, Scale]:
 
 
 def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
-    """The scale of one site, from what the optimizer keeps of its parameter.
+    """Returns the scale of one site from its parameter's moments.
 
     Raises:
-        SecondMomentError: it does not hold what the correction needs.
+        SecondMomentError: the moments do not have what the correction needs.
     """
     name, _ = parse_correction(correction)
     if moments.count is not None and int(moments.count) == 0:
