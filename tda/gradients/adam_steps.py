@@ -1,9 +1,9 @@
-"""The step that Adam would make on each example alone, projected: P·(m̂ / (√v̂ + ε)).
+"""The projected step that Adam would take on each example alone: P·(m̂ / (√v̂ + ε)).
 
 m = b1 m₀ + (1 − b1)∇ℓ and v = b2 v₀ + (1 − b2)(∇ℓ)² are the moments after the step, m₀ and v₀ those
 of the checkpoint, ℓ the mean loss of the example's tokens (Xia et al. 2024, section 3.1; Kingma &
-Ba 2015, algorithm 1). No tap can make it: it is not linear in ∇ℓ, so each example's gradient is
-formed whole, a few examples at a time, whatever the model does with its parameters.
+Ba 2015, algorithm 1). The step is not linear in ∇ℓ, so no tap can compute it: each example's full
+gradient is formed, a few examples at a time. So this works for all parameters of any model.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from tda.model import functional
 from tda.runtime import sharding
 from tda.training import checkpoint
 
-# Weight gradients that a device holds at once, in numbers (but one example's at least): 256 MiB.
+# Numbers of weight gradients that a device holds at once (at least one example's): 256 MiB.
 _AT_ONCE = 2**26
 OPTIMIZERS = ("adam", "adamw")
 
@@ -30,11 +30,11 @@ OPTIMIZERS = ("adam", "adamw")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What Adam keeps of one parameter.
+    """Adam's state of one parameter.
 
     Attributes:
-        mu, nu: its moments, float32 in the parameter's shape.
-        count: steps made.
+        mu, nu: the moments, float32 in the parameter's shape.
+        count: number of steps taken.
         b1, b2, eps, eps_root: Adam's constants.
     """
 
@@ -48,17 +48,17 @@ class State:
 
 
 def read(root, chosen: list[sites.Site], step: int | None = None) -> dict[str, State]:
-    """Adam's state of every site, by path.
+    """Reads Adam's state of every site, by path.
 
     Args:
         root: the directory of checkpoints. Its description's `optimizer` gives `name` (adam or
             adamw), `b1`, `b2`, `eps` and `eps_root`; constants that `optax.inject_hyperparams`
-            keeps in the state win over these.
+            stores in the state take precedence.
         chosen: the sites.
-        step: None for the last checkpoint.
+        step: the checkpoint's step; None for the last checkpoint.
 
     Raises:
-        SecondMomentError: another optimizer, or a state that lacks something.
+        SecondMomentError: the optimizer is not Adam(W), or its state or constants are incomplete.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
     flat = optimizer_state.load(root, {s.path for s in chosen}, step, ("mu", "nu"))
@@ -98,7 +98,7 @@ def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:
 
 
 def adam_step(state: State, gradient) -> jax.Array:
-    """Adam's step on a gradient, before the learning rate and without weight decay: float32."""
+    """Returns Adam's step on a gradient, before learning rate and weight decay: float32."""
     s, steps = state, state.count + 1
     mu = s.b1 * s.mu + (1 - s.b1) * gradient
     nu = s.b2 * s.nu + (1 - s.b2) * jnp.square(gradient)
@@ -114,15 +114,15 @@ def make_encoder(
     output: str = "loss",
     mesh: jax.sharding.Mesh | None = None,
 ) -> encoders.Encoder:
-    """An encoder of Adam's steps.
+    """Makes an encoder of Adam's steps.
 
     Args:
         model: an NNX model that maps tokens [B, T] to logits [B, T, V].
-        chosen: the sites; such that no tap can be put on are taken as all others.
+        chosen: the sites; they need not be tapped.
         projection: P.
-        states: from `read`.
-        output: whose mean over an example's tokens is ℓ: "loss", "margin" or "logit".
-        mesh: where given, moments are laid out on it as the parameters they belong to.
+        states: Adam's state by path, from `read`.
+        output: the function whose mean over an example's tokens is ℓ: "loss", "margin" or "logit".
+        mesh: if given, moments are sharded over it as their parameters are.
     """
     plan, output_fn = projections.layout(chosen, projection), losses.output(output)
     graphdef, state = nnx.split(model)

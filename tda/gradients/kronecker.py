@@ -2,14 +2,14 @@
 
 A linear layer y = x W has the gradient G = Σ_t x_t δ_tᵀ. K-FAC takes its Fisher matrix to be A ⊗ S,
 A = E[x xᵀ] and S = E[δ δᵀ]; EK-FAC (George et al. 2018) keeps the eigenvectors Q_A and Q_S, and
-takes the eigenvalues from the gradients themselves: Λ = E[(Q_Aᵀ G Q_S)²]. Grosse et al. (2023),
+estimates the eigenvalues from the gradients directly: Λ = E[(Q_Aᵀ G Q_S)²]. Grosse et al. (2023),
 section 2.2, use it for influence functions: ∇L_qᵀ (F + λ)⁻¹ ∇L_p, with labels that are drawn from
 the model's own predictions and λ = 0.1 mean Λ.
 
 (F + λ)^(−1/2) is G ↦ Q_A ((Q_Aᵀ G Q_S) ∘ (Λ + λ)^(−1/2)) Q_Sᵀ. Applied to the gradients of queries
 and of passages before the projection, it makes every inner product of encodings an unbiased
-estimate of the influence, at the cost of exact Adam's correction and two turns. LoGra (Choe et al.
-2024) needs the covariances alone: their leading eigenvectors take the projection's place.
+estimate of the influence, at the cost of the exact Adam correction and two changes of basis. LoGra
+(Choe et al. 2024) needs only the covariances: their leading eigenvectors replace the projection.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ DAMPING = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """What is known of one site's curvature. Axes are stacked as the site's are.
+    """The eigenvectors, and perhaps eigenvalues, of one site's curvature; stacked if the site is.
 
     Attributes:
         left, right: Q_A and Q_S, float32 [(L,) M, M] and [(L,) N, N]: eigenvectors in columns,
             those of the largest eigenvalues first.
-        values: Λ, float32 [(L,) M, N]; None where only the eigenvectors are wanted.
+        values: Λ, float32 [(L,) M, N]; None if only the eigenvectors are needed.
     """
 
     left: np.ndarray
@@ -47,10 +47,10 @@ class Curvature:
 
 
 def factored(chosen: list[sites.Site]) -> list[sites.Site]:
-    """The sites that have Kronecker factors: tapped layers that are no tables of tokens.
+    """Returns the sites that have Kronecker factors: tapped, and neither embedding nor head.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no site has.
     """
     factored_sites = [s for s in chosen if s.tapped and s.group not in ("embedding", "head")]
     if not factored_sites:
@@ -60,12 +60,12 @@ def factored(chosen: list[sites.Site]) -> list[sites.Site]:
 
 
 def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
-    """Cross-entropy of labels drawn from the model's own predictions: float32 [B].
+    """Returns the cross-entropy of labels drawn from the model's own predictions: float32 [B].
 
     Args:
-        logits_BxTxV: of the model.
-        uniform_BxT: numbers in [0, 1), each of which draws its position's label.
-        weights_BxT: which positions count.
+        logits_BxTxV: the model's logits.
+        uniform_BxT: a number in [0, 1) per position, which draws the position's label.
+        weights_BxT: the weights of the positions.
     """
     p_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(logits_BxTxV))
     below_BxT = jnp.sum(jnp.cumsum(p_BxTxV, axis=-1) <= uniform_BxT[..., None], axis=-1)
@@ -81,14 +81,14 @@ def batches(
     layout: BatchLayout,
     seed: int = 0,
 ) -> Iterator[dict]:
-    """Batches {"tokens", "targets", "weights"} of some rows of a table.
+    """Yields batches {"tokens", "targets", "weights"} of a table's rows.
 
     Args:
         table, rows: the passages.
-        labels: "sampled": the targets are uniform numbers, for `sampled_loss`, a function of the
-            seed, the row and the position; "data": the next tokens.
+        labels: "sampled": the targets are uniform numbers for `sampled_loss`, which depend on the
+            seed, the row and the position only; "data": the targets are the next tokens.
         layout: how the rows are batched.
-        seed: of the labels.
+        seed: the seed of the sampled labels.
     """
     for batch in layout.batches(table, rows):
         arrays = batch.arrays()
@@ -104,7 +104,7 @@ def batches(
 def covariances(
     model: nnx.Module, chosen: list[sites.Site], batches: Iterable[dict], labels: str
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """A and S of every site: means over positions of x xᵀ and δ δᵀ.
+    """Returns A and S of every site: means over positions of x xᵀ and δ δᵀ.
 
     Args:
         model: any NNX model of tokens to logits.
@@ -134,11 +134,16 @@ def _zeros(site: sites.Site, *shape: int) -> jax.Array:
 def eigenvectors(
     of: dict[str, tuple[jax.Array, jax.Array]], keep: int | None = None
 ) -> dict[str, Curvature]:
-    """The eigenvectors of A and S, by path, largest first; only the first so many where asked."""
+    """Returns the eigenvectors of A and S by path, largest eigenvalue first.
+
+    Args:
+        of: A and S by path, from `covariances`.
+        keep: the number of leading eigenvectors to return; None for all.
+    """
 
     @jax.jit
     def one(x):
-        # A mean eigenvalue of one, so that float32 holds every layer alike.
+        # Scaled to a mean eigenvalue of 1, so that float32 serves layers of any magnitude.
         mean = jnp.trace(x, axis1=-1, axis2=-2)[..., None, None] / x.shape[-1]
         return jnp.linalg.eigh(x / jnp.where(mean > 0, mean, 1.0))[1][..., ::-1]
 
@@ -156,12 +161,12 @@ def corrected(
     labels: str,
     bases: dict[str, Curvature],
 ) -> dict[str, Curvature]:
-    """The same curvature with EK-FAC's eigenvalues: Λ = mean over examples of (Q_Aᵀ G Q_S)².
+    """Returns `bases` with EK-FAC's eigenvalues: Λ = mean over examples of (Q_Aᵀ G Q_S)².
 
     Args:
         model, chosen, batches, labels: as for `covariances`; an example's gradient is the sum over
             its positions, and one without scored positions does not count.
-        bases: from `eigenvectors`, all of them.
+        bases: all eigenvectors, from `eigenvectors` without `keep`.
 
     Raises:
         ValueError: no example counts, or the loss uses a parameter where no tap sees it.
@@ -189,16 +194,16 @@ def ekfac_taps(
     curvature: dict[str, Curvature],
     damping: float = DAMPING,
 ) -> dict[sites.Site, taps.Tap]:
-    """Taps of P·(F + λ)^(−1/2) ∇L: see the module.
+    """Makes taps of P·(F + λ)^(−1/2) ∇L: see the module's docstring.
 
     Args:
         chosen: the sites, from `factored`.
         projection: P.
-        curvature: with eigenvalues.
-        damping: λ over the mean of a matrix's Λ (Grosse et al. 2023 take 0.1).
+        curvature: eigenvectors and eigenvalues by path, from `corrected`.
+        damping: λ over the mean of a matrix's Λ (Grosse et al. 2023 use 0.1).
 
     Raises:
-        ValueError: the gradients of a matrix all vanish.
+        ValueError: all gradients of a matrix vanish.
     """
     by_site = {}
     for site in chosen:
@@ -220,9 +225,9 @@ def ekfac_taps(
 def logra_taps(
     chosen: list[sites.Site], side: int, curvature: dict[str, Curvature]
 ) -> dict[sites.Site, taps.Tap]:
-    """Taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024).
+    """Makes taps of U_Aᵀ ∇L U_S, U the leading `side` eigenvectors (Choe et al. 2024).
 
-    A matrix with fewer rows or columns than `side` has zeros behind its own.
+    If a matrix has fewer rows or columns than `side`, its U is padded with zeros.
     """
 
     def leading(Q):
@@ -236,7 +241,7 @@ def logra_taps(
 
 
 def _moments(d_BxTxN, x_BxTxM, mask_BxT):
-    """Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N]."""
+    """Returns Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N]."""
     repeats = x_BxTxM.shape[1] // mask_BxT.shape[1]
     x_BxTxM = x_BxTxM * jnp.repeat(mask_BxT, repeats, axis=1)[..., None]
     x, d = x_BxTxM.astype(jnp.float32), d_BxTxN.astype(jnp.float32)
@@ -244,19 +249,19 @@ def _moments(d_BxTxN, x_BxTxM, mask_BxT):
 
 
 def _squares(d_BxTxN, x_BxTxM, left_MxM, right_NxN):
-    """Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples: float32 [M, N]."""
+    """Returns Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples: float32 [M, N]."""
     xQ_BxTxM = _einsum("btm,mk->btk", x_BxTxM.astype(jnp.float32), left_MxM)
     dQ_BxTxN = _einsum("btn,nk->btk", d_BxTxN.astype(jnp.float32), right_NxN)
 
     def add(total, example):
-        # One example at a time: the batch's gradients would not fit.
+        # One example at a time: the full gradients of a batch would not fit in memory.
         return total + jnp.square(_einsum("tm,tn->mn", *example)), None
 
     empty = jnp.zeros((xQ_BxTxM.shape[-1], dQ_BxTxN.shape[-1]), jnp.float32)
     return jax.lax.scan(add, empty, (xQ_BxTxM, dQ_BxTxN))[0]
 
 
-# Eigenvectors of a rounded covariance are another basis, so products keep float32's precision.
+# A covariance of lower precision has other eigenvectors, so products keep full float32.
 _einsum = functools.partial(jnp.einsum, precision="highest")
 _watch_moments = taps.identity_with_rule(_moments)
 _watch_squares = taps.identity_with_rule(_squares)
@@ -285,7 +290,7 @@ def _sum_over_batches(
     batches: Iterable[dict],
     labels: str,
 ) -> tuple[dict[sites.Site, list], dict[str, int]]:
-    """Sums what each site is watched for over batches.
+    """Sums each site's statistics, `_moments` or `_squares`, over batches.
 
     Args:
         model: any NNX model.
@@ -308,7 +313,7 @@ def _sum_over_batches(
         if site in bases:
             watch |= zip(("left_basis", "right_basis"), map(nnx.Variable, bases[site]), strict=True)
         else:
-            # Each batch puts its own in this place.
+            # A placeholder: each batch replaces it with its own weights.
             watch["weights"] = nnx.Variable(_zeros(site, 1, 1))
         module.watch = nnx.Dict(watch)
     graphdef, *states = nnx.split(watched, taps.Zeros, ...)
