@@ -4,6 +4,9 @@ Process 0 writes the small files and takes every decision that depends on what i
 process looked for itself, one might see a file that another does not see yet, and would enter a
 collective alone, which hangs or fails. The others ask for a file only after process 0 has written
 it: some shared file systems remember for a while that a file was missing.
+
+Work that process 0 does for all may itself call these functions. The others then wait in the outer
+call and would take an inner message for its result, so inside such work process 0 counts as alone.
 """
 
 import json
@@ -22,6 +25,9 @@ from tda.runtime.fingerprint import fingerprint
 _SIGN_OF_LIFE = 300.0
 _BUSY, _FAILED = -1, -2
 
+# Whether this thread does the work of `on_first_process`.
+_working = threading.local()
+
 
 class ProcessError(RuntimeError):
     """Another process failed or differs, and this one cannot go on without it."""
@@ -32,9 +38,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _is_alone() -> bool:
+    return jax.process_count() == 1 or getattr(_working, "for_all", False)
+
+
 def wait_for_all(barrier: str) -> None:
     """Returns when every process has reached this barrier."""
-    if jax.process_count() > 1:
+    if not _is_alone():
         multihost_utils.sync_global_devices(barrier)
 
 
@@ -51,12 +61,13 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
     Raises:
         ProcessError: in the other processes, if `work` fails; process 0 raises the error itself.
     """
-    if jax.process_count() == 1:
+    if _is_alone():
         return work()
     text, error, length = b"", None, _BUSY
 
     def run():
         nonlocal text, error
+        _working.for_all = True
         try:
             text = json.dumps(work()).encode()
         except Exception as e:  # whatever it is, the other processes must hear of it
@@ -83,8 +94,8 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
 
 def where(flag: bool) -> list[int]:
     """Returns the numbers of the processes whose flag is true; the same list in every process."""
-    if jax.process_count() == 1:
-        return [0] if flag else []
+    if _is_alone():
+        return [jax.process_index()] if flag else []
     return np.flatnonzero(multihost_utils.process_allgather(np.bool_(flag))).tolist()
 
 
@@ -94,7 +105,7 @@ def check_alike(name: str, value: Any) -> None:
     Raises:
         ProcessError: in all processes, if one has another value; the message names that process.
     """
-    if jax.process_count() == 1:
+    if _is_alone():
         return
     local = np.frombuffer(fingerprint(value).encode(), np.uint8)
     differing = where((multihost_utils.broadcast_one_to_all(local) != local).any())

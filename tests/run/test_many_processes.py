@@ -135,6 +135,23 @@ def test_two_processes_find_what_one_finds(tmp_path, changed):
 
 
 @pytest.mark.slow
+def test_every_kind_of_retriever_works_with_two_processes(tmp_path):
+    methods = "tracin,less,trak,hidden_last,gradient_norm,random,length"
+    arguments = keys(tmp_path, methods=methods, **{"train.keep": 0, "eval.tail_patch_queries": 0})
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start([*arguments, f"--workdir={one}"], devices=4)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    for code, _, errors in join([*arguments, f"--workdir={two}"]):
+        assert code == 0, errors[:3000] + " … " + errors[-1000:]
+    names = [sorted(p.name for p in (w / "retrieval").glob("*.npz")) for w in (one, two)]
+    assert names[0] == names[1] and len(names[0]) == 7
+    for name in names[0]:
+        x, y = (ranked.load(w / "retrieval" / name).proponent_scores for w in (one, two))
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-3 * np.abs(x).max())
+
+
+@pytest.mark.slow
 def test_two_processes_resume_and_then_skip_everything(tmp_path):
     arguments = [*keys(tmp_path), f"--workdir={tmp_path / 'w'}"]
     assert [code for code, _, _ in join([*arguments, "--config.methods=bm25"])] == [0, 0]

@@ -57,6 +57,15 @@ if me >= 0:
     processes._SIGN_OF_LIFE = 0.2
     assert processes.on_first_process("work long", lambda: [time.sleep(1), me]) == [None, 0]
     assert processes.on_first_process("be silent", lambda: None) is None
+
+    def work():
+        # The others wait in the outer call, so what is shared inside concerns process 0 alone.
+        processes.wait_for_all("nobody else comes")
+        processes.check_alike("number", me)
+        return processes.where(True), processes.on_first_process("work inside", lambda: "inside")
+
+    assert processes.on_first_process("work outside", work) == [[0], "inside"]
+    assert processes.on_first_process("speak again", lambda: me) == 0
     assert processes.where(me == 1) == [1] and processes.where(False) == []
     processes.check_alike("path", path)
     try:
