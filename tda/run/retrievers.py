@@ -322,23 +322,27 @@ class Labels(Retriever):
 class _Control(Retriever):
     """Scores that do not depend on the query's content, which a subclass computes."""
 
-    def _scores(self, queries: Queries, on_progress: Progress | None) -> Iterable[np.ndarray]:
+    def _scores(
+        self, queries: Queries, method: Method, on_progress: Progress | None
+    ) -> Iterable[np.ndarray]:
         raise NotImplementedError
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
         withdrawn = self.withdrawn
 
-        def scores():
-            for scores_C in self._scores(queries, on_progress):
+        def scores(method: Method):
+            for scores_C in self._scores(queries, method, on_progress):
                 if len(withdrawn):
                     scores_C = np.array(scores_C)
                     scores_C[withdrawn] = -np.inf
                 yield scores_C
 
         k = min(k, self.run.corpus.rows - len(withdrawn))
-        ranked = by_score.rank(scores(), len(queries), k, queries.correct)
-        return dict.fromkeys(methods, Result(ranked))
+        return {
+            name: Result(by_score.rank(scores(method), len(queries), k, queries.correct))
+            for name, method in methods.items()
+        }
 
 
 class Random(_Control):
@@ -348,7 +352,7 @@ class Random(_Control):
         """The seed."""
         return [self.run.config.seed]
 
-    def _scores(self, queries, on_progress):
+    def _scores(self, queries, method, on_progress):
         rows, seed = self.run.corpus.rows, self.run.config.seed
         for number, text in zip(queries.numbers, queries.texts, strict=True):
             if number is not None:
@@ -361,7 +365,7 @@ class Random(_Control):
 class Length(_Control):
     """The number of scored tokens of each passage."""
 
-    def _scores(self, queries, on_progress):
+    def _scores(self, queries, method, on_progress):
         lengths_C = self.run.corpus.lengths.astype(np.float32)
         return (lengths_C for _ in range(len(queries)))
 
@@ -369,7 +373,9 @@ class Length(_Control):
 class GradientNorm(_Control):
     """Norms of the passages' gradients."""
 
-    _norms: np.ndarray | None = None
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._norms: dict[GradientKind, np.ndarray] = {}
 
     def lacks(self, method):
         """Returns why there are no gradients, or None if there are."""
@@ -377,28 +383,17 @@ class GradientNorm(_Control):
 
     def prepare(self, methods, later=()):
         """Encodes the corpus."""
-        encode.encode(self.run, _kind(methods))
+        for kind in dict.fromkeys(m.gradients for m in methods.values()):
+            encode.encode(self.run, kind)
 
-    def _norms_of(self, kind: GradientKind, on_progress) -> np.ndarray:
-        if self._norms is None:
+    def _scores(self, queries, method, on_progress):
+        kind = method.gradients
+        if kind not in self._norms:
             tell(on_progress, "norms of gradients")
             source = encode.encode_passages(self.run, kind)
-            self._norms = by_score.norms(source, exact.step_rows(source.form.width))
-        return self._norms
-
-    def search(self, queries, methods, k, on_progress=None):
-        """See `Retriever`."""
-        self._norms_of(_kind(methods), on_progress)
-        return super().search(queries, methods, k, on_progress)
-
-    def _scores(self, queries, on_progress):
-        return (self._norms for _ in range(len(queries)))
+            self._norms[kind] = by_score.norms(source, exact.step_rows(source.form.width))
+        return (self._norms[kind] for _ in range(len(queries)))
 
     def provenance(self, method):
         """The gradients."""
         return encode.ranking_provenance(self.run, method.gradients)
-
-
-def _kind(methods: dict[str, Method]) -> GradientKind:
-    (kind,) = {m.gradients for m in methods.values()}
-    return kind

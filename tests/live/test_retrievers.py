@@ -1,5 +1,6 @@
 """Retrievers without gradients, asked one question at a time."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 
 from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import bm25, by_score
-from tda.run import gradient_retrievers, registry
+from tda.retrieval.sources import InMemory
+from tda.run import encode, gradient_retrievers, registry
 from tda.run.gradient_retrievers import Encodings
 from tda.run.remembered import Known
-from tda.run.retrievers import Labels, Queries, Random, Words, _Vectors
+from tda.run.retrievers import GradientNorm, Labels, Queries, Random, Words, _Vectors
 from tda.store import Passage
 
 TEXTS = ["Oslo is the capital.", "It rains in Oslo.", "Rome fell.", "Oslo, Oslo, Oslo!"]
@@ -76,6 +78,23 @@ def test_chance_is_the_runs_for_its_queries_and_the_texts_for_others():
     np.testing.assert_array_equal(once, again)
     assert not any(np.allclose(once, np.sort(e)[::-1]) for e in expected)
     assert len(ask(Random(live_run(1)), "random")[0]) == 3
+
+
+def test_norms_are_those_of_each_methods_own_gradients(monkeypatch):
+    norms = {False: [1.0, 4.0, 2.0, 3.0], True: [3.0, 1.0, 4.0, 2.0]}
+
+    def passages(run, kind):
+        return InMemory(np.float32(norms[kind.corrected])[:, None], [slice(0, 1)])
+
+    monkeypatch.setattr(encode, "encode_passages", passages)
+    methods = {
+        "plain": METHODS["gradient_norm"],
+        "corrected": dataclasses.replace(METHODS["gradient_norm"], corrected=True),
+    }
+    queries = Queries(None, ["Where is Oslo"], [None], {})
+    results = GradientNorm(live_run()).search(queries, methods, 4)
+    assert results["plain"].ranked.proponents[0].tolist() == [1, 3, 2, 0]
+    assert results["corrected"].ranked.proponents[0].tolist() == [2, 0, 3, 1]
 
 
 def test_labels_are_of_the_runs_queries_alone():
