@@ -154,7 +154,7 @@ def test_another_question_is_scored_with_all_queries(run):
 
 
 def test_what_was_not_kept_is_made_once(workdir, tmp_path):
-    """Vectors and second moments, of a run of an older version or without such methods."""
+    """Vectors of a run without such methods, and second moments of one that lost its estimate."""
     folder = linked(workdir, tmp_path / "w", "model", "stages", remembered.CONFIG, "corpus.npz")
     names = ["trackstar", "hidden_last", "dense"]
     for store in (workdir / "stores").iterdir():
@@ -168,6 +168,8 @@ def test_what_was_not_kept_is_made_once(workdir, tmp_path):
         again = finished_run.open_workdir(folder)
         found = again.trace(lambda *t: told[-1].add(t[0]), *asked(workdir), names, 10)
         check(found, workdir, 0)
+        # A query of the run has its gradient in a store; another question's is encoded.
+        again.trace(lambda *t: told[-1].add(t[0]), *OWN, names, 10)
     made = {f"{what} of the passages" for what in ("hidden states", "sentence vectors")}
     made |= {"reading the run's corpus", "estimating second moments"}
     assert made <= told[0] and not made & told[1]
