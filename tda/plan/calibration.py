@@ -1,4 +1,4 @@
-"""How fast this machine encodes and multiplies: a few measurements with random weights and tokens.
+"""Measures how fast this machine encodes and multiplies, with random weights and tokens.
 
 A computation takes as long with random numbers as with real ones.
 """
@@ -21,23 +21,20 @@ from tda.gradients.encoder import Encoder
 from tda.gradients.moments.second_moments import Scale, parse_correction
 from tda.runtime import host_blas, progress, sharding
 
-# Of a corpus with more shapes of batches than this only some are measured.
+# Shapes of batches that are measured: compiling each takes seconds, and the time of a position
+# changes little between neighbouring lengths.
 _SHAPES = 6
+# The median of five rounds ignores two that other programs disturbed.
 _ROUNDS = 5
+# Long enough that the overhead of a call and the clock's resolution do not count.
 _SECONDS_A_TURN = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a compiled computation needs on each device.
+    """Bytes that a compiled computation needs on each device."""
 
-    Attributes:
-        arguments: parameters, projections, scales and the batch.
-        outputs: results.
-        temporary: everything in between.
-    """
-
-    arguments: int
+    arguments: int  # parameters, projections, scales and the batch
     outputs: int
     temporary: int
 
@@ -48,28 +45,23 @@ class Memory:
 
 
 def memory_of(compiled) -> Memory:
-    """Returns the compiler's account of a computation; donated arguments are counted once."""
+    """Returns the compiler's account of a computation's memory."""
     m = compiled.memory_analysis()
+    # An output that takes over a donated argument's buffer needs none of its own.
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
     return Memory(m.argument_size_in_bytes, outputs, m.temp_size_in_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderTimes:
-    """What encoding takes on this machine.
+    """Measured times of an encoder on this machine."""
 
-    Attributes:
-        compile: seconds to compile for a shape of batch, on average.
-        position: seconds a position, padding included, by T of a batch; T rises.
-        memory: bytes a device for the largest batch, by the compiler's account.
-    """
-
-    compile: float
-    position: dict[int, float]
-    memory: int
+    compile: float  # mean seconds to compile one shape of batch
+    position: dict[int, float]  # seconds per position, padding included, by rising T
+    memory: int  # bytes on each device for the largest batch, by the compiler's account
 
     def seconds(self, shapes: Mapping[tuple[int, int], float]) -> float:
-        """Seconds for so many batches of each shape (B, T); each shape is compiled once."""
+        """Returns the seconds for a number of batches of each shape (B, T)."""
         lengths, times = list(self.position), list(self.position.values())
         running = sum(
             count * examples * positions * float(np.interp(positions, lengths, times))
@@ -80,21 +72,15 @@ class EncoderTimes:
 
 @dataclasses.dataclass(frozen=True)
 class ProductTimes:
-    """FLOP/s of one device in the work on a store.
+    """FLOP/s of one device in the work on a store."""
 
-    Attributes:
-        gram: ΦᵀΦ of a block, and whitening.
-        scores: products of rows with queries.
-        eigen: eigenvalues and vectors, by the count of `tda.plan.cost.eigen_operations`.
-    """
-
-    gram: float
-    scores: float
-    eigen: float
+    gram: float  # ΦᵀΦ of a block, and whitening
+    scores: float  # products of rows with queries
+    eigen: float  # eigendecomposition, counted as in `tda.plan.cost.eigen_operations`
 
 
 def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:
-    """1/√V = 1 of every site, in the form that a correction has."""
+    """Returns 1/√V = 1 for every site, in the form that the correction has."""
     name, rank = parse_correction(correction)
     if name == "none":
         return None
@@ -110,11 +96,9 @@ def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:
 
 
 def measured_shapes(shapes: Mapping[tuple[int, int], float], most: int = _SHAPES) -> list[tuple]:
-    """Which shapes (B, T) to measure: all, or so many spread evenly over the lengths."""
+    """Returns the shapes (B, T) to measure: `most` of them, spread evenly over the lengths."""
     listed = sorted(shapes, key=lambda shape: shape[1])
-    if len(listed) <= most:
-        return listed
-    at = np.linspace(0, len(listed) - 1, most).round().astype(int)
+    at = np.linspace(0, len(listed) - 1, min(most, len(listed))).round().astype(int)
     return [listed[i] for i in at]
 
 
@@ -125,33 +109,35 @@ def encoder_times(
     mesh: jax.sharding.Mesh | None = None,
     rounds: int = _ROUNDS,
 ) -> EncoderTimes:
-    """Compiles an encoder for the shapes of a corpus's batches and times a few of each in turns.
+    """Compiles an encoder for the shapes of a corpus's batches, and times it on random tokens.
 
     Args:
         encoder: the encoder.
-        shapes: (B, T) of the corpus's batches; with many of them, some are measured.
+        shapes: (B, T) of the corpus's batches.
         vocab_size: V of the model.
         mesh: the devices that a batch is split over; one device where None.
-        rounds: turns of every shape; the median counts.
+        rounds: timings of each shape, in turns; the median counts.
     """
     chosen = measured_shapes(shapes)
     compiled, seconds, memory = {}, [], 0
     with progress.bar(len(chosen) * (1 + rounds), "calibrate the encoder", "step") as bar:
-        for examples, positions in chosen:
+        for shape in chosen:
             started = time.perf_counter()
-            arrays = _batch(examples, positions, mesh)
-            executable = encoder.compiled.lower(encoder.arrays, arrays, None).compile()
+            batch = _batch(*shape, mesh)
+            executable = encoder.compiled.lower(encoder.arrays, batch, None).compile()
             seconds.append(time.perf_counter() - started)
-            compiled[examples, positions] = executable
+            compiled[shape] = executable
             memory = max(memory, memory_of(executable).total)
             bar.update()
 
         def call(arrays, batch, scored):
             return compiled[batch["tokens"].shape](arrays, batch)
 
+        # An encoder that runs what was compiled above: its first call does not compile again.
         ready = dataclasses.replace(encoder, compiled=call)
         turns = {s: _turn(ready, *s, vocab_size, mesh) for s in chosen}
         seconds_by_shape = {s: [] for s in chosen}
+        # In turns, so that a machine that is busy for a while slows all shapes alike.
         for _ in range(rounds):
             for shape, turn in turns.items():
                 seconds_by_shape[shape].append(turn())
@@ -161,19 +147,19 @@ def encoder_times(
 
 
 def _batch(examples: int, positions: int, mesh) -> dict:
-    """Shapes of a batch, laid out as `tda.encoding.table` gives it to the encoder."""
+    """Returns an empty batch, laid out as `tda.encoding.table` gives it to the encoder."""
     names = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
     arrays = {k: np.zeros((examples, positions), dtype) for k, dtype in names.items()}
     return arrays if mesh is None else sharding.put_batch(mesh, arrays)
 
 
 def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[], float]:
-    """A function that encodes a few full batches of a shape and returns seconds a batch."""
+    """Returns a function that encodes a few full batches and returns the seconds of one."""
+    layout = BatchLayout((positions,), examples * positions, 0, mesh)
 
     def run(batches: int) -> float:
         table = _random_table(batches * examples, positions, vocab_size)
         started = time.perf_counter()
-        layout = BatchLayout((positions,), examples * positions, 0, mesh)
         encoding.encode_kinds(encoder, table, np.arange(len(table)), layout)
         return (time.perf_counter() - started) / batches
 
@@ -183,23 +169,23 @@ def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[
 
 
 def _random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
-    """Rows of random tokens with so many positions each, all scored."""
+    # T positions predict the T tokens after the first.
     length = positions + 1
     tokens = np.random.default_rng(0).integers(vocab_size, size=rows * length, dtype=np.int32)
     scored = np.arange(rows * length) % length > 0
     starts = length * np.arange(rows + 1, dtype=np.int64)
-    ids = range(rows)
-    return TokenTable(ids, ids, tokens, starts, scored)
+    return TokenTable(range(rows), range(rows), tokens, starts, scored)
 
 
 def product_times(width: int, block: int, queries: int) -> ProductTimes:
-    """Times the products that R and the exact search take, and a small eigendecomposition.
+    """Times the products that R and exact search take, and a small eigendecomposition.
 
     Args:
         width: E of an encoding.
         block: numbers in its largest block.
         queries: Q of a search.
     """
+    # A chunk of rows of at most 64 MiB.
     rows = max(1, min(4096, 2**26 // (4 * width)))
     # A slice of a very wide encoding, and of very many queries, has the same rate.
     rng = np.random.default_rng(0)
@@ -208,7 +194,7 @@ def product_times(width: int, block: int, queries: int) -> ProductTimes:
     x_RxE, q_QxE = (rng.normal(size=(n, width)).astype(np.float32) for n in (rows, queries))
     b_RxB = jnp.asarray(rng.normal(size=(rows, block)).astype(np.float32))
     s_NxN = np.asarray(b_RxB[:side, :side])
-    # As many at a time as R's blocks are taken.
+    # R's blocks are decomposed one on each core at a time.
     alike = [s_NxN.T @ s_NxN] * host_blas.cores()
     work = {
         "gram": (lambda: _product(b_RxB.T, b_RxB), 2 * rows * block * block),
@@ -226,6 +212,7 @@ def product_times(width: int, block: int, queries: int) -> ProductTimes:
 
 @jax.jit
 def _product(a, b):
+    # The precision of R's sums and of the search: on a TPU the default is several times faster.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -5,6 +5,7 @@ matrices are counted: the rest is little beside them. `benchmarks.pod` asks the 
 encoder's memory instead, and `tda.plan.calibration` measures how long these operations take.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -24,18 +25,12 @@ _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 2, 5
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Weight matrices of one shape.
+    """Weight matrices of one shape."""
 
-    Attributes:
-        rows, columns: M and N.
-        count: how many there are.
-        looked_up: rows are looked up by number (an embedding), so that there is no product.
-    """
-
-    rows: int
-    columns: int
+    rows: int  # M
+    columns: int  # N
     count: int = 1
-    looked_up: bool = False
+    looked_up: bool = False  # an embedding, whose rows are looked up: no product
 
     @property
     def numbers(self) -> int:
@@ -45,97 +40,78 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a position of a sequence is multiplied by.
-
-    Attributes:
-        layers: the matrices of the layers.
-        outside: the others, such as the output head.
-        attention: width of all layers' queries: layers × heads × the width of a head.
-        recomputed: the layers' forward pass is run again in the backward pass.
-    """
+    """The products that each position of a sequence takes part in."""
 
     layers: tuple[Matrix, ...]
-    outside: tuple[Matrix, ...]
-    attention: int
-    recomputed: bool = False
+    outside: tuple[Matrix, ...]  # matrices outside the layers, such as the output head
+    attention: int  # layers × heads × the width of a head
+    recomputed: bool = False  # the backward pass runs the layers' forward pass again
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """How gradients are corrected and projected.
+    """How gradients are corrected and projected."""
 
-    Attributes:
-        matrices: those whose gradients are taken.
-        side: k of the projection.
-        rank: outer products of a scale that are folded into the projections.
-        exact: the scale is one number for every weight (exact Adam).
-    """
-
-    matrices: tuple[Matrix, ...]
-    side: int
-    rank: int = 1
-    exact: bool = False
+    matrices: tuple[Matrix, ...]  # those whose gradients are taken
+    side: int  # k of the projection
+    rank: int = 1  # outer products of 1/√V that are folded into the projections
+    exact: bool = False  # 1/√V has a number for every weight (exact Adam)
 
 
 def products(matrices: Iterable[Matrix]) -> int:
-    """Operations of one position through all matrices: 2·M·N of each that is not looked up."""
+    """Returns the operations of one position through all matrices."""
     return sum(2 * m.numbers for m in matrices if not m.looked_up)
 
 
 def attention_operations(model: Model, context: float) -> float:
-    """Operations of one position's attention, forward and backward.
+    """Returns the operations of one position's attention, forward and backward.
 
-    Args:
-        model: the model.
-        context: keys that a position meets on average: (T + 1) / 2 of T positions.
+    `context` is the mean number of keys that a position attends to: (T + 1) / 2 for T positions.
     """
     times = _ATTENTION_FORWARD * (1 + model.recomputed) + _ATTENTION_BACKWARD
     return times * 2 * model.attention * context
 
 
 def model_operations(model: Model, context: float) -> float:
-    """Operations of one position, forward and backward, without any weight gradient: about 4·N.
+    """Returns the operations of one position, forward and backward: about 4 a parameter.
 
-    Args:
-        model: the model.
-        context: as `attention_operations` takes it.
+    `context` is as `attention_operations` takes it.
     """
+    # Forward 2·M·N, and as many backward for the input's gradient; no weight gradient is formed.
     layers = (2 + model.recomputed) * products(model.layers)
     return layers + 2 * products(model.outside) + attention_operations(model, context)
 
 
 def tap_operations(taps: Taps) -> int:
-    """Operations of one position for the projected gradients.
+    """Returns the operations of one position for the projected gradients.
 
     Each matrix's input is multiplied by A and its output's gradient by B, 2·k·(M + N), and their
-    outer products are added up, 2·k². An exact scale needs the weight gradient instead, 2·M·N, but
-    for looked-up rows.
+    outer products are added up, 2·k². An exact 1/√V needs the weight gradient instead, 2·M·N,
+    except for looked-up rows.
     """
-    total = 0
+    total, width = 0, taps.side * taps.rank
     for m in taps.matrices:
-        width = taps.side * taps.rank
         if taps.exact and not m.looked_up:
-            each = 2 * m.rows * m.columns
+            total += 2 * m.numbers
         else:
             ends = m.columns if m.looked_up else m.rows + m.columns
-            each = 2 * width * ends + 2 * taps.side * width
-        total += m.count * each
+            total += m.count * (2 * width * ends + 2 * taps.side * width)
     return total
 
 
 def example_operations(taps: Taps) -> int:
-    """Operations of one example however long it is: an exact scale's AᵀGB, 2·k·M·N + 2·k²·M."""
+    """Returns the operations of one example of any length: AᵀGB, 2·k·M·N + 2·k²·M, if exact."""
     k, matrices = taps.side, [m for m in taps.matrices if taps.exact and not m.looked_up]
     return sum(2 * k * m.numbers + 2 * k * k * m.rows * m.count for m in matrices)
 
 
 def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tuple, float]) -> float:
-    """Operations of encoding a corpus in one pass, padding included.
+    """Returns the operations of encoding a corpus in one pass, padding included.
 
     Args:
         model: the model.
-        taps: what is taken of it, for each kind of gradients.
-        shapes: how many batches there are of B examples of T positions, by (B, T).
+        taps: one for each kind of gradients.
+        shapes: the number of batches of B examples of T positions, by (B, T).
     """
     taps = tuple(taps)
     alone, per_position = sum(map(example_operations, taps)), sum(map(tap_operations, taps))
@@ -153,31 +129,27 @@ def batch_shapes(
     multiple: int,
     shard_rows: int,
 ) -> dict[tuple[int, int], int]:
-    """How many batches of each shape (B, T) a corpus is encoded in, shard by shard.
+    """Returns the number of batches of each shape (B, T) that a corpus is encoded in, by rising T.
 
     Args:
-        positions: of each passage, in the corpus's order.
+        positions: positions of each passage, in the corpus's order.
         bucket_lengths, tokens_per_batch, multiple: as `tda.data.batches.plan` takes them.
         shard_rows: passages in a shard of the store.
     """
-    counts: dict[tuple[int, int], int] = {}
+    counts: collections.Counter[tuple[int, int]] = collections.Counter()
+    # A batch never spans two shards, so that a killed run loses one shard at most.
     for first in range(0, len(positions), shard_rows):
         shard = positions[first : first + shard_rows]
         planned = batches.plan(shard, bucket_lengths, tokens_per_batch, multiple)
-        for size, length in zip(planned.sizes.tolist(), planned.lengths.tolist(), strict=True):
-            counts[size, length] = counts.get((size, length), 0) + 1
+        counts.update(zip(planned.sizes.tolist(), planned.lengths.tolist(), strict=True))
     return dict(sorted(counts.items(), key=lambda item: item[0][1]))
 
 
 def row_bytes(widths: Iterable[int], dtype: str) -> int:
-    """Bytes of a gradient on disk: its numbers, and for int8 a float32 scale for each block.
-
-    Args:
-        widths: numbers in each block.
-        dtype: "float32", "bfloat16" or "int8".
+    """Returns the bytes of a gradient on disk, of blocks of so many numbers.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: the dtype is unknown.
     """
     widths = list(widths)
     if dtype not in NUMBER_BYTES:
@@ -186,32 +158,32 @@ def row_bytes(widths: Iterable[int], dtype: str) -> int:
 
 
 def code_bytes(width: int) -> int:
-    """Bytes of a row's asymmetric hash: 4 bits for every 2 dimensions (Guo et al. 2020, ScaNN)."""
+    """Returns the bytes of a row's code: 4 bits for every 2 dimensions (Guo et al. 2020, ScaNN)."""
     return math.ceil(math.ceil(width / 2) / 2)
 
 
 def gram_operations(widths: Iterable[int], rows: int) -> int:
-    """Operations of adding ΦᵀΦ up over rows, block by block; whitening each row takes as many."""
+    """Returns the operations of summing ΦᵀΦ over rows by block; whitening them takes as many."""
     return 2 * rows * sum(w * w for w in widths)
 
 
 def score_operations(width: int, rows: int, queries: int) -> int:
-    """Operations of the products of every row with every query."""
+    """Returns the operations of the products of every row with every query."""
     return 2 * rows * width * queries
 
 
 def eigen_operations(widths: Iterable[int]) -> int:
-    """Operations of all eigenvalues and vectors of R: about 9·E_b³ (Golub & Van Loan 2013, 8.3)."""
+    """Returns the operations of R's eigenvectors: about 9·E_b³ (Golub & Van Loan 2013, 8.3)."""
     return sum(9 * w**3 for w in widths)
 
 
 def r_bytes(widths: Iterable[int], number: int = 8) -> int:
-    """Bytes of R, block-diagonal, of numbers of so many bytes: float64 by default."""
+    """Returns the bytes of block-diagonal R with numbers of `number` bytes, by default float64."""
     return sum(number * w * w for w in widths)
 
 
 def eigen_bytes(width: int) -> int:
-    """Bytes that the eigendecomposition of one block takes beside R: 28·E_b².
+    """Returns the bytes that the eigendecomposition of one block takes beside R: 28·E_b².
 
     A scaled copy in float64, two in float32 (one is the solver's own), the vectors, and two more
     matrices as the solver's work space (LAPACK's syevd: 1 + 6·n + 2·n² numbers).
@@ -220,12 +192,12 @@ def eigen_bytes(width: int) -> int:
 
 
 def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
-    """Bytes of memory at the most for R: what is kept, and the largest block's decomposition.
+    """Returns the peak bytes of memory for R: its matrices, and the largest block's decomposition.
 
     Args:
         widths: numbers in each block.
-        matrices: how many R there are (of passages, of queries), float64.
-        roots: how many R^(−1/2) are stored, float32.
+        matrices: how many R are held (of passages, of queries), in float64.
+        roots: how many R^(−1/2) are held, in float32.
     """
     widths = list(widths)
     stored = matrices * r_bytes(widths) + roots * r_bytes(widths, 4)
@@ -233,13 +205,13 @@ def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
 
 
 def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: bool) -> int:
-    """Bytes of what encoding holds for every batch: parameters, projections and exact scales.
+    """Returns the bytes that encoding holds for every batch: parameters, projections, exact 1/√V.
 
     Args:
-        parameters: numbers in the model; float32.
+        parameters: numbers in the model, in float32.
         tapped: the matrices whose gradients are taken.
         width: columns of A and of B: side × rank.
-        exact: a scale is held for every weight.
+        exact: whether 1/√V has a number for every weight.
     """
     tapped = list(tapped)
     ends = sum(width * (m.rows + m.columns) * m.count for m in tapped)
@@ -247,10 +219,10 @@ def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: boo
 
 
 def lacking(needs: Mapping[str, tuple[float, float | None]]) -> list[str]:
-    """What does not fit, in sentences.
+    """Describes what does not fit.
 
     Args:
-        needs: bytes needed and bytes available, None where that is not known, by name.
+        needs: bytes needed and bytes available (None if unknown), by name.
     """
     return [
         f"{name}: {as_bytes(needed)} needed, {as_bytes(available)} there"
@@ -260,7 +232,7 @@ def lacking(needs: Mapping[str, tuple[float, float | None]]) -> list[str]:
 
 
 def as_bytes(count: float) -> str:
-    """A number of bytes to read: "87.0 TiB"."""
+    """Formats a number of bytes, such as "87.0 TiB"."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(int(math.log(max(count, 1), 1024)), len(units) - 1)
     return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:,.1f} {units[power]}"

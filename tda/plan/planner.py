@@ -27,16 +27,16 @@ def run(
     """Returns all figures of the plan, as JSON values.
 
     Args:
-        config: of a run.
-        workdir: where the stores will be; the free space of its disk is the limit.
-        hardware: the machine that it will run on; None for this one, which is measured.
+        config: the config of a run.
+        workdir: the run's directory, whose disk will hold the stores.
+        hardware: the machine that will run it; None for this one, which is measured.
         mfu: assumed share of the chips' peak rate.
         reading: rate at which a store is read, in bytes/s.
-        host_memory: bytes of the host; this machine's where None and nothing else is named.
-        disk: bytes free for stores; those of the workdir's disk where None.
+        host_memory: bytes of the host; by default of this machine, if `hardware` is None.
+        disk: bytes free for stores; by default those of the workdir's disk.
 
     Raises:
-        ValueError: the corpus cannot be read, a flag or key is out of range.
+        ValueError: the corpus cannot be read, or a flag or key is out of range.
     """
     if jax.process_count() > 1:
         raise ValueError("a plan is the work of one process: start it without --distributed")
@@ -60,7 +60,7 @@ def run(
     if disk is None and (here or workdir):
         disk = _free(workdir or ".")
     r_memory = cost.hessian_bytes(s.widths, *s.hessians()) if s.hessians()[0] else 0
-    stores = s.stores * s.stored_bytes(s.passages + s.queries)
+    stores = len(s.taps) * s.stored_bytes(s.size.passages + s.size.queries)
     needs = {
         "parameters and projections on a device": (s.held() / parts, device_memory),
         "R, its roots and eigenvectors": (r_memory, host_memory),
@@ -72,6 +72,7 @@ def run(
     }
     lacking = cost.lacking(needs)
     measured = None
+    # Where something is known not to fit, measuring might run out of memory.
     if here and not lacking:
         measured = _measure(config, s, mesh)
         most = max(t.memory for t in measured["encoder"].values())
@@ -118,39 +119,37 @@ def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
         "devices": devices,
         "measured": False,
         "peak": hardware.chip.bfloat16,
-        "memory": hardware.chip.memory,
         "mfu": mfu,
     }
 
 
 def _measure(config, s: Setting, mesh) -> dict:
     """Measures how fast this machine encodes, by the corrections of a pass, and multiplies."""
-    times_by_pass: dict[tuple, calibration.EncoderTimes] = {}
-    model = train.build_model(config, s.vocab_size)
+    vocab_size = s.size.vocab_size
+    model = train.build_model(config, vocab_size)
     projection = Projection(**dict(config.projection))
-    for corrections in dict.fromkeys([*s.passes, *((c,) for c in s.taps)]):
-        # Corrections of the same count take the same time: none and factored.
-        counts = [s.taps[c] for c in corrections]
-        alike = next((p for p in times_by_pass if [s.taps[c] for c in p] == counts), None)
-        if alike is None:
+    # Equal taps take the same time, such as those of none and factored: each is measured once.
+    times_by_taps: dict[tuple[cost.Taps, ...], calibration.EncoderTimes] = {}
+    times_by_pass = {}
+    for corrections in [*s.passes, *((c,) for c in s.taps)]:
+        key = tuple(s.taps[c] for c in corrections)
+        if key not in times_by_taps:
             ones = (calibration.ones(s.sites, c) for c in corrections)
-            taps_of_kinds = (encoders.make_taps(s.sites, projection, scales) for scales in ones)
-            kinds = [(projection, taps) for taps in taps_of_kinds]
+            kinds = [(projection, encoders.make_taps(s.sites, projection, x)) for x in ones]
             encoder = encoders.build_encoder(model, kinds, config.gradients.output, mesh)
-            times = calibration.encoder_times(encoder, s.shapes, s.vocab_size, mesh)
-        times_by_pass[corrections] = times if alike is None else times_by_pass[alike]
-    products = calibration.product_times(s.width, max(s.widths), s.queries)
+            times_by_taps[key] = calibration.encoder_times(encoder, s.shapes, vocab_size, mesh)
+        times_by_pass[corrections] = times_by_taps[key]
+    products = calibration.product_times(s.width, max(s.widths), s.size.queries)
     return {"encoder": times_by_pass, "products": products}
 
 
 def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]:
-    """Operations, devices and seconds of every stage; seconds None where nothing was measured."""
+    """Returns operations, devices and seconds of every stage; seconds None if not measured."""
     out = []
 
     def add(name, operations, count, seconds, **more):
-        out.append(
-            {"stage": name, "operations": operations, "devices": count, "seconds": seconds} | more
-        )
+        entry = {"stage": name, "operations": operations, "devices": count, "seconds": seconds}
+        out.append(entry | more)
 
     rates = measured and measured["products"]
     if hardware:
@@ -169,16 +168,16 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             add(f"encode {name}, {named}", operations, devices, seconds, rate=rate)
 
     for corrections in s.passes:
-        encode("corpus", corrections, s.shapes, s.tokens)
+        encode("corpus", corrections, s.shapes, s.size.tokens)
     for correction in s.taps:
         encode("queries", (correction,), s.query_shapes)
         if s.decompositions(correction)[0] and not s.has_store:
-            # Without a store R has the passages that it is taken of encoded for it.
-            share = s.r_rows / s.passages
+            # Without a store the passages that R is summed over are encoded once more.
+            share = s.r_rows / s.size.passages
             shapes = {shape: share * count for shape, count in s.shapes.items()}
-            encode("corpus for R", (correction,), shapes, share * s.tokens)
+            encode("corpus for R", (correction,), shapes, share * s.size.tokens)
     gram = cost.gram_operations(s.widths, 1)
-    # R is the work of one device, the search that of the first host's.
+    # One device computes R; the devices of the first host search.
     near = min(devices, hardware.chip.host) if hardware else jax.local_device_count()
     for correction, methods in s.methods.items():
         roots, decompositions = s.decompositions(correction)
@@ -186,11 +185,12 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             eigen = decompositions * cost.eigen_operations(s.widths)
             summed = gram * s.r_rows
             read = s.stored_bytes(s.r_rows) / reading
+            # A store is read while the previous rows are multiplied: the slower of the two counts.
             seconds = rates and max(read, summed / rates.gram) + eigen / rates.eigen
             add(f"R, {correction}", summed + eigen, 1, seconds)
-        rows = s.passages + s.size.labelled
+        rows = s.size.passages + s.size.labelled
         whitened = gram * rows * sum(m.hessian != "none" for m in methods)
-        scored = cost.score_operations(s.width, rows, s.queries) * len(methods)
+        scored = cost.score_operations(s.width, rows, s.size.queries) * len(methods)
         read = s.stored_bytes(rows) / reading
         seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / near)
         add(f"exact search, {correction}", whitened + scored, near, seconds)
@@ -198,21 +198,21 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
 
 
 def _disk(s: Setting, reading: float) -> dict:
-    """Bytes of rows, stores and indexes, and seconds of a scan, by dtype."""
+    """Returns the bytes of rows, stores and indices, and the seconds of a scan, by dtype."""
+    code, passages = cost.code_bytes(s.width), s.size.passages
     by_dtype = {}
     for dtype in cost.NUMBER_BYTES:
         row = cost.row_bytes(s.widths, dtype)
         by_dtype[dtype] = {
             "row": row,
-            "store": row * s.passages,
-            "scan_seconds": row * s.passages / reading,
-            "index": (row + cost.code_bytes(s.width)) * s.passages,
+            "store": row * passages,
+            "scan_seconds": row * passages / reading,
+            "index": (row + code) * passages,
         }
-    codes = cost.code_bytes(s.width) * s.passages
     return {
-        "stores": s.stores,
+        "stores": len(s.taps) * s.has_store,
         "dtype": s.store_dtype,
         "reading": reading,
-        "codes": codes,
+        "codes": code * passages,
         **by_dtype,
     }

@@ -7,10 +7,9 @@ from tda.reports import formats
 def text(figures: dict) -> str:
     """Returns the figures of `tda.plan.planner.run` as aligned tables."""
     parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
-    left_out = ", ".join(figures["left_out"])
     parts.append(_needs(figures["needs"]))
-    if left_out:
-        parts.append(f"not reckoned (another function, curvature, checkpoints): {left_out}")
+    if left_out := ", ".join(figures["left_out"]):
+        parts.append(f"not estimated (other outputs, curvature, checkpoints): {left_out}")
     return "\n\n".join(parts)
 
 
@@ -31,39 +30,30 @@ def _heading(figures: dict) -> str:
         ],
         "ll",
     )
-    if h["measured"] or s["dtype"] == "bfloat16":
-        return heading
-    return (
-        heading + "\n(a float32 model is reckoned at that rate too; GPUs have half of it with TF32)"
-    )
+    if not h["measured"] and s["dtype"] != "bfloat16":
+        heading += "\n(a float32 model is assumed to reach it too; GPUs reach half with TF32)"
+    return heading
 
 
 def _stages(stages: list[dict]) -> str:
     rows = [["", "FLOP", "devices", "time", "device hours", "tokens/s"]]
     for x in stages:
-        seconds, rate = x["seconds"], x.get("rate")
-        rows.append(
-            [
-                x["stage"],
-                f"{x['operations']:.2e}",
-                f"{x['devices']:,}",
-                _time(seconds),
-                _hours(seconds, x["devices"]),
-                f"{rate:,.0f}" if rate else "",
-            ]
-        )
+        seconds, devices, rate = x["seconds"], x["devices"], x.get("rate")
+        spent = None if seconds is None else seconds * devices
+        row = [x["stage"], f"{x['operations']:.2e}", f"{devices:,}", _time(seconds), _hours(spent)]
+        rows.append([*row, f"{rate:,.0f}" if rate else ""])
     if all(x["seconds"] is not None for x in stages):
         spent = sum(x["seconds"] * x["devices"] for x in stages)
         total = sum(x["seconds"] for x in stages)
         operations = sum(x["operations"] for x in stages)
-        rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent, 1), ""])
+        rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent), ""])
     return formats.aligned(rows)
 
 
-def _hours(seconds: float | None, devices: int) -> str:
+def _hours(seconds: float | None) -> str:
     if seconds is None:
         return "–"
-    hours = seconds * devices / 3600
+    hours = seconds / 3600
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
@@ -99,7 +89,7 @@ def _needs(needs: dict) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """A duration to read: "38 s", "12.5 min", "26.6 h", "14.2 days"."""
+    """Formats a duration, such as "38 s", "12.5 min", "26.6 h" or "14.2 days"."""
     if seconds is None:
         return "–"
     if seconds < 120:

@@ -1,4 +1,4 @@
-"""What a config sets the planner: sizes of its model, its encodings and its corpus."""
+"""The sizes of a config's model, encodings and corpus, which a plan is estimated from."""
 
 import contextlib
 import dataclasses
@@ -26,109 +26,80 @@ from tda.run.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a corpus is.
-
-    Attributes:
-        passages, tokens, queries: how many there are.
-        vocab_size: V of the model.
-        positions: of each passage, or None where only their number is known.
-        query_positions: of each query, or None.
-        labelled: passages that are correct for some query: the search scores them once more first.
-    """
+    """The size of a corpus and its queries."""
 
     passages: int
     tokens: int
     queries: int
-    vocab_size: int
-    positions: np.ndarray | None = None
+    vocab_size: int  # V of the model
+    positions: np.ndarray | None = None  # of each passage; None if the config states the size
     query_positions: np.ndarray | None = None
-    labelled: int = 0
+    labelled: int = 0  # passages that are correct for a query: searched once more, for their ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Everything that a plan is reckoned from.
-
-    Attributes:
-        size: of the corpus.
-        parameters: numbers in the model.
-        sites: of the gradients that are taken.
-        model: what a position is multiplied by.
-        widths: numbers in each block of an encoding.
-        taps: what is taken of the model, by correction; a store is made for each.
-        methods: those that search each store, by correction.
-        left_out: titles of methods with other gradients, or of several checkpoints, which are not
-            reckoned.
-        dtype: that the model computes in.
-        store_dtype: of the numbers on disk; "none" where the corpus is encoded as it is searched.
-        r_rows: passages that R is taken of.
-        rule: whether λ is found by the rule, which takes two spectra.
-        shapes, query_shapes: how many batches of each shape (B, T) there are.
-    """
+    """Everything that a plan is estimated from."""
 
     size: Size
-    parameters: int
-    sites: list[sites.Site]
+    parameters: int  # numbers in the model
+    sites: list[sites.Site]  # the parameters whose gradients are taken
     model: cost.Model
-    widths: list[int]
-    taps: dict[str, cost.Taps]
-    methods: dict[str, list[methods.Method]]
-    left_out: list[str]
-    dtype: str
+    widths: list[int]  # numbers in each block of an encoding
+    taps: dict[str, cost.Taps]  # by correction; each correction has a store of its own
+    methods: dict[str, list[methods.Method]]  # the methods that search a store, by correction
+    left_out: list[str]  # titles of methods that a plan does not estimate
+    dtype: str  # of the model's computation
     store_dtype: str
-    r_rows: int
-    rule: bool
-    shapes: dict[tuple, float]
+    r_rows: int  # passages that R is summed over
+    rule: bool  # whether λ follows the mixing rule, which takes two spectra
+    shapes: dict[tuple, float]  # batches of passages of each shape (B, T)
     query_shapes: dict[tuple, float]
 
-    passages = property(lambda self: self.size.passages)
-    tokens = property(lambda self: self.size.tokens)
-    queries = property(lambda self: self.size.queries)
-    vocab_size = property(lambda self: self.size.vocab_size)
     width = property(lambda self: sum(self.widths))
     has_store = property(lambda self: self.store_dtype != NO_STORE)
-    stores = property(lambda self: len(self.taps) * self.has_store)
 
     @property
     def passes(self) -> list[tuple[str, ...]]:
-        """The corrections of every pass over the corpus: all in one, where they have stores."""
+        """The corrections of each pass over the corpus: with stores, one pass serves them all."""
         return [tuple(self.taps)] if self.has_store else [(c,) for c in self.taps]
 
     def stored_bytes(self, rows: int) -> int:
-        """Bytes of so many gradients on disk: 0 where there is no store."""
+        """Returns the bytes of a number of gradients on disk."""
         return rows * cost.row_bytes(self.widths, self.store_dtype) if self.has_store else 0
 
     def decompositions(self, correction: str) -> tuple[int, int]:
-        """How many R^(−1/2) a store's methods need, and how many times R is decomposed for them."""
+        """Returns how many R^(−1/2) a store's methods need, and how many decompositions of R."""
         kinds = {m.hessian for m in self.methods[correction]} - {"none"}
         return len(kinds), len(kinds) + 2 * ("mixed" in kinds and self.rule)
 
     def hessians(self) -> tuple[int, int]:
-        """How many R and R^(−1/2) are held at once at the most."""
+        """Returns how many R and R^(−1/2) are held at once at most: for one store at a time."""
         kinds = [{m.hessian for m in ms} - {"none"} for ms in self.methods.values()]
         return max(((1 + ("mixed" in k), len(k)) for k in kinds if k), default=(0, 0))
 
     def held(self) -> int:
-        """Bytes that encoding holds for every batch, over the devices of one copy of the model."""
-        tapped = [_matrix(s) for s in self.sites]
-        alone = cost.held_bytes(self.parameters, [], 0, False)
+        """Returns the bytes held for every batch, over the devices of one copy of the model."""
+        tapped = _matrices(self.sites)
+        parameters = 4 * self.parameters
         more = {
-            c: cost.held_bytes(self.parameters, tapped, t.side * t.rank, t.exact) - alone
+            c: cost.held_bytes(self.parameters, tapped, t.side * t.rank, t.exact) - parameters
             for c, t in self.taps.items()
         }
-        return alone + max(sum(more[c] for c in corrections) for corrections in self.passes)
+        return parameters + max(sum(more[c] for c in corrections) for corrections in self.passes)
 
     def figures(self) -> dict:
-        """The same as JSON values."""
+        """Returns the setting as JSON values."""
+        size = self.size
         return {
             "parameters": self.parameters,
-            "with_gradients": sum(m.numbers for m in map(_matrix, self.sites)),
+            "with_gradients": sum(m.numbers for m in _matrices(self.sites)),
             "dtype": self.dtype,
-            "passages": self.passages,
-            "tokens": self.tokens,
-            "queries": self.queries,
-            "stated": self.size.positions is None,
-            "padding": 1 - self.tokens / sum(B * T * n for (B, T), n in self.shapes.items()),
+            "passages": size.passages,
+            "tokens": size.tokens,
+            "queries": size.queries,
+            "stated": size.positions is None,
+            "padding": 1 - size.tokens / sum(B * T * n for (B, T), n in self.shapes.items()),
             "blocks": len(self.widths),
             "largest_block": max(self.widths),
             "width": self.width,
@@ -136,32 +107,30 @@ class Setting:
 
 
 def of(config, multiple: int = 1) -> Setting:
-    """The setting of a config.
+    """Returns the setting of a run's config.
 
     Args:
-        config: of a run.
-        multiple: what B of a batch is a multiple of: devices that the batch is split over.
+        config: the config.
+        multiple: the number of devices that a batch is split over, of which B is a multiple.
 
     Raises:
-        ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` does.
+        ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` says.
     """
     chosen_methods, left_out = _by_correction(config)
     size = _size(config)
     arguments = train.model_arguments(config, size.vocab_size)
+    # Shapes alone: a model of any size is planned on any machine.
     model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
     g, projection = config.gradients, Projection(**dict(config.projection))
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)
     widths = [projection.side**2] * len(layout.blocks)
-    everything = find_sites(model, include=".")
-    row = cost.row_bytes(
-        widths, "float32" if config.store.dtype == NO_STORE else config.store.dtype
-    )
-    shard_rows = max(1, config.store.shard_bytes // row)
+    stored = "float32" if config.store.dtype == NO_STORE else config.store.dtype
+    shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, stored))
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
     if size.positions is None:
-        # Every passage is taken to have the mean length.
+        # The config states no lengths: assume the mean length for every passage.
         length = math.ceil(size.tokens / size.passages)
         examples = max(1, g.tokens_per_batch // length // multiple) * multiple
         shapes, query_shapes = {(examples, length): size.passages / examples}, {}
@@ -172,7 +141,7 @@ def of(config, multiple: int = 1) -> Setting:
         size=size,
         parameters=sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
         sites=chosen,
-        model=_model(everything, arguments),
+        model=_model(find_sites(model, include="."), arguments),
         widths=widths,
         taps={c: _taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods},
         methods=chosen_methods,
@@ -187,7 +156,7 @@ def of(config, multiple: int = 1) -> Setting:
 
 
 def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
-    """The methods that need a store, by its correction, and the titles of those left out."""
+    """Returns the methods by the correction of their store, and the titles of those left out."""
     out: dict[str, list] = {}
     left_out = []
     for method in methods.parse(config.methods).values():
@@ -207,7 +176,7 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
 
 
 def _size(config) -> Size:
-    """The size that the config states, or that of its corpus, which is read."""
+    """Returns the size that the config states, or reads the corpus and counts."""
     stated = dict(config.plan)
     if any(stated.values()):
         wrong = [f"plan.{k}={v}" for k, v in stated.items() if v < 1]
@@ -220,7 +189,7 @@ def _size(config) -> Size:
             )
         return Size(vocab_size=config.tokenizer.vocab_size, **stated)
     print("reading the corpus", flush=True)
-    # A directory of its own: to plan a run must not begin it.
+    # In a temporary directory: planning a run must not start it.
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
         data = corpus.load(config, Workdir(path))
     return Size(
@@ -234,23 +203,30 @@ def _size(config) -> Size:
     )
 
 
-def _matrix(site: sites.Site, looked_up: bool | None = None) -> cost.Matrix:
-    looked_up = site.group == "embedding" if looked_up is None else looked_up
-    return cost.Matrix(site.rows, site.columns, site.stack or 1, looked_up)
+def _matrices(chosen: list[sites.Site], as_head: bool = False) -> list[cost.Matrix]:
+    """Returns the matrices of sites; `as_head` multiplies by an embedding instead of looking up."""
+    return [
+        cost.Matrix(s.rows, s.columns, s.stack or 1, s.group == "embedding" and not as_head)
+        for s in chosen
+    ]
+
+
+def _embeddings(chosen: list[sites.Site]) -> list[sites.Site]:
+    return [s for s in chosen if s.group == "embedding"]
 
 
 def _model(everything: list[sites.Site], arguments: dict) -> cost.Model:
-    layers = [_matrix(s) for s in everything if s.stack is not None]
-    outside = [_matrix(s) for s in everything if s.stack is None and s.group != "embedding"]
-    if arguments.get("tied", True):
-        outside += [_matrix(s, False) for s in everything if s.group == "embedding"]
+    layers = _matrices([s for s in everything if s.stack is not None])
+    outside = _matrices([s for s in everything if s.stack is None and s.group != "embedding"])
+    if arguments.get("tied", True):  # the embedding is also the output head
+        outside += _matrices(_embeddings(everything), as_head=True)
     attention = arguments["layers"] * arguments["heads"] * arguments["head_width"]
     return cost.Model(tuple(layers), tuple(outside), attention, arguments["remat"])
 
 
 def _taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> cost.Taps:
     name, rank = parse_correction(correction)
-    matrices = [_matrix(s) for s in chosen]
-    if tied:  # a tied embedding is tapped where it is looked up and as the head
-        matrices += [_matrix(s, False) for s in chosen if s.group == "embedding"]
+    matrices = _matrices(chosen)
+    if tied:  # a tied embedding has two taps: where it is looked up, and as the head
+        matrices += _matrices(_embeddings(chosen), as_head=True)
     return cost.Taps(tuple(matrices), side, rank or 1, name == "adam")

@@ -91,8 +91,8 @@ def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device)
     config.data.n_sentences, config.data.n_queries = 5000, 100
     data = corpus.load(config, Workdir(tmp_path))
     planned = setting.of(config)
-    assert planned.passages == len(data.passages)
-    model = train.build_model(config, planned.vocab_size)
+    assert planned.size.passages == len(data.passages)
+    model = train.build_model(config, planned.size.vocab_size)
     projection = Projection(**dict(config.projection))
     blocks = dict.fromkeys(map(str, range(len(planned.widths))), planned.widths[0])
     layout = data.layout(config.gradients.tokens_per_batch, one_device)
@@ -104,7 +104,9 @@ def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device)
 
     ratios = []
     for turn in range(5):
-        times = calibration.encoder_times(make(), planned.shapes, planned.vocab_size, one_device)
+        times = calibration.encoder_times(
+            make(), planned.shapes, planned.size.vocab_size, one_device
+        )
         store = stores.create(tmp_path / str(turn), data.passages.ids, blocks, {})
         encoder = make()
         started = time.perf_counter()

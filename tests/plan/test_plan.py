@@ -94,9 +94,9 @@ def test_a_pass_of_two_corrections_counts_the_model_once(paper):
     positions = sum(B * T * n for (B, T), n in s.shapes.items())
     assert both == pytest.approx(alone + more * positions)
     assert found["left_out"] == ["TracIn", "TRAK", "EK-FAC influence"]
-    assert "not reckoned" in report.text(found)
+    assert "not estimated" in report.text(found)
     assert "TracIn, TRAK, EK-FAC influence" in report.text(found)
-    assert "not reckoned" not in report.text(paper)
+    assert "not estimated" not in report.text(paper)
     assert len(s.methods["factored"]) == 2  # R_eval of a half is a search like another
     config.store.dtype = "none"
     assert setting.of(config).passes == [("factored",), ("none",)]
