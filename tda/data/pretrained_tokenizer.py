@@ -17,6 +17,14 @@ from tokenizers import processors
 from tda.runtime import atomic_file
 from tda.runtime.fingerprint import fingerprint_parts
 
+# The files of a model's directory that decide which ids a text gets.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
 
 class PretrainedTokenizer:
     """The tokenizer of a pretrained model.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tda.model import functional, pretrained
 from tda.model.pretrained import PretrainedError, tensors
@@ -109,9 +110,64 @@ def test_the_output_matrix_of_a_tied_model_may_be_there_twice(tmp_path):
         pretrained.load(other)
 
 
+def test_one_file_comes_before_the_index_and_strays_are_ignored(directory, tmp_path):
+    """Guards: another program's tensors in place of the model's, or a model refused for them."""
+    model = tiny_llama.write(tmp_path / "model")
+    identity = pretrained.state_of(model)
+    other = {n: x + 1 for n, x in tiny_llama.tensors().items()}
+    tiny_llama.write(tmp_path / "shards", other, shards=2)
+    for file in (tmp_path / "shards").glob("model*"):
+        file.rename(model / file.name)
+    for name in ("optimizer", "consolidated", "adapter_model", "model.fp16"):
+        save_file(other, model / f"{name}.safetensors")
+    (model / "tiny.gguf").write_bytes(b"")
+    (model / "pytorch_model.bin").write_bytes(b"")
+    expected = parameters(pretrained.load(directory, quiet=True))
+    for name, x in parameters(pretrained.load(model, quiet=True)).items():
+        np.testing.assert_array_equal(x, expected[name])
+    assert pretrained.state_of(model) == identity
+    (model / "model.safetensors").unlink()
+    found = parameters(pretrained.load(model, quiet=True))
+    np.testing.assert_array_equal(found["final_norm/scale"], other["model.norm.weight"])
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="holds an adapter, which is not applied"):
+        pretrained.load(model, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "are pickled .* convert them: python -c .*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "are pickled"),
+        ("tiny.gguf", "give the .gguf file itself"),
+        ("adapter_model.safetensors", "an adapter alone is not a model"),
+        ("model-00001-of-00002.safetensors", "fetch the index of the shards"),
+        ("README.md", r"\(it has README.md, config.json\); fetch the model again"),
+    ],
+)
+def test_a_directory_without_weights_says_what_to_do(tmp_path, name, message):
+    model = tiny_llama.write(tmp_path / "model")
+    (model / "model.safetensors").rename(model / name)
+    with pytest.raises(PretrainedError, match=f"neither model.safetensors nor .*{message}"):
+        pretrained.load(model)
+
+
+def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tmp_path):
+    found = tiny_llama.tensors()
+    table = found["lm_head.weight"]
+    del found["model.embed_tokens.weight"]
+    tied = tiny_llama.write(tmp_path / "a", found, tie_word_embeddings=True)
+    loaded = parameters(pretrained.load(tied, quiet=True))
+    np.testing.assert_array_equal(loaded["embedding/embedding"], table)
+    untied = tiny_llama.write(tmp_path / "b", found)
+    with pytest.raises(PretrainedError, match=r"lacks model.embed_tokens.weight"):
+        pretrained.load(untied)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(transformers_weights="other.safetensors"), "transformers_weights='other"),
         (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not known.*Olmo2"),
         (dict(architectures=None), "is not named; it is not known"),
         (dict(hidden_act="xielu"), "hidden_act='xielu' is not supported"),
@@ -154,9 +210,6 @@ def test_left_over_and_damaged_files_are_named(tmp_path):
     file = whole / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(PretrainedError, match="model.safetensors cannot be read"):
-        pretrained.load(whole)
-    file.rename(whole / "pytorch_model.bin")
-    with pytest.raises(PretrainedError, match=r"no .safetensors file \(it has config.json, pyt"):
         pretrained.load(whole)
     (whole / "config.json").unlink()
     with pytest.raises(PretrainedError, match="has no config.json"):
@@ -255,6 +308,26 @@ def test_a_model_that_was_trained_further_is_another(directory, tmp_path):
     assert pretrained.state_of(again) == pretrained.state_of(directory)
     for a, b in zip(pretrained.state_of(other), pretrained.state_of(directory), strict=True):
         assert a[:2] == b[:2] and (a[2] == b[2]) == (a[0] == "config.json")
+
+
+def test_a_name_is_found_in_the_hubs_cache(directory, tmp_path, monkeypatch):
+    """A cache as the hub's programs lay it out: refs name a snapshot, whose files are links."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such model.*by: hf download org/tiny$"):
+        pretrained.load("org/tiny")
+    cache = tmp_path / "models--org--tiny"
+    snapshot = cache / "snapshots" / ("ab" * 20)
+    for folder in (snapshot, cache / "refs", cache / "blobs"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text(snapshot.name)
+    for i, file in enumerate(directory.iterdir()):
+        (cache / "blobs" / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(cache / "blobs" / str(i))
+    assert pretrained.locate("org/tiny") == snapshot
+    expected = parameters(pretrained.load(directory, quiet=True))
+    found = parameters(pretrained.load("org/tiny", quiet=True))
+    assert all(np.array_equal(x, expected[name]) for name, x in found.items())
+    assert pretrained.state_of("org/tiny") == pretrained.state_of(directory)
 
 
 def test_arguments_are_plain_values(directory):

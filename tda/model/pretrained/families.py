@@ -8,6 +8,9 @@ from tda.model.pretrained import configurations, layouts
 from tda.model.pretrained.tensors import Part, PretrainedError
 from tda.model.settings import DecoderSettings
 
+# Names of the output matrix.
+HEADS = ("lm_head.weight", "embed_out.weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -47,6 +50,11 @@ class Family:
         for i in range(settings.layers):
             layer = self.layer(settings, f"{prefix}{self.layers_prefix}{i}.")
             parts |= {f"layers/{i}/{path}": part for path, part in layer.items()}
+        embedding = parts["embedding/embedding"]
+        if settings.tied and embedding.tensor not in tensors:
+            # A tied matrix may be saved under the name of the output matrix alone.
+            for head in (name for name in HEADS if name in tensors):
+                parts["embedding/embedding"] = dataclasses.replace(embedding, tensor=head)
         return parts
 
 

