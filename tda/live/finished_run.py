@@ -1,7 +1,7 @@
-"""Live questions to a finished run, by its own model, stores and retrievers.
+"""Answers live questions from a finished run's model, stores and retrievers.
 
-A live question is a run with one query: a query of the run has the passages and scores that the run
-gave it, and any other prompt and target is searched by the same code.
+A live question is a run with one query. The same code searches for it, so a query of the run gets
+the passages and scores that the run gave it.
 """
 
 import functools
@@ -34,9 +34,10 @@ def open_workdir(path) -> "LiveRun | None":
 
 
 class LiveRun:
-    """Answers a viewer's questions (`tda.viewer.server.Live`); opened by the first of them.
+    """Answers a viewer's questions (`tda.viewer.server.Live`); the first question opens the run.
 
-    Retrievers are made once: encoders stay compiled, and R^(−1/2), indices and vectors in memory.
+    Retrievers are made once, so that encoders stay compiled and R^(−1/2), indices and vectors in
+    memory.
 
     Args:
         path: the workdir.
@@ -49,7 +50,7 @@ class LiveRun:
 
     @property
     def heat_methods(self) -> tuple[str, ...]:
-        """Names of the methods whose scores have parts by position, those of plugins included."""
+        """Names of the methods whose scores `heat` can split, those of plugins included."""
         return tuple(n for n, m in METHODS.items() if m.shares_scan and m.curvature == "none")
 
     @functools.cached_property
@@ -82,7 +83,7 @@ class LiveRun:
         return self._retriever(method).lacks(method)
 
     def describe(self, progress: Progress) -> dict:
-        """Returns all methods, the run's first, with why some cannot be asked; and sizes."""
+        """Returns all methods, the run's first, why some are not available, and sizes."""
         self._open(progress)
         names = [name.strip() for name in self.run.config.methods.split(",")]
         usual = [name for name in names if name in METHODS]
@@ -131,12 +132,12 @@ class LiveRun:
 
         Args:
             prompt, target: the question.
-            methods: by name.
+            methods: the methods by name.
             k: the number of proponents, and of opponents.
-            progress: called with the progress; an exception that it raises stops the search.
+            progress: called as the search advances; an exception that it raises stops the search.
 
         Raises:
-            ValueError: the question does not fit the context, or a method cannot be asked here.
+            ValueError: the question does not fit the context, or a method is not available here.
         """
         for name, method in methods.items():
             if why := self.lacks(method):
@@ -170,7 +171,8 @@ class LiveRun:
         if number is not None:
             correct = corpus.known.correct[number]
             more["fact_id"] = corpus.known.ids[number]
-            if len(correct):  # without labels, passages are not marked
+            # A fact without any labelled passage stays unmarked: the run's tables leave it out.
+            if len(correct):
                 rows_K = ranked.proponents[0]
                 more["proponent_correct"] = np.isin(rows_K[rows_K >= 0], correct).tolist()
         return results.record(
@@ -192,9 +194,15 @@ class LiveRun:
         self._open(progress)
         (chosen,) = parse_methods(method).values()
         if chosen.retriever != "gradient":
-            raise ValueError(f"{chosen.title} has no gradients: its scores have no positions")
+            raise ValueError(
+                f"{chosen.title} uses no gradients: its scores cannot be split by position; "
+                f"choose one of {', '.join(self.heat_methods)}"
+            )
         if why := self.lacks(chosen):
             raise ValueError(why)
         if not chosen.shares_scan:
-            raise ValueError(f"{chosen.title}: its scores are no inner products of one gradient")
+            raise ValueError(
+                f"{chosen.title}: its scores are not inner products of one gradient per passage "
+                f"and cannot be split by position; choose one of {', '.join(self.heat_methods)}"
+            )
         return self._heat.split(self._queries(prompt, target), chosen, passage, progress)

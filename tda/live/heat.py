@@ -1,4 +1,4 @@
-"""Which positions of a passage carry its score for a question."""
+"""Splits a passage's score for a question over the positions of the passage."""
 
 import numpy as np
 
@@ -36,12 +36,12 @@ class Heat:
             queries: the question.
             method: a method whose scores are inner products of gradients of one store.
             passage: the passage's id.
-            on_progress: told what is done.
+            on_progress: called as the work advances.
 
         Returns:
-            "tokens": for each position {"text", "part", "special"}; "sum" of the parts; "score" of
-            the stored gradient; "faithful": whether they agree. They do not where the passage's
-            text, read anew, has other tokens than were encoded.
+            "tokens": {"text", "part", "special"} of each position; "sum" of the parts; "score" by
+            the stored gradient; "faithful": whether sum and score agree. They differ where the
+            passage's text, tokenised again, gives other tokens than those that were encoded.
 
         Raises:
             ValueError: there is no such passage, or its score cannot be split.
@@ -76,7 +76,7 @@ class Heat:
         parts_T = self._parts(kind, ids, direction_E, on_progress)
         score = float(stored_E.astype(np.float64) @ direction_E)
         total = float(parts_T.sum())
-        # float32 sums over other shapes of batches; beyond that the tokens differ.
+        # float32 sums over batches of another shape differ by less than this; other tokens by more.
         near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum())
         special = len(self._speaker.tokenizer.begin)
         return {
@@ -111,7 +111,7 @@ class Heat:
 
 
 def tokens_of(store: GradientStore, row: int, speaker: Speaker) -> tuple[np.ndarray, list[str]]:
-    """Returns a passage's tokens, int32, made of its text, and the text of each.
+    """Returns the tokens of a passage's text, int32, and the text of each token.
 
     Raises:
         ValueError: the store has no texts.
@@ -122,7 +122,7 @@ def tokens_of(store: GradientStore, row: int, speaker: Speaker) -> tuple[np.ndar
     tokenizer, longest = speaker.tokenizer, speaker.context + 1
     ids, pieces = speaker.pieces(passage.text)
     ids, pieces = [*tokenizer.begin, *ids], [*map(speaker.shown, tokenizer.begin), *pieces]
-    # Of a document that was split, the last passage alone ends with <eos>.
+    # Only the last passage of a split document ends with <eos>.
     if store.rows_of_document(passage.document)[-1] == row and len(ids) < longest:
         ids, pieces = [*ids, *tokenizer.end], [*pieces, *map(speaker.shown, tokenizer.end)]
     return np.asarray(ids[:longest], np.int32), pieces[:longest]

@@ -1,4 +1,4 @@
-"""The model's own completion of a prompt, and the likelihood that it gives a target."""
+"""Completes a prompt with the model, and scores a target by its likelihood."""
 
 from collections.abc import Sequence
 
@@ -35,8 +35,8 @@ class Speaker:
         Args:
             prompt: the text to complete.
             count: the most tokens; fewer if the model ends the passage.
-            alternatives: the number of next likeliest tokens to list for each step.
-            on_progress: gets the number of tokens so far.
+            alternatives: how many of the next likeliest tokens to list for each step.
+            on_progress: called with the number of tokens so far.
 
         Returns:
             For each step {"token", "probability", "others"}; "others" lists the alternatives, each
@@ -99,7 +99,7 @@ class Speaker:
         table = self.query(prompt, target)
         length = self.bucket(int(table.lengths[0]) - 1)
         batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
-        # The function that completes prompts, which is usually compiled by now.
+        # The same function completes prompts, so it is usually compiled by now.
         logits_1xTxV = self._logits(batch.tokens)
         (nats,), (rank,) = target_statistics(logits_1xTxV, batch.targets, batch.weights)
         return {"nats": float(nats), "rank": int(rank)}

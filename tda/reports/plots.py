@@ -13,11 +13,11 @@ _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999933".spl
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
 _MARK_DASHES = (0, (6, 4))
-# Approximate inches: the x axis of a panel, and a character of its tick labels.
+# Inches, approximately: the x axis of a panel, and a character of its tick labels.
 _AXIS_WIDTH, _CHARACTER_WIDTH = 2.9, 0.09
-# Inches of a row of names, and of what is above and below the rows.
+# Inches of a named row, and of the margins above and below the rows.
 _ROW_HEIGHT, _ROWS_MARGIN = 0.25, 0.8
-# With more lines than these, error bars take the place of bands, which would hide one another.
+# With more lines, error bars replace bands, which would hide one another.
 _MOST_BANDS = 5
 
 

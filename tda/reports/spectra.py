@@ -11,18 +11,18 @@ _POINTS = 60
 
 
 def draw(file, component: int | None = None, out=None) -> list[str]:
-    """Draws the spectra in a file of `tda.retrieval.whitening`.
+    """Draws the eigenvalues of R that `tda.retrieval.whitening` wrote.
 
     Args:
-        file: of spectra (.npz).
-        component: k of the mixing rule, which a line marks.
-        out: path of the plots without suffix; beside the file by default.
+        file: the spectra, .npz.
+        component: k of the mixing rule, marked by a vertical line.
+        out: the plots' path without suffix; by default that of the file.
 
     Returns:
         The plots' paths.
 
     Raises:
-        ValueError: the file is not one of spectra; the message names it.
+        ValueError: the file holds no spectra; the message names it.
         ImportError: matplotlib is not installed.
     """
     plots.check()
@@ -32,7 +32,10 @@ def draw(file, component: int | None = None, out=None) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a file of spectra: {error}") from error
     if not spectra:
-        raise ValueError(f"{file} has neither the array train nor evaluation: no spectra")
+        raise ValueError(
+            f"{file} holds no spectra: it has neither the array train nor evaluation; give a "
+            "spectra*.npz of a run's retrieval/ folder"
+        )
     lines = []
     for name, label in (("train", "R_train"), ("evaluation", "R_eval")):
         if name in spectra:
@@ -40,7 +43,7 @@ def draw(file, component: int | None = None, out=None) -> list[str]:
             x = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))
             y = values[x - 1]
             with np.errstate(divide="ignore"):
-                # What is 0 but for rounding is not drawn.
+                # Eigenvalues that are 0 except for rounding are not drawn.
                 y = np.where(y > 1e-9 * values[0], np.log10(y), np.nan)
             lines.append(plots.Line(label, x.tolist(), y, marked=component))
     panel = plots.Panel("log10 of the eigenvalues", lines)

@@ -1,8 +1,7 @@
-"""Tables of methods and their figures: those of a run (`table.md`), and the paper's Table 1.
+"""Tables of methods and their figures: a run's (`table.md`), and the paper's Table 1.
 
-In Table 1 a figure is marked if it is not above that of every control (`tda.methods.CONTROLS`:
-retrievers that ignore the query), that is, if the 95% interval of the paired difference to some
-control is not wholly above 0.
+Table 1 marks figures that are not clearly above every control (`tda.methods.CONTROLS`: retrievers
+that ignore the query): the 95% interval of the paired difference to some control reaches down to 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -115,7 +114,7 @@ def run_details(metrics: dict) -> str:
 
 
 def _content_tables(metrics: dict) -> list[str]:
-    """Returns tables of how the proponents relate to their queries, and of tail-patches by that."""
+    """Returns tables of what proponents say about their queries, and of tail-patch by that."""
     contents = {name: m["by_content"] for name, m in metrics.items()}
     columns = [(kind, kind) for kind in next(iter(contents.values()))]
     parts = [
@@ -173,7 +172,7 @@ def _cell(m: dict, metric: str) -> str:
 
 
 def _missing_text(metric: str) -> str:
-    # Tail-patch is an option of a run, so its absence needs no mark.
+    # Runs may leave out tail-patch, so an empty cell is no surprise.
     return "" if metric.startswith("tail_patch") else "–"
 
 
@@ -186,7 +185,7 @@ def _difference_cell(differences: dict, metric: str) -> str:
 
 
 def switches(method: Method) -> dict[str, str]:
-    """Returns how the paper's table describes a row: optimizer, R, unit norm.
+    """Returns the cells by which the paper's table describes a method: optimizer, R, unit norm.
 
     All are empty for retrievers that do not use gradients.
     """
@@ -228,7 +227,7 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
     Args:
         methods: the rows by name, in order.
         metrics: each method's metrics, as `tda.run.evaluate` writes them.
-        notes: remarks on methods by name, listed below the table; empty ones are left out.
+        notes: remarks by method, listed below the table unless empty.
     """
     rows, is_marked = [], False
     for name, method in methods.items():
@@ -263,7 +262,7 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
 
 
 def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
-    """Returns every single figure of every method as CSV, with the ends of its interval if any."""
+    """Returns every figure of every method as CSV, with the ends of its interval if it has one."""
     keys: list[str] = []
     for m in metrics.values():
         keys += [k for k, x in m.items() if k not in keys and not isinstance(x, dict | list | str)]

@@ -1,4 +1,4 @@
-"""What differs between the description of finished work and that of the work asked for."""
+"""Lists how the description of finished work differs from that of the requested work."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ def differences(stored, expected, place: str, name: str = "") -> Iterator[str]:
 
     Args:
         stored, expected: JSON values.
-        place: where `stored` is from, such as "the store", for the lines.
+        place: where `stored` comes from, such as "the store"; named in each line.
         name: dotted name of the two values.
     """
     if isinstance(stored, list) and isinstance(expected, list) and len(stored) == len(expected):

@@ -1,4 +1,4 @@
-"""Short hashes that tell one input of a computation from another.
+"""Short hashes that identify the inputs of a computation.
 
 They identify finished work on disk (stages of a run, stores, rankings): the same input must give
 the same hash in every version, or finished work is done again.
@@ -29,8 +29,8 @@ def fingerprint(value: Any) -> str:
 def fingerprint_parts(parts: Iterable[str | bytes | np.ndarray]) -> str:
     """Returns a hash of strings, bytes and arrays one after the other, 16 hexadecimal digits.
 
-    Where one part ends and the next begins is not hashed: the caller separates them where it can
-    vary. Arrays may be memory maps; they are read a chunk at a time.
+    Boundaries between parts are not hashed: where parts vary in length, the caller adds separators.
+    Arrays may be memory maps; they are read a chunk at a time.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -45,6 +45,7 @@ def fingerprint_parts(parts: Iterable[str | bytes | np.ndarray]) -> str:
 
 def fingerprint_texts(texts: Iterable[str]) -> str:
     """Returns a hash of texts in their order, 16 hexadecimal digits."""
+    # A null byte separates them, so that ["ab", "c"] and ["a", "bc"] differ.
     return fingerprint_parts(f"{text}\0" for text in texts)
 
 

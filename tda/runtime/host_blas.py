@@ -1,7 +1,7 @@
-"""Linear algebra of many blocks on the host: one thread a block, a block for each core at a time.
+"""Linear algebra of many blocks on the host: each block on one thread, a block per core at a time.
 
-The threads of a BLAS call wait for each other by spinning. If another process, or JAX itself, is at
-work on the same cores, that takes far longer than the same call on one thread.
+The threads of a BLAS call wait for each other by spinning. If another process, or JAX itself, uses
+the same cores, such a call takes far longer than the same call on one thread.
 """
 
 import collections
@@ -43,7 +43,7 @@ def map_blocks(
         function: a function that spends its time in NumPy, which releases the interpreter's lock.
         blocks: the blocks; the iterable is advanced only as they are needed.
         workers: the number of blocks at a time; `cores()` by default.
-        memory: bytes that the blocks at work may take with copies of them; one block always may.
+        memory: bytes that blocks in progress may take, with their copies; one block always may.
     """
     workers = workers or cores()
     results: list[U] = []

@@ -1,8 +1,8 @@
-"""Large arrays on huge pages, where Linux gives them to programs that ask.
+"""Huge pages for large arrays, where Linux gives them to programs on request.
 
 XLA's CPU backend allocates its buffers anew in every step, and touching them page by page took a
-third of a training step. glibc asks for huge pages only if an environment variable says so when a
-program starts, so the program is started once more with that variable.
+third of a training step. glibc requests huge pages only if an environment variable says so when a
+program starts, so the program is restarted with that variable.
 """
 
 import os

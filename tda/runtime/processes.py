@@ -1,4 +1,4 @@
-"""Several processes of one run (`jax.distributed`): what process 0 does alone, and agreement.
+"""Several processes of one run (`jax.distributed`): work of process 0 alone, and agreement.
 
 Process 0 writes the small files and takes every decision that depends on what is on disk. If each
 process looked for itself, one might see a file that another does not see yet, and would enter a
@@ -70,7 +70,7 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
         _working.for_all = True
         try:
             text = json.dumps(work()).encode()
-        except Exception as e:  # whatever it is, the other processes must hear of it
+        except Exception as e:  # of any kind: the other processes must not wait for ever
             error = e
 
     thread = threading.Thread(target=run, daemon=True)

@@ -40,6 +40,7 @@ def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bo
         done: amount done before (a resumed run).
         quiet: whether nothing is shown.
     """
+    # A log file keeps every line that a terminal would overwrite.
     is_log = not sys.stderr.isatty()
     return tqdm(
         total=total,

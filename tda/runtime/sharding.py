@@ -1,7 +1,7 @@
-"""The device mesh and the one table of axis rules: no other module names an axis of the mesh.
+"""The device mesh and its axis rules: no other module names an axis of the mesh.
 
-Other modules describe arrays by *logical* axes ("batch", "embed", "heads", …); `RULES` says over
-which axes of the mesh each is laid out. The mesh is always `Auto`: GSPMD propagates the rest.
+Other modules describe arrays by *logical* axes ("batch", "embed", "heads", …); `RULES` maps these
+to axes of the mesh. The mesh is always `Auto`: GSPMD propagates the layouts that nobody states.
 """
 
 import math
@@ -28,7 +28,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """Returns a mesh with the axes `MESH_AXES` over `devices` (all devices by default).
 
     Args:
-        data: devices along the data axis; -1 takes those that the other two axes leave.
+        data: devices along the data axis; -1 for all that the other two axes leave.
         fsdp: devices over which parameters are split and gathered layer by layer.
         tensor: devices over which heads, feed-forward width and vocabulary are split.
         devices: the devices to use, in order.
@@ -95,8 +95,8 @@ def map_in_portions(function, batch, numbers: int, limit: int):
     Args:
         function: maps arrays [D, C, …], C examples on each of D devices, to such arrays.
         batch: a tree of arrays [B, …].
-        numbers: how many numbers `function` holds for each example.
-        limit: how many numbers a device may hold at once (one example is always allowed).
+        numbers: the numbers that `function` holds for each example.
+        limit: the most numbers that a device may hold at once (one example is always allowed).
 
     Returns:
         The function's results as arrays [B, …].
@@ -124,7 +124,7 @@ def put_batch(mesh: Mesh, arrays: dict) -> dict:
 
     If the mesh spans processes, each of them gives the same arrays and keeps its part.
     """
-    return {k: _put(v, named(mesh, ("batch", None), v.shape)) for k, v in arrays.items()}
+    return {k: put_leading(mesh, v) for k, v in arrays.items()}
 
 
 def put_leading(mesh: Mesh, x):
@@ -138,6 +138,7 @@ def replicate(mesh: Mesh, x):
 
 
 def _put(x, layout: NamedSharding):
+    # `device_put` refuses a host array for devices of other processes.
     if layout.is_fully_addressable:
         return jax.device_put(x, layout)
     return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])

@@ -1,10 +1,9 @@
-"""The results files, notes, tables and plots that a viewer shows, and the pieces that it serves.
+"""The results files, notes, tables and plots that a viewer shows, cut into named pieces.
 
-A page asks for pieces by name, such as `0/records-12`. A server makes each on request and an export
-writes all of them, so data reach a page in one way only.
+A page asks for pieces by name, such as `0/records-12`. The server makes each piece on request and
+an export writes them all, so a page reads its data in the same way from both.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -19,14 +18,16 @@ from tda.viewer.results_file import ResultsFile
 
 _PLOTS = (".png", ".svg")
 _MOST_PLOTS = 200
+# Characters of a table: a page lays it out as HTML, cell by cell.
+_LONGEST_TABLE = 100_000
 
 
 class Collection:
     """The contents of a viewer.
 
     Args:
-        workdir: a run's directory: its tables and plots are shown; None for none.
-        notes: the notes on passages; None for none.
+        workdir: a run's directory, whose tables and plots are shown; None for none.
+        notes: the notes on passages; None if no notes can be taken.
     """
 
     def __init__(self, workdir=None, notes: Notes | None = None):
@@ -44,7 +45,7 @@ class Collection:
             path: the file.
             label: short name; by default the file's, made distinct from the other labels.
             title: the method's title; by default that of the label in `tda.methods`.
-            on_bytes: called with the number of further bytes that are indexed.
+            on_bytes: called with the number of bytes indexed since the last call.
 
         Raises:
             OSError, ResultsError: the file cannot be shown.
@@ -52,13 +53,14 @@ class Collection:
         label = label or _stem(path)
         title = title or (METHODS[label].title if label in METHODS else label)
         file = ResultsFile(path, label, title, on_bytes or (lambda n: None))
+        # Uploads add files from several threads at a time.
         with self._lock:
             file.label = _unlike(label, [f.label for f in self.files])
             self.files.append(file)
         return file
 
     def refresh(self) -> None:
-        """Reopens files that have changed; a deleted file stays as it was read."""
+        """Reopens files that have changed; a deleted or broken file stays as it was read."""
         for i, file in enumerate(self.files):
             if file.stale():
                 try:
@@ -69,14 +71,13 @@ class Collection:
                 self.files[i] = new
 
     def index(self) -> dict:
-        """Returns what a page must know first."""
+        """Returns the piece that a page reads first: it says which other pieces there are."""
         return {
             "files": [f.describe() for f in self.files],
             "summary_rows": results_file.SUMMARY_ROWS,
             "record_rows": results_file.RECORD_ROWS,
             "types": TYPES,
             "notes": self.notes is not None,
-            "metrics": self._json("metrics.json"),
             "tables": self._tables(),
             "plots": [{"name": n, "file": f"plot-{i}{p.suffix}"} for i, n, p in self._plots()],
         }
@@ -94,12 +95,16 @@ class Collection:
         if name == "index":
             return self.index()
         if name == "notes":
-            return self._notes_piece()
+            notes = self.notes
+            return {
+                "notes": [] if notes is None else notes.all(),
+                "counts": {} if notes is None else notes.counts(self.files),
+            }
         if match := re.fullmatch(r"(\d{1,6})/(summaries|records)-(\d{1,9})", name):
             file = self._numbered(match[1], name)
-            ask = file.summaries if match[2] == "summaries" else file.records
+            read_chunk = file.summaries if match[2] == "summaries" else file.records
             try:
-                return ask(int(match[3]))
+                return read_chunk(int(match[3]))
             except IndexError as error:
                 raise KeyError(name) from error
         if match := re.fullmatch(r"overlap-(\d{1,6})-(\d{1,6})", name):
@@ -124,16 +129,11 @@ class Collection:
                     yield f"{i}/{kind}-{chunk}"
             yield from (f"overlap-{i}-{j}" for j in range(len(self.files)) if j != i)
 
-    def _notes_piece(self) -> dict:
-        if self.notes is None:
-            return {"notes": [], "counts": {}}
-        return {"notes": self.notes.all(), "counts": self.notes.counts(self.files)}
-
     def plot(self, file: str) -> pathlib.Path:
-        """Returns the path of a plot that the index names.
+        """Returns the path of a plot by its name in the index.
 
         Raises:
-            KeyError: it names no such plot.
+            KeyError: the index has no such plot.
         """
         for i, _, path in self._plots():
             if file == f"plot-{i}{path.suffix}":
@@ -144,15 +144,18 @@ class Collection:
         """Returns (number, name, path) of the plots; links that leave the workdir are skipped."""
         if self.workdir is None:
             return []
-        places = [self.workdir, *(self.workdir / d for d in ("plots", "figures", "sweep"))]
-        places += sorted(p for p in (self.workdir / "sweeps").glob("*") if p.is_dir())
-        root, out = self.workdir.resolve(), []
-        for place in places:
-            for path in sorted(place.glob("*")) if place.is_dir() else []:
-                inside = path.resolve().is_relative_to(root)
-                if path.suffix in _PLOTS and path.is_file() and inside:
-                    out.append((len(out), str(path.relative_to(self.workdir)), path))
-        return out[:_MOST_PLOTS]
+        folders = [self.workdir, *(self.workdir / d for d in ("plots", "figures", "sweep"))]
+        folders += sorted((self.workdir / "sweeps").glob("*"))
+        # A link to a file elsewhere would publish that file.
+        root = self.workdir.resolve()
+        paths = [
+            path
+            for folder in folders
+            for path in sorted(folder.glob("*"))
+            if path.suffix in _PLOTS and path.is_file() and path.resolve().is_relative_to(root)
+        ]
+        names = (str(p.relative_to(self.workdir)) for p in paths)
+        return list(zip(range(_MOST_PLOTS), names, paths, strict=False))
 
     def _tables(self) -> list[dict]:
         """Returns the workdir's tables as Markdown."""
@@ -160,17 +163,9 @@ class Collection:
         for name in ("table1.md", "table.md"):
             path = None if self.workdir is None else self.workdir / name
             if path is not None and path.is_file():
-                out.append({"name": name, "text": path.read_text("utf-8", "replace")[:100_000]})
+                text = path.read_text("utf-8", "replace")[:_LONGEST_TABLE]
+                out.append({"name": name, "text": text})
         return out
-
-    def _json(self, name: str):
-        path = None if self.workdir is None else self.workdir / name
-        if path is None or not path.is_file():
-            return None
-        try:
-            return results_file.plain(json.loads(path.read_bytes()))
-        except ValueError:
-            return None  # half written, or not this package's
 
 
 def _stem(path) -> str:
@@ -182,6 +177,7 @@ def _stem(path) -> str:
 
 
 def _unlike(label: str, labels: list[str]) -> str:
+    """Returns the label, with a number where another file has it already."""
     number, out = 2, label
     while out in labels:
         out, number = f"{label}_{number}", number + 1

@@ -36,13 +36,13 @@ def fetch(
         OSError: the download fails or ends early.
     """
     if not is_url(url):
-        raise ValueError(f"{url!r} is no http or https address")
+        raise ValueError(f"{url!r} is not an http or https URL")
     name = os.path.basename(urllib.parse.urlsplit(url).path) or "results.jsonl"
     path = os.path.join(folder, name)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
-                raise ValueError(f"{url} leads to {response.url}, which is not fetched")
+                raise ValueError(f"{url} redirects to {response.url}, which is not http or https")
             # The length of a chunked body is unknown, whatever the header says.
             total, done = response.length or 0, 0
             with atomic_file.open_atomic(path, "wb") as out:

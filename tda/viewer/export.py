@@ -1,7 +1,7 @@
-"""The viewer as a folder of static files: from any web server, or opened from the disk.
+"""The viewer as a folder of static files, for any web server or to open from a disk.
 
-Pages that are opened from a disk may load scripts but neither modules nor JSON. So the page's
-modules are written into one script, and every piece of data into a script of its own.
+A page that is opened from a disk may load scripts, but neither modules nor JSON. So the page's
+modules are joined into one script, and every piece of data becomes a script of its own.
 """
 
 import json
@@ -21,7 +21,8 @@ _EXPORT = re.compile(
     r"^export (?=(?:async )?function (\w+)|class (\w+)|const (\w+))|^export \{ ([^}]+) \};$",
     re.MULTILINE,
 )
-# In a page, a policy cannot forbid frames; and scripts are named by the page's own script.
+# As in `tda.viewer.guard`, but a policy inside a page cannot forbid frames, and trusted types would
+# forbid the script elements that load the data.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'"
@@ -35,10 +36,10 @@ class ExportError(ValueError):
 def export(collection: Collection, out) -> int:
     """Writes a collection and the page that shows it into a folder.
 
-    A folder that holds an export is made anew; begun again after a kill, it is written whole.
+    An earlier export in the folder is replaced, an interrupted one too.
 
     Args:
-        collection: what is shown; notes as they are now, plots copied.
+        collection: the contents of the viewer.
         out: the folder; it may be absent, empty, or hold an earlier export.
 
     Returns:
@@ -96,7 +97,7 @@ def _write_page(out: pathlib.Path) -> None:
 
 
 def bundle(modules: dict[str, str], entry: str) -> str:
-    """Modules as one classic script: each in a function of its own, in the order of their imports.
+    """Joins modules into one classic script: a function for each, imported modules first.
 
     Args:
         modules: source by name; an import is `import { a, b } from "./name.js";` or
@@ -140,5 +141,5 @@ def _wrapped(name: str, source: str) -> str:
     source = _IMPORT.sub(import_of, _EXPORT.sub(export_of, source))
     left = re.search(r"^(?:import|export)\b.*", source, re.MULTILINE)
     if left:
-        raise ExportError(f"{name}.js: not understood: {left[0]}")
+        raise ExportError(f"{name}.js: cannot bundle {left[0]!r}")
     return f"modules.{name} = (() => {{\n{source}\nreturn {{ {', '.join(exported)} }};\n}})();\n"

@@ -1,7 +1,7 @@
-"""What keeps a viewer to its own page: headers, the host that was asked, and a token for writes.
+"""Protects a viewer from other pages: response headers, a check of the host, a token for writes.
 
-Corpus text is shown as text and may hold anything, so the page may run no script but the package's
-own files. Other sites that the browser has open may neither read nor write here.
+Corpus text may hold anything. It is shown as text, and the page may run no script but the package's
+own files. Other sites that are open in the browser can neither read nor write here.
 """
 
 import hmac
@@ -35,16 +35,16 @@ TOKEN_HEADER = "x-viewer-token"
 
 
 class Guard:
-    """Wraps an application: refuses what does not come from its own page.
+    """Wraps an application and refuses requests that do not come from its own page.
 
-    A request must name a host that is served (a foreign name that resolves to this machine does
-    not), and one that writes must come from the same origin and carry the token that the page was
-    given.
+    Every request must name a served host: a foreign name that an attacker makes resolve to this
+    machine (DNS rebinding) is refused. Writes must come from the same origin and carry the token
+    that the page was served with.
 
     Args:
         app: the application.
-        hosts: names that the viewer is reached by, without port.
-        token: what writes must carry.
+        hosts: host names of the viewer, without port.
+        token: the token.
     """
 
     def __init__(self, app, hosts: tuple[str, ...], token: str):

@@ -1,4 +1,4 @@
-"""Long-running work for a page: one job at a time, with progress to poll."""
+"""Long work for a page: one job at a time, whose progress the page polls."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-# Results of the last finished jobs stay in memory until the page has fetched them.
+# Finished jobs that stay in memory, so that a page can fetch their results.
 _MOST_FINISHED = 32
 
 
@@ -24,10 +24,11 @@ class Job:
         number: its number.
         state: "waiting", "running", "done", "failed" or "cancelled".
         what: its current activity.
-        done, total: its progress; a total of 0 is unknown.
+        done, total: its progress; a total of 0 means unknown.
         result: a JSON value, once done.
-        error: the reason of a failure.
+        error: why it failed.
         seconds: its running time.
+        is_cancelled: whether it ends at its next report of progress.
     """
 
     number: int
@@ -57,7 +58,7 @@ class Job:
 
 
 class Jobs:
-    """Runs jobs one at a time in a thread of its own."""
+    """Runs jobs one at a time in a thread of its own, since all of them use the same model."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, "job")

@@ -1,8 +1,8 @@
-"""A reader's notes on passages (of what type is a proponent?), appended to a file of JSON lines.
+"""A reader's notes on passages, appended to a file of JSON lines.
 
-The types are those of the paper's analysis of proponents (Chang et al. 2024, section 6): does the
-passage state the fact, a part of it, or only something near it? A note belongs to a passage of a
-query, whichever method retrieved it, so one reading counts for every method.
+A note gives a proponent one of the types of the paper's analysis (Chang et al. 2024, section 6):
+does the passage state the fact, a part of it, or only something near it? It belongs to a passage of
+a query, whichever method retrieved it, so one reading counts for every method.
 """
 
 import json
@@ -31,7 +31,7 @@ class Notes:
     """The notes in a file; the last one on a passage counts.
 
     Args:
-        path: the file, which need not exist. A last line that a kill cut short is removed.
+        path: the file, which need not exist. An incomplete last line, left by a kill, is removed.
 
     Raises:
         NotesError: a line is not a note; the message names file and line.
@@ -67,7 +67,7 @@ class Notes:
             example, passage: the query's and the passage's id.
             kind: one of `TYPES`, or None.
             comment: any text.
-            where: the label of the results in which the passage was read.
+            where: the label of the results file that showed the passage.
 
         Returns:
             The note, as in the file.
@@ -89,6 +89,7 @@ class Notes:
                 with open(self.path, "a", encoding="utf-8") as out:
                     out.write(json.dumps(note) + "\n")
                     out.flush()
+                    # The page says "saved" only when a power cut cannot lose the note.
                     os.fsync(out.fileno())
             except OSError as error:
                 raise NotesError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -126,7 +127,7 @@ def _parsed(line: bytes, where: str) -> dict:
     try:
         note = json.loads(line)
     except ValueError as error:
-        raise NotesError(f"{where}: not JSON ({error}); mend or remove the line") from error
+        raise NotesError(f"{where}: not JSON ({error}); correct or remove the line") from error
     if not isinstance(note, dict):
         raise NotesError(f"{where}: a note must be an object, not {type(note).__name__}")
     check(note, where)

@@ -1,4 +1,4 @@
-"""Opens the results that a viewer shows, and serves them."""
+"""Opens the results that the viewer's flags name, and serves them."""
 
 import contextlib
 import json
@@ -65,16 +65,16 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
     files = list((path / "results").glob("*.jsonl"))
     if files and not (path / "metrics.json").exists():
         raise ValueError(
-            f"{workdir} has results and no metrics.json: its evaluation did not end, and which run "
-            "they are of is not known; run the same command again, or name files with --results"
+            f"{workdir} has results but no metrics.json: the evaluation did not finish, and they "
+            "may be of different runs; run the same command again, or name files with --results"
         )
     measured = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if files else {}
     # Results of an earlier evaluation may be of other queries, or of another model.
     outdated = sorted(p.name for p in files if p.stem not in measured)
     if outdated:
         print(
-            f"left out: {', '.join(outdated)} in {workdir}/results, of an earlier evaluation; name "
-            "files with --results=FILE,FILE to show them"
+            f"left out: {', '.join(outdated)} in {workdir}/results, from an earlier evaluation; to "
+            "show them, name them with --results=FILE,FILE"
         )
     shown = {p.stem: p for p in files}
     return [shown[name] for name in measured if name in shown]
@@ -102,13 +102,14 @@ def serve(
     )
     server = uvicorn.Server(config)
     socket = config.bind_socket()
-    socket.listen()  # Requests that come before the server runs wait for it.
+    # Requests that come before the server runs wait in the socket's queue.
+    socket.listen()
     bound = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     count = sum(len(f) for f in collection.files)
     print(f"{count:,} records of {len(collection.files)} files")
     if host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"served on {host}: whoever reaches it reads all, and may write notes")
+        print(f"served on {host}: whoever can reach it can read everything and write notes")
     print(f"viewer at http://{shown}:{bound}/  (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[socket])

@@ -1,7 +1,7 @@
-"""Random access to a results file: an index of its lines in memory, its records on disk.
+"""Random access to a results file: its index in memory, its records on disk.
 
-Opening reads the file once and keeps a summary row and the position of each record. The passages
-are read only when a page asks for them.
+Opening a file reads it once and keeps a summary row and the position of each record. Passages are
+read only when a page asks for them.
 """
 
 import functools
@@ -19,10 +19,12 @@ import numpy as np
 from tda.results import ResultsError
 from tda.viewer import summary
 
-# Rows of a chunk of summaries and of a chunk of records: what a page asks for at once.
+# Rows of a chunk, the unit in which a page asks for summaries and for records. A record with its
+# passages is about a hundred times as long as its summary.
 SUMMARY_ROWS = 1000
 RECORD_ROWS = 10
 _SHOWN = 2000  # characters of a malformed line
+_REPORT_BYTES = 4 << 20  # between two reports of progress
 
 
 class ResultsFile:
@@ -30,12 +32,12 @@ class ResultsFile:
 
     Args:
         path: JSON lines, in the release's format; `.gz` is decompressed to a temporary file.
-        label: short name: in links, in the filter, over columns.
-        title: what the method is called.
-        on_bytes: called with the number of further bytes that are indexed.
+        label: short name, for links and the filter.
+        title: the method's name, for headings.
+        on_bytes: called with the number of bytes indexed since the last call.
 
     Attributes:
-        columns: for each field of `tda.viewer.summary.FIELDS` a list with a value a row.
+        columns: for each field of `tda.viewer.summary.FIELDS`, a list with one value per row.
         digest: a hash of the file's contents.
 
     Raises:
@@ -63,7 +65,7 @@ class ResultsFile:
                 lengths.append(len(line))
                 ids.append(np.fromiter(map(_number_of, proponents), np.uint64, len(proponents)))
             start += len(line)
-            if start - reported > 1 << 22:
+            if start - reported > _REPORT_BYTES:
                 on_bytes(start - reported)
                 reported = start
         on_bytes(start - reported)
@@ -87,7 +89,7 @@ class ResultsFile:
         return _signature(self.path) != self._seen
 
     def describe(self) -> dict:
-        """Returns what a page must know before it asks for rows."""
+        """Returns the file's part of the index."""
         present = [f for f, v in self.columns.items() if any(x is not None for x in v)]
         return {
             "label": self.label,
@@ -101,7 +103,7 @@ class ResultsFile:
         }
 
     def summaries(self, chunk: int) -> dict:
-        """Returns one chunk of rows as columns, only those that the file has.
+        """Returns a chunk of summary rows by column; columns without any value are left out.
 
         Raises:
             IndexError: there is no such chunk.
@@ -111,7 +113,7 @@ class ResultsFile:
         return {f: v for f, v in parts.items() if any(x is not None for x in v)}
 
     def records(self, chunk: int) -> list:
-        """Returns one chunk of records; a malformed line is {"malformed": reason, "line": start}.
+        """Returns a chunk of records; for a malformed line {"malformed": reason, "line": text}.
 
         Raises:
             IndexError: there is no such chunk.
@@ -121,6 +123,7 @@ class ResultsFile:
 
     def record(self, row: int) -> dict:
         """Returns one record; numbers that are not finite become None, since JSON lacks them."""
+        # pread leaves the file's position alone, so that several threads can read at once.
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
             return plain(json.loads(line))
@@ -141,10 +144,6 @@ class ResultsFile:
         ids = self.columns["id"]
         # Of equal ids the first row counts.
         return {ids[i]: i for i in range(len(ids) - 1, -1, -1) if ids[i] is not None}
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:

@@ -1,5 +1,6 @@
 """The viewer's server: the page, pieces of data, notes, uploads, and live tracing."""
 
+import functools
 import importlib.resources
 import json
 import os
@@ -32,24 +33,24 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
-# An SVG opened on its own must not run scripts either: it comes from the workdir.
+# An SVG that is opened as a page of its own could run scripts; a workdir may hold anyone's files.
 _PLOT_POLICY = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
 class Live(Protocol):
     """Answers live questions.
 
-    Each method reports through `progress(what, done, total)` and returns JSON values. Wrong input
-    raises a ValueError.
+    Each method calls `progress(work, done, total)` as it advances and returns JSON values. Invalid
+    input raises a ValueError.
 
     Attributes:
-        heat_methods: names of the methods that `heat` can be asked about.
+        heat_methods: names of the methods whose scores `heat` can split.
     """
 
     heat_methods: tuple[str, ...]
 
     def describe(self, progress: Callable) -> dict:
-        """Opens the model and its stores; returns the methods and sizes."""
+        """Opens the model and its stores; returns the methods and the sizes of model and corpus."""
 
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
         """Returns the model's own completion of a prompt."""
@@ -175,13 +176,13 @@ class _App:
         kind = _text(body, "type", optional=True)
         fields = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
         example, passage, comment, where = fields
-        await _tried(notes.add, example, passage, kind, comment, where)
+        await _run(notes.add, example, passage, kind, comment, where)
         piece = await run_in_threadpool(self._collection.piece, "notes")
         return Response(to_json(piece), media_type="application/json")
 
     async def _upload(self, request: Request) -> Response:
         name = os.path.basename(request.query_params.get("name", "")) or "upload.jsonl"
-        # The name is the upload's own word: only its ending decides anything.
+        # The browser chooses the name, so it becomes no path; its ending says what is compressed.
         suffix = ".jsonl.gz" if name.endswith(".gz") else ".jsonl"
         with tempfile.NamedTemporaryFile(suffix=suffix) as upload:
             size = 0
@@ -205,12 +206,12 @@ class _App:
             raise HTTPException(403, "start the viewer with --allow_urls to open URLs")
         url = _text(body, "url")
         with tempfile.TemporaryDirectory() as folder:
-            path = await _tried(download.fetch, url, folder, self._upload_limit)
+            path = await _run(download.fetch, url, folder, self._upload_limit)
             return await self._added(path, "")
 
     async def _added(self, path: str, label: str) -> Response:
         label = "".join(c if c.isalnum() else "_" for c in label)[:80].strip("_")
-        file = await _tried(self._collection.add, path, label)
+        file = await _run(self._collection.add, path, label)
         return JSONResponse({"label": file.label})
 
     async def _live_job(self, request: Request) -> Response:
@@ -218,31 +219,11 @@ class _App:
         if live is None:
             raise HTTPException(409, "there is no model to ask: start the viewer with --workdir")
         action = request.path_params["action"]
-        if action == "describe":
-            work = live.describe
-        elif action == "complete":
-            arguments = _text(body, "prompt"), _integer(body, "tokens", 1, 64)
-
-            def work(progress):
-                return live.complete(progress, *arguments)
-        elif action == "trace":
-            methods = body.get("methods")
-            if not isinstance(methods, list) or not all(isinstance(m, str) for m in methods):
-                raise HTTPException(400, "'methods' must be a list of names")
-            question = _text(body, "prompt"), _text(body, "target"), methods
-            k = _integer(body, "k", 1, 100)
-
-            def work(progress):
-                return live.trace(progress, *question, k)
-        elif action == "heat":
-            names = ("prompt", "target", "method", "passage")
-            values = [_text(body, n) for n in names]
-
-            def work(progress):
-                return live.heat(progress, *values)
-        else:
-            raise HTTPException(404, f"there is no {action}")
-        return JSONResponse(self._jobs.start(work).describe())
+        if action not in _LIVE_ARGUMENTS:
+            raise HTTPException(404, f"there is no {action}; use {', '.join(_LIVE_ARGUMENTS)}")
+        arguments = [read(body, name) for name, read in _LIVE_ARGUMENTS[action].items()]
+        job = self._jobs.start(lambda progress: getattr(live, action)(progress, *arguments))
+        return JSONResponse(job.describe())
 
     async def _job(self, request: Request) -> Response:
         number = request.path_params["number"]
@@ -257,7 +238,8 @@ async def _error_response(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code)
 
 
-async def _tried(call, *arguments):
+async def _run(call, *arguments):
+    """Runs a call in a thread; what it refuses becomes an answer to the page."""
     try:
         return await run_in_threadpool(call, *arguments)
     except (ValueError, OSError) as error:
@@ -290,8 +272,29 @@ def _text(body: dict, field: str, optional: bool = False) -> str | None:
     return value
 
 
-def _integer(body: dict, field: str, least: int, most: int) -> int:
+def _texts(body: dict, field: str) -> list[str]:
+    values = body.get(field)
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise HTTPException(400, f"{field!r} must be a list of names")
+    return values
+
+
+def _integer(body: dict, field: str, most: int) -> int:
     value = body.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise HTTPException(400, f"{field!r} must be a whole number from {least} to {most}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise HTTPException(400, f"{field!r} must be a whole number from 1 to {most}")
     return value
+
+
+# The arguments of each method of `Live`, in order, and what reads them from a request.
+_LIVE_ARGUMENTS: dict[str, dict[str, Callable]] = {
+    "describe": {},
+    "complete": {"prompt": _text, "tokens": functools.partial(_integer, most=64)},
+    "trace": {
+        "prompt": _text,
+        "target": _text,
+        "methods": _texts,
+        "k": functools.partial(_integer, most=100),
+    },
+    "heat": {"prompt": _text, "target": _text, "method": _text, "passage": _text},
+}

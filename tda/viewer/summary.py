@@ -1,4 +1,4 @@
-"""What the list, the filter and the metrics know of a record: a row of plain values."""
+"""The summary of a record: the row of plain values that list, filter and metrics work with."""
 
 import math
 import sys
@@ -35,14 +35,14 @@ _TOO_LARGE = "too large for a floating-point number"
 
 
 def summarise(item, where: str) -> dict:
-    """The row of a record, with a value or None for each of `FIELDS`.
+    """Returns the row of a record, with a value or None for each of `FIELDS`.
 
-    Fields that a release's file may lack (ids, scores, opponents, all that is optional) may be
-    absent; those that are there must have their type.
+    Only prompt, target and proponents are required: files of the paper's release lack ids, scores
+    and opponents. Any field that is present must have its type.
 
     Args:
-        item: the record as JSON gives it.
-        where: named in errors, such as "bm25.jsonl, line 3".
+        item: the record, a JSON value.
+        where: its place, for errors, such as "bm25.jsonl, line 3".
 
     Returns:
         id, set, prompt, target, truth, relation, prediction: strings; frequency: passages that
@@ -70,7 +70,7 @@ def summarise(item, where: str) -> dict:
     _same_number(correct, counts["proponent"], "proponent_correct", "proponents", where)
     _same_number(entailment, counts["proponent"], "proponent_ais_scores", "proponents", where)
     if item.get("has_trex_sentence") is False or item.get("first_correct_rank") == 0:
-        correct = None  # nothing could be found: a run's own tables leave such a query out too
+        correct = None  # no passage could be correct: a run's tables leave such a query out too
     frequency = _number(item, "c4_frequency", where)
     rank, nats = (_number(item, f, where) for f in ("target_rank", "target_nats"))
     model_correct = _optional(item, "is_8b_correct", (bool, int), where)
@@ -102,14 +102,15 @@ def summarise(item, where: str) -> dict:
 
 
 def malformed(message: str) -> dict:
-    """The row of a line that is no record."""
+    """Returns the row of a line that is not a record."""
     return dict.fromkeys(FIELDS) | {"error": message}
 
 
 def bucket_of(frequency: int) -> str:
-    """The paper's six buckets of fact frequency, by powers of ten."""
+    """Returns the paper's bucket of a fact frequency: six buckets, by powers of ten."""
     if frequency < 1:
         return "0"
+    # Rounding must not put a power of ten into the bucket below it.
     power = min(int(math.log10(frequency) + 1e-9), 5)
     return f"{10**power:,} to {10 ** (power + 1) - 1:,}" if power < 5 else "100,000 or more"
 
@@ -177,4 +178,5 @@ def _cut(text: str) -> str:
 
 
 def _repeated(text: str | None) -> str | None:
+    # A few names repeated in thousands of rows: each is held in memory once.
     return None if text is None else sys.intern(text)

@@ -22,7 +22,7 @@ def test_draws_both_spectra(tmp_path):
 def test_another_file_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
     np.savez(tmp_path / "other.npz", x=np.ones(3))
-    with pytest.raises(ValueError, match="other.npz has neither"):
+    with pytest.raises(ValueError, match="other.npz holds no spectra"):
         spectra.draw(tmp_path / "other.npz")
     (tmp_path / "text.npz").write_text("no")
     with pytest.raises(ValueError, match="text.npz cannot be read"):

@@ -82,6 +82,6 @@ def test_what_is_not_fetched(tmp_path):
             download.fetch(url, str(tmp_path), 1000)
         with pytest.raises(OSError, match="cannot fetch"):
             download.fetch(url.replace("/a.jsonl", "x/a.jsonl"), str(tmp_path), 1 << 20)
-        with pytest.raises(ValueError, match="is no http or https address"):
+        with pytest.raises(ValueError, match="is not an http or https URL"):
             download.fetch("file:///etc/passwd", str(tmp_path), 1 << 20)
     assert os.listdir(tmp_path) == []

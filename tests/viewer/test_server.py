@@ -216,7 +216,7 @@ def test_addresses_are_opened_only_where_allowed(client, collection):
     assert found.status_code == 403 and "--allow_urls" in found.json()["error"]
     free = TestClient(server.create_app(collection, allow_urls=True), base_url=HOST)
     for url, why in (
-        ("file:///etc/passwd", "no http or https address"),
+        ("file:///etc/passwd", "not an http or https URL"),
         ("http://127.0.0.1:1/a.jsonl", "cannot fetch"),
     ):
         found = post(free, "/api/open", {"url": url})

@@ -2,7 +2,7 @@
 
 const isExport = document.documentElement.hasAttribute("data-export");
 const waiting = new Map();
-const KEPT = 60;
+const MOST_CHUNKS = 60;
 
 // An export's files call this; JSON alone could not be read from file://.
 globalThis.viewerData = (name, value) => {
@@ -24,10 +24,10 @@ function fromScript(name) {
 }
 
 async function fromServer(name) {
-  return told(await reached(`data/${name}.json`, {}));
+  return readBody(await request(`data/${name}.json`, {}));
 }
 
-async function reached(address, options) {
+async function request(address, options) {
   try {
     return await fetch(address, options);
   } catch {
@@ -35,7 +35,7 @@ async function reached(address, options) {
   }
 }
 
-async function told(response) {
+async function readBody(response) {
   const body = await response.json().catch(() => ({ error: `status ${response.status}` }));
   if (!response.ok) throw new Error(body.error);
   return body;
@@ -50,7 +50,7 @@ export async function ask(address, body, method = "POST") {
     headers["content-type"] = "application/json";
     body = JSON.stringify(body);
   }
-  return told(await reached(`api/${address}`, { method, headers, body }));
+  return readBody(await request(`api/${address}`, { method, headers, body }));
 }
 
 /** Everything that is shown. */
@@ -111,12 +111,12 @@ export class Data {
   async record(file, row) {
     const size = this.index.record_rows;
     const name = `${file.number}/records-${Math.floor(row / size)}`;
-    const found = this.records.get(name) ?? piece(name);
+    const chunk = this.records.get(name) ?? piece(name);
     this.records.delete(name);
-    this.records.set(name, found);
-    if (this.records.size > KEPT) this.records.delete(this.records.keys().next().value);
+    this.records.set(name, chunk);
+    if (this.records.size > MOST_CHUNKS) this.records.delete(this.records.keys().next().value);
     try {
-      return (await found)[row % size];
+      return (await chunk)[row % size];
     } catch (error) {
       this.records.delete(name);
       throw error;

@@ -33,8 +33,8 @@ const named = (e) => `${e.tagName} ${e.id || e.getAttribute("aria-label") || e.t
 
 /** As `fill`; the keyboard's focus stays on the control of the same name, if there is one. */
 export function refill(element, ...children) {
-  const had = document.activeElement;
-  const name = element.contains(had) && had !== element ? named(had) : null;
+  const focused = document.activeElement;
+  const name = element.contains(focused) && focused !== element ? named(focused) : null;
   fill(element, ...children);
   if (name === null) return element;
   [...element.querySelectorAll(CONTROLS)].find((e) => named(e) === name)?.focus({ preventScroll: true });

@@ -23,9 +23,9 @@ function tokens(text) {
   TOKEN.lastIndex = 0;
   while (text.slice(TOKEN.lastIndex).trim()) {
     const at = TOKEN.lastIndex;
-    const found = TOKEN.exec(text);
-    if (!found) throw new FilterError("a quotation mark is not closed", at);
-    const [, sign, quoted, word] = found;
+    const match = TOKEN.exec(text);
+    if (!match) throw new FilterError("a quotation mark is not closed", at);
+    const [, sign, quoted, word] = match;
     if (sign) out.push({ sign, at });
     else if (quoted !== undefined) out.push({ text: quoted.replace(/\\(.)/gsu, "$1"), at });
     else out.push({ word, text: word, at });
@@ -100,8 +100,8 @@ export function parse(text, knows) {
       fields.add(token.word);
       return (get) => Boolean(get(token.word));
     }
-    const wanted = fold(token.text);
-    return (get) => ["prompt", "target", "id"].some((f) => fold(get(f)).includes(wanted));
+    const folded = fold(token.text);
+    return (get) => ["prompt", "target", "id"].some((f) => fold(get(f)).includes(folded));
   }
 
   function value() {
@@ -126,14 +126,14 @@ export const fold = (x) => (x === null || x === undefined ? "" : String(x).norma
 
 /** A comparison; a row that lacks the field passes none but != and !~. */
 function comparison(field, operator, { word, text }) {
-  const wanted = fold(text);
-  if (operator === "~") return (get) => fold(get(field)).includes(wanted);
-  if (operator === "!~") return (get) => !fold(get(field)).includes(wanted);
+  const folded = fold(text);
+  if (operator === "~") return (get) => fold(get(field)).includes(folded);
+  if (operator === "!~") return (get) => !fold(get(field)).includes(folded);
   const asNumber = word === undefined ? NaN : quantity(word);
   const same = (x) => {
     if (typeof x === "number" && !Number.isNaN(asNumber)) return x === asNumber;
-    if (typeof x === "boolean") return String(x) === wanted || (wanted === "yes" && x) || (wanted === "no" && !x);
-    return x !== null && x !== undefined && fold(x) === wanted;
+    if (typeof x === "boolean") return String(x) === folded || (folded === "yes" && x) || (folded === "no" && !x);
+    return x !== null && x !== undefined && fold(x) === folded;
   };
   if (operator === "=") return (get) => same(get(field));
   if (operator === "!=") return (get) => !same(get(field));
@@ -143,15 +143,15 @@ function comparison(field, operator, { word, text }) {
     if (x === null || x === undefined) return false;
     if (typeof x === "number" && !Number.isNaN(asNumber)) return compare(x - asNumber);
     if (typeof x === "number") return false;
-    return compare(fold(x).localeCompare(wanted));
+    return compare(fold(x).localeCompare(folded));
   };
 }
 
 /** The number that a word writes, such as -0.5, 1e3, 20%, 1_000; NaN where it is none. */
 function quantity(word) {
-  const found = /^([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)(%?)$/iu.exec(word);
-  if (!found) return NaN;
-  return Number(found[1].replaceAll("_", "")) / (found[2] ? 100 : 1);
+  const match = /^([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)(%?)$/iu.exec(word);
+  if (!match) return NaN;
+  return Number(match[1].replaceAll("_", "")) / (match[2] ? 100 : 1);
 }
 
 /** A text as a filter writes it: quoted. */

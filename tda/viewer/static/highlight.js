@@ -13,8 +13,8 @@ const MOST = 40;
 export function entities(prompt) {
   const name = /[\p{Lu}\p{N}][\p{L}\p{N}\p{M}'’.-]*(?:\s+(?:(?:of|the|de|la|le|du|von|van|der|and|&)\s+){0,2}[\p{Lu}\p{N}][\p{L}\p{N}\p{M}'’.-]*)*/gu;
   const out = [];
-  for (const [found] of prompt.slice(0, 2000).matchAll(name)) {
-    let words = found.replace(/[.'’-]+$/u, "").split(/\s+/u);
+  for (const [run] of prompt.slice(0, 2000).matchAll(name)) {
+    let words = run.replace(/[.'’-]+$/u, "").split(/\s+/u);
     while (words.length && COMMON.has(words[0].toLowerCase())) words = words.slice(1);
     const text = words.join(" ");
     if (text.length > 1) out.push(text);
@@ -25,13 +25,13 @@ export function entities(prompt) {
 /**
  * What to mark for a record: [{text, kind}], kinds "target", "prompt", "own".
  *
- * @param own texts that the reader chose.
+ * @param chosen texts that the reader chose.
  */
-export function terms(record, own) {
+export function terms(record, chosen) {
   const strings = (x) => (Array.isArray(x) ? x : [x]).filter((s) => typeof s === "string" && s.trim());
   const out = [];
   const add = (texts, kind) => texts.forEach((text) => out.push({ text: text.trim(), kind }));
-  add(own, "own");
+  add(chosen, "own");
   add(strings(record.targets_plaintext), "target");
   add(strings(record.groundtruth), "target");
   add(strings(record.entity1_alias), "target");
@@ -46,28 +46,28 @@ export function terms(record, own) {
  *
  * Case does not matter; a term stands for itself only where no letter or digit touches it.
  */
-export function find(text, wanted) {
-  const longest = [...wanted].sort((a, b) =>
+export function find(text, list) {
+  const longest = [...list].sort((a, b) =>
     (b.kind === "own") - (a.kind === "own") || b.text.length - a.text.length
   );
-  const taken = [];
+  const spans = [];
   for (const { text: term, kind } of longest) {
     const literal = term.replace(/[\\^$.*+?()[\]{}|/-]/gu, "\\$&").replace(/\s+/gu, "\\s+");
     const before = /^[\p{L}\p{N}]/u.test(term) && kind !== "own" ? "(?<![\\p{L}\\p{N}])" : "";
     const after = /[\p{L}\p{N}]$/u.test(term) && kind !== "own" ? "(?![\\p{L}\\p{N}])" : "";
     for (const match of text.matchAll(new RegExp(before + literal + after, "giu"))) {
       const [start, end] = [match.index, match.index + match[0].length];
-      if (end > start && !taken.some((t) => start < t.end && t.start < end)) taken.push({ start, end, kind });
+      if (end > start && !spans.some((t) => start < t.end && t.start < end)) spans.push({ start, end, kind });
     }
   }
-  return taken.sort((a, b) => a.start - b.start);
+  return spans.sort((a, b) => a.start - b.start);
 }
 
 /** A text's nodes, with its terms in <mark>. */
-export function marked(text, wanted) {
+export function marked(text, list) {
   const out = [];
   let at = 0;
-  for (const { start, end, kind } of find(text, wanted)) {
+  for (const { start, end, kind } of find(text, list)) {
     if (start > at) out.push(text.slice(at, start));
     out.push(h(`mark.${kind}`, {}, text.slice(start, end)));
     at = end;

@@ -21,12 +21,12 @@ export class Live {
     const now = rows.state;
     // What was typed stays when the page is drawn anew, unless a link asks something else.
     const asks = JSON.stringify([now.prompt, now.target]);
-    const kept = this.asks === asks && this.box;
-    const [asked, wanted] = kept ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
-    if (kept) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
+    const isSame = this.asks === asks && this.box;
+    const [promptText, targetText] = isSame ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
+    if (isSame) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
     this.asks = asks;
-    const prompt = h("textarea", { id: "prompt", rows: 2, value: asked, spellcheck: "false" });
-    const target = h("input", { id: "target", value: wanted, autocomplete: "off", spellcheck: "false" });
+    const prompt = h("textarea", { id: "prompt", rows: 2, value: promptText, spellcheck: "false" });
+    const target = h("input", { id: "target", value: targetText, autocomplete: "off", spellcheck: "false" });
     this.box = { prompt, target };
     this.progress = h("div.progress", { role: "status" });
     this.completed = h("div.completed", {});
@@ -59,10 +59,10 @@ export class Live {
   }
 
   showChoice() {
-    const wanted = this.checked?.length ? this.checked : this.rows.state.methods.split(",").filter(Boolean);
+    const names = this.checked?.length ? this.checked : this.rows.state.methods.split(",").filter(Boolean);
     const { methods } = this.abilities;
     const usual = methods.filter((m) => m.usual).map((m) => m.name);
-    const on = wanted.length ? wanted : usual.length ? usual : methods.slice(0, 2).map((m) => m.name);
+    const on = names.length ? names : usual.length ? usual : methods.slice(0, 2).map((m) => m.name);
     fill(this.choice, h("span.label", {}, "Methods"),
       methods.map((m) => h("label.check", { title: m.lacks ?? m.title },
         h("input", { type: "checkbox", name: "method", value: m.name, checked: on.includes(m.name) && !m.lacks, disabled: Boolean(m.lacks) }),
@@ -79,7 +79,7 @@ export class Live {
   }
 
   async ask(what, body) {
-    this.cancel(); // what was asked before is not waited for
+    this.cancel(); // the answer to an earlier question is no longer needed
     try {
       const job = await this.data.live(what, body, (j) => {
         this.running = j;
@@ -100,24 +100,24 @@ export class Live {
   }
 
   async complete() {
-    const found = await this.ask("complete", { prompt: this.box.prompt.value, tokens: 8 });
-    if (!found) return;
-    this.steps = found;
+    const completion = await this.ask("complete", { prompt: this.box.prompt.value, tokens: 8 });
+    if (!completion) return;
+    this.steps = completion;
     this.showSteps();
-    if (!this.box.target.value) this.box.target.value = firstWord(found.steps);
+    if (!this.box.target.value) this.box.target.value = firstWord(completion.steps);
   }
 
   showSteps() {
-    const found = this.steps;
+    const completion = this.steps;
     const sofar = [];
-    fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, found.steps.map((step) => {
+    fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, completion.steps.map((step) => {
       sofar.push(step.token);
       const target = sofar.join("").trim();
       return h("li", {},
         h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) },
           h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
         h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`))));
-    })), found.ended && h("p.quiet", {}, "The model ends the passage there."));
+    })), completion.ended && h("p.quiet", {}, "The model ends the passage there."));
   }
 
   async trace() {
@@ -128,9 +128,9 @@ export class Live {
     this.checked = methods;
     this.asks = JSON.stringify([prompt, target]);
     state.set({ prompt, target, methods: methods.join(",") }, { replace: true });
-    const found = await this.ask("trace", { prompt, target, methods, k: 10 });
-    if (!found) return;
-    this.answer = found;
+    const answer = await this.ask("trace", { prompt, target, methods, k: 10 });
+    if (!answer) return;
+    this.answer = answer;
     this.showAnswer();
   }
 

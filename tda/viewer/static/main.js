@@ -34,8 +34,8 @@ async function start() {
 
 /** Draws everything by the state. */
 async function draw(focus) {
-  const mine = ++turn;
-  const isCurrent = () => mine === turn;
+  const begun = ++turn;
+  const isCurrent = () => begun === turn;
   delete document.documentElement.dataset.ready;
   try {
     await drawn(isCurrent, focus);
@@ -248,8 +248,8 @@ main.addEventListener("mouseup", () => {
   const text = selected.toString().trim();
   const within = (node) => node?.parentElement?.closest(".text");
   if (text.length < 2 || text.length > 200 || !within(selected.anchorNode) || !within(selected.focusNode)) return;
-  const own = state.highlights();
-  if (!own.includes(text)) state.set({ hl: JSON.stringify([...own, text].slice(-8)) });
+  const texts = state.highlights();
+  if (!texts.includes(text)) state.set({ hl: JSON.stringify([...texts, text].slice(-8)) });
 });
 
 start().catch((error) => fill(main, h("section.malformed", {}, h("h2", {}, "The viewer cannot start"), h("p.wrong", {}, error.message))));

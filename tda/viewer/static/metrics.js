@@ -24,23 +24,23 @@ export function judges(file) {
 }
 
 /** The rank of the first correct proponent, from 1; null where none is. */
-export function firstRank(found) {
-  const at = found ? found.indexOf(true) : -1;
+export function firstRank(marks) {
+  const at = marks ? marks.indexOf(true) : -1;
   return at < 0 ? null : at + 1;
 }
 
 /**
  * MRR, recall and precision over rows.
  *
- * @param found the marks of each row; null where a row has none, which is then left out.
+ * @param marks the marks of each row; null where a row has none, which is then left out.
  * @param k recall: share of rows with a correct one in the first k; precision: share of the first
  *     k (or of all, where there are fewer) that are correct. The rank of a row that has no correct
  *     one among its proponents is taken as infinite.
  * @returns {n, mrr, recall, precision}; the last three null where n is 0.
  */
-export function metrics(found, k = 10) {
+export function metrics(marks, k = 10) {
   let n = 0, reciprocal = 0, hits = 0, precise = 0;
-  for (const row of found) {
+  for (const row of marks) {
     if (!row) continue;
     n++;
     const rank = firstRank(row);

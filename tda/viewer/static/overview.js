@@ -18,15 +18,15 @@ export async function showOverview(element, rows, chosen, tools) {
     const match = rows.match(file, row);
     return match === undefined ? null : rows.marks(file, match);
   });
-  const found = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
+  const marksByFile = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
   const filtered = rows.state.filter ? ` that match “${rows.state.filter}”` : "";
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
     h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}. Click a bar to see its queries.`),
-    summaryTable(rows, chosen, found),
-    byGroup("By relation", "relation", rows, chosen, found),
-    byGroup("By fact frequency", "bucket", rows, chosen, found, byFrequency(rows)),
-    ranks(rows, chosen, found),
+    summaryTable(rows, chosen, marksByFile),
+    byGroup("By relation", "relation", rows, chosen, marksByFile),
+    byGroup("By fact frequency", "bucket", rows, chosen, marksByFile, byFrequency(rows)),
+    ranks(rows, chosen, marksByFile),
     scores(rows, chosen),
     overlaps(rows, chosen, shared),
     runTables(data),
@@ -50,12 +50,12 @@ function bar(value, label, href, wide = 1) {
 
 const cells = (m) => [number(m.mrr), percent(m.recall), percent(m.precision)];
 
-function summaryTable(rows, chosen, found) {
+function summaryTable(rows, chosen, marksByFile) {
   const k = Math.max(...rows.files.map((f) => f.longest), 1);
   return h("section", {}, h("h3", {}, "Methods"), scrolling("Methods", h("table", {},
     h("thead", {}, h("tr", {}, ["method", "queries judged", `MRR@${k}`, "recall@10", "precision@10"].map((n) => h("th", { scope: "col" }, n)))),
     h("tbody", {}, rows.files.map((file) => {
-      const m = metrics([...found.get(file).values()]);
+      const m = metrics([...marksByFile.get(file).values()]);
       return h("tr", {}, h("th", { scope: "row" }, file.title), h("td", {}, count(m.n)), cells(m).map((c) => h("td", {}, c)));
     })))),
   h("p.quiet", {}, `Computed from the records: a correct passage beyond the first ${k} counts as not found, ` +
@@ -76,19 +76,19 @@ function byFrequency(rows) {
   return (a, b) => (least.get(a[0]) ?? 0) - (least.get(b[0]) ?? 0);
 }
 
-function byGroup(title, field, rows, chosen, found, order) {
+function byGroup(title, field, rows, chosen, marksByFile, order) {
   const { main, files } = rows;
   let parts = groups(chosen, (row) => main.columns[field]?.[row]);
   if (!parts.length) return null;
   if (order) parts.sort(order);
-  const table = (some) => h("table.grouped", {},
+  const table = (listed) => h("table.grouped", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, field), h("th", { scope: "col" }, "queries"),
       files.map((f) => h("th", { scope: "col" }, `${f.title}: MRR`)))),
-    h("tbody", {}, some.map(([name, members]) => {
+    h("tbody", {}, listed.map(([name, members]) => {
       const href = narrowed(rows, `${field} = ${quote(name)}`);
       return h("tr", {}, h("th", { scope: "row" }, h("a", { href }, short(name))), h("td", {}, count(members.length)),
         files.map((file) => {
-          const m = metrics(members.map((r) => found.get(file).get(r)));
+          const m = metrics(members.map((r) => marksByFile.get(file).get(r)));
           return h("td", {}, m.n ? bar(m.mrr, number(m.mrr), href) : "–");
         }));
     })));
@@ -97,23 +97,23 @@ function byGroup(title, field, rows, chosen, found, order) {
   return h("section", {}, h("h3", {}, title), box, more);
 }
 
-function ranks(rows, chosen, found) {
-  const judged = rows.files.filter((f) => [...found.get(f).values()].some(Boolean));
+function ranks(rows, chosen, marksByFile) {
+  const judged = rows.files.filter((f) => [...marksByFile.get(f).values()].some(Boolean));
   if (!judged.length) return null;
   return h("section", {}, h("h3", {}, "Rank of the first correct passage"), judged.map((file) => {
-    const marks = [...found.get(file).values()].filter(Boolean);
+    const marks = [...marksByFile.get(file).values()].filter(Boolean);
     const most = Math.max(...marks.map((m) => m.length), 1);
     const counts = new Array(most + 1).fill(0);
     for (const m of marks) counts[firstRank(m) ?? 0]++;
-    const own = file === rows.main ? "" : `${file.label}.`;
-    const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${own}rank = ${i + 1}`]), ["none", counts[0], `${own}found = no`]];
+    const prefix = file === rows.main ? "" : `${file.label}.`;
+    const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${prefix}rank = ${i + 1}`]), ["none", counts[0], `${prefix}found = no`]];
     return figure(file.title, bars.map(([name, n, filter]) => ({ name, n, href: narrowed(rows, filter) })));
   }));
 }
 
 function scores(rows, chosen) {
   const drawn = rows.files.map((file) => {
-    const own = file === rows.main ? "" : `${file.label}.`;
+    const prefix = file === rows.main ? "" : `${file.label}.`;
     const value = (row) => {
       const match = rows.match(file, row);
       return match === undefined ? null : file.columns.top?.[match];
@@ -125,14 +125,14 @@ function scores(rows, chosen) {
       name: number(b.low),
       n: b.rows.length,
       right: b.rows.filter((r) => rows.marks(file, rows.match(file, r))?.[0]).length,
-      told: `${number(b.low)} to ${number(b.high)}`,
-      href: narrowed(rows, `${own}top >= ${written(b.low)} and ${own}top ${i + 1 === bins.length ? "<=" : "<"} ${written(b.high)}`),
+      description: `${number(b.low)} to ${number(b.high)}`,
+      href: narrowed(rows, `${prefix}top >= ${written(b.low)} and ${prefix}top ${i + 1 === bins.length ? "<=" : "<"} ${written(b.high)}`),
     })), "dark: the first proponent is correct");
   }).filter(Boolean);
   return drawn.length > 0 && h("section", {}, h("h3", {}, "Score distributions"), drawn);
 }
 
-/** Upright bars: [{name, n, href, right, told}]. */
+/** Upright bars: [{name, n, href, right, description}]. */
 function figure(title, bars, legend) {
   const most = Math.max(...bars.map((b) => b.n), 1);
   return h("figure.chart", {}, h("figcaption", {}, title, legend && h("span.quiet", {}, ` · ${legend}`)),
@@ -144,8 +144,8 @@ function figure(title, bars, legend) {
         part.style.height = `${b.n ? (100 * b.right) / b.n : 0}%`;
         column.append(part);
       } else column.classList.add("part");
-      const told = `${b.told ?? b.name}: ${count(b.n)} queries${b.right === undefined ? "" : `, ${count(b.right)} correct`}`;
-      return h("li", {}, h("a", { href: b.href, title: told, "aria-label": told },
+      const description = `${b.description ?? b.name}: ${count(b.n)} queries${b.right === undefined ? "" : `, ${count(b.right)} correct`}`;
+      return h("li", {}, h("a", { href: b.href, title: description, "aria-label": description },
         h("span.room", {}, column), h("span.name", { "aria-hidden": "true" }, b.name)));
     })));
 }
@@ -162,7 +162,7 @@ function overlaps(rows, chosen, shared) {
     for (const n of known) counts[n]++;
     const mean = known.reduce((a, b) => a + b, 0) / known.length;
     return figure(`${files[0].title} and ${file.title}: ${number(mean, 2)} shared on average`,
-      counts.map((n, shared) => ({ name: String(shared), n, told: `${shared} shared`, href: narrowed(rows, `${file.label}.overlap = ${shared}`) })));
+      counts.map((n, shared) => ({ name: String(shared), n, description: `${shared} shared`, href: narrowed(rows, `${file.label}.overlap = ${shared}`) })));
   }).filter(Boolean);
   return parts.length > 0 && h("section", {}, h("h3", {}, "Proponents that two methods share"), parts);
 }

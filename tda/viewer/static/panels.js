@@ -43,25 +43,25 @@ const EXAMPLES = [
 export function showHelp(rows) {
   dialog("Help",
     h("h3", {}, "Filter"),
-    h("table.help", {}, h("tbody", {}, EXAMPLES.map(([text, told]) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, text)), h("td", {}, told))))),
+    h("table.help", {}, h("tbody", {}, EXAMPLES.map(([text, meaning]) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, text)), h("td", {}, meaning))))),
     h("p", {}, "Operators: ", h("code", {}, "= != < <= > >= ~ !~ and or not ( )"), ". A query that lacks a field matches only != and !~."),
     h("p", {}, "Fields: ", rows.fields().map((f, i) => [i ? ", " : "", h("code", {}, f)]), "."),
     h("h3", {}, "Keys"),
-    h("table.help", {}, h("tbody", {}, KEYS.map(([key, told]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, told))))));
+    h("table.help", {}, h("tbody", {}, KEYS.map(([key, meaning]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, meaning))))));
 }
 
 /** Opens a further file of results: from this machine, or from an address. */
 export function showOpen(index, onOpened) {
-  const told = h("p", { role: "status" });
+  const status = h("p", { role: "status" });
   const opened = async (work) => {
-    fill(told, "Opening…");
+    fill(status, "Opening…");
     try {
       const { label } = await work();
       box.close();
       tell(`Opened ${label}.`);
       onOpened(label);
     } catch (error) {
-      fill(told, h("span.wrong", {}, error.message));
+      fill(status, h("span.wrong", {}, error.message));
     }
   };
   const file = h("input", { type: "file", id: "open-file", accept: ".jsonl,.gz,.json" });
@@ -80,5 +80,5 @@ export function showOpen(index, onOpened) {
       },
     }, h("label", { for: "open-url" }, "An address"), url, h("button", { type: "submit", disabled: !index.urls }, "Fetch"),
     !index.urls && h("p.quiet", {}, "The viewer fetches nothing from other sites unless it is started with --allow_urls or with a URL in --results.")),
-    told);
+    status);
 }

@@ -36,13 +36,13 @@ export function column(method, others, context) {
   }
   const sides = context.side === "both" ? ["proponents", "opponents"] : [context.side];
   const right = method.marks?.map((m, i) => (m ? i + 1 : 0)).filter(Boolean) ?? [];
-  const told = method.marks
+  const verdict = method.marks
     ? right.length ? `first correct at rank ${right[0]}; ${right.length} of ${method.marks.length} correct` : "none correct"
     : "not judged";
   return h("section.column", { "aria-labelledby": name, "data-method": label },
     h("header", {},
       h("h3", { id: name }, method.title),
-      h("p.under", {}, told, shared(method, others))),
+      h("p.under", {}, verdict, shared(method, others))),
     sides.map((side) => {
       const list = passagesOf(record, side);
       return [
@@ -58,10 +58,10 @@ export function column(method, others, context) {
 function shared(method, others) {
   const first = others.find((o) => o.first);
   if (!first?.record || first === method) return null;
-  const mine = new Set(passagesOf(method.record, "proponents").map((p) => p.id));
-  const theirs = passagesOf(first.record, "proponents").map((p) => p.id);
-  const both = theirs.filter((id) => id !== null && mine.has(id)).length;
-  return ` · shares ${both} of ${theirs.length} with ${first.title}`;
+  const ids = new Set(passagesOf(method.record, "proponents").map((p) => p.id));
+  const firstIds = passagesOf(first.record, "proponents").map((p) => p.id);
+  const both = firstIds.filter((id) => id !== null && ids.has(id)).length;
+  return ` · shares ${both} of ${firstIds.length} with ${first.title}`;
 }
 
 const cardId = (label, side, rank) => `${label}-${side}-${rank}`;

@@ -8,8 +8,8 @@ import * as state from "./state.js";
 export function rowOf(file, name) {
   const byId = file.byId.get(name);
   if (byId !== undefined) return byId;
-  const found = /^#(\d+)$/u.exec(name);
-  return found && Number(found[1]) >= 1 && Number(found[1]) <= file.rows ? Number(found[1]) - 1 : undefined;
+  const match = /^#(\d+)$/u.exec(name);
+  return match && Number(match[1]) >= 1 && Number(match[1]) <= file.rows ? Number(match[1]) - 1 : undefined;
 }
 
 /** Fills `element` with a query. */
@@ -31,12 +31,12 @@ export async function showQuery(element, rows, row, tools) {
   const now = rows.state;
   const methods = files.map((file, i) => {
     const match = rows.match(file, row);
-    const found = records[i]?.malformed ? null : records[i];
+    const record = records[i]?.malformed ? null : records[i];
     return {
       label: file.label,
       title: file.title,
-      record: found,
-      marks: found ? rows.marks(file, match) : null,
+      record,
+      marks: record ? rows.marks(file, match) : null,
       judge: rows.judge(file),
       first: i === 0,
     };
@@ -91,18 +91,18 @@ async function copyLink() {
 
 /** What is highlighted: the legend, and the reader's own texts. */
 export function highlightBar() {
-  const own = state.highlights();
+  const chosen = state.highlights();
   const put = (list) => state.set({ hl: list.length ? JSON.stringify(list) : "" });
   const input = h("input", { id: "highlight", placeholder: "highlight…", autocomplete: "off", size: 14 });
   return h("div.legend", {},
     h("mark.target", {}, "target"), h("mark.prompt", {}, "prompt's names"),
-    own.map((text) =>
-      h("button.chip", { type: "button", title: "Stop highlighting", onclick: () => put(own.filter((t) => t !== text)) },
+    chosen.map((text) =>
+      h("button.chip", { type: "button", title: "Stop highlighting", onclick: () => put(chosen.filter((t) => t !== text)) },
         h("mark.own", {}, text), " ×")),
     h("form", {
       onsubmit: (e) => {
         e.preventDefault();
-        if (input.value.trim()) put([...new Set([...own, input.value.trim()])]);
+        if (input.value.trim()) put([...new Set([...chosen, input.value.trim()])]);
       },
     }, h("label.hidden", { for: "highlight" }, "Highlight a text"), input),
     h("span.quiet", {}, "or select any text"));

@@ -4,7 +4,7 @@
 import * as metrics from "./metrics.js";
 import { FilterError, parse } from "./filter.js";
 
-const OWN = ["row", "rank", "hits", "found", "malformed", "noted"];
+const DERIVED = ["row", "rank", "hits", "found", "malformed", "noted"];
 const ALWAYS = ["id", "prompt", "target"];
 
 /** Reads the rows of a collection by the state: which files, judged how. */
@@ -61,11 +61,11 @@ export class Rows {
   get(row, field) {
     const dot = field.indexOf(".");
     if (dot < 0) return this.value(this.main, row, field);
-    const [label, own] = [field.slice(0, dot), field.slice(dot + 1)];
+    const [label, column] = [field.slice(0, dot), field.slice(dot + 1)];
     const other = this.data.file(label);
-    if (own === "overlap") return this.main.overlaps.get(label)?.[row] ?? null;
+    if (column === "overlap") return this.main.overlaps.get(label)?.[row] ?? null;
     const match = this.match(other, row);
-    return match === undefined ? null : this.value(other, match, own);
+    return match === undefined ? null : this.value(other, match, column);
   }
 
   /** The row of another file with the same query as a row of the main one. */
@@ -77,18 +77,18 @@ export class Rows {
   /** Whether the filter knows a field. */
   knows(field) {
     const dot = field.indexOf(".");
-    if (dot < 0) return ALWAYS.includes(field) || OWN.includes(field) || this.main.fields.includes(field);
+    if (dot < 0) return ALWAYS.includes(field) || DERIVED.includes(field) || this.main.fields.includes(field);
     const other = this.data.file(field.slice(0, dot));
-    const own = field.slice(dot + 1);
+    const column = field.slice(dot + 1);
     if (!other) return false;
-    return OWN.includes(own) || other.fields.includes(own) || (own === "overlap" && other !== this.main);
+    return DERIVED.includes(column) || other.fields.includes(column) || (column === "overlap" && other !== this.main);
   }
 
   /** All fields that the filter knows. */
   fields() {
-    const own = [...new Set([...ALWAYS, ...OWN, ...this.main.fields])].filter((f) => f !== "error");
+    const main = [...new Set([...ALWAYS, ...DERIVED, ...this.main.fields])].filter((f) => f !== "error");
     const others = this.data.files.filter((f) => f !== this.main);
-    return [...own, ...others.flatMap((f) => [`${f.label}.rank`, `${f.label}.overlap`])];
+    return [...main, ...others.flatMap((f) => [`${f.label}.rank`, `${f.label}.overlap`])];
   }
 
   /**

@@ -52,7 +52,7 @@ export class Sidebar {
       "aria-describedby": "filter-told",
       oninput: calm(() => state.set({ filter: this.input.value, page: "" }, { replace: true }), 150),
     });
-    this.told = h("p.told", { id: "filter-told", role: "status" });
+    this.status = h("p.told", { id: "filter-told", role: "status" });
     this.presets = h("div.presets", { role: "group", "aria-label": "Filters to start from" });
     this.sort = h("select", { id: "sort", onchange: () => state.set({ sort: this.sort.value, page: "" }) });
     this.list = h("ol.queries", { id: "queries", tabindex: "-1" });
@@ -71,7 +71,7 @@ export class Sidebar {
         {},
         h("label", { for: "filter" }, "Filter"),
         h("button.link", { type: "button", onclick: onHelp }, "how?")),
-      this.input, this.told, this.presets,
+      this.input, this.status, this.presets,
       h("div.row", {}, h("label", { for: "sort" }, "Sort"), this.sort),
       h("div.row", {}, jump, h("button", { type: "button", onclick: () => this.random(), title: "Random query (r)" }, "Random")),
       this.pager, this.list);
@@ -93,7 +93,7 @@ export class Sidebar {
     this.input.setAttribute("aria-invalid", error ? "true" : "false");
     const all = main.rows;
     const loading = main.loaded < all ? `, ${count(main.loaded)} read so far` : "";
-    fill(this.told, error
+    fill(this.status, error
       ? h("span.wrong", {}, `${error.message} (at ${error.at + 1})`)
       : `${count(chosen.length)} of ${count(all)} queries${loading}`);
     refill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
@@ -125,8 +125,8 @@ export class Sidebar {
   }
 
   page() {
-    const asked = Number(this.rows.state.page);
-    if (asked >= 1) return Math.min(this.pages(), Math.floor(asked)) - 1;
+    const requested = Number(this.rows.state.page);
+    if (requested >= 1) return Math.min(this.pages(), Math.floor(requested)) - 1;
     const at = this.chosen.indexOf(this.current);
     return at < 0 ? 0 : Math.floor(at / PAGE);
   }
@@ -141,10 +141,10 @@ export class Sidebar {
       h("span", {}, `page ${count(page + 1)} of ${count(pages)}`),
       to(page + 1, "›", "Next page", page + 1 >= pages),
       to(pages - 1, "»", "Last page", page + 1 >= pages));
-    const some = this.chosen.slice(page * PAGE, (page + 1) * PAGE);
+    const listed = this.chosen.slice(page * PAGE, (page + 1) * PAGE);
     this.list.setAttribute("start", page * PAGE + 1);
-    refill(this.list, some.map((row) => this.item(row)));
-    if (!some.length && this.rows.main.loaded === this.rows.main.rows) {
+    refill(this.list, listed.map((row) => this.item(row)));
+    if (!listed.length && this.rows.main.loaded === this.rows.main.rows) {
       fill(this.list, h("li.quiet", {}, "No query matches this filter."));
     }
     this.list.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
@@ -186,12 +186,12 @@ export class Sidebar {
 
   jumpTo(text) {
     const { main } = this.rows;
-    const wanted = text.trim();
-    const byId = main.byId.get(wanted);
-    const number = Number(wanted);
-    const isNumber = /^\d+$/u.test(wanted) && number >= 1 && number <= this.chosen.length;
+    const name = text.trim();
+    const byId = main.byId.get(name);
+    const number = Number(name);
+    const isNumber = /^\d+$/u.test(name) && number >= 1 && number <= this.chosen.length;
     const row = byId ?? (isNumber ? this.chosen[number - 1] : undefined);
-    if (row === undefined) fill(this.told, h("span.wrong", {}, `no query has the number or id ${wanted}`));
+    if (row === undefined) fill(this.status, h("span.wrong", {}, `no query has the number or id ${name}`));
     else this.onOpen(row);
   }
 }
@@ -199,15 +199,15 @@ export class Sidebar {
 /** The address of a row: by its query's id, or by number where it has none of its own. */
 export function place(file, row) {
   const id = file.columns.id?.[row];
-  const own = id !== null && id !== undefined && file.byId.get(id) === row;
-  return { view: "query", q: own ? id : `#${row + 1}`, page: "" };
+  const isFirst = id !== null && id !== undefined && file.byId.get(id) === row;
+  return { view: "query", q: isFirst ? id : `#${row + 1}`, page: "" };
 }
 
 /** A dot for each proponent, filled where it is correct. */
 function dots(marks) {
   if (!marks) return null;
   const right = marks.map((m, i) => (m ? i + 1 : 0)).filter(Boolean);
-  const told = right.length ? `correct at rank ${right.join(", ")}` : "none correct";
-  return h("span.dots", { role: "img", "aria-label": told, title: told },
+  const description = right.length ? `correct at rank ${right.join(", ")}` : "none correct";
+  return h("span.dots", { role: "img", "aria-label": description, title: description },
     marks.slice(0, 20).map((m) => h(m ? "i.yes" : "i", {})));
 }

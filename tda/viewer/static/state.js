@@ -20,17 +20,17 @@ let current = read();
 const listeners = [];
 
 function read() {
-  const given = new URLSearchParams(location.hash.slice(1));
+  const parameters = new URLSearchParams(location.hash.slice(1));
   return Object.fromEntries(
-    Object.entries(DEFAULTS).map(([key, value]) => [key, given.get(key) ?? value]),
+    Object.entries(DEFAULTS).map(([key, value]) => [key, parameters.get(key) ?? value]),
   );
 }
 
 /** The address's fragment of a state: `#view=…`, what is as always left out. */
 export function link(patch) {
-  const wanted = { ...current, ...patch };
+  const state = { ...current, ...patch };
   const out = new URLSearchParams();
-  for (const [key, value] of Object.entries(wanted)) {
+  for (const [key, value] of Object.entries(state)) {
     if (String(value) !== DEFAULTS[key]) out.set(key, value);
   }
   return `#${out}`;
@@ -64,8 +64,8 @@ export function follow() {
 /** Texts that are highlighted beside the query's own. */
 export function highlights() {
   try {
-    const found = JSON.parse(current.hl || "[]");
-    return Array.isArray(found) ? found.filter((x) => typeof x === "string" && x.trim()) : [];
+    const texts = JSON.parse(current.hl || "[]");
+    return Array.isArray(texts) ? texts.filter((x) => typeof x === "string" && x.trim()) : [];
   } catch {
     return [];
   }
