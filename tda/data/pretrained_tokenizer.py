@@ -1,8 +1,7 @@
-"""Tokenizers that come with a pretrained model: read from `tokenizer.json`, or made from parts.
+"""Tokenizers that come with a pretrained model: read from its files, or made from parts.
 
 A text has the token ids that the model was trained with. The ids that the tokenizer itself puts
-before and after a text (such as a begin-of-sequence token) are found once, by encoding a text with
-and without them.
+before and after a text (such as a begin-of-sequence token) are read from its template once.
 """
 
 import json
@@ -12,18 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import processors
 
+from tda.data import tokenizer_files
+from tda.data.tokenizer_files import component, read_template, with_template, without_template
 from tda.runtime import atomic_file
 from tda.runtime.fingerprint import fingerprint_parts
-
-# The files of a model's directory that decide which ids a text gets.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 class PretrainedTokenizer:
@@ -55,10 +47,10 @@ class PretrainedTokenizer:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = not parse_special
-        if isinstance(inner.post_processor, processors.TemplateProcessing):
-            # transformers adds a template that does nothing if there was none.
-            if _template(inner) == ((), ()):
-                inner.post_processor = None
+        if inner.post_processor is not None:
+            # `begin` and `end` stand for its template; what it does to offsets stays.
+            state = json.loads(inner.post_processor.__getstate__())
+            inner.post_processor = component("post_processor", without_template(state))
         self._inner, self.parse_special = inner, parse_special
         self.begin, self.end = tuple(map(int, begin)), tuple(map(int, end))
         self.eos = eos
@@ -68,46 +60,17 @@ class PretrainedTokenizer:
     def load(cls, path, parse_special: bool = False) -> "PretrainedTokenizer":
         """Reads a model's directory, or its `tokenizer.json` alone.
 
-        The names of special tokens, and whether they are put before and after a text, come from
-        the `tokenizer_config.json` beside it if that says so, else from the template.
-
         Raises:
-            FileNotFoundError: there is no tokenizer.json.
-            ValueError: a file is damaged, or names a token that the tokenizer lacks.
+            FileNotFoundError, ValueError: as `tda.data.tokenizer_files.read`, which tells what is
+                read from which file.
         """
-        path = pathlib.Path(os.path.expanduser(path))
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{file}: no such file; convert a tokenizer of another form (tokenizer.model) by "
-                "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
-            )
-        try:
-            inner = tokenizers.Tokenizer.from_file(os.fspath(file))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} is not a tokenizer file: {error}") from error
-        config = _read_config(file.with_name("tokenizer_config.json"))
-        ids = {}
-        for name in ("bos_token", "eos_token", "pad_token"):
-            token = config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            ids[name] = None if token is None else inner.token_to_id(token)
-            if token is not None and ids[name] is None:
-                raise ValueError(f"{file} has no token {token!r}, which is its {name}")
-        begin, end = _template(inner)
-        for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-            if config.get(flag) is None:
-                continue
-            if config[flag] and ids[name] is None:
-                raise ValueError(f"{file}: {flag} is set, but there is no {name}")
-            token_ids = (ids[name],) if config[flag] else ()
-            begin, end = (token_ids, end) if name == "bos_token" else (begin, token_ids)
+        parts = tokenizer_files.read(path)
         return cls(
-            inner,
-            begin=begin,
-            end=end,
-            eos=ids["eos_token"],
-            pad=ids["pad_token"],
+            parts.inner,
+            begin=parts.begin,
+            end=parts.end,
+            eos=parts.eos,
+            pad=parts.pad,
             parse_special=parse_special,
         )
 
@@ -130,7 +93,7 @@ class PretrainedTokenizer:
         if isinstance(inner, tokenizers.Tokenizer):
             # A copy, since truncation and padding are switched off in it.
             inner = tokenizers.Tokenizer.from_str(inner.to_str())
-            begin, end = _template(inner)
+            begin, end = read_template(inner)
             eos, pad = (getattr(tokenizer, f"{n}_token_id", None) for n in ("eos", "pad"))
             return cls(inner, begin=begin, end=end, eos=eos, pad=pad, parse_special=parse_special)
         if hasattr(tokenizer, "encode_query") and hasattr(tokenizer, "encode_spans"):
@@ -144,28 +107,40 @@ class PretrainedTokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` reads."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if len(self.begin) > 1 or len(self.end) > 1:
-            # The flags can say one token; the template in tokenizer.json says several.
-            flags: dict = {}
-        else:
-            flags = {"add_bos_token": bool(self.begin), "add_eos_token": bool(self.end)}
-        tokens = {
-            "bos_token": self.begin[0] if self.begin else None,
-            "eos_token": self.end[0] if self.end else self.eos,
-            "pad_token": self.pad,
-        }
-        names = {k: self._inner.id_to_token(i) for k, i in tokens.items() if i is not None}
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        state = None
+        if inner.post_processor is not None:
+            state = json.loads(inner.post_processor.__getstate__())
+        if self.begin or self.end:
+            begin, end = (list(map(inner.id_to_token, ids)) for ids in (self.begin, self.end))
+            ids = dict(zip([*begin, *end], [*self.begin, *self.end], strict=True))
+            state = with_template(state, begin, end, ids)
+            inner.post_processor = component("post_processor", state)
+        tokens = {"bos_token": next(iter(self.begin), None), "eos_token": self.eos}
+        tokens |= {"pad_token": self.pad}
+        names = {k: inner.id_to_token(i) for k, i in tokens.items() if i is not None}
+        # The class that obeys tokenizer.json in all that stands there.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
         for name, text in (
-            ("tokenizer.json", self._inner.to_str(pretty=True)),
-            ("tokenizer_config.json", json.dumps(names | flags, ensure_ascii=False, indent=1)),
+            ("tokenizer.json", inner.to_str(pretty=True)),
+            ("tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1)),
         ):
             with atomic_file.open_atomic(directory / name) as out:
                 out.write(text + "\n")
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
-        return 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
+        """One more than the largest id of a token that a sequence can hold.
+
+        A special token that is not read in texts does not count: Gemma 3's tokenizer has one more
+        than its text model has rows.
+        """
+        used = set(self._inner.get_vocab(with_added_tokens=False).values())
+        for i, token in self._inner.get_added_tokens_decoder().items():
+            if self.parse_special or not token.special:
+                used.add(i)
+        used |= {*self.begin, *self.end, self.pad}
+        return 1 + max(used if self.eos is None else used | {self.eos})
 
     def fingerprint(self) -> str:
         """Returns a hash of everything that decides which ids a text gets."""
@@ -226,25 +201,3 @@ class PretrainedTokenizer:
     def decode(self, ids) -> str:
         """Returns the text of token ids without special tokens."""
         return self._inner.decode(list(map(int, ids)), skip_special_tokens=True)
-
-
-def _read_config(file: pathlib.Path) -> dict:
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return config
-
-
-def _template(inner: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the ids that the tokenizer itself puts before and after a text."""
-    text = inner.encode("a", add_special_tokens=False).ids
-    sequence = inner.encode("a", add_special_tokens=True).ids
-    for start in range(len(sequence) - len(text) + 1):
-        if sequence[start : start + len(text)] == text:
-            return tuple(sequence[:start]), tuple(sequence[start + len(text) :])
-    raise ValueError("the tokenizer's template changes the text itself; it cannot be used")

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda.data.pretrained_tokenizer import TOKENIZER_FILES, PretrainedTokenizer
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.tokenizer_files import TOKENIZER_FILES
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import families, gguf_file, gguf_tokenizer, tensors
