@@ -30,7 +30,8 @@ from absl import flags
 from benchmarks import finished_run, record
 from experiments import launch
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.scann import build
+from tda.retrieval.scann import index as scann_index
+from tda.retrieval.scann.settings import Settings
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _METHOD = flags.DEFINE_enum("method", "trackstar", ["trackstar", "cosine"], "whose encodings")
@@ -62,14 +63,14 @@ class Case:
     """One index, and the ways in which it is searched: (leaves to search, rows reordered)."""
 
     name: str
-    settings: build.Settings
+    settings: Settings
     searches: tuple[tuple[int, int], ...]
 
 
 def cases() -> list[Case]:
     """Codes of every size; then, of one size, other dtypes, other thresholds, and leaves."""
     reorders = tuple((0, int(r)) for r in _REORDER.value)
-    one = functools.partial(build.Settings, **(SETTINGS | dict(part_rows=_PART_ROWS.value)))
+    one = functools.partial(Settings, **(SETTINGS | dict(part_rows=_PART_ROWS.value)))
     base = dict(dims_per_block=_BASE.value)
     out = [Case(f"{b} dims", one(dims_per_block=int(b)), reorders) for b in _BLOCKS.value]
     for dtype in _DTYPES.value:
@@ -187,23 +188,29 @@ def measured(
     """Recall and times of one index, searched in every way, beside exact search."""
 
     started = time.perf_counter()
-    read, shape = passages_CxE.__getitem__, passages_CxE.shape
-    index = build.build(directory, read, shape, case.settings, {})
+    encodings = scann_index.Encodings(passages_CxE.__getitem__, *passages_CxE.shape, {})
+    index = scann_index.build(directory, encodings, case.settings)
     figures = {
         "settings": vars(case.settings),
-        "parts": index.manifest["parts"],
+        "parts": len(index.parts),
         "build, s": time.perf_counter() - started,
-        "bytes a row": case.settings.row_bytes(shape[1]),
+        "bytes a row": case.settings.row_bytes(encodings.width),
         "searches": [],
     }
     batch, few = queries_QxE[: _BATCH.value], queries_QxE[: _SINGLE.value]
     sides = {("exact", "batch"): functools.partial(exact, batch)}
     sides["exact", "single"] = functools.partial(one_by_one, exact, few)
+
+    def search_index(queries_QxE, how, opponents=True):
+        leaves, reorder = how
+        index.settings = dataclasses.replace(
+            case.settings, leaves_to_search=leaves, reorder=reorder
+        )
+        return index.search(queries_QxE, K, opponents=opponents)
+
     for how in case.searches:
         for both in (True, False):
-            search = functools.partial(
-                index.search, k=K, leaves_to_search=how[0], reorder=how[1], opponents=both
-            )
+            search = functools.partial(search_index, how=how, opponents=both)
             sides[how, both, "batch"] = functools.partial(search, batch)
             sides[how, both, "single"] = functools.partial(one_by_one, search, few)
     times = record.in_turns(sides, _ROUNDS.value)
@@ -212,7 +219,7 @@ def measured(
         name = f"exact, {of}, queries a second"
         figures[name] = count[of] / statistics.median(times["exact", of])
     for how in case.searches:
-        found = index.search(queries_QxE, K, leaves_to_search=how[0], reorder=how[1])
+        found = search_index(queries_QxE, how)
         point = {
             "case": case.name,
             "leaves searched": how[0],

@@ -11,8 +11,9 @@ import numpy as np
 
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.scann import build, part
-from tda.retrieval.scann.index import CANDIDATES
+from tda.retrieval.scann import index as scann_index
+from tda.retrieval.scann import part
+from tda.retrieval.scann.settings import Settings, settings_for
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
 from tda.run.run import NO_STORE, Run
@@ -36,15 +37,15 @@ def check(config) -> None:
         raise ValueError("search.index=scann needs a store to index; give store.dtype")
     if s.depth < config.eval.top_k:
         raise ValueError(f"search.depth={s.depth} is less than eval.top_k={config.eval.top_k}")
-    part.version()
+    part.import_scann()
 
 
-def settings(config, source: Source) -> build.Settings | None:
+def settings(config, source: Source) -> Settings | None:
     """Returns the settings of the index, or None, and says why, if search is to be exact."""
     s = config.search
     changes = {k: v for k, v in s.scann.items() if v is not None}
     memory_bytes = int(s.memory_gib * 2**30)
-    chosen = build.settings_for(
+    chosen = settings_for(
         source.rows, source.form.width, config.eval.top_k, memory_bytes, **changes
     )
     if chosen is None:
@@ -93,23 +94,20 @@ def search(
         def rank_sample(encodings_QxE=encodings_QxE, name=name, scorer=scorer):
             return encodings_QxE[sample], exactly(queries_QxE[sample], {name: scorer}, 10, {})[name]
 
-        read = functools.partial(scoring.read_encodings, source, scorer)
-        index = build.build(
-            run.workdir / "indices" / fingerprints[name],
-            read,
-            (source.rows, source.form.width),
-            chosen,
+        encodings = scann_index.Encodings(
+            functools.partial(scoring.read_encodings, source, scorer),
+            source.rows,
+            source.form.width,
             {"encodings": fingerprints[name]},
-            rank_sample,
         )
+        directory = run.workdir / "indices" / fingerprints[name]
+        index = scann_index.build(directory, encodings, chosen, rank_sample)
         deep = index.search(
             encodings_QxE,
             min(config.search.depth, source.rows),
             getattr(source, "withdrawn", None),
-            # An index of codes alone leaves the order of its candidates to their encodings.
-            read=None if chosen.reorder else read,
             # As many as for the k rows of the recall: deeper ranks are worth no more reading.
-            candidates=CANDIDATES * k,
+            candidates=scann_index.CANDIDATES * k,
         )
         rankings[name] = _cut(deep, k, correct, source.rows)
         notes[name] = {"index": {"settings": vars(chosen), "recall": index.recall}}

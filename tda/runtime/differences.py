@@ -1,5 +1,6 @@
 """Lists how the description of finished work differs from that of the requested work."""
 
+import os
 from collections.abc import Iterator
 
 
@@ -19,3 +20,20 @@ def differences(stored, expected, place: str, name: str = "") -> Iterator[str]:
             yield from differences(stored.get(key), expected.get(key), place, inner)
     elif stored != expected:
         yield f"{name}: {stored} in {place}, {expected} wanted"
+
+
+def check_same(
+    path: str | os.PathLike, stored, expected, place: str, error: type[Exception]
+) -> None:
+    """Raises `error`, with a line for each difference, unless two JSON values are the same.
+
+    Args:
+        path: the finished work that `stored` describes.
+        stored, expected, place: as for `differences`.
+        error: class of the exception.
+    """
+    if lines := list(differences(stored, expected, place)):
+        raise error(
+            "\n  ".join([f"{path} was built with other settings:", *lines])
+            + "\nremove it, or use the settings that it was built with"
+        )

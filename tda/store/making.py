@@ -1,15 +1,17 @@
 """Creates a store, appends to one, opens one, and refuses one built with other settings."""
 
+import functools
 from collections.abc import Sequence
 
 from tda.runtime import processes
-from tda.runtime.differences import differences
+from tda.runtime.differences import check_same
 from tda.store import passages, rows, segment
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
 from tda.store.segment import Form
 
 SHARD_BYTES = 256 << 20
+_check_same = functools.partial(check_same, place="the store", error=StoreError)
 
 
 def create(
@@ -76,7 +78,7 @@ def create(
             return
         stored = read_manifest(location)
         # Segments that were appended since are no difference.
-        _check(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
+        _check_same(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
         passages.write(location / "0", ids, documents, texts)
 
     processes.on_first_process(f"make the store {location.name}", make)
@@ -180,7 +182,7 @@ def open_store(path, fingerprint: dict | None = None) -> GradientStore:
     store = GradientStore(Location(path))
     if fingerprint is not None:
         stored = store.manifest["fingerprint"]
-        _check(store.path, {k: stored.get(k) for k in fingerprint}, fingerprint)
+        _check_same(store.path, {k: stored.get(k) for k in fingerprint}, fingerprint)
     return store
 
 
@@ -191,7 +193,7 @@ def check_same_kind(store: GradientStore, other: GradientStore) -> None:
         StoreError: they were built with different settings; the message lists the differences.
     """
     keys = ("width", "blocks", "block_widths", "fingerprint")
-    _check(store.path, *({k: s.manifest[k] for k in keys} for s in (store, other)))
+    _check_same(store.path, *({k: s.manifest[k] for k in keys} for s in (store, other)))
 
 
 def finished(path) -> bool:
@@ -199,13 +201,3 @@ def finished(path) -> bool:
     location = Location(path)
     exists = location.read("manifest.json") is not None
     return exists and not GradientStore(location).missing()
-
-
-def _check(path, stored: dict, expected: dict) -> None:
-    lines = list(differences(stored, expected, "the store"))
-    if lines:
-        raise StoreError(
-            f"{path} was built with other settings:\n  "
-            + "\n  ".join(lines)
-            + "\nremove it, or use the settings that it was built with"
-        )

@@ -1,101 +1,98 @@
-"""A finished approximate index on disk: opening it, searching it, and its manifest."""
+"""An approximate index over encodings, by ScaNN: built and searched part by part.
 
-import json
-import os
+    DIR/manifest.json   settings, shape, fingerprint of the encodings, recall against exact search
+    DIR/00000/...       the first rows of the corpus; 00001/ the next, and so on
+
+Every part covers consecutive rows, so memory does not grow with the corpus, and appears whole or
+not at all: a killed build resumes with the missing parts and ends in the same bytes. The directory
+may be moved. ScaNN is optional: pip install 'tda[scann]'.
+"""
+
+import dataclasses
+import importlib.metadata
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
+from tda import store
 from tda.retrieval.ranked import Ranked, top
 from tda.retrieval.scann import part as scann_part
 from tda.retrieval.scann.part import Part, ScannError
 from tda.retrieval.scann.settings import Settings
-from tda.runtime import atomic_file
-from tda.runtime.differences import differences
+from tda.runtime import progress
+from tda.runtime.differences import check_same
+from tda.runtime.fingerprint import plain
+from tda.store.location import Location
 
-FORMAT = 1
-# Candidates to score again by their encodings, for each row that a search returns.
+# An index of codes alone scores so many candidates by their encodings for each row that it returns.
 CANDIDATES = 40
-# From rising row numbers of the corpus to their encodings, float32 [R, E].
-Read = Callable[[np.ndarray], np.ndarray]
+_FORMAT = 1
+# Bytes of encodings to read at a time.
+_STEP_BYTES = 64 << 20
+# The first parts that fit into so many bytes stay in memory; others are loaded for every search.
+_RESIDENT_BYTES = 8 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """The encodings of a corpus that an index is built from.
+
+    Attributes:
+        read: a function from rising row numbers, int64 [R], to encodings, float32 [R, E]; an
+            invalid row is infinite throughout.
+        rows: C.
+        width: E.
+        fingerprint: JSON values that identify the encodings.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    rows: int
+    width: int
+    fingerprint: dict
 
 
 class Index:
-    """A finished index.
+    """A finished index, returned by `build`.
 
     Attributes:
         path: its directory.
-        manifest: the contents of manifest.json.
-        rows: C.
-        width: E.
+        settings: settings of ScaNN; a search obeys `leaves_to_search` and `reorder` as they are.
+        parts: the directories of its parts.
         valid_rows: number of rows in the index.
-        settings: the settings that it was built with.
-        recall: recall against exact search (`build.recall`); None if it was not measured.
+        recall: recall against exact search (`measure_recall`); None if it was not measured.
     """
 
-    def __init__(self, path: pathlib.Path, manifest: dict, memory_bytes: int):
-        self.path, self.manifest = path, manifest
-        self.rows, self.width = manifest["rows"], manifest["width"]
-        self.settings, self.recall = Settings(**manifest["settings"]), manifest["recall"]
-        slices = split_rows(self.rows, self.settings.part_rows)
-        self._parts = [part_path(path, i) for i in range(len(slices))]
-        missing = [p.name for p in self._parts if not p.exists()]
-        if missing:
-            raise ScannError(
-                f"{path} is not finished: parts {', '.join(missing[:5])} are missing "
-                f"({len(missing)} of {len(slices)}); build it again, and the build resumes"
-            )
-        checked = map(scann_part.check_part, self._parts)
-        sizes, counts = zip(*checked, strict=True)
+    def __init__(self, path: pathlib.Path, encodings: Encodings, settings: Settings, recall):
+        self.path, self.settings, self.recall = path, settings, recall
+        self.parts = list(_parts(path, encodings.rows, settings))
+        self._read = encodings.read
+        sizes, counts = zip(*map(scann_part.check_part, self.parts), strict=True)
         self.valid_rows = sum(counts)
-        # The first parts that fit stay in memory; the others are loaded for every search.
-        self._resident = int((np.cumsum(sizes) <= memory_bytes).sum())
+        if not self.valid_rows:
+            raise ScannError(f"none of the {encodings.rows} rows for {path} is valid")
+        self._resident = int((np.cumsum(sizes) <= _RESIDENT_BYTES).sum())
         self._loaded: dict[int, Part] = {}
-
-    @classmethod
-    def open(cls, path, memory_bytes: int = 8 << 30) -> "Index":
-        """Opens an index.
-
-        Args:
-            path: its directory.
-            memory_bytes: memory for parts that stay loaded between searches; one more part is in
-                memory while it is searched.
-
-        Raises:
-            ScannError: there is no index, or it is unfinished or damaged; the message names the
-                file.
-        """
-        root = pathlib.Path(path)
-        return cls(root, read_manifest(root), memory_bytes)
 
     def search(
         self,
-        encodings_QxE: np.ndarray,
+        queries_QxE: np.ndarray,
         k: int = 10,
         without: np.ndarray | None = None,
-        *,
-        leaves_to_search: int = 0,
-        reorder: int = 0,
         opponents: bool = True,
-        read: Read | None = None,
         candidates: int = 0,
     ) -> Ranked:
         """Returns the rows with the largest and the smallest inner products that the index finds.
 
-        Scores are inner products with the rows as `read` returns them, else with the encodings kept
-        for reordering, else with the codes. Among equal scores the lower row comes first.
+        Among equal scores the lower row comes first.
 
         Args:
-            encodings_QxE: the queries' encodings.
+            queries_QxE: the queries' encodings.
             k: number of proponents and opponents; all rows if they are fewer.
             without: rows that were withdrawn after the build; never returned.
-            leaves_to_search: overrides the settings unless 0.
-            reorder: overrides the settings unless 0.
             opponents: whether to search for them too, which takes as long as for proponents.
-            read: a function from row numbers to encodings, by which candidates are scored and
-                ordered again. An index that keeps codes alone needs it for a good recall.
-            candidates: rows of each query to score so; 40 k by default.
+            candidates: if the index has codes alone, the rows of each query that are read and
+                scored by their encodings; 40 k by default.
 
         Returns:
             The ranking, without first ranks: an index knows the ranks of no other rows.
@@ -103,102 +100,177 @@ class Index:
         Raises:
             ScannError: an encoding is not finite, or a part cannot be read.
         """
-        queries_QxE = np.ascontiguousarray(encodings_QxE, np.float32)
+        queries_QxE = np.ascontiguousarray(queries_QxE, np.float32)
         bad = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))
         if len(bad):
             raise ScannError(f"the encoding of query {bad[0]} has a number that is not finite")
-        without = np.unique(np.asarray([] if without is None else without, np.int64))
+        without = np.asarray([] if without is None else without, np.int64)
         count = len(queries_QxE)
         # The smallest inner products with q are the largest with −q.
         both = np.concatenate([queries_QxE, -queries_QxE]) if opponents else queries_QxE
+        rescored = self.settings.has_codes_alone
+        depth = max(k, candidates or CANDIDATES * k) if rescored else k
         rows, scores = np.zeros((len(both), 0), np.int64), np.zeros((len(both), 0), np.float32)
-        depth = k if read is None else max(k, candidates or CANDIDATES * k)
-        for number in range(len(self._parts) if count else 0):
-            part = self._load(number)
-            part_rows, part_scores = part.search(both, depth, without, leaves_to_search, reorder)
+        for number in range(len(self.parts) if count else 0):
+            part_rows, part_scores = self._load(number).search(both, depth, without, self.settings)
             rows, scores = np.hstack([rows, part_rows]), np.hstack([scores, part_scores])
             order = np.lexsort((rows, -scores), axis=1)[:, :depth]
             rows = np.take_along_axis(rows, order, 1)
             scores = np.take_along_axis(scores, order, 1)
-        if read is not None:
-            rows, scores = _score_again(both, rows, read, k)
-        if not opponents:
-            empty = np.zeros((count, 0))
-            return Ranked(rows, scores, empty.astype(np.int64), empty.astype(np.float32), {})
-        return Ranked(rows[:count], scores[:count], rows[count:], -scores[count:], {})
+        if rescored:
+            rows, scores = self._score_again(both, rows, k)
+        # All of `rows` are proponents if opponents were not searched for.
+        return Ranked(
+            rows[:count],
+            scores[:count],
+            rows[count:] if opponents else rows[:, :0],
+            -scores[count:] if opponents else scores[:, :0],
+            {},
+        )
 
     def _load(self, number: int) -> Part:
-        part = self._loaded.get(number)
-        if part is None:
-            part = scann_part.load_part(self._parts[number], self.settings)
-            if number < self._resident:
-                self._loaded[number] = part
+        part = self._loaded.get(number) or scann_part.load_part(self.parts[number])
+        if number < self._resident:
+            self._loaded[number] = part
         return part
 
-
-def _score_again(queries_QxE, rows_QxN, read: Read, k: int):
-    """Returns the k best of every query's candidates by their encodings."""
-    k = min(k, rows_QxN.shape[1])
-    rows = np.zeros((len(rows_QxN), k), np.int64)
-    scores = np.zeros((len(rows_QxN), k), np.float32)
-    for q, candidates in enumerate(np.sort(rows_QxN, axis=1)):
-        with np.errstate(invalid="ignore"):
-            scores_N = read(candidates) @ queries_QxE[q]
-        bad = np.flatnonzero(~np.isfinite(scores_N))
-        if len(bad):
-            raise ScannError(
-                f"row {candidates[bad[0]]} is invalid now: give `without` what was withdrawn"
-            )
-        best = top(scores_N, k)
-        rows[q], scores[q] = candidates[best], scores_N[best]
-    return rows, scores
-
-
-def split_rows(rows: int, part_rows: int) -> list[slice]:
-    """Splits rows into parts of nearly equal size, so that none is too small to learn codes."""
-    parts = -(-rows // part_rows)
-    ends = [rows * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    def _score_again(self, queries_QxE, rows_QxN, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the k best of every query's candidates by their encodings."""
+        k = min(k, rows_QxN.shape[1])
+        rows = np.zeros((len(rows_QxN), k), np.int64)
+        scores = np.zeros((len(rows_QxN), k), np.float32)
+        for q, candidates in enumerate(np.sort(rows_QxN, axis=1)):
+            with np.errstate(invalid="ignore"):
+                scores_N = self._read(candidates) @ queries_QxE[q]
+            bad = np.flatnonzero(~np.isfinite(scores_N))
+            if len(bad):
+                raise ScannError(
+                    f"row {candidates[bad[0]]} is invalid now: give `without` what was withdrawn"
+                )
+            best = top(scores_N, k)
+            rows[q], scores[q] = candidates[best], scores_N[best]
+        return rows, scores
 
 
-def part_path(root: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the directory of a part."""
-    return root / f"{number:05d}"
+def build(
+    path,
+    encodings: Encodings,
+    settings: Settings,
+    check: Callable[[], tuple[np.ndarray, Ranked]] | None = None,
+) -> Index:
+    """Builds an index, resumes building it, or opens it if no part is missing.
 
+    The recall of a finished index is printed and kept in its manifest. Only one process may build
+    an index at a time.
 
-def read_manifest(root: pathlib.Path) -> dict:
-    """Reads the manifest of an index.
+    Args:
+        path: a local directory.
+        encodings: what to index; rows of missing parts are read once and in order.
+        settings: settings of ScaNN; `settings_for` chooses them.
+        check: a function that returns a sample of queries, float32 [Q, E], and their exact ranking,
+            called once all parts exist.
 
     Raises:
-        ScannError: there is none, or it is damaged or of another format.
+        ScannError: the directory has an index of other encodings or settings; no row is valid; a
+            part is damaged; ScaNN is not installed.
     """
-    try:
-        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ScannError(f"no index at {root}: {error}") from error
-    except ValueError as error:
-        raise ScannError(f"{root / 'manifest.json'} is damaged ({error}); build again") from error
-    stored = manifest.get("format") if isinstance(manifest, dict) else None
-    if stored != FORMAT:
-        raise ScannError(f"{root} has format {stored}, this version reads {FORMAT}; build it again")
-    return manifest
-
-
-def write_manifest(root: pathlib.Path, manifest: dict) -> None:
-    """Writes the manifest, which appears whole or not at all."""
-    with atomic_file.open_atomic(root / "manifest.json") as out:
-        json.dump(manifest, out, indent=1)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def check_same(root: pathlib.Path, stored: dict, expected: dict) -> None:
-    """Checks that an index was built with the expected values, and raises ScannError otherwise."""
-    lines = list(differences(stored, expected, "the index"))
-    if lines:
-        raise ScannError(
-            f"{root} was built with other values:\n  "
-            + "\n  ".join(lines)
-            + "\nremove it, or use the values that it was built with"
+    scann_part.import_scann()
+    root, location = pathlib.Path(path), Location(path)
+    manifest = {
+        "format": _FORMAT,
+        "rows": encodings.rows,
+        "width": encodings.width,
+        "settings": vars(settings),
+        "fingerprint": plain(encodings.fingerprint),
+        "scann": importlib.metadata.version("scann"),
+    }
+    stored = location.read_json("manifest.json")
+    if stored is None:
+        location.write_json("manifest.json", manifest)
+        stored = manifest
+    check_same(root, {k: stored.get(k) for k in manifest}, manifest, "the index", ScannError)
+    _build_missing_parts(root, encodings, settings)
+    index = Index(root, encodings, settings, stored.get("recall"))
+    if check is not None and index.recall is None:
+        index.recall = r = measure_recall(index, *check())
+        location.write_json("manifest.json", manifest | {"recall": r})
+        print(
+            f"index {root}: recall@{r['k']} against exact search over {r['queries']} queries: "
+            f"proponents {r['proponents']:.3f}, opponents {r['opponents']:.3f}",
+            flush=True,
         )
+    return index
+
+
+def _build_missing_parts(root: pathlib.Path, encodings: Encodings, settings: Settings) -> None:
+    parts = _parts(root, encodings.rows, settings)
+    missing = {directory: rows for directory, rows in parts.items() if not directory.exists()}
+    if not missing:
+        return
+    # One buffer serves all parts: it is most of the memory that a build takes.
+    buffer = np.empty((max(map(len, missing.values())), encodings.width), np.float32)
+    done = encodings.rows - sum(map(len, missing.values()))
+    with progress.bar(encodings.rows, "index", "row", done) as bar:
+        for directory, rows in missing.items():
+            scann_part.write_part(directory, *_read_valid(encodings, rows, buffer), settings)
+            bar.update(len(rows))
+
+
+def _parts(root: pathlib.Path, rows: int, settings: Settings) -> dict[pathlib.Path, range]:
+    """Returns the directory of every part and the rows that it covers.
+
+    The parts are of nearly equal size, so that none is too small to learn codes from.
+    """
+    count = -(-rows // settings.part_rows)
+    ends = [rows * i // count for i in range(count + 1)]
+    return {root / f"{i:05d}": range(ends[i], ends[i + 1]) for i in range(count)}
+
+
+def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the valid rows of a part into the buffer; returns their numbers and encodings."""
+    step = max(1, _STEP_BYTES // (4 * encodings.width))
+    numbers, count = [], 0
+    for first in range(covered.start, covered.stop, step):
+        rows = np.arange(first, min(first + step, covered.stop))
+        x = encodings.read(rows)
+        valid = store.valid(x)
+        numbers.append(rows[valid])
+        buffer[count : count + len(numbers[-1])] = x[valid]
+        count += len(numbers[-1])
+    rows_N, x_NxE = np.concatenate(numbers), buffer[:count]
+    # A sum is not finite if one of its numbers is not, and takes no array of truth values.
+    bad = np.flatnonzero(~np.isfinite(x_NxE.sum(axis=1, dtype=np.float64)))
+    if len(bad):
+        raise ScannError(
+            f"the encoding of row {rows_N[bad[0]]} has a number that is not finite; an invalid "
+            "row is infinite throughout"
+        )
+    return rows_N, x_NxE
+
+
+def measure_recall(index: Index, queries_QxE: np.ndarray, exact: Ranked) -> dict:
+    """Returns the share of the exact best, and worst, rows that an index finds.
+
+    If equal scores stand on both sides of the last, a row that exact search left out counts as
+    missed.
+
+    Args:
+        index: the index.
+        queries_QxE: encodings of the queries.
+        exact: the exact ranking of these queries.
+
+    Returns:
+        {"k", "queries", "proponents", "opponents"}, the last two from 0 to 1.
+    """
+    k = exact.proponents.shape[1]
+    approximate = index.search(queries_QxE, k)
+
+    def share(exact_Qxk: np.ndarray, rows_Qxk: np.ndarray) -> float:
+        return float((exact_Qxk[:, :, None] == rows_Qxk[:, None, :]).any(axis=2).mean())
+
+    return {
+        "k": k,
+        "queries": len(queries_QxE),
+        "proponents": share(exact.proponents, approximate.proponents),
+        "opponents": share(exact.opponents, approximate.opponents),
+    }

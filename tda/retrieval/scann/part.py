@@ -6,7 +6,6 @@ scann_*, *.npy  the files of ScaNN's `serialize`
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -24,7 +23,7 @@ _BATCH = 32
 
 
 class ScannError(ValueError):
-    """An index that cannot be built, or is absent, unfinished, damaged or of other encodings."""
+    """An index that cannot be built, is damaged, or was built from other encodings."""
 
 
 def import_scann():
@@ -43,12 +42,6 @@ def import_scann():
     return scann_ops_pybind
 
 
-def version() -> str:
-    """Returns ScaNN's version, or raises ScannError if it is not installed."""
-    import_scann()
-    return importlib.metadata.version("scann")
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A part in memory.
@@ -56,38 +49,34 @@ class Part:
     Attributes:
         rows: row numbers of the corpus, int64 [N], rising.
         searcher: ScaNN's searcher; None if no row is valid.
-        settings: the settings that it was built with.
     """
 
     rows: np.ndarray
     searcher: object
-    settings: Settings
 
     def search(
-        self,
-        encodings_QxE: np.ndarray,
-        k: int,
-        without: np.ndarray,
-        leaves: int = 0,
-        reorder: int = 0,
+        self, queries_QxE: np.ndarray, k: int, without: np.ndarray, settings: Settings
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows with the largest inner products and these, each [Q, ≤ k], best first.
 
         Args:
-            encodings_QxE: the queries' encodings, float32.
+            queries_QxE: the queries' encodings, float32.
             k: number of rows; all rows of the part if they are fewer.
-            without: rows of the corpus to leave out, sorted.
-            leaves: `leaves_to_search`; 0 takes that of the settings.
-            reorder: as in the settings; 0 takes that of the settings.
+            without: rows of the corpus to leave out.
+            settings: how many leaves to search and how many rows to score again.
         """
         excluded_N = np.isin(self.rows, without)
-        k = min(k, int((~excluded_N).sum()))
-        count = len(encodings_QxE)
+        k, count = min(k, int((~excluded_N).sum())), len(queries_QxE)
         rows, scores = np.zeros((count, k), np.int64), np.zeros((count, k), np.float32)
-        pending = np.arange(count) if k else np.arange(0)
+        pending = np.arange(count if k else 0)
         fetched = min(len(self.rows), k + min(k, int(excluded_N.sum())))
+        leaves = settings.leaves_to_search
         while len(pending):
-            places, values = self._nearest(encodings_QxE[pending], fetched, leaves, reorder)
+            batch = min(_BATCH, -(-len(pending) // (os.cpu_count() or 1)))
+            places, values = self.searcher.search_batched_parallel(
+                queries_QxE[pending], fetched, max(fetched, settings.reorder), leaves or None, batch
+            )
+            # ScaNN fills up with NaN scores if the searched leaves hold too few rows.
             usable = ~np.isnan(values) & ~excluded_N[places]
             enough = np.flatnonzero(usable.sum(axis=1) >= k)
             # A stable sort moves the usable ones to the front and keeps their order.
@@ -95,20 +84,11 @@ class Part:
             rows[pending[enough]] = self.rows[np.take_along_axis(places[enough], front, 1)]
             scores[pending[enough]] = np.take_along_axis(values[enough], front, 1)
             pending = np.delete(pending, enough)
-            if len(pending) and fetched == len(self.rows) and leaves == self.settings.leaves:
+            if len(pending) and fetched == len(self.rows) and leaves == settings.leaves:
                 raise ScannError(f"ScaNN returned fewer than {k} rows though there are as many")
             # The searched leaves hold too few rows, or too many of them are left out: ask for more.
-            fetched, leaves = min(len(self.rows), 4 * fetched), self.settings.leaves
+            fetched, leaves = min(len(self.rows), 4 * fetched), settings.leaves
         return rows, scores
-
-    def _nearest(self, encodings_QxE, k: int, leaves: int, reorder: int):
-        """Returns places in `rows` and scores, each [Q, k]; NaN scores if fewer were found."""
-        reorder = max(k, reorder or self.settings.reorder)
-        leaves = leaves or self.settings.leaves_to_search or None
-        batch = min(_BATCH, -(-len(encodings_QxE) // (os.cpu_count() or 1)))
-        search = self.searcher.search_batched_parallel
-        places, scores = search(encodings_QxE, k, reorder, leaves, batch)
-        return places.astype(np.int64), scores
 
 
 def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: Settings) -> None:
@@ -130,14 +110,11 @@ def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: 
     try:
         temporary.mkdir(parents=True)
         if len(rows_N):
-            searcher = _build_searcher(encodings_NxE, settings)
-            searcher.serialize(str(temporary), relative_path=True)
+            # Relative paths, so that the directory may be moved.
+            _build_searcher(encodings_NxE, settings).serialize(str(temporary), relative_path=True)
         np.save(temporary / "rows.npy", rows_N)
-        description = {
-            "valid": len(rows_N),
-            "files": {p.name: p.stat().st_size for p in sorted(temporary.iterdir())},
-        }
-        text = json.dumps(description, indent=1) + "\n"
+        sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+        text = json.dumps({"valid": len(rows_N), "files": sizes}, indent=1) + "\n"
         (temporary / "part.json").write_text(text, encoding="utf-8")
         # On disk before the directory gets its name, so that not even a power cut leaves half.
         for file in [*temporary.iterdir(), temporary]:
@@ -150,35 +127,35 @@ def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: 
 
 def _build_searcher(encodings_NxE, settings: Settings):
     scann = import_scann()
+    from scann.scann_ops.py.scann_builder import ReorderType
+
     count = len(encodings_NxE)
+    training = {
+        "training_sample_size": settings.training_rows,
+        "training_iterations": settings.training_iterations,
+    }
     builder = scann.builder(encodings_NxE, 10, "dot_product").set_n_training_threads(os.cpu_count())
-    if count < _FEWEST_ROWS or not (settings.dims_per_block or settings.leaves):
-        return builder.score_brute_force().build()
-    leaves = min(settings.leaves, count // 16)
+    leaves = min(settings.leaves, count // 16) if count >= _FEWEST_ROWS else 0
     if leaves > 1:
         builder = builder.tree(
             leaves,
             min(leaves, settings.leaves_to_search),
-            training_sample_size=settings.training_rows,
-            training_iterations=settings.training_iterations,
             # k-means++ has a fixed generator; random centres would differ between two builds.
             random_init=False,
             soar_lambda=settings.soar or None,
+            **training,
         )
-    if not settings.dims_per_block:
+    if count < _FEWEST_ROWS or not settings.dims_per_block:
         return builder.score_brute_force().build()
-    from scann.scann_ops.py.scann_builder import ReorderType
-
     builder = builder.score_ah(
         settings.dims_per_block,
+        # ScaNN takes NaN for quantisation that weights all errors alike.
         anisotropic_quantization_threshold=settings.threshold or float("nan"),
-        training_sample_size=settings.training_rows,
-        training_iterations=settings.training_iterations,
         residual_quantization=settings.residual and leaves > 1,
+        **training,
     )
     if settings.reorder:
-        dtype = ReorderType[settings.reorder_dtype.upper()]
-        builder = builder.reorder(settings.reorder, dtype)
+        builder = builder.reorder(settings.reorder, ReorderType[settings.reorder_dtype.upper()])
     return builder.build()
 
 
@@ -202,30 +179,29 @@ def check_part(path: pathlib.Path) -> tuple[int, int]:
     advice = "remove the directory and build the index again: only this part is made anew"
     try:
         description = json.loads((path / "part.json").read_text(encoding="utf-8"))
-        sizes, valid = dict(description["files"]), int(description["valid"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ScannError(f"{path / 'part.json'} cannot be read ({error}); {advice}") from error
-    for name, size in sizes.items():
+    for name, size in description["files"].items():
         actual = (path / name).stat().st_size if (path / name).exists() else "no"
         if actual != size:
             raise ScannError(f"{path / name} has {actual} bytes, not {size}; {advice}")
-    return sum(sizes.values()), valid
+    return sum(description["files"].values()), description["valid"]
 
 
-def load_part(path: pathlib.Path, settings: Settings) -> Part:
+def load_part(path: pathlib.Path) -> Part:
     """Loads a part that `check_part` has checked.
 
     Reads what ScaNN's `load_searcher` reads, except for `scann_docids.pkl`, which it would
     unpickle: an index has no document ids, and a pickle could run anything.
 
     Raises:
-        ScannError: the files do not fit together, or name files elsewhere.
+        ScannError: ScaNN cannot read the files, or they name files elsewhere.
     """
     scann = import_scann()
     try:
         rows = np.load(path / "rows.npy", allow_pickle=False)
         if not len(rows):
-            return Part(rows, None, settings)
+            return Part(rows, None)
         assets = (path / "scann_assets.pbtxt").read_text(encoding="utf-8")
         for name in re.findall(r'asset_path: *"([^"]*)"', assets):
             # Otherwise an index from someone else could read files from anywhere.
@@ -234,6 +210,4 @@ def load_part(path: pathlib.Path, settings: Settings) -> Part:
         searcher = scann.ScannSearcher(scann.scann_pybind.ScannNumpy(str(path), assets))
     except (OSError, RuntimeError, ValueError) as error:
         raise ScannError(f"cannot load {path}: {error}") from error
-    if searcher.size() != len(rows):
-        raise ScannError(f"{path} has {searcher.size()} encodings for {len(rows)} rows")
-    return Part(rows, searcher, settings)
+    return Part(rows, searcher)

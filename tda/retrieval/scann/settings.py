@@ -2,12 +2,15 @@
 
 import dataclasses
 
-# Below so many numbers in all rows, exact search is quick enough.
+# Below so many numbers in all rows (1 GiB), exact search answers a batch of queries in less than a
+# second on two CPU cores, and no index is worth its loss of recall.
 _EXACT_NUMBERS = 1 << 28
-# Least codes of a row, most rows that codes are learned from, and least rows of a part, as
-# `settings_for` explains.
+# Codes of a row, at least: recall depends on the bits of a row and not on its width. Whitened
+# gradients do not cluster, so fewer codes lose the best rows (benchmarks/RESULTS.md, scann_curve).
 _CODES = 1024
+# Rows that codes are learned from, at most: more of them did not raise the recall.
 _TRAINING_ROWS = 5_000
+# Rows of a part, at least: fewer are too few to learn codes from.
 _PART_ROWS = 1_000
 REORDER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -19,16 +22,16 @@ class Settings:
 
     Attributes:
         part_rows: most rows of the corpus in one part; bounds memory.
-        dims_per_block: numbers of an encoding that one 4-bit code stands for; 0 codes nothing, and
+        dims_per_block: numbers of an encoding that one 4-bit code stands for; 0 makes no codes, and
             every row of a searched leaf is scored by its float32 encoding.
-        threshold: of anisotropic quantisation: the error along a row is weighted as for scores of
-            at least `threshold` times its norm; 0 weights all errors alike.
-        reorder: rows of each part that the codes rank first and whose encodings score them again;
-            0 leaves the scores to the codes.
+        threshold: threshold T of anisotropic quantisation: codes keep the scores of queries whose
+            inner product with a row is at least T times the row's norm; 0 weights all errors alike.
+        reorder: rows of each part that are ranked first by codes and then scored again by their
+            encodings; 0 keeps only codes.
         reorder_dtype: dtype of the encodings for that: "float32", "bfloat16" or "int8".
         leaves: k-means partitions of a part's rows; 0 searches all rows.
         leaves_to_search: leaves that a query looks into.
-        residual: whether codes are of a row minus its leaf's centre.
+        residual: whether codes describe a row minus its leaf's centre.
         soar: SOAR's λ: every row is in a second leaf, chosen for the queries that miss the first;
             0 keeps it in one.
         training_rows: most rows of a part that codes and leaves are learned from.
@@ -55,9 +58,9 @@ class Settings:
         least |= dict.fromkeys(("dims_per_block", "reorder", "leaves", "leaves_to_search"), 0)
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is at least {low}")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}; it is from 0 to below 1")
+            raise ValueError(f"threshold is {self.threshold}; it must be from 0 to below 1")
         if self.reorder_dtype not in REORDER_BYTES:
             known = ", ".join(REORDER_BYTES)
             raise ValueError(f"reorder_dtype is {self.reorder_dtype!r}; use {known}")
@@ -68,6 +71,11 @@ class Settings:
             )
         if not self.leaves and (self.soar or self.residual):
             raise ValueError("soar and residual need leaves")
+
+    @property
+    def has_codes_alone(self) -> bool:
+        """Whether an index keeps codes and no encodings to score candidates by."""
+        return bool(self.dims_per_block) and not self.reorder
 
     def row_bytes(self, width: int) -> int:
         """Returns the bytes on disk of a row; ScaNN writes a byte for each 4-bit code."""
@@ -82,13 +90,10 @@ def settings_for(
 ) -> Settings | None:
     """Returns the settings for a corpus, or None if exact search is quick enough.
 
-    - Below 2^28 numbers (1 GiB), exact search answers a batch of queries in less than a second on
-      two CPU cores, and no index is worth its loss of recall.
-    - A row becomes 1,024 to 2,047 codes, whatever its width: the error of an inner product depends
-      on the bits of a row, and the time of a search on its codes.
+    - A row becomes 1,024 to 2,047 codes, whatever its width.
     - About `40 k` rows are scored again by their int8 encodings, at least `3 k` of each part, if
-      these and the codes fit into memory. Otherwise reading them takes as long as reading all rows,
-      so there are codes alone: let searches score their candidates again (`read`).
+      these and the codes fit into memory. Otherwise there are codes alone, and searches score their
+      candidates by encodings that they read.
     - There are no leaves: whitened gradients hardly cluster, so a query's best rows are in many.
     - Memory holds three times a part's rows and twice the rows that codes are learned from, which
       is what ScaNN takes to build a part.
@@ -101,8 +106,8 @@ def settings_for(
         changes: settings that override the rule.
 
     Raises:
-        ValueError: memory holds too few rows to learn codes from; the message says how much would
-            do.
+        ValueError: memory holds too few rows to learn codes from; the message says how much is
+            enough.
     """
     if rows * width < _EXACT_NUMBERS:
         return None
@@ -114,7 +119,7 @@ def settings_for(
         needed = 4 * width * (3 * _PART_ROWS + 2 * training)
         raise ValueError(
             f"{memory_bytes / 2**30:.1f} GiB hold too few rows of {width} numbers for a part of an "
-            f"index; {needed / 2**30:.1f} GiB would do"
+            f"index; {needed / 2**30:.1f} GiB are enough"
         )
     part_rows = min(rows, part_rows)
     parts = -(-rows // part_rows)
