@@ -121,15 +121,15 @@ class _Part:
     """Some shards of a store, as a source: the `number`-th of so many parts."""
 
     def __init__(self, store: stores.GradientStore, number: int, parts: int):
-        self._store, self._part = store, (number, parts)
+        self._store, self._shards = store, slice(number, None, parts)
         self.form = store.form
         self.files = files_of(store)[number::parts]
-        shards = store.shards()[number::parts]
+        shards = store.shards()[self._shards]
         self.rows = sum(map(_length, shards))
 
     def scan(self, step: int):
         """The rows of these shards."""
-        return self._store.scan(step, self._part)
+        return self._store.scan(step, self._shards)
 
 
 def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:

@@ -15,6 +15,7 @@ from tda.store.rows import Rows
 from tda.store.segment import Form, Segment, Span
 
 FORMAT = 2
+# Bytes that are read at a time, in spans of whole chunks, and how many spans ahead of the user.
 _SPAN_BYTES = 64 << 20
 _SPANS_AHEAD = 3
 # One reader waits for the disk while the other checks checksums.
@@ -61,7 +62,8 @@ class GradientStore:
     @property
     def ids(self) -> list[str]:
         """The ids of all rows, in order; reads every record."""
-        return [p.id for s in self._segments for p in s.passages]
+        steps = [range(i, min(self.rows, i + 4096)) for i in range(0, self.rows, 4096)]
+        return [p.id for numbers in steps for p in self.passages(numbers)]
 
     def passages(self, numbers: Sequence[int]) -> list[Passage]:
         """Reads id, document and text of rows, in the order of `numbers`.
@@ -77,7 +79,7 @@ class GradientStore:
         return out
 
     def _checked(self, numbers) -> np.ndarray:
-        """Returns row numbers as int64; raises an IndexError where there is no such row."""
+        """Returns row numbers as int64; raises an IndexError if there is no such row."""
         numbers = np.asarray(numbers, np.int64)
         outside = numbers[(numbers < 0) | (numbers >= self.rows)]
         if len(outside):
@@ -90,13 +92,17 @@ class GradientStore:
         Raises:
             KeyError: there is no such passage.
         """
-        for segment, first in zip(self._segments, self._firsts, strict=False):
-            for row in segment.passages.rows_of(name):
-                return first + row
+        for row in self.rows_of(name):
+            return row
         raise KeyError(f"{self.path} has no passage {name!r}")
 
+    def rows_of(self, name: str) -> list[int]:
+        """Returns the row of the passage with this id, as a list of one row or none."""
+        pairs = zip(self._segments, self._firsts, strict=False)
+        return [first + r for s, first in pairs for r in s.passages.rows_of(name)]
+
     def rows_of_document(self, name: str) -> list[int]:
-        """Returns the rows of a document's passages; empty where there is no such document."""
+        """Returns the rows of a document's passages; empty if there is no such document."""
         pairs = zip(self._segments, self._firsts, strict=False)
         return [first + r for s, first in pairs for r in s.passages.rows_of_document(name)]
 
@@ -123,62 +129,47 @@ class GradientStore:
         Raises:
             StoreError: there is no such passage or document; nothing is withdrawn then.
         """
-        more = processes.on_first_process(
+        count = processes.on_first_process(
             "withdraw passages", lambda: self._withdraw(ids, documents)
         )
         # Drops the cached property, so that the list is read again.
         self.__dict__.pop("withdrawn", None)
-        return more
+        return count
 
     def _withdraw(self, ids, documents) -> int:
         """Writes the list; returns the number of new rows."""
-        numbers, absent, more = set(), [], 0
-        for name in ids:
-            try:
-                numbers.add(self.row_of(name))
-            except KeyError:
-                absent.append(f"passage {name!r}")
-        for name in documents:
-            rows = self.rows_of_document(name)
-            numbers.update(rows)
-            if not rows:
-                absent.append(f"document {name!r}")
+        rows = {f"passage {name!r}": self.rows_of(name) for name in ids}
+        rows |= {f"document {name!r}": self.rows_of_document(name) for name in documents}
+        absent = [name for name, numbers in rows.items() if not numbers]
         if absent:
             raise StoreError(f"{self.path} has no {', no '.join(absent[:5])}; nothing is withdrawn")
+        numbers, before = set().union(*rows.values()), set()
 
         def add(stored):
-            nonlocal more
+            # Called again with the newer list if another process wrote one meanwhile.
+            nonlocal before
             before = set(stored["rows"] if stored else [])
-            more = len(numbers - before)
             return {"rows": sorted(numbers | before)}
 
         self.location.update_json("withdrawn.json", add)
-        return more
+        return len(numbers - before)
+
+    @functools.cached_property
+    def _shards(self) -> list[tuple[Segment, int, int]]:
+        """The segment of every shard, the segment's first row, and the shard's number in it."""
+        pairs = zip(self._segments, self._firsts, strict=False)
+        return [(segment, first, i) for segment, first in pairs for i in range(segment.shards)]
 
     def shards(self) -> list[slice]:
         """Returns the rows of every shard."""
-        out = []
-        for segment, first in zip(self._segments, self._firsts, strict=False):
-            rows = map(segment.rows_of, range(segment.shards))
-            out += [slice(first + s.start, first + s.stop) for s in rows]
-        return out
+        rows = ((first, segment.rows_of(i)) for segment, first, i in self._shards)
+        return [slice(first + local.start, first + local.stop) for first, local in rows]
 
     def missing(self) -> list[int]:
         """Returns the numbers of the shards that are not written yet."""
-        out, before = [], 0
-        for segment in self._segments:
-            written = segment.written()
-            out += [before + i for i in range(segment.shards) if i not in written]
-            before += segment.shards
-        return out
-
-    def _place(self, shard: int) -> tuple[Segment, int]:
-        """The segment of a shard, and the shard's number in it."""
-        for segment in self._segments:
-            if shard < segment.shards:
-                return segment, shard
-            shard -= segment.shards
-        raise IndexError(f"{self.path} has no shard of that number")
+        written = {segment: segment.written() for segment in self._segments}
+        pairs = enumerate(self._shards)
+        return [number for number, (segment, _, i) in pairs if i not in written[segment]]
 
     def _split(self, numbers: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
         """Yields each segment with the positions in `numbers` and the local numbers of its rows."""
@@ -199,7 +190,7 @@ class GradientStore:
         Raises:
             StoreError: the rows are not the shard's, or cannot be written.
         """
-        segment, number = self._place(shard)
+        segment, _, number = self._shards[shard]
         rows = segment.rows_of(number)
         shape = (rows.stop - rows.start, self.width)
         if encodings_RxE.shape != shape:
@@ -230,36 +221,31 @@ class GradientStore:
         out[np.isin(numbers, self.withdrawn)] = np.inf
         return out
 
-    def scan(self, step: int, part: tuple[int, int] = (0, 1)) -> Iterator[Rows]:
+    def scan(self, step: int, shards: slice = slice(None)) -> Iterator[Rows]:
         """Reads all rows in order, at most `step` at a time; files are read ahead.
 
         Args:
             step: rows at a time, a power of two.
-            part: (i, n) to read only shards i, i + n, …, as the i-th of n readers.
+            shards: the shards to read; slice(i, None, n) is the share of the i-th of n readers.
 
         Raises:
             StoreError: a shard is missing or damaged.
         """
         waiting: deque = deque()
         with ThreadPoolExecutor(_READERS, "read ahead") as ahead:
-            for segment, first, span in self._spans(step, part):
+            for segment, first, span in self._spans(step, shards):
                 waiting.append(ahead.submit(self._read_span, segment, first, span))
                 if len(waiting) > _SPANS_AHEAD:
                     yield from _pieces(waiting.popleft().result(), step)
             while waiting:
                 yield from _pieces(waiting.popleft().result(), step)
 
-    def _spans(self, step: int, part: tuple[int, int]) -> Iterator[tuple[Segment, int, Span]]:
-        number = 0
-        for segment, first in zip(self._segments, self._firsts, strict=False):
+    def _spans(self, step: int, shards: slice) -> Iterator[tuple[Segment, int, Span]]:
+        for segment, first, i in self._shards[shards]:
             rows = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
             # A power of two is a multiple of both the step and the chunk, which are powers too.
-            length = 1 << (rows.bit_length() - 1)
-            for shard in range(segment.shards):
-                if number % part[1] == part[0]:
-                    for span in segment.spans(shard, length):
-                        yield segment, first, span
-                number += 1
+            for span in segment.spans(i, 1 << (rows.bit_length() - 1)):
+                yield segment, first, span
 
     def _read_span(self, segment: Segment, first: int, span: Span) -> Rows:
         rows = self._read_advising(segment.read_span, span)
@@ -281,12 +267,8 @@ class GradientStore:
             ) from error
 
     def damage(self, shard: int) -> str | None:
-        """Reads a whole shard and describes its damage.
-
-        Returns:
-            The error; None where the shard is undamaged or missing.
-        """
-        segment, number = self._place(shard)
+        """Reads a whole shard; returns the error of a damaged one, None of any other."""
+        segment, _, number = self._shards[shard]
         if number not in segment.written():
             return None
         try:
@@ -313,7 +295,7 @@ class GradientStore:
 
     def remove(self, shard: int) -> None:
         """Removes a shard: it is missing from now on, and the next run writes it again."""
-        segment, number = self._place(shard)
+        segment, _, number = self._shards[shard]
         segment.remove(number)
 
 

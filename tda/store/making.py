@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from tda.runtime import processes
 from tda.runtime.differences import check_same
-from tda.store import passages, rows, segment
+from tda.store import rows, segment
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
+from tda.store.passages import PassageList
 from tda.store.segment import Form
 
 SHARD_BYTES = 256 << 20
@@ -51,9 +52,9 @@ def create(
         raise StoreError("there are no rows to store: the corpus is empty")
     if dtype not in rows.DTYPES:
         raise StoreError(f"unknown dtype {dtype!r}; use {', '.join(rows.DTYPES)}")
-    documents = ids if documents is None else documents
+    passages = PassageList(ids, ids if documents is None else documents, texts)
     form, location = Form(dtype, tuple(blocks.values())), Location(path)
-    described = segment.about(form, ids, documents, shard_bytes, corpus)
+    described = segment.describe(form, passages, shard_bytes, corpus)
     manifest = {
         "format": FORMAT,
         "width": form.width,
@@ -72,14 +73,14 @@ def create(
                     "manifest.json. Nothing was removed; choose another directory, or move away "
                     "what is in it"
                 )
-            segment.make(location / "0", form, described, ids, documents, texts)
+            segment.make(location / "0", form, described, passages)
             # The manifest is written last: a directory without one is not a store yet.
             location.write_json("manifest.json", manifest)
             return
         stored = read_manifest(location)
         # Segments that were appended since are no difference.
         _check_same(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
-        passages.write(location / "0", ids, documents, texts)
+        passages.write(location / "0")
 
     processes.on_first_process(f"make the store {location.name}", make)
     return GradientStore(location)
@@ -111,18 +112,17 @@ def append(
     """
     if not len(ids):
         raise StoreError("there are no rows to append")
-    documents = ids if documents is None else documents
+    passages = PassageList(ids, ids if documents is None else documents, texts)
 
     def make():
         store = open_store(path, fingerprint)
         segments = store.manifest["segments"]
-        described = segment.about(store.form, ids, documents, shard_bytes, corpus)
+        described = segment.describe(store.form, passages, shard_bytes, corpus)
         if described in segments[1:]:
-            number = segments.index(described, 1)
-            passages.write(store.location / str(number), ids, documents, texts)
+            passages.write(store.location / str(segments.index(described, 1)))
             return
         for name in ids:
-            if _has(store, name):
+            if store.rows_of(name):
                 raise StoreError(f"{store.path} has a passage {name!r} already")
         number = str(len(segments))
         if other := _clear_leftovers(store.location, number, number):
@@ -130,8 +130,8 @@ def append(
                 f"{store.path} cannot be appended to: the new rows belong in {number}/, and "
                 f"{other} is no file of theirs. Nothing was removed; move away what is in {number}/"
             )
-        folder = store.location / number
-        segment.make(folder, store.form, described, ids, documents, texts)
+        segment.make(store.location / number, store.form, described, passages)
+        # Written last: until then the new rows do not belong to the store.
         longer = store.manifest | {"segments": [*segments, described]}
         store.location.write_json("manifest.json", longer)
 
@@ -158,14 +158,6 @@ def _clear_leftovers(location: Location, folder: str, number: str) -> str | None
     for name in names:
         location.remove(name)
     return None
-
-
-def _has(store: GradientStore, name: str) -> bool:
-    try:
-        store.row_of(name)
-    except KeyError:
-        return False
-    return True
 
 
 def open_store(path, fingerprint: dict | None = None) -> GradientStore:

@@ -1,5 +1,6 @@
 """A segment of a store: rows that were added together, in zarr arrays of one file a shard."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -8,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorstore as ts
 
-from tda.store import passages, rows, shard_file
+from tda.store import arrays, rows, shard_file
 from tda.store.location import Location, StoreError
-from tda.store.passages import Passages
+from tda.store.passages import PassageList, Passages
 from tda.store.rows import Rows
 
+# As large as a reader's step on a CPU needs, and small beside a shard.
 _CHUNK_BYTES = 4 << 20
 
 
@@ -40,8 +42,8 @@ class Form:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The names of a segment's arrays, in the order in which they are written."""
-        return ("scales", "gradients") if self.dtype == "int8" else ("gradients",)
+        """The names of a segment's arrays."""
+        return ("gradients", "scales") if self.dtype == "int8" else ("gradients",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,37 +55,37 @@ class Span:
     stop: int
 
 
-def about(form: Form, ids, documents, shard_bytes: int, corpus) -> dict:
+def describe(form: Form, passages: PassageList, shard_bytes: int, corpus) -> dict:
     """Returns a segment's entry in the manifest: its rows, their layout in files, their passages.
 
     A chunk, which has its own checksum, has a power of two of rows, so that readers' steps fit.
     """
-    count = len(ids)
-    chunk = min(_power(_CHUNK_BYTES // form.row_bytes), _power(2 * count - 1))
+    count = len(passages.ids)
     shard = max(1, shard_bytes // form.row_bytes)
-    chunk = min(chunk, _power(shard))
+    # No larger than a shard, nor than a small corpus needs.
+    chunk = min(map(_power, (_CHUNK_BYTES // form.row_bytes, 2 * count - 1, shard)))
     return {
         "rows": count,
         "shard_rows": min(shard // chunk, math.ceil(count / chunk)) * chunk,
         "chunk_rows": chunk,
-        "passages": passages.digest(ids, documents),
+        "passages": passages.digest(),
         "corpus": corpus,
     }
 
 
 def _power(n: int) -> int:
-    """The largest power of two up to n, at least 1."""
+    """Returns the largest power of two up to n, at least 1."""
     return 1 << (max(1, n).bit_length() - 1)
 
 
-def make(location: Location, form: Form, described: dict, ids, documents, texts) -> None:
+def make(location: Location, form: Form, described: dict, passages: PassageList) -> None:
     """Writes a segment's passages and its arrays, which have no shard yet."""
-    passages.write(location, ids, documents, texts)
+    passages.write(location)
     for name in form.arrays:
         _open_array(location, form, described, name, create=True)
 
 
-# All files that `make` writes: what else there is, it did not.
+# All files that `make` writes: a folder with any other file is never cleared.
 _MADE = re.compile(
     r"(ids|documents)/(hashes|rows)/(zarr\.json|c/\d+)"
     r"|passages/\d+\.array_record(\.part)?"
@@ -101,8 +103,8 @@ class Segment:
 
     Args:
         location: its directory.
-        form: of its rows.
-        described: what the manifest says of it.
+        form: dtype and block widths of its rows.
+        described: its entry in the manifest.
         buffers: memory for reading.
     """
 
@@ -113,6 +115,9 @@ class Segment:
         self.chunk_rows: int = described["chunk_rows"]
         self.passages = Passages(location, self.rows)
         self._arrays = {n: _open_array(location, form, described, n) for n in form.arrays}
+        self._layout = shard_file.Layout(
+            self.chunk_rows * form.row_bytes, self.shard_rows // self.chunk_rows
+        )
 
     @property
     def shards(self) -> int:
@@ -125,7 +130,7 @@ class Segment:
         return slice(start, min(self.rows, start + self.shard_rows))
 
     def written(self) -> set[int]:
-        """Returns the numbers of the shards that are written."""
+        """Returns the numbers of the shards that are written, in all arrays."""
         by_array = []
         for name in self.form.arrays:
             keys = (k.split(".") for k in (self.location / name).names())
@@ -133,59 +138,50 @@ class Segment:
         return set.intersection(*by_array)
 
     def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
-        """Writes a shard, atomically: the values are written last, and complete it.
+        """Writes a shard, atomically.
 
         Returns:
             Which rows are invalid, bool [R].
         """
-        shard_rows, folder = self.rows_of(shard), (self.location / "gradients").path
-        wrong: dict[int, np.ndarray] = {}
-        scales: dict[int, np.ndarray] = {}
 
-        def encode(start: int) -> np.ndarray:
+        def encode(start: int):
             x = x_RxE[start : start + self.chunk_rows]
             bad = ~np.isfinite(x).all(axis=1)
-            wrong[start] = bad
             x = np.where(bad[:, None], np.float32(np.inf), x) if bad.any() else x
-            values, scales[start] = rows.encode(x, self.form.dtype, self.form.widths)
-            return values
+            values, scales = rows.encode(x, self.form.dtype, self.form.widths)
+            chunks = {"gradients": values, "scales": scales}
+            return bad, [self._chunk(chunks[name]) for name in self.form.arrays]
 
-        def encode_chunk(start: int) -> tuple[np.ndarray, int]:
-            values = self._filled(encode(start))
-            return values, shard_file.checksum(values)
+        invalid = []
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as ahead:
+            files = {
+                name: stack.enter_context(
+                    shard_file.writing(self.location / name, f"c.{shard}.0", self._layout.chunks)
+                )
+                for name in self.form.arrays
+            }
+            # The next chunks are encoded while one is written.
+            for bad, chunks in ahead.map(encode, range(0, len(x_RxE), self.chunk_rows)):
+                invalid.append(bad)
+                for name, chunk in zip(self.form.arrays, chunks, strict=True):
+                    files[name].add(*chunk)
+        return np.concatenate(invalid)
 
-        def write_scales():
-            if self.form.dtype == "int8":
-                self._arrays["scales"][shard_rows].write(
-                    np.concatenate([scales[i] for i in starts])
-                ).result()
+    def _chunk(self, values: np.ndarray) -> tuple[np.ndarray, int]:
+        """Returns the values of a chunk and their checksum; the corpus's last chunk is filled up.
 
-        starts = range(0, len(x_RxE), self.chunk_rows)
-        if folder is None:
-            values = np.concatenate([encode(i) for i in starts])
-            write_scales()
-            self._arrays["gradients"][shard_rows].write(values).result()
-        else:
-            chunks = self.shard_rows // self.chunk_rows
-            path = str(folder / f"c.{shard}.0")
-            with shard_file.writing(path, chunks) as out, ThreadPoolExecutor(2) as ahead:
-                # The next chunks are encoded while one is written.
-                for values, checksum in ahead.map(encode_chunk, starts):
-                    out.add(values, checksum)
-                write_scales()
-        return np.concatenate([wrong[i] for i in starts])
-
-    def _filled(self, values: np.ndarray) -> np.ndarray:
-        """Returns the values of a chunk; the corpus's last is filled up as TensorStore fills it."""
-        lacking = self.chunk_rows - len(values)
-        if not lacking:
-            return np.ascontiguousarray(values)
-        fill = np.full((lacking, values.shape[1]), _fill_value(self.form.dtype), values.dtype)
-        return np.concatenate([values, fill])
+        With the array's fill value, as TensorStore does it.
+        """
+        if lacking := self.chunk_rows - len(values):
+            fill = 0 if values.dtype == np.int8 else np.nan
+            end = np.full((lacking, values.shape[1]), fill, values.dtype)
+            values = np.concatenate([values, end])
+        values = np.ascontiguousarray(values)
+        return values, shard_file.checksum(values)
 
     def remove(self, shard: int) -> None:
         """Removes a shard."""
-        for name in reversed(self.form.arrays):
+        for name in self.form.arrays:
             (self.location / name).remove(f"c.{shard}.0")
 
     def read(self, local: np.ndarray) -> Rows:
@@ -194,18 +190,21 @@ class Segment:
         Raises:
             StoreError: a row is not written, or a checksum is wrong.
         """
-        # A run of rows is read as a slice.
+        # A run of rows is read as a slice, which TensorStore copies much faster.
         is_run = len(local) and (np.diff(local) == 1).all()
         return self._read(slice(int(local[0]), int(local[-1]) + 1) if is_run else local)
 
     def _read(self, index) -> Rows:
+        return self._checked(self._read_array("gradients", index), self._read_scales(index))
+
+    def _read_scales(self, index) -> np.ndarray | None:
+        return self._read_array("scales", index) if "scales" in self._arrays else None
+
+    def _read_array(self, name: str, index) -> np.ndarray:
         try:
-            reads = {n: a[index].read() for n, a in self._arrays.items()}
-            values = reads["gradients"].result()
-            scales = reads["scales"].result() if "scales" in reads else None
+            return self._arrays[name][index].read().result()
         except (ValueError, OSError) as error:
-            raise StoreError(f"{self.location.name} is damaged: {error}") from error
-        return self._checked(values, scales)
+            raise StoreError(f"{self.location.name}/{name} is damaged: {error}") from error
 
     def spans(self, shard: int, length: int) -> list[Span]:
         """Cuts a shard into spans of `length` rows, a multiple of the rows of a chunk."""
@@ -222,28 +221,18 @@ class Segment:
         folder, index = (self.location / "gradients").path, slice(span.start, span.stop)
         if folder is None:
             return self._read(index)
-        dtype = rows.DTYPES[self.form.dtype]
+        first = (span.start - span.shard * self.shard_rows) // self.chunk_rows
+        count = math.ceil((span.stop - span.start) / self.chunk_rows)
         try:
             raw = shard_file.read(
-                str(folder / f"c.{span.shard}.0"),
-                (span.start - span.shard * self.shard_rows) // self.chunk_rows,
-                math.ceil((span.stop - span.start) / self.chunk_rows),
-                self.chunk_rows * self.form.row_bytes,
-                self.shard_rows // self.chunk_rows,
-                self._buffers,
+                str(folder / f"c.{span.shard}.0"), self._layout, first, count, self._buffers
             )
         except FileNotFoundError:
             self._refuse_unfinished()
         if raw is None:
             return self._read(index)
-        values = raw.view(dtype).reshape(-1, self.form.width)[: span.stop - span.start]
-        scales = None
-        if "scales" in self._arrays:
-            try:
-                scales = self._arrays["scales"][index].read().result()
-            except (ValueError, OSError) as error:
-                raise StoreError(f"{self.location.name}/scales is damaged: {error}") from error
-        return self._checked(values, scales)
+        values = raw.view(rows.DTYPES[self.form.dtype]).reshape(-1, self.form.width)
+        return self._checked(values[: span.stop - span.start], self._read_scales(index))
 
     def _checked(self, values: np.ndarray, scales: np.ndarray | None) -> Rows:
         """Returns the rows with the invalid ones marked."""
@@ -258,37 +247,13 @@ class Segment:
         raise StoreError(f"{self.location.name} is unfinished: shards {missing} are missing")
 
 
-def _fill_value(dtype: str):
-    """A row that was never written reads as NaN (in int8 its scale), not as a gradient of zero."""
-    return 0 if dtype == "int8" else np.nan
-
-
-def _open_array(location: Location, form: Form, described: dict, name: str, create: bool = False):
-    dtype, width = form.dtype, form.width
-    if name == "scales":
-        dtype, width = "float32", len(form.widths)
-    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    codec = {"chunk_shape": [described["chunk_rows"], width], "codecs": inner}
-    spec = {
-        "driver": "zarr3",
-        "kvstore": (location / name).spec(),
-        # A shard must appear even if all of its numbers equal the fill value.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [described["rows"], width],
-            "data_type": dtype,
-            "fill_value": 0 if dtype == "int8" else "NaN",
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [described["shard_rows"], width]},
-            },
-            # All files in one folder, so that one listing shows which are written.
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
-        },
-    }
-    mode = dict(create=True, delete_existing=True) if create else dict(open=True)
-    try:
-        return ts.open(spec, **mode).result()
-    except (ValueError, OSError) as error:
-        raise StoreError(f"{location.name}/{name}: {error}") from error
+def _open_array(
+    location: Location, form: Form, described: dict, name: str, create: bool = False
+) -> ts.TensorStore:
+    is_scales = name == "scales"
+    shape = [described["rows"], len(form.widths) if is_scales else form.width]
+    dtype = "float32" if is_scales else form.dtype
+    metadata = arrays.metadata(shape, dtype, described["chunk_rows"], described["shard_rows"])
+    # All files in one folder, so that one listing shows which are written.
+    metadata["chunk_key_encoding"] = {"name": "default", "configuration": {"separator": "."}}
+    return arrays.open_array(location / name, metadata, create)

@@ -1,4 +1,4 @@
-"""Shards of a local array, read and written at the disk's rate.
+"""Shard files of an array, read and written at the disk's rate.
 
 A shard file (zarr v3, `sharding_indexed`) holds its chunks one after the other, each followed by
 its CRC32C, and at its end an index of their offsets. TensorStore reads and writes the same bytes,
@@ -6,6 +6,8 @@ but several times slower, because it copies every chunk.
 """
 
 import contextlib
+import dataclasses
+import io
 import os
 import sys
 import threading
@@ -14,9 +16,10 @@ from collections.abc import Iterator
 import google_crc32c
 import numpy as np
 
-from tda.store.location import StoreError
+from tda.store.location import Location, StoreError
 
 _CHECKSUM = 4
+# zarr's offset and length of a chunk that a shard does not have.
 _ABSENT = np.uint64(2**64 - 1)
 
 
@@ -48,40 +51,57 @@ def _holders(buffers: list[np.ndarray], i: int) -> int:
     return sys.getrefcount(buffers[i])
 
 
+# Measured, since the interpreter's own references differ between versions of Python.
 _UNUSED = _holders([np.empty(0, np.uint8)], 0)
 
 
-def read(
-    path: str, first: int, count: int, chunk_bytes: int, chunks: int, buffers: Buffers
-) -> np.ndarray | None:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the shards of an array are divided.
+
+    Attributes:
+        chunk_bytes: bytes of one chunk, without its checksum.
+        chunks: number of chunks in a whole shard.
+    """
+
+    chunk_bytes: int
+    chunks: int
+
+
+def read(path: str, layout: Layout, first: int, count: int, buffers: Buffers) -> np.ndarray | None:
     """Reads chunks `first` to `first + count` of a shard: uint8 [count × chunk_bytes].
 
     Args:
         path: the shard's file.
+        layout: how the shard is divided.
         first, count: the first chunk and the number of chunks.
-        chunk_bytes: bytes of one chunk, without its checksum.
-        chunks: number of chunks in a whole shard.
         buffers: source of the memory.
 
     Returns:
-        The bytes; None where the file is not laid out as TensorStore lays it out.
+        The bytes; None if the file is not laid out as TensorStore lays it out.
 
     Raises:
         StoreError: a checksum is wrong, or the file is cut short.
         FileNotFoundError: there is no such shard.
     """
+    chunk_bytes = layout.chunk_bytes
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             # The kernel then reads further ahead: three times the rate for a tenth of its work.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        start = _start(path, file, first, count, chunk_bytes, chunks)
+        start = _start(file, layout, first, count)
         if start is None:
             return None
         out = buffers.take(count * chunk_bytes)
         checksums = np.empty(count, np.dtype("<u4"))
         for i in range(0, count, _MOST):
             part = slice(i, min(count, i + _MOST))
-            _fill(path, file, start + i * (chunk_bytes + _CHECKSUM), out, checksums, part)
+            # Chunks and checksums alternate in the file; each goes straight into its array.
+            targets = []
+            for k in range(part.start, part.stop):
+                targets.append(memoryview(out[k * chunk_bytes : (k + 1) * chunk_bytes]))
+                targets.append(memoryview(checksums[k : k + 1].view(np.uint8)))
+            _fill(file, start + i * (chunk_bytes + _CHECKSUM), targets)
     for i, stored in enumerate(checksums):
         if google_crc32c.value(out[i * chunk_bytes : (i + 1) * chunk_bytes]) != stored:
             raise StoreError(f"{path} is damaged: the checksum of chunk {first + i} is wrong")
@@ -92,37 +112,32 @@ def read(
 _MOST = 512
 
 
-def _start(path, file, first, count, chunk_bytes, chunks) -> int | None:
-    """The offset of chunk `first`; None unless the chunks lie one after the other."""
-    size = os.fstat(file.fileno()).st_size
-    length = 16 * chunks + _CHECKSUM
+def _start(file: io.FileIO, layout: Layout, first: int, count: int) -> int | None:
+    """Returns the offset of chunk `first`; None unless the chunks lie one after the other."""
+    size, length = os.fstat(file.fileno()).st_size, 16 * layout.chunks + _CHECKSUM
     raw = os.pread(file.fileno(), length, max(0, size - length))
     if len(raw) < length:
-        raise StoreError(f"{path} is damaged: it is cut short")
+        raise StoreError(f"{file.name} is damaged: it is cut short")
     if google_crc32c.value(raw[:-_CHECKSUM]) != int.from_bytes(raw[-_CHECKSUM:], "little"):
-        raise StoreError(f"{path} is damaged: the checksum of its index is wrong")
-    index = np.frombuffer(raw[:-_CHECKSUM], "<u8").reshape(chunks, 2)[first : first + count]
+        raise StoreError(f"{file.name} is damaged: the checksum of its index is wrong")
+    index = np.frombuffer(raw[:-_CHECKSUM], "<u8").reshape(layout.chunks, 2)[first : first + count]
     if (index == _ABSENT).any():
         return None
-    step = chunk_bytes + _CHECKSUM
+    step = layout.chunk_bytes + _CHECKSUM
     expected = int(index[0, 0]) + step * np.arange(count, dtype=np.uint64)
     if (index[:, 1] != step).any() or (index[:, 0] != expected).any():
         return None
     return int(index[0, 0])
 
 
-def _fill(path, file, offset: int, out: np.ndarray, checksums: np.ndarray, which: slice) -> None:
-    """Reads chunks and checksums, which alternate in the file, into their arrays."""
-    chunk_bytes = len(out) // len(checksums)
-    targets = []
-    for i in range(which.start, which.stop):
-        targets.append(memoryview(out[i * chunk_bytes : (i + 1) * chunk_bytes]))
-        targets.append(memoryview(checksums[i : i + 1].view(np.uint8)))
+def _fill(file: io.FileIO, offset: int, targets: list[memoryview]) -> None:
+    """Reads consecutive bytes from an offset into buffers, one after the other."""
     while targets:
         n_read = os.preadv(file.fileno(), targets, offset)
         if not n_read:
-            raise StoreError(f"{path} is damaged: it is cut short")
+            raise StoreError(f"{file.name} is damaged: it is cut short")
         offset += n_read
+        # A call may end in the middle of a buffer: the next one goes on there.
         while targets and n_read >= len(targets[0]):
             n_read -= len(targets.pop(0))
         if n_read:
@@ -157,13 +172,22 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(path: str, chunks: int) -> Iterator[Writer]:
+def writing(folder: Location, name: str, chunks: int) -> Iterator[Writer]:
     """Writes a shard file that appears, whole and synced, when the block ends without error.
 
     Args:
-        path: the shard's file.
+        folder: directory of the array; a remote one gets the file in one piece.
+        name: name of the file.
         chunks: number of chunks in a whole shard; fewer may be added.
     """
+    if folder.path is None:
+        memory = io.BytesIO()
+        writer = Writer(memory, chunks)
+        yield writer
+        writer.end()
+        folder.write(name, memory.getvalue())
+        return
+    path = folder.path / name
     part = f"{path}.part"
     try:
         with open(part, "wb", buffering=0) as file:

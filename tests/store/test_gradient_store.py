@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from tda import store as stores
-from tda.store import location, passages, segment
+from tda.store import arrays, location, name_index, passages
 
 BLOCKS = {"0/attention": 4, "0/mlp": 4}
 MADE = {"checkpoint": "a", "projection": {"seed": 0, "side": 2}}
@@ -203,10 +203,9 @@ def kill_after(monkeypatch):
 
     # `rename` follows a record file that is written but has another name still.
     for owner, name in [
-        (passages, "_open_index"),
+        (arrays, "open_array"),
         (passages, "ArrayRecordWriter"),
         (pathlib.Path, "rename"),
-        (segment, "_open_array"),
         (location.Location, "write"),
         (location.Location, "remove"),
     ]:
@@ -333,7 +332,7 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
     monkeypatch.setattr(
         passages.Passages, "_records", lambda s, n, w: read.extend(w) or original(s, n, w)
     )
-    index = passages._Index(store.location / "0" / "ids", count)
+    index = name_index.NameIndex(store.location / "0" / "ids", count)
     windows = []
 
     class Spy:
@@ -354,7 +353,7 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
 
 
 def test_names_with_the_same_hash_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(passages, "hash_64_bits", lambda name: len(name))
+    monkeypatch.setattr(name_index, "hash_64_bits", lambda name: len(name))
     ids = ["a", "b", "cc", "dd", "e"]
     store = stores.create(tmp_path / "s", ids, BLOCKS, MADE)
     assert [store.row_of(n) for n in ids] == [0, 1, 2, 3, 4]
@@ -575,7 +574,7 @@ def test_stores_that_were_not_made_alike_are_not_compared(tmp_path):
 
 def test_parts_of_a_scan_are_disjoint_and_whole(tmp_path):
     store = filled(tmp_path / "s", rows(30))
-    parts = [[f.first for f in store.scan(2, (i, 3))] for i in range(3)]
+    parts = [[f.first for f in store.scan(2, slice(i, None, 3))] for i in range(3)]
     assert sorted(sum(parts, [])) == list(range(0, 30, 2)) and all(parts)
 
 

@@ -41,6 +41,8 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
 
     objects: dict[str, tuple[int, bytes]] = {}
     protocol_version = "HTTP/1.1"
+    # Head and body are two writes, of which the second would wait 40 ms for the first's receipt.
+    disable_nagle_algorithm = True
 
     def _answer(self, code, body=b"", **headers):
         self.send_response(code)
@@ -98,7 +100,7 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
 def gs(monkeypatch):
     _Bucket.objects = {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
     yield "gs://bucket/some/where"

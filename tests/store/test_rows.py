@@ -31,6 +31,7 @@ def test_int8_is_within_half_a_step_in_every_block(widths):
     np.testing.assert_array_equal(np.asarray(stores.decode(values, scales, widths)), back)
 
 
+@pytest.mark.filterwarnings("error")  # as of a cast that is not defined
 def test_zeros_stay_zeros_and_the_infinite_stay_infinite():
     x = data()
     x[3, :4] = 0
@@ -41,7 +42,7 @@ def test_zeros_stay_zeros_and_the_infinite_stay_infinite():
     back = stores.Rows(0, values, scales, valid).decoded(WIDTHS)
     assert (back[3, :4] == 0).all() and (back[5] == 0).all() and (back[3, 4:] != 0).any()
     np.testing.assert_array_equal(stores.valid(back), np.arange(50) != 7)
-    assert np.isinf(back[7]).all()
+    assert np.isinf(back[7]).all() and not values[7].any()
 
 
 def test_numbers_of_any_size_keep_their_precision():
@@ -62,16 +63,10 @@ def test_floats_are_rounded_to_nearest(dtype):
     assert (np.abs(back - x) <= np.abs(x) * {"float32": 0, "bfloat16": 2**-8}[dtype]).all()
 
 
-@pytest.mark.parametrize("widths", [(512, 512), (100, 924)])
-def test_large_rows_are_rounded_as_small_ones_are(widths):
-    """All at once, by a compiled program, against block after block."""
-    x = np.random.default_rng(0).normal(size=(300, 1024)).astype(np.float32)
-    x[3, :100] = 0
-    x[5] = np.inf
-    x[7, 600] = 1e38
-    x[8] *= np.float32(1e-42)
-    assert x.nbytes > rows._LARGE
-    values, scales = rows.encode(x, "int8", widths)
-    one_by_one = rows.quantise(x, widths)
-    np.testing.assert_array_equal(scales, one_by_one[1])
-    np.testing.assert_array_equal(values, one_by_one[0])
+def test_blocks_that_devices_would_flush_to_zero_are_stored_as_zeros():
+    x = data()
+    x[3, :4] = 1e-42
+    x[5, 4:12] = [1e38, -3e38, 0, 0, 0, 0, 0, 1e37]
+    values, scales = rows.encode(x, "int8", WIDTHS)
+    assert not values[3, :4].any() and scales[3, 0] == 0 and values[3, 4:].any()
+    assert values[5, 4:12].tolist() == [42, -127, 0, 0, 0, 0, 0, 4]

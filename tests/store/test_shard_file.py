@@ -10,8 +10,9 @@ import tensorstore as ts
 import zarr
 
 from tda import store as stores
-from tda.store import segment, shard_file
+from tda.store import passages, segment, shard_file
 from tda.store.location import Location
+from tda.store.rows import encode
 
 FORM = segment.Form("float32", (4, 4))
 
@@ -19,10 +20,11 @@ FORM = segment.Form("float32", (4, 4))
 def make(path, count=11, dtype="float32"):
     form = segment.Form(dtype, FORM.widths)
     ids = [str(i) for i in range(count)]
-    described = segment.about(form, ids, ids, 4 * form.row_bytes, None)
+    names = passages.PassageList(ids, ids, None)
+    described = segment.describe(form, names, 4 * form.row_bytes, None)
     assert described["shard_rows"] == 4
     described["chunk_rows"] = 2  # as in a large shard, several chunks
-    segment.make(Location(path), form, described, ids, ids, None)
+    segment.make(Location(path), form, described, names)
     return segment.Segment(Location(path), form, described, shard_file.Buffers())
 
 
@@ -30,7 +32,7 @@ def rows(count=11):
     return np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_files_are_those_that_tensorstore_writes(tmp_path, dtype):
     """Guards: a format of our own. The last chunk is partial, the last shard lacks one."""
     ours, theirs = (make(tmp_path / n, dtype=dtype) for n in ("ours", "theirs"))
@@ -38,12 +40,13 @@ def test_files_are_those_that_tensorstore_writes(tmp_path, dtype):
     for i in range(ours.shards):
         part = data[ours.rows_of(i)]
         ours.write(i, part)
-        theirs._arrays["gradients"][theirs.rows_of(i)].write(
-            part.astype(stores.DTYPES[dtype])
-        ).result()
-    for i in range(3):
-        names = [tmp_path / n / "gradients" / f"c.{i}.0" for n in ("ours", "theirs")]
-        assert names[0].read_bytes() == names[1].read_bytes()
+        encoded = dict(zip(("gradients", "scales"), encode(part, dtype, (4, 4)), strict=True))
+        for name, array in theirs._arrays.items():
+            array[theirs.rows_of(i)].write(encoded[name]).result()
+    files = sorted(p.relative_to(tmp_path / "ours") for p in tmp_path.glob("ours/*/c.*"))
+    assert len(files) == (6 if dtype == "int8" else 3)
+    for file in files:
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -77,8 +80,8 @@ def test_a_file_that_is_laid_out_otherwise_is_read_all_the_same(tmp_path):
     new = np.array([[len(parts[1]), len(parts[0])], [0, len(parts[1])]], "<u8").tobytes()
     crc = shard_file.google_crc32c.value(new).to_bytes(4, "little")
     open(path, "wb").write(parts[1] + parts[0] + new + crc)
-    args = (path, 0, 2, 64, 2, shard_file.Buffers())
-    assert shard_file.read(*args) is None
+    layout = shard_file.Layout(chunk_bytes=64, chunks=2)
+    assert shard_file.read(path, layout, 0, 2, shard_file.Buffers()) is None
     np.testing.assert_array_equal(written.read_span(span).values, data[:4])
 
 
@@ -136,8 +139,7 @@ def test_readers_side_by_side_never_share_memory(monkeypatch):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    path = tmp_path / "c.0.0"
-    with pytest.raises(RuntimeError), shard_file.writing(str(path), 2) as out:
+    with pytest.raises(RuntimeError), shard_file.writing(Location(tmp_path), "c.0.0", 2) as out:
         out.add(np.ones(4), 0)
         raise RuntimeError("disk")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,78 @@
+"""From names to rows without a scan, by two sorted arrays: hashes of all names, and their rows."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tda.runtime.fingerprint import hash_64_bits
+from tda.store import arrays
+from tda.store.location import Location, StoreError
+
+_CHUNK, _SHARD = 1 << 16, 1 << 22
+
+
+class NameIndex:
+    """Finds the rows that a name may belong to.
+
+    Args:
+        location: the directory that `write` wrote to.
+        count: number of rows.
+    """
+
+    def __init__(self, location: Location, count: int):
+        self._count = count
+        self._hashes, self._rows = (_open(location, n, count) for n in ("hashes", "rows"))
+
+    def rows(self, name: str) -> list[int]:
+        """Returns the rows whose name has the same hash."""
+        key = np.uint64(hash_64_bits(name))
+        # Hashes are uniform numbers, so their place among all of them is easily guessed: the rank
+        # of a uniform number deviates by about √count, and this window rarely misses it.
+        guess = int(float(key) / 2.0**64 * self._count)
+        reach = 64 + 8 * math.isqrt(self._count)
+        while True:
+            low, high = max(0, guess - reach), min(self._count, guess + reach)
+            part = self._hashes[low:high].read().result()
+            first, last = np.searchsorted(part, key), np.searchsorted(part, key, "right")
+            # A run of equal hashes that touches the window's end may go on beyond it.
+            if (low == 0 or first > 0) and (high == self._count or last < len(part)):
+                return self._rows[low + first : low + last].read().result().tolist()
+            reach *= 4
+
+    def read_all(self) -> None:
+        """Reads both arrays; raises a ValueError if one is damaged."""
+        for array in (self._hashes, self._rows):
+            for start in range(0, self._count, _SHARD):
+                array[start : min(self._count, start + _SHARD)].read().result()
+
+
+def write(location: Location, names: Sequence[str], unique: bool) -> None:
+    """Writes the index of the names of rows 0, 1, ….
+
+    Raises:
+        StoreError: names must be unique, and two are the same.
+    """
+    hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
+    rows = np.argsort(hashes, kind="stable")
+    hashes = hashes[rows]
+    if unique:
+        for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
+            if names[rows[i]] == names[rows[i + 1]]:
+                raise StoreError(f"two passages have the id {names[rows[i]]!r}")
+    for name, numbers in (("hashes", hashes), ("rows", rows)):
+        _open(location, name, len(names), create=True).write(numbers).result()
+
+
+def exists(files: set[str], folder: str, count: int) -> bool:
+    """Whether the index in a folder has all of its files."""
+    names = [f"c/{i}" for i in range(math.ceil(count / _SHARD))] + ["zarr.json"]
+    return all(f"{folder}/{array}/{n}" in files for array in ("hashes", "rows") for n in names)
+
+
+def _open(location: Location, name: str, count: int, create: bool = False):
+    chunk = min(_CHUNK, count)
+    shard = min(_SHARD, chunk * math.ceil(count / chunk))
+    dtype = {"hashes": "uint64", "rows": "int64"}[name]
+    metadata = arrays.metadata([count], dtype, chunk, shard)
+    return arrays.open_array(location / name, metadata, create)
