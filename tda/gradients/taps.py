@@ -200,7 +200,13 @@ def _einsum(equation, *operands):
 
 
 def _project(x_BxTxM, A_MxRP, side: int):
-    """x A as float32 [B, T·R, k], with the product in the precision of x."""
+    """x A as float32 [B, T·R, k], with the product in the precision of x, float16 in float32.
+
+    float16 ends at 65,504 and is coarse below 6e-5: A with a scale 1/√V in it leaves that range at
+    both ends. bfloat16 has the range of float32.
+    """
+    if x_BxTxM.dtype == jnp.float16:
+        x_BxTxM = _f32(x_BxTxM)
     xA_BxTxRP = _einsum("btm,mp->btp", x_BxTxM, A_MxRP.astype(x_BxTxM.dtype))
     return xA_BxTxRP.reshape(x_BxTxM.shape[0], -1, side)
 

@@ -71,6 +71,24 @@ def test_products_of_half_precision_do_not_overflow(dtype, largest, correction):
     assert relative(np.asarray(got, np.float64), exactly(batch, scale)).max() < tolerance
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("size", [1e-12, 1e8])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_beyond_float16_encode_exactly(dtype, size, rank):
+    """Guards: NaN where factors of 1/√V exceed 65,504, and zeros or few digits below 6e-5."""
+    rng = np.random.default_rng(0)
+    x, d = (rng.integers(-64, 65, (3, 5, n)) / 64 for n in (8, 12))
+    batch = {"x": x.astype(np.float32), "d": d.astype(np.float32)}
+    # Both factors are extreme, and their rows differ by 1e6.
+    left = size * np.exp(rng.uniform(-7, 7, (rank, 8)))
+    scale = Scale(*(jnp.asarray(v, jnp.float32) for v in (left, rng.uniform(1, 2, (rank, 12)))))
+    flipped = Scale(jnp.ones((rank, 8)), size * jnp.exp(rng.uniform(-7, 7, (rank, 12))))
+    for own in (scale, flipped):
+        got = make_encoder(Layer(dtype), P, {"mlp/kernel": own}, output=times, include="mlp")(batch)
+        error = relative(np.asarray(got, np.float64), exactly(batch, own)).max()
+        assert error < {"float16": 1e-5, "bfloat16": 2e-2}[dtype]
+
+
 @pytest.mark.parametrize("correction", ["none", "adam"])
 def test_a_long_passage_is_summed_in_float32(correction):
     """Guards: half precision before projection: sums over positions that stand still."""
