@@ -17,13 +17,6 @@ from tda.runtime import processes, sharding
 from tda.runtime.atomic_file import write_json
 from tda.training import checkpoint, loop, optimizer
 
-# Keys of `train` that only some optimizers have: the key's default, and those optimizers.
-_OPTIONS = {
-    "weight_decay": (0.0, ("adamw",)),
-    "b1": (0.9, ("adam", "adamw")),
-    "b2": (0.99, ("adam", "adamw")),
-    "eps": (1e-8, ("adam", "adamw")),
-}
 # Keys of `train` that do not affect the trained model.
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
 
@@ -85,15 +78,8 @@ def make_optimizer(config, steps: int, learning_rate: float = 0.0):
     rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
     if learning_rate:
         rate = optax.constant_schedule(learning_rate)
-    return optimizer.make_optimizer(
-        t.optimizer,
-        rate,
-        b1=t.b1,
-        b2=t.b2,
-        eps=t.eps,
-        weight_decay=t.weight_decay,
-        clip=t.clip,
-    )
+    constants = {k: t[k] for k in optimizer.constants_of(t.optimizer)}
+    return optimizer.make_optimizer(t.optimizer, rate, clip=t.clip, **constants)
 
 
 def check(config) -> None:
@@ -105,12 +91,12 @@ def check(config) -> None:
     t = config.train
     unused = [
         key
-        for key, (default, optimizers) in _OPTIONS.items()
+        for key, (default, optimizers) in optimizer.CONSTANTS.items()
         if t[key] != default and t.optimizer not in optimizers
     ]
     if unused:
         named = ", ".join(f"train.{key}={t[key]}" for key in unused)
-        optimizers = " or ".join(_OPTIONS[unused[0]][1])
+        optimizers = " or ".join(optimizer.CONSTANTS[unused[0]][1])
         raise ValueError(
             f"{named} would have no effect with train.optimizer={t.optimizer}: leave it out, or "
             f"train by {optimizers}"

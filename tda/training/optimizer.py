@@ -3,6 +3,20 @@
 import optax
 
 _SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adam", "adamw", "adafactor")
+
+# The constants of optimizers: the default, and which optimizers have them.
+CONSTANTS = {
+    "weight_decay": (0.0, ("adamw",)),
+    "b1": (0.9, ("adam", "adamw")),
+    "b2": (0.99, ("adam", "adamw")),
+    "eps": (1e-8, ("adam", "adamw")),
+}
+
+
+def constants_of(name: str) -> list[str]:
+    """Returns the constants that an optimizer has."""
+    return [k for k, (_, optimizers) in CONSTANTS.items() if name in optimizers]
 
 
 def schedule(name: str, peak: float, steps: int, warmup: int, final: float):
@@ -34,32 +48,38 @@ def schedule(name: str, peak: float, steps: int, warmup: int, final: float):
 def make_optimizer(
     name: str,
     learning_rate,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
     clip: float | None = 1.0,
+    **constants: float,
 ) -> optax.GradientTransformation:
     """Returns Adam, AdamW or Adafactor, after clipping by global norm.
 
     Args:
         name: "adam", "adamw" or "adafactor".
         learning_rate: a number or a schedule.
-        b1, b2, eps: Adam's constants; unused by Adafactor, whose decay rate rises with the step.
-        weight_decay: decoupled weight decay, used by "adamw" alone.
         clip: largest global norm of the gradient; None or 0 for no clipping.
+        **constants: those of `CONSTANTS` that the optimizer has; `weight_decay` is decoupled.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the optimizer would ignore a constant.
     """
-    if name == "adam":
-        core = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
-    elif name == "adamw":
-        core = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    elif name == "adafactor":
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; use {', '.join(OPTIMIZERS)}")
+    defaults = {k: CONSTANTS[k][0] for k in constants_of(name)}
+    ignored = [
+        k for k, x in constants.items() if k not in defaults and x != CONSTANTS.get(k, (None,))[0]
+    ]
+    if ignored:
+        listed = ", ".join(f"{k}={constants[k]}" for k in ignored)
+        raise ValueError(
+            f"{listed} would have no effect with the optimizer {name!r}, whose constants are: "
+            f"{', '.join(defaults) or 'none'}; leave it out, or use another optimizer"
+        )
+    if name == "adafactor":
+        # Its decay rate rises with the step (Shazeer & Stern 2018, section 7.2).
         core = optax.adafactor(
             learning_rate, min_dim_size_to_factor=32, multiply_by_parameter_scale=False
         )
     else:
-        raise ValueError(f"unknown optimizer {name!r}; use adam, adamw or adafactor")
+        chosen = {k: constants.get(k, default) for k, default in defaults.items()}
+        core = getattr(optax, name)(learning_rate, **chosen)
     return optax.chain(optax.clip_by_global_norm(clip), core) if clip else core

@@ -54,10 +54,26 @@ def test_gradients_are_clipped_by_global_norm():
 
 def test_weight_decay_is_adamws_alone():
     still = {"kernel": jnp.zeros((3, 2))}
-    for name, expected in (("adam", 0.0), ("adamw", -0.1 * 0.2 * 0.5)):
-        tx = make_optimizer(name, 0.1, weight_decay=0.2)
-        update, _ = tx.update(still, tx.init(PARAMS), PARAMS)
-        np.testing.assert_allclose(update["kernel"], np.full((3, 2), expected), atol=1e-9)
+    tx = make_optimizer("adamw", 0.1, weight_decay=0.2)
+    update, _ = tx.update(still, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(update["kernel"], np.full((3, 2), -0.1 * 0.2 * 0.5), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "constants", "message"),
+    [
+        ("adam", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .* b1, b2, eps;"),
+        ("adafactor", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .*: none;"),
+        ("adafactor", {"b2": 0.95, "eps": 1e-6}, "b2=0.95, eps=1e-06 would have no effect"),
+        ("adamw", {"beta2": 0.95}, "beta2=0.95 would have no effect .*: weight_decay, b1, b2, eps"),
+    ],
+)
+def test_constants_that_an_optimizer_would_ignore_are_refused(name, constants, message):
+    """Guards: a weight decay that does not decay."""
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(name, 0.1, **constants)
+    # A default changes nothing, so it may be passed on.
+    make_optimizer("adam", 0.1, weight_decay=0.0, b2=0.95)
 
 
 def test_adams_constants_are_used():
