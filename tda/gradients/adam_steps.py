@@ -136,10 +136,9 @@ def make_encoder(
         f"moments/{p}/{i}": axes[p] for p in moments for i in range(2)
     }
 
-    def mean_loss(parameters, rest, example, scored):
+    def total_loss(parameters, rest, example, scored):
         own_model = nnx.merge(graphdef, full_gradients.join_parameters(rest, parameters))
-        count = jnp.sum(example["weights"])
-        return losses.total(own_model, example, output_fn, scored) / jnp.where(count > 0, count, 1)
+        return losses.total(own_model, example, output_fn, scored)
 
     def encode(arrays, batch, scored=None):
         variables, (constants, matrices) = arrays
@@ -147,13 +146,16 @@ def make_encoder(
 
         def one(example):
             example = jax.tree.map(lambda x: x[None], example)
-            gradients = jax.grad(mean_loss)(parameters, rest, example, scored)
+            gradients = jax.grad(total_loss)(parameters, rest, example, scored)
+            weight = jnp.sum(example["weights"])
+            weight = jnp.where(weight == 0, 1.0, weight)
             projected = {}
             for site in chosen:
                 mu, nu = variables["moments"][site.path]
                 before = dataclasses.replace(constants[site.path], mu=mu, nu=nu)
                 gradient = gradients[(*site.module, site.parameter)].astype(jnp.float32)
-                step = adam_step(before, gradient)
+                # ℓ is a mean, divided here: float16 would round small gradients of it to 0.
+                step = adam_step(before, gradient / weight)
                 projected[site] = full_gradients.project(
                     site, step[None], *matrices[site.path], None, projection.side
                 )

@@ -19,9 +19,13 @@ from tda.training import checkpoint
 
 
 def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
-    """Returns the mean next-token cross-entropy of the scored tokens in nats, a scalar."""
+    """Returns the mean next-token cross-entropy in nats, a scalar: Σ w ℓ / Σ w over the tokens.
+
+    So only the ratios of weights matter. A batch whose weights are all 0 has the loss 0.
+    """
     nats = losses.total(merge(params), batch, losses.cross_entropy)
-    return nats / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    weight = jnp.sum(batch["weights"])
+    return nats / jnp.where(weight == 0, 1.0, weight)
 
 
 def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, batch: dict):

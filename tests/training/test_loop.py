@@ -121,6 +121,10 @@ def test_the_loss_is_the_mean_over_scored_tokens(decoder, random_batch):
         nats += [-log_p[t, batch["targets"][i, t]] for t in range(n)]
     assert len(nats) == 12
     np.testing.assert_allclose(got, np.mean(nats), rtol=1e-5)
+    # Only the ratios of weights matter: guards a divisor that is never below 1.
+    for size in (1e-3, 7.0):
+        scaled = batch | {"weights": size * batch["weights"]}
+        np.testing.assert_allclose(loop.batch_loss(fn.merge, params, scaled), got, rtol=1e-5)
     nothing = batch | {"weights": np.zeros_like(batch["weights"])}
     assert float(loop.batch_loss(fn.merge, params, nothing)) == 0.0
 
