@@ -200,11 +200,16 @@ def ekfac_taps(
         chosen: the sites, from `factored`.
         projection: P.
         curvature: eigenvectors and eigenvalues by path, from `corrected`.
-        damping: λ over the mean of a matrix's Λ (Grosse et al. 2023 use 0.1).
+        damping: λ over the mean of a matrix's Λ (Grosse et al. 2023 use 0.1), above 0.
 
     Raises:
-        ValueError: all gradients of a matrix vanish.
+        ValueError: all gradients of a matrix vanish, or the damping is not above 0.
     """
+    if not damping > 0:
+        raise ValueError(
+            f"damping={damping} of EK-FAC must be above 0, such as {DAMPING}: without it, "
+            "directions that no gradient of the sample has would be scaled without bound"
+        )
     by_site = {}
     for site in chosen:
         c = curvature[site.path]

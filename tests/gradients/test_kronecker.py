@@ -249,6 +249,13 @@ def test_without_turning_and_damping_it_is_the_plain_encoder(decoder, random_bat
     np.testing.assert_allclose(np.asarray(got) * 2, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("damping", [0.0, -0.1, float("nan")])
+def test_ekfac_without_damping_is_refused(damping):
+    """Guards: directions scaled without bound."""
+    with pytest.raises(ValueError, match="damping=.* of EK-FAC must be above 0, such as 0.1"):
+        kronecker.ekfac_taps([], P, {}, damping)
+
+
 def test_logra_projects_on_the_leading_eigenvectors(decoder, random_batch):
     model, batch = decoder(), random_batch([6, 4], 6)
     chosen = kronecker.factored(find_sites(model))

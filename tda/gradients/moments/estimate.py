@@ -1,4 +1,4 @@
-"""1/√V where a checkpoint has no optimizer state: second moments from a sample of batches.
+"""1/√V of a checkpoint without optimizer state: second moments from a sample of batches.
 
 Adam's ν is a running mean of squared gradients, each gradient the mean over a batch (Kingma & Ba
 2015, algorithm 1). The same quantity at the checkpoint's parameters is the plain mean of squared
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tda.gradients import sites
-from tda.gradients.moments import second_moments
+from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model import functional
 
@@ -22,11 +22,11 @@ from tda.model import functional
 def squared_gradients(
     model: nnx.Module, loss: Callable, batches: Iterable, chosen: list[sites.Site]
 ) -> dict[str, jax.Array]:
-    """V: the mean over batches of the squared gradient of each batch's mean loss.
+    """Returns V: the mean over batches of the squared gradient of each batch's mean loss.
 
-    A batch's loss is the sum over its examples divided by the sum of its weights, as
-    `tda.training.loop.batch_loss` has it; a batch without scored tokens is left out. Of a batch
-    that has no "weights", the loss is the mean over its examples.
+    A batch's mean loss is the sum over its examples divided by the sum of its weights, as in
+    `tda.training.loop.batch_loss`; a batch without scored tokens is left out. If a batch has no
+    "weights", it is the mean over the examples.
 
     Args:
         model: any NNX model.
@@ -44,20 +44,26 @@ def squared_gradients(
     """
     model_fn, params = functional.split(model)
 
-    def mean_loss(params, batch):
+    def total_and_weight(params, batch):
         total_B = loss(model_fn.merge(params), batch)
-        scored = jnp.sum(batch["weights"]) if _has_weights(batch) else total_B.shape[0]
-        return jnp.sum(total_B) / jnp.maximum(scored, 1.0)
+        weight = jnp.sum(batch["weights"]) if _has_weights(batch) else total_B.shape[0]
+        return jnp.sum(total_B), jnp.asarray(weight, jnp.float32)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, params, batch):
-        gradients = functional.flat_parameters(jax.grad(mean_loss)(params, batch))
-        return {p: x + jnp.square(gradients[p].astype(jnp.float32)) for p, x in sums.items()}
+        gradients, weight = jax.grad(total_and_weight, has_aux=True)(params, batch)
+        gradients = functional.flat_parameters(gradients)
+        # Divided in float32, after the gradient: the mean loss of thousands of tokens has gradients
+        # that float16 rounds to 0.
+        weight = jnp.where(weight == 0, 1.0, weight)
+        return {
+            p: x + jnp.square(gradients[p].astype(jnp.float32) / weight) for p, x in sums.items()
+        }
 
     sums, count = {s.path: jnp.zeros(s.shape, jnp.float32) for s in chosen}, 0
     for batch in batches:
         if not _has_weights(batch) or batch["weights"].any():
-            # Waited for: who counts the batches as they are taken tells what is done.
+            # Without this wait the batches would be read, and counted, long before they are summed.
             sums, count = jax.block_until_ready(add(sums, params, batch)), count + 1
     if not count:
         raise SecondMomentError("second moments need at least one batch with a scored token")
@@ -75,14 +81,11 @@ def estimate(
     chosen: list[sites.Site],
     correction: str,
     eps: float = 1e-8,
-    floor: float = 1e-6,
+    floor: float = optimizer_state.FLOOR,
 ) -> dict[str, second_moments.Scale]:
-    """1/√V from a sample of batches: 1 / (√max(V, floor · mean V) + eps).
+    """Returns 1/√V from a sample of batches: 1 / (√max(V, floor · mean V) + eps).
 
-    A weight that no batch of the sample reaches has V = 0 by chance, and a sample is shorter than
-    the optimizer's memory. So V counts as no less than `floor` times its mean over the matrix: no
-    weight is scaled to more than 1/√floor, a thousand, times what the matrix's mean would give
-    (1/floor in a "factored" scale, where neither a weight's row nor its column is reached). A
+    V has the same floor as the optimizer's moments (`tda.gradients.moments.second_moments`). A
     matrix that no batch reaches at all has the scale 1/eps.
 
     Args:
@@ -102,11 +105,6 @@ def estimate(
     second_moments.check_full(correction)
     scales = {}
     for path, V in squared_gradients(model, loss, batches, chosen).items():
-        scales[path] = second_moments.from_full(_inverse_root(V, eps, floor), correction)
+        V = optimizer_state.raise_to_floor(V, floor=floor)
+        scales[path] = second_moments.from_full(1.0 / (jnp.sqrt(V) + eps), correction)
     return second_moments.finite(scales)
-
-
-@jax.jit
-def _inverse_root(V, eps: float, floor: float):
-    least = floor * jnp.mean(V, axis=(-1, -2), keepdims=True)
-    return 1.0 / (jnp.sqrt(jnp.maximum(V, least)) + eps)

@@ -44,6 +44,8 @@ def read(
 ) -> dict[str, Scale]:
     """Reads the scale of every site by Adam's rule, 1 / (√(ν / (1 − b2ᵗ)) + eps).
 
+    ν has the floor of `tda.gradients.moments.second_moments`.
+
     Args:
         path: a .safetensors file, a directory of them (all are read), or PyTorch's `optimizer.pt`.
         pretrained: the description of the model's files (`tda.model.pretrained.loading.inspect`),
@@ -77,7 +79,7 @@ def read(
             moments = state(
                 rename(part.tensor), {k: v for k, v in constants.items() if v is not None}
             )
-            nu = np.asarray(_slice(moments, part, site, path), np.float32)
+            nu = optimizer_state.raise_to_floor(_slice(moments, part, site, path), axis=None)
             layers.append(optimizer_state.adam(nu, moments["step"], moments["b2"], moments["eps"]))
         full = layers[0] if site.stack is None else jnp.stack(layers)
         scales[site.path] = second_moments.from_full(site.matrix(full), correction)

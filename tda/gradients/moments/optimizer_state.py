@@ -21,6 +21,8 @@ from tda.training import checkpoint
 _FIELDS = ("nu", "nu_max", "v_row", "v_col", "v")
 # Every state with second moments has one of these fields; the other fields are its siblings.
 _MARKS = ("nu", "v_row")
+# V counts as at least this share of its mean over the matrix (see `second_moments`).
+FLOOR = 1e-6
 _CONSTANTS = ("b1", "b2", "eps", "eps_root", "decay")
 
 # The fields of the states that `exact` supports, by the optimizer's name.
@@ -152,6 +154,21 @@ def _constants(flat: dict, prefix: str, described: dict) -> dict:
         inject = "".join(f"{p}/" for p in parts[:i]) + "hyperparams/"
         constants |= {k: flat[inject + k] for k in _CONSTANTS if inject + k in flat}
     return constants
+
+
+def raise_to_floor(V, axis=(-1, -2), floor: float = FLOOR) -> jax.Array:
+    """Returns V, where each entry is raised to at least `floor` times the mean over `axis`.
+
+    Args:
+        V: second moments of one or several matrices, of any float type.
+        axis: the axes of one matrix; None for all.
+        floor: relative to the matrix's mean; 0 for none.
+
+    Returns:
+        float32, in V's shape.
+    """
+    V = jnp.asarray(V, jnp.float32)
+    return jnp.maximum(V, floor * jnp.mean(V, axis=axis, keepdims=True))
 
 
 def adam(nu, count, b2, eps, eps_root=0.0) -> jax.Array:

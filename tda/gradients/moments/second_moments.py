@@ -4,6 +4,16 @@ The optimizer's rule decides where epsilon goes: Adam divides by √(ν̂ + eps_
 bias-corrected ν̂ = ν / (1 − b2ᵗ) (Kingma & Ba 2015, algorithm 1); Adafactor multiplies by
 (r / mean r)^(−1/2) c^(−1/2) of its row and column statistics (Shazeer & Stern 2018, algorithm 4).
 Half-precision moments are cast to float32 before any arithmetic.
+
+**The floor.** V of a weight that training, or a sample, has hardly reached is near 0 by chance, and
+1/√V would let a single example decide a whole encoding (1e8 for a token seen once, under Adam's
+epsilon). So V counts as at least 1e-6 times its mean over the matrix, wherever it comes from: the
+optimizer's state, another program's files, or an estimate. No weight is scaled to more than 1e3
+times what the matrix's mean gives; 1e6 times in a "factored" scale, where neither a weight's row
+nor its column is reached. Matrices of trained transformers lie far above the floor (their least V
+was 2e-2 of the mean in the demo); embeddings of rare tokens do not. Adam's steps
+(`tda.gradients.adam_steps`) need none, since the example's own gradient is in their denominator;
+EK-FAC's damping is one (`tda.gradients.kronecker`).
 """
 
 import dataclasses
@@ -166,10 +176,12 @@ def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
         raise SecondMomentError(
             f"Adafactor's statistics {v_row.shape} and {v_col.shape} do not fit {shape}"
         )
-    # v_row has no axis d0, so d1 moves down by one if it came after d0.
-    reduced = d1 - 1 if d1 > d0 else d1
-    row = 1.0 / jnp.sqrt(v_row / jnp.mean(v_row, axis=reduced, keepdims=True))
-    col = 1.0 / jnp.sqrt(v_col)
+    # v_row has no axis d0, so d1 moves down by one if it came after d0; and the other way round.
+    d1_of_row, d0_of_col = d1 - (d1 > d0), d0 - (d0 > d1)
+    mean_row = jnp.mean(v_row, axis=d1_of_row, keepdims=True)
+    # The floor of V of every weight, in terms of the means over its rows and columns.
+    row = 1.0 / jnp.sqrt(optimizer_state.raise_to_floor(v_row, d1_of_row) / mean_row)
+    col = 1.0 / jnp.sqrt(optimizer_state.raise_to_floor(v_col, d0_of_col))
     if {d0, d1} == {len(shape) - 2, len(shape) - 1}:
         left, right = (row, col) if d0 > d1 else (col, row)
         return Scale(left[..., None, :], right[..., None, :])
@@ -242,16 +254,26 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
                 "use correction='factored'"
             )
         stored = [moments.fields[field] for field in ("v_row", "v_col", "v")]
+        if stored[-1].shape == site.shape:
+            V = optimizer_state.raise_to_floor(site.matrix(stored[-1]))
+            return Scale(full=1.0 / jnp.sqrt(V))
         return _as_matrix(site, adafactor_scale(*stored, site.shape))
     if name == "adafactor":
         raise SecondMomentError(
             f"{site.path} was not trained with Adafactor (the state has "
             f"{', '.join(sorted(moments.siblings))}); use 'factored' for the same statistics of ν"
         )
-    nu = moments.fields["nu"]
-    if nu.shape != site.shape:
-        raise SecondMomentError(f"ν of {site.path} has shape {nu.shape}, the model {site.shape}")
-    return from_full(site.matrix(optimizer_state.exact(moments)), correction)
+    for field in ("nu", "nu_max"):
+        x = moments.fields.get(field)
+        if x is not None and x.shape != site.shape:
+            raise SecondMomentError(f"ν of {site.path} has shape {x.shape}, the model {site.shape}")
+    fields = {
+        field: optimizer_state.raise_to_floor(site.matrix(x))
+        for field, x in moments.fields.items()
+        if field in ("nu", "nu_max")
+    }
+    full = optimizer_state.exact(dataclasses.replace(moments, fields=fields))
+    return from_full(full, correction)
 
 
 def _as_matrix(site: sites.Site, scale: Scale) -> Scale:

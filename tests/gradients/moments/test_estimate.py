@@ -110,6 +110,24 @@ def test_moments_are_summed_in_float32():
     np.testing.assert_allclose(V["used/kernel"], np.full((3, 4), x * x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-3, 7.0])
+def test_the_size_of_all_weights_does_not_matter(size):
+    """Guards: a divisor that is never below 1."""
+    model, batch = Bag(), bag_batch(2.0, length=5)
+    scaled = batch | {"weights": size * batch["weights"]}
+    V = squared_gradients(model, bag_loss, [scaled], find_sites(model, "^used"))
+    np.testing.assert_allclose(V["used/kernel"], np.full((3, 4), 4.0), rtol=1e-5)
+
+
+def test_gradients_of_long_batches_do_not_underflow_in_float16():
+    """Guards: a mean over many tokens that float16 rounds to 0."""
+    model, batch = Bag(jnp.float16), bag_batch(2.0**-14, length=4096)
+    # One token counts; the mean's gradient would be 1.5e-8, below the least number of float16.
+    one = batch | {"tokens": batch["tokens"].at[:, 1:].set(0.0)}
+    V = squared_gradients(model, bag_loss, [one], find_sites(model, "^used"))
+    np.testing.assert_allclose(V["used/kernel"], np.full((3, 4), (2.0**-26) ** 2), rtol=1e-5)
+
+
 def test_the_loss_is_compiled_once_for_every_shape():
     model, traces = Bag(), []
 

@@ -67,6 +67,18 @@ def test_safetensors_by_name(model, tmp_path, form):
         np.testing.assert_allclose(scale.dense(), from_full(full, "factored").dense(), rtol=1e-5)
 
 
+def test_moments_hardly_reached_have_a_bounded_scale(model, tmp_path):
+    """Guards: one token seen once scaled by 1/eps."""
+    found, chosen = model
+    nu = moments()
+    nu["model.embed_tokens.weight"][2] = 0
+    save_file({f"{n}.exp_avg_sq": x for n, x in nu.items()}, tmp_path / "state.safetensors")
+    scales = imported_moments.read(tmp_path, found, chosen, "adam", **ADAM | {"eps": 1e-12})
+    table = nu["model.embed_tokens.weight"]
+    bound = 1e3 / np.sqrt(table.mean() / (1 - 0.95**7))
+    np.testing.assert_allclose(scales["embedding/embedding"].full[2], bound, rtol=1e-5)
+
+
 def test_what_is_lacking_is_named(model, tmp_path):
     found, chosen = model
     named = {f"{n}.exp_avg_sq": x for n, x in moments().items()}

@@ -40,6 +40,7 @@ def random(shape, seed):
     # Rows and columns of very different size, so that a transposed scale stands out.
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape)
+    x += 0.1 * np.sign(x)  # squares stay above the floor
     x *= np.exp(rng.normal(size=(*shape[:-1], 1)))
     x *= np.exp(0.5 * rng.normal(size=(*shape[:-2], 1, shape[-1])))
     return x.astype(np.float32)
@@ -361,6 +362,33 @@ def test_scales_that_are_not_finite_are_refused(adam_runs, tmp_path):
     for correction in ("adam", "factored", "low_rank(2)"):
         with pytest.raises(SecondMomentError, match="1/√V of layers.* is not finite"):
             second_moments.read(tmp_path, find_sites(model, "down"), correction)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor", "adafactor in full", "amsgrad"])
+def test_weights_hardly_reached_have_a_bounded_scale(optimizer):
+    """Guards: one token seen once scaled by 1e8, a factored crossing by 2e16."""
+    site = Site(("m",), "kernel", 36, 40, 2, (2, 36, 40))
+    tx = {
+        "adam": optax.scale_by_adam(),
+        "amsgrad": optax.scale_by_amsgrad(),
+        "adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+        "adafactor in full": optax.scale_by_factored_rms(min_dim_size_to_factor=99),
+    }[optimizer]
+    g = random((2, 36, 40), 0)
+    g[0] *= 1e-3  # each layer has a floor of its own
+    g[:, 3], g[:, :, 5] = 0, 0
+    params = {"m": {"kernel": jnp.zeros(g.shape)}}
+    _, state = tx.update({"m": {"kernel": jnp.asarray(g)}}, tx.init(params), params)
+    described = {"name": optimizer, "b2": 0.999, "eps": 1e-8}
+    moments = optimizer_state.find(functional.flat_parameters(state), site.path, described)
+    typical = 1 / np.sqrt(np.square(g).mean((-1, -2), keepdims=True))
+    factored = np.asarray(second_moments.site_scale(site, moments, "factored").dense())
+    assert np.isfinite(factored).all() and (factored <= 1.01e6 * typical).all()
+    if "adafactor" not in optimizer:
+        full = np.asarray(second_moments.site_scale(site, moments, "adam").full)
+        np.testing.assert_allclose(full[:, 3], np.broadcast_to(1e3 * typical[:, 0], (2, 40)), 1e-2)
+        reached = np.square(g) > 1e-5 * np.square(1 / typical)
+        np.testing.assert_allclose(full[reached], 1 / (np.abs(g[reached]) + 1e-8), rtol=1e-3)
 
 
 def test_a_state_before_the_first_step_is_refused(adam_runs, tmp_path):
