@@ -103,9 +103,7 @@ def _slice(moments: dict, part, site: sites.Site, path) -> np.ndarray:
             f"{path}: the second moments of {moments['name']} have the shape {full_shape}, which "
             f"does not fit {site.path} {tuple(shape)}"
         )
-    index = tuple(slice(0, n) for n in shape)
-    # `read` adds the parameter's offset (Gemma's norms); moments have none, so it is taken off.
-    return part.read(moments["source"], index) - np.float32(part.plus)
+    return part.pick(moments["source"], tuple(slice(0, n) for n in shape))
 
 
 class _Renamed:

@@ -45,6 +45,14 @@ class Part:
 
     def read(self, source: "Source", index: tuple[slice, ...]) -> np.ndarray:
         """Reads the parameter's numbers at `index`, and no more of the tensor than they span."""
+        numbers = self.pick(source, index)
+        return numbers.astype(np.float32) + np.float32(self.plus) if self.plus else numbers
+
+    def pick(self, source: "Source", index: tuple[slice, ...]) -> np.ndarray:
+        """Reads numbers that belong to the parameter's, such as its moments: `plus` is not added.
+
+        Gradients do not change if a parameter is stored with a number added, nor do moments.
+        """
         index = list(reversed(index)) if self.transpose else list(index)
         picked = None
         if self.take is not None:
@@ -55,8 +63,6 @@ class Part:
         numbers = source.read(self.tensor, tuple(index))
         if picked is not None:
             numbers = np.take(numbers, picked, axis=self.axis)
-        if self.plus:
-            numbers = numbers.astype(np.float32) + np.float32(self.plus)
         return numbers.T if self.transpose else numbers
 
 

@@ -1,5 +1,6 @@
 """Second moments that other programs left: by name, of the right parameter, turned as it is."""
 
+import dataclasses
 import json
 import re
 
@@ -77,6 +78,25 @@ def test_moments_hardly_reached_have_a_bounded_scale(model, tmp_path):
     table = nu["model.embed_tokens.weight"]
     bound = 1e3 / np.sqrt(table.mean() / (1 - 0.95**7))
     np.testing.assert_allclose(scales["embedding/embedding"].full[2], bound, rtol=1e-5)
+
+
+def test_small_moments_of_norms_that_are_stored_with_1_added(model, tmp_path):
+    """Guards: second moments of a GGUF file's Gemma that vanish beside the 1, and 1/√V with them."""
+    found, _ = model
+    shifted = {
+        path: dataclasses.replace(part, plus=-1.0) if path.endswith("scale") else part
+        for path, part in found.parts.items()
+    }
+    found = dataclasses.replace(found, parts=shifted)
+    loaded = pretrained.load(found.path, quiet=True)
+    sites = find_sites(loaded, include="norm", untapped="reference")
+    nu = {n: x * 1e-10 for n, x in moments().items()}
+    save_file({f"{n}.exp_avg_sq": x for n, x in nu.items()}, tmp_path / "state.safetensors")
+    scales = imported_moments.read(tmp_path, found, sites, "adam", b2=0.95, eps=1e-8, step=7)
+    assert scales.keys() >= {"final_norm/scale", "layers/attention_norm/scale"}
+    wanted = expected(nu["model.norm.weight"], b2=0.95, eps=1e-8, step=7)
+    full = np.asarray(scales["final_norm/scale"].full).reshape(-1)
+    np.testing.assert_allclose(full, wanted, rtol=2e-6)
 
 
 def test_what_is_lacking_is_named(model, tmp_path):
