@@ -68,7 +68,7 @@ def make_contributions(
 
     @jax.jit
     def contributions(variables, batch, direction_E):
-        unseen.refuse(search(lambda own_model: total(own_model, batch)))
+        unseen.refuse(search(total, batch))
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, tap in with_direction(direction_E).items():

@@ -205,40 +205,42 @@ def _encoding_function(model, kinds, layouts, output):
             return jnp.sum(output(own_model, batch))
         return losses.total(own_model, batch, output_fn, scored)
 
-    def total(zeros, variables, batch, scored):
-        return total_of(nnx.merge(graphdef, zeros, variables), batch, scored)
+    def total(zeros, variables, batch, scored, missed=()):
+        own_model = taps.without_taps(nnx.merge(graphdef, zeros, variables), missed)
+        return total_of(own_model, batch, scored)
 
     def missed_sites(batch, scored):
         """Sites whose taps miss a part of the gradient, if all kinds allow the full gradient."""
-        missed = search(lambda own_model: total_of(own_model, batch, scored))
+        missed = search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
         # Gradients in another basis (EK-FAC) are formed by their taps alone.
-        refused = [
-            site
+        refused = {
+            site: missed[site]
             for _, by_site in kinds
-            for site, tap in by_site.items()
+            for site in by_site
             if site in missed
             and (not site.by_reference or any(t.bases for t in taps_of[site].values()))
-        ]
-        unseen.refuse(refused, ", or take them with untapped='reference'")
-        return missed
+        }
+        unseen.refuse(refused, ", or untapped='reference' to form its full gradients")
+        return list(missed)
 
     def by_taps(variables, batch, scored):
         """Projections of the whole batch in one backward pass, by site and tap."""
-        zeros = taps.zeros_for(templates, batch)
+        zeros = taps.zeros_for(templates, unseen.count_examples(batch))
         cotangents = jax.grad(total)(zeros, variables, batch, scored)
         return {s: taps.cotangents_at(cotangents, s) for s in tapped}
 
-    def by_example(variables, full_sites, matrices, batch, scored):
+    def by_example(variables, missed, matrices, batch, scored):
         """The same, with the full gradients of some sites: one backward pass for each example."""
+        full_sites = [*untapped, *missed]
         rest, parameters = full_gradients.split_parameters(variables, full_sites)
 
         def total_of_example(zeros, parameters, example):
             joined = full_gradients.join_parameters(rest, parameters)
-            return total(zeros, joined, example, scored)
+            return total(zeros, joined, example, scored, missed)
 
         def encode_example(example):
             example = jax.tree.map(lambda x: x[None], example)
-            zeros = taps.zeros_for(templates, example)
+            zeros = taps.zeros_for(templates, 1)
             return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
 
         cotangents, gradients = jax.vmap(encode_example)(batch)
@@ -260,7 +262,7 @@ def _encoding_function(model, kinds, layouts, output):
         missed = missed_sites(batch, scored)
         if untapped or missed:
             matrices = matrices | {s.path: taps.matrices_at(variables, s) for s in missed}
-            projected = by_example(variables, [*untapped, *missed], matrices, batch, scored)
+            projected = by_example(variables, missed, matrices, batch, scored)
         else:
             projected = by_taps(variables, batch, scored)
         return tuple(

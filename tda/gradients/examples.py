@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-import jax
 import numpy as np
 from flax import nnx
 
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
+from tda.gradients.unseen import count_examples
 
 
 def per_example(
@@ -42,7 +42,7 @@ def per_example(
     """
 
     def checked(model, batch):
-        loss_B, count = loss(model, batch), _examples(batch)
+        loss_B, count = loss(model, batch), count_examples(batch)
         if loss_B.shape != (count,):
             raise ValueError(
                 f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
@@ -54,21 +54,10 @@ def per_example(
     return _each(encoder, batches)
 
 
-def _examples(batch) -> int:
-    """The length of the first axis, which all arrays of a batch must share."""
-    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
-    lengths = {s[0] if s else None for s in shapes}
-    if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            f"every array of a batch must have the examples as its first axis; got shapes {shapes}"
-        )
-    return lengths.pop()
-
-
 def _each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:
     before = None
     for batch in batches:
-        _examples(batch)
+        count_examples(batch)
         # This batch is under way while the one before is handed over.
         now = encoder(batch)
         if before is not None:

@@ -325,9 +325,12 @@ def _sum_over_batches(
     sums, variables = map(nnx.to_pure_dict, states)
     search = unseen.make_search(model, empty)
 
+    def total(own_model, batch):
+        return losses.total(own_model, batch, output_fn)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, variables, batch):
-        unseen.refuse(search(lambda own_model: losses.total(own_model, batch, output_fn)))
+        unseen.refuse(search(total, batch))
         variables = jax.tree.map(lambda x: x, variables)
         for site in empty:
             if site not in bases:
@@ -336,10 +339,10 @@ def _sum_over_batches(
                 watch = sites.module_at(variables, site)["watch"]
                 watch["weights"] = jnp.broadcast_to(batch["weights"], shape)
 
-        def total(zeros):
-            return losses.total(nnx.merge(graphdef, zeros, variables), batch, output_fn)
+        def watched_total(zeros):
+            return total(nnx.merge(graphdef, zeros, variables), batch)
 
-        return jax.tree.map(jnp.add, sums, jax.grad(total)(sums))
+        return jax.tree.map(jnp.add, sums, jax.grad(watched_total)(sums))
 
     sums = jax.tree.map(jnp.copy, sums)
     count = {"positions": 0, "examples": 0}

@@ -23,7 +23,7 @@ different corrections. What taps do not see of a parameter's use, `tda.gradients
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +126,12 @@ def _variables(tap: Tap, site: Site, axes: tuple) -> dict[str, nnx.Variable]:
     return variables
 
 
-def _carried_taps(layer: nnx.Module) -> list[tuple[jax.Array, Tap]]:
-    """The zeros and the matrices of each tap of a layer, of one layer of a stack."""
+def _carried_taps(layer: nnx.Module, inputs) -> list[tuple[jax.Array, Tap]]:
+    """The zeros and the matrices of each tap of a layer, of one layer of a stack.
+
+    Raises:
+        ValueError: the first axis of the layer's inputs is not the batch.
+    """
     carried = []
     for variables in layer.taps:
         arrays = {name: variable[...] for name, variable in variables.items()}
@@ -135,13 +139,37 @@ def _carried_taps(layer: nnx.Module) -> list[tuple[jax.Array, Tap]]:
         bases = arrays.pop("left_basis", None), arrays.pop("right_basis", None)
         direction = arrays.get("direction")
         side = (zeros if direction is None else direction).shape[-1]
-        carried.append((zeros, Tap(**arrays, side=side, bases=None if bases[0] is None else bases)))
+        tap = Tap(**arrays, side=side, bases=None if bases[0] is None else bases)
+        _check_batch(zeros, tap, inputs)
+        carried.append((zeros, tap))
     return carried
 
 
-def zeros_for(templates: dict, batch: dict) -> dict:
+def _check_batch(zeros, tap: Tap, inputs) -> None:
+    """Checks what `tda.gradients.unseen` leaves unchecked: an axis as long as its larger batch."""
+    M, N = tap.left.shape[-2], tap.right.shape[-2]
+    if zeros.ndim != (3 if tap.direction is None else 2):
+        raise ValueError(
+            f"a layer of shape {M} × {N} got the taps of its whole stack, {zeros.shape}: scan or "
+            "map over all variables of the stack, not over its parameters alone"
+        )
+    if inputs.shape[0] != zeros.shape[0]:
+        raise ValueError(
+            f"a layer of shape {M} × {N} was called with {inputs.shape[0]} inputs: their first "
+            f"axis must be the batch ({zeros.shape[0]} examples)"
+        )
+
+
+def without_taps(model: nnx.Module, sites: Iterable[Site]) -> nnx.Module:
+    """Takes the taps off some sites of a model from `put_on`, in place, and returns the model."""
+    modules = dict(nnx.iter_modules(model))
+    for site in sites:
+        modules[site.module].taps = nnx.List([])
+    return model
+
+
+def zeros_for(templates: dict, examples: int) -> dict:
     """Returns zeros for every example of a batch, given templates [(L,) 1, k, k]."""
-    examples = jax.tree.leaves(batch)[0].shape[0]
 
     def zeros(template):
         *stack, _, p, q = template.shape
@@ -257,6 +285,8 @@ _tap_positions = identity_with_rule(_split_over_positions)
 
 def _tap_call(layer, use: str, call, inputs):
     """Calls a layer and taps its output (`tda.gradients.layers.wrap_calls`)."""
+    if not layer.taps:
+        return call(layer, inputs)
     if use == "look_up":
         return _tap_look_up(layer, call, inputs)
     # A tied head multiplies by the table's transpose: input and output change places.
@@ -269,7 +299,7 @@ def _tap_call(layer, use: str, call, inputs):
 def _tap_product(layer, y_BxTxN, x_BxTxM, transposed: bool):
     """Puts a layer's taps on the product y = x W, or y = x Wᵀ if `transposed`."""
     x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
-    for zeros, tap in _carried_taps(layer):
+    for zeros, tap in _carried_taps(layer, x_BxTxM):
         if transposed:
             # The gradient of y = x Wᵀ with respect to W is Σ_t δ_t x_tᵀ, the transpose of what the
             # rules project. So A and B change places, and the projection is transposed back.
@@ -286,11 +316,6 @@ def _transpose(tap: Tap) -> Tap:
 
 def _tap_one_product(zeros, tap: Tap, y_BxTxN, x_BxTxM):
     A, B, scale = tap.left, tap.right, tap.scale
-    if x_BxTxM.shape[0] != zeros.shape[0]:
-        raise ValueError(
-            f"a layer of shape {A.shape[0]} × {B.shape[0]} was called with {x_BxTxM.shape[0]} "
-            f"inputs: their first axis must be the batch ({zeros.shape[0]} examples)"
-        )
     if tap.direction is not None:
         return _tap_product_positions(zeros, tap, y_BxTxN, x_BxTxM)
     if tap.bases is not None:
@@ -340,7 +365,7 @@ def _tap_rows(layer, rows, inputs):
     So exact scales need no weight gradient: each position has a row of its own.
     """
     y_BxTxN, back = layers.product(layer).outputs(rows)
-    for zeros, tap in _carried_taps(layer):
+    for zeros, tap in _carried_taps(layer, inputs):
         y_BxTxN = _tap_rows_once(zeros, tap, y_BxTxN, inputs)
     return back(y_BxTxN)
 
