@@ -10,6 +10,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from tda.run import defaults
+from tda.runtime import command
 from tda.sweep.grid import list_keys
 
 # Beside this folder both in a checkout and in an installed package.
@@ -69,8 +70,7 @@ def describe(takes_config: bool) -> str:
     """Returns the help of the main that runs: its docstring, its flags and the config's keys."""
     main = sys.modules["__main__"]
     text = (main.__doc__ or "").strip()
-    if main.__spec__ and main.__spec__.name.startswith("tda."):
-        text = text.replace("python -m experiments.", "tda ")
+    text = text.replace("python -m experiments.", command.of_main("trace").removesuffix("trace"))
     names = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
     if takes_config:
         names |= {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(_LAUNCH)}

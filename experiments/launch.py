@@ -7,6 +7,7 @@ itself (Cloud TPU, SLURM, Open MPI), else with `--coordinator`, `--num_processes
 import contextlib
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tda.run.registry import load_plugins
-from tda.runtime import huge_pages, processes
+from tda.runtime import command, huge_pages, processes
 
 from . import command_line
 
@@ -35,6 +36,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 
 # Seconds that a process which failed waits for the others to end too, before all are ended.
 _PATIENCE = 60
+# What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
+_INTERRUPTED = 130
 
 
 def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool = True) -> None:
@@ -96,7 +99,25 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
 def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
     huge_pages.use()
     logging.set_verbosity(logging.WARNING)  # libraries log their own affairs at INFO
-    app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))
+    try:
+        app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))
+    except KeyboardInterrupt:
+        _exit_interrupted()
+
+
+def _exit_interrupted() -> None:
+    """Ends the program after Ctrl-C, and says how to continue."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
+    directory = WORKDIR.value if flags.FLAGS.is_parsed() else None
+    advice = (
+        f"Finished work is kept in {directory}; to continue:" if directory else "To run it again:"
+    )
+    print(f"\ninterrupted. {advice}\n  {command.typed()}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+    # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
+    # libraries are gone.
+    os._exit(_INTERRUPTED)
 
 
 def _refuse_arguments(arguments: list[str]) -> None:

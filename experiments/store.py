@@ -14,6 +14,7 @@ from absl import flags
 
 from tda import store as stores
 from tda.runtime import progress
+from tda.runtime.command import of_main
 
 from .launch import start
 
@@ -30,7 +31,7 @@ def main(arguments):
         "withdraw": lambda path: withdraw(path, _IDS.value, _DOCUMENTS.value),
     }
     if len(arguments) != 2 or arguments[0] not in commands:
-        sys.exit(f"usage: python -m experiments.store {'|'.join(commands)} DIR")
+        sys.exit(f"usage: {of_main('store')} {'|'.join(commands)} DIR")
     command, path = arguments
     sys.exit(commands[command](path))
 

@@ -6,6 +6,8 @@ import pathlib
 import runpy
 import sys
 
+from tda.runtime import command
+
 _MAINS = ("trace", "table1", "ask", "view", "sweep", "plan", "store", "spectra")
 _DEMO = ("trace", "--config=world_facts", "--workdir=demo")
 
@@ -21,7 +23,11 @@ def main() -> None:
     if name not in _MAINS:
         sys.exit(f"error: unknown command {name!r}; use demo, {', '.join(_MAINS)}")
     sys.argv = [f"tda {name}", *arguments]
-    runpy.run_module(f"{_package()}.{name}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"{_package()}.{name}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while libraries are still being imported
+        print(f"\ninterrupted. To run it again:\n  {command.typed()}", file=sys.stderr)
+        sys.exit(130)
 
 
 def describe() -> str:
@@ -45,8 +51,15 @@ def describe() -> str:
 
 
 def _package() -> str:
-    # setup.py puts the mains inside the package; in a checkout on Python's path they lie beside it.
-    return "tda.experiments" if importlib.util.find_spec("tda.experiments") else "experiments"
+    # setup.py puts the mains inside the package; in a checkout they lie beside it. Only
+    # those of this very copy are run: another checkout may be installed too.
+    here = pathlib.Path(__file__).parent
+    if (here / "experiments").is_dir():
+        return "tda.experiments"
+    beside = importlib.util.find_spec("experiments")
+    if beside and beside.origin == str(here.parent / "experiments" / "__init__.py"):
+        return "experiments"
+    return "tda.experiments"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from tda.run import corpus, evaluate, index, measures, remembered, retrieve, tra
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import processes
+from tda.runtime.command import of_main
 
 
 def check(config, encoder: bool = True) -> None:
@@ -57,7 +58,7 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
         if description := retrieve.describe(note):
             print(f"{name}: {description}")
     print(f"\nfiles: {workdir.path}/results/METHOD.jsonl, metrics.json, table.md")
-    print(f"to look at them: python -m experiments.view --workdir={workdir.path}")
+    print(f"to look at them: {of_main('view', f'--workdir={workdir.path}')}")
     return metrics, notes
 
 

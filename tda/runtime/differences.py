@@ -1,39 +1,52 @@
 """Lists how the description of finished work differs from that of the requested work."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+# Another model differs in every parameter; the first lines say as much as all of them.
+_LINES = 8
 
 
-def differences(stored, expected, place: str, name: str = "") -> Iterator[str]:
-    """Yields a line for each value that differs between two trees of dicts and lists.
+def differences(before, now, name: str = "") -> Iterator[str]:
+    """Yields a line "name: before → now" for each value that differs between two JSON trees.
 
     Args:
-        stored, expected: JSON values.
-        place: where `stored` comes from, such as "the store"; named in each line.
-        name: dotted name of the two values.
+        before, now: trees of dicts, lists and values.
+        name: dotted name of the two trees.
     """
-    if isinstance(stored, list) and isinstance(expected, list) and len(stored) == len(expected):
-        stored, expected = dict(enumerate(stored)), dict(enumerate(expected))
-    if isinstance(stored, dict) and isinstance(expected, dict):
-        for key in sorted(stored.keys() | expected.keys()):
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
             inner = f"{name}.{key}" if name else str(key)
-            yield from differences(stored.get(key), expected.get(key), place, inner)
-    elif stored != expected:
-        yield f"{name}: {stored} in {place}, {expected} wanted"
+            yield from differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name}: {_shown(before)} → {_shown(now)}"
 
 
-def check_same(
-    path: str | os.PathLike, stored, expected, place: str, error: type[Exception]
-) -> None:
+def as_text(lines: Iterable[str]) -> str:
+    """Returns the first lines, indented, and the number of the others."""
+    lines = list(lines)
+    more = [f"… and {len(lines) - _LINES} more"] * (len(lines) > _LINES)
+    return "".join(f"\n  {line}" for line in lines[:_LINES] + more)
+
+
+def check_same(path: str | os.PathLike, before, now, error: type[Exception]) -> None:
     """Raises `error`, with a line for each difference, unless two JSON values are the same.
 
     Args:
-        path: the finished work that `stored` describes.
-        stored, expected, place: as for `differences`.
+        path: the finished work that `before` describes.
+        before, now: as for `differences`.
         error: class of the exception.
     """
-    if lines := list(differences(stored, expected, place)):
+    if lines := list(differences(before, now)):
         raise error(
-            "\n  ".join([f"{path} was built with other settings:", *lines])
-            + "\nremove it, or use the settings that it was built with"
+            f"{path} was built with other settings:{as_text(lines)}\n"
+            "remove it, or use the settings that it was built with"
         )
+
+
+def _shown(value) -> str:
+    if value is None:
+        return "absent"
+    return value if isinstance(value, str) and value else repr(value)

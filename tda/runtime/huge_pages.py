@@ -23,7 +23,7 @@ def use() -> None:
         return
     environment = os.environ | {"GLIBC_TUNABLES": _TUNABLE}
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    os.execve(sys.executable, sys.orig_argv, environment)
 
 
 def _on_request() -> bool:

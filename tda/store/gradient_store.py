@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from tda.runtime import processes
+from tda.runtime.command import of_main
 from tda.store import shard_file
 from tda.store.location import Location, StoreError
 from tda.store.passages import Passage
@@ -261,7 +262,7 @@ class GradientStore:
         except StoreError as error:
             if "damaged" not in str(error):
                 raise
-            command = f"python -m experiments.store verify {self.path}"
+            command = of_main("store", "verify", self.path)
             raise StoreError(
                 f"{error}; {command} finds all damaged files and removes them"
             ) from error

@@ -12,7 +12,7 @@ from tda.store.passages import PassageList
 from tda.store.segment import Form
 
 SHARD_BYTES = 256 << 20
-_check_same = functools.partial(check_same, place="the store", error=StoreError)
+_check_same = functools.partial(check_same, error=StoreError)
 
 
 def create(

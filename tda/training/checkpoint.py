@@ -14,6 +14,7 @@ from etils import epath
 
 from tda.model.functional import path_name
 from tda.runtime import processes
+from tda.runtime.differences import as_text, differences
 
 
 class CheckpointError(ValueError):
@@ -165,18 +166,14 @@ def _check_shapes(path, saved_params, model_params) -> None:
     """Checks that a checkpoint's parameters have the model's names and shapes.
 
     Raises:
-        CheckpointError: they do not; the message names the first eight that differ.
+        CheckpointError: they do not; the message names what differs.
     """
     saved, model = (
-        {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        {path_name(p): str(tuple(x.shape)) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (saved_params, model_params)
     )
-    differing = [
-        f"{n}: {saved.get(n, 'absent')} in the checkpoint, {model.get(n, 'absent')} in the model"
-        for n in sorted(saved.keys() | model.keys())
-        if saved.get(n) != model.get(n)
-    ]
-    if differing:
-        more = f"\n  … and {len(differing) - 8} more" if len(differing) > 8 else ""
-        listed = "\n  ".join(differing[:8])
-        raise CheckpointError(f"{path} holds another model's parameters:\n  {listed}{more}")
+    if lines := list(differences(saved, model)):
+        raise CheckpointError(
+            f"{path} holds another model's parameters:{as_text(lines)}\n"
+            "give the settings of that model, or another directory"
+        )

@@ -15,6 +15,7 @@ from tda.data.batches import Batches, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
 from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime.differences import as_text, differences
 from tda.training import checkpoint
 
 
@@ -210,16 +211,10 @@ def _check_same_batches(description: dict, current: dict, directory) -> None:
         CheckpointError: it was not; the message names what differs.
     """
     saved = description.get("batches")
-    differing = [
-        f"{k}: {saved.get(k)} in the checkpoint, {current[k]} now"
-        for k in current
-        if saved and saved.get(k) != current[k]
-    ]
-    if differing:
+    if saved and (lines := list(differences(saved, current))):
         raise checkpoint.CheckpointError(
-            f"the checkpoint under {directory} was made with other batches ("
-            + "; ".join(differing)
-            + "); restore those settings, or train in another directory"
+            f"the checkpoint under {directory} was made with other batches:{as_text(lines)}\n"
+            "restore those settings, or train in another directory"
         )
 
 

@@ -8,6 +8,7 @@ import tempfile
 import uvicorn
 
 from tda.runtime import progress
+from tda.runtime.command import of_main
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.notes import Notes
@@ -37,7 +38,7 @@ def collect(workdir: str | None, results: list[str], notes: str | None, folder: 
             if not sources:
                 raise ValueError(
                     f"{workdir}/results has no .jsonl file: finish the run "
-                    "(python -m experiments.trace), or name files with --results"
+                    f"({of_main('trace')}), or name files with --results"
                 )
     if not sources:
         raise ValueError("nothing to show: give --workdir=DIR or --results=FILE,FILE")

@@ -163,7 +163,11 @@ def test_sentences_are_short_and_well_formed(world):
         assert not re.search(r"\{|\}|  |\bthe [Tt]he\b|\.\.|,,", text), text
 
 
-def test_builder_serves_what_generate_gives(world, tmp_path):
+def test_builder_serves_what_generate_gives(world, tmp_path, capsys):
     sentences, facts = load_tfds("world_facts", tmp_path)
+    # TFDS by itself says that it downloads what is generated here.
+    assert capsys.readouterr().out == f"preparing world_facts in {tmp_path}\n"
     assert list(sentences) == world[0]
     assert facts == world[1]
+    load_tfds("world_facts", tmp_path)
+    assert not capsys.readouterr().out

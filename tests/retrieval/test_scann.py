@@ -443,11 +443,11 @@ def test_no_pickle_is_written(tree):
 @pytest.mark.parametrize(
     "message, rows, settings, fingerprint",
     [
-        ("fingerprint.encodings: of a test in the index, of", 2500, FLAT, {"encodings": "of more"}),
-        ("fingerprint.more: None in the index, 1 wanted", 2500, FLAT, {"more": 1}),
-        ("rows: 2500 in the index, 2400 wanted", 2400, FLAT, {}),
+        ("fingerprint.encodings: of a test → of", 2500, FLAT, {"encodings": "of more"}),
+        ("fingerprint.more: absent → 1", 2500, FLAT, {"more": 1}),
+        ("rows: 2500 → 2400", 2400, FLAT, {}),
         (
-            "settings.dims_per_block: 2 in the index, 4 wanted",
+            "settings.dims_per_block: 2 → 4",
             2500,
             dataclasses.replace(FLAT, dims_per_block=4),
             {},

@@ -257,9 +257,7 @@ def test_an_empty_corpus_is_refused(decoder, tmp_path):
 
 def test_a_checkpoint_of_another_size_is_refused(decoder, uninterrupted):
     _, directory = uninterrupted
-    with pytest.raises(
-        CheckpointError, match=r"layers/mlp/up/kernel: \(2, 16, 24\) in the checkpoint, \(2, 16, 32"
-    ):
+    with pytest.raises(CheckpointError, match=r"up/kernel: \(2, 16, 24\) → \(2, 16, 32\)"):
         fit(decoder(ff_width=32), directory / "run")
 
 
@@ -286,7 +284,5 @@ def test_training_on_eight_devices(decoder, tmp_path):
 def test_training_does_not_resume_with_other_batches(decoder, tmp_path):
     """Guards: a resumed run whose step means another place in the data."""
     fit(decoder(), tmp_path, steps=1, save_every=1)
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"other batches \(seed: 3 in the checkpoint, 4"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match="other batches:\n  seed: 3 → 4\n"):
         fit(decoder(), tmp_path, steps=2, seed=4)

@@ -188,7 +188,7 @@ def build(
     if stored is None:
         location.write_json("manifest.json", manifest)
         stored = manifest
-    check_same(root, {k: stored.get(k) for k in manifest}, manifest, "the index", ScannError)
+    check_same(root, {k: stored.get(k) for k in manifest}, manifest, ScannError)
     _build_missing_parts(root, encodings, settings)
     index = Index(root, encodings, settings, stored.get("recall"))
     if check is not None and index.recall is None:
