@@ -11,6 +11,7 @@ import threading
 import time
 
 from tda.viewer.results_file import ResultsFile
+from tda.viewer.summary import query_key
 
 TYPES = {
     "states": "states the fact",
@@ -20,7 +21,10 @@ TYPES = {
     "name": "name only",
     "unrelated": "unrelated",
 }
-_LIMIT = 4000  # characters of an id or a comment
+# The fields of a note that are texts: the query's, which may be long, and the others.
+_QUERY = ("prompt", "target")
+_SHORT = ("example_id", "passage_id", "comment", "method")
+_LIMIT = 4000  # characters of the others
 
 
 class NotesError(ValueError):
@@ -55,35 +59,28 @@ class Notes:
                 out.truncate(complete_bytes)
 
     def _take(self, note: dict) -> None:
-        key = note["example_id"], note["passage_id"]
+        query = query_key(note["example_id"], note["prompt"], note["target"])
+        key = query, note["passage_id"]
         self._notes.pop(key, None)
         if note["type"] or note["comment"]:
             self._notes[key] = note
 
-    def add(self, example: str, passage: str, kind: str | None, comment: str, where: str) -> dict:
+    def add(self, note: dict) -> None:
         """Saves a note; one without type and comment withdraws the note on the passage.
 
         Args:
-            example, passage: the query's and the passage's id.
-            kind: one of `TYPES`, or None.
-            comment: any text.
-            where: the label of the results file that showed the passage.
-
-        Returns:
-            The note, as in the file.
+            note: "example_id", "prompt" and "target" of the query; "passage_id"; "type", one of
+                `TYPES` or None; "comment", any text; "method", the label of the results file that
+                showed the passage.
 
         Raises:
             NotesError: a value is invalid, or the file cannot be written.
         """
-        note = {
-            "example_id": example,
-            "passage_id": passage,
-            "type": kind or None,
-            "comment": comment,
-            "method": where,
+        check(note, "the note")
+        note = {field: note[field] for field in (*_QUERY, *_SHORT)} | {
+            "type": note.get("type") or None,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        check(note, "the note")
         with self._lock:
             try:
                 with open(self.path, "a", encoding="utf-8") as out:
@@ -94,19 +91,18 @@ class Notes:
             except OSError as error:
                 raise NotesError(f"cannot write {self.path}: {error.strerror or error}") from error
             self._take(note)
-        return note
 
     def all(self) -> list[dict]:
-        """Returns the current notes, oldest first."""
+        """Returns the current notes, oldest first, each with the key of its query as "query"."""
         with self._lock:
-            return list(self._notes.values())
+            return [note | {"query": query} for (query, _), note in self._notes.items()]
 
     def counts(self, files: list[ResultsFile]) -> dict[str, dict[str, int]]:
         """Counts each file's proponents by the type of their note: {label: {type: count}}."""
         out = {f.label: dict.fromkeys(TYPES, 0) for f in files}
         for note in self.all():
             for file in files if note["type"] else ():
-                row = file.row_of(note["example_id"])
+                row = file.row_of(note["query"])
                 if row is not None and file.ranks_of(row, note["passage_id"]):
                     out[file.label][note["type"]] += 1
         return out
@@ -114,8 +110,11 @@ class Notes:
 
 def check(note: dict, where: str) -> None:
     """Checks a note; a NotesError names `where` and the field."""
-    for field in ("example_id", "passage_id", "comment", "method"):
-        if not isinstance(note.get(field), str) or len(note[field]) > _LIMIT:
+    for field in (*_QUERY, *_SHORT):
+        if not isinstance(note.get(field), str):
+            raise NotesError(f"{where}: {field!r} must be a text")
+    for field in _SHORT:
+        if len(note[field]) > _LIMIT:
             raise NotesError(f"{where}: {field!r} must be a text of at most {_LIMIT} characters")
     if not note["example_id"] or not note["passage_id"]:
         raise NotesError(f"{where}: a note needs the ids of a query and a passage")

@@ -135,15 +135,15 @@ class ResultsFile:
         at = np.flatnonzero(self._ids[row] == _number_of(passage))
         return int(at[0]) + 1 if len(at) else 0
 
-    def row_of(self, example: str) -> int | None:
-        """Returns the first row with this id, or None."""
-        return self._rows_by_id.get(example)
+    def row_of(self, query: str) -> int | None:
+        """Returns the first row of the query with this key (`tda.viewer.summary`), or None."""
+        return self._rows_by_query.get(query)
 
     @functools.cached_property
-    def _rows_by_id(self) -> dict[str, int]:
-        ids = self.columns["id"]
-        # Of equal ids the first row counts.
-        return {ids[i]: i for i in range(len(ids) - 1, -1, -1) if ids[i] is not None}
+    def _rows_by_query(self) -> dict[str, int]:
+        keys = self.columns["query"]
+        # Of equal queries the first row counts.
+        return {keys[i]: i for i in range(len(keys) - 1, -1, -1) if keys[i] is not None}
 
 
 def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
@@ -152,8 +152,8 @@ def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
     The count is None if the other file lacks the query, or either file has no ids.
     """
     out: list[int | None] = []
-    for row, example in enumerate(one.columns["id"]):
-        match = None if example is None else other.row_of(example)
+    for row, query in enumerate(one.columns["query"]):
+        match = None if query is None else other.row_of(query)
         numbers = one._ids[row]
         other_numbers = None if match is None else other._ids[match]
         lacking = other_numbers is None or not len(numbers) or not len(other_numbers)

@@ -173,10 +173,7 @@ class _App:
             raise HTTPException(
                 409, "notes need a file: start the viewer with --workdir or --notes"
             )
-        kind = _text(body, "type", optional=True)
-        fields = [_text(body, f) for f in ("example_id", "passage_id", "comment", "method")]
-        example, passage, comment, where = fields
-        await _run(notes.add, example, passage, kind, comment, where)
+        await _run(notes.add, body)
         piece = await run_in_threadpool(self._collection.piece, "notes")
         return Response(to_json(piece), media_type="application/json")
 
@@ -263,10 +260,8 @@ async def _body(request: Request) -> dict:
     return body
 
 
-def _text(body: dict, field: str, optional: bool = False) -> str | None:
+def _text(body: dict, field: str) -> str:
     value = body.get(field)
-    if value is None and optional:
-        return None
     if not isinstance(value, str):
         raise HTTPException(400, f"{field!r} must be a text")
     return value

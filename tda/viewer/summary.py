@@ -4,11 +4,13 @@ import math
 import sys
 
 from tda.results import ResultsError
+from tda.runtime.fingerprint import fingerprint
 
 # A list of thousands of queries shows the beginning of each; the record has all of it.
 TEXT_LIMIT = 1000
 
 FIELDS = (
+    "query",
     "id",
     "set",
     "prompt",
@@ -45,7 +47,8 @@ def summarise(item, where: str) -> dict:
         where: its place, for errors, such as "bm25.jsonl, line 3".
 
     Returns:
-        id, set, prompt, target, truth, relation, prediction: strings; frequency: passages that
+        query: identifies the query in other files, see `query_key`; None without an id; id, set,
+        prompt, target, truth, relation, prediction: strings; frequency: passages that
         state the fact; bucket: its power of ten; model_correct: whether the model states the
         target; confidence, probability: in [0, 1]; target_rank: from 1; n: proponents; top,
         bottom: the first proponent's and the first opponent's score; correct: the proponents'
@@ -78,11 +81,15 @@ def summarise(item, where: str) -> dict:
         model_correct = rank == 1
     generations = _list(item, "8b_generations", str, where)
     scores, low = item.get("proponent_scores"), item.get("opponent_scores")
+    example = _text(item, "example_id", where)
+    prompt = _text(item, "inputs_plaintext", where, required=True)
+    target = _text(item, "targets_plaintext", where, required=True)
     return {
-        "id": _text(item, "example_id", where),
+        "query": None if example is None else _query_key_of(item),
+        "id": example,
         "set": _repeated(_text(item, "query_set", where)),
-        "prompt": _text(item, "inputs_plaintext", where, required=True),
-        "target": _text(item, "targets_plaintext", where, required=True),
+        "prompt": prompt,
+        "target": target,
         "truth": _text(item, "groundtruth", where),
         "relation": _repeated(_text(item, "relation", where)),
         "prediction": _cut(generations[0]) if generations else None,
@@ -99,6 +106,14 @@ def summarise(item, where: str) -> dict:
         "entailment": None if entailment is None else [_finite(x) for x in entailment],
         "error": None,
     }
+
+
+def query_key(example: str, prompt: str, target: str) -> str:
+    """Returns a hash that identifies a query among files: its id, and the whole of its texts.
+
+    An id alone does not: results of several traces may number different queries 0, 1, ….
+    """
+    return fingerprint([example, prompt, target])
 
 
 def malformed(message: str) -> dict:
@@ -120,6 +135,12 @@ def _bucket(item: dict, frequency) -> str | None:
     if isinstance(bucket, str | int | float) and not isinstance(bucket, bool):
         return _cut(str(bucket))
     return None if frequency is None else bucket_of(int(frequency))
+
+
+def _query_key_of(item: dict) -> str:
+    # The texts in full: those of a summary are cut, and few-shot prompts begin alike.
+    fields = ("example_id", "inputs_plaintext", "targets_plaintext")
+    return query_key(*(str(item[f]) for f in fields))
 
 
 def _optional(item: dict, field: str, of, where: str):

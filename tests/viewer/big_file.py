@@ -59,6 +59,19 @@ def records(queries: int = QUERIES, proponents: int = PROPONENTS, mean: int = 19
         )
 
 
+def note_on(item: dict, passage: str, kind, comment: str = "", method: str = "bm25") -> dict:
+    """A note on a passage of a record's query."""
+    return {
+        "example_id": item["example_id"],
+        "prompt": item["inputs_plaintext"],
+        "target": item["targets_plaintext"],
+        "passage_id": passage,
+        "type": kind,
+        "comment": comment,
+        "method": method,
+    }
+
+
 def main() -> None:
     """Writes the file that the command line names."""
     results.write(sys.argv[1], records())

@@ -10,7 +10,7 @@ import pytest
 from tda import results
 from tda.viewer.collection import Collection
 from tda.viewer.notes import Notes
-from tests.viewer.big_file import records
+from tests.viewer.big_file import note_on, records
 from tests.viewer.browser import Page, serving
 from tests.viewer.test_browser import other_method
 
@@ -45,7 +45,7 @@ def address(tmp_path_factory):
     results.write(folder / "trackstar.jsonl", items)
     results.write(folder / "bm25.jsonl", other_method(items))
     notes = Notes(folder / "notes.jsonl")
-    notes.add("q00000", items[0]["proponent_ids"][0], "states", "x", "bm25")
+    notes.add(note_on(items[0], items[0]["proponent_ids"][0], "states", "x"))
     collection = Collection(notes=notes)
     for name in ("trackstar", "bm25"):
         collection.add(folder / f"{name}.jsonl")

@@ -14,7 +14,7 @@ from tda import results
 from tda.viewer.collection import Collection
 from tda.viewer.export import export
 from tda.viewer.notes import Notes
-from tests.viewer.big_file import records
+from tests.viewer.big_file import note_on, records
 from tests.viewer.browser import Page, serving
 
 QUERIES = 130
@@ -362,7 +362,8 @@ def test_attacks_are_text(page, hostile, tmp_path):
     notes = Notes(tmp_path / "notes.jsonl")
     for attack in ATTACKS:
         if len(attack) < 4000 and "\ud800" not in attack:
-            notes.add(attack, attack, "states", attack, attack)
+            query = {f: attack for f in ("example_id", "inputs_plaintext", "targets_plaintext")}
+            notes.add(note_on(query, attack, "states", attack, attack))
     collection = Collection(notes=notes)
     collection.add(hostile, title=ATTACKS[0])
     collection.add(hostile, label="b", title=ATTACKS[2])
@@ -445,12 +446,42 @@ def test_another_site_neither_reads_nor_writes(browser, folder, tmp_path):
         context.close()
 
 
+def test_traces_of_other_questions_do_not_stand_side_by_side(page, tmp_path):
+    prompts = {"france": ["Paris is in", "Lyon is in"], "spain": ["Madrid is in", "Paris is in"]}
+    for label, texts in prompts.items():
+        passage = [(f"p-{label}", f"{label} has cities.", 0.5)]
+        results.write(
+            tmp_path / f"{label}.jsonl",
+            (
+                results.record(str(i), "queries", t, "Europe", passage, [])
+                for i, t in enumerate(texts)
+            ),
+        )
+    # The same question under another number is another query: its numbers are of another list.
+    collection = Collection(notes=Notes(tmp_path / "notes.jsonl"))
+    for label in prompts:
+        collection.add(tmp_path / f"{label}.jsonl")
+    with serving(collection) as address:
+        page.open(f"{address}#q=0")
+        assert page.texts(".column p.quiet") == ["This file does not contain the query."]
+        assert page.texts(".column .text") == ["france has cities."]
+        page.page.select_option("#france-proponents-1 select.note", "states")
+        page.until(lambda: "Note saved." in page.text("#status"))
+        # With the other file in front, query 0 would be another question.
+        page.page.click("text=first")
+        page.until(lambda: "does not contain this query" in page.text("#status"))
+        page.until(lambda: "Madrid" in page.text(".asked"))
+        assert page.page.input_value("#spain-proponents-1 select.note") == ""
+        page.page.fill("#filter", "noted")
+        page.until(lambda: page.text(".told").startswith("0 of 2"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", "http"])
 def test_an_export_works_without_python(browser, folder, tmp_path, hostile, how):
     notes = Notes(tmp_path / "notes.jsonl")
     items = items_of(folder)
-    notes.add("q00003", items[3]["proponent_ids"][0], "part", "seen", "trackstar")
+    notes.add(note_on(items[3], items[3]["proponent_ids"][0], "part", "seen", "trackstar"))
     collection = collected(folder, notes)
     collection.add(hostile, label="odd")
     export(collection, tmp_path / "out")

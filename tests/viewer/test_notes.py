@@ -7,17 +7,22 @@ import pytest
 from tda import results
 from tda.viewer.notes import Notes, NotesError
 from tda.viewer.results_file import ResultsFile
-from tests.viewer.big_file import records
+from tests.viewer.big_file import note_on, records
+
+Q1, Q2 = (
+    {"example_id": name, "inputs_plaintext": f"the capital of {name} is", "targets_plaintext": "x"}
+    for name in ("q1", "q2")
+)
 
 
 def test_notes_survive_a_restart_and_the_last_counts(tmp_path):
     path = tmp_path / "notes.jsonl"
     notes = Notes(path)
-    notes.add("q1", "p1", "states", "", "bm25")
-    notes.add("q1", "p2", "unrelated", "odd\u2028 <b>", "bm25")
-    notes.add("q1", "p1", "part", "", "trackstar")
-    notes.add("q2", "p1", "states", "", "bm25")
-    notes.add("q2", "p1", None, "", "bm25")
+    notes.add(note_on(Q1, "p1", "states"))
+    notes.add(note_on(Q1, "p2", "unrelated", "odd\u2028 <b>"))
+    notes.add(note_on(Q1, "p1", "part", "", "trackstar"))
+    notes.add(note_on(Q2, "p1", "states"))
+    notes.add(note_on(Q2, "p1", None))
     assert len(path.read_text().splitlines()) == 5
     for some in (notes, Notes(path)):
         found = {(n["example_id"], n["passage_id"]): n for n in some.all()}
@@ -28,12 +33,12 @@ def test_notes_survive_a_restart_and_the_last_counts(tmp_path):
 
 def test_a_line_that_a_kill_tore_is_cut_off(tmp_path):
     path = tmp_path / "notes.jsonl"
-    Notes(path).add("q1", "p1", "states", "", "a")
+    Notes(path).add(note_on(Q1, "p1", "states"))
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:-7])
     notes = Notes(path)
     assert len(notes.all()) == 1 and path.read_bytes() == whole
-    notes.add("q1", "p2", "part", "", "a")
+    notes.add(note_on(Q1, "p2", "part"))
     assert len(Notes(path).all()) == 2
 
 
@@ -46,31 +51,51 @@ def test_counts_are_by_method_and_a_note_counts_for_each(tmp_path):
         files.append(ResultsFile(tmp_path / label, label))
     notes = Notes(tmp_path / "n")
     first, second = items[1]["proponent_ids"]
-    notes.add("q00001", first, "states", "", "a")
-    notes.add("q00001", second, "name", "", "a")
-    notes.add("q00001", "else", "name", "", "b")
-    notes.add("q99999", first, "states", "", "a")
+    notes.add(note_on(items[1], first, "states"))
+    notes.add(note_on(items[1], second, "name"))
+    notes.add(note_on(items[1], "else", "name"))
+    notes.add(note_on(items[1] | {"example_id": "q99999"}, first, "states"))
     counts = notes.counts(files)
     assert counts["a"]["states"] == 1 and counts["a"]["name"] == 1
     assert counts["b"]["states"] == 1 and counts["b"]["name"] == 1
     assert sum(counts["a"].values()) == sum(counts["b"].values()) == 2
 
 
+def test_a_note_is_on_a_question_and_not_on_its_number(tmp_path):
+    (france,) = records(1, 2, mean=40)
+    spain = france | {"inputs_plaintext": "Madrid is the capital of"}
+    files = []
+    for label, item in (("france", france), ("spain", spain)):
+        results.write(tmp_path / label, [item])
+        files.append(ResultsFile(tmp_path / label, label))
+    notes, passage = Notes(tmp_path / "n"), france["proponent_ids"][0]
+    notes.add(note_on(france, passage, "states"))
+    counts = notes.counts(files)
+    assert (counts["france"]["states"], counts["spain"]["states"]) == (1, 0)
+    notes.add(note_on(spain, passage, "unrelated"))
+    assert [n["type"] for n in notes.all()] == ["states", "unrelated"]
+    assert {n["query"] for n in notes.all()} == {f.columns["query"][0] for f in files}
+
+
 def test_refusals_name_file_line_and_field(tmp_path):
     path = tmp_path / "notes.jsonl"
     notes = Notes(path)
     with pytest.raises(NotesError, match="unknown type 'x'; there are states, part"):
-        notes.add("q", "p", "x", "", "a")
+        notes.add(note_on(Q1, "p", "x"))
     with pytest.raises(NotesError, match="ids of a query and a passage"):
-        notes.add("", "p", "states", "", "a")
+        notes.add(note_on(Q1 | {"example_id": ""}, "p", "states"))
     with pytest.raises(NotesError, match="at most 4000"):
-        notes.add("q", "p", "states", "x" * 5000, "a")
+        notes.add(note_on(Q1, "p", "states", "x" * 5000))
+    notes_without_target = note_on(Q1, "p", "states")
+    del notes_without_target["target"]
+    with pytest.raises(NotesError, match="'target' must be a text"):
+        notes.add(notes_without_target)
     assert not path.exists()
     path.write_text("{}\n")
-    with pytest.raises(NotesError, match=r"notes.jsonl, line 1: 'example_id' must be"):
+    with pytest.raises(NotesError, match=r"notes.jsonl, line 1: 'prompt' must be"):
         Notes(path)
     path.write_text(json.dumps([]) + "\n")
     with pytest.raises(NotesError, match="line 1: a note must be an object"):
         Notes(path)
     with pytest.raises(NotesError, match="cannot write"):
-        Notes(tmp_path / "absent" / "n").add("q", "p", "states", "", "a")
+        Notes(tmp_path / "absent" / "n").add(note_on(Q1, "p", "states"))

@@ -74,7 +74,7 @@ def test_a_malformed_line_is_shown_and_the_rest_loads(tmp_path, items):
         assert why in shown["malformed"] and len(shown["line"]) <= 2000
     last = len(broken) + 1
     assert file.record(0) == items[0] and file.record(last) == items[1]
-    assert file.row_of(items[1]["example_id"]) == last
+    assert file.row_of(file.columns["query"][last]) == last
     for body in (file.summaries(0), file.records(0)):
         assert json.loads(results_file.to_json(body)) == body
 
@@ -165,6 +165,23 @@ def test_overlap_is_by_query_and_id(tmp_path):
     other = ResultsFile(write(tmp_path / "b.jsonl", b), "b")
     assert results_file.overlap(one_file, other) == [2, 0, None, None]
     assert one_file.ranks_of(0, "z") == 3 and one_file.ranks_of(0, "w") == 0
+
+
+def test_other_questions_under_the_same_numbers_are_not_joined(tmp_path):
+    def item(prompt, target="b"):
+        return results.record("0", "queries", prompt, target, [("x", "text", 1.0)], [])
+
+    few_shot = "Q: … A: …\n" * 200
+    items = [
+        item("France"),
+        item("Spain"),
+        item("France", "c"),
+        item(few_shot),
+        item(few_shot + "!"),
+    ]
+    files = [ResultsFile(write(tmp_path / f"{i}.jsonl", [x]), "f") for i, x in enumerate(items)]
+    same = [[results_file.overlap(a, b) == [1] for b in files] for a in files]
+    assert same == [[i == j for j in range(5)] for i in range(5)]
 
 
 def test_a_file_written_anew_is_noticed(tmp_path, items):

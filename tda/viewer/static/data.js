@@ -67,6 +67,7 @@ export class Data {
       columns: Object.fromEntries(described.fields.map((f) => [f, []])),
       loaded: 0,
       byId: new Map(),
+      byQuery: new Map(),
       overlaps: new Map(),
     }));
     this.records = new Map();
@@ -99,8 +100,8 @@ export class Data {
         for (const value of values) file.columns[field].push(value);
       }
       for (let row = file.loaded; row < file.loaded + rows; row++) {
-        const id = file.columns.id?.[row];
-        if (id !== null && id !== undefined && !file.byId.has(id)) file.byId.set(id, row);
+        first(file.byId, file.columns.id?.[row], row);
+        first(file.byQuery, file.columns.query?.[row], row);
       }
       file.loaded += rows;
       onRows?.(file);
@@ -137,16 +138,17 @@ export class Data {
 
   #take({ notes, counts }) {
     this.counts = counts;
-    this.notes = new Map(notes.map((n) => [noteKey(n.example_id, n.passage_id), n]));
+    this.notes = new Map(notes.map((n) => [noteKey(n, n.passage_id), n]));
   }
 
-  note(example, passage) {
-    return this.notes.get(noteKey(example, passage));
+  /** The note on a passage of a query (`queryOf`). */
+  note(query, passage) {
+    return this.notes.get(noteKey(query, passage));
   }
 
-  async keepNote(example, passage, type, comment, method) {
-    const note = { example_id: example, passage_id: passage, type, comment, method };
-    this.#take(await ask("notes", note));
+  /** Saves {passage_id, type, comment, method} as the note on a passage of a query. */
+  async saveNote(query, note) {
+    this.#take(await ask("notes", { ...query, ...note }));
   }
 
   /** Runs a live question to its end; `onProgress(job)` hears of it. */
@@ -168,4 +170,16 @@ export class Data {
   }
 }
 
-const noteKey = (example, passage) => JSON.stringify([example, passage]);
+/** What identifies a record's query: ids alone may stand for other questions in other files. */
+export const queryOf = (record) => ({
+  example_id: String(record.example_id ?? ""),
+  prompt: String(record.inputs_plaintext),
+  target: String(record.targets_plaintext),
+});
+
+const noteKey = (query, passage) => JSON.stringify([query.example_id, query.prompt, query.target, passage]);
+
+/** Sets a map's value unless it has one, or the key is missing. */
+function first(map, key, value) {
+  if (key !== null && key !== undefined && !map.has(key)) map.set(key, value);
+}

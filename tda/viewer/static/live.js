@@ -1,6 +1,7 @@
 // Live tracing: a prompt and a target, or the model's own completion; passages from the store.
 
 import { fill, h, number, percent, tell } from "./dom.js";
+import { queryOf } from "./data.js";
 import { column } from "./passages.js";
 import { heading, highlightBar, sides } from "./query.js";
 import * as state from "./state.js";
@@ -140,7 +141,7 @@ export class Live {
       label: m.name, title: m.title, record: m.record, marks: m.record.proponent_correct ?? null, first: i === 0,
     }));
     const record = methods[0].record;
-    const context = { data, example: record.example_id, side: this.rows.state.side, heat: heatFor(data, record), onNote: () => {} };
+    const context = { data, query: queryOf(record), side: this.rows.state.side, heat: heatFor(data, record), onNote: () => {} };
     fill(this.results, heading(record),
       h("dl.facts", {},
         h("div", {}, h("dt", {}, "p(target | prompt)"), h("dd", {}, percent(answer.probability))),

@@ -88,17 +88,16 @@ async function drawMain(now, row, isCurrent) {
     isCurrent,
     step: (by) => sidebar.step(by),
     heatFor: (record) => heatFor(data, record),
-    onNote: (passage) => renote(passage),
+    onNote: renote,
   });
   document.title = `${rows.main.columns.prompt?.[row] ?? "tda viewer"} · tda`;
 }
 
 /** The note on a passage may be shown in other columns too. */
-function renote(passage) {
+function renote(query, passage) {
   for (const box of main.querySelectorAll("[data-note]")) {
     if (box.dataset.note !== passage || box.contains(document.activeElement)) continue;
-    const example = rows.main.columns.id?.[rowOf(rows.main, state.get().q) ?? chosen[0]];
-    const note = data.note(example, passage);
+    const note = data.note(query, passage);
     box.querySelector("select").value = note?.type ?? "";
     box.querySelector("input").value = note?.comment ?? "";
     box.querySelector("input").hidden = !note;
@@ -159,13 +158,27 @@ function figuresOf(file) {
 function toggle(file) {
   const on = rows.files.includes(file);
   if (on && rows.files.length === 1) return tell("At least one method must be shown.");
-  const next = on ? rows.files.filter((f) => f !== file) : [...rows.files, file];
-  state.set({ files: next.map((f) => f.label).join(",") });
+  return show(on ? rows.files.filter((f) => f !== file) : [...rows.files, file]);
 }
 
-function first(file) {
-  const next = [file, ...rows.files.filter((f) => f !== file)];
-  state.set({ files: next.map((f) => f.label).join(","), page: "" });
+const first = (file) => show([file, ...rows.files.filter((f) => f !== file)]);
+
+/** Shows these files. The query stays: another first file may have it under another number or id. */
+async function show(files) {
+  const patch = { files: files.map((f) => f.label).join(",") };
+  if (files[0] !== rows.main) {
+    patch.page = "";
+    const { q } = rows.state;
+    if (q) {
+      const before = rows;
+      await data.load(files[0]);
+      if (rows !== before) return;
+      const row = rows.match(files[0], rowOf(rows.main, q));
+      if (row === undefined) tell(`${files[0].title} does not contain this query.`);
+      patch.q = row === undefined ? "" : place(files[0], row).q;
+    }
+  }
+  state.set(patch);
 }
 
 function judging() {

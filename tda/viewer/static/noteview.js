@@ -23,9 +23,10 @@ export async function showNotes(element, rows, isCurrent) {
         h("tr", {}, h("th", { scope: "row" }, name), used.map((f) => h("td", {}, counted(data.counts[f.label], type)))))))),
     h("h3", {}, `${count(notes.length)} notes`),
     h("ul.note-list", {}, notes.map((note) => {
-      const file = data.file(note.method) ?? data.files.find((f) => f.byId.has(note.example_id));
-      const row = file?.byId.get(note.example_id);
-      const title = row === undefined ? note.example_id : `${file.columns.prompt[row]} ${file.columns.target[row]}`;
+      const having = data.files.filter((f) => f.byQuery.has(note.query));
+      const file = having.find((f) => f.label === note.method) ?? having[0];
+      const row = file?.byQuery.get(note.query);
+      const title = `${note.prompt} ${note.target}`.slice(0, 2000);
       return h("li", {},
         h("span.tag", {}, types[note.type] ?? "comment"), " ",
         row === undefined ? title : h("a", { href: state.link({ ...place(file, row), filter: "", files: others(rows, file) }) }, title),

@@ -24,8 +24,8 @@ export function passagesOf(record, side) {
  *
  * @param method {label, title, record, marks, judge} of this column.
  * @param others the other columns' methods, whose ranks are shown on each passage.
- * @param context {data, example, side, heat}: `heat(label, passage, box)` shows heat in a box, or
- *     is missing where it cannot be had.
+ * @param context {data, query, side, heat}: the query as `queryOf` gives it; `heat(label, passage,
+ *     box)` shows heat in a box, or is missing where it cannot be had.
  */
 export function column(method, others, context) {
   const { record, label } = method;
@@ -172,23 +172,28 @@ function moves(passage, side, method, others) {
   });
 }
 
-function noteForm(passage, method, { data, example, onNote }) {
-  if (!data.index.notes || passage.id === null || !example) return null;
-  const note = data.note(example, passage.id);
+function noteForm(passage, method, { data, query, onNote }) {
+  if (!data.index.notes || passage.id === null || !query.example_id) return null;
+  const note = data.note(query, passage.id);
   const types = data.index.types;
   if (!data.canNote) {
     return note && h("span.note", {}, types[note.type] ?? "", note.comment ? ` “${note.comment}”` : "");
   }
-  const keep = async () => {
+  const save = async () => {
     try {
-      await data.keepNote(example, passage.id, select.value || null, comment.value, method.label);
+      await data.saveNote(query, {
+        passage_id: passage.id,
+        type: select.value || null,
+        comment: comment.value,
+        method: method.label,
+      });
       tell("Note saved.");
-      onNote?.(passage.id);
+      onNote?.(query, passage.id);
     } catch (error) {
       tell(error.message, "wrong");
     }
   };
-  const select = h("select.note", { "aria-label": `Note on rank ${passage.rank}`, onchange: keep },
+  const select = h("select.note", { "aria-label": `Note on rank ${passage.rank}`, onchange: save },
     h("option", { value: "" }, "note…"),
     Object.entries(types).map(([value, name]) => h("option", { value, selected: note?.type === value }, name)));
   const comment = h("input.comment", {
@@ -196,7 +201,7 @@ function noteForm(passage, method, { data, example, onNote }) {
     placeholder: "comment",
     maxlength: 4000,
     "aria-label": `Comment on rank ${passage.rank}`,
-    onchange: keep,
+    onchange: save,
   });
   comment.hidden = !note;
   select.addEventListener("change", () => (comment.hidden = false));

@@ -1,6 +1,7 @@
 // One query: what was asked, what is known of it, and each method's passages side by side.
 
 import { count, fill, h, percent, refill, tell } from "./dom.js";
+import { queryOf } from "./data.js";
 import { column } from "./passages.js";
 import * as state from "./state.js";
 
@@ -43,7 +44,7 @@ export async function showQuery(element, rows, row, tools) {
   });
   const context = {
     data,
-    example: main.columns.id?.[row] ?? "",
+    query: queryOf(record),
     side: now.side,
     heat: tools.heatFor(record),
     onNote: tools.onNote,

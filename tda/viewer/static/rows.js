@@ -46,15 +46,15 @@ export class Rows {
       case "malformed":
         return (file.columns.error?.[row] ?? null) !== null;
       case "noted":
-        return this.noted().has(file.columns.id?.[row]);
+        return this.noted().has(file.columns.query?.[row]);
       default:
         return file.columns[field]?.[row] ?? null;
     }
   }
 
   noted() {
-    this.notedIds ??= new Set([...this.data.notes.values()].map((n) => n.example_id));
-    return this.notedIds;
+    this.notedQueries ??= new Set([...this.data.notes.values()].map((n) => n.query));
+    return this.notedQueries;
   }
 
   /** The value of a field as the filter writes it, of the main file's row. */
@@ -71,7 +71,7 @@ export class Rows {
   /** The row of another file with the same query as a row of the main one. */
   match(file, row) {
     if (file === this.main) return row;
-    return file.byId.get(this.main.columns.id?.[row]);
+    return file.byQuery.get(this.main.columns.query?.[row]);
   }
 
   /** Whether the filter knows a field. */
@@ -86,7 +86,7 @@ export class Rows {
 
   /** All fields that the filter knows. */
   fields() {
-    const main = [...new Set([...ALWAYS, ...DERIVED, ...this.main.fields])].filter((f) => f !== "error");
+    const main = [...new Set([...ALWAYS, ...DERIVED, ...this.main.fields])].filter((f) => f !== "error" && f !== "query");
     const others = this.data.files.filter((f) => f !== this.main);
     return [...main, ...others.flatMap((f) => [`${f.label}.rank`, `${f.label}.overlap`])];
   }
