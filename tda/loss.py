@@ -1,7 +1,8 @@
 """Pure losses. Each takes logits, targets and weights and returns one number per example.
 
 L = Σ_t w_t f(logits_t, target_t). The weights select positions: all tokens of a passage, only the
-target tokens of a query, never padding.
+target tokens of a query, never padding. Logits of any dtype are taken in float32: in bfloat16 the
+log of a sum over the vocabulary keeps two or three digits.
 """
 
 import jax
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 
 def cross_entropy(logits_BxTxV, targets_BxT, weights_BxT):
     """Returns next-token cross-entropy in nats, weighted and summed over positions: float32 [B]."""
+    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
     nats_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(nats_BxT * weights_BxT, axis=-1)
 
 
 def margin(logits_BxTxV, targets_BxT, weights_BxT):
     """Returns minus the target's log-odds, −log(p / (1 − p)), as in TRAK: float32 [B]."""
+    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
     other_logits = jnp.where(_hit(logits_BxTxV, targets_BxT), -jnp.inf, logits_BxTxV)
     odds_BxT = jax.nn.logsumexp(other_logits, axis=-1) - _picked(logits_BxTxV, targets_BxT)
     return jnp.sum(odds_BxT * weights_BxT, axis=-1)
@@ -23,7 +26,8 @@ def margin(logits_BxTxV, targets_BxT, weights_BxT):
 
 def logit(logits_BxTxV, targets_BxT, weights_BxT):
     """Returns minus the target's logit: float32 [B]."""
-    return jnp.sum(-_picked(logits_BxTxV, targets_BxT) * weights_BxT, axis=-1)
+    picked_BxT = _picked(logits_BxTxV.astype(jnp.float32), targets_BxT)
+    return jnp.sum(-picked_BxT * weights_BxT, axis=-1)
 
 
 def _hit(logits_BxTxV, targets_BxT):
@@ -53,6 +57,19 @@ def output(name: str):
     return OUTPUTS[name]
 
 
+def has_separate_head(model) -> bool:
+    """Returns whether `model(tokens)` is `model.logits(model.hidden(tokens))`.
+
+    `hidden` maps tokens [B, T] to states [B, T, D] and `logits` states to float32 [B, T, V], each
+    position and each example by itself. Methods of these names may do anything in a user's model,
+    so its class says so: `has_separate_head = True`. A subclass that overrides a method of the
+    three has to say it again.
+    """
+    methods = {"__call__", "hidden", "logits"}
+    latest = next((kind for kind in type(model).__mro__ if methods & vars(kind).keys()), object)
+    return vars(latest).get("has_separate_head", False)
+
+
 # The number of logits held at once: 64 MiB of float32.
 _CHUNK = 2**24
 
@@ -60,10 +77,9 @@ _CHUNK = 2**24
 def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int = _CHUNK):
     """Sums an output function over a batch's examples without holding all logits at once.
 
-    A model with the methods `hidden` (tokens [B, T] to states [B, T, D]) and `logits` (states to
-    float32 [B, T, V]) has its output matrix applied to a few positions at a time. Each piece's
-    gradient is computed with its value, so that its logits can be freed. Any other model is called
-    directly, with all logits at once.
+    A model that `has_separate_head` has its output matrix applied to a few positions at a time.
+    Each piece's gradient is computed with its value, so that its logits can be freed. Any other
+    model is called directly, with all logits at once.
 
     Args:
         model: maps tokens [B, T] to logits [B, T, V].
@@ -77,7 +93,7 @@ def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int =
         A float32 scalar.
     """
     targets_BxT, weights_BxT = batch["targets"], batch["weights"]
-    if not (hasattr(model, "hidden") and hasattr(model, "logits")):
+    if not has_separate_head(model):
         return jnp.sum(output_fn(model(batch["tokens"]), targets_BxT, weights_BxT))
     h_BxTxD = model.hidden(batch["tokens"])
     if scored is not None and scored < targets_BxT.shape[1]:

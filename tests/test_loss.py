@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tda import loss
 from tda.model import functional
+from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
+from tests.conftest import TINY
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,66 @@ def test_logits_of_a_batch_are_never_whole(decoder, random_batch):
 
     assert "f32[4,64,50]" in shapes(2**24)
     assert "f32[4,64,50]" not in shapes(4 * 50 * 16) and "f32[4,16,50]" in shapes(4 * 50 * 16)
+
+
+@pytest.mark.parametrize("name", sorted(loss.OUTPUTS))
+def test_logits_in_half_precision_are_taken_in_float32(case, name):
+    """Guards: a sum over the vocabulary that is rounded to bfloat16."""
+    logits, targets, weights, _ = case
+    rounded = jnp.asarray(logits, jnp.bfloat16)
+    got = loss.output(name)(rounded, targets, weights)
+    expected = loss.output(name)(rounded.astype(jnp.float32), targets, weights)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+class Doubling(Decoder):
+    """Calls itself in its own way."""
+
+    def __call__(self, tokens):
+        return 2 * super().__call__(tokens)
+
+
+class Halving(Decoder):
+    """Logits that are not each position's own."""
+
+    def logits(self, hidden):
+        return super().logits(hidden) / hidden.shape[1]
+
+
+class Renamed(Decoder):
+    """Says again that its head stands alone."""
+
+    has_separate_head = True
+
+    def __call__(self, tokens):
+        return self.logits(self.hidden(tokens))
+
+
+class Layers(nnx.Module):
+    """A user's model with layers of these names."""
+
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(5, 5, rngs=rngs)
+        self.logits = nnx.Linear(5, 50, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.logits(jnp.tanh(self.hidden(jax.nn.one_hot(tokens, 5))))
+
+
+@pytest.mark.parametrize("kind", [Doubling, Halving, Renamed, Layers])
+def test_a_total_is_of_the_models_own_call(random_batch, kind):
+    """Guards: methods of a name taken for what the decoder's do."""
+    batch, settings = random_batch([11, 5, 0], 11), DecoderSettings(**TINY)
+    model = kind(nnx.Rngs(0)) if kind is Layers else kind(settings, rngs=nnx.Rngs(0))
+    expected = loss.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"]).sum()
+    total = loss.total(model, batch, loss.cross_entropy, chunk=3 * 50 * 4)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert loss.has_separate_head(model) == (kind is Renamed)
+
+
+def test_an_unchanged_subclass_has_the_decoders_head():
+    class Unchanged(Decoder):
+        pass
+
+    assert loss.has_separate_head(Unchanged(DecoderSettings(**TINY), rngs=nnx.Rngs(0)))

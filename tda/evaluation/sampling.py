@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda import loss as losses
 from tda.data.batches import BatchLayout
 from tda.evaluation.frequency import begins_with
 from tda.runtime import progress, sharding
@@ -111,7 +112,7 @@ class _Next:
         def probabilities(state, tokens_BxT, last_B):
             model = nnx.merge(graphdef, state)
             # Where the model allows it, logits are made of the last positions alone.
-            has_head = hasattr(model, "hidden") and hasattr(model, "logits")
+            has_head = losses.has_separate_head(model)
             x_BxTxN = model.hidden(tokens_BxT) if has_head else model(tokens_BxT)
             x_Bx1xN = jnp.take_along_axis(x_BxTxN, last_B[:, None, None], axis=1)
             logits_BxV = (model.logits(x_Bx1xN) if has_head else x_Bx1xN)[:, 0]

@@ -27,6 +27,8 @@ class Decoder(nnx.Module):
         rngs: keys of the initial weights.
     """
 
+    has_separate_head = True  # see `tda.loss.has_separate_head`
+
     def __init__(self, settings: DecoderSettings, *, rngs: nnx.Rngs):
         self.settings = settings
 
