@@ -67,7 +67,7 @@ def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
         uniform_BxT: a number in [0, 1) per position, which draws the position's label.
         weights_BxT: the weights of the positions.
     """
-    p_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(logits_BxTxV))
+    p_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(logits_BxTxV).astype(jnp.float32))
     below_BxT = jnp.sum(jnp.cumsum(p_BxTxV, axis=-1) <= uniform_BxT[..., None], axis=-1)
     labels_BxT = jnp.minimum(below_BxT, logits_BxTxV.shape[-1] - 1)
     return losses.cross_entropy(logits_BxTxV, labels_BxT, weights_BxT)
@@ -246,10 +246,20 @@ def logra_taps(
 
 
 def _moments(d_BxTxN, x_BxTxM, mask_BxT):
-    """Returns Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N]."""
-    repeats = x_BxTxM.shape[1] // mask_BxT.shape[1]
-    x_BxTxM = x_BxTxM * jnp.repeat(mask_BxT, repeats, axis=1)[..., None]
-    x, d = x_BxTxM.astype(jnp.float32), d_BxTxN.astype(jnp.float32)
+    """Returns Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N].
+
+    Both are of the positions that count alone. A δ need not be 0 where the weight is: attention
+    carries the losses of later positions back to it.
+    """
+    repeats, left_over = divmod(x_BxTxM.shape[1], mask_BxT.shape[1])
+    if left_over or not repeats:
+        raise ValueError(
+            f"a layer of shape {x_BxTxM.shape[2]} × {d_BxTxN.shape[2]} has {x_BxTxM.shape[1]} "
+            f"positions, not a multiple of the sequence's {mask_BxT.shape[1]}; use exclude= to "
+            "leave it out of the curvature"
+        )
+    mask = jnp.repeat(mask_BxT, repeats, axis=1)[..., None]
+    x, d = x_BxTxM.astype(jnp.float32) * mask, d_BxTxN.astype(jnp.float32) * mask
     return _einsum("btm,btn->mn", x, x), _einsum("btm,btn->mn", d, d)
 
 
@@ -282,7 +292,7 @@ def _watch_call(layer, use, call, inputs):
         if "left_basis" in watch:
             bases = watch["left_basis"], watch["right_basis"]
             return _watch_squares(y_BxTxN, watch["sum0"], x_BxTxM, *bases)
-        mask_BxT = (watch["weights"] > 0).astype(x_BxTxM.dtype)
+        mask_BxT = (watch["weights"] > 0).astype(jnp.float32)
         return _watch_moments(y_BxTxN, (watch["sum0"], watch["sum1"]), x_BxTxM, mask_BxT)
 
     return layers.change_product(layer, call, inputs, change)

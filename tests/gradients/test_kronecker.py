@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tda import loss as losses
 from tda.data import tokens
@@ -106,6 +107,44 @@ def test_covariances_are_the_means_over_positions(decoder):
         np.testing.assert_allclose(S, expected / table().scored.sum(), rtol=1e-4, atol=1e-7)
 
 
+def test_covariances_are_of_scored_positions_alone(decoder, random_batch):
+    """Guards: δ of positions of weight 0, which attention gives to them, counted in S."""
+    model = decoder()
+    (site,) = find_sites(model, "mlp/up")
+    batch = random_batch([6, 6], 6)
+    batch["weights"][0, ::2] = batch["weights"][1, :4] = 0
+    scored = batch["weights"] > 0
+    A, S = kronecker.covariances(model, [site], [batch], "data")[site.path]
+    watched = {}
+
+    def loss(added_LxBxTxN):
+        """The loss with something added to each layer's product x W."""
+        blocks, x = nnx.clone(model), model.embedding(batch["tokens"])
+        sight, _ = model._sights()
+        graphdef, state = nnx.split(blocks.layers)
+        for i in range(2):
+            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], state))
+            up = block.mlp.up
+
+            def product(inputs, i=i, up=up):
+                watched[i] = inputs
+                return up(inputs) + added_LxBxTxN[i]
+
+            object.__setattr__(block.mlp, "up", product)
+            x = block(x, sight)
+        logits = model.logits(model.final_norm(x))
+        return losses.cross_entropy(logits, batch["targets"], batch["weights"]).sum()
+
+    added = jnp.zeros((2, 2, 6, site.columns))
+    loss(added)
+    xs = [np.asarray(watched[i]) for i in range(2)]
+    deltas = np.asarray(jax.grad(loss)(added))
+    for i in range(2):
+        assert np.abs(deltas[i][~scored]).max() > 0 or i == 1
+        for got, rows in ((A[i], xs[i][scored]), (S[i], deltas[i][scored])):
+            np.testing.assert_allclose(got, rows.T @ rows / scored.sum(), rtol=1e-4, atol=1e-6)
+
+
 def pairs():
     starts = table().starts
     return list(zip(starts[:-1], starts[1:], strict=True))
@@ -113,8 +152,6 @@ def pairs():
 
 def nnx_first_layer(model):
     """Tokens to the first layer's normalised input."""
-    from flax import nnx
-
     graphdef, state = nnx.split(model.layers)
     block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], state))
     return lambda ids: block.attention_norm(model.embedding(ids))
