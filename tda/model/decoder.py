@@ -75,22 +75,27 @@ class Decoder(nnx.Module):
         """The number of positions that have an embedding; 0 where positions are rotary."""
         return self.settings.max_positions
 
-    def _rotation(self, base: float, scaling: dict | None) -> positions.Rotation | None:
-        if self.settings.max_positions:
-            return None
-        return positions.rotation(self.settings.rotated_features, base, scaling)
-
-    def _sights(self) -> tuple[Sight, bool]:
+    def _sights(self, T: int) -> tuple[Sight, bool]:
         """The layers' sight; and whether it differs by layer, and so is stacked, [L, …]."""
         s = self.settings
-        rotation = self._rotation(s.rope_base, s.rope_scaling)
-        in_window = rotation
-        if s.window_rope_base is not None:
-            in_window = self._rotation(s.window_rope_base, None)
-        if s.window_layers is None:
+        rotation = in_window = None
+        if not s.max_positions:
+            rotation = in_window = positions.rotation(
+                s.rotated_features, s.rope_base, s.rope_scaling, T
+            )
+            if s.window_rope_base is not None:
+                in_window = positions.rotation(s.rotated_features, s.window_rope_base)
+        if s.window_layers is None and s.rope_layers is None:
             return Sight(in_window, s.window), False
-        with_window, without = Sight(in_window, s.window), Sight(rotation, _NO_WINDOW)
-        by_layer = [with_window if has_window else without for has_window in s.window_layers]
+        by_layer = []
+        for i in range(s.layers):
+            has_window = s.window is not None and (s.window_layers is None or s.window_layers[i])
+            in_layer = in_window if has_window else rotation
+            if s.rope_layers is not None and not s.rope_layers[i]:
+                # A turn by no angle leaves every feature as it is, and lets the layers be stacked.
+                in_layer = positions.Rotation(jnp.zeros_like(rotation.inverse_period_K))
+            no_window = None if s.window is None else _NO_WINDOW
+            by_layer.append(Sight(in_layer, s.window if has_window else no_window))
         stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *by_layer)
         return stacked, True
 
@@ -100,7 +105,9 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: more positions than have an embedding.
         """
-        return self.final_norm(self._stream(tokens_BxT, self.layers, *self._sights()))
+        return self.final_norm(
+            self._stream(tokens_BxT, self.layers, *self._sights(tokens_BxT.shape[1]))
+        )
 
     def residual_stream(self, tokens_BxT, layers: int):
         """Returns the residual stream after the first `layers` layers, [B, T, D].
@@ -115,7 +122,7 @@ class Decoder(nnx.Module):
         """
         if not 1 <= layers <= self.layer_count:
             raise ValueError(f"layers={layers}: give 1 to {self.layer_count}, the model's layers")
-        sight, stacked = self._sights()
+        sight, stacked = self._sights(tokens_BxT.shape[1])
         if stacked:
             sight = jax.tree.map(lambda x: x[:layers], sight)
         if not self.settings.scan:

@@ -110,6 +110,8 @@ class Attention(nnx.Module):
         s = self.settings
         B, T, _ = x_BxTxD.shape
         q, k, v = self.query(x_BxTxD), self.key(x_BxTxD), self.value(x_BxTxD)
+        if s.projection_clip is not None:
+            q, k, v = (jnp.clip(x, -s.projection_clip, s.projection_clip) for x in (q, k, v))
         if s.query_key_norm == "all":
             q, k = self.query_norm(q), self.key_norm(k)
         q = q.reshape(B, T, s.heads, s.head_width)

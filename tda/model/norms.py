@@ -39,20 +39,21 @@ class Norm(nnx.RMSNorm):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm with scale and bias (Ba et al. 2016, eq. 4), with statistics in float32."""
+    """LayerNorm (Ba et al. 2016, eq. 4) with scale and bias or neither; statistics in float32."""
 
     def __call__(self, x_BxTxD):
         """Centres each position's features and divides by their deviation: [B, T, D] to same."""
 
         @recomputed
-        def normalise(x_BxTxD, scale_D, bias_D):
+        def normalise(x_BxTxD, scale_D=1.0, bias_D=0.0):
             x_BxTxD = x_BxTxD.astype(jnp.float32)
             x_BxTxD = x_BxTxD - jnp.mean(x_BxTxD, axis=-1, keepdims=True)
             variance_BxTx1 = jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True)
             y_BxTxD = x_BxTxD * jax.lax.rsqrt(variance_BxTx1 + self.epsilon) * scale_D + bias_D
             return y_BxTxD.astype(self.dtype)
 
-        return normalise(x_BxTxD, self.scale[...], self.bias[...])
+        parameters = (self.scale[...], self.bias[...]) if self.use_scale else ()
+        return normalise(x_BxTxD, *parameters)
 
 
 def make_norm(settings: DecoderSettings, width: int, rngs: nnx.Rngs) -> Norm | LayerNorm:
@@ -63,8 +64,9 @@ def make_norm(settings: DecoderSettings, width: int, rngs: nnx.Rngs) -> Norm | L
         param_dtype=jnp.dtype(settings.param_dtype),
         rngs=rngs,
     )
-    if settings.norm == "layer":
-        return LayerNorm(width, **arguments)
+    if settings.norm != "rms":
+        has_parameters = settings.norm == "layer"
+        return LayerNorm(width, use_scale=has_parameters, use_bias=has_parameters, **arguments)
     if not settings.norm_offset:
         return Norm(width, **arguments)
     start = nnx.initializers.constant(1.0 - settings.norm_offset)

@@ -18,6 +18,11 @@ _SCALINGS = {
         {"factor", "original_max_position_embeddings"},
         {"beta_fast", "beta_slow", "attention_factor", "truncate"},
     ),
+    "longrope": (
+        {"short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+    "dynamic": ({"factor", "max_position_embeddings"}, set()),
 }
 
 
@@ -36,7 +41,9 @@ class Rotation:
     factor: float | jax.Array = 1.0
 
 
-def rotation(width: int, base: float = 10_000.0, scaling: dict | None = None) -> Rotation:
+def rotation(
+    width: int, base: float = 10_000.0, scaling: dict | None = None, T: int = 0
+) -> Rotation:
     """Returns base^(−2i/K) for the pairs i of `width` = K features (Su et al. 2021, section 3.2.2).
 
     Args:
@@ -46,15 +53,29 @@ def rotation(width: int, base: float = 10_000.0, scaling: dict | None = None) ->
             2023), "llama3" ("factor", "low_freq_factor", "high_freq_factor",
             "original_max_position_embeddings": only long periods are stretched), "yarn" ("factor",
             "original_max_position_embeddings", and optionally "beta_fast", "beta_slow",
-            "truncate", "attention_factor"; Peng et al. 2023, section 3) or "factors" (one for each
+            "truncate", "attention_factor"; Peng et al. 2023, section 3), "longrope" (Ding et al.
+            2024: one factor for each pair, "short_factor" up to "original_max_position_embeddings"
+            positions and "long_factor" beyond, and "attention_factor"), "dynamic" ("factor",
+            "max_position_embeddings": a larger base beyond these), or "factors" (one for each
             pair). `check` refuses others.
+        T: number of positions, for "longrope" and "dynamic". As in transformers, padding counts.
     """
+    if scaling is not None and scaling["kind"] == "dynamic":
+        # The base that stretches the longest period by what T exceeds the trained length by.
+        excess = max(T / scaling["max_position_embeddings"], 1.0) - 1.0
+        base = base * (1.0 + scaling["factor"] * excess) ** (width / (width - 2))
+        scaling = None
     inverse = base ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     if scaling is None:
         return Rotation(inverse)
     kind = scaling["kind"]
     if kind == "factors":
         return Rotation(inverse / jnp.asarray(scaling["factors"], jnp.float32))
+    if kind == "longrope":
+        is_long = T > scaling["original_max_position_embeddings"]
+        factors = scaling["long_factor" if is_long else "short_factor"]
+        stretched = inverse / jnp.asarray(factors, jnp.float32)
+        return Rotation(stretched, float(scaling["attention_factor"]))
     factor = scaling["factor"]
     if kind == "linear":
         return Rotation(inverse / factor)
@@ -92,6 +113,12 @@ def check(width: int, scaling: dict | None) -> None:
             + (f" and may have {', '.join(sorted(optional))}" if optional else "")
             + f"; it has {', '.join(sorted(keys))}"
         )
+    for key in ("factors", "short_factor", "long_factor"):
+        if key in scaling and len(scaling[key]) != width // 2:
+            raise ValueError(
+                f"rope_scaling has {len(scaling[key])} numbers in {key!r}; give one for each of "
+                f"{width // 2} pairs of features"
+            )
 
 
 def _yarn_ramp(width: int, base: float, scaling: dict):

@@ -37,8 +37,8 @@ class DecoderSettings:
     """The MLP's activation; "gelu" is the approximation by tanh."""
     tied: bool = True
     """Whether the output matrix is the embedding's transpose."""
-    norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm, or LayerNorm with a bias."""
+    norm: Literal["rms", "layer", "layer_plain"] = "rms"
+    """RMSNorm, LayerNorm with a bias, or LayerNorm without parameters (OLMo 1)."""
     norm_place: Literal["before", "after", "both"] = "before"
     """Where norms stand: before attention and MLP, after them, or both."""
     norm_eps: float = 1e-6
@@ -53,6 +53,8 @@ class DecoderSettings:
     """Whether attention's output has a bias."""
     mlp_bias: bool = False
     """Whether the MLP's matrices have biases."""
+    projection_clip: float | None = None
+    """Largest absolute value of queries, keys and values before rotation; None for no limit."""
     query_key_norm: Literal["head", "all", None] = None
     """Norms of queries and keys: of each head, of all heads together, or none."""
     attention_scale: float | None = None
@@ -69,6 +71,8 @@ class DecoderSettings:
     """How the rotary periods are stretched (`tda.model.positions.rotation`); None: not at all."""
     rope_fraction: float = 1.0
     """Share of a head's features that is rotated."""
+    rope_layers: Sequence[bool] | None = None
+    """For each layer, whether queries and keys are rotated (SmolLM3); None where all are."""
     rope_layout: Literal["half", "interleaved"] = "half"
     """Which features form a pair: i and i + K/2, or 2i and 2i + 1."""
     window: int | None = None
@@ -89,9 +93,17 @@ class DecoderSettings:
     """Dtype of the parameters."""
 
     def __post_init__(self):
-        if self.window_layers is not None:
+        for name in ("window_layers", "rope_layers"):
+            by_layer = getattr(self, name)
+            if by_layer is None:
+                continue
+            if len(by_layer) != self.layers:
+                raise ValueError(
+                    f"{name} has {len(by_layer)} entries for {self.layers} layers; give one for "
+                    "each"
+                )
             # A tuple, because the settings are part of a module's hashable structure.
-            object.__setattr__(self, "window_layers", tuple(map(bool, self.window_layers)))
+            object.__setattr__(self, name, tuple(map(bool, by_layer)))
         for field in dataclasses.fields(self):
             choices, value = get_args(field.type), getattr(self, field.name)
             if choices and isinstance(choices[0], str) and value not in choices:
@@ -121,11 +133,6 @@ class DecoderSettings:
             return
         if self.window < 1:
             raise ValueError(f"window={self.window} must be positive")
-        if self.window_layers is not None and len(self.window_layers) != self.layers:
-            raise ValueError(
-                f"window_layers has {len(self.window_layers)} entries for {self.layers} layers; "
-                "give one for each"
-            )
 
     @property
     def rotated_features(self) -> int:

@@ -88,11 +88,31 @@ def test_yarn_keeps_pairs_that_turn_often():
     assert found.factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_longrope_has_other_factors_beyond_the_trained_length():
+    scaling = dict(kind="longrope", attention_factor=1.25, original_max_position_embeddings=9)
+    scaling |= dict(short_factor=[1.0, 2.0, 3.0, 4.0], long_factor=[5.0, 6.0, 7.0, 8.0])
+    plain = np.asarray(rotation(K, 100.0).inverse_period_K)
+    for T, factors in ((9, scaling["short_factor"]), (10, scaling["long_factor"])):
+        found = rotation(K, 100.0, scaling, T)
+        np.testing.assert_allclose(found.inverse_period_K, plain / factors, rtol=1e-6)
+        assert found.factor == 1.25
+
+
+def test_dynamic_scaling_stretches_the_longest_period_by_the_excess_alone():
+    scaling = dict(kind="dynamic", factor=2.0, max_position_embeddings=16)
+    plain = np.asarray(rotation(K, 100.0).inverse_period_K)
+    np.testing.assert_array_equal(rotation(K, 100.0, scaling, 16).inverse_period_K, plain)
+    found = np.asarray(rotation(K, 100.0, scaling, 24).inverse_period_K)
+    # Half more positions, by a factor of 2: the longest period doubles, the shortest stays.
+    np.testing.assert_allclose(found[[0, -1]], plain[[0, -1]] / [1, 2], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("width", "scaling", "message"),
     [
         (7, None, "7 features of a head"),
-        (8, {"kind": "dynamic"}, "unknown rope_scaling kind 'dynamic'"),
+        (8, {"kind": "ntk"}, "unknown rope_scaling kind 'ntk'"),
+        (8, {"kind": "factors", "factors": [1.0] * 3}, "has 3 numbers in 'factors'; give one"),
         (8, {"kind": "linear"}, "needs factor"),
         (8, {"kind": "linear", "factor": 2.0, "mscale": 1.0}, "it has factor, mscale"),
     ],

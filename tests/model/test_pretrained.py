@@ -171,7 +171,12 @@ def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tmp_path):
         (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not known.*Olmo2"),
         (dict(architectures=None), "is not named; it is not known"),
         (dict(hidden_act="xielu"), "hidden_act='xielu' is not supported"),
-        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "type 'dynamic' is not"),
+        (dict(rope_scaling={"type": "proportional"}), "type 'proportional' is not"),
+        (
+            dict(architectures=["MixtralForCausalLM"], num_local_experts=8),
+            r"MixtralForCausalLM has 8 experts in a layer \(num_local_experts\); .* left out",
+        ),
+        (dict(architectures=["StableLmForCausalLM"], qk_layernorm=True), "qk_layernorm=True is"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "needs factor, high_freq"),
         (dict(quantization_config={"bits": 4}), "quantization_config=.* is not supported"),
         (dict(hidden_size=None), "lacks 'hidden_size'"),

@@ -152,6 +152,7 @@ def test_more_positions_than_are_learned_are_refused():
         (dict(window=0), "window=0 must be positive"),
         (dict(window_layers=[True] * 3), "need a window"),
         (dict(window=2, window_layers=[True]), "1 entries for 3 layers"),
+        (dict(rope_layers=[True] * 2), "rope_layers has 2 entries for 3 layers"),
         (dict(rope_fraction=0.4), "3 features of a head are rotated"),
         (dict(rope_scaling={"kind": "long"}), "unknown rope_scaling kind 'long'"),
     ],

@@ -1,10 +1,12 @@
 """Every family against `transformers`: a small random model, saved there, loaded here."""
 
+import copy
 import json
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tda.gradients import reference
 from tda.model import functional, pretrained
@@ -42,12 +44,28 @@ NEAR_AND_FAR = dict(
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+LONG = dict(
+    rope_type="longrope",
+    rope_theta=1000.0,
+    short_factor=[1.0, 1.1, 1.2],
+    long_factor=[2.0, 3.0, 5.0],
+)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1000.0, factor=3.0)
+DEEPSEEK = dict(YARN, mscale=1.0, mscale_all_dim=0.5, beta_fast=4, beta_slow=2)
+YARN_FAR = dict(
+    sliding_attention=dict(rope_type="default", rope_theta=500.0),
+    full_attention=dict(YARN, rope_theta=500.0),
+)
+
 CASES = {
     "llama2": ("Llama", dict(num_key_value_heads=4)),
     "llama3": ("Llama", dict(rope_parameters=LLAMA3)),
     "llama-yarn": ("Llama", dict(rope_parameters=YARN, num_hidden_layers=2)),
     "llama-biases": ("Llama", dict(attention_bias=True, mlp_bias=True, head_dim=8)),
     "smollm2": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "llama-deepseek": ("Llama", dict(rope_parameters=DEEPSEEK, num_hidden_layers=2)),
+    "llama-dynamic": ("Llama", dict(rope_parameters=DYNAMIC, max_position_embeddings=8)),
+    "llama-dynamic-short": ("Llama", dict(rope_parameters=DYNAMIC)),
     "mistral": ("Mistral", dict(sliding_window=5)),
     "qwen2": ("Qwen2", dict()),
     "qwen2-windows": (
@@ -55,7 +73,51 @@ CASES = {
         dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     ),
     "qwen3": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True)),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1])),
+    "smollm3-windows": (
+        "SmolLM3",
+        dict(
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=4,
+            rope_parameters=YARN,
+        ),
+    ),
+    "stablelm": ("StableLm", dict(hidden_size=32)),
+    "stablelm-biases": (
+        "StableLm",
+        dict(
+            use_qkv_bias=True,
+            num_key_value_heads=4,
+            rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.67),
+        ),
+    ),
+    "phi3": ("Phi3", dict(sliding_window=5)),
+    "phi4-mini": (
+        "Phi3",
+        dict(
+            tie_word_embeddings=True,
+            hidden_size=32,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=16,
+            rope_parameters=LONG,
+        ),
+    ),
+    "phi3-long": (
+        "Phi3",
+        dict(original_max_position_embeddings=8, rope_parameters=LONG),
+    ),
+    "olmo": ("Olmo", dict()),
+    "olmo-clipped": ("Olmo", dict(clip_qkv=0.8)),
     "olmo2": ("Olmo2", dict()),
+    "olmo3": ("Olmo3", dict(sliding_window=4, rope_parameters=YARN_FAR, num_hidden_layers=4)),
+    "olmo3-defaults": ("Olmo3", dict(sliding_window=4, num_hidden_layers=4)),
+    "gemma": ("Gemma", dict(head_dim=8)),
+    "gemma2": ("Gemma2", dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=20)),
+    "gemma2-caps": (
+        "Gemma2",
+        dict(head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
     "gpt2": ("GPT2", dict(n_inner=None)),
     "gpt-neox": ("GPTNeoX", dict(rotary_pct=0.5, use_parallel_residual=True)),
     "gpt-neox-in-turn": (
@@ -94,7 +156,7 @@ def make(name):
     if family == "GPTNeoX":
         del shape["num_key_value_heads"]
         shape["hidden_size"] = 32
-    config = getattr(transformers, f"{prefix}Config")(**shape | changes)
+    config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy(shape | changes))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, head)(config).eval()
@@ -183,4 +245,34 @@ def test_a_model_saved_without_its_head_is_read_where_that_is_tied(name, tmp_pat
 
 def test_every_known_family_is_compared():
     tested = {{"GPT2": "GPT2LMHeadModel"}.get(f, f"{f}ForCausalLM") for f, _ in CASES.values()}
-    assert tested == set(families.FAMILIES)
+    assert tested | {"Gemma3ForConditionalGeneration"} == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("form", ["saved", "hub"])
+def test_the_text_part_of_a_model_of_pictures(form, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0")
+    text = dict(SMALL, head_dim=8, sliding_window=4, num_hidden_layers=6)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=dict(vision, image_size=28, patch_size=14)
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    if form == "hub":  # the names of the published files
+        file = tmp_path / "model.safetensors"
+        found = {
+            n.replace("model.language_model.", "language_model.model.")
+            .replace("model.vision_tower.", "vision_tower.")
+            .replace("model.multi_modal_projector.", "multi_modal_projector."): x
+            for n, x in load_file(file).items()
+        }
+        assert any(n.startswith("vision_tower.") for n in found)
+        save_file(found, file)
+    ours = pretrained.load(tmp_path, quiet=True)
+    tokens = np.random.default_rng(0).integers(3, V, (3, T)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(ours(tokens), expected, rtol=0, atol=1e-4)
+    assert np.abs(expected).max() > 0.5

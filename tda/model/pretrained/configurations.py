@@ -4,6 +4,8 @@ Each family has a function from a `Config` to keyword arguments of `DecoderSetti
 which runs keep beside the model. A setting that the decoder lacks is an error that names it.
 """
 
+import math
+
 from tda.model.pretrained.tensors import PretrainedError
 
 _ACTIVATIONS = {
@@ -71,18 +73,47 @@ def _rope(c: Config, kind: str | None = None, base: float = 10_000.0) -> dict:
         "partial_rotary_factor", c.get("partial_rotary_factor", c.get("rotary_pct", 1.0))
     )
     scaling = {k: v for k, v in scaling.items() if v is not None}
-    if name == "yarn":
-        scaling.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-    if name not in ("default", "linear", "llama3", "yarn"):
-        raise PretrainedError(
-            f"{c.path}: rotary scaling of type {name!r} is not supported; known are default, "
-            "linear, llama3 and yarn"
-        )
     return dict(
         rope_base=float(base),
-        rope_scaling=None if name == "default" else scaling | {"kind": name},
+        rope_scaling=_scaling(c, _SCALING_NAMES.get(name, name), scaling),
         rope_fraction=float(fraction),
     )
+
+
+_SCALING_NAMES = {"su": "longrope"}  # as the first Phi-3 models call it
+
+
+def _scaling(c: Config, name: str, stated: dict) -> dict | None:
+    """Returns how the rotary periods are stretched, in the keys of `tda.model.positions`."""
+    if name == "default":
+        return None
+    if name in ("linear", "llama3"):
+        return stated | {"kind": name}
+    if name == "dynamic":
+        length = c["max_position_embeddings"]
+        return stated | {"kind": name, "max_position_embeddings": length}
+    if name not in ("yarn", "longrope"):
+        raise PretrainedError(
+            f"{c.path}: rotary scaling of type {name!r} is not supported; known are default, "
+            "linear, llama3, yarn, longrope and dynamic"
+        )
+    # Phi-3 keeps the length of the first training outside of the scaling, where it counts first.
+    length = c.get("original_max_position_embeddings")
+    length = length or stated.get("original_max_position_embeddings", c["max_position_embeddings"])
+    factor = stated.get("factor", c.get("max_position_embeddings", length) / length)
+    attention, logarithm = stated.get("attention_factor"), math.log(max(factor, 1.0))
+    scales = [stated.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+    if attention is None and name == "longrope":
+        attention = math.sqrt(1 + logarithm / math.log(length))
+    elif attention is None and all(scales):  # DeepSeek's form of yarn
+        numerator, denominator = (0.1 * scale * logarithm + 1 for scale in scales)
+        attention = numerator / denominator
+    stated |= {"kind": name, "original_max_position_embeddings": length}
+    stated |= {} if attention is None else {"attention_factor": attention}
+    if name == "longrope":
+        stated.pop("factor", None)
+        return stated
+    return stated | {"factor": factor}
 
 
 def _windows(c: Config, has_window=None) -> dict:
@@ -172,6 +203,72 @@ def qwen3(c: Config) -> dict:
     )
 
 
+def phi3(c: Config) -> dict:
+    """Phi-3, Phi-3.5 and Phi-4."""
+    c = c.with_defaults(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
+    arguments = llama(c) | _windows(c)
+    if (arguments["rope_scaling"] or {}).get("kind") == "yarn":
+        raise PretrainedError(f"{c.path}: rotary scaling of type 'yarn' is not supported for Phi-3")
+    return arguments | dict(attention_bias=False, out_bias=False, mlp_bias=False)
+
+
+def smollm3(c: Config) -> dict:
+    """SmolLM3."""
+    c = c.with_defaults(rope_theta=2_000_000.0, num_key_value_heads=4)
+    interval = c.get("no_rope_layer_interval", 4)
+    layers = range(c["num_hidden_layers"])
+    rotated = c.get("no_rope_layers", [(i + 1) % interval != 0 for i in layers])
+    rotated = [bool(rotated[i]) for i in layers]
+    windows = _windows(c, lambda i: not rotated[i]) if c.get("use_sliding_window", False) else {}
+    bias = bool(c.get("attention_bias", False))
+    return (
+        llama(c)
+        | windows
+        | dict(
+            tied=bool(c.get("tie_word_embeddings", True)),
+            rope_layers=None if all(rotated) else rotated,
+            attention_bias=bias,
+            out_bias=bias,
+        )
+    )
+
+
+def stablelm(c: Config) -> dict:
+    """StableLM."""
+    c.refuse("use_parallel_residual")
+    c.refuse("qk_layernorm")
+    c = c.with_defaults(partial_rotary_factor=0.25)
+    return llama(c) | dict(
+        norm="layer",
+        norm_eps=c.get("layer_norm_eps", 1e-5),
+        attention_bias=bool(c.get("use_qkv_bias", False)),
+        out_bias=False,
+        mlp_bias=False,
+    )
+
+
+def olmo(c: Config) -> dict:
+    """OLMo 1."""
+    return llama(c) | dict(
+        norm="layer_plain",
+        norm_eps=1e-5,  # a constant of the model
+        mlp_bias=False,
+        projection_clip=c.get("clip_qkv"),
+    )
+
+
+def olmo3(c: Config) -> dict:
+    """OLMo 3."""
+    base = 500_000.0
+    window_base = _rope(Config({}, c.path), base=base)["rope_base"]
+    if "sliding_attention" in c.get("rope_parameters", {}):
+        window_base = _rope(c, "sliding_attention", base)["rope_base"]
+    c = c.with_defaults(sliding_window=4096)
+    windows = _windows(c, lambda i: (i + 1) % 4 != 0)
+    windows |= dict(window_rope_base=window_base) if windows else {}
+    return olmo2(c) | _rope(c, "full_attention", base) | windows
+
+
 def olmo2(c: Config) -> dict:
     """OLMo 2."""
     return llama(c) | dict(
@@ -179,9 +276,60 @@ def olmo2(c: Config) -> dict:
     )
 
 
+def _gemma(c: Config, activation: str) -> dict:
+    """What all of Gemma's models share, given the name of their activation."""
+    c.refuse("use_bidirectional_attention")
+    bias = bool(c.get("attention_bias", False))
+    return _common(c, tied=True) | dict(
+        activation=activation,
+        norm_eps=c.get("rms_norm_eps", 1e-6),
+        norm_offset=1.0,
+        attention_bias=bias,
+        out_bias=bias,
+        embedding_scale=float(c["hidden_size"]) ** 0.5,
+    )
+
+
+def gemma(c: Config) -> dict:
+    """Gemma 1."""
+    c = c.with_defaults(head_dim=256)
+    activation = c.activation(default="gelu_pytorch_tanh")
+    # The first releases say "gelu", by which the approximation is meant.
+    activation = "gelu" if activation == "gelu_exact" else activation
+    return _gemma(c, activation) | _rope(c)
+
+
+def gemma2(c: Config) -> dict:
+    """Gemma 2."""
+    c = c.with_defaults(
+        head_dim=256,
+        num_key_value_heads=4,
+        sliding_window=4096,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    )
+    return (
+        _gemma(c, c.activation("hidden_activation", "gelu_pytorch_tanh"))
+        | _rope(c)
+        | _windows(c, lambda i: i % 2 == 0)
+        | dict(
+            norm_place="both",
+            attention_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
+            attention_soft_cap=c.get("attn_logit_softcapping"),
+            logit_soft_cap=c.get("final_logit_softcapping"),
+        )
+    )
+
+
+def gemma3_of_pictures(c: Config) -> dict:
+    """The text model of a Gemma 3 that sees pictures too."""
+    text = dict(c["text_config"])
+    text.setdefault("tie_word_embeddings", c.get("tie_word_embeddings", True))
+    return gemma3(Config(text, f"{c.path}: text_config"))
+
+
 def gemma3(c: Config) -> dict:
     """Gemma 3, the text model."""
-    c.refuse("use_bidirectional_attention")
     # transformers takes the 4B model's values for the keys that older configurations lack.
     c = c.with_defaults(
         rope_theta=1_000_000.0,
@@ -191,26 +339,20 @@ def gemma3(c: Config) -> dict:
         vocab_size=262_208,
         sliding_window=4096,
     )
-    pattern, bias = c.get("sliding_window_pattern", 6), bool(c.get("attention_bias", False))
+    pattern = c.get("sliding_window_pattern", 6)
     window_rope_base = _rope(c, "sliding_attention")["rope_base"]
     if "rope_parameters" not in c.values:
         window_rope_base = c.get("rope_local_base_freq", 10_000.0)
     arguments = (
-        _common(c, tied=True)
+        _gemma(c, c.activation("hidden_activation", "gelu_pytorch_tanh"))
         | _rope(c, "full_attention")
         | _windows(c, lambda i: bool((i + 1) % pattern))
         | dict(
-            activation=c.activation("hidden_activation", "gelu_pytorch_tanh"),
-            norm_eps=c.get("rms_norm_eps", 1e-6),
             norm_place="both",
-            norm_offset=1.0,
             query_key_norm="head",
-            attention_bias=bias,
-            out_bias=bias,
             attention_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
             attention_soft_cap=c.get("attn_logit_softcapping"),
             logit_soft_cap=c.get("final_logit_softcapping"),
-            embedding_scale=float(c["hidden_size"]) ** 0.5,
         )
     )
     if "window" in arguments:

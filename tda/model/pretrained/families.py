@@ -20,7 +20,7 @@ class Family:
         arguments: from a `configurations.Config` to keyword arguments of `DecoderSettings`.
         layer: from the settings and a layer's prefix to the layer's parts by path of parameter.
         outside: from the settings and the model's prefix to the parts outside of the layers.
-        model_prefix: how the names of tensors begin in a model that was saved with its head.
+        model_prefixes: how the names of tensors may begin in a model saved with its head.
         layers_prefix: what stands before a layer's number.
         ignored: a regular expression of tensors that are no parameters.
     """
@@ -28,7 +28,7 @@ class Family:
     arguments: Callable[[configurations.Config], dict]
     layer: Callable[[DecoderSettings, str], dict[str, Part]]
     outside: Callable[[DecoderSettings, str], dict[str, Part]]
-    model_prefix: str
+    model_prefixes: tuple[str, ...]
     layers_prefix: str
     ignored: str
 
@@ -44,8 +44,8 @@ class Family:
             tensors: names of all tensors.
         """
         # A model that was saved without its head has no prefix.
-        prefix = self.model_prefix
-        prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+        prefixes = (p for p in self.model_prefixes if any(t.startswith(p) for t in tensors))
+        prefix = next(prefixes, "")
         parts = dict(self.outside(settings, prefix))
         for i in range(settings.layers):
             layer = self.layer(settings, f"{prefix}{self.layers_prefix}{i}.")
@@ -58,12 +58,14 @@ class Family:
         return parts
 
 
-def _like_llama(arguments: Callable[[configurations.Config], dict]) -> Family:
+def _like_llama(
+    arguments: Callable[[configurations.Config], dict], layer=layouts.llama_layer
+) -> Family:
     return Family(
         arguments,
-        layouts.llama_layer,
+        layer,
         layouts.llama_outside,
-        model_prefix="model.",
+        model_prefixes=("model.",),
         layers_prefix="layers.",
         ignored=r"rotary_emb\.inv_freq$",
     )
@@ -74,13 +76,26 @@ FAMILIES = {
     "MistralForCausalLM": _like_llama(configurations.mistral),
     "Qwen2ForCausalLM": _like_llama(configurations.qwen2),
     "Qwen3ForCausalLM": _like_llama(configurations.qwen3),
+    "SmolLM3ForCausalLM": _like_llama(configurations.smollm3),
+    "StableLmForCausalLM": _like_llama(configurations.stablelm),
+    "Phi3ForCausalLM": _like_llama(configurations.phi3, layouts.phi3_layer),
+    "OlmoForCausalLM": _like_llama(configurations.olmo),
     "Olmo2ForCausalLM": _like_llama(configurations.olmo2),
+    "Olmo3ForCausalLM": _like_llama(configurations.olmo3),
+    "GemmaForCausalLM": _like_llama(configurations.gemma),
+    "Gemma2ForCausalLM": _like_llama(configurations.gemma2),
     "Gemma3ForCausalLM": _like_llama(configurations.gemma3),
+    # Texts have no gradient in the parameters that see pictures.
+    "Gemma3ForConditionalGeneration": dataclasses.replace(
+        _like_llama(configurations.gemma3_of_pictures),
+        model_prefixes=("language_model.model.", "model.language_model."),
+        ignored=r"^(model\.)?(vision_tower|multi_modal_projector)\.",
+    ),
     "GPT2LMHeadModel": Family(
         configurations.gpt2,
         layouts.gpt2_layer,
         layouts.gpt2_outside,
-        model_prefix="transformer.",
+        model_prefixes=("transformer.",),
         layers_prefix="h.",
         ignored=r"attn\.(masked_)?bias$",
     ),
@@ -88,7 +103,7 @@ FAMILIES = {
         configurations.neox,
         layouts.neox_layer,
         layouts.neox_outside,
-        model_prefix="gpt_neox.",
+        model_prefixes=("gpt_neox.",),
         layers_prefix="layers.",
         ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
     ),
@@ -105,6 +120,13 @@ def find_family(config: configurations.Config) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(key):
+            raise PretrainedError(
+                f"{config.path}: {', '.join(names)} has {config[key]} experts in a layer ({key}); "
+                "the decoder has one MLP in each, so that experts would be left out; trace a model "
+                "without experts, or your own module of it (docs/own_model.md)"
+            )
     raise PretrainedError(
         f"{config.path}: the architecture {', '.join(map(str, names)) or 'is not named; it'} is "
         f"not known here; known are {', '.join(FAMILIES)}"

@@ -40,13 +40,20 @@ _LLAMA_NORMS = {
 }
 
 
+def norm(settings: DecoderSettings, path: str, tensor: str) -> dict[str, Part]:
+    """Returns the parts of a norm, whose tensors are called as `linear`'s are."""
+    names = {"rms": ("weight",), "layer": ("weight", "bias"), "layer_plain": ()}[settings.norm]
+    return {
+        f"{path}/{parameter}": Part(f"{tensor}.{name}")
+        for parameter, name in zip(("scale", "bias"), names, strict=False)
+    }
+
+
 def llama_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of a layer by Llama's names, which most families use."""
-    place = settings.norm_place
-    parts = {
-        f"{path}/scale": Part(f"{prefix}{name}.weight")
-        for path, name in zip(_NORMS[place], _LLAMA_NORMS[place], strict=True)
-    }
+    place, parts = settings.norm_place, {}
+    for path, name in zip(_NORMS[place], _LLAMA_NORMS[place], strict=True):
+        parts |= norm(settings, path, f"{prefix}{name}")
     attention = f"{prefix}self_attn"
     for path, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         parts |= linear(f"attention/{path}", f"{attention}.{name}", settings.attention_bias)
@@ -67,19 +74,29 @@ def llama_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of embedding, final norm and head by Llama's names."""
     return {
         "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
-        "final_norm/scale": Part(f"{prefix}norm.weight"),
+        **norm(settings, "final_norm", f"{prefix}norm"),
     } | _head(settings, "lm_head.weight")
 
 
-def _norm_with_bias(path: str, tensor: str) -> dict[str, Part]:
-    return {f"{path}/scale": Part(f"{tensor}.weight"), f"{path}/bias": Part(f"{tensor}.bias")}
+def phi3_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of a layer of Phi-3, whose matrices lie one below the other."""
+    parts = llama_layer(settings, prefix)
+    K, F = settings.head_width, settings.ff_width
+    rows = np.cumsum([0, *(K * n for n in (settings.heads, settings.kv_heads, settings.kv_heads))])
+    for i, path in enumerate(("query", "key", "value")):
+        take, fused = np.arange(rows[i], rows[i + 1]), f"{prefix}self_attn.qkv_proj"
+        parts |= linear(f"attention/{path}", fused, False, take=take)
+    for i, path in enumerate(("gate", "up")):
+        take, fused = np.arange(i * F, (i + 1) * F), f"{prefix}mlp.gate_up_proj"
+        parts |= linear(f"mlp/{path}", fused, False, take=take)
+    return parts
 
 
 def gpt2_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of a layer of GPT-2."""
     # GPT-2 keeps its matrices as [M, N], and those of queries, keys and values side by side.
-    parts = _norm_with_bias("attention_norm", f"{prefix}ln_1")
-    parts |= _norm_with_bias("mlp_norm", f"{prefix}ln_2")
+    parts = norm(settings, "attention_norm", f"{prefix}ln_1")
+    parts |= norm(settings, "mlp_norm", f"{prefix}ln_2")
     D = settings.width
     for i, name in enumerate(("query", "key", "value")):
         take, fused = np.arange(i * D, (i + 1) * D), f"{prefix}attn.c_attn"
@@ -97,7 +114,7 @@ def gpt2_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     return {
         "embedding/embedding": Part(f"{prefix}wte.weight"),
         "position_embedding/embedding": Part(f"{prefix}wpe.weight"),
-    } | (_norm_with_bias("final_norm", f"{prefix}ln_f") | _head(settings, "lm_head.weight"))
+    } | (norm(settings, "final_norm", f"{prefix}ln_f") | _head(settings, "lm_head.weight"))
 
 
 def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
@@ -105,8 +122,8 @@ def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     # One matrix holds a head's queries, keys and values, then the next head's.
     H, K = settings.heads, settings.head_width
     rows_Hx3xK = np.arange(H * 3 * K).reshape(H, 3, K)
-    parts = _norm_with_bias("attention_norm", f"{prefix}input_layernorm")
-    parts |= _norm_with_bias("mlp_norm", f"{prefix}post_attention_layernorm")
+    parts = norm(settings, "attention_norm", f"{prefix}input_layernorm")
+    parts |= norm(settings, "mlp_norm", f"{prefix}post_attention_layernorm")
     fused, bias = f"{prefix}attention.query_key_value", settings.attention_bias
     for i, name in enumerate(("query", "key", "value")):
         parts |= linear(f"attention/{name}", fused, bias, take=rows_Hx3xK[:, i].reshape(-1))
@@ -118,6 +135,6 @@ def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
 def neox_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of embedding, final norm and head of GPT-NeoX."""
     return {"embedding/embedding": Part(f"{prefix}embed_in.weight")} | (
-        _norm_with_bias("final_norm", f"{prefix}final_layer_norm")
+        norm(settings, "final_norm", f"{prefix}final_layer_norm")
         | _head(settings, "embed_out.weight")
     )

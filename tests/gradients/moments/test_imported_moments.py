@@ -81,7 +81,7 @@ def test_moments_hardly_reached_have_a_bounded_scale(model, tmp_path):
 
 
 def test_small_moments_of_norms_that_are_stored_with_1_added(model, tmp_path):
-    """Guards: second moments of a GGUF file's Gemma that vanish beside the 1, and 1/√V with them."""
+    """Guards: second moments of a GGUF file's Gemma that vanish beside the 1."""
     found, _ = model
     shifted = {
         path: dataclasses.replace(part, plus=-1.0) if path.endswith("scale") else part
