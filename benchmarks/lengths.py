@@ -54,7 +54,7 @@ def now() -> float:
 
 def read(path: str) -> tuple[tokens.TokenTable, Tokenizer]:
     """The corpus, tokenised by a tokenizer that is trained on it."""
-    sentences = files.read_sentences(path)
+    sentences = list(files.iter_sentences(path))
     tokenizer = Tokenizer.train([s.text for s in sentences], _VOCABULARY.value)
     texts = ((s.sentence_id, s.text) for s in sentences)
     return tokens.tokenise_passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer

@@ -60,8 +60,8 @@ def test_the_example_records_are_read(tmp_path):
     passage, fact = re.findall(r"^    (\{.*\})$", page, re.MULTILINE)
     (tmp_path / "p.jsonl").write_text(passage + "\n")
     (tmp_path / "f.jsonl").write_text(fact + "\n")
-    assert files.read_sentences(tmp_path / "p.jsonl")[0].fact_triples[0].fact_id == "f1"
-    assert files.read_facts(tmp_path / "f.jsonl")[0].prompt(0) == json.loads(fact)["prompt0"]
+    assert next(files.iter_sentences(tmp_path / "p.jsonl")).fact_triples[0].fact_id == "f1"
+    assert next(files.iter_facts(tmp_path / "f.jsonl")).prompt(0) == json.loads(fact)["prompt0"]
 
 
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]

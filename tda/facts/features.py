@@ -9,21 +9,20 @@ empty string as None, so nothing else is), an optional number or truth value as 
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, get_type_hints, overload
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tda.facts.records import Fact, Sentence, Triple
+from tda.facts.records import HINTS, Fact, Sentence, Triple
 
-Record = TypeVar("Record", Sentence, Fact)
+Record = TypeVar("Record", Sentence, Fact, Triple)
 
 _NONE = -1
 # Records that are read together: several times faster than one by one.
 _CHUNK = 4096
-_HINTS = {record: get_type_hints(record) for record in (Sentence, Fact, Triple)}
 
 
 def _feature(hint: Any) -> Any:
@@ -36,51 +35,41 @@ def _feature(hint: Any) -> Any:
 
 
 def _spec(record: type) -> dict[str, Any]:
-    return {name: _feature(hint) for name, hint in _HINTS[record].items()}
+    return {name: _feature(hint) for name, hint in HINTS[record].items()}
 
 
-_SPECS = {record: _spec(record) for record in _HINTS}
-_SENTENCE, _FACT = _SPECS[Sentence], _SPECS[Fact]
+_SPECS = {record: _spec(record) for record in HINTS}
 
 
 def record_features() -> tfds.features.FeaturesDict:
     """Returns the feature spec that the splits `sentences` and `facts` of every builder share."""
-    return tfds.features.FeaturesDict({**_SENTENCE, **_FACT})
+    return tfds.features.FeaturesDict(_SPECS[Sentence] | _SPECS[Fact])
 
 
-def encode_sentence(sentence: Sentence) -> dict[str, Any]:
-    """Returns the TFDS example of a sentence."""
-    return _blank(_FACT) | _encode(sentence)
+def encode(record: Sentence | Fact) -> dict[str, Any]:
+    """Returns the TFDS example of a record, which leaves the fields of the other record blank."""
+    other = Fact if isinstance(record, Sentence) else Sentence
+    blank = {name: _encode_value(None, feature) for name, feature in _SPECS[other].items()}
+    return blank | _encode_fields(record)
 
 
-def encode_fact(fact: Fact) -> dict[str, Any]:
-    """Returns the TFDS example of a fact."""
-    return _blank(_SENTENCE) | _encode(fact)
+def _encode_fields(record: Sentence | Fact | Triple) -> dict[str, Any]:
+    spec = _SPECS[type(record)]
+    return {n: _encode_value(getattr(record, n), feature) for n, feature in spec.items()}
 
 
-def _encode(record: Sentence | Fact | Triple) -> dict[str, Any]:
-    def encode(value: Any, feature: Any) -> Any:
-        if isinstance(feature, tfds.features.Sequence):
-            return [_encode(x) if isinstance(x, Triple) else x for x in value]
-        if isinstance(feature, tfds.features.Text):
-            return value or ""
-        return _NONE if value is None else int(value)
-
-    return {n: encode(getattr(record, n), f) for n, f in _SPECS[type(record)].items()}
+def _encode_value(value: Any, feature: Any) -> Any:
+    if isinstance(feature, tfds.features.Sequence):
+        return [_encode_fields(x) if isinstance(x, Triple) else x for x in value or ()]
+    if isinstance(feature, tfds.features.Text):
+        return value or ""
+    return _NONE if value is None else int(value)
 
 
-def decode_sentence(example: Mapping[str, Any]) -> Sentence:
-    """Returns the sentence of a TFDS example; the inverse of `encode_sentence`."""
-    return _decode(Sentence, example)
-
-
-def decode_fact(example: Mapping[str, Any]) -> Fact:
-    """Returns the fact of a TFDS example; the inverse of `encode_fact`."""
-    return _decode(Fact, example)
-
-
-def _decode(record: type, example: Mapping[str, Any]) -> Any:
-    return record(**{name: decode(example[name]) for name, decode in _DECODERS[record].items()})
+def decode(record: type[Record], example: Mapping[str, Any]) -> Record:
+    """Returns the record of a TFDS example; the inverse of `encode`."""
+    decoders = _DECODERS[record]
+    return record(**{name: decoder(example[name]) for name, decoder in decoders.items()})
 
 
 def _decoder(hint: Any) -> Callable[[Any], Any]:
@@ -98,8 +87,8 @@ def _decoder(hint: Any) -> Callable[[Any], Any]:
 
 def _decode_triples(columns: Mapping[str, Any]) -> tuple[Triple, ...]:
     # TFDS keeps a sequence of objects as a column for each of their fields.
-    rows = zip(*(columns[name] for name in _HINTS[Triple]), strict=True)
-    return tuple(_decode(Triple, dict(zip(_HINTS[Triple], row, strict=True))) for row in rows)
+    rows = zip(*(columns[name] for name in HINTS[Triple]), strict=True)
+    return tuple(decode(Triple, dict(zip(HINTS[Triple], row, strict=True))) for row in rows)
 
 
 def _text(value: bytes | str) -> str:
@@ -108,51 +97,14 @@ def _text(value: bytes | str) -> str:
 
 _DECODERS = {
     record: {name: _decoder(hint) for name, hint in hints.items()}
-    for record, hints in _HINTS.items()
+    for record, hints in HINTS.items()
 }
-
-
-class RecordSequence(Sequence, Generic[Record]):
-    """The records of a random-access source, each decoded on access.
-
-    Args:
-        source: Anything with `len` and integer indexing, such as a TFDS data source.
-        decode: From an example of the source to a record.
-    """
-
-    def __init__(self, source: Any, decode: Callable[[Any], Record]):
-        self._source = source
-        self._decode = decode
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __iter__(self) -> Iterator[Record]:
-        read = getattr(
-            self._source, "__getitems__", lambda rows: map(self._source.__getitem__, rows)
-        )
-        for first in range(0, len(self), _CHUNK):
-            rows = range(first, min(first + _CHUNK, len(self)))
-            yield from map(self._decode, read(rows))
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self._decode(self._source[int(index) % len(self)])
 
 
 def load_tfds(
     name: str, data_dir: str | os.PathLike[str], **builder_kwargs: Any
-) -> tuple[RecordSequence[Sentence], list[Fact]]:
-    """Opens one of this package's TFDS datasets, preparing it first if it does not exist yet.
+) -> tuple[list[Sentence], list[Fact]]:
+    """Reads one of this package's TFDS datasets, preparing it first if it does not exist yet.
 
     TensorFlow is neither needed nor imported.
 
@@ -162,7 +114,7 @@ def load_tfds(
         **builder_kwargs: Arguments of the builder, such as `config="sample"` of trex.
 
     Returns:
-        The sentences, read lazily, and the facts, both in the order they were generated in.
+        The sentences and the facts, both in the order they were generated in.
 
     Raises:
         ValueError: There is no such dataset.
@@ -174,36 +126,35 @@ def load_tfds(
     builder = module.Builder(
         data_dir=os.fspath(data_dir), file_format="array_record", **builder_kwargs
     )
-    if builder.is_prepared():
-        return read_prepared(builder)
-    with contextlib.ExitStack() as quiet:
-        if name == "world_facts" or builder_kwargs.get("sentences"):
-            # TFDS says that it downloads even where there is nothing to download.
-            print(f"preparing {name} in {os.fspath(data_dir)}", flush=True)
-            quiet.enter_context(contextlib.redirect_stdout(None))
-        builder.download_and_prepare()
+    if not builder.is_prepared():
+        with contextlib.ExitStack() as quiet:
+            if name == "world_facts" or builder_kwargs.get("sentences"):
+                # TFDS says that it downloads even where there is nothing to download.
+                print(f"preparing {name} in {os.fspath(data_dir)}", flush=True)
+                quiet.enter_context(contextlib.redirect_stdout(None))
+            builder.download_and_prepare()
     return read_prepared(builder)
 
 
-def read_prepared(
-    builder: tfds.core.DatasetBuilder,
-) -> tuple[RecordSequence[Sentence], list[Fact]]:
-    """Opens the two splits of a prepared builder, as `load_tfds` returns them."""
+def read_prepared(builder: tfds.core.DatasetBuilder) -> tuple[list[Sentence], list[Fact]]:
+    """Reads the two splits of a prepared builder, as `load_tfds` returns them."""
 
-    def source(split: str, fields: Mapping[str, Any], from_example: Callable) -> RecordSequence:
+    def read(split: str, record: type[Record]) -> list[Record]:
         # Read raw and parsed here, without the arrays that TFDS makes of each field and without the
         # blank fields of the other record: several times faster.
-        raw = builder.as_data_source(
+        source = builder.as_data_source(
             split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        return RecordSequence(raw, lambda row: from_example(_parse(row, fields)))
+        firsts = range(0, len(source), _CHUNK)
+        chunks = (range(i, min(i + _CHUNK, len(source))) for i in firsts)
+        rows = (row for numbers in chunks for row in source.__getitems__(numbers))
+        return [decode(record, _parse(row, _SPECS[record])) for row in rows]
 
-    sentences = source("sentences", _SENTENCE, decode_sentence)
-    return sentences, list(source("facts", _FACT, decode_fact))
+    return read("sentences", Sentence), read("facts", Fact)
 
 
-def _parse(row: bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns some fields of a serialised example, as TFDS lays them out."""
+def _parse(row: bytes, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a record from a serialised example, as TFDS lays them out."""
     features = tf_example_pb2.Example.FromString(row).features.feature
 
     def values(name: str):
@@ -218,13 +169,4 @@ def _parse(row: bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
             return values(name)
         return {key: values(f"{name}/{key}") for key in inner}
 
-    return {name: field(name, feature) for name, feature in fields.items()}
-
-
-def _blank(fields: Mapping[str, Any]) -> dict[str, Any]:
-    def blank(feature: Any) -> Any:
-        if isinstance(feature, tfds.features.Sequence):
-            return []
-        return "" if isinstance(feature, tfds.features.Text) else _NONE
-
-    return {name: blank(feature) for name, feature in fields.items()}
+    return {name: field(name, feature) for name, feature in spec.items()}

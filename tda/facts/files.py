@@ -9,8 +9,8 @@ from tda.facts.records import Fact, Sentence, fact_from_dict, sentence_from_dict
 Record = TypeVar("Record", Sentence, Fact)
 
 
-def read_sentences(path: Paths) -> list[Sentence]:
-    """Reads passages, in the order of the files.
+def iter_sentences(path: Paths) -> Iterator[Sentence]:
+    """Streams passages, in the order of the files; it holds no more than their ids.
 
     Args:
         path: A file, a glob pattern (its matches are read in sorted order), or a list of files.
@@ -19,21 +19,11 @@ def read_sentences(path: Paths) -> list[Sentence]:
         FileNotFoundError: No such file.
         RecordError: A file or a record cannot be used, two records share an id, or there are none.
     """
-    return list(iter_sentences(path))
-
-
-def read_facts(path: Paths) -> list[Fact]:
-    """Reads facts, in the order of the files; arguments and errors as for `read_sentences`."""
-    return list(iter_facts(path))
-
-
-def iter_sentences(path: Paths) -> Iterator[Sentence]:
-    """Streams passages; as `read_sentences`, but it holds no more than the ids."""
     return _validated(path, sentence_from_dict, "sentence_id")
 
 
 def iter_facts(path: Paths) -> Iterator[Fact]:
-    """Streams facts; as `read_facts`, but it holds no more than the ids."""
+    """Streams facts; arguments and errors are those of `iter_sentences`."""
     return _validated(path, fact_from_dict, "fact_id")
 
 

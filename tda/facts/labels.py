@@ -3,7 +3,6 @@
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 from tda.data.jsonl import RecordError
 from tda.facts.records import Fact, Sentence, Triple
@@ -13,20 +12,20 @@ def relevant_passages(
     sentences: Iterable[Sentence],
     facts: Sequence[Fact],
     strict: bool = False,
-    missing: Literal["error", "drop"] = "error",
+    may_lack_sentences: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Returns, for each fact, the passages that are annotated with it.
 
     The annotations are the sentences' `fact_triples`, matched by fact id, or by the three URIs
-    where a triple has no id, united with the facts' `trex_sentences`.
+    if a triple has no id, united with the facts' `trex_sentences`.
 
     Args:
         sentences: The corpus.
         facts: The queries; other facts in the sentences are ignored.
         strict: Keep only sentences that begin with the subject, which state the fact far more
-            often. Where the corpus knows `subject_initial` of no triple, all labels are kept.
-        missing: What to do where a fact names a sentence that the corpus lacks: "error", or "drop"
-            for a corpus that was cut down on purpose.
+            often. If the corpus knows `subject_initial` of no triple, all labels are kept.
+        may_lack_sentences: Whether facts may name sentences that the corpus lacks, as in one that
+            was cut down on purpose; these are no labels.
 
     Returns:
         {fact_id: sentence ids in corpus order}, with every fact as a key.
@@ -34,8 +33,6 @@ def relevant_passages(
     Raises:
         RecordError: A fact names a sentence that the corpus lacks.
     """
-    if missing not in ("error", "drop"):
-        raise ValueError(f"missing is {missing!r}; it must be 'error' or 'drop'")
     match = _Matcher(facts)
     position: dict[str, int] = {}
     loose: dict[str, set[str]] = {fact.fact_id: set() for fact in facts}
@@ -53,10 +50,10 @@ def relevant_passages(
         for sentence_id in fact.trex_sentences:
             if sentence_id in position:
                 loose[fact.fact_id].add(sentence_id)
-            elif missing == "error":
+            elif not may_lack_sentences:
                 raise RecordError(
                     f"fact {fact.fact_id!r}, field 'trex_sentences': sentence {sentence_id!r} is"
-                    " not in the corpus; add it, or pass missing='drop' for a subsampled corpus"
+                    " not in the corpus; add the sentence, or remove it from the fact"
                 )
     chosen = initial if strict and any_known else loose
     return {
@@ -92,7 +89,7 @@ def clean_pool(
     objects: dict[tuple[str, str], set[str]] = defaultdict(set)
     for fact in facts:
         objects[fact.entity0_uri, fact.predicate_uri].add(fact.entity1_uri)
-    stated = relevant_passages(sentences, facts, strict=True, missing="drop")
+    stated = relevant_passages(sentences, facts, strict=True, may_lack_sentences=True)
 
     def is_clean(fact: Fact) -> bool:
         n_objects = fact.n_objects_same_subject
@@ -156,7 +153,7 @@ def select(
         raise ValueError(f"n_sentences is {n_sentences}, but the corpus has {len(sentences)}")
     drawn = _draw((fact.fact_id for fact in facts), n_queries, f"queries {seed}")
     queries = [fact for fact in facts if fact.fact_id in drawn]
-    labels = relevant_passages(sentences, queries, missing="drop")
+    labels = relevant_passages(sentences, queries, may_lack_sentences=True)
     sentence_ids = {sentence_id for ids in labels.values() for sentence_id in ids}
     if len(sentence_ids) > n_sentences:
         raise ValueError(
@@ -169,7 +166,7 @@ def select(
 
 
 class _Matcher:
-    """Finds the facts that a triple annotates: by id, or by URIs where it has no id."""
+    """Finds the facts that a triple annotates: by id, or by URIs if it has no id."""
 
     def __init__(self, facts: Iterable[Fact]):
         self._ids: set[str] = set()

@@ -6,7 +6,7 @@ Tracing for Large Language Model Pretraining".
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from tda.data.jsonl import RecordError, half_character
 
@@ -133,21 +133,12 @@ def sentence_from_dict(d: Any, where: str) -> Sentence:
     Raises:
         RecordError: A field is missing, of the wrong type or no Unicode, or the text is blank.
     """
-    d = _mapping(d, where, "a sentence")
-    text = _field(d, "text", where, _is_string, "a string")
-    if not text.strip():
-        raise RecordError(f"{where}: field 'text' is blank; give the passage a text or drop it")
-    triples = _field(d, "fact_triples", where, _is_list, "a list of triples", default=[])
-    return Sentence(
-        sentence_id=_name(d, "sentence_id", where),
-        text=text,
-        abstract_uri=_optional_string(d, "abstract_uri", where),
-        sent_idx_in_abst=_optional_count(d, "sent_idx_in_abst", where),
-        fact_triples=tuple(
-            _triple(triple, f"{where}: field 'fact_triples', item {i}")
-            for i, triple in enumerate(triples)
-        ),
+    values = _fields(_mapping(d, where, "a sentence"), where, HINTS[Sentence])
+    values["fact_triples"] = tuple(
+        _triple(triple, f"{where}: field 'fact_triples', item {i}")
+        for i, triple in enumerate(values["fact_triples"])
     )
+    return Sentence(**values)
 
 
 def fact_from_dict(d: Any, where: str) -> Fact:
@@ -165,129 +156,36 @@ def fact_from_dict(d: Any, where: str) -> Fact:
         RecordError: A field is missing, of the wrong type or no Unicode.
     """
     d = _mapping(d, where, "a fact")
-    entity0, relation, entity1 = (
-        _name(d, key, where) for key in ("entity0", "relation", "entity1")
-    )
-    prompt0 = _name(d, "prompt0", where)
-    return Fact(
-        fact_id=_name(d, "fact_id", where),
-        entity0=entity0,
-        relation=relation,
-        entity1=entity1,
-        entity0_uri=_optional_string(d, "entity0_uri", where) or entity0,
-        predicate_uri=_optional_string(d, "predicate_uri", where) or relation,
-        entity1_uri=_optional_string(d, "entity1_uri", where) or entity1,
-        entity0_alias=_strings(d, "entity0_alias", where),
-        entity1_alias=_strings(d, "entity1_alias", where),
-        trex_sentences=_strings(d, "trex_sentences", where),
-        prompt0=prompt0,
-        prompt1=_optional_string(d, "prompt1", where),
-        prompt2=_optional_string(d, "prompt2", where),
-        c4_frequency=_optional_count(d, "c4_frequency", where),
-        is_repetition=_optional_bool(d, "is_repetition", where),
-        n_objects_same_subject=_optional_count(d, "n_objects_same_subject", where),
-        kilt_id=_optional_string(d, "kilt_id", where),
-    )
+    names = zip(_URIS, ("entity0", "relation", "entity1"), strict=True)
+    uris = {uri: d.get(uri) or d.get(name) for uri, name in names}
+    return Fact(**_fields({**d, **uris}, where, HINTS[Fact]))
 
 
 def _triple(value: Any, where: str) -> Triple:
-    """One item of `fact_triples`: an object, or the bare list of its three URIs."""
+    """Validates one item of `fact_triples`: an object, or the bare list of its three URIs."""
     # The public description of the release leaves the shape of an item open, so both are read.
     if isinstance(value, list):
-        if len(value) != 3 or not all(_is_name(uri) for uri in value):
+        if len(value) != 3:
             raise RecordError(
                 f"{where}: found {_shown(value)}; a triple given as a list is"
                 " [entity0_uri, predicate_uri, entity1_uri], three non-empty strings"
             )
-        _check_characters(value, where)
-        return Triple(None, None, None, *value)
-    d = _mapping(value, where, "a triple, or a list of its three URIs")
-    fact_id = _optional_string(d, "fact_id", where)
-    # An id names the fact; without one the three URIs must.
-    uri = _name if fact_id is None else _uri_beside_an_id
-    return Triple(
-        fact_id=fact_id,
-        entity0=_optional_string(d, "entity0", where),
-        entity1=_optional_string(d, "entity1", where),
-        entity0_uri=uri(d, "entity0_uri", where),
-        predicate_uri=uri(d, "predicate_uri", where),
-        entity1_uri=uri(d, "entity1_uri", where),
-        subject_initial=_optional_bool(d, "subject_initial", where),
-    )
+        value = dict(zip(_URIS, value, strict=True))
+    d, hints = _mapping(value, where, "a triple, or a list of its three URIs"), HINTS[Triple]
+    if d.get("fact_id"):
+        # An id names the fact; without one the three URIs must.
+        hints = hints | dict.fromkeys(_URIS, str | None)
+    values = _fields(d, where, hints)
+    return Triple(**values | {uri: values[uri] or "" for uri in _URIS})
 
 
-def _uri_beside_an_id(d: Mapping[str, Any], key: str, where: str) -> str:
-    return _optional_string(d, key, where) or ""
-
-
+HINTS = {record: get_type_hints(record) for record in (Sentence, Fact, Triple)}
+_URIS = ("entity0_uri", "predicate_uri", "entity1_uri")
 _REQUIRED = object()
-
-
-def _field(
-    d: Mapping[str, Any],
-    key: str,
-    where: str,
-    accepts: Callable[[Any], bool],
-    expected: str,
-    default: Any = _REQUIRED,
-) -> Any:
-    value = d.get(key)
-    if value is None and default is not _REQUIRED:
-        return default
-    if key not in d:
-        raise RecordError(
-            f"{where}: field '{key}' is missing (found {_shown(sorted(d))}); add it as {expected}"
-        )
-    if not accepts(value):
-        raise RecordError(f"{where}: field '{key}' is {_shown(value)}; it must be {expected}")
-    _check_characters(value, f"{where}: field '{key}'")
-    return value
-
-
-def _check_characters(value: Any, where: str) -> None:
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and (half := half_character(text)):
-            raise RecordError(f"{where} has {half}")
-
-
-def _mapping(value: Any, where: str, expected: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: found {_shown(value)}; {expected} must be a JSON object")
-    return value
-
-
-def _name(d: Mapping[str, Any], key: str, where: str) -> str:
-    return _field(d, key, where, _is_name, "a non-empty string")
-
-
-def _optional_string(d: Mapping[str, Any], key: str, where: str) -> str | None:
-    # An empty string says no more than null does, and the TFDS features store None as one.
-    return _field(d, key, where, _is_string, "a string or null", default=None) or None
-
-
-def _optional_count(d: Mapping[str, Any], key: str, where: str) -> int | None:
-    return _field(d, key, where, _is_count, "a whole number from 0 up, or null", default=None)
-
-
-def _optional_bool(d: Mapping[str, Any], key: str, where: str) -> bool | None:
-    return _field(
-        d, key, where, lambda value: isinstance(value, bool), "true, false or null", default=None
-    )
-
-
-def _strings(d: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    def accepts(value: Any) -> bool:
-        return _is_list(value) and all(_is_string(item) for item in value)
-
-    return tuple(_field(d, key, where, accepts, "a list of strings", default=()))
 
 
 def _is_string(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_list(value: Any) -> bool:
@@ -297,6 +195,66 @@ def _is_list(value: Any) -> bool:
 def _is_count(value: Any) -> bool:
     # bool is an int in Python; a true where a number belongs is a mistake in the file.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a field of one type may hold in JSON.
+
+    Attributes:
+        expected: the type in the words of an error.
+        accepts: whether a value has the type.
+        default: stands for an absent or null field.
+        convert: from a value to that of the record.
+    """
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    default: Any = None
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+_RULES: dict[Any, _Rule] = {
+    str: _Rule("a non-empty string", lambda v: _is_string(v) and bool(v.strip()), _REQUIRED),
+    # An empty string says no more than null does, and the TFDS features store None as one.
+    str | None: _Rule("a string or null", _is_string, convert=lambda value: value or None),
+    int | None: _Rule("a whole number from 0 up, or null", _is_count),
+    bool | None: _Rule("true, false or null", lambda value: isinstance(value, bool)),
+    tuple[str, ...]: _Rule(
+        "a list of strings", lambda v: _is_list(v) and all(map(_is_string, v)), (), tuple
+    ),
+    tuple[Triple, ...]: _Rule("a list of triples", _is_list, ()),
+}
+
+
+def _fields(d: Mapping[str, Any], where: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the checked values of the fields with these types."""
+    values = {}
+    for key, hint in hints.items():
+        rule, value = _RULES[hint], d.get(key)
+        if value is None and rule.default is not _REQUIRED:
+            values[key] = rule.default
+            continue
+        if key not in d:
+            keys = _shown(sorted(d))
+            raise RecordError(
+                f"{where}: field '{key}' is missing (found {keys}); add it as {rule.expected}"
+            )
+        if not rule.accepts(value):
+            raise RecordError(
+                f"{where}: field '{key}' is {_shown(value)}; it must be {rule.expected}"
+            )
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (half := half_character(text)):
+                raise RecordError(f"{where}: field '{key}' has {half}")
+        values[key] = rule.convert(value)
+    return values
+
+
+def _mapping(value: Any, where: str, expected: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: found {_shown(value)}; {expected} must be a JSON object")
+    return value
 
 
 def _shown(value: Any) -> str:

@@ -73,7 +73,7 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     if bool(data.sentences) != bool(data.facts):
         raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
     if data.sentences:
-        return files.read_sentences(data.sentences), files.read_facts(data.facts)
+        return list(files.iter_sentences(data.sentences)), list(files.iter_facts(data.facts))
     directory = data.dir or str(workdir / "data")
     records: list = []
     # Process 0 prepares the files, and the others then read them.
@@ -81,7 +81,7 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
         f"prepare {data.name}", lambda: records.extend(features.load_tfds(data.name, directory))
     )
     sentences, facts = records or features.load_tfds(data.name, directory)
-    return list(sentences), facts
+    return sentences, facts
 
 
 def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
@@ -97,7 +97,7 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
     if data.statements:
         facts = all_facts
         if data.statements_of == "corpus":
-            stated = labels.relevant_passages(sentences, all_facts, missing="drop")
+            stated = labels.relevant_passages(sentences, all_facts, may_lack_sentences=True)
             facts = [f for f in all_facts if stated[f.fact_id]]
             if not facts:
                 raise ValueError(

@@ -86,8 +86,8 @@ def test_real_facts_against_regular_expressions():
 @pytest.mark.slow
 @trex.needed
 def test_the_whole_of_trex_in_one_pass():
-    sentences = files.read_sentences(trex.SENTENCES)
-    facts = files.read_facts(trex.FACTS)
+    sentences = list(files.iter_sentences(trex.SENTENCES))
+    facts = list(files.iter_facts(trex.FACTS))
     found = frequency.counts(facts, (s.text for s in sentences))  # Can be read once.
     # The sentences were aligned by names: every fact but one is named by the one that states it.
     assert (found == 0).sum() <= 1

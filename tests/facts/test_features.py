@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tda.facts.features import RecordSequence, load_tfds
+from tda.facts.features import load_tfds
 from tda.facts.trex.builder import Builder
 from tests.facts.trex_files import FACTS, SENTENCES, write
 
@@ -19,7 +19,7 @@ def prepared(tmp_path_factory):
 
 def test_records_survive_with_none_and_falsy_values_apart(prepared):
     _, _, (sentences, facts) = prepared
-    assert list(sentences) == SENTENCES
+    assert sentences == SENTENCES
     assert facts == FACTS
 
 
@@ -30,25 +30,6 @@ def test_order_is_that_of_the_files_not_a_shuffle_by_key(prepared):
     assert [sentence.sentence_id for sentence in sentences] == ids
 
 
-def test_sentences_are_lazy_and_random_access(prepared):
-    _, _, (sentences, _) = prepared
-    assert isinstance(sentences, RecordSequence)
-    assert len(sentences) == len(SENTENCES)
-    assert sentences[-1] == SENTENCES[-1]
-    assert sentences[1:3] == SENTENCES[1:3]
-    for index in (len(SENTENCES), -len(SENTENCES) - 1):
-        with pytest.raises(IndexError):
-            sentences[index]
-
-
-def test_record_sequence_decodes_only_what_is_asked_for():
-    seen = []
-    records = RecordSequence(range(5), lambda row: seen.append(row) or row * 10)
-    assert seen == []
-    assert records[3] == 30
-    assert seen == [3]
-
-
 def test_a_prepared_dataset_is_read_and_not_written_again(prepared, monkeypatch):
     folder, paths, (sentences, facts) = prepared
 
@@ -57,11 +38,11 @@ def test_a_prepared_dataset_is_read_and_not_written_again(prepared, monkeypatch)
 
     monkeypatch.setattr(Builder, "_generate_examples", generate)
     again, facts_again = load_tfds("trex", folder, **paths)
-    assert list(again) == list(sentences)
+    assert again == sentences
     assert facts_again == facts
 
 
-def test_unknown_dataset():
+def test_an_unknown_dataset_is_refused():
     with pytest.raises(ValueError, match="choose 'world_facts' or 'trex'"):
         load_tfds("c4", "/nowhere")
 
@@ -79,7 +60,7 @@ def test_tensorflow_is_never_imported(tmp_path):
         f"sys.path.insert(0, {str(fake)!r})\n"
         "from tda.facts.features import load_tfds\n"
         f"sentences, facts = load_tfds('trex', {str(tmp_path)!r}, **{paths!r})\n"
-        f"assert len(list(sentences)) == {len(SENTENCES)} and 'tensorflow' not in sys.modules\n"
+        f"assert len(sentences) == {len(SENTENCES)} and 'tensorflow' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert not (tmp_path / "imported").exists()

@@ -21,7 +21,7 @@ def ids(sentences):
     return [sentence.sentence_id for sentence in sentences]
 
 
-def test_streaming_reads_no_further_than_asked(tmp_path):
+def test_streaming_reads_no_further_than_its_consumer(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(line(1) + "not json\n")
     stream = files.iter_sentences(path)
@@ -30,24 +30,24 @@ def test_streaming_reads_no_further_than_asked(tmp_path):
         next(stream)
 
 
-def test_facts(tmp_path):
+def test_facts_are_read_in_order_and_have_one_id_each(tmp_path):
     path = tmp_path / "facts.jsonl"
     path.write_text(fact_line(1) + fact_line(2))
-    assert [fact.fact_id for fact in files.read_facts(path)] == ["f1", "f2"]
+    assert [fact.fact_id for fact in files.iter_facts(path)] == ["f1", "f2"]
     path.write_text(fact_line(1) + fact_line(1))
     with pytest.raises(RecordError, match="line 2: field 'fact_id' is 'f1', as in .*line 1"):
-        files.read_facts(path)
+        list(files.iter_facts(path))
 
 
 def test_validation_names_the_line_of_the_file_not_of_the_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(line(1) + "\n\n" + line(2, " "))
-    with pytest.raises(RecordError, match="a.jsonl, line 4: field 'text' is blank"):
-        files.read_sentences(path)
+    with pytest.raises(RecordError, match="a.jsonl, line 4: field 'text' is ' '; it must be"):
+        list(files.iter_sentences(path))
 
 
 def test_duplicate_ids_across_shards_name_both_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text(line(1) + line(2))
     (tmp_path / "b.jsonl").write_text(line(3) + line(2))
     with pytest.raises(RecordError, match="b.jsonl, line 2: .*'s2', as in a.jsonl, line 2"):
-        files.read_sentences(tmp_path / "?.jsonl")
+        list(files.iter_sentences(tmp_path / "?.jsonl"))

@@ -58,7 +58,7 @@ def test_strict_keeps_only_subject_initial():
     assert relevant_passages(SENTENCES, facts, strict=True) == {"a": ("s3",), "b": ()}
 
 
-def test_strict_is_all_where_nothing_is_known():
+def test_strict_labels_are_all_labels_if_no_triple_knows_its_subject_position():
     sentences = [make_sentence("s0", make_triple("a")), make_sentence("s1")]
     facts = [make_fact("a", ["s1"])]
     assert relevant_passages(sentences, facts, strict=True) == {"a": ("s0", "s1")}
@@ -71,13 +71,11 @@ def test_triples_without_id_match_by_their_uris():
     assert relevant_passages(sentences, [swapped]) == {"a": ()}
 
 
-def test_absent_sentences():
+def test_a_label_that_the_corpus_lacks_is_refused_unless_allowed():
     facts = [make_fact("a", ["s3", "gone"])]
     with pytest.raises(RecordError, match="'a'.*'trex_sentences'.*'gone'"):
         relevant_passages(SENTENCES, facts)
-    assert relevant_passages(SENTENCES, facts, missing="drop") == {"a": ("s3", "s1")}
-    with pytest.raises(ValueError, match="'error' or 'drop'"):
-        relevant_passages(SENTENCES, facts, missing="ignore")
+    assert relevant_passages(SENTENCES, facts, may_lack_sentences=True) == {"a": ("s3", "s1")}
 
 
 def test_clean_pool_takes_each_condition_into_account():
@@ -95,15 +93,15 @@ def test_clean_pool_takes_each_condition_into_account():
         make_fact("late", is_repetition=False, n_objects_same_subject=1),
         make_fact("excluded", predicate_uri="http://x/direct/P11"),
     ]
-    kept = [fact.fact_id for fact in clean_pool(facts, sentences)]
-    assert kept == ["good", "excluded"]
-    kept = clean_pool(facts, sentences, exclude_relations=["P11"])
-    assert [fact.fact_id for fact in kept] == ["good"]
+    pool = clean_pool(facts, sentences)
+    assert [fact.fact_id for fact in pool] == ["good", "excluded"]
+    pool = clean_pool(facts, sentences, exclude_relations=["P11"])
+    assert [fact.fact_id for fact in pool] == ["good"]
     with pytest.raises(ValueError, match="P7"):
         clean_pool(facts, sentences, exclude_relations=["P7"])
 
 
-def test_clean_pool_works_out_what_facts_do_not_say():
+def test_clean_pool_derives_absent_fields():
     sentences = [make_sentence(f"s{name}", make_triple(name, True)) for name in "abcdef"]
     facts = [
         make_fact("a", entity0_uri="u:same"),
@@ -123,16 +121,16 @@ def corpus(n=60):
     return sentences, [make_fact(f"f{i}") for i in range(n // 2)]
 
 
-def test_select_keeps_all_that_is_annotated():
+def test_select_keeps_every_annotated_passage():
     sentences, facts = corpus()
     chosen, queries = select(sentences, facts, n_sentences=25, n_queries=7, seed=3)
     assert len(chosen) == len(set(chosen)) == 25
     assert len(queries) == 7
     assert chosen == [sentence for sentence in sentences if sentence in chosen]
     assert queries == [fact for fact in facts if fact in queries]
-    whole = relevant_passages(sentences, queries)
-    assert relevant_passages(chosen, queries) == whole
-    assert all(len(ids) == 2 for ids in whole.values())
+    labels = relevant_passages(sentences, queries)
+    assert relevant_passages(chosen, queries) == labels
+    assert all(len(ids) == 2 for ids in labels.values())
 
 
 def test_select_depends_on_seed_and_ids_only():
@@ -145,7 +143,7 @@ def test_select_depends_on_seed_and_ids_only():
     assert [set(part) for part in shuffled] == [set(part) for part in first]
 
 
-def test_select_refuses_what_does_not_fit():
+def test_select_refuses_numbers_that_do_not_fit():
     sentences, facts = corpus()
     with pytest.raises(ValueError, match="annotated in 14 sentences; raise n_sentences"):
         select(sentences, facts, n_sentences=13, n_queries=7, seed=0)
@@ -157,8 +155,8 @@ def test_select_refuses_what_does_not_fit():
 
 @trex.needed
 def test_clean_pool_of_the_real_data():
-    sentences = files.read_sentences(trex.SENTENCES)
-    facts = files.read_facts(trex.FACTS)
+    sentences = list(files.iter_sentences(trex.SENTENCES))
+    facts = list(files.iter_facts(trex.FACTS))
     labels = relevant_passages(sentences, facts)
     assert sum(map(len, labels.values())) == 98_820
     assert len(clean_pool(facts, sentences)) == 10_333

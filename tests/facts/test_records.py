@@ -62,15 +62,15 @@ def test_triples_without_fact_id_are_read_in_both_shapes(triple):
 
 
 @pytest.mark.parametrize(
-    ("change", "field", "said"),
+    ("change", "field", "expected"),
     [
         ({"sentence_id": None}, "sentence_id", "non-empty string"),
         ({"sentence_id": " "}, "sentence_id", "non-empty string"),
         ({"sentence_id": 5}, "sentence_id", "5"),
-        ({"text": None}, "text", "a string"),
+        ({"text": None}, "text", "non-empty string"),
         ({"text": ["a"]}, "text", "['a']"),
-        ({"text": ""}, "text", "blank"),
-        ({"text": " \n"}, "text", "blank"),
+        ({"text": ""}, "text", "non-empty string"),
+        ({"text": " \n"}, "text", "non-empty string"),
         ({"abstract_uri": 3}, "abstract_uri", "a string or null"),
         ({"sent_idx_in_abst": "0"}, "sent_idx_in_abst", "whole number"),
         ({"sent_idx_in_abst": -1}, "sent_idx_in_abst", "whole number"),
@@ -83,12 +83,12 @@ def test_triples_without_fact_id_are_read_in_both_shapes(triple):
         ({"fact_triples": [URIS | {"fact_id": 9}]}, "fact_id", "9"),
     ],
 )
-def test_bad_sentences_are_named(change, field, said):
+def test_bad_sentences_are_named(change, field, expected):
     with pytest.raises(RecordError) as error:
         sentence_from_dict(SENTENCE | change, WHERE)
     assert WHERE in str(error.value)
     assert field in str(error.value)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("field", ["sentence_id", "text"])
@@ -98,7 +98,7 @@ def test_missing_sentence_fields_are_named(field):
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [SENTENCE]])
-def test_what_is_no_object_is_refused(value):
+def test_a_value_other_than_an_object_is_refused(value):
     with pytest.raises(RecordError, match="line 17: .*a sentence must be a JSON object"):
         sentence_from_dict(value, WHERE)
     with pytest.raises(RecordError, match="line 17: .*a fact must be a JSON object"):
@@ -118,7 +118,7 @@ def test_fact_keeps_every_field():
     }
 
 
-def test_prompts():
+def test_a_prompt_that_a_fact_lacks_is_refused():
     fact = fact_from_dict(FACT, WHERE)
     assert fact.prompt(0) == "The capital of France is"
     assert fact.prompt(2) == "France has its capital in"
@@ -175,10 +175,10 @@ def test_half_a_character_is_named(from_dict, record, change, field):
     """Guards: a tokenizer's "TextEncodeInput must be …", which names no record."""
     with pytest.raises(RecordError) as error:
         from_dict(record | change, WHERE)
-    told = str(error.value)
-    assert WHERE in told and f"'{field}'" in told and r"half a character, \ud83d" in told
-    assert "replace it" in told
-    told.encode()
+    message = str(error.value)
+    assert WHERE in message and f"'{field}'" in message and "replace it" in message
+    assert r"half a character, \ud83d" in message
+    message.encode()
 
 
 def test_characters_beyond_the_first_plane_are_whole():
@@ -187,5 +187,5 @@ def test_characters_beyond_the_first_plane_are_whole():
 
 
 def test_a_triple_with_an_id_needs_no_uris():
-    made = sentence_from_dict(SENTENCE | {"fact_triples": [{"fact_id": "f"}]}, "here")
-    assert made.fact_triples[0].fact_id == "f" and made.fact_triples[0].uris == ("", "", "")
+    (triple,) = sentence_from_dict(SENTENCE | {"fact_triples": [{"fact_id": "f"}]}, "").fact_triples
+    assert triple.fact_id == "f" and triple.uris == ("", "", "")

@@ -1,4 +1,4 @@
-"""Facts stated in the words of their prompts, never those that are asked."""
+"""Facts stated in the words of their prompts, never those of the queries."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_each_fact_is_stated_by_its_prompts():
     assert ids == [f"statement-{x}" for x in ("a-0", "a-1", "b-0", "c-0", "d-0", "d-1", "d-2")]
 
 
-def test_nothing_is_told_of_an_asked_fact():
+def test_a_queried_fact_is_never_stated():
     """Guards: a query's answer in the training text, by its own words or turned around."""
     assert [name for name, _ in statements(FACTS, FACTS[:1], 1)] == ["statement-d-0"]
     assert [name for name, _ in statements(FACTS, FACTS[1:2], 1)] == [

@@ -17,11 +17,11 @@ class FakeDownloads:
 
     def __init__(self, paths):
         self._paths = paths
-        self.asked = None
+        self.urls = None
 
     def download(self, urls):
         """Returns local paths in place of the addresses."""
-        self.asked = urls
+        self.urls = urls
         return self._paths
 
 
@@ -34,12 +34,12 @@ def test_release_is_fetched_from_its_public_addresses(tmp_path, monkeypatch, con
     builder = Builder(data_dir=str(tmp_path), config=config, file_format="array_record")
     monkeypatch.setattr(builder, "_make_download_manager", lambda **_: downloads)
     builder.download_and_prepare()
-    assert downloads.asked["facts"] == RELEASE + facts_file
-    assert len(downloads.asked["sentences"]) == 20
-    assert downloads.asked["sentences"][0] == RELEASE + "trex_sentences.jsonl-00000-of-00020"
-    assert downloads.asked["sentences"][19] == RELEASE + "trex_sentences.jsonl-00019-of-00020"
+    assert downloads.urls["facts"] == RELEASE + facts_file
+    assert len(downloads.urls["sentences"]) == 20
+    assert downloads.urls["sentences"][0] == RELEASE + "trex_sentences.jsonl-00000-of-00020"
+    assert downloads.urls["sentences"][19] == RELEASE + "trex_sentences.jsonl-00019-of-00020"
     sentences, facts = read_prepared(builder)
-    assert (list(sentences), facts) == (SENTENCES, FACTS)
+    assert (sentences, facts) == (SENTENCES, FACTS)
 
 
 def test_local_files_of_different_content_do_not_mix(tmp_path):
@@ -60,7 +60,7 @@ def test_a_bad_record_stops_the_build_and_leaves_nothing(tmp_path):
             load_tfds("trex", tmp_path / "out", **paths)
 
 
-def test_arguments_that_contradict(tmp_path):
+def test_contradictory_arguments_are_refused(tmp_path):
     paths = write(tmp_path)
     with pytest.raises(ValueError, match="both sentences= and facts="):
         Builder(data_dir=str(tmp_path), sentences=paths["sentences"])

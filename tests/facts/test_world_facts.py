@@ -5,8 +5,10 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from tda.facts import features
 from tda.facts.features import load_tfds
 from tda.facts.labels import clean_pool, relevant_passages
+from tda.facts.world_facts import builder
 from tda.facts.world_facts.corpus import generate
 from tda.facts.world_facts.templates import PROMPTS, RELATION_NAMES, STATEMENTS
 
@@ -31,7 +33,7 @@ def test_size_and_unique_ids_and_texts(world):
     assert len({fact.relation for fact in facts}) >= 8
 
 
-def test_deterministic_and_seeded(world):
+def test_the_corpus_is_a_function_of_its_seed(world):
     generate.__globals__["countries"].cache_clear()
     assert generate(seed=0) == world
     assert generate(seed=1)[0] != world[0]
@@ -48,12 +50,12 @@ def test_a_sentence_is_labelled_with_exactly_the_facts_whose_names_meet_in_it(wo
     # Longest first: "Papua New Guinea" does not mention Guinea.
     names = sorted({name for pair in by_names for name in pair}, key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)")
-    own = {fact.fact_id for fact in facts if fact.entity0 == fact.entity1}
+    self_named = {fact.fact_id for fact in facts if fact.entity0 == fact.entity1}
     for sentence in sentences:
-        found = set(pattern.findall(sentence.text))
-        stated = {i for a in found for b in found for i in by_names.get((a, b), ())}
+        named = set(pattern.findall(sentence.text))
+        stated = {i for a in named for b in named for i in by_names.get((a, b), ())}
         labelled = {triple.fact_id for triple in sentence.fact_triples}
-        assert stated == labelled - own, sentence
+        assert stated == labelled - self_named, sentence
         for triple in sentence.fact_triples:
             assert triple.entity0 in sentence.text and triple.entity1 in sentence.text
             assert triple.subject_initial is True
@@ -86,7 +88,7 @@ def test_queries_have_one_answer_that_the_prompt_does_not_hold(queries):
             assert "  " not in prompt and "the the" not in prompt
 
 
-def test_paraphrases(world):
+def test_every_prompt_begins_a_statement_of_its_relation(world):
     for relation, statements in STATEMENTS.items():
         assert len(set(statements)) >= 6
         for prompt in PROMPTS[relation]:
@@ -94,14 +96,14 @@ def test_paraphrases(world):
         assert any(s.index("{o}") < s.index("{s}") for s in statements) or relation == "border"
 
 
-def test_what_is_stated_often_is_stated_in_the_words_of_a_prompt(world, queries):
+def test_frequent_facts_are_stated_in_the_words_of_a_prompt(world, queries):
     text_of = {sentence.sentence_id: sentence.text for sentence in world[0]}
     often = [query for query in queries if len(query.trex_sentences) >= 20]
     assert len(often) > 30
     for query in often:
-        wanted = {f"{query.prompt(i)} {query.entity1}" for i in range(3)}
+        statements = tuple(f"{query.prompt(i)} {query.entity1}" for i in range(3))
         texts = [text_of[i] for i in query.trex_sentences]
-        assert any(text.startswith(tuple(wanted)) for text in texts), query
+        assert any(text.startswith(statements) for text in texts), query
 
 
 def test_copied_targets_are_marked(world):
@@ -114,7 +116,7 @@ def test_copied_targets_are_marked(world):
     assert facts["border:FR:ES"].n_objects_same_subject > 1
 
 
-def test_known_facts(world):
+def test_some_facts_are_those_of_an_atlas(world):
     facts = {fact.fact_id: fact for fact in world[1]}
     for fact_id, prompt, target in (
         ("capital:FR", "The capital of France is", "Paris"),
@@ -163,11 +165,12 @@ def test_sentences_are_short_and_well_formed(world):
         assert not re.search(r"\{|\}|  |\bthe [Tt]he\b|\.\.|,,", text), text
 
 
-def test_builder_serves_what_generate_gives(world, tmp_path, capsys):
-    sentences, facts = load_tfds("world_facts", tmp_path)
+def test_the_builder_serves_the_generated_records(world, tmp_path, monkeypatch, capsys):
+    records = world[0][:500], world[1][:100]  # all of them take 15 s
+    monkeypatch.setattr(builder, "generate", lambda: records)
+    monkeypatch.setattr(features, "_CHUNK", 150)
+    assert load_tfds("world_facts", tmp_path) == records
     # TFDS by itself says that it downloads what is generated here.
     assert capsys.readouterr().out == f"preparing world_facts in {tmp_path}\n"
-    assert list(sentences) == world[0]
-    assert facts == world[1]
-    load_tfds("world_facts", tmp_path)
+    assert load_tfds("world_facts", tmp_path) == records
     assert not capsys.readouterr().out

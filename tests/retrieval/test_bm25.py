@@ -52,8 +52,8 @@ def test_equals_a_second_implementation_on_a_thousand_queries():
     rank_bm25 = pytest.importorskip("rank_bm25")
     import bm25s
 
-    sentences = files.read_sentences(trex.SENTENCES)
-    facts = files.read_facts(trex.FACTS)
+    sentences = list(files.iter_sentences(trex.SENTENCES))
+    facts = list(files.iter_facts(trex.FACTS))
     facts = labels.clean_pool(facts, sentences)
     sentences, facts = labels.select(sentences, facts, 10_000, 1000, seed=0)
     texts, asked = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]

@@ -107,10 +107,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
         if split == "sentences":
             for sentence in iter_sentences(files):
-                yield sentence.sentence_id, features.encode_sentence(sentence)
+                yield sentence.sentence_id, features.encode(sentence)
         else:
             for fact in iter_facts(files):
-                yield fact.fact_id, features.encode_fact(fact)
+                yield fact.fact_id, features.encode(fact)
 
 
 def _fingerprint(files: dict[str, list[str]]) -> str:

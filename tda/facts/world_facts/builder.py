@@ -27,8 +27,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         sentences, facts = generate()
         return {
-            "sentences": ((s.sentence_id, features.encode_sentence(s)) for s in sentences),
-            "facts": ((fact.fact_id, features.encode_fact(fact)) for fact in facts),
+            "sentences": ((s.sentence_id, features.encode(s)) for s in sentences),
+            "facts": ((fact.fact_id, features.encode(fact)) for fact in facts),
         }
 
     def _generate_examples(self) -> Iterator:
