@@ -1,8 +1,8 @@
-"""What retrieved passages have to do with a query: they state its fact, or only something near it.
+"""How retrieved passages relate to a query: they state its fact, or only something near it.
 
 A passage that raises the target's probability need not state the fact: it may state the same of
-another subject, or no more than name the target. How a method's first passages divide among these
-kinds, and what a step on each kind does, tells what a tail-patch is made of.
+another subject, or only name the target. How a method's first passages divide among these kinds,
+and what a step on each kind does, shows where a tail-patch score comes from.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from tda.evaluation import frequency
 from tda.facts.records import Fact, Triple
 
-# The nearest first; a passage is of the first kind that fits.
+# The nearest first; a passage has the first kind that fits.
 KINDS = (
     "states the fact",
     "states it of another subject",
@@ -25,7 +25,7 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """What a passage says: the entities that it names, and (relation, object) of its triples."""
+    """What a passage says: the targets that it names, and (relation, object) of its triples."""
 
     named: set[int]
     stated: set[tuple[str, str]]
@@ -33,15 +33,15 @@ class _Read:
 
 
 class Content:
-    """What the passages of a corpus have to do with some queries; a passage is read once.
+    """Finds how passages of a corpus relate to some queries; a passage is read once.
 
     Args:
         facts: the queries.
         correct: the rows that state each query's fact.
-        text_of: the text of a row. The target is named by its name or an alias, as in
-            `tda.evaluation.frequency`.
-        triples_of: what a row is annotated with. Relations and objects are told apart by their
-            URIs; a triple that leaves its URIs out states nothing of another subject.
+        text_of: a function from a row to its text. The target is named by its name or an alias, as
+            in `tda.evaluation.frequency`.
+        triples_of: a function from a row to its annotations. Relations and objects are compared by
+            their URIs, so a triple without URIs states nothing of another subject.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Content:
         self._rows: dict[int, _Read] = {}
 
     def kinds(self, passages_QxK: np.ndarray) -> np.ndarray:
-        """The kind of each passage to the query that it was retrieved for.
+        """Returns the kind of each passage for the query that retrieved it.
 
         Args:
             passages_QxK: int, rows of passages; below 0 for none.
@@ -100,22 +100,22 @@ class Content:
 
 
 def shares(kinds_QxK: np.ndarray) -> np.ndarray:
-    """Of each query's passages, the share of each kind: float64 [Q, kinds], NaN without any."""
+    """Returns each kind's share of a query's passages: float64 [Q, kinds], NaN without passages."""
     count_Qx1 = (kinds_QxK >= 0).sum(axis=1, keepdims=True)
     of_kind = np.stack([(kinds_QxK == k).sum(axis=1) for k in range(len(KINDS))], axis=1)
     return np.where(count_Qx1 > 0, of_kind / np.maximum(count_Qx1, 1), np.nan)
 
 
 def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
-    """The mean figure of all pairs of a query and a passage of each kind.
+    """Returns the mean figure of all pairs of a query and a passage of each kind.
 
     Args:
-        kinds_QxK: as of `Content.kinds`.
+        kinds_QxK: as `Content.kinds` returns them.
         figures_QxK: a number for each pair; NaN where it was not measured.
 
     Returns:
-        float64 [kinds], NaN where none was measured. Over pairs and not over queries: few
-        queries have passages of every kind.
+        float64 [kinds], NaN if none was measured. Means are over pairs and not over queries, since
+        few queries have passages of every kind.
     """
     measured = np.isfinite(figures_QxK)
     out = np.full(len(KINDS), np.nan)

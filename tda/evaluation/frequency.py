@@ -1,4 +1,4 @@
-"""How often a corpus states a fact: passages that name both of its entities, by string matching.
+"""How often a corpus states a fact: passages that name both of its entities, found as strings.
 
 As in Chang et al. (2024): an entity is named by its name or by any alias. A match is a whole word
 or words: no letter or digit may touch it. Case does not count, except for names of three characters
@@ -16,12 +16,12 @@ from tda.facts.records import Fact
 
 # Names so short are matched with their case.
 _SHORT = 3
-# Six buckets by powers of ten; a fact that is never stated has one of its own.
+# Powers of ten begin the buckets; a fact that is never stated has one of its own.
 EDGES = (1, 10, 100, 1000, 10_000)
 
 
 def normalised(text: str) -> str:
-    """Text as names are looked for in it: composed characters, single spaces."""
+    """Returns a text with composed characters and single spaces, as names are looked for in it."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -41,6 +41,7 @@ class Names:
                     folded[name.casefold()].add(number)
                 elif name:
                     cased[name].add(number)
+        # Aho and Corasick's automaton finds all names in one pass over a text.
         self._cased, self._folded = _automaton(cased), _automaton(folded)
 
     def __call__(self, text: str) -> set[int]:
@@ -72,7 +73,7 @@ def _touched(text: str, at: int) -> bool:
 
 
 def begins_with(text: str, names: Iterable[str]) -> bool:
-    """Whether a text begins with one of the names, a whole word or words of it."""
+    """Whether a text begins with one of the names, as a whole word or words."""
     text = normalised(text)
     for name in map(normalised, names):
         where = text
@@ -84,17 +85,17 @@ def begins_with(text: str, names: Iterable[str]) -> bool:
 
 
 def entity(name: str, aliases: Iterable[str]) -> tuple[str, ...]:
-    """An entity by all of its names, not its URI, which a corpus of one's own may lack."""
+    """Returns what identifies an entity: all of its names, since a user's corpus may lack URIs."""
     return tuple(sorted({name, *aliases}))
 
 
 def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) -> np.ndarray:
-    """How many of the texts name both entities of each fact: int64 [facts].
+    """Counts the texts that name both entities of each fact: int64 [facts].
 
     Args:
         facts: the facts.
         texts: the passages; each counts once, however often it names them.
-        advance: told, as the work goes on, how many more texts are done.
+        advance: a function that is called with the number of texts done since the last call.
     """
     entities: dict[tuple[str, ...], int] = {}
 
@@ -117,11 +118,11 @@ def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) 
 
 
 def buckets(frequencies, edges: Sequence[int] = EDGES) -> tuple[np.ndarray, list[str]]:
-    """The bucket of each frequency, and what the buckets are called.
+    """Returns the bucket of each frequency, and the names of the buckets.
 
     Args:
         frequencies: int [facts].
-        edges: the least frequency of every bucket but the first, rising.
+        edges: the least frequency of every bucket except the first, rising.
 
     Returns:
         int64 [facts], and names such as "0", "1 to 9", "10000 and more".
@@ -131,7 +132,7 @@ def buckets(frequencies, edges: Sequence[int] = EDGES) -> tuple[np.ndarray, list
     """
     edges = list(edges)
     if not edges or edges[0] < 1 or any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
-        raise ValueError(f"edges={edges} must be whole numbers from 1 up, each above the last")
+        raise ValueError(f"edges={edges} must be rising whole numbers from 1 up")
     names = []
     for low, high in zip([0, *edges], edges, strict=False):
         names.append(str(low) if high == low + 1 else f"{low} to {high - 1}")

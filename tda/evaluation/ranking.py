@@ -8,15 +8,15 @@ import numpy as np
 
 
 def reciprocal_ranks(first_ranks, cut: int | None = None) -> np.ndarray:
-    """1/rank of each query's first correct passage.
+    """Returns 1/rank of each query's first correct passage.
 
     Args:
         first_ranks: int [Q], ranks from 1; a query without a correct passage has rank 0.
         cut: ranks beyond it count as 0 (MRR@cut); None takes full ranks.
 
     Returns:
-        float64 [Q], in [0, 1]; NaN for a query without a correct passage, as no method could find
-        one.
+        float64 [Q], in [0, 1]; NaN for a query without a correct passage, which no method could
+        find.
     """
     ranks = np.asarray(first_ranks, np.int64)
     out = 1.0 / np.maximum(ranks, 1)
@@ -26,13 +26,13 @@ def reciprocal_ranks(first_ranks, cut: int | None = None) -> np.ndarray:
 
 
 def hits(first_ranks, k: int) -> np.ndarray:
-    """Whether a correct passage is among the first k: float64 [Q], 1 or 0; NaN as above."""
+    """Returns 1 or 0, float64 [Q]: whether a correct passage is among the first k; NaN as above."""
     ranks = np.asarray(first_ranks, np.int64)
     return np.where(ranks > 0, (ranks <= k).astype(np.float64), np.nan)
 
 
 def mean(values_Q) -> float:
-    """The mean of the queries that were measured (not NaN); NaN where none was."""
+    """Returns the mean over the queries that were measured (not NaN); NaN if none was."""
     values_Q = np.asarray(values_Q, np.float64)
     measured = np.isfinite(values_Q)
     return float(values_Q[measured].mean()) if measured.any() else float("nan")

@@ -1,8 +1,8 @@
-"""From one number a query to what is told of a method: means, intervals, groups, differences.
+"""Summaries of per-query metrics: means, intervals, groups of queries, differences of methods.
 
-A metric is an array with a number for each query, NaN where it was not measured. All that follows
-is the same for every metric: its mean, its bootstrap interval, its mean in each group of queries,
-and its paired difference to other methods.
+A metric is an array with a number for each query, NaN where it was not measured. Every metric is
+summarised alike: by its mean, its bootstrap interval, its mean in each group of queries, and its
+paired difference to other methods.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from tda.evaluation.tail_patch import change, log_change
 
 CUT = 10
 DEPTHS = (1, 3, 5, 10)
-# What methods are compared by, and groups of queries described by.
+# The metrics by which methods are compared and groups of queries described.
 HEADLINE = (
     "mrr",
     "recall_at_10",
@@ -26,7 +26,7 @@ HEADLINE = (
 
 
 def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The ranking metrics of each query.
+    """Returns the ranking metrics of each query.
 
     Args:
         first_ranks: for each set of labels, int [Q], the first correct passage's rank or 0.
@@ -45,17 +45,16 @@ def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, np.ndarray]:
-    """Tail-patch scores of each query: means over its first proponents.
+    """Returns tail-patch scores of each query: means over its first proponents.
 
     Args:
         log_p_QxKx2: log-probability of the target before and after one step on each proponent, in
             the order of their ranks; NaN where there is none, or it was not measured.
-        control_Qx2: the same of a step with a gradient of zero, which the optimizer's momentum
-            alone takes.
+        control_Qx2: the same for a step with a zero gradient, by the optimizer's momentum alone.
 
     Returns:
-        float64 [Q] by name: "tail_patch" over the first 10 (or all, where fewer were kept),
-        "tail_patch_net", less what the control does, "tail_patch_at_1", …, and the same of
+        float64 [Q] by name: "tail_patch" over the first 10 (or all, if there are fewer),
+        "tail_patch_net", minus the control's score, "tail_patch_at_1", …, and the same in
         log-probability, "tail_patch_log", ….
     """
     out = {}
@@ -79,7 +78,7 @@ def _mean_of_first(changes_QxK: np.ndarray, k: int) -> np.ndarray:
 
 
 def restricted(values: Mapping[str, np.ndarray], mask_Q: np.ndarray, suffix: str) -> dict:
-    """The ranking metrics of the queries where `mask_Q` holds, their names with a suffix."""
+    """Returns the ranking metrics of the queries in `mask_Q`, with a suffix to their names."""
     return {
         f"{name}{suffix}": np.where(mask_Q, x, np.nan)
         for name, x in values.items()
@@ -90,23 +89,18 @@ def restricted(values: Mapping[str, np.ndarray], mask_Q: np.ndarray, suffix: str
 def intervals(
     values: Mapping[str, Mapping[str, np.ndarray]], resamples: int, seed: int
 ) -> dict[str, dict[str, statistics.Interval]]:
-    """Means and intervals by method and metric.
+    """Returns means and intervals by method and metric.
 
     Args:
         values: float64 [Q] by method and metric; the same queries everywhere.
         resamples, seed: see `tda.evaluation.statistics`.
     """
-    columns = [(method, name) for method, ms in values.items() for name in ms]
-    if not columns:
-        return {}
-    computed = statistics.intervals(
-        np.stack([values[method][name] for method, name in columns], axis=1),
-        resamples=resamples,
-        seed=seed,
-    )
-    out: dict = {method: {} for method in values}
-    for (method, name), interval in zip(columns, computed, strict=True):
-        out[method][name] = interval
+    out: dict = {}
+    for method, ms in values.items():
+        # The same seed: every method sees the same draws of queries.
+        columns_QxM = np.stack(list(ms.values()), axis=1) if ms else np.zeros((0, 0))
+        computed = statistics.intervals(columns_QxM, resamples, seed)
+        out[method] = dict(zip(ms, computed, strict=True))
     return out
 
 
@@ -118,18 +112,18 @@ def grouped(
     seed: int,
     differences: bool = False,
 ) -> dict[str, dict[str, dict]]:
-    """The headline metrics in each group of queries, by method and group.
+    """Returns the headline metrics in each group of queries, by method and group.
 
     Args:
         values: as for `intervals`.
         numbers_Q: the group of each query, its place in `names`; below 0 for none.
-        names: of the groups; those without a query are left out.
+        names: names of the groups; groups without a query are left out.
         resamples, seed: see `tda.evaluation.statistics`.
         differences: whether methods are compared in each group.
 
     Returns:
         For each method and group {"n_queries", each metric, "counts", "intervals"}, and
-        "differences" as of `compared` where asked for.
+        "differences" as `compared` returns them.
     """
     out: dict = {method: {} for method in values}
     for number, group in enumerate(names):
@@ -151,7 +145,7 @@ def grouped(
 def compared(
     values: Mapping[str, Mapping[str, np.ndarray]], resamples: int, seed: int
 ) -> dict[str, dict[str, dict[str, dict]]]:
-    """Paired differences of the headline metrics between all methods.
+    """Returns paired differences of the headline metrics between all methods.
 
     Args:
         values: as for `intervals`.
@@ -175,8 +169,8 @@ def compared(
     computed = statistics.differences(
         np.stack([values[a][metric] for a, _, metric in pairs], axis=1),
         np.stack([values[b][metric] for _, b, metric in pairs], axis=1),
-        resamples=resamples,
-        seed=seed,
+        resamples,
+        seed,
     )
     for (a, b, metric), d in zip(pairs, computed, strict=True):
         if d.count:
@@ -190,11 +184,11 @@ def _difference(mean: float, low: float, high: float, p: float) -> dict:
 
 
 def as_json(intervals: Mapping[str, statistics.Interval]) -> dict:
-    """Means and intervals as JSON values.
+    """Returns means and intervals as JSON values.
 
     Returns:
-        Each metric's mean by its name, None where it was not measured; "counts", the queries that
-        each was measured on; "intervals", [low, high] of each that was measured on two or more.
+        Each metric's mean by its name, None if it was not measured; "counts", the number of queries
+        that each was measured on; "intervals", [low, high] if these are two or more.
     """
     out: dict = {name: number(i.mean) for name, i in intervals.items()}
     out["counts"] = {name: i.count for name, i in intervals.items()}
@@ -205,5 +199,5 @@ def as_json(intervals: Mapping[str, statistics.Interval]) -> dict:
 
 
 def number(x: float) -> float | None:
-    """A number as JSON has it: None where it is not one."""
+    """Returns a number as JSON has it: None if it is not finite."""
     return float(x) if np.isfinite(x) else None

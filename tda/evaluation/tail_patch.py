@@ -15,109 +15,114 @@ import optax
 
 from tda import loss as losses
 from tda.data import batches as batching
+from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model.functional import Functional
 from tda.runtime import progress, sharding
 from tda.training.loop import train_step
 
-
-def target_log_probability(merge, params: dict, query: dict) -> jax.Array:
-    """log p(target | prompt) of one query {"tokens", "targets", "weights"}, each [T]: a scalar."""
-    query = jax.tree.map(lambda x: x[None], query)
-    logits_1xTxV = merge(params)(query["tokens"])
-    return -losses.cross_entropy(logits_1xTxV, query["targets"], query["weights"])[0]
+# Pairs that one compiled call works through.
+_PAIRS_PER_CALL = 8
 
 
 def change(log_p: np.ndarray) -> np.ndarray:
-    """p after − p before, float64 [...], of log-probabilities before and after, [..., 2]."""
+    """Returns p after − p before, float64 [...], of log p before and after, [..., 2]."""
     before, after = np.moveaxis(np.asarray(log_p, np.float64), -1, 0)
     # Not a difference of two exponentials, which would cancel.
     return np.exp(before) * np.expm1(after - before)
 
 
 def log_change(log_p: np.ndarray) -> np.ndarray:
-    """log p after − log p before in nats, float64 [...], of what `change` takes."""
+    """Returns log p after − log p before in nats, float64 [...], of log p as `change` takes it."""
     before, after = np.moveaxis(np.asarray(log_p, np.float64), -1, 0)
     return after - before
 
 
-def tail_patch(
-    model_fn: Functional,
-    state: dict,
-    tx: optax.GradientTransformation,
-    passages: TokenTable,
-    queries: TokenTable,
-    pairs: Sequence[tuple[int, int]],
-    *,
-    bucket_lengths: tuple[int, ...],
-    pad: int,
-    pairs_per_call: int = 8,
-    together: int = 1,
-    on_done: Callable[[np.ndarray, np.ndarray], None] = lambda which, log_p: None,
-) -> np.ndarray:
-    """The target's log-probability before and after one step on each passage.
+class TailPatch:
+    """Takes training steps from one checkpoint, each on one passage alone.
 
     Args:
         model_fn: the model's structure.
         state: the checkpoint {"params", "opt_state", "step"}.
         tx: the training optimizer; its learning rate is that of the restored step.
-        passages, queries: the sequences.
-        pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient, which
-            shows what the optimizer's momentum does on its own.
-        bucket_lengths, pad: see `tda.data.batches`.
-        pairs_per_call: pairs that one compiled call works through; the last of each length is
-            padded to so many.
-        together: of these, how many at once; each needs a copy of parameters and optimizer state.
-        on_done: told, as the work goes on, which pairs are done (their numbers), and their rows of
-            the result.
-
-    Returns:
-        float64 [pairs, 2]: log p(target | prompt) in nats before the step, and after it.
+        layout: the lengths that sequences are padded to, and the padding.
     """
-    merge = model_fn.merge
 
-    def one(state, pair):
-        before = target_log_probability(merge, state["params"], pair["query"])
-        passage = jax.tree.map(lambda x: x[None], pair["passage"])
-        patched, _ = train_step(merge, tx, state, passage)
-        after = target_log_probability(merge, patched["params"], pair["query"])
-        return jnp.stack([before, after])
+    def __init__(
+        self,
+        model_fn: Functional,
+        state: dict,
+        tx: optax.GradientTransformation,
+        layout: BatchLayout,
+    ):
+        self._state, self._layout = state, layout
+        merge = model_fn.merge
 
-    call = jax.jit(
-        lambda state, batch: jax.lax.map(lambda p: one(state, p), batch, batch_size=together)
-    )
-    pairs = np.asarray(list(pairs), np.int64).reshape(-1, 2)
-    out = np.zeros((len(pairs), 2))
-    longest = int(queries.lengths.max()) - 1
-    query_length = next(b for b in bucket_lengths if b >= longest)
-    # A step with a zero gradient is the same at any length: one that is compiled for anyway, and
-    # the same one whatever the pairs are.
-    usual = int(np.median(passages.lengths)) - 1
-    positions = np.where(pairs[:, 1] < 0, usual, passages.lengths[pairs[:, 1]] - 1)
-    bucket = np.searchsorted(bucket_lengths, positions)
-    with progress.bar(len(pairs), "tail-patch", "pair") as bar:
-        for b in np.unique(bucket):
-            in_bucket = np.flatnonzero(bucket == b)
-            for start in range(0, len(in_bucket), pairs_per_call):
-                call_pairs = in_bucket[start : start + pairs_per_call]
-                # The last call of a length repeats its last pair, to keep the shape.
-                filled = np.pad(call_pairs, (0, pairs_per_call - len(call_pairs)), mode="edge")
-                batch = {
-                    "passage": _passages(passages, pairs[filled, 1], bucket_lengths[b], pad),
-                    "query": _rows(queries, pairs[filled, 0], query_length, pad),
-                }
-                out[call_pairs] = sharding.to_host(call(state, batch))[: len(call_pairs)]
-                on_done(call_pairs, out[call_pairs])
-                bar.update(len(call_pairs))
-    return out
+        def log_p(params, query):
+            query = jax.tree.map(lambda x: x[None], query)
+            logits_1xTxV = merge(params)(query["tokens"])
+            return -losses.cross_entropy(logits_1xTxV, query["targets"], query["weights"])[0]
 
+        def log_p_before_and_after(state, pair):
+            before = log_p(state["params"], pair["query"])
+            passage = jax.tree.map(lambda x: x[None], pair["passage"])
+            patched, _ = train_step(merge, tx, state, passage)
+            return jnp.stack([before, log_p(patched["params"], pair["query"])])
 
-def _rows(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
-    return batching.materialise(table, rows, length, len(rows), pad).arrays()
+        @jax.jit
+        def call(state, batch):
+            # One pair at a time: each needs its own copy of parameters and optimizer state.
+            step = lambda pair: log_p_before_and_after(state, pair)  # noqa: E731
+            return jax.lax.map(step, batch, batch_size=1)
 
+        self._call = call
 
-def _passages(table: TokenTable, rows: np.ndarray, length: int, pad: int) -> dict:
-    # A row of -1, whose gradient is zero, is an empty one: padding, which stands behind all others.
-    order = np.argsort(rows < 0, kind="stable")
-    batch = batching.materialise(table, rows[rows >= 0], length, len(rows), pad)
-    return {name: x[np.argsort(order)] for name, x in batch.arrays().items()}
+    def __call__(
+        self,
+        passages: TokenTable,
+        queries: TokenTable,
+        pairs: Sequence[tuple[int, int]],
+        on_done: Callable[[np.ndarray, np.ndarray], None] = lambda which, log_p: None,
+    ) -> np.ndarray:
+        """Returns the target's log-probability before and after one step on each passage.
+
+        Args:
+            passages, queries: the sequences.
+            pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient,
+                which shows what the optimizer's momentum does on its own.
+            on_done: a function that is called with the numbers of finished pairs and their rows of
+                the result as the work goes on.
+
+        Returns:
+            float64 [pairs, 2]: log p(target | prompt) in nats before the step, and after it.
+        """
+        pairs = np.asarray(list(pairs), np.int64).reshape(-1, 2)
+        lengths, out = self._layout.bucket_lengths, np.zeros((len(pairs), 2))
+        query_length = lengths[np.searchsorted(lengths, queries.lengths.max() - 1)]
+        # A step with a zero gradient is the same at any length: one that is compiled for anyway,
+        # and the same one whatever the pairs are.
+        usual = int(np.median(passages.lengths)) - 1
+        positions = np.where(pairs[:, 1] < 0, usual, passages.lengths[pairs[:, 1]] - 1)
+        bucket = np.searchsorted(lengths, positions)
+        with progress.bar(len(pairs), "tail-patch", "pair") as bar:
+            for b in np.unique(bucket):
+                in_bucket = np.flatnonzero(bucket == b)
+                for start in range(0, len(in_bucket), _PAIRS_PER_CALL):
+                    which = in_bucket[start : start + _PAIRS_PER_CALL]
+                    # The last call of a length repeats its last pair, to keep the shape.
+                    filled = np.pad(which, (0, _PAIRS_PER_CALL - len(which)), mode="edge")
+                    batch = {
+                        "passage": self._rows(passages, pairs[filled, 1], lengths[b]),
+                        "query": self._rows(queries, pairs[filled, 0], query_length),
+                    }
+                    out[which] = sharding.to_host(self._call(self._state, batch))[: len(which)]
+                    on_done(which, out[which])
+                    bar.update(len(which))
+        return out
+
+    def _rows(self, table: TokenTable, rows: np.ndarray, length: int) -> dict:
+        """Returns some rows as a batch; a row of −1, whose gradient is zero, is all padding."""
+        # Padding stands behind all rows of a batch: move it to where the pairs have it.
+        order = np.argsort(np.argsort(rows < 0, kind="stable"))
+        batch = batching.materialise(table, rows[rows >= 0], length, len(rows), self._layout.pad)
+        return {name: x[order] for name, x in batch.arrays().items()}

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from tda.data.tokens import TokenTable
-from tda.evaluation import sampling
-from tda.evaluation.tail_patch import tail_patch
+from tda.evaluation.sampling import Sampler
+from tda.evaluation.tail_patch import TailPatch
 from tda.run.result_log import ResultLog
 from tda.run.run import Corpus, Run
 from tda.run.train import make_optimizer, restore_state
@@ -130,17 +130,8 @@ def tail_patches(
             have.update(done)
             log.add(done)
 
-        tail_patch(
-            model_fn,
-            state,
-            tx,
-            corpus.passages,
-            corpus.prompts,
-            lacking,
-            bucket_lengths=corpus.buckets,
-            pad=corpus.tokenizer.pad,
-            on_done=keep,
-        )
+        steps = TailPatch(model_fn, state, tx, run.unsharded_layout)
+        steps(corpus.passages, corpus.prompts, lacking, on_done=keep)
     return {pair: tuple(have[key]) for pair, key in zip(pairs, keys, strict=True)}
 
 
@@ -182,16 +173,8 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
         log.add(done)
 
     if todo:
-        sampling.sample(
-            run.trained.model,
-            [ids[q] for q in todo],
-            [lengths[q] for q in todo],
-            samples=count,
-            seed=seed,
-            stop=tokenizer.eos,
-            layout=run.unsharded_layout,
-            on_done=keep,
-        )
+        sampler = Sampler(run.trained.model, tokenizer.eos, run.unsharded_layout)
+        sampler([ids[q] for q in todo], [lengths[q] for q in todo], count, seed, keep)
     return {q: have[keys[q]] for q in queries}
 
 

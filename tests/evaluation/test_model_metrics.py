@@ -11,8 +11,9 @@ from tda import loss as losses
 from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
+from tda.evaluation import tail_patch
 from tda.evaluation.likelihood import Likelihood
-from tda.evaluation.tail_patch import change, log_change, tail_patch
+from tda.evaluation.tail_patch import TailPatch, change, log_change
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
@@ -36,13 +37,27 @@ def setup():
     return tokenizer, table, queries, model
 
 
-def nats(model, queries, row, pad):
-    batch = materialise(queries, np.array([row]), 32, 1, pad).arrays()
-    out = losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
-    return float(out[0])
+@pytest.fixture(scope="module")
+def summed_nats(setup):
+    """A compiled function: −log p of one sequence of a table under some parameters."""
+    tokenizer, _, _, model = setup
+    model_fn, params = functional.split(model)
+
+    @jax.jit
+    def nats(params, batch):
+        logits = model_fn.apply(params, batch["tokens"])
+        return losses.cross_entropy(logits, batch["targets"], batch["weights"])[0]
+
+    gradient = jax.jit(jax.grad(nats))
+
+    def one(table, row, params=params, gradients=False):
+        batch = materialise(table, np.array([row]), 32, 1, tokenizer.pad).arrays()
+        return (gradient if gradients else nats)(params, batch)
+
+    return one
 
 
-def test_target_statistics(setup):
+def test_target_statistics_are_those_of_the_models_logits(setup, summed_nats):
     tokenizer, _, queries, model = setup
     likelihood = Likelihood(model, BatchLayout(BUCKETS, 64, tokenizer.pad))
     targets = likelihood(queries)
@@ -50,9 +65,7 @@ def test_target_statistics(setup):
     assert last_alone.nats == pytest.approx(targets.nats[1:], rel=1e-6)
     assert last_alone.ranks.tolist() == targets.ranks[1:].tolist()
     for row in range(2):
-        assert targets.nats[row] == pytest.approx(
-            nats(model, queries, row, tokenizer.pad), rel=1e-5
-        )
+        assert targets.nats[row] == pytest.approx(float(summed_nats(queries, row)), rel=1e-5)
         ids = queries.tokens[queries.starts[row] : queries.starts[row + 1]]
         is_target = queries.scored[queries.starts[row] : queries.starts[row + 1]]
         logits = np.asarray(model(jnp.asarray(ids[None, :-1])))[0]
@@ -65,36 +78,33 @@ def test_target_statistics(setup):
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
-def test_tail_patch_is_one_restored_step_on_each_passage_alone(setup, name):
+def test_tail_patch_is_one_restored_step_on_each_passage_alone(
+    setup, summed_nats, name, monkeypatch
+):
     tokenizer, table, queries, model = setup
     tx = optimizer.make_optimizer(name, optax.constant_schedule(1e-2))
     model_fn, params = functional.split(model)
     opt_state = tx.init(params)
     # An optimizer state that is not fresh: momentum and second moments of another step.
     noise = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    _, opt_state = tx.update(noise, opt_state, params)
+    _, opt_state = jax.jit(tx.update)(noise, opt_state, params)
     state = {"params": params, "opt_state": opt_state, "step": jnp.int32(1)}
     pairs = [(0, 0), (1, 0), (0, 2), (1, 1), (0, -1)]
-    log_p = tail_patch(
-        model_fn, state, tx, table, queries, pairs,
-        bucket_lengths=BUCKETS, pad=tokenizer.pad, pairs_per_call=2,
-    )  # fmt: skip
+    monkeypatch.setattr(tail_patch, "_PAIRS_PER_CALL", 2)
+    layout = BatchLayout(BUCKETS, 64, tokenizer.pad)
+    log_p = TailPatch(model_fn, state, tx, layout)(table, queries, pairs)
     changes, logs = change(log_p), log_change(log_p)
+    update = jax.jit(tx.update)
     for i, (q, p) in enumerate(pairs):
         gradient = jax.tree.map(jnp.zeros_like, params)
         if p >= 0:
-            batch = materialise(table, np.array([p]), 32, 1, tokenizer.pad).arrays()
-
-            def mean_nats(params, batch=batch):
-                logits = model_fn.apply(params, batch["tokens"])
-                total = losses.cross_entropy(logits, batch["targets"], batch["weights"])
-                return total[0] / batch["weights"].sum()
-
-            gradient = jax.grad(mean_nats)(params)
-        updates, _ = tx.update(gradient, opt_state, params)
-        patched = model_fn.merge(optax.apply_updates(params, updates))
-        before = -nats(model, queries, q, tokenizer.pad)
-        after = -nats(patched, queries, q, tokenizer.pad)
+            count = table.scored[table.starts[p] : table.starts[p + 1]].sum()
+            summed = summed_nats(table, p, params, gradients=True)
+            gradient = jax.tree.map(lambda g, count=count: g / count, summed)
+        updates, _ = update(gradient, opt_state, params)
+        patched = optax.apply_updates(params, updates)
+        before = -float(summed_nats(queries, q))
+        after = -float(summed_nats(queries, q, patched))
         assert log_p[i] == pytest.approx([before, after], rel=1e-5)
         assert changes[i] == pytest.approx(np.exp(after) - np.exp(before), rel=1e-3, abs=1e-8)
         assert logs[i] == pytest.approx(after - before, rel=1e-3, abs=1e-5)

@@ -8,11 +8,12 @@ from flax import nnx
 
 from tda.data.batches import BatchLayout
 from tda.evaluation import sampling
+from tda.evaluation.sampling import Sampler
 
 BUCKETS = (4, 8, 16)
 STOP, PAD = 7, 0
 RUN = nnx.jit(lambda model, tokens: model(tokens))
-LAYOUT = dict(stop=STOP, layout=BatchLayout(BUCKETS, tokens_per_batch=64, pad=PAD))
+LAYOUT = BatchLayout(BUCKETS, tokens_per_batch=64, pad=PAD)
 
 
 def one_by_one(model, prompt, count, samples, seed):
@@ -42,27 +43,29 @@ def test_samples_are_those_drawn_one_by_one(decoder, monkeypatch):
     counts = [4, 3, 6, 0]
     monkeypatch.setattr(sampling, "_TOGETHER", 2)
     done = {}
-    found = sampling.sample(
-        model, prompts, counts, samples=5, seed=3, **LAYOUT,
-        on_done=lambda which, drawn: done.update(zip(which.tolist(), drawn, strict=True)),
-    )  # fmt: skip
+
+    def on_done(which, drawn):
+        done.update(zip(which.tolist(), drawn, strict=True))
+
+    sampler = Sampler(model, STOP, LAYOUT)
+    drawn = sampler(prompts, counts, samples=5, seed=3, on_done=on_done)
     for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-        assert found[i] == one_by_one(model, prompt, count, 5, seed=3)
+        assert drawn[i] == one_by_one(model, prompt, count, 5, seed=3)
     # No sequence is longer than the model's positions, and the last token needs none.
-    assert max(map(len, found[2])) == 3
-    assert done == dict(enumerate(found))
-    # A prompt's draws hang neither on the others nor on how many tokens are wanted.
-    (alone,) = sampling.sample(model, prompts[:1], [2], samples=5, seed=3, **LAYOUT)
-    assert alone == [s[:2] for s in found[0]]
-    assert sampling.sample(model, prompts, counts, samples=5, seed=4, **LAYOUT) != found
+    assert max(map(len, drawn[2])) == 3
+    assert done == dict(enumerate(drawn))
+    # A prompt's draws depend neither on the others nor on the number of tokens.
+    (alone,) = sampler(prompts[:1], [2], samples=5, seed=3)
+    assert alone == [s[:2] for s in drawn[0]]
+    assert sampler(prompts, counts, samples=5, seed=4) != drawn
 
 
 def test_frequencies_are_the_models_probabilities(decoder):
     model = decoder()
     prompt = [1, 5, 9]
-    (found,) = sampling.sample(model, [prompt], [1], samples=20_000, **LAYOUT)
+    (drawn,) = Sampler(model, STOP, LAYOUT)([prompt], [1], samples=20_000)
     p_V = np.asarray(jax.nn.softmax(model(jnp.asarray([prompt]))[0, -1]))
-    seen = np.bincount([s[0] if s else STOP for s in found], minlength=len(p_V)) / 20_000
+    seen = np.bincount([s[0] if s else STOP for s in drawn], minlength=len(p_V)) / 20_000
     assert np.abs(seen - p_V).max() < 5 * np.sqrt(p_V.max() / 20_000)
     assert 0.5 * np.abs(seen - p_V).sum() < 0.05 and p_V.max() > 0.05
 
@@ -75,9 +78,9 @@ def test_a_model_without_hidden_states_is_called(decoder):
         def __call__(self, tokens_BxT):
             return self.inner(tokens_BxT)
 
-    arguments = dict(samples=4, seed=1, **LAYOUT)
-    expected = sampling.sample(decoder(), [[1, 5]], [3], **arguments)
-    assert sampling.sample(Wrapped(decoder()), [[1, 5]], [3], **arguments) == expected
+    samplers = [Sampler(model, STOP, LAYOUT) for model in (decoder(), Wrapped(decoder()))]
+    with_head, without = (sampler([[1, 5]], [3], samples=4, seed=1) for sampler in samplers)
+    assert with_head == without
 
 
 def test_a_token_of_no_probability_is_never_drawn():
@@ -86,12 +89,12 @@ def test_a_token_of_no_probability_is_never_drawn():
     ]  # fmt: skip
 
 
-def test_too_long_a_prompt_is_told(decoder):
+def test_too_long_a_prompt_is_refused(decoder):
     with pytest.raises(ValueError, match="17 tokens, the model 16 positions"):
-        sampling.sample(decoder(), [[1] * 17], [1], **LAYOUT)
+        Sampler(decoder(), STOP, LAYOUT)([[1] * 17], [1])
 
 
-def test_confidence():
+def test_confidence_is_the_share_of_samples_that_begin_with_an_answer():
     answers = ["Paris", "City of Light", "US"]
     said = [
         "Paris, the",
