@@ -89,7 +89,7 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(
     noise = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
     _, opt_state = jax.jit(tx.update)(noise, opt_state, params)
     state = {"params": params, "opt_state": opt_state, "step": jnp.int32(1)}
-    pairs = [(0, 0), (1, 0), (0, 2), (1, 1), (0, -1)]
+    pairs = [(0, -1), (0, 0), (1, 0), (0, 2), (1, 1)]
     monkeypatch.setattr(tail_patch, "_PAIRS_PER_CALL", 2)
     layout = BatchLayout(BUCKETS, 64, tokenizer.pad)
     log_p = TailPatch(model_fn, state, tx, layout)(table, queries, pairs)
@@ -108,7 +108,7 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(
         assert log_p[i] == pytest.approx([before, after], rel=1e-5)
         assert changes[i] == pytest.approx(np.exp(after) - np.exp(before), rel=1e-3, abs=1e-8)
         assert logs[i] == pytest.approx(after - before, rel=1e-3, abs=1e-5)
-    assert changes[0] > changes[4]  # stating the fact helps more than momentum alone
+    assert changes[1] > changes[0]  # stating the fact helps more than momentum alone
 
 
 def test_changes_of_improbable_targets_do_not_cancel():

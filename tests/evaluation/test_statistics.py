@@ -91,6 +91,7 @@ def test_an_unmeasured_figure_is_nan():
     assert one.mean == 1.0 and math.isnan(one.low) and one.count == 1
     assert two.mean == 0.5 and (two.low, two.high) == (0.0, 1.0)
     assert math.isnan(statistics.intervals(np.zeros((0, 1)))[0].mean)
+    assert all(math.isnan(d.p) for d in statistics.differences(x[:, :2], np.zeros((2, 2))))
 
 
 def test_seeds_have_a_mean_and_a_sample_deviation():
