@@ -36,6 +36,7 @@ TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of computation: float32 or bfloat16.")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
+flags.declare_key_flag("compilation_cache")
 
 
 def main(_):

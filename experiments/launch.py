@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tda.run.registry import load_plugins
-from tda.runtime import command, huge_pages, processes
+from tda.runtime import command, compilation_cache, huge_pages, processes
 
 from . import command_line
 
@@ -31,6 +31,9 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, free there.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Folder of compiled programs, or off; by default ~/.cache/tda."
+)
 PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retrievers.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
@@ -54,6 +57,7 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
         _refuse_arguments(arguments)
         _join()
         try:
+            compilation_cache.use(COMPILATION_CACHE.value)
             with contextlib.ExitStack() as quiet:
                 if not processes.is_first():
                     nowhere = quiet.enter_context(open(os.devnull, "w"))
@@ -88,6 +92,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
         if not takes_arguments:
             _refuse_arguments(arguments)
         try:
+            compilation_cache.use(COMPILATION_CACHE.value)
             load_plugins(PLUGIN.value)
             main(arguments[1:])
         except (ValueError, OSError, ImportError) as error:

@@ -32,6 +32,7 @@ _URLS = flags.DEFINE_bool("allow_urls", False, "Let the page fetch results from 
 _LIVE = flags.DEFINE_bool("live", True, "Answer live questions from the workdir.")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
+flags.declare_key_flag("compilation_cache")
 
 
 def main(_):

@@ -18,7 +18,7 @@ from tda.gradients.projection import Projection
 from tda.model import pretrained
 from tda.retrieval import exact
 from tda.retrieval.whitening import HessianSettings, Whitening
-from tda.runtime import progress
+from tda.runtime import compilation_cache, progress
 
 __all__ = ["load", "trace"]
 
@@ -73,6 +73,9 @@ def trace(
     With a tokenizer, passages and queries are texts. Without one, both are batches: trees of arrays
     whose first axis is the examples, each of which has a loss.
 
+    Unless jax has a folder for compiled programs already (`jax_compilation_cache_dir`), it is given
+    one in the user's cache folder (`tda.runtime.compilation_cache`).
+
     Args:
         model: any NNX model, in evaluation mode if it has one; wrap a Linen model in
             `flax.nnx.bridge.ToNNX` and give `untapped="reference"`.
@@ -118,6 +121,7 @@ def trace(
     if len(parsed) != 1 or not parsed[method].is_plain:
         names = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
+    compilation_cache.use()
     settings = TraceSettings(
         model=model,
         loss=loss,

@@ -9,6 +9,8 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 # No program that a test starts is to start twice for huge pages.
 os.environ.setdefault("GLIBC_TUNABLES", "")
+# Nor is a test to depend on what earlier runs compiled, or to write into the user's home.
+os.environ["TDA_COMPILATION_CACHE"] = "off"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

@@ -1,8 +1,10 @@
 """Progress of long work: done, rate and time left, on standard error."""
 
 import sys
+import weakref
 from collections.abc import Callable
 
+import jax
 from tqdm import tqdm
 
 from tda.runtime import processes
@@ -28,6 +30,33 @@ def counted(on_progress: Progress, work: str, total: int) -> Callable[[int], Non
     return add
 
 
+class _Bar(tqdm):
+    """A progress bar that says "compiling" until its first step is done, if that compiles anything.
+
+    Compiling a large model's first batch takes minutes, in which a bar at 0 looks like a hang.
+    """
+
+    def update(self, n=1):
+        self.postfix = None
+        return super().update(n)
+
+
+_open_bars: weakref.WeakSet[_Bar] = weakref.WeakSet()
+
+
+def _show_compiling(event: str, seconds: float, **details) -> None:
+    # JAX reports what has ended: after lowering, XLA's compiler runs.
+    if event != "/jax/core/compile/jaxpr_to_mlir_module_duration":
+        return
+    for bar in list(_open_bars):
+        # A closed bar is disabled, and a disabled one has no other attributes.
+        if not bar.disable and bar.n == bar.initial and not bar.postfix:
+            bar.set_postfix_str("compiling")
+
+
+jax.monitoring.register_event_duration_secs_listener(_show_compiling)
+
+
 def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:
     """Returns a progress bar that also suits a log file: its line is rewritten every few seconds.
 
@@ -42,7 +71,7 @@ def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bo
     """
     # A log file keeps every line that a terminal would overwrite.
     is_log = not sys.stderr.isatty()
-    return tqdm(
+    progress_bar = _Bar(
         total=total,
         desc=description,
         unit=unit,
@@ -54,3 +83,5 @@ def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bo
         file=sys.stderr,
         disable=quiet or not processes.is_first(),
     )
+    _open_bars.add(progress_bar)
+    return progress_bar
