@@ -79,17 +79,18 @@ def numbers(kind):
     return found
 
 
-def write_directory(path, kind, found):
+def write_directory(path, kind, found, **more):
     architecture, changes, _ = CASES[kind]
-    config = CONFIG | dict(architectures=[architecture], num_hidden_layers=L) | changes
+    config = CONFIG | dict(architectures=[architecture], num_hidden_layers=L) | changes | more
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     save_file(found, path / "model.safetensors")
     return path
 
 
-def write_gguf(path, kind, found):
-    writer = gguf.GGUFWriter(path, kind)
+def write_gguf(path, kind, found, metadata=lambda writer: None, **options):
+    writer = gguf.GGUFWriter(path, kind, **options)
+    metadata(writer)
     writer.add_embedding_length(D)
     writer.add_block_count(L)
     writer.add_feed_forward_length(F)
@@ -117,11 +118,19 @@ def write_gguf(path, kind, found):
         if kind == "gemma3" and own.endswith("norm"):
             x = x + 1
         writer.add_tensor(theirs, np.ascontiguousarray(x))
+    finish(writer)
+    return path
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+
+
+def parameters(path):
+    return functional.flat_parameters(functional.split(pretrained.load(path, quiet=True))[1])
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -142,10 +151,7 @@ def test_the_same_model_in_both_forms(tmp_path, kind):
     }
     if kind == "gemma3":
         assert one["window_layers"] == [True] * 5 + [False, True] and one["vocab_size"] == V
-    expected, got = (
-        functional.flat_parameters(functional.split(pretrained.load(p, quiet=True))[1])
-        for p in (theirs, ours)
-    )
+    expected, got = parameters(theirs), parameters(ours)
     assert got.keys() == expected.keys()
     for name, x in got.items():
         # A 1 that was added and taken away again rounds the last digit.
@@ -161,10 +167,7 @@ def test_quantised_blocks_are_read_row_by_row(tmp_path):
     kind = gguf.GGMLQuantizationType.Q4_1
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("m", gguf.quants.quantize(x, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     source = Gguf(tmp_path / "a.gguf")
     assert source.shapes() == {"m": (12, 64)}
     whole = source.read("m", (slice(0, 12), slice(0, 64)))
@@ -173,3 +176,72 @@ def test_quantised_blocks_are_read_row_by_row(tmp_path):
     assert (np.abs(whole - x).reshape(12, 2, 32).max(-1) <= steps * 0.51 + 2e-3).all()
     part = source.read("m", (slice(3, 7), slice(10, 50)))
     np.testing.assert_array_equal(part, whole[3:7, 10:50])
+
+
+def test_a_slice_of_a_vector_is_one_of_its_numbers(tmp_path):
+    """Guards: half of a vector of bfloat16, whose file holds two bytes a number."""
+    from tda.model.pretrained.gguf_file import Gguf
+
+    x = np.arange(8, dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.BF16
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("v", gguf.quants.quantize(x, kind), raw_dtype=kind)
+    finish(writer)
+    source = Gguf(tmp_path / "a.gguf")
+    assert source.shapes() == {"v": (8,)}
+    np.testing.assert_array_equal(source.read("v", (slice(0, 8),)), x)
+    np.testing.assert_array_equal(source.read("v", (slice(3, 6),)), x[3:6])
+
+
+def test_a_split_model_is_read_from_any_of_its_parts(tmp_path):
+    found = numbers("llama")
+    whole = write_gguf(tmp_path / "whole.gguf", "llama", found)
+    write_gguf(tmp_path / "split.gguf", "llama", found, split_max_tensors=30)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert len(parts) == 3
+    expected = parameters(whole)
+    for part in parts[::2]:
+        for name, x in parameters(part).items():
+            np.testing.assert_array_equal(x, expected[name])
+        assert len(pretrained.state_of(part)) == 3
+    other = tmp_path / "part.gguf"
+    parts[0].rename(other)
+    with pytest.raises(pretrained.PretrainedError, match=r"lacks split-00001-of-00003.gguf"):
+        pretrained.load(parts[1])
+    with pytest.raises(pretrained.PretrainedError, match=r"a part of 3; name them"):
+        pretrained.load(other)
+
+
+def test_bytes_in_the_other_order_are_refused(tmp_path):
+    """Guards: numbers that the package gguf reads with their bytes swapped."""
+    order = gguf.GGUFEndian.BIG
+    file = write_gguf(tmp_path / "big.gguf", "llama", numbers("llama"), endianess=order)
+    with pytest.raises(pretrained.PretrainedError, match="gguf-convert-endian .*big.gguf native"):
+        pretrained.load(file)
+
+
+def test_yarn_is_that_of_the_same_model(tmp_path):
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    theirs = write_directory(tmp_path / "model", "llama", numbers("llama"), rope_scaling=yarn)
+
+    def scaled(writer, **more):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        for key, value in more.items():
+            writer.add_float32(f"llama.rope.scaling.{key}", value)
+
+    ours = write_gguf(tmp_path / "a.gguf", "llama", numbers("llama"), scaled)
+    tokens = np.arange(20)[None] % V
+    expected = pretrained.load(theirs, quiet=True)(tokens)
+    np.testing.assert_allclose(pretrained.load(ours, quiet=True)(tokens), expected, atol=1e-5)
+    twice = write_gguf(
+        tmp_path / "b.gguf", "llama", numbers("llama"), lambda w: scaled(w, attn_factor=2.0)
+    )
+    scaling = [pretrained.inspect(file).arguments["rope_scaling"] for file in (ours, twice)]
+    assert scaling[1]["attention_factor"] == 2 * scaling[0]["attention_factor"]
+    other = write_gguf(
+        tmp_path / "c.gguf", "llama", numbers("llama"), lambda w: scaled(w, yarn_ext_factor=0.5)
+    )
+    with pytest.raises(pretrained.PretrainedError, match="yarn_ext_factor=0.5 is not supported"):
+        pretrained.load(other)

@@ -98,8 +98,8 @@ def _scaling(c: Config, name: str, stated: dict) -> dict | None:
             "linear, llama3, yarn, longrope and dynamic"
         )
     # Phi-3 keeps the length of the first training outside of the scaling, where it counts first.
-    length = c.get("original_max_position_embeddings")
-    length = length or stated.get("original_max_position_embeddings", c["max_position_embeddings"])
+    key = "original_max_position_embeddings"
+    length = c.get(key) or stated.get(key) or c["max_position_embeddings"]
     factor = stated.get("factor", c.get("max_position_embeddings", length) / length)
     attention, logarithm = stated.get("attention_factor"), math.log(max(factor, 1.0))
     scales = [stated.pop(key, None) for key in ("mscale", "mscale_all_dim")]

@@ -1,20 +1,25 @@
-"""GGUF files: the Llama family and Gemma 3, dequantised tensor by tensor by the `gguf` package.
+"""GGUF files: the Llama family and Gemma, dequantised tensor by tensor by the `gguf` package.
 
 llama.cpp rotates pairs of adjacent features where Hugging Face's models rotate features half a head
 apart, so files of the architecture "llama" hold the rows of queries and keys in another order; they
 are put back here. Gemma's norm scales are stored with the 1 that its model adds.
 """
 
+import dataclasses
+import math
 import pathlib
+import re
 
 import numpy as np
 
 from tda.model.pretrained.description import Pretrained, shorten
-from tda.model.pretrained.layouts import linear
+from tda.model.pretrained.layouts import llama_layer, llama_outside
 from tda.model.pretrained.tensors import Part, PretrainedError
 from tda.model.settings import DecoderSettings
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", "gemma3")
+# Architectures whose rotary pairs are adjacent features.
+_ADJACENT_PAIRS = ("llama",)
 
 
 def _import_gguf():
@@ -27,24 +32,65 @@ def _import_gguf():
     return gguf
 
 
-class Gguf:
-    """The tensors and the metadata of a GGUF file, which is mapped into memory.
+# How llama.cpp calls the files of a split model.
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def part_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a model, given its file or one part of a split one.
 
     Raises:
-        PretrainedError: the file is damaged.
+        PretrainedError: a part is missing.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, _, count = match.groups()
+    files = [path.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise PretrainedError(
+            f"{path} is a part of a split model, which lacks {shorten(absent)}; put all parts into "
+            "one directory"
+        )
+    return files
+
+
+class Gguf:
+    """The tensors and the metadata of a GGUF file, or of all parts of one, mapped into memory.
+
+    Raises:
+        PretrainedError: a file is damaged, is missing, or is of the other order of bytes.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path, self._gguf = path, _import_gguf()
+        files = part_files(path)
+        self._readers = [self._open(file) for file in files]
+        self._tensors = {t.name: t for reader in self._readers for t in reader.tensors}
+        count = self.metadata("split.count", 1)
+        if count > 1 and count != len(files):
+            raise PretrainedError(
+                f"{path} is a part of {count}; name them NAME-00001-of-{count:05}.gguf and so on, "
+                "as llama.cpp does, and give the first"
+            )
+
+    def _open(self, path: pathlib.Path):
         try:
-            self._reader = self._gguf.GGUFReader(path)
+            reader = self._gguf.GGUFReader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise PretrainedError(f"{path} cannot be read as GGUF ({error})") from error
-        self._tensors = {t.name: t for t in self._reader.tensors}
+        if reader.byte_order == "S":
+            # Blocks of quantised numbers would be read with their bytes in the wrong order.
+            raise PretrainedError(
+                f"{path} has its bytes in the other order than this machine; convert it by: "
+                f"gguf-convert-endian {path} native"
+            )
+        return reader
 
     def metadata(self, key: str, default=None):
-        """Returns a value of the file's metadata."""
-        field = self._reader.get_field(key)
+        """Returns a value of the metadata, which a split model keeps in its first part."""
+        field = self._readers[0].get_field(key)
         return default if field is None else field.contents()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,9 +100,17 @@ class Gguf:
     def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a tensor's numbers at `index` as float32, dequantising only the rows needed."""
         stored = self._tensors[tensor]
-        rows = np.ascontiguousarray(stored.data[index[0]])
-        rows = self._gguf.quants.dequantize(rows, stored.tensor_type)
-        return rows[(slice(None), *index[1:])]
+        # A vector's blocks are one row of bytes, of which a slice is no slice of its numbers.
+        is_vector = len(stored.shape) == 1
+        rows = np.ascontiguousarray(stored.data if is_vector else stored.data[index[0]])
+        try:
+            rows = self._gguf.quants.dequantize(rows, stored.tensor_type)
+        except NotImplementedError as error:
+            raise PretrainedError(
+                f"{self.path}: {tensor} is quantised as {stored.tensor_type.name}, which the "
+                "package gguf cannot read; give a file of another quantisation"
+            ) from error
+        return rows[index] if is_vector else rows[(slice(None), *index[1:])]
 
 
 def inspect(path: pathlib.Path) -> Pretrained:
@@ -147,13 +201,38 @@ def _read_scaling(source: Gguf, architecture: str) -> dict | None:
     if "rope_freqs.weight" in source.shapes():
         factors = source.read("rope_freqs.weight", (slice(None),))
         return {"kind": "factors", "factors": [float(x) for x in factors]}
-    name = source.metadata(f"{architecture}.rope.scaling.type", "none")
+
+    def value(key, default=None):
+        return source.metadata(f"{architecture}.rope.scaling.{key}", default)
+
+    name, factor = value("type", "none"), value("factor")
     if name == "none":
         return None
-    factor = source.metadata(f"{architecture}.rope.scaling.factor")
-    if name != "linear" or not factor:
-        raise PretrainedError(f"{source.path}: rope.scaling.type {name!r} is not supported")
-    return {"kind": "linear", "factor": float(factor)}
+    if name not in ("linear", "yarn") or not factor:
+        raise PretrainedError(
+            f"{source.path}: rope.scaling.type {name!r} (factor {factor}) is not supported; known "
+            "are none, linear and yarn, with a factor"
+        )
+    if name == "linear":
+        return {"kind": "linear", "factor": float(factor)}
+    for key, plain in (("yarn_ext_factor", 1), ("yarn_attn_factor", 1), ("yarn_log_multiplier", 0)):
+        if value(key, plain) != plain:
+            raise PretrainedError(
+                f"{source.path}: rope.scaling.{key}={value(key)} is not supported"
+            )
+    context = source.metadata(f"{architecture}.context_length")
+    length = value("original_context_length", context)
+    if not length:
+        raise PretrainedError(f"{source.path} lacks rope.scaling.original_context_length")
+    return {
+        "kind": "yarn",
+        "factor": float(factor),
+        "original_max_position_embeddings": int(length),
+        "beta_fast": float(value("yarn_beta_fast", 32.0)),
+        "beta_slow": float(value("yarn_beta_slow", 1.0)),
+        # llama.cpp multiplies yarn's own factor.
+        "attention_factor": float(value("attn_factor", 1.0)) * (0.1 * math.log(factor) + 1.0),
+    }
 
 
 def _rows_of_adjacent_pairs(heads: int, head_width: int) -> np.ndarray:
@@ -162,41 +241,49 @@ def _rows_of_adjacent_pairs(heads: int, head_width: int) -> np.ndarray:
     return rows_HxKx2.swapaxes(1, 2).reshape(-1)
 
 
-_NORMS_BEFORE = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
-_NORMS_AFTER = {
-    "attention_after_norm": "post_attention_norm",
-    "mlp_after_norm": "post_ffw_norm",
+# The names of tensors, by those of transformers' Llama, within a layer and outside.
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
 }
-_NORMS = {"before": _NORMS_BEFORE, "after": _NORMS_AFTER, "both": _NORMS_BEFORE | _NORMS_AFTER}
+# Norms before the MLP and after attention have one name in transformers and two here.
+_NORM_OF_PLACE = {
+    "before": "ffn_norm",
+    "after": "post_attention_norm",
+    "both": "post_attention_norm",
+}
 
 
 def _find_parts(architecture: str, settings: DecoderSettings) -> dict[str, Part]:
-    plus = -1.0 if architecture == "gemma3" else 0.0
+    names = _NAMES | {"post_attention_layernorm": _NORM_OF_PLACE[settings.norm_place]}
+    heads = {"attention/query": settings.heads, "attention/key": settings.kv_heads}
 
-    def norm(path: str, tensor: str) -> dict[str, Part]:
-        return {f"{path}/scale": Part(f"{tensor}.weight", plus=plus)}
+    def renamed(path: str, part: Part, prefix: str = "") -> Part:
+        module, _, end = part.tensor.rpartition(".")
+        changes: dict = {"tensor": f"{prefix}{names[module]}.{end}"}
+        layer, _, parameter = path.rpartition("/")
+        if architecture in _ADJACENT_PAIRS and layer in heads:
+            changes["take"] = _rows_of_adjacent_pairs(heads[layer], settings.head_width)
+        if settings.norm_offset and parameter == "scale":
+            changes["plus"] = -settings.norm_offset
+        return dataclasses.replace(part, **changes)
 
-    parts = {"embedding/embedding": Part("token_embd.weight")} | norm("final_norm", "output_norm")
-    if not settings.tied:
-        parts |= linear("head", "output", False)
+    parts = {path: renamed(path, part) for path, part in llama_outside(settings, "").items()}
+    layer = llama_layer(settings, "")
     for i in range(settings.layers):
-        prefix, layer = f"blk.{i}.", {}
-        for path, name in _NORMS[settings.norm_place].items():
-            layer |= norm(path, f"{prefix}{name}")
-        for path, name, heads in (
-            ("query", "attn_q", settings.heads),
-            ("key", "attn_k", settings.kv_heads),
-            ("value", "attn_v", None),
-        ):
-            is_reordered = architecture == "llama" and heads
-            take = _rows_of_adjacent_pairs(heads, settings.head_width) if is_reordered else None
-            bias = settings.attention_bias
-            layer |= linear(f"attention/{path}", f"{prefix}{name}", bias, take=take)
-        layer |= linear("attention/out", f"{prefix}attn_output", settings.out_bias)
-        if settings.query_key_norm:
-            layer |= norm("attention/query_norm", f"{prefix}attn_q_norm")
-            layer |= norm("attention/key_norm", f"{prefix}attn_k_norm")
-        for name in ("gate", "up", "down"):
-            layer |= linear(f"mlp/{name}", f"{prefix}ffn_{name}", settings.mlp_bias)
-        parts |= {f"layers/{i}/{path}": part for path, part in layer.items()}
+        for path, part in layer.items():
+            parts[f"layers/{i}/{path}"] = renamed(path, part, f"blk.{i}.")
     return parts

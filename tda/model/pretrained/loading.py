@@ -134,7 +134,7 @@ def state_of(path) -> list:
     training changes every matrix.
     """
     path = locate(path)
-    files = [path]
+    files = gguf_file.part_files(path)
     if path.is_dir():
         # Only what is read, so that a file laid beside the model does not make it another.
         described = [path / "config.json", *(path / name for name in TOKENIZER_FILES)]
