@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tda.api import load, trace
+    from tda.gradients.moments.second_moments import second_moments
     from tda.gradients.projection import Projection
 
 __version__ = "0.1.0"
-__all__ = ["Projection", "load", "trace"]
+__all__ = ["Projection", "load", "second_moments", "trace"]
 
-_WHERE = {"load": "tda.api", "trace": "tda.api", "Projection": "tda.gradients.projection"}
+_WHERE = {
+    "load": "tda.api",
+    "trace": "tda.api",
+    "Projection": "tda.gradients.projection",
+    "second_moments": "tda.gradients.moments.second_moments",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import inputs
 from tda.encoding.settings import MomentSettings, TraceSettings
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
 from tda.model import pretrained
 from tda.retrieval import exact
@@ -52,7 +52,7 @@ def trace(
     loss: str | Callable = "loss",
     method: str = "trackstar_train",
     correction: str = "factored",
-    scales: dict[str, Scale] | None = None,
+    scales: dict[str, Scale] | SecondMoments | None = None,
     projection: Projection | None = None,
     k: int = 10,
     context: int = 512,
@@ -93,7 +93,7 @@ def trace(
             many queries of one form.
         correction: the form of √V that gradients are divided by: "factored", "low_rank(R)" or
             "adam".
-        scales: 1/√V by path of parameter, if known (`tda.gradients.moments.second_moments.read`);
+        scales: the optimizer's second moments (`tda.second_moments`), or 1/√V by path of parameter;
             else V is estimated from the passages.
         projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
         k: the number of proponents, and of opponents, of each query.

@@ -10,7 +10,7 @@ from tda import loss as losses
 from tda import methods
 from tda.gradients import sites
 from tda.gradients.moments import estimate
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.runtime import progress
@@ -22,8 +22,8 @@ class MomentSettings:
 
     correction: str
     """The form of √V: "factored", "low_rank(R)" or "adam"."""
-    scales: dict[str, Scale] | None
-    """1/√V by path of parameter, if known; else V is estimated from a sample of the passages."""
+    scales: dict[str, Scale] | SecondMoments | None
+    """The optimizer's moments, or 1/√V by path of parameter; None: estimated from passages."""
     sample: int
     """Batches in the sample."""
     seed: int
@@ -81,9 +81,13 @@ class TraceSettings:
         return losses.total(model, batch, losses.output(self.loss))[None]
 
     def estimate_scales(self, batches: Iterable) -> dict[str, Scale] | None:
-        """Returns 1/√V by path: None for raw gradients, those given, or estimated from batches."""
-        if not self.needs_estimate:
-            return self.moments.scales if self.method.corrected else None
+        """Returns 1/√V by path: None for raw gradients, those known, or estimated from batches."""
+        if not self.method.corrected:
+            return None
+        if isinstance(self.moments.scales, SecondMoments):
+            return self.moments.scales.scales(self.sites(), self.moments.correction)
+        if self.moments.scales is not None:
+            return self.moments.scales
         batches = list(batches)
         with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:
 

@@ -20,7 +20,6 @@ from tda.gradients.moments import optimizer_state
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model import functional
 from tda.runtime import sharding
-from tda.training import checkpoint
 
 # Numbers of weight gradients that a device holds at once (at least one example's): 256 MiB.
 _AT_ONCE = 2**26
@@ -61,9 +60,9 @@ def read(root, chosen: list[sites.Site], step: int | None = None) -> dict[str, S
         SecondMomentError: the optimizer is not Adam(W), or its state or constants are incomplete.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    flat = optimizer_state.load(root, {s.path for s in chosen}, step, ("mu", "nu"))
-    described = checkpoint.describe(root, step).get("optimizer") or {}
-    return {s.path: _state(s, optimizer_state.find(flat, s.path, described)) for s in chosen}
+    state = optimizer_state.open_state(root, step)
+    moments = state.moments([s.path for s in chosen], ("mu", "nu"))
+    return {s.path: _state(s, moments[s.path]) for s in chosen}
 
 
 def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:

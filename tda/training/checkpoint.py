@@ -1,7 +1,8 @@
-"""Checkpoints through Orbax: the whole state, or its parameters or optimizer state alone.
+"""Our own checkpoints, through Orbax: the whole state, or its parameters alone.
 
 A checkpoint is a directory `ROOT/STEP` with one tree {"params", "opt_state", "step"} and, as custom
-metadata, a JSON description of its training. Orbax writes it atomically.
+metadata, a JSON description of its training. Orbax writes it atomically. The optimizer's state is
+read as anyone's is (`tda.training.saved_state`).
 """
 
 import os
@@ -21,14 +22,14 @@ class CheckpointError(ValueError):
     """A checkpoint is absent, or lacks what the caller needs."""
 
 
-def _absolute(root) -> epath.Path:
+def absolute(root) -> epath.Path:
     """Returns `root` as Orbax requires it: an absolute path, or a URL."""
     return epath.Path(root) if "://" in os.fspath(root) else epath.Path(os.path.abspath(root))
 
 
 def steps(root) -> list[int]:
     """Returns the steps of the complete checkpoints under `root`, rising."""
-    root = _absolute(root)
+    root = absolute(root)
     if not root.exists():
         return []
     numbered = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
@@ -53,7 +54,7 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
         description: JSON values saved with the checkpoint.
         keep: number of checkpoints that stay; 0 keeps all.
     """
-    root = _absolute(root)
+    root = absolute(root)
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
     if keep:
         processes.on_first_process("remove old checkpoints", lambda: _remove_all_but(root, keep))
@@ -66,7 +67,7 @@ def _remove_all_but(root: epath.Path, keep: int) -> None:
 
 def _locate(root, step: int | None) -> epath.Path:
     step = latest_step(root) if step is None else step
-    path = _absolute(root) / str(step)
+    path = absolute(root) / str(step)
     if step is None or not path.exists():
         available = ", ".join(map(str, steps(root))) or "none"
         raise CheckpointError(
@@ -117,49 +118,6 @@ def has_optimizer(root, step: int | None = None) -> bool:
     """Returns whether a checkpoint, by default the last, holds an optimizer's state."""
     saved = ocp.metadata(_locate(root, step)).metadata
     return bool(jax.tree.leaves(saved.get("opt_state")))
-
-
-def restore_optimizer(root, keep, step: int | None = None) -> Any:
-    """Restores the optimizer's state as nested dicts and lists, reading only selected leaves.
-
-    Args:
-        root: the directory of all checkpoints.
-        keep: a predicate on a leaf's path name under `opt_state`, such as `1/0/nu/head/kernel`;
-            the leaves that it rejects are not read, and are `...` in the result.
-        step: the checkpoint; None for the last.
-
-    Returns:
-        The tree. Its leaves are on the devices that they were saved from or, where this machine
-        lacks those, on its first device.
-
-    Raises:
-        CheckpointError: the checkpoint does not exist, or has no optimizer state.
-    """
-    path = _locate(root, step)
-    saved = ocp.metadata(path).metadata
-    if not jax.tree.leaves(saved.get("opt_state")):
-        raise CheckpointError(
-            f"{path} has no optimizer state (it holds {', '.join(sorted(saved))}); "
-            "use correction='none', or a checkpoint saved with its optimizer's state"
-        )
-
-    def load(sharding=None):
-        def choose(p, x):
-            if not keep(path_name(p)):
-                return ...
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        abstract_tree = jax.tree.map(lambda _: ..., saved)
-        abstract_tree["opt_state"] = jax.tree_util.tree_map_with_path(choose, saved["opt_state"])
-        return _load(path, abstract_tree)["opt_state"]
-
-    try:
-        return load()
-    except ValueError as error:
-        if "sharding" not in str(error) or jax.process_count() > 1:
-            raise
-        # Saved on more devices than this machine has: put it on the first of them.
-        return load(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _check_shapes(path, saved_params, model_params) -> None:

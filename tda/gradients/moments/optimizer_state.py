@@ -2,32 +2,41 @@
 
 States may be nested in any way (`optax.chain`, `masked`, `partition`, `inject_hyperparams`,
 `MultiSteps`): the state of a transformation is recognised by its fields, at any depth. Moments
-are matched to parameters by name, never by index, order or shape.
+are matched to parameters by name, never by index, order or shape: the shape of a square matrix does
+not tell whether it is transposed.
 
-Many optax optimizers call their second moments "nu" but divide by them in different ways. So the
-optimizer's name in the checkpoint's description selects the rule, and the state must have the
-fields of that optimizer.
+Many optax optimizers call their second moments "nu" but divide by them in different ways, and no
+state says which optimizer it is of. So the caller or the checkpoint's description names it, and the
+state must have the fields of that optimizer.
 """
 
 import dataclasses
+import functools
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from tda.model.functional import flat_parameters
-from tda.training import checkpoint
+from tda.training import saved_state
+from tda.training.checkpoint import CheckpointError
 
 # The fields with a parameter's second moments, as optax's transformations name them.
 _FIELDS = ("nu", "nu_max", "v_row", "v_col", "v")
 # Every state with second moments has one of these fields; the other fields are its siblings.
 _MARKS = ("nu", "v_row")
+_CONSTANTS = ("b1", "b2", "eps", "eps_root", "decay")
 # V counts as at least this share of its mean over the matrix (see `second_moments`).
 FLOOR = 1e-6
-_CONSTANTS = ("b1", "b2", "eps", "eps_root", "decay")
 
 # The fields of the states that `exact` supports, by the optimizer's name.
 _STATES = {
-    **dict.fromkeys(("adam", "adamw", "nadam", "nadamw", "yogi"), [{"count", "mu", "nu"}]),
+    **dict.fromkeys(
+        ("adam", "adamw", "nadam", "nadamw", "yogi", "adam_pax"), [{"count", "mu", "nu"}]
+    ),
     "amsgrad": [{"count", "mu", "nu", "nu_max"}],
     "rmsprop": [{"nu"}, {"count", "nu"}],
 }
@@ -35,6 +44,7 @@ _NOT_SECOND_MOMENTS = {
     "adamax": "its ν is an infinity norm",
     "adamaxw": "its ν is an infinity norm",
     "adabelief": "its ν is the variance about the mean gradient",
+    **dict.fromkeys(("lion", "sgd", "muon", "sign_sgd"), "it keeps no second moments"),
 }
 
 
@@ -63,97 +73,217 @@ class Moments:
     constants: dict
 
 
-def load(root, paths: set[str], step: int | None = None, fields=_FIELDS) -> dict:
-    """Loads the leaves of a checkpoint's optimizer state by path name; `...` for unneeded leaves.
+@dataclasses.dataclass(frozen=True)
+class OptimizerState:
+    """The leaves of an optimizer's state by path name, in memory or in a checkpoint.
+
+    Attributes:
+        names: the path name of every leaf.
+        load: returns the arrays of some of the names.
+        described: the optimizer's constants. If the parts of a partition differ, a dict under a
+            part's label holds the constants of that part.
+    """
+
+    names: frozenset[str]
+    load: Callable[[Collection[str]], Mapping[str, Any]]
+    described: dict
+
+    def moments(self, paths: Iterable[str], fields=_FIELDS) -> dict[str, Moments]:
+        """Loads the moments of some parameters.
+
+        Args:
+            paths: path names of the parameters.
+            fields: the fields to load; by default all second moments.
+
+        Raises:
+            SecondMomentError: the state has no second moments of a parameter, or several; the
+                message lists those that it has.
+        """
+        states = {path: self._locate(path) for path in paths}
+        leaves: dict[str, dict[str, str]] = {}
+        for path, (prefix, tail) in states.items():
+            by_field = {f: f"{prefix}{f}/{tail}" for f in fields}
+            leaves[path] = {f: n for f, n in by_field.items() if n in self.names}
+        counts = {p: n for p, _ in states.values() if (n := self._leaf(f"{p}count"))}
+        moment_names = {n for by_field in leaves.values() for n in by_field.values()}
+        arrays = self.load({*moment_names, *counts.values(), *self._injected})
+        return {
+            path: Moments(
+                path,
+                prefix,
+                {f: arrays[n] for f, n in leaves[path].items()},
+                self._siblings[prefix],
+                arrays[counts[prefix]] if prefix in counts else None,
+                self._constants(prefix, arrays),
+            )
+            for path, (prefix, _) in states.items()
+        }
+
+    def check(self) -> None:
+        """Checks that there are second moments, and that the constants of Adam's rule are known.
+
+        Raises:
+            SecondMomentError: it is not so; the message names what there is, or what to pass.
+        """
+        if not self._states:
+            listed = sorted(self.names)
+            more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+            raise SecondMomentError(
+                f"the optimizer's state has no second moments{self._reason()}, nothing under the "
+                f"names {' and '.join(_MARKS)}; it has {', '.join(listed[:6]) or 'nothing'}{more}. "
+                "Leave scales out, and second moments are estimated"
+            )
+        for prefix, siblings in sorted(self._siblings.items()):
+            if siblings >= {"count", "mu", "nu"}:
+                constants = self._constants(prefix, dict.fromkeys(self._injected))
+                _check_lacking(constants, siblings, f"the state {prefix.rstrip('/')!r}")
+
+    @property
+    def _injected(self) -> list[str]:
+        return [n for n in self.names if "hyperparams" in n.split("/")]
+
+    @functools.cached_property
+    def _states(self) -> dict[str, dict[str, str]]:
+        """By path of a parameter: the state's prefix, and the rest of the name after the field."""
+        states: dict[str, dict[str, str]] = {}
+        for name in self.names:
+            parts = name.split("/")
+            for i, part in enumerate(parts[:-1]):
+                if part in _MARKS:
+                    prefix = "".join(f"{p}/" for p in parts[:i])
+                    tail = "/".join(parts[i + 1 :])
+                    for path in _parameter_paths(tail):
+                        states.setdefault(path, {})[prefix] = tail
+        return states
+
+    @functools.cached_property
+    def _siblings(self) -> dict[str, frozenset[str]]:
+        """The fields of every state with second moments, by its prefix."""
+        prefixes = {prefix for by_prefix in self._states.values() for prefix in by_prefix}
+        fields: dict[str, set[str]] = {prefix: set() for prefix in prefixes}
+        for name in self.names:
+            parts = name.split("/")
+            for i, part in enumerate(parts):
+                prefix = "".join(f"{p}/" for p in parts[:i])
+                if prefix in fields:
+                    fields[prefix].add(part)
+        return {prefix: frozenset(names) for prefix, names in fields.items()}
+
+    def _leaf(self, name: str) -> str | None:
+        """Returns the name of a leaf, with nnx's own ending if it has one."""
+        return next((n for n in (name, f"{name}/value") if n in self.names), None)
+
+    def _locate(self, path: str) -> tuple[str, str]:
+        """Returns the prefix of a parameter's state, and the rest of its name after the field."""
+        candidates = self._states.get(path, {})
+        # A module may also be called "nu": a match inside another is a parameter, not a state.
+        located = {
+            prefix: tail
+            for prefix, tail in candidates.items()
+            if not any(prefix != outer and prefix.startswith(outer) for outer in candidates)
+        }
+        if len(located) > 1:
+            listed = ", ".join(
+                f"{p}{mark}/{tail}"
+                for p, tail in sorted(located.items())
+                for mark in _MARKS
+                if f"{p}{mark}/{tail}" in self.names
+            )
+            raise SecondMomentError(
+                f"the optimizer's state has second moments of {path} more than once: {listed}"
+            )
+        if not located:
+            raise SecondMomentError(self._missing(path))
+        return next(iter(located.items()))
+
+    def _missing(self, path: str) -> str:
+        of_it = sorted(n for n in self.names if path in _parameter_paths(n, anywhere=True))
+        elsewhere = sorted(n for n in self.names if any(f"/{m}/" in f"/{n}" for m in _MARKS))
+        more = f" and {len(elsewhere) - 6} more" if len(elsewhere) > 6 else ""
+        return (
+            f"the optimizer's state has no second moments of {path}{self._reason()}; of that "
+            f"parameter it has {', '.join(of_it) or 'nothing'}; under the names "
+            f"{' and '.join(_MARKS)} it has {', '.join(elsewhere[:6]) or 'nothing'}{more}. Names "
+            "must agree as a whole; without second moments leave scales out, and they are estimated"
+        )
+
+    def _reason(self) -> str:
+        name = self.described.get("name")
+        return f" ({name}: {_NOT_SECOND_MOMENTS[name]})" if name in _NOT_SECOND_MOMENTS else ""
+
+    def _constants(self, prefix: str, arrays: Mapping[str, Any]) -> dict:
+        constants = {k: v for k, v in self.described.items() if not isinstance(v, dict)}
+        parts = prefix.split("/")
+        for part in parts:
+            if isinstance(self.described.get(part), dict):
+                constants |= self.described[part]
+        # `inject_hyperparams` stores the constants of the last update, so these win over the
+        # description's; of several, the innermost applies to this state.
+        for i in range(len(parts)):
+            inject = "".join(f"{p}/" for p in parts[:i]) + "hyperparams/"
+            names = {k: self._leaf(inject + k) for k in _CONSTANTS}
+            constants |= {k: arrays[n] for k, n in names.items() if n}
+        return constants
+
+
+def _parameter_paths(tail: str, anywhere: bool = False) -> set[str]:
+    """Returns the parameter paths that a leaf's name may stand for.
+
+    nnx saves an array under its variable's name and `value`, Linen all parameters under `params`.
 
     Args:
-        root: the directory of checkpoints.
-        paths: path names of the parameters whose moments to load.
-        step: the checkpoint's step; None for the last checkpoint.
-        fields: the fields to load of each parameter; by default all second moments.
+        tail: the name after the state's field.
+        anywhere: whether the tail may begin anywhere in the name.
+    """
+    parts = tail.split("/")
+    ends = [parts, parts[:-1]] if parts[-1] == "value" and len(parts) > 1 else [parts]
+    if anywhere:
+        return {"/".join(end[i:]) for end in ends for i in range(len(end))}
+    starts = [0, 1] if parts[0] == "params" else [0]
+    return {"/".join(end[i:]) for end in ends for i in starts}
+
+
+def open_state(source: Any, step: int | None = None, **constants: Any) -> OptimizerState:
+    """Opens an optimizer's state.
+
+    Args:
+        source: the path of an Orbax checkpoint, of any layout (`tda.training.saved_state`), or a
+            state in memory: an `nnx.Optimizer`, an optax state, or a tree that holds one.
+        step: which checkpoint of a directory by step; None for the last.
+        **constants: the optimizer's constants, as `OptimizerState.described`.
 
     Raises:
+        SecondMomentError: a constant contradicts the checkpoint's description.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-
-    def keep(name: str) -> bool:
-        parts = name.split("/")
-        return (
-            parts[-1] == "count"
-            or "hyperparams" in parts
-            or any(p in fields and "/".join(parts[i + 1 :]) in paths for i, p in enumerate(parts))
+    if not isinstance(source, str | os.PathLike):
+        tree = nnx.state(source) if isinstance(source, nnx.Pytree) else source
+        arrays = flat_parameters(tree)
+        return OptimizerState(_of_optimizers(arrays), lambda names: arrays, constants)
+    saved = saved_state.open_checkpoint(source, step)
+    names = _of_optimizers(saved.names)
+    if not names:
+        held = ", ".join(sorted({n.split("/")[0] for n in saved.names}))
+        raise CheckpointError(
+            f"{saved.path} has no optimizer state (it holds {held}); "
+            "use correction='none', or a checkpoint saved with its optimizer's state"
         )
-
-    return flat_parameters(checkpoint.restore_optimizer(root, keep, step))
-
-
-def find(flat: dict, path: str, described: dict) -> Moments:
-    """Finds the second moments of one parameter.
-
-    Args:
-        flat: the state's leaves by path name, from `load`.
-        path: path name of the parameter.
-        described: the optimizer's constants in the checkpoint's description. If the parts of a
-            partition differ, a dict under a part's label holds the constants of that part.
-
-    Raises:
-        SecondMomentError: the state has no second moments of the parameter, or several; the
-            message lists those that it has.
-    """
-    marks = [f"{mark}/{path}" for mark in _MARKS]
-    states = {
-        name[: -len(mark)]: name
-        for name in flat
-        for mark in marks
-        if name == mark or name.endswith("/" + mark)
-    }
-    # A module may also be called "nu": a match inside another match is a parameter, not a state.
-    states = {
-        prefix: name
-        for prefix, name in states.items()
-        if not any(prefix != outer and prefix.startswith(outer) for outer in states)
-    }
-    if len(states) > 1:
+    described = saved.description.get("optimizer") or {}
+    different = [k for k in constants.keys() & described.keys() if constants[k] != described[k]]
+    if different:
+        listed = ", ".join(f"{k}={constants[k]} and {described[k]}" for k in sorted(different))
         raise SecondMomentError(
-            f"the optimizer's state has second moments of {path} more than once: "
-            f"{', '.join(states.values())}"
+            f"the arguments and the description of {saved.path} differ: {listed}; leave these "
+            "arguments out"
         )
-    if not states:
-        raise SecondMomentError(_missing(flat, path))
-    (prefix,) = states
-    return Moments(
-        path,
-        prefix,
-        {f: x for f in (*_FIELDS, "mu") if (x := flat.get(f"{prefix}{f}/{path}", ...)) is not ...},
-        frozenset(n[len(prefix) :].split("/")[0] for n in flat if n.startswith(prefix)),
-        flat.get(f"{prefix}count"),
-        _constants(flat, prefix, described),
-    )
+    return OptimizerState(names, saved.load, described | constants)
 
 
-def _missing(flat: dict, path: str) -> str:
-    of_it = [n for n in flat if n == path or n.endswith("/" + path)]
-    elsewhere = [n for n in flat if any(f"/{mark}/" in f"/{n}" for mark in _MARKS)]
-    more = f" and {len(elsewhere) - 6} more" if len(elsewhere) > 6 else ""
-    return (
-        f"the optimizer's state has no second moments of {path}; of that parameter it has "
-        f"{', '.join(of_it) or 'nothing'}; under the names {' and '.join(_MARKS)} it has "
-        f"{', '.join(elsewhere[:6]) or 'nothing'}{more}"
-    )
-
-
-def _constants(flat: dict, prefix: str, described: dict) -> dict:
-    constants = {k: v for k, v in described.items() if not isinstance(v, dict)}
-    parts = prefix.split("/")
-    for part in parts:
-        if isinstance(described.get(part), dict):
-            constants |= described[part]
-    # `inject_hyperparams` stores the constants of the last update, so these win over the
-    # description's; of several, the innermost applies to this state.
-    for i in range(len(parts)):
-        inject = "".join(f"{p}/" for p in parts[:i]) + "hyperparams/"
-        constants |= {k: flat[inject + k] for k in _CONSTANTS if inject + k in flat}
-    return constants
+def _of_optimizers(names: Iterable[str]) -> frozenset[str]:
+    """Returns the names of optimizers' leaves: those under `opt_state`, or all but `params`."""
+    by_name = {n: n.split("/") for n in names}
+    inside = frozenset(n for n, parts in by_name.items() if "opt_state" in parts)
+    return inside or frozenset(n for n, parts in by_name.items() if parts[0] != "params")
 
 
 def raise_to_floor(V, axis=(-1, -2), floor: float = FLOOR) -> jax.Array:
@@ -180,7 +310,8 @@ def adam(nu, count, b2, eps, eps_root=0.0) -> jax.Array:
 def exact(moments: Moments) -> jax.Array:
     """Returns the factor by which the optimizer multiplies each weight's gradient.
 
-    Adam(W), NAdam(W) and Yogi use Adam's rule (`adam`). AMSGrad divides by the maximum of
+    Adam(W), NAdam(W) and Yogi use Adam's rule (`adam`), MaxText's adam_pax without the correction
+    for bias, which its ν has already. AMSGrad divides by the maximum of
     the bias-corrected moments (Reddi et al. 2018; optax corrects before it takes the maximum),
     RMSProp by √(ν + eps), or by √ν + eps if `eps_in_sqrt` is false.
 
@@ -193,13 +324,7 @@ def exact(moments: Moments) -> jax.Array:
     """
     constants = moments.constants
     name, count = constants.get("name"), moments.count
-    needed = {"rmsprop": {"name", "eps"} | ({"decay"} if count is not None else set())}
-    missing = needed.get(name, {"name", "b2", "eps"}) - constants.keys()
-    if name is None or (name in _STATES and missing):
-        raise SecondMomentError(
-            f"the checkpoint's description lacks optimizer.{' and '.join(sorted(missing))}, which "
-            f"the correction of {moments.path} needs"
-        )
+    _check_lacking(constants, moments.siblings, moments.path)
     if name not in _STATES:
         why = _NOT_SECOND_MOMENTS.get(name, "how it divides by ν is not known here")
         raise SecondMomentError(
@@ -215,11 +340,31 @@ def exact(moments: Moments) -> jax.Array:
     nu, eps, eps_root = moments.fields["nu"], constants["eps"], constants.get("eps_root", 0.0)
     if name == "amsgrad":
         return adam(moments.fields["nu_max"], 1, 0.0, eps, eps_root)
+    if name == "adam_pax":
+        # MaxText's and Praxis' Adam corrects its decay rates for bias, and so ν itself.
+        return adam(nu, 1, 0.0, eps, eps_root)
     if name == "rmsprop":
         within, after = (eps, 0.0) if constants.get("eps_in_sqrt", True) else (0.0, eps)
         decay, count = (0.0, 1) if count is None else (constants["decay"], count)
         return adam(nu, count, decay, after, within)
     return adam(nu, count, constants["b2"], eps, eps_root)
+
+
+def _check_lacking(constants: dict, siblings: frozenset[str], subject: str) -> None:
+    """Checks that the optimizer's name and the constants of its rule are known."""
+    name = constants.get("name")
+    if name in _STATES or name is None:
+        needed = {"name", "eps"} | ({"b2"} if "mu" in siblings and name != "adam_pax" else set())
+        if name == "rmsprop":
+            needed = {"eps"} | ({"decay"} if "count" in siblings else set())
+        lacking = sorted(needed - constants.keys(), key=("name", "b2", "decay", "eps").index)
+        if lacking:
+            arguments = [{"name": "optimizer"}.get(k, k) for k in lacking]
+            raise SecondMomentError(
+                f"{subject} does not say its optimizer's {', '.join(lacking)}, which the division "
+                f"by √ν needs: pass {', '.join(f'{a}=' for a in arguments)} to tda.second_moments "
+                f"(optimizer: {', '.join(_STATES)})"
+            )
 
 
 def _listed(names) -> str:

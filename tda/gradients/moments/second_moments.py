@@ -1,4 +1,4 @@
-"""1/√V from the optimizer's second moments; of a checkpoint, only these are read.
+"""1/√V from the optimizer's second moments; only these are read from a checkpoint.
 
 The optimizer's rule decides where epsilon goes: Adam divides by √(ν̂ + eps_root) + eps with the
 bias-corrected ν̂ = ν / (1 − b2ᵗ) (Kingma & Ba 2015, algorithm 1); Adafactor multiplies by
@@ -19,6 +19,7 @@ EK-FAC's damping is one (`tda.gradients.kronecker`).
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,7 @@ import numpy as np
 
 from tda.gradients import sites
 from tda.gradients.moments import low_rank, optimizer_state
-from tda.gradients.moments.optimizer_state import Moments, SecondMomentError
-from tda.training import checkpoint
+from tda.gradients.moments.optimizer_state import Moments, OptimizerState, SecondMomentError
 
 CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
 
@@ -188,36 +188,89 @@ def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
     return Scale(full=jnp.expand_dims(row, d0) * jnp.expand_dims(col, d1))
 
 
+@dataclasses.dataclass(frozen=True)
+class SecondMoments:
+    """An optimizer's second moments, from which 1/√V of any parameters can be made.
+
+    Attributes:
+        state: the optimizer's state, in memory or in a checkpoint.
+    """
+
+    state: OptimizerState
+
+    def scales(self, chosen: list[sites.Site], correction: str = "factored") -> dict[str, Scale]:
+        """Returns the scale of every site, by path.
+
+        Args:
+            chosen: the sites.
+            correction: "adam" (the optimizer's exact scale of every weight), "factored"
+                (Adafactor's row and column statistics, or the same statistics of another
+                optimizer's ν), "adafactor" (as "factored", but an error unless Adafactor wrote the
+                state) or "low_rank(R)" (the sum of R outer products closest to "adam").
+
+        Raises:
+            SecondMomentError: the correction is unknown, or the state does not have what it needs.
+        """
+        if parse_correction(correction)[0] == "none":
+            raise SecondMomentError("correction 'none' has no scales to read")
+        moments = self.state.moments([s.path for s in chosen])
+        return finite({s.path: site_scale(s, moments[s.path], correction) for s in chosen})
+
+
+# The arguments of `second_moments` that a description calls by the same name.
+_CONSTANTS = ("b2", "eps", "eps_root", "decay", "eps_in_sqrt")
+
+
+def second_moments(
+    source: Any,
+    *,
+    optimizer: str | None = None,
+    step: int | None = None,
+    parts: dict[str, dict] | None = None,
+    **constants: float,
+) -> SecondMoments:
+    """Opens the second moments of the optimizer that a model was trained with.
+
+    Moments are matched to parameters by their whole path name, which the optimizer's state and the
+    model must share (nnx's `value` at the end and Linen's `params` in front are no part of it).
+
+    Args:
+        source: an `nnx.Optimizer`, an optax state, or a tree that holds one (a `TrainState`); or
+            the path of an Orbax checkpoint of any layout: a directory by step, one step, or one
+            tree.
+        optimizer: "adam", "adamw", "nadam", "nadamw", "yogi", "amsgrad", "rmsprop", or "adam_pax"
+            (MaxText's). Adafactor is recognised by its state.
+        step: which checkpoint of a directory by step; None for the last.
+        parts: constants that differ between the parts of an `optax.partition`, by label.
+        **constants: `b2`, `eps` and `eps_root` of the optimizer (0 if not given); for rmsprop
+            `eps`, `eps_in_sqrt` and, if it corrects for bias, `decay`. No state has them, except
+            for what `optax.inject_hyperparams` stores, which takes precedence; our own checkpoints
+            have all of them in their description.
+
+    Raises:
+        SecondMomentError: there are no second moments, or constants are missing; the message names
+            them.
+        tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
+    """
+    unknown = constants.keys() - set(_CONSTANTS)
+    if unknown:
+        raise SecondMomentError(
+            f"unknown constants {', '.join(sorted(unknown))}; an optimizer's are "
+            f"{', '.join(_CONSTANTS)}"
+        )
+    described = {k: v for k, v in constants.items() if v is not None} | (parts or {})
+    if optimizer is not None:
+        described["name"] = optimizer
+    state = optimizer_state.open_state(source, step, **described)
+    state.check()
+    return SecondMoments(state)
+
+
 def read(
     root, chosen: list[sites.Site], correction: str, step: int | None = None
 ) -> dict[str, Scale]:
-    """Reads the scale of every site from the optimizer's state in a checkpoint.
-
-    Args:
-        root: the directory of checkpoints. Its description's `optimizer` gives `name` (adam, adamw,
-            nadam, nadamw, yogi, amsgrad or rmsprop; Adafactor is recognised by its state) and
-            `b2`, `eps`, `eps_root` (for rmsprop: `eps`, `eps_in_sqrt`, `decay`); constants that
-            `optax.inject_hyperparams` stores in the state take precedence.
-        chosen: the sites.
-        correction: "adam" (the optimizer's exact scale of every weight), "factored" (Adafactor's
-            row and column statistics, or the same statistics of another optimizer's ν),
-            "adafactor" (as "factored", but an error unless Adafactor wrote the state) or
-            "low_rank(R)" (the sum of R outer products closest to "adam").
-        step: the checkpoint's step; None for the last checkpoint.
-
-    Returns:
-        A `Scale` for each site, by path.
-
-    Raises:
-        SecondMomentError: the correction is unknown, or the state does not have what it needs.
-        tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
-    """
-    if parse_correction(correction)[0] == "none":
-        raise SecondMomentError("correction 'none' has no scales to read")
-    flat = optimizer_state.load(root, {s.path for s in chosen}, step)
-    described = checkpoint.describe(root, step).get("optimizer") or {}
-    moments = {s.path: optimizer_state.find(flat, s.path, described) for s in chosen}
-    return finite({s.path: site_scale(s, moments[s.path], correction) for s in chosen})
+    """Reads the scale of every site from a checkpoint that describes its optimizer."""
+    return second_moments(root, step=step).scales(chosen, correction)
 
 
 def finite(scales: dict[str, Scale]) -> dict[str, Scale]:
