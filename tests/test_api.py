@@ -367,7 +367,7 @@ def test_queries_of_too_few_directions_are_not_mixed_in(model, tokenizer):
 
 
 def test_what_the_package_offers():
-    assert set(tda.__all__) == {"Projection", "load", "trace"}
+    assert set(tda.__all__) == {"Projection", "load", "second_moments", "trace"}
     assert tda.Projection is Projection and callable(tda.load)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tda.nothing  # noqa: B018

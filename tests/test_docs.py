@@ -13,11 +13,12 @@ import textwrap
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
+import tda
 from tda import methods, results
 from tda.gradients import reference
+from tda.gradients.sites import find_sites
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
 from tests.experiments import test_trace
@@ -82,10 +83,13 @@ def test_own_model(world):
     # A query that is an example itself finds itself.
     assert said.splitlines()[1] == "0"
     assert len(names["traced"]) == 2
-    # The page's gradients are those of the slow reference.
-    model = names["Classifier"](nnx.Rngs(0))
+    # The moments on disk are those of the optimizer in memory, and the page's gradients, divided by
+    # their root, are those of the slow reference.
+    model, optimizer = names["model"], names["optimizer"]
+    moments = tda.second_moments(optimizer, optimizer="adamw", b2=0.99, eps=1e-8)
+    scales = moments.scales(find_sites(model), "factored")
     examples = {k: np.concatenate([b[k] for b in names["batches"]]) for k in names["batches"][0]}
-    expected = reference.encode(model, examples, names["projection"], output=names["loss"])
+    expected = reference.encode(model, examples, names["projection"], scales, output=names["loss"])
     expected = np.asarray(expected)
     np.testing.assert_allclose(names["gradients"], expected, atol=1e-5 * np.abs(expected).max())
 
