@@ -25,8 +25,8 @@ def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
     So only the ratios of weights matter. A batch whose weights are all 0 has the loss 0.
     """
     nats = losses.total(merge(params), batch, losses.cross_entropy)
-    weight = jnp.sum(batch["weights"])
-    return nats / jnp.where(weight == 0, 1.0, weight)
+    # The least float is a guard against 0 alone, and its reciprocal is finite: so are gradients.
+    return nats / jnp.maximum(jnp.sum(batch["weights"]), jnp.finfo(jnp.float32).tiny)
 
 
 def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, batch: dict):
