@@ -57,6 +57,16 @@ def output(name: str):
     return OUTPUTS[name]
 
 
+def of_examples(name: str):
+    """Returns the function of a model and a batch to `output(name)` of each example, [B]."""
+    output_fn = output(name)
+
+    def example_losses(model, batch: dict):
+        return output_fn(model(batch["tokens"]), batch["targets"], batch["weights"])
+
+    return example_losses
+
+
 def has_separate_head(model) -> bool:
     """Returns whether `model(tokens)` is `model.logits(model.hidden(tokens))`.
 

@@ -25,6 +25,7 @@ from flax import nnx
 
 from tda import loss as losses
 from tda.gradients import full_gradients, projection, taps, unseen
+from tda.gradients.batch_mates import MatesCheck
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site, find_sites
@@ -44,12 +45,14 @@ class Encoder:
         axes: logical axes of the variables, by path name.
         compiled: the jitted function of (arrays, batch, scored=None), which returns a tuple of
             float32 [B, E], one for each kind.
+        check: checks the first batch's gradients; None for models known to be right.
     """
 
     layouts: tuple[Layout, ...]
     arrays: tuple
     axes: dict[str, tuple]
     compiled: Callable
+    check: MatesCheck | None = None
 
     @property
     def layout(self) -> Layout:
@@ -70,7 +73,14 @@ class Encoder:
 
     def encode_all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
         """Encodes a batch into gradients of every kind, float32 [B, E] each; see `__call__`."""
-        return self.compiled(self.arrays, batch, scored)
+
+        def encode(batch):
+            return self.compiled(self.arrays, batch, scored)
+
+        encodings = encode(batch)
+        if self.check is not None:
+            self.check(encode, batch, encodings)
+        return encodings
 
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple:
         """Returns the sharding of each of `arrays` on a mesh, by its logical axes."""
@@ -134,7 +144,12 @@ def make_encoder(
     """
     sites = find_sites(model, include, exclude, untapped)
     kind = projection, make_taps(sites, projection, scales)
-    return build_encoder(model, [kind], output, mesh)
+    encoder = build_encoder(model, [kind], output, mesh)
+    # The decoder computes each example by itself, and so do the losses that have a name.
+    if isinstance(output, str) and losses.has_separate_head(model):
+        return encoder
+    example_losses = losses.of_examples(output) if isinstance(output, str) else output
+    return dataclasses.replace(encoder, check=MatesCheck(model, example_losses))
 
 
 def make_taps(

@@ -164,6 +164,15 @@ def changes_parameters(module: nnx.Module) -> bool:
     return isinstance(module, _CHANGING)
 
 
+def is_training(module: nnx.Module) -> bool:
+    """Returns whether `module` draws dropout or uses the statistics of the batch it is given."""
+    rates = (getattr(module, name, None) for name in ("rate", "dropout_rate"))
+    drops = any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+    if drops and getattr(module, "deterministic", None) is False:
+        return True
+    return isinstance(module, nnx.BatchNorm) and module.use_running_average is False
+
+
 def product(module: nnx.Module) -> Product | None:
     """Returns how `module` multiplies by its parameter; None if its class is not known."""
     kind = known(type(module))

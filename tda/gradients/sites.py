@@ -102,8 +102,19 @@ def find_sites(
             tap turns out to miss a part of the gradient; otherwise that is an error (`unseen`).
 
     Raises:
-        ValueError: no parameter matches, or untapped="error" and a parameter cannot have a tap.
+        ValueError: no parameter matches, untapped="error" and a parameter cannot have a tap, or the
+            model is in training mode.
     """
+    training = [
+        f"{'/'.join(map(str, path)) or 'the model'} ({type(module).__name__})"
+        for path, module in nnx.iter_modules(model)
+        if layers.is_training(module)
+    ]
+    if training:
+        raise ValueError(
+            f"{', '.join(training)}: in training mode, where an example's loss depends on chance "
+            "or on the other examples of its batch; call model.eval() first"
+        )
     if untapped not in ("leave", "reference", "error"):
         raise ValueError(f"untapped is {untapped!r}; use leave, reference or error")
     everything = _sites(model)

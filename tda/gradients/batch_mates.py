@@ -1,0 +1,112 @@
+"""Checks that an example's gradient is its own: the same whatever else its batch holds.
+
+A loss with batch statistics, or one that is centred over the batch, is no sum of functions of one
+example each, so no example has a gradient of its own. A model may also put its examples into
+another order inside, where a tap takes one for another. Either way the gradients look like any
+others. So the first batch is encoded a few times more, by the same compiled program, with other
+examples in the place of some.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tda.gradients.unseen import count_examples
+from tda.model import functional
+
+# Tolerated difference relative to the norm of an example's numbers. Each row of a batch is computed
+# by the same instructions whatever the other rows hold, so a row that stays in its place does not
+# change; in another place it may be rounded otherwise, in bfloat16 to some percent.
+_IN_PLACE, _MOVED = 1e-3, 0.1
+
+
+class MatesCheck:
+    """A check that runs once, on the first batch of different examples."""
+
+    def __init__(self, model: nnx.Module, losses: Callable):
+        """Makes the check.
+
+        Args:
+            model: the model whose gradients are taken.
+            losses: a function of the model and a batch to each example's loss, [B]. Gradients alone
+                do not tell: those of a loss that is centred over the batch add up to 0.
+        """
+        model_fn, parameters = functional.split(model)
+        compiled = jax.jit(lambda parameters, batch: losses(model_fn.merge(parameters), batch))
+        self._losses: Callable | None = functools.partial(compiled, parameters)
+
+    def __call__(self, encode: Callable, batch, encodings: tuple) -> None:
+        """Checks a batch's encodings and losses.
+
+        Args:
+            encode: a function from a batch to a tuple of arrays [B, E].
+            batch: a tree of arrays, the examples first.
+            encodings: what `encode` returns for it.
+
+        Raises:
+            ValueError: an example's encoding or loss changes with the other examples of its batch.
+        """
+        count = count_examples(batch)
+        if self._losses is None or count < 2 or not _is_local(batch):
+            return
+        # Copies of one half stand in for the other, of each in turn; then the second comes first.
+        half, at = count // 2, np.arange(count)
+        first, second = at % half, half + at % (count - half)
+        orders = first, np.where(at < half, second, at), second
+        batches = [_take(batch, order) for order in orders]
+        if _is_equal(batch, batches[0]):
+            return  # examples that are all the same tell nothing
+        for quantity, compute, rows in (
+            ("loss", lambda batch: (self._losses(batch),), (self._losses(batch),)),
+            ("gradient", encode, encodings),
+        ):
+            rows, *others = (_flat(x) for x in (rows, *map(compute, batches)))
+            _refuse(quantity, rows[:half], others[0][:half], _IN_PLACE)
+            _refuse(quantity, rows[half:], others[1][half:], _IN_PLACE)
+            _refuse(quantity, rows[half:], others[2][: count - half], _MOVED)
+        self._losses = None  # done; the model's arrays are let go
+
+
+def _is_local(batch) -> bool:
+    """Returns whether this process can address all of a batch."""
+    arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
+    return all(x.is_fully_addressable for x in arrays)
+
+
+def _take(batch, rows: np.ndarray):
+    """Returns some examples of a batch, laid out on the devices as the batch is."""
+
+    def take(x):
+        taken = np.asarray(x)[rows]
+        return jax.device_put(taken, x.sharding) if isinstance(x, jax.Array) else taken
+
+    return jax.tree.map(take, batch)
+
+
+def _is_equal(batch, other) -> bool:
+    pairs = zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def _flat(arrays) -> np.ndarray:
+    """Returns arrays [B, …] side by side: float64 [B, N]."""
+    flat = [np.asarray(x, np.float64).reshape(len(x), -1) for x in arrays]
+    return np.concatenate(flat, axis=1)
+
+
+def _refuse(quantity: str, rows: np.ndarray, others: np.ndarray, tolerance: float) -> None:
+    """Refuses rows that differ from those of the same examples in another batch."""
+    norms = np.linalg.norm(rows, axis=1)
+    # What is small beside the batch's largest row may be noise of its own computation.
+    scales = np.maximum(norms, 0.01 * norms.max(initial=0))
+    changes = np.linalg.norm(others - rows, axis=1) / np.where(scales > 0, scales, 1)
+    changes = np.where(np.isfinite(changes), changes, 0)
+    if changes.max() > tolerance:
+        raise ValueError(
+            f"the {quantity} of an example changes by {changes.max():.0%} with the other examples "
+            "of its batch; it must depend on that example alone: use no statistics of the batch, "
+            "no other order of its examples, and no dropout (model.eval())"
+        )
