@@ -310,7 +310,8 @@ def test_byte_level_bpe_of_a_gguf_file(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix):
+@pytest.mark.parametrize("user_defined", [[], ["<tab>", "<tabs>", "▁▁▁", "▁▁", "nn", "日", "(x"]])
+def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix, user_defined):
     spm = pytest.importorskip("sentencepiece", reason="needs the extra `models`")
     from tda.model.pretrained import gguf_tokenizer
 
@@ -326,6 +327,7 @@ def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        user_defined_symbols=user_defined,
     )
     theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     count = theirs.get_piece_size()
@@ -333,6 +335,8 @@ def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix):
         2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1
         for i in range(count)
     ]
+    for piece in user_defined:
+        kinds[theirs.piece_to_id(piece)] = 4
     file = gguf_file(
         tmp_path / "m.gguf",
         "llama",
@@ -347,9 +351,9 @@ def test_sentencepiece_of_a_gguf_file_is_sentencepieces_own(tmp_path, prefix):
     ours = gguf_tokenizer.load(file)
     assert ours.begin == (1,)
     rng = np.random.default_rng(0)
-    alphabet = list("abdefghilnortuvw .,123日本é🙂")
+    alphabet = [*"abdefghilnortuvw .,123日本é🙂", "  ", "<tab>", "<tabs>", "nn", "Bonn"]
     random = ["".join(rng.choice(alphabet, rng.integers(1, 40))) for _ in range(300)]
-    for case in [*(t.replace("\n", " ") for t in TEXTS), *random, "  two  spaces ", "born in Bonn"]:
+    for case in [*(t.replace("\n", " ") for t in TEXTS), *random, "  two  spaces ", "<tab>x", "(x"]:
         assert ours.encode([case])[0] == theirs.encode(case), case
         assert ours.decode(ours.encode([case])[0]) == case
     assert ours.encode([""])[0] == []

@@ -221,14 +221,14 @@ def test_bytes_in_the_other_order_are_refused(tmp_path):
 
 
 def test_yarn_is_that_of_the_same_model(tmp_path):
-    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4)
     theirs = write_directory(tmp_path / "model", "llama", numbers("llama"), rope_scaling=yarn)
 
     def scaled(writer, **more):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
-        writer.add_rope_scaling_orig_ctx_len(16)
-        for key, value in more.items():
+        writer.add_rope_scaling_orig_ctx_len(64)
+        for key, value in (dict(yarn_beta_fast=4.0) | more).items():
             writer.add_float32(f"llama.rope.scaling.{key}", value)
 
     ours = write_gguf(tmp_path / "a.gguf", "llama", numbers("llama"), scaled)

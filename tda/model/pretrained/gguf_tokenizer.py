@@ -5,6 +5,7 @@ merges apply; the rule itself is not in the file.
 """
 
 import pathlib
+import re
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -54,9 +55,10 @@ def load(path, parse_special: bool = False) -> PretrainedTokenizer:
         inner = _sentencepiece(vocabulary, types, scores, value("unknown_token_id"), prefix)
         adds_bos = True
     special = [t for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
-    user_defined = [t for t, k in zip(tokens, types, strict=True) if k == _USER]
     inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    inner.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
+    if kind == "gpt2":
+        user_defined = [t for t, k in zip(tokens, types, strict=True) if k == _USER]
+        inner.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
     bos, eos = value("bos_token_id"), value("eos_token_id")
     return PretrainedTokenizer(
         inner,
@@ -104,11 +106,40 @@ def _sentencepiece(vocabulary, types, scores, unknown, prefix: bool) -> tokenize
     ]
     pairs = [(a, b) for *_, a, b in sorted(merges)]
     unknown_token = next((t for t, i in vocabulary.items() if i == unknown), None)
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocabulary, pairs, unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
-    )
+    options = dict(unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, **options))
+    user_defined = [token for token in normal if types[vocabulary[token]] == _USER]
+    if user_defined:
+        _isolate(inner, normal.difference(user_defined), user_defined, pairs, options)
     steps = [normalizers.Replace(" ", "▁")]
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if prefix else steps)
     after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     inner.decoder = decoders.Sequence([*after, decoders.Strip(" ", 1, 0)] if prefix else after)
     return inner
+
+
+def _isolate(inner, merged: set[str], user_defined: list[str], pairs, options: dict) -> None:
+    """Makes pieces that a user defined into tokens wherever the normalised text has them.
+
+    SentencePiece finds them after it has put the space before a text and written spaces as "▁", the
+    longest first, and merges nothing with them. An added token of `tokenizers` would be found
+    before that.
+
+    Args:
+        inner: the tokenizer, whose model and pre-tokenizer change.
+        merged: the other tokens.
+        user_defined: the pieces.
+        pairs, options: merges and further arguments of the BPE model.
+    """
+    longest_first = sorted(user_defined, key=len, reverse=True)
+    pattern = Regex("|".join(re.escape(piece) for piece in longest_first))
+    # With `ignore_merges`, a word that is a token stays one: a piece that is set apart always is.
+    # So would be a token that no merges lead to, which SentencePiece never gives: its name goes.
+    words = sorted(merged)
+    lone = [len(e.ids) == 1 for e in inner.encode_batch(words, add_special_tokens=False)]
+    unreachable = {word for word, is_lone in zip(words, lone, strict=True) if not is_lone}
+    vocabulary = {
+        f"{word}\0" if word in unreachable else word: i for word, i in inner.get_vocab().items()
+    }
+    inner.model = models.BPE(vocabulary, pairs, ignore_merges=True, **options)
+    inner.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
