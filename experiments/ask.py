@@ -7,6 +7,7 @@
 `--target` the target is what the model itself says next. A killed run continues where it stopped.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -87,11 +88,11 @@ def ask(
             f"--target is given {len(targets)} times, --prompt {len(prompts)} times; give one for "
             "each prompt, or none"
         )
-    if not targets:
-        targets = [generation.continuation(model, tokenizer, prompt) for prompt in prompts]
-        for prompt, target in zip(prompts, targets, strict=True):
-            print(f"the model says: {prompt} → {target}", flush=True)
-    queries = list(zip(prompts, targets, strict=True))
+    queries: list = list(zip(prompts, targets, strict=False))
+    for i, prompt in enumerate(prompts if not targets else []):
+        query = generation.continuation(model, tokenizer, prompt)
+        print(f"the model says: {prompt} → {query.target}", flush=True)
+        queries.append(dataclasses.replace(query, id=str(i)))
     answers = api.trace(
         model, passages, queries, tokenizer=tokenizer, directory=directory / "store", **arguments
     )

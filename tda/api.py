@@ -1,6 +1,7 @@
 """Attribution in one call: from a model, passages and queries to ranked passages."""
 
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import inputs
-from tda.encoding.settings import MomentSettings, TraceSettings
+from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
 from tda.model import pretrained
@@ -61,6 +62,9 @@ def trace(
     exclude: str | None = None,
     untapped: str = "leave",
     texts: Sequence[str] | None = None,
+    text_field: str = "text",
+    id_field: str | None = None,
+    joiner: str | None = None,
     sample: int = 16,
     damping: float = 1e-3,
     seed: int = 0,
@@ -80,9 +84,10 @@ def trace(
         model: any NNX model, in evaluation mode if it has one; wrap a Linen model in
             `flax.nnx.bridge.ToNNX` and give `untapped="reference"`.
         passages: the corpus. With a tokenizer, a path (`tda.data.corpora.documents` says which
-            files), or an iterable of texts, of (id, text) or of `Document`; else an iterable of
-            batches.
-        queries: an iterable of (prompt, target) or (id, prompt, target); else of batches.
+            files), or an iterable of texts, of (id, text), of `Document` or of rows with named
+            fields (dicts, rows of a `datasets.Dataset`); else an iterable of batches.
+        queries: an iterable of (prompt, target), of (id, prompt, target) or of rows with the fields
+            "prompt" and "target" (and "id"); else of batches.
         tokenizer: the model's tokenizer: that of `load`, one of transformers, or a path (any form
             that `PretrainedTokenizer.wrap` takes).
         loss: the function that is differentiated: "loss", "margin" or "logit" of a model from
@@ -101,6 +106,13 @@ def trace(
         tokens_per_batch: positions that are encoded together.
         include, exclude, untapped: the choice of parameters (`tda.gradients.sites.find_sites`).
         texts: the texts of passages that are given as batches, in order, to show.
+        text_field, id_field: the fields of a passage's text and id, in files and rows with named
+            fields; the id by default from "id", "sentence_id", "doc_id", "docid" or "_id".
+        joiner: what stands between prompt and target. By default one space where English puts one:
+            none if there is white space already, after an opening bracket or another symbol
+            (`2+2=`), after `":`, before a closing mark, and none in Chinese, Japanese or Thai
+            (`tda.data.joining.choose_joiner` has the whole rule). `joiner=""` joins them as
+            they are written: right for code.
         sample: the number of batches that second moments are estimated from, drawn at random; from
             an iterator of batches, the first ones.
         damping: the damping of R, in mean eigenvalues of a block.
@@ -141,7 +153,15 @@ def trace(
         if texts is not None:
             raise ValueError("texts is for passages given as batches; there is a tokenizer here")
         tokenizer = PretrainedTokenizer.wrap(tokenizer)
-        gradients = inputs.encode_texts(settings, passages, queries, tokenizer, context, directory)
+        reading = TextSettings(
+            tokenizer=tokenizer,
+            context=context,
+            joiner=joiner,
+            text_field=text_field,
+            id_field=id_field,
+            directory=None if directory is None else pathlib.Path(directory),
+        )
+        gradients = inputs.encode_texts(settings, reading, passages, queries)
     return _rank(settings, gradients, k, damping)
 
 
@@ -152,7 +172,7 @@ def _rank(
     invalid = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))
     if len(invalid):
         raise ValueError(
-            f"the gradient of query {gradients.queries[invalid[0]][0]!r} is not finite; look at "
+            f"the gradient of query {gradients.queries[invalid[0]].id!r} is not finite; look at "
             "the model's output for it"
         )
     if method.hessian == "mixed" and len(queries_QxE) < _FEWEST_QUERIES:
@@ -181,7 +201,9 @@ def _rank(
         method.title,
         [
             Answer(
-                *query,
+                query.id,
+                query.prompt,
+                query.target,
                 passages(ranked.proponents[q], ranked.proponent_scores[q]),
                 passages(ranked.opponents[q], ranked.opponent_scores[q]),
             )

@@ -328,7 +328,7 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         # More than correction, R and norm: not to be answered with less.
         (dict(method="less"), "method='less' is not one of exp1, exp2"),
         (dict(method="exp9"), "unknown method 'exp9'"),
-        (dict(queries=["Oslo"]), "query 0 is 'Oslo'; give"),
+        (dict(queries=["Oslo"]), r"query 0 is 'Oslo' \(str\); give"),
         (dict(queries=[]), "there are no queries"),
         (dict(texts=TEXTS), "there is a tokenizer here"),
         (dict(method="trackstar"), "R of 2 queries holds little.*use method='trackstar_train'"),
@@ -362,8 +362,9 @@ def test_trackstar_mixes_where_there_are_queries_enough(model, tokenizer):
 def test_queries_of_too_few_directions_are_not_mixed_in(model, tokenizer):
     """Guards: λ by rounding noise, where the mixing rule looks beyond the queries' directions."""
     wide = Projection(side=16, pooling="matrix")
+    queries = [q[-2:] for q in QUERIES] * 8
     with pytest.raises(ValueError, match="R_eval of 16 queries has no direction at component"):
-        call(model, tokenizer, queries=QUERIES * 8, method="trackstar", projection=wide)
+        call(model, tokenizer, queries=queries, method="trackstar", projection=wide)
 
 
 def test_what_the_package_offers():

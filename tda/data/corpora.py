@@ -8,10 +8,12 @@ import dataclasses
 import glob
 import heapq
 import json
+import math
+import numbers
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tda.data import jsonl
 from tda.data.jsonl import half_character
@@ -169,9 +171,12 @@ def _names_tfds(name: str) -> bool:
     return version is not None or (config is not None and not os.path.isdir(dataset))
 
 
-def _document(record, place: str, text_field: str, id_field: str | None) -> Document:
-    """Returns a record's document; its id is `place` if the record has none."""
-    if not isinstance(record, dict):
+def document_of(record, place: str, text_field: str, id_field: str | None) -> Document:
+    """Returns a record's document; its id is `place` if the record has none.
+
+    A text that is null (None, or NaN of pandas) is blank.
+    """
+    if not isinstance(record, Mapping):
         raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
     for field in (text_field, id_field):
         if field is not None and field not in record:
@@ -179,12 +184,17 @@ def _document(record, place: str, text_field: str, id_field: str | None) -> Docu
                 f"{place}: there is no field {field!r}; the fields are "
                 f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
             )
-    text = record[text_field]
+    text = "" if _is_null(record[text_field]) else record[text_field]
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     if not isinstance(text, str):
         raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
-    id_field = id_field or next((f for f in _IDS if record.get(f) is not None), None)
+    id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
     name = place if id_field is None else record[id_field]
+    if isinstance(name, bool) or not isinstance(name, str | bytes | numbers.Real) or _is_null(name):
+        raise CorpusError(
+            f"{place}: the id in {id_field!r} is {name!r}, not a string or a number; name another "
+            "field by id_field"
+        )
     name = name.decode("utf-8") if isinstance(name, bytes) else str(name)
     for field, value in ((text_field, text), (id_field, name)):
         if field is not None and (half := half_character(value)):
@@ -192,11 +202,15 @@ def _document(record, place: str, text_field: str, id_field: str | None) -> Docu
     return Document(name, text)
 
 
+def _is_null(value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _from_jsonl(source, text_field, id_field) -> Iterator[Document]:
     for file in jsonl.expand(source):
         name = os.path.basename(file)
         for i, (place, record) in enumerate(jsonl.iter_records(file)):
-            document = _document(record, place, text_field, id_field)
+            document = document_of(record, place, text_field, id_field)
             # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
             yield Document(f"{name}:{i}", document.text) if document.id == place else document
 
@@ -242,7 +256,7 @@ def _rows(batches, file: str, text_field, id_field) -> Iterator[Document]:
     i = 0
     for batch in batches:
         for record in batch.to_pylist():
-            yield _document(record, f"{file}:{i}", text_field, id_field)
+            yield document_of(record, f"{file}:{i}", text_field, id_field)
             i += 1
 
 
@@ -295,4 +309,4 @@ def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Doc
             ".download_and_prepare()"
         ) from error
     for i in range(len(source)):
-        yield _document(source[i], f"{name}/{split}:{i}", text_field, id_field)
+        yield document_of(source[i], f"{name}/{split}:{i}", text_field, id_field)

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from tda.data import tokenizer_files
+from tda.data.joining import join
 from tda.data.tokenizer_files import component, read_template, with_template, without_template
 from tda.runtime import atomic_file
 from tda.runtime.fingerprint import fingerprint_parts
@@ -165,11 +166,17 @@ class PretrainedTokenizer:
         """Returns the token ids of `begin text end`."""
         return [*self.begin, *self.encode([text])[0], *self.end]
 
-    def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_query(
+        self, prompt: str, target: str, joiner: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of `begin prompt target` and which of them are the target's.
 
-        Prompt and target are joined by one space, unless there is white space between them
-        already. A token that crosses the boundary counts as the target's.
+        A token that crosses the boundary counts as the target's.
+
+        Args:
+            prompt, target: the texts.
+            joiner: what stands between them; by default a space where one belongs
+                (`tda.data.joining.choose_joiner`).
 
         Returns:
             Ids, int32 [T], and whether a token is the target's, bool [T].
@@ -178,8 +185,7 @@ class PretrainedTokenizer:
             ValueError: the target has no token, or no token comes before it, so that nothing
                 predicts it.
         """
-        joined = not prompt or prompt[-1:].isspace() or target[:1].isspace()
-        text = f"{prompt}{target}" if joined else f"{prompt} {target}"
+        text = join(prompt, target, joiner)
         ((ids, spans),) = self.encode_spans([text])
         # The boundary is the end of the prompt's last word: white space after it may be a token of
         # its own or part of the target's first token.

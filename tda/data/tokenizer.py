@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tda.data.joining import choose_joiner, join
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.runtime.fingerprint import fingerprint_parts
 
@@ -80,11 +81,17 @@ class Tokenizer(PretrainedTokenizer):
         """Returns a hash of everything that decides which ids a text gets."""
         return fingerprint_parts([self._inner.to_str()])
 
-    def encode_query(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_query(
+        self, prompt: str, target: str, joiner: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of `<bos> prompt target` and which of them are the target's.
 
-        Prompt and target are joined by one space. A token that crosses the boundary counts as the
-        target's.
+        A token that crosses the boundary counts as the target's.
+
+        Args:
+            prompt, target: the texts.
+            joiner: what stands between them, as they are; by default a space where one belongs
+                (`tda.data.joining.choose_joiner`), or for white space that is there already.
 
         Returns:
             Ids, int32 [T], and whether a token is the target's, bool [T].
@@ -92,11 +99,14 @@ class Tokenizer(PretrainedTokenizer):
         Raises:
             ValueError: the target has no token.
         """
-        prompt, target = prompt.rstrip(), target.strip()
-        text = f"{prompt} {target}" if prompt else target
+        if joiner is None:
+            has_space = prompt[-1:].isspace() or target[:1].isspace()
+            prompt, target = prompt.rstrip(), target.strip()
+            joiner = " " if prompt and has_space else choose_joiner(prompt, target)
+        text = join(prompt, target, joiner)
         encoded = self._inner.encode(text, add_special_tokens=False)
         # Offsets count the characters of `text`, not the space that the tokenizer puts in front.
-        is_target = [bool(target) and end > len(prompt) for _, end in encoded.offsets]
+        is_target = [bool(target.strip()) and end > len(prompt) for _, end in encoded.offsets]
         if not any(is_target):
             raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
         ids = np.asarray([self.bos, *encoded.ids], np.int32)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tda.data.jsonl import half_character
+from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.runtime.fingerprint import fingerprint_parts
 
@@ -156,28 +157,29 @@ def tokenise_passages(
 
 
 def tokenise_queries(
-    prompts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, context: int
+    queries: Iterable[Query | tuple[str, str, str]],
+    tokenizer: Tokenizer,
+    context: int,
+    joiner: str | None = None,
 ) -> TokenTable:
     """Tokenises queries; only their target tokens carry a loss.
 
     Args:
-        prompts: (query id, prompt, target) triples.
+        queries: queries, or (query id, prompt, target) triples.
         tokenizer: the model's tokenizer.
         context: the model's positions.
+        joiner: what stands between prompt and target; by default a space where one belongs
+            (`tda.data.joining.choose_joiner`).
 
     Raises:
         ValueError: a target has no token, a text is not Unicode, or prompt and target do not fit
             the context; the message names the query.
     """
     ids, sequences, scored = [], [], []
-    for name, prompt, target in prompts:
-        for field, text in (("prompt", prompt), ("target", target)):
-            if half := half_character(text):
-                raise ValueError(f"query {name!r}: the {field} has {half}")
-        try:
-            tokens, is_target = tokenizer.encode_query(prompt, target)
-        except ValueError as error:
-            raise ValueError(f"query {name!r}: {error}") from error
+    for query in queries:
+        query = query if isinstance(query, Query) else Query(*query)
+        name = query.id
+        tokens, is_target = _encode_query(query, tokenizer, joiner)
         if len(tokens) - 1 > context:
             raise ValueError(
                 f"query {name!r} needs {len(tokens) - 1} positions, the context has {context}; "
@@ -187,3 +189,21 @@ def tokenise_queries(
         sequences.append(tokens)
         scored.append(is_target)
     return _table(ids, ids, sequences, scored)
+
+
+def _encode_query(query: Query, tokenizer, joiner: str | None) -> tuple[np.ndarray, np.ndarray]:
+    if query.tokens is not None:
+        prompt, target = query.tokens
+        if not prompt or not target:
+            raise ValueError(f"query {query.id!r}: tokens needs ids of both prompt and target")
+        scored = np.arange(len(prompt) + len(target)) >= len(prompt)
+        return np.asarray([*prompt, *target], np.int32), scored
+    for field, text in (("prompt", query.prompt), ("target", query.target)):
+        if half := half_character(text):
+            raise ValueError(f"query {query.id!r}: the {field} has {half}")
+    # A user's own tokenizer need not know joiners: it gets one only if one is given.
+    options = {} if joiner is None else {"joiner": joiner}
+    try:
+        return tokenizer.encode_query(query.prompt, query.target, **options)
+    except ValueError as error:
+        raise ValueError(f"query {query.id!r}: {error}") from error

@@ -18,11 +18,11 @@ from tda import store as stores
 from tda.data import batches as batching
 from tda.data import corpora, tokenised, tokens
 from tda.data.batches import BatchLayout
-from tda.data.corpora import Document
+from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import loss_identity
 from tda.encoding import table as encoding
-from tda.encoding.settings import TraceSettings
+from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import per_example
 from tda.gradients import projection as projections
 from tda.gradients.encoder import Encoder, make_encoder
@@ -52,8 +52,8 @@ class TraceGradients:
     """The queries' gradients, float32."""
     passage_of: Callable[[int], tuple[str, str]]
     """Maps a row to the id and the text of its passage."""
-    queries: list[tuple[str, str, str]]
-    """Id, prompt and target of each query."""
+    queries: list[Query]
+    """The queries, in order; without texts if they are batches."""
 
 
 def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGradients:
@@ -99,7 +99,7 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
         _in_memory(gradients_CxE, layout.slices),
         gradients_QxE,
         lambda row: (str(row), "" if texts is None else texts[row]),
-        [(str(i), "", "") for i in range(len(gradients_QxE))],
+        [Query(str(i), "", "") for i in range(len(gradients_QxE))],
     )
 
 
@@ -125,21 +125,20 @@ def _in_memory(gradients_CxE: np.ndarray, slices) -> InMemory:
 
 
 def encode_texts(
-    settings: TraceSettings, passages, queries, tokenizer, context: int, directory
+    settings: TraceSettings, reading: TextSettings, passages, queries
 ) -> TraceGradients:
-    """Encodes texts into a store in `directory`, or in memory.
+    """Encodes texts into a store in `reading.directory`, or in memory.
 
     Args:
         settings: the arguments of `tda.trace`.
+        reading: how texts are read.
         passages, queries: as `tda.trace` takes them.
-        tokenizer: the model's tokenizer.
-        context: the most positions that a passage may have.
-        directory: where tokens, second moments and gradients are stored; in memory if None.
 
     Raises:
         ValueError: tokenizer and model differ in tokens, a query does not fit, the gradients do not
             fit in memory, or `directory` holds other gradients.
     """
+    tokenizer, directory = reading.tokenizer, reading.directory
     vocab_size = getattr(settings.model, "vocab_size", None)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -147,10 +146,9 @@ def encode_texts(
             "belong together"
         )
     settings.print_coverage()
-    queries = _check_queries(queries)
-    prompts = tokens.tokenise_queries(queries, tokenizer, context)
-    directory = None if directory is None else pathlib.Path(directory)
-    table = _tokenise(passages, tokenizer, context, directory, settings.quiet)
+    queries = parse_queries(queries)
+    prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
+    table = _tokenise(passages, reading, settings.quiet)
     layout = _make_layout(settings, table, prompts, tokenizer.pad)
     provenance = None if directory is None else _provenance(settings, directory)
     scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
@@ -255,44 +253,26 @@ def _sample_passages(
         yield batch.arrays()
 
 
-def _check_queries(queries: Iterable) -> list[tuple[str, str, str]]:
-    """Returns id, prompt and target of each query; a query without an id is named by number."""
-    out = []
-    for i, query in enumerate(queries):
-        if isinstance(query, str) or len(query) not in (2, 3):
-            raise ValueError(
-                f"query {i} is {query!r}; give (prompt, target) or (id, prompt, target)"
-            )
-        out.append((str(i), *query) if len(query) == 2 else tuple(query))
-    if not out:
-        raise ValueError("there are no queries")
-    return out
-
-
-def _documents(passages: Iterable) -> Iterable[Document]:
-    for i, passage in enumerate(passages):
-        if isinstance(passage, Document):
-            yield passage
-        elif isinstance(passage, str):
-            yield Document(str(i), passage)
-        else:
-            name, text = passage
-            yield Document(str(name), text)
-
-
-def _tokenise(
-    passages, tokenizer, context: int, directory: pathlib.Path | None, quiet: bool
-) -> TokenTable:
+def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     """Tokenises the corpus, on disk if it is a file and there is a directory, else in memory."""
     is_path = isinstance(passages, str | os.PathLike)
-    documents = corpora.documents(passages) if is_path else _documents(passages)
-    if is_path and directory is not None:
-        provenance = {"corpus": corpora.describe_files(passages)}
+    fields = {"text_field": reading.text_field, "id_field": reading.id_field}
+    read = corpora.documents if is_path else parse_passages
+    documents = read(passages, **fields)
+    if is_path and reading.directory is not None:
+        provenance = {"corpus": corpora.describe_files(passages), **fields}
         table, counts = tokenised.tokenise_on_disk(
-            directory / "tokens", documents, tokenizer, context, provenance, quiet
+            reading.directory / "tokens",
+            documents,
+            reading.tokenizer,
+            reading.context,
+            provenance,
+            quiet,
         )
     else:
-        table, counts = tokenised.tokenise_in_memory(documents, tokenizer, context, quiet)
+        table, counts = tokenised.tokenise_in_memory(
+            documents, reading.tokenizer, reading.context, quiet
+        )
     if not quiet:
         print(
             f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "

@@ -1,7 +1,9 @@
 """The arguments of `tda.trace` other than its data, as they travel below it."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -28,6 +30,24 @@ class MomentSettings:
     """Batches in the sample."""
     seed: int
     """Seed of the draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """How passages and queries that are texts are read."""
+
+    tokenizer: Any
+    """The model's tokenizer, with the methods of `PretrainedTokenizer`."""
+    context: int
+    """The most positions of a passage, and of a query."""
+    joiner: str | None
+    """What stands between prompt and target; None: `tda.data.joining.choose_joiner`."""
+    text_field: str
+    """The field of a passage's text, in rows with named fields."""
+    id_field: str | None
+    """The field of a passage's id; None: the usual names."""
+    directory: pathlib.Path | None
+    """Where tokens, second moments and gradients are stored; in memory if None."""
 
 
 @dataclasses.dataclass(frozen=True)

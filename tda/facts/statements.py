@@ -7,6 +7,7 @@ saw other facts in the form of prompts answers more (the mixed training of Allen
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from tda.data.joining import join
 from tda.facts.records import Fact
 
 
@@ -37,4 +38,4 @@ def statements(facts: Iterable[Fact], queries: Sequence[Fact], n: int) -> Iterat
             continue
         for i, prompt in enumerate((fact.prompt0, fact.prompt1, fact.prompt2)[:n]):
             if prompt is not None:
-                yield f"statement-{fact.fact_id}-{i}", f"{prompt} {fact.entity1}."
+                yield f"statement-{fact.fact_id}-{i}", f"{join(prompt, fact.entity1)}."

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tda import results
+from tda.data.joining import join
 from tda.live.heat import Heat
 from tda.live.speaker import Speaker
 from tda.methods import METHODS, Method
@@ -156,7 +157,7 @@ class LiveRun:
     def _queries(self, prompt: str, target: str) -> Queries:
         table = self.speaker.query(prompt, target)
         number = self.run.corpus.known.number(prompt, target)
-        return Queries(table, [f"{prompt} {target}"], [number], {})
+        return Queries(table, [join(prompt, target)], [number], {})
 
     def _record(self, prompt: str, target: str, queries: Queries, ranked: Ranked) -> dict:
         corpus, (number,) = self.run.corpus, queries.numbers

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda.data.rows import Query
 from tda.model import functional
 
 # Tokens that the model says where no target is given, and what ends them before.
@@ -45,18 +46,32 @@ def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[
     return tokens_1xT[0, len(ids) :].tolist()
 
 
-def continuation(model, tokenizer, prompt: str) -> str:
-    """What the model says next, up to the end of the phrase.
+def continuation(model, tokenizer, prompt: str) -> Query:
+    """Returns what the model says next, up to the end of the phrase, as a query.
+
+    The query holds the token ids that the model produced: their text encoded anew might be other
+    tokens. White space that the model says first belongs to the prompt.
 
     Raises:
         ValueError: it says nothing but white space.
     """
     ids = [*tokenizer.begin, *tokenizer.encode([prompt])[0]]
     said = greedy(model, ids, _TOKENS, tokenizer.eos)
-    text = tokenizer.decode(ids[len(tokenizer.begin) :] + said)[len(prompt) :]
-    phrase = text.lstrip()
-    ends = [i for i, c in enumerate(phrase) if c in _ENDS and i]
-    phrase = phrase[: ends[0]] if ends else phrase
-    if not phrase.strip():
+    before = len(tokenizer.decode(ids[len(tokenizer.begin) :]))
+    # The text after each token: decoded with the prompt, since a tokenizer may drop the white space
+    # that begins a text.
+    texts = [
+        tokenizer.decode(ids[len(tokenizer.begin) :] + said[:n])[before:]
+        for n in range(len(said) + 1)
+    ]
+    text = texts[-1]
+    if not text.strip():
         raise ValueError(f"the model says {text!r} to {prompt!r}; give a --target")
-    return phrase.strip()
+    first = len(text) - len(text.lstrip())
+    end = next((i for i in range(first + 1, len(text)) if text[i] in _ENDS), len(text))
+    start = next(n for n, t in enumerate(texts) if t.strip()) - 1
+    # The token that holds the end is left out, unless it holds the beginning too.
+    stop = max(n for n, t in enumerate(texts) if len(t) <= end or n == start + 1)
+    stop = next(n for n, t in enumerate(texts) if t.rstrip() == texts[stop].rstrip())
+    target = tuple(said[start:stop])
+    return Query("0", prompt, texts[stop].strip(), ((*ids, *said[:start]), target))

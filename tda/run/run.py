@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from tda.data import tokens
 from tda.data.batches import BatchLayout
+from tda.data.joining import join
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.facts.records import Fact, Sentence
@@ -193,7 +194,7 @@ class Run:
     def query_texts(self) -> list[str]:
         """The text of each query: prompt and target."""
         prompt = self.config.data.prompt
-        return [f"{f.prompt(prompt)} {f.entity1}" for f in self.corpus.queries]
+        return [join(f.prompt(prompt), f.entity1) for f in self.corpus.queries]
 
     def table(self, name: str) -> tokens.TokenTable:
         """The sequences of the "corpus" or of the "queries"."""

@@ -162,7 +162,7 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
     ("rows", "how", "message"),
     [
         ([{"content": "x"}], {}, r"a.jsonl, line 1: there is no field 'text'; the fields are con"),
-        ([{"text": None}], {}, "'text' is NoneType, not a text"),
+        ([{"text": 5}], {}, "'text' is int, not a text"),
         ([[1]], {}, "a document must be an object, not list"),
         (ROWS, dict(id_field="uid"), "there is no field 'uid'"),
         (

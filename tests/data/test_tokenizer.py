@@ -114,7 +114,7 @@ def test_spaces_at_the_boundary_change_nothing(tokenizer, prompt, target):
 def test_prompts_end_in_bytes_of_one_character(tokenizer):
     """A character that is several tokens belongs to its side of the boundary as a whole."""
     ids, mask = tokenizer.encode_query("city of 東", "京 now")
-    assert pieces(tokenizer, ids, mask) == " 京 now"
+    assert pieces(tokenizer, ids, mask) == "京 now"
     assert pieces(tokenizer, ids, ~mask) == " city of 東"
 
 

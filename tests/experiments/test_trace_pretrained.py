@@ -8,7 +8,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import ask
-from tda import results
+from tda import api, results
+from tda.answers import TraceResult
 from tda.live import finished_run
 from tda.model import functional, generation, pretrained
 from tda.run import corpus, stages, train
@@ -127,7 +128,31 @@ class Says:
 )
 def test_what_the_model_says_is_a_phrase(monkeypatch, said, phrase):
     monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in said])
-    assert generation.continuation(None, Says(), "He was born in") == phrase.strip()
+    query = generation.continuation(None, Says(), "He was born in")
+    assert query.target == phrase.strip()
+    # The ids that the model produced, white space before the phrase with the prompt.
+    prompt, target = query.tokens
+    assert "".join(map(chr, target)).strip() == phrase.strip() and not chr(target[-1]).isspace()
+    assert "".join(map(chr, prompt + target)) == ("He was born in" + said)[: len(prompt + target)]
+
+
+def test_the_tokens_that_the_model_produced_are_traced(monkeypatch, tmp_path):
+    """Guards: a continuation whose text has other tokens when it is encoded anew."""
+    monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in " Bonn, in"])
+    calls = []
+
+    def trace(model, passages, queries, **arguments):
+        calls.append(queries)
+        return TraceResult("", [])
+
+    monkeypatch.setattr(api, "trace", trace)
+    ask.ask(None, Says(), ["He was born in", "He died in"], [], [], tmp_path)
+    assert [(q.id, q.prompt, q.target) for q in calls[0]] == [
+        ("0", "He was born in", "Bonn"),
+        ("1", "He died in", "Bonn"),
+    ]
+    assert [bytes(q.tokens[1]) for q in calls[0]] == [b"Bonn"] * 2
+    assert bytes(calls[0][1].tokens[0]) == b"He died in "
 
 
 def test_what_a_draw_must_hold_needs_a_draw(tmp_path):

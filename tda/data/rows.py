@@ -1,0 +1,193 @@
+"""Reads queries and passages as users have them: tuples, texts, or rows with named fields.
+
+A row with names (a dict, a row of `datasets`, of pandas, a named tuple) is read by its names, never
+by the order of its fields. What is not one of the documented forms is refused.
+"""
+
+import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from tda.data.corpora import CorpusError, Document, document_of
+from tda.data.jsonl import half_character
+
+_QUERY_FORMS = (
+    "give (prompt, target), (id, prompt, target), or a dict with the keys 'prompt' and 'target' "
+    "(and 'id')"
+)
+_PASSAGE_FORMS = "give a text, (id, text), a Document, or a dict with the text in a field"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Query:
+    """A prompt and the continuation whose passages are looked for.
+
+    Attributes:
+        id: the query's name.
+        prompt, target: the texts.
+        tokens: the token ids of prompt and target, if these are known (a continuation that the
+            model itself produced); the texts are then only shown.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+def parse_queries(queries: Iterable) -> list[Query]:
+    """Returns the queries; one without an id is named by its number, from 0.
+
+    Args:
+        queries: an iterable of (prompt, target), (id, prompt, target), `Query`, or rows with the
+            fields "prompt" and "target", and "id" if they have names; other fields are ignored.
+
+    Raises:
+        ValueError: a row is none of these, a text is not a string, or two queries have one id; the
+            message says which row it is and what was given.
+    """
+    _check_container(queries, "queries", _QUERY_FORMS)
+    parsed = [_query(i, row) for i, row in enumerate(queries)]
+    if not parsed:
+        raise ValueError("there are no queries")
+    numbers_by_id: dict[str, int] = {}
+    for i, query in enumerate(parsed):
+        if (before := numbers_by_id.setdefault(query.id, i)) != i:
+            raise ValueError(
+                f"queries {before} and {i} both have the id {query.id!r}; give them different ids"
+            )
+    return parsed
+
+
+def parse_passages(
+    passages: Iterable, text_field: str = "text", id_field: str | None = None
+) -> Iterator[Document]:
+    """Yields the documents of an iterable; one without an id is named by its number, from 0.
+
+    Args:
+        passages: an iterable of texts, of (id, text), of `Document`, or of rows with named fields.
+        text_field, id_field: the names of a row's fields, as in `tda.data.corpora.Corpus`.
+
+    Raises:
+        CorpusError: a row is none of these, or its text is not a string; the message says which
+            row it is and what was given.
+    """
+    _check_container(passages, "passages", _PASSAGE_FORMS, CorpusError)
+    for i, row in enumerate(passages):
+        yield _passage(i, row, text_field, id_field)
+
+
+def _query(i: int, row: Any) -> Query:
+    if isinstance(row, Query):
+        return row
+    fields = _as_mapping(row)
+    if fields is not None:
+        missing = [k for k in ("prompt", "target") if k not in fields]
+        if missing:
+            raise ValueError(
+                f"query {i} has no field {missing[0]!r}; its fields are "
+                f"{', '.join(map(str, fields)) or 'none'}; {_QUERY_FORMS}"
+            )
+        values = fields.get("id"), fields["prompt"], fields["target"]
+    else:
+        texts = _as_tuple(row)
+        if texts is None or len(texts) not in (2, 3):
+            raise ValueError(f"query {i} is {_shown(row)}; {_QUERY_FORMS}")
+        values = (None, *texts) if len(texts) == 2 else texts
+        if len(texts) == 3 and texts[0] is None:
+            raise ValueError(f"query {i} has the id None; give a name, or (prompt, target)")
+    name, prompt, target = values
+    for field, text in (("prompt", prompt), ("target", target)):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"query {i}: the {field} is {_shown(text)}, not a string; give its text"
+            )
+    return Query(str(i) if name is None else _name(name, f"query {i}", ValueError), prompt, target)
+
+
+def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Document:
+    if isinstance(row, Document):
+        return row
+    if isinstance(row, str):
+        return Document(str(i), row)
+    place = f"passage {i}"
+    fields = _as_mapping(row)
+    if fields is not None:
+        document = document_of(fields, place, text_field, id_field)
+        return dataclasses.replace(document, id=str(i)) if document.id == place else document
+    pair = _as_tuple(row)
+    if pair is None or len(pair) != 2 or not isinstance(pair[1], str):
+        raise CorpusError(f"{place} is {_shown(row)}; {_PASSAGE_FORMS}")
+    return Document(_name(pair[0], place, CorpusError), pair[1])
+
+
+def _check_container(rows: Any, label: str, forms: str, error: type[ValueError] = ValueError):
+    """Checks that `rows` is an iterable of rows, and not a row or a container without order."""
+    if isinstance(rows, str | bytes | os.PathLike):
+        raise error(f"{label} is {_shown(rows)}, not a list; {forms} for each")
+    if isinstance(rows, Mapping):
+        raise error(
+            f"{label} is a {type(rows).__name__} with the keys {_keys(rows)}, not a list of rows; "
+            "give list(x.items()) of a dict of texts by id, [x] of a single row, x['train'] of a "
+            "DatasetDict"
+        )
+    if isinstance(rows, Set):
+        raise error(f"{label} is a {type(rows).__name__}, which has no order; give a list")
+    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):
+        raise error(
+            f"{label} is a {type(rows).__name__}, whose iteration gives the names of its columns; "
+            "give its rows: x.to_dict('records')"
+        )
+    if not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
+        raise error(f"{label} is {_shown(rows)}, not an iterable; {forms} for each")
+
+
+def _as_mapping(row: Any) -> Mapping | None:
+    """Returns the fields of a row with names; None if it has none."""
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, tuple) and hasattr(row, "_asdict"):
+        return row._asdict()
+    if isinstance(row, np.void) and row.dtype.names:
+        return dict(zip(row.dtype.names, row.tolist(), strict=True))
+    # A row of pandas (a Series): an index of names, and values.
+    if hasattr(row, "to_dict") and hasattr(row, "index"):
+        return row.to_dict()
+    return None
+
+
+def _as_tuple(row: Any) -> tuple | None:
+    if isinstance(row, np.ndarray):
+        return tuple(row.tolist()) if row.ndim == 1 else None
+    return tuple(row) if isinstance(row, tuple | list) else None
+
+
+def _name(name: Any, place: str, error: type[ValueError]) -> str:
+    if isinstance(name, str):
+        if half := half_character(name):
+            raise error(f"{place}: the id has {half}")
+        return name
+    if isinstance(name, numbers.Integral) and not isinstance(name, bool):
+        return str(int(name))
+    raise error(f"{place} has the id {_shown(name)}; give a string or a whole number")
+
+
+def _keys(rows: Mapping) -> str:
+    names = [repr(k) for _, k in zip(range(5), rows, strict=False)]
+    return ", ".join(names) + (", …" if len(rows) > 5 else "")
+
+
+def _shown(value: Any) -> str:
+    """Returns a value and its type, short enough for a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN (a missing value)"
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:79]}…"
+    return f"{text} ({type(value).__name__})"

@@ -1,0 +1,161 @@
+"""Rows are read by the names of their fields, and what is not documented is refused."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tda.data.corpora import CorpusError, Document
+from tda.data.rows import Query, parse_passages, parse_queries
+
+Named = collections.namedtuple("Named", "target prompt id")
+
+
+class Series:
+    """A row of pandas, as far as it is read here."""
+
+    def __init__(self, **fields):
+        self._fields, self.index = fields, list(fields)
+
+    def to_dict(self):
+        return dict(self._fields)
+
+    def __iter__(self):
+        return iter(self._fields.values())
+
+    def __len__(self):
+        return len(self._fields)
+
+
+class Frame(Series):
+    """A pandas data frame, whose iteration gives names of columns."""
+
+    columns = ("prompt", "target")
+
+
+RECORD = np.array([("q", "a", "b")], [("id", "U9"), ("prompt", "U9"), ("target", "U9")])[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "query"),
+    [
+        (("a", "b"), Query("0", "a", "b")),
+        (["a", "b"], Query("0", "a", "b")),
+        (("q", "a", "b"), Query("q", "a", "b")),
+        ((7, "a", "b"), Query("7", "a", "b")),
+        (np.array(["a", "b"]), Query("0", "a", "b")),
+        ({"prompt": "a", "target": "b"}, Query("0", "a", "b")),
+        ({"target": "b", "source": "web", "prompt": "a", "id": 3}, Query("3", "a", "b")),
+        (Named("b", "a", "q"), Query("q", "a", "b")),
+        (Series(target="b", prompt="a"), Query("0", "a", "b")),
+        (RECORD, Query("q", "a", "b")),
+        (Query("q", "a", "b"), Query("q", "a", "b")),
+    ],
+)
+def test_a_query_in_every_form(row, query):
+    assert parse_queries([row]) == [query]
+
+
+@dataclasses.dataclass
+class Unknown:
+    prompt: str = "a"
+    target: str = "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("ab", r"query 0 is 'ab' \(str\); give \(prompt, target\)"),
+        (b"ab", r"query 0 is b'ab' \(bytes\)"),
+        ({"a", "b"}, r"query 0 is \{.*\(set\)"),
+        ((x for x in "ab"), r"query 0 is <generator .*\(generator\)"),
+        (("a",), r"query 0 is \('a',\)"),
+        (("a", "b", "c", "d"), "query 0 is"),
+        (np.zeros((2, 2)), "query 0 is"),
+        (Unknown(), r"query 0 is Unknown\("),
+        (None, "query 0 is None"),
+        (5, r"query 0 is 5 \(int\)"),
+        (("a", 4), r"query 0: the target is 4 \(int\), not a string"),
+        (("a", None), "query 0: the target is None, not a string"),
+        ((float("nan"), "b"), r"query 0: the prompt is NaN \(a missing value\), not a string"),
+        (("a", b"b"), r"query 0: the target is b'b' \(bytes\), not a string"),
+        (("a", ["b"]), "query 0: the target is "),
+        ((None, "a", "b"), "query 0 has the id None"),
+        ((1.5, "a", "b"), r"query 0 has the id 1.5 \(float\)"),
+        (("\ud83d", "a", "b"), "query 0: the id has half a character"),
+        ({"question": "a", "answer": "b"}, "query 0 has no field 'prompt'; its fields are ques"),
+        ({"prompt": "a"}, "query 0 has no field 'target'"),
+    ],
+)
+def test_another_form_of_query_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        parse_queries([row])
+
+
+CONTAINERS = [
+    ("ab", r"is 'ab' \(str\), not a list"),
+    (b"ab", "is b'ab'.*not a list"),
+    ({"x": "a", "y": "b"}, r"is a dict with the keys 'x', 'y', not a list of rows; give list\("),
+    ({"a", "b"}, "is a set, which has no order; give a list"),
+    (Frame(prompt=[], target=[]), r"is a Frame.*give its rows: x.to_dict\('records'\)"),
+    (None, "is None, not an iterable"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), CONTAINERS)
+def test_containers_that_are_no_lists_of_rows_are_refused(rows, message):
+    with pytest.raises(ValueError, match=f"queries {message}"):
+        parse_queries(rows)
+    with pytest.raises(CorpusError, match=f"passages {message}"):
+        list(parse_passages(rows))
+
+
+def test_queries_of_one_id_are_refused():
+    with pytest.raises(ValueError, match="queries 0 and 2 both have the id 'q'; give them diff"):
+        parse_queries([("q", "a", "b"), ("a", "b"), ("q", "c", "d")])
+    with pytest.raises(ValueError, match="queries 0 and 1 both have the id '1'"):
+        parse_queries([(1, "a", "b"), ("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("row", "document"),
+    [
+        ("a", Document("0", "a")),
+        (("x", "a"), Document("x", "a")),
+        ([4, "a"], Document("4", "a")),
+        (Document("x", "a"), Document("x", "a")),
+        ({"id": "x", "text": "a"}, Document("x", "a")),
+        ({"text": "a", "id": "x"}, Document("x", "a")),
+        ({"text": "a", "url": "u"}, Document("0", "a")),
+        ({"text": None, "id": "x"}, Document("x", "")),
+        ({"text": float("nan"), "id": float("nan")}, Document("0", "")),
+        (Series(text="a", id="x"), Document("x", "a")),
+    ],
+)
+def test_a_passage_in_every_form(row, document):
+    assert list(parse_passages([row])) == [document]
+
+
+def test_fields_of_passages_have_names():
+    rows = [{"body": "a", "uid": "x", "text": "no"}]
+    assert list(parse_passages(rows, "body", "uid")) == [Document("x", "a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b"ab", r"passage 0 is b'ab' \(bytes\); give a text"),
+        ({"a", "b"}, "passage 0 is "),
+        (("x", "y", "a"), "passage 0 is "),
+        (("x", None), r"passage 0 is \('x', None\)"),
+        (None, "passage 0 is None"),
+        (float("nan"), "passage 0 is NaN"),
+        ({"body": "a"}, "passage 0: there is no field 'text'; the fields are body"),
+        ({"text": 5}, "passage 0: 'text' is int, not a text"),
+        ({"text": "a", "id": ["x"]}, "passage 0: the id in 'id' is "),
+    ],
+)
+def test_another_form_of_passage_is_refused(row, message):
+    with pytest.raises(CorpusError, match=message):
+        list(parse_passages([row]))
