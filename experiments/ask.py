@@ -5,9 +5,13 @@
 
 `--model` is a Hugging Face directory, a .gguf file, or an installed package that holds one. Without
 `--target` the target is what the model itself says next. A killed run continues where it stopped.
+Answers to other questions in the same workdir stay beside the new ones, and
+`python -m experiments.view --workdir=runs/ask` shows them all.
 """
 
 import dataclasses
+import filecmp
+import itertools
 import pathlib
 
 from absl import flags
@@ -70,7 +74,7 @@ def run(directory: pathlib.Path) -> None:
         k=TOP_K.value,
     )
     print("\n" + answers.show(passages=TOP_K.value))
-    print(f"\nfile: {directory}/results.jsonl")
+    print(f"\nfile: {save(answers, directory)}")
 
 
 def ask(
@@ -82,7 +86,7 @@ def ask(
     directory: pathlib.Path,
     **arguments,
 ) -> TraceResult:
-    """Traces every prompt; writes and returns the answers."""
+    """Traces every prompt and returns the answers."""
     if targets and len(targets) != len(prompts):
         raise ValueError(
             f"--target is given {len(targets)} times, --prompt {len(prompts)} times; give one for "
@@ -96,8 +100,19 @@ def ask(
     answers = api.trace(
         model, passages, queries, tokenizer=tokenizer, directory=directory / "store", **arguments
     )
-    answers.save(directory / "results.jsonl")
     return answers
+
+
+def save(answers: TraceResult, directory: pathlib.Path) -> pathlib.Path:
+    """Writes answers as results.jsonl, or results-2.jsonl, … beside others; returns the path."""
+    part = directory / "results.new"
+    answers.save(part)
+    for number in itertools.count(1):
+        path = directory / ("results.jsonl" if number == 1 else f"results-{number}.jsonl")
+        # The same question asked again has the same answers, and needs no other file.
+        if not path.exists() or filecmp.cmp(part, path, shallow=False):
+            break
+    return part.replace(path)
 
 
 if __name__ == "__main__":

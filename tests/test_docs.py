@@ -176,6 +176,6 @@ def test_commands_run(world, page):
             assert "the model says: The capital of France is →" in ended.stdout
             again = run_command(f"{command} --target=Paris", world)
             assert again.returncode == 0 and "→ Paris" in again.stdout, again.stderr
-            (record,) = results.read(world / "runs/ask/results.jsonl")
+            (record,) = results.read(world / "runs/ask/results-2.jsonl")
             assert record["targets_plaintext"] == "Paris"
             assert len(record["proponents"]) == 8

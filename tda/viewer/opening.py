@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import tempfile
 
 import uvicorn
@@ -34,11 +35,11 @@ def collect(workdir: str | None, results: list[str], notes: str | None, folder: 
         if notes is None:
             notes = str(pathlib.Path(workdir) / "notes.jsonl")
         if not sources:
-            sources = [("", str(p)) for p in _results_of(workdir)]
+            sources = [("", str(p)) for p in (*_results_of(workdir), *_answers_of(workdir))]
             if not sources:
                 raise ValueError(
-                    f"{workdir}/results has no .jsonl file: finish the run "
-                    f"({of_main('trace')}), or name files with --results"
+                    f"{workdir} holds no results: finish its run ({of_main('trace')}), ask a "
+                    f"question ({of_main('ask')}), or name files with --results"
                 )
     if not sources:
         raise ValueError("nothing to show: give --workdir=DIR or --results=FILE,FILE")
@@ -79,6 +80,16 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
         )
     shown = {p.stem: p for p in files}
     return [shown[name] for name in measured if name in shown]
+
+
+def _answers_of(workdir: str) -> list[pathlib.Path]:
+    """Returns what `experiments.ask` wrote: results.jsonl, results-2.jsonl, …, in this order."""
+    numbered = {
+        int(match[1] or 1): path
+        for path in pathlib.Path(workdir).glob("results*.jsonl")
+        if (match := re.fullmatch(r"results(?:-(\d+))?\.jsonl", path.name))
+    }
+    return [path for _, path in sorted(numbered.items())]
 
 
 def _fetched(url: str, folder: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import urllib.request
 
 import pytest
 
+from experiments import ask
 from tda import results
+from tda.answers import Answer, RankedPassage, TraceResult
 from tda.viewer import opening
 from tests.viewer.big_file import records
 
@@ -36,7 +39,7 @@ def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, 
     found = opening.collect(str(workdir), [], None, str(tmp_path))
     assert [f.label for f in found.files] == ["trackstar"]
     told = capsys.readouterr().out
-    assert "of an earlier evaluation" in told and "bm25.jsonl, mine.jsonl" in told
+    assert "from an earlier evaluation" in told and "bm25.jsonl, mine.jsonl" in told
     assert "--results" in told and (workdir / "results" / "bm25.jsonl").exists()
     names = [str(workdir / "results" / f"{n}.jsonl") for n in ("bm25", "trackstar")]
     found = opening.collect(str(workdir), names, None, str(tmp_path))
@@ -45,6 +48,28 @@ def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, 
     (workdir / "metrics.json").unlink()
     with pytest.raises(ValueError, match="no metrics.json.*run the same command again.*--results"):
         opening.collect(str(workdir), [], None, str(tmp_path))
+
+
+def test_answers_to_several_questions_stay_and_are_all_shown(tmp_path):
+    def answers(prompt):
+        passage = RankedPassage("p", 0.5, "text")
+        return TraceResult("TrackStar", [Answer("0", prompt, "t", (passage,), ())])
+
+    paths = [ask.save(answers(q), tmp_path) for q in ("one", "two", "one", "three", "two")]
+    names = ["results.jsonl", "results-2.jsonl", "results-3.jsonl"]
+    assert [p.name for p in paths] == [names[i] for i in (0, 1, 0, 2, 1)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    # A tenth question comes after the ninth.
+    shutil.copyfile(tmp_path / "results-3.jsonl", tmp_path / "results-10.jsonl")
+    (tmp_path / "results-old.jsonl").write_text("another program's")
+    found = opening.collect(str(tmp_path), [], None, str(tmp_path))
+    assert [f.label for f in found.files] == ["results", "results_2", "results_3", "results_10"]
+    assert [f.record(0)["inputs_plaintext"] for f in found.files] == [
+        "one",
+        "two",
+        "three",
+        "three",
+    ]
 
 
 def test_named_files_take_their_place(workdir, tmp_path):
@@ -73,7 +98,7 @@ def test_refusals(workdir, tmp_path):
     for arguments, why in (
         ((None, [], None), "give --workdir=DIR or --results"),
         ((str(tmp_path / "absent"), [], None), "is no directory"),
-        ((str(tmp_path), [], None), "has no .jsonl file: finish the run"),
+        ((str(tmp_path), [], None), "holds no results: finish its run .* ask a"),
     ):
         with pytest.raises(ValueError, match=why):
             opening.collect(*arguments, str(tmp_path))
