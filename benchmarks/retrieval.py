@@ -9,8 +9,9 @@
    measured is a corpus larger than the memory. A part is short, since shared machines change their
    speed within seconds.
 2. Peak memory of a process that searches all rows, over that of one that searches a tenth.
-3. Rows in memory, float32: an `exact.Held` in turns with FAISS's flat inner product and NumPy's
-   product and partition, each for proponents alone and for both. What they find is compared.
+3. Rows in memory, float32: an `ExactSearch` that holds them, in turns with FAISS's flat inner
+   product and NumPy's product and partition, each for proponents alone and for both. What they find
+   is compared.
 """
 
 import functools
@@ -193,7 +194,7 @@ def in_memory(rows: int, width: int, count: int) -> dict:
     queries = queries_of(count, width)
     index = faiss.IndexFlatIP(width)
     index.add(passages)
-    held = exact.Held(InMemory(passages, [slice(0, width)]))
+    held = exact.ExactSearch(InMemory(passages, [slice(0, width)]), hold=True)
     dot = {"dot": Scorer(None, False)}
 
     def with_numpy(both: bool = False):
@@ -201,11 +202,11 @@ def in_memory(rows: int, width: int, count: int) -> dict:
         found = _top(scores)
         return (found, _top(-scores)) if both else found
 
-    ours = functools.partial(exact.search, queries, held, dot, K, opponents=False)
+    ours = functools.partial(held.rank, queries, dot, K, opponents=False)
     both = np.concatenate([queries, -queries])
     sides = {
         "ours": ours,
-        "ours, both": functools.partial(exact.search, queries, held, dot, K),
+        "ours, both": functools.partial(held.rank, queries, dot, K),
         "faiss": lambda: index.search(queries, K),
         "faiss, both": lambda: index.search(both, K),
         "numpy": with_numpy,

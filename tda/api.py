@@ -186,9 +186,8 @@ def _rank(
     )
     (part,) = whitening.parts({"": method})
     with progress.bar(source.rows, "search", "passage", quiet=settings.quiet) as bar:
-        ranked = exact.search(
-            queries_QxE, source, part.scorers, k, mesh=settings.mesh, on_rows=bar.update
-        )[""]
+        search = exact.ExactSearch(source, settings.mesh, bar.update)
+        ranked = search.rank(queries_QxE, part.scorers, k)[""]
 
     def passages(rows: np.ndarray, scores: np.ndarray) -> tuple[RankedPassage, ...]:
         return tuple(

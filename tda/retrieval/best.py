@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Queries that are merged at a time. Late in a scan few queries have a new row among their best.
+# Queries that are merged at a time. Late in a scan few queries have a new row among their best, so
+# a larger group would mostly sort rows that stay.
 _MERGED = 16
 
 
@@ -17,9 +18,9 @@ def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
     few are read again.
 
     Args:
-        best: scores, float32 [Q, k], falling, and their rows, int32 [Q, k].
+        best: the k largest scores so far, float32 [Q, k], falling, and their rows, int32 [Q, k].
         scores_RxQ: scores of the new rows.
-        valid_R: which rows count.
+        valid_R: which of the new rows are valid; the others are left out.
         first: number of the first new row, above all rows so far.
         sign: −1 keeps the smallest instead, as negated scores.
     """
@@ -34,12 +35,12 @@ def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
         (scores_Qxk, rows_Qxk), news_Q = carry
         q = jnp.nonzero(news_Q, size=size, fill_value=count)[0]
         _, groups = jax.lax.top_k(maxima_GxQ.T.at[q].get(mode="clip"), min(k, length // group))
-        # In the order of rows: `top_k` takes the first of equal scores.
+        # Groups in the order of their rows, since `top_k` takes the first of equal scores.
         groups = jnp.sort(groups, axis=1)
         new = sign * scores_GxNxQ.at[groups, :, q[:, None]].get(mode="clip")
         new = jnp.where(valid_GxN[groups], new, -jnp.inf).reshape(size, -1)
         places = groups[:, :, None] * group + jnp.arange(group, dtype=groups.dtype)
-        # Scores so far stand in front, since their rows are lower.
+        # For the same reason scores so far stand in front: their rows are lower.
         new = jnp.concatenate([scores_Qxk.at[q].get(mode="clip"), new], axis=1)
         rows = rows_Qxk.at[q].get(mode="clip")
         rows = jnp.concatenate([rows, first + places.reshape(size, -1)], 1)
@@ -53,6 +54,7 @@ def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
 
 
 def _group_rows(length: int, k: int) -> int:
-    """Returns the rows that share a maximum, about √(length / k): the fewest numbers to read."""
+    """Returns how many rows share a maximum, a power of two."""
+    # length / g maxima and then k groups of g rows are read: fewest at g = √(length / k).
     group = 1 << max(0, round(math.log2(length / k) / 2))
     return group if length % group == 0 else 1

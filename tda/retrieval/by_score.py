@@ -17,7 +17,7 @@ def rank(
     """Ranks the k best passages of each query; opponents mean nothing here and are left out.
 
     Args:
-        scores: scores of each query in turn, [C]; minus infinity is never retrieved.
+        scores: scores of each query in turn, [C]; a score of minus infinity is never retrieved.
         count: Q, the number of queries.
         k: number of proponents to keep.
         correct: for each set of labels, the correct rows of each query.
@@ -43,7 +43,7 @@ def rank(
 
 
 def random_scores(passages: int, *seeds: int) -> np.ndarray:
-    """Draws scores in [0, 1), float64 [C], a function of the seeds."""
+    """Draws scores in [0, 1), float64 [C], which the seeds determine."""
     return np.random.default_rng(seeds).random(passages)
 
 

@@ -28,19 +28,19 @@ class CorrectRows:
         self._most = int((ends - np.arange(len(ends))).max(initial=1))
 
     def among(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the pairs of some rows, as places in `rows` and queries.
+        """Returns the pairs whose row is among `rows`, as places in `rows` and queries.
 
         Args:
-            rows: rising rows; between the first and the last, no row of a pair is left out.
+            rows: rising rows, with every correct row between the first and the last.
         """
         pairs = slice(*np.searchsorted(self.rows, [rows[0], rows[-1] + 1]))
         return np.searchsorted(rows, self.rows[pairs]), self.queries[pairs]
 
     def within(self, first: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns queries and local rows, int32 [devices, N], of the pairs of each device's rows.
+        """Returns the pairs of each device's rows: queries and local rows, int32 [devices, N].
 
         N is the same for all `first`, so that one compiled program takes them; unused places hold
-        a number that is out of bounds.
+        a number that is out of bounds, which scatters drop.
         """
         bounds = np.searchsorted(self.rows, first + self._device_rows * np.arange(devices + 1))
         queries = np.full((devices, self._most), np.iinfo(np.int32).max, np.int32)

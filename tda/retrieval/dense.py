@@ -18,7 +18,7 @@ class DenseError(ValueError):
 def check(model: str) -> None:
     """Checks that `sentence-transformers` is installed and the model exists.
 
-    A model that is not a directory is loaded, and so downloaded if need be, before hours of work.
+    A model that is not a directory is loaded, and downloaded if needed, before hours of work.
 
     Raises:
         DenseError: the library or the model is missing.

@@ -57,75 +57,125 @@ def step_rows(width: int, devices: int = 1, touched: bool = True) -> int:
     return (1 << (rows.bit_length() - 1)) * devices
 
 
+class ExactSearch:
+    """Exact search over one source of passages' gradients.
+
+    Args:
+        source: projected gradients of the passages; invalid rows are never retrieved.
+        mesh: the devices that rows are split over; None is the default device.
+        on_rows: a function that is called with the number of rows of each step once it has begun.
+        hold: whether the rows stay on the devices, which must have the memory, so that later
+            searches read and copy nothing. Rows that are withdrawn after the first search take
+            effect in a new `ExactSearch`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        mesh: jax.sharding.Mesh | None = None,
+        on_rows: Callable[[int], None] = lambda rows: None,
+        hold: bool = False,
+    ):
+        self._source, self._mesh, self._on_rows, self._hold = source, mesh, on_rows, hold
+        self._devices = 1 if mesh is None else sharding.batch_devices(mesh)
+        self._held_step, self._held = 0, []
+
+    def rank(
+        self,
+        gradients_QxE: np.ndarray,
+        scorers: dict[str, Scorer],
+        k: int = 10,
+        correct: dict[str, list[np.ndarray]] | None = None,
+        opponents: bool = True,
+    ) -> dict[str, Ranked]:
+        """Scores every passage for every query and keeps the k best and the k worst.
+
+        Among equal scores the lower row comes first.
+
+        Args:
+            gradients_QxE: projected gradients of the queries, float32.
+            scorers: the methods, by name.
+            k: number of proponents and opponents to keep.
+            correct: for each set of labels, the correct rows of each query, whose first rank is
+                counted.
+            opponents: whether to keep the k worst too.
+
+        Returns:
+            The ranking of each method, by its name.
+
+        Raises:
+            ValueError: there are no queries, the gradient of one is not finite, or the source has
+                more rows than int32 can number.
+        """
+        source, devices = self._source, self._devices
+        if not len(gradients_QxE):
+            raise ValueError("there are no queries to search for")
+        bad = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
+        if len(bad):
+            raise ValueError(f"the gradient of query {bad[0]} (from 0) is not finite; leave it out")
+        if source.rows > np.iinfo(np.int32).max:
+            raise ValueError(f"one search cannot number {source.rows} rows; search in parts")
+        widths, methods = source.form.widths, list(scorers.values())
+        touched = source.form.dtype != "float32" or any(m.roots is not None for m in methods)
+        step = step_rows(source.form.width, devices, touched)
+        k, correct = min(k, source.rows), correct or {}
+        groups = group_scorers(gradients_QxE, methods, widths)
+        pairs = {label: CorrectRows(lists, step // devices) for label, lists in correct.items()}
+        # Ranks need the best correct score of each query before the scan: they are counts of rows
+        # at or above it.
+        thresholds = _best_correct_scores(groups, methods, source, pairs, step)
+        counts = k, k if opponents else 0
+        rankings = [_empty_ranking(len(gradients_QxE), counts, devices, correct) for _ in methods]
+        scan = _Scan(groups, thresholds, widths, tuple(m.unit_norm for m in methods))
+        if self._mesh is not None:
+            scan = jax.tree.map(functools.partial(sharding.replicate, self._mesh), scan)
+        rankings = _split_over(self._mesh, rankings)
+        valid_count = 0
+        for first, valid, rows in self._steps(step):
+            valid_count += int(valid.sum())
+            labels = {label: p.within(first, devices) for label, p in pairs.items()}
+            rankings = _advance(rankings, rows, _split_over(self._mesh, labels), scan)
+            self._on_rows(len(valid))
+        limits = {label: np.asarray(t) for label, t in thresholds.items()}
+        return {
+            name: _finish(ranking, k, valid_count, {label: t[i] for label, t in limits.items()})
+            for i, (name, ranking) in enumerate(zip(scorers, rankings, strict=True))
+        }
+
+    def _steps(self, step: int) -> Iterator[tuple[int, np.ndarray, "_DeviceRows"]]:
+        """Yields the first row of every step, which rows are valid, and the rows on the devices."""
+        if not self._hold:
+            yield from map(functools.partial(self._place, step), self._source.scan(step))
+            return
+        if step != self._held_step:
+            rows = scan_full_steps(self._source, step)
+            self._held_step, self._held = step, [self._place(step, r) for r in rows]
+        yield from self._held
+
+    def _place(self, step: int, rows: Rows) -> tuple[int, np.ndarray, "_DeviceRows"]:
+        padded, devices = pad_rows(rows, step), self._devices
+
+        def split(array):
+            return None if array is None else array.reshape(devices, -1, *array.shape[1:])
+
+        on_devices = _DeviceRows(
+            split(padded.values),
+            split(padded.scales),
+            split(padded.valid),
+            (rows.first + step // devices * np.arange(devices)).astype(np.int32),
+        )
+        return rows.first, rows.valid, _split_over(self._mesh, on_devices)
+
+
 def search(
     gradients_QxE: np.ndarray,
     source: Source,
     scorers: dict[str, Scorer],
     k: int = 10,
     correct: dict[str, list[np.ndarray]] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    on_rows: Callable[[int], None] = lambda rows: None,
-    opponents: bool = True,
 ) -> dict[str, Ranked]:
-    """Scores every passage for every query and keeps the k best and the k worst.
-
-    Among equal scores the lower row comes first.
-
-    Args:
-        gradients_QxE: projected gradients of the queries, float32.
-        source: projected gradients of the passages; invalid rows are never retrieved.
-        scorers: the methods, by name.
-        k: number of proponents and opponents to keep.
-        correct: for each set of labels, the correct rows of each query, whose first rank is
-            counted.
-        mesh: the devices that rows are split over; None is the default device.
-        on_rows: a function that is called with the number of rows of each step once it has begun.
-        opponents: whether to keep the k worst too.
-
-    Returns:
-        The ranking of each method, by its name.
-
-    Raises:
-        ValueError: there are no queries, the gradient of one is not finite, or the source has more
-            rows than int32 can number.
-    """
-    if not len(gradients_QxE):
-        raise ValueError("there are no queries to search for")
-    bad = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
-    if len(bad):
-        raise ValueError(f"the gradient of query {bad[0]} (from 0) is not finite; leave it out")
-    if source.rows > np.iinfo(np.int32).max:
-        raise ValueError(f"{source.rows} rows are more than one search can number; search in parts")
-    devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    widths, methods = source.form.widths, list(scorers.values())
-    touched = source.form.dtype != "float32" or any(m.roots is not None for m in methods)
-    step = step_rows(source.form.width, devices, touched)
-    k, correct = min(k, source.rows), correct or {}
-    groups = group_scorers(gradients_QxE, methods, widths)
-    pairs = {label: CorrectRows(lists, step // devices) for label, lists in correct.items()}
-    # Ranks need the best correct score of each query before the scan: they are counts of rows at
-    # or above it.
-    thresholds = _best_correct_scores(groups, methods, source, pairs, step)
-    counts = k, k if opponents else 0
-    rankings = [_empty_ranking(len(gradients_QxE), counts, devices, correct) for _ in methods]
-    if mesh is not None:
-        replicate = functools.partial(sharding.replicate, mesh)
-        groups, thresholds = jax.tree.map(replicate, (groups, thresholds))
-    rankings = _split_over(mesh, rankings)
-    norms = tuple(s.unit_norm for s in methods)
-    valid_count = 0
-    for chunk in source.scan(step):
-        placed = chunk if isinstance(chunk, Placed) else place(chunk, step, mesh)
-        valid_count += placed.valid_count
-        labels = {label: p.within(placed.first, devices) for label, p in pairs.items()}
-        labels = _split_over(mesh, labels)
-        rankings = _advance(rankings, placed.rows, labels, groups, thresholds, widths, norms)
-        on_rows(len(placed))
-    limits = {label: np.asarray(t) for label, t in thresholds.items()}
-    return {
-        name: _finish(ranking, k, valid_count, {label: t[i] for label, t in limits.items()})
-        for i, (name, ranking) in enumerate(zip(scorers, rankings, strict=True))
-    }
+    """Ranks passages on the default device; arguments as for `ExactSearch`."""
+    return ExactSearch(source).rank(gradients_QxE, scorers, k, correct)
 
 
 @jax.tree_util.register_dataclass
@@ -146,65 +196,22 @@ class _DeviceRows:
     first: jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Placed:
-    """Rows of one step, on the devices that will score them.
+class _Scan:
+    """What stays the same from step to step of a scan.
 
     Attributes:
-        first: number of the first row.
-        count: number of rows; invalid ones fill the step behind them.
-        valid_count: number of valid rows.
-        rows: the arrays that `search` takes.
+        groups: the methods, by what they share.
+        thresholds: for each set of labels, float32 [methods, Q]: the best correct scores.
+        widths: the columns of each block.
+        norms: whether each method divides by norms.
     """
 
-    first: int
-    count: int
-    valid_count: int
-    rows: _DeviceRows
-
-    def __len__(self) -> int:
-        return self.count
-
-
-def place(chunk: Rows, step: int, mesh: jax.sharding.Mesh | None = None) -> Placed:
-    """Puts at most `step` rows on the devices of a mesh; None is the default device."""
-    devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    x = pad_rows(chunk, step)
-
-    def split(array):
-        return array.reshape(devices, -1, *array.shape[1:])
-
-    rows = _DeviceRows(
-        split(x.values),
-        None if x.scales is None else split(x.scales),
-        split(x.valid),
-        (chunk.first + step // devices * np.arange(devices)).astype(np.int32),
-    )
-    return Placed(chunk.first, len(chunk), int(chunk.valid.sum()), _split_over(mesh, rows))
-
-
-class Held:
-    """A source whose rows stay on the devices, so that each search reads and copies nothing.
-
-    What is withdrawn from the source after the first search takes effect in a new `Held`.
-
-    Args:
-        source: projected gradients, or encodings (`Mapped`), that fit in the devices' memory.
-        mesh: the devices that rows are split over, as in `search`.
-    """
-
-    def __init__(self, source: Source, mesh: jax.sharding.Mesh | None = None):
-        self.form, self.rows, self.read = source.form, source.rows, source.read
-        self._source, self._mesh = source, mesh
-        self._step, self._placed = 0, []
-
-    def scan(self, step: int) -> Iterator[Placed]:
-        """Yields all rows in order, `step` at a time; another step places all rows anew."""
-        if step != self._step:
-            self._placed = []
-            rows = scan_full_steps(self._source, step)
-            self._step, self._placed = step, [place(r, step, self._mesh) for r in rows]
-        yield from self._placed
+    groups: list[ScorerGroup]
+    thresholds: dict[str, jax.Array]
+    widths: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    norms: tuple[bool, ...] = dataclasses.field(metadata=dict(static=True))
 
 
 def _split_over(mesh, tree):
@@ -215,15 +222,13 @@ def _split_over(mesh, tree):
     return jax.tree.map(lambda x: sharding.put_leading(mesh, x), tree)
 
 
-@functools.partial(jax.jit, static_argnames=("widths", "norms"), donate_argnums=0)
-def _advance(rankings, rows: _DeviceRows, labels, groups, thresholds, widths, norms):
+@functools.partial(jax.jit, donate_argnums=0)
+def _advance(rankings, rows: _DeviceRows, labels, scan: _Scan):
     """Returns the rankings after some more rows.
 
     `labels` are the correct rows among them: for each set, (query, row), each int32 [D, N].
     """
-    advance = functools.partial(
-        _advance_on_device, groups=groups, thresholds=thresholds, widths=widths, norms=norms
-    )
+    advance = functools.partial(_advance_on_device, scan=scan)
     if len(rows.first) > 1:
         return jax.vmap(advance)(rankings, rows, labels)
     # Without vmap on one device: its batched products are slower on CPUs.
@@ -231,19 +236,19 @@ def _advance(rankings, rows: _DeviceRows, labels, groups, thresholds, widths, no
     return jax.tree.map(lambda x: x[None], advance(first(rankings), first(rows), first(labels)))
 
 
-def _advance_on_device(rankings, rows: _DeviceRows, labels, groups, thresholds, widths, norms):
+def _advance_on_device(rankings, rows: _DeviceRows, labels, scan: _Scan):
     """Advances the rankings on one device, without the axis of devices."""
     out = list(rankings)
     # Scores of invalid rows may be anything: they are masked below, and no other row's score
     # depends on them.
-    gradients_RxE = store.decode(rows.values, rows.scales, widths)
-    for group in groups:
-        scores = score(group, gradients_RxE, widths)
+    gradients_RxE = store.decode(rows.values, rows.scales, scan.widths)
+    for group in scan.groups:
+        scores = score(group, gradients_RxE, scan.widths)
         for i in group.methods:
-            scores_RxQ = scores[norms[i]]
+            scores_RxQ = scores[scan.norms[i]]
             above = {}
             for label, (query_N, row_N) in labels.items():
-                limit_Q = thresholds[label][i]
+                limit_Q = scan.thresholds[label][i]
                 high_RxQ = jnp.where(rows.valid[:, None], scores_RxQ, -jnp.inf) >= limit_Q
                 # Correct rows do not count: take each (row, query) pair out of its query's sum.
                 correct_N = high_RxQ.at[row_N, query_N].get(mode="fill", fill_value=False)
@@ -259,6 +264,7 @@ def _advance_on_device(rankings, rows: _DeviceRows, labels, groups, thresholds, 
 
 
 def _empty_ranking(queries: int, counts: tuple[int, int], devices: int, correct) -> _Ranking:
+    # Minus infinity in places that no row has taken yet: any score is above it.
     def empty(k: int):
         shape = (devices, queries, k)
         return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)

@@ -1,7 +1,7 @@
-"""Likeness of representations: the model's own hidden states of a text, averaged over its tokens.
+"""The model's own hidden states of a text, averaged over its tokens.
 
-A baseline of attribution papers (Pezeshkpour et al. 2021; Akyürek et al. 2022): passages whose
-representation is like the query's.
+Retrieving passages whose representation is similar to the query's is a baseline of attribution
+papers (Pezeshkpour et al. 2021; Akyürek et al. 2022).
 """
 
 import functools
@@ -23,9 +23,9 @@ class Pooler:
 
     Args:
         model: a decoder, with `residual_stream`.
-        layer: "last": after the last layer and the final norm, what logits are made of; "middle":
-            the residual stream after half of the layers.
-        without: ids of tokens that do not count in the mean: beginning, end, padding.
+        layer: "last": the state that logits are made of, after the last layer and the final norm;
+            "middle": the residual stream after half of the layers.
+        without: ids of tokens that the mean leaves out: beginning, end, padding.
 
     Raises:
         ValueError: no such layer, or the model does not give its hidden states.
@@ -36,8 +36,8 @@ class Pooler:
             raise ValueError(f"unknown layer {layer!r}; use {' or '.join(LAYERS)}")
         if not hasattr(model, "residual_stream"):
             raise ValueError(
-                f"{type(model).__name__} has no method residual_stream(tokens, layers); without it "
-                "its hidden states cannot be compared"
+                f"{type(model).__name__} has no method residual_stream(tokens, layers), which "
+                "gives the hidden states to compare; add it, or leave out methods of hidden states"
             )
         self.width = None
         self._most = getattr(model, "max_positions", 0) or np.iinfo(np.int64).max
@@ -67,10 +67,10 @@ class Pooler:
         layout: BatchLayout,
         on_rows=lambda rows: None,
     ) -> np.ndarray:
-        """Representations of some rows of a table, float32 [R, D] in the order of `rows`.
+        """Returns representations of some rows of a table, float32 [R, D], in their order.
 
-        Every token is read that the model has a position for, the last one too, which it only ever
-        predicts in training.
+        Every token that the model has a position for is read, even the last one, which the model
+        only predicts in training.
         """
         rows = np.asarray(rows, np.int64)
         # One position more than in training: the last token.

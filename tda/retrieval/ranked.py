@@ -13,14 +13,14 @@ class Ranked:
     """The best and the worst passages of each query.
 
     Attributes:
-        proponents: int64 [Q, K], rows with the largest scores, best first; −1, which is no
-            passage, at the end if a retriever returns fewer.
+        proponents: int64 [Q, K], rows with the largest scores, best first; if a retriever returns
+            fewer than K, −1, which is no passage, fills up the end.
         proponent_scores: float32 [Q, K].
         opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] if they
             were not searched for, or low scores mean nothing.
         opponent_scores: float32, like `opponents`.
-        first_ranks: for each set of labels, int64 [Q]: rank of the first correct passage in the
-            whole corpus, 0 if the query has none.
+        first_ranks: for each set of labels, int64 [Q]: rank, from 1, of the first correct passage
+            in the whole corpus; 0 if the query has none.
     """
 
     proponents: np.ndarray
@@ -48,10 +48,10 @@ def load(path) -> Ranked:
 
 
 def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
-    """Joins rankings of parts of the queries to one of all.
+    """Joins rankings of parts of the queries to one of all, in the order of their numbers.
 
     Args:
-        parts: query numbers and their ranking; every number below Q is in just one part.
+        parts: query numbers and their ranking; every number below Q is in exactly one part.
     """
     if len(parts) == 1:
         return parts[0][1]
@@ -70,7 +70,8 @@ def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
 def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
     """Returns the rank, from 1, of the best of the `correct` rows; 0 if there are none.
 
-    Among equal scores a correct passage comes last: a method that scores all alike gets nothing.
+    Among equal scores a correct passage comes last, so a method that gives all passages the same
+    score gains nothing.
     """
     if not len(correct):
         return 0
@@ -84,6 +85,6 @@ def top(scores_C: np.ndarray, k: int) -> np.ndarray:
     """Returns the k rows with the largest scores, best first; among equals the lower row first."""
     k = min(k, len(scores_C))
     chosen = np.argpartition(-scores_C, k - 1)[:k] if k < len(scores_C) else np.arange(k)
-    # The partition may split equals arbitrarily: take all that reach its worst, then order.
+    # The partition takes any of equal scores: take all that reach its worst one, then order them.
     reaching = np.flatnonzero(scores_C >= scores_C[chosen].min())
     return reaching[np.lexsort((reaching, -scores_C[reaching]))][:k]

@@ -21,8 +21,8 @@ class Scorer:
     Attributes:
         roots: W = R^(−1/2) by block, or None for the identity.
         unit_norm: whether N divides by the norm (a zero stays zero) or does nothing.
-        query_weights: β of each block if every query is scored with R − β g gᵀ in place of R, g its
-            own gradient, which takes the query's own part out of R_eval; else empty. Needs `roots`.
+        query_weights: β of each block, or empty. With it a query with gradient g is scored by
+            R − β g gᵀ in place of R, which takes the query's own part out of R_eval. Needs `roots`.
     """
 
     roots: list[np.ndarray] | None
@@ -93,7 +93,7 @@ def pad_rows(rows: Rows, step: int) -> Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScorerGroup:
-    """Methods with the same W and β, whose scores are one product apart from the norms.
+    """Methods with the same W and β: one product gives the scores of all, apart from norms.
 
     Attributes:
         queries_QxE: W g of the queries.
@@ -110,6 +110,7 @@ class ScorerGroup:
 
 def group_scorers(gradients_QxE, scorers: list[Scorer], widths) -> list[ScorerGroup]:
     """Groups scorers that share W and β, and whitens the queries once for each group."""
+    # By identity: methods that share R hold the same list of roots, and comparing them is slow.
     numbers: dict[tuple, list[int]] = {}
     for i, scorer in enumerate(scorers):
         numbers.setdefault((id(scorer.roots), scorer.query_weights), []).append(i)
@@ -124,7 +125,7 @@ def group_scorers(gradients_QxE, scorers: list[Scorer], widths) -> list[ScorerGr
 
 
 def score(group: ScorerGroup, gradients_RxE, widths) -> dict[bool, jax.Array]:
-    """Returns scores without and with unit norm, by that flag: float32 [R, Q].
+    """Returns scores by whether they have unit norm, each float32 [R, Q].
 
     Within a compiled program, scores that nothing uses are not computed.
     """

@@ -1,7 +1,7 @@
 """Sources of projected gradients: arrays, rows changed on the way, and sources side by side.
 
 A sum of scores over checkpoints, Σ_c ⟨a_c, b_c⟩, is the inner product of rows put side by side. So
-one search takes the sources of several checkpoints joined, blocks and R^(−1/2) included.
+one search over joined sources serves several checkpoints, each with its own blocks and R^(−1/2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,8 +59,8 @@ class Mapped:
     Args:
         source: the original rows.
         change: a function of gradients, finite float32 [R, E], and their row numbers, int64 [R],
-            that returns float32 [R, E]. It must treat every row by itself, since scans and reads
-            pass rows in different groups.
+            that returns float32 [R, E]. It must treat every row independently, since scans and
+            reads pass rows in different groups.
     """
 
     def __init__(self, source: Source, change: Callable[[np.ndarray, np.ndarray], np.ndarray]):
@@ -91,7 +91,7 @@ class Mapped:
 
 
 class Joined:
-    """The rows of several sources side by side: [a_1 … a_n].
+    """The rows of several sources side by side, [a_1 … a_n], decoded.
 
     A row is valid if it is valid in all of them.
 
@@ -105,8 +105,7 @@ class Joined:
             raise ValueError(f"sources side by side need as many rows each, not {counts}")
         self._sources = list(sources)
         widths = tuple(w for s in sources for w in s.form.widths)
-        dtypes = {s.form.dtype for s in sources}
-        self.form = Form(dtypes.pop() if len(dtypes) == 1 else "float32", widths)
+        self.form = Form("float32", widths)
 
     @property
     def rows(self) -> int:
@@ -117,18 +116,10 @@ class Joined:
         """Yields all rows in order, at most `step` at a time."""
         scans = (scan_full_steps(s, step) for s in self._sources)
         for pieces in zip(*scans, strict=True):
-            first = pieces[0].first
             valid = np.logical_and.reduce([p.valid for p in pieces])
-            if self.form.dtype == "int8":
-                values = np.concatenate([p.values for p in pieces], axis=1)
-                scales = np.concatenate([p.scales for p in pieces], axis=1)
-                yield Rows(first, values, scales, valid)
-                continue
-            columns = [
-                p.values if s.form.dtype == self.form.dtype else p.decoded(s.form.widths)
-                for p, s in zip(pieces, self._sources, strict=True)
-            ]
-            yield Rows(first, np.concatenate(columns, axis=1), None, valid)
+            pairs = zip(pieces, self._sources, strict=True)
+            x_RxE = np.concatenate([p.decoded(s.form.widths) for p, s in pairs], axis=1)
+            yield Rows(pieces[0].first, x_RxE, None, valid)
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""

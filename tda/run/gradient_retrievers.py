@@ -167,9 +167,8 @@ class Gradients(Retriever):
 
         def search_exactly(gradients_QxE, scorers, k, correct):
             with search_progress(scorers, source.rows, on_progress) as on_rows:
-                return exact.search(
-                    gradients_QxE, source, scorers, k, correct, run.search_mesh, on_rows
-                )
+                search = exact.ExactSearch(source, run.search_mesh, on_rows)
+                return search.rank(gradients_QxE, scorers, k, correct)
 
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
             # Methods whose R differs by half have an index for each.
@@ -277,15 +276,8 @@ class Sums(Retriever):
             summed = checkpoints.combined(method, parts, steps, weights)
             scorers: dict[str, Scorer] = {name: summed.scorer}
             with search_progress(scorers, summed.source.rows, on_progress) as on_rows:
-                ranking = exact.search(
-                    summed.queries_QxE,
-                    summed.source,
-                    scorers,
-                    k,
-                    queries.correct,
-                    self.run.search_mesh,
-                    on_rows,
-                )[name]
+                search = exact.ExactSearch(summed.source, self.run.search_mesh, on_rows)
+                ranking = search.rank(summed.queries_QxE, scorers, k, queries.correct)[name]
             results[name] = Result(ranking, summed.note)
         return results
 

@@ -226,16 +226,11 @@ class _Vectors(Retriever):
             tell(on_progress, "comparing vectors")
             # No opponents: the least similar texts are unrelated, not opposed.
             with search_progress([name], source.rows, silent if self.run.live else None) as f:
-                ranked = exact.search(
-                    queries_QxD,
-                    source,
-                    {name: Scorer(None, method.unit_norm)},
-                    k,
-                    queries.correct,
-                    self.run.search_mesh,
-                    f,
-                    opponents=False,
-                )[name]
+                search = exact.ExactSearch(source, self.run.search_mesh, f)
+                scorers = {name: Scorer(None, method.unit_norm)}
+                ranked = search.rank(queries_QxD, scorers, k, queries.correct, opponents=False)[
+                    name
+                ]
             results[name] = Result(ranked)
         return results
 

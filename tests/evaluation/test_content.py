@@ -38,8 +38,8 @@ def of(facts, passages_QxK, correct):
     says = content.Content(
         facts, correct, lambda row: PASSAGES[row][0], lambda row: PASSAGES[row][1]
     )
-    found = says.kinds(np.array(passages_QxK))
-    return [[KINDS[k] if k >= 0 else None for k in row] for row in found.tolist()]
+    result = says.kinds(np.array(passages_QxK))
+    return [[KINDS[k] if k >= 0 else None for k in row] for row in result.tolist()]
 
 
 def test_each_kind():
@@ -59,9 +59,9 @@ def test_each_kind():
 
 def test_a_passage_has_a_kind_for_each_query():
     rome = fact("Ada", "Rome")
-    found = of([ADA, rome], [[0, 3], [0, 3]], [np.array([0]), np.array([3])])
-    assert found[0] == ["states the fact", "states the relation, of another object"]
-    assert found[1] == ["states the relation, of another object", "states the fact"]
+    result = of([ADA, rome], [[0, 3], [0, 3]], [np.array([0]), np.array([3])])
+    assert result[0] == ["states the fact", "states the relation, of another object"]
+    assert result[1] == ["states the relation, of another object", "states the fact"]
 
 
 def test_a_passage_is_read_once():
@@ -87,14 +87,14 @@ def test_labels_decide_what_states_the_fact():
 
 def test_shares_are_of_the_passages_that_are_there():
     kinds = np.array([[0, 0, 2, 4], [1, -1, -1, -1], [-1] * 4])
-    found = content.shares(kinds)
-    assert found[0].tolist() == [0.5, 0, 0.25, 0, 0.25] and found[1].tolist() == [0, 1, 0, 0, 0]
-    assert np.isnan(found[2]).all()
+    result = content.shares(kinds)
+    assert result[0].tolist() == [0.5, 0, 0.25, 0, 0.25] and result[1].tolist() == [0, 1, 0, 0, 0]
+    assert np.isnan(result[2]).all()
 
 
 def test_figures_by_kind_are_means_of_pairs():
     kinds = np.array([[0, 0, 2], [0, 1, -1]])
     figures = np.array([[1.0, 3.0, np.nan], [8.0, np.nan, 100.0]])
-    found = content.by_kind(kinds, figures)
-    assert found[0] == pytest.approx(4.0)
-    assert np.isnan(found[1:]).all()
+    result = content.by_kind(kinds, figures)
+    assert result[0] == pytest.approx(4.0)
+    assert np.isnan(result[1:]).all()

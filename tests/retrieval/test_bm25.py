@@ -13,27 +13,27 @@ TEXTS = ["paris capital france", "berlin capital germany", "paris hotel guide", 
 
 
 def test_ranks_the_passage_that_states_the_fact_first():
-    found = bm25.Index(TEXTS).search(
+    ranking = bm25.Index(TEXTS).search(
         ["capital france paris", "oslo"], 2, {"all": [np.array([0]), np.array([3])]}
     )
-    assert found.proponents[0, 0] == 0 and found.proponents[1, 0] == 3
-    np.testing.assert_array_equal(found.first_ranks["all"], [1, 1])
-    assert found.opponents.shape == (2, 0)
+    assert ranking.proponents[0, 0] == 0 and ranking.proponents[1, 0] == 3
+    np.testing.assert_array_equal(ranking.first_ranks["all"], [1, 1])
+    assert ranking.opponents.shape == (2, 0)
 
 
 def test_scores_are_the_formula():
     """Lucene's variant: idf = ln(1 + (N − n + ½)/(n + ½)), tf / (tf + k1 (1 − b + b |d|/avg))."""
-    found = bm25.Index(TEXTS).search(["ferry"], 1)
+    ranking = bm25.Index(TEXTS).search(["ferry"], 1)
     average = (3 + 3 + 3 + 2) / 4
     idf = math.log(1 + (4 - 1 + 0.5) / (1 + 0.5))
-    wanted = idf / (1 + 1.5 * (1 - 0.75 + 0.75 * 2 / average))
-    assert found.proponent_scores[0, 0] == pytest.approx(wanted, rel=1e-5)
+    expected = idf / (1 + 1.5 * (1 - 0.75 + 0.75 * 2 / average))
+    assert ranking.proponent_scores[0, 0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_query_of_unknown_words_ranks_nothing_first():
-    found = bm25.Index(TEXTS).search(["zzz qqq"], 2, {"all": [np.array([0])]})
-    assert (found.proponent_scores == 0).all()
-    assert found.first_ranks["all"][0] == 4
+    ranking = bm25.Index(TEXTS).search(["zzz qqq"], 2, {"all": [np.array([0])]})
+    assert (ranking.proponent_scores == 0).all()
+    assert ranking.first_ranks["all"][0] == 4
 
 
 def test_a_corpus_without_words_is_an_error():
@@ -56,8 +56,8 @@ def test_equals_a_second_implementation_on_a_thousand_queries():
     facts = list(files.iter_facts(trex.FACTS))
     facts = labels.clean_pool(facts, sentences)
     sentences, facts = labels.select(sentences, facts, 10_000, 1000, seed=0)
-    texts, asked = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]
-    assert len(asked) == 1000
+    texts, queries = [s.text for s in sentences], [f"{f.prompt0} {f.entity1}" for f in facts]
+    assert len(queries) == 1000
 
     class Lucene(rank_bm25.BM25Okapi):
         def _calc_idf(self, nd):
@@ -69,15 +69,15 @@ def test_equals_a_second_implementation_on_a_thousand_queries():
 
     corpus = words(texts)
     lucene, okapi = Lucene(corpus), rank_bm25.BM25Okapi(corpus)
-    found = bm25.Index(texts).search(asked, 10)
+    ranking = bm25.Index(texts).search(queries, 10)
     same_first = 0
-    for q, query in enumerate(words(asked)):
+    for q, query in enumerate(words(queries)):
         scores = lucene.get_scores(query) / 2.5
         np.testing.assert_allclose(
-            found.proponent_scores[q], np.sort(scores)[::-1][:10], rtol=1e-4, atol=1e-5
+            ranking.proponent_scores[q], np.sort(scores)[::-1][:10], rtol=1e-4, atol=1e-5
         )
         np.testing.assert_allclose(
-            scores[found.proponents[q]], found.proponent_scores[q], rtol=1e-4, atol=1e-5
+            scores[ranking.proponents[q]], ranking.proponent_scores[q], rtol=1e-4, atol=1e-5
         )
-        same_first += okapi.get_scores(query).argmax() == found.proponents[q, 0]
+        same_first += okapi.get_scores(query).argmax() == ranking.proponents[q, 0]
     assert same_first >= 970

@@ -12,22 +12,22 @@ def test_ranks_and_rows_are_those_of_the_scores():
         "all": [np.array([2, 3]), np.array([1])],
         "strict": [np.array([3]), np.zeros(0, int)],
     }
-    found = by_score.rank(scores, 2, 3, correct)
-    np.testing.assert_array_equal(found.proponents, [[1, 2, 0], [0, 1, 3]])
-    np.testing.assert_array_equal(found.proponent_scores[1], [5, 5, 1])
-    np.testing.assert_array_equal(found.first_ranks["all"], [2, 2])  # a tie goes against it
-    np.testing.assert_array_equal(found.first_ranks["strict"], [0, 0])  # never retrieved
-    assert found.opponents.shape == (2, 0)
+    ranking = by_score.rank(scores, 2, 3, correct)
+    np.testing.assert_array_equal(ranking.proponents, [[1, 2, 0], [0, 1, 3]])
+    np.testing.assert_array_equal(ranking.proponent_scores[1], [5, 5, 1])
+    np.testing.assert_array_equal(ranking.first_ranks["all"], [2, 2])  # a tie goes against it
+    np.testing.assert_array_equal(ranking.first_ranks["strict"], [0, 0])  # never retrieved
+    assert ranking.opponents.shape == (2, 0)
 
 
 def test_what_is_never_retrieved_is_no_passage():
-    found = by_score.rank([np.array([1.0, -np.inf, 2]), np.full(3, -np.inf)], 2, 3)
-    np.testing.assert_array_equal(found.proponents, [[2, 0, -1], [-1, -1, -1]])
+    ranking = by_score.rank([np.array([1.0, -np.inf, 2]), np.full(3, -np.inf)], 2, 3)
+    np.testing.assert_array_equal(ranking.proponents, [[2, 0, -1], [-1, -1, -1]])
 
 
 def test_a_score_of_all_alike_finds_nothing_first():
-    found = by_score.rank([np.ones(50)], 1, 10, {"all": [np.array([0, 1])]})
-    assert found.first_ranks["all"][0] == 49
+    ranking = by_score.rank([np.ones(50)], 1, 10, {"all": [np.array([0, 1])]})
+    assert ranking.first_ranks["all"][0] == 49
 
 
 def test_chance_is_the_same_again_and_different_for_each_query():

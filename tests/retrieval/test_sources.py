@@ -23,7 +23,7 @@ def gradients(count=61, seed=0):
 
 def stored(tmp_path, name, x, dtype="float32", rows=20):
     """A store with several shards."""
-    kept = stores.create(
+    store = stores.create(
         tmp_path / name,
         [f"p{i}" for i in range(len(x))],
         {"a": 3, "b": 5},
@@ -31,9 +31,9 @@ def stored(tmp_path, name, x, dtype="float32", rows=20):
         dtype=dtype,
         shard_bytes=rows * 8 * stores.DTYPES[dtype].itemsize,
     )
-    for i, own in enumerate(kept.shards()):
-        kept.write(i, x[own])
-    return kept
+    for i, rows_of_shard in enumerate(store.shards()):
+        store.write(i, x[rows_of_shard])
+    return store
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
@@ -41,36 +41,38 @@ def test_side_by_side_is_a_sum_of_scores(tmp_path, dtype):
     """TracIn: Σ_c η_c ⟨q_c, p_c⟩; files of different sizes, rows invalid in one of them."""
     parts = [gradients(seed=i) for i in (1, 2, 3)]
     parts[1][7] = np.inf
-    kept = [stored(tmp_path, f"s{i}", x, dtype, 16 + 8 * i) for i, x in enumerate(parts)]
-    joined = sources.Joined(kept)
+    checkpoints = [stored(tmp_path, f"s{i}", x, dtype, 16 + 8 * i) for i, x in enumerate(parts)]
+    joined = sources.Joined(checkpoints)
     queries = [gradients(4, seed=10 + i) for i in range(3)]
     counts = np.array([0.2, 0.3, 0.5], np.float32)
-    together = np.concatenate([c * q for c, q in zip(counts, queries, strict=True)], axis=1)
+    joined_queries = np.concatenate([c * q for c, q in zip(counts, queries, strict=True)], axis=1)
     correct = {"all": [np.array([3]), np.array([7]), np.array([60]), np.array([1, 2])]}
-    found = exact.search(together, joined, {"m": Scorer(None, False)}, 60, correct)["m"]
-    read = [k.read(slice(0, 61)) for k in kept]
+    ranking = exact.search(joined_queries, joined, {"m": Scorer(None, False)}, 60, correct)["m"]
+    read = [k.read(slice(0, 61)) for k in checkpoints]
     scores = sum(
         c * q @ np.where(np.isinf(p), 0, p).T for c, q, p in zip(counts, queries, read, strict=True)
     )
-    got = np.full((4, 61), np.nan)
-    np.put_along_axis(got, found.proponents, found.proponent_scores.astype(np.float64), 1)
-    np.testing.assert_allclose(np.delete(got, 7, 1), np.delete(scores, 7, 1), rtol=1e-4, atol=1e-4)
-    assert np.isnan(got[:, 7]).all() and found.first_ranks["all"][1] == 0
+    by_row = np.full((4, 61), np.nan)
+    np.put_along_axis(by_row, ranking.proponents, ranking.proponent_scores.astype(np.float64), 1)
+    np.testing.assert_allclose(
+        np.delete(by_row, 7, 1), np.delete(scores, 7, 1), rtol=1e-4, atol=1e-4
+    )
+    assert np.isnan(by_row[:, 7]).all() and ranking.first_ranks["all"][1] == 0
     best = np.delete(np.arange(61), 7)[np.delete(scores, 7, 1).argmax(1)]
-    np.testing.assert_array_equal(found.proponents[:, 0], best)
+    np.testing.assert_array_equal(ranking.proponents[:, 0], best)
     np.testing.assert_array_equal(joined.read([7, 8])[1], np.concatenate([r[8] for r in read]))
     assert np.isinf(joined.read([7])).all()
 
 
 def test_different_dtypes_are_joined_in_float32(tmp_path):
-    one, other = gradients(), gradients(seed=1)
-    joined = sources.Joined([stored(tmp_path, "a", one, "int8"), InMemory(other, SLICES)])
+    first, second = gradients(), gradients(seed=1)
+    joined = sources.Joined([stored(tmp_path, "a", first, "int8"), InMemory(second, SLICES)])
     assert joined.form.dtype == "float32" and joined.form.widths == (3, 5, 3, 5)
     rows = np.concatenate([f.decoded(joined.form.widths) for f in joined.scan(16)])
-    np.testing.assert_array_equal(rows[:, 8:], other)
+    np.testing.assert_array_equal(rows[:, 8:], second)
     assert [len(f) for f in joined.scan(16)] == [16, 16, 16, 13]
     with pytest.raises(ValueError, match="as many rows each"):
-        sources.Joined([InMemory(one, SLICES), InMemory(one[:5], SLICES)])
+        sources.Joined([InMemory(first, SLICES), InMemory(first[:5], SLICES)])
 
 
 def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
@@ -84,9 +86,9 @@ def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
     ):
         mapped = sources.Mapped(stored(tmp_path, change.__name__, x), change)
         scanned = np.concatenate([f.decoded(mapped.form.widths) for f in mapped.scan(16)])
-        for got in (scanned, mapped.read(np.arange(61))):
-            np.testing.assert_allclose(np.delete(got, 5, 0), np.delete(expected, 5, 0), rtol=1e-5)
-            assert np.isinf(got[5]).all()
+        for x_RxE in (scanned, mapped.read(np.arange(61))):
+            np.testing.assert_allclose(np.delete(x_RxE, 5, 0), np.delete(expected, 5, 0), rtol=1e-5)
+            assert np.isinf(x_RxE[5]).all()
         assert not np.concatenate([f.valid for f in mapped.scan(16)])[5]
 
 
