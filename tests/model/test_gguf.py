@@ -36,7 +36,15 @@ CASES = {
     "llama": ("LlamaForCausalLM", {}, INSIDE),
     "qwen2": ("Qwen2ForCausalLM", {}, INSIDE),
     "qwen3": ("Qwen3ForCausalLM", {}, INSIDE),
+    "smollm3": ("SmolLM3ForCausalLM", {}, INSIDE),
     "olmo2": ("Olmo2ForCausalLM", {}, AFTER),
+    "olmo3": ("Olmo3ForCausalLM", dict(sliding_window=3, rope_theta=500_000.0), AFTER),
+    "gemma": ("GemmaForCausalLM", dict(tie_word_embeddings=True, hidden_act="gelu"), INSIDE),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        dict(tie_word_embeddings=True, sliding_window=3, query_pre_attn_scalar=K),
+        AFTER,
+    ),
     "gemma3": (
         "Gemma3ForCausalLM",
         dict(
@@ -64,17 +72,17 @@ def numbers(kind):
         if kind == "qwen2":
             for name, n in (("q", H * K), ("k", G * K), ("v", G * K)):
                 found[f"{at}self_attn.{name}_proj.bias"] = vector(n)
-        if kind in ("qwen3", "gemma3", "olmo2"):
-            q, k = (H * K, G * K) if kind == "olmo2" else (K, K)
+        if kind in ("qwen3", "gemma3", "olmo2", "olmo3"):
+            q, k = (H * K, G * K) if kind.startswith("olmo") else (K, K)
             found[f"{at}self_attn.q_norm.weight"] = vector(q)
             found[f"{at}self_attn.k_norm.weight"] = vector(k)
-        if kind in ("olmo2", "gemma3"):
+        if kind in ("olmo2", "olmo3", "gemma2", "gemma3"):
             found[f"{at}post_feedforward_layernorm.weight"] = vector(D)
-        if kind == "gemma3":
+        if kind in ("gemma2", "gemma3"):
             found[f"{at}pre_feedforward_layernorm.weight"] = vector(D)
-        if kind == "olmo2":
+        if kind.startswith("olmo"):
             del found[f"{at}input_layernorm.weight"]
-    if kind == "gemma3":
+    if kind.startswith("gemma"):
         del found["lm_head.weight"]
     return found
 
@@ -89,7 +97,8 @@ def write_directory(path, kind, found, **more):
 
 
 def write_gguf(path, kind, found, metadata=lambda writer: None, **options):
-    writer = gguf.GGUFWriter(path, kind, **options)
+    # llama.cpp has one architecture for OLMo 2 and 3, of which only the latter has windows.
+    writer = gguf.GGUFWriter(path, {"olmo3": "olmo2"}.get(kind, kind), **options)
     metadata(writer)
     writer.add_embedding_length(D)
     writer.add_block_count(L)
@@ -98,9 +107,10 @@ def write_gguf(path, kind, found, metadata=lambda writer: None, **options):
     writer.add_head_count_kv(G)
     writer.add_key_length(K)
     writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
-    writer.add_rope_freq_base(CONFIG["rope_theta"])
-    if kind == "gemma3":
+    writer.add_rope_freq_base((CONFIG | CASES[kind][1])["rope_theta"])
+    if kind in ("olmo3", "gemma2", "gemma3"):
         writer.add_sliding_window(3)
+    if kind == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
     names = CASES[kind][2]
@@ -112,10 +122,10 @@ def write_gguf(path, kind, found, metadata=lambda writer: None, **options):
             theirs = f"blk.{layer}.{names[own]}.{end}"
         else:
             own, theirs = stem, f"{OUTSIDE[stem]}.{end}"
-        if kind == "llama" and own in ("self_attn.q_proj", "self_attn.k_proj"):
+        if kind in ("llama", "smollm3") and own in ("self_attn.q_proj", "self_attn.k_proj"):
             # Pairs half a head apart come to lie side by side.
             x = x.reshape(-1, 2, K // 2, D).swapaxes(1, 2).reshape(x.shape)
-        if kind == "gemma3" and own.endswith("norm"):
+        if kind.startswith("gemma") and own.endswith("norm"):
             x = x + 1
         writer.add_tensor(theirs, np.ascontiguousarray(x))
     finish(writer)
@@ -143,6 +153,7 @@ def test_the_same_model_in_both_forms(tmp_path, kind):
     # What both leave at the decoder's defaults may be said or not.
     silent = dict(attention_bias=False, out_bias=False, mlp_bias=False, rope_fraction=1.0)
     silent |= dict(activation="silu", attention_soft_cap=None, logit_soft_cap=None)
+    silent |= dict(attention_scale=K**-0.5)
     one, other = (silent | p.arguments for p in (one, other))
     for x in (one, other):
         x["norm_eps"] = pytest.approx(x["norm_eps"], rel=1e-6)

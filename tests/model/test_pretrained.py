@@ -168,7 +168,11 @@ def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tmp_path):
     ("changes", "message"),
     [
         (dict(transformers_weights="other.safetensors"), "transformers_weights='other"),
-        (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not known.*Olmo2"),
+        (
+            dict(architectures=["MambaForCausalLM"]),
+            "MambaForCausalLM is not supported.*state spaces",
+        ),
+        (dict(architectures=["OtherForCausalLM"]), "OtherForCausalLM is not known.*Olmo2"),
         (dict(architectures=None), "is not named; it is not known"),
         (dict(hidden_act="xielu"), "hidden_act='xielu' is not supported"),
         (dict(rope_scaling={"type": "proportional"}), "type 'proportional' is not"),

@@ -110,6 +110,31 @@ FAMILIES = {
 }
 
 
+# What the decoder lacks for other architectures that models are often published in.
+_LACKING = {
+    "PhiForCausalLM": "one norm before attention and MLP in parallel",
+    "GPTJForCausalLM": "one norm before attention and MLP in parallel",
+    "CohereForCausalLM": "one norm before attention and MLP in parallel",
+    "FalconForCausalLM": "one norm before attention and MLP in parallel",
+    "BloomForCausalLM": "positions as biases of the scores (ALiBi)",
+    "MptForCausalLM": "positions as biases of the scores (ALiBi)",
+    "OPTForCausalLM": "learned positions that count from 2",
+    "GPTNeoForCausalLM": "unscaled scores with windows in every other layer",
+    "GPTBigCodeForCausalLM": "one key and value for all heads of learned positions",
+    "Starcoder2ForCausalLM": "a plain MLP with LayerNorm and grouped keys",
+    "GraniteForCausalLM": "factors of the residual branches and of the logits",
+    "NemotronForCausalLM": "squared ReLU in the MLP",
+    "MambaForCausalLM": "state spaces instead of attention",
+    "Mamba2ForCausalLM": "state spaces instead of attention",
+    "RwkvForCausalLM": "recurrence instead of attention",
+    "Gemma3nForCausalLM": "embeddings and layers that alternate (Gemma 3n)",
+    "DeepseekV2ForCausalLM": "attention by latent keys and values",
+    "DeepseekV3ForCausalLM": "attention by latent keys and values",
+    "Llama4ForConditionalGeneration": "experts and attention in chunks",
+    "Qwen2_5_VLForConditionalGeneration": "rotary positions of pictures",
+}
+
+
 def find_family(config: configurations.Config) -> Family:
     """Returns the family that a configuration names in `architectures`.
 
@@ -120,6 +145,12 @@ def find_family(config: configurations.Config) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
+    for name in names:
+        if name in _LACKING:
+            raise PretrainedError(
+                f"{config.path}: {name} is not supported, since the decoder lacks what it needs: "
+                f"{_LACKING[name]}; your own module of it can be traced (docs/own_model.md)"
+            )
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if config.get(key):
             raise PretrainedError(

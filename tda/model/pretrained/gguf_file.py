@@ -17,9 +17,13 @@ from tda.model.pretrained.layouts import llama_layer, llama_outside
 from tda.model.pretrained.tensors import Part, PretrainedError
 from tda.model.settings import DecoderSettings
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", "gemma3")
+_ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "olmo2", "gemma", "gemma2", "gemma3")
 # Architectures whose rotary pairs are adjacent features.
-_ADJACENT_PAIRS = ("llama",)
+_ADJACENT_PAIRS = ("llama", "smollm3")
+# The period of layers, of which the last has no window. llama.cpp knows it, the file does not.
+_WINDOW_PERIODS = {"olmo2": 4, "gemma2": 2, "gemma3": 6}
+# The number of layers of the model in each family that scales scores by D / H, not by K.
+_LAYERS_OF_LARGEST = {"gemma2": 46, "gemma3": 62}
 
 
 def _import_gguf():
@@ -175,26 +179,52 @@ def _read_arguments(source: Gguf, architecture: str) -> dict:
         arguments |= dict(query_key_norm="head")
     if architecture == "olmo2":
         arguments |= dict(query_key_norm="all", norm_place="after")
-    if architecture == "gemma3":
-        # llama.cpp knows these from the architecture; the file does not hold them. The largest
-        # model, of 62 layers, scales its scores by another width.
-        is_largest = arguments["layers"] == 62
+    layers = arguments["layers"]
+    if architecture == "smollm3":
+        arguments |= dict(rope_layers=[(i + 1) % 4 != 0 for i in range(layers)])
+    if architecture.startswith("gemma"):
+        is_largest = layers == _LAYERS_OF_LARGEST.get(architecture)
         arguments |= dict(
             activation="gelu",
-            norm_place="both",
             norm_offset=1.0,
-            query_key_norm="head",
             embedding_scale=float(width) ** 0.5,
             attention_scale=float(width / heads if is_largest else head_width) ** -0.5,
-            window=value("attention.sliding_window"),
-            window_layers=[bool((i + 1) % 6) for i in range(arguments["layers"])],
-            window_rope_base=10_000.0,
         )
-        cap = source.metadata(f"{architecture}.final_logit_softcapping")
-        arguments |= dict(logit_soft_cap=float(cap)) if cap else {}
-    elif source.metadata(f"{architecture}.attention.sliding_window"):
-        arguments |= dict(window=value("attention.sliding_window"))
-    return arguments
+    if architecture in ("gemma2", "gemma3"):
+        arguments |= dict(norm_place="both")
+    if architecture == "gemma3":
+        arguments |= dict(query_key_norm="head")
+    # llama.cpp caps Gemma 2's scores and logits by these, if the file does not say it.
+    caps = (50.0, 30.0) if architecture == "gemma2" else (0.0, 0.0)
+    for name, key, cap in zip(
+        ("attention_soft_cap", "logit_soft_cap"),
+        ("attn_logit_softcapping", "final_logit_softcapping"),
+        caps,
+        strict=True,
+    ):
+        cap = float(value(key, cap))
+        arguments |= {name: cap} if cap else {}
+    return arguments | _read_windows(source, architecture, arguments)
+
+
+def _read_windows(source: Gguf, architecture: str, arguments: dict) -> dict:
+    window = source.metadata(f"{architecture}.attention.sliding_window")
+    if not window:
+        return {}
+    layers = range(arguments["layers"])
+    period = _WINDOW_PERIODS.get(architecture)
+    period = source.metadata(f"{architecture}.attention.sliding_window_pattern", period)
+    if isinstance(period, list):
+        windowed = [bool(period[i]) for i in layers]
+    else:
+        windowed = [period is None or (i + 1) % period != 0 for i in layers]
+    windows = dict(window=window, window_layers=None if all(windowed) else windowed)
+    base = source.metadata(f"{architecture}.rope.freq_base_swa")
+    if architecture == "gemma3" and base is None:
+        base = 10_000.0
+    if architecture == "olmo2" and base is None:  # OLMo 3, whose windows are never stretched
+        base = arguments["rope_base"]
+    return windows if base is None else windows | dict(window_rope_base=float(base))
 
 
 def _read_scaling(source: Gguf, architecture: str) -> dict | None:
