@@ -105,6 +105,11 @@ class TraceSettings:
         if isinstance(self.moments.scales, SecondMoments):
             return self.moments.scales.scales(self.sites(), self.moments.correction)
         if self.moments.scales is not None:
+            if not isinstance(self.moments.scales, dict):
+                raise ValueError(
+                    f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
+                    "parameter: for an optimizer's state give tda.second_moments(...) of it"
+                )
             return self.moments.scales
         batches = list(batches)
         with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:

@@ -268,7 +268,9 @@ def open_state(source: Any, step: int | None = None, **constants: Any) -> Optimi
             f"{saved.path} has no optimizer state (it holds {held}); "
             "use correction='none', or a checkpoint saved with its optimizer's state"
         )
-    described = saved.description.get("optimizer") or {}
+    described = saved.description.get("optimizer")
+    if not isinstance(described, dict):  # another program's metadata may say anything here
+        described = {}
     different = [k for k in constants.keys() & described.keys() if constants[k] != described[k]]
     if different:
         listed = ", ".join(f"{k}={constants[k]} and {described[k]}" for k in sorted(different))

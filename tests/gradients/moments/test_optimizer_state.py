@@ -127,8 +127,9 @@ def test_only_what_is_needed_is_loaded(tmp_path):
 def test_a_module_called_nu_is_not_taken_for_a_state(name):
     """Guards: `mu/nu/kernel` read as the second moments of `kernel`."""
     state, _, _ = run(NESTED[name], 1)
-    moments = find(state, "kernel", ADAM)
-    assert moments.siblings == {"count", "mu", "nu"}
+    # Nor is a module of the model that is saved beside the state.
+    for source in (state, {"model": PARAMS, "optimizer": {"opt_state": state}}):
+        assert find(source, "kernel", ADAM).siblings == {"count", "mu", "nu"}
 
 
 def test_each_part_of_a_partition_has_its_own_count_and_constants():

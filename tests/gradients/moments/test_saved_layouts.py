@@ -187,7 +187,9 @@ def test_checkpoints_without_a_directory_by_step(source, tmp_path):
 def test_a_description_in_anyones_checkpoint_is_read(tmp_path):
     described = {"optimizer": {"name": "adamw", **ADAM}}
     with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(2, args=STANDARD(one_tree()), custom_metadata={"optimizer": "ours"})
         manager.save(3, args=STANDARD(one_tree()), custom_metadata=described)
+    assert_scales(tda.second_moments(tmp_path, step=2, **CONSTANTS))
     assert_scales(tda.second_moments(tmp_path))
     assert_scales(tda.second_moments(tmp_path, b2=0.9))
     with pytest.raises(SecondMomentError, match="description of .* differ: b2=0.99 and 0.9; leave"):
@@ -359,3 +361,5 @@ def test_trace_takes_second_moments():
         expected = moments.scales(find_sites(MODEL, "value"), correction)
         np.testing.assert_allclose(scores(moments, correction), scores(expected, correction))
     assert scores(moments, "adam") != scores(None, "adam")
+    with pytest.raises(ValueError, match="scales is of type Optimizer, .* tda.second_moments"):
+        scores(nnx_optimizer(adamw()), "adam")
