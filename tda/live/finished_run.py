@@ -75,13 +75,17 @@ class LiveRun:
         self.run.corpus.on_progress = progress
 
     def _retriever(self, method: Method) -> Retriever:
+        factory = retriever_of(method)
         if method.searched_by not in self._retrievers:
-            self._retrievers[method.searched_by] = retriever_of(method)(self.run)
+            self._retrievers[method.searched_by] = factory(self.run)
         return self._retrievers[method.searched_by]
 
     def lacks(self, method: Method) -> str | None:
         """Returns why a method cannot be asked here, or None if it can."""
-        return self._retriever(method).lacks(method)
+        try:
+            return self._retriever(method).lacks(method)
+        except ValueError as error:  # a method of a plugin, which no retriever knows
+            return str(error)
 
     def describe(self, progress: Progress) -> dict:
         """Returns all methods, the run's first, why some are not available, and sizes."""

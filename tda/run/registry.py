@@ -1,5 +1,6 @@
 """The retrievers by name, those of the package and those that are registered from outside."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "length": Length,
     "gradient_norm": GradientNorm,
 }
+_OF_PACKAGE = frozenset(RETRIEVERS.values())
 # Installed packages list their plugin modules in this group of entry points.
 _ENTRY_POINTS = "tda.methods"
 
@@ -52,14 +54,24 @@ def retriever_of(method: Method) -> Callable[[Run], Retriever]:
     """Returns the function that makes a method's retriever.
 
     Raises:
-        ValueError: its name is unknown.
+        ValueError: its name is unknown, or the method sets a field that the package's retrievers do
+            not know and would leave out in silence.
     """
     if method.searched_by not in RETRIEVERS:
         raise ValueError(
             f"{method.title}: unknown retriever {method.retriever!r}; there are "
             f"{', '.join(RETRIEVERS)}, and what a --plugin registers"
         )
-    return RETRIEVERS[method.searched_by]
+    factory = RETRIEVERS[method.searched_by]
+    known = {field.name for field in dataclasses.fields(Method)}
+    beyond = {name: x for name, x in method.beyond_plain.items() if name not in known}
+    if beyond and factory in _OF_PACKAGE:
+        named = ", ".join(f"{name}={value}" for name, value in beyond.items())
+        raise ValueError(
+            f"{method.title}: the retriever {method.searched_by!r} does not know {named}; register "
+            "a retriever that obeys it (docs/add_a_method.md)"
+        )
+    return factory
 
 
 def load_plugins(modules: Iterable[str]) -> None:

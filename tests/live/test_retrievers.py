@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from tda.live import finished_run
 from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import bm25, by_score
 from tda.retrieval.sources import InMemory
@@ -116,6 +117,25 @@ def test_a_retriever_of_ones_own_is_registered_once(monkeypatch):
         registry.register_retriever("bm25", Labels)
     with pytest.raises(ValueError, match="--plugin=no_such_module cannot be imported"):
         registry.load_plugins(["no_such_module"])
+
+
+def test_a_method_that_asks_for_more_is_not_answered_with_less():
+    """Guards: a field that a plugin adds to methods, and that is left out in silence."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Squared(Method):
+        squared: bool = False
+
+    live = finished_run.LiveRun(None)
+    live.run = live_run()
+    live.run.corpus.rows = len(TEXTS)
+    assert live.lacks(Squared("as usual", retriever="bm25")) is None
+    why = "the retriever '{}' does not know squared=True; register a retriever that obeys it"
+    for retriever in ("bm25", "gradient"):
+        method = Squared("more", retriever=retriever, squared=True)
+        assert why.format(retriever) in live.lacks(method)
+        with pytest.raises(ValueError, match="does not know squared=True"):
+            registry.retriever_of(method)
 
 
 def test_a_question_is_known_by_its_text():
