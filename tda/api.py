@@ -12,7 +12,7 @@ from flax import nnx
 from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
-from tda.encoding import inputs
+from tda.encoding import checks, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
@@ -22,9 +22,6 @@ from tda.retrieval.whitening import HessianSettings, Whitening
 from tda.runtime import compilation_cache, progress
 
 __all__ = ["load", "trace"]
-
-# With fewer queries than this, the mixture removes each query's own direction.
-_FEWEST_QUERIES = 16
 
 
 def load(
@@ -139,12 +136,13 @@ def trace(
         loss=loss,
         method=parsed[method],
         moments=MomentSettings(correction, scales, sample, seed),
-        projection=projection or Projection(side=16, pooling="matrix"),
+        projection=Projection(side=16, pooling="matrix") if projection is None else projection,
         scope=dict(include=include, exclude=exclude, untapped=untapped),
         tokens_per_batch=tokens_per_batch,
         mesh=mesh,
         quiet=quiet,
     )
+    checks.check_settings(settings, k, damping)
     if tokenizer is None:
         if directory is not None:
             raise ValueError("directory is for texts: give a tokenizer, or no directory")
@@ -169,18 +167,6 @@ def _rank(
     settings: TraceSettings, gradients: inputs.TraceGradients, k: int, damping: float
 ) -> TraceResult:
     queries_QxE, source, method = gradients.gradients_QxE, gradients.source, settings.method
-    invalid = np.flatnonzero(~np.isfinite(queries_QxE).all(axis=1))
-    if len(invalid):
-        raise ValueError(
-            f"the gradient of query {gradients.queries[invalid[0]].id!r} is not finite; look at "
-            "the model's output for it"
-        )
-    if method.hessian == "mixed" and len(queries_QxE) < _FEWEST_QUERIES:
-        raise ValueError(
-            f"R of {len(queries_QxE)} queries holds little but their own gradients, and mixing it "
-            "in would remove what they ask for; use method='trackstar_train' below "
-            f"{_FEWEST_QUERIES} queries"
-        )
     whitening = Whitening(
         HessianSettings(damping=damping), source, queries_QxE, settings.mesh, quiet=settings.quiet
     )

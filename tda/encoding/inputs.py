@@ -20,7 +20,7 @@ from tda.data import corpora, tokenised, tokens
 from tda.data.batches import BatchLayout
 from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
-from tda.encoding import loss_identity
+from tda.encoding import checks, loss_identity
 from tda.encoding import table as encoding
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import per_example
@@ -28,6 +28,7 @@ from tda.gradients import projection as projections
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments import kept_scales
 from tda.gradients.moments.second_moments import Scale
+from tda.gradients.unseen import count_examples
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
@@ -67,8 +68,25 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
     Raises:
         ValueError: there are no batches, or another number of texts than passages.
     """
-    if isinstance(passages, str | os.PathLike):
-        raise ValueError("passages are a path: give the model's tokenizer too")
+    for label, batches in (("passages", passages), ("queries", queries)):
+        checks.check_batches(label, batches)
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string; give a list of the passages' texts")
+    queries = list(queries)
+    # The first batch of passages is looked at now, wherever the others come from.
+    if isinstance(passages, Sequence):
+        first = [passages[0]] if len(passages) else []
+    else:
+        passages = iter(passages)
+        first = list(itertools.islice(passages, 1))
+        passages = itertools.chain(first, passages)
+    for label, batches in (("passages", first), ("queries", queries)):
+        if not batches:
+            raise ValueError(f"there are no {label}: the iterable of batches is empty")
+        for batch in batches:
+            checks.check_batch(label, batch)
+        checks.check_loss(settings, batches[0])
+    checks.check_queries(settings, sum(map(count_examples, queries)))
     settings.print_coverage()
     sample, passages = _sample_batches(passages, settings)
     scales = settings.estimate_scales(sample)
@@ -86,12 +104,11 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
             ):
                 encoded.append(x_BxE)
                 bar.update(len(x_BxE))
-        if not encoded:
-            raise ValueError(f"there is nothing to {description}: the iterable of batches is empty")
         return np.concatenate(encoded)
 
-    gradients_CxE = encode(passages, "encode passages")
     gradients_QxE = encode(queries, "encode queries")
+    checks.check_query_gradients(gradients_QxE, list(map(str, range(len(gradients_QxE)))))
+    gradients_CxE = encode(passages, "encode passages")
     if texts is not None and len(texts) != len(gradients_CxE):
         raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
     layout = projections.layout(settings.sites(), settings.projection)
@@ -139,14 +156,10 @@ def encode_texts(
             fit in memory, or `directory` holds other gradients.
     """
     tokenizer, directory = reading.tokenizer, reading.directory
-    vocab_size = getattr(settings.model, "vocab_size", None)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: they do not "
-            "belong together"
-        )
-    settings.print_coverage()
+    checks.check_reading(settings, reading)
     queries = parse_queries(queries)
+    checks.check_queries(settings, len(queries))
+    settings.print_coverage()
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
     table = _tokenise(passages, reading, settings.quiet)
     layout = _make_layout(settings, table, prompts, tokenizer.pad)
@@ -161,8 +174,10 @@ def encode_texts(
         mesh=settings.mesh,
     )
     gradients_QxE = _encode_prompts(encoder, prompts, layout)
+    checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
     texts = PassageTexts(table, tokenizer)
     if directory is None:
+        _check_longest_passage(encoder, table, layout)
         source = _encode_in_memory(encoder, table, layout, settings.quiet)
         return TraceGradients(
             source, gradients_QxE, lambda row: (table.ids[row], texts[row]), queries
@@ -178,6 +193,8 @@ def encode_texts(
         texts=texts,
         corpus=table.fingerprint(),
     )
+    if len(store.missing()) == len(store.shards()):
+        _check_longest_passage(encoder, table, layout)
     loss_identity.save(provenance["loss"], directory)
     encoding.fill_store(store, encoder, table, layout, "encode passages", settings.quiet)
 
@@ -202,6 +219,23 @@ def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) 
     needed = len(prompts) * int(prompts.lengths.max())
     layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
     return encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
+
+
+def _check_longest_passage(encoder: Encoder, table: TokenTable, layout: BatchLayout) -> None:
+    """Checks that the model has a finite gradient at as many positions as passages have.
+
+    A look-up beyond a table of positions gives NaN, and such passages would never be retrieved.
+    """
+    longest, shortest = int(table.lengths.argmax()), int(table.lengths.argmin())
+    for row in (longest, shortest):
+        if np.isfinite(encoding.encode_rows(encoder, table, np.array([row]), layout)).all():
+            break
+    if row != longest:
+        raise ValueError(
+            f"the gradient of a passage of {table.lengths[longest] - 1} positions is not finite, "
+            f"that of one of {table.lengths[shortest] - 1} is: if the model has a table of "
+            "positions, say context= with its length"
+        )
 
 
 def _shard_bytes(table: TokenTable, width: int) -> int:

@@ -1,0 +1,222 @@
+"""Checks of what `tda.trace` is given, all of them before anything is encoded."""
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tda.encoding.settings import TextSettings, TraceSettings
+from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.projection import Projection
+from tda.gradients.unseen import count_examples
+from tda.model import functional
+
+# With fewer queries than this, the mixture removes each query's own direction.
+_FEWEST_QUERIES = 16
+
+
+def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
+    """Checks the arguments of `tda.trace` that need no data.
+
+    Raises:
+        ValueError: an argument is out of range, or of another type; the message names it.
+    """
+    check_model(settings.model)
+    check_count("k", k)
+    check_count("tokens_per_batch", settings.tokens_per_batch)
+    check_count("sample", settings.moments.sample)
+    if not (isinstance(damping, numbers.Real) and math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping={damping!r}; give a number from 0 on, such as 1e-3")
+    if not isinstance(settings.projection, Projection):
+        raise ValueError(
+            f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"
+        )
+    parse_correction(settings.moments.correction)
+    for name in ("include", "exclude"):
+        try:
+            re.compile(settings.scope[name] or "")
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{name}={settings.scope[name]!r} is not a regular expression ({error})"
+            ) from error
+
+
+def check_model(model: Any) -> None:
+    """Checks that the model is an NNX module.
+
+    Raises:
+        ValueError: it is not; the message says how to make one of it, where that is possible.
+    """
+    if isinstance(model, nnx.Module):
+        return
+    modules = {c.__module__.partition(".")[0] for c in type(model).__mro__}
+    if "flax" in modules:
+        remedy = (
+            "wrap a Linen module with its parameters: flax.nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0"
+            ")).lazy_init(x), and give untapped='reference'"
+        )
+    elif modules & {"torch", "transformers"}:
+        remedy = "save its weights (save_pretrained) and load them by tda.load(directory)"
+    else:
+        remedy = "give a flax.nnx.Module, such as that of tda.load"
+    raise ValueError(f"model is a {type(model).__name__}, not an NNX module; {remedy}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Checks that an argument is a whole number from 1 on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < 1:
+        raise ValueError(f"{name}={value!r}; give a whole number from 1 on")
+
+
+def check_queries(settings: TraceSettings, count: int) -> None:
+    """Checks that there are queries enough for the method.
+
+    Raises:
+        ValueError: there are none, or the method mixes in their R and they are few.
+    """
+    if not count:
+        raise ValueError("there are no queries")
+    if settings.method.hessian == "mixed" and count < _FEWEST_QUERIES:
+        raise ValueError(
+            f"R of {count} queries holds little but their own gradients, and mixing it in would "
+            "remove what they ask for; use method='trackstar_train' below "
+            f"{_FEWEST_QUERIES} queries"
+        )
+
+
+def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
+    """Checks that tokenizer, context, model and loss fit each other, by shapes alone.
+
+    Raises:
+        ValueError: they do not.
+    """
+    check_count("context", reading.context)
+    if not (reading.joiner is None or isinstance(reading.joiner, str)):
+        raise ValueError(f"joiner={reading.joiner!r}; give a string, such as ' ' or ''")
+    positions = getattr(settings.model, "max_positions", 0)
+    if positions and reading.context > positions:
+        raise ValueError(
+            f"context={reading.context} is beyond the model's table of {positions} positions; "
+            f"say context={positions}"
+        )
+    shape = (2, min(reading.context, 8))
+    batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets")}
+    batch["weights"] = np.ones(shape, np.float32)
+    vocab_size = getattr(settings.model, "vocab_size", None)
+    if not callable(settings.loss):
+        width = _count_logits(settings.model, batch["tokens"])
+        # A padded table of embeddings has more rows than the model says it uses.
+        vocab_size = width if vocab_size is None else vocab_size
+    if vocab_size is not None and reading.tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {reading.tokenizer.vocab_size} tokens, the model {vocab_size}: "
+            "they do not belong together"
+        )
+    check_loss(settings, batch)
+
+
+def check_loss(settings: TraceSettings, batch: Any) -> None:
+    """Checks that the loss of a batch is one number for each example, without computing it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    count = count_examples(batch)
+    model_fn, params = functional.split(settings.model)
+    shaped = jax.eval_shape(
+        lambda params, batch: settings.example_losses(model_fn.merge(params), batch), params, batch
+    )
+    if not hasattr(shaped, "shape"):
+        raise ValueError(
+            f"the loss returns a {type(shaped).__name__}, not one array; return the losses alone"
+        )
+    if shaped.shape != (count,):
+        raise ValueError(
+            f"the loss of {count} examples has the shape {shaped.shape}, not ({count},): it "
+            "must be one number for each example, summed over its positions and neither summed nor "
+            "averaged over the batch"
+        )
+    if not jnp.issubdtype(shaped.dtype, jnp.floating):
+        raise ValueError(f"the loss has the dtype {shaped.dtype}; return floating-point numbers")
+
+
+def check_batches(label: str, batches: Any) -> None:
+    """Checks that an argument may be an iterable of batches.
+
+    Raises:
+        ValueError: it is a path or a text, one batch, or no iterable.
+    """
+    if isinstance(batches, str | os.PathLike):
+        raise ValueError(f"{label} are a path: give the model's tokenizer too")
+    if isinstance(batches, Mapping):
+        raise ValueError(f"{label} is a single batch ({type(batches).__name__}); give [batch]")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"{label} is a {type(batches).__name__}; give an iterable of batches")
+
+
+def check_batch(label: str, batch: Any) -> None:
+    """Checks that a batch is a tree of arrays of numbers with the examples first.
+
+    Raises:
+        ValueError: it is not; the message names the array.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"a batch of {label} has no array: it is {type(batch).__name__}")
+    for path, leaf in leaves:
+        place = f"a batch of {label}" + (f", at {jax.tree_util.keystr(path)}," if path else "")
+        if isinstance(leaf, str):
+            raise ValueError(
+                f"{place} is the text {leaf[:40]!r}; give the model's tokenizer to trace texts, or "
+                "leave texts out of the batches (texts= shows them)"
+            )
+        if not isinstance(leaf, np.ndarray | jax.Array):
+            remedy = "x.numpy()" if type(leaf).__module__.startswith("torch") else "numpy.asarray"
+            raise ValueError(
+                f"{place} is a {type(leaf).__module__}.{type(leaf).__name__}, not an array; "
+                f"convert it by {remedy}"
+            )
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
+            raise ValueError(
+                f"{place} is an array of {leaf.dtype}, not of numbers; leave it out, or convert it"
+            )
+    count_examples(batch)
+
+
+def check_query_gradients(gradients_QxE: np.ndarray, names: list[str]) -> None:
+    """Checks that the queries' gradients are finite.
+
+    Raises:
+        ValueError: one is not; the message names the query.
+    """
+    invalid = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
+    if len(invalid):
+        raise ValueError(
+            f"the gradient of query {names[invalid[0]]!r} is not finite; look at "
+            "the model's output for it"
+        )
+
+
+def _count_logits(model: nnx.Module, tokens_BxT: np.ndarray) -> int:
+    model_fn, params = functional.split(model)
+    logits = jax.eval_shape(model_fn.apply, params, tokens_BxT)
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != tokens_BxT.shape:
+        raise ValueError(
+            f"the model maps tokens {tokens_BxT.shape} to "
+            f"{'several arrays' if shape is None else shape}, not to logits [B, T, V]; give a "
+            "function of the model and a batch as loss"
+        )
+    return shape[-1]

@@ -1,0 +1,171 @@
+"""What cannot be traced is refused before anything is encoded, and the message says what to do."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import tda
+from tda.data.tokenizer import Tokenizer
+from tda.encoding import inputs
+from tda.encoding import table as encoding
+from tda.gradients.moments import estimate
+from tda.gradients.projection import Projection
+from tests.test_api import QUERIES, TEXTS, Bigram
+
+BATCH = {k: np.ones((8, 6), np.int32) for k in ("tokens", "targets")}
+BATCH["weights"] = np.ones((8, 6), np.float32)
+
+
+class Positions(nnx.Module):
+    """A model with a table of 16 positions."""
+
+    def __init__(self, vocab_size, max_positions):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(vocab_size, 8, rngs=rngs)
+        self.positions = nnx.Embed(16, 8, rngs=rngs)
+        self.out = nnx.Linear(8, vocab_size, rngs=rngs)
+        self.max_positions = max_positions
+
+    def __call__(self, tokens_BxT):
+        x_TxD = self.positions(jnp.arange(tokens_BxT.shape[1]))
+        return self.out(self.embed(tokens_BxT) + x_TxD)
+
+
+class Net(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(x)
+
+
+class Tensor:
+    """An array of another library."""
+
+
+Tensor.__module__ = "torch"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 300)
+
+
+@pytest.fixture
+def nothing_is_encoded(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("something was encoded or estimated")
+
+    monkeypatch.setattr(encoding, "encode_kinds", refuse)
+    monkeypatch.setattr(inputs, "per_example", refuse)
+    monkeypatch.setattr(estimate, "estimate", refuse)
+
+
+def call(trained, passages=TEXTS, queries=QUERIES, model=None, **options):
+    model = Bigram(trained.vocab_size, nnx.Rngs(0)) if model is None else model
+    options = dict(projection=Projection(side=4, pooling="matrix"), quiet=True) | options
+    options = dict(tokenizer=trained) | options
+    return tda.trace(model, passages, queries, **options)
+
+
+def nats(model, batch):
+    logits = model(batch["tokens"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+
+
+SHAPE = r"the loss of \d examples has the shape"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(k=0), "k=0; give a whole number from 1 on"),
+        (dict(k=2.5), "k=2.5; give a whole"),
+        (dict(k=True), "k=True; give a whole"),
+        (dict(context=0), "context=0; give a whole"),
+        (dict(tokens_per_batch=0), "tokens_per_batch=0; give a whole"),
+        (dict(sample=0), "sample=0; give a whole"),
+        (dict(damping=-1.0), "damping=-1.0; give a number from 0 on"),
+        (dict(damping=float("nan")), "damping=nan; give a number"),
+        (dict(correction="x"), "unknown correction 'x'"),
+        (dict(correction="x", method="grad_cos"), "unknown correction 'x'"),
+        (dict(loss="nll"), "unknown output function 'nll'"),
+        (dict(projection=8), "projection=8; give tda.Projection"),
+        (dict(include="("), "include='\\(' is not a regular expression"),
+        (dict(joiner=3), "joiner=3; give a string"),
+        (dict(method="trackstar"), "R of 2 queries holds little"),
+        (dict(loss=lambda m, b: nats(m, b).mean()), SHAPE + r" \(\), not \(2,\): it must be one"),
+        (dict(loss=nats), SHAPE + r" \(2, 8\), not"),
+        (dict(loss=lambda m, b: (nats(m, b).sum(-1), 1)), "the loss returns a tuple, not one"),
+        (dict(loss=lambda m, b: b["tokens"][:, 0]), "the loss has the dtype int32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_first(
+    tokenizer, nothing_is_encoded, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        call(tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Net(), "model is a Net, not an NNX module; wrap a Linen module"),
+        (Tensor(), "model is a Tensor, not an NNX module; save its weights"),
+        ("SmolLM2", "model is a str, not an NNX module; give a flax.nnx.Module"),
+        (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "the model maps tokens|dot_general"),
+        (Positions(300, 16), "context=512 is beyond the model's table of 16 positions; say cont"),
+        (Positions(280, 0), "the tokenizer has 300 tokens, the model 280"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_first(tokenizer, nothing_is_encoded, model, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(tokenizer, model=model)
+
+
+def test_passages_beyond_a_table_that_a_model_does_not_tell_of_are_refused(tokenizer):
+    """Guards: gradients that are NaN, so that long passages are never retrieved."""
+    texts = [TEXTS[0], " ".join(TEXTS)]
+    model, how = Positions(tokenizer.vocab_size, 0), dict(method="grad_cos")
+    with pytest.raises(ValueError, match=r"a passage of 64 positions is not finite.*say context="):
+        call(tokenizer, texts, [("The", "town")], model, context=64, **how)
+    call(tokenizer, texts, [("The", "town")], model, context=16, **how)
+    with pytest.raises(ValueError, match="the gradient of query '0' is not finite"):
+        call(tokenizer, [TEXTS[0][:8]], [(" ".join(TEXTS), "Oslo")], model, **how)
+
+
+@pytest.mark.parametrize(
+    ("passages", "message"),
+    [
+        ("corpus.jsonl", "passages are a path: give the model's tokenizer"),
+        (BATCH, r"passages is a single batch \(dict\); give \[batch\]"),
+        (5, "passages is a int; give an iterable of batches"),
+        ([], "there are no passages"),
+        (iter([]), "there are no passages"),
+        (TEXTS, "a batch of passages is the text 'The town.*give the model's tokenizer"),
+        ([{"text": "a"}], r"at \['text'\], is the text 'a'; give the model's tokenizer"),
+        ([BATCH | {"text": ["a"] * 8}], r"at \['text'\]\[0\], is the text 'a'"),
+        ([BATCH | {"tokens": Tensor()}], r"is a torch.Tensor, not an array; convert it by x.nump"),
+        ([BATCH | {"tokens": [[1] * 6] * 8}], r"is a builtins.int, not an array"),
+        ([BATCH | {"id": np.array(["a"] * 8)}], "is an array of <U1, not of numbers"),
+        ([BATCH | {"id": np.array([None] * 8)}], "is an array of object, not of numbers"),
+        ([{}], "a batch of passages has no array"),
+        ([BATCH | {"n": np.zeros(3)}], "must have the examples as its first axis|one length"),
+    ],
+)
+def test_batches_that_are_none_are_refused_first(tokenizer, nothing_is_encoded, passages, message):
+    with pytest.raises(ValueError, match=message):
+        call(tokenizer, passages, [BATCH], tokenizer=None)
+    if isinstance(passages, list | dict):
+        with pytest.raises(ValueError, match=message.replace("passages", "queries")):
+            call(tokenizer, [BATCH], passages, tokenizer=None)
+
+
+def test_losses_and_queries_of_batches_are_checked_first(tokenizer, nothing_is_encoded):
+    how = dict(tokenizer=None)
+    with pytest.raises(ValueError, match=SHAPE + r" \(\), not \(8,\)"):
+        call(tokenizer, [BATCH], [BATCH], loss=lambda m, b: nats(m, b).mean(), **how)
+    with pytest.raises(ValueError, match="R of 8 queries holds little"):
+        call(tokenizer, [BATCH], [BATCH], method="trackstar", **how)
+    with pytest.raises(ValueError, match="texts is a single string"):
+        call(tokenizer, [BATCH], [BATCH], texts="abcdefgh", **how)
