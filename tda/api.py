@@ -115,7 +115,8 @@ def trace(
         damping: the damping of R, in mean eigenvalues of a block.
         seed: the seed of the draw.
         directory: where tokens and gradients are stored; a call that is killed resumes if it is
-            repeated with the same arguments. In memory if None.
+            repeated with the same arguments. It serves several methods and corrections: those
+            with the same correction share their gradients. In memory if None.
         mesh: the devices that batches are split over; one device if None.
         quiet: whether no progress is shown.
 

@@ -211,8 +211,38 @@ def test_a_directory_keeps_gradients_and_gives_the_same(model, tokenizer, tmp_pa
     with pytest.raises(ValueError, match="was built with other settings"):
         call(other, tokenizer, file, directory=tmp_path / "kept")
     # Of the same parameters, another function.
-    with pytest.raises(ValueError, match=r"fingerprint\.loss"):
-        call(model, tokenizer, file, directory=tmp_path / "kept", loss="margin", method="grad_cos")
+    with pytest.raises(ValueError, match=r"\bloss: \w+ → "):
+        call(model, tokenizer, file, directory=tmp_path / "kept", loss="margin")
+
+
+def test_one_directory_serves_several_methods_and_corrections(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    """Guards: a second trace that is refused, or that writes over the first one's gradients."""
+    hows = [
+        dict(),
+        dict(method="grad_cos"),
+        dict(correction="adam"),
+        dict(sample=1, tokens_per_batch=64),
+    ]
+    expected = [call(model, tokenizer, directory=tmp_path, **how).answers for how in hows]
+    assert len(set(map(str, expected))) == len(hows)
+    assert len(list(tmp_path.glob("*/gradients/manifest.json"))) == len(hows)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    # Each is finished: nothing is estimated or written again.
+    monkeypatch.setattr(estimate, "estimate", None)
+    assert [call(model, tokenizer, directory=tmp_path, **how).answers for how in hows] == expected
+    # Of the same gradients, another method.
+    call(model, tokenizer, directory=tmp_path, method="grad_dot")
+    call(model, tokenizer, directory=tmp_path, method="exp3")
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert {k: v for k, v in after.items() if _is_data(k)} == {
+        k: v for k, v in before.items() if _is_data(k)
+    }
+
+
+def _is_data(path):
+    return path.name != "loss.json"
 
 
 def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):
@@ -223,7 +253,7 @@ def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):
     ).sum(axis=-1, where=b["weights"] > 0)
     found = call(model, tokenizer, loss=functools.partial(total), **how)
     assert call(model, tokenizer, loss=total, **how).answers == found.answers
-    with pytest.raises(ValueError, match=r"fingerprint\.loss"):
+    with pytest.raises(ValueError, match=r"\bloss: \w+ → "):
         call(model, tokenizer, loss=mean, **how)
 
 

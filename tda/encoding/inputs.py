@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -32,7 +33,7 @@ from tda.gradients.unseen import count_examples
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import progress, sharding
-from tda.runtime.fingerprint import fingerprint_arrays, plain
+from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
 from tda.store.making import SHARD_BYTES
 
 # Bytes of gradients that are held in memory if no directory is given.
@@ -163,7 +164,13 @@ def encode_texts(
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
     table = _tokenise(passages, reading, settings.quiet)
     layout = _make_layout(settings, table, prompts, tokenizer.pad)
+    if directory is not None:
+        # Every correction has its own gradients; the tokens are shared.
+        directory = directory / _name_correction(settings)
     provenance = None if directory is None else _provenance(settings, directory)
+    if directory is not None and (directory / "gradients" / "manifest.json").exists():
+        # Refuses another model's store before second moments are estimated again.
+        stores.open_store(directory / "gradients", provenance)
     scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
     encoder = make_encoder(
         settings.model,
@@ -345,6 +352,19 @@ def _provenance(settings: TraceSettings, directory: pathlib.Path) -> dict:
             **settings.scope,
         }
     )
+
+
+def _name_correction(settings: TraceSettings) -> str:
+    """Returns the name of the folder for gradients of one correction."""
+    if not settings.method.corrected:
+        return "uncorrected"
+    moments = settings.moments
+    if settings.needs_estimate:
+        made_from = [moments.sample, moments.seed, settings.tokens_per_batch]
+    else:
+        made_from = _describe_correction(settings, settings.estimate_scales([]))
+    digest = fingerprint(plain([moments.correction, made_from]))
+    return re.sub(r"\W+", "_", f"{moments.correction}_{digest[:8]}")
 
 
 def _describe_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> dict:
