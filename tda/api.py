@@ -49,7 +49,7 @@ def trace(
     tokenizer: Any = None,
     loss: str | Callable = "loss",
     method: str = "trackstar_train",
-    correction: str = "factored",
+    correction: str | None = None,
     scales: dict[str, Scale] | SecondMoments | None = None,
     projection: Projection | None = None,
     k: int = 10,
@@ -93,8 +93,8 @@ def trace(
         method: a name in `tda.methods.METHODS`. "trackstar_train" (the paper's Exp 5)
             whitens by R of the passages; "trackstar" also mixes in R of the queries, which needs
             many queries of one form.
-        correction: the form of √V that gradients are divided by: "factored", "low_rank(R)" or
-            "adam".
+        correction: the form of √V that gradients are divided by: "factored" (the default),
+            "low_rank(R)" or "adam".
         scales: the optimizer's second moments (`tda.second_moments`), or 1/√V by path of parameter;
             else V is estimated from the passages.
         projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
@@ -131,12 +131,22 @@ def trace(
     if len(parsed) != 1 or not parsed[method].is_plain:
         names = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
+    if scales is not None and not parsed[method].corrected:
+        raise ValueError(
+            f"scales= has no effect with method={method!r}, whose gradients are not corrected; "
+            "leave it out, or use a corrected method"
+        )
+    if correction is not None and isinstance(scales, dict):
+        raise ValueError(
+            f"correction={correction!r} has no effect beside scales=, which are 1/√V already; "
+            "leave it out, or give the second moments (tda.second_moments)"
+        )
     compilation_cache.use()
     settings = TraceSettings(
         model=model,
         loss=loss,
         method=parsed[method],
-        moments=MomentSettings(correction, scales, sample, seed),
+        moments=MomentSettings(correction or "factored", scales, sample, seed),
         projection=Projection(side=16, pooling="matrix") if projection is None else projection,
         scope=dict(include=include, exclude=exclude, untapped=untapped),
         tokens_per_batch=tokens_per_batch,

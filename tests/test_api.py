@@ -125,6 +125,14 @@ def test_the_correction_is_estimated_from_the_passages(model, tokenizer):
         assert found[0].proponents[0].id == str(expected[0].argmax())
 
 
+def test_second_moments_without_effect_are_refused(model, tokenizer):
+    scales = {"first/kernel": None}
+    with pytest.raises(ValueError, match="scales= has no effect with method='grad_cos'"):
+        call(model, tokenizer, method="grad_cos", scales=scales)
+    with pytest.raises(ValueError, match="correction='adam' has no effect beside scales="):
+        call(model, tokenizer, method="exp3", correction="adam", scales=scales)
+
+
 def test_batches_and_a_loss_of_ones_own_give_the_same(model, tokenizer):
     """No tokenizer: trees of arrays, and a loss that calls the model in its own way."""
 

@@ -102,6 +102,7 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
                 settings.projection,
                 scales,
                 **settings.scope,
+                tell=False,
             ):
                 encoded.append(x_BxE)
                 bar.update(len(x_BxE))
@@ -179,6 +180,7 @@ def encode_texts(
         settings.loss,
         **settings.scope,
         mesh=settings.mesh,
+        tell=False,
     )
     gradients_QxE = _encode_prompts(encoder, prompts, layout)
     checks.check_query_gradients(gradients_QxE, [q.id for q in queries])

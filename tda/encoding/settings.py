@@ -84,8 +84,8 @@ class TraceSettings:
 
     def print_coverage(self) -> None:
         """Prints what share of the parameters the gradients cover, and what is left out."""
-        if not self.quiet:
-            print(sites.coverage(self.model, self.sites()))
+        is_default = self.scope.get("include") is None and self.scope.get("exclude") is None
+        sites.tell_coverage(self.model, self.sites(), is_default, self.quiet)
 
     def example_losses(self, model, batch) -> jax.Array:
         """Returns the loss of each example of a batch, [B]."""

@@ -1,6 +1,6 @@
 """Projected, corrected per-example gradients: the fast encoder and the slow reference."""
 
-from tda.gradients.examples import per_example
+from tda.gradients.examples import left_out, per_example
 from tda.gradients.projection import Projection
 
-__all__ = ["Projection", "per_example"]
+__all__ = ["Projection", "left_out", "per_example"]

@@ -17,6 +17,7 @@ the caller allows that with untapped="reference".
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,18 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients import full_gradients, projection, taps, unseen
+from tda.gradients import full_gradients, taps, unseen
+from tda.gradients import projection as projections
 from tda.gradients.batch_mates import MatesCheck
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Layout, Projection
-from tda.gradients.sites import Site, find_sites
+from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_coverage
 from tda.gradients.taps import Tap
 from tda.model import functional
 from tda.runtime import sharding
+
+# One kind of gradients: the projection, and the tap of every site.
+Kind = tuple[Projection, dict[Site, Tap]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Encoder:
     def encode_all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
         """Encodes a batch into gradients of every kind, float32 [B, E] each; see `__call__`."""
 
-        def encode(batch):
+        def encode(batch: dict) -> tuple[jax.Array, ...]:
             return self.compiled(self.arrays, batch, scored)
 
         encodings = encode(batch)
@@ -86,7 +91,7 @@ class Encoder:
         """Returns the sharding of each of `arrays` on a mesh, by its logical axes."""
         variables, untapped = self.arrays
 
-        def of_variable(path, x):
+        def of_variable(path: tuple, x: jax.Array) -> jax.sharding.NamedSharding:
             return sharding.named(mesh, self.axes[functional.path_name(path)], x.shape)
 
         replicated = sharding.named(mesh, ())
@@ -118,8 +123,9 @@ def make_encoder(
     output: str | Callable = "loss",
     include: str | None = None,
     exclude: str | None = None,
-    untapped: str = "leave",
+    untapped: Literal["leave", "reference", "error"] = "leave",
     mesh: jax.sharding.Mesh | None = None,
+    tell: bool = True,
 ) -> Encoder:
     """Makes an encoder of P·(∇L/√V) (Chang et al. 2024, eq. 3).
 
@@ -136,13 +142,23 @@ def make_encoder(
             part of the gradient) or "error".
         mesh: the mesh on which projections and scales are laid out as the parameters they belong
             to, by their logical axes; None replicates them.
+        tell: whether the share of the parameters that the gradients cover is printed, with a
+            warning below a half.
 
     Raises:
-        ValueError: nothing is included, or `projection` does not fit the model; with a batch, if
+        ValueError: nothing is included, or `projection` does not fit the model (more blocks than
+            layers, or blocks of a model without numbered layers); with a batch, if
             taps miss a part of a gradient (`tda.gradients.unseen`), unless `untapped` allows it.
         KeyError: `scales` lacks a parameter.
     """
     sites = find_sites(model, include, exclude, untapped)
+    if projection.blocks not in (1, projections.DEFAULT_BLOCKS) and not has_numbered_layers(model):
+        raise ValueError(
+            f"blocks={projection.blocks} has no effect: no parameter of the model has a layer's "
+            "number in its path; leave it out, or use pooling='matrix'"
+        )
+    if tell:
+        tell_coverage(model, sites, is_default=include is None and exclude is None)
     kind = projection, make_taps(sites, projection, scales)
     encoder = build_encoder(model, [kind], output, mesh)
     # The decoder computes each example by itself, and so do the losses that have a name.
@@ -158,7 +174,7 @@ def make_taps(
     """Returns the tap of every site; scales that are outer products are folded into A and B."""
     by_site = {}
     for site in sites:
-        left, right = map(jnp.asarray, projection.matrices(site, projection_))
+        left, right = map(jnp.asarray, projections.matrices(site, projection_))
         scale = scales[site.path] if scales else None
         if scale is not None and scale.full is None:
             left, right = _scaled_copies(left, scale.left), _scaled_copies(right, scale.right)
@@ -167,7 +183,7 @@ def make_taps(
     return by_site
 
 
-def _scaled_copies(matrix, scales):
+def _scaled_copies(matrix: jax.Array, scales: jax.Array) -> jax.Array:
     """Returns R copies of A, each with its rows scaled, side by side.
 
     [(L,) M, R·k] of [(L,) M, k] and [(L,) R, M].
@@ -178,7 +194,7 @@ def _scaled_copies(matrix, scales):
 
 def build_encoder(
     model: nnx.Module,
-    kinds: Sequence[tuple[Projection, dict[Site, Tap]]],
+    kinds: Sequence[Kind],
     output: str | Callable = "loss",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
@@ -190,15 +206,16 @@ def build_encoder(
         output: see `make_encoder`.
         mesh: see `make_encoder`; without one the taps may be shapes alone.
     """
-    layouts = tuple(projection.layout(list(taps_), p) for p, taps_ in kinds)
+    layouts = tuple(projections.layout(list(taps_), p) for p, taps_ in kinds)
     arrays, axes, encode = _encoding_function(model, kinds, layouts, output)
     encoder = Encoder(layouts, arrays, axes, jax.jit(encode, static_argnums=2))
     return encoder if mesh is None else encoder.place(mesh)
 
 
-def _encoding_function(model, kinds, layouts, output):
+def _encoding_function(
+    model: nnx.Module, kinds: Sequence[Kind], layouts: tuple[Layout, ...], output: str | Callable
+) -> tuple[tuple, dict[str, tuple], Callable]:
     """Returns arrays, their logical axes, and the function of (arrays, batch, scored=None)."""
-    output_fn = losses.output(output) if isinstance(output, str) else None
     # The taps of each site by number of the kind, in the order in which a layer carries them.
     taps_of: dict[Site, dict[int, Tap]] = {}
     for i, (_, by_site) in enumerate(kinds):
@@ -215,16 +232,18 @@ def _encoding_function(model, kinds, layouts, output):
     }
     search = unseen.make_search(model, tapped)
 
-    def total_of(own_model, batch, scored):
-        if output_fn is None:
+    def total_of(own_model: nnx.Module, batch: dict, scored: int | None) -> jax.Array:
+        if not isinstance(output, str):
             return jnp.sum(output(own_model, batch))
-        return losses.total(own_model, batch, output_fn, scored)
+        return losses.total(own_model, batch, losses.output(output), scored)
 
-    def total(zeros, variables, batch, scored, missed=()):
+    def total(
+        zeros: dict, variables: dict, batch: dict, scored: int | None, missed: Sequence[Site] = ()
+    ) -> jax.Array:
         own_model = taps.without_taps(nnx.merge(graphdef, zeros, variables), missed)
         return total_of(own_model, batch, scored)
 
-    def missed_sites(batch, scored):
+    def missed_sites(batch: dict, scored: int | None) -> list[Site]:
         """Sites whose taps miss a part of the gradient, if all kinds allow the full gradient."""
         missed = search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
         # Gradients in another basis (EK-FAC) are formed by their taps alone.
@@ -238,22 +257,24 @@ def _encoding_function(model, kinds, layouts, output):
         unseen.refuse(refused, ", or untapped='reference' to form its full gradients")
         return list(missed)
 
-    def by_taps(variables, batch, scored):
+    def by_taps(variables: dict, batch: dict, scored: int | None) -> dict[Site, list]:
         """Projections of the whole batch in one backward pass, by site and tap."""
         zeros = taps.zeros_for(templates, unseen.count_examples(batch))
         cotangents = jax.grad(total)(zeros, variables, batch, scored)
         return {s: taps.cotangents_at(cotangents, s) for s in tapped}
 
-    def by_example(variables, missed, matrices, batch, scored):
+    def by_example(
+        variables: dict, missed: list[Site], matrices: dict, batch: dict, scored: int | None
+    ) -> dict[Site, list]:
         """The same, with the full gradients of some sites: one backward pass for each example."""
         full_sites = [*untapped, *missed]
         rest, parameters = full_gradients.split_parameters(variables, full_sites)
 
-        def total_of_example(zeros, parameters, example):
+        def total_of_example(zeros: dict, parameters: dict, example: dict) -> jax.Array:
             joined = full_gradients.join_parameters(rest, parameters)
             return total(zeros, joined, example, scored, missed)
 
-        def encode_example(example):
+        def encode_example(example: dict) -> tuple[dict, dict]:
             example = jax.tree.map(lambda x: x[None], example)
             zeros = taps.zeros_for(templates, 1)
             return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
@@ -267,12 +288,12 @@ def _encoding_function(model, kinds, layouts, output):
             gradient = gradients[(*site.module, site.parameter)]
             sides = (kinds[i][0].side for i in taps_of[site])
             projected[site] = [
-                full_gradients.project(site, gradient, *arrays, side)
-                for arrays, side in zip(matrices[site.path], sides, strict=True)
+                full_gradients.project(site, gradient, left, right, scale, side)
+                for (left, right, scale), side in zip(matrices[site.path], sides, strict=True)
             ]
         return projected
 
-    def encode(arrays, batch, scored=None):
+    def encode(arrays: tuple, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
         variables, matrices = arrays
         missed = missed_sites(batch, scored)
         if untapped or missed:
@@ -281,13 +302,13 @@ def _encoding_function(model, kinds, layouts, output):
         else:
             projected = by_taps(variables, batch, scored)
         return tuple(
-            projection.pool(layout, {s: projected[s][list(taps_of[s]).index(i)] for s in by_site})
+            projections.pool(layout, {s: projected[s][list(taps_of[s]).index(i)] for s in by_site})
             for i, (layout, (_, by_site)) in enumerate(zip(layouts, kinds, strict=True))
         )
 
     return (variables, untapped_arrays), axes, encode
 
 
-def _without_example_axis(x, site: Site):
+def _without_example_axis(x: jax.Array, site: Site) -> jax.Array:
     """Taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
     return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)

@@ -1,10 +1,12 @@
 """Gradients of examples in one call: any model, any loss, batches of any form."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 from flax import nnx
 
+from tda.gradients import sites
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Projection
@@ -19,7 +21,8 @@ def per_example(
     scales: dict[str, Scale] | None = None,
     include: str | None = None,
     exclude: str | None = None,
-    untapped: str = "leave",
+    untapped: Literal["leave", "reference", "error"] = "leave",
+    tell: bool = True,
 ) -> Iterator[np.ndarray]:
     """The projected gradient P·(∇L/√V) of every example (Chang et al. 2024, eq. 3).
 
@@ -30,7 +33,7 @@ def per_example(
         batches: trees of arrays (dicts with any keys, tuples), all with the batch as their first
             axis. Compiled once for every shape.
         projection: P.
-        scales, include, exclude, untapped: see `tda.gradients.encoder.make_encoder`.
+        scales, include, exclude, untapped, tell: see `tda.gradients.encoder.make_encoder`.
 
     Yields:
         float32 [B, E] for each batch, in order.
@@ -50,8 +53,25 @@ def per_example(
             )
         return loss_B
 
-    encoder = make_encoder(model, projection, scales, checked, include, exclude, untapped)
+    encoder = make_encoder(
+        model, projection, scales, checked, include, exclude, untapped, tell=tell
+    )
     return _each(encoder, batches)
+
+
+def left_out(
+    model: nnx.Module,
+    include: str | None = None,
+    exclude: str | None = None,
+    untapped: Literal["leave", "reference", "error"] = "leave",
+) -> dict[str, int]:
+    """Returns the size of each parameter that the gradients leave out, by path name.
+
+    Args:
+        model: any NNX model.
+        include, exclude, untapped: see `tda.gradients.sites.find_sites`.
+    """
+    return sites.left_out(model, sites.find_sites(model, include, exclude, untapped))
 
 
 def _each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:

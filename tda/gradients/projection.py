@@ -18,6 +18,7 @@ import numpy as np
 from tda.gradients import sites
 
 FAMILIES = ("gaussian", "rademacher")
+DEFAULT_BLOCKS = 8
 POOLINGS = ("blocks", "layer", "matrix")
 
 
@@ -35,12 +36,12 @@ class Projection:
     """
 
     side: int = 16
-    blocks: int = 8
+    blocks: int = DEFAULT_BLOCKS
     seed: int = 0
     family: str = "gaussian"
     pooling: str = "blocks"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; use {', '.join(FAMILIES)}")
         if self.pooling not in POOLINGS:
@@ -113,7 +114,7 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
         )
     block_of_layer = {n: i * projection.blocks // len(numbers) for i, n in enumerate(numbers)}
 
-    def block(site, name):
+    def block(site: sites.Site, name: str) -> tuple[int, str]:
         """A key that sorts as the blocks are to stand, and the block's name."""
         layer = sites.layer_of(name)
         if projection.pooling == "matrix":
@@ -136,24 +137,24 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
 
 def matrices(site: sites.Site, projection: Projection) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a site: float32 [M, k] and [N, k], stacked over layers where the site is."""
-    ends = []
-    for end, rows in (("left", site.rows), ("right", site.columns)):
-        names = site.names()
-        out = np.empty((len(names), rows, projection.side), np.float32)
+
+    def stacked(end: str, rows: int) -> np.ndarray:
+        p, names = projection, site.names()
+        out = np.empty((len(names), rows, p.side), np.float32)
         for i, name in enumerate(names):
-            p = projection
             out[i] = random_matrix(p.seed, name, end, rows, p.side, p.family)
-        ends.append(out[0] if site.stack is None else out)
-    return tuple(ends)
+        return out[0] if site.stack is None else out
+
+    return stacked("left", site.rows), stacked("right", site.columns)
 
 
 def pool(layout: Layout, projected: dict[sites.Site, jax.Array]) -> jax.Array:
     """Adds up the projections of each block's matrices: float32 [B, E] of [(L,) B, k, k] each."""
-    parts = [[] for _ in layout.blocks]
+    parts: list[list[jax.Array]] = [[] for _ in layout.blocks]
     for site, x in projected.items():
         x_LxBxPxP = x[None] if site.stack is None else x
         for block in sorted(set(layout.members[site.path])):
             layers = [i for i, b in enumerate(layout.members[site.path]) if b == block]
             parts[block].append(jnp.sum(x_LxBxPxP[jnp.asarray(layers)], axis=0))
-    pooled = [sum(p) for p in parts]
+    pooled: list = [sum(p) for p in parts]
     return jnp.concatenate([p.reshape(p.shape[0], -1) for p in pooled], axis=-1)

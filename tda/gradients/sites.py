@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 import re
+import warnings
 from typing import Literal
 
 from flax import nnx
@@ -214,6 +215,35 @@ def coverage(model: nnx.Module, sites: list[Site]) -> str:
         f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
         f"left out: {named}{more}"
     )
+
+
+def has_numbered_layers(model: nnx.Module) -> bool:
+    """Returns whether the path of any parameter has a layer's number."""
+    return any(layer_of(name) is not None for site in _sites(model) for name in site.names())
+
+
+def tell_coverage(
+    model: nnx.Module, sites: list[Site], is_default: bool = True, quiet: bool = False
+) -> None:
+    """Prints what share of the parameters the gradients cover, and warns below a half.
+
+    Args:
+        model: the model.
+        sites: the sites whose gradients are taken.
+        is_default: whether the sites are those that nobody selected; no warning otherwise.
+        quiet: whether nothing is printed; the warning is given all the same.
+    """
+    described = coverage(model, sites)
+    if not quiet:
+        print(described)
+    covered = sum(math.prod(s.shape) for s in sites)
+    if is_default and covered < sum(left_out(model, sites).values()):
+        warnings.warn(
+            f"{described}. That is less than half: include='.' takes embeddings and the head too, "
+            "untapped='reference' parameters without taps; tda.gradients.left_out(model) names all "
+            "that is left out",
+            stacklevel=3,
+        )
 
 
 def group_of(name: str) -> str:

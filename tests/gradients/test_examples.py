@@ -1,12 +1,14 @@
 """Gradients of examples of any model, by any loss, from batches of any form."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import Projection, per_example, projection, reference
+from tda.gradients import Projection, left_out, per_example, projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate
 from tda.gradients.sites import find_sites
@@ -114,3 +116,46 @@ def test_errors():
         list(per_example(model, loss, [make_batch(2) | {"temperature": 0.7}], P))
     with pytest.raises(ValueError, match="examples as its first axis; got shapes"):
         list(per_example(model, loss, [make_batch(2) | {"label": np.zeros(3, np.int32)}], P))
+
+
+class Pictures(nnx.Module):
+    """Convolutions, which have no taps, hold most of the parameters."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.last = nnx.Linear(8, 2, rngs=rngs)
+
+
+def test_coverage_is_told_and_warned_of_below_a_half(capsys):
+    """Guards: 16 of 114 parameters without a word."""
+    model = Pictures(nnx.Rngs(0))
+    told = "gradients of 16 of 114 parameters (14%); left out: first/bias, first/kernel, last/bias"
+    for use in (make_encoder, lambda m, p, **kw: per_example(m, loss, [], p, **kw)):
+        with pytest.warns(UserWarning, match=r"16 of 114 parameters \(14%\).*less than half"):
+            use(model, P)
+        assert told in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_encoder(model, P, include="last")
+        assert capsys.readouterr().out.startswith("gradients of 16 of 114")
+        make_encoder(model, P, include=".", untapped="reference")
+        assert "114 of 114 parameters (100%); left out: none" in capsys.readouterr().out
+        make_encoder(model, P, tell=False)
+        make_encoder(Classifier(nnx.Rngs(0)), P, tell=False)
+    assert not capsys.readouterr().out
+
+
+def test_all_that_is_left_out_is_named_on_request():
+    model = Pictures(nnx.Rngs(0))
+    sizes = {"first/bias": 8, "first/kernel": 72, "last/bias": 2, "norm/bias": 8, "norm/scale": 8}
+    assert left_out(model) == sizes
+    assert not left_out(model, ".", untapped="reference")
+
+
+def test_blocks_without_effect_are_refused():
+    model = Classifier(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="blocks=3 has no effect: no parameter"):
+        make_encoder(model, Projection(side=3, blocks=3))
+    deep = nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(3)))
+    assert make_encoder(deep, Projection(side=3, blocks=3)).layout.blocks[0] == "0/other"
