@@ -8,6 +8,7 @@ examples in the place of some.
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -34,6 +35,7 @@ class MatesCheck:
             losses: a function of the model and a batch to each example's loss, [B]. Gradients alone
                 do not tell: those of a loss that is centred over the batch add up to 0.
         """
+        self._model, self._plain_losses = model, losses
         model_fn, parameters = functional.split(model)
         compiled = jax.jit(lambda parameters, batch: losses(model_fn.merge(parameters), batch))
         self._losses: Callable | None = functools.partial(compiled, parameters)
@@ -64,10 +66,22 @@ class MatesCheck:
             ("gradient", encode, encodings),
         ):
             rows, *others = (_flat(x) for x in (rows, *map(compute, batches)))
-            _refuse(quantity, rows[:half], others[0][:half], _IN_PLACE)
-            _refuse(quantity, rows[half:], others[1][half:], _IN_PLACE)
-            _refuse(quantity, rows[half:], others[2][: count - half], _MOVED)
-        self._losses = None  # done; the model's arrays are let go
+            pairs = (
+                (rows[:half], others[0][:half], _IN_PLACE),
+                (rows[half:], others[1][half:], _IN_PLACE),
+                (rows[half:], others[2][: count - half], _MOVED),
+            )
+            changes = [(_change(x, y), tolerance) for x, y, tolerance in pairs]
+            change = max(size if size > tolerance else 0 for size, tolerance in changes)
+            if change:
+                culprit = _name_culprit(self._model, self._plain_losses, batch, batches[:2], half)
+                raise ValueError(
+                    f"the {quantity} of an example changes by {change:.0%} with the other examples "
+                    f"of its batch{culprit}; it must depend on that example alone: use no "
+                    "statistics of the batch, no other order of its examples, and no dropout "
+                    "(model.eval())"
+                )
+        self._losses = self._model = None  # done; the model's arrays are let go
 
 
 def _is_local(batch) -> bool:
@@ -97,16 +111,55 @@ def _flat(arrays) -> np.ndarray:
     return np.concatenate(flat, axis=1)
 
 
-def _refuse(quantity: str, rows: np.ndarray, others: np.ndarray, tolerance: float) -> None:
-    """Refuses rows that differ from those of the same examples in another batch."""
+def _change(rows: np.ndarray, others: np.ndarray) -> float:
+    """Returns the largest change of a row relative to its norm; 0 where nothing is finite."""
     norms = np.linalg.norm(rows, axis=1)
     # What is small beside the batch's largest row may be noise of its own computation.
     scales = np.maximum(norms, 0.01 * norms.max(initial=0))
     changes = np.linalg.norm(others - rows, axis=1) / np.where(scales > 0, scales, 1)
-    changes = np.where(np.isfinite(changes), changes, 0)
-    if changes.max() > tolerance:
-        raise ValueError(
-            f"the {quantity} of an example changes by {changes.max():.0%} with the other examples "
-            "of its batch; it must depend on that example alone: use no statistics of the batch, "
-            "no other order of its examples, and no dropout (model.eval())"
-        )
+    return float(np.where(np.isfinite(changes), changes, 0).max(initial=0))
+
+
+def _name_culprit(model: nnx.Module, losses: Callable, batch, others, half: int) -> str:
+    """Names the innermost module whose output changes though its input does not; "" if none does.
+
+    The loss is computed once more for each batch, without compilation, so that each module's inputs
+    and outputs can be looked at. Those inside a scan or vmap cannot.
+    """
+    traces = [_calls(model, losses, x) for x in (batch, *others)]
+    halves = slice(None, half), slice(half, None)
+    for calls in zip(*traces, strict=False):
+        path, *first = calls[0]
+        for (_, *other), rows in zip(calls[1:], halves, strict=True):
+            if any(len(x) != count_examples(batch) for x in (*first, *other)):
+                continue
+            pairs = zip(first, other, strict=True)
+            inputs, outputs = (_change(_flat([x])[rows], _flat([y])[rows]) for x, y in pairs)
+            if inputs <= _IN_PLACE < outputs:
+                return f", in {path}"
+    return ""
+
+
+def _calls(model: nnx.Module, losses: Callable, batch) -> list[tuple]:
+    """Returns the path, the first input and the output of each module's call, inner ones first."""
+    calls: list[tuple] = []
+    watched = nnx.clone(model)
+    for path, module in list(nnx.iter_modules(watched)):
+        kind = type(module)
+        if callable(module):
+            name = f"{'/'.join(map(str, path)) or 'the model'} ({kind.__name__})"
+
+            def call(self, *args, kind=kind, name=name, **kwargs):
+                output = kind.__call__(self, *args, **kwargs)
+                arrays = [*args[:1], output]
+                if all(isinstance(x, np.ndarray | jax.Array) and x.ndim for x in arrays):
+                    if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+                        calls.append((name, *arrays))
+                return output
+
+            subclass = types.new_class(
+                kind.__name__, (kind,), {}, lambda ns, f=call: ns.update({"__call__": f})
+            )
+            object.__setattr__(module, "__class__", subclass)
+    losses(watched, batch)
+    return calls

@@ -139,7 +139,7 @@ def _wrapped(kind: type, base: type, around: Callable) -> type:
 def _around(method: Callable, use: str, around: Callable) -> Callable:
     def wrapped(self, inputs, *args, **kwargs):
         # NNX's Einsum takes another equation than its own at a call, which no product describes.
-        if isinstance(args[0] if args else kwargs.get("einsum_str"), str):
+        if any(isinstance(x, str) and "->" in x for x in (*args, *kwargs.values())):
             return method(self, inputs, *args, **kwargs)
         return around(self, use, lambda layer, x: method(layer, x, *args, **kwargs), inputs)
 

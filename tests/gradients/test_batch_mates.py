@@ -35,6 +35,24 @@ class Centred(Model):
         return x - x.mean(0)
 
 
+class Statistics(nnx.Module):
+    """A user's own norm over the batch."""
+
+    def __call__(self, x):
+        return x / jnp.std(x, axis=0)
+
+
+class OwnNorm(Model):
+    """Its layers take turns, one of which looks at the batch."""
+
+    def __init__(self, rngs, **kwargs):
+        super().__init__(rngs, **kwargs)
+        self.statistics = Statistics()
+
+    def between(self, x):
+        return jnp.tanh(self.statistics(jnp.tanh(x)))
+
+
 class Cumulative(Model):
     """An example depends on those before it, which stay where they are if it does."""
 
@@ -94,6 +112,15 @@ def first_of(model, batches, loss=squares, **scope):
 def test_a_loss_that_depends_on_batch_mates_or_place_is_refused(kind, untapped):
     with pytest.raises(ValueError, match=r"the loss of an example changes by \d+% with the other"):
         first_of(evaluated(kind), [make_batch()], include="kernel|first/bias", untapped=untapped)
+
+
+def test_the_module_that_looks_at_the_batch_is_named():
+    with pytest.raises(ValueError, match=r"of its batch, in statistics \(Statistics\); it must"):
+        first_of(evaluated(OwnNorm), [make_batch()])
+    with pytest.raises(ValueError, match=r"of its batch, in the model \(Centred\); it must"):
+        first_of(evaluated(Centred), [make_batch()])
+    with pytest.raises(ValueError, match="of its batch; it must"):
+        first_of(evaluated(Model), [make_batch()], centred)
 
 
 def test_a_loss_centred_over_the_batch_is_refused():
