@@ -48,7 +48,7 @@ def test_one_name_may_be_inside_another_or_shared():
     assert frequency.counts(twins, ["Paris in Texas"]).tolist() == [0, 1, 1]
 
 
-def test_empty_names_and_no_facts():
+def test_empty_names_are_ignored_and_no_facts_have_no_counts():
     assert count(fact("Ann", "Oslo", [""], [" "]), "Ann was here") == 0
     assert frequency.counts([], ["text"]).shape == (0,)
     assert frequency.counts([fact("Ann", "Oslo")], []).tolist() == [0]
@@ -79,8 +79,8 @@ def test_real_facts_against_regular_expressions():
         texts.append(record.text)
     for _, record in zip(range(150), files.iter_facts(trex.FACTS)):  # noqa: B905
         facts.append(record)
-    found = frequency.counts(facts, texts)
-    assert found.tolist() == slow(facts, texts) and found.sum() > 100
+    counts = frequency.counts(facts, texts)
+    assert counts.tolist() == slow(facts, texts) and counts.sum() > 100
 
 
 @pytest.mark.slow
@@ -88,12 +88,12 @@ def test_real_facts_against_regular_expressions():
 def test_the_whole_of_trex_in_one_pass():
     sentences = list(files.iter_sentences(trex.SENTENCES))
     facts = list(files.iter_facts(trex.FACTS))
-    found = frequency.counts(facts, (s.text for s in sentences))  # Can be read once.
+    counts = frequency.counts(facts, (s.text for s in sentences))  # Can be read once.
     # The sentences were aligned by names: every fact but one is named by the one that states it.
-    assert (found == 0).sum() <= 1
+    assert (counts == 0).sum() <= 1
 
 
-def test_buckets():
+def test_buckets_begin_at_their_edges():
     numbers, names = frequency.buckets([0, 1, 9, 10, 99, 100, 9999, 10_000, 10**9])
     assert names == ["0", "1 to 9", "10 to 99", "100 to 999", "1000 to 9999", "10000 and more"]
     assert numbers.tolist() == [0, 1, 1, 2, 2, 3, 4, 5, 5]

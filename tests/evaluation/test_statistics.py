@@ -24,17 +24,19 @@ def test_means_are_those_of_queries_drawn_one_by_one(monkeypatch):
         drawn = rng.integers(len(x), size=(min(7, 30 - start), len(x)))
         for r, rows in enumerate(drawn):
             for m in range(x.shape[1]):
-                mine = [x[q, m] for q in rows if not math.isnan(x[q, m])]
-                assert got[start + r, m] == pytest.approx(sum(mine) / len(mine), rel=1e-12)
+                drawn_values = [x[q, m] for q in rows if not math.isnan(x[q, m])]
+                assert got[start + r, m] == pytest.approx(
+                    sum(drawn_values) / len(drawn_values), rel=1e-12
+                )
 
 
 def test_interval_of_a_mean_is_that_of_theory():
     x = np.random.default_rng(1).exponential(size=(2000, 1))
-    (found,) = statistics.intervals(x)
+    (interval,) = statistics.intervals(x)
     error = x.std() / math.sqrt(len(x))
-    assert found.mean == pytest.approx(x.mean(), rel=1e-12) and found.count == 2000
-    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.1 * error)
-    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.1 * error)
+    assert interval.mean == pytest.approx(x.mean(), rel=1e-12) and interval.count == 2000
+    assert interval.low == pytest.approx(x.mean() - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(x.mean() + 1.96 * error, abs=0.1 * error)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -42,8 +44,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     # 400 samples of 50 queries, each a column of its own; a fifth of each is not measured.
     x = rng.normal(0.3, 1.0, size=(50, 400))
     x[rng.random(x.shape) < 0.2] = np.nan
-    found = statistics.intervals(x, resamples=2000)
-    held = np.mean([i.low <= 0.3 <= i.high for i in found])
+    intervals = statistics.intervals(x, resamples=2000)
+    held = np.mean([i.low <= 0.3 <= i.high for i in intervals])
     assert 0.91 <= held <= 0.97
 
 
@@ -60,11 +62,13 @@ def test_differences_are_paired():
     rng = np.random.default_rng(3)
     hard = rng.normal(scale=10.0, size=(200, 1))  # what both methods find hard
     a, b = hard + 0.2 + 0.1 * rng.normal(size=hard.shape), hard
-    (found,) = statistics.differences(a, b)
-    assert found.low > 0.15 and found.high < 0.25 and found.p < 1e-3
-    assert found.mean == pytest.approx(float((a - b).mean()))
+    (interval,) = statistics.differences(a, b)
+    assert interval.low > 0.15 and interval.high < 0.25 and interval.p < 1e-3
+    assert interval.mean == pytest.approx(float((a - b).mean()))
     (back,) = statistics.differences(b, a)
-    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+    assert (back.mean, back.low, back.high) == pytest.approx(
+        (-interval.mean, -interval.high, -interval.low)
+    )
     # Unpaired, the same 0.2 would drown.
     (alone,) = statistics.intervals(a)
     assert alone.high - alone.low > 1
@@ -95,9 +99,11 @@ def test_an_unmeasured_figure_is_nan():
 
 
 def test_seeds_have_a_mean_and_a_sample_deviation():
-    found = statistics.across_seeds([0.2, 0.4, 0.3])
-    assert (found.mean, found.least, found.most, found.count) == pytest.approx((0.3, 0.2, 0.4, 3))
-    assert found.sd == pytest.approx(0.1)  # n − 1
+    spread = statistics.across_seeds([0.2, 0.4, 0.3])
+    assert (spread.mean, spread.least, spread.most, spread.count) == pytest.approx(
+        (0.3, 0.2, 0.4, 3)
+    )
+    assert spread.sd == pytest.approx(0.1)  # n − 1
     one = statistics.across_seeds([0.5, float("nan")])
     assert one.mean == 0.5 and math.isnan(one.sd) and one.count == 1
     assert statistics.across_seeds([]).count == 0

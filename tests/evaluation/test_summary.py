@@ -9,28 +9,28 @@ from tda.retrieval import annotated
 NAN = float("nan")
 
 
-def test_rank_values():
-    found = summary.rank_values({"all": np.array([1, 20, 0]), "strict": np.array([4, 0, 0])})
-    np.testing.assert_array_equal(found["mrr"], [1, 0.05, NAN])
-    np.testing.assert_array_equal(found["mrr_at_10"], [1, 0, NAN])
-    np.testing.assert_array_equal(found["recall_at_10"], [1, 0, NAN])
-    np.testing.assert_array_equal(found["mrr_strict"], [0.25, NAN, NAN])
-    assert set(found) == {
+def test_ranking_metrics_are_those_of_the_first_ranks():
+    result = summary.rank_values({"all": np.array([1, 20, 0]), "strict": np.array([4, 0, 0])})
+    np.testing.assert_array_equal(result["mrr"], [1, 0.05, NAN])
+    np.testing.assert_array_equal(result["mrr_at_10"], [1, 0, NAN])
+    np.testing.assert_array_equal(result["recall_at_10"], [1, 0, NAN])
+    np.testing.assert_array_equal(result["mrr_strict"], [0.25, NAN, NAN])
+    assert set(result) == {
         f"{m}{s}" for m in ("mrr", "mrr_at_10", "recall_at_10") for s in ("", "_strict")
     }
-    known = summary.restricted(found | {"tail_patch": np.ones(3)}, np.array([0, 1, 1]) > 0, "_k")
+    known = summary.restricted(result | {"tail_patch": np.ones(3)}, np.array([0, 1, 1]) > 0, "_k")
     np.testing.assert_array_equal(known["mrr_k"], [NAN, 0.05, NAN])
     assert "tail_patch_k" not in known and len(known) == 6
 
 
-def test_patch_values():
+def test_tail_patch_scores_are_means_over_the_first_proponents():
     p = np.full((3, 12, 2), NAN)
     # The target's probability is 0.1 before each step, and rises by 0.01, 0.02, …, 0.12.
     p[0, :, 0], p[0, :, 1] = 0.1, 0.1 + 0.01 * np.arange(1, 13)
     p[1, :2, 0], p[1, :2, 1] = 0.5, [0.6, 0.2]  # a query with two proponents
     # A step by momentum alone raises the first by 0.03; the second's halves.
     control = np.log([[0.1, 0.13], [0.5, 0.25], [NAN, NAN]])
-    found = summary.patch_values(np.log(p), control)
+    result = summary.patch_values(np.log(p), control)
     for name, expected in {
         "tail_patch": [0.055, -0.1, NAN],
         "tail_patch_net": [0.025, 0.15, NAN],
@@ -49,7 +49,7 @@ def test_patch_values():
             NAN,
         ],
     }.items():
-        np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(result[name], expected, rtol=1e-12, err_msg=name)
     few = summary.patch_values(np.log(p[:, :4]), control)
     assert "tail_patch_at_5" not in few and "tail_patch_at_3" in few
     np.testing.assert_allclose(few["tail_patch"], [0.025, -0.1, NAN])
@@ -65,73 +65,73 @@ def values():
 
 
 def test_intervals_by_method_are_those_of_each_alone(values):
-    found = summary.intervals(values, resamples=500, seed=2)
+    result = summary.intervals(values, resamples=500, seed=2)
     for method, metrics in values.items():
-        assert list(found[method]) == list(metrics)
+        assert list(result[method]) == list(metrics)
         for name, x in metrics.items():
             (alone,) = statistics.intervals(x[:, None], resamples=500, seed=2)
-            got = found[method][name]
+            got = result[method][name]
             assert (got.mean, got.low, got.high) == pytest.approx(
                 (alone.mean, alone.low, alone.high), rel=1e-9
             )
-    told = summary.as_json(found["a"])
-    assert told["mrr"] == found["a"]["mrr"].mean
-    assert told["counts"] == {"mrr": 60, "tail_patch": 10, "mrr_at_10": 60}
-    assert told["intervals"]["tail_patch"] == [
-        found["a"]["tail_patch"].low, found["a"]["tail_patch"].high,
+    as_json = summary.as_json(result["a"])
+    assert as_json["mrr"] == result["a"]["mrr"].mean
+    assert as_json["counts"] == {"mrr": 60, "tail_patch": 10, "mrr_at_10": 60}
+    assert as_json["intervals"]["tail_patch"] == [
+        result["a"]["tail_patch"].low, result["a"]["tail_patch"].high,
     ]  # fmt: skip
     assert summary.intervals({}, 10, 0) == {}
 
 
-def test_groups(values):
+def test_a_group_is_summarised_by_its_own_queries(values):
     numbers = np.array([0, 1, -1] * 20)
-    found = summary.grouped(values, numbers, ["x", "y", "empty"], resamples=500, seed=2)
-    assert list(found["a"]) == ["x", "y"] and found["a"]["y"]["n_queries"] == 20
-    assert found["a"]["y"]["mrr"] == pytest.approx(values["a"]["mrr"][1::3].mean())
-    assert found["b"]["x"]["tail_patch"] == pytest.approx(
+    result = summary.grouped(values, numbers, ["x", "y", "empty"], resamples=500, seed=2)
+    assert list(result["a"]) == ["x", "y"] and result["a"]["y"]["n_queries"] == 20
+    assert result["a"]["y"]["mrr"] == pytest.approx(values["a"]["mrr"][1::3].mean())
+    assert result["b"]["x"]["tail_patch"] == pytest.approx(
         np.nanmean(values["b"]["tail_patch"][::3])
     )
-    low, high = found["a"]["y"]["intervals"]["mrr"]
-    assert low < found["a"]["y"]["mrr"] < high
-    assert "mrr_at_10" not in found["a"]["x"] and "mrr" not in found["annotated"]["x"]
-    assert "differences" not in found["a"]["x"]
+    low, high = result["a"]["y"]["intervals"]["mrr"]
+    assert low < result["a"]["y"]["mrr"] < high
+    assert "mrr_at_10" not in result["a"]["x"] and "mrr" not in result["annotated"]["x"]
+    assert "differences" not in result["a"]["x"]
 
 
 def test_differences_in_groups_are_those_of_their_queries(values):
     numbers = np.array([0, 1, -1] * 20)
-    how = dict(resamples=500, seed=2)
-    found = summary.grouped(values, numbers, ["x", "y"], **how, differences=True)
+    bootstrap = dict(resamples=500, seed=2)
+    result = summary.grouped(values, numbers, ["x", "y"], **bootstrap, differences=True)
     alone = summary.compared(
-        {m: {n: x[1::3] for n, x in v.items()} for m, v in values.items()}, **how
+        {m: {n: x[1::3] for n, x in v.items()} for m, v in values.items()}, **bootstrap
     )
-    assert found["b"]["y"]["differences"] == alone["b"]
-    assert found["b"]["y"]["differences"] != found["b"]["x"]["differences"]
+    assert result["b"]["y"]["differences"] == alone["b"]
+    assert result["b"]["y"]["differences"] != result["b"]["x"]["differences"]
 
 
 def test_differences_between_all_methods(values):
-    found = summary.compared(values, resamples=500, seed=2)
-    d = found["b"]["a"]["mrr"]
+    result = summary.compared(values, resamples=500, seed=2)
+    d = result["b"]["a"]["mrr"]
     assert d["difference"] == pytest.approx(0.1, abs=0.01) and d["low"] > 0.09 and d["p"] < 0.01
-    assert found["a"]["b"]["mrr"] == {
+    assert result["a"]["b"]["mrr"] == {
         "difference": -d["difference"], "low": -d["high"], "high": -d["low"], "p": d["p"],
     }  # fmt: skip
-    assert found["b"]["a"]["tail_patch"]["difference"] == pytest.approx(-1)
+    assert result["b"]["a"]["tail_patch"]["difference"] == pytest.approx(-1)
     # Only what both have, and only the headline.
-    assert set(found["annotated"]["a"]) == {"tail_patch"}
-    assert set(found["a"]["b"]) == {"mrr", "tail_patch"}
+    assert set(result["annotated"]["a"]) == {"tail_patch"}
+    assert set(result["a"]["b"]) == {"mrr", "tail_patch"}
     assert summary.compared({"a": values["a"]}, 10, 0) == {"a": {}}
 
 
 def test_annotated_passages_are_drawn_and_padded():
     correct = [np.array([5, 3]), np.arange(50), np.array([], np.int64)]
-    found = annotated.ranked(["q1", "q2", "q3"], correct, k=4)
-    assert set(found.proponents[0]) == {3, 5, -1} and found.proponents[0, 2:].tolist() == [-1, -1]
-    assert len(set(found.proponents[1].tolist())) == 4 and (found.proponents[1] >= 0).all()
-    assert (found.proponents[2] == -1).all()
-    assert np.isnan(found.proponent_scores[found.proponents < 0]).all()
-    assert found.first_ranks == {} and found.opponents.shape == (3, 0)
+    result = annotated.ranked(["q1", "q2", "q3"], correct, k=4)
+    assert set(result.proponents[0]) == {3, 5, -1} and result.proponents[0, 2:].tolist() == [-1, -1]
+    assert len(set(result.proponents[1].tolist())) == 4 and (result.proponents[1] >= 0).all()
+    assert (result.proponents[2] == -1).all()
+    assert np.isnan(result.proponent_scores[result.proponents < 0]).all()
+    assert result.first_ranks == {} and result.opponents.shape == (3, 0)
     # A query's draw hangs on neither the others nor the order of its labels.
     again = annotated.ranked(["q2"], [np.arange(50)[::-1]], k=4)
-    np.testing.assert_array_equal(again.proponents[0], found.proponents[1])
+    np.testing.assert_array_equal(again.proponents[0], result.proponents[1])
     other = annotated.ranked(["q2"], [np.arange(50)], k=4, seed=1)
-    assert set(other.proponents[0]) != set(found.proponents[1])
+    assert set(other.proponents[0]) != set(result.proponents[1])

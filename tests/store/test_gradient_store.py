@@ -31,7 +31,7 @@ def chunks(store, step):
     return ((r.first, r.decoded(store.form.widths)) for r in store.scan(step))
 
 
-def test_round_trip_by_slice_by_row_and_in_chunks(tmp_path):
+def test_rows_are_read_back_by_slice_by_number_and_in_chunks(tmp_path):
     data = rows()
     store = filled(tmp_path / "s", data)
     assert len(store.shards()) == 3 and store.missing() == []
@@ -108,11 +108,11 @@ def test_a_flipped_bit_is_found(tmp_path):
         store.read(slice(4, 8))
 
 
-def test_what_differs_is_named(tmp_path):
+def test_differences_from_a_store_are_named(tmp_path):
     filled(tmp_path / "s", rows())
-    wanted = {"checkpoint": "a", "projection": {"seed": 1, "side": 2}}
+    expected = {"checkpoint": "a", "projection": {"seed": 1, "side": 2}}
     with pytest.raises(stores.StoreError, match="projection.seed: 0 → 1"):
-        stores.open_store(tmp_path / "s", wanted)
+        stores.open_store(tmp_path / "s", expected)
     with pytest.raises(stores.StoreError, match="segments.0.rows: 10 → 9"):
         stores.create(tmp_path / "s", [f"p{i}" for i in range(9)], BLOCKS, MADE, shard_bytes=128)
     with pytest.raises(stores.StoreError, match="segments.0.passages"):
@@ -132,7 +132,7 @@ def test_a_row_that_is_not_finite_is_kept_as_invalid(tmp_path, number):
     np.testing.assert_array_equal(back[stores.valid(back)], np.delete(data, 5, axis=0))
 
 
-def test_refusals(tmp_path):
+def test_stores_that_cannot_be_made_or_opened_are_refused(tmp_path):
     with pytest.raises(stores.StoreError, match="empty"):
         stores.create(tmp_path / "s", [], BLOCKS, MADE)
     with pytest.raises(stores.StoreError, match="no store at"):
@@ -150,13 +150,13 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize("folder", [".", "0", "0/ids/hashes"])
 @pytest.mark.parametrize("name", ["thesis.txt", "sub/results.npy", "c.0.0", "zarr.json.bak"])
-def test_what_no_store_wrote_is_never_removed(tmp_path, folder, name):
+def test_files_that_no_store_wrote_are_never_removed(tmp_path, folder, name):
     """Guards: a directory that is named by mistake, and emptied."""
-    mine = tmp_path / folder / name
-    left = tmp_path / "0" / "ids" / "hashes" / "zarr.json"  # as by a killed creation
-    for file in (mine, left):
+    foreign = tmp_path / folder / name
+    leftover = tmp_path / "0" / "ids" / "hashes" / "zarr.json"  # as by a killed creation
+    for file in (foreign, leftover):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("mine")
+        file.write_text("notes")
     before = contents(tmp_path)
     with pytest.raises(stores.StoreError, match="is not empty and is no store.*choose another dir"):
         stores.create(tmp_path, ["a", "b"], {"b": 4}, {})
@@ -218,15 +218,15 @@ def kill_after(monkeypatch):
     return kill_after
 
 
-def test_what_a_killed_creation_left_makes_room_for_another_store(tmp_path, kill_after):
+def test_leftovers_of_a_killed_creation_make_room_for_another_store(tmp_path, kill_after):
     """Killed after every step; then the clearing is killed too; or something is put beside it."""
 
     def make(path, ids="abcd", documents="xxyy"):
         documents = list(documents)
         return stores.create(path, list(ids), BLOCKS, MADE, "int8", documents=documents)
 
-    make(tmp_path / "whole", "efg", "efg")
-    whole, last = contents(tmp_path / "whole"), 9
+    make(tmp_path / "complete", "efg", "efg")
+    complete, last = contents(tmp_path / "complete"), 9
     for steps in range(1, last + 1):
         path = tmp_path / str(steps)
         kill_after(steps)
@@ -238,7 +238,7 @@ def test_what_a_killed_creation_left_makes_room_for_another_store(tmp_path, kill
         kill_after(0)
         left = contents(path)
         assert left
-        (path / "0" / "notes.txt").write_text("mine")
+        (path / "0" / "notes.txt").write_text("notes")
         with pytest.raises(stores.StoreError, match="it has 0/notes.txt"):
             make(path, "efg", "efg")
         (path / "0" / "notes.txt").unlink()
@@ -249,17 +249,17 @@ def test_what_a_killed_creation_left_makes_room_for_another_store(tmp_path, kill
         assert len(contents(path)) == len(left) - 1
         kill_after(0)
         make(path, "efg", "efg")
-        assert contents(path) == whole
+        assert contents(path) == complete
 
 
-def test_what_a_killed_append_left_makes_room_for_other_rows(tmp_path, kill_after):
+def test_leftovers_of_a_killed_append_make_room_for_other_rows(tmp_path, kill_after):
     def make(path, steps):
         filled(path, rows())
         kill_after(steps)
         stores.append(path, ["a", "b"], MADE, documents=["x", "x"], texts=["1", "2"])
 
-    filled(tmp_path / "whole", rows())
-    stores.append(tmp_path / "whole", ["c"], MADE)
+    filled(tmp_path / "complete", rows())
+    stores.append(tmp_path / "complete", ["c"], MADE)
     # The first three open what is there; the eleventh writes the manifest.
     for steps in range(4, 11):
         path = tmp_path / str(steps)
@@ -268,7 +268,7 @@ def test_what_a_killed_append_left_makes_room_for_other_rows(tmp_path, kill_afte
         kill_after(0)
         assert (path / "1").exists() and stores.open_store(path).rows == 10
         stores.append(path, ["c"], MADE)
-        assert contents(path) == contents(tmp_path / "whole")
+        assert contents(path) == contents(tmp_path / "complete")
 
 
 def test_int8_keeps_scales_beside_the_values(tmp_path):
@@ -279,12 +279,12 @@ def test_int8_keeps_scales_beside_the_values(tmp_path):
     assert (np.abs(back - data) <= largest / 127 / 2 * 1.001).all() and (back != data).any()
     assert zarr.open_array(tmp_path / "s" / "0" / "gradients", mode="r").dtype == np.int8
     assert zarr.open_array(tmp_path / "s" / "0" / "scales", mode="r").shape == (10, 2)
-    for found in store.scan(2):
-        np.testing.assert_array_equal(found.decoded((4, 4)), back[found.first : found.first + 2])
+    for part in store.scan(2):
+        np.testing.assert_array_equal(part.decoded((4, 4)), back[part.first : part.first + 2])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_invalid_rows_in_every_dtype(tmp_path, dtype):
+def test_invalid_rows_are_infinite_in_every_dtype(tmp_path, dtype):
     data = rows()
     data[5, 3] = np.nan
     store = filled(tmp_path / "s", data, dtype=dtype)
@@ -397,7 +397,7 @@ def test_appended_rows_stand_behind_and_touch_nothing(tmp_path):
     assert stores.create(tmp_path / "s", ids, BLOCKS, MADE, shard_bytes=128).rows == 17
 
 
-def test_what_may_not_be_appended(tmp_path):
+def test_rows_that_do_not_belong_are_not_appended(tmp_path):
     filled(tmp_path / "s", rows())
     with pytest.raises(stores.StoreError, match="checkpoint: a → b"):
         stores.append(tmp_path / "s", ["q"], MADE | {"checkpoint": "b"})
@@ -406,13 +406,13 @@ def test_what_may_not_be_appended(tmp_path):
     with pytest.raises(stores.StoreError, match="no rows"):
         stores.append(tmp_path / "s", [], MADE)
     assert stores.open_store(tmp_path / "s").rows == 10
-    mine = tmp_path / "s" / "1" / "notes.txt"
-    mine.parent.mkdir()
-    mine.write_text("mine")
+    foreign = tmp_path / "s" / "1" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("notes")
     with pytest.raises(stores.StoreError, match="1/notes.txt is no file of theirs.*move away"):
         stores.append(tmp_path / "s", ["q"], MADE)
-    assert mine.read_text() == "mine" and stores.open_store(tmp_path / "s").rows == 10
-    mine.unlink()
+    assert foreign.read_text() == "notes" and stores.open_store(tmp_path / "s").rows == 10
+    foreign.unlink()
     assert stores.append(tmp_path / "s", ["q"], MADE).rows == 11
 
 
@@ -426,7 +426,7 @@ def test_withdrawn_passages_count_for_nothing(tmp_path, dtype):
     )
     for i in store.missing():
         store.write(i, data[store.shards()[i]])
-    kept = store.read(slice(0, 10))
+    before = store.read(slice(0, 10))
     assert store.withdraw(ids=["p1"]) == 1
     assert store.withdraw(ids=["p1"], documents=["d2"]) == 2
     again = stores.open_store(tmp_path / "s")
@@ -436,7 +436,7 @@ def test_withdrawn_passages_count_for_nothing(tmp_path, dtype):
         np.concatenate([x for _, x in chunks(again, 2)]),
     ):
         np.testing.assert_array_equal(np.flatnonzero(~stores.valid(back)), [1, 8, 9])
-        np.testing.assert_array_equal(back[stores.valid(back)], kept[[0, 2, 3, 4, 5, 6, 7]])
+        np.testing.assert_array_equal(back[stores.valid(back)], before[[0, 2, 3, 4, 5, 6, 7]])
     with pytest.raises(stores.StoreError, match="no passage 'zz', no document 'd9'"):
         again.withdraw(ids=["p2", "zz"], documents=["d9"])
     assert stores.open_store(tmp_path / "s").withdrawn.tolist() == [1, 8, 9]
@@ -461,21 +461,21 @@ def test_of_two_withdrawals_at_the_same_time_none_is_lost(tmp_path, monkeypatch)
     """The other writes after the list was read, and before it is written."""
     filled(tmp_path / "s", rows())
     one, two = (stores.open_store(tmp_path / "s") for _ in range(2))
-    update, others = location.Location.update_json, ["p1", "p7"]
+    update, pending = location.Location.update_json, ["p1", "p7"]
 
     def overtaken(self, name, change):
-        def changed(there):
-            out = change(there)
-            if others:
+        def changed(stored):
+            out = change(stored)
+            if pending:
                 monkeypatch.setattr(location.Location, "update_json", update)
-                two.withdraw(ids=[others.pop()])
+                two.withdraw(ids=[pending.pop()])
             return out
 
         update(self, name, changed)
 
     monkeypatch.setattr(location.Location, "update_json", overtaken)
     assert one.withdraw(ids=["p0"]) == 1
-    assert others == [] and stores.open_store(tmp_path / "s").withdrawn.tolist() == [0, 1, 7]
+    assert pending == [] and stores.open_store(tmp_path / "s").withdrawn.tolist() == [0, 1, 7]
 
 
 def test_a_damaged_shard_is_named_and_can_be_removed(tmp_path):
@@ -529,10 +529,10 @@ def test_damaged_passages_that_were_appended_are_written_again(tmp_path):
     damaged = ["2/documents", "2/ids", "2/passages/000000.array_record"]
     for name in damaged:
         store.remove_passages(name)
-    found = stores.open_store(tmp_path / "s")
+    damaged_store = stores.open_store(tmp_path / "s")
     with pytest.raises(stores.StoreError, match="is missing; make the store, or append these pass"):
-        found.passages([12])
-    assert found.missing() == []
+        damaged_store.passages([12])
+    assert damaged_store.missing() == []
     again = append("cde")
     assert contents(tmp_path / "s") == before
     assert again.passages([12, 14])[1].text == "e" and again.damaged_passages() == {}
@@ -561,7 +561,7 @@ def test_damaged_passages_are_named_and_written_again(tmp_path):
     assert contents(tmp_path / "s") == before
 
 
-def test_stores_that_were_not_made_alike_are_not_compared(tmp_path):
+def test_stores_of_different_settings_are_not_compared(tmp_path):
     """Guards: queries searched in a store of another projection."""
     passages = filled(tmp_path / "s", rows())
     other = MADE | {"projection": {"seed": 7, "side": 2}}
@@ -572,7 +572,7 @@ def test_stores_that_were_not_made_alike_are_not_compared(tmp_path):
         stores.check_same_kind(passages, queries)
 
 
-def test_parts_of_a_scan_are_disjoint_and_whole(tmp_path):
+def test_scans_of_every_third_shard_read_each_row_once(tmp_path):
     store = filled(tmp_path / "s", rows(30))
     parts = [[f.first for f in store.scan(2, slice(i, None, 3))] for i in range(3)]
     assert sorted(sum(parts, [])) == list(range(0, 30, 2)) and all(parts)
@@ -587,7 +587,7 @@ def test_opening_reads_no_rows_of_a_large_store(tmp_path, monkeypatch):
     assert store.missing() == [] and store.rows == 10
 
 
-def test_addresses_that_nothing_can_be_written_to(tmp_path):
+def test_addresses_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(stores.StoreError, match="use a local path, gs://"):
         stores.create("ftp://a/b", ["a"], BLOCKS, MADE)
     (tmp_path / "file").write_text("")

@@ -84,18 +84,20 @@ def run_until_killed(processes, seconds):
         p.send_signal(signal.SIGKILL)
     written = [p.communicate()[0].split() for p in processes]
     # Collectives print numbers of their own.
-    told = [w.removeprefix("wrote:") for words in written for w in words if w.startswith("wrote:")]
-    return ended, [int(w) for w in told]
+    shards = [
+        w.removeprefix("wrote:") for words in written for w in words if w.startswith("wrote:")
+    ]
+    return ended, [int(w) for w in shards]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
-def test_one_process_killed_at_random_moments(tmp_path, dtype, kills):
+def test_a_writer_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, dtype, kills):
     """Guards: a killed run that must start again from nothing; rows twice, rows never."""
-    whole = start(WRITE, [tmp_path / "whole", dtype])
-    await_begin(whole)
+    run = start(WRITE, [tmp_path / "uninterrupted", dtype])
+    await_begin(run)
     began = time.monotonic()
-    assert whole.wait() == 0, whole.stderr.read()[-2000:]
+    assert run.wait() == 0, run.stderr.read()[-2000:]
     length = time.monotonic() - began
     rng, written, ended = random.Random(kills), [], False
     while not ended:
@@ -104,9 +106,9 @@ def test_one_process_killed_at_random_moments(tmp_path, dtype, kills):
         kills -= 1
         ended, more = run_until_killed([start(WRITE, [tmp_path / "killed", dtype])], seconds)
         written += more
-    # What was reported as written was not written again.
+    # A shard that was reported as written is not written again.
     assert len(set(written)) == len(written) and set(written) <= set(range(15))
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(tmp_path / "uninterrupted", tmp_path / "killed")
 
 
 ENCODE = """
@@ -154,7 +156,7 @@ if port:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_encoding_killed_at_random_moments(tmp_path, count):
+def test_encoding_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, count):
     """The real thing, by one process and by two that share the work."""
 
     def begin(path):
@@ -166,7 +168,7 @@ def test_encoding_killed_at_random_moments(tmp_path, count):
         env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         return [start(ENCODE, [port, me, path, "float32"], **env) for me in range(count)]
 
-    running = begin(tmp_path / "whole")
+    running = begin(tmp_path / "uninterrupted")
     await_begin(running[0])
     began = time.monotonic()
     for p in running:
@@ -180,10 +182,10 @@ def test_encoding_killed_at_random_moments(tmp_path, count):
         ended, more = run_until_killed(begin(tmp_path / "killed"), seconds)
         written += more
     assert len(set(written)) == len(written)
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(tmp_path / "uninterrupted", tmp_path / "killed")
 
 
-def test_a_full_disk_is_told_and_the_store_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_store_is_resumed(tmp_path, monkeypatch):
     """The disk is full in the middle of a shard; then there is room again."""
     data = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
     store = stores.create(
@@ -205,7 +207,7 @@ def _no_space(writer):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_small_disk_that_is_full_is_reported_and_the_store_is_resumed(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:

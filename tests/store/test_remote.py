@@ -51,18 +51,18 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _asked(self):
+    def _request(self):
         address = urllib.parse.urlsplit(self.path)
         name = urllib.parse.unquote(address.path.partition("/o/")[2])
         return name, dict(urllib.parse.parse_qsl(address.query))
 
     def do_GET(self):
-        name, query = self._asked()
+        name, query = self._request()
         if not name:
             start, end = query.get("startOffset", ""), query.get("endOffset", "\x7f")
-            found = [n for n in sorted(self.objects) if start <= n < end]
-            found = [n for n in found if n.startswith(query.get("prefix", ""))]
-            items = [{"name": n, "generation": str(self.objects[n][0])} for n in found]
+            names = [n for n in sorted(self.objects) if start <= n < end]
+            names = [n for n in names if n.startswith(query.get("prefix", ""))]
+            items = [{"name": n, "generation": str(self.objects[n][0])} for n in names]
             return self._answer(200, json.dumps({"items": items}).encode())
         if name not in self.objects:
             return self._answer(404)
@@ -79,17 +79,17 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        _, query = self._asked()
-        there = self.objects.get(query["name"], (0, b""))[0]
-        if int(query.get("ifGenerationMatch", there)) != there:
+        _, query = self._request()
+        generation = self.objects.get(query["name"], (0, b""))[0]
+        if int(query.get("ifGenerationMatch", generation)) != generation:
             return self._answer(412)
         generation = 1 + max((g for g, _ in self.objects.values()), default=0)
         self.objects[query["name"]] = generation, body
-        told = {"name": query["name"], "generation": str(generation)}
-        self._answer(200, json.dumps(told).encode())
+        answer = {"name": query["name"], "generation": str(generation)}
+        self._answer(200, json.dumps(answer).encode())
 
     def do_DELETE(self):
-        name, _ = self._asked()
+        name, _ = self._request()
         self._answer(204 if self.objects.pop(name, None) else 404)
 
     def log_message(self, *args):
@@ -110,32 +110,32 @@ def gs(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("where", ["s3", "gs"])
-def test_a_store_in_object_storage_is_one_on_disk(request, tmp_path, where, dtype):
+def test_a_store_in_object_storage_equals_one_on_disk(request, tmp_path, where, dtype):
     address = request.getfixturevalue(where)
     data = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
     data[5, 2] = np.nan
     ids, texts = [f"p{i}" for i in range(10)], [f"Text é {i}" for i in range(10)]
     size = 4 * 8 * stores.DTYPES[dtype].itemsize
-    made = []
+    finished = []
     for path in (f"{address}/{dtype}", tmp_path / "local"):
         assert not stores.finished(path)
         store = stores.create(path, ids, BLOCKS, {"x": 1}, dtype, size, texts=texts)
         assert store.missing() == [0, 1, 2]
-        told = [store.write(i, data[store.shards()[i]]) for i in (2, 0)]
-        assert told == [[], []] and store.missing() == [1] and not stores.finished(path)
+        invalid = [store.write(i, data[store.shards()[i]]) for i in (2, 0)]
+        assert invalid == [[], []] and store.missing() == [1] and not stores.finished(path)
         with pytest.raises(stores.StoreError, match=r"unfinished: shards \[1\]"):
             list(store.scan(2))
         assert store.write(1, data[4:8]) == ["p5"] and stores.finished(path)
         store = stores.append(path, ["q0", "q1"], {"x": 1}, size, texts=["a", "b"])
         store.write(3, data[:2])
         assert store.withdraw(ids=["q0"]) == 1
-        made.append(stores.open_store(path, {"x": 1}))
-    remote, local = made
+        finished.append(stores.open_store(path, {"x": 1}))
+    remote, local = finished
     assert remote.manifest == local.manifest and remote.ids == local.ids
     assert remote.withdrawn.tolist() == [10] and remote.row_of("q1") == 11
     assert remote.passages([11, 3]) == local.passages([11, 3])
-    for found, expected in zip(remote.scan(2), local.scan(2), strict=True):
-        np.testing.assert_array_equal(found.decoded((4, 4)), expected.decoded((4, 4)))
+    for rows, expected in zip(remote.scan(2), local.scan(2), strict=True):
+        np.testing.assert_array_equal(rows.decoded((4, 4)), expected.decoded((4, 4)))
     np.testing.assert_array_equal(remote.read([7, 0]), local.read([7, 0]))
     names = [n for n in remote.location.names() if "gradients/c." in n or "scales/c." in n]
     assert names == [n for n in local.location.names() if n in names]
@@ -151,17 +151,17 @@ def test_a_store_in_object_storage_is_one_on_disk(request, tmp_path, where, dtyp
 
 
 @pytest.mark.parametrize("where", ["s3", "gs"])
-def test_only_what_a_killed_creation_left_is_removed_from_a_bucket(request, where):
+def test_only_leftovers_of_a_killed_creation_are_removed_from_a_bucket(request, where):
     """Guards: a folder of a bucket that is named by mistake, and emptied."""
     address = request.getfixturevalue(where)
-    mine = Location(f"{address}/mine")
+    foreign = Location(f"{address}/foreign")
     for name in ("thesis.txt", "sub/results.npy", "0/ids/rows/zarr.json"):
-        mine.write(name, b"mine")
-    before = mine.names()
+        foreign.write(name, b"notes")
+    before = foreign.names()
     assert len(before) == 3
     with pytest.raises(stores.StoreError, match="is no store: it has sub/results.npy.*choose anot"):
-        stores.create(mine.name, ["a", "b"], BLOCKS, {})
-    assert mine.names() == before
+        stores.create(foreign.name, ["a", "b"], BLOCKS, {})
+    assert foreign.names() == before
     left = Location(f"{address}/left")
     # The first two stand for folders, as consoles make them.
     for name in ("", "0/", "0/documents/rows/c/0", "0/passages/000000.array_record"):
@@ -180,14 +180,14 @@ def test_withdrawals_in_a_bucket_are_all_kept(request, where):
     assert len(one.withdrawn) == 0
     assert two.withdraw(ids=["a"]) == 1 and one.withdraw(ids=["a", "b"]) == 1
     assert one.withdrawn.tolist() == [0, 1]
-    asked = []
+    lists = []
 
-    def joined(there):
-        asked.append(there["rows"])
-        if len(asked) == 1:
+    def joined(stored):
+        lists.append(stored["rows"])
+        if len(lists) == 1:
             two.withdraw(ids=["d"])
-        return {"rows": sorted({*there["rows"], 2})}
+        return {"rows": sorted({*stored["rows"], 2})}
 
     one.location.update_json("withdrawn.json", joined)
-    assert asked == [[0, 1], [0, 1, 3]]
+    assert lists == [[0, 1], [0, 1, 3]]
     assert stores.open_store(address).withdrawn.tolist() == [0, 1, 2, 3]

@@ -59,11 +59,11 @@ def test_reading_equals_tensorstore_for_every_span(tmp_path):
         spans = [s for i in range(3) for s in written.spans(i, length)]
         assert [s.start for s in spans] == list(range(0, 11, length))
         for span in spans:
-            found = written.read_span(span).values
-            np.testing.assert_array_equal(found, data[span.start : span.stop])
+            part = written.read_span(span).values
+            np.testing.assert_array_equal(part, data[span.start : span.stop])
 
 
-def test_a_file_that_is_laid_out_otherwise_is_read_all_the_same(tmp_path):
+def test_a_file_of_another_layout_is_read_by_tensorstore(tmp_path):
     written = make(tmp_path / "s")
     data = rows()
     array = zarr.open_array(tmp_path / "s" / "gradients", mode="r+")
@@ -103,7 +103,7 @@ def test_damage_anywhere_is_found(tmp_path, at):
         written.read_span(written.spans(0, 4)[0])
 
 
-def test_memory_is_not_used_again_while_somebody_holds_it():
+def test_a_buffer_is_reused_only_when_nothing_refers_to_it():
     buffers = shard_file.Buffers()
     first = buffers.take(1000)
     first[:] = 1
@@ -125,11 +125,11 @@ def test_readers_side_by_side_never_share_memory(monkeypatch):
     # Both look before either takes.
     looked, holders = threading.Barrier(2), shard_file._holders
 
-    def look(kept, i):
-        found = holders(kept, i)
+    def look(buffers, i):
+        count = holders(buffers, i)
         with contextlib.suppress(threading.BrokenBarrierError):
             looked.wait(0.2)
-        return found
+        return count
 
     buffers.take(1000)  # nobody holds it
     monkeypatch.setattr(shard_file, "_holders", look)
@@ -145,14 +145,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_shard_of_what_was_never_written_is_there(tmp_path):
+def test_a_shard_of_zeros_counts_as_written(tmp_path):
     """Guards: zeros in int8 look like rows that are missing, and are not stored."""
     written = make(tmp_path / "s", dtype="int8")
     assert written.written() == set()
     written.write(0, np.zeros((4, 8), np.float32))
     assert written.written() == {0}
-    found = written.read_span(written.spans(0, 2)[0])
-    assert found.valid.all() and (found.decoded((4, 4)) == 0).all()
+    part = written.read_span(written.spans(0, 2)[0])
+    assert part.valid.all() and (part.decoded((4, 4)) == 0).all()
     array = ts.open(written._arrays["gradients"].spec(), open=True).result()
     assert (array[:4].read().result() == 0).all()
     # The same through TensorStore, as for a store that is not on this machine.
