@@ -1,7 +1,7 @@
 """The model's confidence in a fact: what share of its sampled answers state the target.
 
-Sampled at temperature 1 (Chang et al. 2024 take 20 samples). The sequence so far is run anew for
-every token, so that any model can be sampled; samples of a query that agree so far share a run.
+Sampled at temperature 1 (Chang et al. 2024 take 20 samples). The sequence so far is run again
+for every token, so that any model can be sampled; samples of a query that agree so far share a run.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def _uniform(prompt: Sequence[int], count: int, samples: int, seed: int) -> np.n
 def _pick(p_V: np.ndarray, uniform: Sequence[float]) -> list[int]:
     """Returns the tokens whose stretch of [0, 1), laid out by probability, holds each number."""
     reached = np.cumsum(p_V, dtype=np.float64)
-    # Their sum is 1 but for rounding; a token of no probability has no stretch and is never drawn.
+    # Their sum is 1 up to rounding; a token of no probability has no stretch and is never drawn.
     at = np.searchsorted(reached, np.asarray(uniform) * reached[-1], side="right")
     return np.minimum(at, len(p_V) - 1).tolist()
 

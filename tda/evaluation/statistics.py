@@ -1,6 +1,6 @@
 """How sure a mean over queries is: bootstrap intervals, paired differences, several seeds.
 
-Queries are drawn anew with repetition (Efron & Tibshirani 1993, chapters 13 and 16); every metric
+Queries are resampled with repetition (Efron & Tibshirani 1993, chapters 13 and 16); every metric
 and every method sees the same draws, so that differences are paired. A query that a metric was not
 measured on is NaN there, and the mean is taken over those that were drawn and measured.
 """

@@ -16,13 +16,13 @@ class Triple:
     """One fact that a sentence is annotated with.
 
     Attributes:
-        fact_id: Identifier of the fact, or None where the corpus gives only the three URIs.
-        entity0: Name of the subject, or None where the corpus doesn't give it.
-        entity1: Name of the object, or None where the corpus doesn't give it.
+        fact_id: Identifier of the fact, or None if the corpus gives only the three URIs.
+        entity0: Name of the subject, or None if the corpus doesn't give it.
+        entity1: Name of the object, or None if the corpus doesn't give it.
         entity0_uri: URI of the subject.
         predicate_uri: URI of the relation.
         entity1_uri: URI of the object.
-        subject_initial: Whether the sentence starts with the subject; None where unknown.
+        subject_initial: Whether the sentence starts with the subject; None if unknown.
     """
 
     fact_id: str | None

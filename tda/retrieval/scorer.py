@@ -155,7 +155,7 @@ def _score_without_query(group: ScorerGroup, x_RxE, slices) -> dict[bool, jax.Ar
         h_QxB = block.columns(group.queries_QxE)
         product_RxQ = jnp.matmul(block.columns(x_RxE), h_QxB.T, precision=jax.lax.Precision.HIGHEST)
         h_square_Q = jnp.sum(jnp.square(h_QxB), axis=1)
-        # R − β g gᵀ is positive definite by its damping, so 1 − β |h|² is above 0 but for rounding.
+        # R − β g gᵀ is positive definite by its damping, so 1 − β |h|² is above 0 up to rounding.
         growth_Q = 1.0 / jnp.maximum(1.0 - beta * h_square_Q, 1e-6)
         scores_RxQ += growth_Q * product_RxQ
         extra_square_RxQ += beta * growth_Q * jnp.square(product_RxQ)

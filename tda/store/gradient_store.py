@@ -31,23 +31,22 @@ class GradientStore:
         path: the directory as a string.
         manifest: the JSON value that describes its rows.
         form: dtype and block widths of its rows.
+        rows: C, the number of rows of the finished store, withdrawn rows included.
     """
 
     def __init__(self, location: Location):
         self.location, self.path = location, location.name
         self.manifest = read_manifest(location)
         self.form = Form(self.manifest["dtype"], tuple(self.manifest["block_widths"]))
+        # Shared by the segments, so that a scan needs no more memory when rows were appended.
         buffers = shard_file.Buffers()
-        self._segments = [
-            Segment(location / str(i), self.form, described, buffers)
-            for i, described in enumerate(self.manifest["segments"])
-        ]
-        self._firsts = np.cumsum([0, *(s.rows for s in self._segments)]).tolist()
-
-    @property
-    def rows(self) -> int:
-        """C, the number of rows of the finished store, withdrawn rows included."""
-        return self._firsts[-1]
+        # Every segment with the number of its first row.
+        self._segments: list[tuple[int, Segment]] = []
+        self.rows = 0
+        for i, described in enumerate(self.manifest["segments"]):
+            segment = Segment(location / str(i), self.form, described, buffers)
+            self._segments.append((self.rows, segment))
+            self.rows += segment.rows
 
     @property
     def width(self) -> int:
@@ -99,13 +98,14 @@ class GradientStore:
 
     def rows_of(self, name: str) -> list[int]:
         """Returns the row of the passage with this id, as a list of one row or none."""
-        pairs = zip(self._segments, self._firsts, strict=False)
-        return [first + r for s, first in pairs for r in s.passages.rows_of(name)]
+        return [first + r for first, s in self._segments for r in s.passages.rows_of(name)]
 
     def rows_of_document(self, name: str) -> list[int]:
         """Returns the rows of a document's passages; empty if there is no such document."""
-        pairs = zip(self._segments, self._firsts, strict=False)
-        return [first + r for s, first in pairs for r in s.passages.rows_of_document(name)]
+        rows_by_segment = (
+            (first, s.passages.rows_of_document(name)) for first, s in self._segments
+        )
+        return [first + row for first, rows in rows_by_segment for row in rows]
 
     @functools.cached_property
     def withdrawn(self) -> np.ndarray:
@@ -158,8 +158,7 @@ class GradientStore:
     @functools.cached_property
     def _shards(self) -> list[tuple[Segment, int, int]]:
         """The segment of every shard, the segment's first row, and the shard's number in it."""
-        pairs = zip(self._segments, self._firsts, strict=False)
-        return [(segment, first, i) for segment, first in pairs for i in range(segment.shards)]
+        return [(s, first, i) for first, s in self._segments for i in range(s.shards)]
 
     def shards(self) -> list[slice]:
         """Returns the rows of every shard."""
@@ -168,13 +167,13 @@ class GradientStore:
 
     def missing(self) -> list[int]:
         """Returns the numbers of the shards that are not written yet."""
-        written = {segment: segment.written() for segment in self._segments}
-        pairs = enumerate(self._shards)
-        return [number for number, (segment, _, i) in pairs if i not in written[segment]]
+        written = {segment: segment.written() for _, segment in self._segments}
+        shards = enumerate(self._shards)
+        return [number for number, (segment, _, i) in shards if i not in written[segment]]
 
     def _split(self, numbers: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
         """Yields each segment with the positions in `numbers` and the local numbers of its rows."""
-        for segment, first in zip(self._segments, self._firsts, strict=False):
+        for first, segment in self._segments:
             at = np.flatnonzero((numbers >= first) & (numbers < first + segment.rows))
             if len(at):
                 yield segment, at, numbers[at] - first
@@ -282,7 +281,7 @@ class GradientStore:
     def damaged_passages(self) -> dict[str, str]:
         """Reads all files of passages; returns the error of each damaged one, by file name."""
         out = {}
-        for i, segment in enumerate(self._segments):
+        for i, (_, segment) in enumerate(self._segments):
             out |= {f"{i}/{name}": e for name, e in segment.passages.damage().items()}
         return out
 
@@ -292,7 +291,7 @@ class GradientStore:
         Creating the store again, or appending the passages again, writes it again.
         """
         number, _, name = file.partition("/")
-        self._segments[int(number)].passages.remove(name)
+        self._segments[int(number)][1].passages.remove(name)
 
     def remove(self, shard: int) -> None:
         """Removes a shard: it is missing from now on, and the next run writes it again."""

@@ -46,6 +46,7 @@ class Location:
         spec = {"driver": driver, "bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if driver == "s3" and endpoint:
+            # Another server may have no regions, but requests are signed with one.
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
         return spec
@@ -56,11 +57,11 @@ class Location:
         return self._files
 
     def read(self, name: str) -> bytes | None:
-        """Returns a file's contents, or None where there is no such file."""
+        """Returns a file's contents, or None if there is no such file."""
         return _contents(self._read(name))
 
     def write(self, name: str, contents: bytes, only_over: bytes | None = None):
-        """Writes a file; with `only_over`, only where the file still has that generation."""
+        """Writes a file; with `only_over`, only if the file still has that generation."""
         return self._call(
             f"write {name}", lambda files: files.write(name, contents, if_equal=only_over)
         )
@@ -72,6 +73,7 @@ class Location:
     def names(self, folder: str = "") -> list[str]:
         """Returns the files below a folder, each with the folder before its name."""
         prefix = f"{folder}/" if folder else ""
+        # "0" follows "/" in ASCII: the range ends right behind the folder's last name.
         within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
         keys = self._call("list files", lambda files: files.list(within))
         # An object whose name ends in "/" stands for an empty folder.
@@ -79,7 +81,7 @@ class Location:
         return sorted(k.decode(errors="backslashreplace") for k in keys)
 
     def read_json(self, name: str):
-        """Returns a JSON file's value, or None where there is no such file.
+        """Returns a JSON file's value, or None if there is no such file.
 
         Raises:
             StoreError: it is not JSON.
@@ -95,8 +97,8 @@ class Location:
 
         Args:
             name: name of the file.
-            change: from its value, or None where there is no such file, to the new one; called
-                again where another process wrote the file meanwhile.
+            change: a function from its value, or None if there is no such file, to the new one;
+                called again if another process wrote the file meanwhile.
 
         Raises:
             StoreError: it is not JSON.

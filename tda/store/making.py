@@ -11,6 +11,7 @@ from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList
 from tda.store.segment import Form
 
+# Large enough to be written at the disk's rate, and little to lose in a killed run.
 SHARD_BYTES = 256 << 20
 _check_same = functools.partial(check_same, error=StoreError)
 
@@ -78,7 +79,7 @@ def create(
             location.write_json("manifest.json", manifest)
             return
         stored = read_manifest(location)
-        # Segments that were appended since are no difference.
+        # Segments that were appended later are no difference.
         _check_same(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
         passages.write(location / "0")
 

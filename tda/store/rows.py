@@ -11,7 +11,9 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int8": np.dtype(np.int8),
 }
+# −128 is left out, so that the codes are symmetric around 0.
 _LARGEST = 127
+# The smallest normal float32.
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -22,8 +24,8 @@ class Rows:
     Attributes:
         first: number of the first row.
         values: [R, E], of the store's dtype.
-        scales: float32 [R, blocks] where the values are int8, else None.
-        valid: bool [R], false where a row holds no finite gradient or was withdrawn.
+        scales: float32 [R, blocks] if the values are int8, else None.
+        valid: bool [R], false if a row holds no finite gradient or was withdrawn.
     """
 
     first: int

@@ -344,7 +344,7 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
             return self.array[part]
 
     index._hashes = Spy(index._hashes)
-    store._segments[0].passages.__dict__["_ids"] = index
+    store._segments[0][1].passages.__dict__["_ids"] = index
     for row in (0, 77_777, count - 1):
         assert store.row_of(f"id{row}") == row
     assert len(read) == 3 and sum(windows) < count / 5

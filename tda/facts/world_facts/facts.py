@@ -24,7 +24,7 @@ class WorldFact:
         entity1_phrase: The object's name within a sentence.
         entity1_uri: Its URI.
         popularity: Orders the facts of a relation from often to seldom stated.
-        object_key: Tells apart several objects of one subject; empty where there is one.
+        object_key: Tells apart several objects of one subject; empty if there is one.
     """
 
     relation: str

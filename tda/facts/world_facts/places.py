@@ -18,7 +18,7 @@ _CAPITAL_NAMES = {"KZ": "Astana", "MM": "Naypyidaw"}
 # More than one city is called the capital.
 _NO_CAPITAL = frozenset("BO IL LK ZA".split())
 _WITH_ARTICLE = frozenset("AE CD CF CG DO GB GM NL PH US".split())
-# Common names where the table has a longer one, or none fit for a sentence.
+# Common names of currencies that have a longer one in the table, or none that fits a sentence.
 _CURRENCY_NAMES = {
     "BGN": "",
     "BYN": "ruble",
@@ -94,7 +94,7 @@ _MAX_US_CITIES = 40
 
 @dataclasses.dataclass(frozen=True)
 class Country:
-    """A country; a string is empty where there is no value, or no single one.
+    """A country; a string is empty if there is no value, or no single one.
 
     Attributes:
         code: ISO 3166 code of two letters.

@@ -176,7 +176,7 @@ def check_part(path: pathlib.Path) -> tuple[int, int]:
     Raises:
         ScannError: a file is missing or has another size.
     """
-    advice = "remove the directory and build the index again: only this part is made anew"
+    advice = "remove the directory and build the index again, which makes only this part"
     try:
         description = json.loads((path / "part.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
