@@ -27,8 +27,14 @@ class TargetStatistics:
 def target_statistics(logits_BxTxV, targets_BxT, weights_BxT) -> tuple[jax.Array, jax.Array]:
     """Returns −log p in nats, float32 [B], and worst ranks, int32 [B], of the weighted targets."""
     nats_B = losses.cross_entropy(logits_BxTxV, targets_BxT, weights_BxT)
-    target_logits_BxTx1 = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)
-    ranks_BxT = 1 + jnp.sum(logits_BxTxV > target_logits_BxTx1, axis=-1)
+    targets_BxTx1 = targets_BxT[..., None]
+    target_logits_BxTx1 = jnp.take_along_axis(logits_BxTxV, targets_BxTx1, axis=-1)
+    # Of equal logits, which bfloat16 often has, greedy decoding takes the first token. Said by what
+    # is behind the target, so that NaN is in front of it and never makes it the first.
+    is_equal = logits_BxTxV == target_logits_BxTx1
+    follows = jnp.arange(logits_BxTxV.shape[-1]) >= targets_BxTx1
+    is_behind = (logits_BxTxV < target_logits_BxTx1) | (is_equal & follows)
+    ranks_BxT = 1 + jnp.sum(~is_behind, axis=-1)
     return nats_B, jnp.max(jnp.where(weights_BxT > 0, ranks_BxT, 0), axis=-1)
 
 

@@ -55,6 +55,7 @@ def relevant_passages(
                     f"fact {fact.fact_id!r}, field 'trex_sentences': sentence {sentence_id!r} is"
                     " not in the corpus; add the sentence, or remove it from the fact"
                 )
+    # A fact's own `trex_sentences` do not say where the subject stands, so they are never strict.
     chosen = initial if strict and any_known else loose
     return {
         fact_id: tuple(sorted(ids, key=position.__getitem__)) for fact_id, ids in chosen.items()
@@ -151,6 +152,7 @@ def select(
         raise ValueError(f"n_queries is {n_queries}, but there are {len(facts)} facts to draw from")
     if not 0 <= n_sentences <= len(sentences):
         raise ValueError(f"n_sentences is {n_sentences}, but the corpus has {len(sentences)}")
+    # Each draw has a stream of its own, so that neither depends on how much the other draws.
     drawn = _draw((fact.fact_id for fact in facts), n_queries, f"queries {seed}")
     queries = [fact for fact in facts if fact.fact_id in drawn]
     labels = relevant_passages(sentences, queries, may_lack_sentences=True)
@@ -188,5 +190,6 @@ def _draw(ids: Iterable[str], n: int, seed: str) -> set[str]:
 
 
 def _relation_names(fact: Fact) -> tuple[str, str, str]:
+    # "http://www.wikidata.org/prop/direct/P527" and "world:capital" alike.
     last = fact.predicate_uri.replace(":", "/").rsplit("/", 1)[-1]
     return fact.relation, fact.predicate_uri, last

@@ -47,11 +47,12 @@ class Index:
         """
         import bm25s
 
-        # Ids of the query's words in the index's own vocabulary; words it lacks are dropped.
+        # As words: ids would be those of a vocabulary of the queries, and not of the index.
         split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
 
         def scores():
             for words in split:
+                # bm25s cannot score a query of which the index knows no word.
                 known = [w for w in words if w in self._vocabulary]
                 zeros = np.zeros(self._rows, np.float32)
                 yield self._index.get_scores(known) if known else zeros

@@ -12,7 +12,7 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation import tail_patch
-from tda.evaluation.likelihood import Likelihood
+from tda.evaluation.likelihood import Likelihood, target_statistics
 from tda.evaluation.tail_patch import TailPatch, change, log_change
 from tda.model import functional
 from tda.model.decoder import Decoder
@@ -75,6 +75,22 @@ def test_target_statistics_are_those_of_the_models_logits(setup, summed_nats):
             if is_target[t]
         ]
         assert targets.ranks[row] == max(ranks)
+
+
+@pytest.mark.parametrize(
+    "logits, target, rank",
+    [
+        ([0.0, 1.0, 1.0], 1, 1),  # greedy decoding takes the first of equal logits
+        ([0.0, 1.0, 1.0], 2, 2),
+        ([0.0, 1.0, 1.0], 0, 3),
+        ([0.0, np.nan, 1.0], 2, 2),
+        ([0.0, np.nan, 1.0], 1, 4),  # nothing is known of the target: behind all
+    ],
+)
+def test_rank_one_is_the_token_that_greedy_decoding_takes(logits, target, rank):
+    logits_1x1xV, targets_1x1 = jnp.asarray([[logits]]), jnp.asarray([[target]])
+    _, ranks = target_statistics(logits_1x1xV, targets_1x1, jnp.ones((1, 1)))
+    assert ranks.tolist() == [rank]
 
 
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
