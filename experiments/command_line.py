@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from tda.run import defaults
 from tda.runtime import command
-from tda.sweep.grid import list_keys
 
 # Beside this folder both in a checkout and in an installed package.
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -34,7 +33,7 @@ def parse(argv: list[str], takes_config: bool) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        keys = list_keys(_read_config(argv))
+        keys = list(defaults.flat(_read_config(argv)))
         for argument in argv[1:]:
             name = argument.lstrip("-").split("=")[0]
             if name.startswith("config.") and name[len("config.") :] not in keys:

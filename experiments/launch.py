@@ -4,11 +4,13 @@ On many hosts every host runs the same command, with `--distributed` where jax f
 itself (Cloud TPU, SLURM, Open MPI), else with `--coordinator`, `--num_processes`, `--process_id`.
 """
 
+import _thread
 import contextlib
 import functools
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -34,8 +36,8 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, or off; by default ~/.cache/tda."
 )
-PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retrievers.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retrievers.")
 
 # Seconds that a process which failed waits for the others to end too, before all are ended.
 _PATIENCE = 60
@@ -104,10 +106,23 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
 def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
     huge_pages.use()
     logging.set_verbosity(logging.WARNING)  # libraries log their own affairs at INFO
+    sys.unraisablehook = _interrupt_again
     try:
         app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))
     except KeyboardInterrupt:
         _exit_interrupted()
+
+
+def _interrupt_again(unraisable) -> None:
+    """Repeats a Ctrl-C that came while Python drops exceptions, such as in a finaliser.
+
+    jax has a callback of the garbage collector, which Python runs at any time.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # A moment later: an exception in this hook would be dropped too.
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _exit_interrupted() -> None:

@@ -41,6 +41,7 @@ def main(config, workdir):
     print("\n" + report.text(figures))
     if JSON.value:
         write_json(JSON.value, figures)
+    # A status that a script can branch on, after all figures were printed.
     if figures["lacking"]:
         sys.exit("\n".join(["error: this does not fit", *figures["lacking"]]))
 

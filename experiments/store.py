@@ -40,6 +40,7 @@ def info(path: str) -> int:
     """Prints what a store contains; returns the exit status."""
     store = stores.open_store(path)
     shards, missing, m = store.shards(), store.missing(), store.manifest
+    # int8 rows have a float32 scale for each block.
     row_bytes = store.form.row_bytes + (4 * len(store.form.widths) if m["dtype"] == "int8" else 0)
     rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)
     print(f"{store.path}")
@@ -52,6 +53,7 @@ def info(path: str) -> int:
         print(f"  missing     shards {_shortened(missing)}")
     print(f"  withdrawn   {len(store.withdrawn):,} rows")
     for key, value in sorted(m["fingerprint"].items()):
+        # A shape for each parameter would fill pages.
         text = f"{len(value)} entries" if isinstance(value, dict) and len(value) > 8 else value
         print(f"  {key:<11} {text}")
     return 0
@@ -70,6 +72,7 @@ def verify(path: str, report_only: bool = False) -> int:
             if damage:
                 damaged.append(i)
                 rows = f"rows {shards[i].start:,} to {shards[i].stop - 1:,}"
+                # Through the bar, which would be torn by a plain print.
                 bar.write(f"shard {i} ({rows}): {damage}", file=sys.stdout)
             bar.update()
     files = store.damaged_passages()

@@ -51,6 +51,7 @@ _SWEEP_FLAGS = ("parallel", "list", "nolist", "point", "plots", "noplots")
 
 def main(config, workdir):
     """Runs the sweep, or a point of it, or lists its points."""
+    # --list writes nothing, not even the directory.
     directory = pathlib.Path(workdir) if LIST.value else Workdir(workdir).path
     sweep = grid.load(find_packaged(SWEEP.value, "sweeps"), config)
     name = pathlib.Path(SWEEP.value).stem
@@ -76,6 +77,7 @@ def main(config, workdir):
     if PLOTS.value and sweep.plots:
         points.check_plots()
     errors = points.run_all(sweep.points, directory, PARALLEL.value, command)
+    # Of a sweep with failures the rest is gathered all the same.
     finished = [p for p in sweep.points if points.is_finished(p, directory)]
     stale = [p.name for p in sweep.points if p not in finished and p.name not in errors]
     errors |= dict.fromkeys(stale, "a file that it was run from has changed since")

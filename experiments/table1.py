@@ -29,6 +29,7 @@ def run(config, workdir: Workdir) -> dict:
     processes.on_first_process(
         "write the table", lambda: _write_table(config, metrics, notes, workdir)
     )
+    # Plots are an extra; a table without them is complete.
     if importlib.util.find_spec("matplotlib"):
         processes.on_first_process("draw the spectra", lambda: _draw_spectra(notes, workdir))
     print(f"table: {workdir.path}/table1.md, table1.csv, table1.tex")

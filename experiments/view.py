@@ -37,6 +37,7 @@ flags.declare_key_flag("compilation_cache")
 
 def main(_):
     """Opens the results; exports or serves them."""
+    # Results that are fetched from URLs lie here while the viewer runs.
     with tempfile.TemporaryDirectory() as folder:
         collection = opening.collect(WORKDIR.value, _RESULTS.value, _NOTES.value, folder)
         for file in collection.files:

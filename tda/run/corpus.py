@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from tda.data import tokens
+from tda.data import jsonl, tokens
 from tda.data.batches import buckets
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.facts import features, files, labels, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
+from tda.run.defaults import check_values
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import processes
@@ -23,16 +24,15 @@ def load(config, workdir: Workdir) -> Corpus:
             names the file, the record or the key.
         tda.runtime.processes.ProcessError: processes read different files.
     """
+    check_values(config)
     all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
     # Checks all labels, even if only some facts are queried.
     labels.relevant_passages(sentences, facts)
     excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
     if config.data.pool == "clean":
         facts = labels.clean_pool(facts, sentences, exclude_relations=tuple(excluded))
-    elif config.data.pool == "all":
-        facts = labels.without_relations(facts, excluded)
     else:
-        raise ValueError(f"unknown data.pool={config.data.pool!r}; use all or clean")
+        facts = labels.without_relations(facts, excluded)
     sentences, facts = labels.select(
         sentences,
         facts,
@@ -40,9 +40,9 @@ def load(config, workdir: Workdir) -> Corpus:
         config.data.n_queries or len(facts),
         config.data.seed,
     )
+    # Before the tokenizer is trained, which may take minutes.
     if not facts:
         raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
-    prompts_of = {f.fact_id: f.prompt(config.data.prompt) for f in facts}
     texts = [(s.sentence_id, s.text) for s in sentences]
     more = _more_text(config.data, all_sentences, all_facts, sentences, facts)
     tokenizer = _tokenizer(config, workdir, [text for _, text in texts + more])
@@ -50,33 +50,50 @@ def load(config, workdir: Workdir) -> Corpus:
     passages = _passages("corpus", texts, tokenizer, context)
     training = _passages("training text", texts + more, tokenizer, context) if more else passages
     print(f"{len(facts):,} queries")
-    prompts = tokens.tokenise_queries(
-        ((f.fact_id, prompts_of[f.fact_id], f.entity1) for f in facts), tokenizer, context
-    )
+    queries = ((f.fact_id, f.prompt(config.data.prompt), f.entity1) for f in facts)
+    prompts = tokens.tokenise_queries(queries, tokenizer, context)
     correct = _correct(sentences, facts, passages)
-    fingerprint = _fingerprint(passages, training, prompts, tokenizer, correct)
+    # Metrics depend on the labels, though no gradient does.
+    rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})
+    tables = {"corpus": passages, "training": training, "queries": prompts, "tokenizer": tokenizer}
+    fingerprint = {name: table.fingerprint() for name, table in tables.items()}
+    fingerprint["labels"] = fingerprint_parts([rows])
+    # Each process reads the files for itself: one with other files would mix two corpora.
     processes.check_alike("corpus", fingerprint)
     return Corpus(
-        sentences,
-        facts,
-        tokenizer,
-        passages,
-        training,
-        prompts,
-        correct,
-        buckets(context),
-        fingerprint,
+        sentences=sentences,
+        queries=facts,
+        tokenizer=tokenizer,
+        passages=passages,
+        training=training,
+        prompts=prompts,
+        correct=correct,
+        buckets=buckets(context),
+        fingerprint=fingerprint,
     )
+
+
+def check_files(config) -> None:
+    """Checks that the files of the corpus and of the queries exist.
+
+    Raises:
+        ValueError: only one of the two is named.
+        FileNotFoundError: a file does not exist, or a pattern has no match.
+    """
+    data = config.data
+    if bool(data.sentences) != bool(data.facts):
+        raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
+    if data.sentences:
+        jsonl.expand(data.sentences)
+        jsonl.expand(data.facts)
 
 
 def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
-    if bool(data.sentences) != bool(data.facts):
-        raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
     if data.sentences:
         return list(files.iter_sentences(data.sentences)), list(files.iter_facts(data.facts))
     directory = data.dir or str(workdir / "data")
     records: list = []
-    # Process 0 prepares the files, and the others then read them.
+    # Process 0 prepares the files before the others read them.
     processes.on_first_process(
         f"prepare {data.name}", lambda: records.extend(features.load_tfds(data.name, directory))
     )
@@ -85,30 +102,26 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
 
 
 def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
-    """Returns the text that the model is trained on beside the corpus, as (id, text)."""
+    """Returns the text that the model is trained on besides the corpus, as (id, text)."""
     more = []
     if data.train_on == "all":
         selected = {s.sentence_id for s in sentences}
         more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected]
-    elif data.train_on != "corpus":
-        raise ValueError(f"unknown data.train_on={data.train_on!r}; use corpus or all")
-    if data.statements_of not in ("all", "corpus"):
-        raise ValueError(f"unknown data.statements_of={data.statements_of!r}; use all or corpus")
-    if data.statements:
-        facts = all_facts
-        if data.statements_of == "corpus":
-            stated = labels.relevant_passages(sentences, all_facts, may_lack_sentences=True)
-            facts = [f for f in all_facts if stated[f.fact_id]]
-            if not facts:
-                raise ValueError(
-                    "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
-                    "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
-                )
-        stated_facts = list(statements.statements(facts, queries, data.statements))
-        if not stated_facts:
-            print(f"no fact is stated beside the corpus: all {len(facts):,} answer a query")
-        more += stated_facts
-    return more
+    if not data.statements:
+        return more
+    facts = all_facts
+    if data.statements_of == "corpus":
+        stated = labels.relevant_passages(sentences, all_facts, may_lack_sentences=True)
+        facts = [f for f in all_facts if stated[f.fact_id]]
+        if not facts:
+            raise ValueError(
+                "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
+                "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
+            )
+    stated_facts = list(statements.statements(facts, queries, data.statements))
+    if not stated_facts:
+        print(f"no fact is stated besides the corpus: all {len(facts):,} answer a query")
+    return more + stated_facts
 
 
 def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
@@ -124,21 +137,23 @@ def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.T
 def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | PretrainedTokenizer:
     if config.model.pretrained:
         return pretrained.load_tokenizer(config.model.pretrained)
-    made_from = {"texts": fingerprint_texts(texts), "vocab_size": config.tokenizer.vocab_size}
-    path = workdir / "model" / "tokenizer.json"
+    size, path = config.tokenizer.vocab_size, workdir / "model" / "tokenizer.json"
+    made_from = {"texts": fingerprint_texts(texts), "vocab_size": size}
     if not workdir.finished("tokenizer", made_from):
-        workdir.claim("tokenizer", made_from)
+        workdir.claim("tokenizer", made_from, config)
 
         def train():
             path.parent.mkdir(exist_ok=True)
-            Tokenizer.train(texts, config.tokenizer.vocab_size).save(path)
+            Tokenizer.train(texts, size).save(path)
 
         processes.on_first_process("train the tokenizer", train)
-        workdir.finish("tokenizer", made_from)
+        workdir.finish("tokenizer")
     return Tokenizer.load(path)
 
 
 def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
+    """Returns the correct passage rows of each query, for all labels and for strict ones."""
+    # A document that states a fact makes all its passages correct: where in it is not known.
     rows: dict[str, list[int]] = {}
     for row, document in enumerate(passages.documents):
         rows.setdefault(document, []).append(row)
@@ -150,14 +165,3 @@ def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
             for f in facts
         ]
     return out
-
-
-def _fingerprint(passages, training, prompts, tokenizer, correct) -> dict:
-    rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})
-    return {
-        "corpus": passages.fingerprint(),
-        "training": training.fingerprint(),
-        "queries": prompts.fingerprint(),
-        "tokenizer": tokenizer.fingerprint(),
-        "labels": fingerprint_parts([rows]),
-    }

@@ -12,16 +12,21 @@ from tda.runtime.fingerprint import fingerprint
 
 
 def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
-    """Taps of the gradients that EK-FAC or LoGra compares, by site."""
+    """Returns the taps of the gradients that EK-FAC or LoGra compares, by site."""
     chosen, projection = run.sites(kind), run.projection(kind)
-    factors = _factors(run, kind)
+    file = file_of(run, kind)
+    if processes.on_first_process("look for curvature", file.exists):
+        factors = _load(file)
+    else:
+        factors = _fit(run, kind)
+        processes.on_first_process("keep curvature", lambda: _save(file, factors))
     if kind.curvature == "logra":
         return kronecker.logra_taps(chosen, projection.side, factors)
     return kronecker.ekfac_taps(chosen, projection, factors, run.config.curvature.damping)
 
 
 def file_of(run: Run, kind: GradientKind) -> pathlib.Path:
-    """The file that keeps a run's factors."""
+    """Returns the file that keeps a run's factors."""
     provenance = run.curvature_provenance(kind.curvature)
     provenance.pop("damping", None)  # it changes the taps, not the factors
     provenance |= {
@@ -34,39 +39,27 @@ def file_of(run: Run, kind: GradientKind) -> pathlib.Path:
 
 
 def _rank(run: Run, kind: GradientKind) -> int | None:
-    """How many eigenvectors of a factor are kept: LoGra projects on as many, EK-FAC needs all."""
+    # LoGra projects on the first eigenvectors of a factor; EK-FAC needs all of them.
     return run.projection(kind).side if kind.curvature == "logra" else None
 
 
-def _factors(run: Run, kind: GradientKind) -> dict:
-    """The factors by path, fitted where no file has them."""
-    file = file_of(run, kind)
-    if processes.on_first_process("look for curvature", file.exists):
-        return _load(file)
-    factors = _fit(run, kind)
-    processes.on_first_process("keep curvature", lambda: _save(file, factors))
-    return factors
-
-
 def _fit(run: Run, kind: GradientKind) -> dict:
+    """Returns the factors by path, from a sample of the corpus."""
     settings, labels = run.config.curvature, CURVATURE_LABELS[kind.curvature]
     corpus, model, chosen = run.corpus, run.trained.model, run.sites(kind)
     count = len(corpus.passages)
-    # A draw from the whole corpus, not its first passages; rising, so that a store is read once.
+    # A draw from the whole corpus, not its first passages; rising, so that it is read in order.
     rows = np.random.default_rng(settings.seed).permutation(count)[: settings.sample or count]
     rows = np.sort(rows)
 
     def batches(stage):
+        sampled = kronecker.batches(
+            corpus.passages, rows, labels=labels, layout=run.layout, seed=settings.seed
+        )
         with progress.bar(len(rows), f"{kind.curvature}: {stage}", "passage") as bar:
-            sampled = kronecker.batches(
-                corpus.passages,
-                rows,
-                labels=labels,
-                layout=run.layout,
-                seed=settings.seed,
-            )
             for batch in sampled:
                 yield batch
+                # Rows that only fill a batch up have no weights.
                 bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
 
     covariances = kronecker.covariances(model, chosen, batches("covariances"), labels)

@@ -1,4 +1,4 @@
-"""Every key of a config, with its default and its meaning in a line."""
+"""Every key of a config, with its default, its meaning in a line, and the values it may have."""
 
 from typing import Any
 
@@ -46,10 +46,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         0.1,
         "last learning rate over the largest; with 0, set eval.tail_patch_learning_rate",
     ),
-    "train.b1": (0.9, "b1 of adam and adamw"),
-    "train.b2": (0.99, "b2 of adam and adamw"),
-    "train.eps": (1e-8, "eps of adam and adamw"),
-    "train.weight_decay": (0.0, "weight decay of adamw"),
+    # Only some optimizers have these (tda/run/train.py); unset, each has its usual value.
+    "train.b1": (float, "b1 of adam and adamw; unset: 0.9"),
+    "train.b2": (float, "b2 of adam and adamw; unset: 0.99"),
+    "train.eps": (float, "eps of adam and adamw; unset: 1e-8"),
+    "train.weight_decay": (float, "weight decay of adamw; unset: 0"),
     "train.clip": (1.0, "largest global norm of a gradient"),
     "train.save_every": (500, "steps between checkpoints"),
     "train.keep": (1, "how many of the last checkpoints to keep; 0: all"),
@@ -143,6 +144,84 @@ KEYS: dict[str, tuple[Any, str]] = {
     "mesh.fsdp": (1, "devices that share the parameters"),
     "mesh.tensor": (1, "devices that share a matrix product"),
 }
+
+
+# The values of keys that name a choice.
+CHOICES = {
+    "data.pool": ("all", "clean"),
+    "data.train_on": ("corpus", "all"),
+    "data.statements_of": ("all", "corpus"),
+    "data.prompt": (0, 1, 2),
+    "model.dtype": ("float32", "bfloat16"),
+    "train.optimizer": ("adam", "adamw", "adafactor"),
+    "train.schedule": ("cosine", "linear", "constant"),
+    "gradients.second_moments": ("auto", "optimizer", "estimate"),
+    "gradients.output": ("loss", "margin", "logit"),
+    "gradients.untapped": ("leave", "reference", "error"),
+    "projection.family": ("gaussian", "rademacher"),
+    "projection.pooling": ("blocks", "layer", "matrix"),
+    "store.dtype": ("float32", "bfloat16", "int8", "none"),
+    "search.index": ("none", "scann"),
+    "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
+    "eval.tail_patch_state": ("restored", "fresh"),
+}
+# Keys that count at least one of something; all other numbers may be 0.
+_POSITIVE = (
+    "tokenizer.vocab_size",
+    "model.context",
+    "train.tokens_per_batch",
+    "train.learning_rate",
+    "train.save_every",
+    "gradients.estimate_batches",
+    "gradients.tokens_per_batch",
+    "projection.side",
+    "projection.blocks",
+    "store.shard_bytes",
+    "search.depth",
+    "search.memory_gib",
+    "several.checkpoints",
+    "eval.top_k",
+    "eval.known_rank",
+    "eval.resamples",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+# Keys whose default of −1 stands for a rule.
+_NEGATIVE = ("hessian.weight", "hessian.damping", "mesh.data")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks each value of a config by itself.
+
+    Raises:
+        ValueError: a value is not possible; the message names the key.
+    """
+    values = flat(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            *others, last = map(str, choices)
+            listed = f"{', '.join(others)} or {last}"
+            raise ValueError(f"unknown {key}={values[key]!r}; use {listed}")
+    for key, value in values.items():
+        if isinstance(value, int | float) and key not in _NEGATIVE:
+            if value <= 0 and key in _POSITIVE:
+                least = "1 or more" if isinstance(value, int) else "above 0"
+                raise ValueError(f"{key}={value} must be {least}")
+            if value < 0:
+                raise ValueError(f"{key}={value} must not be negative")
+    if not 0 < values["train.traced"] <= 1:
+        raise ValueError(f"train.traced={values['train.traced']} must be above 0, and 1 at most")
+    if values["hessian.weight"] > 1:
+        raise ValueError(f"hessian.weight={values['hessian.weight']} must be 1 at most, or -1")
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a config by key, such as `train.epochs`."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        is_section = isinstance(value, ConfigDict)
+        values |= flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return values
 
 
 def get_config() -> ConfigDict:

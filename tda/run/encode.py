@@ -21,7 +21,7 @@ from tda.run.run import NO_STORE, Run
 from tda.runtime import processes
 from tda.runtime.progress import Progress
 
-# Rows in float32 that one pass for several kinds of gradients may hold of all of them.
+# Float32 rows of all kinds of gradients that one pass may hold: a shard of each.
 _PASS_BYTES = 4 << 30
 
 
@@ -29,47 +29,72 @@ def encode(run: Run, kind: GradientKind) -> tuple[Source, np.ndarray]:
     """Encodes what the stores of a kind lack.
 
     Returns:
-        The corpus's gradients, a store unless the config wants none, and the queries' gradients,
+        The corpus's gradients, a store unless the config has none, and the queries' gradients,
         float32 [Q, E].
     """
-    if run.config.store.dtype == NO_STORE:
-        encoder = _encoder_without_store(run, kind)
-        source = OnTheFly(encoder, run.corpus.passages, run.layout)
-        return source, _query_gradients(run, encoder)
-    queries, passages = _stores(run, kind, "queries", "corpus")
-    stores.check_same_kind(passages, queries)
-    return passages, _finite_queries(run, queries.read(slice(0, queries.rows)))
+    # Queries first: a query without a finite gradient is refused before the corpus is encoded.
+    queries, passages = _encode(run, kind, "queries", "corpus")
+    return passages, queries
 
 
 def encode_passages(run: Run, kind: GradientKind) -> Source:
-    """Returns the corpus's gradients alone, as `encode` has them."""
-    if run.config.store.dtype == NO_STORE:
-        return OnTheFly(_encoder_without_store(run, kind), run.corpus.passages, run.layout)
-    return _stores(run, kind, "corpus")[0]
+    """Returns the corpus's gradients alone, as `encode` does."""
+    return _encode(run, kind, "corpus")[0]
 
 
 def encode_queries(run: Run, kind: GradientKind) -> np.ndarray:
     """Returns the queries' gradients alone, float32 [Q, E]."""
+    return _encode(run, kind, "queries")[0]
+
+
+def _encode(run: Run, kind: GradientKind, *names: str) -> list:
+    encoder, encoded = None, []
     if run.config.store.dtype == NO_STORE:
-        return _query_gradients(run, _encoder_without_store(run, kind))
-    (store,) = _stores(run, kind, "queries")
-    return _finite_queries(run, store.read(slice(0, store.rows)))
+        if jax.process_count() > 1:
+            raise ValueError(
+                "store.dtype=none works in one process; give store.dtype to use several"
+            )
+        encoder = make_encoder(run, kind)
+    elif not run.live:
+        # Second moments may have to be estimated: not for stores that lack nothing.
+        paths = [run.store_path(name, kind) for name in names]
+        finished = processes.on_first_process(
+            "look for stores", lambda: all(map(stores.finished, paths))
+        )
+        encoder = None if finished else make_encoder(run, kind)
+    for name in names:
+        rows = _rows(run, kind, name, encoder)
+        if name == "queries":
+            rows = (
+                rows.read(slice(0, rows.rows)) if isinstance(rows, stores.GradientStore) else rows
+            )
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                raise ValueError(
+                    f"the gradients of {len(bad)} queries are not finite, such as "
+                    f"{run.corpus.prompts.ids[bad[0]]!r}; look at the model's logits for its prompt"
+                )
+        encoded.append(rows)
+    return encoded
 
 
-def _encoder_without_store(run: Run, kind: GradientKind):
-    if jax.process_count() > 1:
-        raise ValueError("store.dtype=none works in one process; give store.dtype to use several")
-    return make_encoder(run, kind)
-
-
-def _query_gradients(run: Run, encoder) -> np.ndarray:
-    prompts = run.corpus.prompts
-    encoded = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), run.layout)
-    return _finite_queries(run, encoded)
+def _rows(run: Run, kind: GradientKind, name: str, encoder):
+    """Returns a store of gradients, a source that encodes as it is read, or an array of queries."""
+    if run.live:
+        return stores.open_store(run.store_path(name, kind))
+    table = run.table(name)
+    if run.config.store.dtype != NO_STORE:
+        store = _store(run, kind, name)
+        description = f"encode {name} ({describe_kind(run, kind)}, step {run.trained.step})"
+        encoding.fill_store(store, encoder, table, run.layout, description)
+        return store
+    if name == "corpus":
+        return OnTheFly(encoder, table, run.layout)
+    return encoding.encode_rows(encoder, table, np.arange(len(table)), run.layout)
 
 
 def print_coverage(run: Run, kinds: Iterable[GradientKind]) -> None:
-    """Prints what share of the parameters the gradients cover: a line for all kinds alike."""
+    """Prints what share of the parameters the gradients cover: a line for kinds that agree."""
     lines = (sites.coverage(run.trained.model, run.sites(kind)) for kind in kinds)
     for line in dict.fromkeys(lines):
         print(line)
@@ -78,9 +103,9 @@ def print_coverage(run: Run, kinds: Iterable[GradientKind]) -> None:
 def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
     """Encodes the corpus for several kinds of gradients in fewer passes than one for each.
 
-    Kinds of the same function share a pass where their shards have the same rows. Finished stores
-    are left alone, and so is a kind that shares its pass with no other (such as Adam's steps):
-    `encode` makes it.
+    Kinds of the same output share a pass, which does the model's part of the work once, if their
+    shards have the same rows. Finished stores, and kinds that share their pass with no other (such
+    as Adam's steps), are left to `encode`.
     """
     if run.config.store.dtype == NO_STORE:
         return
@@ -126,12 +151,12 @@ def missing_stores(run: Run, kind: GradientKind, name: str, step: int | None = N
     else:
         parts = [f"gradients {'with' if kind.corrected else 'without'} optimizer correction"]
     parts += [f"of the {kind.output}"] * bool(kind.output)
-    parts += [f"as {kind.curvature} has them"] * (kind.curvature != "none")
+    parts += [f"transformed by {kind.curvature}"] * (kind.curvature != "none")
     return f"the run has no store of {', '.join(parts)}"
 
 
 def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) -> list:
-    """What of a kind's gradients decides a ranking, as JSON values."""
+    """Returns what a ranking depends on in a kind's gradients, as JSON values."""
     path = run.store_path("corpus", kind, step)
 
     def read_withdrawn():
@@ -143,12 +168,12 @@ def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) ->
 
 
 def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = None):
-    """Makes the encoder of a kind of gradients of the run's model.
+    """Returns the encoder of a kind of gradients of the run's model.
 
     Args:
         run: the run.
         kind: the gradients.
-        on_progress: told of second moments that have to be estimated.
+        on_progress: called while second moments are estimated.
     """
     model, mesh = run.trained.model, run.trained.mesh
     output = kind.output or run.config.gradients.output
@@ -161,29 +186,8 @@ def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = No
     return encoders.build_encoder(model, [pair], output, mesh)
 
 
-def _stores(run: Run, kind: GradientKind, *names: str) -> list[stores.GradientStore]:
-    """The finished stores of a kind, by name."""
-    paths = [run.store_path(name, kind) for name in names]
-    if run.live:
-        return [stores.open_store(path) for path in paths]
-    encoder = None
-    # Second moments may have to be estimated: not for stores that lack nothing.
-    finished = processes.on_first_process(
-        "look for stores", lambda: all(map(stores.finished, paths))
-    )
-    if not finished:
-        encoder = make_encoder(run, kind)
-    filled = []
-    for name in names:
-        store = _store(run, kind, name)
-        description = f"encode {name} ({describe_kind(run, kind)}, step {run.trained.step})"
-        encoding.fill_store(store, encoder, run.table(name), run.layout, description)
-        filled.append(store)
-    return filled
-
-
 def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
-    """The store of the "corpus" or of the "queries", created where there is none."""
+    """Returns the store of the "corpus" or of the "queries", and creates it if there is none."""
     table = run.table(name)
     return stores.create(
         run.store_path(name, kind),
@@ -203,13 +207,3 @@ def describe_kind(run: Run, kind: GradientKind) -> str:
     provenance = run.provenance(kind)
     label = kind.curvature if kind.curvature != "none" else provenance["correction"]
     return label if provenance["output"] == "loss" else f"{label}, {provenance['output']}"
-
-
-def _finite_queries(run: Run, gradients_QxE: np.ndarray) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(gradients_QxE).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"the gradients of {len(bad)} queries are not finite, such as "
-            f"{run.corpus.prompts.ids[bad[0]]!r}; look at the model's logits for its prompt"
-        )
-    return gradients_QxE

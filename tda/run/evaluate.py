@@ -7,7 +7,6 @@ import numpy as np
 
 from tda import results
 from tda.evaluation import content, frequency, ranking, sampling, statistics, summary
-from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
@@ -24,44 +23,41 @@ def sample(count: int, size: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
+# Metrics that are null for a method that ranks nothing.
+_ALWAYS = ("tail_patch", "tail_patch_log") + tuple(
+    f"{metric}{label}{known}"
+    for label in ("", "_strict")
+    for known in ("", "_known")
+    for metric in ("mrr", "mrr_at_10", "recall_at_10")
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What the model and the corpus know of the queries, independent of any method.
+    """What the model and the corpus know of the queries, whatever the method."""
 
-    Attributes:
-        nats: float32 [Q], −log p(target | prompt).
-        ranks: int64 [Q], worst rank of a token of the target.
-        frequencies: int64 [Q], passages of the corpus that name both entities.
-        bucket: int64 [Q], the bucket of each frequency.
-        buckets: names of the buckets.
-        generations: sampled answers of the model, by query row.
-        confidence: share of these that state the target, by query row.
-    """
-
-    nats: np.ndarray
-    ranks: np.ndarray
-    frequencies: np.ndarray
-    bucket: np.ndarray
-    buckets: list[str]
-    generations: dict[int, list[str]]
-    confidence: dict[int, float]
+    nats: np.ndarray  # float32 [Q], −log p(target | prompt)
+    ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
+    frequencies: np.ndarray  # int64 [Q], passages of the corpus that name both entities
+    bucket: np.ndarray  # int64 [Q], the number of each frequency's bucket
+    buckets: list[str]  # the buckets' names
+    generations: dict[int, list[str]]  # the model's sampled answers, by query row
+    confidence: dict[int, float]  # share of these that state the target, by query row
 
 
 def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:
     """Computes the metrics of every method; writes `results/METHOD.jsonl` and `metrics.json`.
 
-    Of several processes all compute, since the model may be spread over them; the first writes.
+    All processes compute, since the model may be spread over them; process 0 writes.
 
     Args:
         run: the run.
         rankings: by method. A row of −1 is no passage: a method may find fewer than K.
-        out: directory to write to; the workdir by default.
-
-    Returns:
-        The metrics by method.
+        out: directory to write to; by default the workdir.
     """
     queries = sample(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
     known = _known(run, queries)
+    # Of all methods at once: a pair that several retrieve is measured once.
     patches = _Patches.measure(run, rankings, queries)
     values = {n: _values(run, r, known, patches, queries) for n, r in rankings.items()}
     metrics = _metrics(run, known, patches, values, queries)
@@ -84,24 +80,22 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
 
 def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
-    likelihood = Likelihood(run.trained.model, run.unsharded_layout)
-    targets = likelihood(corpus.prompts)
-    edges = _edges(e.frequency_edges)
+    nats, ranks = measures.likelihoods(run)
     with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
         texts = (s.text for s in corpus.sentences)
         frequencies = frequency.counts(corpus.queries, texts, bar.update)
-    bucket, buckets = frequency.buckets(frequencies, edges)
+    bucket, buckets = frequency.buckets(frequencies, frequency_edges(run.config))
     answers: dict[int, list[str]] = {}
     if e.samples:
         chosen = queries[sample(len(queries), e.sampled_queries, run.config.data.seed)]
         answers = measures.generations(run, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
-    known = Known(targets.nats, targets.ranks, frequencies, bucket, buckets, answers, confidence)
-    ranks = known.ranks[queries]
+    known = Known(nats, ranks, frequencies, bucket, buckets, answers, confidence)
+    ranks = ranks[queries]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
         f"queries, in the top {e.known_rank} for {np.mean(ranks <= e.known_rank):.1%}; "
-        f"median −log p {np.median(known.nats[queries]):.2f} nats"
+        f"median −log p {np.median(nats[queries]):.2f} nats"
     )
     if confidence:
         print(
@@ -111,7 +105,13 @@ def _known(run: Run, queries: np.ndarray) -> Known:
     return known
 
 
-def _edges(text: str) -> list[int]:
+def frequency_edges(config) -> list[int]:
+    """Returns where the buckets of fact frequency begin.
+
+    Raises:
+        ValueError: the config's value is no list of numbers.
+    """
+    text = config.eval.frequency_edges
     try:
         return [int(x) for x in text.split(",")]
     except ValueError as error:
@@ -122,17 +122,11 @@ def _edges(text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Patches:
-    """Tail-patches of a sample of queries.
+    """Tail-patches of a sample of queries."""
 
-    Attributes:
-        log_p: before and after, by (query row, passage row).
-        queries: the query rows of the sample.
-        rule: what a step is.
-    """
-
-    log_p: dict[tuple[int, int], tuple[float, float]]
-    queries: list[int]
-    rule: dict | None
+    log_p: dict[tuple[int, int], tuple[float, float]]  # before, after; by (query, passage) row
+    queries: list[int]  # query rows of the sample
+    rule: dict | None  # what a step is
 
     @classmethod
     def measure(cls, run: Run, rankings: dict[str, Ranked], queries: np.ndarray) -> "_Patches":
@@ -146,7 +140,7 @@ class _Patches:
         return cls(measures.tail_patches(run, pairs), chosen, measures.step_rule(run))
 
     def changes(self, proponents_QxK: np.ndarray) -> np.ndarray:
-        """log p before and after, float64 [Q, K, 2]; NaN where not measured."""
+        """Returns log p before and after, float64 [Q, K, 2]; NaN where not measured."""
         out = np.full((*proponents_QxK.shape, 2), np.nan)
         for q in self.queries:
             for i, p in enumerate(proponents_QxK[q].tolist()):
@@ -155,19 +149,23 @@ class _Patches:
         return out
 
     def control(self, queries: np.ndarray) -> np.ndarray:
-        """The same of a step with a zero gradient, float64 [queries, 2]; NaN outside the sample."""
+        """Returns the same for a step with a zero gradient, float64 [queries, 2].
+
+        With its restored state Adam moves even then, by momentum.
+        """
         absent = (np.nan, np.nan)
         log_p = [self.log_p.get((int(q), CONTROL), absent) for q in queries]
         return np.array(log_p).reshape(-1, 2)
 
 
 def _values(run: Run, ranked: Ranked, known: Known, patches: _Patches, queries) -> dict:
-    """A method's metrics, a number for each query."""
+    """Returns a method's metrics, a number for each query."""
     values = summary.rank_values({label: r[queries] for label, r in ranked.first_ranks.items()})
     is_known = known.ranks[queries] <= run.config.eval.known_rank
     values |= summary.restricted(values, is_known, "_known")
     if patches.queries:
         steps_QxKx2 = patches.changes(ranked.proponents)[queries]
+        # Beside the raw change, what is left after that of a step without a gradient.
         values |= summary.patch_values(steps_QxKx2, patches.control(queries))
     return values
 
@@ -178,6 +176,7 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     relations = sorted({corpus.queries[q].relation for q in queries})
     number = {name: i for i, name in enumerate(relations)}
     of_relation = np.array([number[corpus.queries[q].relation] for q in queries], np.int64)
+    # Rank 1 of every token: greedy decoding would state the target.
     stated = (known.ranks[queries] != 1).astype(np.int64)
     intervals = summary.intervals(values, **bootstrap)
     groups = {
@@ -199,9 +198,8 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
         "tail_patch_rule": patches.rule,
         "confidence": summary.number(ranking.mean(list(known.confidence.values()))),
     }
-    empty = dict.fromkeys(_ALWAYS)
     return {
-        name: empty
+        name: dict.fromkeys(_ALWAYS)
         | summary.as_json(intervals[name])
         | shared
         | {key: by_method[name] for key, by_method in groups.items()}
@@ -211,7 +209,7 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
 
 
 def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries) -> dict:
-    """By method and kind of passage: its share of the proponents, and the effect of a step."""
+    """Returns, by method and kind of passage, its share of proponents and the effect of a step."""
     corpus, e = run.corpus, run.config.eval
     sentences = {s.sentence_id: s for s in corpus.sentences}
     contents = content.Content(
@@ -239,21 +237,8 @@ def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries)
     return out
 
 
-# Metrics that are null for a method that ranks nothing.
-_ALWAYS = (
-    *(
-        f"{metric}{label}{known}"
-        for label in ("", "_strict")
-        for known in ("", "_known")
-        for metric in ("mrr", "mrr_at_10", "recall_at_10")
-    ),
-    "tail_patch",
-    "tail_patch_log",
-)
-
-
 def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -> dict:
-    """The record of a query in the results of a method."""
+    """Returns the record of a query in the results of a method."""
     config, corpus = run.config, run.corpus
     fact = corpus.queries[q]
     correct = set(corpus.correct["all"][q].tolist())
@@ -265,8 +250,10 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -
             if r >= 0
         ]
 
+    # Fields that only some queries or methods have.
     more: dict = {}
     if q in known.generations:
+        # Names of the release's format, whatever the model's size is.
         more["8b_generations"] = known.generations[q]
         more["8b_confidence"] = known.confidence[q]
     for label, ranks in ranked.first_ranks.items():

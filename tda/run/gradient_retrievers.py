@@ -8,13 +8,12 @@ import numpy as np
 from tda import store as stores
 from tda.encoding import table as encoding
 from tda.methods import GradientKind, Method
-from tda.retrieval import exact, ranked
-from tda.retrieval.scorer import Scorer
+from tda.retrieval import ranked
 from tda.retrieval.sources import Source
 from tda.retrieval.whitening import Whitening
 from tda.run import checkpoints, encode, index, vectors
 from tda.run.checkpoints import Part
-from tda.run.retrievers import Queries, Result, Retriever, search_progress, tell
+from tda.run.retrievers import Queries, Result, Retriever, scan, tell
 from tda.run.run import Run
 from tda.runtime import processes
 from tda.runtime.fingerprint import plain
@@ -22,11 +21,7 @@ from tda.runtime.progress import Progress
 
 
 class Encodings:
-    """Gradients of a run at one checkpoint, by kind, with R^(−1/2) of each.
-
-    Args:
-        run: the run at that checkpoint.
-    """
+    """Gradients of a run at one checkpoint, by kind, with R^(−1/2) of each."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -37,25 +32,25 @@ class Encodings:
         self._on_progress: Progress | None = None
 
     def encode(self, kind: GradientKind) -> None:
-        """Encodes passages and queries of a kind, where their stores lack some."""
+        """Encodes what the stores of a kind lack."""
         if kind not in self._passages or kind not in self._queries:
             self._passages[kind], self._queries[kind] = encode.encode(self.run, kind)
 
     def passages(self, kind: GradientKind) -> Source:
-        """The passages' gradients."""
+        """Returns the passages' gradients."""
         if kind not in self._passages:
             self._passages[kind] = encode.encode_passages(self.run, kind)
         return self._passages[kind]
 
     def run_queries(self, kind: GradientKind) -> np.ndarray | None:
-        """The gradients of the run's own queries, float32; None where a finished run has none."""
+        """Returns the gradients of the run's own queries; None if a finished run has none."""
         if kind not in self._queries:
             absent = self.run.live and encode.missing_stores(self.run, kind, "queries")
             self._queries[kind] = None if absent else encode.encode_queries(self.run, kind)
         return self._queries[kind]
 
     def encoder(self, kind: GradientKind, on_progress: Progress | None = None):
-        """The encoder of a kind, compiled once."""
+        """Returns the encoder of a kind, which is compiled once."""
         if kind not in self._encoders:
             tell(on_progress, "preparing the encoder")
             self._encoders[kind] = encode.make_encoder(self.run, kind, on_progress)
@@ -64,18 +59,19 @@ class Encodings:
     def of_queries(
         self, queries: Queries, kind: GradientKind, on_progress: Progress | None = None
     ) -> np.ndarray:
-        """The gradients of queries, float32 [Q, E]: the run's own as it has them, others encoded.
+        """Returns the gradients of queries, float32 [Q, E]; those of the run's own are stored.
 
         Raises:
             ValueError: a gradient is not finite.
         """
         stored_QxE = self.run_queries(kind)
         if stored_QxE is not None and None not in queries.numbers:
-            if len(queries) == len(stored_QxE):
-                return stored_QxE
-            return stored_QxE[list(queries.numbers)]
+            # All queries of a run may be gigabytes: not copied.
+            is_all = len(queries) == len(stored_QxE)
+            return stored_QxE if is_all else stored_QxE[list(queries.numbers)]
         encoder = self.encoder(kind, on_progress)
         tell(on_progress, "taking the gradient")
+        # One query a batch, so that its bytes do not depend on the others.
         layout, rows = self.run.corpus.layout(1), np.arange(len(queries))
         encoded_QxE = encoding.encode_rows(encoder, queries.table, rows, layout)
         if not np.isfinite(encoded_QxE).all():
@@ -83,7 +79,7 @@ class Encodings:
         return encoded_QxE
 
     def whitening(self, kind: GradientKind, on_progress: Progress | None = None) -> Whitening:
-        """R^(−1/2) of a kind; in a live session kept on disk for the next one."""
+        """Returns R^(−1/2) of a kind; in a live session it is kept on disk for the next one."""
         self._on_progress = on_progress
         if kind not in self._whitenings:
             run, source = self.run, self.passages(kind)
@@ -91,6 +87,7 @@ class Encodings:
             if run.live:
                 paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
                 opened = [stores.open_store(p) for p in paths if stores.finished(p)]
+                # R takes a scan of the store: minutes that the next session is spared.
                 folder = run.workdir / "live"
                 identity = [[s.manifest, s.withdrawn.tolist()] for s in opened]
             self._whitenings[kind] = Whitening(
@@ -105,7 +102,7 @@ class Encodings:
         return self._whitenings[kind]
 
     def _relay(self, description: str, done: int, total: int) -> None:
-        # R is made once and used by later questions, each with a progress of its own.
+        # R outlives the question that needed it first: each has its own progress to report to.
         if self._on_progress is not None:
             self._on_progress(description, done, total)
 
@@ -128,7 +125,7 @@ class Gradients(Retriever):
         if missing or method.hessian != "mixed":
             return missing
         if encode.missing_stores(self.run, method.gradients, "queries"):
-            return "R_eval needs the gradients of the run's queries, which are not there"
+            return "R_eval needs the gradients of the run's queries, which are not stored"
         return None
 
     def provenance(self, method):
@@ -165,13 +162,9 @@ class Gradients(Retriever):
         rankings: dict[str, list] = {n: [] for n in methods}
         notes: dict[str, dict] = {n: {} for n in methods}
 
-        def search_exactly(gradients_QxE, scorers, k, correct):
-            with search_progress(scorers, source.rows, on_progress) as on_rows:
-                search = exact.ExactSearch(source, run.search_mesh, on_rows)
-                return search.rank(gradients_QxE, scorers, k, correct)
-
+        search_exactly = functools.partial(scan, run, source, on_progress)
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
-            # Methods whose R differs by half have an index for each.
+            # A method whose R differs between halves of the queries has an index for each half.
             suffix = f"-{number}" if number else ""
             names = {}
             if run.config.search.index != "none":
@@ -192,6 +185,7 @@ class Gradients(Retriever):
             for name, ranking in rankings_by_name.items():
                 rankings[name].append((part.queries, ranking))
                 notes[name] |= index_notes.get(name, {})
+        # Plots of a run's spectra come from its searches; live questions leave no files there.
         spectra = None if run.live else self._keep_spectra(kind, whitening)
         for name, method in methods.items():
             note = whitening.note(method)
@@ -210,24 +204,28 @@ class Gradients(Retriever):
         self.encodings.release()
 
 
+NO_MIXTURE = "a sum over checkpoints takes R none or train"
+
+
 class Sums(Retriever):
     """Methods that sum over checkpoints, or change passages' gradients first."""
 
     def __init__(self, run: Run):
         super().__init__(run)
+        # Each checkpoint's model and gradients are opened once, for all methods of a search.
         self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
 
     def lacks(self, method):
         """Returns which of the gradients that a method needs are missing, or None."""
         if method.hessian == "mixed":
-            return "a sum over checkpoints takes R none or train"
+            return NO_MIXTURE
         steps = checkpoints.steps_of(self.run, method)
         lacking = [s for s in steps if self._lacks_stores(s, method)]
         if lacking:
             return (
                 f"it sums over the checkpoints {', '.join(map(str, steps))}, and the run has no "
-                f"store of gradients of {', '.join(map(str, lacking))}: it was not asked for, or "
-                "it was deleted after the search (several.keep_stores=False)"
+                f"store of gradients of {', '.join(map(str, lacking))}: the method was not run, or "
+                "the store was deleted after its search (several.keep_stores=False)"
             )
         return None
 
@@ -248,8 +246,6 @@ class Sums(Retriever):
     def prepare(self, methods, later=()):
         """Encodes corpus and queries at every checkpoint."""
         for method in methods.values():
-            if method.hessian not in ("none", "train"):
-                raise ValueError(f"{method.title}: a sum over checkpoints takes R none or train")
             for step in checkpoints.steps_of(self.run, method):
                 encodings = self._at_step(step)
                 sharing = [
@@ -260,7 +256,8 @@ class Sums(Retriever):
                 if method.query_gradients == method.gradients:
                     encodings.encode(method.gradients)
                 else:
-                    # Passages step by Adam, queries are plain: no store of plain passages.
+                    # Adam's steps for passages and plain gradients for queries: a store of plain
+                    # passages would not be read.
                     encodings.passages(method.gradients)
                     encodings.run_queries(method.query_gradients)
                 if method.passages == "unsure":
@@ -274,11 +271,9 @@ class Sums(Retriever):
             parts = [self._part(s, queries, method, on_progress) for s in steps]
             weights = checkpoints.weights(self.run, method, steps)
             summed = checkpoints.combined(method, parts, steps, weights)
-            scorers: dict[str, Scorer] = {name: summed.scorer}
-            with search_progress(scorers, summed.source.rows, on_progress) as on_rows:
-                search = exact.ExactSearch(summed.source, self.run.search_mesh, on_rows)
-                ranking = search.rank(summed.queries_QxE, scorers, k, queries.correct)[name]
-            results[name] = Result(ranking, summed.note)
+            search = functools.partial(scan, self.run, summed.source, on_progress)
+            rankings = search(summed.queries_QxE, {name: summed.scorer}, k, queries.correct)
+            results[name] = Result(rankings[name], summed.note)
         return results
 
     def _part(self, step: int, queries: Queries, method: Method, on_progress) -> Part:

@@ -35,13 +35,14 @@ def check(config) -> None:
         return
     if config.store.dtype == NO_STORE:
         raise ValueError("search.index=scann needs a store to index; give store.dtype")
+    # An index returns no more rows than it is searched for.
     if s.depth < config.eval.top_k:
         raise ValueError(f"search.depth={s.depth} is less than eval.top_k={config.eval.top_k}")
     part.import_scann()
 
 
 def settings(config, source: Source) -> Settings | None:
-    """Returns the settings of the index, or None, and says why, if search is to be exact."""
+    """Returns the settings of the index; None, with a printed reason, if search is exact."""
     s = config.search
     changes = {k: v for k, v in s.scann.items() if v is not None}
     memory_bytes = int(s.memory_gib * 2**30)
@@ -66,22 +67,23 @@ def search(
     exactly: Callable[..., dict[str, Ranked]],
     k: int,
 ) -> tuple[dict[str, Ranked], dict[str, dict]]:
-    """Returns the ranking of every method, and notes on its index for tables.
+    """Returns the ranking of every method, and notes on its index for tables, by name.
 
     Args:
         run: the run.
         source: gradients of the corpus.
         queries_QxE: gradients of the queries.
-        scorers: the methods, by name.
+        scorers: the scorer of each method.
         correct: for each set of labels, the correct rows of each query.
-        fingerprints: identity of each method's encodings, by name.
+        fingerprints: identity of each method's encodings; names its index.
         exactly: exact search by queries, scorers, k and correct rows.
-        k: proponents and opponents of each query.
+        k: number of proponents and of opponents of each query.
     """
     config = run.config
     chosen = settings(config, source) if config.search.index == "scann" else None
     if chosen is None:
         return exactly(queries_QxE, scorers, k, correct), {}
+    # Recall is measured on a sample: exact search is what the index saves.
     count = min(len(queries_QxE), config.search.recall_queries)
     rng = np.random.default_rng(config.data.seed)
     sample = np.sort(rng.permutation(len(queries_QxE))[:count])
@@ -118,6 +120,7 @@ def _cut(deep: Ranked, k: int, correct, rows: int) -> Ranked:
     """Returns the first k rows, with the first correct rank among all rows that were returned."""
 
     def rank(proponents_K: np.ndarray, correct_rows: np.ndarray) -> int:
+        # Rank 0 stands for a query without correct passages.
         if not len(correct_rows):
             return 0
         places = np.flatnonzero(np.isin(proponents_K, correct_rows))

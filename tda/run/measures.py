@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from tda.data.tokens import TokenTable
+from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.sampling import Sampler
 from tda.evaluation.tail_patch import TailPatch
 from tda.run.result_log import ResultLog
@@ -30,44 +31,31 @@ _NO_STEP = (
 
 
 def check(config) -> None:
-    """Checks that no tail-patch step of the config has a learning rate of 0.
+    """Checks that a tail-patch step of the config is possible and changes something.
 
     Raises:
-        ValueError: the steps are those of the end of a schedule that falls to 0.
+        ValueError: the model is not trained here, or the step is that of a schedule's end at 0.
     """
     e, t = config.eval, config.train
-    falls = t.schedule in ("cosine", "linear") and t.traced == 1 and t.final * t.learning_rate == 0
-    if e.tail_patch_queries and not e.tail_patch_learning_rate and t.epochs and falls:
+    if not e.tail_patch_queries:
+        return
+    if config.model.pretrained and not t.epochs:
+        raise ValueError(
+            "a tail-patch step needs the training optimizer, and this model is not trained here; "
+            "give --config.eval.tail_patch_queries=0, or train it (train.epochs)"
+        )
+    ends_at_0 = t.schedule != "constant" and t.traced == 1 and t.final == 0
+    if ends_at_0 and not e.tail_patch_learning_rate:
         raise ValueError(_NO_STEP)
-
-
-def check_step(run: Run) -> None:
-    """Checks that the traced checkpoint can take the tail-patch steps that are asked for.
-
-    Raises:
-        ValueError: as `step_rule` has it.
-    """
-    if run.config.eval.tail_patch_queries:
-        step_rule(run)
 
 
 def step_rule(run: Run) -> dict:
     """Describes a tail-patch step as JSON values that belong beside its scores.
 
     Raises:
-        ValueError: `eval.tail_patch_state` is unknown, the model was not trained here, or its
-            schedule has come to 0.
+        ValueError: the learning rate has come to 0 at the traced checkpoint.
     """
     e, t = run.config.eval, run.config.train
-    if not run.total_steps:
-        raise ValueError(
-            "a tail-patch step needs the training optimizer, and this model was not trained here; "
-            "give --config.eval.tail_patch_queries=0, or train it (train.epochs)"
-        )
-    if e.tail_patch_state not in ("restored", "fresh"):
-        raise ValueError(
-            f"unknown eval.tail_patch_state={e.tail_patch_state!r}; use restored or fresh"
-        )
     rate = e.tail_patch_learning_rate or float(
         optimizer.schedule(t.schedule, t.learning_rate, run.total_steps, t.warmup, t.final)(
             run.trained.step
@@ -89,15 +77,12 @@ def step_rule(run: Run) -> dict:
 def tail_patches(
     run: Run, pairs: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """The target's log-probability before and after one step, for every pair.
+    """Returns the target's log-probability in nats before and after one step, for every pair.
 
     Args:
         run: the run.
-        pairs: (query row, passage row), or (query row, `CONTROL`); each is computed once, whoever
-            asks for it and however often.
-
-    Returns:
-        {(query row, passage row): (before, after)} in nats.
+        pairs: (query row, passage row), or (query row, `CONTROL`). A pair that was measured before,
+            by any run on this checkpoint, is read.
     """
     pairs = sorted(set(pairs))
     corpus, rule = run.corpus, step_rule(run)
@@ -105,12 +90,13 @@ def tail_patches(
         run.workdir / f"tail_patch-{fingerprint(run.checkpoint | {'rule': rule})}.jsonl"
     )
     have = log.read()
+    # Keys are digests of tokens: passages of the same text are one passage.
     query_of = {q: _digest(corpus.prompts, q) for q in {q for q, _ in pairs}}
     passage_of = {p: _digest(corpus.passages, p) for p in {p for _, p in pairs}}
     keys = [f"{query_of[q]} {passage_of[p]}" for q, p in pairs]
-    # Passages of the same text are one passage.
     todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in have}
     if todo:
+        # The optimizer's state is several times the model: restored only if a step is taken.
         names, lacking = list(todo), list(todo.values())
         model_fn, state = restore_state(run.trained)
         tx = make_optimizer(run.config, run.total_steps, rule["learning_rate"])
@@ -118,6 +104,7 @@ def tail_patches(
             state = state | {"opt_state": _fresh(tx, state)}
 
         def keep(which: np.ndarray, log_p: np.ndarray) -> None:
+            # Not saved: the run that follows the advice would read it as measured.
             bad = which[~np.isfinite(log_p).all(axis=1)]
             if len(bad):
                 query, passage = lacking[bad[0]]
@@ -135,19 +122,34 @@ def tail_patches(
     return {pair: tuple(have[key]) for pair, key in zip(pairs, keys, strict=True)}
 
 
+def likelihoods(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Returns −log p(target | prompt) in nats, float32 [Q], and the targets' ranks, int64 [Q]."""
+    prompts = run.corpus.prompts
+    log = ResultLog(run.workdir / f"likelihood-{fingerprint(run.checkpoint)}.jsonl")
+    measured = log.read()
+    keys = [_digest(prompts, q) for q in range(len(prompts))]
+    rows = np.array([q for q, key in enumerate(keys) if key not in measured], np.int64)
+    if len(rows):
+        targets = Likelihood(run.trained.model, run.unsharded_layout)(prompts, rows)
+        pairs = zip(targets.nats.tolist(), targets.ranks.tolist(), strict=True)
+        done = {keys[q]: pair for q, pair in zip(rows, pairs, strict=True)}
+        measured |= done
+        log.add(done.items())
+    nats, ranks = zip(*(measured[key] for key in keys), strict=True)
+    return np.array(nats, np.float32), np.array(ranks, np.int64)
+
+
 def _fresh(tx, state: dict):
-    """An optimizer state as at the first step, laid out like the one it takes the place of."""
+    """Returns an optimizer state as at the first step, laid out like the trained one."""
+    # Initialised as one program, then laid out: parameters may be sharded.
     new = jax.jit(tx.init)(state["params"])
     return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state["opt_state"])
 
 
 def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
-    """Samples the model's answers to the prompts of some queries, `eval.samples` times each.
+    """Samples the model's answers to some queries' prompts; returns the texts by query row.
 
-    As many tokens are drawn as the longest answer (target or alias) of the query has, and one more.
-
-    Returns:
-        {query row: texts}.
+    Each answer has one token more than the longest answer (target or alias) of its query.
     """
     count, seed = run.config.eval.samples, run.config.eval.seed
     corpus, tokenizer, prompts = run.corpus, run.corpus.tokenizer, run.corpus.prompts
@@ -157,11 +159,13 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
     ids, lengths, keys = {}, {}, {}
     for q in queries:
         begin, end = prompts.starts[q], prompts.starts[q + 1]
+        # The prompt is what comes before the first scored token.
         target = begin + int(np.flatnonzero(prompts.scored[begin:end])[0])
         ids[q] = prompts.tokens[begin:target].tolist()
         encoded = tokenizer.encode(corpus.answers(q))
         lengths[q] = 1 + max(map(len, encoded))
         keys[q] = f"{_hash(prompts.tokens[begin:target])} {lengths[q]}"
+    # Queries with the same prompt share their answers.
     todo = list({keys[q]: q for q in queries if keys[q] not in have}.values())
 
     def keep(which: np.ndarray, drawn: list) -> None:
@@ -192,4 +196,5 @@ def _digest(table: TokenTable, row: int) -> str:
 
 
 def _hash(*arrays: np.ndarray) -> str:
+    # With dtypes: equal bytes of other dtypes are other arrays.
     return fingerprint_parts(part for x in arrays for part in (str(x.dtype), x))

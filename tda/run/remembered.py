@@ -9,16 +9,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from tda import store as stores
 from tda.data.batches import BatchLayout, buckets
 from tda.data.tokenizer import Tokenizer
 from tda.methods import METHODS
-from tda.model import functional, pretrained
-from tda.model.decoder import Decoder
-from tda.model.settings import DecoderSettings
+from tda.model import pretrained
 from tda.run import corpus as corpora
 from tda.run import train
 from tda.run.run import Corpus, Run, Trained
@@ -40,18 +37,12 @@ class LiveError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A run's own queries, and the passages that are correct for them.
-
-    Attributes:
-        ids: of the queries, in the run's order.
-        prompts, targets: their text.
-        correct: the correct passage rows of each, int64.
-    """
+    """A run's own queries in its order, and the passages that are correct for them."""
 
     ids: Sequence[str] = ()
     prompts: Sequence[str] = ()
     targets: Sequence[str] = ()
-    correct: Sequence[np.ndarray] = ()
+    correct: Sequence[np.ndarray] = ()  # passage rows of each query, int64
 
     def number(self, prompt: str, target: str) -> int | None:
         """Returns the number of the first query with this text, or None if there is none."""
@@ -60,30 +51,29 @@ class Known:
     @functools.cached_property
     def _numbers(self) -> dict[tuple[str, str], int]:
         keys = [_key(*pair) for pair in zip(self.prompts, self.targets, strict=True)]
+        # Backwards, so that the first of equal queries stays.
         return {key: q for q, key in reversed(list(enumerate(keys)))}
 
 
 def _key(prompt: str, target: str) -> tuple[str, str]:
-    # White space at the border does not matter: prompt and target are joined by one space.
+    # White space between them does not matter: prompt and target are joined by one space.
     return prompt.rstrip(), target.strip()
 
 
 class RememberedCorpus:
-    """A finished run's corpus, of which the workdir keeps what most questions need.
+    """A finished run's corpus: what its workdir keeps of it, and the rest when it is needed.
 
-    It has the attributes of `Corpus`; those that the workdir does not keep are read from the run's
-    own files when they are first asked for.
+    It has the attributes of `Corpus`. Those that the workdir does not keep are read from the files
+    that the run read.
 
     Args:
-        config: of the run.
-        workdir: of the run.
-        tokenizer: of its model.
+        config, workdir: of the run.
+        tokenizer: of the run's model.
 
     Attributes:
-        tokenizer, buckets, fingerprint, lengths: as `Corpus` has them.
         known: the run's queries and their correct passages.
-        on_progress: told when the files are read.
-        store: a store of the corpus's gradients, which has its texts; None where there is none.
+        on_progress: called when the files are read.
+        store: a store of the corpus's gradients, which has its texts; None if there is none.
 
     Raises:
         LiveError: the run is not finished.
@@ -109,25 +99,25 @@ class RememberedCorpus:
         """The whole corpus, from the files that the run read.
 
         Raises:
-            LiveError: the files are not there, or hold another corpus.
+            LiveError: the files are gone, or hold another corpus.
         """
         self.on_progress("reading the run's corpus", 0, 0)
         try:
             corpus = corpora.load(self._config, self._workdir)
         except (ValueError, OSError) as error:
             raise LiveError(
-                "the run did not keep what this question needs of its corpus; to compute it takes "
-                f"the files that the run read its corpus from: {error}"
+                "this question needs the files that the run read its corpus from (the workdir does "
+                f"not keep all of it): {error}"
             ) from error
         if corpus.fingerprint["corpus"] != self.fingerprint["corpus"]:
             raise LiveError(
-                "the run did not keep what this question needs of its corpus, and the files that "
-                "it was read from (data.sentences, data.facts) hold another one by now"
+                "this question needs the files that the run read its corpus from, and these "
+                "(data.sentences, data.facts) hold another corpus by now"
             )
         return corpus
 
     def __getattr__(self, name: str):
-        # Attributes that the workdir does not keep are those of the corpus in the files.
+        # Called for what this class lacks.
         if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of"}:
             return getattr(self.files, name)
         raise AttributeError(name)
@@ -164,7 +154,7 @@ class RememberedCorpus:
 
 
 def remember(run: Run) -> None:
-    """Writes a run's config into its workdir, and what live questions need of its corpus."""
+    """Writes into a run's workdir its config, and what most live questions need of its corpus."""
     facts, correct = run.corpus.queries, run.corpus.correct["all"]
     record = {
         "fingerprint": run.corpus.fingerprint,
@@ -175,8 +165,10 @@ def remember(run: Run) -> None:
     with atomic_file.open_atomic(run.workdir / FILE, "wb") as out:
         np.savez_compressed(
             out,
+            # Text as bytes: an array of objects would take pickle.
             told=np.frombuffer(json.dumps(record).encode(), np.uint8),
             lengths=run.corpus.lengths.astype(np.int32),
+            # Lists of different lengths, one after the other; the empty one keeps the dtype.
             correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
             counts=np.asarray([len(rows) for rows in correct]),
         )
@@ -198,19 +190,21 @@ def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
     Raises:
         LiveError: a file of the run is missing; the message names it.
     """
+    # From the files that the run left, not from its corpus, which may be large or gone.
     config = ConfigDict(config_of(path) if config is None else config)
     root = str(path / "model" / "checkpoints")
     provenance = _read_json(path / "stages" / "train.json")["made_from"]
-    step = train.traced_step(config, root, provenance["steps"])
+    step = train.traced_step(config, provenance["steps"], checkpoint.steps(root))
     tokenizer = _tokenizer(path, config, "pretrained" in provenance)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    model = _model(_read_json(path / "model" / "config.json"), root, step, mesh)
+    model = train.restore_model(_read_json(path / "model" / "config.json"), root, step, mesh)
     trained = Trained(model, root, step, optax.identity(), mesh, provenance)  # no step is taken
     workdir = Workdir(path)
     # A live question is searched exactly: an index is for many.
     config.search.index = "none"
     corpus = RememberedCorpus(config, workdir, tokenizer)
     run = Run(config, workdir, corpus, trained, live=True)
+    # Any finished store of the corpus has the passages' texts.
     kinds = dict.fromkeys(m.gradients for m in METHODS.values())
     paths = (run.store_path("corpus", kind) for kind in kinds)
     path = next((p for p in paths if stores.finished(p)), None)
@@ -235,10 +229,3 @@ def _tokenizer(path: pathlib.Path, config: ConfigDict, is_pretrained: bool):
             f"the tokenizer of model.pretrained={config.model.pretrained} cannot be read, which "
             f"the run took from there: {error}"
         ) from error
-
-
-def _model(arguments: dict, root: str, step: int, mesh) -> nnx.Module:
-    model = Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0))
-    model_fn, params = functional.split(model)
-    abstract = functional.abstract(params, model_fn.axes, mesh)
-    return model_fn.merge(checkpoint.restore_parameters(root, abstract, step))

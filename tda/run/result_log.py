@@ -1,7 +1,7 @@
 """Results of long computations, saved line by line, so that none is computed twice.
 
-A file of JSON lines {"key", "value"} that is only appended to. Runs at the same time may share it:
-whoever reads or writes holds its lock for as long as that takes.
+A file of JSON lines {"key", "value"} that only grows. Several runs may share it at the same time: a
+lock is held while it is read or written.
 """
 
 import json
@@ -29,7 +29,7 @@ class ResultLog:
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def read(self) -> dict[str, Any]:
-        """The values by key; a line torn by a kill is cut off.
+        """Returns the values by key, and cuts off a line that a kill left unfinished.
 
         Raises:
             ValueError: a line is not such a record; the message names file and line.
@@ -50,8 +50,8 @@ class ResultLog:
                     values[item["key"]] = item["value"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(
-                        f"{self.path}, line {number}: not a kept result ({error}); "
-                        "remove the line, or the file to compute all anew"
+                        f"{self.path}, line {number}: not a saved result ({error}); "
+                        "remove the line, or the file to compute everything again"
                     ) from error
                 complete += len(line)
             if complete < os.fstat(lines.fileno()).st_size:

@@ -3,7 +3,9 @@
 import json
 import pathlib
 
-from tda import methods
+import numpy as np
+
+from tda import hessian, methods
 from tda import store as stores
 from tda.gradients import adam_steps
 from tda.methods import GradientKind, Method
@@ -11,6 +13,7 @@ from tda.retrieval import dense, ranked
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.whitening import HessianSettings
 from tda.run import encode
+from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
 from tda.run.retrievers import Result, Retriever, queries_of_run
 from tda.run.run import Run
@@ -19,13 +22,10 @@ from tda.runtime.atomic_file import write_json
 
 
 def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
-    """Ranks passages by every method of the config.
+    """Returns rankings and notes (λ and the like) by method, for every method of the config.
 
-    A ranking that is there already, from the same gradients and settings, is read. Of several
-    processes all encode, and the first searches.
-
-    Returns:
-        Rankings and notes (λ and the like), by method.
+    A ranking on disk from the same gradients and settings is read. All processes encode, and
+    process 0 searches.
     """
     chosen = methods.parse(run.config.methods)
     check(run.config, chosen)
@@ -33,27 +33,30 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     for method in chosen.values():
         if method.searched_by not in retrievers:
             retrievers[method.searched_by] = retriever_of(method)(run)
+    # A ranking's name holds all that it depends on: a file that exists is up to date.
     (run.workdir / "retrieval").mkdir(exist_ok=True)
     files = {n: _file(run, retrievers[m.searched_by], m) for n, m in chosen.items()}
     lacking = processes.on_first_process(
         "look for rankings", lambda: [n for n, f in files.items() if not f.exists()]
     )
-    # Methods that differ in their title alone share a file, and are searched once.
+    # Methods that differ only in their title share a file, and are searched once.
     first = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in first.values()}
     kinds = [m.gradients for m in todo.values() if m.takes_gradients]
     encode.print_coverage(run, kinds)
     encode.encode_together(run, kinds)
     for kind in (GradientKind(), GradientKind(corrected=True)):
-        # A store that lost a shard is mended even if nothing is to be searched in it.
+        # A store that lost a shard is completed even if no method has to search it.
         if _is_begun(run, kind):
             encode.encode(run, kind)
+    # Each group is searched and released before the next: R of one kind is in memory at a time.
     groups = _groups(todo)
     for i, group in enumerate(groups):
         retriever = retrievers[next(iter(group.values())).searched_by]
         later = [m for other in groups[i + 1 :] for m in other.values()]
         retriever.prepare(group, later)
 
+        # Bound now: the loop's variables change before a later call.
         def search(retriever=retriever, group=group):
             results = retriever.search(queries_of_run(run), group, run.config.eval.top_k)
             for name, result in results.items():
@@ -72,10 +75,10 @@ def check(config, chosen: dict[str, Method]) -> None:
         ValueError: it does not, or a method needs an extra that is not installed; the message
             names the key or the extra.
     """
-    if config.eval.top_k < 1:
-        raise ValueError(f"eval.top_k={config.eval.top_k} must be 1 or more")
     for method in chosen.values():
         retriever_of(method)
+        if method.searched_by == "sums" and method.hessian == "mixed":
+            raise ValueError(f"{method.title}: {NO_MIXTURE}")
         if method.hessian == "mixed":
             evaluation = HessianSettings(**dict(config.hessian)).evaluation_of(method)
             if evaluation == "leave_one_out" and config.search.index != "none":
@@ -98,10 +101,43 @@ def check(config, chosen: dict[str, Method]) -> None:
             dense.check(config.dense.model)
 
 
+def check_run(run: Run) -> None:
+    """Checks, before training, that the methods' gradients and R can be made of model and queries.
+
+    Args:
+        run: the run; its model may be of shapes alone.
+
+    Raises:
+        ValueError: no parameter matches, there are too few layers for the blocks, or too few
+            queries for R_eval.
+    """
+    queries, side = len(run.corpus.queries), run.config.projection.side
+    for method in methods.parse(run.config.methods).values():
+        if not method.takes_gradients:
+            continue
+        blocks = run.blocks(method.gradients)
+        if method.hessian != "mixed":
+            continue
+        evaluation = run.hessian.evaluation_of(method)
+        if evaluation != "all" and queries < 2:
+            raise ValueError(
+                f"{method.title}: R_eval {evaluation} takes other queries than the one that is "
+                "scored, and there is one query; ask more, or use hessian.evaluation=all"
+            )
+        if run.config.hessian.weight < 0:
+            count = queries // 2 if evaluation == "disjoint" else queries
+            width = side**2 * len(blocks)
+            # Whatever the gradients will be, a block of R_eval has a direction for each query at
+            # most.
+            spectrum = (np.arange(side**2) < count).astype(np.float64)
+            k = run.config.hessian.component or hessian.default_component(width)
+            hessian.check_component([spectrum] * len(blocks), k, count)
+
+
 def _groups(todo: dict[str, Method]) -> list[dict[str, Method]]:
-    """Methods that are searched together: those that share a scan of gradients, others alone."""
+    """Returns the methods that are searched together: those that share a scan, others alone."""
     kinds = dict.fromkeys(m.gradients for m in todo.values() if m.shares_scan)
-    # Uncorrected before corrected gradients, and these before other functions and factors.
+    # The kinds that most methods use come first, so that a killed run has most of the table.
     usual = [k for k in (GradientKind(), GradientKind(corrected=True)) if k in kinds]
     shared = [
         {n: m for n, m in todo.items() if m.shares_scan and m.gradients == kind}
@@ -120,7 +156,7 @@ def _is_begun(run: Run, kind: GradientKind) -> bool:
 
 
 def _file(run: Run, retriever: Retriever, method: Method) -> pathlib.Path:
-    """The file of a method's ranking, named by all that the ranking depends on."""
+    """Returns the file of a method's ranking, named by all that the ranking depends on."""
     return run.workdir / "retrieval" / f"{retriever.ranking_name(method)}.npz"
 
 
@@ -130,13 +166,21 @@ def _notes(files: dict[str, pathlib.Path]) -> dict:
 
 
 def _write(file: pathlib.Path, result: Result) -> None:
+    # The note first: a ranking that exists has its note, wherever a kill comes.
     if result.note:
         write_json(file.with_suffix(".json"), result.note)
     ranked.save(file, result.ranked)
 
 
+_EVALUATIONS = {
+    "all": "all queries",
+    "leave_one_out": "all but the query",
+    "disjoint": "the half without the query",
+}
+
+
 def describe(note: dict) -> str:
-    """Describes a note of `retrieve` in a line."""
+    """Returns a note of `retrieve` as a line of text."""
     parts = []
     if "lambda" in note:
         parts.append(f"λ = {note['lambda']:.3f} at component {note['component']}")
@@ -149,10 +193,3 @@ def describe(note: dict) -> str:
         pairs = zip(note["checkpoints"], note["weights"], strict=True)
         parts.append("checkpoints " + ", ".join(f"{s} ({w:.2f})" for s, w in pairs))
     return "; ".join(parts)
-
-
-_EVALUATIONS = {
-    "all": "all queries",
-    "leave_one_out": "all but the query",
-    "disjoint": "the half without the query",
-}

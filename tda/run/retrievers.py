@@ -7,7 +7,7 @@ stage (`tda.run.retrieve`) searches with all of the run's queries, a live sessio
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tda.methods import GradientKind, Method
 from tda.retrieval import annotated, bm25, by_score, dense, exact
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scorer import Scorer
-from tda.retrieval.sources import InMemory
+from tda.retrieval.sources import InMemory, Source
 from tda.run import encode, vectors
 from tda.run.run import Run
 from tda.runtime import progress
@@ -31,17 +31,10 @@ _TEXTS = 8192
 class Queries:
     """Queries that are searched together."""
 
-    table: TokenTable
-    """Prompts and targets as tokens."""
-
-    texts: Sequence[str]
-    """The text of each: prompt and target."""
-
-    numbers: Sequence[int | None]
-    """The number of each among the run's own queries; None where it is none of them."""
-
-    correct: dict[str, list[np.ndarray]]
-    """For each set of labels whose ranks are wanted, the correct passage rows of each query."""
+    table: TokenTable  # prompts and targets as tokens
+    texts: Sequence[str]  # prompt and target of each
+    numbers: Sequence[int | None]  # of each among the run's own queries; None if it is not there
+    correct: dict[str, list[np.ndarray]]  # by labels to rank, the correct rows of each query
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -67,8 +60,8 @@ class Retriever:
     A subclass implements `search`; the rest has defaults.
 
     Args:
-        run: the run whose passages are ranked. Where `run.live` is set the retriever is held open,
-            and answers one question after the other from what the run kept.
+        run: the run whose passages are ranked. If `run.live`, the retriever is held open and
+            answers one question after the other from what the run kept.
     """
 
     def __init__(self, run: Run):
@@ -85,12 +78,9 @@ class Retriever:
 
         Args:
             queries: the queries.
-            methods: by name.
-            k: how many proponents, and opponents, of each query.
-            on_progress: told what is done; None shows progress bars.
-
-        Returns:
-            By the method's name.
+            methods: the methods by name, in which the results are returned too.
+            k: number of proponents, and of opponents, of each query.
+            on_progress: called with what is done; None shows progress bars.
         """
         raise NotImplementedError
 
@@ -99,11 +89,11 @@ class Retriever:
         return None
 
     def prepare(self, methods: dict[str, Method], later: Iterable[Method] = ()) -> None:
-        """Encodes what a search needs: the work of all processes, before the first searches.
+        """Encodes what a search needs: the work of all processes, before process 0 searches.
 
         Args:
-            methods: those of the next search.
-            later: methods of later searches, whose gradients may share a pass over the corpus.
+            methods: the methods of the next search.
+            later: the methods of later searches, whose gradients may share a pass over the corpus.
         """
 
     def release(self, methods: dict[str, Method]) -> None:
@@ -116,7 +106,7 @@ class Retriever:
     def ranking_name(self, method: Method) -> str:
         """Returns the file name of a method's ranking: a hash of all that it depends on."""
         fields = dataclasses.asdict(method)
-        fields.pop("title")
+        fields.pop("title")  # methods that differ in nothing else share a ranking
         run = self.run
         common = [fields, run.corpus.fingerprint, run.config.eval.top_k]
         return f"{method.retriever}-{fingerprint(plain(common + self.provenance(method)))}"
@@ -127,14 +117,25 @@ class Retriever:
         return self.run.corpus.withdrawn if self.run.live else np.zeros(0, np.int64)
 
 
-@contextlib.contextmanager
-def search_progress(methods: Iterable[str], rows: int, on_progress: Progress | None):
-    """Yields a function to call with the number of rows of each step of a search."""
-    if on_progress is not None:
-        yield progress.counted(on_progress, "searching passages", rows)
-        return
-    with progress.bar(rows, f"search ({', '.join(methods)})", "passage") as bar:
-        yield bar.update
+def scan(
+    run: Run,
+    source: Source,
+    on_progress: Progress | None,
+    queries_QxE: np.ndarray,
+    scorers: dict[str, Scorer],
+    k: int,
+    correct: dict[str, list[np.ndarray]],
+    opponents: bool = True,
+) -> dict[str, Ranked]:
+    """Ranks all rows of a source by every scorer, in one scan; see `exact.ExactSearch.rank`."""
+    with contextlib.ExitStack() as stack:
+        if on_progress is not None:
+            on_rows = progress.counted(on_progress, "searching passages", source.rows)
+        else:
+            title = f"search ({', '.join(scorers)})"
+            on_rows = stack.enter_context(progress.bar(source.rows, title, "passage")).update
+        search = exact.ExactSearch(source, run.search_mesh, on_rows)
+        return search.rank(queries_QxE, scorers, k, correct, opponents=opponents)
 
 
 def tell(on_progress: Progress | None, description: str) -> None:
@@ -151,6 +152,7 @@ class Words(Retriever):
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
         if self._index is None:
+            # In chunks, so that a live question can show how far it is.
             texts, rows = [], self.run.corpus.rows
             for first in range(0, rows, _TEXTS):
                 if on_progress is not None:
@@ -161,8 +163,9 @@ class Words(Retriever):
             self._index = bm25.Index(texts)
         tell(on_progress, "BM25")
         withdrawn = self.withdrawn
+        # So many more that k are left however many withdrawn ones are among them.
         ranked = self._index.search(queries.texts, k + len(withdrawn), queries.correct)
-        # Left out of the answer, not of the index: the scores of others stay those of the run.
+        # Removed from the answer, not from the index: scores of other passages do not change.
         return dict.fromkeys(methods, Result(_without(ranked, withdrawn, k)))
 
 
@@ -170,6 +173,7 @@ def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
     """Removes withdrawn passages from a ranking with that many more than k."""
     if not len(withdrawn):
         return ranked
+    # Stable: withdrawn rows move to the end, all others keep their order.
     order = np.argsort(np.isin(ranked.proponents, withdrawn), axis=1, kind="stable")
     left = min(k, ranked.proponents.shape[1] - len(withdrawn))
     rows, scores = (
@@ -182,23 +186,25 @@ def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
 class _Vectors(Retriever):
     """Similarity of text vectors, which a subclass computes; the corpus's are held by layer."""
 
+    _description = "vectors"
+
     def __init__(self, run: Run):
         super().__init__(run)
         self._sources: dict[str, InMemory] = {}
 
-    def _vectors(self, name: str, layer: str, on_rows: Callable[[int], None]) -> np.ndarray:
+    def _vectors(self, name: str, layer: str, on_rows=vectors.ignore_rows) -> np.ndarray:
+        """Returns the stored vectors of the "corpus" or of the "queries", float32 [N, D]."""
         raise NotImplementedError
 
     def _encode(self, queries: Queries, layer: str) -> np.ndarray:
+        """Returns the vectors of a question, float32 [Q, D]."""
         raise NotImplementedError
-
-    _description = "vectors"
 
     def prepare(self, methods, later=()):
         """Computes the vectors of passages and queries."""
         for method in methods.values():
             for name in ("queries", "corpus"):
-                self._vectors(name, method.layer, vectors.ignore_rows)
+                self._vectors(name, method.layer)
 
     def _source(self, layer: str, on_progress: Progress | None) -> InMemory:
         if layer not in self._sources:
@@ -210,6 +216,7 @@ class _Vectors(Retriever):
                     on_progress(f"{self._description} of the passages", done, total)
 
             vectors_CxD = np.array(self._vectors("corpus", layer, on_rows))
+            # The search passes over rows that are not finite.
             vectors_CxD[self.withdrawn] = np.inf
             self._sources[layer] = InMemory(vectors_CxD, [slice(0, vectors_CxD.shape[1])])
         return self._sources[layer]
@@ -222,16 +229,15 @@ class _Vectors(Retriever):
             if self.run.live:
                 queries_QxD = self._encode(queries, method.layer)
             else:
-                queries_QxD = self._vectors("queries", method.layer, vectors.ignore_rows)
+                queries_QxD = self._vectors("queries", method.layer)
             tell(on_progress, "comparing vectors")
             # No opponents: the least similar texts are unrelated, not opposed.
-            with search_progress([name], source.rows, silent if self.run.live else None) as f:
-                search = exact.ExactSearch(source, self.run.search_mesh, f)
-                scorers = {name: Scorer(None, method.unit_norm)}
-                ranked = search.rank(queries_QxD, scorers, k, queries.correct, opponents=False)[
-                    name
-                ]
-            results[name] = Result(ranked)
+            quiet = silent if self.run.live else None
+            scorers, correct = {name: Scorer(None, method.unit_norm)}, queries.correct
+            ranked = scan(
+                self.run, source, quiet, queries_QxD, scorers, k, correct, opponents=False
+            )
+            results[name] = Result(ranked[name])
         return results
 
     def release(self, methods):
@@ -264,7 +270,7 @@ class Dense(_Vectors):
             self._encoder = dense.SentenceEncoder(self.run.config.dense.model)
         return self._encoder
 
-    def _vectors(self, name, layer, on_rows):
+    def _vectors(self, name, layer, on_rows=vectors.ignore_rows):
         return vectors.sentence_vectors(self.run, self._make_encoder, name, on_rows)
 
     def _encode(self, queries, layer):
@@ -289,7 +295,7 @@ class Hidden(_Vectors):
             self._poolers[layer] = vectors.make_pooler(self.run, layer)
         return self._poolers[layer]
 
-    def _vectors(self, name, layer, on_rows):
+    def _vectors(self, name, layer, on_rows=vectors.ignore_rows):
         return vectors.hidden_states(self.run, self._pooler(layer), layer, name, on_rows)
 
     def _encode(self, queries, layer):
@@ -328,6 +334,7 @@ class _Control(Retriever):
 
         def scores(method: Method):
             for scores_C in self._scores(queries, method, on_progress):
+                # A copy: the scores of all passages serve later questions.
                 if len(withdrawn):
                     scores_C = np.array(scores_C)
                     scores_C[withdrawn] = -np.inf
@@ -353,6 +360,7 @@ class Random(_Control):
             if number is not None:
                 yield by_score.random_scores(rows, seed, number)
                 continue
+            # The same question gets the same passages in every session.
             digest = hashlib.sha256(text.encode()).digest()
             yield by_score.random_scores(rows, seed, *np.frombuffer(digest, np.uint32).tolist())
 

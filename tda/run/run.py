@@ -39,59 +39,38 @@ CURVATURE_LABELS = {"ekfac": "sampled", "logra": "data"}
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model.
-
-    Attributes:
-        model: with the checkpoint's parameters.
-        root: the directory of its checkpoints.
-        step: the checkpoint.
-        tx: the optimizer that trained it.
-        mesh: the devices it is on: of several processes each has a whole copy where it fits.
-        fingerprint: JSON values that tell this training from others.
-    """
+    """A trained model at one checkpoint."""
 
     model: nnx.Module
-    root: str
-    step: int
-    tx: optax.GradientTransformation
-    mesh: jax.sharding.Mesh
-    fingerprint: dict
+    root: str  # the directory of its checkpoints
+    step: int  # the checkpoint
+    tx: optax.GradientTransformation  # the optimizer that trained it
+    mesh: jax.sharding.Mesh  # the model's devices: of each process, if a whole copy fits there
+    fingerprint: dict  # JSON values that identify the training
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The passages that a run traces to, and the queries that it traces.
+    """The passages that a run traces to, and the queries that it traces."""
 
-    Attributes:
-        sentences: the corpus's documents.
-        queries: the facts that are asked.
-        tokenizer: trained on the training text, or the pretrained model's.
-        passages: tokenised documents, long ones split.
-        training: the text that the model is trained on: the passages, or more than them.
-        prompts: tokenised queries.
-        correct: for "all" and "strict" labels, the correct passage rows of each query.
-        buckets: lengths that batches are padded to.
-        fingerprint: JSON values that tell this corpus and these queries from others.
-    """
-
-    sentences: list[Sentence]
+    sentences: list[Sentence]  # the corpus's documents
     queries: list[Fact]
-    tokenizer: Tokenizer | PretrainedTokenizer
-    passages: tokens.TokenTable
-    training: tokens.TokenTable
-    prompts: tokens.TokenTable
-    correct: dict[str, list[np.ndarray]]
-    buckets: tuple[int, ...]
-    fingerprint: dict
+    tokenizer: Tokenizer | PretrainedTokenizer  # learnt from the training text, or the model's own
+    passages: tokens.TokenTable  # tokenised documents, long ones split
+    training: tokens.TokenTable  # the text that the model is trained on: the passages, or more
+    prompts: tokens.TokenTable  # tokenised queries
+    correct: dict[str, list[np.ndarray]]  # by "all" and "strict" labels, each query's correct rows
+    buckets: tuple[int, ...]  # lengths that batches are padded to
+    fingerprint: dict  # JSON values that identify corpus and queries
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each passage that carry a loss, int64 [C]."""
+        """The number of tokens with a loss of each passage, int64 [C]."""
         before = np.concatenate([[0], np.cumsum(self.passages.scored)])
         return np.diff(before[self.passages.starts])
 
     def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
-        """The text of a passage, or of a row of another table."""
+        """Returns the text of a passage, or of a row of another table."""
         table = self.passages if table is None else table
         return tokens.PassageTexts(table, self.tokenizer)[row]
 
@@ -110,56 +89,44 @@ class Corpus:
         return [f.fact_id for f in self.queries]
 
     def read_passages(self, rows) -> list[Passage]:
-        """Id, document and text of some rows."""
+        """Returns id, document and text of some rows."""
         table = self.passages
         return [Passage(table.ids[i], table.documents[i], self.text_of(i)) for i in rows]
 
     def answers(self, query: int) -> list[str]:
-        """The texts that count as the query's target: the target itself first, and its aliases."""
+        """Returns the texts that count as the query's target: the target first, then aliases."""
         fact = self.queries[query]
         return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every stage after the training works on.
+    """The input of every stage after the training.
 
-    Gradients are named by their kind; the stores of a kind are those of the "corpus" and of the
-    "queries". Where a method takes a `step`, it is a checkpoint; the traced one where None.
+    Each kind of gradients has a store of the "corpus" and one of the "queries". A `step` is a
+    checkpoint; None stands for the traced one.
     """
 
-    config: ConfigDict
-    """Settings; see `configs/defaults.py`."""
-
-    workdir: Workdir
-    """The directory of everything that the run keeps."""
-
+    config: ConfigDict  # see `configs/defaults.py`
+    workdir: Workdir  # the directory of everything that the run keeps
     corpus: Corpus
-    """Passages and queries."""
-
-    trained: Trained
-    """The model at the traced checkpoint."""
-
-    live: bool = False
-    """Whether the run is finished and held open for questions: none of its stores is written."""
+    trained: Trained  # the model at the traced checkpoint
+    live: bool = False  # finished, and held open for questions: no store is written
 
     def at_step(self, step: int) -> "Run":
-        """The run with the model of another checkpoint of the same training.
-
-        The parameters are restored; an optimizer's state is read where it is needed.
-        """
+        """Returns the run with the model of another checkpoint of the same training."""
         trained = self.trained
         if step == trained.step:
             return self
         model_fn, params = functional.split(trained.model)
         abstract = functional.abstract(params, model_fn.axes, trained.mesh)
         params = checkpoint.restore_parameters(trained.root, abstract, step)
-        then = dataclasses.replace(trained, model=model_fn.merge(params), step=step)
-        return dataclasses.replace(self, trained=then)
+        trained = dataclasses.replace(trained, model=model_fn.merge(params), step=step)
+        return dataclasses.replace(self, trained=trained)
 
     @property
     def total_steps(self) -> int:
-        """Steps of the training, of which the traced checkpoint may end a part; 0 without one."""
+        """Steps of the whole training, beyond the traced checkpoint too; 0 without a training."""
         return self.trained.fingerprint["steps"]
 
     @property
@@ -169,25 +136,26 @@ class Run:
 
     @property
     def layout(self) -> BatchLayout:
-        """How sequences are cut into batches for the trained model, on its mesh."""
+        """The layout of batches for the trained model, on its mesh."""
         return self.corpus.layout(self.config.gradients.tokens_per_batch, self.trained.mesh)
 
     @property
     def unsharded_layout(self) -> BatchLayout:
-        """The same for work that does not split a batch over devices."""
+        """The layout of batches that are not split over devices."""
         return self.corpus.layout(self.config.gradients.tokens_per_batch)
 
     @property
     def search_mesh(self) -> jax.sharding.Mesh | None:
-        """The devices that this process searches on; None where it is one."""
+        """The devices that this process searches on; None for one device."""
         mesh = self.trained.mesh
+        # Process 0 searches alone, whichever devices the model is on.
         if not sharding.is_local(mesh):
             mesh = sharding.make_mesh(devices=jax.local_devices())
         return mesh if sharding.batch_devices(mesh) > 1 else None
 
     @property
     def hessian(self) -> HessianSettings:
-        """How R is made."""
+        """The settings of R."""
         return HessianSettings(**dict(self.config.hessian))
 
     @property
@@ -197,40 +165,32 @@ class Run:
         return [join(f.prompt(prompt), f.entity1) for f in self.corpus.queries]
 
     def table(self, name: str) -> tokens.TokenTable:
-        """The sequences of the "corpus" or of the "queries"."""
+        """Returns the sequences of the "corpus" or of the "queries"."""
         return {"corpus": self.corpus.passages, "queries": self.corpus.prompts}[name]
 
     def projection(self, kind: GradientKind) -> Projection:
-        """P of a kind of gradients."""
+        """Returns the projection of a kind of gradients."""
         projection = Projection(**dict(self.config.projection))
-        # Components of different matrices have nothing in common that could be added up.
+        # Principal components of different matrices have no common axes to be added up along.
         if kind.curvature == "logra":
             projection = dataclasses.replace(projection, pooling="matrix")
         return projection
 
     def sites(self, kind: GradientKind) -> list[Site]:
-        """The parameters whose gradients are taken."""
+        """Returns the parameters whose gradients are taken."""
         g = self.config.gradients
         chosen = find_sites(self.trained.model, g.include or None, g.exclude or None, g.untapped)
         return chosen if kind.curvature == "none" else kronecker.factored(chosen)
 
     def blocks(self, kind: GradientKind) -> tuple[str, ...]:
-        """The names of an encoding's blocks, in order."""
+        """Returns the names of an encoding's blocks, in order."""
         return projections.layout(self.sites(kind), self.projection(kind)).blocks
 
     def second_moments(self, step: int | None = None) -> str | dict:
-        """The batches that second moments are estimated from, or "optimizer" where they are read.
-
-        Raises:
-            ValueError: `gradients.second_moments` is unknown.
-        """
+        """Returns "optimizer", or the batches that second moments are estimated from."""
         g = self.config.gradients
-        if g.second_moments not in ("auto", "optimizer", "estimate"):
-            raise ValueError(
-                f"unknown gradients.second_moments={g.second_moments!r}; "
-                "use auto, optimizer or estimate"
-            )
         step = self.trained.step if step is None else step
+        # A pretrained model's checkpoint has parameters alone.
         has_state = checkpoint.has_optimizer(self.trained.root, step)
         if g.second_moments == "optimizer" or (g.second_moments == "auto" and has_state):
             return "optimizer"
@@ -242,7 +202,7 @@ class Run:
         }
 
     def curvature_provenance(self, curvature: str) -> dict:
-        """What decides the Kronecker factors of a checkpoint, as JSON values."""
+        """Returns what decides the Kronecker factors of a checkpoint, as JSON values."""
         c = self.config.curvature
         provenance = {
             "kind": curvature,
@@ -254,7 +214,7 @@ class Run:
         return provenance | ({"damping": c.damping} if curvature == "ekfac" else {})
 
     def provenance(self, kind: GradientKind, step: int | None = None) -> dict:
-        """What decides the gradients of a kind, apart from the rows, as JSON values."""
+        """Returns what decides the gradients of a kind, apart from the rows, as JSON values."""
         g = self.config.gradients
         correction = g.correction if kind.corrected else "none"
         provenance = {
@@ -276,7 +236,7 @@ class Run:
         return plain(provenance)
 
     def store_path(self, name: str, kind: GradientKind, step: int | None = None) -> pathlib.Path:
-        """The directory of the store of the "corpus" or of the "queries"."""
+        """Returns the directory of the store of the "corpus" or of the "queries"."""
         provenance = self.provenance(kind, step)
         label = kind.curvature if kind.curvature != "none" else provenance["correction"]
         rows = {name: self.corpus.fingerprint[name], "dtype": self.config.store.dtype}

@@ -1,39 +1,64 @@
 """The stages of a run in order, from the corpus to the tables."""
 
 import numpy as np
+import optax
 
 from tda import methods
+from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.projection import Projection
+from tda.model.settings import DecoderSettings
 from tda.reports import tables
 from tda.retrieval.ranked import Ranked
 from tda.run import corpus, evaluate, index, measures, remembered, retrieve, train
-from tda.run.run import Run
+from tda.run.defaults import check_values
+from tda.run.run import Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes
 from tda.runtime.command import of_main
 
 
 def check(config, encoder: bool = True) -> None:
-    """Checks the config before any training starts.
+    """Checks what the config alone shows, before anything is read.
 
     Args:
-        config: of the run.
-        encoder: whether a sentence encoder is looked for too, which may have to be loaded.
+        config: the config of a run.
+        encoder: whether to look for the sentence encoder too, which may have to be loaded.
 
     Raises:
-        ValueError: a key has no meaning, or does not fit another; the message names it.
+        ValueError: a value is not possible or does not fit another; the message names the key.
+        FileNotFoundError: a file of the corpus does not exist.
     """
     chosen = methods.parse(config.methods)
+    check_values(config)
     if not encoder:
         chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
+    DecoderSettings(**({"vocab_size": config.tokenizer.vocab_size} | train.model_arguments(config)))
+    Projection(**dict(config.projection))
+    parse_correction(config.gradients.correction)
+    evaluate.frequency_edges(config)
     retrieve.check(config, chosen)
     index.check(config)
     measures.check(config)
+    corpus.check_files(config)
 
 
 def prepare(config, workdir: Workdir) -> Run:
-    """Reads the corpus and trains the model, or finds both finished."""
+    """Reads the corpus and trains the model, or finds both finished.
+
+    Raises:
+        ValueError: the config does not fit the corpus or the model; raised before training.
+    """
     data = corpus.load(config, workdir)
-    return Run(config, workdir, data, train.train(config, data, workdir))
+    # A run as it will be, with a model of shapes alone.
+    steps, _ = train.total_steps(config, data)
+    arguments = train.model_arguments(config, data.tokenizer.vocab_size)
+    model = train.abstract_model(arguments)
+    abstract = Trained(model, "", steps, optax.identity(), train.make_mesh(config), {})
+    retrieve.check_run(Run(config, workdir, data, abstract))
+    run = Run(config, workdir, data, train.train(config, data, workdir))
+    if config.eval.tail_patch_queries:
+        measures.step_rule(run)  # at the traced checkpoint the learning rate may be 0
+    return run
 
 
 def trace(config, workdir: Workdir) -> tuple[dict, dict]:
@@ -41,10 +66,10 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
     """
+    # Processes that were started by different commands would wait for each other in vain.
     processes.check_alike("config", config.to_json())
     check(config)
     run = prepare(config, workdir)
-    measures.check_step(run)
     rankings, notes = retrieve.retrieve(run)
     metrics = evaluate.evaluate(run, rankings)
     text = "\n".join([tables.run_table(metrics), *index.describe(notes)])

@@ -1,6 +1,7 @@
 """The stage that trains the model, or finds and restores the trained one."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,19 @@ from tda.training import checkpoint, loop, optimizer
 _NOT_OF_TRAINING = ("save_every", "keep", "traced")
 
 
+def options(config) -> dict[str, Any]:
+    """Returns the section `train`, with the default of every optimizer's constant that is not set.
+
+    Stamps of finished work hold all constants, even those that the optimizer lacks.
+    """
+    return {k: optimizer.CONSTANTS[k][0] if v is None else v for k, v in config.train.items()}
+
+
+def settings(config) -> dict[str, Any]:
+    """Returns what of the section `train` decides the trained model."""
+    return {k: v for k, v in options(config).items() if k not in _NOT_OF_TRAINING}
+
+
 def build_model(config, vocab_size: int) -> Decoder:
     """Returns the decoder that training starts from: freshly initialised, or pretrained."""
     arguments = model_arguments(config, vocab_size)
@@ -31,8 +45,28 @@ def build_model(config, vocab_size: int) -> Decoder:
     return Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(config.seed))
 
 
-def model_arguments(config, vocab_size: int) -> dict:
-    """Returns the fields of the decoder's settings, as plain values."""
+def abstract_model(arguments: dict) -> Decoder:
+    """Returns a decoder of shapes alone, for parameters that are read or only counted.
+
+    To initialise parameters compiles for seconds, and at 8B parameters takes 32 GB.
+    """
+    return nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
+
+
+def restore_model(arguments: dict, root: str, step: int, mesh: jax.sharding.Mesh) -> nnx.Module:
+    """Returns the decoder with the parameters of a checkpoint, laid out on a mesh."""
+    model_fn, params = functional.split(abstract_model(arguments))
+    abstract = functional.abstract(params, model_fn.axes, mesh)
+    return model_fn.merge(checkpoint.restore_parameters(root, abstract, step))
+
+
+def model_arguments(config, vocab_size: int = 0) -> dict:
+    """Returns the fields of the decoder's settings, as plain values.
+
+    Raises:
+        ValueError: the size is unknown, the tokenizer has more tokens than the pretrained model, or
+            the context has more positions than it.
+    """
     m = config.model
     computing = dict(dtype=m.dtype, remat=m.remat)
     if not m.pretrained:
@@ -43,15 +77,22 @@ def model_arguments(config, vocab_size: int) -> dict:
             f"the tokenizer of {m.pretrained} has {vocab_size} tokens, the model "
             f"{arguments['vocab_size']}: they do not belong together"
         )
+    # Rotary positions have no table, and no end.
+    positions = arguments.get("max_positions") or m.context
+    if m.context > positions:
+        raise ValueError(
+            f"model.context={m.context} is more than the {positions} positions that "
+            f"{m.pretrained} has; give model.context={positions} or less"
+        )
     return arguments
 
 
 def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:
     """Returns the number of steps of the whole training, and the layout of its batches."""
     layout = corpus.layout(config.train.tokens_per_batch, make_mesh(config))
-    per_epoch = len(loop.epoch_batches(corpus.training, 0, layout, config.seed))
     if config.model.pretrained and not config.train.epochs:
         return 0, layout
+    per_epoch = len(loop.epoch_batches(corpus.training, 0, layout, config.seed))
     return max(1, round(config.train.epochs * per_epoch)), layout
 
 
@@ -78,21 +119,26 @@ def make_optimizer(config, steps: int, learning_rate: float = 0.0):
     rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
     if learning_rate:
         rate = optax.constant_schedule(learning_rate)
-    constants = {k: t[k] for k in optimizer.constants_of(t.optimizer)}
+    constants = {k: options(config)[k] for k in optimizer.constants_of(t.optimizer)}
     return optimizer.make_optimizer(t.optimizer, rate, clip=t.clip, **constants)
 
 
-def check(config) -> None:
-    """Checks that every option of `train` that differs from its default has an effect.
+def check(config, steps: int | None = None) -> None:
+    """Checks that a training can be run, before it starts.
+
+    Args:
+        config: the config.
+        steps: steps of the training; None where they are not known yet.
 
     Raises:
-        ValueError: the optimizer ignores some; the message names the keys.
+        ValueError: the optimizer lacks an option that is set, the warm-up is longer than the
+            training, or as `traced_step` says; the message names the keys.
     """
     t = config.train
     unused = [
         key
-        for key, (default, optimizers) in optimizer.CONSTANTS.items()
-        if t[key] != default and t.optimizer not in optimizers
+        for key, (_, optimizers) in optimizer.CONSTANTS.items()
+        if t[key] is not None and t.optimizer not in optimizers
     ]
     if unused:
         named = ", ".join(f"train.{key}={t[key]}" for key in unused)
@@ -101,13 +147,22 @@ def check(config) -> None:
             f"{named} would have no effect with train.optimizer={t.optimizer}: leave it out, or "
             f"train by {optimizers}"
         )
+    if steps is None:
+        return
+    if t.warmup > steps:
+        raise ValueError(
+            f"train.warmup={t.warmup} is longer than the training of {steps} steps; give a shorter "
+            "warm-up or more train.epochs"
+        )
+    saved = [*range(t.save_every, steps, t.save_every), steps]
+    traced_step(config, steps, saved[-t.keep :])
 
 
 def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
     """Trains the config's model on the corpus, or finds it trained.
 
     Raises:
-        ValueError: the config asks for something impossible, or as `traced_step` says.
+        ValueError: as `check` says.
         tda.run.workdir.WorkdirError: another training was begun in the workdir.
     """
     steps, layout = total_steps(config, corpus)
@@ -116,92 +171,75 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "text": corpus.fingerprint["training"],
         "tokenizer": corpus.fingerprint["tokenizer"],
         "model": arguments,
-        "train": {k: v for k, v in config.train.items() if k not in _NOT_OF_TRAINING},
+        "train": settings(config),
         "steps": steps,
         "seed": config.seed,
     }
+    # By contents, since another model may take the same path.
     if config.model.pretrained:
         made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
     root = str(workdir / "model" / "checkpoints")
-    tx = make_optimizer(config, steps or config.train.warmup)
-    model = build_model(config, corpus.tokenizer.vocab_size)
     if not workdir.finished("train", made_from):
         if steps:
-            check(config)
-        workdir.claim("train", made_from)
+            check(config, steps)
+        workdir.claim("train", made_from, config)
         # Process 0 alone writes; live questions build the model from this file.
         if processes.is_first():
             (workdir / "model").mkdir(exist_ok=True)
             write_json(workdir / "model" / "config.json", arguments)
-        _train(config, corpus, model, tx, steps, layout, arguments, root, workdir)
-        workdir.finish("train", made_from)
+        description = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
+        model = build_model(config, corpus.tokenizer.vocab_size)
+        if steps:
+            _fit(config, corpus, model, steps, layout, description, workdir)
+        else:
+            # A pretrained model as it is: checkpoint 0, without an optimizer.
+            _, params = functional.split(model)
+            checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, description)
+        workdir.finish("train")
     mesh = working_mesh(config)
-    model_fn, params = functional.split(model)
-    abstract = functional.abstract(params, model_fn.axes, mesh)
-    traced = traced_step(config, root, steps)
-    params = checkpoint.restore_parameters(root, abstract, traced)
-    return Trained(model_fn.merge(params), root, traced, tx, mesh, made_from)
+    saved = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
+    traced = traced_step(config, steps, saved)
+    tx = make_optimizer(config, steps or config.train.warmup)
+    return Trained(restore_model(arguments, root, traced, mesh), root, traced, tx, mesh, made_from)
 
 
-def traced_step(config, root: str, steps: int) -> int:
-    """Returns the step of the traced checkpoint: the kept one nearest to `train.traced`."""
+def traced_step(config, steps: int, saved: list[int]) -> int:
+    """Returns the step of the traced checkpoint: the saved one nearest to `train.traced`.
+
+    Args:
+        config: the config.
+        steps: steps of the whole training.
+        saved: steps of the checkpoints, those that are kept or will be.
+
+    Raises:
+        ValueError: no checkpoint is near.
+    """
     share = config.train.traced
-    if not 0 < share <= 1:
-        raise ValueError(f"train.traced={share} must be above 0, and 1 at most")
     if share == 1:
         return steps
     target = share * steps
-    kept_steps = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
-    nearest = min(kept_steps, key=lambda s: abs(s - target))
+    nearest = min(saved, key=lambda s: abs(s - target))
     # A checkpoint more than 5% of the training away is another model than the one asked for.
     if abs(nearest - target) > steps / 20:
         raise ValueError(
             f"train.traced={share} asks for a checkpoint near step {round(target)}, but those kept "
-            f"are of steps {', '.join(map(str, kept_steps))}; train anew with train.keep=0 and a "
-            "smaller train.save_every"
+            f"are of steps {', '.join(map(str, saved))}; train with train.keep=0 and a smaller "
+            "train.save_every"
         )
     return nearest
 
 
-def _train(
-    config,
-    corpus: Corpus,
-    model,
-    tx,
-    steps: int,
-    layout: BatchLayout,
-    arguments: dict,
-    root,
-    workdir,
-) -> None:
-    """Trains; without steps, saves the pretrained model as checkpoint 0 without an optimizer."""
-    description = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
-    if not steps:
-        _, params = functional.split(model)
-        checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, description)
-        return
+def _fit(config, corpus: Corpus, model, steps, layout, description: dict, workdir) -> None:
+    t = options(config)
+    # Second moments are read from a checkpoint by these constants.
+    constants = {k: t[k] for k in ("b1", "b2", "eps")} | {"eps_root": 0.0}
     loop.fit(
         model,
-        tx,
+        make_optimizer(config, steps),
         corpus.training,
-        loop.TrainingSettings(
-            steps=steps,
-            layout=layout,
-            seed=config.seed,
-            save_every=config.train.save_every,
-            keep=config.train.keep,
-        ),
-        root,
-        description={
-            "optimizer": {
-                "name": config.train.optimizer,
-                "b1": config.train.b1,
-                "b2": config.train.b2,
-                "eps": config.train.eps,
-                "eps_root": 0.0,
-            },
-            **description,
-        },
+        loop.TrainingSettings(steps, layout, config.seed, t["save_every"], t["keep"]),
+        str(workdir / "model" / "checkpoints"),
+        description={"optimizer": {"name": t["optimizer"], **constants}, **description},
         log_path=workdir / "train.jsonl",
     )
 

@@ -27,24 +27,15 @@ def ignore_rows(rows: int) -> None:
 class _Array:
     """A kind of rows, and how to compute them."""
 
-    name: str
-    """What its store is called, such as "hidden-last-corpus"."""
-
-    table: str
-    """The sequences that have a row each: "corpus" or "queries"."""
-
-    width: Callable[[], int]
-    """Returns D, the numbers in a row; called where rows lack."""
-
-    provenance: dict
-    """What decides the rows, apart from the text."""
-
-    compute: Callable[[np.ndarray], np.ndarray]
-    """Returns float32 [R, D] of R row numbers."""
+    name: str  # of its store, such as "hidden-last-corpus"
+    table: str  # the sequences that have a row each: "corpus" or "queries"
+    width: Callable[[], int]  # returns D, the numbers in a row; called only if rows are missing
+    provenance: dict  # what decides the rows, apart from the text
+    compute: Callable[[np.ndarray], np.ndarray]  # from R row numbers to float32 [R, D]
 
 
 def probabilities(run: Run) -> np.ndarray:
-    """The geometric mean probability of each passage's tokens, float64 [C]."""
+    """Returns the geometric mean probability of each passage's tokens, float64 [C]."""
     _check_local(run, "probabilities of passages")
     likelihood = Likelihood(run.trained.model, run.unsharded_layout)
 
@@ -52,6 +43,7 @@ def probabilities(run: Run) -> np.ndarray:
         return likelihood(run.corpus.passages, rows).nats[:, None]
 
     nats_Cx1 = _load(run, _Array("nats", "corpus", lambda: 1, _provenance(run, "nats"), compute))
+    # A passage without a scored token has probability 1.
     lengths_C = np.maximum(run.corpus.lengths, 1)
     return np.exp(-nats_Cx1[:, 0].astype(np.float64) / lengths_C)
 
@@ -63,14 +55,14 @@ def hidden_states(
     name: str,
     on_rows: Callable[[int], None] = ignore_rows,
 ) -> np.ndarray:
-    """Mean hidden states of the "queries" (prompt and target) or of the "corpus", float32 [N, D].
+    """Returns the mean hidden states of prompts with targets, or of passages, float32 [N, D].
 
     Args:
         run: the run.
-        pooler: as `make_pooler` makes it.
-        layer: of `hidden.LAYERS`.
-        name: the sequences.
-        on_rows: told how many rows are computed in all, whenever it is more.
+        pooler: from `make_pooler`.
+        layer: one of `hidden.LAYERS`.
+        name: the sequences: "queries" or "corpus".
+        on_rows: called with the number of rows computed so far.
     """
     _check_local(run, "hidden states")
     array = _Array(
@@ -84,8 +76,9 @@ def hidden_states(
 
 
 def make_pooler(run: Run, layer: str) -> hidden.Pooler:
-    """Makes what takes the mean hidden states of the traced model, special tokens left out."""
+    """Returns a pooler of the traced model's hidden states, which ignores special tokens."""
     t = run.corpus.tokenizer
+    # They are the same in every text, and would make all texts alike.
     special = {*t.begin, *t.end, t.eos, t.pad} - {None}
     return hidden.Pooler(run.trained.model, layer, tuple(sorted(special)))
 
@@ -96,13 +89,13 @@ def sentence_vectors(
     name: str,
     on_rows: Callable[[int], None] = ignore_rows,
 ) -> np.ndarray:
-    """A sentence encoder's vectors of the "queries" or of the "corpus", float32 [N, D].
+    """Returns a sentence encoder's vectors of prompts with targets or of passages, float32 [N, D].
 
     Args:
         run: the run.
-        encoder: gives the encoder of `config.dense.model`; called where vectors lack.
-        name: the texts.
-        on_rows: told how many rows are computed in all, whenever it is more.
+        encoder: returns the encoder of `config.dense.model`; called only if vectors are missing.
+        name: the texts: "queries" or "corpus".
+        on_rows: called with the number of rows computed so far.
     """
 
     def compute(rows):
@@ -117,7 +110,7 @@ def sentence_vectors(
 
 
 def _provenance(run: Run, description: str) -> dict:
-    """What decides numbers that the traced model computes of each sequence."""
+    """Returns what decides the rows that the traced model computes."""
     identity = fingerprint(run.trained.fingerprint)
     return {"what": description, "checkpoint": identity, "step": run.trained.step}
 
@@ -126,18 +119,18 @@ def _check_local(run: Run, description: str) -> None:
     if not sharding.is_local(run.trained.mesh):
         raise ValueError(
             f"{description} are computed by one process, and this model is spread over several; "
-            "leave the methods out that need them"
+            "leave out the methods that need them"
         )
 
 
 def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows) -> np.ndarray:
-    """Computes the rows that an array's store lacks, and reads it; a killed run resumes."""
+    """Computes the rows that an array's store lacks, and returns all."""
     corpus = run.corpus.fingerprint[array.table]
     path = run.workdir / "stores" / f"{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
 
     def fill():
         if stores.finished(path):
-            return  # before the table is asked for, which a live session would have to read
+            return  # before the table is used, which a live session would have to read
         ids, width = run.table(array.table).ids, array.width()
         store = stores.create(
             path,
@@ -148,6 +141,7 @@ def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows)
             _SHARD_ROWS * width * 4,
             corpus=corpus,
         )
+        # A killed run left whole shards; only the others are computed.
         missing, shards = store.missing(), store.shards()
         with progress.bar(len(ids), array.name, "passage") as bar:
             bar.update(len(ids) - sum(shards[i].stop - shards[i].start for i in missing))

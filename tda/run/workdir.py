@@ -9,9 +9,21 @@ import os
 import pathlib
 import time
 
+from ml_collections import ConfigDict
+
+from tda.run.defaults import flat
 from tda.runtime import processes
 from tda.runtime.atomic_file import write_json
+from tda.runtime.differences import as_text, differences
 from tda.runtime.fingerprint import plain
+
+# Inputs that are hashes of what files hold, and the keys of the config that name the files.
+_FILES = {
+    "text": "data.sentences or data.facts",
+    "texts": "data.sentences or data.facts",
+    "tokenizer": "data.sentences or data.facts",
+    "pretrained": "model.pretrained",
+}
 
 
 class WorkdirError(ValueError):
@@ -79,42 +91,50 @@ class Workdir:
 
         return processes.on_first_process(f"look for the stage {stage}", look)
 
-    def claim(self, stage: str, made_from: dict) -> None:
+    def claim(self, stage: str, made_from: dict, config: ConfigDict) -> None:
         """Records, before the work, that `stage` is made from these inputs.
 
         A killed stage thereby continues only from the same inputs.
 
+        Args:
+            stage: the stage.
+            made_from: its inputs, as JSON values.
+            config: the run's config, for the message where another config has claimed the stage.
+
         Raises:
             WorkdirError: the stage was begun from other inputs; the message says what differs.
         """
+        # Keys of other sections do not decide what is trained.
+        keys = ("seed", "data", "tokenizer", "model", "train")
+        settings = {k: v for k, v in flat(config).items() if k.split(".")[0] in keys}
+        record = {"finished": False, "made_from": made_from, "config": settings}
         processes.on_first_process(
-            f"begin the stage {stage}", lambda: self._claim(stage, plain(made_from))
+            f"begin the stage {stage}", lambda: self._claim(stage, plain(record))
         )
 
-    def _claim(self, stage: str, made_from: dict) -> None:
+    def _claim(self, stage: str, record: dict) -> None:
         stamp = self._stamp(stage)
         if stamp.exists():
-            before = json.loads(stamp.read_text(encoding="utf-8"))["made_from"]
-            differing = [
-                f"{k}: {before.get(k)} there, {made_from.get(k)} asked for"
-                for k in sorted(before.keys() | made_from.keys())
-                if before.get(k) != made_from.get(k)
-            ]
-            if differing:
+            before = json.loads(stamp.read_text(encoding="utf-8"))
+            if lines := list(differences(before["made_from"], record["made_from"])):
+                # A key of the config says more than the many values that follow from it.
+                keys = list(differences(before.get("config", record["config"]), record["config"]))
+                names = (line.partition(":")[0] for line in lines)
+                contents = {f"the contents of {_FILES[n]}": n for n in names if n in _FILES}
                 raise WorkdirError(
-                    f"{self.path} holds another run; its {stage} differs in\n  "
-                    + "\n  ".join(differing)
-                    + "\nuse another --workdir, or remove this one"
+                    f"{self.path} holds another run; its {stage} differs in"
+                    f"{as_text(keys or contents or lines)}\n"
+                    "use another --workdir for this config, or remove that directory to start anew"
                 )
-        self._write(stage, made_from, finished=False)
-
-    def finish(self, stage: str, made_from: dict) -> None:
-        """Records that `stage` is finished."""
-        processes.on_first_process(
-            f"end the stage {stage}", lambda: self._write(stage, plain(made_from), finished=True)
-        )
-
-    def _write(self, stage: str, made_from: dict, finished: bool) -> None:
-        stamp = self._stamp(stage)
         stamp.parent.mkdir(exist_ok=True)
-        write_json(stamp, {"finished": finished, "made_from": made_from})
+        write_json(stamp, record)
+
+    def finish(self, stage: str) -> None:
+        """Records that a stage is finished."""
+
+        def write():
+            stamp = self._stamp(stage)
+            record = json.loads(stamp.read_text(encoding="utf-8"))
+            write_json(stamp, record | {"finished": True})
+
+        processes.on_first_process(f"end the stage {stage}", write)

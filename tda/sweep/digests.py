@@ -15,8 +15,8 @@ from tda.runtime.fingerprint import fingerprint
 def digests(config) -> dict[str, str | None]:
     """Returns a digest of the files that each key of a config names, by key.
 
-    None where the key names no file that exists now. Digests are of the contents: a file that was
-    copied or touched has the same one.
+    The digest is None if the key names no file that exists now. A copied or touched file keeps its
+    digest, which depends on the contents alone.
     """
     data = config.data
     uses_encoder = any(m.retriever == "dense" for m in methods.parse(config.methods).values())

@@ -19,9 +19,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tda.run import defaults, train
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Keys that do not affect a training. Points that differ in any other key train apart.
+# Sections that do not affect a training. Points that differ in any other section train apart.
 _AFTER_TRAINING = (
     "methods",
     "gradients",
@@ -35,39 +36,27 @@ _AFTER_TRAINING = (
     "eval",
     "plan",
 )
-# Keys of the section `train` that do not affect it either.
-_TRAIN_KEYS_AFTER_TRAINING = ("save_every", "keep", "traced")
-# Keys that do not affect the stores.
+# Sections that do not affect the stores.
 _AFTER_STORES = ("hessian", "eval", "plan")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One point of a grid.
+    """One point of a grid."""
 
-    Attributes:
-        name: the name of its directory, which does not depend on the other points.
-        values: the values that the axes set at this point, by key.
-        config: the complete config.
-    """
-
-    name: str
-    values: dict[str, Any]
-    config: ConfigDict
+    name: str  # of its directory; it does not depend on the other points
+    values: dict[str, Any]  # set by the axes at this point, by key
+    config: ConfigDict  # the complete config
 
     @property
     def training(self) -> str:
-        """The name of this point's training, which all points with this name share."""
-        config = self.config.to_dict()
-        config = {k: v for k, v in config.items() if k not in _AFTER_TRAINING}
-        config["train"] = {
-            k: v for k, v in config["train"].items() if k not in _TRAIN_KEYS_AFTER_TRAINING
-        }
-        return fingerprint(plain(config))
+        """The name of this point's training, shared by all points that train alike."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _AFTER_TRAINING}
+        return fingerprint(plain(config | {"train": train.settings(self.config)}))
 
     @property
     def stores(self) -> str:
-        """The name of this point's gradient stores, which all points with this name share."""
+        """The name of this point's gradient stores, shared by all points that encode alike."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _AFTER_STORES}
         return fingerprint(plain(config))
 
@@ -85,15 +74,9 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The checked contents of a sweep file.
+    """The checked contents of a sweep file."""
 
-    Attributes:
-        axes: all keys that are swept.
-        points: the points of the grid.
-        plots: the plots to draw.
-    """
-
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # all keys that are swept
     points: list[Point]
     plots: list[dict]
 
@@ -142,7 +125,7 @@ def _parse_axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
 def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for key, value in values.items():
-        known = list_keys(config)
+        known = list(defaults.flat(config))
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -154,17 +137,9 @@ def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> Confi
     return config
 
 
-def list_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns every key of a config, such as `train.epochs`."""
-    keys = []
-    for key, value in config.items():
-        is_section = isinstance(value, ConfigDict)
-        keys += list_keys(value, f"{prefix}{key}.") if is_section else [prefix + key]
-    return keys
-
-
 def _name_point(values: dict[str, Any], fixed: dict[str, Any]) -> str:
     """Returns a readable name with a digest, since points of other sweeps fix other keys."""
     text = ",".join(f"{key.split('.')[-1]}={value}" for key, value in values.items())
+    # File systems limit a name to 255 bytes, and some characters have a meaning in them.
     readable = re.sub(r"[^\w.=,+-]+", "_", text)[:80]
     return f"{readable}-{fingerprint(plain(fixed | values))[:6]}"

@@ -15,11 +15,12 @@ from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
 from tda.reports import plots
-from tda.run import corpus, evaluate, measures, retrieve, stages, train
+from tda.run import evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import progress
 from tda.runtime.atomic_file import write_json
+from tda.runtime.differences import as_text, differences
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.sweep import digests
 from tda.sweep.grid import Point
@@ -32,12 +33,12 @@ def check(point: Point) -> None:
     """Checks a point's config before any point runs.
 
     Raises:
-        ValueError: it is invalid; the message names the point and the key.
+        ValueError: it is invalid, or a file is missing; the message names the point and the key.
     """
     try:
         # Without the sentence encoder, whose loading is left to the point itself.
         stages.check(point.config, encoder=False)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"point {point.name}: {error}") from error
 
 
@@ -54,33 +55,32 @@ def check_plots() -> None:
 
 
 def _made_from(point: Point) -> dict:
-    return plain({"config": point.config.to_dict()})
+    return plain({"config": point.config.to_dict() | {"train": train.options(point.config)}})
 
 
 def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
-    """Returns the record of a finished point if it was run with this very config, else None."""
+    """Returns the record of a finished point; None if there is none."""
     file = directory / "points" / point.name / "point.json"
-    if not file.exists():
-        return None
-    stamp = json.loads(file.read_text(encoding="utf-8"))
-    return stamp if stamp["made_from"] == _made_from(point) else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _changed_keys(point: Point, stamp: dict) -> list[str]:
-    """Returns the config keys whose files have changed since the point was run."""
-    return digests.differing(stamp["made_of"]["files"], digests.digests(point.config))
+def _changes(point: Point, stamp: dict) -> list[str]:
+    """Describes the keys of the config, and the files, that have changed since a point was run."""
+    before, now = stamp["made_from"]["config"], _made_from(point)["config"]
+    files = digests.differing(stamp["made_of"]["files"], digests.digests(point.config))
+    return [*differences(before, now), *(f"{key}: the contents have changed" for key in files)]
 
 
 def is_finished(point: Point, directory: pathlib.Path) -> bool:
     """Returns whether a point was run with this very config and the files as they are now."""
     stamp = _stamp(point, directory)
-    return stamp is not None and not _changed_keys(point, stamp)
+    return stamp is not None and not _changes(point, stamp)
 
 
 def check_alike(points: list[Point], directory: pathlib.Path) -> None:
     """Checks that inputs with the same name had the same contents at every finished point.
 
-    `is_finished` cannot see this where the files no longer exist.
+    `is_finished` cannot tell this if the files no longer exist.
 
     Raises:
         ValueError: the contents differed between two points.
@@ -137,13 +137,13 @@ def run_all(
         command: returns the command line that runs a point.
 
     Returns:
-        The reasons of failures by the name of the point.
+        The reason of each failure by the point's name.
     """
     waiting = [p for p in points if not is_finished(p, directory)]
     for point in waiting:
         if stamp := _stamp(point, directory):
-            keys = " and ".join(_changed_keys(point, stamp))
-            print(f"{keys} changed since {point.name} was run; it runs again", flush=True)
+            changes = as_text(_changes(point, stamp))
+            print(f"{point.name} runs again; since it was run:{changes}", flush=True)
     running: dict[str, tuple[Point, subprocess.Popen]] = {}
     failed: dict[str, str] = {}
     with progress.bar(len(points), "sweep", "point", len(points) - len(waiting)) as bar:
@@ -162,6 +162,7 @@ def run_all(
                             failed[name] = _failure(log, process.returncode)
                 time.sleep(0.05)
         finally:
+            # Also after Ctrl-C, which a terminal sends to the points too, but `kill` does not.
             for _, process in running.values():
                 process.terminate()
     return failed
@@ -170,6 +171,7 @@ def run_all(
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
     """Returns the point to start next: if possible, one that need not wait for a running one."""
     files = {p.name: digests.digests(p.config) for p in (*waiting, *running)}
+    # A point whose training or stores another one is computing would only wait for its lock.
     for attribute in ("training", "stores"):
         in_progress = {_marker(p, attribute, files[p.name]) for p in running} - {
             m.name for m in (directory / "runs").glob(f"*/*.{attribute}")
@@ -198,6 +200,7 @@ def _failure(log: pathlib.Path, code: int) -> str:
     """Returns why a process ended: the signal that killed it, or the error line of its log."""
     if code < 0:
         return f"killed by signal {-code} ({log})"
+    # A log may end in the middle of a character: whatever killed the point did not wait for it.
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error")] or lines[-1:]
     return f"{errors[-1] if errors else f'exit status {code}'} ({log})"
@@ -215,14 +218,12 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
             return
         config = point.config
         stages.check(config)
-        # Taken before the files are read: if one changes meanwhile, the digest no longer matches,
-        # and the point runs again.
+        # Before the files are read: if one changes meanwhile, its digest no longer matches, and
+        # the point runs again.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
-            data = corpus.load(config, shared)
-            run = Run(config, shared, data, train.train(config, data, shared))
-        measures.check_step(run)
+            run = stages.prepare(config, shared)
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
             rankings, notes = retrieve.retrieve(run)
         # The figures are about to be overwritten: until they are complete, the point is not
@@ -230,7 +231,7 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         (point_directory / "point.json").unlink(missing_ok=True)
         evaluate.evaluate(run, rankings, point_directory)
         about = _about(run) | {"notes": notes}
-        made_of = {"files": files, "corpus": data.fingerprint}
+        made_of = {"files": files, "corpus": run.corpus.fingerprint}
         made_of["training"] = fingerprint(plain(run.trained.fingerprint))
         stamp = {"made_from": _made_from(point), "made_of": made_of, "about": about}
         write_json(point_directory / "point.json", stamp)
@@ -245,11 +246,13 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     if not marker.exists():
         lock = filelock.FileLock(lock_file)
         try:
+            # Tried first without waiting, so that a log says what a point waits for.
             lock.acquire(blocking=False)
         except filelock.Timeout:
             print(f"another point is computing {marker}; waiting for it", flush=True)
             lock.acquire()
         try:
+            # Another process may have finished while this one waited.
             if not marker.exists():
                 yield
                 marker.touch()

@@ -28,6 +28,7 @@ from tda.sweep.grid import Point, Sweep
 # A finished point: the point, its metrics by method, and the description of its run.
 Result = tuple[Point, dict, dict]
 
+# What a row says of the point's run and of its method's R, and the columns that hold figures.
 _RUN_COLUMNS = ("parameters", "dimensions", "training_tokens", "training_step")
 _NOTE_COLUMNS = ("lambda", "component")
 _FIGURE_COLUMNS = ("value", "difference", "low", "high", "p", "n_queries")
@@ -60,6 +61,7 @@ def rows(results: list[Result]) -> list[dict]:
             shared |= {k: notes.get(k) for k in _NOTE_COLUMNS}
             for group, figures in _groups(m):
                 for metric, value in figures.items():
+                    # Counts, intervals and descriptions stand beside the metrics.
                     is_metric = metric.startswith(("mrr", "recall", "tail_patch"))
                     if is_metric and isinstance(value, int | float):
                         low, high = figures.get("intervals", {}).get(metric, (None, None))
@@ -199,6 +201,7 @@ def _headline(axes: list[str], table: list[dict], cell) -> str:
 
 
 def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
+    # Tail-patches are changes of a probability, which tables give in percent.
     digits, unit, scale = (2, "%", 100) if metric == "tail_patch" else (3, "", 1)
     mean = f"{scale * row['mean']:{sign}.{digits}f}"
     spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
@@ -251,6 +254,7 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
     for row in table:
         if row[x] is not None:
             parts = [_shown(c, row[c]) for c in columns if _applies(c, row)]
+            # The first column colours a line; its whole label tells it from others of that colour.
             by_label.setdefault((parts[0], ", ".join(parts)), []).append(row)
     out = []
     for (family, label), line_rows in by_label.items():
@@ -258,6 +262,7 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
         marked = next((r[x] for r, m in zip(line_rows, is_marked, strict=True) if m), None)
         by_x: dict = {}
         for row in line_rows:
+            # Points with the same x on one line differ by seed.
             by_x.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
         points = [_figure(same_x, has_seeds) for same_x in by_x.values()]
         y, low, high = zip(*points, strict=True)
@@ -270,6 +275,7 @@ def _figure(rows: list[dict], has_seeds: bool) -> tuple[float, float, float]:
     if has_seeds:
         spread = statistics.across_seeds([r["value"] for r in rows])
         return spread.mean, spread.mean - spread.sd, spread.mean + spread.sd
+    # Without seeds, a later point with the same x replaces an earlier one.
     row = rows[-1]
     low, high = (float("nan") if row[k] is None else row[k] for k in ("low", "high"))
     return row["value"], low, high

@@ -65,6 +65,20 @@ def test_what_the_command_does_not_know_is_refused(tmp_path):
     assert "unknown command 'trance'; use demo, trace, table1" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        ("view", ["--results=absent.jsonl"]),
+        ("ask", ["--model=absent", "--corpus=absent", "--prompt=a", "--workdir=w"]),
+    ],
+)
+def test_mains_without_a_config_load_plugins(tmp_path, main, flags):
+    (tmp_path / "plug.py").write_text("print('the plugin is loaded')")
+    done = run(main, "--plugin=plug", *flags, cwd=tmp_path, python_path=f"{ROOT}:{tmp_path}")
+    assert done.stdout.startswith("the plugin is loaded") and done.returncode == 1
+    assert done.stderr.startswith("error: ") and "absent" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheel_puts_tda_alone_into_site_packages(tmp_path):
     source = tmp_path / "source"  # a build leaves files in the folder that it is of

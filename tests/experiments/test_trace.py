@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
-from experiments import command_line
 from tda import results
 from tda import store as stores
 from tda.data.jsonl import RecordError
@@ -240,9 +240,6 @@ def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
     assert after == pytest.approx(before, abs=2e-6) and abs(effect[0, measures.CONTROL]) > 1e-4
     assert fresh[0, 0][0] == pytest.approx(usual[0, 0][0]) and fresh[0, 0] != faster[0, 0]
     assert len(list(path.glob("tail_patch-*.jsonl"))) == 3
-    other.eval.tail_patch_state = "warm"
-    with pytest.raises(ValueError, match="tail_patch_state='warm'; use restored or fresh"):
-        measures.tail_patches(changed(loaded, other), pairs)
 
 
 def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch):
@@ -253,7 +250,7 @@ def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch
     def diverge(*args, on_done, **kwargs):
         on_done(np.array([1]), np.array([[-1.0, np.nan]]))
 
-    monkeypatch.setattr(measures, "tail_patch", diverge)
+    monkeypatch.setattr(measures, "TailPatch", lambda *_: diverge)
     with pytest.raises(FloatingPointError, match="passage 's01' .* query 'f0'.*lower .*1e\\+30"):
         measures.tail_patches(changed(loaded, other), [(0, 0), (0, 1)])
     rule = measures.step_rule(changed(loaded, other))
@@ -315,7 +312,7 @@ def test_a_checkpoint_within_the_training_is_traced(finished, loaded, tmp_path):
         train.train(early, loaded.corpus, Workdir(path))
     early.train.traced = 0.0
     with pytest.raises(ValueError, match="above 0"):
-        train.train(early, loaded.corpus, Workdir(path))
+        stages.check(early)
     early.train.keep, early.train.traced = 0, 0.5
     workdir = Workdir(tmp_path / "w")
     data = corpus.load(early, workdir)
@@ -338,10 +335,11 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
     for module, name in (
         (loop, "fit"),
         (table, "encode_kinds"),
-        (exact, "search"),
+        (exact.ExactSearch, "rank"),
         (bm25.Index, "search"),
-        (measures, "tail_patch"),
-        (measures.sampling, "sample"),
+        (measures, "TailPatch"),
+        (measures, "Sampler"),
+        (measures, "Likelihood"),
     ):
         monkeypatch.setattr(module, name, fail)
     assert stages.trace(config, Workdir(path))[0] == metrics
@@ -362,7 +360,7 @@ def test_another_model_size_in_the_same_workdir_is_refused(finished):
     config, path, _ = finished
     config = config.copy_and_resolve_references()
     config.model.size = "small"
-    with pytest.raises(WorkdirError, match="holds another run; its train differs in\n  model"):
+    with pytest.raises(WorkdirError, match="train differs in\n  model.size: tiny → small\nuse"):
         stages.trace(config, Workdir(path))
 
 
@@ -452,7 +450,12 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({}, "/nowhere: no such file"),
         ({"eval.top_k": 0}, "eval.top_k=0 must be 1 or more"),
+        ({"model.size": "huge"}, "unknown model size 'huge'; there are tiny, mini"),
+        ({"gradients.correction": "adams"}, "unknown correction 'adams'; use"),
+        ({"eval.frequency_edges": "1,x"}, "eval.frequency_edges='1,x' must be whole numbers"),
+        ({"eval.tail_patch_state": "warm"}, "tail_patch_state='warm'; use restored or fresh"),
         ({"train.final": 0.0}, "ends at 0: give eval.tail_patch_learning_rate"),
         (
             {"train.final": 0.0, "train.schedule": "linear"},
@@ -463,8 +466,45 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
 def test_what_the_config_alone_tells_is_told_before_anything_is_read(tmp_path, changes, message):
     config = make_config(tmp_path)
     config.update_from_flattened_dict({"data.sentences": "/nowhere"} | changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        stages.trace(config, Workdir(tmp_path / "w"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hessian.component": 17}, "R_eval of 4 queries has no direction at component 17"),
+        ({"hessian.evaluation": "leave_one_out", "data.n_queries": 1}, "there is one query"),
+        ({"hessian.evaluation": "disjoint", "hessian.component": 9}, "R_eval of 2 queries has no"),
+        ({"gradients.include": "nothing"}, "nothing"),
+        ({"projection.blocks": 9}, "blocks=9 exceeds the model's 4 layers"),
+        ({"train.warmup": 99}, "train.warmup=99 is longer than the training of 12 steps"),
+        ({"train.traced": 0.5}, "train.traced=0.5 asks for.*kept are of steps 12; .*keep=0"),
+    ],
+)
+def test_what_the_corpus_tells_is_told_before_training(tmp_path, monkeypatch, changes, message):
+    """Mistakes: checks after hours of work that could stand before it."""
+    config = make_config(tmp_path)
+    config.methods = "trackstar"
+    config.update_from_flattened_dict(changes)
+    monkeypatch.setattr(loop, "fit", None)
     with pytest.raises(ValueError, match=message):
         stages.trace(config, Workdir(tmp_path / "w"))
+    assert not (tmp_path / "w" / "stages" / "train.json").exists()
+
+
+def test_a_context_beyond_the_table_of_positions_is_refused(monkeypatch):
+    config = defaults.get_config()
+    config.model.pretrained = "gpt2"
+    arguments = {"vocab_size": 9, "max_positions": 64}
+    model = types.SimpleNamespace(arguments=arguments)
+    monkeypatch.setattr(train.pretrained, "inspect", lambda name: model)
+    with pytest.raises(
+        ValueError, match="model.context=128 is more than the 64 positions that gpt2"
+    ):
+        train.model_arguments(config)
+    config.model.context = 64
+    assert train.model_arguments(config)["max_positions"] == 64
 
 
 @pytest.mark.parametrize(
@@ -488,6 +528,8 @@ def test_a_schedule_may_end_at_nothing_where_no_step_is_taken_there(tmp_path, ch
         ("adam", {"weight_decay": 0.1}, "weight_decay=0.1 .*optimizer=adam: .*adamw"),
         ("adafactor", {"weight_decay": 0.1}, "weight_decay=0.1 .*optimizer=adafactor: .*adamw"),
         ("adafactor", {"b1": 0.8, "eps": 1e-6}, "b1=0.8, train.eps=1e-06 .*optimizer=adafactor"),
+        # The default value of another optimizer, too.
+        ("adafactor", {"b1": 0.9}, "b1=0.9 .*optimizer=adafactor"),
     ],
 )
 def test_options_that_the_optimizer_has_not_are_refused(
@@ -497,7 +539,7 @@ def test_options_that_the_optimizer_has_not_are_refused(
     config = make_config(tmp_path)
     config.train.optimizer = optimizer
     config.train.update(changes)
-    monkeypatch.setattr(train, "_train", None)
+    monkeypatch.setattr(loop, "fit", None)
     with pytest.raises(ValueError, match=f"train.{message}"):
         stages.trace(config, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "stages" / "train.json").exists()
@@ -551,8 +593,8 @@ def test_a_mistyped_key_is_told_with_a_suggestion(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_keys_of_a_config_are_found():
-    keys = command_line.list_keys(defaults.get_config())
+def test_keys_of_a_config_are_listed_with_their_sections():
+    keys = defaults.flat(defaults.get_config())
     assert {"methods", "data.sentences", "eval.queries"} <= set(keys)
 
 

@@ -5,7 +5,12 @@ import runpy
 
 import pytest
 
+from tda import store as stores
+from tda.gradients import projection
+from tda.retrieval import whitening
 from tda.run import defaults
+from tda.run.run import NO_STORE
+from tda.training import optimizer
 
 CONFIGS = sorted(pathlib.Path(__file__).parents[2].joinpath("configs").glob("[a-z]*.py"))
 
@@ -24,3 +29,39 @@ def test_a_config_has_the_keys_of_the_defaults(path):
             )
 
     assert set(keys(runpy.run_path(str(path))["get_config"]())) == set(defaults.KEYS)
+
+
+def test_the_defaults_and_the_packaged_configs_have_possible_values():
+    for path in CONFIGS:
+        defaults.check_values(runpy.run_path(str(path))["get_config"]())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.optimizer": "sgd"}, "unknown train.optimizer='sgd'; use adam, adamw or adafactor"),
+        ({"data.prompt": 3}, "unknown data.prompt=3; use 0, 1 or 2"),
+        ({"projection.side": 0}, "projection.side=0 must be 1 or more"),
+        ({"train.learning_rate": 0.0}, "train.learning_rate=0.0 must be above 0"),
+        ({"data.n_queries": -1}, "data.n_queries=-1 must not be negative"),
+        ({"train.traced": 1.5}, "train.traced=1.5 must be above 0, and 1 at most"),
+        ({"hessian.weight": 1.5}, "hessian.weight=1.5 must be 1 at most, or -1"),
+    ],
+)
+def test_impossible_values_are_refused_by_key(changes, message):
+    config = defaults.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError) as refused:
+        defaults.check_values(config)
+    assert str(refused.value) == message
+
+
+def test_choices_are_those_of_the_code():
+    """Guards: a choice that the code has and a config may not name, or the other way round."""
+    assert set(defaults.CHOICES["store.dtype"]) == {*stores.DTYPES, NO_STORE}
+    assert defaults.CHOICES["train.optimizer"] == optimizer.OPTIMIZERS
+    assert defaults.CHOICES["projection.family"] == projection.FAMILIES
+    assert defaults.CHOICES["projection.pooling"] == projection.POOLINGS
+    assert defaults.CHOICES["hessian.evaluation"] == whitening.EVALUATIONS
+    unset = {k for k, v in defaults.get_config().train.items() if v is None}
+    assert unset == set(optimizer.CONSTANTS)

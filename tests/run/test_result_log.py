@@ -30,7 +30,7 @@ def test_another_file_is_refused(tmp_path, line):
     kept.add([("a", 1)])
     with open(kept.path, "ab") as out:
         out.write(line)
-    with pytest.raises(ValueError, match="k.jsonl, line 2: not a kept result"):
+    with pytest.raises(ValueError, match="k.jsonl, line 2: not a saved result"):
         kept.read()
 
 

@@ -16,6 +16,7 @@ from tda.retrieval import by_score, dense, exact
 from tda.retrieval.sources import InMemory
 from tda.run import checkpoints, encode, retrieve, stages, vectors
 from tda.run import train as training
+from tda.run.gradient_retrievers import Gradients
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -321,12 +322,19 @@ def test_rows_that_differ_by_title_share_a_ranking(traced):
         np.testing.assert_array_equal(one, other)
 
 
+def test_two_names_of_one_method_share_a_file(traced):
+    run, *_ = traced
+    names = ("exp5", "trackstar_train", "exp4")
+    files = {n: retrieve._file(run, Gradients(run), METHODS[n]) for n in names}
+    assert files["exp5"] == files["trackstar_train"] != files["exp4"]
+
+
 def test_a_second_run_reads_what_is_there(traced, monkeypatch):
     run, ranked, notes = traced
     for module, name in (
         (encode, "encode"),
         (checkpoints, "combined"),
-        (exact, "search"),
+        (exact.ExactSearch, "rank"),
         (by_score, "rank"),
     ):
         monkeypatch.setattr(module, name, None)
@@ -341,10 +349,6 @@ def test_what_the_config_lacks_is_told(traced, monkeypatch):
     dense_only = methods.parse("dense")
     with pytest.raises(ValueError, match="needs --config.dense.model"):
         retrieve.check(config, dense_only)
-    config.eval.top_k = 0
-    with pytest.raises(ValueError, match="eval.top_k=0 must be 1 or more"):
-        retrieve.check(config, methods.parse("bm25"))
-    config.eval.top_k = 1
     config.dense.model = "somewhere"
     monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'tda\[dense\]'"):
@@ -356,6 +360,3 @@ def test_what_the_config_lacks_is_told(traced, monkeypatch):
     with pytest.raises(ValueError, match="LESS steps by Adam.*train.optimizer=adafactor"):
         retrieve.check(config, methods.parse("less"))
     retrieve.check(config, methods.parse("tracin"))
-    config.several.checkpoints = 0
-    with pytest.raises(ValueError, match="several.checkpoints=0"):
-        checkpoints.steps_of(dataclasses.replace(run, config=config), METHODS["tracin"])

@@ -1,6 +1,7 @@
 """A grid from end to end: what points share, commands, failures, parallel points."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -162,9 +163,32 @@ def test_points_of_files_that_changed_are_run_anew(swept, monkeypatch, capsys, k
         points.run_all(found.points, path, 1, None)
         told = capsys.readouterr().out
     assert started == [p.name for p in found.points]
-    assert all(f"data.{key} changed since {name} was run" in told for name in started)
+    change = f"\n  data.{key}: the contents have changed\n"
+    assert all(f"{name} runs again; since it was run:{change}" in told for name in started)
     # Written anew with the same contents it is the same file.
     assert all(points.is_finished(p, path) for p in found.points)
+
+
+def test_a_point_of_another_config_is_run_anew_and_the_change_is_told(swept, monkeypatch, capsys):
+    found, path, _ = swept
+    last = found.points[-1]
+    monkeypatch.setattr(points, "_start", lambda *_: Ended())
+    with with_stamp(path, last, lambda stamp: stamp["made_from"]["config"]["eval"].update(seed=7)):
+        points.run_all([last], path, 1, None)
+    assert f"{last.name} runs again; since it was run:\n  eval.seed: 7 → 0\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_stamp_holds_the_constants_that_a_config_leaves_to_the_optimizer(swept):
+    """So that stamps stay valid, whether the constants are set to their usual values or unset."""
+    found, path, _ = swept
+    point = found.points[0]
+    stamp = json.loads((path / "points" / point.name / "point.json").read_text())
+    assert point.config.train.b2 is None and stamp["made_from"]["config"]["train"]["b2"] == 0.99
+    config = grid._with_values(point.config, {"train.b2": 0.99}, "s.py")
+    other = dataclasses.replace(point, config=config)
+    assert points.is_finished(other, path) and other.training == point.training
 
 
 def test_points_without_their_files_are_gathered_if_they_agree(swept):

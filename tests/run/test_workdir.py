@@ -1,0 +1,53 @@
+"""A workdir belongs to one run: another run is told which key of its config differs."""
+
+import pytest
+
+from tda.run import defaults
+from tda.run.workdir import Workdir, WorkdirError
+
+MADE_FROM = {"text": "3f", "model": {"width": 128, "layers": 4, "heads": 4}, "steps": 7}
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.claim("train", MADE_FROM, defaults.get_config())
+    return workdir
+
+
+def message_of(workdir, made_from, **changes):
+    config = defaults.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    with pytest.raises(WorkdirError) as refused:
+        workdir.claim("train", MADE_FROM | made_from, config)
+    first, *lines, last = str(refused.value).splitlines()
+    assert first == f"{workdir.path} holds another run; its train differs in"
+    assert last == "use another --workdir for this config, or remove that directory to start anew"
+    return lines
+
+
+def test_a_changed_key_is_named_and_not_what_follows_from_it(claimed):
+    larger = {"model": {"width": 192, "layers": 6, "heads": 3}, "steps": 9}
+    assert message_of(claimed, larger, model__size="mini") == ["  model.size: tiny → mini"]
+    # Keys of other sections train no other model.
+    lines = message_of(claimed, {"text": "9b"}, data__n_sentences=5, eval__queries=3)
+    assert lines == ["  data.n_sentences: 0 → 5"]
+
+
+def test_files_with_other_contents_are_named(claimed):
+    assert message_of(claimed, {"text": "9b", "steps": 8}) == [
+        "  the contents of data.sentences or data.facts"
+    ]
+
+
+def test_another_version_of_the_code_is_named_by_its_values(claimed):
+    wider = {"model": MADE_FROM["model"] | {"width": 256, "window": 8}}
+    assert message_of(claimed, wider) == ["  model.width: 128 → 256", "  model.window: absent → 8"]
+
+
+def test_the_same_run_resumes_and_finishes(claimed):
+    assert not claimed.finished("train", MADE_FROM)
+    claimed.claim("train", MADE_FROM, defaults.get_config())
+    claimed.finish("train")
+    assert claimed.finished("train", MADE_FROM)
+    assert not claimed.finished("train", MADE_FROM | {"steps": 8})
