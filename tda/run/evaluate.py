@@ -24,11 +24,15 @@ def sample(count: int, size: int, seed: int) -> np.ndarray:
 
 
 # Metrics that are null for a method that ranks nothing.
-_ALWAYS = ("tail_patch", "tail_patch_log") + tuple(
-    f"{metric}{label}{known}"
-    for label in ("", "_strict")
-    for known in ("", "_known")
-    for metric in ("mrr", "mrr_at_10", "recall_at_10")
+_ALWAYS = (
+    *(
+        f"{metric}{label}{known}"
+        for label in ("", "_strict")
+        for known in ("", "_known")
+        for metric in ("mrr", "mrr_at_10", "recall_at_10")
+    ),
+    "tail_patch",
+    "tail_patch_log",
 )
 
 

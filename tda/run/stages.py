@@ -32,7 +32,7 @@ def check(config, encoder: bool = True) -> None:
     check_values(config)
     if not encoder:
         chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
-    DecoderSettings(**({"vocab_size": config.tokenizer.vocab_size} | train.model_arguments(config)))
+    DecoderSettings(**train.model_arguments(config))
     Projection(**dict(config.projection))
     parse_correction(config.gradients.correction)
     evaluate.frequency_edges(config)
@@ -49,11 +49,9 @@ def prepare(config, workdir: Workdir) -> Run:
         ValueError: the config does not fit the corpus or the model; raised before training.
     """
     data = corpus.load(config, workdir)
-    # A run as it will be, with a model of shapes alone.
-    steps, _ = train.total_steps(config, data)
-    arguments = train.model_arguments(config, data.tokenizer.vocab_size)
-    model = train.abstract_model(arguments)
-    abstract = Trained(model, "", steps, optax.identity(), train.make_mesh(config), {})
+    # The run as it will be, with a model of shapes alone.
+    model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))
+    abstract = Trained(model, "", 0, optax.identity(), train.make_mesh(config), {})
     retrieve.check_run(Run(config, workdir, data, abstract))
     run = Run(config, workdir, data, train.train(config, data, workdir))
     if config.eval.tail_patch_queries:
