@@ -53,7 +53,7 @@ def swept(tmp_path_factory):
     found = grid.load(write(path / "s.py", body), config)
     count = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((loop, "fit"), (encoding, "fill_stores"), (measures, "tail_patch")):
+        for module, name in ((loop, "fit"), (encoding, "fill_stores"), (measures, "TailPatch")):
             patch.setattr(module, name, counted(module, name, count))
         for point in found.points:
             points.run_point(point, path / "w")
