@@ -6,6 +6,7 @@ an order that the training program chose, so a file without names needs a list o
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.moments.second_moments import Scale
 from tda.model.pretrained.description import Pretrained, shorten
-from tda.model.pretrained.tensors import Safetensors, Source
+from tda.model.pretrained.tensors import Safetensors
 
 # PyTorch's name for the running mean of squared gradients.
 _FIELD = "exp_avg_sq"
@@ -103,17 +104,8 @@ def _slice(moments: dict, part, site: sites.Site, path) -> np.ndarray:
             f"{path}: the second moments of {moments['name']} have the shape {full_shape}, which "
             f"does not fit {site.path} {tuple(shape)}"
         )
+    part = dataclasses.replace(part, tensor=moments["tensor"])
     return part.pick(moments["source"], tuple(slice(0, n) for n in shape))
-
-
-class _Renamed:
-    """A source that reads one tensor, whatever name it is given."""
-
-    def __init__(self, source: Source, name: str):
-        self._source, self._name = source, name
-
-    def read(self, tensor, index):
-        return self._source.read(self._name, index)
 
 
 def _of_safetensors(path: pathlib.Path):
@@ -142,7 +134,8 @@ def _of_safetensors(path: pathlib.Path):
         return constants | {
             "name": name,
             "shape": shapes[field],
-            "source": _Renamed(source, field),
+            "source": source,
+            "tensor": field,
         }
 
     return state
@@ -202,7 +195,11 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
             raise SecondMomentError(f"{path}: AMSGrad's state is not supported")
         nu = entry[_FIELD].float().numpy()
         stated = {"b2": group["betas"][1], "eps": group["eps"], "step": int(entry["step"])}
-        return stated | constants | {"name": name, "shape": nu.shape, "source": _Array(nu)}
+        return (
+            stated
+            | constants
+            | {"name": name, "shape": nu.shape, "source": _Array(nu), "tensor": name}
+        )
 
     return state
 

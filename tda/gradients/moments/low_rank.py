@@ -62,16 +62,6 @@ def approximate(scale, left, right, rank: int, sweeps: int = _SWEEPS):
     return one(layer) if scale.ndim == 2 else jax.lax.map(one, layer)
 
 
-def relative_error(scale, left, right) -> jax.Array:
-    """Returns √(mean (1 − Ŝ/S)²) of each matrix: float32 [(L,)].
-
-    Args:
-        scale: S, float32 [(L,) M, N].
-        left, right: the vectors of Ŝ, float32 [(L,) R, M] and [(L,) R, N].
-    """
-    return jnp.sqrt(jnp.mean(jnp.square(1.0 - product(left, right) / scale), axis=(-1, -2)))
-
-
 def _start(K, rank: int):
     """Returns the truncated SVD of K after clipping its largest entries: [M, R] and [N, R]."""
     # An SVD would fit an entry far above the others, though its relative error is 1 at most.

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tda.gradients.moments import low_rank, optimizer_state, second_moments
+from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.second_moments import (
     Scale,
     SecondMomentError,
@@ -20,6 +20,7 @@ from tda.gradients.sites import Site, find_sites
 from tda.model import functional
 from tda.training import checkpoint
 from tda.training.optimizer import make_optimizer
+from tests.gradients.moments.test_low_rank import relative_error
 
 SHAPES = [
     (32, 64),
@@ -186,7 +187,7 @@ def test_factored_scale_of_numbers_whose_squares_float32_cannot_hold():
 def test_low_rank_scale_is_between_factored_and_exact():
     full = 1 / jnp.sqrt(jnp.asarray(np.square(random((2, 24, 40), 0)) + 1e-2))
     errors = [
-        low_rank.relative_error(full, s.left, s.right).max()
+        relative_error(full, s.left, s.right).max()
         for s in (factored_scale(full), *(low_rank_scale(full, r) for r in (1, 2, 8, 24)))
     ]
     assert errors == sorted(errors, reverse=True)
@@ -304,9 +305,9 @@ def test_low_rank_moments_are_made_from_adams(adam_runs):
         for path, scale in second_moments.read(root, chosen, f"low_rank({rank})").items():
             full = exact[path].full
             assert scale.left.shape == (3, min(rank, *full.shape[1:]), full.shape[1])
-            errors = low_rank.relative_error(full, scale.left, scale.right)
+            errors = relative_error(full, scale.left, scale.right)
             few = factored_scale(full)
-            assert (errors < low_rank.relative_error(full, few.left, few.right)).all()
+            assert (errors < relative_error(full, few.left, few.right)).all()
             assert rank < 16 or errors.max() < 1e-6
 
 
