@@ -7,6 +7,7 @@ others. So the first batch is encoded a few times more, by the same compiled pro
 examples in the place of some.
 """
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -18,10 +19,21 @@ from flax import nnx
 from tda.gradients.unseen import count_examples
 from tda.model import functional
 
-# Tolerated difference relative to the norm of an example's numbers. Each row of a batch is computed
-# by the same instructions whatever the other rows hold, so a row that stays in its place does not
-# change; in another place it may be rounded otherwise, in bfloat16 to some percent.
-_IN_PLACE, _MOVED = 1e-3, 0.1
+
+@dataclasses.dataclass(frozen=True)
+class _Tolerance:
+    """The largest change of an example's numbers that may be rounding."""
+
+    relative: float
+    """To the norm of the example's numbers."""
+    floor: float
+    """The least norm that counts, in norms of the batch's largest example."""
+
+
+# Each row of a batch is computed by the same instructions whatever the other rows hold, so a row
+# that stays in its place does not change. In another place it may be rounded otherwise: in bfloat16
+# a loss near 0 by more than itself, so there only what is large in the batch is looked at.
+_IN_PLACE, _MOVED = _Tolerance(1e-3, 0.01), _Tolerance(0.2, 1.0)
 
 
 class MatesCheck:
@@ -66,18 +78,16 @@ class MatesCheck:
             ("gradient", encode, encodings),
         ):
             rows, *others = (_flat(x) for x in (rows, *map(compute, batches)))
-            pairs = (
-                (rows[:half], others[0][:half], _IN_PLACE),
-                (rows[half:], others[1][half:], _IN_PLACE),
-                (rows[half:], others[2][: count - half], _MOVED),
+            change = max(
+                _change(rows[:half], others[0][:half], _IN_PLACE),
+                _change(rows[half:], others[1][half:], _IN_PLACE),
+                _change(rows[half:], others[2][: count - half], _MOVED),
             )
-            changes = [(_change(x, y), tolerance) for x, y, tolerance in pairs]
-            change = max(size if size > tolerance else 0 for size, tolerance in changes)
             if change:
                 culprit = _name_culprit(self._model, self._plain_losses, batch, batches[:2], half)
                 raise ValueError(
-                    f"the {quantity} of an example changes by {change:.0%} with the other examples "
-                    f"of its batch{culprit}; it must depend on that example alone: use no "
+                    f"the {quantity} of an example changes by {change:.0%} with the batch "
+                    f"that it is in{culprit}; it must depend on that example alone: use no "
                     "statistics of the batch, no other order of its examples, and no dropout "
                     "(model.eval())"
                 )
@@ -111,13 +121,13 @@ def _flat(arrays) -> np.ndarray:
     return np.concatenate(flat, axis=1)
 
 
-def _change(rows: np.ndarray, others: np.ndarray) -> float:
-    """Returns the largest change of a row relative to its norm; 0 where nothing is finite."""
+def _change(rows: np.ndarray, others: np.ndarray, tolerance: _Tolerance) -> float:
+    """Returns the largest change of a row relative to its norm; 0 within the tolerance."""
     norms = np.linalg.norm(rows, axis=1)
-    # What is small beside the batch's largest row may be noise of its own computation.
-    scales = np.maximum(norms, 0.01 * norms.max(initial=0))
+    scales = np.maximum(norms, tolerance.floor * norms.max(initial=0))
     changes = np.linalg.norm(others - rows, axis=1) / np.where(scales > 0, scales, 1)
-    return float(np.where(np.isfinite(changes), changes, 0).max(initial=0))
+    largest = float(np.where(np.isfinite(changes), changes, 0).max(initial=0))
+    return largest if largest > tolerance.relative else 0
 
 
 def _name_culprit(model: nnx.Module, losses: Callable, batch, others, half: int) -> str:
@@ -134,8 +144,10 @@ def _name_culprit(model: nnx.Module, losses: Callable, batch, others, half: int)
             if any(len(x) != count_examples(batch) for x in (*first, *other)):
                 continue
             pairs = zip(first, other, strict=True)
-            inputs, outputs = (_change(_flat([x])[rows], _flat([y])[rows]) for x, y in pairs)
-            if inputs <= _IN_PLACE < outputs:
+            inputs, outputs = (
+                _change(_flat([x])[rows], _flat([y])[rows], _IN_PLACE) for x, y in pairs
+            )
+            if outputs and not inputs:
                 return f", in {path}"
     return ""
 
