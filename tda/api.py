@@ -18,7 +18,7 @@ from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
 from tda.model import pretrained
 from tda.retrieval import exact
-from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.retrieval.whitening import HessianSettings, Whitening, describe_regularisation
 from tda.runtime import compilation_cache, progress
 
 __all__ = ["load", "trace"]
@@ -63,7 +63,7 @@ def trace(
     id_field: str | None = None,
     joiner: str | None = None,
     sample: int = 16,
-    damping: float = 1e-3,
+    damping: float = -1.0,
     seed: int = 0,
     directory: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -112,7 +112,9 @@ def trace(
             they are written: right for code.
         sample: the number of batches that second moments are estimated from, drawn at random; from
             an iterator of batches, the first ones.
-        damping: the damping of R, in mean eigenvalues of a block.
+        damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
+            towards a multiple of the identity by as much as so few passages need (Ledoit and Wolf
+            2004), so that on a small corpus the noise in R does no harm; a line says how much.
         seed: the seed of the draw.
         directory: where tokens and gradients are stored; a call that is killed resumes if it is
             repeated with the same arguments. It serves several methods and corrections: those
@@ -182,6 +184,9 @@ def _rank(
         HessianSettings(damping=damping), source, queries_QxE, settings.mesh, quiet=settings.quiet
     )
     (part,) = whitening.parts({"": method})
+    note = whitening.note(method)
+    if note is not None and not settings.quiet:
+        print(f"R of {source.rows:,d} passages: {describe_regularisation(note)}")
     with progress.bar(source.rows, "search", "passage", quiet=settings.quiet) as bar:
         search = exact.ExactSearch(source, settings.mesh, bar.update)
         ranked = search.rank(queries_QxE, part.scorers, k)[""]

@@ -405,6 +405,19 @@ def test_queries_of_too_few_directions_are_not_mixed_in(model, tokenizer):
         call(model, tokenizer, queries=queries, method="trackstar", projection=wide)
 
 
+def test_r_is_shrunk_as_the_passages_need_and_says_so(model, tokenizer, capsys):
+    by_default = call(model, tokenizer, quiet=False)
+    assert re.search(
+        r"R of 8 passages: shrunk by 0\.\d+, the blocks' median", capsys.readouterr().out
+    )
+    damped = call(model, tokenizer, damping=1e-3, quiet=False)
+    assert "R of 8 passages: damping 0.001\n" in capsys.readouterr().out
+    assert by_default[0].proponents[0].score != pytest.approx(
+        damped[0].proponents[0].score, abs=0.01
+    )
+    assert by_default.show() == call(model, tokenizer, damping=-1.0).show()
+
+
 def test_what_the_package_offers():
     assert set(tda.__all__) == {"Projection", "load", "second_moments", "trace"}
     assert tda.Projection is Projection and callable(tda.load)

@@ -81,7 +81,7 @@ def test_huggingface(world):
 def test_own_model(world):
     names, said = run_snippets((DOCS / "own_model.md").read_text())
     # A query that is an example itself finds itself.
-    assert said.splitlines()[1] == "0"
+    assert said.splitlines()[2] == "0"
     assert len(names["traced"]) == 2
     # The moments on disk are those of the optimizer in memory, and the page's gradients, divided by
     # their root, are those of the slow reference.

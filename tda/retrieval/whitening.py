@@ -41,8 +41,12 @@ class HessianSettings:
     weight: float = -1.0
     """λ, the weight of R_eval; below 0: by the rule."""
 
-    damping: float = 1e-3
-    """Added to R, in mean eigenvalues of a block; below 0: R is shrunk as its sample size needs."""
+    damping: float = -1.0
+    """Added to R, in mean eigenvalues of a block; below 0: R is shrunk as its sample size needs.
+
+    R of few rows is mostly noise. With 1e-3 it ranked worse than no R at all when there were as
+    many rows as columns, and no fixed number suited every size (benchmarks/default_shrinkage.py).
+    """
 
     cutoff: float = 0.0
     """Directions of smaller eigenvalues, in mean eigenvalues of a block, are left out."""
@@ -317,6 +321,13 @@ class Whitening:
         shares = hessian.shrinkage(R, noise)
         note["shrinkage"] = float(np.median(shares))
         return hessian.inverse_root(hessian.shrink(R, shares), _FLOOR, s.cutoff), 1 - shares
+
+
+def describe_regularisation(note: dict) -> str:
+    """Describes how R was kept from magnifying noise: a method's note, in words."""
+    if "shrinkage" in note:
+        return f"shrunk by {note['shrinkage']:.2g}, the blocks' median"
+    return f"damping {note['damping']:.3g}"
 
 
 def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np.ndarray] | None:

@@ -109,7 +109,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "hessian.component": (0, "k of the mixing rule; 0: 1000 for 65,536 dimensions, in proportion"),
     "hessian.weight": (-1.0, "λ of R_eval in the mixture; -1: by the rule, for k or more queries"),
     "hessian.damping": (
-        1e-3,
+        -1.0,
         "in mean eigenvalues of a block; -1: what the sample's size needs (Ledoit and Wolf)",
     ),
     "hessian.cutoff": (0.0, "leave out directions of smaller eigenvalues, in the same unit"),

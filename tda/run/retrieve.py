@@ -11,7 +11,7 @@ from tda.gradients import adam_steps
 from tda.methods import GradientKind, Method
 from tda.retrieval import dense, ranked
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import HessianSettings
+from tda.retrieval.whitening import HessianSettings, describe_regularisation
 from tda.run import encode
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
@@ -185,10 +185,8 @@ def describe(note: dict) -> str:
     if "lambda" in note:
         parts.append(f"λ = {note['lambda']:.3f} at component {note['component']}")
         parts.append(f"R_eval of {_EVALUATIONS[note['evaluation']]}")
-    if "damping" in note:
-        parts.append(f"damping {note['damping']:.3g}")
-    if "shrinkage" in note:
-        parts.append(f"shrunk by {note['shrinkage']:.2g}, the blocks' median")
+    if "damping" in note or "shrinkage" in note:
+        parts.append(describe_regularisation(note))
     if "checkpoints" in note:
         pairs = zip(note["checkpoints"], note["weights"], strict=True)
         parts.append("checkpoints " + ", ".join(f"{s} ({w:.2f})" for s, w in pairs))

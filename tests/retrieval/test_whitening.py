@@ -22,7 +22,8 @@ def data():
 
 def whitening(data, **changes):
     passages, queries = data
-    return Whitening(HessianSettings(**changes), InMemory(passages, SLICES), queries)
+    settings = HessianSettings(**{"damping": 1e-3} | changes)
+    return Whitening(settings, InMemory(passages, SLICES), queries)
 
 
 def scores(data, part, name):
@@ -207,3 +208,35 @@ def test_a_query_alone_is_scored_as_among_all(data, name):
             assert alone.query_weights == among_all.query_weights
             for a, b in zip(alone.roots, among_all.roots, strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_r_of_as_many_passages_as_columns_is_shrunk_by_default():
+    """Guards: the noise of few rows, which a small damping magnifies, drowns what matches.
+
+    Passages of a topic share a direction that all passages have little of. R of as many rows as
+    columns gives its smallest eigenvalues to noise; R of many rows needs no shrinking.
+    """
+    rng = np.random.default_rng(0)
+    E, topics = 64, 16
+
+    def rows(count):
+        topic = np.arange(count) % topics
+        common = rng.normal(size=(count, 8)) @ rng.normal(size=(8, E)) * 3
+        return np.float32(rng.normal(size=(count, E)) + common), topic
+
+    directions = rng.normal(size=(topics, E))
+    queries = np.float32(directions * 0.5 + rng.normal(size=(topics, 8)) @ rng.normal(size=(8, E)))
+
+    def mean_reciprocal_rank(count, **changes):
+        noise, topic = rows(count)
+        source = InMemory(np.float32(noise + directions[topic] * 0.5), [slice(0, E)])
+        whitening = Whitening(HessianSettings(**changes), source, quiet=True)
+        scorers = {"m": whitening.scorer(METHODS["trackstar_train"], None)}
+        ranked = exact.search(queries, source, scorers, count)["m"]
+        hits = topic[ranked.proponents] == np.arange(topics)[:, None]
+        return np.mean(1 / (1 + hits.argmax(axis=1))), whitening.note(METHODS["exp5"])
+
+    by_default, note = mean_reciprocal_rank(E)
+    damped, _ = mean_reciprocal_rank(E, damping=1e-3)
+    assert note["shrinkage"] > 0.02 and by_default > damped + 0.1
+    assert mean_reciprocal_rank(64 * E)[1]["shrinkage"] < note["shrinkage"] / 20

@@ -39,6 +39,8 @@ def traced(tmp_path_factory, one_device):
     config.train.epochs = 3.0
     config.projection.blocks = 1
     config.several.checkpoints = 2
+    # The tests compute R^(−1/2) themselves, with a fixed damping.
+    config.hessian.damping = 1e-3
     config.eval.top_k = 12
     workdir = Workdir(path / "w")
     with pytest.MonkeyPatch.context() as patch:
