@@ -120,8 +120,9 @@ def open_checkpoint(path: str | os.PathLike, step: int | None = None) -> SavedSt
         names = _tree_names(directory)
     elif step is not None and step != _step_of(root):
         raise CheckpointError(f"{root} is one checkpoint; leave step={step} out")
-    with ocp.PyTreeCheckpointer() as reader:
-        trees = {name: reader.metadata(directory / name).item_metadata.tree for name in names}
+    # Not a checkpointer's `metadata`, which warns where a tree has no description of its own.
+    handler = ocp.PyTreeCheckpointHandler()
+    trees = {name: handler.metadata(directory / name).tree for name in names}
     is_tree = names == ["."]
     return SavedState(directory, trees, _description([directory] + [directory.parent] * is_tree))
 
