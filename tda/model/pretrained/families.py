@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 
-from tda.model.pretrained import configurations, layouts
+from tda.model.pretrained import architectures, configurations, layouts
 from tda.model.pretrained.tensors import Part, PretrainedError
 from tda.model.settings import DecoderSettings
 
@@ -72,27 +72,44 @@ def _like_llama(
 
 
 FAMILIES = {
-    "LlamaForCausalLM": _like_llama(configurations.llama),
-    "MistralForCausalLM": _like_llama(configurations.mistral),
-    "Qwen2ForCausalLM": _like_llama(configurations.qwen2),
-    "Qwen3ForCausalLM": _like_llama(configurations.qwen3),
-    "SmolLM3ForCausalLM": _like_llama(configurations.smollm3),
-    "StableLmForCausalLM": _like_llama(configurations.stablelm),
-    "Phi3ForCausalLM": _like_llama(configurations.phi3, layouts.phi3_layer),
-    "OlmoForCausalLM": _like_llama(configurations.olmo),
-    "Olmo2ForCausalLM": _like_llama(configurations.olmo2),
-    "Olmo3ForCausalLM": _like_llama(configurations.olmo3),
-    "GemmaForCausalLM": _like_llama(configurations.gemma),
-    "Gemma2ForCausalLM": _like_llama(configurations.gemma2),
-    "Gemma3ForCausalLM": _like_llama(configurations.gemma3),
+    "LlamaForCausalLM": _like_llama(architectures.llama),
+    "MistralForCausalLM": _like_llama(architectures.mistral),
+    "Qwen2ForCausalLM": _like_llama(architectures.qwen2),
+    "Qwen3ForCausalLM": _like_llama(architectures.qwen3),
+    "SmolLM3ForCausalLM": _like_llama(architectures.smollm3),
+    "StableLmForCausalLM": _like_llama(architectures.stablelm),
+    "Phi3ForCausalLM": _like_llama(architectures.phi3, layouts.phi3_layer),
+    "OlmoForCausalLM": _like_llama(architectures.olmo),
+    "Olmo2ForCausalLM": _like_llama(architectures.olmo2),
+    "Olmo3ForCausalLM": _like_llama(architectures.olmo3),
+    "GemmaForCausalLM": _like_llama(architectures.gemma),
+    "Gemma2ForCausalLM": _like_llama(architectures.gemma2),
+    "Gemma3ForCausalLM": _like_llama(architectures.gemma3),
     # Texts have no gradient in the parameters that see pictures.
     "Gemma3ForConditionalGeneration": dataclasses.replace(
-        _like_llama(configurations.gemma3_of_pictures),
+        _like_llama(architectures.gemma3_of_pictures),
         model_prefixes=("language_model.model.", "model.language_model."),
         ignored=r"^(model\.)?(vision_tower|multi_modal_projector)\.",
     ),
+    "Starcoder2ForCausalLM": _like_llama(architectures.starcoder2, layouts.starcoder2_layer),
+    "OPTForCausalLM": Family(
+        architectures.opt,
+        layouts.opt_layer,
+        layouts.opt_outside,
+        model_prefixes=("model.decoder.", "decoder."),
+        layers_prefix="layers.",
+        ignored=r"^$",
+    ),
+    "GPTNeoForCausalLM": Family(
+        architectures.gpt_neo,
+        layouts.gpt_neo_layer,
+        layouts.gpt2_outside,
+        model_prefixes=("transformer.",),
+        layers_prefix="h.",
+        ignored=r"attn\.attention\.(masked_)?bias$",
+    ),
     "GPT2LMHeadModel": Family(
-        configurations.gpt2,
+        architectures.gpt2,
         layouts.gpt2_layer,
         layouts.gpt2_outside,
         model_prefixes=("transformer.",),
@@ -100,7 +117,7 @@ FAMILIES = {
         ignored=r"attn\.(masked_)?bias$",
     ),
     "GPTNeoXForCausalLM": Family(
-        configurations.neox,
+        architectures.neox,
         layouts.neox_layer,
         layouts.neox_outside,
         model_prefixes=("gpt_neox.",),
@@ -118,10 +135,7 @@ _LACKING = {
     "FalconForCausalLM": "one norm before attention and MLP in parallel",
     "BloomForCausalLM": "positions as biases of the scores (ALiBi)",
     "MptForCausalLM": "positions as biases of the scores (ALiBi)",
-    "OPTForCausalLM": "learned positions that count from 2",
-    "GPTNeoForCausalLM": "unscaled scores with windows in every other layer",
     "GPTBigCodeForCausalLM": "one key and value for all heads of learned positions",
-    "Starcoder2ForCausalLM": "a plain MLP with LayerNorm and grouped keys",
     "GraniteForCausalLM": "factors of the residual branches and of the logits",
     "NemotronForCausalLM": "squared ReLU in the MLP",
     "MambaForCausalLM": "state spaces instead of attention",

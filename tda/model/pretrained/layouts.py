@@ -4,6 +4,8 @@ Each family has a function for one layer, which takes the decoder's settings and
 layer's tensors, and one for the parameters outside of the layers.
 """
 
+import dataclasses
+
 import numpy as np
 
 from tda.model.pretrained.tensors import Part
@@ -61,7 +63,7 @@ def llama_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     if settings.query_key_norm:
         parts["attention/query_norm/scale"] = Part(f"{attention}.q_norm.weight")
         parts["attention/key_norm/scale"] = Part(f"{attention}.k_norm.weight")
-    for path in ("gate", "up", "down"):
+    for path in ("gate", "up", "down") if settings.gated else ("up", "down"):
         parts |= linear(f"mlp/{path}", f"{prefix}mlp.{path}_proj", settings.mlp_bias)
     return parts
 
@@ -75,6 +77,55 @@ def llama_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     return {
         "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
         **norm(settings, "final_norm", f"{prefix}norm"),
+    } | _head(settings, "lm_head.weight")
+
+
+# What plain MLPs, out-projections and norms are called in families that else are as Llama.
+_STARCODER2 = {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+_OPT = {
+    "input_layernorm": "self_attn_layer_norm",
+    "post_attention_layernorm": "final_layer_norm",
+    "self_attn.o_proj": "self_attn.out_proj",
+    "mlp.up_proj": "fc1",
+    "mlp.down_proj": "fc2",
+}
+_GPT_NEO = {
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.attention.q_proj",
+    "self_attn.k_proj": "attn.attention.k_proj",
+    "self_attn.v_proj": "attn.attention.v_proj",
+    "self_attn.o_proj": "attn.attention.out_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+def _renamed(names: dict[str, str]):
+    """Returns `llama_layer` for a family whose modules have other names."""
+
+    def layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+        parts = {}
+        for path, part in llama_layer(settings, "").items():
+            module, _, end = part.tensor.rpartition(".")
+            tensor = f"{prefix}{names.get(module, module)}.{end}"
+            parts[path] = dataclasses.replace(part, tensor=tensor)
+        return parts
+
+    return layer
+
+
+starcoder2_layer, opt_layer, gpt_neo_layer = map(_renamed, (_STARCODER2, _OPT, _GPT_NEO))
+
+
+def opt_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+    """Returns the parts of embeddings, final norm and head of OPT."""
+    # The first two rows are for padding, which here has no positions of its own.
+    rows = np.arange(2, settings.max_positions + 2)
+    return {
+        "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
+        "position_embedding/embedding": Part(f"{prefix}embed_positions.weight", take=rows),
+        **norm(settings, "final_norm", f"{prefix}final_layer_norm"),
     } | _head(settings, "lm_head.weight")
 
 
