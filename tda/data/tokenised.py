@@ -9,6 +9,7 @@ document, else `ID#START-END` for its characters START to END. A tokenisation th
 after the last finished part and ends in the same bytes.
 """
 
+import array
 import collections
 import dataclasses
 import itertools
@@ -22,14 +23,16 @@ import numpy as np
 
 from tda.data.corpora import CorpusError, Document
 from tda.data.jsonl import half_character
-from tda.data.tokens import TokenTable, cut
+from tda.data.tokens import TokenTable, by_characters, cut
 from tda.runtime import atomic_file, progress
 from tda.runtime.fingerprint import hash_64_bits, plain
 
-# Documents in one call of the tokenizer (which spreads them over threads), and calls for a part:
-# a part is what a kill loses at most.
+# Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
+# part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
+# with their length: a part of so many characters has about 50 MB of arrays.
 _BATCH = 256
 _BATCHES_A_PART = 64
+_PART_CHARACTERS = 1 << 25
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 
 
@@ -152,6 +155,8 @@ _ARRAYS = {
     "names": np.uint8,
     "name_ends": np.int64,
 }
+# The same as codes of Python's arrays, for those of numbers.
+_CODES = {k: {np.int32: "i", np.int64: "q"}[d] for k, d in _ARRAYS.items() if d != np.uint8}
 
 
 def _none() -> dict[str, np.ndarray]:
@@ -159,50 +164,72 @@ def _none() -> dict[str, np.ndarray]:
 
 
 def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tuple[dict, Counts]]:
-    """Yields the parts of the corpus from number `first` on."""
+    """Yields the parts of the corpus from document number `first` on."""
     documents = iter(documents)
-    size = _BATCH * _BATCHES_A_PART
     with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
-        skipped = sum(1 for _ in itertools.islice(documents, first * size))
-        bar.update(skipped)
-        while batch := list(itertools.islice(documents, size)):
-            yield _part(batch, tokenizer, context, bar)
+        bar.update(sum(1 for _ in itertools.islice(documents, first)))
+        part = _Part(tokenizer, context)
+        for batch in by_characters(documents, lambda d: len(d.text or ""), _BATCH):
+            part.add(batch)
+            bar.update(len(batch))
+            if part.batches == _BATCHES_A_PART or part.characters >= _PART_CHARACTERS:
+                yield part.arrays(), part.counts()
+                part = _Part(tokenizer, context)
+        if part.batches:
+            yield part.arrays(), part.counts()
 
 
-def _part(batch: list[Document], tokenizer, context: int, bar) -> tuple[dict, Counts]:
-    tokens, ends, owners, spans, names = [], [], [], [], []
-    blank = split = total = 0
-    for start in range(0, len(batch), _BATCH):
-        documents = batch[start : start + _BATCH]
+class _Part:
+    """The passages of some documents, in flat arrays that grow: Python's lists of numbers and of
+    pairs take 70 to 660 bytes a token, these take 5 to 10.
+    """
+
+    def __init__(self, tokenizer, context: int):
+        self._tokenizer, self._context = tokenizer, context
+        self.batches = self.characters = self._documents = self._blank = self._split = 0
+        self._numbers = {k: array.array(code) for k, code in _CODES.items()}
+        self._names = bytearray()
+
+    def add(self, documents: list[Document]) -> None:
+        """Cuts documents into passages and appends these."""
         for document in documents:
             _check_characters(document)
-        for document, (ids, places) in zip(
-            documents, tokenizer.encode_spans([d.text for d in documents]), strict=True
-        ):
-            if not document.text.strip():
-                blank += 1
-                continue
-            sequence = [*ids, *tokenizer.end]
-            ranges = cut(sequence, tokenizer, context)
-            split += len(ranges) > 1
-            for first, stop in ranges:
-                tokens += [*tokenizer.begin, *sequence[first:stop]]
-                total += len(tokenizer.begin) + stop - first
-                ends.append(total)
-                owners.append(len(names))
-                spans.append(_characters(places, first, stop) if len(ranges) > 1 else (-1, -1))
-            names.append(document.id.encode())
-        bar.update(len(documents))
-    arrays = {
-        "tokens": tokens,
-        "ends": ends,
-        "owners": owners,
-        "spans": np.reshape(spans, (-1, 2)),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_ends": np.cumsum([len(n) for n in names]),
-    }
-    arrays = {k: np.asarray(arrays[k], dtype) for k, dtype in _ARRAYS.items()}
-    return arrays, Counts(len(batch), blank, split)
+        encoded = self._tokenizer.encode_spans([d.text for d in documents])
+        for document, (ids, places) in zip(documents, encoded, strict=True):
+            self._documents += 1
+            self.characters += len(document.text)
+            if document.text.strip():
+                self._add(document, ids, np.asarray(places, np.int64).reshape(-1, 2))
+            else:
+                self._blank += 1
+        self.batches += 1
+
+    def _add(self, document: Document, ids, places_Tx2: np.ndarray) -> None:
+        begin, end = self._tokenizer.begin, self._tokenizer.end
+        sequence = np.asarray([*ids, *end], np.int32)
+        ranges = cut(sequence, self._tokenizer, self._context)
+        self._split += len(ranges) > 1
+        out = self._numbers
+        for first, stop in ranges:
+            out["tokens"].extend(begin)
+            out["tokens"].frombytes(sequence[first:stop].tobytes())
+            out["ends"].append(len(out["tokens"]))
+            out["owners"].append(len(out["name_ends"]))
+            out["spans"].extend(
+                _characters(places_Tx2, first, stop) if len(ranges) > 1 else (-1, -1)
+            )
+        self._names += document.id.encode()
+        out["name_ends"].append(len(self._names))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of the part, by the names of `_ARRAYS`."""
+        flat = {k: np.frombuffer(x, _ARRAYS[k]) for k, x in self._numbers.items()}
+        names = np.frombuffer(self._names, np.uint8)
+        return flat | {"spans": flat["spans"].reshape(-1, 2), "names": names}
+
+    def counts(self) -> Counts:
+        """Returns the numbers of the part's documents."""
+        return Counts(self._documents, self._blank, self._split)
 
 
 def _check_characters(document: Document) -> None:
@@ -215,27 +242,23 @@ def _check_characters(document: Document) -> None:
             raise CorpusError(f"document {document.id!r}: the {field} has {half}")
 
 
-def _characters(places, first: int, stop: int) -> tuple[int, int]:
+def _characters(places_Tx2: np.ndarray, first: int, stop: int) -> tuple[int, int]:
     """Returns the characters of tokens [first, stop); the tokens after a text have none."""
-    spans = places[first : min(stop, len(places))]
-    return min(a for a, _ in spans), max(b for _, b in spans)
+    spans = places_Tx2[first:stop]
+    return int(spans[:, 0].min()), int(spans[:, 1].max())
 
 
 def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Counts]:
     """Writes the parts that are missing, each atomically; returns the counts of all parts."""
-    done = 0
-    while (parts / f"{done}.npz").exists():
-        done += 1
-    for i, (part, count) in enumerate(
-        _parts(documents, tokenizer, context, quiet, first=done), start=done
-    ):
-        with atomic_file.open_atomic(parts / f"{i}.npz", "wb") as out:
-            np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
-        done = i + 1
-    counts = []
-    for i in range(done):
-        with np.load(parts / f"{i}.npz") as part:
+    counts: list[Counts] = []
+    while (path := parts / f"{len(counts)}.npz").exists():
+        with np.load(path) as part:
             counts.append(Counts(*map(int, part["counts"])))
+    finished = sum(c.documents for c in counts)
+    for part, count in _parts(documents, tokenizer, context, quiet, first=finished):
+        with atomic_file.open_atomic(parts / f"{len(counts)}.npz", "wb") as out:
+            np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
+        counts.append(count)
     return counts
 
 

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from tda.data.jsonl import half_character
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.runtime.fingerprint import fingerprint_parts
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,25 @@ def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]
     return ranges
 
 
+# Characters in one call of the tokenizer, about: its answer takes some 60 bytes a character.
+_CALL_CHARACTERS = 1 << 20
+_CALL_TEXTS = 1024
+
+
+def by_characters(items: Iterable[T], length: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yields lists of at most `most` items, and of few characters (but at least one item)."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        if batch and (len(batch) == most or total + length(item) > _CALL_CHARACTERS):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += length(item)
+    if batch:
+        yield batch
+
+
 def tokenise_passages(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, context: int
 ) -> tuple[TokenTable, dict[str, int]]:
@@ -136,9 +158,12 @@ def tokenise_passages(
     for document, text in texts:
         if half := half_character(text):
             raise ValueError(f"document {document!r}: the text has {half}")
-    for (document, text), tokens in zip(
-        texts, tokenizer.encode([t for _, t in texts]), strict=True
-    ):
+    encoded = (
+        tokens
+        for batch in by_characters(texts, lambda pair: len(pair[1]), _CALL_TEXTS)
+        for tokens in tokenizer.encode([text for _, text in batch])
+    )
+    for (document, text), tokens in zip(texts, encoded, strict=True):
         if not text.strip():
             raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
         tokens = [*tokens, *tokenizer.end]

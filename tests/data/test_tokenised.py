@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -141,3 +142,45 @@ def test_places_of_ids():
     assert tokenised.place_of("a/b#12-40") == ("a/b", slice(12, 40))
     assert tokenised.place_of("a#b") == ("a#b", None)
     assert tokenised.place_of("x#1-2", documents=["x#1-2"]) == ("x#1-2", None)
+
+
+def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):
+    """Guards: memory that grows with the documents of a part, however long they are."""
+    how = (tokenizer, 24, {"corpus": "x"})
+    expected, counts = tokenised.tokenise_on_disk(tmp_path / "a", DOCUMENTS, *how, quiet=True)
+    monkeypatch.setattr(tokenised, "_BATCH", 256)
+    monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 64)
+    monkeypatch.setattr(tokens, "_CALL_CHARACTERS", 300)
+    monkeypatch.setattr(tokenised, "_PART_CHARACTERS", 600)
+    calls, encode_spans, parts = [], tokenizer.encode_spans, tokenised._parts
+
+    def watched(texts):
+        calls.append(texts)
+        return encode_spans(texts)
+
+    def counted(*arguments, **options):
+        for part in parts(*arguments, **options):
+            sizes.append(part[1].documents)
+            yield part
+
+    sizes = []
+    monkeypatch.setattr(tokenizer, "encode_spans", watched)
+    monkeypatch.setattr(tokenised, "_parts", counted)
+    found, same_counts = tokenised.tokenise_on_disk(tmp_path / "b", DOCUMENTS, *how, quiet=True)
+    same(found, expected)
+    assert same_counts == counts and sum(sizes) == len(DOCUMENTS) and len(sizes) > 2
+    assert all(len(texts) == 1 or sum(map(len, texts)) <= 300 for texts in calls)
+    assert max(map(len, calls)) > 1
+
+
+def test_tokens_take_few_bytes_while_they_are_collected(tokenizer):
+    """Guards: Python lists of numbers and pairs, 72 to 660 bytes a token."""
+    part = tokenised._Part(tokenizer, 24)
+    documents = [Document(f"d{i}", LONG) for i in range(50)]
+    part.add(documents[:1])
+    tracemalloc.start()
+    for document in documents[1:]:
+        part.add([document])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 12 * len(part.arrays()["tokens"])
