@@ -67,6 +67,7 @@ setup(
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "setuptools>=70.1",
             "zarr>=3.1.6",
+            "zstandard>=0.25.0",
         ],
         # Other implementations, which slow tests compare with; PyTorch for a CPU is enough.
         "peers": [
@@ -80,6 +81,8 @@ setup(
         "gguf": ["gguf>=0.19.0"],
         # Corpora in Parquet files and `datasets` directories.
         "parquet": ["pyarrow>=26.0.1"],
+        # Corpora in .zst files.
+        "zstd": ["zstandard>=0.25.0"],
         # Approximate search.
         "scann": ["scann>=1.4.2"],
         # What `benchmarks.retrieval` compares with.

@@ -80,9 +80,9 @@ def trace(
     Args:
         model: any NNX model, in evaluation mode if it has one; wrap a Linen model in
             `flax.nnx.bridge.ToNNX` and give `untapped="reference"`.
-        passages: the corpus. With a tokenizer, a path (`tda.data.corpora.documents` says which
-            files), or an iterable of texts, of (id, text), of `Document` or of rows with named
-            fields (dicts, rows of a `datasets.Dataset`); else an iterable of batches.
+        passages: the corpus. With a tokenizer, a path or a `tda.data.corpora.Corpus` (which says
+            which files), or an iterable of texts, of (id, text), of `Document` or of rows with
+            named fields (dicts, rows of a `datasets.Dataset`); else an iterable of batches.
         queries: an iterable of (prompt, target), of (id, prompt, target) or of rows with the fields
             "prompt" and "target" (and "id"); else of batches.
         tokenizer: the model's tokenizer: that of `load`, one of transformers, or a path (any form

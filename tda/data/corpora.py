@@ -1,9 +1,10 @@
 """Reads corpora of many forms as a stream of documents, only a few of them in memory at a time.
 
-The forms are JSON lines, Parquet files, a Hugging Face `datasets` directory on disk, a folder of
-text files, and a TFDS dataset by its name.
+The forms are JSON lines and arrays, CSV, Parquet, a Hugging Face `datasets` directory on disk, a
+folder of text files, and a TFDS dataset by its name.
 """
 
+import csv
 import dataclasses
 import glob
 import heapq
@@ -13,29 +14,20 @@ import numbers
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 from tda.data import jsonl
+from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
 from tda.data.jsonl import half_character
 from tda.runtime.fingerprint import hash_64_bits
 
-KINDS = ("jsonl", "parquet", "datasets", "texts", "tfds")
+KINDS = ("jsonl", "csv", "parquet", "datasets", "texts", "tfds")
 # Fields that hold a document's id, in order of preference.
 _IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".json.gz": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "texts",
-}
 # The names that `tfds.builder` takes: DATASET[/CONFIG][:VERSION].
 _TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
-
-
-class CorpusError(ValueError):
-    """A corpus cannot be read; the message names the file, the record or the field."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,49 +43,123 @@ class Document:
     text: str
 
 
-def documents(
-    source: str | os.PathLike | Sequence[str | os.PathLike],
-    *,
-    kind: str | None = None,
-    text_field: str = "text",
-    id_field: str | None = None,
-    split: str = "train",
-    data_dir=None,
-) -> Iterator[Document]:
-    """Streams the documents of a corpus, in its own order.
+@dataclasses.dataclass
+class Corpus:
+    """A corpus by its name: an iterable of its documents, in its own order.
 
-    Args:
-        source: a file, a glob pattern, a list of files, a directory, or the name of a TFDS dataset
+    Of a folder, the files that are the corpus are chosen by the rule of `tda.data.folders`.
+
+    Attributes:
+        source: a file, a glob pattern, a list of files, a folder, or the name of a TFDS dataset
             such as "c4/en" or "c4/en:3.0.1".
-        kind: "jsonl" (plain or gzipped), "parquet", "datasets" (the output of
-            `Dataset.save_to_disk`), "texts" (every .txt file of a directory is a document) or
-            "tfds"; by default the names of the files decide.
-        text_field: the field or column of the text.
+        kind: "jsonl" (JSON lines, or a JSON array), "csv" (with a header; tabs in .tsv files),
+            "parquet", "datasets" (the output of `Dataset.save_to_disk`), "texts" (every .txt file
+            is a document) or "tfds"; by default the names of the files decide. Text files may be
+            compressed (.gz, .zst).
+        text_field: the field or column of the text; a null text is blank.
         id_field: the field or column of the id; by default "id", "sentence_id", "doc_id", "docid"
-            or "_id" if there is one, else documents are named by file and number, from 0.
-        split: the split of a TFDS dataset, or of a `datasets` directory with several.
+            or "_id" if there is one, else documents are named by their file's path in the folder
+            and their number, from 0.
+        split: the split of a TFDS dataset, or of a folder with several.
         data_dir: the directory of TFDS datasets; TFDS's default if None.
+        undecodable: "refuse" what is not UTF-8, or "skip" and count it.
+        duplicate_ids: "refuse" them, or "number": the second document of the id X becomes X~2
+            (which keeps a number for every id in memory).
+        skipped: how many records the last iteration skipped.
 
     Raises:
         FileNotFoundError: no file or directory has that name.
-        CorpusError: the kind is unknown, a field is missing or not Unicode, or a package is not
-            installed.
-        tda.data.jsonl.RecordError: a line is not JSON.
+        CorpusError: the kind or an option is unknown; in an iteration, a field is missing or not
+            Unicode, or a package is not installed.
+        tda.data.jsonl.RecordError: in an iteration, a line is not JSON.
     """
-    if kind is None:
-        kind = _guess_kind(source)
-    if kind not in KINDS:
-        raise CorpusError(f"unknown kind of corpus {kind!r}; use {', '.join(KINDS)}")
-    fields = text_field, id_field
-    if kind == "jsonl":
-        return _from_jsonl(source, *fields)
-    if kind == "parquet":
-        return _from_parquet(source, *fields)
-    if kind == "datasets":
-        return _from_datasets(pathlib.Path(os.path.expanduser(source)), *fields, split)
-    if kind == "texts":
-        return _from_texts(source)
-    return _from_tfds(os.fspath(source), *fields, split, data_dir)
+
+    source: str | os.PathLike | Sequence[str | os.PathLike]
+    kind: str | None = None
+    text_field: str = "text"
+    id_field: str | None = None
+    split: str = "train"
+    data_dir: str | os.PathLike | None = None
+    undecodable: str = "refuse"
+    duplicate_ids: str = "refuse"
+    skipped: int = dataclasses.field(default=0, init=False, compare=False)
+
+    def __post_init__(self):
+        if self.kind not in (None, *KINDS):
+            raise CorpusError(f"unknown kind of corpus {self.kind!r}; use {', '.join(KINDS)}")
+        for name, choices in (
+            ("undecodable", ("refuse", "skip")),
+            ("duplicate_ids", ("refuse", "number")),
+        ):
+            if getattr(self, name) not in choices:
+                raise CorpusError(f"{name}={getattr(self, name)!r}; use {' or '.join(choices)}")
+        self._kind, self._files = self._find()
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = 0
+        documents = self._read()
+        yield from _number(documents) if self.duplicate_ids == "number" else documents
+        if self.skipped:
+            warnings.warn(f"{self.source}: {self.skipped} records are not UTF-8", stacklevel=2)
+
+    def describe(self) -> dict:
+        """Returns JSON values that tell this corpus from others: files and options."""
+        options = dataclasses.asdict(self)
+        for name in ("source", "data_dir", "skipped"):
+            del options[name]
+        return options | {"files": describe_files(self.source, self._files)}
+
+    def _find(self) -> tuple[str, dict[str, str]]:
+        """Returns the kind, and the corpus's files with their names in ids."""
+        if not isinstance(self.source, str | os.PathLike):
+            files = jsonl.expand(self.source)
+            return self.kind or _guess_kind(files[0]), names_of(files, None)
+        path = pathlib.Path(os.path.expanduser(os.fspath(self.source)))
+        if path.is_dir() and self.kind != "tfds":
+            is_dataset = any((path / n).exists() for n in ("state.json", "dataset_dict.json"))
+            if self.kind == "datasets" or (self.kind is None and is_dataset):
+                return "datasets", {}
+            kind, files = list_corpus(path, self.kind, self.split)
+            return kind, names_of(files, path)
+        kind = self.kind or _guess_kind(self.source)
+        return kind, {} if kind in ("tfds", "datasets") else names_of(jsonl.expand(path), None)
+
+    def _read(self) -> Iterator[Document]:
+        fields = self.text_field, self.id_field
+        on_undecodable = None if self.undecodable == "refuse" else self._skip
+        if self._kind == "datasets":
+            path = pathlib.Path(os.path.expanduser(os.fspath(cast(str, self.source))))
+            yield from _from_datasets(path, *fields, self.split)
+        elif self._kind == "tfds":
+            yield from _from_tfds(
+                os.fspath(cast(str, self.source)), *fields, self.split, self.data_dir
+            )
+        elif self._kind == "parquet":
+            yield from _from_parquet(self._files, *fields, on_undecodable)
+        else:
+            read = {"jsonl": _from_jsonl, "csv": _from_csv, "texts": _from_texts}[self._kind]
+            for file, name in self._files.items():
+                yield from read(file, name, *fields, on_undecodable)
+
+    def _skip(self, message: str) -> None:
+        self.skipped += 1
+
+
+def documents(source: str | os.PathLike | Sequence[str | os.PathLike], **options) -> Corpus:
+    """Returns the documents of a corpus, to iterate over: `Corpus(source, **options)`."""
+    return Corpus(source, **options)
+
+
+def _number(documents: Iterable[Document]) -> Iterator[Document]:
+    """Adds a number to the id of each document whose id came before."""
+    counts: dict[int, int] = {}
+    for document in documents:
+        name, first = document.id, hash_64_bits(document.id)
+        while (key := hash_64_bits(name)) in counts:
+            counts[first] += 1
+            name = f"{document.id}~{counts[first]}"
+        counts[key] = 1
+        yield dataclasses.replace(document, id=name)
 
 
 def sample(
@@ -125,37 +191,37 @@ def sample(
     return [d for _, d in sorted([*matching, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
 
 
-def describe_files(source: str | os.PathLike) -> list:
-    """Returns names, sizes and times of change of a corpus's files; its name if it has no files."""
-    name = os.path.expanduser(os.fspath(source))
-    if os.path.isdir(name):
-        files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
-    else:
-        files = sorted(glob.glob(name)) or [name]
-    states = [(f, os.stat(f)) for f in files if os.path.exists(f)]
-    return [[os.path.basename(f), s.st_size, s.st_mtime_ns] for f, s in states] or [name]
+def describe_files(source, files: Iterable[str] | None = None) -> list:
+    """Returns names, sizes and times of change of a corpus's files; its name if it has no files.
+
+    Args:
+        source: the corpus, as `Corpus` takes it.
+        files: its files; by default all files of that name, or below a directory of that name.
+    """
+    if not files:
+        name = os.path.expanduser(os.fspath(source))
+        if os.path.isdir(name):
+            files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
+        else:
+            files = sorted(glob.glob(name)) or [name]
+    states = {f: os.stat(f) for f in files if os.path.exists(f)}
+    names = names_of(list(states), None)
+    return [[names[f], s.st_size, s.st_mtime_ns] for f, s in states.items()] or [os.fspath(source)]
 
 
-def _guess_kind(source) -> str:
-    if not isinstance(source, str | os.PathLike):
-        return "jsonl" if len(source) == 0 else _guess_kind(source[0])
+def _guess_kind(source: str | os.PathLike) -> str:
     name = os.path.expanduser(os.fspath(source))
     path = pathlib.Path(name)
-    if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return "datasets"
-        for pattern, kind in (("*.parquet", "parquet"), ("*.txt", "texts")):
-            if next(path.rglob(pattern), None) is not None:
-                return kind
+    # `x.jsonl-00003-of-00020` is of the kind of `x.jsonl`, and `c4/*` of that of its first file.
+    files = sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+    first = re.sub(r"-\d+-of-\d+$", "", files[0] if files else path.name)
+    if kind := kind_of(first):
+        return kind
+    if files:
         raise CorpusError(
-            f"{source} holds no .parquet file, no .txt file and no `datasets` dataset; "
-            "name files of JSON lines by a pattern such as 'DIR/*.jsonl.gz'"
+            f"{source}: no kind of corpus has that suffix; rename the file, or give "
+            f"Corpus(path, kind=) with one of {', '.join(KINDS)}"
         )
-    for suffix, kind in _SUFFIXES.items():
-        if path.name.endswith(suffix):
-            return kind
-    if path.exists() or glob.glob(name):
-        raise CorpusError(f"{source}: unknown kind of corpus; give kind={' or '.join(KINDS)}")
     if path.is_absolute() or name.startswith(".") or (path.suffix and not _names_tfds(name)):
         raise FileNotFoundError(f"{source}: no such corpus")
     return "tfds"
@@ -185,7 +251,7 @@ def document_of(record, place: str, text_field: str, id_field: str | None) -> Do
                 f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
             )
     text = "" if _is_null(record[text_field]) else record[text_field]
-    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    text = _decoded(text, place) if isinstance(text, bytes) else text
     if not isinstance(text, str):
         raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
     id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
@@ -195,24 +261,56 @@ def document_of(record, place: str, text_field: str, id_field: str | None) -> Do
             f"{place}: the id in {id_field!r} is {name!r}, not a string or a number; name another "
             "field by id_field"
         )
-    name = name.decode("utf-8") if isinstance(name, bytes) else str(name)
+    name = _decoded(name, place) if isinstance(name, bytes) else str(name)
     for field, value in ((text_field, text), (id_field, name)):
         if field is not None and (half := half_character(value)):
             raise CorpusError(f"{place}: field {field!r} has {half}")
     return Document(name, text)
 
 
+def _decoded(text: bytes, place: str) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
 def _is_null(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _from_jsonl(source, text_field, id_field) -> Iterator[Document]:
-    for file in jsonl.expand(source):
-        name = os.path.basename(file)
-        for i, (place, record) in enumerate(jsonl.iter_records(file)):
-            document = document_of(record, place, text_field, id_field)
-            # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
-            yield Document(f"{name}:{i}", document.text) if document.id == place else document
+def _from_jsonl(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
+    for i, (place, record) in enumerate(jsonl.iter_records(file, on_undecodable)):
+        document = document_of(record, place, text_field, id_field)
+        # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
+        yield dataclasses.replace(document, id=f"{name}:{i}") if document.id == place else document
+
+
+def _from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
+    # A field may be longer than the 128 KiB that Python's reader takes by default.
+    csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
+    # A record may have several lines: it is left out as a whole, not its bad line alone.
+    is_escaped = on_undecodable is not None
+    lines = (line for _, line in jsonl.decoded_lines(file, is_escaped=is_escaped))
+    is_tabbed = ".tsv" in os.path.basename(file).lower()
+    rows = csv.DictReader(lines, delimiter="\t" if is_tabbed else ",", strict=True)
+    place = os.path.basename(file)
+    try:
+        for i, row in enumerate(rows):
+            place = f"{os.path.basename(file)}, line {rows.line_num}"
+            if is_escaped and any(half_character(x) for x in row.values() if isinstance(x, str)):
+                on_undecodable(place)
+                continue
+            if None in row or None in row.values():
+                raise CorpusError(f"{place}: the row has another number of fields than the header")
+            document = document_of(row, place, text_field, id_field)
+            yield (
+                dataclasses.replace(document, id=f"{name}:{i}")
+                if document.id == place
+                else document
+            )
+    except csv.Error as error:
+        raise CorpusError(f"{place}: not CSV ({error})") from error
 
 
 def _arrow():
@@ -226,18 +324,18 @@ def _arrow():
     return pyarrow
 
 
-def _from_parquet(source, text_field, id_field) -> Iterator[Document]:
+def _from_parquet(
+    files: dict[str, str], text_field, id_field, on_undecodable
+) -> Iterator[Document]:
     arrow = _arrow()
-    path = pathlib.Path(os.path.expanduser(os.fspath(source)))
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else jsonl.expand(source)
-    for file in files:
+    for file, name in files.items():
         try:
             opened = arrow.parquet.ParquetFile(file)
         except (arrow.ArrowInvalid, OSError) as error:
             raise CorpusError(f"{file} is not a Parquet file ({error})") from error
         columns = _columns(opened.schema_arrow.names, file, text_field, id_field)
         batches = opened.iter_batches(batch_size=1024, columns=columns)
-        yield from _rows(batches, os.path.basename(file), text_field, id_field)
+        yield from _rows(batches, name, text_field, id_field, on_undecodable)
 
 
 def _columns(names: list[str], file, text_field, id_field) -> list[str]:
@@ -252,11 +350,19 @@ def _columns(names: list[str], file, text_field, id_field) -> list[str]:
     return [n for n in names if n in needed]
 
 
-def _rows(batches, file: str, text_field, id_field) -> Iterator[Document]:
+def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iterator[Document]:
     i = 0
     for batch in batches:
-        for record in batch.to_pylist():
-            yield document_of(record, f"{file}:{i}", text_field, id_field)
+        for row in range(batch.num_rows):
+            try:
+                (record,) = batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                message = f"{file}, row {i}: not UTF-8 ({error.reason} at byte {error.start})"
+                if on_undecodable is None:
+                    raise CorpusError(message) from error
+                on_undecodable(message)
+            else:
+                yield document_of(record, f"{file}:{i}", text_field, id_field)
             i += 1
 
 
@@ -283,17 +389,14 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
             yield from _rows(batches, name.name, text_field, id_field)
 
 
-def _from_texts(source) -> Iterator[Document]:
-    path = pathlib.Path(os.path.expanduser(os.fspath(source)))
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else jsonl.expand(source)
-    for file in map(pathlib.Path, files):
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        try:
-            yield Document(name, file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-            ) from error
+def _from_texts(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
+    undecodable: list[str] = []
+    note = None if on_undecodable is None else undecodable.append
+    text = "".join(line for _, line in jsonl.decoded_lines(file, note))
+    if undecodable and on_undecodable is not None:
+        on_undecodable(undecodable[0])
+    else:
+        yield Document(name, text)
 
 
 def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Document]:

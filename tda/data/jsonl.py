@@ -1,49 +1,60 @@
-"""Records of JSON lines, plain or gzipped, in one file or in many shards."""
+"""Records of JSON lines or of a JSON array, plain or compressed, in one file or in many shards."""
 
+import codecs
+import collections
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, cast
 
 Path = str | os.PathLike[str]
 Paths = Path | Sequence[Path]
 
+OnUndecodable = Callable[[str], None] | None
+
 _GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class RecordError(ValueError):
     """A record that cannot be used; the message names its place, the field and what is expected."""
 
 
-def iter_records(path: Paths) -> Iterator[tuple[str, Any]]:
+def iter_records(path: Paths, on_undecodable: OnUndecodable = None) -> Iterator[tuple[str, Any]]:
     """Streams the decoded JSON values of some files; blank lines are skipped.
 
+    A file is JSON lines, or one JSON array (which is read as a whole). A byte-order mark is
+    dropped.
+
     Args:
-        path: A file, a glob pattern, or a list of files. Gzip is recognised by its first bytes,
-            since a downloaded file may have lost its suffix.
+        path: A file, a glob pattern, or a list of files. Gzip and Zstandard are recognised by
+            their first bytes, since a downloaded file may have lost its suffix.
+        on_undecodable: Called with the message of a line that is not UTF-8, which is then left
+            out; if None, such a line is an error.
 
     Yields:
         The place of each record, such as "facts.jsonl.gz, line 17", and its value.
 
     Raises:
         FileNotFoundError: No such file.
-        RecordError: A line is no JSON or no UTF-8, a gzip file is damaged, or a file is empty.
+        RecordError: A line is no JSON or no UTF-8, a compressed file is damaged, or a file is
+            empty.
     """
     for file in expand(path):
         n_records = 0
-        for number, line in _lines(file):
+        lines = decoded_lines(file, on_undecodable)
+        for number, line in lines:
             where = f"{os.path.basename(file)}, line {number}"
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise RecordError(
-                    f"{where}: not UTF-8 ({error.reason} at byte {error.start});"
-                    " convert the file to UTF-8"
-                ) from None
+            text = line.strip()
             if not text:
+                continue
+            if not n_records and text.startswith("["):
+                yield from _array(file, "".join([line, *(more for _, more in lines)]))
+                n_records = 1
                 continue
             try:
                 value = json.loads(text)
@@ -58,6 +69,42 @@ def iter_records(path: Paths) -> Iterator[tuple[str, Any]]:
             raise RecordError(f"{file}: no records; give a file with one JSON object on each line")
 
 
+def _array(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    name = os.path.basename(file)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            f"{name}: begins as a JSON array, but is none ({error.msg} at line {error.lineno}, "
+            f"column {error.colno})"
+        ) from None
+    for i, value in enumerate(values):
+        yield f"{name}, item {i}", value
+
+
+def decoded_lines(
+    file: str, on_undecodable: OnUndecodable = None, is_escaped: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yields the number, from 1, and the text of every line of a file; see `iter_records`.
+
+    If `is_escaped`, bytes that are not UTF-8 are lone surrogates in the text, and no error.
+    """
+    errors = "surrogateescape" if is_escaped else "strict"
+    for number, line in _lines(file):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield number, line.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            message = (
+                f"{os.path.basename(file)}, line {number}: not UTF-8 ({error.reason} at byte "
+                f"{error.start}); convert the file to UTF-8"
+            )
+            if on_undecodable is None:
+                raise RecordError(message) from None
+            on_undecodable(message)
+
+
 def expand(path: Paths) -> list[str]:
     """Returns the files that a path, a glob pattern or a list of them names.
 
@@ -66,13 +113,16 @@ def expand(path: Paths) -> list[str]:
     """
     if not isinstance(path, str | os.PathLike):
         files = [file for item in path for file in expand(item)]
+        twice = next((f for f, n in collections.Counter(files).items() if n > 1), None)
+        if twice is not None:
+            raise RecordError(f"{twice} is listed twice; name each file once")
         if not files:
             raise FileNotFoundError("an empty list of files; name at least one .jsonl file")
         return files
     name = os.path.expanduser(os.fspath(path))
     if os.path.isfile(name):
         return [name]
-    matches = sorted(match for match in glob.glob(name) if os.path.isfile(match))
+    matches = sorted(match for match in glob.glob(name, recursive=True) if os.path.isfile(match))
     if not matches:
         raise FileNotFoundError(f"{name}: no such file; check the path (.jsonl, .jsonl.gz, a glob)")
     return matches
@@ -81,17 +131,69 @@ def expand(path: Paths) -> list[str]:
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        with open(file, "rb") as raw:
-            is_gzip = raw.read(2) == _GZIP_MAGIC
-            raw.seek(0)
-            stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+        with open(file, "rb") as raw, _decompressed(raw) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, _DamagedError) as error:
         raise RecordError(
-            f"{os.path.basename(file)}, after line {number}: the gzip data is truncated or"
+            f"{os.path.basename(file)}, after line {number}: the compressed data is truncated or"
             f" damaged ({error}); fetch the file again"
         ) from None
+
+
+class _DamagedError(Exception):
+    """A damaged Zstandard file, whatever its library's own error is."""
+
+
+def _decompressed(raw: BinaryIO) -> BinaryIO:
+    magic = raw.read(4)
+    raw.seek(0)
+    if magic[:2] == _GZIP_MAGIC:
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if magic == _ZSTD_MAGIC:
+        return cast(BinaryIO, io.BufferedReader(_Zstd(raw), 1 << 20))
+    return raw
+
+
+class _Zstd(io.RawIOBase):
+    """The contents of a Zstandard file, of one frame or of many."""
+
+    def __init__(self, raw: BinaryIO):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise RecordError(
+                "reading .zst files needs the package zstandard: pip install 'tda-jax[zstd]'"
+            ) from error
+        self._error, self._raw = zstandard.ZstdError, raw
+        # Frames with a window of up to 2 GiB (`zstd --long=31`), as web crawls are compressed.
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame: Any = None
+        self._compressed = self._decompressed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._decompressed:
+            self._compressed = self._compressed or self._raw.read(1 << 17)
+            if not self._compressed:
+                # The library's own reader takes a truncated file for a short one.
+                if self._frame is not None:
+                    raise _DamagedError("it ends within a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._decompressed = self._frame.decompress(self._compressed)
+            except self._error as error:
+                raise _DamagedError(str(error)) from error
+            self._compressed = b""
+            if self._frame.eof:
+                self._frame, self._compressed = None, self._frame.unused_data
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
+        return count
 
 
 def half_character(text: str) -> str | None:

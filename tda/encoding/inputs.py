@@ -17,8 +17,9 @@ import numpy as np
 
 from tda import store as stores
 from tda.data import batches as batching
-from tda.data import corpora, tokenised, tokens
+from tda.data import tokenised, tokens
 from tda.data.batches import BatchLayout
+from tda.data.corpora import Corpus
 from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import checks, loss_identity
@@ -298,12 +299,13 @@ def _sample_passages(
 
 def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     """Tokenises the corpus, on disk if it is a file and there is a directory, else in memory."""
-    is_path = isinstance(passages, str | os.PathLike)
-    fields = {"text_field": reading.text_field, "id_field": reading.id_field}
-    read = corpora.documents if is_path else parse_passages
-    documents = read(passages, **fields)
-    if is_path and reading.directory is not None:
-        provenance = {"corpus": corpora.describe_files(passages), **fields}
+    fields = reading.text_field, reading.id_field
+    if isinstance(passages, str | os.PathLike):
+        passages = Corpus(passages, text_field=fields[0], id_field=fields[1])
+    is_corpus = isinstance(passages, Corpus)
+    documents = passages if is_corpus else parse_passages(passages, *fields)
+    if is_corpus and reading.directory is not None:
+        provenance = {"corpus": passages.describe()}
         table, counts = tokenised.tokenise_on_disk(
             reading.directory / "tokens",
             documents,

@@ -1,5 +1,6 @@
 """Corpora of every kind give the same documents, and errors name what is wrong."""
 
+import csv
 import gzip
 import json
 
@@ -70,7 +71,7 @@ def test_gzip_many_files_and_a_folder_of_texts(tmp_path):
     found = [Document("a.txt", "Oslo\n"), Document("deep/b.txt", "日本語")]
     assert list(corpora.documents(folder)) == found
     (folder / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(CorpusError, match=r"a.txt: not UTF-8"):
+    with pytest.raises(ValueError, match=r"a.txt, line 1: not UTF-8"):
         list(corpora.documents(folder))
 
 
@@ -93,7 +94,7 @@ def test_splits_of_a_datasets_directory(tmp_path):
     assert list(corpora.documents(tmp_path)) == DOCUMENTS
     assert list(corpora.documents(tmp_path, split="test")) == DOCUMENTS[2:]
     with pytest.raises(CorpusError, match="no split 'dev'; there are train, test"):
-        corpora.documents(tmp_path, split="dev").__next__()
+        list(corpora.documents(tmp_path, split="dev"))
     state = {"_data_files": [], "_indices_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "train" / "state.json").write_text(json.dumps(state))
     with pytest.raises(CorpusError, match="is a selection of another dataset.s rows; write"):
@@ -154,7 +155,7 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4").mkdir()
     for name in ("c4/part.csv", "a.csv", "./c4:3.0.1", str(tmp_path / "c4:3.0.1"), "a/b/c.csv"):
-        with pytest.raises(FileNotFoundError, match="no such corpus"):
+        with pytest.raises(FileNotFoundError, match="no such"):
             corpora.documents(name)
 
 
@@ -163,7 +164,7 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
     [
         ([{"content": "x"}], {}, r"a.jsonl, line 1: there is no field 'text'; the fields are con"),
         ([{"text": 5}], {}, "'text' is int, not a text"),
-        ([[1]], {}, "a document must be an object, not list"),
+        ([[1]], {}, "item 0: a document must be an object, not int"),
         (ROWS, dict(id_field="uid"), "there is no field 'uid'"),
         (
             [*ROWS, {"text": "a \ud83d"}],
@@ -171,7 +172,8 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
             r"a.jsonl, line 5: field 'text' has half a character, \\ud83d at 2 .*replace it",
         ),
         ([{"id": "\udc00", "text": "x"}], {}, "line 1: field 'id' has half a character"),
-        (ROWS, dict(kind="csv"), "unknown kind of corpus 'csv'; use jsonl, parquet"),
+        (ROWS, dict(kind="xml"), "unknown kind of corpus 'xml'; use jsonl, csv, parquet"),
+        (ROWS, dict(duplicate_ids="drop"), "duplicate_ids='drop'; use refuse or number"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, rows, how, message):
@@ -184,11 +186,12 @@ def test_what_is_not_there_or_not_known(tmp_path):
         list(corpora.documents(tmp_path / "nothing.jsonl"))
     with pytest.raises(FileNotFoundError, match="no such corpus"):
         list(corpora.documents(tmp_path / "nothing"))
-    with pytest.raises(CorpusError, match=r"holds no .parquet file, no .txt file"):
+    with pytest.raises(CorpusError, match=r"holds no file of a corpus that is known: nothing"):
         list(corpora.documents(tmp_path))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(CorpusError, match="unknown kind of corpus; give kind="):
-        list(corpora.documents(tmp_path / "a.csv"))
+    (tmp_path / "a.html").write_text("x")
+    with pytest.raises(CorpusError, match="no kind of corpus has that suffix; rename"):
+        list(corpora.documents(tmp_path / "a.html"))
+    (tmp_path / "a.html").unlink()
     parquet(tmp_path)
     (tmp_path / "0.parquet").write_bytes(b"PAR1")
     with pytest.raises(CorpusError, match=r"0.parquet is not a Parquet file"):
@@ -213,3 +216,120 @@ def test_a_sample_is_of_the_whole_corpus_and_keeps_what_matches():
     assert corpora.sample(found, 100, "Bonn", 2) != drawn
     assert len(corpora.sample(found, 2, keep="Bonn")) == 4
     assert corpora.sample(found[:5], 100) == found[:5]
+
+
+LINE = '{"text": "Oslo"}\n'
+
+
+def write(folder, files):
+    """Writes files by path and content."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_other_forms_of_files(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps(r) + "\n" for r in ROWS).encode()
+    rows = lines.splitlines(keepends=True)
+    frames = [zstandard.compress(b"".join(x)) for x in (rows[:2], rows[2:])]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    for name, tab in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as out:
+            table = csv.DictWriter(out, list(ROWS[0]), delimiter=tab)
+            table.writeheader()
+            table.writerows(ROWS)
+    for name in ("a.jsonl.zst", "bom.jsonl", "array.json", "array.json.gz", "a.csv", "a.tsv"):
+        assert list(corpora.documents(tmp_path / name)) == DOCUMENTS, name
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames)[:-9])
+    with pytest.raises(ValueError, match="a.jsonl.zst, after line 2: .* truncated or damaged"):
+        list(corpora.documents(tmp_path / "a.jsonl.zst"))
+    (tmp_path / "a.csv").write_text("id,text\na,x,y\n")
+    with pytest.raises(CorpusError, match="a.csv, line 2: the row has another number of fields"):
+        list(corpora.documents(tmp_path / "a.csv"))
+
+
+def test_the_files_of_a_folder_that_are_a_corpus(tmp_path):
+    files = {"a/x.jsonl": LINE, "b/x.jsonl": LINE, "LICENSE": "MIT", "README.txt": "About."}
+    write(tmp_path, files | {".git/y.jsonl": "no", "_cache/y.jsonl": "no"})
+    # Files of one name in two folders do not collide.
+    names = ["a/x.jsonl:0", "b/x.jsonl:0"]
+    paths = [tmp_path / "a/x.jsonl", tmp_path / "b/x.jsonl"]
+    for source in (tmp_path, f"{tmp_path}/*/x.jsonl", paths):
+        assert [d.id for d in corpora.documents(source)] == names
+    with pytest.raises(ValueError, match="x.jsonl is listed twice"):
+        corpora.documents([*paths, paths[0]])
+    write(tmp_path, {"page.html": "<p>"})
+    with pytest.warns(UserWarning, match=r"left out of the corpus, 1 of .html \(page.html\)"):
+        assert [d.id for d in corpora.documents(tmp_path)] == names
+    write(tmp_path, {"note.txt": "Oslo"})
+    with pytest.raises(
+        CorpusError, match=r"several kinds: 2 of .jsonl \(a/x.jsonl, …\), 1 of .txt"
+    ):
+        corpora.documents(tmp_path)
+    with pytest.warns(UserWarning, match="page.html"):
+        assert list(corpora.documents(tmp_path, kind="texts")) == [Document("note.txt", "Oslo")]
+
+
+def test_the_splits_of_a_folder(tmp_path):
+    write(tmp_path, {"train.jsonl": LINE, "validation/a.jsonl": LINE, "dev.jsonl": LINE})
+    with pytest.warns(UserWarning, match=r"the split 'train' is read \(.*validation: 2"):
+        assert [d.id for d in corpora.documents(tmp_path)] == ["train.jsonl:0"]
+    with pytest.warns(UserWarning, match="the split 'validation' is read"):
+        held_out = list(corpora.documents(tmp_path, split="validation"))
+    assert [d.id for d in held_out] == ["dev.jsonl:0", "validation/a.jsonl:0"]
+    with pytest.raises(CorpusError, match=r"has no split 'test' \("):
+        corpora.documents(tmp_path, split="test")
+    write(tmp_path, {"more.jsonl": LINE})
+    with pytest.raises(CorpusError, match=r"mixes files of splits with others \("):
+        corpora.documents(tmp_path)
+
+
+def test_what_is_not_utf_8_is_named_or_skipped_and_counted(tmp_path):
+    bad = b'{"text": "\xff"}\n'
+    files = {
+        "a.jsonl": LINE.encode() + bad + LINE.encode(),
+        "a.csv": b'text,n\nOslo,1\n"b\xff\nd",2\nRome,3\n',
+        "t/a.txt": "Oslo",
+        "t/b.txt": b"\xff",
+    }
+    write(tmp_path, files)
+    for name, place, rest in (
+        ("a.jsonl", "a.jsonl, line 2", ["Oslo", "Oslo"]),
+        ("a.csv", "a.csv, line 3", ["Oslo", "Rome"]),
+        ("t", "b.txt, line 1", ["Oslo"]),
+    ):
+        with pytest.raises(ValueError, match=f"{place}: not UTF-8"):
+            list(corpora.documents(tmp_path / name))
+        corpus = corpora.Corpus(tmp_path / name, undecodable="skip")
+        with pytest.warns(UserWarning, match="1 records are not UTF-8"):
+            assert [d.text for d in corpus] == rest
+        assert corpus.skipped == 1
+
+
+def test_rows_of_parquet_that_are_not_utf_8(tmp_path):
+    arrow()
+    import pyarrow.parquet
+
+    binary = pyarrow.array([b"Oslo", b"\xff", b"Rome"], pyarrow.binary())
+    table = pyarrow.table({"text": binary.view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match="a.parquet, row 1: not UTF-8"):
+        list(corpora.documents(tmp_path / "a.parquet"))
+    with pytest.warns(UserWarning, match="1 records"):
+        found = list(corpora.Corpus(tmp_path / "a.parquet", undecodable="skip"))
+    assert [d.id for d in found] == ["a.parquet:0", "a.parquet:2"]
+
+
+def test_null_texts_are_blank_and_ids_of_the_corpus_may_repeat(tmp_path):
+    rows = [{"id": "a", "text": t} for t in ("Oslo", None, "Rome")] + [{"id": "a~2", "text": "x"}]
+    file = jsonl(tmp_path, rows)
+    found = list(corpora.Corpus(file, duplicate_ids="number"))
+    assert [d.id for d in found] == ["a", "a~2", "a~3", "a~2~2"]
+    assert [d.text for d in found] == ["Oslo", "", "Rome", "x"]
+    assert [d.id for d in corpora.Corpus(file)] == ["a", "a", "a", "a~2"]

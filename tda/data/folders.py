@@ -1,0 +1,121 @@
+"""Which files of a folder are a corpus.
+
+The rule: all files below the folder that are of one kind, told by their suffix. Hidden files and
+folders (with a name that begins with `.` or `_`), and files called README, LICENSE, NOTICE,
+CITATION or CHANGELOG, never count. Other files without a known suffix are left out, with a warning
+that names them. Files of several kinds are refused. If file or folder names tell splits apart
+(`train-00000.parquet`, `test/a.jsonl`), one split is read, by default "train".
+"""
+
+import collections
+import os
+import pathlib
+import re
+import warnings
+
+# Kinds of files by suffix; `.gz` and `.zst` may follow.
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "texts",
+}
+_COMPRESSED = (".gz", ".zst")
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|copying)([-_.].*)?", re.I)
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing)?([-_.\d].*)?", re.I)
+_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
+
+
+class CorpusError(ValueError):
+    """A corpus cannot be read; the message names the file, the record or the field."""
+
+
+def kind_of(name: str) -> str | None:
+    """Returns the kind of a file by its suffix; None if no kind has it."""
+    name = name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return SUFFIXES.get(os.path.splitext(name)[1])
+
+
+def list_corpus(folder: pathlib.Path, kind: str | None, split: str) -> tuple[str, list[str]]:
+    """Returns the kind and the files of a folder's corpus, by the rule above.
+
+    Args:
+        folder: the folder.
+        kind: the kind to read, if several are there.
+        split: the split to read, if names tell splits apart.
+
+    Raises:
+        CorpusError: there is no file of a corpus, or files of several kinds, or no such split; the
+            message lists what is there.
+    """
+    files: dict[str | None, list[pathlib.Path]] = collections.defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if not path.is_file() or any(p.startswith((".", "_")) for p in inner.parts):
+            continue
+        if not _ABOUT.fullmatch(path.name):
+            files[kind_of(path.name)].append(path)
+    others = files.pop(None, [])
+    kinds = {k: paths for k, paths in files.items() if kind in (None, k)}
+    if len(kinds) != 1:
+        reason = "files of several kinds" if kinds else "no file of a corpus that is known"
+        raise CorpusError(
+            f"{folder} holds {reason}: {_list(folder, files, others)}; name those of the corpus by "
+            f"a pattern such as '{folder}/**/*.jsonl', or by Corpus(folder, kind=)"
+        )
+    ((kind, paths),) = kinds.items()
+    if others:
+        warnings.warn(
+            f"{folder}: left out of the corpus, {_list(folder, {}, others)}", stacklevel=2
+        )
+    return kind, [os.fspath(p) for p in _choose_split(folder, kind, paths, split)]
+
+
+def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> list[pathlib.Path]:
+    splits: dict[str | None, list[pathlib.Path]] = collections.defaultdict(list)
+    for path in paths:
+        *parents, name = path.relative_to(folder).parts
+        # A text file is a document, whatever it is called; its folder may be a split.
+        names = parents if kind == "texts" else [*parents, name]
+        matches = [m for n in names if (m := _SPLIT.fullmatch(n))]
+        label = matches[0][1].lower() if matches else None
+        splits[_ALIASES.get(label, label) if label else None].append(path)
+    if set(splits) == {None}:
+        return paths
+    counts = ", ".join(f"{k or 'of no split'}: {len(v)}" for k, v in splits.items())
+    if None in splits or split not in splits:
+        reason = f"has no split {split!r}"
+        if None in splits:
+            reason = "mixes files of splits with others"
+        raise CorpusError(
+            f"{folder} {reason} ({counts}); name the files of the corpus by a pattern, or a split "
+            "by Corpus(folder, split=)"
+        )
+    if len(splits) > 1:
+        warnings.warn(f"{folder}: the split {split!r} is read ({counts})", stacklevel=2)
+    return splits[split]
+
+
+def _list(folder: pathlib.Path, files: dict, others: list[pathlib.Path]) -> str:
+    """Returns numbers of files by suffix, with an example of each."""
+    by_suffix = collections.defaultdict(list)
+    for path in [p for paths in files.values() for p in paths] + others:
+        by_suffix[path.suffix or "no suffix"].append(path.relative_to(folder).as_posix())
+    parts = [f"{len(n)} of {s} ({n[0]}{', …' if n[1:] else ''})" for s, n in by_suffix.items()]
+    return ", ".join(parts) or "nothing"
+
+
+def names_of(files: list[str], root: str | os.PathLike | None) -> dict[str, str]:
+    """Returns each file's name in ids: its path from the folder, or from what all files share.
+
+    Files of one name in two folders keep different names.
+    """
+    if root is None:
+        folders = [os.path.dirname(os.path.abspath(f)) for f in files]
+        root = os.path.commonpath(folders) if folders else "."
+    return {f: pathlib.Path(os.path.relpath(f, root)).as_posix() for f in files}
