@@ -6,6 +6,7 @@ over positions too, and the parts add up to the score exactly.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -82,7 +83,7 @@ def make_contributions(
         parts = [taps.cotangents_at(cotangents, s)[0] for s in chosen]
         return sum(x if s.stack is None else x.sum(0) for s, x in zip(chosen, parts, strict=True))
 
-    return lambda batch, direction_E: contributions(variables, batch, direction_E)
+    return functools.partial(contributions, variables)
 
 
 def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarray:

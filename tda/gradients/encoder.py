@@ -208,6 +208,7 @@ def build_encoder(
     """
     layouts = tuple(projections.layout(list(taps_), p) for p, taps_ in kinds)
     arrays, axes, encode = _encoding_function(model, kinds, layouts, output)
+    # `scored` sets the shapes of the logits, so each value is a program of its own.
     encoder = Encoder(layouts, arrays, axes, jax.jit(encode, static_argnums=2))
     return encoder if mesh is None else encoder.place(mesh)
 
@@ -244,7 +245,7 @@ def _encoding_function(
         return total_of(own_model, batch, scored)
 
     def missed_sites(batch: dict, scored: int | None) -> list[Site]:
-        """Sites whose taps miss a part of the gradient, if all kinds allow the full gradient."""
+        """Returns the sites whose taps miss a part of it, if all kinds allow the full gradient."""
         missed = search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
         # Gradients in another basis (EK-FAC) are formed by their taps alone.
         refused = {
@@ -258,7 +259,7 @@ def _encoding_function(
         return list(missed)
 
     def by_taps(variables: dict, batch: dict, scored: int | None) -> dict[Site, list]:
-        """Projections of the whole batch in one backward pass, by site and tap."""
+        """Returns the projections of the whole batch, by site and tap, in one backward pass."""
         zeros = taps.zeros_for(templates, unseen.count_examples(batch))
         cotangents = jax.grad(total)(zeros, variables, batch, scored)
         return {s: taps.cotangents_at(cotangents, s) for s in tapped}
@@ -266,7 +267,7 @@ def _encoding_function(
     def by_example(
         variables: dict, missed: list[Site], matrices: dict, batch: dict, scored: int | None
     ) -> dict[Site, list]:
-        """The same, with the full gradients of some sites: one backward pass for each example."""
+        """Returns the same with the full gradients of some sites, one backward pass an example."""
         full_sites = [*untapped, *missed]
         rest, parameters = full_gradients.split_parameters(variables, full_sites)
 
@@ -301,6 +302,7 @@ def _encoding_function(
             projected = by_example(variables, missed, matrices, batch, scored)
         else:
             projected = by_taps(variables, batch, scored)
+        # A site's taps stand in the order of the kinds that take its gradient (`taps_of`).
         return tuple(
             projections.pool(layout, {s: projected[s][list(taps_of[s]).index(i)] for s in by_site})
             for i, (layout, (_, by_site)) in enumerate(zip(layouts, kinds, strict=True))
@@ -310,5 +312,5 @@ def _encoding_function(
 
 
 def _without_example_axis(x: jax.Array, site: Site) -> jax.Array:
-    """Taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
+    """Returns taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
     return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)

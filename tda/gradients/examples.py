@@ -24,7 +24,7 @@ def per_example(
     untapped: Literal["leave", "reference", "error"] = "leave",
     tell: bool = True,
 ) -> Iterator[np.ndarray]:
-    """The projected gradient P·(∇L/√V) of every example (Chang et al. 2024, eq. 3).
+    """Encodes every example: the projected gradient P·(∇L/√V) (Chang et al. 2024, eq. 3).
 
     Args:
         model: any NNX model; in evaluation mode, where it has one.

@@ -1,4 +1,4 @@
-"""Parameters that no tap can be put on: each example's gradient is formed whole, then projected."""
+"""Parameters that no tap can be put on: each example's full gradient is formed and projected."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ def split_parameters(variables: dict, sites_: list[sites.Site]) -> tuple[dict, d
 
 
 def join_parameters(rest: dict, parameters: dict) -> dict:
-    """The nested dict that `split_parameters` split."""
+    """Joins what `split_parameters` returns to the nested dict that it split."""
     return traverse_util.unflatten_dict(rest | parameters)
 
 
 def project(site: sites.Site, gradients, left, right, scale, side: int):
-    """Projects whole gradients of every example.
+    """Projects the full gradient of every example.
 
     Args:
         site: the parameter's.

@@ -51,7 +51,7 @@ class Projection:
 
 
 def random_matrix(seed: int, name: str, end: str, rows: int, side: int, family: str) -> np.ndarray:
-    """The projection matrix of one end ("left" or "right") of the matrix `name`.
+    """Returns the projection matrix of one end ("left" or "right") of the matrix `name`.
 
     Returns:
         float32 [rows, side], entries of mean 0 and variance 1/side.
@@ -115,7 +115,7 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
     block_of_layer = {n: i * projection.blocks // len(numbers) for i, n in enumerate(numbers)}
 
     def block(site: sites.Site, name: str) -> tuple[int, str]:
-        """A key that sorts as the blocks are to stand, and the block's name."""
+        """Returns a key in whose order the blocks stand, and the block's name."""
         layer = sites.layer_of(name)
         if projection.pooling == "matrix":
             return -1 if layer is None else layer, name
@@ -136,7 +136,7 @@ def layout(chosen: list[sites.Site], projection: Projection) -> Layout:
 
 
 def matrices(site: sites.Site, projection: Projection) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a site: float32 [M, k] and [N, k], stacked over layers where the site is."""
+    """Returns A and B of a site, float32 [(L,) M, k] and [(L,) N, k]."""
 
     def stacked(end: str, rows: int) -> np.ndarray:
         p, names = projection, site.names()

@@ -20,7 +20,7 @@ from tda.model import functional
 
 
 def per_example_gradients(model: nnx.Module, batch: dict, output: str | Callable = "loss") -> dict:
-    """The gradient of every example: float32 [B, …] by path name of the parameter."""
+    """Returns the gradient of every example: float32 [B, …] by path name of the parameter."""
     model_fn, params = functional.split(model)
     output_fn = losses.output(output) if isinstance(output, str) else None
 
@@ -45,7 +45,7 @@ def encode(
     exclude: str | None = None,
     untapped: str = "leave",
 ) -> jax.Array:
-    """What `tda.gradients.encoder.make_encoder` encodes, float32 [B, E]."""
+    """Returns what the encoder of `tda.gradients.encoder.make_encoder` does: float32 [B, E]."""
     chosen = find_sites(model, include, exclude, untapped)
     return project(chosen, per_example_gradients(model, batch, output), projection, scales)
 
@@ -56,7 +56,7 @@ def project(
     projection: projections.Projection,
     scales: dict[str, Scale] | None = None,
 ) -> jax.Array:
-    """The projections of whole gradients, float32 [B, …] by path: float32 [B, E]."""
+    """Projects full gradients, float32 [B, …] by path, to float32 [B, E]."""
     einsum = functools.partial(jnp.einsum, precision="highest")
     projected = {}
     for site in chosen:

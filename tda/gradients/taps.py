@@ -102,13 +102,13 @@ def put_on(model: nnx.Module, taps: dict[Site, tuple[Tap, ...]]) -> nnx.Module:
 
 
 def _matrix_axes(variable, site: Site) -> tuple:
-    """Logical axes of a weight matrix's rows and columns, where the parameter states them."""
+    """Returns the logical axes of rows and columns; None where the parameter does not tell."""
     stated = tuple(variable.get_metadata().get("axes") or ())
     return stated if len(stated) == 2 and site.order is None else (None, None)
 
 
 def _variables(tap: Tap, site: Site, axes: tuple) -> dict[str, nnx.Variable]:
-    """The variables of a tap in its module. A and B are laid out on a mesh as the parameter is."""
+    """Returns a tap's variables, A and B with the parameter's layout on a mesh."""
     stack = () if site.stack is None else (site.stack,)
     shape = (1, tap.side, tap.side) if tap.direction is None else (1, 1)
     variables = {
@@ -127,7 +127,7 @@ def _variables(tap: Tap, site: Site, axes: tuple) -> dict[str, nnx.Variable]:
 
 
 def _carried_taps(layer: nnx.Module, inputs) -> list[tuple[jax.Array, Tap]]:
-    """The zeros and the matrices of each tap of a layer, of one layer of a stack.
+    """Returns the zeros and the matrices of each tap of a layer, or of one layer of a stack.
 
     Raises:
         ValueError: the first axis of the layer's inputs is not the batch.
@@ -343,7 +343,7 @@ def _tap_product_positions(zeros_BxT, tap: Tap, y_BxTxN, x_BxTxM):
 
 
 def _by_position(x_BxSxP, zeros_BxT):
-    """[B, S, k] as [B, T, S/T, k]: the sequence is the first of a layer's axes of positions."""
+    """Returns [B, S, k] as [B, T, S/T, k]: of a layer's axes of positions, T is the first."""
     return x_BxSxP.reshape(*zeros_BxT.shape, -1, x_BxSxP.shape[-1])
 
 
