@@ -4,7 +4,6 @@ On many hosts every host runs the same command, with `--distributed` where jax f
 itself (Cloud TPU, SLURM, Open MPI), else with `--coordinator`, `--num_processes`, `--process_id`.
 """
 
-import _thread
 import contextlib
 import functools
 import os
@@ -119,8 +118,10 @@ def _interrupt_again(unraisable) -> None:
     jax has a callback of the garbage collector, which Python runs at any time.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # A moment later: an exception in this hook would be dropped too.
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        # A moment later, since an exception in this hook would be dropped too; and by a signal to
+        # the main thread, which wakes it from waiting.
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 

@@ -88,7 +88,7 @@ def test_an_interrupted_sweep_ends_its_points(tmp_path):
     [
         (True, "signal.raise_signal(signal.SIGINT)"),
         # Python drops an exception that is raised in a callback of the garbage collector.
-        (False, "gc.callbacks.append(callback); gc.collect(); time.sleep(60)"),
+        (False, "gc.callbacks.append(callback); gc.collect(); time.sleep(30)"),
     ],
 )
 def test_every_main_ends_in_the_same_way(takes_config, interrupt):
@@ -108,7 +108,7 @@ def test_every_main_ends_in_the_same_way(takes_config, interrupt):
         [sys.executable, *words],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=300,
         preexec_fn=restore_interrupts,
     )
     assert done.returncode == 130 and "Traceback" not in done.stderr
