@@ -32,8 +32,11 @@ def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
     check_count("k", k)
     check_count("tokens_per_batch", settings.tokens_per_batch)
     check_count("sample", settings.moments.sample)
-    if not (isinstance(damping, numbers.Real) and math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping={damping!r}; give a number from 0 on, such as 1e-3")
+    is_number = isinstance(damping, numbers.Real) and math.isfinite(damping)
+    if not is_number or (damping < 0 and damping != -1):  # -1, the default, shrinks R
+        raise ValueError(
+            f"damping={damping!r}; give a number from 0 on, such as 1e-3, or leave it out"
+        )
     if not isinstance(settings.projection, Projection):
         raise ValueError(
             f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"

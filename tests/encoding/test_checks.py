@@ -85,7 +85,7 @@ SHAPE = r"the loss of \d examples has the shape"
         (dict(context=0), "context=0; give a whole"),
         (dict(tokens_per_batch=0), "tokens_per_batch=0; give a whole"),
         (dict(sample=0), "sample=0; give a whole"),
-        (dict(damping=-1.0), "damping=-1.0; give a number from 0 on"),
+        (dict(damping=-0.5), "damping=-0.5; give a number from 0 on"),
         (dict(damping=float("nan")), "damping=nan; give a number"),
         (dict(correction="x"), "unknown correction 'x'"),
         (dict(correction="x", method="grad_cos"), "unknown correction 'x'"),
