@@ -100,7 +100,8 @@ def trace(
         projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
         k: the number of proponents, and of opponents, of each query.
         context: the most positions of a passage; longer documents are cut into several passages.
-        tokens_per_batch: positions that are encoded together.
+        tokens_per_batch: the most positions that are encoded together; of a small corpus, which
+            would not fill four batches, fewer are.
         include, exclude, untapped: the choice of parameters (`tda.gradients.sites.find_sites`).
         texts: the texts of passages that are given as batches, in order, to show.
         text_field, id_field: the fields of a passage's text and id, in files and rows with named

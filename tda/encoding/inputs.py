@@ -43,6 +43,13 @@ _MEMORY = 8 << 30
 _SHARD_TOKENS = 1 << 15
 # With fewer tokens than this, padding costs less than compiling for more lengths of batches.
 _FEW_TOKENS, _COARSE = 1 << 20, 1.5
+# Below this, all passages have one length of batches, unless that pads them to twice their tokens:
+# a length more takes 25 s of compiling for a model of 135M parameters, as long as 2,000 tokens.
+_ONE_LENGTH_TOKENS, _MOST_PADDING = 1 << 14, 2.0
+# Tokens that do not fill a few batches are cut into smaller ones: memory goes with the positions of
+# a batch (7 GB with 4,096 of that model, 2.8 GB with 640), and of a single batch the second moments
+# would be the square of one mean.
+_FEWEST_BATCHES, _LEAST_POSITIONS = 4, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +172,7 @@ def encode_texts(
     settings.print_coverage()
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
     table = _tokenise(passages, reading, settings.quiet)
-    layout = _make_layout(settings, table, prompts, tokenizer.pad)
+    layout = make_layout(settings, table, tokenizer.pad)
     if directory is not None:
         # Every correction has its own gradients; the tokens are shared.
         directory = directory / _name_correction(settings)
@@ -183,7 +190,7 @@ def encode_texts(
         mesh=settings.mesh,
         tell=False,
     )
-    gradients_QxE = _encode_prompts(encoder, prompts, layout)
+    gradients_QxE = _encode_prompts(encoder, prompts, make_layout(settings, prompts, tokenizer.pad))
     checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
     texts = PassageTexts(table, tokenizer)
     if directory is None:
@@ -215,13 +222,17 @@ def encode_texts(
     return TraceGradients(store, gradients_QxE, passage_of, queries)
 
 
-def _make_layout(
-    settings: TraceSettings, table: TokenTable, prompts: TokenTable, pad: int
-) -> BatchLayout:
-    longest = max(int(table.lengths.max()), int(prompts.lengths.max())) - 1
-    options = {"ratio": _COARSE} if len(table.tokens) < _FEW_TOKENS else {}
-    bucket_lengths = batching.buckets(max(1, longest), **options)
-    return BatchLayout(bucket_lengths, settings.tokens_per_batch, pad, settings.mesh)
+def make_layout(settings: TraceSettings, table: TokenTable, pad: int) -> BatchLayout:
+    """Returns how a table is cut into batches: a small one into small ones of few lengths."""
+    count, total = len(table), len(table.tokens)
+    longest = max(1, int(table.lengths.max()) - 1)
+    if total < _ONE_LENGTH_TOKENS and count * longest <= _MOST_PADDING * total:
+        bucket_lengths: tuple[int, ...] = (longest,)
+    else:
+        options = {"ratio": _COARSE} if total < _FEW_TOKENS else {}
+        bucket_lengths = batching.buckets(longest, **options)
+    positions = min(settings.tokens_per_batch, max(_LEAST_POSITIONS, total // _FEWEST_BATCHES))
+    return BatchLayout(bucket_lengths, positions, pad, settings.mesh)
 
 
 def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) -> np.ndarray:

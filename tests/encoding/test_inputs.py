@@ -1,5 +1,7 @@
 """What `tda.trace` computes, and what a kill costs it."""
 
+import types
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,6 +10,7 @@ import tda
 from tda import store as stores
 from tda.data import batches as batching
 from tda.data.tokenizer import Tokenizer
+from tda.data.tokens import TokenTable
 from tda.encoding import inputs
 from tda.encoding import table as encoding
 from tda.gradients.projection import Projection
@@ -78,6 +81,32 @@ def test_a_prompt_is_not_padded_to_a_batch_of_passages(tokenizer, shapes):
     call(tokenizer, method="grad_cos")
     sizes = [size for size, _ in shapes]
     assert sizes[0] == 1 and max(sizes) > 50
+
+
+def shapes_of(lengths, tokens_per_batch=4096):
+    """The shapes of the batches that passages of these numbers of tokens are cut into."""
+    starts = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    names = [str(i) for i in range(len(lengths))]
+    tokens = np.ones(starts[-1], np.int32)
+    table = TokenTable(names, names, tokens, starts, tokens > 0)
+    settings = types.SimpleNamespace(tokens_per_batch=tokens_per_batch, mesh=None)
+    return [b.tokens.shape for b in inputs.make_layout(settings, table, pad=0).batches(table)]
+
+
+def test_a_small_corpus_fills_some_small_batches_of_one_length():
+    lengths = np.random.default_rng(0).integers(30, 65, 60)
+    shapes = shapes_of(lengths)
+    assert len(set(shapes)) == 1 and len(shapes) >= 4
+    assert np.prod(shapes[0]) <= lengths.sum() / 4
+    # Fewer positions stay fewer, and a large corpus fills whole batches of several lengths.
+    assert max(map(np.prod, shapes_of(lengths, tokens_per_batch=200))) <= 200
+    large = shapes_of(np.tile(lengths, 10))
+    assert len({length for _, length in large}) > 1 and max(map(np.prod, large)) > 4000
+
+
+def test_one_long_passage_does_not_pad_the_others():
+    shapes = shapes_of([20] * 100 + [400])
+    assert sum(map(np.prod, shapes)) < 2 * (100 * 20 + 400) < 100 * 400
 
 
 def test_few_tokens_are_compiled_for_few_lengths(tokenizer, shapes, monkeypatch):
