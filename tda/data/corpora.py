@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
+import numpy as np
+
 from tda.data import jsonl
 from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
 from tda.data.jsonl import half_character
@@ -37,10 +39,14 @@ class Document:
     Attributes:
         id: the document's name in the corpus.
         text: the document's text, which may be blank.
+        prompt: text before it that carries no loss.
+        tokens: the document's token ids, in place of a text; they are taken as they are.
     """
 
     id: str
     text: str
+    prompt: str = ""
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass
@@ -240,10 +246,25 @@ def _names_tfds(name: str) -> bool:
 def document_of(record, place: str, text_field: str, id_field: str | None) -> Document:
     """Returns a record's document; its id is `place` if the record has none.
 
-    A text that is null (None, or NaN of pandas) is blank.
+    A text that is null (None, or NaN of pandas) is blank. A record without `text_field` may have
+    "prompt" and "completion", with the loss on the completion alone, or token ids in "input_ids"
+    (without those that "attention_mask" leaves out).
     """
     if not isinstance(record, Mapping):
         raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
+    prompt, tokens = "", None
+    if text_field not in record and {"prompt", "completion"} <= set(record):
+        text_field, prompt = "completion", record["prompt"]
+        if not isinstance(prompt, str) or half_character(prompt):
+            raise CorpusError(f"{place}: 'prompt' is {type(prompt).__name__}, or no Unicode text")
+    elif text_field not in record and "input_ids" in record:
+        tokens = _token_ids(record, place)
+        record = {**record, text_field: ""}
+    elif text_field not in record and "messages" in record:
+        raise CorpusError(
+            f"{place}: chats are not read; render them by the tokenizer's apply_chat_template and "
+            "give their token ids ('input_ids'), or 'prompt' and 'completion'"
+        )
     for field in (text_field, id_field):
         if field is not None and field not in record:
             raise CorpusError(
@@ -265,7 +286,19 @@ def document_of(record, place: str, text_field: str, id_field: str | None) -> Do
     for field, value in ((text_field, text), (id_field, name)):
         if field is not None and (half := half_character(value)):
             raise CorpusError(f"{place}: field {field!r} has {half}")
-    return Document(name, text)
+    return Document(name, text, prompt, tokens)
+
+
+def _token_ids(record: Mapping, place: str) -> tuple[int, ...]:
+    if any(label == -100 for label in record.get("labels", ())):
+        raise CorpusError(
+            f"{place}: 'labels' leave tokens out of the loss (-100), which are not read; give "
+            "'prompt' and 'completion'"
+        )
+    ids, mask = np.asarray(record["input_ids"]), record.get("attention_mask")
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
+        raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
+    return tuple(ids.tolist() if mask is None else ids[np.asarray(mask, bool)].tolist())
 
 
 def _decoded(text: bytes, place: str) -> str:

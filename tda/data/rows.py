@@ -20,7 +20,9 @@ _QUERY_FORMS = (
     "give (prompt, target), (id, prompt, target), or a dict with the keys 'prompt' and 'target' "
     "(and 'id')"
 )
-_PASSAGE_FORMS = "give a text, (id, text), a Document, or a dict with the text in a field"
+_PASSAGE_FORMS = (
+    "give a text, (id, text), a list of token ids, a Document, or a dict with the text in a field"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def parse_passages(
     """Yields the documents of an iterable; one without an id is named by its number, from 0.
 
     Args:
-        passages: an iterable of texts, of (id, text), of `Document`, or of rows with named fields.
+        passages: an iterable of texts, of (id, text), of lists of token ids, of `Document`, or of
+            rows with named fields.
         text_field, id_field: the names of a row's fields, as in `tda.data.corpora.Corpus`.
 
     Raises:
@@ -121,6 +124,8 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
         document = document_of(fields, place, text_field, id_field)
         return dataclasses.replace(document, id=str(i)) if document.id == place else document
     pair = _as_tuple(row)
+    if pair and all(_is_whole(x) for x in pair):
+        return Document(str(i), "", tokens=tuple(map(int, pair)))
     if pair is None or len(pair) != 2 or not isinstance(pair[1], str):
         raise CorpusError(f"{place} is {_shown(row)}; {_PASSAGE_FORMS}")
     return Document(_name(pair[0], place, CorpusError), pair[1])
@@ -172,9 +177,13 @@ def _name(name: Any, place: str, error: type[ValueError]) -> str:
         if half := half_character(name):
             raise error(f"{place}: the id has {half}")
         return name
-    if isinstance(name, numbers.Integral) and not isinstance(name, bool):
+    if _is_whole(name):
         return str(int(name))
     raise error(f"{place} has the id {_shown(name)}; give a string or a whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _keys(rows: Mapping) -> str:

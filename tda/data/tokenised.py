@@ -17,11 +17,13 @@ import json
 import pathlib
 import re
 import shutil
+import types
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from tda.data.corpora import CorpusError, Document
+from tda.data.joining import join
 from tda.data.jsonl import half_character
 from tda.data.tokens import TokenTable, by_characters, cut
 from tda.runtime import atomic_file, progress
@@ -145,10 +147,12 @@ def tokenise_on_disk(
     return _table(arrays), Counts(**_read_json(stamp)["counts"])
 
 
-# The arrays of a part and of the joined table: the tokens of all passages, where each passage ends,
+# The arrays of a part and of the joined table: the tokens of all passages, which of them the loss
+# counts, where each passage ends,
 # its document's number and characters (−1 for a whole document), and the documents' names.
 _ARRAYS = {
     "tokens": np.int32,
+    "scored": np.bool_,
     "ends": np.int64,
     "owners": np.int64,
     "spans": np.int64,
@@ -156,7 +160,8 @@ _ARRAYS = {
     "name_ends": np.int64,
 }
 # The same as codes of Python's arrays, for those of numbers.
-_CODES = {k: {np.int32: "i", np.int64: "q"}[d] for k, d in _ARRAYS.items() if d != np.uint8}
+_CODE_OF = {np.int32: "i", np.int64: "q", np.bool_: "B"}
+_CODES = {k: _CODE_OF[d] for k, d in _ARRAYS.items() if d in _CODE_OF}
 
 
 def _none() -> dict[str, np.ndarray]:
@@ -169,7 +174,7 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
     with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
         bar.update(sum(1 for _ in itertools.islice(documents, first)))
         part = _Part(tokenizer, context)
-        for batch in by_characters(documents, lambda d: len(d.text or ""), _BATCH):
+        for batch in by_characters(documents, lambda d: len(d.text or "") + len(d.prompt), _BATCH):
             part.add(batch)
             bar.update(len(batch))
             if part.batches == _BATCHES_A_PART or part.characters >= _PART_CHARACTERS:
@@ -177,6 +182,10 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
                 part = _Part(tokenizer, context)
         if part.batches:
             yield part.arrays(), part.counts()
+
+
+# A tokenizer that puts nothing before and after a text, for token ids.
+_AS_IT_IS = types.SimpleNamespace(begin=(), end=())
 
 
 class _Part:
@@ -194,25 +203,39 @@ class _Part:
         """Cuts documents into passages and appends these."""
         for document in documents:
             _check_characters(document)
-        encoded = self._tokenizer.encode_spans([d.text for d in documents])
-        for document, (ids, places) in zip(documents, encoded, strict=True):
+        texts = [join(d.prompt, d.text) for d in documents]
+        encoded = self._tokenizer.encode_spans(texts)
+        for document, text, (ids, places) in zip(documents, texts, encoded, strict=True):
             self._documents += 1
-            self.characters += len(document.text)
-            if document.text.strip():
-                self._add(document, ids, np.asarray(places, np.int64).reshape(-1, 2))
+            self.characters += len(text) + 4 * len(document.tokens or ())
+            if document.tokens:
+                # Ids that come from elsewhere have what stands before and after them already; the
+                # place of a passage is that of its tokens.
+                numbers = np.arange(len(document.tokens))
+                places = np.stack([numbers, numbers + 1], axis=1)
+                scored = np.ones(len(numbers), bool)
+                self._add(document, document.tokens, places, scored, _AS_IT_IS)
+            elif document.text.strip():
+                places = np.asarray(places, np.int64).reshape(-1, 2)
+                # A token across the border is the text's, as in queries.
+                scored = places[:, 1] > (len(text) - len(document.text) if document.prompt else -1)
+                scored = np.concatenate([scored, np.ones(len(self._tokenizer.end), bool)])
+                self._add(document, [*ids, *self._tokenizer.end], places, scored, self._tokenizer)
             else:
                 self._blank += 1
         self.batches += 1
 
-    def _add(self, document: Document, ids, places_Tx2: np.ndarray) -> None:
-        begin, end = self._tokenizer.begin, self._tokenizer.end
-        sequence = np.asarray([*ids, *end], np.int32)
-        ranges = cut(sequence, self._tokenizer, self._context)
+    def _add(self, document: Document, ids, places_Tx2, scored_T, tokenizer) -> None:
+        sequence = np.asarray(ids, np.int32)
+        ranges = cut(sequence, tokenizer, self._context)
         self._split += len(ranges) > 1
         out = self._numbers
         for first, stop in ranges:
-            out["tokens"].extend(begin)
+            if document.prompt and not scored_T[first:stop].any():
+                continue  # nothing but a part of the prompt, whose gradient is zero
+            out["tokens"].extend(tokenizer.begin)
             out["tokens"].frombytes(sequence[first:stop].tobytes())
+            out["scored"].frombytes(bytes(len(tokenizer.begin)) + scored_T[first:stop].tobytes())
             out["ends"].append(len(out["tokens"]))
             out["owners"].append(len(out["name_ends"]))
             out["spans"].extend(
@@ -337,7 +360,7 @@ def _table(arrays: dict[str, np.ndarray]) -> TokenTable:
     ids = _Ids(names, arrays["owners"], arrays["spans"])
     _check_unique(names)
     starts = np.concatenate([[0], arrays["ends"]]).astype(np.int64)
-    scored = np.ones(len(arrays["tokens"]), bool)
+    scored = np.array(arrays["scored"])
     scored[starts[:-1]] = False  # nothing predicts the first token
     return TokenTable(ids, _Owners(names, arrays["owners"]), arrays["tokens"], starts, scored)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
@@ -223,3 +224,21 @@ def _count_logits(model: nnx.Module, tokens_BxT: np.ndarray) -> int:
             "function of the model and a batch as loss"
         )
     return shape[-1]
+
+
+def check_token_ids(settings: TraceSettings, table: TokenTable) -> None:
+    """Checks that the model has every token of the passages.
+
+    Ids that come from elsewhere may be another tokenizer's, and a look-up beyond a table of
+    embeddings is no error in jax.
+
+    Raises:
+        ValueError: it does not.
+    """
+    vocab_size = getattr(settings.model, "vocab_size", None)
+    largest, smallest = int(table.tokens.max()), int(table.tokens.min())
+    if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
+        raise ValueError(
+            f"the passages have token ids from {smallest} to {largest}, the model has 0 to "
+            f"{'…' if vocab_size is None else vocab_size - 1}; give ids of the model's tokenizer"
+        )

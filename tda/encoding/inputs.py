@@ -172,6 +172,7 @@ def encode_texts(
     settings.print_coverage()
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
     table = _tokenise(passages, reading, settings.quiet)
+    checks.check_token_ids(settings, table)
     layout = make_layout(settings, table, tokenizer.pad)
     if directory is not None:
         # Every correction has its own gradients; the tokens are shared.

@@ -10,6 +10,7 @@ import pytest
 from tda.data import tokenised, tokens
 from tda.data.corpora import CorpusError, Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.rows import parse_passages
 from tda.data.tokenizer import Tokenizer
 from tests.data.test_pretrained_tokenizer import TEXTS, byte_level
 
@@ -184,3 +185,40 @@ def test_tokens_take_few_bytes_while_they_are_collected(tokenizer):
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 12 * len(part.arrays()["tokens"])
+
+
+def test_rows_of_token_ids_are_taken_as_they_are(tokenizer):
+    ids = tokenizer.sequence(LONG)
+    rows = list(parse_passages([ids, np.array(ids[:9]), {"input_ids": ids[:5] + [2, 2], "id": "m",
+                                "attention_mask": [1] * 5 + [0, 0]}]))  # fmt: skip
+    table, counts = tokenised.tokenise_in_memory(rows, tokenizer, 24, quiet=True)
+    assert counts == tokenised.Counts(3, 0, 1)
+    place = [i for i, name in enumerate(table.documents) if name == "0"]
+    joined = [table.tokens[table.starts[i] : table.starts[i + 1]].tolist() for i in place]
+    # Parts overlap by a token, which the first of them predicts.
+    assert joined[0] + [t for part in joined[1:] for t in part[1:]] == ids
+    assert table.ids[0] == "0#0-25" and list(table.ids)[-2:] == ["1", "m"]
+    assert table.tokens[table.starts[-2] :].tolist() == ids[:5]
+    assert table.scored.sum() == len(ids) - 1 + 8 + 4
+    for row, message in (
+        ({"input_ids": [1.5]}, "'input_ids' are not a list of whole numbers"),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "'labels' leave tokens out of the loss"),
+        ({"messages": []}, "chats are not read; render them"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            list(parse_passages([row]))
+
+
+@pytest.mark.parametrize("context", [64, 8])
+def test_the_loss_of_a_completion_is_on_it_alone(tokenizer, context):
+    row = {"prompt": "The capital of Norway is", "completion": "Oslo.", "id": "c"}
+    rows = list(parse_passages([row]))
+    assert rows == [Document("c", "Oslo.", "The capital of Norway is")]
+    table, _ = tokenised.tokenise_in_memory(rows, tokenizer, context, quiet=True)
+    assert tokenizer.decode(table.tokens[table.scored]).strip() == "Oslo."
+    for i in range(len(table)):
+        assert table.scored[table.starts[i] : table.starts[i + 1]].any()
+    ids, is_target = tokenizer.encode_query(row["prompt"], row["completion"])
+    if context == 64:
+        assert table.tokens.tolist() == ids.tolist()
+        np.testing.assert_array_equal(table.scored, is_target)
