@@ -217,6 +217,7 @@ def _encoding_function(
     model: nnx.Module, kinds: Sequence[Kind], layouts: tuple[Layout, ...], output: str | Callable
 ) -> tuple[tuple, dict[str, tuple], Callable]:
     """Returns arrays, their logical axes, and the function of (arrays, batch, scored=None)."""
+    output_fn = losses.output(output) if isinstance(output, str) else None
     # The taps of each site by number of the kind, in the order in which a layer carries them.
     taps_of: dict[Site, dict[int, Tap]] = {}
     for i, (_, by_site) in enumerate(kinds):
@@ -236,7 +237,7 @@ def _encoding_function(
     def total_of(own_model: nnx.Module, batch: dict, scored: int | None) -> jax.Array:
         if not isinstance(output, str):
             return jnp.sum(output(own_model, batch))
-        return losses.total(own_model, batch, losses.output(output), scored)
+        return losses.total(own_model, batch, output_fn, scored)
 
     def total(
         zeros: dict, variables: dict, batch: dict, scored: int | None, missed: Sequence[Site] = ()

@@ -330,7 +330,9 @@ def test_a_layer_whose_first_axis_is_not_the_batch_is_refused():
 
     batch = {k: np.zeros((2, 3), np.int32) for k in ("tokens", "targets")}
     encode = make_encoder(Turned(nnx.Rngs(0)), Projection(side=2))
-    with pytest.raises(ValueError, match="first axis must be the batch"):
+    with pytest.raises(
+        ValueError, match="mlp/kernel: its layer is called with inputs whose first axis is not"
+    ):
         encode(batch | {"weights": np.ones((2, 3), np.float32)})
 
 

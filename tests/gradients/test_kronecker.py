@@ -120,7 +120,7 @@ def test_covariances_are_of_scored_positions_alone(decoder, random_batch):
     def loss(added_LxBxTxN):
         """The loss with something added to each layer's product x W."""
         blocks, x = nnx.clone(model), model.embedding(batch["tokens"])
-        sight, _ = model._sights()
+        sight, _ = model._sights(6)
         graphdef, state = nnx.split(blocks.layers)
         for i in range(2):
             block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], state))
