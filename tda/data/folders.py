@@ -60,18 +60,18 @@ def list_corpus(folder: pathlib.Path, kind: str | None, split: str) -> tuple[str
             continue
         if not _ABOUT.fullmatch(path.name):
             files[kind_of(path.name)].append(path)
-    others = files.pop(None, [])
+    excluded = files.pop(None, [])
     kinds = {k: paths for k, paths in files.items() if kind in (None, k)}
     if len(kinds) != 1:
         reason = "files of several kinds" if kinds else "no file of a corpus that is known"
         raise CorpusError(
-            f"{folder} holds {reason}: {_list(folder, files, others)}; name those of the corpus by "
-            f"a pattern such as '{folder}/**/*.jsonl', or by Corpus(folder, kind=)"
+            f"{folder} holds {reason}: {_list(folder, files, excluded)}; name those of the corpus "
+            f"by a pattern such as '{folder}/**/*.jsonl', or by Corpus(folder, kind=)"
         )
     ((kind, paths),) = kinds.items()
-    if others:
+    if excluded:
         warnings.warn(
-            f"{folder}: left out of the corpus, {_list(folder, {}, others)}", stacklevel=2
+            f"{folder}: left out of the corpus, {_list(folder, {}, excluded)}", stacklevel=2
         )
     return kind, [os.fspath(p) for p in _choose_split(folder, kind, paths, split)]
 
@@ -101,10 +101,10 @@ def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> l
     return splits[split]
 
 
-def _list(folder: pathlib.Path, files: dict, others: list[pathlib.Path]) -> str:
+def _list(folder: pathlib.Path, files: dict, excluded: list[pathlib.Path]) -> str:
     """Returns numbers of files by suffix, with an example of each."""
     by_suffix = collections.defaultdict(list)
-    for path in [p for paths in files.values() for p in paths] + others:
+    for path in [p for paths in files.values() for p in paths] + excluded:
         by_suffix[path.suffix or "no suffix"].append(path.relative_to(folder).as_posix())
     parts = [f"{len(n)} of {s} ({n[0]}{', …' if n[1:] else ''})" for s, n in by_suffix.items()]
     return ", ".join(parts) or "nothing"

@@ -77,11 +77,11 @@ class MatesCheck:
             ("loss", lambda batch: (self._losses(batch),), (self._losses(batch),)),
             ("gradient", encode, encodings),
         ):
-            rows, *others = (_flat(x) for x in (rows, *map(compute, batches)))
+            rows, *reordered = (_flat(x) for x in (rows, *map(compute, batches)))
             change = max(
-                _change(rows[:half], others[0][:half], _IN_PLACE),
-                _change(rows[half:], others[1][half:], _IN_PLACE),
-                _change(rows[half:], others[2][: count - half], _MOVED),
+                _change(rows[:half], reordered[0][:half], _IN_PLACE),
+                _change(rows[half:], reordered[1][half:], _IN_PLACE),
+                _change(rows[half:], reordered[2][: count - half], _MOVED),
             )
             if change:
                 culprit = _name_culprit(self._model, self._plain_losses, batch, batches[:2], half)
@@ -104,8 +104,8 @@ def _take(batch, rows: np.ndarray):
     """Returns some examples of a batch, laid out on the devices as the batch is."""
 
     def take(x):
-        taken = np.asarray(x)[rows]
-        return jax.device_put(taken, x.sharding) if isinstance(x, jax.Array) else taken
+        drawn = np.asarray(x)[rows]
+        return jax.device_put(drawn, x.sharding) if isinstance(x, jax.Array) else drawn
 
     return jax.tree.map(take, batch)
 
@@ -121,22 +121,22 @@ def _flat(arrays) -> np.ndarray:
     return np.concatenate(flat, axis=1)
 
 
-def _change(rows: np.ndarray, others: np.ndarray, tolerance: _Tolerance) -> float:
+def _change(rows: np.ndarray, reordered: np.ndarray, tolerance: _Tolerance) -> float:
     """Returns the largest change of a row relative to its norm; 0 within the tolerance."""
     norms = np.linalg.norm(rows, axis=1)
     scales = np.maximum(norms, tolerance.floor * norms.max(initial=0))
-    changes = np.linalg.norm(others - rows, axis=1) / np.where(scales > 0, scales, 1)
+    changes = np.linalg.norm(reordered - rows, axis=1) / np.where(scales > 0, scales, 1)
     largest = float(np.where(np.isfinite(changes), changes, 0).max(initial=0))
     return largest if largest > tolerance.relative else 0
 
 
-def _name_culprit(model: nnx.Module, losses: Callable, batch, others, half: int) -> str:
+def _name_culprit(model: nnx.Module, losses: Callable, batch, reordered, half: int) -> str:
     """Names the innermost module whose output changes though its input does not; "" if none does.
 
     The loss is computed once more for each batch, without compilation, so that each module's inputs
     and outputs can be looked at. Those inside a scan or vmap cannot.
     """
-    traces = [_calls(model, losses, x) for x in (batch, *others)]
+    traces = [_calls(model, losses, x) for x in (batch, *reordered)]
     halves = slice(None, half), slice(half, None)
     for calls in zip(*traces, strict=False):
         path, *first = calls[0]
