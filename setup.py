@@ -50,12 +50,15 @@ setup(
         "uvicorn>=0.54.0",
     ],
     extras_require={
+        # Chats, which the tokenizer's template writes.
+        "chat": ["jinja2>=3.1.6"],
         # Dense retrieval.
         "dense": ["sentence-transformers>=6.2.0"],
         "test": [
             "boto3>=1.44.8",
             "gguf>=0.19.0",
             "httpx2>=2.16.2",
+            "jinja2>=3.1.6",
             "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
             "mypy>=2.4.1",

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import glob
 import heapq
+import itertools
 import json
 import math
 import numbers
@@ -21,11 +22,14 @@ from typing import cast
 import numpy as np
 
 from tda.data import jsonl
+from tda.data.chats import parse_messages
 from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
 from tda.data.jsonl import half_character
 from tda.runtime.fingerprint import hash_64_bits
 
 KINDS = ("jsonl", "csv", "parquet", "datasets", "texts", "tfds")
+# What transformers puts in labels for a token that the loss leaves out.
+_NOT_SCORED = -100
 # Fields that hold a document's id, in order of preference.
 _IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
 # The names that `tfds.builder` takes: DATASET[/CONFIG][:VERSION].
@@ -41,12 +45,17 @@ class Document:
         text: the document's text, which may be blank.
         prompt: text before it that carries no loss.
         tokens: the document's token ids, in place of a text; they are taken as they are.
+        scored: which of `tokens` the loss counts; all if None.
+        messages: the messages of a chat, in place of a text; the tokenizer's template writes it,
+            and the loss counts the assistant's messages alone.
     """
 
     id: str
     text: str
     prompt: str = ""
     tokens: tuple[int, ...] | None = None
+    scored: tuple[bool, ...] | None = None
+    messages: tuple[dict, ...] = ()
 
 
 @dataclasses.dataclass
@@ -247,24 +256,26 @@ def document_of(record, place: str, text_field: str, id_field: str | None) -> Do
     """Returns a record's document; its id is `place` if the record has none.
 
     A text that is null (None, or NaN of pandas) is blank. A record without `text_field` may have
-    "prompt" and "completion", with the loss on the completion alone, or token ids in "input_ids"
-    (without those that "attention_mask" leaves out).
+    "prompt" and "completion", with the loss on the completion alone; the "messages" of a chat, with
+    the loss on the assistant's alone; or token ids in "input_ids", without those that
+    "attention_mask" leaves out, and with the loss on those that have "labels" other than -100.
     """
     if not isinstance(record, Mapping):
         raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
-    prompt, tokens = "", None
+    prompt, tokens, scored, messages = "", None, None, ()
     if text_field not in record and {"prompt", "completion"} <= set(record):
         text_field, prompt = "completion", record["prompt"]
         if not isinstance(prompt, str) or half_character(prompt):
             raise CorpusError(f"{place}: 'prompt' is {type(prompt).__name__}, or no Unicode text")
     elif text_field not in record and "input_ids" in record:
-        tokens = _token_ids(record, place)
+        tokens, scored = _token_ids(record, place)
         record = {**record, text_field: ""}
     elif text_field not in record and "messages" in record:
-        raise CorpusError(
-            f"{place}: chats are not read; render them by the tokenizer's apply_chat_template and "
-            "give their token ids ('input_ids'), or 'prompt' and 'completion'"
-        )
+        try:
+            messages = parse_messages(record["messages"])
+        except ValueError as error:
+            raise CorpusError(f"{place}: 'messages': {error}") from error
+        record = {**record, text_field: ""}
     for field in (text_field, id_field):
         if field is not None and field not in record:
             raise CorpusError(
@@ -286,19 +297,32 @@ def document_of(record, place: str, text_field: str, id_field: str | None) -> Do
     for field, value in ((text_field, text), (id_field, name)):
         if field is not None and (half := half_character(value)):
             raise CorpusError(f"{place}: field {field!r} has {half}")
-    return Document(name, text, prompt, tokens)
+    return Document(name, text, prompt, tokens, scored, messages)
 
 
-def _token_ids(record: Mapping, place: str) -> tuple[int, ...]:
-    if any(label == -100 for label in record.get("labels", ())):
-        raise CorpusError(
-            f"{place}: 'labels' leave tokens out of the loss (-100), which are not read; give "
-            "'prompt' and 'completion'"
-        )
-    ids, mask = np.asarray(record["input_ids"]), record.get("attention_mask")
+def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
+    """Returns a record's token ids, and which of them the loss counts."""
+    ids = np.asarray(record["input_ids"])
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
         raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
-    return tuple(ids.tolist() if mask is None else ids[np.asarray(mask, bool)].tolist())
+    masks = {k: np.asarray(record[k]) for k in ("attention_mask", "labels") if k in record}
+    for field, values in masks.items():
+        if values.shape != ids.shape:
+            raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
+    kept = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
+    scored = None
+    if "labels" in masks:
+        labels = masks["labels"]
+        scored = labels != _NOT_SCORED
+        if (labels != ids)[scored].any():
+            raise CorpusError(
+                f"{place}: 'labels' differ from 'input_ids' elsewhere than where they are "
+                f"{_NOT_SCORED}; labels are the ids at their own places, not those that follow"
+            )
+        if not (scored & kept).any():
+            raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
+        scored = tuple(scored[kept].tolist())
+    return tuple(ids[kept].tolist()), scored
 
 
 def _decoded(text: bytes, place: str) -> str:
@@ -373,13 +397,18 @@ def _from_parquet(
 
 def _columns(names: list[str], file, text_field, id_field) -> list[str]:
     """Returns the columns that a document needs: the others are not read."""
-    for field in (text_field, id_field):
+    # What `document_of` reads where there is no text.
+    forms = ({"prompt", "completion"}, {"messages"}, {"input_ids"})
+    without_text = text_field not in names and any(form <= set(names) for form in forms)
+    for field in (id_field,) if without_text else (text_field, id_field):
         if field is not None and field not in names:
             raise CorpusError(
                 f"{file}: there is no column {field!r}; the columns are {', '.join(names)}; "
                 "name it by text_field or id_field"
             )
     needed = {text_field, id_field} | ({*_IDS} if id_field is None else set())
+    if without_text:
+        needed |= {*itertools.chain(*forms), "attention_mask", "labels"}
     return [n for n in names if n in needed]
 
 

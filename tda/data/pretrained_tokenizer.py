@@ -7,14 +7,21 @@ before and after a text (such as a begin-of-sequence token) are read from its te
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tokenizers
 
 from tda.data import tokenizer_files
+from tda.data.chats import ChatTemplate
 from tda.data.joining import join
-from tda.data.tokenizer_files import component, read_template, with_template, without_template
+from tda.data.tokenizer_files import (
+    component,
+    read_chat_template,
+    read_template,
+    with_template,
+    without_template,
+)
 from tda.runtime import atomic_file
 from tda.runtime.fingerprint import fingerprint_parts
 
@@ -33,6 +40,7 @@ class PretrainedTokenizer:
         pad: the id of padding, which never carries a loss.
         parse_special: whether a special token spelled out in a text is read as that token, as in
             transformers; if a text spells out `begin`, it is not added again.
+        chat: the template that chats are written by, or None.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class PretrainedTokenizer:
         eos: int | None = None,
         pad: int | None = None,
         parse_special: bool = False,
+        chat: ChatTemplate | None = None,
     ):
         inner.no_truncation()
         inner.no_padding()
@@ -54,7 +63,7 @@ class PretrainedTokenizer:
             inner.post_processor = component("post_processor", without_template(state))
         self._inner, self.parse_special = inner, parse_special
         self.begin, self.end = tuple(map(int, begin)), tuple(map(int, end))
-        self.eos = eos
+        self.eos, self.chat = eos, chat
         self.pad = next(i for i in (pad, eos, 0) if i is not None)
 
     @classmethod
@@ -73,6 +82,7 @@ class PretrainedTokenizer:
             eos=parts.eos,
             pad=parts.pad,
             parse_special=parse_special,
+            chat=parts.chat,
         )
 
     @classmethod
@@ -96,7 +106,17 @@ class PretrainedTokenizer:
             inner = tokenizers.Tokenizer.from_str(inner.to_str())
             begin, end = read_template(inner)
             eos, pad = (getattr(tokenizer, f"{n}_token_id", None) for n in ("eos", "pad"))
-            return cls(inner, begin=begin, end=end, eos=eos, pad=pad, parse_special=parse_special)
+            special_tokens = getattr(tokenizer, "special_tokens_map", {})
+            names = {k: t for k, t in special_tokens.items() if isinstance(t, str)}
+            return cls(
+                inner,
+                begin=begin,
+                end=end,
+                eos=eos,
+                pad=pad,
+                parse_special=parse_special,
+                chat=read_chat_template(getattr(tokenizer, "chat_template", None), names),
+            )
         if hasattr(tokenizer, "encode_query") and hasattr(tokenizer, "encode_spans"):
             return tokenizer
         raise TypeError(
@@ -161,6 +181,39 @@ class PretrainedTokenizer:
         n = len(self.begin)
         # A text that spells out `begin` must not get it twice.
         return [(i[n:], o[n:]) if tuple(i[:n]) == self.begin else (i, o) for i, o in out]
+
+    def encode_chat(self, messages: Sequence[Mapping]) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Returns the token ids of a chat as the tokenizer's template writes it.
+
+        Special tokens in the text are read as those tokens, as in transformers: the template's are.
+
+        Args:
+            messages: dicts of a "role" and a "content", in order.
+
+        Returns:
+            Ids; the characters [start, stop) of each token in the chat's text, int64 [T, 2]; and
+            whether a token is part of an answer (a message of the role "assistant"), bool [T].
+
+        Raises:
+            ValueError: the tokenizer has no template, or the template cannot write the messages.
+            ImportError: Jinja is not installed.
+        """
+        if self.chat is None:
+            raise ValueError(
+                "this tokenizer has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); give texts, or the token ids ('input_ids')"
+            )
+        text, answers = self.chat.render_with_answers(messages)
+        self._inner.encode_special_tokens = False
+        try:
+            encoding = self._inner.encode(text, add_special_tokens=False)
+        finally:
+            self._inner.encode_special_tokens = not self.parse_special
+        places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        is_answer = np.zeros(len(places), bool)
+        for answer in answers:
+            is_answer |= (places[:, 0] < answer.stop) & (places[:, 1] > answer.start)
+        return encoding.ids, places, is_answer
 
     def sequence(self, text: str) -> list[int]:
         """Returns the token ids of `begin text end`."""

@@ -27,7 +27,7 @@ from tda.data.joining import join
 from tda.data.jsonl import half_character
 from tda.data.tokens import TokenTable, by_characters, cut
 from tda.runtime import atomic_file, progress
-from tda.runtime.fingerprint import hash_64_bits, plain
+from tda.runtime.fingerprint import fingerprint, hash_64_bits, plain
 
 # Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
 # part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
@@ -125,7 +125,10 @@ def tokenise_on_disk(
             text at all, or the directory was made from another corpus.
     """
     directory = pathlib.Path(directory)
-    provenance = plain({"tokenizer": tokenizer.fingerprint(), "context": context} | provenance)
+    provenance = provenance | {"tokenizer": tokenizer.fingerprint(), "context": context}
+    if getattr(tokenizer, "chat", None) is not None:
+        provenance["chat template"] = fingerprint(dataclasses.astuple(tokenizer.chat))
+    provenance = plain(provenance)
     stamp, parts = directory / "corpus.json", directory / "parts"
     existing = _read_json(stamp) or _read_json(parts / "made_from.json")
     if existing is not None and existing["made_from"] != provenance:
@@ -174,7 +177,7 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
     with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
         bar.update(sum(1 for _ in itertools.islice(documents, first)))
         part = _Part(tokenizer, context)
-        for batch in by_characters(documents, lambda d: len(d.text or "") + len(d.prompt), _BATCH):
+        for batch in by_characters(documents, _count_characters, _BATCH):
             part.add(batch)
             bar.update(len(batch))
             if part.batches == _BATCHES_A_PART or part.characters >= _PART_CHARACTERS:
@@ -182,6 +185,11 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
                 part = _Part(tokenizer, context)
         if part.batches:
             yield part.arrays(), part.counts()
+
+
+def _count_characters(document: Document) -> int:
+    chat = sum(len(message["content"]) for message in document.messages)
+    return len(document.text or "") + len(document.prompt) + chat
 
 
 # A tokenizer that puts nothing before and after a text, for token ids.
@@ -207,14 +215,22 @@ class _Part:
         encoded = self._tokenizer.encode_spans(texts)
         for document, text, (ids, places) in zip(documents, texts, encoded, strict=True):
             self._documents += 1
-            self.characters += len(text) + 4 * len(document.tokens or ())
+            self.characters += _count_characters(document) + 4 * len(document.tokens or ())
             if document.tokens:
                 # Ids that come from elsewhere have what stands before and after them already; the
                 # place of a passage is that of its tokens.
                 numbers = np.arange(len(document.tokens))
                 places = np.stack([numbers, numbers + 1], axis=1)
                 scored = np.ones(len(numbers), bool)
+                if document.scored is not None:
+                    scored = np.asarray(document.scored, bool)
                 self._add(document, document.tokens, places, scored, _AS_IT_IS)
+            elif document.messages:
+                try:
+                    ids, places, scored = self._tokenizer.encode_chat(document.messages)
+                except ValueError as error:
+                    raise CorpusError(f"document {document.id!r}: {error}") from error
+                self._add(document, ids, places, scored, _AS_IT_IS)
             elif document.text.strip():
                 places = np.asarray(places, np.int64).reshape(-1, 2)
                 # A token across the border is the text's, as in queries.
@@ -231,8 +247,8 @@ class _Part:
         self._split += len(ranges) > 1
         out = self._numbers
         for first, stop in ranges:
-            if document.prompt and not scored_T[first:stop].any():
-                continue  # nothing but a part of the prompt, whose gradient is zero
+            if not scored_T[first:stop].any():
+                continue  # nothing but prompts, whose gradient is zero
             out["tokens"].extend(tokenizer.begin)
             out["tokens"].frombytes(sequence[first:stop].tobytes())
             out["scored"].frombytes(bytes(len(tokenizer.begin)) + scored_T[first:stop].tobytes())

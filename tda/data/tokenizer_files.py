@@ -16,12 +16,15 @@ import warnings
 import tokenizers
 from tokenizers import AddedToken, models
 
+from tda.data.chats import ChatTemplate
+
 # The files of a model's directory that decide which ids a text gets.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 _SPECIAL_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),
@@ -92,6 +95,7 @@ class TokenizerParts:
         inner: the tokenizer.
         begin, end: ids before and after every text.
         eos, pad: ids of the tokens that end a document and fill a batch, or None.
+        chat: the template of chats, or None.
     """
 
     inner: tokenizers.Tokenizer
@@ -99,6 +103,7 @@ class TokenizerParts:
     end: tuple[int, ...]
     eos: int | None
     pad: int | None
+    chat: ChatTemplate | None = None
 
 
 def read(path) -> TokenizerParts:
@@ -151,7 +156,30 @@ def read(path) -> TokenizerParts:
     ):
         if config.get(flag) is not None and bool(config[flag]) != (ids.get(name) in around):
             _warn_of_flag(file, flag, config)
-    return TokenizerParts(inner, begin, end, ids.get("eos_token"), ids.get("pad_token"))
+    chat = read_chat_template(_chat_source(file, config), names)
+    return TokenizerParts(inner, begin, end, ids.get("eos_token"), ids.get("pad_token"), chat)
+
+
+def _chat_source(file: pathlib.Path, config: dict):
+    # A file of its own comes before the configuration's text, as in transformers.
+    template = file.with_name("chat_template.jinja")
+    return (
+        template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+    )
+
+
+def read_chat_template(source, special_tokens: dict[str, str]) -> ChatTemplate | None:
+    """Returns a tokenizer's template of chats; of several by name, the one named "default".
+
+    Args:
+        source: the template, or several: {name: template}, or a list of {"name", "template"}.
+        special_tokens: the tokens that it may use, by name.
+    """
+    if isinstance(source, list):
+        source = {x["name"]: x["template"] for x in source}
+    if isinstance(source, dict):
+        source = source.get("default")
+    return None if source is None else ChatTemplate(source, tuple(sorted(special_tokens.items())))
 
 
 def _warn_of_flag(file: pathlib.Path, flag: str, config: dict) -> None:

@@ -202,11 +202,21 @@ def test_rows_of_token_ids_are_taken_as_they_are(tokenizer):
     assert table.scored.sum() == len(ids) - 1 + 8 + 4
     for row, message in (
         ({"input_ids": [1.5]}, "'input_ids' are not a list of whole numbers"),
-        ({"input_ids": [1, 2], "labels": [-100, 2]}, "'labels' leave tokens out of the loss"),
-        ({"messages": []}, "chats are not read; render them"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "'labels' leave every token out"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "'labels' differ from 'input_ids'"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has another length"),
     ):
         with pytest.raises(CorpusError, match=message):
             list(parse_passages([row]))
+
+
+def test_labels_say_which_token_ids_the_loss_counts(tokenizer):
+    """Guards: labels ignored, or shifted by the attention mask."""
+    row = {"input_ids": [9, 3, 4, 5, 6], "labels": [9, -100, -100, 5, 6], "id": "a",
+           "attention_mask": [0, 1, 1, 1, 1]}  # fmt: skip
+    table, _ = tokenised.tokenise_in_memory(parse_passages([row]), tokenizer, 24, quiet=True)
+    assert table.tokens.tolist() == [3, 4, 5, 6]
+    assert table.scored.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("context", [64, 8])
