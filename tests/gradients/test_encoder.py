@@ -169,9 +169,9 @@ def rows_of(batch, rows, length):
     [
         ("none", "float32"),
         ("factored", "float32"),
-        ("adam", "float32"),
+        pytest.param("adam", "float32", marks=pytest.mark.slow),
         ("none", "bfloat16"),
-        ("adam", "bfloat16"),
+        pytest.param("adam", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_an_encoding_is_the_same_alone_padded_and_in_any_batch(
@@ -229,7 +229,7 @@ def test_scanned_and_unrolled_models_have_equal_encodings(decoder, random_batch,
     [
         (True, "factored", dict(data=2, fsdp=2, tensor=2)),
         (False, "adam", dict(data=2, fsdp=2, tensor=2)),
-        (True, "adam", dict(data=8)),
+        pytest.param(True, "adam", dict(data=8), marks=pytest.mark.slow),
         (True, "adam", dict(fsdp=8)),
         (True, "adam", dict(tensor=8)),
     ],

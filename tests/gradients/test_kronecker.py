@@ -336,6 +336,7 @@ def test_what_cannot_be_factored_is_told(decoder):
         kronecker.covariances(decoder(), chosen, [], "data")
 
 
+@pytest.mark.slow
 def test_eight_devices_factor_as_one_does(decoder, random_batch):
     """Guards: sums over a batch's positions that stop at a device's own."""
     model = decoder()
