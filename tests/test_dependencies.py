@@ -86,3 +86,15 @@ def test_what_tests_import_at_once_comes_with_the_extra(known):
                 there = distributions(package, known)
                 where = f"{file.relative_to(ROOT)}:{line}"
                 assert there & wanted, f"{where} imports {package}; setup.py names none of {there}"
+
+
+def test_messages_name_our_own_distribution_and_an_extra_that_exists():
+    """Guards: `pip install 'tda-jax[…]'`, which installs another project of that name."""
+    named = set()
+    for folder in ("tda", "experiments", "tests", "docs"):
+        for file in (ROOT / folder).rglob("*.*"):
+            if file.suffix in (".py", ".md") and file != pathlib.Path(__file__):
+                text = file.read_text(encoding="utf-8")
+                named |= set(re.findall(r"pip install (?:-e )?'([\w.-]+)\[(\w+)\\*\]'", text))
+    assert {name for name, _ in named} == {"tda-jax", "."}
+    assert {extra for _, extra in named} <= declared().keys()

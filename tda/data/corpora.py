@@ -376,7 +376,8 @@ def _arrow():
         import pyarrow.parquet
     except ImportError as error:
         raise CorpusError(
-            "reading Parquet and `datasets` needs the package pyarrow: pip install 'tda[parquet]'"
+            "reading Parquet and `datasets` needs the package pyarrow: "
+            "pip install 'tda-jax[parquet]'"
         ) from error
     return pyarrow
 

@@ -59,7 +59,7 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'tda[plots]'") from error
+        raise ImportError("plots need matplotlib: pip install 'tda-jax[plots]'") from error
 
 
 def draw(

@@ -35,7 +35,7 @@ def check_installed() -> None:
         DenseError: it is not installed.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise DenseError("dense retrieval needs the extra `dense`: pip install 'tda[dense]'")
+        raise DenseError("dense retrieval needs the extra `dense`: pip install 'tda-jax[dense]'")
 
 
 class SentenceEncoder:

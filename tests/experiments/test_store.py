@@ -108,7 +108,7 @@ def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
 
 
 def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_path, capsys):
-    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
     path, metrics = run
     other = config.copy_and_resolve_references()
     other.search.index = "scann"
@@ -123,7 +123,7 @@ def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_pat
 def test_through_an_index_the_recall_stands_beside_the_table(
     config, run, capsys, monkeypatch, encodings
 ):
-    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
     path, metrics = run
     shutil.rmtree(path / "indices", ignore_errors=True)
     other = config.copy_and_resolve_references()

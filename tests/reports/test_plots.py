@@ -135,5 +135,5 @@ def test_files(tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'tda\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tda-jax\[plots\]'"):
         plots.check()

@@ -11,7 +11,7 @@ from tda.retrieval import dense
 
 def test_a_library_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(dense.DenseError, match=r"pip install 'tda\[dense\]'"):
+    with pytest.raises(dense.DenseError, match=r"pip install 'tda-jax\[dense\]'"):
         dense.SentenceEncoder("anything")
 
 

@@ -22,7 +22,7 @@ from tda.retrieval.scann import part
 from tda.retrieval.scann.part import ScannError
 from tda.retrieval.scann.settings import Settings, settings_for
 
-pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda[scann]'")
+pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
 
 FINGERPRINT = {"encodings": "of a test", "widths": (32, 32)}
 FLAT = Settings(part_rows=1000, dims_per_block=2, reorder=100, training_rows=1000)
@@ -485,7 +485,7 @@ def test_without_scann_the_extra_is_named(monkeypatch, tmp_path, corpus):
     for name in [n for n in sys.modules if n.split(".")[0] == "scann"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scann", None)
-    with pytest.raises(ScannError, match=r"pip install 'tda\[scann\]'"):
+    with pytest.raises(ScannError, match=r"pip install 'tda-jax\[scann\]'"):
         make(tmp_path / "i", corpus[0])
     assert not (tmp_path / "i").exists()
 

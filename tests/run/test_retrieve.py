@@ -353,7 +353,7 @@ def test_what_the_config_lacks_is_told(traced, monkeypatch):
         retrieve.check(config, dense_only)
     config.dense.model = "somewhere"
     monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'tda\[dense\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tda-jax\[dense\]'"):
         retrieve.check(config, dense_only)
     config.hessian.evaluation = "some"
     with pytest.raises(ValueError, match="hessian.evaluation='some'"):

@@ -31,7 +31,7 @@ def _import_gguf():
         import gguf
     except ImportError as error:
         raise PretrainedError(
-            "reading a .gguf file takes the package gguf: pip install 'tda[gguf]'"
+            "reading a .gguf file takes the package gguf: pip install 'tda-jax[gguf]'"
         ) from error
     return gguf
 

@@ -5,7 +5,7 @@
 
 Every part covers consecutive rows, so memory does not grow with the corpus, and appears whole or
 not at all: a killed build resumes with the missing parts and ends in the same bytes. The directory
-may be moved. ScaNN is optional: pip install 'tda[scann]'.
+may be moved. ScaNN is optional: pip install 'tda-jax[scann]'.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ def import_scann():
     except ImportError as error:
         raise ScannError(
             f"approximate search needs ScaNN, which cannot be imported ({error}); install it by "
-            "pip install 'tda[scann]' (there are builds for Linux only), or search exactly"
+            "pip install 'tda-jax[scann]' (there are builds for Linux only), or search exactly"
         ) from error
     return scann_ops_pybind
 
