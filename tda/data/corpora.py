@@ -8,54 +8,23 @@ import csv
 import dataclasses
 import glob
 import heapq
-import itertools
 import json
-import math
-import numbers
 import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-import numpy as np
-
 from tda.data import jsonl
-from tda.data.chats import parse_messages
+from tda.data.documents import Document, columns_of, document_of
 from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
 from tda.data.jsonl import half_character
 from tda.runtime.fingerprint import hash_64_bits
 
 KINDS = ("jsonl", "csv", "parquet", "datasets", "texts", "tfds")
-# What transformers puts in labels for a token that the loss leaves out.
-_NOT_SCORED = -100
-# Fields that hold a document's id, in order of preference.
-_IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
 # The names that `tfds.builder` takes: DATASET[/CONFIG][:VERSION].
 _TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Document:
-    """A document of a corpus.
-
-    Attributes:
-        id: the document's name in the corpus.
-        text: the document's text, which may be blank.
-        prompt: text before it that carries no loss.
-        tokens: the document's token ids, in place of a text; they are taken as they are.
-        scored: which of `tokens` the loss counts; all if None.
-        messages: the messages of a chat, in place of a text; the tokenizer's template writes it,
-            and the loss counts the assistant's messages alone.
-    """
-
-    id: str
-    text: str
-    prompt: str = ""
-    tokens: tuple[int, ...] | None = None
-    scored: tuple[bool, ...] | None = None
-    messages: tuple[dict, ...] = ()
 
 
 @dataclasses.dataclass
@@ -252,95 +221,10 @@ def _names_tfds(name: str) -> bool:
     return version is not None or (config is not None and not os.path.isdir(dataset))
 
 
-def document_of(record, place: str, text_field: str, id_field: str | None) -> Document:
-    """Returns a record's document; its id is `place` if the record has none.
-
-    A text that is null (None, or NaN of pandas) is blank. A record without `text_field` may have
-    "prompt" and "completion", with the loss on the completion alone; the "messages" of a chat, with
-    the loss on the assistant's alone; or token ids in "input_ids", without those that
-    "attention_mask" leaves out, and with the loss on those that have "labels" other than -100.
-    """
-    if not isinstance(record, Mapping):
-        raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
-    prompt, tokens, scored, messages = "", None, None, ()
-    if text_field not in record and {"prompt", "completion"} <= set(record):
-        text_field, prompt = "completion", record["prompt"]
-        if not isinstance(prompt, str) or half_character(prompt):
-            raise CorpusError(f"{place}: 'prompt' is {type(prompt).__name__}, or no Unicode text")
-    elif text_field not in record and "input_ids" in record:
-        tokens, scored = _token_ids(record, place)
-        record = {**record, text_field: ""}
-    elif text_field not in record and "messages" in record:
-        try:
-            messages = parse_messages(record["messages"])
-        except ValueError as error:
-            raise CorpusError(f"{place}: 'messages': {error}") from error
-        record = {**record, text_field: ""}
-    for field in (text_field, id_field):
-        if field is not None and field not in record:
-            raise CorpusError(
-                f"{place}: there is no field {field!r}; the fields are "
-                f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
-            )
-    text = "" if _is_null(record[text_field]) else record[text_field]
-    text = _decoded(text, place) if isinstance(text, bytes) else text
-    if not isinstance(text, str):
-        raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
-    id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
-    name = place if id_field is None else record[id_field]
-    if isinstance(name, bool) or not isinstance(name, str | bytes | numbers.Real) or _is_null(name):
-        raise CorpusError(
-            f"{place}: the id in {id_field!r} is {name!r}, not a string or a number; name another "
-            "field by id_field"
-        )
-    name = _decoded(name, place) if isinstance(name, bytes) else str(name)
-    for field, value in ((text_field, text), (id_field, name)):
-        if field is not None and (half := half_character(value)):
-            raise CorpusError(f"{place}: field {field!r} has {half}")
-    return Document(name, text, prompt, tokens, scored, messages)
-
-
-def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
-    """Returns a record's token ids, and which of them the loss counts."""
-    ids = np.asarray(record["input_ids"])
-    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
-        raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
-    masks = {k: np.asarray(record[k]) for k in ("attention_mask", "labels") if k in record}
-    for field, values in masks.items():
-        if values.shape != ids.shape:
-            raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
-    kept = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
-    scored = None
-    if "labels" in masks:
-        labels = masks["labels"]
-        scored = labels != _NOT_SCORED
-        if (labels != ids)[scored].any():
-            raise CorpusError(
-                f"{place}: 'labels' differ from 'input_ids' elsewhere than where they are "
-                f"{_NOT_SCORED}; labels are the ids at their own places, not those that follow"
-            )
-        if not (scored & kept).any():
-            raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
-        scored = tuple(scored[kept].tolist())
-    return tuple(ids[kept].tolist()), scored
-
-
-def _decoded(text: bytes, place: str) -> str:
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _is_null(value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _from_jsonl(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
     for i, (place, record) in enumerate(jsonl.iter_records(file, on_undecodable)):
-        document = document_of(record, place, text_field, id_field)
         # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
-        yield dataclasses.replace(document, id=f"{name}:{i}") if document.id == place else document
+        yield document_of(record, place, f"{name}:{i}", text_field, id_field)
 
 
 def _from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
@@ -360,12 +244,7 @@ def _from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Docu
                 continue
             if None in row or None in row.values():
                 raise CorpusError(f"{place}: the row has another number of fields than the header")
-            document = document_of(row, place, text_field, id_field)
-            yield (
-                dataclasses.replace(document, id=f"{name}:{i}")
-                if document.id == place
-                else document
-            )
+            yield document_of(row, place, f"{name}:{i}", text_field, id_field)
     except csv.Error as error:
         raise CorpusError(f"{place}: not CSV ({error})") from error
 
@@ -391,26 +270,9 @@ def _from_parquet(
             opened = arrow.parquet.ParquetFile(file)
         except (arrow.ArrowInvalid, OSError) as error:
             raise CorpusError(f"{file} is not a Parquet file ({error})") from error
-        columns = _columns(opened.schema_arrow.names, file, text_field, id_field)
+        columns = columns_of(opened.schema_arrow.names, file, text_field, id_field)
         batches = opened.iter_batches(batch_size=1024, columns=columns)
         yield from _rows(batches, name, text_field, id_field, on_undecodable)
-
-
-def _columns(names: list[str], file, text_field, id_field) -> list[str]:
-    """Returns the columns that a document needs: the others are not read."""
-    # What `document_of` reads where there is no text.
-    forms = ({"prompt", "completion"}, {"messages"}, {"input_ids"})
-    without_text = text_field not in names and any(form <= set(names) for form in forms)
-    for field in (id_field,) if without_text else (text_field, id_field):
-        if field is not None and field not in names:
-            raise CorpusError(
-                f"{file}: there is no column {field!r}; the columns are {', '.join(names)}; "
-                "name it by text_field or id_field"
-            )
-    needed = {text_field, id_field} | ({*_IDS} if id_field is None else set())
-    if without_text:
-        needed |= {*itertools.chain(*forms), "attention_mask", "labels"}
-    return [n for n in names if n in needed]
 
 
 def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iterator[Document]:
@@ -425,7 +287,8 @@ def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iter
                     raise CorpusError(message) from error
                 on_undecodable(message)
             else:
-                yield document_of(record, f"{file}:{i}", text_field, id_field)
+                place = f"{file}:{i}"
+                yield document_of(record, place, place, text_field, id_field)
             i += 1
 
 
@@ -447,7 +310,7 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
         name = path / os.path.basename(file["filename"])
         with arrow.memory_map(os.fspath(name)) as mapped:
             opened = arrow.ipc.open_stream(mapped)
-            columns = _columns(opened.schema.names, name, text_field, id_field)
+            columns = columns_of(opened.schema.names, name, text_field, id_field)
             batches = (b.select(columns) for b in opened)
             yield from _rows(batches, name.name, text_field, id_field)
 
@@ -475,4 +338,5 @@ def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Doc
             ".download_and_prepare()"
         ) from error
     for i in range(len(source)):
-        yield document_of(source[i], f"{name}/{split}:{i}", text_field, id_field)
+        place = f"{name}/{split}:{i}"
+        yield document_of(source[i], place, place, text_field, id_field)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tda.data.corpora import CorpusError, Document, document_of
+from tda.data.documents import Document, document_of
+from tda.data.folders import CorpusError
 from tda.data.jsonl import half_character
 
 _QUERY_FORMS = (
@@ -121,8 +122,7 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
     place = f"passage {i}"
     fields = _as_mapping(row)
     if fields is not None:
-        document = document_of(fields, place, text_field, id_field)
-        return dataclasses.replace(document, id=str(i)) if document.id == place else document
+        return document_of(fields, place, str(i), text_field, id_field)
     pair = _as_tuple(row)
     if pair and all(_is_whole(x) for x in pair):
         return Document(str(i), "", tokens=tuple(map(int, pair)))

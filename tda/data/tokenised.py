@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tda.data.corpora import CorpusError, Document
+from tda.data.documents import Document
+from tda.data.folders import CorpusError
 from tda.data.joining import join
 from tda.data.jsonl import half_character
 from tda.data.tokens import TokenTable, by_characters, cut

@@ -159,3 +159,9 @@ def test_fields_of_passages_have_names():
 def test_another_form_of_passage_is_refused(row, message):
     with pytest.raises(CorpusError, match=message):
         list(parse_passages([row]))
+
+
+def test_an_id_that_reads_like_a_place_in_a_message_stays():
+    """Guards: a missing id told from a real one by comparing it with the place."""
+    (document,) = parse_passages([{"id": "passage 0", "text": "x"}])
+    assert document == Document("passage 0", "x")

@@ -1,0 +1,164 @@
+"""A document of a corpus, and how a record with named fields is read as one."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from tda.data.chats import parse_messages
+from tda.data.folders import CorpusError
+from tda.data.jsonl import half_character
+
+# What transformers puts in labels for a token that the loss leaves out.
+_NOT_SCORED = -100
+# Fields that hold a document's id, in order of preference.
+_IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
+# The fields that may stand in place of a text; of token ids the first alone is needed.
+_COMPLETION = ("prompt", "completion")
+_TOKEN_IDS = ("input_ids", "attention_mask", "labels")
+_CHAT = ("messages",)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """A document of a corpus.
+
+    Attributes:
+        id: the document's name in the corpus.
+        text: the document's text, which may be blank.
+        prompt: text before it that carries no loss.
+        tokens: the document's token ids, in place of a text; they are taken as they are.
+        scored: which of `tokens` the loss counts; all if None.
+        messages: the messages of a chat, in place of a text; the tokenizer's template writes it,
+            and the loss counts the assistant's messages alone.
+    """
+
+    id: str
+    text: str
+    prompt: str = ""
+    tokens: tuple[int, ...] | None = None
+    scored: tuple[bool, ...] | None = None
+    messages: tuple[dict, ...] = ()
+
+
+def document_of(
+    record, place: str, default_id: str, text_field: str, id_field: str | None
+) -> Document:
+    """Returns a record's document.
+
+    A text that is null (None, or NaN of pandas) is blank. A record without `text_field` may have
+    "prompt" and "completion", with the loss on the completion alone; the "messages" of a chat, with
+    the loss on the assistant's alone; or token ids in "input_ids", without those that
+    "attention_mask" leaves out, and with the loss on those that have "labels" other than -100.
+
+    Args:
+        record: a mapping of fields.
+        place: where it stands, for messages.
+        default_id: the document's id if the record has none.
+        text_field, id_field: the fields of the text and the id; by default the id's usual names.
+
+    Raises:
+        CorpusError: a field is missing, or is not what it must be.
+    """
+    if not isinstance(record, Mapping):
+        raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
+    prompt, tokens, scored, messages = "", None, None, ()
+    form = () if text_field in record else _form_without_text(record)
+    if form == _COMPLETION:
+        text_field, prompt = "completion", record["prompt"]
+        if not isinstance(prompt, str) or half_character(prompt):
+            raise CorpusError(f"{place}: 'prompt' is {type(prompt).__name__}, or no Unicode text")
+    elif form == _TOKEN_IDS:
+        tokens, scored = _token_ids(record, place)
+        record = {**record, text_field: ""}
+    elif form == _CHAT:
+        try:
+            messages = parse_messages(record["messages"])
+        except ValueError as error:
+            raise CorpusError(f"{place}: 'messages': {error}") from error
+        record = {**record, text_field: ""}
+    for field in (text_field, id_field):
+        if field is not None and field not in record:
+            raise CorpusError(
+                f"{place}: there is no field {field!r}; the fields are "
+                f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
+            )
+    text = "" if _is_null(record[text_field]) else record[text_field]
+    text = _decoded(text, place) if isinstance(text, bytes) else text
+    if not isinstance(text, str):
+        raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
+    id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
+    name = default_id if id_field is None else record[id_field]
+    if isinstance(name, bool) or not isinstance(name, str | bytes | numbers.Real) or _is_null(name):
+        raise CorpusError(
+            f"{place}: the id in {id_field!r} is {name!r}, not a string or a number; name another "
+            "field by id_field"
+        )
+    name = _decoded(name, place) if isinstance(name, bytes) else str(name)
+    for field, value in ((text_field, text), (id_field, name)):
+        if field is not None and (half := half_character(value)):
+            raise CorpusError(f"{place}: field {field!r} has {half}")
+    return Document(name, text, prompt, tokens, scored, messages)
+
+
+def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
+    """Returns a record's token ids, and which of them the loss counts."""
+    ids = np.asarray(record["input_ids"])
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
+        raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
+    masks = {k: np.asarray(record[k]) for k in ("attention_mask", "labels") if k in record}
+    for field, values in masks.items():
+        if values.shape != ids.shape:
+            raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
+    kept = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
+    scored = None
+    if "labels" in masks:
+        labels = masks["labels"]
+        scored = labels != _NOT_SCORED
+        if (labels != ids)[scored].any():
+            raise CorpusError(
+                f"{place}: 'labels' differ from 'input_ids' elsewhere than where they are "
+                f"{_NOT_SCORED}; labels are the ids at their own places, not those that follow"
+            )
+        if not (scored & kept).any():
+            raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
+        scored = tuple(scored[kept].tolist())
+    return tuple(ids[kept].tolist()), scored
+
+
+def _decoded(text: bytes, place: str) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _is_null(value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _form_without_text(names: Collection[str]) -> tuple[str, ...]:
+    """Returns the fields that stand in place of a text; none if nothing does."""
+    for form, needed in (
+        (_COMPLETION, _COMPLETION),
+        (_TOKEN_IDS, _TOKEN_IDS[:1]),
+        (_CHAT, _CHAT),
+    ):
+        if set(needed) <= set(names):
+            return form
+    return ()
+
+
+def columns_of(names: list[str], file, text_field: str, id_field: str | None) -> list[str]:
+    """Returns the columns that a document needs: the others are not read."""
+    form = () if text_field in names else _form_without_text(names)
+    for field in (id_field,) if form else (text_field, id_field):
+        if field is not None and field not in names:
+            raise CorpusError(
+                f"{file}: there is no column {field!r}; the columns are {', '.join(names)}; "
+                "name it by text_field or id_field"
+            )
+    needed = {text_field, id_field, *form} | ({*_IDS} if id_field is None else set())
+    return [n for n in names if n in needed]
