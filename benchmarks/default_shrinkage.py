@@ -14,7 +14,6 @@ with the standard error of the paired difference.
 """
 
 import collections
-import pathlib
 import random
 
 import jax
@@ -41,7 +40,6 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "training seeds")
 _DAMPINGS = flags.DEFINE_list(
     "dampings", ["-1", "0.001", "0.1", "1"], "rules for R; below 0 shrinks it as its size needs"
 )
-_KEEP = flags.DEFINE_string("keep", None, "folder that the gradients are written to (.npz)")
 
 _QUERIES, _STATEMENTS = 100, 4
 _EPOCHS = {60: 60, 260: 40, 1060: 20}
@@ -165,17 +163,6 @@ def main(argv):
             corrected, raw = (
                 encode(model, tokenizer, texts, queries, m) for m in ("exp3", "grad_cos")
             )
-            if _KEEP.value:
-                pathlib.Path(_KEEP.value).mkdir(parents=True, exist_ok=True)
-                np.savez(
-                    f"{_KEEP.value}/{size}_{seed}.npz",
-                    passages=corrected.source.read(np.arange(size)),
-                    queries=corrected.gradients_QxE,
-                    raw_passages=raw.source.read(np.arange(size)),
-                    raw_queries=raw.gradients_QxE,
-                    widths=corrected.source.form.widths,
-                    correct=np.array([c + [-1] * (60 - len(c)) for c in correct]),
-                )
             figures = rows[size]
             figures["exp3"].append(reciprocal_rank(corrected, "exp3", 0, correct))
             figures["grad_cos"].append(reciprocal_rank(raw, "grad_cos", 0, correct))

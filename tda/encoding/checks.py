@@ -14,6 +14,7 @@ from flax import nnx
 
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
+from tda.gradients import examples
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
@@ -146,12 +147,7 @@ def check_loss(settings: TraceSettings, batch: Any) -> None:
         raise ValueError(
             f"the loss returns a {type(shaped).__name__}, not one array; return the losses alone"
         )
-    if shaped.shape != (count,):
-        raise ValueError(
-            f"the loss of {count} examples has the shape {shaped.shape}, not ({count},): it "
-            "must be one number for each example, summed over its positions and neither summed nor "
-            "averaged over the batch"
-        )
+    examples.check_shape(shaped, count)
     if not jnp.issubdtype(shaped.dtype, jnp.floating):
         raise ValueError(f"the loss has the dtype {shaped.dtype}; return floating-point numbers")
 

@@ -98,7 +98,9 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
     checks.check_queries(settings, sum(map(count_examples, queries)))
     settings.print_coverage()
     sample, passages = _sample_batches(passages, settings)
-    scales = settings.estimate_scales(sample)
+    scales = settings.known_scales()
+    if settings.needs_estimate:
+        scales = settings.estimate_scales(sample)
 
     def encode(batches, description):
         encoded = []
@@ -174,14 +176,16 @@ def encode_texts(
     table = _tokenise(passages, reading, settings.quiet)
     checks.check_token_ids(settings, table)
     layout = make_layout(settings, table, tokenizer.pad)
+    scales = settings.known_scales()
     if directory is not None:
         # Every correction has its own gradients; the tokens are shared.
-        directory = directory / _name_correction(settings)
+        directory = directory / _name_correction(settings, scales)
     provenance = None if directory is None else _provenance(settings, directory)
     if directory is not None and (directory / "gradients" / "manifest.json").exists():
         # Refuses another model's store before second moments are estimated again.
         stores.open_store(directory / "gradients", provenance)
-    scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
+    if settings.needs_estimate:
+        scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
     encoder = make_encoder(
         settings.model,
         settings.projection,
@@ -271,10 +275,8 @@ def _load_or_estimate_scales(
     layout: BatchLayout,
     directory: pathlib.Path | None,
     provenance: dict | None,
-) -> dict[str, Scale] | None:
-    """Returns 1/√V as the method needs it; an estimate is saved in `directory`, if there is one."""
-    if not settings.needs_estimate:
-        return settings.estimate_scales([])
+) -> dict[str, Scale]:
+    """Returns 1/√V, estimated from the passages; saved in `directory`, if there is one."""
     batches = _sample_passages(settings, table, layout)
     if directory is None:
         return settings.estimate_scales(batches)
@@ -370,15 +372,15 @@ def _provenance(settings: TraceSettings, directory: pathlib.Path) -> dict:
     )
 
 
-def _name_correction(settings: TraceSettings) -> str:
-    """Returns the name of the folder for gradients of one correction."""
+def _name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
+    """Returns the name of the folder for gradients of one correction, with 1/√V if it is known."""
     if not settings.method.corrected:
         return "uncorrected"
     moments = settings.moments
     if settings.needs_estimate:
         made_from = [moments.sample, moments.seed, settings.tokens_per_batch]
     else:
-        made_from = _describe_correction(settings, settings.estimate_scales([]))
+        made_from = _describe_correction(settings, scales)
     digest = fingerprint(plain([moments.correction, made_from]))
     return re.sub(r"\W+", "_", f"{moments.correction}_{digest[:8]}")
 

@@ -98,19 +98,21 @@ class TraceSettings:
             return self.loss(model, batch)
         return losses.total(model, batch, losses.output(self.loss))[None]
 
-    def estimate_scales(self, batches: Iterable) -> dict[str, Scale] | None:
-        """Returns 1/√V by path: None for raw gradients, those known, or estimated from batches."""
-        if not self.method.corrected:
+    def known_scales(self) -> dict[str, Scale] | None:
+        """Returns the given 1/√V by path; None for raw gradients, and where it is estimated."""
+        if not self.method.corrected or self.moments.scales is None:
             return None
         if isinstance(self.moments.scales, SecondMoments):
             return self.moments.scales.scales(self.sites(), self.moments.correction)
-        if self.moments.scales is not None:
-            if not isinstance(self.moments.scales, dict):
-                raise ValueError(
-                    f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
-                    "parameter: for an optimizer's state give tda.second_moments(...) of it"
-                )
-            return self.moments.scales
+        if not isinstance(self.moments.scales, dict):
+            raise ValueError(
+                f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
+                "parameter: for an optimizer's state give tda.second_moments(...) of it"
+            )
+        return self.moments.scales
+
+    def estimate_scales(self, batches: Iterable) -> dict[str, Scale]:
+        """Returns 1/√V by path, estimated from batches."""
         batches = list(batches)
         with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:
 

@@ -45,18 +45,28 @@ def per_example(
     """
 
     def checked(model, batch):
-        loss_B, count = loss(model, batch), count_examples(batch)
-        if loss_B.shape != (count,):
-            raise ValueError(
-                f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
-                "must be one number for each example, neither summed nor averaged over the batch"
-            )
+        loss_B = loss(model, batch)
+        check_shape(loss_B, count_examples(batch))
         return loss_B
 
     encoder = make_encoder(
         model, projection, scales, checked, include, exclude, untapped, tell=tell
     )
     return _each(encoder, batches)
+
+
+def check_shape(loss_B, count: int) -> None:
+    """Checks that a batch's loss is one number for each of `count` examples.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if loss_B.shape != (count,):
+        raise ValueError(
+            f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
+            "must be one number for each example, summed over its positions and neither summed nor "
+            "averaged over the batch"
+        )
 
 
 def left_out(
