@@ -6,6 +6,7 @@ layout is read leaf by leaf, by path name, into this machine's devices.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -43,7 +44,7 @@ class SavedState:
     @property
     def names(self) -> list[str]:
         """The path name of every leaf; where there are several trees, the tree's name first."""
-        return list(self._named())
+        return list(self._named)
 
     def load(self, names: Collection[str]) -> dict[str, jax.Array]:
         """Reads some leaves.
@@ -57,11 +58,12 @@ class SavedState:
         """
         arrays: dict[str, jax.Array] = {}
         for tree_name in self.trees:
-            chosen = {n for n, (tree, _) in self._named().items() if tree == tree_name} & {*names}
+            chosen = {n for n, (tree, _) in self._named.items() if tree == tree_name} & {*names}
             if chosen:
                 arrays |= self._load_tree(tree_name, chosen)
         return arrays
 
+    @functools.cached_property
     def _named(self) -> dict[str, tuple[str, Any]]:
         return {
             f"{tree_name}/{leaf_name}" if len(self.trees) > 1 else leaf_name: (tree_name, leaf)
@@ -72,7 +74,7 @@ class SavedState:
     def _load_tree(self, tree_name: str, chosen: set[str]) -> dict[str, jax.Array]:
         tree = self.trees[tree_name]
         leaves, structure = jax.tree.flatten(tree)
-        names = [n for n, (name, _) in self._named().items() if name == tree_name]
+        names = [n for n, (name, _) in self._named.items() if name == tree_name]
         abstract = [
             jax.ShapeDtypeStruct(x.shape, x.dtype) if n in chosen else ocp.PLACEHOLDER
             for n, x in zip(names, leaves, strict=True)
