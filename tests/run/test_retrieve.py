@@ -114,36 +114,46 @@ def test_what_gradients_leave_out_is_told_once(traced, capsys):
     assert "left out: embedding" not in whole and "left out: embedding/embedding" in factored
 
 
-def test_kinds_of_one_function_are_encoded_in_one_pass(traced, monkeypatch):
-    """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
+def retrieve_several_kinds(traced, monkeypatch):
+    """Retrieves by kinds of two functions at two checkpoints, into other stores than the run's.
+
+    Returns the run, the rankings, and what was encoded, a description for each pass.
+    """
     run, *_ = traced
-    workdir = run.workdir
-    # Other stores than the run's.
     own = dataclasses.replace(METHODS["tracin"], title="corrected TracIn", corrected=True)
     monkeypatch.setitem(METHODS, "tracin_corrected", own)
     names = "exp2,exp3,trackstar,tracin,tracin_corrected,gradient_norm,trak"
     run = changed(run, gradients__exclude="mlp", methods=names)
-    told = []
+    passes = []
     fill = encode.encoding.fill_stores
 
-    def counted(stores, encoder, table, layout, what, *args):
+    def counted(stores, encoder, table, layout, description, *args):
         if any(store.missing() for store in stores):
-            told.append(what)
-        fill(stores, encoder, table, layout, what, *args)
+            passes.append(description)
+        fill(stores, encoder, table, layout, description, *args)
 
     monkeypatch.setattr(encode.encoding, "fill_stores", counted)
-    found, _ = retrieve.retrieve(run)
+    return run, retrieve.retrieve(run)[0], passes
+
+
+def test_kinds_of_one_function_are_encoded_in_one_pass(traced, monkeypatch):
+    """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
+    run, _, passes = retrieve_several_kinds(traced, monkeypatch)
     first, last = checkpoints.steps_of(run, METHODS["tracin"])
-    corpus_passes = [w for w in told if w.startswith("encode corpus")]
+    corpus_passes = [w for w in passes if w.startswith("encode corpus")]
     assert sorted(corpus_passes) == sorted(
         [f"encode corpus (none and factored, step {s})" for s in (first, last)]
         + [f"encode corpus (none, margin, step {s})" for s in (first, last)]
     )
-    # The rankings are those of kinds that are encoded one by one.
+
+
+@pytest.mark.slow  # as the encoder's own tests of several kinds say, with all the rest of a run
+def test_rankings_are_those_of_kinds_that_are_encoded_one_by_one(traced, monkeypatch):
+    run, together, _ = retrieve_several_kinds(traced, monkeypatch)
     monkeypatch.setattr(encode, "encode_together", lambda *args: None)
-    other = Workdir(workdir.path.parent / "one by one")
+    other = Workdir(run.workdir.path.parent / "one by one")
     alone, _ = retrieve.retrieve(dataclasses.replace(run, workdir=other))
-    for name, ranked in found.items():
+    for name, ranked in together.items():
         np.testing.assert_array_equal(ranked.proponents, alone[name].proponents)
         np.testing.assert_allclose(
             ranked.proponent_scores, alone[name].proponent_scores, rtol=1e-4, atol=1e-5
