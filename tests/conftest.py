@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+from importlib import metadata
 
 # Before jax is imported anywhere; a subprocess of a test inherits both. Compiling is most of the
 # tests' time, so the compiler is told not to try hard.
@@ -33,6 +34,11 @@ from tda.model.settings import DecoderSettings
 from tda.runtime import sharding
 
 TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+
+
+def pytest_report_header():
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
 # A worker that kept the programs of all files would grow beyond 5 GB. Dropping them after every
