@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tda.data.joining import choose_joiner, join
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.runtime import atomic_file
 from tda.runtime.fingerprint import fingerprint_parts
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -73,9 +74,8 @@ class Tokenizer(PretrainedTokenizer):
 
     def save(self, path) -> None:
         """Writes the tokenizer to `path` as JSON, atomically."""
-        part = f"{path}.part"
-        self._inner.save(part)
-        os.replace(part, path)
+        with atomic_file.replacing(path) as part:
+            self._inner.save(str(part))
 
     def fingerprint(self) -> str:
         """Returns a hash of everything that decides which ids a text gets."""

@@ -14,6 +14,7 @@ from tda.run.defaults import check_values
 from tda.run.run import Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes
+from tda.runtime.atomic_file import open_atomic
 from tda.runtime.command import of_main
 
 
@@ -73,7 +74,8 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     text = "\n".join([tables.run_table(metrics), *index.describe(notes)])
     if processes.is_first():
         page = f"{text}\n\n{tables.run_details(metrics)}\n"
-        (workdir / "table.md").write_text(page, encoding="utf-8")
+        with open_atomic(workdir / "table.md") as out:
+            out.write(page)
         remembered.remember(run)
     print("\n" + examples(run, rankings))
     print(text)

@@ -1,10 +1,29 @@
-"""Files that appear whole or not at all, whenever the process is killed."""
+"""Files that appear whole or not at all, whenever the process is killed.
+
+A file is written under another name beside its own (HOST and a random number, `.part`), which no
+second writer has: of two writers of one path, both write whole files, and the later one stays. A
+writer holds a lock on its part, which dies with it; parts that a kill left behind are removed when
+a process first writes into their directory.
+"""
 
 import contextlib
+import fcntl
+import functools
 import json
 import os
+import pathlib
+import re
+import shutil
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from typing import IO, Any
+
+_PART = re.compile(r".*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
+# Seconds. Locks of other hosts are not seen on every file system (NFS mounted with `nolock`), so a
+# part of another host counts as left behind only if it has not been written to for a day.
+_LONG_UNTOUCHED = 86_400.0
 
 
 @contextlib.contextmanager
@@ -17,16 +36,46 @@ def open_atomic(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         path: the file, which need not exist.
         mode: "w" for text in UTF-8, "wb" for bytes.
     """
-    # In the same directory, since renaming is atomic only within one file system.
-    part = f"{os.fspath(path)}.part"
+    with (
+        replacing(path) as part,
+        open(part, mode, encoding=None if "b" in mode else "utf-8") as out,
+    ):
+        yield out
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, is_directory: bool = False) -> Iterator[pathlib.Path]:
+    """Makes an empty file beside `path`, which replaces `path` at the end of the block.
+
+    For libraries that write to a path. After an error, whatever was at `path` stays unchanged.
+
+    Args:
+        path: the file, which need not exist.
+        is_directory: whether to make an empty directory instead. A directory is never replaced: if
+            another writer has made it meanwhile, that one stays.
+    """
+    path = pathlib.Path(path)
+    _remove_leftovers(path.parent)
+    part, handle = _make_part(path, is_directory)
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as out:
-            yield out
-        os.replace(part, path)
+        yield part
+        try:
+            os.replace(part, path)
+        except OSError:
+            if not (is_directory and path.is_dir()):
+                raise
+            shutil.rmtree(part)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+        with contextlib.suppress(OSError):
+            _remove(part)
         raise
+    finally:
+        os.close(handle)
+
+
+def is_part_of(name: str, part: str) -> bool:
+    """Returns whether a file's name `part` is that of an unfinished file `name`."""
+    return part.startswith(f"{name}.") and _PART.fullmatch(part) is not None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -34,3 +83,67 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     with open_atomic(path) as out:
         json.dump(value, out, indent=1, ensure_ascii=False)
         out.write("\n")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname())[:40] or "host"
+
+
+def _make_part(path: pathlib.Path, is_directory: bool) -> tuple[pathlib.Path, int]:
+    """Returns a new part of `path` and an open handle that holds its lock."""
+    while True:
+        # In the same directory, since renaming is atomic only within one file system.
+        part = path.with_name(f"{path.name}.{_host()}.{uuid.uuid4().hex[:12]}.part")
+        if is_directory:
+            part.mkdir()
+            handle = os.open(part, os.O_RDONLY)
+        else:
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have taken the part for a leftover just before it was locked.
+            if part.exists():
+                return part, handle
+        except BlockingIOError:
+            pass
+        except OSError:
+            return part, handle  # the file system has no locks
+        os.close(handle)
+
+
+# Once for each directory: listing one of 100,000 shards takes a while.
+@functools.lru_cache(maxsize=4096)
+def _remove_leftovers(directory: pathlib.Path) -> None:
+    """Removes parts in a directory whose writers were killed."""
+    try:
+        names = [n for n in os.listdir(directory) if n.endswith(".part")]
+    except OSError:
+        return  # whoever opens the file says what is wrong
+    for name in names:
+        match = _PART.fullmatch(name)
+        # The part may be removed or renamed by its writer at any moment.
+        with contextlib.suppress(OSError):
+            if match and _is_left_behind(directory / name, match["host"]):
+                _remove(directory / name)
+
+
+def _is_left_behind(part: pathlib.Path, host: str) -> bool:
+    is_old = time.time() - part.stat().st_mtime > _LONG_UNTOUCHED
+    # For an exclusive lock NFS wants a file that is open for writing.
+    handle = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return is_old  # the file system has no locks
+    finally:
+        os.close(handle)
+    return is_old or host == _host()
+
+
+def _remove(part: pathlib.Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from tda.runtime import progress
+from tda.runtime import atomic_file, progress
 from tda.store import name_index
 from tda.store.location import Location, StoreError
 from tda.store.name_index import NameIndex
@@ -86,20 +86,23 @@ class PassageList:
     def _write_file(self, folder: Location, number: int) -> None:
         """Writes one file of records; for a remote folder, to a local file first."""
         name = _file_name(number)
+        if folder.path is not None:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with atomic_file.replacing(folder.path / name) as part:
+                self._write_records(part, number)
+            return
         with tempfile.TemporaryDirectory() as directory:
-            local = pathlib.Path(directory) if folder.path is None else folder.path
-            local.mkdir(parents=True, exist_ok=True)
-            part = local / f"{name}.part"
-            # Groups of one record: each is read without decoding its neighbours.
-            writer = ArrayRecordWriter(str(part), "group_size:1")
-            for r in range(number * FILE_ROWS, min(len(self.ids), (number + 1) * FILE_ROWS)):
-                record = [self.ids[r], self.documents[r], self.texts[r] if self.texts else None]
-                writer.write(json.dumps(record, ensure_ascii=False).encode())
-            writer.close()
-            if folder.path is None:
-                folder.write(name, part.read_bytes())
-            else:
-                part.rename(local / name)
+            local = pathlib.Path(directory) / name
+            self._write_records(local, number)
+            folder.write(name, local.read_bytes())
+
+    def _write_records(self, path: pathlib.Path, number: int) -> None:
+        # Groups of one record: each is read without decoding its neighbours.
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for r in range(number * FILE_ROWS, min(len(self.ids), (number + 1) * FILE_ROWS)):
+            record = [self.ids[r], self.documents[r], self.texts[r] if self.texts else None]
+            writer.write(json.dumps(record, ensure_ascii=False).encode())
+        writer.close()
 
 
 def _files(count: int) -> int:

@@ -88,7 +88,7 @@ def make(location: Location, form: Form, described: dict, passages: PassageList)
 # All files that `make` writes: a folder with any other file is never cleared.
 _MADE = re.compile(
     r"(ids|documents)/(hashes|rows)/(zarr\.json|c/\d+)"
-    r"|passages/\d+\.array_record(\.part)?"
+    r"|passages/\d+\.array_record(\.[\w-]+\.[0-9a-f]{12}\.part)?"
     r"|(gradients|scales)/zarr\.json"
 )
 

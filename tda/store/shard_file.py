@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import google_crc32c
 import numpy as np
 
+from tda.runtime import atomic_file
 from tda.store.location import Location, StoreError
 
 _CHECKSUM = 4
@@ -187,16 +188,11 @@ def writing(folder: Location, name: str, chunks: int) -> Iterator[Writer]:
         writer.end()
         folder.write(name, memory.getvalue())
         return
-    path = folder.path / name
-    part = f"{path}.part"
-    try:
-        with open(part, "wb", buffering=0) as file:
-            writer = Writer(file, chunks)
-            yield writer
-            writer.end()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
+    with (
+        atomic_file.replacing(folder.path / name) as part,
+        open(part, "wb", buffering=0) as file,
+    ):
+        writer = Writer(file, chunks)
+        yield writer
+        writer.end()
+        os.fsync(file.fileno())

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -183,6 +185,25 @@ def test_encoding_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, c
         written += more
     assert len(set(written)) == len(written)
     assert_same(tmp_path / "uninterrupted", tmp_path / "killed")
+
+
+def test_two_writers_of_one_shard_leave_it_whole(tmp_path, monkeypatch):
+    """Guards: a shard with holes, where the second writer emptied the first one's file."""
+    data = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    store = stores.create(tmp_path / "s", list("abcd"), {"a": 8}, {}, shard_bytes=128)
+    add, both = shard_file.Writer.add, threading.Barrier(2)
+
+    def add_together(*arguments):
+        add(*arguments)
+        # Whichever opened the file last, both have written to it from here on.
+        both.wait(60)
+
+    monkeypatch.setattr(shard_file.Writer, "add", add_together)
+    with ThreadPoolExecutor(2) as pool:
+        for written in [pool.submit(store.write, 0, data) for _ in range(2)]:
+            assert written.result() == []
+    np.testing.assert_array_equal(store.read(slice(0, 4)), data)
+    assert store.damage(0) is None and not list(tmp_path.rglob("*.part"))
 
 
 def test_a_full_disk_is_reported_and_the_store_is_resumed(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tda.gradients.moments.second_moments import Scale
+from tda.runtime import atomic_file
 
 
 def save(path, scales: dict[str, Scale], made_from: dict) -> None:
@@ -25,10 +26,8 @@ def save(path, scales: dict[str, Scale], made_from: dict) -> None:
         for part, x in vars(scale).items()
         if x is not None
     }
-    # Written beside `path`, then renamed: a rename within a file system is atomic.
-    beside = f"{path}.part"
-    save_file(arrays, beside, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
-    os.replace(beside, path)
+    with atomic_file.replacing(path) as part:
+        save_file(arrays, part, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
 
 
 def load(path, made_from: dict) -> dict[str, Scale] | None:

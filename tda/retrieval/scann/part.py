@@ -10,11 +10,11 @@ import json
 import os
 import pathlib
 import re
-import shutil
 
 import numpy as np
 
 from tda.retrieval.scann.settings import Settings
+from tda.runtime import atomic_file
 
 # ScaNN's codes cannot be learned from fewer rows, and scoring so few one by one costs nothing.
 _FEWEST_ROWS = 256
@@ -105,21 +105,20 @@ def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: 
     Raises:
         ScannError: ScaNN fails, or the disk does.
     """
-    temporary = path.with_name(path.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.mkdir(parents=True)
-        if len(rows_N):
-            # Relative paths, so that the directory may be moved.
-            _build_searcher(encodings_NxE, settings).serialize(str(temporary), relative_path=True)
-        np.save(temporary / "rows.npy", rows_N)
-        sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-        text = json.dumps({"valid": len(rows_N), "files": sizes}, indent=1) + "\n"
-        (temporary / "part.json").write_text(text, encoding="utf-8")
-        # On disk before the directory gets its name, so that not even a power cut leaves half.
-        for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
-        os.replace(temporary, path)
+        with atomic_file.replacing(path, is_directory=True) as temporary:
+            if len(rows_N):
+                searcher = _build_searcher(encodings_NxE, settings)
+                # Relative paths, so that the directory may be moved.
+                searcher.serialize(str(temporary), relative_path=True)
+            np.save(temporary / "rows.npy", rows_N)
+            sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+            text = json.dumps({"valid": len(rows_N), "files": sizes}, indent=1) + "\n"
+            (temporary / "part.json").write_text(text, encoding="utf-8")
+            # On disk before the directory gets its name, so that not even a power cut leaves half.
+            for file in [*temporary.iterdir(), temporary]:
+                _flush(file)
         _flush(path.parent)
     except (OSError, RuntimeError, ValueError) as error:
         raise ScannError(f"cannot build {path}: {error}") from error
