@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from tda.gradients.moments import estimate
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.runtime import sharding
+from tda.runtime.directory_lock import DirectoryLock
 from tests.data.test_pretrained_tokenizer import byte_level
 
 PLACES = {"Norway": "Oslo", "Spain": "Madrid", "Chad": "Djamena", "Peru": "Lima"}
@@ -250,7 +253,21 @@ def test_one_directory_serves_several_methods_and_corrections(
 
 
 def _is_data(path):
-    return path.name != "loss.json"
+    return path.name not in ("loss.json", ".held")
+
+
+def test_calls_at_the_same_time_share_a_directory(model, tokenizer, tmp_path, capfd):
+    """Guards: one that dies of the files that another is making."""
+    expected = call(model, tokenizer).answers
+    lock = DirectoryLock(tmp_path)
+    lock.acquire()
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call, model, tokenizer, directory=tmp_path) for _ in range(3)]
+        time.sleep(1)
+        assert [p.name for p in tmp_path.iterdir()] == [".held"]
+        lock.release()
+        assert [c.result().answers for c in calls] == [expected] * 3
+    assert f"waiting: directory={tmp_path} is in use by process" in capfd.readouterr().err
 
 
 def test_a_loss_is_known_by_what_it_computes(model, tokenizer, tmp_path):

@@ -6,6 +6,7 @@ stay in memory.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -33,7 +34,8 @@ from tda.gradients.moments.second_moments import Scale
 from tda.gradients.unseen import count_examples
 from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
-from tda.runtime import progress, sharding
+from tda.runtime import processes, progress, sharding
+from tda.runtime.directory_lock import DirectoryLock
 from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
 from tda.store.making import SHARD_BYTES
 
@@ -158,6 +160,9 @@ def encode_texts(
 ) -> TraceGradients:
     """Encodes texts into a store in `reading.directory`, or in memory.
 
+    Of several calls with one directory, in whatever processes, one works and the others wait; what
+    they have in common they then find finished.
+
     Args:
         settings: the arguments of `tda.trace`.
         reading: how texts are read.
@@ -167,8 +172,22 @@ def encode_texts(
         ValueError: tokenizer and model differ in tokens, a query does not fit, the gradients do not
             fit in memory, or `directory` holds other gradients.
     """
-    tokenizer, directory = reading.tokenizer, reading.directory
     checks.check_reading(settings, reading)
+    if reading.directory is None:
+        return _encode_texts(settings, reading, passages, queries)
+    reading.directory.mkdir(parents=True, exist_ok=True)
+    lock = DirectoryLock(reading.directory, f"directory={reading.directory}")
+    processes.on_first_process("hold the directory", lock.wait)
+    try:
+        return _encode_texts(settings, reading, passages, queries)
+    finally:
+        lock.release()
+
+
+def _encode_texts(
+    settings: TraceSettings, reading: TextSettings, passages, queries
+) -> TraceGradients:
+    tokenizer, directory = reading.tokenizer, reading.directory
     queries = parse_queries(queries)
     checks.check_queries(settings, len(queries))
     settings.print_coverage()
@@ -319,15 +338,18 @@ def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     is_corpus = isinstance(passages, Corpus)
     documents = passages if is_corpus else parse_passages(passages, *fields)
     if is_corpus and reading.directory is not None:
-        provenance = {"corpus": passages.describe()}
-        table, counts = tokenised.tokenise_on_disk(
+        tokenise = functools.partial(
+            tokenised.tokenise_on_disk,
             reading.directory / "tokens",
             documents,
             reading.tokenizer,
             reading.context,
-            provenance,
-            quiet,
+            {"corpus": passages.describe()},
         )
+        # Of several processes the first writes the files, and the others open them.
+        if jax.process_count() > 1:
+            processes.on_first_process("tokenise the corpus", lambda: bool(tokenise(quiet)))
+        table, counts = tokenise(quiet)
     else:
         table, counts = tokenised.tokenise_in_memory(
             documents, reading.tokenizer, reading.context, quiet

@@ -64,10 +64,18 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
     """Runs all stages in order; returns metrics and notes (λ and the like) by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
+
+    Raises:
+        ValueError: the config is not possible, or another job works in the workdir.
     """
     # Processes that were started by different commands would wait for each other in vain.
     processes.check_alike("config", config.to_json())
     check(config)
+    with workdir.hold():
+        return _trace(config, workdir)
+
+
+def _trace(config, workdir: Workdir) -> tuple[dict, dict]:
     run = prepare(config, workdir)
     rankings, notes = retrieve.retrieve(run)
     metrics = evaluate.evaluate(run, rankings)

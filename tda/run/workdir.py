@@ -4,10 +4,12 @@ Process 0 reads and writes the stamps and tells the others: on a shared file sys
 yet see what it has just written, and would then take another path than it does.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -15,6 +17,7 @@ from tda.run.defaults import flat
 from tda.runtime import processes
 from tda.runtime.atomic_file import write_json
 from tda.runtime.differences import as_text, differences
+from tda.runtime.directory_lock import DirectoryLock
 from tda.runtime.fingerprint import plain
 
 # Inputs that are hashes of what files hold, and the keys of the config that name the files.
@@ -75,6 +78,20 @@ class Workdir:
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps other jobs from working here at the same time; those that only read may.
+
+        Raises:
+            HeldError: another job works here; the message says which.
+        """
+        lock = DirectoryLock(self.path, f"--workdir={self.path}")
+        processes.on_first_process("hold the workdir", lock.acquire)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _stamp(self, stage: str) -> pathlib.Path:
         return self.path / "stages" / f"{stage}.json"

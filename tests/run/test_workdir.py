@@ -2,8 +2,9 @@
 
 import pytest
 
-from tda.run import defaults
+from tda.run import defaults, stages
 from tda.run.workdir import Workdir, WorkdirError
+from tda.runtime.directory_lock import HeldError
 
 MADE_FROM = {"text": "3f", "model": {"width": 128, "layers": 4, "heads": 4}, "steps": 7}
 
@@ -51,3 +52,17 @@ def test_the_same_run_resumes_and_finishes(claimed):
     claimed.finish("train")
     assert claimed.finished("train", MADE_FROM)
     assert not claimed.finished("train", MADE_FROM | {"steps": 8})
+
+
+def test_a_second_job_is_refused_and_readers_are_not(tmp_path):
+    """Guards: two jobs that race for the same files, of which one dies of a missing one."""
+    config = defaults.get_config()
+    config.data.sentences = config.data.facts = str(tmp_path / "none.jsonl")
+    (tmp_path / "none.jsonl").touch()
+    workdir = Workdir(tmp_path)
+    with workdir.hold():
+        with pytest.raises(HeldError, match=f"--workdir={tmp_path} is in use by process"):
+            stages.trace(config, Workdir(tmp_path))
+        assert not Workdir(tmp_path).finished("train", MADE_FROM)
+    with workdir.hold():
+        pass

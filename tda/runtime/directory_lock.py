@@ -1,0 +1,180 @@
+"""One job at a time in a directory: a second one is told who holds it, or waits.
+
+The job locks the file `.held` (flock), which the kernel unlocks when the process ends in whatever
+way, on other hosts of a shared file system too. The file says who holds it. Some file systems have
+no locks, or keep them from other hosts (Lustre and NFS, by their mount options): there the file's
+time is a sign of life, and a job that finds another host's file watches it before it takes over.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+
+from tda.runtime import command
+
+_FILE = ".held"
+# Seconds between two signs of life, and without any, until another host's job counts as dead.
+_BEAT, _SILENCE = 5.0, 15.0
+_LONGEST_PAUSE = 5.0
+
+
+class HeldError(ValueError):
+    """Another job works in the directory."""
+
+
+class DirectoryLock:
+    """The right to write to a directory, for one job at a time.
+
+    The processes of one `jax.distributed` run are one job: process 0 takes the lock for all.
+
+    Args:
+        directory: the directory; it must exist.
+        name: how a user names it, for messages.
+    """
+
+    def __init__(self, directory: str | os.PathLike, name: str = ""):
+        self._path = pathlib.Path(directory) / _FILE
+        self._name = name or str(directory)
+        self._handle: int | None = None
+        self._is_released = threading.Event()
+
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            HeldError: another job has it; the message says which.
+        """
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            holder = _find_holder(handle, self._path)
+            if holder is not None:
+                raise HeldError(
+                    f"{self._name} is in use by {_describe(holder)}; wait until that ends, stop "
+                    "it, or use another directory"
+                )
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        self._is_released.clear()
+        threading.Thread(target=self._show_life, args=(handle,), daemon=True).start()
+
+    def wait(self) -> None:
+        """Takes the lock once no other job has it; says on standard error what it waits for."""
+        seconds, last = 0.05, ""
+        while self._handle is None:
+            try:
+                self.acquire()
+            except HeldError as error:
+                text = str(error).partition(";")[0]
+                if text != last:
+                    print(f"waiting: {text}", file=sys.stderr, flush=True)
+                last = text
+                time.sleep(seconds)
+                seconds = min(2 * seconds, _LONGEST_PAUSE)
+
+    def release(self) -> None:
+        """Gives the lock back; does nothing in a process that does not have it."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._is_released.set()
+            os.ftruncate(handle, 0)
+            os.close(handle)
+
+    def _show_life(self, handle: int) -> None:
+        while not self._is_released.wait(_BEAT):
+            try:
+                os.utime(handle)
+            except OSError:
+                return
+
+
+def _find_holder(handle: int, path: pathlib.Path) -> dict | None:
+    """Locks the open file for this process; returns None, or the record of the job that has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_locks = True
+    except BlockingIOError:
+        return _read(handle) or {}
+    except OSError:
+        has_locks = False
+    # A job that ended has emptied the file; one that was killed has not.
+    record = _read(handle)
+    is_local = record is not None and record.get("host") == socket.gethostname()
+    if record is not None and not (is_local and has_locks):
+        if _is_running(record["pid"]) if is_local else _is_alive(path, record):
+            return _read(handle) or record
+    token = _write(handle)
+    if not has_locks:
+        # Of two jobs that start at the same moment, the one whose record stays has the lock.
+        time.sleep(1.0)
+        record = _read(handle)
+        if record is not None and record.get("token") != token:
+            return record
+    return None
+
+
+def _read(handle: int) -> dict | None:
+    try:
+        record = json.loads(os.pread(handle, 1 << 16, 0))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"host", "pid"} <= record.keys() else None
+
+
+def _write(handle: int) -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    record = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": now.isoformat(" ", "seconds"),
+        "command": command.typed(),
+        "token": uuid.uuid4().hex,
+    }
+    text = json.dumps(record, ensure_ascii=False).encode()
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, text, 0)
+    return record["token"]
+
+
+def _is_alive(path: pathlib.Path, holder: dict) -> bool:
+    """Watches the file of a job on another host for as long as it may take to show life."""
+    print(f"watching {path} of {_describe(holder)} for signs of life", file=sys.stderr, flush=True)
+    before, end = _time_of(path), time.monotonic() + _SILENCE
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        if _time_of(path) != before:
+            return True
+    return False
+
+
+def _time_of(path: pathlib.Path) -> int:
+    # Opened each time: NFS then asks its server, and else remembers the time for a minute.
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return pid != os.getpid()
+
+
+def _describe(holder: dict) -> str:
+    if not holder:
+        return "another process"
+    text = f"process {holder['pid']} on {holder['host']}"
+    if "since" in holder:
+        text += f" since {holder['since']}"
+    return f"{text} ({holder['command']})" if holder.get("command") else text
