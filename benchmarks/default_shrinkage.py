@@ -1,20 +1,27 @@
 """How much R should be shrunk by default, by the size of the corpus.
 
     python -m benchmarks.default_shrinkage --sizes=60,260,1060 --seeds=10
+    python -m benchmarks.default_shrinkage --sizes=89299 --seeds=1 --record=shrinkage.jsonl \\
+        --sentences=trex_lama_sentences.jsonl.gz --facts=trex_lama_facts.jsonl.gz
 
 Trains a two-layer decoder on a small corpus of facts and other sentences, and traces what it says
 of the facts. Up to 1,060 passages, four fifths of them state a fact that three others state in
-other words; larger corpora are drawn from the 20,000 sentences of `world_facts` as they are. The
+other words; larger corpora are drawn from the 20,000 sentences of `world_facts` as they are. Above
+20,000, the passages are all the sentences of a file, the queries those of `configs/trex_table1.py`,
+and the model is trained for one epoch, on other facts in the words of their prompts too. The
 passages are ranked by `exp3` (no R), by `grad_cos` (neither R nor optimizer correction), and by
 `trackstar_train` under each rule for shrinking R, all from the same two sets of gradients.
 
 Prints the mean reciprocal rank of the first passage that states the fact, its mean over training
 seeds, and its difference to the better of `exp3` and `grad_cos` (the better in the mean over seeds)
-with the standard error of the paired difference.
+with the standard error of the paired difference. While it runs, each seed's figures, with errors
+over its queries.
 """
 
-import collections
+import json
+import pathlib
 import random
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +30,18 @@ import optax
 from absl import app, flags
 from flax import nnx
 
+from configs import trex_table1
 from tda import loss as losses
 from tda import methods
+from tda.data import batches
+from tda.data import tokens as token_tables
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.rows import parse_queries
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import inputs
-from tda.encoding.settings import MomentSettings, TraceSettings
+from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
+from tda.evaluation.likelihood import target_statistics
+from tda.facts import files, labels, statements
 from tda.facts.world_facts.corpus import generate
 from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
@@ -40,10 +54,14 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "training seeds")
 _DAMPINGS = flags.DEFINE_list(
     "dampings", ["-1", "0.001", "0.1", "1"], "rules for R; below 0 shrinks it as its size needs"
 )
+_RECORD = flags.DEFINE_string("record", "", "JSON lines of finished seeds, which are not run again")
+_SENTENCES = flags.DEFINE_string("sentences", "", "JSON lines of a corpus of more than 20,000")
+_FACTS = flags.DEFINE_string("facts", "", "JSON lines of its facts")
 
 _QUERIES, _STATEMENTS = 100, 4
 _EPOCHS = {60: 60, 260: 40, 1060: 20}
 _BATCH = 16
+_LARGEST_DRAWN = 20_000
 
 
 def corpus(size: int, seed: int) -> tuple[list[str], list[tuple[str, str]], list[list[int]]]:
@@ -79,6 +97,37 @@ def corpus(size: int, seed: int) -> tuple[list[str], list[tuple[str, str]], list
     )
 
 
+def corpus_of_files() -> tuple[
+    list[str], list[tuple[str, str]], list[list[int]], Iterator[tuple[str, str]]
+]:
+    """Reads texts, queries and their rows as `corpus` does, and what else the model is told."""
+    sentences = list(files.iter_sentences(_SENTENCES.value))
+    facts = list(files.iter_facts(_FACTS.value))
+    config = trex_table1.get_config().data
+    pool = labels.clean_pool(facts, sentences, config.exclude_relations.split(","))
+    queries = labels.select(sentences, pool, len(sentences), config.n_queries, config.seed)[1]
+    stated = labels.relevant_passages(sentences, queries)
+    row_of = {s.sentence_id: row for row, s in enumerate(sentences)}
+    return (
+        [s.text for s in sentences],
+        [(f.prompt0, f.entity1) for f in queries],
+        [[row_of[i] for i in stated[f.fact_id]] for f in queries],
+        statements.statements(facts, queries, 1),
+    )
+
+
+def plan_training(size: int, lengths: np.ndarray, seed: int) -> list[tuple[np.ndarray, int]]:
+    """Returns the rows and the padded length of the sequences of every training step."""
+    if size > _LARGEST_DRAWN:
+        buckets = batches.buckets(int(lengths.max()), ratio=1.5)
+        plan = batches.plan(lengths, buckets, 2048, seed=seed)
+        return [(plan.members(i), int(plan.lengths[i])) for i in range(len(plan))]
+    rng, count = np.random.default_rng(seed), len(lengths)
+    orders = [rng.permutation(count) for _ in range(_EPOCHS.get(size, 8))]
+    starts = range(0, count - _BATCH + 1, _BATCH)
+    return [(order[i : i + _BATCH], int(lengths.max())) for order in orders for i in starts]
+
+
 def train(texts: list[str], tokenizer: Tokenizer, size: int, seed: int) -> Decoder:
     """Trains a decoder by a plain loop."""
     sizes = DecoderSettings(
@@ -94,12 +143,8 @@ def train(texts: list[str], tokenizer: Tokenizer, size: int, seed: int) -> Decod
     )
     model = Decoder(sizes, rngs=nnx.Rngs(seed))
     sequences = [tokenizer.sequence(t) for t in texts]
-    length = max(map(len, sequences))
-    ids = np.array([s + [tokenizer.pad] * (length - len(s)) for s in sequences])
-    weights = np.array([[1.0] * (len(s) - 1) + [0.0] * (length - len(s)) for s in sequences])
-    epochs = _EPOCHS.get(size, 8)
-    steps = epochs * (len(texts) // _BATCH)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+    steps = plan_training(size, np.array([len(s) - 1 for s in sequences]), seed)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, len(steps) // 10, len(steps))
     optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
 
     @nnx.jit
@@ -112,14 +157,24 @@ def train(texts: list[str], tokenizer: Tokenizer, size: int, seed: int) -> Decod
         optimizer.update(model, gradient)
         return loss
 
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(texts))
-        for start in range(0, len(texts) - _BATCH + 1, _BATCH):
-            rows = order[start : start + _BATCH]
-            loss = step(model, optimizer, jnp.asarray(ids[rows]), jnp.asarray(weights[rows]))
+    for rows, length in steps:
+        chosen = [sequences[row] for row in rows]
+        padded = [s + [tokenizer.pad] * (length + 1 - len(s)) for s in chosen]
+        weights = [[1.0] * (len(s) - 1) + [0.0] * (length + 1 - len(s)) for s in chosen]
+        loss = step(model, optimizer, jnp.asarray(padded), jnp.asarray(weights))
     print(f"{size} passages, seed {seed}: training loss {float(loss):.3f}", flush=True)
     return model
+
+
+def print_known(model: Decoder, tokenizer: PretrainedTokenizer, queries) -> None:
+    """Prints what share of the targets the model ranks in its first ten."""
+    table = token_tables.tokenise_queries(parse_queries(queries), tokenizer, 512, None)
+    layout = batches.BatchLayout((int(table.lengths.max()) - 1,), 4096, tokenizer.pad)
+    ranks = [
+        target_statistics(model(batch.tokens), batch.targets, batch.weights)[1][: len(batch.rows)]
+        for batch in layout.batches(table)
+    ]
+    print(f"targets in the first ten: {np.mean(np.concatenate(ranks) <= 10):.1%}", flush=True)
 
 
 def encode(model, tokenizer, texts, queries, method: str) -> inputs.TraceGradients:
@@ -135,11 +190,19 @@ def encode(model, tokenizer, texts, queries, method: str) -> inputs.TraceGradien
         mesh=None,
         quiet=True,
     )
-    return inputs.encode_texts(settings, texts, queries, tokenizer, 128, None)
+    reading = TextSettings(
+        tokenizer=PretrainedTokenizer.wrap(tokenizer),
+        context=512,
+        joiner=None,
+        text_field="text",
+        id_field=None,
+        directory=None,
+    )
+    return inputs.encode_texts(settings, reading, texts, queries)
 
 
-def reciprocal_rank(gradients, method: str, damping: float, correct) -> float:
-    """Returns the mean reciprocal rank of a method."""
+def reciprocal_ranks(gradients, method: str, damping: float, correct) -> np.ndarray:
+    """Returns the reciprocal rank of each query by a method, float64 [Q]."""
     source, queries_QxE = gradients.source, gradients.gradients_QxE
     whitening = Whitening(HessianSettings(damping=damping), source, queries_QxE, quiet=True)
     (part,) = whitening.parts({"": methods.METHODS[method]})
@@ -148,29 +211,55 @@ def reciprocal_rank(gradients, method: str, damping: float, correct) -> float:
         1 + np.flatnonzero(np.isin(rows, c))[0]
         for rows, c in zip(ranked.proponents, correct, strict=True)
     ]
-    return float(np.mean(1 / np.array(first)))
+    return 1 / np.array(first)
+
+
+def measure(size: int, seed: int) -> dict[str, float]:
+    """Trains a model and returns the mean reciprocal rank of every method and rule for R."""
+    if size > _LARGEST_DRAWN:
+        texts, queries, correct, others = corpus_of_files()
+        training_texts, vocabulary = texts + [text for _, text in others], 4096
+    else:
+        texts, queries, correct = corpus(size, seed)
+        training_texts, vocabulary = texts, 512 if size <= 260 else 2048
+    tokenizer = Tokenizer.train(training_texts, vocabulary)
+    model = train(training_texts, tokenizer, size, seed)
+    print_known(model, PretrainedTokenizer.wrap(tokenizer), queries)
+    corrected, raw = (encode(model, tokenizer, texts, queries, m) for m in ("exp3", "grad_cos"))
+    ranks_Q = {
+        "exp3": reciprocal_ranks(corrected, "exp3", 0, correct),
+        "grad_cos": reciprocal_ranks(raw, "grad_cos", 0, correct),
+    }
+    for damping in _DAMPINGS.value:
+        ranks_Q[f"damping {damping}"] = reciprocal_ranks(
+            corrected, "trackstar_train", float(damping), correct
+        )
+    jax.clear_caches()
+    for name, ranks in ranks_Q.items():
+        difference = ranks - ranks_Q["exp3"]
+        error = np.std(difference, ddof=1) / len(ranks) ** 0.5
+        print(f"  {name:15s} {ranks.mean():.3f}, less exp3 {difference.mean():+.3f} ± {error:.3f}")
+    return {name: float(ranks.mean()) for name, ranks in ranks_Q.items()}
 
 
 def main(argv):
     """Runs every size and seed, and prints a table for each size."""
     del argv
-    rows = collections.defaultdict(lambda: collections.defaultdict(list))
+    record = pathlib.Path(_RECORD.value) if _RECORD.value else None
+    finished = {}
+    if record is not None and record.exists():
+        for line in record.read_text().splitlines():
+            entry = json.loads(line)
+            finished[entry["size"], entry["seed"]] = entry["mrr"]
     for size in map(int, _SIZES.value):
+        rows = []
         for seed in range(_SEEDS.value):
-            texts, queries, correct = corpus(size, seed)
-            tokenizer = Tokenizer.train(texts, 512 if size <= 260 else 2048)
-            model = train(texts, tokenizer, size, seed)
-            corrected, raw = (
-                encode(model, tokenizer, texts, queries, m) for m in ("exp3", "grad_cos")
-            )
-            figures = rows[size]
-            figures["exp3"].append(reciprocal_rank(corrected, "exp3", 0, correct))
-            figures["grad_cos"].append(reciprocal_rank(raw, "grad_cos", 0, correct))
-            for damping in _DAMPINGS.value:
-                value = reciprocal_rank(corrected, "trackstar_train", float(damping), correct)
-                figures[f"damping {damping}"].append(value)
-            jax.clear_caches()
-        print_table(size, rows[size])
+            figures = finished.get((size, seed)) or measure(size, seed)
+            rows.append(figures)
+            if record is not None and (size, seed) not in finished:
+                with record.open("a") as out:
+                    print(json.dumps({"size": size, "seed": seed, "mrr": figures}), file=out)
+        print_table(size, {name: [r[name] for r in rows] for name in rows[0]})
 
 
 def print_table(size: int, figures: dict[str, list[float]]) -> None:

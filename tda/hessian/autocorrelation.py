@@ -5,7 +5,8 @@ R_b = Φ_bᵀΦ_b / n for each block b of an encoding (Chang et al. 2024, sectio
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from tda.runtime import sharding
 # reads and writes all of R, so longer steps spend less of their time on that.
 _CHUNK_BYTES = 64 << 20
 _CHUNKS_PER_STEP = 4
+# Bytes of R that one loop sums, at least a block: a program with a product for each of 210 blocks
+# takes 15 s to compile, and a portion is copied to the host whole.
+_PORTION_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ def autocorrelation_of_source(
         padded = np.pad(x, [(0, step - len(x)), *[(0, 0)] * (x.ndim - 1)])
         return put(padded.reshape(devices, -1, *x.shape[1:]))
 
-    sums, count = [(zeros(w, w), zeros()) for w in widths], 0
+    portions, count = _portions(widths), 0
+    sums = [(zeros(p.count, p.width, p.width), zeros(p.count)) for p in portions]
     for rows in _read_rows(source, sample, seed, step):
         scales = None if rows.scales is None else pad_and_put(rows.scales)
         sums = _add_rows(sums, pad_and_put(rows.values), scales, pad_and_put(rows.valid), widths)
@@ -78,18 +83,47 @@ def autocorrelation_of_source(
         on_rows(len(rows))
     if not count:
         raise ValueError("there are no gradients to take R of")
-    blocks, noise = [], np.zeros(len(widths))
-    for b, (gram, fourth) in enumerate(sums):
-        # Frees a block on the devices before the next one is copied: R may fill half their memory.
-        sums[b] = None
-        R, fourth_moment = (
+    blocks, noise = [], []
+    for i, (gram, fourth) in enumerate(sums):
+        # Frees a portion on the devices before the next one is copied: R may fill half their
+        # memory.
+        sums[i] = None
+        R_NxBxB, fourth_moment_N = (
             sum(sharding.to_host(x).astype(np.float64).sum(0) for x in pair) / count
             for pair in (gram, fourth)
         )
-        blocks.append(R)
+        blocks += list(R_NxBxB)
         # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
-        noise[b] = max(0.0, fourth_moment - np.sum(np.square(R))) / count
-    return Autocorrelation(blocks, noise, count)
+        squares_N = np.array([np.sum(np.square(block)) for block in R_NxBxB])
+        noise.append(np.maximum(0.0, fourth_moment_N - squares_N) / count)
+    return Autocorrelation(blocks, np.concatenate(noise), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Portion:
+    """Blocks of one width that stand side by side, summed by one loop.
+
+    Attributes:
+        start: the first column.
+        width: the number of columns of each block.
+        count: the number of blocks.
+    """
+
+    start: int
+    width: int
+    count: int
+
+
+def _portions(widths: Sequence[int]) -> list[_Portion]:
+    """Returns the portions of the blocks, in order."""
+    portions, start = [], 0
+    for width, equal_widths in itertools.groupby(widths):
+        remaining, most = len(list(equal_widths)), max(1, _PORTION_BYTES // (8 * width**2))
+        while remaining:
+            count = min(most, remaining)
+            portions.append(_Portion(start, width, count))
+            start, remaining = start + count * width, remaining - count
+    return portions
 
 
 @functools.partial(jax.jit, static_argnames="widths", donate_argnums=0)
@@ -109,16 +143,29 @@ def _add_rows(sums, values, scales, valid, widths):
 
     def add_on_device(sums, values, scales, valid):
         x_RxE = jnp.where(valid[:, None], store.decode(values, scales, widths), 0.0)
-        out, start = [], 0
-        for (gram_pair, fourth_pair), width in zip(sums, widths, strict=True):
-            x_RxB = x_RxE[:, start : start + width]
+
+        def add_block(i, portion_sums, portion: _Portion):
+            start = portion.start + i * portion.width
+            x_RxB = jax.lax.dynamic_slice_in_dim(x_RxE, start, portion.width, axis=1)
             # By default TPUs and GPUs round the factors to bfloat16 or TF32, and R^(−1/2) magnifies
             # that error in the small eigenvalues.
             gram = jnp.matmul(x_RxB.T, x_RxB, precision=jax.lax.Precision.HIGHEST)
             fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(x_RxB), axis=1)))
-            out.append((two_sum(gram_pair, gram), two_sum(fourth_pair, fourth)))
-            start += width
-        return out
+            gram_pair, fourth_pair = jax.tree.map(lambda x: x[i], portion_sums)
+            added = two_sum(gram_pair, gram), two_sum(fourth_pair, fourth)
+            # In place: the loop holds no second copy of the sums.
+            return jax.tree.map(
+                lambda x, x_i: jax.lax.dynamic_update_index_in_dim(x, x_i, i, 0),
+                portion_sums,
+                added,
+            )
+
+        return [
+            jax.lax.fori_loop(
+                0, portion.count, functools.partial(add_block, portion=portion), portion_sums
+            )
+            for portion, portion_sums in zip(_portions(widths), sums, strict=True)
+        ]
 
     if len(valid) > 1:
         return jax.vmap(add_on_device)(sums, values, scales, valid)

@@ -27,6 +27,31 @@ def test_autocorrelation_is_the_mean_outer_product_of_each_block():
         hessian.autocorrelation_of_source(InMemory(x[:0], SLICES))
 
 
+@pytest.mark.parametrize("portion_bytes", [1, 3 * 8 * 4**2, 64 << 20])
+def test_blocks_are_the_same_however_many_one_loop_sums(monkeypatch, portion_bytes):
+    monkeypatch.setattr(autocorrelation, "_PORTION_BYTES", portion_bytes)
+    widths = (4, 4, 4, 4, 6, 6, 4)
+    x = np.random.default_rng(1).normal(size=(50, sum(widths))).astype(np.float32)
+    slices = hessian.block_slices(widths)
+    R = hessian.autocorrelation_of_source(InMemory(x, slices))
+    assert [b.shape[0] for b in R.blocks] == list(widths)
+    for block, noise, s in zip(R.blocks, R.noise, slices, strict=True):
+        outer_products = x[:, s, None].astype(np.float64) * x[:, None, s]
+        np.testing.assert_allclose(block, outer_products.mean(0), rtol=0, atol=1e-6)
+        expected = np.sum(np.square(outer_products - outer_products.mean(0))) / 50**2
+        np.testing.assert_allclose(noise, expected, rtol=1e-5)
+
+
+def test_the_program_of_its_sums_does_not_grow_with_the_number_of_blocks():
+    def count_products(blocks):
+        rows = np.ones((1, 4, 8 * blocks), np.float32), None, np.ones((1, 4), bool)
+        sums = [((np.zeros((1, blocks, 8, 8)),) * 2, (np.zeros((1, blocks)),) * 2)]
+        program = autocorrelation._add_rows.lower(sums, *rows, (8,) * blocks).as_text()
+        return program.count("dot_general")
+
+    assert count_products(40) == count_products(2) == 1
+
+
 def test_invalid_rows_have_no_part_in_it():
     x = gradients()
     x[7] = np.inf
@@ -98,7 +123,7 @@ def test_roots_are_those_of_float64(tmp_path, dtype):
 def test_products_are_in_full_precision_on_every_device():
     """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
     widths, roots = (3, 5), [np.eye(3), np.eye(5)]
-    sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, w, w), (1,))) for w in widths]
+    sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, 1, w, w), (1, 1))) for w in widths]
     valid = np.ones((1, 4), bool)
     for function in (
         lambda x: autocorrelation._add_rows(sums, x[None], None, valid, widths),
