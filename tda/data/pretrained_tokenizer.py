@@ -182,6 +182,23 @@ class PretrainedTokenizer:
         # A text that spells out `begin` must not get it twice.
         return [(i[n:], o[n:]) if tuple(i[:n]) == self.begin else (i, o) for i, o in out]
 
+    def encode_words(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the token ids of a text, their characters and their words.
+
+        Returns:
+            Ids, int32 [T]; the characters [start, stop) of each token, int64 [T, 2]; and the number
+            of the word, as the pre-tokenizer cuts the text, that each token is a part of, int64
+            [T].
+        """
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        words = [-1 if word is None else word for word in encoding.word_ids]
+        places_Tx2 = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        ids, words_T = np.asarray(encoding.ids, np.int32), np.asarray(words, np.int64)
+        n = len(self.begin)
+        if self.parse_special and n and tuple(ids[:n].tolist()) == self.begin:
+            ids, places_Tx2, words_T = ids[n:], places_Tx2[n:], words_T[n:]
+        return ids, places_Tx2, words_T
+
     def encode_chat(self, messages: Sequence[Mapping]) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Returns the token ids of a chat as the tokenizer's template writes it.
 

@@ -9,7 +9,6 @@ document, else `ID#START-END` for its characters START to END. A tokenisation th
 after the last finished part and ends in the same bytes.
 """
 
-import array
 import collections
 import dataclasses
 import itertools
@@ -17,16 +16,14 @@ import json
 import pathlib
 import re
 import shutil
-import types
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from tda.data.documents import Document
 from tda.data.folders import CorpusError
-from tda.data.joining import join
-from tda.data.jsonl import half_character
-from tda.data.tokens import TokenTable, by_characters, cut
+from tda.data.parts import ARRAYS, Counts, Part, count_characters
+from tda.data.tokens import TokenTable, by_characters
 from tda.runtime import atomic_file, progress
 from tda.runtime.fingerprint import fingerprint, hash_64_bits, plain
 
@@ -72,21 +69,6 @@ class Strings(Sequence):
         i = range(len(self))[index]
         start = int(self._ends[i - 1]) if i else 0
         return self._bytes[start : int(self._ends[i])].tobytes().decode("utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Numbers of documents.
-
-    Attributes:
-        documents: all documents.
-        blank: those without text, which became no passage.
-        split: those that became several passages.
-    """
-
-    documents: int
-    blank: int
-    split: int
 
 
 def tokenise_in_memory(
@@ -147,29 +129,12 @@ def tokenise_on_disk(
         total = dataclasses.asdict(_sum(counts))
         atomic_file.write_json(stamp, {"made_from": provenance, "counts": total})
     shutil.rmtree(parts, ignore_errors=True)
-    arrays = {k: np.load(directory / f"{k}.npy", mmap_mode="r") for k in _ARRAYS}
+    arrays = {k: np.load(directory / f"{k}.npy", mmap_mode="r") for k in ARRAYS}
     return _table(arrays), Counts(**_read_json(stamp)["counts"])
 
 
-# The arrays of a part and of the joined table: the tokens of all passages, which of them the loss
-# counts, where each passage ends,
-# its document's number and characters (−1 for a whole document), and the documents' names.
-_ARRAYS = {
-    "tokens": np.int32,
-    "scored": np.bool_,
-    "ends": np.int64,
-    "owners": np.int64,
-    "spans": np.int64,
-    "names": np.uint8,
-    "name_ends": np.int64,
-}
-# The same as codes of Python's arrays, for those of numbers.
-_CODE_OF = {np.int32: "i", np.int64: "q", np.bool_: "B"}
-_CODES = {k: _CODE_OF[d] for k, d in _ARRAYS.items() if d in _CODE_OF}
-
-
 def _none() -> dict[str, np.ndarray]:
-    return {k: np.zeros((0, 2) if k == "spans" else 0, d) for k, d in _ARRAYS.items()}
+    return {k: np.zeros((0, 2) if k == "spans" else 0, d) for k, d in ARRAYS.items()}
 
 
 def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tuple[dict, Counts]]:
@@ -177,123 +142,32 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
     documents = iter(documents)
     with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
         bar.update(sum(1 for _ in itertools.islice(documents, first)))
-        part = _Part(tokenizer, context)
-        for batch in by_characters(documents, _count_characters, _BATCH):
-            part.add(batch)
+        part = Part(tokenizer, context)
+        for batch in by_characters(documents, count_characters, _BATCH):
+            for _ in part.add(batch):
+                yield part.arrays(), part.counts()
+                part.clear()
             bar.update(len(batch))
             if part.batches == _BATCHES_A_PART or part.characters >= _PART_CHARACTERS:
                 yield part.arrays(), part.counts()
-                part = _Part(tokenizer, context)
+                part = Part(tokenizer, context)
         if part.batches:
             yield part.arrays(), part.counts()
-
-
-def _count_characters(document: Document) -> int:
-    chat = sum(len(message["content"]) for message in document.messages)
-    return len(document.text or "") + len(document.prompt) + chat
-
-
-# A tokenizer that puts nothing before and after a text, for token ids.
-_AS_IT_IS = types.SimpleNamespace(begin=(), end=())
-
-
-class _Part:
-    """The passages of some documents, in flat arrays that grow: Python's lists of numbers and of
-    pairs take 70 to 660 bytes a token, these take 5 to 10.
-    """
-
-    def __init__(self, tokenizer, context: int):
-        self._tokenizer, self._context = tokenizer, context
-        self.batches = self.characters = self._documents = self._blank = self._split = 0
-        self._numbers = {k: array.array(code) for k, code in _CODES.items()}
-        self._names = bytearray()
-
-    def add(self, documents: list[Document]) -> None:
-        """Cuts documents into passages and appends these."""
-        for document in documents:
-            _check_characters(document)
-        texts = [join(d.prompt, d.text) for d in documents]
-        encoded = self._tokenizer.encode_spans(texts)
-        for document, text, (ids, places) in zip(documents, texts, encoded, strict=True):
-            self._documents += 1
-            self.characters += _count_characters(document) + 4 * len(document.tokens or ())
-            if document.tokens:
-                # Ids that come from elsewhere have what stands before and after them already; the
-                # place of a passage is that of its tokens.
-                numbers = np.arange(len(document.tokens))
-                places = np.stack([numbers, numbers + 1], axis=1)
-                scored = np.ones(len(numbers), bool)
-                if document.scored is not None:
-                    scored = np.asarray(document.scored, bool)
-                self._add(document, document.tokens, places, scored, _AS_IT_IS)
-            elif document.messages:
-                try:
-                    ids, places, scored = self._tokenizer.encode_chat(document.messages)
-                except ValueError as error:
-                    raise CorpusError(f"document {document.id!r}: {error}") from error
-                self._add(document, ids, places, scored, _AS_IT_IS)
-            elif document.text.strip():
-                places = np.asarray(places, np.int64).reshape(-1, 2)
-                # A token across the border is the text's, as in queries.
-                scored = places[:, 1] > (len(text) - len(document.text) if document.prompt else -1)
-                scored = np.concatenate([scored, np.ones(len(self._tokenizer.end), bool)])
-                self._add(document, [*ids, *self._tokenizer.end], places, scored, self._tokenizer)
-            else:
-                self._blank += 1
-        self.batches += 1
-
-    def _add(self, document: Document, ids, places_Tx2, scored_T, tokenizer) -> None:
-        sequence = np.asarray(ids, np.int32)
-        ranges = cut(sequence, tokenizer, self._context)
-        self._split += len(ranges) > 1
-        out = self._numbers
-        for first, stop in ranges:
-            if not scored_T[first:stop].any():
-                continue  # nothing but prompts, whose gradient is zero
-            out["tokens"].extend(tokenizer.begin)
-            out["tokens"].frombytes(sequence[first:stop].tobytes())
-            out["scored"].frombytes(bytes(len(tokenizer.begin)) + scored_T[first:stop].tobytes())
-            out["ends"].append(len(out["tokens"]))
-            out["owners"].append(len(out["name_ends"]))
-            out["spans"].extend(
-                _characters(places_Tx2, first, stop) if len(ranges) > 1 else (-1, -1)
-            )
-        self._names += document.id.encode()
-        out["name_ends"].append(len(self._names))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of the part, by the names of `_ARRAYS`."""
-        flat = {k: np.frombuffer(x, _ARRAYS[k]) for k, x in self._numbers.items()}
-        names = np.frombuffer(self._names, np.uint8)
-        return flat | {"spans": flat["spans"].reshape(-1, 2), "names": names}
-
-    def counts(self) -> Counts:
-        """Returns the numbers of the part's documents."""
-        return Counts(self._documents, self._blank, self._split)
-
-
-def _check_characters(document: Document) -> None:
-    """Checks what a tokenizer would refuse without naming the document."""
-    if not isinstance(document.text, str):
-        kind = type(document.text).__name__
-        raise CorpusError(f"document {document.id!r}: the text is {kind}, not a string")
-    for field, value in (("id", document.id), ("text", document.text)):
-        if half := half_character(value):
-            raise CorpusError(f"document {document.id!r}: the {field} has {half}")
-
-
-def _characters(places_Tx2: np.ndarray, first: int, stop: int) -> tuple[int, int]:
-    """Returns the characters of tokens [first, stop); the tokens after a text have none."""
-    spans = places_Tx2[first:stop]
-    return int(spans[:, 0].min()), int(spans[:, 1].max())
 
 
 def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Counts]:
     """Writes the parts that are missing, each atomically; returns the counts of all parts."""
     counts: list[Counts] = []
+    whole = 0
     while (path := parts / f"{len(counts)}.npz").exists():
         with np.load(path) as part:
             counts.append(Counts(*map(int, part["counts"])))
+            # A part that a long document filled ends before the document's name.
+            owners = part["owners"]
+            if not len(owners) or owners[-1] < len(part["name_ends"]):
+                whole = len(counts)
+    # Its document is tokenised again from the beginning.
+    del counts[whole:]
     finished = sum(c.documents for c in counts)
     for part, count in _parts(documents, tokenizer, context, quiet, first=finished):
         with atomic_file.open_atomic(parts / f"{len(counts)}.npz", "wb") as out:
@@ -304,7 +178,7 @@ def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Cou
 
 def _joined(parts: list[dict]) -> dict[str, np.ndarray]:
     """Joins the arrays of all parts in memory."""
-    out, shift = {k: [] for k in _ARRAYS}, collections.Counter()
+    out, shift = {k: [] for k in ARRAYS}, collections.Counter()
     for part in parts:
         for k, x in part.items():
             out[k].append(x + shift[k] if k in _SHIFTED else x)
@@ -313,27 +187,23 @@ def _joined(parts: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, count: int) -> None:
-    """Joins all parts into one file for each array, with one part in memory at a time."""
+    """Joins all parts into one file for each array, with one of a part in memory at a time."""
     sizes = collections.Counter()
     for i in range(count):
         with np.load(parts / f"{i}.npz") as part:
-            sizes.update({k: len(part[k]) for k in _ARRAYS})
-    out = {
-        k: np.lib.format.open_memmap(
-            directory / f"{k}.npy", "w+", d, (sizes[k], 2) if k == "spans" else (sizes[k],)
-        )
-        for k, d in _ARRAYS.items()
-    }
-    at, shift = collections.Counter(), collections.Counter()
-    for i in range(count):
-        with np.load(parts / f"{i}.npz") as part:
-            arrays = {k: part[k] for k in _ARRAYS}
-        for k, x in arrays.items():
-            out[k][at[k] : at[k] + len(x)] = x + shift[k] if k in _SHIFTED else x
-        at.update({k: len(x) for k, x in arrays.items()})
-        shift.update({k: len(arrays[target]) for k, target in _SHIFTED.items()})
-    for x in out.values():
-        x.flush()
+            sizes.update({k: len(part[k]) for k in ARRAYS})
+    # One array of one part in memory at a time; pages of a memory map would stay there.
+    for k, dtype in ARRAYS.items():
+        shape = (sizes[k], 2) if k == "spans" else (sizes[k],)
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        shift = 0
+        with open(directory / f"{k}.npy", "wb") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for i in range(count):
+                with np.load(parts / f"{i}.npz") as part:
+                    x = part[k]
+                    (x + shift if k in _SHIFTED else x).astype(dtype, copy=False).tofile(out)
+                    shift += len(part[_SHIFTED[k]]) if k in _SHIFTED else 0
 
 
 # Arrays of offsets, which are shifted when parts are joined, and the arrays that they point into.

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from tda.data import long_texts
 from tda.data.jsonl import half_character
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
@@ -93,8 +94,23 @@ def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]
     Raises:
         ValueError: the context has no room for a text.
     """
+    end = list(tokenizer.end)
+    step, size = window(tokenizer, context)
+    last = max(1, len(tokens) - (size - step))
+    ranges = [(i, min(i + size, len(tokens))) for i in range(0, last, step)]
+    if len(ranges) > 1 and end and list(tokens[ranges[-1][0] :]) == end:
+        ranges.pop()  # the text just fills its passages: no passage of <eos> alone
+    return ranges
+
+
+def window(tokenizer, context: int) -> tuple[int, int]:
+    """Returns how many tokens of a document lie between passages' beginnings, and in a passage.
+
+    Raises:
+        ValueError: the context has no room for a text.
+    """
     # A sequence of n tokens has n − 1 positions, as the last token is only ever predicted.
-    begin, end = len(tokenizer.begin), list(tokenizer.end)
+    begin = len(tokenizer.begin)
     if begin:
         step = size = context + 1 - begin
     else:
@@ -104,15 +120,10 @@ def cut(tokens: Sequence[int], tokenizer, context: int) -> list[tuple[int, int]]
         raise ValueError(
             f"context={context} holds only the tokens before every text; use a longer context"
         )
-    last = max(1, len(tokens) - (0 if begin else 1))
-    ranges = [(i, min(i + size, len(tokens))) for i in range(0, last, step)]
-    if len(ranges) > 1 and end and list(tokens[ranges[-1][0] :]) == end:
-        ranges.pop()  # the text just fills its passages: no passage of <eos> alone
-    return ranges
+    return step, size
 
 
-# Characters in one call of the tokenizer, about: its answer takes some 60 bytes a character.
-_CALL_CHARACTERS = 1 << 20
+# Texts in one call of the tokenizer.
 _CALL_TEXTS = 1024
 
 
@@ -121,7 +132,7 @@ def by_characters(items: Iterable[T], length: Callable[[T], int], most: int) -> 
     batch: list[T] = []
     total = 0
     for item in items:
-        if batch and (len(batch) == most or total + length(item) > _CALL_CHARACTERS):
+        if batch and (len(batch) == most or total + length(item) > long_texts.PIECE):
             yield batch
             batch, total = [], 0
         batch.append(item)
@@ -161,24 +172,33 @@ def tokenise_passages(
     encoded = (
         tokens
         for batch in by_characters(texts, lambda pair: len(pair[1]), _CALL_TEXTS)
-        for tokens in tokenizer.encode([text for _, text in batch])
+        for tokens in _encode([text for _, text in batch], tokenizer)
     )
     for (document, text), tokens in zip(texts, encoded, strict=True):
         if not text.strip():
             raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
-        tokens = [*tokens, *tokenizer.end]
+        tokens = np.concatenate([tokens, np.asarray(tokenizer.end, np.int32)])
         ranges = cut(tokens, tokenizer, context)
         split += len(ranges) > 1
         for i, (first, stop) in enumerate(ranges):
             ids.append(document if len(ranges) == 1 else f"{document}#{i}")
             documents.append(document)
-            sequences.append(np.asarray([*tokenizer.begin, *tokens[first:stop]], np.int32))
+            begin = np.asarray(tokenizer.begin, np.int32)
+            sequences.append(np.concatenate([begin, tokens[first:stop]]))
     if len(set(ids)) < len(ids):
         twice = next(i for i, n in collections.Counter(ids).items() if n > 1)
         raise ValueError(f"two passages have the id {twice!r}; give documents other ids")
     scored = [np.arange(len(s)) > 0 for s in sequences]
     counts = {"documents": len(texts), "passages": len(ids), "split": split}
     return _table(ids, documents, sequences, scored), counts
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Returns the token ids of each text, int32; of a long one, which comes alone, in pieces."""
+    if len(texts) == 1 and len(texts[0]) > long_texts.PIECE:
+        pieces = long_texts.encode_pieces(tokenizer, texts[0])
+        return [np.concatenate([piece.ids for piece in pieces])]
+    return [np.asarray(ids, np.int32) for ids in tokenizer.encode(texts)]
 
 
 def tokenise_queries(

@@ -8,6 +8,7 @@ import pytest
 from tda.data import tokenised
 from tda.data.chats import ChatTemplate
 from tda.data.corpora import Corpus, CorpusError
+from tda.data.parts import Counts
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
 from tests.data.test_pretrained_tokenizer import byte_level
@@ -52,7 +53,7 @@ def test_a_chat_is_written_by_the_template_and_learnt_from_its_answers(directory
     tokenizer = PretrainedTokenizer.load(directory)
     documents = parse_passages([{"messages": CHAT, "id": "c"}])
     table, counts = tokenised.tokenise_in_memory(documents, tokenizer, 512, quiet=True)
-    assert list(table.ids) == ["c"] and counts == tokenised.Counts(1, 0, 0)
+    assert list(table.ids) == ["c"] and counts == Counts(1, 0, 0)
     assert answers(tokenizer, table.tokens, table.scored).split("<|im_end|>") == [
         "Oslo.", "\nLima.", "\n"
     ]  # fmt: skip

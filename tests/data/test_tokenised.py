@@ -7,8 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tda.data import tokenised, tokens
+from tda.data import long_texts, tokenised, tokens
 from tda.data.corpora import CorpusError, Document
+from tda.data.parts import ARRAYS, Counts, Part
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
 from tda.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ def test_the_same_passages_as_of_the_table_in_memory(tokenizer):
     pairs = [(d.id, d.text) for d in DOCUMENTS if d.text.strip()]
     expected, _ = tokens.tokenise_passages(pairs, tokenizer, 24)
     several = len({n.split("#")[0] for n in found.ids if "#" in n})
-    assert counts == tokenised.Counts(len(DOCUMENTS), 1, several) and several > 3
+    assert counts == Counts(len(DOCUMENTS), 1, several) and several > 3
     assert list(found.documents) == list(expected.documents)
     for name in ("tokens", "starts", "scored"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
@@ -87,9 +88,7 @@ def test_on_disk_as_in_memory(tokenizer, tmp_path):
     # There already: the documents are not read again.
     again, _ = tokenised.tokenise_on_disk(tmp_path, iter(()), *how, quiet=True)
     same(again, expected)
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        ["corpus.json", *(f"{k}.npy" for k in tokenised._ARRAYS)]
-    )
+    assert sorted(os.listdir(tmp_path)) == sorted(["corpus.json", *(f"{k}.npy" for k in ARRAYS)])
     with pytest.raises(CorpusError, match="made from another corpus; it differs in context"):
         tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, tokenizer, 25, {"corpus": "x"}, quiet=True)
 
@@ -151,7 +150,7 @@ def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeyp
     expected, counts = tokenised.tokenise_on_disk(tmp_path / "a", DOCUMENTS, *how, quiet=True)
     monkeypatch.setattr(tokenised, "_BATCH", 256)
     monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 64)
-    monkeypatch.setattr(tokens, "_CALL_CHARACTERS", 300)
+    monkeypatch.setattr(long_texts, "PIECE", 300)
     monkeypatch.setattr(tokenised, "_PART_CHARACTERS", 600)
     calls, encode_spans, parts = [], tokenizer.encode_spans, tokenised._parts
 
@@ -176,12 +175,12 @@ def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeyp
 
 def test_tokens_take_few_bytes_while_they_are_collected(tokenizer):
     """Guards: Python lists of numbers and pairs, 72 to 660 bytes a token."""
-    part = tokenised._Part(tokenizer, 24)
+    part = Part(tokenizer, 24)
     documents = [Document(f"d{i}", LONG) for i in range(50)]
-    part.add(documents[:1])
+    assert not list(part.add(documents[:1]))
     tracemalloc.start()
     for document in documents[1:]:
-        part.add([document])
+        assert not list(part.add([document]))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 12 * len(part.arrays()["tokens"])
@@ -192,7 +191,7 @@ def test_rows_of_token_ids_are_taken_as_they_are(tokenizer):
     rows = list(parse_passages([ids, np.array(ids[:9]), {"input_ids": ids[:5] + [2, 2], "id": "m",
                                 "attention_mask": [1] * 5 + [0, 0]}]))  # fmt: skip
     table, counts = tokenised.tokenise_in_memory(rows, tokenizer, 24, quiet=True)
-    assert counts == tokenised.Counts(3, 0, 1)
+    assert counts == Counts(3, 0, 1)
     place = [i for i, name in enumerate(table.documents) if name == "0"]
     joined = [table.tokens[table.starts[i] : table.starts[i + 1]].tolist() for i in place]
     # Parts overlap by a token, which the first of them predicts.
