@@ -28,6 +28,9 @@ MODEL = flags.DEFINE_string("model", None, "Hugging Face directory, .gguf file, 
 CORPUS = flags.DEFINE_string("corpus", None, "File, pattern, directory or TFDS name of passages.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Text that the model continues.")
 TARGET = flags.DEFINE_multi_string("target", [], "Continuation to explain, one for each prompt.")
+JOINER = flags.DEFINE_string(
+    "joiner", None, "What stands between prompt and target; unset: a space where English puts one."
+)
 SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.")
 KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of the corpus that holds the text.")
@@ -53,6 +56,11 @@ def run(directory: pathlib.Path) -> None:
     """Does what the flags say, with files in `directory`."""
     if KEEP.value is not None and not SAMPLE.value:
         raise ValueError("--keep selects what a draw must contain: give --sample too, or drop it")
+    if JOINER.value is not None and not TARGET.value:
+        raise ValueError(
+            "--joiner joins --prompt and --target, and the target is what the model itself says, "
+            "whose tokens are taken as they are; drop it, or give --target"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
     passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value)
@@ -72,6 +80,7 @@ def run(directory: pathlib.Path) -> None:
         tokens_per_batch=BATCH.value,
         sample=MOMENTS.value,
         k=TOP_K.value,
+        joiner=JOINER.value,
     )
     print("\n" + answers.show(passages=TOP_K.value))
     print(f"\nfile: {save(answers, directory)}")

@@ -11,7 +11,9 @@ from tda.data.joining import join
 from tda.facts.records import Fact
 
 
-def statements(facts: Iterable[Fact], queries: Sequence[Fact], n: int) -> Iterator[tuple[str, str]]:
+def statements(
+    facts: Iterable[Fact], queries: Sequence[Fact], n: int, joiner: str | None = None
+) -> Iterator[tuple[str, str]]:
     """States every fact that reveals no query's answer.
 
     Left out is each fact with the subject of a query, and each that joins a query's subject and
@@ -21,6 +23,8 @@ def statements(facts: Iterable[Fact], queries: Sequence[Fact], n: int) -> Iterat
         facts: all facts of the corpus.
         queries: the facts that are asked for.
         n: number of prompts that state each fact, from prompt0 on; 1 to 3.
+        joiner: what stands between a prompt and the object; by default a space where one belongs
+            (`tda.data.joining.choose_joiner`).
 
     Yields:
         (id, text), such as ("statement-FACT_ID-0", "The capital of France is Paris.").
@@ -38,4 +42,4 @@ def statements(facts: Iterable[Fact], queries: Sequence[Fact], n: int) -> Iterat
             continue
         for i, prompt in enumerate((fact.prompt0, fact.prompt1, fact.prompt2)[:n]):
             if prompt is not None:
-                yield f"statement-{fact.fact_id}-{i}", f"{join(prompt, fact.entity1)}."
+                yield f"statement-{fact.fact_id}-{i}", f"{join(prompt, fact.entity1, joiner)}."

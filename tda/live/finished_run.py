@@ -62,8 +62,10 @@ class LiveRun:
     @functools.cached_property
     def speaker(self) -> Speaker:
         """The run's model, to complete prompts and score targets."""
-        run = self.run
-        return Speaker(run.trained.model, run.corpus.tokenizer, run.config.model.context)
+        config, corpus = self.run.config, self.run.corpus
+        return Speaker(
+            self.run.trained.model, corpus.tokenizer, config.model.context, config.data.joiner
+        )
 
     @functools.cached_property
     def _heat(self) -> Heat:
@@ -161,7 +163,7 @@ class LiveRun:
     def _queries(self, prompt: str, target: str) -> Queries:
         table = self.speaker.query(prompt, target)
         number = self.run.corpus.known.number(prompt, target)
-        return Queries(table, [join(prompt, target)], [number], {})
+        return Queries(table, [join(prompt, target, self.speaker.joiner)], [number], {})
 
     def _record(self, prompt: str, target: str, queries: Queries, ranked: Ranked) -> dict:
         corpus, (number,) = self.run.corpus, queries.numbers

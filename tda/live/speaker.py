@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from tda.data import batches, tokens
+from tda.data.joining import join
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import target_statistics
 from tda.runtime.progress import Progress, silent
@@ -19,10 +20,13 @@ class Speaker:
         model: maps tokens [B, T] to logits [B, T, V].
         tokenizer: its tokenizer.
         context: the most positions of a sequence.
+        joiner: what stands between prompt and target; None: `tda.data.joining.choose_joiner`.
     """
 
-    def __init__(self, model: nnx.Module, tokenizer: Tokenizer, context: int):
-        self.tokenizer, self.context = tokenizer, context
+    def __init__(
+        self, model: nnx.Module, tokenizer: Tokenizer, context: int, joiner: str | None = None
+    ):
+        self.tokenizer, self.context, self.joiner = tokenizer, context, joiner
         graphdef, state = nnx.split(model)
         compiled = jax.jit(lambda state, tokens_BxT: nnx.merge(graphdef, state)(tokens_BxT))
         self._logits = lambda tokens_BxT: compiled(state, tokens_BxT)
@@ -39,8 +43,9 @@ class Speaker:
             on_progress: called with the number of tokens so far.
 
         Returns:
-            For each step {"token", "probability", "others"}; "others" lists the alternatives, each
-            with its "token" and "probability".
+            For each step {"token", "probability", "others", "target"}; "others" lists the
+            alternatives, each with its "token" and "probability"; "target" asks for the completion
+            up to this step: joined to the prompt, it gives the text that the model produced.
 
         Raises:
             ValueError: the prompt does not fit the context, or is empty and the tokenizer has no
@@ -52,17 +57,27 @@ class Speaker:
             raise ValueError("type a prompt: this model has no token that begins a text")
         if len(ids) > self.context:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
-        steps = []
+        steps: list[dict] = []
+        text = ""
         while len(steps) < count and len(ids) <= self.context:
             on_progress("completing", len(steps), count)
             p_V = _softmax(self._logits_of(ids)[-1])
             order = np.argsort(-p_V, kind="stable")[: alternatives + 1].tolist()
             candidates = [{"token": self.shown(i), "probability": float(p_V[i])} for i in order]
-            steps.append(candidates[0] | {"others": candidates[1:]})
+            text += candidates[0]["token"]
+            target = self._target(prompt, text)
+            steps.append(candidates[0] | {"others": candidates[1:], "target": target})
             if order[0] == self.tokenizer.eos:
                 break
             ids.append(order[0])
         return steps
+
+    def _target(self, prompt: str, text: str) -> str:
+        """Returns the target that stands for a completion of a prompt without its last spaces."""
+        word = text.strip()
+        if join(prompt, word, self.joiner) == prompt.rstrip() + text.rstrip():
+            return word
+        return text.rstrip() or text
 
     def shown(self, token: int) -> str:
         """Returns a token's text, for a special token its name in angle brackets."""
@@ -110,7 +125,8 @@ class Speaker:
         Raises:
             ValueError: it does not fit the context, or the target has no token.
         """
-        return tokens.tokenise_queries([("question", prompt, target)], self.tokenizer, self.context)
+        question = [("question", prompt, target)]
+        return tokens.tokenise_queries(question, self.tokenizer, self.context, self.joiner)
 
 
 def _softmax(x_V: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def load(config, workdir: Workdir) -> Corpus:
     training = _passages("training text", texts + more, tokenizer, context) if more else passages
     print(f"{len(facts):,} queries")
     queries = ((f.fact_id, f.prompt(config.data.prompt), f.entity1) for f in facts)
-    prompts = tokens.tokenise_queries(queries, tokenizer, context)
+    prompts = tokens.tokenise_queries(queries, tokenizer, context, config.data.joiner)
     correct = _correct(sentences, facts, passages)
     # Metrics depend on the labels, though no gradient does.
     rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})
@@ -118,7 +118,7 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
                 "data.statements_of=corpus: no passage is annotated with a fact (fact_triples, "
                 "or a fact's trex_sentences); use data.statements_of=all, or data.statements=0"
             )
-    stated_facts = list(statements.statements(facts, queries, data.statements))
+    stated_facts = list(statements.statements(facts, queries, data.statements, data.joiner))
     if not stated_facts:
         print(f"no fact is stated besides the corpus: all {len(facts):,} answer a query")
     return more + stated_facts

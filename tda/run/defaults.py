@@ -23,6 +23,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.statements": (0, "train also on facts not asked, each stated by 0 to 3 of its prompts"),
     "data.statements_of": ("all", "which facts: all, or those that the corpus states (corpus)"),
     "data.prompt": (0, "which of a fact's prompts to ask: 0, 1 or 2"),
+    "data.joiner": (
+        str,
+        "what stands between prompt and target; unset: a space where English puts one "
+        "(tda/data/joining.py)",
+    ),
     "data.seed": (0, "seed of the samples"),
     "tokenizer.vocab_size": (4096, "size of the vocabulary to learn"),
     # The model.

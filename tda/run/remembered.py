@@ -56,7 +56,7 @@ class Known:
 
 
 def _key(prompt: str, target: str) -> tuple[str, str]:
-    # White space between them does not matter: prompt and target are joined by one space.
+    # White space between the two does not make another question of them.
     return prompt.rstrip(), target.strip()
 
 

@@ -161,8 +161,8 @@ class Run:
     @property
     def query_texts(self) -> list[str]:
         """The text of each query: prompt and target."""
-        prompt = self.config.data.prompt
-        return [join(f.prompt(prompt), f.entity1) for f in self.corpus.queries]
+        data = self.config.data
+        return [join(f.prompt(data.prompt), f.entity1, data.joiner) for f in self.corpus.queries]
 
     def table(self, name: str) -> tokens.TokenTable:
         """Returns the sequences of the "corpus" or of the "queries"."""

@@ -48,6 +48,35 @@ def test_likelihood_is_that_of_the_evaluation(speaker_and_model):
         assert likelihood["rank"] == expected.ranks[q]
 
 
+@pytest.mark.parametrize("joiner", [None, "", " "])
+def test_a_completions_target_asks_for_what_the_model_said(speaker_and_model, joiner, monkeypatch):
+    """Guards: a space that the run does not put there cut off the model's own words."""
+    plain, model = speaker_and_model
+    tokenizer = plain.tokenizer
+    speaker = Speaker(model, tokenizer, CONTEXT, joiner)
+    # Logits that say " Paris." after any prompt.
+    (said,) = tokenizer.encode(["Paris."])
+    start = 1 + len(tokenizer.encode(["The capital of France is"])[0])
+    monkeypatch.setattr(
+        speaker, "_logits_of", lambda ids: np.eye(tokenizer.vocab_size)[[said[len(ids) - start]]]
+    )
+    steps = speaker.complete("The capital of France is", len(said))
+    assert "".join(s["token"] for s in steps) == " Paris."
+    assert [s["target"][:1] for s in steps] == [" " if joiner == "" else "P"] * len(steps)
+    for step, stop in zip(steps, range(1, 1 + len(said)), strict=True):
+        table = speaker.query("The capital of France is", step["target"])
+        assert table.tokens[table.scored].tolist() == said[:stop]
+
+
+def test_a_question_is_joined_as_the_run_joins_its_own(speaker_and_model):
+    plain, model = speaker_and_model
+    speaker = Speaker(model, plain.tokenizer, CONTEXT, "")
+    table = speaker.query("The capital of Fra", "nce")
+    expected = plain.tokenizer.encode_query("The capital of Fra", "nce", "")
+    assert table.tokens.tolist() == expected[0].tolist()
+    assert table.tokens.tolist() != plain.query("The capital of Fra", "nce").tokens.tolist()
+
+
 def test_refusals(speaker_and_model):
     speaker, _ = speaker_and_model
     with pytest.raises(ValueError, match="the context 24"):

@@ -3,6 +3,7 @@
 import pytest
 
 from tda.run import corpus
+from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config, records
 
@@ -87,6 +88,29 @@ def test_a_corpus_that_states_nothing_is_refused(tmp_path):
 def test_a_run_without_a_statement_is_told(tmp_path, capsys):
     load(tmp_path, n_queries=4, n_sentences=12, statements=1)
     assert "no fact is stated" in capsys.readouterr().out
+
+
+def test_queries_and_statements_are_joined_as_the_config_says(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    plain = load(tmp_path / "a", statements=1)
+    joined = load(tmp_path / "b", statements=1, joiner="")
+    fact = joined.queries[0]
+    ids, scored = joined.tokenizer.encode_query(fact.prompt(0), fact.entity1, "")
+    assert joined.prompts.tokens.tolist() == ids.tolist()
+    assert joined.prompts.scored.tolist() == scored.tolist()
+    assert joined.fingerprint["queries"] != plain.fingerprint["queries"]
+    pairs = zip(texts_beside(joined).values(), texts_beside(plain).values(), strict=True)
+    assert all(a != b and a.replace(" ", "") == b.replace(" ", "") for a, b in pairs)
+
+
+def test_the_texts_of_queries_are_joined_as_their_tokens(tmp_path):
+    config = make_config(tmp_path)
+    config.data.joiner = " → "
+    data = corpus.load(config, Workdir(tmp_path / "w"))
+    run = Run(config, Workdir(tmp_path / "w"), data, None)
+    fact = data.queries[0]
+    assert run.query_texts[0] == f"{fact.prompt(0)} → {fact.entity1}"
 
 
 @pytest.mark.parametrize("pool", ["all", "clean"])

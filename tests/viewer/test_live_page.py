@@ -34,8 +34,8 @@ class Answers:
         others = [{"token": " <b>Lyon</b>", "probability": 0.2}]
         return {
             "steps": [
-                {"token": " Par", "probability": 0.5, "others": others},
-                {"token": "is", "probability": 0.9, "others": []},
+                {"token": " Par", "probability": 0.5, "others": others, "target": "Par"},
+                {"token": "is", "probability": 0.9, "others": [], "target": "Paris"},
             ],
             "ended": True,
         }

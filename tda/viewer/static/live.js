@@ -110,10 +110,8 @@ export class Live {
 
   showSteps() {
     const completion = this.steps;
-    const sofar = [];
     fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, completion.steps.map((step) => {
-      sofar.push(step.token);
-      const target = sofar.join("").trim();
+      const { target } = step;
       return h("li", {},
         h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) },
           h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
@@ -155,7 +153,7 @@ export class Live {
 /** The first word of a completion: its tokens up to one that begins another. */
 export function firstWord(steps) {
   const next = steps.findIndex((step, i) => i > 0 && !/^[\p{L}\p{N}]/u.test(step.token));
-  return steps.slice(0, next < 0 ? undefined : next).map((step) => step.token).join("").trim();
+  return steps.slice(0, next < 0 ? undefined : next).at(-1)?.target ?? "";
 }
 
 /** Shows which tokens carry a score; missing where there is no model to ask. */
