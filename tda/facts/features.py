@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,20 +25,50 @@ _NONE = -1
 _CHUNK = 4096
 
 
-def _feature(hint: Any) -> Any:
-    """Returns the TFDS feature of a field with this type."""
-    if hint == tuple[Triple, ...]:
-        return tfds.features.Sequence(_spec(Triple))
-    if hint == tuple[str, ...]:
-        return tfds.features.Sequence(tfds.features.Text())
-    return tfds.features.Text() if hint in (str, str | None) else np.int64
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _spec(record: type) -> dict[str, Any]:
-    return {name: _feature(hint) for name, hint in HINTS[record].items()}
+def _encode_number(value: int | None) -> int:
+    return _NONE if value is None else int(value)
 
 
-_SPECS = {record: _spec(record) for record in HINTS}
+def _encode_triples(triples: tuple[Triple, ...] | None) -> list[dict[str, Any]]:
+    return [_encode_fields(triple, Triple) for triple in triples or ()]
+
+
+def _decode_triples(columns: Mapping[str, Any]) -> tuple[Triple, ...]:
+    # TFDS keeps a sequence of objects as a column for each of their fields.
+    rows = zip(*(columns[name] for name in HINTS[Triple]), strict=True)
+    return tuple(decode(Triple, dict(zip(HINTS[Triple], row, strict=True))) for row in rows)
+
+
+class _Codec(NamedTuple):
+    """How TFDS holds a field of one type: its feature, and functions from a value and back."""
+
+    feature: Any
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+_TEXT = tfds.features.Text()
+_CODECS: dict[Any, _Codec] = {
+    str: _Codec(_TEXT, lambda value: value or "", _text),
+    str | None: _Codec(_TEXT, lambda value: value or "", lambda value: _text(value) or None),
+    int | None: _Codec(np.int64, _encode_number, lambda n: None if n == _NONE else int(n)),
+    bool | None: _Codec(np.int64, _encode_number, lambda n: None if n == _NONE else bool(n)),
+    tuple[str, ...]: _Codec(
+        tfds.features.Sequence(_TEXT),
+        lambda texts: list(texts or ()),
+        lambda texts: tuple(map(_text, texts)),
+    ),
+}
+_CODECS[tuple[Triple, ...]] = _Codec(
+    tfds.features.Sequence({name: _CODECS[hint].feature for name, hint in HINTS[Triple].items()}),
+    _encode_triples,
+    _decode_triples,
+)
+_SPECS = {r: {name: _CODECS[h].feature for name, h in hints.items()} for r, hints in HINTS.items()}
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -48,73 +78,31 @@ def record_features() -> tfds.features.FeaturesDict:
 
 def encode(record: Sentence | Fact) -> dict[str, Any]:
     """Returns the TFDS example of a record, which leaves the fields of the other record blank."""
-    other = Fact if isinstance(record, Sentence) else Sentence
-    blank = {name: _encode_value(None, feature) for name, feature in _SPECS[other].items()}
-    return blank | _encode_fields(record)
+    return _encode_fields(record, Sentence) | _encode_fields(record, Fact)
 
 
-def _encode_fields(record: Sentence | Fact | Triple) -> dict[str, Any]:
-    spec = _SPECS[type(record)]
-    return {n: _encode_value(getattr(record, n), feature) for n, feature in spec.items()}
-
-
-def _encode_value(value: Any, feature: Any) -> Any:
-    if isinstance(feature, tfds.features.Sequence):
-        return [_encode_fields(x) if isinstance(x, Triple) else x for x in value or ()]
-    if isinstance(feature, tfds.features.Text):
-        return value or ""
-    return _NONE if value is None else int(value)
+def _encode_fields(record: Sentence | Fact | Triple, kind: type) -> dict[str, Any]:
+    hints = HINTS[kind].items()
+    return {name: _CODECS[hint].encode(getattr(record, name, None)) for name, hint in hints}
 
 
 def decode(record: type[Record], example: Mapping[str, Any]) -> Record:
     """Returns the record of a TFDS example; the inverse of `encode`."""
-    decoders = _DECODERS[record]
-    return record(**{name: decoder(example[name]) for name, decoder in decoders.items()})
-
-
-def _decoder(hint: Any) -> Callable[[Any], Any]:
-    """Returns the function that decodes a field of this type."""
-    decoders: dict[Any, Callable[[Any], Any]] = {
-        str: _text,
-        str | None: lambda value: _text(value) or None,
-        int | None: lambda value: None if int(value) == _NONE else int(value),
-        bool | None: lambda value: None if int(value) == _NONE else bool(value),
-        tuple[str, ...]: lambda value: tuple(map(_text, value)),
-        tuple[Triple, ...]: _decode_triples,
-    }
-    return decoders[hint]
-
-
-def _decode_triples(columns: Mapping[str, Any]) -> tuple[Triple, ...]:
-    # TFDS keeps a sequence of objects as a column for each of their fields.
-    rows = zip(*(columns[name] for name in HINTS[Triple]), strict=True)
-    return tuple(decode(Triple, dict(zip(HINTS[Triple], row, strict=True))) for row in rows)
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-_DECODERS = {
-    record: {name: _decoder(hint) for name, hint in hints.items()}
-    for record, hints in HINTS.items()
-}
+    hints = HINTS[record].items()
+    return record(**{name: _CODECS[hint].decode(example[name]) for name, hint in hints})
 
 
 def load_tfds(
     name: str, data_dir: str | os.PathLike[str], **builder_kwargs: Any
 ) -> tuple[list[Sentence], list[Fact]]:
-    """Reads one of this package's TFDS datasets, preparing it first if it does not exist yet.
+    """Returns the sentences and facts of a TFDS dataset of this package, in the order of its files.
 
-    TensorFlow is neither needed nor imported.
+    It is prepared first if it does not exist yet. TensorFlow is neither needed nor imported.
 
     Args:
         name: "world_facts" or "trex".
         data_dir: Directory that TFDS keeps its datasets in.
         **builder_kwargs: Arguments of the builder, such as `config="sample"` of trex.
-
-    Returns:
-        The sentences and the facts, both in the order they were generated in.
 
     Raises:
         ValueError: There is no such dataset.

@@ -2,10 +2,10 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from tda.data.jsonl import RecordError
-from tda.facts.records import Fact, Sentence, Triple
+from tda.facts.records import Fact, Sentence
 
 
 def relevant_passages(
@@ -14,7 +14,7 @@ def relevant_passages(
     strict: bool = False,
     may_lack_sentences: bool = False,
 ) -> dict[str, tuple[str, ...]]:
-    """Returns, for each fact, the passages that are annotated with it.
+    """Returns each fact's id with the passages that are annotated with it, in corpus order.
 
     The annotations are the sentences' `fact_triples`, matched by fact id, or by the three URIs
     if a triple has no id, united with the facts' `trex_sentences`.
@@ -27,13 +27,14 @@ def relevant_passages(
         may_lack_sentences: Whether facts may name sentences that the corpus lacks, as in one that
             was cut down on purpose; these are no labels.
 
-    Returns:
-        {fact_id: sentence ids in corpus order}, with every fact as a key.
-
     Raises:
         RecordError: A fact names a sentence that the corpus lacks.
     """
-    match = _Matcher(facts)
+    # A triple names its fact by an id, or by the three URIs if it has none.
+    by_name: dict[str | tuple[str, str, str], list[str]] = defaultdict(list)
+    for fact in facts:
+        by_name[fact.fact_id].append(fact.fact_id)
+        by_name[fact.uris].append(fact.fact_id)
     position: dict[str, int] = {}
     loose: dict[str, set[str]] = {fact.fact_id: set() for fact in facts}
     initial: dict[str, set[str]] = {fact.fact_id: set() for fact in facts}
@@ -42,7 +43,8 @@ def relevant_passages(
         position[sentence.sentence_id] = i
         for triple in sentence.fact_triples:
             any_known = any_known or triple.subject_initial is not None
-            for fact_id in match(triple):
+            name = triple.uris if triple.fact_id is None else triple.fact_id
+            for fact_id in by_name.get(name, ()):
                 loose[fact_id].add(sentence.sentence_id)
                 if triple.subject_initial:
                     initial[fact_id].add(sentence.sentence_id)
@@ -67,7 +69,7 @@ def clean_pool(
     sentences: Iterable[Sentence],
     exclude_relations: Sequence[str] = (),
 ) -> list[Fact]:
-    """Returns the facts whose query has one right answer and a passage that states it.
+    """Returns the facts whose query has one right answer and a passage that states it, in order.
 
     A clean fact has no repetition between subject and object, one object for its subject and
     relation, and at least one passage by the strict labels of `relevant_passages`. Fields that a
@@ -77,14 +79,7 @@ def clean_pool(
     Args:
         facts: All facts of the corpus.
         sentences: The corpus.
-        exclude_relations: Relations to leave out, each by its name, its whole `predicate_uri`, or
-            the last part of that ("P527").
-
-    Returns:
-        The clean facts, in the order given.
-
-    Raises:
-        ValueError: An excluded relation is held by no fact.
+        exclude_relations: As for `without_relations`.
     """
     included = without_relations(facts, exclude_relations)
     objects: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -110,7 +105,8 @@ def without_relations(facts: Sequence[Fact], exclude_relations: Sequence[str]) -
 
     Args:
         facts: All facts of the corpus.
-        exclude_relations: Relations, each by its name, its URI or the last part of that.
+        exclude_relations: Relations to leave out, each by its name, its whole `predicate_uri`, or
+            the last part of that ("P527").
 
     Raises:
         ValueError: No fact has one of the excluded relations; it may be misspelt.
@@ -131,7 +127,8 @@ def select(
 ) -> tuple[list[Sentence], list[Fact]]:
     """Draws queries, and a corpus that holds every passage annotated with any of them.
 
-    The draw depends on the seed and on the ids, never on the order of the arguments.
+    The draw depends on the seed and on the ids, never on the order of the arguments, in which the
+    drawn sentences and facts are returned.
 
     Args:
         sentences: The corpus.
@@ -140,9 +137,6 @@ def select(
             uniformly.
         n_queries: Number of facts to draw.
         seed: Seed of both draws.
-
-    Returns:
-        The drawn sentences and facts, each in the order given.
 
     Raises:
         ValueError: There are too few facts or sentences, or n_sentences cannot hold the passages
@@ -165,23 +159,6 @@ def select(
     unlabelled = (s.sentence_id for s in sentences if s.sentence_id not in sentence_ids)
     sentence_ids |= _draw(unlabelled, n_sentences - len(sentence_ids), f"sentences {seed}")
     return [sentence for sentence in sentences if sentence.sentence_id in sentence_ids], queries
-
-
-class _Matcher:
-    """Finds the facts that a triple annotates: by id, or by URIs if it has no id."""
-
-    def __init__(self, facts: Iterable[Fact]):
-        self._ids: set[str] = set()
-        self._ids_of_uris: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-        for fact in facts:
-            self._ids.add(fact.fact_id)
-            self._ids_of_uris[fact.uris].append(fact.fact_id)
-
-    def __call__(self, triple: Triple) -> Iterator[str]:
-        if triple.fact_id is None:
-            yield from self._ids_of_uris.get(triple.uris, ())
-        elif triple.fact_id in self._ids:
-            yield triple.fact_id
 
 
 def _draw(ids: Iterable[str], n: int, seed: str) -> set[str]:

@@ -13,25 +13,19 @@ from tda.data.jsonl import RecordError, half_character
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Triple:
-    """One fact that a sentence is annotated with.
-
-    Attributes:
-        fact_id: Identifier of the fact, or None if the corpus gives only the three URIs.
-        entity0: Name of the subject, or None if the corpus doesn't give it.
-        entity1: Name of the object, or None if the corpus doesn't give it.
-        entity0_uri: URI of the subject.
-        predicate_uri: URI of the relation.
-        entity1_uri: URI of the object.
-        subject_initial: Whether the sentence starts with the subject; None if unknown.
-    """
+    """One fact that a sentence is annotated with."""
 
     fact_id: str | None
+    """None if the corpus gives only the three URIs."""
     entity0: str | None
+    """Name of the subject, if the corpus gives it; `entity1` is that of the object."""
     entity1: str | None
     entity0_uri: str
     predicate_uri: str
+    """URI of the relation."""
     entity1_uri: str
     subject_initial: bool | None = None
+    """Whether the sentence starts with the subject; None if unknown."""
 
     @property
     def uris(self) -> tuple[str, str, str]:
@@ -41,64 +35,51 @@ class Triple:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sentence:
-    """One passage of the corpus.
-
-    Attributes:
-        sentence_id: Unique identifier.
-        text: The passage; never blank.
-        abstract_uri: The document that it comes from.
-        sent_idx_in_abst: Position of the sentence in that document, from 0.
-        fact_triples: The facts that it is annotated with.
-    """
+    """One passage of the corpus."""
 
     sentence_id: str
     text: str
+    """Never blank."""
     abstract_uri: str | None = None
+    """The document that it comes from."""
     sent_idx_in_abst: int | None = None
+    """Position of the sentence in that document, from 0."""
     fact_triples: tuple[Triple, ...] = ()
+    """The facts that it is annotated with."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """One query: a fact, its prompts, and the target `entity1`.
-
-    Attributes:
-        fact_id: Unique identifier.
-        entity0: Name of the subject.
-        relation: Name of the relation.
-        entity1: Name of the object: the target of the prompts.
-        entity0_uri: URI of the subject.
-        predicate_uri: URI of the relation.
-        entity1_uri: URI of the object.
-        entity0_alias: Other names of the subject.
-        entity1_alias: Other names of the object.
-        trex_sentences: Identifiers of the sentences that are annotated with the fact.
-        prompt0: The default prompt; it ends right before the target, without a space.
-        prompt1: A paraphrase of it.
-        prompt2: Another paraphrase.
-        c4_frequency: How often the fact occurs in C4, by string matching.
-        is_repetition: Whether subject and object repeat one another ("Mexico", "Mexico City").
-        n_objects_same_subject: Number of objects that the subject has under this relation.
-        kilt_id: Identifier of the fact in KILT.
-    """
+    """One query: a fact, its prompts, and their target, `entity1`."""
 
     fact_id: str
     entity0: str
+    """Name of the subject."""
     relation: str
     entity1: str
+    """Name of the object."""
     entity0_uri: str
     predicate_uri: str
+    """URI of the relation."""
     entity1_uri: str
     entity0_alias: tuple[str, ...]
+    """Other names of the subject."""
     entity1_alias: tuple[str, ...]
     trex_sentences: tuple[str, ...]
+    """Identifiers of the sentences that are annotated with the fact."""
     prompt0: str
+    """The default prompt; it ends right before the target, without a space."""
     prompt1: str | None = None
+    """A paraphrase of it, as `prompt2` is."""
     prompt2: str | None = None
     c4_frequency: int | None = None
+    """How often the fact occurs in C4, by string matching."""
     is_repetition: bool | None = None
+    """Whether subject and object repeat one another ("Mexico", "Mexico City")."""
     n_objects_same_subject: int | None = None
+    """Number of objects that the subject has under this relation."""
     kilt_id: str | None = None
+    """Identifier of the fact in KILT."""
 
     @property
     def uris(self) -> tuple[str, str, str]:
@@ -142,18 +123,9 @@ def sentence_from_dict(d: Any, where: str) -> Sentence:
 
 
 def fact_from_dict(d: Any, where: str) -> Fact:
-    """Validates one decoded JSON object as a fact.
+    """Validates one decoded JSON object as a fact, as `sentence_from_dict` does a passage.
 
-    Args:
-        d: The object. Fields not known here are ignored; an absent, null or empty optional field
-            is None, an absent list is empty, and absent URIs fall back on the names.
-        where: Its place, for error messages, such as "facts.jsonl.gz, line 17".
-
-    Returns:
-        The fact.
-
-    Raises:
-        RecordError: A field is missing, of the wrong type or no Unicode.
+    An absent list is empty, and absent URIs fall back on the names.
     """
     d = _mapping(d, where, "a fact")
     names = zip(_URIS, ("entity0", "relation", "entity1"), strict=True)

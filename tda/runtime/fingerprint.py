@@ -6,6 +6,7 @@ the same hash in every version, or finished work is done again.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,15 @@ def fingerprint_texts(texts: Iterable[str]) -> str:
     """Returns a hash of texts in their order, 16 hexadecimal digits."""
     # A null byte separates them, so that ["ab", "c"] and ["a", "bc"] differ.
     return fingerprint_parts(f"{text}\0" for text in texts)
+
+
+def fingerprint_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """Returns a hash of the contents of some files in their order, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint_arrays(arrays: Mapping[str, np.ndarray | jax.Array]) -> str:

@@ -1,7 +1,6 @@
 """Digests of the files that a run reads from outside its workdir."""
 
 import functools
-import hashlib
 import json
 import os
 
@@ -9,7 +8,7 @@ from tda import methods
 from tda.data import corpora, jsonl
 from tda.model import pretrained
 from tda.retrieval import dense
-from tda.runtime.fingerprint import fingerprint
+from tda.runtime.fingerprint import fingerprint, fingerprint_files
 
 
 def digests(config) -> dict[str, str | None]:
@@ -53,11 +52,7 @@ def _cached_digest(function, name: str, state: str) -> str | None:
 
 
 def _digest_files(name: str) -> str:
-    digest = hashlib.sha256()
-    for path in jsonl.expand(name):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return fingerprint_files(jsonl.expand(name))
 
 
 def _digest_model(name: str) -> str:

@@ -97,7 +97,13 @@ def test_the_wheel_puts_tda_alone_into_site_packages(tmp_path):
     assert {p.name for p in site.iterdir()} == {"tda", f"tda_jax-{version}.dist-info", "bin"}
     assert [p.name for p in (site / "bin").iterdir()] == ["tda"]
     names = zipfile.ZipFile(wheel).namelist()
-    for file in ("py.typed", "configs/sweeps/lambda.py", "viewer/static/index.html"):
+    for file in (
+        "py.typed",
+        "configs/sweeps/lambda.py",
+        "facts/world_facts/cities.csv",
+        "facts/world_facts/wording.json",
+        "viewer/static/index.html",
+    ):
         assert f"tda/{file}" in names
     # The package of the checkout is not on the path here.
     assert "tda COMMAND" in run("--help", cwd=tmp_path, python_path=site).stdout

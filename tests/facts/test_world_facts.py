@@ -11,6 +11,7 @@ from tda.facts.labels import clean_pool, relevant_passages
 from tda.facts.world_facts import builder
 from tda.facts.world_facts.corpus import generate
 from tda.facts.world_facts.templates import PROMPTS, RELATION_NAMES, STATEMENTS
+from tda.runtime.fingerprint import fingerprint_texts
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,11 @@ def test_the_corpus_is_a_function_of_its_seed(world):
     assert generate(seed=0) == world
     assert generate(seed=1)[0] != world[0]
     assert [f.fact_id for f in generate(seed=1)[1]] == [f.fact_id for f in world[1]]
+
+
+def test_the_corpus_of_the_demo_is_always_the_same(world):
+    """Guards: figures that change with a table of cities, or with the order of random choices."""
+    assert fingerprint_texts(sentence.text for sentence in world[0]) == "d2c7aab0b1460f12"
 
 
 def test_a_sentence_is_labelled_with_exactly_the_facts_whose_names_meet_in_it(world):

@@ -5,8 +5,6 @@ Pretraining", https://github.com/PAIR-code/pretraining-tda. The sentences are fr
 (CC-BY-SA-4.0).
 """
 
-import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +13,11 @@ import tensorflow_datasets as tfds
 from tda.data.jsonl import Paths, expand
 from tda.facts import features
 from tda.facts.files import iter_facts, iter_sentences
+from tda.runtime.fingerprint import fingerprint, fingerprint_files
 
 RELEASE = "https://storage.googleapis.com/tda-resources/2410.17413/public/"
 N_SHARDS = 20
+_FACTS = {"sample": "trex_facts_sample.jsonl", "full": "trex_facts.jsonl"}
 
 _CITATION = """@article{chang2024scalable,
   title={Scalable Influence and Fact Tracing for Large Language Model Pretraining},
@@ -26,17 +26,6 @@ _CITATION = """@article{chang2024scalable,
   journal={arXiv preprint arXiv:2410.17413},
   year={2024}
 }"""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class TrexConfig(tfds.core.BuilderConfig):
-    """Which facts of the release to take: the 5,415 sampled queries, or all 1.2M.
-
-    Attributes:
-        facts_file: Name of the facts file in the release, or "" for local files.
-    """
-
-    facts_file: str = ""
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -55,16 +44,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        TrexConfig(
-            name="sample",
-            description="The 5,415 sampled queries, all sentences.",
-            facts_file="trex_facts_sample.jsonl",
+        tfds.core.BuilderConfig(
+            name="sample", description="The 5,415 sampled queries, all sentences."
         ),
-        TrexConfig(
-            name="full",
-            description="All 1.2M facts, all sentences.",
-            facts_file="trex_facts.jsonl",
-        ),
+        tfds.core.BuilderConfig(name="full", description="All 1.2M facts, all sentences."),
     ]
 
     def __init__(
@@ -77,8 +60,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             if kwargs.get("config") is not None:
                 raise ValueError("config= chooses from the release; leave it out for local files")
             self._local = {"sentences": expand(sentences), "facts": expand(facts)}
-            kwargs["config"] = TrexConfig(
-                name=f"local_{_fingerprint(self._local)}", description="Local JSON lines."
+            digests = {k: fingerprint_files(files) for k, files in self._local.items()}
+            kwargs["config"] = tfds.core.BuilderConfig(
+                name=f"local_{fingerprint(digests)}", description="Local JSON lines."
             )
         super().__init__(**kwargs)
 
@@ -99,7 +83,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     f"{RELEASE}trex_sentences.jsonl-{i:05d}-of-{N_SHARDS:05d}"
                     for i in range(N_SHARDS)
                 ],
-                "facts": RELEASE + self.builder_config.facts_file,
+                "facts": RELEASE + _FACTS[self.builder_config.name],
             }
         )
         return {split: self._generate_examples(split, files[split]) for split in files}
@@ -111,13 +95,3 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         else:
             for fact in iter_facts(files):
                 yield fact.fact_id, features.encode(fact)
-
-
-def _fingerprint(files: dict[str, list[str]]) -> str:
-    digest = hashlib.sha256()
-    for split, names in sorted(files.items()):
-        digest.update(f"{split} {len(names)}".encode())
-        for name in names:
-            with open(name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]

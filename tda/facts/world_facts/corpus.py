@@ -32,12 +32,8 @@ def generate(seed: int = 0) -> tuple[list[Sentence], list[Fact]]:
     Every sentence carries the triples of exactly the facts that it states, each marked
     `subject_initial` since the labels are exact. About half of the sentences state a fact.
 
-    Args:
-        seed: Seed of the frequencies, the wording and the order.
-
     Returns:
         20,000 sentences in order of their ids, and all facts with their prompts and sentences.
-        The facts fit for queries are those with one object and no repetition.
     """
     facts = world_facts()
     statements = [*_single_statements(facts, seed), *_paired_statements(facts, seed)]
@@ -65,9 +61,7 @@ def generate(seed: int = 0) -> tuple[list[Sentence], list[Fact]]:
 def n_statements(facts: Sequence[WorldFact], seed: int) -> dict[str, int]:
     """Returns how often to state each fact of one relation: a long tail over noisy popularity.
 
-    Args:
-        facts: The facts of one relation.
-        seed: Seed of the noise, which depends on nothing else but the fact's id.
+    The noise depends on the seed and the fact's id alone.
     """
 
     def noisy_popularity(fact: WorldFact) -> float:

@@ -9,34 +9,36 @@ from tda.facts.records import Fact, Triple
 from tda.facts.world_facts.places import City, Country, cities, countries
 from tda.facts.world_facts.templates import PROMPTS, RELATION_NAMES
 
+# The relations of a country to one object, each a field of `Country`, and the object's URI.
+_COUNTRY_URIS = {
+    "capital": "iso3166:{code}#capital",
+    "continent": "continent:{continent_code}",
+    "currency": "iso4217:{currency_code}",
+    "calling_code": "calling_code:{calling_code}",
+    "domain": "domain:{domain}",
+    "language": "iso639:{language_code}",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class WorldFact:
-    """A fact before it is stated.
-
-    Attributes:
-        relation: Key of the relation in `templates`.
-        subject: Key of the subject, such as "FR" or a GeoNames number.
-        entity0: Name of the subject.
-        entity0_phrase: Its name as it stands within a sentence ("the Bahamas").
-        entity0_uri: Its URI.
-        entity1: Name of the object.
-        entity1_phrase: The object's name within a sentence.
-        entity1_uri: Its URI.
-        popularity: Orders the facts of a relation from often to seldom stated.
-        object_key: Tells apart several objects of one subject; empty if there is one.
-    """
+    """A fact before it is stated: `entity0` is the subject's name, `entity1` the object's."""
 
     relation: str
+    """Key of the relation in `templates`."""
     subject: str
+    """Key of the subject, such as "FR" or a GeoNames number."""
     entity0: str
     entity0_phrase: str
+    """The name as it stands within a sentence ("the Bahamas")."""
     entity0_uri: str
     entity1: str
     entity1_phrase: str
     entity1_uri: str
     popularity: int
+    """Orders the facts of a relation from often to seldom stated."""
     object_key: str = ""
+    """Tells apart several objects of one subject; empty if there is one."""
 
     @property
     def fact_id(self) -> str:
@@ -65,39 +67,28 @@ def world_facts() -> list[WorldFact]:
 
 
 def fact_records(facts: list[WorldFact], sentence_ids: dict[str, list[str]]) -> list[Fact]:
-    """Makes the records of facts that have been stated.
-
-    Args:
-        facts: The facts.
-        sentence_ids: For each fact id, the sentences that state it.
-
-    Returns:
-        One record for each fact, in the same order.
-    """
+    """Returns the records of facts that the sentences with these ids, by fact id, state."""
     n_objects = Counter((fact.relation, fact.subject) for fact in facts)
-    records = []
-    for fact in facts:
+
+    def record(fact: WorldFact) -> Fact:
         prompts = _prompts(fact)
-        records.append(
-            Fact(
-                fact_id=fact.fact_id,
-                entity0=fact.entity0,
-                relation=RELATION_NAMES[fact.relation],
-                entity1=fact.entity1,
-                entity0_uri=fact.entity0_uri,
-                predicate_uri=f"world:{fact.relation}",
-                entity1_uri=fact.entity1_uri,
-                entity0_alias=(),
-                entity1_alias=(),
-                trex_sentences=tuple(sentence_ids[fact.fact_id]),
-                prompt0=prompts[0],
-                prompt1=prompts[1],
-                prompt2=prompts[2],
-                is_repetition=is_repetition(fact.entity0, fact.entity1, prompts),
-                n_objects_same_subject=n_objects[fact.relation, fact.subject],
-            )
+        return Fact(
+            fact_id=fact.fact_id,
+            entity0=fact.entity0,
+            relation=RELATION_NAMES[fact.relation],
+            entity1=fact.entity1,
+            entity0_uri=fact.entity0_uri,
+            predicate_uri=f"world:{fact.relation}",
+            entity1_uri=fact.entity1_uri,
+            entity0_alias=(),
+            entity1_alias=(),
+            trex_sentences=tuple(sentence_ids[fact.fact_id]),
+            **{f"prompt{i}": prompt for i, prompt in enumerate(prompts)},
+            is_repetition=is_repetition(fact.entity0, fact.entity1, prompts),
+            n_objects_same_subject=n_objects[fact.relation, fact.subject],
         )
-    return records
+
+    return [record(fact) for fact in facts]
 
 
 def _prompts(fact: WorldFact) -> list[str]:
@@ -119,14 +110,6 @@ def is_repetition(entity0: str, entity1: str, prompts: list[str]) -> bool:
 
 
 def _country_facts(country: Country, by_code: dict[str, Country]) -> Iterator[WorldFact]:
-    single = {
-        "capital": (country.capital, f"iso3166:{country.code}#capital"),
-        "continent": (country.continent, f"continent:{country.continent_code}"),
-        "currency": (country.currency, f"iso4217:{country.currency_code}"),
-        "calling_code": (country.calling_code, f"calling_code:{country.calling_code}"),
-        "domain": (country.domain, f"domain:{country.domain}"),
-        "language": (country.language, f"iso639:{country.language_code}"),
-    }
     common = dict(
         subject=country.code,
         entity0=country.name,
@@ -134,48 +117,38 @@ def _country_facts(country: Country, by_code: dict[str, Country]) -> Iterator[Wo
         entity0_uri=f"iso3166:{country.code}",
         popularity=country.population,
     )
-    for relation, (name, uri) in single.items():
-        if name:
+    for relation, uri in _COUNTRY_URIS.items():
+        if name := getattr(country, relation):
+            uri = uri.format(**vars(country))
             yield WorldFact(
                 relation=relation, entity1=name, entity1_phrase=name, entity1_uri=uri, **common
             )
-    for code in country.neighbours:
+    for code in country.neighbours.split():
         other = by_code[code]
         common["popularity"] = min(country.population, other.population)
-        yield WorldFact(
-            relation="border",
-            entity1=other.name,
-            entity1_phrase=other.phrase,
-            entity1_uri=f"iso3166:{code}",
-            object_key=code,
-            **common,
-        )
+        yield WorldFact(relation="border", object_key=code, **_country_as_object(other), **common)
 
 
 def _city_fact(city: City, by_code: dict[str, Country]) -> WorldFact:
-    common = dict(
+    if city.us_state:
+        relation, name, uri = "us_state", city.us_state, f"us_state:{city.us_state_code}"
+        target = dict(entity1=name, entity1_phrase=name, entity1_uri=uri)
+    else:
+        relation, target = "country", _country_as_object(by_code[city.country_code])
+    return WorldFact(
+        relation=relation,
         subject=str(city.geoname_id),
         entity0=city.name,
         entity0_phrase=city.name,
         entity0_uri=f"geonames:{city.geoname_id}",
         popularity=city.population,
+        **target,
     )
-    if city.us_state:
-        return WorldFact(
-            relation="us_state",
-            entity1=city.us_state,
-            entity1_phrase=city.us_state,
-            entity1_uri=f"us_state:{city.us_state_code}",
-            **common,
-        )
-    country = by_code[city.country_code]
-    return WorldFact(
-        relation="country",
-        entity1=country.name,
-        entity1_phrase=country.phrase,
-        entity1_uri=f"iso3166:{country.code}",
-        **common,
-    )
+
+
+def _country_as_object(country: Country) -> dict[str, str]:
+    uri = f"iso3166:{country.code}"
+    return dict(entity1=country.name, entity1_phrase=country.phrase, entity1_uri=uri)
 
 
 def _plain(text: str) -> str:
