@@ -40,8 +40,7 @@ def info(path: str) -> int:
     """Prints what a store contains; returns the exit status."""
     store = stores.open_store(path)
     shards, missing, m = store.shards(), store.missing(), store.manifest
-    # int8 rows have a float32 scale for each block.
-    row_bytes = store.form.row_bytes + (4 * len(store.form.widths) if m["dtype"] == "int8" else 0)
+    row_bytes = store.form.row_bytes + store.form.scale_bytes
     rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)
     print(f"{store.path}")
     print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}")

@@ -5,12 +5,11 @@ another subject, or only name the target. How a method's first passages divide a
 and what a step on each kind does, shows where a tail-patch score comes from.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tda.evaluation import frequency
+from tda.evaluation import frequency, ranking
 from tda.facts.records import Fact, Triple
 
 # The nearest first; a passage has the first kind that fits.
@@ -21,15 +20,6 @@ KINDS = (
     "states the relation, of another object",
     "none of these",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """What a passage says: the targets that it names, and (relation, object) of its triples."""
-
-    named: set[int]
-    stated: set[tuple[str, str]]
-    relations: set[str]
 
 
 class Content:
@@ -64,7 +54,7 @@ class Content:
         ]
         self._names = frequency.Names(list(targets))
         self._text_of, self._triples_of = text_of, triples_of
-        self._rows: dict[int, _Read] = {}
+        self._rows: dict[int, tuple[set[int], set[tuple[str, str]]]] = {}
 
     def kinds(self, passages_QxK: np.ndarray) -> np.ndarray:
         """Returns the kind of each passage for the query that retrieved it.
@@ -80,22 +70,22 @@ class Content:
             for i, row in enumerate(passages_QxK[q].tolist()):
                 if row < 0:
                     continue
-                read = self._read(row)
+                named, stated = self._read(row)
                 fits = (
                     row in correct,
-                    (fact.predicate_uri, fact.entity1_uri) in read.stated,
-                    target in read.named,
-                    fact.predicate_uri in read.relations,
+                    (fact.predicate_uri, fact.entity1_uri) in stated,
+                    target in named,
+                    any(relation == fact.predicate_uri for relation, _ in stated),
                     True,
                 )
                 out[q, i] = fits.index(True)
         return out
 
-    def _read(self, row: int) -> _Read:
+    def _read(self, row: int) -> tuple[set[int], set[tuple[str, str]]]:
+        """Returns the targets that a passage names, and (relation, object) of its triples."""
         if row not in self._rows:
             stated = {(t.predicate_uri, t.entity1_uri) for t in self._triples_of(row)}
-            named = self._names(self._text_of(row))
-            self._rows[row] = _Read(named, stated, {relation for relation, _ in stated})
+            self._rows[row] = self._names(self._text_of(row)), stated
         return self._rows[row]
 
 
@@ -107,19 +97,9 @@ def shares(kinds_QxK: np.ndarray) -> np.ndarray:
 
 
 def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
-    """Returns the mean figure of all pairs of a query and a passage of each kind.
+    """Returns the mean figure of all pairs of a query and a passage of each kind: float64 [kinds].
 
-    Args:
-        kinds_QxK: as `Content.kinds` returns them.
-        figures_QxK: a number for each pair; NaN where it was not measured.
-
-    Returns:
-        float64 [kinds], NaN if none was measured. Means are over pairs and not over queries, since
-        few queries have passages of every kind.
+    NaN is a figure that was not measured. Means are over pairs and not over queries, since few
+    queries have passages of every kind.
     """
-    measured = np.isfinite(figures_QxK)
-    out = np.full(len(KINDS), np.nan)
-    for k in range(len(KINDS)):
-        kind_figures = figures_QxK[measured & (kinds_QxK == k)]
-        out[k] = kind_figures.mean() if len(kind_figures) else np.nan
-    return out
+    return np.array([ranking.mean(figures_QxK[kinds_QxK == k]) for k in range(len(KINDS))])

@@ -118,14 +118,11 @@ def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) 
 
 
 def buckets(frequencies, edges: Sequence[int] = EDGES) -> tuple[np.ndarray, list[str]]:
-    """Returns the bucket of each frequency, and the names of the buckets.
+    """Returns each frequency's bucket, int64, and the buckets' names, such as "0" and "1 to 9".
 
     Args:
         frequencies: int [facts].
         edges: the least frequency of every bucket except the first, rising.
-
-    Returns:
-        int64 [facts], and names such as "0", "1 to 9", "10000 and more".
 
     Raises:
         ValueError: `edges` is empty, does not rise, or begins below 1.

@@ -31,8 +31,12 @@ def hits(first_ranks, k: int) -> np.ndarray:
     return np.where(ranks > 0, (ranks <= k).astype(np.float64), np.nan)
 
 
-def mean(values_Q) -> float:
-    """Returns the mean over the queries that were measured (not NaN); NaN if none was."""
-    values_Q = np.asarray(values_Q, np.float64)
-    measured = np.isfinite(values_Q)
-    return float(values_Q[measured].mean()) if measured.any() else float("nan")
+def mean(values, axis: int | None = None):
+    """Returns the mean, float64, of what was measured (not NaN); NaN where nothing was."""
+    values = np.asarray(values, np.float64)
+    measured = np.isfinite(values)
+    count = measured.sum(axis)
+    # `np.nanmean` warns where nothing was measured.
+    return np.where(
+        count > 0, np.where(measured, values, 0.0).sum(axis) / np.maximum(count, 1), np.nan
+    )

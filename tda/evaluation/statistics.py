@@ -17,18 +17,15 @@ _TAILS = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval.
-
-    Attributes:
-        mean: over the queries that were measured; NaN if none was.
-        low, high: ends of the percentile interval; NaN if fewer than two were measured.
-        count: queries that were measured.
-    """
+    """A mean and its 95 % interval."""
 
     mean: float
+    """Over the queries that were measured; NaN if none was."""
     low: float
     high: float
+    """Ends of the percentile interval; NaN if fewer than two were measured."""
     count: int
+    """Queries that were measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,33 +119,20 @@ def _intervals(values_QxM, resamples: int, seed: int) -> tuple[list[Interval], n
     return out, drawn_RxM
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A figure over several training seeds.
-
-    Attributes:
-        mean: of the seeds' figures.
-        sd: their standard deviation (n − 1 in the denominator); NaN for one seed.
-        least, most: the smallest and the largest.
-        count: how many seeds.
-    """
-
-    mean: float
-    sd: float
-    least: float
-    most: float
-    count: int
-
-
-def across_seeds(figures) -> Spread:
+def across_seeds(figures) -> dict[str, float]:
     """Returns mean and spread of one figure over training seeds.
 
     Args:
         figures: one number a seed; NaN where a run has no such figure.
+
+    Returns:
+        "mean"; "sd", the standard deviation (n − 1 in the denominator), NaN for one seed; "least"
+        and "most"; "seeds", how many had the figure. All but the last are NaN if none had it.
     """
     x = np.asarray(figures, np.float64)
     x = x[np.isfinite(x)]
     if not len(x):
-        return Spread(*[float("nan")] * 4, 0)
-    sd = float(x.std(ddof=1)) if len(x) > 1 else float("nan")
-    return Spread(float(x.mean()), sd, float(x.min()), float(x.max()), len(x))
+        return dict.fromkeys(("mean", "sd", "least", "most"), float("nan")) | {"seeds": 0}
+    spread = {"mean": x.mean(), "sd": x.std(ddof=1) if len(x) > 1 else np.nan}
+    spread |= {"least": x.min(), "most": x.max()}
+    return {name: float(value) for name, value in spread.items()} | {"seeds": len(x)}

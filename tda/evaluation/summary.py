@@ -53,28 +53,19 @@ def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, 
         control_Qx2: the same for a step with a zero gradient, by the optimizer's momentum alone.
 
     Returns:
-        float64 [Q] by name: "tail_patch" over the first 10 (or all, if there are fewer),
-        "tail_patch_net", minus the control's score, "tail_patch_at_1", …, and the same in
-        log-probability, "tail_patch_log", ….
+        float64 [Q] by name: "tail_patch" over the first 10 or fewer, "tail_patch_net", minus the
+        control's score, "tail_patch_at_1", …, and the same in log-probability, "tail_patch_log", ….
     """
     out = {}
     K = log_p_QxKx2.shape[1]
     for name, measure in (("tail_patch", change), ("tail_patch_log", log_change)):
         changes_QxK = measure(log_p_QxKx2)
-        out[name] = _mean_of_first(changes_QxK, DEPTHS[-1])
+        out[name] = ranking.mean(changes_QxK[:, : DEPTHS[-1]], axis=1)
         out[f"{name}_net"] = out[name] - measure(control_Qx2)
         for k in DEPTHS:
             if k <= K:
-                out[f"{name}_at_{k}"] = _mean_of_first(changes_QxK, k)
+                out[f"{name}_at_{k}"] = ranking.mean(changes_QxK[:, :k], axis=1)
     return out
-
-
-def _mean_of_first(changes_QxK: np.ndarray, k: int) -> np.ndarray:
-    first = changes_QxK[:, :k]
-    measured = np.isfinite(first)
-    count = measured.sum(axis=1)
-    total = np.where(measured, first, 0.0).sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def restricted(values: Mapping[str, np.ndarray], mask_Q: np.ndarray, suffix: str) -> dict:
@@ -115,10 +106,9 @@ def grouped(
     """Returns the headline metrics in each group of queries, by method and group.
 
     Args:
-        values: as for `intervals`.
+        values, resamples, seed: as for `intervals`.
         numbers_Q: the group of each query, its place in `names`; below 0 for none.
         names: names of the groups; groups without a query are left out.
-        resamples, seed: see `tda.evaluation.statistics`.
         differences: whether methods are compared in each group.
 
     Returns:
@@ -148,8 +138,7 @@ def compared(
     """Returns paired differences of the headline metrics between all methods.
 
     Args:
-        values: as for `intervals`.
-        resamples, seed: see `tda.evaluation.statistics`.
+        values, resamples, seed: as for `intervals`.
 
     Returns:
         For each method, other method and metric {"difference", "low", "high", "p"}: the method's

@@ -14,19 +14,10 @@ _ENDS = "\n.,;:!?()"
 
 
 def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[int]:
-    """Continues `ids` with the most likely token, again and again.
+    """Returns the `count` tokens that continue `ids`, each the likeliest one; fewer before `stop`.
 
-    Every token takes a pass over all positions. That works on any causal model, and is fast enough
-    for a few tokens.
-
-    Args:
-        model: maps tokens [1, T] to logits [1, T, V], causally.
-        ids: the tokens to continue.
-        count: largest number of tokens to add.
-        stop: a token that ends the continuation, and is not returned.
-
-    Returns:
-        The added tokens.
+    Every token takes a pass over all positions. That works on any causal model, from tokens [1, T]
+    to logits [1, T, V], and is fast enough for a few tokens.
 
     Raises:
         ValueError: `ids` is empty.

@@ -34,7 +34,8 @@ _SECONDS_A_TURN = 0.4
 class Memory:
     """Bytes that a compiled computation needs on each device."""
 
-    arguments: int  # parameters, projections, scales and the batch
+    arguments: int
+    """Parameters, projections, scales and the batch."""
     outputs: int
     temporary: int
 
@@ -56,9 +57,12 @@ def memory_of(compiled) -> Memory:
 class EncoderTimes:
     """Measured times of an encoder on this machine."""
 
-    compile: float  # mean seconds to compile one shape of batch
-    position: dict[int, float]  # seconds per position, padding included, by rising T
-    memory: int  # bytes on each device for the largest batch, by the compiler's account
+    compile: float
+    """Mean seconds to compile one shape of batch."""
+    position: dict[int, float]
+    """Seconds per position, padding included, by rising T."""
+    memory: int
+    """Bytes on each device for the largest batch, by the compiler's account."""
 
     def seconds(self, shapes: Mapping[tuple[int, int], float]) -> float:
         """Returns the seconds for a number of batches of each shape (B, T)."""
@@ -74,9 +78,12 @@ class EncoderTimes:
 class ProductTimes:
     """FLOP/s of one device in the work on a store."""
 
-    gram: float  # ΦᵀΦ of a block, and whitening
-    scores: float  # products of rows with queries
-    eigen: float  # eigendecomposition, counted as in `tda.plan.cost.eigen_operations`
+    gram: float
+    """ΦᵀΦ of a block, and whitening."""
+    scores: float
+    """Products of rows with queries."""
+    eigen: float
+    """Eigendecomposition, counted as in `tda.plan.cost.eigen_operations`."""
 
 
 def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:

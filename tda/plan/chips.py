@@ -14,11 +14,16 @@ class Chip:
     """One accelerator, by its maker's figures."""
 
     title: str
-    bfloat16: float  # FLOP/s of dense bfloat16 products
-    float32: float  # FLOP/s of float32 products at full precision
-    memory: float  # bytes
-    cores: int = 1  # TensorCores of a TPU whose slices are named by them; else 1
-    host: int = 8  # chips of a host, where there are several hosts
+    bfloat16: float
+    """FLOP/s of dense bfloat16 products."""
+    float32: float
+    """FLOP/s of float32 products at full precision."""
+    memory: float
+    """Bytes."""
+    cores: int = 1
+    """TensorCores of a TPU whose slices are named by them; else 1."""
+    host: int = 8
+    """Chips of a host, where there are several hosts."""
 
 
 def _tpu(title: str, tera: float, gib: float, cores: int = 1) -> Chip:

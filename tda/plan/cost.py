@@ -12,11 +12,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from tda import store
 from tda.data import batches
-
-# Bytes of a number in a store, and whether a block of a row has a float32 scale beside it.
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-_SCALE_BYTES = {"float32": 0, "bfloat16": 0, "int8": 4}
 
 # Products of queries with keys, and the like, that a position takes part in: two forward (scores,
 # mixing), and five backward (scores again, and the gradients of probabilities, q, k and v).
@@ -25,12 +22,13 @@ _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 2, 5
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Weight matrices of one shape."""
+    """Weight matrices of one shape, M × N."""
 
-    rows: int  # M
-    columns: int  # N
+    rows: int
+    columns: int
     count: int = 1
-    looked_up: bool = False  # an embedding, whose rows are looked up: no product
+    looked_up: bool = False
+    """Whether it is an embedding, whose rows are looked up: no product."""
 
     @property
     def numbers(self) -> int:
@@ -43,19 +41,26 @@ class Model:
     """The products that each position of a sequence takes part in."""
 
     layers: tuple[Matrix, ...]
-    outside: tuple[Matrix, ...]  # matrices outside the layers, such as the output head
-    attention: int  # layers × heads × the width of a head
-    recomputed: bool = False  # the backward pass runs the layers' forward pass again
+    outside: tuple[Matrix, ...]
+    """Matrices outside the layers, such as the output head."""
+    attention: int
+    """Layers × heads × the width of a head."""
+    recomputed: bool = False
+    """Whether the backward pass runs the layers' forward pass again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
     """How gradients are corrected and projected."""
 
-    matrices: tuple[Matrix, ...]  # those whose gradients are taken
-    side: int  # k of the projection
-    rank: int = 1  # outer products of 1/√V that are folded into the projections
-    exact: bool = False  # 1/√V has a number for every weight (exact Adam)
+    matrices: tuple[Matrix, ...]
+    """Those whose gradients are taken."""
+    side: int
+    """k of the projection."""
+    rank: int = 1
+    """Outer products of 1/√V that are folded into the projections."""
+    exact: bool = False
+    """Whether 1/√V has a number for every weight (exact Adam)."""
 
 
 def products(matrices: Iterable[Matrix]) -> int:
@@ -151,10 +156,10 @@ def row_bytes(widths: Iterable[int], dtype: str) -> int:
     Raises:
         ValueError: the dtype is unknown.
     """
-    widths = list(widths)
-    if dtype not in NUMBER_BYTES:
-        raise ValueError(f"unknown dtype {dtype!r}; use {', '.join(NUMBER_BYTES)}")
-    return sum(widths) * NUMBER_BYTES[dtype] + len(widths) * _SCALE_BYTES[dtype]
+    if dtype not in store.DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use {', '.join(store.DTYPES)}")
+    form = store.Form(dtype, tuple(widths))
+    return form.row_bytes + form.scale_bytes
 
 
 def code_bytes(width: int) -> int:

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 
+from tda import store
 from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, setting
@@ -111,16 +112,11 @@ def _free(path: str) -> float:
 
 
 def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
+    described = {"devices": devices, "measured": hardware is None}
     if hardware is None:
-        kind = jax.devices()[0].device_kind
-        return {"title": f"this machine, {devices} × {kind}", "devices": devices, "measured": True}
-    return {
-        "title": hardware.title,
-        "devices": devices,
-        "measured": False,
-        "peak": hardware.chip.bfloat16,
-        "mfu": mfu,
-    }
+        title = f"this machine, {devices} × {jax.devices()[0].device_kind}"
+        return {"title": title} | described
+    return {"title": hardware.title, "peak": hardware.chip.bfloat16, "mfu": mfu} | described
 
 
 def _measure(config, s: Setting, mesh) -> dict:
@@ -201,7 +197,7 @@ def _disk(s: Setting, reading: float) -> dict:
     """Returns the bytes of rows, stores and indices, and the seconds of a scan, by dtype."""
     code, passages = cost.code_bytes(s.width), s.size.passages
     by_dtype = {}
-    for dtype in cost.NUMBER_BYTES:
+    for dtype in store.DTYPES:
         row = cost.row_bytes(s.widths, dtype)
         by_dtype[dtype] = {
             "row": row,

@@ -1,6 +1,7 @@
 """Formats a plan as text."""
 
-from tda.plan.cost import NUMBER_BYTES, as_bytes
+from tda import store
+from tda.plan.cost import as_bytes
 from tda.reports import formats
 
 
@@ -59,10 +60,10 @@ def _hours(seconds: float | None) -> str:
 
 def _disk(disk: dict) -> str:
     def row(name: str, value) -> list[str]:
-        return [name, *(value(disk[dtype]) for dtype in NUMBER_BYTES)]
+        return [name, *(value(disk[dtype]) for dtype in store.DTYPES)]
 
     count, rate = disk["stores"], f"{disk['reading'] / 1e9:g} GB/s"
-    names = [f"{d} (chosen)" if d == disk["dtype"] else d for d in NUMBER_BYTES]
+    names = [f"{d} (chosen)" if d == disk["dtype"] else d for d in store.DTYPES]
     table = [
         ["on disk", *names],
         row("a gradient", lambda x: as_bytes(x["row"])),

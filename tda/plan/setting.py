@@ -31,10 +31,13 @@ class Size:
     passages: int
     tokens: int
     queries: int
-    vocab_size: int  # V of the model
-    positions: np.ndarray | None = None  # of each passage; None if the config states the size
+    vocab_size: int
+    """V of the model."""
+    positions: np.ndarray | None = None
+    """Of each passage; None if the config states the size."""
     query_positions: np.ndarray | None = None
-    labelled: int = 0  # passages that are correct for a query: searched once more, for their ranks
+    labelled: int = 0
+    """Passages that are correct for a query: searched once more, for their ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +45,28 @@ class Setting:
     """Everything that a plan is estimated from."""
 
     size: Size
-    parameters: int  # numbers in the model
-    sites: list[sites.Site]  # the parameters whose gradients are taken
+    parameters: int
+    """Numbers in the model."""
+    sites: list[sites.Site]
+    """The parameters whose gradients are taken."""
     model: cost.Model
-    widths: list[int]  # numbers in each block of an encoding
-    taps: dict[str, cost.Taps]  # by correction; each correction has a store of its own
-    methods: dict[str, list[methods.Method]]  # the methods that search a store, by correction
-    left_out: list[str]  # titles of methods that a plan does not estimate
-    dtype: str  # of the model's computation
+    widths: list[int]
+    """Numbers in each block of an encoding."""
+    taps: dict[str, cost.Taps]
+    """By correction; each correction has a store of its own."""
+    methods: dict[str, list[methods.Method]]
+    """The methods that search a store, by correction."""
+    left_out: list[str]
+    """Titles of methods that a plan does not estimate."""
+    dtype: str
+    """Of the model's computation."""
     store_dtype: str
-    r_rows: int  # passages that R is summed over
-    rule: bool  # whether λ follows the mixing rule, which takes two spectra
-    shapes: dict[tuple, float]  # batches of passages of each shape (B, T)
+    r_rows: int
+    """Passages that R is summed over."""
+    rule: bool
+    """Whether λ follows the mixing rule, which takes two spectra."""
+    shapes: dict[tuple, float]
+    """Number of batches of passages of each shape (B, T)."""
     query_shapes: dict[tuple, float]
 
     width = property(lambda self: sum(self.widths))
@@ -211,15 +224,16 @@ def _matrices(chosen: list[sites.Site], as_head: bool = False) -> list[cost.Matr
     ]
 
 
-def _embeddings(chosen: list[sites.Site]) -> list[sites.Site]:
-    return [s for s in chosen if s.group == "embedding"]
+def _heads(chosen: list[sites.Site]) -> list[cost.Matrix]:
+    """Returns the embeddings as output heads, which a tied model's are too."""
+    return _matrices([s for s in chosen if s.group == "embedding"], as_head=True)
 
 
 def _model(everything: list[sites.Site], arguments: dict) -> cost.Model:
     layers = _matrices([s for s in everything if s.stack is not None])
     outside = _matrices([s for s in everything if s.stack is None and s.group != "embedding"])
-    if arguments.get("tied", True):  # the embedding is also the output head
-        outside += _matrices(_embeddings(everything), as_head=True)
+    if arguments.get("tied", True):
+        outside += _heads(everything)
     attention = arguments["layers"] * arguments["heads"] * arguments["head_width"]
     return cost.Model(tuple(layers), tuple(outside), attention, arguments["remat"])
 
@@ -228,5 +242,5 @@ def _taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> c
     name, rank = parse_correction(correction)
     matrices = _matrices(chosen)
     if tied:  # a tied embedding has two taps: where it is looked up, and as the head
-        matrices += _matrices(_embeddings(chosen), as_head=True)
+        matrices += _heads(chosen)
     return cost.Taps(tuple(matrices), side, rank or 1, name == "adam")

@@ -70,7 +70,7 @@ def draw(
     log_x: bool = False,
     mark_label: str = "",
 ) -> list[str]:
-    """Draws panels side by side with one legend, as `PATH.png` and `PATH.svg`.
+    """Draws panels side by side with one legend, as `PATH.png` and `PATH.svg`; returns the paths.
 
     Args:
         path: the files' path without a suffix; they are written atomically.
@@ -78,9 +78,6 @@ def draw(
         x_label: the label of the x axis.
         log_x: whether the x axis is logarithmic.
         mark_label: the legend's label for the lines' `marked` x.
-
-    Returns:
-        The files' paths.
 
     Raises:
         ImportError: matplotlib is not installed.

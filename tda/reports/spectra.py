@@ -11,15 +11,12 @@ _POINTS = 60
 
 
 def draw(file, component: int | None = None, out=None) -> list[str]:
-    """Draws the eigenvalues of R that `tda.retrieval.whitening` wrote.
+    """Draws the eigenvalues of R that `tda.retrieval.whitening` wrote; returns the plots' paths.
 
     Args:
         file: the spectra, .npz.
         component: k of the mixing rule, marked by a vertical line.
         out: the plots' path without suffix; by default that of the file.
-
-    Returns:
-        The plots' paths.
 
     Raises:
         ValueError: the file holds no spectra; the message names it.

@@ -17,12 +17,11 @@ def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed:
     Args:
         ids: ids of the queries; a query's draw depends on its id and the seed alone.
         correct: rows of the annotated passages of each query.
-        k: most passages of a query.
+        k: most passages of a query; where it has fewer, rows of −1 and scores of NaN follow.
         seed: seed of the draws.
 
     Returns:
-        A ranking whose scores are 1. If a query has fewer than k passages, the rest of its rows
-        are −1 and of its scores NaN. It has no first ranks, since it is made from the labels.
+        A ranking whose scores are 1, without first ranks, since it is made from the labels.
     """
     rows_QxK = np.full((len(ids), k), -1, np.int64)
     for row_K, name, passages in zip(rows_QxK, ids, correct, strict=True):
@@ -31,5 +30,4 @@ def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed:
         drawn = rng.permutation(np.sort(passages))[:k]
         row_K[: len(drawn)] = drawn
     scores_QxK = np.where(rows_QxK < 0, np.nan, 1.0).astype(np.float32)
-    empty = np.zeros((len(ids), 0))
-    return Ranked(rows_QxK, scores_QxK, empty.astype(np.int64), empty.astype(np.float32), {})
+    return Ranked.of_proponents(rows_QxK, scores_QxK)

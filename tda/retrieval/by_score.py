@@ -32,12 +32,9 @@ def rank(
             retrievable = lists[q][scores_C[lists[q]] > -np.inf]
             ranks[label][q] = first_rank(scores_C, retrievable)
     width = len(rows[0]) if rows else 0
-    empty = np.zeros((count, 0))
-    return Ranked(
+    return Ranked.of_proponents(
         np.asarray(rows, np.int64).reshape(count, width),
         np.asarray(best_scores, np.float32).reshape(count, width),
-        empty.astype(np.int64),
-        empty.astype(np.float32),
         ranks,
     )
 

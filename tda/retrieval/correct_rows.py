@@ -4,15 +4,11 @@ import numpy as np
 
 
 class CorrectRows:
-    """The correct (query, row) pairs of a set of labels, sorted by row.
+    """The correct (query, row) pairs of a set of labels, by rising row: `queries` and `rows`, [N].
 
     Args:
         lists: the correct rows of each query.
         device_rows: rows that a device takes in a step.
-
-    Attributes:
-        rows: the pairs' rows, int64 [N], rising.
-        queries: the pairs' queries, int32 [N].
     """
 
     def __init__(self, lists: list[np.ndarray], device_rows: int):

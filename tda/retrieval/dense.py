@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib.util
-import os
+import itertools
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from tda.runtime.fingerprint import fingerprint_parts
 
 BATCH = 64
 
@@ -79,8 +81,8 @@ def identity(model: str) -> str:
     directory = pathlib.Path(model)
     if not directory.is_dir():
         return model
-    digest = hashlib.sha256()
-    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
-        digest.update(os.fspath(file.relative_to(directory)).encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    parts = (
+        (str(f.relative_to(directory)), hashlib.sha256(f.read_bytes()).digest()) for f in files
+    )
+    return fingerprint_parts(itertools.chain.from_iterable(parts))

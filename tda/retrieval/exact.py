@@ -16,7 +16,7 @@ import numpy as np
 from tda import store
 from tda.retrieval.best import merge
 from tda.retrieval.correct_rows import CorrectRows
-from tda.retrieval.ranked import Ranked
+from tda.retrieval.ranked import Ranked, best_of
 from tda.retrieval.scorer import Scorer, ScorerGroup, group_scorers, pad_rows, score
 from tda.retrieval.sources import Source, scan_full_steps
 from tda.runtime import sharding
@@ -142,7 +142,7 @@ class ExactSearch:
             for i, (name, ranking) in enumerate(zip(scorers, rankings, strict=True))
         }
 
-    def _steps(self, step: int) -> Iterator[tuple[int, np.ndarray, "_DeviceRows"]]:
+    def _steps(self, step: int) -> Iterator[tuple[int, np.ndarray, Rows]]:
         """Yields the first row of every step, which rows are valid, and the rows on the devices."""
         if not self._hold:
             yield from map(functools.partial(self._place, step), self._source.scan(step))
@@ -152,19 +152,12 @@ class ExactSearch:
             self._held_step, self._held = step, [self._place(step, r) for r in rows]
         yield from self._held
 
-    def _place(self, step: int, rows: Rows) -> tuple[int, np.ndarray, "_DeviceRows"]:
-        padded, devices = pad_rows(rows, step), self._devices
-
-        def split(array):
-            return None if array is None else array.reshape(devices, -1, *array.shape[1:])
-
-        on_devices = _DeviceRows(
-            split(padded.values),
-            split(padded.scales),
-            split(padded.valid),
-            (rows.first + step // devices * np.arange(devices)).astype(np.int32),
-        )
-        return rows.first, rows.valid, _split_over(self._mesh, on_devices)
+    def _place(self, step: int, rows: Rows) -> tuple[int, np.ndarray, Rows]:
+        """Returns the first row, which rows are valid, and the rows on the devices, [D, R, …]."""
+        devices = self._devices
+        firsts_D = (rows.first + step // devices * np.arange(devices)).astype(np.int32)
+        split = pad_rows(rows, step).map(lambda x: x.reshape(devices, -1, *x.shape[1:]))
+        return rows.first, rows.valid, _split_over(self._mesh, Rows(firsts_D, *split))
 
 
 def search(
@@ -176,24 +169,6 @@ def search(
 ) -> dict[str, Ranked]:
     """Ranks passages on the default device; arguments as for `ExactSearch`."""
     return ExactSearch(source).rank(gradients_QxE, scorers, k, correct)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _DeviceRows:
-    """Rows of a step, split over D devices.
-
-    Attributes:
-        values: [D, R, E].
-        scales: [D, R, blocks], or None.
-        valid: [D, R].
-        first: number of each device's first row, int32 [D].
-    """
-
-    values: jax.Array
-    scales: jax.Array | None
-    valid: jax.Array
-    first: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -223,7 +198,7 @@ def _split_over(mesh, tree):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _advance(rankings, rows: _DeviceRows, labels, scan: _Scan):
+def _advance(rankings, rows: Rows, labels, scan: _Scan):
     """Returns the rankings after some more rows.
 
     `labels` are the correct rows among them: for each set, (query, row), each int32 [D, N].
@@ -236,7 +211,7 @@ def _advance(rankings, rows: _DeviceRows, labels, scan: _Scan):
     return jax.tree.map(lambda x: x[None], advance(first(rankings), first(rows), first(labels)))
 
 
-def _advance_on_device(rankings, rows: _DeviceRows, labels, scan: _Scan):
+def _advance_on_device(rankings, rows: Rows, labels, scan: _Scan):
     """Advances the rankings on one device, without the axis of devices."""
     out = list(rankings)
     # Scores of invalid rows may be anything: they are masked below, and no other row's score
@@ -331,5 +306,4 @@ def _merge_devices(scores_DxQxk, rows_DxQxk, k: int) -> tuple[np.ndarray, np.nda
     """Returns the k best scores of all devices with their rows; among equals the lower row."""
     scores = np.concatenate(sharding.to_host(scores_DxQxk), axis=1)
     rows = np.concatenate(sharding.to_host(rows_DxQxk), axis=1).astype(np.int64)
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    return best_of(scores, rows, k)

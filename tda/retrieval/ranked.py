@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from tda.runtime import atomic_file
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ranked:
     """The best and the worst passages of each query.
@@ -28,6 +30,13 @@ class Ranked:
     opponents: np.ndarray
     opponent_scores: np.ndarray
     first_ranks: dict[str, np.ndarray]
+
+    @classmethod
+    def of_proponents(cls, rows_QxK, scores_QxK, first_ranks=None) -> "Ranked":
+        """Returns a ranking by scores of which only the largest mean something."""
+        empty = np.zeros((len(rows_QxK), 0))
+        opponents = empty.astype(np.int64), empty.astype(np.float32)
+        return cls(rows_QxK, scores_QxK, *opponents, first_ranks or {})
 
 
 def save(path, ranked: Ranked) -> None:
@@ -56,15 +65,8 @@ def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
     if len(parts) == 1:
         return parts[0][1]
     order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
-    rankings = [r for _, r in parts]
-
-    def join_field(name):
-        return np.concatenate([getattr(r, name) for r in rankings])[order]
-
-    fields = (f.name for f in dataclasses.fields(Ranked) if f.name != "first_ranks")
-    labels = rankings[0].first_ranks
-    ranks = {n: np.concatenate([r.first_ranks[n] for r in rankings])[order] for n in labels}
-    return Ranked(**{name: join_field(name) for name in fields}, first_ranks=ranks)
+    rankings = (ranking for _, ranking in parts)
+    return jax.tree.map(lambda *fields: np.concatenate(fields)[order], *rankings)
 
 
 def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
@@ -79,6 +81,12 @@ def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
     correct_scores = scores_C[np.unique(correct)]
     best = correct_scores.max()
     return 1 + int((scores_C >= best).sum() - (correct_scores >= best).sum())
+
+
+def best_of(scores_QxN, rows_QxN, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each query's k largest scores with their rows; among equals the lower row first."""
+    order = np.lexsort((rows_QxN, -scores_QxN), axis=1)[:, :k]
+    return np.take_along_axis(scores_QxN, order, 1), np.take_along_axis(rows_QxN, order, 1)
 
 
 def top(scores_C: np.ndarray, k: int) -> np.ndarray:

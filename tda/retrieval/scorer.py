@@ -80,14 +80,10 @@ def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:
 
 def pad_rows(rows: Rows, step: int) -> Rows:
     """Appends invalid rows up to `step`, so that one compiled program takes every step."""
-    lacking = step - len(rows)
-    if not lacking:
+    if not (lacking := step - len(rows)):
         return rows
-
-    def pad(x):
-        return None if x is None else np.pad(x, [(0, lacking), *[(0, 0)] * (x.ndim - 1)])
-
-    return Rows(rows.first, *map(pad, (rows.values, rows.scales, rows.valid)))
+    pad = lambda x: np.pad(x, [(0, lacking), *[(0, 0)] * (x.ndim - 1)])  # noqa: E731
+    return Rows(rows.first, *rows.map(pad))
 
 
 @jax.tree_util.register_dataclass

@@ -134,7 +134,7 @@ def scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
     count = 0
     for rows in source.scan(step):
         # Copied: a store reuses its buffers for the rows that come next.
-        waiting.append(_copy(rows))
+        waiting.append(Rows(rows.first, *rows.map(np.copy)))
         count += len(rows)
         while count >= step:
             joined = _concatenate(waiting)
@@ -145,23 +145,8 @@ def scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
         yield _concatenate(waiting)
 
 
-def _copy(rows: Rows) -> Rows:
-    scales = None if rows.scales is None else rows.scales.copy()
-    return Rows(rows.first, rows.values.copy(), scales, rows.valid.copy())
-
-
 def _concatenate(pieces: list[Rows]) -> Rows:
-    if len(pieces) == 1:
-        return pieces[0]
-    scales = None
-    if pieces[0].scales is not None:
-        scales = np.concatenate([p.scales for p in pieces])
-    return Rows(
-        pieces[0].first,
-        np.concatenate([p.values for p in pieces]),
-        scales,
-        np.concatenate([p.valid for p in pieces]),
-    )
+    return Rows(pieces[0].first, *pieces[0].map(lambda *x: np.concatenate(x), *pieces[1:]))
 
 
 def scale_by(weights_C: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -1,7 +1,9 @@
 """Rows of gradients as stored on disk: float32, bfloat16, or int8 with a scale for each block."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,28 +19,34 @@ _LARGEST = 127
 _TINY = np.finfo(np.float32).tiny
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """R consecutive rows of a store, as stored.
-
-    Attributes:
-        first: number of the first row.
-        values: [R, E], of the store's dtype.
-        scales: float32 [R, blocks] if the values are int8, else None.
-        valid: bool [R], false if a row holds no finite gradient or was withdrawn.
-    """
+    """R consecutive rows of a store, as stored."""
 
     first: int
+    """Number of the first row."""
     values: np.ndarray
+    """[R, E], of the store's dtype."""
     scales: np.ndarray | None
+    """float32 [R, blocks] if the values are int8, else None."""
     valid: np.ndarray
+    """bool [R], false if a row holds no finite gradient or was withdrawn."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, part: slice) -> "Rows":
-        scales = None if self.scales is None else self.scales[part]
-        return Rows(self.first + part.start, self.values[part], scales, self.valid[part])
+        return Rows(self.first + part.start, *self.map(lambda x: x[part]))
+
+    def map(self, change: Callable, *others: "Rows") -> tuple:
+        """Returns `change` of the values, of the scales (None if there are none), and of `valid`.
+
+        With the rows' own arrays, `change` takes those of `others`.
+        """
+        arrays = ((rows.values, rows.scales, rows.valid) for rows in (self, *others))
+        # None is a tree without leaves.
+        return jax.tree.map(change, *arrays)
 
     def decoded(self, widths: tuple[int, ...]) -> np.ndarray:
         """Returns the gradients, float32 [R, E]; an invalid row is infinite throughout."""

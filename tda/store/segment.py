@@ -41,6 +41,11 @@ class Form:
         return self.width * rows.DTYPES[self.dtype].itemsize
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales on disk: a float32 for each block of int8."""
+        return 4 * len(self.widths) if self.dtype == "int8" else 0
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """The names of a segment's arrays."""
         return ("gradients", "scales") if self.dtype == "int8" else ("gradients",)

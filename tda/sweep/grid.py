@@ -44,9 +44,12 @@ _AFTER_STORES = ("hessian", "eval", "plan")
 class Point:
     """One point of a grid."""
 
-    name: str  # of its directory; it does not depend on the other points
-    values: dict[str, Any]  # set by the axes at this point, by key
-    config: ConfigDict  # the complete config
+    name: str
+    """Of its directory; it does not depend on the other points."""
+    values: dict[str, Any]
+    """Set by the axes at this point, by key."""
+    config: ConfigDict
+    """The complete config."""
 
     @property
     def training(self) -> str:
@@ -76,7 +79,8 @@ class Point:
 class Sweep:
     """The checked contents of a sweep file."""
 
-    axes: tuple[str, ...]  # all keys that are swept
+    axes: tuple[str, ...]
+    """All keys that are swept."""
     points: list[Point]
     plots: list[dict]
 

@@ -128,13 +128,7 @@ def run_all(
     parallel: int,
     command: Command,
 ) -> dict[str, str]:
-    """Runs every point that is not finished, `parallel` at a time.
-
-    Args:
-        points: the points of the sweep.
-        directory: the directory of all sweeps.
-        parallel: number of processes at a time.
-        command: returns the command line that runs a point.
+    """Runs every point that is not finished, `parallel` at a time, each by its `command`.
 
     Returns:
         The reason of each failure by the point's name.

@@ -121,12 +121,7 @@ def across_seeds(table: list[dict], figure: str = "value") -> list[dict]:
         by_key.setdefault(key, []).append(row)
     out = []
     for key, seed_rows in by_key.items():
-        spread = statistics.across_seeds([r[figure] for r in seed_rows])
-        out.append(
-            dict(key)
-            | {"mean": spread.mean, "sd": spread.sd, "least": spread.least, "most": spread.most}
-            | {"seeds": spread.count}
-        )
+        out.append(dict(key) | statistics.across_seeds([r[figure] for r in seed_rows]))
     return out
 
 
@@ -274,7 +269,7 @@ def _figure(rows: list[dict], has_seeds: bool) -> tuple[float, float, float]:
     """Returns a figure and its interval: over queries, or one standard deviation over seeds."""
     if has_seeds:
         spread = statistics.across_seeds([r["value"] for r in rows])
-        return spread.mean, spread.mean - spread.sd, spread.mean + spread.sd
+        return spread["mean"], spread["mean"] - spread["sd"], spread["mean"] + spread["sd"]
     # Without seeds, a later point with the same x replaces an earlier one.
     row = rows[-1]
     low, high = (float("nan") if row[k] is None else row[k] for k in ("low", "high"))

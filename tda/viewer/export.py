@@ -34,16 +34,12 @@ class ExportError(ValueError):
 
 
 def export(collection: Collection, out) -> int:
-    """Writes a collection and the page that shows it into a folder.
-
-    An earlier export in the folder is replaced, an interrupted one too.
+    """Writes a collection and the page that shows it; returns the number of files of data.
 
     Args:
         collection: the contents of the viewer.
-        out: the folder; it may be absent, empty, or hold an earlier export.
-
-    Returns:
-        The number of files of data.
+        out: the folder; it may be absent, empty, or hold an earlier export, even an interrupted
+            one, which is replaced.
 
     Raises:
         ExportError: the folder holds other files.

@@ -18,28 +18,22 @@ class Cancelled(Exception):
 
 @dataclasses.dataclass
 class Job:
-    """A running, waiting or finished job.
-
-    Attributes:
-        number: its number.
-        state: "waiting", "running", "done", "failed" or "cancelled".
-        what: its current activity.
-        done, total: its progress; a total of 0 means unknown.
-        result: a JSON value, once done.
-        error: why it failed.
-        seconds: its running time.
-        is_cancelled: whether it ends at its next report of progress.
-    """
+    """A running, waiting or finished job."""
 
     number: int
     state: str = "waiting"
+    """Or "running", "done", "failed", "cancelled"."""
     what: str = ""
+    """Its current activity."""
     done: int = 0
     total: int = 0
+    """What `done` rises to; 0 if unknown."""
     result: object = None
+    """A JSON value, once done."""
     error: str = ""
     seconds: float = 0.0
-    is_cancelled: bool = dataclasses.field(default=False, repr=False)
+    is_cancelled: bool = False
+    """Whether it ends at its next report of progress."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Records the job's progress; ends the job here if it was cancelled.
@@ -53,8 +47,7 @@ class Job:
 
     def describe(self) -> dict:
         """Returns the job as JSON values."""
-        names = ("number", "state", "what", "done", "total", "result", "error", "seconds")
-        return {n: getattr(self, n) for n in names}
+        return {name: x for name, x in vars(self).items() if name != "is_cancelled"}
 
 
 class Jobs:

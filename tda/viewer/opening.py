@@ -17,12 +17,11 @@ from tda.viewer.server import UPLOAD_LIMIT, create_app
 
 
 def collect(workdir: str | None, results: list[str], notes: str | None, folder: str) -> Collection:
-    """Opens everything that the flags name.
+    """Opens a run's directory, results and notes: everything that the flags name.
 
     Args:
-        workdir: a run's directory, or None.
+        workdir, notes: paths, or None.
         results: paths or URLs, each optionally preceded by `LABEL=`.
-        notes: the file of notes, or None.
         folder: the folder for downloads.
 
     Raises:

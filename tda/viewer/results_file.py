@@ -126,7 +126,7 @@ class ResultsFile:
         # pread leaves the file's position alone, so that several threads can read at once.
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
-            return plain(json.loads(line))
+            return json.loads(line, parse_float=_finite, parse_constant=_finite)
         shown = line.decode("utf-8", "replace").strip()
         return {"malformed": self.columns["error"][row], "line": shown[:_SHOWN]}
 
@@ -161,21 +161,10 @@ def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
     return out
 
 
-def plain(value):
-    """Returns a JSON value with None in place of numbers that are not finite."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return _plain(value)
-    return value
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(text: str) -> float | None:
+    """Reads a number of JSON; NaN, Infinity and 1e999, which pages cannot read, become None."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def to_json(value) -> bytes:

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from tda.results import ResultsError
 from tda.runtime.fingerprint import fingerprint
@@ -9,31 +11,147 @@ from tda.runtime.fingerprint import fingerprint
 # A list of thousands of queries shows the beginning of each; the record has all of it.
 TEXT_LIMIT = 1000
 
-FIELDS = (
-    "query",
-    "id",
-    "set",
-    "prompt",
-    "target",
-    "truth",
-    "relation",
-    "prediction",
-    "frequency",
-    "bucket",
-    "model_correct",
-    "confidence",
-    "target_rank",
-    "probability",
-    "n",
-    "top",
-    "bottom",
-    "correct",
-    "entailment",
-    "error",
-)
+_NUMBER, _MARK = (int, float), (bool, int)
+# The lists that have an entry for each proponent or opponent, and the types of their entries.
+_LISTS = {
+    "proponents": {
+        "proponent_ids": str,
+        "proponent_scores": _NUMBER,
+        "proponent_correct": _MARK,
+        "proponent_ais_scores": _NUMBER,
+    },
+    "opponents": {"opponent_ids": str, "opponent_scores": _NUMBER},
+}
 
-_NUMBER = (int, float)
-_TOO_LARGE = "too large for a floating-point number"
+
+class _Record:
+    """Reads the fields of a record; an error names `where` and the field."""
+
+    def __init__(self, item, where: str):
+        if not isinstance(item, dict):
+            raise ResultsError(f"{where}: a record must be an object, not {type(item).__name__}")
+        self.item, self.where, self.lists = item, where, {}
+        for kind, fields in _LISTS.items():
+            self.lists[kind] = self.list(kind, str, required=kind == "proponents") or []
+            for name, of in fields.items():
+                values = self.lists[name] = self.list(name, of)
+                if values is not None and len(values) != len(self.lists[kind]):
+                    counts = f"{len(values)} {name}, but {len(self.lists[kind])} {kind}"
+                    raise ResultsError(f"{where}: {counts}")
+
+    def field(self, name: str, of, required: bool = False):
+        value = self.item.get(name)
+        if value is None and required:
+            raise ResultsError(f"{self.where}: field {name!r} is missing")
+        if value is not None and not isinstance(value, of):
+            raise ResultsError(f"{self.where}: field {name!r} has type {type(value).__name__}")
+        return value
+
+    def text(self, name: str, required: bool = False) -> str | None:
+        value = self.field(name, (str, int), required)
+        return None if value is None else _cut(str(value))
+
+    def repeated(self, name: str) -> str | None:
+        # A few names repeated in thousands of rows: each is held in memory once.
+        value = self.text(name)
+        return None if value is None else sys.intern(value)
+
+    def number(self, name: str):
+        value = self.field(name, _NUMBER)
+        self._check_size(value, f"field {name!r} is")
+        return _finite(value)
+
+    def list(self, name: str, of, required: bool = False):
+        values = self.field(name, list, required)
+        for i, value in enumerate(values or []):
+            if not isinstance(value, of):
+                kind = type(value).__name__
+                raise ResultsError(f"{self.where}: field {name!r}, item {i}: type {kind}")
+            if of is _NUMBER:
+                self._check_size(value, f"field {name!r}, item {i}:")
+        return values
+
+    def first(self, name: str):
+        """The first of some scores."""
+        return _finite(self.lists[name][0]) if self.lists[name] else None
+
+    def _check_size(self, value, place: str) -> None:
+        # JSON writes integers of any length, which Python reads.
+        try:
+            float(value or 0)
+        except OverflowError as error:
+            text = f"{self.where}: {place} too large for a floating-point number"
+            raise ResultsError(text) from error
+
+
+def _query(record: _Record) -> str | None:
+    # The texts in full: those of a summary are cut, and few-shot prompts begin alike.
+    texts = ("example_id", "inputs_plaintext", "targets_plaintext")
+    if record.text("example_id") is None:
+        return None
+    return query_key(*(str(record.item.get(f)) for f in texts))
+
+
+def _prediction(record: _Record) -> str | None:
+    generations = record.list("8b_generations", str)
+    return _cut(generations[0]) if generations else None
+
+
+def _bucket(record: _Record) -> str | None:
+    bucket, frequency = record.item.get("c4_frequency_bucket"), record.number("c4_frequency")
+    if isinstance(bucket, str | int | float) and not isinstance(bucket, bool):
+        return sys.intern(_cut(str(bucket)))
+    return None if frequency is None else sys.intern(bucket_of(int(frequency)))
+
+
+def _is_stated(record: _Record) -> bool | None:
+    mark, rank = record.field("is_8b_correct", _MARK), record.number("target_rank")
+    if mark is None:
+        return None if rank is None else rank == 1
+    return bool(mark)
+
+
+def _probability(record: _Record) -> float | None:
+    nats = record.number("target_nats")
+    return None if nats is None else _finite(math.exp(min(0.0, -nats)))
+
+
+def _marks(record: _Record) -> str | None:
+    marks, item = record.lists["proponent_correct"], record.item
+    # Where no passage could be correct, a run's tables leave the query out too.
+    hopeless = item.get("has_trex_sentence") is False or item.get("first_correct_rank") == 0
+    return None if marks is None or hopeless else "".join("1" if m else "0" for m in marks)
+
+
+def _entailment(record: _Record) -> list | None:
+    scores = record.lists["proponent_ais_scores"]
+    return None if scores is None else [_finite(x) for x in scores]
+
+
+# The fields of a row: plain values, each None where the record lacks it. Every text is cut after
+# TEXT_LIMIT characters.
+FIELDS: dict[str, Callable[[_Record], Any]] = {
+    "query": _query,  # identifies the query in other files (`query_key`); None without an id
+    "id": lambda record: record.text("example_id"),
+    "set": lambda record: record.repeated("query_set"),
+    "prompt": lambda record: record.text("inputs_plaintext", required=True),
+    "target": lambda record: record.text("targets_plaintext", required=True),
+    "truth": lambda record: record.text("groundtruth"),
+    "relation": lambda record: record.repeated("relation"),
+    "prediction": _prediction,  # the first of the model's generations
+    "frequency": lambda record: record.number("c4_frequency"),  # passages that state the fact
+    "bucket": _bucket,  # its power of ten
+    "model_correct": _is_stated,  # whether the model states the target
+    "confidence": lambda record: record.number("8b_confidence"),  # from 0 to 1
+    "target_rank": lambda record: record.number("target_rank"),  # from 1
+    "probability": _probability,  # of the target
+    "n": lambda record: len(record.lists["proponents"]),
+    "top": lambda record: record.first("proponent_scores"),
+    "bottom": lambda record: record.first("opponent_scores"),
+    "correct": _marks,  # the proponents' marks in order, such as "0110"
+    "entailment": _entailment,  # the proponents' scores, from 0 to 1
+    "error": lambda record: None,  # what is wrong with a line that is not a record
+}
 
 
 def summarise(item, where: str) -> dict:
@@ -46,66 +164,12 @@ def summarise(item, where: str) -> dict:
         item: the record, a JSON value.
         where: its place, for errors, such as "bm25.jsonl, line 3".
 
-    Returns:
-        query: identifies the query in other files, see `query_key`; None without an id; id, set,
-        prompt, target, truth, relation, prediction: strings; frequency: passages that
-        state the fact; bucket: its power of ten; model_correct: whether the model states the
-        target; confidence, probability: in [0, 1]; target_rank: from 1; n: proponents; top,
-        bottom: the first proponent's and the first opponent's score; correct: the proponents'
-        marks in order, such as "0110", None where the record says that no passage at all is
-        correct; entailment: their scores in [0, 1]; error: None.
-
     Raises:
         ResultsError: a field is missing, has another type, or is too large a number; the message
             names it.
     """
-    if not isinstance(item, dict):
-        raise ResultsError(f"{where}: a record must be an object, not {type(item).__name__}")
-    counts = {}
-    for kind in ("proponent", "opponent"):
-        texts = _list(item, f"{kind}s", str, where, required=kind == "proponent")
-        counts[kind] = len(texts or [])
-        for field, of in ((f"{kind}_ids", str), (f"{kind}_scores", _NUMBER)):
-            values = _list(item, field, of, where)
-            _same_number(values, counts[kind], field, f"{kind}s", where)
-    correct = _list(item, "proponent_correct", (bool, int), where)
-    entailment = _list(item, "proponent_ais_scores", _NUMBER, where)
-    _same_number(correct, counts["proponent"], "proponent_correct", "proponents", where)
-    _same_number(entailment, counts["proponent"], "proponent_ais_scores", "proponents", where)
-    if item.get("has_trex_sentence") is False or item.get("first_correct_rank") == 0:
-        correct = None  # no passage could be correct: a run's tables leave such a query out too
-    frequency = _number(item, "c4_frequency", where)
-    rank, nats = (_number(item, f, where) for f in ("target_rank", "target_nats"))
-    model_correct = _optional(item, "is_8b_correct", (bool, int), where)
-    if model_correct is None and rank is not None:
-        model_correct = rank == 1
-    generations = _list(item, "8b_generations", str, where)
-    scores, low = item.get("proponent_scores"), item.get("opponent_scores")
-    example = _text(item, "example_id", where)
-    prompt = _text(item, "inputs_plaintext", where, required=True)
-    target = _text(item, "targets_plaintext", where, required=True)
-    return {
-        "query": None if example is None else _query_key_of(item),
-        "id": example,
-        "set": _repeated(_text(item, "query_set", where)),
-        "prompt": prompt,
-        "target": target,
-        "truth": _text(item, "groundtruth", where),
-        "relation": _repeated(_text(item, "relation", where)),
-        "prediction": _cut(generations[0]) if generations else None,
-        "frequency": frequency,
-        "bucket": _repeated(_bucket(item, frequency)),
-        "model_correct": None if model_correct is None else bool(model_correct),
-        "confidence": _number(item, "8b_confidence", where),
-        "target_rank": rank,
-        "probability": None if nats is None else _finite(math.exp(min(0.0, -nats))),
-        "n": counts["proponent"],
-        "top": _finite(scores[0]) if scores else None,
-        "bottom": _finite(low[0]) if low else None,
-        "correct": None if correct is None else "".join("1" if c else "0" for c in correct),
-        "entailment": None if entailment is None else [_finite(x) for x in entailment],
-        "error": None,
-    }
+    record = _Record(item, where)
+    return {name: read(record) for name, read in FIELDS.items()}
 
 
 def query_key(example: str, prompt: str, target: str) -> str:
@@ -130,74 +194,9 @@ def bucket_of(frequency: int) -> str:
     return f"{10**power:,} to {10 ** (power + 1) - 1:,}" if power < 5 else "100,000 or more"
 
 
-def _bucket(item: dict, frequency) -> str | None:
-    bucket = item.get("c4_frequency_bucket")
-    if isinstance(bucket, str | int | float) and not isinstance(bucket, bool):
-        return _cut(str(bucket))
-    return None if frequency is None else bucket_of(int(frequency))
-
-
-def _query_key_of(item: dict) -> str:
-    # The texts in full: those of a summary are cut, and few-shot prompts begin alike.
-    fields = ("example_id", "inputs_plaintext", "targets_plaintext")
-    return query_key(*(str(item[f]) for f in fields))
-
-
-def _optional(item: dict, field: str, of, where: str):
-    value = item.get(field)
-    if value is not None and not isinstance(value, of):
-        raise ResultsError(f"{where}: field {field!r} has type {type(value).__name__}")
-    return value
-
-
-def _list(item: dict, field: str, of, where: str, required: bool = False) -> list | None:
-    value = _optional(item, field, list, where)
-    if value is None and required:
-        raise ResultsError(f"{where}: field {field!r} is missing")
-    for i, part in enumerate(value or []):
-        if not isinstance(part, of):
-            raise ResultsError(f"{where}: field {field!r}, item {i}: type {type(part).__name__}")
-        if of is _NUMBER and _too_large(part):
-            raise ResultsError(f"{where}: field {field!r}, item {i}: {_TOO_LARGE}")
-    return value
-
-
-def _same_number(values: list | None, count: int, field: str, other: str, where: str) -> None:
-    if values is not None and len(values) != count:
-        raise ResultsError(f"{where}: {len(values)} {field}, but {count} {other}")
-
-
-def _text(item: dict, field: str, where: str, required: bool = False) -> str | None:
-    value = _optional(item, field, (str, int), where)
-    if value is None and required:
-        raise ResultsError(f"{where}: field {field!r} is missing")
-    return None if value is None else _cut(str(value))
-
-
-def _number(item: dict, field: str, where: str):
-    value = _optional(item, field, _NUMBER, where)
-    if value is not None and _too_large(value):
-        raise ResultsError(f"{where}: field {field!r} is {_TOO_LARGE}")
-    return _finite(value)
-
-
-def _too_large(x) -> bool:
-    # JSON writes integers of any length, which Python reads.
-    try:
-        float(x)
-    except OverflowError:
-        return True
-    return False
-
-
 def _finite(x):
     return x if x is not None and math.isfinite(x) else None
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + "…"
-
-
-def _repeated(text: str | None) -> str | None:
-    # A few names repeated in thousands of rows: each is held in memory once.
-    return None if text is None else sys.intern(text)

@@ -100,10 +100,10 @@ def test_an_unmeasured_figure_is_nan():
 
 def test_seeds_have_a_mean_and_a_sample_deviation():
     spread = statistics.across_seeds([0.2, 0.4, 0.3])
-    assert (spread.mean, spread.least, spread.most, spread.count) == pytest.approx(
+    assert (spread["mean"], spread["least"], spread["most"], spread["seeds"]) == pytest.approx(
         (0.3, 0.2, 0.4, 3)
     )
-    assert spread.sd == pytest.approx(0.1)  # n − 1
+    assert spread["sd"] == pytest.approx(0.1)  # n − 1
     one = statistics.across_seeds([0.5, float("nan")])
-    assert one.mean == 0.5 and math.isnan(one.sd) and one.count == 1
-    assert statistics.across_seeds([]).count == 0
+    assert one["mean"] == 0.5 and math.isnan(one["sd"]) and one["seeds"] == 1
+    assert statistics.across_seeds([])["seeds"] == 0

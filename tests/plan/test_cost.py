@@ -145,7 +145,3 @@ def test_a_real_store_takes_the_bytes_that_were_reckoned(tmp_path, dtype):
     files = [f for n in ("gradients", "scales") for f in (tmp_path / "store").rglob(f"{n}/c.*")]
     real = sum(f.stat().st_size for f in files)
     assert real == pytest.approx(rows * cost.row_bytes(widths, dtype), rel=0.01)
-
-
-def test_dtypes_are_those_of_the_store():
-    assert list(cost.NUMBER_BYTES) == list(stores.DTYPES)

@@ -269,7 +269,7 @@ def test_parts_that_do_not_stay_in_memory_are_loaded_again(flat, corpus, monkeyp
     monkeypatch.setattr(scann_index, "_RESIDENT_BYTES", 0)
     index = reopen(flat.path, corpus[0])
     assert_equal(index.search(corpus[1]), flat.search(corpus[1]))
-    assert index._loaded == {} and len(flat._loaded) == 3
+    assert [sum("_loaded" in vars(p) for p in i.parts) for i in (index, flat)] == [0, 3]
 
 
 def reopen(path, x):
@@ -426,7 +426,7 @@ def test_pickles_are_not_run(duplicate, name, corpus, tmp_path, monkeypatch):
 
 
 def test_scanns_own_loader_would_run_a_pickle(duplicate, tmp_path, monkeypatch):
-    """Why an index is loaded without it; once this fails, `load_part` can be a call of it."""
+    """Why an index is loaded without it; once this fails, a part can be loaded by it."""
     monkeypatch.chdir(tmp_path)
     (duplicate / "00000" / "scann_docids.pkl").write_bytes(pickle.dumps(Harm()))
     part.import_scann().load_searcher(str(duplicate / "00000"))

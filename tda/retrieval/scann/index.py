@@ -16,9 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tda import store
-from tda.retrieval.ranked import Ranked, top
-from tda.retrieval.scann import part as scann_part
-from tda.retrieval.scann.part import Part, ScannError
+from tda.retrieval.ranked import Ranked, best_of
+from tda.retrieval.scann.part import Part, ScannError, import_scann, write_part
 from tda.retrieval.scann.settings import Settings
 from tda.runtime import progress
 from tda.runtime.differences import check_same
@@ -58,21 +57,18 @@ class Index:
     Attributes:
         path: its directory.
         settings: settings of ScaNN; a search obeys `leaves_to_search` and `reorder` as they are.
-        parts: the directories of its parts.
+        parts: its parts, in the order of their rows.
         valid_rows: number of rows in the index.
         recall: recall against exact search (`measure_recall`); None if it was not measured.
     """
 
     def __init__(self, path: pathlib.Path, encodings: Encodings, settings: Settings, recall):
         self.path, self.settings, self.recall = path, settings, recall
-        self.parts = list(_parts(path, encodings.rows, settings))
         self._read = encodings.read
-        sizes, counts = zip(*map(scann_part.check_part, self.parts), strict=True)
-        self.valid_rows = sum(counts)
+        self.parts = [Part(directory) for directory in _parts(path, encodings.rows, settings)]
+        self.valid_rows = sum(part.count for part in self.parts)
         if not self.valid_rows:
             raise ScannError(f"none of the {encodings.rows} rows for {path} is valid")
-        self._resident = int((np.cumsum(sizes) <= _RESIDENT_BYTES).sum())
-        self._loaded: dict[int, Part] = {}
 
     def search(
         self,
@@ -82,9 +78,10 @@ class Index:
         opponents: bool = True,
         candidates: int = 0,
     ) -> Ranked:
-        """Returns the rows with the largest and the smallest inner products that the index finds.
+        """Ranks the rows with the largest and the smallest inner products that the index finds.
 
-        Among equal scores the lower row comes first.
+        Among equal scores the lower row comes first. The ranking has no first ranks: an index knows
+        nothing of the other rows.
 
         Args:
             queries_QxE: the queries' encodings.
@@ -94,9 +91,6 @@ class Index:
             candidates: if the index has codes alone, the rows of each query that are read and
                 scored by their encodings; 40 k by default.
 
-        Returns:
-            The ranking, without first ranks: an index knows the ranks of no other rows.
-
         Raises:
             ScannError: an encoding is not finite, or a part cannot be read.
         """
@@ -105,51 +99,38 @@ class Index:
         if len(bad):
             raise ScannError(f"the encoding of query {bad[0]} has a number that is not finite")
         without = np.asarray([] if without is None else without, np.int64)
-        count = len(queries_QxE)
+        count, loaded_bytes = len(queries_QxE), 0
         # The smallest inner products with q are the largest with −q.
         both = np.concatenate([queries_QxE, -queries_QxE]) if opponents else queries_QxE
         rescored = self.settings.has_codes_alone
         depth = max(k, candidates or CANDIDATES * k) if rescored else k
         rows, scores = np.zeros((len(both), 0), np.int64), np.zeros((len(both), 0), np.float32)
-        for number in range(len(self.parts) if count else 0):
-            part_rows, part_scores = self._load(number).search(both, depth, without, self.settings)
+        for part in self.parts if count else []:
+            part_rows, part_scores = part.search(both, depth, without, self.settings)
+            loaded_bytes += part.bytes
+            if loaded_bytes > _RESIDENT_BYTES:
+                part.release()
             rows, scores = np.hstack([rows, part_rows]), np.hstack([scores, part_scores])
-            order = np.lexsort((rows, -scores), axis=1)[:, :depth]
-            rows = np.take_along_axis(rows, order, 1)
-            scores = np.take_along_axis(scores, order, 1)
+            scores, rows = best_of(scores, rows, depth)
         if rescored:
-            rows, scores = self._score_again(both, rows, k)
-        # All of `rows` are proponents if opponents were not searched for.
-        return Ranked(
-            rows[:count],
-            scores[:count],
-            rows[count:] if opponents else rows[:, :0],
-            -scores[count:] if opponents else scores[:, :0],
-            {},
-        )
+            rows = np.sort(rows, axis=1)
+            scores, rows = best_of(self._score(both, rows), rows, k)
+        if not opponents:
+            return Ranked.of_proponents(rows, scores)
+        return Ranked(rows[:count], scores[:count], rows[count:], -scores[count:], {})
 
-    def _load(self, number: int) -> Part:
-        part = self._loaded.get(number) or scann_part.load_part(self.parts[number])
-        if number < self._resident:
-            self._loaded[number] = part
-        return part
-
-    def _score_again(self, queries_QxE, rows_QxN, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the k best of every query's candidates by their encodings."""
-        k = min(k, rows_QxN.shape[1])
-        rows = np.zeros((len(rows_QxN), k), np.int64)
-        scores = np.zeros((len(rows_QxN), k), np.float32)
-        for q, candidates in enumerate(np.sort(rows_QxN, axis=1)):
+    def _score(self, queries_QxE: np.ndarray, rows_QxN: np.ndarray) -> np.ndarray:
+        """Returns the scores of every query's candidates, rising rows, by their encodings."""
+        scores_QxN = np.zeros(rows_QxN.shape, np.float32)
+        for query_E, rows_N, scores_N in zip(queries_QxE, rows_QxN, scores_QxN, strict=True):
             with np.errstate(invalid="ignore"):
-                scores_N = self._read(candidates) @ queries_QxE[q]
+                scores_N[:] = self._read(rows_N) @ query_E
             bad = np.flatnonzero(~np.isfinite(scores_N))
             if len(bad):
                 raise ScannError(
-                    f"row {candidates[bad[0]]} is invalid now: give `without` what was withdrawn"
+                    f"row {rows_N[bad[0]]} is invalid now: give `without` what was withdrawn"
                 )
-            best = top(scores_N, k)
-            rows[q], scores[q] = candidates[best], scores_N[best]
-        return rows, scores
+        return scores_QxN
 
 
 def build(
@@ -174,7 +155,7 @@ def build(
         ScannError: the directory has an index of other encodings or settings; no row is valid; a
             part is damaged; ScaNN is not installed.
     """
-    scann_part.import_scann()
+    import_scann()
     root, location = pathlib.Path(path), Location(path)
     manifest = {
         "format": _FORMAT,
@@ -212,7 +193,7 @@ def _build_missing_parts(root: pathlib.Path, encodings: Encodings, settings: Set
     done = encodings.rows - sum(map(len, missing.values()))
     with progress.bar(encodings.rows, "index", "row", done) as bar:
         for directory, rows in missing.items():
-            scann_part.write_part(directory, *_read_valid(encodings, rows, buffer), settings)
+            write_part(directory, *_read_valid(encodings, rows, buffer), settings)
             bar.update(len(rows))
 
 
@@ -249,18 +230,13 @@ def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarra
 
 
 def measure_recall(index: Index, queries_QxE: np.ndarray, exact: Ranked) -> dict:
-    """Returns the share of the exact best, and worst, rows that an index finds.
+    """Returns the shares, from 0 to 1, of the exact best and worst rows that an index finds.
 
     If equal scores stand on both sides of the last, a row that exact search left out counts as
     missed.
 
-    Args:
-        index: the index.
-        queries_QxE: encodings of the queries.
-        exact: the exact ranking of these queries.
-
     Returns:
-        {"k", "queries", "proponents", "opponents"}, the last two from 0 to 1.
+        {"k", "queries", "proponents", "opponents"}.
     """
     k = exact.proponents.shape[1]
     approximate = index.search(queries_QxE, k)

@@ -5,7 +5,7 @@ part.json       the number of these rows, and the size of every file
 scann_*, *.npy  the files of ScaNN's `serialize`
 """
 
-import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -42,17 +42,34 @@ def import_scann():
     return scann_ops_pybind
 
 
-@dataclasses.dataclass(frozen=True)
 class Part:
-    """A part in memory.
+    """A part that `write_part` wrote; its files are loaded by the first search.
+
+    Args:
+        path: its directory. Its files are checked by their sizes: ScaNN's own loader may crash on a
+            truncated file.
 
     Attributes:
-        rows: row numbers of the corpus, int64 [N], rising.
-        searcher: ScaNN's searcher; None if no row is valid.
+        count: number of valid rows.
+        bytes: size of all files.
+
+    Raises:
+        ScannError: a file is missing or has another size.
     """
 
-    rows: np.ndarray
-    searcher: object
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        advice = "remove the directory and build the index again, which makes only this part"
+        try:
+            description = json.loads((path / "part.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ScannError(f"{path / 'part.json'} cannot be read ({error}); {advice}") from error
+        for name, size in description["files"].items():
+            actual = (path / name).stat().st_size if (path / name).exists() else "no"
+            if actual != size:
+                raise ScannError(f"{path / name} has {actual} bytes, not {size}; {advice}")
+        self.count: int = description["valid"]
+        self.bytes: int = sum(description["files"].values())
 
     def search(
         self, queries_QxE: np.ndarray, k: int, without: np.ndarray, settings: Settings
@@ -65,15 +82,16 @@ class Part:
             without: rows of the corpus to leave out.
             settings: how many leaves to search and how many rows to score again.
         """
-        excluded_N = np.isin(self.rows, without)
+        rows_N, searcher = self._loaded
+        excluded_N = np.isin(rows_N, without)
         k, count = min(k, int((~excluded_N).sum())), len(queries_QxE)
         rows, scores = np.zeros((count, k), np.int64), np.zeros((count, k), np.float32)
         pending = np.arange(count if k else 0)
-        fetched = min(len(self.rows), k + min(k, int(excluded_N.sum())))
+        fetched = min(self.count, k + min(k, int(excluded_N.sum())))
         leaves = settings.leaves_to_search
         while len(pending):
             batch = min(_BATCH, -(-len(pending) // (os.cpu_count() or 1)))
-            places, values = self.searcher.search_batched_parallel(
+            places, values = searcher.search_batched_parallel(
                 queries_QxE[pending], fetched, max(fetched, settings.reorder), leaves or None, batch
             )
             # ScaNN fills up with NaN scores if the searched leaves hold too few rows.
@@ -81,14 +99,40 @@ class Part:
             enough = np.flatnonzero(usable.sum(axis=1) >= k)
             # A stable sort moves the usable ones to the front and keeps their order.
             front = np.argsort(~usable[enough], axis=1, kind="stable")[:, :k]
-            rows[pending[enough]] = self.rows[np.take_along_axis(places[enough], front, 1)]
+            rows[pending[enough]] = rows_N[np.take_along_axis(places[enough], front, 1)]
             scores[pending[enough]] = np.take_along_axis(values[enough], front, 1)
             pending = np.delete(pending, enough)
-            if len(pending) and fetched == len(self.rows) and leaves == settings.leaves:
+            if len(pending) and fetched == self.count and leaves == settings.leaves:
                 raise ScannError(f"ScaNN returned fewer than {k} rows though there are as many")
             # The searched leaves hold too few rows, or too many of them are left out: ask for more.
-            fetched, leaves = min(len(self.rows), 4 * fetched), settings.leaves
+            fetched, leaves = min(self.count, 4 * fetched), settings.leaves
         return rows, scores
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[np.ndarray, object]:
+        """The rows, and ScaNN's searcher (None if no row is valid).
+
+        Reads what ScaNN's `load_searcher` reads, except for `scann_docids.pkl`, which it would
+        unpickle: an index has no document ids, and a pickle could run anything.
+        """
+        scann = import_scann()
+        try:
+            rows = np.load(self.path / "rows.npy", allow_pickle=False)
+            if not self.count:
+                return rows, None
+            assets = (self.path / "scann_assets.pbtxt").read_text(encoding="utf-8")
+            for name in re.findall(r'asset_path: *"([^"]*)"', assets):
+                # Otherwise an index from someone else could read files from anywhere.
+                if pathlib.PurePath(name).name != name:
+                    file = self.path / "scann_assets.pbtxt"
+                    raise ScannError(f"{file} names a file elsewhere: {name}")
+            return rows, scann.ScannSearcher(scann.scann_pybind.ScannNumpy(str(self.path), assets))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ScannError(f"cannot load {self.path}: {error}") from error
+
+    def release(self) -> None:
+        """Frees the memory of the loaded files; the next search loads them again."""
+        self.__dict__.pop("_loaded", None)
 
 
 def write_part(path: pathlib.Path, rows_N: np.ndarray, encodings_NxE, settings: Settings) -> None:
@@ -164,49 +208,3 @@ def _flush(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def check_part(path: pathlib.Path) -> tuple[int, int]:
-    """Checks a part's files by their sizes: ScaNN's own loader may crash on a truncated file.
-
-    Returns:
-        The bytes of all files, and the number of valid rows.
-
-    Raises:
-        ScannError: a file is missing or has another size.
-    """
-    advice = "remove the directory and build the index again, which makes only this part"
-    try:
-        description = json.loads((path / "part.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ScannError(f"{path / 'part.json'} cannot be read ({error}); {advice}") from error
-    for name, size in description["files"].items():
-        actual = (path / name).stat().st_size if (path / name).exists() else "no"
-        if actual != size:
-            raise ScannError(f"{path / name} has {actual} bytes, not {size}; {advice}")
-    return sum(description["files"].values()), description["valid"]
-
-
-def load_part(path: pathlib.Path) -> Part:
-    """Loads a part that `check_part` has checked.
-
-    Reads what ScaNN's `load_searcher` reads, except for `scann_docids.pkl`, which it would
-    unpickle: an index has no document ids, and a pickle could run anything.
-
-    Raises:
-        ScannError: ScaNN cannot read the files, or they name files elsewhere.
-    """
-    scann = import_scann()
-    try:
-        rows = np.load(path / "rows.npy", allow_pickle=False)
-        if not len(rows):
-            return Part(rows, None)
-        assets = (path / "scann_assets.pbtxt").read_text(encoding="utf-8")
-        for name in re.findall(r'asset_path: *"([^"]*)"', assets):
-            # Otherwise an index from someone else could read files from anywhere.
-            if pathlib.PurePath(name).name != name:
-                raise ScannError(f"{path / 'scann_assets.pbtxt'} names a file elsewhere: {name}")
-        searcher = scann.ScannSearcher(scann.scann_pybind.ScannNumpy(str(path), assets))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ScannError(f"cannot load {path}: {error}") from error
-    return Part(rows, searcher)

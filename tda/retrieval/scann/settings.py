@@ -55,9 +55,8 @@ class Settings:
 
     def __post_init__(self):
         least = {"part_rows": 1, "training_rows": 16, "training_iterations": 1}
-        least |= dict.fromkeys(("dims_per_block", "reorder", "leaves", "leaves_to_search"), 0)
-        for name, low in least.items():
-            if getattr(self, name) < low:
+        for name in (*least, "dims_per_block", "reorder", "leaves", "leaves_to_search"):
+            if getattr(self, name) < (low := least.get(name, 0)):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold is {self.threshold}; it must be from 0 to below 1")
@@ -92,8 +91,7 @@ def settings_for(
 
     - A row becomes 1,024 to 2,047 codes, whatever its width.
     - About `40 k` rows are scored again by their int8 encodings, at least `3 k` of each part, if
-      these and the codes fit into memory. Otherwise there are codes alone, and searches score their
-      candidates by encodings that they read.
+      these and the codes fit into memory; else searches read the encodings of their candidates.
     - There are no leaves: whitened gradients hardly cluster, so a query's best rows are in many.
     - Memory holds three times a part's rows and twice the rows that codes are learned from, which
       is what ScaNN takes to build a part.
