@@ -66,13 +66,13 @@ def run(directory: pathlib.Path) -> None:
     passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value)
     if SAMPLE.value:
         passages = corpora.sample(passages, SAMPLE.value, KEEP.value)
-    answers = ask(
+    queries = as_queries(model, tokenizer, PROMPT.value, TARGET.value)
+    answers = api.trace(
         model,
-        tokenizer,
-        PROMPT.value,
-        TARGET.value,
         passages,
-        directory,
+        queries,
+        tokenizer=tokenizer,
+        directory=directory / "store",
         method=METHOD.value,
         correction=CORRECTION.value,
         projection=Projection(side=SIDE.value, pooling="matrix"),
@@ -86,30 +86,21 @@ def run(directory: pathlib.Path) -> None:
     print(f"\nfile: {save(answers, directory)}")
 
 
-def ask(
-    model,
-    tokenizer,
-    prompts: list[str],
-    targets: list[str],
-    passages,
-    directory: pathlib.Path,
-    **arguments,
-) -> TraceResult:
-    """Traces every prompt and returns the answers."""
+def as_queries(model, tokenizer, prompts: list[str], targets: list[str]) -> list:
+    """Returns the prompts with their targets, or else with what the model itself says next."""
     if targets and len(targets) != len(prompts):
         raise ValueError(
             f"--target is given {len(targets)} times, --prompt {len(prompts)} times; give one for "
             "each prompt, or none"
         )
-    queries: list = list(zip(prompts, targets, strict=False))
-    for i, prompt in enumerate(prompts if not targets else []):
+    if targets:
+        return list(zip(prompts, targets, strict=True))
+    queries = []
+    for i, prompt in enumerate(prompts):
         query = generation.continuation(model, tokenizer, prompt)
         print(f"the model says: {prompt} → {query.target}", flush=True)
         queries.append(dataclasses.replace(query, id=str(i)))
-    answers = api.trace(
-        model, passages, queries, tokenizer=tokenizer, directory=directory / "store", **arguments
-    )
-    return answers
+    return queries
 
 
 def save(answers: TraceResult, directory: pathlib.Path) -> pathlib.Path:

@@ -44,6 +44,7 @@ class Sampler:
             x_BxTxN = model.hidden(tokens_BxT) if has_head else model(tokens_BxT)
             x_Bx1xN = jnp.take_along_axis(x_BxTxN, last_B[:, None, None], axis=1)
             logits_BxV = (model.logits(x_Bx1xN) if has_head else x_Bx1xN)[:, 0]
+            # In float32: bfloat16 would round most of the small probabilities to a few values.
             return jax.nn.softmax(logits_BxV.astype(jnp.float32), axis=-1)
 
         self._probabilities = probabilities
@@ -151,9 +152,7 @@ def _pick(p_V: np.ndarray, uniform: Sequence[float]) -> list[int]:
 def confidence(generations: Sequence[str], answers: Iterable[str]) -> float:
     """Returns the share of the generations that begin with one of the answers, as whole words.
 
-    Args:
-        generations: what the model said after the prompt.
-        answers: the target and its aliases; see `tda.evaluation.frequency` on case.
+    The answers are the target and its aliases; see `tda.evaluation.frequency` on case.
 
     Raises:
         ValueError: there are no generations.

@@ -40,8 +40,8 @@ def resampled_means(values_QxM: np.ndarray, resamples: int = 10_000, seed: int =
 
     Args:
         values_QxM: a column for each metric; NaN where a query was not measured.
-        resamples: how many draws of Q queries.
-        seed: seed of the draws, which are the same for every column.
+        resamples: how many draws of Q queries, the same for every column.
+        seed: seed of the draws.
 
     Returns:
         The means, float64 [resamples, M]; NaN where a draw has no measured query.
@@ -67,12 +67,7 @@ def resampled_means(values_QxM: np.ndarray, resamples: int = 10_000, seed: int =
 
 
 def intervals(values_QxM: np.ndarray, resamples: int = 10_000, seed: int = 0) -> list[Interval]:
-    """Returns the mean of each column and its percentile bootstrap interval.
-
-    Args:
-        values_QxM: a column for each metric; NaN where a query was not measured.
-        resamples, seed: see `resampled_means`.
-    """
+    """Returns each column's mean and percentile bootstrap interval (see `resampled_means`)."""
     return _intervals(np.asarray(values_QxM, np.float64), resamples, seed)[0]
 
 
@@ -81,13 +76,9 @@ def differences(
 ) -> list[Difference]:
     """Returns the mean of `values − others` of each column, over queries measured in both.
 
-    Args:
-        values_QxM, others_QxM: the same queries and metrics of two methods.
-        resamples, seed: as for `intervals`.
-
-    Returns:
-        The differences; `p` is twice the smaller share of draws on one side of zero, each counted
-        with one draw more, so that it is never 0 (Davison & Hinkley 1997, section 4.2).
+    Both arrays have the same queries and metrics. `p` is twice the smaller share of draws on one
+    side of zero, each counted with one draw more, so that it is never 0 (Davison & Hinkley 1997,
+    section 4.2).
 
     Raises:
         ValueError: the two differ in shape.

@@ -156,14 +156,6 @@ _URIS = ("entity0_uri", "predicate_uri", "entity1_uri")
 _REQUIRED = object()
 
 
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
 def _is_count(value: Any) -> bool:
     # bool is an int in Python; a true where a number belongs is a mistake in the file.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -171,31 +163,30 @@ def _is_count(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What a field of one type may hold in JSON.
-
-    Attributes:
-        expected: the type in the words of an error.
-        accepts: whether a value has the type.
-        default: stands for an absent or null field.
-        convert: from a value to that of the record.
-    """
+    """What a field of one type may hold in JSON."""
 
     expected: str
+    """The type in the words of an error."""
     accepts: Callable[[Any], bool]
     default: Any = None
+    """Stands for an absent or null field."""
     convert: Callable[[Any], Any] = lambda value: value
+    """From a value to that of the record."""
 
 
 _RULES: dict[Any, _Rule] = {
-    str: _Rule("a non-empty string", lambda v: _is_string(v) and bool(v.strip()), _REQUIRED),
+    str: _Rule("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip()), _REQUIRED),
     # An empty string says no more than null does, and the TFDS features store None as one.
-    str | None: _Rule("a string or null", _is_string, convert=lambda value: value or None),
+    str | None: _Rule("a string or null", lambda v: isinstance(v, str), None, lambda v: v or None),
     int | None: _Rule("a whole number from 0 up, or null", _is_count),
-    bool | None: _Rule("true, false or null", lambda value: isinstance(value, bool)),
+    bool | None: _Rule("true, false or null", lambda v: isinstance(v, bool)),
     tuple[str, ...]: _Rule(
-        "a list of strings", lambda v: _is_list(v) and all(map(_is_string, v)), (), tuple
+        "a list of strings",
+        lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+        (),
+        tuple,
     ),
-    tuple[Triple, ...]: _Rule("a list of triples", _is_list, ()),
+    tuple[Triple, ...]: _Rule("a list of triples", lambda v: isinstance(v, list), ()),
 }
 
 

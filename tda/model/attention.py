@@ -35,6 +35,7 @@ def causal_attention(
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
     scale = K**-0.5 if scale is None else scale
+    # Queries are scaled, not scores: K numbers for each position in place of T.
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BxGxTxK, v_BxGxTxK = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxGxK, v_BxTxGxK))
     y_BxGxRxTxK = _attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)
@@ -54,6 +55,7 @@ def _rows(x_BxGxRxTxK, start: int, stop: int):
 
 
 def _products(equation: str, *operands):
+    # Sums in float32: a bfloat16 sum of many products loses most of them.
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 

@@ -36,6 +36,7 @@ class Decoder(nnx.Module):
             return nnx.Embed(
                 rows,
                 settings.width,
+                # A tied head's logits then begin with a variance of 1.
                 embedding_init=nnx.initializers.normal(settings.width**-0.5),
                 embedding_metadata={"axes": (axis, "embed")},
                 dtype=jnp.dtype(settings.dtype),
@@ -110,11 +111,7 @@ class Decoder(nnx.Module):
         )
 
     def residual_stream(self, tokens_BxT, layers: int):
-        """Returns the residual stream after the first `layers` layers, [B, T, D].
-
-        Args:
-            tokens_BxT: token ids.
-            layers: a number from 1 to L.
+        """Returns the residual stream after the first `layers` of L layers, [B, T, D].
 
         Raises:
             ValueError: the model has no such number of layers; more positions than have an

@@ -11,17 +11,13 @@ from tda.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Functional:
-    """A model taken apart: `merge(params)` is the model again, with these parameters.
-
-    Attributes:
-        graphdef: the model's structure.
-        rest: variables that are not parameters.
-        axes: logical axes of each parameter, by path name.
-    """
+    """A model taken apart: `merge(params)` is the model again, with these parameters."""
 
     graphdef: Any
     rest: Any
+    """Variables that are not parameters."""
     axes: dict[str, tuple]
+    """Logical axes of each parameter, by path name."""
 
     def merge(self, params: dict) -> nnx.Module:
         """Returns the model with parameters `params`, a nested dict of arrays."""

@@ -27,6 +27,7 @@ def greedy(model: nnx.Module, ids, count: int, stop: int | None = None) -> list[
         raise ValueError("there is no token to continue: give a prompt")
     model_fn, params = functional.split(model)
     run = jax.jit(lambda params, tokens, at: jnp.argmax(model_fn.apply(params, tokens)[0, at]))
+    # One length for all steps, and so one compiled program: what stands behind changes nothing.
     tokens_1xT = np.zeros((1, len(ids) + count), np.int32)
     tokens_1xT[0, : len(ids)] = ids
     for at in range(len(ids), len(ids) + count):

@@ -28,15 +28,12 @@ ACTIVATIONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What the attention of a layer can tell of positions. Axes may be stacked over layers.
-
-    Attributes:
-        rotation: of queries and keys; None where positions are added to the embeddings.
-        window: number of positions that each attends to, counting its own, int32; None for all.
-    """
+    """What the attention of a layer can tell of positions. Axes may be stacked over layers."""
 
     rotation: Rotation | None
+    """Of queries and keys; None where positions are added to the embeddings."""
     window: jax.Array | None
+    """Number of positions that each attends to, counting its own, int32; None for all."""
 
 
 def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):

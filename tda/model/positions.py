@@ -8,37 +8,27 @@ import jax.numpy as jnp
 
 # Required and optional keys of each kind of scaling.
 _SCALINGS = {
-    "linear": ({"factor"}, set()),
-    "factors": ({"factors"}, set()),
-    "llama3": (
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        set(),
-    ),
+    "linear": ("factor", ""),
+    "factors": ("factors", ""),
+    "llama3": ("factor low_freq_factor high_freq_factor original_max_position_embeddings", ""),
     "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"beta_fast", "beta_slow", "attention_factor", "truncate"},
+        "factor original_max_position_embeddings",
+        "beta_fast beta_slow attention_factor truncate",
     ),
-    "longrope": (
-        {"short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
-        set(),
-    ),
-    "dynamic": ({"factor", "max_position_embeddings"}, set()),
+    "longrope": ("short_factor long_factor attention_factor original_max_position_embeddings", ""),
+    "dynamic": ("factor max_position_embeddings", ""),
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """How fast each pair of features turns with the position. Axes may be stacked over layers.
-
-    Attributes:
-        inverse_period_K: radians per position, float32 [K / 2]; with fewer than K / 2 pairs, the
-            remaining features of a head are not rotated.
-        factor: factor of the rotated features.
-    """
+    """How fast each pair of features turns with the position. Axes may be stacked over layers."""
 
     inverse_period_K: jax.Array
+    """Radians per position, float32 [K / 2]; features without a pair here are not rotated."""
     factor: float | jax.Array = 1.0
+    """Factor of the rotated features."""
 
 
 def rotation(
@@ -49,15 +39,11 @@ def rotation(
     Args:
         width: number of rotated features, even.
         base: base of the periods.
-        scaling: how the periods are stretched, by its "kind": "linear" ("factor"; Chen et al.
-            2023), "llama3" ("factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings": only long periods are stretched), "yarn" ("factor",
-            "original_max_position_embeddings", and optionally "beta_fast", "beta_slow",
-            "truncate", "attention_factor"; Peng et al. 2023, section 3), "longrope" (Ding et al.
-            2024: one factor for each pair, "short_factor" up to "original_max_position_embeddings"
-            positions and "long_factor" beyond, and "attention_factor"), "dynamic" ("factor",
-            "max_position_embeddings": a larger base beyond these), or "factors" (one for each
-            pair). `check` refuses others.
+        scaling: how the periods are stretched: a "kind" with its keys in `_SCALINGS`. "linear"
+            (Chen et al. 2023); "llama3", only long periods; "yarn" (Peng et al. 2023, section 3);
+            "longrope" (Ding et al. 2024), by a factor for each pair, other factors beyond the
+            original positions; "dynamic", by a larger base beyond them; or "factors", one for each
+            pair. `check` refuses others.
         T: number of positions, for "longrope" and "dynamic". As in transformers, padding counts.
     """
     if scaling is not None and scaling["kind"] == "dynamic":
@@ -105,7 +91,7 @@ def check(width: int, scaling: dict | None) -> None:
     kind = scaling.get("kind")
     if kind not in _SCALINGS:
         raise ValueError(f"unknown rope_scaling kind {kind!r}; use {', '.join(_SCALINGS)}")
-    required, optional = _SCALINGS[kind]
+    required, optional = (set(keys.split()) for keys in _SCALINGS[kind])
     keys = scaling.keys() - {"kind"}
     if required - keys or keys - required - optional:
         raise ValueError(
@@ -149,6 +135,7 @@ def rotary(x_BxTxHxK, rotation: Rotation, layout: str = "half"):
     """
     inverse_period = rotation.inverse_period_K
     width = 2 * inverse_period.shape[-1]
+    # bfloat16 has 8 bits: from position 256 on, neighbours would have the same angle.
     angle_TxK = jnp.arange(x_BxTxHxK.shape[1], dtype=jnp.float32)[:, None] * inverse_period
     sin, cos = jnp.sin(angle_TxK)[None, :, None], jnp.cos(angle_TxK)[None, :, None]
     # A factor of 1 costs nothing; a stacked one is an array of unknown value.

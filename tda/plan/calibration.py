@@ -118,12 +118,7 @@ def encoder_times(
 ) -> EncoderTimes:
     """Compiles an encoder for the shapes of a corpus's batches, and times it on random tokens.
 
-    Args:
-        encoder: the encoder.
-        shapes: (B, T) of the corpus's batches.
-        vocab_size: V of the model.
-        mesh: the devices that a batch is split over; one device where None.
-        rounds: timings of each shape, in turns; the median counts.
+    Each shape is timed in `rounds` turns; the median counts. Batches are split over the mesh.
     """
     chosen = measured_shapes(shapes)
     compiled, seconds, memory = {}, [], 0
@@ -187,10 +182,7 @@ def _random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
 def product_times(width: int, block: int, queries: int) -> ProductTimes:
     """Times the products that R and exact search take, and a small eigendecomposition.
 
-    Args:
-        width: E of an encoding.
-        block: numbers in its largest block.
-        queries: Q of a search.
+    `width` is E of an encoding, `block` the numbers in its largest block, `queries` Q of a search.
     """
     # A chunk of rows of at most 64 MiB.
     rows = max(1, min(4096, 2**26 // (4 * width)))

@@ -113,10 +113,8 @@ def example_operations(taps: Taps) -> int:
 def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tuple, float]) -> float:
     """Returns the operations of encoding a corpus in one pass, padding included.
 
-    Args:
-        model: the model.
-        taps: one for each kind of gradients.
-        shapes: the number of batches of B examples of T positions, by (B, T).
+    `taps` has one for each kind of gradients; `shapes`, by (B, T), the number of batches of B
+    examples of T positions.
     """
     taps = tuple(taps)
     alone, per_position = sum(map(example_operations, taps)), sum(map(tap_operations, taps))
@@ -199,10 +197,7 @@ def eigen_bytes(width: int) -> int:
 def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
     """Returns the peak bytes of memory for R: its matrices, and the largest block's decomposition.
 
-    Args:
-        widths: numbers in each block.
-        matrices: how many R are held (of passages, of queries), in float64.
-        roots: how many R^(−1/2) are held, in float32.
+    Held are so many `matrices` (R of passages, of queries) in float64, and `roots` in float32.
     """
     widths = list(widths)
     stored = matrices * r_bytes(widths) + roots * r_bytes(widths, 4)
@@ -210,10 +205,10 @@ def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
 
 
 def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: bool) -> int:
-    """Returns the bytes that encoding holds for every batch: parameters, projections, exact 1/√V.
+    """Returns the float32 bytes that encoding holds: parameters, projections, exact 1/√V.
 
     Args:
-        parameters: numbers in the model, in float32.
+        parameters: numbers in the model.
         tapped: the matrices whose gradients are taken.
         width: columns of A and of B: side × rank.
         exact: whether 1/√V has a number for every weight.
@@ -224,11 +219,7 @@ def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: boo
 
 
 def lacking(needs: Mapping[str, tuple[float, float | None]]) -> list[str]:
-    """Describes what does not fit.
-
-    Args:
-        needs: bytes needed and bytes available (None if unknown), by name.
-    """
+    """Describes what does not fit, of bytes needed and bytes available (None if unknown)."""
     return [
         f"{name}: {as_bytes(needed)} needed, {as_bytes(available)} there"
         for name, (needed, available) in needs.items()

@@ -61,6 +61,7 @@ def comma_separated(rows: Sequence[dict], columns: Sequence[str] | None = None) 
         rows: a value for each column.
         columns: their order; by default that of the first row's keys.
     """
+    # The module's own line end is that of Windows.
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()

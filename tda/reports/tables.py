@@ -40,11 +40,25 @@ def reference_of(methods: Iterable[str]) -> str:
     return _REFERENCE if _REFERENCE in names else names[0]
 
 
+def _cell(m: dict, metric: str) -> str:
+    return formats.figure(metric, m.get(metric), missing=_missing_text(metric))
+
+
+def _by_method(
+    by_method: dict, columns: Sequence[tuple[str, str]], cell: Callable[[dict, str], str] = _cell
+) -> str:
+    return formats.markdown(
+        ["method", *(title for _, title in columns)],
+        [[METHODS[n].title, *(cell(m, key) for key, _ in columns)] for n, m in by_method.items()],
+        "l" + "r" * len(columns),
+    )
+
+
 def run_table(metrics: dict) -> str:
     """Returns a run's main table in Markdown: methods × metrics, and what the columns mean."""
     m = next(iter(metrics.values()))
     lines = [
-        _by_method(metrics, _RUN_COLUMNS, _cell),
+        _by_method(metrics, _RUN_COLUMNS),
         "",
         f"{m['n_queries']} queries, {m['n_known']} of them known (every token of "
         "the target ranks high under the prompt). Strict: only labels known to be sure count.",
@@ -73,33 +87,27 @@ def run_details(metrics: dict) -> str:
             lambda m, key: formats.figure_with_interval(m, key, _missing_text(key)),
         ),
         "## Conventions of MRR\n\nWith full ranks, and MRR@10: ranks beyond 10 count nothing.",
-        _by_method(metrics, _MRR_COLUMNS, _cell),
+        _by_method(metrics, _MRR_COLUMNS),
     ]
     if len(metrics) > 1:
         title = METHODS[reference].title
+        differences = {n: m["differences"][reference] for n, m in metrics.items() if n != reference}
         parts += [
             f"## Difference to {title}\n\nA method's figure minus {title}'s over the same "
             "queries: mean, 95% interval, two-sided p (paired bootstrap).",
-            _by_method(
-                {n: m["differences"][reference] for n, m in metrics.items() if n != reference},
-                COLUMNS,
-                _difference_cell,
-            ),
+            _by_method(differences, COLUMNS, _difference_cell),
         ]
     if next(iter(metrics.values()))["n_tail_patch_queries"]:
+        columns = [
+            (f"{name}_at_{k}", f"{title} k = {k}")
+            for name, title in (("tail_patch", "p"), ("tail_patch_log", "log p"))
+            for k in (1, 3, 5, 10)
+            if any(f"{name}_at_{k}" in m for m in metrics.values())
+        ]
         parts += [
             "## Tail-patch by depth\n\nMean over the first k proponents: change of the "
             "probability, then of the log-probability in nats.",
-            _by_method(
-                metrics,
-                [
-                    (f"{name}_at_{k}", f"{title} k = {k}")
-                    for name, title in (("tail_patch", "p"), ("tail_patch_log", "log p"))
-                    for k in (1, 3, 5, 10)
-                    if any(f"{name}_at_{k}" in m for m in metrics.values())
-                ],
-                _cell,
-            ),
+            _by_method(metrics, columns),
         ]
     parts += _content_tables(metrics)
     for key, group_title in (
@@ -155,20 +163,6 @@ def _by_group(metrics: dict, key: str, metric: str) -> str:
         columns,
         lambda groups, group: _cell(groups.get(group, {}), metric),
     )
-
-
-def _by_method(
-    by_method: dict, columns: Sequence[tuple[str, str]], cell: Callable[[dict, str], str]
-) -> str:
-    return formats.markdown(
-        ["method", *(title for _, title in columns)],
-        [[METHODS[n].title, *(cell(m, key) for key, _ in columns)] for n, m in by_method.items()],
-        "l" + "r" * len(columns),
-    )
-
-
-def _cell(m: dict, metric: str) -> str:
-    return formats.figure(metric, m.get(metric), missing=_missing_text(metric))
 
 
 def _missing_text(metric: str) -> str:

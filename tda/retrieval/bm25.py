@@ -25,6 +25,7 @@ class Index:
         import bm25s
 
         texts = list(texts)
+        # Without stop words: a template's "the" and "of" stand in nearly every passage.
         tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
         if not tokens.vocab:
             raise ValueError("no passage has a word that BM25 could index")
@@ -38,13 +39,7 @@ class Index:
         k: int = 10,
         correct: dict[str, list[np.ndarray]] | None = None,
     ) -> Ranked:
-        """Ranks passages for each query.
-
-        Args:
-            queries: text of each query, prompt and target.
-            k: number of proponents to keep; opponents mean nothing here and are left out.
-            correct: for each set of labels, the correct rows of each query.
-        """
+        """Ranks passages by texts of queries, prompt and target; the rest as `by_score.rank`."""
         import bm25s
 
         # As words: ids would be those of a vocabulary of the queries, and not of the index.

@@ -47,9 +47,7 @@ def random_scores(passages: int, *seeds: int) -> np.ndarray:
 def norms(source: Source, step: int) -> np.ndarray:
     """Returns the norm of every gradient, float32 [C]; minus infinity if it is invalid.
 
-    Args:
-        source: the gradients.
-        step: rows at a time, a power of two.
+    `step` is a power of two, the rows that are read at a time.
     """
     out = np.empty(source.rows, np.float32)
     for rows in source.scan(step):

@@ -12,24 +12,19 @@ from tda.runtime import atomic_file
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """The best and the worst passages of each query.
-
-    Attributes:
-        proponents: int64 [Q, K], rows with the largest scores, best first; if a retriever returns
-            fewer than K, −1, which is no passage, fills up the end.
-        proponent_scores: float32 [Q, K].
-        opponents: int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] if they
-            were not searched for, or low scores mean nothing.
-        opponent_scores: float32, like `opponents`.
-        first_ranks: for each set of labels, int64 [Q]: rank, from 1, of the first correct passage
-            in the whole corpus; 0 if the query has none.
-    """
+    """The best and the worst passages of each query, with their scores, float32 [Q, K]."""
 
     proponents: np.ndarray
+    """int64 [Q, K], rows with the largest scores, best first; if a retriever returns fewer than K,
+    −1, which is no passage, fills up the end."""
     proponent_scores: np.ndarray
     opponents: np.ndarray
+    """int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] if they were not searched
+    for, or low scores mean nothing."""
     opponent_scores: np.ndarray
     first_ranks: dict[str, np.ndarray]
+    """For each set of labels, int64 [Q]: rank, from 1, of the first correct passage in the whole
+    corpus; 0 if the query has none."""
 
     @classmethod
     def of_proponents(cls, rows_QxK, scores_QxK, first_ranks=None) -> "Ranked":

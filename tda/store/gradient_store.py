@@ -114,18 +114,11 @@ class GradientStore:
         return np.asarray(stored["rows"] if stored else [], np.int64)
 
     def withdraw(self, ids: Sequence[str] = (), documents: Sequence[str] = ()) -> int:
-        """Withdraws passages: from now on they take no part in R and are never retrieved.
+        """Withdraws passages, or all of documents; returns the number of rows that this adds.
 
-        Their gradients stay on disk until the store is removed. Of several processes the first
-        writes the list. Concurrent withdrawals are both kept; stores that are open elsewhere keep
-        the list that they have read.
-
-        Args:
-            ids: ids of passages.
-            documents: ids of documents, whose passages are all withdrawn.
-
-        Returns:
-            The number of rows that had not been withdrawn before.
+        From now on they take no part in R and are never retrieved; their gradients stay on disk
+        until the store is removed. Of several processes the first writes the list. Concurrent
+        withdrawals are both kept; stores that are open elsewhere keep the list that they have read.
 
         Raises:
             StoreError: there is no such passage or document; nothing is withdrawn then.
@@ -179,13 +172,10 @@ class GradientStore:
                 yield segment, at, numbers[at] - first
 
     def write(self, shard: int, encodings_RxE: np.ndarray) -> list[str]:
-        """Writes a whole shard, atomically.
+        """Writes a whole shard, atomically; returns the ids of its invalid rows.
 
         A row with a number that is not finite is stored as invalid: it takes no part in R and is
         never retrieved.
-
-        Returns:
-            The ids of the invalid rows.
 
         Raises:
             StoreError: the rows are not the shard's, or cannot be written.

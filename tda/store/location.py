@@ -95,10 +95,8 @@ class Location:
     def update_json(self, name: str, change: Callable[[Any], Any]) -> None:
         """Replaces a JSON file's value by one derived from it, without losing concurrent updates.
 
-        Args:
-            name: name of the file.
-            change: a function from its value, or None if there is no such file, to the new one;
-                called again if another process wrote the file meanwhile.
+        `change` makes the new value of the old one, or of None if there is no such file; it is
+        called again if another process wrote the file meanwhile.
 
         Raises:
             StoreError: it is not JSON.

@@ -141,15 +141,10 @@ def append(
 
 
 def _clear_leftovers(location: Location, folder: str, number: str) -> str | None:
-    """Removes what a killed run left of a segment, unless the folder holds other files.
+    """Removes what a killed run left of a segment that no manifest names.
 
-    Args:
-        location: the store's.
-        folder: the folder that may hold nothing else; "" for all of the store.
-        number: number of the segment, one that no manifest names.
-
-    Returns:
-        None, or the name of another file; nothing is removed then.
+    Returns the name of a file that is no part of the segment where the folder ("" is the whole
+    store) holds one; nothing is removed then.
     """
     names, start = location.names(folder), f"{number}/"
     for name in names:

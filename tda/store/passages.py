@@ -29,32 +29,24 @@ _MANY = 1_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Passage:
-    """The passage whose gradient a row is.
-
-    Attributes:
-        id: id of the passage, unique in the store.
-        document: id of the document that the passage is, or is a part of.
-        text: its text; None if the store has no texts.
-    """
+    """The passage whose gradient a row is."""
 
     id: str
+    """Unique in the store."""
     document: str
+    """Id of the document that the passage is, or is a part of."""
     text: str | None = None
+    """None if the store has no texts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PassageList:
-    """The passages of new rows, in order.
-
-    Attributes:
-        ids: id of each passage.
-        documents: id of each passage's document.
-        texts: text of each passage; None to store none.
-    """
+    """The passages of new rows, in order."""
 
     ids: Sequence[str]
     documents: Sequence[str]
     texts: Sequence[str] | None
+    """None to store none."""
 
     def digest(self) -> str:
         """Returns a hash that identifies the passages by ids and documents."""

@@ -20,15 +20,12 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What all rows of a store have in common.
-
-    Attributes:
-        dtype: dtype of the numbers on disk.
-        widths: how many numbers each block of a row has.
-    """
+    """What all rows of a store have in common."""
 
     dtype: str
+    """Dtype of the numbers on disk."""
     widths: tuple[int, ...]
+    """How many numbers each block of a row has."""
 
     @property
     def width(self) -> int:
@@ -143,11 +140,7 @@ class Segment:
         return set.intersection(*by_array)
 
     def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
-        """Writes a shard, atomically.
-
-        Returns:
-            Which rows are invalid, bool [R].
-        """
+        """Writes a shard, atomically; returns which rows are invalid, bool [R]."""
 
         def encode(start: int):
             x = x_RxE[start : start + self.chunk_rows]

@@ -58,15 +58,12 @@ _UNUSED = _holders([np.empty(0, np.uint8)], 0)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the shards of an array are divided.
-
-    Attributes:
-        chunk_bytes: bytes of one chunk, without its checksum.
-        chunks: number of chunks in a whole shard.
-    """
+    """How the shards of an array are divided."""
 
     chunk_bytes: int
+    """Bytes of one chunk, without its checksum."""
     chunks: int
+    """Number of chunks in a whole shard."""
 
 
 def read(path: str, layout: Layout, first: int, count: int, buffers: Buffers) -> np.ndarray | None:

@@ -3,12 +3,22 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 
 from tda import methods
 from tda.data import corpora, jsonl
 from tda.model import pretrained
 from tda.retrieval import dense
+from tda.run import defaults
 from tda.runtime.fingerprint import fingerprint, fingerprint_files
+
+_DIGESTS: dict[str, Callable[[str], str | None]] = {
+    "data.sentences": lambda name: fingerprint_files(jsonl.expand(name)),
+    "data.facts": lambda name: fingerprint_files(jsonl.expand(name)),
+    "model.pretrained": lambda name: fingerprint(pretrained.state_of(name)),
+    # The name of a model on the hub is in the config already.
+    "dense.model": lambda name: dense.identity(name) if os.path.isdir(name) else None,
+}
 
 
 def digests(config) -> dict[str, str | None]:
@@ -17,15 +27,10 @@ def digests(config) -> dict[str, str | None]:
     The digest is None if the key names no file that exists now. A copied or touched file keeps its
     digest, which depends on the contents alone.
     """
-    data = config.data
-    uses_encoder = any(m.retriever == "dense" for m in methods.parse(config.methods).values())
-    sources = {
-        "data.sentences": (data.sentences, _digest_files),
-        "data.facts": (data.facts, _digest_files),
-        "model.pretrained": (config.model.pretrained, _digest_model),
-        "dense.model": (config.dense.model if uses_encoder else "", _digest_encoder),
-    }
-    return {key: _digest(function, name) for key, (name, function) in sources.items() if name}
+    names = {key: value for key, value in defaults.flat(config).items() if key in _DIGESTS}
+    if not any(m.retriever == "dense" for m in methods.parse(config.methods).values()):
+        del names["dense.model"]
+    return {key: _digest(key, name) for key, name in names.items() if name}
 
 
 def differing(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
@@ -37,28 +42,15 @@ def differing(before: dict[str, str | None], now: dict[str, str | None]) -> list
     ]
 
 
-def _digest(function, name: str) -> str | None:
+def _digest(key: str, name: str) -> str | None:
     try:
-        return _cached_digest(function, name, json.dumps(corpora.describe_files(name)))
+        return _cached_digest(key, name, json.dumps(corpora.describe_files(name)))
     except (OSError, pretrained.PretrainedError):
         return None
 
 
 @functools.cache
-def _cached_digest(function, name: str, state: str) -> str | None:
+def _cached_digest(key: str, name: str, state: str) -> str | None:
     # All points of a sweep name the same files. They are read once for each `state` (sizes and
     # times of modification), which is cheap to look up.
-    return function(name)
-
-
-def _digest_files(name: str) -> str:
-    return fingerprint_files(jsonl.expand(name))
-
-
-def _digest_model(name: str) -> str:
-    return fingerprint(pretrained.state_of(name))
-
-
-def _digest_encoder(name: str) -> str | None:
-    # The name of a model on the hub is in the config already.
-    return dense.identity(name) if os.path.isdir(name) else None
+    return _DIGESTS[key](name)

@@ -23,18 +23,8 @@ from tda.run import defaults, train
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Sections that do not affect a training. Points that differ in any other section train apart.
-_AFTER_TRAINING = (
-    "methods",
-    "gradients",
-    "projection",
-    "curvature",
-    "several",
-    "dense",
-    "store",
-    "search",
-    "hessian",
-    "eval",
-    "plan",
+_AFTER_TRAINING = frozenset(
+    "methods gradients projection curvature several dense store search hessian eval plan".split()
 )
 # Sections that do not affect the stores.
 _AFTER_STORES = ("hessian", "eval", "plan")

@@ -15,7 +15,7 @@ from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
 from tda.reports import plots
-from tda.run import evaluate, retrieve, stages, train
+from tda.run import defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import progress
@@ -100,8 +100,8 @@ def check_alike(points: list[Point], directory: pathlib.Path) -> None:
 
 def _inputs(point: Point, made_of: dict) -> list[tuple[str, str, Any]]:
     """Returns (title, name in the config, digest of the contents) of all inputs of a point."""
-    c = point.config
-    files = [(k, c[k.split(".")[0]][k.split(".")[1]], x) for k, x in made_of["files"].items() if x]
+    c, values = point.config, defaults.flat(point.config)
+    files = [(key, values[key], digest) for key, digest in made_of["files"].items() if digest]
     text = plain([c.data.to_dict(), c.tokenizer.to_dict(), c.model.context, c.model.pretrained])
     return [
         *files,
@@ -154,6 +154,7 @@ def run_all(
                         if process.returncode:
                             log = directory / "points" / name / "log.txt"
                             failed[name] = _failure(log, process.returncode)
+                # Short beside the seconds that a point takes to start.
                 time.sleep(0.05)
         finally:
             # Also after Ctrl-C, which a terminal sends to the points too, but `kill` does not.

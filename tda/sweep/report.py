@@ -108,12 +108,7 @@ def differences(results: list[Result]) -> list[dict]:
 
 
 def across_seeds(table: list[dict], figure: str = "value") -> list[dict]:
-    """Merges the rows of all seeds into one: mean, sd, least, most and the number of seeds.
-
-    Args:
-        table: the rows of `rows` or `differences`.
-        figure: the column to summarise: "value", or "difference".
-    """
+    """Merges the rows of all seeds into one, with the spread of a column (`statistics`)."""
     by_key: dict[tuple, list[dict]] = {}
     varying = ("point", "seed", *_NOTE_COLUMNS, *_FIGURE_COLUMNS)
     for row in table:
@@ -147,10 +142,7 @@ def write(sweep: Sweep, results: list[Result], directory: pathlib.Path, draw: bo
 def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict]) -> str:
     """Returns the headline metrics over seeds in Markdown, and differences to the reference.
 
-    Args:
-        sweep: the sweep.
-        figures: `across_seeds` of its rows.
-        figure_differences: `across_seeds` of its differences.
+    `figures` and `figure_differences` are `across_seeds` of a sweep's rows and differences.
     """
     axes = [a for a in sweep.axes if a != "seed"]
     parts = [_headline(axes, figures, _mean_and_spread)]
@@ -174,10 +166,7 @@ def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict
 def _headline(axes: list[str], table: list[dict], cell) -> str:
     """Returns a table with a row for each method and value of `axes`, a column for each metric.
 
-    Args:
-        axes: the sweep's axes other than the seed.
-        table: rows with the mean and spread of one metric each.
-        cell: formats such a row, given its metric.
+    `cell` formats a row of `table`, the mean and spread of one metric, given the metric.
     """
     by_key: dict[tuple, dict[str, dict]] = {}
     for row in table:

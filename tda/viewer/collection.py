@@ -39,13 +39,10 @@ class Collection:
     def add(
         self, path, label: str = "", title: str = "", on_bytes: Callable[[int], None] | None = None
     ) -> ResultsFile:
-        """Opens a results file and adds it to those shown.
+        """Opens a results file and adds it to those shown; arguments as for `ResultsFile`.
 
-        Args:
-            path: the file.
-            label: short name; by default the file's, made distinct from the other labels.
-            title: the method's title; by default that of the label in `tda.methods`.
-            on_bytes: called with the number of bytes indexed since the last call.
+        Its label is made distinct from the others, and is by default the file's name; its title is
+        by default that of the label in `tda.methods`.
 
         Raises:
             OSError, ResultsError: the file cannot be shown.

@@ -23,13 +23,10 @@ def fetch(
     limit: int,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Downloads a results file into a folder, atomically; returns its path.
+    """Downloads a results file into a folder, named by the URL's last part; returns its path.
 
-    Args:
-        url: an http or https URL.
-        folder: the folder; the file is named by the last part of the URL.
-        limit: its largest size in bytes.
-        on_bytes: called with bytes so far and bytes in all (0: unknown).
+    The file appears whole or not at all. It may have `limit` bytes; `on_bytes` is called with the
+    bytes so far and in all (0: unknown).
 
     Raises:
         ValueError: the URL has another scheme, or the file is too large.

@@ -93,13 +93,10 @@ def _write_page(out: pathlib.Path) -> None:
 
 
 def bundle(modules: dict[str, str], entry: str) -> str:
-    """Joins modules into one classic script: a function for each, imported modules first.
+    """Joins modules, by name, into one classic script: a function for each, `entry` last.
 
-    Args:
-        modules: source by name; an import is `import { a, b } from "./name.js";` or
-            `import * as a from "./name.js";` in one line, an export stands before `function`,
-            `async function`, `class` or `const`.
-        entry: the module that begins.
+    An import is `import { a, b } from "./name.js";` or `import * as a from "./name.js";` in one
+    line; an export stands before `function`, `async function`, `class` or `const`.
 
     Raises:
         ExportError: an import or export is written in another way, or imports run in a circle.

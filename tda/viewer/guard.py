@@ -16,11 +16,16 @@ POLICY = (
 )
 HEADERS = {
     "content-security-policy": POLICY,
+    # No guessing of a type by a file's contents, which may be anyone's.
     "x-content-type-options": "nosniff",
+    # A link in a passage does not tell its target where the viewer runs.
     "referrer-policy": "no-referrer",
+    # Other sites can neither embed an answer nor hold on to the viewer's window.
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
+    # Browsers that do not know `frame-ancestors`.
     "x-frame-options": "DENY",
+    # A browser's cache would keep texts after the viewer has ended.
     "cache-control": "no-store",
 }
 TOKEN_HEADER = "x-viewer-token"

@@ -108,6 +108,7 @@ def serve(
     """Serves until interrupted; prints the address once it answers."""
     hosts = ("127.0.0.1", "localhost", "::1", host, *names)
     application = create_app(collection, answers, hosts, allow_urls)
+    # Browsers hold connections open, which the end of the server would otherwise wait for.
     config = uvicorn.Config(
         application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
     )

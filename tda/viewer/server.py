@@ -276,6 +276,7 @@ def _texts(body: dict, field: str) -> list[str]:
 
 def _integer(body: dict, field: str, most: int) -> int:
     value = body.get(field)
+    # bool is an int in Python.
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise HTTPException(400, f"{field!r} must be a whole number from 1 to {most}")
     return value

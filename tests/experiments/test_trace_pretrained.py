@@ -8,8 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import ask
-from tda import api, results
-from tda.answers import TraceResult
+from tda import results
 from tda.live import finished_run
 from tda.model import functional, generation, pretrained
 from tda.run import corpus, stages, train
@@ -136,23 +135,16 @@ def test_what_the_model_says_is_a_phrase(monkeypatch, said, phrase):
     assert "".join(map(chr, prompt + target)) == ("He was born in" + said)[: len(prompt + target)]
 
 
-def test_the_tokens_that_the_model_produced_are_traced(monkeypatch, tmp_path):
+def test_the_tokens_that_the_model_produced_are_traced(monkeypatch):
     """Guards: a continuation whose text has other tokens when it is encoded anew."""
     monkeypatch.setattr(generation, "greedy", lambda *_: [ord(c) for c in " Bonn, in"])
-    calls = []
-
-    def trace(model, passages, queries, **arguments):
-        calls.append(queries)
-        return TraceResult("", [])
-
-    monkeypatch.setattr(api, "trace", trace)
-    ask.ask(None, Says(), ["He was born in", "He died in"], [], [], tmp_path)
-    assert [(q.id, q.prompt, q.target) for q in calls[0]] == [
+    queries = ask.as_queries(None, Says(), ["He was born in", "He died in"], [])
+    assert [(q.id, q.prompt, q.target) for q in queries] == [
         ("0", "He was born in", "Bonn"),
         ("1", "He died in", "Bonn"),
     ]
-    assert [bytes(q.tokens[1]) for q in calls[0]] == [b"Bonn"] * 2
-    assert bytes(calls[0][1].tokens[0]) == b"He died in "
+    assert [bytes(q.tokens[1]) for q in queries] == [b"Bonn"] * 2
+    assert bytes(queries[1].tokens[0]) == b"He died in "
 
 
 def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
@@ -167,4 +159,4 @@ def test_saying_nothing_is_told(monkeypatch):
     with pytest.raises(ValueError, match="give a --target"):
         generation.continuation(None, Says(), "He was born in")
     with pytest.raises(ValueError, match="--target is given 1 times, --prompt 2 times"):
-        ask.ask(None, Says(), ["a", "b"], ["c"], [], None)
+        ask.as_queries(None, Says(), ["a", "b"], ["c"])

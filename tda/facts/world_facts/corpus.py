@@ -20,6 +20,7 @@ _TAIL_REACH = 10.0
 _TAIL_EXPONENT = 1.6
 # Spread of the log-normal noise on popularity, so that no two relations rank alike.
 _POPULARITY_NOISE = 1.0
+# Of the pairs of a country's facts that have a template, the share that is stated.
 _PAIRED_SHARE = 0.5
 
 # A statement: its text, and the facts that it states.

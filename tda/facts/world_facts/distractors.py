@@ -12,6 +12,7 @@ from tda.facts.world_facts.templates import WORDING, sentence
 # without its subject, and two names that are nearly the same.
 _KINDS = {"city": 4, "country": 4, "two places": 5, "object": 4, "similar names": 1}
 _TEMPLATES = WORDING["distractors"]
+# Ratio of `difflib` from which two names are nearly the same ("Austria", "Australia": 0.88).
 _SIMILARITY = 0.75
 
 # A place: its name, and its name as it stands within a sentence.

@@ -35,20 +35,14 @@ _RESIDENT_BYTES = 8 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """The encodings of a corpus that an index is built from.
-
-    Attributes:
-        read: a function from rising row numbers, int64 [R], to encodings, float32 [R, E]; an
-            invalid row is infinite throughout.
-        rows: C.
-        width: E.
-        fingerprint: JSON values that identify the encodings.
-    """
+    """The encodings of a corpus, C rows of E numbers, that an index is built from."""
 
     read: Callable[[np.ndarray], np.ndarray]
+    """From rising row numbers, int64 [R], to float32 [R, E]; an invalid row is all infinite."""
     rows: int
     width: int
     fingerprint: dict
+    """JSON values that identify the encodings."""
 
 
 class Index:
