@@ -84,6 +84,7 @@ class Decoder(nnx.Module):
             rotation = in_window = positions.rotation(
                 s.rotated_features, s.rope_base, s.rope_scaling, T
             )
+            # Gemma 3 turns local layers by a base of their own, and does not stretch it.
             if s.window_rope_base is not None:
                 in_window = positions.rotation(s.rotated_features, s.window_rope_base)
         if s.window_layers is None and s.rope_layers is None:
@@ -133,6 +134,7 @@ class Decoder(nnx.Module):
         s = self.settings
         x_BxTxD = self.embedding(tokens_BxT)
         if s.embedding_scale != 1.0:
+            # The factor is rounded to the embeddings' dtype, as in Gemma's own code.
             x_BxTxD = x_BxTxD * jnp.asarray(s.embedding_scale, x_BxTxD.dtype)
         if s.max_positions:
             T = tokens_BxT.shape[1]

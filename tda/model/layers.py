@@ -109,6 +109,7 @@ class Attention(nnx.Module):
         q, k, v = self.query(x_BxTxD), self.key(x_BxTxD), self.value(x_BxTxD)
         if s.projection_clip is not None:
             q, k, v = (jnp.clip(x, -s.projection_clip, s.projection_clip) for x in (q, k, v))
+        # Over all heads before they are split (OLMo 2), or over each one after (Qwen 3).
         if s.query_key_norm == "all":
             q, k = self.query_norm(q), self.key_norm(k)
         q = q.reshape(B, T, s.heads, s.head_width)

@@ -13,7 +13,7 @@ class Index:
 
     Args:
         texts: the passages, in the corpus's order.
-        k1, b: BM25's constants.
+        k1, b: BM25's constants; by default those of `bm25s`.
 
     Raises:
         ValueError: no passage has a word.

@@ -9,6 +9,7 @@ from tda.runtime.fingerprint import hash_64_bits
 from tda.store import arrays
 from tda.store.location import Location, StoreError
 
+# Numbers in a chunk, which a look-up reads (512 KiB), and in a file (32 MiB).
 _CHUNK, _SHARD = 1 << 16, 1 << 22
 
 

@@ -95,6 +95,7 @@ class _App:
     def __init__(self, collection, live, hosts, allow_urls, upload_limit):
         self._collection, self._live, self._hosts = collection, live, hosts
         self._allow_urls, self._upload_limit = allow_urls, upload_limit
+        # 192 random bits: nobody guesses them.
         self._token = secrets.token_urlsafe(24)
         self._static = static_files()
         self._jobs = Jobs()
