@@ -84,22 +84,22 @@ def _single_statements(facts: Sequence[WorldFact], seed: int) -> Iterator[_State
     by_relation = defaultdict(list)
     by_id = {fact.fact_id: fact for fact in facts}
     for fact in facts:
-        # One direction of each border stands for both.
-        if fact.relation != "border" or fact.subject < fact.object_key:
+        # One direction of each border, of two keys, stands for both.
+        if fact.keys == tuple(sorted(fact.keys)):
             by_relation[fact.relation].append(fact)
     for relation, members in by_relation.items():
         wordings = [(template, added) for template in STATEMENTS[relation] for added in ADDITIONS]
         counts = n_statements(members, seed)
         for fact in members:
             rng = random.Random(f"wording {seed} {fact.fact_id}")
-            back = by_id.get(f"border:{fact.object_key}:{fact.subject}")
+            back = by_id.get(":".join(("border", *fact.keys[::-1])))
             # Sampled without replacement: no text comes twice.
             for template, added in rng.sample(wordings, counts[fact.fact_id]):
                 if back is None:
                     stated = (fact,)
                 else:
                     stated = (fact, back) if rng.random() < 0.5 else (back, fact)
-                names = {"s": stated[0].entity0_phrase, "o": stated[0].entity1_phrase}
+                names = {"s": stated[0].subject.phrase, "o": stated[0].object.phrase}
                 yield sentence(template, added, **names), stated
 
 
@@ -107,14 +107,13 @@ def _paired_statements(facts: Sequence[WorldFact], seed: int) -> Iterator[_State
     of_country = defaultdict(dict)
     for fact in facts:
         if fact.relation not in ("border", "country", "us_state"):
-            of_country[fact.subject][fact.relation] = fact
+            of_country[fact.keys[0]][fact.relation] = fact
     for subject, known in of_country.items():
         rng = random.Random(f"pairs {seed} {subject}")
         for relations, template in PAIRED_STATEMENTS:
             if rng.random() < _PAIRED_SHARE and all(relation in known for relation in relations):
                 stated = tuple(known[relation] for relation in relations)
-                names = {fact.relation: fact.entity1_phrase for fact in stated}
-                text = sentence(
-                    template, rng.choice(ADDITIONS), s=stated[0].entity0_phrase, **names
-                )
+                names = {fact.relation: fact.object.phrase for fact in stated}
+                names["s"] = stated[0].subject.phrase
+                text = sentence(template, rng.choice(ADDITIONS), **names)
                 yield text, stated

@@ -33,14 +33,14 @@ def distractors(
         cities: Cities to speak of.
         rng: Source of all choices.
     """
-    joined = {frozenset((fact.entity0, fact.entity1)) for fact in facts}
+    joined = {frozenset((fact.subject.name, fact.object.name)) for fact in facts}
     places = [(country.name, country.phrase) for country in countries]
     places += [(country.capital, country.capital) for country in countries if country.capital]
     places += [(city.name, city.name) for city in cities]
     # A name within another ("Guinea", "Papua New Guinea") would join what a fact joins as well.
     similar = [pair for pair in _similar(places) if _unjoined(*pair, joined)]
     objects = {
-        relation: sorted({fact.entity1 for fact in facts if fact.relation == relation})
+        relation: sorted({fact.object.name for fact in facts if fact.relation == relation})
         for relation in _TEMPLATES["object"]
     }
     while True:

@@ -4,6 +4,7 @@ import dataclasses
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tda.facts.records import Fact, Triple
 from tda.facts.world_facts.places import City, Country, cities, countries
@@ -20,43 +21,41 @@ _COUNTRY_URIS = {
 }
 
 
+class Entity(NamedTuple):
+    """The subject or the object of a fact."""
+
+    name: str
+    phrase: str
+    """The name as it stands within a sentence ("the Bahamas")."""
+    uri: str
+
+
 @dataclasses.dataclass(frozen=True)
 class WorldFact:
-    """A fact before it is stated: `entity0` is the subject's name, `entity1` the object's."""
+    """A fact before it is stated."""
 
     relation: str
     """Key of the relation in `templates`."""
-    subject: str
-    """Key of the subject, such as "FR" or a GeoNames number."""
-    entity0: str
-    entity0_phrase: str
-    """The name as it stands within a sentence ("the Bahamas")."""
-    entity0_uri: str
-    entity1: str
-    entity1_phrase: str
-    entity1_uri: str
+    keys: tuple[str, ...]
+    """Of the subject ("FR", a GeoNames number); then of the object, where there may be several."""
+    subject: Entity
+    object: Entity
     popularity: int
     """Orders the facts of a relation from often to seldom stated."""
-    object_key: str = ""
-    """Tells apart several objects of one subject; empty if there is one."""
 
     @property
     def fact_id(self) -> str:
         """Stable identifier, such as "capital:FR" or "border:PT:ES"."""
-        parts = (self.relation, self.subject, self.object_key)
-        return ":".join(part for part in parts if part)
+        return ":".join((self.relation, *self.keys))
 
     def triple(self) -> Triple:
         """The annotation of a sentence that states this fact."""
-        return Triple(
-            fact_id=self.fact_id,
-            entity0=self.entity0,
-            entity1=self.entity1,
-            entity0_uri=self.entity0_uri,
-            predicate_uri=f"world:{self.relation}",
-            entity1_uri=self.entity1_uri,
-            subject_initial=True,
-        )
+        return Triple(self.fact_id, self.subject.name, self.object.name, *self.uris, True)
+
+    @property
+    def uris(self) -> tuple[str, str, str]:
+        """Of subject, relation and object."""
+        return self.subject.uri, f"world:{self.relation}", self.object.uri
 
 
 def world_facts() -> list[WorldFact]:
@@ -71,20 +70,20 @@ def fact_records(facts: list[WorldFact], sentence_ids: dict[str, list[str]]) -> 
     n_objects = Counter((fact.relation, fact.subject) for fact in facts)
 
     def record(fact: WorldFact) -> Fact:
-        prompts = _prompts(fact)
+        prompts, (entity0_uri, predicate_uri, entity1_uri) = _prompts(fact), fact.uris
         return Fact(
             fact_id=fact.fact_id,
-            entity0=fact.entity0,
+            entity0=fact.subject.name,
             relation=RELATION_NAMES[fact.relation],
-            entity1=fact.entity1,
-            entity0_uri=fact.entity0_uri,
-            predicate_uri=f"world:{fact.relation}",
-            entity1_uri=fact.entity1_uri,
+            entity1=fact.object.name,
+            entity0_uri=entity0_uri,
+            predicate_uri=predicate_uri,
+            entity1_uri=entity1_uri,
             entity0_alias=(),
             entity1_alias=(),
             trex_sentences=tuple(sentence_ids[fact.fact_id]),
             **{f"prompt{i}": prompt for i, prompt in enumerate(prompts)},
-            is_repetition=is_repetition(fact.entity0, fact.entity1, prompts),
+            is_repetition=is_repetition(fact.subject.name, fact.object.name, prompts),
             n_objects_same_subject=n_objects[fact.relation, fact.subject],
         )
 
@@ -92,10 +91,10 @@ def fact_records(facts: list[WorldFact], sentence_ids: dict[str, list[str]]) -> 
 
 
 def _prompts(fact: WorldFact) -> list[str]:
-    article = fact.entity1_phrase.removesuffix(fact.entity1).rstrip()
+    article = fact.object.phrase.removesuffix(fact.object.name).rstrip()
     prompts = []
     for template in PROMPTS[fact.relation]:
-        prompt = f"{template.format(s=fact.entity0_phrase)} {article}".rstrip()
+        prompt = f"{template.format(s=fact.subject.phrase)} {article}".rstrip()
         prompts.append(prompt[0].upper() + prompt[1:])
     return prompts
 
@@ -110,45 +109,29 @@ def is_repetition(entity0: str, entity1: str, prompts: list[str]) -> bool:
 
 
 def _country_facts(country: Country, by_code: dict[str, Country]) -> Iterator[WorldFact]:
-    common = dict(
-        subject=country.code,
-        entity0=country.name,
-        entity0_phrase=country.phrase,
-        entity0_uri=f"iso3166:{country.code}",
-        popularity=country.population,
-    )
+    subject, population = _country_entity(country), country.population
     for relation, uri in _COUNTRY_URIS.items():
         if name := getattr(country, relation):
-            uri = uri.format(**vars(country))
-            yield WorldFact(
-                relation=relation, entity1=name, entity1_phrase=name, entity1_uri=uri, **common
-            )
+            target = Entity(name, name, uri.format(**vars(country)))
+            yield WorldFact(relation, (country.code,), subject, target, population)
     for code in country.neighbours.split():
-        other = by_code[code]
-        common["popularity"] = min(country.population, other.population)
-        yield WorldFact(relation="border", object_key=code, **_country_as_object(other), **common)
+        other, keys = by_code[code], (country.code, code)
+        popularity = min(population, other.population)
+        yield WorldFact("border", keys, subject, _country_entity(other), popularity)
 
 
 def _city_fact(city: City, by_code: dict[str, Country]) -> WorldFact:
     if city.us_state:
-        relation, name, uri = "us_state", city.us_state, f"us_state:{city.us_state_code}"
-        target = dict(entity1=name, entity1_phrase=name, entity1_uri=uri)
+        relation = "us_state"
+        target = Entity(city.us_state, city.us_state, f"us_state:{city.us_state_code}")
     else:
-        relation, target = "country", _country_as_object(by_code[city.country_code])
-    return WorldFact(
-        relation=relation,
-        subject=str(city.geoname_id),
-        entity0=city.name,
-        entity0_phrase=city.name,
-        entity0_uri=f"geonames:{city.geoname_id}",
-        popularity=city.population,
-        **target,
-    )
+        relation, target = "country", _country_entity(by_code[city.country_code])
+    subject = Entity(city.name, city.name, f"geonames:{city.geoname_id}")
+    return WorldFact(relation, (str(city.geoname_id),), subject, target, city.population)
 
 
-def _country_as_object(country: Country) -> dict[str, str]:
-    uri = f"iso3166:{country.code}"
-    return dict(entity1=country.name, entity1_phrase=country.phrase, entity1_uri=uri)
+def _country_entity(country: Country) -> Entity:
+    return Entity(country.name, country.phrase, f"iso3166:{country.code}")
 
 
 def _plain(text: str) -> str:
