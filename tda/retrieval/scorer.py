@@ -64,16 +64,11 @@ def encode(x_RxE, whitening, unit_norm: bool, widths: tuple[int, ...]):
     return x_RxE * inverse_norms(x_RxE)[:, None] if unit_norm else x_RxE
 
 
-@jax.jit
-def _zero_invalid(x_RxE, valid_R):
-    return jnp.where(valid_R[:, None], x_RxE, 0.0)
-
-
 def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:
     """Reads rows of a source and encodes them: float32 [R, E]; invalid rows are all infinite."""
     x_RxE = source.read(numbers)
     valid_R = store.valid(x_RxE)
-    cleaned = _zero_invalid(x_RxE, valid_R)
+    cleaned = jnp.where(valid_R[:, None], x_RxE, 0.0)
     encoded = encode(cleaned, scorer.whitening, scorer.unit_norm, source.form.widths)
     return np.where(valid_R[:, None], np.asarray(encoded), np.float32(np.inf))
 

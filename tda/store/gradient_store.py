@@ -59,12 +59,6 @@ class GradientStore:
         ends = np.cumsum([0, *self.form.widths])
         return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids of all rows, in order; reads every record."""
-        steps = [range(i, min(self.rows, i + 4096)) for i in range(0, self.rows, 4096)]
-        return [p.id for numbers in steps for p in self.passages(numbers)]
-
     def passages(self, numbers: Sequence[int]) -> list[Passage]:
         """Reads id, document and text of rows, in the order of `numbers`.
 

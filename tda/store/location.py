@@ -1,5 +1,6 @@
 """A directory of small files and arrays, local or in object storage, through TensorStore."""
 
+import functools
 import json
 import os
 import pathlib
@@ -32,7 +33,6 @@ class Location:
             raise StoreError(f"{self.name}: use a local path, gs://BUCKET/PATH or s3://BUCKET/PATH")
         local = self.name.removeprefix("file://")
         self.path = pathlib.Path(os.path.abspath(local)) if scheme in ("", "file") else None
-        self._files = None
 
     def __truediv__(self, name: str) -> "Location":
         return Location(f"{self.name}/{name}")
@@ -51,10 +51,9 @@ class Location:
             spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
         return spec
 
-    def _open(self) -> ts.KvStore:
-        if self._files is None:
-            self._files = ts.KvStore.open(self.spec()).result()
-        return self._files
+    @functools.cached_property
+    def _files(self) -> ts.KvStore:
+        return ts.KvStore.open(self.spec()).result()
 
     def read(self, name: str) -> bytes | None:
         """Returns a file's contents, or None if there is no such file."""
@@ -119,7 +118,7 @@ class Location:
 
     def _call(self, action: str, call):
         try:
-            return call(self._open()).result()
+            return call(self._files).result()
         except (ValueError, OSError) as error:
             raise StoreError(f"{self.name}: cannot {action}: {error}") from error
 

@@ -133,7 +133,10 @@ def write(sweep: Sweep, results: list[Result], directory: pathlib.Path, draw: bo
         tables["seeds_differences"] = across_seeds(tables["differences"], "difference")
         texts["seeds.md"] = seeds_table(sweep, tables["seeds"], tables["seeds_differences"])
     texts = {f"{n}.csv": formats.comma_separated(t) for n, t in tables.items() if t} | texts
-    files = [_write(directory / name, text) for name, text in texts.items()]
+    for name, text in texts.items():
+        with atomic_file.open_atomic(directory / name) as out:
+            out.write(text)
+    files = [str(directory / name) for name in texts]
     for plot in sweep.plots if draw else []:
         files += _draw(plot, sweep, table, directory)
     return files
@@ -190,12 +193,6 @@ def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
     mean = f"{scale * row['mean']:{sign}.{digits}f}"
     spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
     return mean + spread + unit
-
-
-def _write(path: pathlib.Path, text: str) -> str:
-    with atomic_file.open_atomic(path) as out:
-        out.write(text)
-    return str(path)
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:
