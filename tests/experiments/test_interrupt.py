@@ -33,7 +33,10 @@ def interrupt(words, directory, file):
             program.send_signal(signal.SIGINT)
             break
         time.sleep(0.02)
-    _, errors = program.communicate(timeout=300)
+    try:
+        _, errors = program.communicate(timeout=300)
+    finally:
+        program.kill()
     return program.returncode, errors
 
 

@@ -55,6 +55,16 @@ def join(*arguments, **how):
     return [(p.returncode, *texts) for p, texts in zip(started, out, strict=True)]
 
 
+def run_alone(arguments):
+    """One process with as many devices as two have together."""
+    process = start(arguments, devices=4)
+    try:
+        _, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()  # else it would outlive a test that has run out of time
+    assert process.returncode == 0, errors[-3000:]
+
+
 def keys(tmp_path, **changed):
     """The command-line keys of the tiny run."""
     c = make_config(tmp_path)
@@ -98,9 +108,7 @@ def files(path):
 def test_two_processes_find_what_one_finds(tmp_path, changed):
     arguments = keys(tmp_path, **changed)
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start([*arguments, f"--workdir={one}"], devices=4)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone([*arguments, f"--workdir={one}"])
     for code, _, errors in join([*arguments, f"--workdir={two}"]):
         assert code == 0, errors[:3000] + " … " + errors[-1000:]
 
@@ -139,9 +147,7 @@ def test_every_kind_of_retriever_works_with_two_processes(tmp_path):
     methods = "tracin,less,trak,hidden_last,gradient_norm,random,length"
     arguments = keys(tmp_path, methods=methods, **{"train.keep": 0, "eval.tail_patch_queries": 0})
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start([*arguments, f"--workdir={one}"], devices=4)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone([*arguments, f"--workdir={one}"])
     for code, _, errors in join([*arguments, f"--workdir={two}"]):
         assert code == 0, errors[:3000] + " … " + errors[-1000:]
     names = [sorted(p.name for p in (w / "retrieval").glob("*.npz")) for w in (one, two)]

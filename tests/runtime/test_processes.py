@@ -84,9 +84,13 @@ def run(arguments):
 
 
 def finish(*processes):
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("how", ["alone", "spans"])
