@@ -119,18 +119,18 @@ def product_of(queries_QxE: np.ndarray):
 
 
 class _Part:
-    """Some shards of a store, as a source: the `number`-th of so many parts."""
+    """Consecutive shards of a store, as a source: the `number`-th of so many parts."""
 
     def __init__(self, store: stores.GradientStore, number: int, parts: int):
-        self._store, self._shards = store, slice(number, None, parts)
-        self.form = store.form
-        self.files = files_of(store)[number::parts]
-        shards = store.shards()[self._shards]
-        self.rows = sum(map(_length, shards))
+        self._store, self.form = store, store.form
+        shards = np.array_split(np.arange(len(store.shards())), parts)[number]
+        self.files = [files_of(store)[i] for i in shards]
+        self._start = store.shards()[shards[0]].start
+        self.rows = store.shards()[shards[-1]].stop - self._start
 
-    def scan(self, step: int):
+    def scan(self, step: int, rows: range):
         """The rows of these shards."""
-        return self._store.scan(step, self._shards)
+        return self._store.scan(step, range(self._start + rows.start, self._start + rows.stop))
 
 
 def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:

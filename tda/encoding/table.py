@@ -102,10 +102,11 @@ class OnTheFly:
         """C, the number of rows."""
         return len(self._table)
 
-    def scan(self, step: int) -> Iterator[Rows]:
-        """Yields all rows in order, at most `step` at a time: one pass over the corpus."""
-        for start in range(0, self.rows, self._span):
-            numbers = np.arange(start, min(self.rows, start + self._span))
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Yields a range of rows in order, at most `step` at a time: one pass over the corpus."""
+        rows = range(self.rows) if rows is None else rows
+        for start in rows[:: self._span]:
+            numbers = np.arange(start, min(rows.stop, start + self._span))
             x_RxE = self._encode(numbers, self._on_batch)
             span = Rows(start, x_RxE, None, valid(x_RxE))
             yield from (span[i : i + step] for i in range(0, len(numbers), step))

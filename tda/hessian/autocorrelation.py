@@ -14,6 +14,7 @@ import numpy as np
 
 from tda import store
 from tda.runtime import sharding
+from tda.runtime.groups import ONE_GROUP, Groups
 
 # Bytes of float32 rows that fill the devices, and the multiple of it that one step sums: a step
 # reads and writes all of R, so longer steps spend less of their time on that.
@@ -46,7 +47,9 @@ def autocorrelation_of_source(
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
-) -> Autocorrelation:
+    groups: Groups = ONE_GROUP,
+    name: str = "",
+) -> Autocorrelation | None:
     """Returns R of a source of gradients, summed on the devices, each of which takes its own rows.
 
     Args:
@@ -55,10 +58,36 @@ def autocorrelation_of_source(
         seed: seed of the draw.
         mesh: the devices; None is the default device.
         on_rows: a function that is called with the number of rows of each step once it has begun.
+        groups: how rows are cut into groups whose sums are kept, and which processes share.
+        name: what identifies the source and the sample, for the files of `groups`.
+
+    Returns:
+        R; None in all processes but the first if `groups` has a directory.
 
     Raises:
         ValueError: the source has no valid rows.
     """
+    widths = source.form.widths
+    drawn = _draw(source.rows, sample, seed)
+    # A group of rows that holds a sample of them reads and sums as much less.
+    row_bytes = max(1, source.form.row_bytes * (sample or source.rows) // max(1, source.rows))
+    ranges = groups.ranges(source.rows, row_bytes, 8 * sum(w * w for w in widths))
+
+    def work(rows: range) -> dict[str, np.ndarray]:
+        return _sum_rows(source, rows, drawn, mesh, on_rows)
+
+    return groups.reduce(f"R-{name}", ranges, work, functools.partial(_mean, widths), on_rows)
+
+
+def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
+    """Draws rows in rising order, so that a store reads every chunk once; None takes all."""
+    if not sample or sample >= rows:
+        return None
+    return np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False, shuffle=False))
+
+
+def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray]:
+    """Returns the sums of a range of rows, float64: "0", "1", … by portion, "fourth", "count"."""
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
     widths = source.form.widths
     step = _CHUNKS_PER_STEP * _chunk_rows(source.form.width) * devices
@@ -76,27 +105,37 @@ def autocorrelation_of_source(
 
     portions, count = _portions(widths), 0
     sums = [(zeros(p.count, p.width, p.width), zeros(p.count)) for p in portions]
-    for rows in _read_rows(source, sample, seed, step):
-        scales = None if rows.scales is None else pad_and_put(rows.scales)
-        sums = _add_rows(sums, pad_and_put(rows.values), scales, pad_and_put(rows.valid), widths)
-        count += int(rows.valid.sum())
-        on_rows(len(rows))
-    if not count:
-        raise ValueError("there are no gradients to take R of")
-    blocks, noise = [], []
-    for i, (gram, fourth) in enumerate(sums):
+    for some in _read_rows(source, rows, drawn, step):
+        scales = None if some.scales is None else pad_and_put(some.scales)
+        sums = _add_rows(sums, pad_and_put(some.values), scales, pad_and_put(some.valid), widths)
+        count += int(some.valid.sum())
+        on_rows(len(some))
+    out, fourth = {}, []
+    for i, pairs in enumerate(sums):
         # Frees a portion on the devices before the next one is copied: R may fill half their
         # memory.
         sums[i] = None
-        R_NxBxB, fourth_moment_N = (
-            sum(sharding.to_host(x).astype(np.float64).sum(0) for x in pair) / count
-            for pair in (gram, fourth)
+        out[str(i)], fourth_N = (
+            sum(sharding.to_host(x).astype(np.float64).sum(0) for x in pair) for pair in pairs
         )
-        blocks += list(R_NxBxB)
-        # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
-        squares_N = np.array([np.sum(np.square(block)) for block in R_NxBxB])
-        noise.append(np.maximum(0.0, fourth_moment_N - squares_N) / count)
-    return Autocorrelation(blocks, np.concatenate(noise), count)
+        fourth.append(fourth_N)
+    return out | {"fourth": np.concatenate(fourth), "count": np.int64(count)}
+
+
+def _mean(widths, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
+    """Returns R from the sums of every group, added in float64 in their order."""
+    total = next(results)
+    for result in results:
+        for name, x in result.items():
+            total[name] = total[name] + x
+    count = int(total["count"])
+    if not count:
+        raise ValueError("there are no gradients to take R of")
+    blocks = [R for i in range(len(_portions(widths))) for R in total[str(i)] / count]
+    # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
+    squares = np.array([np.sum(np.square(R)) for R in blocks])
+    noise = np.maximum(0.0, total["fourth"] / count - squares) / count
+    return Autocorrelation(blocks, noise, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +219,12 @@ def _chunk_rows(width: int) -> int:
     return 1 << (max(1, min(4096, _CHUNK_BYTES // (4 * width))).bit_length() - 1)
 
 
-def _read_rows(source, sample: int, seed: int, step: int) -> Iterator[store.Rows]:
-    """Reads all rows of a source, or a sample of them, `step` at a time."""
-    if not sample or sample >= source.rows:
-        yield from source.scan(step)
+def _read_rows(source, rows: range, drawn: np.ndarray | None, step: int) -> Iterator[store.Rows]:
+    """Reads a range of rows, or those of them that were drawn, `step` at a time."""
+    if drawn is None:
+        yield from source.scan(step, rows)
         return
-    rng = np.random.default_rng(seed)
-    # In rising order, so that a store reads every chunk once.
-    drawn = np.sort(rng.choice(source.rows, sample, replace=False, shuffle=False))
-    for start in range(0, sample, step):
+    drawn = drawn[slice(*np.searchsorted(drawn, [rows.start, rows.stop]))]
+    for start in range(0, len(drawn), step):
         x_RxE = source.read(drawn[start : start + step])
         yield store.Rows(start, x_RxE, None, store.valid(x_RxE))

@@ -2,12 +2,14 @@
 
 Rows are decoded, whitened and scaled on the devices on the way. Only the k best and the k worst
 rows of each query are kept, so memory does not grow with the corpus. Over a mesh, every device
-scores its own rows for all queries.
+scores its own rows for all queries. Groups of rows, which several processes may share, have
+rankings of their own, which are merged at the end.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from tda.retrieval.ranked import Ranked, best_of
 from tda.retrieval.scorer import Scorer, ScorerGroup, group_scorers, pad_rows, score
 from tda.retrieval.sources import Source, scan_full_steps
 from tda.runtime import sharding
+from tda.runtime.fingerprint import fingerprint, fingerprint_arrays
+from tda.runtime.groups import ONE_GROUP, Groups
 from tda.store import Rows
 
 
@@ -64,6 +68,8 @@ class ExactSearch:
         source: projected gradients of the passages; invalid rows are never retrieved.
         mesh: the devices that rows are split over; None is the default device.
         on_rows: a function that is called with the number of rows of each step once it has begun.
+        groups: how rows are cut into groups whose rankings are kept, and which processes share.
+        identity: JSON values that tell the source's rows from others, for the files of `groups`.
         hold: whether the rows stay on the devices, which must have the memory, so that later
             searches read and copy nothing. Rows that are withdrawn after the first search take
             effect in a new `ExactSearch`.
@@ -74,9 +80,12 @@ class ExactSearch:
         source: Source,
         mesh: jax.sharding.Mesh | None = None,
         on_rows: Callable[[int], None] = lambda rows: None,
+        groups: Groups = ONE_GROUP,
+        identity: Any = None,
         hold: bool = False,
     ):
         self._source, self._mesh, self._on_rows, self._hold = source, mesh, on_rows, hold
+        self._groups, self._identity = groups, identity
         self._devices = 1 if mesh is None else sharding.batch_devices(mesh)
         self._held_step, self._held = 0, []
 
@@ -101,7 +110,8 @@ class ExactSearch:
             opponents: whether to keep the k worst too.
 
         Returns:
-            The ranking of each method, by its name.
+            The ranking of each method, by its name; nothing in all processes but the first if
+            `groups` has a directory.
 
         Raises:
             ValueError: there are no queries, the gradient of one is not finite, or the source has
@@ -119,33 +129,68 @@ class ExactSearch:
         touched = source.form.dtype != "float32" or any(m.roots is not None for m in methods)
         step = step_rows(source.form.width, devices, touched)
         k, correct = min(k, source.rows), correct or {}
-        groups = group_scorers(gradients_QxE, methods, widths)
+        scorer_groups = group_scorers(gradients_QxE, methods, widths)
         pairs = {label: CorrectRows(lists, step // devices) for label, lists in correct.items()}
         # Ranks need the best correct score of each query before the scan: they are counts of rows
         # at or above it.
-        thresholds = _best_correct_scores(groups, methods, source, pairs, step)
-        counts = k, k if opponents else 0
-        rankings = [_empty_ranking(len(gradients_QxE), counts, devices, correct) for _ in methods]
-        scan = _Scan(groups, thresholds, widths, tuple(m.unit_norm for m in methods))
+        thresholds = _best_correct_scores(scorer_groups, methods, source, pairs, step)
+        scan = _Scan(scorer_groups, thresholds, widths, tuple(m.unit_norm for m in methods))
         if self._mesh is not None:
             scan = jax.tree.map(functools.partial(sharding.replicate, self._mesh), scan)
-        rankings = _split_over(self._mesh, rankings)
-        valid_count = 0
-        for first, valid, rows in self._steps(step):
-            valid_count += int(valid.sum())
-            labels = {label: p.within(first, devices) for label, p in pairs.items()}
-            rankings = _advance(rankings, rows, _split_over(self._mesh, labels), scan)
-            self._on_rows(len(valid))
-        limits = {label: np.asarray(t) for label, t in thresholds.items()}
-        return {
-            name: _finish(ranking, k, valid_count, {label: t[i] for label, t in limits.items()})
-            for i, (name, ranking) in enumerate(zip(scorers, rankings, strict=True))
-        }
+        counts = k, k if opponents else 0
 
-    def _steps(self, step: int) -> Iterator[tuple[int, np.ndarray, Rows]]:
+        def work(rows: range) -> dict[str, np.ndarray]:
+            rankings = [_empty_ranking(len(gradients_QxE), counts, devices, pairs) for _ in methods]
+            return self._scan(rows, step, _split_over(self._mesh, rankings), pairs, scan)
+
+        def merge_all(results: Iterator[dict[str, np.ndarray]]) -> dict[str, Ranked]:
+            merged = functools.reduce(functools.partial(_merge_groups, k), results)
+            limits = {label: np.asarray(t) for label, t in thresholds.items()}
+            return {
+                name: _finish(merged, i, {label: t[i] for label, t in limits.items()})
+                for i, name in enumerate(scorers)
+            }
+
+        # Of each of the k best and the k worst of every method: float32 score and int64 row.
+        result_bytes = 24 * k * len(gradients_QxE) * len(methods)
+        ranges = self._groups.ranges(source.rows, source.form.row_bytes, result_bytes)
+        name = "search"
+        if self._groups.directory is not None:
+            arrays = {"queries": gradients_QxE, "unit norm": np.array(scan.norms)}
+            for i, method in enumerate(methods):
+                arrays |= {f"root {i} {b}": x for b, x in enumerate(method.roots or ())}
+                arrays[f"query weights {i}"] = np.array(method.query_weights)
+            for label, rows in pairs.items():
+                arrays |= {f"rows {label}": rows.rows, f"queries {label}": rows.queries}
+            parts = [self._identity, fingerprint_arrays(arrays), list(pairs), counts]
+            name = f"search-{fingerprint(parts)}"
+        return self._groups.reduce(name, ranges, work, merge_all, self._on_rows) or {}
+
+    def _scan(self, rows: range, step: int, rankings, pairs, scan: "_Scan") -> dict:
+        """Returns the rankings of a range of rows, as arrays named "METHOD/FIELD"."""
+        valid_count = 0
+        for first, valid, device_rows in self._steps(step, rows):
+            valid_count += int(valid.sum())
+            labels = {label: p.within(first, self._devices) for label, p in pairs.items()}
+            rankings = _advance(rankings, device_rows, _split_over(self._mesh, labels), scan)
+            self._on_rows(len(valid))
+        out = {}
+        for i, ranking in enumerate(rankings):
+            for field, places in (("best", ranking.best), ("worst", ranking.worst)):
+                scores_DxQxk, rows_DxQxk = map(sharding.to_host, places)
+                # With fewer than k valid rows, the rest of the k places were never filled.
+                k = min(scores_DxQxk.shape[-1], valid_count)
+                scores = np.concatenate(scores_DxQxk, axis=1)
+                row_numbers = np.concatenate(rows_DxQxk, axis=1).astype(np.int64)
+                out[f"{i}/{field}"], out[f"{i}/{field} rows"] = best_of(scores, row_numbers, k)
+            for label, above in ranking.above.items():
+                out[f"{i}/above {label}"] = sharding.to_host(above).sum(0, dtype=np.int64)
+        return out
+
+    def _steps(self, step: int, rows: range) -> Iterator[tuple[int, np.ndarray, Rows]]:
         """Yields the first row of every step, which rows are valid, and the rows on the devices."""
         if not self._hold:
-            yield from map(functools.partial(self._place, step), self._source.scan(step))
+            yield from map(functools.partial(self._place, step), self._source.scan(step, rows))
             return
         if step != self._held_step:
             rows = scan_full_steps(self._source, step)
@@ -284,26 +329,25 @@ def _best_correct_scores(
     return {label: jnp.asarray(b) for label, b in best.items()}
 
 
-def _finish(ranking: _Ranking, k: int, valid_count: int, thresholds: dict[str, np.ndarray]):
-    """Returns a method's ranking over all devices."""
-    best, best_rows = _merge_devices(*ranking.best, k)
-    worst, worst_rows = _merge_devices(*ranking.worst, k)
+def _merge_groups(k: int, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict:
+    """Returns the rankings of two groups as those of one; see `ExactSearch._scan`."""
+    out = {name: a[name] + b[name] for name in a if "/above " in name}
+    for name in (n for n in a if f"{n} rows" in a):
+        pair = (np.concatenate([x[n] for x in (a, b)], axis=1) for n in (name, f"{name} rows"))
+        out[name], out[f"{name} rows"] = best_of(*pair, k)
+    return out
+
+
+def _finish(arrays: dict[str, np.ndarray], method: int, thresholds: dict[str, np.ndarray]):
+    """Returns a method's ranking from the merged arrays of all groups."""
     ranks = {
-        label: np.where(np.isnan(limit), 0, sharding.to_host(ranking.above[label]).sum(0) + 1)
+        label: np.where(np.isnan(limit), 0, arrays[f"{method}/above {label}"] + 1)
         for label, limit in thresholds.items()
     }
-    # With fewer than k valid rows, the rest of the k places were never filled.
     return Ranked(
-        best_rows[:, :valid_count],
-        best[:, :valid_count],
-        worst_rows[:, :valid_count],
-        -worst[:, :valid_count],
+        arrays[f"{method}/best rows"],
+        arrays[f"{method}/best"],
+        arrays[f"{method}/worst rows"],
+        -arrays[f"{method}/worst"],
         ranks,
     )
-
-
-def _merge_devices(scores_DxQxk, rows_DxQxk, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the k best scores of all devices with their rows; among equals the lower row."""
-    scores = np.concatenate(sharding.to_host(scores_DxQxk), axis=1)
-    rows = np.concatenate(sharding.to_host(rows_DxQxk), axis=1).astype(np.int64)
-    return best_of(scores, rows, k)

@@ -22,8 +22,8 @@ class Source(Protocol):
     def rows(self) -> int:
         """C, the number of rows."""
 
-    def scan(self, step: int) -> Iterator[Rows]:
-        """Yields all rows in order, at most `step` at a time."""
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Yields a range of rows, by default all, in order, at most `step` at a time."""
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
@@ -42,10 +42,11 @@ class InMemory:
         self.form = Form("float32", tuple(s.stop - s.start for s in slices))
         self.rows = len(gradients_CxE)
 
-    def scan(self, step: int) -> Iterator[Rows]:
-        """Yields all rows in order, at most `step` at a time."""
-        for first in range(0, self.rows, step):
-            x_RxE = self._gradients[first : first + step]
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Yields a range of rows in order, at most `step` at a time."""
+        rows = range(self.rows) if rows is None else rows
+        for first in rows[::step]:
+            x_RxE = self._gradients[first : min(first + step, rows.stop)]
             yield Rows(first, x_RxE, None, store.valid(x_RxE))
 
     def read(self, numbers) -> np.ndarray:
@@ -72,12 +73,12 @@ class Mapped:
         """C, the number of rows."""
         return self._source.rows
 
-    def scan(self, step: int) -> Iterator[Rows]:
-        """Yields all rows in order, at most `step` at a time."""
-        for rows in self._source.scan(step):
-            numbers = rows.first + np.arange(len(rows))
-            x_RxE = rows.decoded(self._source.form.widths)
-            yield Rows(rows.first, self._change_valid(x_RxE, numbers), None, rows.valid)
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Yields a range of rows in order, at most `step` at a time."""
+        for piece in self._source.scan(step, rows):
+            numbers = piece.first + np.arange(len(piece))
+            x_RxE = piece.decoded(self._source.form.widths)
+            yield Rows(piece.first, self._change_valid(x_RxE, numbers), None, piece.valid)
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
@@ -112,9 +113,9 @@ class Joined:
         """C, the number of rows."""
         return self._sources[0].rows
 
-    def scan(self, step: int) -> Iterator[Rows]:
-        """Yields all rows in order, at most `step` at a time."""
-        scans = (scan_full_steps(s, step) for s in self._sources)
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Yields a range of rows in order, at most `step` at a time."""
+        scans = (scan_full_steps(s, step, rows) for s in self._sources)
         for pieces in zip(*scans, strict=True):
             valid = np.logical_and.reduce([p.valid for p in pieces])
             pairs = zip(pieces, self._sources, strict=True)
@@ -128,14 +129,14 @@ class Joined:
         return out
 
 
-def scan_full_steps(source: Source, step: int) -> Iterator[Rows]:
-    """Yields a source's rows in pieces of exactly `step`, wherever its files end."""
+def scan_full_steps(source: Source, step: int, rows: range | None = None) -> Iterator[Rows]:
+    """Yields a range of a source's rows in pieces of exactly `step`, wherever its files end."""
     waiting: list[Rows] = []
     count = 0
-    for rows in source.scan(step):
+    for piece in source.scan(step, rows):
         # Copied: a store reuses its buffers for the rows that come next.
-        waiting.append(Rows(rows.first, *rows.map(np.copy)))
-        count += len(rows)
+        waiting.append(Rows(piece.first, *piece.map(np.copy)))
+        count += len(piece)
         while count >= step:
             joined = _concatenate(waiting)
             yield joined[0:step]

@@ -5,6 +5,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -15,8 +17,9 @@ from tda import hessian
 from tda.methods import Method
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory, Source
-from tda.runtime import atomic_file, progress
+from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint
+from tda.runtime.groups import ONE_GROUP, Groups
 from tda.runtime.progress import Progress
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
@@ -100,7 +103,9 @@ class Whitening:
         queries_QxE: the gradients of the queries that R_eval is taken of; not needed for R_train.
         mesh: the devices that R_train is summed on; one where None.
         folder: where roots are kept for the next start; None keeps them in memory alone.
-        identity: JSON values that tell these gradients from others, for the files in `folder`.
+        identity: JSON values that tell these gradients from others, for files.
+        groups: how passages are cut into groups whose part of R_train is kept, and which processes
+            share; with a directory there has to be a `folder` too, from which all read the roots.
         on_progress: told what is done; None shows a progress bar.
         quiet: shows no progress bar.
 
@@ -119,14 +124,14 @@ class Whitening:
         *,
         folder: pathlib.Path | None = None,
         identity=None,
+        groups: Groups = ONE_GROUP,
         on_progress: Progress | None = None,
         quiet: bool = False,
     ):
         self._settings, self._source, self._queries = settings, source, queries_QxE
-        self._mesh, self._folder, self._identity = mesh, folder, identity
+        self._mesh, self._folder, self._identity, self._groups = mesh, folder, identity, groups
         self._on_progress, self._quiet = on_progress, quiet
         self._slices = hessian.block_slices(source.form.widths)
-        self._train: hessian.Autocorrelation | None = None
         self._roots: dict[str, _Root] = {"none": _Root(None)}
         self.notes: dict[str, dict] = {}
         self.spectra: dict[str, np.ndarray] = {}
@@ -217,51 +222,60 @@ class Whitening:
         return hessian.draw_halves(len(self._queries), self._settings.seed)
 
     def _root(self, kind: str) -> _Root:
-        if kind not in self._roots:
-            self._roots[kind] = self._read(kind) or self._make_and_keep(kind)
+        if kind in self._roots:
+            return self._roots[kind]
+        file, root = self._file(kind), None
+        if file is None or not processes.on_first_process("look for R", file.exists):
+            # All processes sum R; process 0 decomposes it, and the others read what it wrote.
+            train = self.train
+
+            def decompose():
+                nonlocal root
+                root = self._make(kind, train)
+                if file is not None:
+                    self._keep(file, root, kind)
+
+            processes.on_first_process("decompose R", decompose)
+        self._roots[kind] = self._read(file, kind) if root is None else root
         return self._roots[kind]
 
     def _file(self, kind: str) -> pathlib.Path | None:
         if self._folder is None:
             return None
         made_from = [dataclasses.asdict(self._settings), self._identity]
-        return self._folder / f"root-{kind.replace(' ', '-')}-{fingerprint(made_from)}.npz"
+        return self._folder / f"inverse-root-{kind.replace(' ', '-')}-{fingerprint(made_from)}.npz"
 
-    def _read(self, kind: str) -> _Root | None:
-        file = self._file(kind)
-        if file is None or not file.exists():
-            return None
+    def _read(self, file: pathlib.Path, kind: str) -> _Root:
         self._tell("reading R")
         with np.load(file, allow_pickle=False) as arrays:
+            for name in set(arrays) & {"train", "evaluation"}:
+                self.spectra.setdefault(name, arrays[name])
+            self.notes[kind] = json.loads(str(arrays["note"]))
             blocks = [arrays[str(i)] for i in range(len(self._slices))]
             return _Root(blocks, tuple(arrays["own"].tolist()))
 
-    def _make_and_keep(self, kind: str) -> _Root:
-        root, file = self._make(kind), self._file(kind)
-        if file is not None:
-            # A read-only workdir can still be asked; R is then computed again in each session.
-            with contextlib.suppress(PermissionError):
-                file.parent.mkdir(exist_ok=True)
-                blocks = {str(i): b for i, b in enumerate(root.blocks)}
-                with atomic_file.open_atomic(file, "wb") as out:
-                    np.savez(out, own=np.asarray(root.query_weights), **blocks)
-        return root
+    def _keep(self, file: pathlib.Path, root: _Root, kind: str) -> None:
+        arrays = {str(i): b for i, b in enumerate(root.blocks)} | self.spectra
+        note = np.array(json.dumps(self.notes[kind]))
+        # A read-only workdir can still be asked; R is then computed again in each session.
+        with contextlib.suppress(PermissionError):
+            file.parent.mkdir(exist_ok=True)
+            with atomic_file.open_atomic(file, "wb") as out:
+                np.savez(out, own=np.asarray(root.query_weights), note=note, **arrays)
 
     def _tell(self, description: str) -> None:
         if self._on_progress is not None:
             self._on_progress(description, 0, 0)
 
-    @property
-    def train(self) -> hessian.Autocorrelation:
-        """R_train."""
-        if self._train is None:
-            s, rows = self._settings, self._source.rows
-            with self._progress(min(s.sample or rows, rows)) as on_rows:
-                self._train = hessian.autocorrelation_of_source(
-                    self._source, s.sample, s.seed, self._mesh, on_rows
-                )
-            self.spectra["train"] = np.concatenate(hessian.spectra(self._train.blocks))
-        return self._train
+    @functools.cached_property
+    def train(self) -> hessian.Autocorrelation | None:
+        """R_train; None in all processes but the first of those that share groups."""
+        s, rows = self._settings, self._source.rows
+        name = fingerprint([s.sample, s.seed, self._identity])
+        with self._progress(min(s.sample or rows, rows)) as on_rows:
+            return hessian.autocorrelation_of_source(
+                self._source, s.sample, s.seed, self._mesh, on_rows, self._groups, name
+            )
 
     @contextlib.contextmanager
     def _progress(self, total: int):
@@ -271,9 +285,10 @@ class Whitening:
         with progress.bar(total, "R_train", "passage", quiet=self._quiet) as bar:
             yield bar.update
 
-    def _make(self, kind: str) -> _Root:
-        train = self.train
+    def _make(self, kind: str, train: hessian.Autocorrelation) -> _Root:
         self._tell("decomposing R")
+        if "train" not in self.spectra:
+            self.spectra["train"] = np.concatenate(hessian.spectra(train.blocks))
         if kind == "train":
             self.notes[kind] = {}
             return _Root(self._inverse_root(train.blocks, train.noise, self.notes[kind])[0])

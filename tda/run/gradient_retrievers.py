@@ -17,6 +17,7 @@ from tda.run.retrievers import Queries, Result, Retriever, scan, tell
 from tda.run.run import Run
 from tda.runtime import processes
 from tda.runtime.fingerprint import plain
+from tda.runtime.groups import ONE_GROUP
 from tda.runtime.progress import Progress
 
 
@@ -83,13 +84,15 @@ class Encodings:
         self._on_progress = on_progress
         if kind not in self._whitenings:
             run, source = self.run, self.passages(kind)
-            folder, identity = None, None
             if run.live:
                 paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
                 opened = [stores.open_store(p) for p in paths if stores.finished(p)]
                 # R takes a scan of the store: minutes that the next session is spared.
-                folder = run.workdir / "live"
-                identity = [[s.manifest, s.withdrawn.tolist()] for s in opened]
+                folder, groups = run.workdir / "live", ONE_GROUP
+                identity = [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
+            else:
+                folder, groups = run.groups.directory, run.groups
+                identity = [*encode.ranking_provenance(run, kind), run.corpus.fingerprint]
             self._whitenings[kind] = Whitening(
                 run.hessian,
                 source,
@@ -97,6 +100,7 @@ class Encodings:
                 run.search_mesh,
                 folder=folder,
                 identity=identity,
+                groups=groups,
                 on_progress=self._relay if run.live else None,
             )
         return self._whitenings[kind]
@@ -118,6 +122,8 @@ class Gradients(Retriever):
     def __init__(self, run: Run):
         super().__init__(run)
         self.encodings = Encodings(run)
+        # Process 0 alone builds and searches an index.
+        self.shares_search = run.config.search.index == "none"
 
     def lacks(self, method):
         """Returns which of the gradients that a method needs are missing, or None."""
@@ -162,7 +168,8 @@ class Gradients(Retriever):
         rankings: dict[str, list] = {n: [] for n in methods}
         notes: dict[str, dict] = {n: {} for n in methods}
 
-        search_exactly = functools.partial(scan, run, source, on_progress)
+        identity = [self.ranking_name(method) for method in methods.values()]
+        search_exactly = functools.partial(scan, run, source, identity, on_progress)
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
             # A method whose R differs between halves of the queries has an index for each half.
             suffix = f"-{number}" if number else ""
@@ -185,6 +192,8 @@ class Gradients(Retriever):
             for name, ranking in rankings_by_name.items():
                 rankings[name].append((part.queries, ranking))
                 notes[name] |= index_notes.get(name, {})
+        if not all(rankings.values()):
+            return {}  # another process merges the groups' rankings
         # Plots of a run's spectra come from its searches; live questions leave no files there.
         spectra = None if run.live else self._keep_spectra(kind, whitening)
         for name, method in methods.items():
@@ -209,6 +218,8 @@ NO_MIXTURE = "a sum over checkpoints takes R none or train"
 
 class Sums(Retriever):
     """Methods that sum over checkpoints, or change passages' gradients first."""
+
+    shares_search = True
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -271,9 +282,11 @@ class Sums(Retriever):
             parts = [self._part(s, queries, method, on_progress) for s in steps]
             weights = checkpoints.weights(self.run, method, steps)
             summed = checkpoints.combined(method, parts, steps, weights)
-            search = functools.partial(scan, self.run, summed.source, on_progress)
+            identity = self.ranking_name(method)
+            search = functools.partial(scan, self.run, summed.source, identity, on_progress)
             rankings = search(summed.queries_QxE, {name: summed.scorer}, k, queries.correct)
-            results[name] = Result(rankings[name], summed.note)
+            if rankings:
+                results[name] = Result(rankings[name], summed.note)
         return results
 
     def _part(self, step: int, queries: Queries, method: Method, on_progress) -> Part:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 
@@ -24,8 +25,8 @@ from tda.runtime.atomic_file import write_json
 def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     """Returns rankings and notes (λ and the like) by method, for every method of the config.
 
-    A ranking on disk from the same gradients and settings is read. All processes encode, and
-    process 0 searches.
+    A ranking on disk from the same gradients and settings is read. All processes encode and search
+    gradients, and process 0 searches by other means.
     """
     chosen = methods.parse(run.config.methods)
     check(run.config, chosen)
@@ -56,16 +57,32 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
         later = [m for other in groups[i + 1 :] for m in other.values()]
         retriever.prepare(group, later)
 
-        # Bound now: the loop's variables change before a later call.
-        def search(retriever=retriever, group=group):
-            results = retriever.search(queries_of_run(run), group, run.config.eval.top_k)
-            for name, result in results.items():
-                _write(files[name], result)
-
-        processes.on_first_process("search", search)
+        _search(run, retriever, group, files)
         retriever.release(group)
     notes = processes.on_first_process("read notes", lambda: _notes(files))
     return {n: ranked.load(files[n]) for n in chosen}, notes
+
+
+def _search(
+    run: Run,
+    retriever: Retriever,
+    group: dict[str, Method],
+    files: dict[str, pathlib.Path],
+) -> None:
+    """Ranks by the methods of a group, and writes their rankings."""
+
+    def search() -> dict[str, Result]:
+        return retriever.search(queries_of_run(run), group, run.config.eval.top_k)
+
+    shared = search() if retriever.shares_search else None
+
+    def write() -> None:
+        for name, result in (search() if shared is None else shared).items():
+            _write(files[name], result)
+        # Of no use to a ranking that is finished.
+        shutil.rmtree(run.groups.directory, ignore_errors=True)
+
+    processes.on_first_process("search", write)
 
 
 def check(config, chosen: dict[str, Method]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from tda.run import encode, vectors
 from tda.run.run import Run
 from tda.runtime import progress
 from tda.runtime.fingerprint import fingerprint, plain
+from tda.runtime.groups import ONE_GROUP
 from tda.runtime.progress import Progress, silent
 
 # Passages whose texts are read together.
@@ -59,10 +61,16 @@ class Retriever:
 
     A subclass implements `search`; the rest has defaults.
 
+    Attributes:
+        shares_search: whether all processes of a run call `search`, which shares the work; else
+            process 0 alone does.
+
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
             answers one question after the other from what the run kept.
     """
+
+    shares_search = False
 
     def __init__(self, run: Run):
         self.run = run
@@ -81,6 +89,10 @@ class Retriever:
             methods: the methods by name, in which the results are returned too.
             k: number of proponents, and of opponents, of each query.
             on_progress: called with what is done; None shows progress bars.
+
+        Returns:
+            The results by the method's name; if processes share the search, nothing in all of them
+            but the first.
         """
         raise NotImplementedError
 
@@ -120,6 +132,7 @@ class Retriever:
 def scan(
     run: Run,
     source: Source,
+    identity: Any,
     on_progress: Progress | None,
     queries_QxE: np.ndarray,
     scorers: dict[str, Scorer],
@@ -127,14 +140,24 @@ def scan(
     correct: dict[str, list[np.ndarray]],
     opponents: bool = True,
 ) -> dict[str, Ranked]:
-    """Ranks all rows of a source by every scorer, in one scan; see `exact.ExactSearch.rank`."""
+    """Ranks all rows of a source by every scorer, in one scan; see `exact.ExactSearch.rank`.
+
+    Args:
+        run: the run.
+        source: the rows.
+        identity: JSON values that tell the rows from others: a killed search then loses a group of
+            rows at most, and processes share groups. None searches in this process alone.
+        on_progress: called with what is done; None shows a progress bar.
+        queries_QxE, scorers, k, correct, opponents: as in `exact.ExactSearch.rank`.
+    """
     with contextlib.ExitStack() as stack:
         if on_progress is not None:
             on_rows = progress.counted(on_progress, "searching passages", source.rows)
         else:
             title = f"search ({', '.join(scorers)})"
             on_rows = stack.enter_context(progress.bar(source.rows, title, "passage")).update
-        search = exact.ExactSearch(source, run.search_mesh, on_rows)
+        groups = ONE_GROUP if run.live or identity is None else run.groups
+        search = exact.ExactSearch(source, run.search_mesh, on_rows, groups, identity)
         return search.rank(queries_QxE, scorers, k, correct, opponents=opponents)
 
 
@@ -235,7 +258,7 @@ class _Vectors(Retriever):
             quiet = silent if self.run.live else None
             scorers, correct = {name: Scorer(None, method.unit_norm)}, queries.correct
             ranked = scan(
-                self.run, source, quiet, queries_QxD, scorers, k, correct, opponents=False
+                self.run, source, None, quiet, queries_QxD, scorers, k, correct, opponents=False
             )
             results[name] = Result(ranked[name])
         return results

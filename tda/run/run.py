@@ -26,11 +26,14 @@ from tda.retrieval.whitening import HessianSettings
 from tda.run.workdir import Workdir
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, plain
+from tda.runtime.groups import Groups
 from tda.store import Passage
 from tda.training import checkpoint
 
 # The `store.dtype` of a run that encodes its corpus as it is searched.
 NO_STORE = "none"
+# Shards whose rows R and searches take as a group: 4 GiB with shards of the default size.
+_GROUP_SHARDS = 16
 # The correction that a store of Adam's steps is named by.
 ADAM_STEP = "adam_step"
 # EK-FAC's Fisher matrix takes labels drawn from the model, LoGra the data's own.
@@ -152,6 +155,11 @@ class Run:
         if not sharding.is_local(mesh):
             mesh = sharding.make_mesh(devices=jax.local_devices())
         return mesh if sharding.batch_devices(mesh) > 1 else None
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of rows that R and searches are computed in; files of an unfinished search."""
+        return Groups(self.workdir / "groups", _GROUP_SHARDS * self.config.store.shard_bytes)
 
     @property
     def hessian(self) -> HessianSettings:

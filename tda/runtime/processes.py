@@ -11,7 +11,7 @@ call and would take an inner message for its result, so inside such work process
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,11 @@ def is_first() -> bool:
 
 def _is_alone() -> bool:
     return jax.process_count() == 1 or getattr(_working, "for_all", False)
+
+
+def share(items: Sequence[Any]) -> list:
+    """Returns the items that this process takes when all processes split them."""
+    return list(items if _is_alone() else items[jax.process_index() :: jax.process_count()])
 
 
 def wait_for_all(barrier: str) -> None:

@@ -205,38 +205,45 @@ class GradientStore:
         out[np.isin(numbers, self.withdrawn)] = np.inf
         return out
 
-    def scan(self, step: int, shards: slice = slice(None)) -> Iterator[Rows]:
-        """Reads all rows in order, at most `step` at a time; files are read ahead.
+    def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
+        """Reads rows in order, at most `step` at a time; files are read ahead.
 
         Args:
             step: rows at a time, a power of two.
-            shards: the shards to read; slice(i, None, n) is the share of the i-th of n readers.
+            rows: the range of rows to read; by default all.
 
         Raises:
             StoreError: a shard is missing or damaged.
         """
+        rows = range(self.rows) if rows is None else rows
         waiting: deque = deque()
         with ThreadPoolExecutor(_READERS, "read ahead") as ahead:
-            for segment, first, span in self._spans(step, shards):
-                waiting.append(ahead.submit(self._read_span, segment, first, span))
+            for segment, first, span in self._spans(step, rows):
+                waiting.append(ahead.submit(self._read_span, segment, first, span, rows))
                 if len(waiting) > _SPANS_AHEAD:
                     yield from _pieces(waiting.popleft().result(), step)
             while waiting:
                 yield from _pieces(waiting.popleft().result(), step)
 
-    def _spans(self, step: int, shards: slice) -> Iterator[tuple[Segment, int, Span]]:
-        for segment, first, i in self._shards[shards]:
-            rows = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
+    def _spans(self, step: int, rows: range) -> Iterator[tuple[Segment, int, Span]]:
+        """Yields the spans of whole chunks that hold a range of rows."""
+        for segment, first, i in self._shards:
+            shard = segment.rows_of(i)
+            if first + shard.stop <= rows.start or rows.stop <= first + shard.start:
+                continue
+            length = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
             # A power of two is a multiple of both the step and the chunk, which are powers too.
-            for span in segment.spans(i, 1 << (rows.bit_length() - 1)):
-                yield segment, first, span
+            for span in segment.spans(i, 1 << (length.bit_length() - 1)):
+                if rows.start < first + span.stop and first + span.start < rows.stop:
+                    yield segment, first, span
 
-    def _read_span(self, segment: Segment, first: int, span: Span) -> Rows:
+    def _read_span(self, segment: Segment, first: int, span: Span, within: range) -> Rows:
         rows = self._read_advising(segment.read_span, span)
         start, stop = first + span.start, first + span.stop
         withdrawn = self.withdrawn[slice(*np.searchsorted(self.withdrawn, [start, stop]))]
         rows.valid[withdrawn - start] = False
-        return Rows(start, rows.values, rows.scales, rows.valid)
+        rows = Rows(start, rows.values, rows.scales, rows.valid)
+        return rows[max(0, within.start - start) : min(stop, within.stop) - start]
 
     def _read_advising(self, read, index) -> Rows:
         """Returns `read(index)`; an error of damage also names the command that repairs it."""

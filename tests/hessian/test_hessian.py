@@ -9,7 +9,8 @@ from tda import hessian, store
 from tda.hessian import autocorrelation
 from tda.retrieval import scorer
 from tda.retrieval.sources import InMemory
-from tda.runtime import sharding
+from tda.runtime import groups, sharding
+from tda.runtime.groups import ONE_GROUP, Groups
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -225,6 +226,49 @@ def test_R_of_a_source_is_summed_on_the_devices(tmp_path, dtype, devices):
         np.testing.assert_allclose(R.blocks[b], expected, rtol=1e-5, atol=1e-6)
         each = np.einsum("ri,rj->rij", block, block) - expected
         np.testing.assert_allclose(R.noise[b], np.square(each).sum() / 75**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sample", [0, 50])
+def test_R_of_groups_is_R_of_all_rows_whatever_was_killed(tmp_path, monkeypatch, sample):
+    """Summed in the order of the groups: the same bits after a kill, and close to one sum."""
+    monkeypatch.setattr(groups, "_ROWS_PER_RESULT", 0)
+    x = gradients(77)
+    x[5] = np.inf
+    read: list[int] = []
+
+    class Source(InMemory):
+        killed = True
+
+        def scan(self, step, rows=None):
+            if self.killed and rows.start == 32:
+                raise KeyboardInterrupt
+            read.append(rows.start)
+            return super().scan(step, rows)
+
+        def read(self, numbers):
+            if self.killed and numbers[0] >= 32:
+                raise KeyboardInterrupt
+            read.append(numbers[0])
+            return super().read(numbers)
+
+    source, kept = Source(x, SLICES), Groups(tmp_path, group_bytes=16 * 32)
+
+    def R(kept):
+        return hessian.autocorrelation_of_source(source, sample, 3, groups=kept, name="x")
+
+    with pytest.raises(KeyboardInterrupt):
+        R(kept)
+    read.clear()
+    source.killed = False
+    resumed = R(kept)
+    assert min(read) >= 32
+    whole, one_sum = R(Groups(tmp_path / "whole", group_bytes=16 * 32)), R(ONE_GROUP)
+    assert resumed.count == whole.count == one_sum.count
+    np.testing.assert_array_equal(resumed.noise, whole.noise)
+    np.testing.assert_allclose(resumed.noise, one_sum.noise, rtol=1e-5)
+    for a, b, c in zip(resumed.blocks, whole.blocks, one_sum.blocks, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):

@@ -91,7 +91,7 @@ def test_r_is_kept_and_read_again(workdir, run):
     asked = of_batch(workdir, "trackstar")[1]
     question = asked["inputs_plaintext"], asked["targets_plaintext"]
     run.trace(silent, *question, ["trackstar"], 10)
-    kept = sorted((workdir / "live").glob("root-*.npz"))
+    kept = sorted((workdir / "live").glob("inverse-root-*.npz"))
     assert kept and not list((workdir / "live").glob("*.part"))
     again, told = finished_run.open_workdir(workdir), []
     found = again.trace(lambda *t: told.append(t[0]), *question, ["trackstar"], 10)

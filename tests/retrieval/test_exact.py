@@ -14,7 +14,8 @@ from tda.hessian import block_slices
 from tda.retrieval import best, exact, ranked
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory
-from tda.runtime import sharding
+from tda.runtime import groups, sharding
+from tda.runtime.groups import Groups
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -87,10 +88,10 @@ def test_rankings_equal_the_direct_computation(data, small_steps, widths, whiten
 class Ragged(InMemory):
     """A source whose files end in the middle of a step."""
 
-    def scan(self, step):
+    def scan(self, step, rows=None):
         for first in range(0, self.rows, 29):
-            for rows in InMemory(self._gradients[first : first + 29], SLICES).scan(step):
-                yield dataclasses.replace(rows, first=first + rows.first)
+            for piece in InMemory(self._gradients[first : first + 29], SLICES).scan(step):
+                yield dataclasses.replace(piece, first=first + piece.first)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -375,3 +376,55 @@ def test_parts_of_the_queries_are_joined_in_their_order():
     assert_equal_rankings(joined, part(np.arange(5)), rtol=0)
     ranking = part([2, 0])
     assert ranked.join([(np.arange(2), ranking)]) is ranking
+
+
+class Killed(InMemory):
+    """A source that counts the rows that are scanned, and is killed at one of them."""
+
+    def __init__(self, x, killed_at=None):
+        super().__init__(x, SLICES)
+        self.scanned, self._killed_at = [], killed_at
+
+    def scan(self, step, rows=None):
+        for piece in super().scan(step, rows):
+            if self._killed_at is not None and piece.first >= self._killed_at:
+                raise KeyboardInterrupt
+            self.scanned.append(piece.first)
+            yield piece
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_killed_search_resumes_to_the_ranking_of_one_scan(
+    data, tmp_path, monkeypatch, small_steps, devices
+):
+    """Equal scores and invalid rows in different groups, groups of fewer rows than k, opponents."""
+    monkeypatch.setattr(groups, "_ROWS_PER_RESULT", 0)
+    queries, passages = data
+    passages = passages.copy()
+    passages[90:] = passages[:7]
+    passages[[5, 64, 65]] = np.inf
+    small_steps["rows"] = 4
+    correct = {"all": [np.array([3, 93]), np.array([96]), np.array([], int), *[np.array([5])] * 2]}
+    roots = [np.eye(s.stop - s.start, dtype=np.float32) * 2 for s in SLICES]
+    scorers = {"a": Scorer(None, True), "b": Scorer(roots, False)}
+    mesh, kept = mesh_of(devices), Groups(tmp_path, group_bytes=16 * 32)
+    expected = exact.ExactSearch(source(passages), mesh).rank(queries, scorers, 20, correct)
+
+    def rank(source, identity="rows"):
+        search = exact.ExactSearch(source, mesh, groups=kept, identity=identity)
+        return search.rank(queries[:2], scorers, 1, {"all": correct["all"][:2]})
+
+    with pytest.raises(KeyboardInterrupt):
+        rank(Killed(passages, killed_at=48))
+    resumed, other = Killed(passages), Killed(passages)
+    rank(resumed)
+    assert min(resumed.scanned) == 48
+    # Other rows, and other queries, are another search.
+    rank(other, "other rows")
+    assert min(other.scanned) == 0
+    search = exact.ExactSearch(source(passages), mesh, groups=kept, identity="rows")
+    for name, ranking in search.rank(queries, scorers, 20, correct).items():
+        for field in dataclasses.fields(ranking):
+            np.testing.assert_equal(
+                getattr(ranking, field.name), getattr(expected[name], field.name)
+            )

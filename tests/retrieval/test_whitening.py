@@ -186,7 +186,29 @@ def test_roots_are_read_again_with_the_weights_of_queries(data, tmp_path):
     assert roots[0].query_weights == roots[1].query_weights and len(roots[0].query_weights) == 2
     for a, b in zip(roots[0].roots, roots[1].roots, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert len(list((tmp_path / "live").glob("root-leave_one_out-*.npz"))) == 3
+    assert len(list((tmp_path / "live").glob("inverse-root-leave_one_out-*.npz"))) == 3
+
+
+def test_a_search_that_was_killed_reads_R_with_its_note_and_spectra(data, tmp_path):
+    """Guards: a resumed run whose table lacks λ, or whose results lack the plot of R."""
+    passages, queries = data
+
+    def make(source):
+        return Whitening(
+            HessianSettings(), source, queries, folder=tmp_path, identity="x", quiet=True
+        )
+
+    first, second = make(InMemory(passages, SLICES)), make(InMemory(passages, SLICES))
+    (part,) = first.parts({"m": METHODS["trackstar"]})
+    second._make = None  # nothing is decomposed again
+    (again,) = second.parts({"m": METHODS["trackstar"]})
+    for a, b in zip(part.scorers["m"].roots, again.scorers["m"].roots, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert second.note(METHODS["trackstar"]) == first.note(METHODS["trackstar"])
+    assert {"lambda", "shrinkage"} <= first.note(METHODS["trackstar"]).keys()
+    assert first.spectra.keys() == second.spectra.keys() == {"train", "evaluation"}
+    for name, spectrum in first.spectra.items():
+        np.testing.assert_array_equal(spectrum, second.spectra[name])
 
 
 def test_roots_of_a_read_only_workdir_are_computed(data, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -155,6 +156,54 @@ def test_every_kind_of_retriever_works_with_two_processes(tmp_path):
     for name in names[0]:
         x, y = (ranked.load(w / "retrieval" / name).proponent_scores for w in (one, two))
         np.testing.assert_allclose(y, x, rtol=0, atol=1e-3 * np.abs(x).max())
+
+
+# Small groups, each of which leaves a file that says which process computed it.
+GROUPS = f"""
+import jax
+from tda.run import retrieve
+from tda.runtime import groups
+groups._ROWS_PER_RESULT, write = 0, groups._write
+
+def log(folder, number, result):
+    write(folder, number, result)
+    (folder / f"{{number}} by {{jax.process_index()}}").touch()
+
+groups._write = log
+retrieve.shutil.rmtree = lambda path, ignore_errors: None
+{RUN}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_R_and_search_to_the_last_bit(tmp_path):
+    arguments = keys(tmp_path, methods="trackstar,grad_dot,tracin", **{"train.keep": 0})
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start([*arguments, f"--workdir={one}"], devices=4, program=GROUPS)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    shutil.copytree(one, two)
+    for folder in ("retrieval", "results", "groups"):
+        shutil.rmtree(two / folder)
+    for code, _, errors in join([*arguments, f"--workdir={two}"], program=GROUPS):
+        assert code == 0, errors[:3000] + " … " + errors[-1000:]
+    folders = sorted(p.name for p in (one / "groups").iterdir() if p.is_dir())
+    assert folders == sorted(p.name for p in (two / "groups").iterdir() if p.is_dir())
+    assert {name.partition("-")[0] for name in folders} == {"R", "search"}
+    for name in folders:
+        shares = [
+            {p.name[-1] for p in (w / "groups" / name).iterdir() if " by " in p.name}
+            for w in (one, two)
+        ]
+        assert shares == [{"0"}, {"0", "1"}]
+    names = sorted(p.name for p in (one / "retrieval").glob("*.npz"))
+    assert len(names) >= 4 and names == sorted(p.name for p in (two / "retrieval").glob("*.npz"))
+    for name in names:
+        with (
+            np.load(one / "retrieval" / name) as expected,
+            np.load(two / "retrieval" / name) as shared,
+        ):
+            np.testing.assert_equal(dict(shared), dict(expected))
 
 
 @pytest.mark.slow

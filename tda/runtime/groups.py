@@ -1,0 +1,160 @@
+"""Long work over rows in groups, each with a small result file: a kill costs one group at most.
+
+A group is a range of rows, and its result depends on the rows alone, never on who computed it or
+beside which others. Results are reduced in the order of the groups, so that every sum has the same
+bits on any number of processes, however often they were killed.
+"""
+
+import dataclasses
+import io
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from tda.runtime import processes
+from tda.runtime.atomic_file import open_atomic
+
+# A scan reads this in 10 s to a minute, which is what a kill may cost.
+_GROUP_BYTES = 4 << 30
+# Rows of a group have at least so many times the bytes of its result, so that results, which are
+# written and read again, add little to the time and the disk.
+_ROWS_PER_RESULT = 16
+# Seconds between looks for the other processes' groups, at most.
+_LONGEST_PAUSE = 10.0
+
+Result = dict[str, np.ndarray]
+
+
+class GroupError(RuntimeError):
+    """A group's file is damaged or cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How work over rows is cut into groups, and where their results are kept."""
+
+    directory: pathlib.Path | None = None
+    """The directory of the result files; None computes all rows as one group, and keeps nothing."""
+
+    group_bytes: int = _GROUP_BYTES
+    """The bytes of a group's rows, at least."""
+
+    def ranges(self, rows: int, row_bytes: int, result_bytes: int = 0) -> list[range]:
+        """Returns the rows of each group.
+
+        Args:
+            rows: the number of rows.
+            row_bytes: bytes of a row.
+            result_bytes: bytes of a group's result.
+        """
+        if self.directory is None or not rows:
+            return [range(rows)]
+        least = max(self.group_bytes, _ROWS_PER_RESULT * result_bytes)
+        # A power of two, as the rows of a store's chunks are, so that no chunk is read twice.
+        length = 1 << max(0, (-(-least // row_bytes) - 1).bit_length())
+        return [range(i, min(rows, i + length)) for i in range(0, rows, length)]
+
+    def reduce(
+        self,
+        name: str,
+        ranges: list[range],
+        work: Callable[[range], Result],
+        reduction: Callable[[Iterator[Result]], Any],
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> Any:
+        """Computes the groups that have no result yet, and returns the reduction of all results.
+
+        Every process of a run calls it. Each computes a share of the groups; process 0 reduces.
+
+        Args:
+            name: the name of the work: a folder in `directory`. It says all that results depend on.
+            ranges: the rows of each group, from `ranges`.
+            work: returns the arrays that are a group's result.
+            reduction: is called with an iterator over the results, in the order of the groups.
+            on_rows: called with the number of rows of each group that this call need not compute;
+                `work` reports the others.
+
+        Returns:
+            The reduction; None in all processes but the first.
+
+        Raises:
+            GroupError: a file was damaged after this call had checked it.
+        """
+        if self.directory is None:
+            return reduction(map(work, ranges))
+        # Process 0 looks for all: the processes must agree on who computes what.
+        name, missing = processes.on_first_process(
+            f"look for groups of {name}", lambda: [name, _missing(self.directory / name, ranges)]
+        )
+        folder, local = self.directory / name, processes.share(missing)
+        for i in set(range(len(ranges))) - set(local):
+            on_rows(len(ranges[i]))
+        for i in local:
+            _write(folder, i, work(ranges[i]))
+        _wait_for(folder, len(ranges))
+        results = []
+
+        def reduce_all():
+            paths = _paths(folder)
+            results.append(reduction(_read(paths[i]) for i in range(len(ranges))))
+
+        # The others wait there for as long as it takes.
+        processes.on_first_process(f"reduce {name}", reduce_all)
+        return results[0] if results else None
+
+
+# All rows as one group, of which nothing is kept.
+ONE_GROUP = Groups()
+
+
+def _missing(folder: pathlib.Path, ranges: list[range]) -> list[int]:
+    """Returns the numbers of the groups without a result; removes damaged files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    intact = set()
+    for i, path in _paths(folder).items():
+        try:
+            _read(path)
+            intact.add(i)
+        except GroupError:
+            path.unlink(missing_ok=True)
+    return [i for i in range(len(ranges)) if i not in intact]
+
+
+def _paths(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Returns the result files by the group's number."""
+    matches = ((re.fullmatch(r"(\d+)-[0-9a-f]{8}\.npz", p.name), p) for p in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _write(folder: pathlib.Path, number: int, result: Result) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **result)
+    # The checksum is in the name, so that file and checksum appear at the same moment.
+    checksum = google_crc32c.value(buffer.getvalue())
+    with open_atomic(folder / f"{number:06d}-{checksum:08x}.npz", "wb") as out:
+        out.write(buffer.getvalue())
+
+
+def _read(path: pathlib.Path) -> Result:
+    content = path.read_bytes()
+    if f"{google_crc32c.value(content):08x}" != path.stem.partition("-")[2]:
+        raise GroupError(f"{path} is damaged; repeat the command, which computes this group again")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _wait_for(folder: pathlib.Path, count: int) -> None:
+    """Waits until every group has a result, however long the other processes take.
+
+    A barrier would not do: between CPUs a collective fails if a process waits in it for half an
+    hour.
+    """
+    seconds = 0.05
+    while len(_paths(folder)) < count:
+        time.sleep(seconds)
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
