@@ -161,9 +161,9 @@ def test_every_kind_of_retriever_works_with_two_processes(tmp_path):
 # Small groups, each of which leaves a file that says which process computed it.
 GROUPS = f"""
 import jax
-from tda.run import retrieve
+from tda.run import retrieve, run
 from tda.runtime import groups
-groups._ROWS_PER_RESULT, write = 0, groups._write
+run._GROUP_SHARDS, groups._ROWS_PER_RESULT, write = 2, 0, groups._write
 
 def log(folder, number, result):
     write(folder, number, result)
