@@ -16,7 +16,7 @@ import pathlib
 
 from absl import flags
 
-from tda import api
+from tda import api, methods
 from tda.answers import TraceResult
 from tda.data import corpora
 from tda.gradients.projection import Projection
@@ -34,12 +34,13 @@ JOINER = flags.DEFINE_string(
 SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.")
 KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of the corpus that holds the text.")
+ID_FIELD = flags.DEFINE_string("id_field", None, "Field of the corpus that holds the id.")
 METHOD = flags.DEFINE_string("method", "trackstar_train", "Name of a method of tda/methods.py.")
-CORRECTION = flags.DEFINE_string("correction", "factored", "Or adam, low_rank(R).")
+CORRECTION = flags.DEFINE_string("correction", None, "factored (unset), adam or low_rank(R).")
 SIDE = flags.DEFINE_integer("side", 16, "Each weight matrix has side × side dimensions.")
 CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.")
 BATCH = flags.DEFINE_integer("tokens_per_batch", 2048, "Positions of a batch.")
-MOMENTS = flags.DEFINE_integer("moments", 8, "Batches to estimate second moments from.")
+MOMENTS = flags.DEFINE_integer("moments", None, "Batches to estimate V from; unset: 8.")
 TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of computation: float32 or bfloat16.")
 flags.declare_key_flag("workdir")
@@ -61,9 +62,14 @@ def run(directory: pathlib.Path) -> None:
             "--joiner joins --prompt and --target, and the target is what the model itself says, "
             "whose tokens are taken as they are; drop it, or give --target"
         )
+    check_targets(PROMPT.value, TARGET.value)
+    moments = MOMENTS.value
+    if moments is None and methods.parse(METHOD.value)[METHOD.value].corrected:
+        moments = 8
+    # Before the model, which may take minutes to load.
+    passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value, id_field=ID_FIELD.value)
     directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
-    passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value)
     if SAMPLE.value:
         passages = corpora.sample(passages, SAMPLE.value, KEEP.value)
     queries = as_queries(model, tokenizer, PROMPT.value, TARGET.value)
@@ -78,7 +84,7 @@ def run(directory: pathlib.Path) -> None:
         projection=Projection(side=SIDE.value, pooling="matrix"),
         context=CONTEXT.value,
         tokens_per_batch=BATCH.value,
-        sample=MOMENTS.value,
+        sample=moments,
         k=TOP_K.value,
         joiner=JOINER.value,
     )
@@ -86,13 +92,22 @@ def run(directory: pathlib.Path) -> None:
     print(f"\nfile: {save(answers, directory)}")
 
 
-def as_queries(model, tokenizer, prompts: list[str], targets: list[str]) -> list:
-    """Returns the prompts with their targets, or else with what the model itself says next."""
+def check_targets(prompts: list[str], targets: list[str]) -> None:
+    """Checks that there is a target for each prompt, or none.
+
+    Raises:
+        ValueError: there is not.
+    """
     if targets and len(targets) != len(prompts):
         raise ValueError(
             f"--target is given {len(targets)} times, --prompt {len(prompts)} times; give one for "
             "each prompt, or none"
         )
+
+
+def as_queries(model, tokenizer, prompts: list[str], targets: list[str]) -> list:
+    """Returns the prompts with their targets, or else with what the model itself says next."""
+    check_targets(prompts, targets)
     if targets:
         return list(zip(prompts, targets, strict=True))
     queries = []

@@ -12,7 +12,7 @@ from flax import nnx
 from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
-from tda.encoding import checks, inputs
+from tda.encoding import checks, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
@@ -53,18 +53,18 @@ def trace(
     scales: dict[str, Scale] | SecondMoments | None = None,
     projection: Projection | None = None,
     k: int = 10,
-    context: int = 512,
-    tokens_per_batch: int = 4096,
+    context: int | None = None,
+    tokens_per_batch: int | None = None,
     include: str | None = None,
     exclude: str | None = None,
     untapped: str = "leave",
     texts: Sequence[str] | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     id_field: str | None = None,
     joiner: str | None = None,
-    sample: int = 16,
+    sample: int | None = None,
     damping: float = -1.0,
-    seed: int = 0,
+    seed: int | None = None,
     directory: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     quiet: bool = False,
@@ -99,24 +99,26 @@ def trace(
             else V is estimated from the passages.
         projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
         k: the number of proponents, and of opponents, of each query.
-        context: the most positions of a passage; longer documents are cut into several passages.
-        tokens_per_batch: the most positions that are encoded together; of a small corpus, which
-            would not fill four batches, fewer are.
+        context: the most positions of a passage, 512 by default; longer documents are cut into
+            several passages.
+        tokens_per_batch: the most positions that are encoded together, 4096 by default; of a small
+            corpus, which would not fill four batches, fewer are.
         include, exclude, untapped: the choice of parameters (`tda.gradients.sites.find_sites`).
         texts: the texts of passages that are given as batches, in order, to show.
         text_field, id_field: the fields of a passage's text and id, in files and rows with named
-            fields; the id by default from "id", "sentence_id", "doc_id", "docid" or "_id".
+            fields; by default "text", and the id from "id", "sentence_id", "doc_id", "docid" or
+            "_id".
         joiner: what stands between prompt and target. By default one space where English puts one:
             none if there is white space already, after an opening bracket or another symbol
             (`2+2=`), after `":`, before a closing mark, and none in Chinese, Japanese or Thai
             (`tda.data.joining.choose_joiner` has the whole rule). `joiner=""` joins them as
             they are written: right for code.
-        sample: the number of batches that second moments are estimated from, drawn at random; from
-            an iterator of batches, the first ones.
+        sample: the number of batches that second moments are estimated from, 16 by default, drawn
+            at random; from an iterator of batches, the first ones.
         damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
             towards a multiple of the identity by as much as so few passages need (Ledoit and Wolf
             2004), so that on a small corpus the noise in R does no harm; a line says how much.
-        seed: the seed of the draw.
+        seed: the seed of the draw, 0 by default.
         directory: where tokens and gradients are stored; a call that is killed resumes if it is
             repeated with the same arguments. It serves several methods and corrections: those
             with the same correction share their gradients. In memory if None.
@@ -127,47 +129,64 @@ def trace(
         The ranked passages of each query.
 
     Raises:
-        ValueError: an argument does not fit; the message names it and says what to do.
+        ValueError: an argument does not fit, or has no effect beside another; the message names it
+            and says what to do.
         KeyError: `scales` lacks a parameter.
     """
+    if not isinstance(method, str):
+        raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
+    for name, place in (
+        ("directory", directory),
+        ("text_field", text_field),
+        ("id_field", id_field),
+    ):
+        if not isinstance(place, str | os.PathLike | None):
+            raise ValueError(f"{name}={place!r}; give a string, or leave it out")
     parsed = methods.parse(method)
     if len(parsed) != 1 or not parsed[method].is_plain:
         names = [n for n, m in methods.METHODS.items() if m.is_plain]
         raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
-    if scales is not None and not parsed[method].corrected:
-        raise ValueError(
-            f"scales= has no effect with method={method!r}, whose gradients are not corrected; "
-            "leave it out, or use a corrected method"
-        )
-    if correction is not None and isinstance(scales, dict):
-        raise ValueError(
-            f"correction={correction!r} has no effect beside scales=, which are 1/√V already; "
-            "leave it out, or give the second moments (tda.second_moments)"
-        )
+    optional: dict[str, Any] = dict(
+        correction=correction,
+        scales=scales,
+        sample=sample,
+        seed=seed,
+        damping=None if damping == -1 else damping,
+        context=context,
+        tokens_per_batch=tokens_per_batch,
+        texts=texts,
+        text_field=text_field,
+        id_field=id_field,
+        joiner=joiner,
+        directory=directory,
+    )
+    given = {name: x for name, x in optional.items() if x is not None}
+    idle_arguments.check(method, given, passages, has_tokenizer=tokenizer is not None)
     compilation_cache.use()
     settings = TraceSettings(
         model=model,
         loss=loss,
         method=parsed[method],
-        moments=MomentSettings(correction or "factored", scales, sample, seed),
+        moments=MomentSettings(
+            "factored" if correction is None else correction,
+            scales,
+            16 if sample is None else sample,
+            0 if seed is None else seed,
+        ),
         projection=Projection(side=16, pooling="matrix") if projection is None else projection,
         scope=dict(include=include, exclude=exclude, untapped=untapped),
-        tokens_per_batch=tokens_per_batch,
+        tokens_per_batch=4096 if tokens_per_batch is None else tokens_per_batch,
         mesh=mesh,
         quiet=quiet,
     )
     checks.check_settings(settings, k, damping)
     if tokenizer is None:
-        if directory is not None:
-            raise ValueError("directory is for texts: give a tokenizer, or no directory")
         gradients = inputs.encode_batches(settings, passages, queries, texts)
     else:
-        if texts is not None:
-            raise ValueError("texts is for passages given as batches; there is a tokenizer here")
         tokenizer = PretrainedTokenizer.wrap(tokenizer)
         reading = TextSettings(
             tokenizer=tokenizer,
-            context=context,
+            context=512 if context is None else context,
             joiner=joiner,
             text_field=text_field,
             id_field=id_field,

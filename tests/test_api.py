@@ -401,7 +401,9 @@ def test_models_and_passages_that_do_not_belong_together(model, tokenizer):
         call(other, tokenizer)
     with pytest.raises(ValueError, match="passages are a path: give the model's tokenizer"):
         tda.trace(model, "corpus.jsonl", [])
-    with pytest.raises(ValueError, match="directory is for texts"):
+    with pytest.raises(
+        ValueError, match="directory='somewhere' has no effect on batches: it is for texts"
+    ):
         tda.trace(model, [], [], directory="somewhere")
 
 

@@ -53,8 +53,8 @@ class Corpus:
 
     Raises:
         FileNotFoundError: no file or directory has that name.
-        CorpusError: the kind or an option is unknown; in an iteration, a field is missing or not
-            Unicode, or a package is not installed.
+        CorpusError: the kind or an option is unknown, or an option has no effect; in an
+            iteration, a field is missing or not Unicode, or a package is not installed.
         tda.data.jsonl.RecordError: in an iteration, a line is not JSON.
     """
 
@@ -78,6 +78,7 @@ class Corpus:
             if getattr(self, name) not in choices:
                 raise CorpusError(f"{name}={getattr(self, name)!r}; use {' or '.join(choices)}")
         self._kind, self._files = self._find()
+        self._check_options()
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = 0
@@ -92,6 +93,25 @@ class Corpus:
         for name in ("source", "data_dir", "skipped"):
             del options[name]
         return options | {"files": describe_files(self.source, self._files)}
+
+    def _check_options(self) -> None:
+        """Checks that the options given have an effect on this kind of corpus."""
+        is_folder = isinstance(self.source, str | os.PathLike) and os.path.isdir(
+            os.path.expanduser(self.source)
+        )
+        for name, default, has_effect, condition in (
+            ("text_field", "text", self._kind != "texts", "the text of a text file is all of it"),
+            ("id_field", None, self._kind != "texts", "text files are named by their paths"),
+            ("split", "train", self._kind == "tfds" or is_folder, "files have no splits"),
+            ("data_dir", None, self._kind == "tfds", "it is for TFDS datasets"),
+            ("undecodable", "refuse", self._kind != "tfds", "TFDS decodes texts itself"),
+        ):
+            value = getattr(self, name)
+            if value != default and not has_effect:
+                raise CorpusError(
+                    f"{name}={os.fspath(value)!r} has no effect on {self.source}: {condition}; "
+                    "leave it out"
+                )
 
     def _find(self) -> tuple[str, dict[str, str]]:
         """Returns the kind, and the corpus's files with their names in ids."""
@@ -113,7 +133,7 @@ class Corpus:
         on_undecodable = None if self.undecodable == "refuse" else self._skip
         if self._kind == "datasets":
             path = pathlib.Path(os.path.expanduser(os.fspath(cast(str, self.source))))
-            yield from _from_datasets(path, *fields, self.split)
+            yield from _from_datasets(path, *fields, self.split, on_undecodable)
         elif self._kind == "tfds":
             yield from _from_tfds(
                 os.fspath(cast(str, self.source)), *fields, self.split, self.data_dir
@@ -292,7 +312,9 @@ def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iter
             i += 1
 
 
-def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iterator[Document]:
+def _from_datasets(
+    path: pathlib.Path, text_field, id_field, split: str, on_undecodable
+) -> Iterator[Document]:
     arrow = _arrow()
     splits = path / "dataset_dict.json"
     if splits.exists():
@@ -300,6 +322,11 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
         if split not in names:
             raise CorpusError(f"{path} has no split {split!r}; there are {', '.join(names)}")
         path = path / split
+    elif split != "train":
+        raise CorpusError(
+            f"{path} has no splits, so split={split!r} has no effect; leave it out, or give the "
+            "folder of a DatasetDict"
+        )
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_files"):
         raise CorpusError(
@@ -312,7 +339,7 @@ def _from_datasets(path: pathlib.Path, text_field, id_field, split: str) -> Iter
             opened = arrow.ipc.open_stream(mapped)
             columns = columns_of(opened.schema.names, name, text_field, id_field)
             batches = (b.select(columns) for b in opened)
-            yield from _rows(batches, name.name, text_field, id_field)
+            yield from _rows(batches, name.name, text_field, id_field, on_undecodable)
 
 
 def _from_texts(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:

@@ -86,6 +86,11 @@ def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> l
         label = matches[0][1].lower() if matches else None
         splits[_ALIASES.get(label, label) if label else None].append(path)
     if set(splits) == {None}:
+        if split != "train":
+            raise CorpusError(
+                f"{folder}: no file or folder name tells a split, so split={split!r} has no "
+                "effect; leave it out, or name the files by a pattern"
+            )
         return paths
     counts = ", ".join(f"{k or 'of no split'}: {len(v)}" for k, v in splits.items())
     if None in splits or split not in splits:

@@ -68,22 +68,30 @@ def parse_queries(queries: Iterable) -> list[Query]:
 
 
 def parse_passages(
-    passages: Iterable, text_field: str = "text", id_field: str | None = None
+    passages: Iterable, text_field: str | None = None, id_field: str | None = None
 ) -> Iterator[Document]:
     """Yields the documents of an iterable; one without an id is named by its number, from 0.
 
     Args:
         passages: an iterable of texts, of (id, text), of lists of token ids, of `Document`, or of
             rows with named fields.
-        text_field, id_field: the names of a row's fields, as in `tda.data.corpora.Corpus`.
+        text_field, id_field: the names of a row's fields, as in `tda.data.corpora.Corpus`; None for
+            the usual ones.
 
     Raises:
-        CorpusError: a row is none of these, or its text is not a string; the message says which
-            row it is and what was given.
+        CorpusError: a row is none of these, its text is not a string, or it has no named fields
+            where one is given; the message says which row it is and what was given.
     """
     _check_container(passages, "passages", _PASSAGE_FORMS, CorpusError)
+    names = {"text_field": text_field, "id_field": id_field}
+    given = [f"{name}={field!r}" for name, field in names.items() if field is not None]
     for i, row in enumerate(passages):
-        yield _passage(i, row, text_field, id_field)
+        if given and _as_mapping(row) is None:
+            raise CorpusError(
+                f"{' and '.join(given)} has no effect on passage {i}, {_shown(row)}, which has no "
+                "named fields; leave it out, or give rows such as {'id': …, 'text': …}"
+            )
+        yield _passage(i, row, text_field or "text", id_field)
 
 
 def _query(i: int, row: Any) -> Query:

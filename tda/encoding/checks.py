@@ -15,7 +15,8 @@ from flax import nnx
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.encoder import check_blocks
+from tda.gradients.moments.second_moments import check_full, parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.model import functional
@@ -34,6 +35,11 @@ def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
     check_count("k", k)
     check_count("tokens_per_batch", settings.tokens_per_batch)
     check_count("sample", settings.moments.sample)
+    seed = settings.moments.seed
+    if not _is_whole(seed) or seed < 0:
+        raise ValueError(f"seed={seed!r}; give a whole number from 0 on")
+    if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
+        raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
     is_number = isinstance(damping, numbers.Real) and math.isfinite(damping)
     if not is_number or (damping < 0 and damping != -1):  # -1, the default, shrinks R
         raise ValueError(
@@ -43,6 +49,9 @@ def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
         raise ValueError(
             f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"
         )
+    check_blocks(settings.model, settings.projection)
+    if settings.needs_estimate:
+        check_full(settings.moments.correction)
     parse_correction(settings.moments.correction)
     for name in ("include", "exclude"):
         try:
@@ -80,9 +89,12 @@ def check_count(name: str, value: Any) -> None:
     Raises:
         ValueError: it is not.
     """
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < 1:
+    if not _is_whole(value) or value < 1:
         raise ValueError(f"{name}={value!r}; give a whole number from 1 on")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_queries(settings: TraceSettings, count: int) -> None:
@@ -132,17 +144,29 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
     check_loss(settings, batch)
 
 
-def check_loss(settings: TraceSettings, batch: Any) -> None:
+def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> None:
     """Checks that the loss of a batch is one number for each example, without computing it.
 
+    Args:
+        settings: the arguments of `tda.trace`.
+        batch: the batch.
+        label: the batch's name in messages.
+
     Raises:
-        ValueError: it is not.
+        ValueError: it is not, or the batch lacks a key that the loss reads.
     """
     count = count_examples(batch)
     model_fn, params = functional.split(settings.model)
-    shaped = jax.eval_shape(
-        lambda params, batch: settings.example_losses(model_fn.merge(params), batch), params, batch
-    )
+    try:
+        shaped = jax.eval_shape(
+            lambda params, batch: settings.example_losses(model_fn.merge(params), batch),
+            params,
+            batch,
+        )
+    except Exception as error:
+        examples.name_missing_part(error, batch, label)
+        error.add_note(f"This was the loss of {label}: {examples.describe_batch(batch)}.")
+        raise
     if not hasattr(shaped, "shape"):
         raise ValueError(
             f"the loss returns a {type(shaped).__name__}, not one array; return the losses alone"
@@ -166,6 +190,39 @@ def check_batches(label: str, batches: Any) -> None:
         raise ValueError(f"{label} is a {type(batches).__name__}; give an iterable of batches")
 
 
+class BatchChecks:
+    """Checks batches one by one; the loss of those whose arrays are of a form not seen before.
+
+    Args:
+        settings: the arguments of `tda.trace`.
+        label: "passages" or "queries".
+    """
+
+    def __init__(self, settings: TraceSettings, label: str):
+        self._settings, self._label = settings, label
+        self._forms: set = set()
+        self._count = 0
+
+    def __call__(self, batch: Any) -> None:
+        """Checks the next batch.
+
+        Raises:
+            ValueError: it is no tree of arrays, or its loss is not one number for each example;
+                the message names the batch.
+        """
+        name = f"batch {self._count} of {self._label}"
+        self._count += 1
+        check_batch(name, batch)
+        leaves, structure = jax.tree.flatten(batch)
+        # Which axes have one length, whatever that is: batches differ in examples and positions.
+        sizes = [n for x in leaves for n in x.shape]
+        axes = tuple(sizes.index(n) for n in sizes)
+        form = structure, axes, tuple((x.ndim, x.dtype) for x in leaves)
+        if form not in self._forms:
+            check_loss(self._settings, batch, name)
+            self._forms.add(form)
+
+
 def check_batch(label: str, batch: Any) -> None:
     """Checks that a batch is a tree of arrays of numbers with the examples first.
 
@@ -174,9 +231,9 @@ def check_batch(label: str, batch: Any) -> None:
     """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
-        raise ValueError(f"a batch of {label} has no array: it is {type(batch).__name__}")
+        raise ValueError(f"{label} has no array: it is {type(batch).__name__}")
     for path, leaf in leaves:
-        place = f"a batch of {label}" + (f", at {jax.tree_util.keystr(path)}," if path else "")
+        place = label + (f", at {jax.tree_util.keystr(path)}," if path else "")
         if isinstance(leaf, str):
             raise ValueError(
                 f"{place} is the text {leaf[:40]!r}; give the model's tokenizer to trace texts, or "
@@ -192,7 +249,12 @@ def check_batch(label: str, batch: Any) -> None:
             raise ValueError(
                 f"{place} is an array of {leaf.dtype}, not of numbers; leave it out, or convert it"
             )
-    count_examples(batch)
+    try:
+        count = count_examples(batch)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    if not count:
+        raise ValueError(f"{label} has no examples: {examples.describe_batch(batch)}; leave it out")
 
 
 def check_query_gradients(gradients_QxE: np.ndarray, names: list[str]) -> None:

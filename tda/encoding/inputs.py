@@ -11,7 +11,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -84,8 +84,11 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
     if isinstance(texts, str):
         raise ValueError("texts is a single string; give a list of the passages' texts")
     queries = list(queries)
-    # The first batch of passages is looked at now, wherever the others come from.
-    if isinstance(passages, Sequence):
+    # A list is looked at as a whole; of others, which may be read from disk as they are asked for,
+    # the first batch now, and each when it comes.
+    if isinstance(passages, list | tuple):
+        first = passages
+    elif isinstance(passages, Sequence):
         first = [passages[0]] if len(passages) else []
     else:
         passages = iter(passages)
@@ -94,14 +97,14 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
     for label, batches in (("passages", first), ("queries", queries)):
         if not batches:
             raise ValueError(f"there are no {label}: the iterable of batches is empty")
-        for batch in batches:
-            checks.check_batch(label, batch)
-        checks.check_loss(settings, batches[0])
+        for _ in _checked(batches, settings, label):
+            pass
     checks.check_queries(settings, sum(map(count_examples, queries)))
     settings.print_coverage()
     sample, passages = _sample_batches(passages, settings)
     scales = settings.known_scales()
     if settings.needs_estimate:
+        sample = _checked(sample, settings, "the sample of passages")
         scales = settings.estimate_scales(sample)
 
     def encode(batches, description):
@@ -122,6 +125,8 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
 
     gradients_QxE = encode(queries, "encode queries")
     checks.check_query_gradients(gradients_QxE, list(map(str, range(len(gradients_QxE)))))
+    if passages is not first:
+        passages = _checked(passages, settings, "passages")
     gradients_CxE = encode(passages, "encode passages")
     if texts is not None and len(texts) != len(gradients_CxE):
         raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
@@ -132,6 +137,14 @@ def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGr
         lambda row: (str(row), "" if texts is None else texts[row]),
         [Query(str(i), "", "") for i in range(len(gradients_QxE))],
     )
+
+
+def _checked(batches: Iterable, settings: TraceSettings, label: str) -> Iterator:
+    """Yields batches, each after its checks."""
+    check = checks.BatchChecks(settings, label)
+    for batch in batches:
+        check(batch)
+        yield batch
 
 
 def _sample_batches(batches, settings: TraceSettings) -> tuple[list, Iterable]:
@@ -334,7 +347,7 @@ def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     """Tokenises the corpus, on disk if it is a file and there is a directory, else in memory."""
     fields = reading.text_field, reading.id_field
     if isinstance(passages, str | os.PathLike):
-        passages = Corpus(passages, text_field=fields[0], id_field=fields[1])
+        passages = Corpus(passages, text_field=fields[0] or "text", id_field=fields[1])
     is_corpus = isinstance(passages, Corpus)
     documents = passages if is_corpus else parse_passages(passages, *fields)
     if is_corpus and reading.directory is not None:

@@ -42,8 +42,8 @@ class TextSettings:
     """The most positions of a passage, and of a query."""
     joiner: str | None
     """What stands between prompt and target; None: `tda.data.joining.choose_joiner`."""
-    text_field: str
-    """The field of a passage's text, in rows with named fields."""
+    text_field: str | None
+    """The field of a passage's text, in rows with named fields; None: "text"."""
     id_field: str | None
     """The field of a passage's id; None: the usual names."""
     directory: pathlib.Path | None

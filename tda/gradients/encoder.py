@@ -152,11 +152,7 @@ def make_encoder(
         KeyError: `scales` lacks a parameter.
     """
     sites = find_sites(model, include, exclude, untapped)
-    if projection.blocks not in (1, projections.DEFAULT_BLOCKS) and not has_numbered_layers(model):
-        raise ValueError(
-            f"blocks={projection.blocks} has no effect: no parameter of the model has a layer's "
-            "number in its path; leave it out, or use pooling='matrix'"
-        )
+    check_blocks(model, projection)
     if tell:
         tell_coverage(model, sites, is_default=include is None and exclude is None)
     kind = projection, make_taps(sites, projection, scales)
@@ -166,6 +162,24 @@ def make_encoder(
         return encoder
     example_losses = losses.of_examples(output) if isinstance(output, str) else output
     return dataclasses.replace(encoder, check=MatesCheck(model, example_losses))
+
+
+def check_blocks(model: nnx.Module, projection: Projection) -> None:
+    """Checks that a number of blocks has an effect, where one is given.
+
+    Raises:
+        ValueError: it has none; the message says why.
+    """
+    if projection.blocks != projections.DEFAULT_BLOCKS and projection.pooling != "blocks":
+        raise ValueError(
+            f"blocks={projection.blocks} has no effect with pooling={projection.pooling!r}; leave "
+            "it out, or use pooling='blocks'"
+        )
+    if projection.blocks not in (1, projections.DEFAULT_BLOCKS) and not has_numbered_layers(model):
+        raise ValueError(
+            f"blocks={projection.blocks} has no effect: no parameter of the model has a layer's "
+            "number in its path; leave it out, or use pooling='matrix'"
+        )
 
 
 def make_taps(

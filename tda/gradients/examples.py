@@ -1,10 +1,12 @@
 """Gradients of examples in one call: any model, any loss, batches of any form."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.tree_util import keystr
 
 from tda.gradients import sites
 from tda.gradients.encoder import Encoder, make_encoder
@@ -45,7 +47,11 @@ def per_example(
     """
 
     def checked(model, batch):
-        loss_B = loss(model, batch)
+        try:
+            loss_B = loss(model, batch)
+        except Exception as error:
+            name_missing_part(error, batch)
+            raise
         check_shape(loss_B, count_examples(batch))
         return loss_B
 
@@ -53,6 +59,32 @@ def per_example(
         model, projection, scales, checked, include, exclude, untapped, tell=tell
     )
     return _each(encoder, batches)
+
+
+def name_missing_part(error: Exception, batch: Any, label: str = "a batch") -> None:
+    """Raises an error that says what a batch lacks, if a loss failed for that reason.
+
+    Args:
+        error: what the loss raised.
+        batch: the batch.
+        label: the batch's name.
+
+    Raises:
+        ValueError: `error` is of a key that the batch, a mapping, does not have.
+    """
+    part = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if isinstance(batch, Mapping) and isinstance(part, str) and part not in batch:
+        raise ValueError(
+            f"the loss reads {part!r}, which {label} does not have: {describe_batch(batch)}; give "
+            "every batch of passages and of queries what the loss reads"
+        ) from error
+
+
+def describe_batch(batch: Any) -> str:
+    """Returns the arrays of a batch by place, with dtypes and shapes, as text."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    parts = [f"{keystr(path)} {x.dtype}{list(x.shape)}".lstrip() for path, x in leaves]
+    return "it has " + (", ".join(parts) or "no array")
 
 
 def check_shape(loss_B, count: int) -> None:

@@ -103,8 +103,8 @@ def find_sites(
             tap turns out to miss a part of the gradient; otherwise that is an error (`unseen`).
 
     Raises:
-        ValueError: no parameter matches, untapped="error" and a parameter cannot have a tap, or the
-            model is in training mode.
+        ValueError: no parameter matches, none matches `exclude`, untapped="error" and a parameter
+            cannot have a tap, or the model is in training mode.
     """
     training = [
         f"{'/'.join(map(str, path)) or 'the model'} ({type(module).__name__})"
@@ -119,6 +119,12 @@ def find_sites(
     if untapped not in ("leave", "reference", "error"):
         raise ValueError(f"untapped is {untapped!r}; use leave, reference or error")
     everything = _sites(model)
+    if exclude and not any(re.search(exclude, s.path) for s in everything):
+        listed = ", ".join(s.path for s in everything)
+        raise ValueError(
+            f"exclude={exclude!r} has no effect: no parameter matches it; leave it out, or choose "
+            f"from {listed}"
+        )
     sites = [s for s in everything if _selected(s, include, exclude)]
     without = [s.path for s in sites if not s.tapped]
     if untapped == "error" and without:

@@ -333,3 +333,33 @@ def test_null_texts_are_blank_and_ids_of_the_corpus_may_repeat(tmp_path):
     assert [d.id for d in found] == ["a", "a~2", "a~3", "a~2~2"]
     assert [d.text for d in found] == ["Oslo", "", "Rome", "x"]
     assert [d.id for d in corpora.Corpus(file)] == ["a", "a", "a", "a~2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "options", "message"),
+    [
+        (
+            {"a.txt": "Oslo"},
+            "",
+            dict(text_field="body"),
+            "text_field='body' has no effect on .*all",
+        ),
+        ({"a.txt": "Oslo"}, "a.txt", dict(id_field="id"), "id_field='id' has no effect"),
+        ({"a.jsonl": LINE}, "a.jsonl", dict(split="test"), "split='test' has no effect on .*files"),
+        ({"a.jsonl": LINE}, "", dict(split="test"), "tells a split, so split='test' has no effect"),
+        ({"a.jsonl": LINE}, "a.jsonl", dict(data_dir="x"), "data_dir='x' has no effect on .*TFDS"),
+        ({}, "c4/en:3.0.1", dict(undecodable="skip"), "undecodable='skip' has no effect on c4/en"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, files, source, options, message):
+    """Guards: a whole folder read as its split "test"."""
+    write(tmp_path, files)
+    with pytest.raises(CorpusError, match=message):
+        corpora.Corpus(source if not files else tmp_path / source, **options)
+
+
+def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
+    arrow()
+    datasets(tmp_path, ROWS)
+    with pytest.raises(CorpusError, match="has no splits, so split='test' has no effect"):
+        list(corpora.documents(tmp_path, split="test"))

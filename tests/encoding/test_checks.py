@@ -7,6 +7,7 @@ import pytest
 from flax import linen, nnx
 
 import tda
+from tda.data.corpora import Corpus
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import inputs
 from tda.encoding import table as encoding
@@ -98,6 +99,14 @@ SHAPE = r"the loss of \d examples has the shape"
         (dict(loss=nats), SHAPE + r" \(2, 8\), not"),
         (dict(loss=lambda m, b: (nats(m, b).sum(-1), 1)), "the loss returns a tuple, not one"),
         (dict(loss=lambda m, b: b["tokens"][:, 0]), "the loss has the dtype int32"),
+        (dict(loss=lambda m, b: nats(m, b) * b["mask"]), "the loss reads 'mask', which a batch"),
+        (dict(seed=-1), "seed=-1; give a whole number from 0 on"),
+        (dict(seed="x"), "seed='x'; give a whole number"),
+        (dict(mesh=3), "mesh=3; give a jax.sharding.Mesh"),
+        (dict(directory=5), "directory=5; give a string"),
+        (dict(text_field=3), "text_field=3; give a string"),
+        (dict(method=None), "method=None; give the name of one"),
+        (dict(correction="none"), "correction 'none' is not made from second moments"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_first(
@@ -142,14 +151,14 @@ def test_passages_beyond_a_table_that_a_model_does_not_tell_of_are_refused(token
         (5, "passages is a int; give an iterable of batches"),
         ([], "there are no passages"),
         (iter([]), "there are no passages"),
-        (TEXTS, "a batch of passages is the text 'The town.*give the model's tokenizer"),
+        (TEXTS, "batch 0 of passages is the text 'The town.*give the model's tokenizer"),
         ([{"text": "a"}], r"at \['text'\], is the text 'a'; give the model's tokenizer"),
         ([BATCH | {"text": ["a"] * 8}], r"at \['text'\]\[0\], is the text 'a'"),
         ([BATCH | {"tokens": Tensor()}], r"is a torch.Tensor, not an array; convert it by x.nump"),
         ([BATCH | {"tokens": [[1] * 6] * 8}], r"is a builtins.int, not an array"),
         ([BATCH | {"id": np.array(["a"] * 8)}], "is an array of <U1, not of numbers"),
         ([BATCH | {"id": np.array([None] * 8)}], "is an array of object, not of numbers"),
-        ([{}], "a batch of passages has no array"),
+        ([{}], "batch 0 of passages has no array"),
         ([BATCH | {"n": np.zeros(3)}], "must have the examples as its first axis|one length"),
     ],
 )
@@ -169,3 +178,101 @@ def test_losses_and_queries_of_batches_are_checked_first(tokenizer, nothing_is_e
         call(tokenizer, [BATCH], [BATCH], method="trackstar", **how)
     with pytest.raises(ValueError, match="texts is a single string"):
         call(tokenizer, [BATCH], [BATCH], texts="abcdefgh", **how)
+
+
+def scored(model, batch):
+    return (nats(model, batch) * batch["weights"]).sum(-1)
+
+
+UNWEIGHTED = {k: x for k, x in BATCH.items() if k != "weights"}
+LACKING = (
+    r"the loss reads 'weights', which batch 1 of %s does not have: it has \['targets'\] int32\["
+)
+
+
+@pytest.mark.parametrize("label", ["passages", "queries"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (UNWEIGHTED, LACKING),
+        ({k: x[:0] for k, x in BATCH.items()}, "batch 1 of %s has no examples: .*leave it out"),
+        (BATCH | {"tokens": BATCH["tokens"] * 1.0}, "must be an integer"),
+        (BATCH | {"weights": BATCH["weights"][:, :4]}, "incompatible shapes"),
+        (BATCH | {"weights": BATCH["weights"][:3]}, "batch 1 of %s: every array of a batch must"),
+    ],
+)
+def test_a_later_batch_that_does_not_fit_is_named_first(
+    tokenizer, nothing_is_encoded, label, other, message
+):
+    """Guards: a bare KeyError, or one after hours of the batches before."""
+    batches = dict(passages=[BATCH], queries=[BATCH]) | {label: [BATCH, other]}
+    with pytest.raises((ValueError, TypeError)) as refused:
+        call(tokenizer, **batches, tokenizer=None, loss=scored)
+    message = message.replace("%s", label)
+    refused.match(message)
+    notes = " ".join(getattr(refused.value, "__notes__", []))
+    assert f"batch 1 of {label}" in str(refused.value) + notes
+
+
+@pytest.mark.parametrize(
+    ("method", "label"), [("grad_cos", "passages"), ("exp3", "the sample of passages")]
+)
+def test_a_batch_of_an_iterator_that_does_not_fit_is_named_when_it_comes(tokenizer, method, label):
+    batches = iter([BATCH, BATCH, UNWEIGHTED])
+    with pytest.raises(ValueError, match=f"the loss reads 'weights', which batch 2 of {label} do"):
+        call(tokenizer, batches, [BATCH], tokenizer=None, loss=scored, method=method)
+
+
+def test_batches_of_several_lengths_and_with_more_keys_fit(tokenizer):
+    """Guards: refusing what the loss does not need."""
+    shorter = {k: x[:3, :4] for k, x in BATCH.items()} | {"id": np.arange(3)}
+    found = call(
+        tokenizer, [BATCH, shorter], [shorter], tokenizer=None, loss=scored, method="grad_cos", k=11
+    )
+    assert len(found[0].proponents) == 11
+
+
+OWN = [{"text": "The town of Norway is Oslo."}]
+PATH = "nowhere.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            (dict(method="grad_cos") | option, "with method='grad_cos', whose gradients are not")
+            for option in (dict(sample=16), dict(seed=0), dict(correction="factored"),
+                           dict(scales={}), dict(scales=3))
+        ),
+        *(
+            (dict(scales={}, method="exp3") | option, "beside scales=")
+            for option in (dict(sample=16), dict(seed=0), dict(correction="factored"))
+        ),
+        (dict(method="exp3", damping=0.1), "damping=0.1 has no effect with method='exp3', which h"),
+        (dict(texts=TEXTS), "texts= has no effect beside a tokenizer"),
+        *(
+            (dict(tokenizer=None, passages=[BATCH], queries=[BATCH]) | option, "it is for texts")
+            for option in (dict(context=512), dict(tokens_per_batch=9), dict(text_field="text"),
+                           dict(id_field="id"), dict(joiner=""), dict(directory=PATH))
+        ),
+        (dict(tokenizer=None, passages=iter([BATCH]), queries=[BATCH], seed=0), "seed=0 has no ef"),
+        (dict(text_field="text"), "text_field='text' has no effect on passage 0, 'The town"),
+        (dict(id_field="id"), "id_field='id' has no effect on passage 0"),
+        (dict(passages=[*OWN, ("a", "b")], text_field="text"), "no effect on passage 1, .'a', 'b'"),
+        (dict(exclude="lm_haed"), "exclude='lm_haed' has no effect: no parameter matches it; .*em"),
+        (dict(projection=Projection(side=4, blocks=3, pooling="matrix")), "with pooling='matrix'"),
+    ],
+)  # fmt: skip
+def test_arguments_without_effect_are_refused_first(
+    tokenizer, nothing_is_encoded, options, message
+):
+    with pytest.raises(ValueError, match=message) as refused:
+        call(tokenizer, **options)
+    assert "has no effect" in str(refused.value)
+
+
+def test_fields_beside_a_corpus_that_has_its_own_are_refused(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "Oslo", "key": 1}\n')
+    corpus = Corpus(tmp_path / "a.jsonl", text_field="body")
+    with pytest.raises(ValueError, match="id_field='key' has no effect on a Corpus, which has its"):
+        call(tokenizer, corpus, id_field="key")

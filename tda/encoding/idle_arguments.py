@@ -1,0 +1,91 @@
+"""Refuses arguments of `tda.trace` that would have no effect beside the others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tda import methods
+from tda.data.corpora import Corpus
+from tda.gradients.moments.second_moments import parse_correction
+
+# Arguments that decide the optimizer correction, those that read texts, and those of batches.
+_MOMENTS = ("scales", "correction", "sample", "seed")
+_READING = ("context", "tokens_per_batch", "text_field", "id_field", "joiner", "directory")
+
+
+def check(name: str, given: dict[str, Any], passages: Any, has_tokenizer: bool) -> None:
+    """Checks that every argument that the caller gave has an effect.
+
+    Args:
+        name: the method's name.
+        given: the optional arguments of `tda.trace` that the caller gave, by name.
+        passages: the passages, as `tda.trace` takes them.
+        has_tokenizer: whether there is a tokenizer.
+
+    Raises:
+        ValueError: one has no effect; the message names it, and why.
+    """
+    method = methods.METHODS[name]
+    if "correction" in given:
+        parse_correction(given["correction"])
+    is_iterator = not has_tokenizer and not isinstance(passages, Sequence)
+    # Whether it holds, the arguments that then have no effect, why, and what to do.
+    rules: list[tuple[bool, tuple[str, ...], str, str]] = [
+        (
+            not method.corrected,
+            _MOMENTS,
+            f"with method={name!r}, whose gradients are not corrected",
+            "leave it out, or use a corrected method such as 'trackstar_train' or 'exp3'",
+        ),
+        (
+            isinstance(given.get("scales"), dict),
+            ("correction",),
+            "beside scales=, which are 1/√V already",
+            "leave it out, or give the second moments (tda.second_moments)",
+        ),
+        (
+            "scales" in given,
+            ("sample", "seed"),
+            "beside scales=: no second moments are estimated",
+            "leave it out",
+        ),
+        (
+            method.hessian == "none",
+            ("damping",),
+            f"with method={name!r}, which has no R",
+            "leave it out, or use a method with R such as 'trackstar_train' or 'exp4'",
+        ),
+        (
+            not has_tokenizer,
+            _READING,
+            "on batches: it is for texts",
+            "leave it out, or give a tokenizer",
+        ),
+        (
+            is_iterator,
+            ("seed",),
+            "on an iterator of batches, which is read once: its first batches are the sample",
+            "leave it out, or give a list of batches",
+        ),
+        (
+            has_tokenizer,
+            ("texts",),
+            "beside a tokenizer: it shows passages that are given as batches",
+            "leave it out",
+        ),
+        (
+            isinstance(passages, Corpus),
+            ("text_field", "id_field"),
+            "on a Corpus, which has its own",
+            "give it to Corpus",
+        ),
+    ]
+    for applies, names, reason, remedy in rules:
+        for argument in names if applies else ():
+            if argument in given:
+                raise ValueError(
+                    f"{_describe(argument, given[argument])} has no effect {reason}; {remedy}"
+                )
+
+
+def _describe(argument: str, value: Any) -> str:
+    return f"{argument}={value!r}" if isinstance(value, str | int | float) else f"{argument}="
