@@ -160,8 +160,8 @@ def trace(
         joiner=joiner,
         directory=directory,
     )
-    given = {name: x for name, x in optional.items() if x is not None}
-    idle_arguments.check(method, given, passages, has_tokenizer=tokenizer is not None)
+    arguments = {name: x for name, x in optional.items() if x is not None}
+    idle_arguments.check(method, arguments, passages, has_tokenizer=tokenizer is not None)
     compilation_cache.use()
     settings = TraceSettings(
         model=model,

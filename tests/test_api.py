@@ -385,7 +385,7 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         (dict(method="exp9"), "unknown method 'exp9'"),
         (dict(queries=["Oslo"]), r"query 0 is 'Oslo' \(str\); give"),
         (dict(queries=[]), "there are no queries"),
-        (dict(texts=TEXTS), "there is a tokenizer here"),
+        (dict(texts=TEXTS), "texts= has no effect beside a tokenizer"),
         (dict(method="trackstar"), "R of 2 queries holds little.*use method='trackstar_train'"),
         (dict(queries=[("Norway", " ")]), "has no token"),
     ],

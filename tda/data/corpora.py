@@ -4,6 +4,7 @@ The forms are JSON lines and arrays, CSV, Parquet, a Hugging Face `datasets` dir
 folder of text files, and a TFDS dataset by its name.
 """
 
+import collections
 import csv
 import dataclasses
 import glob
@@ -116,8 +117,10 @@ class Corpus:
     def _find(self) -> tuple[str, dict[str, str]]:
         """Returns the kind, and the corpus's files with their names in ids."""
         if not isinstance(self.source, str | os.PathLike):
+            if not isinstance(self.source, Iterable):
+                raise CorpusError(f"{self.source!r} is no corpus; give a path, a pattern or a list")
             files = jsonl.expand(self.source)
-            return self.kind or _guess_kind(files[0]), names_of(files, None)
+            return self.kind or _kind_of_all(files), names_of(files, None)
         path = pathlib.Path(os.path.expanduser(os.fspath(self.source)))
         if path.is_dir() and self.kind != "tfds":
             is_dataset = any((path / n).exists() for n in ("state.json", "dataset_dict.json"))
@@ -126,7 +129,10 @@ class Corpus:
             kind, files = list_corpus(path, self.kind, self.split)
             return kind, names_of(files, path)
         kind = self.kind or _guess_kind(self.source)
-        return kind, {} if kind in ("tfds", "datasets") else names_of(jsonl.expand(path), None)
+        if kind in ("tfds", "datasets"):
+            return kind, {}
+        files = jsonl.expand(path)
+        return self.kind or _kind_of_all(files), names_of(files, None)
 
     def _read(self) -> Iterator[Document]:
         fields = self.text_field, self.id_field
@@ -213,6 +219,23 @@ def describe_files(source, files: Iterable[str] | None = None) -> list:
     return [[names[f], s.st_size, s.st_mtime_ns] for f, s in states.items()] or [os.fspath(source)]
 
 
+def _kind_of_all(files: Sequence[str]) -> str:
+    """Returns the kind that all files have.
+
+    Raises:
+        CorpusError: they have several.
+    """
+    kinds = {file: _guess_kind(file) for file in files}
+    examples = {kind: os.path.basename(file) for file, kind in reversed(kinds.items())}
+    if len(examples) > 1:
+        shown = ", ".join(f"{kind} ({name})" for kind, name in examples.items())
+        raise CorpusError(
+            f"the files are of several kinds, {shown}; give those of one kind, or Corpus(…, kind=) "
+            "if all of them are of one"
+        )
+    return next(iter(examples))
+
+
 def _guess_kind(source: str | os.PathLike) -> str:
     name = os.path.expanduser(os.fspath(source))
     path = pathlib.Path(name)
@@ -257,6 +280,9 @@ def _from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Docu
     rows = csv.DictReader(lines, delimiter="\t" if is_tabbed else ",", strict=True)
     place = os.path.basename(file)
     try:
+        names = rows.fieldnames or ()
+        if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
+            raise CorpusError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
         for i, row in enumerate(rows):
             place = f"{os.path.basename(file)}, line {rows.line_num}"
             if is_escaped and any(half_character(x) for x in row.values() if isinstance(x, str)):

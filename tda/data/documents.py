@@ -88,7 +88,13 @@ def document_of(
     text = "" if _is_null(record[text_field]) else record[text_field]
     text = _decoded(text, place) if isinstance(text, bytes) else text
     if not isinstance(text, str):
-        raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text")
+        columns = ""
+        if isinstance(text, list | Mapping):
+            columns = (
+                "; if this object holds columns, write rows: one object for each document, such as "
+                "by to_json(orient='records', lines=True) of pandas"
+            )
+        raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text{columns}")
     id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
     name = default_id if id_field is None else record[id_field]
     if isinstance(name, bool) or not isinstance(name, str | bytes | numbers.Real) or _is_null(name):
@@ -108,6 +114,7 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
     ids = np.asarray(record["input_ids"])
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
         raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
+    check_token_ids(ids.tolist(), place)
     masks = {k: np.asarray(record[k]) for k in ("attention_mask", "labels") if k in record}
     for field, values in masks.items():
         if values.shape != ids.shape:
@@ -126,6 +133,17 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
             raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
         scored = tuple(scored[kept].tolist())
     return tuple(ids[kept].tolist()), scored
+
+
+def check_token_ids(ids: Collection[int], place: str) -> None:
+    """Checks that token ids are numbers that a token may have.
+
+    Raises:
+        CorpusError: one is negative, or beyond 32 bits.
+    """
+    for extreme in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= extreme < 1 << 31:
+            raise CorpusError(f"{place}: {extreme} is no token id; they are numbers from 0 on")
 
 
 def _decoded(text: bytes, place: str) -> str:

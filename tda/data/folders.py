@@ -1,10 +1,10 @@
 """Which files of a folder are a corpus.
 
 The rule: all files below the folder that are of one kind, told by their suffix. Hidden files and
-folders (with a name that begins with `.` or `_`), and files called README, LICENSE, NOTICE,
-CITATION or CHANGELOG, never count. Other files without a known suffix are left out, with a warning
-that names them. Files of several kinds are refused. If file or folder names tell splits apart
-(`train-00000.parquet`, `test/a.jsonl`), one split is read, by default "train".
+folders (with a name that begins with `.` or `_`), files called README, LICENSE, NOTICE, CITATION or
+CHANGELOG, and dataset_info.json, never count. Other files without a known suffix are left out, with
+a warning that names them. Files of several kinds are refused. If file or folder names tell splits
+apart (`train-00000.parquet`, `test/a.jsonl`), one split is read, by default "train".
 """
 
 import collections
@@ -24,7 +24,9 @@ SUFFIXES = {
     ".txt": "texts",
 }
 _COMPRESSED = (".gz", ".zst")
-_ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|copying)([-_.].*)?", re.I)
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|copying)([-_.].*)?|dataset_infos?\.json", re.I
+)
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing)?([-_.\d].*)?", re.I)
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 

@@ -59,9 +59,11 @@ def iter_records(path: Paths, on_undecodable: OnUndecodable = None) -> Iterator[
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
+                remedy = "every line must be one JSON object"
+                if text == "{":
+                    remedy += ", and here one has several lines; write it in one line, or an array"
                 raise RecordError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno});"
-                    " every line must be one JSON object"
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); {remedy}"
                 ) from None
             n_records += 1
             yield where, value

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tda.data.documents import Document, document_of
+from tda.data.documents import Document, check_token_ids, document_of
 from tda.data.folders import CorpusError
 from tda.data.jsonl import half_character
 
@@ -84,11 +84,11 @@ def parse_passages(
     """
     _check_container(passages, "passages", _PASSAGE_FORMS, CorpusError)
     names = {"text_field": text_field, "id_field": id_field}
-    given = [f"{name}={field!r}" for name, field in names.items() if field is not None]
+    named = [f"{name}={field!r}" for name, field in names.items() if field is not None]
     for i, row in enumerate(passages):
-        if given and _as_mapping(row) is None:
+        if named and _as_mapping(row) is None:
             raise CorpusError(
-                f"{' and '.join(given)} has no effect on passage {i}, {_shown(row)}, which has no "
+                f"{' and '.join(named)} has no effect on passage {i}, {_shown(row)}, which has no "
                 "named fields; leave it out, or give rows such as {'id': …, 'text': …}"
             )
         yield _passage(i, row, text_field or "text", id_field)
@@ -105,7 +105,9 @@ def _query(i: int, row: Any) -> Query:
                 f"query {i} has no field {missing[0]!r}; its fields are "
                 f"{', '.join(map(str, fields)) or 'none'}; {_QUERY_FORMS}"
             )
-        values = fields.get("id"), fields["prompt"], fields["target"]
+        name = fields.get("id")
+        is_missing = isinstance(name, float) and math.isnan(name)  # in a frame of pandas
+        values = None if is_missing else name, fields["prompt"], fields["target"]
     else:
         texts = _as_tuple(row)
         if texts is None or len(texts) not in (2, 3):
@@ -133,6 +135,7 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
         return document_of(fields, place, str(i), text_field, id_field)
     pair = _as_tuple(row)
     if pair and all(_is_whole(x) for x in pair):
+        check_token_ids(pair, place)
         return Document(str(i), "", tokens=tuple(map(int, pair)))
     if pair is None or len(pair) != 2 or not isinstance(pair[1], str):
         raise CorpusError(f"{place} is {_shown(row)}; {_PASSAGE_FORMS}")

@@ -158,16 +158,16 @@ def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tup
 def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Counts]:
     """Writes the parts that are missing, each atomically; returns the counts of all parts."""
     counts: list[Counts] = []
-    whole = 0
+    complete = 0
     while (path := parts / f"{len(counts)}.npz").exists():
         with np.load(path) as part:
             counts.append(Counts(*map(int, part["counts"])))
             # A part that a long document filled ends before the document's name.
             owners = part["owners"]
             if not len(owners) or owners[-1] < len(part["name_ends"]):
-                whole = len(counts)
+                complete = len(counts)
     # Its document is tokenised again from the beginning.
-    del counts[whole:]
+    del counts[complete:]
     finished = sum(c.documents for c in counts)
     for part, count in _parts(documents, tokenizer, context, quiet, first=finished):
         with atomic_file.open_atomic(parts / f"{len(counts)}.npz", "wb") as out:

@@ -169,14 +169,14 @@ def tokenise_passages(
     for document, text in texts:
         if half := half_character(text):
             raise ValueError(f"document {document!r}: the text has {half}")
+        if not text or text.isspace():
+            raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
     encoded = (
         tokens
         for batch in by_characters(texts, lambda pair: len(pair[1]), _CALL_TEXTS)
         for tokens in _encode([text for _, text in batch], tokenizer)
     )
-    for (document, text), tokens in zip(texts, encoded, strict=True):
-        if not text.strip():
-            raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
+    for (document, _), tokens in zip(texts, encoded, strict=True):
         tokens = np.concatenate([tokens, np.asarray(tokenizer.end, np.int32)])
         ranges = cut(tokens, tokenizer, context)
         split += len(ranges) > 1

@@ -12,12 +12,12 @@ _MOMENTS = ("scales", "correction", "sample", "seed")
 _READING = ("context", "tokens_per_batch", "text_field", "id_field", "joiner", "directory")
 
 
-def check(name: str, given: dict[str, Any], passages: Any, has_tokenizer: bool) -> None:
+def check(name: str, arguments: dict[str, Any], passages: Any, has_tokenizer: bool) -> None:
     """Checks that every argument that the caller gave has an effect.
 
     Args:
         name: the method's name.
-        given: the optional arguments of `tda.trace` that the caller gave, by name.
+        arguments: the optional arguments of `tda.trace` that the caller gave, by name.
         passages: the passages, as `tda.trace` takes them.
         has_tokenizer: whether there is a tokenizer.
 
@@ -25,8 +25,8 @@ def check(name: str, given: dict[str, Any], passages: Any, has_tokenizer: bool) 
         ValueError: one has no effect; the message names it, and why.
     """
     method = methods.METHODS[name]
-    if "correction" in given:
-        parse_correction(given["correction"])
+    if "correction" in arguments:
+        parse_correction(arguments["correction"])
     is_iterator = not has_tokenizer and not isinstance(passages, Sequence)
     # Whether it holds, the arguments that then have no effect, why, and what to do.
     rules: list[tuple[bool, tuple[str, ...], str, str]] = [
@@ -37,13 +37,13 @@ def check(name: str, given: dict[str, Any], passages: Any, has_tokenizer: bool) 
             "leave it out, or use a corrected method such as 'trackstar_train' or 'exp3'",
         ),
         (
-            isinstance(given.get("scales"), dict),
+            isinstance(arguments.get("scales"), dict),
             ("correction",),
             "beside scales=, which are 1/√V already",
             "leave it out, or give the second moments (tda.second_moments)",
         ),
         (
-            "scales" in given,
+            "scales" in arguments,
             ("sample", "seed"),
             "beside scales=: no second moments are estimated",
             "leave it out",
@@ -81,9 +81,9 @@ def check(name: str, given: dict[str, Any], passages: Any, has_tokenizer: bool) 
     ]
     for applies, names, reason, remedy in rules:
         for argument in names if applies else ():
-            if argument in given:
+            if argument in arguments:
                 raise ValueError(
-                    f"{_describe(argument, given[argument])} has no effect {reason}; {remedy}"
+                    f"{_describe(argument, arguments[argument])} has no effect {reason}; {remedy}"
                 )
 
 

@@ -363,3 +363,40 @@ def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
     datasets(tmp_path, ROWS)
     with pytest.raises(CorpusError, match="has no splits, so split='test' has no effect"):
         list(corpora.documents(tmp_path, split="test"))
+
+
+@pytest.mark.parametrize("form", [list, lambda files: str(files[0].parent / "*")])
+@pytest.mark.parametrize(
+    "names", [("a.jsonl", "b.csv"), ("a.txt", "b.jsonl"), ("a.jsonl", "b.parquet", "c.jsonl")]
+)
+def test_files_of_several_kinds_are_refused(tmp_path, form, names):
+    """Guards: JSON lines read as a text, or a table as JSON."""
+    write(tmp_path, dict.fromkeys(names, LINE))
+    with pytest.raises(CorpusError, match=r"of several kinds, .* \(a\..*give those of one kind"):
+        corpora.Corpus(form([tmp_path / name for name in names]))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.csv": "text,id,text\na,1,b\n"}, "a.csv: two columns are called 'text'; rename"),
+        (
+            {"a.json": '{"text": ["a", "b"]}'},
+            "'text' is list, not a text; if this object holds col",
+        ),
+        ({"a.json": '{"text": {"0": "a"}}'}, "'text' is dict, not a text; if .* write rows"),
+        ({"a.json": '{\n "text": "a"\n}'}, "line 1: not JSON .* here one has several lines; write"),
+        ({"a.jsonl": '{"input_ids": [1, -1]}'}, "line 1: -1 is no token id"),
+        ({"a.jsonl": '{"input_ids": [1, 4294967296]}'}, "line 1: 4294967296 is no token id"),
+    ],
+)
+def test_tables_in_other_forms_are_refused(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        list(corpora.documents(write(tmp_path, files)))
+
+
+def test_what_describes_a_dataset_is_no_corpus(tmp_path):
+    write(tmp_path, {"a.jsonl": LINE, "dataset_infos.json": "{}", "README.md": "# About"})
+    assert [d.text for d in corpora.documents(tmp_path)] == ["Oslo"]
+    with pytest.raises(CorpusError, match="None is no corpus; give a path"):
+        corpora.Corpus(None)

@@ -165,3 +165,14 @@ def test_an_id_that_reads_like_a_place_in_a_message_stays():
     """Guards: a missing id told from a real one by comparing it with the place."""
     (document,) = parse_passages([{"id": "passage 0", "text": "x"}])
     assert document == Document("passage 0", "x")
+
+
+def test_token_ids_that_no_token_has_are_refused():
+    for ids in ([1, -2], [1, 1 << 40], np.array([3, -1])):
+        with pytest.raises(CorpusError, match=r"passage 1: -?\d+ is no token id"):
+            list(parse_passages(["Oslo", ids]))
+
+
+def test_a_missing_id_of_a_query_is_its_number():
+    rows = [{"id": x, "prompt": "a", "target": "b"} for x in ("q", float("nan"), None)]
+    assert [q.id for q in parse_queries(rows)] == ["q", "1", "2"]
