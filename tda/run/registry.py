@@ -6,17 +6,9 @@ import importlib.metadata
 from collections.abc import Callable, Iterable
 
 from tda.methods import Method
+from tda.run.controls import GradientNorm, Labels, Length, Random
 from tda.run.gradient_retrievers import Gradients, Sums
-from tda.run.retrievers import (
-    Dense,
-    GradientNorm,
-    Hidden,
-    Labels,
-    Length,
-    Random,
-    Retriever,
-    Words,
-)
+from tda.run.retrievers import Dense, Hidden, Retriever, Words
 from tda.run.run import Run
 
 # Each makes the retriever of a run.

@@ -11,9 +11,10 @@ from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval import bm25, by_score
 from tda.retrieval.sources import InMemory
 from tda.run import encode, gradient_retrievers, registry
+from tda.run.controls import GradientNorm, Labels, Random
 from tda.run.gradient_retrievers import Encodings
 from tda.run.remembered import Known
-from tda.run.retrievers import GradientNorm, Labels, Queries, Random, Words, _Vectors
+from tda.run.retrievers import Queries, Words, _Vectors
 from tda.store import Passage
 
 TEXTS = ["Oslo is the capital.", "It rains in Oslo.", "Rome fell.", "Oslo, Oslo, Oslo!"]

@@ -1,0 +1,112 @@
+"""Retrievers to hold methods against: the labels themselves, and scores that ignore the query."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from tda.methods import GradientKind, Method
+from tda.retrieval import annotated, by_score, exact
+from tda.run import encode
+from tda.run.retrievers import Queries, Result, Retriever, tell
+from tda.run.run import Run
+from tda.runtime.progress import Progress
+
+
+class Labels(Retriever):
+    """The passages annotated with each query's fact; a question that is not the run's has none."""
+
+    def provenance(self, method):
+        """The seed of the draw."""
+        return [self.run.config.data.seed]
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        correct, ids = self.run.corpus.correct["all"], self.run.corpus.query_ids
+        none = np.zeros(0, np.int64)
+        rows = [none if n is None else correct[n] for n in queries.numbers]
+        names = ["" if n is None else ids[n] for n in queries.numbers]
+        ranked = annotated.ranked(names, rows, k, self.run.config.data.seed)
+        return dict.fromkeys(methods, Result(ranked))
+
+
+class _Control(Retriever):
+    """Scores that do not depend on the query's content, which a subclass computes."""
+
+    def _scores(
+        self, queries: Queries, method: Method, on_progress: Progress | None
+    ) -> Iterable[np.ndarray]:
+        raise NotImplementedError
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        withdrawn = self.withdrawn
+
+        def scores(method: Method):
+            for scores_C in self._scores(queries, method, on_progress):
+                # A copy: the scores of all passages serve later questions.
+                if len(withdrawn):
+                    scores_C = np.array(scores_C)
+                    scores_C[withdrawn] = -np.inf
+                yield scores_C
+
+        k = min(k, self.run.corpus.rows - len(withdrawn))
+        return {
+            name: Result(by_score.rank(scores(method), len(queries), k, queries.correct))
+            for name, method in methods.items()
+        }
+
+
+class Random(_Control):
+    """Random scores: a function of the query's number, or of its text if it is not the run's."""
+
+    def provenance(self, method):
+        """The seed."""
+        return [self.run.config.seed]
+
+    def _scores(self, queries, method, on_progress):
+        rows, seed = self.run.corpus.rows, self.run.config.seed
+        for number, text in zip(queries.numbers, queries.texts, strict=True):
+            if number is not None:
+                yield by_score.random_scores(rows, seed, number)
+                continue
+            # The same question gets the same passages in every session.
+            digest = hashlib.sha256(text.encode()).digest()
+            yield by_score.random_scores(rows, seed, *np.frombuffer(digest, np.uint32).tolist())
+
+
+class Length(_Control):
+    """The number of scored tokens of each passage."""
+
+    def _scores(self, queries, method, on_progress):
+        lengths_C = self.run.corpus.lengths.astype(np.float32)
+        return (lengths_C for _ in range(len(queries)))
+
+
+class GradientNorm(_Control):
+    """Norms of the passages' gradients."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._norms: dict[GradientKind, np.ndarray] = {}
+
+    def lacks(self, method):
+        """Returns why there are no gradients, or None if there are."""
+        return encode.missing_stores(self.run, method.gradients, "corpus")
+
+    def prepare(self, methods, later=()):
+        """Encodes the corpus."""
+        for kind in dict.fromkeys(m.gradients for m in methods.values()):
+            encode.encode(self.run, kind)
+
+    def _scores(self, queries, method, on_progress):
+        kind = method.gradients
+        if kind not in self._norms:
+            tell(on_progress, "norms of gradients")
+            source = encode.encode_passages(self.run, kind)
+            self._norms[kind] = by_score.norms(source, exact.step_rows(source.form.width))
+        return (self._norms[kind] for _ in range(len(queries)))
+
+    def provenance(self, method):
+        """The gradients."""
+        return encode.ranking_provenance(self.run, method.gradients)
