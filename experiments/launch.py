@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tda.run.registry import load_plugins
-from tda.runtime import command, compilation_cache, huge_pages, processes
+from tda.runtime import command, compilation_cache, huge_pages, preemption, processes
 
 from . import command_line
 
@@ -57,6 +57,7 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
     def run(arguments):
         _refuse_arguments(arguments)
         _join()
+        preemption.watch()
         try:
             compilation_cache.use(COMPILATION_CACHE.value)
             with contextlib.ExitStack() as quiet:
@@ -66,6 +67,8 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
                 load_plugins(PLUGIN.value)
                 main(CONFIG.value, WORKDIR.value)
             processes.wait_for_all("the end")
+        except preemption.Preempted as notice:
+            _exit_preempted(notice)
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
             _exit_with(error)
         except Exception:
@@ -129,16 +132,29 @@ def _interrupt_again(unraisable) -> None:
 def _exit_interrupted() -> None:
     """Ends the program after Ctrl-C, and says how to continue."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
+    _exit_saying("interrupted", _INTERRUPTED)
+
+
+def _exit_preempted(notice: preemption.Preempted) -> None:
+    """Ends the program after SIGTERM, with the other processes, and says how to continue."""
+    done = f" {notice} is saved." if str(notice) else ""
+    is_first = processes.is_first()
+    jax.distributed.shutdown()
+    _exit_saying(f"ended by SIGTERM.{done}".rstrip("."), preemption.EXIT_STATUS, is_first)
+
+
+def _exit_saying(event: str, status: int, says: bool = True) -> None:
     directory = WORKDIR.value if flags.FLAGS.is_parsed() else None
     advice = (
         f"Finished work is kept in {directory}; to continue:" if directory else "To run it again:"
     )
-    print(f"\ninterrupted. {advice}\n  {command.typed()}", file=sys.stderr, flush=True)
+    if says:
+        print(f"\n{event}. {advice}\n  {command.typed()}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a closed pipe
         sys.stdout.flush()
     # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
     # libraries are gone.
-    os._exit(_INTERRUPTED)
+    os._exit(status)
 
 
 def _refuse_arguments(arguments: list[str]) -> None:

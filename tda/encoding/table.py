@@ -10,7 +10,7 @@ import numpy as np
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
-from tda.runtime import processes, progress, sharding
+from tda.runtime import preemption, processes, progress, sharding
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
 # As many bytes as a shard of a store has by default.
@@ -108,6 +108,7 @@ class OnTheFly:
         for start in rows[:: self._span]:
             numbers = np.arange(start, min(rows.stop, start + self._span))
             x_RxE = self._encode(numbers, self._on_batch)
+            preemption.check()
             span = Rows(start, x_RxE, None, valid(x_RxE))
             yield from (span[i : i + step] for i in range(0, len(numbers), step))
 
@@ -185,7 +186,7 @@ def fill_stores(
         done = sum(tokens) - sum(tokens[i] for i in missing)
         total = done + sum(tokens[i] for i in local)
         with (
-            progress.bar(total, description, "token", done, quiet) as bar,
+            progress.bar(total, description, "token", done, quiet, saves_work=True) as bar,
             _Writer(stores, lacking, description, bar) as writer,
         ):
             for turn, i in enumerate(local):
@@ -193,6 +194,12 @@ def fill_stores(
                 encoded = encode_kinds(encoder, table, rows, layout, bar.update)
                 if not is_shared or turn % count == process:
                     writer.write(int(i), encoded)
+                # Leaving writes the shard that is waiting. Processes that encode a shard together
+                # must all leave after the same one.
+                if is_shared and processes.where(preemption.is_noticed()):
+                    raise preemption.Preempted
+                if not is_shared:
+                    preemption.check()
     if not is_shared:
         for store in stores:
             _await(store)
@@ -243,6 +250,7 @@ def _await(store: GradientStore) -> None:
     """
     seconds = 0.05
     while store.missing():
+        preemption.check()
         time.sleep(seconds)
         seconds = min(2 * seconds, _LONGEST_PAUSE)
 

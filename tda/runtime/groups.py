@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from tda.runtime import processes
+from tda.runtime import preemption, processes
 from tda.runtime.atomic_file import open_atomic
 
 # A scan reads this in 10 s to a minute, which is what a kill may cost.
@@ -156,5 +156,6 @@ def _wait_for(folder: pathlib.Path, count: int) -> None:
     """
     seconds = 0.05
     while len(_paths(folder)) < count:
+        preemption.check()
         time.sleep(seconds)
         seconds = min(2 * seconds, _LONGEST_PAUSE)

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tda.runtime import preemption
 from tda.runtime.fingerprint import fingerprint
 
 # Seconds. A collective between CPUs fails if one process enters it half an hour after another, so
 # process 0 enters one this often while it is at work.
 _SIGN_OF_LIFE = 300.0
-_BUSY, _FAILED = -1, -2
+_BUSY, _FAILED, _PREEMPTED = -1, -2, -3
 
 # Whether this thread does the work of `on_first_process`.
 _working = threading.local()
@@ -65,6 +66,7 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
 
     Raises:
         ProcessError: in the other processes, if `work` fails; process 0 raises the error itself.
+        Preempted: in all processes, if `work` ends so.
     """
     if _is_alone():
         return work()
@@ -86,9 +88,12 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
             thread.join(_SIGN_OF_LIFE)
             if not thread.is_alive():
                 length = _FAILED if error else len(text)
+                length = _PREEMPTED if isinstance(error, preemption.Preempted) else length
         length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
     if error:
         raise error
+    if length == _PREEMPTED:
+        raise preemption.Preempted
     if length == _FAILED:
         raise ProcessError(f"process 0 failed to {task}; its own message says why")
     # A power of two, since each length of the buffer is compiled for.

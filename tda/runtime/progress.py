@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
-from tda.runtime import processes
+from tda.runtime import preemption, processes
 
 # Called with the name of the work, the amount that is done and the total (0 if not known).
 Progress = Callable[[str, int, int], None]
@@ -36,8 +36,12 @@ class _Bar(tqdm):
     Compiling a large model's first batch takes minutes, in which a bar at 0 looks like a hang.
     """
 
+    saves_work = False
+
     def update(self, n=1):
         self.postfix = None
+        if not self.saves_work:
+            preemption.check_alone()
         return super().update(n)
 
 
@@ -57,7 +61,14 @@ def _show_compiling(event: str, seconds: float, **details) -> None:
 jax.monitoring.register_event_duration_secs_listener(_show_compiling)
 
 
-def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bool = False) -> tqdm:
+def bar(
+    total: int | None,
+    description: str,
+    unit: str,
+    done: int = 0,
+    quiet: bool = False,
+    saves_work: bool = False,
+) -> tqdm:
     """Returns a progress bar that also suits a log file: its line is rewritten every few seconds.
 
     Of several processes only process 0 shows it.
@@ -68,6 +79,8 @@ def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bo
         unit: the unit of work, such as "token".
         done: amount done before (a resumed run).
         quiet: whether nothing is shown.
+        saves_work: whether the work itself ends at a notice of preemption, once it has saved what
+            is done; otherwise `update` ends it, in a program of one process.
     """
     # A log file keeps every line that a terminal would overwrite.
     is_log = not sys.stderr.isatty()
@@ -83,5 +96,6 @@ def bar(total: int | None, description: str, unit: str, done: int = 0, quiet: bo
         file=sys.stderr,
         disable=quiet or not processes.is_first(),
     )
+    progress_bar.saves_work = saves_work
     _open_bars.add(progress_bar)
     return progress_bar

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tda.runtime import processes
+from tda.runtime import preemption, processes
 from tda.runtime.command import of_main
 from tda.store import shard_file
 from tda.store.location import Location, StoreError
@@ -228,6 +228,7 @@ class GradientStore:
     def _spans(self, step: int, rows: range) -> Iterator[tuple[Segment, int, Span]]:
         """Yields the spans of whole chunks that hold a range of rows."""
         for segment, first, i in self._shards:
+            preemption.check()
             shard = segment.rows_of(i)
             if first + shard.stop <= rows.start or rows.stop <= first + shard.start:
                 continue

@@ -5,6 +5,7 @@ metadata, a JSON description of its training. Orbax writes it atomically. The op
 read as anyone's is (`tda.training.saved_state`).
 """
 
+import json
 import os
 import warnings
 from typing import Any
@@ -16,6 +17,9 @@ from etils import epath
 from tda.model.functional import path_name
 from tda.runtime import processes
 from tda.runtime.differences import as_text, differences
+
+# Orbax's file of a checkpoint's description.
+_METADATA = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(ValueError):
@@ -34,7 +38,7 @@ def steps(root) -> list[int]:
         return []
     numbered = [int(p.name) for p in root.iterdir() if p.name.isdigit()]
     # Orbax writes the metadata last: a directory without it is half written or half deleted.
-    return sorted(s for s in numbered if (root / str(s) / "_CHECKPOINT_METADATA").exists())
+    return sorted(s for s in numbered if (root / str(s) / _METADATA).exists())
 
 
 def latest_step(root) -> int | None:
@@ -42,7 +46,9 @@ def latest_step(root) -> int | None:
     return max(steps(root), default=None)
 
 
-def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
+def save(
+    root, step: int, state: Any, description: dict, keep: int = 2, is_unscheduled: bool = False
+) -> None:
     """Writes `state` as `ROOT/STEP` and removes all but the last `keep` checkpoints.
 
     With several processes, every process calls it and writes the shards on its devices.
@@ -53,15 +59,24 @@ def save(root, step: int, state: Any, description: dict, keep: int = 2) -> None:
         state: a tree of arrays.
         description: JSON values saved with the checkpoint.
         keep: number of checkpoints that stay; 0 keeps all.
+        is_unscheduled: whether the checkpoint only stands in for the next one, which removes it;
+            scheduled ones all stay meanwhile.
     """
     root = absolute(root)
+    description = description | ({"unscheduled": True} if is_unscheduled else {})
     ocp.save(root / str(step), state, custom_metadata=description, overwrite=True)
-    if keep:
-        processes.on_first_process("remove old checkpoints", lambda: _remove_all_but(root, keep))
+    processes.on_first_process(
+        "remove old checkpoints", lambda: _remove_old(root, 0 if is_unscheduled else keep)
+    )
 
 
-def _remove_all_but(root: epath.Path, keep: int) -> None:
-    for old in steps(root)[:-keep]:
+def _remove_old(root: epath.Path, keep: int) -> None:
+    # Methods that sum over checkpoints would see one that an uninterrupted training does not have.
+    # There are two at most, the second if the last removal was killed.
+    for step in steps(root)[-4:-1]:
+        if describe(root, step).get("unscheduled"):
+            (root / str(step)).rmtree()
+    for old in steps(root)[:-keep] if keep else []:
         (root / str(old)).rmtree()
 
 
@@ -79,7 +94,9 @@ def _locate(root, step: int | None) -> epath.Path:
 
 def describe(root, step: int | None = None) -> dict:
     """Returns the description saved with a checkpoint, by default the last."""
-    return dict(ocp.metadata(_locate(root, step)).custom_metadata or {})
+    # Not by Orbax's `metadata`, in which all processes may have to take part.
+    metadata = json.loads((_locate(root, step) / _METADATA).read_text())
+    return dict(metadata.get("custom_metadata") or {})
 
 
 def _load(path, abstract_tree) -> Any:

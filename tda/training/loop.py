@@ -14,7 +14,7 @@ from tda import loss as losses
 from tda.data.batches import Batches, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
-from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime import atomic_file, preemption, processes, progress, sharding
 from tda.runtime.differences import as_text, differences
 from tda.training import checkpoint
 
@@ -144,6 +144,8 @@ def fit(
         FloatingPointError: the loss at a checkpoint is not finite; the checkpoint is not written.
         tda.training.checkpoint.CheckpointError: a checkpoint under `directory` belongs to another
             model, or was made with other batches (corpus, seed, batch size or number of devices).
+        tda.runtime.preemption.Preempted: a notice came; the last step has a checkpoint, which the
+            next scheduled one replaces.
     """
     if not len(table):
         raise ValueError("the training corpus has no passages")
@@ -178,7 +180,7 @@ def fit(
     total_tokens, seen_tokens = (round(tokens_per_epoch * n / per_epoch) for n in (steps, first))
     with (
         jax.set_mesh(mesh),
-        progress.bar(total_tokens, "train", "token", seen_tokens) as progress_bar,
+        progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as progress_bar,
     ):
         for step, epoch, batch in _stream(table, first, steps, per_epoch, layout, seed):
             state, loss = step_fn(state, layout.put(batch.arrays()))
@@ -189,7 +191,9 @@ def fit(
                 record = {"step": step, "epoch": epoch, "loss": float(loss), "tokens": tokens}
                 progress_bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
                 log.write(json.dumps(record) + "\n")
-            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            is_scheduled = (step + 1) % settings.save_every == 0 or step + 1 == steps
+            is_preempted = preemption.is_due(step + 1 - first)
+            if is_scheduled or is_preempted:
                 # The log goes first: a resumed run drops lines beyond its checkpoint, but cannot
                 # add lines that the kill lost.
                 if log:
@@ -198,7 +202,11 @@ def fit(
                     raise FloatingPointError(
                         f"the loss at step {step} is {float(loss)}; lower the learning rate"
                     )
-                checkpoint.save(directory, step + 1, state, description, settings.keep)
+                checkpoint.save(
+                    directory, step + 1, state, description, settings.keep, not is_scheduled
+                )
+            if is_preempted and step + 1 < steps:
+                raise preemption.Preempted(f"the training at step {step + 1} of {steps}")
     if log:
         log.close()
     return state

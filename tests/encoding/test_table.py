@@ -18,6 +18,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.scorer import Scorer
+from tda.runtime import preemption
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
 LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
@@ -71,6 +72,24 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
     encoding.fill_store(begun, None, table, LAYOUT)  # finished: the encoder is not called
+
+
+def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "_watch", preemption._Watch())
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    shard_bytes = 2 * 4 * encoder.layout.width
+    store = stores.create(tmp_path, table.ids, blocks, {}, shard_bytes=shard_bytes)
+    preemption._watch.noticed.set()
+    for missing in ([1, 2], [2], []):  # a shard each time, written whole
+        with pytest.raises(preemption.Preempted):
+            encoding.fill_store(store, encoder, table, LAYOUT)
+        assert store.missing() == missing
+    for source in (store, encoding.OnTheFly(encoder, table, LAYOUT)):
+        with pytest.raises(preemption.Preempted):
+            list(source.scan(2))
+    preemption._watch.noticed.clear()
+    assert sum(map(len, store.scan(2))) == 5
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):

@@ -118,3 +118,21 @@ def test_every_main_ends_in_the_same_way(takes_config, interrupt):
     )
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "interrupted. To run it again:" in done.stderr
+
+
+def test_a_notice_ends_a_program_with_the_command_that_continues_it():
+    program = (
+        "import signal\n"
+        "from experiments.launch import launch\n"
+        "from tda.runtime import preemption, progress\n"
+        "def main(*arguments):\n"
+        "  signal.raise_signal(signal.SIGTERM)\n"
+        "  assert preemption.is_due(3)\n"
+        "  progress.bar(9, 'work', 'step').update()\n"
+        "  raise AssertionError('the notice is not heeded')\n"
+        "launch(main, needs_workdir=False)\n"
+    )
+    words = [sys.executable, "-c", program, "--config=configs/world_facts.py"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143 and "Traceback" not in done.stderr
+    assert "ended by SIGTERM. To run it again:" in done.stderr

@@ -18,6 +18,7 @@ from absl.testing import flagsaver
 from experiments import launch
 from tda import results
 from tda.retrieval import ranked
+from tda.training import checkpoint
 from tests.experiments.test_trace import make_config
 
 # Little work for the compiler; and on a busy machine a device may be late for a collective.
@@ -229,6 +230,53 @@ def test_two_processes_resume_and_then_skip_everything(tmp_path):
         assert not any(bar in errors for bar in ("train:", "encode", "tail-patch:"))
     assert files(tmp_path / "w") == done
     assert (tmp_path / "w" / "metrics.json").read_bytes() == metrics
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_ends_all_and_the_run_resumes(tmp_path):
+    """SIGTERM in training, then while encoding; the end is that of an uninterrupted run."""
+    arguments = keys(tmp_path, methods="grad_cos", **{"eval.tail_patch_queries": 0})
+    expected, workdir = tmp_path / "expected", tmp_path / "w"
+    for code, _, errors in join([*arguments, f"--workdir={expected}"]):
+        assert code == 0, errors[-3000:]
+    for place, saved in (("train", "the training at step"), ("encode", "Finished work")):
+        program = NOTICED.replace("PLACE", place)
+        for code, _, errors in join([*arguments, f"--workdir={workdir}"], program=program):
+            assert code == 143, errors[-3000:]
+            assert "Traceback" not in errors
+            if "ended by SIGTERM" in errors:
+                assert saved in errors and "experiments" in errors
+    assert [code for code, _, _ in join([*arguments, f"--workdir={workdir}"])] == [0, 0]
+    steps = [checkpoint.steps(w / "model" / "checkpoints") for w in (expected, workdir)]
+    assert steps[0] == steps[1]
+    for name in ("train.jsonl", "metrics.json"):
+        assert (expected / name).read_bytes() == (workdir / name).read_bytes()
+
+
+# Sends process 1 a notice at its third batch of training, or of encoding, and then takes its time.
+NOTICED = """
+import os, signal, time
+import jax
+from experiments.trace import launch, main
+from tda.encoding import table
+from tda.runtime import preemption
+calls = 0
+def noticed(function):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls == 3 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if calls >= 3:
+            time.sleep(0.5)
+        return function(*arguments)
+    return call
+if "PLACE" == "encode":
+    table.encode_kinds = noticed(table.encode_kinds)
+else:
+    preemption.is_due = noticed(preemption.is_due)
+launch(main)
+"""
 
 
 def test_processes_that_share_no_workdir_are_told(tmp_path):

@@ -29,12 +29,14 @@ def test_a_second_job_is_told_who_has_the_directory_until_that_is_killed(tmp_pat
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", HOLD, tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        lock = DirectoryLock(tmp_path, "--workdir=w")
-        message = rf"--workdir=w is in use by process {holder.pid} on {socket.gethostname()} since"
-        with pytest.raises(HeldError, match=message):
-            lock.acquire()
-        holder.send_signal(signal.SIGKILL)
+        try:
+            assert holder.stdout.readline() == "held\n"
+            lock = DirectoryLock(tmp_path, "--workdir=w")
+            place = f"process {holder.pid} on {socket.gethostname()} since"
+            with pytest.raises(HeldError, match=f"--workdir=w is in use by {place}"):
+                lock.acquire()
+        finally:
+            holder.send_signal(signal.SIGKILL)
     lock.acquire()
     with pytest.raises(HeldError, match=f"process {os.getpid()} on"):
         DirectoryLock(tmp_path).acquire()

@@ -17,7 +17,7 @@ import pytest
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
-from tda.runtime import sharding
+from tda.runtime import preemption, sharding
 from tda.training import checkpoint, loop
 from tda.training.checkpoint import CheckpointError
 from tda.training.loop import TrainingSettings
@@ -201,6 +201,33 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     assert_same(resumed, expected)
     assert len(steps) == STEPS - 14
     assert steps_in(log_path) == [0, 10, 20, 23]
+    assert log_path.read_text() == (uninterrupted_directory / "log.jsonl").read_text()
+
+
+def test_a_notice_ends_training_within_a_step_and_it_resumes_exactly(
+    decoder, uninterrupted, tmp_path, monkeypatch
+):
+    """Guards: SIGTERM swallowed until the job is killed, and all since the last save is lost."""
+    monkeypatch.setattr(preemption, "_watch", preemption._Watch())
+    directory, log_path = tmp_path / "run", tmp_path / "log.jsonl"
+    put_batch, steps = sharding.put_batch, []
+
+    def put(*args):
+        steps.append(1)
+        if len(steps) in (10, 12):
+            preemption._watch.noticed.set()
+        return put_batch(*args)
+
+    monkeypatch.setattr(sharding, "put_batch", put)
+    for step in (10, 12):
+        with pytest.raises(preemption.Preempted, match=f"the training at step {step} of 24"):
+            fit(decoder(), directory, log_path)
+        preemption._watch.noticed.clear()
+        # The checkpoint of a schedule stays beside the one that stands in.
+        assert checkpoint.steps(directory) == [7, step] and len(steps) == step
+    expected, uninterrupted_directory = uninterrupted
+    assert_same(fit(decoder(), directory, log_path), expected)
+    assert len(steps) == STEPS and checkpoint.steps(directory) == [21, 24]
     assert log_path.read_text() == (uninterrupted_directory / "log.jsonl").read_text()
 
 
