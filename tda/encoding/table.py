@@ -10,11 +10,20 @@ import numpy as np
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
-from tda.runtime import preemption, processes, progress, sharding
+from tda.runtime import code_version, preemption, processes, progress, sharding
+from tda.runtime.differences import as_text, differences
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
 # As many bytes as a shard of a store has by default.
 _SPAN_BYTES = 256 << 20
+# Rows that are encoded again where other code began a store: as many as share a batch.
+_COMPARED_ROWS = 4
+# The largest distance between two encodings of a row, as a share of its norm, that rounding
+# explains. Products in bfloat16 are off by 2^-9 each, which other shapes of batches and other
+# versions of XLA sum in another order; an int8 row is off by about 1 %. At 3 % the cosine of the
+# two is 0.9995, which moves no ranking; another projection, loss or correction moves a row by
+# tens of per cent.
+_ROUNDING = 0.03
 # Seconds between looks for other processes' shards, at most.
 _LONGEST_PAUSE = 30.0
 
@@ -144,7 +153,8 @@ def fill_store(
         quiet: whether no progress is shown.
 
     Raises:
-        StoreError: the table has another number of rows, or a shard cannot be written.
+        StoreError: the table has another number of rows, a shard cannot be written, or other code
+            has stored rows that this code encodes otherwise.
     """
     fill_stores([store], encoder, table, layout, description, quiet)
 
@@ -167,6 +177,7 @@ def fill_stores(
     Raises:
         StoreError: as for `fill_store`, or the stores' shards differ.
     """
+    processes.check_same_code()
     for store in stores:
         if store.rows != len(table):
             raise StoreError(f"{store.path} has {store.rows} rows, the corpus {len(table)}")
@@ -178,6 +189,8 @@ def fill_stores(
     # since, and the processes would no longer agree on who writes what.
     lacking = processes.on_first_process("list the shards", lambda: [s.missing() for s in stores])
     missing = sorted(set().union(*lacking))
+    if encoder is not None:
+        _check_stored_rows(stores, lacking, encoder, table, layout)
     process, count = jax.process_index(), jax.process_count()
     is_shared = not sharding.is_local(layout.mesh)
     local = missing if is_shared else missing[process::count]
@@ -204,6 +217,58 @@ def fill_stores(
         for store in stores:
             _await(store)
     processes.wait_for_all("shards written")
+
+
+def check_stored_rows(
+    store: GradientStore, encoder: Encoder, table: TokenTable, layout: BatchLayout
+) -> None:
+    """Checks that an encoder gives the rows that other code has stored.
+
+    A store that two versions of the code fill by turns may hold rows that no search can compare.
+    Other code is only a reason to look: a few rows are encoded again, and they decide. Of several
+    processes all call it.
+
+    Raises:
+        StoreError: a row differs by more than rounding.
+    """
+    lacking = processes.on_first_process("list the shards", store.missing)
+    _check_stored_rows([store], [lacking], encoder, table, layout)
+
+
+def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout) -> None:
+    code = code_version.describe()
+    for kind, (store, missing) in enumerate(zip(stores, lacking, strict=True)):
+        stored_code = store.manifest.get("code") or {}
+        numbers = _comparable_rows(store, missing) if stored_code != code else np.zeros(0, np.int64)
+        if not len(numbers):
+            continue
+        stored_RxE = store.read(numbers)
+        encoded_RxE = encode_kinds(encoder, table, numbers, layout)[kind]
+        distances = np.linalg.norm(encoded_RxE - stored_RxE, axis=1)
+        distances /= np.linalg.norm(stored_RxE, axis=1)
+        # A distance that is not a number is no rounding either.
+        worst = int(np.argmax(np.where(np.isnan(distances), np.inf, distances)))
+        if not distances[worst] <= _ROUNDING:
+            raise StoreError(
+                f"{store.path} was begun by other code:{as_text(differences(stored_code, code))}\n"
+                f"and this code encodes its passage {table.ids[numbers[worst]]!r} otherwise: by "
+                f"{distances[worst]:.1%} of its norm, where rounding explains {_ROUNDING:.0%}. "
+                "Resume with the code that began it, or remove the store to encode it anew"
+            )
+
+
+def _comparable_rows(store: GradientStore, missing: list[int]) -> np.ndarray:
+    """Returns a few rows of the first shard that is written, at even distances.
+
+    Rows without a finite gradient, or with one of zeros, have no norm to compare by.
+    """
+    written = [rows for i, rows in enumerate(store.shards()) if i not in missing]
+    if not written:
+        return np.zeros(0, np.int64)
+    rows = np.arange(written[0].start, written[0].stop)[: 16 * _COMPARED_ROWS]
+    norms = np.linalg.norm(store.read(rows), axis=1)
+    rows = rows[np.isfinite(norms) & (norms > 0)]
+    return rows[np.linspace(0, len(rows) - 1, min(_COMPARED_ROWS, len(rows))).astype(np.int64)]
 
 
 class _Writer:

@@ -62,6 +62,9 @@ def _encode(run: Run, kind: GradientKind, *names: str) -> list:
             "look for stores", lambda: all(map(stores.finished, paths))
         )
         encoder = None if finished else make_encoder(run, kind)
+        if encoder is not None:
+            # Before a row is written: queries must not be encoded by other code than the corpus.
+            _check_stored_rows(run, kind, names, encoder)
     for name in names:
         rows = _rows(run, kind, name, encoder)
         if name == "queries":
@@ -76,6 +79,15 @@ def _encode(run: Run, kind: GradientKind, *names: str) -> list:
                 )
         encoded.append(rows)
     return encoded
+
+
+def _check_stored_rows(run: Run, kind: GradientKind, names, encoder) -> None:
+    def find_begun():
+        return [n for n in names if (run.store_path(n, kind) / "manifest.json").exists()]
+
+    for name in processes.on_first_process("look for begun stores", find_begun):
+        store = stores.open_store(run.store_path(name, kind))
+        encoding.check_stored_rows(store, encoder, run.table(name), run.layout)
 
 
 def _rows(run: Run, kind: GradientKind, name: str, encoder):

@@ -69,6 +69,7 @@ def trace(config, workdir: Workdir) -> tuple[dict, dict]:
         ValueError: the config is not possible, or another job works in the workdir.
     """
     # Processes that were started by different commands would wait for each other in vain.
+    processes.check_same_code()
     processes.check_alike("config", config.to_json())
     check(config)
     with workdir.hold():

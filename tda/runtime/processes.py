@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tda.runtime import preemption
+from tda.runtime import code_version, preemption
 from tda.runtime.fingerprint import fingerprint
 
 # Seconds. A collective between CPUs fails if one process enters it half an hour after another, so
@@ -109,7 +109,19 @@ def where(flag: bool) -> list[int]:
     return np.flatnonzero(multihost_utils.process_allgather(np.bool_(flag))).tolist()
 
 
-def check_alike(name: str, value: Any) -> None:
+def check_same_code() -> None:
+    """Checks that every process runs the same code by the same version of jax.
+
+    Raises:
+        ProcessError: in all processes, if one runs other code; the message names that process.
+    """
+    advice = "update its checkout and its packages to those of process 0"
+    check_alike("version of the code, or of jax,", code_version.describe(), advice)
+
+
+def check_alike(
+    name: str, value: Any, advice: str = "start all with the same command, on the same files"
+) -> None:
     """Checks that every process has the same JSON value, so that two runs are never mixed.
 
     Raises:
@@ -120,7 +132,4 @@ def check_alike(name: str, value: Any) -> None:
     local = np.frombuffer(fingerprint(value).encode(), np.uint8)
     differing = where((multihost_utils.broadcast_one_to_all(local) != local).any())
     if differing:
-        raise ProcessError(
-            f"process {differing[0]} has another {name} than process 0; start all with the same "
-            "command, on the same files"
-        )
+        raise ProcessError(f"process {differing[0]} has another {name} than process 0; {advice}")

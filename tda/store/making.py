@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 
-from tda.runtime import processes
+from tda.runtime import code_version, processes
 from tda.runtime.differences import check_same
 from tda.store import rows, segment
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
@@ -63,6 +63,7 @@ def create(
         "blocks": list(blocks),
         "block_widths": list(form.widths),
         "fingerprint": fingerprint,
+        "code": code_version.describe(),
         "segments": [described],
     }
 
@@ -79,8 +80,10 @@ def create(
             location.write_json("manifest.json", manifest)
             return
         stored = read_manifest(location)
-        # Segments that were appended later are no difference.
-        _check_same(location.name, stored | {"segments": stored["segments"][:1]}, manifest)
+        # Segments that were appended later are no difference; nor is other code, as long as it
+        # gives the same rows (`tda.encoding.table.check_stored_rows`).
+        same = {"segments": stored["segments"][:1], "code": manifest["code"]}
+        _check_same(location.name, stored | same, manifest)
         passages.write(location / "0")
 
     processes.on_first_process(f"make the store {location.name}", make)

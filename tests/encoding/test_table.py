@@ -18,7 +18,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.scorer import Scorer
-from tda.runtime import preemption
+from tda.runtime import code_version, preemption
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
 LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
@@ -90,6 +90,33 @@ def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypat
             list(source.scan(2))
     preemption._watch.noticed.clear()
     assert sum(map(len, store.scan(2))) == 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
+    setup, decoder, tmp_path, monkeypatch, dtype
+):
+    """Guards: two checkouts that fill one store by turns, and nobody is told."""
+    table, encoder = setup
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    shard_bytes = 2 * stores.DTYPES[dtype].itemsize * encoder.layout.width
+    make = lambda: stores.create(  # noqa: E731
+        tmp_path, table.ids, blocks, {}, dtype, shard_bytes=shard_bytes
+    )
+    begun = make()
+    stored_RxE = encoding.encode_rows(encoder, table, np.array([2, 3]), LAYOUT)
+    stored_RxE[0] = np.nan  # a row without a gradient says nothing
+    begun.write(1, stored_RxE)
+    monkeypatch.setattr(code_version, "describe", lambda: {"tda": "other", "jax": "0.0"})
+    other = make_encoder(decoder(vocab_size=300), Projection(side=3, blocks=2, seed=1))
+    for _ in range(2):  # and nothing is written that would make the second call pass
+        with pytest.raises(stores.StoreError) as refused:
+            encoding.fill_store(make(), other, table, LAYOUT)
+    for text in ("tda: ", "jax: ", "→ 0.0", "encodes its passage '3' otherwise: by", "remove the"):
+        assert text in str(refused.value)
+    assert begun.missing() == [0, 2]
+    encoding.fill_store(make(), encoder, table, LAYOUT)  # other code, the same rows
+    assert begun.missing() == []
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):

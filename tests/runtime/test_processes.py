@@ -29,7 +29,7 @@ from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.encoding import table as encoding
-from tda.runtime import processes, sharding
+from tda.runtime import code_version, processes, sharding
 
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
@@ -45,11 +45,19 @@ model = model_fn.merge(functional.place(params, model_fn.axes, mesh))
 encoder = make_encoder(model, Projection(side=4, blocks=2), mesh=mesh)
 blocks = dict.fromkeys(encoder.layout.blocks, 16)
 store = stores.create(path, table.ids, blocks, {}, shard_bytes=4 * encoder.layout.width * 4)
+layout = BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0, mesh=mesh)
+describe = code_version.describe
+if me >= 0:
+    code_version.describe = lambda: {"tda": str(me)}
+    try:
+        encoding.fill_store(store, encoder, table, layout)
+        raise AssertionError("not told")
+    except processes.ProcessError as error:
+        assert "process 1 has another version of the code" in str(error), error
+    assert len(store.missing()) == 6
+code_version.describe = describe
 with jax.set_mesh(mesh):
-    encoding.fill_store(
-        store, encoder, table,
-        BatchLayout((16, 32, 48), tokens_per_batch=128, pad=0, mesh=mesh),
-    )
+    encoding.fill_store(store, encoder, table, layout)
 assert store.missing() == [], store.missing()
 if me >= 0:
     said = processes.on_first_process("speak", lambda: {"who": me, "text": ["é" * 99, None]})
