@@ -224,5 +224,17 @@ class BatchLayout:
         return next(length for length in self.bucket_lengths if length >= positions)
 
     def put(self, arrays: dict[str, np.ndarray]) -> dict:
-        """Splits the arrays of a batch over the mesh's devices."""
-        return arrays if self.mesh is None else sharding.put_batch(self.mesh, arrays)
+        """Splits the arrays of a batch over the mesh's devices.
+
+        A batch that they do not divide is filled up with sequences of padding, without a loss.
+        """
+        if self.mesh is None:
+            return arrays
+        lacking = -len(next(iter(arrays.values()))) % self.multiple
+        if lacking:
+            fill = dict.fromkeys(arrays, self.pad) | {"weights": 0}
+            arrays = {
+                k: np.pad(x, [(0, lacking), (0, 0)], constant_values=fill[k])
+                for k, x in arrays.items()
+            }
+        return sharding.put_batch(self.mesh, arrays)

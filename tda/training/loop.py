@@ -83,8 +83,12 @@ def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
 
 
 def epoch_batches(table: TokenTable, epoch: int, layout: BatchLayout, seed: int) -> Batches:
-    """Plans the batches of one epoch, which depend on table, layout, seed and epoch alone."""
-    return layout.batches(table, seed=hash_seed(seed, epoch))
+    """Plans the batches of one epoch, which depend on table, layout, seed and epoch alone.
+
+    Not on the layout's devices: a training may resume on others. `BatchLayout.put` fills batches up
+    to a multiple of their number.
+    """
+    return dataclasses.replace(layout, mesh=None).batches(table, seed=hash_seed(seed, epoch))
 
 
 def hash_seed(*parts: int) -> int:
@@ -125,7 +129,8 @@ def fit(
 
     If the process is killed at any moment and `fit` is called again, the final parameters are those
     of an uninterrupted run: the step says where in the data to resume, and batches depend on
-    (seed, step) alone.
+    (seed, step) alone. It may resume on any number of devices and processes; sums over a batch are
+    then added in another order, and parameters may differ in their last bits.
 
     Args:
         model: the initialised model.
@@ -143,7 +148,7 @@ def fit(
         ValueError: the table is empty.
         FloatingPointError: the loss at a checkpoint is not finite; the checkpoint is not written.
         tda.training.checkpoint.CheckpointError: a checkpoint under `directory` belongs to another
-            model, or was made with other batches (corpus, seed, batch size or number of devices).
+            model, or was made with other batches (corpus, seed or batch size).
         tda.runtime.preemption.Preempted: a notice came; the last step has a checkpoint, which the
             next scheduled one replaces.
     """
@@ -160,7 +165,6 @@ def fit(
         "tokens": int(len(table.tokens)),
         "bucket_lengths": list(layout.bucket_lengths),
         "tokens_per_batch": layout.tokens_per_batch,
-        "multiple": layout.multiple,
         "seed": seed,
     }
     description = dict(description or {}) | {"batches": batch_identity}

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tda.model.functional import flat_parameters
+from tda.runtime import sharding
 from tda.training.checkpoint import CheckpointError, absolute
 
 # Orbax writes this file into the directory of every tree.
@@ -53,8 +54,8 @@ class SavedState:
             names: some of `names`.
 
         Returns:
-            Arrays by name, on the devices that they were saved from or, where this machine lacks
-            those, on its first device.
+            Arrays by name, on the devices that they were saved from or, where those are absent, on
+            the first device, or over the devices of all processes.
         """
         arrays: dict[str, jax.Array] = {}
         for tree_name in self.trees:
@@ -80,12 +81,11 @@ class SavedState:
             for n, x in zip(names, leaves, strict=True)
         ]
 
-        def restore(sharding):
+        def restore(choose_sharding):
+            restore_args = [ocp.ArrayRestoreArgs(sharding=choose_sharding(x)) for x in leaves]
             arguments = ocp.args.PyTreeRestore(
                 item=jax.tree.unflatten(structure, abstract),
-                restore_args=jax.tree.unflatten(
-                    structure, [ocp.ArrayRestoreArgs(sharding=sharding) for _ in abstract]
-                ),
+                restore_args=jax.tree.unflatten(structure, restore_args),
             )
             with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
                 # Where no sharding is given, the file's own is intended.
@@ -93,13 +93,25 @@ class SavedState:
                 return reader.restore(self.path / tree_name, args=arguments)
 
         try:
-            restored = restore(None)
+            restored = restore(lambda leaf: None)
         except ValueError as error:
-            if "sharding" not in str(error).lower() or jax.process_count() > 1:
+            if "sharding" not in str(error).lower():
                 raise
-            # Saved on more devices than this machine has: put it on the first of them.
-            restored = restore(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+            restored = restore(_layout_here)  # saved on devices that are not here
         return {n: x for n, x in zip(names, jax.tree.leaves(restored), strict=True) if n in chosen}
+
+
+def _layout_here(leaf) -> jax.sharding.Sharding:
+    """Returns where to put a leaf whose devices are absent: one device, or those of all processes.
+
+    Several processes each read their part: no host need hold the states of a model over many.
+    """
+    if jax.process_count() == 1:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    mesh = sharding.make_mesh()
+    divisible = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
+    axes = ["batch" if i in divisible[:1] else None for i in range(len(leaf.shape))]
+    return sharding.named(mesh, axes, leaf.shape)
 
 
 def open_checkpoint(path: str | os.PathLike, step: int | None = None) -> SavedState:

@@ -233,24 +233,31 @@ def test_two_processes_resume_and_then_skip_everything(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notice_to_one_process_ends_all_and_the_run_resumes(tmp_path):
-    """SIGTERM in training, then while encoding; the end is that of an uninterrupted run."""
-    arguments = keys(tmp_path, methods="grad_cos", **{"eval.tail_patch_queries": 0})
-    expected, workdir = tmp_path / "expected", tmp_path / "w"
-    for code, _, errors in join([*arguments, f"--workdir={expected}"]):
-        assert code == 0, errors[-3000:]
-    for place, saved in (("train", "the training at step"), ("encode", "Finished work")):
-        program = NOTICED.replace("PLACE", place)
-        for code, _, errors in join([*arguments, f"--workdir={workdir}"], program=program):
-            assert code == 143, errors[-3000:]
-            assert "Traceback" not in errors
-            if "ended by SIGTERM" in errors:
-                assert saved in errors and "experiments" in errors
-    assert [code for code, _, _ in join([*arguments, f"--workdir={workdir}"])] == [0, 0]
-    steps = [checkpoint.steps(w / "model" / "checkpoints") for w in (expected, workdir)]
-    assert steps[0] == steps[1]
-    for name in ("train.jsonl", "metrics.json"):
-        assert (expected / name).read_bytes() == (workdir / name).read_bytes()
+def test_a_run_told_to_end_resumes_with_other_numbers_of_processes_and_devices(tmp_path):
+    """SIGTERM to one of two processes in training, and while encoding; then one process ends it."""
+    arguments = keys(tmp_path, methods="exp3", **{"eval.tail_patch_queries": 0})
+    one, many = tmp_path / "one", tmp_path / "many"
+    alone = start([*arguments, f"--workdir={one}"], devices=1)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    arguments.append(f"--workdir={many}")
+    for devices, stage, saved in ((2, "train", "the training at step"), (1, "encode", "ended by")):
+        ended = join(arguments, program=NOTICED.replace("STAGE", stage), devices=devices)
+        assert [code for code, _, _ in ended] == [143, 143], [e[-2000:] for _, _, e in ended]
+        assert saved in ended[0][2] and "ended by SIGTERM" not in ended[1][2]
+    shards = [*(many / "stores").rglob("gradients/c.*.0")]
+    assert 0 < len(shards) < len([*(one / "stores").rglob("gradients/c.*.0")])
+    alone = start(arguments, devices=1)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    checkpoints = [checkpoint.steps(w / "model" / "checkpoints") for w in (one, many)]
+    assert checkpoints[0] == checkpoints[1]
+    losses = [(w / "train.jsonl").read_text().splitlines() for w in (one, many)]
+    for x, y in zip(*losses, strict=True):
+        assert json.loads(x) == pytest.approx(json.loads(y), rel=1e-4)
+    (name,) = (p.name for p in (one / "retrieval").glob("*.npz") if "spectra" not in p.name)
+    x, y = (ranked.load(w / "retrieval" / name).proponent_scores for w in (one, many))
+    np.testing.assert_allclose(y, x, rtol=0, atol=1e-3 * np.abs(x).max())
 
 
 # Sends process 1 a notice at its third batch of training, or of encoding, and then takes its time.
@@ -271,7 +278,7 @@ def noticed(function):
             time.sleep(0.5)
         return function(*arguments)
     return call
-if "PLACE" == "encode":
+if "STAGE" == "encode":
     table.encode_kinds = noticed(table.encode_kinds)
 else:
     preemption.is_due = noticed(preemption.is_due)
