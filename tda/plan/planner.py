@@ -32,7 +32,7 @@ def run(
         workdir: the run's directory, whose disk will hold the stores.
         hardware: the machine that will run it; None for this one, which is measured.
         mfu: assumed share of the chips' peak rate.
-        reading: rate at which a store is read, in bytes/s.
+        reading: rate at which a host reads a store, in bytes/s.
         host_memory: bytes of the host; by default of this machine, if `hardware` is None.
         disk: bytes free for stores; by default those of the workdir's disk.
 
@@ -173,23 +173,24 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             shapes = {shape: share * count for shape, count in s.shapes.items()}
             encode("corpus for R", (correction,), shapes, share * s.size.tokens)
     gram = cost.gram_operations(s.widths, 1)
-    # One device computes R; the devices of the first host search.
-    near = min(devices, hardware.chip.host) if hardware else jax.local_device_count()
+    # R is summed and searched in groups of rows, which all hosts share; one host decomposes R.
+    hosts = -(-devices // hardware.chip.host) if hardware else 1
+    devices = devices if hardware else jax.local_device_count()
     for correction, methods in s.methods.items():
         roots, decompositions = s.decompositions(correction)
         if roots:
             eigen = decompositions * cost.eigen_operations(s.widths)
             summed = gram * s.r_rows
-            read = s.stored_bytes(s.r_rows) / reading
+            read = s.stored_bytes(s.r_rows) / (hosts * reading)
             # A store is read while the previous rows are multiplied: the slower of the two counts.
-            seconds = rates and max(read, summed / rates.gram) + eigen / rates.eigen
-            add(f"R, {correction}", summed + eigen, 1, seconds)
+            seconds = rates and max(read, summed / rates.gram / devices) + eigen / rates.eigen
+            add(f"R, {correction}", summed + eigen, devices, seconds)
         rows = s.size.passages + s.size.labelled
         whitened = gram * rows * sum(m.hessian != "none" for m in methods)
         scored = cost.score_operations(s.width, rows, s.size.queries) * len(methods)
-        read = s.stored_bytes(rows) / reading
-        seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / near)
-        add(f"exact search, {correction}", whitened + scored, near, seconds)
+        read = s.stored_bytes(rows) / (hosts * reading)
+        seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / devices)
+        add(f"exact search, {correction}", whitened + scored, devices, seconds)
     return out
 
 
