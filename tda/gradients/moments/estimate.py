@@ -105,6 +105,11 @@ def estimate(
     second_moments.check_full(correction)
     scales = {}
     for path, V in squared_gradients(model, loss, batches, chosen).items():
-        V = optimizer_state.raise_to_floor(V, floor=floor)
-        scales[path] = second_moments.from_full(1.0 / (jnp.sqrt(V) + eps), correction)
+        scales[path] = second_moments.from_full(_inverse_root(V, floor, eps), correction)
     return second_moments.finite(scales)
+
+
+# Compiled as one: a program for each operation takes longer to compile.
+@jax.jit
+def _inverse_root(V, floor, eps):
+    return 1.0 / (jnp.sqrt(optimizer_state.raise_to_floor(V, floor=floor)) + eps)
