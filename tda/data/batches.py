@@ -82,12 +82,13 @@ def plan(
     tokens_per_batch: int,
     multiple: int = 1,
     seed: int | None = None,
+    spread: bool = False,
 ) -> Plan:
     """Groups sequences of like length into batches of about `tokens_per_batch` positions.
 
     Args:
         positions: positions of each sequence, int [N].
-        bucket_lengths, tokens_per_batch: see `BatchLayout`.
+        bucket_lengths, tokens_per_batch, spread: see `BatchLayout`.
         multiple: a divisor of every B (the number of devices that the batch axis is split over).
         seed: shuffles sequences among the batches of a length, and the batches; with None the
             order within a length is kept, and short batches come first.
@@ -114,12 +115,16 @@ def plan(
     for i, length in enumerate(bucket_lengths):
         size = max(1, tokens_per_batch // int(length) // multiple) * multiple
         waiting = int(reached[i]) - first
+        if spread and waiting:
+            each = -(-waiting // -(-waiting // size))
+            size = -(-each // multiple) * multiple
         # Sequences that do not fill a batch move on to the next length; only the last is partial.
-        count = waiting // size if i + 1 < len(bucket_lengths) else -(-waiting // size)
+        is_last = spread or i + 1 == len(bucket_lengths)
+        count = -(-waiting // size) if is_last else waiting // size
         starts.append(first + size * np.arange(count))
         lengths.append(np.full(count, length))
         sizes.append(np.full(count, size))
-        first = min(first + size * count, len(rows))
+        first = min(first + size * count, int(reached[i]))
     starts, lengths, sizes = map(np.concatenate, (starts, lengths, sizes))
     ends = np.append(starts[1:], len(rows))[: len(starts)]
     if rng is not None:
@@ -195,6 +200,12 @@ class BatchLayout:
     mesh: jax.sharding.Mesh | None = None
     """The devices that the batch axis is split over; one device where None."""
 
+    spread: bool = False
+    """Whether a length's sequences are spread evenly over as few batches as hold them.
+
+    So a few sequences are padded least; of many, those that do not fill a batch move on to the next
+    length, and all batches of a length have one size, whichever rows are planned."""
+
     @property
     def multiple(self) -> int:
         """The number that divides every B: the devices that the batch axis is split over."""
@@ -215,7 +226,12 @@ class BatchLayout:
         """
         rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
         planned = plan(
-            table.lengths[rows] - 1, self.bucket_lengths, self.tokens_per_batch, self.multiple, seed
+            table.lengths[rows] - 1,
+            self.bucket_lengths,
+            self.tokens_per_batch,
+            self.multiple,
+            seed,
+            self.spread,
         )
         return Batches(table, rows, planned, self.pad)
 

@@ -10,20 +10,19 @@ import functools
 import itertools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from tda import store as stores
-from tda.data import batches as batching
 from tda.data import tokenised, tokens
 from tda.data.batches import BatchLayout
 from tda.data.corpora import Corpus
 from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
-from tda.encoding import checks, loss_identity
+from tda.encoding import checks, layouts, loss_identity
+from tda.encoding import provenance as provenances
 from tda.encoding import table as encoding
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import per_example
@@ -32,26 +31,15 @@ from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments import kept_scales
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.unseen import count_examples
-from tda.model import functional
 from tda.retrieval.sources import InMemory, Source
-from tda.runtime import processes, progress, sharding
+from tda.runtime import processes, progress
 from tda.runtime.directory_lock import DirectoryLock
-from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
 from tda.store.making import SHARD_BYTES
 
 # Bytes of gradients that are held in memory if no directory is given.
 _MEMORY = 8 << 30
 # Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines.
 _SHARD_TOKENS = 1 << 15
-# With fewer tokens than this, padding costs less than compiling for more lengths of batches.
-_FEW_TOKENS, _COARSE = 1 << 20, 1.5
-# Below this, all passages have one length of batches, unless that pads them to twice their tokens:
-# a length more takes 25 s of compiling for a model of 135M parameters, as long as 2,000 tokens.
-_ONE_LENGTH_TOKENS, _MOST_PADDING = 1 << 14, 2.0
-# Tokens that do not fill a few batches are cut into smaller ones: memory goes with the positions of
-# a batch (7 GB with 4,096 of that model, 2.8 GB with 640), and of a single batch the second moments
-# would be the square of one mean.
-_FEWEST_BATCHES, _LEAST_POSITIONS = 4, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +195,12 @@ def _encode_texts(
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
     table = _tokenise(passages, reading, settings.quiet)
     checks.check_token_ids(settings, table)
-    layout = make_layout(settings, table, tokenizer.pad)
+    layout = layouts.make_layout(settings, table, tokenizer.pad)
     scales = settings.known_scales()
     if directory is not None:
         # Every correction has its own gradients; the tokens are shared.
-        directory = directory / _name_correction(settings, scales)
-    provenance = None if directory is None else _provenance(settings, directory)
+        directory = directory / provenances.name_correction(settings, scales)
+    provenance = None if directory is None else provenances.describe_gradients(settings, directory)
     if directory is not None and (directory / "gradients" / "manifest.json").exists():
         # Refuses another model's store before second moments are estimated again.
         stores.open_store(directory / "gradients", provenance)
@@ -227,16 +215,18 @@ def _encode_texts(
         mesh=settings.mesh,
         tell=False,
     )
-    gradients_QxE = _encode_prompts(encoder, prompts, make_layout(settings, prompts, tokenizer.pad))
+    prompt_layout = layouts.make_layout(settings, prompts, tokenizer.pad)
+    gradients_QxE = _encode_prompts(encoder, prompts, prompt_layout)
     checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
     texts = PassageTexts(table, tokenizer)
     if directory is None:
-        _check_longest_passage(encoder, table, layout)
         source = _encode_in_memory(encoder, table, layout, settings.quiet)
         return TraceGradients(
             source, gradients_QxE, lambda row: (table.ids[row], texts[row]), queries
         )
-    provenance |= _describe_correction(settings, scales) | {"tokenizer": tokenizer.fingerprint()}
+    provenance |= provenances.describe_correction(settings, scales) | {
+        "tokenizer": tokenizer.fingerprint()
+    }
     store = stores.create(
         directory / "gradients",
         table.ids,
@@ -259,19 +249,6 @@ def _encode_texts(
     return TraceGradients(store, gradients_QxE, passage_of, queries)
 
 
-def make_layout(settings: TraceSettings, table: TokenTable, pad: int) -> BatchLayout:
-    """Returns how a table is cut into batches: a small one into small ones of few lengths."""
-    count, total = len(table), len(table.tokens)
-    longest = max(1, int(table.lengths.max()) - 1)
-    if total < _ONE_LENGTH_TOKENS and count * longest <= _MOST_PADDING * total:
-        bucket_lengths: tuple[int, ...] = (longest,)
-    else:
-        options = {"ratio": _COARSE} if total < _FEW_TOKENS else {}
-        bucket_lengths = batching.buckets(longest, **options)
-    positions = min(settings.tokens_per_batch, max(_LEAST_POSITIONS, total // _FEWEST_BATCHES))
-    return BatchLayout(bucket_lengths, positions, pad, settings.mesh)
-
-
 def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) -> np.ndarray:
     # A few prompts would fill only a corner of a batch that is padded to the size for passages.
     needed = len(prompts) * int(prompts.lengths.max())
@@ -280,13 +257,27 @@ def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) 
 
 
 def _check_longest_passage(encoder: Encoder, table: TokenTable, layout: BatchLayout) -> None:
+    """Checks the gradient of the longest passage before the others are encoded."""
+    _check_finite_passages(
+        table, lambda row: encoding.encode_rows(encoder, table, np.array([row]), layout)
+    )
+
+
+def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray]) -> None:
     """Checks that the model has a finite gradient at as many positions as passages have.
 
     A look-up beyond a table of positions gives NaN, and such passages would never be retrieved.
+
+    Args:
+        table: the passages.
+        encode: returns the gradient of a row.
+
+    Raises:
+        ValueError: the gradient of the longest passage is not finite, that of the shortest is.
     """
     longest, shortest = int(table.lengths.argmax()), int(table.lengths.argmin())
     for row in (longest, shortest):
-        if np.isfinite(encoding.encode_rows(encoder, table, np.array([row]), layout)).all():
+        if np.isfinite(encode(row)).all():
             break
     if row != longest:
         raise ValueError(
@@ -309,7 +300,7 @@ def _load_or_estimate_scales(
     provenance: dict | None,
 ) -> dict[str, Scale]:
     """Returns 1/√V, estimated from the passages; saved in `directory`, if there is one."""
-    batches = _sample_passages(settings, table, layout)
+    batches = layouts.sample_passages(settings, table, layout)
     if directory is None:
         return settings.estimate_scales(batches)
     provenance = provenance | {
@@ -326,21 +317,6 @@ def _load_or_estimate_scales(
         file.parent.mkdir(parents=True, exist_ok=True)
         kept_scales.save(file, scales, provenance)
     return scales
-
-
-def _sample_passages(
-    settings: TraceSettings, table: TokenTable, layout: BatchLayout
-) -> Iterable[dict]:
-    """Yields batches of passages drawn from the whole corpus, to estimate second moments from."""
-    count, seed = settings.moments.sample, settings.moments.seed
-    # About as many rows as fill the batches: planning the whole corpus would take longer.
-    mean = max(1.0, float(table.lengths.mean()))
-    size = min(len(table), int(count * settings.tokens_per_batch / mean) + 1)
-    rows = np.random.default_rng(seed).choice(len(table), size, replace=False)
-    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
-    batches = dataclasses.replace(layout, mesh=None).batches(table, rows, seed)
-    for batch in itertools.islice(batches, count):
-        yield batch.arrays()
 
 
 def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
@@ -384,49 +360,14 @@ def _encode_in_memory(
             f"the gradients of {len(table):,} passages take {needed / 2**30:.0f} GiB; give a "
             "directory to keep them in, or a smaller projection.side"
         )
+    is_small = layouts.is_small(table)
+    if not is_small:
+        _check_longest_passage(encoder, table, layout)
     total = int(table.scored.sum())
     with progress.bar(total, "encode passages", "token", quiet=quiet) as bar:
         rows = np.arange(len(table))
         gradients_CxE = encoding.encode_rows(encoder, table, rows, layout, bar.update)
+    if is_small:
+        # One passage fills a batch with padding, a good part of the time that all of these take.
+        _check_finite_passages(table, lambda row: gradients_CxE[row])
     return _in_memory(gradients_CxE, encoder.layout.slices)
-
-
-def _provenance(settings: TraceSettings, directory: pathlib.Path) -> dict:
-    """Returns what decides the gradients of a passage, except for their correction."""
-    _, params = functional.split(settings.model)
-    return plain(
-        {
-            "model": _fingerprint_arrays(functional.flat_parameters(params)),
-            "projection": dataclasses.asdict(settings.projection),
-            "loss": loss_identity.identify_or_load(
-                settings.example_losses, settings.model, directory
-            ),
-            "parameters": {s.path: list(s.shape) for s in settings.sites()},
-            **settings.scope,
-        }
-    )
-
-
-def _name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
-    """Returns the name of the folder for gradients of one correction, with 1/√V if it is known."""
-    if not settings.method.corrected:
-        return "uncorrected"
-    moments = settings.moments
-    if settings.needs_estimate:
-        made_from = [moments.sample, moments.seed, settings.tokens_per_batch]
-    else:
-        made_from = _describe_correction(settings, scales)
-    digest = fingerprint(plain([moments.correction, made_from]))
-    return re.sub(r"\W+", "_", f"{moments.correction}_{digest[:8]}")
-
-
-def _describe_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> dict:
-    """Returns the correction of the gradients as JSON values."""
-    if scales is None:
-        return {"correction": "none"}
-    arrays = {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}
-    return {"correction": settings.moments.correction, "scales": _fingerprint_arrays(arrays)}
-
-
-def _fingerprint_arrays(arrays: dict[str, jax.Array]) -> str:
-    return fingerprint_arrays({name: sharding.to_host(x) for name, x in arrays.items()})

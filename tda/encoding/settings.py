@@ -78,6 +78,11 @@ class TraceSettings:
         """Whether second moments are estimated from the passages."""
         return self.method.corrected and self.moments.scales is None
 
+    @property
+    def parameter_count(self) -> int:
+        """The number of the model's parameters."""
+        return sum(x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
+
     def sites(self) -> list[sites.Site]:
         """Returns the parameters whose gradients are taken."""
         return find_sites(self.model, **self.scope)

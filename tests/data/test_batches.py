@@ -52,6 +52,25 @@ def test_lengths_are_not_all_padded_to_the_longest():
     assert set(planned.lengths.tolist()) >= {4, 16}
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_sequences_are_spread_evenly_over_a_lengths_batches(multiple, seed):
+    positions = np.array([4] * 25 + [16] * 7 + [3] * 8)
+    planned = batches.plan(positions, BUCKETS, 48, multiple=multiple, seed=seed, spread=True)
+    assert sorted(planned.order.tolist()) == list(range(40))
+    held = {4: [], 16: []}
+    for i, length in enumerate(planned.lengths):
+        rows = planned.members(i)
+        assert len(rows) <= planned.sizes[i] and planned.sizes[i] % multiple == 0
+        # None moves on to a longer length.
+        assert all(
+            batches.BatchLayout(BUCKETS, 48, 0).padded_length(n) == length for n in positions[rows]
+        )
+        held[int(length)].append(len(rows))
+    assert sorted(held[4]) == ([11, 11, 11] if multiple == 1 else [9, 12, 12])
+    assert sorted(held[16]) == ([1, 3, 3] if multiple == 1 else [3, 4])
+
+
 def test_plans_are_deterministic_and_seeds_differ():
     positions = np.random.default_rng(0).integers(1, 17, 300)
 

@@ -1,5 +1,6 @@
 """What `tda.trace` computes, and what a kill costs it."""
 
+import itertools
 import types
 
 import numpy as np
@@ -11,7 +12,7 @@ from tda import store as stores
 from tda.data import batches as batching
 from tda.data.tokenizer import Tokenizer
 from tda.data.tokens import TokenTable
-from tda.encoding import inputs
+from tda.encoding import layouts
 from tda.encoding import table as encoding
 from tda.gradients.projection import Projection
 from tests.test_api import Bigram
@@ -83,14 +84,25 @@ def test_a_prompt_is_not_padded_to_a_batch_of_passages(tokenizer, shapes):
     assert sizes[0] == 1 and max(sizes) > 50
 
 
-def shapes_of(lengths, tokens_per_batch=4096):
-    """The shapes of the batches that passages of these numbers of tokens are cut into."""
+def table_of(lengths):
+    """A table of sequences of these numbers of tokens."""
     starts = np.append(0, np.cumsum(lengths)).astype(np.int64)
     names = [str(i) for i in range(len(lengths))]
     tokens = np.ones(starts[-1], np.int32)
-    table = TokenTable(names, names, tokens, starts, tokens > 0)
-    settings = types.SimpleNamespace(tokens_per_batch=tokens_per_batch, mesh=None)
-    return [b.tokens.shape for b in inputs.make_layout(settings, table, pad=0).batches(table)]
+    return TokenTable(names, names, tokens, starts, tokens > 0)
+
+
+def settings_of(parameters, tokens_per_batch=4096):
+    moments = types.SimpleNamespace(sample=16, seed=0)
+    return types.SimpleNamespace(
+        tokens_per_batch=tokens_per_batch, mesh=None, parameter_count=parameters, moments=moments
+    )
+
+
+def shapes_of(lengths, tokens_per_batch=4096, parameters=10**6):
+    """The shapes of the batches that passages of these numbers of tokens are cut into."""
+    table, settings = table_of(lengths), settings_of(parameters, tokens_per_batch)
+    return [b.tokens.shape for b in layouts.make_layout(settings, table, pad=0).batches(table)]
 
 
 def test_a_small_corpus_fills_some_small_batches_of_one_length():
@@ -109,11 +121,63 @@ def test_one_long_passage_does_not_pad_the_others():
     assert sum(map(np.prod, shapes)) < 2 * (100 * 20 + 400) < 100 * 400
 
 
+def test_a_large_model_pads_a_small_corpus_less():
+    lengths = np.random.default_rng(0).integers(10, 80, 60)
+    small, large = (shapes_of(lengths, parameters=n) for n in (10**6, 135 * 10**6))
+    assert len({length for _, length in small}) == 1 < len({length for _, length in large}) <= 3
+    assert sum(map(np.prod, large)) < 0.85 * sum(map(np.prod, small))
+
+
+def test_a_few_prompts_have_one_length():
+    assert len(shapes_of([6, 9, 14], parameters=135 * 10**6)) == 1
+
+
+def test_lengths_are_the_cheapest_of_all():
+    rng = np.random.default_rng(0)
+    for price in (0, 10, 40, 1000):
+        positions = rng.integers(1, 12, 20)
+        *options, longest = map(int, np.unique(positions))
+
+        def cost(lengths, positions=positions, price=price):
+            padded = np.array(lengths)[np.searchsorted(lengths, positions)]
+            return padded.sum() + price * len(lengths)
+
+        subsets = (
+            (*subset, longest)
+            for n in range(len(options) + 1)
+            for subset in itertools.combinations(options, n)
+        )
+        chosen = layouts.cheapest_lengths(positions, price)
+        assert cost(chosen) == min(map(cost, subsets))
+
+
+@pytest.mark.parametrize("parameters", [10**6, 135 * 10**6])
+def test_the_sample_of_a_small_corpus_has_one_shape_and_some_batches(parameters):
+    table, settings = table_of(np.arange(10, 80)), settings_of(parameters)
+    layout = layouts.make_layout(settings, table, pad=0)
+    batches = list(layouts.sample_passages(settings, table, layout))
+    assert len({b["tokens"].shape for b in batches}) == 1 and len(batches) >= 4
+    if parameters > 10**8:
+        assert len(batches) == 4 < len(layout.batches(table))
+
+
+def test_a_small_corpus_in_memory_is_encoded_once(tokenizer, shapes, tmp_path):
+    texts = [*TEXTS[:40], "A much longer text of the county, " * 8]
+    in_memory = call(tokenizer, texts, method="grad_cos")
+    passes = len(shapes)
+    shapes.clear()
+    # In a directory the longest passage is encoded before the others, to check that it can be.
+    assert (
+        call(tokenizer, texts, method="grad_cos", directory=tmp_path).answers == in_memory.answers
+    )
+    assert len(shapes) == passes + 1
+
+
 def test_few_tokens_are_compiled_for_few_lengths(tokenizer, shapes, monkeypatch):
     texts = ["number " * n for n in range(1, 200)] * 2
     call(tokenizer, texts, method="grad_cos", tokens_per_batch=512)
     few = {length for _, length in shapes}
     shapes.clear()
-    monkeypatch.setattr(inputs, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(layouts, "_FEW_TOKENS", 0)
     call(tokenizer, texts, method="grad_cos", tokens_per_batch=512)
     assert len(few) <= 10 < len({length for _, length in shapes})

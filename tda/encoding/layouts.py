@@ -1,0 +1,94 @@
+"""How the texts of `tda.trace` are cut into batches, and which of them V is estimated from.
+
+Every length of batches is compiled for. That takes longer than a small corpus, so a small corpus
+gets the lengths by which compiling and padding together take the least time.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from tda.data import batches as batching
+from tda.data.batches import BatchLayout
+from tda.data.tokens import TokenTable
+from tda.encoding.settings import TraceSettings
+
+# With fewer tokens than this, padding costs less than compiling for more lengths of batches.
+_FEW_TOKENS, _COARSE = 1 << 20, 1.5
+# Below this, lengths are chosen one by one.
+_FEWEST_TOKENS = 1 << 14
+# Positions that take as long as compiling for another length, times the model's parameters: on 2
+# CPU cores 4 s to compile SmolLM2's encoder, and 7 ms a position of its 135M parameters.
+_COMPILING = 7e10
+# Tokens that do not fill a few batches are cut into smaller ones: memory goes with the positions of
+# a batch (7 GB with 4,096 of that model, 2.8 GB with 640), and of a single batch the second moments
+# would be the square of one mean.
+_FEWEST_BATCHES, _LEAST_POSITIONS = 4, 512
+
+
+def make_layout(settings: TraceSettings, table: TokenTable, pad: int) -> BatchLayout:
+    """Returns how a table is cut into batches: a small one into small ones of few lengths."""
+    total, positions = len(table.tokens), table.lengths - 1
+    if is_small(table):
+        # However small the model is, padding does not take much more than the tokens.
+        price = min(
+            max(total, _LEAST_POSITIONS), int(_COMPILING / max(1, settings.parameter_count))
+        )
+        bucket_lengths = cheapest_lengths(np.maximum(positions, 1), price)
+    else:
+        options = {"ratio": _COARSE} if total < _FEW_TOKENS else {}
+        bucket_lengths = batching.buckets(max(1, int(positions.max())), **options)
+    most = min(settings.tokens_per_batch, max(_LEAST_POSITIONS, total // _FEWEST_BATCHES))
+    # Sequences that moved on to a longer length would be padded more than was reckoned with.
+    spread = is_small(table) and len(bucket_lengths) > 1
+    return BatchLayout(bucket_lengths, most, pad, settings.mesh, spread)
+
+
+def is_small(table: TokenTable) -> bool:
+    """Returns whether a table takes less time to encode than a program takes to compile."""
+    return len(table.tokens) < _FEWEST_TOKENS
+
+
+def cheapest_lengths(positions: np.ndarray, price: int) -> tuple[int, ...]:
+    """Returns the padded lengths that cost the fewest positions.
+
+    Args:
+        positions: positions of each sequence, int [N], at least one sequence.
+        price: what a length costs beside its sequences' padded positions, in positions.
+    """
+    lengths, counts = np.unique(positions, return_counts=True)
+    # Sequences up to each length; the sequences of a padded length are all those between two.
+    reached = np.append(0, np.cumsum(counts))
+    costs, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, np.int64)
+    for i, length in enumerate(lengths, start=1):
+        options = costs[:i] + (reached[i] - reached[:i]) * length + price
+        cuts[i] = options.argmin()
+        costs[i] = options[cuts[i]]
+    chosen, i = [], len(lengths)
+    while i:
+        chosen.append(int(lengths[i - 1]))
+        i = cuts[i]
+    return tuple(reversed(chosen))
+
+
+def sample_passages(
+    settings: TraceSettings, table: TokenTable, layout: BatchLayout
+) -> Iterable[dict]:
+    """Yields batches of passages drawn from the whole corpus, to estimate second moments from."""
+    count, seed = settings.moments.sample, settings.moments.seed
+    # About as many rows as fill the batches: planning the whole corpus would take longer.
+    mean = max(1.0, float(table.lengths.mean()))
+    size = min(len(table), int(count * settings.tokens_per_batch / mean) + 1)
+    rows = np.random.default_rng(seed).choice(len(table), size, replace=False)
+    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
+    layout = dataclasses.replace(layout, mesh=None)
+    if is_small(table) and len(layout.bucket_lengths) > 1:
+        # Where positions are dear enough to compile for several lengths, the whole corpus, padded
+        # to one of them, would take longer here than in the encoder: its gradient costs 6 products
+        # with each weight, not 4, and its program more to compile.
+        layout = dataclasses.replace(layout, bucket_lengths=layout.bucket_lengths[-1:])
+        count = min(count, _FEWEST_BATCHES)
+    for batch in itertools.islice(layout.batches(table, rows, seed), count):
+        yield batch.arrays()
