@@ -61,6 +61,7 @@ def resampled_means(values_QxM: np.ndarray, resamples: int = 10_000, seed: int =
         drawn = rng.integers(Q, size=(R, Q)) + Q * np.arange(R)[:, None]
         counts_RxQ = np.bincount(drawn.ravel(), minlength=R * Q).reshape(R, Q).astype(np.float64)
         weight_RxM = counts_RxQ @ measured_QxM.astype(np.float64)
+        # 0 / 0 is NaN where a draw has no measured query.
         with np.errstate(invalid="ignore"):
             out[start : start + R] = (counts_RxQ @ filled_QxM) / weight_RxM
     return out

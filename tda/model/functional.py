@@ -49,6 +49,7 @@ def logical_axes(state) -> dict[str, tuple]:
 
 def path_name(path) -> str:
     """Returns a tree path as a name, such as `layers/attention/query/kernel`."""
+    # jax's keys of dicts, sequences and attributes each name their value differently.
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 

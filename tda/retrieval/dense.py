@@ -57,6 +57,7 @@ class SentenceEncoder:
 
         try:
             self._model = sentence_transformers.SentenceTransformer(model)
+        # The library raises whatever those that it loads files with raise.
         except Exception as error:
             raise DenseError(
                 f"cannot load dense.model={model!r} ({error}); give the directory of a "

@@ -37,6 +37,7 @@ def fetch(
     name = os.path.basename(urllib.parse.urlsplit(url).path) or "results.jsonl"
     path = os.path.join(folder, name)
     try:
+        # Seconds without a byte, and not of the whole download.
         with urllib.request.urlopen(url, timeout=60) as response:
             if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
                 raise ValueError(f"{url} redirects to {response.url}, which is not http or https")

@@ -46,6 +46,7 @@ def export(collection: Collection, out) -> int:
         OSError: it cannot be written.
     """
     out = pathlib.Path(out)
+    # Only a folder with this file is an export, which another may replace.
     mark = out / f".{_MARK}"
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; name a folder")

@@ -52,7 +52,14 @@ class Notes:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     break
-                self._take(_parsed(line, f"{self.path}, line {number}"))
+                where = f"{self.path}, line {number}"
+                try:
+                    note = json.loads(line)
+                except ValueError as error:
+                    advice = "correct or remove the line"
+                    raise NotesError(f"{where}: not JSON ({error}); {advice}") from error
+                check(note, where)
+                self._take(note)
                 complete_bytes += len(line)
         if complete_bytes < os.path.getsize(self.path):
             with open(self.path, "r+b") as out:
@@ -110,6 +117,8 @@ class Notes:
 
 def check(note: dict, where: str) -> None:
     """Checks a note; a NotesError names `where` and the field."""
+    if not isinstance(note, dict):
+        raise NotesError(f"{where}: a note must be an object, not {type(note).__name__}")
     for field in (*_QUERY, *_SHORT):
         if not isinstance(note.get(field), str):
             raise NotesError(f"{where}: {field!r} must be a text")
@@ -120,14 +129,3 @@ def check(note: dict, where: str) -> None:
         raise NotesError(f"{where}: a note needs the ids of a query and a passage")
     if note.get("type") is not None and note["type"] not in TYPES:
         raise NotesError(f"{where}: unknown type {note['type']!r}; there are {', '.join(TYPES)}")
-
-
-def _parsed(line: bytes, where: str) -> dict:
-    try:
-        note = json.loads(line)
-    except ValueError as error:
-        raise NotesError(f"{where}: not JSON ({error}); correct or remove the line") from error
-    if not isinstance(note, dict):
-        raise NotesError(f"{where}: a note must be an object, not {type(note).__name__}")
-    check(note, where)
-    return note

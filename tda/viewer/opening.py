@@ -113,6 +113,7 @@ def serve(
         application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
+    # Bound before the server runs, since port 0 is a free one that the address must name.
     socket = config.bind_socket()
     # Requests that come before the server runs wait in the socket's queue.
     socket.listen()

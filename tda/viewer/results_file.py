@@ -202,6 +202,7 @@ def _number_of(name: str) -> int:
 def _opened(path: str):
     if not path.endswith(".gz"):
         return open(path, "rb")
+    # It has no name: the disk space is free again however the viewer ends.
     unpacked = tempfile.TemporaryFile()
     with gzip.open(path, "rb") as packed:
         try:
@@ -217,4 +218,5 @@ def _signature(path: str):
         status = os.stat(path)
     except OSError:
         return None
+    # The inode too: a file that replaces another may have its size and time.
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -245,6 +245,7 @@ async def _run(call, *arguments):
 
 
 async def _body(request: Request) -> dict:
+    # Another site's page can post a form unasked; for JSON the browser asks here first.
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "send application/json")
     raw = b""
