@@ -65,13 +65,8 @@ class Mapped:
     """
 
     def __init__(self, source: Source, change: Callable[[np.ndarray, np.ndarray], np.ndarray]):
-        self._source, self._change = source, change
+        self._source, self._change, self.rows = source, change, source.rows
         self.form = Form("float32", source.form.widths)
-
-    @property
-    def rows(self) -> int:
-        """C, the number of rows."""
-        return self._source.rows
 
     def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
         """Yields a range of rows in order, at most `step` at a time."""
@@ -104,14 +99,9 @@ class Joined:
         counts = [s.rows for s in sources]
         if len(set(counts)) != 1:
             raise ValueError(f"sources side by side need as many rows each, not {counts}")
-        self._sources = list(sources)
+        self._sources, self.rows = list(sources), counts[0]
         widths = tuple(w for s in sources for w in s.form.widths)
         self.form = Form("float32", widths)
-
-    @property
-    def rows(self) -> int:
-        """C, the number of rows."""
-        return self._sources[0].rows
 
     def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
         """Yields a range of rows in order, at most `step` at a time."""
