@@ -96,6 +96,7 @@ class Groups:
             on_rows(len(ranges[i]))
         for i in local:
             _write(folder, i, work(ranges[i]))
+            preemption.check()
         _wait_for(folder, len(ranges))
         results = []
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tda.runtime import groups
+from tda.runtime import groups, preemption
 from tda.runtime.groups import ONE_GROUP, GroupError, Groups
 
 
@@ -48,6 +48,17 @@ def test_a_killed_call_keeps_its_groups_and_results_come_in_order(tmp_path):
     other = Work()
     kept.reduce("other", ranges, other, firsts)
     assert other.computed == [0, 2, 4, 6]
+
+
+def test_a_notice_of_preemption_ends_the_work_within_a_group(tmp_path, monkeypatch):
+    kept, work, again = Groups(tmp_path, 2), Work(), Work()
+    ranges = kept.ranges(8, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "is_noticed", lambda: len(work.computed) == 2)
+        with pytest.raises(preemption.Preempted):
+            kept.reduce("work", ranges, work, firsts)
+    assert kept.reduce("work", ranges, again, firsts) == [0, 2, 4, 6]
+    assert (work.computed, again.computed) == ([0, 2], [4, 6])
 
 
 def test_a_flipped_bit_costs_one_group(tmp_path):
