@@ -26,5 +26,6 @@ def get_config():
     c.projection.blocks = 8
     c.gradients.tokens_per_batch = 1 << 20
     c.store.shard_bytes = 4 << 30
-    c.mesh.fsdp = 8
+    # No more than the chips of a host: each host then has a copy of the model and encodes alone.
+    c.mesh.fsdp = 4
     return c

@@ -216,7 +216,8 @@ def _refuse_strays() -> None:
 
 def _exit_with(error: Exception) -> None:
     """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
-    traceback_note = "" if WORKDIR.value is None else _write_traceback(WORKDIR.value)
+    is_local = WORKDIR.value is not None and "://" not in WORKDIR.value
+    traceback_note = _write_traceback(WORKDIR.value) if is_local else ""
     advice = ""
     if "No space left" in str(error) and WORKDIR.value is not None:
         advice = (

@@ -86,8 +86,23 @@ def run(
         "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
         "lacking": lacking,
+        "warnings": _warnings(hardware, config.mesh.fsdp, config.mesh.tensor),
         "left_out": s.left_out,
     }
+
+
+def _warnings(hardware: chips.Hardware | None, fsdp: int, tensor: int) -> list[str]:
+    """Returns what of the mesh makes hosts wait for each other; nothing for a machine of one."""
+    if hardware is None or hardware.chips <= hardware.chip.host:
+        return []
+    host = hardware.chip.host
+    if host % (fsdp * tensor) == 0:
+        return []
+    return [
+        f"mesh.fsdp={fsdp} × mesh.tensor={tensor} do not divide the {host} chips of a host: all "
+        "hosts encode every shard together, and every row travels to every host; where the model "
+        f"fits, let their product divide {host}, and each host encodes shards of its own"
+    ]
 
 
 def _memory() -> float:

@@ -9,6 +9,7 @@ def text(figures: dict) -> str:
     """Returns the figures of `tda.plan.planner.run` as aligned tables."""
     parts = [_heading(figures), _stages(figures["stages"]), _disk(figures["disk"])]
     parts.append(_needs(figures["needs"]))
+    parts += [f"warning: {warning}" for warning in figures["warnings"]]
     if left_out := ", ".join(figures["left_out"]):
         parts.append(f"not estimated (other outputs, curvature, checkpoints): {left_out}")
     return "\n\n".join(parts)

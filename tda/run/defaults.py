@@ -90,6 +90,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "float32, bfloat16, int8 (a scale a block and row), or none: no store, the corpus is "
         "encoded while it is searched, and once more for R unless R is sampled",
     ),
+    "store.root": (
+        "",
+        "directory of this run's stores, local, gs://BUCKET/PATH or s3://BUCKET/PATH; empty: "
+        "stores/ in the workdir",
+    ),
     "store.shard_bytes": (256 << 20, "size of a file; a host encodes whole files"),
     # Search.
     "search.index": ("none", "none (exact), or scann: approximate, for large corpora"),

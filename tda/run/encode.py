@@ -83,7 +83,7 @@ def _encode(run: Run, kind: GradientKind, *names: str) -> list:
 
 def _check_stored_rows(run: Run, kind: GradientKind, names, encoder) -> None:
     def find_begun():
-        return [n for n in names if (run.store_path(n, kind) / "manifest.json").exists()]
+        return [n for n in names if stores.exists(run.store_path(n, kind))]
 
     for name in processes.on_first_process("look for begun stores", find_begun):
         store = stores.open_store(run.store_path(name, kind))
@@ -172,8 +172,7 @@ def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) ->
     path = run.store_path("corpus", kind, step)
 
     def read_withdrawn():
-        exists = (path / "manifest.json").exists()
-        return stores.open_store(path).withdrawn.tolist() if exists else []
+        return stores.open_store(path).withdrawn.tolist() if stores.exists(path) else []
 
     withdrawn = processes.on_first_process("look for withdrawn passages", read_withdrawn)
     return [run.provenance(kind, step), run.config.store.dtype, withdrawn]

@@ -1,7 +1,6 @@
 """Retrievers by projected gradients: of one checkpoint, and sums over several."""
 
 import functools
-import shutil
 
 import numpy as np
 
@@ -313,6 +312,4 @@ class Sums(Retriever):
         for method in methods.values():
             for step in checkpoints.steps_of(self.run, method)[:-1]:
                 path = self.run.store_path("corpus", method.gradients, step)
-                processes.on_first_process(
-                    "remove a store", lambda path=path: shutil.rmtree(path, True)
-                )
+                processes.on_first_process("remove a store", lambda path=path: stores.remove(path))

@@ -167,7 +167,7 @@ def _is_begun(run: Run, kind: GradientKind) -> bool:
     path = run.store_path("corpus", kind)
 
     def look():
-        return (path / "manifest.json").exists() and not stores.finished(path)
+        return stores.exists(path) and not stores.finished(path)
 
     return processes.on_first_process("look for an unfinished store", look)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import numpy as np
@@ -243,9 +242,15 @@ class Run:
             provenance["curvature"] = self.curvature_provenance(kind.curvature)
         return plain(provenance)
 
-    def store_path(self, name: str, kind: GradientKind, step: int | None = None) -> pathlib.Path:
+    @property
+    def store_root(self) -> str:
+        """The directory of the run's stores, local or in object storage."""
+        # A run that was finished before there was this key has none.
+        return self.config.store.get("root", "") or str(self.workdir / "stores")
+
+    def store_path(self, name: str, kind: GradientKind, step: int | None = None) -> str:
         """Returns the directory of the store of the "corpus" or of the "queries"."""
         provenance = self.provenance(kind, step)
         label = kind.curvature if kind.curvature != "none" else provenance["correction"]
         rows = {name: self.corpus.fingerprint[name], "dtype": self.config.store.dtype}
-        return self.workdir / "stores" / f"{name}-{label}-{fingerprint(provenance | rows)}"
+        return f"{self.store_root}/{name}-{label}-{fingerprint(provenance | rows)}"

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 
 from tda import methods
+from tda import store as stores
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
@@ -49,6 +50,11 @@ def prepare(config, workdir: Workdir) -> Run:
     Raises:
         ValueError: the config does not fit the corpus or the model; raised before training.
     """
+    if config.store.root:
+        # Before training: it may be a bucket that this host may not write to.
+        processes.on_first_process(
+            "write to store.root", lambda: stores.check_root(config.store.root)
+        )
     data = corpus.load(config, workdir)
     # The run as it will be, with a model of shapes alone.
     model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))

@@ -126,7 +126,7 @@ def _check_local(run: Run, description: str) -> None:
 def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows) -> np.ndarray:
     """Computes the rows that an array's store lacks, and returns all."""
     corpus = run.corpus.fingerprint[array.table]
-    path = run.workdir / "stores" / f"{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
+    path = f"{run.store_root}/{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
 
     def fill():
         if stores.finished(path):

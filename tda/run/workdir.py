@@ -37,10 +37,17 @@ class Workdir:
     """The directory of one run.
 
     Raises:
-        WorkdirError: it cannot be written, or processes on several hosts do not share it.
+        WorkdirError: it cannot be written, processes on several hosts do not share it, or it is an
+            address of object storage.
     """
 
     def __init__(self, path):
+        if "://" in os.fspath(path):
+            raise WorkdirError(
+                f"--workdir={path} is no directory of a file system; give one that all hosts "
+                f"mount, and put its stores, which take most of the room, into object storage by "
+                f"--config.store.root={path}"
+            )
         self.path = pathlib.Path(path)
         token = processes.on_first_process(f"write to --workdir={path}", self._make)
         unreachable = processes.where(not self._reaches(token))

@@ -14,7 +14,16 @@ is local, `gs://` or `s3://`, and any zarr reader opens the arrays.
 
 from tda.store.gradient_store import GradientStore
 from tda.store.location import StoreError
-from tda.store.making import append, check_same_kind, create, finished, open_store
+from tda.store.making import (
+    append,
+    check_root,
+    check_same_kind,
+    create,
+    exists,
+    finished,
+    open_store,
+    remove,
+)
 from tda.store.passages import Passage
 from tda.store.rows import DTYPES, Rows, decode, valid
 from tda.store.segment import Form
@@ -27,10 +36,13 @@ __all__ = [
     "Rows",
     "StoreError",
     "append",
+    "check_root",
     "check_same_kind",
     "create",
     "decode",
+    "exists",
     "finished",
     "open_store",
+    "remove",
     "valid",
 ]

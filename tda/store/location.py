@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,13 @@ class Location:
     def remove(self, name: str) -> None:
         """Removes a file, if it exists."""
         self._call(f"remove {name}", lambda files: files.write(name, None))
+
+    def remove_all(self) -> None:
+        """Removes the directory with all files below it."""
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self._call("remove all files", lambda files: files.delete_range(ts.KvStore.KeyRange()))
 
     def names(self, folder: str = "") -> list[str]:
         """Returns the files below a folder, each with the folder before its name."""

@@ -1,6 +1,7 @@
 """Creates a store, appends to one, opens one, and refuses one built with other settings."""
 
 import functools
+import uuid
 from collections.abc import Sequence
 
 from tda.runtime import code_version, processes
@@ -187,8 +188,28 @@ def check_same_kind(store: GradientStore, other: GradientStore) -> None:
     _check_same(store.path, *({k: s.manifest[k] for k in keys} for s in (store, other)))
 
 
+def exists(path) -> bool:
+    """Whether there is a store at `path`, finished or not."""
+    return Location(path).read("manifest.json") is not None
+
+
 def finished(path) -> bool:
     """Whether there is a store at `path` with all of its shards."""
-    location = Location(path)
-    exists = location.read("manifest.json") is not None
-    return exists and not GradientStore(location).missing()
+    return exists(path) and not GradientStore(Location(path)).missing()
+
+
+def remove(path) -> None:
+    """Removes the store at `path`, if there is one."""
+    if exists(path):
+        Location(path).remove_all()
+
+
+def check_root(path) -> None:
+    """Checks that stores can be written below a directory, local or in object storage.
+
+    Raises:
+        StoreError: they cannot; the message says why.
+    """
+    location, name = Location(path), f".writable-{uuid.uuid4().hex}"
+    location.write(name, b"")
+    location.remove(name)

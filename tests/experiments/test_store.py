@@ -13,7 +13,9 @@ from tda.retrieval import ranked
 from tda.retrieval.scann import settings
 from tda.run import index, stages
 from tda.run.workdir import Workdir
+from tda.store.location import Location
 from tests.experiments.test_trace import make_config
+from tests.store.test_remote import gs, s3  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,25 @@ def flat(metrics):
 
 def corpora(path):
     return sorted(str(p) for p in (path / "stores").glob("corpus-*"))
+
+
+@pytest.mark.parametrize("place", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+def test_a_run_keeps_its_stores_in_object_storage(request, run, config, tmp_path, place):
+    path, metrics = run
+    address = request.getfixturevalue(place)
+    for name in ("model", "stages"):
+        shutil.copytree(path / name, tmp_path / name)
+    other = config.copy_and_resolve_references()
+    other.store.root = address
+    traced = stages.trace(other, Workdir(tmp_path))[0]
+    assert {n: flat(m) for n, m in traced.items()} == {n: flat(m) for n, m in metrics.items()}
+    assert not (tmp_path / "stores").exists()
+    remote = {n.partition("/")[0] for n in Location(address).names()}
+    assert remote == {p.name for p in (path / "stores").iterdir()}
+    for name in remote:
+        assert command.verify(f"{address}/{name}") == 0
+        stores.remove(f"{address}/{name}")
+    assert Location(address).names() == []
 
 
 def test_info_tells_what_a_store_holds(run, capsys):

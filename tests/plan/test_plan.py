@@ -140,6 +140,17 @@ def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
     assert again["rate"] == pytest.approx(paper["stages"][0]["rate"])
 
 
+def test_a_model_over_several_hosts_is_warned_of(paper):
+    """Guards: a config whose hosts encode every shard together, and wait for each other."""
+    assert paper["warnings"] == [] and "warning" not in report.text(paper)
+    config = paper_c4.get_config()
+    config.mesh.fsdp = 8
+    for name, warned in (("v5p-256", True), ("h100x16", False), ("h100x8", False)):
+        plan = planner.run(config, hardware=chips.parse(name))
+        text = "warning: mesh.fsdp=8 × mesh.tensor=1 do not divide the 4 chips of a host"
+        assert (text in report.text(plan)) == warned == bool(plan["warnings"])
+
+
 def test_what_does_not_fit_is_refused():
     config = paper_c4.get_config()
     hardware = chips.parse("v5e-64")

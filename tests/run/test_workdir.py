@@ -66,3 +66,19 @@ def test_a_second_job_is_refused_and_readers_are_not(tmp_path):
         assert not Workdir(tmp_path).finished("train", MADE_FROM)
     with workdir.hold():
         pass
+
+
+def test_object_storage_is_refused_as_a_workdir_and_taken_for_stores(tmp_path, monkeypatch):
+    """Guards: a local directory named gs: that is found out hours later."""
+    monkeypatch.chdir(tmp_path)
+    for address in ("gs://bucket/run", "s3://bucket/run", "file:///run"):
+        with pytest.raises(WorkdirError, match=f"--config.store.root={address}$"):
+            Workdir(address)
+    config = defaults.get_config()
+    (tmp_path / "file").touch()
+    refused = {"ftp://host/run": "use a local path, gs://BUCKET", "file/run": "cannot write"}
+    for root, message in refused.items():
+        config.store.root = root
+        with pytest.raises(ValueError, match=message):
+            stages.prepare(config, Workdir(tmp_path / "w"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "w"]
