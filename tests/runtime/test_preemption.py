@@ -1,0 +1,72 @@
+"""A notice to one of two real processes ends both, in training at the same step."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys, time
+port, me, stage = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
+from tda.runtime import preemption, processes
+
+def notice_to(process):
+    if me == process:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+preemption.watch()
+end = None
+for step in range(1, 200 if stage == "training" else 6):
+    if stage == "training" and step == 5:
+        notice_to(1)
+    time.sleep(0.05 + 0.02 * me)
+    processes.wait_for_all("step")
+    if preemption.is_due(step):
+        end = step
+        break
+if stage == "between":
+    notice_to(0)
+for turn in range(600 if end is None else 0):
+    if stage == "work" and turn == 3:
+        notice_to(1)
+    # The processes do not wait for each other, and differ in speed.
+    time.sleep(0.05 + 0.05 * me)
+    if preemption.is_noticed():
+        end = "noticed"
+        break
+try:
+    processes.on_first_process("work for all", preemption.check)
+except preemption.Preempted:
+    print(f"ended at: {end}", flush=True)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    "stage", ["training", *(pytest.param(s, marks=pytest.mark.slow) for s in ("work", "between"))]
+)
+def test_a_notice_to_one_process_ends_both(stage):
+    """In training, at work after it, and when training has just ended."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
+    words = [sys.executable, "-c", PROGRAM, str(port)]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen([*words, str(me), stage], env=env, text=True, stdout=pipe, stderr=pipe)
+        for me in (0, 1)
+    ]
+    ends = []
+    for process in both:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        ends += re.findall("ended at: (.*)", out)
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert 5 <= int(ends[0]) < 199 if stage == "training" else ends[0] == "noticed"
