@@ -256,3 +256,52 @@ def test_yarn_is_that_of_the_same_model(tmp_path):
     )
     with pytest.raises(pretrained.PretrainedError, match="yarn_ext_factor=0.5 is not supported"):
         pretrained.load(other)
+
+
+def arguments_of(path, kind, metadata):
+    return pretrained.inspect(write_gguf(path, kind, numbers(kind), metadata)).arguments
+
+
+def test_gemma_2_has_windows_where_its_file_does_not_say_it(tmp_path, monkeypatch):
+    """Guards: every layer attending to everything; llama.cpp has 4,096 for such files."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_sliding_window", lambda *_: None)
+    found = arguments_of(tmp_path / "a.gguf", "gemma2", lambda writer: None)
+    assert found["window"] == 4096
+    assert found["window_layers"] == [True, False] * 3 + [True]
+    assert "window" not in arguments_of(tmp_path / "b.gguf", "llama", lambda writer: None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"kind": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"kind": "linear", "factor": 2.0}),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+    ],
+)
+def test_a_factor_without_a_type_is_linear(tmp_path, keys, expected):
+    """Guards: a stretched model read as if it were not, since its type is not written."""
+
+    def metadata(writer):
+        for key, value in keys.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(f"llama.{key}", value)
+
+    assert arguments_of(tmp_path / "a.gguf", "llama", metadata)["rope_scaling"] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.scale", 0.5), ("logit_scale", 8.0), ("embedding_scale", 12.0),
+     ("residual_scale", 0.2), ("attention.causal", False), ("attention.clamp_kqv", 8.0)],
+)  # fmt: skip
+def test_settings_that_change_what_is_computed_are_refused(tmp_path, key, value):
+    def metadata(writer):
+        add = writer.add_bool if isinstance(value, bool) else writer.add_float32
+        add(f"llama.{key}", value)
+
+    with pytest.raises(pretrained.PretrainedError, match=f"llama.{key}={value}"):
+        arguments_of(tmp_path / "a.gguf", "llama", metadata)

@@ -23,6 +23,18 @@ _ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "olmo2", "gemma", "gemma
 _ADJACENT_PAIRS = ("llama", "smollm3")
 # The period of layers, of which the last has no window. llama.cpp knows it, the file does not.
 _WINDOW_PERIODS = {"olmo2": 4, "gemma2": 2, "gemma3": 6}
+# Gemma 2's window, which llama.cpp knows, too, where a file does not say it.
+_DEFAULT_WINDOWS = {"gemma2": 4096}
+# Settings of llama.cpp that change what a model computes, by their value without effect.
+_WITHOUT_EFFECT = {
+    "expert_count": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.scale": 0.0,
+    "attention.causal": True,
+    "embedding_scale": 0.0,
+    "residual_scale": 0.0,
+    "logit_scale": 0.0,
+}
 # The number of layers of the model in each family that scales scores by D / H, not by K.
 _LAYERS_OF_LARGEST = {"gemma2": 46, "gemma3": 62}
 
@@ -169,9 +181,13 @@ def _read_arguments(source: Gguf, architecture: str) -> dict:
             raise PretrainedError(f"{source.path} lacks {architecture}.{key} in its metadata")
         return stored
 
-    for key in ("expert_count", "attention.clamp_kqv"):
-        if source.metadata(f"{architecture}.{key}"):
-            raise PretrainedError(f"{source.path}: {architecture}.{key} is not supported")
+    for key, plain in _WITHOUT_EFFECT.items():
+        setting = source.metadata(f"{architecture}.{key}", plain)
+        if setting != plain:
+            raise PretrainedError(
+                f"{source.path}: {architecture}.{key}={setting} is not supported; convert the "
+                "model's Hugging Face directory, or load that"
+            )
     shapes = source.shapes()
     heads, width = value("attention.head_count"), value("embedding_length")
     head_width = value("attention.key_length", width // heads)
@@ -225,7 +241,8 @@ def _read_arguments(source: Gguf, architecture: str) -> dict:
 
 
 def _read_windows(source: Gguf, architecture: str, arguments: dict) -> dict:
-    window = source.metadata(f"{architecture}.attention.sliding_window")
+    default = _DEFAULT_WINDOWS.get(architecture)
+    window = source.metadata(f"{architecture}.attention.sliding_window", default)
     if not window:
         return {}
     layers = range(arguments["layers"])
@@ -252,8 +269,10 @@ def _read_scaling(source: Gguf, architecture: str) -> dict | None:
     def value(key, default=None):
         return source.metadata(f"{architecture}.rope.scaling.{key}", default)
 
-    name, factor = value("type", "none"), value("factor")
-    if name == "none":
+    # As in llama.cpp, a factor without a type is a linear one; older files call it scale_linear.
+    factor = value("factor") or source.metadata(f"{architecture}.rope.scale_linear")
+    name = value("type", "linear")
+    if name == "none" or (name == "linear" and factor in (None, 0.0, 1.0)):
         return None
     if name not in ("linear", "yarn") or not factor:
         raise PretrainedError(
