@@ -142,6 +142,10 @@ def trace(
     ):
         if not isinstance(place, str | os.PathLike | None):
             raise ValueError(f"{name}={place!r}; give a string, or leave it out")
+        if place == "":
+            raise ValueError(f"{name}='' is empty; give a name, or leave it out")
+    if directory is not None and os.path.exists(directory) and not os.path.isdir(directory):
+        raise ValueError(f"directory={os.fspath(directory)!r} is a file; give a directory")
     parsed = methods.parse(method)
     if len(parsed) != 1 or not parsed[method].is_plain:
         names = [n for n, m in methods.METHODS.items() if m.is_plain]

@@ -286,7 +286,7 @@ def test_gguf_is_the_same_model_with_pairs_put_back(directory, tmp_path):
 
 
 def test_gguf_errors_name_the_file(tmp_path):
-    with pytest.raises(PretrainedError, match="expert_count is not supported"):
+    with pytest.raises(PretrainedError, match="expert_count=8 is not supported"):
         pretrained.load(gguf_of(tmp_path / "a.gguf", [("llama.expert_count", "8")]))
     with pytest.raises(PretrainedError, match=r"rope.scaling.type 'longrope' .* is not"):
         pretrained.load(gguf_of(tmp_path / "b.gguf", [("llama.rope.scaling.type", "longrope")]))
@@ -344,3 +344,23 @@ def test_arguments_are_plain_values(directory):
     arguments = pretrained.loading.inspect(directory).arguments
     assert json.loads(json.dumps(arguments)) == arguments
     assert arguments["rope_base"] == CONFIG["rope_theta"] and arguments["head_width"] == K
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype="fp16"), "dtype='fp16'; use float32, bfloat16 or float16"),
+        (dict(param_dtype="int8"), "param_dtype='int8'; use float32"),
+        (dict(mesh=3), "mesh=3; give a jax.sharding.Mesh"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(directory, options, message):
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(directory, quiet=True, **options)
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    tiny_llama.write(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(PretrainedError, match="config.json is a list, not an object of settings"):
+        pretrained.load(tmp_path, quiet=True)

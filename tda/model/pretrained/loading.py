@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,26 @@ def load(
     Raises:
         PretrainedError: an unknown architecture or setting, or tensors that are missing, left over
             or of another shape; the message names them.
+        ValueError: an argument is not what it must be; the message names it.
         FileNotFoundError: no such path.
     """
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        _check_dtype(name, value)
+    if not (mesh is None or isinstance(mesh, jax.sharding.Mesh)):
+        raise ValueError(f"mesh={mesh!r}; give a jax.sharding.Mesh, or None")
     described = inspect(path)
     changes = dict(dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat)
     described = dataclasses.replace(described, arguments=described.arguments | changes)
     return place(described, mesh, quiet)
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise ValueError(f"{name}={value!r}; use float32, bfloat16 or float16")
 
 
 def locate(path) -> pathlib.Path:
@@ -174,6 +189,8 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PretrainedError(f"{file} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise PretrainedError(f"{file} is a {type(values).__name__}, not an object of settings")
     config, source = Config(values, str(file)), tensors.open_directory(path)
     config.refuse("transformers_weights")  # names other files than the usual ones
     family = families.find_family(config)
