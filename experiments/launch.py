@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from tda.run import idle_keys
 from tda.run.registry import load_plugins
 from tda.runtime import command, compilation_cache, huge_pages, preemption, processes
 
@@ -44,12 +45,17 @@ _PATIENCE = 60
 _INTERRUPTED = 130
 
 
-def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool = True) -> None:
+def launch(
+    main: Callable[[ConfigDict, str | None], None],
+    needs_workdir: bool = True,
+    tells_idle_keys: bool = False,
+) -> None:
     """Parses the command line and calls `main(config, workdir)`.
 
     Args:
         main: the program.
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
+        tells_idle_keys: whether a line tells each key of the command line that a run never reads.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     tfds.disable_progress_bar()
@@ -65,6 +71,10 @@ def launch(main: Callable[[ConfigDict, str | None], None], needs_workdir: bool =
                     nowhere = quiet.enter_context(open(os.devnull, "w"))
                     quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 load_plugins(PLUGIN.value)
+                if tells_idle_keys:
+                    keys = config_flags.get_override_values(flags.FLAGS["config"])
+                    for line in idle_keys.describe(CONFIG.value, keys):
+                        print(line, flush=True)
                 main(CONFIG.value, WORKDIR.value)
             processes.wait_for_all("the end")
         except preemption.Preempted as notice:

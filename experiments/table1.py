@@ -59,4 +59,4 @@ def _draw_spectra(notes: dict, workdir: Workdir) -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, tells_idle_keys=True)

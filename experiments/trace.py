@@ -17,4 +17,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, tells_idle_keys=True)

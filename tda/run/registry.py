@@ -66,6 +66,11 @@ def retriever_of(method: Method) -> Callable[[Run], Retriever]:
     return factory
 
 
+def is_of_package(method: Method) -> bool:
+    """Returns whether the retriever of a method is one of the package's own."""
+    return retriever_of(method) in _OF_PACKAGE
+
+
 def load_plugins(modules: Iterable[str]) -> None:
     """Imports modules that register methods and retrievers: those named, and installed ones.
 

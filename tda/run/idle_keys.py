@@ -1,0 +1,115 @@
+"""Tells which keys of a config a run's methods never read."""
+
+from collections.abc import Callable, Iterable
+
+from ml_collections import ConfigDict
+
+from tda import methods
+from tda.methods import Method
+from tda.run.registry import is_of_package
+
+Methods = list[Method]
+Rule = tuple[tuple[str, ...], Callable[[ConfigDict, Methods], bool], str]
+
+
+def _have(has: Callable[[Method], bool]) -> Callable[[ConfigDict, Methods], bool]:
+    return lambda config, chosen: any(map(has, chosen))
+
+
+def _is_trained(config: ConfigDict, chosen: Methods) -> bool:
+    return not config.model.pretrained or config.train.epochs > 0
+
+
+# Keys, or sections of keys, whether they are read, and why not. A key may be in several rules.
+_RULES: tuple[Rule, ...] = (
+    (("data.name", "data.dir"), lambda c, _: not c.data.sentences, "data.sentences names files"),
+    (("data.statements_of",), lambda c, _: c.data.statements > 0, "data.statements is 0"),
+    (
+        ("tokenizer.vocab_size", "model.size"),
+        lambda c, _: not c.model.pretrained,
+        "model.pretrained has its own",
+    ),
+    (
+        tuple(
+            f"train.{name}"
+            for name in (
+                *("optimizer", "learning_rate", "schedule", "warmup", "final", "b1", "b2", "eps"),
+                *("weight_decay", "clip", "save_every", "keep", "traced"),
+            )
+        ),
+        _is_trained,
+        "train.epochs is 0",
+    ),
+    (
+        ("projection", "store", "search", "gradients.include", "gradients.exclude",
+         "gradients.untapped"),
+        _have(lambda m: m.takes_gradients),
+        "no method takes gradients",
+    ),
+    (
+        ("gradients.correction", "gradients.second_moments", "gradients.estimate_batches"),
+        _have(lambda m: m.takes_gradients and m.corrected),
+        "no method corrects gradients",
+    ),
+    (
+        ("gradients.output",),
+        _have(lambda m: m.takes_gradients and not m.output),
+        "no method differentiates what it names",
+    ),
+    (
+        ("projection.blocks",),
+        lambda c, _: c.projection.pooling == "blocks",
+        "projection.pooling is not blocks",
+    ),
+    (("store.shard_bytes",), lambda c, _: c.store.dtype != "none", "store.dtype is none"),
+    (
+        ("search.depth", "search.recall_queries", "search.memory_gib", "search.scann"),
+        lambda c, _: c.search.index != "none",
+        "search.index is none",
+    ),
+    (("hessian",), _have(lambda m: m.hessian != "none"), "no method has R"),
+    (
+        ("hessian.component", "hessian.weight"),
+        _have(lambda m: m.hessian == "mixed"),
+        "no method mixes in R of the queries",
+    ),
+    (
+        ("hessian.evaluation",),
+        _have(lambda m: m.hessian == "mixed" and not m.evaluation),
+        "no method leaves it to the config",
+    ),
+    (("hessian.seed",), lambda c, _: c.hessian.sample > 0, "hessian.sample is 0"),
+    (("several",), _have(lambda m: m.several), "no method uses several checkpoints"),
+    (("curvature",), _have(lambda m: m.curvature != "none"), "no method uses Kronecker factors"),
+    (("curvature.damping",), _have(lambda m: m.curvature == "ekfac"), "no method is EK-FAC"),
+    (("dense",), _have(lambda m: m.retriever == "dense"), "no method is dense retrieval"),
+    (
+        ("eval.tail_patch_learning_rate", "eval.tail_patch_state"),
+        lambda c, _: c.eval.tail_patch_queries > 0,
+        "eval.tail_patch_queries is 0",
+    ),
+    (("eval.sampled_queries",), lambda c, _: c.eval.samples > 0, "eval.samples is 0"),
+    (("plan",), lambda *_: False, "it is for the command plan"),
+)  # fmt: skip
+
+
+def describe(config: ConfigDict, keys: Iterable[str]) -> list[str]:
+    """Returns a line for each key that was set by hand and that the run never reads.
+
+    They are no errors: the same command line with other methods continues a run.
+
+    Args:
+        config: the config of a run.
+        keys: the keys that the command line sets, such as "hessian.damping". A config file may set
+            more than its run needs, since its methods may be chosen on the command line.
+    """
+    chosen = list(methods.parse(config.methods).values())
+    if not all(map(is_of_package, chosen)):
+        return []  # what a plugin reads is not known here
+    lines = {}
+    for key in keys:
+        for names, is_read, reason in _RULES:
+            concerns = any(key == name or key.startswith(f"{name}.") for name in names)
+            if concerns and not is_read(config, chosen):
+                lines[key] = f"--config.{key} has no effect: {reason}"
+    return list(lines.values())
