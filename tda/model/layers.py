@@ -56,15 +56,9 @@ def linear(
     bias: bool = False,
     init_scale: float = 1.0,
 ) -> nnx.Linear:
-    """Returns a linear layer with logical axes.
+    """Returns a linear layer in the settings' dtypes, from M to N features.
 
-    Args:
-        settings: dtypes of the computation and of the parameters.
-        shape: input and output features, (M, N).
-        axes: the logical axes of the two.
-        rngs: keys of the initial weights.
-        bias: whether it has a bias.
-        init_scale: variance of the initial weights × M.
+    `axes` are the logical axes of the two; `init_scale` is the initial weights' variance × M.
     """
     return nnx.Linear(
         *shape,

@@ -44,10 +44,7 @@ def figure_with_interval(metrics: dict, metric: str, missing: str = "") -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
     """Formats a Markdown table, without a newline at its end.
 
-    Args:
-        head: the columns' titles.
-        rows: the cells of each row.
-        align: a letter for each column: l, c or r.
+    `align` has a letter for each column: l, c or r.
     """
     rule = "|".join(_MARKDOWN_RULES[letter] for letter in align)
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
@@ -55,11 +52,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> 
 
 
 def comma_separated(rows: Sequence[dict], columns: Sequence[str] | None = None) -> str:
-    """Formats rows as CSV with a header; None becomes an empty cell.
+    """Formats rows as CSV with a header, in the order of `columns` or else of the first row's keys.
 
-    Args:
-        rows: a value for each column.
-        columns: their order; by default that of the first row's keys.
+    None becomes an empty cell.
     """
     # The module's own line end is that of Windows.
     out = io.StringIO(newline="")
@@ -84,11 +79,9 @@ def escape_latex(text: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """Formats rows as columns of plain text, padded with spaces.
+    """Formats rows, the header included, as columns of plain text, padded with spaces.
 
-    Args:
-        rows: the cells of each row, the header included.
-        align: a letter for each column, l or r; by default only the first is left-aligned.
+    `align` has a letter for each column, l or r; by default only the first is left-aligned.
     """
     align = align or "l" + "r" * (len(rows[0]) - 1)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

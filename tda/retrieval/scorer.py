@@ -51,14 +51,7 @@ def inverse_norms(x_RxE):
 
 @functools.partial(jax.jit, static_argnames=("unit_norm", "widths"))
 def encode(x_RxE, whitening, unit_norm: bool, widths: tuple[int, ...]):
-    """Returns the encodings of gradients, N(W g): float32 [R, E].
-
-    Args:
-        x_RxE: gradients.
-        whitening: W, as `Scorer.whitening` has it.
-        unit_norm: whether N divides by the norm.
-        widths: the columns of each block.
-    """
+    """Returns N(W g), the encodings of gradients, float32 [R, E], by the W and N of a `Scorer`."""
     if whitening is not None:
         x_RxE = hessian.whiten(x_RxE, whitening, hessian.block_slices(widths))
     return x_RxE * inverse_norms(x_RxE)[:, None] if unit_norm else x_RxE
@@ -84,18 +77,13 @@ def pad_rows(rows: Rows, step: int) -> Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScorerGroup:
-    """Methods with the same W and β: one product gives the scores of all, apart from norms.
-
-    Attributes:
-        queries_QxE: W g of the queries.
-        whitening: W, as `Scorer.whitening` has it.
-        methods: the methods' numbers.
-        query_weights: β, as `Scorer.query_weights`.
-    """
+    """Methods with the same W and β: one product gives the scores of all, apart from norms."""
 
     queries_QxE: jax.Array
+    """W g of the queries."""
     whitening: jax.Array | list | None
     methods: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    """The methods' numbers."""
     query_weights: tuple[float, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
 
