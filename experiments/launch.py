@@ -20,7 +20,14 @@ from ml_collections import ConfigDict, config_flags
 
 from tda.run import idle_keys
 from tda.run.registry import load_plugins
-from tda.runtime import command, compilation_cache, huge_pages, preemption, processes
+from tda.runtime import (
+    command,
+    compilation_cache,
+    huge_pages,
+    joining,
+    preemption,
+    processes,
+)
 
 from . import command_line
 
@@ -174,54 +181,11 @@ def _refuse_arguments(arguments: list[str]) -> None:
 
 def _join() -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
-    values = {f.name: f.value for f in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
-    missing = [name for name, value in values.items() if value is None]
-    if len(missing) == len(values):
-        if not DISTRIBUTED.value:
-            _refuse_strays()
-            return
-        arguments = {}
-    elif missing:
-        sys.exit(f"error: --{' and --'.join(missing)} must be given too")
-    elif not 0 <= PROCESS_ID.value < NUM_PROCESSES.value:
-        sys.exit(
-            f"error: --process_id={PROCESS_ID.value} must be from 0 to one below "
-            f"--num_processes={NUM_PROCESSES.value}"
-        )
-    elif not COORDINATOR.value.rpartition(":")[2].isdigit():
-        sys.exit(f"error: --coordinator={COORDINATOR.value} must be HOST:PORT")
-    else:
-        arguments = dict(
-            coordinator_address=COORDINATOR.value,
-            num_processes=NUM_PROCESSES.value,
-            process_id=PROCESS_ID.value,
-            cluster_detection_method="deactivate",
-        )
-    # On CPUs processes exchange arrays by gloo, jax's default; stated since everything needs it.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    arguments = [f.value for f in (DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
     try:
-        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=_PATIENCE)
-    except (ValueError, RuntimeError) as error:
-        advice = (
-            "is every process started, and does each reach --coordinator?"
-            if arguments
-            else "where no cluster is found, give --coordinator, --num_processes and --process_id"
-        )
-        sys.exit(f"error: the processes were not joined ({error}); {advice}")
-
-
-def _refuse_strays() -> None:
-    """Ends one of several processes that were not joined: all would write into one workdir."""
-    ranks = {r: os.environ.get(r, "0") for r in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK")}
-    nonzero = [f"{r}={number}" for r, number in ranks.items() if number != "0"]
-    if DISTRIBUTED.value is None and nonzero:
-        sys.exit(
-            f"error: this is one of several processes ({nonzero[0]}); add --distributed to make "
-            "them one run, or --nodistributed if each has its own --workdir"
-        )
-    # The hosts of a TPU pod know of one another in any case.
-    if jax.process_count() > 1:
-        sys.exit(f"error: this is one of {jax.process_count()} hosts; add --distributed")
+        joining.join(*arguments, patience=_PATIENCE)
+    except joining.JoinError as error:
+        sys.exit(f"error: {error}")
 
 
 def _exit_with(error: Exception) -> None:
