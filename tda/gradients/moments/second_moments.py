@@ -17,6 +17,7 @@ EK-FAC's damping is one (`tda.gradients.kronecker`).
 """
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
@@ -258,12 +259,27 @@ def second_moments(
             f"unknown constants {', '.join(sorted(unknown))}; an optimizer's are "
             f"{', '.join(_CONSTANTS)}"
         )
+    for given in (constants, *(parts or {}).values()):
+        _check_constants(given)
     described = {k: v for k, v in constants.items() if v is not None} | (parts or {})
     if optimizer is not None:
         described["name"] = optimizer
     state = optimizer_state.open_state(source, step, **described)
     state.check()
     return SecondMoments(state)
+
+
+def _check_constants(constants: dict) -> None:
+    """Checks that an optimizer's constants are numbers in their range.
+
+    Raises:
+        SecondMomentError: one is not; the message names it.
+    """
+    for name, below in (("b2", 1.0), ("decay", 1.0), ("eps", np.inf), ("eps_root", np.inf)):
+        x = constants.get(name)
+        if x is not None and not (isinstance(x, numbers.Real | jax.Array) and 0 <= x < below):
+            limit = "" if below == np.inf else f" and below {below:g}"
+            raise SecondMomentError(f"{name}={x!r} must be a number from 0{limit}")
 
 
 def read(
@@ -297,8 +313,21 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
         SecondMomentError: the moments do not have what the correction needs.
     """
     name, _ = parse_correction(correction)
+    if moments.count is not None and jnp.ndim(moments.count):
+        raise SecondMomentError(
+            f"the optimizer's count of {site.path} has the shape {jnp.shape(moments.count)}, not "
+            "(): the state is of several replicas; take one, jax.tree.map(lambda x: x[0], state)"
+        )
     if moments.count is not None and int(moments.count) == 0:
         raise SecondMomentError(f"the optimizer has made no step with {site.path}")
+    negative = [
+        f for f, x in moments.fields.items() if f != "mu" and bool((jnp.asarray(x) < 0).any())
+    ]
+    if negative:
+        raise SecondMomentError(
+            f"{', '.join(negative)} of {site.path} has numbers below 0, which no mean of squares "
+            "has: the state is damaged, or is not of second moments"
+        )
     if "v_row" in moments.fields:
         if name not in ("adafactor", "factored"):
             raise SecondMomentError(

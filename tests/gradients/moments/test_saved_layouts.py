@@ -300,6 +300,9 @@ NOTHING = {
     "lamb": (optax.lamb(1e-3), CONSTANTS | {"optimizer": "lamb"}, "not known here"),
     "beta2": (adamw(), {"beta2": 0.9}, "unknown constants beta2; an optimizer's are b2, eps"),
     "no eps": (adamw(), {"optimizer": "adamw", "b2": 0.9}, "say its optimizer's eps, .*pass eps="),
+    "text": (adamw(), CONSTANTS | {"b2": "0.9"}, "b2='0.9' must be a number from 0 and below 1"),
+    "range": (adamw(), CONSTANTS | {"b2": 1.5}, "b2=1.5 must be a number from 0 and below 1"),
+    "sign": (adamw(), CONSTANTS | {"eps": -1e-8}, "eps=-1e-08 must be a number from 0"),
     "adamw": (adamw(), {}, "'1/0' does not say .* pass optimizer=, b2=, eps= to .*adam_pax"),
 }
 
@@ -308,6 +311,19 @@ NOTHING = {
 def test_what_has_no_known_second_moments_is_refused(tx, constants, message):
     with pytest.raises(SecondMomentError, match=message):
         tda.second_moments(optax_state(tx, 1), **constants).scales(SITES, "adam")
+
+
+def test_moments_that_are_no_means_of_squares_are_refused():
+    """Guards: numbers below 0 raised to the floor, and so scaled most of all."""
+    state = optax_state(adamw(), 1)[1][0]
+    spoilt = state._replace(nu=jax.tree.map(lambda x: x.at[0, 0].set(-1e-3), state.nu))
+    with pytest.raises(SecondMomentError, match="nu of decoder/0/key/kernel has numbers below 0"):
+        tda.second_moments(spoilt, **CONSTANTS).scales(SITES, "factored")
+    replicas = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(
+        SecondMomentError, match=r"count of decoder/0/.* the shape \(2,\), not \(\)"
+    ):
+        tda.second_moments(replicas, **CONSTANTS).scales(SITES, "adam")
 
 
 def test_a_checkpoint_of_parameters_alone_is_refused(tmp_path):
