@@ -61,7 +61,7 @@ def make_contributions(
     example = taps.put_on(model, {s: (tap,) for s, tap in undirected.items()})
     graphdef, *states = nnx.split(example, taps.Zeros, ...)
     templates, variables = map(nnx.to_pure_dict, states)
-    search = unseen.make_search(model, chosen)
+    search = unseen.make_search(model, chosen, by_position=True)
 
     def total(own_model, batch):
         # All logits at once: a tap on the head needs the whole sequence, not a piece of it.

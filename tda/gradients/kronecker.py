@@ -333,7 +333,7 @@ def _sum_over_batches(
         module.watch = nnx.Dict(watch)
     graphdef, *states = nnx.split(watched, taps.Zeros, ...)
     sums, variables = map(nnx.to_pure_dict, states)
-    search = unseen.make_search(model, empty)
+    search = unseen.make_search(model, empty, by_position=True)
 
     def total(own_model, batch):
         return losses.total(own_model, batch, output_fn)

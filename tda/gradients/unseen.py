@@ -10,7 +10,8 @@ it: if the loss still depends on the parameter, a part of its gradient is unseen
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,17 @@ _OTHER_AXIS = (
     "its layer is called with inputs whose first axis is not the batch (under vmap, time-major, "
     "for positions alone)"
 )
+_OTHER_POSITIONS = (
+    "its layer is called with inputs whose second axis is not the sequence (heads in front of it, "
+    "one position at a time, a pooled state), so the positions cannot be told apart"
+)
 
 
-def make_search(model: nnx.Module, chosen: Mapping[sites.Site, object] | list[sites.Site]):
+def make_search(
+    model: nnx.Module,
+    chosen: Mapping[sites.Site, object] | list[sites.Site],
+    by_position: bool = False,
+):
     """Makes a function that finds the sites whose gradient the taps would miss in part.
 
     The function takes the loss, a function from a model like `model` and a batch to a scalar, and a
@@ -42,6 +51,8 @@ def make_search(model: nnx.Module, chosen: Mapping[sites.Site, object] | list[si
     Args:
         model: any NNX model; its arrays may be abstract (shapes only).
         chosen: the sites with taps.
+        by_position: whether the taps tell the positions of a sequence apart, so that the second
+            axis of a layer's inputs must be that of the batch's arrays, [B, T] each.
     """
     chosen, blind = tuple(chosen), nnx.clone(model)
     modules = dict(nnx.iter_modules(blind))
@@ -54,21 +65,23 @@ def make_search(model: nnx.Module, chosen: Mapping[sites.Site, object] | list[si
     def search(loss: Callable, batch) -> dict[sites.Site, str]:
         if not chosen:
             return {}
-        larger = _enlarge(batch, variables)
+        batches = list(_larger_batches(batch, variables, axes=2 if by_position else 1))
 
-        def missed_by_taps(only_batches: bool) -> list[sites.Site]:
-            """Returns the missed sites; taps see the first axis as the batch, whatever it is."""
+        def missed_by_taps(axes: int) -> list[sites.Site]:
+            """Returns the missed sites; taps see the first axes as the batch's, whatever follows.
+
+            Args:
+                axes: how many axes of a layer's inputs must be the batch's; 0: taps see any input.
+            """
 
             def blind_loss(variables, batch):
                 own_model = nnx.merge(graphdef, variables)
                 modules = dict(nnx.iter_modules(own_model))
                 for site in chosen:
-                    modules[site.module].examples_seen = (
-                        count_examples(batch) if only_batches else None
-                    )
+                    modules[site.module].axes_seen = jax.tree.leaves(batch)[0].shape[:axes]
                 return loss(own_model, batch)
 
-            traced = _trace(blind_loss, variables, batch, larger)
+            larger, traced = _trace(blind_loss, variables, batch, batches)
             # jax has no public way to drop dead code from a jaxpr, hence `jax.interpreters`.
             # Nothing else will do: the gradient of a scan carries zeros along that look like a
             # dependence on the parameter, and only dead code elimination recognises them.
@@ -78,9 +91,15 @@ def make_search(model: nnx.Module, chosen: Mapping[sites.Site, object] | list[si
             # A parameter that is read but not differentiated contributes nothing to the gradient.
             return _differentiated(missed, blind_loss, variables, larger) if missed else []
 
-        missed = missed_by_taps(only_batches=True)
-        read = missed_by_taps(only_batches=False) if missed else []
-        return {site: _READ if site in read else _OTHER_AXIS for site in missed}
+        # From the strictest rule to the laxest: the first that a site passes gives the reason.
+        reasons: dict[sites.Site, str] = {}
+        for axes, reason in ((2, _OTHER_POSITIONS), (1, _OTHER_AXIS), (0, _READ)):
+            if axes < 2 or by_position:
+                missed = missed_by_taps(axes)
+                if not missed:
+                    break
+                reasons |= dict.fromkeys(missed, reason)
+        return reasons
 
     return search
 
@@ -100,38 +119,62 @@ def count_examples(batch) -> int:
     return lengths.pop()
 
 
-def _enlarge(batch, variables):
-    """Returns the shapes of a batch with some times as many examples.
+def _larger_batches(batch, variables, axes: int) -> Iterator:
+    """Yields the shapes of batches with more examples, and of other lengths if axes is 2.
 
-    A multiple, so that devices can still share the examples; and one that is the length of no other
-    axis, so that no other axis is taken for the batch.
+    A multiple of the examples, so that devices can still share them. No length is that of another
+    axis, so that no other axis is taken for the batch or the sequence. Longer sequences come first,
+    shorter ones after them: a model may have no more positions than the batch.
+
+    Args:
+        batch: arrays [B, …], or [B, T] each if axes is 2.
+        variables: the model's, whose axes count as others.
+        axes: how many of the batch's axes change: 1 or 2.
     """
-    count = count_examples(batch)
-    others = {n for x in jax.tree.leaves(batch) for n in np.shape(x)[1:]}
+    count, arrays = count_examples(batch), jax.tree.leaves(batch)
+    others = {n for x in arrays for n in np.shape(x)[axes:]}
     others |= {n for x in jax.tree.leaves(variables) for n in x.shape}
-    times = next(n for n in itertools.count(2) if n * count not in others)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((times * count, *jnp.shape(x)[1:]), jnp.result_type(x)),
-        batch,
-    )
+    examples = next(n * count for n in itertools.count(2) if n * count not in others)
+
+    def resize(*lengths: int):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (examples, *lengths, *np.shape(x)[axes:]), jnp.result_type(x)
+            ),
+            batch,
+        )
+
+    if axes == 1:
+        yield resize()
+        return
+    T = np.shape(arrays[0])[1]
+    others |= {T, examples}
+    longer = (n * T for n in itertools.count(2) if n * T not in others)
+    shorter = (n for n in range(T - 1, 1, -1) if n not in others)
+    for length in (next(longer), *itertools.islice(shorter, 1)):
+        yield resize(length)
 
 
-def _trace(loss: Callable, variables, batch, larger):
-    """Traces the loss of a larger batch.
+def _trace(loss: Callable, variables, batch, larger: Iterable) -> tuple[Any, Any]:
+    """Returns the first of some larger batches that the loss can be traced of, and the trace.
 
     Raises:
-        ValueError: that fails, although the batch itself can be traced.
+        ValueError: it can be traced of none, although it can be of the batch itself.
     """
-    try:
-        return jax.make_jaxpr(loss)(variables, larger)
-    except Exception as error:
-        # A fault that does not come from the number of examples is raised as it is.
-        jax.eval_shape(loss, variables, batch)
-        raise ValueError(
-            f"the loss of {count_examples(batch)} examples cannot be computed of "
-            f"{count_examples(larger)}, by which the axis of the examples is told from others: "
-            f"{error}; write it for any number of examples"
-        ) from error
+    for refused in larger:
+        try:
+            return refused, jax.make_jaxpr(loss)(variables, refused)
+        except Exception as failure:
+            error = failure
+    # A fault that does not come from the batch's shape is raised as it is.
+    jax.eval_shape(loss, variables, batch)
+    before, after = (jax.tree.leaves(x)[0].shape for x in (batch, refused))
+    which, axes = ("examples", 1) if before[1:2] == after[1:2] else ("examples and positions", 2)
+    listed = (" × ".join(map(str, shape[:axes])) for shape in (before, after))
+    raise ValueError(
+        f"the loss of {next(listed)} {which} cannot be computed of {next(listed)}, by which "
+        f"their axes are told from others: {error}; write it for any number of {which}"
+    ) from error
 
 
 def _differentiated(missed: list[sites.Site], loss: Callable, variables, batch) -> list:
@@ -189,8 +232,8 @@ def refuse(missed: Mapping[sites.Site, str], remedy: str = "") -> None:
 def _with_zeros(layer, use, call, inputs):
     """Calls a layer with its parameter replaced by zeros (see `layers.wrap_calls`)."""
     del use
-    if layer.examples_seen is not None and jnp.shape(inputs)[:1] != (layer.examples_seen,):
-        return call(layer, inputs)  # no tap can tell the examples apart here
+    if jnp.shape(inputs)[: len(layer.axes_seen)] != layer.axes_seen:
+        return call(layer, inputs)  # no tap can tell the examples, or the positions, apart here
     parameter = layers.product(layer).parameter
     graphdef, state = nnx.split(layer)
     old = state[parameter]

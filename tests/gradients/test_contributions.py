@@ -1,10 +1,12 @@
 """The parts of a score that the positions of a passage carry."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from tda.gradients import reference
+from tda.gradients import kronecker, reference
 from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.second_moments import adam_scale, factored_scale
@@ -92,3 +94,40 @@ def test_a_positions_part_is_the_gradient_through_that_position(decoder, random_
         np.testing.assert_allclose(
             value(mask), parts[t], rtol=1e-3, atol=1e-5 * np.abs(parts).max()
         )
+
+
+class Heads(nnx.Module):
+    """A layer whose inputs have an axis of heads, as many as positions."""
+
+    def __init__(self, axis):
+        self.axis = axis
+        self.embed = nnx.Embed(50, 3, rngs=nnx.Rngs(0))
+        self.mixed = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+        self.lm_head = nnx.Linear(3, 50, rngs=nnx.Rngs(2))
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        heads = jnp.stack([x, jnp.sin(x), x**2, -x], self.axis)
+        return self.lm_head(jnp.tanh(self.mixed(heads)).sum(self.axis))
+
+
+def test_positions_are_told_from_heads_by_what_depends_on_the_sequence(random_batch):
+    """Guards: a head's part shown as a position's, where the positions are not in front."""
+    batch, p = random_batch([4, 4], 4), Projection(side=3, pooling="matrix")
+    direction = np.random.default_rng(0).normal(size=9).astype(np.float32)
+    split = make_contributions(Heads(1), p, include="mixed")
+    with pytest.raises(ValueError, match="mixed/kernel: its layer .*second axis is not the seq"):
+        split(batch, direction)
+    with pytest.raises(ValueError, match="mixed/kernel: its layer .*second axis is not the seq"):
+        model = Heads(1)
+        kronecker.covariances(model, find_sites(model, "mixed"), [batch], "data")
+    parts = np.asarray(make_contributions(Heads(2), p, include="mixed")(batch, direction))
+    encoded = np.asarray(make_encoder(Heads(2), p, include="mixed")(batch))
+    np.testing.assert_allclose(parts.sum(1), encoded @ direction, rtol=1e-4)
+
+
+def test_a_sequence_as_long_as_the_models_positions_is_split(decoder, random_batch):
+    """Guards: a model refused because no longer sequence fits it."""
+    model, batch = decoder(max_positions=7), random_batch([7], 7)
+    parts = make_contributions(model, P)(batch, np.ones(2 * 2 * 16, np.float32))
+    assert np.isfinite(parts).all() and np.abs(parts).min() > 0
