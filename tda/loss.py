@@ -67,6 +67,20 @@ def of_examples(name: str):
     return example_losses
 
 
+def check_shape(loss_B, count: int) -> None:
+    """Checks that a batch's loss is one number for each of `count` examples.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if loss_B.shape != (count,):
+        raise ValueError(
+            f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
+            "must be one number for each example, summed over its positions and neither summed nor "
+            "averaged over the batch"
+        )
+
+
 def has_separate_head(model) -> bool:
     """Returns whether `model(tokens)` is `model.logits(model.hidden(tokens))`.
 

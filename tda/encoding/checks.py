@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tda import loss as losses
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
@@ -171,7 +172,7 @@ def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> N
         raise ValueError(
             f"the loss returns a {type(shaped).__name__}, not one array; return the losses alone"
         )
-    examples.check_shape(shaped, count)
+    losses.check_shape(shaped, count)
     if not jnp.issubdtype(shaped.dtype, jnp.floating):
         raise ValueError(f"the loss has the dtype {shaped.dtype}; return floating-point numbers")
 

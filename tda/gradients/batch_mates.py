@@ -64,7 +64,7 @@ class MatesCheck:
             ValueError: an example's encoding or loss changes with the other examples of its batch.
         """
         count = count_examples(batch)
-        if self._losses is None or count < 2 or not _is_local(batch):
+        if self._losses is None or count < 2 or not is_local(batch):
             return
         # Copies of one half stand in for the other, of each in turn; then the second comes first.
         half, at = count // 2, np.arange(count)
@@ -94,7 +94,7 @@ class MatesCheck:
         self._losses = self._model = None  # done; the model's arrays are let go
 
 
-def _is_local(batch) -> bool:
+def is_local(batch) -> bool:
     """Returns whether this process can address all of a batch."""
     arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
     return all(x.is_fully_addressable for x in arrays)

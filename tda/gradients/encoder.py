@@ -28,6 +28,7 @@ from tda import loss as losses
 from tda.gradients import full_gradients, taps, unseen
 from tda.gradients import projection as projections
 from tda.gradients.batch_mates import MatesCheck
+from tda.gradients.first_batch import FirstBatch, TapsCheck
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_coverage
@@ -50,14 +51,14 @@ class Encoder:
         axes: logical axes of the variables, by path name.
         compiled: the jitted function of (arrays, batch, scored=None), which returns a tuple of
             float32 [B, E], one for each kind.
-        check: checks the first batch's gradients; None for models known to be right.
+        first_batch: checks the first batch's gradients; None for models known to be right.
     """
 
     layouts: tuple[Layout, ...]
     arrays: tuple
     axes: dict[str, tuple]
     compiled: Callable
-    check: MatesCheck | None = None
+    first_batch: FirstBatch | None = None
 
     @property
     def layout(self) -> Layout:
@@ -82,10 +83,13 @@ class Encoder:
         def encode(batch: dict) -> tuple[jax.Array, ...]:
             return self.compiled(self.arrays, batch, scored)
 
-        encodings = encode(batch)
-        if self.check is not None:
-            self.check(encode, batch, encodings)
-        return encodings
+        if self.first_batch is None:
+            return encode(batch)
+        if self.first_batch.successor is None:
+            encodings = self.first_batch.encode(encode, batch)
+        if self.first_batch.successor is None:
+            return encodings
+        return self.first_batch.successor.encode_all(batch, scored)
 
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple:
         """Returns the sharding of each of `arrays` on a mesh, by its logical axes."""
@@ -155,13 +159,33 @@ def make_encoder(
     check_blocks(model, projection)
     if tell:
         tell_coverage(model, sites, is_default=include is None and exclude is None)
-    kind = projection, make_taps(sites, projection, scales)
-    encoder = build_encoder(model, [kind], output, mesh)
+    return _make_checked(model, sites, projection, scales, output, mesh)
+
+
+def _make_checked(
+    model: nnx.Module,
+    sites: Sequence[Site],
+    projection_: Projection,
+    scales: dict[str, Scale] | None,
+    output: str | Callable,
+    mesh: jax.sharding.Mesh | None,
+) -> Encoder:
+    """Makes an encoder of some sites that checks its first batch."""
+    taps_ = make_taps(sites, projection_, scales)
+    encoder = build_encoder(model, [(projection_, taps_)], output, mesh)
     # The decoder computes each example by itself, and so do the losses that have a name.
     if isinstance(output, str) and losses.has_separate_head(model):
         return encoder
     example_losses = losses.of_examples(output) if isinstance(output, str) else output
-    return dataclasses.replace(encoder, check=MatesCheck(model, example_losses))
+
+    def without_taps(wrong: list[Site]) -> Encoder:
+        changed = [dataclasses.replace(s, tapped=s.tapped and s not in wrong) for s in sites]
+        return _make_checked(model, changed, projection_, scales, output, mesh)
+
+    mates = MatesCheck(model, example_losses)
+    taps_check = TapsCheck(model, example_losses, projection_, taps_)
+    first_batch = FirstBatch(mates, taps_check, sites, without_taps)
+    return dataclasses.replace(encoder, first_batch=first_batch)
 
 
 def check_blocks(model: nnx.Module, projection: Projection) -> None:
@@ -250,7 +274,9 @@ def _encoding_function(
 
     def total_of(own_model: nnx.Module, batch: dict, scored: int | None) -> jax.Array:
         if not isinstance(output, str):
-            return jnp.sum(output(own_model, batch))
+            loss_B = output(own_model, batch)
+            losses.check_shape(loss_B, unseen.count_examples(batch))
+            return jnp.sum(loss_B)
         return losses.total(own_model, batch, output_fn, scored)
 
     def total(

@@ -48,12 +48,10 @@ def per_example(
 
     def checked(model, batch):
         try:
-            loss_B = loss(model, batch)
+            return loss(model, batch)
         except Exception as error:
             name_missing_part(error, batch)
             raise
-        check_shape(loss_B, count_examples(batch))
-        return loss_B
 
     encoder = make_encoder(
         model, projection, scales, checked, include, exclude, untapped, tell=tell
@@ -85,20 +83,6 @@ def describe_batch(batch: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     parts = [f"{keystr(path)} {x.dtype}{list(x.shape)}".lstrip() for path, x in leaves]
     return "it has " + (", ".join(parts) or "no array")
-
-
-def check_shape(loss_B, count: int) -> None:
-    """Checks that a batch's loss is one number for each of `count` examples.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if loss_B.shape != (count,):
-        raise ValueError(
-            f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "
-            "must be one number for each example, summed over its positions and neither summed nor "
-            "averaged over the batch"
-        )
 
 
 def left_out(

@@ -11,6 +11,7 @@ does before and after runs unchanged: see `wrap_calls`.
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -137,7 +138,10 @@ def _wrapped(kind: type, base: type, around: Callable) -> type:
 
 
 def _around(method: Callable, use: str, around: Callable) -> Callable:
-    def wrapped(self, inputs, *args, **kwargs):
+    _, first, *_ = inspect.signature(method).parameters
+
+    def wrapped(self, *args, **kwargs):
+        inputs, *args = args or (kwargs.pop(first),)
         # NNX's Einsum takes another equation than its own at a call, which no product describes.
         if any(isinstance(x, str) and "->" in x for x in (*args, *kwargs.values())):
             return method(self, inputs, *args, **kwargs)

@@ -185,4 +185,4 @@ def test_attention_with_dropout_is_refused():
 
 def test_a_known_model_is_not_checked(decoder, random_batch):
     """Guards: an encoding that costs more than it did."""
-    assert make_encoder(decoder(), Projection(side=2, blocks=1)).check is None
+    assert make_encoder(decoder(), Projection(side=2, blocks=1)).first_batch is None

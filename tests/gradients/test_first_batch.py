@@ -1,0 +1,165 @@
+"""Losses whose gradients taps take for others in ways that no trace shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tda.gradients import reference
+from tda.gradients.encoder import make_encoder
+from tda.gradients.projection import Projection
+from tests.gradients.test_batch_axis import assert_equal_to_the_reference
+
+D, P = 4, Projection(side=3, pooling="matrix")
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(D, D, rngs=rngs)
+        self.second = nnx.Linear(D, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+def squares(model, batch):
+    return jnp.sum(model(batch["x"]) ** 2, axis=-1)
+
+
+def with_parameters(change):
+    """The loss of a model whose parameters are all changed on the way."""
+
+    def loss(model, batch):
+        graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)
+        return squares(nnx.merge(graphdef, jax.tree.map(change, parameters), rest), batch)
+
+    return loss
+
+
+def fake_quantised(x):
+    return x + jax.lax.stop_gradient(jnp.round(2 * x) / 2 - x)
+
+
+def normalised(model, batch):
+    """Weight normalisation by hand, of one layer."""
+    kernel = model.first.kernel
+    kernel[...] = kernel[...] / jnp.linalg.norm(kernel[...], axis=0)
+    return squares(model, batch)
+
+
+def exchanged(model, batch):
+    """Also an error that leaves the summed gradient of both layers as large as it is."""
+    graphdef, state = nnx.split(model.first)
+    state["kernel"] = state["kernel"].replace(state["kernel"][...].T)
+    model.first = nnx.merge(graphdef, state)
+    return squares(model, batch)
+
+
+def frozen(model, batch):
+    model.first.kernel[...] = jax.lax.stop_gradient(model.first.kernel[...])
+    return squares(model, batch)
+
+
+def penalised(model, batch):
+    """A gradient penalty: the layers are used once more, in the derivative."""
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(model(x))))(batch["x"])
+    return squares(model, batch) + jnp.sum(slope**2, axis=-1)
+
+
+def descended(model, batch):
+    """Steps downhill with respect to the inputs, inside a scan (an energy-based model)."""
+
+    def step(x, _):
+        return x - 0.1 * jax.grad(lambda x: jnp.sum(jnp.sin(model(x))))(x), None
+
+    return jnp.sum(jax.lax.scan(step, batch["x"], length=2)[0] ** 2, axis=-1)
+
+
+def directional(model, batch):
+    """Forward mode, in which a tap has no derivative."""
+    y, slope = jax.jvp(model, (batch["x"],), (jnp.ones_like(batch["x"]),))
+    return jnp.sum(y**2 + slope**2, axis=-1)
+
+
+LOSSES = {
+    "doubled": (with_parameters(lambda x: 2 * x), "first/kernel, second/kernel"),
+    "squashed": (with_parameters(jnp.tanh), "first/kernel, second/kernel"),
+    "normalised": (normalised, "first/kernel"),
+    "exchanged": (exchanged, "first/kernel"),
+    "frozen": (frozen, "first/kernel"),
+    "penalised": (penalised, "first/kernel, second/kernel"),
+    "descended": (descended, "first/kernel, second/kernel"),
+    "mean": (lambda m, b: squares(m, b) / len(b["x"]), "first/kernel, second/kernel"),
+    "directional": (directional, "first/kernel, second/kernel"),
+}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {"x": np.random.default_rng(0).normal(size=(5, D)).astype(np.float32)}
+
+
+@pytest.mark.parametrize(("loss", "paths"), LOSSES.values(), ids=LOSSES)
+def test_a_loss_that_uses_a_parameter_otherwise_is_refused(batch, loss, paths):
+    """Guards: gradients 0.2 to 3 times their size off, without a word."""
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"do not give the gradient of {paths}: .*'reference'"):
+        make_encoder(model, P, output=loss)(batch)
+
+
+@pytest.mark.parametrize("loss", [normalised, penalised, directional])
+def test_the_reference_path_takes_over(batch, loss):
+    model, scope = Model(nnx.Rngs(0)), dict(output=loss, untapped="reference", include="kernel")
+    encode = make_encoder(model, P, **scope)
+    first, again = encode(batch), encode(batch)
+    np.testing.assert_array_equal(first, again)
+    expected = reference.encode(model, batch, P, **scope)
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_change_of_a_parameter_with_its_own_gradient_is_tapped(batch):
+    """Guards: rounding taken for a fault. Quantised weights pass their gradient straight on."""
+    for change in (fake_quantised, lambda x: x.astype(jnp.bfloat16).astype(x.dtype), lambda x: x):
+        loss = with_parameters(change)
+        assert np.isfinite(make_encoder(Model(nnx.Rngs(0)), P, output=loss)(batch)).all()
+
+
+def tripled(x, y, *args, out_sharding=None, **kwargs):
+    return 3 * jax.lax.dot_general(x, y, *args, **kwargs)
+
+
+def promoted(arrays, **kwargs):
+    return tuple(x if x is None else 3 * x for x in arrays)
+
+
+@pytest.mark.parametrize("own", [{"dot_general": tripled}, {"promote_dtype": promoted}])
+def test_a_layer_with_a_product_of_its_own_is_refused(batch, own):
+    """Guards: the gradient of a quantised or scaled product taken for a plain one's."""
+    model = Model(nnx.Rngs(0))
+    model.first = nnx.Linear(D, D, rngs=nnx.Rngs(0), **own)
+    with pytest.raises(
+        ValueError, match="the gradient of first/kernel: .*product is not its class"
+    ):
+        make_encoder(model, P, output=squares)(batch)
+
+
+def test_a_layer_may_be_called_by_keyword(batch, random_batch):
+    class ByName(Model):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.embed = nnx.Embed(7, D, rngs=rngs)
+
+        def __call__(self, x):
+            y = self.second(inputs=jnp.tanh(self.first(inputs=x)))
+            return y + self.embed.attend(query=x).sum(-1, keepdims=True)
+
+    assert_equal_to_the_reference(ByName(nnx.Rngs(0)), batch, output=squares)
+
+
+@pytest.mark.parametrize("of", [jnp.mean, lambda x: x[:, None], lambda x: x[:-1]])
+def test_a_loss_that_is_not_one_number_an_example_is_refused(batch, of):
+    """Guards: gradients divided by the size of the batch."""
+    encode = make_encoder(Model(nnx.Rngs(0)), P, output=lambda m, b: of(squares(m, b)))
+    with pytest.raises(ValueError, match=r"the loss of 5 examples has the shape .*, not \(5,\)"):
+        encode(batch)
