@@ -28,7 +28,9 @@ def tokenizer():
 
 def call(tokenizer, texts=TEXTS, **how):
     model = Bigram(tokenizer.vocab_size, nnx.Rngs(0))
-    how = dict(projection=Projection(side=4, pooling="matrix"), k=3, sample=2, quiet=True) | how
+    how = dict(projection=Projection(side=4, pooling="matrix"), k=3, quiet=True) | how
+    if how.get("method") != "grad_cos":
+        how = dict(sample=2) | how
     return tda.trace(model, texts, [QUERY], tokenizer=tokenizer, **how)
 
 
