@@ -7,8 +7,13 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 STAMP := $(VENV)/.stamp
 # Published models that the encoder is tested on: only the slow tests need them.
 MODELS := $(VENV)/.models
+# Tests that show whether other releases compute the same numbers, read what was saved and start.
+TELLING := $(addprefix tests/,test_dependencies.py test_loss.py test_api.py \
+	gradients/test_encoder.py gradients/test_taps.py gradients/test_kronecker.py \
+	gradients/test_adam_steps.py gradients/test_layers.py gradients/moments hessian training \
+	model/test_decoder.py run/test_many_processes.py experiments/test_trace.py)
 
-.PHONY: demo test test-all lint venv clean
+.PHONY: demo test test-all test-versions lint venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
@@ -18,6 +23,18 @@ test: $(STAMP)
 
 test-all: $(MODELS)
 	$(VENV)/bin/python -m pytest -m ""
+
+# The oldest releases that setup.py allows, on the oldest Python; the newest, on later ones. uv finds
+# the interpreters on the path (with pyenv: `pyenv shell 3.11 3.12 3.13`), and downloads others.
+test-versions: $(STAMP)
+	$(VENV)/bin/pip install -q 'uv>=0.13.9'
+	$(call test_on,3.11,lowest-direct)
+	$(call test_on,3.12,highest)
+	$(call test_on,3.13,highest)
+
+# An environment of its own for one Python and one way to choose releases; -v prints which they are.
+test_on = $(VENV)/bin/uv run --isolated --no-project --python $(1) --resolution $(2) \
+	--with-editable '.[test]' python -m pytest -v -n 2 --dist loadfile $(TELLING)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
