@@ -129,6 +129,19 @@ def test_a_loss_centred_over_the_batch_is_refused():
         first_of(evaluated(Model), [make_batch()], centred)
 
 
+def test_a_loss_that_counts_only_among_the_largest_is_refused():
+    """Guards: hard examples alone, which are the same in every batch that has them."""
+
+    def hardest(model, batch):
+        loss_B = squares(model, batch)
+        return jnp.where(loss_B >= jnp.sort(loss_B)[-2], loss_B, 0)
+
+    sizes = np.array([9.0, 0.2, 8.0, 0.1], np.float32)[:, None]
+    batch = make_batch(4) | {"x": sizes * np.ones(D, np.float32)}
+    with pytest.raises(ValueError, match=r"the loss of an example changes by \d+% with the batch"):
+        first_of(evaluated(Model), [batch], hardest)
+
+
 @pytest.mark.parametrize("kind", [Sorted, Reversed, ByPlace])
 def test_another_order_inside_the_model_or_chance_is_refused(kind):
     """Guards: each example with another's gradient; dropout by the example's place."""
