@@ -44,7 +44,7 @@ class Counts:
 
     Attributes:
         documents: all documents.
-        blank: those without text, which became no passage.
+        blank: those without a token to predict, which became no passage.
         split: those that became several passages.
     """
 
@@ -123,10 +123,12 @@ class Part:
     def _add(
         self, document: Document, pieces: Iterable[_Sequence], tokenizer: Any
     ) -> Iterator[None]:
-        has_several = False
+        has_several, is_empty = False, True
         for passage, has_several in _passages(pieces, tokenizer, self._context):
-            if not passage.scored.any():
-                continue  # nothing but prompts, whose gradient is zero
+            # Nothing predicts the first token of a sequence.
+            if not passage.scored[0 if tokenizer.begin else 1 :].any():
+                continue  # nothing but prompts, or a single token: its gradient is zero
+            is_empty = False
             if len(self._numbers["tokens"]) >= PART_TOKENS:
                 yield
             out = self._numbers
@@ -137,6 +139,7 @@ class Part:
             out["owners"].append(len(out["name_ends"]))
             out["spans"].extend(_characters(passage.places) if has_several else (-1, -1))
         self._split += has_several
+        self._blank += is_empty
         self._names += document.id.encode()
         self._numbers["name_ends"].append(len(self._names))
 

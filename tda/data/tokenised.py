@@ -242,7 +242,9 @@ class _Ids(_Owners):
 
 def _table(arrays: dict[str, np.ndarray]) -> TokenTable:
     if not len(arrays["ends"]):
-        raise CorpusError("the corpus has no text: it has no document, or only blank ones")
+        raise CorpusError(
+            "the corpus has no text: it has no document, or only blank ones, or of a single token"
+        )
     names = Strings(arrays["names"], arrays["name_ends"])
     ids = _Ids(names, arrays["owners"], arrays["spans"])
     _check_unique(names)

@@ -285,8 +285,8 @@ def _count_logits(model: nnx.Module, tokens_BxT: np.ndarray) -> int:
     return shape[-1]
 
 
-def check_token_ids(settings: TraceSettings, table: TokenTable) -> None:
-    """Checks that the model has every token of the passages.
+def check_token_ids(settings: TraceSettings, table: TokenTable, label: str) -> None:
+    """Checks that the model has every token of the passages, or of the queries.
 
     Ids that come from elsewhere may be another tokenizer's, and a look-up beyond a table of
     embeddings is no error in jax.
@@ -298,6 +298,6 @@ def check_token_ids(settings: TraceSettings, table: TokenTable) -> None:
     largest, smallest = int(table.tokens.max()), int(table.tokens.min())
     if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
         raise ValueError(
-            f"the passages have token ids from {smallest} to {largest}, the model has 0 to "
+            f"the {label} have token ids from {smallest} to {largest}, the model has 0 to "
             f"{'…' if vocab_size is None else vocab_size - 1}; give ids of the model's tokenizer"
         )

@@ -192,9 +192,15 @@ def _encode_texts(
     queries = parse_queries(queries)
     checks.check_queries(settings, len(queries))
     settings.print_coverage()
+    if reading.joiner is not None and all(q.tokens is not None for q in queries):
+        raise ValueError(
+            f"joiner={reading.joiner!r} has no effect: every query has token ids, which are taken "
+            "as they are; leave it out"
+        )
     prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
+    checks.check_token_ids(settings, prompts, "queries")
     table = _tokenise(passages, reading, settings.quiet)
-    checks.check_token_ids(settings, table)
+    checks.check_token_ids(settings, table, "passages")
     layout = layouts.make_layout(settings, table, tokenizer.pad)
     scales = settings.known_scales()
     if directory is not None:

@@ -231,3 +231,17 @@ def test_the_loss_of_a_completion_is_on_it_alone(tokenizer, context):
     if context == 64:
         assert table.tokens.tolist() == ids.tolist()
         np.testing.assert_array_equal(table.scored, is_target)
+
+
+def test_documents_without_a_token_to_predict_become_no_passage():
+    """Guards: passages whose gradient is zero, with a score above that of all opponents."""
+    bare = PretrainedTokenizer(byte_level())
+    rows = list(parse_passages(["a", TEXTS[0], [7], {"input_ids": [5, 6], "labels": [5, -100]}]))
+    table, counts = tokenised.tokenise_in_memory(rows, bare, 64, quiet=True)
+    assert list(table.ids) == ["1"] and counts == Counts(4, 3, 0)
+    # A token that begins every text predicts the only one after it.
+    begun = PretrainedTokenizer(byte_level(), begin=[0])
+    table, counts = tokenised.tokenise_in_memory(rows, begun, 64, quiet=True)
+    assert list(table.ids) == ["0", "1"] and counts.blank == 2
+    with pytest.raises(CorpusError, match="has no text: .* or of a single token"):
+        tokenised.tokenise_in_memory(rows[:1], bare, 64, quiet=True)

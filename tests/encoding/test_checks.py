@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 import tda
 from tda.data.corpora import Corpus
+from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import inputs
 from tda.encoding import table as encoding
@@ -279,3 +280,17 @@ def test_fields_beside_a_corpus_that_has_its_own_are_refused(tokenizer, tmp_path
     corpus = Corpus(tmp_path / "a.jsonl", text_field="body")
     with pytest.raises(ValueError, match="id_field='key' has no effect on a Corpus, which has its"):
         call(tokenizer, corpus, id_field="key")
+
+
+@pytest.mark.parametrize("ids", [((5,), (5000,)), ((-1,), (5,))])
+def test_queries_of_token_ids_that_the_model_lacks_are_refused(tokenizer, nothing_is_encoded, ids):
+    """Guards: a look-up beyond the table of embeddings, which jax answers with another row."""
+    with pytest.raises(
+        ValueError, match=r"the queries have token ids from .*the model has 0 to 29"
+    ):
+        call(tokenizer, queries=[Query("q", "a", "b", ids)])
+
+
+def test_a_joiner_of_queries_that_are_token_ids_is_refused(tokenizer, nothing_is_encoded):
+    with pytest.raises(ValueError, match="joiner='' has no effect: every query has token ids"):
+        call(tokenizer, queries=[Query("q", "a", "b", ((5,), (6,)))], joiner="")
