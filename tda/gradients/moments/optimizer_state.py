@@ -253,10 +253,16 @@ def open_state(source: Any, step: int | None = None, **constants: Any) -> Optimi
         **constants: the optimizer's constants, as `OptimizerState.described`.
 
     Raises:
-        SecondMomentError: a constant contradicts the checkpoint's description.
+        SecondMomentError: a constant contradicts the checkpoint's description, or there is a step
+            for a state in memory.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
     if not isinstance(source, str | os.PathLike):
+        if step is not None:
+            raise SecondMomentError(
+                f"step={step} has no effect on a state in memory, which is of one step; leave it "
+                "out, or give the path of the checkpoints"
+            )
         tree = nnx.state(source) if isinstance(source, nnx.Pytree) else source
         arrays = flat_parameters(tree)
         return OptimizerState(_of_optimizers(arrays), lambda names: arrays, constants)

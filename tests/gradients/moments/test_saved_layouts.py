@@ -326,6 +326,12 @@ def test_moments_that_are_no_means_of_squares_are_refused():
         tda.second_moments(replicas, **CONSTANTS).scales(SITES, "adam")
 
 
+def test_a_step_of_a_state_in_memory_is_refused():
+    state = optax.adam(1e-3).init({"w": jnp.ones((2, 2))})
+    with pytest.raises(SecondMomentError, match="step=5 has no effect on a state in memory"):
+        tda.second_moments(state, optimizer="adam", b2=0.99, eps=1e-8, step=5)
+
+
 def test_a_checkpoint_of_parameters_alone_is_refused(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "c", {"params": PARAMS})
