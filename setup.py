@@ -95,7 +95,6 @@ setup(
         "benchmarks": ["faiss-cpu>=1.15.1"],
         # Models made by others, and what they are compared with (`make test-all`).
         "models": [
-            "google-tunix>=0.1.7",
             "sentencepiece>=0.2.3",
             "torch==2.13.0",
             "transformers>=5.24.0",

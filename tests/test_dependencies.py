@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 OURS = {"tda", "experiments", "configs", "benchmarks", "tests"}
 # Imported by another name than they are installed by; the environment knows the others.
-NAMES = {"PIL": "pillow", "transformers": "transformers", "torch": "torch", "tunix": "google-tunix"}
+NAMES = {"PIL": "pillow", "transformers": "transformers", "torch": "torch"}
 
 
 def requirements() -> dict[str, list[str]]:
