@@ -167,7 +167,8 @@ class Gradients(Retriever):
         rankings: dict[str, list] = {n: [] for n in methods}
         notes: dict[str, dict] = {n: {} for n in methods}
 
-        identity = [self.ranking_name(method) for method in methods.values()]
+        # A live question leaves no files, and knows no fingerprints.
+        identity = None if run.live else [self.ranking_name(m) for m in methods.values()]
         search_exactly = functools.partial(scan, run, source, identity, on_progress)
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
             # A method whose R differs between halves of the queries has an index for each half.
@@ -281,7 +282,7 @@ class Sums(Retriever):
             parts = [self._part(s, queries, method, on_progress) for s in steps]
             weights = checkpoints.weights(self.run, method, steps)
             summed = checkpoints.combined(method, parts, steps, weights)
-            identity = self.ranking_name(method)
+            identity = None if self.run.live else self.ranking_name(method)
             search = functools.partial(scan, self.run, summed.source, identity, on_progress)
             rankings = search(summed.queries_QxE, {name: summed.scorer}, k, queries.correct)
             if rankings:

@@ -155,7 +155,7 @@ def scan(
         else:
             title = f"search ({', '.join(scorers)})"
             on_rows = stack.enter_context(progress.bar(source.rows, title, "passage")).update
-        groups = ONE_GROUP if run.live or identity is None else run.groups
+        groups = ONE_GROUP if identity is None else run.groups
         search = exact.ExactSearch(source, run.search_mesh, on_rows, groups, identity)
         return search.rank(queries_QxE, scorers, k, correct, opponents=opponents)
 

@@ -43,7 +43,8 @@ def corpora(path):
     return sorted(str(p) for p in (path / "stores").glob("corpus-*"))
 
 
-@pytest.mark.parametrize("place", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["gs", "s3"])
 def test_a_run_keeps_its_stores_in_object_storage(request, run, config, tmp_path, place):
     path, metrics = run
     address = request.getfixturevalue(place)
@@ -108,6 +109,7 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     assert command.verify(store) == 0
 
 
+@pytest.mark.slow
 def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
     path, metrics = run
     other = config.copy_and_resolve_references()

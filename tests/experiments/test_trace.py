@@ -221,6 +221,7 @@ def changed(run, config):
     return dataclasses.replace(run, config=config)
 
 
+@pytest.mark.slow
 def test_other_steps_are_other_scores_and_kept_apart(finished, loaded):
     config, path, metrics = finished
     pairs = [(0, 0), (0, measures.CONTROL)]

@@ -29,7 +29,11 @@ def mean_losses(model, batch):
     return (nats * batch["weights"]).sum(1) / batch["weights"].sum(1)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+# Untied, every test compiles again for the sake of a head, which other tests cover.
+TIED = [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=TIED)
 def trained(request, decoder, random_batch, tmp_path_factory):
     """A model after three of Adam's steps, its checkpoint, and what optax steps by."""
     root = tmp_path_factory.mktemp("adam")

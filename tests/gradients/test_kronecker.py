@@ -164,7 +164,7 @@ def loss_with(model, row, added_TxD):
     return losses.cross_entropy(logits, row[1:][None], jnp.ones((1, len(row) - 1)))[0]
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("labels", ["sampled", "data"])
 def test_eigenvalues_are_the_mean_squares_of_turned_gradients(decoder, scan, labels):
     """Guards: K-FAC's eigenvalues instead of the corrected ones; padding counted as an example."""

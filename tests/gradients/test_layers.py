@@ -84,6 +84,7 @@ def test_norms_and_biases_by_option(random_batch):
     assert {"split/bias", "attention/query/bias", "back/bias", "lm_head/bias"} <= loose
 
 
+@pytest.mark.slow
 def test_the_decoders_norms_too(decoder, random_batch):
     """Every parameter of a scanned model, taps and whole gradients in one encoding."""
     for scan in (True, False):

@@ -147,7 +147,7 @@ def test_bfloat16_loses_nothing_but_the_digits_of_a_and_b(decoder, random_batch,
     assert off(got, make_encoder(model, p, ones(model))(batch)) < tolerance
 
 
-@pytest.mark.parametrize("correction", ["none", "adam"])
+@pytest.mark.parametrize("correction", [pytest.param("none", marks=pytest.mark.slow), "adam"])
 def test_bfloat16_is_near_the_reference(decoder, random_batch, correction):
     """Guards: half precision before projection."""
     low, full = decoder(dtype="bfloat16"), decoder()

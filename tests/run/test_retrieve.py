@@ -136,6 +136,7 @@ def retrieve_several_kinds(traced, monkeypatch):
     return run, retrieve.retrieve(run)[0], passes
 
 
+@pytest.mark.slow
 def test_kinds_of_one_function_are_encoded_in_one_pass(traced, monkeypatch):
     """The last checkpoint's and an earlier one's, whichever rows want them; then nothing more."""
     run, _, passes = retrieve_several_kinds(traced, monkeypatch)

@@ -84,6 +84,7 @@ def test_points_share_what_their_keys_leave_alone(swept):
     assert all(points.is_finished(p, path) for p in found.points)
 
 
+@pytest.mark.slow
 def test_a_point_is_what_a_trace_of_its_config_is(swept, tmp_path):
     found, path, _ = swept
     point = found.points[-1]
