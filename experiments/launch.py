@@ -9,7 +9,6 @@ import functools
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 
@@ -24,6 +23,7 @@ from tda.runtime import (
     command,
     compilation_cache,
     huge_pages,
+    interrupts,
     joining,
     preemption,
     processes,
@@ -125,25 +125,11 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
 def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
     huge_pages.use()
     logging.set_verbosity(logging.WARNING)  # libraries log their own affairs at INFO
-    sys.unraisablehook = _interrupt_again
+    interrupts.watch()
     try:
         app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))
     except KeyboardInterrupt:
         _exit_interrupted()
-
-
-def _interrupt_again(unraisable) -> None:
-    """Repeats a Ctrl-C that came while Python drops exceptions, such as in a finaliser.
-
-    jax has a callback of the garbage collector, which Python runs at any time.
-    """
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # A moment later, since an exception in this hook would be dropped too; and by a signal to
-        # the main thread, which wakes it from waiting.
-        main = threading.main_thread().ident
-        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def _exit_interrupted() -> None:

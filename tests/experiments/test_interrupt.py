@@ -94,6 +94,8 @@ def test_an_interrupted_sweep_ends_its_points(tmp_path):
         (True, "signal.raise_signal(signal.SIGINT)"),
         # Python drops an exception that is raised in a callback of the garbage collector.
         (False, "gc.callbacks.append(callback); gc.collect(); time.sleep(30)"),
+        # asyncio drops one that comes as its last task ends.
+        (True, "drop(); time.sleep(30)"),
     ],
 )
 def test_every_main_ends_in_the_same_way(takes_config, interrupt):
@@ -105,6 +107,11 @@ def test_every_main_ends_in_the_same_way(takes_config, interrupt):
         "def callback(*arguments):\n"
         "  gc.callbacks.remove(callback)\n"
         "  signal.raise_signal(signal.SIGINT)\n"
+        "def drop():\n"
+        "  try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "  except KeyboardInterrupt:\n"
+        "    pass\n"
         f"def main(*arguments):\n  {interrupt}\n"
         f"{start}\n"
     )

@@ -29,7 +29,9 @@ def scales_of(model, correction):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("correction", ["none", "factored", "adam"])
+@pytest.mark.parametrize(
+    "correction", ["none", pytest.param("factored", marks=pytest.mark.slow), "adam"]
+)
 @pytest.mark.parametrize("include", [None, "."])
 def test_parts_sum_to_the_inner_product(decoder, random_batch, scan, correction, include):
     model, batch = decoder(scan=scan), random_batch([6, 3, 5], 6)

@@ -101,7 +101,10 @@ def test_equal_to_the_reference(decoder, random_batch, scan, tied, include, corr
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(remat=True, gated=False), dict(layers=3, heads=4, kv_heads=4, head_width=4)],
+    [
+        pytest.param(dict(remat=True, gated=False), marks=pytest.mark.slow),
+        dict(layers=3, heads=4, kv_heads=4, head_width=4),
+    ],
     ids=str,
 )
 def test_other_models_equal_the_reference(decoder, random_batch, changes):

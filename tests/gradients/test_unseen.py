@@ -389,7 +389,13 @@ SEEN = (
 )
 
 
-@pytest.mark.parametrize("kind", SEEN)
+# Several seconds each, for what Scanned, CompiledCall and Branched have too.
+SLOW = (Repeated, Stacked, SideBySide)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in SEEN]
+)
 def test_what_taps_see_is_not_refused(random_batch, kind):
     """Twice, so that what was compiled for another encoder is at hand."""
     batch = batch_of(random_batch)
