@@ -105,11 +105,11 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray
 
     portions, count = _portions(widths), 0
     sums = [(zeros(p.count, p.width, p.width), zeros(p.count)) for p in portions]
-    for some in _read_rows(source, rows, drawn, step):
-        scales = None if some.scales is None else pad_and_put(some.scales)
-        sums = _add_rows(sums, pad_and_put(some.values), scales, pad_and_put(some.valid), widths)
-        count += int(some.valid.sum())
-        on_rows(len(some))
+    for piece in _read_rows(source, rows, drawn, step):
+        scales = None if piece.scales is None else pad_and_put(piece.scales)
+        sums = _add_rows(sums, pad_and_put(piece.values), scales, pad_and_put(piece.valid), widths)
+        count += int(piece.valid.sum())
+        on_rows(len(piece))
     out, fourth = {}, []
     for i, pairs in enumerate(sums):
         # Frees a portion on the devices before the next one is copied: R may fill half their
