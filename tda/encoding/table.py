@@ -1,6 +1,5 @@
 """Encodes a whole table of sequences: into memory, into a store, or as it is searched."""
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -193,7 +192,7 @@ def fill_stores(
         _check_stored_rows(stores, lacking, encoder, table, layout)
     process, count = jax.process_index(), jax.process_count()
     is_shared = not sharding.is_local(layout.mesh)
-    local = missing if is_shared else missing[process::count]
+    local = missing if is_shared else processes.share(missing)
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
     if len(local):
         done = sum(tokens) - sum(tokens[i] for i in missing)
@@ -215,7 +214,7 @@ def fill_stores(
                     preemption.check()
     if not is_shared:
         for store in stores:
-            _await(store)
+            processes.wait_until(lambda store=store: not store.missing(), _LONGEST_PAUSE)
     processes.wait_for_all("shards written")
 
 
@@ -231,8 +230,9 @@ def check_stored_rows(
     Raises:
         StoreError: a row differs by more than rounding.
     """
-    lacking = processes.on_first_process("list the shards", store.missing)
-    _check_stored_rows([store], [lacking], encoder, table, layout)
+    if store.manifest.get("code") != code_version.describe():
+        lacking = processes.on_first_process("list the shards", store.missing)
+        _check_stored_rows([store], [lacking], encoder, table, layout)
 
 
 def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout) -> None:
@@ -305,19 +305,6 @@ class _Writer:
             invalid = waiting.result()
             if invalid:
                 self._bar.write(_describe_invalid(self._description, invalid))
-
-
-def _await(store: GradientStore) -> None:
-    """Waits for the other processes' shards, however long they take.
-
-    A barrier would not do: between CPUs a collective fails if a process waits in it for half an
-    hour.
-    """
-    seconds = 0.05
-    while store.missing():
-        preemption.check()
-        time.sleep(seconds)
-        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
 def _describe_invalid(description: str, invalid: list[str]) -> str:

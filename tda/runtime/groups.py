@@ -9,7 +9,6 @@ import dataclasses
 import io
 import pathlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +96,7 @@ class Groups:
         for i in local:
             _write(folder, i, work(ranges[i]))
             preemption.check()
-        _wait_for(folder, len(ranges))
+        processes.wait_until(lambda: len(_paths(folder)) >= len(ranges), _LONGEST_PAUSE)
         results = []
 
         def reduce_all():
@@ -147,16 +146,3 @@ def _read(path: pathlib.Path) -> Result:
         raise GroupError(f"{path} is damaged; repeat the command, which computes this group again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
-
-
-def _wait_for(folder: pathlib.Path, count: int) -> None:
-    """Waits until every group has a result, however long the other processes take.
-
-    A barrier would not do: between CPUs a collective fails if a process waits in it for half an
-    hour.
-    """
-    seconds = 0.05
-    while len(_paths(folder)) < count:
-        preemption.check()
-        time.sleep(seconds)
-        seconds = min(2 * seconds, _LONGEST_PAUSE)

@@ -11,6 +11,7 @@ call and would take an inner message for its result, so inside such work process
 
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,26 @@ def _is_alone() -> bool:
 def share(items: Sequence[Any]) -> list:
     """Returns the items that this process takes when all processes split them."""
     return list(items if _is_alone() else items[jax.process_index() :: jax.process_count()])
+
+
+def wait_until(is_done: Callable[[], bool], longest_pause: float) -> None:
+    """Returns once other processes have done what this one looks for, however long they take.
+
+    A barrier would not do: between CPUs a collective fails if a process waits in it for half an
+    hour.
+
+    Args:
+        is_done: looks whether it is done.
+        longest_pause: seconds between two looks, at most.
+
+    Raises:
+        Preempted: a notice came meanwhile.
+    """
+    seconds = 0.05
+    while not is_done():
+        preemption.check()
+        time.sleep(seconds)
+        seconds = min(2 * seconds, longest_pause)
 
 
 def wait_for_all(barrier: str) -> None:
