@@ -147,6 +147,11 @@ class GradientStore:
         """The segment of every shard, the segment's first row, and the shard's number in it."""
         return [(s, first, i) for first, s in self._segments for i in range(s.shards)]
 
+    @functools.cached_property
+    def _shard_starts(self) -> np.ndarray:
+        """The first row of every shard, int64, rising."""
+        return np.array([rows.start for rows in self.shards()], np.int64)
+
     def shards(self) -> list[slice]:
         """Returns the rows of every shard."""
         rows = ((first, segment.rows_of(i)) for segment, first, i in self._shards)
@@ -227,11 +232,11 @@ class GradientStore:
 
     def _spans(self, step: int, rows: range) -> Iterator[tuple[Segment, int, Span]]:
         """Yields the spans of whole chunks that hold a range of rows."""
-        for segment, first, i in self._shards:
+        # A group of rows is in few of what may be 100,000 shards.
+        start = max(0, int(np.searchsorted(self._shard_starts, rows.start, "right")) - 1)
+        stop = int(np.searchsorted(self._shard_starts, rows.stop))
+        for segment, first, i in self._shards[start:stop]:
             preemption.check()
-            shard = segment.rows_of(i)
-            if first + shard.stop <= rows.start or rows.stop <= first + shard.start:
-                continue
             length = max(step, segment.chunk_rows, _SPAN_BYTES // self.form.row_bytes)
             # A power of two is a multiple of both the step and the chunk, which are powers too.
             for span in segment.spans(i, 1 << (length.bit_length() - 1)):
