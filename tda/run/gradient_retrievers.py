@@ -78,27 +78,31 @@ class Encodings:
             raise ValueError("the question's gradient is not finite: look at the model's logits")
         return encoded_QxE
 
+    def identity(self, kind: GradientKind) -> list:
+        """Returns JSON values that tell the gradients of passages and queries from others."""
+        run = self.run
+        if not run.live:
+            return [*encode.ranking_provenance(run, kind), run.corpus.fingerprint]
+        # The corpus itself, whose fingerprint a run takes, is not read for a question.
+        paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
+        opened = [stores.open_store(p) for p in paths if stores.finished(p)]
+        return [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
+
     def whitening(self, kind: GradientKind, on_progress: Progress | None = None) -> Whitening:
         """Returns R^(−1/2) of a kind; in a live session it is kept on disk for the next one."""
         self._on_progress = on_progress
         if kind not in self._whitenings:
             run, source = self.run, self.passages(kind)
-            if run.live:
-                paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
-                opened = [stores.open_store(p) for p in paths if stores.finished(p)]
-                # R takes a scan of the store: minutes that the next session is spared.
-                folder, groups = run.workdir / "live", ONE_GROUP
-                identity = [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
-            else:
-                folder, groups = run.groups.directory, run.groups
-                identity = [*encode.ranking_provenance(run, kind), run.corpus.fingerprint]
+            # R takes a scan of the store: minutes that the next session, or start, is spared.
+            groups = ONE_GROUP if run.live else run.groups
+            folder = run.workdir / "live" if run.live else groups.directory
             self._whitenings[kind] = Whitening(
                 run.hessian,
                 source,
                 self.run_queries(kind),
                 run.search_mesh,
                 folder=folder,
-                identity=identity,
+                identity=self.identity(kind),
                 groups=groups,
                 on_progress=self._relay if run.live else None,
             )
@@ -167,8 +171,8 @@ class Gradients(Retriever):
         rankings: dict[str, list] = {n: [] for n in methods}
         notes: dict[str, dict] = {n: {} for n in methods}
 
-        # A live question leaves no files, and knows no fingerprints.
-        identity = None if run.live else [self.ranking_name(m) for m in methods.values()]
+        # A live question leaves no files.
+        identity = None if run.live else self.encodings.identity(kind)
         search_exactly = functools.partial(scan, run, source, identity, on_progress)
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
             # A method whose R differs between halves of the queries has an index for each half.
