@@ -127,7 +127,7 @@ def _mean(widths, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
     total = next(results)
     for result in results:
         for name, x in result.items():
-            total[name] = total[name] + x
+            total[name] += x
     count = int(total["count"])
     if not count:
         raise ValueError("there are no gradients to take R of")

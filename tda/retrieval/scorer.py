@@ -68,9 +68,13 @@ def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:
 
 def pad_rows(rows: Rows, step: int) -> Rows:
     """Appends invalid rows up to `step`, so that one compiled program takes every step."""
-    if not (lacking := step - len(rows)):
+    lacking = step - len(rows)
+    if not lacking:
         return rows
-    pad = lambda x: np.pad(x, [(0, lacking), *[(0, 0)] * (x.ndim - 1)])  # noqa: E731
+
+    def pad(x):
+        return np.pad(x, [(0, lacking), *[(0, 0)] * (x.ndim - 1)])
+
     return Rows(rows.first, *rows.map(pad))
 
 
