@@ -32,13 +32,32 @@ def causal_attention(
     Returns:
         [B, T, H, K] in the dtype of `v_BxTxGxK`.
     """
+    return _split_and_attend(_attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap)
+
+
+def plain_attention(
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale: float | None = None, window=None, soft_cap=None
+):
+    """Computes what `causal_attention` does, by operations that jax differentiates itself.
+
+    So derivatives of any order and mode exist (`jax.jvp` refuses functions with a backward pass of
+    their own), and the probabilities are kept for the backward pass.
+    """
+
+    def attend(soft_cap, *arguments):
+        return _forward(soft_cap, *arguments)[0]
+
+    return _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap)
+
+
+def _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap):
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
     scale = K**-0.5 if scale is None else scale
     # Queries are scaled, not scores: K numbers for each position in place of T.
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BxGxTxK, v_BxGxTxK = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxGxK, v_BxTxGxK))
-    y_BxGxRxTxK = _attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)
+    y_BxGxRxTxK = attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)
     return y_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 

@@ -47,6 +47,8 @@ class DecoderSettings:
     """Added to the scales of RMSNorm: 1 where they are stored as the distance from 1 (Gemma)."""
     parallel: bool = False
     """Whether attention and MLP both read the stream that enters the layer (GPT-NeoX)."""
+    attention: Literal["blocked", "plain"] = "blocked"
+    """"plain" has no backward pass of its own, which saves memory but which `jax.jvp` refuses."""
     attention_bias: bool = False
     """Whether queries, keys and values have biases."""
     out_bias: bool = False

@@ -55,6 +55,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.b1": (float, "b1 of adam and adamw; unset: 0.9"),
     "train.b2": (float, "b2 of adam and adamw; unset: 0.99"),
     "train.eps": (float, "eps of adam and adamw; unset: 1e-8"),
+    "train.eps_root": (float, "eps_root of adam and adamw, added under the root; unset: 0"),
     "train.weight_decay": (float, "weight decay of adamw; unset: 0"),
     "train.clip": (1.0, "largest global norm of a gradient"),
     "train.save_every": (500, "steps between checkpoints"),

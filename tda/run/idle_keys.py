@@ -34,7 +34,7 @@ _RULES: tuple[Rule, ...] = (
             f"train.{name}"
             for name in (
                 *("optimizer", "learning_rate", "schedule", "warmup", "final", "b1", "b2", "eps"),
-                *("weight_decay", "clip", "save_every", "keep", "traced"),
+                *("eps_root", "weight_decay", "clip", "save_every", "keep", "traced"),
             )
         ),
         _is_trained,

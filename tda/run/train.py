@@ -32,7 +32,9 @@ def options(config) -> dict[str, Any]:
 
 def settings(config) -> dict[str, Any]:
     """Returns what of the section `train` decides the trained model."""
-    return {k: v for k, v in options(config).items() if k not in _NOT_OF_TRAINING}
+    settings = {k: v for k, v in options(config).items() if k not in _NOT_OF_TRAINING}
+    # Trainings that were finished before there was this key have none.
+    return {k: v for k, v in settings.items() if (k, v) != ("eps_root", 0.0)}
 
 
 def build_model(config, vocab_size: int) -> Decoder:
@@ -232,7 +234,7 @@ def traced_step(config, steps: int, saved: list[int]) -> int:
 def _fit(config, corpus: Corpus, model, steps, layout, description: dict, workdir) -> None:
     t = options(config)
     # Second moments are read from a checkpoint by these constants.
-    constants = {k: t[k] for k in ("b1", "b2", "eps")} | {"eps_root": 0.0}
+    constants = {k: t[k] for k in ("b1", "b2", "eps", "eps_root")}
     loop.fit(
         model,
         make_optimizer(config, steps),

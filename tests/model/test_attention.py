@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.model.attention import causal_attention
+from tda.model.attention import causal_attention, plain_attention
 
 
 def plain(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale=None, window=None, soft_cap=None):
@@ -95,6 +95,21 @@ def test_no_position_sees_a_later_one():
     after = causal_attention(q, k.at[:, 100:].add(9.0), v.at[:, 100:].add(9.0))
     np.testing.assert_array_equal(after[:, :100], before[:, :100])
     assert not np.allclose(after[:, 100:], before[:, 100:])
+
+
+def test_plain_attention_has_the_same_gradients_and_a_forward_mode():
+    q, k, v, towards = arrays(2, 70, 4, 2, 8)
+    settings = dict(window=50, soft_cap=3.0)
+    blocked, unblocked = (
+        functools.partial(f, **settings) for f in (causal_attention, plain_attention)
+    )
+    expected = value_and_gradients(blocked, q, k, v, towards)
+    for a, b in zip(value_and_gradients(unblocked, q, k, v, towards), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+    directions = tuple(x[::-1] for x in (q, k, v))
+    slope = jnp.sum(jax.jvp(unblocked, (q, k, v), directions)[1] * towards)
+    products = [jnp.sum(g * d) for g, d in zip(expected[1:], directions, strict=True)]
+    np.testing.assert_allclose(slope, sum(products), rtol=1e-4)
 
 
 def test_large_scores_do_not_overflow():

@@ -62,7 +62,11 @@ def test_weight_decay_is_adamws_alone():
 @pytest.mark.parametrize(
     ("name", "constants", "message"),
     [
-        ("adam", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .* b1, b2, eps;"),
+        (
+            "adam",
+            {"weight_decay": 0.2},
+            "weight_decay=0.2 would have no effect .* eps, eps_root;",
+        ),
         ("adafactor", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .*: none;"),
         ("adafactor", {"b2": 0.95, "eps": 1e-6}, "b2=0.95, eps=1e-06 would have no effect"),
         ("adamw", {"beta2": 0.95}, "beta2=0.95 would have no effect .*: weight_decay, b1, b2, eps"),
@@ -82,6 +86,9 @@ def test_adams_constants_are_used():
     np.testing.assert_allclose(optax.tree.get(state, "mu")["kernel"][0, 0], 1.5)
     np.testing.assert_allclose(optax.tree.get(state, "nu")["kernel"][0, 0], 0.25 * 9)
     np.testing.assert_allclose(update["kernel"][0], [-0.1 * 3 / 5, 0.1 * 4 / 6], rtol=1e-5)
+    tx = make_optimizer("adam", 0.1, b1=0.0, b2=0.0, eps=0.0, eps_root=7.0, clip=None)
+    update, _ = first_update(tx)
+    np.testing.assert_allclose(update["kernel"][0], [-0.1 * 3 / 4, 0.1 * 4 / 23**0.5], rtol=1e-5)
 
 
 def test_adafactor_keeps_rows_and_columns():

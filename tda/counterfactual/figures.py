@@ -1,0 +1,171 @@
+"""Figures of methods against a bank: LDS with intervals, ceilings, QLD, and metasmoothness.
+
+LDS (Park et al. 2023): for each query, Spearman's correlation over the sets S of removed units
+between Σ_{i∈S} τ_i, which a method predicts, and how much the query's loss rose; then the mean
+over queries. Scores τ are positive for units that lower the loss.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tda.counterfactual.bank import Bank
+from tda.evaluation.statistics import Interval
+
+
+def ranks(values_MxQ: np.ndarray) -> np.ndarray:
+    """Returns ranks down each column, float64 from 0; equal values share the mean of theirs."""
+    values_MxQ = np.asarray(values_MxQ)
+    order = np.argsort(values_MxQ, axis=0, kind="stable")
+    ordered = np.take_along_axis(values_MxQ, order, axis=0)
+    numbers = np.broadcast_to(np.arange(len(values_MxQ))[:, None], values_MxQ.shape)
+    is_new = np.ones(values_MxQ.shape, bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    first = np.maximum.accumulate(np.where(is_new, numbers, 0), axis=0)
+    # The last of equal values: the same from the other end.
+    ends = np.ones(values_MxQ.shape, bool)
+    ends[:-1] = is_new[1:]
+    last = np.minimum.accumulate(np.where(ends, numbers, len(numbers))[::-1], axis=0)[::-1]
+    out = np.empty(values_MxQ.shape)
+    np.put_along_axis(out, order, (first + last) / 2, axis=0)
+    return out
+
+
+def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
+    """Returns Spearman's correlation of each column of two arrays, float64 [Q].
+
+    A column that is constant ranks nothing: its correlation is 0, that of a method that knows
+    nothing of the query. A column with a value that is not finite has none: NaN.
+    """
+    finite_Q = np.isfinite(a_MxQ).all(axis=0) & np.isfinite(b_MxQ).all(axis=0)
+    a, b = (ranks(np.where(finite_Q, x, 0.0)) for x in (a_MxQ, b_MxQ))
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    size_Q = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+    product_Q = (a * b).sum(axis=0)
+    out_Q = np.divide(product_Q, size_Q, out=np.zeros_like(product_Q), where=size_Q > 0)
+    return np.where(finite_Q, out_Q, np.nan)
+
+
+def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
+    """Returns Σ_{i∈S} τ_i of each set of removed units: float64 [M, Q].
+
+    Raises:
+        ValueError: the scores are not of these units.
+    """
+    if scores_QxU.shape[1] != removed_MxU.shape[1]:
+        raise ValueError(
+            f"the scores are of {scores_QxU.shape[1]} units and the bank of {removed_MxU.shape[1]}"
+            "; give a score for every unit of the bank"
+        )
+    return removed_MxU.astype(np.float64) @ np.asarray(scores_QxU, np.float64).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Lds:
+    """LDS of several methods on one bank, with the resamples that intervals are taken from."""
+
+    by_query: dict[str, np.ndarray]
+    """Of each method, the correlation of each query, float64 [Q]."""
+    resampled: dict[str, np.ndarray]
+    """Of each method, means over resampled queries and subsets, float64 [resamples]."""
+
+    def interval(self, name: str) -> Interval:
+        """Returns the mean over queries and its 95 % interval."""
+        return _interval(self.by_query[name], self.resampled[name])
+
+    def difference(self, name: str, other: str) -> Interval:
+        """Returns the paired difference of two methods and its 95 % interval."""
+        difference_Q = self.by_query[name] - self.by_query[other]
+        return _interval(difference_Q, self.resampled[name] - self.resampled[other])
+
+
+def _interval(values_Q: np.ndarray, resampled_R: np.ndarray) -> Interval:
+    measured = values_Q[np.isfinite(values_Q)]
+    if len(measured) < 2:
+        mean = float(measured.mean()) if len(measured) else float("nan")
+        return Interval(mean, float("nan"), float("nan"), len(measured))
+    low, high = np.nanquantile(resampled_R, (0.025, 0.975))
+    return Interval(float(measured.mean()), float(low), float(high), len(measured))
+
+
+def lds(
+    scores: dict[str, np.ndarray],
+    bank: Bank,
+    resamples: int = 1000,
+    seed: int = 0,
+    changes_MxQ: np.ndarray | None = None,
+) -> Lds:
+    """Returns the LDS of methods on a bank.
+
+    Intervals are over subsets and queries both, each drawn with repetition; all methods see the
+    same draws, so that their differences are paired.
+
+    Args:
+        scores: of each method, τ of every query and unit, [Q, U].
+        bank: the bank.
+        resamples: the number of draws.
+        seed: the seed of the draws.
+        changes_MxQ: how much losses rose; by default those of the bank.
+    """
+    changes_MxQ = bank.changes_MxQ if changes_MxQ is None else changes_MxQ
+    predicted = {name: predictions(x, bank.removed_MxU) for name, x in scores.items()}
+    by_query = {name: spearman(x, changes_MxQ) for name, x in predicted.items()}
+    M, Q = changes_MxQ.shape
+    rng = np.random.default_rng(seed)
+    resampled = {name: np.full(resamples, np.nan) for name in scores}
+    for r in range(resamples):
+        subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
+        drawn = np.ix_(subsets, queries)
+        for name, x in predicted.items():
+            with np.errstate(invalid="ignore"):
+                correlations = spearman(x[drawn], changes_MxQ[drawn])
+            measured = correlations[np.isfinite(correlations)]
+            resampled[name][r] = measured.mean() if len(measured) else np.nan
+    return Lds(by_query, resampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """How far reruns with another order of the data agree, and the LDS that this allows."""
+
+    agreement: float
+    """r: the mean over queries of the correlation between the changes of two orders."""
+    one: float
+    """√r: the correlation of one run's changes with what is common to all orders, if noise is
+    independent: the most that scores can reach that know nothing of the order."""
+    two: float
+    """√(2r / (1 + r)): the same for the mean of two orders (Spearman and Brown)."""
+
+
+def ceiling(changes_MxQ: np.ndarray, rerun_MxQ: np.ndarray) -> Ceiling:
+    """Returns the ceilings of LDS from changes of loss under two orders of the data."""
+    r = float(np.nanmean(spearman(changes_MxQ, rerun_MxQ)))
+    positive = max(r, 0.0)
+    return Ceiling(r, positive**0.5, (2 * positive / (1 + positive)) ** 0.5)
+
+
+def top_units(scores_QxU: np.ndarray, share: float) -> np.ndarray:
+    """Returns each query's own units of the highest scores, bool [Q, U]; at least one."""
+    U = scores_QxU.shape[1]
+    count = max(1, round(share * U))
+    # Among equal scores the lower unit comes first.
+    order = np.argsort(-np.asarray(scores_QxU, np.float64), axis=1, kind="stable")[:, :count]
+    out = np.zeros(scores_QxU.shape, bool)
+    np.put_along_axis(out, order, True, axis=1)
+    return out
+
+
+def metasmoothness(start: np.ndarray, after_h: np.ndarray, after_2h: np.ndarray) -> float:
+    """Returns how smoothly parameters depend on the data's weights (2503.13751, Definition 2).
+
+    Args:
+        start, after_h, after_2h: the trained parameters, [P], with data weights 1, 1 + h v and
+            1 + 2 h v, v normal.
+
+    Returns:
+        Σ d / ‖d‖₁ · sign(θ_h − θ_0) · sign(θ_2h − θ_h), d = |θ_2h − θ_0|: near 1 is smooth.
+    """
+    start, after_h, after_2h = (np.asarray(x, np.float64) for x in (start, after_h, after_2h))
+    d = np.abs(after_2h - start)
+    agreement = np.sign(after_h - start) * np.sign(after_2h - after_h)
+    return float((d * agreement).sum() / d.sum()) if d.sum() else float("nan")

@@ -1,0 +1,248 @@
+"""A training as a pure function of the weights of its data.
+
+L_t(θ, w) = Σ_i w_i nats_i / tokens_t, over the scored tokens i of batch t. The denominator is the
+number of the batch's scored tokens, whatever their weights: dropping a passage is w = 0, which
+leaves order, batches, schedule and the other passages' gradients as they are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tda import loss as losses
+from tda.data.batches import Batch, BatchLayout
+from tda.data.tokens import TokenTable
+from tda.model import functional
+from tda.runtime import sharding
+from tda.training import loop
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedBatch:
+    """A batch of passages, each of whose tokens has its place in the table."""
+
+    arrays: dict[str, np.ndarray]
+    """{"tokens", "targets", "weights"}, each [B, T]; weights are 1 where a token is scored."""
+    places_BxT: np.ndarray
+    """int64: where the table has each target; 0 where the target is not scored."""
+    rows: np.ndarray
+    """int64 [R ≤ B]: the table's rows that the first R sequences are."""
+
+    def spread(self, token_weights: np.ndarray) -> np.ndarray:
+        """Returns the weights of the batch's targets, float32 [B, T], of weights by token [C]."""
+        return np.asarray(token_weights, np.float32)[self.places_BxT]
+
+    def add_to(self, sums_QxC: np.ndarray, values_QxBxT: np.ndarray) -> None:
+        """Adds values of the batch's targets to sums by token, in place."""
+        scored_BxT = self.arrays["weights"] > 0
+        # A batch has each token once, so no place is added to twice here.
+        sums_QxC[:, self.places_BxT[scored_BxT]] += np.asarray(values_QxBxT)[:, scored_BxT]
+
+
+def place_tokens(table: TokenTable, batch: Batch) -> WeightedBatch:
+    """Returns a batch of a table's rows with the place of every target."""
+    places_BxT = np.zeros(batch.tokens.shape, np.int64)
+    first_R = table.starts[batch.rows] + 1
+    places_BxT[: len(batch.rows)] = first_R[:, None] + np.arange(batch.tokens.shape[1])
+    return WeightedBatch(
+        batch.arrays(), np.where(batch.weights > 0, places_BxT, 0), np.asarray(batch.rows)
+    )
+
+
+def plan_batches(table: TokenTable, layout: BatchLayout, epochs: float, seed: int) -> list[Batch]:
+    """Returns the batches of a training in order, those that `tda.training.loop.fit` would take."""
+    batches: list[Batch] = []
+    per_epoch = len(loop.epoch_batches(table, 0, layout, seed))
+    steps = max(1, round(epochs * per_epoch))
+    for epoch in range(-(-steps // per_epoch)):
+        batches += loop.epoch_batches(table, epoch, layout, seed)
+    return batches[:steps]
+
+
+class Training:
+    """A training whose data have weights; its steps are compiled once for each shape of batch.
+
+    Args:
+        model_fn: the model's structure.
+        params: the parameters that the training starts from.
+        tx: the optimizer.
+        table: the passages.
+        batches: the batches of all steps, in order.
+
+    Raises:
+        ValueError: there is no batch, or the parameters are not float32: a change of the data by
+            one passage would be lost in rounding.
+    """
+
+    def __init__(
+        self,
+        model_fn: functional.Functional,
+        params: dict,
+        tx: optax.GradientTransformation,
+        table: TokenTable,
+        batches: Sequence[Batch],
+    ):
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
+        if dtypes != {"float32"}:
+            raise ValueError(
+                f"the parameters are {', '.join(sorted(dtypes))}; retrainings that differ in a few "
+                "passages need float32"
+            )
+        if not batches:
+            raise ValueError("a training needs a batch; there is none")
+        self.model_fn, self.params, self.tx = model_fn, params, tx
+        self.table, self.batches = table, [place_tokens(table, b) for b in batches]
+        self._advance = jax.jit(self.step, donate_argnums=0)
+        self._advance_together = jax.jit(
+            jax.vmap(self.step, in_axes=(0, None, 0)), donate_argnums=0
+        )
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.batches)
+
+    @functools.cached_property
+    def even_weights(self) -> np.ndarray:
+        """A weight of 1 for every token of the table: the training as it is."""
+        return np.ones(len(self.table.tokens), np.float32)
+
+    def start(self) -> State:
+        """Returns the state before the first step: {"params", "opt_state", "step"}."""
+        # A copy: a compiled step reuses the buffers of its state.
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self.params)
+        return {"params": params, "opt_state": self.tx.init(params), "step": jnp.int32(0)}
+
+    def step(self, state: State, batch: dict, weights_BxT, model_fn=None) -> State:
+        """Takes one step, a pure function.
+
+        Args:
+            state: the state.
+            batch: arrays of a `WeightedBatch`.
+            weights_BxT: the weight of each target.
+            model_fn: the model's structure, where it is not the training's.
+        """
+        model_fn = model_fn or self.model_fn
+
+        def loss(params):
+            logits_BxTxV = model_fn.merge(params)(batch["tokens"])
+            return batch_nats(logits_BxTxV, batch, weights_BxT)
+
+        gradient = jax.grad(loss)(state["params"])
+        updates, opt_state = self.tx.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+
+    def run(
+        self,
+        token_weights: np.ndarray | None = None,
+        state: State | None = None,
+        first: int = 0,
+        stop: int | None = None,
+        on_step: Callable[[int, State], None] = lambda step, state: None,
+    ) -> State:
+        """Trains from a state of step `first` up to step `stop`, and returns the state then.
+
+        Args:
+            token_weights: the weight of every token of the table, [C]; 1 by default.
+            state: the state to go on from, which is used up; by default that of the start.
+            first, stop: steps; by default the whole training.
+            on_step: called with the number of steps done and the state, before each step.
+        """
+        token_weights = self.even_weights if token_weights is None else token_weights
+        state = self.start() if state is None else state
+        for i in range(first, self.steps if stop is None else stop):
+            on_step(i, state)
+            batch = self.batches[i]
+            state = self._advance(state, batch.arrays, batch.spread(token_weights))
+        return state
+
+    def run_together(self, token_weights_MxC: np.ndarray) -> State:
+        """Returns the final states of M trainings that differ in weights, stacked: leaves [M, …].
+
+        Several are one program over an axis of trainings; one alone is `run`.
+        """
+        if len(token_weights_MxC) == 1:
+            return jax.tree.map(lambda x: x[None], self.run(token_weights_MxC[0]))
+        M = len(token_weights_MxC)
+        state = jax.tree.map(lambda x: jnp.repeat(x[None], M, axis=0), self.start())
+        for batch in self.batches:
+            weights_MxBxT = np.stack([batch.spread(w) for w in token_weights_MxC])
+            state = self._advance_together(state, batch.arrays, weights_MxBxT)
+        return state
+
+
+def batch_nats(logits_BxTxV, batch: dict, weights_BxT):
+    """Returns Σ w nats / tokens of a batch; the tokens are counted whatever their weights w."""
+    nats_B = losses.cross_entropy(logits_BxTxV, batch["targets"], batch["weights"] * weights_BxT)
+    tokens = jnp.maximum(jnp.sum(batch["weights"]), jnp.finfo(jnp.float32).tiny)
+    return jnp.sum(nats_B) / tokens
+
+
+class QueryLosses:
+    """The losses of queries under a model: −log p of each target, nats summed over its tokens.
+
+    Args:
+        model_fn: the model's structure.
+        table: the queries.
+        layout: how they are batched.
+    """
+
+    def __init__(self, model_fn: functional.Functional, table: TokenTable, layout: BatchLayout):
+        self.model_fn, self.table = model_fn, table
+        self.batches = list(layout.batches(table))
+        self._losses = jax.jit(self.of_batch)
+        self._losses_together = jax.jit(jax.vmap(self.of_batch, in_axes=(0, None)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def of_batch(self, params: dict, batch: dict, model_fn=None):
+        """Returns the losses of a batch's queries, float32 [B]; a pure function."""
+        logits_BxTxV = (model_fn or self.model_fn).merge(params)(batch["tokens"])
+        return losses.cross_entropy(logits_BxTxV, batch["targets"], batch["weights"])
+
+    def __call__(self, params: dict) -> np.ndarray:
+        """Returns the losses of all queries, float32 [Q]."""
+        return self._gather(lambda arrays: self._losses(params, arrays), ())
+
+    def together(self, params: dict, count: int) -> np.ndarray:
+        """Returns the losses under `count` models whose parameters are stacked: float32 [M, Q]."""
+        return self._gather(lambda arrays: self._losses_together(params, arrays), (count,))
+
+    def _gather(self, compute: Callable[[dict], jax.Array], leading: tuple[int, ...]) -> np.ndarray:
+        out = np.zeros((*leading, len(self)), np.float32)
+        for batch in self.batches:
+            nats = sharding.to_host(compute(batch.arrays()))
+            out[..., batch.places] = nats[..., : len(batch.places)]
+        return out
+
+
+def sum_by_unit(values_QxC: np.ndarray, unit_C: np.ndarray, units: int) -> np.ndarray:
+    """Returns sums of values by token over each unit, [Q, U]; a unit of −1 does not count."""
+    counted = unit_C >= 0
+    out = np.zeros((len(values_QxC), units), np.float64)
+    for row, values_C in zip(out, values_QxC, strict=True):
+        row += np.bincount(unit_C[counted], values_C[counted], minlength=units)
+    return out
+
+
+def units_of_tokens(table: TokenTable, names: Iterable[Any]) -> tuple[np.ndarray, list]:
+    """Returns the unit of each token of a table, int64 [C], and the units' names.
+
+    Args:
+        table: the passages.
+        names: the name of each passage's unit, such as its document, relation or row; None for a
+            passage of no unit, which is never dropped (its tokens have the unit −1).
+    """
+    numbers: dict = {}
+    of_row = [-1 if n is None else numbers.setdefault(n, len(numbers)) for n in names]
+    return np.repeat(np.asarray(of_row, np.int64), table.lengths), list(numbers)

@@ -1,0 +1,89 @@
+"""Figures against a bank, by hand and against scipy."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tda.counterfactual import figures
+from tda.counterfactual.bank import Bank, draw_subsets
+
+
+def make_bank(noise=0.0, M=60, Q=6, U=40, seed=0):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(Q, U))
+    removed = draw_subsets(U, 0.2, M, seed)
+    changes = removed @ scores.T + noise * rng.normal(size=(M, Q))
+    base = rng.random(Q).astype(np.float32)
+    return scores, Bank(removed, (base + changes).astype(np.float32), base)
+
+
+def test_spearman_is_scipys_with_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (30, 4)).astype(float), rng.normal(size=(30, 4))
+    expected = [stats.spearmanr(a[:, i], b[:, i]).statistic for i in range(4)]
+    np.testing.assert_allclose(figures.spearman(a, b), expected, rtol=1e-12)
+    np.testing.assert_array_equal(figures.ranks(a)[:, 0], stats.rankdata(a[:, 0]) - 1)
+    # A constant knows nothing of the query; what is not finite is not measured.
+    a[:, 0], a[3, 1] = 1.0, np.nan
+    np.testing.assert_array_equal(np.isnan(figures.spearman(a, b)), [0, 1, 0, 0])
+    assert figures.spearman(a, b)[0] == 0
+
+
+def test_lds_is_one_for_the_truth_and_minus_one_for_its_opposite():
+    scores, bank = make_bank()
+    result = figures.lds({"true": scores, "opposed": -scores}, bank, resamples=50)
+    assert result.interval("true").mean == pytest.approx(1, abs=1e-3)
+    assert result.interval("opposed").mean == pytest.approx(-1, abs=1e-3)
+    assert result.difference("true", "opposed").low == pytest.approx(2, abs=1e-2)
+
+
+def test_intervals_cover_subsets_and_queries_and_pair_methods():
+    scores, bank = make_bank(noise=2.0)
+    other = scores + 0.3 * np.random.default_rng(1).normal(size=scores.shape)
+    result = figures.lds({"a": scores, "b": other}, bank, resamples=400)
+    a, b, difference = result.interval("a"), result.interval("b"), result.difference("a", "b")
+    assert a.low < a.mean < a.high and a.count == 6
+    assert difference.mean == pytest.approx(a.mean - b.mean)
+    # Paired: the two share subsets and queries, so their difference varies less than either.
+    assert difference.high - difference.low < a.high - a.low
+    # More subsets narrow the interval, which queries alone would not do.
+    _, wide = make_bank(noise=2.0, M=15)
+    fewer = figures.lds({"a": scores}, wide, resamples=400).interval("a")
+    assert fewer.high - fewer.low > 1.3 * (a.high - a.low)
+
+
+def test_ceilings_of_reruns():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(4000, 3))
+    one, two = (common + rng.normal(size=common.shape) for _ in range(2))
+    c = figures.ceiling(one, two)
+    assert c.agreement == pytest.approx(0.48, abs=0.02)
+    assert c.one == pytest.approx(c.agreement**0.5)
+    # What the truth reaches on one run, and on the mean of two.
+    assert figures.spearman(common, one).mean() == pytest.approx(c.one, abs=0.02)
+    assert figures.spearman(common, one + two).mean() == pytest.approx(c.two, abs=0.02)
+    assert figures.ceiling(one, -one).one == 0
+
+
+def test_top_units_are_each_querys_own():
+    scores = np.array([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 2.0, 9.0]])
+    expected = np.array([[0, 1, 0, 0], [0, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(figures.top_units(scores, 0.01), expected)
+    assert (figures.top_units(scores, 0.5).sum(axis=1) == 2).all()
+
+
+def test_metasmoothness_of_a_line_is_one_and_of_a_zigzag_minus_one():
+    rng = np.random.default_rng(0)
+    start, step = rng.normal(size=20), rng.normal(size=20)
+    assert figures.metasmoothness(start, start + step, start + 2 * step) == pytest.approx(1)
+    assert figures.metasmoothness(start, start + step, start + 0.5 * step) == pytest.approx(-1)
+    mixed = start + step * np.where(np.arange(20) < 10, 2, 0.5)
+    d = np.abs(mixed - start)
+    expected = (d[:10].sum() - d[10:].sum()) / d.sum()
+    assert figures.metasmoothness(start, start + step, mixed) == pytest.approx(expected)
+
+
+def test_scores_of_other_units_are_refused():
+    scores, bank = make_bank()
+    with pytest.raises(ValueError, match="the scores are of 39 units and the bank of 40"):
+        figures.lds({"a": scores[:, 1:]}, bank)
