@@ -1,6 +1,6 @@
 """Encodes a whole table of sequences: into memory, into a store, or as it is searched."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -11,6 +11,7 @@ from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
 from tda.runtime import code_version, preemption, processes, progress, sharding
 from tda.runtime.differences import as_text, differences
+from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
 # As many bytes as a shard of a store has by default.
@@ -23,8 +24,6 @@ _COMPARED_ROWS = 4
 # two is 0.9995, which moves no ranking; another projection, loss or correction moves a row by
 # tens of per cent.
 _ROUNDING = 0.03
-# Seconds between looks for other processes' shards, at most.
-_LONGEST_PAUSE = 30.0
 
 
 def encode_rows(
@@ -137,6 +136,7 @@ def fill_store(
     layout: BatchLayout,
     description: str = "encode",
     quiet: bool = False,
+    engine: Engine = PROCESSES,
 ) -> None:
     """Encodes the rows of every shard that a store lacks; resumes after a kill.
 
@@ -150,12 +150,13 @@ def fill_store(
         layout: how rows are batched, and the devices that a batch is split over.
         description: the name of the work in the progress bar.
         quiet: whether no progress is shown.
+        engine: who encodes which shard.
 
     Raises:
         StoreError: the table has another number of rows, a shard cannot be written, or other code
             has stored rows that this code encodes otherwise.
     """
-    fill_stores([store], encoder, table, layout, description, quiet)
+    fill_stores([store], encoder, table, layout, description, quiet, engine)
 
 
 def fill_stores(
@@ -165,13 +166,14 @@ def fill_stores(
     layout: BatchLayout,
     description: str = "encode",
     quiet: bool = False,
+    engine: Engine = PROCESSES,
 ) -> None:
     """Fills several stores of the same corpus in one pass over it; see `fill_store`.
 
     Args:
         stores: a store for each kind of gradients that the encoder computes; their shards have the
             same rows. A shard that any store lacks is encoded for all, and written to those.
-        encoder, table, layout, description, quiet: as for `fill_store`.
+        encoder, table, layout, description, quiet, engine: as for `fill_store`.
 
     Raises:
         StoreError: as for `fill_store`, or the stores' shards differ.
@@ -192,16 +194,18 @@ def fill_stores(
         _check_stored_rows(stores, lacking, encoder, table, layout)
     process, count = jax.process_index(), jax.process_count()
     is_shared = not sharding.is_local(layout.mesh)
-    local = missing if is_shared else processes.share(missing)
     tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
-    if len(local):
+
+    def compute(numbers: Sequence[int]) -> None:
+        if not len(numbers):
+            return
         done = sum(tokens) - sum(tokens[i] for i in missing)
-        total = done + sum(tokens[i] for i in local)
+        total = done + sum(tokens[i] for i in numbers)
         with (
             progress.bar(total, description, "token", done, quiet, saves_work=True) as bar,
             _Writer(stores, lacking, description, bar) as writer,
         ):
-            for turn, i in enumerate(local):
+            for turn, i in enumerate(numbers):
                 rows = np.arange(shards[i].start, shards[i].stop)
                 encoded = encode_kinds(encoder, table, rows, layout, bar.update)
                 if not is_shared or turn % count == process:
@@ -212,9 +216,12 @@ def fill_stores(
                     raise preemption.Preempted
                 if not is_shared:
                     preemption.check()
-    if not is_shared:
-        for store in stores:
-            processes.wait_until(lambda store=store: not store.missing(), _LONGEST_PAUSE)
+
+    def list_missing() -> list[int]:
+        return sorted(set().union(*(s.missing() for s in stores)))
+
+    names = " and ".join(s.path.rpartition("/")[2] for s in stores)
+    engine.compute(Work(f"encode {names}", compute, lambda: missing, list_missing, is_shared))
     processes.wait_for_all("shards written")
 
 

@@ -24,6 +24,7 @@ from tda.model import functional
 from tda.retrieval.whitening import HessianSettings
 from tda.run.workdir import Workdir
 from tda.runtime import sharding
+from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import Groups
 from tda.store import Passage
@@ -114,6 +115,7 @@ class Run:
     corpus: Corpus
     trained: Trained  # the model at the traced checkpoint
     live: bool = False  # finished, and held open for questions: no store is written
+    engine: Engine = PROCESSES  # who computes which group of a stage's work
 
     def at_step(self, step: int) -> "Run":
         """Returns the run with the model of another checkpoint of the same training."""
@@ -158,7 +160,8 @@ class Run:
     @property
     def groups(self) -> Groups:
         """The groups of rows that R and searches are computed in; files of an unfinished search."""
-        return Groups(self.workdir / "groups", _GROUP_SHARDS * self.config.store.shard_bytes)
+        group_bytes = _GROUP_SHARDS * self.config.store.shard_bytes
+        return Groups(self.workdir / "groups", group_bytes, self.engine)
 
     @property
     def hessian(self) -> HessianSettings:

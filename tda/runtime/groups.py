@@ -9,7 +9,7 @@ import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -17,14 +17,13 @@ import numpy as np
 
 from tda.runtime import preemption, processes
 from tda.runtime.atomic_file import open_atomic
+from tda.runtime.engine import PROCESSES, Engine, Work
 
 # A scan reads this in 10 s to a minute, which is what a kill may cost.
 _GROUP_BYTES = 4 << 30
 # Rows of a group have at least so many times the bytes of its result, so that results, which are
 # written and read again, add little to the time and the disk.
 _ROWS_PER_RESULT = 16
-# Seconds between looks for the other processes' groups, at most.
-_LONGEST_PAUSE = 10.0
 
 Result = dict[str, np.ndarray]
 
@@ -42,6 +41,9 @@ class Groups:
 
     group_bytes: int = _GROUP_BYTES
     """The bytes of a group's rows, at least."""
+
+    engine: Engine = PROCESSES
+    """Who computes which group."""
 
     def ranges(self, rows: int, row_bytes: int, result_bytes: int = 0) -> list[range]:
         """Returns the rows of each group.
@@ -68,7 +70,8 @@ class Groups:
     ) -> Any:
         """Computes the groups that have no result yet, and returns the reduction of all results.
 
-        Every process of a run calls it. Each computes a share of the groups; process 0 reduces.
+        Every process of a run calls it. The engine says which of the groups this process computes;
+        process 0 reduces.
 
         Args:
             name: the name of the work: a folder in `directory`. It says all that results depend on.
@@ -86,17 +89,24 @@ class Groups:
         """
         if self.directory is None:
             return reduction(map(work, ranges))
-        # Process 0 looks for all: the processes must agree on who computes what.
-        name, missing = processes.on_first_process(
-            f"look for groups of {name}", lambda: [name, _missing(self.directory / name, ranges)]
-        )
-        folder, local = self.directory / name, processes.share(missing)
-        for i in set(range(len(ranges))) - set(local):
-            on_rows(len(ranges[i]))
-        for i in local:
-            _write(folder, i, work(ranges[i]))
-            preemption.check()
-        processes.wait_until(lambda: len(_paths(folder)) >= len(ranges), _LONGEST_PAUSE)
+        # By the name that process 0 gives it: its last bits may differ between hosts.
+        name = processes.on_first_process(f"name the work {name}", lambda: name)
+        folder = self.directory / name
+
+        def compute(numbers: Sequence[int]) -> None:
+            for i in set(range(len(ranges))) - set(numbers):
+                on_rows(len(ranges[i]))
+            for i in numbers:
+                _write(folder, i, work(ranges[i]))
+                preemption.check()
+
+        def find_missing() -> list[int]:
+            return _missing(folder, ranges)
+
+        def list_missing() -> list[int]:
+            return sorted(set(range(len(ranges))) - set(_paths(folder)))
+
+        self.engine.compute(Work(name, compute, find_missing, list_missing))
         results = []
 
         def reduce_all():

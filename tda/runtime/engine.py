@@ -1,0 +1,66 @@
+"""Who computes which group of a stage's work: one seam for all stages and all engines.
+
+A stage cuts its work into groups (of rows, shards, queries), numbered from 0. A group's result lies
+on disk, whole or not at all, and does not depend on who computed it. A stage describes this as a
+`Work`; an engine has the missing groups computed, wherever it likes, and returns once none is
+missing. The stage then reduces the results in their order.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tda.runtime import processes
+
+# Seconds between looks for other processes' results, at most.
+_LONGEST_PAUSE = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A stage's work in numbered groups, each of which leaves a result on disk."""
+
+    name: str
+    """Says all that the results depend on; the same in every process."""
+
+    compute: Callable[[Sequence[int]], None]
+    """Computes these groups, one after the other, and writes each one's result."""
+
+    find_missing: Callable[[], list[int]]
+    """Returns the numbers of the groups without a result; may remove results that are damaged."""
+
+    list_missing: Callable[[], list[int]]
+    """Returns them by the results' names alone, since it is called again and again."""
+
+    is_joint: bool = False
+    """Whether all processes compute every group together, on devices that they share."""
+
+
+class Engine(Protocol):
+    """Decides who computes which groups."""
+
+    def compute(self, work: Work) -> None:
+        """Returns once no group of the work is missing.
+
+        Every process of a run calls it, with the same work.
+        """
+        ...
+
+
+class Processes:
+    """This process, or the processes of a `jax.distributed` run.
+
+    The groups that are missing when the work begins are split evenly.
+    """
+
+    def compute(self, work: Work) -> None:
+        """See `Engine`."""
+        # Process 0 looks for all: the processes must agree on who computes what.
+        missing = processes.on_first_process(f"look for groups of {work.name}", work.find_missing)
+        work.compute(missing if work.is_joint else processes.share(missing))
+        if not work.is_joint:
+            processes.wait_until(lambda: not work.list_missing(), _LONGEST_PAUSE)
+
+
+# Of runs that name no other.
+PROCESSES = Processes()
