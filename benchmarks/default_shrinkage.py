@@ -194,7 +194,7 @@ def encode(model, tokenizer, texts, queries, method: str) -> inputs.TraceGradien
         tokenizer=PretrainedTokenizer.wrap(tokenizer),
         context=512,
         joiner=None,
-        text_field="text",
+        text_field=None,
         id_field=None,
         directory=None,
     )

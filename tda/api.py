@@ -114,7 +114,8 @@ def trace(
             (`tda.data.joining.choose_joiner` has the whole rule). `joiner=""` joins them as
             they are written: right for code.
         sample: the number of batches that second moments are estimated from, 16 by default, drawn
-            at random; from an iterator of batches, the first ones.
+            at random; from an iterator of batches, the first ones. Of a few texts and a large model
+            at most four, and small ones, or the estimate would cost more than the trace.
         damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
             towards a multiple of the identity by as much as so few passages need (Ledoit and Wolf
             2004), so that on a small corpus the noise in R does no harm; a line says how much.

@@ -90,7 +90,11 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray
     """Returns the sums of a range of rows, float64: "0", "1", … by portion, "fourth", "count"."""
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
     widths = source.form.widths
-    step = _CHUNKS_PER_STEP * _chunk_rows(source.form.width) * devices
+    # Of a small source no more: rows of padding cost as much as others. The step is that of the
+    # whole source, so that a group's sums have the same bits however the source is cut.
+    total = source.rows if drawn is None else len(drawn)
+    share = 1 << max(0, (-(-total // devices) - 1).bit_length())
+    step = devices * min(share, _CHUNKS_PER_STEP * _chunk_rows(source.form.width))
 
     def put(x):
         return jax.device_put(x) if mesh is None else sharding.put_leading(mesh, x)

@@ -161,6 +161,7 @@ def test_the_sample_of_a_small_corpus_has_one_shape_and_some_batches(parameters)
     assert len({b["tokens"].shape for b in batches}) == 1 and len(batches) >= 4
     if parameters > 10**8:
         assert len(batches) == 4 < len(layout.batches(table))
+        assert max(b["tokens"].size for b in batches) <= 128
 
 
 def test_a_small_corpus_in_memory_is_encoded_once(tokenizer, shapes, tmp_path):
