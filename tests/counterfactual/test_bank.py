@@ -39,9 +39,10 @@ def test_a_dropped_passage_leaves_denominator_and_order_as_they_are():
     training = make_training()
     weights = weights_without(np.eye(PASSAGES, dtype=bool)[3:4], make_retraining().unit_C)[0]
     for batch in training.batches:
-        spread = batch.spread(weights)
+        spread, scored = batch.spread(weights), batch.arrays["weights"] > 0
+        targets = training.table.tokens[batch.places_BxT]
+        np.testing.assert_array_equal(targets[scored], batch.arrays["targets"][scored])
         dropped = [i for i, row in enumerate(batch.rows) if row == 3]
-        scored = batch.arrays["weights"] > 0
         assert not spread[dropped][scored[dropped]].any()
         others = np.setdiff1d(np.arange(len(spread)), dropped)
         assert spread[others][scored[others]].all()
@@ -80,8 +81,8 @@ def test_a_killed_bank_continues_with_what_is_missing(tmp_path, monkeypatch):
         make_retraining(groups=Groups(tmp_path), unit_C=retraining.unit_C // 2),
     ):
         before = len(list(tmp_path.rglob("*.npz")))
-        changed.losses(REMOVED[:1], "another")
-        assert len(list(tmp_path.rglob("*.npz"))) == before + 1
+        changed.bank(REMOVED, "another")
+        assert len(list(tmp_path.rglob("*.npz"))) == before + 4
 
 
 def test_a_longer_list_of_draws_computes_only_what_it_has_more(tmp_path):

@@ -31,7 +31,7 @@ def make_table(lengths, seed, name="p", targets=None):
 
 def make_optimizer(steps, name="adam", **constants):
     rate = optimizer.schedule("cosine", 1e-2, steps, 2, 0.1)
-    return optimizer.make_optimizer(name, rate, **{"eps_root": 1e-8, **constants})
+    return optimizer.make_optimizer(name, rate, **{"eps_root": 1e-5, **constants})
 
 
 @functools.cache
