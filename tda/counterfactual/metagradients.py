@@ -15,7 +15,6 @@ import functools
 import io
 import math
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +86,6 @@ class Reverse:
             return jax.lax.map(pullback, cotangents, batch_size=at_once if at_once > 1 else None)
 
         self._pull = jax.jit(pull, donate_argnums=3)
-        self._query_gradient = jax.jit(
-            lambda params, batch, i: jax.grad(lambda p: queries.of_batch(p, batch)[i])(params)
-        )
 
     def keep_states(self) -> None:
         """Trains once, and keeps the state at every √T-th step; what is kept is not done again."""
@@ -102,6 +98,19 @@ class Reverse:
         """Returns the state at the end of the training."""
         self.keep_states()
         return self._read(self.training.steps)
+
+    def segment(self, stop: int) -> tuple[int, list[State]]:
+        """Returns the last step before `stop` whose state is kept, and the states from it on."""
+        first = (stop - 1) // self.stride * self.stride
+        states: list[State] = []
+        self.training.run(
+            state=self._read(first),
+            first=first,
+            stop=stop,
+            # A copy: the next step reuses the buffers.
+            on_step=lambda i, s: states.append(jax.tree.map(jnp.copy, s)),
+        )
+        return first, states
 
     def by_token(self, numbers: np.ndarray, name: str = "queries") -> np.ndarray:
         """Returns −dL/dw of some queries by every token of the table, float32 [Q, C].
@@ -120,16 +129,7 @@ class Reverse:
             training.steps, f"metagradients ({name})", "step", done, saves_work=True
         ) as bar:
             while step:
-                first = (step - 1) // self.stride * self.stride
-                states: list[State] = []
-                training.run(
-                    state=self._read(first),
-                    first=first,
-                    stop=step,
-                    # A copy: the next step reuses the buffers.
-                    on_step=lambda i, s: states.append(jax.tree.map(jnp.copy, s)),  # noqa: B023
-                )
-                for state in reversed(states):
+                for state in reversed(self.segment(step)[1]):
                     step -= 1
                     batch = training.batches[step]
                     weights_BxT = batch.spread(training.even_weights)
@@ -148,7 +148,9 @@ class Reverse:
             floats = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(arrays) - 2)]
             return int(arrays["step"]), floats, arrays["scores"]
         final = self._read(self.training.steps)
-        gradients = self._query_gradients(final["params"], numbers)
+        by_path = self.queries.all_gradients(final["params"])
+        leaves = [x[np.asarray(numbers)] for x in by_path.values()]
+        gradients = jax.tree.unflatten(jax.tree.structure(final["params"]), leaves)
         # The final moments have no part in a query's loss.
         zeros = jax.tree.map(
             lambda x: jnp.zeros((len(numbers), *x.shape), x.dtype) if _is_float(x) else x, final
@@ -156,10 +158,6 @@ class Reverse:
         cotangents = split_state(zeros | {"params": gradients})[0]
         scores_QxC = np.zeros((len(numbers), len(self.training.table.tokens)), np.float32)
         return self.training.steps, cotangents, scores_QxC
-
-    def _query_gradients(self, params: dict, numbers: np.ndarray) -> dict:
-        """Returns the gradients of some queries, stacked: leaves [Q, …]."""
-        return stack_trees(query_gradients(self._query_gradient, self.queries, params, numbers))
 
     def _pass_path(self, name: str) -> pathlib.Path | None:
         return None if self.directory is None else self.directory / f"pass-{name}.npz"
@@ -201,29 +199,6 @@ class Reverse:
         return jax.tree.unflatten(
             treedef, [jnp.array(arrays[f"leaf{i}"]) for i in range(len(arrays))]
         )
-
-
-def query_gradients(gradient_fn: Callable, queries: QueryLosses, params: dict, numbers) -> list:
-    """Returns the gradient of each of some queries, a tree each.
-
-    Args:
-        gradient_fn: maps parameters, a batch and a place in it to the gradient of that loss.
-        queries: the queries.
-        params: the parameters.
-        numbers: the queries' numbers.
-    """
-    trees = {}
-    for batch in queries.batches:
-        arrays = batch.arrays()
-        for i, place in enumerate(batch.places):
-            if place in set(map(int, numbers)):
-                trees[int(place)] = gradient_fn(params, arrays, jnp.int32(i))
-    return [trees[int(n)] for n in numbers]
-
-
-def stack_trees(trees: list) -> dict:
-    """Returns trees of one structure as one, with an axis in front of every leaf."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 class Forward:

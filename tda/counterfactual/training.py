@@ -7,7 +7,7 @@ leaves order, batches, schedule and the other passages' gradients as they are.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from tda import loss as losses
+from tda.counterfactual.example_gradients import ExampleGradients
 from tda.data.batches import Batch, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
@@ -111,6 +112,11 @@ class Training:
         return len(self.batches)
 
     @functools.cached_property
+    def example_gradients(self) -> ExampleGradients:
+        """Computes the whole gradient of every passage of a batch."""
+        return ExampleGradients(self.model_fn)
+
+    @functools.cached_property
     def even_weights(self) -> np.ndarray:
         """A weight of 1 for every token of the table: the training as it is."""
         return np.ones(len(self.table.tokens), np.float32)
@@ -199,6 +205,7 @@ class QueryLosses:
     def __init__(self, model_fn: functional.Functional, table: TokenTable, layout: BatchLayout):
         self.model_fn, self.table = model_fn, table
         self.batches = list(layout.batches(table))
+        self._gradients = ExampleGradients(model_fn)
         self._losses = jax.jit(self.of_batch)
         self._losses_together = jax.jit(jax.vmap(self.of_batch, in_axes=(0, None)))
 
@@ -217,6 +224,19 @@ class QueryLosses:
     def together(self, params: dict, count: int) -> np.ndarray:
         """Returns the losses under `count` models whose parameters are stacked: float32 [M, Q]."""
         return self._gather(lambda arrays: self._losses_together(params, arrays), (count,))
+
+    def gradients(self, params: dict) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+        """Yields the queries' numbers and whole gradients by path, [B, …], batch by batch."""
+        for batch in self.batches:
+            gradients = self._gradients(params, batch.arrays())
+            R = len(batch.places)
+            yield batch.places, {path: x[:R] for path, x in gradients.items()}
+
+    def all_gradients(self, params: dict) -> dict[str, jax.Array]:
+        """Returns the whole gradients of all queries by path, float32 [Q, …]."""
+        numbers, parts = zip(*self.gradients(params), strict=True)
+        order = np.argsort(np.concatenate(numbers))
+        return {p: jnp.concatenate([part[p] for part in parts])[order] for p in parts[0]}
 
     def _gather(self, compute: Callable[[dict], jax.Array], leading: tuple[int, ...]) -> np.ndarray:
         out = np.zeros((*leading, len(self)), np.float32)

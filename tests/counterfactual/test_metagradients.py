@@ -9,19 +9,26 @@ from tda.counterfactual import metagradients
 from tda.counterfactual.training import sum_by_unit, units_of_tokens
 from tda.model import functional
 from tda.runtime import preemption
-from tests.counterfactual.world import PASSAGES, QUERIES, make_queries, make_training
+from tests.counterfactual.world import (
+    PASSAGES,
+    QUERIES,
+    exact_scores,
+    make_queries,
+    make_reverse,
+    make_training,
+)
 
 ALL = np.arange(QUERIES)
 
 
 @pytest.fixture(scope="module")
 def reverse():
-    return metagradients.Reverse(make_training(), make_queries())
+    return make_reverse()
 
 
 @pytest.fixture(scope="module")
-def scores(reverse):
-    return reverse.by_token(ALL)
+def scores():
+    return exact_scores()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def test_forward_mode_passes_a_backward_pass_of_ones_own(forward):
 
 def test_a_killed_pass_continues_backwards(tmp_path, scores, reverse, monkeypatch):
     kept = metagradients.Reverse(make_training(), make_queries(), tmp_path)
-    kept._pull, kept._query_gradient = reverse._pull, reverse._query_gradient
+    kept._pull = reverse._pull
     monkeypatch.setattr(preemption, "is_noticed", lambda: True)
     with pytest.raises(preemption.Preempted):
         kept.by_token(ALL)

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import QueryLosses, Training, plan_batches
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
@@ -41,6 +42,17 @@ def make_training(seed=0, optimizer_name="adam", epochs=2.0):
     model_fn, params = functional.split(make_decoder())
     batches = plan_batches(table, LAYOUT, epochs, seed)
     return Training(model_fn, params, make_optimizer(len(batches), optimizer_name), table, batches)
+
+
+@functools.cache
+def make_reverse():
+    return Reverse(make_training(), make_queries())
+
+
+@functools.cache
+def exact_scores():
+    """−dL/dw of all queries by token: shared, since its program takes seconds to compile."""
+    return make_reverse().by_token(np.arange(QUERIES))
 
 
 @functools.cache

@@ -1,0 +1,157 @@
+"""The surrogate adjoint: reverse mode through Adam's recursion, without second derivatives.
+
+The exact cotangent passes a step's Hessian and the path through Adam's second moment. Here the
+Hessian is the mean Fisher matrix of labels drawn from the model, H̄ = Σ_i g_i g_iᵀ / tokens over a
+sample, or nothing, and the second moment's path is left out. With u the cotangent of a step's
+gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: what is left are the passages' gradients at each step,
+which all queries share. (With the batch's own labels in H̄ the recursion diverges.)
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tda.counterfactual.example_gradients import ExampleGradients, as_rows
+from tda.counterfactual.metagradients import Reverse
+from tda.counterfactual.training import State
+from tda.gradients.kronecker import sampled_loss
+from tda.model import functional
+from tda.runtime import progress, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamRecursion:
+    """Adam's or AdamW's constants, as `tda.training.optimizer.make_optimizer` takes them."""
+
+    learning_rate: Callable[[int], float]
+    """By step, from 0."""
+    clip: float = 1.0
+    """Largest global norm of a gradient; 0 for none."""
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: float = 0.0
+
+
+def fisher_rows(
+    model_fn: functional.Functional, params: dict, batches: Iterable[dict], limit: int
+) -> jax.Array:
+    """Returns gradients of sampled labels whose Gram matrix is the mean Fisher: float32 [S, P].
+
+    Args:
+        model_fn: the model's structure.
+        params: the parameters.
+        batches: passages with sampled labels (`tda.gradients.kronecker.batches`).
+        limit: the most numbers that they may be, S · P.
+
+    Returns:
+        g_i / √tokens, with the scored tokens of the sample: H̄ u = rowsᵀ (rows u).
+
+    Raises:
+        ValueError: they are more numbers than the limit.
+    """
+    gradients_of = ExampleGradients(model_fn, sampled_loss)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    rows, tokens = [], 0.0
+    for batch in batches:
+        scored = (batch["weights"] > 0).any(axis=1)
+        rows.append(as_rows(gradients_of(params, batch))[scored])
+        tokens += float(batch["weights"].sum())
+        if sum(map(len, rows)) * size > limit:
+            raise ValueError(
+                f"{sum(map(len, rows))} gradients or more of {size:,} parameters are beyond the "
+                f"{limit:,} numbers that the mean Fisher matrix may take; sample fewer passages"
+            )
+    return jnp.concatenate(rows) / jnp.float32(tokens) ** 0.5
+
+
+def surrogate(
+    reverse: Reverse, recursion: AdamRecursion, fisher_SxP: jax.Array | None
+) -> np.ndarray:
+    """Returns −dL/dw of every query and passage, by the surrogate: float32 [Q, N].
+
+    Args:
+        reverse: the training with its kept states, and the queries.
+        recursion: the optimizer.
+        fisher_SxP: from `fisher_rows`; None for no Hessian.
+
+    Raises:
+        ValueError: the optimizer keeps no second moments as Adam does.
+        FloatingPointError: the recursion diverged.
+    """
+    training, queries = reverse.training, reverse.queries
+    final = reverse.final_state()
+    if not isinstance(optax.tree.get(final["opt_state"], "nu"), dict):
+        raise ValueError("the surrogate adjoint is Adam's; this optimizer has no second moments nu")
+    theta_QxP = as_rows(queries.all_gradients(final["params"]))
+    mu_QxP = jnp.zeros_like(theta_QxP)
+    step_back = jax.jit(_step_back, static_argnames="recursion", donate_argnums=(0, 1))
+    scores_QxN = np.zeros((len(queries), len(training.table)), np.float32)
+    with progress.bar(training.steps, "surrogate adjoint", "step") as bar:
+        for step, before, after in _backwards(reverse):
+            batch = training.batches[step]
+            gradients_BxP = as_rows(training.example_gradients(before["params"], batch.arrays))
+            tokens = max(float(batch.arrays["weights"].sum()), 1.0)
+            theta_QxP, mu_QxP, d_QxB = step_back(
+                theta_QxP,
+                mu_QxP,
+                gradients_BxP,
+                _second_moment(after),
+                fisher_SxP,
+                jnp.float32(step),
+                jnp.float32(recursion.learning_rate(step)),
+                jnp.float32(tokens),
+                recursion=dataclasses.replace(recursion, learning_rate=_nothing),
+            )
+            rows = batch.rows
+            scores_QxN[:, rows] -= sharding.to_host(d_QxB)[:, : len(rows)]
+            bar.update(1)
+    if not np.isfinite(scores_QxN).all():
+        raise FloatingPointError("the surrogate adjoint diverged; lower the learning rate")
+    return scores_QxN
+
+
+def _nothing(step: int) -> float:
+    return 0.0
+
+
+def _second_moment(state: State) -> jax.Array:
+    nu = functional.flat_parameters(optax.tree.get(state["opt_state"], "nu"))
+    return jnp.concatenate([x.reshape(-1) for x in nu.values()])
+
+
+def _backwards(reverse: Reverse):
+    """Yields the steps from the last to the first, each with the states before and after it."""
+    step = reverse.training.steps
+    after = reverse.final_state()
+    while step:
+        first, states = reverse.segment(step)
+        for state in reversed(states):
+            step -= 1
+            yield step, state, after
+            after = state
+        assert step == first
+
+
+def _step_back(theta, mu, gradients_BxP, nu_P, fisher_SxP, step, rate, tokens, recursion):
+    """Returns the cotangents of parameters and first moment before a step, and dL/dw, [Q, B]."""
+    r = recursion
+    correction1, correction2 = 1 - r.b1 ** (step + 1), 1 - r.b2 ** (step + 1)
+    inverse_root_P = 1 / (jnp.sqrt(nu_P / correction2 + r.eps_root) + r.eps)
+    mu = mu - rate / correction1 * inverse_root_P * theta
+    gradient_P = jnp.sum(gradients_BxP, axis=0) / tokens
+    norm = jnp.linalg.norm(gradient_P)
+    # The clipping's factor, taken as a constant.
+    factor = jnp.minimum(1.0, r.clip / jnp.maximum(norm, 1e-30)) if r.clip else 1.0
+    u_QxP = (1 - r.b1) * factor * mu
+    theta = theta * (1 - rate * r.weight_decay)
+    if fisher_SxP is not None:
+        product_QxS = jnp.matmul(u_QxP, fisher_SxP.T, precision="highest")
+        theta = theta + jnp.matmul(product_QxS, fisher_SxP, precision="highest")
+    d_QxB = jnp.matmul(u_QxP, gradients_BxP.T, precision="highest") / tokens
+    return theta, r.b1 * mu, d_QxB

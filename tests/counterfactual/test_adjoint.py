@@ -1,0 +1,99 @@
+"""The surrogate adjoint, against reverse mode where the two must agree, and by a dense matrix."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tda.counterfactual import adjoint, metagradients
+from tda.counterfactual.training import Training, sum_by_unit, units_of_tokens
+from tda.gradients import kronecker
+from tda.training import optimizer
+from tests.counterfactual.world import (
+    LAYOUT,
+    PASSAGES,
+    exact_scores,
+    make_queries,
+    make_reverse,
+    make_training,
+)
+
+
+def make_recursion(**changes):
+    rate = optimizer.schedule("cosine", 1e-2, make_training().steps, 2, 0.1)
+    return adjoint.AdamRecursion(rate, **({"eps_root": 1e-5} | changes))
+
+
+@pytest.mark.slow
+def test_one_step_without_second_moments_is_exact():
+    """With b2 = 1 − tiny and one step the Hessian has no part: the surrogate is the derivative."""
+    training = make_training()
+    # At the first step ν̂ = g² moves with the data; a large eps_root takes that path away.
+    tx = optimizer.make_optimizer("adam", 0.1, eps_root=1e4, clip=None)
+    one = Training(
+        training.model_fn,
+        training.params,
+        tx,
+        training.table,
+        list(LAYOUT.batches(training.table))[:1],
+    )
+    exact = metagradients.Reverse(one, make_queries())
+    recursion = adjoint.AdamRecursion(lambda step: 0.1, clip=0.0, eps_root=1e4)
+    scores = adjoint.surrogate(exact, recursion, None)
+    unit_C, _ = units_of_tokens(one.table, range(PASSAGES))
+    expected = sum_by_unit(exact.by_token(np.arange(5)), unit_C, PASSAGES)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(scores, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_the_recursion_is_that_of_a_dense_matrix():
+    """By hand, in float64, for one query: clipping, momentum, corrections and H̄ u."""
+    rng = np.random.default_rng(0)
+    P, B, steps = 6, 3, 2
+    fisher = rng.normal(size=(4, P))
+    G, nu = rng.normal(size=(steps, B, P)), rng.random((steps, P))
+    r = make_recursion(clip=0.5, weight_decay=0.1, eps=1e-3)
+    theta, mu = rng.normal(size=P), np.zeros(P)
+    ours = jnp.asarray(theta[None], jnp.float32), jnp.asarray(mu[None], jnp.float32)
+    for t in reversed(range(steps)):
+        rate, tokens = 0.3 + t, 7.0
+        arrays = [jnp.asarray(x, jnp.float32) for x in (G[t], nu[t], fisher)]
+        numbers = [jnp.float32(x) for x in (t, rate, tokens)]
+        *ours, d = adjoint._step_back(*ours, *arrays, *numbers, recursion=r)
+        D = np.diag(1 / (np.sqrt(nu[t] / (1 - r.b2 ** (t + 1)) + r.eps_root) + r.eps))
+        mu = mu - rate / (1 - r.b1 ** (t + 1)) * D @ theta
+        clip = min(1, 0.5 / np.linalg.norm(G[t].sum(0) / tokens))
+        u = (1 - r.b1) * clip * mu
+        theta = (1 - rate * 0.1) * theta + fisher.T @ fisher @ u
+        mu = r.b1 * mu
+        np.testing.assert_allclose(d[0], G[t] @ u / tokens, rtol=1e-4)
+    np.testing.assert_allclose(ours[0][0], theta, rtol=1e-4)
+    np.testing.assert_allclose(ours[1][0], mu, rtol=1e-4)
+
+
+def test_it_is_close_to_reverse_mode_with_and_without_the_fisher():
+    training, reverse = make_training(), make_reverse()
+    unit_C, _ = units_of_tokens(training.table, range(PASSAGES))
+    exact = sum_by_unit(exact_scores(), unit_C, PASSAGES)
+    rows, final = np.arange(PASSAGES), reverse.final_state()["params"]
+    batches = kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT)
+    fisher = adjoint.fisher_rows(training.model_fn, final, batches, limit=10**6)
+    plain, curved = (adjoint.surrogate(reverse, make_recursion(), f) for f in (None, fisher))
+    for scores in (plain, curved):
+        assert np.corrcoef(scores.ravel(), exact.ravel())[0, 1] > 0.85
+    assert np.abs(curved - plain).max() > 1e-2 * np.abs(plain).max()
+
+
+def test_refusals():
+    training = make_training()
+    batches = kronecker.batches(training.table, np.arange(8), labels="sampled", layout=LAYOUT)
+    with pytest.raises(ValueError, match="sample fewer passages"):
+        adjoint.fisher_rows(training.model_fn, training.params, batches, limit=10**4)
+    final = {"opt_state": optax.sgd(0.1).init(training.params)}
+    plain = types.SimpleNamespace(
+        training=training, queries=make_queries(), final_state=lambda: final
+    )
+    with pytest.raises(ValueError, match="this optimizer has no second moments"):
+        adjoint.surrogate(plain, make_recursion(), None)
