@@ -20,8 +20,10 @@ from ml_collections import ConfigDict, config_flags
 from tda.run import idle_keys
 from tda.run.registry import load_plugins
 from tda.runtime import (
+    array_tasks,
     command,
     compilation_cache,
+    ending,
     huge_pages,
     interrupts,
     joining,
@@ -56,6 +58,7 @@ def launch(
     main: Callable[[ConfigDict, str | None], None],
     needs_workdir: bool = True,
     tells_idle_keys: bool = False,
+    is_task: Callable[[], bool] = lambda: False,
 ) -> None:
     """Parses the command line and calls `main(config, workdir)`.
 
@@ -63,13 +66,14 @@ def launch(
         main: the program.
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
         tells_idle_keys: whether a line tells each key of the command line that a run never reads.
+        is_task: returns whether the flags make this one of several programs that are not joined.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     tfds.disable_progress_bar()
 
     def run(arguments):
         _refuse_arguments(arguments)
-        _join()
+        _join(is_task())
         preemption.watch()
         try:
             compilation_cache.use(COMPILATION_CACHE.value)
@@ -86,6 +90,8 @@ def launch(
             processes.wait_for_all("the end")
         except preemption.Preempted as notice:
             _exit_preempted(notice)
+        except array_tasks.Unfinished as rest:
+            _exit_saying(str(rest), rest.status, rest.advice, rest.command)
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
             _exit_with(error)
         except Exception:
@@ -143,16 +149,17 @@ def _exit_preempted(notice: preemption.Preempted) -> None:
     done = f" {notice} is saved." if str(notice) else ""
     is_first = processes.is_first()
     jax.distributed.shutdown()
-    _exit_saying(f"ended by SIGTERM.{done}".rstrip("."), preemption.EXIT_STATUS, is_first)
+    if not is_first:
+        os._exit(preemption.EXIT_STATUS)
+    _exit_saying(f"ended by SIGTERM.{done}".rstrip("."), preemption.EXIT_STATUS)
 
 
-def _exit_saying(event: str, status: int, says: bool = True) -> None:
+def _exit_saying(event: str, status: int, advice: str = "", typed: str = "") -> None:
     directory = WORKDIR.value if flags.FLAGS.is_parsed() else None
-    advice = (
-        f"Finished work is kept in {directory}; to continue:" if directory else "To run it again:"
-    )
-    if says:
-        print(f"\n{event}. {advice}\n  {command.typed()}", file=sys.stderr, flush=True)
+    if not advice and directory:
+        advice = f"Finished work is kept in {directory}; to continue:"
+    text = f"\n{event}. {advice or 'To run it again:'}\n  {typed or command.typed()}"
+    print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a closed pipe
         sys.stdout.flush()
     # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
@@ -165,9 +172,11 @@ def _refuse_arguments(arguments: list[str]) -> None:
         sys.exit(f"error: unexpected arguments: {' '.join(arguments[1:])}")
 
 
-def _join() -> None:
+def _join(is_task: bool = False) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     arguments = [f.value for f in (DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
+    if is_task and arguments[0] is None:
+        arguments[0] = False
     try:
         joining.join(*arguments, patience=_PATIENCE)
     except joining.JoinError as error:
@@ -176,28 +185,6 @@ def _join() -> None:
 
 def _exit_with(error: Exception) -> None:
     """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
-    is_local = WORKDIR.value is not None and "://" not in WORKDIR.value
-    traceback_note = _write_traceback(WORKDIR.value) if is_local else ""
-    advice = ""
-    if "No space left" in str(error) and WORKDIR.value is not None:
-        advice = (
-            f"\nthe disk of --workdir={WORKDIR.value} is full: free some space and run the same "
-            "command again; it continues where it stopped"
-        )
-    process = f" in process {jax.process_index()}" if jax.process_count() > 1 else ""
     # Printed here and not at the interpreter's end, which may not come if another process is gone.
-    print(f"error{process}: {error}{advice}{traceback_note}", file=sys.stderr, flush=True)
+    print(ending.describe_error(error, WORKDIR.value), file=sys.stderr, flush=True)
     sys.exit(1)
-
-
-def _write_traceback(workdir: str) -> str:
-    """Writes the traceback to a file of the workdir; returns a note that names the file."""
-    number = "" if processes.is_first() else f"-{jax.process_index()}"
-    path = os.path.join(workdir, f"error{number}.txt")
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
-    except OSError:
-        traceback.print_exc()
-        return ""
-    return f"\n(traceback in {path})"

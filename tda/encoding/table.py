@@ -212,10 +212,7 @@ def fill_stores(
                     writer.write(int(i), encoded)
                 # Leaving writes the shard that is waiting. Processes that encode a shard together
                 # must all leave after the same one.
-                if is_shared and processes.where(preemption.is_noticed()):
-                    raise preemption.Preempted
-                if not is_shared:
-                    preemption.check()
+                processes.check_preemption(is_shared)
 
     def list_missing() -> list[int]:
         return sorted(set().union(*(s.missing() for s in stores)))

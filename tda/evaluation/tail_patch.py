@@ -18,7 +18,7 @@ from tda.data import batches as batching
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model.functional import Functional
-from tda.runtime import progress, sharding
+from tda.runtime import sharding
 from tda.training.loop import train_step
 
 # Pairs that one compiled call works through.
@@ -104,20 +104,18 @@ class TailPatch:
         usual = int(np.median(passages.lengths)) - 1
         positions = np.where(pairs[:, 1] < 0, usual, passages.lengths[pairs[:, 1]] - 1)
         bucket = np.searchsorted(lengths, positions)
-        with progress.bar(len(pairs), "tail-patch", "pair") as bar:
-            for b in np.unique(bucket):
-                in_bucket = np.flatnonzero(bucket == b)
-                for start in range(0, len(in_bucket), _PAIRS_PER_CALL):
-                    which = in_bucket[start : start + _PAIRS_PER_CALL]
-                    # The last call of a length repeats its last pair, to keep the shape.
-                    filled = np.pad(which, (0, _PAIRS_PER_CALL - len(which)), mode="edge")
-                    batch = {
-                        "passage": self._rows(passages, pairs[filled, 1], lengths[b]),
-                        "query": self._rows(queries, pairs[filled, 0], query_length),
-                    }
-                    out[which] = sharding.to_host(self._call(self._state, batch))[: len(which)]
-                    on_done(which, out[which])
-                    bar.update(len(which))
+        for b in np.unique(bucket):
+            in_bucket = np.flatnonzero(bucket == b)
+            for start in range(0, len(in_bucket), _PAIRS_PER_CALL):
+                which = in_bucket[start : start + _PAIRS_PER_CALL]
+                # The last call of a length repeats its last pair, to keep the shape.
+                filled = np.pad(which, (0, _PAIRS_PER_CALL - len(which)), mode="edge")
+                batch = {
+                    "passage": self._rows(passages, pairs[filled, 1], lengths[b]),
+                    "query": self._rows(queries, pairs[filled, 0], query_length),
+                }
+                out[which] = sharding.to_host(self._call(self._state, batch))[: len(which)]
+                on_done(which, out[which])
         return out
 
     def _rows(self, table: TokenTable, rows: np.ndarray, length: int) -> dict:

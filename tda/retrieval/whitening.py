@@ -231,11 +231,14 @@ class Whitening:
 
             def decompose():
                 nonlocal root
-                root = self._make(kind, train)
-                if file is not None:
-                    self._keep(file, root, kind)
+                # Another task of an array may have decomposed it meanwhile.
+                if not (self._groups.engine.party and file is not None and file.exists()):
+                    root = self._make(kind, train)
+                    if file is not None:
+                        self._keep(file, root, kind)
 
-            processes.on_first_process("decompose R", decompose)
+            with self._groups.engine.alone():
+                processes.on_first_process("decompose R", decompose)
         self._roots[kind] = self._read(file, kind) if root is None else root
         return self._roots[kind]
 

@@ -15,11 +15,12 @@ def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
     """Returns the taps of the gradients that EK-FAC or LoGra compares, by site."""
     chosen, projection = run.sites(kind), run.projection(kind)
     file = file_of(run, kind)
-    if processes.on_first_process("look for curvature", file.exists):
-        factors = _load(file)
-    else:
-        factors = _fit(run, kind)
-        processes.on_first_process("keep curvature", lambda: _save(file, factors))
+    with run.engine.alone():
+        if processes.on_first_process("look for curvature", file.exists):
+            factors = _load(file)
+        else:
+            factors = _fit(run, kind)
+            processes.on_first_process("keep curvature", lambda: _save(file, factors))
     if kind.curvature == "logra":
         return kronecker.logra_taps(chosen, projection.side, factors)
     return kronecker.ekfac_taps(chosen, projection, factors, run.config.curvature.damping)

@@ -124,7 +124,10 @@ def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
     groups: dict[tuple, list] = {}
     for kind in dict.fromkeys(k for k in kinds if not k.adam_step):
         store = _store(run, kind, "corpus")
-        if processes.on_first_process("look for shards", store.missing):
+        name = store.path.rpartition("/")[2]
+        if processes.on_first_process("look for shards", store.missing) or run.engine.asks_for(
+            name
+        ):
             output, rows = kind.output or run.config.gradients.output, store.shards()[0].stop
             groups.setdefault((output, rows), []).append((kind, store))
     for (output, rows), lacking in groups.items():
@@ -201,17 +204,18 @@ def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = No
 def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
     """Returns the store of the "corpus" or of the "queries", and creates it if there is none."""
     table = run.table(name)
-    return stores.create(
-        run.store_path(name, kind),
-        table.ids,
-        dict.fromkeys(run.blocks(kind), run.projection(kind).side ** 2),
-        run.provenance(kind),
-        run.config.store.dtype,
-        run.config.store.shard_bytes,
-        documents=table.documents,
-        texts=PassageTexts(table, run.corpus.tokenizer),
-        corpus=run.corpus.fingerprint[name],
-    )
+    with run.engine.alone():
+        return stores.create(
+            run.store_path(name, kind),
+            table.ids,
+            dict.fromkeys(run.blocks(kind), run.projection(kind).side ** 2),
+            run.provenance(kind),
+            run.config.store.dtype,
+            run.config.store.shard_bytes,
+            documents=table.documents,
+            texts=PassageTexts(table, run.corpus.tokenizer),
+            corpus=run.corpus.fingerprint[name],
+        )
 
 
 def describe_kind(run: Run, kind: GradientKind) -> str:

@@ -69,6 +69,9 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
         metrics[name]["by_content"] = contents
 
     def write():
+        # Another task of the same array has written what this one would write.
+        if run.engine.party and run.workdir.has_new("metrics.json"):
+            return
         directory = run.workdir.path if out is None else out
         (directory / "results").mkdir(parents=True, exist_ok=True)
         # metrics.json says which results are valid, so it is removed while they are overwritten.
@@ -78,7 +81,8 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
             results.write(directory / "results" / f"{name}.jsonl", records)
         write_json(directory / "metrics.json", metrics)
 
-    processes.on_first_process("write results", write)
+    with run.engine.alone():
+        processes.on_first_process("write results", write)
     return metrics
 
 

@@ -312,7 +312,7 @@ class Sums(Retriever):
         Finished rankings do not need these stores; a new ranking encodes them again.
         """
         self._at_step.cache_clear()
-        if self.run.config.several.keep_stores:
+        if self.run.config.several.keep_stores or self.run.engine.party:
             return
         for method in methods.values():
             for step in checkpoints.steps_of(self.run, method)[:-1]:

@@ -5,7 +5,9 @@ checkpoint and the rule: so it serves every method, every run on that checkpoint
 the corpus or of the queries.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,11 +19,14 @@ from tda.evaluation.tail_patch import TailPatch
 from tda.run.result_log import ResultLog
 from tda.run.run import Corpus, Run
 from tda.run.train import make_optimizer, restore_state
+from tda.runtime import processes, progress, sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 from tda.training import optimizer
 
 # The passage row of a step with a zero gradient.
 CONTROL = -1
+# Pairs whose tail-patches are one group: a minute of an 8B model's steps, which a kill may cost.
+_PAIRS_PER_GROUP = 64
 
 
 _NO_STEP = (
@@ -96,45 +101,90 @@ def tail_patches(
     keys = [f"{query_of[q]} {passage_of[p]}" for q, p in pairs]
     todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in have}
     if todo:
-        # The optimizer's state is several times the model: restored only if a step is taken.
-        names, lacking = list(todo), list(todo.values())
-        model_fn, state = restore_state(run.trained)
-        tx = make_optimizer(run.config, run.total_steps, rule["learning_rate"])
-        if rule["optimizer_state"] == "fresh":
-            state = state | {"opt_state": _fresh(tx, state)}
-
-        def keep(which: np.ndarray, log_p: np.ndarray) -> None:
-            # Not saved: the run that follows the advice would read it as measured.
-            bad = which[~np.isfinite(log_p).all(axis=1)]
-            if len(bad):
-                query, passage = lacking[bad[0]]
-                raise FloatingPointError(
-                    f"after a tail-patch step on {_name(corpus, passage)} the target of query "
-                    f"{corpus.prompts.ids[query]!r} has no finite log p; lower "
-                    f"eval.tail_patch_learning_rate (it is {rule['learning_rate']:.3g})"
-                )
-            done = [(names[i], x.tolist()) for i, x in zip(which, log_p, strict=True)]
-            have.update(done)
-            log.add(done)
-
-        steps = TailPatch(model_fn, state, tx, run.unsharded_layout)
-        steps(corpus.passages, corpus.prompts, lacking, on_done=keep)
+        _measure_patches(run, rule, todo, log)
+        have = log.read()
     return {pair: tuple(have[key]) for pair, key in zip(pairs, keys, strict=True)}
+
+
+def _measure_patches(
+    run: Run, rule: dict, todo: dict[str, tuple[int, int]], log: ResultLog
+) -> None:
+    """Takes tail-patch steps in groups of pairs, and adds what they changed to the log.
+
+    Raises:
+        FloatingPointError: a step leaves no finite log p; the message names passage and query.
+    """
+    lengths = run.corpus.passages.lengths
+    # Passages of like length together: a step is compiled for each length that they are padded to.
+    keys = sorted(todo, key=lambda key: (lengths[todo[key][1]] if todo[key][1] >= 0 else 0, key))
+    pairs = [todo[key] for key in keys]
+    steps = functools.cache(lambda: _tail_patch(run, rule))
+    # A model that is spread over processes takes every step in all of them.
+    is_joint = not sharding.is_local(run.trained.mesh)
+    with progress.bar(len(keys), "tail-patch", "pair", saves_work=True) as bar:
+
+        def work(numbers: range) -> dict[str, np.ndarray]:
+            group = pairs[numbers.start : numbers.stop]
+
+            def check(which: np.ndarray, log_p: np.ndarray) -> None:
+                # Not saved: the run that follows the advice would read it as measured.
+                bad = which[~np.isfinite(log_p).all(axis=1)]
+                if len(bad):
+                    query, passage = group[bad[0]]
+                    raise FloatingPointError(
+                        f"after a tail-patch step on {_name(run.corpus, passage)} the target of "
+                        f"query {run.corpus.prompts.ids[query]!r} has no finite log p; lower "
+                        f"eval.tail_patch_learning_rate (it is {rule['learning_rate']:.3g})"
+                    )
+                bar.update(len(which))
+                # A group may take longer than the time between a notice and the kill.
+                processes.check_preemption(is_joint)
+
+            corpus = run.corpus
+            return {"log_p": steps()(corpus.passages, corpus.prompts, group, on_done=check)}
+
+        def keep(results: Iterator[dict[str, np.ndarray]]) -> None:
+            log_p = np.concatenate([r["log_p"] for r in results])
+            with run.engine.alone():
+                have = log.read() if run.engine.party else {}
+                pairs = zip(keys, log_p.tolist(), strict=True)
+                log.add([(key, value) for key, value in pairs if key not in have])
+
+        groups = dataclasses.replace(run.groups, is_joint=is_joint)
+        ranges = [
+            range(i, min(len(keys), i + _PAIRS_PER_GROUP))
+            for i in range(0, len(keys), _PAIRS_PER_GROUP)
+        ]
+        groups.reduce(
+            f"tail-patch-{fingerprint([log.path.name, keys])}", ranges, work, keep, bar.update
+        )
+    if not run.engine.party:
+        processes.on_first_process("remove groups", run.remove_groups)
+
+
+def _tail_patch(run: Run, rule: dict) -> TailPatch:
+    # The optimizer's state is several times the model: restored only if a step is taken.
+    model_fn, state = restore_state(run.trained)
+    tx = make_optimizer(run.config, run.total_steps, rule["learning_rate"])
+    if rule["optimizer_state"] == "fresh":
+        state = state | {"opt_state": _fresh(tx, state)}
+    return TailPatch(model_fn, state, tx, run.unsharded_layout)
 
 
 def likelihoods(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Returns −log p(target | prompt) in nats, float32 [Q], and the targets' ranks, int64 [Q]."""
     prompts = run.corpus.prompts
     log = ResultLog(run.workdir / f"likelihood-{fingerprint(run.checkpoint)}.jsonl")
-    measured = log.read()
     keys = [_digest(prompts, q) for q in range(len(prompts))]
-    rows = np.array([q for q, key in enumerate(keys) if key not in measured], np.int64)
-    if len(rows):
-        targets = Likelihood(run.trained.model, run.unsharded_layout)(prompts, rows)
-        pairs = zip(targets.nats.tolist(), targets.ranks.tolist(), strict=True)
-        done = {keys[q]: pair for q, pair in zip(rows, pairs, strict=True)}
-        measured |= done
-        log.add(done.items())
+    with run.engine.alone():
+        measured = log.read()
+        rows = np.array([q for q, key in enumerate(keys) if key not in measured], np.int64)
+        if len(rows):
+            targets = Likelihood(run.trained.model, run.unsharded_layout)(prompts, rows)
+            pairs = zip(targets.nats.tolist(), targets.ranks.tolist(), strict=True)
+            done = {keys[q]: pair for q, pair in zip(rows, pairs, strict=True)}
+            measured |= done
+            log.add(done.items())
     nats, ranks = zip(*(measured[key] for key in keys), strict=True)
     return np.array(nats, np.float32), np.array(ranks, np.int64)
 
@@ -155,7 +205,6 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
     corpus, tokenizer, prompts = run.corpus, run.corpus.tokenizer, run.corpus.prompts
     provenance = run.checkpoint | {"samples": count, "seed": seed}
     log = ResultLog(run.workdir / f"generations-{fingerprint(provenance)}.jsonl")
-    have = log.read()
     ids, lengths, keys = {}, {}, {}
     for q in queries:
         begin, end = prompts.starts[q], prompts.starts[q + 1]
@@ -165,20 +214,22 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
         encoded = tokenizer.encode(corpus.answers(q))
         lengths[q] = 1 + max(map(len, encoded))
         keys[q] = f"{_hash(prompts.tokens[begin:target])} {lengths[q]}"
-    # Queries with the same prompt share their answers.
-    todo = list({keys[q]: q for q in queries if keys[q] not in have}.values())
+    with run.engine.alone():
+        have = log.read()
+        # Queries with the same prompt share their answers.
+        todo = list({keys[q]: q for q in queries if keys[q] not in have}.values())
 
-    def keep(which: np.ndarray, drawn: list) -> None:
-        done = [
-            (keys[todo[i]], [tokenizer.decode(s).strip() for s in answers])
-            for i, answers in zip(which, drawn, strict=True)
-        ]
-        have.update(done)
-        log.add(done)
+        def keep(which: np.ndarray, drawn: list) -> None:
+            done = [
+                (keys[todo[i]], [tokenizer.decode(s).strip() for s in answers])
+                for i, answers in zip(which, drawn, strict=True)
+            ]
+            have.update(done)
+            log.add(done)
 
-    if todo:
-        sampler = Sampler(run.trained.model, tokenizer.eos, run.unsharded_layout)
-        sampler([ids[q] for q in todo], [lengths[q] for q in todo], count, seed, keep)
+        if todo:
+            sampler = Sampler(run.trained.model, tokenizer.eos, run.unsharded_layout)
+            sampler([ids[q] for q in todo], [lengths[q] for q in todo], count, seed, keep)
     return {q: have[keys[q]] for q in queries}
 
 

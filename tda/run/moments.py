@@ -39,19 +39,20 @@ def inverse_root_moments(
     eps = train.options(run.config)["eps"]
     identity = {k: provenance[k] for k in keys} | {"eps": eps}
     file = run.workdir / "moments" / f"{fingerprint(identity)}.safetensors"
-    if processes.on_first_process("look for second moments", file.exists):
-        return kept_scales.load(file, identity)
-    scales = estimate.estimate(
-        trained.model, _loss, _sample(run, on_progress), sites, provenance["correction"], eps
-    )
-    # Every process takes part: arrays may lie on several hosts.
-    local = {path: scale.map(sharding.to_host) for path, scale in scales.items()}
+    with run.engine.alone():
+        if processes.on_first_process("look for second moments", file.exists):
+            return kept_scales.load(file, identity)
+        scales = estimate.estimate(
+            trained.model, _loss, _sample(run, on_progress), sites, provenance["correction"], eps
+        )
+        # Every process takes part: arrays may lie on several hosts.
+        local = {path: scale.map(sharding.to_host) for path, scale in scales.items()}
 
-    def save():
-        file.parent.mkdir(exist_ok=True)
-        kept_scales.save(file, local, identity)
+        def save():
+            file.parent.mkdir(exist_ok=True)
+            kept_scales.save(file, local, identity)
 
-    processes.on_first_process("keep second moments", save)
+        processes.on_first_process("keep second moments", save)
     return scales
 
 

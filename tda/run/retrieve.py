@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 
 import numpy as np
 
@@ -77,12 +76,16 @@ def _search(
     shared = search() if retriever.shares_search else None
 
     def write() -> None:
+        if run.engine.party and all(files[name].exists() for name in group):
+            return
         for name, result in (search() if shared is None else shared).items():
             _write(files[name], result)
         # Of no use to a ranking that is finished.
-        shutil.rmtree(run.groups.directory, ignore_errors=True)
+        if not run.engine.party:
+            run.remove_groups()
 
-    processes.on_first_process("search", write)
+    with run.engine.alone():
+        processes.on_first_process("search", write)
 
 
 def check(config, chosen: dict[str, Method]) -> None:

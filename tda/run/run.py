@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -162,6 +163,10 @@ class Run:
         """The groups of rows that R and searches are computed in; files of an unfinished search."""
         group_bytes = _GROUP_SHARDS * self.config.store.shard_bytes
         return Groups(self.workdir / "groups", group_bytes, self.engine)
+
+    def remove_groups(self) -> None:
+        """Removes the files of groups, which are of no use once the rankings are written."""
+        shutil.rmtree(self.workdir / "groups", ignore_errors=True)
 
     @property
     def hessian(self) -> HessianSettings:

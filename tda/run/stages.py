@@ -17,6 +17,7 @@ from tda.run.workdir import Workdir
 from tda.runtime import processes
 from tda.runtime.atomic_file import open_atomic
 from tda.runtime.command import of_main
+from tda.runtime.engine import PROCESSES, Engine
 
 
 def check(config, encoder: bool = True) -> None:
@@ -44,12 +45,18 @@ def check(config, encoder: bool = True) -> None:
     corpus.check_files(config)
 
 
-def prepare(config, workdir: Workdir) -> Run:
+def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
     """Reads the corpus and trains the model, or finds both finished.
 
     Raises:
-        ValueError: the config does not fit the corpus or the model; raised before training.
+        ValueError: the config does not fit the corpus or the model; raised before training. Or one
+            of several jobs is to train the model.
     """
+    if engine.party and not workdir.is_finished("train"):
+        raise ValueError(
+            "the model is not trained yet, and training is not split into groups: run the command "
+            "once with --groups=none, which trains and prepares, and then the array"
+        )
     if config.store.root:
         # Before training: it may be a bucket that this host may not write to.
         processes.on_first_process(
@@ -60,38 +67,58 @@ def prepare(config, workdir: Workdir) -> Run:
     model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))
     abstract = Trained(model, "", 0, optax.identity(), train.make_mesh(config), {})
     retrieve.check_run(Run(config, workdir, data, abstract))
-    run = Run(config, workdir, data, train.train(config, data, workdir))
+    run = Run(config, workdir, data, train.train(config, data, workdir), engine=engine)
     if config.eval.tail_patch_queries:
         measures.step_rule(run)  # at the traced checkpoint the learning rate may be 0
     return run
 
 
-def trace(config, workdir: Workdir) -> tuple[dict, dict]:
+def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, dict]:
     """Runs all stages in order; returns metrics and notes (λ and the like) by method.
 
     Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
 
+    Args:
+        config: the config.
+        workdir: where all files go.
+        engine: who computes which group of a stage's work.
+
     Raises:
         ValueError: the config is not possible, or another job works in the workdir.
+        tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part.
     """
     # Processes that were started by different commands would wait for each other in vain.
     processes.check_same_code()
     processes.check_alike("config", config.to_json())
     check(config)
-    with workdir.hold():
-        return _trace(config, workdir)
+    run: list[Run] = []
+
+    def remove_groups() -> None:
+        if run:
+            run[0].remove_groups()
+
+    # Of several jobs the last one leaves nothing that only unfinished rankings need.
+    with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
+        run.append(prepare(config, workdir, engine))
+        return _trace(run[0])
 
 
-def _trace(config, workdir: Workdir) -> tuple[dict, dict]:
-    run = prepare(config, workdir)
+def _trace(run: Run) -> tuple[dict, dict]:
+    workdir = run.workdir
     rankings, notes = retrieve.retrieve(run)
     metrics = evaluate.evaluate(run, rankings)
     text = "\n".join([tables.run_table(metrics), *index.describe(notes)])
-    if processes.is_first():
-        page = f"{text}\n\n{tables.run_details(metrics)}\n"
-        with open_atomic(workdir / "table.md") as out:
-            out.write(page)
+
+    def write():
+        if run.engine.party and workdir.has_new("table.md"):
+            return  # another task of the array has written both
         remembered.remember(run)
+        with open_atomic(workdir / "table.md") as out:
+            out.write(f"{text}\n\n{tables.run_details(metrics)}\n")
+
+    with run.engine.alone():
+        if processes.is_first():
+            write()
     print("\n" + examples(run, rankings))
     print(text)
     for name, note in notes.items():

@@ -4,7 +4,7 @@ Each array has its own store under `stores/`, and is computed if that store is u
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from tda import store as stores
 from tda.evaluation.likelihood import Likelihood
 from tda.retrieval import dense, hidden
 from tda.run.run import Run
-from tda.runtime import processes, progress, sharding
+from tda.runtime import preemption, processes, progress, sharding
+from tda.runtime.engine import Work
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Rows that are computed and written together: a killed run loses at most these.
@@ -128,10 +129,17 @@ def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows)
     corpus = run.corpus.fingerprint[array.table]
     path = f"{run.store_root}/{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
 
-    def fill():
-        if stores.finished(path):
-            return  # before the table is used, which a live session would have to read
-        ids, width = run.table(array.table).ids, array.width()
+    # Looked for before the table is used, which a live session would have to read.
+    if not processes.on_first_process(f"look for {array.name}", lambda: stores.finished(path)):
+        _fill(run, array, path, on_rows)
+    store = stores.open_store(path)
+    return store.read(slice(0, store.rows))
+
+
+def _fill(run: Run, array: _Array, path: str, on_rows: Callable[[int], None]) -> None:
+    """Computes the shards that an array's store lacks."""
+    ids, width = run.table(array.table).ids, array.width()
+    with run.engine.alone():
         store = stores.create(
             path,
             ids,
@@ -139,18 +147,18 @@ def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows)
             array.provenance,
             "float32",
             _SHARD_ROWS * width * 4,
-            corpus=corpus,
+            corpus=run.corpus.fingerprint[array.table],
         )
-        # A killed run left whole shards; only the others are computed.
-        missing, shards = store.missing(), store.shards()
-        with progress.bar(len(ids), array.name, "passage") as bar:
-            bar.update(len(ids) - sum(shards[i].stop - shards[i].start for i in missing))
-            for i in missing:
-                rows = np.arange(shards[i].start, shards[i].stop)
-                store.write(i, array.compute(rows))
-                bar.update(len(rows))
-                on_rows(bar.n)
+    shards = [range(s.start, s.stop) for s in store.shards()]
 
-    processes.on_first_process(f"compute {array.name}", fill)
-    store = stores.open_store(path)
-    return store.read(slice(0, store.rows))
+    def compute(numbers: Sequence[int]) -> None:
+        total = sum(len(shards[i]) for i in numbers)
+        with progress.bar(len(ids), array.name, "passage", len(ids) - total) as bar:
+            for i in numbers:
+                store.write(i, array.compute(np.array(shards[i])))
+                bar.update(len(shards[i]))
+                on_rows(bar.n)
+                preemption.check()
+
+    name = f"{array.name} {path.rpartition('/')[2]}"
+    run.engine.compute(Work(name, compute, store.missing, store.missing))

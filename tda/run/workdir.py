@@ -9,12 +9,12 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from tda.run.defaults import flat
-from tda.runtime import processes
+from tda.runtime import directory_lock, processes
 from tda.runtime.atomic_file import write_json
 from tda.runtime.differences import as_text, differences
 from tda.runtime.directory_lock import DirectoryLock
@@ -87,18 +87,31 @@ class Workdir:
         return self.path / name
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, party: str = "", on_last: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keeps other jobs from working here at the same time; those that only read may.
+
+        Args:
+            party: identity of jobs that may work here together; empty for one alone.
+            on_last: called at the end without an error, if no other of the party works here.
 
         Raises:
             HeldError: another job works here; the message says which.
         """
-        lock = DirectoryLock(self.path, f"--workdir={self.path}")
+        lock = DirectoryLock(self.path, f"--workdir={self.path}", party)
         processes.on_first_process("hold the workdir", lock.acquire)
+        # By the clock of the file system, which is that of the files.
+        os.utime(self.path / directory_lock.FILE)
+        self._held_since = (self.path / directory_lock.FILE).stat().st_mtime_ns
         try:
             yield
+            lock.release(on_last)
         finally:
             lock.release()
+
+    def has_new(self, name: str) -> bool:
+        """Returns whether a file was written since this job holds the directory."""
+        path = self.path / name
+        return path.exists() and path.stat().st_mtime_ns >= self._held_since
 
     def _stamp(self, stage: str) -> pathlib.Path:
         return self.path / "stages" / f"{stage}.json"
@@ -112,6 +125,15 @@ class Workdir:
                 return False
             record = json.loads(stamp.read_text(encoding="utf-8"))
             return record["finished"] and record["made_from"] == plain(made_from)
+
+        return processes.on_first_process(f"look for the stage {stage}", look)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether `stage` is finished, whatever it was made from."""
+
+        def look():
+            stamp = self._stamp(stage)
+            return stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["finished"]
 
         return processes.on_first_process(f"look for the stage {stage}", look)
 

@@ -1,5 +1,7 @@
 """One job at a time in a directory: a second one is told who holds it, or waits.
 
+A party of jobs, such as the tasks of a cluster's array, may hold it together (a shared lock).
+
 The job locks the file `.held` (flock), which the kernel unlocks when the process ends in whatever
 way, on other hosts of a shared file system too. The file says who holds it. Some file systems have
 no locks, or keep them from other hosts (Lustre and NFS, by their mount options): there the file's
@@ -16,13 +18,16 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 
 from tda.runtime import command
 
-_FILE = ".held"
+FILE = ".held"
 # Seconds between two signs of life, and without any, until another host's job counts as dead.
 _BEAT, _SILENCE = 5.0, 15.0
 _LONGEST_PAUSE = 5.0
+# Seconds in which a job of a party tries again: each that comes locks the others out for a moment.
+_PARTY_PATIENCE = 20.0
 
 
 class HeldError(ValueError):
@@ -37,11 +42,12 @@ class DirectoryLock:
     Args:
         directory: the directory; it must exist.
         name: how a user names it, for messages.
+        party: identity of the jobs that may hold the directory together; empty for one alone.
     """
 
-    def __init__(self, directory: str | os.PathLike, name: str = ""):
-        self._path = pathlib.Path(directory) / _FILE
-        self._name = name or str(directory)
+    def __init__(self, directory: str | os.PathLike, name: str = "", party: str = ""):
+        self._path = pathlib.Path(directory) / FILE
+        self._name, self._party = name or str(directory), party
         self._handle: int | None = None
         self._is_released = threading.Event()
 
@@ -53,12 +59,14 @@ class DirectoryLock:
         """
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            holder = _find_holder(handle, self._path)
-            if holder is not None:
-                raise HeldError(
-                    f"{self._name} is in use by {_describe(holder)}; wait until that ends, stop "
-                    "it, or use another directory"
-                )
+            end = time.monotonic() + (_PARTY_PATIENCE if self._party else 0.0)
+            while (holder := _find_holder(handle, self._path, self._party)) is not None:
+                if time.monotonic() >= end or not self._may_be_mate(holder):
+                    raise HeldError(
+                        f"{self._name} is in use by {_describe(holder)}; wait until that ends, "
+                        "stop it, or use another directory"
+                    )
+                time.sleep(0.05)
         except BaseException:
             os.close(handle)
             raise
@@ -80,13 +88,25 @@ class DirectoryLock:
                 time.sleep(seconds)
                 seconds = min(2 * seconds, _LONGEST_PAUSE)
 
-    def release(self) -> None:
-        """Gives the lock back; does nothing in a process that does not have it."""
+    def release(self, on_last: Callable[[], None] = lambda: None) -> None:
+        """Gives the lock back; does nothing in a process that does not have it.
+
+        Args:
+            on_last: called before, unless another job of the party still has the lock.
+        """
         handle, self._handle = self._handle, None
         if handle is not None:
             self._is_released.set()
-            os.ftruncate(handle, 0)
-            os.close(handle)
+            try:
+                # The record is for the rest of the party too.
+                if not self._party or _lock(handle, fcntl.LOCK_EX):
+                    on_last()
+                    os.ftruncate(handle, 0)
+            finally:
+                os.close(handle)
+
+    def _may_be_mate(self, holder: dict) -> bool:
+        return bool(self._party) and holder.get("party", self._party) == self._party
 
     def _show_life(self, handle: int) -> None:
         while not self._is_released.wait(_BEAT):
@@ -96,28 +116,53 @@ class DirectoryLock:
                 return
 
 
-def _find_holder(handle: int, path: pathlib.Path) -> dict | None:
-    """Locks the open file for this process; returns None, or the record of the job that has it."""
+def _lock(handle: int, kind: int) -> bool | None:
+    """Locks the open file if nobody has it; returns None where the file system has no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        has_locks = True
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read(handle) or {}
+        return False
     except OSError:
-        has_locks = False
+        return None
+    return True
+
+
+def _find_holder(handle: int, path: pathlib.Path, party: str) -> dict | None:
+    """Locks the open file for this process; returns None, or the record of the job that has it."""
+    is_locked = _lock(handle, fcntl.LOCK_EX)
+    if is_locked is False:
+        if not party or not _lock(handle, fcntl.LOCK_SH):
+            return _read(handle) or {}
+        # Those that share the lock are this party, or another: then it is given back.
+        record = _read(handle) or {}
+        if record.get("party") == party:
+            return None
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        return record
+    has_locks = bool(is_locked)
     # A job that ended has emptied the file; one that was killed has not.
     record = _read(handle)
+    is_mate = record is not None and party != "" and record.get("party") == party
+    if is_mate and not has_locks:
+        return None
     is_local = record is not None and record.get("host") == socket.gethostname()
-    if record is not None and not (is_local and has_locks):
-        if _is_running(record["pid"]) if is_local else _is_alive(path, record):
+    if record is not None and not is_mate and not (is_local and has_locks):
+        # The record of a party is that of its first job, which may have ended before the others.
+        if (
+            _is_running(record["pid"])
+            if is_local and not record.get("party")
+            else _is_alive(path, record)
+        ):
             return _read(handle) or record
-    token = _write(handle)
+    token = _write(handle, party)
     if not has_locks:
         # Of two jobs that start at the same moment, the one whose record stays has the lock.
         time.sleep(1.0)
         record = _read(handle)
         if record is not None and record.get("token") != token:
-            return record
+            return None if party and record.get("party") == party else record
+    elif party and not _lock(handle, fcntl.LOCK_SH):
+        return _read(handle) or {}  # another job came between the two locks
     return None
 
 
@@ -129,7 +174,7 @@ def _read(handle: int) -> dict | None:
     return record if isinstance(record, dict) and {"host", "pid"} <= record.keys() else None
 
 
-def _write(handle: int) -> str:
+def _write(handle: int, party: str) -> str:
     now = datetime.datetime.now(datetime.UTC)
     record = {
         "host": socket.gethostname(),
@@ -137,7 +182,7 @@ def _write(handle: int) -> str:
         "since": now.isoformat(" ", "seconds"),
         "command": command.typed(),
         "token": uuid.uuid4().hex,
-    }
+    } | ({"party": party} if party else {})
     text = json.dumps(record, ensure_ascii=False).encode()
     os.ftruncate(handle, 0)
     os.pwrite(handle, text, 0)
@@ -177,4 +222,6 @@ def _describe(holder: dict) -> str:
     text = f"process {holder['pid']} on {holder['host']}"
     if "since" in holder:
         text += f" since {holder['since']}"
+    if holder.get("party"):
+        text = f"the tasks of an array, whose first was {text}"
     return f"{text} ({holder['command']})" if holder.get("command") else text

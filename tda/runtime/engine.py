@@ -6,6 +6,7 @@ on disk, whole or not at all, and does not depend on who computed it. A stage de
 missing. The stage then reduces the results in their order.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -37,7 +38,30 @@ class Work:
 
 
 class Engine(Protocol):
-    """Decides who computes which groups."""
+    """Decides who computes which groups.
+
+    Attributes:
+        party: identity of the jobs that work on the run at the same time, each by itself (the tasks
+            of an array, Ray's workers); empty where one job works alone. None of several may remove
+            what the others may still read.
+    """
+
+    party: str
+
+    def asks_for(self, name: str) -> bool:
+        """Returns whether this process is there for groups of a work that has this in its name.
+
+        A worker that joins late may find parts of such a work finished, and must describe the work
+        as it was described when it began.
+        """
+        ...
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Keeps the other jobs of the party out of what is not split.
+
+        Inside, a job looks first whether another has done it meanwhile.
+        """
+        ...
 
     def compute(self, work: Work) -> None:
         """Returns once no group of the work is missing.
@@ -52,6 +76,16 @@ class Processes:
 
     The groups that are missing when the work begins are split evenly.
     """
+
+    party = ""
+
+    def asks_for(self, name: str) -> bool:
+        """See `Engine`."""
+        return False
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """See `Engine`."""
+        return contextlib.nullcontext()
 
     def compute(self, work: Work) -> None:
         """See `Engine`."""

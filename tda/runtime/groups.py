@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from tda.runtime import preemption, processes
+from tda.runtime import processes
 from tda.runtime.atomic_file import open_atomic
 from tda.runtime.engine import PROCESSES, Engine, Work
 
@@ -44,6 +44,9 @@ class Groups:
 
     engine: Engine = PROCESSES
     """Who computes which group."""
+
+    is_joint: bool = False
+    """Whether all processes compute every group together, on devices that they share."""
 
     def ranges(self, rows: int, row_bytes: int, result_bytes: int = 0) -> list[range]:
         """Returns the rows of each group.
@@ -97,8 +100,10 @@ class Groups:
             for i in set(range(len(ranges))) - set(numbers):
                 on_rows(len(ranges[i]))
             for i in numbers:
-                _write(folder, i, work(ranges[i]))
-                preemption.check()
+                result = work(ranges[i])
+                if processes.is_first() or not self.is_joint:
+                    _write(folder, i, result)
+                processes.check_preemption(self.is_joint)
 
         def find_missing() -> list[int]:
             return _missing(folder, ranges)
@@ -106,7 +111,7 @@ class Groups:
         def list_missing() -> list[int]:
             return sorted(set(range(len(ranges))) - set(_paths(folder)))
 
-        self.engine.compute(Work(name, compute, find_missing, list_missing))
+        self.engine.compute(Work(name, compute, find_missing, list_missing, self.is_joint))
         results = []
 
         def reduce_all():
@@ -130,6 +135,8 @@ def _missing(folder: pathlib.Path, ranges: list[range]) -> list[int]:
         try:
             _read(path)
             intact.add(i)
+        except FileNotFoundError:
+            continue  # another task of an array has removed it, which was damaged
         except GroupError:
             path.unlink(missing_ok=True)
     return [i for i in range(len(ranges)) if i not in intact]

@@ -69,6 +69,18 @@ def wait_until(is_done: Callable[[], bool], longest_pause: float) -> None:
         seconds = min(2 * seconds, longest_pause)
 
 
+def check_preemption(is_joint: bool = False) -> None:
+    """Raises `Preempted` if a notice has come; only after training.
+
+    Args:
+        is_joint: whether the processes work together, so that all must end at the same place.
+    """
+    if not is_joint:
+        preemption.check()
+    elif where(preemption.is_noticed()):
+        raise preemption.Preempted
+
+
 def wait_for_all(barrier: str) -> None:
     """Returns when every process has reached this barrier."""
     if not _is_alone():

@@ -252,7 +252,7 @@ def test_a_step_that_diverges_is_told_and_not_kept(finished, loaded, monkeypatch
         on_done(np.array([1]), np.array([[-1.0, np.nan]]))
 
     monkeypatch.setattr(measures, "TailPatch", lambda *_: diverge)
-    with pytest.raises(FloatingPointError, match="passage 's01' .* query 'f0'.*lower .*1e\\+30"):
+    with pytest.raises(FloatingPointError, match="passage 's00' .* query 'f0'.*lower .*1e\\+30"):
         measures.tail_patches(changed(loaded, other), [(0, 0), (0, 1)])
     rule = measures.step_rule(changed(loaded, other))
     rule = measures.fingerprint(loaded.checkpoint | {"rule": rule})

@@ -1,0 +1,112 @@
+"""Tasks of a cluster's array (SLURM, a Kubernetes indexed job): each computes a static part.
+
+The tasks are separate programs that share a workdir and nothing else. Group i of every work belongs
+to task i mod N. A task computes its part, waits as long as the others make progress, and goes on to
+the next work once all results are there. What is not split, each task would do for itself; it does
+so alone, behind a lock, and finds done what another has done.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+
+import filelock
+
+from tda.runtime import command, preemption
+from tda.runtime.engine import Work
+
+# What a program says that ends before its work is done and may be repeated (EX_TEMPFAIL of
+# sysexits.h).
+EXIT_STATUS = 75
+# Seconds between looks for the other tasks' results, at most.
+_LONGEST_PAUSE = 10.0
+
+
+class Unfinished(Exception):
+    """The task has done its part, and groups of other tasks are missing.
+
+    Attributes:
+        advice: what to run next.
+        command: the command for it.
+        status: the exit status of the program.
+    """
+
+    def __init__(self, message: str, advice: str, status: int = EXIT_STATUS):
+        super().__init__(message)
+        self.advice, self.status = advice, status
+        self.command = re.sub(r"(--?groups[= ])none\b", r"\1I/N", command.typed())
+
+
+@dataclasses.dataclass
+class ArrayTask:
+    """The engine of one task of an array.
+
+    Attributes:
+        index: the number of the task, from 0.
+        count: the number of tasks; 0 for a call that only prepares: it does what is not split, up
+            to the first missing group.
+        directory: the workdir, for a lock.
+        party: identity of the array, see `tda.runtime.engine.Engine`.
+        patience: seconds that the task waits for the next result of the others.
+    """
+
+    index: int
+    count: int
+    directory: pathlib.Path
+    party: str
+    patience: float = 600.0
+
+    def __post_init__(self):
+        self._lock = filelock.FileLock(self.directory / ".alone.lock")
+        self._finished: list[str] = []
+
+    def asks_for(self, name: str) -> bool:
+        """See `Engine`."""
+        return False
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """See `Engine`."""
+        return self._lock if self.count else contextlib.nullcontext()
+
+    def compute(self, work: Work) -> None:
+        """See `Engine`.
+
+        Raises:
+            Unfinished: groups of other tasks are missing, and no more of them came.
+        """
+        missing, since, pause = work.find_missing(), time.monotonic(), 0.05
+        if missing and not self.count:
+            raise Unfinished(
+                f"all is prepared for {work.name}: {len(missing)} groups",
+                "Each task I of an array of N, from 0 to N−1, takes a part of them:",
+                status=0,
+            )
+        # Called without groups too, for the progress of a work that is finished.
+        work.compute(self._own(missing))
+        while left := work.list_missing():
+            if own := self._own(left):  # another task has removed a damaged result
+                work.compute(own)
+            elif len(left) < len(missing):
+                missing, since = left, time.monotonic()
+            elif time.monotonic() - since >= self.patience:
+                raise Unfinished(self._describe(work, left), "Run the array again:")
+            else:
+                preemption.check()
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        self._finished.append(work.name)
+
+    def _own(self, numbers: Sequence[int]) -> list[int]:
+        return [i for i in numbers if self.count and i % self.count == self.index]
+
+    def _describe(self, work: Work, left: list[int]) -> str:
+        tasks = sorted({i % self.count for i in left})
+        names = ", ".join(map(str, tasks[:8])) + (", …" if len(tasks) > 8 else "")
+        done = f"; finished before: {', '.join(self._finished)}" if self._finished else ""
+        return (
+            f"task {self.index} of {self.count} has computed its part of {work.name}, and "
+            f"{len(left)} of its groups are missing, those of task {names}{done}"
+        )

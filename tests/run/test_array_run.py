@@ -1,0 +1,183 @@
+"""A whole run by the tasks of an array, each a part: equal bytes, whoever computed what."""
+
+import itertools
+import shutil
+
+import jax
+import pytest
+
+from tda.model import sizes
+from tda.run import engines, run, stages
+from tda.run.workdir import Workdir
+from tda.runtime import groups, sharding
+from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
+from tda.runtime.directory_lock import HeldError
+from tests.experiments.test_trace import make_config
+
+KEPT = ("stores", "retrieval", "results", "metrics.json", "table.md")
+
+
+@pytest.fixture(scope="module")
+def small_groups():
+    """Groups of two shards, so that every work has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_GROUP_SHARDS", 2)
+        patch.setattr(groups, "_ROWS_PER_RESULT", 0)
+        shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+        patch.setitem(sizes.SIZES, "nano", shape)
+        # One device compiles in half the time of eight.
+        one = jax.devices()[:1]
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda *sides, devices=one: make_mesh(*sides, one))
+        yield
+
+
+def run_alone(path, methods, **changed):
+    """A run by one process: its config and its workdir."""
+    config = make_config(path)
+    config.methods, config.store.shard_bytes = methods, 512
+    config.model.size, config.train.epochs = "nano", 2.0
+    config.eval.update(changed)
+    stages.trace(config, Workdir(path / "alone"))
+    return config, path / "alone"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, small_groups):
+    """A short run."""
+    path = tmp_path_factory.mktemp("short")
+    return run_alone(path, "trackstar", tail_patch_queries=0, samples=0)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, small_groups):
+    """A run with every kind of stage."""
+    return run_alone(tmp_path_factory.mktemp("full"), "trackstar,less,hidden_last,bm25")
+
+
+def trace(config, path, part, patience=0.0):
+    """Runs one task, or with "none" the preparation; returns what it said when it ended early."""
+    workdir = Workdir(path)
+    try:
+        stages.trace(config, workdir, engines.choose_engine(config, workdir, part, patience))
+    except Unfinished as rest:
+        return rest
+    return None
+
+
+def run_array(config, path, count):
+    """Runs the tasks of an array one after the other until one ends the run; returns the rounds."""
+    for turn in range(1, 20):
+        if not all([trace(config, path, f"{i}/{count}") for i in range(count)]):
+            return turn
+    raise AssertionError("the array does not end")
+
+
+def contents(path):
+    """The bytes of all files that a run keeps, but for when and by whom they were written."""
+    files = [p for name in KEPT for p in [path / name, *(path / name).rglob("*")] if p.is_file()]
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def trained(alone, path):
+    """A workdir in which the model is trained and nothing more is done."""
+    shutil.copytree(alone[1], path, ignore=lambda _, names: {*KEPT, "groups"} & {*names})
+    for file in path.glob("*.jsonl"):
+        file.unlink()
+    return path
+
+
+def check_array(alone, path, count):
+    assert run_array(alone[0], trained(alone, path), count) > 1
+    assert contents(path) == contents(alone[1])
+    assert not (path / "groups").exists()
+
+
+def test_an_array_writes_what_one_process_writes(alone, tmp_path):
+    check_array(alone, tmp_path / "array", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_array_does_every_stage(full, tmp_path, count):
+    if count > 1:
+        check_array(full, tmp_path / "array", count)
+    else:
+        assert run_array(full[0], trained(full, tmp_path / "array"), 1) == 1
+        assert contents(tmp_path / "array") == contents(full[1])
+
+
+def test_an_array_is_prepared_by_one_call_that_trains(alone, tmp_path):
+    config = alone[0]
+    with pytest.raises(ValueError, match="not trained yet.*--groups=none"):
+        trace(config, tmp_path, "0/2")
+    prepared = trace(config, tmp_path, "none")
+    assert "all is prepared for encode queries" in str(prepared) and prepared.status == 0
+    rest = trace(config, tmp_path, "1/2")
+    assert "groups are missing, those of task 0" in str(rest) and rest.status == EXIT_STATUS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["R", "search", "tail"])
+def test_a_task_is_killed_and_arrays_change_their_size(full, tmp_path, monkeypatch, stage):
+    config, path = full[0], trained(full, tmp_path / "array")
+    write, killed = groups._write, []
+
+    def kill(folder, number, result):
+        if folder.name.startswith(stage) and not killed:
+            killed.append(folder.name)
+            raise KeyboardInterrupt
+        write(folder, number, result)
+
+    monkeypatch.setattr(groups, "_write", kill)
+    for count in [4, 2, *[3] * 20]:
+        ends = []
+        for i in range(count):
+            try:
+                ends.append(trace(config, path, f"{i}/{count}"))
+            except KeyboardInterrupt:
+                ends.append("killed")
+        if not all(ends):
+            break
+    assert killed and contents(path) == contents(full[1])
+
+
+@pytest.mark.slow
+def test_a_damaged_result_costs_one_group(alone, tmp_path, monkeypatch):
+    config, path = alone[0], trained(alone, tmp_path / "array")
+    tasks = itertools.cycle(["0/2", "1/2"])
+    while not (results := [*path.glob("groups/R-*/*.npz")]):
+        assert trace(config, path, next(tasks))
+    (damaged,) = results
+    content = bytearray(damaged.read_bytes())
+    content[50] ^= 4
+    damaged.write_bytes(content)
+    written, write = [], groups._write
+
+    def record(folder, number, result):
+        written.append((folder.name.partition("-")[0], number))
+        write(folder, number, result)
+
+    monkeypatch.setattr(groups, "_write", record)
+    run_array(config, path, 2)
+    numbers = [n for name, n in written if name == "R"]
+    assert len(numbers) == len(set(numbers)) > 1 and int(damaged.name[:6]) in numbers
+    assert contents(path) == contents(alone[1])
+
+
+def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path):
+    config, path = alone[0], trained(alone, tmp_path / "array")
+    other = config.copy_and_resolve_references()
+    other.eval.top_k = 3
+    task = engines.choose_engine(config, Workdir(path), "0/2", 0.0)
+    with Workdir(path).hold(task.party):
+        for changed, part in ((other, "0/2"), (config, "0/3"), (config, None), (config, "none")):
+            with pytest.raises(HeldError, match="in use by the tasks of an array, whose first was"):
+                trace(changed, path, part)
+        assert trace(config, path, "1/2") is not None
+
+
+@pytest.mark.parametrize("part", ["2/2", "-1/2", "1", "1/0", "a/b", ""])
+def test_a_part_that_is_none_is_refused(tmp_path, part):
+    with pytest.raises(ValueError, match="must be I/N"):
+        engines.choose_engine(make_config(tmp_path), Workdir(tmp_path), part, 0.0)
