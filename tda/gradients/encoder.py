@@ -25,8 +25,9 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients import full_gradients, taps, unseen
+from tda.gradients import program as programs
 from tda.gradients import projection as projections
+from tda.gradients import taps, unseen
 from tda.gradients.batch_mates import MatesCheck
 from tda.gradients.first_batch import FirstBatch, TapsCheck
 from tda.gradients.moments.second_moments import Scale
@@ -244,114 +245,30 @@ def build_encoder(
         output: see `make_encoder`.
         mesh: see `make_encoder`; without one the taps may be shapes alone.
     """
-    layouts = tuple(projections.layout(list(taps_), p) for p, taps_ in kinds)
-    arrays, axes, encode = _encoding_function(model, kinds, layouts, output)
-    # `scored` sets the shapes of the logits, so each value is a program of its own.
-    encoder = Encoder(layouts, arrays, axes, jax.jit(encode, static_argnums=2))
-    return encoder if mesh is None else encoder.place(mesh)
-
-
-def _encoding_function(
-    model: nnx.Module, kinds: Sequence[Kind], layouts: tuple[Layout, ...], output: str | Callable
-) -> tuple[tuple, dict[str, tuple], Callable]:
-    """Returns arrays, their logical axes, and the function of (arrays, batch, scored=None)."""
-    output_fn = losses.output(output) if isinstance(output, str) else None
-    # The taps of each site by number of the kind, in the order in which a layer carries them.
-    taps_of: dict[Site, dict[int, Tap]] = {}
-    for i, (_, by_site) in enumerate(kinds):
+    # The taps of each site in the order of the kinds, as a layer carries them.
+    taps_of: dict[Site, list[Tap]] = {}
+    for _, by_site in kinds:
         for site, tap in by_site.items():
-            taps_of.setdefault(site, {})[i] = tap
-    tapped = [s for s in taps_of if s.tapped]
-    untapped = [s for s in taps_of if not s.tapped]
-    tapped_model = taps.put_on(model, {s: tuple(taps_of[s].values()) for s in tapped})
-    graphdef, *states = nnx.split(tapped_model, taps.Zeros, ...)
+            taps_of.setdefault(site, []).append(tap)
+    tapped = {s: tuple(of_site) for s, of_site in taps_of.items() if s.tapped}
+    graphdef, *states = nnx.split(taps.put_on(model, tapped), taps.Zeros, ...)
     templates, variables = map(nnx.to_pure_dict, states)
-    axes = functional.logical_axes(states[1])
-    untapped_arrays = {
-        s.path: tuple((t.left, t.right, t.scale) for t in taps_of[s].values()) for s in untapped
+    untapped = {
+        s.path: tuple((t.left, t.right, t.scale) for t in of_site)
+        for s, of_site in taps_of.items()
+        if not s.tapped
     }
-    search = unseen.make_search(model, tapped)
-
-    def total_of(own_model: nnx.Module, batch: dict, scored: int | None) -> jax.Array:
-        if not isinstance(output, str):
-            loss_B = output(own_model, batch)
-            losses.check_shape(loss_B, unseen.count_examples(batch))
-            return jnp.sum(loss_B)
-        return losses.total(own_model, batch, output_fn, scored)
-
-    def total(
-        zeros: dict, variables: dict, batch: dict, scored: int | None, missed: Sequence[Site] = ()
-    ) -> jax.Array:
-        own_model = taps.without_taps(nnx.merge(graphdef, zeros, variables), missed)
-        return total_of(own_model, batch, scored)
-
-    def missed_sites(batch: dict, scored: int | None) -> list[Site]:
-        """Returns the sites whose taps miss a part of it, if all kinds allow the full gradient."""
-        missed = search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
-        # Gradients in another basis (EK-FAC) are formed by their taps alone.
-        refused = {
-            site: missed[site]
-            for _, by_site in kinds
-            for site in by_site
-            if site in missed
-            and (not site.by_reference or any(t.bases for t in taps_of[site].values()))
-        }
-        unseen.refuse(refused, ", or untapped='reference' to form its full gradients")
-        return list(missed)
-
-    def by_taps(variables: dict, batch: dict, scored: int | None) -> dict[Site, list]:
-        """Returns the projections of the whole batch, by site and tap, in one backward pass."""
-        zeros = taps.zeros_for(templates, unseen.count_examples(batch))
-        cotangents = jax.grad(total)(zeros, variables, batch, scored)
-        return {s: taps.cotangents_at(cotangents, s) for s in tapped}
-
-    def by_example(
-        variables: dict, missed: list[Site], matrices: dict, batch: dict, scored: int | None
-    ) -> dict[Site, list]:
-        """Returns the same with the full gradients of some sites, one backward pass an example."""
-        full_sites = [*untapped, *missed]
-        rest, parameters = full_gradients.split_parameters(variables, full_sites)
-
-        def total_of_example(zeros: dict, parameters: dict, example: dict) -> jax.Array:
-            joined = full_gradients.join_parameters(rest, parameters)
-            return total(zeros, joined, example, scored, missed)
-
-        def encode_example(example: dict) -> tuple[dict, dict]:
-            example = jax.tree.map(lambda x: x[None], example)
-            zeros = taps.zeros_for(templates, 1)
-            return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
-
-        cotangents, gradients = jax.vmap(encode_example)(batch)
-        projected = {
-            s: [_without_example_axis(x, s) for x in taps.cotangents_at(cotangents, s)]
-            for s in tapped
-        }
-        for site in full_sites:
-            gradient = gradients[(*site.module, site.parameter)]
-            sides = (kinds[i][0].side for i in taps_of[site])
-            projected[site] = [
-                full_gradients.project(site, gradient, left, right, scale, side)
-                for (left, right, scale), side in zip(matrices[site.path], sides, strict=True)
-            ]
-        return projected
-
-    def encode(arrays: tuple, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
-        variables, matrices = arrays
-        missed = missed_sites(batch, scored)
-        if untapped or missed:
-            matrices = matrices | {s.path: taps.matrices_at(variables, s) for s in missed}
-            projected = by_example(variables, missed, matrices, batch, scored)
-        else:
-            projected = by_taps(variables, batch, scored)
-        # A site's taps stand in the order of the kinds that take its gradient (`taps_of`).
-        return tuple(
-            projections.pool(layout, {s: projected[s][list(taps_of[s]).index(i)] for s in by_site})
-            for i, (layout, (_, by_site)) in enumerate(zip(layouts, kinds, strict=True))
-        )
-
-    return (variables, untapped_arrays), axes, encode
-
-
-def _without_example_axis(x: jax.Array, site: Site) -> jax.Array:
-    """Returns taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
-    return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)
+    program = programs.Program(
+        graphdef,
+        tuple(programs.KindOfProgram.of(p, taps_) for p, taps_ in kinds),
+        output,
+        jax.eval_shape(lambda x: x, templates),
+        unseen.make_search(model, list(tapped)),
+    )
+    # A decoder's settings are frozen. Attributes of other models may change between two calls
+    # where neither jax nor NNX can see it.
+    is_frozen = isinstance(output, str) and losses.has_separate_head(model)
+    compiled = programs.compile_shared(program) if is_frozen else programs.compile_once(program)
+    axes = functional.logical_axes(states[1])
+    encoder = Encoder(program.layouts, (variables, untapped), axes, compiled)
+    return encoder if mesh is None else encoder.place(mesh)

@@ -4,6 +4,7 @@ Results agree to 1e-5 of a block's norm. In bfloat16 too an encoding is the same
 in any batch; how far it is from that of float32: `test_numerics`.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -295,6 +296,30 @@ def test_the_encoders_model_is_left_as_it_was(decoder, random_batch):
     make_encoder(model, P)(batch)
     assert str(nnx.graphdef(model)) == before
     np.testing.assert_array_equal(np.asarray(model(batch["tokens"])), logits)
+
+
+def test_encoders_of_other_arrays_share_what_is_compiled(decoder, random_batch):
+    """Guards: a second call that compiles anew; arrays of the first call left in its program."""
+    model, batch = decoder(), random_batch([6, 4, 1], 6)
+    first = make_encoder(model, P)
+    first(batch)
+    other = nnx.clone(model)
+    for path, variable in nnx.to_flat_state(nnx.state(other, nnx.Param)):
+        noise = np.random.default_rng(list(str(path).encode())).normal(size=variable.shape)
+        variable[...] += 0.1 * noise.astype(np.float32)
+    second = make_encoder(other, P)
+    assert second.compiled is first.compiled
+    compiled = first.compiled._cache_size()
+    assert_same_encodings(second(batch), reference.encode(other, batch, P))
+    assert first.compiled._cache_size() == compiled
+    # What the program itself depends on makes another one.
+    scales = scales_of(model, "factored")
+    for options in (dict(output="margin"), dict(include="mlp/up"), dict(untapped="reference")):
+        assert make_encoder(model, P, **options).compiled is not first.compiled
+    assert make_encoder(decoder(tied=False), P).compiled is not first.compiled
+    assert make_encoder(model, dataclasses.replace(P, side=3)).compiled is not first.compiled
+    exact = make_encoder(model, P, scales_of(model, "adam"))
+    assert exact.compiled is not make_encoder(model, P, scales).compiled
 
 
 def test_a_users_own_model_is_encoded(random_batch):

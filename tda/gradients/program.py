@@ -1,0 +1,179 @@
+"""The compiled part of an encoder: a function of arrays and a batch.
+
+Encoders that differ in their arrays alone, such as those of two calls of `tda.trace` with one
+model, share what is compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tda import loss as losses
+from tda.gradients import full_gradients, taps, unseen
+from tda.gradients import projection as projections
+from tda.gradients.projection import Layout, Projection
+from tda.gradients.sites import Site
+from tda.gradients.taps import Tap
+
+
+@dataclasses.dataclass(frozen=True)
+class KindOfProgram:
+    """One kind of gradients, without arrays.
+
+    Attributes:
+        projection: P.
+        sites: the sites, in order.
+        tap_shapes: of each site what its tap adds to the program: whether its full gradient may be
+            formed, k, and whether the tap has scales, a direction, bases.
+    """
+
+    projection: Projection
+    sites: tuple[Site, ...]
+    tap_shapes: tuple[tuple, ...]
+
+    @classmethod
+    def of(cls, projection: Projection, taps_: dict[Site, Tap]) -> "KindOfProgram":
+        """Describes a kind of gradients by its projection and the taps of its sites."""
+        shapes = (
+            (s.by_reference, t.side, *(x is None for x in (t.scale, t.direction, t.bases)))
+            for s, t in taps_.items()
+        )
+        return cls(projection, tuple(taps_), tuple(shapes))
+
+    def has_bases(self, site: Site) -> bool:
+        """Whether the gradient of a site is rotated to another basis by its tap."""
+        return not self.tap_shapes[self.sites.index(site)][-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that an encoder's function depends on beside its arguments; it holds no arrays.
+
+    Attributes:
+        graphdef: the structure of the model with its taps.
+        kinds: the kinds of gradients.
+        output: see `tda.gradients.encoder.make_encoder`.
+        templates: shapes of the taps' zeros, by path; they follow from the rest.
+        search: finds sites whose taps miss a part of the gradient (`unseen.make_search`).
+    """
+
+    graphdef: nnx.GraphDef
+    kinds: tuple[KindOfProgram, ...]
+    output: str | Callable
+    templates: dict = dataclasses.field(compare=False)
+    search: Callable = dataclasses.field(compare=False)
+
+    @functools.cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """For each kind, which matrices are pooled into which block of its encodings."""
+        return tuple(projections.layout(list(k.sites), k.projection) for k in self.kinds)
+
+
+def compile_once(program: Program) -> Callable:
+    """Returns the jitted function of (arrays, batch, scored=None) (`Encoder.compiled`)."""
+    # `scored` sets the shapes of the logits, so each value is a program of its own.
+    return jax.jit(_encoding_function(program), static_argnums=2)
+
+
+# Room for the kinds of gradients of a table. What is kept is code, not arrays.
+compile_shared = functools.lru_cache(maxsize=16)(compile_once)
+
+
+def _encoding_function(program: Program) -> Callable:
+    graphdef, output, kinds = program.graphdef, program.output, program.kinds
+    output_fn = losses.output(output) if isinstance(output, str) else None
+    # The numbers of the kinds that take each site's gradient, as a layer carries their taps.
+    kinds_of: dict[Site, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        for site in kind.sites:
+            kinds_of.setdefault(site, []).append(i)
+    tapped = [s for s in kinds_of if s.tapped]
+    untapped = [s for s in kinds_of if not s.tapped]
+
+    def total_of(own_model: nnx.Module, batch: dict, scored: int | None) -> jax.Array:
+        if not isinstance(output, str):
+            loss_B = output(own_model, batch)
+            losses.check_shape(loss_B, unseen.count_examples(batch))
+            return jnp.sum(loss_B)
+        return losses.total(own_model, batch, output_fn, scored)
+
+    def total(
+        zeros: dict, variables: dict, batch: dict, scored: int | None, missed: Sequence[Site] = ()
+    ) -> jax.Array:
+        own_model = taps.without_taps(nnx.merge(graphdef, zeros, variables), missed)
+        return total_of(own_model, batch, scored)
+
+    def missed_sites(batch: dict, scored: int | None) -> list[Site]:
+        """Returns the sites whose taps miss a part of it, if all kinds allow the full gradient."""
+        missed = program.search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
+        # Gradients in another basis (EK-FAC) are formed by their taps alone.
+        refused = {
+            site: missed[site]
+            for kind in kinds
+            for site in kind.sites
+            if site in missed
+            and (not site.by_reference or any(kinds[i].has_bases(site) for i in kinds_of[site]))
+        }
+        unseen.refuse(refused, ", or untapped='reference' to form its full gradients")
+        return list(missed)
+
+    def by_taps(variables: dict, batch: dict, scored: int | None) -> dict[Site, list]:
+        """Returns the projections of the whole batch, by site and tap, in one backward pass."""
+        zeros = taps.zeros_for(program.templates, unseen.count_examples(batch))
+        cotangents = jax.grad(total)(zeros, variables, batch, scored)
+        return {s: taps.cotangents_at(cotangents, s) for s in tapped}
+
+    def by_example(
+        variables: dict, missed: list[Site], matrices: dict, batch: dict, scored: int | None
+    ) -> dict[Site, list]:
+        """Returns the same with the full gradients of some sites, one backward pass an example."""
+        full_sites = [*untapped, *missed]
+        rest, parameters = full_gradients.split_parameters(variables, full_sites)
+
+        def total_of_example(zeros: dict, parameters: dict, example: dict) -> jax.Array:
+            joined = full_gradients.join_parameters(rest, parameters)
+            return total(zeros, joined, example, scored, missed)
+
+        def encode_example(example: dict) -> tuple[dict, dict]:
+            example = jax.tree.map(lambda x: x[None], example)
+            zeros = taps.zeros_for(program.templates, 1)
+            return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
+
+        cotangents, gradients = jax.vmap(encode_example)(batch)
+        projected = {
+            s: [_without_example_axis(x, s) for x in taps.cotangents_at(cotangents, s)]
+            for s in tapped
+        }
+        for site in full_sites:
+            gradient = gradients[(*site.module, site.parameter)]
+            sides = (kinds[i].projection.side for i in kinds_of[site])
+            projected[site] = [
+                full_gradients.project(site, gradient, left, right, scale, side)
+                for (left, right, scale), side in zip(matrices[site.path], sides, strict=True)
+            ]
+        return projected
+
+    def encode(arrays: tuple, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
+        variables, matrices = arrays
+        missed = missed_sites(batch, scored)
+        if untapped or missed:
+            matrices = matrices | {s.path: taps.matrices_at(variables, s) for s in missed}
+            projected = by_example(variables, missed, matrices, batch, scored)
+        else:
+            projected = by_taps(variables, batch, scored)
+        # A site's taps stand in the order of the kinds that take its gradient (`kinds_of`).
+        return tuple(
+            projections.pool(layout, {s: projected[s][kinds_of[s].index(i)] for s in kind.sites})
+            for i, (layout, kind) in enumerate(zip(program.layouts, kinds, strict=True))
+        )
+
+    return encode
+
+
+def _without_example_axis(x: jax.Array, site: Site) -> jax.Array:
+    """Returns taps of examples encoded one by one, [B, (L,) 1, k, k], as [(L,) B, k, k]."""
+    return x[:, 0] if site.stack is None else jnp.swapaxes(x[:, :, 0], 0, 1)
