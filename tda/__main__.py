@@ -8,7 +8,7 @@ import sys
 
 from tda.runtime import command
 
-_MAINS = ("trace", "table1", "ask", "view", "sweep", "plan", "store", "spectra")
+_MAINS = ("trace", "table1", "ask", "view", "sweep", "plan", "store", "spectra", "counterfactual")
 _DEMO = ("trace", "--config=world_facts", "--workdir=demo")
 
 

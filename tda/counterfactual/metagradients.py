@@ -96,8 +96,12 @@ class Reverse:
 
     def final_state(self) -> State:
         """Returns the state at the end of the training."""
+        return self.state_at(self.training.steps)
+
+    def state_at(self, step: int) -> State:
+        """Returns the state after some steps, a multiple of the stride or all of them."""
         self.keep_states()
-        return self._read(self.training.steps)
+        return self._read(step)
 
     def segment(self, stop: int) -> tuple[int, list[State]]:
         """Returns the last step before `stop` whose state is kept, and the states from it on."""

@@ -108,8 +108,8 @@ def score(
     """
     N = len(training.table)
     transforms = {name: _as_rows(m) for name, m in methods.items()}
-    asked = queries.all_gradients(params)
-    query_sides = {name: transform(asked) for name, transform in transforms.items()}
+    query_gradients = queries.all_gradients(params)
+    query_sides = {name: transform(query_gradients) for name, transform in transforms.items()}
     scores = {name: np.zeros((len(queries), N), np.float32) for name in methods}
     with progress.bar(N, "whole gradients", "passage") as bar:
         for batch in passages:

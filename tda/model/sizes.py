@@ -1,6 +1,7 @@
 """Named sizes of the decoder, as keyword arguments of `tda.model.settings.DecoderSettings`."""
 
 SIZES = {
+    "micro": dict(width=64, layers=4, heads=4, kv_heads=4, head_width=16, ff_width=192),
     "tiny": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, ff_width=384),
     "mini": dict(width=192, layers=6, heads=3, kv_heads=3, head_width=64, ff_width=768),
     "small": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, ff_width=1024),

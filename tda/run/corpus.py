@@ -48,7 +48,11 @@ def load(config, workdir: Workdir) -> Corpus:
     tokenizer = _tokenizer(config, workdir, [text for _, text in texts + more])
     context = config.model.context
     passages = _passages("corpus", texts, tokenizer, context)
-    training = _passages("training text", texts + more, tokenizer, context) if more else passages
+    training = passages
+    if config.data.train_on == "rest":
+        training = _passages("training text", more, tokenizer, context)
+    elif more:
+        training = _passages("training text", texts + more, tokenizer, context)
     print(f"{len(facts):,} queries")
     queries = ((f.fact_id, f.prompt(config.data.prompt), f.entity1) for f in facts)
     prompts = tokens.tokenise_queries(queries, tokenizer, context, config.data.joiner)
@@ -104,9 +108,14 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
 def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
     """Returns the text that the model is trained on besides the corpus, as (id, text)."""
     more = []
-    if data.train_on == "all":
+    if data.train_on != "corpus":
         selected = {s.sentence_id for s in sentences}
         more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected]
+    if data.train_on == "rest" and not more:
+        raise ValueError(
+            "data.train_on=rest trains on what the corpus leaves out, and it leaves out nothing; "
+            "give a smaller data.n_sentences, or data.train_on=corpus"
+        )
     if not data.statements:
         return more
     facts = all_facts

@@ -19,7 +19,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.exclude_relations": ("", "comma-separated relations not to ask, such as P527"),
     "data.n_sentences": (0, "sample of the corpus, with all that states a query; 0: all"),
     "data.n_queries": (0, "sample of the queries; 0: all"),
-    "data.train_on": ("corpus", "training text: corpus, or all (also what n_sentences leaves out)"),
+    "data.train_on": (
+        "corpus",
+        "training text: corpus, all (also what n_sentences leaves out), or rest (that alone)",
+    ),
     "data.statements": (0, "train also on facts not asked, each stated by 0 to 3 of its prompts"),
     "data.statements_of": ("all", "which facts: all, or those that the corpus states (corpus)"),
     "data.prompt": (0, "which of a fact's prompts to ask: 0, 1 or 2"),
@@ -147,6 +150,27 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.frequency_edges": ("1,10,100,1000,10000", "where buckets of fact frequency begin"),
     "eval.resamples": (10_000, "resamples of the queries for intervals"),
     "eval.seed": (0, "seed of answers and intervals"),
+    # For `experiments.counterfactual`: a training on the corpus that continues the traced model.
+    "counterfactual.epochs": (2.0, "passes over the corpus of that training"),
+    "counterfactual.tokens_per_batch": (1024, "positions of a batch of it"),
+    "counterfactual.learning_rate": (1e-3, "its largest learning rate"),
+    "counterfactual.warmup": (8, "steps of its linear warm-up"),
+    "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
+    "counterfactual.unit": ("passage", "what is dropped: passage, document, relation or subject"),
+    "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),
+    "counterfactual.subsets": (100, "random sets of units, each of which is a retraining"),
+    "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),
+    "counterfactual.together": (1, "retrainings that one program runs at a time"),
+    "counterfactual.methods": (
+        "metagradient,adjoint,adjoint_none,ekfac_whole,dot_whole,cosine_whole,adam_dot_whole,"
+        "adam_cosine_whole",
+        "methods of the bank's own, beside those of methods (tda/run/board.py)",
+    ),
+    "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch"),
+    "counterfactual.fisher": (256, "passages of the adjoint's mean Fisher matrix"),
+    "counterfactual.own_top": (0, "queries to retrain without each method's own top 1 %; 0: none"),
+    "counterfactual.seed": (0, "seed of the sets, and of the first order"),
+    "counterfactual.resamples": (1000, "resamples of subsets and queries for intervals"),
     # For `experiments.plan`, where there is no corpus to read.
     "plan.passages": (0, "passages of the corpus; 0: read it"),
     "plan.tokens": (0, "tokens of the corpus"),
@@ -160,7 +184,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 # The values of keys that name a choice.
 CHOICES = {
     "data.pool": ("all", "clean"),
-    "data.train_on": ("corpus", "all"),
+    "data.train_on": ("corpus", "all", "rest"),
     "data.statements_of": ("all", "corpus"),
     "data.prompt": (0, 1, 2),
     "model.dtype": ("float32", "bfloat16"),
@@ -175,6 +199,7 @@ CHOICES = {
     "search.index": ("none", "scann"),
     "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
     "eval.tail_patch_state": ("restored", "fresh"),
+    "counterfactual.unit": ("passage", "document", "relation", "subject"),
 }
 # Keys that count at least one of something; all other numbers may be 0.
 _POSITIVE = (
@@ -194,6 +219,15 @@ _POSITIVE = (
     "eval.top_k",
     "eval.known_rank",
     "eval.resamples",
+    "counterfactual.epochs",
+    "counterfactual.tokens_per_batch",
+    "counterfactual.learning_rate",
+    "counterfactual.subsets",
+    "counterfactual.orders",
+    "counterfactual.together",
+    "counterfactual.queries_at_once",
+    "counterfactual.fisher",
+    "counterfactual.resamples",
     "mesh.fsdp",
     "mesh.tensor",
 )

@@ -89,6 +89,7 @@ _RULES: tuple[Rule, ...] = (
         "eval.tail_patch_queries is 0",
     ),
     (("eval.sampled_queries",), lambda c, _: c.eval.samples > 0, "eval.samples is 0"),
+    (("counterfactual",), lambda *_: False, "it is for the command counterfactual"),
     (("plan",), lambda *_: False, "it is for the command plan"),
 )  # fmt: skip
 

@@ -33,6 +33,13 @@ def test_on_what_is_left_out_of_the_corpus_too(tmp_path):
     assert len(beside) == 6 and not any(name.startswith("statement") for name in beside)
 
 
+def test_on_what_is_left_out_of_the_corpus_alone(tmp_path):
+    data = load(tmp_path, train_on="rest")
+    assert len(data.training) == len(texts_beside(data)) == 6
+    with pytest.raises(ValueError, match="it leaves out nothing; give a smaller data.n_sentences"):
+        load(tmp_path, train_on="rest", n_sentences=0)
+
+
 def test_on_statements_of_facts_that_are_not_asked(tmp_path):
     data = load(tmp_path, statements=1)
     asked = data.queries[0]

@@ -57,7 +57,7 @@ def test_a_key_that_no_method_reads_is_told(methods, key, changes):
 )  # fmt: skip
 def test_keys_that_are_read_are_not_told(methods, changes):
     config = config_of(methods=methods, **changes)
-    idle = {"plan"}
+    idle = {"plan", "counterfactual"}
     if config.search.index == "none":
         idle |= {"search.depth", "search.recall_queries", "search.memory_gib", "search.scann"}
         idle |= {"hessian.seed", "data.name", "data.dir", "data.statements_of"}

@@ -1,0 +1,23 @@
+"""Holds methods against retraining: a bank of models trained without some passages, and a board.
+
+    python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
+
+Continues the trained model on the corpus, and again without each of many random sets of passages;
+scores every passage by each method; and writes how well sums of scores rank what really happened
+(`board.md`, `board.json`). A killed run continues where it stopped.
+"""
+
+from tda.run import board
+from tda.run.workdir import Workdir
+
+from .launch import launch
+
+
+def main(config, workdir):
+    """Trains, retrains, scores, and prints the board."""
+    board.measure(config, Workdir(workdir))
+    print(f"\nfiles: {workdir}/board.md, board.json, counterfactual/bank.json, bank.npz")
+
+
+if __name__ == "__main__":
+    launch(main)

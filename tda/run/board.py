@@ -1,0 +1,162 @@
+"""The board: every method's scores of all units, held against the bank."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from tda import methods as method_lib
+from tda.counterfactual import figures
+from tda.counterfactual.bank import draw_subsets
+from tda.evaluation import statistics
+from tda.evaluation.statistics import Interval
+from tda.reports import board as board_report
+from tda.run import counterfactual, stages
+from tda.run.bank_scores import TITLES, BankScores, own_methods, title
+from tda.run.counterfactual import Retrained
+from tda.run.workdir import Workdir
+from tda.runtime.atomic_file import open_atomic, write_json
+from tda.runtime.fingerprint import plain
+
+# The share of units that QLD removes, and the random sets that it is held against.
+_OWN_SHARE, _RANDOM_SETS = 0.01, 10
+
+
+def check(config) -> None:
+    """Checks the methods of the board.
+
+    Raises:
+        ValueError: one is unknown, or has no score of every passage.
+    """
+    names = own_methods(config)
+    unknown = [n for n in names if n not in TITLES]
+    if unknown:
+        raise ValueError(
+            f"counterfactual.methods: unknown {', '.join(unknown)}; there are {', '.join(TITLES)}"
+        )
+    if "annotated" in method_lib.parse(config.methods):
+        raise ValueError("annotated sentences have no scores to sum; leave them out of methods")
+    if config.search.index != "none":
+        raise ValueError(
+            f"search.index={config.search.index} scores some passages only; use search.index=none"
+        )
+
+
+def measure(config, workdir: Workdir) -> dict:
+    """Trains, retrains, scores by every method, and writes `board.md` and `board.json`.
+
+    Returns:
+        The figures by method.
+
+    Raises:
+        ValueError: the config is not possible.
+    """
+    stages.check(config)
+    counterfactual.check(config)
+    check(config)
+    if jax.process_count() > 1:
+        raise ValueError("the board is computed by one process; start it without --distributed")
+    with workdir.hold():
+        retrained = counterfactual.retrain(stages.prepare(config, workdir))
+        bank_scores = BankScores(retrained)
+        scores = bank_scores.compute()
+        record = _Board(retrained, bank_scores.seconds).figures(scores)
+        text = board_report.describe(record)
+        with open_atomic(workdir / "board.md") as out:
+            out.write(f"{text}\n")
+        write_json(workdir / "board.json", plain(record))
+    print(text)
+    return record
+
+
+class _Board:
+    """The figures of methods, given their scores."""
+
+    def __init__(self, retrained: Retrained, seconds: dict[str, float]):
+        self.retrained, self.seconds = retrained, seconds
+        self.config = retrained.run.config
+
+    def figures(self, scores: dict[str, np.ndarray]) -> dict:
+        """Returns the board as JSON values."""
+        settings = self.config.counterfactual
+        training_seconds = self._training_seconds()
+        record: dict = {"methods": {}, "ceilings": {}, "banks": {}}
+        for name in scores:
+            seconds = self.seconds.get(name)
+            cost = None if seconds is None else seconds / training_seconds
+            record["methods"][name] = {"title": title(name), "cost": cost, "lds": {}}
+        for fraction, banks in self.retrained.banks.items():
+            changes = {"same order": banks[0].changes_MxQ}
+            if len(banks) > 1:
+                changes["mean of orders"] = np.mean([b.changes_MxQ for b in banks], axis=0)
+                c = figures.ceiling(banks[0].changes_MxQ, banks[1].changes_MxQ)
+                record["ceilings"][str(fraction)] = dataclasses.asdict(c)
+            record["banks"][str(fraction)] = {
+                "subsets": len(banks[0].losses_MxQ),
+                "orders": len(banks),
+                "mean change": float(np.mean(banks[0].changes_MxQ)),
+                "sd of changes": float(np.std(banks[0].changes_MxQ, axis=0).mean()),
+            }
+            for label, changes_MxQ in changes.items():
+                lds = figures.lds(scores, banks[0], settings.resamples, settings.seed, changes_MxQ)
+                for name in scores:
+                    of_method = record["methods"][name]["lds"].setdefault(str(fraction), {})
+                    of_method[label] = _as_json(lds.interval(name))
+                    if "ekfac_whole" in scores and name != "ekfac_whole":
+                        difference = lds.difference(name, "ekfac_whole")
+                        of_method[f"{label}, less EK-FAC's"] = _as_json(difference)
+        if settings.own_top:
+            for name, interval in self._own_top(scores).items():
+                record["methods"][name]["own_top"] = _as_json(interval)
+        record["queries"] = len(self.retrained.queries)
+        record["units"] = len(self.retrained.units)
+        record["steps"] = self.retrained.trainings[0].steps
+        record["seconds of a training"] = training_seconds
+        record["metasmoothness"] = self._metasmoothness()
+        return record
+
+    def _training_seconds(self) -> float:
+        training = self.retrained.trainings[0]
+        training.run()  # compiled, wherever the retrainings came from
+        started = time.perf_counter()
+        jax.block_until_ready(training.run()["params"])
+        return time.perf_counter() - started
+
+    def _metasmoothness(self, h: float = 0.05) -> float:
+        """Returns the metasmoothness of the training along a random direction of the weights."""
+        training = self.retrained.trainings[0]
+        rng = np.random.default_rng([self.config.counterfactual.seed, 11])
+        direction_U = np.append(rng.normal(size=len(self.retrained.units)), 0.0)
+        direction_C = direction_U[self.retrained.unit_C].astype(np.float32)
+        thetas = []
+        for i in range(3):
+            params = training.run(training.even_weights + i * h * direction_C)["params"]
+            leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(params)]
+            thetas.append(np.concatenate(leaves))
+        return figures.metasmoothness(*thetas)
+
+    def _own_top(self, scores: dict[str, np.ndarray]) -> dict[str, Interval]:
+        """Returns each method's QLD: how much more a query's loss rises without its own top 1 %.
+
+        More, that is, than without as many random units; the mean over the first queries.
+        """
+        settings = self.config.counterfactual
+        count = min(settings.own_top, len(self.retrained.queries))
+        retraining, U = self.retrained.retraining(), len(self.retrained.units)
+        random = draw_subsets(U, _OWN_SHARE, _RANDOM_SETS, settings.seed + 1)
+        draw = {"own top": _OWN_SHARE, "seed": settings.seed + 1, "units": U}
+        random_Q = retraining.losses(random, "retrain without a random 1 %", draw).mean(axis=0)
+        out = {}
+        for name, scores_QxU in scores.items():
+            removed = figures.top_units(scores_QxU[:count], _OWN_SHARE)
+            losses = retraining.losses(removed, f"retrain without the top of {name}")
+            change_Q = np.diagonal(losses)[:count] - random_Q[:count]
+            (out[name],) = statistics.intervals(
+                change_Q[:, None], settings.resamples, settings.seed
+            )
+        return out
+
+
+def _as_json(interval: Interval) -> dict:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}

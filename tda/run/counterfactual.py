@@ -1,0 +1,307 @@
+"""The stage that retrains: a training on the corpus, continued from the run's model, and its bank.
+
+The run's own training is the pretraining; the bank's goes on from there, over the corpus, with a
+fresh optimizer. Its final model is held against its retrainings.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tda.counterfactual.bank import Bank, Retraining, draw_subsets
+from tda.counterfactual.metagradients import Forward, Reverse
+from tda.counterfactual.training import (
+    QueryLosses,
+    Training,
+    plan_batches,
+    sum_by_unit,
+    units_of_tokens,
+)
+from tda.data.batches import BatchLayout, buckets
+from tda.model import functional
+from tda.run import train
+from tda.run.defaults import flat
+from tda.run.run import Corpus, Run, Trained
+from tda.run.workdir import Workdir
+from tda.runtime import processes, sharding
+from tda.runtime.atomic_file import write_json
+from tda.runtime.fingerprint import plain
+from tda.runtime.groups import Groups
+from tda.training import checkpoint
+
+# Lengths of batches are this far apart: each is compiled for by seven programs, so few of them.
+_RATIO = 1.6
+# Reverse and forward mode agree to so much, relative to the largest slope of any query.
+_AGREEMENT = 1e-3
+
+
+class DisagreementError(FloatingPointError):
+    """Reverse and forward mode give a query different derivatives."""
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the keys of the bank.
+
+    Raises:
+        ValueError: a value is not possible; the message names the key.
+    """
+    fractions(config)
+    if config.model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype={config.model.dtype}: retrainings that differ in a few passages need "
+            "model.dtype=float32"
+        )
+    if config.train.optimizer not in ("adam", "adamw"):
+        raise ValueError(
+            f"train.optimizer={config.train.optimizer}: the bank is trained by adam or adamw"
+        )
+
+
+def fractions(config: ConfigDict) -> list[float]:
+    """Returns the shares of units to drop.
+
+    Raises:
+        ValueError: one is no number above 0 and below 1.
+    """
+    text = config.counterfactual.fractions
+    try:
+        shares = [float(x) for x in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < x < 1 for x in shares):
+        raise ValueError(
+            f"counterfactual.fractions={text}: give shares above 0 and below 1, such as 0.05,0.5"
+        )
+    return shares
+
+
+def config_of_bank(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the bank's training: the keys of `counterfactual` replace `train`'s."""
+    c = ConfigDict(config.to_dict())
+    settings = config.counterfactual
+    for name in ("epochs", "tokens_per_batch", "learning_rate", "warmup", "eps_root"):
+        c.train[name] = settings[name]
+    return c
+
+
+def layout_of(config: ConfigDict, corpus: Corpus) -> BatchLayout:
+    """Returns how passages and queries are batched, in the training and by the bank's methods."""
+    lengths = buckets(config.model.context, _RATIO)
+    return BatchLayout(lengths, config.counterfactual.tokens_per_batch, corpus.tokenizer.pad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrained:
+    """The bank's training, in each order of the data, and its banks by fraction."""
+
+    run: Run
+    """A run whose trained model is that of the bank's training in its first order."""
+    trainings: list[Training]
+    """One for each order of the data."""
+    queries: QueryLosses
+    unit_C: np.ndarray
+    """The unit of each token; −1 for none."""
+    units: list
+    """Their names."""
+    banks: dict[float, list[Bank]]
+    """By fraction, a bank for each order."""
+    directory: Workdir
+
+    @property
+    def reverse(self) -> Reverse:
+        """Reverse mode through the training in its first order."""
+        return _reverse(self)
+
+    def retraining(self, order: int = 0) -> Retraining:
+        """Returns how retrainings in an order of the data are run and kept."""
+        settings = self.run.config.counterfactual
+        return Retraining(
+            self.trainings[order],
+            self.queries,
+            self.unit_C,
+            _identity(self.run, order),
+            Groups(self.directory / "retrainings"),
+            settings.together,
+        )
+
+    def by_unit(self, scores_QxN: np.ndarray) -> np.ndarray:
+        """Returns sums of passages' scores over units, float64 [Q, U]."""
+        starts = self.trainings[0].table.starts[:-1]
+        return sum_by_unit(scores_QxN, self.unit_C[starts], len(self.units))
+
+
+@functools.cache
+def _reverse_of(training: Training, queries: QueryLosses, path, at_once: int) -> Reverse:
+    return Reverse(training, queries, path, at_once)
+
+
+def _reverse(retrained: Retrained) -> Reverse:
+    at_once = retrained.run.config.counterfactual.queries_at_once
+    path = retrained.directory / "states"
+    return _reverse_of(retrained.trainings[0], retrained.queries, path, at_once)
+
+
+def retrain(run: Run) -> Retrained:
+    """Trains on the run's corpus, and again without each set of units; what is kept is not redone.
+
+    Args:
+        run: the run, whose trained model the training starts from.
+    """
+    check(run.config)
+    config, corpus = config_of_bank(run.config), run.corpus
+    settings = config.counterfactual
+    directory = Workdir(run.workdir / "counterfactual")
+    layout = layout_of(config, corpus)
+    model_fn, params = functional.split(run.trained.model)
+    params = jax.tree.map(sharding.to_host, params)
+    trainings = []
+    for order in range(settings.orders):
+        batches = plan_batches(corpus.passages, layout, settings.epochs, settings.seed + order)
+        if settings.warmup > len(batches):
+            raise ValueError(
+                f"counterfactual.warmup={settings.warmup} is longer than the training of "
+                f"{len(batches)} steps; give a shorter one or more counterfactual.epochs"
+            )
+        tx = train.make_optimizer(config, len(batches))
+        trainings.append(Training(model_fn, params, tx, corpus.passages, batches))
+    queries = QueryLosses(model_fn, corpus.prompts, layout)
+    unit_C, units = units_of_tokens(corpus.passages, _unit_names(run, settings.unit))
+    if len(units) < 2:
+        raise ValueError(
+            f"counterfactual.unit={settings.unit}: the corpus has {len(units)} of them; a bank "
+            "drops some and keeps others, so give another unit"
+        )
+    bank_run = Run(config, directory, corpus, run.trained)
+    retrained = Retrained(bank_run, trainings, queries, unit_C, units, {}, directory)
+    made_from = {**_identity(bank_run, 0), "start": plain(run.trained.fingerprint)}
+    directory.claim("bank", made_from, config)
+    for fraction in fractions(config):
+        removed = draw_subsets(len(units), fraction, settings.subsets, settings.seed)
+        draw = {"fraction": fraction, "seed": settings.seed, "units": len(units)}
+        retrained.banks[fraction] = [
+            retrained.retraining(order).bank(removed, f"retrain without {fraction:.0%}", draw)
+            for order in range(settings.orders)
+        ]
+    processes.on_first_process("describe the bank", lambda: _describe(retrained, made_from))
+    directory.finish("bank")
+    return dataclasses.replace(retrained, run=_finished_run(retrained))
+
+
+def _unit_names(run: Run, unit: str) -> list:
+    """Returns the name of each passage's unit; None for a passage of none."""
+    table, corpus = run.corpus.passages, run.corpus
+    if unit == "passage":
+        return list(range(len(table)))
+    if unit == "document":
+        return list(table.documents)
+    key = {"relation": "predicate_uri", "subject": "entity0_uri"}[unit]
+    of_sentence = {
+        s.sentence_id: getattr(s.fact_triples[0], key) if s.fact_triples else None
+        for s in corpus.sentences
+    }
+    return [of_sentence[d] for d in table.documents]
+
+
+def _identity(run: Run, order: int) -> dict:
+    """Returns what decides the training in an order of the data, as JSON values."""
+    c = run.config
+    keys = ("epochs", "tokens_per_batch", "unit", "seed")
+    return plain(
+        {
+            "start": run.trained.fingerprint,
+            "step": run.trained.step,
+            "optimizer": {k: v for k, v in train.settings(c).items() if k != "epochs"},
+            "denominator": "the batch's scored tokens, whatever their weights",
+            "order": c.counterfactual.seed + order,
+            "buckets": list(buckets(c.model.context, _RATIO)),
+            "passages": run.corpus.fingerprint["corpus"],
+            "queries": run.corpus.fingerprint["queries"],
+            **{k: c.counterfactual[k] for k in keys},
+        }
+    )
+
+
+def _describe(retrained: Retrained, made_from: dict) -> None:
+    """Writes the bank's manifest and its losses: `bank.json` and `bank.npz`."""
+    settings, directory = retrained.run.config.counterfactual, retrained.directory
+    keys = {k: v for k, v in flat(settings).items()}
+    manifest = {"made_from": made_from, "settings": keys, "units": len(retrained.units)}
+    manifest |= {"steps": retrained.trainings[0].steps, "masks": "numpy default_rng([seed, i])"}
+    write_json(directory / "bank.json", plain(manifest))
+    arrays = {}
+    for fraction, banks in retrained.banks.items():
+        for order, bank in enumerate(banks):
+            name = f"{fraction}/{order}"
+            arrays |= {f"{name}/removed": bank.removed_MxU, f"{name}/base": bank.base_Q}
+            arrays[f"{name}/losses"] = bank.losses_MxQ
+    np.savez(directory / "bank.npz", **arrays)
+
+
+def _finished_run(retrained: Retrained) -> Run:
+    """Returns the run of the model that the training ends with, with checkpoints on the way."""
+    run, reverse, config = retrained.run, retrained.reverse, retrained.run.config
+    reverse.keep_states()
+    steps = retrained.trainings[0].steps
+    root = str(retrained.directory / "checkpoints")
+    options = train.options(config)
+    constants = {k: options[k] for k in ("b1", "b2", "eps", "eps_root")}
+    arguments = train.model_arguments(config, run.corpus.tokenizer.vocab_size)
+    description = {
+        "optimizer": {"name": options["optimizer"], **constants},
+        "tokenizer": run.corpus.tokenizer.fingerprint(),
+        "model": arguments,
+    }
+    saved = [s for s in range(reverse.stride, steps, reverse.stride)]
+    count = config.several.checkpoints
+    at = (
+        [saved[round(i * len(saved) / count)] for i in range(1, count) if saved]
+        if count > 1
+        else []
+    )
+    present = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
+    for step in sorted({*at, steps} - {*present}):
+        checkpoint.save(root, step, reverse.state_at(step), description, keep=0)
+    mesh = train.working_mesh(config)
+    identity = {**_identity(run, 0), "steps": steps}
+    trained = Trained(
+        train.restore_model(arguments, root, steps, mesh),
+        root,
+        steps,
+        train.make_optimizer(config, steps),
+        mesh,
+        plain(identity),
+    )
+    corpus = dataclasses.replace(run.corpus, training=run.corpus.passages)
+    return Run(config, run.workdir, corpus, trained)
+
+
+def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:
+    """Checks reverse mode by forward mode along a random direction, for every query.
+
+    Args:
+        retrained: the bank's training.
+        by_token_QxC: reverse mode's scores.
+
+    Returns:
+        The largest difference over the largest slope.
+
+    Raises:
+        DisagreementError: it is above 1e-3.
+    """
+    settings = retrained.run.config.counterfactual
+    rng = np.random.default_rng([settings.seed, 7])
+    direction_C = rng.normal(size=by_token_QxC.shape[1]).astype(np.float32)
+    slopes_Q = Forward(retrained.trainings[0], retrained.queries).along(direction_C)
+    difference_Q = np.abs(-by_token_QxC.astype(np.float64) @ direction_C - slopes_Q)
+    relative_Q = difference_Q / np.abs(slopes_Q).max()
+    worst = int(relative_Q.argmax())
+    if not relative_Q[worst] < _AGREEMENT:
+        raise DisagreementError(
+            f"query {worst}: reverse and forward mode differ by {relative_Q[worst]:.1e} of the "
+            f"largest slope, above {_AGREEMENT}; use counterfactual.queries_at_once=1, another "
+            "version of jax, or a lower counterfactual.learning_rate"
+        )
+    return float(relative_Q[worst])

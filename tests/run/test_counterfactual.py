@@ -1,0 +1,137 @@
+"""The bank and the board of a run, from a config to a table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tda.reports import board as board_report
+from tda.retrieval.ranked import Ranked
+from tda.run import bank_scores, board, counterfactual, defaults
+from tda.run.workdir import Workdir
+from tda.runtime import preemption
+from tests.experiments import test_trace
+
+METHODS = "exp3,grad_dot,tracin,trak,bm25,random"
+
+
+def make_config(path, **changes):
+    c = test_trace.make_config(path)
+    c.data.n_sentences = 10
+    c.data.train_on = "rest"
+    c.model.size = "micro"
+    c.train.epochs = 1.0
+    c.train.warmup = 0
+    c.methods = METHODS
+    c.projection.pooling = "matrix"
+    c.counterfactual.tokens_per_batch = 64
+    c.counterfactual.warmup = 1
+    c.counterfactual.subsets = 6
+    c.counterfactual.orders = 2
+    c.counterfactual.fractions = "0.3"
+    c.counterfactual.fisher = 8
+    c.counterfactual.own_top = 2
+    c.counterfactual.resamples = 50
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.mark.slow
+def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_path, monkeypatch):
+    """The metagradient is what retraining is predicted by; controls are near nothing."""
+    config, workdir = make_config(tmp_path), Workdir(tmp_path / "w")
+    retrainings = tmp_path / "w" / "counterfactual" / "retrainings"
+    monkeypatch.setattr(preemption, "is_noticed", lambda: len(list(retrainings.rglob("*"))) > 4)
+    with pytest.raises(preemption.Preempted):
+        board.measure(config, workdir)
+    monkeypatch.undo()
+    done = {f: f.stat().st_mtime_ns for f in retrainings.rglob("*.npz")}
+    record = board.measure(make_config(tmp_path), workdir)
+    assert done and all(f.stat().st_mtime_ns == t for f, t in done.items())
+    lds = {n: m["lds"]["0.3"]["same order"]["mean"] for n, m in record["methods"].items()}
+    assert set(lds) == {*bank_scores.own_methods(config), *METHODS.split(",")}
+    assert lds["metagradient"] > 0.8
+    assert record["methods"]["metagradient"]["own_top"]["mean"] > 0
+    assert record["methods"]["metagradient"]["cost"] > 0
+    assert -1 <= record["ceilings"]["0.3"]["agreement"] <= 1 and record["metasmoothness"] > 0.5
+    text = (tmp_path / "w" / "board.md").read_text()
+    assert "metagradient (exact)" in text and "BM25" in text and "QLD" in text
+    assert json.loads((tmp_path / "w" / "board.json").read_text())["units"] == 10
+    with np.load(tmp_path / "w" / "counterfactual" / "bank.npz") as bank:
+        assert bank["0.3/1/losses"].shape == (6, 4)
+    # Scores stay: a new method is held against the bank without any training.
+    config = make_config(tmp_path, methods="bm25", **{"counterfactual.methods": "dot_whole"})
+    again = board.measure(config, workdir)["methods"]
+    assert again["dot_whole"]["lds"]["0.3"]["same order"]["mean"] == lds["dot_whole"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counterfactual.fractions": "0.05,1"}, "fractions=0.05,1: give shares above 0"),
+        ({"counterfactual.fractions": "x"}, "fractions=x: give shares above 0"),
+        ({"model.dtype": "bfloat16"}, "model.dtype=bfloat16: .* need model.dtype=float32"),
+        ({"train.optimizer": "adafactor"}, "the bank is trained by adam or adamw"),
+        ({"counterfactual.methods": "dots"}, "unknown dots; there are metagradient"),
+        ({"methods": "annotated,bm25"}, "leave them out of methods"),
+        ({"search.index": "scann"}, "use search.index=none"),
+    ],
+)
+def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):
+    config = defaults.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        counterfactual.check(config)
+        board.check(config)
+
+
+def test_modes_that_disagree_for_one_query_are_refused(monkeypatch):
+    """Guards: a batched derivative that is right for the first query and wrong for another."""
+    config = defaults.get_config()
+    retrained = counterfactual.Retrained(
+        type("Run", (), {"config": config}), [None], None, None, [], {}, None
+    )
+    by_token = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+
+    class Forward:
+        def __init__(self, *arguments):
+            pass
+
+        def along(self, direction):
+            return -by_token @ direction * factors
+
+    monkeypatch.setattr(counterfactual, "Forward", Forward)
+    factors = np.ones(3)
+    assert counterfactual.check_modes_agree(retrained, by_token) < 1e-5
+    factors = np.array([1, 1, 1.05])
+    with pytest.raises(counterfactual.DisagreementError, match="query 2: reverse and forward"):
+        counterfactual.check_modes_agree(retrained, by_token)
+
+
+def test_a_full_ranking_is_turned_back_into_scores():
+    rows, scores = np.array([[2, 0, 1]]), np.array([[0.75, 0.5, -1.0]], np.float32)
+    ranked = Ranked.of_proponents(rows, scores)
+    np.testing.assert_array_equal(bank_scores.all_scores(ranked, 3), [[0.5, -1.0, 0.75]])
+    with pytest.raises(ValueError, match="the ranking has 3 of 4 passages"):
+        bank_scores.all_scores(ranked, 4)
+    with pytest.raises(ValueError, match="needs the score of each"):
+        bank_scores.all_scores(Ranked.of_proponents(rows - 1, scores), 3)
+
+
+def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
+    def lds(x):
+        return {"0.05": {"same order": dict(mean=x, low=x - 0.1, high=x + 0.1)}}
+
+    record = {
+        "methods": {
+            "a": {"title": "A", "cost": None, "lds": lds(0.2)},
+            "b": {"title": "B", "cost": 2.345, "lds": lds(0.7)},
+        },
+        "ceilings": {"0.05": {"agreement": 0.5, "one": 0.7, "two": 0.8}},
+        "queries": 3, "units": 4, "steps": 5, "seconds of a training": 1.0, "metasmoothness": 0.9,
+    }  # fmt: skip
+    lines = board_report.describe(record).splitlines()
+    assert lines[0] == "| method | LDS 5%, same order | cost |"
+    assert lines[2] == "| B | 0.700 [0.600, 0.800] | 2.3 |"
+    assert lines[3] == "| A | 0.200 [0.100, 0.300] |  |"
+    assert "agreement 0.500; ceilings 0.700 (one order), 0.800 (two)" in lines[-1]
