@@ -151,9 +151,9 @@ def materialise(
     tokens = np.full((size, length + 1), pad, np.int32)
     scored = np.zeros((size, length + 1), np.float32)
     for i, row in enumerate(rows):
-        begin, end = table.starts[row], table.starts[row + 1]
-        tokens[i, : end - begin] = table.tokens[begin:end]
-        scored[i, : end - begin] = table.scored[begin:end]
+        sequence, is_scored = table.sequence(row)
+        tokens[i, : len(sequence)] = sequence
+        scored[i, : len(sequence)] = is_scored
     places = np.arange(len(rows)) if places is None else places
     rows = np.asarray(rows, np.int64)
     return Batch(tokens[:, :-1], tokens[:, 1:], scored[:, 1:], rows, places)
@@ -226,7 +226,7 @@ class BatchLayout:
         """
         rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
         planned = plan(
-            table.lengths[rows] - 1,
+            table.lengths_of(rows) - 1,
             self.bucket_lengths,
             self.tokens_per_batch,
             self.multiple,

@@ -4,26 +4,34 @@ The forms are JSON lines and arrays, CSV, Parquet, a Hugging Face `datasets` dir
 folder of text files, and a TFDS dataset by its name.
 """
 
-import collections
-import csv
 import dataclasses
+import functools
 import glob
 import heapq
-import json
 import os
 import pathlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
-from tda.data import jsonl
-from tda.data.documents import Document, columns_of, document_of
+from tda.data import jsonl, readers
+from tda.data.documents import Document
 from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
-from tda.data.jsonl import half_character
+from tda.data.pieces import Piece
 from tda.runtime.fingerprint import hash_64_bits
 
 KINDS = ("jsonl", "csv", "parquet", "datasets", "texts", "tfds")
+_READERS = {
+    "jsonl": readers.from_jsonl,
+    "csv": readers.from_csv,
+    "parquet": readers.from_parquet,
+    "datasets": readers.from_arrow,
+    "texts": readers.from_texts,
+}
+# Bytes of small files, and rows of a dataset, that are read as a piece.
+_PIECE_BYTES = 64 << 20
+_PIECE_ROWS = 1 << 16
 # The names that `tfds.builder` takes: DATASET[/CONFIG][:VERSION].
 _TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
@@ -82,18 +90,65 @@ class Corpus:
         self._check_options()
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped = 0
-        documents = self._read()
-        yield from _number(documents) if self.duplicate_ids == "number" else documents
-        if self.skipped:
-            warnings.warn(f"{self.source}: {self.skipped} records are not UTF-8", stacklevel=2)
+        skipped = 0
+        count = len(self._ranges if self._kind == "tfds" else self.pieces)
+        for piece in range(count):
+            yield from self.read(piece)
+            skipped += self.skipped
+        self.skipped = skipped
+        if skipped:
+            warnings.warn(f"{self.source}: {skipped} records are not UTF-8", stacklevel=2)
 
     def describe(self) -> dict:
-        """Returns JSON values that tell this corpus from others: files and options."""
-        options = dataclasses.asdict(self)
-        for name in ("source", "data_dir", "skipped"):
+        """Returns JSON values that tell this corpus from others, apart from its files."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        for name in ("source", "data_dir"):
             del options[name]
-        return options | {"files": describe_files(self.source, self._files)}
+        return options | {"kind": self._kind}
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        """The pieces that the corpus is read in, each for itself: files, or ranges of rows."""
+        if self._kind == "tfds":
+            # All files with the first piece: each is looked at once.
+            return [
+                Piece(() if rows.start else tuple(self.files), len(rows)) for rows in self._ranges
+            ]
+        sizes_by_name = {name: os.path.getsize(path) for name, path in self.files.items()}
+        groups: list[list[str]] = []
+        left = 0
+        for name, size in sizes_by_name.items():
+            # Ids that are numbered depend on all that came before; of small files, such as those
+            # of one document each, many make a piece.
+            if not groups or (self.duplicate_ids == "refuse" and size > left):
+                groups.append([])
+                left = _PIECE_BYTES
+            groups[-1].append(name)
+            left -= size
+        return [Piece(tuple(g), sum(sizes_by_name[n] for n in g)) for g in groups]
+
+    @functools.cached_property
+    def files(self) -> dict[str, str]:
+        """The path of every file, by the name that it has wherever the corpus is."""
+        if self._kind == "datasets":
+            path = pathlib.Path(os.path.expanduser(os.fspath(cast(str, self.source))))
+            files = readers.datasets_files(path, self.split)
+        elif self._kind == "tfds":
+            files = readers.list_tfds_files(cast(str, self.source), self.split, self.data_dir)
+        else:
+            return {name: path for path, name in self._files.items()}
+        return {os.path.basename(file): file for file in files}
+
+    @property
+    def unit(self) -> str:
+        """What a piece's size counts: "B", or "document"."""
+        return "document" if self._kind == "tfds" else "B"
+
+    def read(self, piece: int) -> Iterator[Document]:
+        """Yields the documents of a piece."""
+        self.skipped = 0
+        documents = self._read(piece)
+        return _number(documents) if self.duplicate_ids == "number" else documents
 
     def _check_options(self) -> None:
         """Checks that the options given have an effect on this kind of corpus."""
@@ -134,22 +189,31 @@ class Corpus:
         files = jsonl.expand(path)
         return self.kind or _kind_of_all(files), names_of(files, None)
 
-    def _read(self) -> Iterator[Document]:
+    @functools.cached_property
+    def _rows(self) -> Any:
+        return readers.open_tfds(os.fspath(cast(str, self.source)), self.split, self.data_dir)
+
+    @property
+    def _ranges(self) -> list[range]:
+        """The rows of each piece of a dataset."""
+        count = len(self._rows)
+        step = _PIECE_ROWS if self.duplicate_ids == "refuse" else max(1, count)
+        return [range(start, min(count, start + step)) for start in range(0, count, step)]
+
+    def __getstate__(self) -> dict:
+        # Another process opens a dataset for itself.
+        return {k: v for k, v in self.__dict__.items() if k != "_rows"}
+
+    def _read(self, piece: int) -> Iterator[Document]:
         fields = self.text_field, self.id_field
         on_undecodable = None if self.undecodable == "refuse" else self._skip
-        if self._kind == "datasets":
-            path = pathlib.Path(os.path.expanduser(os.fspath(cast(str, self.source))))
-            yield from _from_datasets(path, *fields, self.split, on_undecodable)
-        elif self._kind == "tfds":
-            yield from _from_tfds(
-                os.fspath(cast(str, self.source)), *fields, self.split, self.data_dir
-            )
-        elif self._kind == "parquet":
-            yield from _from_parquet(self._files, *fields, on_undecodable)
-        else:
-            read = {"jsonl": _from_jsonl, "csv": _from_csv, "texts": _from_texts}[self._kind]
-            for file, name in self._files.items():
-                yield from read(file, name, *fields, on_undecodable)
+        if self._kind == "tfds":
+            name = f"{os.fspath(cast(str, self.source))}/{self.split}"
+            yield from readers.from_rows(self._rows, name, self._ranges[piece], *fields)
+            return
+        read = _READERS[self._kind]
+        for name in self.pieces[piece].files:
+            yield from read(self.files[name], name, *fields, on_undecodable)
 
     def _skip(self, message: str) -> None:
         self.skipped += 1
@@ -262,134 +326,3 @@ def _names_tfds(name: str) -> bool:
     dataset, config, version = match[1], match[2], match[3]
     # A config may have a dot ("wikipedia/20220301.en"); so may a file in a directory.
     return version is not None or (config is not None and not os.path.isdir(dataset))
-
-
-def _from_jsonl(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
-    for i, (place, record) in enumerate(jsonl.iter_records(file, on_undecodable)):
-        # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
-        yield document_of(record, place, f"{name}:{i}", text_field, id_field)
-
-
-def _from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
-    # A field may be longer than the 128 KiB that Python's reader takes by default.
-    csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
-    # A record may have several lines: it is left out as a whole, not its bad line alone.
-    is_escaped = on_undecodable is not None
-    lines = (line for _, line in jsonl.decoded_lines(file, is_escaped=is_escaped))
-    is_tabbed = ".tsv" in os.path.basename(file).lower()
-    rows = csv.DictReader(lines, delimiter="\t" if is_tabbed else ",", strict=True)
-    place = os.path.basename(file)
-    try:
-        names = rows.fieldnames or ()
-        if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
-            raise CorpusError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
-        for i, row in enumerate(rows):
-            place = f"{os.path.basename(file)}, line {rows.line_num}"
-            if is_escaped and any(half_character(x) for x in row.values() if isinstance(x, str)):
-                on_undecodable(place)
-                continue
-            if None in row or None in row.values():
-                raise CorpusError(f"{place}: the row has another number of fields than the header")
-            yield document_of(row, place, f"{name}:{i}", text_field, id_field)
-    except csv.Error as error:
-        raise CorpusError(f"{place}: not CSV ({error})") from error
-
-
-def _arrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise CorpusError(
-            "reading Parquet and `datasets` needs the package pyarrow: "
-            "pip install 'tda-jax[parquet]'"
-        ) from error
-    return pyarrow
-
-
-def _from_parquet(
-    files: dict[str, str], text_field, id_field, on_undecodable
-) -> Iterator[Document]:
-    arrow = _arrow()
-    for file, name in files.items():
-        try:
-            opened = arrow.parquet.ParquetFile(file)
-        except (arrow.ArrowInvalid, OSError) as error:
-            raise CorpusError(f"{file} is not a Parquet file ({error})") from error
-        columns = columns_of(opened.schema_arrow.names, file, text_field, id_field)
-        batches = opened.iter_batches(batch_size=1024, columns=columns)
-        yield from _rows(batches, name, text_field, id_field, on_undecodable)
-
-
-def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iterator[Document]:
-    i = 0
-    for batch in batches:
-        for row in range(batch.num_rows):
-            try:
-                (record,) = batch.slice(row, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                message = f"{file}, row {i}: not UTF-8 ({error.reason} at byte {error.start})"
-                if on_undecodable is None:
-                    raise CorpusError(message) from error
-                on_undecodable(message)
-            else:
-                place = f"{file}:{i}"
-                yield document_of(record, place, place, text_field, id_field)
-            i += 1
-
-
-def _from_datasets(
-    path: pathlib.Path, text_field, id_field, split: str, on_undecodable
-) -> Iterator[Document]:
-    arrow = _arrow()
-    splits = path / "dataset_dict.json"
-    if splits.exists():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
-        if split not in names:
-            raise CorpusError(f"{path} has no split {split!r}; there are {', '.join(names)}")
-        path = path / split
-    elif split != "train":
-        raise CorpusError(
-            f"{path} has no splits, so split={split!r} has no effect; leave it out, or give the "
-            "folder of a DatasetDict"
-        )
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.get("_indices_files"):
-        raise CorpusError(
-            f"{path} is a selection of another dataset's rows; write the rows themselves: "
-            "dataset.flatten_indices().save_to_disk(…)"
-        )
-    for file in state["_data_files"]:
-        name = path / os.path.basename(file["filename"])
-        with arrow.memory_map(os.fspath(name)) as mapped:
-            opened = arrow.ipc.open_stream(mapped)
-            columns = columns_of(opened.schema.names, name, text_field, id_field)
-            batches = (b.select(columns) for b in opened)
-            yield from _rows(batches, name.name, text_field, id_field, on_undecodable)
-
-
-def _from_texts(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
-    undecodable: list[str] = []
-    note = None if on_undecodable is None else undecodable.append
-    text = "".join(line for _, line in jsonl.decoded_lines(file, note))
-    if undecodable and on_undecodable is not None:
-        on_undecodable(undecodable[0])
-    else:
-        yield Document(name, text)
-
-
-def _from_tfds(name: str, text_field, id_field, split, data_dir) -> Iterator[Document]:
-    import tensorflow_datasets as tfds
-
-    try:
-        source = tfds.data_source(name, split=split, data_dir=data_dir)
-    except Exception as error:  # TFDS raises errors of many classes, some of its own
-        first = str(error).strip().splitlines()[0]
-        raise CorpusError(
-            f"{name} is no file, no directory and no TFDS dataset that can be opened ({first}); "
-            f"prepare a TFDS dataset by tfds.builder({name!r}, file_format='array_record')"
-            ".download_and_prepare()"
-        ) from error
-    for i in range(len(source)):
-        place = f"{name}/{split}:{i}"
-        yield document_of(source[i], place, place, text_field, id_field)

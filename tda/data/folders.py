@@ -4,7 +4,8 @@ The rule: all files below the folder that are of one kind, told by their suffix.
 folders (with a name that begins with `.` or `_`), files called README, LICENSE, NOTICE, CITATION or
 CHANGELOG, and dataset_info.json, never count. Other files without a known suffix are left out, with
 a warning that names them. Files of several kinds are refused. If file or folder names tell splits
-apart (`train-00000.parquet`, `test/a.jsonl`), one split is read, by default "train".
+apart (`train-00000.parquet`, `test/a.jsonl`, `c4-train.00000-of-01024.json.gz`), one split is read,
+by default "train".
 """
 
 import collections
@@ -28,6 +29,8 @@ _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|copying)([-_.].*)?|dataset_infos?\.json", re.I
 )
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing)?([-_.\d].*)?", re.I)
+# Shards of several splits in one folder: C4's `c4-validation.00000-of-00008.json.gz`.
+_SHARD = re.compile(r".*[-_.](train|validation|valid|val|dev|test)[-_.]\d+-of-\d+.*", re.I)
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -84,7 +87,7 @@ def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> l
         *parents, name = path.relative_to(folder).parts
         # A text file is a document, whatever it is called; its folder may be a split.
         names = parents if kind == "texts" else [*parents, name]
-        matches = [m for n in names if (m := _SPLIT.fullmatch(n))]
+        matches = [m for n in names if (m := _SPLIT.fullmatch(n) or _SHARD.fullmatch(n))]
         label = matches[0][1].lower() if matches else None
         splits[_ALIASES.get(label, label) if label else None].append(path)
     if set(splits) == {None}:

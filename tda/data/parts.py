@@ -14,21 +14,24 @@ from tda.data.folders import CorpusError
 from tda.data.joining import join
 from tda.data.jsonl import half_character
 from tda.data.tokens import cut, window
+from tda.runtime.fingerprint import hash_64_bits
 
 # The arrays of a part and of the joined table: the tokens of all passages, which of them the loss
-# counts, where each passage ends,
-# its document's number and characters (−1 for a whole document), and the documents' names.
+# counts, where each passage ends, its document's number and characters (−1 for a whole document),
+# and the documents' names, with hashes of the passages' ids and of the names.
 ARRAYS = {
     "tokens": np.int32,
     "scored": np.bool_,
     "ends": np.int64,
     "owners": np.int64,
     "spans": np.int64,
+    "id_hashes": np.uint64,
     "names": np.uint8,
     "name_ends": np.int64,
+    "name_hashes": np.uint64,
 }
 # The same as codes of Python's arrays, for those of numbers.
-_CODE_OF = {np.int32: "i", np.int64: "q", np.bool_: "B"}
+_CODE_OF = {np.int32: "i", np.int64: "q", np.uint64: "Q", np.bool_: "B"}
 _CODES = {k: _CODE_OF[d] for k, d in ARRAYS.items() if d in _CODE_OF}
 
 # Tokens of a part, of which a long document ends a part: they take 42 MB.
@@ -67,6 +70,9 @@ class _Sequence(NamedTuple):
 class Part:
     """The passages of some documents, in flat arrays that grow: Python's lists of numbers and of
     pairs take 70 to 660 bytes a token, these take 5 to 10.
+
+    Attributes:
+        is_open: whether the last document goes on in the next part, where its name stands again.
     """
 
     def __init__(self, tokenizer, context: int):
@@ -75,22 +81,21 @@ class Part:
 
     def clear(self) -> None:
         """Removes everything, also in the middle of a document."""
-        self.batches = self.characters = self._documents = self._blank = self._split = 0
+        self._documents = self._blank = self._split = 0
+        self.is_open = False
         self._numbers = {k: array.array(code) for k, code in _CODES.items()}
         self._names = bytearray()
 
     def add(self, documents: list[Document]) -> Iterator[None]:
         """Cuts documents into passages and appends these.
 
-        Yields where a long document has filled the part, which is to be cleared then. The passages
-        after that have the same owner: the name that ends their document comes in a later part.
+        Yields where the part is full, which is to be cleared then.
         """
         for document in documents:
             _check_characters(document)
         texts = [join(d.prompt, d.text) for d in documents]
         encoded = self._encode(texts)
         for document, text, pieces in zip(documents, texts, encoded, strict=True):
-            self.characters += count_characters(document) + 4 * len(document.tokens or ())
             if document.tokens:
                 yield from self._add(document, [_given_tokens(document)], _AS_IT_IS)
             elif document.messages:
@@ -103,7 +108,6 @@ class Part:
             else:
                 self._blank += 1
             self._documents += 1
-        self.batches += 1
 
     def _encode(self, texts: list[str]) -> Iterator[Iterable[long_texts.Tokens]]:
         """Yields the tokens of each text: a long one, which comes alone, in pieces."""
@@ -124,12 +128,15 @@ class Part:
         self, document: Document, pieces: Iterable[_Sequence], tokenizer: Any
     ) -> Iterator[None]:
         has_several, is_empty = False, True
+        name_hash = hash_64_bits(document.id)
         for passage, has_several in _passages(pieces, tokenizer, self._context):
             # Nothing predicts the first token of a sequence.
             if not passage.scored[0 if tokenizer.begin else 1 :].any():
                 continue  # nothing but prompts, or a single token: its gradient is zero
             is_empty = False
             if len(self._numbers["tokens"]) >= PART_TOKENS:
+                self._append_name(document.id, name_hash)
+                self.is_open = True
                 yield
             out = self._numbers
             out["tokens"].extend(tokenizer.begin)
@@ -137,21 +144,38 @@ class Part:
             out["scored"].frombytes(bytes(len(tokenizer.begin)) + passage.scored.tobytes())
             out["ends"].append(len(out["tokens"]))
             out["owners"].append(len(out["name_ends"]))
-            out["spans"].extend(_characters(passage.places) if has_several else (-1, -1))
+            span = _characters(passage.places) if has_several else (-1, -1)
+            out["spans"].extend(span)
+            out["id_hashes"].append(
+                hash_64_bits(name_passage(document.id, *span)) if has_several else name_hash
+            )
         self._split += has_several
         self._blank += is_empty
-        self._names += document.id.encode()
+        self._append_name(document.id, name_hash)
+
+    def _append_name(self, name: str, name_hash: int) -> None:
+        self._names += name.encode()
         self._numbers["name_ends"].append(len(self._names))
+        self._numbers["name_hashes"].append(name_hash)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays of the part, by the names of `ARRAYS`."""
-        flat = {k: np.frombuffer(x, ARRAYS[k]) for k, x in self._numbers.items()}
-        names = np.frombuffer(self._names, np.uint8)
+        flat = {k: _as_array(x, ARRAYS[k]) for k, x in self._numbers.items()}
+        names = _as_array(self._names, np.uint8)
         return flat | {"spans": flat["spans"].reshape(-1, 2), "names": names}
 
     def counts(self) -> Counts:
         """Returns the numbers of the part's documents."""
         return Counts(self._documents, self._blank, self._split)
+
+
+def _as_array(buffer: array.array | bytearray, dtype) -> np.ndarray:
+    return np.frombuffer(buffer, dtype) if len(buffer) else np.zeros(0, dtype)
+
+
+def name_passage(document: str, start: int, stop: int) -> str:
+    """Returns the id of a passage: characters [start, stop) of a document; all of it if −1."""
+    return document if start < 0 else f"{document}#{start}-{stop}"
 
 
 def count_characters(document: Document) -> int:

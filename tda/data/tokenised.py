@@ -1,12 +1,17 @@
-"""A corpus of any size as a token table: streamed from its documents into files, read in place.
+"""A corpus of any size as a token table: tokenised in parts, which are read in place.
 
-    DIR/corpus.json        what the table was made from, and counts; written last
-    DIR/tokens.npy, …      the arrays of a `TokenTable`, opened as memory maps
-    DIR/parts/             the finished parts, while the table is being made
+    DIR/corpus.json        what the table was made from, counts, and what is known of each part;
+                           written last
+    DIR/parts/             the parts (`tda.data.part_files`), and what is known of each piece
 
-A passage's id leads back to its place: it is the document's id if the passage is the whole
-document, else `ID#START-END` for its characters START to END. A tokenisation that is killed resumes
-after the last finished part and ends in the same bytes.
+The corpus is cut into pieces, such as files, and these into parts, all tokenised by several
+processes (`tda.data.tokenising`). The bytes of a part depend on its documents alone, not on who
+makes it. A kill loses the parts that are being made. A passage's id leads back to its place: it is
+the document's id if the passage is the whole document, else `ID#START-END` for its characters START
+to END.
+
+The table is that of another call if tokenizer, options and files are the same
+(`tda.data.file_states`): a corpus that was copied elsewhere is the same corpus.
 """
 
 import collections
@@ -15,25 +20,31 @@ import itertools
 import json
 import pathlib
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
+from tda.data import pieces, tokenising
 from tda.data.documents import Document
+from tda.data.file_states import FileState, check_same, read_states
 from tda.data.folders import CorpusError
-from tda.data.parts import ARRAYS, Counts, Part, count_characters
-from tda.data.tokens import TokenTable, by_characters
-from tda.runtime import atomic_file, progress
-from tda.runtime.fingerprint import fingerprint, hash_64_bits, plain
+from tda.data.mapped import MappedTable
+from tda.data.names import DocumentNames, PassageNames, Strings, check_unique
+from tda.data.part_files import info_from_json, map_arrays
+from tda.data.parts import ARRAYS, Counts, Part
+from tda.data.pieces import Job, Source, Turn, finished_parts, read_end
+from tda.data.tokens import TokenTable
+from tda.runtime import atomic_file, processes, progress
+from tda.runtime.fingerprint import fingerprint, plain
 
-# Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
-# part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
-# with their length: a part of so many characters has about 50 MB of arrays.
-_BATCH = 256
-_BATCHES_A_PART = 64
-_PART_CHARACTERS = 1 << 25
+# Of the files below a directory of tokens; a directory of another format is refused.
+_FORMAT = 2
+# Seconds between looks for other processes' parts, at most.
+_LONGEST_PAUSE = 30.0
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
+_NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
 
 
 def place_of(passage: str, documents: Sequence[str] | None = None) -> tuple[str, slice | None]:
@@ -49,55 +60,51 @@ def place_of(passage: str, documents: Sequence[str] | None = None) -> tuple[str,
     return match[1], slice(int(match[2]), int(match[3]))
 
 
-class Strings(Sequence):
-    """N strings in one array of bytes, decoded when they are asked for.
-
-    Args:
-        bytes_: the strings in UTF-8, one after the other, uint8.
-        ends: where each string ends, int64 [N].
-    """
-
-    def __init__(self, bytes_: np.ndarray, ends: np.ndarray):
-        self._bytes, self._ends = bytes_, ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        start = int(self._ends[i - 1]) if i else 0
-        return self._bytes[start : int(self._ends[i])].tobytes().decode("utf-8")
-
-
 def tokenise_in_memory(
     documents: Iterable[Document], tokenizer, context: int, quiet: bool = False
 ) -> tuple[TokenTable, Counts]:
     """Tokenises a corpus that fits in memory; see `tokenise_on_disk`."""
     parts, counts = [], []
-    for part, count in _parts(documents, tokenizer, context, quiet):
-        parts.append(part)
-        counts.append(count)
+    hashes: list[np.ndarray] = []
+    part = Part(tokenizer, context)
+
+    def finish() -> None:
+        parts.append(part.arrays())
+        counts.append(part.counts())
+        hashes.append(parts[-1]["name_hashes"][: -1 if part.is_open else None])
+        part.clear()
+
+    with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
+        batches = pieces.part_batches(documents)
+        for _, group in itertools.groupby(batches, key=lambda x: x[0]):
+            for _, batch in group:
+                for _ in part.add(batch):
+                    finish()
+                bar.update(len(batch))
+            finish()
+    if not sum(len(x["ends"]) for x in parts):
+        raise CorpusError(_NO_TEXT)
+
+    def name_of(number: int, i: int) -> str:
+        return Strings(parts[number]["names"], parts[number]["name_ends"])[i]
+
+    check_unique(len(parts), hashes.__getitem__, name_of)
     return _table(_joined(parts)), _sum(counts)
 
 
 def tokenise_on_disk(
-    directory,
-    documents: Iterable[Document],
-    tokenizer,
-    context: int,
-    provenance: dict,
-    quiet: bool = False,
-) -> tuple[TokenTable, Counts]:
+    directory, source: Source, tokenizer, context: int, quiet: bool = False
+) -> tuple[MappedTable, Counts]:
     """Tokenises a corpus into `directory`, or opens the table that is there already.
+
+    Worker processes share the work, one for each processor. Every process of a run calls it, and
+    takes a share of the corpus; they need a directory that all of them see.
 
     Args:
         directory: the directory of the files.
-        documents: the corpus, the same documents in the same order in every call.
+        source: the corpus, the same documents in the same order in every call.
         tokenizer: the model's tokenizer.
         context: the most positions that a passage may have.
-        provenance: JSON values that tell this corpus from others.
         quiet: whether no progress is shown.
 
     Returns:
@@ -108,167 +115,160 @@ def tokenise_on_disk(
             text at all, or the directory was made from another corpus.
     """
     directory = pathlib.Path(directory)
-    provenance = provenance | {"tokenizer": tokenizer.fingerprint(), "context": context}
+    provenance = plain(source.describe() | {"tokenizer": tokenizer.fingerprint()})
+    provenance |= {"context": context, "format": _FORMAT}
     if getattr(tokenizer, "chat", None) is not None:
         provenance["chat template"] = fingerprint(dataclasses.astuple(tokenizer.chat))
-    provenance = plain(provenance)
-    stamp, parts = directory / "corpus.json", directory / "parts"
-    existing = _read_json(stamp) or _read_json(parts / "made_from.json")
-    if existing is not None and existing["made_from"] != provenance:
-        differing = sorted(k for k in provenance if existing["made_from"].get(k) != provenance[k])
+    index = directory / "corpus.json"
+    job = Job(source, tokenizer, context, directory / "parts")
+    if not processes.on_first_process(
+        "look for tokens", lambda: _begin(directory, provenance, source)
+    ):
+        workers = tokenising.count_workers(source)
+        # Enough turns for all workers of all processes.
+        stride = -(-workers * jax.process_count() // max(1, len(source.pieces)))
+        turns = processes.on_first_process("list the parts", lambda: _missing_turns(job, stride))
+        local = [Turn(*turn) for turn in processes.share(turns)]
+        tokenising.make_all(job, local, workers, quiet)
+        processes.wait_until(lambda: not _missing_turns(job, 1), _LONGEST_PAUSE)
+        processes.on_first_process("index the tokens", lambda: _finish(job, provenance, index))
+    stored = _read_json(index)
+    infos = [info_from_json(fields) for fields in stored["parts"]]
+    if stored["skipped"]:
+        warnings.warn(f"{stored['skipped']} records are not UTF-8, and left out", stacklevel=2)
+    return MappedTable(job.folder, infos), Counts(*stored["counts"])
+
+
+def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
+    """Checks that a directory is of this corpus; returns whether it is finished.
+
+    Raises:
+        CorpusError: it is of another.
+    """
+    index, folder = directory / "corpus.json", directory / "parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "made_from.json"
+    stored = _read_json(index) or _read_json(begun)
+    states = read_states(source.files) if stored is None else None
+    if stored is not None:
+        before = stored["made_from"]
+        if differing := sorted(
+            k for k in before.keys() | provenance.keys() if before.get(k) != provenance.get(k)
+        ):
+            raise CorpusError(
+                f"{directory} was made from another corpus; it differs in {', '.join(differing)}; "
+                "remove it, or use another directory"
+            )
+    if index.exists():
+        before = {name: FileState(*state) for name, state in stored["files"].items()}
+        states = check_same(before, source.files, str(directory))
+        if states != before:
+            # A copy: its times are noted, so that the next start need not read the files.
+            atomic_file.write_json(index, stored | {"files": _as_json(states)})
+        return True
+    if stored is not None:
+        states = _forget_changed(stored, source, folder)
+    atomic_file.write_json(begun, {"made_from": provenance, "files": _as_json(states)})
+    return False
+
+
+def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[str, FileState]:
+    """Removes the parts of files that were changed since they were begun."""
+    before = {name: FileState(*state) for name, state in stored["files"].items()}
+    states = read_states(source.files)
+    if before.keys() != states.keys():
+        differing = ", ".join(sorted(before.keys() ^ states.keys())[:3])
         raise CorpusError(
-            f"{directory} was made from another corpus; it differs in {', '.join(differing)}; "
+            f"{folder.parent} was made from another corpus; it differs in its files: {differing}; "
             "remove it, or use another directory"
         )
-    if not stamp.exists():
-        parts.mkdir(parents=True, exist_ok=True)
-        atomic_file.write_json(parts / "made_from.json", {"made_from": provenance})
-        counts = _fill(parts, documents, tokenizer, context, quiet)
-        _join(directory, parts, len(counts))
-        # The stamp comes last: a directory without one is not finished.
-        total = dataclasses.asdict(_sum(counts))
-        atomic_file.write_json(stamp, {"made_from": provenance, "counts": total})
-    shutil.rmtree(parts, ignore_errors=True)
-    arrays = {k: np.load(directory / f"{k}.npy", mmap_mode="r") for k in ARRAYS}
-    return _table(arrays), Counts(**_read_json(stamp)["counts"])
+    for number, piece in enumerate(source.pieces):
+        end = read_end(folder, number)
+        if all(states[name] == before[name] for name in piece.files):
+            continue
+        try:
+            if end is None:
+                raise CorpusError
+            check_same(end.states, {n: source.files[n] for n in piece.files}, str(folder))
+        except CorpusError:
+            for path in folder.glob(f"{number:06d}[-.]*"):
+                path.unlink()
+    return states
 
 
-def _none() -> dict[str, np.ndarray]:
-    return {k: np.zeros((0, 2) if k == "spans" else 0, d) for k, d in ARRAYS.items()}
+def _missing_turns(job: Job, stride: int) -> list[tuple[int, int, int]]:
+    """Returns the fields of the turns at pieces that lack a part."""
+    missing = []
+    for piece in range(len(job.source.pieces)):
+        end = read_end(job.folder, piece)
+        if end is None or len(finished_parts(job.folder, piece)) < end.parts:
+            missing += [(piece, turn, stride) for turn in range(stride)]
+    return missing
 
 
-def _parts(documents, tokenizer, context, quiet, first: int = 0) -> Iterator[tuple[dict, Counts]]:
-    """Yields the parts of the corpus from document number `first` on."""
-    documents = iter(documents)
-    with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
-        bar.update(sum(1 for _ in itertools.islice(documents, first)))
-        part = Part(tokenizer, context)
-        for batch in by_characters(documents, count_characters, _BATCH):
-            for _ in part.add(batch):
-                yield part.arrays(), part.counts()
-                part.clear()
-            bar.update(len(batch))
-            if part.batches == _BATCHES_A_PART or part.characters >= _PART_CHARACTERS:
-                yield part.arrays(), part.counts()
-                part = Part(tokenizer, context)
-        if part.batches:
-            yield part.arrays(), part.counts()
+def _finish(job: Job, provenance: dict, index: pathlib.Path) -> None:
+    """Checks the documents' names and writes the index, which makes the table complete."""
+    infos, files, skipped = [], {}, 0
+    for piece in range(len(job.source.pieces)):
+        end = read_end(job.folder, piece)
+        parts = finished_parts(job.folder, piece)
+        for number in range(end.parts):
+            infos += parts[number]
+        files |= end.states
+        skipped += end.skipped
+    if not sum(info.rows for info in infos):
+        raise CorpusError(_NO_TEXT)
+
+    def hashes_of(number: int) -> np.ndarray:
+        arrays = map_arrays(job.folder / infos[number].name)
+        return arrays["name_hashes"][: -1 if infos[number].is_open else None]
+
+    def name_of(number: int, i: int) -> str:
+        arrays = map_arrays(job.folder / infos[number].name)
+        return Strings(arrays["names"], arrays["name_ends"])[i]
+
+    check_unique(len(infos), hashes_of, name_of)
+    stored = {
+        "made_from": provenance,
+        "files": _as_json(files),
+        "skipped": skipped,
+        "counts": np.sum([info.counts for info in infos], axis=0).tolist(),
+        "parts": [dataclasses.asdict(info) for info in infos],
+    }
+    atomic_file.write_json(index, stored)
 
 
-def _fill(parts: pathlib.Path, documents, tokenizer, context, quiet) -> list[Counts]:
-    """Writes the parts that are missing, each atomically; returns the counts of all parts."""
-    counts: list[Counts] = []
-    complete = 0
-    while (path := parts / f"{len(counts)}.npz").exists():
-        with np.load(path) as part:
-            counts.append(Counts(*map(int, part["counts"])))
-            # A part that a long document filled ends before the document's name.
-            owners = part["owners"]
-            if not len(owners) or owners[-1] < len(part["name_ends"]):
-                complete = len(counts)
-    # Its document is tokenised again from the beginning.
-    del counts[complete:]
-    finished = sum(c.documents for c in counts)
-    for part, count in _parts(documents, tokenizer, context, quiet, first=finished):
-        with atomic_file.open_atomic(parts / f"{len(counts)}.npz", "wb") as out:
-            np.savez(out, **part, counts=np.asarray(dataclasses.astuple(count)))
-        counts.append(count)
-    return counts
+def _as_json(states: Mapping[str, FileState]) -> dict[str, list]:
+    return {name: list(dataclasses.astuple(state)) for name, state in states.items()}
 
 
 def _joined(parts: list[dict]) -> dict[str, np.ndarray]:
     """Joins the arrays of all parts in memory."""
-    out, shift = {k: [] for k in ARRAYS}, collections.Counter()
+    out: dict[str, list] = {k: [] for k in ARRAYS}
+    shift: collections.Counter = collections.Counter()
     for part in parts:
         for k, x in part.items():
             out[k].append(x + shift[k] if k in _SHIFTED else x)
         shift.update({k: len(part[target]) for k, target in _SHIFTED.items()})
-    return {k: np.concatenate(x) if x else _none()[k] for k, x in out.items()}
-
-
-def _join(directory: pathlib.Path, parts: pathlib.Path, count: int) -> None:
-    """Joins all parts into one file for each array, with one of a part in memory at a time."""
-    sizes = collections.Counter()
-    for i in range(count):
-        with np.load(parts / f"{i}.npz") as part:
-            sizes.update({k: len(part[k]) for k in ARRAYS})
-    # One array of one part in memory at a time; pages of a memory map would stay there.
-    for k, dtype in ARRAYS.items():
-        shape = (sizes[k], 2) if k == "spans" else (sizes[k],)
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        shift = 0
-        with open(directory / f"{k}.npy", "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for i in range(count):
-                with np.load(parts / f"{i}.npz") as part:
-                    x = part[k]
-                    (x + shift if k in _SHIFTED else x).astype(dtype, copy=False).tofile(out)
-                    shift += len(part[_SHIFTED[k]]) if k in _SHIFTED else 0
+    return {k: np.concatenate(x) for k, x in out.items()}
 
 
 # Arrays of offsets, which are shifted when parts are joined, and the arrays that they point into.
 _SHIFTED = {"ends": "tokens", "owners": "name_ends", "name_ends": "names"}
 
 
-class _Owners(Sequence):
-    """The name of every passage's document."""
-
-    def __init__(self, names: Strings, owners: np.ndarray):
-        self._names, self._owners = names, owners
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._names[int(self._owners[index])]
-
-
-class _Ids(_Owners):
-    """The id of every passage."""
-
-    def __init__(self, names: Strings, owners: np.ndarray, spans: np.ndarray):
-        super().__init__(names, owners)
-        self._spans = spans
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return super().__getitem__(index)
-        start, end = map(int, self._spans[index])
-        name = super().__getitem__(index)
-        return name if start < 0 else f"{name}#{start}-{end}"
-
-
 def _table(arrays: dict[str, np.ndarray]) -> TokenTable:
-    if not len(arrays["ends"]):
-        raise CorpusError(
-            "the corpus has no text: it has no document, or only blank ones, or of a single token"
-        )
     names = Strings(arrays["names"], arrays["name_ends"])
-    ids = _Ids(names, arrays["owners"], arrays["spans"])
-    _check_unique(names)
+    ids = PassageNames(names, arrays["owners"], arrays["spans"])
     starts = np.concatenate([[0], arrays["ends"]]).astype(np.int64)
     scored = np.array(arrays["scored"])
     scored[starts[:-1]] = False  # nothing predicts the first token
-    return TokenTable(ids, _Owners(names, arrays["owners"]), arrays["tokens"], starts, scored)
+    documents = DocumentNames(names, arrays["owners"])
+    return TokenTable(ids, documents, arrays["tokens"], starts, scored)
 
 
-def _check_unique(names: Strings) -> None:
-    """Checks that no two documents have the same name.
-
-    Compares hashes first: a set of the names themselves would take many times the memory.
-    """
-    hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
-    order = np.argsort(hashes, kind="stable")
-    for i in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]):
-        a, b = names[int(order[i])], names[int(order[i + 1])]
-        if a == b:
-            raise CorpusError(f"two documents have the id {a!r}; give them other ids")
-
-
-def _sum(counts: list[Counts]) -> Counts:
-    return Counts(*(sum(getattr(c, f.name) for c in counts) for f in dataclasses.fields(Counts)))
+def _sum(counts: Iterable[Counts]) -> Counts:
+    return Counts(*map(sum, zip(*map(dataclasses.astuple, counts), strict=True)))
 
 
 def _read_json(path: pathlib.Path):

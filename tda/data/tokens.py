@@ -43,6 +43,46 @@ class TokenTable:
         """Tokens of each sequence, int64 [N]."""
         return np.diff(self.starts)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the number of tokens of some sequences, int64 [R]."""
+        return self.starts[rows + 1] - self.starts[rows]
+
+    def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a sequence's tokens, int32 [T], and which of them the loss counts, bool [T]."""
+        begin, end = self.starts[row], self.starts[row + 1]
+        return self.tokens[begin:end], self.scored[begin:end]
+
+    @property
+    def token_count(self) -> int:
+        """The number of all tokens."""
+        return len(self.tokens)
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id."""
+        return int(self.tokens.min()), int(self.tokens.max())
+
+    @property
+    def longest(self) -> int:
+        """The first of the longest sequences."""
+        return int(self.lengths.argmax())
+
+    @property
+    def shortest(self) -> int:
+        """The first of the shortest sequences."""
+        return int(self.lengths.argmin())
+
+    def count_scored(self, first: int = 0, stop: int | None = None) -> int:
+        """Returns the number of tokens that the loss counts in sequences [first, stop)."""
+        stop = len(self) if stop is None else stop
+        return int(self.scored[self.starts[first] : self.starts[stop]].sum())
+
+    @property
+    def scored_lengths(self) -> np.ndarray:
+        """Tokens that the loss counts of each sequence, int64 [N]."""
+        before = np.concatenate([[0], np.cumsum(self.scored)])
+        return np.diff(before[self.starts])
+
     def fingerprint(self) -> str:
         """Returns a hash of tokens, scored positions and ids.
 
@@ -70,8 +110,8 @@ class PassageTexts(Sequence):
         return len(self._table)
 
     def __getitem__(self, row: int) -> str:
-        begin, end = self._table.starts[row], self._table.starts[row + 1]
-        return self._tokenizer.decode(self._table.tokens[begin:end]).strip()
+        tokens, _ = self._table.sequence(row)
+        return self._tokenizer.decode(tokens).strip()
 
 
 def _table(ids, documents, sequences, scored) -> TokenTable:

@@ -295,7 +295,7 @@ def check_token_ids(settings: TraceSettings, table: TokenTable, label: str) -> N
         ValueError: it does not.
     """
     vocab_size = getattr(settings.model, "vocab_size", None)
-    largest, smallest = int(table.tokens.max()), int(table.tokens.min())
+    smallest, largest = table.token_range
     if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
         raise ValueError(
             f"the {label} have token ids from {smallest} to {largest}, the model has 0 to "

@@ -6,13 +6,11 @@ stay in memory.
 """
 
 import dataclasses
-import functools
 import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from tda import store as stores
@@ -281,20 +279,21 @@ def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray
     Raises:
         ValueError: the gradient of the longest passage is not finite, that of the shortest is.
     """
-    longest, shortest = int(table.lengths.argmax()), int(table.lengths.argmin())
+    longest, shortest = table.longest, table.shortest
     for row in (longest, shortest):
         if np.isfinite(encode(row)).all():
             break
     if row != longest:
+        positions = [len(table.sequence(row)[0]) - 1 for row in (longest, shortest)]
         raise ValueError(
-            f"the gradient of a passage of {table.lengths[longest] - 1} positions is not finite, "
-            f"that of one of {table.lengths[shortest] - 1} is: if the model has a table of "
+            f"the gradient of a passage of {positions[0]} positions is not finite, that of one of "
+            f"{positions[1]} is: if the model has a table of "
             "positions, say context= with its length"
         )
 
 
 def _shard_bytes(table: TokenTable, width: int) -> int:
-    rows = max(1, int(_SHARD_TOKENS / max(1.0, float(table.lengths.mean()))))
+    rows = max(1, int(_SHARD_TOKENS / max(1.0, table.token_count / len(table))))
     return min(SHARD_BYTES, rows * 4 * width)
 
 
@@ -333,18 +332,9 @@ def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     is_corpus = isinstance(passages, Corpus)
     documents = passages if is_corpus else parse_passages(passages, *fields)
     if is_corpus and reading.directory is not None:
-        tokenise = functools.partial(
-            tokenised.tokenise_on_disk,
-            reading.directory / "tokens",
-            documents,
-            reading.tokenizer,
-            reading.context,
-            {"corpus": passages.describe()},
+        table, counts = tokenised.tokenise_on_disk(
+            reading.directory / "tokens", passages, reading.tokenizer, reading.context, quiet
         )
-        # Of several processes the first writes the files, and the others open them.
-        if jax.process_count() > 1:
-            processes.on_first_process("tokenise the corpus", lambda: bool(tokenise(quiet)))
-        table, counts = tokenise(quiet)
     else:
         table, counts = tokenised.tokenise_in_memory(
             documents, reading.tokenizer, reading.context, quiet
@@ -352,7 +342,7 @@ def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     if not quiet:
         print(
             f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "
-            f"{len(table):,} passages, {int(table.scored.sum()):,} tokens"
+            f"{len(table):,} passages, {table.count_scored():,} tokens"
         )
     return table
 
@@ -369,7 +359,7 @@ def _encode_in_memory(
     is_small = layouts.is_small(table)
     if not is_small:
         _check_longest_passage(encoder, table, layout)
-    total = int(table.scored.sum())
+    total = table.count_scored()
     with progress.bar(total, "encode passages", "token", quiet=quiet) as bar:
         rows = np.arange(len(table))
         gradients_CxE = encoding.encode_rows(encoder, table, rows, layout, bar.update)

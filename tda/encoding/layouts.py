@@ -34,14 +34,15 @@ _SAMPLE_POSITIONS = 128
 
 def make_layout(settings: TraceSettings, table: TokenTable, pad: int) -> BatchLayout:
     """Returns how a table is cut into batches: a small one into small ones of few lengths."""
-    total, positions = len(table.tokens), table.lengths - 1
+    total = table.token_count
     if is_small(table):
         # However small the model is, padding does not take much more than the tokens.
         price = min(max(total, _LEAST_POSITIONS), _compiling_positions(settings))
-        bucket_lengths = cheapest_lengths(np.maximum(positions, 1), price)
+        bucket_lengths = cheapest_lengths(np.maximum(table.lengths - 1, 1), price)
     else:
         options = {"ratio": _COARSE} if total < _FEW_TOKENS else {}
-        bucket_lengths = batching.buckets(max(1, int(positions.max())), **options)
+        longest = int(table.lengths_of(np.array(table.longest)))
+        bucket_lengths = batching.buckets(max(1, longest - 1), **options)
     most = min(settings.tokens_per_batch, max(_LEAST_POSITIONS, total // _FEWEST_BATCHES))
     # Sequences that moved on to a longer length would be padded more than was reckoned with.
     spread = is_small(table) and len(bucket_lengths) > 1
@@ -50,7 +51,7 @@ def make_layout(settings: TraceSettings, table: TokenTable, pad: int) -> BatchLa
 
 def is_small(table: TokenTable) -> bool:
     """Returns whether a table takes less time to encode than a program takes to compile."""
-    return len(table.tokens) < _FEWEST_TOKENS
+    return table.token_count < _FEWEST_TOKENS
 
 
 def _compiling_positions(settings: TraceSettings) -> int:
@@ -86,7 +87,7 @@ def sample_passages(
     """Yields batches of passages drawn from the whole corpus, to estimate second moments from."""
     count, seed = settings.moments.sample, settings.moments.seed
     # About as many rows as fill the batches: planning the whole corpus would take longer.
-    mean = max(1.0, float(table.lengths.mean()))
+    mean = max(1.0, table.token_count / len(table))
     size = min(len(table), int(count * settings.tokens_per_batch / mean) + 1)
     rows = np.random.default_rng(seed).choice(len(table), size, replace=False)
     # The estimate runs on one device, whatever mesh batches of the corpus are split over.

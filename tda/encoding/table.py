@@ -194,7 +194,7 @@ def fill_stores(
         _check_stored_rows(stores, lacking, encoder, table, layout)
     process, count = jax.process_index(), jax.process_count()
     is_shared = not sharding.is_local(layout.mesh)
-    tokens = [int(table.scored[table.starts[s.start] : table.starts[s.stop]].sum()) for s in shards]
+    tokens = [table.count_scored(s.start, s.stop) for s in shards]
 
     def compute(numbers: Sequence[int]) -> None:
         if not len(numbers):

@@ -102,7 +102,9 @@ class TailPatch:
         # A step with a zero gradient is the same at any length: one that is compiled for anyway,
         # and the same one whatever the pairs are.
         usual = int(np.median(passages.lengths)) - 1
-        positions = np.where(pairs[:, 1] < 0, usual, passages.lengths[pairs[:, 1]] - 1)
+        positions = np.where(
+            pairs[:, 1] < 0, usual, passages.lengths_of(np.maximum(pairs[:, 1], 0)) - 1
+        )
         bucket = np.searchsorted(lengths, positions)
         for b in np.unique(bucket):
             in_bucket = np.flatnonzero(bucket == b)

@@ -207,7 +207,7 @@ def _size(config) -> Size:
         data = corpus.load(config, Workdir(path))
     return Size(
         passages=len(data.passages),
-        tokens=int(data.passages.scored.sum()),
+        tokens=data.passages.count_scored(),
         queries=len(data.prompts),
         vocab_size=data.tokenizer.vocab_size,
         positions=data.passages.lengths - 1,

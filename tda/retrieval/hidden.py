@@ -77,7 +77,7 @@ class Pooler:
         lengths = tuple(
             min(n, self._most) for n in (*layout.bucket_lengths, layout.bucket_lengths[-1] + 1)
         )
-        read = np.minimum(table.lengths[rows], self._most)
+        read = np.minimum(table.lengths_of(rows), self._most)
         planned = batching.plan(read, tuple(dict.fromkeys(lengths)), layout.tokens_per_batch)
         out = np.empty((len(rows), self.width), np.float32)
         for batch in batching.Batches(table, rows, planned, layout.pad):

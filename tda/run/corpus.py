@@ -138,7 +138,7 @@ def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.T
     print(
         f"{label}: {counts['documents']:,} documents, {counts['passages']:,} passages "
         f"({counts['split']:,} documents longer than {context} tokens were split), "
-        f"{int(table.scored.sum()):,} tokens"
+        f"{table.count_scored():,} tokens"
     )
     return table
 

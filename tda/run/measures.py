@@ -242,8 +242,7 @@ def _name(corpus: Corpus, passage: int) -> str:
 def _digest(table: TokenTable, row: int) -> str:
     if row == CONTROL:
         return "control"
-    begin, end = table.starts[row], table.starts[row + 1]
-    return _hash(table.tokens[begin:end], table.scored[begin:end])
+    return _hash(*table.sequence(row))
 
 
 def _hash(*arrays: np.ndarray) -> str:

@@ -70,8 +70,7 @@ class Corpus:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """The number of tokens with a loss of each passage, int64 [C]."""
-        before = np.concatenate([[0], np.cumsum(self.passages.scored)])
-        return np.diff(before[self.passages.starts])
+        return self.passages.scored_lengths
 
     def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
         """Returns the text of a passage, or of a row of another table."""

@@ -10,8 +10,10 @@ call and would take an inner message for its result, so inside such work process
 """
 
 import json
+import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -166,3 +168,11 @@ def check_alike(
     differing = where((multihost_utils.broadcast_one_to_all(local) != local).any())
     if differing:
         raise ProcessError(f"process {differing[0]} has another {name} than process 0; {advice}")
+
+
+def count_on_this_host() -> int:
+    """Returns how many of the run's processes share this one's host."""
+    if _is_alone():
+        return 1
+    host = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    return int((multihost_utils.process_allgather(host) == host).sum())

@@ -269,7 +269,7 @@ def _about(run: Run) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "dimensions": layout.width,
         "training_tokens": round(
-            float(run.config.train.epochs) * share * int(run.corpus.training.scored.sum())
+            float(run.config.train.epochs) * share * run.corpus.training.count_scored()
         ),
         "training_step": trained.step,
     }

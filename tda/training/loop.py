@@ -158,11 +158,11 @@ def fit(
     layout = dataclasses.replace(settings.layout, mesh=mesh)
     steps, seed = settings.steps, settings.seed
     per_epoch = len(epoch_batches(table, 0, layout, seed))
-    tokens_per_epoch = int(table.scored.sum())
+    tokens_per_epoch = table.count_scored()
     model_fn, state = initial_state(model, tx, mesh)
     batch_identity = {
         "sequences": len(table),
-        "tokens": int(len(table.tokens)),
+        "tokens": table.token_count,
         "bucket_lengths": list(layout.bucket_lengths),
         "tokens_per_batch": layout.tokens_per_batch,
         "seed": seed,

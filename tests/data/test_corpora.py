@@ -3,12 +3,14 @@
 import csv
 import gzip
 import json
+import pickle
 
 import pytest
 import tensorflow_datasets as tfds
 
 from tda.data import corpora
 from tda.data.corpora import CorpusError, Document
+from tda.data.pieces import Piece
 
 DOCUMENTS = [
     Document("a", "Oslo lies in Norway."),
@@ -118,7 +120,25 @@ class TinyC4(tfds.core.GeneratorBasedBuilder):
             yield i, {"text": row["text"], "url": row["url"]}
 
 
-def test_a_tfds_dataset_by_its_name(tmp_path):
+def test_the_hugging_face_copy_of_c4(tmp_path):
+    """Guards: validation shards read as training text; ids that a copy elsewhere does not have."""
+    for split in ("train", "validation"):
+        for i in range(2):
+            row = {
+                "text": f"{split} {i}",
+                "timestamp": "2019-04-25T12:57:54Z",
+                "url": f"http://{i}",
+            }
+            jsonl(tmp_path, [row, row], f"c4-{split}.{i:05d}-of-00002.json.gz")
+    with pytest.warns(UserWarning, match="the split 'train' is read"):
+        documents = list(corpora.documents(tmp_path))
+    assert [d.id for d in documents] == [
+        f"c4-train.{i:05d}-of-00002.json.gz:{row}" for i in (0, 1) for row in (0, 1)
+    ]
+    assert {d.text for d in documents} == {"train 0", "train 1"}
+
+
+def test_a_tfds_dataset_by_its_name(tmp_path, monkeypatch):
     TinyC4(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     found = list(corpora.documents("tiny_c4", data_dir=tmp_path))
     assert {d.text for d in found} == {d.text for d in DOCUMENTS}
@@ -127,6 +147,12 @@ def test_a_tfds_dataset_by_its_name(tmp_path):
     assert found == {f"http://{d.id}": d.text for d in DOCUMENTS}
     with pytest.raises(CorpusError, match=r"no_such_set is no file, no directory and no TFDS"):
         list(corpora.documents("no_such_set", data_dir=tmp_path))
+    corpus = corpora.Corpus("tiny_c4", data_dir=tmp_path)
+    assert len(corpus.files) == 1 and corpus.pieces == [Piece(tuple(corpus.files), 4)]
+    monkeypatch.setattr(corpora, "_PIECE_ROWS", 3)
+    corpus = pickle.loads(pickle.dumps(corpora.Corpus("tiny_c4", data_dir=tmp_path)))
+    assert [piece.size for piece in corpus.pieces] == [3, 1]
+    assert [d for i in (0, 1) for d in corpus.read(i)] == list(corpus)
     versioned = list(corpora.documents("tiny_c4:1.0.0", data_dir=tmp_path))
     assert {d.text for d in versioned} == {d.text for d in DOCUMENTS}
     assert versioned[0].id == "tiny_c4:1.0.0/train:0"

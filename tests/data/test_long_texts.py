@@ -5,12 +5,13 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from tda.data import long_texts, parts, tokenised
+from tda.data import long_texts, part_files, parts, pieces, tokenised
 from tda.data.corpora import Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.data.tokens import tokenise_passages
 from tests.data.test_pretrained_tokenizer import TEXTS, _metaspace, byte_level, steps_of
+from tests.data.test_tokenised import Listed
 
 
 def as_bytes(kind, prefix):
@@ -141,29 +142,30 @@ def test_a_document_longer_than_a_part_resumes_to_the_same_table(tmp_path, monke
     whole, counts = tokenised.tokenise_in_memory(documents, tokenizer, 24, quiet=True)
     monkeypatch.setattr(long_texts, "PIECE", 600)
     monkeypatch.setattr(parts, "PART_TOKENS", 400)
-    monkeypatch.setattr(tokenised, "_BATCH", 1)
-    monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 1)
-    made, sizes = tokenised._parts, []
+    monkeypatch.setattr(pieces, "BATCH", 1)
+    monkeypatch.setattr(pieces, "BATCHES_A_PART", 2)
+    write, sizes = part_files.write, []
 
     class Killed(Exception):
         pass
 
     for survivors in range(40):
+        left = iter(range(survivors))
 
-        def killed(*arguments, stop=survivors, **options):
-            for i, part in enumerate(made(*arguments, **options)):
-                if i == stop:
-                    raise Killed
-                sizes.append(len(part[0]["tokens"]))
-                yield part
+        def killed(path, arrays, *arguments, left=left):
+            if next(left, None) is None:
+                raise Killed
+            sizes.append(len(arrays["tokens"]))
+            return write(path, arrays, *arguments)
 
-        how = (documents, tokenizer, 24, {})
-        monkeypatch.setattr(tokenised, "_parts", killed)
+        monkeypatch.setattr(part_files, "write", killed)
         try:
-            table, same_counts = tokenised.tokenise_on_disk(tmp_path / "a", *how, quiet=True)
+            table, same_counts = tokenised.tokenise_on_disk(
+                tmp_path, Listed(documents), tokenizer, 24, quiet=True
+            )
             break
         except Killed:
-            # Each time it is killed, one part later.
+            # Each time it is killed, one file later.
             continue
     assert survivors > 3 and max(sizes) < 450
     assert same_counts == counts

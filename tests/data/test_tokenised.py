@@ -1,18 +1,30 @@
 """A corpus as passages: on disk as in memory, killed or not, with ids that lead back."""
 
-import functools
+import json
 import os
+import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from tda.data import long_texts, tokenised, tokens
-from tda.data.corpora import CorpusError, Document
-from tda.data.parts import ARRAYS, Counts, Part
+from tda.data import (
+    corpora,
+    long_texts,
+    names,
+    part_files,
+    parts,
+    pieces,
+    tokenised,
+    tokenising,
+    tokens,
+)
+from tda.data.corpora import Corpus, CorpusError, Document
+from tda.data.parts import Counts, Part
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
 from tda.data.tokenizer import Tokenizer
+from tda.runtime.fingerprint import hash_64_bits
 from tests.data.test_pretrained_tokenizer import TEXTS, byte_level
 
 LONG = " ".join(TEXTS) * 4
@@ -31,8 +43,26 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(tokenised, "_BATCH", 3)
-    monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 2)
+    monkeypatch.setattr(pieces, "BATCH", 3)
+    monkeypatch.setattr(pieces, "BATCHES_A_PART", 2)
+
+
+class Listed:
+    """Lists of documents as a corpus in pieces."""
+
+    files, unit, skipped = {}, "document", 0
+
+    def __init__(self, *lists):
+        self.lists = lists or (DOCUMENTS,)
+        self.pieces = [pieces.Piece((), len(x)) for x in self.lists]
+
+    def describe(self):
+        """Returns a name."""
+        return {"corpus": "x"}
+
+    def read(self, piece):
+        """Yields the documents of a list."""
+        yield from self.lists[piece]
 
 
 def same(a, b):
@@ -80,40 +110,188 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
 
 def test_on_disk_as_in_memory(tokenizer, tmp_path):
     expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
-    how = (tokenizer, 24, {"corpus": "x"})
-    found, same_counts = tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, *how, quiet=True)
-    same(found, expected)
-    assert same_counts == counts and isinstance(found.tokens, np.memmap)
-    assert found.fingerprint() == expected.fingerprint()
+    source = Listed(DOCUMENTS[:20], [], DOCUMENTS[20:])
+    table, same_counts = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    same(table, expected)
+    assert same_counts == counts
+    for name in ("lengths", "scored_lengths"):
+        np.testing.assert_array_equal(getattr(table, name), getattr(expected, name))
+    for name in ("token_count", "token_range", "longest", "shortest"):
+        assert getattr(table, name) == getattr(expected, name), name
+    rows = np.array([[len(table) - 1, 0], [7, 7]])
+    np.testing.assert_array_equal(table.lengths_of(rows), expected.lengths_of(rows))
+    for first, stop in ((0, None), (3, 4), (5, 5), (2, len(table) - 1)):
+        assert table.count_scored(first, stop) == expected.count_scored(first, stop)
+    for row in range(len(table)):
+        for a, b in zip(table.sequence(row), expected.sequence(row), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    assert isinstance(table.sequence(0)[0].base, np.memmap)
+    assert table.ids.hashes().tolist() == [hash_64_bits(x) for x in expected.ids]
+    assert table.documents.hashes().tolist() == [hash_64_bits(x) for x in expected.documents]
     # There already: the documents are not read again.
-    again, _ = tokenised.tokenise_on_disk(tmp_path, iter(()), *how, quiet=True)
+    gone = Listed([], [], [])
+    again, _ = tokenised.tokenise_on_disk(tmp_path, gone, tokenizer, 24, quiet=True)
     same(again, expected)
-    assert sorted(os.listdir(tmp_path)) == sorted(["corpus.json", *(f"{k}.npy" for k in ARRAYS)])
+    assert again.fingerprint() == table.fingerprint()
     with pytest.raises(CorpusError, match="made from another corpus; it differs in context"):
-        tokenised.tokenise_on_disk(tmp_path, DOCUMENTS, tokenizer, 25, {"corpus": "x"}, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 25, quiet=True)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path):
-    """Guards: a resumed corpus with documents twice, or without some."""
-    how = (tokenizer, 24, {"corpus": "x"})
-    tokenised.tokenise_on_disk(tmp_path / "whole", DOCUMENTS, *how, quiet=True)
-    read = []
+def test_a_start_reads_no_part(tokenizer, tmp_path, monkeypatch):
+    """Guards: checks of ids, lengths or tokens by row at every start."""
+    tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    monkeypatch.setattr(part_files, "map_arrays", None)
+    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    assert len(table) > 40 and table.count_scored() < table.token_count
+    assert table.fingerprint() and table.longest and table.token_range and table.documents
 
-    def until(count):
-        for i, document in enumerate(DOCUMENTS):
-            if i == count:
-                raise KeyboardInterrupt
-            read.append(document.id)
-            yield document
 
+def test_a_passage_takes_few_bytes_beside_its_tokens(tokenizer, tmp_path):
+    """Guards: a byte of `scored` a token, where it follows from where passages start."""
+    documents = [Document(f"d{i}", LONG * 3) for i in range(20)]
+    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(documents), tokenizer, 512, quiet=True)
+    assert not table.scored.all()
+    size = sum(p.stat().st_size for p in (tmp_path / "parts").glob("*.safetensors"))
+    assert size < 4.6 * table.token_count
+
+
+def make_killed(directory, source, tokenizer, documents):
+    """Tokenises until so many documents are read."""
+    read = iter(range(documents))
+
+    class Killed(Listed):
+        def read(self, piece):
+            for document in super().read(piece):
+                if next(read, None) is None:
+                    raise KeyboardInterrupt
+                yield document
+
+    with pytest.raises(KeyboardInterrupt):
+        killed = Killed(*source.lists)
+        tokenised.tokenise_on_disk(directory, killed, tokenizer, 24, quiet=True)
+
+
+def contents(directory):
+    return {p.name: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch):
+    """Guards: a resumed corpus with documents twice, or without some; parts made twice."""
+    source = Listed(DOCUMENTS[:25], DOCUMENTS[25:])
+    tokenised.tokenise_on_disk(tmp_path / "a", source, tokenizer, 24, quiet=True)
     for count in (5, 14, 15, 40):
+        make_killed(tmp_path / "b", source, tokenizer, count)
+    assert len(list((tmp_path / "b" / "parts").glob("*.safetensors"))) == 6
+    damaged = tmp_path / "b" / "parts" / "000000-00001-000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    made, make = [], pieces._make_part
+
+    def counted(job, piece, number, batches):
+        made.append((piece, number))
+        return make(job, piece, number, batches)
+
+    monkeypatch.setattr(pieces, "_make_part", counted)
+    tokenised.tokenise_on_disk(tmp_path / "b", source, tokenizer, 24, quiet=True)
+    assert made == [(0, 1), (1, 1), (1, 2)]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
+    """Guards: parts that depend on who makes them, pieces that only one worker can share."""
+    tokenizer = Tokenizer.train(TEXTS, 320)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [json.dumps({"text": d.text}) for d in DOCUMENTS]
+    # Of one piece, so that two workers have to share it.
+    (folder / "a.jsonl").write_text("\n".join(rows * 400))
+    monkeypatch.setattr(pieces, "BATCH", 256)
+    monkeypatch.setattr(pieces, "BATCHES_A_PART", 64)
+    for workers in (1, 2):
+        monkeypatch.setattr(tokenising, "count_workers", lambda _, n=workers: n)
+        place = tmp_path / str(workers)
+        tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24, quiet=True)
+    assert len(contents(tmp_path / "1")) == 5
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": 5}')
+    with pytest.raises(CorpusError, match="a.jsonl, line 2: 'text' is int"):
+        tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24, quiet=True)
+
+
+def test_a_copied_corpus_is_the_same_corpus(tokenizer, tmp_path):
+    """Guards: an identity of times and places; a changed file of the same size taken for it."""
+    folder, copy, tokens_folder = (tmp_path / n for n in ("corpus", "elsewhere/copy", "tokens"))
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"{TEXTS[0]} {name}"}))
+
+    def make(path):
+        corpus = Corpus(path)
+        return tokenised.tokenise_on_disk(tokens_folder, corpus, tokenizer, 24, quiet=True)[0]
+
+    table = make(folder)
+    assert list(table.ids) == ["a.jsonl:0", "b.jsonl:0"]
+    shutil.copytree(folder, copy)
+    os.utime(copy / "a.jsonl", ns=(5, 5))
+    assert make(copy).fingerprint() == table.fingerprint()
+    # The copy's times were noted: it is not read again.
+    states = json.loads((tokens_folder / "corpus.json").read_text())["files"]
+    assert states["a.jsonl"][1] == 5
+    text = (copy / "a.jsonl").read_text()
+    (copy / "a.jsonl").write_text(text.replace(" a", " b"))
+    with pytest.raises(CorpusError, match="another corpus; it differs in its files: a.jsonl"):
+        make(copy)
+    (copy / "a.jsonl").write_text(text)
+    assert make(copy).fingerprint() == table.fingerprint()
+    (copy / "c.jsonl").write_text(text)
+    with pytest.raises(CorpusError, match="another corpus; it differs in its files: c.jsonl"):
+        make(copy)
+
+
+def test_a_file_that_changed_before_the_end_is_tokenised_again(tmp_path, monkeypatch):
+    """Guards: parts of two versions of a file in one table."""
+    tokenizer = PretrainedTokenizer(byte_level(), begin=[0])
+    files = [tmp_path / "corpus" / f"{name}.jsonl" for name in "ab"]
+    files[0].parent.mkdir()
+
+    def write(word):
+        for file in files:
+            rows = [{"id": f"{file.name}{i}", "text": f"{TEXTS[0]} {word}"} for i in range(20)]
+            file.write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr(corpora, "_PIECE_BYTES", 1)
+    write("one")
+    make, made = pieces._make_part, iter(range(5))
+
+    def killed(*arguments):
+        if next(made, None) is None:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    monkeypatch.setattr(pieces, "_make_part", killed)
+    for place in ("a", "b"):
         with pytest.raises(KeyboardInterrupt):
-            tokenised.tokenise_on_disk(tmp_path / "killed", until(count), *how, quiet=True)
-    assert len(list((tmp_path / "killed" / "parts").glob("*.npz"))) == 6
-    tokenised.tokenise_on_disk(tmp_path / "killed", DOCUMENTS, *how, quiet=True)
-    for name in os.listdir(tmp_path / "whole"):
-        one, other = ((tmp_path / d / name).read_bytes() for d in ("whole", "killed"))
-        assert one == other, name
+            corpus = Corpus(files[0].parent)
+            tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24, quiet=True)
+        write("two")
+        os.utime(files[1], ns=(7, 7))
+    monkeypatch.setattr(pieces, "_make_part", make)
+    for place in "ab":
+        corpus = Corpus(files[0].parent)
+        tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24, quiet=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_one_id_in_two_parts_is_refused(tokenizer, tmp_path, monkeypatch):
+    """Guards: duplicates that only a comparison across parts shows."""
+    source = Listed(DOCUMENTS, [Document("d7", TEXTS[1])])
+    for most in (names._SORTED, 3):
+        monkeypatch.setattr(names, "_SORTED", most)
+        with pytest.raises(CorpusError, match="two documents have the id 'd7'"):
+            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    # Two names of one hash are two names.
+    monkeypatch.setattr(parts, "hash_64_bits", lambda name: 5)
+    tokenised.tokenise_on_disk(tmp_path / "b", Listed(), tokenizer, 24, quiet=True)
 
 
 def test_what_cannot_be_is_told(tokenizer, tmp_path):
@@ -128,12 +306,11 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
         (Document(half, "Oslo"), r"document 'Oslo \\ud83d': the id has half a character"),
         (Document("p8", None), "document 'p8': the text is NoneType, not a string"),
     ):
-        for place, make in (
-            ((), tokenised.tokenise_in_memory),
-            ((tmp_path,), functools.partial(tokenised.tokenise_on_disk, provenance={})),
-        ):
-            with pytest.raises(CorpusError, match=message):
-                make(*place, [*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
+        with pytest.raises(CorpusError, match=message):
+            tokenised.tokenise_in_memory([*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
+        with pytest.raises(CorpusError, match=message):
+            source = Listed([*DOCUMENTS, wrong])
+            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
     with pytest.raises(ValueError, match="context=0 holds only the tokens before every text"):
         tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
 
@@ -146,29 +323,22 @@ def test_places_of_ids():
 
 def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):
     """Guards: memory that grows with the documents of a part, however long they are."""
-    how = (tokenizer, 24, {"corpus": "x"})
-    expected, counts = tokenised.tokenise_on_disk(tmp_path / "a", DOCUMENTS, *how, quiet=True)
-    monkeypatch.setattr(tokenised, "_BATCH", 256)
-    monkeypatch.setattr(tokenised, "_BATCHES_A_PART", 64)
+    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    monkeypatch.setattr(pieces, "BATCH", 256)
+    monkeypatch.setattr(pieces, "BATCHES_A_PART", 64)
     monkeypatch.setattr(long_texts, "PIECE", 300)
-    monkeypatch.setattr(tokenised, "_PART_CHARACTERS", 600)
-    calls, encode_spans, parts = [], tokenizer.encode_spans, tokenised._parts
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 600)
+    calls, encode_spans = [], tokenizer.encode_spans
 
     def watched(texts):
         calls.append(texts)
         return encode_spans(texts)
 
-    def counted(*arguments, **options):
-        for part in parts(*arguments, **options):
-            sizes.append(part[1].documents)
-            yield part
-
-    sizes = []
     monkeypatch.setattr(tokenizer, "encode_spans", watched)
-    monkeypatch.setattr(tokenised, "_parts", counted)
-    found, same_counts = tokenised.tokenise_on_disk(tmp_path / "b", DOCUMENTS, *how, quiet=True)
-    same(found, expected)
-    assert same_counts == counts and sum(sizes) == len(DOCUMENTS) and len(sizes) > 2
+    table, same_counts = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    same(table, expected)
+    files = list((tmp_path / "parts").glob("*.safetensors"))
+    assert same_counts == counts and len(files) > 2
     assert all(len(texts) == 1 or sum(map(len, texts)) <= 300 for texts in calls)
     assert max(map(len, calls)) > 1
 

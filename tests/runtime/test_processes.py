@@ -20,7 +20,7 @@ if me >= 0:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
 from tda import store as stores
-from tda.data import tokens
+from tda.data import corpora, pieces, tokenised, tokens
 from tda.data.batches import BatchLayout
 from tda.data.tokenizer import Tokenizer
 from tda.gradients.encoder import make_encoder
@@ -34,6 +34,9 @@ from tda.runtime import code_version, processes, sharding
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
 table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+corpora._PIECE_BYTES, pieces.BATCH, pieces.BATCHES_A_PART = 1, 2, 1
+corpus = corpora.Corpus(os.path.dirname(path) + "/corpus")
+tokenised.tokenise_on_disk(path + "-tokens", corpus, tokenizer, 48, quiet=True)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
 if spans and me >= 0:
@@ -107,10 +110,17 @@ def test_two_processes_write_the_store_that_one_writes(tmp_path, how):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
+    (tmp_path / "corpus").mkdir()
+    for name in "abc":
+        rows = [f'{{"text": "Passage {i} of {name}."}}\n' for i in range(5)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("".join(rows))
     finish(run([port, -1, tmp_path / "one", how]))
     finish(*(run([port, me, tmp_path / "two", how]) for me in (0, 1)))
     one, two = (stores.open_store(tmp_path / name) for name in ("one", "two"))
     assert len(one.shards()) == 6 and one.manifest == two.manifest
+    files = [sorted((tmp_path / n).rglob("*.*")) for n in ("one-tokens", "two-tokens")]
+    assert len(files[0]) == 14
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
     assert one.passages(range(23)) == two.passages(range(23))
     a, b = (s.read(slice(0, 23)) for s in (one, two))
     np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())

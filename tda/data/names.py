@@ -1,0 +1,111 @@
+"""Names of documents and passages: bytes and offsets in arrays, and hashes that find two alike."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tda.data.folders import CorpusError
+from tda.data.parts import name_passage
+
+# Hashes that are sorted at a time: half a gigabyte.
+_SORTED = 1 << 26
+
+
+class Strings(Sequence):
+    """N strings in one array of bytes, decoded when they are asked for.
+
+    Args:
+        bytes_: the strings in UTF-8, one after the other, uint8.
+        ends: where each string ends, int64 [N].
+    """
+
+    def __init__(self, bytes_: np.ndarray, ends: np.ndarray):
+        self._bytes, self._ends = bytes_, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        start = int(self._ends[i - 1]) if i else 0
+        return self._bytes[start : int(self._ends[i])].tobytes().decode("utf-8")
+
+
+class DocumentNames(Sequence):
+    """The name of every passage's document.
+
+    Args:
+        names: the documents' names.
+        owners: the document of each passage, int64 [N].
+    """
+
+    def __init__(self, names: Strings, owners: np.ndarray):
+        self._names, self._owners = names, owners
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._names[int(self._owners[index])]
+
+
+class PassageNames(DocumentNames):
+    """The id of every passage.
+
+    Args:
+        names, owners: as for `DocumentNames`.
+        spans: the characters of each passage, int64 [N, 2]; −1 for a whole document.
+    """
+
+    def __init__(self, names: Strings, owners: np.ndarray, spans: np.ndarray):
+        super().__init__(names, owners)
+        self._spans = spans
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return super().__getitem__(index)
+        return name_passage(super().__getitem__(index), *map(int, self._spans[index]))
+
+
+def check_unique(
+    parts: int, hashes_of: Callable[[int], np.ndarray], name_of: Callable[[int, int], str]
+) -> None:
+    """Checks that no two documents of some parts have the same name.
+
+    Sorts hashes: a set of the names themselves would take many times the memory. Of very many, a
+    range of hashes at a time.
+
+    Args:
+        parts: the number of parts.
+        hashes_of: returns the hashes of a part's names, uint64.
+        name_of: returns a name by the numbers of its part and of its hash there.
+
+    Raises:
+        CorpusError: two have.
+    """
+    count = sum(len(hashes_of(part)) for part in range(parts))
+    bits = max(0, count // _SORTED).bit_length()
+    for bucket in range(1 << bits):
+        ranges = []
+        for part in range(parts):
+            hashes = hashes_of(part)
+            is_here = hashes >> np.uint64(64 - bits) == bucket if bits else slice(None)
+            ranges.append(hashes[is_here])
+        ordered = np.sort(np.concatenate([np.zeros(0, np.uint64), *ranges]))
+        for key in np.unique(ordered[1:][ordered[1:] == ordered[:-1]]):
+            names = [
+                name_of(part, int(i))
+                for part in range(parts)
+                for i in np.flatnonzero(hashes_of(part) == key)
+            ]
+            for name, following in itertools.pairwise(sorted(names)):
+                if name == following:
+                    raise CorpusError(
+                        f"two documents have the id {name!r}; give them other ids, or read them "
+                        "by Corpus(…, duplicate_ids='number')"
+                    )

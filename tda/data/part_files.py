@@ -1,0 +1,173 @@
+"""The part of a corpus as a file: a safetensors file, whose arrays are read through a memory map.
+
+What follows from the other arrays is left out: `scored` if the loss counts all tokens but the first
+of every passage, and `spans` if every passage is a whole document.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+
+from tda.data.folders import CorpusError
+from tda.data.parts import ARRAYS
+from tda.runtime import atomic_file
+from tda.runtime.fingerprint import fingerprint_parts
+
+# The names of dtypes in safetensors.
+_DTYPES = {"I32": np.int32, "I64": np.int64, "U64": np.uint64, "U8": np.uint8, "BOOL": np.bool_}
+
+
+@dataclasses.dataclass(frozen=True)
+class PartInfo:
+    """What a corpus's index holds of a part, so that a start opens no part."""
+
+    name: str
+    """The file."""
+    rows: int
+    """Passages."""
+    tokens: int
+    scored: int
+    """Tokens that the loss counts."""
+    lead: int
+    """The tokens at the beginning of every passage that the loss leaves out; 0 if an array says
+    which."""
+    smallest: int
+    """The smallest token id; `largest` is the largest."""
+    largest: int
+    shortest: tuple[int, int]
+    """Tokens of the shortest passage, and its row; `longest` is the longest."""
+    longest: tuple[int, int]
+    names: int
+    """Documents."""
+    is_open: bool
+    """Whether the last document goes on in the next part."""
+    is_split: bool
+    """Whether a passage is a piece of a document."""
+    is_last: bool
+    """Whether the part is complete: one that is too large for a file has several."""
+    counts: tuple[int, int, int]
+    """The fields of `tda.data.parts.Counts`."""
+    digest: str
+    """A hash of passages and ids."""
+
+
+def write(
+    path: pathlib.Path,
+    arrays: Mapping[str, np.ndarray],
+    lead: int,
+    counts: tuple[int, int, int],
+    is_open: bool,
+    is_last: bool,
+) -> PartInfo:
+    """Writes the arrays of a part, atomically; returns what the index holds of them.
+
+    Args:
+        path: the file.
+        arrays: by the names of `ARRAYS`.
+        lead: the number of tokens that the tokenizer puts before a text.
+        counts, is_open, is_last: see `PartInfo`.
+    """
+    ends, scored = arrays["ends"], np.array(arrays["scored"])
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
+    scored[starts] = False  # nothing predicts the first token
+    lead = max(1, lead)
+    stored = dict(arrays) | {"scored": scored}
+    if np.array_equal(scored, derive_scored(starts, ends, lead)):
+        del stored["scored"]
+    else:
+        lead = 0
+    is_split = bool((arrays["spans"][:, 0] >= 0).any())
+    if not is_split:
+        del stored["spans"]
+    tokens, lengths = arrays["tokens"], ends - starts
+    has_rows = len(ends) > 0
+    extremes = (
+        [(int(lengths[i]), int(i)) for i in (lengths.argmin(), lengths.argmax())]
+        if (has_rows)
+        else [(0, 0), (0, 0)]
+    )
+    sizes = json.dumps([lead, {k: len(x) for k, x in stored.items()}], sort_keys=True)
+    info = PartInfo(
+        name=path.name,
+        rows=len(ends),
+        tokens=len(tokens),
+        scored=int(scored.sum()),
+        lead=lead,
+        smallest=int(tokens.min()) if has_rows else 0,
+        largest=int(tokens.max()) if has_rows else 0,
+        shortest=extremes[0],
+        longest=extremes[1],
+        names=len(arrays["name_ends"]),
+        is_open=is_open,
+        is_split=is_split,
+        is_last=is_last,
+        counts=counts,
+        digest=fingerprint_parts([sizes, *(stored[k] for k in ARRAYS if k in stored)]),
+    )
+    described = {"part": json.dumps(dataclasses.asdict(info))}
+    with atomic_file.replacing(path) as part:
+        safetensors.numpy.save_file(stored, part, described)
+    return info
+
+
+def derive_scored(starts: np.ndarray, ends: np.ndarray, lead: int) -> np.ndarray:
+    """Returns which tokens the loss counts: all but the first `lead` of every passage, bool."""
+    scored = np.ones(int(ends[-1]) if len(ends) else 0, bool)
+    for i in range(lead):
+        scored[(starts + i)[starts + i < ends]] = False
+    return scored
+
+
+def read_info(path: pathlib.Path) -> PartInfo | None:
+    """Returns what the index holds of a part; None if its file is damaged."""
+    try:
+        header, data_start = _read_header(path)
+        end = max((x["data_offsets"][1] for k, x in header.items() if k in ARRAYS), default=0)
+        if path.stat().st_size != data_start + end:
+            return None
+        fields = json.loads(header["__metadata__"]["part"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return info_from_json(fields)
+
+
+def info_from_json(fields: dict) -> PartInfo:
+    """Returns a `PartInfo` from its fields as JSON has them."""
+    lists = ("shortest", "longest", "counts")
+    return PartInfo(**fields | {k: tuple(fields[k]) for k in lists})
+
+
+def map_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a part, read from its file as they are needed.
+
+    Raises:
+        CorpusError: the file is missing or damaged.
+    """
+    try:
+        header, data_start = _read_header(path)
+        mapped = np.memmap(path, np.uint8, "r")
+        arrays = {}
+        for name, described in header.items():
+            if name != "__metadata__":
+                first, stop = (data_start + x for x in described["data_offsets"])
+                if stop > len(mapped):
+                    raise ValueError(f"it ends at byte {len(mapped)}")
+                array = mapped[first:stop].view(_DTYPES[described["dtype"]])
+                arrays[name] = array.reshape(described["shape"])
+        return arrays
+    except (OSError, ValueError, KeyError) as error:
+        raise CorpusError(
+            f"{path} is missing or damaged ({error}); remove corpus.json beside its folder, and "
+            "repeat the command, which tokenises that part again"
+        ) from error
+
+
+def _read_header(path: pathlib.Path) -> tuple[dict, int]:
+    """Returns the header of a safetensors file, and where its data start."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size

@@ -1,0 +1,196 @@
+"""A corpus in pieces that are read each for itself, and which of its tokens a process makes.
+
+The unit of work is a turn at a piece: every `stride`-th of its parts, from number `turn` on. There
+are more turns than pieces where a corpus has fewer pieces than there are processors; each then
+reads the whole piece, which takes little beside tokenising a part of it.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from tda.data import part_files
+from tda.data.documents import Document
+from tda.data.file_states import FileState, read_states
+from tda.data.parts import Part, count_characters
+from tda.data.tokens import by_characters
+from tda.runtime import atomic_file
+
+# Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
+# part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
+# with their length: a part of so many characters has about 50 MB of arrays.
+BATCH = 256
+BATCHES_A_PART = 64
+PART_CHARACTERS = 1 << 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a corpus."""
+
+    files: tuple[str, ...]
+    """The names of the files that it is read from."""
+    size: int
+    """Its size, for progress: bytes, or documents."""
+
+
+class Source(Protocol):
+    """A corpus in pieces. To be tokenised by several processes, it must be picklable."""
+
+    pieces: Sequence[Piece]
+    files: Mapping[str, str]
+    """The path of every file, by the name that it has wherever the corpus is."""
+    unit: str
+    """What `Piece.size` counts: "B" or "document"."""
+
+    def describe(self) -> dict:
+        """Returns JSON values that tell this corpus from others, apart from its files."""
+
+    def read(self, piece: int) -> Iterator[Document]:
+        """Yields the documents of a piece, the same in every call."""
+
+    skipped: int
+    """How many records the last reading left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A share of a piece's parts: those with a number that leaves `turn` when divided by
+    `stride`."""
+
+    piece: int
+    turn: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all turns of a corpus have in common."""
+
+    source: Source
+    tokenizer: Any
+    context: int
+    folder: pathlib.Path
+
+
+def part_batches(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
+    """Yields the calls of the tokenizer, each with the number of its part.
+
+    Where parts end depends on the documents alone, so that a part can be made without the others.
+    """
+    number = batches = characters = 0
+    for batch in by_characters(documents, count_characters, BATCH):
+        yield number, batch
+        batches += 1
+        characters += sum(count_characters(d) + 4 * len(d.tokens or ()) for d in batch)
+        if batches == BATCHES_A_PART or characters >= PART_CHARACTERS:
+            number, batches, characters = number + 1, 0, 0
+
+
+def make_parts(job: Job, turn: Turn, on_part: Callable[[int, int], None]) -> None:
+    """Makes the missing parts of a turn, each atomically.
+
+    Args:
+        job: the corpus.
+        turn: the share of a piece's parts.
+        on_part: called after each part with the numbers of its documents and characters.
+    """
+    finished = finished_parts(job.folder, turn.piece)
+    files = job.source.pieces[turn.piece].files
+    paths = {name: job.source.files[name] for name in files}
+    states = read_states(paths, with_digests=turn.turn == 0)
+    count = 0
+    batches = part_batches(job.source.read(turn.piece))
+    for number, group in itertools.groupby(batches, key=lambda x: x[0]):
+        count = number + 1
+        if number % turn.stride == turn.turn and number not in finished:
+            on_part(*_make_part(job, turn.piece, number, (batch for _, batch in group)))
+    if turn.turn:
+        return
+    for name, state in read_states(paths).items():
+        state.check_unchanged(states[name], paths[name])
+    end = PieceEnd(count, job.source.skipped, states)
+    atomic_file.write_json(job.folder / f"{turn.piece:06d}.json", end.as_json())
+
+
+def _make_part(
+    job: Job, piece: int, number: int, batches: Iterable[list[Document]]
+) -> tuple[int, int]:
+    """Writes the files of a part; returns the numbers of its documents and characters."""
+    part = Part(job.tokenizer, job.context)
+    file = documents = characters = 0
+    lead = len(job.tokenizer.begin)
+
+    def write(is_last: bool) -> None:
+        path = job.folder / part_name(piece, number, file)
+        counts = dataclasses.astuple(part.counts())
+        part_files.write(path, part.arrays(), lead, counts, part.is_open, is_last)
+
+    for batch in batches:
+        for _ in part.add(batch):
+            write(is_last=False)
+            file += 1
+            part.clear()
+        documents += len(batch)
+        characters += sum(map(count_characters, batch))
+    write(is_last=True)
+    return documents, characters
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceEnd:
+    """What is known of a piece once it is read to its end."""
+
+    parts: int
+    """Its number of parts."""
+    skipped: int
+    """How many records were left out."""
+    states: dict[str, FileState]
+    """The state of its files, by name."""
+
+    def as_json(self) -> dict:
+        """Returns JSON values."""
+        states = {name: dataclasses.astuple(state) for name, state in self.states.items()}
+        return {"parts": self.parts, "skipped": self.skipped, "files": states}
+
+
+def read_end(folder: pathlib.Path, piece: int) -> PieceEnd | None:
+    """Returns what is known of a piece; None if nobody has read it to its end."""
+    try:
+        end = json.loads((folder / f"{piece:06d}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    states = {name: FileState(*state) for name, state in end["files"].items()}
+    return PieceEnd(end["parts"], end["skipped"], states)
+
+
+def part_name(piece: int, number: int, file: int) -> str:
+    """Returns the name of a part's file."""
+    return f"{piece:06d}-{number:05d}-{file:03d}.safetensors"
+
+
+_NAME = re.compile(r"(\d{6})-(\d{5})-(\d{3})\.safetensors")
+
+
+def finished_parts(folder: pathlib.Path, piece: int) -> dict[int, list[part_files.PartInfo]]:
+    """Returns what is known of a piece's complete parts, by number; ignores damaged files."""
+    paths: dict[int, list[pathlib.Path]] = {}
+    for path in sorted(folder.glob(f"{piece:06d}-*.safetensors")):
+        if match := _NAME.fullmatch(path.name):
+            paths.setdefault(int(match[2]), []).append(path)
+    finished = {}
+    for number, files in paths.items():
+        infos: list[part_files.PartInfo] = []
+        for i, path in enumerate(files):
+            info = part_files.read_info(path)
+            if info is None or path.name != part_name(piece, number, i):
+                break
+            infos.append(info)
+            if info.is_last:
+                finished[number] = infos
+                break
+    return finished
