@@ -47,8 +47,8 @@ class PartInfo:
     """Whether the last document goes on in the next part."""
     is_split: bool
     """Whether a passage is a piece of a document."""
-    is_last: bool
-    """Whether the part is complete: one that is too large for a file has several."""
+    files_before: int
+    """The number of files before this one: a part that is too large for a file has several."""
     counts: tuple[int, int, int]
     """The fields of `tda.data.parts.Counts`."""
     digest: str
@@ -61,7 +61,7 @@ def write(
     lead: int,
     counts: tuple[int, int, int],
     is_open: bool,
-    is_last: bool,
+    files_before: int = 0,
 ) -> PartInfo:
     """Writes the arrays of a part, atomically; returns what the index holds of them.
 
@@ -69,7 +69,7 @@ def write(
         path: the file.
         arrays: by the names of `ARRAYS`.
         lead: the number of tokens that the tokenizer puts before a text.
-        counts, is_open, is_last: see `PartInfo`.
+        counts, is_open, files_before: see `PartInfo`.
     """
     ends, scored = arrays["ends"], np.array(arrays["scored"])
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
@@ -104,7 +104,7 @@ def write(
         names=len(arrays["name_ends"]),
         is_open=is_open,
         is_split=is_split,
-        is_last=is_last,
+        files_before=files_before,
         counts=counts,
         digest=fingerprint_parts([sizes, *(stored[k] for k in ARRAYS if k in stored)]),
     )

@@ -8,6 +8,7 @@ reads the whole piece, which takes little beside tokenising a part of it.
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def make_parts(job: Job, turn: Turn, on_part: Callable[[int, int], None]) -> Non
         turn: the share of a piece's parts.
         on_part: called after each part with the numbers of its documents and characters.
     """
-    finished = finished_parts(job.folder, turn.piece)
+    finished = list_parts(job.folder).get(turn.piece, set())
     files = job.source.pieces[turn.piece].files
     paths = {name: job.source.files[name] for name in files}
     states = read_states(paths, with_digests=turn.turn == 0)
@@ -122,22 +123,21 @@ def _make_part(
 ) -> tuple[int, int]:
     """Writes the files of a part; returns the numbers of its documents and characters."""
     part = Part(job.tokenizer, job.context)
-    file = documents = characters = 0
+    files = documents = characters = 0
     lead = len(job.tokenizer.begin)
 
-    def write(is_last: bool) -> None:
-        path = job.folder / part_name(piece, number, file)
+    def write(name: str) -> None:
         counts = dataclasses.astuple(part.counts())
-        part_files.write(path, part.arrays(), lead, counts, part.is_open, is_last)
+        part_files.write(job.folder / name, part.arrays(), lead, counts, part.is_open, files)
 
     for batch in batches:
         for _ in part.add(batch):
-            write(is_last=False)
-            file += 1
+            write(file_name(piece, number, files))
+            files += 1
             part.clear()
         documents += len(batch)
         characters += sum(map(count_characters, batch))
-    write(is_last=True)
+    write(file_name(piece, number))
     return documents, characters
 
 
@@ -168,29 +168,37 @@ def read_end(folder: pathlib.Path, piece: int) -> PieceEnd | None:
     return PieceEnd(end["parts"], end["skipped"], states)
 
 
-def part_name(piece: int, number: int, file: int) -> str:
-    """Returns the name of a part's file."""
-    return f"{piece:06d}-{number:05d}-{file:03d}.safetensors"
+_NAME = re.compile(r"(\d{6})-(\d{5})\.safetensors")
 
 
-_NAME = re.compile(r"(\d{6})-(\d{5})-(\d{3})\.safetensors")
+def file_name(piece: int, number: int, file: int | None = None) -> str:
+    """Returns the name of a part's file: of its last one, which makes it complete, if None."""
+    label = "" if file is None else f".{file:03d}"
+    return f"{piece:06d}-{number:05d}{label}.safetensors"
 
 
-def finished_parts(folder: pathlib.Path, piece: int) -> dict[int, list[part_files.PartInfo]]:
-    """Returns what is known of a piece's complete parts, by number; ignores damaged files."""
-    paths: dict[int, list[pathlib.Path]] = {}
-    for path in sorted(folder.glob(f"{piece:06d}-*.safetensors")):
-        if match := _NAME.fullmatch(path.name):
-            paths.setdefault(int(match[2]), []).append(path)
-    finished = {}
-    for number, files in paths.items():
-        infos: list[part_files.PartInfo] = []
-        for i, path in enumerate(files):
-            info = part_files.read_info(path)
-            if info is None or path.name != part_name(piece, number, i):
-                break
-            infos.append(info)
-            if info.is_last:
-                finished[number] = infos
-                break
-    return finished
+def list_parts(folder: pathlib.Path) -> dict[int, set[int]]:
+    """Returns the numbers of the complete parts of each piece, by their files' names."""
+    parts: dict[int, set[int]] = {}
+    for match in filter(None, map(_NAME.fullmatch, os.listdir(folder))):
+        parts.setdefault(int(match[1]), set()).add(int(match[2]))
+    return parts
+
+
+def read_part(folder: pathlib.Path, piece: int, number: int) -> list[part_files.PartInfo] | None:
+    """Returns what the files of a complete part hold; None if one is damaged."""
+    last = part_files.read_info(folder / file_name(piece, number))
+    if last is None:
+        return None
+    before = [
+        part_files.read_info(folder / file_name(piece, number, i)) for i in range(last.files_before)
+    ]
+    infos = [info for info in [*before, last] if info is not None]
+    return infos if len(infos) == len(before) + 1 else None
+
+
+def remove_part(folder: pathlib.Path, piece: int, number: int) -> None:
+    """Removes the files of a part, the one that makes it complete first."""
+    (folder / file_name(piece, number)).unlink(missing_ok=True)
+    for path in folder.glob(f"{piece:06d}-{number:05d}.*"):
+        path.unlink(missing_ok=True)

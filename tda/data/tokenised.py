@@ -34,15 +34,14 @@ from tda.data.mapped import MappedTable
 from tda.data.names import DocumentNames, PassageNames, Strings, check_unique
 from tda.data.part_files import info_from_json, map_arrays
 from tda.data.parts import ARRAYS, Counts, Part
-from tda.data.pieces import Job, Source, Turn, finished_parts, read_end
+from tda.data.pieces import Job, Source, Turn, read_end
 from tda.data.tokens import TokenTable
 from tda.runtime import atomic_file, processes, progress
+from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Of the files below a directory of tokens; a directory of another format is refused.
 _FORMAT = 2
-# Seconds between looks for other processes' parts, at most.
-_LONGEST_PAUSE = 30.0
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
 
@@ -93,7 +92,12 @@ def tokenise_in_memory(
 
 
 def tokenise_on_disk(
-    directory, source: Source, tokenizer, context: int, quiet: bool = False
+    directory,
+    source: Source,
+    tokenizer,
+    context: int,
+    quiet: bool = False,
+    engine: Engine = PROCESSES,
 ) -> tuple[MappedTable, Counts]:
     """Tokenises a corpus into `directory`, or opens the table that is there already.
 
@@ -106,6 +110,7 @@ def tokenise_on_disk(
         tokenizer: the model's tokenizer.
         context: the most positions that a passage may have.
         quiet: whether no progress is shown.
+        engine: who makes which parts.
 
     Returns:
         The passages, read from disk as they are needed, and counts of documents.
@@ -121,17 +126,14 @@ def tokenise_on_disk(
         provenance["chat template"] = fingerprint(dataclasses.astuple(tokenizer.chat))
     index = directory / "corpus.json"
     job = Job(source, tokenizer, context, directory / "parts")
-    if not processes.on_first_process(
-        "look for tokens", lambda: _begin(directory, provenance, source)
-    ):
-        workers = tokenising.count_workers(source)
-        # Enough turns for all workers of all processes.
-        stride = -(-workers * jax.process_count() // max(1, len(source.pieces)))
-        turns = processes.on_first_process("list the parts", lambda: _missing_turns(job, stride))
-        local = [Turn(*turn) for turn in processes.share(turns)]
-        tokenising.make_all(job, local, workers, quiet)
-        processes.wait_until(lambda: not _missing_turns(job, 1), _LONGEST_PAUSE)
-        processes.on_first_process("index the tokens", lambda: _finish(job, provenance, index))
+    with engine.alone():
+        is_finished = processes.on_first_process(
+            "look for tokens", lambda: _begin(directory, provenance, source)
+        )
+    if not is_finished:
+        engine.compute(_work(job, f"tokens {fingerprint(provenance)}", quiet))
+        with engine.alone():
+            processes.on_first_process("index the tokens", lambda: _finish(job, provenance, index))
     stored = _read_json(index)
     infos = [info_from_json(fields) for fields in stored["parts"]]
     if stored["skipped"]:
@@ -196,24 +198,48 @@ def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[
     return states
 
 
-def _missing_turns(job: Job, stride: int) -> list[tuple[int, int, int]]:
-    """Returns the fields of the turns at pieces that lack a part."""
-    missing = []
-    for piece in range(len(job.source.pieces)):
-        end = read_end(job.folder, piece)
-        if end is None or len(finished_parts(job.folder, piece)) < end.parts:
-            missing += [(piece, turn, stride) for turn in range(stride)]
-    return missing
+def _work(job: Job, name: str, quiet: bool) -> Work:
+    """Returns the turns at a corpus as groups of an engine's work."""
+    workers, count = tokenising.count_workers(job.source), len(job.source.pieces)
+    # Enough turns for all workers of all processes.
+    stride = -(-workers * jax.process_count() // max(1, count))
+    turns = [Turn(piece, turn, stride) for piece in range(count) for turn in range(stride)]
+    ends: dict[int, pieces.PieceEnd | None] = {}
+
+    def list_missing() -> list[int]:
+        parts = pieces.list_parts(job.folder)
+        for piece in range(count):
+            if ends.get(piece) is None:
+                ends[piece] = read_end(job.folder, piece)
+        return [
+            i
+            for i, turn in enumerate(turns)
+            if (end := ends[turn.piece]) is None
+            or not parts.get(turn.piece, set()).issuperset(range(turn.turn, end.parts, stride))
+        ]
+
+    def find_missing() -> list[int]:
+        for piece, numbers in pieces.list_parts(job.folder).items():
+            for number in numbers:
+                if pieces.read_part(job.folder, piece, number) is None:
+                    pieces.remove_part(job.folder, piece, number)
+        return list_missing()
+
+    def compute(numbers: Sequence[int]) -> None:
+        tokenising.make_all(job, [turns[i] for i in numbers], workers, quiet)
+
+    return Work(name, compute, find_missing, list_missing)
 
 
 def _finish(job: Job, provenance: dict, index: pathlib.Path) -> None:
     """Checks the documents' names and writes the index, which makes the table complete."""
+    if index.exists():  # by another task of an array
+        return
     infos, files, skipped = [], {}, 0
     for piece in range(len(job.source.pieces)):
         end = read_end(job.folder, piece)
-        parts = finished_parts(job.folder, piece)
         for number in range(end.parts):
-            infos += parts[number]
+            infos += pieces.read_part(job.folder, piece, number)
         files |= end.states
         skipped += end.skipped
     if not sum(info.rows for info in infos):

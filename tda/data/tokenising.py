@@ -108,6 +108,7 @@ class _Shown:
         amount = min(amount, self._left[turn.piece])
         self._left[turn.piece] -= amount
         self._update(amount)
+        processes.check_preemption()
 
     def finish(self, turn: Turn) -> None:
         """Counts the rest of a piece, when its last turn is done."""

@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch
     for count in (5, 14, 15, 40):
         make_killed(tmp_path / "b", source, tokenizer, count)
     assert len(list((tmp_path / "b" / "parts").glob("*.safetensors"))) == 6
-    damaged = tmp_path / "b" / "parts" / "000000-00001-000.safetensors"
+    damaged = tmp_path / "b" / "parts" / "000000-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     made, make = [], pieces._make_part
 
