@@ -22,7 +22,8 @@ from .launch import launch
 HARDWARE = flags.DEFINE_string("hardware", None, "Chips, such as v5p-256; absent: measure here.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that --hardware reaches.")
 READING = flags.DEFINE_float("reading", 1.0, "Rate at which a host reads a store, GB/s.")
-HOST_MEMORY = flags.DEFINE_float("host_memory", None, "Memory of the host that computes R, GiB.")
+TOKENISING = flags.DEFINE_float("tokenising", 0.5, "Rate of a host's CPU, million tokens/s.")
+HOST_MEMORY = flags.DEFINE_float("host_memory", None, "Memory of a host, GiB.")
 DISK = flags.DEFINE_float("disk", None, "Disk space for the stores, TiB.")
 JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
 
@@ -35,6 +36,7 @@ def main(config, workdir):
         hardware=chips.parse(HARDWARE.value) if HARDWARE.value else None,
         mfu=MFU.value,
         reading=READING.value * 1e9,
+        tokenising=TOKENISING.value * 1e6,
         host_memory=None if HOST_MEMORY.value is None else HOST_MEMORY.value * 2**30,
         disk=None if DISK.value is None else DISK.value * 2**40,
     )

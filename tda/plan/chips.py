@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-_TERA, _GIB = 1e12, 2**30
+_TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
 
 # A float32 product at full precision takes a TPU's matrix unit six passes of bfloat16.
 _TPU_PASSES = 6
@@ -22,33 +22,48 @@ class Chip:
     """Bytes."""
     cores: int = 1
     """TensorCores of a TPU whose slices are named by them; else 1."""
-    host: int = 8
-    """Chips of a host, where there are several hosts."""
+    host: "Host" = dataclasses.field(kw_only=True)
+    """The host that chips of this type usually have."""
 
 
-def _tpu(title: str, tera: float, gib: float, cores: int = 1) -> Chip:
-    peak = tera * _TERA
-    return Chip(f"TPU {title}", peak, peak / _TPU_PASSES, gib * _GIB, cores, host=4)
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A host of accelerators; a slice or a machine of fewer chips has its share of it."""
+
+    chips: int
+    cpus: int
+    """Threads that run at the same time (vCPUs)."""
+    memory: float
+    """Bytes."""
 
 
-def _gpu(title: str, tera: float, tera_float32: float, gib: float) -> Chip:
-    return Chip(title, tera * _TERA, tera_float32 * _TERA, gib * _GIB)
+def _tpu(title: str, tera: float, gib: float, cores: int = 1, *, cpus: int, ram: float) -> Chip:
+    peak, host = tera * _TERA, Host(4, cpus, ram * _GIGA)
+    return Chip(f"TPU {title}", peak, peak / _TPU_PASSES, gib * _GIB, cores, host=host)
 
 
-# TPUs: Google's pages of specifications. Slices of v4 and v5p are named by their TensorCores, two
-# to a chip, those of v5e and v6e by their chips.
+def _gpu(
+    title: str, tera: float, tera_float32: float, gib: float, *, cpus: int, ram: float
+) -> Chip:
+    host = Host(8, cpus, ram * _GIGA)
+    return Chip(title, tera * _TERA, tera_float32 * _TERA, gib * _GIB, host=host)
+
+
+# TPUs: Google's pages of specifications, and its machine types of four chips (ct4p, ct5lp, ct5p,
+# ct6e). Slices of v4 and v5p are named by their TensorCores, two to a chip, those of v5e and v6e by
+# their chips.
 # GPUs: NVIDIA's data sheets of the SXM modules, dense (half of what they state with sparsity);
-# memory is what a program sees of it.
+# memory is what a program sees of it. Hosts are NVIDIA's own machines of eight.
 CHIPS = {
-    "v4": _tpu("v4", 275, 32, cores=2),
-    "v5e": _tpu("v5e", 197, 16),
-    "v5p": _tpu("v5p", 459, 95, cores=2),
-    "v6e": _tpu("v6e", 918, 32),
-    "a100-40": _gpu("A100 40 GB", 312, 19.5, 40),
-    "a100-80": _gpu("A100 80 GB", 312, 19.5, 80),
-    "h100": _gpu("H100", 989, 67, 79),
-    "h200": _gpu("H200", 989, 67, 140),
-    "b200": _gpu("B200", 2250, 75, 179),
+    "v4": _tpu("v4", 275, 32, cores=2, cpus=240, ram=407),
+    "v5e": _tpu("v5e", 197, 16, cpus=112, ram=192),
+    "v5p": _tpu("v5p", 459, 95, cores=2, cpus=208, ram=448),
+    "v6e": _tpu("v6e", 918, 32, cpus=180, ram=720),
+    "a100-40": _gpu("A100 40 GB", 312, 19.5, 40, cpus=256, ram=1000),
+    "a100-80": _gpu("A100 80 GB", 312, 19.5, 80, cpus=256, ram=2000),
+    "h100": _gpu("H100", 989, 67, 79, cpus=224, ram=2000),
+    "h200": _gpu("H200", 989, 67, 140, cpus=224, ram=2000),
+    "b200": _gpu("B200", 2250, 75, 179, cpus=224, ram=2000),
 }
 
 
@@ -58,6 +73,16 @@ class Hardware:
 
     chip: Chip
     chips: int
+
+    @property
+    def hosts(self) -> int:
+        """The number of hosts."""
+        return -(-self.chips // self.chip.host.chips)
+
+    @property
+    def host_share(self) -> float:
+        """The share of a host that its chips come with: below 1 with fewer chips than it has."""
+        return min(1.0, self.chips / self.chip.host.chips)
 
     @property
     def title(self) -> str:

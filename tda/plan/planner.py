@@ -1,5 +1,6 @@
 """Estimates a run in advance: operations and seconds of its stages, memory and disk."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -15,6 +16,16 @@ from tda.run import train
 from tda.runtime import sharding
 
 
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a host does beside its chips."""
+
+    reading: float
+    """Bytes/s from a store."""
+    tokenising: float
+    """Tokens/s of a CPU."""
+
+
 def run(
     config,
     workdir: str | None = None,
@@ -22,6 +33,7 @@ def run(
     hardware: chips.Hardware | None = None,
     mfu: float = 0.4,
     reading: float = 1e9,
+    tokenising: float = 5e5,
     host_memory: float | None = None,
     disk: float | None = None,
 ) -> dict:
@@ -33,7 +45,8 @@ def run(
         hardware: the machine that will run it; None for this one, which is measured.
         mfu: assumed share of the chips' peak rate.
         reading: rate at which a host reads a store, in bytes/s.
-        host_memory: bytes of the host; by default of this machine, if `hardware` is None.
+        tokenising: tokens/s of a CPU of a host; not used for this machine, where it is measured.
+        host_memory: bytes of a host; by default those of this machine, or of the chips' usual host.
         disk: bytes free for stores; by default those of the workdir's disk.
 
     Raises:
@@ -58,13 +71,15 @@ def run(
         device_memory = _device_memory() or host_memory
     else:
         device_memory = hardware.chip.memory
+        host_memory = host_memory or hardware.chip.host.memory * hardware.host_share
     if disk is None and (here or workdir):
         disk = _free(workdir or ".")
     r_memory = cost.hessian_bytes(s.widths, *s.hessians()) if s.hessians()[0] else 0
     stores = len(s.taps) * s.stored_bytes(s.size.passages + s.size.queries)
     needs = {
         "parameters and projections on a device": (s.held() / parts, device_memory),
-        "R, its roots and eigenvectors": (r_memory, host_memory),
+        "R, its roots and eigenvectors on a host": (r_memory, host_memory),
+        "two shards of gradients on a host": (s.shard_memory(), host_memory),
         "eigenvectors of a block of R on a device": (
             cost.eigen_bytes(max(s.widths)) if r_memory else 0,
             device_memory,
@@ -82,7 +97,7 @@ def run(
     return {
         "setting": s.figures(),
         "hardware": _named(hardware, mfu, devices),
-        "stages": _stages(s, hardware, mfu, devices, reading, measured),
+        "stages": _stages(s, hardware, mfu, devices, Rates(reading, tokenising), measured),
         "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
         "lacking": lacking,
@@ -93,9 +108,9 @@ def run(
 
 def _warnings(hardware: chips.Hardware | None, fsdp: int, tensor: int) -> list[str]:
     """Returns what of the mesh makes hosts wait for each other; nothing for a machine of one."""
-    if hardware is None or hardware.chips <= hardware.chip.host:
+    if hardware is None or hardware.hosts == 1:
         return []
-    host = hardware.chip.host
+    host = hardware.chip.host.chips
     if host % (fsdp * tensor) == 0:
         return []
     return [
@@ -154,8 +169,12 @@ def _measure(config, s: Setting, mesh) -> dict:
     return {"encoder": times_by_pass, "products": products}
 
 
-def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]:
-    """Returns operations, devices and seconds of every stage; seconds None if not measured."""
+def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> list[dict]:
+    """Returns operations, devices and seconds of every stage; seconds None if not measured.
+
+    A job holds its chips as long as it runs: a stage takes them all, whether it computes on them
+    or not.
+    """
     out = []
 
     def add(name, operations, count, seconds, **more):
@@ -178,6 +197,13 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             named = " and ".join(corrections)
             add(f"encode {name}, {named}", operations, devices, seconds, rate=rate)
 
+    hosts = hardware.hosts if hardware else 1
+    seconds, rate = s.size.seconds, None
+    if hardware:
+        cpus = hosts * hardware.chip.host.cpus * hardware.host_share
+        rate = host_rates.tokenising * cpus
+        seconds = s.size.tokens / rate
+    add("read and tokenise", None, devices, seconds, rate=rate)
     for corrections in s.passes:
         encode("corpus", corrections, s.shapes, s.size.tokens)
     for correction in s.taps:
@@ -189,21 +215,21 @@ def _stages(s: Setting, hardware, mfu, devices, reading, measured) -> list[dict]
             encode("corpus for R", (correction,), shapes, share * s.size.tokens)
     gram = cost.gram_operations(s.widths, 1)
     # R is summed and searched in groups of rows, which all hosts share; one host decomposes R.
-    hosts = -(-devices // hardware.chip.host) if hardware else 1
+    reading = hosts * host_rates.reading
     devices = devices if hardware else jax.local_device_count()
     for correction, methods in s.methods.items():
         roots, decompositions = s.decompositions(correction)
         if roots:
             eigen = decompositions * cost.eigen_operations(s.widths)
             summed = gram * s.r_rows
-            read = s.stored_bytes(s.r_rows) / (hosts * reading)
+            read = s.stored_bytes(s.r_rows) / reading
             # A store is read while the previous rows are multiplied: the slower of the two counts.
             seconds = rates and max(read, summed / rates.gram / devices) + eigen / rates.eigen
             add(f"R, {correction}", summed + eigen, devices, seconds)
         rows = s.size.passages + s.size.labelled
         whitened = gram * rows * sum(m.hessian != "none" for m in methods)
         scored = cost.score_operations(s.width, rows, s.size.queries) * len(methods)
-        read = s.stored_bytes(rows) / (hosts * reading)
+        read = s.stored_bytes(rows) / reading
         seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / devices)
         add(f"exact search, {correction}", whitened + scored, devices, seconds)
     return out

@@ -42,12 +42,13 @@ def _stages(stages: list[dict]) -> str:
     for x in stages:
         seconds, devices, rate = x["seconds"], x["devices"], x.get("rate")
         spent = None if seconds is None else seconds * devices
-        row = [x["stage"], f"{x['operations']:.2e}", f"{devices:,}", _time(seconds), _hours(spent)]
+        operations = "" if x["operations"] is None else f"{x['operations']:.2e}"
+        row = [x["stage"], operations, f"{devices:,}", _time(seconds), _hours(spent)]
         rows.append([*row, f"{rate:,.0f}" if rate else ""])
     if all(x["seconds"] is not None for x in stages):
         spent = sum(x["seconds"] * x["devices"] for x in stages)
         total = sum(x["seconds"] for x in stages)
-        operations = sum(x["operations"] for x in stages)
+        operations = sum(x["operations"] or 0 for x in stages)
         rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent), ""])
     return formats.aligned(rows)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -38,6 +39,8 @@ class Size:
     query_positions: np.ndarray | None = None
     labelled: int = 0
     """Passages that are correct for a query: searched once more, for their ranks."""
+    seconds: float | None = None
+    """What reading and tokenising took here; None if the config states the size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Setting:
     shapes: dict[tuple, float]
     """Number of batches of passages of each shape (B, T)."""
     query_shapes: dict[tuple, float]
+    shard_rows: int
+    """Passages of a shard of the store."""
 
     width = property(lambda self: sum(self.widths))
     has_store = property(lambda self: self.store_dtype != NO_STORE)
@@ -100,6 +105,11 @@ class Setting:
             for c, t in self.taps.items()
         }
         return parameters + max(sum(more[c] for c in corrections) for corrections in self.passes)
+
+    def shard_memory(self) -> int:
+        """Returns the bytes of host memory for a store's shards: one is encoded, one written."""
+        kinds = max(map(len, self.passes))
+        return 2 * kinds * 4 * self.shard_rows * self.width if self.has_store else 0
 
     def figures(self) -> dict:
         """Returns the setting as JSON values."""
@@ -165,6 +175,7 @@ def of(config, multiple: int = 1) -> Setting:
         rule=config.hessian.weight < 0,
         shapes=shapes,
         query_shapes=query_shapes,
+        shard_rows=shard_rows,
     )
 
 
@@ -202,6 +213,7 @@ def _size(config) -> Size:
             )
         return Size(vocab_size=config.tokenizer.vocab_size, **stated)
     print("reading the corpus", flush=True)
+    start = time.perf_counter()
     # In a temporary directory: planning a run must not start it.
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
         data = corpus.load(config, Workdir(path))
@@ -212,6 +224,7 @@ def _size(config) -> Size:
         vocab_size=data.tokenizer.vocab_size,
         positions=data.passages.lengths - 1,
         query_positions=data.prompts.lengths - 1,
+        seconds=time.perf_counter() - start,
         labelled=len(np.unique(np.concatenate([r for q in data.correct.values() for r in q]))),
     )
 

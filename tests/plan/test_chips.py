@@ -48,4 +48,5 @@ def test_figures_are_in_plain_units():
         assert 1e14 < chip.bfloat16 < 3e15
         assert chip.bfloat16 / 35 < chip.float32 < chip.bfloat16 / 5
         assert 16 * 2**30 <= chip.memory < 200 * 2**30
+        assert 100 <= chip.host.cpus <= 256 and 1.9e11 <= chip.host.memory <= 2e12
     assert chips.CHIPS["v5p"].bfloat16 == 459e12 and chips.CHIPS["v5p"].memory == 95 * 2**30

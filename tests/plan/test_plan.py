@@ -22,6 +22,11 @@ from tda.run.workdir import Workdir
 TEBI, GIBI = 2**40, 2**30
 
 
+def stage(plan, name):
+    """The first stage whose name begins so."""
+    return next(s for s in plan["stages"] if s["stage"].startswith(name))
+
+
 @pytest.fixture(scope="module")
 def paper():
     """The plan of the paper's config on a slice of 256 TensorCores."""
@@ -41,13 +46,12 @@ def test_the_papers_store_takes_87_tebibytes(paper):
 
 
 def test_hours_are_operations_over_the_share_of_the_peak(paper):
-    encode = paper["stages"][0]
+    encode = stage(paper, "encode corpus")
     assert encode["operations"] == pytest.approx(4 * 7.5e9 * 160e9, rel=0.05)
     assert encode["seconds"] == pytest.approx(encode["operations"] / (128 * 459e12 * 0.4))
     assert encode["rate"] == pytest.approx(160e9 / encode["seconds"])
-    other = planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-512"), mfu=0.2)["stages"][
-        0
-    ]
+    other = planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-512"), mfu=0.2)
+    other = stage(other, "encode corpus")
     assert other["seconds"] == pytest.approx(encode["seconds"], rel=1e-3)
     # R and the search wait for the disk: 87 TiB at 1 GB/s on each of 32 hosts.
     eigen = 3 * 9 * 16 * 4096**3  # two spectra and a root
@@ -61,6 +65,29 @@ def test_hours_are_operations_over_the_share_of_the_peak(paper):
     assert found["R, factored"] == pytest.approx((gram / 128 + eigen) / peak)
     scores = 2 * 365e6 * 65_536 * 5_415
     assert found["exact search, factored"] == pytest.approx((gram + scores) / (128 * peak))
+
+
+def test_tokenising_holds_the_chips_and_hosts_have_their_memory(paper):
+    """Guards: a stage of the hosts that costs nothing; a shard that no host can hold."""
+    tokenise = stage(paper, "read and tokenise")
+    assert tokenise["seconds"] == pytest.approx(160e9 / (32 * 208 * 5e5))
+    assert tokenise["devices"] == 128
+    slow = planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"), tokenising=5e3)
+    assert stage(slow, "read and tokenise")["seconds"] == pytest.approx(100 * tokenise["seconds"])
+    # Fewer chips than a host has come with their share of it.
+    one = stage(planner.run(paper_c4.get_config(), hardware=chips.parse("h100x4")), "read")
+    assert one["seconds"] == pytest.approx(160e9 / (112 * 5e5))
+    # Everything beside encoding takes less than a tenth of encoding's device hours.
+    spent = sum(s["seconds"] * s["devices"] for s in paper["stages"])
+    encoding = stage(paper, "encode corpus")
+    assert spent < 1.1 * encoding["seconds"] * encoding["devices"]
+    config = paper_c4.get_config()
+    config.store.dtype, config.store.shard_bytes = "int8", 64 << 30
+    found = planner.run(config, hardware=chips.parse("v5e-256"))
+    # Encoded in float32, with the shard before it still being written.
+    assert found["lacking"] == [
+        "two shards of gradients on a host: 511.5 GiB needed, 178.8 GiB there"
+    ]
 
 
 def test_each_correction_of_the_methods_has_a_store_of_its_own():
@@ -88,10 +115,10 @@ def test_a_pass_of_two_corrections_counts_the_model_once(paper):
     config.methods = "trackstar,grad_cos,tracin,trak,ekfac,trackstar_disjoint"
     found = planner.run(config, hardware=chips.parse("v5p-256"))
     s = setting.of(config)
-    alone = paper["stages"][0]["operations"]
+    alone = stage(paper, "encode corpus")["operations"]
     more = cost.tap_operations(s.taps["none"])
     assert 0 < more < 0.05 * alone / 160e9
-    both = found["stages"][0]["operations"]
+    both = stage(found, "encode corpus")["operations"]
     positions = sum(B * T * n for (B, T), n in s.shapes.items())
     assert both == pytest.approx(alone + more * positions)
     assert found["left_out"] == ["TracIn", "TRAK", "EK-FAC influence"]
@@ -126,7 +153,7 @@ def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
     assert found["needs"]["stores on disk"]["needed"] == 0
     assert "no store" in report.text(found)
     stages = {s["stage"]: s["seconds"] for s in found["stages"]}
-    once = paper["stages"][0]["seconds"]
+    once = stage(paper, "encode corpus")["seconds"]
     assert stages["encode corpus, factored"] == pytest.approx(once)
     assert stages["encode corpus for R, factored"] == pytest.approx(once)
     # Nothing is read: products alone.
@@ -137,7 +164,7 @@ def test_without_a_store_the_corpus_is_encoded_again_for_r(paper):
     stages = {s["stage"]: s for s in found["stages"]}
     again = stages["encode corpus for R, factored"]
     assert again["seconds"] == pytest.approx(once / 10)
-    assert again["rate"] == pytest.approx(paper["stages"][0]["rate"])
+    assert again["rate"] == pytest.approx(stage(paper, "encode corpus")["rate"])
 
 
 def test_a_model_over_several_hosts_is_warned_of(paper):
@@ -161,15 +188,15 @@ def test_what_does_not_fit_is_refused():
     # A block for each of 224 matrices of side 128, 2 GiB each in float64.
     config.projection.side, config.projection.pooling = 128, "matrix"
     found = planner.run(config, hardware=hardware, host_memory=512 * GIBI)
-    assert any(x.startswith("R, its roots and eigenvectors: ") for x in found["lacking"])
-    assert found["needs"]["R, its roots and eigenvectors"]["needed"] > 2 * 224 * 2 * GIBI
+    assert any(x.startswith("R, its roots and eigenvectors on a host: ") for x in found["lacking"])
+    assert found["needs"]["R, its roots and eigenvectors on a host"]["needed"] > 2 * 224 * 2 * GIBI
     config.mesh.fsdp = 1
     found = planner.run(config, hardware=hardware)
     assert found["lacking"][0].startswith("parameters and projections on a device: 3")
     # Gradients without R take none of its memory.
     config.methods = "grad_cos"
     found = planner.run(config, hardware=hardware, host_memory=GIBI)
-    assert found["needs"]["R, its roots and eigenvectors"]["needed"] == 0
+    assert found["needs"]["R, its roots and eigenvectors on a host"]["needed"] == 0
 
 
 @pytest.fixture
@@ -248,8 +275,8 @@ def test_what_cannot_be_is_not_measured(small, monkeypatch):
     monkeypatch.setattr(calibration, "encoder_times", None)
     monkeypatch.setattr(planner, "_memory", lambda: 1000.0)
     found = planner.run(small)
-    assert {x["seconds"] for x in found["stages"]} == {None}
-    assert len(found["lacking"]) == 3
+    assert {x["seconds"] for x in found["stages"][1:]} == {None}
+    assert len(found["lacking"]) == 4
     assert "–" in report.text(found) and "together" not in report.text(found)
 
 
