@@ -83,6 +83,8 @@ setup(
         ],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
+        # Many machines as workers of a Ray cluster.
+        "ray": ["ray>=2.60.0"],
         # Models in .gguf files.
         "gguf": ["gguf>=0.19.0"],
         # Corpora in Parquet files and `datasets` directories.

@@ -58,7 +58,7 @@ def launch(
     main: Callable[[ConfigDict, str | None], None],
     needs_workdir: bool = True,
     tells_idle_keys: bool = False,
-    is_task: Callable[[], bool] = lambda: False,
+    is_alone: Callable[[], bool] = lambda: False,
 ) -> None:
     """Parses the command line and calls `main(config, workdir)`.
 
@@ -66,14 +66,14 @@ def launch(
         main: the program.
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
         tells_idle_keys: whether a line tells each key of the command line that a run never reads.
-        is_task: returns whether the flags make this one of several programs that are not joined.
+        is_alone: returns whether no other processes are joined; called before jax starts.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     tfds.disable_progress_bar()
 
     def run(arguments):
         _refuse_arguments(arguments)
-        _join(is_task())
+        _join(is_alone)
         preemption.watch()
         try:
             compilation_cache.use(COMPILATION_CACHE.value)
@@ -172,14 +172,14 @@ def _refuse_arguments(arguments: list[str]) -> None:
         sys.exit(f"error: unexpected arguments: {' '.join(arguments[1:])}")
 
 
-def _join(is_task: bool = False) -> None:
+def _join(is_alone: Callable[[], bool] = lambda: False) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     arguments = [f.value for f in (DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
-    if is_task and arguments[0] is None:
-        arguments[0] = False
     try:
+        if is_alone() and arguments[0] is None:
+            arguments[0] = False
         joining.join(*arguments, patience=_PATIENCE)
-    except joining.JoinError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 

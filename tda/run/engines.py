@@ -1,46 +1,114 @@
 """Which engine a run's command line asks for."""
 
+import dataclasses
+import os
 import re
 
 import jax
 from ml_collections import ConfigDict
 
+from tda.run import ray_worker
 from tda.run.workdir import Workdir
+from tda.runtime import code_version, ray_engine
 from tda.runtime.array_tasks import ArrayTask
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint
+from tda.runtime.ray_engine import Cluster, RayEngine
 
 
-def choose_engine(
-    config: ConfigDict, workdir: Workdir, groups: str | None, patience: float
-) -> Engine:
-    """Returns the engine that the flags ask for.
+@dataclasses.dataclass(frozen=True)
+class EngineFlags:
+    """What the command line says of the engine; by default this process, or those joined."""
+
+    groups: str | None = None
+    """The part of a task of an array, "I/N"; "none" prepares a run for other programs."""
+
+    patience: float = 600.0
+    """Seconds that a task of an array waits for the next result of the others."""
+
+    engine: str = ""
+    """ "ray", or empty."""
+
+    cluster: Cluster = Cluster()
+    """The Ray cluster."""
+
+    plugins: tuple[str, ...] = ()
+    """Modules that workers import, as this program has."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this program is not to be joined with others."""
+        return self.groups is not None or self.engine != ""
+
+
+def read_flags(groups, patience, engine, cluster: tuple, plugins) -> EngineFlags:
+    """Returns the flags of the command line; called before jax starts.
 
     Args:
-        config: the run's config.
-        workdir: the run's workdir.
-        groups: the part of a task of an array, "I/N", or "none"; None for this process, or those
-            that are joined.
-        patience: seconds that a task waits for others.
+        groups, patience, engine, plugins: as in `EngineFlags`.
+        cluster: address, number of workers, and resources of each, such as ["CPU=4", "GPU=1"].
+
+    Raises:
+        ValueError: a flag is malformed.
+    """
+    address, workers, resources = cluster
+    pairs = []
+    for text in resources:
+        name, _, number = text.partition("=")
+        try:
+            pairs.append((name, float(number)))
+        except ValueError:
+            raise ValueError(
+                f"--worker_resources={','.join(resources)} must be NAME=NUMBER with commas, such "
+                "as CPU=4,GPU=1"
+            ) from None
+    chosen = Cluster(address or "", workers, tuple(pairs))
+    if engine and chosen.has_accelerators:
+        # Else this program would hold memory of a GPU that a worker needs.
+        jax.config.update("jax_platforms", "cpu")
+    return EngineFlags(groups, patience, engine or "", chosen, tuple(plugins))
+
+
+def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> Engine:
+    """Returns the engine that the flags ask for.
 
     Raises:
         ValueError: a flag is malformed, or does not fit another.
+        tda.runtime.ray_engine.RayError: Ray is not installed.
     """
-    if groups is None:
+    groups = chosen.groups
+    if not chosen.is_alone:
         return PROCESSES
+    flag = f"--engine={chosen.engine}" if groups is None else f"--groups={groups}"
     if jax.process_count() > 1:
         raise ValueError(
-            f"--groups={groups} is for programs that are not joined; leave out --distributed and "
-            "--coordinator, or --groups"
+            f"{flag} is for programs that are not joined; leave out --distributed and "
+            f"--coordinator, or {flag}"
         )
+    if groups is None:
+        return _make_ray_engine(config, workdir, chosen)
+    if chosen.engine:
+        raise ValueError(f"--engine={chosen.engine} and {flag} exclude each other; leave out one")
     if groups == "none":
-        return ArrayTask(0, 0, workdir.path, "", patience)
+        return ArrayTask(0, 0, workdir.path, "", chosen.patience)
     match = re.fullmatch(r"(\d+)/(\d+)", groups)
     if not match or not int(match[1]) < int(match[2]):
-        raise ValueError(
-            f"--groups={groups} must be I/N, with the task's number I from 0 to N−1, or none"
-        )
+        raise ValueError(f"{flag} must be I/N, with the task's number I from 0 to N−1, or none")
     index, count = map(int, match.groups())
     # The tasks of one array have the same config and the same count.
     party = f"{count} tasks, {fingerprint(config.to_json())}"
-    return ArrayTask(index, count, workdir.path, party, patience)
+    return ArrayTask(index, count, workdir.path, party, chosen.patience)
+
+
+def _make_ray_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> RayEngine:
+    if chosen.engine != "ray":
+        raise ValueError(f"unknown --engine={chosen.engine}; use ray, or leave it out")
+    ray_engine.import_ray()
+    opening = ray_worker.Opening(
+        config.to_dict(),
+        str(workdir.path.absolute()),
+        os.getcwd(),
+        chosen.plugins,
+        code_version.describe(),
+    )
+    return RayEngine(chosen.cluster, ray_worker.Worker, opening)

@@ -49,13 +49,13 @@ def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
     """Reads the corpus and trains the model, or finds both finished.
 
     Raises:
-        ValueError: the config does not fit the corpus or the model; raised before training. Or one
-            of several jobs is to train the model.
+        ValueError: the config does not fit the corpus or the model; raised before training. Or the
+            model is not trained, and this program cannot do it.
     """
-    if engine.party and not workdir.is_finished("train"):
+    if not engine.can_train and not workdir.is_finished("train"):
         raise ValueError(
             "the model is not trained yet, and training is not split into groups: run the command "
-            "once with --groups=none, which trains and prepares, and then the array"
+            "once with --groups=none, which trains and prepares, and then this one"
         )
     if config.store.root:
         # Before training: it may be a bucket that this host may not write to.
@@ -99,8 +99,11 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
 
     # Of several jobs the last one leaves nothing that only unfinished rankings need.
     with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
-        run.append(prepare(config, workdir, engine))
-        return _trace(run[0])
+        try:
+            run.append(prepare(config, workdir, engine))
+            return _trace(run[0])
+        finally:
+            engine.close()
 
 
 def _trace(run: Run) -> tuple[dict, dict]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import filelock
 
 from tda.runtime import command, preemption
-from tda.runtime.engine import Work
+from tda.runtime.engine import Engine, Work
 
 # What a program says that ends before its work is done and may be repeated (EX_TEMPFAIL of
 # sysexits.h).
@@ -41,7 +41,7 @@ class Unfinished(Exception):
 
 
 @dataclasses.dataclass
-class ArrayTask:
+class ArrayTask(Engine):
     """The engine of one task of an array.
 
     Attributes:
@@ -61,11 +61,8 @@ class ArrayTask:
 
     def __post_init__(self):
         self._lock = filelock.FileLock(self.directory / ".alone.lock")
+        self.can_train = not self.count
         self._finished: list[str] = []
-
-    def asks_for(self, name: str) -> bool:
-        """See `Engine`."""
-        return False
 
     def alone(self) -> contextlib.AbstractContextManager:
         """See `Engine`."""

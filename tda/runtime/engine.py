@@ -9,7 +9,6 @@ missing. The stage then reduces the results in their order.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from tda.runtime import processes
 
@@ -37,16 +36,25 @@ class Work:
     """Whether all processes compute every group together, on devices that they share."""
 
 
-class Engine(Protocol):
+class Engine:
     """Decides who computes which groups.
 
     Attributes:
         party: identity of the jobs that work on the run at the same time, each by itself (the tasks
             of an array, Ray's workers); empty where one job works alone. None of several may remove
             what the others may still read.
+        can_train: whether this program may train the model, which is not split into groups.
     """
 
-    party: str
+    party: str = ""
+    can_train: bool = True
+
+    def compute(self, work: Work) -> None:
+        """Returns once no group of the work is missing.
+
+        Every process of a run calls it, with the same work.
+        """
+        raise NotImplementedError
 
     def asks_for(self, name: str) -> bool:
         """Returns whether this process is there for groups of a work that has this in its name.
@@ -54,38 +62,24 @@ class Engine(Protocol):
         A worker that joins late may find parts of such a work finished, and must describe the work
         as it was described when it began.
         """
-        ...
+        return False
 
     def alone(self) -> contextlib.AbstractContextManager:
         """Keeps the other jobs of the party out of what is not split.
 
         Inside, a job looks first whether another has done it meanwhile.
         """
-        ...
+        return contextlib.nullcontext()
 
-    def compute(self, work: Work) -> None:
-        """Returns once no group of the work is missing.
-
-        Every process of a run calls it, with the same work.
-        """
-        ...
+    def close(self) -> None:
+        """Ends what the engine has started."""
 
 
-class Processes:
+class Processes(Engine):
     """This process, or the processes of a `jax.distributed` run.
 
     The groups that are missing when the work begins are split evenly.
     """
-
-    party = ""
-
-    def asks_for(self, name: str) -> bool:
-        """See `Engine`."""
-        return False
-
-    def alone(self) -> contextlib.AbstractContextManager:
-        """See `Engine`."""
-        return contextlib.nullcontext()
 
     def compute(self, work: Work) -> None:
         """See `Engine`."""

@@ -55,11 +55,16 @@ def full(tmp_path_factory, small_groups):
     return run_alone(tmp_path_factory.mktemp("full"), "trackstar,less,hidden_last,bm25")
 
 
-def trace(config, path, part, patience=0.0):
+def choose(config, workdir, part):
+    """The engine of a task that does not wait for the others."""
+    return engines.choose_engine(config, workdir, engines.EngineFlags(part, patience=0.0))
+
+
+def trace(config, path, part):
     """Runs one task, or with "none" the preparation; returns what it said when it ended early."""
     workdir = Workdir(path)
     try:
-        stages.trace(config, workdir, engines.choose_engine(config, workdir, part, patience))
+        stages.trace(config, workdir, choose(config, workdir, part))
     except Unfinished as rest:
         return rest
     return None
@@ -169,7 +174,7 @@ def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path):
     config, path = alone[0], trained(alone, tmp_path / "array")
     other = config.copy_and_resolve_references()
     other.eval.top_k = 3
-    task = engines.choose_engine(config, Workdir(path), "0/2", 0.0)
+    task = choose(config, Workdir(path), "0/2")
     with Workdir(path).hold(task.party):
         for changed, part in ((other, "0/2"), (config, "0/3"), (config, None), (config, "none")):
             with pytest.raises(HeldError, match="in use by the tasks of an array, whose first was"):
@@ -180,4 +185,4 @@ def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path):
 @pytest.mark.parametrize("part", ["2/2", "-1/2", "1", "1/0", "a/b", ""])
 def test_a_part_that_is_none_is_refused(tmp_path, part):
     with pytest.raises(ValueError, match="must be I/N"):
-        engines.choose_engine(make_config(tmp_path), Workdir(tmp_path), part, 0.0)
+        choose(make_config(tmp_path), Workdir(tmp_path), part)
