@@ -122,11 +122,11 @@ class Encodings:
 class Gradients(Retriever):
     """Methods that scan the gradients of the traced checkpoint: those of a kind share a scan."""
 
+    shares_search = True
+
     def __init__(self, run: Run):
         super().__init__(run)
         self.encodings = Encodings(run)
-        # Process 0 alone builds and searches an index.
-        self.shares_search = run.config.search.index == "none"
 
     def lacks(self, method):
         """Returns which of the gradients that a method needs are missing, or None."""

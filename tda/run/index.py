@@ -94,7 +94,8 @@ def search(
         )
 
         def rank_sample(encodings_QxE=encodings_QxE, name=name, scorer=scorer):
-            return encodings_QxE[sample], exactly(queries_QxE[sample], {name: scorer}, 10, {})[name]
+            exact = exactly(queries_QxE[sample], {name: scorer}, 10, {})
+            return encodings_QxE[sample], exact.get(name)
 
         encodings = scann_index.Encodings(
             functools.partial(scoring.read_encodings, source, scorer),
@@ -103,7 +104,7 @@ def search(
             {"encodings": fingerprints[name]},
         )
         directory = run.workdir / "indices" / fingerprints[name]
-        index = scann_index.build(directory, encodings, chosen, rank_sample)
+        index = scann_index.build(directory, encodings, chosen, rank_sample, run.groups)
         deep = index.search(
             encodings_QxE,
             min(config.search.depth, source.rows),
@@ -111,6 +112,8 @@ def search(
             # As many as for the k rows of the recall: deeper ranks are worth no more reading.
             candidates=scann_index.CANDIDATES * k,
         )
+        if deep is None:
+            continue  # another process merges the parts' rankings
         rankings[name] = _cut(deep, k, correct, source.rows)
         notes[name] = {"index": {"settings": vars(chosen), "recall": index.recall}}
     return rankings, notes

@@ -21,6 +21,8 @@ from tda.retrieval.scann import index as scann_index
 from tda.retrieval.scann import part
 from tda.retrieval.scann.part import ScannError
 from tda.retrieval.scann.settings import Settings, settings_for
+from tda.runtime.array_tasks import ArrayTask, Unfinished
+from tda.runtime.groups import Groups
 
 pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
 
@@ -296,6 +298,30 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, corpus, tree, monkeypatch):
     monkeypatch.setattr(scann_index, "_STEP_BYTES", 97 * 4 * 64)
     make(tmp_path / "i", x, TREE)
     assert_same_files(tmp_path / "i", tree.path)
+
+
+def test_the_tasks_of_an_array_build_and_search_parts_of_their_own(tmp_path, corpus, tree):
+    x, queries = corpus
+    written, path = [], tmp_path / "index"
+
+    def build(task):
+        engine = ArrayTask(task, 2, tmp_path, "an array", patience=0.0)
+        read = lambda rows: written.append(task) or x[rows]  # noqa: E731
+        groups = Groups(tmp_path / "groups", engine=engine)
+        return scann_index.build(path, encodings(x, read), TREE, groups=groups)
+
+    with pytest.raises(Unfinished, match="1 of its groups are missing, those of task 1"):
+        build(0)
+    indices = [build(1), build(0)]
+    assert written == [0, 0, 1]
+    assert_same_files(path, tree.path)
+    with pytest.raises(Unfinished, match="2 of its groups are missing, those of task 0"):
+        indices[0].search(queries)
+    for index in reversed(indices):
+        assert_equal(index.search(queries), tree.search(queries), atol=0)
+    # Other queries are other work, whose parts are not searched yet.
+    with pytest.raises(Unfinished):
+        indices[0].search(queries[1:])
 
 
 def assert_same_files(a, b):

@@ -11,7 +11,7 @@ may be moved. ScaNN is optional: pip install 'tda-jax[scann]'.
 import dataclasses
 import importlib.metadata
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,9 +19,11 @@ from tda import store
 from tda.retrieval.ranked import Ranked, best_of
 from tda.retrieval.scann.part import Part, ScannError, import_scann, write_part
 from tda.retrieval.scann.settings import Settings
-from tda.runtime import progress
+from tda.runtime import processes, progress
 from tda.runtime.differences import check_same
-from tda.runtime.fingerprint import plain
+from tda.runtime.engine import Engine, Work
+from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
+from tda.runtime.groups import ONE_GROUP, Groups
 from tda.store.location import Location
 
 # An index of codes alone scores so many candidates by their encodings for each row that it returns.
@@ -56,9 +58,17 @@ class Index:
         recall: recall against exact search (`measure_recall`); None if it was not measured.
     """
 
-    def __init__(self, path: pathlib.Path, encodings: Encodings, settings: Settings, recall):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        encodings: Encodings,
+        settings: Settings,
+        recall,
+        groups: Groups = ONE_GROUP,
+    ):
         self.path, self.settings, self.recall = path, settings, recall
-        self._read = encodings.read
+        self._read, self._groups = encodings.read, groups
+        self._identity = [plain(encodings.fingerprint), encodings.rows]
         self.parts = [Part(directory) for directory in _parts(path, encodings.rows, settings)]
         self.valid_rows = sum(part.count for part in self.parts)
         if not self.valid_rows:
@@ -71,7 +81,7 @@ class Index:
         without: np.ndarray | None = None,
         opponents: bool = True,
         candidates: int = 0,
-    ) -> Ranked:
+    ) -> Ranked | None:
         """Ranks the rows with the largest and the smallest inner products that the index finds.
 
         Among equal scores the lower row comes first. The ranking has no first ranks: an index knows
@@ -85,6 +95,9 @@ class Index:
             candidates: if the index has codes alone, the rows of each query that are read and
                 scored by their encodings; 40 k by default.
 
+        Returns:
+            The ranking; None in all processes but the first of those that share groups.
+
         Raises:
             ScannError: an encoding is not finite, or a part cannot be read.
         """
@@ -93,25 +106,54 @@ class Index:
         if len(bad):
             raise ScannError(f"the encoding of query {bad[0]} has a number that is not finite")
         without = np.asarray([] if without is None else without, np.int64)
-        count, loaded_bytes = len(queries_QxE), 0
+        count = len(queries_QxE)
         # The smallest inner products with q are the largest with −q.
         both = np.concatenate([queries_QxE, -queries_QxE]) if opponents else queries_QxE
         rescored = self.settings.has_codes_alone
         depth = max(k, candidates or CANDIDATES * k) if rescored else k
-        rows, scores = np.zeros((len(both), 0), np.int64), np.zeros((len(both), 0), np.float32)
-        for part in self.parts if count else []:
-            part_rows, part_scores = part.search(both, depth, without, self.settings)
-            loaded_bytes += part.bytes
-            if loaded_bytes > _RESIDENT_BYTES:
-                part.release()
-            rows, scores = np.hstack([rows, part_rows]), np.hstack([scores, part_scores])
-            scores, rows = best_of(scores, rows, depth)
+        if not count:
+            rows, scores = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32)
+        elif (best := self._search_parts(both, depth, without)) is None:
+            return None
+        else:
+            rows, scores = best
         if rescored:
             rows = np.sort(rows, axis=1)
             scores, rows = best_of(self._score(both, rows), rows, k)
         if not opponents:
             return Ranked.of_proponents(rows, scores)
         return Ranked(rows[:count], scores[:count], rows[count:], -scores[count:], {})
+
+    def _search_parts(
+        self, queries_QxE: np.ndarray, depth: int, without: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns the best rows of all parts and their scores; every part is a group of its own."""
+        loaded_bytes = 0
+
+        def work(numbers: range) -> dict[str, np.ndarray]:
+            nonlocal loaded_bytes
+            part = self.parts[numbers.start]
+            rows, scores = part.search(queries_QxE, depth, without, self.settings)
+            loaded_bytes += part.bytes
+            if loaded_bytes > _RESIDENT_BYTES:
+                part.release()
+            return {"rows": rows, "scores": scores}
+
+        def merge(results: Iterator[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+            rows = np.zeros((len(queries_QxE), 0), np.int64)
+            scores = np.zeros(rows.shape, np.float32)
+            for result in results:
+                rows = np.hstack([rows, result["rows"]])
+                scores = np.hstack([scores, result["scores"]])
+                scores, rows = best_of(scores, rows, depth)
+            return rows, scores
+
+        ranges = [range(i, i + 1) for i in range(len(self.parts))]
+        if self._groups.directory is None:
+            return merge(map(work, ranges))
+        arrays = {"queries": queries_QxE, "without": without}
+        parts = [self._identity, vars(self.settings), depth, fingerprint_arrays(arrays)]
+        return self._groups.reduce(f"scann-{fingerprint(parts)}", ranges, work, merge)
 
     def _score(self, queries_QxE: np.ndarray, rows_QxN: np.ndarray) -> np.ndarray:
         """Returns the scores of every query's candidates, rising rows, by their encodings."""
@@ -131,19 +173,21 @@ def build(
     path,
     encodings: Encodings,
     settings: Settings,
-    check: Callable[[], tuple[np.ndarray, Ranked]] | None = None,
+    check: Callable[[], tuple[np.ndarray, Ranked | None]] | None = None,
+    groups: Groups = ONE_GROUP,
 ) -> Index:
     """Builds an index, resumes building it, or opens it if no part is missing.
 
-    The recall of a finished index is printed and kept in its manifest. Only one process may build
-    an index at a time.
+    The recall of a finished index is printed and kept in its manifest. Of several processes all
+    call it.
 
     Args:
         path: a local directory.
         encodings: what to index; rows of missing parts are read once and in order.
         settings: settings of ScaNN; `settings_for` chooses them.
-        check: a function that returns a sample of queries, float32 [Q, E], and their exact ranking,
-            called once all parts exist.
+        check: a function that returns a sample of queries, float32 [Q, E], and their exact ranking
+            (in process 0), called once all parts exist.
+        groups: who builds which part, and where rankings of parts are kept.
 
     Raises:
         ScannError: the directory has an index of other encodings or settings; no row is valid; a
@@ -159,16 +203,29 @@ def build(
         "fingerprint": plain(encodings.fingerprint),
         "scann": importlib.metadata.version("scann"),
     }
-    stored = location.read_json("manifest.json")
-    if stored is None:
-        location.write_json("manifest.json", manifest)
-        stored = manifest
-    check_same(root, {k: stored.get(k) for k in manifest}, manifest, ScannError)
-    _build_missing_parts(root, encodings, settings)
-    index = Index(root, encodings, settings, stored.get("recall"))
+
+    def describe() -> dict:
+        stored = location.read_json("manifest.json")
+        if stored is None:
+            location.write_json("manifest.json", manifest)
+            stored = manifest
+        check_same(root, {k: stored.get(k) for k in manifest}, manifest, ScannError)
+        return stored
+
+    with groups.engine.alone():
+        stored = processes.on_first_process(f"describe the index {root}", describe)
+    _build_missing_parts(root, encodings, settings, groups.engine)
+    index = Index(root, encodings, settings, stored.get("recall"), groups)
     if check is not None and index.recall is None:
-        index.recall = r = measure_recall(index, *check())
-        location.write_json("manifest.json", manifest | {"recall": r})
+        # All processes share both searches; process 0 compares.
+        queries_QxE, exact = check()
+        shares = measure_recall(index, queries_QxE, exact)
+
+        def keep() -> dict:
+            location.write_json("manifest.json", manifest | {"recall": shares})
+            return shares
+
+        index.recall = r = processes.on_first_process("keep the recall", keep)
         print(
             f"index {root}: recall@{r['k']} against exact search over {r['queries']} queries: "
             f"proponents {r['proponents']:.3f}, opponents {r['opponents']:.3f}",
@@ -177,18 +234,28 @@ def build(
     return index
 
 
-def _build_missing_parts(root: pathlib.Path, encodings: Encodings, settings: Settings) -> None:
-    parts = _parts(root, encodings.rows, settings)
-    missing = {directory: rows for directory, rows in parts.items() if not directory.exists()}
-    if not missing:
-        return
-    # One buffer serves all parts: it is most of the memory that a build takes.
-    buffer = np.empty((max(map(len, missing.values())), encodings.width), np.float32)
-    done = encodings.rows - sum(map(len, missing.values()))
-    with progress.bar(encodings.rows, "index", "row", done) as bar:
-        for directory, rows in missing.items():
-            write_part(directory, *_read_valid(encodings, rows, buffer), settings)
-            bar.update(len(rows))
+def _build_missing_parts(
+    root: pathlib.Path, encodings: Encodings, settings: Settings, engine: Engine
+) -> None:
+    parts = list(_parts(root, encodings.rows, settings).items())
+
+    def compute(numbers: Sequence[int]) -> None:
+        if not numbers:
+            return
+        rows = [len(parts[i][1]) for i in numbers]
+        # One buffer serves all parts: it is most of the memory that a build takes.
+        buffer = np.empty((max(rows), encodings.width), np.float32)
+        with progress.bar(encodings.rows, "index", "row", encodings.rows - sum(rows)) as bar:
+            for i in numbers:
+                directory, covered = parts[i]
+                write_part(directory, *_read_valid(encodings, covered, buffer), settings)
+                bar.update(len(covered))
+                processes.check_preemption()
+
+    def list_missing() -> list[int]:
+        return [i for i, (directory, _) in enumerate(parts) if not directory.exists()]
+
+    engine.compute(Work(f"index {root.name}", compute, list_missing, list_missing))
 
 
 def _parts(root: pathlib.Path, rows: int, settings: Settings) -> dict[pathlib.Path, range]:
@@ -223,17 +290,25 @@ def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarra
     return rows_N, x_NxE
 
 
-def measure_recall(index: Index, queries_QxE: np.ndarray, exact: Ranked) -> dict:
+def measure_recall(index: Index, queries_QxE: np.ndarray, exact: Ranked | None) -> dict | None:
     """Returns the shares, from 0 to 1, of the exact best and worst rows that an index finds.
 
     If equal scores stand on both sides of the last, a row that exact search left out counts as
     missed.
 
+    Args:
+        index: the index.
+        queries_QxE: the queries' encodings.
+        exact: their exact ranking; needed in process 0 alone.
+
     Returns:
-        {"k", "queries", "proponents", "opponents"}.
+        {"k", "queries", "proponents", "opponents"}; None in all processes but the first of those
+        that share groups.
     """
-    k = exact.proponents.shape[1]
+    k = processes.on_first_process("count the rows", lambda: exact.proponents.shape[1])
     approximate = index.search(queries_QxE, k)
+    if exact is None or approximate is None:
+        return None
 
     def share(exact_Qxk: np.ndarray, rows_Qxk: np.ndarray) -> float:
         return float((exact_Qxk[:, :, None] == rows_Qxk[:, None, :]).any(axis=2).mean())

@@ -1,0 +1,72 @@
+"""A whole run by workers of a local Ray cluster, each killed once: what one process writes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.run.test_array_run import contents
+from tests.run.test_many_processes import FLAGS, keys
+
+# Small groups. Of every work one worker is killed at its first group.
+PROGRAM = """
+import os, pathlib, signal, sys
+from tda.run import engines, ray_worker, run
+from tda.runtime import groups
+
+FOLDER = pathlib.Path(sys.argv[1])
+
+def make_groups_small(run, groups):
+    run._GROUP_SHARDS, groups._ROWS_PER_RESULT = 2, 0
+
+make_groups_small(run, groups)
+
+class Dying(ray_worker.Worker):
+    def __init__(self, opening):
+        make_groups_small(run, groups)
+        super().__init__(opening)
+
+    def compute(self, work, number):
+        stage = work.partition("-")[0]
+        try:
+            (FOLDER / stage).touch(exist_ok=False)
+        except FileExistsError:
+            return super().compute(work, number)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+engines.ray_worker.Worker = Dying
+import experiments.trace
+from experiments.launch import launch
+sys.argv[1:] = sys.argv[2:]
+launch(experiments.trace.main, is_alone=lambda: experiments.trace._read_flags().is_alone)
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_ray_are_killed_in_every_stage_and_the_run_ends(tmp_path):
+    pytest.importorskip("ray")
+    methods = "trackstar,exp2,hidden_last,bm25"
+    arguments = keys(tmp_path, methods=methods, **{"eval.samples": 0})
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    flags = " ".join(["--xla_force_host_platform_device_count=1", *FLAGS])
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.getcwd()}
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    command = [sys.executable, script, killed, "--config=configs/world_facts.py", *arguments]
+    for name, more in {
+        "one": [],
+        "ray": ["--engine=ray", "--workers=2", "--worker_resources=CPU=0.5"],
+    }.items():
+        done = subprocess.run(
+            [*command, f"--workdir={tmp_path / name}", *more],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    stages = {"encode queries", "encode corpus", "R", "search", "hidden", "tail"}
+    assert {path.name for path in killed.iterdir()} == stages
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
