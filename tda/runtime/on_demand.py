@@ -17,7 +17,7 @@ from tda.runtime.engine import Engine, Work
 _PATIENCE = 120.0
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ValueError):
     """A worker does not come to the work that it is asked for."""
 
 
