@@ -1,0 +1,106 @@
+"""A whole run killed with SIGKILL at random moments, and continued until it is finished.
+
+    python -m benchmarks.kills --kills=100 -- --config=configs/world_facts.py
+
+What follows `--` are the flags of `experiments.trace`. The same run without a kill comes first;
+then every file that a run leaves for its user is compared byte for byte.
+"""
+
+import collections
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+
+from benchmarks import record
+
+_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where the runs are made; temporary if unset")
+_KILLS = flags.DEFINE_integer("kills", 100, "kills, at least")
+_LONGEST = flags.DEFINE_float("longest", 30.0, "seconds that a program lives, at most")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
+
+# What a run leaves for its user, and what other programs read.
+_KEPT = ("results", "retrieval", "stores", "metrics.json", "table.md")
+
+
+def start(workdir: pathlib.Path, arguments: list[str]) -> subprocess.Popen:
+    """Starts a run, or continues one."""
+    command = [sys.executable, "-m", "experiments.trace", f"--workdir={workdir}", *arguments]
+    with open(f"{workdir}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def contents(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Returns the files of a run by their names."""
+    paths = [p for name in _KEPT for p in [workdir / name, *(workdir / name).rglob("*")]]
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in paths if p.is_file()}
+
+
+def last_line(workdir: pathlib.Path) -> str:
+    """Returns the name of the work that a run's log speaks of last."""
+    text = pathlib.Path(f"{workdir}.log").read_bytes().decode(errors="replace")
+    lines = [line for line in text.replace("\\r", "\\n").splitlines() if line.strip()]
+    return lines[-1].split(":")[0].strip()[:40] if lines else "start"
+
+
+def run_with_kills(root: pathlib.Path, arguments: list[str]) -> dict:
+    """Kills runs until there were enough kills and the last run is finished."""
+    reference = root / "alone"
+    if start(reference, arguments).wait():
+        raise RuntimeError(f"the run failed; see {reference}.log")
+    expected = contents(reference)
+    rng, kills, runs = random.Random(_SEED.value), 0, 0
+    moments: collections.Counter[str] = collections.Counter()
+    differing: set[str] = set()
+    while kills < _KILLS.value:
+        workdir = root / f"killed-{runs}"
+        runs += 1
+        while True:
+            child = start(workdir, arguments)
+            try:
+                # A run that has had all its kills may end.
+                limit = rng.uniform(0, _LONGEST.value) if kills < _KILLS.value else None
+                status = child.wait(limit)
+            except subprocess.TimeoutExpired:
+                moments[last_line(workdir)] += 1
+                child.kill()
+                child.wait()
+                kills += 1
+                continue
+            if status:
+                raise RuntimeError(f"a run ended with {status} after {kills} kills: {workdir}.log")
+            break
+        found = contents(workdir)
+        differing |= {n for n in expected | found if expected.get(n) != found.get(n)}
+        print(f"{time.strftime('%X')} run {runs}: {kills} kills, {len(differing)} files differ")
+    return {
+        "kills": kills,
+        "runs": runs,
+        "files": len(expected),
+        "differing": sorted(differing),
+        "killed_at": dict(moments.most_common()),
+    }
+
+
+def main(argv):
+    """Prints whether the files are equal."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = pathlib.Path(_WORKDIR.value or temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        figures = run_with_kills(root, argv[1:])
+    print(
+        f"{figures['kills']} kills in {figures['runs']} runs: of {figures['files']} files "
+        f"{len(figures['differing'])} differ {figures['differing'][:5]}; killed at "
+        f"{figures['killed_at']}"
+    )
+    if _JSON.value:
+        record.write(_JSON.value, "kills", figures)
+
+
+if __name__ == "__main__":
+    app.run(main)
