@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import keystr
 
+from tda import loss as losses
 from tda.gradients import sites
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments.second_moments import Scale
@@ -17,7 +18,7 @@ from tda.gradients.unseen import count_examples
 
 def per_example(
     model: nnx.Module,
-    loss: Callable,
+    loss: str | Callable,
     batches: Iterable,
     projection: Projection,
     scales: dict[str, Scale] | None = None,
@@ -31,7 +32,9 @@ def per_example(
     Args:
         model: any NNX model; in evaluation mode, where it has one.
         loss: L, a function of the model and a batch: one number for each example, [B], that depends
-            on that example alone. It calls the model in its own way.
+            on that example alone. It calls the model in its own way. Or the name of one, "loss",
+            "margin" or "logit", for a model from tokens [B, T] to logits [B, T, V] and batches
+            {"tokens", "targets", "weights"}, each [B, T].
         batches: trees of arrays (dicts with any keys, tuples), all with the batch as their first
             axis. Compiled once for every shape.
         projection: P.
@@ -41,10 +44,18 @@ def per_example(
         float32 [B, E] for each batch, in order.
 
     Raises:
-        ValueError: as `make_encoder` does; with a batch, also if its arrays are not of one length
-            or the loss is not [B].
+        ValueError: `loss` is neither, or as `make_encoder` does; with a batch, also if its arrays
+            are not of one length or the loss is not [B].
         KeyError: `scales` lacks a parameter.
     """
+
+    if isinstance(loss, str):
+        loss = losses.of_examples(loss)
+    if not callable(loss):
+        raise ValueError(
+            f"loss={loss!r}; give a function of the model and a batch, or one of "
+            f"{', '.join(losses.OUTPUTS)}"
+        )
 
     def checked(model, batch):
         try:

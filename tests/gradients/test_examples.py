@@ -159,3 +159,36 @@ def test_blocks_without_effect_are_refused():
         make_encoder(model, Projection(side=3, blocks=3))
     deep = nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(3)))
     assert make_encoder(deep, Projection(side=3, blocks=3)).layout.blocks[0] == "0/other"
+
+
+class Recurrent(nnx.Module):
+    """A language model of a recurrent cell, whose layers are called once for each position."""
+
+    def __init__(self, cell):
+        rngs = nnx.Rngs(0)
+        self.embedding = nnx.Embed(9, 4, rngs=rngs)
+        self.recurrent = nnx.RNN(cell(4, 6, rngs=rngs))
+        self.head = nnx.Linear(6, 9, rngs=rngs)
+
+    def __call__(self, tokens_BxT):
+        return self.head(self.recurrent(self.embedding(tokens_BxT)))
+
+
+@pytest.mark.parametrize("cell", [nnx.GRUCell, nnx.OptimizedLSTMCell])
+def test_a_named_loss_of_a_recurrent_model_equals_the_reference(cell):
+    """Guards: a step of a recurrence that no tap sees; a name that is called as a function."""
+    tokens = np.random.default_rng(0).integers(0, 9, (3, 6))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((3, 5))}
+    model, projection = Recurrent(cell), Projection(side=2, pooling="matrix")
+    got = next(per_example(model, "margin", [batch], projection, include=".", tell=False))
+    expected = reference.encode(model, batch, projection, output="margin", include=".")
+    close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(None, "loss=None; give a function"), ("nats", "unknown output function 'nats'; use loss")],
+)
+def test_a_loss_that_is_none_is_told(decoder, loss, message):
+    with pytest.raises(ValueError, match=message):
+        per_example(decoder(), loss, [], Projection(side=2))
