@@ -7,7 +7,6 @@ itself (Cloud TPU, SLURM, Open MPI), else with `--coordinator`, `--num_processes
 import contextlib
 import functools
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from tda.run import idle_keys
 from tda.run.registry import load_plugins
 from tda.runtime import (
     array_tasks,
-    command,
     compilation_cache,
     ending,
     huge_pages,
@@ -50,8 +48,6 @@ PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retr
 
 # Seconds that a process which failed waits for the others to end too, before all are ended.
 _PATIENCE = 60
-# What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
-_INTERRUPTED = 130
 
 
 def launch(
@@ -89,11 +85,11 @@ def launch(
                 main(CONFIG.value, WORKDIR.value)
             processes.wait_for_all("the end")
         except preemption.Preempted as notice:
-            _exit_preempted(notice)
+            ending.exit_preempted(notice, WORKDIR.value)
         except array_tasks.Unfinished as rest:
-            _exit_saying(str(rest), rest.status, rest.advice, rest.command)
+            ending.exit_together(str(rest), rest.status, WORKDIR.value, rest.advice, rest.command)
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
-            _exit_with(error)
+            ending.exit_with(error, WORKDIR.value)
         except Exception:
             if jax.process_count() == 1:
                 raise
@@ -135,36 +131,7 @@ def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
     try:
         app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))
     except KeyboardInterrupt:
-        _exit_interrupted()
-
-
-def _exit_interrupted() -> None:
-    """Ends the program after Ctrl-C, and says how to continue."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
-    _exit_saying("interrupted", _INTERRUPTED)
-
-
-def _exit_preempted(notice: preemption.Preempted) -> None:
-    """Ends the program after SIGTERM, with the other processes, and says how to continue."""
-    done = f" {notice} is saved." if str(notice) else ""
-    is_first = processes.is_first()
-    jax.distributed.shutdown()
-    if not is_first:
-        os._exit(preemption.EXIT_STATUS)
-    _exit_saying(f"ended by SIGTERM.{done}".rstrip("."), preemption.EXIT_STATUS)
-
-
-def _exit_saying(event: str, status: int, advice: str = "", typed: str = "") -> None:
-    directory = WORKDIR.value if flags.FLAGS.is_parsed() else None
-    if not advice and directory:
-        advice = f"Finished work is kept in {directory}; to continue:"
-    text = f"\n{event}. {advice or 'To run it again:'}\n  {typed or command.typed()}"
-    print(text, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # a closed pipe
-        sys.stdout.flush()
-    # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
-    # libraries are gone.
-    os._exit(status)
+        ending.exit_interrupted(WORKDIR.value if flags.FLAGS.is_parsed() else None)
 
 
 def _refuse_arguments(arguments: list[str]) -> None:
@@ -181,10 +148,3 @@ def _join(is_alone: Callable[[], bool] = lambda: False) -> None:
         joining.join(*arguments, patience=_PATIENCE)
     except ValueError as error:
         sys.exit(f"error: {error}")
-
-
-def _exit_with(error: Exception) -> None:
-    """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
-    # Printed here and not at the interpreter's end, which may not come if another process is gone.
-    print(ending.describe_error(error, WORKDIR.value), file=sys.stderr, flush=True)
-    sys.exit(1)

@@ -200,7 +200,8 @@ class Whitening:
             with np.load(directory / name, allow_pickle=False) as file:
                 arrays = dict(file) | arrays
         with atomic_file.open_atomic(directory / name, "wb") as out:
-            np.savez(out, **arrays | self.spectra)
+            # Sorted: the same bytes whether R was decomposed or read.
+            np.savez(out, **dict(sorted((arrays | self.spectra).items())))
         return name
 
     def _scorer(self, method: Method, kind: str) -> Scorer:

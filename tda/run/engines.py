@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tda.run import ray_worker
 from tda.run.workdir import Workdir
 from tda.runtime import code_version, ray_engine
-from tda.runtime.array_tasks import ArrayTask
+from tda.runtime.array_tasks import ArrayTask, Preparation
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint
 from tda.runtime.ray_engine import Cluster, RayEngine
@@ -80,6 +80,8 @@ def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> 
     if not chosen.is_alone:
         return PROCESSES
     flag = f"--engine={chosen.engine}" if groups is None else f"--groups={groups}"
+    if groups == "none" and not chosen.engine:
+        return Preparation()
     if jax.process_count() > 1:
         raise ValueError(
             f"{flag} is for programs that are not joined; leave out --distributed and "
@@ -89,8 +91,6 @@ def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> 
         return _make_ray_engine(config, workdir, chosen)
     if chosen.engine:
         raise ValueError(f"--engine={chosen.engine} and {flag} exclude each other; leave out one")
-    if groups == "none":
-        return ArrayTask(0, 0, workdir.path, "", chosen.patience)
     match = re.fullmatch(r"(\d+)/(\d+)", groups)
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"{flag} must be I/N, with the task's number I from 0 to N−1, or none")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import filelock
 
-from tda.runtime import command, preemption
+from tda.runtime import command, preemption, processes
 from tda.runtime.engine import Engine, Work
 
 # What a program says that ends before its work is done and may be repeated (EX_TEMPFAIL of
@@ -40,14 +40,32 @@ class Unfinished(Exception):
         self.command = re.sub(r"(--?groups[= ])none\b", r"\1I/N", command.typed())
 
 
+class Preparation(Engine):
+    """The engine of a call that does what is not split, training too, up to the first groups."""
+
+    def compute(self, work: Work) -> None:
+        """See `Engine`.
+
+        Raises:
+            Unfinished: groups are missing, with the status of success.
+        """
+        missing = processes.on_first_process(f"look for groups of {work.name}", work.find_missing)
+        if missing:
+            raise Unfinished(
+                f"all is prepared for {work.name}: {len(missing)} groups",
+                "Each task I of an array of N, from 0 to N−1, takes a part of them:",
+                status=0,
+            )
+        work.compute([])  # for its progress
+
+
 @dataclasses.dataclass
 class ArrayTask(Engine):
     """The engine of one task of an array.
 
     Attributes:
         index: the number of the task, from 0.
-        count: the number of tasks; 0 for a call that only prepares: it does what is not split, up
-            to the first missing group.
+        count: the number of tasks.
         directory: the workdir, for a lock.
         party: identity of the array, see `tda.runtime.engine.Engine`.
         patience: seconds that the task waits for the next result of the others.
@@ -58,15 +76,15 @@ class ArrayTask(Engine):
     directory: pathlib.Path
     party: str
     patience: float = 600.0
+    can_train = False
 
     def __post_init__(self):
         self._lock = filelock.FileLock(self.directory / ".alone.lock")
-        self.can_train = not self.count
         self._finished: list[str] = []
 
     def alone(self) -> contextlib.AbstractContextManager:
         """See `Engine`."""
-        return self._lock if self.count else contextlib.nullcontext()
+        return self._lock
 
     def compute(self, work: Work) -> None:
         """See `Engine`.
@@ -75,12 +93,6 @@ class ArrayTask(Engine):
             Unfinished: groups of other tasks are missing, and no more of them came.
         """
         missing, since, pause = work.find_missing(), time.monotonic(), 0.05
-        if missing and not self.count:
-            raise Unfinished(
-                f"all is prepared for {work.name}: {len(missing)} groups",
-                "Each task I of an array of N, from 0 to N−1, takes a part of them:",
-                status=0,
-            )
         # Called without groups too, for the progress of a work that is finished.
         work.compute(self._own(missing))
         while left := work.list_missing():
@@ -97,7 +109,7 @@ class ArrayTask(Engine):
         self._finished.append(work.name)
 
     def _own(self, numbers: Sequence[int]) -> list[int]:
-        return [i for i in numbers if self.count and i % self.count == self.index]
+        return [i for i in numbers if i % self.count == self.index]
 
     def _describe(self, work: Work, left: list[int]) -> str:
         tasks = sorted({i % self.count for i in left})
@@ -105,5 +117,6 @@ class ArrayTask(Engine):
         done = f"; finished before: {', '.join(self._finished)}" if self._finished else ""
         return (
             f"task {self.index} of {self.count} has computed its part of {work.name}, and "
-            f"{len(left)} of its groups are missing, those of task {names}{done}"
+            f"{len(left)} of its groups {'is' if len(left) == 1 else 'are'} missing, those of "
+            f"task {names}{done}"
         )

@@ -1,14 +1,69 @@
-"""What a program says when it ends by an error."""
+"""How a program ends before its work is done, and what it says."""
 
+import contextlib
 import os
+import signal
+import sys
 import traceback
 
 import jax
 
-from tda.runtime import processes
+from tda.runtime import command, preemption, processes
+
+# What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
+_INTERRUPTED = 130
 
 
-def describe_error(error: Exception, workdir: str | None) -> str:
+def exit_interrupted(workdir: str | None) -> None:
+    """Ends the program after Ctrl-C, and says how to continue."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
+    _exit_saying("interrupted", _INTERRUPTED, workdir)
+
+
+def exit_preempted(notice: preemption.Preempted, workdir: str | None) -> None:
+    """Ends the program after SIGTERM, with the other processes, and says how to continue."""
+    done = f" {notice} is saved." if str(notice) else ""
+    exit_together(f"ended by SIGTERM.{done}".rstrip("."), preemption.EXIT_STATUS, workdir)
+
+
+def exit_together(event: str, status: int, workdir: str | None, *advice: str) -> None:
+    """Ends the program with the other processes, of which the first says why.
+
+    Args:
+        event: why.
+        status: the exit status.
+        workdir: the directory of the run's files, if there is one.
+        *advice: what to run next, and the command; by default the same command again.
+    """
+    is_first = processes.is_first()
+    jax.distributed.shutdown()
+    if not is_first:
+        os._exit(status)
+    _exit_saying(event, status, workdir, *advice)
+
+
+def exit_with(error: Exception, workdir: str | None) -> None:
+    """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
+    # Printed here and not at the interpreter's end, which may not come if another process is gone.
+    print(_describe_error(error, workdir), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _exit_saying(
+    event: str, status: int, workdir: str | None, advice: str = "", typed: str = ""
+) -> None:
+    if not advice and workdir:
+        advice = f"Finished work is kept in {workdir}; to continue:"
+    text = f"\n{event}. {advice or 'To run it again:'}\n  {typed or command.typed()}"
+    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+    # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
+    # libraries are gone.
+    os._exit(status)
+
+
+def _describe_error(error: Exception, workdir: str | None) -> str:
     """Returns an error's line with what to do, and writes its traceback into the workdir.
 
     Args:

@@ -310,7 +310,7 @@ def test_the_tasks_of_an_array_build_and_search_parts_of_their_own(tmp_path, cor
         groups = Groups(tmp_path / "groups", engine=engine)
         return scann_index.build(path, encodings(x, read), TREE, groups=groups)
 
-    with pytest.raises(Unfinished, match="1 of its groups are missing, those of task 1"):
+    with pytest.raises(Unfinished, match="1 of its groups is missing, those of task 1"):
         build(0)
     indices = [build(1), build(0)]
     assert written == [0, 0, 1]
