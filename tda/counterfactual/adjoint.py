@@ -93,7 +93,7 @@ def surrogate(
     step_back = jax.jit(_step_back, static_argnames="recursion", donate_argnums=(0, 1))
     scores_QxN = np.zeros((len(queries), len(training.table)), np.float32)
     with progress.bar(training.steps, "surrogate adjoint", "step") as bar:
-        for step, before, after in _backwards(reverse):
+        for step, before, after in reverse.backwards():
             batch = training.batches[step]
             gradients_BxP = as_rows(training.example_gradients(before["params"], batch.arrays))
             tokens = max(float(batch.arrays["weights"].sum()), 1.0)
@@ -101,12 +101,12 @@ def surrogate(
                 theta_QxP,
                 mu_QxP,
                 gradients_BxP,
-                _second_moment(after),
+                second_moment(after),
                 fisher_SxP,
                 jnp.float32(step),
                 jnp.float32(recursion.learning_rate(step)),
                 jnp.float32(tokens),
-                recursion=dataclasses.replace(recursion, learning_rate=_nothing),
+                recursion=dataclasses.replace(recursion, learning_rate=no_rate),
             )
             rows = batch.rows
             scores_QxN[:, rows] -= sharding.to_host(d_QxB)[:, : len(rows)]
@@ -116,34 +116,27 @@ def surrogate(
     return scores_QxN
 
 
-def _nothing(step: int) -> float:
+def no_rate(step: int) -> float:
+    """Stands for a schedule where the rate is an argument of its own, and constants are hashed."""
     return 0.0
 
 
-def _second_moment(state: State) -> jax.Array:
+def second_moment(state: State) -> jax.Array:
+    """Returns Adam's ν of a state as a row, [P]."""
     nu = functional.flat_parameters(optax.tree.get(state["opt_state"], "nu"))
     return jnp.concatenate([x.reshape(-1) for x in nu.values()])
 
 
-def _backwards(reverse: Reverse):
-    """Yields the steps from the last to the first, each with the states before and after it."""
-    step = reverse.training.steps
-    after = reverse.final_state()
-    while step:
-        first, states = reverse.segment(step)
-        for state in reversed(states):
-            step -= 1
-            yield step, state, after
-            after = state
-        assert step == first
+def inverse_root(nu_P, step, recursion: AdamRecursion):
+    """Returns Adam's 1 / (√ν̂ + eps) in a step, [P], of its ν after the step."""
+    r = recursion
+    return 1 / (jnp.sqrt(nu_P / (1 - r.b2 ** (step + 1)) + r.eps_root) + r.eps)
 
 
 def _step_back(theta, mu, gradients_BxP, nu_P, fisher_SxP, step, rate, tokens, recursion):
     """Returns the cotangents of parameters and first moment before a step, and dL/dw, [Q, B]."""
     r = recursion
-    correction1, correction2 = 1 - r.b1 ** (step + 1), 1 - r.b2 ** (step + 1)
-    inverse_root_P = 1 / (jnp.sqrt(nu_P / correction2 + r.eps_root) + r.eps)
-    mu = mu - rate / correction1 * inverse_root_P * theta
+    mu = mu - rate / (1 - r.b1 ** (step + 1)) * inverse_root(nu_P, step, r) * theta
     gradient_P = jnp.sum(gradients_BxP, axis=0) / tokens
     norm = jnp.linalg.norm(gradient_P)
     # The clipping's factor, taken as a constant.

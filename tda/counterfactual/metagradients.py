@@ -15,6 +15,7 @@ import functools
 import io
 import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +104,8 @@ class Reverse:
         self.keep_states()
         return self._read(step)
 
-    def segment(self, stop: int) -> tuple[int, list[State]]:
-        """Returns the last step before `stop` whose state is kept, and the states from it on."""
+    def segment(self, stop: int) -> list[State]:
+        """Returns the states of the steps before `stop`, from the last one that is kept on."""
         first = (stop - 1) // self.stride * self.stride
         states: list[State] = []
         self.training.run(
@@ -114,7 +115,16 @@ class Reverse:
             # A copy: the next step reuses the buffers.
             on_step=lambda i, s: states.append(jax.tree.map(jnp.copy, s)),
         )
-        return first, states
+        return states
+
+    def backwards(self) -> Iterator[tuple[int, State, State]]:
+        """Yields the steps from the last to the first, each with the states before and after it."""
+        step, after = self.training.steps, self.final_state()
+        while step:
+            for state in reversed(self.segment(step)):
+                step -= 1
+                yield step, state, after
+                after = state
 
     def by_token(self, numbers: np.ndarray, name: str = "queries") -> np.ndarray:
         """Returns −dL/dw of some queries by every token of the table, float32 [Q, C].
@@ -133,7 +143,7 @@ class Reverse:
             training.steps, f"metagradients ({name})", "step", done, saves_work=True
         ) as bar:
             while step:
-                for state in reversed(self.segment(step)[1]):
+                for state in reversed(self.segment(step)):
                     step -= 1
                     batch = training.batches[step]
                     weights_BxT = batch.spread(training.even_weights)

@@ -9,6 +9,7 @@ import optax
 
 from tda import methods as method_lib
 from tda.counterfactual import adjoint, unprojected
+from tda.counterfactual.in_run import in_run
 from tda.counterfactual.training import sum_by_unit
 from tda.counterfactual.unprojected import GradientScore
 from tda.data.batches import BatchLayout
@@ -30,6 +31,8 @@ TITLES = {
     "metagradient": "metagradient (exact)",
     "adjoint": "Adam's adjoint, mean Fisher",
     "adjoint_none": "Adam's adjoint, no Hessian",
+    "in_run_adam": "in-run first order, Adam",
+    "in_run": "in-run first order, plain",
     "ekfac_whole": "EK-FAC, whole gradients",
     "ekfac_cosine_whole": "EK-FAC, norm, whole gradients",
     "dot_whole": "gradient dot product, whole",
@@ -91,6 +94,11 @@ class BankScores:
             return self._metagradients()
         if name.startswith("adjoint"):
             return retrained.by_unit(self._adjoint(has_fisher=name == "adjoint"))
+        if name.startswith("in_run"):
+            is_preconditioned = name == "in_run_adam"
+            return retrained.by_unit(
+                in_run(retrained.reverse, self._recursion(), is_preconditioned)
+            )
         final = retrained.reverse.final_state()
         layout = self._layout()
         scores = unprojected.score(
@@ -125,24 +133,25 @@ class BankScores:
         layout = self._layout()
         return kronecker.batches(table, rows, labels="sampled", layout=layout, seed=seed)
 
-    def _adjoint(self, has_fisher: bool) -> np.ndarray:
-        retrained, c = self.retrained, self.config.train
-        steps = retrained.trainings[0].steps
+    def _recursion(self) -> adjoint.AdamRecursion:
+        c, steps = self.config.train, self.retrained.trainings[0].steps
         options = train.options(self.config)
         constants = {k: options[k] for k in ("b1", "b2", "eps", "eps_root")}
-        recursion = adjoint.AdamRecursion(
+        return adjoint.AdamRecursion(
             optimizer.schedule(c.schedule, c.learning_rate, steps, c.warmup, c.final),
             clip=c.clip,
             weight_decay=options["weight_decay"] if c.optimizer == "adamw" else 0.0,
             **constants,
         )
-        fisher = None
+
+    def _adjoint(self, has_fisher: bool) -> np.ndarray:
+        retrained, fisher = self.retrained, None
         if has_fisher:
             params = retrained.reverse.final_state()["params"]
             sample = self._sampled(self.config.counterfactual.fisher)
             model_fn = retrained.trainings[0].model_fn
             fisher = adjoint.fisher_rows(model_fn, params, sample, _FISHER_NUMBERS)
-        return adjoint.surrogate(retrained.reverse, recursion, fisher)
+        return adjoint.surrogate(retrained.reverse, self._recursion(), fisher)
 
     def _gradient_score(self, name: str, final: dict) -> GradientScore:
         model = self.retrained.trainings[0].model_fn.merge(final["params"])

@@ -8,6 +8,8 @@ import optax
 import pytest
 
 from tda.counterfactual import adjoint, metagradients
+from tda.counterfactual.example_gradients import as_rows
+from tda.counterfactual.in_run import in_run
 from tda.counterfactual.training import Training, sum_by_unit, units_of_tokens
 from tda.gradients import kronecker
 from tda.training import optimizer
@@ -84,6 +86,26 @@ def test_it_is_close_to_reverse_mode_with_and_without_the_fisher():
     for scores in (plain, curved):
         assert np.corrcoef(scores.ravel(), exact.ravel())[0, 1] > 0.85
     assert np.abs(curved - plain).max() > 1e-2 * np.abs(plain).max()
+
+
+@pytest.mark.slow
+def test_in_run_influence_is_the_sum_of_each_steps_products():
+    """Against a loop over steps and passages with the reference's gradients."""
+    training, queries, reverse = make_training(), make_queries(), make_reverse()
+    recursion, expected = make_recursion(), np.zeros((2, 5, PASSAGES))
+    for step, before, after in reverse.backwards():
+        batch = training.batches[step]
+        asked = np.asarray(as_rows(queries.all_gradients(before["params"])), np.float64)
+        rows = as_rows(training.example_gradients(before["params"], batch.arrays))
+        rows = np.asarray(rows, np.float64)[: len(batch.rows)]
+        nu = np.asarray(adjoint.second_moment(after), np.float64)
+        P = 1 / (np.sqrt(nu / (1 - 0.99 ** (step + 1)) + 1e-5) + 1e-8)
+        rate = float(recursion.learning_rate(step)) / batch.arrays["weights"].sum()
+        for i, scale in enumerate((P, 1.0)):
+            expected[i][:, batch.rows] += rate * (asked * scale) @ rows.T
+    for products, is_preconditioned in zip(expected, (True, False), strict=True):
+        scores = in_run(reverse, recursion, is_preconditioned)
+        np.testing.assert_allclose(scores, products, atol=1e-4 * np.abs(products).max())
 
 
 def test_refusals():

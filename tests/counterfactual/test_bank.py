@@ -24,6 +24,7 @@ def make_retraining(**changes):
 REMOVED = draw_subsets(PASSAGES, 0.2, 3, seed=0)
 
 
+@pytest.mark.slow
 def test_with_all_weights_one_it_is_the_training_of_fit(tmp_path):
     training = make_training()
     settings = loop.TrainingSettings(training.steps, LAYOUT, seed=0)
@@ -32,6 +33,16 @@ def test_with_all_weights_one_it_is_the_training_of_fit(tmp_path):
     )
     losses = [make_queries()(state["params"]) for state in (training.run(), fitted)]
     np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+def test_with_all_weights_one_its_steps_are_those_of_training():
+    training = make_training()
+    step = jax.jit(lambda s, b: loop.train_step(training.model_fn.merge, training.tx, s, b)[0])
+    state = training.start()
+    for batch in training.batches:
+        state = step(state, batch.arrays)
+    for ours, theirs in zip(*map(jax.tree.leaves, (training.run(), state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_a_dropped_passage_leaves_denominator_and_order_as_they_are():

@@ -1,0 +1,32 @@
+"""Methods against retraining, on T-REx sentences.
+
+    python -m experiments.counterfactual --config=configs/counterfactual_trex.py --workdir=DIR \\
+        --config.data.sentences=trex_lama_sentences.jsonl.gz \\
+        --config.data.facts=trex_lama_facts.jsonl.gz
+"""
+
+from tda.run import defaults
+
+
+def get_config():
+    """The config of the bank of T-REx sentences."""
+    c = defaults.get_config()
+    c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
+    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm"
+    c.data.pool = "clean"
+    c.data.exclude_relations = "P527,P138,P20,P937,P463"
+    # The bank's passages are no part of what the model is pretrained on.
+    c.data.n_sentences = 512
+    c.data.n_queries = 40
+    c.data.train_on = "rest"
+    c.model.context = 64
+    c.model.size = "micro"
+    c.train.epochs = 0.25
+    c.train.learning_rate = 3e-3
+    c.projection.side = 16
+    c.projection.pooling = "matrix"
+    c.counterfactual.epochs = 1.0
+    c.counterfactual.warmup = 5
+    c.counterfactual.subsets = 100
+    c.counterfactual.fractions = "0.05,0.5"
+    return c
