@@ -11,7 +11,7 @@ from tda.runtime import preemption, processes
 from tda.runtime.command import of_main
 from tda.store import shard_file
 from tda.store.location import Location, StoreError
-from tda.store.passages import Passage
+from tda.store.passages import Passage, PassageList
 from tda.store.rows import Rows
 from tda.store.segment import Form, Segment, Span
 
@@ -190,7 +190,10 @@ class GradientStore:
             bad = segment.write(number, encodings_RxE)
         except (ValueError, OSError) as error:
             raise StoreError(f"cannot write shard {shard} of {self.path}: {error}") from error
-        return [p.id for p in segment.passages.read(rows.start + np.flatnonzero(bad))]
+        invalid = rows.start + np.flatnonzero(bad)
+        if segment.new_passages is not None:
+            return [segment.new_passages.ids[int(row)] for row in invalid]
+        return [p.id for p in segment.passages.read(invalid)]
 
     def read(self, numbers) -> np.ndarray:
         """Reads rows by slice or by an array of row numbers: float32 [R, E].
@@ -279,8 +282,21 @@ class GradientStore:
         """Reads all files of passages; returns the error of each damaged one, by file name."""
         out = {}
         for i, (_, segment) in enumerate(self._segments):
-            out |= {f"{i}/{name}": e for name, e in segment.passages.damage().items()}
+            out |= {f"{i}/{name}": e for name, e in segment.damaged_passages().items()}
         return out
+
+    def add_passages(self, number: int, passages: PassageList) -> None:
+        """Takes the passages of a segment, which are written with its shards.
+
+        Args:
+            number: the number of the segment.
+            passages: its passages.
+        """
+        self._segments[number][1].new_passages = passages
+
+    def restore_passages(self, number: int, passages: PassageList) -> None:
+        """Writes the missing passages of a segment's written shards, and the indices of all."""
+        self._segments[number][1].restore_passages(passages)
 
     def remove_passages(self, file: str) -> None:
         """Removes a file that `damaged_passages` named.

@@ -85,10 +85,12 @@ def create(
         # gives the same rows (`tda.encoding.table.check_stored_rows`).
         same = {"segments": stored["segments"][:1], "code": manifest["code"]}
         _check_same(location.name, stored | same, manifest)
-        passages.write(location / "0")
+        GradientStore(location).restore_passages(0, passages)
 
     processes.on_first_process(f"make the store {location.name}", make)
-    return GradientStore(location)
+    store = GradientStore(location)
+    store.add_passages(0, passages)
+    return store
 
 
 def append(
@@ -124,24 +126,29 @@ def append(
         segments = store.manifest["segments"]
         described = segment.describe(store.form, passages, shard_bytes, corpus)
         if described in segments[1:]:
-            passages.write(store.location / str(segments.index(described, 1)))
-            return
+            number = segments.index(described, 1)
+            store.restore_passages(number, passages)
+            return number
         for name in ids:
             if store.rows_of(name):
                 raise StoreError(f"{store.path} has a passage {name!r} already")
-        number = str(len(segments))
-        if other := _clear_leftovers(store.location, number, number):
+        number = len(segments)
+        folder = str(number)
+        if other := _clear_leftovers(store.location, folder, folder):
             raise StoreError(
-                f"{store.path} cannot be appended to: the new rows belong in {number}/, and "
-                f"{other} is no file of theirs. Nothing was removed; move away what is in {number}/"
+                f"{store.path} cannot be appended to: the new rows belong in {folder}/, and "
+                f"{other} is no file of theirs. Nothing was removed; move away what is in {folder}/"
             )
-        segment.make(store.location / number, store.form, described, passages)
+        segment.make(store.location / folder, store.form, described, passages)
         # Written last: until then the new rows do not belong to the store.
         longer = store.manifest | {"segments": [*segments, described]}
         store.location.write_json("manifest.json", longer)
+        return number
 
-    processes.on_first_process(f"append to the store {path}", make)
-    return open_store(path)
+    number = processes.on_first_process(f"append to the store {path}", make)
+    store = open_store(path)
+    store.add_passages(number, passages)
+    return store
 
 
 def _clear_leftovers(location: Location, folder: str, number: str) -> str | None:

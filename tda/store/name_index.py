@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +12,21 @@ from tda.store.location import Location, StoreError
 
 # Numbers in a chunk, which a look-up reads (512 KiB), and in a file (32 MiB).
 _CHUNK, _SHARD = 1 << 16, 1 << 22
+
+
+@runtime_checkable
+class HashedNames(Protocol):
+    """Names whose hashes are known, so that they need not be read one by one."""
+
+    def hashes(self) -> np.ndarray:
+        """Returns `tda.runtime.fingerprint.hash_64_bits` of every name, uint64 [N]."""
+
+    def digest(self) -> str:
+        """Returns a hash that identifies the names, and those of their documents."""
+
+    def __getitem__(self, row: int) -> str: ...
+
+    def __len__(self) -> int: ...
 
 
 class NameIndex:
@@ -48,19 +64,23 @@ class NameIndex:
                 array[start : min(self._count, start + _SHARD)].read().result()
 
 
-def write(location: Location, names: Sequence[str], unique: bool) -> None:
+def write(location: Location, names: Sequence[str] | HashedNames, unique: bool) -> None:
     """Writes the index of the names of rows 0, 1, ….
 
     Raises:
         StoreError: names must be unique, and two are the same.
     """
-    hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
+    if isinstance(names, HashedNames):
+        hashes = names.hashes()
+    else:
+        hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
     rows = np.argsort(hashes, kind="stable")
     hashes = hashes[rows]
     if unique:
         for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            if names[rows[i]] == names[rows[i + 1]]:
-                raise StoreError(f"two passages have the id {names[rows[i]]!r}")
+            first, second = (names[int(row)] for row in rows[i : i + 2])
+            if first == second:
+                raise StoreError(f"two passages have the id {first!r}")
     for name, numbers in (("hashes", hashes), ("rows", rows)):
         _open(location, name, len(names), create=True).write(numbers).result()
 

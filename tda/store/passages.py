@@ -1,6 +1,8 @@
 """The passages of a store's rows: id, document and text, by row or by name without a scan.
 
-Records lie in array_record files of `FILE_ROWS` rows each.
+Records lie in array_record files of `FILE_ROWS` rows each. A file is written by whoever writes the
+shard that its first row is in, before that shard: decoding the texts of a large corpus takes a
+processor a day.
 """
 
 import dataclasses
@@ -12,19 +14,17 @@ import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from tda.runtime import atomic_file, progress
+from tda.runtime import atomic_file
 from tda.store import name_index
 from tda.store.location import Location, StoreError
-from tda.store.name_index import NameIndex
+from tda.store.name_index import HashedNames, NameIndex
 
 FILE_ROWS = 1 << 16
-# With fewer passages, writing takes too short a time for a progress bar.
-_MANY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,19 +44,22 @@ class PassageList:
     """The passages of new rows, in order."""
 
     ids: Sequence[str]
+    """Unique; `HashedNames` spare a large corpus the hashing."""
     documents: Sequence[str]
     texts: Sequence[str] | None
     """None to store none."""
 
     def digest(self) -> str:
         """Returns a hash that identifies the passages by ids and documents."""
+        if isinstance(self.ids, HashedNames):
+            return self.ids.digest()
         out = hashlib.sha256()
         for pair in zip(self.ids, self.documents, strict=True):
             out.update("\0".join(pair).encode() + b"\1")
         return out.hexdigest()[:32]
 
-    def write(self, location: Location) -> None:
-        """Writes the passages and their indices by name; only the missing files.
+    def write_indices(self, location: Location) -> None:
+        """Writes the passages' indices by name; only the missing files.
 
         Raises:
             StoreError: two passages have the same id.
@@ -64,16 +67,21 @@ class PassageList:
         files, count = set(location.names()), len(self.ids)
         if not name_index.exists(files, "ids", count):
             name_index.write(location / "ids", self.ids, unique=True)
-        # If every document is one passage, the index of ids serves for both.
-        same = self.documents is self.ids or list(self.documents) == list(self.ids)
-        if not same and not name_index.exists(files, "documents", count):
+        if not self._are_documents() and not name_index.exists(files, "documents", count):
             name_index.write(location / "documents", self.documents, unique=False)
-        numbers = [n for n in range(_files(count)) if f"passages/{_file_name(n)}" not in files]
-        quiet = len(numbers) * FILE_ROWS < _MANY
-        with progress.bar(len(numbers), "write passages", "file", quiet=quiet) as bar:
-            for number in numbers:
-                self._write_file(location / "passages", number)
-                bar.update()
+
+    def _are_documents(self) -> bool:
+        """Whether every document is one passage, so that the index of ids serves for both."""
+        if self.documents is self.ids:
+            return True
+        return not isinstance(self.ids, HashedNames) and list(self.documents) == list(self.ids)
+
+    def write_records(self, location: Location, rows: slice) -> None:
+        """Writes the files of passages that begin in a range of rows; only the missing ones."""
+        folder = location / "passages"
+        for number in _files_beginning(rows):
+            if folder.path is None or not (folder.path / _file_name(number)).exists():
+                self._write_file(folder, number)
 
     def _write_file(self, folder: Location, number: int) -> None:
         """Writes one file of records; for a remote folder, to a local file first."""
@@ -97,8 +105,9 @@ class PassageList:
         writer.close()
 
 
-def _files(count: int) -> int:
-    return math.ceil(count / FILE_ROWS)
+def _files_beginning(rows: slice) -> range:
+    """Returns the numbers of the files whose first row is in a range of rows."""
+    return range(math.ceil(rows.start / FILE_ROWS), math.ceil(rows.stop / FILE_ROWS))
 
 
 def _file_name(number: int) -> str:
@@ -109,7 +118,7 @@ class Passages:
     """The passages of rows 0, 1, …
 
     Args:
-        location: the directory that `PassageList.write` wrote to.
+        location: the directory that `PassageList` wrote to.
         count: number of rows.
     """
 
@@ -180,10 +189,14 @@ class Passages:
     def _has_documents(self) -> bool:
         return self._location.read("documents/hashes/zarr.json") is not None
 
-    def damage(self) -> dict[str, str]:
-        """Reads everything; returns the error of each damaged file, by its name."""
+    def damage(self, shards: Iterable[slice]) -> dict[str, str]:
+        """Reads everything; returns the error of each damaged file, by its name.
+
+        Args:
+            shards: the rows of the shards that are written, whose passages are there.
+        """
         errors = {}
-        for number in range(_files(self._count)):
+        for number in sorted(n for rows in shards for n in _files_beginning(rows)):
             count = min(FILE_ROWS, self._count - number * FILE_ROWS)
             try:
                 self._records(number, np.arange(count))

@@ -81,8 +81,8 @@ def _power(n: int) -> int:
 
 
 def make(location: Location, form: Form, described: dict, passages: PassageList) -> None:
-    """Writes a segment's passages and its arrays, which have no shard yet."""
-    passages.write(location)
+    """Writes the indices of a segment's passages, and its arrays, which have no shard yet."""
+    passages.write_indices(location)
     for name in form.arrays:
         _open_array(location, form, described, name, create=True)
 
@@ -108,9 +108,13 @@ class Segment:
         form: dtype and block widths of its rows.
         described: its entry in the manifest.
         buffers: memory for reading.
+
+    Attributes:
+        new_passages: its passages, which are written with its shards; None if it is only read.
     """
 
     def __init__(self, location: Location, form: Form, described: dict, buffers):
+        self.new_passages: PassageList | None = None
         self.location, self.form, self._buffers = location, form, buffers
         self.rows: int = described["rows"]
         self.shard_rows: int = described["shard_rows"]
@@ -140,7 +144,12 @@ class Segment:
         return set.intersection(*by_array)
 
     def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
-        """Writes a shard, atomically; returns which rows are invalid, bool [R]."""
+        """Writes a shard, atomically; returns which rows are invalid, bool [R].
+
+        The passages come first: a written shard has them.
+        """
+        if self.new_passages is not None:
+            self.new_passages.write_records(self.location, self.rows_of(shard))
 
         def encode(start: int):
             x = x_RxE[start : start + self.chunk_rows]
@@ -176,6 +185,16 @@ class Segment:
             values = np.concatenate([values, end])
         values = np.ascontiguousarray(values)
         return values, shard_file.checksum(values)
+
+    def restore_passages(self, passages: PassageList) -> None:
+        """Writes what is missing of the passages, apart from those of shards yet to be written."""
+        passages.write_indices(self.location)
+        for shard in sorted(self.written()):
+            passages.write_records(self.location, self.rows_of(shard))
+
+    def damaged_passages(self) -> dict[str, str]:
+        """Reads all passages; returns the error of each damaged file, by its name."""
+        return self.passages.damage(self.rows_of(shard) for shard in sorted(self.written()))
 
     def remove(self, shard: int) -> None:
         """Removes a shard."""

@@ -169,6 +169,7 @@ def test_only_leftovers_of_a_killed_creation_are_removed_from_a_bucket(request, 
     for name in ("", "0/", "0/documents/rows/c/0", "0/passages/000000.array_record"):
         left.write(name, b"")
     store = stores.create(left.name, ["a", "b"], BLOCKS, {})
+    store.write(0, np.zeros((2, store.width), np.float32))
     assert [p.id for p in store.passages([0, 1])] == ["a", "b"]
     assert not [n for n in left.names() if "documents" in n]
 
@@ -178,6 +179,7 @@ def test_withdrawals_in_a_bucket_are_all_kept(request, where):
     """One store has read the list before another wrote it; then one writes between."""
     address = request.getfixturevalue(where) + "/withdrawn"
     one = stores.create(address, ["a", "b", "c", "d"], BLOCKS, {})
+    one.write(0, np.zeros((4, one.width), np.float32))
     two = stores.open_store(address)
     assert len(one.withdrawn) == 0
     assert two.withdraw(ids=["a"]) == 1 and one.withdraw(ids=["a", "b"]) == 1
