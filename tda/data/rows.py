@@ -74,7 +74,8 @@ def parse_passages(
 
     Args:
         passages: an iterable of texts, of (id, text), of lists of token ids, of `Document`, or of
-            rows with named fields.
+            rows with named fields; or a source of these by number (`__len__` and `__getitem__`),
+            such as a Grain source.
         text_field, id_field: the names of a row's fields, as in `tda.data.corpora.Corpus`; None for
             the usual ones.
 
@@ -85,6 +86,9 @@ def parse_passages(
     _check_container(passages, "passages", _PASSAGE_FORMS, CorpusError)
     names = {"text_field": text_field, "id_field": id_field}
     named = [f"{name}={field!r}" for name, field in names.items() if field is not None]
+    # A source of rows by number, such as Grain's, may have no end for an iteration to find.
+    if not isinstance(passages, Iterable) and hasattr(passages, "__len__"):
+        passages = map(passages.__getitem__, range(len(passages)))
     for i, row in enumerate(passages):
         if named and _as_mapping(row) is None:
             raise CorpusError(

@@ -38,6 +38,8 @@ from tda.store.making import SHARD_BYTES
 _MEMORY = 8 << 30
 # Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines.
 _SHARD_TOKENS = 1 << 15
+# Shards of a store at most, as long as they are no larger than `SHARD_BYTES`: each is a file.
+_MOST_SHARDS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +295,8 @@ def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray
 
 
 def _shard_bytes(table: TokenTable, width: int) -> int:
-    rows = max(1, int(_SHARD_TOKENS / max(1.0, table.token_count / len(table))))
+    tokens = max(_SHARD_TOKENS, table.token_count // _MOST_SHARDS)
+    rows = max(1, int(tokens / max(1.0, table.token_count / len(table))))
     return min(SHARD_BYTES, rows * 4 * width)
 
 

@@ -176,3 +176,19 @@ def test_token_ids_that_no_token_has_are_refused():
 def test_a_missing_id_of_a_query_is_its_number():
     rows = [{"id": x, "prompt": "a", "target": "b"} for x in ("q", float("nan"), None)]
     assert [q.id for q in parse_queries(rows)] == ["q", "1", "2"]
+
+
+def test_a_source_of_rows_by_number_is_read_to_its_length():
+    """Guards: a source that repeats itself, or that fails behind its end by an error of its own."""
+
+    class Source:
+        """Rows by number, as Grain's sources have them."""
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return {"text": f"text {i}", "url": f"u{i}"} if i < 5 else 1 // 0
+
+    documents = list(parse_passages(Source(), id_field="url"))
+    assert [(d.id, d.text) for d in documents] == [("u0", "text 0"), ("u1", "text 1")]

@@ -197,6 +197,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_a_turn_makes_its_own_parts(tokenizer, tmp_path):
+    """Guards: workers that each make all parts of a piece."""
+    job = pieces.Job(Listed(), tokenizer, 24, tmp_path)
+    made = []
+    pieces.make_parts(job, pieces.Turn(0, 1, 3), lambda *part: made.append(part))
+    assert pieces.list_parts(tmp_path) == {0: {1, 4, 7}} and len(made) == 3
+    assert pieces.read_end(tmp_path, 0) is None
+    for turn in (0, 2):
+        pieces.make_parts(job, pieces.Turn(0, turn, 3), lambda *part: made.append(part))
+    assert pieces.list_parts(tmp_path) == {0: set(range(8))}
+    assert pieces.read_end(tmp_path, 0).parts == 8
+    assert sum(documents for documents, _ in made) == len(DOCUMENTS)
+
+
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
     """Guards: parts that depend on who makes them, pieces that only one worker can share."""
     tokenizer = Tokenizer.train(TEXTS, 320)

@@ -12,7 +12,7 @@ from tda import store as stores
 from tda.data import batches as batching
 from tda.data.tokenizer import Tokenizer
 from tda.data.tokens import TokenTable
-from tda.encoding import layouts
+from tda.encoding import inputs, layouts
 from tda.encoding import table as encoding
 from tda.gradients.projection import Projection
 from tests.test_api import Bigram
@@ -184,3 +184,10 @@ def test_few_tokens_are_compiled_for_few_lengths(tokenizer, shapes, monkeypatch)
     monkeypatch.setattr(layouts, "_FEW_TOKENS", 0)
     call(tokenizer, texts, method="grad_cos", tokens_per_batch=512)
     assert len(few) <= 10 < len({length for _, length in shapes})
+
+
+def test_a_large_corpus_has_few_shards():
+    """Guards: millions of files in one folder."""
+    for rows, length, shards in ((1 << 20, 32, 1 << 10), (1 << 28, 32, 1 << 16)):
+        table = type("Table", (), {"token_count": rows * length, "__len__": lambda _, n=rows: n})()
+        assert inputs._shard_bytes(table, 256) * shards == 4 * 256 * rows
