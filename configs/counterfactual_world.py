@@ -1,6 +1,10 @@
-"""Methods against retraining, on the demo's corpus.
+"""Methods against retraining, on the demo's corpus: 512 sentences, 32 queries, 400 retrainings.
 
-python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
+    python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
+
+Cost: a retraining takes 2 s on 2 CPU cores, metagradients of all queries 5 minutes; 0.3 GB of disk.
+Expected LDS at 5%: metagradient 0.94; EK-FAC, the adjoint and gradients over √V, whole, 0.69 to
+0.71; whole dot product 0.65, projected 0.44; TrackStar 0.55; BM25 0.28; random within 0.1 of 0.
 """
 
 from tda.run import defaults
