@@ -74,6 +74,8 @@ def _make_by_workers(job: bytes, turns: Sequence[Turn], count: int, shown: "_Sho
         # Progress is shown by this thread, where a notice of preemption ends the work.
         while not all(future.done() for future in running):
             _next_report(reports)
+            # Not only after a part, which may take longer than a notice leaves.
+            processes.check_preemption()
             for future in running:
                 if future.done():
                     future.result()

@@ -24,6 +24,7 @@ from tda.data.parts import Counts, Part
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
 from tda.data.tokenizer import Tokenizer
+from tda.runtime import preemption
 from tda.runtime.fingerprint import hash_64_bits
 from tests.data.test_pretrained_tokenizer import TEXTS, byte_level
 
@@ -227,6 +228,15 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
         tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24, quiet=True)
     assert len(contents(tmp_path / "1")) == 5
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    # A notice ends the workers long before their first part.
+    preemption._watch.noticed.set()
+    try:
+        with pytest.raises(preemption.Preempted):
+            place = tmp_path / "ended"
+            tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24, quiet=True)
+    finally:
+        preemption._watch.noticed.clear()
+    assert list(contents(place)) == ["made_from.json"]
     (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": 5}')
     with pytest.raises(CorpusError, match="a.jsonl, line 2: 'text' is int"):
         tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24, quiet=True)
