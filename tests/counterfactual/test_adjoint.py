@@ -75,6 +75,7 @@ def test_the_recursion_is_that_of_a_dense_matrix():
     np.testing.assert_allclose(ours[1][0], mu, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_close_to_reverse_mode_with_and_without_the_fisher():
     training, reverse = make_training(), make_reverse()
     unit_C, _ = units_of_tokens(training.table, range(PASSAGES))
