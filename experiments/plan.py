@@ -22,7 +22,7 @@ from .launch import launch
 HARDWARE = flags.DEFINE_string("hardware", None, "Chips, such as v5p-256; absent: measure here.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that --hardware reaches.")
 READING = flags.DEFINE_float("reading", 1.0, "Rate at which a host reads a store, GB/s.")
-TOKENISING = flags.DEFINE_float("tokenising", 0.5, "Rate of a host's CPU, million tokens/s.")
+TOKENISING = flags.DEFINE_float("tokenising", 0.3, "Rate of a host's CPU, million tokens/s.")
 HOST_MEMORY = flags.DEFINE_float("host_memory", None, "Memory of a host, GiB.")
 DISK = flags.DEFINE_float("disk", None, "Disk space for the stores, TiB.")
 JSON = flags.DEFINE_string("json", None, "File to write all figures to.")

@@ -33,7 +33,7 @@ def run(
     hardware: chips.Hardware | None = None,
     mfu: float = 0.4,
     reading: float = 1e9,
-    tokenising: float = 5e5,
+    tokenising: float = 3e5,
     host_memory: float | None = None,
     disk: float | None = None,
 ) -> dict:
