@@ -119,6 +119,9 @@ def _measure_patches(
     keys = sorted(todo, key=lambda key: (lengths[todo[key][1]] if todo[key][1] >= 0 else 0, key))
     pairs = [todo[key] for key in keys]
     steps = functools.cache(lambda: _tail_patch(run, rule))
+    if jax.process_count() > 1:
+        # Orbax restores a state in all processes at once, in those too that get no group.
+        steps()
     # A model that is spread over processes takes every step in all of them.
     is_joint = not sharding.is_local(run.trained.mesh)
     with progress.bar(len(keys), "tail-patch", "pair", saves_work=True) as bar:

@@ -40,14 +40,15 @@ def start(arguments, devices=2, program=RUN, **more):
     return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-def join(*arguments, **how):
-    """Two processes with the same or each with its own arguments: [(rc, stdout, stderr)]."""
+def join(*arguments, count=2, **how):
+    """Several processes with the same or each with its own arguments: [(rc, stdout, stderr)]."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    common = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    common = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     started = [
-        start([*common, f"--process_id={i}", *arguments[i % len(arguments)]], **how) for i in (0, 1)
+        start([*common, f"--process_id={i}", *arguments[i % len(arguments)]], **how)
+        for i in range(count)
     ]
     try:
         out = [p.communicate(timeout=900) for p in started]
@@ -162,22 +163,24 @@ def test_every_kind_of_retriever_works_with_two_processes(tmp_path):
 # Small groups, each of which leaves a file that says which process computed it.
 GROUPS = f"""
 import jax
-from tda.run import retrieve, run
+from tda.run import measures, run
 from tda.runtime import groups
 run._GROUP_SHARDS, groups._ROWS_PER_RESULT, write = 2, 0, groups._write
+measures._PAIRS_PER_GROUP = 8
 
 def log(folder, number, result):
     write(folder, number, result)
     (folder / f"{{number}} by {{jax.process_index()}}").touch()
 
 groups._write = log
-retrieve.shutil.rmtree = lambda path, ignore_errors: None
+run.shutil.rmtree = lambda path, ignore_errors: None
 {RUN}
 """
 
 
 @pytest.mark.slow
-def test_two_processes_share_R_and_search_to_the_last_bit(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_R_search_and_tail_patches_to_the_last_bit(tmp_path, count):
     arguments = keys(tmp_path, methods="trackstar,grad_dot,tracin", **{"train.keep": 0})
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start([*arguments, f"--workdir={one}"], devices=4, program=GROUPS)
@@ -186,17 +189,26 @@ def test_two_processes_share_R_and_search_to_the_last_bit(tmp_path):
     shutil.copytree(one, two)
     for folder in ("retrieval", "results", "groups"):
         shutil.rmtree(two / folder)
-    for code, _, errors in join([*arguments, f"--workdir={two}"], program=GROUPS):
+    for log in two.glob("tail_patch-*.jsonl"):
+        log.unlink()
+    for code, _, errors in join([*arguments, f"--workdir={two}"], program=GROUPS, count=count):
         assert code == 0, errors[:3000] + " … " + errors[-1000:]
     folders = sorted(p.name for p in (one / "groups").iterdir() if p.is_dir())
     assert folders == sorted(p.name for p in (two / "groups").iterdir() if p.is_dir())
-    assert {name.partition("-")[0] for name in folders} == {"R", "search"}
+    assert {name.partition("-")[0] for name in folders} == {"R", "search", "tail"}
     for name in folders:
         shares = [
-            {p.name[-1] for p in (w / "groups" / name).iterdir() if " by " in p.name}
+            {p.name for p in (w / "groups" / name).iterdir() if " by " in p.name}
             for w in (one, two)
         ]
-        assert shares == [{"0"}, {"0", "1"}]
+        groups = len(shares[0])
+        assert groups > 1 and shares[0] == {f"{i} by 0" for i in range(groups)}
+        assert shares[1] == {f"{i} by {i % count}" for i in range(groups)}
+    patches = [
+        {line for p in w.glob("tail_patch-*.jsonl") for line in p.read_text().splitlines()}
+        for w in (one, two)
+    ]
+    assert len(patches[0]) > 8 and patches[0] == patches[1]
     names = sorted(p.name for p in (one / "retrieval").glob("*.npz"))
     assert len(names) >= 4 and names == sorted(p.name for p in (two / "retrieval").glob("*.npz"))
     for name in names:
