@@ -453,7 +453,7 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
     [
         ({}, "/nowhere: no such file"),
         ({"eval.top_k": 0}, "eval.top_k=0 must be 1 or more"),
-        ({"model.size": "huge"}, "unknown model size 'huge'; there are tiny, mini"),
+        ({"model.size": "huge"}, "unknown model size 'huge'; there are micro, tiny, mini"),
         ({"gradients.correction": "adams"}, "unknown correction 'adams'; use"),
         ({"eval.frequency_edges": "1,x"}, "eval.frequency_edges='1,x' must be whole numbers"),
         ({"eval.tail_patch_state": "warm"}, "tail_patch_state='warm'; use restored or fresh"),
