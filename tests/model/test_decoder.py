@@ -231,7 +231,7 @@ def test_sizes_are_copies_and_unknown_ones_refused():
     sizes.size("tiny")["width"] = 1
     assert sizes.size("tiny")["width"] == 128
     with pytest.raises(
-        ValueError, match="unknown model size 'huge'; there are tiny, mini, small, 154m"
+        ValueError, match="unknown model size 'huge'; there are micro, tiny, mini, small, 154m"
     ):
         sizes.size("huge")
 
