@@ -71,6 +71,7 @@ setup(
             "pytest-xdist>=3.8.0",
             "ruff>=0.17.6",
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "scipy>=1.17.1",
             "setuptools>=70.1",
             "zarr>=3.1.6",
             "zstandard>=0.25.0",

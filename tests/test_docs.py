@@ -147,7 +147,7 @@ def test_every_page_is_run_here():
         "viewer.md",
     }
     assert [c.split()[2] for c in commands("huggingface.md")] == ["experiments.ask"]
-    assert [c.split()[2] for c in commands("pods.md")] == ["experiments.trace", "experiments.plan"]
+    assert [c.split()[2] for c in commands("pods.md")] == ["experiments.plan", "experiments.trace"]
     assert [c.split()[2] for c in commands("large_corpora.md")] == ["experiments.plan"]
     assert [c.split()[2] for c in commands("costs.md")] == ["experiments.plan"]
     assert [c.split()[2] for c in commands("sweeps.md")] == ["experiments.sweep"]
