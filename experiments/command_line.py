@@ -90,6 +90,7 @@ def _entry(name: str, meaning: str) -> list[str]:
     meaning = " ".join(meaning.split())
     wrapped = textwrap.wrap(meaning, 100 - _COLUMN, break_long_words=False) or [""]
     name = f"  {name}"
+    name = name if len(name) <= 100 else f"{name[:99]}…"
     first = [f"{name:<{_COLUMN}}{wrapped.pop(0)}"] if len(name) < _COLUMN else [name]
     return first + [" " * _COLUMN + line for line in wrapped]
 

@@ -1,4 +1,4 @@
-"""Holds methods against retraining: a bank of models trained without some passages, and a board.
+"""Holds methods against retraining: a bank of retrained models, and a board.
 
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 

@@ -1,4 +1,4 @@
-"""Table 1 of the paper on one corpus: every row, with intervals, as Markdown, CSV and LaTeX.
+"""Table 1 of the paper on one corpus, with intervals, as Markdown, CSV and LaTeX.
 
     python -m experiments.table1 --config=configs/trex_table1.py --workdir=DIR
 

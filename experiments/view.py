@@ -1,4 +1,4 @@
-"""Shows results in the browser, answers live questions, or writes the viewer as static files.
+"""Shows results in the browser, answers live questions, or writes static files.
 
     python -m experiments.view --workdir=DIR
     python -m experiments.view --results=a.jsonl,b.jsonl.gz,https://HOST/c.jsonl
