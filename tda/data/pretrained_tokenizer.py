@@ -66,6 +66,12 @@ class PretrainedTokenizer:
         self.eos, self.chat = eos, chat
         self.pad = next(i for i in (pad, eos, 0) if i is not None)
 
+    def __setstate__(self, state: dict) -> None:
+        # `tokenizers` copies by JSON, in which this setting does not stand: without it a copy, such
+        # as that of a worker process, would read special tokens in a text.
+        self.__dict__.update(state)
+        self._inner.encode_special_tokens = not self.parse_special
+
     @classmethod
     def load(cls, path, parse_special: bool = False) -> "PretrainedTokenizer":
         """Reads a model's directory, or its `tokenizer.json` alone.

@@ -1,11 +1,13 @@
 """The tokenizer: round trips, special tokens, and which tokens are a query's target."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import tokenizers
 
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 
 TEXTS = [
@@ -63,6 +65,16 @@ def test_spelled_out_special_tokens_are_ordinary_text(tokenizer, spelled):
     assert not special & set(tokenizer.encode([spelled])[0])
     ids, _ = tokenizer.encode_query(f"say {spelled}", f"{spelled} again")
     assert ids[0] == tokenizer.bos and not special & set(ids[1:].tolist())
+
+
+def test_a_copy_treats_special_tokens_alike(tokenizer):
+    """Guards: a setting that `tokenizers` does not copy."""
+    text = ["a <eos> b"]
+    assert copy.deepcopy(tokenizer).encode(text) == tokenizer.encode(text)
+    # The wrapper changes what it wraps.
+    inner = copy.deepcopy(tokenizer._inner)
+    parsing = PretrainedTokenizer.wrap(inner, parse_special=True)
+    assert tokenizer.eos in copy.deepcopy(parsing).encode(text)[0]
 
 
 def test_special_tokens_are_left_out_of_decoded_text(tokenizer):
