@@ -12,7 +12,6 @@ a killed pass continues backwards from there.
 
 import dataclasses
 import functools
-import io
 import math
 import pathlib
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from tda.counterfactual.training import QueryLosses, State, Training
 from tda.model import functional
 from tda.model.decoder import Decoder, abstract_decoder
 from tda.runtime import preemption, progress, sharding
-from tda.runtime.atomic_file import open_atomic
+from tda.runtime.atomic_file import read_arrays, write_arrays
 
 
 class SecondDerivativeError(RuntimeError):
@@ -72,6 +71,8 @@ class Reverse:
         if at_once > 1:
             check_batched_second_derivatives()
         self.training, self.queries, self.directory = training, queries, directory
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
         self.stride = max(1, math.isqrt(training.steps))
         self._in_memory: dict[int, State] = {}
 
@@ -158,7 +159,7 @@ class Reverse:
         """Returns step, cotangents and scores of an unfinished pass, or of one that begins."""
         path = self._pass_path(name)
         if path is not None and path.exists():
-            arrays = _read_arrays(path)
+            arrays = read_arrays(path)
             floats = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(arrays) - 2)]
             return int(arrays["step"]), floats, arrays["scores"]
         final = self._read(self.training.steps)
@@ -180,7 +181,7 @@ class Reverse:
         path = self._pass_path(name)
         if path is not None:
             leaves = {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(cotangents)}
-            _write_arrays(path, leaves | {"step": np.int64(step), "scores": scores_QxC})
+            write_arrays(path, leaves | {"step": np.int64(step), "scores": scores_QxC})
 
     def forget_pass(self, name: str) -> None:
         """Removes the file of a pass whose scores are kept elsewhere."""
@@ -202,13 +203,13 @@ class Reverse:
             self._in_memory[step] = jax.tree.map(np.asarray, jax.device_get(state))
         else:
             leaves = jax.tree.leaves(state)
-            _write_arrays(path, {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(leaves)})
+            write_arrays(path, {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(leaves)})
 
     def _read(self, step: int) -> State:
         path = self._state_path(step)
         if path is None:
             return jax.tree.map(jnp.array, self._in_memory[step])
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path)
         treedef = jax.tree.structure(jax.eval_shape(self.training.start))
         return jax.tree.unflatten(
             treedef, [jnp.array(arrays[f"leaf{i}"]) for i in range(len(arrays))]
@@ -337,14 +338,3 @@ def check_batched_second_derivatives() -> None:
             f"jax {jax.__version__} computes batched second derivatives wrongly here (relative "
             f"error {error:.2g}); install another version, or take queries one at a time"
         )
-
-
-def _write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(path, "wb") as out:
-        np.savez(out, **arrays)
-
-
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -38,14 +38,13 @@ def save(path, ranked: Ranked) -> None:
     """Writes a ranking to `path` (.npz); the file appears whole or not at all."""
     arrays = {f.name: getattr(ranked, f.name) for f in dataclasses.fields(ranked)}
     ranks = arrays.pop("first_ranks")
-    with atomic_file.open_atomic(path, "wb") as out:
-        np.savez(out, **arrays, **{f"first_ranks/{label}": r for label, r in ranks.items()})
+    arrays |= {f"first_ranks/{label}": r for label, r in ranks.items()}
+    atomic_file.write_arrays(path, arrays)
 
 
 def load(path) -> Ranked:
     """Reads a ranking that `save` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+    arrays = atomic_file.read_arrays(path)
     prefix = "first_ranks/"
     ranks = {k[len(prefix) :]: arrays.pop(k) for k in list(arrays) if k.startswith(prefix)}
     return Ranked(**arrays, first_ranks=ranks)

@@ -197,11 +197,9 @@ class Whitening:
         arrays = {"blocks": np.array(block_names), "widths": np.array(self._source.form.widths)}
         if (directory / name).exists():
             # An earlier search may have needed an R that this one did not.
-            with np.load(directory / name, allow_pickle=False) as file:
-                arrays = dict(file) | arrays
-        with atomic_file.open_atomic(directory / name, "wb") as out:
-            # Sorted: the same bytes whether R was decomposed or read.
-            np.savez(out, **dict(sorted((arrays | self.spectra).items())))
+            arrays = atomic_file.read_arrays(directory / name) | arrays
+        # Sorted: the same bytes whether R was decomposed or read.
+        atomic_file.write_arrays(directory / name, dict(sorted((arrays | self.spectra).items())))
         return name
 
     def _scorer(self, method: Method, kind: str) -> Scorer:
@@ -259,13 +257,12 @@ class Whitening:
             return _Root(blocks, tuple(arrays["own"].tolist()))
 
     def _keep(self, file: pathlib.Path, root: _Root, kind: str) -> None:
-        arrays = {str(i): b for i, b in enumerate(root.blocks)} | self.spectra
-        note = np.array(json.dumps(self.notes[kind]))
+        arrays = {"own": np.asarray(root.query_weights), "note": json.dumps(self.notes[kind])}
+        arrays |= {str(i): b for i, b in enumerate(root.blocks)} | self.spectra
         # A read-only workdir can still be asked; R is then computed again in each session.
         with contextlib.suppress(PermissionError):
             file.parent.mkdir(exist_ok=True)
-            with atomic_file.open_atomic(file, "wb") as out:
-                np.savez(out, own=np.asarray(root.query_weights), note=note, **arrays)
+            atomic_file.write_arrays(file, arrays)
 
     def _tell(self, description: str) -> None:
         if self._on_progress is not None:

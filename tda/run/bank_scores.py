@@ -20,7 +20,8 @@ from tda.model import functional
 from tda.retrieval.ranked import Ranked
 from tda.run import counterfactual, retrieve, train
 from tda.run.counterfactual import Retrained
-from tda.runtime.atomic_file import open_atomic
+from tda.run.run import draw
+from tda.runtime.atomic_file import read_arrays, write_arrays
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.training import optimizer
 
@@ -81,11 +82,10 @@ class BankScores:
         if not path.exists():
             stopwatch = _Stopwatch()
             scores = compute(name)
-            with open_atomic(path, "wb") as out:
-                np.savez(out, scores=scores, seconds=stopwatch.seconds())
-        with np.load(path, allow_pickle=False) as arrays:
-            self.seconds[name] = float(arrays["seconds"])
-            return arrays["scores"]
+            write_arrays(path, {"scores": scores, "seconds": stopwatch.seconds()})
+        arrays = read_arrays(path)
+        self.seconds[name] = float(arrays["seconds"])
+        return arrays["scores"]
 
     def _own_score(self, name: str) -> np.ndarray:
         """Returns the scores of a method of the bank's own, [Q, U]."""
@@ -119,29 +119,25 @@ class BankScores:
         difference = counterfactual.check_modes_agree(retrained, by_token)
         print(f"metagradients: reverse and forward mode agree to {difference:.1e} for every query")
         scores = sum_by_unit(by_token, retrained.unit_C, len(retrained.units))
-        with open_atomic(retrained.directory / "metagradients_by_token.npz", "wb") as out:
-            np.savez(out, scores=by_token)
+        write_arrays(retrained.directory / "metagradients_by_token.npz", {"scores": by_token})
         retrained.reverse.forget_pass("queries")
         return scores
 
     def _sampled(self, count: int) -> Iterable[dict]:
         """Returns batches of a sample of the passages, with labels drawn from the model."""
-        table = self.retrained.trainings[0].table
-        rng = np.random.default_rng(self.config.curvature.seed)
-        rows = np.sort(rng.permutation(len(table))[: count or len(table)])
-        seed = self.config.curvature.seed
+        table, seed = self.retrained.trainings[0].table, self.config.curvature.seed
+        rows = draw(len(table), count, seed)
         layout = self._layout()
         return kronecker.batches(table, rows, labels="sampled", layout=layout, seed=seed)
 
     def _recursion(self) -> adjoint.AdamRecursion:
         c, steps = self.config.train, self.retrained.trainings[0].steps
-        options = train.options(self.config)
-        constants = {k: options[k] for k in ("b1", "b2", "eps", "eps_root")}
+        weight_decay = train.options(self.config)["weight_decay"]
         return adjoint.AdamRecursion(
             optimizer.schedule(c.schedule, c.learning_rate, steps, c.warmup, c.final),
             clip=c.clip,
-            weight_decay=options["weight_decay"] if c.optimizer == "adamw" else 0.0,
-            **constants,
+            weight_decay=weight_decay if c.optimizer == "adamw" else 0.0,
+            **train.adam_constants(self.config),
         )
 
     def _adjoint(self, has_fisher: bool) -> np.ndarray:
@@ -159,9 +155,9 @@ class BankScores:
         if name.startswith("ekfac"):
             chosen = kronecker.factored(find_sites(model))
             sample = self.config.curvature.sample
-            curvature = unprojected.fit_ekfac(model, chosen, lambda: self._sampled(sample))
+            factors = unprojected.fit_ekfac(model, chosen, lambda: self._sampled(sample))
             damping = self.config.curvature.damping
-            return GradientScore(unprojected.ekfac(chosen, curvature, damping), unit_norm)
+            return GradientScore(unprojected.ekfac(chosen, factors, damping), unit_norm)
         if name.startswith("adam"):
             scales = self._inverse_root_moments()
             # A dot product has 1/√V once in all; a cosine, on both sides (Exp 3).
@@ -174,7 +170,7 @@ class BankScores:
     def _inverse_root_moments(self) -> dict[str, jax.Array]:
         """Returns 1/√V of every weight by path, from the optimizer's state."""
         final = self.retrained.reverse.final_state()
-        options = train.options(self.config)
+        options = train.adam_constants(self.config)
         nu = functional.flat_parameters(optax.tree.get(final["opt_state"], "nu"))
         constants = options["b2"], options["eps"], options["eps_root"]
         return {p: optimizer_state.adam(x, final["step"], *constants) for p, x in nu.items()}

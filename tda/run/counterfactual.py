@@ -27,7 +27,7 @@ from tda.run.defaults import flat
 from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
-from tda.runtime.atomic_file import write_json
+from tda.runtime.atomic_file import write_arrays, write_json
 from tda.runtime.fingerprint import plain
 from tda.runtime.groups import Groups
 from tda.training import checkpoint
@@ -227,8 +227,7 @@ def _identity(run: Run, order: int) -> dict:
 def _describe(retrained: Retrained, made_from: dict) -> None:
     """Writes the bank's manifest and its losses: `bank.json` and `bank.npz`."""
     settings, directory = retrained.run.config.counterfactual, retrained.directory
-    keys = {k: v for k, v in flat(settings).items()}
-    manifest = {"made_from": made_from, "settings": keys, "units": len(retrained.units)}
+    manifest = {"made_from": made_from, "settings": flat(settings), "units": len(retrained.units)}
     manifest |= {"steps": retrained.trainings[0].steps, "masks": "numpy default_rng([seed, i])"}
     write_json(directory / "bank.json", plain(manifest))
     arrays = {}
@@ -237,7 +236,7 @@ def _describe(retrained: Retrained, made_from: dict) -> None:
             name = f"{fraction}/{order}"
             arrays |= {f"{name}/removed": bank.removed_MxU, f"{name}/base": bank.base_Q}
             arrays[f"{name}/losses"] = bank.losses_MxQ
-    np.savez(directory / "bank.npz", **arrays)
+    write_arrays(directory / "bank.npz", arrays)
 
 
 def _finished_run(retrained: Retrained) -> Run:
@@ -246,11 +245,9 @@ def _finished_run(retrained: Retrained) -> Run:
     reverse.keep_states()
     steps = retrained.trainings[0].steps
     root = str(retrained.directory / "checkpoints")
-    options = train.options(config)
-    constants = {k: options[k] for k in ("b1", "b2", "eps", "eps_root")}
     arguments = train.model_arguments(config, run.corpus.tokenizer.vocab_size)
     description = {
-        "optimizer": {"name": options["optimizer"], **constants},
+        "optimizer": {"name": config.train.optimizer, **train.adam_constants(config)},
         "tokenizer": run.corpus.tokenizer.fingerprint(),
         "model": arguments,
     }

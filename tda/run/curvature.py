@@ -2,11 +2,9 @@
 
 import pathlib
 
-import numpy as np
-
 from tda.gradients import kronecker, sites, taps
 from tda.methods import GradientKind
-from tda.run.run import CURVATURE_LABELS, Run
+from tda.run.run import CURVATURE_LABELS, Run, draw
 from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint
 
@@ -48,10 +46,7 @@ def _fit(run: Run, kind: GradientKind) -> dict:
     """Returns the factors by path, from a sample of the corpus."""
     settings, labels = run.config.curvature, CURVATURE_LABELS[kind.curvature]
     corpus, model, chosen = run.corpus, run.trained.model, run.sites(kind)
-    count = len(corpus.passages)
-    # A draw from the whole corpus, not its first passages; rising, so that it is read in order.
-    rows = np.random.default_rng(settings.seed).permutation(count)[: settings.sample or count]
-    rows = np.sort(rows)
+    rows = draw(len(corpus.passages), settings.sample, settings.seed)
 
     def batches(stage):
         sampled = kronecker.batches(
@@ -78,13 +73,11 @@ def _save(file: pathlib.Path, factors: dict) -> None:
         for name, x in (("left", c.left), ("right", c.right), ("values", c.values))
         if x is not None
     }
-    with atomic_file.open_atomic(file, "wb") as out:
-        np.savez(out, **arrays)
+    atomic_file.write_arrays(file, arrays)
 
 
 def _load(file: pathlib.Path) -> dict:
-    with np.load(file, allow_pickle=False) as stored:
-        arrays = dict(stored)
+    arrays = atomic_file.read_arrays(file)
     paths = {name.rpartition("|")[0] for name in arrays}
     return {
         p: kronecker.Curvature(arrays[f"{p}|left"], arrays[f"{p}|right"], arrays.get(f"{p}|values"))

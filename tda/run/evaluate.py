@@ -11,17 +11,9 @@ from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
 from tda.run.measures import CONTROL
-from tda.run.run import Run
+from tda.run.run import Run, draw
 from tda.runtime import processes, progress
 from tda.runtime.atomic_file import write_json
-
-
-def sample(count: int, size: int, seed: int) -> np.ndarray:
-    """Returns a fixed sample of `size` of `count` queries (all where 0), in order."""
-    if not size or size >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
-
 
 # Metrics that are null for a method that ranks nothing.
 _ALWAYS = (
@@ -59,7 +51,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
         rankings: by method. A row of −1 is no passage: a method may find fewer than K.
         out: directory to write to; by default the workdir.
     """
-    queries = sample(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
+    queries = draw(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
     known = _known(run, queries)
     # Of all methods at once: a pair that several retrieve is measured once.
     patches = _Patches.measure(run, rankings, queries)
@@ -95,7 +87,7 @@ def _known(run: Run, queries: np.ndarray) -> Known:
     bucket, buckets = frequency.buckets(frequencies, frequency_edges(run.config))
     answers: dict[int, list[str]] = {}
     if e.samples:
-        chosen = queries[sample(len(queries), e.sampled_queries, run.config.data.seed)]
+        chosen = queries[draw(len(queries), e.sampled_queries, run.config.data.seed)]
         answers = measures.generations(run, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
     known = Known(nats, ranks, frequencies, bucket, buckets, answers, confidence)
@@ -141,7 +133,7 @@ class _Patches:
         e = run.config.eval
         if not e.tail_patch_queries:
             return cls({}, [], None)
-        drawn = sample(len(queries), e.tail_patch_queries, run.config.data.seed)
+        drawn = draw(len(queries), e.tail_patch_queries, run.config.data.seed)
         chosen = queries[drawn].tolist()
         pairs = [(q, int(p)) for r in rankings.values() for q in chosen for p in r.proponents[q]]
         pairs = [pair for pair in pairs if pair[1] >= 0] + [(q, CONTROL) for q in chosen]

@@ -102,6 +102,13 @@ class Corpus:
         return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
 
 
+def draw(count: int, size: int, seed: int) -> np.ndarray:
+    """Draws `size` of `count` rows (all where 0) from all of them, and returns them in order."""
+    if not size or size >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The input of every stage after the training.

@@ -37,6 +37,11 @@ def settings(config) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if (k, v) != ("eps_root", 0.0)}
 
 
+def adam_constants(config) -> dict[str, float]:
+    """Returns the constants that Adam's second moments are read by."""
+    return {k: options(config)[k] for k in ("b1", "b2", "eps", "eps_root")}
+
+
 def build_model(config, vocab_size: int) -> Decoder:
     """Returns the decoder that training starts from: freshly initialised, or pretrained."""
     arguments = model_arguments(config, vocab_size)
@@ -233,15 +238,16 @@ def traced_step(config, steps: int, saved: list[int]) -> int:
 
 def _fit(config, corpus: Corpus, model, steps, layout, description: dict, workdir) -> None:
     t = options(config)
-    # Second moments are read from a checkpoint by these constants.
-    constants = {k: t[k] for k in ("b1", "b2", "eps", "eps_root")}
     loop.fit(
         model,
         make_optimizer(config, steps),
         corpus.training,
         loop.TrainingSettings(steps, layout, config.seed, t["save_every"], t["keep"]),
         str(workdir / "model" / "checkpoints"),
-        description={"optimizer": {"name": t["optimizer"], **constants}, **description},
+        description={
+            "optimizer": {"name": t["optimizer"], **adam_constants(config)},
+            **description,
+        },
         log_path=workdir / "train.jsonl",
     )
 

@@ -17,8 +17,10 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
+
+import numpy as np
 
 _PART = re.compile(r".*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
 # Seconds. Locks of other hosts are not seen on every file system (NFS mounted with `nolock`), so a
@@ -83,6 +85,18 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     with open_atomic(path) as out:
         json.dump(value, out, indent=1, ensure_ascii=False)
         out.write("\n")
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name to `path` (.npz); the file appears whole or not at all."""
+    with open_atomic(path, "wb") as out:
+        np.savez(out, **arrays)
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file of `write_arrays`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _host() -> str:
