@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tda.counterfactual import eigenbasis
+from tda.counterfactual.eigenbasis import Gradients
 from tda.counterfactual.example_gradients import as_rows
-from tda.counterfactual.training import QueryLosses, Training
+from tda.counterfactual.training import Training
+from tda.data.batches import Batch
 from tda.gradients import kronecker, sites
 from tda.runtime import progress, sharding
 
@@ -65,60 +68,39 @@ def ekfac(
         for site in chosen:
             c = curvature[site.path]
             G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
-            rotated = jnp.einsum(
-                "...mp,b...mn,...nq->b...pq", c.left, G, c.right, precision="highest"
-            )
-            scale = c.values + damping * c.values.mean(axis=(-1, -2), keepdims=True)
-            out.append(rotated * jnp.asarray(scale) ** -0.5)
+            scale = jnp.asarray(eigenbasis.damped(c, damping), jnp.float32)
+            out.append(eigenbasis.rotate(G, c.left, c.right) * scale**-0.5)
         return out
 
     return transform
 
 
-def fit_ekfac(
-    model, chosen: list[sites.Site], batches: Callable[[], Iterable[dict]]
-) -> dict[str, kronecker.Curvature]:
-    """Returns EK-FAC's eigenvectors and eigenvalues of a model, with labels drawn from it.
-
-    Args:
-        model: the model.
-        chosen: the matrices.
-        batches: returns the batches of passages with sampled labels (`kronecker.batches`).
-    """
-    covariances = kronecker.covariances(model, chosen, batches(), "sampled")
-    bases = kronecker.eigenvectors(covariances)
-    return kronecker.corrected(model, chosen, batches(), "sampled", bases)
-
-
 def score(
     training: Training,
-    queries: QueryLosses,
+    queries: Gradients,
     params: dict,
-    passages: Iterable,
-    methods: dict[str, GradientScore],
-) -> dict[str, np.ndarray]:
-    """Returns the scores of every query and passage by several methods, float32 [Q, N].
+    passages: Iterable[Batch],
+    method: GradientScore,
+) -> np.ndarray:
+    """Returns a method's scores of every query and passage, float32 [Q, N].
 
     Args:
         training: the training, for the model's structure and the number of passages.
-        queries: the queries.
-        params: the parameters at which gradients are taken.
+        queries: the queries' gradients by path, [Q, …].
+        params: the parameters at which the passages' gradients are taken.
         passages: batches of the table's rows, each row once.
-        methods: the methods by name.
+        method: the method.
     """
-    N = len(training.table)
-    transforms = {name: _as_rows(m) for name, m in methods.items()}
-    query_gradients = queries.all_gradients(params)
-    query_sides = {name: transform(query_gradients) for name, transform in transforms.items()}
-    scores = {name: np.zeros((len(queries), N), np.float32) for name in methods}
-    with progress.bar(N, "whole gradients", "passage") as bar:
+    transform = _as_rows(method)
+    queries_QxP = transform(queries)
+    scores_QxN = np.zeros((len(queries_QxP), len(training.table)), np.float32)
+    with progress.bar(len(training.table), "whole gradients", "passage") as bar:
         for batch in passages:
-            gradients = training.example_gradients(params, batch.arrays())
-            for name, transform in transforms.items():
-                product_QxB = _products(query_sides[name], transform(gradients))
-                scores[name][:, batch.rows] = sharding.to_host(product_QxB)[:, : len(batch.rows)]
+            rows_BxP = transform(training.example_gradients(params, batch.arrays()))
+            product_QxB = sharding.to_host(_products(queries_QxP, rows_BxP))
+            scores_QxN[:, batch.rows] = product_QxB[:, : len(batch.rows)]
             bar.update(len(batch.rows))
-    return scores
+    return scores_QxN
 
 
 @jax.jit

@@ -1,21 +1,29 @@
 """The scores of a bank's methods: of every query and unit, each kept when it is computed."""
 
+import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from tda import methods as method_lib
-from tda.counterfactual import adjoint, unprojected
+from tda.counterfactual import adjoint, eigenbasis, source, unprojected
+from tda.counterfactual.eigenbasis import Gradients
+from tda.counterfactual.example_gradients import ExampleGradients
 from tda.counterfactual.in_run import in_run
+from tda.counterfactual.inverse import DampedInverse
+from tda.counterfactual.metagradients import with_plain_attention
 from tda.counterfactual.training import sum_by_unit
 from tda.counterfactual.unprojected import GradientScore
 from tda.data.batches import BatchLayout
 from tda.gradients import kronecker
+from tda.gradients.kronecker import Curvature, sampled_loss
 from tda.gradients.moments import optimizer_state
-from tda.gradients.sites import find_sites
+from tda.gradients.sites import Site, find_sites
 from tda.model import functional
 from tda.retrieval.ranked import Ranked
 from tda.run import counterfactual, retrieve, train
@@ -27,6 +35,10 @@ from tda.training import optimizer
 
 # Numbers of the adjoint's mean Fisher matrix at most: 4 GiB of float32.
 _FISHER_NUMBERS = 1 << 30
+# Products of conjugate gradients; steps of ASTRA, and the passages of each.
+_CG_STEPS, _ASTRA_STEPS, _ASTRA_PASSAGES = 20, 200, 16
+# SOURCE's segments, as in its paper.
+_SEGMENTS = 3
 
 TITLES = {
     "metagradient": "metagradient (exact)",
@@ -34,6 +46,10 @@ TITLES = {
     "adjoint_none": "Adam's adjoint, no Hessian",
     "in_run_adam": "in-run first order, Adam",
     "in_run": "in-run first order, plain",
+    "ekfac_cg": "EK-FAC + conjugate gradients",
+    "ekfac_astra": "EK-FAC + ASTRA",
+    "source": "SOURCE, Adam",
+    "shampoo_whole": "Shampoo, eigenvalue-corrected, whole gradients",
     "ekfac_whole": "EK-FAC, whole gradients",
     "ekfac_cosine_whole": "EK-FAC, norm, whole gradients",
     "dot_whole": "gradient dot product, whole",
@@ -99,16 +115,24 @@ class BankScores:
             return retrained.by_unit(
                 in_run(retrained.reverse, self._recursion(), is_preconditioned)
             )
+        if name == "source":
+            return retrained.by_unit(self._source())
         final = retrained.reverse.final_state()
-        layout = self._layout()
-        scores = unprojected.score(
-            retrained.trainings[0],
-            retrained.queries,
-            final["params"],
-            layout.batches(retrained.trainings[0].table),
-            {name: self._gradient_score(name, final)},
-        )
-        return retrained.by_unit(scores[name])
+        queries = retrained.queries.all_gradients(final["params"])
+        if name in ("ekfac_cg", "ekfac_astra"):
+            inverse = self._damped_inverse(final["params"])
+            refine = self._conjugate_gradients if name == "ekfac_cg" else self._astra
+            queries = refine(inverse, queries)
+            method = GradientScore(unprojected.only(queries))
+        else:
+            method = self._gradient_score(name, final)
+        return retrained.by_unit(self._whole(queries, final["params"], method))
+
+    def _whole(self, queries: Gradients, params: dict, method: GradientScore) -> np.ndarray:
+        """Returns scores by whole gradients of passages at some parameters, [Q, N]."""
+        training = self.retrained.trainings[0]
+        passages = self._layout().batches(training.table)
+        return unprojected.score(training, queries, params, passages, method)
 
     def _layout(self) -> BatchLayout:
         return counterfactual.layout_of(self.config, self.retrained.run.corpus)
@@ -152,14 +176,18 @@ class BankScores:
     def _gradient_score(self, name: str, final: dict) -> GradientScore:
         model = self.retrained.trainings[0].model_fn.merge(final["params"])
         unit_norm = "cosine" in name
-        if name.startswith("ekfac"):
+        if name.startswith(("ekfac", "shampoo")):
             chosen = kronecker.factored(find_sites(model))
-            sample = self.config.curvature.sample
-            factors = unprojected.fit_ekfac(model, chosen, lambda: self._sampled(sample))
+            if name.startswith("ekfac"):
+                curvature = self._ekfac(model, chosen)
+            else:
+                curvature = eigenbasis.fit_shampoo(
+                    chosen, lambda: self._sampled_gradients([final["params"]])
+                )
             damping = self.config.curvature.damping
-            return GradientScore(unprojected.ekfac(chosen, factors, damping), unit_norm)
+            return GradientScore(unprojected.ekfac(chosen, curvature, damping), unit_norm)
         if name.startswith("adam"):
-            scales = self._inverse_root_moments()
+            scales = self._inverse_root_moments(final)
             # A dot product has 1/√V once in all; a cosine, on both sides (Exp 3).
             power = 1.0 if unit_norm else 0.5
             return GradientScore(unprojected.times(scales, power), unit_norm)
@@ -167,13 +195,92 @@ class BankScores:
             return GradientScore(unprojected.only(s.path for s in find_sites(model)))
         return GradientScore(unprojected.identity, unit_norm)
 
-    def _inverse_root_moments(self) -> dict[str, jax.Array]:
+    def _ekfac(self, model, chosen: list[Site]) -> dict[str, Curvature]:
+        sample = self.config.curvature.sample
+        return eigenbasis.fit_ekfac(model, chosen, lambda: self._sampled(sample))
+
+    def _sampled_gradients(
+        self, at: list[dict], scales: Gradients | None = None
+    ) -> Iterator[Gradients]:
+        """Yields whole gradients of a sample with drawn labels, at each of some parameters."""
+        gradients_of = ExampleGradients(self.retrained.trainings[0].model_fn, sampled_loss)
+        for params in at:
+            for batch in self._sampled(self.config.curvature.sample):
+                scored = (batch["weights"] > 0).any(axis=1)
+                gradients = gradients_of(params, batch)
+                if scales is not None:
+                    gradients = {p: g * jnp.sqrt(scales[p]) for p, g in gradients.items()}
+                yield {p: g[scored] for p, g in gradients.items()}
+
+    def _damped_inverse(self, params: dict) -> DampedInverse:
+        """Returns (H + D)⁻¹ at the end of the training, by EK-FAC and products with H."""
+        model_fn = self.retrained.trainings[0].model_fn
+        model = model_fn.merge(params)
+        chosen = kronecker.factored(find_sites(model))
+        plain_fn = with_plain_attention(model_fn, params)
+        damping = self.config.curvature.damping
+        return DampedInverse(plain_fn, params, chosen, self._ekfac(model, chosen), damping)
+
+    def _conjugate_gradients(self, inverse: DampedInverse, queries: Gradients) -> Gradients:
+        table, settings = self.retrained.trainings[0].table, self.config.counterfactual
+        rows = draw(len(table), settings.fisher, self.config.curvature.seed)
+        batch = self._one_batch(rows)
+        return inverse.by_conjugate_gradients(queries, batch, _CG_STEPS)
+
+    def _astra(self, inverse: DampedInverse, queries: Gradients) -> Gradients:
+        N, seed = len(self.retrained.trainings[0].table), self.config.curvature.seed
+        draws = (draw(N, _ASTRA_PASSAGES, seed + i) for i in range(_ASTRA_STEPS))
+        return inverse.by_astra(queries, map(self._one_batch, draws))
+
+    def _one_batch(self, rows: np.ndarray) -> dict:
+        """Returns rows of the passages as one batch, of a length that fits all passages."""
+        table = self.retrained.trainings[0].table
+        length = int(table.lengths.max())
+        (batch,) = BatchLayout((length,), len(rows) * length, self._layout().pad).batches(
+            table, rows
+        )
+        return batch.arrays()
+
+    def _source(self) -> np.ndarray:
+        """Returns SOURCE's scores, [Q, N], by the states that reverse mode keeps."""
+        retrained, recursion = self.retrained, self._recursion()
+        training, reverse = retrained.trainings[0], retrained.reverse
+        model = training.model_fn.merge(reverse.final_state()["params"])
+        chosen = kronecker.factored(find_sites(model))
+        kept = [*range(reverse.stride, training.steps, reverse.stride), training.steps]
+        bounds = np.linspace(0, training.steps, _SEGMENTS + 1).round().astype(int)
+        spans = [(a, b) for a, b in itertools.pairwise(bounds) if any(a < s <= b for s in kept)]
+        segments, states = [], []
+        for first, stop in spans:
+            states.append([reverse.state_at(s) for s in kept if first < s <= stop])
+            roots = [self._inverse_root_moments(x) for x in states[-1]]
+            scales = jax.tree.map(lambda *x: sum(x) / len(x), *roots)
+            at = [x["params"] for x in states[-1]]
+            curvature = eigenbasis.fit_shampoo(
+                chosen, lambda at=at, scales=scales: self._sampled_gradients(at, scales)
+            )
+            # The training's loss is a mean over tokens, and Λ a mean over passages.
+            per_token = len(training.table) / training.table.scored.sum()
+            curvature = {
+                p: dataclasses.replace(c, values=c.values * per_token) for p, c in curvature.items()
+            }
+            rates = sum(float(recursion.learning_rate(t)) for t in range(first, stop))
+            segments.append(source.Segment(rates, scales, curvature))
+        queries = retrained.queries.all_gradients(reverse.final_state()["params"])
+        scores_QxN = np.zeros((len(retrained.queries), len(training.table)))
+        sides = source.pull_back(chosen, segments, queries)
+        for side, of_segment in zip(sides, reversed(states), strict=True):
+            method = GradientScore(unprojected.only(side))
+            for state in of_segment:
+                scores_QxN += self._whole(side, state["params"], method) / len(of_segment)
+        return scores_QxN
+
+    def _inverse_root_moments(self, state: dict) -> Gradients:
         """Returns 1/√V of every weight by path, from the optimizer's state."""
-        final = self.retrained.reverse.final_state()
         options = train.adam_constants(self.config)
-        nu = functional.flat_parameters(optax.tree.get(final["opt_state"], "nu"))
+        nu = functional.flat_parameters(optax.tree.get(state["opt_state"], "nu"))
         constants = options["b2"], options["eps"], options["eps_root"]
-        return {p: optimizer_state.adam(x, final["step"], *constants) for p, x in nu.items()}
+        return {p: optimizer_state.adam(x, state["step"], *constants) for p, x in nu.items()}
 
 
 def all_scores(ranked: Ranked, passages: int) -> np.ndarray:
@@ -196,17 +303,24 @@ def all_scores(ranked: Ranked, passages: int) -> np.ndarray:
 class _Stopwatch:
     """Seconds of work without those of compiling, which a cost in trainings leaves out."""
 
-    def __init__(self):
-        self._started, self._compiling = time.perf_counter(), 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._add)
+    compiling = 0.0
+    """Of the process so far: jax keeps its listeners, so that one serves all stopwatches."""
 
-    def _add(self, event: str, seconds: float, **details) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self._compiling += seconds
+    def __init__(self):
+        self._started, self._before = time.perf_counter(), self.compiling
 
     def seconds(self) -> float:
         """Returns the seconds so far."""
-        return max(0.0, time.perf_counter() - self._started - self._compiling)
+        compiling = self.compiling - self._before
+        return max(0.0, time.perf_counter() - self._started - compiling)
+
+
+def _count_compiling(event: str, seconds: float, **details) -> None:
+    if event.startswith("/jax/core/compile/"):
+        _Stopwatch.compiling += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compiling)
 
 
 def title(name: str) -> str:

@@ -162,12 +162,13 @@ KEYS: dict[str, tuple[Any, str]] = {
     "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),
     "counterfactual.together": (1, "retrainings that one program runs at a time"),
     "counterfactual.methods": (
-        "metagradient,adjoint,adjoint_none,in_run_adam,in_run,ekfac_whole,dot_whole,cosine_whole,"
-        "layers_dot_whole,adam_dot_whole,adam_cosine_whole",
+        "metagradient,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,ekfac_astra,source,"
+        "shampoo_whole,ekfac_whole,dot_whole,cosine_whole,layers_dot_whole,adam_dot_whole,"
+        "adam_cosine_whole",
         "methods of the bank's own, beside those of methods (tda/run/bank_scores.py)",
     ),
     "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch"),
-    "counterfactual.fisher": (256, "passages of the adjoint's mean Fisher matrix"),
+    "counterfactual.fisher": (256, "passages of the adjoint's mean Fisher matrix, and of CG"),
     "counterfactual.own_top": (0, "queries to retrain without each method's own top 1 %; 0: none"),
     "counterfactual.seed": (0, "seed of the sets, and of the first order"),
     "counterfactual.resamples": (1000, "resamples of subsets and queries for intervals"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.counterfactual import unprojected
+from tda.counterfactual import eigenbasis, unprojected
 from tda.counterfactual.unprojected import GradientScore
 from tda.gradients import kronecker, reference
 from tda.gradients.sites import find_sites
@@ -40,7 +40,7 @@ def scored():
         rows = np.arange(PASSAGES)
         return kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT)
 
-    curvature = unprojected.fit_ekfac(make_decoder(), chosen, batches)
+    curvature = eigenbasis.fit_ekfac(make_decoder(), chosen, batches)
     methods = {
         "dot": GradientScore(unprojected.identity),
         "cosine": GradientScore(unprojected.identity, unit_norm=True),
@@ -48,8 +48,12 @@ def scored():
         "half": GradientScore(unprojected.times(scales, 0.5)),
         "ekfac": GradientScore(unprojected.ekfac(chosen, curvature)),
     }
-    layout = LAYOUT.batches(training.table)
-    scores = unprojected.score(training, queries, training.params, layout, methods)
+    params, layout = training.params, LAYOUT.batches(training.table)
+    of_queries = queries.all_gradients(params)
+    scores = {
+        name: unprojected.score(training, of_queries, params, layout, method)
+        for name, method in methods.items()
+    }
     return scores, passages, asked, scales, curvature[SITE]
 
 

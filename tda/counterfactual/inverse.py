@@ -1,0 +1,109 @@
+"""Products with the inverse of the Gauss–Newton matrix, refined from EK-FAC's.
+
+EK-FAC's (F + λ)⁻¹ g is the start of both, and its inverse the preconditioner: conjugate gradients
+on one fixed batch, and ASTRA (Wang et al. 2025, 2507.14740), a preconditioned descent with momentum
+on a small batch at a time. H is the mean over passages of the Gauss–Newton matrix of a passage's
+nats, D = λ of each matrix as EK-FAC has it: (H + D) x = g.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tda.counterfactual import conjugate_gradients, eigenbasis
+from tda.counterfactual.eigenbasis import Gradients
+from tda.gradients.kronecker import DAMPING, Curvature
+from tda.gradients.sites import Site
+from tda.model import functional
+
+
+@dataclasses.dataclass(frozen=True)
+class DampedInverse:
+    """(H + D)⁻¹ of the chosen matrices, by products with H.
+
+    Raises (where a product is taken):
+        TypeError: the model's layers have a backward pass of their own, which `jax.jvp` refuses;
+            `tda.counterfactual.metagradients.with_plain_attention` gives a decoder without.
+    """
+
+    model_fn: functional.Functional
+    """The model's structure."""
+    params: dict
+    """The parameters at which H is taken."""
+    chosen: list[Site]
+    """The matrices."""
+    curvature: dict[str, Curvature]
+    """EK-FAC's eigenvectors and eigenvalues by path."""
+    damping: float = DAMPING
+    """λ over the mean of a matrix's eigenvalues."""
+
+    def precondition(self, gradients: Gradients) -> Gradients:
+        """Returns (F + λ)⁻¹ of gradients by path, [Q, …]: EK-FAC's solution."""
+
+        def inverse(c):
+            return 1 / eigenbasis.damped(c, self.damping)
+
+        return eigenbasis.apply(self.chosen, self.curvature, inverse, gradients)
+
+    def product(self, batch: dict, x: Gradients) -> Gradients:
+        """Returns (H + D) x, H of a batch's passages: Jᵀ (diag p − p pᵀ) J x / passages."""
+        own = {s.path: functional.flat_parameters(self.params)[s.path] for s in self.chosen}
+
+        def logits(chosen_params):
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, p: chosen_params.get(functional.path_name(path), p), self.params
+            )
+            return self.model_fn.merge(params)(batch["tokens"]).astype(jnp.float32)
+
+        logits_BxTxV, push = jax.linearize(logits, own)
+        pull = jax.linear_transpose(push, own)
+        p_BxTxV = jax.nn.softmax(logits_BxTxV)
+        passages = jnp.sum(jnp.any(batch["weights"] > 0, axis=1))
+
+        def of_row(row):
+            d_BxTxV = push(row)
+            d_BxTxV = p_BxTxV * (d_BxTxV - jnp.sum(p_BxTxV * d_BxTxV, axis=-1, keepdims=True))
+            return pull(d_BxTxV * batch["weights"][..., None] / jnp.maximum(passages, 1))[0]
+
+        products = jax.lax.map(of_row, x)
+        means = {p: self.damping * c.values.mean((-1, -2)) for p, c in self.curvature.items()}
+        return {
+            p: products[p] + means[p].reshape(-1, *(1,) * (y.ndim - 2)) * y for p, y in x.items()
+        }
+
+    def by_conjugate_gradients(self, gradients: Gradients, batch: dict, steps: int = 20):
+        """Returns (H + D)⁻¹ of gradients by path, H of one batch, after some steps."""
+
+        @jax.jit
+        def solve(target, batch):
+            start = self.precondition(target)
+            return conjugate_gradients.solve(
+                lambda x: self.product(batch, x), self.precondition, target, start, steps
+            )
+
+        return solve({s.path: gradients[s.path] for s in self.chosen}, batch)
+
+    def by_astra(self, gradients: Gradients, batches: Iterable[dict], rate: float = 0.01):
+        """Returns (H + D)⁻¹ of gradients by path, after a step on each batch.
+
+        x ← x − rate · momentum((F + λ)⁻¹ [(H_B + D) x − g]), with a momentum of 0.9 and a rate
+        that falls by a tenth every 100 steps.
+        """
+        target = {s.path: gradients[s.path] for s in self.chosen}
+        falling = optax.exponential_decay(rate, 100, 0.9, staircase=True)
+        tx = optax.sgd(falling, momentum=0.9)
+
+        @jax.jit
+        def step(x, state, batch):
+            residual = jax.tree.map(jnp.subtract, self.product(batch, x), target)
+            updates, state = tx.update(self.precondition(residual), state)
+            return optax.apply_updates(x, updates), state
+
+        x = self.precondition(target)
+        state = tx.init(x)
+        for batch in batches:
+            x, state = step(x, state, batch)
+        return x
