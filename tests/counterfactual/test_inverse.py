@@ -16,7 +16,6 @@ from tda.model import functional
 from tests.conftest import make_decoder
 from tests.counterfactual.world import LAYOUT, make_queries, make_training
 
-
 SITES = ("layers/attention/out/kernel", "layers/mlp/down/kernel")
 
 
