@@ -47,6 +47,7 @@ from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.retrieval import exact
+from tda.retrieval.sources import Source
 from tda.retrieval.whitening import HessianSettings, Whitening
 
 _SIZES = flags.DEFINE_list("sizes", ["60", "260", "1060"], "numbers of passages")
@@ -177,12 +178,12 @@ def print_known(model: Decoder, tokenizer: PretrainedTokenizer, queries) -> None
     print(f"targets in the first ten: {np.mean(np.concatenate(ranks) <= 10):.1%}", flush=True)
 
 
-def encode(model, tokenizer, texts, queries, method: str) -> inputs.TraceGradients:
+def encode(model, tokenizer, texts, queries, method: str) -> tuple[Source, np.ndarray]:
     """Takes the gradients of passages and queries as `tda.trace` does."""
     settings = TraceSettings(
         model=model,
         loss="loss",
-        method=methods.METHODS[method],
+        corrected=methods.METHODS[method].corrected,
         moments=MomentSettings("factored", None, 16, 0),
         projection=Projection(side=16, pooling="matrix"),
         scope=dict(include=None, exclude=None, untapped="leave"),
@@ -193,17 +194,18 @@ def encode(model, tokenizer, texts, queries, method: str) -> inputs.TraceGradien
     reading = TextSettings(
         tokenizer=PretrainedTokenizer.wrap(tokenizer),
         context=512,
-        joiner=None,
         text_field=None,
         id_field=None,
         directory=None,
     )
-    return inputs.encode_texts(settings, reading, texts, queries)
+    made = inputs.TextInputs(settings, inputs.TextCorpus(texts, reading, quiet=True))
+    encoded = made.encode_queries(queries, methods.METHODS[method], joiner=None)
+    return made.source, encoded.gradients_QxE
 
 
 def reciprocal_ranks(gradients, method: str, damping: float, correct) -> np.ndarray:
     """Returns the reciprocal rank of each query by a method, float64 [Q]."""
-    source, queries_QxE = gradients.source, gradients.gradients_QxE
+    source, queries_QxE = gradients
     whitening = Whitening(HessianSettings(damping=damping), source, queries_QxE, quiet=True)
     (part,) = whitening.parts({"": methods.METHODS[method]})
     ranked = exact.search(queries_QxE, source, part.scorers, source.rows)[""]

@@ -10,14 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tda.api import load, trace
+    from tda.api import encode, load, trace
     from tda.gradients.moments.second_moments import second_moments
     from tda.gradients.projection import Projection
 
 __version__ = "0.1.0"
-__all__ = ["Projection", "load", "second_moments", "trace"]
+__all__ = ["Projection", "encode", "load", "second_moments", "trace"]
 
 _WHERE = {
+    "encode": "tda.api",
     "load": "tda.api",
     "trace": "tda.api",
     "Projection": "tda.gradients.projection",

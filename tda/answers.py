@@ -4,10 +4,16 @@ import dataclasses
 import html
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from tda import results
+from tda.viewer import opening
+from tda.viewer.collection import Collection
+
+if TYPE_CHECKING:
+    import pandas
 
 # Queries that a notebook shows.
 _SHOWN = 20
@@ -81,6 +87,42 @@ class TraceResult(Sequence[Answer]):
             yield results.record(
                 answer.id, "queries", answer.prompt, answer.target, proponents, opponents
             )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns a table with a row for each ranked passage.
+
+        Its columns: query, prompt, target, list ("proponents" or "opponents"), rank (from 1),
+        score, passage (the id) and text.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("a table needs pandas: pip install pandas") from error
+        return pandas.DataFrame.from_records(
+            [
+                (a.id, a.prompt, a.target, title, rank, p.score, p.id, p.text)
+                for a in self
+                for title, ranked in _lists(a, opponents=True)
+                for rank, p in enumerate(ranked, start=1)
+            ],
+            columns=["query", "prompt", "target", "list", "rank", "score", "passage", "text"],
+        )
+
+    def view(self, port: int = 0) -> None:
+        """Shows the answers in the web viewer; prints its address, and serves until interrupted.
+
+        Args:
+            port: the port on this machine; 0 takes a free one.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "answers.jsonl")
+            self.save(path)
+            collection = Collection()
+            collection.add(path, "answers", self.method)
+            opening.serve(collection, None, "127.0.0.1", port, [], allow_urls=False)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the answers to `path` as JSON lines, a record of `tda.results` each."""

@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from tda import methods
-from tda.answers import Answer, RankedPassage, TraceResult
+from tda.answers import TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import checks, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
+from tda.index import Index, parse_names
+from tda.methods import METHODS
 from tda.model import pretrained
-from tda.retrieval import exact
-from tda.retrieval.whitening import HessianSettings, Whitening, describe_regularisation
-from tda.runtime import compilation_cache, progress
+from tda.runtime import compilation_cache
 
-__all__ = ["load", "trace"]
+__all__ = ["encode", "load", "trace"]
 
 
 def load(
@@ -134,8 +132,86 @@ def trace(
             and says what to do.
         KeyError: `scales` lacks a parameter.
     """
+    options = dict(
+        tokenizer=tokenizer,
+        loss=loss,
+        correction=correction,
+        scales=scales,
+        projection=projection,
+        context=context,
+        tokens_per_batch=tokens_per_batch,
+        include=include,
+        exclude=exclude,
+        untapped=untapped,
+        texts=texts,
+        text_field=text_field,
+        id_field=id_field,
+        sample=sample,
+        seed=seed,
+        directory=directory,
+        mesh=mesh,
+        quiet=quiet,
+    )
     if not isinstance(method, str):
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
+    checks.check_question(k, damping, joiner)
+    # Queries are looked at first: what is wrong with them is told before the corpus is encoded.
+    return _open(model, passages, method, **options).query(queries, method, k, damping, joiner)
+
+
+def encode(
+    model: nnx.Module,
+    passages: str | os.PathLike | Iterable,
+    *,
+    method: str | Sequence[str] = "trackstar_train",
+    **options: Any,
+) -> Index:
+    """Computes the gradients of passages once, to ask many questions of them.
+
+    index = tda.encode(model, "corpus.jsonl", tokenizer=tokenizer, directory="gradients")
+    print(index.query([("Paris lies in", "France")]))
+
+    Args:
+        model, passages: as for `trace`.
+        method: the methods that will be asked, by which gradients are computed now. A method of
+            other gradients can be asked too: they are computed then.
+        **options: tokenizer, loss, correction, scales, projection, context, tokens_per_batch,
+            include, exclude, untapped, texts, text_field, id_field, sample, seed, directory, mesh
+            and quiet, as for `trace`.
+
+    Raises:
+        ValueError, KeyError: as for `trace`.
+    """
+    index = _open(model, passages, method, **options)
+    index.encode()
+    return index
+
+
+def _open(
+    model: nnx.Module,
+    passages: str | os.PathLike | Iterable,
+    method: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    loss: str | Callable = "loss",
+    correction: str | None = None,
+    scales: dict[str, Scale] | SecondMoments | None = None,
+    projection: Projection | None = None,
+    context: int | None = None,
+    tokens_per_batch: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    untapped: str = "leave",
+    texts: Sequence[str] | None = None,
+    text_field: str | None = None,
+    id_field: str | None = None,
+    sample: int | None = None,
+    seed: int | None = None,
+    directory: str | os.PathLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    quiet: bool = False,
+) -> Index:
+    """Returns an index that has computed nothing yet; arguments as for `trace`."""
     for name, place in (
         ("directory", directory),
         ("text_field", text_field),
@@ -147,31 +223,26 @@ def trace(
             raise ValueError(f"{name}='' is empty; give a name, or leave it out")
     if directory is not None and os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"directory={os.fspath(directory)!r} is a file; give a directory")
-    parsed = methods.parse(method)
-    if len(parsed) != 1 or not parsed[method].is_plain:
-        names = [n for n, m in methods.METHODS.items() if m.is_plain]
-        raise ValueError(f"method={method!r} is not one of {', '.join(names)}")
+    names = parse_names(method)
     optional: dict[str, Any] = dict(
         correction=correction,
         scales=scales,
         sample=sample,
         seed=seed,
-        damping=None if damping == -1 else damping,
         context=context,
         tokens_per_batch=tokens_per_batch,
         texts=texts,
         text_field=text_field,
         id_field=id_field,
-        joiner=joiner,
         directory=directory,
     )
     arguments = {name: x for name, x in optional.items() if x is not None}
-    idle_arguments.check(method, arguments, passages, has_tokenizer=tokenizer is not None)
+    idle_arguments.check(names, arguments, passages, has_tokenizer=tokenizer is not None)
     compilation_cache.use()
     settings = TraceSettings(
         model=model,
         loss=loss,
-        method=parsed[method],
+        corrected=any(METHODS[name].corrected for name in names),
         moments=MomentSettings(
             "factored" if correction is None else correction,
             scales,
@@ -184,55 +255,15 @@ def trace(
         mesh=mesh,
         quiet=quiet,
     )
-    checks.check_settings(settings, k, damping)
     if tokenizer is None:
-        gradients = inputs.encode_batches(settings, passages, queries, texts)
-    else:
-        tokenizer = PretrainedTokenizer.wrap(tokenizer)
-        reading = TextSettings(
-            tokenizer=tokenizer,
-            context=512 if context is None else context,
-            joiner=joiner,
-            text_field=text_field,
-            id_field=id_field,
-            directory=None if directory is None else pathlib.Path(directory),
-        )
-        gradients = inputs.encode_texts(settings, reading, passages, queries)
-    return _rank(settings, gradients, k, damping)
-
-
-def _rank(
-    settings: TraceSettings, gradients: inputs.TraceGradients, k: int, damping: float
-) -> TraceResult:
-    queries_QxE, source, method = gradients.gradients_QxE, gradients.source, settings.method
-    whitening = Whitening(
-        HessianSettings(damping=damping), source, queries_QxE, settings.mesh, quiet=settings.quiet
+        batches = inputs.BatchCorpus(passages, texts)
+        return Index(settings, lambda s: inputs.BatchInputs(s, batches), False, names)
+    reading = TextSettings(
+        tokenizer=PretrainedTokenizer.wrap(tokenizer),
+        context=512 if context is None else context,
+        text_field=text_field,
+        id_field=id_field,
+        directory=None if directory is None else pathlib.Path(directory),
     )
-    (part,) = whitening.parts({"": method})
-    note = whitening.note(method)
-    if note is not None and not settings.quiet:
-        print(f"R of {source.rows:,d} passages: {describe_regularisation(note)}")
-    with progress.bar(source.rows, "search", "passage", quiet=settings.quiet) as bar:
-        search = exact.ExactSearch(source, settings.mesh, bar.update)
-        ranked = search.rank(queries_QxE, part.scorers, k)[""]
-
-    def passages(rows: np.ndarray, scores: np.ndarray) -> tuple[RankedPassage, ...]:
-        return tuple(
-            RankedPassage(name, float(score), text)
-            for row, score in zip(rows, scores, strict=True)
-            for name, text in [gradients.passage_of(int(row))]
-        )
-
-    return TraceResult(
-        method.title,
-        [
-            Answer(
-                query.id,
-                query.prompt,
-                query.target,
-                passages(ranked.proponents[q], ranked.proponent_scores[q]),
-                passages(ranked.opponents[q], ranked.opponent_scores[q]),
-            )
-            for q, query in enumerate(gradients.queries)
-        ],
-    )
+    corpus = inputs.TextCorpus(passages, reading, quiet)
+    return Index(settings, lambda s: inputs.TextInputs(s, corpus), True, names)

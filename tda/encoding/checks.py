@@ -20,20 +20,20 @@ from tda.gradients.encoder import check_blocks
 from tda.gradients.moments.second_moments import check_full, parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
+from tda.methods import Method
 from tda.model import functional
 
 # With fewer queries than this, the mixture removes each query's own direction.
 _FEWEST_QUERIES = 16
 
 
-def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
-    """Checks the arguments of `tda.trace` that need no data.
+def check_settings(settings: TraceSettings) -> None:
+    """Checks the arguments that need no data and decide the gradients.
 
     Raises:
         ValueError: an argument is out of range, or of another type; the message names it.
     """
     check_model(settings.model)
-    check_count("k", k)
     check_count("tokens_per_batch", settings.tokens_per_batch)
     check_count("sample", settings.moments.sample)
     seed = settings.moments.seed
@@ -41,11 +41,6 @@ def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
         raise ValueError(f"seed={seed!r}; give a whole number from 0 on")
     if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
         raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
-    is_number = isinstance(damping, numbers.Real) and math.isfinite(damping)
-    if not is_number or (damping < 0 and damping != -1):  # -1, the default, shrinks R
-        raise ValueError(
-            f"damping={damping!r}; give a number from 0 on, such as 1e-3, or leave it out"
-        )
     if not isinstance(settings.projection, Projection):
         raise ValueError(
             f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"
@@ -61,6 +56,22 @@ def check_settings(settings: TraceSettings, k: Any, damping: Any) -> None:
             raise ValueError(
                 f"{name}={settings.scope[name]!r} is not a regular expression ({error})"
             ) from error
+
+
+def check_question(k: Any, damping: Any, joiner: Any) -> None:
+    """Checks the arguments of a question that need no data.
+
+    Raises:
+        ValueError: an argument is out of range, or of another type; the message names it.
+    """
+    check_count("k", k)
+    is_number = isinstance(damping, numbers.Real) and math.isfinite(damping)
+    if not is_number or (damping < 0 and damping != -1):  # -1, the default, shrinks R
+        raise ValueError(
+            f"damping={damping!r}; give a number from 0 on, such as 1e-3, or leave it out"
+        )
+    if not (joiner is None or isinstance(joiner, str)):
+        raise ValueError(f"joiner={joiner!r}; give a string, such as ' ' or ''")
 
 
 def check_model(model: Any) -> None:
@@ -98,7 +109,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_queries(settings: TraceSettings, count: int) -> None:
+def check_queries(method: Method, count: int) -> None:
     """Checks that there are queries enough for the method.
 
     Raises:
@@ -106,7 +117,7 @@ def check_queries(settings: TraceSettings, count: int) -> None:
     """
     if not count:
         raise ValueError("there are no queries")
-    if settings.method.hessian == "mixed" and count < _FEWEST_QUERIES:
+    if method.hessian == "mixed" and count < _FEWEST_QUERIES:
         raise ValueError(
             f"R of {count} queries holds little but their own gradients, and mixing it in would "
             "remove what they ask for; use method='trackstar_train' below "
@@ -121,8 +132,6 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
         ValueError: they do not.
     """
     check_count("context", reading.context)
-    if not (reading.joiner is None or isinstance(reading.joiner, str)):
-        raise ValueError(f"joiner={reading.joiner!r}; give a string, such as ' ' or ''")
     positions = getattr(settings.model, "max_positions", 0)
     if positions and reading.context > positions:
         raise ValueError(

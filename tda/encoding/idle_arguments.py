@@ -1,4 +1,4 @@
-"""Refuses arguments of `tda.trace` that would have no effect beside the others."""
+"""Refuses arguments of `tda.encode` and `tda.trace` that would have no effect beside the others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +12,31 @@ _MOMENTS = ("scales", "correction", "sample", "seed")
 _READING = ("context", "tokens_per_batch", "text_field", "id_field", "joiner", "directory")
 
 
-def check(name: str, arguments: dict[str, Any], passages: Any, has_tokenizer: bool) -> None:
+def check(
+    names: Sequence[str], arguments: dict[str, Any], passages: Any, has_tokenizer: bool
+) -> None:
     """Checks that every argument that the caller gave has an effect.
 
     Args:
-        name: the method's name.
-        arguments: the optional arguments of `tda.trace` that the caller gave, by name.
+        names: the methods' names.
+        arguments: the optional arguments that the caller gave, by name.
         passages: the passages, as `tda.trace` takes them.
         has_tokenizer: whether there is a tokenizer.
 
     Raises:
         ValueError: one has no effect; the message names it, and why.
     """
-    method = methods.METHODS[name]
+    chosen = [methods.METHODS[name] for name in names]
+    described = f"method={', '.join(names)!r}"
     if "correction" in arguments:
         parse_correction(arguments["correction"])
     is_iterator = not has_tokenizer and not isinstance(passages, Sequence)
     # Whether it holds, the arguments that then have no effect, why, and what to do.
     rules: list[tuple[bool, tuple[str, ...], str, str]] = [
         (
-            not method.corrected,
+            not any(m.corrected for m in chosen),
             _MOMENTS,
-            f"with method={name!r}, whose gradients are not corrected",
+            f"with {described}, whose gradients are not corrected",
             "leave it out, or use a corrected method such as 'trackstar_train' or 'exp3'",
         ),
         (
@@ -49,9 +52,9 @@ def check(name: str, arguments: dict[str, Any], passages: Any, has_tokenizer: bo
             "leave it out",
         ),
         (
-            method.hessian == "none",
+            all(m.hessian == "none" for m in chosen),
             ("damping",),
-            f"with method={name!r}, which has no R",
+            f"with {described}, which has no R",
             "leave it out, or use a method with R such as 'trackstar_train' or 'exp4'",
         ),
         (

@@ -5,7 +5,9 @@ a store (with a directory) or memory (without). Batches of the user's own arrays
 stay in memory.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -23,12 +25,12 @@ from tda.encoding import checks, layouts, loss_identity
 from tda.encoding import provenance as provenances
 from tda.encoding import table as encoding
 from tda.encoding.settings import TextSettings, TraceSettings
-from tda.gradients import per_example
-from tda.gradients import projection as projections
 from tda.gradients.encoder import Encoder, make_encoder
+from tda.gradients.examples import encode_each
 from tda.gradients.moments import kept_scales
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.unseen import count_examples
+from tda.methods import Method
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import processes, progress
 from tda.runtime.directory_lock import DirectoryLock
@@ -43,88 +45,148 @@ _MOST_SHARDS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TraceGradients:
-    """Gradients of passages and queries, with their texts."""
+class EncodedQueries:
+    """Queries with their gradients."""
 
-    source: Source
-    """The passages' gradients."""
-    gradients_QxE: np.ndarray
-    """The queries' gradients, float32."""
-    passage_of: Callable[[int], tuple[str, str]]
-    """Maps a row to the id and the text of its passage."""
     queries: list[Query]
-    """The queries, in order; without texts if they are batches."""
+    """In order; without texts if they are batches."""
+    gradients_QxE: np.ndarray
+    """float32."""
 
 
-def encode_batches(settings: TraceSettings, passages, queries, texts) -> TraceGradients:
-    """Encodes batches of arrays in memory.
+class BatchCorpus:
+    """Passages that are batches of arrays.
+
+    Args:
+        passages: an iterable of batches, trees of arrays with the examples first.
+        texts: their texts, to show; None if there are none.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+
+    def __init__(self, passages, texts: Sequence[str] | None):
+        checks.check_batches("passages", passages)
+        if isinstance(texts, str):
+            raise ValueError("texts is a single string; give a list of the passages' texts")
+        self.texts = texts
+        # A list is looked at as a whole; of others, which may be read from disk as they are asked
+        # for, the first batch now, and each when it comes.
+        self.is_list = isinstance(passages, list | tuple)
+        if self.is_list:
+            self.first = passages
+        elif isinstance(passages, Sequence):
+            self.first = [passages[0]] if len(passages) else []
+        else:
+            passages = iter(passages)
+            self.first = list(itertools.islice(passages, 1))
+            passages = itertools.chain(self.first, passages)
+        if not self.first:
+            raise ValueError("there are no passages: the iterable of batches is empty")
+        self._batches = passages
+
+    def read(self) -> Iterable:
+        """Returns all batches.
+
+        Raises:
+            ValueError: they came from an iterator, and were read before.
+        """
+        batches = self._batches
+        if batches is None:
+            raise ValueError(
+                "the passages are an iterator of batches, which was read for other gradients: give "
+                "a list of batches, or all methods at once"
+            )
+        if not isinstance(batches, Sequence):
+            self._batches = None
+        return batches
+
+    def sample(self, count: int, seed: int) -> list:
+        """Returns batches to estimate second moments from."""
+        if isinstance(self._batches, Sequence):
+            rng = np.random.default_rng(seed)
+            total = len(self._batches)
+            drawn = np.sort(rng.choice(total, min(count, total), replace=False))
+            return [self._batches[i] for i in drawn]
+        # An iterator can be read once only: its first batches are the sample.
+        batches = iter(self.read())
+        first = list(itertools.islice(batches, count))
+        self._batches = itertools.chain(first, batches)
+        return first
+
+
+class BatchInputs:
+    """The gradients of batches of arrays, in memory, each computed when it is first needed.
 
     Args:
         settings: the arguments of `tda.trace`.
-        passages, queries: iterables of batches, trees of arrays with the examples first.
-        texts: the passages' texts, to show; None if there are none.
+        corpus: the passages.
 
     Raises:
-        ValueError: there are no batches, or another number of texts than passages.
+        ValueError: a batch is none, or does not fit the loss.
     """
-    for label, batches in (("passages", passages), ("queries", queries)):
-        checks.check_batches(label, batches)
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string; give a list of the passages' texts")
-    queries = list(queries)
-    # A list is looked at as a whole; of others, which may be read from disk as they are asked for,
-    # the first batch now, and each when it comes.
-    if isinstance(passages, list | tuple):
-        first = passages
-    elif isinstance(passages, Sequence):
-        first = [passages[0]] if len(passages) else []
-    else:
-        passages = iter(passages)
-        first = list(itertools.islice(passages, 1))
-        passages = itertools.chain(first, passages)
-    for label, batches in (("passages", first), ("queries", queries)):
-        if not batches:
-            raise ValueError(f"there are no {label}: the iterable of batches is empty")
-        for _ in _checked(batches, settings, label):
-            pass
-    checks.check_queries(settings, sum(map(count_examples, queries)))
-    settings.print_coverage()
-    sample, passages = _sample_batches(passages, settings)
-    scales = settings.known_scales()
-    if settings.needs_estimate:
-        sample = _checked(sample, settings, "the sample of passages")
-        scales = settings.estimate_scales(sample)
 
-    def encode(batches, description):
-        encoded = []
-        with progress.bar(None, description, "example", quiet=settings.quiet) as bar:
-            for x_BxE in per_example(
-                settings.model,
-                settings.example_losses,
-                batches,
-                settings.projection,
-                scales,
-                **settings.scope,
-                tell=False,
-            ):
+    def __init__(self, settings: TraceSettings, corpus: BatchCorpus):
+        self.settings, self.corpus = settings, corpus
+        for _ in _checked(corpus.first, settings, "passages"):
+            pass
+
+    def encode_queries(self, queries, method: Method, joiner: str | None) -> EncodedQueries:
+        """Encodes batches of queries; `joiner` is for texts."""
+        checks.check_batches("queries", queries)
+        queries = list(queries)
+        if not queries:
+            raise ValueError("there are no queries: the iterable of batches is empty")
+        for _ in _checked(queries, self.settings, "queries"):
+            pass
+        checks.check_queries(method, sum(map(count_examples, queries)))
+        gradients_QxE = self._encode(queries, "encode queries")
+        names = list(map(str, range(len(gradients_QxE))))
+        checks.check_query_gradients(gradients_QxE, names)
+        return EncodedQueries([Query(name, "", "") for name in names], gradients_QxE)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of the batches."""
+        settings = self.settings
+        settings.print_coverage()
+        scales = settings.known_scales()
+        if settings.needs_estimate:
+            sample = self.corpus.sample(settings.moments.sample, settings.moments.seed)
+            scales = settings.estimate_scales(_checked(sample, settings, "the sample of passages"))
+        return make_encoder(
+            settings.model,
+            settings.projection,
+            scales,
+            settings.example_losses,
+            **settings.scope,
+            tell=False,
+        )
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The passages' gradients."""
+        encoder, batches = self.encoder, self.corpus.read()
+        if not self.corpus.is_list:
+            batches = _checked(batches, self.settings, "passages")
+        gradients_CxE = self._encode(batches, "encode passages")
+        texts = self.corpus.texts
+        if texts is not None and len(texts) != len(gradients_CxE):
+            raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
+        return _in_memory(gradients_CxE, encoder.layout.slices)
+
+    def passage_of(self, row: int) -> tuple[str, str]:
+        """Returns the id and the text of a row's passage."""
+        texts = self.corpus.texts
+        return str(row), "" if texts is None else texts[row]
+
+    def _encode(self, batches, description: str) -> np.ndarray:
+        encoder, encoded = self.encoder, []
+        with progress.bar(None, description, "example", quiet=self.settings.quiet) as bar:
+            for x_BxE in encode_each(encoder, batches):
                 encoded.append(x_BxE)
                 bar.update(len(x_BxE))
         return np.concatenate(encoded)
-
-    gradients_QxE = encode(queries, "encode queries")
-    checks.check_query_gradients(gradients_QxE, list(map(str, range(len(gradients_QxE)))))
-    if passages is not first:
-        passages = _checked(passages, settings, "passages")
-    gradients_CxE = encode(passages, "encode passages")
-    if texts is not None and len(texts) != len(gradients_CxE):
-        raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
-    layout = projections.layout(settings.sites(), settings.projection)
-    return TraceGradients(
-        _in_memory(gradients_CxE, layout.slices),
-        gradients_QxE,
-        lambda row: (str(row), "" if texts is None else texts[row]),
-        [Query(str(i), "", "") for i in range(len(gradients_QxE))],
-    )
 
 
 def _checked(batches: Iterable, settings: TraceSettings, label: str) -> Iterator:
@@ -135,131 +197,191 @@ def _checked(batches: Iterable, settings: TraceSettings, label: str) -> Iterator
         yield batch
 
 
-def _sample_batches(batches, settings: TraceSettings) -> tuple[list, Iterable]:
-    """Returns batches to estimate second moments from, and all batches."""
-    if not settings.needs_estimate:
-        return [], batches
-    count = settings.moments.sample
-    if isinstance(batches, Sequence):
-        rng = np.random.default_rng(settings.moments.seed)
-        drawn = np.sort(rng.choice(len(batches), min(count, len(batches)), replace=False))
-        return [batches[i] for i in drawn], batches
-    # An iterator can be read once only: its first batches are the sample.
-    batches = iter(batches)
-    first = list(itertools.islice(batches, count))
-    return first, itertools.chain(first, batches)
-
-
 def _in_memory(gradients_CxE: np.ndarray, slices) -> InMemory:
     # Infinite rows are never retrieved.
     gradients_CxE[~np.isfinite(gradients_CxE).all(axis=1)] = np.inf
     return InMemory(gradients_CxE, slices)
 
 
-def encode_texts(
-    settings: TraceSettings, reading: TextSettings, passages, queries
-) -> TraceGradients:
-    """Encodes texts into a store in `reading.directory`, or in memory.
+class TextCorpus:
+    """Passages that are texts, tokenised when they are first needed.
 
-    Of several calls with one directory, in whatever processes, one works and the others wait; what
-    they have in common they then find finished.
+    Args:
+        passages: as `tda.trace` takes them.
+        reading: how they are read.
+        quiet: whether no progress is shown.
+    """
+
+    def __init__(self, passages, reading: TextSettings, quiet: bool):
+        self._passages, self.reading, self._quiet = passages, reading, quiet
+
+    @functools.cached_property
+    def table(self) -> TokenTable:
+        """The passages' tokens."""
+        with self.holding():
+            return _tokenise(self._passages, self.reading, self._quiet)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Holds the directory, if there is one.
+
+        Of several calls with one directory, in whatever processes, one works and the others wait;
+        what they have in common they then find finished.
+        """
+        directory = self.reading.directory
+        if directory is None:
+            yield
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock(directory, f"directory={directory}")
+        processes.on_first_process("hold the directory", lock.wait)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class TextInputs:
+    """The gradients of texts, in the corpus's directory or in memory, computed when first needed.
 
     Args:
         settings: the arguments of `tda.trace`.
-        reading: how texts are read.
-        passages, queries: as `tda.trace` takes them.
+        corpus: the passages.
 
     Raises:
-        ValueError: tokenizer and model differ in tokens, a query does not fit, the gradients do not
-            fit in memory, or `directory` holds other gradients.
+        ValueError: tokenizer, context, model and loss do not fit each other.
     """
-    checks.check_reading(settings, reading)
-    if reading.directory is None:
-        return _encode_texts(settings, reading, passages, queries)
-    reading.directory.mkdir(parents=True, exist_ok=True)
-    lock = DirectoryLock(reading.directory, f"directory={reading.directory}")
-    processes.on_first_process("hold the directory", lock.wait)
-    try:
-        return _encode_texts(settings, reading, passages, queries)
-    finally:
-        lock.release()
 
+    def __init__(self, settings: TraceSettings, corpus: TextCorpus):
+        self.settings, self.corpus = settings, corpus
+        checks.check_reading(settings, corpus.reading)
+        self._prompt_layouts: list[BatchLayout] = []
 
-def _encode_texts(
-    settings: TraceSettings, reading: TextSettings, passages, queries
-) -> TraceGradients:
-    tokenizer, directory = reading.tokenizer, reading.directory
-    queries = parse_queries(queries)
-    checks.check_queries(settings, len(queries))
-    settings.print_coverage()
-    if reading.joiner is not None and all(q.tokens is not None for q in queries):
-        raise ValueError(
-            f"joiner={reading.joiner!r} has no effect: every query has token ids, which are taken "
-            "as they are; leave it out"
+    def encode_queries(self, queries, method: Method, joiner: str | None) -> EncodedQueries:
+        """Encodes queries.
+
+        Args:
+            queries: as `tda.trace` takes them.
+            method: the method that needs them.
+            joiner: what stands between prompt and target; None: `tda.data.joining.choose_joiner`.
+
+        Raises:
+            ValueError: a query does not fit, the corpus does not fit the model, or the directory
+                holds other gradients.
+        """
+        settings, reading = self.settings, self.corpus.reading
+        queries = parse_queries(queries)
+        checks.check_queries(method, len(queries))
+        if joiner is not None and all(q.tokens is not None for q in queries):
+            raise ValueError(
+                f"joiner={joiner!r} has no effect: every query has token ids, which are taken "
+                "as they are; leave it out"
+            )
+        prompts = tokens.tokenise_queries(queries, reading.tokenizer, reading.context, joiner)
+        checks.check_token_ids(settings, prompts, "queries")
+        encoder, layout = self.encoder, self._layout_of(prompts)
+        gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
+        checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
+        return EncodedQueries(queries, gradients_QxE)
+
+    def _layout_of(self, prompts: TokenTable) -> BatchLayout:
+        """Returns a layout for prompts: that of earlier ones if they fit: nothing is compiled."""
+        longest = int(prompts.lengths.max()) - 1
+        for layout in self._prompt_layouts:
+            if longest <= layout.bucket_lengths[-1]:
+                return layout
+        layout = layouts.make_layout(self.settings, prompts, self.corpus.reading.tokenizer.pad)
+        # A few prompts would fill only a corner of a batch that is padded to the size for passages.
+        needed = len(prompts) * (longest + 1)
+        layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
+        self._prompt_layouts.append(layout)
+        return layout
+
+    @functools.cached_property
+    def _layout(self) -> BatchLayout:
+        pad = self.corpus.reading.tokenizer.pad
+        return layouts.make_layout(self.settings, self.corpus.table, pad)
+
+    @functools.cached_property
+    def _directory(self) -> pathlib.Path | None:
+        """The folder of these gradients: every correction has its own; the tokens are shared."""
+        if (directory := self.corpus.reading.directory) is None:
+            return None
+        scales = self.settings.known_scales()
+        return directory / provenances.name_correction(self.settings, scales)
+
+    @functools.cached_property
+    def _provenance(self) -> dict:
+        return provenances.describe_gradients(self.settings, self._directory)
+
+    @functools.cached_property
+    def _scales(self) -> dict[str, Scale] | None:
+        settings, table = self.settings, self.corpus.table
+        if not settings.needs_estimate:
+            return settings.known_scales()
+        if self._directory is None:
+            return _load_or_estimate_scales(settings, table, self._layout, None, {})
+        with self.corpus.holding():
+            return _load_or_estimate_scales(
+                settings, table, self._layout, self._directory, self._provenance
+            )
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of queries and passages."""
+        settings, directory = self.settings, self._directory
+        settings.print_coverage()
+        checks.check_token_ids(settings, self.corpus.table, "passages")
+        if directory is not None and (directory / "gradients" / "manifest.json").exists():
+            # Refuses another model's store before second moments are estimated again.
+            stores.open_store(directory / "gradients", self._provenance)
+        return make_encoder(
+            settings.model,
+            settings.projection,
+            self._scales,
+            settings.loss,
+            **settings.scope,
+            mesh=settings.mesh,
+            tell=False,
         )
-    prompts = tokens.tokenise_queries(queries, tokenizer, reading.context, reading.joiner)
-    checks.check_token_ids(settings, prompts, "queries")
-    table = _tokenise(passages, reading, settings.quiet)
-    checks.check_token_ids(settings, table, "passages")
-    layout = layouts.make_layout(settings, table, tokenizer.pad)
-    scales = settings.known_scales()
-    if directory is not None:
-        # Every correction has its own gradients; the tokens are shared.
-        directory = directory / provenances.name_correction(settings, scales)
-    provenance = None if directory is None else provenances.describe_gradients(settings, directory)
-    if directory is not None and (directory / "gradients" / "manifest.json").exists():
-        # Refuses another model's store before second moments are estimated again.
-        stores.open_store(directory / "gradients", provenance)
-    if settings.needs_estimate:
-        scales = _load_or_estimate_scales(settings, table, layout, directory, provenance)
-    encoder = make_encoder(
-        settings.model,
-        settings.projection,
-        scales,
-        settings.loss,
-        **settings.scope,
-        mesh=settings.mesh,
-        tell=False,
-    )
-    prompt_layout = layouts.make_layout(settings, prompts, tokenizer.pad)
-    gradients_QxE = _encode_prompts(encoder, prompts, prompt_layout)
-    checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
-    texts = PassageTexts(table, tokenizer)
-    if directory is None:
-        source = _encode_in_memory(encoder, table, layout, settings.quiet)
-        return TraceGradients(
-            source, gradients_QxE, lambda row: (table.ids[row], texts[row]), queries
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The passages' gradients."""
+        encoder, table = self.encoder, self.corpus.table
+        if self._directory is None:
+            return _encode_in_memory(encoder, table, self._layout, self.settings.quiet)
+        with self.corpus.holding():
+            return self._fill_store(encoder, table, self._directory)
+
+    def _fill_store(
+        self, encoder: Encoder, table: TokenTable, directory: pathlib.Path
+    ) -> stores.GradientStore:
+        settings, tokenizer = self.settings, self.corpus.reading.tokenizer
+        provenance = self._provenance | provenances.describe_correction(settings, self._scales)
+        store = stores.create(
+            directory / "gradients",
+            table.ids,
+            dict.fromkeys(encoder.layout.blocks, settings.projection.side**2),
+            provenance | {"tokenizer": tokenizer.fingerprint()},
+            shard_bytes=_shard_bytes(table, encoder.layout.width),
+            documents=table.documents,
+            texts=PassageTexts(table, tokenizer),
+            corpus=table.fingerprint(),
         )
-    provenance |= provenances.describe_correction(settings, scales) | {
-        "tokenizer": tokenizer.fingerprint()
-    }
-    store = stores.create(
-        directory / "gradients",
-        table.ids,
-        dict.fromkeys(encoder.layout.blocks, settings.projection.side**2),
-        provenance,
-        shard_bytes=_shard_bytes(table, encoder.layout.width),
-        documents=table.documents,
-        texts=texts,
-        corpus=table.fingerprint(),
-    )
-    if len(store.missing()) == len(store.shards()):
-        _check_longest_passage(encoder, table, layout)
-    loss_identity.save(provenance["loss"], directory)
-    encoding.fill_store(store, encoder, table, layout, "encode passages", settings.quiet)
+        if len(store.missing()) == len(store.shards()):
+            _check_longest_passage(encoder, table, self._layout)
+        loss_identity.save(provenance["loss"], directory)
+        encoding.fill_store(store, encoder, table, self._layout, "encode passages", settings.quiet)
+        return store
 
-    def passage_of(row):
-        (passage,) = store.passages([row])
-        return passage.id, passage.text
-
-    return TraceGradients(store, gradients_QxE, passage_of, queries)
-
-
-def _encode_prompts(encoder: Encoder, prompts: TokenTable, layout: BatchLayout) -> np.ndarray:
-    # A few prompts would fill only a corner of a batch that is padded to the size for passages.
-    needed = len(prompts) * int(prompts.lengths.max())
-    layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
-    return encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
+    def passage_of(self, row: int) -> tuple[str, str]:
+        """Returns the id and the text of a row's passage."""
+        if isinstance(self.source, stores.GradientStore):
+            (passage,) = self.source.passages([row])
+            return passage.id, passage.text
+        table = self.corpus.table
+        return table.ids[row], PassageTexts(table, self.corpus.reading.tokenizer)[row]
 
 
 def _check_longest_passage(encoder: Encoder, table: TokenTable, layout: BatchLayout) -> None:

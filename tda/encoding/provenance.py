@@ -32,7 +32,7 @@ def describe_gradients(settings: TraceSettings, directory: pathlib.Path) -> dict
 
 def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
     """Returns the name of the folder for gradients of one correction, with 1/√V if it is known."""
-    if not settings.method.corrected:
+    if not settings.corrected:
         return "uncorrected"
     moments = settings.moments
     if settings.needs_estimate:

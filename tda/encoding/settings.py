@@ -9,7 +9,6 @@ import jax
 from flax import nnx
 
 from tda import loss as losses
-from tda import methods
 from tda.gradients import sites
 from tda.gradients.moments import estimate
 from tda.gradients.moments.second_moments import Scale, SecondMoments
@@ -40,8 +39,6 @@ class TextSettings:
     """The model's tokenizer, with the methods of `PretrainedTokenizer`."""
     context: int
     """The most positions of a passage, and of a query."""
-    joiner: str | None
-    """What stands between prompt and target; None: `tda.data.joining.choose_joiner`."""
     text_field: str | None
     """The field of a passage's text, in rows with named fields; None: "text"."""
     id_field: str | None
@@ -58,8 +55,8 @@ class TraceSettings:
     """The model whose gradients are taken."""
     loss: str | Callable
     """A name of `tda.loss.output`, or a function of the model and a batch to [B]."""
-    method: methods.Method
-    """What ranks the passages; says whether gradients are corrected."""
+    corrected: bool
+    """Whether gradients are divided by the root of the optimizer's second moments."""
     moments: MomentSettings
     """The second moments that gradients are corrected by."""
     projection: Projection
@@ -76,7 +73,7 @@ class TraceSettings:
     @property
     def needs_estimate(self) -> bool:
         """Whether second moments are estimated from the passages."""
-        return self.method.corrected and self.moments.scales is None
+        return self.corrected and self.moments.scales is None
 
     @property
     def parameter_count(self) -> int:
@@ -105,7 +102,7 @@ class TraceSettings:
 
     def known_scales(self) -> dict[str, Scale] | None:
         """Returns the given 1/√V by path; None for raw gradients, and where it is estimated."""
-        if not self.method.corrected or self.moments.scales is None:
+        if not self.corrected or self.moments.scales is None:
             return None
         if isinstance(self.moments.scales, SecondMoments):
             return self.moments.scales.scales(self.sites(), self.moments.correction)

@@ -67,7 +67,7 @@ def per_example(
     encoder = make_encoder(
         model, projection, scales, checked, include, exclude, untapped, tell=tell
     )
-    return _each(encoder, batches)
+    return encode_each(encoder, batches)
 
 
 def name_missing_part(error: Exception, batch: Any, label: str = "a batch") -> None:
@@ -111,7 +111,8 @@ def left_out(
     return sites.left_out(model, sites.find_sites(model, include, exclude, untapped))
 
 
-def _each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:
+def encode_each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:
+    """Yields the gradients of each batch, float32 [B, E]."""
     before = None
     for batch in batches:
         count_examples(batch)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -168,6 +169,15 @@ class Whitening:
     def scorer(self, method: Method, number: int | None) -> Scorer:
         """Returns how a method scores passages for one query; `number` as in `parts`."""
         return self._scorer(method, self._kind(method, number))
+
+    def of_queries(self, queries_QxE: np.ndarray) -> "Whitening":
+        """Returns the same R of the passages beside R of other queries."""
+        other = copy.copy(self)
+        other._queries = queries_QxE
+        other._roots = {k: r for k, r in self._roots.items() if k in ("none", "train")}
+        other.notes = {k: n for k, n in self.notes.items() if k == "train"}
+        other.spectra = {k: s for k, s in self.spectra.items() if k == "train"}
+        return other
 
     def train_roots(self) -> list[np.ndarray]:
         """R_train^(−1/2) by block, float32."""

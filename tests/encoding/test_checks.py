@@ -59,7 +59,7 @@ def nothing_is_encoded(monkeypatch):
         raise AssertionError("something was encoded or estimated")
 
     monkeypatch.setattr(encoding, "encode_kinds", refuse)
-    monkeypatch.setattr(inputs, "per_example", refuse)
+    monkeypatch.setattr(inputs, "encode_each", refuse)
     monkeypatch.setattr(estimate, "estimate", refuse)
 
 

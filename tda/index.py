@@ -1,0 +1,219 @@
+"""Passages whose gradients are computed once, to be asked again and again."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import overload
+
+import numpy as np
+
+from tda import methods
+from tda.answers import Answer, RankedPassage, TraceResult
+from tda.encoding import checks, idle_arguments
+from tda.encoding.inputs import BatchInputs, EncodedQueries, TextInputs
+from tda.encoding.settings import TraceSettings
+from tda.methods import METHODS, Method
+from tda.retrieval.exact import ExactSearch
+from tda.retrieval.ranked import Ranked
+from tda.retrieval.sources import Source
+from tda.retrieval.whitening import HessianSettings, Whitening, describe_regularisation
+from tda.runtime import progress
+
+# Gradients of so many bytes stay on the device between questions.
+_HELD_BYTES = 1 << 30
+
+
+class Index:
+    """The gradients of a corpus by one model. Returned by `tda.encode`.
+
+    Gradients with the optimizer's correction and gradients without it are two kinds. Each is
+    computed when a method first needs it, and then serves all methods of its kind; so do R and the
+    compiled programs, so that a second question takes a fraction of the first one's time.
+
+    Args:
+        settings: the arguments of `tda.encode`.
+        make_inputs: makes the gradients of given settings.
+        has_tokenizer: whether queries are texts.
+        names: the methods that are asked by default.
+    """
+
+    def __init__(
+        self,
+        settings: TraceSettings,
+        make_inputs: Callable[[TraceSettings], TextInputs | BatchInputs],
+        has_tokenizer: bool,
+        names: Sequence[str],
+    ):
+        checks.check_settings(settings)
+        self._settings, self._make_inputs = settings, make_inputs
+        self._has_tokenizer, self._names = has_tokenizer, tuple(names)
+        self._kinds: dict[bool, _Kind] = {}
+
+    def encode(self) -> None:
+        """Computes the gradients that the methods by default need."""
+        for name in self._names:
+            self._kind(METHODS[name]).hold()
+
+    @overload
+    def query(
+        self,
+        queries: Iterable,
+        method: str | None = None,
+        k: int = 10,
+        damping: float = -1.0,
+        joiner: str | None = None,
+    ) -> TraceResult: ...
+
+    @overload
+    def query(
+        self,
+        queries: Iterable,
+        method: list[str] | tuple[str, ...],
+        k: int = 10,
+        damping: float = -1.0,
+        joiner: str | None = None,
+    ) -> dict[str, TraceResult]: ...
+
+    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None):
+        """Finds the passages that made the model say something.
+
+        Args:
+            queries, k, damping, joiner: as for `tda.trace`.
+            method: a name in `tda.methods.METHODS`, by default the first that was given to
+                `tda.encode`; or a list of names, each of which ranks the passages.
+
+        Returns:
+            The ranked passages of each query; by the method's name if `method` is a list.
+
+        Raises:
+            ValueError: an argument does not fit, or has no effect beside another.
+        """
+        checks.check_question(k, damping, joiner)
+        names = parse_names(self._names[0] if method is None else method)
+        given = {"damping": None if damping == -1 else damping, "joiner": joiner}
+        given = {name: x for name, x in given.items() if x is not None}
+        idle_arguments.check(names, given, (), self._has_tokenizer)
+        queries = list(queries)
+        results = {}
+        # Methods of one kind share the queries' gradients and one scan over the passages'.
+        for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
+            chosen = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
+            kind = self._kind(next(iter(chosen.values())))
+            results |= kind.query(queries, chosen, k, damping, joiner)
+        return results[names[0]] if isinstance(method, str | None) else results
+
+    def _kind(self, method: Method) -> "_Kind":
+        """Returns the gradients that a method needs."""
+        corrected = method.corrected
+        if corrected not in self._kinds:
+            settings = dataclasses.replace(self._settings, corrected=corrected)
+            self._kinds[corrected] = _Kind(self._make_inputs(settings))
+        return self._kinds[corrected]
+
+
+class _Kind:
+    """The gradients of one kind, with what was made of them.
+
+    Args:
+        inputs: the gradients.
+    """
+
+    def __init__(self, inputs: TextInputs | BatchInputs):
+        self._inputs, self._settings = inputs, inputs.settings
+        self._whitenings: dict[float, Whitening] = {}
+        self._is_held = False
+
+    def hold(self) -> None:
+        """Computes the gradients, and keeps them on the device from the next search on."""
+        form = self._inputs.source.form
+        self._is_held = 4 * self._inputs.source.rows * form.width <= _HELD_BYTES
+
+    @functools.cached_property
+    def _search(self) -> ExactSearch:
+        def on_rows(rows: int) -> None:
+            self._bar.update(rows)
+
+        source = self._inputs.source
+        return ExactSearch(source, self._settings.mesh, on_rows, hold=self._is_held)
+
+    def query(
+        self,
+        queries: list,
+        chosen: dict[str, Method],
+        k: int,
+        damping: float,
+        joiner: str | None,
+    ) -> dict[str, TraceResult]:
+        """Returns the answers of methods of this kind, by name."""
+        # A method that mixes in R of the queries needs more of them than others.
+        strictest = max(chosen.values(), key=lambda m: m.hessian == "mixed")
+        encoded = self._inputs.encode_queries(queries, strictest, joiner)
+        source, quiet = self._inputs.source, self._settings.quiet
+        whitening = self._whitening(source, encoded.gradients_QxE, damping)
+        search = self._search
+        rankings: dict[str, Ranked] = {}
+        for part in whitening.parts(chosen):
+            with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
+                rankings |= search.rank(encoded.gradients_QxE[part.queries], part.scorers, k)
+        for name, method in chosen.items():
+            note = whitening.note(method)
+            if note is not None and not quiet:
+                print(f"{name}: R of {source.rows:,d} passages: {describe_regularisation(note)}")
+        return {name: self._answer(encoded, m, rankings[name]) for name, m in chosen.items()}
+
+    def _whitening(self, source: Source, queries_QxE: np.ndarray, damping: float) -> Whitening:
+        """Returns R with that of these queries; R of the passages is made once."""
+        if damping in self._whitenings:
+            made = self._whitenings[damping].of_queries(queries_QxE)
+        else:
+            made = Whitening(
+                HessianSettings(damping=damping),
+                source,
+                queries_QxE,
+                self._settings.mesh,
+                quiet=self._settings.quiet,
+            )
+        self._whitenings[damping] = made
+        return made
+
+    def _answer(self, encoded: EncodedQueries, method: Method, ranked: Ranked) -> TraceResult:
+        def passages(rows: np.ndarray, scores: np.ndarray) -> tuple[RankedPassage, ...]:
+            return tuple(
+                RankedPassage(name, float(score), text)
+                for row, score in zip(rows, scores, strict=True)
+                for name, text in [self._inputs.passage_of(int(row))]
+            )
+
+        return TraceResult(
+            method.title,
+            [
+                Answer(
+                    query.id,
+                    query.prompt,
+                    query.target,
+                    passages(ranked.proponents[q], ranked.proponent_scores[q]),
+                    passages(ranked.opponents[q], ranked.opponent_scores[q]),
+                )
+                for q, query in enumerate(encoded.queries)
+            ],
+        )
+
+
+def parse_names(method: str | Sequence[str]) -> list[str]:
+    """Returns the names of methods that need gradients, R and a norm alone.
+
+    Raises:
+        ValueError: a name is unknown, or its method needs more.
+    """
+    names = [method] if isinstance(method, str) else method
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"method={name!r}; give the name of one, such as 'trackstar_train'")
+        if len(parsed := methods.parse(name)) != 1 or not parsed[name].is_plain:
+            plain = [n for n, m in METHODS.items() if m.is_plain]
+            raise ValueError(f"method={name!r} is not one of {', '.join(plain)}")
+        if list(names).count(name) > 1:
+            raise ValueError(f"method {name!r} is named twice")
+    return list(names)

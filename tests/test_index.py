@@ -1,0 +1,140 @@
+"""Gradients that are computed once and asked again: the answers of `tda.trace`, with less work."""
+
+import jax
+import pytest
+from flax import nnx
+
+import tda
+from tda import hessian
+from tda.encoding import table as encoding
+from tda.gradients.projection import Projection
+from tda.viewer import opening
+from tests.test_api import PLACES, QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer
+
+__all__ = ["model", "tokenizer"]
+OPTIONS = dict(projection=Projection(side=4, pooling="matrix"), quiet=True)
+
+
+def same(answers, others):
+    """Whether two traces have the same passages with the same scores."""
+    pairs = [
+        (p, o)
+        for a, b in zip(answers, others, strict=True)
+        for p, o in zip(a.proponents + a.opponents, b.proponents + b.opponents, strict=True)
+    ]
+    return all(p.id == o.id and p.score == pytest.approx(o.score, abs=1e-6) for p, o in pairs)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often R is summed and rows are encoded: the number of rows each time."""
+    counted = {"R": [], "rows": []}
+    sum_rows, encode = hessian.autocorrelation_of_source, encoding.encode_kinds
+
+    def watched_sum(source, *arguments):
+        counted["R"].append(source.rows)
+        return sum_rows(source, *arguments)
+
+    def watched_encode(encoder, table, rows, *arguments):
+        counted["rows"].append(len(rows))
+        return encode(encoder, table, rows, *arguments)
+
+    monkeypatch.setattr(hessian, "autocorrelation_of_source", watched_sum)
+    monkeypatch.setattr(encoding, "encode_kinds", watched_encode)
+    return counted
+
+
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_an_index_answers_as_a_trace_does(model, tokenizer, counts, tmp_path, in_directory):
+    where = {"directory": tmp_path} if in_directory else {}
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS, **where)
+    assert sum(counts["rows"]) - (len(TEXTS) if in_directory else 0) <= len(TEXTS) + 1
+    counts["rows"].clear()
+    first = index.query(QUERIES, k=3)
+    second = index.query([QUERIES[1]], k=3)
+    assert counts == {"R": [len(TEXTS)], "rows": [2, 1]}
+    assert same(first, call(model, tokenizer)) and same(second, [first[1]])
+    mixed = [(f"The town of {a} is", b) for a in PLACES for b in PLACES.values()]
+    counts["R"].clear()
+    several = index.query(mixed, ["trackstar", "exp3", "grad_cos"], k=3)
+    # R of the passages is that of the first question.
+    assert list(several) == ["exp3", "trackstar", "grad_cos"] or counts["R"] == [16]
+    assert counts["R"] == [16]
+    for name, answers in several.items():
+        assert same(answers, call(model, tokenizer, queries=mixed, method=name)), name
+
+
+def test_a_second_question_compiles_nothing(model, tokenizer):
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS)
+    index.query([QUERIES[0]])
+    compiled = []
+
+    def listen(event, seconds, **details):
+        if event.startswith("/jax/core/compile/backend"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    index.query([("The town of Chad is", "Lima")])
+    assert not compiled
+    # Longer than any before: a program of its own, which shows that the listener hears.
+    index.query([(" ".join(TEXTS[:3]), "Lima")])
+    assert compiled
+
+
+def test_batches_are_asked_again_too(model, tokenizer):
+    batches = [batch_of(sequences(tokenizer, TEXTS[i : i + 4])) for i in (0, 4)]
+    index = tda.encode(model, batches, method=["exp3", "grad_cos"], texts=TEXTS, **OPTIONS)
+    asked = [batch_of(sequences(tokenizer, [TEXTS[2]]))]
+    both = index.query(asked, method=["exp3", "grad_cos"], k=2)
+    assert [a[0].proponents[0].text for a in both.values()] == [TEXTS[2]] * 2
+    for name, answers in both.items():
+        traced = tda.trace(model, batches, asked, method=name, texts=TEXTS, k=2, **OPTIONS)
+        assert same(answers, traced), name
+
+
+def test_an_iterator_serves_the_gradients_that_were_named(model, tokenizer):
+    batches = [batch_of(sequences(tokenizer, TEXTS[i : i + 4])) for i in (0, 4)]
+    index = tda.encode(model, iter(batches), **OPTIONS)
+    assert index.query(batches[:1], "exp3", k=1)[3].proponents[0].id == "3"
+    with pytest.raises(ValueError, match="an iterator of batches, which was read for other"):
+        index.query(batches[:1], "grad_cos")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(method="bm25"), "method='bm25' is not one of exp1"),
+        (dict(method=["exp3", "exp3"]), "method 'exp3' is named twice"),
+        (dict(method=[]), r"method=\[\]; give the name of one"),
+        (dict(method="exp3", damping=0.1), "damping=0.1 has no effect with method='exp3'"),
+        (dict(k=0), "k=0; give a whole number"),
+        (dict(joiner=3), "joiner=3; give a string"),
+    ],
+)
+def test_questions_that_do_not_fit_are_told(model, tokenizer, asked, message):
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        index.query(QUERIES, **asked)
+
+
+def test_unknown_arguments_are_refused_before_anything_is_encoded(model, tokenizer, counts):
+    with pytest.raises(ValueError, match="joiner='' has no effect on batches"):
+        tda.trace(model, [batch_of([[1, 2]])], [batch_of([[1, 2]])], joiner="")
+    with pytest.raises(TypeError, match="queries"):
+        tda.encode(model, TEXTS, tokenizer=tokenizer, queries=QUERIES)
+    assert not counts["rows"]
+
+
+def test_answers_become_a_table_and_a_page(model, tokenizer, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    answers = call(model, tokenizer)
+    frame = answers.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == 2 * 2 * 3
+    first = frame[(frame["query"] == "q2") & (frame["list"] == "proponents")]
+    assert first["passage"].tolist() == [p.id for p in answers[1].proponents]
+    assert first["rank"].tolist() == [1, 2, 3]
+    served = []
+    monkeypatch.setattr(opening, "serve", lambda *arguments, **how: served.append(arguments[0]))
+    answers.view()
+    (file,) = served[0].files
+    assert file.title == answers.method
