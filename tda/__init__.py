@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tda.api import encode, load, trace
+    from tda.gradients.capture import Capture
     from tda.gradients.moments.second_moments import second_moments
     from tda.gradients.projection import Projection
 
 __version__ = "0.1.0"
-__all__ = ["Projection", "encode", "load", "second_moments", "trace"]
+__all__ = ["Capture", "Projection", "encode", "load", "second_moments", "trace"]
 
 _WHERE = {
+    "Capture": "tda.gradients.capture",
     "encode": "tda.api",
     "load": "tda.api",
     "trace": "tda.api",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -90,10 +90,11 @@ class Index:
         """
         checks.check_question(k, damping, joiner)
         names = parse_names(self._names[0] if method is None else method)
-        given = {"damping": None if damping == -1 else damping, "joiner": joiner}
-        given = {name: x for name, x in given.items() if x is not None}
-        idle_arguments.check(names, given, (), self._has_tokenizer)
-        queries = list(queries)
+        optional = {"damping": None if damping == -1 else damping, "joiner": joiner}
+        arguments = {name: x for name, x in optional.items() if x is not None}
+        idle_arguments.check(names, arguments, (), self._has_tokenizer)
+        # Two kinds read them twice; what is no iterable of queries is told as it is.
+        queries = list(queries) if isinstance(queries, Iterator) else queries
         results = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
         for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
@@ -138,7 +139,7 @@ class _Kind:
 
     def query(
         self,
-        queries: list,
+        queries: Iterable,
         chosen: dict[str, Method],
         k: int,
         damping: float,

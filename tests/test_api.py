@@ -438,7 +438,14 @@ def test_r_is_shrunk_as_the_passages_need_and_says_so(model, tokenizer, capsys):
 
 
 def test_what_the_package_offers():
-    assert set(tda.__all__) == {"Projection", "encode", "load", "second_moments", "trace"}
+    assert set(tda.__all__) == {
+        "Capture",
+        "Projection",
+        "encode",
+        "load",
+        "second_moments",
+        "trace",
+    }
     assert tda.Projection is Projection and callable(tda.load)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tda.nothing  # noqa: B018

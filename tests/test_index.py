@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-from flax import nnx
 
 import tda
 from tda import hessian

@@ -1,0 +1,159 @@
+"""Projected gradients of the examples that a training step trains on, from its own backward pass.
+
+A training step computes every layer's inputs and the gradients of its outputs anyway. With taps on
+(`tda.gradients.taps`) the backward pass that gives the gradient of the weights also gives the
+projected part of every example in it, at the cost of two thin products a layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tda.gradients import full_gradients, taps, unseen
+from tda.gradients import projection as projections
+from tda.gradients.encoder import check_blocks, make_taps
+from tda.gradients.projection import Layout, Projection
+from tda.gradients.sites import find_sites, module_at, tell_coverage
+
+# The largest difference that rounding explains, as a share of the norm of all parts of a block.
+# Accelerators round float32 products to TF32 or bfloat16.
+_ROUNDING = 0.03
+
+
+class Capture:
+    """Differentiates a training loss, and keeps what each example adds to the gradient.
+
+    In a training loop it takes the place of `nnx.value_and_grad`:
+
+    capture = tda.Capture(model, tda.Projection(side=16, pooling="matrix"))
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        loss, gradients, encodings = capture(mean_loss, model, batch)
+        optimizer.update(model, gradients)
+        return loss, encodings
+
+    Args:
+        model: the model, for its structure; its parameters are those of each call.
+        projection: P.
+        include, exclude: the parameters that are captured (`tda.gradients.sites.find_sites`); those
+            that no tap fits are left out.
+        tell: whether the share of the parameters that is captured is printed.
+
+    Attributes:
+        layout: which matrices are pooled into which block of an encoding.
+
+    Raises:
+        ValueError: nothing is included, or the projection does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        projection: Projection,
+        include: str | None = None,
+        exclude: str | None = None,
+        tell: bool = True,
+    ):
+        # Dropout may be on: what it leaves is what the step trains on.
+        evaluated = nnx.clone(model)
+        evaluated.eval()
+        sites = find_sites(evaluated, include, exclude, "leave")
+        check_blocks(model, projection)
+        if tell:
+            tell_coverage(model, sites, is_default=include is None and exclude is None)
+        self.layout: Layout = projections.layout(sites, projection)
+        self._taps = {s: (tap,) for s, tap in make_taps(sites, projection, None).items()}
+
+    def __call__(
+        self, loss: Callable, model: nnx.Module, *batch: Any, has_aux: bool = False
+    ) -> tuple[Any, nnx.State, jax.Array]:
+        """Differentiates a loss; inside of `nnx.jit`, as a part of a training step.
+
+        Args:
+            loss: a function of the model and `batch` to a scalar, such as the mean of the examples'
+                losses.
+            model: the model; what the loss changes in it (counts of dropout, statistics) stays.
+            batch: the loss's other arguments: trees of arrays with the examples first.
+            has_aux: whether the loss returns a pair, the scalar and what else is to be returned.
+
+        Returns:
+            The loss, or the pair that it returned; its gradient with respect to the parameters, as
+            `nnx.value_and_grad` returns it; and float32 [B, E]: P of each example's part of that
+            gradient. The parts add up to P of the whole. If the loss is a mean, each is the
+            example's own gradient over B.
+
+        Raises:
+            ValueError: the loss uses a captured parameter where no tap sees it; the message names
+                the parameter.
+        """
+        tapped = taps.put_on(model, self._taps)
+        graphdef, *states = nnx.split(tapped, taps.Zeros, nnx.Param, ...)
+        # Pure dicts: merging makes variables of its own of them, which a trace may change.
+        templates, params, rest = map(nnx.to_pure_dict, states)
+        search = unseen.make_search(model, list(self._taps))
+
+        def scalar(own_model: nnx.Module, batch: tuple) -> jax.Array:
+            value = loss(own_model, *batch)
+            return value[0] if has_aux else value
+
+        unseen.refuse(search(scalar, batch))
+
+        def total(zeros: dict, params: dict):
+            own_model = nnx.merge(graphdef, zeros, params, rest)
+            value = loss(own_model, *batch)
+            changed = nnx.state(own_model, nnx.Not(nnx.Any(taps.Zeros, nnx.Param)))
+            return value[0] if has_aux else value, (value, changed)
+
+        examples = unseen.count_examples(batch)
+        differentiate = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+        (_, (value, changed)), (cotangents, gradients) = differentiate(
+            taps.zeros_for(templates, examples), params
+        )
+        nnx.update(model, _without_taps(changed, model))
+        parts = {s: taps.cotangents_at(cotangents, s)[0] for s in self._taps}
+        state = jax.tree.map(lambda x: x, nnx.state(model, nnx.Param))
+        nnx.replace_by_pure_dict(state, gradients)
+        return value, state, projections.pool(self.layout, parts)
+
+    def check(self, gradients: nnx.State, encodings_BxE: jax.Array) -> None:
+        """Checks that the parts add up to the whole; call it after the first step.
+
+        They do not where the loss changes parameters before it uses them (noise, a scale), or a
+        layer's product has a backward rule of its own.
+
+        Args:
+            gradients, encodings_BxE: what a call returned.
+
+        Raises:
+            ValueError: they do not; the message names the blocks.
+        """
+        state = nnx.to_pure_dict(gradients)
+        projected = {}
+        for site, (tap,) in self._taps.items():
+            gradient = module_at(state, site)[site.parameter][None]
+            matrices = tap.left, tap.right, None
+            projected[site] = full_gradients.project(site, gradient, *matrices, tap.side)
+        sum_E = np.asarray(projections.pool(self.layout, projected)[0], np.float64)
+        parts_BxE = np.asarray(encodings_BxE, np.float64)
+        wrong = []
+        for name, columns in zip(self.layout.blocks, self.layout.slices, strict=True):
+            error = np.linalg.norm(parts_BxE[:, columns].sum(axis=0) - sum_E[columns])
+            # The parts may cancel, so rounding is measured against them and not against their sum.
+            if not error <= _ROUNDING * np.linalg.norm(parts_BxE[:, columns]):
+                wrong.append(name)
+        if wrong:
+            raise ValueError(
+                f"the examples' parts do not add up to the gradient of {', '.join(wrong)}: the "
+                "loss changes these parameters before it uses them, or their layer's product has a "
+                "backward rule of its own; leave them out with exclude="
+            )
+
+
+def _without_taps(state: nnx.State, model: nnx.Module) -> nnx.State:
+    """Returns the variables of a model's copy with taps that the model has too."""
+    paths = {path for path, _ in nnx.to_flat_state(nnx.state(model))}
+    return nnx.from_flat_state([(p, x) for p, x in nnx.to_flat_state(state) if p in paths])

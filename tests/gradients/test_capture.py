@@ -1,0 +1,152 @@
+"""Encodings of a training step's examples, from the backward pass that trains on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import tda
+from tda import loss as losses
+from tda.gradients import per_example
+from tda.gradients.projection import Projection
+from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
+
+PROJECTION = Projection(side=4, pooling="matrix")
+
+
+class Classifier(nnx.Module):
+    """Dropout and running statistics between two layers: the state that a training carries on."""
+
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.second(self.dropout(jnp.tanh(self.first(x))))
+
+
+def nats(model, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"])
+
+
+def mean_loss(model, batch):
+    return nats(model, batch).mean()
+
+
+def batch_of(seed, examples=5):
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(examples, 6)), "y": rng.integers(0, 3, examples)}
+
+
+def test_a_training_is_the_same_and_its_examples_are_kept():
+    projected = {}
+
+    def train(captured: bool):
+        model = Classifier(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        capture = tda.Capture(model, PROJECTION, tell=False)
+
+        @nnx.jit
+        def step(model, optimizer, batch):
+            if captured:
+                loss, gradients, encodings = capture(mean_loss, model, batch)
+            else:
+                loss, gradients = nnx.value_and_grad(mean_loss)(model, batch)
+                encodings = None
+            optimizer.update(model, gradients)
+            return loss, gradients, encodings
+
+        losses_T = []
+        for t in range(3):
+            loss, gradients, encodings = step(model, optimizer, batch_of(t))
+            losses_T.append(float(loss))
+            if captured:
+                capture.check(gradients, encodings)
+                projected[t] = encodings
+        return losses_T, nnx.to_pure_dict(nnx.state(model))
+
+    (plain, plain_state), (captured, captured_state) = train(False), train(True)
+    # Dropout draws the same masks, and the count of calls goes on: the search for unseen uses
+    # and the taps leave no trace in the model.
+    np.testing.assert_allclose(captured, plain, rtol=1e-6)
+    assert float(captured_state["calls"]) == 3
+    for one, other in zip(*map(jax.tree.leaves, (captured_state, plain_state)), strict=True):
+        np.testing.assert_allclose(
+            *(
+                np.asarray(
+                    jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+                )
+                for x in (one, other)
+            ),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    assert projected[2].shape == (5, 2 * 16)
+
+
+def test_encodings_are_those_of_the_encoder_over_the_size_of_the_batch():
+    model = Classifier(nnx.Rngs(0))
+    model.eval()
+    batch = batch_of(0)
+    capture = tda.Capture(model, PROJECTION, tell=False)
+    (loss, per_row), gradients, encodings = capture(
+        lambda m, b: (mean_loss(m, b), nats(m, b)), model, batch, has_aux=True
+    )
+    (expected,) = per_example(model, nats, [batch], PROJECTION, tell=False)
+    np.testing.assert_allclose(encodings, expected / 5, atol=1e-6)
+    assert float(loss) == pytest.approx(float(per_row.mean()))
+    plain = nnx.grad(mean_loss)(model, batch)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, plain)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_layers_that_are_scanned():
+    settings = DecoderSettings(
+        vocab_size=20, width=8, layers=3, heads=2, kv_heads=2, head_width=4, ff_width=16
+    )
+    model = Decoder(settings, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 20, (4, 7))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((4, 6))}
+
+    def loss(model, batch):
+        return losses.total(model, batch, losses.cross_entropy) / batch["weights"].sum()
+
+    capture = tda.Capture(model, Projection(side=4, blocks=1), tell=False)
+    value, gradients, encodings = nnx.jit(lambda m, b: capture(loss, m, b))(model, batch)
+    (expected,) = per_example(model, "loss", [batch], Projection(side=4, blocks=1), tell=False)
+    np.testing.assert_allclose(encodings * 24, expected, atol=1e-5 * np.abs(expected).max())
+    capture.check(gradients, encodings)
+    assert np.isfinite(value)
+
+
+def test_a_use_that_no_tap_sees_is_refused():
+    model = Classifier(nnx.Rngs(0))
+    model.eval()
+    capture = tda.Capture(model, PROJECTION, tell=False)
+
+    def with_decay(model, batch):
+        return mean_loss(model, batch) + jnp.sum(jnp.square(model.first.kernel[...]))
+
+    with pytest.raises(ValueError, match="first/kernel"):
+        capture(with_decay, model, batch_of(0))
+
+
+def test_parts_that_do_not_add_up_are_told():
+    model = Classifier(nnx.Rngs(0))
+    model.eval()
+    capture = tda.Capture(model, PROJECTION, tell=False)
+
+    def scaled(model, batch):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        twice = jax.tree.map(lambda x: 2 * x, params)
+        return mean_loss(nnx.merge(graphdef, twice, rest), batch)
+
+    _, gradients, encodings = capture(scaled, model, batch_of(0))
+    with pytest.raises(ValueError, match="do not add up to the gradient of first/kernel, second/"):
+        capture.check(gradients, encodings)
