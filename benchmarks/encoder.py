@@ -11,7 +11,8 @@ are over the training step. `vmap(grad)` then project is given as many of the ba
 have 2 GiB of gradients, and the encoder the same ones beside it. The least that the count of matrix
 products allows is printed too: an encoder forms no weight gradient but for exact Adam's, which
 cannot do without, and never the embedding's and the head's. "none and factored" encodes both kinds
-in one pass, which is held against a pass for each.
+in one pass, which is held against a pass for each. "training step, capturing" trains, and keeps its
+examples' encodings (`tda.Capture`).
 """
 
 import functools
@@ -27,6 +28,7 @@ from flax import nnx
 
 from benchmarks import record
 from tda.gradients import reference
+from tda.gradients.capture import Capture
 from tda.gradients.encoder import build_encoder, make_encoder, make_taps
 from tda.gradients.moments.second_moments import Scale, from_full
 from tda.gradients.projection import Projection
@@ -90,12 +92,20 @@ def random_batch(vocabulary: int, batch: int, length: int) -> dict:
 
 
 class TrainingStep:
-    """The side that all others are measured by. Holds its state from call to call."""
+    """The side that all others are measured by. Holds its state from call to call.
 
-    def __init__(self, model, batch):
+    Args:
+        model, batch: what it trains, and on what.
+        projection: of the encodings that it keeps of its examples; None keeps none.
+    """
+
+    def __init__(self, model, batch, projection: Projection | None = None):
         tx = optax.adam(1e-3)
         model_fn, self.state = loop.initial_state(model, tx, sharding.make_mesh())
         step = functools.partial(loop.train_step, model_fn.merge, tx)
+        if projection is not None:
+            capture = Capture(model, projection, tell=False)
+            step = functools.partial(capturing_step, capture, model_fn.merge, tx)
         self.step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
         self.batch = batch
         self.memory = memory_of(self.step)
@@ -104,6 +114,20 @@ class TrainingStep:
         """One step; its loss."""
         self.state, loss = self.step(self.state, self.batch)
         return loss
+
+
+def capturing_step(capture: Capture, merge, tx, state: dict, batch: dict):
+    """`loop.train_step`, with the encodings of the batch's examples beside the loss."""
+
+    def loss(model, batch):
+        return loop.batch_loss(lambda m: m, model, batch)
+
+    value, gradients, encodings_BxE = capture(loss, merge(state["params"]), batch)
+    gradients = nnx.to_pure_dict(gradients)
+    updates, opt_state = tx.update(gradients, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+    return state, (value, encodings_BxE)
 
 
 def case(size: str, length: int) -> dict:
@@ -117,7 +141,9 @@ def case(size: str, length: int) -> dict:
     batch = random_batch(vocabulary, max(1, _TOKENS.value // length), length)
     projection = Projection(side=_SIDE.value, blocks=SIZES[size]["layers"])
     step = TrainingStep(model, batch)
-    sides, memory = {"training step": step}, {"training step": step.memory}
+    capturing = TrainingStep(model, batch, projection)
+    sides = {"training step": step, "training step, capturing": capturing}
+    memory = {name: side.memory for name, side in sides.items()}
     for correction in CORRECTIONS:
         encoder = make_encoder(model, projection, scales_of(model, correction))
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
