@@ -151,11 +151,10 @@ class _Kind:
         encoded = self._inputs.encode_queries(queries, strictest, joiner)
         source, quiet = self._inputs.source, self._settings.quiet
         whitening = self._whitening(source, encoded.gradients_QxE, damping)
-        search = self._search
-        rankings: dict[str, Ranked] = {}
-        for part in whitening.parts(chosen):
-            with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
-                rankings |= search.rank(encoded.gradients_QxE[part.queries], part.scorers, k)
+        # Plain methods take R of all queries, so that these are searched for together.
+        (part,) = whitening.parts(chosen)
+        with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
+            rankings = self._search.rank(encoded.gradients_QxE, part.scorers, k)
         for name, method in chosen.items():
             note = whitening.note(method)
             if note is not None and not quiet:
@@ -165,17 +164,17 @@ class _Kind:
     def _whitening(self, source: Source, queries_QxE: np.ndarray, damping: float) -> Whitening:
         """Returns R with that of these queries; R of the passages is made once."""
         if damping in self._whitenings:
-            made = self._whitenings[damping].of_queries(queries_QxE)
+            whitening = self._whitenings[damping].of_queries(queries_QxE)
         else:
-            made = Whitening(
+            whitening = Whitening(
                 HessianSettings(damping=damping),
                 source,
                 queries_QxE,
                 self._settings.mesh,
                 quiet=self._settings.quiet,
             )
-        self._whitenings[damping] = made
-        return made
+        self._whitenings[damping] = whitening
+        return whitening
 
     def _answer(self, encoded: EncodedQueries, method: Method, ranked: Ranked) -> TraceResult:
         def passages(rows: np.ndarray, scores: np.ndarray) -> tuple[RankedPassage, ...]:

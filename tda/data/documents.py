@@ -119,7 +119,7 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
     for field, values in masks.items():
         if values.shape != ids.shape:
             raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
-    kept = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
+    attended = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
     scored = None
     if "labels" in masks:
         labels = masks["labels"]
@@ -129,10 +129,10 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
                 f"{place}: 'labels' differ from 'input_ids' elsewhere than where they are "
                 f"{_NOT_SCORED}; labels are the ids at their own places, not those that follow"
             )
-        if not (scored & kept).any():
+        if not (scored & attended).any():
             raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
-        scored = tuple(scored[kept].tolist())
-    return tuple(ids[kept].tolist()), scored
+        scored = tuple(scored[attended].tolist())
+    return tuple(ids[attended].tolist()), scored
 
 
 def check_token_ids(ids: Collection[int], place: str) -> None:
