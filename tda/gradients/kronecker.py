@@ -205,18 +205,10 @@ def ekfac_taps(
     Raises:
         ValueError: all gradients of a matrix vanish, or the damping is not above 0.
     """
-    if not damping > 0:
-        raise ValueError(
-            f"damping={damping} of EK-FAC must be above 0, such as {DAMPING}: without it, "
-            "directions that no gradient of the sample has would be scaled without bound"
-        )
     by_site = {}
     for site in chosen:
         c = curvature[site.path]
-        mean = c.values.mean(axis=(-1, -2), keepdims=True)
-        if not (mean > 0).all():
-            raise ValueError(f"{site.path} has no curvature: all gradients of the sample vanish")
-        scale = jnp.asarray((c.values + damping * mean) ** -0.5, jnp.float32)
+        scale = inverse_root_values(site, c, damping)
         A, B = projections.matrices(site, projection)
         left, right = (
             jnp.einsum("...mn,...mp->...np", Q, X, precision="highest")
@@ -225,6 +217,19 @@ def ekfac_taps(
         bases = jnp.asarray(c.left), jnp.asarray(c.right)
         by_site[site] = taps.Tap(left, right, projection.side, scale, bases=bases)
     return by_site
+
+
+def inverse_root_values(site: sites.Site, curvature: Curvature, damping: float) -> jax.Array:
+    """Returns (Λ + λ)^(−1/2) of a site: float32 [(L,) M, N]; see `ekfac_taps`."""
+    if not damping > 0:
+        raise ValueError(
+            f"damping={damping} of EK-FAC must be above 0, such as {DAMPING}: without it, "
+            "directions that no gradient of the sample has would be scaled without bound"
+        )
+    mean = curvature.values.mean(axis=(-1, -2), keepdims=True)
+    if not (mean > 0).all():
+        raise ValueError(f"{site.path} has no curvature: all gradients of the sample vanish")
+    return jnp.asarray((curvature.values + damping * mean) ** -0.5, jnp.float32)
 
 
 def logra_taps(

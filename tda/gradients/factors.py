@@ -1,0 +1,184 @@
+"""The factors of examples' gradients: each layer's inputs x, and its outputs' gradients δ.
+
+The gradient of a layer y = x W is G = Σ_t x_t δ_tᵀ. T·(M + N) numbers hold it exactly, where the
+M × N of G itself are many more; `tda.gradients.pair_products` takes inner products from them.
+One backward pass gives the factors of all layers and examples, as it gives a tap's projections.
+"""
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tda import loss as losses
+from tda.gradients import encoder as encoders
+from tda.gradients import layers, taps, unseen
+from tda.gradients import projection as projections
+from tda.gradients.batch_mates import is_local
+from tda.gradients.first_batch import TapsCheck
+from tda.gradients.sites import Site, module_at
+from tda.runtime import sharding
+
+
+class Factors(NamedTuple):
+    """The gradients of examples at one site, as sums of outer products."""
+
+    inputs: jax.Array  # x, float32 [(L,) B, S, M]; S is the layer's positions
+    deltas: jax.Array  # δ, float32 [(L,) B, S, N]
+
+
+class GradientFactors:
+    """Computes the factors of a batch's gradients, by path; compiled once for each shape.
+
+    Args:
+        model: any NNX model.
+        sites: the matrices, which must have taps and be no tables of tokens.
+        output: as in `tda.gradients.encoder.make_encoder`.
+
+    Raises:
+        ValueError: a site has no tap, or looks up rows; with a batch, the factors do not give the
+            gradient (a layer that is called twice, a parameter that no tap sees).
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        sites: Sequence[Site],
+        output: str | Callable = "loss",
+    ):
+        watched = nnx.clone(model)
+        modules = dict(nnx.iter_modules(watched))
+        refused = [
+            s.path
+            for s in sites
+            if not s.tapped or layers.table(type(modules[s.module])) is not None
+        ]
+        if refused:
+            raise ValueError(
+                f"{', '.join(refused)}: gradients without projection are those of layers that "
+                "multiply their input by a matrix; leave these parameters out (exclude=, include=, "
+                "untapped='leave')"
+            )
+        self.sites = tuple(sites)
+        is_head = any(s.group == "head" for s in sites)
+        output_fn = losses.output(output) if isinstance(output, str) else None
+        example_losses = losses.of_examples(output) if isinstance(output, str) else output
+
+        def total(own_model, batch):
+            if output_fn is None or is_head:
+                # A head's factors are of the whole sequence, not of pieces of it.
+                loss_B = example_losses(own_model, batch)
+                losses.check_shape(loss_B, unseen.count_examples(batch))
+                return jnp.sum(loss_B)
+            return losses.total(own_model, batch, output_fn)
+
+        for site in sites:
+            module = modules[site.module]
+            layers.wrap_calls(module, _watch_call)
+            empty = jnp.zeros((1,) if site.stack is None else (site.stack, 1))
+            module.factors = nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
+            module.watched_path = site.path
+        graphdef, *states = nnx.split(watched, taps.Zeros, ...)
+        templates, variables = map(nnx.to_pure_dict, states)
+        search = unseen.make_search(model, list(sites))
+
+        def factors(variables: dict, batch) -> dict[str, Factors]:
+            unseen.refuse(search(total, batch))
+
+            def total_with(zeros):
+                return total(nnx.merge(graphdef, zeros, variables), batch)
+
+            token = _SHAPES.set({})
+            try:
+                jax.eval_shape(total_with, templates)
+                shapes = _SHAPES.get()
+            finally:
+                _SHAPES.reset(token)
+            zeros = jax.tree.map(lambda x: x, templates)
+            for site in sites:
+                # A layer that is not called has a gradient of zeros.
+                B = unseen.count_examples(batch)
+                none = (B, 1, site.rows), (B, 1, site.columns)
+                stack = () if site.stack is None else (site.stack,)
+                for name, shape in zip(Factors._fields, shapes.get(site.path, none), strict=True):
+                    at = module_at(zeros, site)["factors"]
+                    at[name] = jnp.zeros((*stack, *shape), jnp.float32)
+            cotangents = jax.grad(total_with)(zeros)
+            return {s.path: Factors(**module_at(cotangents, s)["factors"]) for s in sites}
+
+        self._compiled, self._variables = jax.jit(factors), variables
+        # The decoder calls each layer once, and so its factors are known to be right.
+        is_known = isinstance(output, str) and losses.has_separate_head(model)
+        self._check = None if is_known else _Check(model, sites, example_losses)
+
+    def __call__(self, batch) -> dict[str, Factors]:
+        """Returns the factors of every site by path.
+
+        Args:
+            batch: a tree of arrays, the examples first; {"tokens", "targets", "weights"} for an
+                output that has a name.
+        """
+        factors = self._compiled(self._variables, batch)
+        if self._check is not None and is_local(batch):
+            self._check(batch, factors)
+            self._check = None
+        return factors
+
+
+# Shapes of the watched layers' inputs and outputs by path, while they are found out.
+_SHAPES: contextvars.ContextVar = contextvars.ContextVar("shapes")
+_keep_both = taps.identity_with_rule(lambda d, x: (x, d.astype(jnp.float32)))
+
+
+def _watch_call(layer, use: str, call, inputs):
+    """Calls a layer and keeps its input and its output's gradient (`layers.wrap_calls`)."""
+    del use  # always a product: tables of tokens are refused
+
+    def change(y_BxSxN, x_BxSxM):
+        shapes = _SHAPES.get(None)
+        if shapes is not None:
+            pair = x_BxSxM.shape, y_BxSxN.shape
+            if shapes.setdefault(layer.watched_path, pair) != pair:
+                raise ValueError(
+                    f"{layer.watched_path} is called several times, with inputs of "
+                    f"{list(shapes[layer.watched_path][0])} and {list(pair[0])}: its gradient has "
+                    "no single pair of factors; leave it out (exclude=)"
+                )
+            return y_BxSxN
+        zeros = tuple(layer.factors[name][...] for name in Factors._fields)
+        return _keep_both(y_BxSxN, zeros, jax.lax.stop_gradient(x_BxSxM).astype(jnp.float32))
+
+    return layers.change_product(layer, call, inputs, change)
+
+
+class _Check:
+    """Compares the first batch's factors with gradients of the parameters themselves.
+
+    A layer that is called twice has the sum of two products as its gradient, which the sums of its
+    inputs and of its outputs' gradients do not give.
+    """
+
+    def __init__(self, model: nnx.Module, sites: Sequence[Site], example_losses: Callable):
+        self._sites = sites
+        self._projection = projections.Projection(side=4, pooling="matrix")
+        self._taps = encoders.make_taps(sites, self._projection, None)
+        self._check = TapsCheck(model, example_losses, self._projection, self._taps)
+
+    def __call__(self, batch, factors: dict[str, Factors]) -> None:
+        projected = {}
+        for site, tap in self._taps.items():
+            x, d = factors[site.path]
+            x = jnp.einsum("...bsm,...mp->...bsp", x, tap.left, precision="highest")
+            d = jnp.einsum("...bsn,...nq->...bsq", d, tap.right, precision="highest")
+            projected[site] = jnp.einsum("...bsp,...bsq->...bpq", x, d, precision="highest")
+        layout = projections.layout(list(self._sites), self._projection)
+        encodings_BxE = sharding.to_host(projections.pool(layout, projected))
+        if wrong := self._check.wrong_paths(batch, encodings_BxE):
+            raise ValueError(
+                f"the inputs and output gradients of {', '.join(wrong)} do not give its gradient: "
+                "the layer is called several times, or the loss changes its parameters before it "
+                "uses them; leave it out (exclude=)"
+            )
