@@ -167,10 +167,11 @@ class _Kind:
             whitening = self._whitenings[damping].of_queries(queries_QxE)
         else:
             whitening = Whitening(
-                HessianSettings(damping=damping),
+                HessianSettings(damping=damping, structure=self._settings.structure),
                 source,
                 queries_QxE,
                 self._settings.mesh,
+                shapes=self._settings.layout().shapes,
                 quiet=self._settings.quiet,
             )
         self._whitenings[damping] = whitening

@@ -437,6 +437,22 @@ def test_r_is_shrunk_as_the_passages_need_and_says_so(model, tokenizer, capsys):
     assert by_default.show() == call(model, tokenizer, damping=-1.0).show()
 
 
+def test_r_of_each_matrix_may_be_a_kronecker_product(model, tokenizer, capsys):
+    apart, pooled = (Projection(side=4, pooling=p) for p in ("matrix", "layer"))
+    factored = dict(structure="kronecker", projection=apart)
+    result = call(model, tokenizer, quiet=False, damping=1e-3, **factored)
+    assert re.search(r"damping 0.001; a Kronecker product in (\d+) of \1", capsys.readouterr().out)
+    dense = call(model, tokenizer, damping=1e-3, projection=apart)
+    assert result[0].proponents[0].score != pytest.approx(dense[0].proponents[0].score, abs=1e-3)
+    for changes, error in (
+        (dict(projection=pooled), "several matrices are added up in each block.*pooling=matrix"),
+        (dict(structure="block"), "unknown structure='block' of R"),
+        (dict(method="exp3"), "structure='kronecker' has no effect.*no R"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call(model, tokenizer, **factored | changes)
+
+
 def test_what_the_package_offers():
     assert set(tda.__all__) == {
         "Capture",

@@ -22,6 +22,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
+from tda.retrieval.whitening import HessianSettings
 
 # With fewer queries than this, the mixture removes each query's own direction.
 _FEWEST_QUERIES = 16
@@ -56,6 +57,8 @@ def check_settings(settings: TraceSettings) -> None:
             raise ValueError(
                 f"{name}={settings.scope[name]!r} is not a regular expression ({error})"
             ) from error
+    if settings.structure != "dense":
+        HessianSettings(structure=settings.structure).shapes_of(settings.layout().shapes)
 
 
 def check_question(k: Any, damping: Any, joiner: Any) -> None:

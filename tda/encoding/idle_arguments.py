@@ -53,7 +53,7 @@ def check(
         ),
         (
             all(m.hessian == "none" for m in chosen),
-            ("damping",),
+            ("damping", "structure"),
             f"with {described}, which has no R",
             "leave it out, or use a method with R such as 'trackstar_train' or 'exp4'",
         ),

@@ -12,7 +12,7 @@ from tda import loss as losses
 from tda.gradients import sites
 from tda.gradients.moments import estimate
 from tda.gradients.moments.second_moments import Scale, SecondMoments
-from tda.gradients.projection import Projection
+from tda.gradients.projection import Layout, Projection, layout
 from tda.gradients.sites import find_sites
 from tda.runtime import progress
 
@@ -69,6 +69,8 @@ class TraceSettings:
     """The devices that batches are split over; one device if None."""
     quiet: bool
     """Whether no progress is shown."""
+    structure: str = "dense"
+    """Of R (`tda.retrieval.whitening.HessianSettings`)."""
 
     @property
     def needs_estimate(self) -> bool:
@@ -83,6 +85,10 @@ class TraceSettings:
     def sites(self) -> list[sites.Site]:
         """Returns the parameters whose gradients are taken."""
         return find_sites(self.model, **self.scope)
+
+    def layout(self) -> Layout:
+        """Returns the blocks of an encoding."""
+        return layout(self.sites(), self.projection)
 
     def print_coverage(self) -> None:
         """Prints what share of the parameters the gradients cover, and what is left out."""

@@ -20,6 +20,7 @@ from tda.gradients import projection as projections
 from tda.gradients import sites, taps, unseen
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.sites import find_sites
+from tda.hessian import apply_root, apply_transposed_root
 
 
 def make_contributions(
@@ -91,7 +92,7 @@ def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarr
 
     Args:
         query_E, passage_E: projected gradients, float32 [E].
-        roots: W of each block, WᵀW = R⁻¹, or None for the identity.
+        roots: W of each block (`tda.hessian.Root`), or None for the identity.
         slices: each block's slice of the E dimensions.
         unit_norm: whether both whitened gradients are divided by their norms.
 
@@ -102,13 +103,13 @@ def direction_of(query_E, passage_E, roots, slices, unit_norm: bool) -> np.ndarr
     def whiten(x_E):
         if roots is None:
             return x_E
-        return np.concatenate([root @ x_E[s] for s, root in zip(slices, roots, strict=True)])
+        return np.concatenate([apply_root(W, x_E[s]) for s, W in zip(slices, roots, strict=True)])
 
     query_E = whiten(np.asarray(query_E, np.float64))
     direction_E = query_E
     if roots is not None:
         pairs = zip(slices, roots, strict=True)
-        direction_E = np.concatenate([root.T @ query_E[s] for s, root in pairs])
+        direction_E = np.concatenate([apply_transposed_root(W, query_E[s]) for s, W in pairs])
     if not unit_norm:
         return direction_E
     norms = np.linalg.norm(query_E) * np.linalg.norm(whiten(np.asarray(passage_E, np.float64)))

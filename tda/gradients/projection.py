@@ -8,6 +8,7 @@ A matrix is a function of (seed, name, side) alone. Its bits come from Philox, w
 by its published definition, so no device and no library version changes them.
 """
 
+import collections
 import dataclasses
 import hashlib
 
@@ -90,6 +91,13 @@ class Layout:
     def width(self) -> int:
         """E, the numbers in an encoding."""
         return len(self.blocks) * self.side**2
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Each block's (k, k), or (k²,) where several matrices are added up (`tda.hessian`)."""
+        counts = collections.Counter(b for blocks in self.members.values() for b in blocks)
+        matrix, pooled = (self.side, self.side), (self.side**2,)
+        return tuple(matrix if counts[b] == 1 else pooled for b in range(len(self.blocks)))
 
     @property
     def slices(self) -> list[slice]:

@@ -1,8 +1,10 @@
 """R, the Gauss-Newton approximation of the Hessian: sums, spectra, mixing and inverse roots."""
 
 from tda.hessian.autocorrelation import Autocorrelation, autocorrelation_of_source
-from tda.hessian.blocks import block_slices
+from tda.hessian.blocks import KroneckerRoot, Root, Shape, block_slices, dense_shapes
 from tda.hessian.root import (
+    apply_root,
+    apply_transposed_root,
     check_component,
     default_component,
     draw_halves,
@@ -18,10 +20,16 @@ from tda.hessian.root import (
 
 __all__ = [
     "Autocorrelation",
+    "KroneckerRoot",
+    "Root",
+    "Shape",
+    "apply_root",
+    "apply_transposed_root",
     "autocorrelation_of_source",
     "block_slices",
     "check_component",
     "default_component",
+    "dense_shapes",
     "draw_halves",
     "inverse_root",
     "mix",

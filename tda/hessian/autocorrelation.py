@@ -1,11 +1,15 @@
 """R, the autocorrelation of projected gradients, summed in one pass over a source.
 
-R_b = Φ_bᵀΦ_b / n for each block b of an encoding (Chang et al. 2024, section 3.2).
+R_b = Φ_bᵀΦ_b / n for each block b of an encoding (Chang et al. 2024, section 3.2). Of a block that
+is one matrix G, R_b may be the Kronecker product A ⊗ B / t of the second moments of its rows and of
+its columns, A = E[G Gᵀ] and B = E[Gᵀ G], as in Shampoo (Gupta et al. 2018). With t = E|G|², the
+trace of A and of B, the product has R_b's trace, and is R_b wherever R_b is a Kronecker product.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -13,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import store
+from tda.hessian import blocks
+from tda.hessian.blocks import Shape
 from tda.runtime import sharding
 from tda.runtime.groups import ONE_GROUP, Groups
 
@@ -30,9 +36,11 @@ class Autocorrelation:
     """R, and how far a sample of this size is from R of infinitely many rows.
 
     Attributes:
-        blocks: R of each block, float64 [E_b, E_b].
-        noise: expected squared Frobenius distance of each block from that of infinitely many rows:
-            Σ_i ‖x_i x_iᵀ − R‖² / n² (Ledoit & Wolf 2004, lemma 3.4, there divided by E_b).
+        blocks: R of each block, float64 [E_b, E_b]; of a Kronecker product A, then B, not yet
+            divided by t.
+        noise: expected squared Frobenius distance of each of these matrices from that of infinitely
+            many rows: Σ_i ‖x_i x_iᵀ − R‖² / n² (Ledoit & Wolf 2004, lemma 3.4, there divided by
+            E_b), with G_i G_iᵀ or G_iᵀ G_i in place of x_i x_iᵀ for A and B.
         count: n, the number of rows.
     """
 
@@ -49,6 +57,7 @@ def autocorrelation_of_source(
     on_rows: Callable[[int], None] = lambda rows: None,
     groups: Groups = ONE_GROUP,
     name: str = "",
+    shapes: Sequence[Shape] | None = None,
 ) -> Autocorrelation | None:
     """Returns R of a source of gradients, summed on the devices, each of which takes its own rows.
 
@@ -59,7 +68,8 @@ def autocorrelation_of_source(
         mesh: the devices; None is the default device.
         on_rows: a function that is called with the number of rows of each step once it has begun.
         groups: how rows are cut into groups whose sums are kept, and which processes share.
-        name: what identifies the source and the sample, for the files of `groups`.
+        name: what identifies the source, the sample and the shapes, for the files of `groups`.
+        shapes: the shape of each block (`tda.hessian.blocks`); None: all are dense.
 
     Returns:
         R; None in all processes but the first if `groups` has a directory.
@@ -67,16 +77,16 @@ def autocorrelation_of_source(
     Raises:
         ValueError: the source has no valid rows.
     """
-    widths = source.form.widths
+    shapes = blocks.dense_shapes(source.form.widths) if shapes is None else tuple(shapes)
     drawn = _draw(source.rows, sample, seed)
     # A group of rows that holds a sample of them reads and sums as much less.
     row_bytes = max(1, source.form.row_bytes * (sample or source.rows) // max(1, source.rows))
-    ranges = groups.ranges(source.rows, row_bytes, 8 * sum(w * w for w in widths))
+    ranges = groups.ranges(source.rows, row_bytes, 8 * sum(d * d for s in shapes for d in s))
 
     def work(rows: range) -> dict[str, np.ndarray]:
-        return _sum_rows(source, rows, drawn, mesh, on_rows)
+        return _sum_rows(source, rows, drawn, mesh, on_rows, shapes)
 
-    return groups.reduce(f"R-{name}", ranges, work, functools.partial(_mean, widths), on_rows)
+    return groups.reduce(f"R-{name}", ranges, work, functools.partial(_mean, shapes), on_rows)
 
 
 def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
@@ -86,10 +96,12 @@ def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
     return np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False, shuffle=False))
 
 
-def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray]:
-    """Returns the sums of a range of rows, float64: "0", "1", … by portion, "fourth", "count"."""
+def _sum_rows(source, rows: range, drawn, mesh, on_rows, shapes) -> dict[str, np.ndarray]:
+    """Returns the sums of a range of rows, float64: "0", … by portion and axis, "fourth", "count".
+
+    "fourth" has the sums of fourth powers in the same order.
+    """
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    widths = source.form.widths
     # Of a small source no more: rows of padding cost as much as others. The step is that of the
     # whole source, so that a group's sums have the same bits however the source is cut.
     total = source.rows if drawn is None else len(drawn)
@@ -107,11 +119,11 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray
         padded = np.pad(x, [(0, step - len(x)), *[(0, 0)] * (x.ndim - 1)])
         return put(padded.reshape(devices, -1, *x.shape[1:]))
 
-    portions, count = _portions(widths), 0
-    sums = [(zeros(p.count, p.width, p.width), zeros(p.count)) for p in portions]
+    count = 0
+    sums = [(zeros(p.count, d, d), zeros(p.count)) for p in _portions(shapes) for d in p.shape]
     for piece in _read_rows(source, rows, drawn, step):
         scales = None if piece.scales is None else pad_and_put(piece.scales)
-        sums = _add_rows(sums, pad_and_put(piece.values), scales, pad_and_put(piece.valid), widths)
+        sums = _add_rows(sums, pad_and_put(piece.values), scales, pad_and_put(piece.valid), shapes)
         count += int(piece.valid.sum())
         on_rows(len(piece))
     out, fourth = {}, []
@@ -126,7 +138,7 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows) -> dict[str, np.ndarray
     return out | {"fourth": np.concatenate(fourth), "count": np.int64(count)}
 
 
-def _mean(widths, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
+def _mean(shapes, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
     """Returns R from the sums of every group, added in float64 in their order."""
     total = next(results)
     for result in results:
@@ -135,42 +147,67 @@ def _mean(widths, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
     count = int(total["count"])
     if not count:
         raise ValueError("there are no gradients to take R of")
-    blocks = [R for i in range(len(_portions(widths))) for R in total[str(i)] / count]
+    matrices, fourth_powers, number, start = [], [], 0, 0
+    for portion in _portions(shapes):
+        axes, n = len(portion.shape), portion.count
+        sums = [total[str(number + axis)] / count for axis in range(axes)]
+        fourth_AxN = total["fourth"][start : start + axes * n].reshape(axes, n) / count
+        for i in range(n):
+            matrices += [x[i] for x in sums]
+            fourth_powers += fourth_AxN[:, i].tolist()
+        number, start = number + axes, start + axes * n
     # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
-    squares = np.array([np.sum(np.square(R)) for R in blocks])
-    noise = np.maximum(0.0, total["fourth"] / count - squares) / count
-    return Autocorrelation(blocks, noise, count)
+    squares = np.array([np.sum(np.square(R)) for R in matrices])
+    noise = np.maximum(0.0, np.array(fourth_powers) - squares) / count
+    return Autocorrelation(matrices, noise, count)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Portion:
-    """Blocks of one width that stand side by side, summed by one loop.
+    """Blocks of one shape that stand side by side, summed by one loop.
 
     Attributes:
         start: the first column.
-        width: the number of columns of each block.
+        shape: the shape of each block.
         count: the number of blocks.
     """
 
     start: int
-    width: int
+    shape: Shape
     count: int
 
+    width = property(lambda self: math.prod(self.shape))
 
-def _portions(widths: Sequence[int]) -> list[_Portion]:
+
+def _portions(shapes: Sequence[Shape]) -> list[_Portion]:
     """Returns the portions of the blocks, in order."""
     portions, start = [], 0
-    for width, equal_widths in itertools.groupby(widths):
-        remaining, most = len(list(equal_widths)), max(1, _PORTION_BYTES // (8 * width**2))
+    for shape, alike in itertools.groupby(shapes):
+        most = max(1, _PORTION_BYTES // (8 * sum(d * d for d in shape)))
+        remaining = len(list(alike))
         while remaining:
             count = min(most, remaining)
-            portions.append(_Portion(start, width, count))
-            start, remaining = start + count * width, remaining - count
+            portions.append(_Portion(start, shape, count))
+            start, remaining = start + count * math.prod(shape), remaining - count
     return portions
 
 
-@functools.partial(jax.jit, static_argnames="widths", donate_argnums=0)
-def _add_rows(sums, values, scales, valid, widths):
+def _second_moments(x_RxB, shape: Shape):
+    """Returns, for each axis of a block, the sum of outer products and of their squared norms."""
+    # By default TPUs and GPUs round the factors to bfloat16 or TF32, and R^(−1/2) magnifies that
+    # error in the small eigenvalues.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if len(shape) == 1:
+        fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(x_RxB), axis=1)))
+        return [(product(x_RxB.T, x_RxB), fourth)]
+    G_RxMxN, columns_RMxN = x_RxB.reshape(-1, *shape), x_RxB.reshape(-1, shape[1])
+    outer_RxMxM = product(G_RxMxN, G_RxMxN.transpose(0, 2, 1))
+    fourth = jnp.sum(jnp.square(outer_RxMxM))  # ‖G Gᵀ‖ = ‖Gᵀ G‖
+    return [(outer_RxMxM.sum(0), fourth), (product(columns_RMxN.T, columns_RMxN), fourth)]
+
+
+@functools.partial(jax.jit, static_argnames="shapes", donate_argnums=0)
+def _add_rows(sums, values, scales, valid, shapes):
     """Adds rows to the sums of Gram matrices and of fourth powers of norms, on every device.
 
     Products are in float32, the fastest type of most devices. A plain float32 sum of them would
@@ -185,30 +222,33 @@ def _add_rows(sums, values, scales, valid, widths):
         return total, low + ((high - (total - added)) + (addend - added))
 
     def add_on_device(sums, values, scales, valid):
+        widths = tuple(map(math.prod, shapes))
         x_RxE = jnp.where(valid[:, None], store.decode(values, scales, widths), 0.0)
 
         def add_block(i, portion_sums, portion: _Portion):
             start = portion.start + i * portion.width
             x_RxB = jax.lax.dynamic_slice_in_dim(x_RxE, start, portion.width, axis=1)
-            # By default TPUs and GPUs round the factors to bfloat16 or TF32, and R^(−1/2) magnifies
-            # that error in the small eigenvalues.
-            gram = jnp.matmul(x_RxB.T, x_RxB, precision=jax.lax.Precision.HIGHEST)
-            fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(x_RxB), axis=1)))
-            gram_pair, fourth_pair = jax.tree.map(lambda x: x[i], portion_sums)
-            added = two_sum(gram_pair, gram), two_sum(fourth_pair, fourth)
-            # In place: the loop holds no second copy of the sums.
-            return jax.tree.map(
-                lambda x, x_i: jax.lax.dynamic_update_index_in_dim(x, x_i, i, 0),
-                portion_sums,
-                added,
-            )
+            out = []
+            for pairs, addends in zip(
+                portion_sums, _second_moments(x_RxB, portion.shape), strict=True
+            ):
+                added = map(two_sum, jax.tree.map(lambda x: x[i], pairs), addends)
+                # In place: the loop holds no second copy of the sums.
+                out.append(
+                    jax.tree.map(
+                        lambda x, x_i: jax.lax.dynamic_update_index_in_dim(x, x_i, i, 0),
+                        pairs,
+                        tuple(added),
+                    )
+                )
+            return out
 
-        return [
-            jax.lax.fori_loop(
-                0, portion.count, functools.partial(add_block, portion=portion), portion_sums
-            )
-            for portion, portion_sums in zip(_portions(widths), sums, strict=True)
-        ]
+        remaining, out = iter(sums), []
+        for portion in _portions(shapes):
+            add = functools.partial(add_block, portion=portion)
+            portion_sums = [next(remaining) for _ in portion.shape]
+            out += jax.lax.fori_loop(0, portion.count, add, portion_sums)
+        return out
 
     if len(valid) > 1:
         return jax.vmap(add_on_device)(sums, values, scales, valid)

@@ -1,7 +1,13 @@
-"""Loops over the blocks of an encoding: one compiled body where all blocks have the same width."""
+"""The blocks of an encoding, and loops over them: one compiled body where all blocks are alike.
+
+A block's *shape* says how its R is made: (E_b,) of a dense R, [E_b, E_b]; (k₁, k₂) where the block
+is one k₁ × k₂ matrix, row by row, and R the Kronecker product of a factor for each axis.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +16,37 @@ import numpy as np
 # Stacking copies the matrices, so larger ones stay in a list: the time to compile a program with
 # one product for each block is small beside that of a search with matrices of this size.
 _STACKED_BYTES = 256 << 20
+
+
+Shape = tuple[int, ...]
+
+
+class KroneckerRoot(NamedTuple):
+    """W of a k₁ × k₂ block G, for WᵀW = R⁻¹: G ↦ scales ∘ (rowsᵀ G columns)."""
+
+    rows: np.ndarray
+    """Eigenvectors of the rows' factor, in columns, float32 [k₁, k₁]."""
+    columns: np.ndarray
+    """Eigenvectors of the columns' factor, float32 [k₂, k₂]."""
+    scales: np.ndarray
+    """Float32 [k₁, k₂]."""
+
+
+Root = np.ndarray | KroneckerRoot
+
+
+def dense_shapes(widths: Iterable[int]) -> tuple[Shape, ...]:
+    """Returns the shapes of blocks of these widths whose R are dense."""
+    return tuple((w,) for w in widths)
+
+
+def group_factors(
+    factors: Iterable[np.ndarray], shapes: Sequence[Shape]
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields the factors of each block: one of a dense block, two of a Kronecker product."""
+    remaining = iter(factors)
+    for shape in shapes:
+        yield tuple(next(remaining) for _ in shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,47 +72,55 @@ def block_slices(widths: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def stack(matrices: Sequence[np.ndarray]):
-    """Puts the matrices of all blocks on the device, for `fold`.
+def stack(roots: Sequence[Root]):
+    """Puts the roots of all blocks on the device, for `fold`.
 
     Returns:
-        One array [blocks, N, N] if all matrices have the same shape and take little memory, else
-        a list.
+        One tree of arrays with the blocks in front if all roots are alike and take little memory,
+        else a list.
     """
-    size = sum(m.shape[0] * m.shape[1] * 4 for m in matrices)
-    if len({m.shape for m in matrices}) == 1 and size <= _STACKED_BYTES:
-        return jnp.asarray(np.stack(matrices))
-    return [jnp.asarray(m) for m in matrices]
+    leaves = jax.tree.leaves(list(roots))
+    alike = len({tuple(x.shape for x in jax.tree.leaves(root)) for root in roots}) == 1
+    if alike and sum(4 * x.size for x in leaves) <= _STACKED_BYTES:
+        return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *roots)
+    return [jax.tree.map(jnp.asarray, root) for root in roots]
 
 
-def fold(step: Callable, carry, slices: Sequence[slice], matrices, *values):
-    """Folds `step(carry, block, matrix, *values)` over all blocks.
+def _width(root) -> int:
+    """Returns the columns of the block that a root, or a stack of roots, belongs to."""
+    if isinstance(root, KroneckerRoot):
+        return math.prod(root.scales.shape[-2:])
+    return root.shape[-1]
 
-    One array of matrices gives a loop whose program does not grow with the number of blocks. A list
+
+def fold(step: Callable, carry, slices: Sequence[slice], roots, *values):
+    """Folds `step(carry, block, root, *values)` over all blocks.
+
+    One stack of roots gives a loop whose program does not grow with the number of blocks. A list
     gives a program with one copy of `step` for each block.
 
     Args:
         step: a function that returns the next carry.
         carry: the first carry.
         slices: the columns of each block.
-        matrices: a matrix for each block, as `stack` returns them.
+        roots: a root for each block, as `stack` returns them.
         values: further sequences with one item for each block.
 
     Raises:
-        ValueError: the array's matrices differ from the blocks in width or number.
+        ValueError: the stack's roots differ from the blocks in width or number.
     """
     blocks = [Block(s.start, s.stop - s.start) for s in slices]
-    if isinstance(matrices, list):
-        for block, matrix, *items in zip(blocks, matrices, *values, strict=True):
-            carry = step(carry, block, matrix, *items)
+    if isinstance(roots, list):
+        for block, root, *items in zip(blocks, roots, *values, strict=True):
+            carry = step(carry, block, root, *items)
         return carry
-    count, width = matrices.shape[:2]
+    count, width = len(jax.tree.leaves(roots)[0]), _width(roots)
     if len(blocks) != count or {b.width for b in blocks} != {width}:
         raise ValueError(f"{count} matrices of width {width} do not fit the blocks {slices}")
 
     def body(carry, block_values):
-        start, matrix, *items = block_values
-        return step(carry, Block(start, width), matrix, *items), None
+        start, root, *items = block_values
+        return step(carry, Block(start, width), root, *items), None
 
     starts = jnp.asarray([b.start for b in blocks], jnp.int32)
-    return jax.lax.scan(body, carry, (starts, matrices, *map(jnp.asarray, values)))[0]
+    return jax.lax.scan(body, carry, (starts, roots, *map(jnp.asarray, values)))[0]

@@ -3,6 +3,11 @@
 The mixture R = λ R_eval + (1 − λ) R_train removes directions that all queries share (Chang et al.
 2024, section 3.2).
 
+The eigenvalues of a Kronecker product A ⊗ B / t are all a_i b_j / t: its spectrum, with which
+mixing rule, damping and cutoff deal as with that of a dense R. What is mixed and shrunk are its
+factors: λ A_eval + (1 − λ) A_train is E[G Gᵀ] of the mixture of both samples, as λ R_eval +
+(1 − λ) R_train is its E[g gᵀ], while a mixture of two Kronecker products is no Kronecker product.
+
 R_eval of all queries contains each query's own gradient, and so its label: whitening then shrinks
 just the direction that the query asks for. The search can take it out again, exactly and at little
 cost (`tda.retrieval.scorer.Scorer.query_weight`), or each half of the queries can be whitened by
@@ -10,14 +15,15 @@ R_eval of the other half (`draw_halves`).
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tda.hessian import blocks
-from tda.hessian.blocks import Block
+from tda.hessian.blocks import Block, KroneckerRoot, Root, Shape, dense_shapes, group_factors
 from tda.runtime import host_blas
 
 # An eigenvalue below this share of the largest one is rounding. LAPACK's float32 eigenvalues of
@@ -26,14 +32,25 @@ from tda.runtime import host_blas
 _ROUNDING = 64 * np.finfo(np.float32).eps
 
 
-def spectra(R: list[np.ndarray]) -> list[np.ndarray]:
-    """Returns the eigenvalues of each block in falling order: float64 [E_b]."""
+def spectra(R: list[np.ndarray], shapes: Sequence[Shape] | None = None) -> list[np.ndarray]:
+    """Returns the eigenvalues of each block in falling order: float64 [E_b].
 
-    def block_spectrum(block: np.ndarray) -> np.ndarray:
-        values = np.linalg.eigvalsh(block.astype(np.float32))
-        return np.maximum(values, 0.0)[::-1].astype(np.float64)
+    Args:
+        R: the blocks, or the factors of each (`Autocorrelation.blocks`).
+        shapes: the shape of each block; None: all are dense.
+    """
 
-    return host_blas.map_blocks(block_spectrum, R)
+    def values(matrix: np.ndarray) -> np.ndarray:
+        return np.maximum(np.linalg.eigvalsh(matrix.astype(np.float32)), 0.0).astype(np.float64)
+
+    out, by_factor = [], host_blas.map_blocks(values, R)
+    for factors in group_factors(by_factor, shapes or dense_shapes(map(len, R))):
+        product = factors[0]
+        if len(factors) == 2:
+            trace = factors[0].sum()
+            product = np.outer(factors[0], factors[1] / trace if trace else factors[1]).ravel()
+        out.append(np.sort(product)[::-1])
+    return out
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:
@@ -143,46 +160,80 @@ def draw_halves(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inverse_root(
-    R: Iterable[np.ndarray], damping: float = 1e-3, cutoff: float = 0.0
-) -> list[np.ndarray]:
+    R: Iterable[np.ndarray],
+    damping: float = 1e-3,
+    cutoff: float = 0.0,
+    shapes: Sequence[Shape] | None = None,
+) -> list[Root]:
     """Returns (R + damping · m I)^(−1/2) of each block, m its mean eigenvalue.
 
-    A block whose gradients all vanish becomes zero, not infinite.
+    A block whose gradients all vanish becomes zero, not infinite. Of a Kronecker product it is that
+    root in the eigenvectors of the factors, which whitens as well: WᵀW = (R + damping · m I)⁻¹.
 
     Args:
-        R: symmetric, non-negative blocks.
+        R: symmetric, non-negative blocks, or the factors of each (`Autocorrelation.blocks`).
         damping: a multiple of the block's mean eigenvalue, so that one number suits blocks of any
             scale. It bounds the weight of directions that the sampled gradients hardly have. With
             0, directions that are no more than rounding are left out (a pseudo-inverse).
         cutoff: directions with an eigenvalue below this multiple of the mean are left out (a
             pseudo-inverse); the damping should be small then.
+        shapes: the shape of each block; None: all are dense.
 
     Returns:
-        The roots, symmetric, float32 [E_b, E_b].
+        The roots, float32: symmetric [E_b, E_b] of dense blocks, `KroneckerRoot` of the others.
 
     Raises:
         ValueError: damping or cutoff is below 0.
     """
     if damping < 0 or cutoff < 0:
         raise ValueError(f"damping={damping} and cutoff={cutoff} must not be negative")
-    return host_blas.map_blocks(
-        functools.partial(_block_inverse_root, damping=damping, cutoff=cutoff), R
-    )
+    grouped = ((x,) for x in R) if shapes is None else group_factors(R, shapes)
+    root = functools.partial(_block_inverse_root, damping=damping, cutoff=cutoff)
+    return host_blas.map_blocks(root, grouped)
 
 
-def _block_inverse_root(block: np.ndarray, damping: float, cutoff: float) -> np.ndarray:
-    mean = np.trace(block) / len(block)
-    if mean <= 0:
-        return np.zeros(block.shape, np.float32)
-    # Gradients of 1e-20 would underflow when squared in float32; after division by the mean
-    # eigenvalue, computed in float64, all blocks are of order one.
-    values, vectors = np.linalg.eigh((block / mean).astype(np.float32))
-    values = np.maximum(values, 0.0)
-    if not damping:
-        cutoff = max(cutoff, _ROUNDING * values[-1])
+def _block_inverse_root(factors: tuple[np.ndarray, ...], damping: float, cutoff: float) -> Root:
+    trace, size = np.trace(factors[0]), math.prod(map(len, factors))
+    if trace <= 0:
+        zeros = [np.zeros(x.shape, np.float32) for x in factors]
+        if len(zeros) == 1:
+            return zeros[0]
+        scales = np.zeros([len(x) for x in factors], np.float32)
+        return KroneckerRoot(zeros[0], zeros[1], scales)
+    pairs = []
+    for x in factors:
+        # Gradients of 1e-20 would underflow when squared in float32; after division by the mean
+        # eigenvalue, computed in float64, all factors are of order one.
+        values, vectors = np.linalg.eigh((x / (trace / len(x))).astype(np.float32))
+        values = np.maximum(values, 0.0)
+        if not damping:
+            values[values < _ROUNDING * values[-1]] = 0.0
+        pairs.append((values, vectors))
+    # In units of R's mean eigenvalue, the trace over E_b, for a Kronecker product too.
+    values = pairs[0][0] if len(pairs) == 1 else np.outer(pairs[0][0], pairs[1][0])
+    left_out = (values < cutoff) | (values + damping <= 0)
     with np.errstate(divide="ignore"):
-        roots = np.where(values < cutoff, 0.0, (values + damping) ** -0.5) / np.sqrt(mean)
-    return ((vectors * roots) @ vectors.T).astype(np.float32)
+        scales = np.where(left_out, 0.0, (values + damping) ** -0.5) / np.sqrt(trace / size)
+    if len(pairs) == 1:
+        vectors = pairs[0][1]
+        return ((vectors * scales) @ vectors.T).astype(np.float32)
+    return KroneckerRoot(pairs[0][1], pairs[1][1], scales.astype(np.float32))
+
+
+def apply_root(root: Root, x):
+    """Returns W of one block's rows, [..., E_b]; of NumPy or, in a program, of jax arrays."""
+    if not isinstance(root, KroneckerRoot):
+        return x @ root
+    G = x.reshape(*x.shape[:-1], *root.scales.shape)
+    return (root.scales * (root.rows.T @ (G @ root.columns))).reshape(x.shape)
+
+
+def apply_transposed_root(root: Root, x):
+    """Returns Wᵀ of one block's rows, as `apply_root` does W."""
+    if not isinstance(root, KroneckerRoot):
+        return x @ root.T
+    G = root.scales * x.reshape(*x.shape[:-1], *root.scales.shape)
+    return (root.rows @ G @ root.columns.T).reshape(x.shape)
 
 
 def whiten(x_RxE, roots, slices: list[slice]):
@@ -190,13 +241,14 @@ def whiten(x_RxE, roots, slices: list[slice]):
 
     Args:
         x_RxE: gradients.
-        roots: R^(−1/2) by block, a list or one array (`blocks.stack`).
+        roots: R^(−1/2) by block, a list or one stack (`blocks.stack`).
         slices: the columns of each block.
     """
 
     def whiten_block(out_RxE, block: Block, root):
         # By default TPUs and GPUs round the factors, which loses directions of small eigenvalues.
-        white_RxB = jnp.matmul(block.columns(x_RxE), root, precision=jax.lax.Precision.HIGHEST)
+        with jax.default_matmul_precision("highest"):
+            white_RxB = apply_root(root, block.columns(x_RxE))
         return jax.lax.dynamic_update_slice_in_dim(out_RxE, white_RxB, block.start, axis=1)
 
     return blocks.fold(whiten_block, jnp.zeros(x_RxE.shape, jnp.float32), slices, roots)

@@ -14,6 +14,7 @@ import numpy as np
 
 from tda import store
 from tda.data import batches
+from tda.hessian import Shape
 
 # Products of queries with keys, and the like, that a position takes part in: two forward (scores,
 # mixing), and five backward (scores again, and the gradients of probabilities, q, k and v).
@@ -165,9 +166,13 @@ def code_bytes(width: int) -> int:
     return math.ceil(math.ceil(width / 2) / 2)
 
 
-def gram_operations(widths: Iterable[int], rows: int) -> int:
-    """Returns the operations of summing ΦᵀΦ over rows by block; whitening them takes as many."""
-    return 2 * rows * sum(w * w for w in widths)
+def gram_operations(shapes: Iterable[Shape], rows: int) -> int:
+    """Returns the operations of summing R over rows by block; whitening them takes as many.
+
+    `shapes` are those of R's blocks (`tda.hessian.blocks`): (E_b,) of a dense one, 2·E_b² a row;
+    (k₁, k₂) of a Kronecker product, 2·k₁·k₂·(k₁ + k₂).
+    """
+    return 2 * rows * sum(math.prod(s) * sum(s) for s in shapes)
 
 
 def score_operations(width: int, rows: int, queries: int) -> int:
@@ -175,18 +180,18 @@ def score_operations(width: int, rows: int, queries: int) -> int:
     return 2 * rows * width * queries
 
 
-def eigen_operations(widths: Iterable[int]) -> int:
-    """Returns the operations of R's eigenvectors: about 9·E_b³ (Golub & Van Loan 2013, 8.3)."""
-    return sum(9 * w**3 for w in widths)
+def eigen_operations(shapes: Iterable[Shape]) -> int:
+    """Returns the operations of R's eigenvectors: about 9·N³ (Golub & Van Loan 2013, 8.3)."""
+    return sum(9 * n**3 for shape in shapes for n in shape)
 
 
-def r_bytes(widths: Iterable[int], number: int = 8) -> int:
+def r_bytes(shapes: Iterable[Shape], number: int = 8) -> int:
     """Returns the bytes of block-diagonal R with numbers of `number` bytes, by default float64."""
-    return sum(number * w * w for w in widths)
+    return sum(number * n * n for shape in shapes for n in shape)
 
 
 def eigen_bytes(width: int) -> int:
-    """Returns the bytes that the eigendecomposition of one block takes beside R: 28·E_b².
+    """Returns the bytes that the eigendecomposition of an N × N matrix takes beside it: 28·N².
 
     A scaled copy in float64, two in float32 (one is the solver's own), the vectors, and two more
     matrices as the solver's work space (LAPACK's syevd: 1 + 6·n + 2·n² numbers).
@@ -194,14 +199,16 @@ def eigen_bytes(width: int) -> int:
     return (8 + 2 * 4 + 4 + 2 * 4) * width * width
 
 
-def hessian_bytes(widths: Iterable[int], matrices: int, roots: int) -> int:
-    """Returns the peak bytes of memory for R: its matrices, and the largest block's decomposition.
+def hessian_bytes(shapes: Iterable[Shape], matrices: int, roots: int) -> int:
+    """Returns the peak bytes of memory for R: its blocks, and the largest decomposition.
 
-    Held are so many `matrices` (R of passages, of queries) in float64, and `roots` in float32.
+    Held are so many `matrices` (R of passages, of queries) in float64, and `roots` in float32, with
+    k₁·k₂ numbers more for the root of a Kronecker product.
     """
-    widths = list(widths)
-    stored = matrices * r_bytes(widths) + roots * r_bytes(widths, 4)
-    return stored + eigen_bytes(max(widths))
+    shapes = list(shapes)
+    scales = sum(4 * math.prod(s) for s in shapes if len(s) == 2)
+    stored = matrices * r_bytes(shapes) + roots * (r_bytes(shapes, 4) + scales)
+    return stored + eigen_bytes(max(n for shape in shapes for n in shape))
 
 
 def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: bool) -> int:

@@ -7,7 +7,7 @@ import shutil
 
 import jax
 
-from tda import store
+from tda import hessian, store
 from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, setting
@@ -74,14 +74,14 @@ def run(
         host_memory = host_memory or hardware.chip.host.memory * hardware.host_share
     if disk is None and (here or workdir):
         disk = _free(workdir or ".")
-    r_memory = cost.hessian_bytes(s.widths, *s.hessians()) if s.hessians()[0] else 0
+    r_memory = cost.hessian_bytes(s.r_blocks, *s.hessians()) if s.hessians()[0] else 0
     stores = len(s.taps) * s.stored_bytes(s.size.passages + s.size.queries)
     needs = {
         "parameters and projections on a device": (s.held() / parts, device_memory),
         "R, its roots and eigenvectors on a host": (r_memory, host_memory),
         "two shards of gradients on a host": (s.shard_memory(), host_memory),
         "eigenvectors of a block of R on a device": (
-            cost.eigen_bytes(max(s.widths)) if r_memory else 0,
+            cost.eigen_bytes(s.largest_factor) if r_memory else 0,
             device_memory,
         ),
         "stores on disk": (stores, disk),
@@ -101,7 +101,10 @@ def run(
         "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
         "lacking": lacking,
-        "warnings": _warnings(hardware, config.mesh.fsdp, config.mesh.tensor),
+        "warnings": [
+            *_warnings(hardware, config.mesh.fsdp, config.mesh.tensor),
+            *_structure_warnings(s, r_memory, host_memory),
+        ],
         "left_out": s.left_out,
     }
 
@@ -117,6 +120,20 @@ def _warnings(hardware: chips.Hardware | None, fsdp: int, tensor: int) -> list[s
         f"mesh.fsdp={fsdp} × mesh.tensor={tensor} do not divide the {host} chips of a host: all "
         "hosts encode every shard together, and every row travels to every host; where the model "
         f"fits, let their product divide {host}, and each host encodes shards of its own"
+    ]
+
+
+def _structure_warnings(s: Setting, r_memory: int, host_memory: float | None) -> list[str]:
+    """Returns how R would fit, where it is dense and does not."""
+    is_dense = s.r_blocks == hessian.dense_shapes(s.widths)
+    if not is_dense or host_memory is None or r_memory <= host_memory:
+        return []
+    if any(len(shape) == 2 for shape in s.blocks):
+        needed = cost.as_bytes(cost.hessian_bytes(s.blocks, *s.hessians()))
+        return [f"a dense R does not fit on a host; hessian.structure=kronecker needs {needed}"]
+    return [
+        "a dense R does not fit on a host; with projection.pooling=matrix, "
+        "hessian.structure=kronecker takes 2·k² numbers a matrix in place of k⁴"
     ]
 
 
@@ -165,7 +182,7 @@ def _measure(config, s: Setting, mesh) -> dict:
             encoder = encoders.build_encoder(model, kinds, config.gradients.output, mesh)
             times_by_taps[key] = calibration.encoder_times(encoder, s.shapes, vocab_size, mesh)
         times_by_pass[corrections] = times_by_taps[key]
-    products = calibration.product_times(s.width, max(s.widths), s.size.queries)
+    products = calibration.product_times(s.width, s.largest_factor, s.size.queries)
     return {"encoder": times_by_pass, "products": products}
 
 
@@ -213,14 +230,14 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
             share = s.r_rows / s.size.passages
             shapes = {shape: share * count for shape, count in s.shapes.items()}
             encode("corpus for R", (correction,), shapes, share * s.size.tokens)
-    gram = cost.gram_operations(s.widths, 1)
+    gram = cost.gram_operations(s.r_blocks, 1)
     # R is summed and searched in groups of rows, which all hosts share; one host decomposes R.
     reading = hosts * host_rates.reading
     devices = devices if hardware else jax.local_device_count()
     for correction, methods in s.methods.items():
         roots, decompositions = s.decompositions(correction)
         if roots:
-            eigen = decompositions * cost.eigen_operations(s.widths)
+            eigen = decompositions * cost.eigen_operations(s.r_blocks)
             summed = gram * s.r_rows
             read = s.stored_bytes(s.r_rows) / reading
             # A store is read while the previous rows are multiplied: the slower of the two counts.

@@ -20,6 +20,8 @@ def _heading(figures: dict) -> str:
     share = s["with_gradients"] / s["parameters"]
     corpus = f"{s['passages']:,} passages, {s['tokens']:,} tokens, {s['queries']:,} queries"
     corpus += " (stated by the config)" if s["stated"] else f"; padding {s['padding']:.0%}"
+    kronecker = s["kronecker_blocks"]
+    structure = f"; R of {kronecker} a Kronecker product" if kronecker else ""
     rates = "rates measured here"
     if not h["measured"]:
         rates = f"{h['mfu']:.0%} of {h['peak'] / 1e12:,.0f} TFLOP/s (bfloat16) each assumed (--mfu)"
@@ -27,7 +29,7 @@ def _heading(figures: dict) -> str:
         [
             ["model", f"{s['parameters']:,} parameters; gradients of {share:.0%} of them"],
             ["corpus", corpus],
-            ["encoding", f"{s['width']:,} dimensions, in {s['blocks']} blocks"],
+            ["encoding", f"{s['width']:,} dimensions, in {s['blocks']} blocks{structure}"],
             ["hardware", f"{h['title']}; {rates}"],
         ],
         "ll",

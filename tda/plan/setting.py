@@ -17,9 +17,11 @@ from tda.gradients import sites
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
+from tda.hessian import Shape
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
+from tda.retrieval.whitening import HessianSettings
 from tda.run import corpus, train
 from tda.run.encode import NO_STORE
 from tda.run.workdir import Workdir
@@ -53,8 +55,10 @@ class Setting:
     sites: list[sites.Site]
     """The parameters whose gradients are taken."""
     model: cost.Model
-    widths: list[int]
-    """Numbers in each block of an encoding."""
+    blocks: tuple[Shape, ...]
+    """The shape of each block of an encoding (`Layout.shapes`)."""
+    r_blocks: tuple[Shape, ...]
+    """The shape of each block of R."""
     taps: dict[str, cost.Taps]
     """By correction; each correction has a store of its own."""
     methods: dict[str, list[methods.Method]]
@@ -74,7 +78,9 @@ class Setting:
     shard_rows: int
     """Passages of a shard of the store."""
 
+    widths = property(lambda self: [math.prod(s) for s in self.blocks])
     width = property(lambda self: sum(self.widths))
+    largest_factor = property(lambda self: max(n for shape in self.r_blocks for n in shape))
     has_store = property(lambda self: self.store_dtype != NO_STORE)
 
     @property
@@ -125,6 +131,7 @@ class Setting:
             "padding": 1 - size.tokens / sum(B * T * n for (B, T), n in self.shapes.items()),
             "blocks": len(self.widths),
             "largest_block": max(self.widths),
+            "kronecker_blocks": sum(len(s) == 2 for s in self.r_blocks),
             "width": self.width,
         }
 
@@ -148,7 +155,7 @@ def of(config, multiple: int = 1) -> Setting:
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)
-    widths = [projection.side**2] * len(layout.blocks)
+    widths = list(map(math.prod, layout.shapes))
     stored = "float32" if config.store.dtype == NO_STORE else config.store.dtype
     shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, stored))
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
@@ -165,7 +172,8 @@ def of(config, multiple: int = 1) -> Setting:
         parameters=sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
         sites=chosen,
         model=_model(find_sites(model, include="."), arguments),
-        widths=widths,
+        blocks=layout.shapes,
+        r_blocks=HessianSettings(**dict(config.hessian)).shapes_of(layout.shapes),
         taps={c: _taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods},
         methods=chosen_methods,
         left_out=left_out,

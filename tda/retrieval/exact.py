@@ -158,7 +158,7 @@ class ExactSearch:
         if self._groups.directory is not None:
             arrays = {"queries": gradients_QxE, "unit norm": np.array(scan.norms)}
             for i, method in enumerate(methods):
-                arrays |= {f"root {i} {b}": x for b, x in enumerate(method.roots or ())}
+                arrays |= {f"root {i} {b}": x for b, x in enumerate(jax.tree.leaves(method.roots))}
                 arrays[f"query weights {i}"] = np.array(method.query_weights)
             for label, rows in pairs.items():
                 arrays |= {f"rows {label}": rows.rows, f"queries {label}": rows.queries}

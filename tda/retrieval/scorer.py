@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ class Scorer:
         roots: W = R^(−1/2) by block, or None for the identity.
         unit_norm: whether N divides by the norm (a zero stays zero) or does nothing.
         query_weights: β of each block, or empty. With it a query with gradient g is scored by
-            R − β g gᵀ in place of R, which takes the query's own part out of R_eval. Needs `roots`.
+            R − β g gᵀ in place of R, which takes the query's own part out of R_eval. Needs `roots`,
+            all of them dense.
     """
 
-    roots: list[np.ndarray] | None
+    roots: list[hessian.Root] | None
     unit_norm: bool
     query_weights: tuple[float, ...] = ()
 
@@ -85,7 +87,8 @@ class ScorerGroup:
 
     queries_QxE: jax.Array
     """W g of the queries."""
-    whitening: jax.Array | list | None
+    whitening: Any
+    """W (`blocks.stack`), or None for the identity."""
     methods: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
     """The methods' numbers."""
     query_weights: tuple[float, ...] = dataclasses.field(default=(), metadata=dict(static=True))

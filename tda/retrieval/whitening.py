@@ -7,7 +7,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -24,6 +26,7 @@ from tda.runtime.groups import ONE_GROUP, Groups
 from tda.runtime.progress import Progress
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
+STRUCTURES = ("dense", "kronecker")
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.
 _FLOOR = 1e-6
 _HALVES = ("first half", "second half")
@@ -58,6 +61,33 @@ class HessianSettings:
     evaluation: str = "all"
     """The queries that R_eval is taken of: "all", "leave_one_out" or "disjoint"."""
 
+    structure: str = "dense"
+    """R of a block that is one matrix: "dense", or "kronecker": a factor for rows and for columns.
+
+    A block that several matrices are added up in has no rows and columns of one space: it stays
+    dense.
+    """
+
+    def shapes_of(self, shapes: Sequence[hessian.Shape]) -> tuple[hessian.Shape, ...]:
+        """Returns the shapes of R's blocks, of those of the gradients' blocks (`Layout.shapes`).
+
+        Raises:
+            ValueError: `structure` is unknown, or no block is one matrix.
+        """
+        if self.structure not in STRUCTURES:
+            raise ValueError(
+                f"unknown structure={self.structure!r} of R; use {', '.join(STRUCTURES)}"
+            )
+        if self.structure == "dense":
+            return hessian.dense_shapes(map(math.prod, shapes))
+        if all(len(s) == 1 for s in shapes):
+            raise ValueError(
+                f"structure={self.structure} of R has no effect: several matrices are added up in "
+                "each block of the gradients; use a projection with pooling=matrix, or "
+                "structure=dense"
+            )
+        return tuple(shapes)
+
     def evaluation_of(self, method: Method) -> str:
         """Returns what a method's R_eval is taken of: its own rule, or that of the settings.
 
@@ -85,9 +115,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Root:
-    """R^(−1/2) by block, float32 [E_b, E_b], None for the identity; and `Scorer.query_weights`."""
+    """R^(−1/2) by block (`hessian.inverse_root`), or None; and `Scorer.query_weights`."""
 
-    blocks: list[np.ndarray] | None
+    blocks: list[hessian.Root] | None
     query_weights: tuple[float, ...] = ()
 
 
@@ -105,6 +135,7 @@ class Whitening:
         mesh: the devices that R_train is summed on; one where None.
         folder: where roots are kept for the next start; None keeps them in memory alone.
         identity: JSON values that tell these gradients from others, for files.
+        shapes: of the gradients' blocks (`Layout.shapes`), which a Kronecker product needs.
         groups: how passages are cut into groups whose part of R_train is kept, and which processes
             share; with a directory there has to be a `folder` too, from which all read the roots.
         on_progress: told what is done; None shows a progress bar.
@@ -125,6 +156,7 @@ class Whitening:
         *,
         folder: pathlib.Path | None = None,
         identity=None,
+        shapes: Sequence[hessian.Shape] | None = None,
         groups: Groups = ONE_GROUP,
         on_progress: Progress | None = None,
         quiet: bool = False,
@@ -133,6 +165,9 @@ class Whitening:
         self._mesh, self._folder, self._identity, self._groups = mesh, folder, identity, groups
         self._on_progress, self._quiet = on_progress, quiet
         self._slices = hessian.block_slices(source.form.widths)
+        if shapes is None:
+            shapes = hessian.dense_shapes(source.form.widths)
+        self._shapes = settings.shapes_of(shapes)
         self._roots: dict[str, _Root] = {"none": _Root(None)}
         self.notes: dict[str, dict] = {}
         self.spectra: dict[str, np.ndarray] = {}
@@ -179,8 +214,8 @@ class Whitening:
         other.spectra = {k: s for k, s in self.spectra.items() if k == "train"}
         return other
 
-    def train_roots(self) -> list[np.ndarray]:
-        """R_train^(−1/2) by block, float32."""
+    def train_roots(self) -> list[hessian.Root]:
+        """R_train^(−1/2) by block."""
         return self._root("train").blocks
 
     def note(self, method: Method) -> dict | None:
@@ -220,12 +255,19 @@ class Whitening:
         if method.hessian != "mixed":
             return method.hessian
         rule = self._settings.evaluation_of(method)
+        if rule == "leave_one_out" and self._kronecker:
+            raise ValueError(no_leave_one_out(method))
         if number is None:
             return "all"
         if rule != "disjoint":
             return rule
         # R_eval is taken of the half that the query is not in.
         return _HALVES[int(number in self._halves()[0])]
+
+    @property
+    def _kronecker(self) -> int:
+        """How many blocks have a Kronecker product as R."""
+        return sum(len(s) == 2 for s in self._shapes)
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
         return hessian.draw_halves(len(self._queries), self._settings.seed)
@@ -263,12 +305,19 @@ class Whitening:
             for name in set(arrays) & {"train", "evaluation"}:
                 self.spectra.setdefault(name, arrays[name])
             self.notes[kind] = json.loads(str(arrays["note"]))
-            blocks = [arrays[str(i)] for i in range(len(self._slices))]
+            numbers = itertools.count()
+            blocks = [
+                arrays[str(next(numbers))]
+                if len(shape) == 1
+                else hessian.KroneckerRoot(*(arrays[str(next(numbers))] for _ in range(3)))
+                for shape in self._shapes
+            ]
             return _Root(blocks, tuple(arrays["own"].tolist()))
 
     def _keep(self, file: pathlib.Path, root: _Root, kind: str) -> None:
         arrays = {"own": np.asarray(root.query_weights), "note": json.dumps(self.notes[kind])}
-        arrays |= {str(i): b for i, b in enumerate(root.blocks)} | self.spectra
+        leaves = enumerate(jax.tree.leaves(root.blocks))
+        arrays |= {str(i): x for i, x in leaves} | self.spectra
         # A read-only workdir can still be asked; R is then computed again in each session.
         with contextlib.suppress(PermissionError):
             file.parent.mkdir(exist_ok=True)
@@ -282,10 +331,18 @@ class Whitening:
     def train(self) -> hessian.Autocorrelation | None:
         """R_train; None in all processes but the first of those that share groups."""
         s, rows = self._settings, self._source.rows
-        name = fingerprint([s.sample, s.seed, self._identity])
+        kronecker = [list(self._shapes)] if self._kronecker else []
+        name = fingerprint([s.sample, s.seed, self._identity, *kronecker])
         with self._progress(min(s.sample or rows, rows)) as on_rows:
             return hessian.autocorrelation_of_source(
-                self._source, s.sample, s.seed, self._mesh, on_rows, self._groups, name
+                self._source,
+                s.sample,
+                s.seed,
+                self._mesh,
+                on_rows,
+                self._groups,
+                name,
+                self._shapes,
             )
 
     @contextlib.contextmanager
@@ -299,14 +356,16 @@ class Whitening:
     def _make(self, kind: str, train: hessian.Autocorrelation) -> _Root:
         self._tell("decomposing R")
         if "train" not in self.spectra:
-            self.spectra["train"] = np.concatenate(hessian.spectra(train.blocks))
+            self.spectra["train"] = np.concatenate(hessian.spectra(train.blocks, self._shapes))
         if kind == "train":
             self.notes[kind] = {}
             return _Root(self._inverse_root(train.blocks, train.noise, self.notes[kind])[0])
         queries_QxE = self._queries
         if kind in _HALVES:
             queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
-        evaluation = hessian.autocorrelation_of_source(InMemory(queries_QxE, self._slices))
+        evaluation = hessian.autocorrelation_of_source(
+            InMemory(queries_QxE, self._slices), shapes=self._shapes
+        )
         weight = self._weight(evaluation, kind)
         blocks, n = evaluation.blocks, len(queries_QxE)
         if kind == "leave_one_out":
@@ -324,7 +383,7 @@ class Whitening:
     def _weight(self, evaluation: hessian.Autocorrelation, kind: str) -> float:
         """λ, by the rule or as the settings say."""
         k = self._settings.component or hessian.default_component(self._source.form.width)
-        weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks)
+        weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks, self._shapes)
         spectrum = np.concatenate(by_block)
         self.spectra.setdefault("evaluation", spectrum)
         if weight < 0:
@@ -339,25 +398,42 @@ class Whitening:
         """R^(−1/2), and the share of R in it, by block: 1, or less where R was shrunk."""
         s = self._settings
         note["cutoff"] = s.cutoff
+        if self._kronecker:
+            note |= {"kronecker": self._kronecker, "blocks": len(self._shapes)}
         if s.damping >= 0:
             note["damping"] = s.damping
-            roots = hessian.inverse_root(R, s.damping, s.cutoff)
+            roots = hessian.inverse_root(R, s.damping, s.cutoff, self._shapes)
             return roots, np.ones(len(self._slices))
         R = list(R)
         shares = hessian.shrinkage(R, noise)
         note["shrinkage"] = float(np.median(shares))
-        return hessian.inverse_root(hessian.shrink(R, shares), _FLOOR, s.cutoff), 1 - shares
+        shrunk = hessian.shrink(R, shares)
+        return hessian.inverse_root(shrunk, _FLOOR, s.cutoff, self._shapes), 1 - shares
+
+
+def no_leave_one_out(method: Method) -> str:
+    """Says why R_eval of all other queries is no choice where R is a Kronecker product."""
+    # A query takes up to k directions out of either factor, where it takes one out of a dense R:
+    # every pair of query and passage would need a whitening of its own for the passage's norm.
+    return (
+        f"{method.title}: with hessian.structure=kronecker, R_eval leave_one_out would whiten "
+        "every passage anew for every query; use hessian.evaluation=disjoint or all, or "
+        "hessian.structure=dense"
+    )
 
 
 def describe_regularisation(note: dict) -> str:
-    """Describes how R was kept from magnifying noise: a method's note, in words."""
+    """Describes R's structure, and how it was kept from magnifying noise: a note, in words."""
+    text = f"damping {note['damping']:.3g}" if "damping" in note else ""
     if "shrinkage" in note:
-        return f"shrunk by {note['shrinkage']:.2g}, the blocks' median"
-    return f"damping {note['damping']:.3g}"
+        text = f"shrunk by {note['shrinkage']:.2g}, the blocks' median"
+    if "kronecker" in note:
+        text += f"; a Kronecker product in {note['kronecker']} of {note['blocks']} blocks"
+    return text
 
 
-def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np.ndarray] | None:
-    """Returns F by block with FᵀF the inverse of R that a query is scored with, [E_b, E_b].
+def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[hessian.Root] | None:
+    """Returns F by block with F Fᵀ the inverse of R that a query is scored with: rows become x F.
 
     R^(−1/2) itself where the query's own part stays in R. None for the identity.
 
@@ -375,5 +451,5 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[np
         square = h_E @ h_E
         longer = max(1 - beta * square, 1e-6) ** -0.5 - 1
         step = longer / square if square > 0 else 0.0
-        out.append(root + step * np.outer(h_E, h_E @ root))
+        out.append(root + step * np.outer(root @ h_E, h_E))
     return out

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from tda import hessian
 from tda.methods import Method
 from tda.retrieval import sources
 from tda.retrieval.scorer import Scorer
@@ -56,7 +57,7 @@ class Part:
 
     source: Source  # gradients of the passages
     queries_QxE: np.ndarray
-    roots: list[np.ndarray]  # R^(−1/2) by block; empty for the identity
+    roots: list[hessian.Root]  # R^(−1/2) by block; empty for the identity
     probabilities: np.ndarray | None = None  # of passages, float64 [C], for TRAK's 1 − p
 
 

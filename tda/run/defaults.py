@@ -127,6 +127,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "in mean eigenvalues of a block; -1: what the sample's size needs (Ledoit and Wolf)",
     ),
     "hessian.cutoff": (0.0, "leave out directions of smaller eigenvalues, in the same unit"),
+    "hessian.structure": (
+        "dense",
+        "dense, or kronecker: of each block that is one matrix, a factor for rows and for columns",
+    ),
     "hessian.evaluation": (
         "all",
         "queries of R_eval: all, leave_one_out, or disjoint (the half without the query)",
@@ -199,6 +203,7 @@ CHOICES = {
     "store.dtype": ("float32", "bfloat16", "int8", "none"),
     "search.index": ("none", "scann"),
     "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
+    "hessian.structure": ("dense", "kronecker"),
     "eval.tail_patch_state": ("restored", "fresh"),
     "counterfactual.unit": ("passage", "document", "relation", "subject"),
 }

@@ -103,6 +103,7 @@ class Encodings:
                 run.search_mesh,
                 folder=folder,
                 identity=self.identity(kind),
+                shapes=run.block_shapes(kind),
                 groups=groups,
                 on_progress=self._relay if run.live else None,
             )

@@ -1,6 +1,7 @@
 """The stage that retrieves passages for every query by every method."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from tda.gradients import adam_steps
 from tda.methods import GradientKind, Method
 from tda.retrieval import dense, ranked
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import HessianSettings, describe_regularisation
+from tda.retrieval.whitening import HessianSettings, describe_regularisation, no_leave_one_out
 from tda.run import encode
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
@@ -107,6 +108,8 @@ def check(config, chosen: dict[str, Method]) -> None:
                     "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
                     "or search.index=none"
                 )
+            if evaluation == "leave_one_out" and config.hessian.structure == "kronecker":
+                raise ValueError(no_leave_one_out(method))
         if method.steps_by_adam and config.train.optimizer not in adam_steps.OPTIMIZERS:
             raise ValueError(
                 f"{method.title} steps by Adam, whose moments train.optimizer="
@@ -128,14 +131,16 @@ def check_run(run: Run) -> None:
         run: the run; its model may be of shapes alone.
 
     Raises:
-        ValueError: no parameter matches, there are too few layers for the blocks, or too few
-            queries for R_eval.
+        ValueError: no parameter matches, there are too few layers for the blocks, too few queries
+            for R_eval, or no block of which R could be a Kronecker product.
     """
-    queries, side = len(run.corpus.queries), run.config.projection.side
+    queries = len(run.corpus.queries)
     for method in methods.parse(run.config.methods).values():
         if not method.takes_gradients:
             continue
-        blocks = run.blocks(method.gradients)
+        shapes = run.block_shapes(method.gradients)
+        if method.hessian != "none":
+            shapes = run.hessian.shapes_of(shapes)
         if method.hessian != "mixed":
             continue
         evaluation = run.hessian.evaluation_of(method)
@@ -146,12 +151,15 @@ def check_run(run: Run) -> None:
             )
         if run.config.hessian.weight < 0:
             count = queries // 2 if evaluation == "disjoint" else queries
-            width = side**2 * len(blocks)
-            # Whatever the gradients will be, a block of R_eval has a direction for each query at
-            # most.
-            spectrum = (np.arange(side**2) < count).astype(np.float64)
-            k = run.config.hessian.component or hessian.default_component(width)
-            hessian.check_component([spectrum] * len(blocks), k, count)
+            widths = list(map(math.prod, shapes))
+            # Whatever the gradients will be, a dense block of R_eval has a direction for each query
+            # at most; each query's rows and columns may fill the factors of a Kronecker product.
+            spectra = [
+                (np.arange(width) < (count if len(shape) == 1 else width)).astype(np.float64)
+                for width, shape in zip(widths, shapes, strict=True)
+            ]
+            k = run.config.hessian.component or hessian.default_component(sum(widths))
+            hessian.check_component(spectra, k, count)
 
 
 def _groups(todo: dict[str, Method]) -> list[dict[str, Method]]:

@@ -207,6 +207,10 @@ class Run:
         """Returns the names of an encoding's blocks, in order."""
         return projections.layout(self.sites(kind), self.projection(kind)).blocks
 
+    def block_shapes(self, kind: GradientKind) -> tuple[tuple[int, ...], ...]:
+        """Returns the shapes of an encoding's blocks, in order (`Layout.shapes`)."""
+        return projections.layout(self.sites(kind), self.projection(kind)).shapes
+
     def second_moments(self, step: int | None = None) -> str | dict:
         """Returns "optimizer", or the batches that second moments are estimated from."""
         g = self.config.gradients

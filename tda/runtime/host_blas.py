@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import threadpoolctl
@@ -32,8 +32,8 @@ def cores() -> int:
 
 
 def map_blocks(
-    function: Callable[[np.ndarray], U],
-    blocks: Iterable[np.ndarray],
+    function: Callable[[Any], U],
+    blocks: Iterable[np.ndarray | tuple[np.ndarray, ...]],
     workers: int | None = None,
     memory: int = _MEMORY,
 ) -> list[U]:
@@ -41,7 +41,7 @@ def map_blocks(
 
     Args:
         function: a function that spends its time in NumPy, which releases the interpreter's lock.
-        blocks: the blocks; the iterable is advanced only as they are needed.
+        blocks: the blocks, or the matrices of each; the iterable is advanced only as needed.
         workers: the number of blocks at a time; `cores()` by default.
         memory: bytes that blocks in progress may take, with their copies; one block always may.
     """
@@ -50,7 +50,8 @@ def map_blocks(
     running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
     with one_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for block in blocks:
-            size = _COPIES * block.nbytes
+            matrices = block if isinstance(block, tuple) else (block,)
+            size = _COPIES * sum(x.nbytes for x in matrices)
             while running and (
                 len(running) == workers or sum(s for s, _ in running) + size > memory
             ):

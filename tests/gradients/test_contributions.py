@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tda import hessian
 from tda.gradients import kronecker, reference
 from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
@@ -56,7 +57,9 @@ def test_parts_sum_to_the_score(decoder, random_batch):
     rng = np.random.default_rng(0)
     roots = [np.cov(rng.normal(size=(16, 40))).astype(np.float32) for _ in encoder.layout.slices]
     widths = tuple(s.stop - s.start for s in encoder.layout.slices)
-    for roots_, unit in ((roots, True), (roots, False), (None, True)):
+    pairs = [np.cov(rng.normal(size=(4, 40))) for _ in range(2 * len(roots))]
+    products = hessian.inverse_root(pairs, shapes=[(4, 4)] * len(roots))
+    for roots_, unit in ((roots, True), (roots, False), (None, True), (products, True)):
         whitened = [np.asarray(scorer.encode(x, roots_, unit, widths)) for x in (query, passages)]
         score = whitened[0] @ whitened[1].T
         contributions = make_contributions(model, P)

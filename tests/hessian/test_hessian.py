@@ -47,7 +47,7 @@ def test_the_program_of_its_sums_does_not_grow_with_the_number_of_blocks():
     def count_products(blocks):
         rows = np.ones((1, 4, 8 * blocks), np.float32), None, np.ones((1, 4), bool)
         sums = [((np.zeros((1, blocks, 8, 8)),) * 2, (np.zeros((1, blocks)),) * 2)]
-        program = autocorrelation._add_rows.lower(sums, *rows, (8,) * blocks).as_text()
+        program = autocorrelation._add_rows.lower(sums, *rows, ((8,),) * blocks).as_text()
         return program.count("dot_general")
 
     assert count_products(40) == count_products(2) == 1
@@ -127,7 +127,7 @@ def test_products_are_in_full_precision_on_every_device():
     sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, 1, w, w), (1, 1))) for w in widths]
     valid = np.ones((1, 4), bool)
     for function in (
-        lambda x: autocorrelation._add_rows(sums, x[None], None, valid, widths),
+        lambda x: autocorrelation._add_rows(sums, x[None], None, valid, ((3,), (5,))),
         lambda x: hessian.whiten(x, roots, SLICES),
         lambda x: scorer.score(scorer.ScorerGroup(x, roots, (0,)), x, widths),
     ):

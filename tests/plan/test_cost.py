@@ -97,18 +97,21 @@ def test_codes_take_a_quarter_byte_a_dimension():
 
 
 def test_products_of_a_store():
-    assert cost.gram_operations([3, 2], 10) == 2 * 10 * (9 + 4)
+    assert cost.gram_operations([(3,), (2,)], 10) == 2 * 10 * (9 + 4)
+    assert cost.gram_operations([(2, 3)], 10) == 2 * 10 * (2 * 2 * 3 + 2 * 3 * 3)
     assert cost.score_operations(5, 10, 7) == 2 * 5 * 10 * 7
-    assert cost.eigen_operations([3, 2]) == 9 * (27 + 8)
+    assert cost.eigen_operations([(3,), (2,)]) == cost.eigen_operations([(3, 2)]) == 9 * (27 + 8)
 
 
 def test_memory_of_r():
     # A block of side 128 has 16,384 dimensions: 2 GiB in float64, and there may be 86 of them.
-    assert cost.r_bytes([128**2]) == 2 * 2**30
-    assert cost.r_bytes([128**2] * 86) == 172 * 2**30
+    assert cost.r_bytes([(128**2,)]) == 2 * 2**30
+    assert cost.r_bytes([(128**2,)] * 86) == 172 * 2**30
+    assert cost.r_bytes([(128, 128)] * 86) == 86 * 2**18
     assert cost.eigen_bytes(10) == 2800
     # R of passages and of queries, float64; one root, float32; the largest block's work.
-    assert cost.hessian_bytes([10, 4], 2, 1) == 2 * 8 * 116 + 4 * 116 + 2800
+    assert cost.hessian_bytes([(10,), (4,)], 2, 1) == 2 * 8 * 116 + 4 * 116 + 2800
+    assert cost.hessian_bytes([(10, 4)], 2, 1) == 2 * 8 * 116 + 4 * (116 + 40) + 2800
 
 
 def test_what_encoding_holds():

@@ -190,6 +190,13 @@ def test_what_does_not_fit_is_refused():
     found = planner.run(config, hardware=hardware, host_memory=512 * GIBI)
     assert any(x.startswith("R, its roots and eigenvectors on a host: ") for x in found["lacking"])
     assert found["needs"]["R, its roots and eigenvectors on a host"]["needed"] > 2 * 224 * 2 * GIBI
+    assert "hessian.structure=kronecker needs" in report.text(found)
+    config.hessian.structure = "kronecker"
+    small = planner.run(config, hardware=hardware, host_memory=512 * GIBI)
+    needs = small["needs"]["R, its roots and eigenvectors on a host"]["needed"]
+    assert needs == cost.hessian_bytes([(128, 128)] * 224, 2, 1) < GIBI
+    assert small["warnings"] == [] and "R of 224 a Kronecker product" in report.text(small)
+    config.hessian.structure = "dense"
     config.mesh.fsdp = 1
     found = planner.run(config, hardware=hardware)
     assert found["lacking"][0].startswith("parameters and projections on a device: 3")
