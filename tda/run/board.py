@@ -5,6 +5,7 @@ import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from tda import methods as method_lib
 from tda.counterfactual import figures
@@ -12,15 +13,18 @@ from tda.counterfactual.bank import draw_subsets
 from tda.evaluation import statistics
 from tda.evaluation.statistics import Interval
 from tda.reports import board as board_report
-from tda.run import counterfactual, stages
+from tda.retrieval.ranked import Ranked, best_of, first_rank
+from tda.run import counterfactual, evaluate, stages
 from tda.run.bank_scores import TITLES, BankScores, own_methods, title
 from tda.run.counterfactual import Retrained
 from tda.run.workdir import Workdir
-from tda.runtime.atomic_file import open_atomic, write_json
+from tda.runtime.atomic_file import open_atomic, write_arrays, write_json
 from tda.runtime.fingerprint import plain
 
 # The share of units that QLD removes, and the random sets that it is held against.
 _OWN_SHARE, _RANDOM_SETS = 0.01, 10
+# Passages of a method that are written for each query.
+_SHOWN = 10
 
 
 def check(config) -> None:
@@ -46,6 +50,9 @@ def check(config) -> None:
 def measure(config, workdir: Workdir) -> dict:
     """Trains, retrains, scores by every method, and writes `board.md` and `board.json`.
 
+    Beside them `board.npz`, each retraining's changes of loss as predicted and as they were; and,
+    where a unit is a passage, `counterfactual/results/METHOD.jsonl`, the passages of each method.
+
     Returns:
         The figures by method.
 
@@ -61,13 +68,34 @@ def measure(config, workdir: Workdir) -> dict:
         retrained = counterfactual.retrain(stages.prepare(config, workdir))
         bank_scores = BankScores(retrained)
         scores = bank_scores.compute()
-        record = _Board(retrained, bank_scores.seconds).figures(scores)
+        board = _Board(retrained, bank_scores.seconds)
+        record = board.figures(scores)
+        if retrained.run.config.counterfactual.unit == "passage":
+            _write_passages(retrained, scores)
         text = board_report.describe(record)
         with open_atomic(workdir / "board.md") as out:
             out.write(f"{text}\n")
+        write_arrays(workdir / "board.npz", board.arrays)
         write_json(workdir / "board.json", plain(record))
     print(text)
     return record
+
+
+def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> None:
+    """Writes what each method finds, and whether it is correct, beside the bank."""
+    run, config = retrained.run, ConfigDict(retrained.run.config.to_dict())
+    config.eval.update(tail_patch_queries=0, samples=0, queries=0)
+    config.eval.resamples = config.counterfactual.resamples
+    rows_QxN = np.broadcast_to(np.arange(run.corpus.rows), next(iter(scores.values())).shape)
+    rankings = {}
+    for name, scores_QxN in scores.items():
+        best_QxK, best_rows_QxK = best_of(scores_QxN, rows_QxN, _SHOWN)
+        first_ranks = {
+            label: np.array([first_rank(*pair) for pair in zip(scores_QxN, correct, strict=True)])
+            for label, correct in run.corpus.correct.items()
+        }
+        rankings[name] = Ranked.of_proponents(best_rows_QxK, best_QxK, first_ranks)
+    evaluate.evaluate(dataclasses.replace(run, config=config), rankings, retrained.directory.path)
 
 
 class _Board:
@@ -76,6 +104,9 @@ class _Board:
     def __init__(self, retrained: Retrained, seconds: dict[str, float]):
         self.retrained, self.seconds = retrained, seconds
         self.config = retrained.run.config
+        self.arrays: dict[str, np.ndarray] = {}
+        """float64: of FRACTION/LABEL how much losses rose, [M, Q]; of FRACTION/LABEL/METHOD the
+        LDS of each query, [Q]; of FRACTION/METHOD what the method predicted, [M, Q]."""
 
     def figures(self, scores: dict[str, np.ndarray]) -> dict:
         """Returns the board as JSON values."""
@@ -98,11 +129,16 @@ class _Board:
                 "mean change": float(np.mean(banks[0].changes_MxQ)),
                 "sd of changes": float(np.std(banks[0].changes_MxQ, axis=0).mean()),
             }
+            for name, scores_QxU in scores.items():
+                predicted_MxQ = figures.predictions(scores_QxU, banks[0].removed_MxU)
+                self.arrays[f"{fraction}/{name}"] = predicted_MxQ
             for label, changes_MxQ in changes.items():
+                self.arrays[f"{fraction}/{label}"] = changes_MxQ
                 lds = figures.lds(scores, banks[0], settings.resamples, settings.seed, changes_MxQ)
                 for name in scores:
                     of_method = record["methods"][name]["lds"].setdefault(str(fraction), {})
                     of_method[label] = _as_json(lds.interval(name))
+                    self.arrays[f"{fraction}/{label}/{name}"] = lds.by_query[name]
                     if "ekfac_whole" in scores and name != "ekfac_whole":
                         difference = lds.difference(name, "ekfac_whole")
                         of_method[f"{label}, less EK-FAC's"] = _as_json(difference)
@@ -110,7 +146,11 @@ class _Board:
             for name, interval in self._own_top(scores).items():
                 record["methods"][name]["own_top"] = _as_json(interval)
         record["queries"] = len(self.retrained.queries)
-        record["units"] = len(self.retrained.units)
+        record["texts"] = [
+            {"id": f.fact_id, "prompt": f.prompt(self.config.data.prompt), "target": f.entity1}
+            for f in self.retrained.run.corpus.queries
+        ]
+        record["units"], record["unit"] = len(self.retrained.units), settings.unit
         record["steps"] = self.retrained.trainings[0].steps
         record["seconds of a training"] = training_seconds
         record["metasmoothness"] = self._metasmoothness()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from tda.methods import METHODS
 from tda.results import ResultsError
 from tda.viewer import results_file
+from tda.viewer.board import Board
 from tda.viewer.notes import TYPES, Notes
 from tda.viewer.results_file import ResultsFile
 
@@ -26,13 +27,18 @@ class Collection:
     """The contents of a viewer.
 
     Args:
-        workdir: a run's directory, whose tables and plots are shown; None for none.
+        workdir: a run's directory, whose tables, plots and board are shown; None for none.
         notes: the notes on passages; None if no notes can be taken.
+
+    Raises:
+        OSError, ResultsError: the workdir's board cannot be read.
     """
 
     def __init__(self, workdir=None, notes: Notes | None = None):
         self.workdir = None if workdir is None else pathlib.Path(workdir)
         self.notes = notes
+        board = None if workdir is None else self.workdir / "board.json"
+        self.board = Board(board) if board is not None and board.is_file() else None
         self.files: list[ResultsFile] = []
         self._lock = threading.Lock()
 
@@ -48,7 +54,8 @@ class Collection:
             OSError, ResultsError: the file cannot be shown.
         """
         label = label or _stem(path)
-        title = title or (METHODS[label].title if label in METHODS else label)
+        titles = {} if self.board is None else self.board.titles
+        title = title or (METHODS[label].title if label in METHODS else titles.get(label, label))
         file = ResultsFile(path, label, title, on_bytes or (lambda n: None))
         # Uploads add files from several threads at a time.
         with self._lock:
@@ -75,6 +82,7 @@ class Collection:
             "record_rows": results_file.RECORD_ROWS,
             "types": TYPES,
             "notes": self.notes is not None,
+            "board": self.board is not None,
             "tables": self._tables(),
             "plots": [{"name": n, "file": f"plot-{i}{p.suffix}"} for i, n, p in self._plots()],
         }
@@ -83,8 +91,8 @@ class Collection:
         """Returns a piece of the data as a JSON value.
 
         Args:
-            name: "index", "notes", "FILE/summaries-CHUNK", "FILE/records-CHUNK" or
-                "overlap-FILE-FILE", each file by its number.
+            name: "index", "notes", "board", "board-QUERY", "FILE/summaries-CHUNK",
+                "FILE/records-CHUNK" or "overlap-FILE-FILE", each query and file by its number.
 
         Raises:
             KeyError: there is no such piece.
@@ -97,6 +105,10 @@ class Collection:
                 "notes": [] if notes is None else notes.all(),
                 "counts": {} if notes is None else notes.counts(self.files),
             }
+        if self.board is not None and name == "board":
+            return self.board.figures()
+        if self.board is not None and (match := re.fullmatch(r"board-(\d{1,6})", name)):
+            return self.board.changes(int(match[1]))
         if match := re.fullmatch(r"(\d{1,6})/(summaries|records)-(\d{1,9})", name):
             file = self._numbered(match[1], name)
             read_chunk = file.summaries if match[2] == "summaries" else file.records
@@ -117,6 +129,9 @@ class Collection:
     def pieces(self) -> Iterator[str]:
         """Yields the names of all pieces."""
         yield from ("index", "notes")
+        if self.board is not None:
+            yield "board"
+            yield from (f"board-{i}" for i in range(len(self.board.queries)))
         for i, file in enumerate(self.files):
             for kind, size in (
                 ("summaries", results_file.SUMMARY_ROWS),

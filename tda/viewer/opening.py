@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -34,13 +35,16 @@ def collect(workdir: str | None, results: list[str], notes: str | None, folder: 
         if notes is None:
             notes = str(pathlib.Path(workdir) / "notes.jsonl")
         if not sources:
-            sources = [("", str(p)) for p in (*_results_of(workdir), *_answers_of(workdir))]
-            if not sources:
+            paths = [*_results_of(workdir), *_answers_of(workdir)]
+            # What the bank's methods find stands beside the bank.
+            paths = paths or _results_of(os.path.join(workdir, "counterfactual"))
+            sources = [("", str(p)) for p in paths]
+            if not sources and not (pathlib.Path(workdir) / "board.json").is_file():
                 raise ValueError(
                     f"{workdir} holds no results: finish its run ({of_main('trace')}), ask a "
                     f"question ({of_main('ask')}), or name files with --results"
                 )
-    if not sources:
+    if not sources and workdir is None:
         raise ValueError("nothing to show: give --workdir=DIR or --results=FILE,FILE")
     collection = Collection(workdir, None if notes is None else Notes(notes))
     for label, name in sources:

@@ -126,7 +126,7 @@ class ResultsFile:
         # pread leaves the file's position alone, so that several threads can read at once.
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
-            return json.loads(line, parse_float=_finite, parse_constant=_finite)
+            return json.loads(line, parse_float=finite, parse_constant=finite)
         shown = line.decode("utf-8", "replace").strip()
         return {"malformed": self.columns["error"][row], "line": shown[:_SHOWN]}
 
@@ -161,7 +161,7 @@ def overlap(one: ResultsFile, other: ResultsFile) -> list[int | None]:
     return out
 
 
-def _finite(text: str) -> float | None:
+def finite(text: str) -> float | None:
     """Reads a number of JSON; NaN, Infinity and 1e999, which pages cannot read, become None."""
     value = float(text)
     return value if math.isfinite(value) else None

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from tda import results
+from tda.counterfactual import figures
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked
 from tda.run import bank_scores, board, counterfactual, defaults
@@ -59,6 +61,24 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
     assert json.loads((tmp_path / "w" / "board.json").read_text())["units"] == 10
     with np.load(tmp_path / "w" / "counterfactual" / "bank.npz") as bank:
         assert bank["0.3/1/losses"].shape == (6, 4)
+        changes = bank["0.3/0/losses"].astype(np.float64) - bank["0.3/0/base"]
+    with np.load(tmp_path / "w" / "board.npz") as arrays:
+        np.testing.assert_array_equal(arrays["0.3/same order"], changes)
+        by_query = figures.spearman(arrays["0.3/bm25"], changes)
+        np.testing.assert_array_equal(arrays["0.3/same order/bm25"], by_query)
+        assert by_query.mean() == lds["bm25"]
+        sums = arrays["0.3/metagradient"]
+    # A method's passages are those of the highest scores: together they are what it predicts.
+    items = list(results.read(tmp_path / "w" / "counterfactual" / "results" / "metagradient.jsonl"))
+    assert [i["example_id"] for i in items] == [t["id"] for t in record["texts"]]
+    with np.load(tmp_path / "w" / "counterfactual" / "bank.npz") as bank:
+        removed = bank["0.3/0/removed"]
+    for q, item in enumerate(items):
+        scores = dict(zip(item["proponent_ids"], item["proponent_scores"], strict=True))
+        assert len(scores) == 10 and item["proponent_scores"] == sorted(scores.values())[::-1]
+        sentences = (s["sentence_id"] for s in test_trace.records()[0])
+        ordered = [scores[i] for i in sentences if i in scores]
+        np.testing.assert_allclose(removed @ ordered, sums[:, q], rtol=1e-5, atol=1e-7)
     # Scores stay: a new method is held against the bank without any training.
     config = make_config(tmp_path, methods="bm25", **{"counterfactual.methods": "dot_whole"})
     again = board.measure(config, workdir)["methods"]

@@ -124,6 +124,16 @@ export class Data {
     }
   }
 
+  /** The board's figures; read once. */
+  board() {
+    return (this.figures ??= piece("board"));
+  }
+
+  /** The changes of loss of a query of the board. */
+  changes(query) {
+    return piece(`board-${query}`);
+  }
+
   /** How many proponents each row of a file shares with another file; fills `file.overlaps`. */
   async overlap(file, other) {
     if (!file.overlaps.has(other.label)) {

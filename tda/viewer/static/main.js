@@ -1,6 +1,7 @@
 // The page: what is on it by the state, its header, its keys.
 
 import { count, fill, h, number, percent, refill, tell } from "./dom.js";
+import { showBoard } from "./board.js";
 import { Data } from "./data.js";
 import { heatFor, Live } from "./live.js";
 import { judges, metrics } from "./metrics.js";
@@ -22,7 +23,7 @@ let rows = null; // by the state
 let chosen = [];
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
-const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"]];
+const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
 
 async function start() {
   theme(remembered());
@@ -54,7 +55,8 @@ async function drawn(isCurrent, focus) {
   // Rows come in chunks: the list is shown with the first, and again with the last.
   const loading = rows.files.map((f) => data.load(f, (file) => file === rows.main && file.loaded < file.rows && early(isCurrent)));
   drawTop();
-  if (rows.files.length) await loading[0];
+  if (!rows.main) return showBoard(main, rows, isCurrent);
+  await loading[0];
   if (!isCurrent()) return;
   const result = await rows.chosen();
   await Promise.all(loading);
@@ -76,6 +78,7 @@ async function early(isCurrent) {
 async function drawMain(now, row, isCurrent) {
   document.title = `${VIEWS.find(([view]) => view === now.view)?.[1] ?? "Queries"} · tda`;
   if (now.view === "overview") return showOverview(main, rows, chosen, { isCurrent });
+  if (now.view === "board") return showBoard(main, rows, isCurrent);
   if (now.view === "notes") return showNotes(main, rows, isCurrent);
   if (now.view === "trace") {
     if (data.index.live) return live.show(main, rows, isCurrent);
@@ -115,34 +118,45 @@ function drawTop() {
   refill(top,
     h("div.bar-row", {},
       h("h1", {}, h("a.brand", { href: state.link({ view: "query", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
-      h("nav.views", { "aria-label": "Views" }, VIEWS.map(([view, name]) =>
+      h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => view === "board" ? data.index.board : rows.main).map(([view, name]) =>
         h("a", { href: state.link({ view, page: "" }), "aria-current": now.view === view ? "page" : null }, name))),
       h("div.tools", {},
         data.index.upload && h("button", { type: "button", onclick: () => showOpen(data.index, reopened) }, "Open…"),
         h("button", { type: "button", onclick: turnTheme, "aria-label": "Dark or light", title: "Dark or light (d)" }, "◐"),
         h("button", { type: "button", onclick: () => showHelp(rows), "aria-label": "Help", title: "Help (?)" }, "?"))),
-    h("div.methods-row", {},
-      h("div.files", { role: "group", "aria-label": "Methods shown" }, data.files.map((f, i) => methodChip(f, i))),
-      judging()));
+    now.view !== "board" && rows.main && h("div.methods-row", {}, picker(), judging()));
 }
 
-function methodChip(file, i) {
+/** The methods in one line; opened, all of them with their figures. */
+function picker() {
+  const head = ["shown", `MRR@${Math.max(...data.files.map((f) => f.longest))}`, "R@10", "P@10", ""];
+  return h("details.picker", { open: document.querySelector(".picker")?.open },
+    h("summary", {}, h("b", {}, "Methods"), " ", rows.files.map((f) => f.title).join(" · "),
+      h("span.quiet", {}, ` ${rows.files.length} of ${data.files.length}`)),
+    h("div.sheet", { role: "group", "aria-label": "Methods shown" }, h("table", {},
+      h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col", title: FIGURES[name.split("@")[0]] }, name)))),
+      h("tbody", {}, data.files.map(methodLine)))));
+}
+
+const FIGURES = {
+  MRR: "mean reciprocal rank of the first correct proponent, among those in the file",
+  R: "share of queries with a correct proponent among the first ten",
+  P: "share of correct proponents among the first ten",
+};
+
+function methodLine(file, i) {
   const on = rows.files.includes(file);
-  const m = file.loaded === file.rows && on ? figuresOf(file) : null;
-  const figures = m?.n
-    ? h("span.figures", {}, h("span", { title: "mean reciprocal rank of the first correct proponent, among those in the file" }, `MRR@${file.longest} ${number(m.mrr)}`),
-      h("span", { title: "share of queries with a correct proponent among the first ten" }, `R@10 ${percent(m.recall)}`),
-      h("span", { title: "share of correct proponents among the first ten" }, `P@10 ${percent(m.precision)}`))
-    : null;
-  const bad = file.malformed ? h("span.wrong", {}, `${count(file.malformed)} malformed`) : null;
-  return h("div.method", { class: on ? "method on" : "method" },
-    h("button", {
+  const m = file.loaded === file.rows && on ? figuresOf(file) : {};
+  const figures = m.n ? [number(m.mrr), percent(m.recall), percent(m.precision)] : ["", "", ""];
+  return h("tr.method", {},
+    h("th", { scope: "row" }, h("button", {
       type: "button",
       "aria-pressed": String(on),
-      title: `${file.name}: ${count(file.rows)} queries (key ${i + 1})`,
+      title: `${file.name}: ${count(file.rows)} queries${i < 9 ? ` (key ${i + 1})` : ""}`,
       onclick: () => toggle(file),
-    }, file.title), figures, bad,
-    on && rows.files[0] !== file && h("button.link", { type: "button", title: "Put this method first and list its queries", onclick: () => first(file) }, "first"));
+    }, file.title), file.malformed > 0 && h("span.wrong", {}, ` ${count(file.malformed)} malformed`)),
+    figures.map((x) => h("td", {}, x)),
+    h("td", {}, on && rows.files[0] !== file && h("button.link", { type: "button", title: "Put this method in the first column, and list its queries", onclick: () => first(file) }, "first")));
 }
 
 /** A file's metrics, kept until it is judged otherwise. */
@@ -243,7 +257,11 @@ const KEYS = {
   "?": () => showHelp(rows),
 };
 
+const closePicker = () => document.querySelector(".picker[open]")?.removeAttribute("open");
+addEventListener("click", (e) => e.target.isConnected && !e.target.closest(".picker") && closePicker());
+
 addEventListener("keydown", (e) => {
+  if (e.key === "Escape") closePicker();
   if (!rows || e.ctrlKey || e.metaKey || e.altKey || document.querySelector("dialog[open]")) return;
   if (e.target.closest("input, textarea, select")) {
     if (e.key === "Escape") e.target.blur();

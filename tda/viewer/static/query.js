@@ -20,6 +20,7 @@ export async function showQuery(element, rows, row, tools) {
     const match = rows.match(file, row);
     return match === undefined ? null : data.record(file, match);
   }));
+  const board = data.index.board && await data.board();
   if (!tools.isCurrent()) return;
   const record = records[0];
   if (record.malformed) {
@@ -60,7 +61,9 @@ export async function showQuery(element, rows, row, tools) {
         h("button", { type: "button", onclick: copyLink }, "Copy link"),
         data.index.live && h("a.button", {
           href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext }),
-        }, "Trace live")),
+        }, "Trace live"),
+        board && board.texts.some((t) => t.query === main.columns.query[row]) &&
+          h("a.button", { href: state.link({ view: "board" }) }, "Against retraining")),
       highlightBar(),
       facts(record, rows, row),
       h("div.columns", { "data-count": methods.length }, methods.map((m) => column(m, others(m), context))),

@@ -14,6 +14,10 @@ const DEFAULTS = {
   prompt: "",
   target: "",
   methods: "",
+  share: "",
+  order: "",
+  method: "",
+  by: "lds",
 };
 
 let current = read();
