@@ -9,6 +9,7 @@ scores every passage by each method; and writes how well sums of scores rank wha
 
 from tda.run import board
 from tda.run.workdir import Workdir
+from tda.runtime.command import of_main
 
 from .launch import launch
 
@@ -17,6 +18,7 @@ def main(config, workdir):
     """Trains, retrains, scores, and prints the board."""
     board.measure(config, Workdir(workdir))
     print(f"\nfiles: {workdir}/board.md, board.json, counterfactual/bank.json, bank.npz")
+    print(f"to look at them: {of_main('view')} --workdir={workdir}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ class LiveRun:
         self._open(progress)
         steps = self.speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
-        return {"steps": steps[:-1] if ended else steps, "ended": ended}
+        answers = self.speaker.answers(prompt)
+        return {"steps": steps[:-1] if ended else steps, "ended": ended, "answers": answers}
 
     def trace(
         self, progress: Progress, prompt: str, target: str, methods: list[str], k: int

@@ -51,12 +51,7 @@ class Speaker:
             ValueError: the prompt does not fit the context, or is empty and the tokenizer has no
                 token that begins a text.
         """
-        (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
-        ids = [*self.tokenizer.begin, *ids]
-        if not ids:
-            raise ValueError("type a prompt: this model has no token that begins a text")
-        if len(ids) > self.context:
-            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        ids = self._ids_of(prompt)
         steps: list[dict] = []
         text = ""
         while len(steps) < count and len(ids) <= self.context:
@@ -72,6 +67,48 @@ class Speaker:
             ids.append(order[0])
         return steps
 
+    def answers(self, prompt: str, count: int = 4, longest: int = 8) -> list[dict]:
+        """Returns whole words that the model may say next, likeliest first.
+
+        Each begins with one of the likeliest tokens and goes on greedily to the end of the word, or
+        of a name of several words.
+
+        Args:
+            prompt: the text to complete.
+            count: how many first tokens are tried.
+            longest: the most tokens of an answer.
+
+        Returns:
+            [{"target", "probability"}]: targets as in `complete`, and p(target | prompt).
+        """
+        start = self._ids_of(prompt)
+        first_V = _softmax(self._logits_of(start)[-1])
+        answers: dict[str, float] = {}
+        for token in np.argsort(-first_V, kind="stable")[:count].tolist():
+            ids, text, probability = list(start), "", float(first_V[token])
+            while token not in self._special and _goes_on(text, self.shown(token)):
+                text += self.shown(token)
+                ids.append(token)
+                if len(ids) - len(start) == longest or len(ids) > self.context:
+                    break
+                p_V = _softmax(self._logits_of(ids)[-1])
+                token = int(p_V.argmax())
+                if _goes_on(text, self.shown(token)):
+                    probability *= float(p_V[token])
+            if text.strip():
+                answers.setdefault(self._target(prompt, text), probability)
+        listed = sorted(answers.items(), key=lambda item: -item[1])
+        return [{"target": t, "probability": p} for t, p in listed]
+
+    def _ids_of(self, prompt: str) -> list[int]:
+        (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
+        ids = [*self.tokenizer.begin, *ids]
+        if not ids:
+            raise ValueError("type a prompt: this model has no token that begins a text")
+        if len(ids) > self.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        return ids
+
     def _target(self, prompt: str, text: str) -> str:
         """Returns the target that stands for a completion of a prompt without its last spaces."""
         word = text.strip()
@@ -81,8 +118,11 @@ class Speaker:
 
     def shown(self, token: int) -> str:
         """Returns a token's text, for a special token its name in angle brackets."""
-        special = {getattr(self.tokenizer, n, None): f"<{n}>" for n in ("pad", "bos", "eos")}
-        return special.get(token) or self.tokenizer.decode([token])
+        return self._special.get(token) or self.tokenizer.decode([token])
+
+    @property
+    def _special(self) -> dict[int | None, str]:
+        return {getattr(self.tokenizer, n, None): f"<{n}>" for n in ("pad", "bos", "eos")}
 
     def pieces(self, text: str) -> tuple[list[int], list[str]]:
         """Returns a text's token ids, without special tokens, and the piece of text of each."""
@@ -127,6 +167,14 @@ class Speaker:
         """
         question = [("question", prompt, target)]
         return tokens.tokenise_queries(question, self.tokenizer, self.context, self.joiner)
+
+
+def _goes_on(text: str, token: str) -> bool:
+    """Returns whether a token continues the word that a text ends with, or the name."""
+    if not text.strip():
+        return True
+    is_name = text.split()[-1][:1].isupper()
+    return token[:1].isalnum() or (is_name and token[:1] == " " and token[1:2].isupper())
 
 
 def _softmax(x_V: np.ndarray) -> np.ndarray:

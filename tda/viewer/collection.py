@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from tda.methods import METHODS
 from tda.results import ResultsError
-from tda.viewer import results_file
+from tda.viewer import results_file, run_figures
 from tda.viewer.board import Board
 from tda.viewer.notes import TYPES, Notes
 from tda.viewer.results_file import ResultsFile
@@ -83,6 +83,7 @@ class Collection:
             "types": TYPES,
             "notes": self.notes is not None,
             "board": self.board is not None,
+            "run": None if self.workdir is None else run_figures.read(self.workdir),
             "tables": self._tables(),
             "plots": [{"name": n, "file": f"plot-{i}{p.suffix}"} for i, n, p in self._plots()],
         }

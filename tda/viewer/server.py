@@ -53,7 +53,7 @@ class Live(Protocol):
         """Opens the model and its stores; returns the methods and the sizes of model and corpus."""
 
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
-        """Returns the model's own completion of a prompt."""
+        """Returns the model's own completion of a prompt, and whole words that it may say."""
 
     def trace(
         self, progress: Callable, prompt: str, target: str, methods: list[str], k: int

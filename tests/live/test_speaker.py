@@ -48,6 +48,29 @@ def test_likelihood_is_that_of_the_evaluation(speaker_and_model):
         assert likelihood["rank"] == expected.ranks[q]
 
 
+def test_answers_are_whole_words_with_their_probability(speaker_and_model, monkeypatch):
+    """Subwords are joined to words, and words to names; a name ends where other text begins."""
+    plain, model = speaker_and_model
+    texts = {"Abu Dhabi, which": 0.75, "a town": 0.25}
+    tokenizer = Tokenizer.train([f"The capital is {text}" for text in texts] * 9, 300)
+    paths = [(tokenizer.encode([text])[0], p) for text, p in texts.items()]
+    speaker = Speaker(model, tokenizer, 60)
+    start = 1 + len(tokenizer.encode(["The capital is"])[0])
+
+    def logits(ids):
+        said = list(ids[start:])
+        p_V = np.full(tokenizer.vocab_size, 1e-9)
+        for path, p in paths:
+            if path[: len(said)] == said and len(said) < len(path):
+                p_V[path[len(said)]] += p
+        return np.log(p_V)[None]
+
+    monkeypatch.setattr(speaker, "_logits_of", logits)
+    answers = speaker.answers("The capital is", 2, longest=40)
+    assert [a["target"] for a in answers] == ["Abu Dhabi", "a"]
+    np.testing.assert_allclose([a["probability"] for a in answers], [0.75, 0.25], rtol=1e-3)
+
+
 @pytest.mark.parametrize("joiner", [None, "", " "])
 def test_a_completions_target_asks_for_what_the_model_said(speaker_and_model, joiner, monkeypatch):
     """Guards: a space that the run does not put there cut off the model's own words."""

@@ -26,7 +26,7 @@ QUERIES, UNITS, SUBSETS = 5, 40, 12
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A bank whose losses are linear in what is removed, and methods that know them more or less."""
+    """A bank whose losses are linear in what is removed, and methods that know it or not."""
     path = tmp_path_factory.mktemp("board")
     rng = np.random.default_rng(0)
     effects = rng.normal(size=(QUERIES, UNITS))
@@ -145,7 +145,9 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         page.until(lambda: "q=q00002" in page.page.url)
         page.drawn()
         lds = collection.piece("board")["lds"]["0.5/mean of orders/bm25"][2]
-        assert f"BM25: rank correlation {minus(f'{lds:.3f}')} over 12" in page.text(".board section")
+        assert f"BM25: rank correlation {minus(f'{lds:.3f}')} over 12" in page.text(
+            ".board section"
+        )
         changes = collection.piece("board-2")
         first = [changes["0.5/bm25"][0], changes["0.5/mean of orders"][0]]
         points = page.page.locator(".scatter circle title")
@@ -153,7 +155,9 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         told = "retraining 1: predicted {:.4f}, loss rose by {:.4f} nats".format(*first)
         assert points.first.text_content() == minus(told)
         names = page.page.locator(".scatter text").all_text_contents()
-        assert {"predicted: sum of the removed units’ scores", "real: rise of the query’s loss (nats)"} <= {*names}  # fmt: skip
+        axes = ["predicted: sum of the removed units’ scores"]
+        axes += ["real: rise of the query’s loss (nats)"]
+        assert {*axes} <= {*names}
         page.page.click("text=Its passages")
         page.page.wait_for_selector("article.query")
         assert "Entity 2" in page.text(".asked")
@@ -192,5 +196,7 @@ def test_an_export_holds_the_board(browser, collection, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"methods": {}}', '{"methods": {"a": {"lds": {}}}}'])
 def test_what_is_no_board_is_refused(tmp_path, text):
     (tmp_path / "board.json").write_text(text)
-    with pytest.raises(ResultsError, match=r"board.json is no board of methods \(.*compute it again"):
+    with pytest.raises(
+        ResultsError, match=r"board.json is no board of methods \(.*compute it again"
+    ):
         Board(tmp_path / "board.json")

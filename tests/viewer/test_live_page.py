@@ -38,6 +38,10 @@ class Answers:
                 {"token": "is", "probability": 0.9, "others": [], "target": "Paris"},
             ],
             "ended": True,
+            "answers": [
+                {"target": "Paris", "probability": 0.45},
+                {"target": "<b>Lyon</b>", "probability": 0.2},
+            ],
         }
 
     def trace(self, progress, prompt, target, methods, k):
@@ -94,11 +98,24 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     asking(page, address)
     assert "1,200 passages, a model of 5,300,000 parameters" in page.text(".methods")
     assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
-    assert page.page.is_disabled(".methods input[value=exp5]")
+    # What is not to be had is folded away, with its reason.
+    assert page.page.locator(".methods input[value=exp5]").count() == 0
+    assert page.text(".methods summary") == "1 methods need what this run does not have"
+    assert "Exp 5: no such store" in page.page.locator(".methods li").text_content()
     page.until(lambda: page.text(".progress") == "", "nothing is under way")
+    # An example is a prompt of the results whose target the model states.
+    example = page.page.locator(".ask .chip").first
+    stated = [r["inputs_plaintext"] for r in records(5, 3, mean=40) if r["is_8b_correct"]]
+    assert example.inner_text() in stated
+    example.click()
+    page.until(lambda: answers.asked == [(example.inner_text(), 8)])
+    page.page.fill("#target", "")
     page.page.fill("#prompt", "The capital of France is")
     page.page.click("text=Let the model complete it")
-    page.page.wait_for_selector(".steps")
+    page.page.wait_for_selector(".completed button")
+    page.until(lambda: answers.asked[-1] == ("The capital of France is", 8))
+    assert page.texts(".completed > .row button") == ["Paris 45.0%", "<b>Lyon</b> 20.0%"]
+    page.page.click(".completed summary")
     assert page.text(".steps").split("\n") == ["Par", "50.0%", "<b>Lyon</b> 20.0%", "is", "90.0%"]
     assert page.page.input_value("#target") == "Paris"  # the whole word, not its first token
     page.page.locator(".steps button").nth(0).click()
@@ -139,6 +156,11 @@ def test_heat_shows_which_tokens_carry_the_score(page, address, answers):
     assert tokens.all_inner_texts() == ["<bos>", "<i>Paris", " is"]
     strengths = [t.evaluate("e => e.style.getPropertyValue('--strength')") for t in tokens.all()]
     assert strengths == ["3%", "100%", "25%"]
+    # The target stays marked, and the heat stands where the text stood: above the card's foot.
+    assert page.texts("#trackstar-proponents-1 .token.sought.target") == ["<i>Paris"]
+    assert page.page.evaluate(
+        "document.querySelector('.heat').nextElementSibling.className == 'foot'"
+    )
     assert "cold" in tokens.nth(2).get_attribute("class")
     assert tokens.nth(1).get_attribute("title") == "0.4000 at “<i>Paris”, predicting “is”"
     assert page.page.locator("#trackstar-proponents-1 p.text").first.is_hidden()
@@ -146,11 +168,15 @@ def test_heat_shows_which_tokens_carry_the_score(page, address, answers):
     assert page.page.locator("#trackstar-proponents-1 p.text").first.is_visible()
     page.page.click("#trackstar-proponents-2 >> text=heat")
     page.until(lambda: "no passage 'p2'" in page.text("#trackstar-proponents-2 .heat"))
+    page.page.click("text=heat all")
+    page.until(lambda: page.page.locator("#trackstar-proponents-1 .token").count() == 3)
+    page.page.click(".results >> text=texts")
+    page.until(lambda: page.page.locator(".token").count() == 0)
     # Also of what a results file holds.
     page.open(f"{address}#view=query")
     page.page.click("#trackstar-proponents-1 >> text=heat")
     page.page.wait_for_selector("#trackstar-proponents-1 .token")
-    first = next(records(5, 3, mean=40))
+    first = next(r for r in records(5, 3, mean=40) if r["is_8b_correct"])
     assert answers.asked[-1][0] == first["inputs_plaintext"]
     assert answers.asked[-1][3] == first["proponent_ids"][0]
 

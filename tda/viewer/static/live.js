@@ -2,6 +2,7 @@
 
 import { fill, h, number, percent, tell } from "./dom.js";
 import { queryOf } from "./data.js";
+import { find } from "./highlight.js";
 import { column } from "./passages.js";
 import { heading, highlightBar, sides } from "./query.js";
 import * as state from "./state.js";
@@ -37,14 +38,15 @@ export class Live {
     fill(element, h("article.live", {},
       h("h2", {}, "Trace a question"),
       h("p.quiet", {}, "Which training passages make the model say the target after the prompt?"),
+      h("div.asking", {},
       h("form.ask", { onsubmit: (e) => (e.preventDefault(), this.trace()) },
-        h("label", { for: "prompt" }, "Prompt"), prompt,
+        h("label", { for: "prompt" }, "Prompt"), prompt, this.examples(),
         h("div.row", {}, h("button", { type: "button", onclick: () => this.complete() }, "Let the model complete it")),
         this.completed,
         h("label", { for: "target" }, "Target"), target,
         this.choice,
         h("div.row", {}, this.go, h("button", { type: "button", onclick: () => this.cancel() }, "Stop"))),
-      this.progress, this.results));
+        h("div.answer", {}, this.progress, this.results))));
     if (this.steps) this.showSteps();
     if (this.answer) this.showAnswer();
     try {
@@ -64,10 +66,15 @@ export class Live {
     const { methods } = this.abilities;
     const usual = methods.filter((m) => m.usual).map((m) => m.name);
     const on = names.length ? names : usual.length ? usual : methods.slice(0, 2).map((m) => m.name);
-    fill(this.choice, h("span.label", {}, "Methods"),
-      methods.map((m) => h("label.check", { title: m.lacks ?? m.title },
-        h("input", { type: "checkbox", name: "method", value: m.name, checked: on.includes(m.name) && !m.lacks, disabled: Boolean(m.lacks) }),
-        m.title, m.lacks && h("span.quiet", {}, " (not available)"))));
+    const check = (m) => h("label.check", {},
+      h("input", { type: "checkbox", name: "method", value: m.name, checked: on.includes(m.name) }), m.title);
+    const here = methods.filter((m) => !m.lacks);
+    const [first, further] = [here.filter((m) => m.usual || on.includes(m.name)), here.filter((m) => !m.usual && !on.includes(m.name))];
+    const lacking = methods.filter((m) => m.lacks);
+    fill(this.choice, h("span.label", {}, "Methods"), first.map(check),
+      further.length > 0 && h("details", {}, h("summary", {}, `${further.length} more methods`), further.map(check)),
+      lacking.length > 0 && h("details", {}, h("summary", {}, `${lacking.length} methods need what this run does not have`),
+        h("ul", {}, lacking.map((m) => h("li.quiet", {}, h("b", {}, m.title), `: ${m.lacks}`)))));
     const { passages, parameters } = this.abilities;
     this.choice.append(h("p.quiet", {}, `${passages.toLocaleString("en-US")} passages, a model of ${parameters.toLocaleString("en-US")} parameters`));
     this.go.disabled = false;
@@ -105,18 +112,36 @@ export class Live {
     if (!completion) return;
     this.steps = completion;
     this.showSteps();
-    if (!this.box.target.value) this.box.target.value = firstWord(completion.steps);
+    if (!this.box.target.value) this.box.target.value = completion.answers[0]?.target ?? "";
+  }
+
+  /** Prompts of the results, of several relations, whose target the model states. */
+  examples() {
+    const { main } = this.rows;
+    const { prompt, relation, model_correct: states } = main?.columns ?? {};
+    const firsts = new Map();
+    const count = main?.loaded ?? 0;
+    // From three parts of the list, which may be in the order of subjects.
+    for (let part = 0; part < 3; part++) {
+      for (let row = Math.floor((part * count) / 3); row < count && firsts.size <= part; row++) {
+        if (prompt?.[row] && states?.[row] !== false && !firsts.has(relation?.[row])) firsts.set(relation?.[row], row);
+      }
+    }
+    return firsts.size > 0 && h("div.row", {}, h("span.quiet", {}, "For example"), [...firsts.values()].map((row) =>
+      h("button.chip", { type: "button", onclick: () => (Object.assign(this.box.prompt, { value: prompt[row] }), Object.assign(this.box.target, { value: "" }), this.complete()) }, prompt[row])));
   }
 
   showSteps() {
-    const completion = this.steps;
-    fill(this.completed, h("ol.steps", { "aria-label": "The model's completion" }, completion.steps.map((step) => {
-      const { target } = step;
-      return h("li", {},
-        h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) },
-          h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
-        h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`))));
-    })), completion.ended && h("p.quiet", {}, "The model ends the passage there."));
+    const { answers, steps, ended } = this.steps;
+    const take = (target, ...inside) =>
+      h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) }, inside);
+    fill(this.completed,
+      h("div.row", { role: "group", "aria-label": "What the model may say" }, answers.filter((a, i) => !i || a.probability > 0.001).map((a) => take(a.target, h("b", {}, a.target.trim()), ` ${percent(a.probability)}`))),
+      h("details", {}, h("summary", {}, "token by token: ", h("q", {}, steps.map((s) => s.token).join("").trim())),
+        h("ol.steps", { "aria-label": "The model's completion" }, steps.map((step) =>
+          h("li", {}, take(step.target, h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
+            h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`)))))),
+        ended && h("p.quiet", {}, "The model ends the passage there.")));
   }
 
   async trace() {
@@ -150,24 +175,18 @@ export class Live {
   }
 }
 
-/** The first word of a completion: its tokens up to one that begins another. */
-export function firstWord(steps) {
-  const next = steps.findIndex((step, i) => i > 0 && !/^[\p{L}\p{N}]/u.test(step.token));
-  return steps.slice(0, next < 0 ? undefined : next).at(-1)?.target ?? "";
-}
-
 /** Shows which tokens carry a score; missing where there is no model to ask. */
 export function heatFor(data, record) {
   if (!data.index.live) return null;
   return {
     can: (label) => (data.index.heat_methods ?? []).includes(label),
-    async show(method, passage, box, onShown) {
+    async show(method, passage, sought, box, onShown) {
       fill(box, h("p.quiet", {}, "Asking the model…"));
       const question = { prompt: record.inputs_plaintext, target: record.targets_plaintext, method, passage: passage.id };
       try {
         const job = await data.live("heat", question, (j) => fill(box, h("p.quiet", {}, j.what || "waiting…")));
         if (!job.result) return fill(box);
-        fill(box, drawn(job.result));
+        fill(box, drawn(job.result, sought));
         onShown();
       } catch (error) {
         fill(box, h("p.wrong", {}, error.message));
@@ -176,7 +195,10 @@ export function heatFor(data, record) {
   };
 }
 
-function drawn({ tokens, score, sum, faithful }) {
+/** The passage's tokens by their parts of the score; what is sought stays underlined. */
+function drawn({ tokens, score, sum, faithful }, sought) {
+  const spans = find(tokens.map((t) => (t.special ? "" : t.text)).join(""), sought);
+  let at = 0;
   const most = Math.max(...tokens.map((t) => Math.abs(t.part)), 1e-30);
   const words = tokens.map((t, i) => {
     const next = tokens[i + 1]?.text.trim() ?? "the end";
@@ -186,6 +208,10 @@ function drawn({ tokens, score, sum, faithful }) {
     const strength = Math.round((Math.abs(t.part) / most) * 100);
     word.style.setProperty("--strength", `${strength}%`);
     word.classList.add(t.part < 0 ? "cold" : "warm");
+    const start = at;
+    at += t.special ? 0 : t.text.length;
+    const span = spans.find((s) => s.start < at && s.end > start);
+    if (span) word.classList.add("sought", span.kind);
     return word;
   });
   const top = [...tokens].sort((a, b) => Math.abs(b.part) - Math.abs(a.part)).slice(0, 3);

@@ -21,6 +21,7 @@ const sidebar = new Sidebar(document.getElementById("side"), { onOpen: open, onH
 
 let rows = null; // by the state
 let chosen = [];
+let listed = null; // the file whose rows are chosen
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
 const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
@@ -28,7 +29,7 @@ const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"
 async function start() {
   theme(remembered());
   await data.open();
-  state.follow();
+  state.follow(data.index.run && data.files.length ? "overview" : data.index.board ? "board" : "query");
   state.onChange((now, before) => draw(now.view !== before.view));
   await draw(false);
 }
@@ -61,8 +62,12 @@ async function drawn(isCurrent, focus) {
   const result = await rows.chosen();
   await Promise.all(loading);
   if (!isCurrent()) return;
-  chosen = result.rows;
-  const row = now.q ? rowOf(rows.main, now.q) : chosen[0];
+  // An error, such as a filter that is half typed, leaves the last list.
+  chosen = result.rows ?? (listed === rows.main.label ? chosen : (await rows.chosen("")).rows);
+  listed = rows.main.label;
+  // What the model does not state is no place to begin.
+  const stated = now.filter || now.sort ? undefined : chosen.find((r) => rows.main.columns.model_correct?.[r]);
+  const row = now.q ? rowOf(rows.main, now.q) : stated ?? chosen[0];
   sidebar.update(rows, chosen, result.error, row);
   drawTop();
   await drawMain(now, row, isCurrent);
@@ -117,14 +122,14 @@ function drawTop() {
   const now = rows.state;
   refill(top,
     h("div.bar-row", {},
-      h("h1", {}, h("a.brand", { href: state.link({ view: "query", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
+      h("h1", {}, h("a.brand", { href: state.link({ view: "", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
       h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => view === "board" ? data.index.board : rows.main).map(([view, name]) =>
         h("a", { href: state.link({ view, page: "" }), "aria-current": now.view === view ? "page" : null }, name))),
       h("div.tools", {},
         data.index.upload && h("button", { type: "button", onclick: () => showOpen(data.index, reopened) }, "Open…"),
         h("button", { type: "button", onclick: turnTheme, "aria-label": "Dark or light", title: "Dark or light (d)" }, "◐"),
         h("button", { type: "button", onclick: () => showHelp(rows), "aria-label": "Help", title: "Help (?)" }, "?"))),
-    now.view !== "board" && rows.main && h("div.methods-row", {}, picker(), judging()));
+    rows.main && !["board", "trace"].includes(now.view) && h("div.methods-row", {}, picker(), judging()));
 }
 
 /** The methods in one line; opened, all of them with their figures. */

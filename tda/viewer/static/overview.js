@@ -1,9 +1,11 @@
 // Aggregates: metrics by method, relation and frequency, distributions, overlap; each bar leads to
 // the queries behind it.
 
+import { scatter } from "./chart.js";
 import { count, fill, h, number, percent } from "./dom.js";
 import { quote } from "./filter.js";
-import { firstRank, groups, histogram, metrics } from "./metrics.js";
+import { firstRank, groups, histogram, judges, metrics } from "./metrics.js";
+import { place } from "./sidebar.js";
 import * as state from "./state.js";
 
 const MANY = 40; // relations shown before "all"
@@ -22,8 +24,11 @@ export async function showOverview(element, rows, chosen, tools) {
   const filtered = rows.state.filter ? ` that match “${rows.state.filter}”` : "";
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
-    h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}. Click a bar to see its queries.`),
-    summaryTable(rows, chosen, marksByFile),
+    data.index.run && story(data.index.run),
+    suggested(rows),
+    h("h3", {}, "In detail"),
+    h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}, for the methods that are shown. Click a bar to see its queries.`),
+    (!data.index.run || filtered) && summaryTable(rows, chosen, marksByFile),
     byGroup("By relation", "relation", rows, chosen, marksByFile),
     byGroup("By fact frequency", "bucket", rows, chosen, marksByFile, byFrequency(rows)),
     ranks(rows, chosen, marksByFile),
@@ -31,6 +36,64 @@ export async function showOverview(element, rows, chosen, tools) {
     overlaps(rows, chosen, shared),
     runTables(data),
     plots(data)));
+}
+
+/** What the run was, and all of its methods by both measures. */
+function story({ facts, methods }) {
+  const cell = (m, metric, write) => {
+    const [mean, low, high] = m[metric] ?? [];
+    return h("td", {}, mean === undefined ? "–" : write(mean), low !== undefined && h("span.quiet", {}, ` [${write(low)}, ${write(high)}]`));
+  };
+  const step = (x) => `${x < 0 ? "−" : "+"}${Math.abs(100 * x).toFixed(2)}%`;
+  const heads = [["method", ""], ["MRR", "does the first passage that states the fact come early? 1: always first"],
+    ["recall@10", "share of queries with such a passage among the first ten"],
+    ["tail-patch", "how much likelier the target becomes by one training step on a passage"]];
+  const both = methods.filter((m) => m.mrr && m.tail_patch);
+  const ends = (x) => (x.length > 2 ? x.slice(1) : null);
+  return h("section.story", {},
+    h("dl.facts", {}, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
+    h("p", {}, "Each method ranks the corpus for every query, and is measured twice: do the passages it finds ", h("i", {}, "state"),
+      " the fact (MRR, recall), and does a training step on them ", h("i", {}, "move"), " the model (tail-patch)? The two need not agree."),
+    scrolling("All methods", h("table", {},
+      h("thead", {}, h("tr", {}, heads.map(([name, meaning]) => h("th", { scope: "col", title: meaning || null }, name)))),
+      h("tbody", {}, methods.map((m) => h("tr", {}, h("th", { scope: "row" }, m.title),
+        cell(m, "mrr", (x) => x.toFixed(3)), cell(m, "recall_at_10", (x) => x.toFixed(3)), cell(m, "tail_patch", step)))))),
+    both.length > 1 && scatter(both.map((m) => ({
+      x: m.mrr[0], y: m.tail_patch[0], xs: ends(m.mrr), ys: ends(m.tail_patch),
+      title: `${m.title}: MRR ${m.mrr[0].toFixed(3)}, tail-patch ${step(m.tail_patch[0])}`, name: both.length < 9 && m.title,
+    })), {
+      x: "MRR: finds passages that state the fact",
+      y: "tail-patch: change of p(target)",
+      percent: ["y"],
+      description: "Tail-patch against MRR, a point for each method with its 95% intervals",
+    }));
+}
+
+/** Three queries to begin with: the model states the fact, and the methods differ most. */
+function suggested(rows) {
+  const { main, files } = rows;
+  const ranked = files.filter((f) => judges(f).length);
+  if (ranked.length < 2 || !main.columns.model_correct?.length) return null;
+  const reciprocal = (file, row) => 1 / (firstRank(rows.marks(file, rows.match(file, row)) ?? []) ?? Infinity);
+  const spread = (row) => {
+    const all = ranked.filter((f) => rows.match(f, row) !== undefined).map((f) => reciprocal(f, row));
+    return Math.max(...all) - Math.min(...all);
+  };
+  const stated = Array.from({ length: main.loaded }, (_, row) => row).filter((r) => main.columns.model_correct[r] && rows.marks(main, r));
+  const far = new Map(stated.map((row) => [row, spread(row)]));
+  const likely = (row) => main.columns.probability?.[row] ?? 0;
+  const best = stated.filter((r) => far.get(r) > 0).sort((a, b) => far.get(b) - far.get(a) || likely(b) - likely(a));
+  // One of each relation first.
+  const relation = (row) => main.columns.relation?.[row];
+  const firsts = best.filter((row, i) => best.findIndex((r) => relation(r) === relation(row)) === i);
+  const three = [...new Set([...firsts, ...best])].slice(0, 3);
+  if (!three.length) return null;
+  const firstAt = (file, row) => firstRank(rows.marks(file, rows.match(file, row)) ?? []) ?? "none";
+  return h("section", {}, h("h3", {}, "Three queries to start with"),
+    h("p.quiet", {}, "The model states the fact, and the methods differ most in where they rank the first passage that states it."),
+    h("ul.suggested", {}, three.map((row) => h("li", {},
+      h("a", { href: state.link(place(main, row)) }, main.columns.prompt[row], " ", h("b", {}, main.columns.target[row])),
+      h("span.quiet", {}, ranked.map((f) => ` · ${f.title}: ${firstAt(f, row)}`))))));
 }
 
 const short = (text) => (text.length > 120 ? `${text.slice(0, 120)}…` : text);
@@ -107,7 +170,7 @@ function ranks(rows, chosen, marksByFile) {
     for (const m of marks) counts[firstRank(m) ?? 0]++;
     const prefix = file === rows.main ? "" : `${file.label}.`;
     const bars = [...counts.slice(1).map((n, i) => [String(i + 1), n, `${prefix}rank = ${i + 1}`]), ["none", counts[0], `${prefix}found = no`]];
-    return figure(file.title, bars.map(([name, n, filter]) => ({ name, n, href: narrowed(rows, filter) })));
+    return figure(file.title, "rank", bars.map(([name, n, filter]) => ({ name, n, href: narrowed(rows, filter) })));
   }));
 }
 
@@ -121,7 +184,7 @@ function scores(rows, chosen) {
     const bins = histogram(chosen, value);
     if (!bins.length) return null;
     const written = (x) => String(Number(x.toPrecision(17)));
-    return figure(`${file.title}: score of the first proponent`, bins.map((b, i) => ({
+    return figure(`${file.title}: score of the first proponent`, "score", bins.map((b, i) => ({
       name: number(b.low),
       n: b.rows.length,
       right: b.rows.filter((r) => rows.marks(file, rows.match(file, r))?.[0]).length,
@@ -132,10 +195,11 @@ function scores(rows, chosen) {
   return drawn.length > 0 && h("section", {}, h("h3", {}, "Score distributions"), drawn);
 }
 
-/** Upright bars: [{name, n, href, right, description}]. */
-function figure(title, bars, legend) {
+/** Upright bars over an axis `x`, counting queries: [{name, n, href, right, description}]. */
+function figure(title, x, bars, legend) {
   const most = Math.max(...bars.map((b) => b.n), 1);
   return h("figure.chart", {}, h("figcaption", {}, title, legend && h("span.quiet", {}, ` · ${legend}`)),
+    h("div.counts", { "aria-hidden": "true" }, h("span", {}, count(most)), h("i", {}, "queries"), h("span", {}, "0")),
     h("ol.bars", {}, bars.map((b) => {
       const column = h("span.column-bar", { "aria-hidden": "true" });
       column.style.height = `${(100 * b.n) / most}%`;
@@ -147,7 +211,7 @@ function figure(title, bars, legend) {
       const description = `${b.description ?? b.name}: ${count(b.n)} queries${b.right === undefined ? "" : `, ${count(b.right)} correct`}`;
       return h("li", {}, h("a", { href: b.href, title: description, "aria-label": description },
         h("span.room", {}, column), h("span.name", { "aria-hidden": "true" }, b.name)));
-    })));
+    })), h("div.axis", { "aria-hidden": "true" }, x));
 }
 
 function overlaps(rows, chosen, shared) {
@@ -161,7 +225,7 @@ function overlaps(rows, chosen, shared) {
     const counts = new Array(most + 1).fill(0);
     for (const n of known) counts[n]++;
     const mean = known.reduce((a, b) => a + b, 0) / known.length;
-    return figure(`${files[0].title} and ${file.title}: ${number(mean, 2)} shared on average`,
+    return figure(`${files[0].title} and ${file.title}: ${number(mean, 2)} shared on average`, "shared proponents",
       counts.map((n, shared) => ({ name: String(shared), n, description: `${shared} shared`, href: narrowed(rows, `${file.label}.overlap = ${shared}`) })));
   }).filter(Boolean);
   return parts.length > 0 && h("section", {}, h("h3", {}, "Proponents that two methods share"), parts);
@@ -170,7 +234,7 @@ function overlaps(rows, chosen, shared) {
 function runTables(data) {
   return data.index.tables.map(({ name, text }) => {
     const blocks = markdown(text);
-    return h("section", {}, h("h3", {}, `The run's ${name}`), blocks);
+    return h("details", {}, h("summary", {}, `All tables of the run: ${name}`), blocks);
   });
 }
 

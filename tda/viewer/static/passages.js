@@ -42,7 +42,8 @@ export function column(method, others, context) {
   return h("section.column", { "aria-labelledby": name, "data-method": label },
     h("header", {},
       h("h3", { id: name }, method.title),
-      h("p.under", {}, verdict, shared(method, others))),
+      h("p.under", {}, verdict, shared(method, others),
+        context.heat?.can(label) && [" · ", h("button.link", { type: "button", title: "Which tokens carry each score", onclick: heatAll }, "heat all")])),
     sides.map((side) => {
       const list = passagesOf(record, side);
       return [
@@ -62,6 +63,14 @@ function shared(method, others) {
   const firstIds = passagesOf(first.record, "proponents").map((p) => p.id);
   const both = firstIds.filter((id) => id !== null && ids.has(id)).length;
   return ` · shares ${both} of ${firstIds.length} with ${first.title}`;
+}
+
+/** Shows heat in every card of a column; the next click shows the texts again. */
+function heatAll(e) {
+  const cards = [...e.target.closest(".column").querySelectorAll("button.to-heat")];
+  const turned = e.target.textContent === "heat all" ? "heat" : "text";
+  e.target.textContent = turned === "heat" ? "texts" : "heat all";
+  cards.filter((b) => b.textContent === turned).forEach((b) => b.click());
 }
 
 const cardId = (label, side, rank) => `${label}-${side}-${rank}`;
@@ -90,7 +99,8 @@ const reducedMotion = () => matchMedia("(prefers-reduced-motion: reduce)").match
 function card(passage, side, method, others, context) {
   const { record, marks } = method;
   const mark = side === "proponents" ? marks?.[passage.rank - 1] : undefined;
-  const words = h("p.text", { dir: "auto" }, marked(passage.text, terms(record, highlights())));
+  const sought = terms(record, highlights());
+  const words = h("p.text", { dir: "auto" }, marked(passage.text, sought));
   const long = passage.text.length > CLAMPED || passage.text.split("\n").length > 12;
   if (long) words.classList.add("folded");
   const unfold = long && h("button.link", {
@@ -116,10 +126,10 @@ function card(passage, side, method, others, context) {
     h("span.score", { title: "score" }, number(passage.score)),
     chips(passage, side, method),
     moves(passage, side, method, others)),
-  words, unfold,
+  words, unfold, heatBox,
   h("div.foot", {},
     h("code.id", { title: "passage id" }, passage.id ?? "no id"),
-    warm && h("button.link", {
+    warm && h("button.link.to-heat", {
       type: "button",
       title: "Which tokens carry the score",
       onclick: (e) => {
@@ -128,15 +138,14 @@ function card(passage, side, method, others, context) {
           words.hidden = false;
           e.target.textContent = "heat";
         } else {
-          context.heat.show(method.label, passage, heatBox, () => {
+          context.heat.show(method.label, passage, sought, heatBox, () => {
             words.hidden = true;
             e.target.textContent = "text";
           });
         }
       },
     }, "heat"),
-    noteForm(passage, method, context)),
-  heatBox);
+    noteForm(passage, method, context)));
 }
 
 /** What a passage was judged: by the annotations, by the entailment model. */

@@ -55,10 +55,10 @@ export async function showQuery(element, rows, row, tools) {
     h("article.query", { "data-row": row },
       heading(record),
       h("div.actions", {},
-        h("button", { type: "button", onclick: () => tools.step(-1), title: "Previous query (k)" }, "← Previous"),
-        h("button", { type: "button", onclick: () => tools.step(1), title: "Next query (j)" }, "Next →"),
+        h("button", { type: "button", onclick: () => tools.step(-1), title: "Previous query (k)", "aria-label": "Previous query" }, "← ", h("span.wide", {}, "Previous")),
+        h("button", { type: "button", onclick: () => tools.step(1), title: "Next query (j)", "aria-label": "Next query" }, h("span.wide", {}, "Next"), " →"),
         sides(now.side),
-        h("button", { type: "button", onclick: copyLink }, "Copy link"),
+        h("button.wide", { type: "button", onclick: copyLink }, "Copy link"),
         data.index.live && h("a.button", {
           href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext }),
         }, "Trace live"),
@@ -118,6 +118,15 @@ const KNOWN = [
   ["query_set", "query set"],
 ];
 
+// Left out where there is little room; the raw record has them.
+const MINOR = ["ground truth", "relation", "query set", "id", "fact frequency"];
+const MEANING = {
+  "model states it": "greedy decoding of the prompt gives the target",
+  confidence: "share of the model's samples that state the target",
+  "target's rank": "worst rank of a token of the target among the model's next tokens; 1: greedy decoding states it",
+  "fact frequency": "passages of the corpus that name both the subject and the target",
+};
+
 function facts(record, rows, row) {
   const { main } = rows;
   const items = KNOWN.map(([field, name]) => [name, record[field]]);
@@ -135,7 +144,7 @@ function facts(record, rows, row) {
   const generations = Array.isArray(record["8b_generations"]) ? record["8b_generations"] : [];
   return [
     h("dl.facts", {}, items.filter(([, x]) => x !== null && x !== undefined && x !== "").map(([name, x]) =>
-      h("div", {}, h("dt", {}, name), h("dd", { dir: "auto" }, String(x))))),
+      h(MINOR.includes(name) ? "div.minor" : "div", {}, h("dt", { title: MEANING[name] }, name), h("dd", { dir: "auto" }, String(x))))),
     generations.length > 0 && h("details.generations", {},
       h("summary", {}, `${generations.length} generations of the model`),
       h("ul", {}, tally(generations).map(([text, n]) => h("li", { dir: "auto" }, text, n > 1 && h("b", {}, ` × ${n}`))))),

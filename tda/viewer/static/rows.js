@@ -92,7 +92,7 @@ export class Rows {
   }
 
   /**
-   * The main file's rows that pass the filter, sorted: {rows, error}.
+   * The main file's rows that pass the filter, sorted: {rows, error}; no rows for a filter with an error.
    *
    * Rows that the filter and the sorting need of other files are loaded first.
    */
@@ -102,7 +102,7 @@ export class Rows {
       ({ test, fields } = parse(filter, (f) => this.knows(f)));
     } catch (error) {
       if (!(error instanceof FilterError)) throw error;
-      return { rows: [], error };
+      return { rows: null, error };
     }
     const [sort, falling] = sorting(this.state.sort);
     if (sort && this.knows(sort)) fields.add(sort);

@@ -50,8 +50,12 @@ export class Sidebar {
       autocomplete: "off",
       spellcheck: "false",
       "aria-describedby": "filter-told",
-      oninput: calm(() => state.set({ filter: this.input.value, page: "" }, { replace: true }), 150),
+      list: "filter-words",
+      onfocus: () => this.complete(),
+      oninput: () => (this.complete(), filter()),
     });
+    this.words = h("datalist", { id: "filter-words" });
+    const filter = calm(() => state.set({ filter: this.input.value, page: "" }, { replace: true }), 150);
     this.status = h("p.told", { id: "filter-told", role: "status" });
     this.presets = h("div.presets", { role: "group", "aria-label": "Filters to start from" });
     this.sort = h("select", { id: "sort", onchange: () => state.set({ sort: this.sort.value, page: "" }) });
@@ -71,7 +75,7 @@ export class Sidebar {
         {},
         h("label", { for: "filter" }, "Filter"),
         h("button.link", { type: "button", onclick: onHelp }, "how?")),
-      this.input, this.status, this.presets,
+      this.input, this.words, this.status, this.presets,
       h("div.row", {}, h("label", { for: "sort" }, "Sort"), this.sort),
       h("div.row", {}, jump, h("button", { type: "button", onclick: () => this.random(), title: "Random query (r)" }, "Random")),
       this.pager, this.list);
@@ -94,7 +98,7 @@ export class Sidebar {
     const all = main.rows;
     const loading = main.loaded < all ? `, ${count(main.loaded)} read so far` : "";
     fill(this.status, error
-      ? h("span.wrong", {}, `${error.message} (at ${error.at + 1})`)
+      ? h("span.wrong", {}, `${error.message} (at ${error.at + 1}); the list is as before`)
       : `${count(chosen.length)} of ${count(all)} queries${loading}`);
     refill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
       .map(([name, filter, , title]) =>
@@ -106,6 +110,13 @@ export class Sidebar {
         }, name)));
     this.showSorts(rows);
     this.showPage();
+  }
+
+  /** Offers the fields that the last word may become. */
+  complete() {
+    const [, before, word] = /^(.*?)([\w.]*)$/su.exec(this.input.value);
+    const fields = this.rows.fields().filter((f) => f.startsWith(word) && f !== word);
+    fill(this.words, fields.map((f) => h("option", { value: before + f }, f)));
   }
 
   showSorts(rows) {

@@ -1,7 +1,7 @@
 // What is shown, kept in the address: a link restores it, and so do back and forward.
 
 const DEFAULTS = {
-  view: "query",
+  view: "", // the home view
   q: "",
   files: "",
   filter: "",
@@ -20,14 +20,17 @@ const DEFAULTS = {
   by: "lds",
 };
 
+let home = "query";
 let current = read();
 const listeners = [];
 
 function read() {
   const parameters = new URLSearchParams(location.hash.slice(1));
-  return Object.fromEntries(
+  const state = Object.fromEntries(
     Object.entries(DEFAULTS).map(([key, value]) => [key, parameters.get(key) ?? value]),
   );
+  state.view ||= state.q || state.filter ? "query" : home;
+  return state;
 }
 
 /** The address's fragment of a state: `#view=…`, what is as always left out. */
@@ -60,8 +63,10 @@ function moved() {
   for (const listener of listeners) listener(current, before);
 }
 
-/** Begins to follow the address: links and the browser's buttons. */
-export function follow() {
+/** Begins to follow the address: links and the browser's buttons; `view` is shown where it names none. */
+export function follow(view) {
+  home = view;
+  current = read();
   addEventListener("popstate", moved);
 }
 

@@ -1,0 +1,54 @@
+"""What a run was, and the figures of its methods: the top of the overview."""
+
+import datetime
+import json
+import pathlib
+
+from tda.methods import METHODS
+from tda.viewer.results_file import finite
+
+_METRICS = ("mrr", "recall_at_10", "tail_patch")
+
+
+def read(workdir: pathlib.Path) -> dict | None:
+    """Returns what the overview says of a run, from its `metrics.json` and `config.json`.
+
+    Returns:
+        {facts: [[name, text], …], methods: [{name, title, METRIC: [mean, low, high], …}, …]}, the
+        metrics as they are stored, and without those that a method lacks; None without a finished
+        evaluation.
+    """
+    path = workdir / "metrics.json"
+    if not path.is_file():
+        return None
+    metrics = _load(path)
+    methods = [
+        {"name": name, "title": METHODS[name].title if name in METHODS else name}
+        | {
+            metric: [m[metric], *m.get("intervals", {}).get(metric, [])]
+            for metric in _METRICS
+            if m.get(metric) is not None
+        }
+        for name, m in metrics.items()
+    ]
+    facts = []
+    if (workdir / "config.json").is_file():
+        config = _load(workdir / "config.json")
+        model, train, data = (config[room] for room in ("model", "train", "data"))
+        size = (
+            model.get("pretrained") or f"{model['size']}, from scratch: {train['epochs']:g} epochs"
+        )
+        facts += [["model", size], ["corpus", data.get("sentences") or data["name"]]]
+    first = next(iter(metrics.values()), {})
+    if "n_queries" in first:
+        facts.append(["queries", f"{first['n_queries']:,}"])
+    if "n_stated" in first:
+        facts.append(["the model states", f"{first['n_stated']:,} of them"])
+    day = datetime.date.fromtimestamp(path.stat().st_mtime)
+    return {"facts": [*facts, ["evaluated", day.isoformat()]], "methods": methods}
+
+
+def _load(path: pathlib.Path) -> dict:
+    # Numbers that are not finite become None: a page's JSON has none of them.
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text, parse_float=finite, parse_constant=finite)

@@ -1,0 +1,108 @@
+"""The first page of a run: what it was, its methods by both measures, and where to begin."""
+
+import json
+
+import pytest
+
+from tda import results
+from tda.viewer import opening
+from tests.viewer.big_file import records
+from tests.viewer.browser import Page, serving
+from tests.viewer.test_browser import other_method
+
+METRICS = {
+    "trackstar": {"mrr": 0.6514, "recall_at_10": 0.8, "tail_patch": 0.0248},
+    "bm25": {"mrr": 0.94, "recall_at_10": 0.987, "tail_patch": -0.0145},
+    "grad_cos": {"mrr": 0.5, "recall_at_10": float("nan")},
+    "grad_dot": {"mrr": 0.25},
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    (path / "results").mkdir()
+    items = list(records(40, 5, mean=60))
+    other = other_method(items)
+    for item in other:  # the other method has its correct passages elsewhere
+        item["proponent_correct"] = item["proponent_correct"][::-1]
+    methods = {"trackstar": items, "bm25": other, "grad_cos": items[:30], "grad_dot": items[:30]}
+    for name, listed in methods.items():
+        results.write(path / "results" / f"{name}.jsonl", listed)
+    for m in METRICS.values():
+        ends = {k: [x - 0.01, x + 0.01] for k, x in m.items() if k != "mrr" or x > 0.3}
+        m |= {"intervals": ends, "n_queries": 1094, "n_stated": 687}
+    (path / "metrics.json").write_text(json.dumps(METRICS))
+    config = {"model": {"pretrained": "", "size": "tiny"}, "train": {"epochs": 8.0}}
+    config["data"] = {"sentences": "", "name": "world_facts"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(workdir):
+    with serving(opening.collect(str(workdir), [], None, str(workdir))) as url:
+        yield url
+
+
+def test_a_run_opens_on_what_it_found(page, address, workdir):
+    page.open(address)
+    facts = dict(x.split("\n") for x in page.texts(".story .facts > div"))
+    evaluated = facts.pop("evaluated")
+    assert evaluated.count("-") == 2
+    assert facts == {
+        "model": "tiny, from scratch: 8 epochs",
+        "corpus": "world_facts",
+        "queries": "1,094",
+        "the model states": "687 of them",
+    }
+    assert [r.split("\t") for r in page.texts(".story tbody tr")] == [
+        ["TrackStar", "0.651 [0.641, 0.661]", "0.800 [0.790, 0.810]", "+2.48% [+1.48%, +3.48%]"],
+        ["BM25", "0.940 [0.930, 0.950]", "0.987 [0.977, 0.997]", "−1.45% [−2.45%, −0.45%]"],
+        ["gradient cosine", "0.500 [0.490, 0.510]", "–", "–"],
+        ["gradient dot product", "0.250", "–", "–"],
+    ]
+    titles = page.page.locator(".story circle title").all_text_contents()
+    assert titles == [
+        "TrackStar: MRR 0.651, tail-patch +2.48%",
+        "BM25: MRR 0.940, tail-patch −1.45%",
+    ]
+    # Three queries that the model states and of which one method finds a passage, another none.
+    items = {
+        f"{i['inputs_plaintext']} {i['targets_plaintext']}": i
+        for i in results.read(workdir / "results" / "trackstar.jsonl")
+    }
+    suggested = page.texts(".suggested a")
+    assert len(suggested) == len({items[s]["relation"] for s in suggested}) == 3
+    for text in suggested:
+        marks = items[text]["proponent_correct"]
+        assert items[text]["is_8b_correct"] and marks != marks[::-1]
+    page.page.locator(".suggested a").first.click()
+    page.page.wait_for_selector("article.query")
+    assert page.text(".asked") == suggested[0]
+    page.page.click(".brand")
+    page.page.wait_for_selector(".story")
+
+
+def test_four_methods_stand_side_by_side(page, address):
+    page.open(f"{address}#view=query&files=trackstar,bm25,grad_cos,grad_dot&q=q00003")
+    tops = page.page.eval_on_selector_all(
+        ".column", "e => e.map((c) => c.getBoundingClientRect().top)"
+    )
+    assert len(tops) == 4 and len({*tops}) == 1
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_the_first_passage_stands_above_the_fold(browser, address):
+    """On a phone: 400 × 800."""
+    page = Page(browser, width=400, height=800, scheme="dark")
+    page.open(f"{address}#view=query&files=trackstar,bm25,grad_cos,grad_dot")
+    box = page.page.locator("article.card .text").first.bounding_box()
+    assert box["y"] + 20 < 800
+    page.page.click(".picker summary")
+    sheet = page.page.locator(".sheet").bounding_box()
+    assert sheet["x"] >= 0 and sheet["x"] + sheet["width"] <= 400
+    page.page.keyboard.press("Escape")
+    page.until(lambda: page.page.locator(".picker[open]").count() == 0)
+    page.context.close()
+    page.fine()
