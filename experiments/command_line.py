@@ -45,11 +45,15 @@ def find_packaged(path: str, folder: str = "") -> str:
     """Returns a config file's path: `path` itself if it exists, else that of a packaged config.
 
     Args:
-        path: such as configs/world_facts.py or world_facts.
+        path: such as configs/world_facts.py or world_facts; what follows a colon is the argument
+            of its `get_config`.
         folder: of the packaged configs, such as "sweeps".
     """
-    packaged = _CONFIGS / folder / f"{pathlib.Path(path).stem}.py"
-    return str(packaged) if not pathlib.Path(path).is_file() and packaged.is_file() else path
+    file, colon, argument = path.partition(":")
+    packaged = _CONFIGS / folder / f"{pathlib.Path(file).stem}.py"
+    if pathlib.Path(file).is_file() or not packaged.is_file():
+        return path
+    return f"{packaged}{colon}{argument}"
 
 
 def _with_config_path(argv: list[str]) -> list[str]:
@@ -100,7 +104,8 @@ def _read_config(argv: list[str]) -> ConfigDict:
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
-            return runpy.run_path(value or following)["get_config"]()
+            file, *argument = (value or following).split(":", 1)
+            return runpy.run_path(file)["get_config"](*argument)
     return ConfigDict()
 
 

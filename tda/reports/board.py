@@ -1,44 +1,87 @@
-"""The board of methods against retraining, as Markdown."""
+"""The board of methods against retraining: Markdown for a file, and a table for a terminal."""
 
 from tda.reports import formats
 
+_LESS = ", less "
+
 
 def describe(record: dict) -> str:
-    """Returns the board as Markdown."""
-    columns = [
-        (fraction, label)
-        for fraction, labels in next(iter(record["methods"].values()))["lds"].items()
-        for label in labels
-    ]
-    # The paired differences have a baseline's row without them.
-    for m in record["methods"].values():
-        columns += [(f, n) for f in m["lds"] for n in m["lds"][f] if (f, n) not in columns]
-    columns.sort(key=lambda c: (float(c[0]), c[1].split(",")[0] != "same order", "," in c[1]))
-    has_own_top = any("own_top" in m for m in record["methods"].values())
-    head = ["method", *(f"LDS {float(f):.0%}, {label}" for f, label in columns)]
-    head += ["QLD"] * has_own_top + ["cost"]
-    first = columns[0]
-    by_figure = sorted(
-        record["methods"].values(), key=lambda m: -m["lds"][first[0]][first[1]]["mean"]
-    )
+    """Returns the board as Markdown: what LDS is, LDS by method, paired differences, ceilings."""
+    columns = _columns(record)
+    figures = [c for c in columns if _LESS not in c[1]]
+    differences = [c for c in columns if _LESS in c[1]]
+    parts = [_explain(record), _markdown(record, figures, has_cost=True)]
+    if differences:
+        parts += ["Paired differences:", _markdown(record, differences)]
+    return "\n\n".join([*parts, _notes(record)])
+
+
+def summarise(record: dict) -> str:
+    """Returns the board for a terminal: LDS with its interval, and other fractions' in brief."""
+    first, *others = (c for c in _columns(record) if _LESS not in c[1])
+    head = ["method", f"LDS {_label(first)} [95%]", *map(_label, others), "cost"]
     rows = []
-    for m in by_figure:
-        cells = [m["title"], *(_cell(m["lds"][f].get(label)) for f, label in columns)]
-        if has_own_top:
-            cells.append(_cell(m.get("own_top")))
-        rows.append([*cells, "" if m["cost"] is None else f"{m['cost']:.1f}"])
-    lines = [formats.markdown(head, rows, "l" + "r" * (len(head) - 1)), ""]
-    lines.append(
-        f"{record['queries']} queries, {record['units']} units, {record['steps']} steps; cost in "
-        f"trainings of {record['seconds of a training']:.1f} s; metasmoothness "
-        f"{record['metasmoothness']:.3f}."
+    for m in _by_figure(record, first):
+        means = (m["lds"].get(f, {}).get(label) for f, label in others)
+        brief = ["" if x is None else f"{x['mean']:.3f}" for x in means]
+        rows.append([m["title"], _cell(m["lds"][first[0]][first[1]]), *brief, _cost(m)])
+    return "\n\n".join([_explain(record), formats.aligned([head, *rows]), _notes(record)])
+
+
+def _columns(record: dict) -> list[tuple[str, str]]:
+    """Returns (fraction, label) of every figure that some method has."""
+    # A baseline lacks the paired differences, so that all methods are looked at.
+    columns = {(f, n) for m in record["methods"].values() for f in m["lds"] for n in m["lds"][f]}
+    return sorted(columns, key=lambda c: (float(c[0]), not c[1].startswith("same order"), c[1]))
+
+
+def _by_figure(record: dict, column: tuple[str, str]) -> list[dict]:
+    fraction, label = column
+    return sorted(record["methods"].values(), key=lambda m: -m["lds"][fraction][label]["mean"])
+
+
+def _markdown(record: dict, columns: list[tuple[str, str]], has_cost: bool = False) -> str:
+    has_own_top = has_cost and any("own_top" in m for m in record["methods"].values())
+    head = ["method", *(f"LDS {_label(c)}" for c in columns)]
+    head += ["QLD"] * has_own_top + ["cost"] * has_cost
+    rows = []
+    for m in _by_figure(record, _columns(record)[0]):
+        cells = [_cell(m["lds"][f].get(label)) for f, label in columns]
+        cells += [_cell(m.get("own_top"))] * has_own_top + [_cost(m)] * has_cost
+        if any(cells):
+            rows.append([m["title"], *cells])
+    return formats.markdown(head, rows, "l" + "r" * (len(head) - 1))
+
+
+def _explain(record: dict) -> str:
+    return (
+        "LDS: how well a method predicts what retraining does, from 1 (perfect) to 0 (chance).\n"
+        f"Each retraining leaves out a random share of {record['units']} {record['unit']}s. What a "
+        "method's scores of these\nadd up to is held against how much a query's loss rose: "
+        f"Spearman's correlation over retrainings,\nas the mean over {record['queries']} queries."
     )
+
+
+def _notes(record: dict) -> str:
+    lines = [
+        f"{record['queries']} queries, {record['units']} {record['unit']}s, {record['steps']} "
+        f"steps; cost in trainings of {record['seconds of a training']:.1f} s, for methods that "
+        f"are timed; metasmoothness {record['metasmoothness']:.3f}."
+    ]
     for fraction, c in record["ceilings"].items():
         lines.append(
             f"Reruns in another order without {float(fraction):.0%}: agreement "
             f"{c['agreement']:.3f}; ceilings {c['one']:.3f} (one order), {c['two']:.3f} (two)."
         )
     return "\n".join(lines)
+
+
+def _label(column: tuple[str, str]) -> str:
+    return f"{float(column[0]):.0%}, {column[1]}"
+
+
+def _cost(method: dict) -> str:
+    return "" if method["cost"] is None else f"{method['cost']:.1f}"
 
 
 def _cell(interval: dict | None) -> str:

@@ -72,12 +72,11 @@ def measure(config, workdir: Workdir) -> dict:
         record = board.figures(scores)
         if retrained.run.config.counterfactual.unit == "passage":
             _write_passages(retrained, scores)
-        text = board_report.describe(record)
         with open_atomic(workdir / "board.md") as out:
-            out.write(f"{text}\n")
+            out.write(f"{board_report.describe(record)}\n")
         write_arrays(workdir / "board.npz", board.arrays)
         write_json(workdir / "board.json", plain(record))
-    print(text)
+    print(board_report.summarise(record))
     return record
 
 

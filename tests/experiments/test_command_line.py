@@ -25,6 +25,11 @@ def test_a_packaged_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch)
     (tmp_path / "world_facts.py").touch()
     assert command_line.find_packaged("world_facts.py") == "world_facts.py"
     assert command_line.find_packaged("absent.py") == "absent.py"
+    # Guards: an argument of get_config that was dropped without a word.
+    path = command_line.find_packaged("counterfactual_world:small")
+    assert path == f"{ROOT}/configs/counterfactual_world.py:small"
+    config = command_line._read_config(["main", f"--config={path}"])
+    assert config.counterfactual.subsets == 40
 
 
 def test_only_the_config_flag_is_resolved(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
         page.page.wait_for_selector(".methods input")
         page.page.fill("#prompt", asked["inputs_plaintext"])
         page.page.click("text=Let the model complete it")
-        page.page.wait_for_selector(".steps")
+        page.page.wait_for_selector(".completed button")
         page.page.fill("#target", asked["targets_plaintext"])
         page.page.locator(".main-action").click()
         page.page.wait_for_selector(".results .column", timeout=120_000)

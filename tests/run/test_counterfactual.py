@@ -140,7 +140,7 @@ def test_a_full_ranking_is_turned_back_into_scores():
 
 def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     def lds(x):
-        return {"0.05": {"same order": dict(mean=x, low=x - 0.1, high=x + 0.1)}}
+        return {f: {"same order": dict(mean=x, low=x - 0.1, high=x + 0.1)} for f in ("0.5", "0.05")}
 
     record = {
         "methods": {
@@ -148,10 +148,22 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
             "b": {"title": "B", "cost": 2.345, "lds": lds(0.7)},
         },
         "ceilings": {"0.05": {"agreement": 0.5, "one": 0.7, "two": 0.8}},
-        "queries": 3, "units": 4, "steps": 5, "seconds of a training": 1.0, "metasmoothness": 0.9,
+        "queries": 3, "units": 4, "unit": "document", "steps": 5,
+        "seconds of a training": 1.0, "metasmoothness": 0.9,
     }  # fmt: skip
+    a, b = record["methods"].values()
+    b["lds"]["0.05"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
     lines = board_report.describe(record).splitlines()
-    assert lines[0] == "| method | LDS 5%, same order | cost |"
-    assert lines[2] == "| B | 0.700 [0.600, 0.800] | 2.3 |"
-    assert lines[3] == "| A | 0.200 [0.100, 0.300] |  |"
+    assert "share of 4 documents" in lines[1] and "mean over 3 queries" in lines[3]
+    assert lines[5] == "| method | LDS 5%, same order | LDS 50%, same order | cost |"
+    assert lines[7] == "| B | 0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | 2.3 |"
+    assert lines[8] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |"
+    # Of the baseline there is no difference.
+    assert lines[12:16] == ["| method | LDS 5%, same order, less A's |", "|---|---:|",
+                            "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
     assert "agreement 0.500; ceilings 0.700 (one order), 0.800 (two)" in lines[-1]
+    # On a terminal, in aligned columns that fit it.
+    lines = board_report.summarise(record).splitlines()
+    assert lines[5] == "method  LDS 5%, same order [95%]  50%, same order  cost"
+    assert lines[6] == "B           0.700 [0.600, 0.800]            0.700   2.3"
+    assert max(map(len, lines)) < 120

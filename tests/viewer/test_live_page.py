@@ -114,7 +114,7 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     page.page.click("text=Let the model complete it")
     page.page.wait_for_selector(".completed button")
     page.until(lambda: answers.asked[-1] == ("The capital of France is", 8))
-    assert page.texts(".completed > .row button") == ["Paris 45.0%", "<b>Lyon</b> 20.0%"]
+    assert page.texts(".completed > .row button") == ["Paris\n45.0%", "<b>Lyon</b>\n20.0%"]
     page.page.click(".completed summary")
     assert page.text(".steps").split("\n") == ["Par", "50.0%", "<b>Lyon</b> 20.0%", "is", "90.0%"]
     assert page.page.input_value("#target") == "Paris"  # the whole word, not its first token
