@@ -45,8 +45,8 @@ class Method:
         hessian: R is "none", "train" (R_train) or "mixed" (λ R_eval + (1 − λ) R_train).
         unit_norm: whether encodings are scaled to norm one, which makes scores cosines.
         retriever: "gradient", one that needs no projected gradients ("bm25", "dense", "hidden",
-            "annotated"), or a control that looks at no query ("random", "length",
-            "gradient_norm").
+            "annotated"), one by the gradients of the training's own steps ("captured"), or a
+            control that looks at no query ("random", "length", "gradient_norm").
         several: whether scores are summed over several checkpoints, each with its own R.
         by_learning_rate: whether a checkpoint's weight in that sum is the learning rate of the
             steps up to it; otherwise all weigh the same.
@@ -95,6 +95,11 @@ class Method:
     def takes_gradients(self) -> bool:
         """Whether the method needs the passages' gradients."""
         return self.retriever in ("gradient", "gradient_norm")
+
+    @property
+    def takes_query_gradients(self) -> bool:
+        """Whether the method needs the queries' gradients."""
+        return self.takes_gradients or self.retriever == "captured"
 
     @property
     def beyond_plain(self) -> dict[str, object]:
@@ -177,6 +182,17 @@ METHODS = {
     "tracin": Method("TracIn", unit_norm=False, several=True, by_learning_rate=True),
     "less": Method(
         "LESS", corrected=True, several=True, by_learning_rate=True, passages="adam_step"
+    ),
+    # The gradients of the training's own steps, which `train.capture` keeps.
+    "captured": Method(
+        "in-run, captured, Adam",
+        corrected=True,
+        unit_norm=False,
+        retriever="captured",
+        several=True,
+    ),
+    "captured_plain": Method(
+        "in-run, captured", unit_norm=False, retriever="captured", several=True
     ),
     "ekfac": Method("EK-FAC influence", unit_norm=False, curvature="ekfac"),
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),

@@ -63,6 +63,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.clip": (1.0, "largest global norm of a gradient"),
     "train.save_every": (500, "steps between checkpoints"),
     "train.keep": (1, "how many of the last checkpoints to keep; 0: all"),
+    "train.capture": (
+        False,
+        "keep the gradients of the examples of every step, for the method captured",
+    ),
     "train.traced": (1.0, "share of the training after which to trace; below 1 needs keep=0"),
     # Gradients.
     "gradients.correction": ("factored", "optimizer correction: factored, adam or low_rank(R)"),

@@ -43,17 +43,17 @@ _RULES: tuple[Rule, ...] = (
     (
         ("projection", "store", "search", "gradients.include", "gradients.exclude",
          "gradients.untapped"),
-        _have(lambda m: m.takes_gradients),
+        _have(lambda m: m.takes_query_gradients),
         "no method takes gradients",
     ),
     (
         ("gradients.correction", "gradients.second_moments", "gradients.estimate_batches"),
-        _have(lambda m: m.takes_gradients and m.corrected),
+        _have(lambda m: m.takes_query_gradients and m.corrected),
         "no method corrects gradients",
     ),
     (
         ("gradients.output",),
-        _have(lambda m: m.takes_gradients and not m.output),
+        _have(lambda m: m.takes_query_gradients and not m.output),
         "no method differentiates what it names",
     ),
     (

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable
 
 from tda.methods import Method
+from tda.run.captured import Captured
 from tda.run.controls import GradientNorm, Labels, Length, Random
 from tda.run.gradient_retrievers import Gradients, Sums
 from tda.run.retrievers import Dense, Hidden, Retriever, Words
@@ -15,6 +16,7 @@ from tda.run.run import Run
 RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "gradient": Gradients,
     "sums": Sums,
+    "captured": Captured,
     "bm25": Words,
     "dense": Dense,
     "hidden": Hidden,

@@ -136,6 +136,11 @@ def check_run(run: Run) -> None:
     """
     queries = len(run.corpus.queries)
     for method in methods.parse(run.config.methods).values():
+        if method.retriever == "captured" and not run.config.train.capture:
+            raise ValueError(
+                f"{method.title}: the training has to keep its examples' gradients; give "
+                "train.capture=True, in a new workdir"
+            )
         if not method.takes_gradients:
             continue
         shapes = run.block_shapes(method.gradients)

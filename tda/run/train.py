@@ -12,6 +12,7 @@ from tda.data.batches import BatchLayout
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
+from tda.run import capturing
 from tda.run.run import Corpus, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
@@ -33,8 +34,9 @@ def options(config) -> dict[str, Any]:
 def settings(config) -> dict[str, Any]:
     """Returns what of the section `train` decides the trained model."""
     settings = {k: v for k, v in options(config).items() if k not in _NOT_OF_TRAINING}
-    # Trainings that were finished before there was this key have none.
-    return {k: v for k, v in settings.items() if (k, v) != ("eps_root", 0.0)}
+    # Trainings that were finished before there were these keys have none.
+    later = {"eps_root": 0.0, "capture": False}
+    return {k: v for k, v in settings.items() if k not in later or v != later[k]}
 
 
 def adam_constants(config) -> dict[str, float]:
@@ -197,7 +199,7 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
         description = {"tokenizer": corpus.tokenizer.fingerprint(), "model": arguments}
         model = build_model(config, corpus.tokenizer.vocab_size)
         if steps:
-            _fit(config, corpus, model, steps, layout, description, workdir)
+            _fit(config, corpus, model, made_from, layout, description, workdir)
         else:
             # A pretrained model as it is: checkpoint 0, without an optimizer.
             _, params = functional.split(model)
@@ -236,8 +238,10 @@ def traced_step(config, steps: int, saved: list[int]) -> int:
     return nearest
 
 
-def _fit(config, corpus: Corpus, model, steps, layout, description: dict, workdir) -> None:
-    t = options(config)
+def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, workdir) -> None:
+    t, steps, recorder = options(config), made_from["steps"], None
+    if t["capture"]:
+        recorder = capturing.make_recorder(config, corpus, workdir, model, made_from, layout)
     loop.fit(
         model,
         make_optimizer(config, steps),
@@ -249,6 +253,7 @@ def _fit(config, corpus: Corpus, model, steps, layout, description: dict, workdi
             **description,
         },
         log_path=workdir / "train.jsonl",
+        recorder=recorder,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,50 @@ def train_step(merge: Callable, tx: optax.GradientTransformation, state: dict, b
         batch: {"tokens", "targets", "weights"}, each [B, T].
     """
     loss, gradient = jax.value_and_grad(lambda p: batch_loss(merge, p, batch))(state["params"])
+    return _apply(tx, state, gradient, loss)
+
+
+def _apply(tx: optax.GradientTransformation, state: dict, gradient: dict, loss: jax.Array):
     updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, loss
+
+
+class Recorder(Protocol):
+    """Keeps what each example adds to the gradient of its step (`tda.encoding.captured`)."""
+
+    def differentiate(self, loss: Callable, model: nnx.Module, batch: dict) -> tuple:
+        """Returns the loss, its gradient by parameter, and the examples' parts [B, E]."""
+
+    def resume(self, step: int) -> None:
+        """Continues before a step."""
+
+    def record(self, step: int, parts_BxE: jax.Array) -> None:
+        """Takes the parts of a step's examples."""
+
+    def keep(self, step: int) -> None:
+        """Writes what a checkpoint before `step` stands on."""
+
+    def forget(self, steps: list[int]) -> None:
+        """Removes what stood on other checkpoints than those of `steps`."""
+
+
+def _make_step(merge: Callable, tx: optax.GradientTransformation, recorder: Recorder | None):
+    """Returns the compiled step: of a state and a batch, the next state, the loss, the parts."""
+    if recorder is None:
+        return jax.jit(
+            lambda state, batch: (*train_step(merge, tx, state, batch), None), donate_argnums=0
+        )
+
+    def loss_of_model(model: nnx.Module, batch: dict) -> jax.Array:
+        return batch_loss(lambda model: model, model, batch)
+
+    def step(state: dict, batch: dict):
+        model = merge(state["params"])
+        loss, gradient, parts = recorder.differentiate(loss_of_model, model, batch)
+        return *_apply(tx, state, gradient, loss), parts
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def initial_state(model: nnx.Module, tx: optax.GradientTransformation, mesh):
@@ -124,6 +166,7 @@ def fit(
     *,
     description: dict | None = None,
     log_path=None,
+    recorder: Recorder | None = None,
 ) -> dict:
     """Trains to step `settings.steps`, resuming from the last checkpoint under `directory`.
 
@@ -140,6 +183,7 @@ def fit(
         directory: where checkpoints are written.
         description: JSON values saved with each checkpoint.
         log_path: a file that process 0 appends JSON lines {"step", "epoch", "loss", "tokens"} to.
+        recorder: what keeps the examples' parts of each step's gradient; None keeps none.
 
     Returns:
         The final state {"params", "opt_state", "step"}.
@@ -174,10 +218,10 @@ def fit(
     if last is not None:
         _check_same_batches(checkpoint.describe(directory, last), batch_identity, directory)
         state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh), last)
-    step_fn = jax.jit(
-        lambda state, batch: train_step(model_fn.merge, tx, state, batch), donate_argnums=0
-    )
+    step_fn = _make_step(model_fn.merge, tx, recorder)
     first = int(state["step"])
+    if recorder is not None:
+        recorder.resume(first)
     log_path = log_path if processes.is_first() else None
     _trim_log(log_path, first)
     log = open(log_path, "a", encoding="utf-8") if log_path else None
@@ -187,7 +231,9 @@ def fit(
         progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as progress_bar,
     ):
         for step, epoch, batch in _stream(table, first, steps, per_epoch, layout, seed):
-            state, loss = step_fn(state, layout.put(batch.arrays()))
+            state, loss, parts = step_fn(state, layout.put(batch.arrays()))
+            if recorder is not None:
+                recorder.record(step, parts)
             tokens = int(batch.weights.sum())
             progress_bar.update(tokens)
             # Reading the loss waits for the device, so it is read at every tenth step only.
@@ -206,9 +252,13 @@ def fit(
                     raise FloatingPointError(
                         f"the loss at step {step} is {float(loss)}; lower the learning rate"
                     )
+                if recorder is not None:
+                    recorder.keep(step + 1)
                 checkpoint.save(
                     directory, step + 1, state, description, settings.keep, not is_scheduled
                 )
+                if recorder is not None:
+                    recorder.forget([step + 1])
             if is_preempted and step + 1 < steps:
                 raise preemption.Preempted(f"the training at step {step + 1} of {steps}")
     if log:

@@ -1,0 +1,115 @@
+"""The gradients of a training's own steps: their store, and the methods that rank by them.
+
+To first order, training on an example at step t changes a query's loss by −η_t ⟨part, P_t ∇L_q⟩:
+the learning rate, the example's part of the step's gradient, and the query's gradient at the
+parameters of that step, times Adam's preconditioner P_t = 1/√V or not (Wang et al. 2024, *Data
+Shapley in one training run*, first order). An example's score is the sum over the steps that it was
+trained on. The query's gradient is taken at the kept checkpoint nearest to each step. Momentum,
+clipping and weight decay are left out.
+"""
+
+import functools
+
+import numpy as np
+
+from tda import store as stores
+from tda.encoding.captured import TrainingRows
+from tda.retrieval import by_score
+from tda.run import checkpoints, train
+from tda.run.capturing import path_of
+from tda.run.gradient_retrievers import Encodings
+from tda.run.retrievers import Result, Retriever, tell
+from tda.run.run import Corpus, Run
+from tda.runtime import progress
+from tda.training import optimizer
+
+# Bytes of float32 scores that are held at a time, and rows that are read at a time.
+_SCORES, _STEP = 1 << 30, 4096
+
+
+class Captured(Retriever):
+    """Methods that rank by the gradients of the training's own steps."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
+
+    def _path(self) -> str:
+        return path_of(self.run.config, self.run.workdir, self.run.trained.fingerprint)
+
+    def lacks(self, method):
+        """Returns whether the training kept its gradients, and queries have theirs."""
+        if not stores.finished(self._path()):
+            return "the training did not keep its examples' gradients (train.capture)"
+        return None
+
+    def provenance(self, method):
+        """The captured gradients, and those of the queries at every checkpoint."""
+        steps = checkpoints.steps_of(self.run, method)
+        return [
+            self._path().rpartition("/")[2],
+            *(self.run.provenance(method.gradients, step) for step in steps),
+        ]
+
+    def prepare(self, methods, later=()):
+        """Encodes the queries at every checkpoint."""
+        for method in methods.values():
+            for step in checkpoints.steps_of(self.run, method):
+                self._at_step(step).run_queries(method.gradients)
+
+    def search(self, queries, methods, k, on_progress=None):
+        """See `Retriever`."""
+        results = {}
+        for name, method in methods.items():
+            steps = checkpoints.steps_of(self.run, method)
+            gradients = []
+            for step in steps:
+                tell(on_progress, f"opening the checkpoint of step {step}")
+                at = self._at_step(step)
+                gradients.append(at.of_queries(queries, method.gradients, on_progress))
+            scores = self._scores(steps, np.stack(gradients))
+            ranked = by_score.rank(scores, len(queries), k, queries.correct)
+            results[name] = Result(ranked, {"checkpoints": steps})
+        return results
+
+    def _scores(self, steps: list[int], queries_SxQxE: np.ndarray):
+        """Yields the scores of all passages for each query in turn, float32 [C]."""
+        run, store = self.run, stores.open_store(self._path())
+        rows = TrainingRows.of(
+            run.corpus.training,
+            train.total_steps(run.config, run.corpus)[1],
+            run.total_steps,
+            run.config.seed,
+        )
+        passages = _passages_of(run.corpus, rows)
+        t = train.options(run.config)
+        rate = optimizer.schedule(
+            t["schedule"], t["learning_rate"], run.total_steps, t["warmup"], t["final"]
+        )
+        rates = np.asarray(rate(np.arange(run.total_steps)), np.float32)[rows.steps]
+        # The traced checkpoint ends what counts: later steps have not changed it yet.
+        rates[rows.steps >= run.trained.step] = 0
+        nearest = np.abs(rows.steps[:, None] + 0.5 - np.array(steps)).argmin(axis=1)
+        at_once = max(1, _SCORES // (4 * run.corpus.rows))
+        for first in range(0, queries_SxQxE.shape[1], at_once):
+            q_SxQxE = queries_SxQxE[:, first : first + at_once]
+            scores_CxQ = np.zeros((run.corpus.rows, q_SxQxE.shape[1]), np.float32)
+            with progress.bar(store.rows, "search captured gradients", "row") as bar:
+                for piece in store.scan(_STEP):
+                    at = slice(piece.first, piece.first + len(piece))
+                    counts = piece.valid & (passages[at] >= 0) & (rates[at] > 0)
+                    x_RxE = piece.decoded(store.form.widths)[counts]
+                    x_RxE *= rates[at][counts][:, None]
+                    for s in range(len(steps)):
+                        chosen = nearest[at][counts] == s
+                        product_RxQ = x_RxE[chosen] @ q_SxQxE[s].T
+                        np.add.at(scores_CxQ, passages[at][counts][chosen], product_RxQ)
+                    bar.update(len(piece))
+            yield from np.ascontiguousarray(scores_CxQ.T)
+
+
+def _passages_of(corpus: Corpus, rows: TrainingRows) -> np.ndarray:
+    """Returns the passage of each captured row, int64 [R]; −1 for text that is no passage."""
+    numbers = {name: i for i, name in enumerate(corpus.passages.ids)}
+    of_sequence = np.array([numbers.get(name, -1) for name in corpus.training.ids], np.int64)
+    return of_sequence[rows.sequences]
