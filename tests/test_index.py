@@ -30,9 +30,9 @@ def counts(monkeypatch):
     counted = {"R": [], "rows": []}
     sum_rows, encode = hessian.autocorrelation_of_source, encoding.encode_kinds
 
-    def watched_sum(source, *arguments):
+    def watched_sum(source, *arguments, **options):
         counted["R"].append(source.rows)
-        return sum_rows(source, *arguments)
+        return sum_rows(source, *arguments, **options)
 
     def watched_encode(encoder, table, rows, *arguments):
         counted["rows"].append(len(rows))

@@ -74,7 +74,7 @@ def test_a_querys_own_part_is_taken_out(data):
         np.testing.assert_allclose(found, cosines(p, q[number], blocks), rtol=1e-3, atol=1e-4)
         F = factors(scorer, q[number], SLICES)
         for f, M in zip(F, blocks, strict=True):
-            np.testing.assert_allclose(f.T @ f, M, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(f @ f.T, M, rtol=1e-3, atol=1e-4)
 
 
 def test_a_query_is_whitened_by_the_half_that_it_is_not_in(data):
