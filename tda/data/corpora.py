@@ -101,10 +101,17 @@ class Corpus:
 
     def describe(self) -> dict:
         """Returns JSON values that tell this corpus from others, apart from its files."""
+        fields = self.as_json() | {"kind": self._kind}
+        return {k: v for k, v in fields.items() if k not in ("source", "data_dir")}
+
+    def as_json(self) -> dict:
+        """Returns the arguments that make this corpus in another process, as JSON values."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        for name in ("source", "data_dir"):
-            del options[name]
-        return options | {"kind": self._kind}
+        is_path = isinstance(self.source, str | os.PathLike)
+        options["source"] = os.fspath(self.source) if is_path else list(map(os.fspath, self.source))
+        if self.data_dir is not None:
+            options["data_dir"] = os.fspath(self.data_dir)
+        return options
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
@@ -199,10 +206,6 @@ class Corpus:
         count = len(self._rows)
         step = _PIECE_ROWS if self.duplicate_ids == "refuse" else max(1, count)
         return [range(start, min(count, start + step)) for start in range(0, count, step)]
-
-    def __getstate__(self) -> dict:
-        # Another process opens a dataset for itself.
-        return {k: v for k, v in self.__dict__.items() if k != "_rows"}
 
     def _read(self, piece: int) -> Iterator[Document]:
         fields = self.text_field, self.id_field

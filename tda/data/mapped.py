@@ -1,17 +1,22 @@
 """A table of tokens that is read in place from the files of its parts.
 
 In memory are a few numbers for each part. Ids, hashes and lengths of all passages are read when
-they are asked for as a whole, never by a start.
+they are asked for as a whole, never by a start. The bytes of an array are compared with their
+checksum when it is first read, so that a start, which reads little, also checks little; a damaged
+part is made again.
 """
 
+import collections
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tda.data import part_files
+from tda.data.folders import CorpusError
+from tda.data.names import Names, Strings
 from tda.data.part_files import PartInfo
 from tda.data.parts import name_passage
 from tda.data.tokens import TokenTable
@@ -29,9 +34,18 @@ class MappedTable(TokenTable):
     Args:
         folder: the parts' folder.
         parts: the parts, in order.
+        make_again: writes the part of that number again; None where the corpus is not at hand.
+
+    Raises:
+        CorpusError: in whatever reads it, if a part is damaged and cannot be made again.
     """
 
-    def __init__(self, folder: pathlib.Path, parts: Sequence[PartInfo]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        parts: Sequence[PartInfo],
+        make_again: Callable[[int], None] | None = None,
+    ):
         bounds = np.cumsum([0, *(part.rows for part in parts)], dtype=np.int64)
         values: dict[str, Any] = {
             "_folder": folder,
@@ -39,6 +53,9 @@ class MappedTable(TokenTable):
             # The first row of every part, and the number of rows.
             "_bounds": bounds,
             "_open": functools.lru_cache(_OPEN_PARTS)(self._map),
+            "_make_again": make_again,
+            # Names of arrays whose bytes are those that were written, by part.
+            "_checked": collections.defaultdict(set),
         }
         values["ids"] = MappedNames(self, is_document=False)
         values["documents"] = values["ids"]
@@ -48,9 +65,41 @@ class MappedTable(TokenTable):
             object.__setattr__(self, name, value)  # the class is frozen
 
     def _map(self, part: int) -> dict[str, np.ndarray]:
-        arrays = part_files.map_arrays(self._folder / self._parts[part].name)
-        arrays["starts"] = np.concatenate([[0], arrays["ends"]])
-        return arrays
+        path = self._folder / self._parts[part].name
+        try:
+            arrays = part_files.map_arrays(path)
+            if arrays.keys() == self._parts[part].checksums.keys():
+                return arrays
+        except CorpusError:
+            pass
+        self._repair(part)
+        return part_files.map_arrays(path)
+
+    def _array(self, part: int, name: str) -> np.ndarray:
+        """Returns an array of a part; checks its bytes if they are read for the first time."""
+        array = self._open(part)[name]
+        if name not in self._checked[part]:
+            if part_files.checksum(array) != self._parts[part].checksums[name]:
+                self._repair(part)
+                self._open.cache_clear()  # which maps the file that was replaced
+                array = self._open(part)[name]
+            self._checked[part].add(name)
+        return array
+
+    def _repair(self, part: int) -> None:
+        if self._make_again is None:
+            raise CorpusError(
+                f"{self._folder / self._parts[part].name} is missing or damaged; repeat the "
+                "command that tokenised the corpus, which makes it again"
+            )
+        self._make_again(part)
+
+    def _starts(self, part: int) -> np.ndarray:
+        """Returns where the passages of a part start, and where the last one ends."""
+        ends, arrays = self._array(part, "ends"), self._open(part)
+        if "starts" not in arrays:
+            arrays["starts"] = np.concatenate([[0], ends])
+        return arrays["starts"]
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -79,22 +128,21 @@ class MappedTable(TokenTable):
         return np.concatenate(pieces)
 
     def _concatenated(self, name: str, dtype) -> np.ndarray:
-        parts = (self._open(i)[name] for i in range(len(self._parts)))
+        parts = (self._array(i, name) for i in range(len(self._parts)))
         return np.concatenate([np.zeros(0, dtype), *parts])
 
     def _scored(self, part: int, first: int, stop: int) -> np.ndarray:
         """Returns which tokens the loss counts, of rows [first, stop) of a part."""
-        arrays, lead = self._open(part), self._parts[part].lead
-        bounds = arrays["starts"][first : stop + 1]
+        lead, bounds = self._parts[part].lead, self._starts(part)[first : stop + 1]
         if lead:
             starts = bounds - bounds[0]
             return part_files.derive_scored(starts[:-1], starts[1:], lead)
-        return arrays["scored"][bounds[0] : bounds[-1]]
+        return self._array(part, "scored")[bounds[0] : bounds[-1]]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 [N]."""
-        parts = [np.diff(self._open(i)["starts"]) for i in range(len(self._parts))]
+        parts = [np.diff(self._starts(i)) for i in range(len(self._parts))]
         return np.concatenate(parts)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
@@ -104,16 +152,15 @@ class MappedTable(TokenTable):
         out = np.empty(rows.shape, np.int64)
         for part in np.unique(numbers):
             at = numbers == part
-            starts, local = self._open(int(part))["starts"], rows[at] - self._bounds[part]
+            starts, local = self._starts(int(part)), rows[at] - self._bounds[part]
             out[at] = starts[local + 1] - starts[local]
         return out
 
     def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a sequence's tokens, int32 [T], and which of them the loss counts, bool [T]."""
         part, local = self._place(row)
-        arrays = self._open(part)
-        begin, end = arrays["starts"][local], arrays["starts"][local + 1]
-        return arrays["tokens"][begin:end], self._scored(part, local, local + 1)
+        begin, end = self._starts(part)[local : local + 2]
+        return self._array(part, "tokens")[begin:end], self._scored(part, local, local + 1)
 
     @property
     def token_count(self) -> int:
@@ -150,11 +197,10 @@ class MappedTable(TokenTable):
         )
 
     def _count_scored(self, part: int, first: int, stop: int) -> int:
-        arrays, lead = self._open(part), self._parts[part].lead
-        bounds = arrays["starts"][first : stop + 1]
+        lead, bounds = self._parts[part].lead, self._starts(part)[first : stop + 1]
         if lead:
             return int(np.maximum(np.diff(bounds) - lead, 0).sum())
-        return int(arrays["scored"][bounds[0] : bounds[-1]].sum())
+        return int(self._array(part, "scored")[bounds[0] : bounds[-1]].sum())
 
     def _ranges(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yields the parts of rows [first, stop), with the rows [start, stop) in each."""
@@ -170,11 +216,11 @@ class MappedTable(TokenTable):
         """Tokens that the loss counts of each sequence, int64 [N]."""
         out = []
         for i, part in enumerate(self._parts):
-            starts = self._open(i)["starts"]
+            starts = self._starts(i)
             if part.lead:
                 out.append(np.maximum(np.diff(starts) - part.lead, 0))
             else:
-                before = np.concatenate([[0], np.cumsum(self._open(i)["scored"])])
+                before = np.concatenate([[0], np.cumsum(self._array(i, "scored"))])
                 out.append(np.diff(before[starts]))
         return np.concatenate(out)
 
@@ -185,26 +231,22 @@ class MappedTable(TokenTable):
     def name(self, row: int, is_document: bool) -> str:
         """Returns the id of a passage, or of its document."""
         part, local = self._place(row)
-        arrays = self._open(part)
-        number = int(arrays["owners"][local])
-        first = int(arrays["name_ends"][number - 1]) if number else 0
-        raw = arrays["names"][first : int(arrays["name_ends"][number])]
-        name = raw.tobytes().decode("utf-8")
+        names = Strings(self._array(part, "names"), self._array(part, "name_ends"))
+        name = names[int(self._array(part, "owners")[local])]
         if is_document or not self._parts[part].is_split:
             return name
-        return name_passage(name, *map(int, arrays["spans"][local]))
+        return name_passage(name, *map(int, self._array(part, "spans")[local]))
 
     def hashes(self, is_document: bool) -> Iterator[np.ndarray]:
         """Yields `hash_64_bits` of the passages' ids, or of their documents', uint64, by part."""
         for i in range(len(self._parts)):
-            arrays = self._open(i)
             if is_document:
-                yield arrays["name_hashes"][arrays["owners"]]
+                yield self._array(i, "name_hashes")[self._array(i, "owners")]
             else:
-                yield arrays["id_hashes"]
+                yield self._array(i, "id_hashes")
 
 
-class MappedNames(Sequence):
+class MappedNames(Names):
     """The ids of a table's passages, or of their documents.
 
     Args:
@@ -218,10 +260,8 @@ class MappedNames(Sequence):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.table.name(range(len(self))[index], self.is_document)
+    def _name(self, i):
+        return self.table.name(i, self.is_document)
 
     def hashes(self) -> np.ndarray:
         """Returns `tda.runtime.fingerprint.hash_64_bits` of every name, uint64 [N]."""

@@ -12,7 +12,20 @@ from tda.data.parts import name_passage
 _SORTED = 1 << 26
 
 
-class Strings(Sequence):
+class Names(Sequence):
+    """N names, each decoded when it is asked for."""
+
+    def _name(self, i: int) -> str:
+        """Returns name i, from 0 to N − 1."""
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._name(i) for i in range(*index.indices(len(self)))]
+        return self._name(range(len(self))[index])
+
+
+class Strings(Names):
     """N strings in one array of bytes, decoded when they are asked for.
 
     Args:
@@ -26,15 +39,12 @@ class Strings(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
+    def _name(self, i):
         start = int(self._ends[i - 1]) if i else 0
         return self._bytes[start : int(self._ends[i])].tobytes().decode("utf-8")
 
 
-class DocumentNames(Sequence):
+class DocumentNames(Names):
     """The name of every passage's document.
 
     Args:
@@ -48,10 +58,8 @@ class DocumentNames(Sequence):
     def __len__(self) -> int:
         return len(self._owners)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._names[int(self._owners[index])]
+    def _name(self, i):
+        return self._names[int(self._owners[i])]
 
 
 class PassageNames(DocumentNames):
@@ -66,10 +74,8 @@ class PassageNames(DocumentNames):
         super().__init__(names, owners)
         self._spans = spans
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return super().__getitem__(index)
-        return name_passage(super().__getitem__(index), *map(int, self._spans[index]))
+    def _name(self, i):
+        return name_passage(super()._name(i), *map(int, self._spans[i]))
 
 
 def check_unique(

@@ -19,7 +19,7 @@ from tda.data.documents import Document
 from tda.data.file_states import FileState, read_states
 from tda.data.parts import Part, count_characters
 from tda.data.tokens import by_characters
-from tda.runtime import atomic_file
+from tda.runtime import atomic_file, processes
 
 # Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
 # part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
@@ -40,7 +40,7 @@ class Piece:
 
 
 class Source(Protocol):
-    """A corpus in pieces. To be tokenised by several processes, it must be picklable."""
+    """A corpus in pieces."""
 
     pieces: Sequence[Piece]
     files: Mapping[str, str]
@@ -118,6 +118,16 @@ def make_parts(job: Job, turn: Turn, on_part: Callable[[int, int], None]) -> Non
     atomic_file.write_json(job.folder / f"{turn.piece:06d}.json", end.as_json())
 
 
+def make_part(job: Job, name: str) -> None:
+    """Makes a part again, by the name of one of its files."""
+    piece, number = map(int, name.partition(".")[0].split("-"))
+    batches = part_batches(job.source.read(piece))
+    for part, group in itertools.groupby(batches, key=lambda x: x[0]):
+        if part == number:
+            _make_part(job, piece, number, (batch for _, batch in group))
+            return
+
+
 def _make_part(
     job: Job, piece: int, number: int, batches: Iterable[list[Document]]
 ) -> tuple[int, int]:
@@ -131,6 +141,8 @@ def _make_part(
         part_files.write(job.folder / name, part.arrays(), lead, counts, part.is_open, files)
 
     for batch in batches:
+        # A part may take longer than a notice leaves.
+        processes.check_preemption()
         for _ in part.add(batch):
             write(file_name(piece, number, files))
             files += 1

@@ -4,6 +4,7 @@ A text has the token ids that the model was trained with. The ids that the token
 before and after a text (such as a begin-of-sequence token) are read from its template once.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -154,6 +155,23 @@ class PretrainedTokenizer:
         ):
             with atomic_file.open_atomic(directory / name) as out:
                 out.write(text + "\n")
+
+    def as_json(self) -> dict:
+        """Returns the tokenizer as JSON values, for `from_json` in another process."""
+        chat = None if self.chat is None else dataclasses.astuple(self.chat)
+        names = ("begin", "end", "eos", "pad", "parse_special")
+        fields = {name: getattr(self, name) for name in names}
+        return fields | {"inner": self._inner.to_str(), "chat": chat}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "PretrainedTokenizer":
+        """Returns a tokenizer that gives texts the ids of the one that `as_json` was called on."""
+        inner = tokenizers.Tokenizer.from_str(fields["inner"])
+        options = {k: v for k, v in fields.items() if k not in ("inner", "chat")}
+        if fields["chat"] is not None:
+            source, special_tokens = fields["chat"]
+            options["chat"] = ChatTemplate(source, tuple(map(tuple, special_tokens)))
+        return cls(inner, **options)
 
     @property
     def vocab_size(self) -> int:

@@ -6,7 +6,8 @@
 
 The corpus is cut into pieces, such as files, and these into parts, all tokenised by several
 processes (`tda.data.tokenising`). The bytes of a part depend on its documents alone, not on who
-makes it. A kill loses the parts that are being made. A passage's id leads back to its place: it is
+makes it. A kill loses the parts that are being made, and a damaged part is made again when it is
+read (`tda.data.mapped`). A passage's id leads back to its place: it is
 the document's id if the passage is the whole document, else `ID#START-END` for its characters START
 to END.
 
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
-from tda.data import pieces, tokenising
+from tda.data import part_files, pieces, tokenising
 from tda.data.documents import Document
 from tda.data.file_states import FileState, check_same, read_states
 from tda.data.folders import CorpusError
@@ -41,7 +42,7 @@ from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Of the files below a directory of tokens; a directory of another format is refused.
-_FORMAT = 2
+_FORMAT = 3
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
 
@@ -131,14 +132,41 @@ def tokenise_on_disk(
             "look for tokens", lambda: _begin(directory, provenance, source)
         )
     if not is_finished:
-        engine.compute(_work(job, f"tokens {fingerprint(provenance)}", quiet))
+        engine.compute(_work(job, f"tokens {fingerprint(provenance)}", quiet, engine))
         with engine.alone():
             processes.on_first_process("index the tokens", lambda: _finish(job, provenance, index))
-    stored = _read_json(index)
+    return open_tokens(directory, job)
+
+
+def is_finished(directory: pathlib.Path) -> bool:
+    """Returns whether the corpus of a directory is tokenised to its end."""
+    return (directory / "corpus.json").exists()
+
+
+def open_tokens(directory: pathlib.Path, job: Job | None = None) -> tuple[MappedTable, Counts]:
+    """Opens a corpus that `tokenise_on_disk` has tokenised; the corpus itself may be gone.
+
+    Args:
+        directory: the directory of the files.
+        job: how damaged parts are made again; None refuses them.
+    """
+    stored = _read_json(directory / "corpus.json")
     infos = [info_from_json(fields) for fields in stored["parts"]]
     if stored["skipped"]:
         warnings.warn(f"{stored['skipped']} records are not UTF-8, and left out", stacklevel=2)
-    return MappedTable(job.folder, infos), Counts(*stored["counts"])
+
+    def make_again(part: int) -> None:
+        name = infos[part].name
+        warnings.warn(f"{name} is missing or damaged, and made again", stacklevel=2)
+        pieces.make_part(job, name)
+        if part_files.read_info(directory / "parts" / name) != infos[part]:
+            raise CorpusError(
+                f"{name} of {directory} is damaged, and the corpus that it was made from has "
+                "changed; remove that directory, and tokenise it again"
+            )
+
+    table = MappedTable(directory / "parts", infos, make_again if job else None)
+    return table, Counts(*stored["counts"])
 
 
 def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
@@ -198,11 +226,12 @@ def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[
     return states
 
 
-def _work(job: Job, name: str, quiet: bool) -> Work:
+def _work(job: Job, name: str, quiet: bool, engine: Engine) -> Work:
     """Returns the turns at a corpus as groups of an engine's work."""
     workers, count = tokenising.count_workers(job.source), len(job.source.pieces)
-    # Enough turns for all workers of all processes.
-    stride = -(-workers * jax.process_count() // max(1, count))
+    # Enough turns for all workers of all programs, and the same in all, whose hosts may differ.
+    programs = engine.programs or workers * jax.process_count()
+    stride = processes.on_first_process("cut the corpus", lambda: -(-programs // max(1, count)))
     turns = [Turn(piece, turn, stride) for piece in range(count) for turn in range(stride)]
     ends: dict[int, pieces.PieceEnd | None] = {}
 
@@ -228,7 +257,7 @@ def _work(job: Job, name: str, quiet: bool) -> Work:
     def compute(numbers: Sequence[int]) -> None:
         tokenising.make_all(job, [turns[i] for i in numbers], workers, quiet)
 
-    return Work(name, compute, find_missing, list_missing)
+    return Work(name, compute, find_missing, list_missing, precedes_training=True)
 
 
 def _finish(job: Job, provenance: dict, index: pathlib.Path) -> None:

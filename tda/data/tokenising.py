@@ -2,7 +2,8 @@
 
 A worker is a program of its own (`python -m tda.data.tokenising`), since a fork would copy the
 threads of jax, and a spawned process would run the caller's script again. It reads the job from its
-standard input, then one turn a line; it answers in lines of JSON. It ends when its caller does.
+standard input, then one turn a line, and answers, all in lines of JSON. It ends when its caller
+does.
 """
 
 import concurrent.futures
@@ -10,18 +11,23 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
+import pathlib
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import IO, cast
 
+from tda.data.corpora import Corpus
 from tda.data.folders import CorpusError
 from tda.data.pieces import Job, Source, Turn, make_parts
+from tda.data.pretrained_tokenizer import PretrainedTokenizer
+from tda.data.tokenizer import Tokenizer
 from tda.runtime import processes, progress
+from tda.runtime.fingerprint import fingerprint
 
 # Bytes, or documents, of a corpus that are worth another worker, which takes seconds to start.
 _WORTH_A_WORKER = {"B": 16 << 20, "document": 20_000}
@@ -50,7 +56,7 @@ def make_all(job: Job, turns: Sequence[Turn], workers: int, quiet: bool = False)
     sizes = {t.piece: job.source.pieces[t.piece].size for t in turns}
     with progress.bar(sum(sizes.values()), "tokenise", job.source.unit, quiet=quiet) as bar:
         shown = _Shown(job.source, turns, bar.update)
-        encoded = _encode_job(job) if min(workers, len(turns)) > 1 else None
+        encoded = _describe_job(job) if min(workers, len(turns)) > 1 else None
         if encoded is not None:
             _make_by_workers(encoded, turns, min(workers, len(turns)), shown)
             return
@@ -59,7 +65,7 @@ def make_all(job: Job, turns: Sequence[Turn], workers: int, quiet: bool = False)
             shown.finish(turn)
 
 
-def _make_by_workers(job: bytes, turns: Sequence[Turn], count: int, shown: "_Shown") -> None:
+def _make_by_workers(job: str, turns: Sequence[Turn], count: int, shown: "_Shown") -> None:
     waiting: queue.SimpleQueue[Turn] = queue.SimpleQueue()
     for turn in turns:
         waiting.put(turn)
@@ -119,21 +125,44 @@ class _Shown:
             self._update(self._left[turn.piece])
 
 
-def _encode_job(job: Job) -> bytes | None:
-    """Returns a job for another process; None if it cannot go there."""
-    parts = (job.source, job.tokenizer)
-    if any(type(x).__module__ == "__main__" for x in parts):
+def _describe_job(job: Job) -> str | None:
+    """Returns a job as a line of JSON; None if it has a source or a tokenizer of another class."""
+    is_known = type(job.tokenizer) in (Tokenizer, PretrainedTokenizer)
+    if not (is_known and type(job.source) is Corpus):
         return None
-    try:
-        return pickle.dumps(job)
-    except Exception:  # of whatever kind a user's object raises
-        return None
+    fields = {
+        "source": job.source.as_json(),
+        "pieces": _identify_pieces(job.source),
+        "tokenizer": job.tokenizer.as_json(),
+        "context": job.context,
+        "folder": os.path.abspath(job.folder),
+    }
+    return json.dumps(fields) + "\n"
+
+
+def _identify_pieces(source: Source) -> str:
+    return fingerprint([dataclasses.astuple(piece) for piece in source.pieces])
+
+
+def _read_job(line: str | bytes) -> Job:
+    """Returns the job that a line of JSON describes.
+
+    Raises:
+        CorpusError: the corpus has other files by now.
+    """
+    fields = json.loads(line)
+    with warnings.catch_warnings(action="ignore"):  # the caller has shown them
+        source = Corpus(**fields["source"])
+    if _identify_pieces(source) != fields["pieces"]:
+        raise CorpusError(f"the files of {source.source} were changed; repeat the command")
+    tokenizer = PretrainedTokenizer.from_json(fields["tokenizer"])
+    return Job(source, tokenizer, fields["context"], pathlib.Path(fields["folder"]))
 
 
 class _Worker:
     """A worker process, from its caller's side."""
 
-    def __init__(self, job: bytes):
+    def __init__(self, job: str):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             # The workers share the processors; a worker computes nothing on a device.
@@ -153,8 +182,8 @@ class _Worker:
         stdin, stdout = cast(IO, self._process.stdin), cast(IO, self._process.stdout)
         try:
             if self._job:
-                stdin.write(len(self._job).to_bytes(8, "little") + self._job)
-                self._job = b""
+                stdin.write(self._job.encode())
+                self._job = ""
             stdin.write(json.dumps(dataclasses.astuple(turn)).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError:
@@ -205,10 +234,11 @@ def main() -> None:
         with lock:
             print(json.dumps(values), file=answers, flush=True)
 
-    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
-    job = pickle.loads(sys.stdin.buffer.read(size))
+    job: Job | None = None
+    description = sys.stdin.buffer.readline()
     for line in sys.stdin.buffer:
         try:
+            job = job or _read_job(description)
             make_parts(job, Turn(*json.loads(line)), lambda *part: answer(part=part))
             answer(done=True)
         except ValueError as error:

@@ -12,6 +12,7 @@ from tda.data import long_texts
 from tda.data.jsonl import half_character
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
+from tda.runtime import preemption
 from tda.runtime.fingerprint import fingerprint_parts
 
 T = TypeVar("T")
@@ -235,6 +236,7 @@ def tokenise_passages(
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Returns the token ids of each text, int32; of a long one, which comes alone, in pieces."""
+    preemption.check()
     if len(texts) == 1 and len(texts[0]) > long_texts.PIECE:
         pieces = long_texts.encode_pieces(tokenizer, texts[0])
         return [np.concatenate([piece.ids for piece in pieces])]

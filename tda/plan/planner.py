@@ -65,7 +65,8 @@ def run(
             "mesh, or give --hardware"
         )
     mesh = train.working_mesh(config) if here else None
-    s = setting.of(config, sharding.batch_devices(mesh) if here else devices // config.mesh.tensor)
+    split = sharding.batch_devices(mesh) if here else devices // config.mesh.tensor
+    s = setting.of(config, split, workdir)
     if here:
         host_memory = host_memory or _memory()
         device_memory = _device_memory() or host_memory

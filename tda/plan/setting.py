@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import tempfile
 import time
 
@@ -22,7 +23,7 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
 from tda.retrieval.whitening import HessianSettings
-from tda.run import corpus, train
+from tda.run import corpus, plain_corpus, train
 from tda.run.encode import NO_STORE
 from tda.run.workdir import Workdir
 
@@ -136,18 +137,19 @@ class Setting:
         }
 
 
-def of(config, multiple: int = 1) -> Setting:
+def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
     """Returns the setting of a run's config.
 
     Args:
         config: the config.
         multiple: the number of devices that a batch is split over, of which B is a multiple.
+        workdir: the run's directory, where a corpus without labels may be tokenised already.
 
     Raises:
         ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` says.
     """
     chosen_methods, left_out = _by_correction(config)
-    size = _size(config)
+    size = _size(config, workdir)
     arguments = train.model_arguments(config, size.vocab_size)
     # Shapes alone: a model of any size is planned on any machine.
     model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
@@ -207,8 +209,8 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
     return out, left_out
 
 
-def _size(config) -> Size:
-    """Returns the size that the config states, or reads the corpus and counts."""
+def _size(config, workdir: str | None) -> Size:
+    """Returns the size that the config states, or that of the corpus, tokenised or read here."""
     stated = dict(config.plan)
     if any(stated.values()):
         wrong = [f"plan.{k}={v}" for k, v in stated.items() if v < 1]
@@ -224,17 +226,22 @@ def _size(config) -> Size:
     start = time.perf_counter()
     # In a temporary directory: planning a run must not start it.
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
-        data = corpus.load(config, Workdir(path))
-    return Size(
-        passages=len(data.passages),
-        tokens=data.passages.count_scored(),
-        queries=len(data.prompts),
-        vocab_size=data.tokenizer.vocab_size,
-        positions=data.passages.lengths - 1,
-        query_positions=data.prompts.lengths - 1,
-        seconds=time.perf_counter() - start,
-        labelled=len(np.unique(np.concatenate([r for q in data.correct.values() for r in q]))),
-    )
+        if config.data.corpus and workdir and plain_corpus.is_finished(pathlib.Path(workdir)):
+            data = plain_corpus.open_finished(config, pathlib.Path(workdir))
+        else:
+            data = corpus.load(config, Workdir(path))
+        # Before the directory goes, where the tokens of a corpus without labels are.
+        correct = [rows for lists in data.correct.values() for rows in lists]
+        return Size(
+            passages=len(data.passages),
+            tokens=data.passages.count_scored(),
+            queries=len(data.prompts),
+            vocab_size=data.tokenizer.vocab_size,
+            positions=data.passages.lengths - 1,
+            query_positions=data.prompts.lengths - 1,
+            seconds=time.perf_counter() - start,
+            labelled=len(np.unique(np.concatenate([*correct, np.zeros(0, np.int64)]))),
+        )
 
 
 def _matrices(chosen: list[sites.Site], as_head: bool = False) -> list[cost.Matrix]:

@@ -40,6 +40,26 @@ def reference_of(methods: Iterable[str]) -> str:
     return _REFERENCE if _REFERENCE in names else names[0]
 
 
+def _has_labels(metrics: dict) -> bool:
+    return next(iter(metrics.values())).get("has_labels", True)
+
+
+def _about_labels(metrics: dict, text: str) -> str:
+    """Returns a text about labels, or what stands in place of figures that need them."""
+    if _has_labels(metrics):
+        return text
+    return (
+        "The corpus has no labels: which passages are correct is not known, so MRR and recall are "
+        "left out."
+    )
+
+
+def _measured(metrics: dict, columns: Sequence[tuple[str, str]] = COLUMNS):
+    """Returns the columns without those that need labels, if there are none."""
+    has_labels = _has_labels(metrics)
+    return [(key, title) for key, title in columns if has_labels or key.startswith("tail_patch")]
+
+
 def _cell(m: dict, metric: str) -> str:
     return formats.figure(metric, m.get(metric), missing=_missing_text(metric))
 
@@ -58,10 +78,11 @@ def run_table(metrics: dict) -> str:
     """Returns a run's main table in Markdown: methods × metrics, and what the columns mean."""
     m = next(iter(metrics.values()))
     lines = [
-        _by_method(metrics, _RUN_COLUMNS),
+        _by_method(metrics, _measured(metrics, _RUN_COLUMNS)),
         "",
         f"{m['n_queries']} queries, {m['n_known']} of them known (every token of "
-        "the target ranks high under the prompt). Strict: only labels known to be sure count.",
+        "the target ranks high under the prompt). "
+        + _about_labels(metrics, "Strict: only labels known to be sure count."),
     ]
     if m["n_tail_patch_queries"]:
         rule = m["tail_patch_rule"]
@@ -83,19 +104,22 @@ def run_details(metrics: dict) -> str:
         "## 95% intervals\n\nPercentile bootstrap over queries.",
         _by_method(
             metrics,
-            COLUMNS,
+            _measured(metrics),
             lambda m, key: formats.figure_with_interval(m, key, _missing_text(key)),
         ),
-        "## Conventions of MRR\n\nWith full ranks, and MRR@10: ranks beyond 10 count nothing.",
-        _by_method(metrics, _MRR_COLUMNS),
     ]
+    if _has_labels(metrics):
+        parts += [
+            "## Conventions of MRR\n\nWith full ranks, and MRR@10: ranks beyond 10 count nothing.",
+            _by_method(metrics, _MRR_COLUMNS),
+        ]
     if len(metrics) > 1:
         title = METHODS[reference].title
         differences = {n: m["differences"][reference] for n, m in metrics.items() if n != reference}
         parts += [
             f"## Difference to {title}\n\nA method's figure minus {title}'s over the same "
             "queries: mean, 95% interval, two-sided p (paired bootstrap).",
-            _by_method(differences, COLUMNS, _difference_cell),
+            _by_method(differences, _measured(metrics), _difference_cell),
         ]
     if next(iter(metrics.values()))["n_tail_patch_queries"]:
         columns = [
@@ -109,14 +133,15 @@ def run_details(metrics: dict) -> str:
             "probability, then of the log-probability in nats.",
             _by_method(metrics, columns),
         ]
-    parts += _content_tables(metrics)
+    if _has_labels(metrics):
+        parts += _content_tables(metrics)
     for key, group_title in (
         ("by_stated", "whether greedy decoding states the fact"),
         ("by_frequency", "fact frequency: passages that name both entities"),
         ("by_relation", "relation"),
     ):
         for metric, title in (("mrr", "MRR"), ("tail_patch", "tail-patch")):
-            if any(m.get(metric) is not None for m in metrics.values()):
+            if any(m.get(metric) is not None and key in m for m in metrics.values()):
                 parts += [f"## {title} by {group_title}", _by_group(metrics, key, metric)]
     return "\n\n".join(parts)
 
@@ -223,20 +248,20 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
         metrics: each method's metrics, as `tda.run.evaluate` writes them.
         notes: remarks by method, listed below the table unless empty.
     """
-    rows, is_marked = [], False
+    rows, is_marked, columns = [], False, _measured(metrics)
     for name, method in methods.items():
-        cells = [formats.figure_with_interval(metrics[name], key) for key, _ in COLUMNS]
-        for i, (key, _) in enumerate(COLUMNS):
+        cells = [formats.figure_with_interval(metrics[name], key) for key, _ in columns]
+        for i, (key, _) in enumerate(columns):
             if below_controls(name, key, metrics):
                 cells[i], is_marked = f"{cells[i]} {MARK}", True
         rows.append([method.title, *switches(method).values(), *cells])
-    head = ["method", "optimizer", "R", "unit norm", *(title for _, title in COLUMNS)]
+    head = ["method", "optimizer", "R", "unit norm", *(title for _, title in columns)]
     m = next(iter(metrics.values()))
     lines = [
-        formats.markdown(head, rows, "lccc" + "r" * len(COLUMNS)),
+        formats.markdown(head, rows, "lccc" + "r" * len(columns)),
         "",
-        f"{m['n_queries']} queries; in brackets 95% intervals (bootstrap over queries). *Strict* "
-        "counts only labels known to be sure.",
+        f"{m['n_queries']} queries; in brackets 95% intervals (bootstrap over queries). "
+        + _about_labels(metrics, "*Strict* counts only labels known to be sure."),
     ]
     if m.get("n_tail_patch_queries"):
         lines.append(
@@ -265,7 +290,7 @@ def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
         columns.append(key)
         if any(key in m.get("intervals", {}) for m in metrics.values()):
             columns += [f"{key}_low", f"{key}_high"]
-    columns += [f"{key}_not_above" for key, _ in COLUMNS]
+    columns += [f"{key}_not_above" for key, _ in _measured(metrics)]
     rows = []
     for name, method in methods.items():
         m = metrics[name]
@@ -273,7 +298,7 @@ def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
         for key in keys:
             low, high = m.get("intervals", {}).get(key, (None, None))
             row |= {key: m.get(key), f"{key}_low": low, f"{key}_high": high}
-        for key, _ in COLUMNS:
+        for key, _ in _measured(metrics):
             row[f"{key}_not_above"] = " ".join(below_controls(name, key, metrics))
         rows.append({k: "" if formats.is_missing(row[k]) else row[k] for k in columns})
     return formats.comma_separated(rows, columns)
@@ -281,14 +306,14 @@ def comma_separated(methods: dict[str, Method], metrics: dict) -> str:
 
 def latex(methods: dict[str, Method], metrics: dict) -> str:
     """Returns Table 1 in LaTeX without intervals; the best figure of each column is bold."""
-    best = {}
-    for key, _ in COLUMNS:
+    best, columns = {}, _measured(metrics)
+    for key, _ in columns:
         figures = [m.get(key) for name, m in metrics.items() if name not in CONTROLS]
         best[key] = max((x for x in figures if not formats.is_missing(x)), default=None)
     rows = []
     for name, method in methods.items():
         cells = []
-        for key, _ in COLUMNS:
+        for key, _ in columns:
             x = metrics[name].get(key)
             text = formats.escape_latex(formats.figure(key, x))
             text = rf"\textbf{{{text}}}" if text and x == best[key] else text
@@ -297,6 +322,6 @@ def latex(methods: dict[str, Method], metrics: dict) -> str:
         R = {"R_train": r"$R_\mathrm{train}$"}.get(s["R"], s["R"])
         optimizer, norm = (r"$\checkmark$" if s[k] else "" for k in ("optimizer", "norm"))
         rows.append([formats.escape_latex(method.title), optimizer, R, norm, *cells])
-    titles = [formats.escape_latex(title) for _, title in COLUMNS]
+    titles = [formats.escape_latex(title) for _, title in columns]
     head = ["method", "optimizer", "$R$", "unit norm", *titles]
-    return formats.latex(head, rows, "lccc" + "r" * len(COLUMNS))
+    return formats.latex(head, rows, "lccc" + "r" * len(columns))

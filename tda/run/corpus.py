@@ -1,5 +1,8 @@
 """The stage that reads, checks and tokenises the corpus and the queries of a config."""
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 import numpy as np
 
 from tda.data import jsonl, tokens
@@ -9,15 +12,24 @@ from tda.data.tokenizer import Tokenizer
 from tda.facts import features, files, labels, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
+from tda.run import learnt_tokenizer, plain_corpus
 from tda.run.defaults import check_values
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
-from tda.runtime import processes
+from tda.runtime import preemption, processes
+from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint_parts, fingerprint_texts
 
+T = TypeVar("T")
 
-def load(config, workdir: Workdir) -> Corpus:
+
+def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
     """Reads the corpus and the queries that `config.data` names.
+
+    Args:
+        config: the config.
+        workdir: where tokens and tokenizer are kept.
+        engine: who tokenises which part of a corpus without labels.
 
     Raises:
         ValueError: a path is missing, a record is malformed, a query does not fit; the message
@@ -25,6 +37,8 @@ def load(config, workdir: Workdir) -> Corpus:
         tda.runtime.processes.ProcessError: processes read different files.
     """
     check_values(config)
+    if config.data.get("corpus"):  # a run that was finished before there was this key has none
+        return plain_corpus.load(config, workdir, engine)
     all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
     # Checks all labels, even if only some facts are queried.
     labels.relevant_passages(sentences, facts)
@@ -45,7 +59,12 @@ def load(config, workdir: Workdir) -> Corpus:
         raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
     texts = [(s.sentence_id, s.text) for s in sentences]
     more = _more_text(config.data, all_sentences, all_facts, sentences, facts)
-    tokenizer = _tokenizer(config, workdir, [text for _, text in texts + more])
+    tokenizer: Tokenizer | PretrainedTokenizer
+    if config.model.pretrained:
+        tokenizer = pretrained.load_tokenizer(config.model.pretrained)
+    else:
+        read = [text for _, text in texts + more]
+        tokenizer = learnt_tokenizer.load(config, workdir, fingerprint_texts(read), lambda: read)
     context = config.model.context
     passages = _passages("corpus", texts, tokenizer, context)
     training = passages
@@ -77,14 +96,30 @@ def load(config, workdir: Workdir) -> Corpus:
     )
 
 
+def open_finished(config, workdir: Workdir) -> Corpus:
+    """Opens the corpus of a finished run."""
+    if config.data.get("corpus"):
+        return plain_corpus.open_finished(config, workdir)
+    return load(config, workdir)
+
+
 def check_files(config) -> None:
     """Checks that the files of the corpus and of the queries exist.
 
     Raises:
-        ValueError: only one of the two is named.
+        ValueError: only one of the two is named, or a corpus without labels has keys that need
+            them.
         FileNotFoundError: a file does not exist, or a pattern has no match.
     """
     data = config.data
+    if data.corpus:
+        plain_corpus.check(config)
+        return
+    if data.queries:
+        raise ValueError(
+            f"data.queries={data.queries} asks data.corpus, which is not set; of a corpus with "
+            "labels the queries are data.facts"
+        )
     if bool(data.sentences) != bool(data.facts):
         raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
     if data.sentences:
@@ -94,15 +129,26 @@ def check_files(config) -> None:
 
 def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     if data.sentences:
-        return list(files.iter_sentences(data.sentences)), list(files.iter_facts(data.facts))
+        sentences = _heeding(files.iter_sentences(data.sentences))
+        return processes.together(lambda: (list(sentences), list(files.iter_facts(data.facts))))
     directory = data.dir or str(workdir / "data")
     records: list = []
     # Process 0 prepares the files before the others read them.
     processes.on_first_process(
-        f"prepare {data.name}", lambda: records.extend(features.load_tfds(data.name, directory))
+        f"prepare {data.name}",
+        lambda: records.extend(
+            preemption.heed(lambda: features.load_tfds(data.name, directory)),
+        ),
     )
     sentences, facts = records or features.load_tfds(data.name, directory)
     return sentences, facts
+
+
+def _heeding(items: Iterable[T]) -> Iterator[T]:
+    """Yields the items until a notice of preemption comes."""
+    for item in items:
+        preemption.check()
+        yield item
 
 
 def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
@@ -134,30 +180,13 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
 
 
 def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
-    table, counts = tokens.tokenise_passages(texts, tokenizer, context)
+    table, counts = processes.together(lambda: tokens.tokenise_passages(texts, tokenizer, context))
     print(
         f"{label}: {counts['documents']:,} documents, {counts['passages']:,} passages "
         f"({counts['split']:,} documents longer than {context} tokens were split), "
         f"{table.count_scored():,} tokens"
     )
     return table
-
-
-def _tokenizer(config, workdir: Workdir, texts: list[str]) -> Tokenizer | PretrainedTokenizer:
-    if config.model.pretrained:
-        return pretrained.load_tokenizer(config.model.pretrained)
-    size, path = config.tokenizer.vocab_size, workdir / "model" / "tokenizer.json"
-    made_from = {"texts": fingerprint_texts(texts), "vocab_size": size}
-    if not workdir.finished("tokenizer", made_from):
-        workdir.claim("tokenizer", made_from, config)
-
-        def train():
-            path.parent.mkdir(exist_ok=True)
-            Tokenizer.train(texts, size).save(path)
-
-        processes.on_first_process("train the tokenizer", train)
-        workdir.finish("tokenizer")
-    return Tokenizer.load(path)
 
 
 def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:

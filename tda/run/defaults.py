@@ -14,7 +14,18 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.name": ("world_facts", "TFDS builder, world_facts or trex; unused with the paths below"),
     "data.sentences": ("", "JSON lines (.jsonl, .jsonl.gz) of the corpus"),
     "data.facts": ("", "JSON lines of the queries"),
-    "data.dir": ("", "directory for what TFDS prepares; empty: WORKDIR/data"),
+    "data.corpus": (
+        "",
+        "plain documents without labels in place of data.sentences: a file, pattern or folder of "
+        "JSON lines, Parquet, CSV or text files, or a TFDS name (docs/large_corpora.md)",
+    ),
+    "data.queries": ("", "JSON lines with prompt and target, to ask data.corpus; or data.facts"),
+    "data.text_field": ("text", "field or column of data.corpus with the text"),
+    "data.id_field": ("", "field or column with the id; empty: id, doc_id or the like, if any"),
+    "data.dir": (
+        "",
+        "TFDS's directory; empty: WORKDIR/data, or for data.corpus its usual one",
+    ),
     "data.pool": ("all", "facts to ask: all, or clean (one object, stated, no repetition)"),
     "data.exclude_relations": ("", "comma-separated relations not to ask, such as P527"),
     "data.n_sentences": (0, "sample of the corpus, with all that states a query; 0: all"),

@@ -34,7 +34,8 @@ class Known:
 
     nats: np.ndarray  # float32 [Q], −log p(target | prompt)
     ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
-    frequencies: np.ndarray  # int64 [Q], passages of the corpus that name both entities
+    # Of a corpus with labels; else it is not read as a whole.
+    frequencies: np.ndarray | None  # int64 [Q], passages of the corpus that name both entities
     bucket: np.ndarray  # int64 [Q], the number of each frequency's bucket
     buckets: list[str]  # the buckets' names
     generations: dict[int, list[str]]  # the model's sampled answers, by query row
@@ -57,8 +58,9 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     patches = _Patches.measure(run, rankings, queries)
     values = {n: _values(run, r, known, patches, queries) for n, r in rankings.items()}
     metrics = _metrics(run, known, patches, values, queries)
-    for name, contents in _contents(run, rankings, patches, queries).items():
-        metrics[name]["by_content"] = contents
+    if run.corpus.has_labels:
+        for name, contents in _contents(run, rankings, patches, queries).items():
+            metrics[name]["by_content"] = contents
 
     def write():
         # Another task of the same array has written what this one would write.
@@ -81,10 +83,12 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
 def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
     nats, ranks = measures.likelihoods(run)
-    with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
-        texts = (s.text for s in corpus.sentences)
-        frequencies = frequency.counts(corpus.queries, texts, bar.update)
-    bucket, buckets = frequency.buckets(frequencies, frequency_edges(run.config))
+    frequencies, bucket, buckets = None, np.zeros(0, np.int64), []
+    if corpus.has_labels:
+        with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
+            texts = (s.text for s in corpus.sentences)
+            frequencies = frequency.counts(corpus.queries, texts, bar.update)
+        bucket, buckets = frequency.buckets(frequencies, frequency_edges(run.config))
     answers: dict[int, list[str]] = {}
     if e.samples:
         chosen = queries[draw(len(queries), e.sampled_queries, run.config.data.seed)]
@@ -179,13 +183,15 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     # Rank 1 of every token: greedy decoding would state the target.
     stated = (known.ranks[queries] != 1).astype(np.int64)
     intervals = summary.intervals(values, **bootstrap)
-    groups = {
-        "by_relation": summary.grouped(values, of_relation, relations, **bootstrap),
-        "by_frequency": summary.grouped(values, known.bucket[queries], known.buckets, **bootstrap),
-        "by_stated": summary.grouped(
-            values, stated, ["stated", "not stated"], **bootstrap, differences=True
-        ),
-    }
+    groups = {}
+    if relations != [""]:  # prompts and targets alone have none
+        groups["by_relation"] = summary.grouped(values, of_relation, relations, **bootstrap)
+    if corpus.has_labels:
+        by_bucket = known.bucket[queries], known.buckets
+        groups["by_frequency"] = summary.grouped(values, *by_bucket, **bootstrap)
+    groups["by_stated"] = summary.grouped(
+        values, stated, ["stated", "not stated"], **bootstrap, differences=True
+    )
     differences = summary.compared(values, **bootstrap)
     control = patches.control(queries)
     shared = {
@@ -198,8 +204,11 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
         "tail_patch_rule": patches.rule,
         "confidence": summary.number(ranking.mean(list(known.confidence.values()))),
     }
+    if not corpus.has_labels:
+        shared["has_labels"] = False
+    always = [m for m in _ALWAYS if corpus.has_labels or m.startswith("tail_patch")]
     return {
-        name: dict.fromkeys(_ALWAYS)
+        name: dict.fromkeys(always)
         | summary.as_json(intervals[name])
         | shared
         | {key: by_method[name] for key, by_method in groups.items()}
@@ -241,7 +250,6 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -
     """Returns the record of a query in the results of a method."""
     config, corpus = run.config, run.corpus
     fact = corpus.queries[q]
-    correct = set(corpus.correct["all"][q].tolist())
 
     def passages(rows, scores):
         return [
@@ -259,12 +267,23 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -
     for label, ranks in ranked.first_ranks.items():
         more["first_correct_rank" if label == "all" else f"first_{label}_rank"] = int(ranks[q])
     proponents = [int(p) for p in ranked.proponents[q] if p >= 0]
+    judged, counted = {}, {}
+    if known.frequencies is not None:
+        correct = set(corpus.correct["all"][q].tolist())
+        judged = {
+            "proponent_correct": [p in correct for p in proponents],
+            "has_trex_sentence": bool(correct),
+        }
+        counted = {
+            "c4_frequency": int(known.frequencies[q]),
+            "c4_frequency_bucket": known.buckets[known.bucket[q]],
+        }
     if q in patches.queries:
         log_p = [patches.log_p[q, p] for p in proponents]
         more["proponent_tail_patch"] = change(np.reshape(log_p, (-1, 2))).tolist()
     return results.record(
         fact.fact_id,
-        config.data.name if not config.data.sentences else "jsonl",
+        "jsonl" if config.data.sentences or config.data.corpus else config.data.name,
         fact.prompt(config.data.prompt),
         fact.entity1,
         passages(ranked.proponents[q], ranked.proponent_scores[q]),
@@ -272,11 +291,9 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -
         fact_id=fact.fact_id,
         relation=fact.relation,
         groundtruth=fact.entity1,
-        proponent_correct=[p in correct for p in proponents],
-        has_trex_sentence=bool(correct),
+        **judged,
         is_8b_correct=bool(known.ranks[q] == 1),
-        c4_frequency=int(known.frequencies[q]),
-        c4_frequency_bucket=known.buckets[known.bucket[q]],
+        **counted,
         target_nats=float(known.nats[q]),
         target_rank=int(known.ranks[q]),
         **more,

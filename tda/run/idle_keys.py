@@ -23,6 +23,12 @@ def _is_trained(config: ConfigDict, chosen: Methods) -> bool:
 # Keys, or sections of keys, whether they are read, and why not. A key may be in several rules.
 _RULES: tuple[Rule, ...] = (
     (("data.name", "data.dir"), lambda c, _: not c.data.sentences, "data.sentences names files"),
+    (("data.name",), lambda c, _: not c.data.corpus, "data.corpus names documents"),
+    (
+        ("data.text_field", "data.id_field"),
+        lambda c, _: bool(c.data.corpus),
+        "no data.corpus is named",
+    ),
     (("data.statements_of",), lambda c, _: c.data.statements > 0, "data.statements is 0"),
     (
         ("tokenizer.vocab_size", "model.size"),

@@ -114,9 +114,10 @@ def _measure_patches(
     Raises:
         FloatingPointError: a step leaves no finite log p; the message names passage and query.
     """
-    lengths = run.corpus.passages.lengths
+    passages = np.array([passage for _, passage in todo.values()], np.int64)
+    lengths = np.where(passages < 0, 0, run.corpus.passages.lengths_of(np.maximum(passages, 0)))
     # Passages of like length together: a step is compiled for each length that they are padded to.
-    keys = sorted(todo, key=lambda key: (lengths[todo[key][1]] if todo[key][1] >= 0 else 0, key))
+    keys = [key for _, key in sorted(zip(lengths.tolist(), todo, strict=True))]
     pairs = [todo[key] for key in keys]
     steps = functools.cache(lambda: _tail_patch(run, rule))
     if jax.process_count() > 1:

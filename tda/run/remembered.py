@@ -72,6 +72,7 @@ class RememberedCorpus:
 
     Attributes:
         known: the run's queries and their correct passages.
+        rows: C, the number of passages.
         on_progress: called when the files are read.
         store: a store of the corpus's gradients, which has its texts; None if there is none.
 
@@ -88,10 +89,14 @@ class RememberedCorpus:
             with np.load(workdir / FILE, allow_pickle=False) as file:
                 record = json.loads(file["told"].tobytes())
                 correct = np.split(file["correct"], np.cumsum(file["counts"])[:-1])
-                self.lengths = file["lengths"]
+                # Of a corpus without labels the workdir keeps the tokens.
+                if "lengths" in file:
+                    self.lengths = file["lengths"]
         except FileNotFoundError as error:
             raise LiveError(f"{workdir / FILE} is missing: the run is not finished") from error
         self.fingerprint: dict = record["fingerprint"]
+        # Runs that were finished before it was recorded have labels.
+        self.rows: int = record["rows"] if "rows" in record else len(self.lengths)
         self.known = Known(record["ids"], record["prompts"], record["targets"], correct)
 
     @functools.cached_property
@@ -103,7 +108,7 @@ class RememberedCorpus:
         """
         self.on_progress("reading the run's corpus", 0, 0)
         try:
-            corpus = corpora.load(self._config, self._workdir)
+            corpus = corpora.open_finished(self._config, self._workdir)
         except (ValueError, OSError) as error:
             raise LiveError(
                 "this question needs the files that the run read its corpus from (the workdir does "
@@ -112,13 +117,13 @@ class RememberedCorpus:
         if corpus.fingerprint["corpus"] != self.fingerprint["corpus"]:
             raise LiveError(
                 "this question needs the files that the run read its corpus from, and these "
-                "(data.sentences, data.facts) hold another corpus by now"
+                "(data.sentences, data.facts, data.corpus) hold another corpus by now"
             )
         return corpus
 
     def __getattr__(self, name: str):
         # Called for what this class lacks.
-        if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of"}:
+        if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of", "lengths"}:
             return getattr(self.files, name)
         raise AttributeError(name)
 
@@ -137,11 +142,6 @@ class RememberedCorpus:
         return self.known.ids
 
     @property
-    def rows(self) -> int:
-        """C, the number of passages."""
-        return len(self.lengths)
-
-    @property
     def withdrawn(self) -> np.ndarray:
         """The rows that are never retrieved, int64."""
         return np.zeros(0, np.int64) if self.store is None else self.store.withdrawn
@@ -155,9 +155,12 @@ class RememberedCorpus:
 
 def remember(run: Run) -> None:
     """Writes into a run's workdir its config, and what most live questions need of its corpus."""
-    facts, correct = run.corpus.queries, run.corpus.correct["all"]
+    facts, is_labelled = run.corpus.queries, run.corpus.has_labels
+    correct = run.corpus.correct["all"] if is_labelled else [np.zeros(0, np.int64)] * len(facts)
+    lengths = {"lengths": run.corpus.lengths.astype(np.int32)} if is_labelled else {}
     record = {
         "fingerprint": run.corpus.fingerprint,
+        "rows": run.corpus.rows,
         "ids": [f.fact_id for f in facts],
         "prompts": [f.prompt(run.config.data.prompt) for f in facts],
         "targets": [f.entity1 for f in facts],
@@ -167,7 +170,7 @@ def remember(run: Run) -> None:
             out,
             # Text as bytes: an array of objects would take pickle.
             told=np.frombuffer(json.dumps(record).encode(), np.uint8),
-            lengths=run.corpus.lengths.astype(np.int32),
+            **lengths,
             # Lists of different lengths, one after the other; the empty one keeps the dtype.
             correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
             counts=np.asarray([len(rows) for rows in correct]),

@@ -57,15 +57,21 @@ class Trained:
 class Corpus:
     """The passages that a run traces to, and the queries that it traces."""
 
-    sentences: list[Sentence]  # the corpus's documents
+    sentences: list[Sentence]  # the corpus's documents; empty without labels
     queries: list[Fact]
     tokenizer: Tokenizer | PretrainedTokenizer  # learnt from the training text, or the model's own
     passages: tokens.TokenTable  # tokenised documents, long ones split
     training: tokens.TokenTable  # the text that the model is trained on: the passages, or more
     prompts: tokens.TokenTable  # tokenised queries
-    correct: dict[str, list[np.ndarray]]  # by "all" and "strict" labels, each query's correct rows
+    correct: dict[str, list[np.ndarray]]  # by "all" and "strict" labels, each query's correct rows;
+    # empty without labels
     buckets: tuple[int, ...]  # lengths that batches are padded to
     fingerprint: dict  # JSON values that identify corpus and queries
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it is known which passages are correct for a query."""
+        return bool(self.correct)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

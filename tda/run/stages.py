@@ -19,6 +19,11 @@ from tda.runtime.atomic_file import open_atomic
 from tda.runtime.command import of_main
 from tda.runtime.engine import PROCESSES, Engine
 
+_UNTRAINED = (
+    "the model is not trained yet, and training is not split into groups: run the command once "
+    "with --groups=none, which trains and prepares, and then this one"
+)
+
 
 def check(config, encoder: bool = True) -> None:
     """Checks what the config alone shows, before anything is read.
@@ -52,17 +57,20 @@ def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
         ValueError: the config does not fit the corpus or the model; raised before training. Or the
             model is not trained, and this program cannot do it.
     """
-    if not engine.can_train and not workdir.is_finished("train"):
-        raise ValueError(
-            "the model is not trained yet, and training is not split into groups: run the command "
-            "once with --groups=none, which trains and prepares, and then this one"
-        )
+    is_untrained = not engine.can_train and not workdir.is_finished("train")
+    # Tokenising needs a tokenizer alone.
+    may_tokenise = config.model.pretrained or workdir.is_finished("tokenizer")
+    if is_untrained and not (config.data.corpus and may_tokenise):
+        raise ValueError(_UNTRAINED)
     if config.store.root:
         # Before training: it may be a bucket that this host may not write to.
         processes.on_first_process(
             "write to store.root", lambda: stores.check_root(config.store.root)
         )
-    data = corpus.load(config, workdir)
+    data = corpus.load(config, workdir, engine)
+    processes.check_preemption(is_joint=True)
+    if is_untrained:
+        raise ValueError(f"the corpus is tokenised; {_UNTRAINED}")
     # The run as it will be, with a model of shapes alone.
     model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))
     abstract = Trained(model, "", 0, optax.identity(), train.make_mesh(config), {})
@@ -139,7 +147,7 @@ def examples(run: Run, rankings: dict[str, Ranked], count: int = 3) -> str:
     lines = []
     for q in sorted(map(int, chosen)):
         fact = corpus.queries[q]
-        correct = set(corpus.correct["all"][q].tolist())
+        correct = set(corpus.correct["all"][q].tolist()) if corpus.has_labels else ()
         lines.append(f"{fact.prompt(config.data.prompt)} → {fact.entity1}")
         for name, ranked in rankings.items():
             lines.append(f"  {name}")

@@ -22,9 +22,7 @@ from tda.runtime.fingerprint import plain
 
 # Inputs that are hashes of what files hold, and the keys of the config that name the files.
 _FILES = {
-    "text": "data.sentences or data.facts",
-    "texts": "data.sentences or data.facts",
-    "tokenizer": "data.sentences or data.facts",
+    **dict.fromkeys(("text", "texts", "tokenizer"), "data.sentences, data.facts or data.corpus"),
     "pretrained": "model.pretrained",
 }
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import filelock
 
 from tda.runtime import command, preemption, processes
-from tda.runtime.engine import Engine, Work
+from tda.runtime.engine import PROCESSES, Engine, Work
 
 # What a program says that ends before its work is done and may be repeated (EX_TEMPFAIL of
 # sysexits.h).
@@ -47,8 +47,11 @@ class Preparation(Engine):
         """See `Engine`.
 
         Raises:
-            Unfinished: groups are missing, with the status of success.
+            Unfinished: groups are missing that training need not wait for, with the status of
+                success.
         """
+        if work.precedes_training:
+            return PROCESSES.compute(work)
         missing = processes.on_first_process(f"look for groups of {work.name}", work.find_missing)
         if missing:
             raise Unfinished(
@@ -79,6 +82,7 @@ class ArrayTask(Engine):
     can_train = False
 
     def __post_init__(self):
+        self.programs = self.count
         self._lock = filelock.FileLock(self.directory / ".alone.lock")
         self._finished: list[str] = []
 

@@ -35,6 +35,9 @@ class Work:
     is_joint: bool = False
     """Whether all processes compute every group together, on devices that they share."""
 
+    precedes_training: bool = False
+    """Whether it is done before the model is trained, also by programs that cannot train."""
+
 
 class Engine:
     """Decides who computes which groups.
@@ -44,10 +47,13 @@ class Engine:
             of an array, Ray's workers); empty where one job works alone. None of several may remove
             what the others may still read.
         can_train: whether this program may train the model, which is not split into groups.
+        programs: how many programs of a party share the work, or a guess that is the same in all;
+            0 where one job works alone.
     """
 
     party: str = ""
     can_train: bool = True
+    programs: int = 0
 
     def compute(self, work: Work) -> None:
         """Returns once no group of the work is missing.

@@ -15,6 +15,8 @@ from tda.runtime.engine import Engine, Work
 
 # Seconds until a result that the driver has seen must be seen here: file systems differ.
 _PATIENCE = 120.0
+# What a work is cut for, since workers come and go.
+PROGRAMS = 16
 
 
 class WorkerError(ValueError):
@@ -32,7 +34,7 @@ class OnDemand(Engine):
         stages: runs all stages of the run with this engine; called again and again.
     """
 
-    party, can_train = "workers", False
+    party, can_train, programs = "workers", False, PROGRAMS
 
     def __init__(self, stages: Callable[["OnDemand"], None]):
         self._stages = stages
@@ -68,6 +70,11 @@ class OnDemand(Engine):
 
     def compute(self, work: Work) -> None:
         """See `tda.runtime.engine.Engine`; called by the stages."""
+        if self.is_opening and work.precedes_training and work.list_missing():
+            # The run is as open as it can be: nobody has trained the model yet.
+            self._replies.put(None)
+            self._name, self._number = self._requests.get()
+            raise _Superseded
         if work.name != self._name:
             # The driver has finished it before it asked for a later one.
             end = time.monotonic() + _PATIENCE

@@ -6,23 +6,30 @@ training step, a shard, a step of a scan.
 
 In one process a handler takes the notice. In several, jax takes it (its preemption service) and
 tells all processes a number beyond those that they have reported; each stops when it reports that
-number. In training, where all must stop at the same step, they report steps. After it, where each
-works for itself, they report the time, in ticks, which passes for all alike.
+number, so the numbers of a process rise by one. They count ticks of the time, which passes for all
+alike, where each works for itself, and steps in training (`lockstep`), where all must stop at the
+same step.
 """
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # What a shell reports for a program that SIGTERM ended: 128 + 15.
 EXIT_STATUS = 143
-# Seconds. Numbers of ticks are far beyond those of steps, and below 2^31 until 2106.
+# Seconds. The number of ticks is below 2^31 until 2106.
 _TICK = 2.0
 # Clocks may differ between hosts by up to so many ticks.
 _SKEW = 300
+
+T = TypeVar("T")
 
 
 class Preempted(Exception):
@@ -39,8 +46,22 @@ class _Watch:
         self.is_on = False
         self.noticed = threading.Event()
         self.lock = threading.Lock()
-        self.next_step = 0  # the number beyond the last reported step
-        self.next_tick = 0
+        self.next = 0  # the number beyond the last reported one
+        self.start = (0, 0)  # a number, and the tick that it stands for
+        self.is_in_lockstep = False
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether jax tells the processes of a notice."""
+        return self.is_on and jax.process_count() > 1
+
+    def report(self, number: int) -> None:
+        """Reports all numbers up to this one."""
+        with self.lock:
+            numbers = range(self.next, number + 1)
+            if any([multihost_utils.reached_preemption_sync_point(n) for n in numbers]):
+                self.noticed.set()
+            self.next = max(self.next, number + 1)
 
 
 _watch = _Watch()
@@ -49,7 +70,7 @@ _watch = _Watch()
 def watch() -> None:
     """Has notices heeded from now on; called in the main thread, once processes are joined."""
     _watch.is_on = True
-    _watch.next_tick = _now() - _SKEW
+    _watch.next = _now() - _SKEW
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, _take_notice)
 
@@ -64,43 +85,79 @@ def _now() -> int:
     return int(time.time() / _TICK)
 
 
+@contextlib.contextmanager
+def lockstep() -> Iterator[None]:
+    """Has `is_due` answer alike in all processes inside, which enter and leave it together."""
+    if _watch.is_joint:
+        # Steps go on from the largest number that any process has reported.
+        agreed = multihost_utils.process_allgather(np.array([_watch.next, _now()], np.int32))
+        _watch.start = int(agreed[:, 0].max()), int(agreed[0, 1])
+        _watch.report(_watch.start[0])
+    _watch.is_in_lockstep = True
+    try:
+        yield
+    finally:
+        _watch.is_in_lockstep = False
+        # Ticks go on from the last step, which is the same in all processes.
+        _watch.start = max(_watch.start[0], _watch.next - 1), _watch.start[1]
+
+
 def is_due(step: int) -> bool:
     """Returns whether training is to end at this step; the same in all processes.
 
     Args:
-        step: the steps of this call of the program so far, rising by one from call to call.
+        step: the steps since `lockstep`, rising by one from call to call.
     """
-    if _watch.is_on and jax.process_count() > 1:
-        _watch.next_step = step + 1
-        if multihost_utils.reached_preemption_sync_point(step):
-            _watch.noticed.set()
+    if _watch.is_joint:
+        _watch.report(_watch.start[0] + step)
     return _watch.noticed.is_set()
 
 
 def is_noticed() -> bool:
-    """Returns whether a notice has come; in one process sooner than in another.
-
-    Only after training: see the module.
-    """
-    if _watch.is_on and jax.process_count() > 1:
-        with _watch.lock:
-            # Processes that had all reported their last step agree on a number beyond it.
-            numbers = [*range(_watch.next_step, _watch.next_step + 3)]
-            numbers += range(_watch.next_tick, _now() + 1)
-            if any([multihost_utils.reached_preemption_sync_point(n) for n in numbers]):
-                _watch.noticed.set()
-            _watch.next_tick = max(_watch.next_tick, _now())
+    """Returns whether a notice has come; outside of `lockstep` in one process sooner than in
+    another."""
+    if _watch.is_joint and not _watch.is_in_lockstep:
+        number, tick = _watch.start
+        _watch.report(number + max(0, _now() - tick))
     return _watch.noticed.is_set()
 
 
 def check(done: str = "") -> None:
-    """Raises `Preempted` if a notice has come; only after training.
+    """Raises `Preempted` if a notice has come; not in training.
 
     Args:
         done: what is saved, for the message.
     """
     if is_noticed():
         raise Preempted(done)
+
+
+def heed(work: Callable[[], T]) -> T:
+    """Calls `work` in another thread, which is left there if a notice comes.
+
+    For work inside a library, which cannot look for notices, and that a kill may end anywhere.
+
+    Raises:
+        Preempted: a notice came.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        if thread.is_alive():
+            check()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def check_alone() -> None:

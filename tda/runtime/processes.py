@@ -9,13 +9,14 @@ Work that process 0 does for all may itself call these functions. The others the
 call and would take an inner message for its result, so inside such work process 0 counts as alone.
 """
 
+import contextlib
 import json
 import socket
 import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +29,8 @@ from tda.runtime.fingerprint import fingerprint
 # process 0 enters one this often while it is at work.
 _SIGN_OF_LIFE = 300.0
 _BUSY, _FAILED, _PREEMPTED = -1, -2, -3
+
+T = TypeVar("T")
 
 # Whether this thread does the work of `on_first_process`.
 _working = threading.local()
@@ -72,7 +75,7 @@ def wait_until(is_done: Callable[[], bool], longest_pause: float) -> None:
 
 
 def check_preemption(is_joint: bool = False) -> None:
-    """Raises `Preempted` if a notice has come; only after training.
+    """Raises `Preempted` if a notice has come; not in training.
 
     Args:
         is_joint: whether the processes work together, so that all must end at the same place.
@@ -81,6 +84,20 @@ def check_preemption(is_joint: bool = False) -> None:
         preemption.check()
     elif where(preemption.is_noticed()):
         raise preemption.Preempted
+
+
+def together(work: Callable[[], T]) -> T:
+    """Returns what `work` returns, which every process does for itself before they meet.
+
+    Raises:
+        Preempted: in all processes, if `work` ends so in one, which may be too early for another.
+    """
+    result: list[T] = []
+    with contextlib.suppress(preemption.Preempted):
+        result.append(work())
+    if where(not result or preemption.is_noticed()):
+        raise preemption.Preempted
+    return result[0]
 
 
 def wait_for_all(barrier: str) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tda.runtime import preemption, progress
+from tda.runtime import on_demand, preemption, progress
 from tda.runtime.engine import Engine, Work
 
 # Deaths of its worker that one group survives: each may be a machine that was taken away, and many
@@ -86,6 +86,7 @@ class RayEngine(Engine):
     def __init__(self, cluster: Cluster, worker: type, *arguments: Any):
         # This program leaves accelerators to the workers.
         self.can_train = not cluster.has_accelerators
+        self.programs = on_demand.PROGRAMS
         self._cluster, self._worker, self._arguments = cluster, worker, arguments
         self._opening: dict[Any, Any] = {}
         self._idle: list = []

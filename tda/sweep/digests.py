@@ -15,6 +15,8 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_files
 _DIGESTS: dict[str, Callable[[str], str | None]] = {
     "data.sentences": lambda name: fingerprint_files(jsonl.expand(name)),
     "data.facts": lambda name: fingerprint_files(jsonl.expand(name)),
+    "data.queries": lambda name: fingerprint_files(jsonl.expand(name)),
+    "data.corpus": lambda name: fingerprint_files(corpora.Corpus(name).files.values()),
     "model.pretrained": lambda name: fingerprint(pretrained.state_of(name)),
     # The name of a model on the hub is in the config already.
     "dense.model": lambda name: dense.identity(name) if os.path.isdir(name) else None,

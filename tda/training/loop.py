@@ -227,6 +227,7 @@ def fit(
     log = open(log_path, "a", encoding="utf-8") if log_path else None
     total_tokens, seen_tokens = (round(tokens_per_epoch * n / per_epoch) for n in (steps, first))
     with (
+        preemption.lockstep(),
         jax.set_mesh(mesh),
         progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as progress_bar,
     ):

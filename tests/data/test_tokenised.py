@@ -19,6 +19,7 @@ from tda.data import (
     tokenising,
     tokens,
 )
+from tda.data.chats import ChatTemplate
 from tda.data.corpora import Corpus, CorpusError, Document
 from tda.data.parts import Counts, Part
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
@@ -242,6 +243,87 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
     (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": 5}')
     with pytest.raises(CorpusError, match="a.jsonl, line 2: 'text' is int"):
         tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24, quiet=True)
+
+
+def test_a_worker_gets_its_job_as_json(tmp_path):
+    write_lines = (tmp_path / "a.jsonl").write_text
+    write_lines('{"body": "<eos> x"}\n')
+    source = Corpus([tmp_path / "a.jsonl"], text_field="body")
+    chat = ChatTemplate("{{ messages }}", (("bos_token", "<s>"),))
+    pretrained = PretrainedTokenizer(byte_level(), begin=[0], pad=3, parse_special=True, chat=chat)
+    for tokenizer in (Tokenizer.train(TEXTS, 320), pretrained):
+        job = pieces.Job(source, tokenizer, 24, tmp_path)
+        read = tokenising._read_job(json.dumps(json.loads(tokenising._describe_job(job))))
+        for name in ("begin", "end", "eos", "pad", "parse_special", "chat"):
+            assert getattr(read.tokenizer, name) == getattr(tokenizer, name)
+        texts = [*TEXTS, "<eos> <bos> <s>"]
+        assert read.tokenizer.encode_spans(texts) == tokenizer.encode_spans(texts)
+        assert (read.context, read.folder) == (24, tmp_path)
+        assert read.source.describe() == source.describe()
+        assert list(read.source) == list(source)
+    write_lines('{"body": "<eos> xyz"}\n')
+    with pytest.raises(CorpusError, match="were changed; repeat"):
+        tokenising._read_job(tokenising._describe_job(job))
+
+
+class OwnTokenizer(PretrainedTokenizer):
+    """A user's class, of which JSON says nothing."""
+
+
+def test_what_json_cannot_describe_is_tokenised_in_one_process(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    corpus = Corpus(tmp_path / "a.jsonl")
+    monkeypatch.setattr(tokenising, "count_workers", lambda _: 2)
+    monkeypatch.setattr(tokenising, "_Worker", None)
+    own = OwnTokenizer(byte_level(), begin=[0])
+    for i, (source, one) in enumerate([(corpus, own), (Listed(), tokenizer)]):
+        table, _ = tokenised.tokenise_on_disk(tmp_path / str(i), source, one, 24, quiet=True)
+        assert len(table)
+    with pytest.raises(TypeError, match="NoneType"):  # workers would be started for the rest
+        tokenised.tokenise_on_disk(tmp_path / "2", corpus, tokenizer, 24, quiet=True)
+
+
+def read_all(table):
+    ids, documents = list(table.ids), list(table.documents)
+    hashes = table.ids.hashes(), table.documents.hashes()
+    return [ids, documents, *hashes, table.tokens, table.starts, table.scored]
+
+
+@pytest.mark.filterwarnings("ignore:.*made again")
+def test_a_flipped_bit_is_found_and_its_part_made_again(tokenizer, tmp_path):
+    """Guards: damage that no size shows, in each array of a part and in its header."""
+    ids = Document("z", "", tokens=(5, 6, 7), scored=(True, False, True))
+    source = Listed([*DOCUMENTS[:12], ids])
+    table, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    expected, written = read_all(table), contents(tmp_path)
+    names = sorted(n for n in written if n.endswith(".safetensors"))
+    assert len(names) > 2
+    places = {(names[0], "header"): 30}
+    for name in (names[0], names[-1]):  # one with spans, one with scored
+        header, start = part_files._read_header(tmp_path / "parts" / name)
+        del header["__metadata__"]
+        places |= {(name, k): start + x["data_offsets"][0] for k, x in header.items()}
+    assert {array for _, array in places} == {*parts.ARRAYS, "header"}
+    for (name, _), place in places.items():
+        path = tmp_path / "parts" / name
+        damaged = bytearray(written[name])
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        opened, _ = tokenised.open_tokens(tmp_path)
+        with pytest.raises(CorpusError, match=f"{name} is missing or damaged"):
+            read_all(opened)
+        again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+        with pytest.warns(UserWarning, match=f"{name} is missing or damaged, and made again"):
+            values = read_all(again)
+        for x, y in zip(values, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert contents(tmp_path) == written
+    # A corpus that has changed meanwhile is not read in place of the lost part.
+    path.write_bytes(damaged)
+    source.lists = ([*DOCUMENTS[:12], Document("z", "other")],)
+    again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    with pytest.raises(CorpusError, match="has changed; remove that directory"):
+        read_all(again)
 
 
 def test_a_copied_corpus_is_the_same_corpus(tokenizer, tmp_path):

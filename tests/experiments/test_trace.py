@@ -1,8 +1,10 @@
 """`experiments.trace` from end to end on a corpus of a few sentences, and on bad input."""
 
+import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from tda import results
 from tda import store as stores
 from tda.data.jsonl import RecordError
 from tda.encoding import table
-from tda.methods import GradientKind
+from tda.live import finished_run
+from tda.methods import METHODS, GradientKind
 from tda.retrieval import annotated, bm25, exact
 from tda.run import corpus, defaults, evaluate, measures, moments, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
+from tda.runtime import progress
 from tda.training import checkpoint, loop
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
@@ -77,6 +81,21 @@ def make_config(tmp_path, sentences=None, facts=None):
     return c
 
 
+def without_labels(config, path):
+    """A copy of a config whose corpus is the texts in two files, asked by prompts and targets."""
+    sentences, facts = records()
+    config = copy.deepcopy(config)
+    (path / "documents").mkdir(parents=True)
+    for name, part in (("a.jsonl", sentences[:5]), ("b.jsonl", sentences[5:])):
+        documents = [{"id": s["sentence_id"], "text": s["text"]} for s in part]
+        write(path / "documents" / name, documents)
+    queries = [{"id": f["fact_id"], "prompt": f["prompt0"], "target": f["entity1"]} for f in facts]
+    config.data.sentences = config.data.facts = ""
+    config.data.corpus = str(path / "documents")
+    config.data.queries = write(path / "q.jsonl", queries)
+    return config
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run: its config, its workdir and its metrics."""
@@ -101,6 +120,36 @@ def test_writes_what_it_promises(finished):
         assert scores == sorted(scores, reverse=True)
     assert metrics["bm25"]["mrr"] == 1.0
     assert "TrackStar" in (path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_corpus_without_labels_is_traced_as_one_with_labels(finished, tmp_path):
+    labelled, expected, _ = finished
+    config = without_labels(labelled, tmp_path)
+    config.methods, config.eval.samples = "trackstar,bm25", 0
+    path = tmp_path / "w"
+    metrics, _ = stages.trace(config, Workdir(path))
+    judged = ("proponent_correct", "has_trex_sentence", "c4_frequency", "c4_frequency_bucket")
+    judged += ("first_correct_rank", "first_strict_rank", "relation", "8b_generations")
+    for name in ("trackstar", "bm25"):
+        records, others = (results.read(w / "results" / f"{name}.jsonl") for w in (path, expected))
+        for record, other in zip(records, others, strict=True):
+            assert record == {
+                k: v for k, v in other.items() if k not in (*judged, "8b_confidence")
+            } | {"relation": ""}
+        assert not [key for key in metrics[name] if key.startswith(("mrr", "recall"))]
+        assert np.isfinite(metrics[name]["tail_patch"]) and "by_content" not in metrics[name]
+    table = (path / "table.md").read_text()
+    assert "has no labels" in table and "MRR |" not in table and "–" not in table
+    # Nothing but the workdir and the queries is needed to ask it.
+    shutil.rmtree(config.data.corpus)
+    live, name = finished_run.LiveRun(path), "trackstar"
+    assert live.describe(progress.silent)["passages"] == 12
+    chosen = {n: METHODS[n] for n in ("trackstar", "length")}
+    asked = live.records("The capital of Norway is", "Oslo", chosen, 10, progress.silent)
+    record = list(results.read(path / "results" / f"{name}.jsonl"))[1]
+    assert asked[name]["proponent_ids"] == record["proponent_ids"]
+    assert "proponent_correct" not in asked[name]
 
 
 @pytest.mark.slow

@@ -1,18 +1,24 @@
 """A whole run by the tasks of an array, each a part: equal bytes, whoever computed what."""
 
 import itertools
+import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
+from tda import results
+from tda.data import corpora, pieces
+from tda.live import finished_run
+from tda.methods import METHODS
 from tda.model import sizes
 from tda.run import engines, run, stages
 from tda.run.workdir import Workdir
-from tda.runtime import groups, sharding
+from tda.runtime import groups, progress, sharding
 from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
 from tda.runtime.directory_lock import HeldError
-from tests.experiments.test_trace import make_config
+from tests.experiments.test_trace import make_config, without_labels
 
 KEPT = ("stores", "retrieval", "results", "metrics.json", "table.md")
 
@@ -28,13 +34,17 @@ def small_groups():
         # One device compiles in half the time of eight.
         one = jax.devices()[:1]
         make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda *sides, devices=one: make_mesh(*sides, one))
+        patch.setattr(
+            sharding, "make_mesh", lambda *sides, devices=one: make_mesh(*sides, devices=one)
+        )
         yield
 
 
-def run_alone(path, methods, **changed):
+def run_alone(path, methods, is_labelled=True, **changed):
     """A run by one process: its config and its workdir."""
     config = make_config(path)
+    if not is_labelled:
+        config = without_labels(config, path)
     config.methods, config.store.shard_bytes = methods, 512
     config.model.size, config.train.epochs = "nano", 2.0
     config.eval.update(changed)
@@ -53,6 +63,13 @@ def alone(tmp_path_factory, small_groups):
 def full(tmp_path_factory, small_groups):
     """A run with every kind of stage."""
     return run_alone(tmp_path_factory.mktemp("full"), "trackstar,less,hidden_last,bm25")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, small_groups):
+    """A short run on a corpus without labels, with the same texts and queries."""
+    path = tmp_path_factory.mktemp("plain")
+    return run_alone(path, "trackstar", False, tail_patch_queries=1, samples=0)
 
 
 def choose(config, workdir, part):
@@ -110,6 +127,66 @@ def test_an_array_does_every_stage(full, tmp_path, count):
     else:
         assert run_array(full[0], trained(full, tmp_path / "array"), 1) == 1
         assert contents(tmp_path / "array") == contents(full[1])
+
+
+def test_a_corpus_without_labels_ranks_as_one_with_labels(alone, plain):
+    (record, *_), (expected, *_) = (
+        list(results.read(path / "results" / "trackstar.jsonl")) for _, path in (plain, alone)
+    )
+    for key in ("example_id", "proponents", "proponent_ids", "proponent_scores", "target_nats"):
+        assert record[key] == expected[key]
+    assert len(record["proponents"]) == 10 and "proponent_correct" not in record
+    metrics = json.loads((plain[1] / "metrics.json").read_text())["trackstar"]
+    assert np.isfinite(metrics["tail_patch"]) and metrics["has_labels"] is False
+    assert not [k for k in metrics if k.startswith(("mrr", "recall", "by_content", "by_freq"))]
+    table = (plain[1] / "table.md").read_text()
+    assert "| method | tail-patch |" in table and "has no labels" in table and "–" not in table
+
+
+def test_a_corpus_without_labels_is_asked_without_its_files(plain, tmp_path):
+    config, path = plain
+    shutil.copytree(path, tmp_path / "w")
+    moved = json.loads((path / "config.json").read_text())
+    moved["data"] |= {"corpus": "/nowhere"}
+    live = finished_run.LiveRun(tmp_path / "w", moved)
+    assert live.describe(progress.silent)["passages"] == 12
+    query, methods = list(results.read(path / "results" / "trackstar.jsonl"))[1], ("length",)
+    question = query["inputs_plaintext"], query["targets_plaintext"]
+    chosen = {n: METHODS[n] for n in ("trackstar", *methods)}
+    asked = live.records(*question, chosen, 10, progress.silent)
+    assert asked["trackstar"]["proponent_ids"] == query["proponent_ids"]
+    assert "proponent_correct" not in asked["trackstar"]
+    longest = np.argsort(-live.run.corpus.lengths, kind="stable")[:10]
+    assert asked["length"]["proponents"] == [live.run.corpus.text_of(i) for i in longest]
+
+
+@pytest.mark.slow
+def test_an_array_tokenises_and_does_the_rest(plain, tmp_path, monkeypatch):
+    config, path = plain
+    array = tmp_path / "array"
+    # A task needs the tokenizer alone, and the parts of two files are of two tasks.
+    (array / "model").mkdir(parents=True)
+    (array / "stages").mkdir()
+    for name in ("model/tokenizer.json", "stages/tokenizer.json"):
+        shutil.copy(path / name, array / name)
+    made, make = [], pieces._make_part
+
+    def counted(job, piece, number, batches):
+        made.append(piece)
+        return make(job, piece, number, batches)
+
+    monkeypatch.setattr(corpora, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(pieces, "_make_part", counted)
+    assert "groups is missing, those of task 1" in str(trace(config, array, "0/2"))
+    assert made == [0]
+    with pytest.raises(ValueError, match="the corpus is tokenised; .*--groups=none"):
+        trace(config, array, "1/2")
+    assert made == [0, 1]
+    assert "all is prepared for encode queries" in str(trace(config, array, "none"))
+    run_array(config, array, 2)
+    assert made == [0, 1]
+    tokens = "tokens/parts/000000-00000.safetensors"
+    assert (array / tokens).exists() and contents(array) == contents(path)
 
 
 def test_an_array_is_prepared_by_one_call_that_trains(alone, tmp_path):

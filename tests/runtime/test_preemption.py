@@ -5,8 +5,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from tda.runtime import preemption
 
 PROGRAM = """
 import os, signal, sys, time
@@ -22,24 +25,37 @@ def notice_to(process):
 
 preemption.watch()
 end = None
-for step in range(1, 200 if stage == "training" else 6):
-    if stage == "training" and step == 5:
+
+def work():
+    for turn in range(600):
+        if stage in ("preparation", "work") and turn == 3:
+            notice_to(1)
+        # The processes do not wait for each other, and differ in speed.
+        time.sleep(0.05 + 0.05 * me)
+        if preemption.is_noticed():
+            return "noticed"
+
+if stage == "preparation":
+    end = work()
+else:
+    # Both have reported ticks, far beyond any number of steps.
+    for turn in range(3):
+        preemption.is_noticed()
+        time.sleep(1)
+    if stage == "before":
         notice_to(1)
-    time.sleep(0.05 + 0.02 * me)
-    processes.wait_for_all("step")
-    if preemption.is_due(step):
-        end = step
-        break
-if stage == "between":
-    notice_to(0)
-for turn in range(600 if end is None else 0):
-    if stage == "work" and turn == 3:
-        notice_to(1)
-    # The processes do not wait for each other, and differ in speed.
-    time.sleep(0.05 + 0.05 * me)
-    if preemption.is_noticed():
-        end = "noticed"
-        break
+    with preemption.lockstep():
+        for step in range(1, 6 if stage in ("between", "work") else 200):
+            if stage == "training" and step == 5:
+                notice_to(1)
+            time.sleep(0.05 + 0.02 * me)
+            processes.wait_for_all("step")
+            if preemption.is_due(step):
+                end = step
+                break
+    if stage == "between":
+        notice_to(0)
+    end = end or work()
 try:
     processes.on_first_process("work for all", preemption.check)
 except preemption.Preempted:
@@ -48,11 +64,14 @@ jax.distributed.shutdown()
 """
 
 
+SLOW = ("preparation", "before", "between")
+
+
 @pytest.mark.parametrize(
-    "stage", ["training", *(pytest.param(s, marks=pytest.mark.slow) for s in ("work", "between"))]
+    "stage", ["training", "work", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
 )
 def test_a_notice_to_one_process_ends_both(stage):
-    """In training, at work after it, and when training has just ended."""
+    """Before training, as it begins, in it, when it has just ended, and at work after it."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -69,4 +88,19 @@ def test_a_notice_to_one_process_ends_both(stage):
         assert process.returncode == 0, errors[-3000:]
         ends += re.findall("ended at: (.*)", out)
     assert len(ends) == 2 and ends[0] == ends[1]
-    assert 5 <= int(ends[0]) < 199 if stage == "training" else ends[0] == "noticed"
+    if stage in ("training", "before"):
+        assert (5 if stage == "training" else 1) <= int(ends[0]) < 150
+    else:
+        assert ends[0] == "noticed"
+
+
+def test_work_in_a_library_is_left():
+    assert preemption.heed(lambda: 5) == 5
+    with pytest.raises(KeyError, match="x"):
+        preemption.heed(lambda: {}["x"])
+    threading.Timer(0.3, preemption._watch.noticed.set).start()
+    try:
+        with pytest.raises(preemption.Preempted):
+            preemption.heed(threading.Event().wait)
+    finally:
+        preemption._watch.noticed.clear()

@@ -1,0 +1,170 @@
+"""The corpus of a run without labels: `data.corpus`, tokenised by file and part, and mapped."""
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+from tda import methods
+from tda.data import jsonl, rows, tokenised, tokens
+from tda.data.batches import buckets
+from tda.data.corpora import Corpus as Documents
+from tda.data.file_states import read_states
+from tda.facts import files, labels
+from tda.facts.records import Fact
+from tda.model import pretrained
+from tda.run import learnt_tokenizer
+from tda.run.defaults import KEYS, flat
+from tda.run.run import Corpus
+from tda.run.workdir import Workdir
+from tda.runtime import processes
+from tda.runtime.engine import PROCESSES, Engine
+from tda.runtime.fingerprint import fingerprint
+
+# The folder of the tokens in a workdir.
+FOLDER = "tokens"
+# Characters that a tokenizer is learnt from at most, with a like share of every file: word counts
+# of more change few merges, and take hours.
+_LEARNT_CHARACTERS = 1 << 30
+# Keys that have no meaning without labels, and with prompts and targets alone.
+_LABELLED = ("data.sentences", "data.pool", "data.n_sentences", "data.train_on", "data.statements")
+_OF_FACTS = ("data.facts", "data.exclude_relations", "data.prompt")
+
+
+def check(config) -> None:
+    """Checks that the keys of a config fit a corpus without labels, and that its files exist.
+
+    Raises:
+        ValueError: they do not; the message names the key.
+        FileNotFoundError: a file does not exist, or a pattern has no match.
+    """
+    data, values = config.data, flat(config)
+    if bool(data.facts) == bool(data.queries):
+        raise ValueError(
+            "data.corpus needs queries: give --config.data.queries (JSON lines with prompt and "
+            "target) or --config.data.facts, and not both"
+        )
+    for key in _LABELLED + (_OF_FACTS if data.queries else ()):
+        if values[key] != KEYS[key][0]:
+            given = f"data.corpus={data.corpus}, which has no labels"
+            if key not in _LABELLED:
+                given = f"data.queries={data.queries}, which holds no facts"
+            raise ValueError(f"{key}={values[key]} does not go with {given}; leave one of them out")
+    for method in methods.parse(config.methods).values():
+        if method.retriever == "annotated":
+            raise ValueError(
+                f"{method.title} needs labels, which data.corpus={data.corpus} does not have; "
+                "leave it out of methods"
+            )
+    _documents(data)
+    jsonl.expand(data.queries or data.facts)
+
+
+def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
+    """Tokenises the corpus that `config.data.corpus` names, or finds it tokenised.
+
+    Raises:
+        ValueError: a file is missing, a record is malformed, a query does not fit.
+        tda.runtime.processes.ProcessError: processes read different files.
+    """
+    documents = _documents(config.data)
+    facts = _queries(config.data)
+    if config.model.pretrained:
+        tokenizer = pretrained.load_tokenizer(config.model.pretrained)
+    else:
+        sizes = {name: state.size for name, state in read_states(documents.files).items()}
+        identity = fingerprint([documents.describe(), sizes])
+        tokenizer = learnt_tokenizer.load(config, workdir, identity, lambda: _texts(documents))
+    # Before the corpus is tokenised, which may take days.
+    prompts = _prompts(config, facts, tokenizer)
+    passages, counts = tokenised.tokenise_on_disk(
+        workdir / FOLDER, documents, tokenizer, config.model.context, engine=engine
+    )
+    print(
+        f"corpus: {counts.documents:,} documents, {counts.blank:,} of them blank; "
+        f"{len(passages):,} passages ({counts.split:,} documents longer than "
+        f"{config.model.context} tokens were split), {passages.count_scored():,} tokens"
+    )
+    print(f"{len(facts):,} queries")
+    corpus = _corpus(config, facts, tokenizer, passages, prompts)
+    processes.check_alike("corpus", corpus.fingerprint)
+    return corpus
+
+
+def is_finished(workdir: pathlib.Path) -> bool:
+    """Returns whether a run has tokenised its corpus in a workdir."""
+    return tokenised.is_finished(workdir / FOLDER)
+
+
+def open_finished(config, workdir: Workdir | pathlib.Path) -> Corpus:
+    """Opens the corpus that a run has tokenised; the documents may be gone.
+
+    Raises:
+        FileNotFoundError: tokens, tokenizer or queries are not there.
+    """
+    if config.model.pretrained:
+        tokenizer = pretrained.load_tokenizer(config.model.pretrained)
+    else:
+        tokenizer = learnt_tokenizer.open_learnt(workdir)
+    passages, _ = tokenised.open_tokens(workdir / FOLDER)
+    facts = _queries(config.data)
+    return _corpus(config, facts, tokenizer, passages, _prompts(config, facts, tokenizer))
+
+
+def _corpus(config, facts, tokenizer, passages, prompts) -> Corpus:
+    tables = {"corpus": passages, "training": passages, "queries": prompts, "tokenizer": tokenizer}
+    return Corpus(
+        sentences=[],
+        queries=facts,
+        tokenizer=tokenizer,
+        passages=passages,
+        training=passages,
+        prompts=prompts,
+        correct={},
+        buckets=buckets(config.model.context),
+        fingerprint={name: table.fingerprint() for name, table in tables.items()},
+    )
+
+
+def _documents(data) -> Documents:
+    options = {"data_dir": data.dir} if data.dir else {}
+    return Documents(
+        data.corpus, text_field=data.text_field, id_field=data.id_field or None, **options
+    )
+
+
+def _texts(documents: Documents) -> Iterator[str]:
+    """Yields the texts that a tokenizer is learnt from."""
+    share = _LEARNT_CHARACTERS // len(documents.pieces)
+    for piece in range(len(documents.pieces)):
+        texts = (f"{d.prompt} {d.text}" if d.prompt else d.text for d in documents.read(piece))
+        pairs = ((text, len(text)) for text in texts)
+        totals = itertools.accumulate(pairs, lambda a, b: (b[0], a[1] + b[1]))
+        for text, total in totals:
+            processes.check_preemption()
+            yield text
+            if total >= share:
+                break
+
+
+def _queries(data) -> list[Fact]:
+    """Returns the facts that are asked; of prompts and targets alone, facts without names."""
+    if data.facts:
+        excluded = [r.strip() for r in data.exclude_relations.split(",") if r.strip()]
+        facts = labels.without_relations(list(files.iter_facts(data.facts)), excluded)
+    else:
+        try:
+            parsed = rows.parse_queries(row for _, row in jsonl.iter_records(data.queries))
+        except ValueError as error:
+            raise ValueError(f"data.queries={data.queries}: {error}") from error
+        facts = [
+            Fact(q.id, "", "", q.target, "", "", "", (), (), (), prompt0=q.prompt) for q in parsed
+        ]
+    if not facts:
+        raise ValueError("there are no queries: the file, or what is left of it, is empty")
+    return labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
+
+
+def _prompts(config, facts: list[Fact], tokenizer) -> tokens.TokenTable:
+    data = config.data
+    queries = ((f.fact_id, f.prompt(data.prompt), f.entity1) for f in facts)
+    return tokens.tokenise_queries(queries, tokenizer, config.model.context, data.joiner)
