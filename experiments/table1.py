@@ -4,34 +4,43 @@
 
 Does what `experiments.trace` does, with the config's methods, and writes `table1.md`, `table1.csv`
 and `table1.tex`, and with matplotlib the spectra of R (`spectra.png`, `spectra.svg`). A killed run
-continues where it stopped.
+continues where it stopped. Many machines share the work as in `experiments.trace`: docs/pods.md.
 """
 
 import importlib.util
+
+from absl import flags
 
 from tda import methods
 from tda.reports import spectra, tables
 from tda.run import retrieve, stages
 from tda.run.workdir import Workdir
 from tda.runtime import processes
+from tda.runtime.engine import PROCESSES, Engine
 
+from . import engine_flags
 from .launch import launch
+
+flags.adopt_module_key_flags(engine_flags)
 
 
 def main(config, workdir):
     """Runs all stages and writes the table."""
-    run(config, Workdir(workdir))
+    directory = Workdir(workdir)
+    run(config, directory, engine_flags.choose(config, directory))
 
 
-def run(config, workdir: Workdir) -> dict:
+def run(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
     """Runs all stages in order; returns the metrics by method."""
-    metrics, notes = stages.trace(config, workdir)
-    processes.on_first_process(
-        "write the table", lambda: _write_table(config, metrics, notes, workdir)
-    )
-    # Plots are an extra; a table without them is complete.
-    if importlib.util.find_spec("matplotlib"):
-        processes.on_first_process("draw the spectra", lambda: _draw_spectra(notes, workdir))
+    metrics, notes = stages.trace(config, workdir, engine)
+    # Each task of an array that comes to the end writes the same.
+    with engine.alone():
+        processes.on_first_process(
+            "write the table", lambda: _write_table(config, metrics, notes, workdir)
+        )
+        # Plots are an extra; a table without them is complete.
+        if importlib.util.find_spec("matplotlib"):
+            processes.on_first_process("draw the spectra", lambda: _draw_spectra(notes, workdir))
     print(f"table: {workdir.path}/table1.md, table1.csv, table1.tex")
     return metrics
 
@@ -59,4 +68,4 @@ def _draw_spectra(notes: dict, workdir: Workdir) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, tells_idle_keys=True)
+    launch(main, tells_idle_keys=True, is_alone=engine_flags.is_alone)

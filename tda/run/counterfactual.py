@@ -49,6 +49,11 @@ def check(config: ConfigDict) -> None:
         ValueError: a value is not possible; the message names the key.
     """
     fractions(config)
+    if config.data.corpus:
+        raise ValueError(
+            f"data.corpus={config.data.corpus}: the bank retrains on a corpus in memory; give its "
+            "passages as data.sentences, which need no annotations"
+        )
     if config.model.dtype != "float32":
         raise ValueError(
             f"model.dtype={config.model.dtype}: retrainings that differ in a few passages need "

@@ -13,6 +13,8 @@ import tda.__main__ as command
 from experiments import command_line
 from tda.run import defaults
 
+# Modules that mains import.
+SHARED = ("launch", "command_line", "engine_flags")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -42,7 +44,7 @@ def test_only_the_config_flag_is_resolved(tmp_path, monkeypatch):
 
 def test_the_command_lists_every_main_in_a_line():
     lines = command.describe().splitlines()
-    mains = {p.stem for p in (ROOT / "experiments").glob("[a-z]*.py")} - {"launch", "command_line"}
+    mains = {p.stem for p in (ROOT / "experiments").glob("[a-z]*.py")} - set(SHARED)
     assert {line.split()[0] for line in lines[5:]} == mains | {"demo"}
     assert max(map(len, lines)) <= 100
 
@@ -61,6 +63,7 @@ def test_help_shows_flags_and_the_keys_of_the_config(tmp_path):
     shown = run("trace", "--help", cwd=tmp_path).stdout
     for key, (_, meaning) in defaults.KEYS.items():
         assert f"\n  {key}=" in shown and meaning.split()[0] in shown
+    assert "--groups=" in shown and "--groups=" in run("table1", "--help", cwd=tmp_path).stdout
     assert "--workdir=" in shown and max(map(len, shown.splitlines())) <= 100
 
 

@@ -18,7 +18,7 @@ def test_writes_the_table_three_times(tmp_path, monkeypatch):
     figures = {"n_queries": 9, "n_tail_patch_queries": 0, "mrr": 0.5, "differences": {}}
     metrics = {n: figures | {"mrr": x} for n, x in (("trackstar", 0.5), ("random", 0.25))}
     notes = {"trackstar": {"lambda": 0.25, "component": 3, "evaluation": "all", "damping": 0.001}}
-    monkeypatch.setattr(stages, "trace", lambda config, workdir: (metrics, notes))
+    monkeypatch.setattr(stages, "trace", lambda config, workdir, engine: (metrics, notes))
     config = make_config(tmp_path)
     config.methods = "trackstar,random"
     assert table1.run(config, Workdir(tmp_path / "w")) == metrics

@@ -95,6 +95,7 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
         ({"counterfactual.methods": "dots"}, "unknown dots; there are metagradient"),
         ({"methods": "annotated,bm25"}, "leave them out of methods"),
         ({"search.index": "scann"}, "use search.index=none"),
+        ({"data.corpus": "x"}, "give its passages as data.sentences"),
     ],
 )
 def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):

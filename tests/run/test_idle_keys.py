@@ -53,6 +53,7 @@ def test_a_key_that_no_method_reads_is_told(methods, key, changes):
         ("trackstar,dense,ekfac,trak,hidden_last", {"search.index": "scann", "hessian.sample": 9,
                                                     "data.statements": 1}),
         ("trackstar,dense,ekfac,trak", {"data.sentences": "a", "data.facts": "b"}),
+        ("trackstar,dense,ekfac,trak", {"data.corpus": "a", "data.queries": "b"}),
     ],
 )  # fmt: skip
 def test_keys_that_are_read_are_not_told(methods, changes):
@@ -60,7 +61,10 @@ def test_keys_that_are_read_are_not_told(methods, changes):
     idle = {"plan", "counterfactual"}
     if config.search.index == "none":
         idle |= {"search.depth", "search.recall_queries", "search.memory_gib", "search.scann"}
-        idle |= {"hessian.seed", "data.name", "data.dir", "data.statements_of"}
+        idle |= {"hessian.seed", "data.name", "data.statements_of"}
+    # TFDS's directory is that of a corpus without labels too.
+    idle |= {"data.dir"} if config.data.sentences else set()
+    idle |= set() if config.data.corpus else {"data.text_field", "data.id_field"}
     keys = [k for k in defaults.KEYS if not any(f"{k}.".startswith(f"{name}.") for name in idle)]
     assert idle_keys.describe(config, keys) == []
 
