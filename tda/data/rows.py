@@ -8,6 +8,7 @@ import dataclasses
 import math
 import numbers
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
@@ -86,6 +87,11 @@ def parse_passages(
     _check_container(passages, "passages", _PASSAGE_FORMS, CorpusError)
     names = {"text_field": text_field, "id_field": id_field}
     named = [f"{name}={field!r}" for name, field in names.items() if field is not None]
+    if hasattr(passages, "__len__") and len(passages) == sys.maxsize:
+        raise CorpusError(
+            f"passages is a {type(passages).__name__} without an end, such as Grain's .repeat() "
+            "makes; give the source that it repeats"
+        )
     # A source of rows by number, such as Grain's, may have no end for an iteration to find.
     if not isinstance(passages, Iterable) and hasattr(passages, "__len__"):
         passages = map(passages.__getitem__, range(len(passages)))

@@ -192,3 +192,15 @@ def test_a_source_of_rows_by_number_is_read_to_its_length():
 
     documents = list(parse_passages(Source(), id_field="url"))
     assert [(d.id, d.text) for d in documents] == [("u0", "text 0"), ("u1", "text 1")]
+
+
+def test_sources_of_grain_are_read_to_their_end():
+    grain = pytest.importorskip("grain")
+    source = grain.MapDataset.source([{"text": f"text {i}"} for i in range(4)])
+    expected = [Document(str(i), f"text {i}") for i in range(4)]
+    assert list(parse_passages(source)) == expected
+    assert list(parse_passages(source.to_iter_dataset())) == expected
+    kept = source.filter(lambda row: row["text"] != "text 1")
+    assert [d.text for d in parse_passages(kept)] == ["text 0", "text 2", "text 3"]
+    with pytest.raises(CorpusError, match="without an end.*give the source that it repeats"):
+        next(parse_passages(source.repeat()))

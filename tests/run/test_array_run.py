@@ -29,6 +29,7 @@ def small_groups():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_GROUP_SHARDS", 2)
         patch.setattr(groups, "_ROWS_PER_RESULT", 0)
+        patch.setattr(corpora, "_PIECE_BYTES", 1)
         shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
         patch.setitem(sizes.SIZES, "nano", shape)
         # One device compiles in half the time of eight.
@@ -175,7 +176,6 @@ def test_an_array_tokenises_and_does_the_rest(plain, tmp_path, monkeypatch):
         made.append(piece)
         return make(job, piece, number, batches)
 
-    monkeypatch.setattr(corpora, "_PIECE_BYTES", 1)
     monkeypatch.setattr(pieces, "_make_part", counted)
     assert "groups is missing, those of task 1" in str(trace(config, array, "0/2"))
     assert made == [0]

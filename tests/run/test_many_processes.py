@@ -19,7 +19,7 @@ from experiments import launch
 from tda import results
 from tda.retrieval import ranked
 from tda.training import checkpoint
-from tests.experiments.test_trace import make_config
+from tests.experiments.test_trace import make_config, without_labels
 
 # Little work for the compiler; and on a busy machine a device may be late for a collective.
 FLAGS = [
@@ -270,6 +270,75 @@ def test_a_run_told_to_end_resumes_with_other_numbers_of_processes_and_devices(t
     (name,) = (p.name for p in (one / "retrieval").glob("*.npz") if "spectra" not in p.name)
     x, y = (ranked.load(w / "retrieval" / name).proponent_scores for w in (one, many))
     np.testing.assert_allclose(y, x, rtol=0, atol=1e-3 * np.abs(x).max())
+
+
+# A corpus in two pieces, tokenised a document at a time; at its second, a process gets a notice and
+# takes its time: process 1 while it reads or tokenises, process 0 while it learns the tokenizer.
+EARLY = """
+import os, signal, time
+import jax
+from experiments.trace import launch, main
+from tda.data import corpora, pieces
+from tda.data.tokenizer import Tokenizer
+from tda.facts import files
+pieces.BATCH = corpora._PIECE_BYTES = 1
+calls = 0
+def notice(process):
+    global calls
+    calls += 1
+    if calls == 2 and jax.process_index() == process:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+add, train, iter_sentences = pieces.Part.add, Tokenizer.train, files.iter_sentences
+if "STAGE" == "tokenise":
+    pieces.Part.add = lambda *arguments: (notice(1), add(*arguments))[1]
+if "STAGE" == "read":
+    files.iter_sentences = lambda path: (s for s in iter_sentences(path) if not notice(1))
+if "STAGE" == "learn":
+    Tokenizer.train = lambda *arguments: [notice(0) for _ in range(600)]
+launch(main)
+"""
+
+
+def plain_keys(tmp_path, **changed):
+    """The keys of a run on documents without labels."""
+    config = without_labels(make_config(tmp_path), tmp_path)
+    data = {k: config.data[k] for k in ("sentences", "facts", "corpus", "queries")}
+    return keys(tmp_path, **{f"data.{k}": v for k, v in data.items()}, **changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["read", "learn", "tokenise"])
+def test_processes_told_to_end_before_training_end_in_order(tmp_path, stage):
+    arguments = keys(tmp_path) if stage == "read" else plain_keys(tmp_path)
+    workdir = tmp_path / "w"
+    ended = join([*arguments, f"--workdir={workdir}"], program=EARLY.replace("STAGE", stage))
+    assert [code for code, _, _ in ended] == [143, 143], [e[-2000:] for _, _, e in ended]
+    assert f"ended by SIGTERM. Finished work is kept in {workdir}" in ended[0][2]
+    assert not (workdir / "stages" / "train.json").exists()
+    assert (workdir / "model" / "tokenizer.json").exists() == (stage == "tokenise")
+    assert not (workdir / "tokens" / "corpus.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_tokenise_and_trace_as_one(tmp_path):
+    """To the last byte, without labels; the model is trained by one."""
+    arguments = plain_keys(tmp_path, **{"eval.tail_patch_queries": 0})
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start([*arguments, f"--workdir={one}"], devices=2, program=EARLY)
+    _, errors = alone.communicate(timeout=900)
+    assert alone.returncode == 0, errors[-3000:]
+    kept = ("model", "stages")
+    shutil.copytree(one, two, ignore=lambda _, names: {*names} - {*kept} if _ == str(one) else ())
+    for code, _, errors in join([*arguments, f"--workdir={two}"], program=EARLY):
+        assert code == 0, errors[:3000] + " … " + errors[-1000:]
+    assert len([*(two / "tokens").rglob("*.safetensors")]) == 2
+    for folder in ("tokens", "stores", "retrieval", "results"):
+        x, y = (
+            {p.relative_to(w): p.read_bytes() for p in (w / folder).rglob("*") if p.is_file()}
+            for w in (one, two)
+        )
+        assert x == y
 
 
 # Sends process 1 a notice at its third batch of training, or of encoding, and then takes its time.

@@ -37,7 +37,7 @@ def test_a_changed_key_is_named_and_not_what_follows_from_it(claimed):
 
 def test_files_with_other_contents_are_named(claimed):
     assert message_of(claimed, {"text": "9b", "steps": 8}) == [
-        "  the contents of data.sentences or data.facts"
+        "  the contents of data.sentences, data.facts or data.corpus"
     ]
 
 
