@@ -4,16 +4,19 @@
 
 1. Writing and reading a store of random rows, by dtype, in turns with plain sequential writing (and
    one fsync a file, as a store does) and reading of as many bytes. The share is the plain side's
-   time over the store's.
+   time over the store's. Rows are quantised before: an encoder's program does that.
 2. A store of ten million rows: making it (passages and look-up by name), opening it, finding a
    passage by id, and planning the batches of as many sequences.
 3. Faults: writers killed with SIGKILL at random moments, bits flipped at random places, and a file
    system that fills up; then the store is finished, and compared byte for byte with one that was
    written without a fault.
+4. Exact search of the same rows in every dtype, in turns, from the page cache: the rate
+   over int8's, the median of the rounds.
 
-What bfloat16 and int8 lose is measured by `benchmarks.dtypes`.
+What each dtype loses is measured by `benchmarks.dtypes`.
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -30,11 +33,14 @@ from absl import app, flags
 from benchmarks import record
 from tda import store as stores
 from tda.data import batches
+from tda.retrieval import exact
+from tda.retrieval.scorer import Scorer
 from tda.runtime import huge_pages
+from tda.store import codec
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where stores are made; temporary if unset")
-_PARTS = flags.DEFINE_list("parts", ["rates", "rows", "faults"], "which to measure")
+_PARTS = flags.DEFINE_list("parts", ["rates", "rows", "faults", "search"], "which to measure")
 _ROWS = flags.DEFINE_integer("rows", 49_152, "rows of 4,096 numbers to write and read")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of the sides in turns")
 _MANY = flags.DEFINE_integer("many", 10_000_000, "rows of the large store")
@@ -60,6 +66,7 @@ def rates(root: str) -> dict:
         store = emptied()
         shards, form = store.shards(), store.form
         sizes = [(s.stop - s.start) * form.row_bytes for s in shards]
+        encoded = [codec.encode_on_host(x[s], form) for s in shards]
         plain, block = pathlib.Path(root, "plain"), os.urandom(16 << 20)
 
         def write_plainly(plain=plain, sizes=sizes, block=block):
@@ -69,9 +76,9 @@ def rates(root: str) -> dict:
                         out.write(memoryview(block)[: min(len(block), size - at)])
                     os.fsync(out.fileno())
 
-        def write(store=store, shards=shards):
-            for i, s in enumerate(shards):
-                store.write(i, x[s])
+        def write(store=store, encoded=encoded):
+            for i, rows_of_shard in enumerate(encoded):
+                store.write(i, rows_of_shard)
 
         def clear(store=store, shards=shards, plain=plain):
             for i in range(len(shards)):
@@ -208,6 +215,37 @@ def faults(root: str) -> dict:
     return figures
 
 
+def search(root: str) -> dict:
+    """Part 4: rows a second in every dtype, without whitening and with it."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((_ROWS.value, WIDTH), np.float32)
+    ids, by_dtype = [str(i) for i in range(len(x))], {}
+    for dtype in stores.DTYPES:
+        by_dtype[dtype] = stores.create(f"{root}/{dtype}", ids, BLOCKS, {}, dtype)
+        for i, shard in enumerate(by_dtype[dtype].shards()):
+            by_dtype[dtype].write(i, x[shard])
+    roots = [np.eye(w, dtype=np.float32) for w in BLOCKS.values()]
+    plain, figures = Scorer(None, True), {}
+    for count, scorer in ((16, plain), (128, plain), (16, Scorer(roots, True))):
+        queries = rng.standard_normal((count, WIDTH), np.float32)
+        sides = {
+            dtype: functools.partial(exact.search, queries, store, {"m": scorer})
+            for dtype, store in by_dtype.items()
+        }
+        times = record.in_turns(sides, _ROUNDS.value, 1)
+        name = f"{count} queries" + (", whitened" if scorer.roots else "")
+        figures[name] = {
+            dtype: {
+                "rows/s": len(x) / statistics.median(times[dtype]),
+                "over int8's": _ratio(times["int8"], times[dtype]),
+            }
+            for dtype in sides
+        }
+        for dtype, rates_of_dtype in figures[name].items():
+            print(f"{name}, {dtype}: {_told(rates_of_dtype)}", flush=True)
+    return figures
+
+
 def _filled(root: str, x: np.ndarray, wanted: dict) -> dict:
     """A file system that is full at many different moments; needs the right to mount one."""
     disk, refused = pathlib.Path(root, "disk"), 0
@@ -279,7 +317,7 @@ def main(argv):
         return
     root = _WORKDIR.value or tempfile.mkdtemp(prefix="store_")
     os.makedirs(root, exist_ok=True)
-    parts = {"rates": rates, "rows": rows, "faults": faults}
+    parts = {"rates": rates, "rows": rows, "faults": faults, "search": search}
     try:
         figures = {name: parts[name](root) for name in _PARTS.value}
     finally:

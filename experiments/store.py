@@ -40,11 +40,10 @@ def info(path: str) -> int:
     """Prints what a store contains; returns the exit status."""
     store = stores.open_store(path)
     shards, missing, m = store.shards(), store.missing(), store.manifest
-    row_bytes = store.form.row_bytes + store.form.scale_bytes
     rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)
     print(f"{store.path}")
     print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}")
-    print(f"  size        {store.rows * row_bytes / 2**30:,.2f} GiB when finished")
+    print(f"  size        {store.rows * store.form.row_bytes / 2**30:,.2f} GiB when finished")
     print(f"  blocks      {len(m['blocks'])}: {_shortened(m['blocks'])}")
     print(f"  segments    {len(m['segments'])}: {[s['rows'] for s in m['segments']]} rows")
     print(f"  written     {len(shards) - len(missing)} of {len(shards)} shards, {rows_done:,} rows")

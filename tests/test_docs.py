@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 import tda
 from tda import methods, results
+from tda import store as stores
 from tda.gradients import reference
 from tda.gradients.sites import find_sites
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
@@ -92,6 +93,16 @@ def test_own_model(world):
     expected = reference.encode(model, examples, names["projection"], scales, output=names["loss"])
     expected = np.asarray(expected)
     np.testing.assert_allclose(names["gradients"], expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["4bit", "3bit", "2bit"])
+def test_large_corpora(world, dtype):
+    """The lines that read a row with zarr and NumPy alone give the store's own bits."""
+    x = np.random.default_rng(0).normal(size=(3, 192)).astype(np.float32)
+    store = stores.create("STORE", ["a", "b", "c"], {"wide": 128, "b": 64}, {}, dtype)
+    store.write(0, x)
+    names, _ = run_snippets((DOCS / "large_corpora.md").read_text())
+    np.testing.assert_array_equal(names["gradient"], store.read([0])[0])
 
 
 def test_add_a_method(world):

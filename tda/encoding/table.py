@@ -20,9 +20,8 @@ _SPAN_BYTES = 256 << 20
 _COMPARED_ROWS = 4
 # The largest distance between two encodings of a row, as a share of its norm, that rounding
 # explains. Products in bfloat16 are off by 2^-9 each, which other shapes of batches and other
-# versions of XLA sum in another order; an int8 row is off by about 1 %. At 3 % the cosine of the
-# two is 0.9995, which moves no ranking; another projection, loss or correction moves a row by
-# tens of per cent.
+# versions of XLA sum in another order. At 3 % the cosine of the two is 0.9995, which moves no
+# ranking; another projection, loss or correction moves a row by tens of per cent.
 _ROUNDING = 0.03
 
 
@@ -43,6 +42,7 @@ def encode_kinds(
     rows: np.ndarray,
     layout: BatchLayout,
     on_batch: Callable[[int], None] = lambda tokens: None,
+    forms: tuple[Form, ...] | None = None,
 ) -> list[np.ndarray]:
     """Returns projected gradients of some rows of a table, of every kind that the encoder computes.
 
@@ -52,17 +52,21 @@ def encode_kinds(
         rows: numbers of the rows to encode, [R].
         layout: how the rows are batched, and the devices that a batch is split over.
         on_batch: called after each batch with its number of scored tokens.
+        forms: how each kind is stored; None for float32.
 
     Returns:
-        For each kind of gradients float32 [R, E], in the order of `rows`.
+        For each kind of gradients float32 [R, E], or rows as stored, in the order of `rows`.
     """
     rows = np.asarray(rows, np.int64)
-    out = [np.empty((len(rows), kind.width), np.float32) for kind in encoder.layouts]
+    if forms is None:
+        out = [np.empty((len(rows), kind.width), np.float32) for kind in encoder.layouts]
+    else:
+        out = [np.empty((len(rows), form.columns), form.array_dtype) for form in forms]
     # JAX runs asynchronously: a batch is computed while the one before is copied to the host.
     waiting = None
     for batch in layout.batches(table, rows):
         scored = scored_positions(batch.weights)
-        encoded = encoder.encode_all(layout.put(batch.arrays()), scored)
+        encoded = encoder.encode_all(layout.put(batch.arrays()), scored, forms)
         if waiting is not None:
             _collect(out, waiting)
         waiting = (batch.places, encoded)
@@ -75,8 +79,8 @@ def encode_kinds(
 def _collect(out: list[np.ndarray], batch) -> None:
     """Copies a batch's gradients, without those of padding, to the places of its rows."""
     places, encoded = batch
-    for rows_RxE, x_BxE in zip(out, encoded, strict=True):
-        rows_RxE[places] = sharding.to_host(x_BxE)[: len(places)]
+    for of_kind, x in zip(out, encoded, strict=True):
+        of_kind[places] = sharding.to_host(x)[: len(places)]
 
 
 class OnTheFly:
@@ -116,7 +120,7 @@ class OnTheFly:
             numbers = np.arange(start, min(rows.stop, start + self._span))
             x_RxE = self._encode(numbers, self._on_batch)
             preemption.check()
-            span = Rows(start, x_RxE, None, valid(x_RxE))
+            span = Rows(start, x_RxE, valid(x_RxE))
             yield from (span[i : i + step] for i in range(0, len(numbers), step))
 
     def read(self, numbers) -> np.ndarray:
@@ -195,6 +199,7 @@ def fill_stores(
     process, count = jax.process_index(), jax.process_count()
     is_shared = not sharding.is_local(layout.mesh)
     tokens = [table.count_scored(s.start, s.stop) for s in shards]
+    forms = tuple(store.form for store in stores)
 
     def compute(numbers: Sequence[int]) -> None:
         if not len(numbers):
@@ -207,7 +212,7 @@ def fill_stores(
         ):
             for turn, i in enumerate(numbers):
                 rows = np.arange(shards[i].start, shards[i].stop)
-                encoded = encode_kinds(encoder, table, rows, layout, bar.update)
+                encoded = encode_kinds(encoder, table, rows, layout, bar.update, forms)
                 if not is_shared or turn % count == process:
                     writer.write(int(i), encoded)
                 # Leaving writes the shard that is waiting. Processes that encode a shard together
@@ -246,10 +251,12 @@ def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout)
         numbers = _comparable_rows(store, missing) if stored_code != code else np.zeros(0, np.int64)
         if not len(numbers):
             continue
-        stored_RxE = store.read(numbers)
         encoded_RxE = encode_kinds(encoder, table, numbers, layout)[kind]
-        distances = np.linalg.norm(encoded_RxE - stored_RxE, axis=1)
-        distances /= np.linalg.norm(stored_RxE, axis=1)
+        # From the nearest numbers that have the codes of those that are stored.
+        distances = np.linalg.norm(
+            encoded_RxE - np.clip(encoded_RxE, *store.bounds(numbers)), axis=1
+        )
+        distances /= np.linalg.norm(store.read(numbers), axis=1)
         # A distance that is not a number is no rounding either.
         worst = int(np.argmax(np.where(np.isnan(distances), np.inf, distances)))
         if not distances[worst] <= _ROUNDING:
@@ -298,9 +305,9 @@ class _Writer:
 
     def _write(self, shard: int, encoded: list[np.ndarray]) -> list[str]:
         invalid = []
-        for store, lacking, rows_RxE in zip(self._stores, self._lacking, encoded, strict=True):
+        for store, lacking, rows in zip(self._stores, self._lacking, encoded, strict=True):
             if shard in lacking:
-                invalid += store.write(shard, rows_RxE)
+                invalid += store.write(shard, rows)
         return list(dict.fromkeys(invalid))
 
     def _finish(self) -> None:

@@ -20,6 +20,7 @@ from tda.gradients.moments import optimizer_state
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model import functional
 from tda.runtime import sharding
+from tda.store import codec
 
 # Numbers of weight gradients that a device holds at once (at least one example's): 256 MiB.
 _AT_ONCE = 2**26
@@ -139,7 +140,7 @@ def make_encoder(
         own_model = nnx.merge(graphdef, full_gradients.join_parameters(rest, parameters))
         return losses.total(own_model, example, output_fn, scored)
 
-    def encode(arrays, batch, scored=None):
+    def encode(arrays, batch, scored=None, forms=None):
         variables, (constants, matrices) = arrays
         rest, parameters = full_gradients.split_parameters(variables["model"], chosen)
 
@@ -161,9 +162,10 @@ def make_encoder(
             return projections.pool(plan, projected)[0]
 
         weights = sum(x.size for x in parameters.values())
-        return (sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE),)
+        steps = sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
+        return codec.encode_all((steps,), forms)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)
-    compiled = jax.jit(encode, static_argnums=2)
+    compiled = jax.jit(encode, static_argnums=(2, 3))
     encoder = encoders.Encoder((plan,), arrays, axes, compiled)
     return encoder if mesh is None else encoder.place(mesh)

@@ -36,6 +36,7 @@ from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_cove
 from tda.gradients.taps import Tap
 from tda.model import functional
 from tda.runtime import sharding
+from tda.store import Form, codec
 
 # One kind of gradients: the projection, and the tap of every site.
 Kind = tuple[Projection, dict[Site, Tap]]
@@ -50,8 +51,8 @@ class Encoder:
         arrays: the first argument of `compiled`: variables of the model and of its taps by path,
             and the matrices of the parameters without taps.
         axes: logical axes of the variables, by path name.
-        compiled: the jitted function of (arrays, batch, scored=None), which returns a tuple of
-            float32 [B, E], one for each kind.
+        compiled: the jitted function of (arrays, batch, scored=None, forms=None), which returns a
+            tuple of rows, one for each kind; see `encode_all`.
         first_batch: checks the first batch's gradients; None for models known to be right.
     """
 
@@ -78,19 +79,30 @@ class Encoder:
         (encoding_BxE,) = self.encode_all(batch, scored)
         return encoding_BxE
 
-    def encode_all(self, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
-        """Encodes a batch into gradients of every kind, float32 [B, E] each; see `__call__`."""
+    def encode_all(
+        self, batch: dict, scored: int | None = None, forms: tuple[Form, ...] | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Encodes a batch into gradients of every kind.
+
+        Args:
+            batch, scored: see `__call__`.
+            forms: how each kind is stored, to be computed by the same program; None for float32.
+
+        Returns:
+            For each kind float32 [B, E], or rows as stored, [B, columns].
+        """
+        if self.first_batch is None:
+            return self.compiled(self.arrays, batch, scored, forms)
 
         def encode(batch: dict) -> tuple[jax.Array, ...]:
-            return self.compiled(self.arrays, batch, scored)
+            return self.compiled(self.arrays, batch, scored, None)
 
-        if self.first_batch is None:
-            return encode(batch)
+        # Checked in float32: rows are changed to their form by a program of its own.
         if self.first_batch.successor is None:
             encodings = self.first_batch.encode(encode, batch)
-        if self.first_batch.successor is None:
-            return encodings
-        return self.first_batch.successor.encode_all(batch, scored)
+        if self.first_batch.successor is not None:
+            return self.first_batch.successor.encode_all(batch, scored, forms)
+        return codec.encode_all(encodings, forms)
 
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple:
         """Returns the sharding of each of `arrays` on a mesh, by its logical axes."""

@@ -18,6 +18,7 @@ from tda.gradients import projection as projections
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site
 from tda.gradients.taps import Tap
+from tda.store import codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Program:
 
 
 def compile_once(program: Program) -> Callable:
-    """Returns the jitted function of (arrays, batch, scored=None) (`Encoder.compiled`)."""
+    """Returns the jitted function of (arrays, batch, scored, forms) (`Encoder.compiled`)."""
     # `scored` sets the shapes of the logits, so each value is a program of its own.
-    return jax.jit(_encoding_function(program), static_argnums=2)
+    return jax.jit(_encoding_function(program), static_argnums=(2, 3))
 
 
 # Room for the kinds of gradients of a table. What is kept is code, not arrays.
@@ -157,7 +158,12 @@ def _encoding_function(program: Program) -> Callable:
             ]
         return projected
 
-    def encode(arrays: tuple, batch: dict, scored: int | None = None) -> tuple[jax.Array, ...]:
+    def encode(
+        arrays: tuple,
+        batch: dict,
+        scored: int | None = None,
+        forms: tuple[codec.Form, ...] | None = None,
+    ) -> tuple[jax.Array, ...]:
         variables, matrices = arrays
         missed = missed_sites(batch, scored)
         if untapped or missed:
@@ -166,10 +172,11 @@ def _encoding_function(program: Program) -> Callable:
         else:
             projected = by_taps(variables, batch, scored)
         # A site's taps stand in the order of the kinds that take its gradient (`kinds_of`).
-        return tuple(
+        encodings = tuple(
             projections.pool(layout, {s: projected[s][kinds_of[s].index(i)] for s in kind.sites})
             for i, (layout, kind) in enumerate(zip(program.layouts, kinds, strict=True))
         )
+        return codec.encode_all(encodings, forms)
 
     return encode
 

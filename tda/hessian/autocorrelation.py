@@ -122,8 +122,8 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows, shapes) -> dict[str, np
     count = 0
     sums = [(zeros(p.count, d, d), zeros(p.count)) for p in _portions(shapes) for d in p.shape]
     for piece in _read_rows(source, rows, drawn, step):
-        scales = None if piece.scales is None else pad_and_put(piece.scales)
-        sums = _add_rows(sums, pad_and_put(piece.values), scales, pad_and_put(piece.valid), shapes)
+        rows_on_device = pad_and_put(piece.values), pad_and_put(piece.valid)
+        sums = _add_rows(sums, *rows_on_device, source.form, shapes)
         count += int(piece.valid.sum())
         on_rows(len(piece))
     out, fourth = {}, []
@@ -206,8 +206,8 @@ def _second_moments(x_RxB, shape: Shape):
     return [(outer_RxMxM.sum(0), fourth), (product(columns_RMxN.T, columns_RMxN), fourth)]
 
 
-@functools.partial(jax.jit, static_argnames="shapes", donate_argnums=0)
-def _add_rows(sums, values, scales, valid, shapes):
+@functools.partial(jax.jit, static_argnames=("form", "shapes"), donate_argnums=0)
+def _add_rows(sums, values, valid, form: store.Form, shapes):
     """Adds rows to the sums of Gram matrices and of fourth powers of norms, on every device.
 
     Products are in float32, the fastest type of most devices. A plain float32 sum of them would
@@ -221,9 +221,8 @@ def _add_rows(sums, values, scales, valid, shapes):
         added = total - high
         return total, low + ((high - (total - added)) + (addend - added))
 
-    def add_on_device(sums, values, scales, valid):
-        widths = tuple(map(math.prod, shapes))
-        x_RxE = jnp.where(valid[:, None], store.decode(values, scales, widths), 0.0)
+    def add_on_device(sums, values, valid):
+        x_RxE = jnp.where(valid[:, None], store.decode(values, form), 0.0)
 
         def add_block(i, portion_sums, portion: _Portion):
             start = portion.start + i * portion.width
@@ -251,12 +250,10 @@ def _add_rows(sums, values, scales, valid, shapes):
         return out
 
     if len(valid) > 1:
-        return jax.vmap(add_on_device)(sums, values, scales, valid)
+        return jax.vmap(add_on_device)(sums, values, valid)
     # Without vmap on one device: its batched products are slower on CPUs.
     first = functools.partial(jax.tree.map, lambda x: x[0])
-    return jax.tree.map(
-        lambda x: x[None], add_on_device(*map(first, (sums, values, scales, valid)))
-    )
+    return jax.tree.map(lambda x: x[None], add_on_device(*map(first, (sums, values, valid))))
 
 
 def _chunk_rows(width: int) -> int:
@@ -271,4 +268,4 @@ def _read_rows(source, rows: range, drawn: np.ndarray | None, step: int) -> Iter
     drawn = drawn[slice(*np.searchsorted(drawn, [rows.start, rows.stop]))]
     for start in range(0, len(drawn), step):
         x_RxE = source.read(drawn[start : start + step])
-        yield store.Rows(start, x_RxE, None, store.valid(x_RxE))
+        yield store.Rows(start, x_RxE, store.valid(x_RxE))

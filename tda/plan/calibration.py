@@ -132,7 +132,7 @@ def encoder_times(
             memory = max(memory, memory_of(executable).total)
             bar.update()
 
-        def call(arrays, batch, scored):
+        def call(arrays, batch, scored, forms):
             return compiled[batch["tokens"].shape](arrays, batch)
 
         # An encoder that runs what was compiled above: its first call does not compile again.

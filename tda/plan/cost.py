@@ -155,10 +155,7 @@ def row_bytes(widths: Iterable[int], dtype: str) -> int:
     Raises:
         ValueError: the dtype is unknown.
     """
-    if dtype not in store.DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use {', '.join(store.DTYPES)}")
-    form = store.Form(dtype, tuple(widths))
-    return form.row_bytes + form.scale_bytes
+    return store.Form(dtype, tuple(widths)).row_bytes
 
 
 def code_bytes(width: int) -> int:

@@ -12,6 +12,7 @@ from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, setting
 from tda.plan.setting import Setting
+from tda.retrieval.scann.settings import REORDER_BYTES
 from tda.run import train
 from tda.runtime import sharding
 
@@ -263,7 +264,8 @@ def _disk(s: Setting, reading: float) -> dict:
             "row": row,
             "store": row * passages,
             "scan_seconds": row * passages / reading,
-            "index": (row + code) * passages,
+            # ScaNN scores again by bytes at least.
+            "index": (s.width * REORDER_BYTES.get(dtype, 1) + code) * passages,
         }
     return {
         "stores": len(s.taps) * s.has_store,

@@ -74,14 +74,14 @@ def _disk(disk: dict) -> str:
         row("a store of the corpus", lambda x: as_bytes(x["store"])),
         row(f"  one scan at {rate} (--reading)", lambda x: _time(x["scan_seconds"])),
         row("ScaNN index: codes and rows to reorder", lambda x: as_bytes(x["index"])),
-        ["  of it codes, 4 bits for 2 dimensions", as_bytes(disk["codes"]), "", ""],
+        ["  of it codes, 4 bits for 2 dimensions", as_bytes(disk["codes"])],
     ]
     note = ""
     if not count:
         note = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
     elif count > 1:
         note = f"\n{count} stores: each correction that the methods use has its own"
-    return formats.aligned(table) + note
+    return formats.aligned([r + [""] * (len(table[0]) - len(r)) for r in table]) + note
 
 
 def _needs(needs: dict) -> str:

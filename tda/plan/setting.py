@@ -116,7 +116,7 @@ class Setting:
     def shard_memory(self) -> int:
         """Returns the bytes of host memory for a store's shards: one is encoded, one written."""
         kinds = max(map(len, self.passes))
-        return 2 * kinds * 4 * self.shard_rows * self.width if self.has_store else 0
+        return 2 * kinds * self.stored_bytes(self.shard_rows)
 
     def figures(self) -> dict:
         """Returns the setting as JSON values."""

@@ -51,7 +51,7 @@ def norms(source: Source, step: int) -> np.ndarray:
     """
     out = np.empty(source.rows, np.float32)
     for rows in source.scan(step):
-        x_RxE = np.where(rows.valid[:, None], rows.decoded(source.form.widths), 0)
+        x_RxE = np.where(rows.valid[:, None], rows.decoded(source.form), 0)
         norm_R = np.linalg.norm(x_RxE, axis=1)
         out[rows.first : rows.first + len(rows)] = np.where(rows.valid, norm_R, -np.inf)
     return out

@@ -24,7 +24,7 @@ from tda.retrieval.sources import Source, scan_full_steps
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_arrays
 from tda.runtime.groups import ONE_GROUP, Groups
-from tda.store import Rows
+from tda.store import Form, Rows
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +134,7 @@ class ExactSearch:
         # Ranks need the best correct score of each query before the scan: they are counts of rows
         # at or above it.
         thresholds = _best_correct_scores(scorer_groups, methods, source, pairs, step)
-        scan = _Scan(scorer_groups, thresholds, widths, tuple(m.unit_norm for m in methods))
+        scan = _Scan(scorer_groups, thresholds, source.form, tuple(m.unit_norm for m in methods))
         if self._mesh is not None:
             scan = jax.tree.map(functools.partial(sharding.replicate, self._mesh), scan)
         counts = k, k if opponents else 0
@@ -224,13 +224,13 @@ class _Scan:
     Attributes:
         groups: the methods, by what they share.
         thresholds: for each set of labels, float32 [methods, Q]: the best correct scores.
-        widths: the columns of each block.
+        form: how rows are stored.
         norms: whether each method divides by norms.
     """
 
     groups: list[ScorerGroup]
     thresholds: dict[str, jax.Array]
-    widths: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    form: Form = dataclasses.field(metadata=dict(static=True))
     norms: tuple[bool, ...] = dataclasses.field(metadata=dict(static=True))
 
 
@@ -261,9 +261,9 @@ def _advance_on_device(rankings, rows: Rows, labels, scan: _Scan):
     out = list(rankings)
     # Scores of invalid rows may be anything: they are masked below, and no other row's score
     # depends on them.
-    gradients_RxE = store.decode(rows.values, rows.scales, scan.widths)
+    gradients_RxE = store.decode(rows.values, scan.form)
     for group in scan.groups:
-        scores = score(group, gradients_RxE, scan.widths)
+        scores = score(group, gradients_RxE, scan.form.widths)
         for i in group.methods:
             scores_RxQ = scores[scan.norms[i]]
             above = {}

@@ -47,7 +47,7 @@ class InMemory:
         rows = range(self.rows) if rows is None else rows
         for first in rows[::step]:
             x_RxE = self._gradients[first : min(first + step, rows.stop)]
-            yield Rows(first, x_RxE, None, store.valid(x_RxE))
+            yield Rows(first, x_RxE, store.valid(x_RxE))
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]."""
@@ -72,8 +72,8 @@ class Mapped:
         """Yields a range of rows in order, at most `step` at a time."""
         for piece in self._source.scan(step, rows):
             numbers = piece.first + np.arange(len(piece))
-            x_RxE = piece.decoded(self._source.form.widths)
-            yield Rows(piece.first, self._change_valid(x_RxE, numbers), None, piece.valid)
+            x_RxE = piece.decoded(self._source.form)
+            yield Rows(piece.first, self._change_valid(x_RxE, numbers), piece.valid)
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""
@@ -109,8 +109,8 @@ class Joined:
         for pieces in zip(*scans, strict=True):
             valid = np.logical_and.reduce([p.valid for p in pieces])
             pairs = zip(pieces, self._sources, strict=True)
-            x_RxE = np.concatenate([p.decoded(s.form.widths) for p, s in pairs], axis=1)
-            yield Rows(pieces[0].first, x_RxE, None, valid)
+            x_RxE = np.concatenate([p.decoded(s.form) for p, s in pairs], axis=1)
+            yield Rows(pieces[0].first, x_RxE, valid)
 
     def read(self, numbers) -> np.ndarray:
         """Reads the rows with these numbers, float32 [R, E]; invalid rows are all infinite."""

@@ -106,8 +106,9 @@ KEYS: dict[str, tuple[Any, str]] = {
     # The store.
     "store.dtype": (
         "float32",
-        "float32, bfloat16, int8 (a scale a block and row), or none: no store, the corpus is "
-        "encoded while it is searched, and once more for R unless R is sampled",
+        "float32, bfloat16, int8, 4bit, 3bit, 2bit (bits with a scale for every 64 numbers), or "
+        "none: no store, the corpus is encoded while it is searched, and once more for R unless R "
+        "is sampled",
     ),
     "store.root": (
         "",
@@ -215,7 +216,7 @@ CHOICES = {
     "gradients.untapped": ("leave", "reference", "error"),
     "projection.family": ("gaussian", "rademacher"),
     "projection.pooling": ("blocks", "layer", "matrix"),
-    "store.dtype": ("float32", "bfloat16", "int8", "none"),
+    "store.dtype": ("float32", "bfloat16", "int8", "4bit", "3bit", "2bit", "none"),
     "search.index": ("none", "scann"),
     "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
     "hessian.structure": ("dense", "kronecker"),

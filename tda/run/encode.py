@@ -21,7 +21,7 @@ from tda.run.run import NO_STORE, Run
 from tda.runtime import processes
 from tda.runtime.progress import Progress
 
-# Float32 rows of all kinds of gradients that one pass may hold: a shard of each.
+# Bytes of rows of all kinds of gradients that one pass may hold: a shard of each.
 _PASS_BYTES = 4 << 30
 
 
@@ -131,7 +131,7 @@ def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
             output, rows = kind.output or run.config.gradients.output, store.shards()[0].stop
             groups.setdefault((output, rows), []).append((kind, store))
     for (output, rows), lacking in groups.items():
-        most = max(1, _PASS_BYTES // (rows * max(s.width for _, s in lacking) * 4))
+        most = max(1, _PASS_BYTES // (rows * max(s.form.row_bytes for _, s in lacking)))
         for first in range(0, len(lacking), most):
             shared = lacking[first : first + most]
             if len(shared) == 1:
@@ -210,7 +210,8 @@ def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
             table.ids,
             dict.fromkeys(run.blocks(kind), run.projection(kind).side ** 2),
             run.provenance(kind),
-            run.config.store.dtype,
+            # Few as they are, queries are kept as they are.
+            run.config.store.dtype if name == "corpus" else "float32",
             run.config.store.shard_bytes,
             documents=table.documents,
             texts=PassageTexts(table, run.corpus.tokenizer),

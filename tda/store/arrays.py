@@ -1,22 +1,26 @@
 """zarr v3 arrays in shard files, each chunk with its CRC32C."""
 
+import numpy as np
 import tensorstore as ts
 
 from tda.store.location import Location, StoreError
 
 
-def metadata(shape: list[int], dtype: str, chunk_rows: int, shard_rows: int) -> dict:
-    """Returns zarr's metadata of an array that is cut into chunks and shards along its first axis.
+def fill_value(dtype: np.dtype) -> float | int:
+    """Returns what a row reads as that was never written: NaN, or the largest integer."""
+    return int(np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else np.nan
 
-    A row that was never written reads as NaN, or as 0 in an array of integers.
-    """
+
+def metadata(shape: list[int], dtype: np.dtype, chunk_rows: int, shard_rows: int) -> dict:
+    """Returns zarr's metadata of an array cut into chunks and shards along its first axis."""
+    fill = fill_value(dtype)
     chunk, shard = ([rows, *shape[1:]] for rows in (chunk_rows, shard_rows))
     inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     codec = {"chunk_shape": chunk, "codecs": inner}
     return {
         "shape": shape,
-        "data_type": dtype,
-        "fill_value": 0 if "int" in dtype else "NaN",
+        "data_type": dtype.name,
+        "fill_value": "NaN" if np.isnan(fill) else fill,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],
     }

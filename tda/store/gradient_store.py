@@ -9,13 +9,14 @@ import numpy as np
 
 from tda.runtime import preemption, processes
 from tda.runtime.command import of_main
-from tda.store import shard_file
+from tda.store import codec, shard_file
+from tda.store.codec import Form
 from tda.store.location import Location, StoreError
 from tda.store.passages import Passage, PassageList
 from tda.store.rows import Rows
-from tda.store.segment import Form, Segment, Span
+from tda.store.segment import Segment, Span
 
-FORMAT = 2
+FORMAT = 3
 # Bytes that are read at a time, in spans of whole chunks, and how many spans ahead of the user.
 _SPAN_BYTES = 64 << 20
 _SPANS_AHEAD = 3
@@ -170,24 +171,32 @@ class GradientStore:
             if len(at):
                 yield segment, at, numbers[at] - first
 
-    def write(self, shard: int, encodings_RxE: np.ndarray) -> list[str]:
+    def write(self, shard: int, encodings: np.ndarray) -> list[str]:
         """Writes a whole shard, atomically; returns the ids of its invalid rows.
 
         A row with a number that is not finite is stored as invalid: it takes no part in R and is
         never retrieved.
+
+        Args:
+            shard: its number.
+            encodings: the rows, float32 [R, E], or as stored (`tda.store.codec.encode`).
 
         Raises:
             StoreError: the rows are not the shard's, or cannot be written.
         """
         segment, _, number = self._shards[shard]
         rows = segment.rows_of(number)
-        shape = (rows.stop - rows.start, self.width)
-        if encodings_RxE.shape != shape:
+        is_stored = encodings.dtype != np.float32
+        columns = self.form.columns if is_stored else self.width
+        shape, dtype = (rows.stop - rows.start, columns), self.form.array_dtype
+        if encodings.shape != shape or (is_stored and encodings.dtype != dtype):
             raise StoreError(
-                f"shard {shard} takes rows of shape {shape}, not {encodings_RxE.shape}"
+                f"shard {shard} takes rows of shape {shape} in float32 or as stored, not "
+                f"{encodings.shape} in {encodings.dtype}"
             )
         try:
-            bad = segment.write(number, encodings_RxE)
+            values = encodings if is_stored else codec.encode_on_host(encodings, self.form)
+            bad = segment.write(number, values)
         except (ValueError, OSError) as error:
             raise StoreError(f"cannot write shard {shard} of {self.path}: {error}") from error
         invalid = rows.start + np.flatnonzero(bad)
@@ -209,9 +218,17 @@ class GradientStore:
         numbers = self._checked(numbers)
         out = np.empty((len(numbers), self.width), np.float32)
         for segment, at, local in self._split(numbers):
-            out[at] = self._read_advising(segment.read, local).decoded(self.form.widths)
+            out[at] = self._read_advising(segment.read, local).decoded(self.form)
         out[np.isin(numbers, self.withdrawn)] = np.inf
         return out
+
+    def bounds(self, numbers) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the least and the largest numbers that valid rows may have had, [R, E] each."""
+        out = np.empty((2, len(numbers), self.width), np.float32)
+        for segment, at, local in self._split(self._checked(numbers)):
+            values = self._read_advising(segment.read, local).values
+            out[:, at] = codec.bounds(values, self.form)
+        return out[0], out[1]
 
     def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
         """Reads rows in order, at most `step` at a time; files are read ahead.
@@ -251,7 +268,7 @@ class GradientStore:
         start, stop = first + span.start, first + span.stop
         withdrawn = self.withdrawn[slice(*np.searchsorted(self.withdrawn, [start, stop]))]
         rows.valid[withdrawn - start] = False
-        rows = Rows(start, rows.values, rows.scales, rows.valid)
+        rows = Rows(start, rows.values, rows.valid)
         return rows[max(0, within.start - start) : min(stop, within.stop) - start]
 
     def _read_advising(self, read, index) -> Rows:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tda.runtime import code_version, processes
 from tda.runtime.differences import check_same
-from tda.store import rows, segment
+from tda.store import segment
+from tda.store.codec import DTYPES, Form
 from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList
-from tda.store.segment import Form
 
 # Large enough to be written at the disk's rate, and little to lose in a killed run.
 SHARD_BYTES = 256 << 20
@@ -39,8 +39,7 @@ def create(
         ids: ids of the rows.
         blocks: name and width of each block of a row, in order.
         fingerprint: JSON values that identify what the rows were made from.
-        dtype: dtype of the numbers on disk: "float32", "bfloat16", or "int8" with a scale for each
-            block of a row.
+        dtype: dtype of the numbers on disk, of `DTYPES` (`tda.store.codec`).
         shard_bytes: approximate size of a shard, the most that a killed run loses.
         documents: id of each row's document; None for the row's own id.
         texts: texts of the rows; None to store none.
@@ -52,8 +51,8 @@ def create(
     """
     if not len(ids):
         raise StoreError("there are no rows to store: the corpus is empty")
-    if dtype not in rows.DTYPES:
-        raise StoreError(f"unknown dtype {dtype!r}; use {', '.join(rows.DTYPES)}")
+    if dtype not in DTYPES:
+        raise StoreError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     passages = PassageList(ids, ids if documents is None else documents, texts)
     form, location = Form(dtype, tuple(blocks.values())), Location(path)
     described = segment.describe(form, passages, shard_bytes, corpus)
@@ -63,6 +62,7 @@ def create(
         "dtype": dtype,
         "blocks": list(blocks),
         "block_widths": list(form.widths),
+        **form.describe_codes(),
         "fingerprint": fingerprint,
         "code": code_version.describe(),
         "segments": [described],

@@ -95,5 +95,5 @@ def _open(location: Location, name: str, count: int, create: bool = False):
     chunk = min(_CHUNK, count)
     shard = min(_SHARD, chunk * math.ceil(count / chunk))
     dtype = {"hashes": "uint64", "rows": "int64"}[name]
-    metadata = arrays.metadata([count], dtype, chunk, shard)
+    metadata = arrays.metadata([count], np.dtype(dtype), chunk, shard)
     return arrays.open_array(location / name, metadata, create)

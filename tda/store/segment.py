@@ -1,6 +1,5 @@
 """A segment of a store: rows that were added together, in zarr arrays of one file a shard."""
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -9,43 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorstore as ts
 
-from tda.store import arrays, rows, shard_file
+from tda.store import arrays, codec, shard_file
+from tda.store.codec import Form
 from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList, Passages
 from tda.store.rows import Rows
 
 # As large as a reader's step on a CPU needs, and small beside a shard.
 _CHUNK_BYTES = 4 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What all rows of a store have in common."""
-
-    dtype: str
-    """Dtype of the numbers on disk."""
-    widths: tuple[int, ...]
-    """How many numbers each block of a row has."""
-
-    @property
-    def width(self) -> int:
-        """E, the numbers in a row."""
-        return sum(self.widths)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row on disk, without its scales."""
-        return self.width * rows.DTYPES[self.dtype].itemsize
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of a row's scales on disk: a float32 for each block of int8."""
-        return 4 * len(self.widths) if self.dtype == "int8" else 0
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """The names of a segment's arrays."""
-        return ("gradients", "scales") if self.dtype == "int8" else ("gradients",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +51,16 @@ def _power(n: int) -> int:
 
 
 def make(location: Location, form: Form, described: dict, passages: PassageList) -> None:
-    """Writes the indices of a segment's passages, and its arrays, which have no shard yet."""
+    """Writes the indices of a segment's passages, and its array, which has no shard yet."""
     passages.write_indices(location)
-    for name in form.arrays:
-        _open_array(location, form, described, name, create=True)
+    _open_array(location, form, described, create=True)
 
 
 # All files that `make` writes: a folder with any other file is never cleared.
 _MADE = re.compile(
     r"(ids|documents)/(hashes|rows)/(zarr\.json|c/\d+)"
     r"|passages/\d+\.array_record(\.[\w-]+\.[0-9a-f]{12}\.part)?"
-    r"|(gradients|scales)/zarr\.json"
+    r"|gradients/zarr\.json"
 )
 
 
@@ -120,7 +89,7 @@ class Segment:
         self.shard_rows: int = described["shard_rows"]
         self.chunk_rows: int = described["chunk_rows"]
         self.passages = Passages(location, self.rows)
-        self._arrays = {n: _open_array(location, form, described, n) for n in form.arrays}
+        self._array = _open_array(location, form, described)
         self._layout = shard_file.Layout(
             self.chunk_rows * form.row_bytes, self.shard_rows // self.chunk_rows
         )
@@ -136,43 +105,30 @@ class Segment:
         return slice(start, min(self.rows, start + self.shard_rows))
 
     def written(self) -> set[int]:
-        """Returns the numbers of the shards that are written, in all arrays."""
-        by_array = []
-        for name in self.form.arrays:
-            keys = (k.split(".") for k in (self.location / name).names())
-            by_array.append({int(k[1]) for k in keys if k[0] == "c" and len(k) == 3})
-        return set.intersection(*by_array)
+        """Returns the numbers of the shards that are written."""
+        keys = (k.split(".") for k in (self.location / "gradients").names())
+        return {int(k[1]) for k in keys if k[0] == "c" and len(k) == 3}
 
-    def write(self, shard: int, x_RxE: np.ndarray) -> np.ndarray:
-        """Writes a shard, atomically; returns which rows are invalid, bool [R].
+    def write(self, shard: int, values: np.ndarray) -> np.ndarray:
+        """Writes a shard of rows as stored, atomically; returns which are invalid, bool [R].
 
         The passages come first: a written shard has them.
         """
         if self.new_passages is not None:
             self.new_passages.write_records(self.location, self.rows_of(shard))
 
-        def encode(start: int):
-            x = x_RxE[start : start + self.chunk_rows]
-            bad = ~np.isfinite(x).all(axis=1)
-            x = np.where(bad[:, None], np.float32(np.inf), x) if bad.any() else x
-            values, scales = rows.encode(x, self.form.dtype, self.form.widths)
-            chunks = {"gradients": values, "scales": scales}
-            return bad, [self._chunk(chunks[name]) for name in self.form.arrays]
+        def chunk(start: int) -> tuple[np.ndarray, int]:
+            return self._chunk(values[start : start + self.chunk_rows])
 
-        invalid = []
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as ahead:
-            files = {
-                name: stack.enter_context(
-                    shard_file.writing(self.location / name, f"c.{shard}.0", self._layout.chunks)
-                )
-                for name in self.form.arrays
-            }
-            # The next chunks are encoded while one is written.
-            for bad, chunks in ahead.map(encode, range(0, len(x_RxE), self.chunk_rows)):
-                invalid.append(bad)
-                for name, chunk in zip(self.form.arrays, chunks, strict=True):
-                    files[name].add(*chunk)
-        return np.concatenate(invalid)
+        name = f"c.{shard}.0"
+        with (
+            shard_file.writing(self.location / "gradients", name, self._layout.chunks) as file,
+            ThreadPoolExecutor(2) as ahead,
+        ):
+            # The checksums of the next chunks are computed while one is written.
+            for chunk_and_checksum in ahead.map(chunk, range(0, len(values), self.chunk_rows)):
+                file.add(*chunk_and_checksum)
+        return ~np.isfinite(codec.marks(values, self.form))
 
     def _chunk(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns the values of a chunk and their checksum; the corpus's last chunk is filled up.
@@ -180,9 +136,10 @@ class Segment:
         With the array's fill value, as TensorStore does it.
         """
         if lacking := self.chunk_rows - len(values):
-            fill = 0 if values.dtype == np.int8 else np.nan
-            end = np.full((lacking, values.shape[1]), fill, values.dtype)
-            values = np.concatenate([values, end])
+            fill = arrays.fill_value(values.dtype)
+            values = np.concatenate(
+                [values, np.full((lacking, values.shape[1]), fill, values.dtype)]
+            )
         values = np.ascontiguousarray(values)
         return values, shard_file.checksum(values)
 
@@ -198,8 +155,7 @@ class Segment:
 
     def remove(self, shard: int) -> None:
         """Removes a shard."""
-        for name in self.form.arrays:
-            (self.location / name).remove(f"c.{shard}.0")
+        (self.location / "gradients").remove(f"c.{shard}.0")
 
     def read(self, local: np.ndarray) -> Rows:
         """Reads rows, in the order of their numbers.
@@ -212,16 +168,11 @@ class Segment:
         return self._read(slice(int(local[0]), int(local[-1]) + 1) if is_run else local)
 
     def _read(self, index) -> Rows:
-        return self._checked(self._read_array("gradients", index), self._read_scales(index))
-
-    def _read_scales(self, index) -> np.ndarray | None:
-        return self._read_array("scales", index) if "scales" in self._arrays else None
-
-    def _read_array(self, name: str, index) -> np.ndarray:
         try:
-            return self._arrays[name][index].read().result()
+            values = self._array[index].read().result()
         except (ValueError, OSError) as error:
-            raise StoreError(f"{self.location.name}/{name} is damaged: {error}") from error
+            raise StoreError(f"{self.location.name}/gradients is damaged: {error}") from error
+        return self._checked(values)
 
     def spans(self, shard: int, length: int) -> list[Span]:
         """Cuts a shard into spans of `length` rows, a multiple of the rows of a chunk."""
@@ -248,16 +199,15 @@ class Segment:
             self._refuse_unfinished()
         if raw is None:
             return self._read(index)
-        values = raw.view(rows.DTYPES[self.form.dtype]).reshape(-1, self.form.width)
-        return self._checked(values[: span.stop - span.start], self._read_scales(index))
+        values = raw.view(self.form.array_dtype).reshape(-1, self.form.columns)
+        return self._checked(values[: span.stop - span.start])
 
-    def _checked(self, values: np.ndarray, scales: np.ndarray | None) -> Rows:
+    def _checked(self, values: np.ndarray) -> Rows:
         """Returns the rows with the invalid ones marked."""
-        # An invalid row is infinite throughout, one never written NaN: the first number tells.
-        first = (values if scales is None else scales)[:, 0].astype(np.float32)
-        if np.isnan(first).any():
+        marks = codec.marks(values, self.form)
+        if np.isnan(marks).any():
             self._refuse_unfinished()
-        return Rows(0, values, scales, np.isfinite(first))
+        return Rows(0, values, np.isfinite(marks))
 
     def _refuse_unfinished(self):
         missing = sorted(set(range(self.shards)) - self.written())
@@ -265,12 +215,10 @@ class Segment:
 
 
 def _open_array(
-    location: Location, form: Form, described: dict, name: str, create: bool = False
+    location: Location, form: Form, described: dict, create: bool = False
 ) -> ts.TensorStore:
-    is_scales = name == "scales"
-    shape = [described["rows"], len(form.widths) if is_scales else form.width]
-    dtype = "float32" if is_scales else form.dtype
+    shape, dtype = [described["rows"], form.columns], form.array_dtype
     metadata = arrays.metadata(shape, dtype, described["chunk_rows"], described["shard_rows"])
     # All files in one folder, so that one listing shows which are written.
     metadata["chunk_key_encoding"] = {"name": "default", "configuration": {"separator": "."}}
-    return arrays.open_array(location / name, metadata, create)
+    return arrays.open_array(location / "gradients", metadata, create)

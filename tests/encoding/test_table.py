@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from tda import hessian
+from tda import loss as losses
 from tda import store as stores
 from tda.data import tokens
 from tda.data.batches import BatchLayout, materialise
@@ -19,6 +20,7 @@ from tda.gradients.sites import find_sites
 from tda.retrieval import exact
 from tda.retrieval.scorer import Scorer
 from tda.runtime import code_version, preemption
+from tda.store import codec
 
 TEXTS = ["Paris is in France.", "Oslo", "It rains in Rome all day and all night.", "Rome", "a b c"]
 LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
@@ -49,9 +51,9 @@ def counted(encoder):
     """The encoder, and a list to which every batch that it encodes adds its size."""
     encoded = []
 
-    def count(arrays, batch, scored):
+    def count(arrays, batch, scored, forms):
         encoded.append(len(batch["tokens"]))
-        return encoder.compiled(arrays, batch, scored)
+        return encoder.compiled(arrays, batch, scored, forms)
 
     return dataclasses.replace(encoder, compiled=count), encoded
 
@@ -92,14 +94,14 @@ def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypat
     assert sum(map(len, store.scan(2))) == 5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "2bit"])
 def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
     setup, decoder, tmp_path, monkeypatch, dtype
 ):
     """Guards: two checkouts that fill one store by turns, and nobody is told."""
     table, encoder = setup
     blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    shard_bytes = 2 * stores.DTYPES[dtype].itemsize * encoder.layout.width
+    shard_bytes = 2 * stores.Form(dtype, tuple(blocks.values())).row_bytes
     make = lambda: stores.create(  # noqa: E731
         tmp_path, table.ids, blocks, {}, dtype, shard_bytes=shard_bytes
     )
@@ -117,6 +119,33 @@ def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
     assert begun.missing() == [0, 2]
     encoding.fill_store(make(), encoder, table, LAYOUT)  # other code, the same rows
     assert begun.missing() == []
+
+
+@pytest.mark.parametrize("loss", ["loss", "one of the user's"])
+def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss):
+    """What leaves the device is what is stored; a loss that is checked first gives the same."""
+    table, encoder = setup
+    if loss != "loss":
+        model = decoder(vocab_size=int(table.tokens.max()) + 1)
+        own = losses.of_examples("loss")
+        encoder = make_encoder(model, Projection(side=3, blocks=2), output=own)
+    blocks = dict.fromkeys(encoder.layout.blocks, 9)
+    left = []
+
+    class Watching(type(encoder)):
+        def encode_all(self, *arguments):
+            left.extend(encodings := super().encode_all(*arguments))
+            return encodings
+
+    fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)}
+    for dtype in ("3bit", "int8"):
+        store = stores.create(tmp_path / dtype, table.ids, blocks, {}, dtype)
+        encoding.fill_store(store, Watching(**fields), table, LAYOUT)
+        assert {(x.dtype.name, x.shape[1]) for x in left} == {("uint8", store.form.columns)}
+        rows = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
+        expected = codec.decode_on_host(codec.encode_on_host(rows, store.form), store.form)
+        np.testing.assert_array_equal(store.read(slice(0, 5)), expected)
+        left.clear()
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -107,6 +108,27 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     for name, when in times.items():
         assert os.stat(os.path.join(folder, name)).st_mtime_ns == when
     assert command.verify(store) == 0
+
+
+def test_a_store_of_few_bits_is_resumed_to_the_same_bytes_beside_exact_queries(
+    config, run, tmp_path
+):
+    path, _ = run
+    other = config.copy_and_resolve_references()
+    other.store.dtype, other.methods = "2bit", "trackstar"
+    for name in ("model", "stages"):
+        shutil.copytree(path / name, tmp_path / name)
+    metrics = stages.trace(other, Workdir(tmp_path))[0]
+    store = stores.open_store(corpora(tmp_path)[0])
+    (queries,) = (tmp_path / "stores").glob("queries-*")
+    assert store.form.dtype == "2bit" and stores.open_store(queries).form.dtype == "float32"
+    folder = pathlib.Path(store.path, "0", "gradients")
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert len(whole) > 2
+    for name in ("c.0.0", "c.1.0"):
+        (folder / name).unlink()
+    assert stages.trace(other, Workdir(tmp_path))[0] == metrics
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
 
 
 @pytest.mark.slow

@@ -29,14 +29,14 @@ def stored(tmp_path, name, x, dtype="float32", rows=20):
         {"a": 3, "b": 5},
         {},
         dtype=dtype,
-        shard_bytes=rows * 8 * stores.DTYPES[dtype].itemsize,
+        shard_bytes=rows * stores.Form(dtype, (3, 5)).row_bytes,
     )
     for i, rows_of_shard in enumerate(store.shards()):
         store.write(i, x[rows_of_shard])
     return store
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "2bit", "bfloat16"])
 def test_side_by_side_is_a_sum_of_scores(tmp_path, dtype):
     """TracIn: Σ_c η_c ⟨q_c, p_c⟩; files of different sizes, rows invalid in one of them."""
     parts = [gradients(seed=i) for i in (1, 2, 3)]
@@ -68,7 +68,7 @@ def test_different_dtypes_are_joined_in_float32(tmp_path):
     first, second = gradients(), gradients(seed=1)
     joined = sources.Joined([stored(tmp_path, "a", first, "int8"), InMemory(second, SLICES)])
     assert joined.form.dtype == "float32" and joined.form.widths == (3, 5, 3, 5)
-    rows = np.concatenate([f.decoded(joined.form.widths) for f in joined.scan(16)])
+    rows = np.concatenate([f.decoded(joined.form) for f in joined.scan(16)])
     np.testing.assert_array_equal(rows[:, 8:], second)
     assert [len(f) for f in joined.scan(16)] == [16, 16, 16, 13]
     with pytest.raises(ValueError, match="as many rows each"):
@@ -85,7 +85,7 @@ def test_changed_rows_are_the_same_scanned_or_read(tmp_path):
         (sources.normalise, x / norms),
     ):
         mapped = sources.Mapped(stored(tmp_path, change.__name__, x), change)
-        scanned = np.concatenate([f.decoded(mapped.form.widths) for f in mapped.scan(16)])
+        scanned = np.concatenate([f.decoded(mapped.form) for f in mapped.scan(16)])
         for x_RxE in (scanned, mapped.read(np.arange(61))):
             np.testing.assert_allclose(np.delete(x_RxE, 5, 0), np.delete(expected, 5, 0), rtol=1e-5)
             assert np.isinf(x_RxE[5]).all()

@@ -33,7 +33,7 @@ path, dtype = sys.argv[1], sys.argv[2]
 data = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
 blocks, texts = {"a": 4, "b": 4}, [f"text {i}" for i in range(60)]
 ids = [f"p{i}" for i in range(60)]
-bytes_ = 4 * 8 * stores.DTYPES[dtype].itemsize
+bytes_ = 4 * stores.Form(dtype, (4, 4)).row_bytes
 print("begin", flush=True)
 def fill(store):
     for i in store.missing():
@@ -92,7 +92,7 @@ def run_until_killed(processes, seconds):
     return ended, [int(w) for w in shards]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "3bit"])
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_writer_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, dtype, kills):
     """Guards: a killed run that must start again from nothing; rows twice, rows never."""
