@@ -121,8 +121,8 @@ def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
     assert begun.missing() == []
 
 
-@pytest.mark.parametrize("loss", ["loss", "one of the user's"])
-def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss):
+@pytest.mark.parametrize(("loss", "dtype"), [("loss", "3bit"), ("one of the user's", "int8")])
+def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss, dtype):
     """What leaves the device is what is stored; a loss that is checked first gives the same."""
     table, encoder = setup
     if loss != "loss":
@@ -138,14 +138,12 @@ def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss):
             return encodings
 
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)}
-    for dtype in ("3bit", "int8"):
-        store = stores.create(tmp_path / dtype, table.ids, blocks, {}, dtype)
-        encoding.fill_store(store, Watching(**fields), table, LAYOUT)
-        assert {(x.dtype.name, x.shape[1]) for x in left} == {("uint8", store.form.columns)}
-        rows = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
-        expected = codec.decode_on_host(codec.encode_on_host(rows, store.form), store.form)
-        np.testing.assert_array_equal(store.read(slice(0, 5)), expected)
-        left.clear()
+    store = stores.create(tmp_path, table.ids, blocks, {}, dtype)
+    encoding.fill_store(store, Watching(**fields), table, LAYOUT)
+    assert {(x.dtype.name, x.shape[1]) for x in left} == {("uint8", store.form.columns)}
+    rows = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
+    expected = codec.decode_on_host(codec.encode_on_host(rows, store.form), store.form)
+    np.testing.assert_array_equal(store.read(slice(0, 5)), expected)
 
 
 def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):

@@ -115,7 +115,8 @@ def test_a_store_of_few_bits_is_resumed_to_the_same_bytes_beside_exact_queries(
 ):
     path, _ = run
     other = config.copy_and_resolve_references()
-    other.store.dtype, other.methods = "2bit", "trackstar"
+    other.store.dtype, other.store.shard_bytes = "2bit", 96
+    other.methods, other.eval.samples = "trackstar", 0
     for name in ("model", "stages"):
         shutil.copytree(path / name, tmp_path / name)
     metrics = stages.trace(other, Workdir(tmp_path))[0]

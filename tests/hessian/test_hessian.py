@@ -11,6 +11,7 @@ from tda.retrieval import scorer
 from tda.retrieval.sources import InMemory
 from tda.runtime import groups, sharding
 from tda.runtime.groups import ONE_GROUP, Groups
+from tda.store import Form
 
 SLICES = [slice(0, 3), slice(3, 8)]
 
@@ -45,9 +46,10 @@ def test_blocks_are_the_same_however_many_one_loop_sums(monkeypatch, portion_byt
 
 def test_the_program_of_its_sums_does_not_grow_with_the_number_of_blocks():
     def count_products(blocks):
-        rows = np.ones((1, 4, 8 * blocks), np.float32), None, np.ones((1, 4), bool)
+        rows = np.ones((1, 4, 8 * blocks), np.float32), np.ones((1, 4), bool)
         sums = [((np.zeros((1, blocks, 8, 8)),) * 2, (np.zeros((1, blocks)),) * 2)]
-        program = autocorrelation._add_rows.lower(sums, *rows, ((8,),) * blocks).as_text()
+        form = Form("float32", (8,) * blocks)
+        program = autocorrelation._add_rows.lower(sums, *rows, form, ((8,),) * blocks).as_text()
         return program.count("dot_general")
 
     assert count_products(40) == count_products(2) == 1
@@ -124,10 +126,11 @@ def test_roots_are_those_of_float64(tmp_path, dtype):
 def test_products_are_in_full_precision_on_every_device():
     """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
     widths, roots = (3, 5), [np.eye(3), np.eye(5)]
+    form = Form("float32", widths)
     sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, 1, w, w), (1, 1))) for w in widths]
     valid = np.ones((1, 4), bool)
     for function in (
-        lambda x: autocorrelation._add_rows(sums, x[None], None, valid, ((3,), (5,))),
+        lambda x: autocorrelation._add_rows(sums, x[None], valid, form, ((3,), (5,))),
         lambda x: hessian.whiten(x, roots, SLICES),
         lambda x: scorer.score(scorer.ScorerGroup(x, roots, (0,)), x, widths),
     ):
