@@ -7,9 +7,12 @@
    alone, and beside a process that multiplies matrices on every core.
 2. The program that whitens rows, made and run for the first time, and run again: from a list of
    blocks, one product after another, and from one array, over which it loops.
+3. Rows a second of the program with R dense, and as a Kronecker product, by the blocks' side.
 """
 
 import contextlib
+import functools
+import math
 import multiprocessing
 import statistics
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from absl import app, flags
 from benchmarks import record
 from tda import hessian
 from tda.hessian import block_slices, blocks
+from tda.retrieval.exact import step_rows
 from tda.runtime import host_blas
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
@@ -30,6 +34,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of all sides")
 _SHAPES = flags.DEFINE_list(
     "shapes", ["211x64", "57x1024"], "numbers of blocks, and how wide they are"
 )
+_MATRICES = flags.DEFINE_integer("matrices", 28, "matrices of a row, for rows/s by structure")
 _DECOMPOSED = flags.DEFINE_integer("decomposed", 8, "blocks of a shape that are decomposed")
 
 _ROWS = 128
@@ -109,10 +114,27 @@ def applied(count: int, width: int) -> dict:
     return out | {"equal": same}
 
 
+def structures(count: int) -> dict:
+    """Rows/s of the program that whitens rows of `count` square matrices, by structure and side."""
+    rng, sides = np.random.default_rng(0), {}
+    for shape in ((16 * 16,), *((k, k) for k in (16, 32, 64))):
+        width = math.prod(shape)
+        factors = [x @ x.T for n in shape for x in [rng.normal(size=(n, 2 * n))]] * count
+        roots = blocks.stack(hessian.inverse_root(factors, shapes=[shape] * count))
+        x_RxE = jnp.asarray(rng.normal(size=(step_rows(count * width), count * width)), jnp.float32)
+        slices = block_slices([width] * count)
+        whiten = jax.jit(lambda x, r, slices=slices: hessian.whiten(x, r, slices))
+        name = f"{'dense' if len(shape) == 1 else 'Kronecker'}, side {math.isqrt(width)}"
+        sides[name] = functools.partial(whiten, x_RxE, roots), len(x_RxE)
+    times = record.in_turns({name: run for name, (run, _) in sides.items()}, _ROUNDS.value)
+    return {name: sides[name][1] / statistics.median(t) for name, t in times.items()}
+
+
 def main(argv):
     """Measures, prints."""
     del argv
-    figures = {}
+    figures = {"rows/s": structures(_MATRICES.value)}
+    print(f"rows/s of {_MATRICES.value} matrices: {figures['rows/s']}", flush=True)
     for shape in _SHAPES.value:
         count, width = map(int, shape.split("x"))
         figures[shape] = {

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 class KroneckerRoot(NamedTuple):
-    """W of a k₁ × k₂ block G, for WᵀW = R⁻¹: G ↦ scales ∘ (rowsᵀ G columns)."""
+    """W of a k₁ × k₂ block G, for WᵀW = R⁻¹: G ↦ (scales ∘ (rowsᵀ G columns))ᵀ."""
 
     rows: np.ndarray
     """Eigenvectors of the rows' factor, in columns, float32 [k₁, k₁]."""

@@ -82,9 +82,11 @@ def reference(data, damping, mixed):
 
 
 def whitening(data, folder=None, **settings):
-    settings = HessianSettings(structure="kronecker", weight=LAMBDA, **settings)
-    source = InMemory(data[0], SLICES)
-    return Whitening(settings, source, data[1], folder=folder, shapes=SHAPES, quiet=True)
+    settings = HessianSettings(**{"structure": "kronecker", "weight": LAMBDA} | settings)
+    source, groups = InMemory(data[0], SLICES), Groups(folder)
+    return Whitening(
+        settings, source, data[1], folder=folder, shapes=SHAPES, groups=groups, quiet=True
+    )
 
 
 def scores(data, scorer):
@@ -227,8 +229,13 @@ def test_the_program_does_not_grow_with_the_matrices():
 
 
 def test_roots_are_read_again(data, tmp_path):
+    """The sums of either structure have files of their own."""
     method = METHODS["trackstar"]
+    whitening(data, tmp_path, structure="dense").scorer(method, None)
     first = whitening(data, tmp_path).scorer(method, None)
+    in_memory = whitening(data).scorer(method, None)
+    for a, b in zip(*map(jax.tree.leaves, (first.roots, in_memory.roots)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
     again = whitening(data, tmp_path)
     again._make = None  # nothing is decomposed again
     roots = again.scorer(method, None).roots
