@@ -63,7 +63,8 @@ def workdir(tmp_path_factory):
     (path / "results").mkdir()
     # One of the queries has passages only in the bank.
     results.write(path / "results" / "trackstar.jsonl", items[: QUERIES - 1])
-    write_json(path / "metrics.json", {"trackstar": {}})
+    results.write(path / "results" / "metagradient.jsonl", items[: QUERIES - 1])
+    write_json(path / "metrics.json", {"trackstar": {}, "metagradient": {}})
     return path
 
 
@@ -164,6 +165,14 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         page.page.click("text=Against retraining")
         page.page.wait_for_selector("article.board")
         assert page.page.input_value("#board-query") == "2"
+        # A method with passages of its own stands first.
+        page.page.click("tbody >> text=metagradient")
+        page.until(lambda: "method=metagradient" in page.page.url)
+        page.drawn()
+        page.page.click("text=Its passages")
+        page.until(lambda: page.texts(".column h3") == ["metagradient (exact)", "TrackStar"])
+        page.page.click(".views >> text=Board")
+        page.page.wait_for_selector("article.board")
         # The last query is on the board alone.
         page.page.select_option("#board-query", str(QUERIES - 1))
         page.until(lambda: page.page.locator("text=Its passages").count() == 0)
@@ -189,6 +198,8 @@ def test_an_export_holds_the_board(browser, collection, tmp_path):
     page.open((tmp_path / "out" / "index.html").as_uri() + "#view=board&q=q00001")
     assert page.page.locator(".scatter circle").count() == SUBSETS
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.open((tmp_path / "out" / "index.html").as_uri() + "#view=board&q=elsewhere")
+    assert "The query elsewhere is not on the board" in page.text(".board .wrong")
     page.context.close()
     page.fine()
 

@@ -15,7 +15,8 @@ const share = (fraction) => `${Number((100 * fraction).toPrecision(3))}%`;
 export async function showBoard(element, rows, isCurrent) {
   const { data } = rows;
   const board = await data.board();
-  const at = board.texts.length ? Math.max(0, placeOf(board, rows)) : -1;
+  const named = placeOf(board, rows);
+  const at = board.texts.length ? Math.max(0, named) : -1;
   const changes = at < 0 ? null : await data.changes(at);
   if (!isCurrent()) return;
   const now = rows.state;
@@ -23,9 +24,13 @@ export async function showBoard(element, rows, isCurrent) {
   const fraction = fractions.includes(now.share) ? now.share : fractions[0];
   const labels = board.labels[fraction];
   const label = labels.includes(now.order) ? now.order : labels[0];
-  const view = { board, at, changes, fraction, label, now };
+  const view = { board, at, named, changes, fraction, label, now };
   view.methods = sorted(view);
   view.method = board.methods[now.method] ? now.method : best(view);
+  // The passages of this method, if there are any.
+  view.file = data.file(view.method) ?? rows.main;
+  if (view.file) await data.load(view.file);
+  if (!isCurrent()) return;
   refill(element, h("article.board", {},
     h("h2", {}, "Held against retraining"),
     h("p", {}, explained(view)),
@@ -40,7 +45,7 @@ export async function showBoard(element, rows, isCurrent) {
 }
 
 /** The number of the state's query on the board; −1 where it is not on it. */
-export function placeOf(board, { main, state: { q } }) {
+function placeOf(board, { main, state: { q } }) {
   const key = main && q ? main.columns.query?.[rowOf(main, q)] : undefined;
   const at = board.texts.findIndex((t) => t.query === key);
   return at < 0 ? board.texts.findIndex((t) => t.id === q) : at;
@@ -139,7 +144,7 @@ function ranged({ mean, low, high }, at, most) {
 }
 
 function plot(view, rows) {
-  const { board, at, changes, fraction, label, method } = view;
+  const { board, at, named, now, changes, fraction, label, method } = view;
   const { title } = board.methods[method];
   const text = board.texts[at];
   const [predicted, real] = [changes[`${fraction}/${method}`], changes[`${fraction}/${label}`]];
@@ -149,7 +154,8 @@ function plot(view, rows) {
   const lds = board.lds[`${fraction}/${label}/${method}`][at];
   const told = `${title}: rank correlation ${fixed(lds) || "none"} over ${count(points.length)} retrainings.`;
   const to = (i) => state.set({ q: board.texts[(i + board.texts.length) % board.texts.length].id });
-  const row = rows.main?.byQuery.get(text.query);
+  const row = view.file?.byQuery.get(text.query);
+  const files = [...new Set([view.file, ...rows.files])].slice(0, 3).map((f) => f?.label).join(",");
   return h("section", {},
     h("h3", {}, "One query: predicted and real change of loss"),
     h("div.actions", {},
@@ -158,7 +164,8 @@ function plot(view, rows) {
       h("select", { id: "board-query", onchange: (e) => to(Number(e.target.value)) },
         board.texts.map((t, i) => h("option", { value: i, selected: i === at }, `${t.prompt} ${t.target}`))),
       h("button", { type: "button", onclick: () => to(at + 1), "aria-label": "Next query of the board" }, "→"),
-      row !== undefined && h("a.button", { href: state.link(place(rows.main, row)) }, "Its passages")),
+      row !== undefined && h("a.button", { href: state.link({ ...place(view.file, row), files }) }, "Its passages")),
+    now.q && named < 0 && h("p.wrong", {}, `The query ${now.q} is not on the board: this is the board's first.`),
     h("p.quiet", { role: "status" }, told, " Each point is one retraining."),
     points.length > 0 && scatter(points, {
       x: "predicted: sum of the removed units’ scores",
