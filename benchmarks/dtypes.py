@@ -45,9 +45,9 @@ def run(config, directory: str) -> dict:
             found[f"{name}: overlap"] = float(same.mean())
             for label, ranks in r.first_ranks.items():
                 key = f"{name}: MRR, {label} labels"
-                found[key] = ranking.mean(ranking.reciprocal_ranks(ranks))
+                found[key] = float(ranking.mean(ranking.reciprocal_ranks(ranks)))
                 hits = np.where(ranks > 0, ranks <= K, np.nan)
-                found[f"{name}: recall@{K}, {label} labels"] = ranking.mean(hits)
+                found[f"{name}: recall@{K}, {label} labels"] = float(ranking.mean(hits))
                 if dtype != "float32":
                     found[f"{key}, relative"] = found[key] / figures["float32"][key] - 1
         figures[dtype] = found

@@ -98,7 +98,7 @@ class Captured(Retriever):
                 for piece in store.scan(_STEP):
                     at = slice(piece.first, piece.first + len(piece))
                     counts = piece.valid & (passages[at] >= 0) & (rates[at] > 0)
-                    x_RxE = piece.decoded(store.form.widths)[counts]
+                    x_RxE = piece.decoded(store.form)[counts]
                     x_RxE *= rates[at][counts][:, None]
                     for s in range(len(steps)):
                         chosen = nearest[at][counts] == s
