@@ -110,6 +110,8 @@ class Captured(Retriever):
 
 def _passages_of(corpus: Corpus, rows: TrainingRows) -> np.ndarray:
     """Returns the passage of each captured row, int64 [R]; −1 for text that is no passage."""
+    if corpus.training is corpus.passages:
+        return rows.sequences
     numbers = {name: i for i, name in enumerate(corpus.passages.ids)}
     of_sequence = np.array([numbers.get(name, -1) for name in corpus.training.ids], np.int64)
     return of_sequence[rows.sequences]
