@@ -51,7 +51,7 @@ def test_likelihood_is_that_of_the_evaluation(speaker_and_model):
 def test_answers_are_whole_words_with_their_probability(speaker_and_model, monkeypatch):
     """Subwords are joined to words, and words to names; a name ends where other text begins."""
     plain, model = speaker_and_model
-    texts = {"Abu Dhabi, which": 0.75, "a town": 0.25}
+    texts = {"Abu Dhabi, which": 0.75, "a Town": 0.25}
     tokenizer = Tokenizer.train([f"The capital is {text}" for text in texts] * 9, 300)
     paths = [(tokenizer.encode([text])[0], p) for text, p in texts.items()]
     speaker = Speaker(model, tokenizer, 60)

@@ -85,14 +85,10 @@ def test_smoke_open_filter_compare_highlight(page, address, folder):
     marks = page.page.locator("[data-method=trackstar] mark.target").all_inner_texts()
     assert expected[0]["targets_plaintext"] in marks
     # A filter that is half typed leaves the last list, and offers fields for its last word.
-    page.page.fill("#filter", "rank = 1 and rel")
-    page.until(lambda: "0 of" in page.text(".told"))
-    page.page.fill("#filter", "rank = 1")
-    page.until(lambda: len(listed(page)) > 0)
     before = listed(page)
     page.page.fill("#filter", "rank = 1 and (ta")
     page.until(lambda: "incomplete" in page.text(".told"))
-    assert listed(page) == before
+    assert listed(page) == before and len(before) == min(50, len(expected))
     offered = page.page.eval_on_selector_all("#filter-words option", "e => e.map((o) => o.value)")
     assert offered == ["rank = 1 and (target"]
 

@@ -23,6 +23,8 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     (path / "results").mkdir()
     items = list(records(40, 5, mean=60))
+    for i, item in enumerate(items):
+        item["relation"] = ["capital", "capital", "capital", "river", "language"][i % 5]
     other = other_method(items)
     for item in other:  # the other method has its correct passages elsewhere
         item["proponent_correct"] = item["proponent_correct"][::-1]
@@ -37,6 +39,11 @@ def workdir(tmp_path_factory):
     config["data"] = {"sentences": "", "name": "world_facts"}
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def reciprocal_rank(item):
+    marks = item["proponent_correct"]
+    return 1 / (1 + marks.index(True)) if True in marks else 0
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +74,21 @@ def test_a_run_opens_on_what_it_found(page, address, workdir):
         "TrackStar: MRR 0.651, tail-patch +2.48%",
         "BM25: MRR 0.940, tail-patch −1.45%",
     ]
-    # Three queries that the model states and of which one method finds a passage, another none.
-    items = {
-        f"{i['inputs_plaintext']} {i['targets_plaintext']}": i
-        for i in results.read(workdir / "results" / "trackstar.jsonl")
-    }
+    # Three queries that the model states, and on which the methods differ most of their relation.
+    ours, theirs = (
+        list(results.read(workdir / "results" / f"{n}.jsonl")) for n in ("trackstar", "bm25")
+    )
+    spreads = {}
+    for one, other in zip(ours, theirs, strict=True):
+        if one["is_8b_correct"]:
+            text = f"{one['inputs_plaintext']} {one['targets_plaintext']}"
+            spread = abs(reciprocal_rank(one) - reciprocal_rank(other))
+            spreads.setdefault(one["relation"], {})[text] = spread
     suggested = page.texts(".suggested a")
-    assert len(suggested) == len({items[s]["relation"] for s in suggested}) == 3
-    for text in suggested:
-        marks = items[text]["proponent_correct"]
-        assert items[text]["is_8b_correct"] and marks != marks[::-1]
+    relations = [r for s in suggested for r, texts in spreads.items() if s in texts]
+    assert len(suggested) == len({*relations}) == 3
+    for text, relation in zip(suggested, relations, strict=True):
+        assert spreads[relation][text] == max(spreads[relation].values()) > 0
     page.page.locator(".suggested a").first.click()
     page.page.wait_for_selector("article.query")
     assert page.text(".asked") == suggested[0]
