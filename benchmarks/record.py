@@ -16,11 +16,12 @@ def in_turns(
     rounds: int,
     warm_ups: int = 2,
     before: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round; each side is called before, to warm up.
 
     A round calls each side once, so that what slows the machine down slows all sides. `before` is
-    called ahead of every call that is timed, off the clock.
+    called ahead of every call that is timed, off the `clock`.
     """
     for call in sides.values():
         for _ in range(warm_ups):
@@ -29,9 +30,9 @@ def in_turns(
     for _ in range(rounds):
         for name, call in sides.items():
             before()
-            started = time.perf_counter()
+            started = clock()
             jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     return times
 
 
