@@ -44,9 +44,10 @@ class Method:
         corrected, output, curvature: see `GradientKind`.
         hessian: R is "none", "train" (R_train) or "mixed" (λ R_eval + (1 − λ) R_train).
         unit_norm: whether encodings are scaled to norm one, which makes scores cosines.
-        retriever: "gradient", one that needs no projected gradients ("bm25", "dense", "hidden",
-            "annotated"), one by the gradients of the training's own steps ("captured"), or a
-            control that looks at no query ("random", "length", "gradient_norm").
+        retriever: "gradient"; "rerank" (whole gradients of candidates); one that needs no projected
+            gradients ("bm25", "dense", "hidden", "annotated"); one by the gradients of the
+            training's own steps ("captured"); or a control that looks at no query ("random",
+            "length", "gradient_norm").
         several: whether scores are summed over several checkpoints, each with its own R.
         by_learning_rate: whether a checkpoint's weight in that sum is the learning rate of the
             steps up to it; otherwise all weigh the same.
@@ -93,13 +94,18 @@ class Method:
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether the method needs the passages' gradients."""
+        """Whether the method needs the passages' projected gradients."""
         return self.retriever in ("gradient", "gradient_norm")
 
     @property
     def takes_query_gradients(self) -> bool:
         """Whether the method needs the queries' gradients."""
         return self.takes_gradients or self.retriever == "captured"
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether the method needs gradients, projected or not."""
+        return self.takes_query_gradients or self.retriever == "rerank"
 
     @property
     def beyond_plain(self) -> dict[str, object]:
@@ -198,6 +204,21 @@ METHODS = {
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),
     "logra": Method("LoGra", hessian="train", unit_norm=False, curvature="logra"),
     "logra_cos": Method("LoGra, norm", hessian="train", curvature="logra"),
+    # Without any projection: of the candidates of a first stage, or of a small corpus. R is the
+    # product of a matrix's row and column second moments there.
+    "rerank_dot": Method("dot product, unprojected", retriever="rerank", unit_norm=False),
+    "rerank_cos": Method("cosine, unprojected", retriever="rerank"),
+    "rerank_exp3": Method("optimizer, norm, unprojected", retriever="rerank", corrected=True),
+    "rerank_exp4": Method("R_train, norm, unprojected", retriever="rerank", hessian="train"),
+    "rerank_trackstar": Method(
+        "TrackStar, unprojected", retriever="rerank", corrected=True, hessian="train"
+    ),
+    "rerank_ekfac": Method(
+        "EK-FAC influence, unprojected", retriever="rerank", unit_norm=False, curvature="ekfac"
+    ),
+    "rerank_ekfac_cos": Method(
+        "EK-FAC influence, norm, unprojected", retriever="rerank", curvature="ekfac"
+    ),
     # Similarity of hidden states.
     "hidden_last": Method("hidden states, last layer", retriever="hidden"),
     "hidden_middle": Method("hidden states, middle layer", retriever="hidden", layer="middle"),

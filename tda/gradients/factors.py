@@ -51,17 +51,7 @@ class GradientFactors:
     ):
         watched = nnx.clone(model)
         modules = dict(nnx.iter_modules(watched))
-        refused = [
-            s.path
-            for s in sites
-            if not s.tapped or layers.table(type(modules[s.module])) is not None
-        ]
-        if refused:
-            raise ValueError(
-                f"{', '.join(refused)}: gradients without projection are those of layers that "
-                "multiply their input by a matrix; leave these parameters out (exclude=, include=, "
-                "untapped='leave')"
-            )
+        check_sites(model, sites)
         self.sites = tuple(sites)
         is_head = any(s.group == "head" for s in sites)
         output_fn = losses.output(output) if isinstance(output, str) else None
@@ -126,6 +116,20 @@ class GradientFactors:
             self._check(batch, factors)
             self._check = None
         return factors
+
+
+def check_sites(model: nnx.Module, sites: Sequence[Site]) -> None:
+    """Checks that the gradient of every site has factors; see `GradientFactors`."""
+    modules = dict(nnx.iter_modules(model))
+    refused = [
+        s.path for s in sites if not s.tapped or layers.table(type(modules[s.module])) is not None
+    ]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: gradients without projection are those of layers that "
+            "multiply their input by a matrix; leave these parameters out (exclude=, include=, "
+            "untapped='leave')"
+        )
 
 
 # Shapes of the watched layers' inputs and outputs by path, while they are found out.

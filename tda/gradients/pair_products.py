@@ -28,6 +28,11 @@ from tda.runtime import host_blas, sharding
 
 # Numbers that a device holds at once while products are taken: 64 MiB of float32.
 _AT_ONCE = 2**24
+NOT_FACTORED = (
+    "R without projection is a product of a row's and a column's part, and the exact Adam "
+    "correction (gradients.correction=adam) is not: use factored or low_rank(R), or a method "
+    "without R"
+)
 # Added to a Kronecker factor of R, in mean eigenvalues.
 DAMPING = 1e-3
 
@@ -97,11 +102,7 @@ def whitened(
     whitened_metric = {}
     for path, m in metric.items():
         if m.weights is not None:
-            raise ValueError(
-                "R without projection is a product of a row's and a column's part, and the exact "
-                "Adam correction (gradients.correction=adam) is not: use factored or low_rank(R), "
-                "or a method without R"
-            )
+            raise ValueError(NOT_FACTORED)
         A, B = moments[path]
         trace = np.trace(A, axis1=-2, axis2=-1)[..., None, None]
         if not (trace > 0).all():

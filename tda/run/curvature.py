@@ -1,27 +1,90 @@
-"""Kronecker factors of a run's model, for EK-FAC and LoGra: fitted once, and kept."""
+"""Kronecker factors of a run's model, for EK-FAC, LoGra and R without projection: kept on disk."""
 
 import pathlib
 
-from tda.gradients import kronecker, sites, taps
-from tda.methods import GradientKind
+import numpy as np
+
+from tda.gradients import kronecker, pair_products, sites, taps
+from tda.gradients.factors import GradientFactors
+from tda.gradients.pair_products import Metric
+from tda.methods import GradientKind, Method
 from tda.run.run import CURVATURE_LABELS, Run, draw
-from tda.runtime import atomic_file, processes, progress
-from tda.runtime.fingerprint import fingerprint
+from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime.fingerprint import fingerprint, plain
 
 
 def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
     """Returns the taps of the gradients that EK-FAC or LoGra compares, by site."""
-    chosen, projection = run.sites(kind), run.projection(kind)
+    chosen, projection, fitted = run.sites(kind), run.projection(kind), factors(run, kind)
+    if kind.curvature == "logra":
+        return kronecker.logra_taps(chosen, projection.side, fitted)
+    return kronecker.ekfac_taps(chosen, projection, fitted, run.config.curvature.damping)
+
+
+def factors(run: Run, kind: GradientKind) -> dict[str, kronecker.Curvature]:
+    """Returns the factors of EK-FAC or LoGra by path."""
     file = file_of(run, kind)
     with run.engine.alone():
         if processes.on_first_process("look for curvature", file.exists):
-            factors = _load(file)
-        else:
-            factors = _fit(run, kind)
-            processes.on_first_process("keep curvature", lambda: _save(file, factors))
-    if kind.curvature == "logra":
-        return kronecker.logra_taps(chosen, projection.side, factors)
-    return kronecker.ekfac_taps(chosen, projection, factors, run.config.curvature.damping)
+            return _load(file)
+        fitted = _fit(run, kind)
+        processes.on_first_process("keep curvature", lambda: _save(file, fitted))
+    return fitted
+
+
+def whole_moments(
+    run: Run, method: Method, factors: GradientFactors, metric: Metric
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns E[G Gᵀ] and E[Gᵀ G] of whole gradients of a sample of passages, by path.
+
+    Args:
+        run: the run.
+        method: the method whose R they are.
+        factors: computes the gradients.
+        metric: the correction that comes before R.
+    """
+    file = file_of_metric(run, method)
+    with run.engine.alone():
+        if not processes.on_first_process("look for R without projection", file.exists):
+            sample = _sample(run)
+            sums = pair_products.zero_moments(list(factors.sites))
+            with progress.bar(len(sample), "R without projection", "passage") as bar:
+                for batch in run.layout.batches(run.corpus.passages, sample):
+                    of_batch = factors(run.layout.put(batch.arrays()))
+                    changed = pair_products.transform(metric, of_batch)
+                    sums = pair_products.add_moments(sums, changed)
+                    bar.update(len(batch.rows))
+            arrays = {
+                f"{path}|{end}": sharding.to_host(x) / np.float32(len(sample))
+                for path, pair in sums.items()
+                for end, x in zip(("left", "right"), pair, strict=True)
+            }
+
+            def save():
+                file.parent.mkdir(exist_ok=True)
+                atomic_file.write_arrays(file, arrays)
+
+            processes.on_first_process("keep R without projection", save)
+    arrays = atomic_file.read_arrays(file)
+    return {s.path: (arrays[f"{s.path}|left"], arrays[f"{s.path}|right"]) for s in factors.sites}
+
+
+def file_of_metric(run: Run, method: Method) -> pathlib.Path | None:
+    """Returns the file that a method without projection reads its metric from; None if none."""
+    kind = method.gradients
+    if kind.curvature != "none":
+        return file_of(run, kind)
+    if method.hessian == "none":
+        return None
+    provenance = run.provenance(kind)
+    provenance.pop("projection")
+    provenance |= {"R": run.curvature_provenance("whole")}
+    return run.workdir / "curvature" / f"whole-{fingerprint(plain(provenance))}.npz"
+
+
+def _sample(run: Run) -> np.ndarray:
+    settings = run.config.curvature
+    return draw(run.corpus.rows, settings.sample, settings.seed)
 
 
 def file_of(run: Run, kind: GradientKind) -> pathlib.Path:
@@ -46,7 +109,7 @@ def _fit(run: Run, kind: GradientKind) -> dict:
     """Returns the factors by path, from a sample of the corpus."""
     settings, labels = run.config.curvature, CURVATURE_LABELS[kind.curvature]
     corpus, model, chosen = run.corpus, run.trained.model, run.sites(kind)
-    rows = draw(len(corpus.passages), settings.sample, settings.seed)
+    rows = _sample(run)
 
     def batches(stage):
         sampled = kronecker.batches(

@@ -133,6 +133,9 @@ KEYS: dict[str, tuple[Any, str]] = {
     "search.scann.soar": (float, "λ of SOAR's second partition of a row; 0: one partition"),
     "search.scann.training_rows": (int, "rows of a part to learn codes and partitions from"),
     "search.scann.training_iterations": (int, "iterations of k-means"),
+    # The second stage: methods that score candidates without projection (rerank_…).
+    "rerank.passages": (100, "passages that each of rerank.candidates finds; 0: all are scored"),
+    "rerank.candidates": ("trackstar", "methods whose first passages are scored again"),
     # R.
     "hessian.sample": (0, "passages to sum R_train over, drawn at random; 0: all"),
     "hessian.seed": (0, "seed of that draw"),

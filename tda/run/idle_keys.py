@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from tda import methods
 from tda.methods import Method
+from tda.run import second_stage
 from tda.run.registry import is_of_package
 
 Methods = list[Method]
@@ -47,19 +48,23 @@ _RULES: tuple[Rule, ...] = (
         "train.epochs is 0",
     ),
     (
-        ("projection", "store", "search", "gradients.include", "gradients.exclude",
-         "gradients.untapped"),
+        ("projection", "store", "search"),
         _have(lambda m: m.takes_query_gradients),
+        "no method takes projected gradients",
+    ),
+    (
+        ("gradients.include", "gradients.exclude", "gradients.untapped"),
+        _have(lambda m: m.compares_gradients),
         "no method takes gradients",
     ),
     (
         ("gradients.correction", "gradients.second_moments", "gradients.estimate_batches"),
-        _have(lambda m: m.takes_query_gradients and m.corrected),
+        _have(lambda m: m.compares_gradients and m.corrected),
         "no method corrects gradients",
     ),
     (
         ("gradients.output",),
-        _have(lambda m: m.takes_query_gradients and not m.output),
+        _have(lambda m: m.compares_gradients and not m.output),
         "no method differentiates what it names",
     ),
     (
@@ -86,7 +91,13 @@ _RULES: tuple[Rule, ...] = (
     ),
     (("hessian.seed",), lambda c, _: c.hessian.sample > 0, "hessian.sample is 0"),
     (("several",), _have(lambda m: m.several), "no method uses several checkpoints"),
-    (("curvature",), _have(lambda m: m.curvature != "none"), "no method uses Kronecker factors"),
+    (("rerank",), _have(lambda m: m.retriever == "rerank"), "no method is of the second stage"),
+    (("rerank.candidates",), lambda c, _: c.rerank.passages > 0, "rerank.passages is 0"),
+    (
+        ("curvature",),
+        _have(lambda m: m.curvature != "none" or (m.retriever, m.hessian) == ("rerank", "train")),
+        "no method uses Kronecker factors",
+    ),
     (("curvature.damping",), _have(lambda m: m.curvature == "ekfac"), "no method is EK-FAC"),
     (("dense",), _have(lambda m: m.retriever == "dense"), "no method is dense retrieval"),
     (
@@ -110,7 +121,8 @@ def describe(config: ConfigDict, keys: Iterable[str]) -> list[str]:
         keys: the keys that the command line sets, such as "hessian.damping". A config file may set
             more than its run needs, since its methods may be chosen on the command line.
     """
-    chosen = list(methods.parse(config.methods).values())
+    named = methods.parse(config.methods)
+    chosen = list((named | second_stage.first_methods(config, named)).values())
     if not all(map(is_of_package, chosen)):
         return []  # what a plugin reads is not known here
     lines = {}

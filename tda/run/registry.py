@@ -11,6 +11,13 @@ from tda.run.controls import GradientNorm, Labels, Length, Random
 from tda.run.gradient_retrievers import Gradients, Sums
 from tda.run.retrievers import Dense, Hidden, Retriever, Words
 from tda.run.run import Run
+from tda.run.second_stage import SecondStage
+
+
+def _second_stage(run: Run) -> Retriever:
+    # Its candidates come from other retrievers.
+    return SecondStage(run, retriever_of)
+
 
 # Each makes the retriever of a run.
 RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
@@ -24,6 +31,7 @@ RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "random": Random,
     "length": Length,
     "gradient_norm": GradientNorm,
+    "rerank": _second_stage,
 }
 _OF_PACKAGE = frozenset(RETRIEVERS.values())
 # Installed packages list their plugin modules in this group of entry points.

@@ -9,11 +9,12 @@ import numpy as np
 from tda import hessian, methods
 from tda import store as stores
 from tda.gradients import adam_steps
+from tda.gradients.factors import check_sites
 from tda.methods import GradientKind, Method
 from tda.retrieval import dense, ranked
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.whitening import HessianSettings, describe_regularisation, no_leave_one_out
-from tda.run import encode
+from tda.run import encode, second_stage
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
 from tda.run.retrievers import Result, Retriever, queries_of_run
@@ -43,6 +44,9 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     # Methods that differ only in their title share a file, and are searched once.
     first = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in first.values()}
+    candidates = second_stage.first_stage(run, todo)
+    if candidates is not None:
+        retrieve(candidates)
     kinds = [m.gradients for m in todo.values() if m.takes_gradients]
     encode.print_coverage(run, kinds)
     encode.encode_together(run, kinds)
@@ -96,8 +100,12 @@ def check(config, chosen: dict[str, Method]) -> None:
         ValueError: it does not, or a method needs an extra that is not installed; the message
             names the key or the extra.
     """
+    if first := second_stage.first_methods(config, chosen):
+        check(config, first)
     for method in chosen.values():
         retriever_of(method)
+        if method.retriever == "rerank":
+            second_stage.check(config, method)
         if method.searched_by == "sums" and method.hessian == "mixed":
             raise ValueError(f"{method.title}: {NO_MIXTURE}")
         if method.hessian == "mixed":
@@ -135,7 +143,10 @@ def check_run(run: Run) -> None:
             for R_eval, or no block of which R could be a Kronecker product.
     """
     queries = len(run.corpus.queries)
-    for method in methods.parse(run.config.methods).values():
+    chosen = methods.parse(run.config.methods)
+    for method in (chosen | second_stage.first_methods(run.config, chosen)).values():
+        if method.retriever == "rerank":
+            check_sites(run.trained.model, run.sites(method.gradients))
         if method.retriever == "captured" and not run.config.train.capture:
             raise ValueError(
                 f"{method.title}: the training has to keep its examples' gradients; give "
@@ -176,7 +187,10 @@ def _groups(todo: dict[str, Method]) -> list[dict[str, Method]]:
         {n: m for n, m in todo.items() if m.shares_scan and m.gradients == kind}
         for kind in dict.fromkeys([*usual, *kinds])
     ]
-    return shared + [{n: m} for n, m in todo.items() if not m.shares_scan]
+    # Those of the second stage share the passages' gradients.
+    second = {n: m for n, m in todo.items() if m.retriever == "rerank"}
+    others = [{n: m} for n, m in todo.items() if not m.shares_scan and n not in second]
+    return shared + others + ([second] if second else [])
 
 
 def _is_begun(run: Run, kind: GradientKind) -> bool:

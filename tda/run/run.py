@@ -37,8 +37,9 @@ NO_STORE = "none"
 _GROUP_SHARDS = 16
 # The correction that a store of Adam's steps is named by.
 ADAM_STEP = "adam_step"
-# EK-FAC's Fisher matrix takes labels drawn from the model, LoGra the data's own.
-CURVATURE_LABELS = {"ekfac": "sampled", "logra": "data"}
+# EK-FAC's Fisher matrix takes labels drawn from the model, LoGra and R of whole gradients the
+# data's own.
+CURVATURE_LABELS = {"ekfac": "sampled", "logra": "data", "whole": "data"}
 
 
 @dataclasses.dataclass(frozen=True)

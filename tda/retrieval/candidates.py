@@ -1,0 +1,52 @@
+"""The candidates of a second stage: the first passages of several rankings, ranked anew."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tda.retrieval.ranked import Ranked, first_rank
+
+
+def unite(rankings: Sequence[Ranked]) -> list[np.ndarray]:
+    """Returns the rows that any of some rankings has for each query, int64, rising."""
+    rows_QxK = np.concatenate([ranked.proponents for ranked in rankings], axis=1)
+    return [np.unique(rows[rows >= 0]) for rows in rows_QxK]
+
+
+def rank(
+    first: Ranked,
+    scored: Iterable[tuple[np.ndarray, np.ndarray]],
+    k: int,
+    correct: dict[str, list[np.ndarray]] | None = None,
+) -> Ranked:
+    """Ranks candidates by new scores; all other passages follow in the order of a first stage.
+
+    So the first correct passage of a query without a correct candidate keeps its rank of the first
+    stage, if the candidates are that ranking's first. Candidates of further rankings count as if
+    they had moved up from behind it, which is the least favourable case.
+
+    Args:
+        first: the first stage, whose passages are all among the candidates.
+        scored: each query's candidates, rows and their scores.
+        k: number of proponents to keep; −1 fills up the end of shorter lists.
+        correct: for each set of labels, the correct rows of each query.
+
+    Returns:
+        The ranking, without opponents: the least of some candidates is no opponent.
+    """
+    count = len(first.proponents)
+    rows_QxK = np.full((count, k), -1, np.int64)
+    scores_QxK = np.full((count, k), -np.inf, np.float32)
+    ranks = {label: np.zeros(count, np.int64) for label in correct or {}}
+    for q, (rows, scores) in enumerate(scored):
+        order = np.lexsort((rows, -scores))[:k]
+        rows_QxK[q, : len(order)], scores_QxK[q, : len(order)] = rows[order], scores[order]
+        depth = int((first.proponents[q] >= 0).sum())
+        for label, lists in (correct or {}).items():
+            among = np.flatnonzero(np.isin(rows, lists[q]))
+            beyond = int(first.first_ranks[label][q])
+            if len(among):
+                ranks[label][q] = first_rank(scores, among)
+            elif beyond:
+                ranks[label][q] = len(rows) + max(1, beyond - depth)
+    return Ranked.of_proponents(rows_QxK, scores_QxK, ranks)

@@ -1,0 +1,150 @@
+"""The methods of the second stage in a run and in live questions, against whole gradients."""
+
+import jax
+import numpy as np
+import pytest
+
+from tda.data.batches import BatchLayout
+from tda.gradients import reference, second_stage
+from tda.gradients.moments import second_moments
+from tda.live.finished_run import LiveRun
+from tda.run import idle_keys, remembered, retrieve, stages
+from tda.run import train as training
+from tda.run.workdir import Workdir
+from tests.experiments.test_trace import make_config
+from tests.gradients.test_pair_products import whitener
+from tests.run.test_retrieve import changed, scores_of, unit
+
+NAMES = "trackstar,rerank_exp3,rerank_trackstar,rerank_ekfac"
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory, one_device):
+    """A finished run that scores five candidates of each of two methods again."""
+    path = tmp_path_factory.mktemp("second_stage")
+    config = make_config(path)
+    config.methods = NAMES
+    config.projection.blocks = 1
+    config.rerank.passages, config.rerank.candidates = 5, "trackstar,bm25"
+    config.eval.top_k = 5
+    workdir = Workdir(path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", lambda config: one_device)
+        calls, score = [], second_stage.PairScorer.score
+        patch.setattr(
+            second_stage.PairScorer,
+            "score",
+            lambda self, *args: (calls.append(list(self._metrics)), score(self, *args))[1],
+        )
+        run = stages.prepare(config, workdir)
+        ranked, _ = retrieve.retrieve(run)
+        remembered.remember(run)
+        yield run, ranked, calls[:]
+
+
+@pytest.fixture(scope="module")
+def complete(traced):
+    """The rankings of all passages."""
+    return retrieve.retrieve(changed(traced[0], rerank__passages=0, eval__top_k=12))[0]
+
+
+@pytest.fixture(scope="module")
+def gradients(traced):
+    """Whole gradients of queries and passages, float64 [N, (L,) M, N] by path."""
+    run = traced[0]
+    gradient = jax.jit(lambda b: reference.per_example_gradients(run.trained.model, b))
+
+    def of(table):
+        longest = int(table.lengths.max())
+        layout = BatchLayout((longest,), longest * len(table), run.corpus.tokenizer.pad)
+        (batch,) = layout.batches(table)
+        whole = gradient(batch.arrays())
+        sites = run.sites(retrieve.GradientKind())
+        return {s.path: np.asarray(jax.vmap(s.matrix)(whole[s.path]), np.float64) for s in sites}
+
+    return of(run.corpus.prompts), of(run.corpus.passages)
+
+
+def rows(gradients):
+    return np.concatenate([x.reshape(len(x), -1) for x in gradients.values()], axis=1)
+
+
+def test_scores_of_all_passages_are_those_of_whole_gradients(traced, complete, gradients):
+    run = traced[0]
+    sites = run.sites(retrieve.GradientKind(corrected=True))
+    scales = second_moments.read(run.trained.root, sites, "factored", run.trained.step)
+    scaled = [{p: x * np.asarray(scales[p].dense()) for p, x in g.items()} for g in gradients]
+    queries, passages = map(unit, map(rows, scaled))
+    expected = queries @ passages.T
+    np.testing.assert_allclose(scores_of(complete, "rerank_exp3"), expected, rtol=0, atol=1e-5)
+    # By hand, with R of all passages, which are fewer than curvature.sample.
+    changed_by_r = []
+    for g in scaled:
+        whitened = {p: whitener(lambda G: G, scaled[1][p])(x) for p, x in g.items()}
+        changed_by_r.append(unit(rows(whitened)))
+    expected = changed_by_r[0] @ changed_by_r[1].T
+    got = scores_of(complete, "rerank_trackstar")
+    # R of twelve passages is damped in most directions, which magnifies rounding.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+def test_candidates_have_the_scores_that_they_have_among_all(traced, complete):
+    run, ranked, _ = traced
+    first = [ranked["trackstar"].proponents]
+    first.append(retrieve.retrieve(changed(run, methods="bm25"))[0]["bm25"].proponents)
+    for name in NAMES.split(",")[1:]:
+        scores = scores_of(complete, name)
+        for q in range(4):
+            candidates = np.unique(np.concatenate([x[q] for x in first]))
+            candidates = candidates[candidates >= 0]
+            best = candidates[np.lexsort((candidates, -scores[q, candidates]))][:5]
+            assert ranked[name].proponents[q].tolist() == best.tolist()
+            np.testing.assert_allclose(
+                ranked[name].proponent_scores[q], scores[q, best], rtol=1e-3, atol=1e-5
+            )
+
+
+def test_a_live_question_has_the_runs_answer(traced):
+    run, ranked, _ = traced
+    live = LiveRun(run.workdir.path)
+    live._open(lambda *_: None)
+    number = 2
+    fact = run.corpus.queries[number]
+    methods = {n: retrieve.methods.METHODS[n] for n in NAMES.split(",")[1:]}
+    records = live.records(
+        fact.prompt(run.config.data.prompt), fact.entity1, methods, 5, lambda *_: None
+    )
+    for name, record in records.items():
+        ids = [run.corpus.passages.ids[r] for r in ranked[name].proponents[number]]
+        assert record["proponent_ids"] == ids
+    described = {m["name"]: m["lacks"] for m in live.describe(lambda *_: None)["methods"]}
+    assert described["rerank_cos"] is None and "not run" in described["rerank_exp4"]
+
+
+def test_every_pair_is_scored_once_for_all_methods(traced):
+    assert traced[2] == [NAMES.split(",")[1:]]
+
+
+def test_what_does_not_fit_is_refused(traced):
+    run = traced[0]
+    for keys, message in (
+        (dict(rerank__passages=3), "rerank.passages=3 is below eval.top_k=5"),
+        (dict(rerank__candidates="trackstar,rerank_cos"), "rerank_cos score the candidates"),
+        (dict(gradients__correction="adam"), "exact Adam correction"),
+        (dict(rerank__candidates="trackstars"), "unknown method 'trackstars'"),
+    ):
+        config = changed(run, **keys).config
+        with pytest.raises(ValueError, match=message):
+            retrieve.check(config, retrieve.methods.parse(NAMES))
+    with pytest.raises(ValueError, match="multiply their input by a matrix"):
+        retrieve.check_run(changed(run, gradients__include="embedding"))
+
+
+def test_keys_without_effect_are_told(traced):
+    run = traced[0]
+    without = changed(run, methods="trackstar").config
+    assert "no method is of the second stage" in idle_keys.describe(without, ["rerank.passages"])[0]
+    every = changed(run, rerank__passages=0).config
+    assert "rerank.passages is 0" in idle_keys.describe(every, ["rerank.candidates"])[0]
+    keys = ["rerank.passages", "rerank.candidates", "projection.side", "curvature.sample"]
+    assert not idle_keys.describe(changed(run, methods="rerank_exp4").config, keys)
