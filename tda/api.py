@@ -51,6 +51,7 @@ def trace(
     scales: dict[str, Scale] | SecondMoments | None = None,
     projection: Projection | None = None,
     k: int = 10,
+    rerank: int = 0,
     context: int | None = None,
     tokens_per_batch: int | None = None,
     include: str | None = None,
@@ -98,6 +99,10 @@ def trace(
             else V is estimated from the passages.
         projection: the random projection; by default 16 × 16 dimensions for each weight matrix.
         k: the number of proponents, and of opponents, of each query.
+        rerank: how many of the method's first passages are scored again without projection, by
+            whole gradients with the same correction and norm, and R as a product of each matrix's
+            row and column second moments; 0 for none, as many as there are passages for all. No
+            opponents are found then. For texts.
         context: the most positions of a passage, 512 by default; longer documents are cut into
             several passages.
         tokens_per_batch: the most positions that are encoded together, 4096 by default; of a small
@@ -161,7 +166,8 @@ def trace(
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
     checks.check_question(k, damping, joiner)
     # Queries are looked at first: what is wrong with them is told before the corpus is encoded.
-    return _open(model, passages, method, **options).query(queries, method, k, damping, joiner)
+    index = _open(model, passages, method, **options)
+    return index.query(queries, method, k, damping, joiner, rerank)
 
 
 def encode(

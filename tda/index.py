@@ -62,6 +62,7 @@ class Index:
         k: int = 10,
         damping: float = -1.0,
         joiner: str | None = None,
+        rerank: int = 0,
     ) -> TraceResult: ...
 
     @overload
@@ -72,13 +73,14 @@ class Index:
         k: int = 10,
         damping: float = -1.0,
         joiner: str | None = None,
+        rerank: int = 0,
     ) -> dict[str, TraceResult]: ...
 
-    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None):
+    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None, rerank=0):
         """Finds the passages that made the model say something.
 
         Args:
-            queries, k, damping, joiner: as for `tda.trace`.
+            queries, k, damping, joiner, rerank: as for `tda.trace`.
             method: a name in `tda.methods.METHODS`, by default the first that was given to
                 `tda.encode`; or a list of names, each of which ranks the passages.
 
@@ -92,6 +94,8 @@ class Index:
         names = parse_names(self._names[0] if method is None else method)
         optional = {"damping": None if damping == -1 else damping, "joiner": joiner}
         arguments = {name: x for name, x in optional.items() if x is not None}
+        chosen = [METHODS[n] for n in names]
+        checks.check_rerank(rerank, k, chosen, self._settings, self._has_tokenizer)
         idle_arguments.check(names, arguments, (), self._has_tokenizer)
         # Two kinds read them twice; what is no iterable of queries is told as it is.
         queries = list(queries) if isinstance(queries, Iterator) else queries
@@ -100,7 +104,7 @@ class Index:
         for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
             chosen = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
             kind = self._kind(next(iter(chosen.values())))
-            results |= kind.query(queries, chosen, k, damping, joiner)
+            results |= kind.query(queries, chosen, (k, rerank), damping, joiner)
         return results[names[0]] if isinstance(method, str | None) else results
 
     def _kind(self, method: Method) -> "_Kind":
@@ -141,11 +145,12 @@ class _Kind:
         self,
         queries: Iterable,
         chosen: dict[str, Method],
-        k: int,
+        depths: tuple[int, int],
         damping: float,
         joiner: str | None,
     ) -> dict[str, TraceResult]:
-        """Returns the answers of methods of this kind, by name."""
+        """Returns the answers of methods of this kind, by name; depths are k and rerank."""
+        k, rerank = depths
         # A method that mixes in R of the queries needs more of them than others.
         strictest = max(chosen.values(), key=lambda m: m.hessian == "mixed")
         encoded = self._inputs.encode_queries(queries, strictest, joiner)
@@ -154,7 +159,12 @@ class _Kind:
         # Plain methods take R of all queries, so that these are searched for together.
         (part,) = whitening.parts(chosen)
         with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
-            rankings = self._search.rank(encoded.gradients_QxE, part.scorers, k)
+            rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
+        if rerank and isinstance(self._inputs, TextInputs):
+            whole = self._inputs.whole_gradients
+            rankings = {
+                n: whole.rank(encoded.prompts, rankings[n], m, k) for n, m in chosen.items()
+            }
         for name, method in chosen.items():
             note = whitening.note(method)
             if note is not None and not quiet:

@@ -4,7 +4,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
 from tda.gradients.encoder import check_blocks
+from tda.gradients.factors import check_sites
 from tda.gradients.moments.second_moments import check_full, parse_correction
+from tda.gradients.pair_products import NOT_FACTORED
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.methods import Method
@@ -75,6 +77,32 @@ def check_question(k: Any, damping: Any, joiner: Any) -> None:
         )
     if not (joiner is None or isinstance(joiner, str)):
         raise ValueError(f"joiner={joiner!r}; give a string, such as ' ' or ''")
+
+
+def check_rerank(
+    rerank: Any, k: int, methods: Sequence[Method], settings: TraceSettings, has_tokenizer: bool
+) -> None:
+    """Checks that the first passages of methods can be scored again by whole gradients.
+
+    Raises:
+        ValueError: they cannot; the message says why, and what to do.
+    """
+    if isinstance(rerank, numbers.Integral) and not isinstance(rerank, bool) and rerank == 0:
+        return
+    check_count("rerank", rerank)
+    if rerank < k:
+        raise ValueError(f"rerank={rerank} is below k={k}: rankings would end before; raise it")
+    if not has_tokenizer:
+        raise ValueError(f"rerank={rerank} has no effect on batches: it is for texts; leave it out")
+    if any(m.hessian == "mixed" for m in methods):
+        raise ValueError(
+            f"rerank={rerank}: R without projection is that of the passages; use a method such as "
+            "'trackstar_train'"
+        )
+    is_exact = parse_correction(settings.moments.correction)[0] == "adam"
+    if is_exact and any(m.corrected and m.hessian == "train" for m in methods):
+        raise ValueError(f"rerank={rerank}: {NOT_FACTORED}")
+    check_sites(settings.model, settings.sites())
 
 
 def check_model(model: Any) -> None:

@@ -24,6 +24,7 @@ from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import checks, layouts, loss_identity
 from tda.encoding import provenance as provenances
 from tda.encoding import table as encoding
+from tda.encoding.second_stage import WholeGradients
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.examples import encode_each
@@ -52,6 +53,8 @@ class EncodedQueries:
     """In order; without texts if they are batches."""
     gradients_QxE: np.ndarray
     """float32."""
+    prompts: TokenTable | None = None
+    """Their tokens; None for batches."""
 
 
 class BatchCorpus:
@@ -282,7 +285,12 @@ class TextInputs:
         encoder, layout = self.encoder, self._layout_of(prompts)
         gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
         checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
-        return EncodedQueries(queries, gradients_QxE)
+        return EncodedQueries(queries, gradients_QxE, prompts)
+
+    @functools.cached_property
+    def whole_gradients(self) -> WholeGradients:
+        """Scores of the passages without projection."""
+        return WholeGradients(self.settings, self.corpus.table, self._layout, self._scales)
 
     def _layout_of(self, prompts: TokenTable) -> BatchLayout:
         """Returns a layout for prompts: that of earlier ones if they fit: nothing is compiled."""

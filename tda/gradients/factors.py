@@ -20,6 +20,7 @@ from tda.gradients import projection as projections
 from tda.gradients.batch_mates import is_local
 from tda.gradients.first_batch import TapsCheck
 from tda.gradients.sites import Site, module_at
+from tda.model import functional
 from tda.runtime import sharding
 
 
@@ -37,6 +38,7 @@ class GradientFactors:
         model: any NNX model.
         sites: the matrices, which must have taps and be no tables of tokens.
         output: as in `tda.gradients.encoder.make_encoder`.
+        mesh: devices that the parameters are laid out on; None leaves them where they are.
 
     Raises:
         ValueError: a site has no tap, or looks up rows; with a batch, the factors do not give the
@@ -48,6 +50,7 @@ class GradientFactors:
         model: nnx.Module,
         sites: Sequence[Site],
         output: str | Callable = "loss",
+        mesh: jax.sharding.Mesh | None = None,
     ):
         watched = nnx.clone(model)
         modules = dict(nnx.iter_modules(watched))
@@ -73,6 +76,14 @@ class GradientFactors:
             module.watched_path = site.path
         graphdef, *states = nnx.split(watched, taps.Zeros, ...)
         templates, variables = map(nnx.to_pure_dict, states)
+        if mesh is not None:
+            axes = functional.logical_axes(states[1])
+            variables = jax.tree_util.tree_map_with_path(
+                lambda path, x: jax.device_put(
+                    x, sharding.named(mesh, axes[functional.path_name(path)], x.shape)
+                ),
+                variables,
+            )
         search = unseen.make_search(model, list(sites))
 
         def factors(variables: dict, batch) -> dict[str, Factors]:

@@ -15,13 +15,16 @@ factor of two on CPUs):
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tda.data.batches import BatchLayout
+from tda.data.tokens import TokenTable
 from tda.gradients import kronecker
-from tda.gradients.factors import Factors
+from tda.gradients.factors import Factors, GradientFactors
 from tda.gradients.moments.second_moments import Scale
 from tda.gradients.sites import Site
 from tda.runtime import host_blas, sharding
@@ -142,7 +145,7 @@ def _transform(m: SiteMetric, factors: Factors) -> Factors:
     return Factors(*ends)
 
 
-def zero_moments(sites: list[Site]) -> dict[str, tuple[jax.Array, jax.Array]]:
+def zero_moments(sites: Sequence[Site]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Returns zeros to add moments to, by path."""
 
     def zeros(site: Site, side: int) -> jax.Array:
@@ -164,6 +167,24 @@ def add_moments(sums: dict, factors: dict[str, Factors]) -> dict:
         return pair[0] + left, pair[1] + right
 
     return {path: add(path, pair) for path, pair in sums.items()}
+
+
+def fit_moments(
+    factors: GradientFactors,
+    metric: Metric,
+    layout: BatchLayout,
+    table: TokenTable,
+    rows: np.ndarray,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns E[G Gᵀ] and E[Gᵀ G] of the gradients of a table's rows under a metric, by path."""
+    sums = zero_moments(factors.sites)
+    for batch in layout.batches(table, rows):
+        changed = transform(metric, factors(layout.put(batch.arrays())))
+        sums = add_moments(sums, changed)
+        on_rows(len(batch.rows))
+    count = np.float32(len(rows))
+    return {path: tuple(sharding.to_host(x) / count for x in pair) for path, pair in sums.items()}
 
 
 @jax.jit

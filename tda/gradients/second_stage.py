@@ -4,6 +4,7 @@ What is held of the queries are their factors, T·(M + N) numbers a layer, not t
 passage's factors are computed once, for all queries and metrics that ask for it, and let go.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -134,6 +135,11 @@ class PairScorer:
         Returns:
             The scores; None in all processes but the first.
         """
+        mesh = self._layout.mesh
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return self._score(queries, passages, pairs, groups, identity, on_passages)
+
+    def _score(self, queries, passages, pairs: Pairs, groups: Groups, identity, on_passages):
         scores = {name: np.zeros(len(pairs.queries), np.float32) for name in self._metrics}
         is_reduced = True
         for numbers in self._portions(queries, np.unique(pairs.queries)):
@@ -164,12 +170,17 @@ class PairScorer:
         order = np.argsort(lengths, kind="stable")
         if not len(order):
             return []
-        each = max(1, self._positions // self._layout.padded_length(int(lengths.max())))
+        each = max(1, self._positions // self._padded(lengths))
         return [numbers[order[i : i + each]] for i in range(0, len(order), each)]
+
+    def _padded(self, lengths: np.ndarray) -> int:
+        """Returns the positions of queries: a bucket's, if one is long enough."""
+        longest = int(lengths.max())
+        return next((n for n in self._layout.bucket_lengths if n >= longest), longest)
 
     def _query_side(self, queries: TokenTable, numbers: np.ndarray) -> dict[str, "_QuerySide"]:
         """Returns the transformed factors of some queries by metric, all of one padded length."""
-        longest = self._layout.padded_length(int((queries.lengths_of(numbers) - 1).max()))
+        longest = self._padded(queries.lengths_of(numbers) - 1)
         layout = dataclasses.replace(self._layout, bucket_lengths=(longest,))
         tile = min(self._tile, len(numbers))
         count = -(-len(numbers) // tile) * tile

@@ -9,7 +9,7 @@ from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_products import Metric
 from tda.methods import GradientKind, Method
 from tda.run.run import CURVATURE_LABELS, Run, draw
-from tda.runtime import atomic_file, processes, progress, sharding
+from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint, plain
 
 
@@ -47,18 +47,12 @@ def whole_moments(
     with run.engine.alone():
         if not processes.on_first_process("look for R without projection", file.exists):
             sample = _sample(run)
-            sums = pair_products.zero_moments(list(factors.sites))
             with progress.bar(len(sample), "R without projection", "passage") as bar:
-                for batch in run.layout.batches(run.corpus.passages, sample):
-                    of_batch = factors(run.layout.put(batch.arrays()))
-                    changed = pair_products.transform(metric, of_batch)
-                    sums = pair_products.add_moments(sums, changed)
-                    bar.update(len(batch.rows))
-            arrays = {
-                f"{path}|{end}": sharding.to_host(x) / np.float32(len(sample))
-                for path, pair in sums.items()
-                for end, x in zip(("left", "right"), pair, strict=True)
-            }
+                moments = pair_products.fit_moments(
+                    factors, metric, run.layout, run.corpus.passages, sample, bar.update
+                )
+            arrays = {f"{p}|left": pair[0] for p, pair in moments.items()}
+            arrays |= {f"{p}|right": pair[1] for p, pair in moments.items()}
 
             def save():
                 file.parent.mkdir(exist_ok=True)

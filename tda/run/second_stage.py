@@ -5,7 +5,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from tda import methods as method_lib
@@ -204,7 +203,6 @@ class SecondStage(Retriever):
             else:
                 title = f"second stage ({', '.join(methods)})"
                 on_rows = stack.enter_context(progress.bar(total, title, "passage")).update
-            stack.enter_context(jax.set_mesh(run.trained.mesh))
             identity = plain([identity, list(methods)])
             passages = run.corpus.passages
             return scorer.score(queries.table, passages, pairs, groups, identity, on_rows)

@@ -100,10 +100,11 @@ def test_killed_scores_resume_to_identical_bytes(factors, tmp_path, monkeypatch)
     assert len(computed) == 4
 
 
-def test_scores_are_the_same_on_a_mesh(factors, expected_QxC):
+def test_scores_are_the_same_on_a_mesh(model, expected_QxC):
     mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
     layout = dataclasses.replace(LAYOUT, tokens_per_batch=32, mesh=mesh)
     pairs = Pairs.of_lists(LISTS)
+    factors = GradientFactors(model, find_sites(model), mesh=mesh)
     scores = scorer(factors, layout=layout).score(QUERIES, PASSAGES, pairs)
     assert_right(scores, pairs, expected_QxC)
 

@@ -1,0 +1,85 @@
+"""The second stage of `tda.trace`: a method's first passages, scored again by whole gradients."""
+
+import functools
+
+import numpy as np
+
+from tda.data.batches import BatchLayout
+from tda.data.tokens import TokenTable
+from tda.encoding.settings import TraceSettings
+from tda.gradients import pair_products
+from tda.gradients.factors import GradientFactors
+from tda.gradients.moments.second_moments import Scale
+from tda.gradients.pair_products import Metric
+from tda.gradients.second_stage import Pairs, PairScorer
+from tda.methods import Method
+from tda.retrieval import candidates
+from tda.retrieval.ranked import Ranked
+from tda.runtime import progress
+
+# Passages that R is taken from at most, and bytes of the queries' factors that are held at a time.
+_SAMPLE, _MEMORY = 4096, 4 << 30
+
+
+class WholeGradients:
+    """Scores of a corpus's passages without projection.
+
+    Args:
+        settings: the arguments of `tda.trace`.
+        table: the passages.
+        layout: how they are batched.
+        scales: 1/√V by path, for methods with correction.
+
+    Raises:
+        ValueError: a parameter is no matrix that its layer multiplies by; the message names it.
+    """
+
+    def __init__(
+        self,
+        settings: TraceSettings,
+        table: TokenTable,
+        layout: BatchLayout,
+        scales: dict[str, Scale] | None,
+    ):
+        self._settings, self._table, self._layout, self._scales = settings, table, layout, scales
+        self._factors = GradientFactors(
+            settings.model, settings.sites(), settings.loss, settings.mesh
+        )
+
+    @functools.cached_property
+    def _plain(self) -> Metric:
+        sites = self._settings.sites()
+        if self._scales is None:
+            return pair_products.identity(sites)
+        return pair_products.corrected(sites, self._scales)
+
+    @functools.cached_property
+    def _whitened(self) -> Metric:
+        rows = np.arange(len(self._table))
+        if len(rows) > _SAMPLE:
+            seed = self._settings.moments.seed
+            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:_SAMPLE])
+        moments = pair_products.fit_moments(
+            self._factors, self._plain, self._layout, self._table, rows
+        )
+        return pair_products.whitened(self._plain, moments)
+
+    def rank(self, queries: TokenTable, first: Ranked, method: Method, k: int) -> Ranked:
+        """Ranks the proponents of a first ranking anew; the least of them are no opponents.
+
+        Args:
+            queries: the queries, with as many positions at most as passages may have.
+            first: the first ranking.
+            method: which correction, R and norm scores have: R is the product of a matrix's row and
+                column second moments.
+            k: the number of proponents.
+        """
+        lists = candidates.unite([first])
+        pairs = Pairs.of_lists(lists)
+        metric = self._whitened if method.hessian == "train" else self._plain
+        scorer = PairScorer(self._factors, {"": (metric, method.unit_norm)}, self._layout, _MEMORY)
+        total = len(pairs.rows) * scorer.passes(queries, np.unique(pairs.queries))
+        quiet = self._settings.quiet
+        with progress.bar(total, "second stage", "passage", quiet=quiet) as bar:
+            scores = scorer.score(queries, self._table, pairs, on_passages=bar.update)
+        return candidates.rank(first, pairs.by_query(scores[""], len(lists)), k)
