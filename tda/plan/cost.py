@@ -126,6 +126,17 @@ def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tupl
     return total
 
 
+def pair_operations(matrices: Iterable[Matrix], positions: float, query_positions: float) -> float:
+    """Returns the operations of one product of whole gradients (`tda.gradients.pair_products`).
+
+    S·T·(M + N) a matrix with S positions of the passage and T of the query, or T·M·N.
+    """
+    return sum(
+        2 * query_positions * m.count * min(positions * (m.rows + m.columns), m.rows * m.columns)
+        for m in matrices
+    )
+
+
 def batch_shapes(
     positions: np.ndarray,
     bucket_lengths: tuple[int, ...],

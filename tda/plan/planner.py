@@ -251,6 +251,16 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
         read = s.stored_bytes(rows) / reading
         seconds = rates and max(read, (whitened / rates.gram + scored / rates.scores) / devices)
         add(f"exact search, {correction}", whitened + scored, devices, seconds)
+    methods, each = s.reranking
+    if methods:
+        # The factors of a passage are computed once, for all queries that have it as a candidate.
+        passages = min(s.size.passages, each * s.size.queries)
+        length, query_length = s.mean_lengths()
+        position = cost.model_operations(s.model, (length + 1) / 2)
+        pair = methods * cost.pair_operations(s.matrices(), length, query_length)
+        operations = passages * length * position + s.size.queries * each * pair
+        seconds = rates and operations / rates.scores / devices
+        add("second stage", operations, devices, seconds)
     return out
 
 

@@ -23,7 +23,7 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
 from tda.retrieval.whitening import HessianSettings
-from tda.run import corpus, plain_corpus, train
+from tda.run import corpus, plain_corpus, second_stage, train
 from tda.run.encode import NO_STORE
 from tda.run.workdir import Workdir
 
@@ -64,6 +64,8 @@ class Setting:
     """By correction; each correction has a store of its own."""
     methods: dict[str, list[methods.Method]]
     """The methods that search a store, by correction."""
+    reranking: tuple[int, int]
+    """Methods of the second stage, and passages of a query that they score."""
     left_out: list[str]
     """Titles of methods that a plan does not estimate."""
     dtype: str
@@ -112,6 +114,16 @@ class Setting:
             for c, t in self.taps.items()
         }
         return parameters + max(sum(more[c] for c in corrections) for corrections in self.passes)
+
+    def matrices(self) -> list[cost.Matrix]:
+        """Returns the matrices whose gradients are taken."""
+        return _matrices(self.sites)
+
+    def mean_lengths(self) -> tuple[float, float]:
+        """Returns the mean positions of a passage and of a query; of passages where not known."""
+        length = self.size.tokens / self.size.passages
+        queries = self.size.query_positions
+        return length, length if queries is None else float(np.mean(queries))
 
     def shard_memory(self) -> int:
         """Returns the bytes of host memory for a store's shards: one is encoded, one written."""
@@ -178,6 +190,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         r_blocks=HessianSettings(**dict(config.hessian)).shapes_of(layout.shapes),
         taps={c: _taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods},
         methods=chosen_methods,
+        reranking=_reranking(config, size.passages),
         left_out=left_out,
         dtype=config.model.dtype,
         store_dtype=config.store.dtype,
@@ -193,7 +206,8 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
     """Returns the methods by the correction of their store, and the titles of those left out."""
     out: dict[str, list] = {}
     left_out = []
-    for method in methods.parse(config.methods).values():
+    chosen = methods.parse(config.methods)
+    for method in (chosen | second_stage.first_methods(config, chosen)).values():
         if method.retriever != "gradient":
             continue
         if method.beyond_plain.keys() - {"evaluation"}:
@@ -207,6 +221,18 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
             "to plan"
         )
     return out, left_out
+
+
+def _reranking(config, passages: int) -> tuple[int, int]:
+    """Returns the number of methods of the second stage, and the passages that a query has there.
+
+    Those of several first stages are taken to be all different.
+    """
+    chosen = methods.parse(config.methods)
+    count = sum(m.retriever == "rerank" for m in chosen.values())
+    first = second_stage.first_methods(config, chosen)
+    each = len(first) * config.rerank.passages if first else passages
+    return count, min(passages, each) if count else 0
 
 
 def _size(config, workdir: str | None) -> Size:

@@ -120,7 +120,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "search.index": ("none", "none (exact), or scann: approximate, for large corpora"),
     "search.depth": (100, "passages to ask an index for; deeper ranks are unknown"),
     "search.recall_queries": (100, "queries to measure an index's recall on"),
-    "search.memory_gib": (8.0, "memory to build and search an index in, GiB"),
+    "search.memory_gib": (8.0, "memory of an index, or of the second stage's queries, GiB"),
     # Each replaces the rule's value (tda/retrieval/scann/settings.py).
     "search.scann.part_rows": (int, "rows of a part of the index at most"),
     "search.scann.dims_per_block": (int, "numbers that a 4-bit code stands for; 0: no codes"),

@@ -17,6 +17,9 @@ def _have(has: Callable[[Method], bool]) -> Callable[[ConfigDict, Methods], bool
     return lambda config, chosen: any(map(has, chosen))
 
 
+_has_second_stage = _have(lambda m: m.retriever == "rerank")
+
+
 def _is_trained(config: ConfigDict, chosen: Methods) -> bool:
     return not config.model.pretrained or config.train.epochs > 0
 
@@ -74,8 +77,13 @@ _RULES: tuple[Rule, ...] = (
     ),
     (("store.shard_bytes",), lambda c, _: c.store.dtype != "none", "store.dtype is none"),
     (
-        ("search.depth", "search.recall_queries", "search.memory_gib", "search.scann"),
+        ("search.depth", "search.recall_queries", "search.scann"),
         lambda c, _: c.search.index != "none",
+        "search.index is none",
+    ),
+    (
+        ("search.memory_gib",),
+        lambda c, chosen: c.search.index != "none" or _has_second_stage(c, chosen),
         "search.index is none",
     ),
     (("hessian",), _have(lambda m: m.hessian != "none"), "no method has R"),
@@ -91,7 +99,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     (("hessian.seed",), lambda c, _: c.hessian.sample > 0, "hessian.sample is 0"),
     (("several",), _have(lambda m: m.several), "no method uses several checkpoints"),
-    (("rerank",), _have(lambda m: m.retriever == "rerank"), "no method is of the second stage"),
+    (("rerank",), _has_second_stage, "no method is of the second stage"),
     (("rerank.candidates",), lambda c, _: c.rerank.passages > 0, "rerank.passages is 0"),
     (
         ("curvature",),

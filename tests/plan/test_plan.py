@@ -109,6 +109,26 @@ def test_each_correction_of_the_methods_has_a_store_of_its_own():
     assert setting.of(config).decompositions("none") == (1, 1)
 
 
+def test_the_second_stage_is_counted(paper):
+    """And the first stage of its candidates, where the table has no such row."""
+    config = paper_c4.get_config()
+    config.methods, config.rerank.passages = "rerank_cos,rerank_exp4", 1000
+    config.rerank.candidates = "trackstar,bm25"
+    found = planner.run(config, hardware=chips.parse("v5p-256"))
+    assert stage(found, "encode corpus") == stage(paper, "encode corpus")
+    s = setting.of(config)
+    assert s.reranking == (2, 2000)
+    length = 160e9 / 365e6
+    (m, n) = s.sites[0].rows, s.sites[0].columns
+    one = cost.pair_operations([cost.Matrix(m, n)], length, 10)
+    assert one == 2 * 10 * min(length * (m + n), m * n)
+    pairs = 2 * 5415 * 2000 * cost.pair_operations(s.matrices(), *s.mean_lengths())
+    encoding = 5415 * 2000 * length * cost.model_operations(s.model, (length + 1) / 2)
+    second = stage(found, "second stage")
+    assert second["operations"] == pytest.approx(pairs + encoding, rel=0.01)
+    assert second["seconds"] > 0
+
+
 def test_a_pass_of_two_corrections_counts_the_model_once(paper):
     """And methods that are not reckoned are told, not taken for others."""
     config = paper_c4.get_config()

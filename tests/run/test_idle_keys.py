@@ -27,6 +27,8 @@ def config_of(**changes):
         ("trackstar_all", "hessian.evaluation", {}),
         ("trackstar", "hessian.seed", {}),
         ("trackstar", "search.depth", {}),
+        ("trackstar", "search.memory_gib", {}),
+        ("trackstar", "rerank.passages", {}),
         ("trackstar", "search.scann.leaves", {}),
         ("trackstar", "several.checkpoints", {}),
         ("trackstar", "curvature.sample", {}),
@@ -50,17 +52,17 @@ def test_a_key_that_no_method_reads_is_told(methods, key, changes):
 @pytest.mark.parametrize(
     ("methods", "changes"),
     [
-        ("trackstar,dense,ekfac,trak,hidden_last", {"search.index": "scann", "hessian.sample": 9,
-                                                    "data.statements": 1}),
-        ("trackstar,dense,ekfac,trak", {"data.sentences": "a", "data.facts": "b"}),
-        ("trackstar,dense,ekfac,trak", {"data.corpus": "a", "data.queries": "b"}),
+        ("trackstar,dense,ekfac,trak,rerank_cos,hidden_last",
+         {"search.index": "scann", "hessian.sample": 9, "data.statements": 1}),
+        ("trackstar,dense,ekfac,trak,rerank_cos", {"data.sentences": "a", "data.facts": "b"}),
+        ("trackstar,dense,ekfac,trak,rerank_cos", {"data.corpus": "a", "data.queries": "b"}),
     ],
 )  # fmt: skip
 def test_keys_that_are_read_are_not_told(methods, changes):
     config = config_of(methods=methods, **changes)
     idle = {"plan", "counterfactual"}
     if config.search.index == "none":
-        idle |= {"search.depth", "search.recall_queries", "search.memory_gib", "search.scann"}
+        idle |= {"search.depth", "search.recall_queries", "search.scann"}
         idle |= {"hessian.seed", "data.name", "data.statements_of"}
     # TFDS's directory is that of a corpus without labels too.
     idle |= {"data.dir"} if config.data.sentences else set()

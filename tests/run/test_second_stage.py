@@ -15,7 +15,7 @@ from tests.experiments.test_trace import make_config
 from tests.gradients.test_pair_products import whitener
 from tests.run.test_retrieve import changed, scores_of, unit
 
-NAMES = "trackstar,rerank_exp3,rerank_trackstar,rerank_ekfac"
+NAMES = "trackstar,rerank_exp3,rerank_trackstar"
 
 
 @pytest.fixture(scope="module")
