@@ -241,7 +241,7 @@ class PairScorer:
                 products = side[name].products(metric, changed, [queries[a] for a in at])
                 for i, (a, product) in enumerate(zip(at, products, strict=True)):
                     norms_U = side[name].norms[queries[a]] * norms_B[i]
-                    scores[name][a] = product / np.where(norms_U > 0, norms_U, 1)
+                    scores[name][a] = product / np.where(norms_U == 0, 1, norms_U)
             on_passages(len(members))
         return {
             n: np.where(np.isfinite(x), x, -np.inf).astype(np.float32) for n, x in scores.items()
