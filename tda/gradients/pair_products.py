@@ -238,7 +238,7 @@ def all_products(
     def of_layer(m: SiteMetric, passages: Factors, queries: Factors):
         (S, M, N), (T, _, _) = _shape(passages), _shape(queries)
         B, Q = len(passages.inputs), len(queries.inputs)
-        if _whole(B, Q, S, T, M, N) > B * min(_ghost(Q, S, T, M, N, m), _half(Q, S, T, M, N)):
+        if _both_formed(B, Q, S, T, M, N) > B * min(_ghost(Q, S, T, M, N, m), _half(Q, S, T, M, N)):
             return _map(
                 lambda x_SxM, d_SxN: _products(m, x_SxM, d_SxN, *queries),
                 passages,
@@ -264,12 +264,14 @@ def operations(
         *stack, B, _, _ = passages[path].inputs.shape
         layers, Q = math.prod(stack), queries[path].inputs.shape[-3]
         listed += layers * B * min(_ghost(each, *shape, m), _half(each, *shape))
-        of_tile = min(_ghost(tile, *shape, m), _half(tile, *shape), _whole(B, tile, *shape) / B)
+        of_tile = min(
+            _ghost(tile, *shape, m), _half(tile, *shape), _both_formed(B, tile, *shape) / B
+        )
         complete += layers * B * of_tile * Q / tile
     return listed, complete
 
 
-def _whole(B: int, Q: int, S: int, T: int, M: int, N: int) -> int:
+def _both_formed(B: int, Q: int, S: int, T: int, M: int, N: int) -> int:
     return (B * S + Q * T + B * Q) * M * N
 
 
