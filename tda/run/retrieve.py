@@ -109,14 +109,15 @@ def check(config, chosen: dict[str, Method]) -> None:
         if method.searched_by == "sums" and method.hessian == "mixed":
             raise ValueError(f"{method.title}: {NO_MIXTURE}")
         if method.hessian == "mixed":
-            evaluation = HessianSettings(**dict(config.hessian)).evaluation_of(method)
+            settings = HessianSettings(**dict(config.hessian))
+            evaluation = settings.evaluation_of(method)
             if evaluation == "leave_one_out" and config.search.index != "none":
                 raise ValueError(
                     f"{method.title}: with R_eval leave_one_out a passage has another norm for "
                     "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
                     "or search.index=none"
                 )
-            if evaluation == "leave_one_out" and config.hessian.structure == "kronecker":
+            if evaluation == "leave_one_out" and settings.structure == "kronecker":
                 raise ValueError(no_leave_one_out(method))
         if method.steps_by_adam and config.train.optimizer not in adam_steps.OPTIMIZERS:
             raise ValueError(
