@@ -1,10 +1,11 @@
 """The surrogate adjoint: reverse mode through Adam's recursion, without second derivatives.
 
 The exact cotangent passes a step's Hessian and the path through Adam's second moment. Here the
-Hessian is the mean Fisher matrix of labels drawn from the model, H̄ = Σ_i g_i g_iᵀ / tokens over a
-sample, or nothing, and the second moment's path is left out. With u the cotangent of a step's
-gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: what is left are the passages' gradients at each step,
-which all queries share. (With the batch's own labels in H̄ the recursion diverges.)
+second moment's path is left out, and the Hessian is one of three: the Gauss–Newton matrix of the
+step's batch, by products; the mean Fisher matrix of labels drawn from the model,
+H̄ = Σ_i g_i g_iᵀ / tokens over a sample, the same at every step; or nothing. With u the cotangent
+of a step's gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: what is left are the passages' gradients
+at each step, which all queries share. (With the batch's own labels in H̄ the recursion diverges.)
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tda.counterfactual.example_gradients import ExampleGradients, as_rows
+from tda.counterfactual.example_gradients import ExampleGradients, as_rows, by_path
+from tda.counterfactual.inverse import gauss_newton
 from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import State
 from tda.gradients.kronecker import sampled_loss
@@ -70,15 +72,44 @@ def fisher_rows(
     return jnp.concatenate(rows) / jnp.float32(tokens) ** 0.5
 
 
-def surrogate(
-    reverse: Reverse, recursion: AdamRecursion, fisher_SxP: jax.Array | None
-) -> np.ndarray:
+# Maps a batch's arrays, the parameters before its step, and u [Q, P], to H u.
+Hessian = Callable[[dict, dict, jax.Array], jax.Array]
+
+
+def mean_fisher(fisher_SxP: jax.Array) -> Hessian:
+    """Returns products with the mean Fisher matrix whose rows are those of `fisher_rows`."""
+
+    @jax.jit
+    def product(u_QxP, fisher_SxP):
+        product_QxS = jnp.matmul(u_QxP, fisher_SxP.T, precision="highest")
+        return jnp.matmul(product_QxS, fisher_SxP, precision="highest")
+
+    return lambda batch, params, u_QxP: product(u_QxP, fisher_SxP)
+
+
+def batch_gauss_newton(model_fn: functional.Functional) -> Hessian:
+    """Returns products with the Gauss–Newton matrix of each step's batch, at its parameters.
+
+    Args:
+        model_fn: the model's structure, through whose layers `jax.jvp` passes
+            (`tda.counterfactual.metagradients.with_plain_attention`).
+    """
+
+    @jax.jit
+    def product(batch, params, u_QxP):
+        x, tokens = by_path(u_QxP, params), jnp.sum(batch["weights"])
+        return as_rows(gauss_newton(model_fn, params, batch, x, tokens))
+
+    return product
+
+
+def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | None) -> np.ndarray:
     """Returns −dL/dw of every query and passage, by the surrogate: float32 [Q, N].
 
     Args:
         reverse: the training with its kept states, and the queries.
         recursion: the optimizer.
-        fisher_SxP: from `fisher_rows`; None for no Hessian.
+        hessian: `batch_gauss_newton` or `mean_fisher`; None for no Hessian.
 
     Raises:
         ValueError: the optimizer keeps no second moments as Adam does.
@@ -97,17 +128,18 @@ def surrogate(
             batch = training.batches[step]
             gradients_BxP = as_rows(training.example_gradients(before["params"], batch.arrays))
             tokens = max(float(batch.arrays["weights"].sum()), 1.0)
-            theta_QxP, mu_QxP, d_QxB = step_back(
+            theta_QxP, mu_QxP, u_QxP, d_QxB = step_back(
                 theta_QxP,
                 mu_QxP,
                 gradients_BxP,
                 second_moment(after),
-                fisher_SxP,
                 jnp.float32(step),
                 jnp.float32(recursion.learning_rate(step)),
                 jnp.float32(tokens),
                 recursion=dataclasses.replace(recursion, learning_rate=no_rate),
             )
+            if hessian is not None:
+                theta_QxP = theta_QxP + hessian(batch.arrays, before["params"], u_QxP)
             rows = batch.rows
             scores_QxN[:, rows] -= sharding.to_host(d_QxB)[:, : len(rows)]
             bar.update(1)
@@ -133,8 +165,11 @@ def inverse_root(nu_P, step, recursion: AdamRecursion):
     return 1 / (jnp.sqrt(nu_P / (1 - r.b2 ** (step + 1)) + r.eps_root) + r.eps)
 
 
-def _step_back(theta, mu, gradients_BxP, nu_P, fisher_SxP, step, rate, tokens, recursion):
-    """Returns the cotangents of parameters and first moment before a step, and dL/dw, [Q, B]."""
+def _step_back(theta, mu, gradients_BxP, nu_P, step, rate, tokens, recursion):
+    """Returns the cotangents before a step, without its Hessian.
+
+    Those of the parameters and of the first moment, u of the step's gradient, and dL/dw, [Q, B].
+    """
     r = recursion
     mu = mu - rate / (1 - r.b1 ** (step + 1)) * inverse_root(nu_P, step, r) * theta
     gradient_P = jnp.sum(gradients_BxP, axis=0) / tokens
@@ -143,8 +178,5 @@ def _step_back(theta, mu, gradients_BxP, nu_P, fisher_SxP, step, rate, tokens, r
     factor = jnp.minimum(1.0, r.clip / jnp.maximum(norm, 1e-30)) if r.clip else 1.0
     u_QxP = (1 - r.b1) * factor * mu
     theta = theta * (1 - rate * r.weight_decay)
-    if fisher_SxP is not None:
-        product_QxS = jnp.matmul(u_QxP, fisher_SxP.T, precision="highest")
-        theta = theta + jnp.matmul(product_QxS, fisher_SxP, precision="highest")
     d_QxB = jnp.matmul(u_QxP, gradients_BxP.T, precision="highest") / tokens
-    return theta, r.b1 * mu, d_QxB
+    return theta, r.b1 * mu, u_QxP, d_QxB

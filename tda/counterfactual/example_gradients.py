@@ -31,3 +31,12 @@ class ExampleGradients:
 def as_rows(gradients: dict[str, jax.Array]) -> jax.Array:
     """Returns gradients by path, each [B, …], as rows [B, P]."""
     return jnp.concatenate([x.reshape(len(x), -1) for x in gradients.values()], axis=1)
+
+
+def by_path(rows_BxP: jax.Array, params: dict) -> dict[str, jax.Array]:
+    """Returns rows as arrays [B, …] by path, in the shapes of parameters: undoes `as_rows`."""
+    out, first = {}, 0
+    for path, x in functional.flat_parameters(params).items():
+        out[path] = rows_BxP[:, first : first + x.size].reshape(len(rows_BxP), *x.shape)
+        first += x.size
+    return out

@@ -42,6 +42,7 @@ _SEGMENTS = 3
 
 TITLES = {
     "metagradient": "metagradient (exact)",
+    "adjoint_batch": "Adam's adjoint, Gauss–Newton of the batch",
     "adjoint": "Adam's adjoint, mean Fisher",
     "adjoint_none": "Adam's adjoint, no Hessian",
     "in_run_adam": "in-run first order, Adam",
@@ -109,7 +110,9 @@ class BankScores:
         if name == "metagradient":
             return self._metagradients()
         if name.startswith("adjoint"):
-            return retrained.by_unit(self._adjoint(has_fisher=name == "adjoint"))
+            return retrained.by_unit(
+                adjoint.surrogate(retrained.reverse, self._recursion(), self._hessian(name))
+            )
         if name.startswith("in_run"):
             is_preconditioned = name == "in_run_adam"
             return retrained.by_unit(
@@ -164,14 +167,20 @@ class BankScores:
             **train.adam_constants(self.config),
         )
 
-    def _adjoint(self, has_fisher: bool) -> np.ndarray:
-        retrained, fisher = self.retrained, None
-        if has_fisher:
-            params = retrained.reverse.final_state()["params"]
-            sample = self._sampled(self.config.counterfactual.fisher)
-            model_fn = retrained.trainings[0].model_fn
-            fisher = adjoint.fisher_rows(model_fn, params, sample, _FISHER_NUMBERS)
-        return adjoint.surrogate(retrained.reverse, self._recursion(), fisher)
+    def _hessian(self, name: str) -> adjoint.Hessian | None:
+        """Returns the products that an adjoint of this name has for the Hessian's."""
+        training = self.retrained.trainings[0]
+        if name == "adjoint_batch":
+            return adjoint.batch_gauss_newton(
+                with_plain_attention(training.model_fn, training.params)
+            )
+        if name == "adjoint_none":
+            return None
+        params = self.retrained.reverse.final_state()["params"]
+        sample = self._sampled(self.config.counterfactual.fisher)
+        return adjoint.mean_fisher(
+            adjoint.fisher_rows(training.model_fn, params, sample, _FISHER_NUMBERS)
+        )
 
     def _gradient_score(self, name: str, final: dict) -> GradientScore:
         model = self.retrained.trainings[0].model_fn.merge(final["params"])

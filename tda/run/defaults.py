@@ -185,8 +185,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),
     "counterfactual.together": (1, "retrainings that one program runs at a time"),
     "counterfactual.methods": (
-        "metagradient,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,ekfac_astra,source,"
-        "shampoo_whole,ekfac_whole,dot_whole,cosine_whole,layers_dot_whole,adam_dot_whole,"
+        "metagradient,adjoint_batch,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,"
+        "source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,layers_dot_whole,adam_dot_whole,"
         "adam_cosine_whole",
         "methods of the bank's own, beside those of methods (tda/run/bank_scores.py)",
     ),
