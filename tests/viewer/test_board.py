@@ -165,6 +165,11 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         page.page.click("text=Against retraining")
         page.page.wait_for_selector("article.board")
         assert page.page.input_value("#board-query") == "2"
+        page.page.keyboard.press("j")
+        page.until(lambda: page.page.input_value("#board-query") == "3")
+        page.page.keyboard.press("k")
+        page.until(lambda: page.page.input_value("#board-query") == "2")
+        page.drawn()
         # A method with passages of its own stands first.
         page.page.click("tbody >> text=metagradient")
         page.until(lambda: "method=metagradient" in page.page.url)

@@ -100,16 +100,9 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
     # What is not to be had is folded away, with its reason.
     assert page.page.locator(".methods input[value=exp5]").count() == 0
-    assert page.text(".methods summary") == "1 methods need what this run does not have"
+    assert page.text(".methods summary") == "1 not available in this run"
     assert "Exp 5: no such store" in page.page.locator(".methods li").text_content()
     page.until(lambda: page.text(".progress") == "", "nothing is under way")
-    # An example is a prompt of the results whose target the model states.
-    example = page.page.locator(".ask .chip").first
-    stated = [r["inputs_plaintext"] for r in records(5, 3, mean=40) if r["is_8b_correct"]]
-    assert example.inner_text() in stated
-    example.click()
-    page.until(lambda: answers.asked == [(example.inner_text(), 8)])
-    page.page.fill("#target", "")
     page.page.fill("#prompt", "The capital of France is")
     page.page.click("text=Let the model complete it")
     page.page.wait_for_selector(".completed button")
@@ -140,6 +133,14 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     page.page.click(".views >> text=Trace")
     page.page.wait_for_selector(".results .column")
     assert page.page.input_value("#target") == "Paris"
+    # An example is a prompt of the results whose target the model states.
+    example = page.page.locator(".ask .chip").first
+    stated = [r["inputs_plaintext"] for r in records(5, 3, mean=40) if r["is_8b_correct"]]
+    assert example.inner_text() in stated
+    example.click()
+    assert page.page.input_value("#prompt") == example.inner_text()
+    page.until(lambda: answers.asked[-1] == (example.inner_text(), 8))
+    page.until(lambda: page.page.input_value("#target") == "Paris")
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ export class Live {
     const lacking = methods.filter((m) => m.lacks);
     fill(this.choice, h("span.label", {}, "Methods"), first.map(check),
       further.length > 0 && h("details", {}, h("summary", {}, `${further.length} more methods`), further.map(check)),
-      lacking.length > 0 && h("details", {}, h("summary", {}, `${lacking.length} methods need what this run does not have`),
+      lacking.length > 0 && h("details", {}, h("summary", {}, `${lacking.length} not available in this run`),
         h("ul", {}, lacking.map((m) => h("li.quiet", {}, h("b", {}, m.title), `: ${m.lacks}`)))));
     const { passages, parameters } = this.abilities;
     this.choice.append(h("p.quiet", {}, `${passages.toLocaleString("en-US")} passages, a model of ${parameters.toLocaleString("en-US")} parameters`));

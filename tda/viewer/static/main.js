@@ -134,7 +134,7 @@ function drawTop() {
 
 /** The methods in one line; opened, all of them with their figures. */
 function picker() {
-  const head = ["shown", `MRR@${Math.max(...data.files.map((f) => f.longest))}`, "R@10", "P@10", ""];
+  const head = ["shown", `MRR@${Math.max(...data.files.map((f) => f.longest))}`, "R@10", "P@10", "order"];
   return h("details.picker", { open: document.querySelector(".picker")?.open },
     h("summary", {}, h("b", {}, "Methods"), " ", rows.files.map((f) => f.title).join(" · "),
       h("span.quiet", {}, ` ${rows.files.length} of ${data.files.length}`)),
@@ -243,11 +243,17 @@ function remembered(chosen) {
   }
 }
 
+/** Goes to another query: of the board where the board is shown, else of the list. */
+function step(by) {
+  if (rows.state.view !== "board") return sidebar.step(by);
+  document.getElementById(by > 0 ? "board-next" : "board-previous")?.click();
+}
+
 const KEYS = {
-  j: () => sidebar.step(1),
-  ArrowRight: () => sidebar.step(1),
-  k: () => sidebar.step(-1),
-  ArrowLeft: () => sidebar.step(-1),
+  j: () => step(1),
+  ArrowRight: () => step(1),
+  k: () => step(-1),
+  ArrowLeft: () => step(-1),
   r: () => sidebar.random(),
   "/": () => (sidebar.unfold(true), sidebar.input.focus()),
   g: () => (sidebar.unfold(true), sidebar.jump.focus()),
