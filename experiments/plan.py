@@ -6,8 +6,9 @@
 Without `--hardware` the encoder and the products are timed here for some seconds; with it, the
 number of operations is divided by the peak rate of such chips, times `--mfu`. The exit status is 1
 if something does not fit. Nothing is trained or written to `--workdir`, which only says on which
-disk the stores will be. Training, tail-patches and BM25 are not estimated, nor are methods of
-several checkpoints, other outputs or curvature: the plan lists those it leaves out.
+disk the stores will be, and may hold the tokens of `data.corpus`. Training, tail-patches and BM25
+are not estimated, nor are methods of several checkpoints, other outputs or curvature: the plan
+lists those it leaves out.
 """
 
 import sys

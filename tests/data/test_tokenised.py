@@ -1,5 +1,6 @@
 """A corpus as passages: on disk as in memory, killed or not, with ids that lead back."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
 from tda.data.tokenizer import Tokenizer
 from tda.runtime import preemption
+from tda.runtime.engine import Engine
 from tda.runtime.fingerprint import hash_64_bits
 from tests.data.test_pretrained_tokenizer import TEXTS, byte_level
 
@@ -281,6 +283,27 @@ def test_what_json_cannot_describe_is_tokenised_in_one_process(tokenizer, tmp_pa
         assert len(table)
     with pytest.raises(TypeError, match="NoneType"):  # workers would be started for the rest
         tokenised.tokenise_on_disk(tmp_path / "2", corpus, tokenizer, 24, quiet=True)
+
+
+def test_programs_on_other_hosts_cut_a_corpus_alike(tokenizer, tmp_path, monkeypatch):
+    """Guards: tasks of an array whose numbers mean other parts where there are more processors."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS * 30))
+    missing = {}
+
+    class Task(Engine):
+        programs = 3
+
+        def compute(self, work):
+            missing[workers] = work.list_missing()
+            work.compute(missing[workers][::2])
+
+    for workers in (1, 8):
+        monkeypatch.setattr(tokenising, "count_workers", lambda _, n=workers: n)
+        with contextlib.suppress(TypeError):  # the index lacks parts at first
+            tokenised.tokenise_on_disk(
+                tmp_path / "t", Corpus(tmp_path / "a.jsonl"), tokenizer, 24, True, Task()
+            )
+    assert missing == {1: [0, 1, 2], 8: [1]}
 
 
 def read_all(table):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.run.test_array_run import contents
-from tests.run.test_many_processes import FLAGS, keys
+from tests.run.test_many_processes import FLAGS, keys, plain_keys
 
 # Small groups. Of every work one worker is killed at its first group.
 PROGRAM = """
@@ -28,7 +28,7 @@ class Dying(ray_worker.Worker):
         super().__init__(opening)
 
     def compute(self, work, number):
-        stage = work.partition("-")[0]
+        stage = "tokens" if work.startswith("tokens") else work.partition("-")[0]
         try:
             (FOLDER / stage).touch(exist_ok=False)
         except FileExistsError:
@@ -44,10 +44,17 @@ launch(experiments.trace.main, is_alone=experiments.engine_flags.is_alone)
 
 
 @pytest.mark.slow
-def test_workers_of_ray_are_killed_in_every_stage_and_the_run_ends(tmp_path):
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_workers_of_ray_are_killed_in_every_stage_and_the_run_ends(tmp_path, has_labels):
     pytest.importorskip("ray")
-    methods = "trackstar,exp2,hidden_last,bm25"
-    arguments = keys(tmp_path, methods=methods, **{"eval.samples": 0})
+    stages = {"encode queries", "encode corpus", "R", "search", "tail"}
+    if has_labels:
+        methods = "trackstar,exp2,hidden_last,bm25"
+        arguments = keys(tmp_path, methods=methods, **{"eval.samples": 0})
+        stages.add("hidden")
+    else:
+        arguments = plain_keys(tmp_path, methods="trackstar", **{"eval.samples": 0})
+        stages.add("tokens")
     killed = tmp_path / "killed"
     killed.mkdir()
     flags = " ".join(["--xla_force_host_platform_device_count=1", *FLAGS])
@@ -67,6 +74,5 @@ def test_workers_of_ray_are_killed_in_every_stage_and_the_run_ends(tmp_path):
             timeout=1500,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    stages = {"encode queries", "encode corpus", "R", "search", "hidden", "tail"}
     assert {path.name for path in killed.iterdir()} == stages
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")

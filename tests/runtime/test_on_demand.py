@@ -46,6 +46,38 @@ def test_groups_of_a_work_are_computed_by_one_start_of_the_stages():
     assert stages.results["second"] == {1} and stages.starts == 3 and stages.reduced == ["first"]
 
 
+def test_a_worker_opens_before_the_model_is_trained():
+    results, trained = {"tokens": set(), "encode": set()}, []
+
+    def stages(engine):
+        for name, missing in results.items():
+            engine.compute(
+                Work(
+                    name,
+                    missing.update,
+                    None,
+                    lambda r=missing: [*({0, 1} - r)],
+                    precedes_training=name == "tokens",
+                )
+            )
+            if not trained:
+                raise ValueError("not trained")
+            if engine.is_opening:
+                return
+
+    worker = OnDemand(stages)
+    worker.open()
+    assert results == {"tokens": set(), "encode": set()}
+    for number in (0, 1):
+        worker.request("tokens", number)
+    with pytest.raises(ValueError, match="not trained"):
+        worker.request("encode", 1)
+    trained.append(True)
+    worker.request("encode", 1)
+    assert results == {"tokens": {0, 1}, "encode": {1}}
+    OnDemand(stages).open()
+
+
 def test_an_error_of_a_group_is_raised_and_the_worker_goes_on():
     stages = Stages()
     worker, stages.failing = OnDemand(stages), 1
