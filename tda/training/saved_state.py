@@ -93,12 +93,23 @@ class SavedState:
                 return reader.restore(self.path / tree_name, args=arguments)
 
         try:
-            restored = restore(lambda leaf: None)
+            # Else a process without a part would fail alone, and the others wait for it.
+            is_shared = all(map(_is_everywhere, leaves))
+            restored = restore((lambda leaf: None) if is_shared else _layout_here)
         except ValueError as error:
             if "sharding" not in str(error).lower():
                 raise
             restored = restore(_layout_here)  # saved on devices that are not here
         return {n: x for n, x in zip(names, jax.tree.leaves(restored), strict=True) if n in chosen}
+
+
+def _is_everywhere(leaf) -> bool:
+    """Returns whether every process has some of the devices that a leaf was saved from."""
+    saved = getattr(leaf, "sharding", None)
+    if saved is None or jax.process_count() == 1:
+        return True
+    holders = {device.process_index for device in saved.to_jax_sharding().device_set}
+    return len(holders) == jax.process_count()
 
 
 def _layout_here(leaf) -> jax.sharding.Sharding:
