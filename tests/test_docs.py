@@ -52,8 +52,11 @@ def files_of_the_pages(directory: pathlib.Path) -> None:
 def world(tmp_path, monkeypatch):
     files_of_the_pages(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    return tmp_path
+    before = dict(methods.METHODS)
+    yield tmp_path
+    # In place: other modules hold the dictionary itself.
+    methods.METHODS.clear()
+    methods.METHODS.update(before)
 
 
 def run_snippets(text: str) -> tuple[dict, str]:
