@@ -65,6 +65,7 @@ setup(
             "matplotlib>=3.11.2",
             "moto[server]>=5.2.5",
             "mypy>=2.4.1",
+            "pandas>=3.1.1",
             "playwright>=1.65.2",
             "pyarrow>=26.0.1",
             "pytest>=9.2.0",
@@ -82,6 +83,8 @@ setup(
             "rank-bm25>=0.2.2",
             "sentence-transformers>=6.2.0",
         ],
+        # Answers as a table (`to_pandas`).
+        "pandas": ["pandas>=3.1.1"],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
         # Many machines as workers of a Ray cluster.

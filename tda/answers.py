@@ -6,14 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import Any, overload
 
 from tda import results
 from tda.viewer import opening
 from tda.viewer.collection import Collection
-
-if TYPE_CHECKING:
-    import pandas
 
 # Queries that a notebook shows.
 _SHOWN = 20
@@ -88,8 +85,8 @@ class TraceResult(Sequence[Answer]):
                 answer.id, "queries", answer.prompt, answer.target, proponents, opponents
             )
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Returns a table with a row for each ranked passage.
+    def to_pandas(self) -> Any:
+        """Returns a pandas.DataFrame with a row for each ranked passage.
 
         Its columns: query, prompt, target, list ("proponents" or "opponents"), rank (from 1),
         score, passage (the id) and text.
@@ -100,7 +97,7 @@ class TraceResult(Sequence[Answer]):
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("a table needs pandas: pip install pandas") from error
+            raise ImportError("a table needs pandas: pip install 'tda-jax[pandas]'") from error
         return pandas.DataFrame.from_records(
             [
                 (a.id, a.prompt, a.target, title, rank, p.score, p.id, p.text)

@@ -125,7 +125,8 @@ def test_unknown_arguments_are_refused_before_anything_is_encoded(model, tokeniz
 
 
 def test_answers_become_a_table_and_a_page(model, tokenizer, monkeypatch):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     answers = call(model, tokenizer)
     frame = answers.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 2 * 2 * 3
