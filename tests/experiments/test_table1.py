@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from experiments import table1
 from tda import methods
 from tda.methods import METHODS
-from tda.run import stages
+from tda.run import paper_table, stages
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -21,7 +20,7 @@ def test_writes_the_table_three_times(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "trace", lambda config, workdir, engine: (metrics, notes))
     config = make_config(tmp_path)
     config.methods = "trackstar,random"
-    assert table1.run(config, Workdir(tmp_path / "w")) == metrics
+    assert paper_table.run(config, Workdir(tmp_path / "w")) == metrics
     text = (tmp_path / "w" / "table1.md").read_text()
     assert "| TrackStar | yes | mixed | yes | 0.500 |" in text
     assert "λ = 0.250 at component 3; R_eval of all queries; damping 0.001" in text
@@ -51,7 +50,7 @@ def test_every_row_from_end_to_end(tmp_path):
     config.train.keep = 0
     config.eval.samples = 0
     config.several.keep_stores = False
-    metrics = table1.run(config, Workdir(tmp_path / "w"))
+    metrics = paper_table.run(config, Workdir(tmp_path / "w"))
     assert set(metrics) == set(METHODS) - {"dense"}
     with open(tmp_path / "w" / "table1.csv") as lines:
         rows = {r["method"]: r for r in csv.DictReader(lines)}
@@ -67,4 +66,4 @@ def test_every_row_from_end_to_end(tmp_path):
     }
     assert len(steps) == 1  # those of earlier checkpoints are gone
     # What is there is read, and the same.
-    assert table1.run(config, Workdir(tmp_path / "w")) == metrics
+    assert paper_table.run(config, Workdir(tmp_path / "w")) == metrics
