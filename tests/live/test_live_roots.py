@@ -27,6 +27,7 @@ def ask(data, folder, number, k=40, on_progress=lambda *report: None, **settings
         hessian=HessianSettings(**settings),
         workdir=folder,
         search_mesh=None,
+        block_shapes=lambda kind: None,
         store_path=lambda name, kind: folder / "stores" / name,
         config=types.SimpleNamespace(search=types.SimpleNamespace(index="none")),
         corpus=types.SimpleNamespace(layout=lambda tokens: None),
