@@ -43,7 +43,7 @@ def counts(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("in_directory", [False, True])
+@pytest.mark.parametrize("in_directory", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_index_answers_as_a_trace_does(model, tokenizer, counts, tmp_path, in_directory):
     where = {"directory": tmp_path} if in_directory else {}
     index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS, **where)

@@ -109,6 +109,7 @@ def rate_of(run):
     return schedule(t["schedule"], t["learning_rate"], run.total_steps, t["warmup"], t["final"])
 
 
+@pytest.mark.slow
 def test_scores_are_the_sum_over_the_steps(ranked):
     run, rankings = ranked
     table, seed = run.corpus.training, run.config.seed

@@ -15,6 +15,8 @@ from tests.experiments.test_trace import make_config
 from tests.gradients.test_pair_products import whitener
 from tests.run.test_retrieve import changed, scores_of, unit
 
+pytestmark = pytest.mark.slow  # a run of its own, and many encoders
+
 NAMES = "trackstar,rerank_exp3,rerank_trackstar"
 
 
