@@ -3,7 +3,7 @@
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 
 `--config=configs/counterfactual_world.py:small` has 9 methods, 16 queries and 40 retrainings
-without 5 %, in one order of the data: about 10 minutes.
+without 5 %, in one order of the data: about 3 minutes.
 
 Cost: a retraining takes 2 s on 2 CPU cores, metagradients of all queries 5 minutes; 0.3 GB of disk.
 Expected LDS at 5%: metagradient 0.94; EK-FAC, the adjoint and gradients over √V, whole, 0.69 to
