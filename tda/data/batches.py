@@ -14,6 +14,13 @@ from tda.data.tokens import TokenTable
 from tda.runtime import sharding
 
 
+def draw(count: int, size: int, seed: int) -> np.ndarray:
+    """Draws `size` of `count` rows (all where 0) from all of them, and returns them in order."""
+    if not size or size >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """B sequences of T positions; position t holds token t and predicts token t + 1.

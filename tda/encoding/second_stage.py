@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TraceSettings
 from tda.gradients import pair_products
@@ -55,10 +55,7 @@ class WholeGradients:
 
     @functools.cached_property
     def _whitened(self) -> Metric:
-        rows = np.arange(len(self._table))
-        if len(rows) > _SAMPLE:
-            seed = self._settings.moments.seed
-            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:_SAMPLE])
+        rows = draw(len(self._table), _SAMPLE, self._settings.moments.seed)
         moments = pair_products.fit_moments(
             self._factors, self._plain, self._layout, self._table, rows
         )

@@ -19,7 +19,7 @@ from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.metagradients import with_plain_attention
 from tda.counterfactual.training import sum_by_unit
 from tda.counterfactual.unprojected import GradientScore
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.gradients import kronecker
 from tda.gradients.kronecker import Curvature, sampled_loss
 from tda.gradients.moments import optimizer_state
@@ -28,10 +28,8 @@ from tda.model import functional
 from tda.retrieval.ranked import Ranked
 from tda.run import counterfactual, retrieve, train
 from tda.run.counterfactual import Retrained
-from tda.run.run import draw
 from tda.runtime.atomic_file import read_arrays, write_arrays
 from tda.runtime.fingerprint import fingerprint, plain
-from tda.training import optimizer
 
 # Numbers of the adjoint's mean Fisher matrix at most: 4 GiB of float32.
 _FISHER_NUMBERS = 1 << 30
@@ -161,7 +159,7 @@ class BankScores:
         c, steps = self.config.train, self.retrained.trainings[0].steps
         weight_decay = train.options(self.config)["weight_decay"]
         return adjoint.AdamRecursion(
-            optimizer.schedule(c.schedule, c.learning_rate, steps, c.warmup, c.final),
+            train.learning_rates(self.config, steps),
             clip=c.clip,
             weight_decay=weight_decay if c.optimizer == "adamw" else 0.0,
             **train.adam_constants(self.config),

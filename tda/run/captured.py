@@ -9,11 +9,14 @@ clipping and weight decay are left out.
 """
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
 from tda import store as stores
 from tda.encoding.captured import TrainingRows
+from tda.methods import Method
 from tda.retrieval import by_score
 from tda.run import checkpoints, train
 from tda.run.capturing import path_of
@@ -21,7 +24,6 @@ from tda.run.gradient_retrievers import Encodings
 from tda.run.retrievers import Result, Retriever, tell
 from tda.run.run import Corpus, Run
 from tda.runtime import progress
-from tda.training import optimizer
 
 # Bytes of float32 scores that are held at a time, and rows that are read at a time.
 _SCORES, _STEP = 1 << 30, 4096
@@ -29,6 +31,8 @@ _SCORES, _STEP = 1 << 30, 4096
 
 class Captured(Retriever):
     """Methods that rank by the gradients of the training's own steps."""
+
+    searches_together = True
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -60,19 +64,31 @@ class Captured(Retriever):
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
         results = {}
+        # Methods of the same checkpoints share a scan, their queries side by side.
+        sharing: dict[tuple[int, ...], dict[str, Method]] = {}
         for name, method in methods.items():
-            steps = checkpoints.steps_of(self.run, method)
+            steps = tuple(checkpoints.steps_of(self.run, method))
+            sharing.setdefault(steps, {})[name] = method
+        for steps, of_steps in sharing.items():
             gradients = []
             for step in steps:
                 tell(on_progress, f"opening the checkpoint of step {step}")
-                at = self._at_step(step)
-                gradients.append(at.of_queries(queries, method.gradients, on_progress))
+                at, kinds = self._at_step(step), [m.gradients for m in of_steps.values()]
+                gradients.append(
+                    np.concatenate([at.of_queries(queries, kind, on_progress) for kind in kinds])
+                )
             scores = self._scores(steps, np.stack(gradients))
-            ranked = by_score.rank(scores, len(queries), k, queries.correct)
-            results[name] = Result(ranked, {"checkpoints": steps})
+            for name in of_steps:
+                of_method = itertools.islice(scores, len(queries))
+                ranked = by_score.rank(of_method, len(queries), k, queries.correct)
+                results[name] = Result(ranked, {"checkpoints": list(steps)})
         return results
 
-    def _scores(self, steps: list[int], queries_SxQxE: np.ndarray):
+    def release(self, methods):
+        """Drops the models and the gradients of the checkpoints."""
+        self._at_step.cache_clear()
+
+    def _scores(self, steps: tuple[int, ...], queries_SxQxE: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the scores of all passages for each query in turn, float32 [C]."""
         run, store = self.run, stores.open_store(self._path())
         rows = TrainingRows.of(
@@ -82,10 +98,7 @@ class Captured(Retriever):
             run.config.seed,
         )
         passages = _passages_of(run.corpus, rows)
-        t = train.options(run.config)
-        rate = optimizer.schedule(
-            t["schedule"], t["learning_rate"], run.total_steps, t["warmup"], t["final"]
-        )
+        rate = train.learning_rates(run.config, run.total_steps)
         rates = np.asarray(rate(np.arange(run.total_steps)), np.float32)[rows.steps]
         # The traced checkpoint ends what counts: later steps have not changed it yet.
         rates[rows.steps >= run.trained.step] = 0
@@ -105,6 +118,7 @@ class Captured(Retriever):
                         product_RxQ = x_RxE[chosen] @ q_SxQxE[s].T
                         np.add.at(scores_CxQ, passages[at][counts][chosen], product_RxQ)
                     bar.update(len(piece))
+            scores_CxQ[self.withdrawn] = -np.inf
             yield from np.ascontiguousarray(scores_CxQ.T)
 
 

@@ -12,7 +12,7 @@ from tda.retrieval.sources import Source
 from tda.run import train
 from tda.run.run import Run
 from tda.runtime import processes
-from tda.training import checkpoint, optimizer
+from tda.training import checkpoint
 
 
 def steps_of(run: Run, method: Method) -> list[int]:
@@ -41,10 +41,7 @@ def weights(run: Run, method: Method, steps: list[int]) -> np.ndarray:
     """
     if not method.by_learning_rate or len(steps) == 1:
         return np.full(len(steps), 1 / len(steps))
-    t = train.options(run.config)
-    rate = optimizer.schedule(
-        t["schedule"], t["learning_rate"], run.total_steps, t["warmup"], t["final"]
-    )
+    rate = train.learning_rates(run.config, run.total_steps)
     bounds = [0, *steps]
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
     means = np.array([float(np.mean(rate(np.arange(a, b)))) for a, b in pairs])

@@ -6,12 +6,13 @@ import pathlib
 import numpy as np
 
 from tda import results
+from tda.data.batches import draw
 from tda.evaluation import content, frequency, ranking, sampling, statistics, summary
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import measures
 from tda.run.measures import CONTROL
-from tda.run.run import Run, draw
+from tda.run.run import Run
 from tda.runtime import processes, progress
 from tda.runtime.atomic_file import write_json
 

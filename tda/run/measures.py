@@ -18,10 +18,9 @@ from tda.evaluation.sampling import Sampler
 from tda.evaluation.tail_patch import TailPatch
 from tda.run.result_log import ResultLog
 from tda.run.run import Corpus, Run
-from tda.run.train import make_optimizer, restore_state
+from tda.run.train import learning_rates, make_optimizer, restore_state
 from tda.runtime import processes, progress, sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
-from tda.training import optimizer
 
 # The passage row of a step with a zero gradient.
 CONTROL = -1
@@ -62,9 +61,7 @@ def step_rule(run: Run) -> dict:
     """
     e, t = run.config.eval, run.config.train
     rate = e.tail_patch_learning_rate or float(
-        optimizer.schedule(t.schedule, t.learning_rate, run.total_steps, t.warmup, t.final)(
-            run.trained.step
-        )
+        learning_rates(run.config, run.total_steps)(run.trained.step)
     )
     if not rate:
         raise ValueError(_NO_STEP)

@@ -12,8 +12,9 @@ from tda.gradients import adam_steps
 from tda.gradients.factors import check_sites
 from tda.methods import GradientKind, Method
 from tda.retrieval import dense, ranked
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import HessianSettings, describe_regularisation, no_leave_one_out
+from tda.retrieval.whitening import describe_regularisation, no_leave_one_out
 from tda.run import encode, second_stage
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
@@ -55,7 +56,7 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
         if _is_begun(run, kind):
             encode.encode(run, kind)
     # Each group is searched and released before the next: R of one kind is in memory at a time.
-    groups = _groups(todo)
+    groups = _groups(todo, retrievers)
     for i, group in enumerate(groups):
         retriever = retrievers[next(iter(group.values())).searched_by]
         later = [m for other in groups[i + 1 :] for m in other.values()]
@@ -179,8 +180,8 @@ def check_run(run: Run) -> None:
             hessian.check_component(spectra, k, count)
 
 
-def _groups(todo: dict[str, Method]) -> list[dict[str, Method]]:
-    """Returns the methods that are searched together: those that share a scan, others alone."""
+def _groups(todo: dict[str, Method], retrievers: dict[str, Retriever]) -> list[dict[str, Method]]:
+    """Returns the methods that are searched together; those of several checkpoints stand alone."""
     kinds = dict.fromkeys(m.gradients for m in todo.values() if m.shares_scan)
     # The kinds that most methods use come first, so that a killed run has most of the table.
     usual = [k for k in (GradientKind(), GradientKind(corrected=True)) if k in kinds]
@@ -188,10 +189,15 @@ def _groups(todo: dict[str, Method]) -> list[dict[str, Method]]:
         {n: m for n, m in todo.items() if m.shares_scan and m.gradients == kind}
         for kind in dict.fromkeys([*usual, *kinds])
     ]
-    # Those of the second stage share the passages' gradients.
-    second = {n: m for n, m in todo.items() if m.retriever == "rerank"}
-    others = [{n: m} for n, m in todo.items() if not m.shares_scan and n not in second]
-    return shared + others + ([second] if second else [])
+    alone, together = [], {}
+    for name, method in todo.items():
+        if method.shares_scan:
+            continue
+        if retrievers[method.searched_by].searches_together:
+            together.setdefault(method.searched_by, {})[name] = method
+        else:
+            alone.append({name: method})
+    return [*shared, *alone, *together.values()]
 
 
 def _is_begun(run: Run, kind: GradientKind) -> bool:

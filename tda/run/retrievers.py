@@ -63,6 +63,7 @@ class Retriever:
     Attributes:
         shares_search: whether all processes of a run call `search`, which shares the work; else
             process 0 alone does.
+        searches_together: whether all methods of a run that name it are searched at once.
 
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
@@ -70,6 +71,7 @@ class Retriever:
     """
 
     shares_search = False
+    searches_together = False
 
     def __init__(self, run: Run):
         self.run = run

@@ -22,7 +22,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import Site, find_sites
 from tda.methods import GradientKind
 from tda.model import functional
-from tda.retrieval.whitening import HessianSettings
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.run.workdir import Workdir
 from tda.runtime import sharding
 from tda.runtime.engine import PROCESSES, Engine
@@ -107,13 +107,6 @@ class Corpus:
         """Returns the texts that count as the query's target: the target first, then aliases."""
         fact = self.queries[query]
         return [fact.entity1, *(a for a in fact.entity1_alias if a.strip())]
-
-
-def draw(count: int, size: int, seed: int) -> np.ndarray:
-    """Draws `size` of `count` rows (all where 0) from all of them, and returns them in order."""
-    if not size or size >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,8 @@ class SecondStage(Retriever):
     """
 
     shares_search = True
+    # They share the passages' gradients.
+    searches_together = True
 
     def __init__(self, run: Run, make: Callable[[Method], Callable[[Run], Retriever]]):
         super().__init__(run)

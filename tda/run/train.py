@@ -122,10 +122,16 @@ def working_mesh(config) -> jax.sharding.Mesh:
     return sharding.make_mesh(-1, m.fsdp, m.tensor, jax.local_devices())
 
 
+def learning_rates(config, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step of a training of so many steps."""
+    t = config.train
+    return optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
+
+
 def make_optimizer(config, steps: int, learning_rate: float = 0.0):
     """Returns the config's optimizer; a `learning_rate` above 0 replaces its schedule."""
     t = config.train
-    rate = optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
+    rate = learning_rates(config, steps)
     if learning_rate:
         rate = optax.constant_schedule(learning_rate)
     constants = {k: options(config)[k] for k in optimizer.constants_of(t.optimizer)}

@@ -11,9 +11,11 @@ from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients import reference
 from tda.gradients.capture import Capture
 from tda.gradients.projection import Projection
-from tda.methods import GradientKind
+from tda.methods import GradientKind, parse
 from tda.run import capturing, encode, retrieve, stages
 from tda.run import train as training
+from tda.run.captured import Captured
+from tda.run.retrievers import queries_of_run
 from tda.run.workdir import Workdir
 from tda.training import loop
 from tda.training.loop import TrainingSettings
@@ -146,6 +148,24 @@ def _first_step(run, which, layout):
     out = np.zeros((run.corpus.rows, len(queries)))
     out[batch.rows] = store.read(np.arange(len(batch.rows))) @ queries.T * float(rate_of(run)(0))
     return out.T
+
+
+@pytest.mark.slow
+def test_methods_share_a_scan_without_what_was_withdrawn(ranked, monkeypatch):
+    run, rankings = ranked
+    scans, scan = [], stores.GradientStore.scan
+
+    def watched(store, *arguments):
+        scans.append(store.rows)
+        return scan(store, *arguments)
+
+    monkeypatch.setattr(stores.GradientStore, "scan", watched)
+    before = rankings["captured"].proponents[0]
+    monkeypatch.setattr(Captured, "withdrawn", before[:1])
+    methods = parse("captured,captured_plain")
+    found = Captured(run).search(queries_of_run(run), methods, run.corpus.rows)
+    assert len(scans) == 1 and list(found) == list(methods)
+    assert found["captured"].ranked.proponents[0].tolist() == [*before[1:], -1]
 
 
 def test_methods_of_the_training_need_its_gradients(tmp_path):
