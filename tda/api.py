@@ -10,7 +10,7 @@ from flax import nnx
 
 from tda.answers import TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
-from tda.encoding import checks, idle_arguments, inputs
+from tda.encoding import batch_inputs, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.second_moments import Scale, SecondMoments
 from tda.gradients.projection import Projection
@@ -164,7 +164,6 @@ def trace(
     )
     if not isinstance(method, str):
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
-    checks.check_question(k, damping, joiner)
     # Queries are looked at first: what is wrong with them is told before the corpus is encoded.
     index = _open(model, passages, method, **options)
     return index.query(queries, method, k, damping, joiner, rerank)
@@ -270,8 +269,8 @@ def _open(
         quiet=quiet,
     )
     if tokenizer is None:
-        batches = inputs.BatchCorpus(passages, texts)
-        return Index(settings, lambda s: inputs.BatchInputs(s, batches), False, names)
+        batches = batch_inputs.BatchCorpus(passages, texts)
+        return Index(settings, lambda s: batch_inputs.BatchInputs(s, batches), False, names)
     reading = TextSettings(
         tokenizer=PretrainedTokenizer.wrap(tokenizer),
         context=512 if context is None else context,

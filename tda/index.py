@@ -10,13 +10,15 @@ import numpy as np
 from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.encoding import checks, idle_arguments
-from tda.encoding.inputs import BatchInputs, EncodedQueries, TextInputs
+from tda.encoding.batch_inputs import BatchInputs
+from tda.encoding.inputs import EncodedQueries, TextInputs
 from tda.encoding.settings import TraceSettings
 from tda.methods import METHODS, Method
 from tda.retrieval.exact import ExactSearch
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.sources import Source
-from tda.retrieval.whitening import HessianSettings, Whitening, describe_regularisation
+from tda.retrieval.whitening import Whitening, describe_regularisation
 from tda.runtime import progress
 
 # Gradients of so many bytes stay on the device between questions.
@@ -217,14 +219,12 @@ def parse_names(method: str | Sequence[str]) -> list[str]:
         ValueError: a name is unknown, or its method needs more.
     """
     names = [method] if isinstance(method, str) else method
-    if not isinstance(names, list | tuple) or not names:
+    is_list = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
+    if not is_list or not names:
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
+    parsed = methods.parse(",".join(names))
     for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"method={name!r}; give the name of one, such as 'trackstar_train'")
-        if len(parsed := methods.parse(name)) != 1 or not parsed[name].is_plain:
+        if name not in parsed or not parsed[name].is_plain:
             plain = [n for n, m in METHODS.items() if m.is_plain]
             raise ValueError(f"method={name!r} is not one of {', '.join(plain)}")
-        if list(names).count(name) > 1:
-            raise ValueError(f"method {name!r} is named twice")
     return list(names)

@@ -10,7 +10,7 @@ import tda
 from tda.data.corpora import Corpus
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
-from tda.encoding import inputs
+from tda.encoding import batch_inputs
 from tda.encoding import table as encoding
 from tda.gradients.moments import estimate
 from tda.gradients.projection import Projection
@@ -59,7 +59,7 @@ def nothing_is_encoded(monkeypatch):
         raise AssertionError("something was encoded or estimated")
 
     monkeypatch.setattr(encoding, "encode_kinds", refuse)
-    monkeypatch.setattr(inputs, "encode_each", refuse)
+    monkeypatch.setattr(batch_inputs, "encode_each", refuse)
     monkeypatch.setattr(estimate, "estimate", refuse)
 
 
