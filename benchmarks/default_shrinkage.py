@@ -47,8 +47,9 @@ from tda.gradients.projection import Projection
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.retrieval import exact
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import Source
-from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.retrieval.whitening import Whitening
 
 _SIZES = flags.DEFINE_list("sizes", ["60", "260", "1060"], "numbers of passages")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "training seeds")

@@ -25,9 +25,10 @@ from benchmarks import record
 from tda import hessian, methods
 from tda import store as stores
 from tda.retrieval import exact
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.retrieval.whitening import Whitening
 from tda.runtime.array_tasks import ArrayTask
 from tda.runtime.groups import ONE_GROUP, Groups
 

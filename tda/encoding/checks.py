@@ -24,7 +24,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
-from tda.retrieval.whitening import HessianSettings
+from tda.retrieval.hessian_settings import HessianSettings
 
 # With fewer queries than this, the mixture removes each query's own direction.
 _FEWEST_QUERIES = 16

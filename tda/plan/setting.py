@@ -22,7 +22,7 @@ from tda.hessian import Shape
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
-from tda.retrieval.whitening import HessianSettings
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.run import corpus, plain_corpus, second_stage, train
 from tda.run.encode import NO_STORE
 from tda.run.workdir import Workdir

@@ -10,8 +10,9 @@ from tda.gradients.sites import Site
 from tda.hessian import autocorrelation, blocks
 from tda.methods import METHODS
 from tda.retrieval import exact
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.retrieval.whitening import Whitening
 from tda.run import defaults, retrieve
 from tda.runtime import groups, sharding
 from tda.runtime.engine import Engine

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tda.methods import METHODS, GradientKind
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import HessianSettings
 from tda.run.gradient_retrievers import Gradients
 from tda.run.retrievers import Queries
 from tests.retrieval import test_query_whitening as by_hand

@@ -6,8 +6,9 @@ import pytest
 from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import HessianSettings, Whitening
+from tda.retrieval.whitening import Whitening
 from tda.runtime import atomic_file
 
 SLICES = [slice(0, 3), slice(3, 8)]

@@ -1,0 +1,79 @@
+"""How R is made: its sample, mixture, regularisation and structure."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from tda import hessian
+from tda.methods import Method
+
+EVALUATIONS = ("all", "leave_one_out", "disjoint")
+STRUCTURES = ("dense", "kronecker")
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianSettings:
+    """How R is made."""
+
+    sample: int = 0
+    """Passages that R_train is taken of, drawn at random; 0 takes all."""
+
+    seed: int = 0
+    """Seed of that draw, and of the halves of queries."""
+
+    component: int = 0
+    """k of the mixing rule, counted from 1; 0: in proportion to the width."""
+
+    weight: float = -1.0
+    """λ, the weight of R_eval; below 0: by the rule."""
+
+    damping: float = -1.0
+    """Added to R, in mean eigenvalues of a block; below 0: R is shrunk as its sample size needs.
+
+    R of few rows is mostly noise. With 1e-3 it ranked worse than no R at all when there were as
+    many rows as columns, and no fixed number suited every size (benchmarks/default_shrinkage.py).
+    """
+
+    cutoff: float = 0.0
+    """Directions of smaller eigenvalues, in mean eigenvalues of a block, are left out."""
+
+    evaluation: str = "all"
+    """The queries that R_eval is taken of: "all", "leave_one_out" or "disjoint"."""
+
+    structure: str = "dense"
+    """R of a block that is one matrix: "dense", or "kronecker": a factor for rows and for columns.
+
+    A block that several matrices are added up in has no rows and columns of one space: it stays
+    dense.
+    """
+
+    def shapes_of(self, shapes: Sequence[hessian.Shape]) -> tuple[hessian.Shape, ...]:
+        """Returns the shapes of R's blocks, of those of the gradients' blocks (`Layout.shapes`).
+
+        Raises:
+            ValueError: `structure` is unknown, or no block is one matrix.
+        """
+        if self.structure not in STRUCTURES:
+            raise ValueError(
+                f"unknown structure={self.structure!r} of R; use {', '.join(STRUCTURES)}"
+            )
+        if self.structure == "dense":
+            return hessian.dense_shapes(map(math.prod, shapes))
+        if all(len(s) == 1 for s in shapes):
+            raise ValueError(
+                f"structure={self.structure} of R has no effect: several matrices are added up in "
+                "each block of the gradients; use a projection with pooling=matrix, or "
+                "structure=dense"
+            )
+        return tuple(shapes)
+
+    def evaluation_of(self, method: Method) -> str:
+        """Returns what a method's R_eval is taken of: its own rule, or that of the settings.
+
+        Raises:
+            ValueError: `evaluation` is unknown.
+        """
+        rule = method.evaluation or self.evaluation
+        if rule not in EVALUATIONS:
+            raise ValueError(f"unknown hessian.evaluation={rule!r}; use {', '.join(EVALUATIONS)}")
+        return rule
