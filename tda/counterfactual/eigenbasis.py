@@ -86,11 +86,6 @@ def rotate(G, left, right):
     return _einsum("...mp,b...mn,...nq->b...pq", left, G, right)
 
 
-def damped(curvature: Curvature, damping: float) -> np.ndarray:
-    """Returns Λ + λ, λ the damping times the mean of each matrix's eigenvalues."""
-    return curvature.values + damping * curvature.values.mean(axis=(-1, -2), keepdims=True)
-
-
 def apply(
     chosen: list[sites.Site],
     curvature: dict[str, Curvature],

@@ -15,6 +15,7 @@ import optax
 
 from tda.counterfactual import conjugate_gradients, eigenbasis
 from tda.counterfactual.eigenbasis import Gradients
+from tda.gradients import kronecker
 from tda.gradients.kronecker import DAMPING, Curvature
 from tda.gradients.sites import Site
 from tda.model import functional
@@ -78,7 +79,7 @@ class DampedInverse:
         """Returns (F + λ)⁻¹ of gradients by path, [Q, …]: EK-FAC's solution."""
 
         def inverse(c):
-            return 1 / eigenbasis.damped(c, self.damping)
+            return 1 / kronecker.damped(c, self.damping)
 
         return eigenbasis.apply(self.chosen, self.curvature, inverse, gradients)
 

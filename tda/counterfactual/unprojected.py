@@ -68,7 +68,7 @@ def ekfac(
         for site in chosen:
             c = curvature[site.path]
             G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
-            scale = jnp.asarray(eigenbasis.damped(c, damping), jnp.float32)
+            scale = jnp.asarray(kronecker.damped(c, damping), jnp.float32)
             out.append(eigenbasis.rotate(G, c.left, c.right) * scale**-0.5)
         return out
 

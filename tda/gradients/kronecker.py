@@ -219,6 +219,11 @@ def ekfac_taps(
     return by_site
 
 
+def damped(curvature: Curvature, damping: float) -> np.ndarray:
+    """Returns Λ + λ, λ the damping times the mean of each matrix's eigenvalues."""
+    return curvature.values + damping * curvature.values.mean(axis=(-1, -2), keepdims=True)
+
+
 def inverse_root_values(site: sites.Site, curvature: Curvature, damping: float) -> jax.Array:
     """Returns (Λ + λ)^(−1/2) of a site: float32 [(L,) M, N]; see `ekfac_taps`."""
     if not damping > 0:
@@ -226,10 +231,9 @@ def inverse_root_values(site: sites.Site, curvature: Curvature, damping: float) 
             f"damping={damping} of EK-FAC must be above 0, such as {DAMPING}: without it, "
             "directions that no gradient of the sample has would be scaled without bound"
         )
-    mean = curvature.values.mean(axis=(-1, -2), keepdims=True)
-    if not (mean > 0).all():
+    if not (curvature.values.mean(axis=(-1, -2)) > 0).all():
         raise ValueError(f"{site.path} has no curvature: all gradients of the sample vanish")
-    return jnp.asarray((curvature.values + damping * mean) ** -0.5, jnp.float32)
+    return jnp.asarray(damped(curvature, damping) ** -0.5, jnp.float32)
 
 
 def logra_taps(

@@ -38,7 +38,10 @@ def read(workdir: pathlib.Path) -> dict | None:
         size = (
             model.get("pretrained") or f"{model['size']}, from scratch: {train['epochs']:g} epochs"
         )
-        facts += [["model", size], ["corpus", data.get("sentences") or data["name"]]]
+        facts += [
+            ["model", size],
+            ["corpus", data.get("corpus") or data.get("sentences") or data["name"]],
+        ]
     first = next(iter(metrics.values()), {})
     if "n_queries" in first:
         facts.append(["queries", f"{first['n_queries']:,}"])

@@ -10,6 +10,7 @@ import pytest
 
 from tda.counterfactual import adjoint, conjugate_gradients, eigenbasis
 from tda.counterfactual.inverse import DampedInverse
+from tda.gradients import kronecker
 from tda.gradients.sites import Site, find_sites
 from tests.conftest import make_decoder
 
@@ -129,7 +130,7 @@ def test_shampoo_is_a_function_of_the_dense_matrix(path):
     G = rng.normal(size=(6, *site.shape)).astype(np.float32)
     curvature = eigenbasis.fit_shampoo([site], lambda: ({path: x} for x in (G[:4], G[4:])))
     damped = eigenbasis.apply(
-        [site], curvature, lambda c: 1 / eigenbasis.damped(c, 0.1), {path: jnp.asarray(G)}
+        [site], curvature, lambda c: 1 / kronecker.damped(c, 0.1), {path: jnp.asarray(G)}
     )[path]
     matrices = np.stack([site.matrix(x) for x in G]).astype(np.float64)
     solved = np.stack([site.matrix(x) for x in damped])
