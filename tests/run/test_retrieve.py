@@ -127,10 +127,10 @@ def retrieve_several_kinds(traced, monkeypatch):
     passes = []
     fill = encode.encoding.fill_stores
 
-    def counted(stores, encoder, table, layout, description, *args):
+    def counted(stores, encoder, table, layout, description, *args, **options):
         if any(store.missing() for store in stores):
             passes.append(description)
-        fill(stores, encoder, table, layout, description, *args)
+        fill(stores, encoder, table, layout, description, *args, **options)
 
     monkeypatch.setattr(encode.encoding, "fill_stores", counted)
     return run, retrieve.retrieve(run)[0], passes
