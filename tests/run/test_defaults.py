@@ -7,7 +7,7 @@ import pytest
 
 from tda import store as stores
 from tda.gradients import projection
-from tda.retrieval import whitening
+from tda.retrieval import hessian_settings
 from tda.run import defaults
 from tda.run.run import NO_STORE
 from tda.training import optimizer
@@ -62,6 +62,6 @@ def test_choices_are_those_of_the_code():
     assert defaults.CHOICES["train.optimizer"] == optimizer.OPTIMIZERS
     assert defaults.CHOICES["projection.family"] == projection.FAMILIES
     assert defaults.CHOICES["projection.pooling"] == projection.POOLINGS
-    assert defaults.CHOICES["hessian.evaluation"] == whitening.EVALUATIONS
+    assert defaults.CHOICES["hessian.evaluation"] == hessian_settings.EVALUATIONS
     unset = {k for k, v in defaults.get_config().train.items() if v is None}
     assert unset == set(optimizer.CONSTANTS)
