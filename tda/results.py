@@ -15,6 +15,15 @@ _LISTS = {
     "opponent_ids": str,
     "opponent_scores": float,
 }
+# Fields of the release's older files, by the names that they have now.
+OLDER_NAMES = {
+    "temperature_samples": "8b_generations",
+    "model_confidence": "8b_confidence",
+    "fact_frequency": "c4_frequency",
+    "frequency_bucket": "c4_frequency_bucket",
+    "ground_truth": "groundtruth",
+    "trex_id": "fact_id",
+}
 _REQUIRED = ("example_id", "query_set", "inputs_plaintext", "targets_plaintext", *_LISTS)
 
 
@@ -43,7 +52,8 @@ def record(
             model and corpus are: "8b_generations" are samples of the run's model, "8b_confidence"
             is the share of them that state the target, "is_8b_correct" is whether greedy decoding
             states it; "c4_frequency" and "c4_frequency_bucket" say how many passages of the run's
-            corpus name both entities.
+            corpus name both entities; "proponent_ais_scores" and "proponent_ais_best_windows" are
+            a judge's scores of the proponents, and the text of the window that has each.
     """
     out: dict = {
         "example_id": example_id,
@@ -79,7 +89,19 @@ def read(path: str | os.PathLike) -> Iterator[dict]:
             except json.JSONDecodeError as error:
                 raise ResultsError(f"{where}: not JSON ({error})") from error
             check(item, where)
-            yield item
+            yield with_current_names(item)
+
+
+def with_current_names(item: Any) -> Any:
+    """Returns a record whose fields have their current names; of both names the current one wins.
+
+    What is no record is returned as it is.
+    """
+    if not isinstance(item, dict) or not OLDER_NAMES.keys() & item.keys():
+        return item
+    return {OLDER_NAMES.get(field, field): value for field, value in item.items()} | {
+        field: item[field] for field in OLDER_NAMES.values() if field in item
+    }
 
 
 def check(item: Any, where: str) -> None:

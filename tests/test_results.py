@@ -24,6 +24,22 @@ def test_round_trip(tmp_path):
     assert not (tmp_path / "r.jsonl.part").exists()
 
 
+def test_fields_of_older_files_have_their_current_names(tmp_path):
+    older = dict(
+        temperature_samples=["Paris", "Lyon"], model_confidence=0.5, fact_frequency=12,
+        frequency_bucket="10 to 99", ground_truth="Paris", trex_id="t1",
+    )  # fmt: skip
+    item = {k: v for k, v in one().items() if k != "fact_id"} | older
+    results.write(tmp_path / "r.jsonl", [item, one(fact_id="f1", trex_id="t1")])
+    first, second = results.read(tmp_path / "r.jsonl")
+    current = {
+        "8b_generations": ["Paris", "Lyon"], "8b_confidence": 0.5, "c4_frequency": 12,
+        "c4_frequency_bucket": "10 to 99", "groundtruth": "Paris", "fact_id": "t1",
+    }  # fmt: skip
+    assert {k: v for k, v in first.items() if k not in one() or k == "fact_id"} == current
+    assert second == one()  # of both names the current one
+
+
 def test_refusals_name_file_line_and_field(tmp_path):
     path = tmp_path / "r.jsonl"
     broken = one()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tda.results import ResultsError
+from tda.results import ResultsError, with_current_names
 from tda.viewer import summary
 
 # Rows of a chunk, the unit in which a page asks for summaries and for records. A record with its
@@ -126,7 +126,8 @@ class ResultsFile:
         # pread leaves the file's position alone, so that several threads can read at once.
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
-            return json.loads(line, parse_float=finite, parse_constant=finite)
+            item = json.loads(line, parse_float=finite, parse_constant=finite)
+            return with_current_names(item)
         shown = line.decode("utf-8", "replace").strip()
         return {"malformed": self.columns["error"][row], "line": shown[:_SHOWN]}
 
@@ -186,7 +187,7 @@ def _rows(chunk: int, size: int, count: int) -> slice:
 def _row(line: bytes, where: str) -> tuple[dict, list[str]]:
     """Returns the summary row of a line, and its proponents' ids."""
     try:
-        item = json.loads(line)
+        item = with_current_names(json.loads(line))
         return summary.summarise(item, where), item.get("proponent_ids") or []
     except ResultsError as error:
         return summary.malformed(str(error)), []

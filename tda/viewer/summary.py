@@ -19,6 +19,7 @@ _LISTS = {
         "proponent_scores": _NUMBER,
         "proponent_correct": _MARK,
         "proponent_ais_scores": _NUMBER,
+        "proponent_ais_best_windows": str,
     },
     "opponents": {"opponent_ids": str, "opponent_scores": _NUMBER},
 }

@@ -56,6 +56,7 @@ def records(queries: int = QUERIES, proponents: int = PROPONENTS, mean: int = 19
             c4_frequency=int(10 ** rng.uniform(0, 6)),
             proponent_correct=[rng.random() < 0.2 for _ in drawn],
             proponent_ais_scores=entails,
+            proponent_ais_best_windows=[f"{pool[d][-30:]} {target}." for d in drawn],
         )
 
 

@@ -76,6 +76,8 @@ def test_smoke_open_filter_compare_highlight(page, address, folder):
     cards = page.page.locator("[data-method=trackstar] article.card")
     assert cards.count() == 5
     assert first["proponents"][0] == cards.nth(0).locator(".text").inner_text()
+    best = cards.nth(0).locator(".text .window").inner_text()
+    assert best == first["proponent_ais_best_windows"][0] != first["proponents"][0]
     page.page.fill("#filter", "rank = 1 and relation != P17")
     expected = [i for i in items if i["proponent_correct"][0] and i["relation"] != "P17"]
     page.until(lambda: page.text(".told").startswith(f"{len(expected)} of"))

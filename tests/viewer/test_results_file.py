@@ -123,6 +123,19 @@ def test_the_row_of_a_record():
     assert summary.summarise(item | {"is_8b_correct": False}, "")["model_correct"] is False
 
 
+def test_older_names_of_fields_are_read(tmp_path, items):
+    older = items[0] | {"temperature_samples": ["Oslo"], "model_confidence": 0.25}
+    older |= {"fact_frequency": 7, "ground_truth": "Bergen"}
+    for field in ("8b_generations", "8b_confidence", "c4_frequency", "groundtruth"):
+        older.pop(field, None)
+    older.pop("c4_frequency_bucket", None)
+    file = ResultsFile(write(tmp_path / "a.jsonl", [older]), "a")
+    row = {f: values[0] for f, values in file.columns.items()}
+    assert row["prediction"] == "Oslo" and row["confidence"] == 0.25 and row["bucket"] == "1 to 9"
+    assert row["truth"] == "Bergen"
+    assert file.record(0)["8b_generations"] == ["Oslo"] and "model_confidence" not in file.record(0)
+
+
 def test_a_query_without_any_correct_passage_is_not_judged():
     """Guards: marks that are all false because nothing is labelled, counted as failures."""
     item = {"inputs_plaintext": "a", "targets_plaintext": "b", "proponents": ["c", "d"]}

@@ -16,6 +16,7 @@ export function passagesOf(record, side) {
     id: record[`${kind}_ids`]?.[i] ?? null,
     score: record[`${kind}_scores`]?.[i] ?? null,
     entails: kind === "proponent" ? record.proponent_ais_scores?.[i] ?? null : null,
+    window: kind === "proponent" ? record.proponent_ais_best_windows?.[i] ?? null : null,
   }));
 }
 
@@ -100,7 +101,7 @@ function card(passage, side, method, others, context) {
   const { record, marks } = method;
   const mark = side === "proponents" ? marks?.[passage.rank - 1] : undefined;
   const sought = terms(record, highlights());
-  const words = h("p.text", { dir: "auto" }, marked(passage.text, sought));
+  const words = h("p.text", { dir: "auto" }, withWindow(passage, sought));
   const long = passage.text.length > CLAMPED || passage.text.split("\n").length > 12;
   if (long) words.classList.add("folded");
   const unfold = long && h("button.link", {
@@ -146,6 +147,18 @@ function card(passage, side, method, others, context) {
       },
     }, "heat"),
     noteForm(passage, method, context)));
+}
+
+/** A passage's nodes; the window that a judge found best stands out, unless it is the whole. */
+function withWindow({ text, window }, sought) {
+  const at = typeof window === "string" && window.length < text.trim().length ? text.indexOf(window) : -1;
+  if (at < 0 || !window) return marked(text, sought);
+  const end = at + window.length;
+  return [
+    ...marked(text.slice(0, at), sought),
+    h("span.window", { title: "the window that the judge found best" }, marked(window, sought)),
+    ...marked(text.slice(end), sought),
+  ];
 }
 
 /** What a passage was judged: by the annotations, by the entailment model. */
