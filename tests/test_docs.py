@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 import tda
 from tda import methods, results
 from tda import store as stores
+from tda.evaluation.judge import Claim
 from tda.gradients import reference
 from tda.gradients.sites import find_sites
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
@@ -109,8 +110,11 @@ def test_large_corpora(world, dtype):
 
 
 def test_add_a_method(world):
-    _, said = run_snippets((DOCS / "add_a_method.md").read_text())
+    names, said = run_snippets((DOCS / "add_a_method.md").read_text())
     assert "R_train, no norm" in said and "[[0 1]]" in said
+    judge = names["judges"].make("short", None)
+    claim = Claim("A is B", "A is", ("B",))
+    assert judge.score([("B", claim), ("A", claim)]).tolist() == [1, 0]
 
 
 @pytest.mark.slow

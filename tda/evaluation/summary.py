@@ -20,6 +20,9 @@ HEADLINE = (
     "recall_at_10",
     "mrr_strict",
     "recall_at_10_strict",
+    "ais_mrr",
+    "ais_recall_at_10",
+    "ais_precision_at_10",
     "tail_patch",
     "tail_patch_log",
 )
@@ -42,6 +45,29 @@ def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         out[f"mrr_at_{CUT}{suffix}"] = ranking.reciprocal_ranks(ranks, CUT)
         out[f"recall_at_10{suffix}"] = ranking.hits(ranks, 10)
     return out
+
+
+def judged_values(entails_QxK: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the metrics of each query by a judge, who has read the proponents alone.
+
+    Args:
+        entails_QxK: whether each proponent entails its query, in the order of their ranks; False
+            where a method found fewer.
+
+    Returns:
+        float64 [Q] by name: "ais_mrr", 1 over the rank of the first that does, and 0 if none of the
+        K does: what the rest of the corpus says is not known; "ais_recall_at_10", whether one of
+        the first 10 does; "ais_precision_at_10", the share of the first 10 that do.
+    """
+    entails_QxK = np.asarray(entails_QxK, bool)
+    K = entails_QxK.shape[1]
+    # 1/rank is largest at the first.
+    reciprocal_K = 1.0 / np.arange(1, K + 1)
+    return {
+        "ais_mrr": (entails_QxK * reciprocal_K).max(axis=1, initial=0.0),
+        "ais_recall_at_10": entails_QxK[:, :10].any(axis=1).astype(np.float64),
+        "ais_precision_at_10": entails_QxK[:, :10].sum(axis=1) / max(1, min(10, K)),
+    }
 
 
 def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,10 +18,17 @@ COLUMNS = (
     ("recall_at_10_strict", "recall@10 strict"),
     ("tail_patch", "tail-patch"),
 )
+# By a judge's verdicts on the proponents, in place of labels.
+JUDGED = (
+    ("ais_mrr", "AIS-MRR"),
+    ("ais_recall_at_10", "AIS recall@10"),
+    ("ais_precision_at_10", "AIS precision@10"),
+)
 _RUN_COLUMNS = (
     *COLUMNS[:4],
     ("mrr_known", "MRR known"),
     ("recall_at_10_known", "recall@10 known"),
+    *JUDGED,
     COLUMNS[4],
 )
 _MRR_COLUMNS = (
@@ -46,6 +53,10 @@ def _has_labels(metrics: dict) -> bool:
 
 def _about_labels(metrics: dict, text: str) -> str:
     """Returns a text about labels, or what stands in place of figures that need them."""
+    judge = _judge(metrics)
+    if judge is not None:
+        text = text if _has_labels(metrics) else "The corpus has no labels."
+        return f"{text} {_describe_judge(judge)}"
     if _has_labels(metrics):
         return text
     return (
@@ -54,10 +65,34 @@ def _about_labels(metrics: dict, text: str) -> str:
     )
 
 
-def _measured(metrics: dict, columns: Sequence[tuple[str, str]] = COLUMNS):
-    """Returns the columns without those that need labels, if there are none."""
-    has_labels = _has_labels(metrics)
-    return [(key, title) for key, title in columns if has_labels or key.startswith("tail_patch")]
+def _judge(metrics: dict) -> dict | None:
+    return next(iter(metrics.values())).get("judge")
+
+
+def _describe_judge(judge: dict) -> str:
+    """Returns what the figures of a judge mean; `judge` is that section of a config."""
+    sentences = judge["sentences"]
+    read = f"in windows of {sentences} sentences" if sentences else "as a whole"
+    model = f" ({judge['model']})" if judge["model"] else ""
+    return (
+        f"*AIS*: a passage counts as correct if the judge {judge['name']}{model}, which reads it "
+        f"{read}, gives it more than {judge['threshold']:g}. The judge reads proponents alone: a "
+        "query without a correct one among them counts 0, whatever the rest of the corpus says."
+    )
+
+
+def _measured(
+    metrics: dict, columns: Sequence[tuple[str, str]] = (*COLUMNS[:4], *JUDGED, COLUMNS[4])
+):
+    """Returns the columns without those that need labels or a judge, if there are none."""
+    has_labels, is_judged = _has_labels(metrics), _judge(metrics) is not None
+
+    def is_measured(key: str) -> bool:
+        if key.startswith("ais_"):
+            return is_judged
+        return has_labels or key.startswith("tail_patch")
+
+    return [(key, title) for key, title in columns if is_measured(key)]
 
 
 def _cell(m: dict, metric: str) -> str:
@@ -140,7 +175,7 @@ def run_details(metrics: dict) -> str:
         ("by_frequency", "fact frequency: passages that name both entities"),
         ("by_relation", "relation"),
     ):
-        for metric, title in (("mrr", "MRR"), ("tail_patch", "tail-patch")):
+        for metric, title in (("mrr", "MRR"), JUDGED[0], ("tail_patch", "tail-patch")):
             if any(m.get(metric) is not None and key in m for m in metrics.values()):
                 parts += [f"## {title} by {group_title}", _by_group(metrics, key, metric)]
     return "\n\n".join(parts)

@@ -173,6 +173,13 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.frequency_edges": ("1,10,100,1000,10000", "where buckets of fact frequency begin"),
     "eval.resamples": (10_000, "resamples of the queries for intervals"),
     "eval.seed": (0, "seed of answers and intervals"),
+    # Who judges whether proponents entail their query (docs/evaluation.md).
+    "judge.name": ("", "lexical, nli, or a plugin's; empty: nobody"),
+    "judge.model": ("", "model of nli: a directory, or a name on the Hugging Face hub"),
+    "judge.sentences": (3, "sentences of a window, the best of which counts; 0: whole passages"),
+    "judge.threshold": (0.5, "a passage whose score is above it entails its query"),
+    "judge.batch": (32, "pairs that the model scores at a time"),
+    "judge.tokens": (512, "tokens of a premise and its claim at most"),
     # For `experiments.counterfactual`: a training on the corpus that continues the traced model.
     "counterfactual.epochs": (2.0, "passes over the corpus of that training"),
     "counterfactual.tokens_per_batch": (1024, "positions of a batch of it"),
@@ -244,6 +251,8 @@ _POSITIVE = (
     "eval.top_k",
     "eval.known_rank",
     "eval.resamples",
+    "judge.batch",
+    "judge.tokens",
     "counterfactual.epochs",
     "counterfactual.tokens_per_batch",
     "counterfactual.learning_rate",

@@ -10,7 +10,7 @@ from tda.data.batches import draw
 from tda.evaluation import content, frequency, ranking, sampling, statistics, summary
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
-from tda.run import measures
+from tda.run import judging, measures
 from tda.run.measures import CONTROL
 from tda.run.run import Run
 from tda.runtime import processes, progress
@@ -27,6 +27,10 @@ _ALWAYS = (
     "tail_patch",
     "tail_patch_log",
 )
+
+
+# By (query, passage) row.
+_Verdicts = dict[tuple[int, int], judging.Verdict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,8 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     known = _known(run, queries)
     # Of all methods at once: a pair that several retrieve is measured once.
     patches = _Patches.measure(run, rankings, queries)
-    values = {n: _values(run, r, known, patches, queries) for n, r in rankings.items()}
+    verdicts = _judge(run, rankings, queries)
+    values = {n: _values(run, r, known, patches, verdicts, queries) for n, r in rankings.items()}
     metrics = _metrics(run, known, patches, values, queries)
     if run.corpus.has_labels:
         for name, contents in _contents(run, rankings, patches, queries).items():
@@ -72,7 +77,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
         # metrics.json says which results are valid, so it is removed while they are overwritten.
         (directory / "metrics.json").unlink(missing_ok=True)
         for name, ranked in rankings.items():
-            records = [_record(run, ranked, known, patches, int(q)) for q in queries]
+            records = [_record(run, ranked, known, patches, verdicts, int(q)) for q in queries]
             results.write(directory / "results" / f"{name}.jsonl", records)
         write_json(directory / "metrics.json", metrics)
 
@@ -163,7 +168,17 @@ class _Patches:
         return np.array(log_p).reshape(-1, 2)
 
 
-def _values(run: Run, ranked: Ranked, known: Known, patches: _Patches, queries) -> dict:
+def _judge(run: Run, rankings: dict[str, Ranked], queries: np.ndarray) -> _Verdicts | None:
+    """Returns verdicts on the proponents of all methods; None without a judge."""
+    judge = judging.make_judge(run.config)
+    if judge is None:
+        return None
+    proponents = ((int(q), r.proponents[q]) for r in rankings.values() for q in queries)
+    pairs = ((q, int(p)) for q, rows in proponents for p in rows if p >= 0)
+    return judging.judge_passages(run, judge, pairs)
+
+
+def _values(run: Run, ranked, known: Known, patches: _Patches, verdicts, queries) -> dict:
     """Returns a method's metrics, a number for each query."""
     values = summary.rank_values({label: r[queries] for label, r in ranked.first_ranks.items()})
     is_known = known.ranks[queries] <= run.config.eval.known_rank
@@ -172,6 +187,15 @@ def _values(run: Run, ranked: Ranked, known: Known, patches: _Patches, queries) 
         steps_QxKx2 = patches.changes(ranked.proponents)[queries]
         # Beside the raw change, what is left after that of a step without a gradient.
         values |= summary.patch_values(steps_QxKx2, patches.control(queries))
+    if verdicts is not None:
+        entails_QxK = [
+            [
+                p >= 0 and verdicts[int(q), int(p)].score > run.config.judge.threshold
+                for p in ranked.proponents[q]
+            ]
+            for q in queries
+        ]
+        values |= summary.judged_values(np.array(entails_QxK))
     return values
 
 
@@ -205,6 +229,8 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
         "tail_patch_rule": patches.rule,
         "confidence": summary.number(ranking.mean(list(known.confidence.values()))),
     }
+    if run.config.judge.name:
+        shared["judge"] = dict(run.config.judge)
     if not corpus.has_labels:
         shared["has_labels"] = False
     always = [m for m in _ALWAYS if corpus.has_labels or m.startswith("tail_patch")]
@@ -247,7 +273,7 @@ def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries)
     return out
 
 
-def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -> dict:
+def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts, q: int) -> dict:
     """Returns the record of a query in the results of a method."""
     config, corpus = run.config, run.corpus
     fact = corpus.queries[q]
@@ -282,6 +308,9 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, q: int) -
     if q in patches.queries:
         log_p = [patches.log_p[q, p] for p in proponents]
         more["proponent_tail_patch"] = change(np.reshape(log_p, (-1, 2))).tolist()
+    if verdicts is not None:
+        more["proponent_ais_scores"] = [verdicts[q, p].score for p in proponents]
+        more["proponent_ais_best_windows"] = [verdicts[q, p].window for p in proponents]
     return results.record(
         fact.fact_id,
         "jsonl" if config.data.sentences or config.data.corpus else config.data.name,

@@ -114,6 +114,16 @@ _RULES: tuple[Rule, ...] = (
         "eval.tail_patch_queries is 0",
     ),
     (("eval.sampled_queries",), lambda c, _: c.eval.samples > 0, "eval.samples is 0"),
+    (
+        ("judge.model", "judge.sentences", "judge.threshold"),
+        lambda c, _: bool(c.judge.name),
+        "judge.name is empty",
+    ),
+    (
+        ("judge.batch", "judge.tokens"),
+        lambda c, _: c.judge.name not in ("", "lexical"),
+        "no judge has a model",
+    ),
     (("counterfactual",), lambda *_: False, "it is for the command counterfactual"),
     (("plan",), lambda *_: False, "it is for the command plan"),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
 from tda.reports import tables
 from tda.retrieval.ranked import Ranked
-from tda.run import corpus, evaluate, index, measures, remembered, retrieve, train
+from tda.run import corpus, evaluate, index, judging, measures, remembered, retrieve, train
 from tda.run.defaults import check_values
 from tda.run.run import Run, Trained
 from tda.run.workdir import Workdir
@@ -47,6 +47,7 @@ def check(config, encoder: bool = True) -> None:
     retrieve.check(config, chosen)
     index.check(config)
     measures.check(config)
+    judging.make_judge(config)
     corpus.check_files(config)
 
 

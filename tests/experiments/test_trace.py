@@ -101,6 +101,7 @@ def finished(tmp_path_factory):
     """A finished run: its config, its workdir and its metrics."""
     path = tmp_path_factory.mktemp("trace")
     config = make_config(path)
+    config.judge.name = "lexical"
     return config, path / "w", stages.trace(config, Workdir(path / "w"))[0]
 
 
@@ -126,11 +127,12 @@ def test_writes_what_it_promises(finished):
 def test_a_corpus_without_labels_is_traced_as_one_with_labels(finished, tmp_path):
     labelled, expected, _ = finished
     config = without_labels(labelled, tmp_path)
-    config.methods, config.eval.samples = "trackstar,bm25", 0
+    config.methods, config.eval.samples, config.judge.name = "trackstar,bm25", 0, ""
     path = tmp_path / "w"
     metrics, _ = stages.trace(config, Workdir(path))
     judged = ("proponent_correct", "has_trex_sentence", "c4_frequency", "c4_frequency_bucket")
     judged += ("first_correct_rank", "first_strict_rank", "relation", "8b_generations")
+    judged += ("proponent_ais_scores", "proponent_ais_best_windows")
     for name in ("trackstar", "bm25"):
         records, others = (results.read(w / "results" / f"{name}.jsonl") for w in (path, expected))
         for record, other in zip(records, others, strict=True):
@@ -186,6 +188,27 @@ def test_metrics_are_those_of_the_records(finished):
             reciprocal.append(1 / ranks[0] if ranks else 0)
         # A corpus of 12 passages: what is not among the first ten is eleventh or twelfth.
         assert metrics[name]["mrr"] == pytest.approx(np.mean(reciprocal), abs=0.1)
+
+
+def test_a_judge_reads_the_proponents(finished):
+    config, path, metrics = finished
+    for name, m in metrics.items():
+        found = list(results.read(path / "results" / f"{name}.jsonl"))
+        names = [(f["entity0"], f["entity1"]) for f in records()[1]]
+        for record, both in zip(found, names, strict=True):
+            # Of sentences so short each is one window, and states a fact if it names both.
+            states = [all(n in text for n in both) for text in record["proponents"]]
+            assert [s > 0.5 for s in record["proponent_ais_scores"]] == states
+            assert record["proponent_ais_best_windows"] == record["proponents"]
+        marks = np.array([r["proponent_ais_scores"] for r in found]) > 0.5
+        first = [1 / (1 + np.argmax(row)) if row.any() else 0 for row in marks]
+        assert m["ais_mrr"] == pytest.approx(np.mean(first))
+        assert m["ais_recall_at_10"] == np.mean(marks.any(1))
+        assert m["ais_precision_at_10"] == pytest.approx(np.mean(marks)) and m["judge"]
+    assert metrics["bm25"]["ais_mrr"] == 1
+    assert metrics["bm25"]["differences"]["trackstar"]["ais_mrr"]["low"] is not None
+    told = (path / "table.md").read_text()
+    assert "| AIS-MRR |" in told and "the judge lexical, which reads it in windows of 3" in told
 
 
 def test_metrics_of_queries_groups_and_methods(finished):

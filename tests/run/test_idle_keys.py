@@ -41,6 +41,8 @@ def config_of(**changes):
         ("grad_cos", "train.learning_rate", PRETRAINED),
         ("grad_cos", "model.size", PRETRAINED),
         ("grad_cos", "eval.tail_patch_state", {"eval.tail_patch_queries": 0}),
+        ("grad_cos", "judge.threshold", {}),
+        ("grad_cos", "judge.batch", {"judge.name": "lexical"}),
         ("grad_cos", "plan.tokens", {}),
     ],
 )
@@ -59,7 +61,7 @@ def test_a_key_that_no_method_reads_is_told(methods, key, changes):
     ],
 )  # fmt: skip
 def test_keys_that_are_read_are_not_told(methods, changes):
-    config = config_of(methods=methods, **changes)
+    config = config_of(methods=methods, **{"judge.name": "nli"}, **changes)
     idle = {"plan", "counterfactual"}
     if config.search.index == "none":
         idle |= {"search.depth", "search.recall_queries", "search.scann"}

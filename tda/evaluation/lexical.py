@@ -1,0 +1,68 @@
+"""A judge by names and words alone, without any model."""
+
+import functools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from tda.evaluation.frequency import Names, normalised
+from tda.evaluation.judge import Claim, Judge
+
+# Words of a prompt that say nothing of its relation.
+_FUNCTION_WORDS = frozenset(
+    "a an the of in on at by for to from with and or as is are was were be been has have had it "
+    "its he she they his her their that this which who what where when how do does did".split()
+)
+# Letters by which forms of a word are taken for the same: "border", "borders".
+_STEM = 5
+# The share of a score that the words of the relation decide: never whether it passes 0.5.
+_RELATION = 0.2
+
+
+class Lexical(Judge):
+    """Looks for names: a premise that names subject and target is taken to state the claim.
+
+    It needs no model, and knows nothing of meaning: "X, not Y, was born in Z" entails both. The
+    score is 0 without the target. Else it is the share of the subject's words that the premise has
+    (1 for any name in full), of which a fifth depends on the share of the prompt's other words. If
+    the subject's names are not known, all words of the prompt stand for it.
+    """
+
+    identity = "lexical-1"
+
+    def score(self, pairs):
+        """See `Judge`."""
+        return np.array([self._score(*pair) for pair in pairs], np.float32)
+
+    def _score(self, premise: str, claim: Claim) -> float:
+        target, subject = _names(claim.target), _names(_unqualified(claim.subject))
+        if not target(premise):
+            return 0.0
+        words = set(_words(premise))
+        names = [_words(name) for name in _unqualified(claim.subject)]
+        relation = [w for w in _words(claim.prompt) if w not in {x for n in names for x in n}]
+        if not names:
+            return _share(relation, words)
+        is_named = bool(subject(premise))
+        share = 1.0 if is_named else max(_share(name, words) for name in names)
+        return share * (1 - _RELATION + _RELATION * _share(relation, words))
+
+
+@functools.lru_cache(4096)
+def _names(names: tuple[str, ...]) -> Names:
+    return Names([names])
+
+
+def _unqualified(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns names without what tells them apart, such as "(comedian)", which no text has."""
+    return tuple(filter(None, (re.sub(r"\s*\([^()]*\)\s*$", "", name) for name in names)))
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"\w+", normalised(text).casefold())
+    return [word[:_STEM] for word in words if word not in _FUNCTION_WORDS]
+
+
+def _share(words: Sequence[str], present: set[str]) -> float:
+    return sum(word in present for word in words) / len(words) if words else 1.0

@@ -1,0 +1,91 @@
+"""Passages that a judge reads for each query, in windows of sentences; scores are kept on disk."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from tda.evaluation import judges
+from tda.evaluation.judge import Claim, Judge, JudgeSettings, windows
+from tda.run.result_log import ResultLog
+from tda.run.run import Run
+from tda.runtime import processes, progress
+from tda.runtime.fingerprint import fingerprint, fingerprint_parts
+
+# Pairs whose scores are written together: what a kill may cost.
+_TOGETHER = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A judge's score of a passage for a query, that of the best window."""
+
+    score: float
+    window: str  # the window's text
+
+
+def make_judge(config) -> Judge | None:
+    """Returns the judge that a config names; None if it names none.
+
+    Raises:
+        ValueError: there is no such judge, or it lacks an extra or a model.
+    """
+    j = config.judge
+    if not j.name:
+        return None
+    return judges.make(j.name, JudgeSettings(j.model, j.batch, j.tokens))
+
+
+def claims_of(run: Run, queries: Iterable[int]) -> dict[int, Claim]:
+    """Returns, by query row, what a passage is to entail to state the query's fact."""
+    claims, texts = {}, run.query_texts
+    for q in queries:
+        fact = run.corpus.queries[q]
+        subject = tuple(n for n in (fact.entity0, *fact.entity0_alias) if n.strip())
+        prompt = fact.prompt(run.config.data.prompt)
+        claims[q] = Claim(texts[q], prompt, tuple(run.corpus.answers(q)), subject)
+    return claims
+
+
+def judge_passages(
+    run: Run, judge: Judge, pairs: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], Verdict]:
+    """Returns the verdict on every pair of a query row and a passage row.
+
+    A pair of a window and a claim that this judge has scored before, for any method, is read.
+    """
+    pairs = sorted(set(pairs))
+    log = ResultLog(run.workdir / f"judge-{fingerprint([judge.identity])}.jsonl")
+    claims = claims_of(run, {q for q, _ in pairs})
+    texts = {p: run.corpus.text_of(p) for p in {p for _, p in pairs}}
+    spans = {p: windows(text, run.config.judge.sentences) for p, text in texts.items()}
+    names = {q: fingerprint(dataclasses.asdict(claim)) for q, claim in claims.items()}
+    windows_of = {
+        (q, p): {texts[p][s]: fingerprint_parts([names[q], texts[p][s]]) for s in spans[p]}
+        for q, p in pairs
+    }
+    with run.engine.alone():
+        scores = log.read()
+        todo = {
+            key: (text, claims[q])
+            for (q, _), keys in windows_of.items()
+            for text, key in keys.items()
+            if key not in scores
+        }
+        processes.on_first_process("judge passages", lambda: _score(judge, todo, log))
+        if todo:
+            scores = log.read()
+    verdicts = {}
+    for pair, keys in windows_of.items():
+        best = max(keys, key=lambda text: scores[keys[text]])  # of equal ones the first
+        verdicts[pair] = Verdict(scores[keys[best]], best)
+    return verdicts
+
+
+def _score(judge: Judge, todo: dict[str, tuple[str, Claim]], log: ResultLog) -> None:
+    keys = list(todo)
+    with progress.bar(len(keys), "judge", "window", saves_work=True) as bar:
+        for first in range(0, len(keys), _TOGETHER):
+            group = keys[first : first + _TOGETHER]
+            scores = judge.score([todo[key] for key in group])
+            log.add(zip(group, map(float, scores), strict=True))
+            bar.update(len(group))
+            processes.check_preemption()
