@@ -7,8 +7,10 @@ then every file that a run leaves for its user is compared byte for byte.
 """
 
 import collections
+import json
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ import time
 from absl import app, flags
 
 from benchmarks import record
+from tda.runtime import atomic_file
 
 _JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the runs are made; temporary if unset")
@@ -44,47 +47,51 @@ def contents(workdir: pathlib.Path) -> dict[str, bytes]:
 def last_line(workdir: pathlib.Path) -> str:
     """Returns the name of the work that a run's log speaks of last."""
     text = pathlib.Path(f"{workdir}.log").read_bytes().decode(errors="replace")
-    lines = [line for line in text.replace("\\r", "\\n").splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].split(":")[0].strip()[:40] if lines else "start"
 
 
 def run_with_kills(root: pathlib.Path, arguments: list[str]) -> dict:
-    """Kills runs until there were enough kills and the last run is finished."""
-    reference = root / "alone"
-    if start(reference, arguments).wait():
+    """Kills runs until there were enough kills and the last run is finished.
+
+    The figures so far lie in `kills.json`, from which a call that ended early goes on.
+    """
+    reference, file = root / "alone", root / "kills.json"
+    figures = {"kills": 0, "runs": 0, "files": 0, "differing": [], "killed_at": {}}
+    if file.exists():
+        figures = json.loads(file.read_text())
+    elif start(reference, arguments).wait():
         raise RuntimeError(f"the run failed; see {reference}.log")
     expected = contents(reference)
-    rng, kills, runs = random.Random(_SEED.value), 0, 0
-    moments: collections.Counter[str] = collections.Counter()
-    differing: set[str] = set()
-    while kills < _KILLS.value:
-        workdir = root / f"killed-{runs}"
-        runs += 1
-        while True:
-            child = start(workdir, arguments)
-            try:
-                # A run that has had all its kills may end.
-                limit = rng.uniform(0, _LONGEST.value) if kills < _KILLS.value else None
-                status = child.wait(limit)
-            except subprocess.TimeoutExpired:
-                moments[last_line(workdir)] += 1
-                child.kill()
-                child.wait()
-                kills += 1
+    figures["files"] = len(expected)
+    while figures["kills"] < _KILLS.value:
+        workdir = root / f"killed-{figures['runs']}"
+        child = start(workdir, arguments)
+        rng = random.Random(f"{_SEED.value} {figures['kills']}")
+        try:
+            status = child.wait(rng.uniform(0, _LONGEST.value))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            moments = collections.Counter(figures["killed_at"])
+            moments[last_line(workdir)] += 1
+            figures |= {"kills": figures["kills"] + 1, "killed_at": dict(moments.most_common())}
+            # A run that has had all its kills may end.
+            if figures["kills"] < _KILLS.value:
+                atomic_file.write_json(file, figures)
                 continue
-            if status:
-                raise RuntimeError(f"a run ended with {status} after {kills} kills: {workdir}.log")
-            break
+            status = start(workdir, arguments).wait()
+        if status:
+            raise RuntimeError(f"a run ended with {status}: {workdir}.log; {figures}")
         found = contents(workdir)
-        differing |= {n for n in expected | found if expected.get(n) != found.get(n)}
-        print(f"{time.strftime('%X')} run {runs}: {kills} kills, {len(differing)} files differ")
-    return {
-        "kills": kills,
-        "runs": runs,
-        "files": len(expected),
-        "differing": sorted(differing),
-        "killed_at": dict(moments.most_common()),
-    }
+        differing = {n for n in expected | found if expected.get(n) != found.get(n)}
+        figures["differing"] = sorted(differing.union(figures["differing"]))
+        figures["runs"] += 1
+        if not differing:  # as large as the reference
+            shutil.rmtree(workdir)
+        atomic_file.write_json(file, figures)
+        print(f"{time.strftime('%X')} {figures}", flush=True)
+    return figures
 
 
 def main(argv):
