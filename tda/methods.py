@@ -44,7 +44,8 @@ class Method:
         corrected, output, curvature: see `GradientKind`.
         hessian: R is "none", "train" (R_train) or "mixed" (λ R_eval + (1 − λ) R_train).
         unit_norm: whether encodings are scaled to norm one, which makes scores cosines.
-        retriever: "gradient"; "rerank" (whole gradients of candidates); one that needs no projected
+        retriever: "gradient"; "rerank" (whole gradients of candidates); "rrf" (reciprocal-rank
+            fusion of the methods that find candidates); one that needs no projected
             gradients ("bm25", "dense", "hidden", "annotated"); one by the gradients of the
             training's own steps ("captured"); or a control that looks at no query ("random",
             "length", "gradient_norm").
@@ -58,6 +59,8 @@ class Method:
             ("leave_one_out"), or the half that it is not in ("disjoint"); if empty, the rule of
             the config (`hessian.evaluation`).
         layer: the layer of the "hidden" retriever: "last" or "middle".
+        candidates: comma-separated methods whose first passages "rerank" and "rrf" rank; if empty,
+            those of the config (`rerank.candidates`).
     """
 
     title: str
@@ -72,6 +75,7 @@ class Method:
     passages: str = "plain"
     evaluation: str = ""
     layer: str = "last"
+    candidates: str = ""
 
     @property
     def gradients(self) -> GradientKind:
@@ -106,6 +110,11 @@ class Method:
     def compares_gradients(self) -> bool:
         """Whether the method needs gradients, projected or not."""
         return self.takes_query_gradients or self.retriever == "rerank"
+
+    @property
+    def takes_candidates(self) -> bool:
+        """Whether the method ranks the first passages of other methods."""
+        return self.retriever in ("rerank", "rrf")
 
     @property
     def beyond_plain(self) -> dict[str, object]:
@@ -218,6 +227,17 @@ METHODS = {
     ),
     "rerank_ekfac_cos": Method(
         "EK-FAC influence, norm, unprojected", retriever="rerank", curvature="ekfac"
+    ),
+    # Words and gradients together.
+    "rerank_bm25": Method(
+        "TrackStar on BM25's passages, unprojected",
+        retriever="rerank",
+        corrected=True,
+        hessian="train",
+        candidates="bm25",
+    ),
+    "rrf": Method(
+        "BM25 and TrackStar, reciprocal ranks", retriever="rrf", candidates="bm25,trackstar"
     ),
     # Similarity of hidden states.
     "hidden_last": Method("hidden states, last layer", retriever="hidden"),

@@ -23,7 +23,7 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
 from tda.retrieval.hessian_settings import HessianSettings
-from tda.run import corpus, plain_corpus, second_stage, train
+from tda.run import corpus, first_stage, plain_corpus, train
 from tda.run.encode import NO_STORE
 from tda.run.workdir import Workdir
 
@@ -207,7 +207,7 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
     out: dict[str, list] = {}
     left_out = []
     chosen = methods.parse(config.methods)
-    for method in (chosen | second_stage.first_methods(config, chosen)).values():
+    for method in (chosen | first_stage.first_methods(config, chosen)).values():
         if method.retriever != "gradient":
             continue
         if method.beyond_plain.keys() - {"evaluation"}:
@@ -229,8 +229,8 @@ def _reranking(config, passages: int) -> tuple[int, int]:
     Those of several first stages are taken to be all different.
     """
     chosen = methods.parse(config.methods)
-    count = sum(m.retriever == "rerank" for m in chosen.values())
-    first = second_stage.first_methods(config, chosen)
+    reranking = {name: m for name, m in chosen.items() if m.retriever == "rerank"}
+    count, first = len(reranking), first_stage.first_methods(config, reranking)
     each = len(first) * config.rerank.passages if first else passages
     return count, min(passages, each) if count else 0
 

@@ -1,16 +1,34 @@
 """The candidates of a second stage: the first passages of several rankings, ranked anew."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from tda.retrieval.ranked import Ranked, first_rank
+
+# The larger, the less the first ranks count.
+_FUSION = 60
 
 
 def unite(rankings: Sequence[Ranked]) -> list[np.ndarray]:
     """Returns the rows that any of some rankings has for each query, int64, rising."""
     rows_QxK = np.concatenate([ranked.proponents for ranked in rankings], axis=1)
     return [np.unique(rows[rows >= 0]) for rows in rows_QxK]
+
+
+def fuse(rankings: Sequence[Ranked]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields each query's candidates, rising, and their scores by reciprocal-rank fusion.
+
+    A passage's score is the sum of 1 / (60 + rank) over the rankings that have it, ranks from 1
+    (Cormack, Clarke & Büttcher 2009, whose constant it is).
+    """
+    for q, rows in enumerate(unite(rankings)):
+        scores = np.zeros(len(rows))
+        for ranked in rankings:
+            ranks = np.flatnonzero(ranked.proponents[q] >= 0)
+            at = np.searchsorted(rows, ranked.proponents[q, ranks])
+            scores[at] += 1.0 / (_FUSION + 1 + ranks)
+        yield rows, scores
 
 
 def rank(

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from tda import methods
 from tda.methods import Method
-from tda.run import second_stage
+from tda.run import first_stage
 from tda.run.registry import is_of_package
 
 Methods = list[Method]
@@ -99,8 +99,13 @@ _RULES: tuple[Rule, ...] = (
     ),
     (("hessian.seed",), lambda c, _: c.hessian.sample > 0, "hessian.sample is 0"),
     (("several",), _have(lambda m: m.several), "no method uses several checkpoints"),
-    (("rerank",), _has_second_stage, "no method is of the second stage"),
+    (("rerank",), _have(lambda m: m.takes_candidates), "no method is of the second stage"),
     (("rerank.candidates",), lambda c, _: c.rerank.passages > 0, "rerank.passages is 0"),
+    (
+        ("rerank.candidates",),
+        _have(lambda m: m.takes_candidates and not m.candidates),
+        "no method leaves it to the config",
+    ),
     (
         ("curvature",),
         _have(lambda m: m.curvature != "none" or (m.retriever, m.hessian) == ("rerank", "train")),
@@ -140,7 +145,7 @@ def describe(config: ConfigDict, keys: Iterable[str]) -> list[str]:
             more than its run needs, since its methods may be chosen on the command line.
     """
     named = methods.parse(config.methods)
-    chosen = list((named | second_stage.first_methods(config, named)).values())
+    chosen = list((named | first_stage.first_methods(config, named)).values())
     if not all(map(is_of_package, chosen)):
         return []  # what a plugin reads is not known here
     lines = {}

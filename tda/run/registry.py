@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from tda.methods import Method
 from tda.run.captured import Captured
 from tda.run.controls import GradientNorm, Labels, Length, Random
+from tda.run.fusion import Fusion
 from tda.run.gradient_retrievers import Gradients, Sums
 from tda.run.retrievers import Dense, Hidden, Retriever, Words
 from tda.run.run import Run
@@ -17,6 +18,10 @@ from tda.run.second_stage import SecondStage
 def _second_stage(run: Run) -> Retriever:
     # Its candidates come from other retrievers.
     return SecondStage(run, retriever_of)
+
+
+def _fusion(run: Run) -> Retriever:
+    return Fusion(run, retriever_of)
 
 
 # Each makes the retriever of a run.
@@ -32,6 +37,7 @@ RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "length": Length,
     "gradient_norm": GradientNorm,
     "rerank": _second_stage,
+    "rrf": _fusion,
 }
 _OF_PACKAGE = frozenset(RETRIEVERS.values())
 # Installed packages list their plugin modules in this group of entry points.

@@ -15,7 +15,7 @@ from tda.retrieval import dense, ranked
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.whitening import describe_regularisation, no_leave_one_out
-from tda.run import encode, second_stage
+from tda.run import encode, first_stage, second_stage
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
 from tda.run.retrievers import Result, Retriever, queries_of_run
@@ -45,7 +45,7 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     # Methods that differ only in their title share a file, and are searched once.
     first = {files[n]: n for n in reversed(lacking)}
     todo = {n: chosen[n] for n in chosen if n in first.values()}
-    candidates = second_stage.first_stage(run, todo)
+    candidates = first_stage.first_stage(run, todo)
     if candidates is not None:
         retrieve(candidates)
     kinds = [m.gradients for m in todo.values() if m.takes_gradients]
@@ -101,7 +101,7 @@ def check(config, chosen: dict[str, Method]) -> None:
         ValueError: it does not, or a method needs an extra that is not installed; the message
             names the key or the extra.
     """
-    if first := second_stage.first_methods(config, chosen):
+    if first := first_stage.first_methods(config, chosen):
         check(config, first)
     for method in chosen.values():
         retriever_of(method)
@@ -146,7 +146,7 @@ def check_run(run: Run) -> None:
     """
     queries = len(run.corpus.queries)
     chosen = methods.parse(run.config.methods)
-    for method in (chosen | second_stage.first_methods(run.config, chosen)).values():
+    for method in (chosen | first_stage.first_methods(run.config, chosen)).values():
         if method.retriever == "rerank":
             check_sites(run.trained.model, run.sites(method.gradients))
         if method.retriever == "captured" and not run.config.train.capture:

@@ -120,6 +120,7 @@ class Retriever:
         """Returns the file name of a method's ranking: a hash of all that it depends on."""
         fields = dataclasses.asdict(method)
         fields.pop("title")  # methods that differ in nothing else share a ranking
+        fields.pop("candidates")  # those that they find are in `provenance`
         run = self.run
         common = [fields, run.corpus.fingerprint, run.config.eval.top_k]
         return f"{method.retriever}-{fingerprint(plain(common + self.provenance(method)))}"

@@ -7,46 +7,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tda import methods as method_lib
 from tda.gradients import pair_products
 from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_products import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
-from tda.retrieval import by_score, candidates, ranked
+from tda.retrieval import by_score, candidates
 from tda.retrieval.ranked import Ranked
 from tda.run import curvature, moments
-from tda.run.retrievers import Queries, Result, Retriever, tell
+from tda.run.first_stage import FirstStage
+from tda.run.retrievers import Result, Retriever, tell
 from tda.run.run import Run
 from tda.runtime import progress, sharding
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import ONE_GROUP
-
-
-def first_methods(config, chosen: dict[str, Method]) -> dict[str, Method]:
-    """Returns the methods that find the candidates of the chosen methods; none if all passages are.
-
-    Raises:
-        ValueError: a candidate method is itself of the second stage, or there are fewer candidates
-            than passages to show.
-    """
-    # A run that was finished before there was this section has none.
-    if "rerank" not in config or not config.rerank.passages:
-        return {}
-    if not any(m.retriever == "rerank" for m in chosen.values()):
-        return {}
-    first = method_lib.parse(config.rerank.candidates)
-    if wrong := [n for n, m in first.items() if m.retriever == "rerank"]:
-        raise ValueError(
-            f"rerank.candidates={config.rerank.candidates!r}: {', '.join(wrong)} score the "
-            "candidates of others; name methods of the first stage, such as trackstar,bm25"
-        )
-    if config.rerank.passages < config.eval.top_k:
-        raise ValueError(
-            f"rerank.passages={config.rerank.passages} is below eval.top_k={config.eval.top_k}: "
-            "rankings would end before; use at least as many, or 0 for every passage"
-        )
-    return first
 
 
 def check(config, method: Method) -> None:
@@ -67,22 +41,12 @@ def check(config, method: Method) -> None:
         raise ValueError(f"{method.title}: {pair_products.NOT_FACTORED}")
 
 
-def first_stage(run: Run, chosen: dict[str, Method]) -> Run | None:
-    """Returns the run of the methods that find candidates; None if there are none."""
-    first = first_methods(run.config, chosen)
-    if not first:
-        return None
-    config = run.config.copy_and_resolve_references()
-    config.methods, config.eval.top_k = ",".join(first), config.rerank.passages
-    return dataclasses.replace(run, config=config)
-
-
 class SecondStage(Retriever):
     """Scores candidates by whole gradients, of all methods of the second stage in one pass.
 
     Args:
         run: the run.
-        make: returns the function that makes a method's retriever.
+        make: as for `FirstStage`.
     """
 
     shares_search = True
@@ -91,26 +55,14 @@ class SecondStage(Retriever):
 
     def __init__(self, run: Run, make: Callable[[Method], Callable[[Run], Retriever]]):
         super().__init__(run)
-        config = run.config
-        # Any of them: whether there is a first stage does not depend on which.
-        any_method = {"": Method("", retriever="rerank")}
-        self._first_run = first_stage(run, any_method)
-        self._first = first_methods(config, any_method)
-        self._retrievers: dict[str, Retriever] = {}
-        self._make = make
+        self._first = FirstStage(run, make)
         self._factors = functools.cache(self._make_factors)
         self._metrics: dict[str, Metric] = {}
 
-    def _retriever(self, name: str) -> Retriever:
-        if name not in self._retrievers:
-            self._retrievers[name] = self._make(self._first[name])(self._first_run)
-        return self._retrievers[name]
-
     def lacks(self, method):
         """Returns what candidates or metric lack, or None."""
-        for name, first in self._first.items():
-            if why := self._retriever(name).lacks(first):
-                return f"its candidates come from {name}: {why}"
+        if why := self._first.lacks(method):
+            return why
         file = curvature.file_of_metric(self.run, method)
         if file is not None and not file.exists():
             return "the run has kept no curvature for it: the method was not run"
@@ -118,8 +70,7 @@ class SecondStage(Retriever):
 
     def provenance(self, method):
         """Gradients, metric and candidates."""
-        names = [self._retriever(n).ranking_name(m) for n, m in self._first.items()]
-        return [*self._gradients(method), names]
+        return [*self._gradients(method), self._first.ranking_names(method)]
 
     def _gradients(self, method: Method) -> list:
         provenance = self.run.provenance(method.gradients)
@@ -136,18 +87,16 @@ class SecondStage(Retriever):
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
-        run, first = self.run, self._rank_first(queries, on_progress)
-        count = run.corpus.rows
-        lists = (
-            candidates.unite(list(first.values())) if first else [np.arange(count)] * len(queries)
-        )
-        pairs = Pairs.of_lists(lists)
-        outputs: dict[str, dict[str, Method]] = {}
+        run, count = self.run, self.run.corpus.rows
+        groups: dict[tuple[str, str], dict[str, Method]] = {}
         for name, method in methods.items():
             output = method.output or run.config.gradients.output
-            outputs.setdefault(output, {})[name] = method
+            groups.setdefault((method.candidates, output), {})[name] = method
         results: dict[str, Result] = {}
-        for output, sharing in outputs.items():
+        for (_, output), sharing in groups.items():
+            first = self._first.rank(next(iter(sharing.values())), queries, on_progress)
+            united = candidates.unite(list(first.values())) if first else None
+            pairs = Pairs.of_lists([np.arange(count)] * len(queries) if united is None else united)
             scores = self._scores(output, sharing, queries, pairs, on_progress)
             for name, scores_P in (scores or {}).items():
                 by_query = pairs.by_query(scores_P, len(queries))
@@ -167,19 +116,6 @@ class SecondStage(Retriever):
                 yield scores_C
 
         return by_score.rank(all_scores(), count, k, correct)
-
-    def _rank_first(self, queries: Queries, on_progress) -> dict[str, Ranked]:
-        """Returns the rankings that candidates come from: a run has them on disk by now."""
-        rankings = {}
-        for name, method in self._first.items():
-            retriever, depth = self._retriever(name), self.run.config.rerank.passages
-            if self.run.live:
-                result = retriever.search(queries, {name: method}, depth, on_progress)[name]
-                rankings[name] = result.ranked
-            else:
-                file = self.run.workdir / "retrieval" / f"{retriever.ranking_name(method)}.npz"
-                rankings[name] = ranked.load(file)
-        return rankings
 
     def _make_factors(self, output: str) -> GradientFactors:
         kind = Method("").gradients

@@ -33,3 +33,15 @@ def test_ranks_beyond_the_candidates_of_one_ranking_do_not_change():
     scored = [(rows, np.ones(2, np.float32)) for rows in lists]
     correct = {"all": [np.array([8]), np.array([], np.int64)]}
     assert candidates.rank(first, scored, 2, correct).first_ranks["all"].tolist() == [40, 0]
+
+
+def test_reciprocal_ranks_are_summed_over_the_rankings_that_have_a_passage():
+    first = ranking([[5, 2, 7], [1, -1, -1]], [0, 0])
+    other = ranking([[2, 9, 5], [0, 1, -1]], [0, 0])
+    fused = list(candidates.fuse([first, other]))
+    assert [rows.tolist() for rows, _ in fused] == [[2, 5, 7, 9], [0, 1]]
+    expected = [[1 / 62 + 1 / 61, 1 / 61 + 1 / 63, 1 / 63, 1 / 62], [1 / 61, 1 / 61 + 1 / 62]]
+    for (_, scores), by_hand in zip(fused, expected, strict=True):
+        np.testing.assert_allclose(scores, by_hand, rtol=1e-12)
+    best = candidates.rank(first, fused, 3).proponents.tolist()
+    assert best == [[2, 5, 9], [1, 0, -1]]

@@ -150,3 +150,35 @@ def test_keys_without_effect_are_told(traced):
     assert "rerank.passages is 0" in idle_keys.describe(every, ["rerank.candidates"])[0]
     keys = ["rerank.passages", "rerank.candidates", "projection.side", "curvature.sample"]
     assert not idle_keys.describe(changed(run, methods="rerank_exp4").config, keys)
+
+
+def test_words_and_gradients_together(traced, complete):
+    run, ranked, _ = traced
+    joined, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rrf,bm25"))
+    scores = scores_of(complete, "rerank_trackstar")
+    for q in range(4):
+        words, gradients = (
+            [row for row in x.proponents[q].tolist() if row >= 0]
+            for x in (joined["bm25"], ranked["trackstar"])
+        )
+        assert joined["rerank_bm25"].proponents[q].tolist() == sorted(
+            words, key=lambda row, q=q: (-scores[q, row], row)
+        )
+        ranks = {row: 0.0 for row in sorted({*words, *gradients})}
+        for rows in (words, gradients):
+            for i, row in enumerate(rows):
+                ranks[row] += 1 / (61 + i)
+        best = sorted(ranks, key=lambda row: -ranks[row])[:5]
+        assert joined["rrf"].proponents[q].tolist() == best
+    # Candidates of the others do not count.
+    together, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rerank_trackstar"))
+    np.testing.assert_array_equal(
+        together["rerank_trackstar"].proponents, ranked["rerank_trackstar"].proponents
+    )
+    live = LiveRun(run.workdir.path)
+    fact = run.corpus.queries[1]
+    chosen = {n: retrieve.methods.METHODS[n] for n in ("rerank_bm25", "rrf")}
+    records = live.records(fact.prompt0, fact.entity1, chosen, 5, lambda *_: None)
+    for name, record in records.items():
+        rows = joined[name].proponents[1]
+        assert record["proponent_ids"] == [run.corpus.passages.ids[r] for r in rows]
