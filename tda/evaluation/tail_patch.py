@@ -2,14 +2,13 @@
 
 From the final checkpoint, one step of the training optimizer, its state restored, on one passage
 alone; the score is the change of the target sequence's probability (Chang et al. 2024, section 5).
-Every passage starts from the same checkpoint. Scored in log-probability too: a change from 0.1% to
-0.2% is as large there as one from 40% to 80%.
+Every step starts from the same checkpoint, and serves all queries that retrieved its passage.
+Scored in log-probability too: a change from 0.1% to 0.2% is as large there as one from 40% to 80%.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -63,19 +62,27 @@ class TailPatch:
             logits_1xTxV = merge(params)(query["tokens"])
             return -losses.cross_entropy(logits_1xTxV, query["targets"], query["weights"])[0]
 
-        def log_p_before_and_after(state, pair):
-            before = log_p(state["params"], pair["query"])
-            passage = jax.tree.map(lambda x: x[None], pair["passage"])
-            patched, _ = train_step(merge, tx, state, passage)
-            return jnp.stack([before, log_p(patched["params"], pair["query"])])
+        @jax.jit
+        def log_p_before(state, queries):
+            return jax.lax.map(lambda q: log_p(state["params"], q), queries, batch_size=1)
 
         @jax.jit
-        def call(state, batch):
-            # One pair at a time: each needs its own copy of parameters and optimizer state.
-            step = lambda pair: log_p_before_and_after(state, pair)  # noqa: E731
-            return jax.lax.map(step, batch, batch_size=1)
+        def log_p_after(state, batch):
+            def step(patched, pair):
+                passage = jax.tree.map(lambda x: x[None], pair["passage"])
+                # A conditional of a scan runs one branch: another query of the same passage costs
+                # no step. One program for any number of queries, so that bits do not depend on
+                # which pairs a resumed run has left.
+                patched = jax.lax.cond(
+                    pair["is_new"],
+                    lambda: train_step(merge, tx, state, passage)[0]["params"],
+                    lambda: patched,
+                )
+                return patched, log_p(patched, pair["query"])
 
-        self._call = call
+            return jax.lax.scan(step, state["params"], batch)[1]
+
+        self._log_p_before, self._log_p_after = log_p_before, log_p_after
 
     def __call__(
         self,
@@ -106,17 +113,27 @@ class TailPatch:
             pairs[:, 1] < 0, usual, passages.lengths_of(np.maximum(pairs[:, 1], 0)) - 1
         )
         bucket = np.searchsorted(lengths, positions)
+        unique, query_of_pair = np.unique(pairs[:, 0], return_inverse=True)
+        before = [
+            sharding.to_host(
+                self._log_p_before(self._state, self._rows(queries, filled, query_length))
+            )[: len(which)]
+            for which, filled in _calls(unique)
+        ]
+        out[:, 0] = np.concatenate(before)[query_of_pair] if before else 0
         for b in np.unique(bucket):
             in_bucket = np.flatnonzero(bucket == b)
-            for start in range(0, len(in_bucket), _PAIRS_PER_CALL):
-                which = in_bucket[start : start + _PAIRS_PER_CALL]
-                # The last call of a length repeats its last pair, to keep the shape.
-                filled = np.pad(which, (0, _PAIRS_PER_CALL - len(which)), mode="edge")
+            # The queries of a passage follow one another, and share its step.
+            by_passage = in_bucket[np.argsort(pairs[in_bucket, 1], kind="stable")]
+            for which, filled in _calls(by_passage):
+                rows = pairs[filled, 1]
                 batch = {
-                    "passage": self._rows(passages, pairs[filled, 1], lengths[b]),
+                    "passage": self._rows(passages, rows, lengths[b]),
                     "query": self._rows(queries, pairs[filled, 0], query_length),
+                    "is_new": np.diff(rows, prepend=-2) != 0,
                 }
-                out[which] = sharding.to_host(self._call(self._state, batch))[: len(which)]
+                log_p = sharding.to_host(self._log_p_after(self._state, batch))
+                out[which, 1] = log_p[: len(which)]
                 on_done(which, out[which])
         return out
 
@@ -126,3 +143,11 @@ class TailPatch:
         order = np.argsort(np.argsort(rows < 0, kind="stable"))
         batch = batching.materialise(table, rows[rows >= 0], length, len(rows), self._layout.pad)
         return {name: x[order] for name, x in batch.arrays().items()}
+
+
+def _calls(numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the numbers of each compiled call, and the same filled up to the call's shape."""
+    for start in range(0, len(numbers), _PAIRS_PER_CALL):
+        which = numbers[start : start + _PAIRS_PER_CALL]
+        # The last call repeats its last number, to keep the shape.
+        yield which, np.pad(which, (0, _PAIRS_PER_CALL - len(which)), mode="edge")

@@ -114,7 +114,9 @@ def _measure_patches(
     passages = np.array([passage for _, passage in todo.values()], np.int64)
     lengths = np.where(passages < 0, 0, run.corpus.passages.lengths_of(np.maximum(passages, 0)))
     # Passages of like length together: a step is compiled for each length that they are padded to.
-    keys = [key for _, key in sorted(zip(lengths.tolist(), todo, strict=True))]
+    # The queries of one passage together: they share its step.
+    order = sorted(zip(lengths.tolist(), passages.tolist(), todo, strict=True))
+    keys = [key for _, _, key in order]
     pairs = [todo[key] for key in keys]
     steps = functools.cache(lambda: _tail_patch(run, rule))
     if jax.process_count() > 1:

@@ -17,7 +17,7 @@ from tda.evaluation.tail_patch import TailPatch, change, log_change
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
-from tda.training import optimizer
+from tda.training import loop, optimizer
 
 BUCKETS = (8, 16, 32)
 
@@ -125,6 +125,26 @@ def test_tail_patch_is_one_restored_step_on_each_passage_alone(
         assert changes[i] == pytest.approx(np.exp(after) - np.exp(before), rel=1e-3, abs=1e-8)
         assert logs[i] == pytest.approx(after - before, rel=1e-3, abs=1e-5)
     assert changes[1] > changes[0]  # stating the fact helps more than momentum alone
+
+
+def test_one_step_on_a_passage_serves_all_of_its_queries(setup, monkeypatch):
+    tokenizer, table, queries, model = setup
+    tx, steps = optimizer.make_optimizer("adam", optax.constant_schedule(1e-2)), []
+
+    def counted(*args):
+        jax.debug.callback(lambda: steps.append(1))
+        return loop.train_step(*args)
+
+    monkeypatch.setattr(tail_patch, "train_step", counted)
+    model_fn, params = functional.split(model)
+    state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
+    patch = TailPatch(model_fn, state, tx, BatchLayout((32,), 64, tokenizer.pad))
+    log_p = patch(table, queries, [(0, 2), (1, 0), (1, 2), (0, 0), (0, -1), (1, -1)])
+    jax.effects_barrier()
+    assert len(steps) == 3
+    # The bits do not depend on what else is measured.
+    alone = np.concatenate([patch(table, queries, [pair]) for pair in [(1, 2), (0, 0), (1, -1)]])
+    np.testing.assert_array_equal(log_p[[2, 3, 5]], alone)
 
 
 def test_changes_of_improbable_targets_do_not_cancel():
