@@ -35,8 +35,10 @@ from tda.store.making import SHARD_BYTES
 
 # Bytes of gradients that are held in memory if no directory is given.
 _MEMORY = 8 << 30
-# Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines.
-_SHARD_TOKENS = 1 << 15
+# Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines. Batches are
+# planned within a shard, so large ones need larger shards: of few batches, each length's last one
+# is mostly padding.
+_SHARD_TOKENS, _SHARD_BATCHES = 1 << 15, 16
 # Shards of a store at most, as long as they are no larger than `SHARD_BYTES`: each is a file.
 _MOST_SHARDS = 1 << 16
 
@@ -225,7 +227,7 @@ class TextInputs:
             table.ids,
             dict.fromkeys(encoder.layout.blocks, settings.projection.side**2),
             provenance | {"tokenizer": tokenizer.fingerprint()},
-            shard_bytes=_shard_bytes(table, encoder.layout.width),
+            shard_bytes=_shard_bytes(table, encoder.layout.width, settings.tokens_per_batch),
             documents=table.documents,
             texts=PassageTexts(table, tokenizer),
             corpus=table.fingerprint(),
@@ -277,8 +279,10 @@ def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray
         )
 
 
-def _shard_bytes(table: TokenTable, width: int) -> int:
-    tokens = max(_SHARD_TOKENS, table.token_count // _MOST_SHARDS)
+def _shard_bytes(table: TokenTable, width: int, tokens_per_batch: int) -> int:
+    tokens = max(
+        _SHARD_TOKENS, _SHARD_BATCHES * tokens_per_batch, table.token_count // _MOST_SHARDS
+    )
     rows = max(1, int(tokens / max(1.0, table.token_count / len(table))))
     return min(SHARD_BYTES, rows * 4 * width)
 

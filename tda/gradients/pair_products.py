@@ -307,7 +307,7 @@ def _map(of_passage, batch, numbers: int, limit: int | None = None):
     """Maps a function over passages, each device over its own; see `sharding.map_in_portions`."""
     if limit is None:
         # CPUs are fastest one passage at a time, whose product with all its queries is large.
-        limit = 0 if jax.default_backend() == "cpu" else _AT_ONCE
+        limit = _AT_ONCE if sharding.is_accelerated() else 0
     return sharding.map_in_portions(
         lambda arrays: jax.vmap(jax.vmap(of_passage))(*arrays), tuple(batch), numbers, limit
     )

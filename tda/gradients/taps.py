@@ -33,9 +33,10 @@ from tda.gradients import layers
 from tda.gradients.sites import Site, module_at
 from tda.runtime import sharding
 
-# Numbers of weight gradients that a device holds at once (at least one example's): 4 MiB of
-# float32, what a CPU's cache keeps until they are projected.
-_AT_ONCE = 2**20
+# Numbers of weight gradients that a device holds at once (at least one example's): on CPUs 4 MiB of
+# float32, what a cache keeps until they are projected; elsewhere 256 MiB, since every turn is a
+# launch of small kernels for each layer.
+_AT_ONCE, _AT_ONCE_ACCELERATED = 2**20, 2**26
 
 
 class Zeros(nnx.Variable):
@@ -255,8 +256,8 @@ def _project_scaled(d_BxTxN, x_BxTxM, A_MxP, B_NxP, scale_MxN):
         G_DxCxMxN = _einsum("dctm,dctn->dcmn", x_DxCxTxM, d_DxCxTxN) * scale_MxN
         return _einsum("dcmq,mp->dcpq", _einsum("dcmn,nq->dcmq", G_DxCxMxN, B_NxP), A_MxP)
 
-    batch = x_BxTxM, d_BxTxN
-    return sharding.map_in_portions(project, batch, scale_MxN.size, _AT_ONCE)
+    limit = _AT_ONCE_ACCELERATED if sharding.is_accelerated() else _AT_ONCE
+    return sharding.map_in_portions(project, (x_BxTxM, d_BxTxN), scale_MxN.size, limit)
 
 
 def _project_rotated(d_BxTxN, xQ_BxTxM, A_MxP, B_NxP, scale_MxN, Q_NxN):

@@ -89,6 +89,11 @@ def devices_of_batch(examples: int) -> int:
     return devices if examples % devices == 0 else 1
 
 
+def is_accelerated() -> bool:
+    """Returns whether programs are compiled for another device than a CPU."""
+    return jax.default_backend() != "cpu"
+
+
 def map_in_portions(function, batch, numbers: int, limit: int):
     """Maps a function over a batch, a few examples at a time on every device.
 
