@@ -187,7 +187,12 @@ def test_few_tokens_are_compiled_for_few_lengths(tokenizer, shapes, monkeypatch)
 
 
 def test_a_large_corpus_has_few_shards():
-    """Guards: millions of files in one folder."""
-    for rows, length, shards in ((1 << 20, 32, 1 << 10), (1 << 28, 32, 1 << 16)):
+    """Guards: millions of files in one folder, and shards of one batch, mostly padding."""
+    sizes = (
+        (1 << 20, 32, 2048, 1 << 10),
+        (1 << 20, 32, 4096, 1 << 9),
+        (1 << 28, 32, 4096, 1 << 16),
+    )
+    for rows, length, tokens_per_batch, shards in sizes:
         table = type("Table", (), {"token_count": rows * length, "__len__": lambda _, n=rows: n})()
-        assert inputs._shard_bytes(table, 256) * shards == 4 * 256 * rows
+        assert inputs._shard_bytes(table, 256, tokens_per_batch) * shards == 4 * 256 * rows
