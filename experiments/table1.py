@@ -18,10 +18,10 @@ from .launch import launch
 flags.adopt_module_key_flags(engine_flags)
 
 
-def main(config, workdir):
+def main(config, workdir, table="table1"):
     """Runs all stages and writes the table."""
     directory = Workdir(workdir)
-    paper_table.run(config, directory, engine_flags.choose(config, directory))
+    paper_table.run(config, directory, engine_flags.choose(config, directory), table)
 
 
 if __name__ == "__main__":

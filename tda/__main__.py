@@ -8,7 +8,18 @@ import sys
 
 from tda.runtime import command
 
-_MAINS = ("trace", "table1", "ask", "view", "sweep", "plan", "store", "spectra", "counterfactual")
+_MAINS = (
+    "trace",
+    "table1",
+    "table2",
+    "ask",
+    "view",
+    "sweep",
+    "plan",
+    "store",
+    "spectra",
+    "counterfactual",
+)
 _DEMO = ("trace", "--config=world_facts", "--workdir=demo")
 
 

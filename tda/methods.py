@@ -261,6 +261,8 @@ PAPER = (
     "exp5",
     "trackstar",
 )
+# Those of its table for a corpus without labels.
+PAPER_OPEN = ("bm25", "dense", "grad_dot", "grad_cos", "trackstar")
 
 
 def register(name: str, method: Method) -> None:

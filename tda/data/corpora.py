@@ -56,6 +56,7 @@ class Corpus:
         split: the split of a TFDS dataset, or of a folder with several.
         data_dir: the directory of TFDS datasets; TFDS's default if None.
         undecodable: "refuse" what is not UTF-8, or "skip" and count it.
+        share: the share of the documents to read, drawn by a hash of their ids, from 0 to 1.
         duplicate_ids: "refuse" them, or "number": the second document of the id X becomes X~2
             (which keeps a number for every id in memory).
         skipped: how many records the last iteration skipped.
@@ -75,6 +76,7 @@ class Corpus:
     data_dir: str | os.PathLike | None = None
     undecodable: str = "refuse"
     duplicate_ids: str = "refuse"
+    share: float = 1.0
     skipped: int = dataclasses.field(default=0, init=False, compare=False)
 
     def __post_init__(self):
@@ -86,6 +88,8 @@ class Corpus:
         ):
             if getattr(self, name) not in choices:
                 raise CorpusError(f"{name}={getattr(self, name)!r}; use {' or '.join(choices)}")
+        if not 0 < self.share <= 1:
+            raise CorpusError(f"share={self.share!r} of the documents; give one above 0, at most 1")
         self._kind, self._files = self._find()
         self._check_options()
 
@@ -102,7 +106,9 @@ class Corpus:
     def describe(self) -> dict:
         """Returns JSON values that tell this corpus from others, apart from its files."""
         fields = self.as_json() | {"kind": self._kind}
-        return {k: v for k, v in fields.items() if k not in ("source", "data_dir")}
+        # Tokens of whole corpora are from before there was a share.
+        left_out = ("source", "data_dir", *(["share"] if self.share == 1 else []))
+        return {k: v for k, v in fields.items() if k not in left_out}
 
     def as_json(self) -> dict:
         """Returns the arguments that make this corpus in another process, as JSON values."""
@@ -155,6 +161,10 @@ class Corpus:
         """Yields the documents of a piece."""
         self.skipped = 0
         documents = self._read(piece)
+        if self.share < 1:
+            # Whoever reads which piece, the sample is the same.
+            most = self.share * 2**64
+            documents = (d for d in documents if hash_64_bits(f"share {d.id}") < most)
         return _number(documents) if self.duplicate_ids == "number" else documents
 
     def _check_options(self) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class Document:
     messages: tuple[dict, ...] = ()
 
 
+def _first_of(names: str | None, record: Container[str]) -> str | None:
+    """Returns the first of some fields that a record has; the names as they are if it has none."""
+    if names is None or names in record:
+        return names
+    return next((name for name in names.split(",") if name in record), names)
+
+
 def document_of(
     record, place: str, default_id: str, text_field: str, id_field: str | None
 ) -> Document:
@@ -57,7 +64,8 @@ def document_of(
         record: a mapping of fields.
         place: where it stands, for messages.
         default_id: the document's id if the record has none.
-        text_field, id_field: the fields of the text and the id; by default the id's usual names.
+        text_field, id_field: the fields of the text and the id; by default the id's usual names. Of
+            several with commas, "text,abstract", the first that the record has.
 
     Raises:
         CorpusError: a field is missing, or is not what it must be.
@@ -65,6 +73,7 @@ def document_of(
     if not isinstance(record, Mapping):
         raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
     prompt, tokens, scored, messages = "", None, None, ()
+    text_field, id_field = (_first_of(names, record) for names in (text_field, id_field))
     form = () if text_field in record else _form_without_text(record)
     if form == _COMPLETION:
         text_field, prompt = "completion", record["prompt"]
@@ -171,6 +180,7 @@ def _form_without_text(names: Collection[str]) -> tuple[str, ...]:
 
 def columns_of(names: list[str], file, text_field: str, id_field: str | None) -> list[str]:
     """Returns the columns that a document needs: the others are not read."""
+    text_field, id_field = (_first_of(field, names) for field in (text_field, id_field))
     form = () if text_field in names else _form_without_text(names)
     for field in (id_field,) if form else (text_field, id_field):
         if field is not None and field not in names:

@@ -134,7 +134,6 @@ def run_table(metrics: dict) -> str:
 
 def run_details(metrics: dict) -> str:
     """Returns a run's other tables: intervals, conventions of MRR, differences, groups."""
-    reference = reference_of(metrics)
     parts = [
         "## 95% intervals\n\nPercentile bootstrap over queries.",
         _by_method(
@@ -148,14 +147,7 @@ def run_details(metrics: dict) -> str:
             "## Conventions of MRR\n\nWith full ranks, and MRR@10: ranks beyond 10 count nothing.",
             _by_method(metrics, _MRR_COLUMNS),
         ]
-    if len(metrics) > 1:
-        title = METHODS[reference].title
-        differences = {n: m["differences"][reference] for n, m in metrics.items() if n != reference}
-        parts += [
-            f"## Difference to {title}\n\nA method's figure minus {title}'s over the same "
-            "queries: mean, 95% interval, two-sided p (paired bootstrap).",
-            _by_method(differences, _measured(metrics), _difference_cell),
-        ]
+    parts += differences(metrics)
     if next(iter(metrics.values()))["n_tail_patch_queries"]:
         columns = [
             (f"{name}_at_{k}", f"{title} k = {k}")
@@ -179,6 +171,20 @@ def run_details(metrics: dict) -> str:
             if any(m.get(metric) is not None and key in m for m in metrics.values()):
                 parts += [f"## {title} by {group_title}", _by_group(metrics, key, metric)]
     return "\n\n".join(parts)
+
+
+def differences(metrics: dict) -> list[str]:
+    """Returns heading and table of all methods' paired differences to one; empty of one method."""
+    if len(metrics) < 2:
+        return []
+    reference = reference_of(metrics)
+    title = METHODS[reference].title
+    by_method = {n: m["differences"][reference] for n, m in metrics.items() if n != reference}
+    return [
+        f"## Difference to {title}\n\nA method's figure minus {title}'s over the same "
+        "queries: mean, 95% interval, two-sided p (paired bootstrap).",
+        _by_method(by_method, _measured(metrics), _difference_cell),
+    ]
 
 
 def _content_tables(metrics: dict) -> list[str]:

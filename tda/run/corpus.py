@@ -115,6 +115,10 @@ def check_files(config) -> None:
     if data.corpus:
         plain_corpus.check(config)
         return
+    if data.pool == "named":
+        raise ValueError(
+            "data.pool=named is for data.corpus, which has no labels; use clean, or all"
+        )
     if data.queries:
         raise ValueError(
             f"data.queries={data.queries} asks data.corpus, which is not set; of a corpus with "

@@ -17,16 +17,25 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.corpus": (
         "",
         "plain documents without labels in place of data.sentences: a file, pattern or folder of "
-        "JSON lines, Parquet, CSV or text files, or a TFDS name (docs/large_corpora.md)",
+        "JSON lines, Parquet, CSV or text files, several files with commas, or a TFDS name "
+        "(docs/large_corpora.md)",
     ),
+    "data.share": (1.0, "share of the documents of data.corpus to take, by a hash of their ids"),
     "data.queries": ("", "JSON lines with prompt and target, to ask data.corpus; or data.facts"),
-    "data.text_field": ("text", "field or column of data.corpus with the text"),
-    "data.id_field": ("", "field or column with the id; empty: id, doc_id or the like, if any"),
+    "data.text_field": (
+        "text",
+        "field or column of data.corpus with the text; of several with commas the first there is",
+    ),
+    "data.id_field": ("", "the same for the id; empty: id, doc_id or the like, if any"),
     "data.dir": (
         "",
         "TFDS's directory; empty: WORKDIR/data, or for data.corpus its usual one",
     ),
-    "data.pool": ("all", "facts to ask: all, or clean (one object, stated, no repetition)"),
+    "data.pool": (
+        "all",
+        "facts to ask: all; clean (one object, stated, no repetition); or, of data.corpus, named "
+        "(a passage names subject and target)",
+    ),
     "data.exclude_relations": ("", "comma-separated relations not to ask, such as P527"),
     "data.n_sentences": (0, "sample of the corpus, with all that states a query; 0: all"),
     "data.n_queries": (0, "sample of the queries; 0: all"),
@@ -214,7 +223,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 
 # The values of keys that name a choice.
 CHOICES = {
-    "data.pool": ("all", "clean"),
+    "data.pool": ("all", "clean", "named"),
     "data.train_on": ("corpus", "all", "rest"),
     "data.statements_of": ("all", "corpus"),
     "data.prompt": (0, 1, 2),
@@ -251,6 +260,7 @@ _POSITIVE = (
     "eval.top_k",
     "eval.known_rank",
     "eval.resamples",
+    "data.share",
     "judge.batch",
     "judge.tokens",
     "counterfactual.epochs",

@@ -29,7 +29,7 @@ _RULES: tuple[Rule, ...] = (
     (("data.name", "data.dir"), lambda c, _: not c.data.sentences, "data.sentences names files"),
     (("data.name",), lambda c, _: not c.data.corpus, "data.corpus names documents"),
     (
-        ("data.text_field", "data.id_field"),
+        ("data.text_field", "data.id_field", "data.share"),
         lambda c, _: bool(c.data.corpus),
         "no data.corpus is named",
     ),

@@ -1,6 +1,7 @@
 """The corpus of a run without labels: `data.corpus`, tokenised by file and part, and mapped."""
 
 import itertools
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from tda.data import jsonl, rows, tokenised, tokens
 from tda.data.batches import buckets
 from tda.data.corpora import Corpus as Documents
 from tda.data.file_states import read_states
+from tda.evaluation import frequency
 from tda.facts import files, labels
 from tda.facts.records import Fact
 from tda.model import pretrained
@@ -16,7 +18,8 @@ from tda.run import learnt_tokenizer
 from tda.run.defaults import KEYS, flat
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
-from tda.runtime import processes
+from tda.runtime import processes, progress
+from tda.runtime.atomic_file import write_json
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint
 
@@ -26,8 +29,8 @@ FOLDER = "tokens"
 # of more change few merges, and take hours.
 _LEARNT_CHARACTERS = 1 << 30
 # Keys that have no meaning without labels, and with prompts and targets alone.
-_LABELLED = ("data.sentences", "data.pool", "data.n_sentences", "data.train_on", "data.statements")
-_OF_FACTS = ("data.facts", "data.exclude_relations", "data.prompt")
+_LABELLED = ("data.sentences", "data.n_sentences", "data.train_on", "data.statements")
+_OF_FACTS = ("data.facts", "data.exclude_relations", "data.prompt", "data.pool")
 
 
 def check(config) -> None:
@@ -42,6 +45,11 @@ def check(config) -> None:
         raise ValueError(
             "data.corpus needs queries: give --config.data.queries (JSON lines with prompt and "
             "target) or --config.data.facts, and not both"
+        )
+    if data.pool == "clean":
+        raise ValueError(
+            f"data.pool=clean does not go with data.corpus={data.corpus}, which has no labels; use "
+            "named (facts whose subject and target a passage names), or all"
         )
     for key in _LABELLED + (_OF_FACTS if data.queries else ()):
         if values[key] != KEYS[key][0]:
@@ -67,15 +75,15 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         tda.runtime.processes.ProcessError: processes read different files.
     """
     documents = _documents(config.data)
-    facts = _queries(config.data)
+    facts = _facts(config.data)
     if config.model.pretrained:
         tokenizer = pretrained.load_tokenizer(config.model.pretrained)
     else:
         sizes = {name: state.size for name, state in read_states(documents.files).items()}
         identity = fingerprint([documents.describe(), sizes])
         tokenizer = learnt_tokenizer.load(config, workdir, identity, lambda: _texts(documents))
-    # Before the corpus is tokenised, which may take days.
-    prompts = _prompts(config, facts, tokenizer)
+    # Checked before the corpus is tokenised, which may take days.
+    _prompts(config, facts, tokenizer)
     passages, counts = tokenised.tokenise_on_disk(
         workdir / FOLDER, documents, tokenizer, config.model.context, engine=engine
     )
@@ -84,8 +92,8 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         f"{len(passages):,} passages ({counts.split:,} documents longer than "
         f"{config.model.context} tokens were split), {passages.count_scored():,} tokens"
     )
-    print(f"{len(facts):,} queries")
-    corpus = _corpus(config, facts, tokenizer, passages, prompts)
+    corpus = _corpus(config, facts, tokenizer, passages, workdir)
+    print(f"{len(corpus.queries):,} queries")
     processes.check_alike("corpus", corpus.fingerprint)
     return corpus
 
@@ -106,11 +114,15 @@ def open_finished(config, workdir: Workdir | pathlib.Path) -> Corpus:
     else:
         tokenizer = learnt_tokenizer.open_learnt(workdir)
     passages, _ = tokenised.open_tokens(workdir / FOLDER)
-    facts = _queries(config.data)
-    return _corpus(config, facts, tokenizer, passages, _prompts(config, facts, tokenizer))
+    return _corpus(config, _facts(config.data), tokenizer, passages, workdir)
 
 
-def _corpus(config, facts, tokenizer, passages, prompts) -> Corpus:
+def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path) -> Corpus:
+    data = config.data
+    if data.get("pool") == "named":
+        facts = _named(facts, passages, tokenizer, workdir)
+    facts = labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
+    prompts = _prompts(config, facts, tokenizer)
     tables = {"corpus": passages, "training": passages, "queries": prompts, "tokenizer": tokenizer}
     return Corpus(
         sentences=[],
@@ -127,9 +139,10 @@ def _corpus(config, facts, tokenizer, passages, prompts) -> Corpus:
 
 def _documents(data) -> Documents:
     options = {"data_dir": data.dir} if data.dir else {}
-    return Documents(
-        data.corpus, text_field=data.text_field, id_field=data.id_field or None, **options
-    )
+    if (share := data.get("share", 1.0)) != 1:
+        options["share"] = share
+    source = data.corpus.split(",") if "," in data.corpus else data.corpus
+    return Documents(source, text_field=data.text_field, id_field=data.id_field or None, **options)
 
 
 def _texts(documents: Documents) -> Iterator[str]:
@@ -146,8 +159,31 @@ def _texts(documents: Documents) -> Iterator[str]:
                 break
 
 
-def _queries(data) -> list[Fact]:
-    """Returns the facts that are asked; of prompts and targets alone, facts without names."""
+def _named(facts: list[Fact], passages, tokenizer, workdir) -> list[Fact]:
+    """Returns the facts whose subject and target some passage names; the corpus is read once."""
+    names = [[f.fact_id, f.entity0, *f.entity0_alias, f.entity1, *f.entity1_alias] for f in facts]
+    file = pathlib.Path(workdir / f"named-{fingerprint([passages.fingerprint(), names])}.json")
+
+    def count() -> list[int]:
+        if not file.exists():
+            texts = tokens.PassageTexts(passages, tokenizer)
+            with progress.bar(len(passages), "names of the facts", "passage") as bar:
+                read = (texts[row] for row in range(len(passages)))
+                write_json(file, frequency.counts(facts, read, bar.update).tolist())
+        return json.loads(file.read_text())
+
+    counts = processes.on_first_process("look for the names of the facts", count)
+    named = [f for f, n in zip(facts, counts, strict=True) if n]
+    if not named:
+        raise ValueError(
+            f"data.pool=named: no passage names subject and target of any of {len(facts):,} facts; "
+            "give other facts or a larger corpus, or use data.pool=all"
+        )
+    return named
+
+
+def _facts(data) -> list[Fact]:
+    """Returns the facts that may be asked; of prompts and targets alone, facts without names."""
     if data.facts:
         excluded = [r.strip() for r in data.exclude_relations.split(",") if r.strip()]
         facts = labels.without_relations(list(files.iter_facts(data.facts)), excluded)
@@ -161,7 +197,7 @@ def _queries(data) -> list[Fact]:
         ]
     if not facts:
         raise ValueError("there are no queries: the file, or what is left of it, is empty")
-    return labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
+    return facts
 
 
 def _prompts(config, facts: list[Fact], tokenizer) -> tokens.TokenTable:

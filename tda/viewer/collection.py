@@ -173,7 +173,7 @@ class Collection:
     def _tables(self) -> list[dict]:
         """Returns the workdir's tables as Markdown."""
         out = []
-        for name in ("table1.md", "table.md"):
+        for name in ("table1.md", "table2.md", "table.md"):
             path = None if self.workdir is None else self.workdir / name
             if path is not None and path.is_file():
                 text = path.read_text("utf-8", "replace")[:_LONGEST_TABLE]

@@ -227,6 +227,31 @@ def test_what_is_not_there_or_not_known(tmp_path):
         list(corpora.documents(tmp_path, text_field="body"))
 
 
+@pytest.mark.parametrize("make", [jsonl, parquet])
+def test_of_several_fields_the_first_counts_that_there_is(tmp_path, make):
+    source = make(tmp_path, [{"name": d.id, "body": d.text} for d in DOCUMENTS])
+    fields = dict(text_field="abstract,body,name", id_field="uri,name")
+    assert list(corpora.Corpus(source, **fields)) == DOCUMENTS
+    with pytest.raises(CorpusError, match="there is no (field|column) 'abstract,title'"):
+        list(corpora.Corpus(source, text_field="abstract,title"))
+
+
+def test_a_share_is_the_same_documents_however_they_are_read(tmp_path):
+    rows = [{"id": str(i), "text": f"text {i}"} for i in range(2000)]
+    jsonl(tmp_path, rows[:700], "a.jsonl")
+    jsonl(tmp_path, rows[700:], "b.jsonl")
+    half = corpora.Corpus(tmp_path, share=0.5)
+    ids = [d.id for d in half]
+    assert 900 < len(ids) < 1100 and ids == sorted(ids, key=int)
+    whole = corpora.Corpus([jsonl(tmp_path, rows[::-1], "all.jsonl")], share=0.5)
+    assert [d.id for d in whole] == ids[::-1]
+    tenth = {d.id for d in corpora.Corpus(tmp_path / "[ab].jsonl", share=0.1)}
+    assert 150 < len(tenth) < 250 and tenth < set(ids)
+    again = corpora.Corpus(**json.loads(json.dumps(half.as_json())))
+    assert again.describe() == half.describe() != corpora.Corpus(tmp_path).describe()
+    assert "share" not in corpora.Corpus(tmp_path).describe()  # tokens of old remain valid
+
+
 def test_a_sample_is_of_the_whole_corpus_and_keeps_what_matches():
     """Guards: a sample that is the first rows of the corpus."""
     found = [

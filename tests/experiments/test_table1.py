@@ -31,6 +31,43 @@ def test_writes_the_table_three_times(tmp_path, monkeypatch):
         assert [r["method"] for r in csv.DictReader(lines)] == ["trackstar", "random"]
 
 
+def test_table_2_is_of_a_judges_verdicts(tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    with pytest.raises(ValueError, match="judge.name is empty; use --config.judge.name=lexical"):
+        paper_table.run(config, Workdir(tmp_path / "w"), table="table2")
+    config.methods, config.judge.name = "trackstar,bm25", "lexical"
+    figures = {"n_queries": 9, "n_tail_patch_queries": 0, "judge": dict(config.judge)}
+    difference = {"difference": 0.25, "low": 0.125, "high": 0.5, "p": 0.01}
+    metrics = {
+        n: figures | {"has_labels": False, "ais_mrr": x, "intervals": {"ais_mrr": [0.1, 0.9]}}
+        | {"differences": {"trackstar": {"ais_mrr": difference}}}
+        for n, x in (("trackstar", 0.5), ("bm25", 0.75))
+    }  # fmt: skip
+    monkeypatch.setattr(stages, "trace", lambda config, workdir, engine: (metrics, {}))
+    paper_table.run(config, Workdir(tmp_path / "w"), table="table2")
+    text = (tmp_path / "w" / "table2.md").read_text()
+    assert "| AIS-MRR | AIS recall@10 | AIS precision@10 | tail-patch |" in text
+    assert "| BM25 |  |  |  | 0.750 [0.100, 0.900] |" in text
+    assert "| BM25 | +0.250 [+0.125, +0.500], p 0.01 |" in text
+    assert "left out here: dense retrieval, gradient dot product, gradient cosine." in text
+    assert "the judge lexical, which reads it in windows of 3 sentences" in text
+    assert {p.name for p in (tmp_path / "w").glob("table*")} == {
+        "table2.md", "table2.csv", "table2.tex"
+    }  # fmt: skip
+
+
+def test_the_config_of_table_2(monkeypatch):
+    from configs import open_wiki
+
+    for size in ("full", "small"):
+        config = open_wiki.get_config(size)
+        named = config.methods.split(",")
+        assert set(methods.PAPER_OPEN) - {"dense"} < set(named) <= set(METHODS)
+        assert {"rerank_trackstar", "rerank_bm25", "rrf"} < set(named) and config.judge.name
+    with pytest.raises(ValueError, match="open_wiki.py:huge: give full or small"):
+        open_wiki.get_config("huge")
+
+
 def test_the_config_names_methods_that_there_are():
     from configs import trex_table1
 

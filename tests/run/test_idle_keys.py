@@ -68,7 +68,9 @@ def test_keys_that_are_read_are_not_told(methods, changes):
         idle |= {"hessian.seed", "data.name", "data.statements_of"}
     # TFDS's directory is that of a corpus without labels too.
     idle |= {"data.dir"} if config.data.sentences else set()
-    idle |= set() if config.data.corpus else {"data.text_field", "data.id_field"}
+    idle |= set() if config.data.corpus else {
+        "data.text_field", "data.id_field", "data.share"
+    }  # fmt: skip
     keys = [k for k in defaults.KEYS if not any(f"{k}.".startswith(f"{name}.") for name in idle)]
     assert idle_keys.describe(config, keys) == []
 

@@ -39,6 +39,39 @@ def test_fields_are_named_and_facts_are_asked(config, tmp_path):
     assert len(plain.queries) == 2 and {f.relation for f in plain.queries} == {"capital"}
 
 
+def test_several_files_of_which_each_has_its_fields(config, tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"id": 1, "text": "It rains."}, {"id": 2, "text": "Oslo."}])
+    b = write(tmp_path / "b.jsonl", [{"id": 1, "uri": "u1", "abstract": "It pours."}])
+    config.data.corpus = f"{a},{b}"
+    config.data.text_field, config.data.id_field = "abstract,text", "uri,id"
+    plain = corpus.load(config, Workdir(tmp_path / "w"))
+    assert {i: plain.text_of(r) for r, i in enumerate(plain.passages.ids)} == {
+        "1": "It rains.",
+        "2": "Oslo.",
+        "u1": "It pours.",
+    }
+
+
+def test_facts_are_asked_whose_names_a_passage_has(config, tmp_path, monkeypatch):
+    """Guards: queries drawn first, most of which no passage of a sample could answer."""
+    facts = records()[1]
+    facts[2]["entity0_alias"] = ["Italia"]
+    texts = ["Oslo, Norway.", "Paris. It rains in France", "Rome is in Italia.", "Madrid, Norway"]
+    config.data.corpus = write(tmp_path / "d.jsonl", [{"text": t} for t in texts])
+    config.data.facts, config.data.queries = write(tmp_path / "f.jsonl", facts), ""
+    config.data.pool = "named"
+    plain = corpus.load(config, Workdir(tmp_path / "w"))
+    assert sorted(plain.query_ids) == ["f0", "f1", "f2"] == sorted(plain.prompts.ids)
+    monkeypatch.setattr(plain_corpus.frequency, "counts", None)  # the corpus is read once
+    assert plain_corpus.open_finished(config, Workdir(tmp_path / "w")).query_ids == plain.query_ids
+    config.data.n_queries = 2
+    assert len(plain_corpus.open_finished(config, Workdir(tmp_path / "w")).queries) == 2
+    monkeypatch.undo()
+    config.data.corpus = write(tmp_path / "e.jsonl", [{"text": "Nobody."}])
+    with pytest.raises(ValueError, match="no passage names subject and target of any of 4 facts"):
+        corpus.load(config, Workdir(tmp_path / "v"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -53,6 +86,8 @@ def test_fields_are_named_and_facts_are_asked(config, tmp_path):
         ({"data.corpus": ""}, "data.queries=.* asks data.corpus, which is not set"),
         ({"data.corpus": "/nowhere"}, "/nowhere: no such corpus"),
         ({"data.queries": "/nowhere"}, "/nowhere: no such file"),
+        ({"data.pool": "named"}, "data.pool=named does not go with data.queries"),
+        ({"data.share": 1.5}, "share=1.5 of the documents; give one above 0, at most 1"),
         ({"methods": "trackstar,annotated"}, "needs labels, which data.corpus"),
     ],
 )
