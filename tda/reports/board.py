@@ -3,6 +3,8 @@
 from tda.reports import formats
 
 _LESS = ", less "
+# Figures of a method beside LDS.
+_TITLES = {"own_top": "QLD", "tail_patch": "tail-patch", "mrr": "MRR"}
 
 
 def describe(record: dict) -> str:
@@ -41,13 +43,13 @@ def _by_figure(record: dict, column: tuple[str, str]) -> list[dict]:
 
 
 def _markdown(record: dict, columns: list[tuple[str, str]], has_cost: bool = False) -> str:
-    has_own_top = has_cost and any("own_top" in m for m in record["methods"].values())
+    others = [k for k in _TITLES if has_cost and any(k in m for m in record["methods"].values())]
     head = ["method", *(f"LDS {_label(c)}" for c in columns)]
-    head += ["QLD"] * has_own_top + ["cost"] * has_cost
+    head += [_TITLES[k] for k in others] + ["cost"] * has_cost
     rows = []
     for m in _by_figure(record, _columns(record)[0]):
         cells = [_cell(m["lds"][f].get(label)) for f, label in columns]
-        cells += [_cell(m.get("own_top"))] * has_own_top + [_cost(m)] * has_cost
+        cells += [_cell(m.get(k), k) for k in others] + [_cost(m)] * has_cost
         if any(cells):
             rows.append([m["title"], *cells])
     return formats.markdown(head, rows, "l" + "r" * (len(head) - 1))
@@ -73,6 +75,13 @@ def _notes(record: dict) -> str:
             f"Reruns in another order without {float(fraction):.0%}: agreement "
             f"{c['agreement']:.3f}; ceilings {c['one']:.3f} (one order), {c['two']:.3f} (two)."
         )
+    for fraction, by_metric in record.get("agreements", {}).items():
+        if by_metric:
+            order = ", ".join(f"{_TITLES[k]} {x:.2f}" for k, x in by_metric.items())
+            lines.append(
+                f"How far other figures order the methods as LDS at {float(fraction):.0%} does "
+                f"(Spearman): {order}."
+            )
     return "\n".join(lines)
 
 
@@ -84,7 +93,8 @@ def _cost(method: dict) -> str:
     return "" if method["cost"] is None else f"{method['cost']:.1f}"
 
 
-def _cell(interval: dict | None) -> str:
+def _cell(interval: dict | None, metric: str = "lds") -> str:
     if interval is None:
         return ""
-    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+    ends = {metric: [interval["low"], interval["high"]]}
+    return formats.figure_with_interval({metric: interval["mean"], "intervals": ends}, metric)

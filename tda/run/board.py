@@ -71,7 +71,7 @@ def measure(config, workdir: Workdir) -> dict:
         board = _Board(retrained, bank_scores.seconds)
         record = board.figures(scores)
         if retrained.run.config.counterfactual.unit == "passage":
-            _write_passages(retrained, scores)
+            _add_metrics(record, _write_passages(retrained, scores))
         with open_atomic(workdir / "board.md") as out:
             out.write(f"{board_report.describe(record)}\n")
         write_arrays(workdir / "board.npz", board.arrays)
@@ -80,10 +80,14 @@ def measure(config, workdir: Workdir) -> dict:
     return record
 
 
-def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> None:
-    """Writes what each method finds, and whether it is correct, beside the bank."""
+def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Writes what each method finds, and whether it is correct, beside the bank.
+
+    Returns:
+        The metrics of each method (`tda.run.evaluate`).
+    """
     run, config = retrained.run, ConfigDict(retrained.run.config.to_dict())
-    config.eval.update(tail_patch_queries=0, samples=0, queries=0)
+    config.eval.update(samples=0, queries=0)
     config.eval.resamples = config.counterfactual.resamples
     rows_QxN = np.broadcast_to(np.arange(run.corpus.rows), next(iter(scores.values())).shape)
     rankings = {}
@@ -94,7 +98,29 @@ def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> None
             for label, correct in run.corpus.correct.items()
         }
         rankings[name] = Ranked.of_proponents(best_rows_QxK, best_QxK, first_ranks)
-    evaluate.evaluate(dataclasses.replace(run, config=config), rankings, retrained.directory.path)
+    run = dataclasses.replace(run, config=config)
+    return evaluate.evaluate(run, rankings, retrained.directory.path)
+
+
+def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
+    """Adds MRR and tail-patch to a board, and how far they order the methods as LDS does."""
+    for name, of_method in metrics.items():
+        for metric in ("tail_patch", "mrr"):
+            if of_method[metric] is not None:
+                low, high = of_method["intervals"].get(metric, (None, None))
+                interval = {"mean": of_method[metric], "low": low, "high": high}
+                record["methods"][name][metric] = interval
+    for fraction in record["banks"]:
+        agreements = record["agreements"].setdefault(fraction, {})
+        for metric in ("own_top", "tail_patch", "mrr"):
+            pairs = [
+                (m["lds"][fraction]["same order"]["mean"], m[metric]["mean"])
+                for m in record["methods"].values()
+                if metric in m
+            ]
+            if len(pairs) > 2:
+                lds_M, metric_M = np.array(pairs).T
+                agreements[metric] = figures.spearman(lds_M[:, None], metric_M[:, None]).item()
 
 
 class _Board:
@@ -111,7 +137,7 @@ class _Board:
         """Returns the board as JSON values."""
         settings = self.config.counterfactual
         training_seconds = self._training_seconds()
-        record: dict = {"methods": {}, "ceilings": {}, "banks": {}}
+        record: dict = {"methods": {}, "ceilings": {}, "banks": {}, "agreements": {}}
         for name in scores:
             seconds = self.seconds.get(name)
             cost = None if seconds is None else seconds / training_seconds

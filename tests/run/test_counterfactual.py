@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from tda import results
 from tda.counterfactual import figures
@@ -57,7 +58,17 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
     assert record["methods"]["metagradient"]["cost"] > 0
     assert -1 <= record["ceilings"]["0.3"]["agreement"] <= 1 and record["metasmoothness"] > 0.5
     text = (tmp_path / "w" / "board.md").read_text()
-    assert "metagradient (exact)" in text and "BM25" in text and "QLD" in text
+    assert "metagradient (exact)" in text and "BM25" in text
+    assert "| QLD | tail-patch | MRR | cost |" in text and "(Spearman): QLD" in text
+    # Beside LDS stand the metrics that a trace has, of the same scores and model.
+    metrics = json.loads((tmp_path / "w" / "counterfactual" / "metrics.json").read_text())
+    for name, m in record["methods"].items():
+        for metric in ("mrr", "tail_patch"):
+            assert m[metric]["mean"] == metrics[name][metric]
+            assert [m[metric]["low"], m[metric]["high"]] == metrics[name]["intervals"][metric]
+    pairs = [(lds[n], m["tail_patch"]["mean"]) for n, m in record["methods"].items()]
+    rho = scipy.stats.spearmanr(*zip(*pairs, strict=True)).statistic
+    assert abs(record["agreements"]["0.3"]["tail_patch"] - rho) < 1e-9
     assert json.loads((tmp_path / "w" / "board.json").read_text())["units"] == 10
     with np.load(tmp_path / "w" / "counterfactual" / "bank.npz") as bank:
         assert bank["0.3/1/losses"].shape == (6, 4)
@@ -153,16 +164,20 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
         "seconds of a training": 1.0, "metasmoothness": 0.9,
     }  # fmt: skip
     a, b = record["methods"].values()
+    b["tail_patch"] = dict(mean=0.0123, low=0.01, high=0.02)
+    record["agreements"] = {"0.05": {"mrr": 0.5, "tail_patch": -0.25}, "0.5": {}}
     b["lds"]["0.05"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
     lines = board_report.describe(record).splitlines()
     assert "share of 4 documents" in lines[1] and "mean over 3 queries" in lines[3]
-    assert lines[5] == "| method | LDS 5%, same order | LDS 50%, same order | cost |"
-    assert lines[7] == "| B | 0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | 2.3 |"
-    assert lines[8] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |"
+    assert lines[5] == "| method | LDS 5%, same order | LDS 50%, same order | tail-patch | cost |"
+    ends = "0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | +1.23% [+1.00%, +2.00%]"
+    assert lines[7] == f"| B | {ends} | 2.3 |"
+    assert lines[8] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |  |"
     # Of the baseline there is no difference.
     assert lines[12:16] == ["| method | LDS 5%, same order, less A's |", "|---|---:|",
                             "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
-    assert "agreement 0.500; ceilings 0.700 (one order), 0.800 (two)" in lines[-1]
+    assert "agreement 0.500; ceilings 0.700 (one order), 0.800 (two)" in lines[-2]
+    assert lines[-1].endswith("as LDS at 5% does (Spearman): MRR 0.50, tail-patch -0.25.")
     # On a terminal, in aligned columns that fit it.
     lines = board_report.summarise(record).splitlines()
     assert lines[5] == "method  LDS 5%, same order [95%]  50%, same order  cost"

@@ -57,6 +57,7 @@ def workdir(tmp_path_factory):
     computed._metasmoothness = lambda: 0.875
     record = computed.figures(scores)
     record["methods"]["bm25"]["own_top"] = {"mean": -0.01, "low": -0.125, "high": 0.5}
+    record["methods"]["bm25"]["tail_patch"] = {"mean": 0.0125, "low": 0.01, "high": 0.02}
     write_json(path / "board.json", plain(record))
     write_arrays(path / "board.npz", computed.arrays)
     (path / "board.md").write_text(board_report.describe(record))
@@ -119,11 +120,13 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         assert "LDS tells how well a method's scores predict" in page.text(".board > p")
         rows = table_on(page)
         assert len(rows) == len(METHODS)
-        for title, lds, _, qld, cost in rows:
+        for title, lds, _, qld, tail_patch, cost in rows:
             cells = markdown[title]
             assert lds == minus(cells["LDS 5%, same order"])
             assert cost == cells["cost"]
             assert qld == minus(cells["QLD"])
+            # In percent, with a digit more than in the file.
+            assert tail_patch == ("1.250" if cells["tail-patch"] else "")
         # By LDS, then by what is clicked; and back the other way round.
         assert [r[0] for r in rows] == list(markdown)
         page.page.click("thead >> text=method")

@@ -83,6 +83,8 @@ const COLUMNS = [
   ["lds", "LDS [95% interval]", "rank correlation with retraining, mean over queries", (v, name) => interval(v, name)?.mean],
   ["query", "this query", "rank correlation for the query below", (v, name) => v.board.lds[`${v.fraction}/${v.label}/${name}`]?.[v.at]],
   ["qld", "QLD", "how much more a query's loss rises without its own top 1% than without a random 1%, nats", ({ board }, name) => board.methods[name].own_top?.mean],
+  ["tail-patch", "tail-patch, %", "how much a training step on one of its first 10 passages raises the target's probability", ({ board }, name) => board.methods[name].tail_patch && 100 * board.methods[name].tail_patch.mean],
+  ["mrr", "MRR", "mean reciprocal rank of the first correct passage", ({ board }, name) => board.methods[name].mrr?.mean],
   ["cost", "cost", "in trainings", ({ board }, name) => board.methods[name].cost],
 ];
 const interval = ({ board, fraction, label }, name) => board.methods[name].lds[fraction]?.[label];
