@@ -79,7 +79,9 @@ class PassageNames(DocumentNames):
 
 
 def check_unique(
-    parts: int, hashes_of: Callable[[int], np.ndarray], name_of: Callable[[int, int], str]
+    counts: Sequence[int],
+    hashes_of: Callable[[int], np.ndarray],
+    name_of: Callable[[int, int], str],
 ) -> None:
     """Checks that no two documents of some parts have the same name.
 
@@ -87,26 +89,27 @@ def check_unique(
     range of hashes at a time.
 
     Args:
-        parts: the number of parts.
+        counts: the number of names of each part.
         hashes_of: returns the hashes of a part's names, uint64.
         name_of: returns a name by the numbers of its part and of its hash there.
 
     Raises:
         CorpusError: two have.
     """
-    count = sum(len(hashes_of(part)) for part in range(parts))
-    bits = max(0, count // _SORTED).bit_length()
+    parts = range(len(counts))
+    bits = max(0, sum(counts) // _SORTED).bit_length()
     for bucket in range(1 << bits):
         ranges = []
-        for part in range(parts):
+        for part in parts:
             hashes = hashes_of(part)
             is_here = hashes >> np.uint64(64 - bits) == bucket if bits else slice(None)
             ranges.append(hashes[is_here])
-        ordered = np.sort(np.concatenate([np.zeros(0, np.uint64), *ranges]))
+        ordered = np.concatenate([np.zeros(0, np.uint64), *ranges])
+        ordered.sort()
         for key in np.unique(ordered[1:][ordered[1:] == ordered[:-1]]):
             names = [
                 name_of(part, int(i))
-                for part in range(parts)
+                for part in parts
                 for i in np.flatnonzero(hashes_of(part) == key)
             ]
             for name, following in itertools.pairwise(sorted(names)):

@@ -88,7 +88,7 @@ def tokenise_in_memory(
     def name_of(number: int, i: int) -> str:
         return Strings(parts[number]["names"], parts[number]["name_ends"])[i]
 
-    check_unique(len(parts), hashes.__getitem__, name_of)
+    check_unique([len(x) for x in hashes], hashes.__getitem__, name_of)
     return _table(_joined(parts)), _sum(counts)
 
 
@@ -282,7 +282,7 @@ def _finish(job: Job, provenance: dict, index: pathlib.Path) -> None:
         arrays = map_arrays(job.folder / infos[number].name)
         return Strings(arrays["names"], arrays["name_ends"])[i]
 
-    check_unique(len(infos), hashes_of, name_of)
+    check_unique([x.names - x.is_open for x in infos], hashes_of, name_of)
     stored = {
         "made_from": provenance,
         "files": _as_json(files),

@@ -74,7 +74,7 @@ def write(location: Location, names: Sequence[str] | HashedNames, unique: bool) 
         hashes = names.hashes()
     else:
         hashes = np.fromiter(map(hash_64_bits, names), np.uint64, len(names))
-    rows = np.argsort(hashes, kind="stable")
+    rows = sort_hashes(hashes)
     hashes = hashes[rows]
     if unique:
         for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
@@ -83,6 +83,24 @@ def write(location: Location, names: Sequence[str] | HashedNames, unique: bool) 
                 raise StoreError(f"two passages have the id {first!r}")
     for name, numbers in (("hashes", hashes), ("rows", rows)):
         _open(location, name, len(names), create=True).write(numbers).result()
+
+
+def sort_hashes(hashes: np.ndarray) -> np.ndarray:
+    """Returns the order that sorts hashes, of equal ones the first row first, int64 [N].
+
+    Args:
+        hashes: uint64 [N], uniform numbers.
+    """
+    # Row numbers in place of the lowest bits: numbers are sorted in place in about half the time of
+    # an order of numbers.
+    bits = np.uint64(max(1, len(hashes) - 1).bit_length())
+    keys = hashes >> bits << bits
+    keys |= np.arange(len(hashes), dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << bits) - np.uint64(1)
+    rows = keys.view(np.int64)
+    # The few that differ in the lowest bits alone; numpy's stable sort takes little for the rest.
+    return rows[np.argsort(hashes[rows], kind="stable")]
 
 
 def exists(files: set[str], folder: str, count: int) -> bool:

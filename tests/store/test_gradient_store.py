@@ -431,6 +431,16 @@ def test_a_name_is_found_without_a_scan(tmp_path, monkeypatch):
         store.row_of("id200000")
 
 
+@pytest.mark.parametrize("spread", [1 << 64, 1 << 12, 7, 1])
+def test_hashes_are_ordered_as_by_a_stable_sort(spread):
+    for count in (1, 2, 3, 1024, 5000):
+        # Small numbers differ only in bits that row numbers take the place of.
+        hashes = np.random.default_rng(count).integers(0, spread, count, np.uint64)
+        order = name_index.sort_hashes(hashes)
+        np.testing.assert_array_equal(order, np.argsort(hashes, kind="stable"))
+        assert order.dtype == np.int64
+
+
 def test_names_with_the_same_hash_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(name_index, "hash_64_bits", lambda name: len(name))
     ids = ["a", "b", "cc", "dd", "e"]
