@@ -35,6 +35,8 @@ _WORTH_A_WORKER = {"B": 16 << 20, "document": 20_000}
 
 def count_workers(source: Source) -> int:
     """Returns how many workers this process gives to a corpus; every process of a run calls it."""
+    if type(source) is not Corpus:  # a worker is told of no other
+        return 1
     size = sum(piece.size for piece in source.pieces)
     processors = len(os.sched_getaffinity(0)) // processes.count_on_this_host()
     return max(1, min(processors, size // _WORTH_A_WORKER[source.unit]))

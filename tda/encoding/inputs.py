@@ -17,6 +17,7 @@ from tda import store as stores
 from tda.data import tokenised, tokens
 from tda.data.batches import BatchLayout
 from tda.data.corpora import Corpus
+from tda.data.passage_source import PassageSource, can_be_read_again
 from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
 from tda.encoding import checks, layouts, loss_identity
@@ -315,20 +316,18 @@ def _load_or_estimate_scales(
 
 
 def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
-    """Tokenises the corpus, on disk if it is a file and there is a directory, else in memory."""
+    """Tokenises the corpus, on disk if it can be read again and there is a directory."""
     fields = reading.text_field, reading.id_field
     if isinstance(passages, str | os.PathLike):
         passages = Corpus(passages, text_field=fields[0] or "text", id_field=fields[1])
-    is_corpus = isinstance(passages, Corpus)
-    documents = passages if is_corpus else parse_passages(passages, *fields)
-    if is_corpus and reading.directory is not None:
-        table, counts = tokenised.tokenise_on_disk(
-            reading.directory / "tokens", passages, reading.tokenizer, reading.context, quiet
-        )
+    is_corpus, directory = isinstance(passages, Corpus), reading.directory
+    arguments = reading.tokenizer, reading.context, quiet
+    if directory is not None and (is_corpus or can_be_read_again(passages)):
+        source = passages if is_corpus else PassageSource(passages, *fields, quiet)
+        table, counts = tokenised.tokenise_on_disk(directory / "tokens", source, *arguments)
     else:
-        table, counts = tokenised.tokenise_in_memory(
-            documents, reading.tokenizer, reading.context, quiet
-        )
+        documents = passages if is_corpus else parse_passages(passages, *fields)
+        table, counts = tokenised.tokenise_in_memory(documents, *arguments)
     if not quiet:
         print(
             f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "

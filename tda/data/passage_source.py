@@ -1,0 +1,88 @@
+"""Passages from Python as a corpus in pieces: a Grain source, a `datasets.Dataset`, and the like.
+
+No file says whether they are those of an earlier call, so that every call reads them once, and
+keeps a hash of each block. When they are read again to be tokenised, a block is compared with its
+hash before it goes into a part.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from tda.data.documents import Document
+from tda.data.folders import CorpusError
+from tda.data.pieces import BATCH, Piece
+from tda.data.rows import parse_passages
+from tda.data.tokens import by_characters
+from tda.runtime import progress
+from tda.runtime.fingerprint import fingerprint_parts
+
+
+def can_be_read_again(passages: Any) -> bool:
+    """Returns whether passages are read from somewhere, and not a list in memory or an iterator."""
+    return isinstance(passages, Sized) and not isinstance(passages, list | tuple)
+
+
+class PassageSource:
+    """Passages that can be read again, as a corpus of one piece (`tda.data.pieces.Source`).
+
+    Args:
+        passages, text_field, id_field: as for `tda.data.rows.parse_passages`; with a length, which
+            is only shown.
+        quiet: whether no progress is shown.
+    """
+
+    unit, skipped = "document", 0
+    files: Mapping[str, str] = {}
+
+    def __init__(
+        self, passages: Any, text_field: str | None, id_field: str | None, quiet: bool = False
+    ):
+        self._arguments, self._quiet = (passages, text_field, id_field), quiet
+        self.pieces = [Piece((), len(passages))]
+
+    @functools.cached_property
+    def _hashes(self) -> list[bytes]:
+        hashes = []
+        with progress.bar(self.pieces[0].size, "read", "document", quiet=self._quiet) as bar:
+            for block in self._blocks():
+                hashes.append(_hash(block))
+                bar.update(len(block))
+        return hashes
+
+    def describe(self) -> dict:
+        """Returns a hash of all passages."""
+        return {"passages": fingerprint_parts(self._hashes)}
+
+    def read(self, piece: int) -> Iterator[Document]:
+        """Yields the documents.
+
+        Raises:
+            CorpusError: they are others than when they were first read.
+        """
+        for block, expected in itertools.zip_longest(self._blocks(), self._hashes):
+            if block is None or expected is None or _hash(block) != expected:
+                raise CorpusError(
+                    f"passages is a {type(self._arguments[0]).__name__} that gave other passages "
+                    "when it was read again; give one that is the same every time, or a list"
+                )
+            yield from block
+
+    def _blocks(self) -> Iterator[list[Document]]:
+        return by_characters(parse_passages(*self._arguments), _length, BATCH)
+
+
+def _length(document: Document) -> int:
+    return len(document.text or "")
+
+
+def _hash(block: Iterable[Document]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for document in block:
+        fields = [getattr(document, field.name) for field in dataclasses.fields(document)]
+        digest.update(json.dumps(fields, default=lambda array: array.tolist()).encode())
+    return digest.digest()
