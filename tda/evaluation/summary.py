@@ -27,6 +27,25 @@ HEADLINE = (
     "tail_patch_log",
 )
 
+# What the model knows of a query, by `knowledge`.
+KNOWLEDGE = ("knows", "guesses", "does not state")
+# In nats: known is a target that the query's own prompt makes e times as likely as others do.
+_BEYOND_PRIOR = 1.0
+
+
+def knowledge(is_stated_Q: np.ndarray, beyond_Q: np.ndarray) -> np.ndarray:
+    """Returns what the model knows of each query: int64 [Q], places in `KNOWLEDGE`; else −1.
+
+    A stated target is known if its log p is at least a nat above the mean log p that it has after
+    prompts about other subjects. Otherwise the relation alone suggests it.
+
+    Args:
+        is_stated_Q: whether greedy decoding states the target.
+        beyond_Q: log p of the target less that mean, in nats; NaN where there are no such prompts.
+    """
+    states = np.where(beyond_Q >= _BEYOND_PRIOR, 0, np.where(np.isnan(beyond_Q), -1, 1))
+    return np.where(is_stated_Q, states, 2)
+
 
 def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the ranking metrics of each query.

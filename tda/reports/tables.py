@@ -164,6 +164,7 @@ def run_details(metrics: dict) -> str:
         parts += _content_tables(metrics)
     for key, group_title in (
         ("by_stated", "whether greedy decoding states the fact"),
+        ("by_prior", "whether the model knows the fact, or guesses it by the relation"),
         ("by_frequency", "fact frequency: passages that name both entities"),
         ("by_relation", "relation"),
     ):

@@ -177,6 +177,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.tail_patch_learning_rate": (0.0, "0: the training's at the traced checkpoint"),
     "eval.tail_patch_state": ("restored", "optimizer state: restored, or fresh (zeros)"),
     "eval.known_rank": (10, "a fact is known if each token of the target ranks so high"),
+    "eval.prior_prompts": (
+        10,
+        "prompts about other subjects after which a target's log p is its prior; 0: none",
+    ),
     "eval.samples": (20, "answers to draw from the model for a query; 0: none"),
     "eval.sampled_queries": (100, "queries to draw answers for; 0: all"),
     "eval.frequency_edges": ("1,10,100,1000,10000", "where buckets of fact frequency begin"),

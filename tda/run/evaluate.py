@@ -39,6 +39,7 @@ class Known:
 
     nats: np.ndarray  # float32 [Q], −log p(target | prompt)
     ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
+    priors: dict[int, float]  # by query row, mean −log p(target | prompts about other subjects)
     # Of a corpus with labels; else it is not read as a whole.
     frequencies: np.ndarray | None  # int64 [Q], passages of the corpus that name both entities
     bucket: np.ndarray  # int64 [Q], the number of each frequency's bucket
@@ -89,6 +90,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
 def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
     nats, ranks = measures.likelihoods(run)
+    priors = measures.priors(run, queries.tolist())
     frequencies, bucket, buckets = None, np.zeros(0, np.int64), []
     if corpus.has_labels:
         with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
@@ -100,7 +102,7 @@ def _known(run: Run, queries: np.ndarray) -> Known:
         chosen = queries[draw(len(queries), e.sampled_queries, run.config.data.seed)]
         answers = measures.generations(run, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
-    known = Known(nats, ranks, frequencies, bucket, buckets, answers, confidence)
+    known = Known(nats, ranks, priors, frequencies, bucket, buckets, answers, confidence)
     ranks = ranks[queries]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
@@ -217,6 +219,11 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     groups["by_stated"] = summary.grouped(
         values, stated, ["stated", "not stated"], **bootstrap, differences=True
     )
+    if known.priors:
+        beyond = [known.priors.get(q, np.nan) - known.nats[q] for q in queries.tolist()]
+        groups["by_prior"] = summary.grouped(
+            values, summary.knowledge(stated == 0, np.array(beyond)), summary.KNOWLEDGE, **bootstrap
+        )
     differences = summary.compared(values, **bootstrap)
     control = patches.control(queries)
     shared = {
@@ -287,6 +294,8 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts,
 
     # Fields that only some queries or methods have.
     more: dict = {}
+    if q in known.priors:
+        more["target_prior_nats"] = known.priors[q]
     if q in known.generations:
         # Names of the release's format, whatever the model's size is.
         more["8b_generations"] = known.generations[q]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from tda.data.batches import draw
 from tda.data.tokens import TokenTable
 from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.sampling import Sampler
@@ -26,6 +27,8 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 CONTROL = -1
 # Pairs whose tail-patches are one group: a minute of an 8B model's steps, which a kill may cost.
 _PAIRS_PER_GROUP = 64
+# Sequences whose likelihoods are written together.
+_PRIORS_TOGETHER = 4096
 
 
 _NO_STEP = (
@@ -192,6 +195,63 @@ def likelihoods(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.array(nats, np.float32), np.array(ranks, np.int64)
 
 
+def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
+    """Returns how likely each query's target is after prompts about other subjects.
+
+    By query row the mean of −log p(target | prompt) in nats, over at most `eval.prior_prompts` of
+    the run's prompts of the same relation, drawn at random. A query without any is left out.
+    """
+    corpus, e = run.corpus, run.config.eval
+    by_relation: dict[str, list[int]] = {}
+    for q, fact in enumerate(corpus.queries):
+        by_relation.setdefault(fact.relation, []).append(q)
+    sequences, keys = {}, {}
+    for q in queries if e.prior_prompts else ():
+        fact = corpus.queries[q]
+        about_others = [
+            other
+            for other in (by_relation[fact.relation] if fact.relation else ())
+            if corpus.queries[other].entity0 != fact.entity0
+            and len(_parts(corpus.prompts, other)[0]) + len(_parts(corpus.prompts, q)[1])
+            <= run.config.model.context
+        ]
+        drawn = draw(len(about_others), e.prior_prompts, e.seed)
+        for other in (about_others[i] for i in drawn):
+            parts = _parts(corpus.prompts, other)[0], _parts(corpus.prompts, q)[1]
+            key = f"{_hash(parts[0])} {_hash(parts[1])}"
+            sequences[key] = parts
+            keys.setdefault(q, []).append(key)
+    log = ResultLog(run.workdir / f"priors-{fingerprint(run.checkpoint)}.jsonl")
+    with run.engine.alone():
+        nats = log.read()
+        todo = [key for key in sequences if key not in nats]
+        statistics = Likelihood(run.trained.model, run.unsharded_layout)
+        for first in range(0, len(todo), _PRIORS_TOGETHER):
+            group = todo[first : first + _PRIORS_TOGETHER]
+            values = statistics(_table([sequences[key] for key in group])).nats.tolist()
+            done = list(zip(group, values, strict=True))
+            nats |= dict(done)
+            log.add(done)
+    return {q: float(np.mean([nats[key] for key in of_query])) for q, of_query in keys.items()}
+
+
+def _parts(table: TokenTable, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of a query's prompt, and those of its target."""
+    tokens, scored = table.sequence(row)
+    target = int(np.flatnonzero(scored)[0])
+    return tokens[:target], tokens[target:]
+
+
+def _table(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTable:
+    """Returns sequences of prompts and targets, of which the targets are scored."""
+    names = [str(i) for i in range(len(parts))]
+    flat = [x for pair in parts for x in pair]
+    lengths = np.array([len(x) for x in flat], np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])[::2]
+    scored = np.repeat(np.arange(len(flat)) % 2 == 1, lengths)
+    return TokenTable(names, names, np.concatenate(flat), starts, scored)
+
+
 def _fresh(tx, state: dict):
     """Returns an optimizer state as at the first step, laid out like the trained one."""
     # Initialised as one program, then laid out: parameters may be sharded.
@@ -210,13 +270,11 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
     log = ResultLog(run.workdir / f"generations-{fingerprint(provenance)}.jsonl")
     ids, lengths, keys = {}, {}, {}
     for q in queries:
-        begin, end = prompts.starts[q], prompts.starts[q + 1]
-        # The prompt is what comes before the first scored token.
-        target = begin + int(np.flatnonzero(prompts.scored[begin:end])[0])
-        ids[q] = prompts.tokens[begin:target].tolist()
+        prompt, _ = _parts(prompts, q)
+        ids[q] = prompt.tolist()
         encoded = tokenizer.encode(corpus.answers(q))
         lengths[q] = 1 + max(map(len, encoded))
-        keys[q] = f"{_hash(prompts.tokens[begin:target])} {lengths[q]}"
+        keys[q] = f"{_hash(prompt)} {lengths[q]}"
     with run.engine.alone():
         have = log.read()
         # Queries with the same prompt share their answers.

@@ -14,10 +14,11 @@ WORDS = "premise : hypothesis : Ann Lee was born in Oslo , and left Rome 1 0".sp
 
 
 def test_sentences_end_at_punctuation_and_lines():
-    text = ' Dr. Ann J. Lee (b. 1901) left. She said "No!" Then...\nAn e.g. of U.S. law\n\n\nEnd. '
+    text = ' Dr. Ann J. Lee (b. 1901) left. She said "No!" to him. Then...\n'
+    text += "An e.g. of U.S. law\n\n\nEnd. "
     assert [text[s] for s in sentences(text)] == [
         "Dr. Ann J. Lee (b. 1901) left.",
-        'She said "No!"',
+        'She said "No!" to him.',
         "Then...",
         "An e.g. of U.S. law",
         "End.",
@@ -52,6 +53,8 @@ def test_without_names_the_prompt_stands_for_the_subject():
     premises = ["Oslo, Norway's capital", "Norway loves Oslo", "Oslo", "Norway's capital"]
     scores = Lexical().score([(p, claim) for p in premises])
     assert scores.tolist() == [1.0, 0.5, 0.0, 0.0]
+    nicknamed = Claim("X", "X", ("Oslo",), ("Bob Roe Poe", "Ann Lee"))
+    assert Lexical().score([("Lee left Oslo", nicknamed)]) == pytest.approx([0.5 * 0.8])
     qualified = Claim("X is Y", "X is", ("Y",), ("X (comedian)",))
     assert Lexical().score([("X is Y", qualified)]) == [1.0]
 

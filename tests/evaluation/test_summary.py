@@ -135,3 +135,11 @@ def test_annotated_passages_are_drawn_and_padded():
     np.testing.assert_array_equal(again.proponents[0], result.proponents[1])
     other = annotated.ranked(["q2"], [np.arange(50)], k=4, seed=1)
     assert set(other.proponents[0]) != set(result.proponents[1])
+
+
+def test_a_stated_target_is_known_beyond_its_prior_or_guessed():
+    beyond = np.array([3.0, 1.0, 0.99, -2.0, np.nan, np.nan, 5.0])
+    stated = np.array([1, 1, 1, 1, 1, 0, 0], bool)
+    groups = summary.knowledge(stated, beyond)
+    names = [summary.KNOWLEDGE[i] if i >= 0 else None for i in groups]
+    assert names == ["knows"] * 2 + ["guesses"] * 2 + [None] + ["does not state"] * 2

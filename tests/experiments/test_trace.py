@@ -1,5 +1,6 @@
 """`experiments.trace` from end to end on a corpus of a few sentences, and on bad input."""
 
+import collections
 import copy
 import dataclasses
 import json
@@ -16,8 +17,10 @@ import pytest
 
 from tda import results
 from tda import store as stores
+from tda.data import tokens
 from tda.data.jsonl import RecordError
 from tda.encoding import table
+from tda.evaluation.likelihood import Likelihood
 from tda.live import finished_run
 from tda.methods import METHODS, GradientKind
 from tda.retrieval import annotated, bm25, exact
@@ -254,6 +257,31 @@ def test_metrics_of_queries_groups_and_methods(finished):
     told = (path / "table.md").read_text()
     for title in ("95% intervals", "Difference to TrackStar", "by depth", "MRR by relation"):
         assert f"## {title}" in told or f"{title}\n" in told
+
+
+def test_a_targets_prior_is_its_mean_after_other_subjects(finished):
+    config, path, metrics = finished
+    run = stages.prepare(config, Workdir(path))
+    facts = run.corpus.queries
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    swapped = tokens.tokenise_queries(
+        [(f"{a} {b}", facts[b].prompt0, facts[a].entity1) for a, b in pairs],
+        run.corpus.tokenizer, config.model.context,
+    )  # fmt: skip
+    nats = Likelihood(run.trained.model, run.unsharded_layout)(swapped).nats
+    found = list(results.read(path / "results" / "bm25.jsonl"))
+    for a, record in enumerate(found):
+        by_hand = np.mean([x for x, pair in zip(nats, pairs, strict=True) if pair[0] == a])
+        assert record["target_prior_nats"] == pytest.approx(by_hand, rel=1e-4)
+    beyond = [r["target_prior_nats"] - r["target_nats"] for r in found]
+    names = [
+        ("knows" if x >= 1 else "guesses") if r["is_8b_correct"] else "does not state"
+        for x, r in zip(beyond, found, strict=True)
+    ]
+    groups = metrics["bm25"]["by_prior"]
+    assert {n: g["n_queries"] for n, g in groups.items()} == dict(collections.Counter(names))
+    run.config.eval.prior_prompts = 0
+    assert measures.priors(run, [0]) == {}
 
 
 def test_the_model_is_asked_for_answers(finished):

@@ -369,6 +369,23 @@ def inert(page):
 
 
 @pytest.mark.slow
+def test_what_a_model_knows_beyond_the_prior_is_told(page, tmp_path):
+    items = list(records(3, 2, mean=40))
+    told = ["2.5 nats (knows)", "0.5 nats (guesses)", "8.0 nats"]
+    for item, states, prior in zip(items, (True, True, False), (3.5, 1.5, 9), strict=True):
+        item |= {"is_8b_correct": states, "target_nats": 1.0, "target_prior_nats": prior}
+    results.write(tmp_path / "a.jsonl", items)
+    collection = Collection()
+    collection.add(tmp_path / "a.jsonl")
+    with serving(collection) as address:
+        page.open(address)
+        for item, expected in zip(items, told, strict=True):
+            page.page.goto(f"{address}#q={item['example_id']}")
+            page.until(lambda item=item: item["inputs_plaintext"] in page.text(".asked .prompt"))
+            assert expected in [x.strip() for x in page.texts("dl.facts dd")]
+
+
+@pytest.mark.slow
 def test_attacks_are_text(page, hostile, tmp_path):
     notes = Notes(tmp_path / "notes.jsonl")
     for attack in ATTACKS:
