@@ -106,7 +106,7 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
     """Adds MRR and tail-patch to a board, and how far they order the methods as LDS does."""
     for name, of_method in metrics.items():
         for metric in ("tail_patch", "mrr"):
-            if of_method[metric] is not None:
+            if of_method.get(metric) is not None:  # without labels there is no MRR
                 low, high = of_method["intervals"].get(metric, (None, None))
                 interval = {"mean": of_method[metric], "low": low, "high": high}
                 record["methods"][name][metric] = interval

@@ -20,7 +20,10 @@ from tda.counterfactual.training import (
     sum_by_unit,
     units_of_tokens,
 )
-from tda.data.batches import BatchLayout, buckets
+from tda.data.batches import BatchLayout, buckets, draw
+from tda.data.rows import Query
+from tda.data.tokens import tokenise_queries
+from tda.facts.records import Fact
 from tda.model import functional
 from tda.run import train
 from tda.run.defaults import flat
@@ -58,6 +61,12 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"model.dtype={config.model.dtype}: retrainings that differ in a few passages need "
             "model.dtype=float32"
+        )
+    if config.counterfactual.held_out and config.data.train_on != "rest":
+        raise ValueError(
+            f"counterfactual.held_out={config.counterfactual.held_out} asks sentences that the "
+            f"bank leaves out, and data.train_on={config.data.train_on} has none; use "
+            "data.train_on=rest"
         )
     if config.train.optimizer not in ("adam", "adamw"):
         raise ValueError(
@@ -158,6 +167,8 @@ def retrain(run: Run) -> Retrained:
     check(run.config)
     config, corpus = config_of_bank(run.config), run.corpus
     settings = config.counterfactual
+    if settings.held_out:
+        corpus = ask_held_out(corpus, settings.held_out, settings.seed)
     directory = Workdir(run.workdir / "counterfactual")
     layout = layout_of(config, corpus)
     model_fn, params = functional.split(run.trained.model)
@@ -185,14 +196,46 @@ def retrain(run: Run) -> Retrained:
     directory.claim("bank", made_from, config)
     for fraction in fractions(config):
         removed = draw_subsets(len(units), fraction, settings.subsets, settings.seed)
-        draw = {"fraction": fraction, "seed": settings.seed, "units": len(units)}
+        drawn = {"fraction": fraction, "seed": settings.seed, "units": len(units)}
         retrained.banks[fraction] = [
-            retrained.retraining(order).bank(removed, f"retrain without {fraction:.0%}", draw)
+            retrained.retraining(order).bank(removed, f"retrain without {fraction:.0%}", drawn)
             for order in range(settings.orders)
         ]
     processes.on_first_process("describe the bank", lambda: _describe(retrained, made_from))
     directory.finish("bank")
     return dataclasses.replace(retrained, run=_finished_run(retrained))
+
+
+def ask_held_out(corpus: Corpus, count: int, seed: int) -> Corpus:
+    """Returns the corpus, asked by sentences that it leaves out: the queries have no labels.
+
+    Args:
+        corpus: a corpus whose model is trained on the rest of the text.
+        count: the number of sentences, drawn from that rest.
+        seed: the seed of the draw.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if count > len(corpus.training):
+        raise ValueError(
+            f"counterfactual.held_out={count}: the bank leaves out {len(corpus.training)} passages;"
+            " ask fewer, or give a smaller data.n_sentences"
+        )
+    rows, table = draw(len(corpus.training), count, seed), corpus.training
+    sequences = {table.ids[i]: table.sequence(i)[0].tolist() for i in rows}
+    # The loss counts every token but the first, as in training.
+    asked = [Query(i, "", "", (tokens[:1], tokens[1:])) for i, tokens in sequences.items()]
+    prompts = tokenise_queries(asked, corpus.tokenizer, max(corpus.buckets))
+    texts = (corpus.text_of(i, table) for i in rows)
+    facts = [
+        Fact(i, "", "", text, "", "", "", (), (), (), prompt0="")
+        for i, text in zip(sequences, texts, strict=True)
+    ]
+    fingerprint = corpus.fingerprint | {"queries": prompts.fingerprint(), "labels": ""}
+    return dataclasses.replace(
+        corpus, queries=facts, prompts=prompts, correct={}, fingerprint=fingerprint
+    )
 
 
 def _unit_names(run: Run, unit: str) -> list:

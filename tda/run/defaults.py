@@ -200,6 +200,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "counterfactual.warmup": (8, "steps of its linear warm-up"),
     "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
     "counterfactual.unit": ("passage", "what is dropped: passage, document, relation or subject"),
+    "counterfactual.held_out": (0, "left-out sentences to ask in place of the facts; 0: facts"),
     "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),
     "counterfactual.subsets": (100, "random sets of units, each of which is a retraining"),
     "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),

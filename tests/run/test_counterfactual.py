@@ -11,6 +11,7 @@ from tda.counterfactual import figures
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked
 from tda.run import bank_scores, board, counterfactual, defaults
+from tda.run import corpus as corpus_stage
 from tda.run.workdir import Workdir
 from tda.runtime import preemption
 from tests.experiments import test_trace
@@ -96,9 +97,41 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
     assert again["dot_whole"]["lds"]["0.3"]["same order"]["mean"] == lds["dot_whole"]
 
 
+def test_a_bank_is_asked_by_sentences_that_it_leaves_out(tmp_path):
+    config = make_config(tmp_path, **{"data.n_sentences": 8})
+    facts = corpus_stage.load(config, Workdir(tmp_path / "w"))
+    corpus = counterfactual.ask_held_out(facts, 2, seed=3)
+    assert len(corpus.queries) == len(corpus.prompts) == 2 and not corpus.has_labels
+    assert corpus.fingerprint["queries"] != facts.fingerprint["queries"]
+    assert corpus.passages is facts.passages
+    assert not {*corpus.query_ids} & {*facts.passages.ids}
+    table = facts.training
+    for q, fact in enumerate(corpus.queries):
+        row = list(table.ids).index(fact.fact_id)
+        for asked, text in zip(corpus.prompts.sequence(q), table.sequence(row), strict=True):
+            np.testing.assert_array_equal(asked, text)
+        assert fact.entity1 == facts.text_of(row, table) and fact.prompt(0) == ""
+    others = counterfactual.ask_held_out(facts, 2, seed=4)
+    assert others.query_ids != corpus.query_ids
+    with pytest.raises(ValueError, match="held_out=99: the bank leaves out 4 passages; ask fewer"):
+        counterfactual.ask_held_out(facts, 99, seed=3)
+
+
+@pytest.mark.slow
+def test_held_out_sentences_have_a_board(tmp_path):
+    """The metagradient predicts their losses too; without labels there is no MRR."""
+    settings = {"counterfactual.methods": "metagradient,dot_whole", "counterfactual.held_out": 2}
+    config = make_config(tmp_path, methods="grad_dot,bm25", **settings)
+    record = board.measure(config, Workdir(tmp_path / "w"))
+    assert record["queries"] == 2 and all(t["prompt"] == "" for t in record["texts"])
+    assert record["methods"]["metagradient"]["lds"]["0.3"]["same order"]["mean"] > 0.8
+    assert all("tail_patch" in m and "mrr" not in m for m in record["methods"].values())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"counterfactual.held_out": 4}, "held_out=4 .* use data.train_on=rest"),
         ({"counterfactual.fractions": "0.05,1"}, "fractions=0.05,1: give shares above 0"),
         ({"counterfactual.fractions": "x"}, "fractions=x: give shares above 0"),
         ({"model.dtype": "bfloat16"}, "model.dtype=bfloat16: .* need model.dtype=float32"),
