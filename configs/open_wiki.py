@@ -6,6 +6,12 @@
 
 `--config=configs/open_wiki.py:small` takes a twentieth of the documents (name the first and the
 third file alone) and 100 queries. Queries are facts whose subject and target some passage names.
+
+`:copa`, `:piqa`, `:arithmetic`, `:word_problems`, `:stories`, `:wrong` and `:known_1000`, also as
+`:small,copa`, ask another set of queries by `python -m experiments.trace`, with
+--config.data.queries=FILE in place of data.facts. The file of `wrong` is a run's results, and its
+targets are what the model said. As in the paper, all but facts have R of the passages alone.
+
 The judge goes by names (`lexical`); of a model: --config.judge.name=nli --config.judge.model=DIR.
 
 Cost: the small one trains on 1.4M tokens and encodes 0.4M twice; the other takes many hours.
@@ -17,11 +23,20 @@ import runpy
 
 from tda.run import defaults
 
+SIZES = ("full", "small")
+# The paper's other tasks: R of the queries is for facts alone.
+TASKS = ("copa", "piqa", "arithmetic", "word_problems", "stories", "wrong")
 
-def get_config(size: str = "full"):
-    """The config of table 2."""
-    if size not in ("full", "small"):
-        raise ValueError(f"open_wiki.py:{size}: give full or small after the colon")
+
+def get_config(variant: str = "full"):
+    """The config of table 2, or of another set of queries on the same corpus."""
+    is_size = variant in SIZES or "," in variant
+    size, _, queries = (variant if is_size else f"full,{variant}").partition(",")
+    if size not in SIZES or queries not in ("", *TASKS, "known_1000"):
+        raise ValueError(
+            f"open_wiki.py:{variant}: give full or small after the colon, and after a comma one of "
+            f"{', '.join(TASKS)}, known_1000"
+        )
     c = defaults.get_config()
     has_dense = importlib.util.find_spec("sentence_transformers")
     dense = "dense," if has_dense else ""
@@ -59,4 +74,13 @@ def get_config(size: str = "full"):
         c.rerank.passages = 50
         c.eval.tail_patch_queries = 50
         c.eval.sampled_queries = 20
+    if queries:
+        c.data.pool, c.data.exclude_relations = "all", ""
+        c.data.n_queries = min(c.data.n_queries, 200)
+        c.eval.sampled_queries = 0
+    if queries in TASKS:
+        c.methods = f"bm25,{dense}grad_dot,grad_cos,exp5,rerank_trackstar,random"
+        c.judge.name = ""
+    if queries in ("piqa", "word_problems", "stories"):
+        c.model.context = 384  # the longest are twice as long as the others' context
     return c

@@ -21,7 +21,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "(docs/large_corpora.md)",
     ),
     "data.share": (1.0, "share of the documents of data.corpus to take, by a hash of their ids"),
-    "data.queries": ("", "JSON lines with prompt and target, to ask data.corpus; or data.facts"),
+    "data.queries": (
+        "",
+        "JSON lines with prompt and target, to ask data.corpus, or in another form of "
+        "tda/facts/query_sets.py; or data.facts",
+    ),
     "data.text_field": (
         "text",
         "field or column of data.corpus with the text; of several with commas the first there is",

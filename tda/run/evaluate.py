@@ -280,6 +280,13 @@ def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries)
     return out
 
 
+def _query_set(data) -> str:
+    """Returns the name of the queries: that of their file, of facts "jsonl", or the data set's."""
+    if data.corpus and data.queries:
+        return pathlib.Path(data.queries).name.split(".")[0]
+    return "jsonl" if data.sentences or data.corpus else data.name
+
+
 def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts, q: int) -> dict:
     """Returns the record of a query in the results of a method."""
     config, corpus = run.config, run.corpus
@@ -322,7 +329,7 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts,
         more["proponent_ais_best_windows"] = [verdicts[q, p].window for p in proponents]
     return results.record(
         fact.fact_id,
-        "jsonl" if config.data.sentences or config.data.corpus else config.data.name,
+        _query_set(config.data),
         fact.prompt(config.data.prompt),
         fact.entity1,
         passages(ranked.proponents[q], ranked.proponent_scores[q]),

@@ -6,12 +6,12 @@ import pathlib
 from collections.abc import Iterator
 
 from tda import methods
-from tda.data import jsonl, rows, tokenised, tokens
+from tda.data import jsonl, tokenised, tokens
 from tda.data.batches import buckets
 from tda.data.corpora import Corpus as Documents
 from tda.data.file_states import read_states
 from tda.evaluation import frequency
-from tda.facts import files, labels
+from tda.facts import files, labels, query_sets
 from tda.facts.records import Fact
 from tda.model import pretrained
 from tda.run import learnt_tokenizer
@@ -83,7 +83,7 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         identity = fingerprint([documents.describe(), sizes])
         tokenizer = learnt_tokenizer.load(config, workdir, identity, lambda: _texts(documents))
     # Checked before the corpus is tokenised, which may take days.
-    _prompts(config, facts, tokenizer)
+    _prompts(config, facts if config.data.pool == "named" else _drawn(config, facts), tokenizer)
     passages, counts = tokenised.tokenise_on_disk(
         workdir / FOLDER, documents, tokenizer, config.model.context, engine=engine
     )
@@ -121,7 +121,7 @@ def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path)
     data = config.data
     if data.get("pool") == "named":
         facts = _named(facts, passages, tokenizer, workdir)
-    facts = labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
+    facts = _drawn(config, facts)
     prompts = _prompts(config, facts, tokenizer)
     tables = {"corpus": passages, "training": passages, "queries": prompts, "tokenizer": tokenizer}
     return Corpus(
@@ -159,6 +159,12 @@ def _texts(documents: Documents) -> Iterator[str]:
                 break
 
 
+def _drawn(config, facts: list[Fact]) -> list[Fact]:
+    """Returns the sample of the facts that is asked."""
+    data = config.data
+    return labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
+
+
 def _named(facts: list[Fact], passages, tokenizer, workdir) -> list[Fact]:
     """Returns the facts whose subject and target some passage names; the corpus is read once."""
     names = [[f.fact_id, f.entity0, *f.entity0_alias, f.entity1, *f.entity1_alias] for f in facts]
@@ -188,13 +194,7 @@ def _facts(data) -> list[Fact]:
         excluded = [r.strip() for r in data.exclude_relations.split(",") if r.strip()]
         facts = labels.without_relations(list(files.iter_facts(data.facts)), excluded)
     else:
-        try:
-            parsed = rows.parse_queries(row for _, row in jsonl.iter_records(data.queries))
-        except ValueError as error:
-            raise ValueError(f"data.queries={data.queries}: {error}") from error
-        facts = [
-            Fact(q.id, "", "", q.target, "", "", "", (), (), (), prompt0=q.prompt) for q in parsed
-        ]
+        facts = query_sets.read(data.queries)
     if not facts:
         raise ValueError("there are no queries: the file, or what is left of it, is empty")
     return facts

@@ -57,6 +57,8 @@ def test_without_names_the_prompt_stands_for_the_subject():
     assert Lexical().score([("Lee left Oslo", nicknamed)]) == pytest.approx([0.5 * 0.8])
     qualified = Claim("X is Y", "X is", ("Y",), ("X (comedian)",))
     assert Lexical().score([("X is Y", qualified)]) == [1.0]
+    qualified = Claim("Ann Lee", "Ann Lee", ("Y",), ("Ann Lee (singer)",))
+    assert Lexical().score([("Lee is Y", qualified)]) == [0.5]
 
 
 def test_names_of_judges(monkeypatch):

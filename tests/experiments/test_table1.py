@@ -64,8 +64,14 @@ def test_the_config_of_table_2(monkeypatch):
         named = config.methods.split(",")
         assert set(methods.PAPER_OPEN) - {"dense"} < set(named) <= set(METHODS)
         assert {"rerank_trackstar", "rerank_bm25", "rrf"} < set(named) and config.judge.name
-    with pytest.raises(ValueError, match="open_wiki.py:huge: give full or small"):
-        open_wiki.get_config("huge")
+    for queries in (*open_wiki.TASKS, "known_1000"):
+        config = open_wiki.get_config(f"small,{queries}")
+        mixed = [m for m in methods.parse(config.methods).values() if m.hessian == "mixed"]
+        assert bool(mixed) == (queries == "known_1000") and config.data.share == 0.05
+        assert open_wiki.get_config(queries).data.share == 1 and config.data.pool == "all"
+    for variant in ("huge", "small,riddles", "copa,small"):
+        with pytest.raises(ValueError, match=f"open_wiki.py:{variant}: give full or small"):
+            open_wiki.get_config(variant)
 
 
 def test_the_config_names_methods_that_there_are():

@@ -135,13 +135,13 @@ def test_a_corpus_without_labels_is_traced_as_one_with_labels(finished, tmp_path
     metrics, _ = stages.trace(config, Workdir(path))
     judged = ("proponent_correct", "has_trex_sentence", "c4_frequency", "c4_frequency_bucket")
     judged += ("first_correct_rank", "first_strict_rank", "relation", "8b_generations")
-    judged += ("proponent_ais_scores", "proponent_ais_best_windows")
+    judged += ("proponent_ais_scores", "proponent_ais_best_windows", "target_prior_nats")
     for name in ("trackstar", "bm25"):
         records, others = (results.read(w / "results" / f"{name}.jsonl") for w in (path, expected))
         for record, other in zip(records, others, strict=True):
             assert record == {
                 k: v for k, v in other.items() if k not in (*judged, "8b_confidence")
-            } | {"relation": ""}
+            } | {"relation": "", "query_set": "q"}
         assert not [key for key in metrics[name] if key.startswith(("mrr", "recall"))]
         assert np.isfinite(metrics[name]["tail_patch"]) and "by_content" not in metrics[name]
     table = (path / "table.md").read_text()

@@ -1,0 +1,86 @@
+"""Sets of queries from public files, each in its own form, as prompts and targets."""
+
+import collections
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tda.data import jsonl, rows
+from tda.facts.records import Fact
+from tda.results import with_current_names
+
+
+def read(path: jsonl.Paths) -> list[Fact]:
+    """Reads the queries of a file of JSON lines, by the fields of each record.
+
+    - `prompt` and `target`, with an `id` or not.
+    - `prompt`, `targets` and `label`: the right one of several (COPA, PIQA).
+    - `question` and `answer`: word problems, asked as "Q: … A:".
+    - `prompt` and `original_ending`: openings of stories.
+    - `prompt`, `attribute`, `subject` and `relation_id`: facts (known_1000).
+    - records of results (`tda.results`) with sampled answers: what the model says where it does not
+      state the target. The target is its most frequent answer; records of stated targets, or
+      without answers, are left out.
+
+    Raises:
+        ValueError: a record has none of these forms; the message names it.
+        FileNotFoundError, tda.data.jsonl.RecordError: as for `iter_records`.
+    """
+    records = list(_records(path))
+    try:
+        queries = rows.parse_queries(records)
+    except ValueError as error:
+        raise ValueError(f"data.queries={path}: {error}") from error
+    return [
+        Fact(
+            q.id, _text(r, "subject"), _text(r, "relation_id"), q.target, "", "", "", (), (), (),
+            prompt0=q.prompt,
+        )
+        for q, r in zip(queries, records, strict=True)
+    ]  # fmt: skip
+
+
+def _text(record: Any, field: str) -> str:
+    value = record.get(field, "") if isinstance(record, Mapping) else ""
+    return value if isinstance(value, str) else ""
+
+
+def _records(path: jsonl.Paths) -> Iterator[Any]:
+    """Yields records with the fields prompt and target, and others as they are."""
+    for where, record in jsonl.iter_records(path):
+        record = with_current_names(record)
+        if not isinstance(record, Mapping):
+            yield record
+        elif "8b_generations" in record or "inputs_plaintext" in record:
+            if (answer := _wrong_answer(record)) is not None:
+                asked_again = {"id": record.get("example_id"), "target": answer}
+                yield {**record, **asked_again, "prompt": record.get("inputs_plaintext")}
+        elif "targets" in record and "label" in record:
+            yield {**record, "target": _right_choice(record, where)}
+        elif "question" in record and "answer" in record:
+            prompt = f"Q: {record['question']}\n\nA:"
+            yield {**record, "prompt": prompt, "target": record["answer"]}
+        elif "original_ending" in record:
+            yield {**record, "target": record["original_ending"]}
+        elif "attribute" in record:
+            yield {"id": record.get("known_id"), **record, "target": record["attribute"]}
+        else:
+            yield record
+
+
+def _right_choice(record: Mapping, where: str) -> Any:
+    targets, label = record["targets"], record["label"]
+    is_choice = isinstance(targets, list) and isinstance(label, int) and 0 <= label < len(targets)
+    if not is_choice:
+        raise jsonl.RecordError(
+            f"{where}: label={label!r} is no place in targets, from 0; give the right one's"
+        )
+    return targets[label]
+
+
+def _wrong_answer(record: Mapping) -> str | None:
+    """Returns what a model says instead of the target; None if it states it, or says nothing."""
+    answers = [text.strip() for text in record.get("8b_generations") or () if text.strip()]
+    if record.get("is_8b_correct") or not answers:
+        return None
+    # Of equally frequent ones the first.
+    return collections.Counter(answers).most_common(1)[0][0]

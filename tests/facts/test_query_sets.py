@@ -1,0 +1,62 @@
+"""Queries from files of several public forms."""
+
+import json
+
+import pytest
+
+from tda import results
+from tda.data.jsonl import RecordError
+from tda.facts import query_sets
+
+
+def read(tmp_path, *records):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return query_sets.read(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "A is", "target": "B"}, ("0", "A is", "B", "", "")),
+        ({"id": "c", "prompt": "He fell because", "choices": ["x", "y"], "label": 1,
+          "targets": [" he sat.", " he slipped."]},
+         ("c", "He fell because", " he slipped.", "", "")),
+        ({"id": "g", "question": "How many?", "answer": "18", "solution": "#### 18"},
+         ("g", "Q: How many?\n\nA:", "18", "", "")),
+        ({"id": "s", "prompt": "It rained.", "original_ending": "It poured.", "endings": ["a"]},
+         ("s", "It rained.", "It poured.", "", "")),
+        ({"known_id": 7, "subject": "Vinson Massif", "attribute": "Antarctica",
+          "prompt": "Vinson Massif is located in the continent of", "relation_id": "P30"},
+         ("7", "Vinson Massif is located in the continent of", "Antarctica", "Vinson Massif",
+          "P30")),
+    ],
+)  # fmt: skip
+def test_every_form_is_a_prompt_and_a_target(tmp_path, record, expected):
+    (fact,) = read(tmp_path, record)
+    assert (fact.fact_id, fact.prompt0, fact.entity1, fact.entity0, fact.relation) == expected
+
+
+def test_results_are_asked_for_what_the_model_gets_wrong(tmp_path):
+    def record(name, answers, **more):
+        item = results.record(name, "trex", "Oslo is in", "Norway", [], [], **more)
+        return item | ({} if answers is None else {"8b_generations": answers})
+
+    facts = read(
+        tmp_path,
+        record("right", ["Norway", "Norway"], is_8b_correct=True),
+        record("wrong", ["Italy", " Sweden", "Sweden ", ""], is_8b_correct=False),
+        record("silent", ["", " "], is_8b_correct=False),
+        record("not sampled", None, is_8b_correct=False),
+        record("older", None, is_8b_correct=False, temperature_samples=["Finland"]),
+    )
+    expected = [("wrong", "Oslo is in", "Sweden"), ("older", "Oslo is in", "Finland")]
+    assert [(f.fact_id, f.prompt0, f.entity1) for f in facts] == expected
+
+
+def test_other_records_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="q.jsonl: query 1 has no field 'target'"):
+        read(tmp_path, {"prompt": "a", "target": "b"}, {"prompt": "a"})
+    with pytest.raises(RecordError, match="line 1: label=2 is no place in targets"):
+        read(tmp_path, {"prompt": "a", "targets": ["b", "c"], "label": 2})
+    with pytest.raises(ValueError, match="the target is 5"):
+        read(tmp_path, {"question": "a", "answer": 5})
