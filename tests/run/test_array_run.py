@@ -13,11 +13,13 @@ from tda.data import corpora, pieces
 from tda.live import finished_run
 from tda.methods import METHODS
 from tda.model import sizes
+from tda.retrieval.scann import settings
 from tda.run import engines, run, stages
 from tda.run.workdir import Workdir
 from tda.runtime import groups, progress, sharding
 from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
 from tda.runtime.directory_lock import HeldError
+from tda.viewer import export, opening
 from tests.experiments.test_trace import make_config, without_labels
 
 KEPT = ("stores", "retrieval", "results", "metrics.json", "table.md")
@@ -159,6 +161,30 @@ def test_a_corpus_without_labels_is_asked_without_its_files(plain, tmp_path):
     assert "proponent_correct" not in asked["trackstar"]
     longest = np.argsort(-live.run.corpus.lengths, kind="stable")[:10]
     assert asked["length"]["proponents"] == [live.run.corpus.text_of(i) for i in longest]
+
+
+def test_a_corpus_without_labels_is_shown(plain, tmp_path):
+    collection = opening.collect(str(plain[1]), [], None, str(tmp_path))
+    (shown,) = collection.index()["run"]["methods"]
+    assert shown.keys() == {"name", "title", "tail_patch"}
+    assert export.export(collection, tmp_path / "out") > 1
+    assert {"correct", "frequency", "bucket"}.isdisjoint(collection.index()["files"][0]["fields"])
+
+
+def test_a_corpus_without_labels_is_searched_through_an_index(plain, tmp_path, monkeypatch):
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
+    config, path = plain[0].copy_and_resolve_references(), tmp_path / "w"
+    shutil.copytree(plain[1], path)
+    monkeypatch.setattr(settings, "_EXACT_NUMBERS", 0)
+    config.search.index = "scann"
+    one_part = dict(part_rows=12, dims_per_block=2, reorder=12, reorder_dtype="float32")
+    config.search.scann.update(one_part, training_rows=16)
+    stages.trace(config, Workdir(path))
+    assert "through a ScaNN index, recall@10" in (path / "table.md").read_text()
+    files = [p / "results" / "trackstar.jsonl" for p in (path, plain[1])]
+    for record, exact in zip(*map(results.read, files), strict=True):
+        assert record["proponent_ids"] == exact["proponent_ids"]
+        assert record.keys() == exact.keys() and "first_correct_rank" not in record
 
 
 @pytest.mark.slow

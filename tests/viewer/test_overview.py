@@ -96,6 +96,22 @@ def test_a_run_opens_on_what_it_found(page, address, workdir):
     page.page.wait_for_selector(".story")
 
 
+def test_a_run_without_labels_has_one_measure(page, workdir, tmp_path):
+    (tmp_path / "results").mkdir()
+    metrics = {"trackstar": {"tail_patch": 0.0248, "has_labels": False}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    items = list(results.read(workdir / "results" / "trackstar.jsonl"))
+    for item in items:
+        for name in ("proponent_correct", "first_correct_rank", "c4_frequency"):
+            item.pop(name, None)
+    results.write(tmp_path / "results" / "trackstar.jsonl", items)
+    with serving(opening.collect(str(tmp_path), [], None, str(tmp_path))) as url:
+        page.open(url)
+        assert page.texts(".story thead th") == ["method", "tail-patch"]
+        assert page.texts(".story tbody td") == ["+2.48%"]
+        assert not page.texts(".story p")
+
+
 def test_four_methods_stand_side_by_side(page, address):
     page.open(f"{address}#view=query&files=trackstar,bm25,grad_cos,grad_dot&q=q00003")
     tops = page.page.eval_on_selector_all(

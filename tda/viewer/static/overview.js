@@ -45,19 +45,22 @@ function story({ facts, methods }) {
     return h("td", {}, mean === undefined ? "–" : write(mean), low !== undefined && h("span.quiet", {}, ` [${write(low)}, ${write(high)}]`));
   };
   const step = (x) => `${x < 0 ? "−" : "+"}${Math.abs(100 * x).toFixed(2)}%`;
-  const heads = [["method", ""], ["MRR", "does the first passage that states the fact come early? 1: always first"],
-    ["recall@10", "share of queries with such a passage among the first ten"],
-    ["tail-patch", "how much likelier the target becomes by one training step on a passage"]];
+  // A corpus without labels has no MRR and no recall.
+  const shown = [
+    ["mrr", (x) => x.toFixed(3), "MRR", "does the first passage that states the fact come early? 1: always first"],
+    ["recall_at_10", (x) => x.toFixed(3), "recall@10", "share of queries with such a passage among the first ten"],
+    ["tail_patch", step, "tail-patch", "how much likelier the target becomes by one training step on a passage"],
+  ].filter(([metric]) => methods.some((m) => m[metric]));
   const both = methods.filter((m) => m.mrr && m.tail_patch);
   const ends = (x) => (x.length > 2 ? x.slice(1) : null);
   return h("section.story", {},
     h("dl.facts", {}, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
-    h("p", {}, "Each method ranks the corpus for every query, and is measured twice: do the passages it finds ", h("i", {}, "state"),
+    methods.some((m) => m.mrr) && h("p", {}, "Each method ranks the corpus for every query, and is measured twice: do the passages it finds ", h("i", {}, "state"),
       " the fact (MRR, recall), and does a training step on them ", h("i", {}, "move"), " the model (tail-patch)? The two need not agree."),
     scrolling("All methods", h("table", {},
-      h("thead", {}, h("tr", {}, heads.map(([name, meaning]) => h("th", { scope: "col", title: meaning || null }, name)))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "method"), shown.map(([, , name, meaning]) => h("th", { scope: "col", title: meaning }, name)))),
       h("tbody", {}, methods.map((m) => h("tr", {}, h("th", { scope: "row" }, m.title),
-        cell(m, "mrr", (x) => x.toFixed(3)), cell(m, "recall_at_10", (x) => x.toFixed(3)), cell(m, "tail_patch", step)))))),
+        shown.map(([metric, write]) => cell(m, metric, write))))))),
     both.length > 1 && scatter(both.map((m) => ({
       x: m.mrr[0], y: m.tail_patch[0], xs: ends(m.mrr), ys: ends(m.tail_patch),
       title: `${m.title}: MRR ${m.mrr[0].toFixed(3)}, tail-patch ${step(m.tail_patch[0])}`, name: both.length < 9 && m.title,
