@@ -1,6 +1,7 @@
 """The scores of a bank's methods: of every query and unit, each kept when it is computed."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -73,8 +74,17 @@ class BankScores:
 
     def __init__(self, retrained: Retrained):
         self.retrained, self.config = retrained, retrained.run.config
-        self.seconds: dict[str, float] = {}
-        """Of each of the bank's own methods, without those of compiling."""
+        self.costs: dict[str, float] = {}
+        """Of each of the bank's own methods, in trainings, without compiling."""
+
+    @functools.cached_property
+    def training_seconds(self) -> float:
+        """Seconds of a training, compiled."""
+        training = self.retrained.trainings[0]
+        training.run()  # compiled, wherever the retrainings came from
+        started = time.perf_counter()
+        jax.block_until_ready(training.run()["params"])
+        return time.perf_counter() - started
 
     def compute(self) -> dict[str, np.ndarray]:
         """Returns the scores of every method, float64 [Q, U]."""
@@ -97,9 +107,11 @@ class BankScores:
         if not path.exists():
             stopwatch = _Stopwatch()
             scores = compute(name)
-            write_arrays(path, {"scores": scores, "seconds": stopwatch.seconds()})
+            # By a training of the same hour: a resumed board may run on a busier machine.
+            cost = stopwatch.seconds() / self.training_seconds
+            write_arrays(path, {"scores": scores, "cost": cost})
         arrays = read_arrays(path)
-        self.seconds[name] = float(arrays["seconds"])
+        self.costs[name] = float(arrays["cost"])
         return arrays["scores"]
 
     def _own_score(self, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The board: every method's scores of all units, held against the bank."""
 
 import dataclasses
-import time
 
 import jax
 import numpy as np
@@ -68,7 +67,7 @@ def measure(config, workdir: Workdir) -> dict:
         retrained = counterfactual.retrain(stages.prepare(config, workdir))
         bank_scores = BankScores(retrained)
         scores = bank_scores.compute()
-        board = _Board(retrained, bank_scores.seconds)
+        board = _Board(retrained, bank_scores.costs, bank_scores.training_seconds)
         record = board.figures(scores)
         if retrained.run.config.counterfactual.unit == "passage":
             _add_metrics(record, _write_passages(retrained, scores))
@@ -126,8 +125,9 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
 class _Board:
     """The figures of methods, given their scores."""
 
-    def __init__(self, retrained: Retrained, seconds: dict[str, float]):
-        self.retrained, self.seconds = retrained, seconds
+    def __init__(self, retrained: Retrained, costs: dict[str, float], training_seconds: float):
+        self.retrained, self.costs = retrained, costs
+        self.training_seconds = training_seconds
         self.config = retrained.run.config
         self.arrays: dict[str, np.ndarray] = {}
         """float64: of FRACTION/LABEL how much losses rose, [M, Q]; of FRACTION/LABEL/METHOD the
@@ -136,11 +136,9 @@ class _Board:
     def figures(self, scores: dict[str, np.ndarray]) -> dict:
         """Returns the board as JSON values."""
         settings = self.config.counterfactual
-        training_seconds = self._training_seconds()
         record: dict = {"methods": {}, "ceilings": {}, "banks": {}, "agreements": {}}
         for name in scores:
-            seconds = self.seconds.get(name)
-            cost = None if seconds is None else seconds / training_seconds
+            cost = self.costs.get(name)
             record["methods"][name] = {"title": title(name), "cost": cost, "lds": {}}
         for fraction, banks in self.retrained.banks.items():
             changes = {"same order": banks[0].changes_MxQ}
@@ -177,16 +175,9 @@ class _Board:
         ]
         record["units"], record["unit"] = len(self.retrained.units), settings.unit
         record["steps"] = self.retrained.trainings[0].steps
-        record["seconds of a training"] = training_seconds
+        record["seconds of a training"] = self.training_seconds
         record["metasmoothness"] = self._metasmoothness()
         return record
-
-    def _training_seconds(self) -> float:
-        training = self.retrained.trainings[0]
-        training.run()  # compiled, wherever the retrainings came from
-        started = time.perf_counter()
-        jax.block_until_ready(training.run()["params"])
-        return time.perf_counter() - started
 
     def _metasmoothness(self, h: float = 0.05) -> float:
         """Returns the metasmoothness of the training along a random direction of the weights."""

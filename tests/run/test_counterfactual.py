@@ -95,6 +95,7 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
     config = make_config(tmp_path, methods="bm25", **{"counterfactual.methods": "dot_whole"})
     again = board.measure(config, workdir)["methods"]
     assert again["dot_whole"]["lds"]["0.3"]["same order"]["mean"] == lds["dot_whole"]
+    assert again["dot_whole"]["cost"] == record["methods"]["dot_whole"]["cost"]
 
 
 def test_a_bank_is_asked_by_sentences_that_it_leaves_out(tmp_path):

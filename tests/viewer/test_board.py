@@ -52,8 +52,7 @@ def workdir(tmp_path_factory):
         banks=banks, queries=facts, units=range(UNITS), trainings=[types.SimpleNamespace(steps=7)],
     )  # fmt: skip
     scores = {n: effects + noise * rng.normal(size=effects.shape) for n, noise in METHODS.items()}
-    computed = board._Board(retrained, {"metagradient": 21.0})
-    computed._training_seconds = lambda: 2.0
+    computed = board._Board(retrained, {"metagradient": 10.5}, training_seconds=2.0)
     computed._metasmoothness = lambda: 0.875
     record = computed.figures(scores)
     record["methods"]["bm25"]["own_top"] = {"mean": -0.01, "low": -0.125, "high": 0.5}
