@@ -40,20 +40,29 @@ def trained(request, decoder, random_batch, tmp_path_factory):
     model = decoder(tied=request.param)
     model_fn, params = functional.split(model)
     tx = optax.chain(optax.clip_by_global_norm(1e3), optax.adam(1.0, **ADAM))
-    state = tx.init(params)
-    for step in range(3):
-        batch = random_batch([7, 7], 7, seed=step)
-        gradients = jax.grad(lambda p, b=batch: mean_losses(model_fn.merge(p), b).sum())(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        gradients = jax.grad(lambda p: mean_losses(model_fn.merge(p), batch).sum())(params)
         updates, state = tx.update(gradients, state, params)
-        params = jax.tree.map(lambda p, u: p + 1e-2 * u, params, updates)
+        return jax.tree.map(lambda p, u: p + 1e-2 * u, params, updates), state
+
+    state = tx.init(params)
+    for seed in range(3):
+        params, state = step(params, state, random_batch([7, 7], 7, seed=seed))
     saved = {"params": params, "opt_state": state, "step": jnp.int32(3)}
     checkpoint.save(root / "c", 3, saved, DESCRIBED)
     return model_fn.merge(params), root / "c", lambda g: tx.update(g, state, params)[0]
 
 
+def per_example_gradients(model, batch):
+    """The reference's, compiled as one program."""
+    return jax.jit(lambda b: reference.per_example_gradients(model, b, mean_losses))(batch)
+
+
 def expected(model, chosen, batch, update):
     """P of what optax subtracts at a learning rate of one, example by example."""
-    whole = reference.per_example_gradients(model, batch, mean_losses)
+    whole = per_example_gradients(model, batch)
     _, params = functional.split(model)
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     order = [functional.path_name(p) for p, _ in paths]
@@ -61,7 +70,7 @@ def expected(model, chosen, batch, update):
     def stepped(*leaves):
         return update(jax.tree.unflatten(structure, leaves))
 
-    updates = jax.vmap(stepped)(*[whole[p] for p in order])
+    updates = jax.jit(jax.vmap(stepped))(*[whole[p] for p in order])
     steps = {p: -u for p, u in functional.flat_parameters(updates).items()}
     return np.asarray(reference.project(chosen, steps, P))
 
@@ -82,7 +91,7 @@ def test_equals_optax(trained, random_batch, monkeypatch):
 
 
 def _linear(model, batch, states):
-    whole = reference.per_example_gradients(model, batch, mean_losses)
+    whole = per_example_gradients(model, batch)
     return {
         p: (s.b1 * s.mu + (1 - s.b1) * whole[p])
         / (1 - s.b1**4)
