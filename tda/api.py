@@ -52,6 +52,7 @@ def trace(
     projection: Projection | None = None,
     k: int = 10,
     rerank: int = 0,
+    contrast: Iterable | None = None,
     context: int | None = None,
     tokens_per_batch: int | None = None,
     include: str | None = None,
@@ -103,6 +104,10 @@ def trace(
             whole gradients with the same correction and norm, and R as a product of each matrix's
             row and column second moments; 0 for none, as many as there are passages for all. No
             opponents are found then. For texts.
+        contrast: further queries, in the form of `queries`: then the one answer is to the mean
+            gradient of `queries` less that of these (what makes the model say the ones rather than
+            the others?), or to the mean of `queries` alone if it is empty. A query weighs as much
+            as its gradient does before R; the norm is that of the difference.
         context: the most positions of a passage, 512 by default; longer documents are cut into
             several passages.
         tokens_per_batch: the most positions that are encoded together, 4096 by default; of a small
@@ -166,7 +171,7 @@ def trace(
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
     # Queries are looked at first: what is wrong with them is told before the corpus is encoded.
     index = _open(model, passages, method, **options)
-    return index.query(queries, method, k, damping, joiner, rerank)
+    return index.query(queries, method, k, damping, joiner, rerank, contrast)
 
 
 def encode(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import overload
 
 import numpy as np
 
 from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
+from tda.data.rows import Query
 from tda.encoding import checks, idle_arguments
 from tda.encoding.batch_inputs import BatchInputs
 from tda.encoding.inputs import EncodedQueries, TextInputs
@@ -65,6 +66,7 @@ class Index:
         damping: float = -1.0,
         joiner: str | None = None,
         rerank: int = 0,
+        contrast: Iterable | None = None,
     ) -> TraceResult: ...
 
     @overload
@@ -76,13 +78,14 @@ class Index:
         damping: float = -1.0,
         joiner: str | None = None,
         rerank: int = 0,
+        contrast: Iterable | None = None,
     ) -> dict[str, TraceResult]: ...
 
-    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None, rerank=0):
+    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None, rerank=0, contrast=None):
         """Finds the passages that made the model say something.
 
         Args:
-            queries, k, damping, joiner, rerank: as for `tda.trace`.
+            queries, k, damping, joiner, rerank, contrast: as for `tda.trace`.
             method: a name in `tda.methods.METHODS`, by default the first that was given to
                 `tda.encode`; or a list of names, each of which ranks the passages.
 
@@ -98,15 +101,17 @@ class Index:
         arguments = {name: x for name, x in optional.items() if x is not None}
         chosen = [METHODS[n] for n in names]
         checks.check_rerank(rerank, k, chosen, self._settings, self._has_tokenizer)
+        checks.check_contrast(contrast, rerank, chosen)
         idle_arguments.check(names, arguments, (), self._has_tokenizer)
         # Two kinds read them twice; what is no iterable of queries is told as it is.
-        queries = list(queries) if isinstance(queries, Iterator) else queries
+        queries, contrast = (list(x) if isinstance(x, Iterator) else x for x in (queries, contrast))
         results = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
         for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
             chosen = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
             kind = self._kind(next(iter(chosen.values())))
-            results |= kind.query(queries, chosen, (k, rerank), damping, joiner)
+            encoded = kind.encode_queries(queries, contrast, chosen, joiner)
+            results |= kind.query(encoded, chosen, (k, rerank), damping)
         return results[names[0]] if isinstance(method, str | None) else results
 
     def _kind(self, method: Method) -> "_Kind":
@@ -143,19 +148,32 @@ class _Kind:
         source = self._inputs.source
         return ExactSearch(source, self._settings.mesh, on_rows, hold=self._is_held)
 
-    def query(
+    def encode_queries(
         self,
         queries: Iterable,
+        contrast: Iterable | None,
         chosen: dict[str, Method],
-        depths: tuple[int, int],
-        damping: float,
         joiner: str | None,
-    ) -> dict[str, TraceResult]:
-        """Returns the answers of methods of this kind, by name; depths are k and rerank."""
-        k, rerank = depths
+    ) -> EncodedQueries:
+        """Returns queries with their gradients; with a contrast, one query (`mean_of`)."""
         # A method that mixes in R of the queries needs more of them than others.
         strictest = max(chosen.values(), key=lambda m: m.hessian == "mixed")
         encoded = self._inputs.encode_queries(queries, strictest, joiner)
+        if contrast is None:
+            return encoded
+        if isinstance(contrast, Sized) and not len(contrast):
+            return mean_of(encoded)
+        return mean_of(encoded, self._inputs.encode_queries(contrast, strictest, joiner))
+
+    def query(
+        self,
+        encoded: EncodedQueries,
+        chosen: dict[str, Method],
+        depths: tuple[int, int],
+        damping: float,
+    ) -> dict[str, TraceResult]:
+        """Returns the answers of methods of this kind, by name; depths are k and rerank."""
+        k, rerank = depths
         source, quiet = self._inputs.source, self._settings.quiet
         whitening = self._whitening(source, encoded.gradients_QxE, damping)
         # Plain methods take R of all queries, so that these are searched for together.
@@ -210,6 +228,27 @@ class _Kind:
                 for q, query in enumerate(encoded.queries)
             ],
         )
+
+
+def mean_of(encoded: EncodedQueries, contrast: EncodedQueries | None = None) -> EncodedQueries:
+    """Returns the mean gradient of some queries, less that of a contrast, as one query.
+
+    It is the gradient of the difference of two mean losses.
+
+    Raises:
+        ValueError: nothing is left of it.
+    """
+    mean_E = encoded.gradients_QxE.astype(np.float64).mean(axis=0)
+    text = f"the mean of {len(encoded.queries):,} queries"
+    if contrast is not None:
+        mean_E -= contrast.gradients_QxE.astype(np.float64).mean(axis=0)
+        text += f", less that of {len(contrast.queries):,} others"
+    if not mean_E.any():
+        raise ValueError(
+            "queries and contrast have the same mean gradient, so that nothing is left to ask; "
+            "give other queries in contrast"
+        )
+    return EncodedQueries([Query("mean", text, "")], mean_E[None].astype(np.float32))
 
 
 def parse_names(method: str | Sequence[str]) -> list[str]:

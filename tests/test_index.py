@@ -1,6 +1,7 @@
 """Gradients that are computed once and asked again: the answers of `tda.trace`, with less work."""
 
 import jax
+import numpy as np
 import pytest
 
 import tda
@@ -138,3 +139,32 @@ def test_answers_become_a_table_and_a_page(model, tokenizer, monkeypatch):
     answers.view()
     (file,) = served[0].files
     assert file.title == answers.method
+
+
+def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS)
+    others = [("The town of Chad is", "Lima")]
+
+    def scores(queries, method="grad_dot", **options):
+        answers = index.query(queries, method, k=len(TEXTS), **options)
+        return np.mean(
+            [[dict((p.id, p.score) for p in a.proponents)[str(i)] for i in range(len(TEXTS))]
+             for a in answers], axis=0
+        )  # fmt: skip
+
+    assert len(index.query(QUERIES, contrast=others)) == 1
+    expected = scores(QUERIES) - scores(others)
+    np.testing.assert_allclose(scores(QUERIES, contrast=iter(others)), expected, rtol=1e-4)
+    np.testing.assert_allclose(scores(QUERIES, contrast=()), scores(QUERIES), rtol=1e-4)
+    # The norm is that of the difference: swapped sets have the opposite scores.
+    cosines = scores(QUERIES, "trackstar_train", contrast=others)
+    turned = scores(others, "trackstar_train", contrast=QUERIES)
+    np.testing.assert_allclose(cosines, -turned, atol=1e-5)
+    assert 0.01 < np.abs(cosines).max() <= 1
+    for options, message in (
+        (dict(contrast=QUERIES), "same mean gradient"),
+        (dict(contrast=others, rerank=10), "rerank=10 scores each query by its own"),
+        (dict(contrast=others, method="trackstar"), "R of the queries is for queries that are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.query(QUERIES, **options)

@@ -79,6 +79,26 @@ def check_question(k: Any, damping: Any, joiner: Any) -> None:
         raise ValueError(f"joiner={joiner!r}; give a string, such as ' ' or ''")
 
 
+def check_contrast(contrast: Any, rerank: Any, methods: Sequence[Method]) -> None:
+    """Checks that the mean gradient of queries, less that of others, can be asked.
+
+    Raises:
+        ValueError: it cannot; the message says why, and what to do.
+    """
+    if contrast is None:
+        return
+    if rerank:
+        raise ValueError(
+            f"rerank={rerank} scores each query by its own whole gradient, and contrast asks for a "
+            "mean of several; leave one of them out"
+        )
+    if any(m.hessian == "mixed" for m in methods):
+        raise ValueError(
+            "R of the queries is for queries that are asked one by one, and contrast asks for the "
+            "mean of several; use a method such as 'trackstar_train'"
+        )
+
+
 def check_rerank(
     rerank: Any, k: int, methods: Sequence[Method], settings: TraceSettings, has_tokenizer: bool
 ) -> None:
