@@ -16,7 +16,10 @@ def get_config():
     """The config of the bank of T-REx sentences."""
     c = defaults.get_config()
     c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
-    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm"
+    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"
+    # Every passage is scored without projection.
+    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac"
+    c.rerank.passages = 0
     c.data.pool = "clean"
     c.data.exclude_relations = "P527,P138,P20,P937,P463"
     # The bank's passages are no part of what the model is pretrained on.

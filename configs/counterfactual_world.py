@@ -2,7 +2,7 @@
 
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 
-`--config=configs/counterfactual_world.py:small` has 9 methods, 16 queries and 40 retrainings
+`--config=configs/counterfactual_world.py:small` has 10 methods, 16 queries and 40 retrainings
 without 5 %, in one order of the data: about 3 minutes.
 
 Cost: a retraining takes 2 s on 2 CPU cores, metagradients of all queries and
@@ -21,7 +21,10 @@ def get_config(size: str = "full"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()
     c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
-    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm"
+    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"
+    # Every passage is scored without projection.
+    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac"
+    c.rerank.passages = 0
     c.data.pool = "clean"
     # The bank's passages are no part of what the model is pretrained on.
     c.data.n_sentences = 512
@@ -42,7 +45,7 @@ def get_config(size: str = "full"):
     c.counterfactual.fractions = "0.05,0.5"
     c.counterfactual.orders = 2
     if size == "small":
-        c.methods = "trackstar,grad_cos,grad_dot,bm25,random"
+        c.methods = "trackstar,rerank_trackstar,grad_cos,grad_dot,bm25,random"
         c.counterfactual.methods = "metagradient,ekfac_whole,adam_dot_whole,dot_whole"
         c.data.n_queries = 16
         c.counterfactual.subsets = 40

@@ -51,10 +51,8 @@ TITLES = {
     "source": "SOURCE, Adam",
     "shampoo_whole": "Shampoo, eigenvalue-corrected, whole gradients",
     "ekfac_whole": "EK-FAC, whole gradients",
-    "ekfac_cosine_whole": "EK-FAC, norm, whole gradients",
     "dot_whole": "gradient dot product, whole",
     "cosine_whole": "gradient cosine, whole",
-    "layers_dot_whole": "gradient dot product, whole, layers' matrices",
     "adam_dot_whole": "dot product over √V, whole",
     "adam_cosine_whole": "cosine over √V (Exp 3), whole",
 }
@@ -193,9 +191,9 @@ class BankScores:
         )
 
     def _gradient_score(self, name: str, final: dict) -> GradientScore:
-        model = self.retrained.trainings[0].model_fn.merge(final["params"])
         unit_norm = "cosine" in name
         if name.startswith(("ekfac", "shampoo")):
+            model = self.retrained.trainings[0].model_fn.merge(final["params"])
             chosen = kronecker.factored(find_sites(model))
             if name.startswith("ekfac"):
                 curvature = self._ekfac(model, chosen)
@@ -204,14 +202,12 @@ class BankScores:
                     chosen, lambda: self._sampled_gradients([final["params"]])
                 )
             damping = self.config.curvature.damping
-            return GradientScore(unprojected.ekfac(chosen, curvature, damping), unit_norm)
+            return GradientScore(unprojected.ekfac(chosen, curvature, damping))
         if name.startswith("adam"):
             scales = self._inverse_root_moments(final)
             # A dot product has 1/√V once in all; a cosine, on both sides (Exp 3).
             power = 1.0 if unit_norm else 0.5
             return GradientScore(unprojected.times(scales, power), unit_norm)
-        if name.startswith("layers"):
-            return GradientScore(unprojected.only(s.path for s in find_sites(model)))
         return GradientScore(unprojected.identity, unit_norm)
 
     def _ekfac(self, model, chosen: list[Site]) -> dict[str, Curvature]:

@@ -211,8 +211,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "counterfactual.together": (1, "retrainings that one program runs at a time"),
     "counterfactual.methods": (
         "metagradient,adjoint_batch,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,"
-        "source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,layers_dot_whole,adam_dot_whole,"
-        "adam_cosine_whole",
+        "source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,adam_dot_whole,adam_cosine_whole",
         "methods of the bank's own, beside those of methods (tda/run/bank_scores.py)",
     ),
     "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch"),
