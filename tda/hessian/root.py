@@ -112,39 +112,47 @@ def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:
 
 
 def mix(
-    train: list[np.ndarray], evaluation: list[np.ndarray], weight: float
+    train: list[np.ndarray], evaluation: Iterable[np.ndarray], weight: float
 ) -> Iterator[np.ndarray]:
     """Yields λ R_eval + (1 − λ) R_train by block, so that only one block more is in memory."""
     for train_block, evaluation_block in zip(train, evaluation, strict=True):
         yield weight * evaluation_block + (1 - weight) * train_block
 
 
-def shrinkage(R: list[np.ndarray], noise: np.ndarray) -> np.ndarray:
-    """Returns the share ρ of each block to replace by a multiple of I: float64 [blocks].
+def shrinkage(
+    R: Sequence[np.ndarray], noise: np.ndarray, targets: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
+    """Returns the share ρ of each block to replace by its target: float64 [blocks].
 
-    With ρ of Ledoit & Wolf (2004, eq. 14), (1 − ρ) R + ρ m I, m the mean eigenvalue, is nearest to
-    R of infinitely many rows: ρ is the share of ‖R − m I‖² that is due to chance. It is the damping
-    that a sample of this size needs: little with many rows, much in a block that has more columns
-    than there were rows.
+    With ρ of Ledoit & Wolf (2004, eq. 14), (1 − ρ) R + ρ T is nearest to R of infinitely many
+    rows: ρ is the share of ‖R − T‖² that is due to chance. Towards a multiple of I it is the
+    damping that a sample of this size needs: little with many rows, much in a block that has more
+    columns than there were rows.
 
     Args:
         R: the blocks.
-        noise: expected squared error of each block (`Autocorrelation.noise`); of a mixture,
-            λ² noise_eval + (1 − λ)² noise_train.
+        noise: expected squared error of each block (`Autocorrelation.noise`).
+        targets: what a multiple T of each block is drawn to, that of the same trace; None: I.
     """
     shares = np.zeros(len(R))
     for i, (block, block_noise) in enumerate(zip(R, noise, strict=True)):
-        mean = np.trace(block) / len(block)
-        distance = np.sum(np.square(block)) - len(block) * mean**2
+        distance = np.sum(np.square(block - _target(block, targets, i)))
         shares[i] = 1.0 if distance <= 0 else min(1.0, block_noise / distance)
     return shares
 
 
-def shrink(R: Iterable[np.ndarray], shares: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields (1 − ρ) R + ρ m I of each block, m its mean eigenvalue."""
-    for block, share in zip(R, shares, strict=True):
-        mean = np.trace(block) / len(block)
-        yield (1 - share) * block + share * mean * np.eye(len(block))
+def shrink(
+    R: Iterable[np.ndarray], shares: np.ndarray, targets: Sequence[np.ndarray] | None = None
+) -> Iterator[np.ndarray]:
+    """Yields (1 − ρ) R + ρ T of each block, T as in `shrinkage`."""
+    for i, (block, share) in enumerate(zip(R, shares, strict=True)):
+        yield (1 - share) * block + share * _target(block, targets, i)
+
+
+def _target(block: np.ndarray, targets: Sequence[np.ndarray] | None, i: int) -> np.ndarray:
+    shape = np.eye(len(block)) if targets is None else targets[i]
+    trace = np.trace(shape)
+    return shape * (np.trace(block) / trace) if trace > 0 else np.zeros_like(block)
 
 
 def draw_halves(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

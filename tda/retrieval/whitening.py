@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -287,30 +287,32 @@ class Whitening:
         self._tell("decomposing R")
         if "train" not in self.spectra:
             self.spectra["train"] = np.concatenate(hessian.spectra(train.blocks, self._shapes))
+        note: dict = {}
+        passages = self._shrink(train, note)
         if kind == "train":
-            self.notes[kind] = {}
-            return _Root(self._inverse_root(train.blocks, train.noise, self.notes[kind])[0])
+            roots = self._inverse_root(passages, note)
+            self.notes[kind] = note
+            return _Root(roots)
         queries_QxE = self._queries
         if kind in _HALVES:
             queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
         evaluation = hessian.autocorrelation_of_source(
             InMemory(queries_QxE, self._slices), shapes=self._shapes
         )
-        weight = self._weight(evaluation, kind)
-        blocks, n = evaluation.blocks, len(queries_QxE)
+        weight, n = self._weight(evaluation, kind, note), len(queries_QxE)
+        blocks, query_weights = self._shrink_evaluation(evaluation, passages, note), ()
         if kind == "leave_one_out":
             if n < 2:
                 raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
             # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
+            # What a query weighs in the mixture, taken out of it when that query is scored.
             blocks = [b * (n / (n - 1)) for b in blocks]
-        noise = weight**2 * evaluation.noise + (1 - weight) ** 2 * train.noise
-        mixed = hessian.mix(train.blocks, blocks, weight)
-        roots, shares = self._inverse_root(mixed, noise, self.notes[kind])
-        # What a query weighs in the mixture, taken out of it when that query is scored.
-        weights = (shares * (weight / (n - 1))).tolist() if kind == "leave_one_out" else ()
-        return _Root(roots, tuple(weights))
+            query_weights = (weight / (n - 1),) * len(blocks)
+        roots = self._inverse_root(hessian.mix(passages, blocks, weight), note)
+        self.notes[kind] = note
+        return _Root(roots, query_weights)
 
-    def _weight(self, evaluation: hessian.Autocorrelation, kind: str) -> float:
+    def _weight(self, evaluation: hessian.Autocorrelation, kind: str, note: dict) -> float:
         """λ, by the rule or as the settings say."""
         k = self._settings.component or hessian.default_component(self._source.form.width)
         weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks, self._shapes)
@@ -321,24 +323,42 @@ class Whitening:
             hessian.check_component(by_block, k, evaluation.count)
             both = (np.sort(x)[::-1] for x in (self.spectra["train"], spectrum))
             weight = hessian.mixing_weight(*both, k)
-        self.notes[kind] = {"lambda": weight, "component": k, "evaluation": kind}
+        note |= {"lambda": weight, "component": k, "evaluation": kind}
         return weight
 
-    def _inverse_root(self, R, noise, note: dict) -> tuple[list[np.ndarray], np.ndarray]:
-        """R^(−1/2), and the share of R in it, by block: 1, or less where R was shrunk."""
+    def _shrink(self, train: hessian.Autocorrelation, note: dict) -> list[np.ndarray]:
+        """Returns the blocks of R_train, shrunk as its sample size needs unless R is damped."""
+        if self._settings.damping >= 0:
+            note["damping"] = self._settings.damping
+            return train.blocks
+        shares = hessian.shrinkage(train.blocks, train.noise)
+        note["shrinkage"] = float(np.median(shares))
+        return list(hessian.shrink(train.blocks, shares))
+
+    def _shrink_evaluation(
+        self, evaluation: hessian.Autocorrelation, passages: list[np.ndarray], note: dict
+    ) -> list[np.ndarray]:
+        """Returns the blocks of R_eval; the factors of a product are shrunk towards R_train's.
+
+        R_eval is that of the very queries asked, and the own part g gᵀ of a query in a dense R
+        only multiplies its products R⁻¹ g by a number (Sherman and Morrison). In a product, G Gᵀ
+        and Gᵀ G suppress all that shares rows or columns with G: there R_eval is a sample, noisy
+        if queries are few, and the passages tell what it lacks.
+        """
+        if self._settings.damping >= 0 or not self._kronecker:
+            return evaluation.blocks
+        in_product = np.concatenate([[len(s) == 2] * len(s) for s in self._shapes])
+        shares = hessian.shrinkage(evaluation.blocks, evaluation.noise, passages) * in_product
+        note["shrinkage of R_eval"] = float(np.median(shares[in_product]))
+        return list(hessian.shrink(evaluation.blocks, shares, passages))
+
+    def _inverse_root(self, R: Iterable[np.ndarray], note: dict) -> list[hessian.Root]:
         s = self._settings
         note["cutoff"] = s.cutoff
         if self._kronecker:
             note |= {"kronecker": self._kronecker, "blocks": len(self._shapes)}
-        if s.damping >= 0:
-            note["damping"] = s.damping
-            roots = hessian.inverse_root(R, s.damping, s.cutoff, self._shapes)
-            return roots, np.ones(len(self._slices))
-        R = list(R)
-        shares = hessian.shrinkage(R, noise)
-        note["shrinkage"] = float(np.median(shares))
-        shrunk = hessian.shrink(R, shares)
-        return hessian.inverse_root(shrunk, _FLOOR, s.cutoff, self._shapes), 1 - shares
+        damping = s.damping if s.damping >= 0 else _FLOOR
+        return hessian.inverse_root(R, damping, s.cutoff, self._shapes)
 
 
 def no_leave_one_out(method: Method) -> str:
@@ -357,6 +377,8 @@ def describe_regularisation(note: dict) -> str:
     text = f"damping {note['damping']:.3g}" if "damping" in note else ""
     if "shrinkage" in note:
         text = f"shrunk by {note['shrinkage']:.2g}, the blocks' median"
+    if "shrinkage of R_eval" in note:
+        text += f", and R_eval towards R_train by {note['shrinkage of R_eval']:.2g}"
     if "kronecker" in note:
         text += f"; a Kronecker product in {note['kronecker']} of {note['blocks']} blocks"
     return text

@@ -55,11 +55,11 @@ def product(factors):
     return factors[0] if len(factors) == 1 else np.kron(*factors) / np.trace(factors[0])
 
 
-def shrink(sample, weight_noise):
-    """Ledoit and Wolf, by hand: the matrix and the noise of it."""
-    m = np.trace(sample) / len(sample) * np.eye(len(sample))
-    rho = min(1.0, weight_noise / np.sum(np.square(sample - m)))
-    return (1 - rho) * sample + rho * m
+def shrink(sample, sample_noise, target):
+    """Ledoit and Wolf, by hand: the matrix, the noise of it, and what it is drawn to."""
+    target = np.trace(sample) / np.trace(target) * target
+    rho = min(1.0, sample_noise / np.sum(np.square(sample - target)))
+    return (1 - rho) * sample + rho * target
 
 
 def noise(each):
@@ -73,10 +73,12 @@ def reference(data, damping, mixed):
         factors = []
         for p, q in zip(*(samples(x, number) for x in data), strict=True):
             weight = LAMBDA if mixed else 0.0
-            factor = weight * q.mean(0) + (1 - weight) * p.mean(0)
+            train, evaluation = p.mean(0), q.mean(0)
             if damping < 0:
-                factor = shrink(factor, weight**2 * noise(q) + (1 - weight) ** 2 * noise(p))
-            factors.append(factor)
+                train = shrink(train, noise(p), np.eye(len(train)))
+                if len(SHAPES[number]) == 2:
+                    evaluation = shrink(evaluation, noise(q), train)
+            factors.append(weight * evaluation + (1 - weight) * train)
         R = product(factors)
         out.append(R + max(damping, 1e-6) * np.trace(R) / len(R) * np.eye(len(R)))
     return out

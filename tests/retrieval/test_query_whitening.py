@@ -116,21 +116,21 @@ def test_too_few_queries_for_the_rule_are_refused(data):
 
 
 def test_r_is_shrunk_and_cut_off(data):
-    """As `damping` = −1 and `cutoff` say; what is taken out again is shrunk with the rest."""
+    """As `damping` = −1 and `cutoff` say; R_train is shrunk, not the queries' part of R."""
     settings = dict(weight=LAMBDA, damping=-1.0, cutoff=0.5, evaluation="leave_one_out")
     scorer = whitening(data, **settings).scorer(METHODS["trackstar"], 1)
     train, evaluation = (
         hessian.autocorrelation_of_source(InMemory(x.astype(np.float32), SLICES)) for x in data
     )
-    grown = [b * N / (N - 1) for b in evaluation.blocks]
-    R = list(hessian.mix(train.blocks, grown, LAMBDA))
-    shares = hessian.shrinkage(R, LAMBDA**2 * evaluation.noise + (1 - LAMBDA) ** 2 * train.noise)
+    shares = hessian.shrinkage(train.blocks, train.noise)
     assert (shares > 0).all() and (shares < 1).all()
-    expected = hessian.inverse_root(hessian.shrink(R, shares), 1e-6, 0.5)
+    grown = [b * N / (N - 1) for b in evaluation.blocks]
+    R = list(hessian.mix(list(hessian.shrink(train.blocks, shares)), grown, LAMBDA))
+    expected = hessian.inverse_root(R, 1e-6, 0.5)
     for got, root in zip(scorer.roots, expected, strict=True):
         np.testing.assert_allclose(got, root, rtol=1e-4, atol=1e-5)
     assert any(np.linalg.matrix_rank(root, tol=1e-4) < len(root) for root in expected)
-    np.testing.assert_allclose(scorer.query_weights, (1 - shares) * LAMBDA / (N - 1), rtol=1e-6)
+    np.testing.assert_allclose(scorer.query_weights, [LAMBDA / (N - 1)] * 2, rtol=1e-6)
 
 
 def test_what_is_kept_is_read_with_its_own_part(data, tmp_path):

@@ -18,7 +18,8 @@ SLICES = [slice(0, 3), slice(3, 8)]
 def data():
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(9, 8)) + 1.0
-    return rng.normal(size=(60, 8)).astype(np.float32), queries.astype(np.float32)
+    passages = rng.normal(size=(60, 8)) * np.linspace(1, 3, 8)
+    return passages.astype(np.float32), queries.astype(np.float32)
 
 
 def whitening(data, **changes):
@@ -49,31 +50,29 @@ def cosines(passages, g, R):
 
 @pytest.mark.parametrize("damping", [0.05, -1.0])
 def test_leave_one_out_is_exact_damped_or_shrunk(data, damping):
-    """Guards: a query's part taken out whole of an R that was drawn to a multiple of one."""
+    """Guards: few queries, all there are, whose noise shrinks the mixture."""
     passages, queries = data
     made = whitening(data, damping=damping, weight=0.6)
     (part,) = made.parts({"m": METHODS["trackstar_leave_one_out"]})
     got = scores(data, part, "m")
     train = hessian.autocorrelation_of_source(InMemory(passages, SLICES))
-    evaluation = hessian.autocorrelation_of_source(InMemory(queries, SLICES))
-    grown = [b * 9 / 8 for b in evaluation.blocks]
-    whole = [0.6 * e + 0.4 * t for e, t in zip(grown, train.blocks, strict=True)]
-    shares = hessian.shrinkage(whole, 0.36 * evaluation.noise + 0.16 * train.noise)
     note = made.note(METHODS["trackstar_leave_one_out"])
-    assert (shares > 0.02).all() and note["lambda"] == 0.6
+    assert note["lambda"] == 0.6
+    R_train = train.blocks
     if damping < 0:
-        assert note["shrinkage"] == pytest.approx(np.median(shares))
+        shares = hessian.shrinkage(train.blocks, train.noise)
+        R_train = list(hessian.shrink(train.blocks, shares))
+        assert (shares > 0.02).all() and note["shrinkage"] == pytest.approx(np.median(shares))
     else:
         assert note["damping"] == damping
     for q in range(9):
-        own = [np.outer(queries[q, s], queries[q, s]) * (0.6 / 8) for s in SLICES]
         R = []
-        for b, mine, share in zip(whole, own, shares, strict=True):
-            mean = np.trace(b) / len(b) * np.eye(len(b))
-            if damping < 0:
-                R.append((1 - share) * (b - mine) + share * mean + 1e-6 * mean)
-            else:
-                R.append(b - mine + damping * mean)
+        for t, s in zip(R_train, SLICES, strict=True):
+            of_all, own = (0.6 / 8 * x[:, s].T @ x[:, s] for x in (queries, queries[q : q + 1]))
+            # The damping is in mean eigenvalues of the mixture with the query's own part.
+            whole = of_all + 0.4 * t
+            mean = np.trace(whole) / len(whole) * np.eye(len(whole))
+            R.append(whole - own + (damping if damping > 0 else 1e-6) * mean)
         np.testing.assert_allclose(got[q], cosines(passages, queries[q], R), atol=2e-4)
 
 
