@@ -1,13 +1,21 @@
-"""What each dtype of a store loses: bytes, MRR, recall, and the passages retrieved.
+"""What a store keeps by side, dtype and R: bytes, MRR, recall, and the passages retrieved.
 
     python -m benchmarks.dtypes --config=configs/world_facts.py --workdir=demo --json=dtypes.json
+    python -m benchmarks.dtypes --config=configs/trex_sweeps.py --workdir=runs/trex \\
+        --config.store.dtype=float32 --sides=16,24,32 --structures=dense,kronecker --json=f.json
 
 The workdir is that of a finished run of `experiments.trace` with a float32 store; the config, with
-what the command line sets, must be the run's. Its rows are stored anew in every dtype, R is taken
-from the rounded rows, and TrackStar and the plain cosine search them. *Overlap* is of the ten best
-passages with those of float32, |A ∩ B| / 10.
+what the command line sets, must be the run's. A side that has no such store is encoded first. The
+rows of a side are stored anew in every dtype, R is taken from the rounded rows, and TrackStar and
+the corrected cosine search them; queries stay float32. *Overlap* is of the ten best passages with
+those of float32 (dense R where there is one), |A ∩ B| / 10.
+
+Points that the JSON file has are not measured again: further sides and structures may be added by
+further calls. `--plot=PATH` draws MRR and recall by the bytes of all of its points.
 """
 
+import dataclasses
+import json
 import pathlib
 import tempfile
 
@@ -17,49 +25,118 @@ from absl import flags
 from benchmarks import finished_run, record
 from experiments import launch
 from tda import store as stores
-from tda.evaluation import ranking
+from tda.evaluation import ranking as metrics
+from tda.methods import METHODS, GradientKind
+from tda.reports import plots
 from tda.retrieval import exact
+from tda.retrieval.ranked import Ranked
+from tda.retrieval.whitening import Whitening
+from tda.run import encode
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
+_SIDES = flags.DEFINE_list("sides", [], "sides of a block; by default the config's")
+_STRUCTURES = flags.DEFINE_list("structures", [], "structures of R; by default the config's")
+_DTYPES = flags.DEFINE_list("dtypes", list(stores.DTYPES), "dtypes to store rows in")
+_JSON = flags.DEFINE_string("json", None, "file that every figure is added to")
+_PLOT = flags.DEFINE_string("plot", None, "path of the plot, without a suffix")
 
 K = 10
+# Float32 bytes of the rows of a shard, which are in memory at once.
+_SHARD_ROWS_BYTES = 128 << 20
+_METHODS = {"trackstar": "trackstar", "cosine": "exp3"}
+# TrackStar's MRR in Chang et al. 2024, table 1: 65,536 float32 dimensions of a model of 8B
+# parameters, and 19.6M passages.
+_PAPER = 0.365
 
 
-def run(config, directory: str) -> dict:
-    """All figures, by dtype."""
-    corpus, source, queries_QxE = finished_run.gradients(config, directory)
+def measure(config, directory: str, structures: list[str], points: dict[str, dict]) -> None:
+    """Adds the figures of one side to `points`, which are written as they come."""
+    run, kind = finished_run.load(config, directory), GradientKind(True)
+    source, queries_QxE = encode.encode(run, kind)
     blocks = dict(zip(source.manifest["blocks"], source.form.widths, strict=True))
-    figures, exactly = {}, {}
-    for dtype in stores.DTYPES:
+    ids, side = run.corpus.passages.ids, config.projection.side
+    exact_best: dict[str, np.ndarray] = {}
+    for dtype in _DTYPES.value:
+        names = {s: f"{side} {s} {dtype}" for s in structures}
+        if all(n in points for n in names.values()) and dtype != "float32":
+            continue
+        row_bytes = stores.Form(dtype, source.form.widths).row_bytes
+        shard_bytes = _SHARD_ROWS_BYTES * row_bytes // (4 * source.form.width)
         with tempfile.TemporaryDirectory(dir=directory) as path:
-            store = stores.create(f"{path}/store", corpus.passages.ids, blocks, {}, dtype)
+            store = stores.create(f"{path}/store", ids, blocks, {}, dtype, shard_bytes)
             for i in store.missing():
                 store.write(i, source.read(store.shards()[i]))
-            files = pathlib.Path(store.path).glob("0/*/c.*")
-            found = {"bytes a row": sum(p.stat().st_size for p in files) / store.rows}
-            chosen = finished_run.scorers(store, queries_QxE)
-            ranked = exact.search(queries_QxE, store, chosen, K, corpus.correct)
-        for name, r in ranked.items():
-            wanted = exactly.setdefault(name, r.proponents)
-            same = (wanted[:, :, None] == r.proponents[:, None, :]).any(axis=2)
-            found[f"{name}: overlap"] = float(same.mean())
-            for label, ranks in r.first_ranks.items():
-                key = f"{name}: MRR, {label} labels"
-                found[key] = float(ranking.mean(ranking.reciprocal_ranks(ranks)))
-                hits = np.where(ranks > 0, ranks <= K, np.nan)
-                found[f"{name}: recall@{K}, {label} labels"] = float(ranking.mean(hits))
-                if dtype != "float32":
-                    found[f"{key}, relative"] = found[key] / figures["float32"][key] - 1
-        figures[dtype] = found
-        print(dtype, {k: round(v, 5) for k, v in found.items()}, flush=True)
-    return figures | {"rows": source.rows, "width": source.width, "queries": len(queries_QxE)}
+            for structure, name in names.items():
+                settings = dataclasses.replace(run.hessian, structure=structure)
+                shapes = run.block_shapes(kind)
+                whitening = Whitening(settings, store, queries_QxE, shapes=shapes, quiet=True)
+                (part,) = whitening.parts({n: METHODS[m] for n, m in _METHODS.items()})
+                ranked = exact.search(queries_QxE, store, part.scorers, K, run.corpus.correct)
+                points[name] = {
+                    "side": side,
+                    "structure": structure,
+                    "dtype": dtype,
+                    "bytes a row": row_bytes,
+                    "width": source.form.width,
+                    "rows": store.rows,
+                    "queries": len(queries_QxE),
+                } | _figures(ranked, exact_best)
+                print(name, {k: round(v, 5) for k, v in points[name].items() if ":" in k})
+                if _JSON.value:
+                    record.write(_JSON.value, "dtypes", points)
+
+
+def _figures(ranked: dict[str, Ranked], exact_best: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the figures of each method; the first call sets the best passages to compare with."""
+    figures = {}
+    for method, ranking in ranked.items():
+        best = exact_best.setdefault(method, ranking.proponents)
+        same = (best[:, :, None] == ranking.proponents[:, None, :]).any(axis=2)
+        figures[f"{method}: overlap"] = float(same.mean())
+        for label, ranks in ranking.first_ranks.items():
+            measures = {
+                "MRR": metrics.reciprocal_ranks(ranks),
+                f"recall@{K}": metrics.hits(ranks, K),
+            }
+            for name, values_Q in measures.items():
+                figures[f"{method}: {name}, {label} labels"] = float(metrics.mean(values_Q))
+    return figures
+
+
+def draw(points: list[dict], path: str) -> list[str]:
+    """Draws TrackStar's MRR and recall by bytes: a line by structure and dtype, over the sides."""
+    panels, sizes = [], [p["bytes a row"] for p in points]
+    for title in ("MRR", f"recall@{K}"):
+        lines = []
+        for dtype in dict.fromkeys(p["dtype"] for p in points):
+            for structure in dict.fromkeys(p["structure"] for p in points):
+                xy = [
+                    (p["bytes a row"], p[f"trackstar: {title}, all labels"])
+                    for p in points
+                    if (p["dtype"], p["structure"]) == (dtype, structure)
+                ]
+                if xy:
+                    lines.append(
+                        plots.Line(f"{dtype}, {structure}", *zip(*xy, strict=True), family=dtype)
+                    )
+        if title == "MRR":
+            ends = [min(sizes), max(sizes)]
+            lines.append(plots.Line("the paper's, 8B parameters", ends, [_PAPER] * 2))
+        panels.append(plots.Panel(title, lines))
+    return plots.draw(path, panels, "bytes a passage", log_x=True)
 
 
 def main(config, workdir):
-    """Measures, and writes the figures."""
-    figures = run(config, workdir)
-    if _JSON.value:
-        record.write(_JSON.value, "dtypes", figures)
+    """Measures, and writes and draws the figures."""
+    record_path = pathlib.Path(_JSON.value) if _JSON.value else None
+    points: dict[str, dict] = {}
+    if record_path is not None and record_path.exists():
+        points = json.loads(record_path.read_text())["figures"]
+    structures = _STRUCTURES.value or [config.hessian.structure]
+    for side in map(int, _SIDES.value or [config.projection.side]):
+        config.projection.side = side
+        measure(config, workdir, structures, points)
+    if _PLOT.value:
+        draw(list(points.values()), _PLOT.value)
 
 
 if __name__ == "__main__":
