@@ -35,7 +35,8 @@ _FACTS = flags.DEFINE_string("facts", None, "T-REx facts.", required=True)
 _JUDGE = flags.DEFINE_string("judge", "lexical", "Name of the judge.")
 _MODEL = flags.DEFINE_string("model", "", "Its model; with --train, the encoder to begin from.")
 _TRAIN = flags.DEFINE_string("train", "", "Directory of the judge to train; empty: none.")
-_PAIRS = flags.DEFINE_integer("pairs", 3000, "Pairs of T-REx of each half.")
+_PAIRS = flags.DEFINE_integer("pairs", 3000, "Pairs of each set and half at most.")
+_JUDGED = flags.DEFINE_integer("judged", 0, "Pairs of each set and half to judge; 0: all.")
 _STEPS = flags.DEFINE_integer("steps", 150, "Steps of training, of 32 pairs.")
 _WINDOW = flags.DEFINE_integer("window", 3, "Sentences of a window.")
 
@@ -62,7 +63,8 @@ def rated_pairs(test: bool) -> list[Pair]:
                 r["yes"] > r["no"],
             )
         )
-    return pairs
+    random.Random(0).shuffle(pairs)
+    return pairs[: _PAIRS.value]
 
 
 def dates(iso: str) -> tuple[str, ...]:
@@ -227,7 +229,8 @@ def main(_):
     judge = judges.make(name, JudgeSettings(model=model))
     report = {}
     sets = ("raters", "T-REx pairs", "strict and loose")
-    for label, fitted, held_out in zip(sets, halves[False], halves[True], strict=True):
+    for label, *both in zip(sets, halves[False], halves[True], strict=True):
+        fitted, held_out = (p[: _JUDGED.value or len(p)] for p in both)
         scores = {test: scores_of(judge, p) for test, p in ((False, fitted), (True, held_out))}
         labels = {
             test: np.array([y for _, _, y in p]) for test, p in ((False, fitted), (True, held_out))
