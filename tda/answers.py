@@ -5,10 +5,14 @@ import html
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
+
 from tda import results
+from tda.data.tokenised import place_of
+from tda.evaluation.statistics import GroupSum, group_sums
 from tda.viewer import opening
 from tda.viewer.collection import Collection
 
@@ -108,6 +112,41 @@ class TraceResult(Sequence[Answer]):
             columns=["query", "prompt", "target", "list", "rank", "score", "passage", "text"],
         )
 
+    def by(
+        self,
+        label_of: Mapping[str, str] | Callable[[RankedPassage], str],
+        resamples: int = 10_000,
+        seed: int = 0,
+    ) -> list[GroupSum]:
+        """Adds up the scores of passages by what they have in common: a source, a topic, a year.
+
+        Single passages are noisy evidence, and their sums less so.
+
+        Args:
+            label_of: the label of each document by its id, or a function of a passage.
+            resamples, seed: of the permutation test and of the intervals over queries.
+
+        Returns:
+            The groups (`tda.evaluation.statistics.group_sums`), those first whose passages score
+            further above the mean than chance would have it.
+
+        Raises:
+            ValueError: some passages were not ranked, or a document has no label.
+        """
+        scores = [{p.id: p.score for p in a.proponents + a.opponents} for a in self]
+        passages = {p.id: p for a in self for p in a.proponents + a.opponents}
+        fewest = min(map(len, scores), default=0)
+        # Of n passages the first k and the last k are all of them only if these overlap.
+        overlap = all({p.id for p in a.proponents} & {p.id for p in a.opponents} for a in self)
+        if fewest < len(passages) or not overlap:
+            raise ValueError(
+                "sums by label are of the scores of all passages, and this trace has only each "
+                "query's first and last; trace again with k= the number of passages"
+            )
+        labels = [_label(label_of, passage) for passage in passages.values()]
+        table_QxC = np.array([[s[name] for name in passages] for s in scores])
+        return group_sums(table_QxC, labels, resamples, seed)
+
     def view(self, port: int = 0) -> None:
         """Shows the answers in the web viewer; prints its address, and serves until interrupted.
 
@@ -174,7 +213,20 @@ class TraceResult(Sequence[Answer]):
 
 
 def _describe_query(answer: Answer) -> str:
-    return f"{answer.prompt} → {answer.target}" if answer.target else f"query {answer.id}"
+    if not answer.target:
+        return answer.prompt or f"query {answer.id}"
+    return f"{answer.prompt} → {answer.target}"
+
+
+def _label(
+    label_of: Mapping[str, str] | Callable[[RankedPassage], str], passage: RankedPassage
+) -> str:
+    if callable(label_of):
+        return str(label_of(passage))
+    document = passage.id if passage.id in label_of else place_of(passage.id)[0]
+    if document not in label_of:
+        raise ValueError(f"document {document!r} has no label; give one to every document")
+    return str(label_of[document])
 
 
 def _lists(answer: Answer, opponents: bool) -> Iterator[tuple[str, tuple[RankedPassage, ...]]]:

@@ -168,3 +168,35 @@ def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             index.query(QUERIES, **options)
+
+
+def test_scores_are_added_up_by_label(model, tokenizer):
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, **OPTIONS)
+    traced = index.query(QUERIES, "grad_cos", k=len(TEXTS))
+    scores = {p.id: 0.0 for p in traced[0].proponents}
+    for answer in traced:
+        for p in answer.proponents:
+            scores[p.id] += p.score / len(traced)
+    labels = {str(i): "even" if i % 2 == 0 else "odd" for i in range(len(TEXTS))}
+    for label_of in (labels, lambda p: labels[p.id]):
+        groups = traced.by(label_of, resamples=20)
+        for group in groups:
+            ids = [i for i, label in labels.items() if label == group.label]
+            assert group.size == len(ids) and 0 < group.p <= 1
+            assert group.mean == pytest.approx(sum(scores[i] for i in ids), rel=1e-6)
+    assert {g.label for g in groups} == {"even", "odd"}
+    with pytest.raises(ValueError, match="document '7' has no label"):
+        traced.by({str(i): "a" for i in range(7)})
+    for k in (2, len(TEXTS) // 2):
+        with pytest.raises(ValueError, match="trace again with k= the number of passages"):
+            index.query(QUERIES, "grad_cos", k=k).by(labels)
+
+
+def test_the_passages_of_a_document_have_its_label(model, tokenizer):
+    long = " ".join(TEXTS)
+    traced = tda.trace(
+        model, [("a", long), ("b", TEXTS[0])], QUERIES, tokenizer=tokenizer, context=32, k=99,
+        method="grad_cos", **OPTIONS,
+    )  # fmt: skip
+    sizes = {g.label: g.size for g in traced.by({"a": "long", "b": "short"}, resamples=5)}
+    assert sizes["short"] == 1 and sizes["long"] == len(traced[0].proponents) - 1 > 1

@@ -6,6 +6,7 @@ measured on is NaN there, and the mean is taken over those that were drawn and m
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -109,6 +110,68 @@ def _intervals(values_QxM, resamples: int, seed: int) -> tuple[list[Interval], n
         ends = np.nanquantile(drawn_R, _TAILS) if len(measured) > 1 else (np.nan, np.nan)
         out.append(Interval(float(mean), *map(float, ends), len(measured)))
     return out, drawn_RxM
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSum(Interval):
+    """A group's sum of scores, the mean over queries, beside what its size alone would give."""
+
+    label: str = ""
+    size: int = 0
+    """Passages of the group."""
+    expected: float = float("nan")
+    """Its size times the mean score of all passages."""
+    p: float = float("nan")
+    """Two-sided, of the hypothesis that labels have nothing to do with scores."""
+
+
+def group_sums(
+    scores_QxC: np.ndarray, labels: Sequence[str], resamples: int = 10_000, seed: int = 0
+) -> list[GroupSum]:
+    """Adds up scores by the labels of their passages.
+
+    A permutation test draws a group's passages anew from all of them: `p` is the share of draws
+    whose sum is as far from the expected one, counted with one draw more, so that it is never 0.
+    Intervals are over queries (see `intervals`).
+
+    Args:
+        scores_QxC: each query's scores of the passages.
+        labels: the passages' labels, length C.
+        resamples, seed: of the draws, and of those of the intervals.
+
+    Returns:
+        The groups, those first whose sum is furthest above the expected one.
+    """
+    scores_QxC = np.asarray(scores_QxC, np.float64)
+    names, group_C = np.unique(np.asarray(labels, str), return_inverse=True)
+    sums_QxG = np.stack([np.bincount(group_C, row, len(names)) for row in scores_QxC])
+    mean_C = scores_QxC.mean(axis=0)
+    size_G = np.bincount(group_C)
+    sum_G, expected_G = sums_QxG.mean(axis=0), size_G * mean_C.mean()
+    rng, as_far_G = np.random.default_rng(seed), np.zeros(len(names), np.int64)
+    # A rounding error is no distance: of equal scores every draw is as far.
+    distance_G = np.abs(sum_G - expected_G) - 1e-9 * np.abs(mean_C).sum()
+    for _ in range(resamples):
+        drawn_G = np.bincount(group_C, rng.permutation(mean_C), len(names))
+        as_far_G += np.abs(drawn_G - expected_G) >= distance_G
+    sums = [
+        GroupSum(
+            **vars(i),
+            label=str(name),
+            size=int(n),
+            expected=float(e),
+            p=(1 + far) / (1 + resamples),
+        )
+        for i, name, n, e, far in zip(
+            intervals(sums_QxG, resamples, seed),
+            names,
+            size_G,
+            expected_G,
+            as_far_G.tolist(),
+            strict=True,
+        )
+    ]
+    return sorted(sums, key=lambda g: g.expected - g.mean)
 
 
 def across_seeds(figures) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Intervals against draws made one by one, against theory, and how often they hold the truth."""
 
+import itertools
 import math
 
 import numpy as np
@@ -107,3 +108,19 @@ def test_seeds_have_a_mean_and_a_sample_deviation():
     one = statistics.across_seeds([0.5, float("nan")])
     assert one["mean"] == 0.5 and math.isnan(one["sd"]) and one["seeds"] == 1
     assert statistics.across_seeds([])["seeds"] == 0
+
+
+def test_sums_by_label_against_all_permutations():
+    """Six passages have 20 ways to choose three: the exact share of them that is as far."""
+    scores = np.array([[5.0, 4.0, 3.5, 0.0, 1.0, 0.5], [7.0, 4.0, 3.5, 2.0, 1.0, 0.5]])
+    high, low = statistics.group_sums(scores, list("aaabbb"), resamples=4000)
+    assert (high.label, low.label, high.size, low.size) == ("a", "b", 3, 3)
+    assert high.mean == pytest.approx(13.5) and low.mean == pytest.approx(2.5)
+    assert high.expected == low.expected == pytest.approx(8.0)
+    mean = scores.mean(axis=0)
+    sums = [sum(mean[list(c)]) for c in itertools.combinations(range(6), 3)]
+    exact = np.mean([abs(s - 8.0) >= 5.5 - 1e-9 for s in sums])
+    assert high.p == pytest.approx(exact, abs=0.02) == pytest.approx(low.p, abs=0.02)
+    assert (high.low, high.high) == (12.5, 14.5) and high.count == 2
+    equal = statistics.group_sums(np.full((2, 4), 0.1), list("aabb"), resamples=50)
+    assert [g.p for g in equal] == [1.0, 1.0]
