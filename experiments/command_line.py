@@ -14,7 +14,8 @@ from tda.runtime import command
 
 # Beside this folder both in a checkout and in an installed package.
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-_LAUNCH = f"{__package__}.launch"
+# Modules whose flags a main that imports them has.
+_SHARED = [f"{__package__}.{name}" for name in ("engine_flags", "launch")]
 # Where meanings begin in `--help`.
 _COLUMN = 38
 
@@ -75,8 +76,8 @@ def describe(takes_config: bool) -> str:
     text = (main.__doc__ or "").strip()
     text = text.replace("python -m experiments.", command.of_main("trace").removesuffix("trace"))
     names = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
-    if takes_config:
-        names |= {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(_LAUNCH)}
+    for module in _SHARED if takes_config else ():
+        names |= {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(module)}
     lines = [text, "", "Flags (all of them, those of libraries too: --helpfull):"]
     for name, flag in names.items():
         default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"

@@ -33,6 +33,6 @@ def is_alone() -> bool:
     return _read().is_alone
 
 
-def choose(config, workdir: Workdir) -> Engine:
-    """Returns the engine that the flags ask for."""
-    return engines.choose_engine(config, workdir, _read())
+def choose(config, workdir: Workdir, has_board: bool = False) -> Engine:
+    """Returns the engine that the flags ask for; see `tda.run.engines.choose_engine`."""
+    return engines.choose_engine(config, workdir, _read(), has_board)

@@ -7,15 +7,11 @@ and `table1.tex`, and with matplotlib the spectra of R (`spectra.png`, `spectra.
 continues where it stopped. Many machines share the work as in `experiments.trace`: docs/pods.md.
 """
 
-from absl import flags
-
 from tda.run import paper_table
 from tda.run.workdir import Workdir
 
 from . import engine_flags
 from .launch import launch
-
-flags.adopt_module_key_flags(engine_flags)
 
 
 def main(config, workdir, table="table1"):

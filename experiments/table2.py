@@ -5,13 +5,9 @@ python -m experiments.table2 --config=configs/open_wiki.py --workdir=DIR
 
 import functools
 
-from absl import flags
-
 from . import engine_flags
 from .launch import launch
 from .table1 import main
-
-flags.adopt_module_key_flags(engine_flags)
 
 if __name__ == "__main__":
     table2 = functools.partial(main, table="table2")

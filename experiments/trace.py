@@ -7,15 +7,11 @@ machines share the work as one run (--distributed), as tasks of an array (--grou
 workers of Ray (--engine=ray): docs/pods.md.
 """
 
-from absl import flags
-
 from tda.run import stages
 from tda.run.workdir import Workdir
 
 from . import engine_flags
 from .launch import launch
-
-flags.adopt_module_key_flags(engine_flags)
 
 
 def main(config, workdir):

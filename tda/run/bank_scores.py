@@ -102,12 +102,13 @@ class BankScores:
         folder = self.retrained.directory / "scores"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}-{fingerprint(plain(parts))}.npz"
-        if not path.exists():
-            stopwatch = _Stopwatch()
-            scores = compute(name)
-            # By a training of the same hour: a resumed board may run on a busier machine.
-            cost = stopwatch.seconds() / self.training_seconds
-            write_arrays(path, {"scores": scores, "cost": cost})
+        with self.retrained.run.engine.alone():
+            if not path.exists():
+                stopwatch = _Stopwatch()
+                scores = compute(name)
+                # By a training of the same hour: a resumed board may run on a busier machine.
+                cost = stopwatch.seconds() / self.training_seconds
+                write_arrays(path, {"scores": scores, "cost": cost})
         arrays = read_arrays(path)
         self.costs[name] = float(arrays["cost"])
         return arrays["scores"]

@@ -1,6 +1,7 @@
 """The board: every method's scores of all units, held against the bank."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ from tda.retrieval.ranked import Ranked, best_of, first_rank
 from tda.run import counterfactual, evaluate, stages
 from tda.run.bank_scores import TITLES, BankScores, own_methods, title
 from tda.run.counterfactual import Retrained
+from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime.atomic_file import open_atomic, write_arrays, write_json
+from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import plain
 
 # The share of units that QLD removes, and the random sets that it is held against.
@@ -46,37 +49,45 @@ def check(config) -> None:
         )
 
 
-def measure(config, workdir: Workdir) -> dict:
+def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
     """Trains, retrains, scores by every method, and writes `board.md` and `board.json`.
 
     Beside them `board.npz`, each retraining's changes of loss as predicted and as they were; and,
     where a unit is a passage, `counterfactual/results/METHOD.jsonl`, the passages of each method.
+
+    Args:
+        config: the config.
+        workdir: where all files go.
+        engine: who computes which retrainings, and which groups of the searches.
 
     Returns:
         The figures by method.
 
     Raises:
         ValueError: the config is not possible.
+        tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part, or
+            a run of several processes has retrained.
     """
-    stages.check(config)
     counterfactual.check(config)
     check(config)
-    if jax.process_count() > 1:
-        raise ValueError("the board is computed by one process; start it without --distributed")
-    with workdir.hold():
-        retrained = counterfactual.retrain(stages.prepare(config, workdir))
-        bank_scores = BankScores(retrained)
-        scores = bank_scores.compute()
-        board = _Board(retrained, bank_scores.costs, bank_scores.training_seconds)
-        record = board.figures(scores)
-        if retrained.run.config.counterfactual.unit == "passage":
-            _add_metrics(record, _write_passages(retrained, scores))
-        with open_atomic(workdir / "board.md") as out:
-            out.write(f"{board_report.describe(record)}\n")
-        write_arrays(workdir / "board.npz", board.arrays)
-        write_json(workdir / "board.json", plain(record))
+    with stages.opened(config, workdir, engine) as run:
+        board = score(run)
+        with engine.alone():
+            if engine.party and workdir.has_new("board.json"):  # by another task of the array
+                record = json.loads((workdir / "board.json").read_text(encoding="utf-8"))
+            else:
+                record = board.write(workdir)
     print(board_report.summarise(record))
     return record
+
+
+def score(run: Run) -> "_Board":
+    """Retrains, and scores by every method: all that is computed in groups."""
+    bank_scores = BankScores(counterfactual.retrain(run))
+    board = _Board(bank_scores, bank_scores.compute())
+    if board.config.counterfactual.own_top:
+        board.compute_own_top()
+    return board
 
 
 def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -97,7 +108,7 @@ def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict
             for label, correct in run.corpus.correct.items()
         }
         rankings[name] = Ranked.of_proponents(best_rows_QxK, best_QxK, first_ranks)
-    run = dataclasses.replace(run, config=config)
+    run = dataclasses.replace(run, config=config, engine=PROCESSES)
     return evaluate.evaluate(run, rankings, retrained.directory.path)
 
 
@@ -123,22 +134,40 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
 
 
 class _Board:
-    """The figures of methods, given their scores."""
+    """The figures of methods.
 
-    def __init__(self, retrained: Retrained, costs: dict[str, float], training_seconds: float):
-        self.retrained, self.costs = retrained, costs
-        self.training_seconds = training_seconds
-        self.config = retrained.run.config
+    Args:
+        bank_scores: the bank, and what its own methods cost.
+        scores: of every unit by each method, [Q, U].
+    """
+
+    def __init__(self, bank_scores: BankScores, scores: dict[str, np.ndarray]):
+        self.retrained, self.scores = bank_scores.retrained, scores
+        self._bank_scores = bank_scores
+        self.config = self.retrained.run.config
+        self.own_top: dict[str, Interval] = {}
         self.arrays: dict[str, np.ndarray] = {}
         """float64: of FRACTION/LABEL how much losses rose, [M, Q]; of FRACTION/LABEL/METHOD the
         LDS of each query, [Q]; of FRACTION/METHOD what the method predicted, [M, Q]."""
 
-    def figures(self, scores: dict[str, np.ndarray]) -> dict:
+    def write(self, workdir: Workdir) -> dict:
+        """Writes the board's files; returns the board as JSON values."""
+        record = self.figures()
+        if self.config.counterfactual.unit == "passage":
+            _add_metrics(record, _write_passages(self.retrained, self.scores))
+        with open_atomic(workdir / "board.md") as out:
+            out.write(f"{board_report.describe(record)}\n")
+        write_arrays(workdir / "board.npz", self.arrays)
+        # Last: it tells the other tasks of an array that the board is there.
+        write_json(workdir / "board.json", plain(record))
+        return record
+
+    def figures(self) -> dict:
         """Returns the board as JSON values."""
-        settings = self.config.counterfactual
+        settings, scores = self.config.counterfactual, self.scores
         record: dict = {"methods": {}, "ceilings": {}, "banks": {}, "agreements": {}}
         for name in scores:
-            cost = self.costs.get(name)
+            cost = self._bank_scores.costs.get(name)
             record["methods"][name] = {"title": title(name), "cost": cost, "lds": {}}
         for fraction, banks in self.retrained.banks.items():
             changes = {"same order": banks[0].changes_MxQ}
@@ -165,9 +194,8 @@ class _Board:
                     if "ekfac_whole" in scores and name != "ekfac_whole":
                         difference = lds.difference(name, "ekfac_whole")
                         of_method[f"{label}, less EK-FAC's"] = _as_json(difference)
-        if settings.own_top:
-            for name, interval in self._own_top(scores).items():
-                record["methods"][name]["own_top"] = _as_json(interval)
+        for name, interval in self.own_top.items():
+            record["methods"][name]["own_top"] = _as_json(interval)
         record["queries"] = len(self.retrained.queries)
         record["texts"] = [
             {"id": f.fact_id, "prompt": f.prompt(self.config.data.prompt), "target": f.entity1}
@@ -175,7 +203,7 @@ class _Board:
         ]
         record["units"], record["unit"] = len(self.retrained.units), settings.unit
         record["steps"] = self.retrained.trainings[0].steps
-        record["seconds of a training"] = self.training_seconds
+        record["seconds of a training"] = self._bank_scores.training_seconds
         record["metasmoothness"] = self._metasmoothness()
         return record
 
@@ -192,8 +220,8 @@ class _Board:
             thetas.append(np.concatenate(leaves))
         return figures.metasmoothness(*thetas)
 
-    def _own_top(self, scores: dict[str, np.ndarray]) -> dict[str, Interval]:
-        """Returns each method's QLD: how much more a query's loss rises without its own top 1 %.
+    def compute_own_top(self) -> None:
+        """Computes each method's QLD: how much more a query's loss rises without its own top 1 %.
 
         More, that is, than without as many random units; the mean over the first queries.
         """
@@ -203,15 +231,13 @@ class _Board:
         random = draw_subsets(U, _OWN_SHARE, _RANDOM_SETS, settings.seed + 1)
         draw = {"own top": _OWN_SHARE, "seed": settings.seed + 1, "units": U}
         random_Q = retraining.losses(random, "retrain without a random 1 %", draw).mean(axis=0)
-        out = {}
-        for name, scores_QxU in scores.items():
+        for name, scores_QxU in self.scores.items():
             removed = figures.top_units(scores_QxU[:count], _OWN_SHARE)
             losses = retraining.losses(removed, f"retrain without the top of {name}")
             change_Q = np.diagonal(losses)[:count] - random_Q[:count]
-            (out[name],) = statistics.intervals(
+            (self.own_top[name],) = statistics.intervals(
                 change_Q[:, None], settings.resamples, settings.seed
             )
-        return out
 
 
 def _as_json(interval: Interval) -> dict:

@@ -30,6 +30,7 @@ from tda.run.defaults import flat
 from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
+from tda.runtime.array_tasks import Unfinished
 from tda.runtime.atomic_file import write_arrays, write_json
 from tda.runtime.fingerprint import plain
 from tda.runtime.groups import Groups
@@ -137,7 +138,7 @@ class Retrained:
             self.queries,
             self.unit_C,
             _identity(self.run, order),
-            Groups(self.directory / "retrainings"),
+            Groups(self.directory / "retrainings", engine=self.run.engine),
             settings.together,
         )
 
@@ -161,8 +162,13 @@ def _reverse(retrained: Retrained) -> Reverse:
 def retrain(run: Run) -> Retrained:
     """Trains on the run's corpus, and again without each set of units; what is kept is not redone.
 
+    The run's engine says who computes which retrainings.
+
     Args:
         run: the run, whose trained model the training starts from.
+
+    Raises:
+        Unfinished: other tasks of an array have to retrain, or the processes of this run have.
     """
     check(run.config)
     config, corpus = config_of_bank(run.config), run.corpus
@@ -190,7 +196,7 @@ def retrain(run: Run) -> Retrained:
             f"counterfactual.unit={settings.unit}: the corpus has {len(units)} of them; a bank "
             "drops some and keeps others, so give another unit"
         )
-    bank_run = Run(config, directory, corpus, run.trained)
+    bank_run = Run(config, directory, corpus, run.trained, engine=run.engine)
     retrained = Retrained(bank_run, trainings, queries, unit_C, units, {}, directory)
     made_from = {**_identity(bank_run, 0), "start": plain(run.trained.fingerprint)}
     directory.claim("bank", made_from, config)
@@ -203,6 +209,12 @@ def retrain(run: Run) -> Retrained:
         ]
     processes.on_first_process("describe the bank", lambda: _describe(retrained, made_from))
     directory.finish("bank")
+    if jax.process_count() > 1:
+        raise Unfinished(
+            "the retrainings are finished; one process scores the methods",
+            "Without the flags that join processes:",
+            status=0,
+        )
     return dataclasses.replace(retrained, run=_finished_run(retrained))
 
 
@@ -290,7 +302,6 @@ def _describe(retrained: Retrained, made_from: dict) -> None:
 def _finished_run(retrained: Retrained) -> Run:
     """Returns the run of the model that the training ends with, with checkpoints on the way."""
     run, reverse, config = retrained.run, retrained.reverse, retrained.run.config
-    reverse.keep_states()
     steps = retrained.trainings[0].steps
     root = str(retrained.directory / "checkpoints")
     arguments = train.model_arguments(config, run.corpus.tokenizer.vocab_size)
@@ -306,9 +317,10 @@ def _finished_run(retrained: Retrained) -> Run:
         if count > 1
         else []
     )
-    present = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
-    for step in sorted({*at, steps} - {*present}):
-        checkpoint.save(root, step, reverse.state_at(step), description, keep=0)
+    with run.engine.alone():
+        reverse.keep_states()
+        for step in sorted({*at, steps} - {*checkpoint.steps(root)}):
+            checkpoint.save(root, step, reverse.state_at(step), description, keep=0)
     mesh = train.working_mesh(config)
     identity = {**_identity(run, 0), "steps": steps}
     trained = Trained(
@@ -320,7 +332,7 @@ def _finished_run(retrained: Retrained) -> Run:
         plain(identity),
     )
     corpus = dataclasses.replace(run.corpus, training=run.corpus.passages)
-    return Run(config, run.workdir, corpus, trained)
+    return dataclasses.replace(run, corpus=corpus, trained=trained)
 
 
 def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:

@@ -69,8 +69,16 @@ def read_flags(groups, patience, engine, cluster: tuple, plugins) -> EngineFlags
     return EngineFlags(groups, patience, engine or "", chosen, tuple(plugins))
 
 
-def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> Engine:
+def choose_engine(
+    config: ConfigDict, workdir: Workdir, chosen: EngineFlags, has_board: bool = False
+) -> Engine:
     """Returns the engine that the flags ask for.
+
+    Args:
+        config: the run's config.
+        workdir: its directory.
+        chosen: the flags.
+        has_board: whether the run is a bank with its board, not a trace.
 
     Raises:
         ValueError: a flag is malformed, or does not fit another.
@@ -88,7 +96,7 @@ def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> 
             f"--coordinator, or {flag}"
         )
     if groups is None:
-        return _make_ray_engine(config, workdir, chosen)
+        return _make_ray_engine(config, workdir, chosen, has_board)
     if chosen.engine:
         raise ValueError(f"--engine={chosen.engine} and {flag} exclude each other; leave out one")
     match = re.fullmatch(r"(\d+)/(\d+)", groups)
@@ -100,7 +108,9 @@ def choose_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> 
     return ArrayTask(index, count, workdir.path, party, chosen.patience)
 
 
-def _make_ray_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) -> RayEngine:
+def _make_ray_engine(
+    config: ConfigDict, workdir: Workdir, chosen: EngineFlags, has_board: bool
+) -> RayEngine:
     if chosen.engine != "ray":
         raise ValueError(f"unknown --engine={chosen.engine}; use ray, or leave it out")
     ray_engine.import_ray()
@@ -110,5 +120,6 @@ def _make_ray_engine(config: ConfigDict, workdir: Workdir, chosen: EngineFlags) 
         os.getcwd(),
         chosen.plugins,
         code_version.describe(),
+        has_board,
     )
     return RayEngine(chosen.cluster, ray_worker.Worker, opening)

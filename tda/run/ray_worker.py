@@ -6,7 +6,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from tda.run import evaluate, registry, retrieve, stages
+from tda.run import board, evaluate, registry, retrieve, stages
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import code_version, compilation_cache
@@ -27,6 +27,8 @@ class Opening:
     """Modules that register methods and retrievers."""
     code: dict
     """The versions of code and libraries (`tda.runtime.code_version`)."""
+    has_board: bool = False
+    """Whether the run is a bank with its board, not a trace."""
 
 
 class Worker:
@@ -55,6 +57,9 @@ class Worker:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             run = self._open(engine)
             if engine.is_opening:
+                return
+            if self._opening.has_board:
+                board.score(run)
                 return
             rankings, _ = retrieve.retrieve(run)
             evaluate.evaluate(run, rankings)

@@ -172,7 +172,8 @@ class Run:
 
     def remove_groups(self) -> None:
         """Removes the files of groups, which are of no use once the rankings are written."""
-        shutil.rmtree(self.workdir / "groups", ignore_errors=True)
+        for name in ("groups", "counterfactual/groups"):
+            shutil.rmtree(self.workdir / name, ignore_errors=True)
 
     @property
     def hessian(self) -> HessianSettings:

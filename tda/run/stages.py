@@ -1,5 +1,8 @@
 """The stages of a run in order, from the corpus to the tables."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import optax
 
@@ -96,6 +99,17 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
         ValueError: the config is not possible, or another job works in the workdir.
         tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part.
     """
+    with opened(config, workdir, engine) as run:
+        return _trace(run)
+
+
+@contextlib.contextmanager
+def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run]:
+    """Holds the workdir, and yields the run with its trained model; arguments as for `trace`.
+
+    Raises:
+        ValueError: the config is not possible, or another job works in the workdir.
+    """
     # Processes that were started by different commands would wait for each other in vain.
     processes.check_same_code()
     processes.check_alike("config", config.to_json())
@@ -110,7 +124,7 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
     with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
         try:
             run.append(prepare(config, workdir, engine))
-            return _trace(run[0])
+            yield run[0]
         finally:
             engine.close()
 

@@ -8,6 +8,7 @@ import pytest
 from tda.counterfactual.bank import Retraining, draw_subsets, weights_without
 from tda.counterfactual.training import batch_nats, sum_by_unit, units_of_tokens
 from tda.runtime import preemption
+from tda.runtime.array_tasks import ArrayTask, Unfinished
 from tda.runtime.groups import Groups
 from tda.training import loop
 from tests.conftest import make_decoder
@@ -106,6 +107,21 @@ def test_a_longer_list_of_draws_computes_only_what_it_has_more(tmp_path):
     np.testing.assert_array_equal(more.losses_MxQ[:2], few.losses_MxQ)
     with pytest.raises(ValueError, match="without other units than are drawn now"):
         retraining.bank(~REMOVED, "others", {"seed": 0})
+
+
+def test_tasks_of_an_array_divide_the_retrainings(tmp_path):
+    tasks = [
+        make_retraining(groups=Groups(tmp_path / "r", engine=ArrayTask(i, 2, tmp_path, "", 0.0)))
+        for i in range(2)
+    ]
+    with pytest.raises(Unfinished, match="2 of its groups are missing, those of task 1"):
+        tasks[0].bank(REMOVED, "a part", {"seed": 0})
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.npz")}
+    bank = tasks[1].bank(REMOVED, "the rest", {"seed": 0})
+    assert len(files) == 2 and all(f.stat().st_mtime_ns == t for f, t in files.items())
+    expected = make_retraining().bank(REMOVED, "whole")
+    np.testing.assert_array_equal(bank.losses_MxQ, expected.losses_MxQ)
+    np.testing.assert_array_equal(bank.base_Q, expected.base_Q)
 
 
 def test_draws_are_seeded_each_for_itself():

@@ -1,6 +1,13 @@
 """The bank and the board of a run, from a config to a table."""
 
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +20,9 @@ from tda.retrieval.ranked import Ranked
 from tda.run import bank_scores, board, counterfactual, defaults
 from tda.run import corpus as corpus_stage
 from tda.run.workdir import Workdir
-from tda.runtime import preemption
+from tda.runtime import array_tasks, preemption
 from tests.experiments import test_trace
+from tests.run import test_many_processes
 
 METHODS = "exp3,grad_dot,tracin,trak,bm25,rerank_ekfac,random"
 
@@ -133,6 +141,80 @@ def test_held_out_sentences_have_a_board(tmp_path):
     assert all("tail_patch" in m and "mrr" not in m for m in record["methods"].values())
 
 
+# What does not depend on the clock.
+BANK = ("board.npz", "counterfactual/bank.npz", "counterfactual/results/metagradient.jsonl")
+
+
+def start(config, workdir, *flags):
+    """A process of `experiments.counterfactual`."""
+    changed = defaults.flat(config)
+    before = defaults.flat(defaults.get_config())
+    keys = [f"--config.{k}={v}" for k, v in changed.items() if v != before[k]]
+    command = [sys.executable, "-m", "experiments.counterfactual", f"--workdir={workdir}"]
+    command += ["--config=tda/run/defaults.py", *keys, *flags]
+    flags = " ".join(["--xla_force_host_platform_device_count=1", *test_many_processes.FLAGS])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_tasks_joined_processes_and_workers_write_the_same_bank(tmp_path):
+    """Whoever retrains, and whoever is killed meanwhile."""
+    config = make_config(tmp_path, methods="exp3,bm25")
+    config.counterfactual.update(methods="metagradient,dot_whole", orders=1, together=1)
+    prepared = start(config, tmp_path / "prepared", "--groups=none")
+    assert "all is prepared for retrained" in prepared.communicate()[1] and not prepared.returncode
+    # The same model for all: joined processes would train another, in its last bits.
+    for name in ("alone", "array", "joined", "ray"):
+        shutil.copytree(tmp_path / "prepared", tmp_path / name)
+    alone = start(config, tmp_path / "alone")
+    assert alone.wait() == 0, alone.stderr.read()
+    expected = [(tmp_path / "alone" / name).read_bytes() for name in BANK]
+
+    def check(workdir):
+        assert [(workdir / name).read_bytes() for name in BANK] == expected
+
+    array = tmp_path / "array"
+    tasks = [start(config, array, f"--groups={i}/2", "--patience=4") for i in range(2)]
+    while not list(array.glob("counterfactual/retrainings/*/000001-*.npz")):
+        assert tasks[1].poll() is None
+        time.sleep(0.02)
+    tasks[1].kill()
+    texts = [task.communicate()[1] for task in tasks]
+    assert [t.returncode for t in tasks] == [array_tasks.EXIT_STATUS, -signal.SIGKILL], texts
+    assert "are missing, those of task 1" in texts[0]
+    done = {f: f.stat().st_mtime_ns for f in array.rglob("retrainings/*/*.npz")}
+    assert 1 < len(done) < 7
+    tasks = [start(config, array, f"--groups={i}/2") for i in range(2)]
+    texts = [task.communicate()[1] for task in tasks]
+    assert not any(t.returncode for t in tasks), texts
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items())
+    assert not (array / "counterfactual" / "groups").exists()
+    check(array)
+    # The processes of one run retrain, and one process does the rest.
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"--coordinator=localhost:{s.getsockname()[1]}"
+    joined = [
+        start(config, tmp_path / "joined", address, "--num_processes=2", f"--process_id={i}")
+        for i in range(2)
+    ]
+    texts = [process.communicate()[1] for process in joined]
+    assert not any(p.returncode for p in joined), texts
+    assert "the retrainings are finished; one process scores the methods" in texts[0]
+    done = {f: f.stat().st_mtime_ns for f in tmp_path.glob("joined/**/retrainings/*/*.npz")}
+    assert len(done) == 7
+    rest = start(config, tmp_path / "joined")
+    assert rest.wait() == 0, rest.stderr.read()
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items())
+    check(tmp_path / "joined")
+    pytest.importorskip("ray")
+    flags = "--engine=ray", "--workers=2", "--worker_resources=CPU=0.5"
+    driver = start(config, tmp_path / "ray", *flags)
+    assert driver.wait() == 0, driver.stderr.read()
+    check(tmp_path / "ray")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -153,6 +235,14 @@ def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
         counterfactual.check(config)
         board.check(config)
+
+
+def test_the_engine_of_the_run_computes_retrainings(tmp_path, monkeypatch):
+    monkeypatch.setattr(counterfactual, "_identity", lambda run, order: {})
+    engine, config = array_tasks.Preparation(), defaults.get_config()
+    run = type("Run", (), {"config": config, "engine": engine})
+    retrained = counterfactual.Retrained(run, [None], None, None, [], {}, tmp_path)
+    assert retrained.retraining().groups.engine is engine
 
 
 def test_modes_that_disagree_for_one_query_are_refused(monkeypatch):

@@ -52,9 +52,12 @@ def workdir(tmp_path_factory):
         banks=banks, queries=facts, units=range(UNITS), trainings=[types.SimpleNamespace(steps=7)],
     )  # fmt: skip
     scores = {n: effects + noise * rng.normal(size=effects.shape) for n, noise in METHODS.items()}
-    computed = board._Board(retrained, {"metagradient": 10.5}, training_seconds=2.0)
+    bank_scores = types.SimpleNamespace(
+        retrained=retrained, costs={"metagradient": 10.5}, training_seconds=2.0
+    )
+    computed = board._Board(bank_scores, scores)
     computed._metasmoothness = lambda: 0.875
-    record = computed.figures(scores)
+    record = computed.figures()
     record["methods"]["bm25"]["own_top"] = {"mean": -0.01, "low": -0.125, "high": 0.5}
     record["methods"]["bm25"]["tail_patch"] = {"mean": 0.0125, "low": 0.01, "high": 0.02}
     write_json(path / "board.json", plain(record))
