@@ -101,7 +101,7 @@ def test_every_extra_has_the_bounds_that_are_run():
     for extra, listed in requirements().items():
         for requirement in listed:
             name, bound = re.fullmatch(
-                r"([\w.-]+)(?:\[\w+\])?([=>]=[\d.]+).*", requirement
+                r"([\w.-]+)(?:\[\w+\])?[=>]=([\d.]+).*", requirement
             ).groups()
             bounds.setdefault(plain(name), {})[extra or "always"] = bound
     for name, by_extra in bounds.items():
