@@ -86,7 +86,7 @@ setup(
         # Answers as a table (`to_pandas`).
         "pandas": ["pandas>=3.1.1"],
         # A judge that is a model of natural language inference.
-        "judge": ["torch>=2.13.0", "transformers>=5.24.0"],
+        "judge": ["transformers[torch]>=5.24.0"],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
         # Many machines as workers of a Ray cluster.
