@@ -23,7 +23,8 @@ def get_config(size: str = "full"):
     c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
     c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"
     # Every passage is scored without projection.
-    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac"
+    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac,"
+    c.methods += "rerank_ekfac_cos"
     c.rerank.passages = 0
     c.data.pool = "clean"
     # The bank's passages are no part of what the model is pretrained on.
