@@ -74,6 +74,7 @@ setup(
             "scann>=1.4.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "scipy>=1.17.1",
             "setuptools>=70.1",
+            "tensorboardX>=2.6.5",
             "zarr>=3.1.6",
             "zstandard>=0.25.0",
         ],
@@ -89,6 +90,9 @@ setup(
         "judge": ["transformers[torch]>=5.24.0"],
         # Plots of sweeps.
         "plots": ["matplotlib>=3.11.2"],
+        # Metrics beside the files of a run.
+        "tensorboard": ["tensorboardX>=2.6.5"],
+        "wandb": ["wandb>=0.31.0"],
         # Many machines as workers of a Ray cluster.
         "ray": ["ray>=2.60.0"],
         # Models in .gguf files.

@@ -197,6 +197,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "judge.threshold": (0.5, "a passage whose score is above it entails its query"),
     "judge.batch": (32, "pairs that the model scores at a time"),
     "judge.tokens": (512, "tokens of a premise and its claim at most"),
+    "metrics.writers": (
+        "",
+        "where metrics go beside train.jsonl and metrics.json: tensorboard, wandb, or both with a "
+        "comma",
+    ),
     # For `experiments.counterfactual`: a training on the corpus that continues the traced model.
     "counterfactual.epochs": (2.0, "passes over the corpus of that training"),
     "counterfactual.tokens_per_batch": (1024, "positions of a batch of it"),

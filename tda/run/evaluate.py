@@ -13,6 +13,7 @@ from tda.retrieval.ranked import Ranked
 from tda.run import judging, measures
 from tda.run.measures import CONTROL
 from tda.run.run import Run
+from tda.runtime import metrics as metric_writers
 from tda.runtime import processes, progress
 from tda.runtime.atomic_file import write_json
 
@@ -81,10 +82,22 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
             records = [_record(run, ranked, known, patches, verdicts, int(q)) for q in queries]
             results.write(directory / "results" / f"{name}.jsonl", records)
         write_json(directory / "metrics.json", metrics)
+        metric_writers.log_figures(run.trained.step, _figures(metrics))
 
     with run.engine.alone():
         processes.on_first_process("write results", write)
     return metrics
+
+
+def _figures(metrics: dict) -> dict[str, float]:
+    """Returns the main figures and the ends of their intervals, such as "mrr/bm25/low"."""
+    figures = {}
+    for method, m in metrics.items():
+        for name in (n for n in summary.HEADLINE if m.get(n) is not None):
+            figures[f"{name}/{method}"] = m[name]
+            ends = zip(("low", "high"), m["intervals"].get(name, ()), strict=False)
+            figures |= {f"{name}/{method}/{end}": x for end, x in ends if x is not None}
+    return figures
 
 
 def _known(run: Run, queries: np.ndarray) -> Known:

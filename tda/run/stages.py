@@ -17,6 +17,7 @@ from tda.run import corpus, evaluate, index, judging, measures, remembered, retr
 from tda.run.defaults import check_values
 from tda.run.run import Run, Trained
 from tda.run.workdir import Workdir
+from tda.runtime import metrics as metric_writers
 from tda.runtime import processes
 from tda.runtime.atomic_file import open_atomic
 from tda.runtime.command import of_main
@@ -51,6 +52,7 @@ def check(config, encoder: bool = True) -> None:
     index.check(config)
     measures.check(config)
     judging.make_judge(config)
+    metric_writers.check(config.metrics.writers)
     corpus.check_files(config)
 
 
@@ -96,7 +98,8 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
         engine: who computes which group of a stage's work.
 
     Raises:
-        ValueError: the config is not possible, or another job works in the workdir.
+        ValueError: the config is not possible, also of an array's task, or another job works in
+            the workdir.
         tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part.
     """
     with opened(config, workdir, engine) as run:
@@ -114,6 +117,11 @@ def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run
     processes.check_same_code()
     processes.check_alike("config", config.to_json())
     check(config)
+    if engine.party and config.metrics.writers:
+        raise ValueError(
+            f"metrics.writers={config.metrics.writers} does not go with the tasks of an array, "
+            "which would all write the same series; leave it out of their command"
+        )
     run: list[Run] = []
 
     def remove_groups() -> None:
@@ -123,8 +131,9 @@ def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run
     # Of several jobs the last one leaves nothing that only unfinished rankings need.
     with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
         try:
-            run.append(prepare(config, workdir, engine))
-            yield run[0]
+            with metric_writers.writing(config.metrics.writers, workdir.path, config.to_dict()):
+                run.append(prepare(config, workdir, engine))
+                yield run[0]
         finally:
             engine.close()
 

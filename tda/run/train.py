@@ -259,6 +259,7 @@ def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, wo
             **description,
         },
         log_path=workdir / "train.jsonl",
+        schedule=learning_rates(config, steps),
         recorder=recorder,
     )
 

@@ -1,13 +1,15 @@
 """Progress of long work: done, rate and time left, on standard error."""
 
+import re
 import sys
+import time
 import weakref
 from collections.abc import Callable
 
 import jax
 from tqdm import tqdm
 
-from tda.runtime import preemption, processes
+from tda.runtime import metrics, preemption, processes
 
 # Called with the name of the work, the amount that is done and the total (0 if not known).
 Progress = Callable[[str, int, int], None]
@@ -30,6 +32,10 @@ def counted(on_progress: Progress, work: str, total: int) -> Callable[[int], Non
     return add
 
 
+# Seconds between two points of a bar's series in `tda.runtime.metrics`.
+_LOG_SECONDS = 10.0
+
+
 class _Bar(tqdm):
     """A progress bar that says "compiling" until its first step is done, if that compiles anything.
 
@@ -37,12 +43,33 @@ class _Bar(tqdm):
     """
 
     saves_work = False
+    logged = 0.0
 
     def update(self, n=1):
         self.postfix = None
         if not self.saves_work:
             preemption.check_alone()
-        return super().update(n)
+        shown = super().update(n)
+        # Seldom, since a bar may be moved a thousand times a second.
+        if time.monotonic() > self.logged + _LOG_SECONDS:
+            self._log()
+        return shown
+
+    def close(self):
+        self._log()
+        super().close()
+
+    def _log(self):
+        # Disabled (of another process, or closed), a bar has no other attributes.
+        if self.disable or self.n == self.initial:
+            return
+        self.logged = time.monotonic()
+        per_second = (self.n - self.initial) / max(time.time() - self.start_t, 1e-9)
+        values = {f"{self.unit}s_per_second": per_second}
+        if self.total:
+            values["share"] = self.n / self.total
+        name = re.sub(r"\W+", "_", self.desc.removesuffix(": ")).strip("_")
+        metrics.log(f"progress/{name}", int(self.n), values)
 
 
 _open_bars: weakref.WeakSet[_Bar] = weakref.WeakSet()

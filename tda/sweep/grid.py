@@ -24,10 +24,13 @@ from tda.runtime.fingerprint import fingerprint, plain
 
 # Sections that do not affect a training. Points that differ in any other section train apart.
 _AFTER_TRAINING = frozenset(
-    "methods gradients projection curvature several dense store search hessian eval plan".split()
+    (
+        "methods gradients projection curvature several dense store search hessian eval plan "
+        "metrics"
+    ).split()
 )
 # Sections that do not affect the stores.
-_AFTER_STORES = ("hessian", "eval", "plan")
+_AFTER_STORES = ("hessian", "eval", "plan", "metrics")
 
 
 @dataclasses.dataclass(frozen=True)

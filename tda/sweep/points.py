@@ -18,7 +18,7 @@ from tda.reports import plots
 from tda.run import defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
-from tda.runtime import preemption, progress
+from tda.runtime import metrics, preemption, progress
 from tda.runtime.atomic_file import write_json
 from tda.runtime.differences import as_text, differences
 from tda.runtime.fingerprint import fingerprint, plain
@@ -55,7 +55,9 @@ def check_plots() -> None:
 
 
 def _made_from(point: Point) -> dict:
-    return plain({"config": point.config.to_dict() | {"train": train.options(point.config)}})
+    config = point.config.to_dict() | {"train": train.options(point.config)}
+    del config["metrics"]  # where figures are copied to does not affect them
+    return plain({"config": config})
 
 
 def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
@@ -209,10 +211,13 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
     """
     point_directory = directory / "points" / point.name
     point_directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(point_directory / "lock"):
+    config = point.config
+    with (
+        filelock.FileLock(point_directory / "lock"),
+        metrics.writing(config.metrics.writers, point_directory, config.to_dict()),
+    ):
         if is_finished(point, directory):
             return
-        config = point.config
         stages.check(config)
         # Before the files are read: if one changes meanwhile, its digest no longer matches, and
         # the point runs again.

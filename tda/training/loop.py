@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from tda import loss as losses
 from tda.data.batches import Batches, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
-from tda.runtime import atomic_file, preemption, processes, progress, sharding
+from tda.runtime import atomic_file, metrics, preemption, processes, progress, sharding
 from tda.runtime.differences import as_text, differences
 from tda.training import checkpoint
 
@@ -166,6 +167,7 @@ def fit(
     *,
     description: dict | None = None,
     log_path=None,
+    schedule: optax.Schedule | None = None,
     recorder: Recorder | None = None,
 ) -> dict:
     """Trains to step `settings.steps`, resuming from the last checkpoint under `directory`.
@@ -183,6 +185,7 @@ def fit(
         directory: where checkpoints are written.
         description: JSON values saved with each checkpoint.
         log_path: a file that process 0 appends JSON lines {"step", "epoch", "loss", "tokens"} to.
+        schedule: the optimizer's learning rate by step, for `tda.runtime.metrics` alone.
         recorder: what keeps the examples' parts of each step's gradient; None keeps none.
 
     Returns:
@@ -231,17 +234,25 @@ def fit(
         jax.set_mesh(mesh),
         progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as progress_bar,
     ):
+        since, tokens_since = time.perf_counter(), 0
         for step, epoch, batch in _stream(table, first, steps, per_epoch, layout, seed):
             state, loss, parts = step_fn(state, layout.put(batch.arrays()))
             if recorder is not None:
                 recorder.record(step, parts)
             tokens = int(batch.weights.sum())
             progress_bar.update(tokens)
+            tokens_since += tokens
             # Reading the loss waits for the device, so it is read at every tenth step only.
             if log and (step % 10 == 0 or step + 1 == steps):
                 record = {"step": step, "epoch": epoch, "loss": float(loss), "tokens": tokens}
                 progress_bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
                 log.write(json.dumps(record) + "\n")
+                now = time.perf_counter()
+                values = {"loss": record["loss"], "tokens_per_second": tokens_since / (now - since)}
+                if schedule is not None:
+                    values["learning_rate"] = float(schedule(step))
+                metrics.log("train", step, values)
+                since, tokens_since = now, 0
             is_scheduled = (step + 1) % settings.save_every == 0 or step + 1 == steps
             is_preempted = preemption.is_due(step + 1 - first)
             if is_scheduled or is_preempted:

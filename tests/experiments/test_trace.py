@@ -27,7 +27,7 @@ from tda.retrieval import annotated, bm25, exact
 from tda.run import corpus, defaults, evaluate, measures, moments, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
-from tda.runtime import progress
+from tda.runtime import metrics, progress
 from tda.training import checkpoint, loop
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
@@ -104,7 +104,7 @@ def finished(tmp_path_factory):
     """A finished run: its config, its workdir and its metrics."""
     path = tmp_path_factory.mktemp("trace")
     config = make_config(path)
-    config.judge.name = "lexical"
+    config.judge.name, config.metrics.writers = "lexical", "tensorboard"
     return config, path / "w", stages.trace(config, Workdir(path / "w"))[0]
 
 
@@ -124,6 +124,26 @@ def test_writes_what_it_promises(finished):
         assert scores == sorted(scores, reverse=True)
     assert metrics["bm25"]["mrr"] == 1.0
     assert "TrackStar" in (path / "table.md").read_text()
+
+
+def test_metrics_are_in_event_files_too(finished):
+    config, path, table = finished
+    scalars: dict = collections.defaultdict(dict)
+    for folder in (path / "tensorboard").rglob("*"):
+        for event in metrics.TensorBoard.read_events(folder):
+            for value in event.summary.value:
+                scalars[value.tag][event.step] = value.simple_value
+    losses = {r["step"]: r["loss"] for r in map(json.loads, open(path / "train.jsonl"))}
+    assert losses and scalars["train/loss"] == pytest.approx(losses)
+    rate = train.learning_rates(config, max(losses) + 1)
+    assert scalars["train/learning_rate"] == pytest.approx({s: float(rate(s)) for s in losses})
+    assert all(x > 0 for x in scalars["train/tokens_per_second"].values())
+    assert any(t.startswith("progress/encode_") and "tokens_per_second" in t for t in scalars)
+    for name, m in table.items():
+        for figure in ("mrr", "recall_at_10", "tail_patch"):
+            tag, (low, high) = f"table/{figure}/{name}", m["intervals"][figure]
+            values = [next(iter(scalars[f"{tag}{end}"].values())) for end in ("", "/low", "/high")]
+            assert values == pytest.approx([m[figure], low, high])
 
 
 @pytest.mark.slow

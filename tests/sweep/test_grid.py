@@ -45,6 +45,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     "key, trains, encodes",
     [
         ("hessian.damping", False, False),
+        ("metrics.writers", False, False),
         ("eval.tail_patch_learning_rate", False, False),
         ("projection.side", False, True),
         ("gradients.correction", False, True),
@@ -55,7 +56,9 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     ],
 )
 def test_what_each_key_makes_anew(key, trains, encodes):
-    values = {"gradients.correction": "adam"}.get(key, 1 if key != "train.traced" else 0.5)
+    values = {"gradients.correction": "adam", "metrics.writers": "wandb"}.get(
+        key, 1 if key != "train.traced" else 0.5
+    )
     config = defaults.get_config()
     other = grid._with_values(config, {key: values}, "s.py")
     a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
