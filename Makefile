@@ -13,7 +13,7 @@ TELLING := $(addprefix tests/,test_dependencies.py test_loss.py test_api.py \
 	gradients/test_adam_steps.py gradients/test_layers.py gradients/moments hessian training \
 	model/test_decoder.py run/test_many_processes.py experiments/test_trace.py)
 
-.PHONY: demo test test-all test-versions lint venv clean
+.PHONY: demo test test-all test-versions lint docs venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
@@ -40,6 +40,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, in build/site.
+docs: $(STAMP)
+	$(VENV)/bin/pip install -q -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict -d build/site
 
 venv: $(STAMP)
 

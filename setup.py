@@ -93,6 +93,8 @@ setup(
         # Metrics beside the files of a run.
         "tensorboard": ["tensorboardX>=2.6.5"],
         "wandb": ["wandb>=0.31.0"],
+        # The documentation as a site (`make docs`).
+        "docs": ["mkdocs-material>=9.8.2", "mkdocstrings[python]>=1.0.8"],
         # Many machines as workers of a Ray cluster.
         "ray": ["ray>=2.60.0"],
         # Models in .gguf files.

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -153,15 +154,20 @@ def test_every_page_is_run_here():
     assert pages == {
         "add_a_corpus.md",
         "add_a_method.md",
+        "api.md",
+        "coming_from.md",
         "costs.md",
         "evaluation.md",
         "huggingface.md",
+        "index.md",
         "large_corpora.md",
         "methods.md",
         "own_model.md",
         "pods.md",
+        "scores.md",
         "sweeps.md",
         "table1.md",
+        "tuning.md",
         "viewer.md",
     }
     assert [c.split()[2] for c in commands("huggingface.md")] == ["experiments.ask"]
@@ -170,6 +176,46 @@ def test_every_page_is_run_here():
     assert [c.split()[2] for c in commands("costs.md")] == ["experiments.plan"]
     assert [c.split()[2] for c in commands("sweeps.md")] == ["experiments.sweep"]
     assert {p for p in pages if commands(p)} == set(WITH_COMMANDS)
+
+
+def test_the_site_has_every_page_once():
+    listed = re.findall(
+        r"^ +- (?:\w+: )?([\w/]+\.(?:md|ipynb))$", ROOT.joinpath("mkdocs.yml").read_text(), re.M
+    )
+    there = [str(p.relative_to(DOCS)) for e in ("md", "ipynb") for p in DOCS.rglob(f"*.{e}")]
+    assert sorted(listed) == sorted(there)
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    """The site's builder checks links to pages alone."""
+
+    def anchors(page):
+        titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "results" / "README.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_api_page_has_the_public_names():
+    page = (DOCS / "api.md").read_text()
+    named = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+    for name in named:
+        assert pkgutil.resolve_name(":".join(name.rsplit(".", 1))).__doc__, name
+    assert {n.rsplit(".")[-1] for n in named} >= set(tda.__all__)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = f"python -m mkdocs build --strict -f {ROOT}/mkdocs.yml -d {tmp_path}/site"
+    ended = run_command(command, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "Raises" in (tmp_path / "site" / "api" / "index.html").read_text()
 
 
 WITH_COMMANDS = ("costs.md", "huggingface.md", "large_corpora.md", "pods.md", "sweeps.md")
