@@ -183,9 +183,7 @@ def test_files_that_are_gone_are_told(workdir, tmp_path):
     config["data"]["sentences"] = str(tmp_path / "gone.jsonl")
     live = finished_run.LiveRun(folder, config)
     hidden = {"hidden_last": METHODS["hidden_last"]}
-    with pytest.raises(
-        finished_run.LiveError, match="did not keep what.*takes the files .*gone.jsonl"
-    ):
+    with pytest.raises(finished_run.LiveError, match="needs the files that the run .*gone.jsonl"):
         live.records(*asked(workdir), hidden, 10, silent)
 
 
