@@ -110,6 +110,7 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     assert command.verify(store) == 0
 
 
+@pytest.mark.slow
 def test_a_store_of_few_bits_is_resumed_to_the_same_bytes_beside_exact_queries(
     config, run, tmp_path
 ):

@@ -104,7 +104,7 @@ def finish(*processes):
             process.kill()
 
 
-@pytest.mark.parametrize("how", ["alone", "spans"])
+@pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "spans"])
 def test_two_processes_write_the_store_that_one_writes(tmp_path, how):
     """Guards: streaming shards that overwrite each other; rows written twice or never."""
     with socket.socket() as s:
