@@ -225,7 +225,8 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
     with run.engine.alone():
         nats = log.read()
         todo = [key for key in sequences if key not in nats]
-        statistics = Likelihood(run.trained.model, run.unsharded_layout)
+        # A run that has them all does not open its model.
+        statistics = Likelihood(run.trained.model, run.unsharded_layout) if todo else None
         for first in range(0, len(todo), _PRIORS_TOGETHER):
             group = todo[first : first + _PRIORS_TOGETHER]
             values = statistics(_table([sequences[key] for key in group])).nats.tolist()

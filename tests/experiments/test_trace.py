@@ -300,8 +300,9 @@ def test_a_targets_prior_is_its_mean_after_other_subjects(finished):
     ]
     groups = metrics["bm25"]["by_prior"]
     assert {n: g["n_queries"] for n, g in groups.items()} == dict(collections.Counter(names))
-    run.config.eval.prior_prompts = 0
-    assert measures.priors(run, [0]) == {}
+    without = config.copy_and_resolve_references()
+    without.eval.prior_prompts = 0
+    assert measures.priors(dataclasses.replace(run, config=without), [0]) == {}
 
 
 def test_the_model_is_asked_for_answers(finished):
