@@ -25,12 +25,12 @@ from tda.runtime.fingerprint import fingerprint, plain
 # Sections that do not affect a training. Points that differ in any other section train apart.
 _AFTER_TRAINING = frozenset(
     (
-        "methods gradients projection curvature several dense store search hessian eval plan "
-        "metrics"
+        "methods gradients projection curvature several dense store search hessian rerank eval "
+        "judge plan metrics"
     ).split()
 )
-# Sections that do not affect the stores.
-_AFTER_STORES = ("hessian", "eval", "plan", "metrics")
+# Sections that do not affect the stores. (`rerank` does: candidates may need others.)
+_AFTER_STORES = ("hessian", "eval", "judge", "plan", "metrics")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,8 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     [
         ("hessian.damping", False, False),
         ("metrics.writers", False, False),
+        ("judge.sentences", False, False),
+        ("rerank.candidates", False, True),
         ("eval.tail_patch_learning_rate", False, False),
         ("projection.side", False, True),
         ("gradients.correction", False, True),
@@ -56,15 +58,19 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     ],
 )
 def test_what_each_key_makes_anew(key, trains, encodes):
-    values = {"gradients.correction": "adam", "metrics.writers": "wandb"}.get(
-        key, 1 if key != "train.traced" else 0.5
-    )
+    values = {
+        "gradients.correction": "adam",
+        "metrics.writers": "wandb",
+        "rerank.candidates": "bm25",
+        "train.traced": 0.5,
+    }.get(key, 1)
     config = defaults.get_config()
     other = grid._with_values(config, {key: values}, "s.py")
     a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
     assert (a.training != b.training) == trains and (a.stores != b.stores) == encodes
-    # The uncorrected store is the same under every correction: not to be encoded twice at a time.
-    apart = encodes and key != "gradients.correction"
+    # The uncorrected store is the same under every correction, and candidates may need the same
+    # store: not to be encoded twice at a time.
+    apart = encodes and key not in ("gradients.correction", "rerank.candidates")
     assert (a.encoding != b.encoding) == apart
 
 
