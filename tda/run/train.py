@@ -259,7 +259,8 @@ def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, wo
             **description,
         },
         log_path=workdir / "train.jsonl",
-        schedule=learning_rates(config, steps),
+        # Computing it takes small programs of its own: not where nobody looks at it.
+        schedule=learning_rates(config, steps) if config.metrics.writers else None,
         recorder=recorder,
     )
 
