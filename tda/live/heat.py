@@ -6,8 +6,7 @@ from tda.data import tokens
 from tda.gradients import contributions
 from tda.live.speaker import Speaker
 from tda.methods import GradientKind, Method
-from tda.retrieval.scorer import Scorer
-from tda.retrieval.whitening import factors
+from tda.retrieval.scorer import Scorer, factors
 from tda.run import moments
 from tda.run.gradient_retrievers import Encodings
 from tda.run.retrievers import Queries

@@ -44,6 +44,29 @@ class Scorer:
         return None if self.roots is None else blocks.stack(self.roots)
 
 
+def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[hessian.Root] | None:
+    """Returns F by block with F Fᵀ the inverse of R that a query is scored with: rows become x F.
+
+    R^(−1/2) itself where the query's own part stays in R. None for the identity.
+
+    Args:
+        scorer: how the query is scored.
+        query_E: its gradient, float32 [E].
+        slices: the columns of each block.
+    """
+    if not scorer.query_weights:
+        return scorer.roots
+    out = []
+    for root, s, beta in zip(scorer.roots, slices, scorer.query_weights, strict=True):
+        # (R − β g gᵀ)⁻¹ = W (I + γ h hᵀ) W, h = W g (Sherman and Morrison).
+        h_E = np.asarray(root, np.float64) @ query_E[s]
+        square = h_E @ h_E
+        longer = max(1 - beta * square, 1e-6) ** -0.5 - 1
+        step = longer / square if square > 0 else 0.0
+        out.append(root + step * np.outer(root @ h_E, h_E))
+    return out
+
+
 def inverse_norms(x_RxE):
     """Returns 1 / |x| of every row, float32 [R]; 0 for a zero row."""
     norm_R = jnp.linalg.norm(x_RxE, axis=-1)

@@ -7,8 +7,9 @@ from tda import hessian
 from tda.methods import METHODS
 from tda.retrieval import exact
 from tda.retrieval.hessian_settings import HessianSettings
+from tda.retrieval.scorer import factors
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import Whitening, factors
+from tda.retrieval.whitening import Whitening
 
 WIDTHS, N, D = (3, 4), 6, 0.05
 SLICES = [slice(0, 3), slice(3, 7)]
