@@ -24,6 +24,9 @@ OLDER_NAMES = {
     "ground_truth": "groundtruth",
     "trex_id": "fact_id",
 }
+# In nats: known is a stated target that the query's own prompt makes e times as likely as prompts
+# about other subjects do; below, the relation alone suggests it.
+KNOWN_BEYOND_PRIOR = 1.0
 _REQUIRED = ("example_id", "query_set", "inputs_plaintext", "targets_plaintext", *_LISTS)
 
 

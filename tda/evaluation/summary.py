@@ -11,6 +11,7 @@ import numpy as np
 
 from tda.evaluation import ranking, statistics
 from tda.evaluation.tail_patch import change, log_change
+from tda.results import KNOWN_BEYOND_PRIOR
 
 CUT = 10
 DEPTHS = (1, 3, 5, 10)
@@ -29,8 +30,6 @@ HEADLINE = (
 
 # What the model knows of a query, by `knowledge`.
 KNOWLEDGE = ("knows", "guesses", "does not state")
-# In nats: known is a target that the query's own prompt makes e times as likely as others do.
-_BEYOND_PRIOR = 1.0
 
 
 def knowledge(is_stated_Q: np.ndarray, beyond_Q: np.ndarray) -> np.ndarray:
@@ -43,7 +42,7 @@ def knowledge(is_stated_Q: np.ndarray, beyond_Q: np.ndarray) -> np.ndarray:
         is_stated_Q: whether greedy decoding states the target.
         beyond_Q: log p of the target less that mean, in nats; NaN where there are no such prompts.
     """
-    states = np.where(beyond_Q >= _BEYOND_PRIOR, 0, np.where(np.isnan(beyond_Q), -1, 1))
+    states = np.where(beyond_Q >= KNOWN_BEYOND_PRIOR, 0, np.where(np.isnan(beyond_Q), -1, 1))
     return np.where(is_stated_Q, states, 2)
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tda.results import ResultsError
+from tda.results import KNOWN_BEYOND_PRIOR, ResultsError
 from tda.runtime.fingerprint import fingerprint
 
 # A list of thousands of queries shows the beginning of each; the record has all of it.
@@ -117,6 +117,18 @@ def _probability(record: _Record) -> float | None:
     return None if nats is None else _finite(math.exp(min(0.0, -nats)))
 
 
+def _beyond_prior(record: _Record) -> float | None:
+    nats, prior = record.number("target_nats"), record.number("target_prior_nats")
+    return None if nats is None or prior is None else prior - nats
+
+
+def _knowledge(record: _Record) -> str | None:
+    beyond = _beyond_prior(record)
+    if beyond is None or not _is_stated(record):
+        return None
+    return "knows" if beyond >= KNOWN_BEYOND_PRIOR else "guesses"
+
+
 def _marks(record: _Record) -> str | None:
     marks, item = record.lists["proponent_correct"], record.item
     # Where no passage could be correct, a run's tables leave the query out too.
@@ -146,6 +158,8 @@ FIELDS: dict[str, Callable[[_Record], Any]] = {
     "confidence": lambda record: record.number("8b_confidence"),  # from 0 to 1
     "target_rank": lambda record: record.number("target_rank"),  # from 1
     "probability": _probability,  # of the target
+    "beyond": _beyond_prior,  # nats: log p of the target less its mean after other prompts
+    "knowledge": _knowledge,  # "knows" or "guesses" a target that the model states
     "n": lambda record: len(record.lists["proponents"]),
     "top": lambda record: record.first("proponent_scores"),
     "bottom": lambda record: record.first("opponent_scores"),

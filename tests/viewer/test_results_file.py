@@ -121,6 +121,18 @@ def test_the_row_of_a_record():
     assert row["model_correct"] is True and row["probability"] == pytest.approx(0.5)
     assert row["top"] == 0.5 and row["bottom"] == -0.3 and row["bucket"] == "100 to 999"
     assert summary.summarise(item | {"is_8b_correct": False}, "")["model_correct"] is False
+    assert row["beyond"] is None and row["knowledge"] is None
+
+
+@pytest.mark.parametrize(
+    ("beyond", "states", "expected"),
+    [(1.0, True, "knows"), (0.875, True, "guesses"), (1.0, False, None)],
+)
+def test_a_target_is_known_beyond_its_prior(beyond, states, expected):
+    item = {"inputs_plaintext": "a", "targets_plaintext": "b", "proponents": []}
+    item |= {"is_8b_correct": states, "target_nats": 2.0, "target_prior_nats": 2.0 + beyond}
+    row = summary.summarise(item, "here")
+    assert row["beyond"] == beyond and row["knowledge"] == expected
 
 
 def test_older_names_of_fields_are_read(tmp_path, items):

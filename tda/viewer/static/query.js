@@ -122,7 +122,7 @@ const KNOWN = [
 const MINOR = ["ground truth", "relation", "query set", "id", "fact frequency"];
 const MEANING = {
   "model states it": "greedy decoding of the prompt gives the target",
-  "beyond its prior": "log p of the target less its mean after prompts about other subjects; below 1 a stated target is guessed by the relation",
+  "beyond its prior": "log p of the target less its mean after prompts about other subjects; a stated target that gains little by its own prompt is guessed by the relation",
   confidence: "share of the model's samples that state the target",
   "target's rank": "worst rank of a token of the target among the model's next tokens; 1: greedy decoding states it",
   "fact frequency": "passages of the corpus that name both the subject and the target",
@@ -135,11 +135,9 @@ function facts(record, rows, row) {
   if (record["8b_generations"]) items.push(["prediction", value("prediction")]);
   const states = value("model_correct");
   if (typeof states === "boolean") items.push(["model states it", states ? "yes" : "no"]);
-  const prior = record.target_prior_nats;
-  if (typeof prior === "number" && typeof record.target_nats === "number") {
-    const beyond = prior - record.target_nats;
-    const verdict = states ? (beyond >= 1 ? " (knows)" : " (guesses)") : "";
-    items.push(["beyond its prior", `${number(beyond, 1)} nats${verdict}`]);
+  const beyond = value("beyond");
+  if (typeof beyond === "number") {
+    items.push(["beyond its prior", `${number(beyond, 1)} nats${value("knowledge") ? ` (${value("knowledge")})` : ""}`]);
   }
   if (typeof value("confidence") === "number") items.push(["confidence", percent(value("confidence"))]);
   if (typeof value("probability") === "number") items.push(["p(target | prompt)", percent(value("probability"))]);
