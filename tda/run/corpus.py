@@ -9,7 +9,7 @@ from tda.data import jsonl, tokens
 from tda.data.batches import buckets
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
-from tda.facts import features, files, labels, statements
+from tda.facts import features, files, labels, lama, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
 from tda.run import learnt_tokenizer, plain_corpus
@@ -129,12 +129,19 @@ def check_files(config) -> None:
     if data.sentences:
         jsonl.expand(data.sentences)
         jsonl.expand(data.facts)
+    elif data.name == "lama" and not data.dir:
+        raise ValueError(
+            "data.name=lama reads LAMA's own files, and data.dir is not set; give "
+            "--config.data.dir=DATA, the folder that LAMA's data.zip unpacks to"
+        )
 
 
 def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     if data.sentences:
         sentences = _heeding(files.iter_sentences(data.sentences))
         return processes.together(lambda: (list(sentences), list(files.iter_facts(data.facts))))
+    if data.name == "lama":
+        return processes.together(lambda: lama.read(data.dir))
     directory = data.dir or str(workdir / "data")
     records: list = []
     # Process 0 prepares the files before the others read them.

@@ -11,7 +11,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "seed": (0, "seed of the initial parameters, the order of batches and random controls"),
     "methods": ("trackstar,grad_cos,grad_dot,bm25", "rows of the table: names in tda/methods.py"),
     # The corpus and the queries.
-    "data.name": ("world_facts", "TFDS builder, world_facts or trex; unused with the paths below"),
+    "data.name": (
+        "world_facts",
+        "world_facts, trex (the paper's release) or lama (LAMA's files, in data.dir); unused with "
+        "the paths below",
+    ),
     "data.sentences": ("", "JSON lines (.jsonl, .jsonl.gz) of the corpus"),
     "data.facts": ("", "JSON lines of the queries"),
     "data.corpus": (
@@ -33,7 +37,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.id_field": ("", "the same for the id; empty: id, doc_id or the like, if any"),
     "data.dir": (
         "",
-        "TFDS's directory; empty: WORKDIR/data, or for data.corpus its usual one",
+        "TFDS's directory, empty: WORKDIR/data, or for data.corpus its usual one; or LAMA's `data`",
     ),
     "data.pool": (
         "all",
@@ -236,6 +240,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 
 # The values of keys that name a choice.
 CHOICES = {
+    "data.name": ("world_facts", "trex", "lama"),
     "data.pool": ("all", "clean", "named"),
     "data.train_on": ("corpus", "all", "rest"),
     "data.statements_of": ("all", "corpus"),

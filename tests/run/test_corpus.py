@@ -6,6 +6,7 @@ from tda.run import corpus
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config, records
+from tests.facts import test_lama
 
 
 def load(tmp_path, sentences=None, facts=None, **changes):
@@ -133,7 +134,19 @@ def test_excluded_relations_are_asked_of_no_pool(tmp_path, pool):
         load(tmp_path, sentences, facts, exclude_relations="P1,P9", **change)
 
 
-@pytest.mark.parametrize("key", ["train_on", "statements_of", "pool"])
+@pytest.mark.parametrize("key", ["name", "train_on", "statements_of", "pool"])
 def test_an_unknown_choice_is_named(tmp_path, key):
     with pytest.raises(ValueError, match=f"unknown data.{key}='some'"):
         load(tmp_path, **{key: "some"})
+
+
+def test_lama_s_own_files_are_a_corpus(tmp_path):
+    config = make_config(tmp_path)
+    config.data.update(sentences="", facts="", name="lama", n_sentences=0, n_queries=0)
+    with pytest.raises(ValueError, match="data.name=lama .*--config.data.dir"):
+        corpus.check_files(config)
+    config.data.dir = str(test_lama.write(tmp_path, [test_lama.BACH]))
+    corpus.check_files(config)
+    data = corpus.load(config, Workdir(tmp_path / "w"))
+    assert [q.entity1 for q in data.queries] == ["Eisenach"] and len(data.passages) == 2
+    assert data.correct["all"][0].tolist() == [0, 1] and data.correct["strict"][0].tolist() == [0]
