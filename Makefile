@@ -13,10 +13,14 @@ TELLING := $(addprefix tests/,test_dependencies.py test_loss.py test_api.py \
 	gradients/test_adam_steps.py gradients/test_layers.py gradients/moments hessian training \
 	model/test_decoder.py run/test_many_processes.py experiments/test_trace.py)
 
-.PHONY: demo test test-all test-versions lint docs venv clean
+.PHONY: demo release test test-all test-versions lint docs venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
+
+# The demo as a folder to publish, in build/release.
+release: demo
+	$(VENV)/bin/python -m experiments.release --workdir=demo --out=build/release
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -12,9 +12,8 @@ import sys
 
 from absl import flags
 
-from tda import store as stores
-from tda.runtime import progress
 from tda.runtime.command import of_main
+from tda.store import inspection
 
 from .launch import start
 
@@ -26,84 +25,14 @@ _DOCUMENTS = flags.DEFINE_list("documents", [], "withdraw: documents, with all t
 def main(arguments):
     """Runs a command on a store."""
     commands = {
-        "info": info,
-        "verify": lambda path: verify(path, _REPORT.value),
-        "withdraw": lambda path: withdraw(path, _IDS.value, _DOCUMENTS.value),
+        "info": inspection.info,
+        "verify": lambda path: inspection.verify(path, _REPORT.value),
+        "withdraw": lambda path: inspection.withdraw(path, _IDS.value, _DOCUMENTS.value),
     }
     if len(arguments) != 2 or arguments[0] not in commands:
         sys.exit(f"usage: {of_main('store')} {'|'.join(commands)} DIR")
     command, path = arguments
     sys.exit(commands[command](path))
-
-
-def info(path: str) -> int:
-    """Prints what a store contains; returns the exit status."""
-    store = stores.open_store(path)
-    shards, missing, m = store.shards(), store.missing(), store.manifest
-    rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)
-    print(f"{store.path}")
-    print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}")
-    print(f"  size        {store.rows * store.form.row_bytes / 2**30:,.2f} GiB when finished")
-    print(f"  blocks      {len(m['blocks'])}: {_shortened(m['blocks'])}")
-    print(f"  segments    {len(m['segments'])}: {[s['rows'] for s in m['segments']]} rows")
-    print(f"  written     {len(shards) - len(missing)} of {len(shards)} shards, {rows_done:,} rows")
-    if missing:
-        print(f"  missing     shards {_shortened(missing)}")
-    print(f"  withdrawn   {len(store.withdrawn):,} rows")
-    for key, value in sorted(m["fingerprint"].items()):
-        # A shape for each parameter would fill pages.
-        text = f"{len(value)} entries" if isinstance(value, dict) and len(value) > 8 else value
-        print(f"  {key:<11} {text}")
-    return 0
-
-
-def verify(path: str, report_only: bool = False) -> int:
-    """Reads all of a store and names damaged files; returns the exit status.
-
-    Removes damaged shards unless `report_only`; the next run writes them again.
-    """
-    store = stores.open_store(path)
-    shards, missing, damaged = store.shards(), set(store.missing()), []
-    with progress.bar(len(shards), "verify", "shard") as bar:
-        for i in range(len(shards)):
-            damage = None if i in missing else store.damage(i)
-            if damage:
-                damaged.append(i)
-                rows = f"rows {shards[i].start:,} to {shards[i].stop - 1:,}"
-                # Through the bar, which would be torn by a plain print.
-                bar.write(f"shard {i} ({rows}): {damage}", file=sys.stdout)
-            bar.update()
-    files = store.damaged_passages()
-    for name, damage in files.items():
-        print(f"{name}: {damage}")
-    if not report_only:
-        for i in damaged:
-            store.remove(i)
-        for name in files:
-            store.remove_passages(name)
-    remark = "left as they are" if report_only else "removed; the next run writes them again"
-    intact = len(shards) - len(missing) - len(damaged)
-    print(f"{intact} of {len(shards)} shards are intact, {len(missing)} are not written yet")
-    if damaged:
-        print(f"{len(damaged)} damaged: {_shortened(damaged)} ({remark})")
-    if files:
-        print(f"{len(files)} files of passages are damaged: {_shortened(list(files))} ({remark})")
-    return 1 if damaged or files else 0
-
-
-def withdraw(path: str, ids: list[str], documents: list[str]) -> int:
-    """Withdraws passages; returns the exit status."""
-    if not ids and not documents:
-        raise ValueError("name what to withdraw: --ids=a,b or --documents=c")
-    store = stores.open_store(path)
-    count = store.withdraw(ids, documents)
-    print(f"{count:,} rows are withdrawn, {len(store.withdrawn):,} in all")
-    return 0
-
-
-def _shortened(items: list, most: int = 12) -> str:
-    text = ", ".join(map(str, items[:most]))
-    return text + (f", … ({len(items)} in all)" if len(items) > most else "")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ _MAINS = (
     "table2",
     "ask",
     "view",
+    "release",
     "sweep",
     "plan",
     "store",

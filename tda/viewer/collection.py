@@ -37,6 +37,8 @@ class Collection:
     def __init__(self, workdir=None, notes: Notes | None = None):
         self.workdir = None if workdir is None else pathlib.Path(workdir)
         self.notes = notes
+        # Files beside an export that its overview leads to, as names and addresses.
+        self.links: list[list[str]] = []
         board = None if workdir is None else self.workdir / "board.json"
         self.board = Board(board) if board is not None and board.is_file() else None
         self.files: list[ResultsFile] = []
@@ -84,6 +86,7 @@ class Collection:
             "notes": self.notes is not None,
             "board": self.board is not None,
             "run": None if self.workdir is None else run_figures.read(self.workdir),
+            "links": self.links,
             "tables": self._tables(),
             "plots": [{"name": n, "file": f"plot-{i}{p.suffix}"} for i, n, p in self._plots()],
         }

@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import store as command
+from experiments import store as store_main
 from tda import store as stores
 from tda.retrieval import ranked
 from tda.retrieval.scann import settings
 from tda.run import index, stages
 from tda.run.workdir import Workdir
+from tda.store import inspection
 from tda.store.location import Location
 from tests.experiments.test_trace import make_config
 from tests.store.test_remote import gs, s3  # noqa: F401 (fixtures)
@@ -59,7 +60,7 @@ def test_a_run_keeps_its_stores_in_object_storage(request, run, config, tmp_path
     remote = {n.partition("/")[0] for n in Location(address).names()}
     assert remote == {p.name for p in (path / "stores").iterdir()}
     for name in remote:
-        assert command.verify(f"{address}/{name}") == 0
+        assert inspection.verify(f"{address}/{name}") == 0
         stores.remove(f"{address}/{name}")
     assert Location(address).names() == []
 
@@ -67,7 +68,7 @@ def test_a_run_keeps_its_stores_in_object_storage(request, run, config, tmp_path
 def test_info_tells_what_a_store_holds(run, capsys):
     path, _ = run
     for store in corpora(path):
-        assert command.info(store) == 0
+        assert inspection.info(store) == 0
     told = capsys.readouterr().out
     assert "12 of 64 numbers, float32" in told and "6 of 6 shards, 12 rows" in told
     assert "correction  factored" in told and "correction  none" in told
@@ -95,19 +96,19 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
     raw = bytearray(whole["c.3.0"])
     raw[9] ^= 1
     open(shard, "wb").write(raw)
-    assert command.verify(store, report_only=True) == 1
+    assert inspection.verify(store, report_only=True) == 1
     assert "shard 3 (rows 6 to 7): " in capsys.readouterr().out and os.path.exists(shard)
-    assert command.verify(store) == 1
+    assert inspection.verify(store) == 1
     told = capsys.readouterr().out
     assert "5 of 6 shards are intact" in told and "1 damaged: 3 (removed" in told
     assert not os.path.exists(shard)
-    assert command.info(store) == 0 and "missing     shards 3" in capsys.readouterr().out
+    assert inspection.info(store) == 0 and "missing     shards 3" in capsys.readouterr().out
     times = {n: os.stat(os.path.join(folder, n)).st_mtime_ns for n in os.listdir(folder)}
     assert stages.trace(config, Workdir(path))[0] == metrics
     assert {n: open(os.path.join(folder, n), "rb").read() for n in whole} == whole
     for name, when in times.items():
         assert os.stat(os.path.join(folder, name)).st_mtime_ns == when
-    assert command.verify(store) == 0
+    assert inspection.verify(store) == 0
 
 
 @pytest.mark.slow
@@ -242,7 +243,7 @@ def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
     records = [json.loads(x) for x in open(path / "results" / "trackstar.jsonl")]
     gone = records[0]["proponent_ids"][0]
     for store in corpora(path):
-        assert command.withdraw(store, [gone], []) == 0
+        assert inspection.withdraw(store, [gone], []) == 0
     assert "1 rows are withdrawn, 1 in all" in capsys.readouterr().out
     stages.trace(config, Workdir(path))
     for name in ("trackstar", "grad_cos"):
@@ -256,10 +257,10 @@ def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
 
 def test_refusals(run, tmp_path, capsys):
     with pytest.raises(stores.StoreError, match="no store at"):
-        command.info(str(tmp_path))
+        inspection.info(str(tmp_path))
     with pytest.raises(ValueError, match="--ids"):
-        command.withdraw(corpora(run[0])[0], [], [])
+        inspection.withdraw(corpora(run[0])[0], [], [])
     with pytest.raises(SystemExit, match="usage"):
-        command.main(["look", "x"])
+        store_main.main(["look", "x"])
     with pytest.raises(stores.StoreError, match="no store at"):
-        command.main(["info", str(tmp_path)])
+        store_main.main(["info", str(tmp_path)])

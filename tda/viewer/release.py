@@ -1,0 +1,98 @@
+"""A finished run as a folder to publish, which any web server or GitHub Pages hosts as it is.
+
+    OUT/index.html, …            the viewer of static files (`tda.viewer.export`)
+    OUT/queries.jsonl            prompts and targets, and what the model says
+    OUT/results/METHOD.jsonl.gz  each method's retrievals, in the format of `tda.results`
+    OUT/metrics.json             all figures
+    OUT/config.json              the run's settings
+    OUT/README.md                the data card (`tda.viewer.data_card`)
+
+Files that the run read are named without their folders.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from tda.runtime.atomic_file import open_atomic
+from tda.viewer import data_card, opening
+from tda.viewer.export import export
+from tda.viewer.results_file import ResultsFile
+
+# Fields that a method adds to a query.
+_OF_RETRIEVAL = re.compile(r"(proponent|opponent|first_)")
+_LICENCE = re.compile(r"^license:.*$", re.MULTILINE)
+
+
+def release(workdir: str, out: str) -> int:
+    """Writes the release of a finished run; returns its size in bytes.
+
+    Args:
+        workdir: the run's directory.
+        out: the folder. An earlier release there is replaced, except for the licence in its card.
+
+    Raises:
+        ValueError: the run has not finished, or `out` holds other files.
+        OSError: a file cannot be read or written.
+    """
+    source, target = pathlib.Path(workdir), pathlib.Path(out)
+    for name in ("metrics.json", "config.json"):
+        if not (source / name).is_file():
+            raise ValueError(f"{source} has no {name}; a release needs a run that has finished")
+    collection = opening.collect(workdir, [], None, os.devnull)
+    collection.links = [["data card", "README.md"], ["queries", "queries.jsonl"]]
+    card = target / "README.md"
+    licence = _LICENCE.search(card.read_text("utf-8")) if card.is_file() else None
+    export(collection, target)
+    shutil.rmtree(target / "results", ignore_errors=True)
+    (target / "results").mkdir()
+    for file in collection.files:
+        _pack(file.path, target / "results" / f"{file.label}.jsonl.gz")
+    _write_queries(collection.files[0], target / "queries.jsonl")
+    names = _public_names(json.loads((source / "config.json").read_text("utf-8")))
+    for name in ("config.json", "metrics.json"):
+        _write(target / name, (source / name).read_text("utf-8"), names)
+    index = target / "data" / "index.js"
+    _write(index, index.read_text("utf-8"), names)
+    # Without this file GitHub Pages has Jekyll copy the folder, which leaves some names out.
+    (target / ".nojekyll").touch()
+    text = data_card.write(collection, source, target)
+    if licence:
+        text = _LICENCE.sub(lambda _: licence[0], text, count=1)
+    _write(card, text, names)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def _pack(path: str, packed: pathlib.Path) -> None:
+    with open(path, "rb") as source, open_atomic(packed, "wb") as out:
+        # Neither time nor name in the header: equal results are equal files.
+        with gzip.GzipFile("", "wb", fileobj=out, mtime=0) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _write_queries(file: ResultsFile, path: pathlib.Path) -> None:
+    """Writes the queries of a results file, without what the method retrieved."""
+    with open_atomic(path) as out:
+        for row in range(len(file)):
+            fields = {k: x for k, x in file.record(row).items() if not _OF_RETRIEVAL.match(k)}
+            out.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def _public_names(config: Any) -> dict[str, str]:
+    """Returns the absolute paths in a config, and what stands for them: the last part alone."""
+    if isinstance(config, dict):
+        return {p: n for value in config.values() for p, n in _public_names(value).items()}
+    paths = str(config).split(",") if isinstance(config, str) else []
+    return {p: os.path.basename(p.rstrip("/")) for p in paths if p.startswith(("/", "~"))}
+
+
+def _write(path: pathlib.Path, text: str, names: dict[str, str]) -> None:
+    """Writes a text, JSON or not, with the names in place of the paths."""
+    for long, short in sorted(names.items(), key=lambda item: -len(item[0])):
+        text = text.replace(long, short).replace(json.dumps(long)[1:-1], json.dumps(short)[1:-1])
+    with open_atomic(path) as out:
+        out.write(text)
