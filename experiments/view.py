@@ -17,6 +17,7 @@ from absl import flags
 from tda.live import finished_run
 from tda.viewer import opening
 from tda.viewer.export import export
+from tda.viewer.notes import describe_agreement
 
 from .launch import WORKDIR, start
 
@@ -29,6 +30,7 @@ _HOST = flags.DEFINE_string(
 )
 _NAMES = flags.DEFINE_list("names", [], "Further host names of the viewer.")
 _URLS = flags.DEFINE_bool("allow_urls", False, "Let the page fetch results from URLs.")
+_AGREEMENT = flags.DEFINE_bool("agreement", False, "Tell how notes agree with the judge; no more.")
 _LIVE = flags.DEFINE_bool("live", True, "Answer live questions from the workdir.")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
@@ -43,6 +45,9 @@ def main(_):
         for file in collection.files:
             if file.malformed:
                 print(f"{file.path}: {file.malformed:,} malformed lines, shown as such")
+        if _AGREEMENT.value and collection.notes:
+            print(describe_agreement(collection.notes.agreement(collection.files)))
+            return
         if _EXPORT.value:
             count = export(collection, _EXPORT.value)
             print(f"{count:,} files of data; open {_EXPORT.value}/index.html")

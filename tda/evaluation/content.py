@@ -89,17 +89,30 @@ class Content:
         return self._rows[row]
 
 
-def shares(kinds_QxK: np.ndarray) -> np.ndarray:
-    """Returns each kind's share of a query's passages: float64 [Q, kinds], NaN without passages."""
+def shares(kinds_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
+    """Returns each of `count` kinds' share of a query's passages: float64 [Q, kinds].
+
+    NaN without passages.
+    """
     count_Qx1 = (kinds_QxK >= 0).sum(axis=1, keepdims=True)
-    of_kind = np.stack([(kinds_QxK == k).sum(axis=1) for k in range(len(KINDS))], axis=1)
+    of_kind = np.stack([(kinds_QxK == k).sum(axis=1) for k in range(count)], axis=1)
     return np.where(count_Qx1 > 0, of_kind / np.maximum(count_Qx1, 1), np.nan)
 
 
-def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray) -> np.ndarray:
+def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
     """Returns the mean figure of all pairs of a query and a passage of each kind: float64 [kinds].
 
     NaN is a figure that was not measured. Means are over pairs and not over queries, since few
     queries have passages of every kind.
     """
-    return np.array([ranking.mean(figures_QxK[kinds_QxK == k]) for k in range(len(KINDS))])
+    return np.array([ranking.mean(figures_QxK[kinds_QxK == k]) for k in range(count)])
+
+
+def by_rank(kinds_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
+    """Returns each kind's share of the passages at each rank: float64 [K, kinds].
+
+    NaN where no query has a passage.
+    """
+    return np.stack(
+        [ranking.mean(shares(rank_Q[:, None], count), axis=0) for rank_Q in kinds_QxK.T]
+    )

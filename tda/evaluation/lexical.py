@@ -36,33 +36,36 @@ class Lexical(Judge):
         return np.array([self._score(*pair) for pair in pairs], np.float32)
 
     def _score(self, premise: str, claim: Claim) -> float:
-        target, subject = _names(claim.target), _names(_unqualified(claim.subject))
+        target, subject = names_in(claim.target), names_in(unqualified(claim.subject))
         if not target(premise):
             return 0.0
-        words = set(_words(premise))
-        names = [_words(name) for name in _unqualified(claim.subject)]
-        relation = [w for w in _words(claim.prompt) if w not in {x for n in names for x in n}]
+        words = set(words_of(premise))
+        names = [words_of(name) for name in unqualified(claim.subject)]
+        relation = [w for w in words_of(claim.prompt) if w not in {x for n in names for x in n}]
         if not names:
-            return _share(relation, words)
+            return share(relation, words)
         is_named = bool(subject(premise))
-        share = 1.0 if is_named else max(_share(name, words) for name in names)
-        return share * (1 - _RELATION + _RELATION * _share(relation, words))
+        named = 1.0 if is_named else max(share(name, words) for name in names)
+        return named * (1 - _RELATION + _RELATION * share(relation, words))
 
 
 @functools.lru_cache(4096)
-def _names(names: tuple[str, ...]) -> Names:
+def names_in(names: tuple[str, ...]) -> Names:
+    """Returns what finds any of an entity's names in a text; empty names are none."""
     return Names([names])
 
 
-def _unqualified(names: tuple[str, ...]) -> tuple[str, ...]:
+def unqualified(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns names without what tells them apart, such as "(comedian)", which no text has."""
     return tuple(filter(None, (re.sub(r"\s*\([^()]*\)\s*$", "", name) for name in names)))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Returns the first letters of the words of a text, without those of every text."""
     words = re.findall(r"\w+", normalised(text).casefold())
     return [word[:_STEM] for word in words if word not in _FUNCTION_WORDS]
 
 
-def _share(words: Sequence[str], present: set[str]) -> float:
+def share(words: Sequence[str], present: set[str]) -> float:
+    """Returns the share of some words that are present; 1 of no words."""
     return sum(word in present for word in words) / len(words) if words else 1.0

@@ -161,7 +161,9 @@ def run_details(metrics: dict) -> str:
             _by_method(metrics, columns),
         ]
     if _has_labels(metrics):
-        parts += _content_tables(metrics)
+        parts += _kind_tables(metrics, "by_content", "the proponents say")
+    if _judge(metrics) is not None:
+        parts += _kind_tables(metrics, "by_kind", "the proponents say, by judge and rule")
     for key, group_title in (
         ("by_stated", "whether greedy decoding states the fact"),
         ("by_prior", "whether the model knows the fact, or guesses it by the relation"),
@@ -188,21 +190,28 @@ def differences(metrics: dict) -> list[str]:
     ]
 
 
-def _content_tables(metrics: dict) -> list[str]:
+def _kind_tables(metrics: dict, key: str, title: str) -> list[str]:
     """Returns tables of what proponents say about their queries, and of tail-patch by that."""
-    contents = {name: m["by_content"] for name, m in metrics.items()}
-    columns = [(kind, kind) for kind in next(iter(contents.values()))]
+    by_method = {name: m[key] for name, m in metrics.items()}
+    columns = [(kind, kind) for kind in next(iter(by_method.values()))]
     parts = [
-        "## What the proponents say\n\nTheir shares; a passage is of the first kind that fits.",
-        _by_method(contents, columns, lambda m, kind: _share_cell(m[kind])),
+        f"## What {title}\n\nTheir shares; a passage is of the first kind that fits.",
+        _by_method(by_method, columns, lambda m, kind: _share_cell(m[kind])),
+        f"## What {title}, at rank 1",
+        _by_method(by_method, columns, lambda m, kind: _first_cell(m[kind])),
     ]
-    if any(x["n_tail_patches"] for m in contents.values() for x in m.values()):
+    if any(x["n_tail_patches"] for m in by_method.values() for x in m.values()):
         parts += [
-            "## Tail-patch by what the passage says\n\nMean over pairs of a query and a passage "
+            f"## Tail-patch by what {title}\n\nMean over pairs of a query and a passage "
             "(their number).",
-            _by_method(contents, columns, lambda m, kind: _tail_patch_cell(m[kind])),
+            _by_method(by_method, columns, lambda m, kind: _tail_patch_cell(m[kind])),
         ]
     return parts
+
+
+def _first_cell(content: dict) -> str:
+    first = content["by_rank"][:1]
+    return "–" if not first or first[0] is None else f"{first[0]:.1%}"
 
 
 def _share_cell(content: dict) -> str:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from tda import results
 from tda.data.batches import draw
-from tda.evaluation import content, frequency, ranking, sampling, statistics, summary
+from tda.evaluation import content, frequency, kinds, ranking, sampling, statistics, summary
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import judging, measures
@@ -66,9 +67,16 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     verdicts = _judge(run, rankings, queries)
     values = {n: _values(run, r, known, patches, verdicts, queries) for n, r in rankings.items()}
     metrics = _metrics(run, known, patches, values, queries)
-    if run.corpus.has_labels:
-        for name, contents in _contents(run, rankings, patches, queries).items():
-            metrics[name]["by_content"] = contents
+    contents = _contents(run, queries) if run.corpus.has_labels else None
+    for name, ranked in rankings.items():
+        proponents_QxK = ranked.proponents[queries]
+        steps_QxK = change(patches.changes(ranked.proponents)[queries])
+        if contents is not None:
+            kinds_QxK = contents.kinds(proponents_QxK)
+            metrics[name]["by_content"] = _by_kind(run, content.KINDS, kinds_QxK, steps_QxK)
+        if verdicts is not None:
+            kinds_QxK = _judged_kinds(verdicts, proponents_QxK, queries)
+            metrics[name]["by_kind"] = _by_kind(run, kinds.TITLES, kinds_QxK, steps_QxK)
 
     def write():
         # Another task of the same array has written what this one would write.
@@ -264,33 +272,44 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     }
 
 
-def _contents(run: Run, rankings: dict[str, Ranked], patches: _Patches, queries) -> dict:
-    """Returns, by method and kind of passage, its share of proponents and the effect of a step."""
-    corpus, e = run.corpus, run.config.eval
+def _contents(run: Run, queries: np.ndarray) -> content.Content:
+    """Returns what finds, by labels, how passages relate to the queries."""
+    corpus = run.corpus
     sentences = {s.sentence_id: s for s in corpus.sentences}
-    contents = content.Content(
+    return content.Content(
         [corpus.queries[q] for q in queries],
         [corpus.correct["all"][q] for q in queries],
         corpus.text_of,
         lambda row: sentences[corpus.passages.documents[row]].fact_triples,
     )
-    out: dict[str, dict] = {}
-    for name, ranked in rankings.items():
-        kinds_QxK = contents.kinds(ranked.proponents[queries])
-        shares = statistics.intervals(content.shares(kinds_QxK), resamples=e.resamples, seed=e.seed)
-        steps_QxK = change(patches.changes(ranked.proponents)[queries])
-        out[name] = {
-            kind: {
-                "share": summary.number(share.mean),
-                "interval": [summary.number(share.low), summary.number(share.high)],
-                "tail_patch": summary.number(step),
-                "n_tail_patches": int(np.sum((kinds_QxK == k) & np.isfinite(steps_QxK))),
-            }
-            for k, (kind, share, step) in enumerate(
-                zip(content.KINDS, shares, content.by_kind(kinds_QxK, steps_QxK), strict=True)
-            )
+
+
+def _judged_kinds(verdicts: _Verdicts, proponents_QxK: np.ndarray, queries) -> np.ndarray:
+    """Returns what proponents say by judge and rule, places in `kinds.KINDS`; −1 for none."""
+    rows = zip(queries.tolist(), proponents_QxK.tolist(), strict=True)
+    return np.array(
+        [[kinds.KINDS.index(verdicts[q, p].kind) if p >= 0 else -1 for p in ps] for q, ps in rows]
+    )
+
+
+def _by_kind(run: Run, names: Sequence[str], kinds_QxK: np.ndarray, steps_QxK) -> dict:
+    """Returns, by kind of passage, its share of proponents and the effect of a step."""
+    e, count = run.config.eval, len(names)
+    shares = statistics.intervals(
+        content.shares(kinds_QxK, count), resamples=e.resamples, seed=e.seed
+    )
+    steps = content.by_kind(kinds_QxK, steps_QxK, count)
+    by_rank_KxN = content.by_rank(kinds_QxK, count)
+    return {
+        name: {
+            "share": summary.number(shares[k].mean),
+            "interval": [summary.number(shares[k].low), summary.number(shares[k].high)],
+            "by_rank": [summary.number(x) for x in by_rank_KxN[:, k]],
+            "tail_patch": summary.number(steps[k]),
+            "n_tail_patches": int(np.sum((kinds_QxK == k) & np.isfinite(steps_QxK))),
         }
-    return out
+        for k, name in enumerate(names)
+    }
 
 
 def _query_set(data) -> str:
@@ -340,6 +359,7 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts,
     if verdicts is not None:
         more["proponent_ais_scores"] = [verdicts[q, p].score for p in proponents]
         more["proponent_ais_best_windows"] = [verdicts[q, p].window for p in proponents]
+        more["proponent_kinds"] = [verdicts[q, p].kind for p in proponents]
     return results.record(
         fact.fact_id,
         _query_set(config.data),

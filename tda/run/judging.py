@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from tda.evaluation import judges
+from tda.evaluation import judges, kinds
 from tda.evaluation.judge import Claim, Judge, JudgeSettings, windows
 from tda.run.result_log import ResultLog
 from tda.run.run import Run
@@ -20,6 +20,7 @@ class Verdict:
 
     score: float
     window: str  # the window's text
+    kind: str  # what the passage says, a key of `tda.viewer.notes.TYPES`
 
 
 def make_judge(config) -> Judge | None:
@@ -76,7 +77,9 @@ def judge_passages(
     verdicts = {}
     for pair, keys in windows_of.items():
         best = max(keys, key=lambda text: scores[keys[text]])  # of equal ones the first
-        verdicts[pair] = Verdict(scores[keys[best]], best)
+        score, (q, p) = scores[keys[best]], pair
+        kind = kinds.kind_of(texts[p], claims[q], score > run.config.judge.threshold)
+        verdicts[pair] = Verdict(score, best, kind)
     return verdicts
 
 

@@ -1,6 +1,7 @@
 """The stages of a run in order, from the corpus to the tables."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from tda import store as stores
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
-from tda.reports import tables
+from tda.reports import kinds, tables
 from tda.retrieval.ranked import Ranked
 from tda.run import corpus, evaluate, index, judging, measures, remembered, retrieve, train
 from tda.run.defaults import check_values
@@ -150,6 +151,9 @@ def _trace(run: Run) -> tuple[dict, dict]:
         remembered.remember(run)
         with open_atomic(workdir / "table.md") as out:
             out.write(f"{text}\n\n{tables.run_details(metrics)}\n")
+        # Plots are an extra; a run without them is complete.
+        if run.config.judge.name and importlib.util.find_spec("matplotlib"):
+            kinds.draw(workdir / "kinds", metrics)
 
     with run.engine.alone():
         if processes.is_first():

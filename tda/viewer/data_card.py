@@ -8,6 +8,7 @@ from tda.methods import METHODS
 from tda.reports import formats, tables
 from tda.viewer import run_figures
 from tda.viewer.collection import Collection
+from tda.viewer.notes import TYPES
 
 # The fields of a record and their meanings; the card has those that occur.
 FIELDS = {
@@ -36,6 +37,7 @@ FIELDS = {
     "proponent_tail_patch": "change of p(target) by one training step on it alone",
     "proponent_ais_scores": "a judge's score, from 0 to 1: does it entail prompt and target?",
     "proponent_ais_best_windows": "the sentences of it that have this score",
+    "proponent_kinds": "what it says, by judge and rule: " + ", ".join(TYPES),
     "opponents": "texts of the passages with the lowest scores, lowest first",
     "opponent_ids": "their ids",
     "opponent_scores": "their scores",

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 
+from tda.reports import formats
 from tda.viewer.results_file import ResultsFile
 from tda.viewer.summary import query_key
 
@@ -19,6 +20,7 @@ TYPES = {
     "prior": "relation prior",
     "entity": "entity only",
     "name": "name only",
+    "form": "same form",
     "unrelated": "unrelated",
 }
 # The fields of a note that are texts: the query's, which may be long, and the others.
@@ -113,6 +115,40 @@ class Notes:
                 if row is not None and file.ranks_of(row, note["passage_id"]):
                     out[file.label][note["type"]] += 1
         return out
+
+    def agreement(self, files: list[ResultsFile]) -> dict[str, tuple[int, int]]:
+        """Compares the types of notes with those in results (`proponent_kinds`).
+
+        Returns:
+            For each type in the results: how many noted passages have it, and for how many of them
+            the note says the same. A passage of a query counts once, whichever files show it.
+        """
+        out = dict.fromkeys(TYPES, (0, 0))
+        for note in self.all():
+            kinds = (_kind_in(file, note) for file in files if note["type"])
+            if kind := next(filter(None, kinds), None):
+                noted, agreed = out[kind]
+                out[kind] = noted + 1, agreed + (kind == note["type"])
+        return out
+
+
+def _kind_in(file: ResultsFile, note: dict) -> str | None:
+    """Returns the type that a results file gives the passage of a note, if it has one."""
+    row = file.row_of(note["query"])
+    rank = 0 if row is None else file.ranks_of(row, note["passage_id"])
+    kinds = file.record(row).get("proponent_kinds") if rank else None
+    return kinds[rank - 1] if kinds else None
+
+
+def describe_agreement(agreement: dict[str, tuple[int, int]]) -> str:
+    """Returns a table of what `Notes.agreement` returns: the precision of each type."""
+    rows = [
+        [TYPES[kind], str(noted), f"{agreed / noted:.0%}" if noted else "–"]
+        for kind, (noted, agreed) in agreement.items()
+    ]
+    total, agreed = (sum(counts) for counts in zip(*agreement.values(), strict=True))
+    rows.append(["all", str(total), f"{agreed / total:.0%}" if total else "–"])
+    return formats.aligned([["by judge and rule", "notes", "agree"], *rows], "lrr")
 
 
 def check(note: dict, where: str) -> None:

@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
 from tda.runtime import metrics, progress
 from tda.training import checkpoint, loop
+from tda.viewer.notes import TYPES
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
 
@@ -156,6 +158,7 @@ def test_a_corpus_without_labels_is_traced_as_one_with_labels(finished, tmp_path
     judged = ("proponent_correct", "has_trex_sentence", "c4_frequency", "c4_frequency_bucket")
     judged += ("first_correct_rank", "first_strict_rank", "relation", "8b_generations")
     judged += ("proponent_ais_scores", "proponent_ais_best_windows", "target_prior_nats")
+    judged += ("proponent_kinds",)
     for name in ("trackstar", "bm25"):
         records, others = (results.read(w / "results" / f"{name}.jsonl") for w in (path, expected))
         for record, other in zip(records, others, strict=True):
@@ -228,9 +231,19 @@ def test_a_judge_reads_the_proponents(finished):
         assert m["ais_mrr"] == pytest.approx(np.mean(first))
         assert m["ais_recall_at_10"] == np.mean(marks.any(1))
         assert m["ais_precision_at_10"] == pytest.approx(np.mean(marks)) and m["judge"]
+        # The same proponents by type: the judge's share of statements, and all ranks together.
+        kinds = [kind for record in found for kind in record["proponent_kinds"]]
+        shares = {title: kinds.count(key) / len(kinds) for key, title in TYPES.items()}
+        assert shares["states the fact"] == pytest.approx(m["ais_precision_at_10"])
+        for title, by_kind in m["by_kind"].items():
+            assert by_kind["share"] == pytest.approx(shares[title])
+            assert np.mean(by_kind["by_rank"]) == pytest.approx(shares[title])
     assert metrics["bm25"]["ais_mrr"] == 1
     assert metrics["bm25"]["differences"]["trackstar"]["ais_mrr"]["low"] is not None
     told = (path / "table.md").read_text()
+    assert "## What the proponents say, by judge and rule\n" in told
+    if importlib.util.find_spec("matplotlib"):
+        assert (path / "kinds.png").stat().st_size and (path / "kinds_by_rank.svg").exists()
     assert "| AIS-MRR |" in told and "the judge lexical, which reads it in windows of 3" in told
 
 

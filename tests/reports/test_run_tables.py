@@ -9,7 +9,7 @@ from tda.reports import tables
 
 def kind(share, interval, tail_patch=None, count=0):
     """What is told of a kind of passages."""
-    told = {"share": share, "interval": interval, "tail_patch": tail_patch}
+    told = {"share": share, "interval": interval, "tail_patch": tail_patch, "by_rank": [share]}
     return told | {"n_tail_patches": count}
 
 
@@ -88,7 +88,7 @@ def test_the_tables_of_details(metrics):
     said = rows(text, "What the proponents say")
     assert said["BM25"] == ["75.0% [50.0%, 100.0%]", "25.0% [0.0%, 50.0%]"]
     assert said["gradient cosine"] == ["–", "50.0%"]  # of one query: no interval
-    stepped = rows(text, "Tail-patch by what the passage says")
+    stepped = rows(text, "Tail-patch by what the proponents say")
     assert stepped["BM25"] == ["+0.12% (150)", ""] and stepped["TrackStar"][0] == "-0.03% (200)"
     apart = rows(text, "Difference to TrackStar")
     assert set(apart) == {"method", "BM25", "gradient cosine"}

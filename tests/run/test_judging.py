@@ -40,7 +40,7 @@ def test_a_passage_has_the_score_of_its_best_window(run):
     norway = [f.fact_id for f in run.corpus.queries].index("f1")
     verdicts = judging.judge_passages(run, judges.Lexical(), [(norway, 0), (norway, 1)])
     assert verdicts[norway, 0] == judging.Verdict(
-        1.0, "Bergen is not. The capital of Norway is Oslo."
+        1.0, "Bergen is not. The capital of Norway is Oslo.", "states"
     )
     assert verdicts[norway, 1].window == "Oslo." and verdicts[norway, 1].score == 0
     run.config.judge.sentences = 0

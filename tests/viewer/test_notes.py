@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tda import results
-from tda.viewer.notes import Notes, NotesError
+from tda.viewer.notes import Notes, NotesError, describe_agreement
 from tda.viewer.results_file import ResultsFile
 from tests.viewer.big_file import note_on, records
 
@@ -59,6 +59,28 @@ def test_counts_are_by_method_and_a_note_counts_for_each(tmp_path):
     assert counts["a"]["states"] == 1 and counts["a"]["name"] == 1
     assert counts["b"]["states"] == 1 and counts["b"]["name"] == 1
     assert sum(counts["a"].values()) == sum(counts["b"].values()) == 2
+
+
+def test_agreement_counts_a_noted_passage_once(tmp_path):
+    """Notes against the types in results: of those that the rule gives, how many a reader gives."""
+    items = list(records(3, 2, mean=40))
+    for item in items:
+        item["proponent_kinds"] = ["states", "prior"]
+    files = []
+    for label in ("a", "b"):
+        results.write(tmp_path / label, items)
+        files.append(ResultsFile(tmp_path / label, label))
+    notes = Notes(tmp_path / "n")
+    for item, kind in zip(items, ("states", "states", "part"), strict=True):
+        notes.add(note_on(item, item["proponent_ids"][0], kind))
+    notes.add(note_on(items[0], items[0]["proponent_ids"][1], "prior"))
+    notes.add(note_on(items[0], "else", "prior"))
+    agreement = notes.agreement(files)
+    assert agreement["states"] == (3, 2) and agreement["prior"] == (1, 1)
+    assert sum(noted for noted, _ in agreement.values()) == 4
+    lines = describe_agreement(agreement).splitlines()
+    assert lines[1].split()[-2:] == ["3", "67%"] and lines[-1].split() == ["all", "4", "75%"]
+    assert describe_agreement(Notes(tmp_path / "none").agreement(files)).endswith("0      –")
 
 
 def test_a_note_is_on_a_question_and_not_on_its_number(tmp_path):

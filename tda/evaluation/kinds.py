@@ -1,0 +1,73 @@
+"""What a passage says about a query where no labels tell: the types of the viewer's notes, by rule.
+
+The types follow the paper's analysis (Chang et al. 2024, section 6). A judge decides whether a
+passage states the fact; names and words decide the rest, as in `tda.evaluation.lexical`.
+"""
+
+import functools
+import re
+
+from tda.evaluation.judge import Claim
+from tda.evaluation.lexical import names_in, share, unqualified, words_of
+from tda.viewer.notes import TYPES
+
+# The nearest first; a passage is of the first type that fits.
+KINDS, TITLES = tuple(TYPES), tuple(TYPES.values())
+# With this share of its words a name is there in part; a relation needs more.
+_PRESENT = 0.5
+# Words in a row that make two texts alike in form.
+_IN_A_ROW = 3
+
+
+def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
+    """Returns the type of a passage for a query, a key of `TYPES`.
+
+    - `states`: the judge says so.
+    - `part`: one of subject and target is named, and half of the other's words too.
+    - `prior`: most of the prompt's words beside the subject are there: the relation of others.
+    - `entity`: subject or target is named; `name`: half of the words of one of their names are.
+    - `form`: three words or signs in a row as in the prompt, numbers being alike.
+    - `unrelated`: none of these.
+
+    Args:
+        text: the passage.
+        claim: the query, its target, and the names of its subject if they are known.
+        is_stated: whether the judge takes the passage to entail the claim.
+    """
+    if is_stated:
+        return "states"
+    query, words = _read(claim), set(words_of(text))
+    named = [bool(entity(text)) for entity in query.entities]
+    in_part = [any(share(name, words) >= _PRESENT for name in names) for names in query.names]
+    subject, target = (
+        is_named or is_partial for is_named, is_partial in zip(named, in_part, strict=True)
+    )
+    fits = {
+        "part": any(named) and subject and target,
+        "prior": bool(query.relation) and share(query.relation, words) > _PRESENT,
+        "entity": any(named),
+        "name": any(in_part),
+        "form": not query.form.isdisjoint(_form(text)),
+    }
+    return next((kind for kind, is_fitting in fits.items() if is_fitting), "unrelated")
+
+
+class _Query:
+    """A claim, read once for all passages."""
+
+    def __init__(self, claim: Claim):
+        both = unqualified(claim.subject), unqualified(claim.target)
+        self.entities = [names_in(names) for names in both]
+        self.names = [[w for w in map(words_of, names) if w] for names in both]
+        about = {word for name in self.names[0] for word in name}
+        self.relation = [word for word in words_of(claim.prompt) if word not in about]
+        self.form = _form(claim.prompt)
+
+
+_read = functools.lru_cache(4096)(_Query)
+
+
+def _form(text: str) -> set[tuple[str, ...]]:
+    """Returns the runs of words and signs of a text, with all numbers alike."""
+    signs = re.findall(r"\w+|[^\w\s]", re.sub(r"\d+", "0", text.casefold()))
+    return set(zip(*(signs[i:] for i in range(_IN_A_ROW)), strict=False))

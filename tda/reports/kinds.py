@@ -1,0 +1,58 @@
+"""The figure of what proponents say: their shares by kind, at each rank, and tail-patch by kind."""
+
+import os
+
+from tda.methods import METHODS
+from tda.reports import plots, tables
+from tda.reports.plots import Line, Panel
+
+
+def draw(path: str | os.PathLike, metrics: dict, key: str = "by_kind") -> list[str]:
+    """Draws two figures, `PATH` and `PATH_by_rank`, as PNG and SVG; returns the files.
+
+    The first has shares and tail-patch of every method by kind; the second, shares by rank of the
+    method that others are compared with and of BM25 if it is there.
+
+    Args:
+        path: without a suffix.
+        metrics: by method, as `tda.run.evaluate` returns them.
+        key: of the kinds in them: "by_kind" or "by_content".
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    panels = [
+        Panel("share of the proponents", [_shares(n, m[key]) for n, m in metrics.items()], True)
+    ]
+    if any(x["n_tail_patches"] for m in metrics.values() for x in m[key].values()):
+        steps = [
+            Line(
+                METHODS[n].title, list(m[key]), [_number(x["tail_patch"]) for x in m[key].values()]
+            )
+            for n, m in metrics.items()
+        ]
+        panels.append(Panel("tail-patch of a step on one", steps, True))
+    files = plots.draw(path, panels, "")
+    shown = dict.fromkeys(n for n in (tables.reference_of(metrics), "bm25") if n in metrics)
+    by_rank = [
+        Panel(
+            METHODS[n].title,
+            [
+                Line(kind, range(1, 1 + len(x["by_rank"])), list(map(_number, x["by_rank"])))
+                for kind, x in metrics[n][key].items()
+            ],
+            True,
+        )
+        for n in shown
+    ]
+    return files + plots.draw(f"{os.fspath(path)}_by_rank", by_rank, "rank")
+
+
+def _shares(name: str, contents: dict) -> Line:
+    low, high = ([_number(x["interval"][i]) for x in contents.values()] for i in (0, 1))
+    shares = [_number(x["share"]) for x in contents.values()]
+    return Line(METHODS[name].title, list(contents), shares, low, high)
+
+
+def _number(x: float | None) -> float:
+    return float("nan") if x is None else x
