@@ -12,20 +12,27 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import tda
 from tda import methods, results
 from tda import store as stores
 from tda.evaluation.judge import Claim
 from tda.gradients import reference
+from tda.gradients.moments import imported_moments
 from tda.gradients.sites import find_sites
+from tda.model.pretrained import loading
 from tests.data.test_pretrained_tokenizer import NAMES, byte_level
 from tests.data.test_pretrained_tokenizer import write as write_tokenizer
 from tests.experiments import test_trace
 from tests.model import tiny_llama
+from tests.model.tiny_llama import D, F, G, H, K
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -100,6 +107,62 @@ def test_own_model(world):
     np.testing.assert_allclose(names["gradients"], expected, atol=1e-5 * np.abs(expected).max())
 
 
+def exported(kernel, module):
+    """A layer's kernel in MaxText as its exporter writes it for transformers, [outputs, inputs]."""
+    if module in ("q_proj", "k_proj"):
+        kernel = jnp.stack([kernel[..., ::2], kernel[..., 1::2]], -2).reshape(kernel.shape)
+    if module == "q_proj":
+        kernel = kernel * kernel.shape[-1] ** 0.5
+    outputs = kernel.shape[-1] if module == "o_proj" else np.prod(kernel.shape[1:])
+    return kernel.reshape(-1, outputs).T
+
+
+MAXTEXT = {
+    "self_attn.q_proj": ("self_attention", "query", (D, H, K)),
+    "self_attn.k_proj": ("self_attention", "key", (D, G, K)),
+    "self_attn.v_proj": ("self_attention", "value", (D, G, K)),
+    "self_attn.o_proj": ("self_attention", "out", (H, K, D)),
+    "mlp.gate_proj": ("mlp", "wi_0", (D, F)),
+    "mlp.up_proj": ("mlp", "wi_1", (D, F)),
+    "mlp.down_proj": ("mlp", "wo", (F, D)),
+}
+
+
+def write_maxtext(directory: pathlib.Path, moments: dict) -> None:
+    """Writes step 1000 with the squares of the gradients that MaxText has where ours have these."""
+    layers: dict = {"self_attention": {}, "mlp": {}}
+    for tensor, (block, name, shape) in MAXTEXT.items():
+        module, stack = tensor.split(".")[1], []
+        for i in range(2):
+            gradient = np.sqrt(moments[f"model.layers.{i}.{tensor}.weight.exp_avg_sq"])
+            _, pull_back = jax.vjp(lambda x, m=module: exported(x, m), jnp.zeros(shape))
+            stack.append(np.square(pull_back(jnp.asarray(gradient))[0]))
+        layers[block][name] = {"kernel": np.stack(stack, 1)}
+    tree = {"params": {"decoder": {"layers": layers}}}
+    adam = optax.ScaleByAdamState(jnp.int32(1000), mu=tree, nu=tree)
+    state = {"step": 1000, "params": tree, "opt_state": (adam,)}
+    with ocp.CheckpointManager(directory.absolute()) as manager:
+        manager.save(1000, args=ocp.args.Composite(items=ocp.args.PyTreeSave(state)))
+
+
+def test_trainers(world):
+    """Guards: heads not turned, the query's scale the wrong way round, the wrong axis of layers."""
+    (world / "SmolLM2-135M").rename("llama-hf")
+    moments = load_file("optimizer.safetensors")
+    write_maxtext(world / "maxtext" / "checkpoints", moments)
+    names, _ = run_snippets((DOCS / "trainers.md").read_text())
+    assert len(names["moments"]) == 14
+    for name, v in names["moments"].items():
+        np.testing.assert_allclose(v, moments[name], rtol=1e-4)
+    inspected, chosen = loading.inspect("llama-hf"), find_sites(names["model"])
+    adam = dict(b2=0.95, eps=1e-8, step=1000)
+    expected = imported_moments.read("optimizer.safetensors", inspected, chosen, "factored", **adam)
+    assert names["scales"].keys() == expected.keys() and len(expected) == 7
+    for path, scale in expected.items():
+        np.testing.assert_allclose(names["scales"][path].dense(), scale.dense(), rtol=1e-4)
+    assert len(names["traced"][0].proponents) == 8
+
+
 @pytest.mark.parametrize("dtype", ["4bit", "3bit", "2bit"])
 def test_large_corpora(world, dtype):
     """The lines that read a row with zarr and NumPy alone give the store's own bits."""
@@ -167,6 +230,7 @@ def test_every_page_is_run_here():
         "scores.md",
         "sweeps.md",
         "table1.md",
+        "trainers.md",
         "tuning.md",
         "viewer.md",
     }
