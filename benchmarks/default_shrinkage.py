@@ -209,12 +209,9 @@ def reciprocal_ranks(gradients, method: str, damping: float, correct) -> np.ndar
     source, queries_QxE = gradients
     whitening = Whitening(HessianSettings(damping=damping), source, queries_QxE, quiet=True)
     (part,) = whitening.parts({"": methods.METHODS[method]})
-    ranked = exact.search(queries_QxE, source, part.scorers, source.rows)[""]
-    first = [
-        1 + np.flatnonzero(np.isin(rows, c))[0]
-        for rows, c in zip(ranked.proponents, correct, strict=True)
-    ]
-    return 1 / np.array(first)
+    rows = {"": [np.asarray(c) for c in correct]}
+    ranked = exact.search(queries_QxE, source, part.scorers, k=1, correct=rows)[""]
+    return 1 / ranked.first_ranks[""]
 
 
 def measure(size: int, seed: int) -> dict[str, float]:
