@@ -8,7 +8,8 @@ Trains a two-layer decoder on a small corpus of facts and other sentences, and t
 of the facts. Up to 1,060 passages, four fifths of them state a fact that three others state in
 other words; larger corpora are drawn from the 20,000 sentences of `world_facts` as they are. Above
 20,000, the passages are all the sentences of a file, the queries those of `configs/trex_table1.py`,
-and the model is trained for one epoch, on other facts in the words of their prompts too. The
+and a model of four layers of twice the width is trained for two epochs, on other facts in the words
+of their prompts too: with the small one no method finds anything (MRR 0.01). The
 passages are ranked by `exp3` (no R), by `grad_cos` (neither R nor optimizer correction), and by
 `trackstar_train` under each rule for shrinking R, all from the same two sets of gradients.
 
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 from absl import app, flags
 from flax import nnx
 
@@ -122,8 +124,8 @@ def plan_training(size: int, lengths: np.ndarray, seed: int) -> list[tuple[np.nd
     """Returns the rows and the padded length of the sequences of every training step."""
     if size > _LARGEST_DRAWN:
         buckets = batches.buckets(int(lengths.max()), ratio=1.5)
-        plan = batches.plan(lengths, buckets, 2048, seed=seed)
-        return [(plan.members(i), int(plan.lengths[i])) for i in range(len(plan))]
+        plans = [batches.plan(lengths, buckets, 2048, seed=2 * seed + i) for i in range(2)]
+        return [(p.members(i), int(p.lengths[i])) for p in plans for i in range(len(p))]
     rng, count = np.random.default_rng(seed), len(lengths)
     orders = [rng.permutation(count) for _ in range(_EPOCHS.get(size, 8))]
     starts = range(0, count - _BATCH + 1, _BATCH)
@@ -132,21 +134,22 @@ def plan_training(size: int, lengths: np.ndarray, seed: int) -> list[tuple[np.nd
 
 def train(texts: list[str], tokenizer: Tokenizer, size: int, seed: int) -> Decoder:
     """Trains a decoder by a plain loop."""
+    scale = 2 if size > _LARGEST_DRAWN else 1
     sizes = DecoderSettings(
         vocab_size=tokenizer.vocab_size,
-        width=64,
-        layers=2,
-        heads=4,
-        kv_heads=4,
+        width=64 * scale,
+        layers=2 * scale,
+        heads=4 * scale,
+        kv_heads=4 * scale,
         head_width=16,
-        ff_width=256,
+        ff_width=256 * scale,
         gated=False,
         activation="gelu",
     )
     model = Decoder(sizes, rngs=nnx.Rngs(seed))
     sequences = [tokenizer.sequence(t) for t in texts]
     steps = plan_training(size, np.array([len(s) - 1 for s in sequences]), seed)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, len(steps) // 10, len(steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3 / scale, len(steps) // 10, len(steps))
     optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
 
     @nnx.jit
@@ -159,7 +162,7 @@ def train(texts: list[str], tokenizer: Tokenizer, size: int, seed: int) -> Decod
         optimizer.update(model, gradient)
         return loss
 
-    for rows, length in steps:
+    for rows, length in tqdm.tqdm(steps, "train", mininterval=10):
         chosen = [sequences[row] for row in rows]
         padded = [s + [tokenizer.pad] * (length + 1 - len(s)) for s in chosen]
         weights = [[1.0] * (len(s) - 1) + [0.0] * (length + 1 - len(s)) for s in chosen]
