@@ -6,6 +6,7 @@ relation, and `TREx/P19.jsonl` and its like, with a fact and its evidence senten
 
 import os
 import pathlib
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -20,7 +21,7 @@ def read(folder: str | os.PathLike) -> tuple[list[Sentence], list[Fact]]:
 
     A fact's id is its `uuid`. A sentence stands once, with all facts that it is evidence of; its id
     is "lama-" and its number. Relations whose template goes on after the object ("[X] and [Y] are
-    twin cities .") make no query, and are left out with their sentences.
+    twin cities .") make no query, and are left out with their sentences; a warning names them.
 
     Args:
         folder: the folder that has `relations.jsonl` and `TREx`.
@@ -80,12 +81,20 @@ def read(folder: str | os.PathLike) -> tuple[list[Sentence], list[Fact]]:
 
 def _relations(path: pathlib.Path) -> dict[str, tuple[str, str]]:
     """Returns the name, and the template before "[Y]", of each relation that ends in its object."""
-    relations = {}
+    relations, left_out = {}, []
     for where, record in iter_records(path):
         prompt, _, rest = _text(record, "template", where).partition("[Y]")
+        relation = _text(record, "relation", where)
         if "[X]" in prompt and rest.strip() in ("", "."):
-            relation = _text(record, "relation", where)
             relations[relation] = (record.get("label") or relation, prompt.rstrip())
+        else:
+            left_out.append(relation)
+    if left_out:
+        warnings.warn(
+            f"{path}: the templates of {', '.join(left_out)} do not end in the object [Y], so they "
+            "make no prompt; their facts and sentences are left out",
+            stacklevel=3,
+        )
     return relations
 
 
