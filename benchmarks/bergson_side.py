@@ -184,7 +184,9 @@ class Side:
         state = enumerate(self._second_moments().items())
         optimizer = {"state": {i: {"param_name": name} | s for i, (name, s) in state}}
         read = _module("utils.load_from_optimizer").get_normalizers
-        return read(optimizer, {}, None, "", False, "cpu", "model.", model)
+        return read(
+            optimizer, {}, None, "", False, self.setup.get("device", "cpu"), "model.", model
+        )
 
     def _config(self, name: str, rows: int, tokens: int):
         config = _module("config.config")
@@ -195,7 +197,7 @@ class Side:
             run_path=str(self.output),
             model=str(self.directory / "model"),
             data=config.DataConfig(dataset=str(self.directory / "corpus"), split=f"train[:{rows}]"),
-            precision="fp32",
+            precision=self.setup.get("precision", "fp32"),
             projection_dim=self.setup["side"],
             token_batch_size=tokens,
             overwrite=True,

@@ -40,6 +40,7 @@ from tda.retrieval.sources import InMemory
 def decoder(setup: dict) -> Decoder:
     """Our model; the same weights in every process."""
     shape = dict(vocab_size=setup["vocabulary"], tied=setup["tied"], **setup["shape"])
+    shape["dtype"] = setup.get("dtype", "float32")
     return Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0))
 
 

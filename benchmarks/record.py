@@ -36,6 +36,39 @@ def in_turns(
     return times
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error, also of another process, says that memory is too small."""
+    text = str(error).lower()
+    return "resource_exhausted" in text or "out of memory" in text
+
+
+def best_batch(rate_of: Callable[[int], float], batches: list[int]) -> dict[int, float]:
+    """Returns tokens/s by sequences in a batch, of all that were tried; empty if none fits.
+
+    Args:
+        rate_of: returns the rate of a number of sequences.
+        batches: rising numbers; halves of the first are tried where not even that one fits.
+    """
+    rates: dict[int, float] = {}
+
+    def fits(batch: int) -> bool:
+        try:
+            rates[batch] = rate_of(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return batch in rates
+
+    for batch in batches:
+        if not fits(batch) or rates[batch] < 0.9 * max(rates.values()):
+            break
+    smaller = batches[0] // 2
+    while not rates and smaller:
+        fits(smaller)
+        smaller //= 2
+    return rates
+
+
 def forget(files: Iterable) -> None:
     """Takes files out of the page cache, as far as the system lets."""
     for name in files:

@@ -152,15 +152,20 @@ def prepare(directory: pathlib.Path, size: str) -> dict:
         "damping": DAMPING,
         "hessian_rows": _HESSIAN_ROWS.value,
     }
+    write_inputs(directory, setup)
+    return setup
+
+
+def write_inputs(directory: pathlib.Path, setup: dict) -> None:
+    """Writes the setup, and the weights, moments and tokens of both sides."""
     (directory / "setup.json").write_text(json.dumps(setup))
     model = decoder(setup)
     weights = functional.flat_parameters(functional.split(model)[1])
     np.savez(directory / "weights.npz", **as_llama(weights))
     np.savez(directory / "moments.npz", **as_llama(second_moments(model)))
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, setup["vocabulary"], (_ROWS.value, _LENGTH.value), dtype=np.int32)
-    np.save(directory / "tokens.npy", tokens)
-    return setup
+    shape = setup["rows"], setup["length"]
+    np.save(directory / "tokens.npy", rng.integers(0, setup["vocabulary"], shape, dtype=np.int32))
 
 
 class Process:

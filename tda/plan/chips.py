@@ -20,6 +20,8 @@ class Chip:
     """FLOP/s of float32 products at full precision."""
     memory: float
     """Bytes."""
+    bandwidth: float
+    """Bytes/s between memory and chip."""
     cores: int = 1
     """TensorCores of a TPU whose slices are named by them; else 1."""
     host: "Host" = dataclasses.field(kw_only=True)
@@ -37,16 +39,16 @@ class Host:
     """Bytes."""
 
 
-def _tpu(title: str, tera: float, gib: float, cores: int = 1, *, cpus: int, ram: float) -> Chip:
+def _tpu(title: str, tera: float, memory: tuple, cores: int = 1, *, cpus: int, ram: float) -> Chip:
     peak, host = tera * _TERA, Host(4, cpus, ram * _GIGA)
-    return Chip(f"TPU {title}", peak, peak / _TPU_PASSES, gib * _GIB, cores, host=host)
+    size, bandwidth = memory[0] * _GIB, memory[1] * _GIGA
+    return Chip(f"TPU {title}", peak, peak / _TPU_PASSES, size, bandwidth, cores, host=host)
 
 
-def _gpu(
-    title: str, tera: float, tera_float32: float, gib: float, *, cpus: int, ram: float
-) -> Chip:
-    host = Host(8, cpus, ram * _GIGA)
-    return Chip(title, tera * _TERA, tera_float32 * _TERA, gib * _GIB, host=host)
+def _gpu(title: str, tera: tuple, memory: tuple, *, cpus: int, ram: float) -> Chip:
+    bfloat16, float32 = (x * _TERA for x in tera)
+    size, bandwidth = memory[0] * _GIB, memory[1] * _GIGA
+    return Chip(title, bfloat16, float32, size, bandwidth, host=Host(8, cpus, ram * _GIGA))
 
 
 # TPUs: Google's pages of specifications, and its machine types of four chips (ct4p, ct5lp, ct5p,
@@ -54,17 +56,39 @@ def _gpu(
 # their chips.
 # GPUs: NVIDIA's data sheets of the SXM modules, dense (half of what they state with sparsity);
 # memory is what a program sees of it. Hosts are NVIDIA's own machines of eight.
+# Memory is GiB and GB/s; GPUs have TFLOP/s of bfloat16 and of float32.
 CHIPS = {
-    "v4": _tpu("v4", 275, 32, cores=2, cpus=240, ram=407),
-    "v5e": _tpu("v5e", 197, 16, cpus=112, ram=192),
-    "v5p": _tpu("v5p", 459, 95, cores=2, cpus=208, ram=448),
-    "v6e": _tpu("v6e", 918, 32, cpus=180, ram=720),
-    "a100-40": _gpu("A100 40 GB", 312, 19.5, 40, cpus=256, ram=1000),
-    "a100-80": _gpu("A100 80 GB", 312, 19.5, 80, cpus=256, ram=2000),
-    "h100": _gpu("H100", 989, 67, 79, cpus=224, ram=2000),
-    "h200": _gpu("H200", 989, 67, 140, cpus=224, ram=2000),
-    "b200": _gpu("B200", 2250, 75, 179, cpus=224, ram=2000),
+    "v4": _tpu("v4", 275, (32, 1228), cores=2, cpus=240, ram=407),
+    "v5e": _tpu("v5e", 197, (16, 819), cpus=112, ram=192),
+    "v5p": _tpu("v5p", 459, (95, 2765), cores=2, cpus=208, ram=448),
+    "v6e": _tpu("v6e", 918, (32, 1640), cpus=180, ram=720),
+    "a100-40": _gpu("A100 40 GB", (312, 19.5), (40, 1555), cpus=256, ram=1000),
+    "a100-80": _gpu("A100 80 GB", (312, 19.5), (80, 2039), cpus=256, ram=2000),
+    "h100": _gpu("H100", (989, 67), (79, 3350), cpus=224, ram=2000),
+    "h200": _gpu("H200", (989, 67), (140, 4800), cpus=224, ram=2000),
+    "b200": _gpu("B200", (2250, 75), (179, 8000), cpus=224, ram=2000),
 }
+# How jax names these devices (`jax.Device.device_kind`). Other modules of a name (H100 PCIe, H100
+# NVL) have other peaks.
+_KINDS = {
+    r"TPU v4": "v4",
+    r"TPU v5( lite|e)": "v5e",
+    r"TPU v5p?": "v5p",
+    r"TPU v6( lite|e)": "v6e",
+    r"NVIDIA A100-SXM4-40GB": "a100-40",
+    r"NVIDIA A100-SXM4-80GB": "a100-80",
+    r"NVIDIA H100 80GB HBM3": "h100",
+    r"NVIDIA H200": "h200",
+    r"NVIDIA B200": "b200",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+    """Returns the chip that jax calls `kind`; None if its figures are not known."""
+    for pattern, name in _KINDS.items():
+        if re.fullmatch(pattern, kind):
+            return CHIPS[name]
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

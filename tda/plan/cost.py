@@ -88,6 +88,15 @@ def model_operations(model: Model, context: float) -> float:
     return layers + 2 * products(model.outside) + attention_operations(model, context)
 
 
+def training_operations(model: Model, context: float) -> float:
+    """Returns the operations of one position of a training step: about 6 a parameter.
+
+    `context` is as `attention_operations` takes it.
+    """
+    weights = products(model.layers) + products(model.outside)
+    return model_operations(model, context) + weights
+
+
 def tap_operations(taps: Taps) -> int:
     """Returns the operations of one position for the projected gradients.
 

@@ -185,10 +185,12 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         size=size,
         parameters=sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
         sites=chosen,
-        model=_model(find_sites(model, include="."), arguments),
+        model=count_model(find_sites(model, include="."), arguments),
         blocks=layout.shapes,
         r_blocks=HessianSettings(**dict(config.hessian)).shapes_of(layout.shapes),
-        taps={c: _taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods},
+        taps={
+            c: count_taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods
+        },
         methods=chosen_methods,
         reranking=_reranking(config, size.passages),
         left_out=left_out,
@@ -283,7 +285,8 @@ def _heads(chosen: list[sites.Site]) -> list[cost.Matrix]:
     return _matrices([s for s in chosen if s.group == "embedding"], as_head=True)
 
 
-def _model(everything: list[sites.Site], arguments: dict) -> cost.Model:
+def count_model(everything: list[sites.Site], arguments: dict) -> cost.Model:
+    """Returns the products of a model, from all of its sites and the settings of its decoder."""
     layers = _matrices([s for s in everything if s.stack is not None])
     outside = _matrices([s for s in everything if s.stack is None and s.group != "embedding"])
     if arguments.get("tied", True):
@@ -292,7 +295,8 @@ def _model(everything: list[sites.Site], arguments: dict) -> cost.Model:
     return cost.Model(tuple(layers), tuple(outside), attention, arguments["remat"])
 
 
-def _taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> cost.Taps:
+def count_taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> cost.Taps:
+    """Returns the taps of some sites of a model, whose output matrix may be its embedding."""
     name, rank = parse_correction(correction)
     matrices = _matrices(chosen)
     if tied:  # a tied embedding has two taps: where it is looked up, and as the head

@@ -69,7 +69,7 @@ class Recorder(Protocol):
         """Removes what stood on other checkpoints than those of `steps`."""
 
 
-def _make_step(merge: Callable, tx: optax.GradientTransformation, recorder: Recorder | None):
+def make_step(merge: Callable, tx: optax.GradientTransformation, recorder: Recorder | None):
     """Returns the compiled step: of a state and a batch, the next state, the loss, the parts."""
     if recorder is None:
         return jax.jit(
@@ -221,7 +221,7 @@ def fit(
     if last is not None:
         _check_same_batches(checkpoint.describe(directory, last), batch_identity, directory)
         state = checkpoint.restore(directory, abstract_state(state, model_fn, mesh), last)
-    step_fn = _make_step(model_fn.merge, tx, recorder)
+    step_fn = make_step(model_fn.merge, tx, recorder)
     first = int(state["step"])
     if recorder is not None:
         recorder.resume(first)

@@ -50,3 +50,23 @@ def test_figures_are_in_plain_units():
         assert 16 * 2**30 <= chip.memory < 200 * 2**30
         assert 100 <= chip.host.cpus <= 256 and 1.9e11 <= chip.host.memory <= 2e12
     assert chips.CHIPS["v5p"].bfloat16 == 459e12 and chips.CHIPS["v5p"].memory == 95 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+    ],
+)
+def test_what_jax_calls_a_chip(kind, name):
+    assert chips.of_device(kind) is chips.CHIPS[name]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "cpu", "TPU v5x"])
+def test_a_chip_of_other_figures_is_none(kind):
+    assert chips.of_device(kind) is None

@@ -28,6 +28,12 @@ def test_a_model_takes_four_operations_a_number_and_those_of_attention():
     assert cost.model_operations(again, 4.0) == 6 * 30 + 4 * 21 + 9 * 2 * 10 * 4
 
 
+def test_training_takes_two_operations_a_number_more_for_the_weight_gradient():
+    model = Model((Matrix(3, 5, 2), Matrix(9, 9, looked_up=True)), (Matrix(7, 11),), attention=4)
+    more = cost.training_operations(model, 8.0) - cost.model_operations(model, 8.0)
+    assert more == 2 * (2 * 3 * 5 + 7 * 11)
+
+
 def test_taps_take_two_projections_and_an_outer_product():
     # k = 2: 2·2·(3 + 5) + 2·2² = 40 for each of two matrices.
     assert cost.tap_operations(Taps((LAYER,), side=2)) == 80
