@@ -2,7 +2,7 @@
 
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 
-`--config=configs/counterfactual_world.py:small` has 10 methods, 16 queries and 40 retrainings
+`--config=configs/counterfactual_world.py:small` has 13 methods, 16 queries and 40 retrainings
 without 5 %, in one order of the data: about 3 minutes.
 
 Cost: a retraining takes 2 s on 2 CPU cores, metagradients of all queries and
@@ -20,8 +20,9 @@ def get_config(size: str = "full"):
     if size not in ("full", "small"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()
-    c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
-    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"
+    c.methods = "trackstar,trackstar_raw,exp1,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,"
+    c.methods += "captured,captured_plain,ekfac,ekfac_cos,logra,bm25,hidden_last,random,length,"
+    c.methods += "gradient_norm,"
     # Every passage is scored without projection.
     c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac,"
     c.methods += "rerank_ekfac_cos"
@@ -46,7 +47,8 @@ def get_config(size: str = "full"):
     c.counterfactual.fractions = "0.05,0.5"
     c.counterfactual.orders = 2
     if size == "small":
-        c.methods = "trackstar,rerank_trackstar,grad_cos,grad_dot,bm25,random"
+        c.methods = "captured,captured_plain,exp1,trackstar,rerank_trackstar,grad_cos,grad_dot,"
+        c.methods += "bm25,random"
         c.counterfactual.methods = "metagradient,ekfac_whole,adam_dot_whole,dot_whole"
         c.data.n_queries = 16
         c.counterfactual.subsets = 40

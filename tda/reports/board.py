@@ -1,6 +1,9 @@
 """The board of methods against retraining: Markdown for a file, and a table for a terminal."""
 
-from tda.reports import formats
+import math
+import os
+
+from tda.reports import formats, plots
 
 _LESS = ", less "
 # Figures of a method beside LDS.
@@ -28,6 +31,40 @@ def summarise(record: dict) -> str:
         brief = ["" if x is None else f"{x['mean']:.3f}" for x in means]
         rows.append([m["title"], _cell(m["lds"][first[0]][first[1]]), *brief, _cost(m)])
     return "\n\n".join([_explain(record), formats.aligned([head, *rows]), _notes(record)])
+
+
+def draw_costs(record: dict, path: str | os.PathLike) -> list[str]:
+    """Draws LDS and MRR of each method by its cost, as `PATH.png` and `PATH.svg`.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    fraction, label = _columns(record)[0]
+    costs = {n: m["cost"] for n, m in record["methods"].items() if m["cost"] is not None}
+    least = 10 ** math.floor(math.log10(min((x for x in costs.values() if x > 0), default=1.0)))
+    lds = {n: m["lds"][fraction][label] for n, m in record["methods"].items()}
+    mrr = {n: m["mrr"] for n, m in record["methods"].items() if "mrr" in m}
+    panels = []
+    for title, intervals in (f"LDS {_label((fraction, label))}", lds), ("MRR", mrr):
+        families: dict[str, list[str]] = {}
+        for name in intervals.keys() & costs.keys():
+            families.setdefault(record["methods"][name]["family"], []).append(name)
+        lines = [
+            plots.Line(
+                family,
+                # What costs nothing that a clock can tell has a place on a logarithmic axis too.
+                [max(costs[n], least) for n in names],
+                *([intervals[n][key] for n in names] for key in ("mean", "low", "high")),
+                names=names,
+            )
+            for family, names in sorted(families.items())
+        ]
+        if lines:
+            panels.append(plots.Panel(title, lines))
+    return plots.draw(path, panels, "cost beside the training, in trainings", log_x=True)
 
 
 def _columns(record: dict) -> list[tuple[str, str]]:

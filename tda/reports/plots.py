@@ -39,6 +39,8 @@ class Line:
     """An x that a vertical line of the same colour marks, if x are numbers."""
     family: str = ""
     """Lines of one family share a colour and differ in dashes; by default the label."""
+    names: Sequence[str] | None = None
+    """A name beside each point; the points are then not joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +163,14 @@ def _draw_lines(axes, lines: Sequence[Line], styles: dict[str, dict]) -> None:
             for v in (line.x, line.y, line.low, line.high)
         )
         style = styles[line.label]
+        if line.names is not None:
+            style = style | {"linestyle": "none"}
+            for i, at in enumerate(order):
+                name, offset = line.names[at], (3, 3)
+                axes.annotate(name, (x[i], y[i]), offset, textcoords="offset points", fontsize=6)
         axes.plot(x, y, linewidth=1.6, markersize=4.5, **style)
         if low is not None and high is not None:
-            if len(lines) <= _MOST_BANDS and len(x) > 1:
+            if len(lines) <= _MOST_BANDS and len(x) > 1 and line.names is None:
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.13, lw=0)
             else:
                 axes.vlines(x, low, high, color=style["color"], linewidth=1, alpha=0.6)

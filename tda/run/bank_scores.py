@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ from tda.gradients.kronecker import Curvature, sampled_loss
 from tda.gradients.moments import optimizer_state
 from tda.gradients.sites import Site, find_sites
 from tda.model import functional
-from tda.retrieval.ranked import Ranked
-from tda.run import counterfactual, retrieve, train
+from tda.run import bank_rankings, counterfactual, train
 from tda.run.counterfactual import Retrained
 from tda.runtime.atomic_file import read_arrays, write_arrays
 from tda.runtime.fingerprint import fingerprint, plain
@@ -73,7 +72,7 @@ class BankScores:
     def __init__(self, retrained: Retrained):
         self.retrained, self.config = retrained, retrained.run.config
         self.costs: dict[str, float] = {}
-        """Of each of the bank's own methods, in trainings, without compiling."""
+        """Of each method, in trainings, without compiling."""
 
     @functools.cached_property
     def training_seconds(self) -> float:
@@ -86,29 +85,31 @@ class BankScores:
 
     def compute(self) -> dict[str, np.ndarray]:
         """Returns the scores of every method, float64 [Q, U]."""
-        scores = {
-            name: self._load_or_compute(name, self._own_score) for name in own_methods(self.config)
-        }
-        run = self.retrained.run
-        run.config.eval.top_k = run.corpus.rows
-        for name, ranked in retrieve.retrieve(run)[0].items():
-            scores[name] = self.retrained.by_unit(all_scores(ranked, run.corpus.rows))
-        return scores
+        names = [*own_methods(self.config), *method_lib.parse(self.config.methods)]
+        return {name: self._load_or_compute(name) for name in names}
 
-    def _load_or_compute(self, name: str, compute: Callable[[str], np.ndarray]) -> np.ndarray:
-        settings = self.config.counterfactual
-        parts = [name, self.retrained.run.trained.fingerprint, settings.fisher, settings.unit]
+    def _load_or_compute(self, name: str) -> np.ndarray:
+        retrained, settings = self.retrained, self.config.counterfactual
+        parts = [name, retrained.run.trained.fingerprint, settings.fisher, settings.unit]
         parts += [self.config.curvature.to_dict()]
-        folder = self.retrained.directory / "scores"
+        is_own = name in TITLES
+        if not is_own:
+            parts.append(bank_rankings.name_of(retrained, name))
+        folder = retrained.directory / "scores"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}-{fingerprint(plain(parts))}.npz"
-        with self.retrained.run.engine.alone():
+        with retrained.run.engine.alone():
             if not path.exists():
-                stopwatch = _Stopwatch()
-                scores = compute(name)
                 # By a training of the same hour: a resumed board may run on a busier machine.
-                cost = stopwatch.seconds() / self.training_seconds
-                write_arrays(path, {"scores": scores, "cost": cost})
+                training, stopwatch = self.training_seconds, _Stopwatch()
+                if is_own:
+                    scores = self._own_score(name)
+                else:
+                    scores = retrained.by_unit(bank_rankings.scores_by(retrained, name))
+                seconds = stopwatch.seconds()
+                if not is_own and bank_rankings.takes_captured(retrained, name):
+                    seconds = max(0.0, seconds - training)
+                write_arrays(path, {"scores": scores, "cost": seconds / training})
         arrays = read_arrays(path)
         self.costs[name] = float(arrays["cost"])
         return arrays["scores"]
@@ -299,23 +300,6 @@ class BankScores:
         return {p: optimizer_state.adam(x, state["step"], *constants) for p, x in nu.items()}
 
 
-def all_scores(ranked: Ranked, passages: int) -> np.ndarray:
-    """Returns the score of every passage of a full ranking, float32 [Q, N].
-
-    Raises:
-        ValueError: the ranking leaves passages out.
-    """
-    rows_QxN = ranked.proponents
-    if rows_QxN.shape[1] != passages or (rows_QxN < 0).any():
-        raise ValueError(
-            f"the ranking has {rows_QxN.shape[1]} of {passages} passages; a board needs the score "
-            "of each of them"
-        )
-    scores_QxN = np.empty(rows_QxN.shape, np.float32)
-    np.put_along_axis(scores_QxN, rows_QxN, ranked.proponent_scores, axis=1)
-    return scores_QxN
-
-
 class _Stopwatch:
     """Seconds of work without those of compiling, which a cost in trainings leaves out."""
 
@@ -342,3 +326,16 @@ jax.monitoring.register_event_duration_secs_listener(_count_compiling)
 def title(name: str) -> str:
     """Returns a method's name in tables."""
     return TITLES[name] if name in TITLES else method_lib.METHODS[name].title
+
+
+_FAMILIES = {"captured": "captured while training", "rerank": "second stage"}
+
+
+def family(name: str) -> str:
+    """Returns what a method takes: the kind of work that its cost is for."""
+    if name in TITLES:
+        follows_training = name.startswith(("metagradient", "adjoint", "in_run", "source"))
+        return "through the training" if follows_training else "whole gradients"
+    method = method_lib.METHODS[name]
+    one_pass = "one pass" if method.takes_gradients else "no gradients"
+    return _FAMILIES.get(method.retriever, one_pass)

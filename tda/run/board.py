@@ -1,6 +1,7 @@
 """The board: every method's scores of all units, held against the bank."""
 
 import dataclasses
+import importlib.util
 import json
 
 import jax
@@ -15,7 +16,7 @@ from tda.evaluation.statistics import Interval
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked, best_of, first_rank
 from tda.run import counterfactual, evaluate, stages
-from tda.run.bank_scores import TITLES, BankScores, own_methods, title
+from tda.run.bank_scores import TITLES, BankScores, family, own_methods, title
 from tda.run.counterfactual import Retrained
 from tda.run.run import Run
 from tda.run.workdir import Workdir
@@ -52,8 +53,9 @@ def check(config) -> None:
 def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
     """Trains, retrains, scores by every method, and writes `board.md` and `board.json`.
 
-    Beside them `board.npz`, each retraining's changes of loss as predicted and as they were; and,
-    where a unit is a passage, `counterfactual/results/METHOD.jsonl`, the passages of each method.
+    Beside them `costs.png` and `costs.svg`, LDS and MRR by cost, if matplotlib is installed;
+    `board.npz`, each retraining's changes of loss as predicted and as they were; and, where a unit
+    is a passage, `counterfactual/results/METHOD.jsonl`, the passages of each method.
 
     Args:
         config: the config.
@@ -82,7 +84,7 @@ def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
 
 
 def score(run: Run) -> "_Board":
-    """Retrains, and scores by every method: all that is computed in groups."""
+    """Retrains, which is computed in groups, and scores by every method."""
     bank_scores = BankScores(counterfactual.retrain(run))
     board = _Board(bank_scores, bank_scores.compute())
     if board.config.counterfactual.own_top:
@@ -158,6 +160,9 @@ class _Board:
         with open_atomic(workdir / "board.md") as out:
             out.write(f"{board_report.describe(record)}\n")
         write_arrays(workdir / "board.npz", self.arrays)
+        # Plots are an extra; a board without them is complete.
+        if importlib.util.find_spec("matplotlib"):
+            board_report.draw_costs(record, workdir / "costs")
         # Last: it tells the other tasks of an array that the board is there.
         write_json(workdir / "board.json", plain(record))
         return record
@@ -168,7 +173,8 @@ class _Board:
         record: dict = {"methods": {}, "ceilings": {}, "banks": {}, "agreements": {}}
         for name in scores:
             cost = self._bank_scores.costs.get(name)
-            record["methods"][name] = {"title": title(name), "cost": cost, "lds": {}}
+            about = {"title": title(name), "family": family(name), "cost": cost}
+            record["methods"][name] = about | {"lds": {}}
         for fraction, banks in self.retrained.banks.items():
             changes = {"same order": banks[0].changes_MxQ}
             if len(banks) > 1:

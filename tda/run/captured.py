@@ -91,12 +91,11 @@ class Captured(Retriever):
     def _scores(self, steps: tuple[int, ...], queries_SxQxE: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the scores of all passages for each query in turn, float32 [C]."""
         run, store = self.run, stores.open_store(self._path())
-        rows = TrainingRows.of(
-            run.corpus.training,
+        layout, seed = run.trained.batches or (
             train.total_steps(run.config, run.corpus)[1],
-            run.total_steps,
             run.config.seed,
         )
+        rows = TrainingRows.of(run.corpus.training, layout, run.total_steps, seed)
         passages = _passages_of(run.corpus, rows)
         rate = train.learning_rates(run.config, run.total_steps)
         rates = np.asarray(rate(np.arange(run.total_steps)), np.float32)[rows.steps]

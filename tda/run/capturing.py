@@ -4,14 +4,28 @@ import dataclasses
 
 from flax import nnx
 
+from tda import methods as method_lib
 from tda import store as stores
-from tda.data.batches import BatchLayout
 from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients.capture import Capture
 from tda.gradients.projection import Projection
 from tda.run.run import NO_STORE, Corpus
 from tda.run.workdir import Workdir
 from tda.runtime.fingerprint import fingerprint, plain
+
+
+def check(config) -> None:
+    """Checks, before the training, that it keeps the gradients that the methods rank by.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for method in method_lib.parse(config.methods).values():
+        if method.retriever == "captured" and not config.train.capture:
+            raise ValueError(
+                f"{method.title}: the training has to keep its examples' gradients; give "
+                "train.capture=True, in a new workdir"
+            )
 
 
 def path_of(config, workdir: Workdir, made_from: dict) -> str:
@@ -28,7 +42,7 @@ def make_recorder(
     workdir: Workdir,
     model: nnx.Module,
     made_from: dict,
-    layout: BatchLayout,
+    rows: TrainingRows,
 ) -> Recorder:
     """Returns what keeps the gradients of a training's examples; makes their store.
 
@@ -36,12 +50,11 @@ def make_recorder(
         config, corpus, workdir: the run's.
         model: the model that is trained.
         made_from: JSON values that identify the training.
-        layout: the layout of its batches.
+        rows: the examples of its steps.
     """
     g, table = config.gradients, corpus.training
     projection = Projection(**dict(config.projection))
     capture = Capture(model, projection, g.include or None, g.exclude or None)
-    rows = TrainingRows.of(table, layout, made_from["steps"], config.seed)
     store = stores.create(
         path_of(config, workdir, made_from),
         rows.names(table.ids),

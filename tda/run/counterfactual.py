@@ -330,6 +330,7 @@ def _finished_run(retrained: Retrained) -> Run:
         train.make_optimizer(config, steps),
         mesh,
         plain(identity),
+        (layout_of(config, run.corpus), config.counterfactual.seed),
     )
     corpus = dataclasses.replace(run.corpus, training=run.corpus.passages)
     return dataclasses.replace(run, corpus=corpus, trained=trained)

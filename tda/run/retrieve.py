@@ -149,11 +149,6 @@ def check_run(run: Run) -> None:
     for method in (chosen | first_stage.first_methods(run.config, chosen)).values():
         if method.retriever == "rerank":
             check_sites(run.trained.model, run.sites(method.gradients))
-        if method.retriever == "captured" and not run.config.train.capture:
-            raise ValueError(
-                f"{method.title}: the training has to keep its examples' gradients; give "
-                "train.capture=True, in a new workdir"
-            )
         if not method.takes_gradients:
             continue
         shapes = run.block_shapes(method.gradients)

@@ -52,6 +52,8 @@ class Trained:
     tx: optax.GradientTransformation  # the optimizer that trained it
     mesh: jax.sharding.Mesh  # the model's devices: of each process, if a whole copy fits there
     fingerprint: dict  # JSON values that identify the training
+    batches: tuple[BatchLayout, int] | None = None  # layout and seed of its batches; None: the
+    # config's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +174,7 @@ class Run:
 
     def remove_groups(self) -> None:
         """Removes the files of groups, which are of no use once the rankings are written."""
-        for name in ("groups", "counterfactual/groups"):
-            shutil.rmtree(self.workdir / name, ignore_errors=True)
+        shutil.rmtree(self.workdir / "groups", ignore_errors=True)
 
     @property
     def hessian(self) -> HessianSettings:

@@ -14,7 +14,17 @@ from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
 from tda.reports import kinds, tables
 from tda.retrieval.ranked import Ranked
-from tda.run import corpus, evaluate, index, judging, measures, remembered, retrieve, train
+from tda.run import (
+    capturing,
+    corpus,
+    evaluate,
+    index,
+    judging,
+    measures,
+    remembered,
+    retrieve,
+    train,
+)
 from tda.run.defaults import check_values
 from tda.run.run import Run, Trained
 from tda.run.workdir import Workdir
@@ -103,6 +113,7 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
             the workdir.
         tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part.
     """
+    capturing.check(config)
     with opened(config, workdir, engine) as run:
         return _trace(run)
 

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from tda.data.batches import BatchLayout
+from tda.encoding.captured import TrainingRows
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
@@ -247,7 +248,8 @@ def traced_step(config, steps: int, saved: list[int]) -> int:
 def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, workdir) -> None:
     t, steps, recorder = options(config), made_from["steps"], None
     if t["capture"]:
-        recorder = capturing.make_recorder(config, corpus, workdir, model, made_from, layout)
+        rows = TrainingRows.of(corpus.training, layout, steps, config.seed)
+        recorder = capturing.make_recorder(config, corpus, workdir, model, made_from, rows)
     loop.fit(
         model,
         make_optimizer(config, steps),

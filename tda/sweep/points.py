@@ -15,7 +15,7 @@ from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
 from tda.reports import plots
-from tda.run import defaults, evaluate, retrieve, stages, train
+from tda.run import capturing, defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import metrics, preemption, progress
@@ -219,6 +219,7 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         if is_finished(point, directory):
             return
         stages.check(config)
+        capturing.check(config)
         # Before the files are read: if one changes meanwhile, its digest no longer matches, and
         # the point runs again.
         files = digests.digests(config)

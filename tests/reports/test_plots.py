@@ -48,6 +48,15 @@ def test_lines_are_the_figures_in_order_of_x(tmp_path, drawn):
     assert [t.get_text() for t in legend.get_texts()] == ["a", "b", "best"]
 
 
+def test_named_points_are_not_joined(tmp_path, drawn):
+    line = plots.Line("a", [10.0, 1.0], [0.2, 0.1], [0.1, 0.0], [0.3, 0.2], names=["ten", "one"])
+    plots.draw(tmp_path / "p", [plots.Panel("LDS", [line])], "cost", log_x=True)
+    (axes,) = drawn[0].axes
+    (points,) = axes.get_lines()
+    assert points.get_linestyle() == "None" and list(points.get_xdata()) == [1, 10]
+    assert {t.get_text(): t.xy for t in axes.texts} == {"one": (1, 0.1), "ten": (10, 0.2)}
+
+
 def test_names_have_rows(tmp_path, drawn):
     lines = [
         plots.Line("a", ["z", "y"], [1, 2], [0.5, 1.5], [1.5, 3]),

@@ -172,4 +172,4 @@ def test_methods_of_the_training_need_its_gradients(tmp_path):
     config = make_config(tmp_path)
     config.methods = "captured"
     with pytest.raises(ValueError, match="give train.capture=True, in a new workdir"):
-        stages.prepare(config, Workdir(tmp_path / "w"))
+        stages.trace(config, Workdir(tmp_path / "w"))
