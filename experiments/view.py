@@ -23,6 +23,7 @@ from .launch import WORKDIR, start
 
 _RESULTS = flags.DEFINE_list("results", [], "Results files or URLs; LABEL=FILE sets a title.")
 _EXPORT = flags.DEFINE_string("export", None, "Folder for static files; serves nothing.")
+_QUERIES = flags.DEFINE_integer("queries", 0, "Queries of each file, evenly spaced; 0: all.", 0)
 _NOTES = flags.DEFINE_string("notes", None, "File of notes; WORKDIR/notes.jsonl by default.")
 _PORT = flags.DEFINE_integer("port", 8484, "Port; 0 takes a free one.", 0, 65535)
 _HOST = flags.DEFINE_string(
@@ -41,7 +42,9 @@ def main(_):
     """Opens the results; exports or serves them."""
     # Results that are fetched from URLs lie here while the viewer runs.
     with tempfile.TemporaryDirectory() as folder:
-        collection = opening.collect(WORKDIR.value, _RESULTS.value, _NOTES.value, folder)
+        collection = opening.collect(
+            WORKDIR.value, _RESULTS.value, _NOTES.value, folder, _QUERIES.value
+        )
         for file in collection.files:
             if file.malformed:
                 print(f"{file.path}: {file.malformed:,} malformed lines, shown as such")

@@ -1,6 +1,7 @@
 """Opens the results that the viewer's flags name, and serves them."""
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -17,13 +18,16 @@ from tda.viewer.notes import Notes
 from tda.viewer.server import UPLOAD_LIMIT, create_app
 
 
-def collect(workdir: str | None, results: list[str], notes: str | None, folder: str) -> Collection:
+def collect(
+    workdir: str | None, results: list[str], notes: str | None, folder: str, queries: int = 0
+) -> Collection:
     """Opens a run's directory, results and notes: everything that the flags name.
 
     Args:
         workdir, notes: paths, or None.
         results: paths or URLs, each optionally preceded by `LABEL=`.
-        folder: the folder for downloads.
+        folder: the folder for downloads and shortened files.
+        queries: how many queries of each file to show, evenly spaced; 0 for all.
 
     Raises:
         ValueError, OSError: there is nothing to show, or a file cannot be read.
@@ -49,6 +53,7 @@ def collect(workdir: str | None, results: list[str], notes: str | None, folder: 
     collection = Collection(workdir, None if notes is None else Notes(notes))
     for label, name in sources:
         path = _fetched(name, folder) if download.is_url(name) else name
+        path = _shortened(path, queries, folder) if queries else path
         size = pathlib.Path(path).stat().st_size
         with progress.bar(size, f"open {name}", "B", quiet=size < 64 << 20) as bar:
             collection.add(path, label, on_bytes=bar.update)
@@ -93,6 +98,17 @@ def _answers_of(workdir: str) -> list[pathlib.Path]:
         if (match := re.fullmatch(r"results(?:-(\d+))?\.jsonl", path.name))
     }
     return [path for _, path in sorted(numbered.items())]
+
+
+def _shortened(path: str, queries: int, folder: str) -> str:
+    """Returns a file with some lines of a results file, evenly spaced, under the same name."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rb") as file:
+        lines = [line for line in file if line.strip()]
+    out = pathlib.Path(tempfile.mkdtemp(dir=folder)) / pathlib.Path(path).name.removesuffix(".gz")
+    count = min(queries, len(lines))
+    out.write_bytes(b"".join(lines[i * len(lines) // count] for i in range(count)))
+    return str(out)
 
 
 def _fetched(url: str, folder: str) -> str:

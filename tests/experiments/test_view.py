@@ -72,6 +72,17 @@ def test_answers_to_several_questions_stay_and_are_all_shown(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("queries", [3, 50])
+def test_a_few_queries_stand_for_a_large_file(workdir, tmp_path, queries):
+    """Mistakes: other queries of one file than of the next; the first ones, which are alike."""
+    for name in ("bm25", "trackstar", "mine"):
+        results.write(workdir / "results" / f"{name}.jsonl", records(20, 2, 30))
+    found = opening.collect(str(workdir), [], None, str(tmp_path), queries)
+    rows = [0, 6, 13] if queries == 3 else range(20)
+    for file in found.files:
+        assert file.columns["id"] == [f"q{row:05}" for row in rows]
+
+
 def test_named_files_take_their_place(workdir, tmp_path):
     bm25 = workdir / "results" / "bm25.jsonl"
     found = opening.collect(
