@@ -35,9 +35,8 @@ def read(workdir: pathlib.Path) -> dict | None:
     if (workdir / "config.json").is_file():
         config = _load(workdir / "config.json")
         model, train, data = (config[room] for room in ("model", "train", "data"))
-        size = (
-            model.get("pretrained") or f"{model['size']}, from scratch: {train['epochs']:g} epochs"
-        )
+        epochs = f"{train['epochs']:g} epoch{'' if train['epochs'] == 1 else 's'}"
+        size = model.get("pretrained") or f"{model['size']}, from scratch: {epochs}"
         facts += [
             ["model", size],
             ["corpus", data.get("corpus") or data.get("sentences") or data["name"]],

@@ -30,18 +30,34 @@ function range(numbers) {
 
 const written = (x, { digits, scale = 1, unit = "" }) => `${(scale * x).toFixed(digits)}${unit}`.replace("-", "−");
 
+/** Where names stand beside their points, [{x, y, anchor}], so that none covers another. */
+function placesOfNames(points, width) {
+  const taken = [];
+  return points.map(({ x, y, name }) => {
+    if (!name) return null;
+    // About the width of letters of 12 pixels. Names on the right half stand left of their points.
+    const [wide, isLeft] = [6.8 * name.length, x > width / 2];
+    const places = [-7, 16, -21, 30].map((by) => ({ x: x + (isLeft ? -8 : 8), y: y + by, anchor: isLeft ? "end" : "start" }));
+    const left = (p) => (isLeft ? p.x - wide : p.x);
+    const isFree = (p) => !taken.some((t) => Math.abs(t.y - p.y) < 13 && t.left < left(p) + wide && left(p) < t.left + t.wide);
+    const place = places.find(isFree) ?? places[0];
+    taken.push({ y: place.y, left: left(place), wide });
+    return place;
+  });
+}
+
 /**
  * A scatter plot.
  *
  * @param points [{x, y, title, name, xs, ys}]: `name` is written beside the point; `xs` and `ys`
  *     are the ends of its intervals.
  * @param axes {x, y, description}: titles with units, and what the plot is, for who cannot see it;
- *     {percent: ["y"]} names the axes that are written in percent.
+ *     {percent: ["y"]} names the axes that are written in percent; {shape} is height by width.
  */
-export function scatter(points, { x, y, description, percent = [] }) {
+export function scatter(points, { x, y, description, percent = [], shape = 0.8 }) {
   // Letters keep their size: a narrow page gets a smaller drawing and not a shrunken one.
   const width = Math.min(520, document.documentElement.clientWidth - 40);
-  const height = Math.round(0.8 * width);
+  const height = Math.round(shape * width);
   const box = { left: 64, right: width - 12, top: 12, bottom: height - 52 };
   const xRange = range(points.flatMap((p) => [p.x, ...(p.xs ?? [])]));
   const yRange = range(points.flatMap((p) => [p.y, ...(p.ys ?? [])]));
@@ -57,15 +73,15 @@ export function scatter(points, { x, y, description, percent = [] }) {
   const middle = (box.top + box.bottom) / 2;
   const title = text(0, 0, y);
   title.setAttribute("transform", `translate(14 ${middle}) rotate(-90)`);
+  const names = placesOfNames(points.map((p) => ({ x: across(p.x), y: up(p.y), name: p.name })), width);
   return h("div.scatter", {}, s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description },
     axis("x", xRange, (v, name) => [line(across(v), box.top, across(v), box.bottom, v ? "grid" : "zero"), text(across(v), box.bottom + 18, name)]),
     axis("y", yRange, (v, name) => [line(box.left, up(v), box.right, up(v), v ? "grid" : "zero"), text(box.left - 6, up(v) + 4, name, "end")]),
     text((box.left + box.right) / 2, height - 10, x), title,
-    points.map((p) => [
+    points.map((p, i) => [
       p.xs && line(across(p.xs[0]), up(p.y), across(p.xs[1]), up(p.y), "interval"),
       p.ys && line(across(p.x), up(p.ys[0]), across(p.x), up(p.ys[1]), "interval"),
       s("circle", { cx: across(p.x), cy: up(p.y), r: 4 }, s("title", {}, p.title)),
-      // Names on the right half stand left of their points, inside the plot.
-      p.name && text(across(p.x) + (across(p.x) > width / 2 ? -8 : 8), up(p.y) - 7, p.name, across(p.x) > width / 2 ? "end" : "start"),
+      names[i] && text(names[i].x, names[i].y, p.name, names[i].anchor),
     ])));
 }

@@ -69,6 +69,7 @@ function story({ facts, methods }) {
       x: "MRR: finds passages that state the fact",
       y: "tail-patch: change of p(target)",
       percent: ["y"],
+      shape: 0.6,
       description: "Tail-patch against MRR, a point for each method with its 95% intervals",
     }));
 }
