@@ -14,6 +14,7 @@ from flax import nnx
 
 from tda import results
 from tda.data.joining import join
+from tda.data.rows import Query
 from tda.live.heat import Heat
 from tda.live.speaker import Speaker
 from tda.methods import METHODS, Method
@@ -24,6 +25,9 @@ from tda.run.registry import retriever_of
 from tda.run.remembered import LiveError
 from tda.run.retrievers import Queries, Retriever
 from tda.runtime.progress import Progress
+
+# Passages shown on either side of one, in its document: about a screen of text.
+_NEIGHBOURS = 3
 
 __all__ = ["LiveError", "LiveRun", "open_workdir"]
 
@@ -110,21 +114,21 @@ class LiveRun:
         }
 
     def complete(self, progress: Progress, prompt: str, tokens: int) -> dict:
-        """Returns the model's own completion of a prompt."""
+        """Returns the model's own completion of a prompt, and the prompt's tokens."""
         self._open(progress)
         steps = self.speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
         answers = self.speaker.answers(prompt)
-        return {"steps": steps[:-1] if ended else steps, "ended": ended, "answers": answers}
+        ids = self.speaker.ids_of(prompt)
+        steps = steps[:-1] if ended else steps
+        return {"prompt": ids, "steps": steps, "ended": ended, "answers": answers}
 
-    def trace(
-        self, progress: Progress, prompt: str, target: str, methods: list[str], k: int
-    ) -> dict:
+    def trace(self, progress: Progress, query: Query, methods: list[str], k: int) -> dict:
         """Returns the passages of a question by method, as results records."""
         self._open(progress)
         chosen = parse_methods(",".join(methods))
-        likelihood = self.speaker.likelihood(prompt, target)
-        records = self.records(prompt, target, chosen, k, progress)
+        likelihood = self.speaker.likelihood(query)
+        records = self.records(query, chosen, k, progress)
         return {
             "probability": math.exp(-likelihood["nats"]),
             "rank": likelihood["rank"],
@@ -134,12 +138,12 @@ class LiveRun:
         }
 
     def records(
-        self, prompt: str, target: str, methods: dict[str, Method], k: int, progress: Progress
+        self, query: Query, methods: dict[str, Method], k: int, progress: Progress
     ) -> dict[str, dict]:
         """Returns the passages of a question by method, as results records.
 
         Args:
-            prompt, target: the question.
+            query: the question.
             methods: the methods by name.
             k: the number of proponents, and of opponents.
             progress: called as the search advances; an exception that it raises stops the search.
@@ -150,7 +154,7 @@ class LiveRun:
         for name, method in methods.items():
             if why := self.lacks(method):
                 raise ValueError(f"{name}: {why}")
-        queries = self._queries(prompt, target)
+        queries = self._queries(query)
         groups: dict[str, dict[str, Method]] = {}
         for name, method in methods.items():
             groups.setdefault(method.searched_by, {})[name] = method
@@ -158,15 +162,23 @@ class LiveRun:
         for group in groups.values():
             retriever = self._retriever(next(iter(group.values())))
             for name, result in retriever.search(queries, group, k, progress).items():
-                records[name] = self._record(prompt, target, queries, result.ranked)
+                records[name] = self._record(query, queries, result.ranked)
         return records
 
-    def _queries(self, prompt: str, target: str) -> Queries:
-        table = self.speaker.query(prompt, target)
-        number = self.run.corpus.known.number(prompt, target)
-        return Queries(table, [join(prompt, target, self.speaker.joiner)], [number], {})
+    def _queries(self, query: Query) -> Queries:
+        table, known = self.speaker.table(query), self.run.corpus.known
+        number = known.number(query.prompt, query.target)
+        text = join(query.prompt, query.target, self.speaker.joiner)
+        if query.tokens is not None:
+            text = query.prompt + query.target
+            if number is not None:
+                # A text that the run asked may have been generated as other tokens.
+                as_asked = Query(query.id, known.prompts[number], known.targets[number])
+                if list(self.speaker.table(as_asked).tokens) != list(table.tokens):
+                    number = None
+        return Queries(table, [text], [number], {})
 
-    def _record(self, prompt: str, target: str, queries: Queries, ranked: Ranked) -> dict:
+    def _record(self, query: Query, queries: Queries, ranked: Ranked) -> dict:
         corpus, (number,) = self.run.corpus, queries.numbers
 
         def passages(rows_K, scores_K):
@@ -186,14 +198,43 @@ class LiveRun:
         return results.record(
             f"live: {queries.texts[0]}",
             "live",
-            prompt,
-            target,
+            query.prompt,
+            query.target,
             passages(ranked.proponents[0], ranked.proponent_scores[0]),
             passages(ranked.opponents[0], ranked.opponent_scores[0]),
             **more,
         )
 
-    def heat(self, progress: Progress, prompt: str, target: str, method: str, passage: str) -> dict:
+    def context(self, progress: Progress, passage: str) -> dict:
+        """Returns the text around a passage in its document.
+
+        Returns:
+            {"before", "after"}: the texts of up to `_NEIGHBOURS` passages on either side, in the
+            document's order; {"earlier", "later"}: how many more the document has.
+
+        Raises:
+            ValueError: the passage is unknown, or the workdir keeps no texts.
+        """
+        self._open(progress)
+        store = self.run.corpus.store
+        if store is None:
+            raise LiveError("the workdir holds no store, which would have the documents' texts")
+        try:
+            row = store.row_of(passage)
+        except KeyError as error:
+            raise ValueError(f"the store has no passage {passage!r}") from error
+        rows = store.rows_of_document(store.passages([row])[0].document)
+        at = rows.index(row)
+        first, stop = max(0, at - _NEIGHBOURS), at + 1 + _NEIGHBOURS
+        texts = [p.text or "" for p in store.passages(rows[first:stop])]
+        return {
+            "before": texts[: at - first],
+            "after": texts[at - first + 1 :],
+            "earlier": first,
+            "later": max(0, len(rows) - stop),
+        }
+
+    def heat(self, progress: Progress, query: Query, method: str, passage: str) -> dict:
         """Returns how much each position of a passage adds to its score; see `Heat.split`.
 
         Raises:
@@ -213,4 +254,4 @@ class LiveRun:
                 f"{chosen.title}: its scores are not inner products of one gradient per passage "
                 f"and cannot be split by position; choose one of {', '.join(self.heat_methods)}"
             )
-        return self._heat.split(self._queries(prompt, target), chosen, passage, progress)
+        return self._heat.split(self._queries(query), chosen, passage, progress)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tda.data import batches, tokens
 from tda.data.joining import join
+from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import target_statistics
 from tda.runtime.progress import Progress, silent
@@ -43,29 +44,41 @@ class Speaker:
             on_progress: called with the number of tokens so far.
 
         Returns:
-            For each step {"token", "probability", "others", "target"}; "others" lists the
-            alternatives, each with its "token" and "probability"; "target" asks for the completion
-            up to this step: joined to the prompt, it gives the text that the model produced.
+            For each step {"id", "token", "probability", "others"}: the token's id, the text that it
+            adds, and the alternatives, each with its "token" and "probability". A character of
+            several tokens stands at the last of them.
 
         Raises:
             ValueError: the prompt does not fit the context, or is empty and the tokenizer has no
                 token that begins a text.
         """
-        ids = self._ids_of(prompt)
-        steps: list[dict] = []
-        text = ""
+        start = self.ids_of(prompt)
+        ids, steps = list(start), []
         while len(steps) < count and len(ids) <= self.context:
             on_progress("completing", len(steps), count)
             p_V = _softmax(self._logits_of(ids)[-1])
             order = np.argsort(-p_V, kind="stable")[: alternatives + 1].tolist()
             candidates = [{"token": self.shown(i), "probability": float(p_V[i])} for i in order]
-            text += candidates[0]["token"]
-            target = self._target(prompt, text)
-            steps.append(candidates[0] | {"others": candidates[1:], "target": target})
+            steps.append(candidates[0] | {"id": order[0], "others": candidates[1:]})
             if order[0] == self.tokenizer.eos:
                 break
             ids.append(order[0])
+        said = [step["id"] for step in steps]
+        for step, text in zip(steps, self._texts_of(start, said), strict=True):
+            step["token"] = text
         return steps
+
+    def _texts_of(self, before: list[int], said: list[int]) -> list[str]:
+        """Returns the text that each token adds to those before it."""
+        texts, shown, ids = [], self.tokenizer.decode(before), list(before)
+        for token in said:
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            # U+FFFD: the first bytes of a character whose others are in the next token.
+            is_part = text.endswith("\ufffd") and token not in self._special
+            texts.append(self._special.get(token) or ("" if is_part else text[len(shown) :]))
+            shown = shown if is_part else text
+        return texts
 
     def answers(self, prompt: str, count: int = 4, longest: int = 8) -> list[dict]:
         """Returns whole words that the model may say next, likeliest first.
@@ -79,11 +92,12 @@ class Speaker:
             longest: the most tokens of an answer.
 
         Returns:
-            [{"target", "probability"}]: targets as in `complete`, and p(target | prompt).
+            [{"target", "probability", "ids"}]: a target that, joined to the prompt, gives the text
+            that the model produced, p(target | prompt), and its tokens.
         """
-        start = self._ids_of(prompt)
+        start = self.ids_of(prompt)
         first_V = _softmax(self._logits_of(start)[-1])
-        answers: dict[str, float] = {}
+        answers: dict[str, dict] = {}
         for token in np.argsort(-first_V, kind="stable")[:count].tolist():
             ids, text, probability = list(start), "", float(first_V[token])
             while token not in self._special and _goes_on(text, self.shown(token)):
@@ -96,11 +110,17 @@ class Speaker:
                 if _goes_on(text, self.shown(token)):
                     probability *= float(p_V[token])
             if text.strip():
-                answers.setdefault(self._target(prompt, text), probability)
-        listed = sorted(answers.items(), key=lambda item: -item[1])
-        return [{"target": t, "probability": p} for t, p in listed]
+                target = self._target(prompt, text)
+                answer = {"target": target, "probability": probability, "ids": ids[len(start) :]}
+                answers.setdefault(target, answer)
+        return sorted(answers.values(), key=lambda answer: -answer["probability"])
 
-    def _ids_of(self, prompt: str) -> list[int]:
+    def ids_of(self, prompt: str) -> list[int]:
+        """Returns the tokens of a prompt that is to be completed.
+
+        Raises:
+            ValueError: as `complete`.
+        """
         (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
         ids = [*self.tokenizer.begin, *ids]
         if not ids:
@@ -149,9 +169,9 @@ class Speaker:
         """The layout of batches of one question."""
         return batches.BatchLayout(batches.buckets(self.context), 1, self.tokenizer.pad)
 
-    def likelihood(self, prompt: str, target: str) -> dict:
+    def likelihood(self, query: Query) -> dict:
         """Returns {"nats", "rank"} of a target; see `tda.evaluation.likelihood`."""
-        table = self.query(prompt, target)
+        table = self.table(query)
         length = self.bucket(int(table.lengths[0]) - 1)
         batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
         # The same function completes prompts, so it is usually compiled by now.
@@ -159,14 +179,18 @@ class Speaker:
         (nats,), (rank,) = target_statistics(logits_1xTxV, batch.targets, batch.weights)
         return {"nats": float(nats), "rank": int(rank)}
 
-    def query(self, prompt: str, target: str) -> tokens.TokenTable:
+    def table(self, query: Query) -> tokens.TokenTable:
         """Returns a question as a table of one sequence.
 
         Raises:
-            ValueError: it does not fit the context, or the target has no token.
+            ValueError: it does not fit the context, the target has no token, or a token is none of
+                the tokenizer's.
         """
-        question = [("question", prompt, target)]
-        return tokens.tokenise_queries(question, self.tokenizer, self.context, self.joiner)
+        ids = [] if query.tokens is None else [i for part in query.tokens for i in part]
+        size = self.tokenizer.vocab_size
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"{unknown[0]} is no token id; this tokenizer's are below {size}")
+        return tokens.tokenise_queries([query], self.tokenizer, self.context, self.joiner)
 
 
 def _goes_on(text: str, token: str) -> bool:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from tda.data.rows import Query
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.guard import Guard
@@ -55,12 +56,13 @@ class Live(Protocol):
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
         """Returns the model's own completion of a prompt, and whole words that it may say."""
 
-    def trace(
-        self, progress: Callable, prompt: str, target: str, methods: list[str], k: int
-    ) -> dict:
+    def trace(self, progress: Callable, query: Query, methods: list[str], k: int) -> dict:
         """Returns the passages of each method, as results records."""
 
-    def heat(self, progress: Callable, prompt: str, target: str, method: str, passage: str) -> dict:
+    def context(self, progress: Callable, passage: str) -> dict:
+        """Returns the texts before and after a passage in its document."""
+
+    def heat(self, progress: Callable, query: Query, method: str, passage: str) -> dict:
         """Returns the share of a passage's score that each of its positions carries."""
 
 
@@ -284,15 +286,31 @@ def _integer(body: dict, field: str, most: int) -> int:
     return value
 
 
+def _query(body: dict, field: str) -> Query:
+    """Reads a question: its texts, and its tokens if the model itself produced it."""
+    value = body.get(field)
+    if not isinstance(value, dict):
+        raise HTTPException(400, f"{field!r} must be an object")
+    tokens = value.get("tokens")
+    if tokens is not None:
+        is_pair = isinstance(tokens, list) and len(tokens) == 2
+        if not is_pair or not all(isinstance(part, list) for part in tokens):
+            raise HTTPException(400, "'tokens' must be the ids of prompt and target")
+        if not all(type(i) is int for part in tokens for i in part):
+            raise HTTPException(400, "'tokens' must hold whole numbers")
+        tokens = tuple(map(tuple, tokens))
+    return Query("question", _text(value, "prompt"), _text(value, "target"), tokens)
+
+
 # The arguments of each method of `Live`, in order, and what reads them from a request.
 _LIVE_ARGUMENTS: dict[str, dict[str, Callable]] = {
     "describe": {},
     "complete": {"prompt": _text, "tokens": functools.partial(_integer, most=64)},
     "trace": {
-        "prompt": _text,
-        "target": _text,
+        "query": _query,
         "methods": _texts,
         "k": functools.partial(_integer, most=100),
     },
-    "heat": {"prompt": _text, "target": _text, "method": _text, "passage": _text},
+    "context": {"passage": _text},
+    "heat": {"query": _query, "method": _text, "passage": _text},
 }

@@ -9,6 +9,7 @@ from absl.testing import flagsaver
 
 from experiments import ask
 from tda import results
+from tda.data.rows import Query
 from tda.live import finished_run
 from tda.model import functional, generation, pretrained
 from tda.run import corpus, stages, train
@@ -65,8 +66,8 @@ def check_live(workdir, names):
     answers = finished_run.open_workdir(workdir)
     expected = {n: list(results.read(workdir / "results" / f"{n}.jsonl"))[1] for n in names}
     record = expected[names[0]]
-    question = record["inputs_plaintext"], record["targets_plaintext"]
-    found = answers.trace(lambda *told: None, *question, names, 10)["methods"]
+    question = Query("", record["inputs_plaintext"], record["targets_plaintext"])
+    found = answers.trace(lambda *told: None, question, names, 10)["methods"]
     for name, got in ((m["name"], m["record"]) for m in found):
         scores = expected[name]["proponent_scores"]
         scale = max(map(abs, scores))
@@ -75,7 +76,7 @@ def check_live(workdir, names):
             got["proponent_scores"], scores, rtol=2e-3, atol=1e-3 * scale, err_msg=name
         )
         assert got["proponent_ids"][0] == expected[name]["proponent_ids"][0]
-    assert answers.complete(lambda *told: None, question[0], 2)["steps"]
+    assert answers.complete(lambda *told: None, question.prompt, 2)["steps"]
 
 
 @pytest.mark.slow

@@ -2,15 +2,18 @@
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
 
 from tda import results
+from tda.data.rows import Query
 from tda.live import finished_run, heat
 from tda.methods import METHODS
 from tda.run import remembered, stages
 from tda.run.workdir import Workdir
+from tda.store import Passage
 from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
 from tda.viewer.notes import Notes
@@ -46,12 +49,14 @@ def of_batch(workdir, name):
     return list(results.read(workdir / "results" / f"{name}.jsonl"))
 
 
+def question_of(record, tokens=None):
+    return Query("question", record["inputs_plaintext"], record["targets_plaintext"], tokens)
+
+
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
     asked = of_batch(workdir, "bm25")[number]
-    found = run.trace(
-        silent, asked["inputs_plaintext"], asked["targets_plaintext"], list(NAMES), 10
-    )
+    found = run.trace(silent, question_of(asked), list(NAMES), 10)
     assert [m["name"] for m in found["methods"]] == list(NAMES)
     for method in found["methods"]:
         expected, got = of_batch(workdir, method["name"])[number], method["record"]
@@ -65,6 +70,40 @@ def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
             assert got[f"{kind}s"] == expected[f"{kind}s"]
 
 
+def test_a_generated_span_is_traced_by_its_own_tokens(workdir, run):
+    """Mistakes: the span encoded again; another tokenisation given the run's own gradient."""
+    asked = of_batch(workdir, "grad_cos")[0]
+    table = run.speaker.table(question_of(asked))
+    prompt, target = (tuple(table.tokens[m].tolist()) for m in (~table.scored, table.scored))
+    as_encoded = question_of(asked, (prompt, target))
+    record = run.trace(silent, as_encoded, ["grad_cos"], 10)["methods"][0]["record"]
+    assert record["proponent_ids"] == asked["proponent_ids"] and "proponent_correct" in record
+    letters = run.speaker.tokenizer.encode_spans([asked["targets_plaintext"][:1]])[0][0]
+    as_letters = question_of(asked, (prompt, (*target, *letters)))
+    other = run.trace(silent, as_letters, ["grad_cos"], 10)["methods"][0]["record"]
+    assert "proponent_correct" not in other
+    assert other["proponent_scores"] != pytest.approx(record["proponent_scores"], rel=1e-3)
+    heat = run.heat(silent, as_letters, "grad_cos", other["proponent_ids"][0])
+    assert heat["score"] == pytest.approx(other["proponent_scores"][0], rel=1e-3)
+
+
+def test_a_passages_document_is_around_it(run, monkeypatch):
+    """Documents of seven passages and of one."""
+    texts = {"d": [f"d{i}" for i in range(7)], "e": ["e"]}
+    passages = [Passage(f"{d}#{i}", d, t) for d, ts in texts.items() for i, t in enumerate(ts)]
+    store = types.SimpleNamespace(
+        row_of=lambda name: {p.id: i for i, p in enumerate(passages)}[name],
+        rows_of_document=lambda name: [i for i, p in enumerate(passages) if p.document == name],
+        passages=lambda rows: [passages[r] for r in rows],
+    )
+    monkeypatch.setattr(run.run.corpus, "store", store)
+    found = run.context(silent, "d#4")
+    assert found == {"before": ["d1", "d2", "d3"], "after": ["d5", "d6"], "earlier": 1, "later": 0}
+    assert run.context(silent, "e#0") == {"before": [], "after": [], "earlier": 0, "later": 0}
+    with pytest.raises(ValueError, match="no passage 'zz'"):
+        run.context(silent, "zz")
+
+
 def test_the_settings_of_r_are_the_runs(workdir, run):
     """Guards: defaults taken in the place of the run's own config."""
     asked = of_batch(workdir, "trackstar")[0]
@@ -74,27 +113,27 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
     other["hessian"]["damping"] = 1e-3
     live = finished_run.LiveRun(workdir, other)
     chosen = {"trackstar": METHODS["trackstar"]}
-    question = asked["inputs_plaintext"], asked["targets_plaintext"]
-    differing = live.records(*question, chosen, 10, silent)["trackstar"]["proponent_scores"]
+    question = question_of(asked)
+    differing = live.records(question, chosen, 10, silent)["trackstar"]["proponent_scores"]
     assert np.abs(np.subtract(differing, asked["proponent_scores"])).max() > 1e-3
 
 
 def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run):
     for asked in of_batch(workdir, "bm25"):
-        question = asked["inputs_plaintext"], asked["targets_plaintext"]
-        found = run.speaker.likelihood(*question)
+        question = question_of(asked)
+        found = run.speaker.likelihood(question)
         assert found["nats"] == pytest.approx(asked["target_nats"], rel=1e-4)
         assert found["rank"] == asked["target_rank"]
 
 
 def test_r_is_kept_and_read_again(workdir, run):
     asked = of_batch(workdir, "trackstar")[1]
-    question = asked["inputs_plaintext"], asked["targets_plaintext"]
-    run.trace(silent, *question, ["trackstar"], 10)
+    question = question_of(asked)
+    run.trace(silent, question, ["trackstar"], 10)
     kept = sorted((workdir / "live").glob("inverse-root-*.npz"))
     assert kept and not list((workdir / "live").glob("*.part"))
     again, told = finished_run.open_workdir(workdir), []
-    found = again.trace(lambda *t: told.append(t[0]), *question, ["trackstar"], 10)
+    found = again.trace(lambda *t: told.append(t[0]), question, ["trackstar"], 10)
     assert "reading R" in told and "R of the passages" not in told
     again = found["methods"][0]["record"]["proponent_scores"]
     np.testing.assert_allclose(again, asked["proponent_scores"], rtol=1e-4, atol=1e-5)
@@ -104,8 +143,8 @@ def test_r_is_kept_and_read_again(workdir, run):
 def test_heat_sums_to_the_score(workdir, run, name):
     for asked in of_batch(workdir, name)[:2]:
         for i in (0, 7):
-            question = asked["inputs_plaintext"], asked["targets_plaintext"]
-            found = run.heat(silent, *question, name, asked["proponent_ids"][i])
+            question = question_of(asked)
+            found = run.heat(silent, question, name, asked["proponent_ids"][i])
             scale = max(map(abs, asked["proponent_scores"]))
             assert found["score"] == pytest.approx(
                 asked["proponent_scores"][i], rel=1e-3, abs=1e-4 * scale
@@ -119,7 +158,7 @@ def test_heat_sums_to_the_score(workdir, run, name):
 def test_heat_tells_where_a_passage_is_read_otherwise(run, monkeypatch):
     other = np.asarray([1, 9, 9, 9, 9]), list("abcde")
     monkeypatch.setattr(heat, "tokens_of", lambda store, row, speaker: other)
-    found = run.heat(silent, "The capital of France is", "Paris", "grad_dot", "s00")
+    found = run.heat(silent, Query("", "The capital of France is", "Paris"), "grad_dot", "s00")
     assert not found["faithful"]
 
 
@@ -141,15 +180,15 @@ def test_what_can_be_asked_is_described(run):
 
 def test_refusals(workdir, run, tmp_path):
     with pytest.raises(ValueError, match="unknown method 'bert'"):
-        run.trace(silent, "a", "b", ["bert"], 3)
+        run.trace(silent, Query("", "a", "b"), ["bert"], 3)
     with pytest.raises(ValueError, match="the context has 32"):
-        run.trace(silent, "long " * 60, "b", ["grad_cos"], 3)
+        run.trace(silent, Query("", "long " * 60, "b"), ["grad_cos"], 3)
     with pytest.raises(ValueError, match="has no token"):
-        run.trace(silent, "a", " ", ["grad_cos"], 3)
+        run.trace(silent, Query("", "a", " "), ["grad_cos"], 3)
     with pytest.raises(ValueError, match="no passage 'zz'"):
-        run.heat(silent, "a", "b", "grad_cos", "zz")
+        run.heat(silent, Query("", "a", "b"), "grad_cos", "zz")
     with pytest.raises(ValueError, match="BM25 uses no gradients"):
-        run.heat(silent, "a", "b", "bm25", "s00")
+        run.heat(silent, Query("", "a", "b"), "bm25", "s00")
     with pytest.raises(ValueError, match="the context 32"):
         run.complete(silent, "long " * 60, 3)
     assert finished_run.open_workdir(tmp_path) is None
@@ -161,7 +200,7 @@ def test_a_search_ends_when_it_is_not_wanted(run):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run.trace(progress, "The capital of France is", "Paris", ["grad_cos"], 3)
+        run.trace(progress, Query("", "The capital of France is", "Paris"), ["grad_cos"], 3)
 
 
 def test_stores_that_are_not_this_models_are_not_asked(workdir, tmp_path):
@@ -191,8 +230,8 @@ def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory)
         config.projection.seed = seed
         stages.trace(config, Workdir(folder))
         (asked, *_) = of_batch(folder, "grad_cos")
-        question = asked["inputs_plaintext"], asked["targets_plaintext"]
-        found = finished_run.open_workdir(folder).trace(silent, *question, ["grad_cos"], 10)
+        question = question_of(asked)
+        found = finished_run.open_workdir(folder).trace(silent, question, ["grad_cos"], 10)
         assert found["methods"][0]["record"]["proponent_ids"] == asked["proponent_ids"]
 
 

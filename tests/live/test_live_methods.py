@@ -12,6 +12,7 @@ import pytest
 
 from tda import results
 from tda import store as stores
+from tda.data.rows import Query
 from tda.live import finished_run
 from tda.methods import METHODS
 from tda.run import remembered, stages, train
@@ -24,7 +25,7 @@ NAMES = (
     "trackstar_disjoint,trackstar_margin,ekfac,logra_cos,hidden_last,hidden_middle,"
     "random,length,gradient_norm"
 ).split(",")
-OWN = ("The capital of Norway is", "Paris")
+OWN = Query("own", "The capital of Norway is", "Paris")
 
 
 class Words:
@@ -84,7 +85,7 @@ def of_batch(workdir, name, number):
 
 def asked(workdir, number=0):
     record = of_batch(workdir, "bm25", number)
-    return record["inputs_plaintext"], record["targets_plaintext"]
+    return Query("asked", record["inputs_plaintext"], record["targets_plaintext"])
 
 
 def check(found, workdir, number):
@@ -118,7 +119,7 @@ def linked(workdir, folder, *names):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_querys_answers_are_those_of_the_run(workdir, run, number):
-    found = run.trace(silent, *asked(workdir, number), NAMES, 10)
+    found = run.trace(silent, asked(workdir, number), NAMES, 10)
     assert [m["name"] for m in found["methods"]] == NAMES
     assert any(m["record"]["proponent_correct"] for m in found["methods"])
     check(found, workdir, number)
@@ -127,7 +128,7 @@ def test_a_querys_answers_are_those_of_the_run(workdir, run, number):
 def test_the_halves_are_the_runs(workdir, run):
     """Guards: a query whitened by the half that it is in. Each half has two of the four."""
     for number in range(4):
-        check(run.trace(silent, *asked(workdir, number), ["trackstar_disjoint"], 10), workdir,
+        check(run.trace(silent, asked(workdir, number), ["trackstar_disjoint"], 10), workdir,
               number)  # fmt: skip
 
 
@@ -138,19 +139,19 @@ def test_the_cutoff_is_the_configs(workdir, tmp_path):
     config, scores = remembered.config_of(workdir), []
     for config["hessian"]["damping"], config["hessian"]["cutoff"] in ((1e-3, 0.0), (1e-3, 0.5)):
         live = finished_run.LiveRun(folder, config)
-        found = live.records(*asked(workdir), {"exp4": METHODS["exp4"]}, 10, silent)["exp4"]
+        found = live.records(asked(workdir), {"exp4": METHODS["exp4"]}, 10, silent)["exp4"]
         scores.append(found["proponent_scores"])
     assert np.abs(np.subtract(*scores)).max() > 1e-2
 
 
 def test_another_question_is_scored_with_all_queries(run):
     names = ["trackstar", "trackstar_all", "trackstar_leave_one_out", "trackstar_disjoint"]
-    found = run.trace(silent, *OWN, [*names, "annotated", "random"], 10)["methods"]
+    found = run.trace(silent, OWN, [*names, "annotated", "random"], 10)["methods"]
     *records, annotated, random = [m["record"] for m in found]
     assert records[0] == records[1] == records[2] == records[3]
     assert not any("proponent_correct" in m["record"] for m in found)
     assert not annotated["proponents"]
-    assert random == run.trace(silent, *OWN, ["random"], 10)["methods"][0]["record"]
+    assert random == run.trace(silent, OWN, ["random"], 10)["methods"][0]["record"]
 
 
 def test_what_was_not_kept_is_made_once(workdir, tmp_path):
@@ -166,10 +167,10 @@ def test_what_was_not_kept_is_made_once(workdir, tmp_path):
     for _ in range(2):
         told.append(set())
         again = finished_run.open_workdir(folder)
-        found = again.trace(lambda *t: told[-1].add(t[0]), *asked(workdir), names, 10)
+        found = again.trace(lambda *t: told[-1].add(t[0]), asked(workdir), names, 10)
         check(found, workdir, 0)
         # A query of the run has its gradient in a store; another question's is encoded.
-        again.trace(lambda *t: told[-1].add(t[0]), *OWN, names, 10)
+        again.trace(lambda *t: told[-1].add(t[0]), OWN, names, 10)
     made = {f"{what} of the passages" for what in ("hidden states", "sentence vectors")}
     made |= {"reading the run's corpus", "estimating second moments"}
     assert made <= told[0] and not made & told[1]
@@ -184,14 +185,14 @@ def test_files_that_are_gone_are_told(workdir, tmp_path):
     live = finished_run.LiveRun(folder, config)
     hidden = {"hidden_last": METHODS["hidden_last"]}
     with pytest.raises(finished_run.LiveError, match="needs the files that the run .*gone.jsonl"):
-        live.records(*asked(workdir), hidden, 10, silent)
+        live.records(asked(workdir), hidden, 10, silent)
 
 
 def test_heat_of_a_query_whose_part_is_taken_out(workdir, run):
     for name in ("trackstar_leave_one_out", "trackstar_disjoint", "trackstar_margin"):
         record = of_batch(workdir, name, 1)
         for i in (0, 5):
-            heat = run.heat(silent, *asked(workdir, 1), name, record["proponent_ids"][i])
+            heat = run.heat(silent, asked(workdir, 1), name, record["proponent_ids"][i])
             scale = max(map(abs, record["proponent_scores"]))
             expected = pytest.approx(record["proponent_scores"][i], rel=2e-3, abs=2e-3 * scale)
             assert heat["score"] == expected and heat["sum"] == expected and heat["faithful"]
@@ -204,7 +205,7 @@ def test_what_cannot_be_asked_says_why(workdir, run):
     assert lacks["trak"].startswith("it sums over the checkpoints")
     assert "of the logit" in lacks["trackstar_logit"]
     with pytest.raises(ValueError, match="have no parts by position"):
-        run.heat(silent, *asked(workdir), "ekfac", "s00")
+        run.heat(silent, asked(workdir), "ekfac", "s00")
 
 
 def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
@@ -214,7 +215,7 @@ def test_a_run_without_a_store_is_asked_by_what_needs_none(workdir, tmp_path):
     config["store"]["dtype"] = "none"
     live = finished_run.LiveRun(folder, config)
     chosen = {n: METHODS[n] for n in names}
-    found = live.records(*asked(workdir), chosen, 10, silent)
+    found = live.records(asked(workdir), chosen, 10, silent)
     check({"methods": [{"name": n, "record": r} for n, r in found.items()]}, workdir, 0)
     assert "no store of gradients" in live.lacks(METHODS["grad_cos"])
 
@@ -224,7 +225,7 @@ def test_withdrawn_passages_are_found_by_nothing(workdir, tmp_path):
     shutil.copytree(workdir, folder)
     for path in (folder / "stores").glob("corpus-*"):
         stores.open_store(path).withdraw(["s00"])
-    found = finished_run.open_workdir(folder).trace(silent, *asked(workdir), NAMES, 12)
+    found = finished_run.open_workdir(folder).trace(silent, asked(workdir), NAMES, 12)
     for method in found["methods"]:
         if method["name"] != "annotated":  # labels are not searched
             assert len(method["record"]["proponent_ids"]) == 11, method["name"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tda.data import tokens
+from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import Likelihood
 from tda.live.speaker import Speaker
@@ -43,7 +44,7 @@ def test_likelihood_is_that_of_the_evaluation(speaker_and_model):
     prompts = tokens.tokenise_queries(QUESTIONS, speaker.tokenizer, CONTEXT)
     expected = Likelihood(model, speaker.layout)(prompts)
     for q, (_, prompt, target) in enumerate(QUESTIONS):
-        likelihood = speaker.likelihood(prompt, target)
+        likelihood = speaker.likelihood(Query("", prompt, target))
         assert likelihood["nats"] == pytest.approx(float(expected.nats[q]), rel=1e-5)
         assert likelihood["rank"] == expected.ranks[q]
 
@@ -71,33 +72,60 @@ def test_answers_are_whole_words_with_their_probability(speaker_and_model, monke
     np.testing.assert_allclose([a["probability"] for a in answers], [0.75, 0.25], rtol=1e-3)
 
 
+def saying(monkeypatch, speaker, prompt, said):
+    """Has the model say these tokens after a prompt, whatever it was trained to say."""
+    start = len(speaker.ids_of(prompt))
+    vocabulary = np.eye(speaker.tokenizer.vocab_size)
+    after = [*said, speaker.tokenizer.eos]
+    monkeypatch.setattr(speaker, "_logits_of", lambda ids: vocabulary[[after[len(ids) - start]]])
+
+
 @pytest.mark.parametrize("joiner", [None, "", " "])
-def test_a_completions_target_asks_for_what_the_model_said(speaker_and_model, joiner, monkeypatch):
+def test_an_answer_asks_for_what_the_model_said(speaker_and_model, joiner, monkeypatch):
     """Guards: a space that the run does not put there cut off the model's own words."""
     plain, model = speaker_and_model
-    tokenizer = plain.tokenizer
-    speaker = Speaker(model, tokenizer, CONTEXT, joiner)
-    # Logits that say " Paris." after any prompt.
-    (said,) = tokenizer.encode(["Paris."])
-    start = 1 + len(tokenizer.encode(["The capital of France is"])[0])
-    monkeypatch.setattr(
-        speaker, "_logits_of", lambda ids: np.eye(tokenizer.vocab_size)[[said[len(ids) - start]]]
+    prompt = "The capital of France is"
+    speaker = Speaker(model, plain.tokenizer, CONTEXT, joiner)
+    (said,) = plain.tokenizer.encode(["Paris"])
+    saying(monkeypatch, speaker, prompt, said)
+    answer = speaker.answers(prompt, 1)[0]
+    assert answer["target"] == (" Paris" if joiner == "" else "Paris") and answer["ids"] == said
+    table = speaker.table(Query("", prompt, answer["target"]))
+    assert table.tokens[table.scored].tolist() == said
+
+
+def test_a_span_of_the_answer_keeps_the_tokens_that_were_generated(speaker_and_model, monkeypatch):
+    """Mistakes: the span's text encoded again, or a character cut between two tokens."""
+    plain, model = speaker_and_model
+    tokenizer, prompt = plain.tokenizer, "The capital of France is"
+    speaker = Speaker(model, tokenizer, CONTEXT)
+    # Byte by byte, as no tokenizer would encode it: " é Paris".
+    accent, letters = (
+        list(map(tokenizer._inner.token_to_id, text.split())) for text in ("Ġ Ã ©", "Ġ P a r i s")
     )
-    steps = speaker.complete("The capital of France is", len(said))
-    assert "".join(s["token"] for s in steps) == " Paris."
-    assert [s["target"][:1] for s in steps] == [" " if joiner == "" else "P"] * len(steps)
-    for step, stop in zip(steps, range(1, 1 + len(said)), strict=True):
-        table = speaker.query("The capital of France is", step["target"])
-        assert table.tokens[table.scored].tolist() == said[:stop]
+    said = [*accent, *letters]
+    saying(monkeypatch, speaker, prompt, said)
+    steps = speaker.complete(prompt, 20)
+    assert [s["id"] for s in steps] == [*said, tokenizer.eos]
+    assert [s["token"] for s in steps] == [" ", "", "é", " ", *"Paris", "<eos>"]
+    before = (*speaker.ids_of(prompt), *said[:3])
+    query = Query("question", f"{prompt} é ", "Paris", (before, tuple(letters)))
+    table = speaker.table(query)
+    assert table.tokens.tolist() == [*before, *letters]
+    assert table.tokens[table.scored].tolist() == letters
+    again = speaker.table(Query("question", f"{prompt} é ", "Paris"))
+    assert again.tokens.tolist() != table.tokens.tolist()
 
 
 def test_a_question_is_joined_as_the_run_joins_its_own(speaker_and_model):
     plain, model = speaker_and_model
     speaker = Speaker(model, plain.tokenizer, CONTEXT, "")
-    table = speaker.query("The capital of Fra", "nce")
+    table = speaker.table(Query("", "The capital of Fra", "nce"))
     expected = plain.tokenizer.encode_query("The capital of Fra", "nce", "")
     assert table.tokens.tolist() == expected[0].tolist()
-    assert table.tokens.tolist() != plain.query("The capital of Fra", "nce").tokens.tolist()
+    assert (
+        table.tokens.tolist() != plain.table(Query("", "The capital of Fra", "nce")).tokens.tolist()
+    )
 
 
 def test_refusals(speaker_and_model):
@@ -105,6 +133,8 @@ def test_refusals(speaker_and_model):
     with pytest.raises(ValueError, match="the context 24"):
         speaker.complete("long " * 60, 3)
     with pytest.raises(ValueError, match="context has 24"):
-        speaker.query("long " * 60, "b")
+        speaker.table(Query("", "long " * 60, "b"))
     with pytest.raises(ValueError, match="has no token"):
-        speaker.query("a", " ")
+        speaker.table(Query("", "a", " "))
+    with pytest.raises(ValueError, match="9999 is no token id; .* below 300"):
+        speaker.table(Query("", "a", "b", ((1,), (9999,))))

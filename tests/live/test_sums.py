@@ -33,12 +33,12 @@ def workdir(tmp_path_factory, one_device):
 def test_sums_over_checkpoints_are_those_of_the_run(workdir):
     run = finished_run.open_workdir(workdir)
     for number in (0, 2):
-        found = run.trace(silent, *asked(workdir, number), NAMES, 10)
+        found = run.trace(silent, asked(workdir, number), NAMES, 10)
         check(found, workdir, number)
     scores = [of_batch(workdir, n, 0)["proponent_scores"] for n in NAMES]
     assert all(max(map(abs, s)) > 0 for s in scores)
     with pytest.raises(ValueError, match="not inner products of one gradient"):
-        run.heat(silent, *asked(workdir), "tracin", "s00")
+        run.heat(silent, asked(workdir), "tracin", "s00")
 
 
 def test_a_store_that_is_gone_is_told(workdir, tmp_path):

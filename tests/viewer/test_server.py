@@ -28,14 +28,14 @@ class Answers:
     def complete(self, progress, prompt, tokens):
         raise ValueError(f"{prompt!r} does not fit")
 
-    def trace(self, progress, prompt, target, methods, k):
-        if prompt == "slow":
+    def trace(self, progress, query, methods, k):
+        if query.prompt == "slow":
             for i in range(1000):
                 progress("searching", i, 1000)
                 time.sleep(0.01)
-        return {"asked": [prompt, target, methods, k]}
+        return {"asked": [query.prompt, query.target, query.tokens, methods, k]}
 
-    def heat(self, progress, prompt, target, method, passage):
+    def heat(self, progress, query, method, passage):
         raise RuntimeError("a bug")
 
 
@@ -239,23 +239,36 @@ def ended(client, number):
 
 
 def test_live_questions_run_as_jobs(client):
-    question = {"prompt": "a", "target": "b", "methods": ["grad_cos"], "k": 3}
+    query = {"prompt": "a", "target": "b"}
+    question = {"query": query, "methods": ["grad_cos"], "k": 3}
     started = post(client, "/api/live/trace", question).json()
     job = ended(client, started["number"])
-    assert job["state"] == "done" and job["result"] == {"asked": ["a", "b", ["grad_cos"], 3]}
+    assert job["state"] == "done" and job["result"] == {"asked": ["a", "b", None, ["grad_cos"], 3]}
+    said = question | {"query": query | {"tokens": [[1, 2], [3]]}}
+    job = ended(client, post(client, "/api/live/trace", said).json()["number"])
+    assert job["result"]["asked"][2] == [[1, 2], [3]]
     wrong = post(client, "/api/live/complete", {"prompt": "x", "tokens": 3}).json()
     assert ended(client, wrong["number"])["error"] == "'x' does not fit"
-    heat = {"prompt": "a", "target": "b", "method": "c", "passage": "d"}
+    heat = {"query": query, "method": "c", "passage": "d"}
     bug = ended(client, post(client, "/api/live/heat", heat).json()["number"])
     assert bug["state"] == "failed" and bug["error"] == "RuntimeError: a bug"
-    for body in ({"k": 0}, {"k": True}, {"methods": "bm25"}, {"prompt": None}):
+    malformed = [
+        {"query": query | wrong}
+        for wrong in (
+            {"prompt": None},
+            {"tokens": [[1]]},
+            {"tokens": [[1], ["2"]]},
+            {"tokens": "1"},
+        )
+    ]
+    for body in ({"k": 0}, {"k": True}, {"methods": "bm25"}, {"query": None}, *malformed):
         assert post(client, "/api/live/trace", question | body).status_code == 400
     assert post(client, "/api/live/guess", {}).status_code == 404
     assert client.get("/api/jobs/999").status_code == 404
 
 
 def test_a_job_tells_how_far_it_is_and_can_be_stopped(client):
-    question = {"prompt": "slow", "target": "b", "methods": [], "k": 3}
+    question = {"query": {"prompt": "slow", "target": "b"}, "methods": [], "k": 3}
     number = post(client, "/api/live/trace", question).json()["number"]
     waiting = post(client, "/api/live/trace", question).json()["number"]
     for _ in range(500):

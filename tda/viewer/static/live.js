@@ -5,7 +5,10 @@ import { queryOf } from "./data.js";
 import { find } from "./highlight.js";
 import { column } from "./passages.js";
 import { heading, highlightBar, sides } from "./query.js";
+import { said } from "./said.js";
 import * as state from "./state.js";
+
+const LONGEST = 24; // tokens of a completion
 
 /** The page on which live questions are asked. It keeps its answers while others are looked at. */
 export class Live {
@@ -13,7 +16,8 @@ export class Live {
     this.data = data;
     this.abilities = null;
     this.answer = null;
-    this.steps = null;
+    this.completion = null;
+    this.span = null; // the question whose tokens are known: what the model itself said
     this.running = null;
     this.checked = null;
   }
@@ -27,6 +31,7 @@ export class Live {
     const [promptText, targetText] = isSame ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
     if (isSame) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
     this.asks = asks;
+    if (!isSame) Object.assign(this, { span: tokensOf(now), completion: null, answer: null });
     const prompt = h("textarea", { id: "prompt", rows: 2, value: promptText, spellcheck: "false" });
     const target = h("input", { id: "target", value: targetText, autocomplete: "off", spellcheck: "false" });
     this.box = { prompt, target };
@@ -41,13 +46,13 @@ export class Live {
       h("div.asking", {},
       h("form.ask", { onsubmit: (e) => (e.preventDefault(), this.trace()) },
         h("label", { for: "prompt" }, "Prompt"), prompt, this.examples(),
-        h("div.row", {}, h("button", { type: "button", onclick: () => this.complete() }, "Let the model complete it")),
+        h("div.row", {}, h("button", { type: "button", onclick: () => this.complete() }, "Let the model go on")),
         this.completed,
         h("label", { for: "target" }, "Target"), target,
         this.choice,
         h("div.row", {}, this.go, h("button", { type: "button", onclick: () => this.cancel() }, "Stop"))),
         h("div.answer", {}, this.progress, this.results))));
-    if (this.steps) this.showSteps();
+    if (this.completion) this.showCompletion();
     if (this.answer) this.showAnswer();
     try {
       this.abilities ??= (await this.data.live("describe", {}, (job) => this.showProgress(job))).result;
@@ -108,11 +113,11 @@ export class Live {
   }
 
   async complete() {
-    const completion = await this.ask("complete", { prompt: this.box.prompt.value, tokens: 8 });
+    const text = this.box.prompt.value;
+    const completion = await this.ask("complete", { prompt: text, tokens: LONGEST });
     if (!completion) return;
-    this.steps = completion;
-    this.showSteps();
-    if (!this.box.target.value) this.box.target.value = completion.answers[0]?.target ?? "";
+    this.completion = { ...completion, text };
+    this.showCompletion();
   }
 
   /** Prompts of the results, of several relations, whose target the model states. */
@@ -131,31 +136,46 @@ export class Live {
       h("button.chip", { type: "button", onclick: () => (Object.assign(this.box.prompt, { value: prompt[row] }), Object.assign(this.box.target, { value: "" }), this.complete()) }, prompt[row])));
   }
 
-  showSteps() {
-    const { answers, steps, ended } = this.steps;
-    const take = (target, ...inside) =>
-      h("button", { type: "button", title: `Take “${target}” as the target`, onclick: () => (this.box.target.value = target) }, inside);
+  /** What the model says, and whole answers that it may give: each is traced by a click. */
+  showCompletion() {
+    const { answers, steps, ended, prompt, text } = this.completion;
+    const choose = (span) => {
+      this.span = span;
+      Object.assign(this.box.prompt, { value: span.prompt });
+      Object.assign(this.box.target, { value: span.target });
+      return this.trace();
+    };
+    const answer = (a) => h("button", { type: "button", title: `Trace “${a.target.trim()}”`,
+      onclick: () => choose({ prompt: text, target: a.target, tokens: [prompt, a.ids] }) }, h("b", {}, a.target.trim()), ` ${percent(a.probability)}`);
     fill(this.completed,
-      h("div.row", { role: "group", "aria-label": "What the model may say" }, answers.filter((a, i) => !i || a.probability > 0.001).map((a) => take(a.target, h("b", {}, a.target.trim()), ` ${percent(a.probability)}`))),
-      h("details", {}, h("summary", {}, "token by token: ", h("q", {}, steps.map((s) => s.token).join("").trim())),
-        h("ol.steps", { "aria-label": "The model's completion" }, steps.map((step) =>
-          h("li", {}, take(step.target, h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability)),
-            h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`)))))),
-        ended && h("p.quiet", {}, "The model ends the passage there.")));
+      said(this.completion, this.span?.stop && this.span, choose),
+      h("p.quiet", {}, ended && "The model ends the passage there. ", "Click a word, or drag over several, to trace it."),
+      answers.length > 0 && h("div.row", { role: "group", "aria-label": "Answers that the model may give" },
+        h("span.quiet", {}, "Answers"), answers.filter((a, i) => !i || a.probability > 0.001).map(answer)),
+      h("details", {}, h("summary", {}, "token by token"),
+        h("ol.steps", { "aria-label": "The tokens of the completion" }, steps.map((step) =>
+          h("li", {}, h("b", {}, step.token.trim() || "␣"), " ", percent(step.probability),
+            h("ul", { "aria-label": "Other candidates" }, step.others.map((o) => h("li", {}, `${o.token.trim() || "␣"} ${percent(o.probability)}`))))))));
   }
 
   async trace() {
     const methods = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
     const [prompt, target] = [this.box.prompt.value, this.box.target.value];
-    if (!target.trim()) return tell("Give a target, or let the model complete the prompt.", "wrong");
+    if (!target.trim()) return tell("Give a target, or let the model go on and click a word of its answer.", "wrong");
     if (!methods.length) return tell("Choose a method.", "wrong");
     this.checked = methods;
     this.asks = JSON.stringify([prompt, target]);
-    state.set({ prompt, target, methods: methods.join(",") }, { replace: true });
-    const answer = await this.ask("trace", { prompt, target, methods, k: 10 });
+    // Tokens stand for a text only as long as nobody changes it.
+    const isSaid = this.span?.prompt === prompt && this.span.target === target;
+    const query = { prompt, target, tokens: isSaid ? this.span.tokens : null };
+    const tokens = isSaid ? query.tokens.map((ids) => ids.join(".")).join("-") : "";
+    state.set({ prompt, target, tokens, methods: methods.join(",") }, { replace: true });
+    const answer = await this.ask("trace", { query, methods, k: 10 });
     if (!answer) return;
-    this.answer = answer;
+    this.answer = { ...answer, query };
     this.showAnswer();
+    // On a narrow page the passages are below the form.
+    if (this.results.getBoundingClientRect().top > innerHeight - 100) this.results.scrollIntoView();
   }
 
   showAnswer() {
@@ -164,7 +184,7 @@ export class Live {
       label: m.name, title: m.title, record: m.record, marks: m.record.proponent_correct ?? null, first: i === 0,
     }));
     const record = methods[0].record;
-    const context = { data, query: queryOf(record), side: this.rows.state.side, heat: heatFor(data, record), onNote: () => {} };
+    const context = { data, query: queryOf(record), side: this.rows.state.side, heat: heatFor(data, answer.query), onNote: () => {} };
     fill(this.results, heading(record),
       h("dl.facts", {},
         h("div", {}, h("dt", {}, "p(target | prompt)"), h("dd", {}, percent(answer.probability))),
@@ -175,14 +195,20 @@ export class Live {
   }
 }
 
-/** Shows which tokens carry a score; missing where there is no model to ask. */
-export function heatFor(data, record) {
+/** The question that a link asks by its tokens, or null. */
+function tokensOf({ prompt, target, tokens }) {
+  if (!/^[\d.]+-[\d.]+$/u.test(tokens)) return null;
+  return { prompt, target, tokens: tokens.split("-").map((ids) => ids.split(".").map(Number)) };
+}
+
+/** Shows which tokens carry a score of {prompt, target}; missing where there is no model to ask. */
+export function heatFor(data, query) {
   if (!data.index.live) return null;
   return {
     can: (label) => (data.index.heat_methods ?? []).includes(label),
     async show(method, passage, sought, box, onShown) {
       fill(box, h("p.quiet", {}, "Asking the model…"));
-      const question = { prompt: record.inputs_plaintext, target: record.targets_plaintext, method, passage: passage.id };
+      const question = { query, method, passage: passage.id };
       try {
         const job = await data.live("heat", question, (j) => fill(box, h("p.quiet", {}, j.what || "waiting…")));
         if (!job.result) return fill(box);

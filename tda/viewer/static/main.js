@@ -95,7 +95,7 @@ async function drawMain(now, row, isCurrent) {
   await showQuery(main, rows, row, {
     isCurrent,
     step: (by) => sidebar.step(by),
-    heatFor: (record) => heatFor(data, record),
+    heatFor: (record) => heatFor(data, { prompt: record.inputs_plaintext, target: record.targets_plaintext }),
     onNote: renote,
   });
   document.title = `${rows.main.columns.prompt?.[row] ?? "tda viewer"} · tda`;

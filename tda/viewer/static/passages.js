@@ -115,6 +115,9 @@ function card(passage, side, method, others, context) {
   }, "show all");
   const warm = context.heat && context.heat.can(method.label) && passage.id !== null;
   const heatBox = h("div.heat", {});
+  const [before, after] = [h("div.around", { dir: "auto" }), h("div.around", { dir: "auto" })];
+  // A document of several passages numbers them.
+  const isPart = context.data.index.live && /#\d+$/u.test(passage.id ?? "");
   return h("article.card", {
     id: cardId(method.label, side, passage.rank),
     tabindex: "-1",
@@ -127,7 +130,7 @@ function card(passage, side, method, others, context) {
     h("span.score", { title: "score" }, number(passage.score)),
     chips(passage, side, method),
     moves(passage, side, method, others)),
-  words, unfold, heatBox,
+  before, words, unfold, heatBox, after,
   h("div.foot", {},
     h("code.id", { title: "passage id" }, passage.id ?? "no id"),
     warm && h("button.link.to-heat", {
@@ -146,7 +149,31 @@ function card(passage, side, method, others, context) {
         }
       },
     }, "heat"),
+    isPart && h("button.link", {
+      type: "button",
+      title: "The text before and after, in the passage's document",
+      onclick: (e) => toggleContext(e.target, context.data, passage, before, after),
+    }, "context"),
     noteForm(passage, method, context)));
+}
+
+/** Shows what stands around a passage in its document; the next click hides it again. */
+async function toggleContext(button, data, passage, before, after) {
+  const isShown = before.hasChildNodes() || after.hasChildNodes();
+  [before, after].forEach((box) => fill(box));
+  button.textContent = isShown ? "context" : "passage alone";
+  if (isShown) return;
+  try {
+    fill(before, h("p.quiet", {}, "Reading the document…"));
+    const { result } = await data.live("context", { passage: passage.id });
+    if (!result) return fill(before);
+    const edge = (word, n) => h("p.quiet", {}, n ? `${n} ${word} passage${n > 1 ? "s" : ""}` : word === "earlier" ? "The document begins here." : "The document ends here.");
+    const texts = (list) => list.map((text) => h("p.text", {}, text));
+    fill(before, edge("earlier", result.earlier), texts(result.before));
+    fill(after, texts(result.after), edge("later", result.later));
+  } catch (error) {
+    fill(before, h("p.wrong", {}, error.message));
+  }
 }
 
 /** A passage's nodes; the window that a judge found best stands out, unless it is the whole. */

@@ -60,7 +60,7 @@ export async function showQuery(element, rows, row, tools) {
         sides(now.side),
         h("button.wide", { type: "button", onclick: copyLink }, "Copy link"),
         data.index.live && h("a.button", {
-          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext }),
+          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext, tokens: "" }),
         }, "Trace live"),
         board && board.texts.some((t) => t.query === main.columns.query[row]) &&
           h("a.button", { href: state.link({ view: "board" }) }, "Against retraining")),
@@ -73,7 +73,7 @@ export async function showQuery(element, rows, row, tools) {
 /** Prompt and target as the heading. */
 export function heading(record) {
   return h("h2.asked", { dir: "auto" },
-    h("span.prompt", {}, record.inputs_plaintext), " ",
+    h("span.prompt", {}, record.inputs_plaintext), /\s$/u.test(record.inputs_plaintext) ? "" : " ",
     h("span.target", {}, record.targets_plaintext));
 }
 

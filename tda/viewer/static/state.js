@@ -13,6 +13,7 @@ const DEFAULTS = {
   hl: "",
   prompt: "",
   target: "",
+  tokens: "", // ids of prompt and target, where the model itself said the target
   methods: "",
   share: "",
   order: "",
