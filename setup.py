@@ -94,7 +94,11 @@ setup(
         "tensorboard": ["tensorboardX>=2.6.5"],
         "wandb": ["wandb>=0.31.0"],
         # The documentation as a site (`make docs`).
-        "docs": ["mkdocs-material>=9.8.2", "mkdocstrings[python]>=1.0.8"],
+        "docs": [
+            "mkdocs-jupyter>=0.26.3",
+            "mkdocs-material>=9.8.2",
+            "mkdocstrings[python]>=1.0.8",
+        ],
         # Many machines as workers of a Ray cluster.
         "ray": ["ray>=2.60.0"],
         # Models in .gguf files.

@@ -275,7 +275,7 @@ def test_the_api_page_has_the_public_names():
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs_jupyter", reason="needs the extra `docs`")
     command = f"python -m mkdocs build --strict -f {ROOT}/mkdocs.yml -d {tmp_path}/site"
     ended = run_command(command, tmp_path)
     assert ended.returncode == 0, ended.stderr
