@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
@@ -544,6 +545,16 @@ def _use(page, address, items):
         page.open(f"{address}#files=odd&q=%23{row}")
         page.page.wait_for_selector(f"[data-row='{row - 1}'], .malformed")
         inert(page)
+
+
+@pytest.mark.slow
+def test_the_example_in_the_docs_opens(page):
+    """Opened as a reader of a clone does, from the disk."""
+    example = pathlib.Path(__file__).parents[2] / "docs/example/index.html"
+    page.open(example.as_uri())
+    assert len(page.texts(".story tbody tr")) == 4 and len(page.texts(".suggested li")) == 3
+    page.page.locator(".suggested a").first.click()
+    page.page.wait_for_selector("article.query .card.right")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -92,6 +92,8 @@ def test_a_run_opens_on_what_it_found(page, address, workdir):
     page.page.locator(".suggested a").first.click()
     page.page.wait_for_selector("article.query")
     assert page.text(".asked") == suggested[0]
+    # Side by side stand the methods that differ, not only the two that are shown at first.
+    assert len(page.texts(".column h3")) == len(METRICS)
     page.page.click(".brand")
     page.page.wait_for_selector(".story")
 

@@ -13,7 +13,7 @@ const MANY = 40; // relations shown before "all"
 /** Fills `element` with the aggregates of the main file's chosen rows. */
 export async function showOverview(element, rows, chosen, tools) {
   const { data, files, main } = rows;
-  await Promise.all(files.map((f) => data.load(f)));
+  await Promise.all([...files, ...compared(rows)].map((f) => data.load(f)));
   const shared = await Promise.all(files.slice(1).map((f) => data.overlap(main, f)));
   if (!tools.isCurrent()) return;
   const marksOf = (file) => chosen.map((row) => {
@@ -74,10 +74,14 @@ function story({ facts, methods }) {
     }));
 }
 
+/** The methods by which queries are suggested: as many as fit side by side, the shown ones first. */
+const compared = ({ files, data }) => [...new Set([...files, ...data.files])].slice(0, 4).filter((f) => judges(f).length);
+
 /** Three queries to begin with: the model states the fact, and the methods differ most. */
 function suggested(rows) {
-  const { main, files } = rows;
-  const ranked = files.filter((f) => judges(f).length);
+  const { main } = rows;
+  const ranked = compared(rows);
+  const labels = ranked.map((f) => f.label).join(",");
   if (ranked.length < 2 || !main.columns.model_correct?.length) return null;
   const reciprocal = (file, row) => 1 / (firstRank(rows.marks(file, rows.match(file, row)) ?? []) ?? Infinity);
   const spread = (row) => {
@@ -97,7 +101,7 @@ function suggested(rows) {
   return h("section", {}, h("h3", {}, "Three queries to start with"),
     h("p.quiet", {}, "The model states the fact, and the methods differ most in where they rank the first passage that states it."),
     h("ul.suggested", {}, three.map((row) => h("li", {},
-      h("a", { href: state.link(place(main, row)) }, main.columns.prompt[row], " ", h("b", {}, main.columns.target[row])),
+      h("a", { href: state.link({ ...place(main, row), files: labels }) }, main.columns.prompt[row], " ", h("b", {}, main.columns.target[row])),
       h("span.quiet", {}, ranked.map((f) => ` · ${f.title}: ${firstAt(f, row)}`))))));
 }
 
@@ -203,9 +207,10 @@ function scores(rows, chosen) {
 /** Upright bars over an axis `x`, counting queries: [{name, n, href, right, description}]. */
 function figure(title, x, bars, legend) {
   const most = Math.max(...bars.map((b) => b.n), 1);
+  const every = bars.length > 12 ? 4 : 1; // names that have room
   return h("figure.chart", {}, h("figcaption", {}, title, legend && h("span.quiet", {}, ` · ${legend}`)),
     h("div.counts", { "aria-hidden": "true" }, h("span", {}, count(most)), h("i", {}, "queries"), h("span", {}, "0")),
-    h("ol.bars", {}, bars.map((b) => {
+    h("ol.bars", {}, bars.map((b, i) => {
       const column = h("span.column-bar", { "aria-hidden": "true" });
       column.style.height = `${(100 * b.n) / most}%`;
       if (b.right !== undefined) {
@@ -215,7 +220,7 @@ function figure(title, x, bars, legend) {
       } else column.classList.add("part");
       const description = `${b.description ?? b.name}: ${count(b.n)} queries${b.right === undefined ? "" : `, ${count(b.right)} correct`}`;
       return h("li", {}, h("a", { href: b.href, title: description, "aria-label": description },
-        h("span.room", {}, column), h("span.name", { "aria-hidden": "true" }, b.name)));
+        h("span.room", {}, column), h("span.name", { "aria-hidden": "true" }, i % every ? "" : b.name)));
     })), h("div.axis", { "aria-hidden": "true" }, x));
 }
 

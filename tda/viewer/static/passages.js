@@ -196,7 +196,8 @@ function chips(passage, side, { marks, judge, record }) {
   const out = [];
   if (annotated !== undefined && annotated !== null) {
     const counts = judge !== "entailment" && isRight;
-    out.push(h(counts ? "span.tag.yes" : "span.tag", {}, annotated ? "✓ correct" : "not labelled"));
+    const title = annotated ? "a label says that this passage states the fact" : "no label says that this passage states the fact";
+    out.push(h(counts ? "span.tag.yes" : "span.tag", { title }, annotated ? "✓ correct" : "not labelled"));
   }
   if (typeof passage.entails === "number") {
     const counts = judge === "entailment" && isRight;

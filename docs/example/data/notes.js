@@ -1,0 +1,1 @@
+viewerData("notes",{"notes":[],"counts":{"trackstar":{"states":0,"part":0,"prior":0,"entity":0,"name":0,"unrelated":0},"grad_cos":{"states":0,"part":0,"prior":0,"entity":0,"name":0,"unrelated":0},"grad_dot":{"states":0,"part":0,"prior":0,"entity":0,"name":0,"unrelated":0},"bm25":{"states":0,"part":0,"prior":0,"entity":0,"name":0,"unrelated":0}}});
