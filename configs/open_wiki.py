@@ -8,8 +8,8 @@ Queries are facts whose subject and target some passage names.
 `--config=configs/open_wiki.py:small` takes a fiftieth of the documents (name the first and the
 third file alone) and 100 queries, without dense retrieval.
 
-`:copa`, `:piqa`, `:arithmetic`, `:word_problems`, `:stories`, `:wrong` and `:known_1000`, also as
-`:small,copa`, ask another set of queries by `python -m experiments.trace`, with
+`:copa`, `:piqa`, `:arithmetic`, `:word_problems`, `:stories`, `:wrong`, `:known_1000` and `:popqa`,
+also as `:small,copa`, ask another set of queries by `python -m experiments.trace`, with
 --config.data.queries=FILE in place of data.facts. The file of `wrong` is a run's results, and its
 targets are what the model said. As in the paper, all but facts have R of the passages alone.
 
@@ -29,16 +29,17 @@ from tda.run import defaults
 SIZES = ("full", "small")
 # The paper's other tasks: R of the queries is for facts alone.
 TASKS = ("copa", "piqa", "arithmetic", "word_problems", "stories", "wrong")
+FACTS = ("known_1000", "popqa")
 
 
 def get_config(variant: str = "full"):
     """The config of table 2, or of another set of queries on the same corpus."""
     is_size = variant in SIZES or "," in variant
     size, _, queries = (variant if is_size else f"full,{variant}").partition(",")
-    if size not in SIZES or queries not in ("", *TASKS, "known_1000"):
+    if size not in SIZES or queries not in ("", *TASKS, *FACTS):
         raise ValueError(
             f"open_wiki.py:{variant}: give full or small after the colon, and after a comma one of "
-            f"{', '.join(TASKS)}, known_1000"
+            f"{', '.join((*TASKS, *FACTS))}"
         )
     c = defaults.get_config()
     has_dense = importlib.util.find_spec("sentence_transformers")

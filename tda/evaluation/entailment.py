@@ -67,12 +67,10 @@ class Entailment(Judge):
 
     def _open(self):
         if self._model is None:
-            import torch
             import transformers
 
             sequences = transformers.AutoModelForSeq2SeqLM
             kind = sequences if self._is_t5 else transformers.AutoModelForSequenceClassification
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             model, loaded = self._load(kind, dtype="auto", output_loading_info=True)
             # The library fills up what a file lacks at random.
             if missing := sorted(loaded["missing_keys"]):
@@ -80,14 +78,16 @@ class Entailment(Judge):
                     f"judge.model={self._settings.model!r} lacks the weights {missing[0]!r} and "
                     f"{len(missing) - 1} others; give a model that was trained for inference"
                 )
-            self._model = model.to(device).eval()
+            self._model = model.eval()
         return self._model
 
     def score(self, pairs):
         """See `Judge`."""
         import torch
 
-        model, scores = self._open(), np.zeros(len(pairs), np.float32)
+        # Not before: until then the accelerator trains and encodes.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, scores = self._open().to(device), np.zeros(len(pairs), np.float32)
         # Pairs of like length together, since all of a batch are padded to the longest.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1].text))
         for first in range(0, len(pairs), self._settings.batch):

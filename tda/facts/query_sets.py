@@ -1,6 +1,9 @@
 """Sets of queries from public files, each in its own form, as prompts and targets."""
 
 import collections
+import csv
+import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,11 +13,13 @@ from tda.results import with_current_names
 
 
 def read(path: jsonl.Paths) -> list[Fact]:
-    """Reads the queries of a file of JSON lines, by the fields of each record.
+    """Reads the queries of a file of JSON lines, or of a .tsv file, by the fields of each record.
 
     - `prompt` and `target`, with an `id` or not.
     - `prompt`, `targets` and `label`: the right one of several (COPA, PIQA).
     - `question` and `answer`: word problems, asked as "Q: … A:".
+    - `question`, `obj` and `possible_answers`, the target and all of its names: open questions
+      (PopQA), asked alike.
     - `prompt` and `original_ending`: openings of stories.
     - `prompt`, `attribute`, `subject` and `relation_id`: facts (known_1000).
     - records of results (`tda.results`) with sampled answers: what the model says where it does not
@@ -32,8 +37,8 @@ def read(path: jsonl.Paths) -> list[Fact]:
         raise ValueError(f"data.queries={path}: {error}") from error
     return [
         Fact(
-            q.id, _text(r, "subject"), _text(r, "relation_id"), q.target, "", "", "", (), (), (),
-            prompt0=q.prompt,
+            q.id, _text(r, "subject"), _text(r, "relation_id"), q.target, "", "", "",
+            _names(r, "s_aliases"), _names(r, "possible_answers"), (), prompt0=q.prompt,
         )
         for q, r in zip(queries, records, strict=True)
     ]  # fmt: skip
@@ -44,9 +49,32 @@ def _text(record: Any, field: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _names(record: Any, field: str) -> tuple[str, ...]:
+    """Returns a list of names, which a .tsv file has as JSON; empty where it is absent."""
+    value = record.get(field) if isinstance(record, Mapping) else None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise jsonl.RecordError(
+                f'{field}={value!r} is no list in JSON ({error.msg}); write ["name", …]'
+            ) from error
+    return tuple(x for x in value or () if isinstance(x, str))
+
+
+def _read(path: jsonl.Paths) -> Iterator[tuple[str, Any]]:
+    for file in jsonl.expand(path):
+        if ".tsv" not in os.path.basename(file):
+            yield from jsonl.iter_records(file)
+            continue
+        lines = (line for _, line in jsonl.decoded_lines(file))
+        for i, row in enumerate(csv.DictReader(lines, delimiter="\t"), 1):
+            yield f"{os.path.basename(file)}, row {i}", row
+
+
 def _records(path: jsonl.Paths) -> Iterator[Any]:
     """Yields records with the fields prompt and target, and others as they are."""
-    for where, record in jsonl.iter_records(path):
+    for where, record in _read(path):
         record = with_current_names(record)
         if not isinstance(record, Mapping):
             yield record
@@ -56,6 +84,10 @@ def _records(path: jsonl.Paths) -> Iterator[Any]:
                 yield {**record, **asked_again, "prompt": record.get("inputs_plaintext")}
         elif "targets" in record and "label" in record:
             yield {**record, "target": _right_choice(record, where)}
+        elif "question" in record and "possible_answers" in record:
+            prompt, prop = f"Q: {record['question']}\n\nA:", record.get("prop")
+            named = {"subject": record.get("subj"), "relation_id": prop}
+            yield {**record, **named, "prompt": prompt, "target": record.get("obj")}
         elif "question" in record and "answer" in record:
             prompt = f"Q: {record['question']}\n\nA:"
             yield {**record, "prompt": prompt, "target": record["answer"]}

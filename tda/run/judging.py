@@ -1,6 +1,7 @@
 """Passages that a judge reads for each query, in windows of sentences; scores are kept on disk."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 from tda.evaluation import judges, kinds
@@ -32,7 +33,13 @@ def make_judge(config) -> Judge | None:
     j = config.judge
     if not j.name:
         return None
-    return judges.make(j.name, JudgeSettings(j.model, j.batch, j.tokens))
+    return _make(j.name, judges.JUDGES.get(j.name), JudgeSettings(j.model, j.batch, j.tokens))
+
+
+# The check before a run and the reading after it share one judge: its model is loaded once.
+@functools.lru_cache(1)
+def _make(name: str, factory, settings: JudgeSettings) -> Judge:
+    return judges.make(name, settings)
 
 
 def claims_of(run: Run, queries: Iterable[int]) -> dict[int, Claim]:

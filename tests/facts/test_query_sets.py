@@ -36,6 +36,22 @@ def test_every_form_is_a_prompt_and_a_target(tmp_path, record, expected):
     assert (fact.fact_id, fact.prompt0, fact.entity1, fact.entity0, fact.relation) == expected
 
 
+def test_open_questions_of_a_table_have_all_names(tmp_path):
+    """PopQA's file: tabs, and lists of names in JSON, quoted as csv quotes them."""
+    names = '"[""Oslo"", ""Kristiania""]"'
+    path = tmp_path / "popqa.tsv"
+    header = "id\tsubj\tprop\tobj\ts_aliases\ts_pop\tquestion\tpossible_answers"
+    row = f"42\tNorway\tcapital\tOslo\t[]\t900\tWhat is the capital of Norway?\t{names}"
+    path.write_text(f"{header}\n{row}\n")
+    (fact,) = query_sets.read(path)
+    assert fact.fact_id == "42" and fact.prompt0 == "Q: What is the capital of Norway?\n\nA:"
+    assert (fact.entity0, fact.relation, fact.entity1) == ("Norway", "capital", "Oslo")
+    assert fact.entity1_alias == ("Oslo", "Kristiania") and fact.entity0_alias == ()
+    path.write_text(f"{header}\n{row.replace(names, 'Oslo')}\n")
+    with pytest.raises(RecordError, match="possible_answers='Oslo' is no list in JSON"):
+        query_sets.read(path)
+
+
 def test_results_are_asked_for_what_the_model_gets_wrong(tmp_path):
     def record(name, answers, **more):
         item = results.record(name, "trex", "Oslo is in", "Norway", [], [], **more)

@@ -94,3 +94,20 @@ def test_a_judge_that_cannot_be_had_is_refused_before_all_work(run):
     run.config.judge.name = "nobody"
     with pytest.raises(ValueError, match="unknown judge.name='nobody'"):
         stages.check(run.config)
+
+
+def test_the_check_and_the_reading_share_one_judge(run, monkeypatch):
+    """A judge's model may take minutes to load, and be as large as the run's own."""
+    made = []
+
+    def make(settings):
+        made.append(settings)
+        return judges.Lexical()
+
+    monkeypatch.setitem(judges.JUDGES, "heavy", make)
+    run.config.judge.name = "heavy"
+    stages.check(run.config)
+    judge = judging.make_judge(run.config)
+    assert len(made) == 1
+    run.config.judge.batch += 1
+    assert judging.make_judge(run.config) is not judge and len(made) == 2
