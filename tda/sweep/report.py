@@ -21,7 +21,7 @@ from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
 from tda.reports import formats, plots
-from tda.reports.tables import reference_of
+from tda.reports.tables import JUDGED, reference_of
 from tda.runtime import atomic_file
 from tda.sweep.grid import Point, Sweep
 
@@ -37,6 +37,7 @@ _TITLES = {
     "recall_at_10": "recall@10",
     "mrr_strict": "MRR, strict labels",
     "recall_at_10_strict": "recall@10, strict labels",
+    **dict(JUDGED),
     "tail_patch": "tail-patch",
     "tail_patch_log": "tail-patch, log p",
     "tail_patch_net": "tail-patch less that of momentum",
@@ -62,7 +63,7 @@ def rows(results: list[Result]) -> list[dict]:
             for group, figures in _groups(m):
                 for metric, value in figures.items():
                     # Counts, intervals and descriptions stand beside the metrics.
-                    is_metric = metric.startswith(("mrr", "recall", "tail_patch"))
+                    is_metric = metric.startswith(("mrr", "recall", "ais", "tail_patch"))
                     if is_metric and isinstance(value, int | float):
                         low, high = figures.get("intervals", {}).get(metric, (None, None))
                         out.append(

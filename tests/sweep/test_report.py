@@ -154,6 +154,23 @@ def test_shipped_sweeps(tmp_path, path):
     assert f"--sweep=configs/sweeps/{path.name}" in path.read_text()
 
 
+def test_growth_draws_a_judges_figures_by_size(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        report.plots, "draw", lambda path, panels, *a, **k: drawn.update({path.name: panels}) or []
+    )
+    (shipped,) = [p for p in SHIPPED if p.stem == "growth"]
+    loaded = grid.load(str(shipped), world_facts.get_config())
+    assert len(loaded.points) == 9 and len({p.training for p in loaded.points}) == 9
+    assert {p.config.judge.name for p in loaded.points} == {"lexical"}
+    results = [make_result(p, ais_mrr=0.3, ais_recall_at_10=0.4) for p in loaded.points]
+    report.write(loaded, results, tmp_path, True)
+    assert [panel.title for panel in drawn["growth"]] == ["MRR", "AIS-MRR", "AIS recall@10"]
+    # A line for each of three methods and sizes; BM25 is left out.
+    assert [len(panel.lines) for panel in drawn["growth"]] == [9, 9, 9]
+    assert [len(panel.lines) for panel in drawn["growth_by_size"]] == [9, 9]
+
+
 def test_marked_points_and_labels(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(

@@ -1,0 +1,51 @@
+"""Does influence come closer to attribution as models grow? Three sizes by training tokens.
+
+    python -m experiments.sweep --config=configs/world_facts.py \\
+        --sweep=configs/sweeps/growth.py --workdir=DIR
+
+MRR and recall by labels, where the corpus has any; AIS-MRR and recall by the judge of names; and
+tail-patch less what momentum does. A model that has learnt its passages by heart says little of
+larger corpora: give many documents and few epochs (`--config=configs/open_wiki.py` with articles
+and sentences; its keys as in that file).
+
+Cost: nine trainings (21 epochs of three sizes), and a pass over the corpus a point;
+`python -m experiments.plan` with the config, --config.model.size and --hardware estimates a pass.
+"""
+
+
+def get_sweep():
+    """The grid of sizes, each with a learning rate that suits it, by epochs."""
+    return {
+        "fixed": {
+            "methods": "trackstar,exp5,grad_cos,bm25",
+            "projection.blocks": 4,
+            "judge.name": "lexical",
+        },
+        "axes": {
+            "model.size, train.learning_rate": (
+                ("tiny", 3e-3),
+                ("mini", 1.5e-3),
+                ("small", 1.5e-3),
+            ),
+            "train.epochs": (1.0, 2.0, 4.0),
+        },
+        "plots": [
+            {
+                "name": "growth",
+                "x": "training_tokens",
+                "y": ("mrr", "ais_mrr", "ais_recall_at_10", "tail_patch_net", "tail_patch_log_net"),
+                "lines": ["method", "model.size"],
+                # BM25 knows no model, and is far above the others: its figures are in the table.
+                "omit": dict.fromkeys(("mrr", "ais_mrr", "ais_recall_at_10"), ("bm25",)),
+                "log_x": True,
+            },
+            {
+                "name": "growth_by_size",
+                "x": "parameters",
+                "y": ("recall_at_10", "ais_mrr", "tail_patch_net"),
+                "lines": ["method", "train.epochs"],
+                "omit": dict.fromkeys(("recall_at_10", "ais_mrr"), ("bm25",)),
+                "log_x": True,
+            },
+        ],
+    }
