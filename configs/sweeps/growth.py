@@ -3,10 +3,10 @@
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/growth.py --workdir=DIR
 
-MRR and recall by labels, where the corpus has any; AIS-MRR and recall by the judge of names; and
-tail-patch less what momentum does. A model that has learnt its passages by heart says little of
-larger corpora: give many documents and few epochs (`--config=configs/open_wiki.py` with articles
-and sentences; its keys as in that file).
+MRR and recall by labels, where the corpus has any; AIS-MRR and recall by the judge of names;
+tail-patch less what momentum does; and what proponents say. A model that has learnt its passages by
+heart says little of larger corpora: give many documents and few epochs
+(`--config=configs/open_wiki.py` with articles and sentences; its keys as in that file).
 
 Cost: nine trainings (21 epochs of three sizes), and a pass over the corpus a point;
 `python -m experiments.plan` with the config, --config.model.size and --hardware estimates a pass.
@@ -45,6 +45,13 @@ def get_sweep():
                 "y": ("recall_at_10", "ais_mrr", "tail_patch_net"),
                 "lines": ["method", "train.epochs"],
                 "omit": dict.fromkeys(("recall_at_10", "ais_mrr"), ("bm25",)),
+                "log_x": True,
+            },
+            {
+                "name": "growth_kinds",
+                "x": "parameters",
+                "y": ("share: states the fact", "share: relation prior", "share: entity only"),
+                "lines": ["method", "train.epochs"],
                 "log_x": True,
             },
         ],

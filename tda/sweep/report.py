@@ -60,6 +60,10 @@ def rows(results: list[Result]) -> list[dict]:
             shared = {"point": point.name} | point.values | {"method": method}
             shared |= {k: about.get(k) for k in _RUN_COLUMNS}
             shared |= {k: notes.get(k) for k in _NOTE_COLUMNS}
+            for kind, share in m.get("by_kind", {}).items():
+                ends = dict(zip(("low", "high"), share["interval"], strict=True))
+                figure = {"group": "", "metric": f"share: {kind}", "value": share["share"]} | ends
+                out.append(shared | figure | {"n_queries": m["n_queries"]})
             for group, figures in _groups(m):
                 for metric, value in figures.items():
                     # Counts, intervals and descriptions stand beside the metrics.

@@ -32,6 +32,7 @@ from tda.run.workdir import Workdir, WorkdirError
 from tda.runtime import metrics, progress
 from tda.training import checkpoint, loop
 from tda.viewer.notes import TYPES
+from tda.viewer.release import release
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
 
@@ -246,6 +247,16 @@ def test_a_judge_reads_the_proponents(finished):
     if importlib.util.find_spec("matplotlib"):
         assert (path / "kinds.png").stat().st_size and (path / "kinds_by_rank.svg").exists()
     assert "| AIS-MRR |" in told and "the judge lexical, which reads it in windows of 3" in told
+
+
+def test_a_finished_run_is_released(finished, tmp_path):
+    config, path, metrics = finished
+    release(str(path), str(tmp_path))
+    names = {p.name.removesuffix(".jsonl.gz") for p in (tmp_path / "results").iterdir()}
+    assert names == set(metrics)
+    card = (tmp_path / "README.md").read_text()
+    assert "adam, learning rate" in card and "epochs: 6" in card and "`proponent_kinds`" in card
+    assert config.data.sentences not in (tmp_path / "config.json").read_text()
 
 
 def test_metrics_of_queries_groups_and_methods(finished):

@@ -17,6 +17,8 @@ SHIPPED = sorted(
     if p.stem != "__init__"
 )
 
+KINDS = {"states the fact": {"share": 0.25, "interval": [0.2, 0.3]}}
+
 
 def make_result(point, seed=0, **more):
     """Metrics of a point as an evaluation writes them, and the description of its run."""
@@ -142,7 +144,7 @@ def test_shipped_sweeps(tmp_path, path):
     config = world_facts.get_config()
     loaded = grid.load(str(path), config)
     results = [
-        make_result(p, tail_patch_net=0.01, tail_patch_log_net=0.2, tail_patch=0.02)
+        make_result(p, tail_patch_net=0.01, tail_patch_log_net=0.2, tail_patch=0.02, by_kind=KINDS)
         for p in loaded.points
     ]
     files = report.write(loaded, results, tmp_path, True)
@@ -163,12 +165,15 @@ def test_growth_draws_a_judges_figures_by_size(tmp_path, monkeypatch):
     loaded = grid.load(str(shipped), world_facts.get_config())
     assert len(loaded.points) == 9 and len({p.training for p in loaded.points}) == 9
     assert {p.config.judge.name for p in loaded.points} == {"lexical"}
-    results = [make_result(p, ais_mrr=0.3, ais_recall_at_10=0.4) for p in loaded.points]
+    more = dict(ais_mrr=0.3, ais_recall_at_10=0.4, by_kind=KINDS)
+    results = [make_result(p, **more) for p in loaded.points]
     report.write(loaded, results, tmp_path, True)
     assert [panel.title for panel in drawn["growth"]] == ["MRR", "AIS-MRR", "AIS recall@10"]
     # A line for each of three methods and sizes; BM25 is left out.
     assert [len(panel.lines) for panel in drawn["growth"]] == [9, 9, 9]
     assert [len(panel.lines) for panel in drawn["growth_by_size"]] == [9, 9]
+    (panel,) = drawn["growth_kinds"]
+    assert len(panel.lines) == 12 and (panel.lines[0].y, panel.lines[0].low) == ((0.25,), (0.2,))
 
 
 def test_marked_points_and_labels(tmp_path, monkeypatch):
