@@ -246,7 +246,7 @@ def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
         page.open(f"{address}#view=trace")
         page.page.wait_for_selector(".methods input")
         page.page.fill("#prompt", asked["inputs_plaintext"])
-        page.page.click("text=Let the model complete it")
+        page.page.click("text=Let the model go on")
         page.page.wait_for_selector(".completed button")
         page.page.fill("#target", asked["targets_plaintext"])
         page.page.locator(".main-action").click()
