@@ -1,4 +1,4 @@
-"""Makes a finished run a folder to publish: queries, outputs, retrievals, a viewer, a data card.
+"""Makes a finished run a folder to publish: retrievals, outputs, viewer, data card.
 
     python -m experiments.release --workdir=DIR --out=DIR2
 

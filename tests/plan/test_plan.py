@@ -344,8 +344,8 @@ def test_operations_are_those_that_the_compiler_counts(correction, include, tied
     batch["weights"] = np.ones((4, 128), np.float32)
     counted = encoder.compiled.lower(encoder.arrays, batch, None).cost_analysis()["flops"]
     stacked = nnx.eval_shape(build(True))
-    planned = setting._model(find_sites(stacked, "."), arguments | {"remat": False})
-    taps = setting._taps(find_sites(stacked, include), 16, correction, tied)
+    planned = setting.count_model(find_sites(stacked, "."), arguments | {"remat": False})
+    taps = setting.count_taps(find_sites(stacked, include), 16, correction, tied)
     assert cost.encoding_operations(planned, [taps], {(4, 128): 1}) == pytest.approx(
         counted, rel=0.07
     )

@@ -159,7 +159,9 @@ def test_a_span_of_what_the_model_says_is_traced_by_its_tokens(page, address, an
 
     def traced(prompt, target, tokens):
         page.until(lambda: answers.asked[-1][:2] == (prompt, target), target)
+        # The answer before stands there until this one comes.
         page.page.wait_for_selector(".results .column")
+        page.until(lambda: page.text(".results .asked .target") == target)
         assert answers.tokens == tokens
 
     words.nth(2).click()
