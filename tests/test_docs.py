@@ -77,6 +77,7 @@ def run_snippets(text: str) -> tuple[dict, str]:
     return names, said.getvalue()
 
 
+@pytest.mark.slow
 def test_huggingface(world):
     names, said = run_snippets((DOCS / "huggingface.md").read_text())
     assert "The capital of Spain is → Madrid" in said

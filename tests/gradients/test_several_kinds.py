@@ -39,7 +39,8 @@ def alone(model, kind, output="loss"):
 
 
 @pytest.mark.parametrize(
-    ("scan", "tied", "output"), [(True, True, "loss"), (False, False, "margin")]
+    ("scan", "tied", "output"),
+    [(True, True, "loss"), pytest.param(False, False, "margin", marks=pytest.mark.slow)],
 )
 def test_each_kind_is_its_own_encoders(decoder, random_batch, scan, tied, output):
     """Corrections, projections and sites that differ, at layers that all or some of them take."""

@@ -64,6 +64,7 @@ def test_each_shape_is_compiled_once_and_timed(decoder, one_device):
     assert found.memory > 4 * parameters
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_work(one_device):
     """A model that does sixteen times the work takes several times as long."""
     seconds = {}

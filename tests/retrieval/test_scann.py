@@ -366,7 +366,8 @@ def start(*arguments):
     )
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 30])
 def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, kills):
     """Guards: a killed run that must start again from nothing; rows twice, rows never."""
     np.save(tmp_path / "x.npy", clustered(8700)[0])
