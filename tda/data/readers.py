@@ -31,6 +31,20 @@ def from_jsonl(file, name, text_field, id_field, on_undecodable) -> Iterator[Doc
 
 def from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
     """Yields the rows of a CSV file; arguments as for `from_jsonl`."""
+    for i, place, row in rows_of_csv(file, on_undecodable):
+        yield document_of(row, place, f"{name}:{i}", text_field, id_field)
+
+
+def rows_of_csv(
+    file: str, on_undecodable: jsonl.OnUndecodable = None
+) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Yields the number, from 0, the place and the fields of every row of a .csv or .tsv file.
+
+    Raises:
+        CorpusError: a row does not fit the header, two columns have one name, or it is no CSV.
+        tda.data.jsonl.RecordError: a row is not UTF-8 and `on_undecodable` is None; else that is
+            called with its place, and the row is left out.
+    """
     # A field may be longer than the 128 KiB that Python's reader takes by default.
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
     # A record may have several lines: it is left out as a whole, not its bad line alone.
@@ -50,7 +64,7 @@ def from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Docum
                 continue
             if None in row or None in row.values():
                 raise CorpusError(f"{place}: the row has another number of fields than the header")
-            yield document_of(row, place, f"{name}:{i}", text_field, id_field)
+            yield i, place, row
     except csv.Error as error:
         raise CorpusError(f"{place}: not CSV ({error})") from error
 

@@ -1,13 +1,12 @@
 """Sets of queries from public files, each in its own form, as prompts and targets."""
 
 import collections
-import csv
 import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tda.data import jsonl, rows
+from tda.data import jsonl, readers, rows
 from tda.facts.records import Fact
 from tda.results import with_current_names
 
@@ -64,12 +63,10 @@ def _names(record: Any, field: str) -> tuple[str, ...]:
 
 def _read(path: jsonl.Paths) -> Iterator[tuple[str, Any]]:
     for file in jsonl.expand(path):
-        if ".tsv" not in os.path.basename(file):
+        if ".tsv" in os.path.basename(file):
+            yield from ((place, row) for _, place, row in readers.rows_of_csv(file))
+        else:
             yield from jsonl.iter_records(file)
-            continue
-        lines = (line for _, line in jsonl.decoded_lines(file))
-        for i, row in enumerate(csv.DictReader(lines, delimiter="\t"), 1):
-            yield f"{os.path.basename(file)}, row {i}", row
 
 
 def _records(path: jsonl.Paths) -> Iterator[Any]:

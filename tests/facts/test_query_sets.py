@@ -52,6 +52,14 @@ def test_open_questions_of_a_table_have_all_names(tmp_path):
         query_sets.read(path)
 
 
+def test_a_row_of_a_table_that_does_not_fit_its_header_is_named(tmp_path):
+    """Mistake: a tab that is missing, and an answer that becomes the question's."""
+    path = tmp_path / "popqa.tsv"
+    path.write_text("question\tobj\tpossible_answers\nWho?\t[]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="popqa.tsv, line 2: .*another number of fields"):
+        query_sets.read(str(path))
+
+
 def test_results_are_asked_for_what_the_model_gets_wrong(tmp_path):
     def record(name, answers, **more):
         item = results.record(name, "trex", "Oslo is in", "Norway", [], [], **more)
