@@ -8,7 +8,7 @@ import functools
 import re
 
 from tda.evaluation.judge import Claim
-from tda.evaluation.lexical import names_in, share, unqualified, words_of
+from tda.evaluation.lexical import names_in, relation_of, share, unqualified, words_of
 from tda.viewer.notes import TYPES
 
 # The nearest first; a passage is of the first type that fits.
@@ -59,8 +59,7 @@ class _Query:
         both = unqualified(claim.subject), unqualified(claim.target)
         self.entities = [names_in(names) for names in both]
         self.names = [[w for w in map(words_of, names) if w] for names in both]
-        about = {word for name in self.names[0] for word in name}
-        self.relation = [word for word in words_of(claim.prompt) if word not in about]
+        self.relation = relation_of(claim)
         self.form = _form(claim.prompt)
 
 

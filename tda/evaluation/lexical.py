@@ -39,9 +39,8 @@ class Lexical(Judge):
         target, subject = names_in(claim.target), names_in(unqualified(claim.subject))
         if not target(premise):
             return 0.0
-        words = set(words_of(premise))
+        words, relation = set(words_of(premise)), relation_of(claim)
         names = [words_of(name) for name in unqualified(claim.subject)]
-        relation = [w for w in words_of(claim.prompt) if w not in {x for n in names for x in n}]
         if not names:
             return share(relation, words)
         is_named = bool(subject(premise))
@@ -64,6 +63,13 @@ def words_of(text: str) -> list[str]:
     """Returns the first letters of the words of a text, without those of every text."""
     words = re.findall(r"\w+", normalised(text).casefold())
     return [word[:_STEM] for word in words if word not in _FUNCTION_WORDS]
+
+
+@functools.lru_cache(4096)
+def relation_of(claim: Claim) -> tuple[str, ...]:
+    """Returns the words of a prompt that are in none of its subject's names, as `words_of` does."""
+    about = {word for name in unqualified(claim.subject) for word in words_of(name)}
+    return tuple(word for word in words_of(claim.prompt) if word not in about)
 
 
 def share(words: Sequence[str], present: set[str]) -> float:

@@ -37,6 +37,7 @@ def make_judge(config) -> Judge | None:
 
 
 # The check before a run and the reading after it share one judge: its model is loaded once.
+# `factory` tells apart what the name stands for.
 @functools.lru_cache(1)
 def _make(name: str, factory, settings: JudgeSettings) -> Judge:
     return judges.make(name, settings)
