@@ -9,6 +9,7 @@ from tda import store as stores
 from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients.capture import Capture
 from tda.gradients.projection import Projection
+from tda.run import first_stage
 from tda.run.run import NO_STORE, Corpus
 from tda.run.workdir import Workdir
 from tda.runtime.fingerprint import fingerprint, plain
@@ -20,7 +21,8 @@ def check(config) -> None:
     Raises:
         ValueError: it does not.
     """
-    for method in method_lib.parse(config.methods).values():
+    chosen = method_lib.parse(config.methods)
+    for method in (chosen | first_stage.first_methods(config, chosen)).values():
         if method.retriever == "captured" and not config.train.capture:
             raise ValueError(
                 f"{method.title}: the training has to keep its examples' gradients; give "

@@ -168,8 +168,11 @@ def test_methods_share_a_scan_without_what_was_withdrawn(ranked, monkeypatch):
     assert found["captured"].ranked.proponents[0].tolist() == [*before[1:], -1]
 
 
-def test_methods_of_the_training_need_its_gradients(tmp_path):
+@pytest.mark.parametrize("is_first_stage", [False, True])
+def test_methods_of_the_training_need_its_gradients(tmp_path, is_first_stage):
     config = make_config(tmp_path)
-    config.methods = "captured"
+    config.methods = "rerank_cos" if is_first_stage else "captured"
+    config.rerank.candidates = "captured"
+    config.rerank.passages = 20 if is_first_stage else 0
     with pytest.raises(ValueError, match="give train.capture=True, in a new workdir"):
         stages.trace(config, Workdir(tmp_path / "w"))
