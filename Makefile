@@ -13,10 +13,14 @@ TELLING := $(addprefix tests/,test_dependencies.py test_loss.py test_api.py \
 	gradients/test_adam_steps.py gradients/test_layers.py gradients/moments hessian training \
 	model/test_decoder.py run/test_many_processes.py experiments/test_trace.py)
 
-.PHONY: demo release test test-all test-versions lint docs venv clean
+.PHONY: demo example release test test-all test-versions lint docs venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m experiments.trace --config=configs/world_facts.py --workdir=demo
+
+# Some of the demo's queries in the viewer, in docs/example: whenever the viewer's page changes.
+example: demo
+	$(VENV)/bin/python -m experiments.view --workdir=demo --export=docs/example --queries=60
 
 # The demo as a folder to publish, in build/release.
 release: demo

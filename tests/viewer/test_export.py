@@ -1,6 +1,7 @@
 """The export: everything that a page asks for is there, and the page's modules are one script."""
 
 import json
+import pathlib
 import re
 
 import pytest
@@ -49,6 +50,14 @@ def test_every_piece_is_there_and_the_same(collection, tmp_path):
     (out / "data" / "old.js").write_text("x")
     export(collection, out)
     assert pieces_of(out).keys() == found.keys()
+
+
+def test_the_example_in_the_docs_has_todays_page(collection, tmp_path):
+    """Mistake: an example that a change of the page has left behind; `make example` makes it."""
+    export(collection, tmp_path / "out")
+    example = pathlib.Path(__file__).parents[2] / "docs" / "example"
+    for page in ("index.html", *(f"static/{p.name}" for p in (example / "static").iterdir())):
+        assert (example / page).read_bytes() == (tmp_path / "out" / page).read_bytes(), page
 
 
 def test_other_files_are_not_overwritten(collection, tmp_path):
