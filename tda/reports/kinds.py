@@ -7,7 +7,7 @@ from tda.reports import plots, tables
 from tda.reports.plots import Line, Panel
 
 
-def draw(path: str | os.PathLike, metrics: dict, key: str = "by_kind") -> list[str]:
+def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
     """Draws two figures, `PATH` and `PATH_by_rank`, as PNG and SVG; returns the files.
 
     The first has shares and tail-patch of every method by kind; the second, shares by rank of the
@@ -15,21 +15,17 @@ def draw(path: str | os.PathLike, metrics: dict, key: str = "by_kind") -> list[s
 
     Args:
         path: without a suffix.
-        metrics: by method, as `tda.run.evaluate` returns them.
-        key: of the kinds in them: "by_kind" or "by_content".
+        metrics: by method, as `tda.run.evaluate` returns them for a run with a judge.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    panels = [
-        Panel("share of the proponents", [_shares(n, m[key]) for n, m in metrics.items()], True)
-    ]
-    if any(x["n_tail_patches"] for m in metrics.values() for x in m[key].values()):
+    by_method = {name: m["by_kind"] for name, m in metrics.items()}
+    panels = [Panel("share of the proponents", [_shares(*x) for x in by_method.items()], True)]
+    if any(x["n_tail_patches"] for by_kind in by_method.values() for x in by_kind.values()):
         steps = [
-            Line(
-                METHODS[n].title, list(m[key]), [_number(x["tail_patch"]) for x in m[key].values()]
-            )
-            for n, m in metrics.items()
+            Line(METHODS[n].title, list(kinds), [_number(x["tail_patch"]) for x in kinds.values()])
+            for n, kinds in by_method.items()
         ]
         panels.append(Panel("tail-patch of a step on one", steps, True))
     files = plots.draw(path, panels, "")
@@ -39,7 +35,7 @@ def draw(path: str | os.PathLike, metrics: dict, key: str = "by_kind") -> list[s
             METHODS[n].title,
             [
                 Line(kind, range(1, 1 + len(x["by_rank"])), list(map(_number, x["by_rank"])))
-                for kind, x in metrics[n][key].items()
+                for kind, x in by_method[n].items()
             ],
             True,
         )

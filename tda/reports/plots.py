@@ -1,6 +1,7 @@
 """Plots of measured figures with their intervals, as PNG and SVG. Needs matplotlib."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -50,6 +51,11 @@ class Panel:
     title: str
     lines: list[Line]
     percent: bool = False
+
+
+def is_installed() -> bool:
+    """Returns whether matplotlib, an extra, is installed: what runs draw unasked needs it."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def check() -> None:

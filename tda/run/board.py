@@ -1,7 +1,6 @@
 """The board: every method's scores of all units, held against the bank."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -14,6 +13,7 @@ from tda.counterfactual.bank import draw_subsets
 from tda.evaluation import statistics
 from tda.evaluation.statistics import Interval
 from tda.reports import board as board_report
+from tda.reports import plots
 from tda.retrieval.ranked import Ranked, best_of, first_rank
 from tda.run import counterfactual, evaluate, stages
 from tda.run.bank_scores import TITLES, BankScores, family, own_methods, title
@@ -161,7 +161,7 @@ class _Board:
             out.write(f"{board_report.describe(record)}\n")
         write_arrays(workdir / "board.npz", self.arrays)
         # Plots are an extra; a board without them is complete.
-        if importlib.util.find_spec("matplotlib"):
+        if plots.is_installed():
             board_report.draw_costs(record, workdir / "costs")
         # Last: it tells the other tasks of an array that the board is there.
         write_json(workdir / "board.json", plain(record))

@@ -1,9 +1,7 @@
 """Tables 1 and 2 of the paper on one corpus: all stages, and the table in three formats."""
 
-import importlib.util
-
 from tda import methods
-from tda.reports import spectra, tables
+from tda.reports import plots, spectra, tables
 from tda.run import retrieve, stages
 from tda.run.workdir import Workdir
 from tda.runtime import processes
@@ -36,7 +34,7 @@ def run(config, workdir: Workdir, engine: Engine = PROCESSES, table: str = "tabl
             "write the table", lambda: _write_table(config, metrics, notes, workdir, table)
         )
         # Plots are an extra; a table without them is complete.
-        if importlib.util.find_spec("matplotlib"):
+        if plots.is_installed():
             processes.on_first_process("draw the spectra", lambda: _draw_spectra(notes, workdir))
     print(f"table: {workdir.path}/{table}.md, {table}.csv, {table}.tex")
     return metrics

@@ -1,7 +1,6 @@
 """The stages of a run in order, from the corpus to the tables."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +11,7 @@ from tda import store as stores
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
-from tda.reports import kinds, tables
+from tda.reports import kinds, plots, tables
 from tda.retrieval.ranked import Ranked
 from tda.run import (
     capturing,
@@ -163,7 +162,7 @@ def _trace(run: Run) -> tuple[dict, dict]:
         with open_atomic(workdir / "table.md") as out:
             out.write(f"{text}\n\n{tables.run_details(metrics)}\n")
         # Plots are an extra; a run without them is complete.
-        if run.config.judge.name and importlib.util.find_spec("matplotlib"):
+        if run.config.judge.name and plots.is_installed():
             kinds.draw(workdir / "kinds", metrics)
 
     with run.engine.alone():
