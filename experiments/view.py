@@ -48,7 +48,9 @@ def main(_):
         for file in collection.files:
             if file.malformed:
                 print(f"{file.path}: {file.malformed:,} malformed lines, shown as such")
-        if _AGREEMENT.value and collection.notes:
+        if _AGREEMENT.value:
+            if collection.notes is None:
+                raise ValueError("--agreement reads notes, and there are none; give --notes=FILE")
             print(describe_agreement(collection.notes.agreement(collection.files)))
             return
         if _EXPORT.value:

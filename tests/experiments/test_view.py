@@ -135,3 +135,7 @@ def test_the_program_serves_exports_and_ends(workdir, tmp_path):
         [*command, f"--export={workdir}"], capture_output=True, text=True, check=False
     )
     assert again.returncode == 1 and "holds other files" in again.stderr
+    # Without notes there is nothing to compare; served, the results would seem to be the answer.
+    alone = [*command[:3], f"--results={workdir}/results/bm25.jsonl", "--agreement"]
+    compared = subprocess.run(alone, capture_output=True, text=True, check=False, timeout=60)
+    assert compared.returncode == 1 and "give --notes=FILE" in compared.stderr
