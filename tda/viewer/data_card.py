@@ -115,7 +115,7 @@ format these files have.
 """
 
 
-def write(collection: Collection, workdir: pathlib.Path, out: pathlib.Path) -> str:
+def describe(collection: Collection, workdir: pathlib.Path, out: pathlib.Path) -> str:
     """Returns the card of a release in Markdown.
 
     Args:

@@ -1,7 +1,6 @@
 """Opens the results that the viewer's flags name, and serves them."""
 
 import contextlib
-import gzip
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from tda.runtime.command import of_main
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.notes import Notes
+from tda.viewer.results_file import open_unpacked
 from tda.viewer.server import UPLOAD_LIMIT, create_app
 
 
@@ -102,8 +102,7 @@ def _answers_of(workdir: str) -> list[pathlib.Path]:
 
 def _shortened(path: str, queries: int, folder: str) -> str:
     """Returns a file with some lines of a results file, evenly spaced, under the same name."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rb") as file:
+    with open_unpacked(str(path)) as file:
         lines = [line for line in file if line.strip()]
     out = pathlib.Path(tempfile.mkdtemp(dir=folder)) / pathlib.Path(path).name.removesuffix(".gz")
     count = min(queries, len(lines))

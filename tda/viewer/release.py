@@ -60,7 +60,7 @@ def release(workdir: str, out: str) -> int:
     _write(index, index.read_text("utf-8"), names)
     # Without this file GitHub Pages has Jekyll copy the folder, which leaves some names out.
     (target / ".nojekyll").touch()
-    text = data_card.write(collection, source, target)
+    text = data_card.describe(collection, source, target)
     if licence:
         text = _LICENCE.sub(lambda _: licence[0], text, count=1)
     _write(card, text, names)

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class ResultsFile:
     ):
         self.path, self.label, self.title = os.fspath(path), label, title or label
         self.columns: dict[str, list] = {field: [] for field in summary.FIELDS}
-        self._file = _opened(self.path)
+        self._file = open_unpacked(self.path)
         self._seen = _signature(self.path)
         starts, lengths, ids = [], [], []
         start, digest, name = 0, hashlib.sha256(), os.path.basename(self.path)
@@ -200,7 +201,8 @@ def _number_of(name: str) -> int:
     return hash(name) & (2**64 - 1)
 
 
-def _opened(path: str):
+def open_unpacked(path: str) -> BinaryIO:
+    """Opens a file for reading, without the gzip of a name in .gz."""
     if not path.endswith(".gz"):
         return open(path, "rb")
     # It has no name: the disk space is free again however the viewer ends.
