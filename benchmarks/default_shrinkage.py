@@ -9,8 +9,8 @@ of the facts. Up to 1,060 passages, four fifths of them state a fact that three 
 other words; larger corpora are drawn from the 20,000 sentences of `world_facts` as they are. Above
 20,000, the passages are all the sentences of a file, the queries those of `configs/trex_table1.py`,
 and a model of four layers of twice the width is trained for two epochs, on other facts in the words
-of their prompts too: with the small one no method finds anything (MRR 0.01). The
-passages are ranked by `exp3` (no R), by `grad_cos` (neither R nor optimizer correction), and by
+of their prompts too: with the small one no method finds anything (MRR 0.01). The passages are
+ranked by `exp3` (no R), by `grad_cos` (neither R nor optimizer correction), and by
 `trackstar_train` under each rule for shrinking R, all from the same two sets of gradients.
 
 Prints the mean reciprocal rank of the first passage that states the fact, its mean over training
