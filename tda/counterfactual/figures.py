@@ -6,10 +6,12 @@ over queries. Scores τ are positive for units that lower the loss.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from tda.counterfactual.bank import Bank
+from tda.evaluation import ranking
 from tda.evaluation.statistics import Interval
 
 
@@ -49,6 +51,8 @@ def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
 def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
     """Returns Σ_{i∈S} τ_i of each set of removed units: float64 [M, Q].
 
+    Sets whose scores are the same in another order have the same sum, to the last bit.
+
     Raises:
         ValueError: the scores are not of these units.
     """
@@ -57,7 +61,13 @@ def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
             f"the scores are of {scores_QxU.shape[1]} units and the bank of {removed_MxU.shape[1]}"
             "; give a score for every unit of the bank"
         )
-    return removed_MxU.astype(np.float64) @ np.asarray(scores_QxU, np.float64).T
+    scores_QxU = np.asarray(scores_QxU, np.float64)
+    # In whole numbers, whose sums are exact in float64 below 2⁵³: rounding would rank sets that
+    # tie, and give a method whose scores are all alike a correlation by chance.
+    largest_Q = np.abs(scores_QxU).max(axis=1, initial=0.0)
+    power_Qx1 = 52 - np.frexp(largest_Q * scores_QxU.shape[1])[1][:, None]
+    whole_QxU = np.rint(np.ldexp(scores_QxU, power_Qx1))
+    return np.ldexp(removed_MxU.astype(np.float64) @ whole_QxU.T, -power_Qx1.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +116,16 @@ def lds(
         resamples: the number of draws.
         seed: the seed of the draws.
         changes_MxQ: how much losses rose; by default those of the bank.
+
+    Raises:
+        ValueError: the bank has fewer than two subsets, which no correlation can be taken over.
     """
     changes_MxQ = bank.changes_MxQ if changes_MxQ is None else changes_MxQ
+    if len(changes_MxQ) < 2:
+        raise ValueError(
+            f"LDS is a correlation over retrainings, and the bank has {len(changes_MxQ)}; give two "
+            "subsets or more (counterfactual.subsets)"
+        )
     predicted = {name: predictions(x, bank.removed_MxU) for name, x in scores.items()}
     by_query = {name: spearman(x, changes_MxQ) for name, x in predicted.items()}
     M, Q = changes_MxQ.shape
@@ -129,19 +147,24 @@ class Ceiling:
     """How far reruns with another order of the data agree, and the LDS that this allows."""
 
     agreement: float
-    """r: the mean over queries of the correlation between the changes of two orders."""
+    """r: the correlation between the changes of two orders, mean over queries and pairs of orders;
+    NaN if no query was measured in two."""
     one: float
     """√r: the correlation of one run's changes with what is common to all orders, if noise is
     independent: the most that scores can reach that know nothing of the order."""
-    two: float
-    """√(2r / (1 + r)): the same for the mean of two orders (Spearman and Brown)."""
+    mean: float
+    """√(kr / (1 + (k − 1) r)): the same for the mean of all k orders (Spearman and Brown)."""
+    orders: int
+    """k."""
 
 
-def ceiling(changes_MxQ: np.ndarray, rerun_MxQ: np.ndarray) -> Ceiling:
-    """Returns the ceilings of LDS from changes of loss under two orders of the data."""
-    r = float(np.nanmean(spearman(changes_MxQ, rerun_MxQ)))
-    positive = max(r, 0.0)
-    return Ceiling(r, positive**0.5, (2 * positive / (1 + positive)) ** 0.5)
+def ceiling(*changes_MxQ: np.ndarray) -> Ceiling:
+    """Returns the ceilings of LDS from changes of loss under two or more orders of the data."""
+    pairs = itertools.combinations(changes_MxQ, 2)
+    r = float(ranking.mean([spearman(*pair) for pair in pairs]))
+    positive, k = np.maximum(r, 0.0), len(changes_MxQ)
+    of_mean = k * positive / (1 + (k - 1) * positive)
+    return Ceiling(r, float(positive**0.5), float(of_mean**0.5), k)
 
 
 def top_units(scores_QxU: np.ndarray, share: float) -> np.ndarray:

@@ -109,21 +109,26 @@ def _notes(record: dict) -> str:
     ]
     for fraction, c in record["ceilings"].items():
         lines.append(
-            f"Reruns in another order without {float(fraction):.0%}: agreement "
-            f"{c['agreement']:.3f}; ceilings {c['one']:.3f} (one order), {c['two']:.3f} (two)."
+            f"Reruns in another order without {_share(fraction)}: agreement {c['agreement']:.3f}; "
+            f"ceilings {c['one']:.3f} (one order), {c['mean']:.3f} (mean of {c['orders']})."
         )
     for fraction, by_metric in record.get("agreements", {}).items():
         if by_metric:
             order = ", ".join(f"{_TITLES[k]} {x:.2f}" for k, x in by_metric.items())
             lines.append(
-                f"How far other figures order the methods as LDS at {float(fraction):.0%} does "
+                f"How far other figures order the methods as LDS at {_share(fraction)} does "
                 f"(Spearman): {order}."
             )
     return "\n".join(lines)
 
 
 def _label(column: tuple[str, str]) -> str:
-    return f"{float(column[0]):.0%}, {column[1]}"
+    return f"{_share(column[0])}, {column[1]}"
+
+
+def _share(fraction: str) -> str:
+    # Three digits: without decimals 0.5% would be 0%.
+    return f"{100 * float(fraction):.3g}%"
 
 
 def _cost(method: dict) -> str:

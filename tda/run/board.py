@@ -42,6 +42,11 @@ def check(config) -> None:
         raise ValueError(
             f"counterfactual.methods: unknown {', '.join(unknown)}; there are {', '.join(TITLES)}"
         )
+    if config.counterfactual.subsets < 2:
+        raise ValueError(
+            f"counterfactual.subsets={config.counterfactual.subsets}: LDS is a correlation over "
+            "retrainings; give two or more"
+        )
     if "annotated" in method_lib.parse(config.methods):
         raise ValueError("annotated sentences have no scores to sum; leave them out of methods")
     if config.search.index != "none":
@@ -179,7 +184,7 @@ class _Board:
             changes = {"same order": banks[0].changes_MxQ}
             if len(banks) > 1:
                 changes["mean of orders"] = np.mean([b.changes_MxQ for b in banks], axis=0)
-                c = figures.ceiling(banks[0].changes_MxQ, banks[1].changes_MxQ)
+                c = figures.ceiling(*(b.changes_MxQ for b in banks))
                 record["ceilings"][str(fraction)] = dataclasses.asdict(c)
             record["banks"][str(fraction)] = {
                 "subsets": len(banks[0].losses_MxQ),

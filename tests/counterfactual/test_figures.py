@@ -61,8 +61,15 @@ def test_ceilings_of_reruns():
     assert c.one == pytest.approx(c.agreement**0.5)
     # What the truth reaches on one run, and on the mean of two.
     assert figures.spearman(common, one).mean() == pytest.approx(c.one, abs=0.02)
-    assert figures.spearman(common, one + two).mean() == pytest.approx(c.two, abs=0.02)
+    assert figures.spearman(common, one + two).mean() == pytest.approx(c.mean, abs=0.02)
     assert figures.ceiling(one, -one).one == 0
+    # Every pair of orders counts, and the mean of more of them has less noise.
+    third = common + rng.normal(size=common.shape)
+    c = figures.ceiling(one, two, third)
+    pairs = [(one, two), (one, third), (two, third)]
+    assert c.agreement == pytest.approx(np.mean([figures.spearman(*p) for p in pairs]))
+    expected = figures.spearman(common, one + two + third).mean()
+    assert c.orders == 3 and expected == pytest.approx(c.mean, abs=0.02)
 
 
 def test_top_units_are_each_querys_own():
@@ -87,3 +94,23 @@ def test_scores_of_other_units_are_refused():
     scores, bank = make_bank()
     with pytest.raises(ValueError, match="the scores are of 39 units and the bank of 40"):
         figures.lds({"a": scores[:, 1:]}, bank)
+
+
+def test_sets_of_equal_scores_tie_in_whatever_order_they_are_added():
+    """Guards: rounding that ranks ties, and so gives scores that say nothing a correlation."""
+    _, bank = make_bank(U=500)
+    alike = figures.lds({"a": np.full((6, 500), 0.1)}, bank, resamples=20)
+    assert (alike.by_query["a"] == 0).all() and (alike.resampled["a"] == 0).all()
+    counts = np.random.default_rng(0).integers(1, 4, (6, 500))
+    sums = figures.predictions(counts / 10, bank.removed_MxU)
+    np.testing.assert_allclose(sums, bank.removed_MxU @ counts.T / 10, rtol=1e-12)
+    for of_query, of_units in zip(sums.T, counts, strict=True):
+        made_of = [tuple(np.bincount(of_units[r], minlength=4)) for r in bank.removed_MxU]
+        assert len(set(of_query)) <= len(set(made_of)) < len(made_of)
+    assert figures.predictions(np.zeros((1, 500)), bank.removed_MxU).max() == 0
+
+
+def test_one_retraining_has_no_lds():
+    scores, bank = make_bank(M=1)
+    with pytest.raises(ValueError, match="the bank has 1; give two subsets or more"):
+        figures.lds({"a": scores}, bank)

@@ -225,6 +225,7 @@ def test_tasks_joined_processes_and_workers_write_the_same_bank(tmp_path):
         ({"model.dtype": "bfloat16"}, "model.dtype=bfloat16: .* need model.dtype=float32"),
         ({"train.optimizer": "adafactor"}, "the bank is trained by adam or adamw"),
         ({"counterfactual.methods": "dots"}, "unknown dots; there are metagradient"),
+        ({"counterfactual.subsets": 1}, "subsets=1: LDS is a correlation .*; give two or more"),
         ({"methods": "annotated,bm25"}, "leave them out of methods"),
         ({"search.index": "scann"}, "use search.index=none"),
         ({"data.corpus": "x"}, "give its passages as data.sentences"),
@@ -281,34 +282,37 @@ def test_a_full_ranking_is_turned_back_into_scores():
 
 def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     def lds(x):
-        return {f: {"same order": dict(mean=x, low=x - 0.1, high=x + 0.1)} for f in ("0.5", "0.05")}
+        shares = ("0.5", "0.005")
+        return {f: {"same order": dict(mean=x, low=x - 0.1, high=x + 0.1)} for f in shares}
 
     record = {
         "methods": {
             "a": {"title": "A", "cost": None, "lds": lds(0.2)},
             "b": {"title": "B", "cost": 2.345, "lds": lds(0.7)},
         },
-        "ceilings": {"0.05": {"agreement": 0.5, "one": 0.7, "two": 0.8}},
+        "ceilings": {"0.005": {"agreement": 0.5, "one": 0.7, "mean": 0.8, "orders": 2}},
         "queries": 3, "units": 4, "unit": "document", "steps": 5,
         "seconds of a training": 1.0, "metasmoothness": 0.9,
     }  # fmt: skip
     a, b = record["methods"].values()
     b["tail_patch"] = dict(mean=0.0123, low=0.01, high=0.02)
-    record["agreements"] = {"0.05": {"mrr": 0.5, "tail_patch": -0.25}, "0.5": {}}
-    b["lds"]["0.05"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
+    record["agreements"] = {"0.005": {"mrr": 0.5, "tail_patch": -0.25}, "0.5": {}}
+    b["lds"]["0.005"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
     lines = board_report.describe(record).splitlines()
     assert "share of 4 documents" in lines[1] and "mean over 3 queries" in lines[3]
-    assert lines[5] == "| method | LDS 5%, same order | LDS 50%, same order | tail-patch | cost |"
+    assert lines[5] == "| method | LDS 0.5%, same order | LDS 50%, same order | tail-patch | cost |"
     ends = "0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | +1.23% [+1.00%, +2.00%]"
     assert lines[7] == f"| B | {ends} | 2.3 |"
     assert lines[8] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |  |"
     # Of the baseline there is no difference.
-    assert lines[12:16] == ["| method | LDS 5%, same order, less A's |", "|---|---:|",
+    assert lines[12:16] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
                             "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
-    assert "agreement 0.500; ceilings 0.700 (one order), 0.800 (two)" in lines[-2]
-    assert lines[-1].endswith("as LDS at 5% does (Spearman): MRR 0.50, tail-patch -0.25.")
+    assert (
+        "without 0.5%: agreement 0.500; ceilings 0.700 (one order), 0.800 (mean of 2)" in lines[-2]
+    )
+    assert lines[-1].endswith("as LDS at 0.5% does (Spearman): MRR 0.50, tail-patch -0.25.")
     # On a terminal, in aligned columns that fit it.
     lines = board_report.summarise(record).splitlines()
-    assert lines[5] == "method  LDS 5%, same order [95%]  50%, same order  cost"
-    assert lines[6] == "B           0.700 [0.600, 0.800]            0.700   2.3"
+    assert lines[5] == "method  LDS 0.5%, same order [95%]  50%, same order  cost"
+    assert lines[6] == "B             0.700 [0.600, 0.800]            0.700   2.3"
     assert max(map(len, lines)) < 120

@@ -144,7 +144,7 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
         page.drawn()
         for title, lds, *_ in table_on(page):
             assert lds == minus(markdown[title]["LDS 50%, mean of orders"])
-        assert f"Ceiling {record['ceilings']['0.5']['two']:.3f} " in page.text(".board")
+        assert f"Ceiling {record['ceilings']['0.5']['mean']:.3f} " in page.text(".board")
         # A query and a method: every retraining is a point.
         page.page.click("tbody >> text=BM25")
         page.page.select_option("#board-query", "2")
