@@ -29,7 +29,7 @@ def rank(
         best_scores.append(scores_C[best])
         rows.append(np.where(best_scores[-1] > -np.inf, best, -1))
         for label, lists in (correct or {}).items():
-            retrievable = lists[q][scores_C[lists[q]] > -np.inf]
+            retrievable = lists[q][scores_C[lists[q]] != -np.inf]
             ranks[label][q] = first_rank(scores_C, retrievable)
     width = len(rows[0]) if rows else 0
     return Ranked.of_proponents(

@@ -23,12 +23,12 @@ def fuse(rankings: Sequence[Ranked]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     (Cormack, Clarke & Büttcher 2009, whose constant it is).
     """
     for q, rows in enumerate(unite(rankings)):
-        scores = np.zeros(len(rows))
-        for ranked in rankings:
+        parts = np.zeros((len(rankings), len(rows)))
+        for part, ranked in zip(parts, rankings, strict=True):
             ranks = np.flatnonzero(ranked.proponents[q] >= 0)
-            at = np.searchsorted(rows, ranked.proponents[q, ranks])
-            scores[at] += 1.0 / (_FUSION + 1 + ranks)
-        yield rows, scores
+            part[np.searchsorted(rows, ranked.proponents[q, ranks])] = 1.0 / (_FUSION + 1 + ranks)
+        # Added from the smallest on, so that the same ranks tie whichever rankings they are from.
+        yield rows, np.sort(parts, axis=0).sum(axis=0)
 
 
 def rank(

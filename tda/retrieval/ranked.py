@@ -67,10 +67,11 @@ def first_rank(scores_C: np.ndarray, correct: np.ndarray) -> int:
     """Returns the rank, from 1, of the best of the `correct` rows; 0 if there are none.
 
     Among equal scores a correct passage comes last, so a method that gives all passages the same
-    score gains nothing.
+    score gains nothing. A score that is not a number is below all others.
     """
     if not len(correct):
         return 0
+    scores_C = _with_nan_last(scores_C)
     # A row that is named twice is one correct row.
     correct_scores = scores_C[np.unique(correct)]
     best = correct_scores.max()
@@ -84,9 +85,18 @@ def best_of(scores_QxN, rows_QxN, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def top(scores_C: np.ndarray, k: int) -> np.ndarray:
-    """Returns the k rows with the largest scores, best first; among equals the lower row first."""
+    """Returns the k rows with the largest scores, best first; among equals the lower row first.
+
+    A score that is not a number is below all others.
+    """
+    scores_C = _with_nan_last(scores_C)
     k = min(k, len(scores_C))
     chosen = np.argpartition(-scores_C, k - 1)[:k] if k < len(scores_C) else np.arange(k)
     # The partition takes any of equal scores: take all that reach its worst one, then order them.
     reaching = np.flatnonzero(scores_C >= scores_C[chosen].min())
     return reaching[np.lexsort((reaching, -scores_C[reaching]))][:k]
+
+
+def _with_nan_last(scores_C: np.ndarray) -> np.ndarray:
+    # NaN compares as neither above nor below: nothing would rank before a passage that has it.
+    return np.where(np.isnan(scores_C), -np.inf, scores_C)

@@ -25,6 +25,13 @@ def test_what_is_never_retrieved_is_no_passage():
     np.testing.assert_array_equal(ranking.proponents, [[2, 0, -1], [-1, -1, -1]])
 
 
+def test_a_score_that_is_not_a_number_is_the_last_and_no_proponent():
+    correct = {"all": [np.array([1])]}
+    ranking = by_score.rank([np.array([1.0, np.nan, 2])], 1, 3, correct)
+    np.testing.assert_array_equal(ranking.proponents, [[2, 0, -1]])
+    assert ranking.first_ranks["all"][0] == 3
+
+
 def test_a_score_of_all_alike_finds_nothing_first():
     ranking = by_score.rank([np.ones(50)], 1, 10, {"all": [np.array([0, 1])]})
     assert ranking.first_ranks["all"][0] == 49

@@ -45,3 +45,13 @@ def test_reciprocal_ranks_are_summed_over_the_rankings_that_have_a_passage():
         np.testing.assert_allclose(scores, by_hand, rtol=1e-12)
     best = candidates.rank(first, fused, 3).proponents.tolist()
     assert best == [[2, 5, 9], [1, 0, -1]]
+
+
+def test_the_same_ranks_tie_whichever_rankings_they_are_from():
+    """Guards: sums of three in another order, whose last bit would decide."""
+    rows = np.arange(60)
+    turned = [np.roll(rows, -20 * i)[None] for i in range(3)]
+    ((_, scores),) = candidates.fuse([ranking(r, [0]) for r in turned])
+    # Each passage has the ranks r, r + 20 and r + 40, by another ranking each.
+    np.testing.assert_array_equal(scores.reshape(3, 20), [scores[:20]] * 3)
+    assert len(set(scores)) == 20

@@ -217,6 +217,11 @@ def test_first_rank_and_top_break_ties_against_the_method():
     assert ranked.first_rank(scores, np.array([], int)) == 0
     np.testing.assert_array_equal(ranked.top(scores, 2), [1, 2])
     np.testing.assert_array_equal(ranked.top(scores, 9), [1, 2, 4, 0, 3])
+    # Guards: a passage whose score is NaN, before which nothing ranks.
+    unknown = np.array([1.0, np.nan, 5, np.nan])
+    assert ranked.first_rank(unknown, np.array([1])) == 4
+    assert ranked.first_rank(unknown, np.array([0, 1])) == 2
+    np.testing.assert_array_equal(ranked.top(unknown, 3), [2, 0, 1])
 
 
 def test_a_ranking_is_kept_and_read_again(data, tmp_path):
