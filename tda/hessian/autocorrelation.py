@@ -40,7 +40,8 @@ class Autocorrelation:
             divided by t.
         noise: expected squared Frobenius distance of each of these matrices from that of infinitely
             many rows: Σ_i ‖x_i x_iᵀ − R‖² / n² (Ledoit & Wolf 2004, lemma 3.4, there divided by
-            E_b), with G_i G_iᵀ or G_iᵀ G_i in place of x_i x_iᵀ for A and B.
+            E_b), with G_i G_iᵀ or G_iᵀ G_i in place of x_i x_iᵀ for A and B. Infinite if n is 1: one
+            row tells nothing of its own chance.
         count: n, the number of rows.
     """
 
@@ -159,6 +160,8 @@ def _mean(shapes, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
     # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
     squares = np.array([np.sum(np.square(R)) for R in matrices])
     noise = np.maximum(0.0, np.array(fourth_powers) - squares) / count
+    if count == 1:
+        noise = np.full_like(noise, np.inf)
     return Autocorrelation(matrices, noise, count)
 
 

@@ -288,3 +288,19 @@ def test_halves_have_factors_of_the_other_half(data):
         of_rest = whitening((data[0], data[1][rest]), damping=0.05)
         expected = scores(data, of_rest.scorer(METHODS["trackstar_all"], None))
         np.testing.assert_allclose(scores(data, part.scorers["m"]), expected, atol=1e-6)
+
+
+def test_a_sample_of_one_row_is_taken_for_noise_alone(data):
+    """Guards: a row whose distance to its own mean is 0, taken for R of infinitely many rows."""
+    passages, queries = data
+    one = whitening((passages, queries[:1]))
+    mixed = one.scorer(METHODS["trackstar"], 0).roots
+    train = one.scorer(METHODS["trackstar_train"], None).roots
+    assert one.note(METHODS["trackstar"])["shrinkage of R_eval"] == 1
+    # R of the passages, but for its scale.
+    for a, b in list(zip(mixed, train, strict=True))[1:]:
+        ratios = np.sort(a.scales, axis=None) / np.sort(b.scales, axis=None)
+        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-4)
+    alone = whitening((passages[:1], queries))
+    alone.scorer(METHODS["trackstar_train"], None)
+    assert alone.note(METHODS["trackstar_train"])["shrinkage"] == 1
