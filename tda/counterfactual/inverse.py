@@ -59,6 +59,9 @@ def gauss_newton(
 class DampedInverse:
     """(H + D)⁻¹ of the chosen matrices, by products with H.
 
+    Raises:
+        ValueError: all gradients of a matrix vanish, or the damping is not above 0.
+
     Raises (where a product is taken):
         TypeError: the model's layers have a backward pass of their own, which `jax.jvp` refuses;
             `tda.counterfactual.metagradients.with_plain_attention` gives a decoder without.
@@ -73,7 +76,11 @@ class DampedInverse:
     curvature: dict[str, Curvature]
     """EK-FAC's eigenvectors and eigenvalues by path."""
     damping: float = DAMPING
-    """λ over the mean of a matrix's eigenvalues."""
+    """λ over the mean of a matrix's eigenvalues, above 0."""
+
+    def __post_init__(self):
+        for site in self.chosen:
+            kronecker.check_invertible(site, self.curvature[site.path], self.damping)
 
     def precondition(self, gradients: Gradients) -> Gradients:
         """Returns (F + λ)⁻¹ of gradients by path, [Q, …]: EK-FAC's solution."""

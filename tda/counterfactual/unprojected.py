@@ -60,16 +60,19 @@ def ekfac(
         chosen: the matrices, from `tda.gradients.kronecker.factored`; all other gradients are left
             out.
         curvature: eigenvectors and eigenvalues by path.
-        damping: λ over the mean of a matrix's eigenvalues.
+        damping: λ over the mean of a matrix's eigenvalues, above 0.
+
+    Raises:
+        ValueError: all gradients of a matrix vanish, or the damping is not above 0.
     """
+    roots = [kronecker.inverse_root_values(s, curvature[s.path], damping) for s in chosen]
 
     def transform(gradients):
         out = []
-        for site in chosen:
+        for site, root in zip(chosen, roots, strict=True):
             c = curvature[site.path]
             G = jax.vmap(site.matrix)(gradients[site.path]).astype(jnp.float32)
-            scale = jnp.asarray(kronecker.damped(c, damping), jnp.float32)
-            out.append(eigenbasis.rotate(G, c.left, c.right) * scale**-0.5)
+            out.append(eigenbasis.rotate(G, c.left, c.right) * root)
         return out
 
     return transform

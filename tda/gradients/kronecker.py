@@ -226,6 +226,12 @@ def damped(curvature: Curvature, damping: float) -> np.ndarray:
 
 def inverse_root_values(site: sites.Site, curvature: Curvature, damping: float) -> jax.Array:
     """Returns (Λ + λ)^(−1/2) of a site: float32 [(L,) M, N]; see `ekfac_taps`."""
+    check_invertible(site, curvature, damping)
+    return jnp.asarray(damped(curvature, damping) ** -0.5, jnp.float32)
+
+
+def check_invertible(site: sites.Site, curvature: Curvature, damping: float) -> None:
+    """Checks that Λ + λ of a site has an inverse; raises as `ekfac_taps` does."""
     if not damping > 0:
         raise ValueError(
             f"damping={damping} of EK-FAC must be above 0, such as {DAMPING}: without it, "
@@ -233,7 +239,6 @@ def inverse_root_values(site: sites.Site, curvature: Curvature, damping: float) 
         )
     if not (curvature.values.mean(axis=(-1, -2)) > 0).all():
         raise ValueError(f"{site.path} has no curvature: all gradients of the sample vanish")
-    return jnp.asarray(damped(curvature, damping) ** -0.5, jnp.float32)
 
 
 def logra_taps(

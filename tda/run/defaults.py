@@ -275,6 +275,7 @@ _POSITIVE = (
     "search.depth",
     "search.memory_gib",
     "several.checkpoints",
+    "curvature.damping",
     "eval.top_k",
     "eval.known_rank",
     "eval.resamples",

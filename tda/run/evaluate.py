@@ -142,15 +142,18 @@ def frequency_edges(config) -> list[int]:
     """Returns where the buckets of fact frequency begin.
 
     Raises:
-        ValueError: the config's value is no list of numbers.
+        ValueError: the config's value is no list of rising whole numbers from 1 up.
     """
     text = config.eval.frequency_edges
     try:
-        return [int(x) for x in text.split(",")]
+        edges = [int(x) for x in text.split(",")]
+        frequency.buckets([], edges)
     except ValueError as error:
         raise ValueError(
-            f"eval.frequency_edges={text!r} must be whole numbers with commas, such as 1,10,100"
+            f"eval.frequency_edges={text!r} must be rising whole numbers from 1 up with commas, "
+            "such as 1,10,100"
         ) from error
+    return edges
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Scores by whole gradients, against the reference's gradients and dense matrices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tda.counterfactual import eigenbasis, unprojected
+from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.unprojected import GradientScore
 from tda.gradients import kronecker, reference
 from tda.gradients.sites import find_sites
@@ -92,3 +95,15 @@ def test_ekfac_is_a_solve_with_the_dense_matrix(scored):
         a, b = (x[SITE][:, layer].reshape(len(x[SITE]), -1) for x in (asked, passages))
         expected = expected + a @ np.linalg.solve(F, b.T)
     assert_close(scores["ekfac"], expected)
+
+
+def test_a_matrix_without_curvature_is_refused(scored):
+    """Guards: 0 / 0 in every score, found when the board is written."""
+    c = dataclasses.replace(scored[4], values=np.zeros_like(scored[4].values))
+    sites = [s for s in find_sites(make_decoder()) if s.path == SITE]
+    with pytest.raises(ValueError, match="has no curvature: all gradients of the sample vanish"):
+        unprojected.ekfac(sites, {SITE: c})
+    with pytest.raises(ValueError, match="has no curvature"):
+        DampedInverse(None, {}, sites, {SITE: c})
+    with pytest.raises(ValueError, match="damping=0.0 of EK-FAC must be above 0"):
+        unprojected.ekfac(sites, {SITE: scored[4]}, damping=0.0)

@@ -601,7 +601,9 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
         ({"eval.top_k": 0}, "eval.top_k=0 must be 1 or more"),
         ({"model.size": "huge"}, "unknown model size 'huge'; there are micro, tiny, mini"),
         ({"gradients.correction": "adams"}, "unknown correction 'adams'; use"),
-        ({"eval.frequency_edges": "1,x"}, "eval.frequency_edges='1,x' must be whole numbers"),
+        ({"eval.frequency_edges": "1,x"}, "eval.frequency_edges='1,x' must be rising whole"),
+        ({"eval.frequency_edges": "10,1"}, "eval.frequency_edges='10,1' must be rising whole"),
+        ({"curvature.damping": 0.0}, "curvature.damping=0.0 must be above 0"),
         ({"eval.tail_patch_state": "warm"}, "tail_patch_state='warm'; use restored or fresh"),
         ({"train.final": 0.0}, "ends at 0: give eval.tail_patch_learning_rate"),
         (
