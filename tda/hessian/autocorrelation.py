@@ -40,8 +40,8 @@ class Autocorrelation:
             divided by t.
         noise: expected squared Frobenius distance of each of these matrices from that of infinitely
             many rows: Σ_i ‖x_i x_iᵀ − R‖² / n² (Ledoit & Wolf 2004, lemma 3.4, there divided by
-            E_b), with G_i G_iᵀ or G_iᵀ G_i in place of x_i x_iᵀ for A and B. Infinite if n is 1: one
-            row tells nothing of its own chance.
+            E_b), with G_i G_iᵀ or G_iᵀ G_i in place of x_i x_iᵀ for A and B. Infinite if n is 1:
+            one row tells nothing of its own chance.
         count: n, the number of rows.
     """
 
