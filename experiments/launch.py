@@ -84,6 +84,8 @@ def launch(
                         print(line, flush=True)
                 main(CONFIG.value, WORKDIR.value)
             processes.wait_for_all("the end")
+            if needs_workdir and processes.is_first():
+                ending.forget_errors(WORKDIR.value)
         except preemption.Preempted as notice:
             ending.exit_preempted(notice, WORKDIR.value)
         except array_tasks.Unfinished as rest:

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import pathlib
+import re
 import signal
 import sys
 import traceback
+from typing import TypeGuard
 
 import jax
 
@@ -12,6 +15,8 @@ from tda.runtime import command, preemption, processes
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 _INTERRUPTED = 130
+# The traceback of a process; the first has no number.
+_TRACEBACK = re.compile(r"error(-\d+)?\.txt")
 
 
 def exit_interrupted(workdir: str | None) -> None:
@@ -49,6 +54,17 @@ def exit_with(error: Exception, workdir: str | None) -> None:
     sys.exit(1)
 
 
+def forget_errors(workdir: str | None) -> None:
+    """Removes the tracebacks of earlier tries from the workdir, once its work is finished.
+
+    A task of an array that has done only its part leaves them: another task's may be among them.
+    """
+    if _is_local(workdir):
+        for path in pathlib.Path(workdir).glob("error*.txt"):
+            if _TRACEBACK.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
 def _exit_saying(
     event: str, status: int, workdir: str | None, advice: str = "", typed: str = ""
 ) -> None:
@@ -70,8 +86,7 @@ def _describe_error(error: Exception, workdir: str | None) -> str:
         error: the error that is being handled.
         workdir: the directory of the run's files, if there is one.
     """
-    is_local = workdir is not None and "://" not in workdir
-    traceback_note = _write_traceback(workdir) if is_local else ""
+    traceback_note = _write_traceback(workdir) if _is_local(workdir) else ""
     advice = ""
     if "No space left" in str(error) and workdir is not None:
         advice = (
@@ -80,6 +95,10 @@ def _describe_error(error: Exception, workdir: str | None) -> str:
         )
     process = f" in process {jax.process_index()}" if jax.process_count() > 1 else ""
     return f"error{process}: {error}{advice}{traceback_note}"
+
+
+def _is_local(workdir: str | None) -> TypeGuard[str]:
+    return workdir is not None and "://" not in workdir
 
 
 def _write_traceback(workdir: str) -> str:

@@ -143,3 +143,26 @@ def test_a_notice_ends_a_program_with_the_command_that_continues_it():
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 143 and "Traceback" not in done.stderr
     assert "ended by SIGTERM. To run it again:" in done.stderr
+
+
+def test_the_traceback_of_a_failed_try_goes_once_a_later_one_succeeds(tmp_path):
+    program = (
+        "import pathlib, sys\n"
+        "from experiments.launch import launch\n"
+        "def main(config, workdir):\n"
+        "  if not (pathlib.Path(workdir) / 'error.txt').exists():\n"
+        "    raise ValueError('the first try')\n"
+        "def attempt():\n"
+        "  try:\n"
+        "    launch(main)\n"
+        "  except SystemExit as end:\n"
+        "    return end.code, sorted(p.name for p in pathlib.Path(sys.argv[2][10:]).iterdir())\n"
+        "print(attempt(), attempt())\n"
+    )
+    for name in ("error-3.txt", "error_bars.txt"):  # of another process, and of the user
+        (tmp_path / name).touch()
+    flags = ["--config=configs/world_facts.py", f"--workdir={tmp_path}"]
+    words = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    failed, succeeded = ["error-3.txt", "error.txt", "error_bars.txt"], ["error_bars.txt"]
+    assert done.stdout.splitlines() == [f"{(1, failed)} {(None, succeeded)}"], done.stderr
