@@ -9,11 +9,11 @@ import jax
 
 from tda import hessian, store
 from tda.gradients import encoder as encoders
-from tda.gradients.projection import Projection
 from tda.plan import calibration, chips, cost, setting
 from tda.plan.setting import Setting
 from tda.retrieval.scann.settings import REORDER_BYTES
 from tda.run import train
+from tda.run.run import projection_of
 from tda.runtime import sharding
 
 
@@ -172,7 +172,7 @@ def _measure(config, s: Setting, mesh) -> dict:
     """Measures how fast this machine encodes, by the corrections of a pass, and multiplies."""
     vocab_size = s.size.vocab_size
     model = train.build_model(config, vocab_size)
-    projection = Projection(**dict(config.projection))
+    projection = projection_of(config)
     # Equal taps take the same time, such as those of none and factored: each is measured once.
     times_by_taps: dict[tuple[cost.Taps, ...], calibration.EncoderTimes] = {}
     times_by_pass = {}

@@ -16,7 +16,6 @@ from tda.data.batches import buckets
 from tda.gradients import projection as projections
 from tda.gradients import sites
 from tda.gradients.moments.second_moments import parse_correction
-from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.hessian import Shape
 from tda.model.decoder import Decoder
@@ -25,6 +24,7 @@ from tda.plan import cost
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.run import corpus, first_stage, plain_corpus, train
 from tda.run.encode import NO_STORE
+from tda.run.run import projection_of
 from tda.run.workdir import Workdir
 
 
@@ -165,7 +165,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
     arguments = train.model_arguments(config, size.vocab_size)
     # Shapes alone: a model of any size is planned on any machine.
     model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
-    g, projection = config.gradients, Projection(**dict(config.projection))
+    g, projection = config.gradients, projection_of(config)
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)

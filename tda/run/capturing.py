@@ -8,9 +8,8 @@ from tda import methods as method_lib
 from tda import store as stores
 from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients.capture import Capture
-from tda.gradients.projection import Projection
 from tda.run import first_stage
-from tda.run.run import NO_STORE, Corpus
+from tda.run.run import NO_STORE, Corpus, projection_of
 from tda.run.workdir import Workdir
 from tda.runtime.fingerprint import fingerprint, plain
 
@@ -32,8 +31,8 @@ def check(config) -> None:
 
 def path_of(config, workdir: Workdir, made_from: dict) -> str:
     """Returns the directory of a training's captured gradients."""
-    g = config.gradients
-    parts = [made_from, dict(config.projection), g.include, g.exclude, config.store.dtype]
+    g, projection = config.gradients, dataclasses.asdict(projection_of(config))
+    parts = [made_from, projection, g.include, g.exclude, config.store.dtype]
     root = config.store.root or str(workdir / "stores")
     return f"{root}/captured-{fingerprint(plain(parts))}"
 
@@ -55,7 +54,7 @@ def make_recorder(
         rows: the examples of its steps.
     """
     g, table = config.gradients, corpus.training
-    projection = Projection(**dict(config.projection))
+    projection = projection_of(config)
     capture = Capture(model, projection, g.include or None, g.exclude or None)
     store = stores.create(
         path_of(config, workdir, made_from),

@@ -42,6 +42,21 @@ ADAM_STEP = "adam_step"
 CURVATURE_LABELS = {"ekfac": "sampled", "logra": "data", "whole": "data"}
 
 
+def projection_of(config) -> Projection:
+    """Returns a config's projection, without a number of blocks where its pooling has none.
+
+    A config file may set more keys than its run needs (`tda.run.idle_keys`): in Python such a
+    number is a mistake and refused.
+
+    Raises:
+        ValueError: a value is not possible.
+    """
+    settings = dict(config.projection)
+    if settings["pooling"] != "blocks":
+        settings["blocks"] = projections.DEFAULT_BLOCKS
+    return Projection(**settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A trained model at one checkpoint."""
@@ -193,7 +208,7 @@ class Run:
 
     def projection(self, kind: GradientKind) -> Projection:
         """Returns the projection of a kind of gradients."""
-        projection = Projection(**dict(self.config.projection))
+        projection = projection_of(self.config)
         # Principal components of different matrices have no common axes to be added up along.
         if kind.curvature == "logra":
             projection = dataclasses.replace(projection, pooling="matrix")

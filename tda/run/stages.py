@@ -9,7 +9,6 @@ import optax
 from tda import methods
 from tda import store as stores
 from tda.gradients.moments.second_moments import parse_correction
-from tda.gradients.projection import Projection
 from tda.model.settings import DecoderSettings
 from tda.reports import kinds, plots, tables
 from tda.retrieval.ranked import Ranked
@@ -25,7 +24,7 @@ from tda.run import (
     train,
 )
 from tda.run.defaults import check_values
-from tda.run.run import Run, Trained
+from tda.run.run import Run, Trained, projection_of
 from tda.run.workdir import Workdir
 from tda.runtime import metrics as metric_writers
 from tda.runtime import processes
@@ -55,7 +54,7 @@ def check(config, encoder: bool = True) -> None:
     if not encoder:
         chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
     DecoderSettings(**train.model_arguments(config))
-    Projection(**dict(config.projection))
+    projection_of(config)
     parse_correction(config.gradients.correction)
     evaluate.frequency_edges(config)
     retrieve.check(config, chosen)

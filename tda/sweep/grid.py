@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tda.run import defaults, train
+from tda.run.run import projection_of
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Sections that do not affect a training. Points that differ in any other section train apart.
@@ -65,7 +66,8 @@ class Point:
         """
         c = self.config
         scope = [c.gradients.include, c.gradients.exclude, c.gradients.untapped, c.store.dtype]
-        return fingerprint(plain([self.training, c.train.traced, dict(c.projection), scope]))
+        projection = dataclasses.asdict(projection_of(c))
+        return fingerprint(plain([self.training, c.train.traced, projection, scope]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The gradients of a training's own steps: kept through kills, and ranked by as their sum says."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from tda.gradients import reference
 from tda.gradients.capture import Capture
 from tda.gradients.projection import Projection
 from tda.methods import GradientKind, parse
-from tda.run import capturing, encode, retrieve, stages
+from tda.run import capturing, defaults, encode, retrieve, stages
 from tda.run import train as training
 from tda.run.captured import Captured
 from tda.run.retrievers import queries_of_run
@@ -84,6 +85,22 @@ def test_a_checkpoint_without_captured_rows_is_refused(decoder, tmp_path):
     recorder.resume(STEPS)  # nothing is missing behind the last step
     with pytest.raises(stores.StoreError, match="step 3 was written without the parts"):
         recorder.resume(3)
+
+
+def test_a_run_captures_by_a_config_whose_blocks_its_pooling_does_not_use(decoder, tmp_path):
+    """In Python such a number is a mistake; a config file may set more than its run needs."""
+    table = table_of()
+    rows = TrainingRows.of(table, dataclasses.replace(LAYOUT, mesh=one_device()), STEPS, seed=3)
+    for blocks in (2, 8):
+        config = defaults.get_config()
+        config.projection.update(side=2, pooling="matrix", blocks=blocks)
+        corpus, workdir = types.SimpleNamespace(training=table), Workdir(tmp_path)
+        capturing.make_recorder(config, corpus, workdir, decoder(), {"training": "a"}, rows)
+    # Both have the same store, with a block for each matrix.
+    (path,) = (tmp_path / "stores").iterdir()
+    assert len(stores.open_store(str(path)).manifest["block_widths"]) > 8
+    with pytest.raises(ValueError, match="blocks=2 has no effect with pooling='matrix'"):
+        Capture(decoder(), Projection(side=2, blocks=2, pooling="matrix"))
 
 
 @pytest.fixture(scope="module")
