@@ -207,7 +207,7 @@ def retrain(run: Run) -> Retrained:
             retrained.retraining(order).bank(removed, f"retrain without {fraction:.0%}", drawn)
             for order in range(settings.orders)
         ]
-    processes.on_first_process("describe the bank", lambda: _describe(retrained, made_from))
+    processes.on_first_process("describe the bank", lambda: write_bank(retrained, made_from))
     directory.finish("bank")
     if jax.process_count() > 1:
         raise Unfinished(
@@ -284,10 +284,19 @@ def _identity(run: Run, order: int) -> dict:
     )
 
 
-def _describe(retrained: Retrained, made_from: dict) -> None:
-    """Writes the bank's manifest and its losses: `bank.json` and `bank.npz`."""
+def write_bank(retrained: Retrained, made_from: dict) -> None:
+    """Writes the bank's manifest and its losses: `bank.json` and `bank.npz`.
+
+    Args:
+        retrained: the bank.
+        made_from: JSON values that identify the training.
+    """
     settings, directory = retrained.run.config.counterfactual, retrained.directory
     manifest = {"made_from": made_from, "settings": flat(settings), "units": len(retrained.units)}
+    # Of the columns of `removed` and of `losses`, so that anyone's scores can be held against them.
+    corpus, by_passage = retrained.run.corpus, settings.unit == "passage"
+    manifest["unit names"] = list(corpus.passages.ids) if by_passage else retrained.units
+    manifest["query names"] = [f.fact_id for f in corpus.queries]
     manifest |= {"steps": retrained.trainings[0].steps, "masks": "numpy default_rng([seed, i])"}
     write_json(directory / "bank.json", plain(manifest))
     arrays = {}

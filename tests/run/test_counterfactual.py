@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import scipy.stats
 
 from tda import results
 from tda.counterfactual import figures
+from tda.counterfactual.bank import Bank
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked
 from tda.run import bank_rankings, bank_scores, board, counterfactual, defaults
@@ -98,11 +100,11 @@ def test_a_killed_board_continues_and_holds_every_method_against_the_bank(tmp_pa
     assert [i["example_id"] for i in items] == [t["id"] for t in record["texts"]]
     with np.load(tmp_path / "w" / "counterfactual" / "bank.npz") as bank:
         removed = bank["0.3/0/removed"]
+    names = json.loads((tmp_path / "w" / "counterfactual" / "bank.json").read_text())["unit names"]
     for q, item in enumerate(items):
         scores = dict(zip(item["proponent_ids"], item["proponent_scores"], strict=True))
         assert len(scores) == 10 and item["proponent_scores"] == sorted(scores.values())[::-1]
-        sentences = (s["sentence_id"] for s in test_trace.records()[0])
-        ordered = [scores[i] for i in sentences if i in scores]
+        ordered = [scores[i] for i in names]
         np.testing.assert_allclose(removed @ ordered, sums[:, q], rtol=1e-5, atol=1e-7)
     # Scores stay: a new method is held against the bank without any training.
     config = make_config(tmp_path, methods="bm25", **{"counterfactual.methods": "dot_whole"})
@@ -245,6 +247,30 @@ def test_the_engine_of_the_run_computes_retrainings(tmp_path, monkeypatch):
     run = type("Run", (), {"config": config, "engine": engine})
     retrained = counterfactual.Retrained(run, [None], None, None, [], {}, tmp_path)
     assert retrained.retraining().groups.engine is engine
+
+
+@pytest.mark.parametrize(
+    ("unit", "units", "names"),
+    [
+        ("passage", [0, 1, 2], ["a", "b (part 1)", "b (part 2)"]),
+        ("document", ["a", "b"], ["a", "b"]),
+    ],
+)
+def test_a_bank_names_its_columns(tmp_path, unit, units, names):
+    """So that scores from elsewhere can be held against it."""
+    config = defaults.get_config()
+    config.counterfactual.unit = unit
+    corpus = types.SimpleNamespace(
+        passages=types.SimpleNamespace(ids=["a", "b (part 1)", "b (part 2)"]),
+        queries=[types.SimpleNamespace(fact_id="f7")],
+    )
+    run = types.SimpleNamespace(config=config, corpus=corpus)
+    bank = Bank(np.zeros((4, len(units)), bool), np.ones((4, 1)), np.ones(1))
+    trainings, workdir = [types.SimpleNamespace(steps=5)], Workdir(tmp_path)
+    retrained = counterfactual.Retrained(run, trainings, None, None, units, {0.5: [bank]}, workdir)
+    counterfactual.write_bank(retrained, {})
+    manifest = json.loads((tmp_path / "bank.json").read_text())
+    assert manifest["unit names"] == names and manifest["query names"] == ["f7"]
 
 
 def test_modes_that_disagree_for_one_query_are_refused(monkeypatch):
