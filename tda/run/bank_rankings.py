@@ -1,8 +1,8 @@
-"""The scores of a bank's passages by the methods that any run has, each as if it were alone.
+"""Scores of a bank's passages by the methods of any run, each computed as if it were alone.
 
-A method has a directory of its own, so that nothing that another one made spares it work: what it
-takes is what it costs. The bank's training keeps the gradients of its examples for the methods that
-rank by them; that training itself is no cost of theirs.
+Each method has a directory of its own, so that it reuses nothing of another method's, and its time
+is its full cost. For methods that rank by captured gradients the training runs again and keeps
+them; the time of a training is not part of their cost.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def name_of(retrained: Retrained, name: str) -> str:
 
 
 def takes_captured(retrained: Retrained, name: str) -> bool:
-    """Returns whether a method, or what finds its candidates, ranks by captured gradients."""
+    """Returns whether a method, or one that finds its candidates, ranks by captured gradients."""
     chosen = method_lib.parse(name)
     chosen |= first_stage.first_methods(retrained.run.config, chosen)
     return any(method.retriever == "captured" for method in chosen.values())
@@ -41,7 +41,7 @@ def takes_captured(retrained: Retrained, name: str) -> bool:
 def scores_by(retrained: Retrained, name: str) -> np.ndarray:
     """Returns a method's score of every passage for every query, float32 [Q, N]."""
     folder = retrained.directory / "alone"
-    # What a killed program left would be work that nobody timed.
+    # Files of a killed program would be work that is not timed.
     shutil.rmtree(folder, ignore_errors=True)
     run = run_alone(retrained, name, Workdir(folder))
     if takes_captured(retrained, name):

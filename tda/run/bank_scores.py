@@ -1,4 +1,4 @@
-"""The scores of a bank's methods: of every query and unit, each kept when it is computed."""
+"""Scores of every query and unit by the methods of a bank, saved method by method."""
 
 import dataclasses
 import functools
@@ -72,11 +72,11 @@ class BankScores:
     def __init__(self, retrained: Retrained):
         self.retrained, self.config = retrained, retrained.run.config
         self.costs: dict[str, float] = {}
-        """Of each method, in trainings, without compiling."""
+        """Of each method, in units of a training, compilation left out."""
 
     @functools.cached_property
     def training_seconds(self) -> float:
-        """Seconds of a training, compiled."""
+        """Seconds of a training, compilation left out."""
         training = self.retrained.trainings[0]
         training.run()  # compiled, wherever the retrainings came from
         started = time.perf_counter()
@@ -100,7 +100,7 @@ class BankScores:
         path = folder / f"{name}-{fingerprint(plain(parts))}.npz"
         with retrained.run.engine.alone():
             if not path.exists():
-                # By a training of the same hour: a resumed board may run on a busier machine.
+                # Relative to a training timed now: a resumed board may run on a busier machine.
                 training, stopwatch = self.training_seconds, _Stopwatch()
                 if is_own:
                     scores = self._own_score(name)
@@ -178,7 +178,7 @@ class BankScores:
         )
 
     def _hessian(self, name: str) -> adjoint.Hessian | None:
-        """Returns the products that an adjoint of this name has for the Hessian's."""
+        """Returns the approximation of the Hessian in an adjoint of this name."""
         training = self.retrained.trainings[0]
         if name == "adjoint_batch":
             return adjoint.batch_gauss_newton(
@@ -207,7 +207,7 @@ class BankScores:
             return GradientScore(unprojected.ekfac(chosen, curvature, damping))
         if name.startswith("adam"):
             scales = self._inverse_root_moments(final)
-            # A dot product has 1/√V once in all; a cosine, on both sides (Exp 3).
+            # A dot product takes 1/√V once in all; a cosine, on both sides (Exp 3).
             power = 1.0 if unit_norm else 0.5
             return GradientScore(unprojected.times(scales, power), unit_norm)
         return GradientScore(unprojected.identity, unit_norm)
@@ -259,7 +259,7 @@ class BankScores:
         return batch.arrays()
 
     def _source(self) -> np.ndarray:
-        """Returns SOURCE's scores, [Q, N], by the states that reverse mode keeps."""
+        """Returns SOURCE's scores, [Q, N], from the states that reverse mode keeps."""
         retrained, recursion = self.retrained, self._recursion()
         training, reverse = retrained.trainings[0], retrained.reverse
         model = training.model_fn.merge(reverse.final_state()["params"])
@@ -301,10 +301,10 @@ class BankScores:
 
 
 class _Stopwatch:
-    """Seconds of work without those of compiling, which a cost in trainings leaves out."""
+    """Seconds of work without those of compiling, which a cost leaves out."""
 
     compiling = 0.0
-    """Of the process so far: jax keeps its listeners, so that one serves all stopwatches."""
+    """Of the process so far, by one listener for all stopwatches: jax cannot remove listeners."""
 
     def __init__(self):
         self._started, self._before = time.perf_counter(), self.compiling
@@ -332,7 +332,7 @@ _FAMILIES = {"captured": "captured while training", "rerank": "second stage"}
 
 
 def family(name: str) -> str:
-    """Returns what a method takes: the kind of work that its cost is for."""
+    """Returns the kind of work that a method's cost is for."""
     if name in TITLES:
         follows_training = name.startswith(("metagradient", "adjoint", "in_run", "source"))
         return "through the training" if follows_training else "whole gradients"

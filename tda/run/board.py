@@ -1,4 +1,4 @@
-"""The board: every method's scores of all units, held against the bank."""
+"""The board: every method's scores of all units, compared with the bank."""
 
 import dataclasses
 import json
@@ -24,17 +24,19 @@ from tda.runtime.atomic_file import open_atomic, write_arrays, write_json
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import plain
 
-# The share of units that QLD removes, and the random sets that it is held against.
+# The share of units that QLD removes, and the number of random sets that it is compared with.
 _OWN_SHARE, _RANDOM_SETS = 0.01, 10
 # Passages of a method that are written for each query.
 _SHOWN = 10
+# The step of the passages' weights that metasmoothness is measured by.
+_WEIGHT_STEP = 0.05
 
 
 def check(config) -> None:
     """Checks the methods of the board.
 
     Raises:
-        ValueError: one is unknown, or has no score of every passage.
+        ValueError: one is unknown, or does not score every passage.
     """
     names = own_methods(config)
     unknown = [n for n in names if n not in TITLES]
@@ -48,7 +50,7 @@ def check(config) -> None:
             "retrainings; give two or more"
         )
     if "annotated" in method_lib.parse(config.methods):
-        raise ValueError("annotated sentences have no scores to sum; leave them out of methods")
+        raise ValueError("annotated has no scores to sum; leave it out of methods")
     if config.search.index != "none":
         raise ValueError(
             f"search.index={config.search.index} scores some passages only; use search.index=none"
@@ -71,7 +73,7 @@ def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
         The figures by method.
 
     Raises:
-        ValueError: the config is not possible.
+        ValueError: the config is impossible.
         tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part, or
             a run of several processes has retrained.
     """
@@ -120,7 +122,7 @@ def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict
 
 
 def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
-    """Adds MRR and tail-patch to a board, and how far they order the methods as LDS does."""
+    """Adds MRR and tail-patch to a board, and how well they agree with LDS on the methods."""
     for name, of_method in metrics.items():
         for metric in ("tail_patch", "mrr"):
             if of_method.get(metric) is not None:  # without labels there is no MRR
@@ -144,8 +146,8 @@ class _Board:
     """The figures of methods.
 
     Args:
-        bank_scores: the bank, and what its own methods cost.
-        scores: of every unit by each method, [Q, U].
+        bank_scores: the bank, and the costs of its methods.
+        scores: each method's scores of every unit, [Q, U].
     """
 
     def __init__(self, bank_scores: BankScores, scores: dict[str, np.ndarray]):
@@ -154,8 +156,8 @@ class _Board:
         self.config = self.retrained.run.config
         self.own_top: dict[str, Interval] = {}
         self.arrays: dict[str, np.ndarray] = {}
-        """float64: of FRACTION/LABEL how much losses rose, [M, Q]; of FRACTION/LABEL/METHOD the
-        LDS of each query, [Q]; of FRACTION/METHOD what the method predicted, [M, Q]."""
+        """float64: FRACTION/LABEL holds the rises of the losses, [M, Q]; FRACTION/METHOD those that
+        the method predicted, [M, Q]; FRACTION/LABEL/METHOD the LDS of each query, [Q]."""
 
     def write(self, workdir: Workdir) -> dict:
         """Writes the board's files; returns the board as JSON values."""
@@ -168,7 +170,7 @@ class _Board:
         # Plots are an extra; a board without them is complete.
         if plots.is_installed():
             board_report.draw_costs(record, workdir / "costs")
-        # Last: it tells the other tasks of an array that the board is there.
+        # Last: other tasks of an array take this file as a sign that the board is finished.
         write_json(workdir / "board.json", plain(record))
         return record
 
@@ -218,7 +220,7 @@ class _Board:
         record["metasmoothness"] = self._metasmoothness()
         return record
 
-    def _metasmoothness(self, h: float = 0.05) -> float:
+    def _metasmoothness(self) -> float:
         """Returns the metasmoothness of the training along a random direction of the weights."""
         training = self.retrained.trainings[0]
         rng = np.random.default_rng([self.config.counterfactual.seed, 11])
@@ -226,15 +228,17 @@ class _Board:
         direction_C = direction_U[self.retrained.unit_C].astype(np.float32)
         thetas = []
         for i in range(3):
-            params = training.run(training.even_weights + i * h * direction_C)["params"]
+            weights = training.even_weights + i * _WEIGHT_STEP * direction_C
+            params = training.run(weights)["params"]
             leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(params)]
             thetas.append(np.concatenate(leaves))
         return figures.metasmoothness(*thetas)
 
     def compute_own_top(self) -> None:
-        """Computes each method's QLD: how much more a query's loss rises without its own top 1 %.
+        """Computes each method's QLD, the mean over the first `counterfactual.own_top` queries.
 
-        More, that is, than without as many random units; the mean over the first queries.
+        QLD is how much more a query's loss rises without its own top 1 % of the units than without
+        as many random ones.
         """
         settings = self.config.counterfactual
         count = min(settings.own_top, len(self.retrained.queries))

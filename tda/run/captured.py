@@ -42,7 +42,7 @@ class Captured(Retriever):
         return path_of(self.run.config, self.run.workdir, self.run.trained.fingerprint)
 
     def lacks(self, method):
-        """Returns whether the training kept its gradients, and queries have theirs."""
+        """Returns what is missing: None if the training kept its gradients."""
         if not stores.finished(self._path()):
             return "the training did not keep its examples' gradients (train.capture)"
         return None
@@ -85,7 +85,7 @@ class Captured(Retriever):
         return results
 
     def release(self, methods):
-        """Drops the models and the gradients of the checkpoints."""
+        """Frees the models and the gradients of the checkpoints."""
         self._at_step.cache_clear()
 
     def _scores(self, steps: tuple[int, ...], queries_SxQxE: np.ndarray) -> Iterator[np.ndarray]:
@@ -99,7 +99,7 @@ class Captured(Retriever):
         passages = _passages_of(run.corpus, rows)
         rate = train.learning_rates(run.config, run.total_steps)
         rates = np.asarray(rate(np.arange(run.total_steps)), np.float32)[rows.steps]
-        # The traced checkpoint ends what counts: later steps have not changed it yet.
+        # Steps after the traced checkpoint had no effect on it.
         rates[rows.steps >= run.trained.step] = 0
         nearest = np.abs(rows.steps[:, None] + 0.5 - np.array(steps)).argmin(axis=1)
         at_once = max(1, _SCORES // (4 * run.corpus.rows))

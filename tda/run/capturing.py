@@ -1,4 +1,4 @@
-"""Makes the store of a training's own gradients, and what fills it."""
+"""Makes the store of a training's own gradients, and the recorder that fills it."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ def check(config) -> None:
     """Checks, before the training, that it keeps the gradients that the methods rank by.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not keep them.
     """
     chosen = method_lib.parse(config.methods)
     for method in (chosen | first_stage.first_methods(config, chosen)).values():
         if method.retriever == "captured" and not config.train.capture:
             raise ValueError(
-                f"{method.title}: the training has to keep its examples' gradients; give "
+                f"{method.title} needs a training that keeps its examples' gradients; give "
                 "train.capture=True, in a new workdir"
             )
 
@@ -45,7 +45,7 @@ def make_recorder(
     made_from: dict,
     rows: TrainingRows,
 ) -> Recorder:
-    """Returns what keeps the gradients of a training's examples; makes their store.
+    """Returns the recorder of a training's gradients, after creating their store.
 
     Args:
         config, corpus, workdir: the run's.

@@ -1,4 +1,4 @@
-"""Methods that sum over checkpoints or change passages' gradients first: TracIn, TRAK, LESS."""
+"""Methods that sum over checkpoints, or change passages' gradients first: TracIn, TRAK, LESS."""
 
 import dataclasses
 
@@ -18,8 +18,7 @@ from tda.training import checkpoint
 def steps_of(run: Run, method: Method) -> list[int]:
     """Returns the checkpoints that a method sums over, rising; the traced one is the last.
 
-    Of those that are kept up to it, these are `several.checkpoints` at even distances, or all if
-    there are fewer.
+    They are `several.checkpoints` of those on disk, at even distances, or all if there are fewer.
     """
     traced = run.trained.step
     if not method.several:
@@ -78,7 +77,7 @@ def combined(method: Method, parts: list[Part], steps: list[int], counts: np.nda
     rows, queries = [], []
     for part, count in zip(parts, counts, strict=True):
         source, q_QxE = part.source, part.queries_QxE
-        # Each checkpoint has a cosine of its own, so the search itself scales nothing to norm one.
+        # The cosine is that of each checkpoint, so the search does not scale the sum to norm one.
         if method.unit_norm:
             source = sources.Mapped(source, sources.normalise)
             q_QxE = sources.normalise(q_QxE)

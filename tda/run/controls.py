@@ -1,4 +1,4 @@
-"""Retrievers to hold methods against: the labels themselves, and scores that ignore the query."""
+"""Retrievers to compare methods with: the labels themselves, and scores that ignore the query."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from tda.runtime.progress import Progress
 
 
 class Labels(Retriever):
-    """The passages annotated with each query's fact; a question that is not the run's has none."""
+    """The passages annotated with each query's fact; only the run's own queries have any."""
 
     def provenance(self, method):
         """The seed of the draw."""

@@ -37,14 +37,14 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         tda.runtime.processes.ProcessError: processes read different files.
     """
     check_values(config)
-    if config.data.get("corpus"):  # a run that was finished before there was this key has none
+    if config.data.corpus:
         return plain_corpus.load(config, workdir, engine)
     all_sentences, all_facts = sentences, facts = _records(config.data, workdir)
     # Checks all labels, even if only some facts are queried.
     labels.relevant_passages(sentences, facts)
-    excluded = [r.strip() for r in config.data.exclude_relations.split(",") if r.strip()]
+    excluded = plain_corpus.excluded_relations(config.data)
     if config.data.pool == "clean":
-        facts = labels.clean_pool(facts, sentences, exclude_relations=tuple(excluded))
+        facts = labels.clean_pool(facts, sentences, excluded)
     else:
         facts = labels.without_relations(facts, excluded)
     sentences, facts = labels.select(
@@ -76,12 +76,12 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
     queries = ((f.fact_id, f.prompt(config.data.prompt), f.entity1) for f in facts)
     prompts = tokens.tokenise_queries(queries, tokenizer, context, config.data.joiner)
     correct = _correct(sentences, facts, passages)
-    # Metrics depend on the labels, though no gradient does.
+    # Metrics depend on the labels; gradients do not.
     rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})
     tables = {"corpus": passages, "training": training, "queries": prompts, "tokenizer": tokenizer}
     fingerprint = {name: table.fingerprint() for name, table in tables.items()}
     fingerprint["labels"] = fingerprint_parts([rows])
-    # Each process reads the files for itself: one with other files would mix two corpora.
+    # Each process reads the files itself; different files would mix two corpora.
     processes.check_alike("corpus", fingerprint)
     return Corpus(
         sentences=sentences,
@@ -98,7 +98,7 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
 
 def open_finished(config, workdir: Workdir) -> Corpus:
     """Opens the corpus of a finished run."""
-    if config.data.get("corpus"):
+    if config.data.corpus:
         return plain_corpus.open_finished(config, workdir)
     return load(config, workdir)
 
@@ -121,8 +121,8 @@ def check_files(config) -> None:
         )
     if data.queries:
         raise ValueError(
-            f"data.queries={data.queries} asks data.corpus, which is not set; of a corpus with "
-            "labels the queries are data.facts"
+            f"data.queries={data.queries} is for data.corpus, which is not set; give the queries "
+            "of a corpus with labels as data.facts"
         )
     if bool(data.sentences) != bool(data.facts):
         raise ValueError("give both --config.data.sentences and --config.data.facts, or neither")
@@ -170,7 +170,7 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
         more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected]
     if data.train_on == "rest" and not more:
         raise ValueError(
-            "data.train_on=rest trains on what the corpus leaves out, and it leaves out nothing; "
+            "data.train_on=rest trains on the sentences outside the corpus, and there are none; "
             "give a smaller data.n_sentences, or data.train_on=corpus"
         )
     if not data.statements:
@@ -202,7 +202,7 @@ def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.T
 
 def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
     """Returns the correct passage rows of each query, for all labels and for strict ones."""
-    # A document that states a fact makes all its passages correct: where in it is not known.
+    # All passages of a document that states a fact are correct: labels do not say where it does.
     rows: dict[str, list[int]] = {}
     for row, document in enumerate(passages.documents):
         rows.setdefault(document, []).append(row)

@@ -1,7 +1,7 @@
 """The stage that retrains: a training on the corpus, continued from the run's model, and its bank.
 
-The run's own training is the pretraining; the bank's goes on from there, over the corpus, with a
-fresh optimizer. Its final model is held against its retrainings.
+The run's own training is the pretraining; the bank's training continues from it on the corpus, with
+a fresh optimizer, and its final model is compared with its retrainings.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from tda.runtime.fingerprint import plain
 from tda.runtime.groups import Groups
 from tda.training import checkpoint
 
-# Lengths of batches are this far apart: each is compiled for by seven programs, so few of them.
+# Ratio of neighbouring lengths of batches: seven programs are compiled for each, so few of them.
 _RATIO = 1.6
-# Reverse and forward mode agree to so much, relative to the largest slope of any query.
+# Largest allowed difference of reverse and forward mode, relative to the largest slope of a query.
 _AGREEMENT = 1e-3
 
 
@@ -50,12 +50,12 @@ def check(config: ConfigDict) -> None:
     """Checks the keys of the bank.
 
     Raises:
-        ValueError: a value is not possible; the message names the key.
+        ValueError: a value is impossible; the message names the key.
     """
     fractions(config)
     if config.data.corpus:
         raise ValueError(
-            f"data.corpus={config.data.corpus}: the bank retrains on a corpus in memory; give its "
+            f"data.corpus={config.data.corpus}: the bank keeps its corpus in memory; give the "
             "passages as data.sentences, which need no annotations"
         )
     if config.model.dtype != "float32":
@@ -65,8 +65,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.counterfactual.held_out and config.data.train_on != "rest":
         raise ValueError(
-            f"counterfactual.held_out={config.counterfactual.held_out} asks sentences that the "
-            f"bank leaves out, and data.train_on={config.data.train_on} has none; use "
+            f"counterfactual.held_out={config.counterfactual.held_out} takes sentences outside the "
+            f"bank's corpus as queries, and data.train_on={config.data.train_on} has none; use "
             "data.train_on=rest"
         )
     if config.train.optimizer not in ("adam", "adamw"):
@@ -79,7 +79,7 @@ def fractions(config: ConfigDict) -> list[float]:
     """Returns the shares of units to drop.
 
     Raises:
-        ValueError: one is no number above 0 and below 1.
+        ValueError: one is not a number above 0 and below 1.
     """
     text = config.counterfactual.fractions
     try:
@@ -103,7 +103,7 @@ def config_of_bank(config: ConfigDict) -> ConfigDict:
 
 
 def layout_of(config: ConfigDict, corpus: Corpus) -> BatchLayout:
-    """Returns how passages and queries are batched, in the training and by the bank's methods."""
+    """Returns the batch layout of passages and queries, in the training and the bank's methods."""
     lengths = buckets(config.model.context, _RATIO)
     return BatchLayout(lengths, config.counterfactual.tokens_per_batch, corpus.tokenizer.pad)
 
@@ -125,13 +125,14 @@ class Retrained:
     """By fraction, a bank for each order."""
     directory: Workdir
 
-    @property
+    @functools.cached_property
     def reverse(self) -> Reverse:
         """Reverse mode through the training in its first order."""
-        return _reverse(self)
+        at_once = self.run.config.counterfactual.queries_at_once
+        return Reverse(self.trainings[0], self.queries, self.directory / "states", at_once)
 
     def retraining(self, order: int = 0) -> Retraining:
-        """Returns how retrainings in an order of the data are run and kept."""
+        """Returns the object that runs and keeps retrainings in an order of the data."""
         settings = self.run.config.counterfactual
         return Retraining(
             self.trainings[order],
@@ -148,27 +149,17 @@ class Retrained:
         return sum_by_unit(scores_QxN, self.unit_C[starts], len(self.units))
 
 
-@functools.cache
-def _reverse_of(training: Training, queries: QueryLosses, path, at_once: int) -> Reverse:
-    return Reverse(training, queries, path, at_once)
-
-
-def _reverse(retrained: Retrained) -> Reverse:
-    at_once = retrained.run.config.counterfactual.queries_at_once
-    path = retrained.directory / "states"
-    return _reverse_of(retrained.trainings[0], retrained.queries, path, at_once)
-
-
 def retrain(run: Run) -> Retrained:
-    """Trains on the run's corpus, and again without each set of units; what is kept is not redone.
+    """Trains on the run's corpus, and again without each set of units; finished work is reused.
 
-    The run's engine says who computes which retrainings.
+    The run's engine decides who computes which retrainings.
 
     Args:
         run: the run, whose trained model the training starts from.
 
     Raises:
-        Unfinished: other tasks of an array have to retrain, or the processes of this run have.
+        Unfinished: other tasks of an array have not retrained yet; or several processes have
+            finished the retrainings, and a single one has to score the methods.
     """
     check(run.config)
     config, corpus = config_of_bank(run.config), run.corpus
@@ -185,7 +176,7 @@ def retrain(run: Run) -> Retrained:
         if settings.warmup > len(batches):
             raise ValueError(
                 f"counterfactual.warmup={settings.warmup} is longer than the training of "
-                f"{len(batches)} steps; give a shorter one or more counterfactual.epochs"
+                f"{len(batches)} steps; give a shorter warm-up or more counterfactual.epochs"
             )
         tx = train.make_optimizer(config, len(batches))
         trainings.append(Training(model_fn, params, tx, corpus.passages, batches))
@@ -193,8 +184,8 @@ def retrain(run: Run) -> Retrained:
     unit_C, units = units_of_tokens(corpus.passages, _unit_names(run, settings.unit))
     if len(units) < 2:
         raise ValueError(
-            f"counterfactual.unit={settings.unit}: the corpus has {len(units)} of them; a bank "
-            "drops some and keeps others, so give another unit"
+            f"counterfactual.unit={settings.unit}: the corpus has {len(units)} of them, and a bank "
+            "needs two or more; give another unit"
         )
     bank_run = Run(config, directory, corpus, run.trained, engine=run.engine)
     retrained = Retrained(bank_run, trainings, queries, unit_C, units, {}, directory)
@@ -219,7 +210,7 @@ def retrain(run: Run) -> Retrained:
 
 
 def ask_held_out(corpus: Corpus, count: int, seed: int) -> Corpus:
-    """Returns the corpus, asked by sentences that it leaves out: the queries have no labels.
+    """Returns the corpus with left-out sentences as its queries, which have no labels.
 
     Args:
         corpus: a corpus whose model is trained on the rest of the text.
@@ -227,12 +218,12 @@ def ask_held_out(corpus: Corpus, count: int, seed: int) -> Corpus:
         seed: the seed of the draw.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: the rest has fewer sentences.
     """
     if count > len(corpus.training):
         raise ValueError(
-            f"counterfactual.held_out={count}: the bank leaves out {len(corpus.training)} passages;"
-            " ask fewer, or give a smaller data.n_sentences"
+            f"counterfactual.held_out={count}: only {len(corpus.training)} passages are outside "
+            "the bank's corpus; ask fewer, or give a smaller data.n_sentences"
         )
     rows, table = draw(len(corpus.training), count, seed), corpus.training
     sequences = {table.ids[i]: table.sequence(i)[0].tolist() for i in rows}
@@ -251,7 +242,7 @@ def ask_held_out(corpus: Corpus, count: int, seed: int) -> Corpus:
 
 
 def _unit_names(run: Run, unit: str) -> list:
-    """Returns the name of each passage's unit; None for a passage of none."""
+    """Returns the name of each passage's unit; None for a passage without a unit."""
     table, corpus = run.corpus.passages, run.corpus
     if unit == "passage":
         return list(range(len(table)))
@@ -309,7 +300,7 @@ def write_bank(retrained: Retrained, made_from: dict) -> None:
 
 
 def _finished_run(retrained: Retrained) -> Run:
-    """Returns the run of the model that the training ends with, with checkpoints on the way."""
+    """Returns the run of the final model, after saving its checkpoint and earlier ones."""
     run, reverse, config = retrained.run, retrained.reverse, retrained.run.config
     steps = retrained.trainings[0].steps
     root = str(retrained.directory / "checkpoints")
@@ -319,13 +310,9 @@ def _finished_run(retrained: Retrained) -> Run:
         "tokenizer": run.corpus.tokenizer.fingerprint(),
         "model": arguments,
     }
-    saved = [s for s in range(reverse.stride, steps, reverse.stride)]
+    saved = range(reverse.stride, steps, reverse.stride)
     count = config.several.checkpoints
-    at = (
-        [saved[round(i * len(saved) / count)] for i in range(1, count) if saved]
-        if count > 1
-        else []
-    )
+    at = [saved[round(i * len(saved) / count)] for i in range(1, count) if saved]
     with run.engine.alone():
         reverse.keep_states()
         for step in sorted({*at, steps} - {*checkpoint.steps(root)}):
@@ -368,7 +355,7 @@ def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:
     if not relative_Q[worst] < _AGREEMENT:
         raise DisagreementError(
             f"query {worst}: reverse and forward mode differ by {relative_Q[worst]:.1e} of the "
-            f"largest slope, above {_AGREEMENT}; use counterfactual.queries_at_once=1, another "
+            f"largest slope, more than {_AGREEMENT}; use counterfactual.queries_at_once=1, another "
             "version of jax, or a lower counterfactual.learning_rate"
         )
     return float(relative_Q[worst])

@@ -42,7 +42,7 @@ def whole_moments(
         run: the run.
         method: the method whose R they are.
         factors: computes the gradients.
-        metric: the correction that comes before R.
+        metric: the correction before R.
     """
     file = file_of_metric(run, method)
     with run.engine.alone():
@@ -65,7 +65,7 @@ def whole_moments(
 
 
 def file_of_metric(run: Run, method: Method) -> pathlib.Path | None:
-    """Returns the file that a method without projection reads its metric from; None if none."""
+    """Returns the file of the metric of a method without projection; None if it needs none."""
     kind = method.gradients
     if kind.curvature != "none":
         return file_of(run, kind)

@@ -26,7 +26,7 @@ _PASS_BYTES = 4 << 30
 
 
 def encode(run: Run, kind: GradientKind) -> tuple[Source, np.ndarray]:
-    """Encodes what the stores of a kind lack.
+    """Encodes the rows that are missing from a kind's stores.
 
     Returns:
         The corpus's gradients, a store unless the config has none, and the queries' gradients,
@@ -56,14 +56,14 @@ def _encode(run: Run, kind: GradientKind, *names: str) -> list:
             )
         encoder = make_encoder(run, kind)
     elif not run.live:
-        # Second moments may have to be estimated: not for stores that lack nothing.
+        # An encoder may have to estimate second moments: only if a store is unfinished.
         paths = [run.store_path(name, kind) for name in names]
         finished = processes.on_first_process(
             "look for stores", lambda: all(map(stores.finished, paths))
         )
         encoder = None if finished else make_encoder(run, kind)
         if encoder is not None:
-            # Before a row is written: queries must not be encoded by other code than the corpus.
+            # Before a row is written: the same code must encode the corpus and the queries.
             _check_stored_rows(run, kind, names, encoder)
     for name in names:
         rows = _rows(run, kind, name, encoder)
@@ -91,7 +91,7 @@ def _check_stored_rows(run: Run, kind: GradientKind, names, encoder) -> None:
 
 
 def _rows(run: Run, kind: GradientKind, name: str, encoder):
-    """Returns a store of gradients, a source that encodes as it is read, or an array of queries."""
+    """Returns a store, a source that encodes while it is read, or an array of queries."""
     if run.live:
         return stores.open_store(run.store_path(name, kind))
     table = run.table(name)
@@ -106,7 +106,7 @@ def _rows(run: Run, kind: GradientKind, name: str, encoder):
 
 
 def print_coverage(run: Run, kinds: Iterable[GradientKind]) -> None:
-    """Prints what share of the parameters the gradients cover: a line for kinds that agree."""
+    """Prints what share of the parameters the gradients cover: kinds that agree share a line."""
     lines = (sites.coverage(run.trained.model, run.sites(kind)) for kind in kinds)
     for line in dict.fromkeys(lines):
         print(line)
@@ -115,9 +115,9 @@ def print_coverage(run: Run, kinds: Iterable[GradientKind]) -> None:
 def encode_together(run: Run, kinds: Iterable[GradientKind]) -> None:
     """Encodes the corpus for several kinds of gradients in fewer passes than one for each.
 
-    Kinds of the same output share a pass, which does the model's part of the work once, if their
-    shards have the same rows. Finished stores, and kinds that share their pass with no other (such
-    as Adam's steps), are left to `encode`.
+    Kinds with the same output and the same rows in a shard share a pass, which runs the model
+    once. `encode` does finished stores, and kinds that share a pass with no other, such as Adam's
+    steps.
     """
     if run.config.store.dtype == NO_STORE:
         return
@@ -172,7 +172,7 @@ def missing_stores(run: Run, kind: GradientKind, name: str, step: int | None = N
 
 
 def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) -> list:
-    """Returns what a ranking depends on in a kind's gradients, as JSON values."""
+    """Returns the values of a kind's gradients that a ranking depends on, as JSON values."""
     path = run.store_path("corpus", kind, step)
 
     def read_withdrawn():
@@ -210,7 +210,7 @@ def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
             table.ids,
             dict.fromkeys(run.blocks(kind), run.projection(kind).side ** 2),
             run.provenance(kind),
-            # Few as they are, queries are kept as they are.
+            # Queries are few: not quantised.
             run.config.store.dtype if name == "corpus" else "float32",
             run.config.store.shard_bytes,
             documents=table.documents,

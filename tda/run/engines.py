@@ -1,4 +1,4 @@
-"""Which engine a run's command line asks for."""
+"""Makes the engine that a run's command line asks for."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from tda.runtime.ray_engine import Cluster, RayEngine
 
 @dataclasses.dataclass(frozen=True)
 class EngineFlags:
-    """What the command line says of the engine; by default this process, or those joined."""
+    """The flags of the engine; the defaults stand for this process and those joined to it."""
 
     groups: str | None = None
     """The part of a task of an array, "I/N"; "none" prepares a run for other programs."""
@@ -81,7 +81,7 @@ def choose_engine(
         has_board: whether the run is a bank with its board, not a trace.
 
     Raises:
-        ValueError: a flag is malformed, or does not fit another.
+        ValueError: a flag is malformed, or conflicts with another.
         tda.runtime.ray_engine.RayError: Ray is not installed.
     """
     groups = chosen.groups

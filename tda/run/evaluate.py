@@ -37,12 +37,12 @@ _Verdicts = dict[tuple[int, int], judging.Verdict]
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What the model and the corpus know of the queries, whatever the method."""
+    """What the model and the corpus know of the queries; the same for every method."""
 
     nats: np.ndarray  # float32 [Q], −log p(target | prompt)
     ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
     priors: dict[int, float]  # by query row, mean −log p(target | prompts about other subjects)
-    # Of a corpus with labels; else it is not read as a whole.
+    # None without labels: such a corpus is never read as a whole.
     frequencies: np.ndarray | None  # int64 [Q], passages of the corpus that name both entities
     bucket: np.ndarray  # int64 [Q], the number of each frequency's bucket
     buckets: list[str]  # the buckets' names
@@ -62,7 +62,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     """
     queries = draw(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
     known = _known(run, queries)
-    # Of all methods at once: a pair that several retrieve is measured once.
+    # All methods at once: a pair that several retrieve is measured once.
     patches = _Patches.measure(run, rankings, queries)
     verdicts = _judge(run, rankings, queries)
     values = {n: _values(run, r, known, patches, verdicts, queries) for n, r in rankings.items()}
@@ -84,7 +84,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
             return
         directory = run.workdir.path if out is None else out
         (directory / "results").mkdir(parents=True, exist_ok=True)
-        # metrics.json says which results are valid, so it is removed while they are overwritten.
+        # metrics.json marks the results as complete, so it is removed while they are overwritten.
         (directory / "metrics.json").unlink(missing_ok=True)
         for name, ranked in rankings.items():
             records = [_record(run, ranked, known, patches, verdicts, int(q)) for q in queries]
@@ -142,7 +142,7 @@ def frequency_edges(config) -> list[int]:
     """Returns where the buckets of fact frequency begin.
 
     Raises:
-        ValueError: the config's value is no list of rising whole numbers from 1 up.
+        ValueError: the config's value is not a list of rising whole numbers from 1 up.
     """
     text = config.eval.frequency_edges
     try:
@@ -211,7 +211,7 @@ def _values(run: Run, ranked, known: Known, patches: _Patches, verdicts, queries
     values |= summary.restricted(values, is_known, "_known")
     if patches.queries:
         steps_QxKx2 = patches.changes(ranked.proponents)[queries]
-        # Beside the raw change, what is left after that of a step without a gradient.
+        # The change, and the change less that of a step with a zero gradient.
         values |= summary.patch_values(steps_QxKx2, patches.control(queries))
     if verdicts is not None:
         entails_QxK = [
@@ -276,7 +276,7 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
 
 
 def _contents(run: Run, queries: np.ndarray) -> content.Content:
-    """Returns what finds, by labels, how passages relate to the queries."""
+    """Returns the object that classifies passages by their labels and a query's."""
     corpus = run.corpus
     sentences = {s.sentence_id: s for s in corpus.sentences}
     return content.Content(
@@ -288,7 +288,7 @@ def _contents(run: Run, queries: np.ndarray) -> content.Content:
 
 
 def _judged_kinds(verdicts: _Verdicts, proponents_QxK: np.ndarray, queries) -> np.ndarray:
-    """Returns what proponents say by judge and rule, places in `kinds.KINDS`; −1 for none."""
+    """Returns what proponents say, by the judge, as indices into `kinds.KINDS`; −1 for none."""
     rows = zip(queries.tolist(), proponents_QxK.tolist(), strict=True)
     return np.array(
         [[kinds.KINDS.index(verdicts[q, p].kind) if p >= 0 else -1 for p in ps] for q, ps in rows]

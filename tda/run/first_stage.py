@@ -1,4 +1,4 @@
-"""The first stage of methods that rank the first passages of others anew."""
+"""The first stage of methods that take the first passages of other methods as candidates."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,23 +13,22 @@ from tda.runtime.progress import Progress
 
 
 def first_methods(config, chosen: dict[str, Method]) -> dict[str, Method]:
-    """Returns the methods that find the candidates of the chosen methods; none if all passages are.
+    """Returns the methods that find candidates for the chosen ones; none if every passage is one.
 
     Raises:
-        ValueError: a candidate method ranks candidates itself, there are fewer candidates than
-            passages to show, or a method has candidates of its own where all passages are.
+        ValueError: such a method takes candidates itself, there are fewer candidates than passages
+            to show, or a method names candidates of its own and every passage is one.
     """
     chosen = {n: m for n, m in chosen.items() if m.takes_candidates}
     if not chosen:
         return {}
-    # A run that was finished before there was this section has none.
-    if "rerank" not in config or not config.rerank.passages:
+    if not config.rerank.passages:
         for method in chosen.values():
             if method.candidates:
                 raise ValueError(
-                    f"{method.title}: with rerank.passages=0 no method's first passages are "
-                    f"candidates, and this one takes those of {method.candidates}; give a number, "
-                    "such as rerank.passages=100"
+                    f"{method.title} takes the first passages of {method.candidates}, and "
+                    "rerank.passages=0 scores every passage; give a number, such as "
+                    "rerank.passages=100"
                 )
         return {}
     first: dict[str, Method] = {}
@@ -44,7 +43,7 @@ def first_methods(config, chosen: dict[str, Method]) -> dict[str, Method]:
     if config.rerank.passages < config.eval.top_k:
         raise ValueError(
             f"rerank.passages={config.rerank.passages} is below eval.top_k={config.eval.top_k}: "
-            "rankings would end before; use at least as many, or 0 for every passage"
+            "rankings would be too short; use at least as many, or 0 for every passage"
         )
     return first
 
@@ -81,7 +80,7 @@ class FirstStage:
         return {name: (m, self._retrievers[name]) for name, m in first.items()}
 
     def lacks(self, method: Method) -> str | None:
-        """Returns what the candidates of a method lack, or None."""
+        """Returns what is missing to find a method's candidates, or None."""
         for name, (first, retriever) in self._retrievers_of(method).items():
             if why := retriever.lacks(first):
                 return f"its candidates come from {name}: {why}"
@@ -94,7 +93,7 @@ class FirstStage:
     def rank(
         self, method: Method, queries: Queries, on_progress: Progress | None
     ) -> dict[str, Ranked]:
-        """Returns the rankings that a method's candidates come from: a run has them on disk."""
+        """Returns the rankings of a method's candidates: a run has them on disk."""
         rankings, depth = {}, self._run.config.rerank.passages
         for name, (first, retriever) in self._retrievers_of(method).items():
             if self._run.live:

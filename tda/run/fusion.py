@@ -22,7 +22,7 @@ class Fusion(Retriever):
         self._first = FirstStage(run, make)
 
     def lacks(self, method):
-        """Returns what the rankings that are joined lack, or None."""
+        """Returns what is missing for the rankings that are joined, or None."""
         return self._first.lacks(method)
 
     def provenance(self, method):

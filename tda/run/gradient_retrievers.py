@@ -21,7 +21,7 @@ from tda.runtime.progress import Progress
 
 
 class Encodings:
-    """Gradients of a run at one checkpoint, by kind, with R^(−1/2) of each."""
+    """Gradients of a run at one checkpoint, and R^(−1/2), by kind; each is computed once."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -32,7 +32,7 @@ class Encodings:
         self._on_progress: Progress | None = None
 
     def encode(self, kind: GradientKind) -> None:
-        """Encodes what the stores of a kind lack."""
+        """Encodes the rows that are missing from a kind's stores."""
         if kind not in self._passages or kind not in self._queries:
             self._passages[kind], self._queries[kind] = encode.encode(self.run, kind)
 
@@ -50,7 +50,7 @@ class Encodings:
         return self._queries[kind]
 
     def encoder(self, kind: GradientKind, on_progress: Progress | None = None):
-        """Returns the encoder of a kind, which is compiled once."""
+        """Returns the encoder of a kind."""
         if kind not in self._encoders:
             tell(on_progress, "preparing the encoder")
             self._encoders[kind] = encode.make_encoder(self.run, kind, on_progress)
@@ -59,14 +59,14 @@ class Encodings:
     def of_queries(
         self, queries: Queries, kind: GradientKind, on_progress: Progress | None = None
     ) -> np.ndarray:
-        """Returns the gradients of queries, float32 [Q, E]; those of the run's own are stored.
+        """Returns the gradients of queries, float32 [Q, E]; the run's own are read from the store.
 
         Raises:
             ValueError: a gradient is not finite.
         """
         stored_QxE = self.run_queries(kind)
         if stored_QxE is not None and None not in queries.numbers:
-            # All queries of a run may be gigabytes: not copied.
+            # All queries of a run may take gigabytes: no copy.
             is_all = len(queries) == len(stored_QxE)
             return stored_QxE if is_all else stored_QxE[list(queries.numbers)]
         encoder = self.encoder(kind, on_progress)
@@ -79,21 +79,21 @@ class Encodings:
         return encoded_QxE
 
     def identity(self, kind: GradientKind) -> list:
-        """Returns JSON values that tell the gradients of passages and queries from others."""
+        """Returns JSON values that identify the gradients of passages and queries."""
         run = self.run
         if not run.live:
             return [*encode.ranking_provenance(run, kind), run.corpus.fingerprint]
-        # The corpus itself, whose fingerprint a run takes, is not read for a question.
+        # By the stores: the fingerprint would read the whole corpus.
         paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
         opened = [stores.open_store(p) for p in paths if stores.finished(p)]
         return [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
 
     def whitening(self, kind: GradientKind, on_progress: Progress | None = None) -> Whitening:
-        """Returns R^(−1/2) of a kind; in a live session it is kept on disk for the next one."""
+        """Returns R^(−1/2) of a kind; a live session keeps it on disk for the next one."""
         self._on_progress = on_progress
         if kind not in self._whitenings:
             run, source = self.run, self.passages(kind)
-            # R takes a scan of the store: minutes that the next session, or start, is spared.
+            # R takes a scan of the store, for minutes: kept for the next session or restart.
             groups = ONE_GROUP if run.live else run.groups
             folder = run.workdir / "live" if run.live else groups.directory
             self._whitenings[kind] = Whitening(
@@ -110,12 +110,12 @@ class Encodings:
         return self._whitenings[kind]
 
     def _relay(self, description: str, done: int, total: int) -> None:
-        # R outlives the question that needed it first: each has its own progress to report to.
+        # R outlives its first question; later ones report to their own progress.
         if self._on_progress is not None:
             self._on_progress(description, done, total)
 
     def release(self) -> None:
-        """Drops all gradients."""
+        """Frees all gradients."""
         for cache in (self._passages, self._queries, self._encoders, self._whitenings):
             cache.clear()
 
@@ -199,7 +199,7 @@ class Gradients(Retriever):
                 notes[name] |= index_notes.get(name, {})
         if not all(rankings.values()):
             return {}  # another process merges the groups' rankings
-        # Plots of a run's spectra come from its searches; live questions leave no files there.
+        # Spectra are for a run's plots; a live question writes no files.
         spectra = None if run.live else self._keep_spectra(kind, whitening)
         for name, method in methods.items():
             note = whitening.note(method)
@@ -214,7 +214,7 @@ class Gradients(Retriever):
         return whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
 
     def release(self, methods):
-        """Drops the gradients."""
+        """Frees the gradients."""
         self.encodings.release()
 
 
@@ -222,13 +222,13 @@ NO_MIXTURE = "a sum over checkpoints takes R none or train"
 
 
 class Sums(Retriever):
-    """Methods that sum over checkpoints, or change passages' gradients first."""
+    """Methods that sum over checkpoints, or first change the passages' gradients."""
 
     shares_search = True
 
     def __init__(self, run: Run):
         super().__init__(run)
-        # Each checkpoint's model and gradients are opened once, for all methods of a search.
+        # A checkpoint's model and gradients are opened once for all methods of a search.
         self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
 
     def lacks(self, method):
@@ -241,7 +241,7 @@ class Sums(Retriever):
             return (
                 f"it sums over the checkpoints {', '.join(map(str, steps))}, and the run has no "
                 f"store of gradients of {', '.join(map(str, lacking))}: the method was not run, or "
-                "the store was deleted after its search (several.keep_stores=False)"
+                "its stores were deleted after the search (several.keep_stores=False)"
             )
         return None
 
@@ -308,7 +308,7 @@ class Sums(Retriever):
         return Part(source, queries_QxE, roots, probabilities)
 
     def release(self, methods):
-        """Drops the gradients, and the stores of earlier checkpoints unless they are kept.
+        """Frees the gradients, and removes the stores of earlier checkpoints unless they are kept.
 
         Finished rankings do not need these stores; a new ranking encodes them again.
         """

@@ -1,4 +1,4 @@
-"""Tells which keys of a config a run's methods never read."""
+"""Finds the keys of a config that a run's methods never read."""
 
 from collections.abc import Callable, Iterable
 
@@ -137,17 +137,17 @@ _RULES: tuple[Rule, ...] = (
 def describe(config: ConfigDict, keys: Iterable[str]) -> list[str]:
     """Returns a line for each key that was set by hand and that the run never reads.
 
-    They are no errors: the same command line with other methods continues a run.
+    They are no errors: a run may be continued by the same command line with other methods.
 
     Args:
         config: the config of a run.
-        keys: the keys that the command line sets, such as "hessian.damping". A config file may set
-            more than its run needs, since its methods may be chosen on the command line.
+        keys: the keys that the command line sets, such as "hessian.damping". Those of a config
+            file do not count, since the command line may choose other methods.
     """
     named = methods.parse(config.methods)
     chosen = list((named | first_stage.first_methods(config, named)).values())
     if not all(map(is_of_package, chosen)):
-        return []  # what a plugin reads is not known here
+        return []  # a plugin may read any key
     lines = {}
     for key in keys:
         for names, is_read, reason in _RULES:

@@ -18,19 +18,15 @@ from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
 from tda.run.run import NO_STORE, Run
 
-KINDS = ("none", "scann")
-
 
 def check(config) -> None:
     """Checks the search section of a config.
 
     Raises:
-        ValueError: a value is unknown or conflicts with another; the message names the key.
+        ValueError: a value conflicts with another; the message names the key.
         ScannError: ScaNN is not installed.
     """
     s = config.search
-    if s.index not in KINDS:
-        raise ValueError(f"unknown search.index={s.index!r}; use {' or '.join(KINDS)}")
     if s.index == "none":
         return
     if config.store.dtype == NO_STORE:
@@ -42,7 +38,7 @@ def check(config) -> None:
 
 
 def settings(config, source: Source) -> Settings | None:
-    """Returns the settings of the index; None, with a printed reason, if search is exact."""
+    """Returns the settings of the index; None, after printing why, if the search is exact."""
     s = config.search
     changes = {k: v for k, v in s.scann.items() if v is not None}
     memory_bytes = int(s.memory_gib * 2**30)
@@ -75,7 +71,7 @@ def search(
         queries_QxE: gradients of the queries.
         scorers: the scorer of each method.
         correct: for each set of labels, the correct rows of each query.
-        fingerprints: identity of each method's encodings; names its index.
+        fingerprints: a hash of each method's encodings, which names its index.
         exactly: exact search by queries, scorers, k and correct rows.
         k: number of proponents and of opponents of each query.
     """
@@ -109,7 +105,7 @@ def search(
             encodings_QxE,
             min(config.search.depth, source.rows),
             getattr(source, "withdrawn", None),
-            # As many as for the k rows of the recall: deeper ranks are worth no more reading.
+            # As many as the first k rows need: deeper ranks are not worth more reads.
             candidates=scann_index.CANDIDATES * k,
         )
         if deep is None:

@@ -36,15 +36,15 @@ def make_judge(config) -> Judge | None:
     return _make(j.name, judges.JUDGES.get(j.name), JudgeSettings(j.model, j.batch, j.tokens))
 
 
-# The check before a run and the reading after it share one judge: its model is loaded once.
-# `factory` tells apart what the name stands for.
+# The check before a run and the judging after it share one judge: its model is loaded once.
+# `factory` is part of the key, since a plugin may register another under the same name.
 @functools.lru_cache(1)
 def _make(name: str, factory, settings: JudgeSettings) -> Judge:
     return judges.make(name, settings)
 
 
 def claims_of(run: Run, queries: Iterable[int]) -> dict[int, Claim]:
-    """Returns, by query row, what a passage is to entail to state the query's fact."""
+    """Returns, by query row, the claim that a passage must entail to state the query's fact."""
     claims, texts = {}, run.query_texts
     for q in queries:
         fact = run.corpus.queries[q]

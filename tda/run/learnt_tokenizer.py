@@ -9,20 +9,20 @@ from tda.runtime import preemption, processes
 
 
 def load(config, workdir: Workdir, identity: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Learns the tokenizer, or finds it learnt.
+    """Learns the tokenizer, or opens the one that was learnt before.
 
     Args:
         config: the config.
-        workdir: where it is kept.
-        identity: tells the texts from others.
-        texts: returns them.
+        workdir: the directory that keeps it.
+        identity: a hash of the texts.
+        texts: returns the texts.
 
     Raises:
         tda.run.workdir.WorkdirError: another tokenizer was learnt in the workdir.
     """
     size = config.tokenizer.vocab_size
     made_from = {"texts": identity, "vocab_size": size}
-    if not workdir.finished("tokenizer", made_from):
+    if not workdir.is_finished("tokenizer", made_from):
         workdir.claim("tokenizer", made_from, config)
 
         def train():

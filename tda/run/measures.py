@@ -1,8 +1,8 @@
-"""Measurements of the model pair by pair or query by query, kept on disk and shared by methods.
+"""Measurements of the model by pair or by query, kept on disk and shared by methods.
 
 A value's key is a digest of the tokens that it was computed from, and its file is named by the
-checkpoint and the rule: so it serves every method, every run on that checkpoint, and any subset of
-the corpus or of the queries.
+checkpoint and the rule, so every method and every run on that checkpoint reuses it, for any subset
+of the corpus or the queries.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ _PRIORS_TOGETHER = 4096
 
 
 _NO_STEP = (
-    "a tail-patch step has the learning rate of the traced checkpoint, and the schedule ends at 0: "
-    "give eval.tail_patch_learning_rate, or eval.tail_patch_queries=0"
+    "a tail-patch step takes the learning rate of the traced checkpoint, and the schedule ends at "
+    "0; give eval.tail_patch_learning_rate, or eval.tail_patch_queries=0"
 )
 
 
@@ -41,7 +41,7 @@ def check(config) -> None:
     """Checks that a tail-patch step of the config is possible and changes something.
 
     Raises:
-        ValueError: the model is not trained here, or the step is that of a schedule's end at 0.
+        ValueError: the model is not trained here, or the step's learning rate is 0.
     """
     e, t = config.eval, config.train
     if not e.tail_patch_queries:
@@ -60,7 +60,7 @@ def step_rule(run: Run) -> dict:
     """Describes a tail-patch step as JSON values that belong beside its scores.
 
     Raises:
-        ValueError: the learning rate has come to 0 at the traced checkpoint.
+        ValueError: the learning rate is 0 at the traced checkpoint.
     """
     e, t = run.config.eval, run.config.train
     rate = e.tail_patch_learning_rate or float(
@@ -109,21 +109,21 @@ def tail_patches(
 def _measure_patches(
     run: Run, rule: dict, todo: dict[str, tuple[int, int]], log: ResultLog
 ) -> None:
-    """Takes tail-patch steps in groups of pairs, and adds what they changed to the log.
+    """Takes tail-patch steps in groups of pairs, and adds their results to the log.
 
     Raises:
-        FloatingPointError: a step leaves no finite log p; the message names passage and query.
+        FloatingPointError: log p is not finite after a step; the message names passage and query.
     """
     passages = np.array([passage for _, passage in todo.values()], np.int64)
     lengths = np.where(passages < 0, 0, run.corpus.passages.lengths_of(np.maximum(passages, 0)))
-    # Passages of like length together: a step is compiled for each length that they are padded to.
-    # The queries of one passage together: they share its step.
+    # By length, since a step is compiled for each padded length; then by passage, since all queries
+    # of a passage share its step.
     order = sorted(zip(lengths.tolist(), passages.tolist(), todo, strict=True))
     keys = [key for _, _, key in order]
     pairs = [todo[key] for key in keys]
     steps = functools.cache(lambda: _tail_patch(run, rule))
     if jax.process_count() > 1:
-        # Orbax restores a state in all processes at once, in those too that get no group.
+        # Orbax restores a state in all processes at once, also in those that get no group.
         steps()
     # A model that is spread over processes takes every step in all of them.
     is_joint = not sharding.is_local(run.trained.mesh)
@@ -133,7 +133,7 @@ def _measure_patches(
             group = pairs[numbers.start : numbers.stop]
 
             def check(which: np.ndarray, log_p: np.ndarray) -> None:
-                # Not saved: the run that follows the advice would read it as measured.
+                # Not saved: a later run would read it as a measurement.
                 bad = which[~np.isfinite(log_p).all(axis=1)]
                 if len(bad):
                     query, passage = group[bad[0]]
@@ -225,7 +225,7 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
     with run.engine.alone():
         nats = log.read()
         todo = [key for key in sequences if key not in nats]
-        # A run that has them all does not open its model.
+        # Without anything to do the model is not opened.
         statistics = Likelihood(run.trained.model, run.unsharded_layout) if todo else None
         for first in range(0, len(todo), _PRIORS_TOGETHER):
             group = todo[first : first + _PRIORS_TOGETHER]

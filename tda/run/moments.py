@@ -1,4 +1,4 @@
-"""1/√V of a run's corrected gradients: read from the checkpoint, or estimated once and kept."""
+"""1/√V of a run's corrected gradients: read from the checkpoint, or estimated once and saved."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def inverse_root_moments(
     if provenance["second_moments"] == "optimizer":
         scales = second_moments.read(trained.root, sites, provenance["correction"], trained.step)
         return {path: s.map(lambda x: _to_mesh(x, trained.mesh)) for path, s in scales.items()}
-    # An estimate serves every projection: the other values of the provenance name its file.
+    # Every projection shares an estimate: its file is named by the other values.
     keys = ("checkpoint", "step", "correction", "second_moments", "parameters")
     eps = train.options(run.config)["eps"]
     identity = {k: provenance[k] for k in keys} | {"eps": eps}

@@ -20,7 +20,7 @@ def run(config, workdir: Workdir, engine: Engine = PROCESSES, table: str = "tabl
             reads.
 
     Raises:
-        ValueError: table 2 has no judge, or as `stages.trace`.
+        ValueError: table 2 has no judge, or as for `stages.trace`.
     """
     if table == "table2" and not config.judge.name:
         raise ValueError(
@@ -28,7 +28,7 @@ def run(config, workdir: Workdir, engine: Engine = PROCESSES, table: str = "tabl
             "--config.judge.name=lexical, or nli with --config.judge.model"
         )
     metrics, notes = stages.trace(config, workdir, engine)
-    # Each task of an array that comes to the end writes the same.
+    # Every task of an array that reaches the end writes the same files.
     with engine.alone():
         processes.on_first_process(
             "write the table", lambda: _write_table(config, metrics, notes, workdir, table)

@@ -25,10 +25,10 @@ from tda.runtime.fingerprint import fingerprint
 
 # The folder of the tokens in a workdir.
 FOLDER = "tokens"
-# Characters that a tokenizer is learnt from at most, with a like share of every file: word counts
-# of more change few merges, and take hours.
+# Characters at most that a tokenizer is learnt from, an equal share of every file: more of them
+# change few merges, and take hours to count.
 _LEARNT_CHARACTERS = 1 << 30
-# Keys that have no meaning without labels, and with prompts and targets alone.
+# Keys without a meaning for a corpus without labels, and for queries that are not facts.
 _LABELLED = ("data.sentences", "data.n_sentences", "data.train_on", "data.statements")
 _OF_FACTS = ("data.facts", "data.exclude_relations", "data.prompt", "data.pool")
 
@@ -37,7 +37,7 @@ def check(config) -> None:
     """Checks that the keys of a config fit a corpus without labels, and that its files exist.
 
     Raises:
-        ValueError: they do not; the message names the key.
+        ValueError: a key does not fit; the message names it.
         FileNotFoundError: a file does not exist, or a pattern has no match.
     """
     data, values = config.data, flat(config)
@@ -119,7 +119,7 @@ def open_finished(config, workdir: Workdir | pathlib.Path) -> Corpus:
 
 def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path) -> Corpus:
     data = config.data
-    if data.get("pool") == "named":
+    if data.pool == "named":
         facts = _named(facts, passages, tokenizer, workdir)
     facts = _drawn(config, facts)
     prompts = _prompts(config, facts, tokenizer)
@@ -139,8 +139,8 @@ def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path)
 
 def _documents(data) -> Documents:
     options = {"data_dir": data.dir} if data.dir else {}
-    if (share := data.get("share", 1.0)) != 1:
-        options["share"] = share
+    if data.share != 1:
+        options["share"] = data.share
     source = data.corpus.split(",") if "," in data.corpus else data.corpus
     return Documents(source, text_field=data.text_field, id_field=data.id_field or None, **options)
 
@@ -160,13 +160,13 @@ def _texts(documents: Documents) -> Iterator[str]:
 
 
 def _drawn(config, facts: list[Fact]) -> list[Fact]:
-    """Returns the sample of the facts that is asked."""
+    """Returns the sample of facts to ask."""
     data = config.data
     return labels.select([], facts, 0, data.n_queries or len(facts), data.seed)[1]
 
 
 def _named(facts: list[Fact], passages, tokenizer, workdir) -> list[Fact]:
-    """Returns the facts whose subject and target some passage names; the corpus is read once."""
+    """Returns the facts with a passage that names subject and target; keeps the counts on disk."""
     names = [[f.fact_id, f.entity0, *f.entity0_alias, f.entity1, *f.entity1_alias] for f in facts]
     file = pathlib.Path(workdir / f"named-{fingerprint([passages.fingerprint(), names])}.json")
 
@@ -188,15 +188,24 @@ def _named(facts: list[Fact], passages, tokenizer, workdir) -> list[Fact]:
     return named
 
 
+def excluded_relations(data) -> list[str]:
+    """Returns the relations that `data.exclude_relations` names."""
+    return [r.strip() for r in data.exclude_relations.split(",") if r.strip()]
+
+
 def _facts(data) -> list[Fact]:
-    """Returns the facts that may be asked; of prompts and targets alone, facts without names."""
+    """Returns the facts to sample from; queries that are only prompt and target have no names."""
     if data.facts:
-        excluded = [r.strip() for r in data.exclude_relations.split(",") if r.strip()]
-        facts = labels.without_relations(list(files.iter_facts(data.facts)), excluded)
+        facts = labels.without_relations(
+            list(files.iter_facts(data.facts)), excluded_relations(data)
+        )
     else:
         facts = query_sets.read(data.queries)
     if not facts:
-        raise ValueError("there are no queries: the file, or what is left of it, is empty")
+        raise ValueError(
+            f"there are no queries in {data.facts or data.queries}, or data.exclude_relations "
+            "leaves none; give other facts"
+        )
     return facts
 
 

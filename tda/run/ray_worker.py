@@ -15,7 +15,7 @@ from tda.runtime.on_demand import OnDemand, WorkerError
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What a worker opens the run by."""
+    """The arguments that a worker opens the run with."""
 
     config: dict
     """The config, as plain values."""

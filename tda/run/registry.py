@@ -1,4 +1,4 @@
-"""The retrievers by name, those of the package and those that are registered from outside."""
+"""The retrievers by name: the package's own, and those that plugins register."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ def _fusion(run: Run) -> Retriever:
     return Fusion(run, retriever_of)
 
 
-# Each makes the retriever of a run.
+# Each function, or class, returns the retriever of a run.
 RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "gradient": Gradients,
     "sums": Sums,
@@ -48,7 +48,7 @@ def register_retriever(name: str, factory: Callable[[Run], Retriever]) -> None:
     """Registers a retriever under a name, for methods with `retriever=name`.
 
     Args:
-        name: of the retriever.
+        name: the name.
         factory: returns the retriever of a run: a subclass of `Retriever` itself, or a function.
 
     Raises:
@@ -63,7 +63,7 @@ def retriever_of(method: Method) -> Callable[[Run], Retriever]:
 
     Raises:
         ValueError: its name is unknown, or the method sets a field that the package's retrievers do
-            not know and would leave out in silence.
+            not know and would silently ignore.
     """
     if method.searched_by not in RETRIEVERS:
         raise ValueError(
@@ -77,7 +77,7 @@ def retriever_of(method: Method) -> Callable[[Run], Retriever]:
         named = ", ".join(f"{name}={value}" for name, value in beyond.items())
         raise ValueError(
             f"{method.title}: the retriever {method.searched_by!r} does not know {named}; register "
-            "a retriever that obeys it (docs/add_a_method.md)"
+            "a retriever that uses it (docs/add_a_method.md)"
         )
     return factory
 

@@ -1,4 +1,4 @@
-"""Opens a finished run: its config and model, and its corpus, which is read only if needed."""
+"""Opens a finished run: its config, its model, and its corpus, which is read only if needed."""
 
 import dataclasses
 import functools
@@ -12,12 +12,11 @@ import optax
 from ml_collections import ConfigDict
 
 from tda import store as stores
-from tda.data.batches import BatchLayout, buckets
-from tda.data.tokenizer import Tokenizer
+from tda.data.batches import buckets
 from tda.methods import METHODS
 from tda.model import pretrained
 from tda.run import corpus as corpora
-from tda.run import train
+from tda.run import learnt_tokenizer, train
 from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import atomic_file, sharding
@@ -26,13 +25,13 @@ from tda.runtime.progress import Progress, silent
 from tda.store import GradientStore, Passage
 from tda.training import checkpoint
 
-# Files that a run writes at its end, so that questions are answered by its own settings.
+# Files that a run writes at its end, so that live questions use its own settings.
 CONFIG = "config.json"
 FILE = "corpus.npz"
 
 
 class LiveError(ValueError):
-    """The error of a workdir that cannot answer live questions, or not this one."""
+    """The workdir cannot answer live questions, or not this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +55,19 @@ class Known:
 
 
 def _key(prompt: str, target: str) -> tuple[str, str]:
-    # White space between the two does not make another question of them.
+    # White space between the two does not make another question.
     return prompt.rstrip(), target.strip()
 
 
 class RememberedCorpus:
-    """A finished run's corpus: what its workdir keeps of it, and the rest when it is needed.
+    """A finished run's corpus, with the attributes of `Corpus`.
 
-    It has the attributes of `Corpus`. Those that the workdir does not keep are read from the files
-    that the run read.
+    Those that the workdir does not keep are read, when they are needed, from the files that the run
+    read.
 
     Args:
-        config, workdir: of the run.
-        tokenizer: of the run's model.
+        config, workdir: the run's.
+        tokenizer: the tokenizer of the run's model.
 
     Attributes:
         known: the run's queries and their correct passages.
@@ -89,14 +88,13 @@ class RememberedCorpus:
             with np.load(workdir / FILE, allow_pickle=False) as file:
                 record = json.loads(file["told"].tobytes())
                 correct = np.split(file["correct"], np.cumsum(file["counts"])[:-1])
-                # Of a corpus without labels the workdir keeps the tokens.
+                # Without labels the workdir keeps the tokens, and `lengths` follow from them.
                 if "lengths" in file:
                     self.lengths = file["lengths"]
         except FileNotFoundError as error:
             raise LiveError(f"{workdir / FILE} is missing: the run is not finished") from error
         self.fingerprint: dict = record["fingerprint"]
-        # Runs that were finished before it was recorded have labels.
-        self.rows: int = record["rows"] if "rows" in record else len(self.lengths)
+        self.rows: int = record["rows"]
         self.known = Known(record["ids"], record["prompts"], record["targets"], correct)
 
     @functools.cached_property
@@ -122,14 +120,12 @@ class RememberedCorpus:
         return corpus
 
     def __getattr__(self, name: str):
-        # Called for what this class lacks.
+        # Called for attributes that this class does not define.
         if name in {f.name for f in dataclasses.fields(Corpus)} | {"answers", "text_of", "lengths"}:
             return getattr(self.files, name)
         raise AttributeError(name)
 
-    def layout(self, tokens_per_batch: int, mesh: jax.sharding.Mesh | None = None) -> BatchLayout:
-        """Returns how sequences of the corpus and its queries are batched."""
-        return BatchLayout(self.buckets, tokens_per_batch, self.tokenizer.pad, mesh)
+    layout = Corpus.layout
 
     @property
     def correct(self) -> dict[str, Sequence[np.ndarray]]:
@@ -143,7 +139,7 @@ class RememberedCorpus:
 
     @property
     def withdrawn(self) -> np.ndarray:
-        """The rows that are never retrieved, int64."""
+        """Withdrawn rows, which are never retrieved, int64."""
         return np.zeros(0, np.int64) if self.store is None else self.store.withdrawn
 
     def read_passages(self, rows) -> list[Passage]:
@@ -154,7 +150,7 @@ class RememberedCorpus:
 
 
 def remember(run: Run) -> None:
-    """Writes into a run's workdir its config, and what most live questions need of its corpus."""
+    """Writes a run's config, and what most live questions need of its corpus, to its workdir."""
     facts, is_labelled = run.corpus.queries, run.corpus.has_labels
     correct = run.corpus.correct["all"] if is_labelled else [np.zeros(0, np.int64)] * len(facts)
     lengths = {"lengths": run.corpus.lengths.astype(np.int32)} if is_labelled else {}
@@ -168,10 +164,10 @@ def remember(run: Run) -> None:
     with atomic_file.open_atomic(run.workdir / FILE, "wb") as out:
         np.savez_compressed(
             out,
-            # Text as bytes: an array of objects would take pickle.
+            # Text as bytes: an array of objects would need pickle.
             told=np.frombuffer(json.dumps(record).encode(), np.uint8),
             **lengths,
-            # Lists of different lengths, one after the other; the empty one keeps the dtype.
+            # Lists of different lengths, one after the other; the empty array sets the dtype.
             correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
             counts=np.asarray([len(rows) for rows in correct]),
         )
@@ -188,22 +184,22 @@ def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
 
     Args:
         path: the workdir.
-        config: as plain values; that of the run by default.
+        config: as plain values; the run's own by default.
 
     Raises:
         LiveError: a file of the run is missing; the message names it.
     """
-    # From the files that the run left, not from its corpus, which may be large or gone.
+    # From the workdir alone: the corpus may be large or gone.
     config = ConfigDict(config_of(path) if config is None else config)
     root = str(path / "model" / "checkpoints")
     provenance = _read_json(path / "stages" / "train.json")["made_from"]
     step = train.traced_step(config, provenance["steps"], checkpoint.steps(root))
-    tokenizer = _tokenizer(path, config, "pretrained" in provenance)
+    tokenizer = _tokenizer(path, config)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     model = train.restore_model(_read_json(path / "model" / "config.json"), root, step, mesh)
     trained = Trained(model, root, step, optax.identity(), mesh, provenance)  # no step is taken
     workdir = Workdir(path)
-    # A live question is searched exactly: an index is for many.
+    # Live questions are searched exactly: an index pays only for many queries.
     config.search.index = "none"
     corpus = RememberedCorpus(config, workdir, tokenizer)
     run = Run(config, workdir, corpus, trained, live=True)
@@ -222,13 +218,13 @@ def _read_json(path: pathlib.Path) -> dict:
         raise LiveError(f"{path} is missing: the run is not finished") from error
 
 
-def _tokenizer(path: pathlib.Path, config: ConfigDict, is_pretrained: bool):
-    if not is_pretrained:
-        return Tokenizer.load(path / "model" / "tokenizer.json")
+def _tokenizer(path: pathlib.Path, config: ConfigDict):
+    if not config.model.pretrained:
+        return learnt_tokenizer.open_learnt(path)
     try:
         return pretrained.load_tokenizer(config.model.pretrained)
     except (ValueError, OSError) as error:
         raise LiveError(
-            f"the tokenizer of model.pretrained={config.model.pretrained} cannot be read, which "
-            f"the run took from there: {error}"
+            f"the run's tokenizer, from model.pretrained={config.model.pretrained}, cannot be "
+            f"read: {error}"
         ) from error

@@ -29,7 +29,7 @@ class ResultLog:
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def read(self) -> dict[str, Any]:
-        """Returns the values by key, and cuts off a line that a kill left unfinished.
+        """Returns the values by key, after cutting off a line that a kill left unfinished.
 
         Raises:
             ValueError: a line is not such a record; the message names file and line.

@@ -27,8 +27,8 @@ from tda.runtime.atomic_file import write_json
 def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     """Returns rankings and notes (λ and the like) by method, for every method of the config.
 
-    A ranking on disk from the same gradients and settings is read. All processes encode and search
-    gradients, and process 0 searches by other means.
+    A ranking on disk from the same gradients and settings is reused. All processes encode and
+    search gradients; process 0 alone runs the other retrievers.
     """
     chosen = methods.parse(run.config.methods)
     check(run.config, chosen)
@@ -86,7 +86,7 @@ def _search(
             return
         for name, result in (search() if shared is None else shared).items():
             _write(files[name], result)
-        # Of no use to a ranking that is finished.
+        # Only unfinished rankings need them.
         if not run.engine.party:
             run.remove_groups()
 
@@ -98,8 +98,8 @@ def check(config, chosen: dict[str, Method]) -> None:
     """Checks that the config fits its methods.
 
     Raises:
-        ValueError: it does not, or a method needs an extra that is not installed; the message
-            names the key or the extra.
+        ValueError: a key does not fit, or a method needs an extra that is not installed; the
+            message names the key or the extra.
     """
     if first := first_stage.first_methods(config, chosen):
         check(config, first)
@@ -114,9 +114,9 @@ def check(config, chosen: dict[str, Method]) -> None:
             evaluation = settings.evaluation_of(method)
             if evaluation == "leave_one_out" and config.search.index != "none":
                 raise ValueError(
-                    f"{method.title}: with R_eval leave_one_out a passage has another norm for "
-                    "every query, which no index can hold; use hessian.evaluation=disjoint or all, "
-                    "or search.index=none"
+                    f"{method.title}: with R_eval leave_one_out a passage's norm depends on the "
+                    "query, and an index holds one; use hessian.evaluation=disjoint or all, or "
+                    "search.index=none"
                 )
             if evaluation == "leave_one_out" and settings.structure == "kronecker":
                 raise ValueError(no_leave_one_out(method))
@@ -135,10 +135,10 @@ def check(config, chosen: dict[str, Method]) -> None:
 
 
 def check_run(run: Run) -> None:
-    """Checks, before training, that the methods' gradients and R can be made of model and queries.
+    """Checks, before training, that model and queries suffice for the methods' gradients and R.
 
     Args:
-        run: the run; its model may be of shapes alone.
+        run: the run; its model may have shapes but no values.
 
     Raises:
         ValueError: no parameter matches, there are too few layers for the blocks, too few queries
@@ -159,14 +159,14 @@ def check_run(run: Run) -> None:
         evaluation = run.hessian.evaluation_of(method)
         if evaluation != "all" and queries < 2:
             raise ValueError(
-                f"{method.title}: R_eval {evaluation} takes other queries than the one that is "
-                "scored, and there is one query; ask more, or use hessian.evaluation=all"
+                f"{method.title}: R_eval {evaluation} takes other queries than the scored one, and "
+                "there is one query; ask more, or use hessian.evaluation=all"
             )
         if run.config.hessian.weight < 0:
             count = queries // 2 if evaluation == "disjoint" else queries
             widths = list(map(math.prod, shapes))
-            # Whatever the gradients will be, a dense block of R_eval has a direction for each query
-            # at most; each query's rows and columns may fill the factors of a Kronecker product.
+            # A dense block of R_eval has at most as many directions as there are queries; the
+            # factors of a Kronecker product may have full rank already with one query.
             spectra = [
                 (np.arange(width) < (count if len(shape) == 1 else width)).astype(np.float64)
                 for width, shape in zip(widths, shapes, strict=True)
@@ -176,7 +176,7 @@ def check_run(run: Run) -> None:
 
 
 def _groups(todo: dict[str, Method], retrievers: dict[str, Retriever]) -> list[dict[str, Method]]:
-    """Returns the methods that are searched together; those of several checkpoints stand alone."""
+    """Returns the methods in groups that are searched together."""
     kinds = dict.fromkeys(m.gradients for m in todo.values() if m.shares_scan)
     # The kinds that most methods use come first, so that a killed run has most of the table.
     usual = [k for k in (GradientKind(), GradientKind(corrected=True)) if k in kinds]

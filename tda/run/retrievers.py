@@ -34,7 +34,7 @@ class Queries:
 
     table: TokenTable  # prompts and targets as tokens
     texts: Sequence[str]  # prompt and target of each
-    numbers: Sequence[int | None]  # of each among the run's own queries; None if it is not there
+    numbers: Sequence[int | None]  # row among the run's queries; None for another question
     correct: dict[str, list[np.ndarray]]  # by labels to rank, the correct rows of each query
 
     def __len__(self) -> int:
@@ -87,13 +87,12 @@ class Retriever:
 
         Args:
             queries: the queries.
-            methods: the methods by name, in which the results are returned too.
+            methods: the methods by name.
             k: number of proponents, and of opponents, of each query.
-            on_progress: called with what is done; None shows progress bars.
+            on_progress: called with the progress; None shows progress bars.
 
         Returns:
-            The results by the method's name; if processes share the search, nothing in all of them
-            but the first.
+            The results by method name. Where processes share the search, only process 0 gets any.
         """
         raise NotImplementedError
 
@@ -102,7 +101,7 @@ class Retriever:
         return None
 
     def prepare(self, methods: dict[str, Method], later: Iterable[Method] = ()) -> None:
-        """Encodes what a search needs: the work of all processes, before process 0 searches.
+        """Encodes what a search needs; called by all processes, before process 0 searches.
 
         Args:
             methods: the methods of the next search.
@@ -110,17 +109,17 @@ class Retriever:
         """
 
     def release(self, methods: dict[str, Method]) -> None:
-        """Drops what only the last search needed."""
+        """Frees what only the last search needed."""
 
     def provenance(self, method: Method) -> list:
-        """Returns what else a ranking depends on, besides method, corpus and k, as JSON values."""
+        """Returns what a ranking depends on besides method, corpus and k, as JSON values."""
         return []
 
     def ranking_name(self, method: Method) -> str:
         """Returns the file name of a method's ranking: a hash of all that it depends on."""
         fields = dataclasses.asdict(method)
         fields.pop("title")  # methods that differ in nothing else share a ranking
-        fields.pop("candidates")  # those that they find are in `provenance`
+        fields.pop("candidates")  # their rankings are in `provenance`
         run = self.run
         common = [fields, run.corpus.fingerprint, run.config.eval.top_k]
         return f"{method.retriever}-{fingerprint(plain(common + self.provenance(method)))}"
@@ -147,9 +146,9 @@ def scan(
     Args:
         run: the run.
         source: the rows.
-        identity: JSON values that tell the rows from others: a killed search then loses a group of
-            rows at most, and processes share groups. None searches in this process alone.
-        on_progress: called with what is done; None shows a progress bar.
+        identity: JSON values that identify the rows: a killed search then loses at most one group
+            of rows, and processes share the groups. None searches in this process alone.
+        on_progress: called with the progress; None shows a progress bar.
         queries_QxE, scorers, k, correct, opponents: as in `exact.ExactSearch.rank`.
     """
     with contextlib.ExitStack() as stack:
@@ -164,20 +163,20 @@ def scan(
 
 
 def tell(on_progress: Progress | None, description: str) -> None:
-    """Reports work whose amount is not known."""
+    """Reports work of unknown length."""
     if on_progress is not None:
         on_progress(description, 0, 0)
 
 
 class Words(Retriever):
-    """BM25; its index is made for the first search."""
+    """BM25; its index is built at the first search."""
 
     _index: bm25.Index | None = None
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
         if self._index is None:
-            # In chunks, so that a live question can show how far it is.
+            # In chunks, so that a live question can show its progress.
             texts, rows = [], self.run.corpus.rows
             for first in range(0, rows, _TEXTS):
                 if on_progress is not None:
@@ -188,14 +187,14 @@ class Words(Retriever):
             self._index = bm25.Index(texts)
         tell(on_progress, "BM25")
         withdrawn = self.withdrawn
-        # So many more that k are left however many withdrawn ones are among them.
+        # Extra rows: k must be left when withdrawn ones are removed.
         ranked = self._index.search(queries.texts, k + len(withdrawn), queries.correct)
-        # Removed from the answer, not from the index: scores of other passages do not change.
+        # Removed from the answer, not from the index: other passages keep their scores.
         return dict.fromkeys(methods, Result(_without(ranked, withdrawn, k)))
 
 
 def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
-    """Removes withdrawn passages from a ranking with that many more than k."""
+    """Removes withdrawn passages from a ranking of k + len(withdrawn) proponents."""
     if not len(withdrawn):
         return ranked
     # Stable: withdrawn rows move to the end, all others keep their order.
@@ -209,7 +208,7 @@ def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
 
 
 class _Vectors(Retriever):
-    """Similarity of text vectors, which a subclass computes; the corpus's are held by layer."""
+    """Similarity of text vectors, which a subclass computes; the corpus's are cached by layer."""
 
     _description = "vectors"
 
@@ -241,7 +240,7 @@ class _Vectors(Retriever):
                     on_progress(f"{self._description} of the passages", done, total)
 
             vectors_CxD = np.array(self._vectors("corpus", layer, on_rows))
-            # The search passes over rows that are not finite.
+            # The search skips rows that are not finite.
             vectors_CxD[self.withdrawn] = np.inf
             self._sources[layer] = InMemory(vectors_CxD, [slice(0, vectors_CxD.shape[1])])
         return self._sources[layer]
@@ -266,7 +265,7 @@ class _Vectors(Retriever):
         return results
 
     def release(self, methods):
-        """Drops the vectors."""
+        """Frees the vectors."""
         self._sources.clear()
 
 
@@ -277,7 +276,7 @@ class Dense(_Vectors):
     _encoder: dense.SentenceEncoder | None = None
 
     def lacks(self, method):
-        """Returns why there is no sentence encoder, or None if there is one."""
+        """Returns why the sentence encoder cannot be used, or None if it can."""
         if not self.run.config.dense.model:
             return "the run's config names no sentence encoder (dense.model)"
         try:

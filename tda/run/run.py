@@ -31,11 +31,11 @@ from tda.runtime.groups import Groups
 from tda.store import Passage
 from tda.training import checkpoint
 
-# The `store.dtype` of a run that encodes its corpus as it is searched.
+# `store.dtype` of a run without a store: the corpus is encoded while it is searched.
 NO_STORE = "none"
 # Shards whose rows R and searches take as a group: 4 GiB with shards of the default size.
 _GROUP_SHARDS = 16
-# The correction that a store of Adam's steps is named by.
+# The name of the correction in a store of Adam's steps.
 ADAM_STEP = "adam_step"
 # EK-FAC's Fisher matrix takes labels drawn from the model, LoGra and R of whole gradients the
 # data's own.
@@ -93,7 +93,7 @@ class Corpus:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """The number of tokens with a loss of each passage, int64 [C]."""
+        """The number of scored tokens of each passage, int64 [C]."""
         return self.passages.scored_lengths
 
     def text_of(self, row: int, table: tokens.TokenTable | None = None) -> str:
@@ -188,7 +188,7 @@ class Run:
         return Groups(self.workdir / "groups", group_bytes, self.engine)
 
     def remove_groups(self) -> None:
-        """Removes the files of groups, which are of no use once the rankings are written."""
+        """Removes the files of groups, which only unfinished rankings need."""
         shutil.rmtree(self.workdir / "groups", ignore_errors=True)
 
     @property
@@ -229,10 +229,10 @@ class Run:
         return projections.layout(self.sites(kind), self.projection(kind)).shapes
 
     def second_moments(self, step: int | None = None) -> str | dict:
-        """Returns "optimizer", or the batches that second moments are estimated from."""
+        """Returns "optimizer", or a description of the batches that V is estimated from."""
         g = self.config.gradients
         step = self.trained.step if step is None else step
-        # A pretrained model's checkpoint has parameters alone.
+        # A pretrained model's checkpoint has parameters only.
         has_state = checkpoint.has_optimizer(self.trained.root, step)
         if g.second_moments == "optimizer" or (g.second_moments == "auto" and has_state):
             return "optimizer"
@@ -280,8 +280,7 @@ class Run:
     @property
     def store_root(self) -> str:
         """The directory of the run's stores, local or in object storage."""
-        # A run that was finished before there was this key has none.
-        return self.config.store.get("root", "") or str(self.workdir / "stores")
+        return self.config.store.root or str(self.workdir / "stores")
 
     def store_path(self, name: str, kind: GradientKind, step: int | None = None) -> str:
         """Returns the directory of the store of the "corpus" or of the "queries"."""

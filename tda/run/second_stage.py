@@ -24,10 +24,10 @@ from tda.runtime.groups import ONE_GROUP
 
 
 def check(config, method: Method) -> None:
-    """Checks that a method's C is one that whole gradients can have.
+    """Checks that a method can be computed from whole gradients.
 
     Raises:
-        ValueError: it is not; the message says what to use.
+        ValueError: it cannot; the message says what to use.
     """
     if method.several or method.steps_by_adam or method.passages != "plain":
         raise ValueError(
@@ -42,7 +42,7 @@ def check(config, method: Method) -> None:
 
 
 class SecondStage(Retriever):
-    """Scores candidates by whole gradients, of all methods of the second stage in one pass.
+    """Scores candidates by whole gradients, for all methods of the second stage in one pass.
 
     Args:
         run: the run.
@@ -60,12 +60,12 @@ class SecondStage(Retriever):
         self._metrics: dict[str, Metric] = {}
 
     def lacks(self, method):
-        """Returns what candidates or metric lack, or None."""
+        """Returns what is missing for the candidates or the metric, or None."""
         if why := self._first.lacks(method):
             return why
         file = curvature.file_of_metric(self.run, method)
         if file is not None and not file.exists():
-            return "the run has kept no curvature for it: the method was not run"
+            return "the run has no curvature on disk for it: the method was not run"
         return None
 
     def provenance(self, method):
@@ -81,7 +81,7 @@ class SecondStage(Retriever):
 
     @property
     def _damping(self) -> float:
-        """What is added to the factors of R, in mean eigenvalues."""
+        """The damping of R's factors, in mean eigenvalues."""
         damping = self.run.config.hessian.damping
         return pair_products.DAMPING if damping < 0 else damping
 
@@ -164,6 +164,6 @@ class SecondStage(Retriever):
         return self._metrics[name]
 
     def release(self, methods):
-        """Drops the metrics and what is compiled."""
+        """Frees the metrics and the compiled programs."""
         self._metrics.clear()
         self._factors.cache_clear()

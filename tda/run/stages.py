@@ -39,14 +39,14 @@ _UNTRAINED = (
 
 
 def check(config, encoder: bool = True) -> None:
-    """Checks what the config alone shows, before anything is read.
+    """Checks the config before any file is read.
 
     Args:
         config: the config of a run.
-        encoder: whether to look for the sentence encoder too, which may have to be loaded.
+        encoder: whether to check the sentence encoder too, which may have to be loaded.
 
     Raises:
-        ValueError: a value is not possible or does not fit another; the message names the key.
+        ValueError: a value is impossible or conflicts with another; the message names the key.
         FileNotFoundError: a file of the corpus does not exist.
     """
     chosen = methods.parse(config.methods)
@@ -66,11 +66,11 @@ def check(config, encoder: bool = True) -> None:
 
 
 def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
-    """Reads the corpus and trains the model, or finds both finished.
+    """Reads the corpus and trains the model, or opens both if they are finished.
 
     Raises:
-        ValueError: the config does not fit the corpus or the model; raised before training. Or the
-            model is not trained, and this program cannot do it.
+        ValueError: the config does not fit the corpus or the model, which is checked before
+            training; or the model is not trained, and the engine cannot train it.
     """
     is_untrained = not engine.can_train and not workdir.is_finished("train")
     # Tokenising needs a tokenizer alone.
@@ -86,7 +86,7 @@ def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
     processes.check_preemption(is_joint=True)
     if is_untrained:
         raise ValueError(f"the corpus is tokenised; {_UNTRAINED}")
-    # The run as it will be, with a model of shapes alone.
+    # The future run, with a model that has shapes but no values.
     model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))
     abstract = Trained(model, "", 0, optax.identity(), train.make_mesh(config), {})
     retrieve.check_run(Run(config, workdir, data, abstract))
@@ -99,17 +99,17 @@ def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
 def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, dict]:
     """Runs all stages in order; returns metrics and notes (λ and the like) by method.
 
-    Every process of a run calls it; the first alone writes what is not a shard or a checkpoint.
+    Every process of a run calls it; process 0 writes all files but shards and checkpoints.
 
     Args:
         config: the config.
-        workdir: where all files go.
+        workdir: the directory of all files.
         engine: who computes which group of a stage's work.
 
     Raises:
-        ValueError: the config is not possible, also of an array's task, or another job works in
-            the workdir.
-        tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part.
+        ValueError: the config is impossible, or so for a task of an array, or another job works
+            in the workdir.
+        tda.runtime.array_tasks.Unfinished: other tasks of an array have not computed their part.
     """
     capturing.check(config)
     with opened(config, workdir, engine) as run:
@@ -118,18 +118,18 @@ def trace(config, workdir: Workdir, engine: Engine = PROCESSES) -> tuple[dict, d
 
 @contextlib.contextmanager
 def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run]:
-    """Holds the workdir, and yields the run with its trained model; arguments as for `trace`.
+    """Locks the workdir, and yields the run with its trained model; arguments as for `trace`.
 
     Raises:
-        ValueError: the config is not possible, or another job works in the workdir.
+        ValueError: the config is impossible, or another job works in the workdir.
     """
-    # Processes that were started by different commands would wait for each other in vain.
+    # Processes of different commands would wait for each other in vain.
     processes.check_same_code()
     processes.check_alike("config", config.to_json())
     check(config)
     if engine.party and config.metrics.writers:
         raise ValueError(
-            f"metrics.writers={config.metrics.writers} does not go with the tasks of an array, "
+            f"metrics.writers={config.metrics.writers} cannot be used by the tasks of an array, "
             "which would all write the same series; leave it out of their command"
         )
     run: list[Run] = []
@@ -138,7 +138,7 @@ def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run
         if run:
             run[0].remove_groups()
 
-    # Of several jobs the last one leaves nothing that only unfinished rankings need.
+    # The last of several jobs removes what only unfinished rankings need.
     with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
         try:
             with metric_writers.writing(config.metrics.writers, workdir.path, config.to_dict()):

@@ -33,7 +33,7 @@ def options(config) -> dict[str, Any]:
 
 
 def settings(config) -> dict[str, Any]:
-    """Returns what of the section `train` decides the trained model."""
+    """Returns the values of the section `train` that decide the trained model."""
     settings = {k: v for k, v in options(config).items() if k not in _NOT_OF_TRAINING}
     # Trainings that were finished before there were these keys have none.
     later = {"eps_root": 0.0, "capture": False}
@@ -41,7 +41,7 @@ def settings(config) -> dict[str, Any]:
 
 
 def adam_constants(config) -> dict[str, float]:
-    """Returns the constants that Adam's second moments are read by."""
+    """Returns the constants of Adam's second moments."""
     return {k: options(config)[k] for k in ("b1", "b2", "eps", "eps_root")}
 
 
@@ -56,9 +56,9 @@ def build_model(config, vocab_size: int) -> Decoder:
 
 
 def abstract_model(arguments: dict) -> Decoder:
-    """Returns a decoder of shapes alone, for parameters that are read or only counted.
+    """Returns a decoder with shapes but no values, for parameters that are read or only counted.
 
-    To initialise parameters compiles for seconds, and at 8B parameters takes 32 GB.
+    Initialising them would compile for seconds, and take 32 GB at 8B parameters.
     """
     return nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
 
@@ -87,7 +87,7 @@ def model_arguments(config, vocab_size: int = 0) -> dict:
             f"the tokenizer of {m.pretrained} has {vocab_size} tokens, the model "
             f"{arguments['vocab_size']}: they do not belong together"
         )
-    # Rotary positions have no table, and no end.
+    # Rotary positions have no table and no limit.
     positions = arguments.get("max_positions") or m.context
     if m.context > positions:
         raise ValueError(
@@ -107,15 +107,15 @@ def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:
 
 
 def make_mesh(config) -> jax.sharding.Mesh:
-    """Returns the mesh of the config, which the model is trained on."""
+    """Returns the mesh that the model is trained on."""
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def working_mesh(config) -> jax.sharding.Mesh:
-    """Returns the mesh that the trained model works on.
+    """Returns the mesh of the trained model.
 
-    If one copy of the model fits the devices of a process, each process has a copy: processes then
-    encode independently, and nothing travels between hosts. Otherwise it is the mesh of training.
+    If a copy of the model fits the devices of a process, each process has one: processes then
+    encode independently, without traffic between hosts. Otherwise it is the mesh of training.
     """
     m = config.mesh
     if jax.process_count() == 1 or jax.local_device_count() % (m.fsdp * m.tensor):
@@ -124,7 +124,7 @@ def working_mesh(config) -> jax.sharding.Mesh:
 
 
 def learning_rates(config, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step of a training of so many steps."""
+    """Returns the learning rate by step of a training of `steps` steps."""
     t = config.train
     return optimizer.schedule(t.schedule, t.learning_rate, steps, t.warmup, t.final)
 
@@ -144,11 +144,11 @@ def check(config, steps: int | None = None) -> None:
 
     Args:
         config: the config.
-        steps: steps of the training; None where they are not known yet.
+        steps: steps of the training; None if not known yet.
 
     Raises:
         ValueError: the optimizer lacks an option that is set, the warm-up is longer than the
-            training, or as `traced_step` says; the message names the keys.
+            training, or no checkpoint will be near `train.traced`; the message names the keys.
     """
     t = config.train
     unused = [
@@ -175,10 +175,10 @@ def check(config, steps: int | None = None) -> None:
 
 
 def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
-    """Trains the config's model on the corpus, or finds it trained.
+    """Trains the config's model on the corpus, or restores the trained one.
 
     Raises:
-        ValueError: as `check` says.
+        ValueError: as for `check`.
         tda.run.workdir.WorkdirError: another training was begun in the workdir.
     """
     steps, layout = total_steps(config, corpus)
@@ -191,11 +191,11 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
         "steps": steps,
         "seed": config.seed,
     }
-    # By contents, since another model may take the same path.
+    # A hash of the contents: another model may be put under the same path.
     if config.model.pretrained:
         made_from["pretrained"] = pretrained.state_of(config.model.pretrained)
     root = str(workdir / "model" / "checkpoints")
-    if not workdir.finished("train", made_from):
+    if not workdir.is_finished("train", made_from):
         if steps:
             check(config, steps)
         workdir.claim("train", made_from, config)
@@ -208,7 +208,7 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
         if steps:
             _fit(config, corpus, model, made_from, layout, description, workdir)
         else:
-            # A pretrained model as it is: checkpoint 0, without an optimizer.
+            # An untrained pretrained model is checkpoint 0, without an optimizer state.
             _, params = functional.split(model)
             checkpoint.save(root, 0, {"params": params, "step": jnp.int32(0)}, description)
         workdir.finish("train")
@@ -225,7 +225,7 @@ def traced_step(config, steps: int, saved: list[int]) -> int:
     Args:
         config: the config.
         steps: steps of the whole training.
-        saved: steps of the checkpoints, those that are kept or will be.
+        saved: steps of the checkpoints that exist, or that training will keep.
 
     Raises:
         ValueError: no checkpoint is near.
@@ -261,22 +261,22 @@ def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, wo
             **description,
         },
         log_path=workdir / "train.jsonl",
-        # Computing it takes small programs of its own: not where nobody looks at it.
+        # Evaluating it compiles small programs: only for writers, which show it.
         schedule=learning_rates(config, steps) if config.metrics.writers else None,
         recorder=recorder,
     )
 
 
 def restore_state(trained: Trained) -> tuple[functional.Functional, dict]:
-    """Restores the full state of the checkpoint, optimizer included, with the model's structure.
+    """Restores the checkpoint's full state, with the optimizer's, and the model's structure.
 
     Raises:
-        ValueError: the checkpoint is that of a pretrained model, without an optimizer's state.
+        ValueError: the checkpoint is a pretrained model's, without an optimizer state.
     """
     if not checkpoint.has_optimizer(trained.root, trained.step):
         raise ValueError(
-            f"{trained.root} has no optimizer's state, which tail-patches take their step with: "
-            "give train.epochs, or eval.tail_patch_queries=0"
+            f"{trained.root} has no optimizer state, which a tail-patch step needs; give "
+            "train.epochs, or eval.tail_patch_queries=0"
         )
     model_fn, params = functional.split(trained.model)
     state = {"params": params, "opt_state": trained.tx.init(params), "step": jnp.int32(0)}

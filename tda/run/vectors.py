@@ -79,7 +79,7 @@ def hidden_states(
 def make_pooler(run: Run, layer: str) -> hidden.Pooler:
     """Returns a pooler of the traced model's hidden states, which ignores special tokens."""
     t = run.corpus.tokenizer
-    # They are the same in every text, and would make all texts alike.
+    # They are the same in every text, and would make all texts similar.
     special = {*t.begin, *t.end, t.eos, t.pad} - {None}
     return hidden.Pooler(run.trained.model, layer, tuple(sorted(special)))
 
@@ -129,7 +129,7 @@ def _load(run: Run, array: _Array, on_rows: Callable[[int], None] = ignore_rows)
     corpus = run.corpus.fingerprint[array.table]
     path = f"{run.store_root}/{array.name}-{fingerprint(plain([array.provenance, corpus]))}"
 
-    # Looked for before the table is used, which a live session would have to read.
+    # Before the table is used, which a live session would have to read from its files.
     if not processes.on_first_process(f"look for {array.name}", lambda: stores.finished(path)):
         _fill(run, array, path, on_rows)
     store = stores.open_store(path)

@@ -86,7 +86,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def hold(self, party: str = "", on_last: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Keeps other jobs from working here at the same time; those that only read may.
+        """Locks the directory against other jobs; those that only read may still do so.
 
         Args:
             party: identity of jobs that may work here together; empty for one alone.
@@ -114,36 +114,26 @@ class Workdir:
     def _stamp(self, stage: str) -> pathlib.Path:
         return self.path / "stages" / f"{stage}.json"
 
-    def finished(self, stage: str, made_from: dict) -> bool:
-        """Whether `stage` is finished and was made from exactly these inputs."""
+    def is_finished(self, stage: str, made_from: dict | None = None) -> bool:
+        """Whether `stage` is finished, and from exactly these inputs if any are given."""
 
         def look():
             stamp = self._stamp(stage)
             if not stamp.exists():
                 return False
             record = json.loads(stamp.read_text(encoding="utf-8"))
-            return record["finished"] and record["made_from"] == plain(made_from)
-
-        return processes.on_first_process(f"look for the stage {stage}", look)
-
-    def is_finished(self, stage: str) -> bool:
-        """Whether `stage` is finished, whatever it was made from."""
-
-        def look():
-            stamp = self._stamp(stage)
-            return stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["finished"]
+            is_same = made_from is None or record["made_from"] == plain(made_from)
+            return record["finished"] and is_same
 
         return processes.on_first_process(f"look for the stage {stage}", look)
 
     def claim(self, stage: str, made_from: dict, config: ConfigDict) -> None:
-        """Records, before the work, that `stage` is made from these inputs.
-
-        A killed stage thereby continues only from the same inputs.
+        """Records, before the work, the inputs of `stage`, so that a killed one resumes from them.
 
         Args:
             stage: the stage.
             made_from: its inputs, as JSON values.
-            config: the run's config, for the message where another config has claimed the stage.
+            config: the run's config, for the error if the stage was begun by another config.
 
         Raises:
             WorkdirError: the stage was begun from other inputs; the message says what differs.
@@ -162,7 +152,7 @@ class Workdir:
             before = json.loads(stamp.read_text(encoding="utf-8"))
             if lines := list(differences(before["made_from"], record["made_from"])):
                 # A key of the config says more than the many values that follow from it.
-                keys = list(differences(before.get("config", record["config"]), record["config"]))
+                keys = list(differences(before["config"], record["config"]))
                 names = (line.partition(":")[0] for line in lines)
                 contents = {f"the contents of {_FILES[n]}": n for n in names if n in _FILES}
                 raise WorkdirError(

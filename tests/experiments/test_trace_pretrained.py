@@ -51,7 +51,7 @@ def test_a_pretrained_model_is_the_checkpoint_of_step_0(tmp_path, directory):
     expected = arrays(pretrained.load(directory, quiet=True))
     for name, x in arrays(trained.model).items():
         np.testing.assert_array_equal(np.asarray(x), expected[name])
-    with pytest.raises(ValueError, match=r"no optimizer's state.*eval.tail_patch_queries=0"):
+    with pytest.raises(ValueError, match=r"no optimizer state.*eval.tail_patch_queries=0"):
         train.restore_state(trained)
     # The same run is found finished; another model's files are another run.
     train.train(config, data, workdir)

@@ -131,7 +131,7 @@ def test_a_method_that_asks_for_more_is_not_answered_with_less():
     live.run = live_run()
     live.run.corpus.rows = len(TEXTS)
     assert live.lacks(Squared("as usual", retriever="bm25")) is None
-    why = "the retriever '{}' does not know squared=True; register a retriever that obeys it"
+    why = "the retriever '{}' does not know squared=True; register a retriever that uses it"
     for retriever in ("bm25", "gradient"):
         method = Squared("more", retriever=retriever, squared=True)
         assert why.format(retriever) in live.lacks(method)

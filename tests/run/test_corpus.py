@@ -37,7 +37,7 @@ def test_on_what_is_left_out_of_the_corpus_too(tmp_path):
 def test_on_what_is_left_out_of_the_corpus_alone(tmp_path):
     data = load(tmp_path, train_on="rest")
     assert len(data.training) == len(texts_beside(data)) == 6
-    with pytest.raises(ValueError, match="it leaves out nothing; give a smaller data.n_sentences"):
+    with pytest.raises(ValueError, match="and there are none; give a smaller data.n_sentences"):
         load(tmp_path, train_on="rest", n_sentences=0)
 
 

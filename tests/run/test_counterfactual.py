@@ -129,7 +129,7 @@ def test_a_bank_is_asked_by_sentences_that_it_leaves_out(tmp_path):
         assert fact.entity1 == facts.text_of(row, table) and fact.prompt(0) == ""
     others = counterfactual.ask_held_out(facts, 2, seed=4)
     assert others.query_ids != corpus.query_ids
-    with pytest.raises(ValueError, match="held_out=99: the bank leaves out 4 passages; ask fewer"):
+    with pytest.raises(ValueError, match="held_out=99: only 4 passages are outside"):
         counterfactual.ask_held_out(facts, 99, seed=3)
 
 

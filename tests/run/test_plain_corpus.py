@@ -83,7 +83,7 @@ def test_facts_are_asked_whose_names_a_passage_has(config, tmp_path, monkeypatch
         ({"data.prompt": 1}, "data.prompt=1 does not go with data.queries=.* holds no facts"),
         ({"data.facts": "f.jsonl"}, "data.queries .* or --config.data.facts, and not both"),
         ({"data.queries": ""}, "data.corpus needs queries"),
-        ({"data.corpus": ""}, "data.queries=.* asks data.corpus, which is not set"),
+        ({"data.corpus": ""}, "data.queries=.* is for data.corpus, which is not set"),
         ({"data.corpus": "/nowhere"}, "/nowhere: no such corpus"),
         ({"data.queries": "/nowhere"}, "/nowhere: no such file"),
         ({"data.pool": "named"}, "data.pool=named does not go with data.queries"),

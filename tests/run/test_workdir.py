@@ -47,11 +47,11 @@ def test_another_version_of_the_code_is_named_by_its_values(claimed):
 
 
 def test_the_same_run_resumes_and_finishes(claimed):
-    assert not claimed.finished("train", MADE_FROM)
+    assert not claimed.is_finished("train", MADE_FROM)
     claimed.claim("train", MADE_FROM, defaults.get_config())
     claimed.finish("train")
-    assert claimed.finished("train", MADE_FROM)
-    assert not claimed.finished("train", MADE_FROM | {"steps": 8})
+    assert claimed.is_finished("train", MADE_FROM)
+    assert not claimed.is_finished("train", MADE_FROM | {"steps": 8})
 
 
 def test_a_second_job_is_refused_and_readers_are_not(tmp_path):
@@ -63,7 +63,7 @@ def test_a_second_job_is_refused_and_readers_are_not(tmp_path):
     with workdir.hold():
         with pytest.raises(HeldError, match=f"--workdir={tmp_path} is in use by process"):
             stages.trace(config, Workdir(tmp_path))
-        assert not Workdir(tmp_path).finished("train", MADE_FROM)
+        assert not Workdir(tmp_path).is_finished("train", MADE_FROM)
     with workdir.hold():
         pass
 
