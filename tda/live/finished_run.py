@@ -55,7 +55,7 @@ class LiveRun:
 
     @property
     def heat_methods(self) -> tuple[str, ...]:
-        """Names of the methods whose scores `heat` can split, those of plugins included."""
+        """Names of the methods, plugins' included, whose scores `heat` can split."""
         return tuple(n for n, m in METHODS.items() if m.shares_scan and m.curvature == "none")
 
     @functools.cached_property
@@ -90,11 +90,11 @@ class LiveRun:
         """Returns why a method cannot be asked here, or None if it can."""
         try:
             return self._retriever(method).lacks(method)
-        except ValueError as error:  # a method of a plugin, which no retriever knows
+        except ValueError as error:  # a plugin's method without a retriever
             return str(error)
 
     def describe(self, progress: Progress) -> dict:
-        """Returns all methods, the run's first, why some are not available, and sizes."""
+        """Returns all methods, the run's own first, why some are unavailable, and sizes."""
         self._open(progress)
         names = [name.strip() for name in self.run.config.methods.split(",")]
         usual = [name for name in names if name in METHODS]
@@ -172,7 +172,7 @@ class LiveRun:
         if query.tokens is not None:
             text = query.prompt + query.target
             if number is not None:
-                # A text that the run asked may have been generated as other tokens.
+                # The model may have generated a text of the run as other tokens.
                 as_asked = Query(query.id, known.prompts[number], known.targets[number])
                 if list(self.speaker.table(as_asked).tokens) != list(table.tokens):
                     number = None
@@ -191,7 +191,7 @@ class LiveRun:
         if number is not None:
             correct = corpus.known.correct[number]
             more["fact_id"] = corpus.known.ids[number]
-            # A fact without any labelled passage stays unmarked: the run's tables leave it out.
+            # A fact without labelled passages stays unmarked, as in the run's tables.
             if len(correct):
                 rows_K = ranked.proponents[0]
                 more["proponent_correct"] = np.isin(rows_K[rows_K >= 0], correct).tolist()
@@ -218,7 +218,7 @@ class LiveRun:
         self._open(progress)
         store = self.run.corpus.store
         if store is None:
-            raise LiveError("the workdir holds no store, which would have the documents' texts")
+            raise LiveError("the workdir has no store, which would hold the documents' texts")
         try:
             row = store.row_of(passage)
         except KeyError as error:
@@ -242,16 +242,12 @@ class LiveRun:
         """
         self._open(progress)
         (chosen,) = parse_methods(method).values()
-        if chosen.retriever != "gradient":
+        if method not in self.heat_methods:
             raise ValueError(
-                f"{chosen.title} uses no gradients: its scores cannot be split by position; "
-                f"choose one of {', '.join(self.heat_methods)}"
+                f"{chosen.title}: its scores are not inner products with one plain gradient per "
+                "passage and cannot be split by position; choose one of "
+                f"{', '.join(self.heat_methods)}"
             )
         if why := self.lacks(chosen):
             raise ValueError(why)
-        if not chosen.shares_scan:
-            raise ValueError(
-                f"{chosen.title}: its scores are not inner products of one gradient per passage "
-                f"and cannot be split by position; choose one of {', '.join(self.heat_methods)}"
-            )
         return self._heat.split(self._queries(query), chosen, passage, progress)

@@ -20,7 +20,7 @@ class Heat:
 
     Args:
         run: the run.
-        speaker: knows the tokenizer and the context.
+        speaker: has the tokenizer and the context.
         encodings: the gradients of the run.
     """
 
@@ -33,14 +33,14 @@ class Heat:
 
         Args:
             queries: the question.
-            method: a method whose scores are inner products of gradients of one store.
+            method: one of `LiveRun.heat_methods`.
             passage: the passage's id.
             on_progress: called as the work advances.
 
         Returns:
             "tokens": {"text", "part", "special"} of each position; "sum" of the parts; "score" by
-            the stored gradient; "faithful": whether sum and score agree. They differ where the
-            passage's text, tokenised again, gives other tokens than those that were encoded.
+            the stored gradient; "faithful": whether sum and score agree. They do not if the
+            passage's text is now tokenised otherwise than when it was encoded.
 
         Raises:
             ValueError: there is no such passage, or its score cannot be split.
@@ -48,12 +48,8 @@ class Heat:
         kind = method.gradients
         if self._run.config.gradients.untapped == "reference":
             raise ValueError(
-                "this store took gradients of parameters without taps "
-                "(gradients.untapped=reference), whose parts by position are not known"
-            )
-        if kind.curvature != "none":
-            raise ValueError(
-                "scores by gradients that Kronecker factors changed have no parts by position"
+                "this store has gradients of parameters without taps "
+                "(gradients.untapped=reference), which have no parts by position"
             )
         store = self._encodings.passages(kind)
         try:
@@ -75,7 +71,7 @@ class Heat:
         parts_T = self._parts(kind, ids, direction_E, on_progress)
         score = float(stored_E.astype(np.float64) @ direction_E)
         total = float(parts_T.sum())
-        # float32 sums over batches of another shape differ by less than this; other tokens by more.
+        # Larger than the rounding of float32 sums in another order; other tokens differ by more.
         near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum())
         special = len(self._speaker.tokenizer.begin)
         return {
@@ -91,7 +87,7 @@ class Heat:
     def _parts(
         self, kind: GradientKind, ids: np.ndarray, direction_E: np.ndarray, on_progress: Progress
     ) -> np.ndarray:
-        """The part of each position of a passage in an inner product, float64 [T]."""
+        """Returns each position's part of a passage's inner product, float64 [T]."""
         if kind not in self._contributions:
             run, g = self._run, self._run.config.gradients
             self._contributions[kind] = contributions.make_contributions(

@@ -21,7 +21,7 @@ class Speaker:
         model: maps tokens [B, T] to logits [B, T, V].
         tokenizer: its tokenizer.
         context: the most positions of a sequence.
-        joiner: what stands between prompt and target; None: `tda.data.joining.choose_joiner`.
+        joiner: the text between prompt and target; None: `tda.data.joining.choose_joiner`.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Speaker:
     def answers(self, prompt: str, count: int = 4, longest: int = 8) -> list[dict]:
         """Returns whole words that the model may say next, likeliest first.
 
-        Each begins with one of the likeliest tokens and goes on greedily to the end of the word, or
-        of a name of several words.
+        Each begins with one of the likeliest tokens and continues greedily to the end of the word,
+        or of a name of several words.
 
         Args:
             prompt: the text to complete.
-            count: how many first tokens are tried.
+            count: the number of first tokens to try.
             longest: the most tokens of an answer.
 
         Returns:
@@ -119,7 +119,7 @@ class Speaker:
         """Returns the tokens of a prompt that is to be completed.
 
         Raises:
-            ValueError: as `complete`.
+            ValueError: as for `complete`.
         """
         (ids,) = self.tokenizer.encode([prompt.rstrip()]) if prompt.strip() else ([],)
         ids = [*self.tokenizer.begin, *ids]
@@ -130,7 +130,7 @@ class Speaker:
         return ids
 
     def _target(self, prompt: str, text: str) -> str:
-        """Returns the target that stands for a completion of a prompt without its last spaces."""
+        """Returns the target that, joined to a prompt, gives the prompt with its completion."""
         word = text.strip()
         if join(prompt, word, self.joiner) == prompt.rstrip() + text.rstrip():
             return word
@@ -174,7 +174,7 @@ class Speaker:
         table = self.table(query)
         length = self.bucket(int(table.lengths[0]) - 1)
         batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
-        # The same function completes prompts, so it is usually compiled by now.
+        # The same program completes prompts, so it is usually compiled already.
         logits_1xTxV = self._logits(batch.tokens)
         (nats,), (rank,) = target_statistics(logits_1xTxV, batch.targets, batch.weights)
         return {"nats": float(nats), "rank": int(rank)}
@@ -183,13 +183,13 @@ class Speaker:
         """Returns a question as a table of one sequence.
 
         Raises:
-            ValueError: it does not fit the context, the target has no token, or a token is none of
-                the tokenizer's.
+            ValueError: it does not fit the context, the target has no token, or the tokenizer has
+                no such token id.
         """
         ids = [] if query.tokens is None else [i for part in query.tokens for i in part]
         size = self.tokenizer.vocab_size
         if unknown := [i for i in ids if not 0 <= i < size]:
-            raise ValueError(f"{unknown[0]} is no token id; this tokenizer's are below {size}")
+            raise ValueError(f"{unknown[0]} is not a token id; this tokenizer's are below {size}")
         return tokens.tokenise_queries([query], self.tokenizer, self.context, self.joiner)
 
 

@@ -26,7 +26,7 @@ from tda.runtime import host_blas, progress, sharding
 _SHAPES = 6
 # The median of five rounds ignores two that other programs disturbed.
 _ROUNDS = 5
-# Long enough that the overhead of a call and the clock's resolution do not count.
+# Long enough for the overhead of a call and the clock's resolution to be negligible.
 _SECONDS_A_TURN = 0.4
 
 
@@ -46,9 +46,9 @@ class Memory:
 
 
 def memory_of(compiled) -> Memory:
-    """Returns the compiler's account of a computation's memory."""
+    """Returns a computation's memory as the compiler states it."""
     m = compiled.memory_analysis()
-    # An output that takes over a donated argument's buffer needs none of its own.
+    # An output in a donated argument's buffer needs none of its own.
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
     return Memory(m.argument_size_in_bytes, outputs, m.temp_size_in_bytes)
 
@@ -62,7 +62,7 @@ class EncoderTimes:
     position: dict[int, float]
     """Seconds per position, padding included, by rising T."""
     memory: int
-    """Bytes on each device for the largest batch, by the compiler's account."""
+    """Bytes on each device for the largest batch, as the compiler states them."""
 
     def seconds(self, shapes: Mapping[tuple[int, int], float]) -> float:
         """Returns the seconds for a number of batches of each shape (B, T)."""
@@ -87,7 +87,7 @@ class ProductTimes:
 
 
 def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:
-    """Returns 1/√V = 1 for every site, in the form that the correction has."""
+    """Returns 1/√V = 1 for every site, in the correction's form."""
     name, rank = parse_correction(correction)
     if name == "none":
         return None
@@ -139,7 +139,7 @@ def encoder_times(
         ready = dataclasses.replace(encoder, compiled=call)
         turns = {s: _turn(ready, *s, vocab_size, mesh) for s in chosen}
         seconds_by_shape = {s: [] for s in chosen}
-        # In turns, so that a machine that is busy for a while slows all shapes alike.
+        # In turns, so that a busy spell of the machine slows all shapes alike.
         for _ in range(rounds):
             for shape, turn in turns.items():
                 seconds_by_shape[shape].append(turn())
@@ -149,7 +149,7 @@ def encoder_times(
 
 
 def _batch(examples: int, positions: int, mesh) -> dict:
-    """Returns an empty batch, laid out as `tda.encoding.table` gives it to the encoder."""
+    """Returns an empty batch, laid out as `tda.encoding.table` passes it to the encoder."""
     names = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
     arrays = {k: np.zeros((examples, positions), dtype) for k, dtype in names.items()}
     return arrays if mesh is None else sharding.put_batch(mesh, arrays)
@@ -180,13 +180,16 @@ def _random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
 
 
 def product_times(width: int, block: int, queries: int) -> ProductTimes:
-    """Times the products that R and exact search take, and a small eigendecomposition.
+    """Times the products of R and of exact search, and a small eigendecomposition.
 
-    `width` is E of an encoding, `block` the numbers in its largest block, `queries` Q of a search.
+    Args:
+        width: E, the numbers in an encoding.
+        block: the numbers in its largest block.
+        queries: Q, the queries of a search.
     """
     # A chunk of rows of at most 64 MiB.
     rows = max(1, min(4096, 2**26 // (4 * width)))
-    # A slice of a very wide encoding, and of very many queries, has the same rate.
+    # A slice of a very wide encoding, or of very many queries, has the same rate.
     rng = np.random.default_rng(0)
     block, width, queries = min(block, 4096), min(width, 8192), min(queries, 4096)
     side = min(block, 1024)
@@ -211,7 +214,7 @@ def product_times(width: int, block: int, queries: int) -> ProductTimes:
 
 @jax.jit
 def _product(a, b):
-    # The precision of R's sums and of the search: on a TPU the default is several times faster.
+    # As in R's sums and the search: TPUs multiply several times faster at their default precision.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""Accelerators by name: the peak rates and memory of one, and how many v5p-256 stands for."""
+"""Accelerators by name: peak rates, memory and hosts, and names of hardware such as v5p-256."""
 
 import dataclasses
 import re
@@ -23,14 +23,14 @@ class Chip:
     bandwidth: float
     """Bytes/s between memory and chip."""
     cores: int = 1
-    """TensorCores of a TPU whose slices are named by them; else 1."""
+    """TensorCores of a chip if its slices are named by their number; else 1."""
     host: "Host" = dataclasses.field(kw_only=True)
     """The host that chips of this type usually have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A host of accelerators; a slice or a machine of fewer chips has its share of it."""
+    """A host of accelerators; a machine with fewer chips has a share of it."""
 
     chips: int
     cpus: int
@@ -105,7 +105,7 @@ class Hardware:
 
     @property
     def host_share(self) -> float:
-        """The share of a host that its chips come with: below 1 with fewer chips than it has."""
+        """The share of a host that belongs to these chips; below 1 if the host has more chips."""
         return min(1.0, self.chips / self.chip.host.chips)
 
     @property

@@ -1,8 +1,8 @@
 """What tracing costs, by counting: floating-point operations, and bytes on disk and in memory.
 
 A product of a row of M numbers and an M × N matrix counts as 2·M·N operations. Only products of
-matrices are counted: the rest is little beside them. `benchmarks.pod` asks the compiler for an
-encoder's memory instead, and `tda.plan.calibration` measures how long these operations take.
+matrices are counted: all else takes little time beside them. `benchmarks.pod` asks the compiler for
+an encoder's memory instead, and `tda.plan.calibration` measures how long these operations take.
 """
 
 import collections
@@ -29,7 +29,7 @@ class Matrix:
     columns: int
     count: int = 1
     looked_up: bool = False
-    """Whether it is an embedding, whose rows are looked up: no product."""
+    """Whether it is an embedding, whose rows are looked up without a product."""
 
     @property
     def numbers(self) -> int:
@@ -55,7 +55,7 @@ class Taps:
     """How gradients are corrected and projected."""
 
     matrices: tuple[Matrix, ...]
-    """Those whose gradients are taken."""
+    """The matrices whose gradients are taken."""
     side: int
     """k of the projection."""
     rank: int = 1
@@ -81,7 +81,7 @@ def attention_operations(model: Model, context: float) -> float:
 def model_operations(model: Model, context: float) -> float:
     """Returns the operations of one position, forward and backward: about 4 a parameter.
 
-    `context` is as `attention_operations` takes it.
+    `context` is as for `attention_operations`.
     """
     # Forward 2·M·N, and as many backward for the input's gradient; no weight gradient is formed.
     layers = (2 + model.recomputed) * products(model.layers)
@@ -91,7 +91,7 @@ def model_operations(model: Model, context: float) -> float:
 def training_operations(model: Model, context: float) -> float:
     """Returns the operations of one position of a training step: about 6 a parameter.
 
-    `context` is as `attention_operations` takes it.
+    `context` is as for `attention_operations`.
     """
     weights = products(model.layers) + products(model.outside)
     return model_operations(model, context) + weights
@@ -157,11 +157,11 @@ def batch_shapes(
 
     Args:
         positions: positions of each passage, in the corpus's order.
-        bucket_lengths, tokens_per_batch, multiple: as `tda.data.batches.plan` takes them.
+        bucket_lengths, tokens_per_batch, multiple: as for `tda.data.batches.plan`.
         shard_rows: passages in a shard of the store.
     """
     counts: collections.Counter[tuple[int, int]] = collections.Counter()
-    # A batch never spans two shards, so that a killed run loses one shard at most.
+    # A batch never spans two shards, so that a killed run loses at most one shard.
     for first in range(0, len(positions), shard_rows):
         shard = positions[first : first + shard_rows]
         planned = batches.plan(shard, bucket_lengths, tokens_per_batch, multiple)
@@ -170,7 +170,7 @@ def batch_shapes(
 
 
 def row_bytes(widths: Iterable[int], dtype: str) -> int:
-    """Returns the bytes of a gradient on disk, of blocks of so many numbers.
+    """Returns the bytes of a gradient on disk, given the numbers in each block.
 
     Raises:
         ValueError: the dtype is unknown.
@@ -183,13 +183,13 @@ def code_bytes(width: int) -> int:
     return math.ceil(math.ceil(width / 2) / 2)
 
 
-def gram_operations(shapes: Iterable[Shape], rows: int) -> int:
-    """Returns the operations of summing R over rows by block; whitening them takes as many.
+def gram_operations(shapes: Iterable[Shape]) -> int:
+    """Returns the operations of adding a row to R by block; whitening it takes as many.
 
-    `shapes` are those of R's blocks (`tda.hessian.blocks`): (E_b,) of a dense one, 2·E_b² a row;
-    (k₁, k₂) of a Kronecker product, 2·k₁·k₂·(k₁ + k₂).
+    `shapes` are those of R's blocks (`tda.hessian.blocks`): 2·E_b² for (E_b,), a dense one;
+    2·k₁·k₂·(k₁ + k₂) for (k₁, k₂), a Kronecker product.
     """
-    return 2 * rows * sum(math.prod(s) * sum(s) for s in shapes)
+    return 2 * sum(math.prod(s) * sum(s) for s in shapes)
 
 
 def score_operations(width: int, rows: int, queries: int) -> int:
@@ -208,7 +208,7 @@ def r_bytes(shapes: Iterable[Shape], number: int = 8) -> int:
 
 
 def eigen_bytes(width: int) -> int:
-    """Returns the bytes that the eigendecomposition of an N × N matrix takes beside it: 28·N².
+    """Returns the bytes that eigendecomposition of an N × N matrix needs beside the matrix: 28·N².
 
     A scaled copy in float64, two in float32 (one is the solver's own), the vectors, and two more
     matrices as the solver's work space (LAPACK's syevd: 1 + 6·n + 2·n² numbers).
@@ -219,8 +219,8 @@ def eigen_bytes(width: int) -> int:
 def hessian_bytes(shapes: Iterable[Shape], matrices: int, roots: int) -> int:
     """Returns the peak bytes of memory for R: its blocks, and the largest decomposition.
 
-    Held are so many `matrices` (R of passages, of queries) in float64, and `roots` in float32, with
-    k₁·k₂ numbers more for the root of a Kronecker product.
+    In memory are `matrices` (R of passages, R of queries) in float64, and `roots` in float32, with
+    k₁·k₂ more numbers for the root of a Kronecker product.
     """
     shapes = list(shapes)
     scales = sum(4 * math.prod(s) for s in shapes if len(s) == 2)
@@ -229,7 +229,7 @@ def hessian_bytes(shapes: Iterable[Shape], matrices: int, roots: int) -> int:
 
 
 def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: bool) -> int:
-    """Returns the float32 bytes that encoding holds: parameters, projections, exact 1/√V.
+    """Returns the float32 bytes of parameters, projections and exact 1/√V while encoding.
 
     Args:
         parameters: numbers in the model.
@@ -243,9 +243,9 @@ def held_bytes(parameters: int, tapped: Iterable[Matrix], width: int, exact: boo
 
 
 def lacking(needs: Mapping[str, tuple[float, float | None]]) -> list[str]:
-    """Describes what does not fit, of bytes needed and bytes available (None if unknown)."""
+    """Describes what does not fit, given bytes needed and bytes available (None if unknown)."""
     return [
-        f"{name}: {as_bytes(needed)} needed, {as_bytes(available)} there"
+        f"{name}: {as_bytes(needed)} needed, {as_bytes(available)} available"
         for name, (needed, available) in needs.items()
         if available is not None and needed > available
     ]

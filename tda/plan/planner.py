@@ -19,7 +19,7 @@ from tda.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a host does beside its chips."""
+    """Rates of a host's work outside its chips."""
 
     reading: float
     """Bytes/s from a store."""
@@ -54,7 +54,7 @@ def run(
         ValueError: the corpus cannot be read, or a flag or key is out of range.
     """
     if jax.process_count() > 1:
-        raise ValueError("a plan is the work of one process: start it without --distributed")
+        raise ValueError("a plan runs in one process; start it without --distributed")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
     here = hardware is None
@@ -90,7 +90,7 @@ def run(
     }
     lacking = cost.lacking(needs)
     measured = None
-    # Where something is known not to fit, measuring might run out of memory.
+    # If something does not fit already, measuring might run out of memory.
     if here and not lacking:
         measured = _measure(config, s, mesh)
         most = max(t.memory for t in measured["encoder"].values())
@@ -112,7 +112,7 @@ def run(
 
 
 def _warnings(hardware: chips.Hardware | None, fsdp: int, tensor: int) -> list[str]:
-    """Returns what of the mesh makes hosts wait for each other; nothing for a machine of one."""
+    """Returns a warning if the mesh makes hosts wait for each other."""
     if hardware is None or hardware.hosts == 1:
         return []
     host = hardware.chip.host.chips
@@ -126,7 +126,7 @@ def _warnings(hardware: chips.Hardware | None, fsdp: int, tensor: int) -> list[s
 
 
 def _structure_warnings(s: Setting, r_memory: int, host_memory: float | None) -> list[str]:
-    """Returns how R would fit, where it is dense and does not."""
+    """Returns how R would fit, if it is dense and too large."""
     is_dense = s.r_blocks == hessian.dense_shapes(s.widths)
     if not is_dense or host_memory is None or r_memory <= host_memory:
         return []
@@ -169,11 +169,11 @@ def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
 
 
 def _measure(config, s: Setting, mesh) -> dict:
-    """Measures how fast this machine encodes, by the corrections of a pass, and multiplies."""
+    """Measures this machine's encoding, for each pass's corrections, and its products."""
     vocab_size = s.size.vocab_size
     model = train.build_model(config, vocab_size)
     projection = projection_of(config)
-    # Equal taps take the same time, such as those of none and factored: each is measured once.
+    # Equal taps, such as those of none and factored, take the same time: measured once.
     times_by_taps: dict[tuple[cost.Taps, ...], calibration.EncoderTimes] = {}
     times_by_pass = {}
     for corrections in [*s.passes, *((c,) for c in s.taps)]:
@@ -191,8 +191,7 @@ def _measure(config, s: Setting, mesh) -> dict:
 def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> list[dict]:
     """Returns operations, devices and seconds of every stage; seconds None if not measured.
 
-    A job holds its chips as long as it runs: a stage takes them all, whether it computes on them
-    or not.
+    A job occupies all its chips while it runs, even in a stage that does not compute on them.
     """
     out = []
 
@@ -232,8 +231,8 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
             share = s.r_rows / s.size.passages
             shapes = {shape: share * count for shape, count in s.shapes.items()}
             encode("corpus for R", (correction,), shapes, share * s.size.tokens)
-    gram = cost.gram_operations(s.r_blocks, 1)
-    # R is summed and searched in groups of rows, which all hosts share; one host decomposes R.
+    gram = cost.gram_operations(s.r_blocks)
+    # All hosts share the groups of rows that R is summed over and searched in; one decomposes R.
     reading = hosts * host_rates.reading
     devices = devices if hardware else jax.local_device_count()
     for correction, methods in s.methods.items():
@@ -242,7 +241,7 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
             eigen = decompositions * cost.eigen_operations(s.r_blocks)
             summed = gram * s.r_rows
             read = s.stored_bytes(s.r_rows) / reading
-            # A store is read while the previous rows are multiplied: the slower of the two counts.
+            # Reading overlaps with multiplying the previous rows: the slower of the two counts.
             seconds = rates and max(read, summed / rates.gram / devices) + eigen / rates.eigen
             add(f"R, {correction}", summed + eigen, devices, seconds)
         rows = s.size.passages + s.size.labelled
@@ -253,7 +252,7 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
         add(f"exact search, {correction}", whitened + scored, devices, seconds)
     methods, each = s.reranking
     if methods:
-        # The factors of a passage are computed once, for all queries that have it as a candidate.
+        # A passage's factors are computed once for all queries that have it as a candidate.
         passages = min(s.size.passages, each * s.size.queries)
         length, query_length = s.mean_lengths()
         position = cost.model_operations(s.model, (length + 1) / 2)
@@ -274,7 +273,7 @@ def _disk(s: Setting, reading: float) -> dict:
             "row": row,
             "store": row * passages,
             "scan_seconds": row * passages / reading,
-            # ScaNN scores again by bytes at least.
+            # ScaNN reorders by one byte a number at least.
             "index": (s.width * REORDER_BYTES.get(dtype, 1) + code) * passages,
         }
     return {

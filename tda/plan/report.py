@@ -35,7 +35,7 @@ def _heading(figures: dict) -> str:
         "ll",
     )
     if not h["measured"] and s["dtype"] != "bfloat16":
-        heading += "\n(a float32 model is assumed to reach it too; GPUs reach half with TF32)"
+        heading += "\n(a float32 model is assumed to reach this too; GPUs reach half with TF32)"
     return heading
 
 
@@ -51,7 +51,7 @@ def _stages(stages: list[dict]) -> str:
         spent = sum(x["seconds"] * x["devices"] for x in stages)
         total = sum(x["seconds"] for x in stages)
         operations = sum(x["operations"] or 0 for x in stages)
-        rows.append(["together", f"{operations:.2e}", "", _time(total), _hours(spent), ""])
+        rows.append(["total", f"{operations:.2e}", "", _time(total), _hours(spent), ""])
     return formats.aligned(rows)
 
 
@@ -78,14 +78,14 @@ def _disk(disk: dict) -> str:
     ]
     note = ""
     if not count:
-        note = "\nno store (store.dtype=none): the corpus is encoded as it is searched"
+        note = "\nno store (store.dtype=none): the corpus is encoded while it is searched"
     elif count > 1:
         note = f"\n{count} stores: each correction that the methods use has its own"
     return formats.aligned([r + [""] * (len(table[0]) - len(r)) for r in table]) + note
 
 
 def _needs(needs: dict) -> str:
-    rows = [["what must fit", "needed", "there", ""]]
+    rows = [["what must fit", "needed", "available", ""]]
     for name, x in needs.items():
         available = "not known" if x["there"] is None else as_bytes(x["there"])
         fits = x["there"] is None or x["needed"] <= x["there"]

@@ -1,4 +1,4 @@
-"""The sizes of a config's model, encodings and corpus, which a plan is estimated from."""
+"""The sizes of a config's model, encodings and corpus, from which a plan is estimated."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from tda.gradients import sites
 from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.sites import find_sites
 from tda.hessian import Shape
-from tda.model.decoder import Decoder
+from tda.model.decoder import abstract_decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import cost
 from tda.retrieval.hessian_settings import HessianSettings
@@ -43,12 +43,12 @@ class Size:
     labelled: int = 0
     """Passages that are correct for a query: searched once more, for their ranks."""
     seconds: float | None = None
-    """What reading and tokenising took here; None if the config states the size."""
+    """Seconds that reading and tokenising took here; None if the config states the size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Everything that a plan is estimated from."""
+    """Everything from which a plan is estimated."""
 
     size: Size
     parameters: int
@@ -61,15 +61,15 @@ class Setting:
     r_blocks: tuple[Shape, ...]
     """The shape of each block of R."""
     taps: dict[str, cost.Taps]
-    """By correction; each correction has a store of its own."""
+    """By correction, each of which has a store of its own."""
     methods: dict[str, list[methods.Method]]
     """The methods that search a store, by correction."""
     reranking: tuple[int, int]
-    """Methods of the second stage, and passages of a query that they score."""
+    """The number of second-stage methods, and of passages that they score for a query."""
     left_out: list[str]
     """Titles of methods that a plan does not estimate."""
     dtype: str
-    """Of the model's computation."""
+    """The dtype that the model computes in."""
     store_dtype: str
     r_rows: int
     """Passages that R is summed over."""
@@ -79,7 +79,7 @@ class Setting:
     """Number of batches of passages of each shape (B, T)."""
     query_shapes: dict[tuple, float]
     shard_rows: int
-    """Passages of a shard of the store."""
+    """Passages in a shard of the store."""
 
     widths = property(lambda self: [math.prod(s) for s in self.blocks])
     width = property(lambda self: sum(self.widths))
@@ -88,7 +88,7 @@ class Setting:
 
     @property
     def passes(self) -> list[tuple[str, ...]]:
-        """The corrections of each pass over the corpus: with stores, one pass serves them all."""
+        """The corrections of each pass over the corpus: with stores, all share one pass."""
         return [tuple(self.taps)] if self.has_store else [(c,) for c in self.taps]
 
     def stored_bytes(self, rows: int) -> int:
@@ -101,12 +101,12 @@ class Setting:
         return len(kinds), len(kinds) + 2 * ("mixed" in kinds and self.rule)
 
     def hessians(self) -> tuple[int, int]:
-        """Returns how many R and R^(−1/2) are held at once at most: for one store at a time."""
+        """Returns how many R and R^(−1/2) are in memory at most; stores are searched in turn."""
         kinds = [{m.hessian for m in ms} - {"none"} for ms in self.methods.values()]
         return max(((1 + ("mixed" in k), len(k)) for k in kinds if k), default=(0, 0))
 
     def held(self) -> int:
-        """Returns the bytes held for every batch, over the devices of one copy of the model."""
+        """Returns the bytes that stay in memory, over the devices of one copy of the model."""
         tapped = _matrices(self.sites)
         parameters = 4 * self.parameters
         more = {
@@ -120,7 +120,8 @@ class Setting:
         return _matrices(self.sites)
 
     def mean_lengths(self) -> tuple[float, float]:
-        """Returns the mean positions of a passage and of a query; of passages where not known."""
+        """Returns the mean positions of a passage and of a query; queries count as passages where
+        their lengths are unknown."""
         length = self.size.tokens / self.size.passages
         queries = self.size.query_positions
         return length, length if queries is None else float(np.mean(queries))
@@ -158,13 +159,13 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         workdir: the run's directory, where a corpus without labels may be tokenised already.
 
     Raises:
-        ValueError: a key is out of range, or no method needs gradients; or as `corpus.load` says.
+        ValueError: a key is out of range, no method needs gradients, or as for `corpus.load`.
     """
     chosen_methods, left_out = _by_correction(config)
     size = _size(config, workdir)
     arguments = train.model_arguments(config, size.vocab_size)
-    # Shapes alone: a model of any size is planned on any machine.
-    model = nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
+    # Shapes without values: a model of any size is planned on any machine.
+    model = abstract_decoder(DecoderSettings(**arguments))
     g, projection = config.gradients, projection_of(config)
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
@@ -174,7 +175,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
     shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, stored))
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
     if size.positions is None:
-        # The config states no lengths: assume the mean length for every passage.
+        # The config states no lengths: every passage counts as one of the mean length.
         length = math.ceil(size.tokens / size.passages)
         examples = max(1, g.tokens_per_batch // length // multiple) * multiple
         shapes, query_shapes = {(examples, length): size.passages / examples}, {}
@@ -219,16 +220,16 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
         out.setdefault(correction, []).append(method)
     if not out:
         raise ValueError(
-            f"none of methods={config.methods} searches the gradients of one checkpoint: nothing "
-            "to plan"
+            f"none of methods={config.methods} searches the gradients of one checkpoint, and a "
+            "plan covers these alone; add one, such as trackstar"
         )
     return out, left_out
 
 
 def _reranking(config, passages: int) -> tuple[int, int]:
-    """Returns the number of methods of the second stage, and the passages that a query has there.
+    """Returns the number of second-stage methods, and of a query's candidates.
 
-    Those of several first stages are taken to be all different.
+    Candidates of several first-stage methods count as different passages.
     """
     chosen = methods.parse(config.methods)
     reranking = {name: m for name, m in chosen.items() if m.retriever == "rerank"}
@@ -243,22 +244,22 @@ def _size(config, workdir: str | None) -> Size:
     if any(stated.values()):
         wrong = [f"plan.{k}={v}" for k, v in stated.items() if v < 1]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: give all of a corpus's size, or nothing of it")
+            raise ValueError(f"{', '.join(wrong)}: give all keys of plan, or none")
         if stated["tokens"] > stated["passages"] * config.model.context:
             raise ValueError(
-                f"plan.tokens={stated['tokens']} are more than plan.passages={stated['passages']} "
-                f"can have with model.context={config.model.context}"
+                f"plan.tokens={stated['tokens']} is more than plan.passages={stated['passages']} "
+                f"passages of model.context={config.model.context} hold; lower it, or raise those"
             )
         return Size(vocab_size=config.tokenizer.vocab_size, **stated)
     print("reading the corpus", flush=True)
     start = time.perf_counter()
-    # In a temporary directory: planning a run must not start it.
+    # In a temporary directory: a plan must not begin the run.
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
         if config.data.corpus and workdir and plain_corpus.is_finished(pathlib.Path(workdir)):
             data = plain_corpus.open_finished(config, pathlib.Path(workdir))
         else:
             data = corpus.load(config, Workdir(path))
-        # Before the directory goes, where the tokens of a corpus without labels are.
+        # Before the directory is removed, which holds the tokens of a corpus without labels.
         correct = [rows for lists in data.correct.values() for rows in lists]
         return Size(
             passages=len(data.passages),
@@ -281,12 +282,12 @@ def _matrices(chosen: list[sites.Site], as_head: bool = False) -> list[cost.Matr
 
 
 def _heads(chosen: list[sites.Site]) -> list[cost.Matrix]:
-    """Returns the embeddings as output heads, which a tied model's are too."""
+    """Returns the embeddings as output heads, as in a tied model."""
     return _matrices([s for s in chosen if s.group == "embedding"], as_head=True)
 
 
 def count_model(everything: list[sites.Site], arguments: dict) -> cost.Model:
-    """Returns the products of a model, from all of its sites and the settings of its decoder."""
+    """Returns the products of a model, given all its sites and its decoder's settings."""
     layers = _matrices([s for s in everything if s.stack is not None])
     outside = _matrices([s for s in everything if s.stack is None and s.group != "embedding"])
     if arguments.get("tied", True):
@@ -296,7 +297,7 @@ def count_model(everything: list[sites.Site], arguments: dict) -> cost.Model:
 
 
 def count_taps(chosen: list[sites.Site], side: int, correction: str, tied: bool) -> cost.Taps:
-    """Returns the taps of some sites of a model, whose output matrix may be its embedding."""
+    """Returns the taps of some sites; `tied` says whether the embedding is also the output head."""
     name, rank = parse_correction(correction)
     matrices = _matrices(chosen)
     if tied:  # a tied embedding has two taps: where it is looked up, and as the head

@@ -9,6 +9,7 @@ import optax
 from tda import methods
 from tda import store as stores
 from tda.gradients.moments.second_moments import parse_correction
+from tda.model.decoder import abstract_decoder
 from tda.model.settings import DecoderSettings
 from tda.reports import kinds, plots, tables
 from tda.retrieval.ranked import Ranked
@@ -87,8 +88,9 @@ def prepare(config, workdir: Workdir, engine: Engine = PROCESSES) -> Run:
     if is_untrained:
         raise ValueError(f"the corpus is tokenised; {_UNTRAINED}")
     # The future run, with a model that has shapes but no values.
-    model = train.abstract_model(train.model_arguments(config, data.tokenizer.vocab_size))
-    abstract = Trained(model, "", 0, optax.identity(), train.make_mesh(config), {})
+    settings = DecoderSettings(**train.model_arguments(config, data.tokenizer.vocab_size))
+    mesh, tx = train.make_mesh(config), optax.identity()
+    abstract = Trained(abstract_decoder(settings), "", 0, tx, mesh, {})
     retrieve.check_run(Run(config, workdir, data, abstract))
     run = Run(config, workdir, data, train.train(config, data, workdir), engine=engine)
     if config.eval.tail_patch_queries:

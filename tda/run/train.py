@@ -11,7 +11,7 @@ from flax import nnx
 from tda.data.batches import BatchLayout
 from tda.encoding.captured import TrainingRows
 from tda.model import functional, pretrained, sizes
-from tda.model.decoder import Decoder
+from tda.model.decoder import Decoder, abstract_decoder
 from tda.model.settings import DecoderSettings
 from tda.run import capturing
 from tda.run.run import Corpus, Trained
@@ -55,17 +55,9 @@ def build_model(config, vocab_size: int) -> Decoder:
     return Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(config.seed))
 
 
-def abstract_model(arguments: dict) -> Decoder:
-    """Returns a decoder with shapes but no values, for parameters that are read or only counted.
-
-    Initialising them would compile for seconds, and take 32 GB at 8B parameters.
-    """
-    return nnx.eval_shape(lambda: Decoder(DecoderSettings(**arguments), rngs=nnx.Rngs(0)))
-
-
 def restore_model(arguments: dict, root: str, step: int, mesh: jax.sharding.Mesh) -> nnx.Module:
     """Returns the decoder with the parameters of a checkpoint, laid out on a mesh."""
-    model_fn, params = functional.split(abstract_model(arguments))
+    model_fn, params = functional.split(abstract_decoder(DecoderSettings(**arguments)))
     abstract = functional.abstract(params, model_fn.axes, mesh)
     return model_fn.merge(checkpoint.restore_parameters(root, abstract, step))
 

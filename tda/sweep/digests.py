@@ -26,8 +26,8 @@ _DIGESTS: dict[str, Callable[[str], str | None]] = {
 def digests(config) -> dict[str, str | None]:
     """Returns a digest of the files that each key of a config names, by key.
 
-    The digest is None if the key names no file that exists now. A copied or touched file keeps its
-    digest, which depends on the contents alone.
+    The digest is None if the key names no existing file. It depends on the contents alone, so a
+    copied or touched file keeps it.
     """
     names = {key: value for key, value in defaults.flat(config).items() if key in _DIGESTS}
     if not any(m.retriever == "dense" for m in methods.parse(config.methods).values()):

@@ -23,14 +23,14 @@ from tda.run import defaults, train
 from tda.run.run import projection_of
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Sections that do not affect a training. Points that differ in any other section train apart.
+# Sections that do not affect a training. Points that differ in any other section do not share one.
 _AFTER_TRAINING = frozenset(
     (
         "methods gradients projection curvature several dense store search hessian rerank eval "
         "judge plan metrics"
     ).split()
 )
-# Sections that do not affect the stores. (`rerank` does: candidates may need others.)
+# Sections that do not affect the stores. (`rerank` does: candidates may come from other stores.)
 _AFTER_STORES = ("hessian", "eval", "judge", "plan", "metrics")
 
 
@@ -39,9 +39,9 @@ class Point:
     """One point of a grid."""
 
     name: str
-    """Of its directory; it does not depend on the other points."""
+    """The name of its directory, which does not depend on the other points."""
     values: dict[str, Any]
-    """Set by the axes at this point, by key."""
+    """The values that the axes set at this point, by key."""
     config: ConfigDict
     """The complete config."""
 

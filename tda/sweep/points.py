@@ -36,14 +36,14 @@ def check(point: Point) -> None:
         ValueError: it is invalid, or a file is missing; the message names the point and the key.
     """
     try:
-        # Without the sentence encoder, whose loading is left to the point itself.
+        # Without the sentence encoder, which the point itself loads.
         stages.check(point.config, encoder=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"point {point.name}: {error}") from error
 
 
 def check_plots() -> None:
-    """Checks before hours of work that plots can be drawn.
+    """Checks, before hours of work, that plots can be drawn.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -74,7 +74,7 @@ def _changes(point: Point, stamp: dict) -> list[str]:
 
 
 def is_finished(point: Point, directory: pathlib.Path) -> bool:
-    """Returns whether a point was run with this very config and the files as they are now."""
+    """Returns whether a point was run with exactly this config and with the present files."""
     stamp = _stamp(point, directory)
     return stamp is not None and not _changes(point, stamp)
 
@@ -82,7 +82,7 @@ def is_finished(point: Point, directory: pathlib.Path) -> bool:
 def check_alike(points: list[Point], directory: pathlib.Path) -> None:
     """Checks that inputs with the same name had the same contents at every finished point.
 
-    `is_finished` cannot tell this if the files no longer exist.
+    `is_finished` cannot check this if the files no longer exist.
 
     Raises:
         ValueError: the contents differed between two points.
@@ -157,7 +157,7 @@ def run_all(
                         if process.returncode:
                             log = directory / "points" / name / "log.txt"
                             failed[name] = _failure(log, process.returncode)
-                # Short beside the seconds that a point takes to start.
+                # Short compared with the seconds that a point takes to start.
                 time.sleep(0.05)
         finally:
             # Also after Ctrl-C, which a terminal sends to the points too, but `kill` does not.
@@ -167,7 +167,7 @@ def run_all(
 
 
 def _next(waiting: list[Point], running: list[Point], directory: pathlib.Path) -> Point:
-    """Returns the point to start next: if possible, one that need not wait for a running one."""
+    """Returns the point to start next: if possible, one that does not wait for a running one."""
     files = {p.name: digests.digests(p.config) for p in (*waiting, *running)}
     # A point whose training or stores another one is computing would only wait for its lock.
     for attribute in ("training", "stores"):
@@ -198,7 +198,7 @@ def _failure(log: pathlib.Path, code: int) -> str:
     """Returns why a process ended: the signal that killed it, or the error line of its log."""
     if code < 0:
         return f"killed by signal {-code} ({log})"
-    # A log may end in the middle of a character: whatever killed the point did not wait for it.
+    # The log of a killed point may end in the middle of a character.
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error")] or lines[-1:]
     return f"{errors[-1] if errors else f'exit status {code}'} ({log})"
@@ -220,16 +220,15 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
             return
         stages.check(config)
         capturing.check(config)
-        # Before the files are read: if one changes meanwhile, its digest no longer matches, and
-        # the point runs again.
+        # Before the files are read: if one changes later, its digest no longer matches, and the
+        # point runs again.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             run = stages.prepare(config, shared)
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
             rankings, notes = retrieve.retrieve(run)
-        # The figures are about to be overwritten: until they are complete, the point is not
-        # finished.
+        # The point is unfinished until the new figures are complete.
         (point_directory / "point.json").unlink(missing_ok=True)
         evaluate.evaluate(run, rankings, point_directory)
         about = _about(run) | {"notes": notes}
@@ -243,12 +242,12 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
 def _once(marker: pathlib.Path, lock_file: pathlib.Path):
     """Runs the body under a lock in the first process that succeeds, then without a lock.
 
-    The body is a stage of a run: after the first success it only loads what is there.
+    The body is a stage of a run: after the first success it only loads files.
     """
     if not marker.exists():
         lock = filelock.FileLock(lock_file)
         try:
-            # Tried first without waiting, so that a log says what a point waits for.
+            # First without waiting, so that the log says what a point waits for.
             lock.acquire(blocking=False)
         except filelock.Timeout:
             print(f"another point is computing {marker}; waiting for it", flush=True)
@@ -265,11 +264,11 @@ def _once(marker: pathlib.Path, lock_file: pathlib.Path):
 
 
 def _about(run: Run) -> dict:
-    """Returns the figures that a plot may use as x beside the swept keys."""
+    """Returns the figures of a run that, like the swept keys, may be a plot's x."""
     trained, kind = run.trained, GradientKind()
     layout = projections.layout(run.sites(kind), run.projection(kind))
     _, params = functional.split(trained.model)
-    # A pretrained model may be traced as it is, without any training step.
+    # A pretrained model may be traced without any training step.
     share = trained.step / max(1, trained.fingerprint["steps"])
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),

@@ -8,7 +8,7 @@ A plot is a dict with these keys:
     "lines": the columns that distinguish lines (by default "method"), the first by colour and the
         others by dashes.
     "log_x": whether the x axis is logarithmic.
-    "omit": by metric, the methods that its panel leaves out, such as one far above all others.
+    "omit": by metric, the methods that its panel leaves out, such as one far above the others.
     "mark": keys and values of the point whose x is marked on each line, such as
         {"hessian.weight": -1.0}; "mark_label" names it in the legend.
 """
@@ -28,7 +28,7 @@ from tda.sweep.grid import Point, Sweep
 # A finished point: the point, its metrics by method, and the description of its run.
 Result = tuple[Point, dict, dict]
 
-# What a row says of the point's run and of its method's R, and the columns that hold figures.
+# Columns of the point's run, of the method's R, and of figures.
 _RUN_COLUMNS = ("parameters", "dimensions", "training_tokens", "training_step")
 _NOTE_COLUMNS = ("lambda", "component")
 _FIGURE_COLUMNS = ("value", "difference", "low", "high", "p", "n_queries")
@@ -66,7 +66,7 @@ def rows(results: list[Result]) -> list[dict]:
                 out.append(shared | figure | {"n_queries": m["n_queries"]})
             for group, figures in _groups(m):
                 for metric, value in figures.items():
-                    # Counts, intervals and descriptions stand beside the metrics.
+                    # The dictionary also has counts, intervals and descriptions.
                     is_metric = metric.startswith(("mrr", "recall", "ais", "tail_patch"))
                     if is_metric and isinstance(value, int | float):
                         low, high = figures.get("intervals", {}).get(metric, (None, None))
@@ -80,7 +80,7 @@ def rows(results: list[Result]) -> list[dict]:
 
 
 def _groups(m: dict) -> list[tuple[str, dict]]:
-    """Returns (name, figures) of all queries together, whose name is empty, and of each group."""
+    """Returns (name, figures) of all queries, whose name is empty, and of each group."""
     return [("", m)] + [
         (f"{key.removeprefix('by_')}: {group}", figures)
         for key in ("by_stated", "by_frequency", "by_relation")
@@ -157,7 +157,7 @@ def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict
     counts = sorted({row["seeds"] for row in figures})
     parts.append(f"Mean ± standard deviation over {'–'.join(map(str, counts))} training seeds.")
     reference = reference_of(row["method"] for row in figures)
-    # A row is its first method minus its second: the sign flips where the reference comes first.
+    # A row is "method" minus "other": the sign changes if the reference is "method".
     to_reference = [
         row | {"method": row[other_side], "mean": sign * row["mean"]}
         for row in figure_differences
@@ -165,7 +165,7 @@ def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict
         if row[side] == reference
     ]
     if to_reference:
-        parts.append(f"Less that of {METHODS[reference].title}, in the same way:")
+        parts.append(f"Difference to {METHODS[reference].title}, likewise:")
         signed = functools.partial(_mean_and_spread, sign="+")
         parts.append(_headline(axes, to_reference, signed))
     return "\n\n".join(parts) + "\n"
@@ -240,7 +240,7 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
     for row in table:
         if row[x] is not None:
             parts = [_shown(c, row[c]) for c in columns if _applies(c, row)]
-            # The first column colours a line; its whole label tells it from others of that colour.
+            # The first column decides a line's colour; the whole label names the line.
             by_label.setdefault((parts[0], ", ".join(parts)), []).append(row)
     out = []
     for (family, label), line_rows in by_label.items():
@@ -248,7 +248,7 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
         marked = next((r[x] for r, m in zip(line_rows, is_marked, strict=True) if m), None)
         by_x: dict = {}
         for row in line_rows:
-            # Points with the same x on one line differ by seed.
+            # Points of a line with the same x differ by seed.
             by_x.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
         points = [_figure(same_x, has_seeds) for same_x in by_x.values()]
         y, low, high = zip(*points, strict=True)
@@ -268,7 +268,7 @@ def _figure(rows: list[dict], has_seeds: bool) -> tuple[float, float, float]:
 
 
 def _applies(column: str, row: dict) -> bool:
-    """Returns whether a column concerns a row: some methods have no optimizer correction."""
+    """Returns whether a column applies to a row: some methods have no optimizer correction."""
     method = METHODS.get(row["method"])
     return column != "gradients.correction" or method is None or method.corrected
 

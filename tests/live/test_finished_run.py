@@ -187,7 +187,7 @@ def test_refusals(workdir, run, tmp_path):
         run.trace(silent, Query("", "a", " "), ["grad_cos"], 3)
     with pytest.raises(ValueError, match="no passage 'zz'"):
         run.heat(silent, Query("", "a", "b"), "grad_cos", "zz")
-    with pytest.raises(ValueError, match="BM25 uses no gradients"):
+    with pytest.raises(ValueError, match="BM25: its scores are not inner products"):
         run.heat(silent, Query("", "a", "b"), "bm25", "s00")
     with pytest.raises(ValueError, match="the context 32"):
         run.complete(silent, "long " * 60, 3)

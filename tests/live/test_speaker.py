@@ -136,5 +136,5 @@ def test_refusals(speaker_and_model):
         speaker.table(Query("", "long " * 60, "b"))
     with pytest.raises(ValueError, match="has no token"):
         speaker.table(Query("", "a", " "))
-    with pytest.raises(ValueError, match="9999 is no token id; .* below 300"):
+    with pytest.raises(ValueError, match="9999 is not a token id; .* below 300"):
         speaker.table(Query("", "a", "b", ((1,), (9999,))))

@@ -37,7 +37,7 @@ def test_sums_over_checkpoints_are_those_of_the_run(workdir):
         check(found, workdir, number)
     scores = [of_batch(workdir, n, 0)["proponent_scores"] for n in NAMES]
     assert all(max(map(abs, s)) > 0 for s in scores)
-    with pytest.raises(ValueError, match="not inner products of one gradient"):
+    with pytest.raises(ValueError, match="not inner products with one plain gradient"):
         run.heat(silent, asked(workdir), "tracin", "s00")
 
 

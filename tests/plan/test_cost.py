@@ -104,8 +104,8 @@ def test_codes_take_a_quarter_byte_a_dimension():
 
 
 def test_products_of_a_store():
-    assert cost.gram_operations([(3,), (2,)], 10) == 2 * 10 * (9 + 4)
-    assert cost.gram_operations([(2, 3)], 10) == 2 * 10 * (2 * 2 * 3 + 2 * 3 * 3)
+    assert cost.gram_operations([(3,), (2,)]) == 2 * (9 + 4)
+    assert cost.gram_operations([(2, 3)]) == 2 * (2 * 2 * 3 + 2 * 3 * 3)
     assert cost.score_operations(5, 10, 7) == 2 * 5 * 10 * 7
     assert cost.eigen_operations([(3,), (2,)]) == cost.eigen_operations([(3, 2)]) == 9 * (27 + 8)
 
@@ -129,7 +129,7 @@ def test_what_encoding_holds():
 
 def test_what_does_not_fit_is_told_and_what_is_not_known_is_not():
     needs = {"R": (3 * 2**30, 2 * 2**30), "stores": (5.0, 5.0), "host": (2**60, None)}
-    assert cost.lacking(needs) == ["R: 3.0 GiB needed, 2.0 GiB there"]
+    assert cost.lacking(needs) == ["R: 3.0 GiB needed, 2.0 GiB available"]
 
 
 @pytest.mark.parametrize(

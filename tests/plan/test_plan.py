@@ -86,7 +86,7 @@ def test_tokenising_holds_the_chips_and_hosts_have_their_memory(paper):
     found = planner.run(config, hardware=chips.parse("v5e-256"))
     # Encoded as stored, with the shard before it still being written.
     assert found["lacking"] == [
-        "two shards of gradients on a host: 256.0 GiB needed, 178.8 GiB there"
+        "two shards of gradients on a host: 256.0 GiB needed, 178.8 GiB available"
     ]
 
 
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused():
     config = paper_c4.get_config()
     hardware = chips.parse("v5e-64")
     found = planner.run(config, hardware=hardware, disk=50 * TEBI)
-    assert found["lacking"] == ["stores on disk: 87.0 TiB needed, 50.0 TiB there"]
+    assert found["lacking"] == ["stores on disk: 87.0 TiB needed, 50.0 TiB available"]
     told = report.text(found).splitlines()[-1].split()
     assert told == "stores on disk 87.0 TiB 50.0 TiB DOES NOT FIT".split()
     # A block for each of 224 matrices of side 128, 2 GiB each in float64.
@@ -304,7 +304,7 @@ def test_what_cannot_be_is_not_measured(small, monkeypatch):
     found = planner.run(small)
     assert {x["seconds"] for x in found["stages"][1:]} == {None}
     assert len(found["lacking"]) == 4
-    assert "–" in report.text(found) and "together" not in report.text(found)
+    assert "–" in report.text(found) and "total" not in report.text(found)
 
 
 @pytest.mark.parametrize(

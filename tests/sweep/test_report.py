@@ -104,7 +104,7 @@ def test_seeds_are_summarised(tmp_path):
         assert figures == pytest.approx([0.6, 0.1, 0.5, 0.7, 3])
     text = pathlib.Path(files[2]).read_text(encoding="utf-8")
     assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in text.splitlines()
-    assert "over 3 training seeds" in text and "Less that of" not in text
+    assert "over 3 training seeds" in text and "Difference to" not in text
 
 
 def test_differences_are_summarised_over_seeds(tmp_path):
@@ -132,7 +132,7 @@ def test_differences_are_summarised_over_seeds(tmp_path):
     assert len(rows) == 3
     figures = [float(rows["trackstar", "exp5"][k]) for k in ("mean", "sd", "least", "most")]
     assert figures == pytest.approx([0.2, 0.2, 0.0, 0.4])
-    text = files[4].read_text(encoding="utf-8").split("Less that of TrackStar")[1].splitlines()
+    text = files[4].read_text(encoding="utf-8").split("Difference to TrackStar")[1].splitlines()
     # The sign flips where TrackStar comes first; a pair without it is left out.
     assert "| BM25 | +0.100 ± 0.100 |" in text
     assert "| Exp 5: optimizer, R_train, norm | -0.200 ± 0.200 |" in text
