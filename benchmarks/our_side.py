@@ -111,7 +111,7 @@ class Ours:
         shutil.rmtree(path, ignore_errors=True)
         watch = Stopwatch()
         self.store = stores.create(path, table.ids, blocks, {})
-        encoding.fill_store(self.store, encoder, table, self.layout(tokens))
+        encoding.fill_stores([self.store], encoder, table, self.layout(tokens))
         return watch.read()
 
     def check_build(self) -> dict:

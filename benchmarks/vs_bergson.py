@@ -17,7 +17,7 @@ a process of its own that waits while the other works; a round times ours, then 
   with `int mkl_serv_intel_cpu_true() { return 1; }` is preloaded: --their_env=LD_PRELOAD=FILE.
 - `build/none`, `build/factored`, `build/adam`: rows of raw projected gradients on disk, without
   correction, with Adafactor's and with Adam's exact second moments: `bergson build` against
-  `tda.encoding.table.fill_store` into a store.
+  `tda.encoding.table.fill_stores` into a store.
 - `trackstar/none`, …: `bergson trackstar` (a pass over the corpus for R, R of the queries, mixing,
   the queries' gradients, another pass for scores) against a store filled in one pass, from which R
   and scores are taken.

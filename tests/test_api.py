@@ -386,7 +386,7 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         (dict(queries=["Oslo"]), r"query 0 is 'Oslo' \(str\); give"),
         (dict(queries=[]), "there are no queries"),
         (dict(texts=TEXTS), "texts= has no effect beside a tokenizer"),
-        (dict(method="trackstar"), "R of 2 queries holds little.*use method='trackstar_train'"),
+        (dict(method="trackstar"), "R of 2 queries contains little.*use method='trackstar_train'"),
         (dict(queries=[("Norway", " ")]), "has no token"),
     ],
 )
@@ -397,9 +397,9 @@ def test_what_does_not_fit_is_told(model, tokenizer, how, message):
 
 def test_models_and_passages_that_do_not_belong_together(model, tokenizer):
     other = Bigram(tokenizer.vocab_size - 5, nnx.Rngs(1))
-    with pytest.raises(ValueError, match="they do not belong together"):
+    with pytest.raises(ValueError, match="give the model's own tokenizer"):
         call(other, tokenizer)
-    with pytest.raises(ValueError, match="passages are a path: give the model's tokenizer"):
+    with pytest.raises(ValueError, match="passages are a path; give the model's tokenizer"):
         tda.trace(model, "corpus.jsonl", [])
     with pytest.raises(
         ValueError, match="directory='somewhere' has no effect on batches: it is for texts"

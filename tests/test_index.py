@@ -96,7 +96,7 @@ def test_an_iterator_serves_the_gradients_that_were_named(model, tokenizer):
     batches = [batch_of(sequences(tokenizer, TEXTS[i : i + 4])) for i in (0, 4)]
     index = tda.encode(model, iter(batches), **OPTIONS)
     assert index.query(batches[:1], "exp3", k=1)[3].proponents[0].id == "3"
-    with pytest.raises(ValueError, match="an iterator of batches, which was read for other"):
+    with pytest.raises(ValueError, match="an iterator of batches that was read already"):
         index.query(batches[:1], "grad_cos")
 
 
@@ -164,7 +164,7 @@ def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
     for options, message in (
         (dict(contrast=QUERIES), "same mean gradient"),
         (dict(contrast=others, rerank=10), "rerank=10 scores each query by its own"),
-        (dict(contrast=others, method="trackstar"), "R of the queries is for queries that are"),
+        (dict(contrast=others, method="trackstar"), "R of the queries is for single queries"),
     ):
         with pytest.raises(ValueError, match=message):
             index.query(QUERIES, **options)

@@ -4,9 +4,9 @@
     TokenTable ── tda.data.batches.BatchLayout ──▶ Batch                 padded [B, T]
     Batch ── tda.gradients.encoder.Encoder ──▶ float32 [B, E]            projected gradients
     table.encode_rows   collects them in memory, in the order of the rows
-    table.fill_store    writes them to a store (tda.store), a shard at a time, resumable
-    table.OnTheFly      encodes them again whenever they are searched, without a store
+    table.fill_stores   writes them to stores (tda.store), a shard at a time, resumable
+    table.OnTheFly      encodes them again at every search, without a store
 
 `inputs` turns the arguments of `tda.trace` into a table, an encoder and a store; `tda.run.encode`
-does so for the config of a run. `loss_identity` tells whose loss the stored gradients are of.
+does so for the config of a run. `loss_identity` hashes the loss whose gradients are stored.
 """

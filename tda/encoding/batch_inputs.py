@@ -23,7 +23,7 @@ class BatchCorpus:
 
     Args:
         passages: an iterable of batches, trees of arrays with the examples first.
-        texts: their texts, to show; None if there are none.
+        texts: the passages' texts, to show; None if there are none.
 
     Raises:
         ValueError: there are no batches.
@@ -34,8 +34,8 @@ class BatchCorpus:
         if isinstance(texts, str):
             raise ValueError("texts is a single string; give a list of the passages' texts")
         self.texts = texts
-        # A list is looked at as a whole; of others, which may be read from disk as they are asked
-        # for, the first batch now, and each when it comes.
+        # A list is checked as a whole. Other iterables may read from disk: their first batch is
+        # checked now, and each of the others when it is read.
         self.is_list = isinstance(passages, list | tuple)
         if self.is_list:
             self.first = passages
@@ -53,13 +53,13 @@ class BatchCorpus:
         """Returns all batches.
 
         Raises:
-            ValueError: they came from an iterator, and were read before.
+            ValueError: they came from an iterator that was read before.
         """
         batches = self._batches
         if batches is None:
             raise ValueError(
-                "the passages are an iterator of batches, which was read for other gradients: give "
-                "a list of batches, or all methods at once"
+                "the passages are an iterator of batches that was read already, for other "
+                "gradients; give a list of batches, or all methods at once"
             )
         if not isinstance(batches, Sequence):
             self._batches = None
@@ -87,7 +87,7 @@ class BatchInputs:
         corpus: the passages.
 
     Raises:
-        ValueError: a batch is none, or does not fit the loss.
+        ValueError: a batch is not a tree of arrays, or does not fit the loss.
     """
 
     def __init__(self, settings: TraceSettings, corpus: BatchCorpus):
@@ -136,7 +136,10 @@ class BatchInputs:
         gradients_CxE = self._encode(batches, "encode passages")
         texts = self.corpus.texts
         if texts is not None and len(texts) != len(gradients_CxE):
-            raise ValueError(f"there are {len(texts)} texts of {len(gradients_CxE)} passages")
+            raise ValueError(
+                f"there are {len(texts)} texts and {len(gradients_CxE)} passages; give a text for "
+                "each passage"
+            )
         return in_memory(gradients_CxE, encoder.layout.slices)
 
     def passage_of(self, row: int) -> tuple[str, str]:
@@ -154,7 +157,7 @@ class BatchInputs:
 
 
 def _checked(batches: Iterable, settings: TraceSettings, label: str) -> Iterator:
-    """Yields batches, each after its checks."""
+    """Yields batches after checking them."""
     check = checks.BatchChecks(settings, label)
     for batch in batches:
         check(batch)

@@ -1,7 +1,7 @@
-"""A store of what each example adds to the steps of a training, in the order of the training.
+"""A store of each example's part of the gradient of each training step, in the training's order.
 
-A row is P of an example's part of a step's gradient (`tda.gradients.capture`): of the mean loss of
-the batch, without the optimizer's correction. A sequence has a row for every epoch.
+A row is the projected part (`tda.gradients.capture`) of the gradient of a batch's mean loss,
+without optimizer correction. A sequence has a row for every epoch.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from tda.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """Which sequence each row of the store is of, and at which step it was trained on."""
+    """The sequence of each row of the store, and the step that trained on it."""
 
     sequences: np.ndarray
     """Rows of the training text's table, int64 [R]."""
     starts: np.ndarray
-    """The first row of each step, and behind the last one's: int64 [steps + 1], from 0."""
+    """The first row of each step, then the number of rows: int64 [steps + 1]."""
 
     @classmethod
     def of(cls, table: TokenTable, layout: BatchLayout, steps: int, seed: int) -> "TrainingRows":
-        """Plans the rows of a training (`tda.training.loop.fit`); nothing is read."""
+        """Plans the rows of a training (`tda.training.loop.fit`) without reading any text."""
         members: list[np.ndarray] = []
         epoch = 0
         while len(members) < steps:
@@ -49,7 +49,7 @@ class TrainingRows:
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
     def names(self, ids: Sequence[str]) -> list[str]:
-        """Returns a name for each row: its sequence's id, and from the second time on, which."""
+        """Returns a name for each row: its sequence's id, with "(time N)" from the second on."""
         times = np.zeros(len(ids), np.int64)
         names = []
         for row in self.sequences:
@@ -59,15 +59,15 @@ class TrainingRows:
 
 
 class Recorder:
-    """Writes the parts of a training's examples to a store, and goes on where a kill left it.
+    """Writes the parts of a training's examples to a store, and resumes after a kill.
 
-    What does not fill a shard yet is kept beside the store with each of the training's checkpoints.
+    Each checkpoint of the training comes with a file of the rows that do not fill a shard yet.
 
     Args:
-        capture: what takes the parts.
-        store: a row for each of `rows`.
+        capture: computes the parts.
+        store: a store with a row for each of `rows`.
         rows: the plan of the training.
-        folder: where unfinished shards are kept.
+        folder: the directory of the files of unfinished shards.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Recorder:
     ):
         self._capture, self._store, self._rows, self._folder = capture, store, rows, folder
         self._shards = store.shards()
-        # The rows since the beginning of the shard that is being filled.
+        # The rows of the shard that is being filled.
         self._filled = np.zeros((0, store.width), np.float32)
         self._shard = 0
         self._under_way: tuple[int, jax.Array] | None = None
 
     def differentiate(self, loss: Callable, model: nnx.Module, batch: dict) -> tuple:
-        """Returns loss, gradient (a pure dict) and the parts of a batch; a part of a program."""
+        """Returns loss, gradient (a pure dict) and the parts of a batch; called inside jit."""
         value, gradients, parts_BxE = self._capture(loss, model, batch)
         return value, nnx.to_pure_dict(gradients), parts_BxE
 
@@ -100,19 +100,22 @@ class Recorder:
         path = self._file(step)
         if not path.exists():
             raise StoreError(
-                f"{path} is missing: the checkpoint of step {step} was written without the parts "
-                "of its examples; begin the training anew in another directory"
+                f"{path} is missing: the checkpoint of step {step} was written without its "
+                "examples' parts; start the training anew in another directory"
             )
         self._filled = read_arrays(path)["rows"]
 
     def record(self, step: int, parts_BxE: jax.Array) -> None:
-        """Takes the parts of a step's examples; they are read when the next step is under way."""
+        """Takes the parts of a step's examples, and adds those of the step before.
+
+        The device computes the new ones meanwhile.
+        """
         before, self._under_way = self._under_way, (step, parts_BxE)
         if before is not None:
             self._add(*before)
 
     def keep(self, step: int) -> None:
-        """Writes all rows of the steps before `step`, of which a checkpoint follows."""
+        """Writes all rows of the steps before `step`; called before its checkpoint is written."""
         if self._under_way is not None:
             self._add(*self._under_way)
             self._under_way = None
@@ -121,7 +124,7 @@ class Recorder:
             write_arrays(self._file(step), {"rows": self._filled})
 
     def forget(self, steps: Sequence[int]) -> None:
-        """Removes what was kept with checkpoints other than those of `steps`."""
+        """Removes the files of checkpoints other than those of `steps`."""
         if processes.is_first():
             for path in self._folder.glob("rows-before-*.npz"):
                 if path not in map(self._file, steps):
@@ -132,7 +135,7 @@ class Recorder:
 
     def _add(self, step: int, parts_BxE: jax.Array) -> None:
         count = int(self._rows.starts[step + 1] - self._rows.starts[step])
-        # Sequences of padding, which fill a batch up, come last.
+        # Rows of padding come last in a batch.
         added = sharding.to_host(parts_BxE)[:count]
         self._filled = np.concatenate([self._filled, added])
         while self._shard < len(self._shards):

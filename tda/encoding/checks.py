@@ -1,4 +1,4 @@
-"""Checks of what `tda.trace` is given, all of them before anything is encoded."""
+"""Checks of the arguments of `tda.trace`, before anything is encoded."""
 
 import math
 import numbers
@@ -41,7 +41,7 @@ def check_settings(settings: TraceSettings) -> None:
     check_count("sample", settings.moments.sample)
     seed = settings.moments.seed
     if not _is_whole(seed) or seed < 0:
-        raise ValueError(f"seed={seed!r}; give a whole number from 0 on")
+        raise ValueError(f"seed={seed!r}; give a whole number, 0 or more")
     if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
         raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
     if not isinstance(settings.projection, Projection):
@@ -72,30 +72,28 @@ def check_question(k: Any, damping: Any, joiner: Any) -> None:
     check_count("k", k)
     is_number = isinstance(damping, numbers.Real) and math.isfinite(damping)
     if not is_number or (damping < 0 and damping != -1):  # -1, the default, shrinks R
-        raise ValueError(
-            f"damping={damping!r}; give a number from 0 on, such as 1e-3, or leave it out"
-        )
+        raise ValueError(f"damping={damping!r}; give 0 or more, such as 1e-3, or leave it out")
     if not (joiner is None or isinstance(joiner, str)):
         raise ValueError(f"joiner={joiner!r}; give a string, such as ' ' or ''")
 
 
 def check_contrast(contrast: Any, rerank: Any, methods: Sequence[Method]) -> None:
-    """Checks that the mean gradient of queries, less that of others, can be asked.
+    """Checks that a question about the difference of two mean gradients is possible.
 
     Raises:
-        ValueError: it cannot; the message says why, and what to do.
+        ValueError: it is not; the message says why, and what to do.
     """
     if contrast is None:
         return
     if rerank:
         raise ValueError(
-            f"rerank={rerank} scores each query by its own whole gradient, and contrast asks for a "
+            f"rerank={rerank} scores each query by its own whole gradient, and contrast takes a "
             "mean of several; leave one of them out"
         )
     if any(m.hessian == "mixed" for m in methods):
         raise ValueError(
-            "R of the queries is for queries that are asked one by one, and contrast asks for the "
-            "mean of several; use a method such as 'trackstar_train'"
+            "R of the queries is for single queries, and contrast takes the mean of several; use a "
+            "method such as 'trackstar_train'"
         )
 
 
@@ -111,12 +109,12 @@ def check_rerank(
         return
     check_count("rerank", rerank)
     if rerank < k:
-        raise ValueError(f"rerank={rerank} is below k={k}: rankings would end before; raise it")
+        raise ValueError(f"rerank={rerank} is below k={k}: rankings would be too short; raise it")
     if not has_tokenizer:
         raise ValueError(f"rerank={rerank} has no effect on batches: it is for texts; leave it out")
     if any(m.hessian == "mixed" for m in methods):
         raise ValueError(
-            f"rerank={rerank}: R without projection is that of the passages; use a method such as "
+            f"rerank={rerank}: R without projection is R of the passages; use a method such as "
             "'trackstar_train'"
         )
     is_exact = parse_correction(settings.moments.correction)[0] == "adam"
@@ -129,7 +127,7 @@ def check_model(model: Any) -> None:
     """Checks that the model is an NNX module.
 
     Raises:
-        ValueError: it is not; the message says how to make one of it, where that is possible.
+        ValueError: it is not; the message says how to get one, if that is possible.
     """
     if isinstance(model, nnx.Module):
         return
@@ -140,20 +138,20 @@ def check_model(model: Any) -> None:
             ")).lazy_init(x), and give untapped='reference'"
         )
     elif modules & {"torch", "transformers"}:
-        remedy = "save its weights (save_pretrained) and load them by tda.load(directory)"
+        remedy = "save its weights (save_pretrained) and load them with tda.load(directory)"
     else:
-        remedy = "give a flax.nnx.Module, such as that of tda.load"
+        remedy = "give a flax.nnx.Module, such as tda.load returns"
     raise ValueError(f"model is a {type(model).__name__}, not an NNX module; {remedy}")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Checks that an argument is a whole number from 1 on.
+    """Checks that an argument is a whole number, 1 or more.
 
     Raises:
         ValueError: it is not.
     """
     if not _is_whole(value) or value < 1:
-        raise ValueError(f"{name}={value!r}; give a whole number from 1 on")
+        raise ValueError(f"{name}={value!r}; give a whole number, 1 or more")
 
 
 def _is_whole(value: Any) -> bool:
@@ -161,17 +159,17 @@ def _is_whole(value: Any) -> bool:
 
 
 def check_queries(method: Method, count: int) -> None:
-    """Checks that there are queries enough for the method.
+    """Checks that there are enough queries for the method.
 
     Raises:
-        ValueError: there are none, or the method mixes in their R and they are few.
+        ValueError: there are none, or too few for the R of the queries that the method mixes in.
     """
     if not count:
-        raise ValueError("there are no queries")
+        raise ValueError("there are no queries; give one or more")
     if method.hessian == "mixed" and count < _FEWEST_QUERIES:
         raise ValueError(
-            f"R of {count} queries holds little but their own gradients, and mixing it in would "
-            "remove what they ask for; use method='trackstar_train' below "
+            f"R of {count} queries contains little but their own gradients, and mixing it in would "
+            "remove what they ask for; use method='trackstar_train' with fewer than "
             f"{_FEWEST_QUERIES} queries"
         )
 
@@ -187,7 +185,7 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
     if positions and reading.context > positions:
         raise ValueError(
             f"context={reading.context} is beyond the model's table of {positions} positions; "
-            f"say context={positions}"
+            f"give context={positions}"
         )
     shape = (2, min(reading.context, 8))
     batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets")}
@@ -195,12 +193,12 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
     vocab_size = getattr(settings.model, "vocab_size", None)
     if not callable(settings.loss):
         width = _count_logits(settings.model, batch["tokens"])
-        # A padded table of embeddings has more rows than the model says it uses.
+        # A padded table of embeddings has more rows than the model uses.
         vocab_size = width if vocab_size is None else vocab_size
     if vocab_size is not None and reading.tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {reading.tokenizer.vocab_size} tokens, the model {vocab_size}: "
-            "they do not belong together"
+            "give the model's own tokenizer"
         )
     check_loss(settings, batch)
 
@@ -230,7 +228,7 @@ def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> N
         raise
     if not hasattr(shaped, "shape"):
         raise ValueError(
-            f"the loss returns a {type(shaped).__name__}, not one array; return the losses alone"
+            f"the loss returns a {type(shaped).__name__}, not an array; return only the losses"
         )
     losses.check_shape(shaped, count)
     if not jnp.issubdtype(shaped.dtype, jnp.floating):
@@ -241,10 +239,10 @@ def check_batches(label: str, batches: Any) -> None:
     """Checks that an argument may be an iterable of batches.
 
     Raises:
-        ValueError: it is a path or a text, one batch, or no iterable.
+        ValueError: it is a path or a text, a single batch, or not iterable.
     """
     if isinstance(batches, str | os.PathLike):
-        raise ValueError(f"{label} are a path: give the model's tokenizer too")
+        raise ValueError(f"{label} are a path; give the model's tokenizer too")
     if isinstance(batches, Mapping):
         raise ValueError(f"{label} is a single batch ({type(batches).__name__}); give [batch]")
     if not isinstance(batches, Iterable):
@@ -252,7 +250,7 @@ def check_batches(label: str, batches: Any) -> None:
 
 
 class BatchChecks:
-    """Checks batches one by one; the loss of those whose arrays are of a form not seen before.
+    """Checks batches one by one, and the loss once for each form of their arrays.
 
     Args:
         settings: the arguments of `tda.trace`.
@@ -268,14 +266,14 @@ class BatchChecks:
         """Checks the next batch.
 
         Raises:
-            ValueError: it is no tree of arrays, or its loss is not one number for each example;
+            ValueError: it is not a tree of arrays, or its loss is not one number for each example;
                 the message names the batch.
         """
         name = f"batch {self._count} of {self._label}"
         self._count += 1
         check_batch(name, batch)
         leaves, structure = jax.tree.flatten(batch)
-        # Which axes have one length, whatever that is: batches differ in examples and positions.
+        # Which axes are of equal length, not the lengths: batches differ in examples and positions.
         sizes = [n for x in leaves for n in x.shape]
         axes = tuple(sizes.index(n) for n in sizes)
         form = structure, axes, tuple((x.ndim, x.dtype) for x in leaves)
@@ -298,13 +296,13 @@ def check_batch(label: str, batch: Any) -> None:
         if isinstance(leaf, str):
             raise ValueError(
                 f"{place} is the text {leaf[:40]!r}; give the model's tokenizer to trace texts, or "
-                "leave texts out of the batches (texts= shows them)"
+                "leave texts out of the batches and give them as texts="
             )
         if not isinstance(leaf, np.ndarray | jax.Array):
             remedy = "x.numpy()" if type(leaf).__module__.startswith("torch") else "numpy.asarray"
             raise ValueError(
                 f"{place} is a {type(leaf).__module__}.{type(leaf).__name__}, not an array; "
-                f"convert it by {remedy}"
+                f"convert it with {remedy}"
             )
         if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
             raise ValueError(
@@ -348,11 +346,11 @@ def _count_logits(model: nnx.Module, tokens_BxT: np.ndarray) -> int:
 def check_token_ids(settings: TraceSettings, table: TokenTable, label: str) -> None:
     """Checks that the model has every token of the passages, or of the queries.
 
-    Ids that come from elsewhere may be another tokenizer's, and a look-up beyond a table of
-    embeddings is no error in jax.
+    A user's ids may be those of another tokenizer, and jax does not refuse a look-up beyond a table
+    of embeddings.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the model lacks a token.
     """
     vocab_size = getattr(settings.model, "vocab_size", None)
     smallest, largest = table.token_range

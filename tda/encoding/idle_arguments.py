@@ -1,4 +1,4 @@
-"""Refuses arguments of `tda.encode` and `tda.trace` that would have no effect beside the others."""
+"""Refuses arguments of `tda.encode` and `tda.trace` that the other arguments make ineffective."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from tda import methods
 from tda.data.corpora import Corpus
 from tda.gradients.moments.second_moments import parse_correction
 
-# Arguments that decide the optimizer correction, those that read texts, and those of batches.
+# Arguments of the optimizer correction, and those for texts.
 _MOMENTS = ("scales", "correction", "sample", "seed")
 _READING = ("context", "tokens_per_batch", "text_field", "id_field", "joiner", "directory")
 
@@ -20,18 +20,18 @@ def check(
     Args:
         names: the methods' names.
         arguments: the optional arguments that the caller gave, by name.
-        passages: the passages, as `tda.trace` takes them.
+        passages: the passages, as for `tda.trace`.
         has_tokenizer: whether there is a tokenizer.
 
     Raises:
-        ValueError: one has no effect; the message names it, and why.
+        ValueError: one has no effect; the message names it and says why.
     """
     chosen = [methods.METHODS[name] for name in names]
     described = f"method={', '.join(names)!r}"
     if "correction" in arguments:
         parse_correction(arguments["correction"])
     is_iterator = not has_tokenizer and not isinstance(passages, Sequence)
-    # Whether it holds, the arguments that then have no effect, why, and what to do.
+    # Whether a rule applies, the arguments without an effect then, why, and what to do.
     rules: list[tuple[bool, tuple[str, ...], str, str]] = [
         (
             not any(m.corrected for m in chosen),

@@ -1,7 +1,6 @@
-"""The gradients of texts that `tda.trace` is given with a tokenizer.
+"""The gradients of the texts of `tda.trace`: in a store if there is a directory, else in memory.
 
-Documents, a token table, batches, the encoder, and a store (with a directory) or memory (without).
-Batches of the user's own arrays: `tda.encoding.batch_inputs`.
+`tda.encoding.batch_inputs` does the same for batches of the user's own arrays.
 """
 
 import contextlib
@@ -34,13 +33,13 @@ from tda.runtime import processes, progress
 from tda.runtime.directory_lock import DirectoryLock
 from tda.store.making import SHARD_BYTES
 
-# Bytes of gradients that are held in memory if no directory is given.
+# The most bytes of gradients that are kept in memory if no directory is given.
 _MEMORY = 8 << 30
-# Tokens of a shard, about: what a kill loses at most, a few minutes on slow machines. Batches are
-# planned within a shard, so large ones need larger shards: of few batches, each length's last one
-# is mostly padding.
+# Approximate tokens of a shard: the most that a kill loses, a few minutes on slow machines. Batches
+# are planned within a shard, so large batches need larger shards: each length's last batch is
+# padded.
 _SHARD_TOKENS, _SHARD_BATCHES = 1 << 15, 16
-# Shards of a store at most, as long as they are no larger than `SHARD_BYTES`: each is a file.
+# The most shards of a store, each of which is a file, unless they would exceed `SHARD_BYTES`.
 _MOST_SHARDS = 1 << 16
 
 
@@ -57,7 +56,7 @@ class EncodedQueries:
 
 
 def in_memory(gradients_CxE: np.ndarray, slices: list[slice]) -> InMemory:
-    """Returns gradients as a source; a row with a number that is not finite is never retrieved."""
+    """Returns gradients as a source; rows that are not finite are never retrieved."""
     gradients_CxE[~np.isfinite(gradients_CxE).all(axis=1)] = np.inf
     return InMemory(gradients_CxE, slices)
 
@@ -66,7 +65,7 @@ class TextCorpus:
     """Passages that are texts, tokenised when they are first needed.
 
     Args:
-        passages: as `tda.trace` takes them.
+        passages: as for `tda.trace`.
         reading: how they are read.
         quiet: whether no progress is shown.
     """
@@ -82,10 +81,10 @@ class TextCorpus:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Holds the directory, if there is one.
+        """Locks the directory, if there is one.
 
-        Of several calls with one directory, in whatever processes, one works and the others wait;
-        what they have in common they then find finished.
+        Of several calls with one directory, in any processes, one works while the others wait, and
+        then find their common work finished.
         """
         directory = self.reading.directory
         if directory is None:
@@ -120,9 +119,9 @@ class TextInputs:
         """Encodes queries.
 
         Args:
-            queries: as `tda.trace` takes them.
+            queries: as for `tda.trace`.
             method: the method that needs them.
-            joiner: what stands between prompt and target; None: `tda.data.joining.choose_joiner`.
+            joiner: the text between prompt and target; None: `tda.data.joining.choose_joiner`.
 
         Raises:
             ValueError: a query does not fit, the corpus does not fit the model, or the directory
@@ -133,8 +132,8 @@ class TextInputs:
         checks.check_queries(method, len(queries))
         if joiner is not None and all(q.tokens is not None for q in queries):
             raise ValueError(
-                f"joiner={joiner!r} has no effect: every query has token ids, which are taken "
-                "as they are; leave it out"
+                f"joiner={joiner!r} has no effect: every query has token ids, which need no "
+                "joining; leave it out"
             )
         prompts = tokens.tokenise_queries(queries, reading.tokenizer, reading.context, joiner)
         checks.check_token_ids(settings, prompts, "queries")
@@ -145,17 +144,17 @@ class TextInputs:
 
     @functools.cached_property
     def whole_gradients(self) -> WholeGradients:
-        """Scores of the passages without projection."""
+        """The passages' whole gradients, for scores without projection."""
         return WholeGradients(self.settings, self.corpus.table, self._layout, self._scales)
 
     def _layout_of(self, prompts: TokenTable) -> BatchLayout:
-        """Returns a layout for prompts: that of earlier ones if they fit: nothing is compiled."""
+        """Returns a layout for prompts: an earlier one if they fit, so that nothing is compiled."""
         longest = int(prompts.lengths.max()) - 1
         for layout in self._prompt_layouts:
             if longest <= layout.bucket_lengths[-1]:
                 return layout
         layout = layouts.make_layout(self.settings, prompts, self.corpus.reading.tokenizer.pad)
-        # A few prompts would fill only a corner of a batch that is padded to the size for passages.
+        # A few prompts would leave most of a batch of the passages' size as padding.
         needed = len(prompts) * (longest + 1)
         layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
         self._prompt_layouts.append(layout)
@@ -168,7 +167,7 @@ class TextInputs:
 
     @functools.cached_property
     def _directory(self) -> pathlib.Path | None:
-        """The folder of these gradients: every correction has its own; the tokens are shared."""
+        """The folder of these gradients: each correction has its own, and all share the tokens."""
         if (directory := self.corpus.reading.directory) is None:
             return None
         scales = self.settings.known_scales()
@@ -236,7 +235,9 @@ class TextInputs:
         if len(store.missing()) == len(store.shards()):
             _check_longest_passage(encoder, table, self._layout)
         loss_identity.save(provenance["loss"], directory)
-        encoding.fill_store(store, encoder, table, self._layout, "encode passages", settings.quiet)
+        encoding.fill_stores(
+            [store], encoder, table, self._layout, "encode passages", settings.quiet
+        )
         return store
 
     def passage_of(self, row: int) -> tuple[str, str]:
@@ -256,7 +257,7 @@ def _check_longest_passage(encoder: Encoder, table: TokenTable, layout: BatchLay
 
 
 def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray]) -> None:
-    """Checks that the model has a finite gradient at as many positions as passages have.
+    """Checks that the longest passage has a finite gradient.
 
     A look-up beyond a table of positions gives NaN, and such passages would never be retrieved.
 
@@ -265,7 +266,7 @@ def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray
         encode: returns the gradient of a row.
 
     Raises:
-        ValueError: the gradient of the longest passage is not finite, that of the shortest is.
+        ValueError: it has not, and the shortest one has.
     """
     longest, shortest = table.longest, table.shortest
     for row in (longest, shortest):
@@ -274,9 +275,9 @@ def _check_finite_passages(table: TokenTable, encode: Callable[[int], np.ndarray
     if row != longest:
         positions = [len(table.sequence(row)[0]) - 1 for row in (longest, shortest)]
         raise ValueError(
-            f"the gradient of a passage of {positions[0]} positions is not finite, that of one of "
-            f"{positions[1]} is: if the model has a table of "
-            "positions, say context= with its length"
+            f"the gradient of a passage of {positions[0]} positions is not finite, and that of one "
+            f"of {positions[1]} is; if the model has a table of positions, give its length as "
+            "context="
         )
 
 
@@ -295,7 +296,7 @@ def _load_or_estimate_scales(
     directory: pathlib.Path | None,
     provenance: dict | None,
 ) -> dict[str, Scale]:
-    """Returns 1/√V, estimated from the passages; saved in `directory`, if there is one."""
+    """Returns 1/√V, estimated from the passages; keeps it in `directory`, if there is one."""
     batches = layouts.sample_passages(settings, table, layout)
     if directory is None:
         return settings.estimate_scales(batches)
@@ -353,6 +354,6 @@ def _encode_in_memory(
         rows = np.arange(len(table))
         gradients_CxE = encoding.encode_rows(encoder, table, rows, layout, bar.update)
     if is_small:
-        # One passage fills a batch with padding, a good part of the time that all of these take.
+        # Afterwards: a batch of one passage would take a good part of the time of all of these.
         _check_finite_passages(table, lambda row: gradients_CxE[row])
     return in_memory(gradients_CxE, encoder.layout.slices)

@@ -31,8 +31,8 @@ _VERSIONS = {"jax": jax.__version__, "flax": flax.__version__}
 def identify_or_load(loss: Callable, model: nnx.Module, directory: str | os.PathLike) -> str:
     """Returns the hash of `identify`, or the saved hash if other versions of jax or flax wrote it.
 
-    Other versions may trace the same function to different steps, so hashes of two versions cannot
-    be compared, and the saved one is trusted.
+    Other versions may trace the same function to different steps, so their hashes cannot be
+    compared, and the saved one is trusted.
 
     Args:
         loss, model: as for `identify`.
@@ -47,7 +47,7 @@ def identify_or_load(loss: Callable, model: nnx.Module, directory: str | os.Path
 def save(identity: str, directory: str | os.PathLike) -> None:
     """Writes the hash from `identify_or_load`; call it once the loss's gradients are stored.
 
-    A hash that other versions of jax or flax wrote is left as it is.
+    A hash that other versions of jax or flax wrote is kept.
     """
     record = _load(directory)
     if record is None or record["versions"] == _VERSIONS:

@@ -1,4 +1,4 @@
-"""What decides the gradients in a directory of `tda.trace`: names and JSON values of it."""
+"""Names and JSON values of everything that decides the gradients in a directory of `tda.trace`."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
 
 
 def describe_gradients(settings: TraceSettings, directory: pathlib.Path) -> dict:
-    """Returns what decides the gradients of a passage, except for their correction."""
+    """Returns, as JSON values, what decides the gradients of a passage except their correction."""
     _, params = functional.split(settings.model)
     return plain(
         {
@@ -31,7 +31,7 @@ def describe_gradients(settings: TraceSettings, directory: pathlib.Path) -> dict
 
 
 def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
-    """Returns the name of the folder for gradients of one correction, with 1/√V if it is known."""
+    """Returns the folder's name of gradients with one correction; `scales` is 1/√V if known."""
     if not settings.corrected:
         return "uncorrected"
     moments = settings.moments

@@ -17,7 +17,7 @@ from tda.retrieval import candidates
 from tda.retrieval.ranked import Ranked
 from tda.runtime import progress
 
-# Passages that R is taken from at most, and bytes of the queries' factors that are held at a time.
+# The most passages that R is computed from, and the bytes of the queries' factors in memory.
 _SAMPLE, _MEMORY = 4096, 4 << 30
 
 
@@ -31,7 +31,7 @@ class WholeGradients:
         scales: 1/√V by path, for methods with correction.
 
     Raises:
-        ValueError: a parameter is no matrix that its layer multiplies by; the message names it.
+        ValueError: a parameter is not a matrix that its layer multiplies by; the message names it.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class WholeGradients:
         return pair_products.whitened(self._plain, moments)
 
     def rank(self, queries: TokenTable, first: Ranked, method: Method, k: int) -> Ranked:
-        """Ranks the proponents of a first ranking anew; the least of them are no opponents.
+        """Ranks the proponents of a first ranking again; the result has no opponents.
 
         Args:
-            queries: the queries, with as many positions at most as passages may have.
+            queries: the queries, none longer than the longest passage may be.
             first: the first ranking.
-            method: which correction, R and norm scores have: R is the product of a matrix's row and
-                column second moments.
+            method: decides correction, R and norm; R of a matrix is the product of the second
+                moments of its rows and of its columns.
             k: the number of proponents.
         """
         lists = candidates.unite([first])

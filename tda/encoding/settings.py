@@ -1,4 +1,4 @@
-"""The arguments of `tda.trace` other than its data, as they travel below it."""
+"""The arguments of `tda.trace` other than its data."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ from tda.runtime import progress
 
 @dataclasses.dataclass(frozen=True)
 class MomentSettings:
-    """Where 1/√V of corrected gradients comes from."""
+    """The source of 1/√V of corrected gradients."""
 
     correction: str
     """The form of √V: "factored", "low_rank(R)" or "adam"."""
@@ -44,7 +44,7 @@ class TextSettings:
     id_field: str | None
     """The field of a passage's id; None: the usual names."""
     directory: pathlib.Path | None
-    """Where tokens, second moments and gradients are stored; in memory if None."""
+    """The directory of tokens, second moments and gradients; None keeps them in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,13 @@ class TraceSettings:
     scope: dict
     """Which parameters: include, exclude and untapped of `tda.gradients.sites.find_sites`."""
     tokens_per_batch: int
-    """Positions that are encoded together, at most."""
+    """The most positions that are encoded together."""
     mesh: jax.sharding.Mesh | None
     """The devices that batches are split over; one device if None."""
     quiet: bool
     """Whether no progress is shown."""
     structure: str = "dense"
-    """Of R (`tda.retrieval.whitening.HessianSettings`)."""
+    """The structure of R (`tda.retrieval.hessian_settings.HessianSettings`)."""
 
     @property
     def needs_estimate(self) -> bool:
@@ -107,7 +107,7 @@ class TraceSettings:
         return losses.total(model, batch, losses.output(self.loss))[None]
 
     def known_scales(self) -> dict[str, Scale] | None:
-        """Returns the given 1/√V by path; None for raw gradients, and where it is estimated."""
+        """Returns the given 1/√V by path; None for raw gradients, or if it is to be estimated."""
         if not self.corrected or self.moments.scales is None:
             return None
         if isinstance(self.moments.scales, SecondMoments):
@@ -115,7 +115,7 @@ class TraceSettings:
         if not isinstance(self.moments.scales, dict):
             raise ValueError(
                 f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
-                "parameter: for an optimizer's state give tda.second_moments(...) of it"
+                "parameter; for an optimizer's state give tda.second_moments(state, ...)"
             )
         return self.moments.scales
 

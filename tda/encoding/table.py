@@ -1,4 +1,4 @@
-"""Encodes a whole table of sequences: into memory, into a store, or as it is searched."""
+"""Encodes a whole table of sequences: into memory, into a store, or while it is searched."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +16,12 @@ from tda.store import Form, GradientStore, Rows, StoreError, valid
 
 # As many bytes as a shard of a store has by default.
 _SPAN_BYTES = 256 << 20
-# Rows that are encoded again where other code began a store: as many as share a batch.
+# Rows that are encoded again if other code began a store: few enough to share a batch.
 _COMPARED_ROWS = 4
 # The largest distance between two encodings of a row, as a share of its norm, that rounding
-# explains. Products in bfloat16 are off by 2^-9 each, which other shapes of batches and other
-# versions of XLA sum in another order. At 3 % the cosine of the two is 0.9995, which moves no
-# ranking; another projection, loss or correction moves a row by tens of per cent.
+# explains. Products in bfloat16 are off by 2^-9 each, and other shapes of batches or versions of
+# XLA sum them in another order. At 3 % the cosine of the two is 0.9995, which changes no ranking;
+# another projection, loss or correction moves a row by tens of per cent.
 _ROUNDING = 0.03
 
 
@@ -90,23 +90,13 @@ class OnTheFly:
         encoder: the encoder.
         table: the corpus.
         layout: how rows are batched.
-        span_rows: rows that are planned and encoded at a time; by default 256 MiB of them, as in a
-            store's shard.
-        on_batch: called after each batch with its number of scored tokens.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        table: TokenTable,
-        layout: BatchLayout,
-        span_rows: int = 0,
-        on_batch: Callable[[int], None] = lambda tokens: None,
-    ):
+    def __init__(self, encoder: Encoder, table: TokenTable, layout: BatchLayout):
         self._encoder, self._table, self._layout = encoder, table, layout
-        self._on_batch = on_batch
         self.form = Form("float32", tuple(s.stop - s.start for s in encoder.layout.slices))
-        self._span = span_rows or max(1, _SPAN_BYTES // self.form.row_bytes)
+        # Rows that are planned and encoded at a time.
+        self._span = max(1, _SPAN_BYTES // self.form.row_bytes)
 
     @property
     def rows(self) -> int:
@@ -118,49 +108,16 @@ class OnTheFly:
         rows = range(self.rows) if rows is None else rows
         for start in rows[:: self._span]:
             numbers = np.arange(start, min(rows.stop, start + self._span))
-            x_RxE = self._encode(numbers, self._on_batch)
+            x_RxE = self.read(numbers)
             preemption.check()
             span = Rows(start, x_RxE, valid(x_RxE))
             yield from (span[i : i + step] for i in range(0, len(numbers), step))
 
     def read(self, numbers) -> np.ndarray:
         """Returns some rows, float32 [R, E]; a row with a number that is not finite is infinite."""
-        return self._encode(np.asarray(numbers, np.int64))
-
-    def _encode(self, numbers, on_batch=lambda tokens: None) -> np.ndarray:
-        x_RxE = encode_rows(self._encoder, self._table, numbers, self._layout, on_batch)
+        x_RxE = encode_rows(self._encoder, self._table, numbers, self._layout)
         x_RxE[~np.isfinite(x_RxE).all(axis=1)] = np.inf
         return x_RxE
-
-
-def fill_store(
-    store: GradientStore,
-    encoder: Encoder | None,
-    table: TokenTable,
-    layout: BatchLayout,
-    description: str = "encode",
-    quiet: bool = False,
-    engine: Engine = PROCESSES,
-) -> None:
-    """Encodes the rows of every shard that a store lacks; resumes after a kill.
-
-    Every process writes shards of its own. If each has a mesh of its own devices, it also encodes
-    its shards alone; if the mesh spans processes, all of them encode every shard together.
-
-    Args:
-        store: a store with one row for each of the table's sequences.
-        encoder: the encoder; not used if the store lacks nothing.
-        table: the corpus.
-        layout: how rows are batched, and the devices that a batch is split over.
-        description: the name of the work in the progress bar.
-        quiet: whether no progress is shown.
-        engine: who encodes which shard.
-
-    Raises:
-        StoreError: the table has another number of rows, a shard cannot be written, or other code
-            has stored rows that this code encodes otherwise.
-    """
-    fill_stores([store], encoder, table, layout, description, quiet, engine)
 
 
 def fill_stores(
@@ -172,15 +129,25 @@ def fill_stores(
     quiet: bool = False,
     engine: Engine = PROCESSES,
 ) -> None:
-    """Fills several stores of the same corpus in one pass over it; see `fill_store`.
+    """Encodes the rows of every shard that one of the stores lacks; resumes after a kill.
+
+    Every process writes shards of its own. If each has a mesh of its own devices, it also encodes
+    its shards alone; if the mesh spans processes, all of them encode every shard together.
 
     Args:
-        stores: a store for each kind of gradients that the encoder computes; their shards have the
-            same rows. A shard that any store lacks is encoded for all, and written to those.
-        encoder, table, layout, description, quiet, engine: as for `fill_store`.
+        stores: for each kind of gradients that the encoder computes a store, with one row for each
+            of the table's sequences; their shards have the same rows. A shard is encoded for all,
+            and written to those that lack it.
+        encoder: the encoder; None if no store lacks a shard.
+        table: the corpus.
+        layout: how rows are batched, and the devices that a batch is split over.
+        description: the name of the work in the progress bar.
+        quiet: whether no progress is shown.
+        engine: who encodes which shard.
 
     Raises:
-        StoreError: as for `fill_store`, or the stores' shards differ.
+        StoreError: the table has another number of rows, the stores' shards differ, a shard cannot
+            be written, or other code has stored rows that this code encodes otherwise.
     """
     processes.check_same_code()
     for store in stores:
@@ -190,8 +157,8 @@ def fill_stores(
     for store in stores[1:]:
         if store.shards() != shards:
             raise StoreError(f"the shards of {store.path} are not those of {stores[0].path}")
-    # Only process 0 looks: a process that looked later might see shards that another has written
-    # since, and the processes would no longer agree on who writes what.
+    # Only process 0 looks: a process that looked later might see new shards of another, and the
+    # processes would no longer agree on who writes which.
     lacking = processes.on_first_process("list the shards", lambda: [s.missing() for s in stores])
     missing = sorted(set().union(*lacking))
     if encoder is not None:
@@ -215,8 +182,8 @@ def fill_stores(
                 encoded = encode_kinds(encoder, table, rows, layout, bar.update, forms)
                 if not is_shared or turn % count == process:
                     writer.write(int(i), encoded)
-                # Leaving writes the shard that is waiting. Processes that encode a shard together
-                # must all leave after the same one.
+                # If preempted, the writer's exit writes the waiting shard. Processes that encode a
+                # shard together must all leave after the same one.
                 processes.check_preemption(is_shared)
 
     def list_missing() -> list[int]:
@@ -230,14 +197,13 @@ def fill_stores(
 def check_stored_rows(
     store: GradientStore, encoder: Encoder, table: TokenTable, layout: BatchLayout
 ) -> None:
-    """Checks that an encoder gives the rows that other code has stored.
+    """Checks that an encoder computes the same rows as the code that began a store.
 
-    A store that two versions of the code fill by turns may hold rows that no search can compare.
-    Other code is only a reason to look: a few rows are encoded again, and they decide. Of several
-    processes all call it.
+    Rows of two versions of the code may not be comparable. If the version differs, a few rows are
+    encoded again, and they decide. All processes of a run call it.
 
     Raises:
-        StoreError: a row differs by more than rounding.
+        StoreError: a row differs by more than rounding explains.
     """
     if store.manifest.get("code") != code_version.describe():
         lacking = processes.on_first_process("list the shards", store.missing)
@@ -252,26 +218,26 @@ def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout)
         if not len(numbers):
             continue
         encoded_RxE = encode_kinds(encoder, table, numbers, layout)[kind]
-        # From the nearest numbers that have the codes of those that are stored.
+        # To the nearest row that would be stored as the same codes.
         distances = np.linalg.norm(
             encoded_RxE - np.clip(encoded_RxE, *store.bounds(numbers)), axis=1
         )
         distances /= np.linalg.norm(store.read(numbers), axis=1)
-        # A distance that is not a number is no rounding either.
+        # A NaN is not rounding either.
         worst = int(np.argmax(np.where(np.isnan(distances), np.inf, distances)))
         if not distances[worst] <= _ROUNDING:
             raise StoreError(
                 f"{store.path} was begun by other code:{as_text(differences(stored_code, code))}\n"
-                f"and this code encodes its passage {table.ids[numbers[worst]]!r} otherwise: by "
-                f"{distances[worst]:.1%} of its norm, where rounding explains {_ROUNDING:.0%}. "
-                "Resume with the code that began it, or remove the store to encode it anew"
+                f"and this code's gradient of passage {table.ids[numbers[worst]]!r} differs by "
+                f"{distances[worst]:.1%} of its norm; rounding explains {_ROUNDING:.0%}. Resume "
+                "with the code that began the store, or remove it to encode the corpus anew"
             )
 
 
 def _comparable_rows(store: GradientStore, missing: list[int]) -> np.ndarray:
-    """Returns a few rows of the first shard that is written, at even distances.
+    """Returns a few rows of the first written shard, at even distances.
 
-    Rows without a finite gradient, or with one of zeros, have no norm to compare by.
+    Rows that are zero or not finite are left out: their norm cannot be compared with.
     """
     written = [rows for i, rows in enumerate(store.shards()) if i not in missing]
     if not written:
@@ -299,7 +265,7 @@ class _Writer:
             self._finish()
 
     def write(self, shard: int, encoded: list[np.ndarray]) -> None:
-        """Begins to write a shard to every store that lacks it, once the last one is written."""
+        """Starts writing a shard to every store that lacks it, after finishing the last one."""
         self._finish()
         self._waiting = self._thread.submit(self._write, shard, encoded)
 
@@ -321,6 +287,6 @@ class _Writer:
 def _describe_invalid(description: str, invalid: list[str]) -> str:
     names = ", ".join(invalid[:5]) + (" …" if len(invalid) > 5 else "")
     return (
-        f"{description}: {len(invalid)} gradients are not finite, of {names}; "
-        "they are never retrieved"
+        f"{description}: the gradients of {len(invalid)} passages are not finite, so they are "
+        f"never retrieved: {names}"
     )

@@ -98,7 +98,7 @@ def _rows(run: Run, kind: GradientKind, name: str, encoder):
     if run.config.store.dtype != NO_STORE:
         store = _store(run, kind, name)
         description = f"encode {name} ({describe_kind(run, kind)}, step {run.trained.step})"
-        encoding.fill_store(store, encoder, table, run.layout, description, engine=run.engine)
+        encoding.fill_stores([store], encoder, table, run.layout, description, engine=run.engine)
         return store
     if name == "corpus":
         return OnTheFly(encoder, table, run.layout)

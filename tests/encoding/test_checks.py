@@ -81,13 +81,13 @@ SHAPE = r"the loss of \d examples has the shape"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(k=0), "k=0; give a whole number from 1 on"),
+        (dict(k=0), "k=0; give a whole number, 1 or more"),
         (dict(k=2.5), "k=2.5; give a whole"),
         (dict(k=True), "k=True; give a whole"),
         (dict(context=0), "context=0; give a whole"),
         (dict(tokens_per_batch=0), "tokens_per_batch=0; give a whole"),
         (dict(sample=0), "sample=0; give a whole"),
-        (dict(damping=-0.5), "damping=-0.5; give a number from 0 on"),
+        (dict(damping=-0.5), "damping=-0.5; give 0 or more"),
         (dict(damping=float("nan")), "damping=nan; give a number"),
         (dict(correction="x"), "unknown correction 'x'"),
         (dict(correction="x", method="grad_cos"), "unknown correction 'x'"),
@@ -95,13 +95,13 @@ SHAPE = r"the loss of \d examples has the shape"
         (dict(projection=8), "projection=8; give tda.Projection"),
         (dict(include="("), "include='\\(' is not a regular expression"),
         (dict(joiner=3), "joiner=3; give a string"),
-        (dict(method="trackstar"), "R of 2 queries holds little"),
+        (dict(method="trackstar"), "R of 2 queries contains little"),
         (dict(loss=lambda m, b: nats(m, b).mean()), SHAPE + r" \(\), not \(2,\): it must be one"),
         (dict(loss=nats), SHAPE + r" \(2, 8\), not"),
         (dict(loss=lambda m, b: (nats(m, b).sum(-1), 1)), "the loss returns a tuple, not one"),
         (dict(loss=lambda m, b: b["tokens"][:, 0]), "the loss has the dtype int32"),
         (dict(loss=lambda m, b: nats(m, b) * b["mask"]), "the loss reads 'mask', which a batch"),
-        (dict(seed=-1), "seed=-1; give a whole number from 0 on"),
+        (dict(seed=-1), "seed=-1; give a whole number, 0 or more"),
         (dict(seed="x"), "seed='x'; give a whole number"),
         (dict(mesh=3), "mesh=3; give a jax.sharding.Mesh"),
         (dict(directory=5), "directory=5; give a string"),
@@ -140,7 +140,9 @@ def test_passages_beyond_a_table_that_a_model_does_not_tell_of_are_refused(token
     """Guards: gradients that are NaN, so that long passages are never retrieved."""
     texts = [TEXTS[0], " ".join(TEXTS)]
     model, how = Positions(tokenizer.vocab_size, 0), dict(method="grad_cos")
-    with pytest.raises(ValueError, match=r"a passage of 64 positions is not finite.*say context="):
+    with pytest.raises(
+        ValueError, match=r"a passage of 64 positions is not finite.*give its length as context="
+    ):
         call(tokenizer, texts, [("The", "town")], model, context=64, **how)
     call(tokenizer, texts, [("The", "town")], model, context=16, **how)
     with pytest.raises(ValueError, match="the gradient of query '0' is not finite"):
@@ -150,7 +152,7 @@ def test_passages_beyond_a_table_that_a_model_does_not_tell_of_are_refused(token
 @pytest.mark.parametrize(
     ("passages", "message"),
     [
-        ("corpus.jsonl", "passages are a path: give the model's tokenizer"),
+        ("corpus.jsonl", "passages are a path; give the model's tokenizer"),
         (BATCH, r"passages is a single batch \(dict\); give \[batch\]"),
         (5, "passages is a int; give an iterable of batches"),
         ([], "there are no passages"),
@@ -158,7 +160,10 @@ def test_passages_beyond_a_table_that_a_model_does_not_tell_of_are_refused(token
         (TEXTS, "batch 0 of passages is the text 'The town.*give the model's tokenizer"),
         ([{"text": "a"}], r"at \['text'\], is the text 'a'; give the model's tokenizer"),
         ([BATCH | {"text": ["a"] * 8}], r"at \['text'\]\[0\], is the text 'a'"),
-        ([BATCH | {"tokens": Tensor()}], r"is a torch.Tensor, not an array; convert it by x.nump"),
+        (
+            [BATCH | {"tokens": Tensor()}],
+            r"is a torch.Tensor, not an array; convert it with x.nump",
+        ),
         ([BATCH | {"tokens": [[1] * 6] * 8}], r"is a builtins.int, not an array"),
         ([BATCH | {"id": np.array(["a"] * 8)}], "is an array of <U1, not of numbers"),
         ([BATCH | {"id": np.array([None] * 8)}], "is an array of object, not of numbers"),
@@ -178,7 +183,7 @@ def test_losses_and_queries_of_batches_are_checked_first(tokenizer, nothing_is_e
     how = dict(tokenizer=None)
     with pytest.raises(ValueError, match=SHAPE + r" \(\), not \(8,\)"):
         call(tokenizer, [BATCH], [BATCH], loss=lambda m, b: nats(m, b).mean(), **how)
-    with pytest.raises(ValueError, match="R of 8 queries holds little"):
+    with pytest.raises(ValueError, match="R of 8 queries contains little"):
         call(tokenizer, [BATCH], [BATCH], method="trackstar", **how)
     with pytest.raises(ValueError, match="texts is a single string"):
         call(tokenizer, [BATCH], [BATCH], texts="abcdefgh", **how)

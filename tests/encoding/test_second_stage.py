@@ -54,7 +54,7 @@ def test_the_first_passages_alone_are_scored_again(model, tokenizer):  # noqa: F
         (dict(rerank=2), "rerank=2 is below k=3"),
         (dict(rerank=-1), "rerank=-1"),
         (dict(rerank=True), "rerank=True"),
-        (dict(rerank=9, method="trackstar"), "R without projection is that of the passages"),
+        (dict(rerank=9, method="trackstar"), "R without projection is R of the passages"),
         (dict(rerank=9, correction="adam"), "exact Adam correction"),
         (dict(rerank=9, include="embed"), "multiply their input by a matrix"),
     ],

@@ -65,15 +65,15 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
         tmp_path / name, table.ids, blocks, {}, shard_bytes=2 * 4 * encoder.layout.width
     )
     whole = make("whole")
-    encoding.fill_store(whole, encoder, table, LAYOUT)
+    encoding.fill_stores([whole], encoder, table, LAYOUT)
     begun = make("begun")
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
     counting, encoded = counted(encoder)
-    encoding.fill_store(begun, counting, table, LAYOUT)
+    encoding.fill_stores([begun], counting, table, LAYOUT)
     assert len(encoded) == 2  # a batch for each of the two shards that were missing
     np.testing.assert_array_equal(begun.read(slice(0, 5)), whole.read(slice(0, 5)))
-    encoding.fill_store(begun, None, table, LAYOUT)  # finished: the encoder is not called
+    encoding.fill_stores([begun], None, table, LAYOUT)  # finished: the encoder is not called
 
 
 def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypat
     preemption._watch.noticed.set()
     for missing in ([1, 2], [2], []):  # a shard each time, written whole
         with pytest.raises(preemption.Preempted):
-            encoding.fill_store(store, encoder, table, LAYOUT)
+            encoding.fill_stores([store], encoder, table, LAYOUT)
         assert store.missing() == missing
     for source in (store, encoding.OnTheFly(encoder, table, LAYOUT)):
         with pytest.raises(preemption.Preempted):
@@ -113,11 +113,11 @@ def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
     other = make_encoder(decoder(vocab_size=300), Projection(side=3, blocks=2, seed=1))
     for _ in range(2):  # and nothing is written that would make the second call pass
         with pytest.raises(stores.StoreError) as refused:
-            encoding.fill_store(make(), other, table, LAYOUT)
-    for text in ("tda: ", "jax: ", "→ 0.0", "encodes its passage '3' otherwise: by", "remove the"):
+            encoding.fill_stores([make()], other, table, LAYOUT)
+    for text in ("tda: ", "jax: ", "→ 0.0", "gradient of passage '3' differs by", "remove the"):
         assert text in str(refused.value)
     assert begun.missing() == [0, 2]
-    encoding.fill_store(make(), encoder, table, LAYOUT)  # other code, the same rows
+    encoding.fill_stores([make()], encoder, table, LAYOUT)  # other code, the same rows
     assert begun.missing() == []
 
 
@@ -139,7 +139,7 @@ def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss, dtype)
 
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)}
     store = stores.create(tmp_path, table.ids, blocks, {}, dtype)
-    encoding.fill_store(store, Watching(**fields), table, LAYOUT)
+    encoding.fill_stores([store], Watching(**fields), table, LAYOUT)
     assert {(x.dtype.name, x.shape[1]) for x in left} == {("uint8", store.form.columns)}
     rows = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
     expected = codec.decode_on_host(codec.encode_on_host(rows, store.form), store.form)
@@ -197,12 +197,12 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
         encoder = make_encoder(model, Projection(side=3, blocks=2))
         blocks = dict.fromkeys(encoder.layout.blocks, 9)
         store = stores.create(tmp_path / name, table.ids, blocks, {})
-        encoding.fill_store(
-            store, encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256)
+        encoding.fill_stores(
+            [store], encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256)
         )
         found[name] = store.read(slice(0, 5))
     told = "".join(capsys.readouterr())
-    assert "encode: 1 gradients are not finite, of p1; they are never retrieved" in told
+    assert "the gradients of 1 passages are not finite, so they are never retrieved: p1" in told
     np.testing.assert_array_equal(stores.valid(found["broken"]), [True, False, True, True, True])
     others = [0, 2, 3, 4]
     np.testing.assert_array_equal(found["broken"][others], found["sound"][others])
@@ -228,12 +228,12 @@ def test_logits_are_computed_only_where_a_loss_is(decoder):
     assert scored_positions(np.zeros((2, 8))) == 1
 
 
-def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
+def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path, monkeypatch):
     """No store at all: the same ranking, ranks and scores, whatever the spans are."""
     table, encoder = setup
     blocks = dict.fromkeys(encoder.layout.blocks, 9)
     store = stores.create(tmp_path / "s", table.ids, blocks, {})
-    encoding.fill_store(store, encoder, table, LAYOUT)
+    encoding.fill_stores([store], encoder, table, LAYOUT)
     queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
     R = hessian.autocorrelation_of_source(store).blocks
     scorers = {
@@ -242,12 +242,19 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path):
     }
     correct = {"all": [np.array([1, 4]), np.array([0])]}
     expected = exact.search(queries, store, scorers, 3, correct)
-    for span in (0, 2):
-        told = []
-        source = encoding.OnTheFly(encoder, table, LAYOUT, span, told.append)
+    for span_bytes in (256 << 20, 2 * 4 * 36):  # all rows at a time; two
+        read: list[int] = []
+
+        def encode_rows(encoder, table, rows, layout, read=read):
+            read += rows.tolist()
+            return encoding.encode_kinds(encoder, table, rows, layout)[0]
+
+        monkeypatch.setattr(encoding, "_SPAN_BYTES", span_bytes)
+        monkeypatch.setattr(encoding, "encode_rows", encode_rows)
+        source = encoding.OnTheFly(encoder, table, LAYOUT)
         assert source.rows == 5 and source.form.widths == (9,) * 4
         found = exact.search(queries, source, scorers, 3, correct)
-        assert sum(told) == table.scored.sum()  # one pass over the corpus
+        assert read == [0, 1, 2, 3, 4]  # one pass over the corpus
         for name in scorers:
             a, b = found[name], expected[name]
             np.testing.assert_array_equal(a.proponents, b.proponents)
@@ -260,7 +267,7 @@ def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
     table, encoder = setup
     store = stores.create(tmp_path / "s", ["a", "b"], dict.fromkeys(encoder.layout.blocks, 9), {})
     with pytest.raises(stores.StoreError, match="has 2 rows, the corpus 5"):
-        encoding.fill_store(store, encoder, table, LAYOUT)
+        encoding.fill_stores([store], encoder, table, LAYOUT)
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
@@ -275,4 +282,4 @@ def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatc
 
     monkeypatch.setattr(stores.GradientStore, "write", full)
     with pytest.raises(stores.StoreError, match="No space left"):
-        encoding.fill_store(store, encoder, table, LAYOUT)
+        encoding.fill_stores([store], encoder, table, LAYOUT)

@@ -409,7 +409,7 @@ def test_a_step_of_no_length_is_refused(finished, loaded):
     """Mistakes: tail-patch 0 of every method, where the schedule has come to its end."""
     config = finished[0].copy_and_resolve_references()
     config.train.final = 0.0
-    with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
+    with pytest.raises(ValueError, match="ends at 0; give eval.tail_patch_learning_rate"):
         measures.step_rule(changed(loaded, config))
     config.eval.tail_patch_learning_rate = 1e-4
     assert measures.step_rule(changed(loaded, config))["learning_rate"] == 1e-4
@@ -605,10 +605,10 @@ def test_an_unknown_method_is_told_before_anything_is_read(tmp_path):
         ({"eval.frequency_edges": "10,1"}, "eval.frequency_edges='10,1' must be rising whole"),
         ({"curvature.damping": 0.0}, "curvature.damping=0.0 must be above 0"),
         ({"eval.tail_patch_state": "warm"}, "tail_patch_state='warm'; use restored or fresh"),
-        ({"train.final": 0.0}, "ends at 0: give eval.tail_patch_learning_rate"),
+        ({"train.final": 0.0}, "ends at 0; give eval.tail_patch_learning_rate"),
         (
             {"train.final": 0.0, "train.schedule": "linear"},
-            "ends at 0: give eval.tail_patch_learning_rate",
+            "ends at 0; give eval.tail_patch_learning_rate",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device)
         store = stores.create(tmp_path / str(turn), data.passages.ids, blocks, {})
         encoder = make()
         started = time.perf_counter()
-        table.fill_store(store, encoder, data.passages, layout)
+        table.fill_stores([store], encoder, data.passages, layout)
         taken = time.perf_counter() - started
         ratios.append(times.seconds(planned.shapes) / taken)
         print(f"predicted over real: {ratios[-1]:.3f} of {taken:.1f} s")

@@ -83,7 +83,7 @@ def test_a_checkpoint_without_captured_rows_is_refused(decoder, tmp_path):
     store = stores.open_store(str(tmp_path / "a"))
     recorder = Recorder(capture, store, rows, tmp_path / "w" / "captured")
     recorder.resume(STEPS)  # nothing is missing behind the last step
-    with pytest.raises(stores.StoreError, match="step 3 was written without the parts"):
+    with pytest.raises(stores.StoreError, match="step 3 was written without its"):
         recorder.resume(3)
 
 

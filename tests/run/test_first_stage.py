@@ -28,8 +28,12 @@ def test_methods_have_their_own_candidates_or_those_of_the_config():
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        ("rerank_bm25", {"rerank.passages": 0}, "rerank.passages=0 .* takes those of bm25"),
-        ("rrf", {"rerank.passages": 0}, "takes those of bm25,trackstar"),
+        (
+            "rerank_bm25",
+            {"rerank.passages": 0},
+            "takes the first passages of bm25, .*rerank.passages=0",
+        ),
+        ("rrf", {"rerank.passages": 0}, "takes the first passages of bm25,trackstar"),
         ("rrf", {"rerank.passages": 9}, "rerank.passages=9 is below eval.top_k=10"),
         ("rerank_cos", {"rerank.candidates": "rrf"}, "rrf score the candidates of others"),
     ],

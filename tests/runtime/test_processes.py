@@ -53,14 +53,14 @@ describe = code_version.describe
 if me >= 0:
     code_version.describe = lambda: {"tda": str(me)}
     try:
-        encoding.fill_store(store, encoder, table, layout)
+        encoding.fill_stores([store], encoder, table, layout)
         raise AssertionError("not told")
     except processes.ProcessError as error:
         assert "process 1 has another version of the code" in str(error), error
     assert len(store.missing()) == 6
 code_version.describe = describe
 with jax.set_mesh(mesh):
-    encoding.fill_store(store, encoder, table, layout)
+    encoding.fill_stores([store], encoder, table, layout)
 assert store.missing() == [], store.missing()
 if me >= 0:
     said = processes.on_first_process("speak", lambda: {"who": me, "text": ["é" * 99, None]})

@@ -150,7 +150,7 @@ def told(self, shard, x):
     print(f"wrote:{shard}", flush=True)
     return out
 stores.GradientStore.write = told
-encoding.fill_store(store, encoder, table, layout)
+encoding.fill_stores([store], encoder, table, layout)
 if port:
     jax.distributed.shutdown()
 """
