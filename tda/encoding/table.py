@@ -230,7 +230,7 @@ def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout)
                 f"{store.path} was begun by other code:{as_text(differences(stored_code, code))}\n"
                 f"and this code's gradient of passage {table.ids[numbers[worst]]!r} differs by "
                 f"{distances[worst]:.1%} of its norm; rounding explains {_ROUNDING:.0%}. Resume "
-                "with the code that began the store, or remove it to encode the corpus anew"
+                "with the code that began it, or remove the store to encode the corpus anew"
             )
 
 

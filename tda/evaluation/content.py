@@ -12,7 +12,7 @@ import numpy as np
 from tda.evaluation import frequency, ranking
 from tda.facts.records import Fact, Triple
 
-# The nearest first; a passage has the first kind that fits.
+# The closest kind first; a passage is of the first kind that fits.
 KINDS = (
     "states the fact",
     "states it of another subject",
@@ -23,15 +23,15 @@ KINDS = (
 
 
 class Content:
-    """Finds how passages of a corpus relate to some queries; a passage is read once.
+    """Classifies how passages of a corpus relate to some queries; reads each passage once.
 
     Args:
         facts: the queries.
         correct: the rows that state each query's fact.
-        text_of: a function from a row to its text. The target is named by its name or an alias, as
-            in `tda.evaluation.frequency`.
-        triples_of: a function from a row to its annotations. Relations and objects are compared by
-            their URIs, so a triple without URIs states nothing of another subject.
+        text_of: returns a row's text, which names the target by its name or an alias, as in
+            `tda.evaluation.frequency`.
+        triples_of: returns a row's annotations. Relations and objects are compared by URI, so a
+            triple without URIs states nothing about another subject.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Content:
             passages_QxK: int, rows of passages; below 0 for none.
 
         Returns:
-            int64 [Q, K], places in `KINDS`; −1 where there is no passage.
+            int64 [Q, K], indices into `KINDS`; −1 where there is no passage.
         """
         out = np.full(passages_QxK.shape, -1, np.int64)
         for q, (fact, correct, target) in enumerate(self._queries):
@@ -90,9 +90,9 @@ class Content:
 
 
 def shares(kinds_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
-    """Returns each of `count` kinds' share of a query's passages: float64 [Q, kinds].
+    """Returns each kind's share of a query's passages, float64 [Q, kinds]; NaN without passages.
 
-    NaN without passages.
+    `count` is the number of kinds.
     """
     count_Qx1 = (kinds_QxK >= 0).sum(axis=1, keepdims=True)
     of_kind = np.stack([(kinds_QxK == k).sum(axis=1) for k in range(count)], axis=1)
@@ -102,8 +102,8 @@ def shares(kinds_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
 def by_kind(kinds_QxK: np.ndarray, figures_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
     """Returns the mean figure of all pairs of a query and a passage of each kind: float64 [kinds].
 
-    NaN is a figure that was not measured. Means are over pairs and not over queries, since few
-    queries have passages of every kind.
+    A NaN was not measured. Means are over pairs and not over queries, since few queries have
+    passages of every kind.
     """
     return np.array([ranking.mean(figures_QxK[kinds_QxK == k]) for k in range(count)])
 

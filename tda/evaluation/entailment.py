@@ -10,7 +10,7 @@ from tda.retrieval.dense import identity
 
 
 class EntailmentError(ValueError):
-    """The library or the model of a judge is missing, or the model is not of this kind."""
+    """The judge's library or model is missing, or the model does not judge entailment."""
 
 
 class Entailment(Judge):
@@ -50,7 +50,7 @@ class Entailment(Judge):
         self._tokenizer = load(transformers.AutoTokenizer)
         limits = [self._tokenizer.model_max_length, settings.tokens]
         self._limit = min([*limits, getattr(config, "max_position_embeddings", None) or limits[0]])
-        # A download belongs before hours of work; a directory is read when it is needed.
+        # A model of the hub is downloaded before hours of work; a directory is read when needed.
         if not pathlib.Path(settings.model).is_dir():
             self._open()
         self.identity = f"nli {identity(settings.model)} {self._limit}"
@@ -58,7 +58,7 @@ class Entailment(Judge):
     def _load(self, kind, **options):
         try:
             return kind.from_pretrained(self._settings.model, **options)
-        # The library raises whatever those that it loads files with raise.
+        # The library passes on any error of the libraries that it reads files with.
         except Exception as error:
             raise EntailmentError(
                 f"cannot load judge.model={self._settings.model!r} ({error}); give the directory "
@@ -72,7 +72,7 @@ class Entailment(Judge):
             sequences = transformers.AutoModelForSeq2SeqLM
             kind = sequences if self._is_t5 else transformers.AutoModelForSequenceClassification
             model, loaded = self._load(kind, dtype="auto", output_loading_info=True)
-            # The library fills up what a file lacks at random.
+            # The library initialises missing weights at random.
             if missing := sorted(loaded["missing_keys"]):
                 raise EntailmentError(
                     f"judge.model={self._settings.model!r} lacks the weights {missing[0]!r} and "
@@ -85,10 +85,10 @@ class Entailment(Judge):
         """See `Judge`."""
         import torch
 
-        # Not before: until then the accelerator trains and encodes.
+        # Only now: before, the accelerator trains and encodes.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, scores = self._open().to(device), np.zeros(len(pairs), np.float32)
-        # Pairs of like length together, since all of a batch are padded to the longest.
+        # Pairs of similar length together, since a batch is padded to its longest pair.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1].text))
         for first in range(0, len(pairs), self._settings.batch):
             rows = order[first : first + self._settings.batch]
@@ -132,21 +132,20 @@ class Entailment(Judge):
         """Returns how many tokens of a premise fit beside each text.
 
         Raises:
-            EntailmentError: none does.
+            EntailmentError: one text leaves no room.
         """
         rooms = [self._limit - len(ids) for ids in self._tokenizer(frames).input_ids]
-        # Between the two of a pair there are one or two separators more.
+        # A pair has one or two more separators between its texts.
         if min(rooms) < 3:
             text = frames[int(np.argmin(rooms))]
             raise EntailmentError(
-                f"the claim {text[:80]!r}… leaves a premise no room in {self._limit} tokens; "
-                "ask shorter queries, or give a larger --config.judge.tokens where the model "
-                "takes it"
+                f"the claim {text[:80]!r}… leaves no room for a premise in {self._limit} tokens; "
+                "ask shorter queries, or give a larger --config.judge.tokens if the model allows it"
             )
         return rooms
 
     def _cut(self, premise: str, room: int) -> str:
-        """Returns the beginning of a premise that is not longer than that many tokens."""
+        """Returns the first `room` tokens of a premise, as text."""
         ids = self._tokenizer(premise, add_special_tokens=False).input_ids
         return premise if len(ids) <= room else self._tokenizer.decode(ids[:room])
 
@@ -157,7 +156,7 @@ def _entailment_label(config, model: str) -> int:
     matches = [i for i, name in labels.items() if name.casefold().startswith("entail")]
     if len(matches) != 1:
         raise EntailmentError(
-            f"judge.model={model!r}: of its labels ({', '.join(labels.values())}) one must begin "
-            "with 'entail'; name them in its config.json (id2label), or use another model"
+            f"judge.model={model!r}: exactly one of its labels ({', '.join(labels.values())}) must "
+            "begin with 'entail'; name them in its config.json (id2label), or use another model"
         )
     return matches[0]

@@ -14,14 +14,12 @@ import numpy as np
 
 from tda.facts.records import Fact
 
-# Names so short are matched with their case.
+# Names of at most so many characters are matched with their case.
 _SHORT = 3
-# Powers of ten begin the buckets; a fact that is never stated has one of its own.
-EDGES = (1, 10, 100, 1000, 10_000)
 
 
 def normalised(text: str) -> str:
-    """Returns a text with composed characters and single spaces, as names are looked for in it."""
+    """Returns a text with composed characters and single spaces, the form that is searched."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -85,7 +83,7 @@ def begins_with(text: str, names: Iterable[str]) -> bool:
 
 
 def entity(name: str, aliases: Iterable[str]) -> tuple[str, ...]:
-    """Returns what identifies an entity: all of its names, since a user's corpus may lack URIs."""
+    """Returns all names of an entity, which identify it: a user's corpus may have no URIs."""
     return tuple(sorted({name, *aliases}))
 
 
@@ -94,8 +92,8 @@ def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) 
 
     Args:
         facts: the facts.
-        texts: the passages; each counts once, however often it names them.
-        advance: a function that is called with the number of texts done since the last call.
+        texts: the passages; each counts at most once.
+        advance: called with the number of texts done since the last call.
     """
     entities: dict[tuple[str, ...], int] = {}
 
@@ -117,15 +115,15 @@ def counts(facts: Sequence[Fact], texts: Iterable[str], advance=lambda n: None) 
     return out
 
 
-def buckets(frequencies, edges: Sequence[int] = EDGES) -> tuple[np.ndarray, list[str]]:
+def buckets(frequencies, edges: Sequence[int]) -> tuple[np.ndarray, list[str]]:
     """Returns each frequency's bucket, int64, and the buckets' names, such as "0" and "1 to 9".
 
     Args:
         frequencies: int [facts].
-        edges: the least frequency of every bucket except the first, rising.
+        edges: the least frequency of every bucket except the first, in rising order.
 
     Raises:
-        ValueError: `edges` is empty, does not rise, or begins below 1.
+        ValueError: `edges` is empty, not rising, or begins below 1.
     """
     edges = list(edges)
     if not edges or edges[0] < 1 or any(b <= a for a, b in zip(edges, edges[1:], strict=False)):

@@ -1,7 +1,7 @@
-"""What a judge is: does a passage entail that a query's prompt is completed by its target?
+"""The interface of a judge, which says whether a passage entails a query with its target.
 
-A judge scores pairs of a premise and a claim from 0 to 1. A passage is read in windows of some
-sentences, and its score is that of the best one (`tda.evaluation.judges` has the judges by name).
+A judge scores pairs of a premise and a claim from 0 to 1. A passage is read in windows of a few
+sentences, and has the score of its best window (`tda.evaluation.judges` has the judges by name).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a passage is to entail: a query with its target."""
+    """A query with its target, which a passage may entail."""
 
     text: str
     """Prompt and target, the hypothesis."""
@@ -21,26 +21,26 @@ class Claim:
     target: tuple[str, ...]
     """The target's name and aliases."""
     subject: tuple[str, ...] = ()
-    """Names of what the claim is about; empty if they are not known."""
+    """Names of the claim's subject; empty if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-    """What a judge is made from (the section `judge` of a config)."""
+    """The settings that a judge is made with (the section `judge` of a config)."""
 
     model: str = ""
     """A directory, or a name on the Hugging Face hub."""
     batch: int = 32
     """Pairs that a model scores at a time."""
     tokens: int = 512
-    """Tokens of premise and claim at most: a longer premise is cut at its end."""
+    """The most tokens of premise and claim; a longer premise is cut at its end."""
 
 
 class Judge:
     """Scores how surely premises entail claims.
 
     Attributes:
-        identity: names everything that scores depend on; those on disk are kept by it.
+        identity: a text that names everything that scores depend on; names the files of scores.
     """
 
     identity: str
@@ -50,9 +50,9 @@ class Judge:
         raise NotImplementedError
 
 
-# A sentence ends at such a mark before white space, or at the end of a line.
+# A sentence ends at one of these marks before white space, or at the end of a line.
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+|\n+")
-# Before a full stop these, or an initial, end no sentence.
+# A full stop after one of these, or after an initial, does not end a sentence.
 _ABBREVIATED = re.compile(
     r"(?:^|[\s(])(?:\w|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Mt|No|vs|ca|cf|Rev|Gen|Col|Capt|Lt|Sgt|Hon|Inc|Ltd"
     r"|Co|(?:\w\.)+\w)\.$"
@@ -60,10 +60,10 @@ _ABBREVIATED = re.compile(
 
 
 def sentences(text: str) -> list[slice]:
-    """Returns where the sentences of a text stand, without white space around them.
+    """Returns the span of each sentence of a text, without white space around it.
 
-    By punctuation: a mark that ends a sentence is followed by white space and no small letter, and
-    does not stand behind an initial or a common abbreviation.
+    By punctuation: a mark that ends a sentence is followed by white space and no lower-case letter,
+    and does not follow an initial or a common abbreviation.
     """
     out, start = [], 0
     for match in _END.finditer(text):

@@ -1,4 +1,4 @@
-"""The judges by name: those of the package, and those that code from outside registers."""
+"""The judges by name: the package's own, and those that plugins register."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def _lexical(settings: JudgeSettings) -> Judge:
     return Lexical()
 
 
-# Each makes a judge, and raises ValueError where an extra or a model is missing.
+# Each function, or class, makes a judge; it raises ValueError if an extra or a model is missing.
 JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {"lexical": _lexical, "nli": Entailment}
 
 
@@ -31,10 +31,10 @@ def register(name: str, factory: Callable[[JudgeSettings], Judge]) -> None:
 
 
 def make(name: str, settings: JudgeSettings) -> Judge:
-    """Returns the judge of a name.
+    """Makes the judge of a name.
 
     Raises:
-        ValueError: the name is unknown, or what the judge needs is missing.
+        ValueError: the name is unknown, or an extra or a model is missing.
     """
     if name not in JUDGES:
         raise ValueError(

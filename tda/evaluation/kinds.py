@@ -1,4 +1,4 @@
-"""What a passage says about a query where no labels tell: the types of the viewer's notes, by rule.
+"""What a passage says about a query, without labels: the types of the viewer's notes, by rule.
 
 The types follow the paper's analysis (Chang et al. 2024, section 6). A judge decides whether a
 passage states the fact; names and words decide the rest, as in `tda.evaluation.lexical`.
@@ -11,11 +11,11 @@ from tda.evaluation.judge import Claim
 from tda.evaluation.lexical import names_in, relation_of, share, unqualified, words_of
 from tda.viewer.notes import TYPES
 
-# The nearest first; a passage is of the first type that fits.
+# The closest type first; a passage is of the first one that fits.
 KINDS, TITLES = tuple(TYPES), tuple(TYPES.values())
-# With this share of its words a name is there in part; a relation needs more.
+# A name is present in part with at least this share of its words; a relation, with more.
 _PRESENT = 0.5
-# Words in a row that make two texts alike in form.
+# Words in a row that two texts of the same form share.
 _IN_A_ROW = 3
 
 
@@ -23,16 +23,17 @@ def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
     """Returns the type of a passage for a query, a key of `TYPES`.
 
     - `states`: the judge says so.
-    - `part`: one of subject and target is named, and half of the other's words too.
-    - `prior`: most of the prompt's words beside the subject are there: the relation of others.
-    - `entity`: subject or target is named; `name`: half of the words of one of their names are.
-    - `form`: three words or signs in a row as in the prompt, numbers being alike.
+    - `part`: it names subject or target, and has half of the words of the other's name.
+    - `prior`: it has most of the prompt's words other than the subject: the relation, of others.
+    - `entity`: it names subject or target.
+    - `name`: it has half of the words of one of their names.
+    - `form`: it shares three words or signs in a row with the prompt; numbers count as equal.
     - `unrelated`: none of these.
 
     Args:
         text: the passage.
-        claim: the query, its target, and the names of its subject if they are known.
-        is_stated: whether the judge takes the passage to entail the claim.
+        claim: the query, its target, and the names of its subject if known.
+        is_stated: whether the passage entails the claim according to the judge.
     """
     if is_stated:
         return "states"
@@ -53,7 +54,7 @@ def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
 
 
 class _Query:
-    """A claim, read once for all passages."""
+    """A claim, parsed once for all passages."""
 
     def __init__(self, claim: Claim):
         both = unqualified(claim.subject), unqualified(claim.target)
@@ -67,6 +68,6 @@ _read = functools.lru_cache(4096)(_Query)
 
 
 def _form(text: str) -> set[tuple[str, ...]]:
-    """Returns the runs of words and signs of a text, with all numbers alike."""
+    """Returns the runs of words and signs of a text, with every number as 0."""
     signs = re.findall(r"\w+|[^\w\s]", re.sub(r"\d+", "0", text.casefold()))
     return set(zip(*(signs[i:] for i in range(_IN_A_ROW)), strict=False))

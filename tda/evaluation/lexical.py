@@ -9,24 +9,24 @@ import numpy as np
 from tda.evaluation.frequency import Names, normalised
 from tda.evaluation.judge import Claim, Judge
 
-# Words of a prompt that say nothing of its relation.
+# Words of a prompt that say nothing about its relation.
 _FUNCTION_WORDS = frozenset(
     "a an the of in on at by for to from with and or as is are was were be been has have had it "
     "its he she they his her their that this which who what where when how do does did".split()
 )
-# Letters by which forms of a word are taken for the same: "border", "borders".
+# Forms of a word count as equal by so many first letters: "border", "borders".
 _STEM = 5
-# The share of a score that the words of the relation decide: never whether it passes 0.5.
+# The share of a score that the relation's words decide: never whether it is above 0.5.
 _RELATION = 0.2
 
 
 class Lexical(Judge):
-    """Looks for names: a premise that names subject and target is taken to state the claim.
+    """Looks for names: a premise that names subject and target counts as stating the claim.
 
-    It needs no model, and knows nothing of meaning: "X, not Y, was born in Z" entails both. The
-    score is 0 without the target. Else it is the share of the subject's words that the premise has
-    (1 for any name in full), of which a fifth depends on the share of the prompt's other words. If
-    the subject's names are not known, all words of the prompt stand for it.
+    It needs no model and ignores meaning: "X, not Y, was born in Z" entails the claim for both. The
+    score is 0 without the target. Otherwise it is the share of the subject's words that the premise
+    has (1 for any name in full), of which a fifth depends on the share of the prompt's other words.
+    If the subject's names are unknown, all words of the prompt count as the subject's.
     """
 
     identity = "lexical-1"
@@ -50,28 +50,28 @@ class Lexical(Judge):
 
 @functools.lru_cache(4096)
 def names_in(names: tuple[str, ...]) -> Names:
-    """Returns what finds any of an entity's names in a text; empty names are none."""
+    """Returns a finder of an entity's names in a text; empty names are ignored."""
     return Names([names])
 
 
 def unqualified(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns names without what tells them apart, such as "(comedian)", which no text has."""
+    """Returns names without qualifiers such as "(comedian)", which texts do not have."""
     return tuple(filter(None, (re.sub(r"\s*\([^()]*\)\s*$", "", name) for name in names)))
 
 
 def words_of(text: str) -> list[str]:
-    """Returns the first letters of the words of a text, without those of every text."""
+    """Returns the first letters of the words of a text, without function words."""
     words = re.findall(r"\w+", normalised(text).casefold())
     return [word[:_STEM] for word in words if word not in _FUNCTION_WORDS]
 
 
 @functools.lru_cache(4096)
 def relation_of(claim: Claim) -> tuple[str, ...]:
-    """Returns the words of a prompt that are in none of its subject's names, as `words_of` does."""
+    """Returns a prompt's words (`words_of`) that are in none of its subject's names."""
     about = {word for name in unqualified(claim.subject) for word in words_of(name)}
     return tuple(word for word in words_of(claim.prompt) if word not in about)
 
 
 def share(words: Sequence[str], present: set[str]) -> float:
-    """Returns the share of some words that are present; 1 of no words."""
+    """Returns what share of some words is present; 1 without any words."""
     return sum(word in present for word in words) / len(words) if words else 1.0

@@ -15,13 +15,13 @@ from tda.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class TargetStatistics:
-    """What a model says about the scored tokens of each of R sequences."""
+    """The statistics of the scored tokens of R sequences under a model."""
 
     nats: np.ndarray
     """float32 [R]: −log p(target | the tokens before it), summed over the target's tokens."""
     ranks: np.ndarray
-    """int64 [R]: the worst rank (from 1) of any token of the target among all tokens, each given
-    the tokens before it. Greedy decoding states the target exactly if this is 1."""
+    """int64 [R]: the worst rank, from 1, of a token of the target, each given the tokens before it.
+    Greedy decoding states the target if and only if this is 1."""
 
 
 def target_statistics(logits_BxTxV, targets_BxT, weights_BxT) -> tuple[jax.Array, jax.Array]:
@@ -29,8 +29,8 @@ def target_statistics(logits_BxTxV, targets_BxT, weights_BxT) -> tuple[jax.Array
     nats_B = losses.cross_entropy(logits_BxTxV, targets_BxT, weights_BxT)
     targets_BxTx1 = targets_BxT[..., None]
     target_logits_BxTx1 = jnp.take_along_axis(logits_BxTxV, targets_BxTx1, axis=-1)
-    # Of equal logits, which bfloat16 often has, greedy decoding takes the first token. Said by what
-    # is behind the target, so that NaN is in front of it and never makes it the first.
+    # Of equal logits, which bfloat16 often has, greedy decoding takes the first token. Counting the
+    # tokens behind the target, not those before it, keeps a NaN from making it the first.
     is_equal = logits_BxTxV == target_logits_BxTx1
     follows = jnp.arange(logits_BxTxV.shape[-1]) >= targets_BxTx1
     is_behind = (logits_BxTxV < target_logits_BxTx1) | (is_equal & follows)
@@ -58,7 +58,7 @@ class Likelihood:
         self._statistics = statistics
 
     def __call__(self, table: TokenTable, rows: np.ndarray | None = None) -> TargetStatistics:
-        """Returns the statistics of the table's `rows` (by default all), in their order."""
+        """Returns the statistics of the table's `rows`, by default all, in their order."""
         rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
         nats, ranks = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
         for batch in self._layout.batches(table, rows):

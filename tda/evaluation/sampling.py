@@ -1,7 +1,8 @@
-"""The model's confidence in a fact: what share of its sampled answers state the target.
+"""The model's confidence in a fact: the share of its sampled answers that state the target.
 
-Sampled at temperature 1 (Chang et al. 2024 take 20 samples). The sequence so far is run again
-for every token, so that any model can be sampled; samples of a query that agree so far share a run.
+Answers are sampled at temperature 1 (Chang et al. 2024 take 20 samples). The model runs over the
+whole sequence again for every token, so that any model can be sampled; samples of a query with the
+same tokens so far share a run.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ class Sampler:
         @jax.jit
         def probabilities(state, tokens_BxT, last_B):
             model = nnx.merge(graphdef, state)
-            # Where the model allows it, logits are made of the last positions alone.
+            # If the model allows it, only the last positions' logits are computed.
             has_head = losses.has_separate_head(model)
             x_BxTxN = model.hidden(tokens_BxT) if has_head else model(tokens_BxT)
             x_Bx1xN = jnp.take_along_axis(x_BxTxN, last_B[:, None, None], axis=1)
@@ -61,12 +62,10 @@ class Sampler:
 
         Args:
             prompts: token ids of each prompt, `<bos>` first.
-            counts: tokens to draw after each prompt at most.
+            counts: the most tokens to draw after each prompt.
             samples: continuations of each prompt.
-            seed: decides the draws of a prompt together with its tokens, whatever the other prompts
-                are.
-            on_done: a function that is called with the numbers of finished prompts and their
-                continuations as the work goes on.
+            seed: seed of the draws, which depend on a prompt's tokens too, not on other prompts.
+            on_done: called with the numbers of finished prompts and their continuations.
 
         Raises:
             ValueError: a prompt is longer than the longest bucket.
@@ -75,7 +74,7 @@ class Sampler:
         if longest > self._longest:
             raise ValueError(f"a prompt has {longest} tokens, the model {self._longest} positions")
         out: list = [None] * len(prompts)
-        # Prompts that need as many tokens end together.
+        # Prompts of equal counts are drawn together, so that they end together.
         order = np.argsort(np.asarray(counts), kind="stable")
         with progress.bar(len(prompts), "sample", "query") as bar:
             for start in range(0, len(order), _TOGETHER):
@@ -89,7 +88,7 @@ class Sampler:
         return out
 
     def _draw(self, prompts: list[list[int]], uniform: list[np.ndarray]) -> Drawn:
-        """Draws continuations of a few prompts, a token of each in turn."""
+        """Draws continuations of a few prompts, one token of each at a time."""
         unfinished = {(i, s) for i, u in enumerate(uniform) for s in range(len(u)) if u.shape[1]}
         drawn: Drawn = [[[] for _ in u] for u in uniform]
         step = 0
@@ -112,7 +111,7 @@ class Sampler:
         return drawn
 
     def _next_tokens(self, prefixes: list[list[int]], picks: list[list[float]]) -> list[list[int]]:
-        """Returns the tokens that `picks`, numbers in [0, 1), choose after each prefix."""
+        """Returns the tokens after each prefix that `picks`, numbers in [0, 1), select."""
         out: list = [None] * len(prefixes)
         bucket = np.searchsorted(self._layout.bucket_lengths, [len(p) for p in prefixes])
         for b in np.unique(bucket):
@@ -137,14 +136,14 @@ def _uniform(prompt: Sequence[int], count: int, samples: int, seed: int) -> np.n
     """Draws numbers in [0, 1), float64 [samples, count]: each picks a token."""
     digest = hashlib.sha256(f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()).digest()
     rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
-    # A column at a time: drawing more tokens leaves the first ones as they were.
+    # A column at a time, so that the first tokens do not depend on how many are drawn.
     return rng.random((count, samples)).T
 
 
 def _pick(p_V: np.ndarray, uniform: Sequence[float]) -> list[int]:
-    """Returns the tokens whose stretch of [0, 1), laid out by probability, holds each number."""
+    """Returns the tokens that numbers in [0, 1) select by the cumulative probabilities."""
     reached = np.cumsum(p_V, dtype=np.float64)
-    # Their sum is 1 up to rounding; a token of no probability has no stretch and is never drawn.
+    # Scaled by the sum, which is 1 only up to rounding; a token of probability 0 is never selected.
     at = np.searchsorted(reached, np.asarray(uniform) * reached[-1], side="right")
     return np.minimum(at, len(p_V) - 1).tolist()
 

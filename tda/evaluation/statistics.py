@@ -1,8 +1,8 @@
-"""How sure a mean over queries is: bootstrap intervals, paired differences, several seeds.
+"""The uncertainty of a mean over queries: bootstrap intervals, paired differences, several seeds.
 
 Queries are resampled with repetition (Efron & Tibshirani 1993, chapters 13 and 16); every metric
-and every method sees the same draws, so that differences are paired. A query that a metric was not
-measured on is NaN there, and the mean is taken over those that were drawn and measured.
+and every method sees the same draws, so that differences are paired. A query on which a metric was
+not measured is NaN, and means are taken over the drawn queries that were measured.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Draws are made so many numbers at a time: 32 MiB of float64.
+# Numbers that are drawn at a time: 32 MiB of float64.
 _CHUNK = 1 << 22
 # Ends of a 95 % percentile interval.
 _TAILS = (0.025, 0.975)
@@ -21,12 +21,12 @@ class Interval:
     """A mean and its 95 % interval."""
 
     mean: float
-    """Over the queries that were measured; NaN if none was."""
+    """The mean over the measured queries; NaN if there are none."""
     low: float
     high: float
     """Ends of the percentile interval; NaN if fewer than two were measured."""
     count: int
-    """Queries that were measured."""
+    """The number of measured queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def resampled_means(values_QxM: np.ndarray, resamples: int = 10_000, seed: int =
     step = max(1, _CHUNK // Q)
     for start in range(0, resamples, step):
         R = min(step, resamples - start)
-        # How often each query was drawn: a mean is then a product of matrices.
+        # How often each query was drawn, so that all means are one matrix product.
         drawn = rng.integers(Q, size=(R, Q)) + Q * np.arange(R)[:, None]
         counts_RxQ = np.bincount(drawn.ravel(), minlength=R * Q).reshape(R, Q).astype(np.float64)
         weight_RxM = counts_RxQ @ measured_QxM.astype(np.float64)
@@ -106,7 +106,7 @@ def _intervals(values_QxM, resamples: int, seed: int) -> tuple[list[Interval], n
     for x_Q, drawn_R in zip(values_QxM.T, drawn_RxM.T, strict=True):
         measured = x_Q[np.isfinite(x_Q)]
         mean = measured.mean() if len(measured) else np.nan
-        # A draw that misses every measured query says nothing of the mean.
+        # A draw without any measured query has no mean.
         ends = np.nanquantile(drawn_R, _TAILS) if len(measured) > 1 else (np.nan, np.nan)
         out.append(Interval(float(mean), *map(float, ends), len(measured)))
     return out, drawn_RxM
@@ -114,7 +114,7 @@ def _intervals(values_QxM, resamples: int, seed: int) -> tuple[list[Interval], n
 
 @dataclasses.dataclass(frozen=True)
 class GroupSum(Interval):
-    """A group's sum of scores, the mean over queries, beside what its size alone would give."""
+    """A group's sum of scores, averaged over queries, and the sum expected from its size alone."""
 
     label: str = ""
     size: int = 0
@@ -122,7 +122,7 @@ class GroupSum(Interval):
     expected: float = float("nan")
     """Its size times the mean score of all passages."""
     p: float = float("nan")
-    """Two-sided, of the hypothesis that labels have nothing to do with scores."""
+    """Two-sided, of the hypothesis that labels and scores are independent."""
 
 
 def group_sums(
@@ -149,7 +149,7 @@ def group_sums(
     size_G = np.bincount(group_C)
     sum_G, expected_G = sums_QxG.mean(axis=0), size_G * mean_C.mean()
     rng, as_far_G = np.random.default_rng(seed), np.zeros(len(names), np.int64)
-    # A rounding error is no distance: of equal scores every draw is as far.
+    # Less a tolerance for rounding: with equal scores every draw counts as equally far.
     distance_G = np.abs(sum_G - expected_G) - 1e-9 * np.abs(mean_C).sum()
     for _ in range(resamples):
         drawn_G = np.bincount(group_C, rng.permutation(mean_C), len(names))

@@ -1,8 +1,8 @@
 """Summaries of per-query metrics: means, intervals, groups of queries, differences of methods.
 
-A metric is an array with a number for each query, NaN where it was not measured. Every metric is
-summarised alike: by its mean, its bootstrap interval, its mean in each group of queries, and its
-paired difference to other methods.
+A metric is an array with a number for each query, NaN where it was not measured. Each is summarised
+by its mean, its bootstrap interval, its mean in each group of queries, and its paired difference to
+other methods.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tda.results import KNOWN_BEYOND_PRIOR
 
 CUT = 10
 DEPTHS = (1, 3, 5, 10)
-# The metrics by which methods are compared and groups of queries described.
+# The metrics of comparisons of methods and of groups of queries.
 HEADLINE = (
     "mrr",
     "recall_at_10",
@@ -33,14 +33,14 @@ KNOWLEDGE = ("knows", "guesses", "does not state")
 
 
 def knowledge(is_stated_Q: np.ndarray, beyond_Q: np.ndarray) -> np.ndarray:
-    """Returns what the model knows of each query: int64 [Q], places in `KNOWLEDGE`; else −1.
+    """Returns what the model knows of each query, int64 [Q], as indices into `KNOWLEDGE`, or −1.
 
-    A stated target is known if its log p is at least a nat above the mean log p that it has after
-    prompts about other subjects. Otherwise the relation alone suggests it.
+    A stated target is known if its log p is at least a nat above its mean log p after prompts about
+    other subjects. Otherwise the relation alone suggests it.
 
     Args:
         is_stated_Q: whether greedy decoding states the target.
-        beyond_Q: log p of the target less that mean, in nats; NaN where there are no such prompts.
+        beyond_Q: log p of the target less that mean, in nats; NaN without such prompts (−1).
     """
     states = np.where(beyond_Q >= KNOWN_BEYOND_PRIOR, 0, np.where(np.isnan(beyond_Q), -1, 1))
     return np.where(is_stated_Q, states, 2)
@@ -66,20 +66,20 @@ def rank_values(first_ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def judged_values(entails_QxK: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the metrics of each query by a judge, who has read the proponents alone.
+    """Returns the metrics of each query by a judge, who has read only the proponents.
 
     Args:
-        entails_QxK: whether each proponent entails its query, in the order of their ranks; False
-            where a method found fewer.
+        entails_QxK: whether each proponent entails its query, by rank; False where a method found
+            fewer.
 
     Returns:
-        float64 [Q] by name: "ais_mrr", 1 over the rank of the first that does, and 0 if none of the
-        K does: what the rest of the corpus says is not known; "ais_recall_at_10", whether one of
-        the first 10 does; "ais_precision_at_10", the share of the first 10 that do.
+        float64 [Q] by name: "ais_mrr", 1 over the rank of the first proponent that entails the
+        query, or 0 if none does, since the rest of the corpus is not judged; "ais_recall_at_10",
+        whether one of the first 10 does; "ais_precision_at_10", the share of the first 10 that do.
     """
     entails_QxK = np.asarray(entails_QxK, bool)
     K = entails_QxK.shape[1]
-    # 1/rank is largest at the first.
+    # 1/rank is largest for the first one that entails.
     reciprocal_K = 1.0 / np.arange(1, K + 1)
     return {
         "ais_mrr": (entails_QxK * reciprocal_K).max(axis=1, initial=0.0),
@@ -94,7 +94,7 @@ def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, 
     Args:
         log_p_QxKx2: log-probability of the target before and after one step on each proponent, in
             the order of their ranks; NaN where there is none, or it was not measured.
-        control_Qx2: the same for a step with a zero gradient, by the optimizer's momentum alone.
+        control_Qx2: the same for a step with a zero gradient, which only momentum moves.
 
     Returns:
         float64 [Q] by name: "tail_patch" over the first 10 or fewer, "tail_patch_net", minus the
@@ -151,7 +151,7 @@ def grouped(
 
     Args:
         values, resamples, seed: as for `intervals`.
-        numbers_Q: the group of each query, its place in `names`; below 0 for none.
+        numbers_Q: the group of each query, an index into `names`; below 0 for none.
         names: names of the groups; groups without a query are left out.
         differences: whether methods are compared in each group.
 
@@ -220,8 +220,8 @@ def as_json(intervals: Mapping[str, statistics.Interval]) -> dict:
     """Returns means and intervals as JSON values.
 
     Returns:
-        Each metric's mean by its name, None if it was not measured; "counts", the number of queries
-        that each was measured on; "intervals", [low, high] if these are two or more.
+        Each metric's mean by its name, None if not measured; "counts", the number of queries on
+        which each was measured; "intervals", [low, high] if these are two or more.
     """
     out: dict = {name: number(i.mean) for name, i in intervals.items()}
     out["counts"] = {name: i.count for name, i in intervals.items()}
@@ -232,5 +232,5 @@ def as_json(intervals: Mapping[str, statistics.Interval]) -> dict:
 
 
 def number(x: float) -> float | None:
-    """Returns a number as JSON has it: None if it is not finite."""
+    """Returns a number for JSON: None if it is not finite."""
     return float(x) if np.isfinite(x) else None

@@ -1,9 +1,9 @@
 """Tail-patch: does one training step on a passage raise the probability of the query's target?
 
-From the final checkpoint, one step of the training optimizer, its state restored, on one passage
-alone; the score is the change of the target sequence's probability (Chang et al. 2024, section 5).
-Every step starts from the same checkpoint, and serves all queries that retrieved its passage.
-Scored in log-probability too: a change from 0.1% to 0.2% is as large there as one from 40% to 80%.
+One step of the training optimizer, with its restored state, is taken from the final checkpoint on
+one passage alone; the score is the change of the target sequence's probability (Chang et al. 2024,
+section 5). Every step starts from the same checkpoint, and is shared by all queries that retrieved
+its passage. Changes of log p are measured too: from 0.1% to 0.2% is as large as from 40% to 80%.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +20,19 @@ from tda.model.functional import Functional
 from tda.runtime import sharding
 from tda.training.loop import train_step
 
-# Pairs that one compiled call works through.
+# Pairs in a compiled call.
 _PAIRS_PER_CALL = 8
 
 
 def change(log_p: np.ndarray) -> np.ndarray:
     """Returns p after − p before, float64 [...], of log p before and after, [..., 2]."""
     before, after = np.moveaxis(np.asarray(log_p, np.float64), -1, 0)
-    # Not a difference of two exponentials, which would cancel.
+    # expm1, since the difference of two exponentials would cancel.
     return np.exp(before) * np.expm1(after - before)
 
 
 def log_change(log_p: np.ndarray) -> np.ndarray:
-    """Returns log p after − log p before in nats, float64 [...], of log p as `change` takes it."""
+    """Returns log p after − log p before in nats, float64 [...]; argument as for `change`."""
     before, after = np.moveaxis(np.asarray(log_p, np.float64), -1, 0)
     return after - before
 
@@ -43,7 +43,7 @@ class TailPatch:
     Args:
         model_fn: the model's structure.
         state: the checkpoint {"params", "opt_state", "step"}.
-        tx: the training optimizer; its learning rate is that of the restored step.
+        tx: the training optimizer, at the restored step's learning rate.
         layout: the lengths that sequences are padded to, and the padding.
     """
 
@@ -70,9 +70,9 @@ class TailPatch:
         def log_p_after(state, batch):
             def step(patched, pair):
                 passage = jax.tree.map(lambda x: x[None], pair["passage"])
-                # A conditional of a scan runs one branch: another query of the same passage costs
-                # no step. One program for any number of queries, so that bits do not depend on
-                # which pairs a resumed run has left.
+                # `cond` in a scan runs one branch only, so a passage's further queries cost no
+                # step. One program serves any number of queries, so that the bits do not depend on
+                # which pairs a resumed run still has to do.
                 patched = jax.lax.cond(
                     pair["is_new"],
                     lambda: train_step(merge, tx, state, passage)[0]["params"],
@@ -97,8 +97,7 @@ class TailPatch:
             passages, queries: the sequences.
             pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient,
                 which shows what the optimizer's momentum does on its own.
-            on_done: a function that is called with the numbers of finished pairs and their rows of
-                the result as the work goes on.
+            on_done: called with the numbers of finished pairs and their rows of the result.
 
         Returns:
             float64 [pairs, 2]: log p(target | prompt) in nats before the step, and after it.
@@ -106,8 +105,8 @@ class TailPatch:
         pairs = np.asarray(list(pairs), np.int64).reshape(-1, 2)
         lengths, out = self._layout.bucket_lengths, np.zeros((len(pairs), 2))
         query_length = lengths[np.searchsorted(lengths, queries.lengths.max() - 1)]
-        # A step with a zero gradient is the same at any length: one that is compiled for anyway,
-        # and the same one whatever the pairs are.
+        # A step with a zero gradient is the same at any length. The median is most likely compiled
+        # for anyway, and does not depend on the pairs.
         usual = int(np.median(passages.lengths)) - 1
         positions = np.where(
             pairs[:, 1] < 0, usual, passages.lengths_of(np.maximum(pairs[:, 1], 0)) - 1
@@ -123,7 +122,7 @@ class TailPatch:
         out[:, 0] = np.concatenate(before)[query_of_pair] if before else 0
         for b in np.unique(bucket):
             in_bucket = np.flatnonzero(bucket == b)
-            # The queries of a passage follow one another, and share its step.
+            # The queries of a passage follow each other, so that they share its step.
             by_passage = in_bucket[np.argsort(pairs[in_bucket, 1], kind="stable")]
             for which, filled in _calls(by_passage):
                 rows = pairs[filled, 1]
@@ -139,14 +138,14 @@ class TailPatch:
 
     def _rows(self, table: TokenTable, rows: np.ndarray, length: int) -> dict:
         """Returns some rows as a batch; a row of −1, whose gradient is zero, is all padding."""
-        # Padding stands behind all rows of a batch: move it to where the pairs have it.
+        # `materialise` puts padding last: move it to the rows of −1.
         order = np.argsort(np.argsort(rows < 0, kind="stable"))
         batch = batching.materialise(table, rows[rows >= 0], length, len(rows), self._layout.pad)
         return {name: x[order] for name, x in batch.arrays().items()}
 
 
 def _calls(numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the numbers of each compiled call, and the same filled up to the call's shape."""
+    """Yields the numbers of each compiled call, and the same padded to the call's shape."""
     for start in range(0, len(numbers), _PAIRS_PER_CALL):
         which = numbers[start : start + _PAIRS_PER_CALL]
         # The last call repeats its last number, to keep the shape.

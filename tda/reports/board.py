@@ -22,7 +22,7 @@ def describe(record: dict) -> str:
 
 
 def summarise(record: dict) -> str:
-    """Returns the board for a terminal: LDS with its interval, and other fractions' in brief."""
+    """Returns the board for a terminal: LDS with its interval, and LDS of the other fractions."""
     first, *others = (c for c in _columns(record) if _LESS not in c[1])
     head = ["method", f"LDS {_label(first)} [95%]", *map(_label, others), "cost"]
     rows = []
@@ -55,7 +55,7 @@ def draw_costs(record: dict, path: str | os.PathLike) -> list[str]:
         lines = [
             plots.Line(
                 family,
-                # What costs nothing that a clock can tell has a place on a logarithmic axis too.
+                # A cost too small to be timed is drawn at the axis's least value: log 0 is −∞.
                 [max(costs[n], least) for n in names],
                 *([intervals[n][key] for n in names] for key in ("mean", "low", "high")),
                 names=names,
@@ -64,12 +64,12 @@ def draw_costs(record: dict, path: str | os.PathLike) -> list[str]:
         ]
         if lines:
             panels.append(plots.Panel(title, lines))
-    return plots.draw(path, panels, "cost beside the training, in trainings", log_x=True)
+    return plots.draw(path, panels, "cost, in units of a training", log_x=True)
 
 
 def _columns(record: dict) -> list[tuple[str, str]]:
     """Returns (fraction, label) of every figure that some method has."""
-    # A baseline lacks the paired differences, so that all methods are looked at.
+    # Of all methods, since the baseline of the paired differences has none.
     columns = {(f, n) for m in record["methods"].values() for f in m["lds"] for n in m["lds"][f]}
     return sorted(columns, key=lambda c: (float(c[0]), not c[1].startswith("same order"), c[1]))
 
@@ -95,9 +95,9 @@ def _markdown(record: dict, columns: list[tuple[str, str]], has_cost: bool = Fal
 def _explain(record: dict) -> str:
     return (
         "LDS: how well a method predicts what retraining does, from 1 (perfect) to 0 (chance).\n"
-        f"Each retraining leaves out a random share of {record['units']} {record['unit']}s. What a "
-        "method's scores of these\nadd up to is held against how much a query's loss rose: "
-        f"Spearman's correlation over retrainings,\nas the mean over {record['queries']} queries."
+        f"Each retraining leaves out a random share of {record['units']} {record['unit']}s. LDS is "
+        "Spearman's correlation, over retrainings,\nof the sum of a method's scores of these with "
+        f"the rise of a query's loss; the mean over {record['queries']} queries."
     )
 
 
@@ -112,11 +112,11 @@ def _notes(record: dict) -> str:
             f"Reruns in another order without {_share(fraction)}: agreement {c['agreement']:.3f}; "
             f"ceilings {c['one']:.3f} (one order), {c['mean']:.3f} (mean of {c['orders']})."
         )
-    for fraction, by_metric in record.get("agreements", {}).items():
+    for fraction, by_metric in record["agreements"].items():
         if by_metric:
             order = ", ".join(f"{_TITLES[k]} {x:.2f}" for k, x in by_metric.items())
             lines.append(
-                f"How far other figures order the methods as LDS at {_share(fraction)} does "
+                f"Agreement with LDS at {_share(fraction)} on the order of the methods "
                 f"(Spearman): {order}."
             )
     return "\n".join(lines)

@@ -56,7 +56,7 @@ def comma_separated(rows: Sequence[dict], columns: Sequence[str] | None = None) 
 
     None becomes an empty cell.
     """
-    # The module's own line end is that of Windows.
+    # csv ends lines as Windows does by default.
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()

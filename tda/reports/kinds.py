@@ -10,8 +10,8 @@ from tda.reports.plots import Line, Panel
 def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
     """Draws two figures, `PATH` and `PATH_by_rank`, as PNG and SVG; returns the files.
 
-    The first has shares and tail-patch of every method by kind; the second, shares by rank of the
-    method that others are compared with and of BM25 if it is there.
+    The first has every method's shares and tail-patch by kind; the second, the shares by rank of
+    the reference method, and of BM25 if it is among the methods.
 
     Args:
         path: without a suffix.

@@ -9,7 +9,7 @@ import numpy as np
 
 from tda.runtime import atomic_file
 
-# Distinguishable with colour-vision deficiencies too (Okabe & Ito 2008).
+# Distinguishable also with colour-vision deficiencies (Okabe & Ito 2008).
 _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999933".split()
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
@@ -18,7 +18,7 @@ _MARK_DASHES = (0, (6, 4))
 _AXIS_WIDTH, _CHARACTER_WIDTH = 2.9, 0.09
 # Inches of a named row, and of the margins above and below the rows.
 _ROW_HEIGHT, _ROWS_MARGIN = 0.25, 0.8
-# With more lines, error bars replace bands, which would hide one another.
+# With more lines, error bars replace bands, which would hide each other.
 _MOST_BANDS = 5
 
 
@@ -54,7 +54,7 @@ class Panel:
 
 
 def is_installed() -> bool:
-    """Returns whether matplotlib, an extra, is installed: what runs draw unasked needs it."""
+    """Returns whether matplotlib, an extra, is installed; without it runs draw no plots."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -101,7 +101,7 @@ def draw(
     handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     if mark_label and any(line.marked is not None for line in lines):
         handles.append(Line2D([], [], color="grey", linestyle=_MARK_DASHES, label=mark_label))
-    if set(styles) == set(names):  # The rows' names say which line is which.
+    if set(styles) == set(names):  # the rows' names serve as the legend
         styles, handles = dict.fromkeys(styles, styles[names[0]]), []
     has_legend = len(handles) > 1
 
@@ -202,7 +202,7 @@ def _draw_rows(axes, lines: Sequence[Line], names: list[str], styles: dict[str, 
 
 
 def _label_ticks(axes, values: list[float]) -> None:
-    """Puts ticks at the values themselves if they are few: a logarithmic axis may show none."""
+    """Puts ticks at the values themselves if they are few: a logarithmic axis may have none."""
     from matplotlib import ticker
 
     if len(values) > 6:

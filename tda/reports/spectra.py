@@ -40,7 +40,7 @@ def draw(file, component: int | None = None, out=None) -> list[str]:
             x = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))
             y = values[x - 1]
             with np.errstate(divide="ignore"):
-                # Eigenvalues that are 0 except for rounding are not drawn.
+                # Eigenvalues that are 0 up to rounding are not drawn.
                 y = np.where(y > 1e-9 * values[0], np.log10(y), np.nan)
             lines.append(plots.Line(label, x.tolist(), y, marked=component))
     panel = plots.Panel("log10 of the eigenvalues", lines)

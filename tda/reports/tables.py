@@ -1,7 +1,7 @@
 """Tables of methods and their figures: a run's (`table.md`), and the paper's Table 1.
 
 Table 1 marks figures that are not clearly above every control (`tda.methods.CONTROLS`: retrievers
-that ignore the query): the 95% interval of the paired difference to some control reaches down to 0.
+that ignore the query): the 95% interval of the paired difference to one of them includes 0 or less.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ COLUMNS = (
     ("recall_at_10_strict", "recall@10 strict"),
     ("tail_patch", "tail-patch"),
 )
-# By a judge's verdicts on the proponents, in place of labels.
+# Columns by a judge's verdicts on the proponents, in place of labels.
 JUDGED = (
     ("ais_mrr", "AIS-MRR"),
     ("ais_recall_at_10", "AIS recall@10"),
@@ -52,7 +52,7 @@ def _has_labels(metrics: dict) -> bool:
 
 
 def _about_labels(metrics: dict, text: str) -> str:
-    """Returns a text about labels, or what stands in place of figures that need them."""
+    """Returns a text about labels, or the text for a corpus without labels."""
     judge = _judge(metrics)
     if judge is not None:
         text = text if _has_labels(metrics) else "The corpus has no labels."
@@ -70,7 +70,7 @@ def _judge(metrics: dict) -> dict | None:
 
 
 def _describe_judge(judge: dict) -> str:
-    """Returns what the figures of a judge mean; `judge` is that section of a config."""
+    """Explains the figures of a judge; `judge` is the section of a config."""
     sentences = judge["sentences"]
     read = f"in windows of {sentences} sentences" if sentences else "as a whole"
     model = f" ({judge['model']})" if judge["model"] else ""
@@ -84,7 +84,7 @@ def _describe_judge(judge: dict) -> str:
 def _measured(
     metrics: dict, columns: Sequence[tuple[str, str]] = (*COLUMNS[:4], *JUDGED, COLUMNS[4])
 ):
-    """Returns the columns without those that need labels or a judge, if there are none."""
+    """Returns the columns that were measured: some need labels, others a judge."""
     has_labels, is_judged = _has_labels(metrics), _judge(metrics) is not None
 
     def is_measured(key: str) -> bool:
@@ -110,7 +110,7 @@ def _by_method(
 
 
 def run_table(metrics: dict) -> str:
-    """Returns a run's main table in Markdown: methods × metrics, and what the columns mean."""
+    """Returns a run's main table in Markdown, methods × metrics, and explains its columns."""
     m = next(iter(metrics.values()))
     lines = [
         _by_method(metrics, _measured(metrics, _RUN_COLUMNS)),
@@ -177,7 +177,7 @@ def run_details(metrics: dict) -> str:
 
 
 def differences(metrics: dict) -> list[str]:
-    """Returns heading and table of all methods' paired differences to one; empty of one method."""
+    """Returns heading and table of the paired differences to one method; empty without others."""
     if len(metrics) < 2:
         return []
     reference = reference_of(metrics)
@@ -191,7 +191,7 @@ def differences(metrics: dict) -> list[str]:
 
 
 def _kind_tables(metrics: dict, key: str, title: str) -> list[str]:
-    """Returns tables of what proponents say about their queries, and of tail-patch by that."""
+    """Returns tables of the shares of proponents by what they say, and of tail-patch by that."""
     by_method = {name: m[key] for name, m in metrics.items()}
     columns = [(kind, kind) for kind in next(iter(by_method.values()))]
     parts = [
@@ -242,7 +242,7 @@ def _by_group(metrics: dict, key: str, metric: str) -> str:
 
 
 def _missing_text(metric: str) -> str:
-    # Runs may leave out tail-patch, so an empty cell is no surprise.
+    # Runs may leave out tail-patch, so its cell is empty; another missing figure is a dash.
     return "" if metric.startswith("tail_patch") else "–"
 
 
@@ -255,7 +255,7 @@ def _difference_cell(differences: dict, metric: str) -> str:
 
 
 def switches(method: Method) -> dict[str, str]:
-    """Returns the cells by which the paper's table describes a method: optimizer, R, unit norm.
+    """Returns the cells that describe a method in the paper's table: optimizer, R, unit norm.
 
     All are empty for retrievers that do not use gradients.
     """
@@ -292,7 +292,7 @@ def below_controls(name: str, metric: str, metrics: dict) -> list[str]:
 
 
 def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -> str:
-    """Returns Table 1 in Markdown, followed by what its columns and marks mean.
+    """Returns Table 1 in Markdown, followed by an explanation of its columns and marks.
 
     Args:
         methods: the rows by name, in order.
@@ -322,7 +322,7 @@ def markdown(methods: dict[str, Method], metrics: dict, notes: dict[str, str]) -
     if any(c in metrics for c in CONTROLS):
         controls = ", ".join(methods[c].title for c in CONTROLS if c in metrics)
         lines.append(
-            f"{MARK}: not above a control that looks at no query ({controls})."
+            f"{MARK}: not above a control, which ignores the query ({controls})."
             if is_marked
             else f"Every figure is above those of the controls ({controls})."
         )

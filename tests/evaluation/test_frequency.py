@@ -94,7 +94,8 @@ def test_the_whole_of_trex_in_one_pass():
 
 
 def test_buckets_begin_at_their_edges():
-    numbers, names = frequency.buckets([0, 1, 9, 10, 99, 100, 9999, 10_000, 10**9])
+    edges = [10**i for i in range(5)]
+    numbers, names = frequency.buckets([0, 1, 9, 10, 99, 100, 9999, 10_000, 10**9], edges)
     assert names == ["0", "1 to 9", "10 to 99", "100 to 999", "1000 to 9999", "10000 and more"]
     assert numbers.tolist() == [0, 1, 1, 2, 2, 3, 4, 5, 5]
     numbers, names = frequency.buckets([0, 1, 2, 3], edges=[1, 2, 3])

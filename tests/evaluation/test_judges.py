@@ -168,15 +168,15 @@ def test_a_long_premise_is_cut_and_never_its_claim(save, name, tokens):
     judge = judges.make("nli", JudgeSettings(model=make(name), tokens=tokens))
     long, cut = " ".join(["Ann left Rome and"] * 9), "Ann left Rome and Ann left"
     assert judge.score([(long, BORN)]) == pytest.approx(judge.score([(cut, BORN)]), rel=1e-4)
-    with pytest.raises(ValueError, match="leaves a premise no room"):
+    with pytest.raises(ValueError, match="leaves no room for a premise"):
         judge.score([("Oslo", Claim("Ann " * tokens, "", ()))])
 
 
 def test_models_that_judge_nothing_are_refused(save, tmp_path):
     make, _ = save
     for path, message in (
-        (make("bert", labels=("LABEL_0", "LABEL_1")), "one must begin with 'entail'"),
-        (make("bert", labels=("entailment", "entailed")), "one must begin with 'entail'"),
+        (make("bert", labels=("LABEL_0", "LABEL_1")), "must begin with 'entail'"),
+        (make("bert", labels=("entailment", "entailed")), "must begin with 'entail'"),
         (str(tmp_path), "cannot load judge.model"),
         ("", "needs --config.judge.model"),
     ):

@@ -57,7 +57,7 @@ def test_a_figure_that_is_not_above_the_controls_is_marked(metrics):
     assert tables.below_controls("exp5", "mrr", metrics) == ["length"]
     assert tables.below_controls("exp1", "mrr", metrics) == ["random"]
     text = tables.markdown(chosen, metrics, {"trackstar": "λ = 0.5"})
-    assert "not above a control that looks at no query (random, passage length)" in text
+    assert "not above a control, which ignores the query (random, passage length)" in text
     assert "- TrackStar: λ = 0.5" in text
 
 
