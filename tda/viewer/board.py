@@ -13,14 +13,13 @@ from tda.viewer.summary import query_key
 
 
 class Board:
-    """A board. Every number is as it is stored; those that are not finite become None.
+    """A board. Numbers that are not finite become None.
 
     Args:
-        path: `board.json`. Without a `board.npz` beside it, as boards of before have none, there
-            are the figures of methods and nothing of single queries.
+        path: `board.json`. Without `board.npz` beside it there are no figures of single queries.
 
     Raises:
-        OSError, ResultsError: it cannot be read, or is no board.
+        OSError, ResultsError: a file cannot be read, or is not a board's.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -34,14 +33,15 @@ class Board:
             }
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise ResultsError(
-                f"{path} is no board of methods ({type(error).__name__}: {error}); compute it again"
+                f"{path} is not a board of methods ({type(error).__name__}: {error}); compute it "
+                "again"
             ) from error
         arrays = path.with_suffix(".npz")
         self._arrays = read_arrays(arrays) if arrays.exists() else {}
         self.queries = self._record.get("texts", []) if self._arrays else []
 
     def figures(self) -> dict:
-        """Returns the record of `board.json`, and of each query its key and methods' LDS."""
+        """Returns the record of `board.json`, with each query's key and LDS by method."""
         texts = [t | {"query": query_key(t["id"], t["prompt"], t["target"])} for t in self.queries]
         lds = {
             f"{fraction}/{label}/{name}": _plain(self._arrays[f"{fraction}/{label}/{name}"])
@@ -52,9 +52,9 @@ class Board:
         return self._record | {"texts": texts, "labels": self._labels, "lds": lds}
 
     def changes(self, query: int) -> dict:
-        """Returns how much a query's loss rose in each retraining, and by how much it should have.
+        """Returns a query's changes of loss in each retraining.
 
-        By FRACTION/LABEL what happened; by FRACTION/METHOD what the method predicted.
+        FRACTION/LABEL has those that happened; FRACTION/METHOD those that the method predicted.
 
         Raises:
             KeyError: there is no such query.

@@ -1,7 +1,7 @@
 """The results files, notes, tables and plots that a viewer shows, cut into named pieces.
 
-A page asks for pieces by name, such as `0/records-12`. The server makes each piece on request and
-an export writes them all, so a page reads its data in the same way from both.
+A page asks for pieces by name, such as `0/records-12`. The server makes each piece on request, and
+an export writes them all, so that a page reads both in the same way.
 """
 
 import os
@@ -27,8 +27,8 @@ class Collection:
     """The contents of a viewer.
 
     Args:
-        workdir: a run's directory, whose tables, plots and board are shown; None for none.
-        notes: the notes on passages; None if no notes can be taken.
+        workdir: the directory of the run whose tables, plots and board are shown, or None.
+        notes: the notes on passages; None if notes cannot be taken.
 
     Raises:
         OSError, ResultsError: the workdir's board cannot be read.
@@ -37,7 +37,7 @@ class Collection:
     def __init__(self, workdir=None, notes: Notes | None = None):
         self.workdir = None if workdir is None else pathlib.Path(workdir)
         self.notes = notes
-        # Files beside an export that its overview leads to, as names and addresses.
+        # Names and addresses of files beside an export that its overview links to.
         self.links: list[list[str]] = []
         board = None if workdir is None else self.workdir / "board.json"
         self.board = Board(board) if board is not None and board.is_file() else None
@@ -49,8 +49,8 @@ class Collection:
     ) -> ResultsFile:
         """Opens a results file and adds it to those shown; arguments as for `ResultsFile`.
 
-        Its label is made distinct from the others, and is by default the file's name; its title is
-        by default that of the label in `tda.methods`.
+        The label is by default the file's name, and gets a number if another file has it; the title
+        is by default that of the label in `tda.methods`.
 
         Raises:
             OSError, ResultsError: the file cannot be shown.
@@ -59,14 +59,14 @@ class Collection:
         titles = {} if self.board is None else self.board.titles
         title = title or (METHODS[label].title if label in METHODS else titles.get(label, label))
         file = ResultsFile(path, label, title, on_bytes or (lambda n: None))
-        # Uploads add files from several threads at a time.
+        # Uploads may add files from several threads at once.
         with self._lock:
             file.label = _unlike(label, [f.label for f in self.files])
             self.files.append(file)
         return file
 
     def refresh(self) -> None:
-        """Reopens files that have changed; a deleted or broken file stays as it was read."""
+        """Reopens files that have changed; of a deleted or broken file the last state stays."""
         for i, file in enumerate(self.files):
             if file.stale():
                 try:
@@ -77,7 +77,7 @@ class Collection:
                 self.files[i] = new
 
     def index(self) -> dict:
-        """Returns the piece that a page reads first: it says which other pieces there are."""
+        """Returns the piece that a page reads first, which lists the other pieces."""
         return {
             "files": [f.describe() for f in self.files],
             "summary_rows": results_file.SUMMARY_ROWS,
@@ -188,12 +188,12 @@ def _stem(path) -> str:
     name = os.path.basename(os.fspath(path))
     for ending in (".gz", ".jsonl", ".json"):
         name = name.removesuffix(ending)
-    # A label is a word of the filter.
+    # The filter takes a label as one word.
     return re.sub(r"\W+", "_", name).strip("_") or "results"
 
 
 def _unlike(label: str, labels: list[str]) -> str:
-    """Returns the label, with a number where another file has it already."""
+    """Returns the label, with a number if another file has it already."""
     number, out = 2, label
     while out in labels:
         out, number = f"{label}_{number}", number + 1

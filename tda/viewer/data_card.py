@@ -1,4 +1,4 @@
-"""The data card of a release: a README that says what the folder holds, and how it was made."""
+"""The data card of a release: a README about the folder's contents and how they were made."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from tda.viewer.notes import TYPES
 # The fields of a record and their meanings; the card has those that occur.
 FIELDS = {
     "example_id": "the query's id",
-    "query_set": "the set of queries that it is of",
+    "query_set": "the query's set",
     "inputs_plaintext": "the prompt",
     "targets_plaintext": "the target, whose log-probability is traced",
     "groundtruth": "the true answer",
@@ -24,25 +24,25 @@ FIELDS = {
     "target_prior_nats": "mean −log p(target) after prompts about other subjects of the relation",
     "is_8b_correct": "whether greedy decoding states the target (of this model, whatever its size)",
     "8b_generations": "answers sampled from the model",
-    "8b_confidence": "the share of them that state the target",
+    "8b_confidence": "the share of these that state the target",
     "c4_frequency": "passages of the corpus that name both subject and target",
     "c4_frequency_bucket": "its bucket",
     "has_trex_sentence": "whether the corpus has a passage that is labelled with the fact",
     "first_correct_rank": "the rank of the first passage that is labelled with the fact, from 1",
-    "first_strict_rank": "the same by labels that are sure",
+    "first_strict_rank": "the same, by sure labels only",
     "proponents": "texts of the passages with the highest scores, highest first",
     "proponent_ids": "their ids",
     "proponent_scores": "their scores by the method, in its own unit",
     "proponent_correct": "whether each is labelled with the fact",
     "proponent_tail_patch": "change of p(target) by one training step on it alone",
-    "proponent_ais_scores": "a judge's score, from 0 to 1: does it entail prompt and target?",
-    "proponent_ais_best_windows": "the sentences of it that have this score",
-    "proponent_kinds": "what it says, by judge and rule: " + ", ".join(TYPES),
+    "proponent_ais_scores": "a judge's score of each, from 0 to 1: is the fact stated?",
+    "proponent_ais_best_windows": "the sentences of each with this score",
+    "proponent_kinds": "what each says, by judge and rule: " + ", ".join(TYPES),
     "opponents": "texts of the passages with the lowest scores, lowest first",
     "opponent_ids": "their ids",
     "opponent_scores": "their scores",
 }
-# Views of the viewer to begin with: title, filter, and the field that it needs.
+# Suggested views of the viewer: title, filter, and the field that it needs.
 _PRESETS = (
     ("The model states the target", "model_correct", "model_correct"),
     ("At least half of the sampled answers state it", "confidence >= 0.5", "confidence"),
@@ -60,8 +60,8 @@ Which training passages made a language model say that? {queries:,} prompts with
 what the model says, and the passages that each of {count} methods scores highest (proponents) and
 lowest (opponents), in the format of Chang et al. (2024).
 
-**To look at it** open `index.html`: the folder is a site as it is, from disk, on any web server
-or on GitHub Pages. Views to begin with:
+**To look at it** open `index.html`, from disk, on any web server or on GitHub Pages. Views to begin
+with:
 
 {presets}
 
@@ -82,13 +82,13 @@ overview.
 
 {methods}
 
-A score is comparable within a query and method alone.
+Scores are comparable only within a query and a method.
 
 ## Files
 
 {files}
 
-`queries.jsonl` has the queries without retrievals. Every line of a file is one query:
+`queries.jsonl` has the queries without passages. Every line of a file is one query:
 
 ```python
 import gzip, json
@@ -103,15 +103,15 @@ with gzip.open("results/{first}.jsonl.gz", "rt", encoding="utf-8") as lines:
 
 ## Limits
 
-A high score says that a method takes a passage to have influenced the model, not that it did:
-tail-patch and retraining measure that. Labels and judges err. Passages are quoted as they are in
+A high score says that a passage influenced the model according to the method, not that it did:
+tail-patch and retraining measure that. Labels and judges err. Passages are quoted unchanged from
 the corpus, whoever wrote them.
 
 ## Citation
 
 Chang, Rajagopal, Bolukbasi, Dixon, Tenney: *Scalable Influence and Fact Tracing for Large
-Language Model Pretraining*, ICLR 2025, arXiv 2410.17413, whose method TrackStar is and whose
-format these files have.
+Language Model Pretraining*, ICLR 2025, arXiv 2410.17413, introduce TrackStar and the format of
+these files.
 """
 
 
@@ -119,15 +119,15 @@ def describe(collection: Collection, workdir: pathlib.Path, out: pathlib.Path) -
     """Returns the card of a release in Markdown.
 
     Args:
-        collection: the results that it holds.
+        collection: the release's results.
         workdir: the run's directory.
-        out: the release's folder, with all other files.
+        out: the release's folder, with all its other files.
     """
     files = collection.files
     config = json.loads((workdir / "config.json").read_text("utf-8"))
     run = run_figures.read(workdir) or {"facts": []}
     facts = [*run["facts"][:1], *_model(config, workdir), *run["facts"][1:]]
-    # Some fields only a sample of the queries has.
+    # Some fields are only in a sample of the queries.
     fields = {name for file in files for row in range(len(file)) for name in file.record(row)}
     sizes = [
         (path.relative_to(out).as_posix(), path.stat().st_size)
@@ -162,7 +162,7 @@ def describe(collection: Collection, workdir: pathlib.Path, out: pathlib.Path) -
 
 
 def _model(config: dict, workdir: pathlib.Path) -> list[list[str]]:
-    """Returns what is known of the model and its training, as names and texts."""
+    """Returns facts about the model and its training, as names and texts."""
     facts, shape = [], workdir / "model" / "config.json"
     if shape.is_file():
         sizes = {k: x for k, x in json.loads(shape.read_text("utf-8")).items() if type(x) is int}
@@ -176,7 +176,7 @@ def _model(config: dict, workdir: pathlib.Path) -> list[list[str]]:
 
 
 def _methods(labels: list[str]) -> str:
-    """Returns a table of the methods, and of what tells their scores apart."""
+    """Returns a table of the methods and the settings in which their scores differ."""
     rows = []
     for label in labels:
         method = METHODS.get(label)
@@ -187,7 +187,7 @@ def _methods(labels: list[str]) -> str:
 
 
 def _presets(collection: Collection) -> list[str]:
-    """Returns links to views of the viewer, as lines of a list."""
+    """Returns links to suggested views of the viewer, as lines of a list."""
     main, *others = collection.files
     present = main.describe()["fields"]
     presets = [(title, query, main.label) for title, query, field in _PRESETS if field in present]

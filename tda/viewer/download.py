@@ -13,7 +13,7 @@ _PART = 1 << 20
 
 
 def is_url(name: str) -> bool:
-    """Returns whether `name` is a URL and not a path."""
+    """Returns whether `name` is a URL, not a path."""
     return urllib.parse.urlsplit(name).scheme in ("http", "https")
 
 
@@ -25,8 +25,8 @@ def fetch(
 ) -> str:
     """Downloads a results file into a folder, named by the URL's last part; returns its path.
 
-    The file appears whole or not at all. It may have `limit` bytes; `on_bytes` is called with the
-    bytes so far and in all (0: unknown).
+    The file is written atomically, with at most `limit` bytes; `on_bytes` is called with the bytes
+    so far and in all (0: unknown).
 
     Raises:
         ValueError: the URL has another scheme, or the file is too large.
@@ -37,7 +37,7 @@ def fetch(
     name = os.path.basename(urllib.parse.urlsplit(url).path) or "results.jsonl"
     path = os.path.join(folder, name)
     try:
-        # Seconds without a byte, and not of the whole download.
+        # Seconds without a byte, not of the whole download.
         with urllib.request.urlopen(url, timeout=60) as response:
             if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
                 raise ValueError(f"{url} redirects to {response.url}, which is not http or https")
@@ -58,7 +58,7 @@ def fetch(
 
 
 def _parts(response: http.client.HTTPResponse, url: str, total: int) -> Iterator[bytes]:
-    """Yields a response's bytes in parts; raises an OSError if it ends early."""
+    """Yields a response's bytes in parts; raises OSError if it ends early."""
     done, cause = 0, None
     try:
         # read1 returns bytes as they arrive: a failed larger read would lose count of them.

@@ -21,8 +21,8 @@ _EXPORT = re.compile(
     r"^export (?=(?:async )?function (\w+)|class (\w+)|const (\w+))|^export \{ ([^}]+) \};$",
     re.MULTILINE,
 )
-# As in `tda.viewer.guard`, but a policy inside a page cannot forbid frames, and trusted types would
-# forbid the script elements that load the data.
+# The policy of `tda.viewer.guard` without frame-ancestors, which has no effect inside a page, and
+# without trusted types, which would block the script elements that load the data.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'"
@@ -38,8 +38,7 @@ def export(collection: Collection, out) -> int:
 
     Args:
         collection: the contents of the viewer.
-        out: the folder; it may be absent, empty, or hold an earlier export, even an interrupted
-            one, which is replaced.
+        out: the folder; absent, empty, or with an earlier export, finished or not, to replace.
 
     Raises:
         ExportError: the folder holds other files.
@@ -71,7 +70,7 @@ def export(collection: Collection, out) -> int:
 
 
 def _script(name: str, value) -> bytes:
-    # ASCII JSON is a JavaScript expression, and holds no "</script" that a page would see.
+    # ASCII JSON is a JavaScript expression. It is a file of its own, so "</script" does no harm.
     return b"viewerData(" + json.dumps(name).encode() + b"," + to_json(value) + b");\n"
 
 

@@ -1,7 +1,7 @@
 """Protects a viewer from other pages: response headers, a check of the host, a token for writes.
 
-Corpus text may hold anything. It is shown as text, and the page may run no script but the package's
-own files. Other sites that are open in the browser can neither read nor write here.
+Corpus text may contain anything. It is shown as text, and the page may run only the package's own
+scripts. Other sites that are open in the browser can neither read nor write here.
 """
 
 import hmac
@@ -16,7 +16,7 @@ POLICY = (
 )
 HEADERS = {
     "content-security-policy": POLICY,
-    # No guessing of a type by a file's contents, which may be anyone's.
+    # No guessing of a file's type by its contents, which may be anyone's.
     "x-content-type-options": "nosniff",
     # A link in a passage does not tell its target where the viewer runs.
     "referrer-policy": "no-referrer",
@@ -34,8 +34,8 @@ TOKEN_HEADER = "x-viewer-token"
 class Guard:
     """Wraps an application and refuses requests that do not come from its own page.
 
-    Every request must name a served host: a foreign name that an attacker makes resolve to this
-    machine (DNS rebinding) is refused. Writes must come from the same origin and carry the token
+    Every request must name a served host, so that a foreign name that an attacker makes resolve to
+    this machine (DNS rebinding) is refused. Writes must come from the same origin, with the token
     that the page was served with.
 
     Args:
@@ -68,9 +68,7 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if _without_port(host) not in self._hosts:
-            return (
-                f"this viewer is not reached as {host!r}; --names adds names that it is reached by"
-            )
+            return f"this viewer does not answer to the name {host!r}; add it with --names"
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             # A link from elsewhere may open the page, and nothing else.
             if headers.get("sec-fetch-mode") != "navigate" or scope["path"] != "/":

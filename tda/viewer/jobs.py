@@ -1,4 +1,4 @@
-"""Long work for a page: one job at a time, whose progress the page polls."""
+"""Long work for a page, one job at a time; the page polls its progress."""
 
 import dataclasses
 import itertools
@@ -27,13 +27,13 @@ class Job:
     """Its current activity."""
     done: int = 0
     total: int = 0
-    """What `done` rises to; 0 if unknown."""
+    """The final value of `done`; 0 if unknown."""
     result: object = None
     """A JSON value, once done."""
     error: str = ""
     seconds: float = 0.0
     is_cancelled: bool = False
-    """Whether it ends at its next report of progress."""
+    """Whether it will end at its next report of progress."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Records the job's progress; ends the job here if it was cancelled.
@@ -96,7 +96,7 @@ class Jobs:
         return self._jobs[number]
 
     def cancel(self, number: int) -> Job:
-        """Ends a job at its next step.
+        """Makes a job end at its next report of progress.
 
         Raises:
             KeyError: no job has this number.
@@ -106,7 +106,7 @@ class Jobs:
         return job
 
     def close(self) -> None:
-        """Cancels everything and waits for the job that runs."""
+        """Cancels all jobs and waits for the running one."""
         for job in list(self._jobs.values()):
             job.is_cancelled = True
         self._pool.shutdown(wait=True, cancel_futures=True)

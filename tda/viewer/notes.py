@@ -1,8 +1,8 @@
 """A reader's notes on passages, appended to a file of JSON lines.
 
 A note gives a proponent one of the types of the paper's analysis (Chang et al. 2024, section 6):
-does the passage state the fact, a part of it, or only something near it? It belongs to a passage of
-a query, whichever method retrieved it, so one reading counts for every method.
+does the passage state the fact, a part of it, or only something similar? It belongs to a pair of
+query and passage, so it counts for every method that retrieved the passage.
 """
 
 import json
@@ -23,10 +23,10 @@ TYPES = {
     "form": "same form",
     "unrelated": "unrelated",
 }
-# The fields of a note that are texts: the query's, which may be long, and the others.
+# The fields of a note that are texts: the query's, of any length, and short ones.
 _QUERY = ("prompt", "target")
 _SHORT = ("example_id", "passage_id", "comment", "method")
-_LIMIT = 4000  # characters of the others
+_LIMIT = 4000  # characters of a short one
 
 
 class NotesError(ValueError):
@@ -120,8 +120,8 @@ class Notes:
         """Compares the types of notes with those in results (`proponent_kinds`).
 
         Returns:
-            For each type in the results: how many noted passages have it, and for how many of them
-            the note says the same. A passage of a query counts once, whichever files show it.
+            For each type, the number of noted passages that have it in the results, and of those
+            whose note says the same. A passage of a query counts once, however many files show it.
         """
         out = dict.fromkeys(TYPES, (0, 0))
         for note in self.all():
@@ -141,7 +141,7 @@ def _kind_in(file: ResultsFile, note: dict) -> str | None:
 
 
 def describe_agreement(agreement: dict[str, tuple[int, int]]) -> str:
-    """Returns a table of what `Notes.agreement` returns: the precision of each type."""
+    """Formats what `Notes.agreement` returns as a table: the precision of each type."""
     rows = [
         [TYPES[kind], str(noted), f"{agreed / noted:.0%}" if noted else "–"]
         for kind, (noted, agreed) in agreement.items()

@@ -1,4 +1,4 @@
-"""Opens the results that the viewer's flags name, and serves them."""
+"""Opens the files that the viewer's flags name, and serves them."""
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ def collect(
     sources = [_named(r) for r in results]
     if workdir is not None:
         if not pathlib.Path(workdir).is_dir():
-            raise ValueError(f"--workdir={workdir} is no directory")
+            raise ValueError(f"--workdir={workdir} is not a directory; give that of a run")
         if notes is None:
             notes = str(pathlib.Path(workdir) / "notes.jsonl")
         if not sources:
             paths = [*_results_of(workdir), *_answers_of(workdir)]
-            # What the bank's methods find stands beside the bank.
+            # A bank has its methods' passages in its own folder.
             paths = paths or _results_of(os.path.join(workdir, "counterfactual"))
             sources = [("", str(p)) for p in paths]
             if not sources and not (pathlib.Path(workdir) / "board.json").is_file():
@@ -79,7 +79,7 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             "may be of different runs; run the same command again, or name files with --results"
         )
     measured = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if files else {}
-    # Results of an earlier evaluation may be of other queries, or of another model.
+    # Results of an earlier evaluation may have other queries, or another model.
     outdated = sorted(p.name for p in files if p.stem not in measured)
     if outdated:
         print(
@@ -127,12 +127,12 @@ def serve(
     """Serves until interrupted; prints the address once it answers."""
     hosts = ("127.0.0.1", "localhost", "::1", host, *names)
     application = create_app(collection, answers, hosts, allow_urls)
-    # Browsers hold connections open, which the end of the server would otherwise wait for.
+    # Without a limit the server would wait at its end for connections that browsers keep open.
     config = uvicorn.Config(
         application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
-    # Bound before the server runs, since port 0 is a free one that the address must name.
+    # Bound before the server runs: port 0 stands for a free port, which the address must name.
     socket = config.bind_socket()
     # Requests that come before the server runs wait in the socket's queue.
     socket.listen()

@@ -1,4 +1,4 @@
-"""A finished run as a folder to publish, which any web server or GitHub Pages hosts as it is.
+"""Writes a finished run as a folder to publish on any web server or on GitHub Pages.
 
     OUT/index.html, …            the viewer of static files (`tda.viewer.export`)
     OUT/queries.jsonl            prompts and targets, and what the model says
@@ -7,7 +7,7 @@
     OUT/config.json              the run's settings
     OUT/README.md                the data card (`tda.viewer.data_card`)
 
-Files that the run read are named without their folders.
+Paths of files that the run read are shortened to their names.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from tda.viewer import data_card, opening
 from tda.viewer.export import export
 from tda.viewer.results_file import ResultsFile
 
-# Fields that a method adds to a query.
+# Fields of a method's retrieval, in contrast to those of the query.
 _OF_RETRIEVAL = re.compile(r"(proponent|opponent|first_)")
 _LICENCE = re.compile(r"^license:.*$", re.MULTILINE)
 
@@ -58,7 +58,7 @@ def release(workdir: str, out: str) -> int:
         _write(target / name, (source / name).read_text("utf-8"), names)
     index = target / "data" / "index.js"
     _write(index, index.read_text("utf-8"), names)
-    # Without this file GitHub Pages has Jekyll copy the folder, which leaves some names out.
+    # Without this file GitHub Pages runs Jekyll, which leaves some files out.
     (target / ".nojekyll").touch()
     text = data_card.describe(collection, source, target)
     if licence:
@@ -69,13 +69,13 @@ def release(workdir: str, out: str) -> int:
 
 def _pack(path: str, packed: pathlib.Path) -> None:
     with open(path, "rb") as source, open_atomic(packed, "wb") as out:
-        # Neither time nor name in the header: equal results are equal files.
+        # No time and no name in the header, so that equal results give equal files.
         with gzip.GzipFile("", "wb", fileobj=out, mtime=0) as target:
             shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _write_queries(file: ResultsFile, path: pathlib.Path) -> None:
-    """Writes the queries of a results file, without what the method retrieved."""
+    """Writes the queries of a results file, without the retrieved passages."""
     with open_atomic(path) as out:
         for row in range(len(file)):
             fields = {k: x for k, x in file.record(row).items() if not _OF_RETRIEVAL.match(k)}
@@ -83,7 +83,7 @@ def _write_queries(file: ResultsFile, path: pathlib.Path) -> None:
 
 
 def _public_names(config: Any) -> dict[str, str]:
-    """Returns the absolute paths in a config, and what stands for them: the last part alone."""
+    """Returns the last part of each absolute path in a config, by path."""
     if isinstance(config, dict):
         return {p: n for value in config.values() for p, n in _public_names(value).items()}
     paths = str(config).split(",") if isinstance(config, str) else []

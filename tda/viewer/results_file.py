@@ -20,8 +20,8 @@ import numpy as np
 from tda.results import ResultsError, with_current_names
 from tda.viewer import summary
 
-# Rows of a chunk, the unit in which a page asks for summaries and for records. A record with its
-# passages is about a hundred times as long as its summary.
+# Rows of a chunk, the unit in which a page reads summaries and records. A record with its passages
+# is about a hundred times as long as its summary.
 SUMMARY_ROWS = 1000
 RECORD_ROWS = 10
 _SHOWN = 2000  # characters of a malformed line
@@ -33,9 +33,9 @@ class ResultsFile:
 
     Args:
         path: JSON lines, in the release's format; `.gz` is decompressed to a temporary file.
-        label: short name, for links and the filter.
+        label: a short name, for links and the filter.
         title: the method's name, for headings.
-        on_bytes: called with the number of bytes indexed since the last call.
+        on_bytes: called with the number of bytes read since the last call.
 
     Attributes:
         columns: for each field of `tda.viewer.summary.FIELDS`, a list with one value per row.
@@ -124,7 +124,7 @@ class ResultsFile:
 
     def record(self, row: int) -> dict:
         """Returns one record; numbers that are not finite become None, since JSON lacks them."""
-        # pread leaves the file's position alone, so that several threads can read at once.
+        # pread does not move the file's position, so that several threads can read at once.
         line = os.pread(self._file.fileno(), self._lengths[row], self._starts[row])
         if self.columns["error"][row] is None:
             item = json.loads(line, parse_float=finite, parse_constant=finite)
@@ -197,15 +197,15 @@ def _row(line: bytes, where: str) -> tuple[dict, list[str]]:
 
 
 def _number_of(name: str) -> int:
-    # Hashes are stable within a process, and 64 bits make collisions negligible.
+    # A hash is the same throughout a process, and 64 bits make collisions negligible.
     return hash(name) & (2**64 - 1)
 
 
 def open_unpacked(path: str) -> BinaryIO:
-    """Opens a file for reading, without the gzip of a name in .gz."""
+    """Opens a file for reading, and decompresses one whose name ends in .gz."""
     if not path.endswith(".gz"):
         return open(path, "rb")
-    # It has no name: the disk space is free again however the viewer ends.
+    # Without a name: its disk space is freed however the viewer ends.
     unpacked = tempfile.TemporaryFile()
     with gzip.open(path, "rb") as packed:
         try:

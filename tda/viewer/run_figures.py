@@ -1,4 +1,4 @@
-"""What a run was, and the figures of its methods: the top of the overview."""
+"""The facts of a run and the figures of its methods, for the top of the overview."""
 
 import datetime
 import json
@@ -11,12 +11,11 @@ _METRICS = ("mrr", "recall_at_10", "tail_patch")
 
 
 def read(workdir: pathlib.Path) -> dict | None:
-    """Returns what the overview says of a run, from its `metrics.json` and `config.json`.
+    """Returns the overview's facts and figures, from a run's `metrics.json` and `config.json`.
 
     Returns:
-        {facts: [[name, text], …], methods: [{name, title, METRIC: [mean, low, high], …}, …]}, the
-        metrics as they are stored, and without those that a method lacks; None without a finished
-        evaluation.
+        {facts: [[name, text], …], methods: [{name, title, METRIC: [mean, low, high], …}, …]},
+        without the metrics that a method lacks; None without a finished evaluation.
     """
     path = workdir / "metrics.json"
     if not path.is_file():
@@ -36,10 +35,10 @@ def read(workdir: pathlib.Path) -> dict | None:
         config = _load(workdir / "config.json")
         model, train, data = (config[room] for room in ("model", "train", "data"))
         epochs = f"{train['epochs']:g} epoch{'' if train['epochs'] == 1 else 's'}"
-        size = model.get("pretrained") or f"{model['size']}, from scratch: {epochs}"
+        size = model["pretrained"] or f"{model['size']}, from scratch: {epochs}"
         facts += [
             ["model", size],
-            ["corpus", data.get("corpus") or data.get("sentences") or data["name"]],
+            ["corpus", data["corpus"] or data["sentences"] or data["name"]],
         ]
     first = next(iter(metrics.values()), {})
     if "n_queries" in first:
@@ -51,6 +50,6 @@ def read(workdir: pathlib.Path) -> dict | None:
 
 
 def _load(path: pathlib.Path) -> dict:
-    # Numbers that are not finite become None: a page's JSON has none of them.
+    # Numbers that are not finite become None: JSON lacks them.
     text = path.read_text(encoding="utf-8")
     return json.loads(text, parse_float=finite, parse_constant=finite)

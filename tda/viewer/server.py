@@ -86,8 +86,8 @@ def create_app(
         collection: the results to show.
         live: answers live questions; None if there is no model to ask.
         hosts: host names of the viewer; requests under other names are refused.
-        allow_urls: whether the page may have results fetched from a URL. Otherwise no request
-            leaves the machine.
+        allow_urls: whether the page may fetch results from a URL; otherwise no request leaves the
+            machine.
         upload_limit: largest upload in bytes.
     """
     return _App(collection, live, hosts, allow_urls, upload_limit).asgi()
@@ -97,7 +97,7 @@ class _App:
     def __init__(self, collection, live, hosts, allow_urls, upload_limit):
         self._collection, self._live, self._hosts = collection, live, hosts
         self._allow_urls, self._upload_limit = allow_urls, upload_limit
-        # 192 random bits: nobody guesses them.
+        # 192 random bits, which nobody can guess.
         self._token = secrets.token_urlsafe(24)
         self._static = static_files()
         self._jobs = Jobs()
@@ -182,7 +182,7 @@ class _App:
 
     async def _upload(self, request: Request) -> Response:
         name = os.path.basename(request.query_params.get("name", "")) or "upload.jsonl"
-        # The browser chooses the name, so it becomes no path; its ending says what is compressed.
+        # The browser chooses the name, so no path is made of it; its ending says if it is packed.
         suffix = ".jsonl.gz" if name.endswith(".gz") else ".jsonl"
         with tempfile.NamedTemporaryFile(suffix=suffix) as upload:
             size = 0
@@ -239,7 +239,7 @@ async def _error_response(request: Request, error: HTTPException) -> Response:
 
 
 async def _run(call, *arguments):
-    """Runs a call in a thread; what it refuses becomes an answer to the page."""
+    """Runs a call in a thread; its error becomes an answer to the page."""
     try:
         return await run_in_threadpool(call, *arguments)
     except (ValueError, OSError) as error:
@@ -247,7 +247,7 @@ async def _run(call, *arguments):
 
 
 async def _body(request: Request) -> dict:
-    # Another site's page can post a form unasked; for JSON the browser asks here first.
+    # Another site's page can post a form without asking; for JSON the browser asks here first.
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "send application/json")
     raw = b""
@@ -302,7 +302,7 @@ def _query(body: dict, field: str) -> Query:
     return Query("question", _text(value, "prompt"), _text(value, "target"), tokens)
 
 
-# The arguments of each method of `Live`, in order, and what reads them from a request.
+# The arguments of each method of `Live`, in order, and the function that reads each from a request.
 _LIVE_ARGUMENTS: dict[str, dict[str, Callable]] = {
     "describe": {},
     "complete": {"prompt": _text, "tokens": functools.partial(_integer, most=64)},

@@ -1,4 +1,4 @@
-"""The summary of a record: the row of plain values that list, filter and metrics work with."""
+"""The summary of a record: a row of plain values for the list, the filter and the metrics."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 from tda.results import KNOWN_BEYOND_PRIOR, ResultsError
 from tda.runtime.fingerprint import fingerprint
 
-# A list of thousands of queries shows the beginning of each; the record has all of it.
+# Characters of a text in a summary: a list of queries shows their beginnings.
 TEXT_LIMIT = 1000
 
 _NUMBER, _MARK = (int, float), (bool, int)
@@ -53,7 +53,7 @@ class _Record:
         return None if value is None else _cut(str(value))
 
     def repeated(self, name: str) -> str | None:
-        # A few names repeated in thousands of rows: each is held in memory once.
+        # A few names repeat in thousands of rows: each is in memory once.
         value = self.text(name)
         return None if value is None else sys.intern(value)
 
@@ -73,7 +73,7 @@ class _Record:
         return values
 
     def first(self, name: str):
-        """The first of some scores."""
+        """Returns the first of a list of scores."""
         return _finite(self.lists[name][0]) if self.lists[name] else None
 
     def _check_size(self, value, place: str) -> None:
@@ -86,7 +86,7 @@ class _Record:
 
 
 def _query(record: _Record) -> str | None:
-    # The texts in full: those of a summary are cut, and few-shot prompts begin alike.
+    # The full texts: those of a summary are cut, and few-shot prompts begin alike.
     texts = ("example_id", "inputs_plaintext", "targets_plaintext")
     if record.text("example_id") is None:
         return None
@@ -131,7 +131,7 @@ def _knowledge(record: _Record) -> str | None:
 
 def _marks(record: _Record) -> str | None:
     marks, item = record.lists["proponent_correct"], record.item
-    # Where no passage could be correct, a run's tables leave the query out too.
+    # If no passage can be correct, the query has no marks; a run's tables leave it out too.
     hopeless = item.get("has_trex_sentence") is False or item.get("first_correct_rank") == 0
     return None if marks is None or hopeless else "".join("1" if m else "0" for m in marks)
 
@@ -188,9 +188,9 @@ def summarise(item, where: str) -> dict:
 
 
 def query_key(example: str, prompt: str, target: str) -> str:
-    """Returns a hash that identifies a query among files: its id, and the whole of its texts.
+    """Returns a hash of a query's id and full texts, which identifies it among files.
 
-    An id alone does not: results of several traces may number different queries 0, 1, ….
+    An id alone does not: several traces may number different queries 0, 1, ….
     """
     return fingerprint([example, prompt, target])
 
@@ -204,7 +204,7 @@ def bucket_of(frequency: int) -> str:
     """Returns the paper's bucket of a fact frequency: six buckets, by powers of ten."""
     if frequency < 1:
         return "0"
-    # Rounding must not put a power of ten into the bucket below it.
+    # Rounding must not put a power of ten into the lower bucket.
     power = min(int(math.log10(frequency) + 1e-9), 5)
     return f"{10**power:,} to {10 ** (power + 1) - 1:,}" if power < 5 else "100,000 or more"
 

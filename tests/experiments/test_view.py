@@ -108,7 +108,7 @@ def test_results_from_an_address(workdir, tmp_path):
 def test_refusals(workdir, tmp_path):
     for arguments, why in (
         ((None, [], None), "give --workdir=DIR or --results"),
-        ((str(tmp_path / "absent"), [], None), "is no directory"),
+        ((str(tmp_path / "absent"), [], None), "is not a directory"),
         ((str(tmp_path), [], None), "holds no results: finish its run .* ask a"),
     ):
         with pytest.raises(ValueError, match=why):

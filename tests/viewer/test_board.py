@@ -218,6 +218,6 @@ def test_an_export_holds_the_board(browser, collection, tmp_path):
 def test_what_is_no_board_is_refused(tmp_path, text):
     (tmp_path / "board.json").write_text(text)
     with pytest.raises(
-        ResultsError, match=r"board.json is no board of methods \(.*compute it again"
+        ResultsError, match=r"board.json is not a board of methods \(.*compute it again"
     ):
         Board(tmp_path / "board.json")

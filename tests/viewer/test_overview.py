@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
         m |= {"intervals": ends, "n_queries": 1094, "n_stated": 687}
     (path / "metrics.json").write_text(json.dumps(METRICS))
     config = {"model": {"pretrained": "", "size": "tiny"}, "train": {"epochs": 8.0}}
-    config["data"] = {"sentences": "", "name": "world_facts"}
+    config["data"] = {"corpus": "", "sentences": "", "name": "world_facts"}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
