@@ -1,4 +1,4 @@
-"""The command line of a main: `--help`, packaged configs by name, and unknown config keys."""
+"""The command line of a main: `--help`, packaged configs by name, errors about unknown keys."""
 
 import difflib
 import pathlib
@@ -14,9 +14,9 @@ from tda.runtime import command
 
 # Beside this folder both in a checkout and in an installed package.
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-# Modules whose flags a main that imports them has.
+# Modules whose flags belong to every main that imports them.
 _SHARED = [f"{__package__}.{name}" for name in ("engine_flags", "launch")]
-# Where meanings begin in `--help`.
+# The column of the explanations in `--help`.
 _COLUMN = 38
 
 
@@ -46,8 +46,8 @@ def find_packaged(path: str, folder: str = "") -> str:
     """Returns a config file's path: `path` itself if it exists, else that of a packaged config.
 
     Args:
-        path: such as configs/world_facts.py or world_facts; what follows a colon is the argument
-            of its `get_config`.
+        path: such as configs/world_facts.py or world_facts, with an argument of its `get_config`
+            after a colon.
         folder: of the packaged configs, such as "sweeps".
     """
     file, colon, argument = path.partition(":")
@@ -58,7 +58,7 @@ def find_packaged(path: str, folder: str = "") -> str:
 
 
 def _with_config_path(argv: list[str]) -> list[str]:
-    """The arguments with the path of a packaged config in place of its name."""
+    """Returns the arguments with a packaged config's path in place of its name."""
     argv = list(argv)
     for i, argument in enumerate(argv[1:], 1):
         name, equals, value = argument.partition("=")
@@ -91,7 +91,7 @@ def describe(takes_config: bool) -> str:
 
 
 def _entry(name: str, meaning: str) -> list[str]:
-    """A name and its meaning in two columns, or below each other where the name is long."""
+    """Returns a name and its meaning in two columns, or one below the other if the name is long."""
     meaning = " ".join(meaning.split())
     wrapped = textwrap.wrap(meaning, 100 - _COLUMN, break_long_words=False) or [""]
     name = f"  {name}"
@@ -101,7 +101,7 @@ def _entry(name: str, meaning: str) -> list[str]:
 
 
 def _read_config(argv: list[str]) -> ConfigDict:
-    """The config that `--config` names, before any key is overridden."""
+    """Returns the config that `--config` names, before any key is overridden."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -111,7 +111,7 @@ def _read_config(argv: list[str]) -> ConfigDict:
 
 
 def _describe_unknown(name: str, keys: list[str]) -> str:
-    """The error for a key that the config does not have."""
+    """Returns the error about a key that the config does not have."""
     last = {k.split(".")[-1]: k for k in keys}
     close = difflib.get_close_matches(name, keys, n=3, cutoff=0.6) or [
         last[k] for k in difflib.get_close_matches(name.split(".")[-1], last, n=3, cutoff=0.6)

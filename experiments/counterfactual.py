@@ -1,9 +1,9 @@
-"""Holds methods against retraining: a bank of retrained models, and a board.
+"""Compares methods with retraining: a bank of retrained models, and a board.
 
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 
 Continues the trained model on the corpus, and again without each of many random sets of passages;
-scores every passage by each method; and writes how well sums of scores rank what really happened
+scores every passage by each method; and writes how well sums of scores predict the retrainings
 (`board.md`, `board.json`). A killed run continues where it stopped. Many machines share the
 retrainings as in `experiments.trace`: docs/pods.md.
 """

@@ -1,4 +1,4 @@
-"""Flags of the mains whose stages may be computed by other programs: `--groups`, `--engine`."""
+"""Flags of mains whose stages other programs may compute: `--groups`, `--engine`."""
 
 import functools
 

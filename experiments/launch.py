@@ -1,6 +1,6 @@
-"""Starts a main: flags, the processes of a run, and errors in a line that says what to do.
+"""Starts a main: parses flags, joins the processes of a run, and prints errors as one line.
 
-On many hosts every host runs the same command, with `--distributed` where jax finds the others by
+Every host of a run calls the same command, with `--distributed` where jax finds the others by
 itself (Cloud TPU, SLURM, Open MPI), else with `--coordinator`, `--num_processes`, `--process_id`.
 """
 
@@ -46,7 +46,7 @@ COMPILATION_CACHE = flags.DEFINE_string(
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 PLUGIN = flags.DEFINE_list("plugin", [], "Modules that register methods and retrievers.")
 
-# Seconds that a process which failed waits for the others to end too, before all are ended.
+# Seconds that a failed process waits for the others to end before it ends them all.
 _PATIENCE = 60
 
 
@@ -61,7 +61,7 @@ def launch(
     Args:
         main: the program.
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
-        tells_idle_keys: whether a line tells each key of the command line that a run never reads.
+        tells_idle_keys: whether to print the keys of the command line that a run never reads.
         is_alone: returns whether no other processes are joined; called before jax starts.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
@@ -109,7 +109,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
     """Parses the command line of a main that has no config, loads plugins, and calls it.
 
     Args:
-        main: the program; gets the arguments that are no flags.
+        main: the program; called with the arguments that are not flags.
         takes_arguments: whether there may be any.
     """
 
@@ -128,7 +128,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
 
 def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
     huge_pages.use()
-    logging.set_verbosity(logging.WARNING)  # libraries log their own affairs at INFO
+    logging.set_verbosity(logging.WARNING)  # libraries log much at INFO
     interrupts.watch()
     try:
         app.run(run, flags_parser=functools.partial(command_line.parse, takes_config=takes_config))

@@ -4,11 +4,11 @@
     python -m experiments.plan --config=configs/NAME.py --hardware=v5p-256   # or h200x8, v5e-64, …
 
 Without `--hardware` the encoder and the products are timed here for some seconds; with it, the
-number of operations is divided by the peak rate of such chips, times `--mfu`. The exit status is 1
-if something does not fit. Nothing is trained or written to `--workdir`, which only says on which
-disk the stores will be, and may hold the tokens of `data.corpus`. Training, tail-patches and BM25
-are not estimated, nor are methods of several checkpoints, other outputs or curvature: the plan
-lists those it leaves out.
+number of operations is divided by the peak rate of such chips times `--mfu`. The exit status is 1
+if something does not fit. Nothing is trained or written to `--workdir`, which only decides the disk
+of the stores, and may have the tokens of `data.corpus`. Training, tail-patches and BM25 are not
+estimated, nor are methods with several checkpoints, other outputs or curvature: the plan lists
+those that it leaves out.
 """
 
 import sys

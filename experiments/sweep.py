@@ -77,7 +77,7 @@ def main(config, workdir):
     if PLOTS.value and sweep.plots:
         points.check_plots()
     errors = points.run_all(sweep.points, directory, PARALLEL.value, command)
-    # Of a sweep with failures the rest is gathered all the same.
+    # The finished points are gathered even if others failed.
     finished = [p for p in sweep.points if points.is_finished(p, directory)]
     stale = [p.name for p in sweep.points if p not in finished and p.name not in errors]
     errors |= dict.fromkeys(stale, "a file that it was run from has changed since")

@@ -4,10 +4,10 @@
     python -m experiments.view --results=a.jsonl,b.jsonl.gz,https://HOST/c.jsonl
     python -m experiments.view --workdir=DIR --export=OUT
 
-Serves on 127.0.0.1 alone, unless --host says otherwise. With a workdir it shows the results of the
-last evaluation (`results/METHOD.jsonl` of the methods in `metrics.json`, or the files of --results
-instead), tables and plots; it writes notes to `WORKDIR/notes.jsonl` and answers questions from the
-run's model and store.
+Serves on 127.0.0.1 unless --host is given. With a workdir it shows tables, plots and the results of
+the last evaluation (`results/METHOD.jsonl` of the methods in `metrics.json`, or the files of
+--results instead); it writes notes to `WORKDIR/notes.jsonl` and answers questions from the run's
+model and store.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ flags.declare_key_flag("compilation_cache")
 
 def main(_):
     """Opens the results; exports or serves them."""
-    # Results that are fetched from URLs lie here while the viewer runs.
+    # The folder of results that are fetched from URLs.
     with tempfile.TemporaryDirectory() as folder:
         collection = opening.collect(
             WORKDIR.value, _RESULTS.value, _NOTES.value, folder, _QUERIES.value

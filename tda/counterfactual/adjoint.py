@@ -27,7 +27,7 @@ from tda.runtime import progress, sharding
 
 @dataclasses.dataclass(frozen=True)
 class AdamRecursion:
-    """Adam's or AdamW's constants, as `tda.training.optimizer.make_optimizer` takes them."""
+    """Adam's or AdamW's constants, as for `tda.training.optimizer.make_optimizer`."""
 
     learning_rate: Callable[[int], float]
     """By step, from 0."""
@@ -49,13 +49,13 @@ def fisher_rows(
         model_fn: the model's structure.
         params: the parameters.
         batches: passages with sampled labels (`tda.gradients.kronecker.batches`).
-        limit: the most numbers that they may be, S · P.
+        limit: the largest S · P.
 
     Returns:
         g_i / √tokens, with the scored tokens of the sample: H̄ u = rowsᵀ (rows u).
 
     Raises:
-        ValueError: they are more numbers than the limit.
+        ValueError: S · P is above the limit.
     """
     gradients_of = ExampleGradients(model_fn, sampled_loss)
     size = sum(x.size for x in jax.tree.leaves(params))
@@ -66,8 +66,8 @@ def fisher_rows(
         tokens += float(batch["weights"].sum())
         if sum(map(len, rows)) * size > limit:
             raise ValueError(
-                f"{sum(map(len, rows))} gradients or more of {size:,} parameters are beyond the "
-                f"{limit:,} numbers that the mean Fisher matrix may take; sample fewer passages"
+                f"{sum(map(len, rows))} or more gradients of {size:,} parameters exceed the "
+                f"{limit:,} numbers of the mean Fisher matrix; sample fewer passages"
             )
     return jnp.concatenate(rows) / jnp.float32(tokens) ** 0.5
 
@@ -77,7 +77,7 @@ Hessian = Callable[[dict, dict, jax.Array], jax.Array]
 
 
 def mean_fisher(fisher_SxP: jax.Array) -> Hessian:
-    """Returns products with the mean Fisher matrix whose rows are those of `fisher_rows`."""
+    """Returns products with the mean Fisher matrix, given the rows of `fisher_rows`."""
 
     @jax.jit
     def product(u_QxP, fisher_SxP):
@@ -112,7 +112,7 @@ def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | Non
         hessian: `batch_gauss_newton` or `mean_fisher`; None for no Hessian.
 
     Raises:
-        ValueError: the optimizer keeps no second moments as Adam does.
+        ValueError: the optimizer does not keep Adam's second moments.
         FloatingPointError: the recursion diverged.
     """
     training, queries = reverse.training, reverse.queries
@@ -149,7 +149,7 @@ def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | Non
 
 
 def no_rate(step: int) -> float:
-    """Stands for a schedule where the rate is an argument of its own, and constants are hashed."""
+    """Replaces the schedule in constants that jit hashes; the rate is an argument of its own."""
     return 0.0
 
 
@@ -160,15 +160,16 @@ def second_moment(state: State) -> jax.Array:
 
 
 def inverse_root(nu_P, step, recursion: AdamRecursion):
-    """Returns Adam's 1 / (√ν̂ + eps) in a step, [P], of its ν after the step."""
+    """Returns Adam's 1 / (√ν̂ + eps) of a step, [P], from ν after the step."""
     r = recursion
     return 1 / (jnp.sqrt(nu_P / (1 - r.b2 ** (step + 1)) + r.eps_root) + r.eps)
 
 
 def _step_back(theta, mu, gradients_BxP, nu_P, step, rate, tokens, recursion):
-    """Returns the cotangents before a step, without its Hessian.
+    """Returns cotangents before a step, without its Hessian.
 
-    Those of the parameters and of the first moment, u of the step's gradient, and dL/dw, [Q, B].
+    They are those of the parameters, of the first moment, and of the step's gradient (u); and
+    dL/dw, [Q, B].
     """
     r = recursion
     mu = mu - rate / (1 - r.b1 ** (step + 1)) * inverse_root(nu_P, step, r) * theta

@@ -1,9 +1,9 @@
 """The bank: losses of queries under models that were trained without random sets of units.
 
-A unit is whatever is dropped together: a passage, a document, all passages of a relation. A set of
-units is drawn from its own seed, so that a bank grows without a change of what it has, and each
-retraining is kept when it is done. What is stored are the queries' losses: a new method is held
-against them without any training.
+A unit is a group of passages that is dropped together: a passage, a document, all passages of a
+relation. Each set of units is drawn from a seed of its own, so that a bank grows without changing
+its first sets, and each retraining is saved when it is finished. Only the queries' losses are
+stored: a new method is compared with them without any training.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ def draw_subsets(units: int, fraction: float, count: int, seed: int) -> np.ndarr
     size = max(1, round(fraction * units))
     if not 0 < fraction < 1 or size >= units:
         raise ValueError(
-            f"{fraction} of {units} units are {size}: give a share above 0 and below 1 that leaves "
-            "some of them to train on"
+            f"{fraction} of {units} units are {size}; give a share above 0 and below 1 that leaves "
+            "some units to train on"
         )
     removed_MxU = np.zeros((count, units), bool)
     for i, removed_U in enumerate(removed_MxU):
@@ -47,7 +47,7 @@ class Bank:
     """The retrainings of one fraction and one order of the data."""
 
     removed_MxU: np.ndarray
-    """bool: the units that each retraining went without."""
+    """bool: the units that each retraining left out."""
     losses_MxQ: np.ndarray
     """float32: the queries' losses after it, in nats."""
     base_Q: np.ndarray
@@ -61,40 +61,40 @@ class Bank:
 
 @dataclasses.dataclass(frozen=True)
 class Retraining:
-    """How retrainings are run, and where their results are kept."""
+    """Runs retrainings and keeps their results."""
 
     training: Training
     queries: QueryLosses
     unit_C: np.ndarray
     """The unit of each token of the table; −1 for none."""
     identity: dict
-    """JSON values that tell the training and the queries from others: optimizer, order, data."""
+    """JSON values that identify the training and the queries: optimizer, order, data."""
     groups: Groups = ONE_GROUP
-    """Where results are kept; processes share the retrainings."""
+    """The files of results; processes share the retrainings."""
     together: int = 1
-    """Retrainings that are one program over an axis of trainings."""
+    """Retrainings that one program runs, over an axis of trainings."""
 
     def losses(
         self, removed_MxU: np.ndarray, description: str, draw: dict | None = None
     ) -> np.ndarray:
         """Returns the queries' losses after trainings without these units, float32 [M, Q].
 
-        Each is kept when it is done: a killed run computes only what is missing. Of several
-        processes, all call it, and all but the first get an empty array.
+        Each is saved when it is finished: a resumed run computes only those that are missing. All
+        processes of a run call it, and all but process 0 get an empty array.
 
         Args:
-            removed_MxU: the units that each training goes without.
-            description: the name of the work on the progress bar.
-            draw: JSON values that tell how the sets were drawn, if set i depends on i alone: a
-                longer list of them then computes only what it has more.
+            removed_MxU: the units that each training leaves out.
+            description: the name of the work in the progress bar.
+            draw: JSON values that describe how the sets were drawn, if set i depends on i alone: a
+                longer list then computes only its further sets.
 
         Raises:
-            ValueError: a file is of other sets than those that are drawn now.
+            ValueError: a file has other sets than are drawn now.
         """
         M, together = len(removed_MxU), self.together
         pieces = [removed_MxU[i : i + together] for i in range(0, M, together)]
         masks = fingerprint_parts([np.packbits(removed_MxU)]) if draw is None else draw
-        # A last piece that is not full is no piece of a longer list.
+        # A longer list does not have a last piece that is not full.
         tail = M if M % together else 0
         parts = [self.identity, fingerprint_parts([self.unit_C]), masks, together, tail]
         with progress.bar(M, description, "training", saves_work=True) as bar:
@@ -127,9 +127,9 @@ class Retraining:
         return np.zeros((0, len(self.queries)), np.float32) if joined is None else joined
 
     def bank(self, removed_MxU: np.ndarray, description: str, draw: dict | None = None) -> Bank:
-        """Retrains without each set of units, and once on everything; arguments as `losses`."""
-        # The training on everything is the first of the list: it runs in the same program as the
-        # others, so that rounding is the same in both sides of a difference.
+        """Retrains without each set of units, and once on everything; arguments as for `losses`."""
+        # The training on everything is the list's first: it runs in the same program as the others,
+        # so that both sides of a difference are rounded alike.
         nothing = np.zeros((1, removed_MxU.shape[1]), bool)
         losses = self.losses(np.concatenate([nothing, removed_MxU]), description, draw)
         return Bank(removed_MxU, losses[1:], losses[0] if len(losses) else losses.sum(axis=0))

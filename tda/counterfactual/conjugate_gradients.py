@@ -12,8 +12,8 @@ Operator = Callable[[dict], dict]
 def solve(product: Operator, precondition: Operator, target: dict, start: dict, steps: int) -> dict:
     """Returns x with A x ≈ target, from x = start, after some steps.
 
-    A row stops where its curvature pᵀAp is not positive: rounding, or an A that is not positive
-    definite, has used up what its directions can tell. (`jax.scipy.sparse.linalg.cg` would go on.)
+    A row stops if its curvature pᵀAp is not positive, by rounding or because A is not positive
+    definite: further directions would be of no use. (`jax.scipy.sparse.linalg.cg` would continue.)
 
     Args:
         product: x ↦ A x, A symmetric.

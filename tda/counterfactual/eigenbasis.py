@@ -114,5 +114,5 @@ def apply(
 
 
 def _einsum(subscripts, *operands):
-    # A covariance of lower precision has other eigenvectors, so products keep full float32.
+    # In full float32: lower precision changes the eigenvectors of a covariance.
     return jnp.einsum(subscripts, *operands, precision="highest")

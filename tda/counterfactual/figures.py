@@ -36,8 +36,8 @@ def ranks(values_MxQ: np.ndarray) -> np.ndarray:
 def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
     """Returns Spearman's correlation of each column of two arrays, float64 [Q].
 
-    A column that is constant ranks nothing: its correlation is 0, that of a method that knows
-    nothing of the query. A column with a value that is not finite has none: NaN.
+    A constant column has the correlation 0, as a method without information on the query; a column
+    with a value that is not finite has NaN.
     """
     finite_Q = np.isfinite(a_MxQ).all(axis=0) & np.isfinite(b_MxQ).all(axis=0)
     a, b = (ranks(np.where(finite_Q, x, 0.0)) for x in (a_MxQ, b_MxQ))
@@ -72,7 +72,7 @@ def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Lds:
-    """LDS of several methods on one bank, with the resamples that intervals are taken from."""
+    """LDS of several methods on one bank, with the resamples for intervals."""
 
     by_query: dict[str, np.ndarray]
     """Of each method, the correlation of each query, float64 [Q]."""
@@ -107,8 +107,8 @@ def lds(
 ) -> Lds:
     """Returns the LDS of methods on a bank.
 
-    Intervals are over subsets and queries both, each drawn with repetition; all methods see the
-    same draws, so that their differences are paired.
+    For intervals, both subsets and queries are drawn with repetition; all methods see the same
+    draws, so that their differences are paired.
 
     Args:
         scores: of each method, τ of every query and unit, [Q, U].

@@ -1,9 +1,9 @@
 """Products with the inverse of the Gauss–Newton matrix, refined from EK-FAC's.
 
-EK-FAC's (F + λ)⁻¹ g is the start of both, and its inverse the preconditioner: conjugate gradients
-on one fixed batch, and ASTRA (Wang et al. 2025, 2507.14740), a preconditioned descent with momentum
-on a small batch at a time. H is the mean over passages of the Gauss–Newton matrix of a passage's
-nats, D = λ of each matrix as EK-FAC has it: (H + D) x = g.
+Two methods solve (H + D) x = g: conjugate gradients on one fixed batch, and ASTRA (Wang et al.,
+2507.14740), a preconditioned descent with momentum on a small batch at a time. Both start from
+EK-FAC's (F + λ)⁻¹ g and take (F + λ)⁻¹ as preconditioner. H is the mean over passages of the
+Gauss–Newton matrix of a passage's nats, and D is EK-FAC's λ of each matrix.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ def gauss_newton(
         model_fn: the model's structure, through whose layers `jax.jvp` passes.
         params: the parameters at which H is taken.
         batch: {"tokens", "weights", …}.
-        x: by path, [Q, …]; only these parameters have a part in H.
-        count: what the sum over positions is divided by.
+        x: by path, [Q, …]; H is over these parameters alone.
+        count: the divisor of the sum over positions.
     """
     flat = functional.flat_parameters(params)
 

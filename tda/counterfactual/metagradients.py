@@ -5,9 +5,9 @@ direction of the weights by forward mode. The first-order prediction of a remova
 of the derivatives, so −dL/dw is a score that is positive for what lowers the loss.
 
 The cotangent of the state (parameters and moments) goes backwards through the steps. States are
-kept at every √T-th step of the forward pass and computed again between these: one more training.
-The cotangents of all queries pass a step together, and are kept at the same steps on disk, so that
-a killed pass continues backwards from there.
+saved at every √T-th step of the forward pass and computed again in between, which takes one more
+training. The cotangents of all queries pass a step together, and are saved at the same steps, so
+that a killed pass resumes from there.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Reverse:
     Args:
         training: the training.
         queries: the queries.
-        directory: where states and an unfinished pass are kept; None keeps states in memory.
+        directory: the directory of states and of an unfinished pass; None keeps states in memory.
         at_once: queries whose cotangents pass a step as one batch. More than 1 needs a jax whose
             batched second derivatives are right; 1 takes them one after another.
 
@@ -84,13 +84,13 @@ class Reverse:
                 return split_state(training.step(before, batch, weights_BxT))[0]
 
             pullback = jax.vjp(step, floats, weights_BxT)[1]
-            # One after another by default: `lax.map` shares what the pullback has computed.
+            # One after another by default: `lax.map` shares the pullback's forward values.
             return jax.lax.map(pullback, cotangents, batch_size=at_once if at_once > 1 else None)
 
         self._pull = jax.jit(pull, donate_argnums=3)
 
     def keep_states(self) -> None:
-        """Trains once, and keeps the state at every √T-th step; what is kept is not done again."""
+        """Trains once and saves the state at every √T-th step, unless all are saved already."""
         missing = [i for i in range(0, self.training.steps, self.stride) if not self._has(i)]
         if missing or not self._has(self.training.steps):
             final = self.training.run(on_step=self._keep)
@@ -106,7 +106,7 @@ class Reverse:
         return self._read(step)
 
     def segment(self, stop: int) -> list[State]:
-        """Returns the states of the steps before `stop`, from the last one that is kept on."""
+        """Returns the states before each step from the last saved one to `stop`."""
         first = (stop - 1) // self.stride * self.stride
         states: list[State] = []
         self.training.run(
@@ -134,7 +134,7 @@ class Reverse:
 
         Args:
             numbers: the queries.
-            name: of the file of an unfinished pass, that of these queries alone.
+            name: names the file of an unfinished pass; one name for each set of queries.
         """
         self.keep_states()
         training = self.training
@@ -166,7 +166,7 @@ class Reverse:
         by_path = self.queries.all_gradients(final["params"])
         leaves = [x[np.asarray(numbers)] for x in by_path.values()]
         gradients = jax.tree.unflatten(jax.tree.structure(final["params"]), leaves)
-        # The final moments have no part in a query's loss.
+        # A query's loss does not depend on the final moments.
         zeros = jax.tree.map(
             lambda x: jnp.zeros((len(numbers), *x.shape), x.dtype) if _is_float(x) else x, final
         )
@@ -184,7 +184,7 @@ class Reverse:
             write_arrays(path, leaves | {"step": np.int64(step), "scores": scores_QxC})
 
     def forget_pass(self, name: str) -> None:
-        """Removes the file of a pass whose scores are kept elsewhere."""
+        """Removes the file of a pass whose scores are saved elsewhere."""
         if path := self._pass_path(name):
             path.unlink(missing_ok=True)
 
@@ -219,8 +219,8 @@ class Reverse:
 class Forward:
     """Forward mode through a training: the derivatives of all queries' losses along a direction.
 
-    The derivatives travel with the training, so that nothing is kept: about 2.3 trainings for a
-    direction, however many queries. A derivation of its own, which reverse mode is held against.
+    The derivatives are computed along with the training, so that no state is saved: about 2.3
+    trainings for a direction, for any number of queries. An independent check of reverse mode.
 
     Args:
         training: the training.
@@ -255,7 +255,7 @@ class Forward:
 
             if plain:
                 return jax.jvp(losses, (params,), (tangents,))[1]
-            # A backward pass of one's own has no forward mode, but its transpose is J.
+            # A custom backward pass has no forward mode; the transpose of its pullback is J.
             losses_B, pullback = jax.vjp(losses, params)
             return jax.grad(lambda u_B: _inner(pullback(u_B)[0], tangents))(
                 jnp.zeros_like(losses_B)
@@ -297,8 +297,8 @@ def with_plain_attention(model_fn: functional.Functional, params: dict) -> funct
     model = model_fn.merge(params)
     if not isinstance(model, Decoder):
         raise TypeError(
-            f"{type(model).__name__} is no Decoder, whose attention can be replaced; where its "
-            "layers have no backward pass of their own, pass plain=False"
+            f"the model is a {type(model).__name__}, and only a Decoder's attention can be "
+            "replaced; if its layers have no backward pass of their own, pass plain=False"
         )
     settings = dataclasses.replace(model.settings, attention="plain")
     return functional.split(abstract_decoder(settings))[0]
@@ -306,16 +306,16 @@ def with_plain_attention(model_fn: functional.Functional, params: dict) -> funct
 
 @functools.cache
 def check_batched_second_derivatives() -> None:
-    """Checks, once for a process, that a batched second derivative is that of each direction.
+    """Checks, once in a process, that batched second derivatives equal those of single directions.
 
-    jax 0.10.2 on CPUs is wrong for all directions but the first, by 3 to 90 %, where reverse over
-    reverse goes through `lax.scan` and the batch is large enough.
+    jax 0.10.2 on CPUs is wrong for all directions but the first, by 3 to 90 %, if reverse over
+    reverse mode goes through `lax.scan` and the batch is large enough.
 
     Raises:
-        SecondDerivativeError: it is not.
+        SecondDerivativeError: they differ.
     """
     rng = np.random.default_rng(0)
-    # The smallest program that shows it: batches of 8, or a mean of squares, are right.
+    # The smallest program with the error: batches of 8, or a mean of squares, are right.
     x_BxTxD = jnp.asarray(rng.normal(size=(32, 40, 64)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(2, 64, 64)) / 8, jnp.float32)
 

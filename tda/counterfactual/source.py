@@ -33,7 +33,7 @@ class Segment:
     scales: Gradients
     """D by path, in the parameters' shapes."""
     curvature: dict[str, Curvature]
-    """Of H̃ by path: its eigenvalues are of the loss that a step of the training takes."""
+    """H̃ by path; its eigenvalues are those of the loss of a training step."""
 
 
 def pull_back(chosen: list[Site], segments: list[Segment], gradients: Gradients) -> Iterator:

@@ -28,23 +28,23 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class WeightedBatch:
-    """A batch of passages, each of whose tokens has its place in the table."""
+    """A batch of passages, with the place of each token in the table."""
 
     arrays: dict[str, np.ndarray]
     """{"tokens", "targets", "weights"}, each [B, T]; weights are 1 where a token is scored."""
     places_BxT: np.ndarray
-    """int64: where the table has each target; 0 where the target is not scored."""
+    """int64: the place of each target in the table; 0 where the target is not scored."""
     rows: np.ndarray
-    """int64 [R ≤ B]: the table's rows that the first R sequences are."""
+    """int64 [R ≤ B]: the table's rows of the first R sequences."""
 
     def spread(self, token_weights: np.ndarray) -> np.ndarray:
-        """Returns the weights of the batch's targets, float32 [B, T], of weights by token [C]."""
+        """Returns the weights of the batch's targets, float32 [B, T], given those by token, [C]."""
         return np.asarray(token_weights, np.float32)[self.places_BxT]
 
     def add_to(self, sums_QxC: np.ndarray, values_QxBxT: np.ndarray) -> None:
         """Adds values of the batch's targets to sums by token, in place."""
         scored_BxT = self.arrays["weights"] > 0
-        # A batch has each token once, so no place is added to twice here.
+        # A batch has each token once, so no place occurs twice in this index.
         sums_QxC[:, self.places_BxT[scored_BxT]] += np.asarray(values_QxBxT)[:, scored_BxT]
 
 
@@ -59,7 +59,7 @@ def place_tokens(table: TokenTable, batch: Batch) -> WeightedBatch:
 
 
 def plan_batches(table: TokenTable, layout: BatchLayout, epochs: float, seed: int) -> list[Batch]:
-    """Returns the batches of a training in order, those that `tda.training.loop.fit` would take."""
+    """Returns the batches of a training in order, as `tda.training.loop.fit` takes them."""
     batches: list[Batch] = []
     per_epoch = len(loop.epoch_batches(table, 0, layout, seed))
     steps = max(1, round(epochs * per_epoch))
@@ -79,8 +79,8 @@ class Training:
         batches: the batches of all steps, in order.
 
     Raises:
-        ValueError: there is no batch, or the parameters are not float32: a change of the data by
-            one passage would be lost in rounding.
+        ValueError: there is no batch, or the parameters are not float32, in which alone the effect
+            of one passage is not lost in rounding.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Training:
 
     @functools.cached_property
     def even_weights(self) -> np.ndarray:
-        """A weight of 1 for every token of the table: the training as it is."""
+        """A weight of 1 for every token of the table: the unchanged training."""
         return np.ones(len(self.table.tokens), np.float32)
 
     def start(self) -> State:
@@ -134,7 +134,7 @@ class Training:
             state: the state.
             batch: arrays of a `WeightedBatch`.
             weights_BxT: the weight of each target.
-            model_fn: the model's structure, where it is not the training's.
+            model_fn: the model's structure; the training's own by default.
         """
         model_fn = model_fn or self.model_fn
 
@@ -155,11 +155,11 @@ class Training:
         stop: int | None = None,
         on_step: Callable[[int, State], None] = lambda step, state: None,
     ) -> State:
-        """Trains from a state of step `first` up to step `stop`, and returns the state then.
+        """Trains from step `first` to step `stop`, and returns the state then.
 
         Args:
             token_weights: the weight of every token of the table, [C]; 1 by default.
-            state: the state to go on from, which is used up; by default that of the start.
+            state: the state before step `first`, whose buffers are reused; by default the start's.
             first, stop: steps; by default the whole training.
             on_step: called with the number of steps done and the state, before each step.
         """
@@ -174,7 +174,7 @@ class Training:
     def run_together(self, token_weights_MxC: np.ndarray) -> State:
         """Returns the final states of M trainings that differ in weights, stacked: leaves [M, …].
 
-        Several are one program over an axis of trainings; one alone is `run`.
+        Several run as one program over an axis of trainings; a single one, as `run`.
         """
         if len(token_weights_MxC) == 1:
             return jax.tree.map(lambda x: x[None], self.run(token_weights_MxC[0]))
@@ -187,7 +187,7 @@ class Training:
 
 
 def batch_nats(logits_BxTxV, batch: dict, weights_BxT):
-    """Returns Σ w nats / tokens of a batch; the tokens are counted whatever their weights w."""
+    """Returns Σ w nats / tokens of a batch; every scored token counts, whatever its weight w."""
     nats_B = losses.cross_entropy(logits_BxTxV, batch["targets"], batch["weights"] * weights_BxT)
     tokens = jnp.maximum(jnp.sum(batch["weights"]), jnp.finfo(jnp.float32).tiny)
     return jnp.sum(nats_B) / tokens

@@ -1,9 +1,9 @@
 """Scores by whole gradients, without any projection: dot, cosine, optimizer-corrected, EK-FAC.
 
-Every one is ⟨T g_q, T g_i⟩ of the gradients of a query's and a passage's loss, perhaps with unit
-norm; T is the identity, a diagonal of Adam's second moments, or the inverse root of EK-FAC's
-Fisher matrix. Each passage's gradient is formed in full, a batch at a time: for models of up to
-some ten million parameters.
+Each is ⟨T g_q, T g_i⟩ of the gradients of a query's and a passage's loss, with or without unit
+norm; T is the identity, a diagonal of Adam's second moments, or the inverse root of EK-FAC's Fisher
+matrix. The passages' full gradients are formed a batch at a time, which suits models of up to about
+ten million parameters.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tda.data.batches import Batch
 from tda.gradients import kronecker, sites
 from tda.runtime import progress, sharding
 
-# Maps gradients by path, each [B, …], to T of them: arrays [B, …] whose inner products count.
+# Maps gradients by path, each [B, …], to T of them: arrays [B, …], whose inner products are scores.
 Transform = Callable[[dict[str, jax.Array]], list[jax.Array]]
 
 
@@ -34,7 +34,7 @@ class GradientScore:
 
 
 def identity(gradients: dict[str, jax.Array]) -> list[jax.Array]:
-    """Returns the gradients as they are."""
+    """Returns the gradients unchanged."""
     return list(gradients.values())
 
 

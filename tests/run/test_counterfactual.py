@@ -228,9 +228,9 @@ def test_tasks_joined_processes_and_workers_write_the_same_bank(tmp_path):
         ({"train.optimizer": "adafactor"}, "the bank is trained by adam or adamw"),
         ({"counterfactual.methods": "dots"}, "unknown dots; there are metagradient"),
         ({"counterfactual.subsets": 1}, "subsets=1: LDS is a correlation .*; give two or more"),
-        ({"methods": "annotated,bm25"}, "leave them out of methods"),
+        ({"methods": "annotated,bm25"}, "leave it out of methods"),
         ({"search.index": "scann"}, "use search.index=none"),
-        ({"data.corpus": "x"}, "give its passages as data.sentences"),
+        ({"data.corpus": "x"}, "give the passages as data.sentences"),
     ],
 )
 def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):
@@ -325,20 +325,22 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     record["agreements"] = {"0.005": {"mrr": 0.5, "tail_patch": -0.25}, "0.5": {}}
     b["lds"]["0.005"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
     lines = board_report.describe(record).splitlines()
-    assert "share of 4 documents" in lines[1] and "mean over 3 queries" in lines[3]
-    assert lines[5] == "| method | LDS 0.5%, same order | LDS 50%, same order | tail-patch | cost |"
+    assert "share of 4 documents" in lines[1] and "mean over 3 queries" in lines[2]
+    assert lines[4] == "| method | LDS 0.5%, same order | LDS 50%, same order | tail-patch | cost |"
     ends = "0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | +1.23% [+1.00%, +2.00%]"
-    assert lines[7] == f"| B | {ends} | 2.3 |"
-    assert lines[8] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |  |"
+    assert lines[6] == f"| B | {ends} | 2.3 |"
+    assert lines[7] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |  |"
     # Of the baseline there is no difference.
-    assert lines[12:16] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
+    assert lines[11:15] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
                             "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
     assert (
         "without 0.5%: agreement 0.500; ceilings 0.700 (one order), 0.800 (mean of 2)" in lines[-2]
     )
-    assert lines[-1].endswith("as LDS at 0.5% does (Spearman): MRR 0.50, tail-patch -0.25.")
+    assert lines[-1].endswith(
+        "with LDS at 0.5% on the order of the methods (Spearman): MRR 0.50, tail-patch -0.25."
+    )
     # On a terminal, in aligned columns that fit it.
     lines = board_report.summarise(record).splitlines()
-    assert lines[5] == "method  LDS 0.5%, same order [95%]  50%, same order  cost"
-    assert lines[6] == "B             0.700 [0.600, 0.800]            0.700   2.3"
+    assert lines[4] == "method  LDS 0.5%, same order [95%]  50%, same order  cost"
+    assert lines[5] == "B             0.700 [0.600, 0.800]            0.700   2.3"
     assert max(map(len, lines)) < 120
