@@ -64,11 +64,6 @@ class Pairs:
         starts = np.append(starts[:-1][has_pairs], len(at))
         return at, Pairs(self.rows[has_pairs], starts, places[self.queries[at]])
 
-    @classmethod
-    def of_all(cls, queries: int, passages: int) -> "Pairs":
-        """Returns the pairs of every query with every passage."""
-        return cls.of_lists([np.arange(passages)] * queries)
-
     def ranges(self) -> list[range]:
         """Returns the groups that rows are scored in."""
         ranges, first = [], 0

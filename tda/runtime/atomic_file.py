@@ -75,11 +75,6 @@ def replacing(path: str | os.PathLike, is_directory: bool = False) -> Iterator[p
         os.close(handle)
 
 
-def is_part_of(name: str, part: str) -> bool:
-    """Returns whether a file's name `part` is that of an unfinished file `name`."""
-    return part.startswith(f"{name}.") and _PART.fullmatch(part) is not None
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON to `path`; the file appears whole or not at all."""
     with open_atomic(path) as out:

@@ -18,6 +18,7 @@ from tests.gradients.test_kronecker import table
 
 PASSAGES, QUERIES = table((5, 8, 2, 6, 3, 7)), table((4, 2, 4, 3), seed=1)
 LAYOUT = BatchLayout((4, 8), tokens_per_batch=24, pad=0)
+ALL = [np.arange(6)] * 4
 LISTS = [np.array(rows) for rows in ([3, 0], [3, 2, 4], [], [1])]
 
 
@@ -58,7 +59,7 @@ def assert_right(scores, pairs, expected_QxC):
 
 
 def test_scores_are_those_of_whole_gradients(factors, expected_QxC):
-    for pairs in (Pairs.of_lists(LISTS), Pairs.of_all(4, 6)):
+    for pairs in (Pairs.of_lists(LISTS), Pairs.of_lists(ALL)):
         scores = scorer(factors).score(QUERIES, PASSAGES, pairs)
         assert_right(scores, pairs, expected_QxC)
     rows = [rows.tolist() for rows, _ in Pairs.of_lists(LISTS).by_query(np.zeros(6), 4)]
@@ -68,7 +69,7 @@ def test_scores_are_those_of_whole_gradients(factors, expected_QxC):
 def test_a_long_list_of_queries_is_scored_in_calls(factors, expected_QxC, monkeypatch):
     monkeypatch.setattr(second_stage, "_LIST", 3)
     monkeypatch.setattr(pair_products, "operations", lambda *_: (0, 1))
-    pairs = Pairs.of_all(4, 6)
+    pairs = Pairs.of_lists(ALL)
     assert_right(scorer(factors).score(QUERIES, PASSAGES, pairs), pairs, expected_QxC)
 
 
@@ -82,7 +83,7 @@ def test_queries_that_do_not_fit_into_memory_are_scored_in_portions(factors, exp
 
 def test_killed_scores_resume_to_identical_bytes(factors, tmp_path, monkeypatch):
     monkeypatch.setattr(second_stage, "_PASSAGES_PER_GROUP", 2)
-    groups, pairs = Groups(tmp_path), Pairs.of_all(4, 6)
+    groups, pairs = Groups(tmp_path), Pairs.of_lists(ALL)
     first = scorer(factors).score(QUERIES, PASSAGES, pairs, groups, "id")
     files = sorted(tmp_path.glob("*/*.npz"))
     assert len(files) == 3

@@ -311,7 +311,7 @@ def test_what_cannot_be_is_not_measured(small, monkeypatch):
     ("changes", "arguments", "message"),
     [
         ({"plan.tokens": 0}, {}, "plan.tokens=0: give all keys of plan, or none"),
-        ({"plan.tokens": 10**15}, {}, "plan.tokens=1000000000000000 are more than"),
+        ({"plan.tokens": 10**15}, {}, "plan.tokens=1000000000000000 is more than"),
         ({"methods": "bm25"}, {}, "none of methods=bm25 searches the gradients"),
         ({"mesh.fsdp": 3}, {}, "mesh.fsdp × mesh.tensor = 3 does not divide 128 devices"),
         ({"store.dtype": "int4"}, {}, "unknown dtype 'int4'"),
