@@ -90,6 +90,8 @@ class Corpus:
                 raise CorpusError(f"{name}={getattr(self, name)!r}; use {' or '.join(choices)}")
         if not 0 < self.share <= 1:
             raise CorpusError(f"share={self.share!r} of the documents; give one above 0, at most 1")
+        if isinstance(self.source, bytes) or (isinstance(self.source, str) and not self.source):
+            raise CorpusError(f"{self.source!r} is no corpus; give a path, a pattern or a list")
         self._kind, self._files = self._find()
         self._check_options()
 

@@ -55,7 +55,7 @@ def document_of(
 ) -> Document:
     """Returns a record's document.
 
-    A text that is null (None, or NaN of pandas) is blank. A record without `text_field` may have
+    A text that is missing (`is_missing`) is blank. A record without `text_field` may have
     "prompt" and "completion", with the loss on the completion alone; the "messages" of a chat, with
     the loss on the assistant's alone; or token ids in "input_ids", without those that
     "attention_mask" leaves out, and with the loss on those that have "labels" other than -100.
@@ -94,7 +94,7 @@ def document_of(
                 f"{place}: there is no field {field!r}; the fields are "
                 f"{', '.join(map(str, record)) or 'none'}; name it by text_field or id_field"
             )
-    text = "" if _is_null(record[text_field]) else record[text_field]
+    text = "" if is_missing(record[text_field]) else record[text_field]
     text = _decoded(text, place) if isinstance(text, bytes) else text
     if not isinstance(text, str):
         columns = ""
@@ -104,9 +104,13 @@ def document_of(
                 "by to_json(orient='records', lines=True) of pandas"
             )
         raise CorpusError(f"{place}: {text_field!r} is {type(text).__name__}, not a text{columns}")
-    id_field = id_field or next((f for f in _IDS if not _is_null(record.get(f))), None)
+    id_field = id_field or next((f for f in _IDS if not is_missing(record.get(f))), None)
     name = default_id if id_field is None else record[id_field]
-    if isinstance(name, bool) or not isinstance(name, str | bytes | numbers.Real) or _is_null(name):
+    if (
+        isinstance(name, bool)
+        or not isinstance(name, str | bytes | numbers.Real)
+        or is_missing(name)
+    ):
         raise CorpusError(
             f"{place}: the id in {id_field!r} is {name!r}, not a string or a number; name another "
             "field by id_field"
@@ -120,18 +124,24 @@ def document_of(
 
 def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
     """Returns a record's token ids, and which of them the loss counts."""
-    ids = np.asarray(record["input_ids"])
+    arrays = {}
+    for field in _TOKEN_IDS:
+        if record.get(field) is not None:
+            try:
+                arrays[field] = np.asarray(record[field])
+            except ValueError as error:  # lists of several lengths
+                raise CorpusError(f"{place}: {field!r} is not a list of whole numbers") from error
+    ids = arrays.pop("input_ids", np.zeros(()))
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
         raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
     check_token_ids(ids.tolist(), place)
-    masks = {k: np.asarray(record[k]) for k in ("attention_mask", "labels") if k in record}
-    for field, values in masks.items():
+    for field, values in arrays.items():
         if values.shape != ids.shape:
             raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
-    attended = masks.get("attention_mask", np.ones(len(ids))).astype(bool)
+    attended = arrays.get("attention_mask", np.ones(len(ids))).astype(bool)
     scored = None
-    if "labels" in masks:
-        labels = masks["labels"]
+    if "labels" in arrays:
+        labels = arrays["labels"]
         scored = labels != _NOT_SCORED
         if (labels != ids)[scored].any():
             raise CorpusError(
@@ -162,8 +172,11 @@ def _decoded(text: bytes, place: str) -> str:
         raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _is_null(value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def is_missing(value) -> bool:
+    """Returns whether a value is None, NaN, or what pandas puts for a missing one."""
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _form_without_text(names: Collection[str]) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Which files of a folder are a corpus.
 
-The rule: all files below the folder that are of one kind, told by their suffix. Hidden files and
-folders (with a name that begins with `.` or `_`), files called README, LICENSE, NOTICE, CITATION or
-CHANGELOG, and dataset_info.json, never count. Other files without a known suffix are left out, with
-a warning that names them. Files of several kinds are refused. If file or folder names tell splits
+The rule: all files below the folder that are of one kind, told by their suffix. Links to folders
+are followed, and each folder is read once. Hidden files and folders (with a name that begins with
+`.` or `_`), texts called README, LICENSE, NOTICE, CITATION or CHANGELOG, and dataset_info.json,
+never count. Other files without a known suffix are left out, with a warning that names them. Files
+of several kinds are refused. If file or folder names tell splits
 apart (`train-00000.parquet`, `test/a.jsonl`, `c4-train.00000-of-01024.json.gz`), one split is read,
 by default "train".
 """
@@ -26,7 +27,12 @@ SUFFIXES = {
 }
 _COMPRESSED = (".gz", ".zst")
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|notice|citation|changelog|copying)([-_.].*)?|dataset_infos?\.json", re.I
+    # With the name of a language or of a licence, such as README_zh.md and LICENSE-APACHE-2.0.txt.
+    r"(readme([-_.][a-z]{2}([-_][a-z]{2,4})?)?"
+    r"|licen[cs]e([-_.](mit|apache|bsd|[al]?gpl|mpl|cc|odc|pddl|isc|third)([-_.][\w-]*)*)?"
+    r"|notice|citation|changelog|copying(\.lesser)?)(\.(txt|md|rst|html?|cff|bib))?"
+    r"|dataset_infos?\.json",
+    re.I,
 )
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing)?([-_.\d].*)?", re.I)
 # Shards of several splits in one folder: C4's `c4-validation.00000-of-00008.json.gz`.
@@ -59,10 +65,12 @@ def list_corpus(folder: pathlib.Path, kind: str | None, split: str) -> tuple[str
             message lists what is there.
     """
     files: dict[str | None, list[pathlib.Path]] = collections.defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        if not path.is_file() or any(p.startswith((".", "_")) for p in inner.parts):
-            continue
+    for path in _files_below(folder):
+        if path.name in ("state.json", "dataset_dict.json"):
+            raise CorpusError(
+                f"{folder} holds directories of `datasets`, which are corpora of their own, such "
+                f"as {path.parent}; name one of them"
+            )
         if not _ABOUT.fullmatch(path.name):
             files[kind_of(path.name)].append(path)
     excluded = files.pop(None, [])
@@ -79,6 +87,52 @@ def list_corpus(folder: pathlib.Path, kind: str | None, split: str) -> tuple[str
             f"{folder}: left out of the corpus, {_list(folder, {}, excluded)}", stacklevel=2
         )
     return kind, [os.fspath(p) for p in _choose_split(folder, kind, paths, split)]
+
+
+def _files_below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files below a folder that are not hidden, in order.
+
+    `rglob` would pass over links to folders, and folders that cannot be read, without a word.
+
+    Raises:
+        CorpusError: a folder cannot be read, or a link leads nowhere.
+    """
+
+    def refuse(error: OSError):
+        raise CorpusError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+    files: list[pathlib.Path] = []
+    seen: set[str] = set()
+    tops = [os.fspath(folder)]
+    for top in tops:  # which grows: links come after what does not lie behind one
+        if os.path.realpath(top) in seen:
+            continue
+        for directory, folders, leaves in os.walk(top, onerror=refuse):
+            seen.add(os.path.realpath(directory))
+            paths = {n: os.path.join(directory, n) for n in folders if not _is_hidden(n)}
+            tops += sorted(p for p in paths.values() if os.path.islink(p))
+            folders[:] = [n for n, p in paths.items() if os.path.realpath(p) not in seen]
+            files += [pathlib.Path(directory, n) for n in leaves if not _is_hidden(n)]
+    for path in files:
+        check_link(path)
+    return sorted(path for path in files if path.is_file())
+
+
+def check_link(path: str | os.PathLike) -> None:
+    """Checks that a path is no link to a file that is not there.
+
+    Raises:
+        CorpusError: it is one, such as a download that was cut off leaves behind.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CorpusError(
+            f"{os.fspath(path)} is a link to {os.readlink(path)}, which is not there; fetch the "
+            "file again, or remove the link"
+        )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> list[pathlib.Path]:

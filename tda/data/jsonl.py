@@ -7,9 +7,12 @@ import gzip
 import io
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
+
+from tda.data.folders import check_link
 
 Path = str | os.PathLike[str]
 Paths = Path | Sequence[Path]
@@ -33,8 +36,8 @@ def iter_records(path: Paths, on_undecodable: OnUndecodable = None) -> Iterator[
     Args:
         path: A file, a glob pattern, or a list of files. Gzip and Zstandard are recognised by
             their first bytes, since a downloaded file may have lost its suffix.
-        on_undecodable: Called with the message of a line that is not UTF-8, which is then left
-            out; if None, such a line is an error.
+        on_undecodable: Called with the place of a record that is not UTF-8, which is then left
+            out; if None, such a record is an error.
 
     Yields:
         The place of each record, such as "facts.jsonl.gz, line 17", and its value.
@@ -46,42 +49,55 @@ def iter_records(path: Paths, on_undecodable: OnUndecodable = None) -> Iterator[
     """
     for file in expand(path):
         n_records = 0
-        lines = decoded_lines(file, on_undecodable)
+        # A record of an array may have several lines: it is left out as a whole.
+        lines = decoded_lines(file, is_escaped=on_undecodable is not None)
         for number, line in lines:
             where = f"{os.path.basename(file)}, line {number}"
             text = line.strip()
             if not text:
                 continue
             if not n_records and text.startswith("["):
-                yield from _array(file, "".join([line, *(more for _, more in lines)]))
-                n_records = 1
+                values = _array(file, "".join([line, *(more for _, more in lines)]))
+                for i, value in enumerate(values):
+                    n_records += 1
+                    where = f"{os.path.basename(file)}, item {i}"
+                    # Only what is not UTF-8 needs a look, and a name may be that too.
+                    if on_undecodable and half_character(json.dumps(value, ensure_ascii=False)):
+                        on_undecodable(where)
+                    else:
+                        yield where, value
+                continue
+            n_records += 1
+            if on_undecodable and half_character(text):
+                on_undecodable(where)
                 continue
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 remedy = "every line must be one JSON object"
                 if text == "{":
                     remedy += ", and here one has several lines; write it in one line, or an array"
-                raise RecordError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}); {remedy}"
-                ) from None
-            n_records += 1
+                raise RecordError(f"{where}: not JSON ({_reason(error)}); {remedy}") from None
             yield where, value
         if not n_records:
             raise RecordError(f"{file}: no records; give a file with one JSON object on each line")
 
 
-def _array(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    name = os.path.basename(file)
+def _array(file: str, text: str) -> list:
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise RecordError(
-            f"{name}: begins as a JSON array, but is none ({error.msg} at line {error.lineno}, "
-            f"column {error.colno})"
+            f"{os.path.basename(file)}: begins as a JSON array, but is none ({_reason(error)})"
         ) from None
-    for i, value in enumerate(values):
-        yield f"{name}, item {i}", value
+
+
+def _reason(error: Exception) -> str:
+    """Returns what JSON's reader says: also of numbers and of nesting that Python refuses."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    line = f"line {error.lineno}, " if error.lineno > 1 else ""
+    return f"{error.msg} at {line}column {error.colno}"
 
 
 def decoded_lines(
@@ -112,6 +128,7 @@ def expand(path: Paths) -> list[str]:
 
     Raises:
         FileNotFoundError: A file does not exist, a pattern has no match, or the list is empty.
+        CorpusError: A link leads nowhere.
     """
     if not isinstance(path, str | os.PathLike):
         files = [file for item in path for file in expand(item)]
@@ -124,10 +141,25 @@ def expand(path: Paths) -> list[str]:
     name = os.path.expanduser(os.fspath(path))
     if os.path.isfile(name):
         return [name]
-    matches = sorted(match for match in glob.glob(name, recursive=True) if os.path.isfile(match))
-    if not matches:
+    check_link(name)
+    if os.path.isdir(name):
+        raise FileNotFoundError(
+            f"{name} is a folder, not a file; name its files by a pattern such as '{name}/*.jsonl'"
+        )
+    matches = sorted(glob.glob(name, recursive=True))
+    for match in matches:
+        check_link(match)
+    files = [match for match in matches if os.path.isfile(match)]
+    if not files:
         raise FileNotFoundError(f"{name}: no such file; check the path (.jsonl, .jsonl.gz, a glob)")
-    return matches
+    if "**" not in name and len(files) < len(matches):
+        folder = next(match for match in matches if os.path.isdir(match))
+        warnings.warn(
+            f"{name}: {len(matches) - len(files)} folders, such as {folder}, are left out; '**' "
+            "in a pattern stands for all folders",
+            stacklevel=2,
+        )
+    return files
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,7 @@
 """Reads files of one kind, or rows of a dataset, as documents."""
 
 import collections
+import contextlib
 import csv
 import json
 import os
@@ -41,7 +42,8 @@ def rows_of_csv(
     """Yields the number, from 0, the place and the fields of every row of a .csv or .tsv file.
 
     Raises:
-        CorpusError: a row does not fit the header, two columns have one name, or it is no CSV.
+        CorpusError: a row does not fit the header, two columns have one name, it is no CSV, or
+            there are no rows.
         tda.data.jsonl.RecordError: a row is not UTF-8 and `on_undecodable` is None; else that is
             called with its place, and the row is left out.
     """
@@ -57,6 +59,7 @@ def rows_of_csv(
         names = rows.fieldnames or ()
         if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
             raise CorpusError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
+        i = -1
         for i, row in enumerate(rows):
             place = f"{os.path.basename(file)}, line {rows.line_num}"
             if is_escaped and any(half_character(x) for x in row.values() if isinstance(x, str)):
@@ -65,6 +68,8 @@ def rows_of_csv(
             if None in row or None in row.values():
                 raise CorpusError(f"{place}: the row has another number of fields than the header")
             yield i, place, row
+        if i < 0:
+            raise CorpusError(f"{file}: no records; give a header, and a line for each document")
     except csv.Error as error:
         raise CorpusError(f"{place}: not CSV ({error})") from error
 
@@ -84,13 +89,22 @@ def _arrow():
 def from_parquet(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
     """Yields the rows of a Parquet file."""
     arrow = _arrow()
-    try:
+    with _naming(file, "a Parquet file"):
         opened = arrow.parquet.ParquetFile(file)
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"{file} is not a Parquet file ({error})") from error
-    columns = columns_of(opened.schema_arrow.names, file, text_field, id_field)
-    batches = opened.iter_batches(batch_size=1024, columns=columns)
-    yield from _rows(batches, name, text_field, id_field, on_undecodable)
+        columns = columns_of(opened.schema_arrow.names, file, text_field, id_field)
+        batches = opened.iter_batches(batch_size=1024, columns=columns)
+        yield from _rows(batches, name, text_field, id_field, on_undecodable)
+
+
+@contextlib.contextmanager
+def _naming(file: str, form: str) -> Iterator[None]:
+    """Names the file in pyarrow's errors, which may come with any of its rows."""
+    try:
+        yield
+    except (_arrow().ArrowInvalid, OSError) as error:
+        raise CorpusError(
+            f"{file} is not {form}, or is damaged ({error}); fetch it again"
+        ) from error
 
 
 def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iterator[Document]:
@@ -122,7 +136,7 @@ def datasets_files(path: pathlib.Path, split: str) -> list[str]:
     """
     splits = path / "dataset_dict.json"
     if splits.exists():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        names = _read_field(splits, "splits")
         if split not in names:
             raise CorpusError(f"{path} has no split {split!r}; there are {', '.join(names)}")
         path = path / split
@@ -131,19 +145,36 @@ def datasets_files(path: pathlib.Path, split: str) -> list[str]:
             f"{path} has no splits, so split={split!r} has no effect; leave it out, or give the "
             "folder of a DatasetDict"
         )
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.get("_indices_files"):
+    data_files = _read_field(path / "state.json", "_data_files")
+    if _read_field(path / "state.json", "_indices_files", ()):
         raise CorpusError(
             f"{path} is a selection of another dataset's rows; write the rows themselves: "
             "dataset.flatten_indices().save_to_disk(…)"
         )
-    return [os.fspath(path / os.path.basename(f["filename"])) for f in state["_data_files"]]
+    files = [path / os.path.basename(f["filename"]) for f in data_files]
+    for file in files:
+        if not file.exists():
+            raise CorpusError(f"{file}: no such file, but state.json names it; fetch it again")
+    return [os.fspath(file) for file in files]
+
+
+def _read_field(file: pathlib.Path, field: str, default: Any = None) -> Any:
+    """Returns a field of a file of `Dataset.save_to_disk`; required if there is no default."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")).get(field, default)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorpusError(
+            f"{file} cannot be read ({error}); give a folder that Dataset.save_to_disk wrote"
+        ) from error
+    if value is None and default is None:
+        raise CorpusError(f"{file} lacks {field!r}; write the dataset again: Dataset.save_to_disk")
+    return value
 
 
 def from_arrow(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
     """Yields the rows of a file of a `datasets` directory."""
     arrow = _arrow()
-    with arrow.memory_map(file) as mapped:
+    with _naming(file, "a stream of Arrow"), arrow.memory_map(file) as mapped:
         opened = arrow.ipc.open_stream(mapped)
         columns = columns_of(opened.schema.names, file, text_field, id_field)
         batches = (b.select(columns) for b in opened)

@@ -9,12 +9,12 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, MappingView, Set
 from typing import Any
 
 import numpy as np
 
-from tda.data.documents import Document, check_token_ids, document_of
+from tda.data.documents import Document, check_token_ids, document_of, is_missing
 from tda.data.folders import CorpusError
 from tda.data.jsonl import half_character
 
@@ -105,9 +105,9 @@ def parse_passages(
 
 
 def _query(i: int, row: Any) -> Query:
-    if isinstance(row, Query):
-        return row
-    fields = _as_mapping(row)
+    if isinstance(row, Query) and row.tokens is not None:
+        return _query_of_tokens(i, row)
+    fields = dataclasses.asdict(row) if isinstance(row, Query) else _as_mapping(row)
     if fields is not None:
         missing = [k for k in ("prompt", "target") if k not in fields]
         if missing:
@@ -116,8 +116,7 @@ def _query(i: int, row: Any) -> Query:
                 f"{', '.join(map(str, fields)) or 'none'}; {_QUERY_FORMS}"
             )
         name = fields.get("id")
-        is_missing = isinstance(name, float) and math.isnan(name)  # in a frame of pandas
-        values = None if is_missing else name, fields["prompt"], fields["target"]
+        values = None if is_missing(name) else name, fields["prompt"], fields["target"]
     else:
         texts = _as_tuple(row)
         if texts is None or len(texts) not in (2, 3):
@@ -134,12 +133,22 @@ def _query(i: int, row: Any) -> Query:
     return Query(str(i) if name is None else _name(name, f"query {i}", ValueError), prompt, target)
 
 
+def _query_of_tokens(i: int, query: Query) -> Query:
+    for field, ids in zip(("prompt", "target"), query.tokens, strict=True):
+        if not all(map(_is_whole, ids)):
+            raise ValueError(f"query {i}: the tokens of the {field} are {_shown(ids)}; give ids")
+    return dataclasses.replace(query, id=_name(query.id, f"query {i}", ValueError))
+
+
 def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Document:
+    place = f"passage {i}"
     if isinstance(row, Document):
-        return row
+        for field, text in (("text", row.text), ("prompt", row.prompt)):
+            if not isinstance(text, str):
+                raise CorpusError(f"{place}: the {field} is {_shown(text)}, not a string")
+        return dataclasses.replace(row, id=_name(row.id, place, CorpusError))
     if isinstance(row, str):
         return Document(str(i), row)
-    place = f"passage {i}"
     fields = _as_mapping(row)
     if fields is not None:
         return document_of(fields, place, str(i), text_field, id_field)
@@ -154,7 +163,8 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
 
 def _check_container(rows: Any, label: str, forms: str, error: type[ValueError] = ValueError):
     """Checks that `rows` is an iterable of rows, and not a row or a container without order."""
-    if isinstance(rows, str | bytes | os.PathLike):
+    is_array_of_one = isinstance(rows, np.ndarray) and not rows.ndim
+    if is_array_of_one or isinstance(rows, str | bytes | os.PathLike):
         raise error(f"{label} is {_shown(rows)}, not a list; {forms} for each")
     if isinstance(rows, Mapping):
         raise error(
@@ -162,7 +172,8 @@ def _check_container(rows: Any, label: str, forms: str, error: type[ValueError] 
             "give list(x.items()) of a dict of texts by id, [x] of a single row, x['train'] of a "
             "DatasetDict"
         )
-    if isinstance(rows, Set):
+    # The keys and the items of a dict are in order.
+    if isinstance(rows, Set) and not isinstance(rows, MappingView):
         raise error(f"{label} is a {type(rows).__name__}, which has no order; give a list")
     if hasattr(rows, "columns") and hasattr(rows, "to_dict"):
         raise error(

@@ -28,6 +28,10 @@ class Series:
         return len(self._fields)
 
 
+class NAType:
+    """What pandas puts for a missing value of a column of strings."""
+
+
 class Frame(Series):
     """A pandas data frame, whose iteration gives names of columns."""
 
@@ -50,6 +54,8 @@ RECORD = np.array([("q", "a", "b")], [("id", "U9"), ("prompt", "U9"), ("target",
         (Named("b", "a", "q"), Query("q", "a", "b")),
         (Series(target="b", prompt="a"), Query("0", "a", "b")),
         (RECORD, Query("q", "a", "b")),
+        (Query(7, "a", "b"), Query("7", "a", "b")),
+        ({"prompt": "a", "target": "b", "id": np.float32("nan")}, Query("0", "a", "b")),
         (Query("q", "a", "b"), Query("q", "a", "b")),
     ],
 )
@@ -86,6 +92,8 @@ class Unknown:
         (("\ud83d", "a", "b"), "query 0: the id has half a character"),
         ({"question": "a", "answer": "b"}, "query 0 has no field 'prompt'; its fields are ques"),
         ({"prompt": "a"}, "query 0 has no field 'target'"),
+        (Query("q", None, "b"), "query 0: the prompt is None, not a string"),
+        (Query("q", "a", "b", ((1,), "b")), r"query 0: the tokens of the target are 'b' \(str\)"),
     ],
 )
 def test_another_form_of_query_is_refused(row, message):
@@ -100,6 +108,7 @@ CONTAINERS = [
     ({"a", "b"}, "is a set, which has no order; give a list"),
     (Frame(prompt=[], target=[]), r"is a Frame.*give its rows: x.to_dict\('records'\)"),
     (None, "is None, not an iterable"),
+    (np.array("ab"), "is array.*not a list"),
 ]
 
 
@@ -130,11 +139,18 @@ def test_queries_of_one_id_are_refused():
         ({"text": "a", "url": "u"}, Document("0", "a")),
         ({"text": None, "id": "x"}, Document("x", "")),
         ({"text": float("nan"), "id": float("nan")}, Document("0", "")),
+        ({"text": np.float32("nan"), "id": NAType()}, Document("0", "")),
+        (Document(5, "a"), Document("5", "a")),
         (Series(text="a", id="x"), Document("x", "a")),
     ],
 )
 def test_a_passage_in_every_form(row, document):
     assert list(parse_passages([row])) == [document]
+
+
+def test_the_items_of_a_dict_are_passages_in_its_order():
+    texts = {"x": "a", "y": "b"}
+    assert list(parse_passages(texts.items())) == [Document("x", "a"), Document("y", "b")]
 
 
 def test_fields_of_passages_have_names():
@@ -154,6 +170,9 @@ def test_fields_of_passages_have_names():
         ({"body": "a"}, "passage 0: there is no field 'text'; the fields are body"),
         ({"text": 5}, "passage 0: 'text' is int, not a text"),
         ({"text": "a", "id": ["x"]}, "passage 0: the id in 'id' is "),
+        (Document("x", None), "passage 0: the text is None, not a string"),
+        (Document("x", "a", prompt=5), r"passage 0: the prompt is 5 \(int\), not a string"),
+        (Document(None, "a"), "passage 0 has the id None; give a string"),
     ],
 )
 def test_another_form_of_passage_is_refused(row, message):
