@@ -249,8 +249,9 @@ def _unit_names(run: Run, unit: str) -> list:
     if unit == "document":
         return list(table.documents)
     key = {"relation": "predicate_uri", "subject": "entity0_uri"}[unit]
+    # A triple that only names its fact has no URIs: an empty one is no unit.
     of_sentence = {
-        s.sentence_id: getattr(s.fact_triples[0], key) if s.fact_triples else None
+        s.sentence_id: (s.fact_triples and getattr(s.fact_triples[0], key)) or None
         for s in corpus.sentences
     }
     return [of_sentence[d] for d in table.documents]

@@ -17,6 +17,7 @@ import scipy.stats
 from tda import results
 from tda.counterfactual import figures
 from tda.counterfactual.bank import Bank
+from tda.facts.records import Sentence, Triple
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked
 from tda.run import bank_rankings, bank_scores, board, counterfactual, defaults
@@ -239,6 +240,19 @@ def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
         counterfactual.check(config)
         board.check(config)
+
+
+def test_a_triple_without_uris_is_of_no_unit():
+    """Guards: all passages whose annotation only names its fact, dropped together."""
+    triples = [Triple("f1", None, None, "", "", ""), Triple(None, None, None, "s", "r", "o")]
+    sentences = [Sentence(f"s{i}", "x", fact_triples=(t,)) for i, t in enumerate(triples)]
+    corpus = types.SimpleNamespace(
+        sentences=[*sentences, Sentence("s2", "x")],
+        passages=types.SimpleNamespace(documents=["s0", "s1", "s2", "s1"]),
+    )
+    run = types.SimpleNamespace(corpus=corpus)
+    assert counterfactual._unit_names(run, "relation") == [None, "r", None, "r"]
+    assert counterfactual._unit_names(run, "subject") == [None, "s", None, "s"]
 
 
 def test_the_engine_of_the_run_computes_retrainings(tmp_path, monkeypatch):
