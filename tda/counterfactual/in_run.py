@@ -2,8 +2,8 @@
 
 Σ_t η_t ⟨∇ℓ_i(θ_t), P_t ∇L_q(θ_t)⟩ / tokens_t over the steps that a passage is in, P_t the identity
 or Adam's 1 / (√ν̂ + eps) (data Shapley in one training run, 2406.11011, its first order). Momentum,
-clipping and the effect of later steps on a change are left out. The gradients of a step's passages and of
-all queries are taken at the parameters of that step.
+clipping and the effect of later steps on a change are left out. The gradients of a step's passages
+and of all queries are taken at the parameters of that step.
 """
 
 import dataclasses
