@@ -5,31 +5,30 @@
     python -m benchmarks.accelerator --out=tiny --shapes=micro --sides=4 --sequences=8 --length=16 \
         --batches=4,8 --vocabulary=64 --search_mib=1 --pairs=8 --parts=train,encode,search
 
-A finished case is in `OUT/record.jsonl` at once, and in `OUT/table.md`; a killed run goes on with
-the next case. Other machines, versions and protocols need directories of their own.
+A finished case is saved at once to `OUT/record.jsonl` and `OUT/table.md`; a killed run continues
+with the next case. Other machines, versions and protocols need directories of their own.
 
 The protocol: 512 sequences of 512 random tokens, computed in bfloat16 on accelerators (parameters
-are float32) and in float32 on CPUs; random weights, since a time does not depend on them. A rate is
-that of the best power of two of sequences in a batch: from the smallest of --batches upward until
-the rate falls or memory ends, and downward if not even that one fits. It is the median of --rounds
-passes over all sequences, after one that is not counted, so that start-up and compiling are left
-out. The parts:
+are float32) and in float32 on CPUs; random weights, since times do not depend on them. A rate is
+that of the best number of sequences in a batch, from the smallest of --batches upward until the
+rate falls or memory is full, and downward if not even that one fits. It is the median of --rounds
+passes over all sequences after an uncounted one, which starts and compiles. The parts:
 
 - `train`: forward, backward, Adam's update.
 - `encode`: from tokens in memory to rows in memory (`tda.encoding.table`), a block of side × side
   for every weight matrix. Every side is measured with the first one's batch.
-- `search`: rows/s of exact search (the 10 best and the 10 worst) over float32 rows that the device
-  holds, and what it reads for that over its memory's bandwidth; and FAISS's flat index on the first
-  GPU, where faiss-gpu is installed.
+- `search`: rows/s of exact search (the 10 best and the 10 worst) over float32 rows in the device's
+  memory, and the share of the memory's bandwidth; and FAISS's flat index on the first GPU, if
+  faiss-gpu is installed.
 - `tail_patch`: pairs of a passage and a query, each passage with a step of its own.
 - `bergson`: `bergson build` (PyTorch, in an environment of its own: `benchmarks.vs_bergson`) and
   our store, one after the other on one device, each in processes of its own and with its best
-  batch: the same weights, tokens and second moments. Measured first, while this process holds no
+  batch: the same weights, tokens and second moments. Measured first, while this process uses no
   memory of the device.
 
-The share of the peak is that of all matrix products' operations (`tda.plan.cost`; those that are
-computed again do not count) in what the maker states for the chips (`tda.plan.chips`); of a search,
-that of the memory's bandwidth. It is left out for chips that are not listed.
+The share of the peak is the rate of all matrix products' operations (`tda.plan.cost`; recomputed
+ones do not count) over the maker's figure for the chips (`tda.plan.chips`); for a search, the share
+of the memory's bandwidth. It is left out for chips that are not listed.
 """
 
 import dataclasses
@@ -146,6 +145,11 @@ def figures_of_best(rates: dict[int, float]) -> dict:
     return {"tokens a second": rates[batch], "batch": batch, "by batch": rates}
 
 
+def random_table(rows: int) -> TokenTable:
+    """Returns random sequences of --length positions."""
+    return calibration.random_table(rows, flags.FLAGS.length, _VOCABULARY.value)
+
+
 class Bench:
     """Measures cases on a mesh of all devices.
 
@@ -186,14 +190,6 @@ class Bench:
             self._held = shape, model_fn.merge(params)
         return self._held[1]
 
-    def _table(self, rows: int) -> TokenTable:
-        """Returns random sequences, every token but the first of which is scored."""
-        length = flags.FLAGS.length + 1
-        tokens = np.random.default_rng(0).integers(_VOCABULARY.value, size=rows * length)
-        scored = np.arange(rows * length) % length > 0
-        names, starts = list(map(str, range(rows))), length * np.arange(rows + 1)
-        return TokenTable(names, names, tokens.astype(np.int32), starts, scored)
-
     def _layout(self, batch: int) -> BatchLayout:
         length = flags.FLAGS.length
         return BatchLayout((length,), batch * length, 0, self._mesh)
@@ -214,7 +210,7 @@ class Bench:
         return setting.count_model(everything, arguments)
 
     def _train(self, case: Case) -> dict:
-        tx, table = optax.adam(1e-3), self._table(_SEQUENCES.value)
+        tx, table = optax.adam(1e-3), random_table(_SEQUENCES.value)
 
         def rate_of(batch: int) -> float:
             model_fn, state = loop.initial_state(self._model(case.shape), tx, self._mesh)
@@ -235,7 +231,7 @@ class Bench:
         return self._with_share(figures, operations)
 
     def _encode(self, case: Case) -> dict:
-        model, table = self._model(case.shape), self._table(_SEQUENCES.value)
+        model, table = self._model(case.shape), random_table(_SEQUENCES.value)
         chosen, rows = find_sites(model), np.arange(len(table))
         encoder = make_encoder(
             model,
@@ -262,7 +258,7 @@ class Bench:
         return self._with_share(figures, operations)
 
     def _tail_patch(self, case: Case) -> dict:
-        tx, table = optax.adam(1e-3), self._table(_PAIRS.value)
+        tx, table = optax.adam(1e-3), random_table(_PAIRS.value)
         model_fn, state = loop.initial_state(self._model(case.shape), tx, self._mesh)
         patch = TailPatch(model_fn, state, tx, dataclasses.replace(self._layout(1), mesh=None))
         pairs = [(i, i) for i in range(len(table))]
@@ -333,7 +329,7 @@ class Bench:
         """Returns the tokens/s of a side that builds its store, in a process of its own."""
         command = {"correction": case.correction, "rows": _SEQUENCES.value}
         command["tokens"] = batch * flags.FLAGS.length
-        # A process whose memory has ended does not go on.
+        # In a new process: one that ran out of memory cannot continue.
         with start() as side:
             side.ask("build", **command)
             runs = [side.ask("build", **command) for _ in range(flags.FLAGS.rounds)]
@@ -358,7 +354,7 @@ def main(argv):
     del argv
     if not _OUT.value:
         raise app.UsageError("give --out, a directory for the record and the table")
-    # Else it would take most of the device's memory before Bergson starts.
+    # Otherwise this process would take most of the device's memory before Bergson starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.dtype is None:
         flags.FLAGS.dtype = "bfloat16" if sharding.is_accelerated() else "float32"

@@ -94,8 +94,7 @@ def main(argv):
                 found[correction] = differences(mine, encoder.layout, chosen, theirs, sizes)
                 print(f"{correction:10}", found[correction], flush=True)
     figures = {"setup": setup, "peer": versions, "corrections": found}
-    if flags.FLAGS.json:
-        record.write(flags.FLAGS.json, "bergson_gradients", figures)
+    record.write("bergson_gradients", figures)
     if max(f["largest difference"] for f in found.values()) > ALIKE:
         sys.exit("error: the gradients are not the same")
 

@@ -1,4 +1,4 @@
-"""Measured cases as lines of a file that a kill does not lose, and as a table."""
+"""A record of measured cases, which are saved one by one and shown as a table."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from tda.runtime import atomic_file
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one line of a record is of."""
+    """The case that a line of a record is about."""
 
     part: str
     shape: str = ""
@@ -28,14 +28,14 @@ class Case:
 
 
 class Record:
-    """The figures of finished cases, on disk as soon as they are known.
+    """The figures of finished cases, each of which is saved at once.
 
     Args:
-        path: a file of JSON lines; what it has is read.
-        about: JSON values that say what the cases are measured on, and how.
+        path: a file of JSON lines; its cases are read.
+        about: JSON values of the machine and the protocol of the measurements.
 
     Raises:
-        ValueError: the file is about something else.
+        ValueError: the file is about another machine or protocol.
     """
 
     def __init__(self, path: pathlib.Path, about: dict):
@@ -61,7 +61,7 @@ class Record:
             out.writelines(f"{line}\n" for line in lines)
 
     def markdown(self, cases: list[Case]) -> str:
-        """Returns the table of those of some cases that are finished."""
+        """Returns a table of the finished ones among some cases."""
         rows = [self._row(case) for case in cases if case.title in self.figures]
         head = ["case", "rate", "batch", "time over training's", "share of the peak"]
         about = ", ".join(f"{k} {v}" for k, v in self._about.items())

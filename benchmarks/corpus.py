@@ -31,7 +31,6 @@ from . import record
 
 _ROWS = flags.DEFINE_integer("rows", 10_000_000, "Passages of the synthetic corpus.")
 _TEXTS = flags.DEFINE_string("texts", None, "A corpus to measure tokenising with.")
-_JSON = flags.DEFINE_string("json", None, "File of the figures.")
 _START = flags.DEFINE_string("start", None, "The directory of a start, in a process of its own.")
 _PART_ROWS, _LENGTH, _SHARD = 16_384, 8, 4096
 
@@ -167,8 +166,7 @@ def main(_) -> None:
         figures |= _run_start(directory)
     for label, value in figures.items():
         print(f"{label:40} {value:12,.2f}")
-    if _JSON.value:
-        record.write(_JSON.value, "corpus", figures | {"rows": _ROWS.value})
+    record.write("corpus", figures | {"rows": _ROWS.value})
 
 
 if __name__ == "__main__":

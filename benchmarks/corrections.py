@@ -54,7 +54,6 @@ from tda.retrieval.sources import InMemory
 from tda.run.run import Corpus, Trained
 from tda.training import loop
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _QUERIES = flags.DEFINE_integer("queries", 200, "queries, sampled at random; 0: all")
 _PASSAGES = flags.DEFINE_integer("passages", 0, "passages, at least all correct ones; 0: all")
 _WHOLE = flags.DEFINE_integer("whole", 64, "passages whose whole gradients are compared")
@@ -367,8 +366,7 @@ def main(config, workdir):
     }
     print(f"{len(run.queries)} queries, {len(run.passages):,} passages", flush=True)
     for _ in measure(run, figures["corrections"]):
-        if _JSON.value:
-            record.write(_JSON.value, "corrections", figures)
+        record.write("corrections", figures)
 
 
 if __name__ == "__main__":

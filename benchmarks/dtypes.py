@@ -1,17 +1,17 @@
-"""What a store keeps by side, dtype and R: bytes, MRR, recall, and the passages retrieved.
+"""Bytes of a store against the quality of its search, by side, dtype and structure of R.
 
     python -m benchmarks.dtypes --config=configs/world_facts.py --workdir=demo --json=dtypes.json
     python -m benchmarks.dtypes --config=configs/trex_sweeps.py --workdir=runs/trex \\
         --config.store.dtype=float32 --sides=16,24,32 --structures=dense,kronecker --json=f.json
 
-The workdir is that of a finished run of `experiments.trace` with a float32 store; the config, with
-what the command line sets, must be the run's. A side that has no such store is encoded first. The
-rows of a side are stored anew in every dtype, R is taken from the rounded rows, and TrackStar and
-the corrected cosine search them; queries stay float32. *Overlap* is of the ten best passages with
-those of float32 (dense R where there is one), |A ∩ B| / 10.
+The workdir is that of a finished run of `experiments.trace` with a float32 store; give its config
+and its config flags. A side without such a store is encoded first. The rows of a side are stored
+anew in every dtype, R is computed from the rounded rows, and TrackStar and the corrected cosine
+search them; queries stay float32. *Overlap* compares the ten best passages with those of float32
+(with dense R if it is among the structures), |A ∩ B| / 10.
 
-Points that the JSON file has are not measured again: further sides and structures may be added by
-further calls. `--plot=PATH` draws MRR and recall by the bytes of all of its points.
+Points in the JSON file are not measured again, so further calls may add sides and structures.
+`--plot=PATH` draws MRR and recall by bytes for all points of the file.
 """
 
 import dataclasses
@@ -36,7 +36,6 @@ from tda.run import encode
 _SIDES = flags.DEFINE_list("sides", [], "sides of a block; by default the config's")
 _STRUCTURES = flags.DEFINE_list("structures", [], "structures of R; by default the config's")
 _DTYPES = flags.DEFINE_list("dtypes", list(stores.DTYPES), "dtypes to store rows in")
-_JSON = flags.DEFINE_string("json", None, "file that every figure is added to")
 _PLOT = flags.DEFINE_string("plot", None, "path of the plot, without a suffix")
 
 K = 10
@@ -49,7 +48,7 @@ _PAPER = 0.365
 
 
 def measure(config, directory: str, structures: list[str], points: dict[str, dict]) -> None:
-    """Adds the figures of one side to `points`, which are written as they come."""
+    """Adds the figures of one side to `points`, and writes them one by one."""
     run, kind = finished_run.load(config, directory), GradientKind(True)
     source, queries_QxE = encode.encode(run, kind)
     blocks = dict(zip(source.manifest["blocks"], source.form.widths, strict=True))
@@ -81,8 +80,7 @@ def measure(config, directory: str, structures: list[str], points: dict[str, dic
                     "queries": len(queries_QxE),
                 } | _figures(ranked, exact_best)
                 print(name, {k: round(v, 5) for k, v in points[name].items() if ":" in k})
-                if _JSON.value:
-                    record.write(_JSON.value, "dtypes", points)
+                record.write("dtypes", points)
 
 
 def _figures(ranked: dict[str, Ranked], exact_best: dict[str, np.ndarray]) -> dict[str, float]:
@@ -127,7 +125,7 @@ def draw(points: list[dict], path: str) -> list[str]:
 
 def main(config, workdir):
     """Measures, and writes and draws the figures."""
-    record_path = pathlib.Path(_JSON.value) if _JSON.value else None
+    record_path = pathlib.Path(record.JSON.value) if record.JSON.value else None
     points: dict[str, dict] = {}
     if record_path is not None and record_path.exists():
         points = json.loads(record_path.read_text())["figures"]

@@ -39,7 +39,6 @@ from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
 from tda.training import loop
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SIZES = flags.DEFINE_list("sizes", ["10m", "30m", "135m"], "models")
 _LENGTHS = flags.DEFINE_list("lengths", ["128", "512"], "positions of a batch's sequences")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "rounds after warm-up")
@@ -237,8 +236,7 @@ def main(argv):
                 if key in found[name]:
                     print(f"  {key}: {found[name][key]:.2f}")
             print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
-            if _JSON.value:
-                record.write(_JSON.value, "encoder", found)
+            record.write("encoder", found)
 
 
 if __name__ == "__main__":

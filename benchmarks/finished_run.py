@@ -1,4 +1,4 @@
-"""What a finished run of `experiments.trace` left: gradients, and TrackStar's encodings."""
+"""Reads a finished run of `experiments.trace`: gradients, and TrackStar's encodings."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tda.run.workdir import Workdir
 
 
 def load(config, directory: str) -> Run:
-    """The finished run."""
+    """Returns the finished run in a workdir."""
     workdir = Workdir(directory)
     stamp = workdir / "stages" / "train.json"
     if not stamp.exists() or not json.loads(stamp.read_text())["finished"]:
@@ -25,15 +25,15 @@ def load(config, directory: str) -> Run:
     return stages.prepare(config, workdir)
 
 
-def gradients(config, directory: str, corrected: bool = True):
-    """The corpus, its store, and the queries' gradients, float32 [Q, E]."""
+def gradients(config, directory: str):
+    """Returns the corpus, its store of corrected gradients, and the queries', float32 [Q, E]."""
     run = load(config, directory)
-    store, queries_QxE = encode.encode(run, GradientKind(corrected))
+    store, queries_QxE = encode.encode(run, GradientKind(corrected=True))
     return run.corpus, store, queries_QxE
 
 
 def scorers(store, queries_QxE: np.ndarray) -> dict[str, Scorer]:
-    """TrackStar, with λ by the rule, and the cosine."""
+    """Returns the scorers of TrackStar, with λ by the rule, and of the cosine."""
     slices = hessian.block_slices(store.form.widths)
     train = hessian.autocorrelation_of_source(store).blocks
     asked = hessian.autocorrelation_of_source(InMemory(queries_QxE, slices)).blocks
@@ -44,7 +44,7 @@ def scorers(store, queries_QxE: np.ndarray) -> dict[str, Scorer]:
 
 
 def encodings(config, directory: str, method: str, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Encodings of the corpus, in a memory map of `path` that is made once, and of the queries."""
+    """Returns the encodings of the corpus, in a memory map of `path`, and of the queries."""
     _, store, queries_QxE = gradients(config, directory)
     chosen = scorers(store, queries_QxE)[method]
     of_queries = scorer.encode(queries_QxE, chosen.whitening, chosen.unit_norm, store.form.widths)

@@ -1,12 +1,12 @@
-"""What it costs to split R and a search over processes, and what a kill loses.
+"""The cost of splitting R and a search over processes, and the work that a kill loses.
 
     python -m benchmarks.groups --json=groups.json
 
-1. R and the search of a store by one process and by several, each a task of an array, in turns: CPU
+1. One process and several, each a task of an array, compute R and search a store in turns: CPU
    seconds a GB of the store (user and system, without starting and compiling, which do not grow
    with the store), and whether the rankings are equal to the last bit.
-2. Tasks killed with SIGKILL at random moments: the work that was lost is what was done since the
-   last group was finished; then the work is finished, and compared as above.
+2. Tasks are killed with SIGKILL at random moments, and lose their work since the last finished
+   group; then the work is finished, and compared as above.
 """
 
 import json
@@ -32,7 +32,6 @@ from tda.retrieval.whitening import Whitening
 from tda.runtime.array_tasks import ArrayTask
 from tda.runtime.groups import ONE_GROUP, Groups
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the store is made; temporary if unset")
 _ROWS = flags.DEFINE_integer("rows", 131_072, "rows of 8,192 numbers")
 _TASKS = flags.DEFINE_integer("tasks", 4, "processes that share the work")
@@ -58,7 +57,7 @@ def compute_part(root: pathlib.Path, out: pathlib.Path, part: str) -> None:
     """Computes a part of R and of the search, and prints seconds of CPU; the child's work."""
     index, count = map(int, part.split("/"))
     queries_QxE = np.random.default_rng(0).standard_normal((QUERIES, WIDTH), np.float32)
-    # A few steps of the same shape, so that what is compiled is not counted.
+    # A few steps of the same shape first, so that compiling is not counted.
     few_RxE = np.random.default_rng(1).standard_normal((8192, WIDTH), np.float32)
     store = stores.open_store(root / "store")
     rank(InMemory(few_RxE, hessian.block_slices(store.form.widths)), queries_QxE)
@@ -146,7 +145,7 @@ def kill(root: pathlib.Path) -> dict:
         out = root / f"killed-{killed}"
         while True:
             child, before = start(root, out, "0/1"), len(finished_groups(out))
-            # From the first new group on: a child that is starting has nothing to lose.
+            # Only after a new group: before, a child has nothing to lose.
             while len(finished_groups(out)) == before and child.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, duration))
@@ -155,7 +154,7 @@ def kill(root: pathlib.Path) -> dict:
             if child.returncode >= 0:
                 break
             killed += 1
-            # The group that was being computed began when the one before it was finished.
+            # The killed group began when the last finished one ended.
             lost.append(time.time() - finished_groups(out)[-1])
         equal = equal and is_equal(out, reference)
     print(
@@ -175,8 +174,7 @@ def main(argv):
             return
         make_store(root)
         figures = {"split": split(root), "kill": kill(root)}
-        if _JSON.value:
-            record.write(_JSON.value, "groups", figures)
+        record.write("groups", figures)
 
 
 if __name__ == "__main__":

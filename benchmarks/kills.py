@@ -1,9 +1,9 @@
-"""A whole run killed with SIGKILL at random moments, and continued until it is finished.
+"""Kills a whole run with SIGKILL at random moments, and continues it until it is finished.
 
     python -m benchmarks.kills --kills=100 -- --config=configs/world_facts.py
 
-What follows `--` are the flags of `experiments.trace`. The same run without a kill comes first;
-then every file that a run leaves for its user is compared byte for byte.
+The flags of `experiments.trace` follow `--`. The same run without a kill comes first; then every
+file that a run leaves for its user is compared byte for byte.
 """
 
 import collections
@@ -21,13 +21,12 @@ from absl import app, flags
 from benchmarks import record
 from tda.runtime import atomic_file
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the runs are made; temporary if unset")
 _KILLS = flags.DEFINE_integer("kills", 100, "kills, at least")
 _LONGEST = flags.DEFINE_float("longest", 30.0, "seconds that a program lives, at most")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
 
-# What a run leaves for its user, and what other programs read.
+# The files that a run leaves for its user and for other programs.
 _KEPT = ("results", "retrieval", "stores", "metrics.json", "table.md")
 
 
@@ -45,7 +44,7 @@ def contents(workdir: pathlib.Path) -> dict[str, bytes]:
 
 
 def last_line(workdir: pathlib.Path) -> str:
-    """Returns the name of the work that a run's log speaks of last."""
+    """Returns the name of the last work in a run's log."""
     text = pathlib.Path(f"{workdir}.log").read_bytes().decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].split(":")[0].strip()[:40] if lines else "start"
@@ -54,7 +53,7 @@ def last_line(workdir: pathlib.Path) -> str:
 def run_with_kills(root: pathlib.Path, arguments: list[str]) -> dict:
     """Kills runs until there were enough kills and the last run is finished.
 
-    The figures so far lie in `kills.json`, from which a call that ended early goes on.
+    The figures so far are in `kills.json`, from which a later call continues.
     """
     reference, file = root / "alone", root / "kills.json"
     figures = {"kills": 0, "runs": 0, "files": 0, "differing": [], "killed_at": {}}
@@ -76,7 +75,7 @@ def run_with_kills(root: pathlib.Path, arguments: list[str]) -> dict:
             moments = collections.Counter(figures["killed_at"])
             moments[last_line(workdir)] += 1
             figures |= {"kills": figures["kills"] + 1, "killed_at": dict(moments.most_common())}
-            # A run that has had all its kills may end.
+            # After the last kill the run is continued to its end.
             if figures["kills"] < _KILLS.value:
                 atomic_file.write_json(file, figures)
                 continue
@@ -105,8 +104,7 @@ def main(argv):
         f"{len(figures['differing'])} differ {figures['differing'][:5]}; killed at "
         f"{figures['killed_at']}"
     )
-    if _JSON.value:
-        record.write(_JSON.value, "kills", figures)
+    record.write("kills", figures)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
     python -m benchmarks.lengths --sentences=trex_lama_sentences.jsonl.gz --json=lengths.json
     python -m benchmarks.lengths --sentences=mine.jsonl --batches=120 --json=lengths.json
 
-Batches are planned, padded, encoded and copied to the host as `tda.run.encode` has it done.
-The padding is that of the whole corpus, planned at once and shard by shard of a store. The rate is
-of scored tokens, over a random sample of the plan's batches or all; the other side are sequences of
-random tokens that fill every position. Both run in one process, a batch of one side after a batch
-of the other: a round is some pairs of them, and a figure is the median over rounds of one rate over
-the other's; that of the whole plan takes every length's median rate at the length's share. Every
-shape is compiled and run before. Weights are random; a time does not depend on them. On a
-machine that others keep busy, --clock=cpu counts the seconds that this process has had, on all its
-threads, instead of those that went by.
+Batches are planned, padded, encoded and copied to the host as in `tda.run.encode`. Padding is given
+for the whole corpus, planned at once and shard by shard of a store. The rate is that of scored
+tokens over all of the plan's batches or a random sample; on the other side sequences of random
+tokens fill every position. Both sides run in one process, batch by batch in turns: a round is some
+pairs of batches, and a figure is the median over rounds of the ratio of the two rates; that of the
+whole plan weights every length's median by the length's share. Every shape is compiled and run
+first. Weights are random, since times do not depend on them. On a busy machine, --clock=cpu counts
+the CPU seconds of all threads of this process instead of elapsed seconds.
 """
 
 import collections
@@ -31,8 +30,8 @@ from tda.gradients.projection import Projection
 from tda.model import sizes
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
+from tda.plan import calibration
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SENTENCES = flags.DEFINE_string("sentences", None, "JSON lines: the corpus", required=True)
 _BATCHES = flags.DEFINE_integer("batches", 0, "batches of the plan that are timed; 0: all")
 _ROUND = flags.DEFINE_integer("round", 5, "batches of each side in a round")
@@ -48,29 +47,20 @@ _SHARD_BYTES = 256 << 20
 
 
 def now() -> float:
-    """Seconds on the chosen clock."""
+    """Returns the seconds of the chosen clock."""
     return time.perf_counter() if _CLOCK.value == "wall" else time.process_time()
 
 
 def read(path: str) -> tuple[tokens.TokenTable, Tokenizer]:
-    """The corpus, tokenised by a tokenizer that is trained on it."""
+    """Returns the corpus, tokenised by a tokenizer that is trained on it."""
     sentences = list(files.iter_sentences(path))
     tokenizer = Tokenizer.train([s.text for s in sentences], _VOCABULARY.value)
     texts = ((s.sentence_id, s.text) for s in sentences)
     return tokens.tokenise_passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer
 
 
-def random_table(vocabulary: int) -> tokens.TokenTable:
-    """One batch of sequences that fill the context."""
-    count, length = max(1, _TOKENS.value // _CONTEXT.value), _CONTEXT.value + 1
-    flat = np.random.default_rng(0).integers(3, vocabulary, count * length, dtype=np.int32)
-    names = list(map(str, range(count)))
-    scored = np.arange(count * length) % length > 0
-    return tokens.TokenTable(names, names, flat, length * np.arange(count + 1), scored)
-
-
 def padding(positions: np.ndarray, bucket_lengths: tuple[int, ...], rows: int) -> dict:
-    """Shares of the computed positions that are padding, where every `rows` rows are planned."""
+    """Returns the shares of padding in the computed positions, planning `rows` rows at a time."""
     cells, of_rows, count, shapes = 0, 0, 0, set()
     for start in range(0, len(positions), rows):
         some = positions[start : start + rows]
@@ -94,7 +84,7 @@ class Side:
         self.encoder, self.table, self.planned, self.pad = encoder, table, planned, pad
 
     def __call__(self, i: int) -> dict:
-        """Encodes batch i: its length, positions and scored tokens, seconds, those of the host."""
+        """Encodes batch i; returns its length, positions, scored tokens, and seconds."""
         p, started = self.planned, now()
         batch = batches.materialise(self.table, p.members(i), p.lengths[i], p.sizes[i], self.pad)
         scored = scored_positions(batch.weights)
@@ -110,13 +100,13 @@ class Side:
 
 
 def rate(done: list[dict], of: str = "tokens") -> float:
-    """Tokens or positions a second over some batches."""
+    """Returns tokens or positions a second over some batches."""
     return sum(d[of] for d in done) / sum(d["seconds"] for d in done)
 
 
 def in_turns(real: Side, fixed: Side, chosen: np.ndarray) -> list[tuple[list, list]]:
-    """What was timed in each round: batches of the real side and of the other, in pairs."""
-    # First and last of a length: only the first may hold rows so short that fewer logits are taken.
+    """Times pairs of batches of the two sides, and returns them by round."""
+    # The first and last of a length: only the first may have rows so short that fewer logits count.
     lengths = np.unique(real.planned.lengths)
     ends = [np.searchsorted(real.planned.lengths, lengths, s) for s in ("left", "right")]
     for side, numbers in ((real, np.concatenate([ends[0], ends[1] - 1])), (fixed, [0, 0])):
@@ -133,7 +123,7 @@ def in_turns(real: Side, fixed: Side, chosen: np.ndarray) -> list[tuple[list, li
 
 
 def rates(rounds: list[tuple[list, list]], planned: batches.Plan, scored: int) -> dict:
-    """The figures of all rounds, and those of the whole plan with so many scored tokens."""
+    """Returns the figures of all rounds, and those of the whole plan with `scored` tokens."""
     by_length, hosts = collections.defaultdict(list), []
     for real, fixed in rounds:
         for mine, other in zip(real, fixed, strict=True):
@@ -166,7 +156,7 @@ def rates(rounds: list[tuple[list, list]], planned: batches.Plan, scored: int) -
 
 
 def main(argv):
-    """Plans, tells the padding, times, and writes."""
+    """Plans, prints the padding, times, and writes the figures."""
     del argv
     table, tokenizer = read(_SENTENCES.value)
     positions = table.lengths - 1
@@ -198,7 +188,8 @@ def main(argv):
     planned = batches.plan(positions, bucket_lengths, _TOKENS.value)
     everything = np.random.default_rng(0).permutation(len(planned))
     real = Side(encoder, table, planned, tokenizer.pad)
-    other = random_table(tokenizer.vocab_size)
+    count = max(1, _TOKENS.value // _CONTEXT.value)
+    other = calibration.random_table(count, _CONTEXT.value, tokenizer.vocab_size)
     alone = batches.plan(other.lengths - 1, (_CONTEXT.value,), _TOKENS.value)
     fixed = Side(encoder, other, alone, tokenizer.pad)
     rounds = in_turns(real, fixed, everything[: _BATCHES.value or None])
@@ -209,8 +200,7 @@ def main(argv):
     for length, found in figures["rate of positions by length"].items():
         share, count = found["share of the plan"], found["batches"]
         print(f"  {length:4} positions ({share:.1%}): {found['ratio']:.3f} ({count} batches)")
-    if _JSON.value:
-        record.write(_JSON.value, "lengths", figures)
+    record.write("lengths", figures)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from benchmarks import record
 from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import QueryLosses, Training, plan_batches
 from tda.data.batches import BatchLayout
-from tda.data.tokens import TokenTable
 from tda.model import functional
 from tda.model.decoder import Decoder, DecoderSettings
+from tda.plan.calibration import random_table
 from tda.training import optimizer
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256"], "widths of the decoder")
 _STEPS = flags.DEFINE_list("steps", ["4", "16", "36"], "numbers of steps")
 _QUERIES = flags.DEFINE_list("queries", ["1", "4"], "numbers of queries")
@@ -37,17 +36,13 @@ LENGTH, BATCH, VOCABULARY = 32, 8, 512
 
 def make_training(width: int, steps: int) -> Training:
     """A training of a decoder of four layers on random tokens."""
-    rng = np.random.default_rng(0)
     settings = DecoderSettings(
         vocab_size=VOCABULARY, width=width, layers=4, heads=4, kv_heads=4,
         head_width=width // 4, ff_width=4 * width,
     )  # fmt: skip
     model_fn, params = functional.split(Decoder(settings, rngs=nnx.Rngs(0)))
     rows, layout = steps * BATCH, BatchLayout((LENGTH,), BATCH * LENGTH, pad=0)
-    starts = np.arange(rows + 1) * (LENGTH + 1)
-    tokens = rng.integers(1, VOCABULARY, starts[-1]).astype(np.int32)
-    names = [str(i) for i in range(rows)]
-    table = TokenTable(names, names, tokens, starts, np.arange(len(tokens)) % (LENGTH + 1) > 0)
+    table = random_table(rows, LENGTH, VOCABULARY)
     rate = optimizer.schedule("constant", 1e-3, steps, 0, 1.0)
     tx = optimizer.make_optimizer("adam", rate, eps_root=1e-8)
     return Training(model_fn, params, tx, table, plan_batches(table, layout, 1.0, 0))
@@ -134,8 +129,7 @@ def main(_):
             "extrapolated": value,
         }
         print(f"{name}: {coefficients} of {described}; off by {max(errors):.0%}; {value:.3g}")
-    if _JSON.value:
-        record.write(_JSON.value, "metagradients", {"points": rows, "laws": laws})
+    record.write("metagradients", {"points": rows, "laws": laws})
 
 
 if __name__ == "__main__":

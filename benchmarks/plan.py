@@ -2,10 +2,10 @@
 
     python -m benchmarks.plan --config=configs/world_facts.py --workdir=demo --json=plan.json
 
-The workdir is that of a finished run of `experiments.trace`, whose config, with what the command
-line sets, must be given. The plan is made as `experiments.plan` makes it on this machine, by a
-short calibration; then corpus and queries are encoded into new stores, R is taken, and the store
-is searched by TrackStar and the cosine. Compilation is not in the plan: a first round pays for it.
+The workdir is that of a finished run of `experiments.trace`; give its config and its config flags.
+The plan is that of `experiments.plan` on this machine, by a short calibration; then corpus and
+queries are encoded into new stores, R is computed, and the store is searched by TrackStar and the
+cosine. A plan leaves compilation out, so a first round, which compiles, does not count.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from benchmarks import finished_run, record
-from experiments import launch, plan
+from experiments import launch
 from tda.methods import GradientKind
 from tda.plan import planner
 from tda.retrieval import exact
@@ -33,7 +33,7 @@ NAMES = {"encode corpus": "encode", "encode queries": "encode", "R": "R", "exact
 
 
 def run(config, directory: str) -> dict:
-    """Seconds predicted and real, by stage: medians over rounds."""
+    """Returns seconds predicted and real, by stage: medians over rounds."""
     config.methods = METHODS
     finished = finished_run.load(config, directory)
     corpus = finished.corpus
@@ -86,13 +86,12 @@ def _really(run: Run, directory: str) -> dict[str, float]:
 def main(config, workdir):
     """Measures, prints, and writes the figures."""
     with tempfile.TemporaryDirectory() as cache:
-        # Every round makes its encoder anew; what one has compiled the next finds here.
+        # Every round makes a new encoder, and loads the programs that an earlier one compiled.
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         figures = run(config, workdir)
     print(figures)
-    if plan.JSON.value:
-        record.write(plan.JSON.value, "plan", figures)
+    record.write("plan", figures)
 
 
 if __name__ == "__main__":

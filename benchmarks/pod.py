@@ -25,7 +25,6 @@ from tda.model.settings import DecoderSettings
 from tda.plan.calibration import memory_of
 from tda.runtime import sharding
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _SIZE = flags.DEFINE_string("size", "8b", "model size of tda/model/sizes.py")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "tokens")
 _DATA = flags.DEFINE_integer("data", 1, "devices along the data axis")
@@ -76,8 +75,7 @@ def main(argv):
             f"state and projections (compiled in {time.perf_counter() - started:.0f} s)",
             flush=True,
         )
-        if _JSON.value:
-            record.write(_JSON.value, "pod", figures)
+        record.write("pod", figures)
 
 
 if __name__ == "__main__":

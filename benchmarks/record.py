@@ -1,14 +1,16 @@
-"""Timing in turns, and the record of what was measured on what."""
+"""Timing in turns, and files of figures with the machine that they were measured on."""
 
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable
 
 import jax
+from absl import flags
 
 from tda.runtime import atomic_file
+
+JSON = flags.DEFINE_string("json", None, "File that all figures are written to.")
 
 
 def in_turns(
@@ -18,10 +20,10 @@ def in_turns(
     before: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every side in every round; each side is called before, to warm up.
+    """Returns the seconds of every side in every round, after warm-up calls.
 
-    A round calls each side once, so that what slows the machine down slows all sides. `before` is
-    called ahead of every call that is timed, off the `clock`.
+    A round calls each side once, so that a slow spell of the machine slows all sides. `before` is
+    called before every timed call, and is not timed.
     """
     for call in sides.values():
         for _ in range(warm_ups):
@@ -47,7 +49,7 @@ def best_batch(rate_of: Callable[[int], float], batches: list[int]) -> dict[int,
 
     Args:
         rate_of: returns the rate of a number of sequences.
-        batches: rising numbers; halves of the first are tried where not even that one fits.
+        batches: rising numbers; if the first does not fit, its halves are tried.
     """
     rates: dict[int, float] = {}
 
@@ -70,7 +72,7 @@ def best_batch(rate_of: Callable[[int], float], batches: list[int]) -> dict[int,
 
 
 def forget(files: Iterable) -> None:
-    """Takes files out of the page cache, as far as the system lets."""
+    """Drops files from the page cache, as far as the system allows."""
     for name in files:
         descriptor = os.open(name, os.O_RDONLY)
         try:
@@ -81,7 +83,7 @@ def forget(files: Iterable) -> None:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describes the machine that the figures are measured on."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind if device.platform != "cpu" else _processor(),
@@ -93,15 +95,15 @@ def machine() -> dict:
     }
 
 
-def write(path: str, name: str, figures: dict) -> None:
-    """Writes figures as JSON, with the machine and the versions."""
-    with atomic_file.open_atomic(path) as out:
-        json.dump({"benchmark": name, "machine": machine(), "figures": figures}, out, indent=1)
-        out.write("\n")
+def write(name: str, figures: dict) -> None:
+    """Writes figures, with machine and versions, to the file of `--json` if it is given."""
+    if JSON.value:
+        record = {"benchmark": name, "machine": machine(), "figures": figures}
+        atomic_file.write_json(JSON.value, record)
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Returns the processor's name, if the system states it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))

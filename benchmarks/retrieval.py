@@ -1,17 +1,15 @@
-"""Exact search: how close it comes to the disk and the processor, and against FAISS and NumPy.
+"""Exact search against the disk, the processor, FAISS and NumPy.
 
     python -m benchmarks.retrieval --json=retrieval.json
 
-1. A store of bfloat16 rows made for the purpose is searched from the disk, a part of its files at a
-   time. In turns with every part's search: plain sequential reading of the same files, and the bare
-   matrix product (float32) with as many rows. The share is the time of the slower of these two, all
-   parts together, over the search's. Before every side its files leave the page cache, so what is
-   measured is a corpus larger than the memory. A part is short, since shared machines change their
-   speed within seconds.
+1. A store of random bfloat16 rows is searched from the disk, a part of its files at a time, in turn
+   with plain sequential reading of the same files and with the bare float32 matrix product of as
+   many rows. The share is the time of the slower of these two, over all parts, over that of the
+   search. Each side's files are first dropped from the page cache, as for a corpus larger than the
+   memory. Parts are short, since shared machines change their speed within seconds.
 2. Peak memory of a process that searches all rows, over that of one that searches a tenth.
-3. Rows in memory, float32: an `ExactSearch` that holds them, in turns with FAISS's flat inner
-   product and NumPy's product and partition, each for proponents alone and for both. What they find
-   is compared.
+3. Float32 rows in memory: an `ExactSearch` that holds them, in turn with FAISS's flat index and
+   NumPy's product and partition, each for proponents alone and for both; the results are compared.
 """
 
 import functools
@@ -38,7 +36,6 @@ from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory
 from tda.runtime import huge_pages, progress
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the stores are made; temporary if unset")
 _ROWS = flags.DEFINE_integer("rows", 1_000_000, "rows of the large store; a small one has a tenth")
 _WIDTH = flags.DEFINE_integer("width", 4096, "numbers in a row")
@@ -54,7 +51,7 @@ METHOD = {"cosine": Scorer(None, True)}
 
 
 def make(path: str, rows: int, width: int) -> stores.GradientStore:
-    """A finished store of random rows, gone on with where it is unfinished."""
+    """Makes a store of random rows, or completes an unfinished one."""
     ids = [str(i) for i in range(rows)]
     store = stores.create(path, ids, {"block": width}, {"benchmark": "retrieval"}, "bfloat16")
     missing, shards = store.missing(), store.shards()
@@ -78,7 +75,7 @@ def queries_of(count: int, width: int) -> np.ndarray:
 
 
 def files_of(store: stores.GradientStore) -> list[str]:
-    """The files that the rows lie in."""
+    """Returns the files of the rows."""
     found = pathlib.Path(store.path, "0", "gradients").glob("c.*.0")
     return [str(p) for p in sorted(found, key=lambda p: int(p.name.split(".")[1]))]
 
@@ -93,7 +90,7 @@ def read_plainly(files: list[str], buffer: bytearray) -> None:
 
 
 def product_of(queries_QxE: np.ndarray):
-    """The bare product with so many rows, float32, at the best of several steps: (call, step)."""
+    """Returns the fastest of several bare float32 products with rows, and its order and step."""
     width = queries_QxE.shape[1]
     either = {
         "queries first": jax.jit(lambda q, x: jnp.matmul(q, x.T)),
@@ -119,7 +116,7 @@ def product_of(queries_QxE: np.ndarray):
 
 
 class _Part:
-    """Consecutive shards of a store, as a source: the `number`-th of so many parts."""
+    """Consecutive shards of a store, as a source: part `number` of `parts`."""
 
     def __init__(self, store: stores.GradientStore, number: int, parts: int):
         self._store, self.form = store, store.form
@@ -129,12 +126,12 @@ class _Part:
         self.rows = store.shards()[shards[-1]].stop - self._start
 
     def scan(self, step: int, rows: range):
-        """The rows of these shards."""
+        """Yields the rows of these shards."""
         return self._store.scan(step, range(self._start + rows.start, self._start + rows.stop))
 
 
 def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
-    """Search, reading and product in turns, part by part, with so many queries."""
+    """Measures search, reading and product in turns, part by part, with `count` queries."""
     buffer, queries = bytearray(16 << 20), queries_of(count, store.width)
     multiply, step = product_of(queries)
     parts = min(parts, len(store.shards()))
@@ -149,7 +146,7 @@ def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
     seconds = {name: [] for name in sides}
     for turn in range(_ROUNDS.value * parts):
         part = sources[turn % parts]
-        # Every side comes first, second and last as often.
+        # Every side comes first, second and last equally often.
         order = list(sides)[turn % 3 :] + list(sides)[: turn % 3]
         for name in order:
             record.forget(part.files)
@@ -178,7 +175,7 @@ def from_disk(store: stores.GradientStore, count: int, parts: int) -> dict:
 
 
 def peak(path: str, count: int) -> float:
-    """MiB that a process of its own takes at most while it searches a store."""
+    """Returns the peak MiB of a separate process that searches a store."""
     command = [sys.executable, "-m", "benchmarks.retrieval", f"--child={path}"]
     out = subprocess.run(
         [*command, f"--queries={count}"], check=True, capture_output=True, text=True
@@ -187,7 +184,7 @@ def peak(path: str, count: int) -> float:
 
 
 def in_memory(rows: int, width: int, count: int) -> dict:
-    """Ours, FAISS and NumPy on the same rows in memory."""
+    """Measures ours, FAISS and NumPy on the same rows in memory."""
     import faiss
 
     passages = np.random.default_rng(0).standard_normal((rows, width), np.float32)
@@ -232,7 +229,7 @@ def in_memory(rows: int, width: int, count: int) -> dict:
 
 
 def _top(scores_QxC: np.ndarray) -> np.ndarray:
-    """The K rows with the largest scores, best first."""
+    """Returns the K rows with the largest scores, best first."""
     top = np.argpartition(scores_QxC, -K, axis=1)[:, -K:]
     order = np.argsort(-np.take_along_axis(scores_QxC, top, 1), axis=1, kind="stable")
     return np.take_along_axis(top, order, 1)
@@ -263,8 +260,7 @@ def main(argv):
     finally:
         if not _WORKDIR.value:
             shutil.rmtree(root)
-    if _JSON.value:
-        record.write(_JSON.value, "retrieval", figures)
+    record.write("retrieval", figures)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann import index as scann_index
 from tda.retrieval.scann.settings import Settings
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _METHOD = flags.DEFINE_enum("method", "trackstar", ["trackstar", "cosine"], "whose encodings")
 _ROWS = flags.DEFINE_integer("rows", 0, "how many of the passages; 0 takes all")
 _BATCH = flags.DEFINE_integer("batch", 128, "queries of a batch")
@@ -316,8 +315,7 @@ def main(config, workdir):
         for point in found["searches"]:
             print(f"  {line(point, 'both, batch')}  ({line(point, 'proponents, batch')[25:45]})")
         print(flush=True)
-        if _JSON.value:
-            record.write(_JSON.value, "scann_curve", figures)
+        record.write("scann_curve", figures)
     show(points)
 
 

@@ -1,19 +1,18 @@
-"""The gradient store: its rates, ten million rows, and faults survived.
+"""The gradient store: rates, ten million rows, faults, and search by dtype.
 
     python -m benchmarks.store --json=store.json
 
 1. Writing and reading a store of random rows, by dtype, in turns with plain sequential writing (and
    one fsync a file, as a store does) and reading of as many bytes. The share is the plain side's
-   time over the store's. Rows are quantised before: an encoder's program does that.
+   time over the store's. Rows are already quantised, as an encoder's program does it.
 2. A store of ten million rows: making it (passages and look-up by name), opening it, finding a
    passage by id, and planning the batches of as many sequences.
-3. Faults: writers killed with SIGKILL at random moments, bits flipped at random places, and a file
-   system that fills up; then the store is finished, and compared byte for byte with one that was
-   written without a fault.
+3. Faults: writers killed with SIGKILL at random moments, bits flipped at random places, and a full
+   file system; then the store is finished, and compared byte for byte with one without faults.
 4. Exact search of the same rows in every dtype, in turns, from the page cache: rows a CPU
    second, and the rate over int8's, the median of the rounds.
 
-What each dtype loses is measured by `benchmarks.dtypes`.
+`benchmarks.dtypes` measures the quality of each dtype.
 """
 
 import functools
@@ -38,7 +37,6 @@ from tda.retrieval.scorer import Scorer
 from tda.runtime import huge_pages
 from tda.store import codec
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where stores are made; temporary if unset")
 _PARTS = flags.DEFINE_list("parts", ["rates", "rows", "faults", "search"], "which to measure")
 _ROWS = flags.DEFINE_integer("rows", 49_152, "rows of 4,096 numbers to write and read")
@@ -52,7 +50,7 @@ WIDTH, BLOCKS = 4096, {"a": 2048, "b": 2048}
 
 
 def rates(root: str) -> dict:
-    """Part 1: shares of plain writing and reading."""
+    """Measures part 1: shares of plain writing and reading."""
     x = np.random.default_rng(0).standard_normal((_ROWS.value, WIDTH), np.float32)
     figures = {}
     for dtype in stores.DTYPES:
@@ -127,7 +125,7 @@ def _ratio(one: list[float], other: list[float]) -> float:
 
 
 class _Names:
-    """Ids of many rows, made as they are asked for."""
+    """Ids of many rows, made on demand."""
 
     def __init__(self, count: int):
         self._count = count
@@ -143,7 +141,7 @@ class _Names:
 
 
 def rows(root: str) -> dict:
-    """Part 2: seconds of what must not grow with the corpus, or little."""
+    """Measures part 2: seconds of work that must grow little or not at all with the corpus."""
     path, count, ids = f"{root}/many", _MANY.value, _Names(_MANY.value)
     figures = {"rows": count}
 
@@ -171,7 +169,7 @@ def rows(root: str) -> dict:
 
 
 def faults(root: str) -> dict:
-    """Part 3: kills, damage and a full disk, and the rows lost: none."""
+    """Measures part 3: rows lost by kills, damage and a full disk."""
     x = _data()
     whole = _write(f"{root}/whole", x)
     wanted = _contents(f"{root}/whole")
@@ -187,7 +185,7 @@ def faults(root: str) -> dict:
         if child.wait() == -signal.SIGKILL:
             killed += 1
         else:
-            # It had ended before: from the beginning.
+            # It had finished before the signal: start again.
             shutil.rmtree(path)
         child.stdout.close()
     _write(path, x)
@@ -216,7 +214,7 @@ def faults(root: str) -> dict:
 
 
 def search(root: str) -> dict:
-    """Part 4: rows a second in every dtype, without whitening and with it."""
+    """Measures part 4: rows a second in every dtype, without and with whitening."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((_ROWS.value, WIDTH), np.float32)
     ids, by_dtype = [str(i) for i in range(len(x))], {}
@@ -247,7 +245,7 @@ def search(root: str) -> dict:
 
 
 def _filled(root: str, x: np.ndarray, wanted: dict) -> dict:
-    """A file system that is full at many different moments; needs the right to mount one."""
+    """Fills a file system at many different moments; needs the right to mount one."""
     disk, refused = pathlib.Path(root, "disk"), 0
     disk.mkdir(exist_ok=True)
     size = sum(map(len, wanted.values()))
@@ -278,7 +276,7 @@ def _data() -> np.ndarray:
 
 
 def _write(path: str, x: np.ndarray, slowly: float = 0.0) -> stores.GradientStore:
-    """A store of some rows, 8 in a shard, in two segments: what is missing is written."""
+    """Makes or completes a store of some rows, 8 in a shard, in two segments."""
     half, shard = len(x) // 2, 8 * 4 * WIDTH
     ids, texts = ([f"{word} {i}" for i in range(len(x))] for word in ("passage", "text"))
     first = stores.create(path, ids[:half], BLOCKS, {}, shard_bytes=shard, texts=texts[:half])
@@ -323,8 +321,7 @@ def main(argv):
     finally:
         if not _WORKDIR.value:
             shutil.rmtree(root)
-    if _JSON.value:
-        record.write(_JSON.value, "store", figures)
+    record.write("store", figures)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ CASES = ("train", "build/none", "build/factored", "build/adam", "trackstar/none"
 DAMPING = 0.1
 
 # Those of benchmarks.encoder that mean the same here.
-for _name, _default in (("json", None), ("sizes", ["10m"]), ("rounds", 3), ("tokens", 2048)):
+for _name, _default in (("sizes", ["10m"]), ("rounds", 3), ("tokens", 2048)):
     flags.FLAGS.set_default(_name, _default)
     flags.declare_key_flag(_name)
 flags.declare_key_flag("side")
@@ -331,8 +331,7 @@ def main(argv):
                 cases[case] = compare(case, start, setup, tuned)
                 step = cases[case]["ratio"] if case == "train" else step
                 print(told(case, cases[case], step), flush=True)
-                if flags.FLAGS.json:
-                    record.write(flags.FLAGS.json, "vs_bergson", found)
+                record.write("vs_bergson", found)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from tda.hessian import block_slices, blocks
 from tda.retrieval.exact import step_rows
 from tda.runtime import host_blas
 
-_JSON = flags.DEFINE_string("json", None, "file that every figure is written to")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of all sides")
 _SHAPES = flags.DEFINE_list(
     "shapes", ["211x64", "57x1024"], "numbers of blocks, and how wide they are"
@@ -144,8 +143,7 @@ def main(argv):
         for what, told in figures[shape].items():
             ratios = {n: round(f["ratio"], 2) for n, f in told.items() if n != "equal"}
             print(f"{count} blocks of {width}, {what}: {ratios}", told, flush=True)
-    if _JSON.value:
-        record.write(_JSON.value, "whitening", figures)
+    record.write("whitening", figures)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[
     layout = BatchLayout((positions,), examples * positions, 0, mesh)
 
     def run(batches: int) -> float:
-        table = _random_table(batches * examples, positions, vocab_size)
+        table = random_table(batches * examples, positions, vocab_size)
         started = time.perf_counter()
         encoding.encode_kinds(encoder, table, np.arange(len(table)), layout)
         return (time.perf_counter() - started) / batches
@@ -170,7 +170,8 @@ def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[
     return lambda: run(batches)
 
 
-def _random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
+def random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
+    """Returns sequences of random tokens, every token but the first of which is scored."""
     # T positions predict the T tokens after the first.
     length = positions + 1
     tokens = np.random.default_rng(0).integers(vocab_size, size=rows * length, dtype=np.int32)
