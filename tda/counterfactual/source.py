@@ -13,6 +13,7 @@ but the scaled gradients have their own.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -34,6 +35,23 @@ class Segment:
     """D by path, in the parameters' shapes."""
     curvature: dict[str, Curvature]
     """H̃ by path; its eigenvalues are those of the loss of a training step."""
+
+
+def divide(kept: list[int], count: int) -> list[tuple[int, int]]:
+    """Returns the first step of each segment, and the step behind its last.
+
+    Segments are equally long. Of a short training there are fewer: each has a state that is kept,
+    and no step, nor its learning rate, is left out.
+
+    Args:
+        kept: the numbers of steps after which a state is kept, rising; the last is of all steps.
+        count: the most segments.
+    """
+    bounds = [0]
+    for stop in np.linspace(0, kept[-1], count + 1).round().astype(int).tolist()[1:]:
+        if any(bounds[-1] < step <= stop for step in kept):
+            bounds.append(stop)
+    return list(itertools.pairwise(bounds))
 
 
 def pull_back(chosen: list[Site], segments: list[Segment], gradients: Gradients) -> Iterator:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Iterable, Iterator
 
@@ -265,10 +264,8 @@ class BankScores:
         model = training.model_fn.merge(reverse.final_state()["params"])
         chosen = kronecker.factored(find_sites(model))
         kept = [*range(reverse.stride, training.steps, reverse.stride), training.steps]
-        bounds = np.linspace(0, training.steps, _SEGMENTS + 1).round().astype(int)
-        spans = [(a, b) for a, b in itertools.pairwise(bounds) if any(a < s <= b for s in kept)]
         segments, states = [], []
-        for first, stop in spans:
+        for first, stop in source.divide(kept, _SEGMENTS):
             states.append([reverse.state_at(s) for s in kept if first < s <= stop])
             roots = [self._inverse_root_moments(x) for x in states[-1]]
             scales = jax.tree.map(lambda *x: sum(x) / len(x), *roots)

@@ -311,9 +311,7 @@ def _finished_run(retrained: Retrained) -> Run:
         "tokenizer": run.corpus.tokenizer.fingerprint(),
         "model": arguments,
     }
-    saved = range(reverse.stride, steps, reverse.stride)
-    count = config.several.checkpoints
-    at = [saved[round(i * len(saved) / count)] for i in range(1, count) if saved]
+    at = _checkpoint_steps(range(reverse.stride, steps, reverse.stride), config.several.checkpoints)
     with run.engine.alone():
         reverse.keep_states()
         for step in sorted({*at, steps} - {*checkpoint.steps(root)}):
@@ -331,6 +329,12 @@ def _finished_run(retrained: Retrained) -> Run:
     )
     corpus = dataclasses.replace(run.corpus, training=run.corpus.passages)
     return dataclasses.replace(run, corpus=corpus, trained=trained)
+
+
+def _checkpoint_steps(kept: range, count: int) -> list[int]:
+    """Returns up to `count` − 1 of the kept steps at even distances; the last step is apart."""
+    places = {min(round(i * len(kept) / count), len(kept) - 1) for i in range(1, count)}
+    return [kept[i] for i in sorted(places) if kept]
 
 
 def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """SOURCE, against a training that is simulated step by step."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +45,15 @@ def test_it_is_the_displacement_of_a_simulated_training():
     (last, first) = (np.ravel(x["kernel"]) for x in source.pull_back([SITE], flat, queries))
     np.testing.assert_allclose(first, 1.5 * np.ravel(flat[0].scales["kernel"]) * query, rtol=1e-4)
     np.testing.assert_allclose(last, 0.7 * np.ravel(flat[1].scales["kernel"]) * query, rtol=1e-4)
+
+
+def test_segments_hold_every_step_and_a_kept_state():
+    """Guards: a short training, the learning rates of whose first steps were left out."""
+    for steps in range(1, 80):
+        stride = math.isqrt(steps)
+        kept = [*range(stride, steps, stride), steps]
+        spans = source.divide(kept, 3)
+        assert [t for a, b in spans for t in range(a, b)] == list(range(steps))
+        assert all(any(a < s <= b for s in kept) for a, b in spans) and len(spans) <= 3
+    assert source.divide([6, 12, 18, 24, 30, 36, 42, 48], 3) == [(0, 16), (16, 32), (32, 48)]
+    assert source.divide([2, 4], 3) == [(0, 3), (3, 4)]

@@ -255,6 +255,14 @@ def test_a_triple_without_uris_is_of_no_unit():
     assert counterfactual._unit_names(run, "subject") == [None, "s", None, "s"]
 
 
+def test_checkpoints_on_the_way_are_some_of_those_kept():
+    """Guards: a training of four steps, with one state on the way for two checkpoints."""
+    steps_of = counterfactual._checkpoint_steps
+    assert steps_of(range(6, 48, 6), 3) == [18, 36]
+    assert steps_of(range(2, 4, 2), 3) == [2]
+    assert steps_of(range(1, 1), 3) == [] and steps_of(range(1, 9), 1) == []
+
+
 def test_the_engine_of_the_run_computes_retrainings(tmp_path, monkeypatch):
     monkeypatch.setattr(counterfactual, "_identity", lambda run, order: {})
     engine, config = array_tasks.Preparation(), defaults.get_config()
