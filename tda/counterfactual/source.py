@@ -37,19 +37,19 @@ class Segment:
     """H̃ by path; its eigenvalues are those of the loss of a training step."""
 
 
-def divide(kept: list[int], count: int) -> list[tuple[int, int]]:
+def divide(saved: list[int], count: int) -> list[tuple[int, int]]:
     """Returns the first step of each segment, and the step behind its last.
 
-    Segments are equally long. Of a short training there are fewer: each has a state that is kept,
+    Segments are equally long. Of a short training there are fewer: each has a saved state,
     and no step, nor its learning rate, is left out.
 
     Args:
-        kept: the numbers of steps after which a state is kept, rising; the last is of all steps.
+        saved: the numbers of steps after which a state is saved, rising; the last is of all steps.
         count: the most segments.
     """
     bounds = [0]
-    for stop in np.linspace(0, kept[-1], count + 1).round().astype(int).tolist()[1:]:
-        if any(bounds[-1] < step <= stop for step in kept):
+    for stop in np.linspace(0, saved[-1], count + 1).round().astype(int).tolist()[1:]:
+        if any(bounds[-1] < step <= stop for step in saved):
             bounds.append(stop)
     return list(itertools.pairwise(bounds))
 

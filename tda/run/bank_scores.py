@@ -263,10 +263,10 @@ class BankScores:
         training, reverse = retrained.trainings[0], retrained.reverse
         model = training.model_fn.merge(reverse.final_state()["params"])
         chosen = kronecker.factored(find_sites(model))
-        kept = [*range(reverse.stride, training.steps, reverse.stride), training.steps]
+        saved = [*range(reverse.stride, training.steps, reverse.stride), training.steps]
         segments, states = [], []
-        for first, stop in source.divide(kept, _SEGMENTS):
-            states.append([reverse.state_at(s) for s in kept if first < s <= stop])
+        for first, stop in source.divide(saved, _SEGMENTS):
+            states.append([reverse.state_at(s) for s in saved if first < s <= stop])
             roots = [self._inverse_root_moments(x) for x in states[-1]]
             scales = jax.tree.map(lambda *x: sum(x) / len(x), *roots)
             at = [x["params"] for x in states[-1]]

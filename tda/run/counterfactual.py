@@ -331,10 +331,10 @@ def _finished_run(retrained: Retrained) -> Run:
     return dataclasses.replace(run, corpus=corpus, trained=trained)
 
 
-def _checkpoint_steps(kept: range, count: int) -> list[int]:
-    """Returns up to `count` − 1 of the kept steps at even distances; the last step is apart."""
-    places = {min(round(i * len(kept) / count), len(kept) - 1) for i in range(1, count)}
-    return [kept[i] for i in sorted(places) if kept]
+def _checkpoint_steps(saved: range, count: int) -> list[int]:
+    """Returns up to `count` − 1 of the saved steps at even distances; the last step is apart."""
+    places = {min(round(i * len(saved) / count), len(saved) - 1) for i in range(1, count)}
+    return [saved[i] for i in sorted(places) if saved]
 
 
 def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:

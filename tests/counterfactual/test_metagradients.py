@@ -123,5 +123,5 @@ def test_a_jax_that_fails_the_check_is_refused(monkeypatch):
 
 def test_only_a_decoders_attention_is_replaced():
     model_fn, params = functional.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    with pytest.raises(TypeError, match="Linear is no Decoder"):
+    with pytest.raises(TypeError, match="the model is a Linear"):
         metagradients.with_plain_attention(model_fn, params)

@@ -51,9 +51,9 @@ def test_segments_hold_every_step_and_a_kept_state():
     """Guards: a short training, the learning rates of whose first steps were left out."""
     for steps in range(1, 80):
         stride = math.isqrt(steps)
-        kept = [*range(stride, steps, stride), steps]
-        spans = source.divide(kept, 3)
+        saved = [*range(stride, steps, stride), steps]
+        spans = source.divide(saved, 3)
         assert [t for a, b in spans for t in range(a, b)] == list(range(steps))
-        assert all(any(a < s <= b for s in kept) for a, b in spans) and len(spans) <= 3
+        assert all(any(a < s <= b for s in saved) for a, b in spans) and len(spans) <= 3
     assert source.divide([6, 12, 18, 24, 30, 36, 42, 48], 3) == [(0, 16), (16, 32), (32, 48)]
     assert source.divide([2, 4], 3) == [(0, 3), (3, 4)]
