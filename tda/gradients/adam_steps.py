@@ -70,8 +70,8 @@ def _state(site: sites.Site, moments: optimizer_state.Moments) -> State:
     name, constants = moments.constants.get("name"), moments.constants
     if name not in OPTIMIZERS:
         raise SecondMomentError(
-            f"{site.path} was trained with {name!r}: Adam's step is known of "
-            f"{' and '.join(OPTIMIZERS)} alone"
+            f"{site.path} was trained with {name!r}; Adam's step is defined for "
+            f"{' and '.join(OPTIMIZERS)} only"
         )
     lacking = [k for k in ("b1", "b2", "eps") if k not in constants]
     if lacking:
@@ -144,7 +144,7 @@ def make_encoder(
         variables, (constants, matrices) = arrays
         rest, parameters = full_gradients.split_parameters(variables["model"], chosen)
 
-        def one(example):
+        def encode_example(example):
             example = jax.tree.map(lambda x: x[None], example)
             gradients = jax.grad(total_loss)(parameters, rest, example, scored)
             weight = jnp.sum(example["weights"])
@@ -162,7 +162,8 @@ def make_encoder(
             return projections.pool(plan, projected)[0]
 
         weights = sum(x.size for x in parameters.values())
-        steps = sharding.map_in_portions(jax.vmap(jax.vmap(one)), batch, weights, _AT_ONCE)
+        encode_portion = jax.vmap(jax.vmap(encode_example))
+        steps = sharding.map_in_portions(encode_portion, batch, weights, _AT_ONCE)
         return codec.encode_all((steps,), forms)
 
     arrays = {"model": parameters, "moments": moments}, (constants, matrices)

@@ -1,10 +1,9 @@
 """Checks that an example's gradient is its own: the same whatever else its batch holds.
 
 A loss with batch statistics, or one that is centred over the batch, is no sum of functions of one
-example each, so no example has a gradient of its own. A model may also put its examples into
-another order inside, where a tap takes one for another. Either way the gradients look like any
-others. So the first batch is encoded a few times more, by the same compiled program, with other
-examples in the place of some.
+example each, so no example has a gradient of its own. A model may also reorder its examples inside,
+where a tap takes one for another. Either way the gradients look like any others. So the first batch
+is encoded a few times more, by the same compiled program, with some of its examples replaced.
 """
 
 import dataclasses
@@ -25,14 +24,14 @@ class _Tolerance:
     """The largest change of an example's numbers that may be rounding."""
 
     relative: float
-    """To the norm of the example's numbers."""
+    """Relative to the norm of the example's numbers."""
     floor: float
-    """The least norm that counts, in norms of the batch's largest example."""
+    """The least norm that counts, relative to the batch's largest."""
 
 
 # Each row of a batch is computed by the same instructions whatever the other rows hold, so a row
 # that stays in its place does not change. In another place it may be rounded otherwise: in bfloat16
-# a loss near 0 by more than itself, so there only what is large in the batch is looked at.
+# a loss near 0 by more than itself, so there only the batch's largest rows are compared.
 _IN_PLACE, _MOVED = _Tolerance(1e-3, 0.01), _Tolerance(0.2, 1.0)
 
 
@@ -44,8 +43,8 @@ class MatesCheck:
 
         Args:
             model: the model whose gradients are taken.
-            losses: a function of the model and a batch to each example's loss, [B]. Gradients alone
-                do not tell: those of a loss that is centred over the batch add up to 0.
+            losses: a function of the model and a batch to each example's loss, [B]. The gradients
+                are not enough: those of a loss that is centred over the batch add up to 0.
         """
         self._model, self._plain_losses = model, losses
         model_fn, parameters = functional.split(model)
@@ -66,7 +65,8 @@ class MatesCheck:
         count = count_examples(batch)
         if self._losses is None or count < 2 or not is_local(batch):
             return
-        # Copies of one half stand in for the other, of each in turn; then the second comes first.
+        # Three more batches: copies of the first half replace the second half; copies of the
+        # second replace the first; the second half moves to the front.
         half, at = count // 2, np.arange(count)
         first, second = at % half, half + at % (count - half)
         orders = first, np.where(at < half, second, at), second
@@ -94,7 +94,7 @@ class MatesCheck:
                     "statistics of the batch, no other order of its examples, and no dropout "
                     "(model.eval())"
                 )
-        self._losses = self._model = None  # done; the model's arrays are let go
+        self._losses = self._model = None  # done: release the model's arrays
 
     def _change_among_copies(self, batch, losses_B: np.ndarray) -> float:
         """Returns how much the least and the largest loss change in batches of their own copies.
@@ -104,7 +104,7 @@ class MatesCheck:
         changes = []
         for i in {int(np.argmin(losses_B)), int(np.argmax(losses_B))}:
             copies = _flat((self._losses(_take(batch, np.full(len(losses_B), i))),))
-            # Of losses near 0 only what is large in the batch counts.
+            # The change of a loss near 0 is measured against the batch's largest loss.
             size = max(abs(losses_B[i]), _IN_PLACE.floor * np.abs(losses_B).max())
             changes.append(abs(copies[i, 0] - losses_B[i]) / size if size > 0 else 0.0)
         largest = max(x if np.isfinite(x) else 0.0 for x in changes)
@@ -151,7 +151,7 @@ def _name_culprit(model: nnx.Module, losses: Callable, batch, reordered, half: i
     """Names the innermost module whose output changes though its input does not; "" if none does.
 
     The loss is computed once more for each batch, without compilation, so that each module's inputs
-    and outputs can be looked at. Those inside a scan or vmap cannot.
+    and outputs can be compared, except inside a scan or vmap.
     """
     traces = [_calls(model, losses, x) for x in (batch, *reordered)]
     halves = slice(None, half), slice(half, None)

@@ -58,7 +58,7 @@ class Capture:
         exclude: str | None = None,
         tell: bool = True,
     ):
-        # Dropout may be on: what it leaves is what the step trains on.
+        # A model with dropout is allowed: the step trains on what dropout keeps.
         evaluated = nnx.clone(model)
         evaluated.eval()
         sites = find_sites(evaluated, include, exclude, "leave")
@@ -76,9 +76,9 @@ class Capture:
         Args:
             loss: a function of the model and `batch` to a scalar, such as the mean of the examples'
                 losses.
-            model: the model; what the loss changes in it (counts of dropout, statistics) stays.
+            model: the model; it keeps what the loss changes in it (counts of dropout, statistics).
             batch: the loss's other arguments: trees of arrays with the examples first.
-            has_aux: whether the loss returns a pair, the scalar and what else is to be returned.
+            has_aux: whether the loss returns a pair: the scalar and anything else.
 
         Returns:
             The loss, or the pair that it returned; its gradient with respect to the parameters, as

@@ -57,7 +57,7 @@ def make_contributions(
             out[site] = dataclasses.replace(tap, direction=W)
         return out
 
-    # The direction here only fixes the shapes; each call puts its own in its place.
+    # This direction only fixes the shapes; each call replaces it by its own.
     undirected = with_direction(jnp.zeros(plan.width))
     example = taps.put_on(model, {s: (tap,) for s, tap in undirected.items()})
     graphdef, *states = nnx.split(example, taps.Zeros, ...)

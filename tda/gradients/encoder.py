@@ -1,14 +1,14 @@
 """The encoder: projected per-example gradients of a batch in one backward pass.
 
 The gradient of a layer y = x W is G = Σ_t x_t δ_tᵀ, δ being the gradient of y. An encoding needs
-only its projection AᵀGB = (xA)ᵀ(δB), k × k numbers, which never takes G itself. So every layer gets
-a *tap* (`tda.gradients.taps`): zeros of shape k × k for each example, whose gradient is made to be
-that projection. The summed loss of a batch is differentiated with respect to the taps alone. One
-backward pass then gives the projections of all examples and layers, and XLA computes no gradient of
-a weight: 4N operations a token for N weights, where a training step takes 6N.
+only its projection AᵀGB = (xA)ᵀ(δB), k × k numbers, and these are computed without G. So every
+layer gets a *tap* (`tda.gradients.taps`): zeros of shape k × k for each example, whose gradient is
+defined to be that projection. The summed loss of a batch is differentiated with respect to the taps
+alone. One backward pass then gives the projections of all examples and layers, and XLA computes no
+gradient of a weight: 4N operations a token for N weights, where a training step takes 6N.
 
 Kinds of gradients that differ in correction, sites or projection share that pass: each kind has its
-own taps, and what comes back to a layer's output is computed once for all.
+own taps, and the gradient of each layer's output is computed once for all of them.
 
 Where a parameter has no tap (a norm, a bias, a layer of an unknown class), or its tap misses a part
 of its gradient (`tda.gradients.unseen`), each example's full gradient is formed and projected, if
@@ -97,7 +97,7 @@ class Encoder:
         def encode(batch: dict) -> tuple[jax.Array, ...]:
             return self.compiled(self.arrays, batch, scored, None)
 
-        # Checked in float32: rows are changed to their form by a program of its own.
+        # Checked in float32: a separate program converts the rows to their form.
         if self.first_batch.successor is None:
             encodings = self.first_batch.encode(encode, batch)
         if self.first_batch.successor is not None:
@@ -202,7 +202,7 @@ def _make_checked(
 
 
 def check_blocks(model: nnx.Module, projection: Projection) -> None:
-    """Checks that a number of blocks has an effect, where one is given.
+    """Checks that the projection's number of blocks has an effect if it is not the default.
 
     Raises:
         ValueError: it has none; the message says why.
@@ -272,7 +272,7 @@ def build_encoder(
     }
     program = programs.Program(
         graphdef,
-        tuple(programs.KindOfProgram.of(p, taps_) for p, taps_ in kinds),
+        tuple(programs.KindOfProgram.describe(p, taps_) for p, taps_ in kinds),
         output,
         jax.eval_shape(lambda x: x, templates),
         unseen.make_search(model, list(tapped)),

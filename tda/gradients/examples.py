@@ -44,8 +44,8 @@ def per_example(
         float32 [B, E] for each batch, in order.
 
     Raises:
-        ValueError: `loss` is neither, or as `make_encoder` does; with a batch, also if its arrays
-            are not of one length or the loss is not [B].
+        ValueError: `loss` is neither a function nor a name, or `make_encoder` raises it; with a
+            batch, also if its arrays are not of one length or the loss is not [B].
         KeyError: `scales` lacks a parameter.
     """
 
@@ -116,7 +116,7 @@ def encode_each(encoder: Encoder, batches: Iterable) -> Iterator[np.ndarray]:
     before = None
     for batch in batches:
         count_examples(batch)
-        # This batch is under way while the one before is handed over.
+        # jax computes this batch while the caller uses the one before.
         now = encoder(batch)
         if before is not None:
             yield np.asarray(before)

@@ -71,7 +71,7 @@ class GradientFactors:
         for site in sites:
             module = modules[site.module]
             layers.wrap_calls(module, _watch_call)
-            empty = jnp.zeros((1,) if site.stack is None else (site.stack, 1))
+            empty = jnp.zeros((*site.stack_shape, 1))
             module.factors = nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
             module.watched_path = site.path
         graphdef, *states = nnx.split(watched, taps.Zeros, ...)
@@ -103,10 +103,9 @@ class GradientFactors:
                 # A layer that is not called has a gradient of zeros.
                 B = unseen.count_examples(batch)
                 none = (B, 1, site.rows), (B, 1, site.columns)
-                stack = () if site.stack is None else (site.stack,)
                 for name, shape in zip(Factors._fields, shapes.get(site.path, none), strict=True):
                     at = module_at(zeros, site)["factors"]
-                    at[name] = jnp.zeros((*stack, *shape), jnp.float32)
+                    at[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
             cotangents = jax.grad(total_with)(zeros)
             return {s.path: Factors(**module_at(cotangents, s)["factors"]) for s in sites}
 
@@ -143,7 +142,7 @@ def check_sites(model: nnx.Module, sites: Sequence[Site]) -> None:
         )
 
 
-# Shapes of the watched layers' inputs and outputs by path, while they are found out.
+# Shapes of the watched layers' inputs and outputs by path, while a trace collects them.
 _SHAPES: contextvars.ContextVar = contextvars.ContextVar("shapes")
 _keep_both = taps.identity_with_rule(lambda d, x: (x, d.astype(jnp.float32)))
 

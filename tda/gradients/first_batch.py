@@ -3,9 +3,9 @@
 A tap takes a layer's output to be its input times the parameter, and the parameter to be the
 model's own. A loss may break either in ways that no trace shows: it scales or noises the parameters
 before it calls the model, it differentiates the model with respect to its inputs (a gradient
-penalty), a layer's product has a backward rule of its own. The gradient by the tap looks like any
-other then. So the losses of two examples, each of them alone, are differentiated with respect to
-the parameters themselves.
+penalty), a layer's product has a backward rule of its own. The tap's gradient then looks like any
+other. So the losses of two examples, each by itself, are differentiated with respect to the
+parameters themselves.
 """
 
 import re
@@ -72,8 +72,8 @@ class TapsCheck:
             batch: a tree of arrays that this process can address, the examples first.
             encodings_BxE: its encodings by taps.
         """
-        # Of the largest gradients, which rounding changes least. Two are enough: a use that taps do
-        # not see is the same for all examples.
+        # The two largest gradients, which rounding changes least. Two are enough: a use that taps
+        # do not see is the same for all examples.
         encodings_BxE = np.asarray(encodings_BxE, np.float64)
         norms_B = np.nan_to_num(np.linalg.norm(encodings_BxE, axis=1))
         rows = np.argsort(-norms_B, stable=True)[:2]
@@ -92,14 +92,14 @@ class TapsCheck:
         slices = self._layout.slices
         norms = np.array([np.linalg.norm(expected_E[s]) for s in slices])
         errors = np.array([np.linalg.norm((got_E - expected_E)[s]) for s in slices])
-        # Infinities and NaN are of the model's making, and the same either way.
+        # Infinities and NaN come from the model, and are the same either way.
         finite = np.isfinite(norms) & np.isfinite(errors)
         largest = norms.max(initial=0, where=finite)
         return {*np.flatnonzero(finite & (errors > relative * np.maximum(norms, floor * largest)))}
 
 
 class FirstBatch:
-    """Checks that run once, on the first batch of a model that nobody has checked before.
+    """Checks that run once, on a model's first batch.
 
     Attributes:
         successor: the encoder that takes over where taps turn out not to give the gradient; None
@@ -141,8 +141,8 @@ class FirstBatch:
         try:
             encodings = encode(batch)
         except (NotImplementedError, TypeError) as error:
-            # jax's words for the forward-mode derivative of a tap, which has a rule for the reverse
-            # mode alone.
+            # jax's message for the forward-mode derivative of a tap, which has a rule for reverse
+            # mode only.
             if not re.search("custom_vjp|custom_lin", str(error)):
                 raise
             self._replace([s for s in self._sites if s.tapped], error)
@@ -150,7 +150,7 @@ class FirstBatch:
         self._mates(encode, batch, encodings)
         if self._taps_check is not None and is_local(batch):
             wrong = self._taps_check.wrong_paths(batch, *encodings)
-            self._taps_check = None  # done; the model's arrays are let go
+            self._taps_check = None  # done: release the model's arrays
             if wrong:
                 self._replace([s for s in self._sites if s.path in wrong])
         if self._taps_check is None:

@@ -37,7 +37,7 @@ def project(site: sites.Site, gradients, left, right, scale, side: int):
     G = G if scale is None else G * scale
     left = left.reshape(*left.shape[:-1], -1, side)
     right = right.reshape(*right.shape[:-1], -1, side)
-    # Gradients come first, with their columns summed over: in any other order they are transposed.
+    # Gradients come first, with their columns summed over: any other order would transpose them.
     dims = ((3,), (1,)), ((1,), (0,))
     if site.stack is None:
         G, left, right = G[:, None], left[None], right[None]

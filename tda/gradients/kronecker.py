@@ -50,7 +50,7 @@ def factored(chosen: list[sites.Site]) -> list[sites.Site]:
     """Returns the sites that have Kronecker factors: tapped, and neither embedding nor head.
 
     Raises:
-        ValueError: no site has.
+        ValueError: there is none.
     """
     factored_sites = [s for s in chosen if s.tapped and s.group not in ("embedding", "head")]
     if not factored_sites:
@@ -123,34 +123,34 @@ def covariances(
     sums, count = _sum_over_batches(model, empty, {}, batches, labels)
     positions = count["positions"]
     if not positions:
-        raise ValueError("no position of the sample is scored: there is nothing to take A and S of")
+        raise ValueError("no position of the sample is scored, so A and S cannot be computed")
     return {s.path: tuple(x / positions for x in sums[s]) for s in chosen}
 
 
 def _zeros(site: sites.Site, *shape: int) -> jax.Array:
-    return jnp.zeros(shape if site.stack is None else (site.stack, *shape), jnp.float32)
+    return jnp.zeros((*site.stack_shape, *shape), jnp.float32)
 
 
 def eigenvectors(
-    of: dict[str, tuple[jax.Array, jax.Array]], keep: int | None = None
+    factors: dict[str, tuple[jax.Array, jax.Array]], keep: int | None = None
 ) -> dict[str, Curvature]:
     """Returns the eigenvectors of A and S by path, largest eigenvalue first.
 
     Args:
-        of: A and S by path, from `covariances`.
+        factors: A and S by path, from `covariances`.
         keep: the number of leading eigenvectors to return; None for all.
     """
 
     @jax.jit
-    def one(x):
+    def decompose(x):
         # Scaled to a mean eigenvalue of 1, so that float32 serves layers of any magnitude.
         mean = jnp.trace(x, axis1=-1, axis2=-2)[..., None, None] / x.shape[-1]
         return jnp.linalg.eigh(x / jnp.where(mean > 0, mean, 1.0))[1][..., ::-1]
 
     with host_blas.one_thread():
         return {
-            p: Curvature(*(sharding.to_host(one(x))[..., :keep] for x in ends))
-            for p, ends in of.items()
+            p: Curvature(*(sharding.to_host(decompose(x))[..., :keep] for x in pair))
+            for p, pair in factors.items()
         }
 
 
@@ -179,7 +179,7 @@ def corrected(
     sums, count = _sum_over_batches(model, empty, by_site, batches, labels)
     examples = count["examples"]
     if not examples:
-        raise ValueError("no example of the sample is scored: there are no eigenvalues to take")
+        raise ValueError("no example of the sample is scored, so Λ cannot be computed")
     return {
         s.path: dataclasses.replace(
             bases[s.path], values=sharding.to_host(sums[s][0] / np.float32(examples))
@@ -262,8 +262,8 @@ def logra_taps(
 def _moments(d_BxTxN, x_BxTxM, mask_BxT):
     """Returns Σ x xᵀ and Σ δ δᵀ over the batch's positions: float32 [M, M] and [N, N].
 
-    Both are of the positions that count alone. A δ need not be 0 where the weight is: attention
-    carries the losses of later positions back to it.
+    Positions of weight 0 are left out of both. Their δ need not be 0: attention carries the losses
+    of later positions back to them.
     """
     repeats, left_over = divmod(x_BxTxM.shape[1], mask_BxT.shape[1])
     if left_over or not repeats:
@@ -358,8 +358,7 @@ def _sum_over_batches(
         variables = jax.tree.map(lambda x: x, variables)
         for site in empty:
             if site not in bases:
-                stack = () if site.stack is None else (site.stack,)
-                shape = (*stack, *batch["weights"].shape)
+                shape = (*site.stack_shape, *batch["weights"].shape)
                 watch = sites.module_at(variables, site)["watch"]
                 watch["weights"] = jnp.broadcast_to(batch["weights"], shape)
 

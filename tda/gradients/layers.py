@@ -5,7 +5,7 @@ matrix), those that appear in its output (the columns), and the layout of its in
 Layers of other classes are not lost: `tda.gradients.sites` reports their parameters by name, and
 the reference path can form their gradients.
 
-Of a subclass, taps see the calls to the known class (`super().__call__(x)`); whatever the subclass
+In a subclass, taps see the calls to the known class (`super().__call__(x)`); whatever the subclass
 does before and after runs unchanged: see `wrap_calls`.
 """
 
@@ -280,15 +280,15 @@ def _einsum(parameter: str, equation: str) -> Product | None:
         # Positions in the input's order, so that they line up with the input's positions.
         shared = [c for c in letters(x, _ndim(x, out, y.ndim)) if c in named and c not in w]
         order = [named.index(c) for c in (*shared, *columns)]
-        turned = jnp.transpose(y, order)
-        width = math.prod(turned.shape[turned.ndim - len(columns) :])
+        ordered = jnp.transpose(y, order)
+        width = math.prod(ordered.shape[ordered.ndim - len(columns) :])
 
         def back(flat):
             return jnp.transpose(
-                flat.reshape(turned.shape), [order.index(i) for i in range(y.ndim)]
+                flat.reshape(ordered.shape), [order.index(i) for i in range(y.ndim)]
             )
 
-        return turned.reshape(turned.shape[0], -1, width), back
+        return ordered.reshape(ordered.shape[0], -1, width), back
 
     position = {c: i for i, c in enumerate(w)}
     axes = (tuple(position[c] for c in rows), tuple(position[c] for c in columns))

@@ -1,7 +1,7 @@
 """Inner products of whole gradients, without projection, from their factors (ghost products).
 
 With G_i = Σ_s x_is δ_isᵀ the product of two is Σ_{s,t} ⟨x_is, x_qt⟩ ⟨δ_is, δ_qt⟩. A metric
-C on both sides changes the factors alone where it is a product of a row's and a column's part. One
+C on both sides that is a product of a row's and a column's part can be applied to the factors. One
 that weighs every number (Adam's exact V, EK-FAC's eigenvalues) needs the passage's gradient to be
 formed. Each product takes the form with the fewest operations (their rates differ by less than a
 factor of two on CPUs):
@@ -69,7 +69,7 @@ Metric = dict[str, SiteMetric]
 
 
 def identity(sites: list[Site]) -> Metric:
-    """Returns the metric of the gradients as they are."""
+    """Returns the metric that leaves gradients unchanged."""
     return {s.path: SiteMetric() for s in sites}
 
 
@@ -128,7 +128,7 @@ def _inverse_root(A: np.ndarray, damping: float) -> np.ndarray:
 
 @jax.jit
 def transform(metric: Metric, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Applies scales and bases of a metric to factors; R copies of the positions stand in a row."""
+    """Applies scales and bases of a metric to factors; scales give R copies of every position."""
     return {path: _transform(m, factors[path]) for path, m in metric.items()}
 
 
@@ -149,7 +149,7 @@ def zero_moments(sites: Sequence[Site]) -> dict[str, tuple[jax.Array, jax.Array]
     """Returns zeros to add moments to, by path."""
 
     def zeros(site: Site, side: int) -> jax.Array:
-        return jnp.zeros((*(() if site.stack is None else (site.stack,)), side, side))
+        return jnp.zeros((*site.stack_shape, side, side))
 
     return {s.path: (zeros(s, s.rows), zeros(s, s.columns)) for s in sites}
 

@@ -28,8 +28,8 @@ class KindOfProgram:
     Attributes:
         projection: P.
         sites: the sites, in order.
-        tap_shapes: of each site what its tap adds to the program: whether its full gradient may be
-            formed, k, and whether the tap has scales, a direction, bases.
+        tap_shapes: for each site, whether its full gradient may be formed, k, and whether its tap
+            lacks scales, a direction and bases.
     """
 
     projection: Projection
@@ -37,7 +37,7 @@ class KindOfProgram:
     tap_shapes: tuple[tuple, ...]
 
     @classmethod
-    def of(cls, projection: Projection, taps_: dict[Site, Tap]) -> "KindOfProgram":
+    def describe(cls, projection: Projection, taps_: dict[Site, Tap]) -> "KindOfProgram":
         """Describes a kind of gradients by its projection and the taps of its sites."""
         shapes = (
             (s.by_reference, t.side, *(x is None for x in (t.scale, t.direction, t.bases)))
@@ -46,7 +46,7 @@ class KindOfProgram:
         return cls(projection, tuple(taps_), tuple(shapes))
 
     def has_bases(self, site: Site) -> bool:
-        """Whether the gradient of a site is rotated to another basis by its tap."""
+        """Returns whether a site's tap rotates its gradient to another basis."""
         return not self.tap_shapes[self.sites.index(site)][-1]
 
 
@@ -109,7 +109,11 @@ def _encoding_function(program: Program) -> Callable:
         return total_of(own_model, batch, scored)
 
     def missed_sites(batch: dict, scored: int | None) -> list[Site]:
-        """Returns the sites whose taps miss a part of it, if all kinds allow the full gradient."""
+        """Returns the sites whose taps miss a part of the gradient.
+
+        Raises:
+            ValueError: a kind does not allow the full gradient of one of them.
+        """
         missed = program.search(lambda own_model, batch: total_of(own_model, batch, scored), batch)
         # Gradients in another basis (EK-FAC) are formed by their taps alone.
         refused = {
@@ -131,7 +135,7 @@ def _encoding_function(program: Program) -> Callable:
     def by_example(
         variables: dict, missed: list[Site], matrices: dict, batch: dict, scored: int | None
     ) -> dict[Site, list]:
-        """Returns the same with the full gradients of some sites, one backward pass an example."""
+        """Returns the same from one backward pass per example, forming some full gradients."""
         full_sites = [*untapped, *missed]
         rest, parameters = full_gradients.split_parameters(variables, full_sites)
 

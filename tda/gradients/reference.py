@@ -24,14 +24,14 @@ def per_example_gradients(model: nnx.Module, batch: dict, output: str | Callable
     model_fn, params = functional.split(model)
     output_fn = losses.output(output) if isinstance(output, str) else None
 
-    def one(params, example):
+    def example_loss(params, example):
         example = jax.tree.map(lambda x: x[None], example)
         if output_fn is None:
             return output(model_fn.merge(params), example)[0]
         logits_1xTxV = model_fn.apply(params, example["tokens"])
         return output_fn(logits_1xTxV, example["targets"], example["weights"])[0]
 
-    gradients = jax.vmap(jax.grad(one), in_axes=(None, 0))(params, batch)
+    gradients = jax.vmap(jax.grad(example_loss), in_axes=(None, 0))(params, batch)
     return functional.flat_parameters(gradients)
 
 
@@ -45,7 +45,7 @@ def encode(
     exclude: str | None = None,
     untapped: str = "leave",
 ) -> jax.Array:
-    """Returns what the encoder of `tda.gradients.encoder.make_encoder` does: float32 [B, E]."""
+    """Encodes a batch as the encoder of `tda.gradients.encoder.make_encoder`: float32 [B, E]."""
     chosen = find_sites(model, include, exclude, untapped)
     return project(chosen, per_example_gradients(model, batch, output), projection, scales)
 

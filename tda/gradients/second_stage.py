@@ -1,7 +1,7 @@
 """Scores of (query, passage) pairs by whole gradients: all metrics in one pass over passages.
 
-What is held of the queries are their factors, T·(M + N) numbers a layer, not their gradients. Each
-passage's factors are computed once, for all queries and metrics that ask for it, and let go.
+The queries are held as factors, T·(M + N) numbers a layer, not as gradients. Each passage's factors
+are computed once for all queries and metrics, then dropped.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from tda.runtime.groups import ONE_GROUP, Groups
 _LIST = 32
 # Numbers of the queries' gradients of a matrix that are formed at a time: 256 MiB of float32.
 _FORMED = 2**26
-# Pairs and passages of a group at most: a minute or so on CPUs, which a kill may cost.
+# The most pairs and passages in a group: a minute or so on CPUs, the work that a kill may lose.
 _PAIRS_PER_GROUP, _PASSAGES_PER_GROUP = 1 << 17, 1 << 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Which queries are compared with which passages; passage rows rise, each with a query."""
+    """Which queries are compared with which passages; rows ascend, each with at least one query."""
 
     rows: np.ndarray
     """int64 [R], the passages' rows."""
@@ -52,9 +52,9 @@ class Pairs:
         return cls(rows, np.concatenate([[0], np.cumsum(counts)]), queries[order])
 
     def of_queries(self, numbers: np.ndarray) -> tuple[np.ndarray, "Pairs"]:
-        """Returns where the pairs of some queries stand, and those pairs alone.
+        """Returns the places of some queries' pairs among all pairs, and those pairs.
 
-        Queries are numbered by their places in `numbers` there.
+        The returned pairs number the queries by their places in `numbers`.
         """
         places = np.full(max(self.queries.max(initial=0), numbers.max(initial=0)) + 1, -1)
         places[numbers] = np.arange(len(numbers))
@@ -65,7 +65,7 @@ class Pairs:
         return at, Pairs(self.rows[has_pairs], starts, places[self.queries[at]])
 
     def ranges(self) -> list[range]:
-        """Returns the groups that rows are scored in."""
+        """Returns groups of rows that are scored together."""
         ranges, first = [], 0
         while first < len(self.rows):
             last = np.searchsorted(self.starts, self.starts[first] + _PAIRS_PER_GROUP, "right") - 1
@@ -88,10 +88,10 @@ class PairScorer:
 
     Args:
         factors: computes the factors of gradients.
-        metrics: C^(1/2) by name, with whether norms are one.
+        metrics: C^(1/2) by name, with whether gradients are scaled to unit norm.
         layout: how sequences are batched, and the devices that a batch is split over.
-        memory: bytes of the queries' factors that are held at a time; passages are computed once
-            for as many queries as fit.
+        memory: bytes for the queries' factors; passages are computed once for as many queries as
+            fit.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class PairScorer:
         return len(self._portions(queries, numbers))
 
     def _portions(self, queries: TokenTable, numbers: np.ndarray) -> list[np.ndarray]:
-        """Returns numbers of the queries that are held at a time, those of like length together."""
+        """Splits queries into portions that fit into memory, of similar lengths."""
         lengths = queries.lengths_of(numbers) - 1
         order = np.argsort(lengths, kind="stable")
         if not len(order):
@@ -169,7 +169,7 @@ class PairScorer:
         return [numbers[order[i : i + each]] for i in range(0, len(order), each)]
 
     def _padded(self, lengths: np.ndarray) -> int:
-        """Returns the positions of queries: a bucket's, if one is long enough."""
+        """Returns the padded length of queries: a bucket's, if one is long enough."""
         longest = int(lengths.max())
         return next((n for n in self._layout.bucket_lengths if n >= longest), longest)
 
@@ -218,7 +218,7 @@ class PairScorer:
         """Returns the scores of the pairs of a group of passages, by metric."""
         starts = pairs.starts[group.start : group.stop + 1]
         counts = np.diff(starts)
-        # Passages with lists of like length share a batch.
+        # Passages with lists of similar length share a batch.
         order = np.argsort(-counts, kind="stable")
         queries = pairs.queries[starts[0] : starts[-1]]
         scores = {name: np.empty(len(queries), np.float32) for name in side}
@@ -226,7 +226,7 @@ class PairScorer:
         for batch in self._layout.batches(passages, rows):
             factors = self._factors(self._layout.put(batch.arrays()))
             members = order[batch.places]
-            # Where the pairs of each passage of the batch stand in the group.
+            # The places of each passage's pairs in the group.
             at = [np.arange(starts[i], starts[i + 1]) - starts[0] for i in members]
             for name, (metric, unit_norm) in self._metrics.items():
                 changed = pair_products.transform(metric, factors)
@@ -245,7 +245,7 @@ class PairScorer:
 
 @dataclasses.dataclass(frozen=True)
 class _QuerySide:
-    """Transformed factors of Q queries, of which whole gradients are formed a tile at a time."""
+    """Transformed factors of Q queries; whole gradients are formed for a tile of them at a time."""
 
     factors: dict[str, Factors]
     norms: np.ndarray  # float32 [Q]

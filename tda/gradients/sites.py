@@ -27,7 +27,7 @@ _GROUPS = {
     "embedding": re.compile(r"embed|(^|/)w[tp]e(/|$)"),
 }
 
-# Parameters without gradients that `coverage` names.
+# How many of the parameters without gradients `coverage` names.
 _NAMED = 8
 
 
@@ -61,10 +61,14 @@ class Site:
 
     def __post_init__(self):
         if self.shape is None:
-            stack = () if self.stack is None else (self.stack,)
-            object.__setattr__(self, "shape", (*stack, self.rows, self.columns))
+            object.__setattr__(self, "shape", (*self.stack_shape, self.rows, self.columns))
         if self.group is None:
             object.__setattr__(self, "group", group_of(self.names()[0]))
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading shape of the site's arrays: (L,) of a stack, else ()."""
+        return () if self.stack is None else (self.stack,)
 
     @property
     def path(self) -> str:
@@ -96,7 +100,7 @@ def find_sites(
         include: a regular expression to search for in a parameter's path name; by default all
             matrices of layers, without embeddings, the output head, norms and biases.
         exclude: a regular expression for parameters to exclude.
-        untapped: how to treat matching parameters that cannot have a tap (norms, biases, layers of
+        untapped: treatment of matching parameters that cannot have a tap (norms, biases, layers of
             unknown classes, parameters that several layers share): "leave" them out (`left_out`
             names them), use the "reference" path (each example's full gradient is formed), or
             raise an "error". With "reference", that path also serves a matching parameter whose
@@ -174,18 +178,18 @@ def _site(
     stacked = layer_ndim is not None and len(shape) == layer_ndim + 1
     stack = shape[0] if stacked else None
     group = _group(module, parameter, stack, modules)
-    one = shape if stack is None else shape[1:]
+    layer_shape = shape if stack is None else shape[1:]
     product = None if holder is None else layers.product(holder)
     above = (modules.get(module[:i]) for i in range(len(module)))
     tapped = alone and not any(map(layers.changes_parameters, above))
-    if product is not None and product.parameter == parameter and len(one) == product.ndim:
+    if product is not None and product.parameter == parameter and len(layer_shape) == product.ndim:
         order = (*product.rows, *product.columns)
-        rows = math.prod(one[i] for i in product.rows)
-        columns = math.prod(one[i] for i in product.columns)
-        turned = None if order == tuple(range(len(order))) else order
-        return Site(module, parameter, rows, columns, stack, shape, turned, tapped, group)
-    columns = one[-1] if one else 1
-    rows = math.prod(one[:-1])
+        rows = math.prod(layer_shape[i] for i in product.rows)
+        columns = math.prod(layer_shape[i] for i in product.columns)
+        changed_order = None if order == tuple(range(len(order))) else order
+        return Site(module, parameter, rows, columns, stack, shape, changed_order, tapped, group)
+    columns = layer_shape[-1] if layer_shape else 1
+    rows = math.prod(layer_shape[:-1])
     return Site(module, parameter, rows, columns, stack, shape, None, False, group)
 
 
@@ -236,8 +240,8 @@ def tell_coverage(
     Args:
         model: the model.
         sites: the sites whose gradients are taken.
-        is_default: whether the sites are those that nobody selected; no warning otherwise.
-        quiet: whether nothing is printed; the warning is given all the same.
+        is_default: whether the caller selected no sites; there is no warning otherwise.
+        quiet: whether to print nothing; the warning is given all the same.
     """
     described = coverage(model, sites)
     if not quiet:

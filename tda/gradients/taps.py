@@ -1,4 +1,4 @@
-"""Taps: how a layer gives up the projected gradient of each example.
+"""Taps: how a layer yields the projected gradient of each example.
 
 A tap is an array of zeros, k × k for every example, that a layer y = x W carries along. It adds
 nothing to y, but its gradient is defined, by `jax.custom_vjp`, to be Aᵀ(Σ_t x_t δ_tᵀ)B = (xA)ᵀ(δB):
@@ -13,13 +13,13 @@ and of what the forward pass kept (`identity_with_rule`). The rules:
   copies side by side in A and in B, as if there were R times as many positions.
 - `_project_scaled`: Aᵀ(G ∘ 1/√V)B for an exact 1/√V, which needs G = Σ_t x_t δ_tᵀ itself.
 - `_project_rotated`: the same in other bases (EK-FAC's eigenvectors).
-- `_split_over_positions`: the part of each position in an inner product ⟨K, G⟩, x_tᵀKδ_t. The tap
-  is one zero for every example and position then.
+- `_split_over_positions`: the part of each position in an inner product ⟨K, G⟩, x_tᵀKδ_t. Such a
+  tap is one zero per example and position.
 
 Taps are put on a model from outside (`put_on`): the class of a module becomes a subclass that taps
 the output of the known class in it (`tda.gradients.layers.wrap_calls`). Paths and parameters stay
 what they were, and the model's own code runs unchanged. A layer may carry several taps, of
-different corrections. What taps do not see of a parameter's use, `tda.gradients.unseen` finds.
+different corrections. `tda.gradients.unseen` finds uses of a parameter that its tap does not see.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from tda.gradients.sites import Site, module_at
 from tda.runtime import sharding
 
 # Numbers of weight gradients that a device holds at once (at least one example's): on CPUs 4 MiB of
-# float32, what a cache keeps until they are projected; elsewhere 256 MiB, since every turn is a
-# launch of small kernels for each layer.
+# float32, which stay in a cache until they are projected; elsewhere 256 MiB, since every portion
+# launches small kernels for each layer.
 _AT_ONCE, _AT_ONCE_ACCELERATED = 2**20, 2**26
 
 
@@ -54,7 +54,8 @@ class Tap:
         scale: 1/√V of every weight, float32 [(L,) M, N], where it is exact.
         direction: W of a tap of positions, K = AWBᵀ: float32 [(L,) k, k].
         bases: Q_A and Q_S, float32 [(L,) M, M] and [(L,) N, N]: the gradient is rotated to Q_AᵀGQ_S
-            before it is scaled; A, B and the scale are in that basis then.
+            before it is scaled, and A, B and the scale are in that basis. Only with a scale, and
+            never for a table of tokens (`tda.gradients.kronecker.factored`).
     """
 
     left: jax.Array
@@ -76,22 +77,7 @@ def put_on(model: nnx.Module, taps: dict[Site, tuple[Tap, ...]]) -> nnx.Module:
         The model with a list `taps` in each module, of dicts of variables: "zeros" of type `Zeros`
         ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one example of one position), and the arrays
         of `Tap`.
-
-    Raises:
-        ValueError: an embedding or a head has bases, or a site has bases and no scale.
     """
-    pairs = [(site, tap) for site, of_site in taps.items() for tap in of_site]
-    tables = [s.path for s, tap in pairs if tap.bases and s.group in ("embedding", "head")]
-    if tables:
-        raise ValueError(
-            f"{', '.join(tables)}: tables of tokens cannot be rotated to another basis; exclude "
-            "them"
-        )
-    unscaled = [s.path for s, tap in pairs if tap.bases and tap.scale is None]
-    if unscaled:
-        raise ValueError(
-            f"{', '.join(unscaled)}: a gradient is rotated in order to be scaled; give a scale"
-        )
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
     for site, of_site in taps.items():
@@ -110,10 +96,9 @@ def _matrix_axes(variable, site: Site) -> tuple:
 
 def _variables(tap: Tap, site: Site, axes: tuple) -> dict[str, nnx.Variable]:
     """Returns a tap's variables, A and B with the parameter's layout on a mesh."""
-    stack = () if site.stack is None else (site.stack,)
     shape = (1, tap.side, tap.side) if tap.direction is None else (1, 1)
     variables = {
-        "zeros": Zeros(jnp.zeros((*stack, *shape))),
+        "zeros": Zeros(jnp.zeros((*site.stack_shape, *shape))),
         "left": nnx.Variable(tap.left, axes=(axes[0], None)),
         "right": nnx.Variable(tap.right, axes=(axes[1], None)),
     }
@@ -147,7 +132,7 @@ def _carried_taps(layer: nnx.Module, inputs) -> list[tuple[jax.Array, Tap]]:
 
 
 def _check_batch(zeros, tap: Tap, inputs) -> None:
-    """Checks what `tda.gradients.unseen` leaves unchecked: an axis as long as its larger batch."""
+    """Checks the batch axis, for what `tda.gradients.unseen` cannot tell by its length."""
     M, N = tap.left.shape[-2], tap.right.shape[-2]
     if zeros.ndim != (3 if tap.direction is None else 2):
         raise ValueError(
@@ -229,7 +214,7 @@ def _einsum(equation, *operands):
 
 
 def _project(x_BxTxM, A_MxRP, side: int):
-    """x A as float32 [B, T·R, k], with the product in the precision of x, float16 in float32.
+    """Returns x A: float32 [B, T·R, k], multiplied in the precision of x, float16 in float32.
 
     float16 ends at 65,504 and is coarse below 6e-5: A with a scale 1/√V in it leaves that range at
     both ends. bfloat16 has the range of float32.
@@ -241,14 +226,14 @@ def _project(x_BxTxM, A_MxRP, side: int):
 
 
 def _project_factored(d_BxTxN, xA_BxSxP, B_NxRP, scale_BxTxN=None):
-    """(xA)ᵀ(δB), or (xA)ᵀ((δ ∘ scale)B): float32 [B, k, k]."""
+    """Returns (xA)ᵀ(δB), or (xA)ᵀ((δ ∘ scale)B): float32 [B, k, k]."""
     scaled = d_BxTxN if scale_BxTxN is None else _f32(d_BxTxN) * scale_BxTxN
     dB_BxSxP = _project(scaled, B_NxRP, xA_BxSxP.shape[-1])
     return _einsum("bsp,bsq->bpq", xA_BxSxP, dB_BxSxP)
 
 
 def _project_scaled(d_BxTxN, x_BxTxM, A_MxP, B_NxP, scale_MxN):
-    """Aᵀ((Σ_t x_t δ_tᵀ) ∘ scale)B: float32 [B, k, k]."""
+    """Returns Aᵀ((Σ_t x_t δ_tᵀ) ∘ scale)B: float32 [B, k, k]."""
 
     def project(examples):
         # A few examples' weight gradients at a time: the batch's would not fit.
@@ -261,16 +246,16 @@ def _project_scaled(d_BxTxN, x_BxTxM, A_MxP, B_NxP, scale_MxN):
 
 
 def _project_rotated(d_BxTxN, xQ_BxTxM, A_MxP, B_NxP, scale_MxN, Q_NxN):
-    """Aᵀ((Σ_t (xQ)_t (δQ)_tᵀ) ∘ scale)B: float32 [B, k, k]; xQ is the input in its own basis."""
+    """Returns Aᵀ((Σ_t (xQ)_t (δQ)_tᵀ) ∘ scale)B: float32 [B, k, k]."""
     dQ_BxTxN = _einsum("btn,nm->btm", _f32(d_BxTxN), Q_NxN)
     return _project_scaled(dQ_BxTxN, xQ_BxTxM, A_MxP, B_NxP, scale_MxN)
 
 
 def _split_over_positions(d_BxTxN, xK_BxTxSxP, B_NxRP):
-    """Σ (xK) ∘ (δB) at every position: float32 [B, T].
+    """Returns Σ (xK) ∘ (δB) at every position: float32 [B, T].
 
-    S is the axes that a layer has beside the sequence, and the R copies; they are added up. B is
-    None where K already has the output's width.
+    S counts a layer's axes other than the sequence, and the R copies; they are summed. B is None
+    where K already has the output's width.
     """
     *shape, _, side = xK_BxTxSxP.shape
     dB = _f32(d_BxTxN) if B_NxRP is None else _project(d_BxTxN, B_NxRP, side)
@@ -344,7 +329,7 @@ def _tap_product_positions(zeros_BxT, tap: Tap, y_BxTxN, x_BxTxM):
 
 
 def _by_position(x_BxSxP, zeros_BxT):
-    """Returns [B, S, k] as [B, T, S/T, k]: of a layer's axes of positions, T is the first."""
+    """Returns [B, S, k] as [B, T, S/T, k]: T is the first of a layer's axes of positions."""
     return x_BxSxP.reshape(*zeros_BxT.shape, -1, x_BxSxP.shape[-1])
 
 
@@ -352,7 +337,7 @@ def _tap_look_up(layer, call, inputs):
     """Taps the rows of a table that `inputs` look up."""
     if layers.known(type(layer)) is nnx.Embed:
         return _tap_rows(layer, call(layer, inputs), inputs)
-    # Another class may scale or shift its rows: it is given a table of just these rows, tapped.
+    # Another class may scale or shift its rows, so it gets a table of just these rows, tapped.
     parameter = layers.table(type(layer)).parameter
     rows = _tap_rows(layer, getattr(layer, parameter)[...][inputs], inputs)
     graphdef, state = nnx.split(layer)

@@ -91,7 +91,7 @@ def make_search(
             # A parameter that is read but not differentiated contributes nothing to the gradient.
             return _differentiated(missed, blind_loss, variables, larger) if missed else []
 
-        # From the strictest rule to the laxest: the first that a site passes gives the reason.
+        # From the strictest rule to the laxest: the last that a site fails gives the reason.
         reasons: dict[sites.Site, str] = {}
         for axes, reason in ((2, _OTHER_POSITIONS), (1, _OTHER_AXIS), (0, _READ)):
             if axes < 2 or by_position:
@@ -122,9 +122,9 @@ def count_examples(batch) -> int:
 def _larger_batches(batch, variables, axes: int) -> Iterator:
     """Yields the shapes of batches with more examples, and of other lengths if axes is 2.
 
-    A multiple of the examples, so that devices can still share them. No length is that of another
-    axis, so that no other axis is taken for the batch or the sequence. Longer sequences come first,
-    shorter ones after them: a model may have no more positions than the batch.
+    There are a multiple of the examples, so that devices can still share them. No length equals
+    another axis's, so that no other axis is taken for the batch or the sequence. Longer sequences
+    come before shorter ones, which serve a model with no more positions than the batch has.
 
     Args:
         batch: arrays [B, …], or [B, T] each if axes is 2.
@@ -132,9 +132,9 @@ def _larger_batches(batch, variables, axes: int) -> Iterator:
         axes: how many of the batch's axes change: 1 or 2.
     """
     count, arrays = count_examples(batch), jax.tree.leaves(batch)
-    others = {n for x in arrays for n in np.shape(x)[axes:]}
-    others |= {n for x in jax.tree.leaves(variables) for n in x.shape}
-    examples = next(n * count for n in itertools.count(2) if n * count not in others)
+    lengths = {n for x in arrays for n in np.shape(x)[axes:]}
+    lengths |= {n for x in jax.tree.leaves(variables) for n in x.shape}
+    examples = next(n * count for n in itertools.count(2) if n * count not in lengths)
 
     def resize(*lengths: int):
         return jax.tree.map(
@@ -148,32 +148,32 @@ def _larger_batches(batch, variables, axes: int) -> Iterator:
         yield resize()
         return
     T = np.shape(arrays[0])[1]
-    others |= {T, examples}
-    longer = (n * T for n in itertools.count(2) if n * T not in others)
-    shorter = (n for n in range(T - 1, 1, -1) if n not in others)
+    lengths |= {T, examples}
+    longer = (n * T for n in itertools.count(2) if n * T not in lengths)
+    shorter = (n for n in range(T - 1, 1, -1) if n not in lengths)
     for length in (next(longer), *itertools.islice(shorter, 1)):
         yield resize(length)
 
 
 def _trace(loss: Callable, variables, batch, larger: Iterable) -> tuple[Any, Any]:
-    """Returns the first of some larger batches that the loss can be traced of, and the trace.
+    """Returns the first of some larger batches with which the loss can be traced, and the trace.
 
     Raises:
-        ValueError: it can be traced of none, although it can be of the batch itself.
+        ValueError: it can be traced with none of them, although it can with the batch itself.
     """
     for refused in larger:
         try:
             return refused, jax.make_jaxpr(loss)(variables, refused)
         except Exception as failure:
             error = failure
-    # A fault that does not come from the batch's shape is raised as it is.
+    # A fault that the batch itself has too is raised unchanged.
     jax.eval_shape(loss, variables, batch)
     before, after = (jax.tree.leaves(x)[0].shape for x in (batch, refused))
     which, axes = ("examples", 1) if before[1:2] == after[1:2] else ("examples and positions", 2)
     listed = (" × ".join(map(str, shape[:axes])) for shape in (before, after))
     raise ValueError(
-        f"the loss of {next(listed)} {which} cannot be computed of {next(listed)}, by which "
-        f"their axes are told from others: {error}; write it for any number of {which}"
+        f"the loss of {next(listed)} {which} cannot be computed for {next(listed)}, which tells "
+        f"their axes from others: {error}; write it for any number of {which}"
     ) from error
 
 

@@ -96,7 +96,10 @@ class SecondStage(Retriever):
         for (_, output), sharing in groups.items():
             first = self._first.rank(next(iter(sharing.values())), queries, on_progress)
             united = candidates.unite(list(first.values())) if first else None
-            pairs = Pairs.of_lists([np.arange(count)] * len(queries) if united is None else united)
+            if united is None:
+                pairs = Pairs.of_all(len(queries), count)
+            else:
+                pairs = Pairs.of_lists(united)
             scores = self._scores(output, sharing, queries, pairs, on_progress)
             for name, scores_P in (scores or {}).items():
                 by_query = pairs.by_query(scores_P, len(queries))

@@ -222,7 +222,7 @@ def test_a_loss_of_a_fixed_number_of_examples_is_refused(random_batch):
         def use(self, x):
             return self.layers(x + jnp.ones((B, T, D)))
 
-    with pytest.raises(ValueError, match=r"of 4 examples cannot be computed of \d+, .*any number"):
+    with pytest.raises(ValueError, match=r"of 4 examples cannot be computed for \d+, .*any number"):
         make_encoder(Fixed(nnx.Rngs(0)), P)(random_batch([4, 2, 4, 3], T))
 
 

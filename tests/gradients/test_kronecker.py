@@ -11,7 +11,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.data import tokens
 from tda.data.batches import BatchLayout
-from tda.gradients import kronecker, reference, taps
+from tda.gradients import kronecker, reference
 from tda.gradients.encoder import build_encoder, make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -326,11 +326,6 @@ def test_few_rows_leave_zeros_behind(decoder):
 def test_what_cannot_be_factored_is_told(decoder):
     with pytest.raises(ValueError, match="no linear layer is among embedding/embedding"):
         kronecker.factored(find_sites(decoder(), include="embedding"))
-    everything = find_sites(decoder(), include="embedding")
-    end = taps.Tap(jnp.zeros((50, 4)), jnp.zeros((16, 4)), 4, jnp.ones((50, 16)))
-    turned = dataclasses.replace(end, bases=(jnp.eye(50), jnp.eye(16)))
-    with pytest.raises(ValueError, match="embedding/embedding: tables of tokens"):
-        taps.put_on(decoder(), {everything[0]: (turned,)})
     chosen = kronecker.factored(find_sites(decoder()))
     with pytest.raises(ValueError, match="no position"):
         kronecker.covariances(decoder(), chosen, [], "data")

@@ -30,7 +30,7 @@ def squared_gradients(
 
     Args:
         model: any NNX model.
-        loss: of the model and a batch, one number for each example, summed over its positions:
+        loss: a function of the model and a batch to each example's loss, summed over its positions:
             float32 [B]. Compiled once for every shape of batch.
         batches: trees of arrays that `loss` takes; of language models dicts with "weights" [B, T]
             ("tokens", "targets").
@@ -101,7 +101,7 @@ def estimate(
         SecondMomentError: another correction, no batch with scored tokens, or gradients that are
             not finite.
     """
-    # Refused before the gradients are worked for.
+    # Checked before any gradient is computed.
     second_moments.check_full(correction)
     scales = {}
     for path, V in squared_gradients(model, loss, batches, chosen).items():

@@ -17,14 +17,14 @@ _SWEEPS = 8
 
 
 def product(left, right) -> jax.Array:
-    """Σ_r left_r right_rᵀ: float32 [(L,) M, N] of [(L,) R, M] and [(L,) R, N]."""
+    """Returns Σ_r left_r right_rᵀ: float32 [(L,) M, N] of [(L,) R, M] and [(L,) R, N]."""
     return jnp.einsum("...rm,...rn->...mn", left, right, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "sweeps"))
 @jax.default_matmul_precision("highest")
 def approximate(scale, left, right, rank: int, sweeps: int = _SWEEPS):
-    """Ŝ = Σ_r û_r v̂_rᵀ of small relative error Σ (1 − Ŝ/S)².
+    """Returns the factors of Ŝ = Σ_r û_r v̂_rᵀ with a small relative error Σ (1 − Ŝ/S)².
 
     S is divided by the outer product left·rightᵀ, which makes its entries about 1 (K); the start is
     a truncated SVD of K, by subspace iteration; then `sweeps` times each side is solved for exactly
@@ -52,14 +52,14 @@ def approximate(scale, left, right, rank: int, sweeps: int = _SWEEPS):
         ones = jnp.broadcast_to(jnp.eye(min(M, N)), (*scale.shape[:-2], *[min(M, N)] * 2))
         return (ones, scale) if M <= N else (jnp.swapaxes(scale, -1, -2), ones)
 
-    def one(layer):
+    def approximate_layer(layer):
         S, left, right = layer
         K = S / (left[:, None] * right[None, :])
         u, v = _alternate(K, *_start(K, rank), sweeps)
         return (u * left[:, None]).T, (v * right[:, None]).T
 
-    layer = scale, left, right
-    return one(layer) if scale.ndim == 2 else jax.lax.map(one, layer)
+    arrays = scale, left, right
+    return approximate_layer(arrays) if scale.ndim == 2 else jax.lax.map(approximate_layer, arrays)
 
 
 def _start(K, rank: int):
@@ -96,8 +96,8 @@ def _alternate(K, u, v, sweeps: int):
 def _solve(K, u, v):
     """Returns the u that minimises Σ ((K − u vᵀ)/K)² for an orthonormal v, and that v."""
     rank = v.shape[1]
-    v, turned = jnp.linalg.qr(v)
-    u = u @ turned.T
+    v, triangular = jnp.linalg.qr(v)
+    u = u @ triangular.T
     # Solved for the change of u, so that no digits are lost where u is nearly right already.
     residual = (1.0 - (u @ v.T) / K) / K
     pairs = (v[:, :, None] * v[:, None, :]).reshape(-1, rank * rank)

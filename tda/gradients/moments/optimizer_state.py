@@ -6,7 +6,7 @@ are matched to parameters by name, never by index, order or shape: the shape of 
 not tell whether it is transposed.
 
 Many optax optimizers call their second moments "nu" but divide by them in different ways, and no
-state says which optimizer it is of. So the caller or the checkpoint's description names it, and the
+state names its optimizer. So the caller or the checkpoint's description names it, and the
 state must have the fields of that optimizer.
 """
 
@@ -123,7 +123,7 @@ class OptimizerState:
         """Checks that there are second moments, and that the constants of Adam's rule are known.
 
         Raises:
-            SecondMomentError: it is not so; the message names what there is, or what to pass.
+            SecondMomentError: otherwise; the message lists what the state has, or what to pass.
         """
         if not self._states:
             listed = sorted(self.names)
@@ -319,9 +319,9 @@ def exact(moments: Moments) -> jax.Array:
     """Returns the factor by which the optimizer multiplies each weight's gradient.
 
     Adam(W), NAdam(W) and Yogi use Adam's rule (`adam`), MaxText's adam_pax without the correction
-    for bias, which its ν has already. AMSGrad divides by the maximum of
-    the bias-corrected moments (Reddi et al. 2018; optax corrects before it takes the maximum),
-    RMSProp by √(ν + eps), or by √ν + eps if `eps_in_sqrt` is false.
+    for bias, which its ν has already. AMSGrad divides by the maximum of the bias-corrected moments
+    (Reddi et al. 2018; optax corrects before it takes the maximum), RMSProp by √(ν + eps), or by
+    √ν + eps if `eps_in_sqrt` is false.
 
     Returns:
         float32, in the parameter's shape.

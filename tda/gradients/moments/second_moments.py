@@ -359,7 +359,6 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
 
 
 def _as_matrix(site: sites.Site, scale: Scale) -> Scale:
-    stack = () if site.stack is None else (site.stack,)
-    if site.order is None and site.shape == (*stack, site.rows, site.columns):
+    if site.order is None and site.shape == (*site.stack_shape, site.rows, site.columns):
         return scale
     return Scale(full=site.matrix(scale.dense()))
