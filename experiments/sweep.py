@@ -32,6 +32,7 @@ import jax
 from absl import flags
 
 from tda import methods
+from tda.reports import plots
 from tda.run.workdir import Workdir
 from tda.sweep import grid, points, report
 from tda.sweep.grid import Point
@@ -74,8 +75,8 @@ def main(config, workdir):
         for point in sweep.points:
             print(shlex.join(command(point)))
         return
-    if PLOTS.value and sweep.plots:
-        points.check_plots()
+    if PLOTS.value and sweep.plots and not plots.is_installed():  # before hours of work
+        raise ValueError("plots need matplotlib: pip install 'tda-jax[plots]', or give --noplots")
     errors = points.run_all(sweep.points, directory, PARALLEL.value, command)
     # The finished points are gathered even if others failed.
     finished = [p for p in sweep.points if points.is_finished(p, directory)]

@@ -112,14 +112,10 @@ def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | Non
         hessian: `batch_gauss_newton` or `mean_fisher`; None for no Hessian.
 
     Raises:
-        ValueError: the optimizer does not keep Adam's second moments.
         FloatingPointError: the recursion diverged.
     """
     training, queries = reverse.training, reverse.queries
-    final = reverse.final_state()
-    if not isinstance(optax.tree.get(final["opt_state"], "nu"), dict):
-        raise ValueError("the surrogate adjoint is Adam's; this optimizer has no second moments nu")
-    theta_QxP = as_rows(queries.all_gradients(final["params"]))
+    theta_QxP = as_rows(queries.all_gradients(reverse.final_state()["params"]))
     mu_QxP = jnp.zeros_like(theta_QxP)
     step_back = jax.jit(_step_back, static_argnames="recursion", donate_argnums=(0, 1))
     scores_QxN = np.zeros((len(queries), len(training.table)), np.float32)

@@ -81,15 +81,8 @@ def differences(
     Both arrays have the same queries and metrics. `p` is twice the smaller share of draws on one
     side of zero, each counted with one draw more, so that it is never 0 (Davison & Hinkley 1997,
     section 4.2).
-
-    Raises:
-        ValueError: the two differ in shape.
     """
     values_QxM, others_QxM = np.asarray(values_QxM, float), np.asarray(others_QxM, float)
-    if values_QxM.shape != others_QxM.shape:
-        raise ValueError(
-            f"paired values must have one shape, not {values_QxM.shape} and {others_QxM.shape}"
-        )
     paired, drawn_RxM = _intervals(values_QxM - others_QxM, resamples, seed)
     below_M, above_M = (drawn_RxM <= 0).sum(axis=0), (drawn_RxM >= 0).sum(axis=0)
     p_M = np.minimum(1.0, 2.0 * (1 + np.minimum(below_M, above_M)) / (1 + resamples))

@@ -156,13 +156,10 @@ class Speaker:
 
     def _logits_of(self, ids: Sequence[int]) -> np.ndarray:
         """Returns the logits after each token, float32 [T, V]."""
-        padded = np.full((1, self.bucket(len(ids))), self.tokenizer.pad, np.int32)
+        length = self.layout.padded_length(len(ids))
+        padded = np.full((1, length), self.tokenizer.pad, np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(self._logits(padded), np.float32)[0, : len(ids)]
-
-    def bucket(self, positions: int) -> int:
-        """Returns the padded length of a sequence of this many positions."""
-        return self.layout.padded_length(positions)
 
     @property
     def layout(self) -> batches.BatchLayout:
@@ -172,7 +169,7 @@ class Speaker:
     def likelihood(self, query: Query) -> dict:
         """Returns {"nats", "rank"} of a target; see `tda.evaluation.likelihood`."""
         table = self.table(query)
-        length = self.bucket(int(table.lengths[0]) - 1)
+        length = self.layout.padded_length(int(table.lengths[0]) - 1)
         batch = batches.materialise(table, np.arange(1), length, 1, self.tokenizer.pad)
         # The same program completes prompts, so it is usually compiled already.
         logits_1xTxV = self._logits(batch.tokens)

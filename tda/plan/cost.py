@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tda import store
 from tda.data import batches
 from tda.hessian import Shape
 
@@ -167,15 +166,6 @@ def batch_shapes(
         planned = batches.plan(shard, bucket_lengths, tokens_per_batch, multiple)
         counts.update(zip(planned.sizes.tolist(), planned.lengths.tolist(), strict=True))
     return dict(sorted(counts.items(), key=lambda item: item[0][1]))
-
-
-def row_bytes(widths: Iterable[int], dtype: str) -> int:
-    """Returns the bytes of a gradient on disk, given the numbers in each block.
-
-    Raises:
-        ValueError: the dtype is unknown.
-    """
-    return store.Form(dtype, tuple(widths)).row_bytes
 
 
 def code_bytes(width: int) -> int:

@@ -268,7 +268,7 @@ def _disk(s: Setting, reading: float) -> dict:
     code, passages = cost.code_bytes(s.width), s.size.passages
     by_dtype = {}
     for dtype in store.DTYPES:
-        row = cost.row_bytes(s.widths, dtype)
+        row = store.Form(dtype, tuple(s.widths)).row_bytes
         by_dtype[dtype] = {
             "row": row,
             "store": row * passages,

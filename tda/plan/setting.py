@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tda import methods
+from tda import methods, store
+from tda.data import tokenised
 from tda.data.batches import buckets
 from tda.gradients import projection as projections
 from tda.gradients import sites
@@ -93,7 +94,9 @@ class Setting:
 
     def stored_bytes(self, rows: int) -> int:
         """Returns the bytes of a number of gradients on disk."""
-        return rows * cost.row_bytes(self.widths, self.store_dtype) if self.has_store else 0
+        if not self.has_store:
+            return 0
+        return rows * store.Form(self.store_dtype, tuple(self.widths)).row_bytes
 
     def decompositions(self, correction: str) -> tuple[int, int]:
         """Returns how many R^(−1/2) a store's methods need, and how many decompositions of R."""
@@ -170,9 +173,9 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)
-    widths = list(map(math.prod, layout.shapes))
     stored = "float32" if config.store.dtype == NO_STORE else config.store.dtype
-    shard_rows = max(1, config.store.shard_bytes // cost.row_bytes(widths, stored))
+    form = store.Form(stored, tuple(map(math.prod, layout.shapes)))
+    shard_rows = max(1, config.store.shard_bytes // form.row_bytes)
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
     if size.positions is None:
         # The config states no lengths: every passage counts as one of the mean length.
@@ -255,8 +258,9 @@ def _size(config, workdir: str | None) -> Size:
     start = time.perf_counter()
     # In a temporary directory: a plan must not begin the run.
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(None):
-        if config.data.corpus and workdir and plain_corpus.is_finished(pathlib.Path(workdir)):
-            data = plain_corpus.open_finished(config, pathlib.Path(workdir))
+        run_path = pathlib.Path(workdir or path)
+        if config.data.corpus and tokenised.is_finished(run_path / plain_corpus.FOLDER):
+            data = plain_corpus.open_finished(config, run_path)
         else:
             data = corpus.load(config, Workdir(path))
         # Before the directory is removed, which holds the tokens of a corpus without labels.

@@ -64,10 +64,8 @@ def check() -> None:
     Raises:
         ImportError: it is not; the message says what to install.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'tda-jax[plots]'") from error
+    if not is_installed():
+        raise ImportError("plots need matplotlib: pip install 'tda-jax[plots]'")
 
 
 def draw(

@@ -98,11 +98,6 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
     return corpus
 
 
-def is_finished(workdir: pathlib.Path) -> bool:
-    """Returns whether a run has tokenised its corpus in a workdir."""
-    return tokenised.is_finished(workdir / FOLDER)
-
-
 def open_finished(config, workdir: Workdir | pathlib.Path) -> Corpus:
     """Opens the corpus that a run has tokenised; the documents may be gone.
 

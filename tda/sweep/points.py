@@ -14,7 +14,6 @@ import jax
 from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
-from tda.reports import plots
 from tda.run import capturing, defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
@@ -40,18 +39,6 @@ def check(point: Point) -> None:
         stages.check(point.config, encoder=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"point {point.name}: {error}") from error
-
-
-def check_plots() -> None:
-    """Checks, before hours of work, that plots can be drawn.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        plots.check()
-    except ImportError as error:
-        raise ValueError(f"{error}, or run with --noplots") from error
 
 
 def _made_from(point: Point) -> dict:

@@ -83,17 +83,8 @@ def test_batches_are_counted_by_shard():
     assert sum(cost.batch_shapes(positions, (8, 16), 16, 1, 7).values()) == len(whole)
 
 
-def test_rows_on_disk():
-    assert cost.row_bytes([4096] * 16, "float32") == 262_144
-    assert cost.row_bytes([4096] * 16, "bfloat16") == 131_072
-    assert cost.row_bytes([4096] * 16, "int8") == 65_536 + 2 * 1024
-    assert cost.row_bytes([4096] * 16, "2bit") == 16_384 + 2 * 1024
-    with pytest.raises(ValueError, match="unknown dtype 'int4'; use float32, bfloat16, int8"):
-        cost.row_bytes([4], "int4")
-
-
 def test_the_papers_store_takes_87_tebibytes():
-    whole = 365_000_000 * cost.row_bytes([4096] * 16, "float32")
+    whole = 365_000_000 * stores.Form("float32", (4096,) * 16).row_bytes
     assert whole == 95_682_560_000_000
     assert cost.as_bytes(whole) == "87.0 TiB"
 
@@ -153,4 +144,4 @@ def test_a_real_store_takes_the_bytes_that_were_reckoned(tmp_path, dtype):
         found = rng.normal(size=(shard.stop - shard.start, sum(widths))).astype(np.float32)
         store.write(i, found)
     real = sum(f.stat().st_size for f in (tmp_path / "store").rglob("gradients/c.*"))
-    assert real == pytest.approx(rows * cost.row_bytes(widths, dtype), rel=0.01)
+    assert real == pytest.approx(rows * stores.Form(dtype, tuple(widths)).row_bytes, rel=0.01)
