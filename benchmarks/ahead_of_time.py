@@ -49,7 +49,6 @@ def compile_encoder(
     batch: int,
     length: int,
     correction: str = "factored",
-    include: str | None = None,
 ):
     """Compiles the encoder of an abstract model for a mesh.
 
@@ -59,12 +58,11 @@ def compile_encoder(
         mesh: of real or simulated devices.
         batch, length: B and T of a batch over all devices.
         correction: as `tda.gradients.moments.second_moments.parse_correction` takes it.
-        include: a regular expression on parameters' path names.
 
     Returns:
         The compiled computation.
     """
-    chosen = find_sites(model, include)
+    chosen = find_sites(model)
     encoder = encoders.build_encoder(
         model, [(projection, abstract_taps(chosen, projection, correction))]
     )

@@ -112,10 +112,10 @@ def patch_values(log_p_QxKx2: np.ndarray, control_Qx2: np.ndarray) -> dict[str, 
     return out
 
 
-def restricted(values: Mapping[str, np.ndarray], mask_Q: np.ndarray, suffix: str) -> dict:
-    """Returns the ranking metrics of the queries in `mask_Q`, with a suffix to their names."""
+def restricted(values: Mapping[str, np.ndarray], is_known_Q: np.ndarray) -> dict:
+    """Returns the ranking metrics of known queries, such as "mrr_known"."""
     return {
-        f"{name}{suffix}": np.where(mask_Q, x, np.nan)
+        f"{name}_known": np.where(is_known_Q, x, np.nan)
         for name, x in values.items()
         if name.startswith(("mrr", "recall"))
     }

@@ -46,11 +46,10 @@ class LiveRun:
 
     Args:
         path: the workdir.
-        config: the run's config, as plain values; read from the workdir by default.
     """
 
-    def __init__(self, path: pathlib.Path, config: dict | None = None):
-        self._path, self._config = path, config
+    def __init__(self, path: pathlib.Path):
+        self._path = path
         self._retrievers: dict[str, Retriever] = {}
 
     @property
@@ -61,7 +60,7 @@ class LiveRun:
     @functools.cached_property
     def run(self):
         """The run (`tda.run.run.Run`)."""
-        return remembered.open_run(self._path, self._config)
+        return remembered.open_run(self._path)
 
     @functools.cached_property
     def speaker(self) -> Speaker:

@@ -208,7 +208,7 @@ def _values(run: Run, ranked, known: Known, patches: _Patches, verdicts, queries
     """Returns a method's metrics, a number for each query."""
     values = summary.rank_values({label: r[queries] for label, r in ranked.first_ranks.items()})
     is_known = known.ranks[queries] <= run.config.eval.known_rank
-    values |= summary.restricted(values, is_known, "_known")
+    values |= summary.restricted(values, is_known)
     if patches.queries:
         steps_QxKx2 = patches.changes(ranked.proponents)[queries]
         # The change, and the change less that of a step with a zero gradient.

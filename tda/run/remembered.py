@@ -174,23 +174,17 @@ def remember(run: Run) -> None:
     write_json(run.workdir / CONFIG, run.config.to_dict())
 
 
-def config_of(path: pathlib.Path) -> dict:
-    """Returns the config of a finished run, as plain values."""
-    return _read_json(path / CONFIG)
-
-
-def open_run(path: pathlib.Path, config: dict | None = None) -> Run:
+def open_run(path: pathlib.Path) -> Run:
     """Opens a finished run, with its model on one device: questions come one at a time.
 
     Args:
         path: the workdir.
-        config: as plain values; the run's own by default.
 
     Raises:
         LiveError: a file of the run is missing; the message names it.
     """
     # From the workdir alone: the corpus may be large or gone.
-    config = ConfigDict(config_of(path) if config is None else config)
+    config = ConfigDict(_read_json(path / CONFIG))
     root = str(path / "model" / "checkpoints")
     provenance = _read_json(path / "stages" / "train.json")["made_from"]
     step = train.traced_step(config, provenance["steps"], checkpoint.steps(root))

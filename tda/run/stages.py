@@ -179,10 +179,10 @@ def _trace(run: Run) -> tuple[dict, dict]:
     return metrics, notes
 
 
-def examples(run: Run, rankings: dict[str, Ranked], count: int = 3) -> str:
+def examples(run: Run, rankings: dict[str, Ranked]) -> str:
     """Describes a few queries with the top three proponents of each method in full text."""
     config, corpus = run.config, run.corpus
-    chosen = np.random.default_rng(config.data.seed + 1).permutation(len(corpus.queries))[:count]
+    chosen = np.random.default_rng(config.data.seed + 1).permutation(len(corpus.queries))[:3]
     lines = []
     for q in sorted(map(int, chosen)):
         fact = corpus.queries[q]

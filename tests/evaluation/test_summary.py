@@ -18,9 +18,9 @@ def test_ranking_metrics_are_those_of_the_first_ranks():
     assert set(result) == {
         f"{m}{s}" for m in ("mrr", "mrr_at_10", "recall_at_10") for s in ("", "_strict")
     }
-    known = summary.restricted(result | {"tail_patch": np.ones(3)}, np.array([0, 1, 1]) > 0, "_k")
-    np.testing.assert_array_equal(known["mrr_k"], [NAN, 0.05, NAN])
-    assert "tail_patch_k" not in known and len(known) == 6
+    known = summary.restricted(result | {"tail_patch": np.ones(3)}, np.array([0, 1, 1]) > 0)
+    np.testing.assert_array_equal(known["mrr_known"], [NAN, 0.05, NAN])
+    assert "tail_patch_known" not in known and len(known) == 6
 
 
 def test_tail_patch_scores_are_means_over_the_first_proponents():

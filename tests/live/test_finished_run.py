@@ -109,9 +109,8 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
     asked = of_batch(workdir, "trackstar")[0]
     kept = json.loads((workdir / remembered.CONFIG).read_text())
     assert kept["hessian"]["damping"] == 0.02
-    other = remembered.config_of(workdir)
-    other["hessian"]["damping"] = 1e-3
-    live = finished_run.LiveRun(workdir, other)
+    live = finished_run.LiveRun(workdir)
+    live.run.config.hessian.damping = 1e-3
     chosen = {"trackstar": METHODS["trackstar"]}
     question = question_of(asked)
     differing = live.records(question, chosen, 10, silent)["trackstar"]["proponent_scores"]

@@ -32,7 +32,7 @@ def metrics():
     for i, name in enumerate(("bm25", "trackstar", "grad_cos")):
         ranks = {"all": rng.integers(1, 40, 30), "strict": rng.integers(0, 40, 30)}
         found = summary.rank_values(ranks) if name != "grad_cos" else {}
-        found |= summary.restricted(found, np.arange(30) < 9, "_known")
+        found |= summary.restricted(found, np.arange(30) < 9)
         values[name] = found | summary.patch_values(steps[i], steps[0, :, 0])
     how = dict(resamples=200, seed=0)
     relations = summary.grouped(values, np.arange(30) // 10, ["r0", "r1", "r2"], **how)

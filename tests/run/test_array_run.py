@@ -152,7 +152,8 @@ def test_a_corpus_without_labels_is_asked_without_its_files(plain, tmp_path):
     shutil.copytree(path, tmp_path / "w")
     moved = json.loads((path / "config.json").read_text())
     moved["data"] |= {"corpus": "/nowhere"}
-    live = finished_run.LiveRun(tmp_path / "w", moved)
+    (tmp_path / "w" / "config.json").write_text(json.dumps(moved))
+    live = finished_run.LiveRun(tmp_path / "w")
     assert live.describe(progress.silent)["passages"] == 12
     query, methods = list(results.read(path / "results" / "trackstar.jsonl"))[1], ("length",)
     question = query["inputs_plaintext"], query["targets_plaintext"]
