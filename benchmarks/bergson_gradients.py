@@ -29,13 +29,13 @@ ALIKE = 1e-4
 
 
 def module_of(site: sites.Site, layer: int) -> str:
-    """What Bergson calls a layer's matrix."""
+    """Returns what Bergson calls a layer's matrix."""
     name = vs_bergson.NAMES[site.path.removeprefix("layers/").rpartition("/")[0]]
     return f"layers.{layer}.{name}"
 
 
 def projection_matrices(chosen: list[sites.Site], projection: Projection) -> dict:
-    """Our A and B by Bergson's names: it multiplies inputs by "right", and outputs by "left"."""
+    """Returns A and B by Bergson's names: "right" multiplies inputs, and "left" outputs."""
     out = {}
     for site in chosen:
         for i, (left, right) in enumerate(
@@ -47,7 +47,7 @@ def projection_matrices(chosen: list[sites.Site], projection: Projection) -> dic
 
 
 def differences(ours_RxE, plan, chosen, theirs_RxE, sizes) -> dict[str, float]:
-    """How far the rows are from each other, matrix by matrix."""
+    """Returns how far the rows are from each other, matrix by matrix."""
     side = plan.side
     starts = np.cumsum([0, *(n for _, n in sizes)])
     place = {n: slice(*starts[i : i + 2]) for i, (n, _) in enumerate(sizes)}

@@ -55,7 +55,7 @@ class Stopwatch:
         self.started = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Both."""
+        """Returns the sum of both."""
         wall, cpu = self.started
         return {"seconds": time.perf_counter() - wall, "cpu seconds": time.process_time() - cpu}
 
@@ -162,7 +162,7 @@ class Side:
             self.clock.watch("cli.trackstar", name)
 
     def _second_moments(self) -> dict:
-        """What Adam's or Adafactor's state holds of every matrix."""
+        """Returns the state of Adam or Adafactor for every matrix."""
         if self.correction not in self.moments:
             with np.load(self.directory / "moments.npz", allow_pickle=False) as kept:
                 found = {k: torch.from_numpy(kept[k]) for k in kept.files}
@@ -204,7 +204,7 @@ class Side:
         )
 
     def build(self, correction: str, rows: int, tokens: int) -> dict:
-        """`bergson build`: an index of raw projected gradients."""
+        """Runs `bergson build`: an index of raw projected gradients."""
         self._start()
         self.correction, cfg = correction, self._config("index", rows, tokens)
         self.model(cfg)
@@ -233,7 +233,7 @@ class Side:
         return {"sizes": list(sizes.items())}
 
     def check_build(self) -> dict:
-        """What the last index holds."""
+        """Returns the contents of the last index."""
         import datasets
 
         rows = np.asarray(_module("data").load_gradients(self.output))
@@ -246,7 +246,7 @@ class Side:
         }
 
     def trackstar(self, correction: str, rows: int, tokens: int) -> dict:
-        """`bergson trackstar`: R of corpus and queries, mixing, query gradients, scores."""
+        """Runs `bergson trackstar`: R of corpus and queries, mixing, query gradients, scores."""
         self._start()
         config = _module("config.config")
         self.correction, cfg = correction, self._config("trackstar", rows, tokens)
@@ -282,7 +282,7 @@ class Side:
         }
 
     def train(self, correction: str, rows: int, tokens: int) -> dict:
-        """Training steps of the same model in plain PyTorch, as many as the rows make batches."""
+        """Takes training steps of the same model in plain PyTorch, a batch of the rows each."""
         del correction
         self._start()
         if self.trained is None:

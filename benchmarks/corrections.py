@@ -102,7 +102,7 @@ class Run:
 
 
 def load(config, directory: str) -> Run:
-    """The finished run in a workdir, and the samples of it."""
+    """Returns the finished run in a workdir, with samples of it."""
     finished = finished_run.load(config, directory)
     corpus, trained = finished.corpus, finished.trained
     rng = np.random.default_rng(_SEED.value)
@@ -121,7 +121,7 @@ def load(config, directory: str) -> Run:
 
 
 def read_scales(run: Run, correction: str) -> tuple[dict[str, Scale] | None, list[float]]:
-    """The scales, and the seconds that reading them took the first and the second time."""
+    """Returns the scales, and the seconds of reading them the first and the second time."""
     if correction == "none":
         return None, [0.0, 0.0]
     seconds = []
@@ -135,7 +135,7 @@ def read_scales(run: Run, correction: str) -> tuple[dict[str, Scale] | None, lis
 
 
 def encoder_of(run: Run, scales: dict[str, Scale] | None, other_seed: bool = False) -> Encoder:
-    """The encoder that a run with these scales would have."""
+    """Returns the encoder of a run with these scales."""
     projection = Projection(**dict(run.config.projection))
     if other_seed:
         projection = dataclasses.replace(projection, seed=projection.seed + 1)
@@ -144,7 +144,7 @@ def encoder_of(run: Run, scales: dict[str, Scale] | None, other_seed: bool = Fal
 
 
 def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of the queries and of the passages, float32 [Q, E] and [C, E]."""
+    """Returns the gradients of queries and passages, float32 [Q, E] and [C, E]."""
     rows_of = functools.partial(table.encode_rows, encoder, layout=run.layout)
     return (
         rows_of(run.corpus.prompts, run.queries),
@@ -153,7 +153,7 @@ def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
 
 
 def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
-    """What the gradient cosine and TrackStar rank, λ by the rule unless the config sets it."""
+    """Ranks by gradient cosine and TrackStar, with λ by the rule unless the config sets it."""
     h = run.config.hessian
     loop = hessian.autocorrelation_of_source(InMemory(passages, slices)).blocks
     evaluation = hessian.autocorrelation_of_source(InMemory(queries, slices)).blocks
@@ -168,24 +168,24 @@ def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
 
 
 def cosines(a_RxE: np.ndarray, b_RxE: np.ndarray) -> np.ndarray:
-    """Cosine of each row with the other's: float64 [R]."""
+    """Returns the cosine of each row with the other's: float64 [R]."""
     dots = np.einsum("re,re->r", a_RxE, b_RxE, dtype=np.float64)
     return dots / (np.linalg.norm(a_RxE, axis=1) * np.linalg.norm(b_RxE, axis=1))
 
 
 def mean_and_tail(values: np.ndarray) -> dict:
-    """The mean and the 5th percentile."""
+    """Returns the mean and the 5th percentile."""
     return {"mean": float(np.mean(values)), "5%": float(np.percentile(values, 5))}
 
 
 def overlap(a: Ranked, b: Ranked) -> float:
-    """|A ∩ B| / K of the proponents, mean over queries."""
+    """Returns |A ∩ B| / K of the proponents, the mean over queries."""
     pairs = zip(a.proponents, b.proponents, strict=True)
     return float(np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in pairs]))
 
 
 def retrieval_figures(found: dict[str, Ranked], exactly: dict[str, Ranked]) -> dict:
-    """Overlap with exact Adam, MRR and recall of each method."""
+    """Returns each method's overlap with exact Adam, MRR and recall."""
     return {
         name: {
             "overlap": overlap(r, exactly[name]),
@@ -197,7 +197,7 @@ def retrieval_figures(found: dict[str, Ranked], exactly: dict[str, Ranked]) -> d
 
 
 def _ratio(mine: Scale | None, exactly: Scale):
-    """Ŝ/S of every weight; without a correction Ŝ is the constant of the least error."""
+    """Returns Ŝ/S of every weight; without correction Ŝ is the constant of least error."""
     if mine is not None:
         return mine.dense() / exactly.full
     inverse = 1.0 / exactly.full
@@ -206,7 +206,7 @@ def _ratio(mine: Scale | None, exactly: Scale):
 
 
 def errors(run: Run, scales: dict[str, Scale] | None, exactly: dict[str, Scale]) -> dict:
-    """Relative errors of 1/√V over all weights."""
+    """Returns the relative errors of 1/√V over all weights."""
     sizes, as_is, shape = [], [], {}
     for site in run.chosen:
         ratio = _ratio(scales and scales[site.path], exactly[site.path])
@@ -224,7 +224,7 @@ def errors(run: Run, scales: dict[str, Scale] | None, exactly: dict[str, Scale])
 
 
 def fresh_moments(run: Run) -> dict[str, Scale]:
-    """1/√V estimated anew from batches of the training text, at the checkpoint's parameters."""
+    """Estimates 1/√V anew from batches of the training text, at the checkpoint."""
     text = run.corpus.training
     layout = dataclasses.replace(run.layout, tokens_per_batch=run.config.train.tokens_per_batch)
     found = (b.arrays() for b in loop.epoch_batches(text, 0, layout, _SEED.value))
@@ -239,7 +239,7 @@ def fresh_moments(run: Run) -> dict[str, Scale]:
 
 
 def against_fresh(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
-    """By correction: errors against moments estimated anew; empty if none are asked for."""
+    """Returns errors against moments estimated anew, by correction; empty without --fresh."""
     if not _FRESH.value:
         return {}
     fresh = fresh_moments(run)
@@ -247,7 +247,7 @@ def against_fresh(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
 
 
 def whole_cosines(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
-    """By correction: cosines of whole scaled gradients with exact Adam's, by kind of layer."""
+    """Returns cosines of whole scaled gradients with exact Adam's, by correction and layer."""
     rng = np.random.default_rng(_SEED.value)
     rows = run.passages[rng.permutation(len(run.passages))[: _WHOLE.value]]
     gradients = jax.jit(lambda b: reference.per_example_gradients(run.trained.model, b))
@@ -276,7 +276,7 @@ def whole_cosines(run: Run, scales: dict[str, dict | None]) -> dict[str, dict]:
 
 
 def encoding_times(run: Run, encoders: dict[str, Encoder]) -> dict[str, dict]:
-    """Time over exact Adam's and over that without correction, on four batches of the corpus."""
+    """Returns times over exact Adam's and over those without correction, on four batches."""
     planned = run.layout.batches(run.corpus.passages, run.passages)
     inputs = []
     for i in np.unique(np.linspace(0, len(planned) - 1, 6).astype(int)[1:-1]):
@@ -343,7 +343,7 @@ def measure(run: Run, figures: dict) -> Iterator[None]:
 
 
 def _short(value) -> str:
-    """Numbers with three decimals."""
+    """Formats numbers with three decimals."""
     if isinstance(value, dict):
         return "; ".join(f"{k} {_short(v)}" for k, v in value.items())
     return f"{value:.3f}" if isinstance(value, float) else str(value)

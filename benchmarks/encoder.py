@@ -76,14 +76,14 @@ def scales_of(model, correction: str) -> dict[str, Scale] | None:
 
 
 def kind_of(model, projection: Projection, correction: str) -> tuple:
-    """One kind of gradients of an encoder of several."""
+    """Returns one of the kinds of gradients of an encoder."""
     chosen = find_sites(model)
     taps = make_taps(chosen, projection, scales_of(model, correction))
     return projection, taps
 
 
 def random_batch(vocabulary: int, batch: int, length: int) -> dict:
-    """A batch of random tokens, every position scored."""
+    """Returns a batch of random tokens, every position scored."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1), dtype=np.int32)
     weights = np.ones((batch, length), np.float32)
     arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
@@ -110,13 +110,13 @@ class TrainingStep:
         self.memory = memory_of(self.step)
 
     def __call__(self):
-        """One step; its loss."""
+        """Takes one step; returns its loss."""
         self.state, loss = self.step(self.state, self.batch)
         return loss
 
 
 def capturing_step(capture: Capture, merge, tx, state: dict, batch: dict):
-    """`loop.train_step`, with the encodings of the batch's examples beside the loss."""
+    """Takes `loop.train_step`, with the encodings of the batch's examples beside the loss."""
 
     def loss(model, batch):
         return loop.batch_loss(lambda m: m, model, batch)
@@ -130,7 +130,7 @@ def capturing_step(capture: Capture, merge, tx, state: dict, batch: dict):
 
 
 def case(size: str, length: int) -> dict:
-    """All figures of one model at one length."""
+    """Returns all figures of one model at one length."""
     vocabulary = VOCABULARY[size]
     model = Decoder(
         DecoderSettings(vocab_size=vocabulary, dtype=_DTYPE.value, **SIZES[size]), rngs=nnx.Rngs(0)

@@ -118,7 +118,7 @@ def finished_groups(out: pathlib.Path) -> list[float]:
 
 
 def split(root: pathlib.Path) -> dict:
-    """Part 1: CPU seconds of one process and of several, in turns."""
+    """Measures part 1: CPU seconds of one process and of several, in turns."""
     gigabytes = _ROWS.value * WIDTH * 4 / 1e9
     spent: dict[int, list[float]] = {1: [], _TASKS.value: []}
     equal = True
@@ -135,7 +135,7 @@ def split(root: pathlib.Path) -> dict:
 
 
 def kill(root: pathlib.Path) -> dict:
-    """Part 2: what SIGKILL at random moments loses."""
+    """Measures part 2: work lost by SIGKILL at random moments."""
     rng, lost, equal = random.Random(0), [], True
     reference = root / "split-0-1"
     times = finished_groups(reference)

@@ -35,7 +35,7 @@ LENGTH, BATCH, VOCABULARY = 32, 8, 512
 
 
 def make_training(width: int, steps: int) -> Training:
-    """A training of a decoder of four layers on random tokens."""
+    """Returns a training of a decoder of four layers on random tokens."""
     settings = DecoderSettings(
         vocab_size=VOCABULARY, width=width, layers=4, heads=4, kv_heads=4,
         head_width=width // 4, ff_width=4 * width,
@@ -74,7 +74,7 @@ def measure(training: Training, count: int, directory: pathlib.Path) -> dict:
 
 
 def cpu_seconds(work) -> float:
-    """Seconds of CPU: those of the wall would count what else the machine does."""
+    """Returns CPU seconds: elapsed time would count the machine's other work."""
     before = sum(os.times()[:2])
     work()
     return sum(os.times()[:2]) - before

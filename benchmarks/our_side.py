@@ -38,14 +38,14 @@ from tda.retrieval.sources import InMemory
 
 
 def decoder(setup: dict) -> Decoder:
-    """Our model; the same weights in every process."""
+    """Returns our model; the same weights in every process."""
     shape = dict(vocab_size=setup["vocabulary"], tied=setup["tied"], **setup["shape"])
     shape["dtype"] = setup.get("dtype", "float32")
     return Decoder(DecoderSettings(**shape), rngs=nnx.Rngs(0))
 
 
 def second_moments(model: Decoder) -> dict[str, np.ndarray]:
-    """Random second moments of every matrix, by path."""
+    """Returns random second moments of every matrix, by path."""
     out = {}
     for i, site in enumerate(find_sites(model)):
         normal = np.random.default_rng(i).standard_normal(site.shape, np.float32)
@@ -60,7 +60,7 @@ class Stopwatch:
         self.started = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Both."""
+        """Returns the sum of both."""
         wall, cpu = self.started
         return {"seconds": time.perf_counter() - wall, "cpu seconds": time.process_time() - cpu}
 
@@ -76,12 +76,12 @@ class Ours:
         self.encoders, self.step = {}, None
 
     def projection(self) -> Projection:
-        """Of the side and the pooling that were set up."""
+        """Returns the projection with the side and pooling of the setup."""
         s = self.setup
         return Projection(s["side"], s["shape"]["layers"], pooling=s["pooling"])
 
     def encoder(self, correction: str):
-        """The encoder with a correction, compiled once."""
+        """Returns the encoder with a correction, compiled once."""
         if correction not in self.encoders:
             scales = None
             if correction != "none":
@@ -91,7 +91,7 @@ class Ours:
         return self.encoders[correction]
 
     def table(self, rows: int) -> TokenTable:
-        """The corpus's first rows."""
+        """Returns the corpus's first rows."""
         ids = [str(i) for i in range(rows)]
         length = self.tokens.shape[1]
         flat = self.tokens[:rows].reshape(-1)
@@ -99,12 +99,12 @@ class Ours:
         return TokenTable(ids, ids, flat, length * np.arange(rows + 1), scored)
 
     def layout(self, tokens: int) -> BatchLayout:
-        """How they are batched."""
+        """Returns how they are batched."""
         # Their batches have as many positions; of ours the last is padding.
         return BatchLayout((self.tokens.shape[1],), tokens, pad=0)
 
     def build(self, correction: str, rows: int, tokens: int) -> dict:
-        """A store of raw projected gradients."""
+        """Builds a store of raw projected gradients."""
         encoder, table = self.encoder(correction), self.table(rows)
         blocks = dict.fromkeys(encoder.layout.blocks, self.setup["side"] ** 2)
         path = self.directory / "ours"
@@ -115,7 +115,7 @@ class Ours:
         return watch.read()
 
     def check_build(self) -> dict:
-        """What the last store holds; the model's mean loss."""
+        """Returns the contents of the last store, and the model's mean loss."""
         rows = self.store.read(slice(0, self.store.rows))
         tokens = self.tokens[: len(rows)]
         model_fn, params = functional.split(self.model)
@@ -135,7 +135,7 @@ class Ours:
         }
 
     def trackstar(self, correction: str, rows: int, tokens: int) -> dict:
-        """The stages that `experiments.trace` runs for the method "trackstar"."""
+        """Runs the stages of `experiments.trace` for the method "trackstar"."""
         built = self.build(correction, rows, tokens)
         parts = {"encode the corpus": built["seconds"]}
         encoder, table = self.encoder(correction), self.table(self.setup["queries"])
@@ -163,7 +163,7 @@ class Ours:
         return spent | {"fixed": parts["fixed"], "parts": parts}
 
     def check_trackstar(self) -> dict:
-        """How many queries, which are rows of the corpus, find themselves first."""
+        """Counts the queries, which are rows of the corpus, that find themselves first."""
         best, scores = self.ranked.proponents[:, 0], self.ranked.proponent_scores
         return {
             "rows": self.store.rows,
@@ -173,7 +173,7 @@ class Ours:
         }
 
     def train(self, correction: str, rows: int, tokens: int) -> dict:
-        """Training steps of the same model, as many as the rows make batches."""
+        """Takes training steps of the same model, one for each batch of the rows."""
         del correction
         length = self.setup["length"]
         size = max(1, min(rows, tokens // length))

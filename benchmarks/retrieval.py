@@ -70,7 +70,7 @@ def _length(rows: slice) -> int:
 
 
 def queries_of(count: int, width: int) -> np.ndarray:
-    """float32 [Q, E]."""
+    """Returns random queries, float32 [Q, E]."""
     return np.random.default_rng(10**6).standard_normal((count, width), np.float32)
 
 

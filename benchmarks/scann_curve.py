@@ -102,7 +102,7 @@ class Exact:
         self._rows = jax.device_put(passages_CxE)
 
     def __call__(self, queries_QxE: np.ndarray) -> Ranked:
-        """The best and the worst K rows of every query."""
+        """Returns the best and the worst K rows of every query."""
         best, rows, worst, last = map(np.asarray, _exact(queries_QxE, self._rows))
         return Ranked(rows.astype(np.int64), best, last.astype(np.int64), -worst, {})
 
@@ -114,7 +114,7 @@ def _exact(queries_QxE, passages_CxE):
 
 
 def in_batches(search, queries_QxE) -> Ranked:
-    """A ranking of all queries, a batch at a time."""
+    """Returns a ranking of all queries, a batch at a time."""
     size = _BATCH.value
     some = [search(queries_QxE[a : a + size]) for a in range(0, len(queries_QxE), size)]
     names = [f.name for f in dataclasses.fields(Ranked) if f.name != "first_ranks"]
@@ -128,9 +128,9 @@ def one_by_one(search, queries_QxE) -> None:
 
 
 def anatomy(passages_CxE, queries_QxE, wanted: Ranked) -> tuple[dict, np.ndarray]:
-    """What an index has to tell apart: scores of the best, of the bulk, and in fewer dimensions.
+    """Returns figures of the scores: of the best rows, of the bulk, and in fewer dimensions.
 
-    Also which of the best rows are signal, bool [Q, K].
+    And which of the best rows are signal, bool [Q, K].
     """
     product = jax.jit(lambda q, x: jnp.matmul(q, x.T))
     scores_QxC = np.asarray(product(queries_QxE, passages_CxE))
@@ -184,7 +184,7 @@ def anatomy(passages_CxE, queries_QxE, wanted: Ranked) -> tuple[dict, np.ndarray
 def measured(
     case: Case, directory: str, passages_CxE, queries_QxE, exact: Exact, wanted, signal_QxK
 ) -> dict:
-    """Recall and times of one index, searched in every way, beside exact search."""
+    """Measures recall and times of an index, searched in every way, and of exact search."""
 
     started = time.perf_counter()
     encodings = scann_index.Encodings(passages_CxE.__getitem__, *passages_CxE.shape, {})
@@ -238,13 +238,13 @@ def measured(
 
 
 def shared(found_Qxk, exact_Qxk, among_Qxk=True) -> float:
-    """The share of the exact rows, or of some among them, that were found."""
+    """Returns what share of the exact rows, or of some among them, was found."""
     hit_Qxk = (exact_Qxk[:, :, None] == found_Qxk[:, None, :]).any(axis=2)
     return float(hit_Qxk.mean(where=among_Qxk))
 
 
 def front(points: list[dict], recall, rate: str) -> list[dict]:
-    """The points that no other beats in both recall and rate, fastest first."""
+    """Returns the points that no other beats in both recall and rate, fastest first."""
     out, best = [], -1.0
     for point in sorted(points, key=lambda p: -p[rate]):
         if recall(point) > best:
@@ -274,7 +274,7 @@ def show(points: list[dict]) -> None:
 
 
 def line(point: dict, what: str) -> str:
-    """A search's figures."""
+    """Formats a search's figures."""
     leaves = f", {point['leaves searched']} searched" if point["leaves searched"] else ""
     return (
         f"{point['recall of proponents']:.3f} {point['recall of opponents']:.3f} "

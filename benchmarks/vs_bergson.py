@@ -90,7 +90,7 @@ _HESSIAN_ROWS = flags.DEFINE_integer(
 
 
 def install(path: pathlib.Path) -> str:
-    """The Python of Bergson's virtual environment, which is made if it is not there."""
+    """Returns the Python of Bergson's virtual environment, which is created if missing."""
     python = path / "bin" / "python"
     probe = [python, "-c", f"import bergson as b; assert b.__version__ == {BERGSON!r}"]
     if python.exists() and not subprocess.run(probe, capture_output=True).returncode:
@@ -192,7 +192,7 @@ class Process:
             )
 
     def ask(self, do: str, **command) -> dict:
-        """What the side answers."""
+        """Returns the side's answer."""
         self.process.stdin.write(json.dumps({"do": do} | command) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -234,7 +234,7 @@ def check(what: str, ours: dict, theirs: dict, pooling: str) -> None:
 
 
 def compare(case: str, start: dict, setup: dict, tuned: dict) -> dict:
-    """All figures of a case; `tuned` keeps Bergson's rates by correction."""
+    """Returns all figures of a case; `tuned` keeps Bergson's rates by correction."""
     what, _, correction = case.partition("/")
     rows, length = setup["rows"], setup["length"]
     command = {n: dict(correction=correction, rows=rows, tokens=flags.FLAGS.tokens) for n in start}
@@ -273,13 +273,13 @@ def compare(case: str, start: dict, setup: dict, tuned: dict) -> dict:
 
 
 def ratio(seconds: dict[str, list[float]]) -> float:
-    """Median over rounds of their time over ours: how many times as fast ours is."""
+    """Returns the median over rounds of their time over ours: how many times as fast ours is."""
     pairs = zip(seconds["ours"], seconds["bergson"], strict=True)
     return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
 def told(case: str, figures: dict, step: float | None) -> str:
-    """A line for a case; `step` is the ratio of the training steps."""
+    """Formats a case as a line; `step` is the ratio of the training steps."""
     rates, whole = figures["tokens a second"], figures["whole process, seconds"]
     line = (
         f"  {case:16} {rates['ours']:9,.0f} and {rates['bergson']:9,.0f} tokens/s:"
@@ -293,7 +293,7 @@ def told(case: str, figures: dict, step: float | None) -> str:
 
 
 def starters(directory: pathlib.Path, python: str) -> dict:
-    """What starts each side's process, by its name; a round takes them in this order."""
+    """Returns what starts each side's process, by name, in the order of a round."""
     theirs = pathlib.Path(__file__).resolve().with_name("bergson_side.py")
     sides = {
         "ours": ([sys.executable, "-m", "benchmarks.our_side", str(directory)], _OUR_ENV),
@@ -306,7 +306,7 @@ def starters(directory: pathlib.Path, python: str) -> dict:
 
 
 def environment_of(flag) -> dict[str, str]:
-    """A list of NAME=VALUE as a dict."""
+    """Returns a list of NAME=VALUE as a dict."""
     return dict(x.split("=", 1) for x in flag.value)
 
 

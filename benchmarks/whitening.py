@@ -49,7 +49,7 @@ def _multiply(started) -> None:
 
 @contextlib.contextmanager
 def busy(whether: bool) -> Iterator[None]:
-    """Within it another process is at work on every core, if so."""
+    """Keeps every core busy with other processes inside the block, if asked to."""
     if not whether:
         yield
         return

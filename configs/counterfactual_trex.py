@@ -13,7 +13,7 @@ from tda.run import defaults
 
 
 def get_config():
-    """The config of the bank of T-REx sentences."""
+    """Returns the config of the bank of T-REx sentences."""
     c = defaults.get_config()
     c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
     c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"

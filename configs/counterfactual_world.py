@@ -16,7 +16,7 @@ from tda.run import defaults
 
 
 def get_config(size: str = "full"):
-    """The config of the demo's bank."""
+    """Returns the config of the demo's bank."""
     if size not in ("full", "small"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()

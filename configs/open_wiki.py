@@ -33,7 +33,7 @@ FACTS = ("known_1000", "popqa")
 
 
 def get_config(variant: str = "full"):
-    """The config of table 2, or of another set of queries on the same corpus."""
+    """Returns the config of table 2, or of another set of queries on the same corpus."""
     is_size = variant in SIZES or "," in variant
     size, _, queries = (variant if is_size else f"full,{variant}").partition(",")
     if size not in SIZES or queries not in ("", *TASKS, *FACTS):

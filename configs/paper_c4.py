@@ -10,7 +10,7 @@ from tda.run import defaults
 
 
 def get_config():
-    """The config of the paper's largest experiment."""
+    """Returns the config of the paper's largest experiment."""
     c = defaults.get_config()
     c.methods = "trackstar"
     c.plan.passages = 365_000_000

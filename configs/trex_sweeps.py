@@ -17,7 +17,7 @@ import runpy
 
 
 def get_config():
-    """The config of the sweeps on T-REx."""
+    """Returns the config of the sweeps on T-REx."""
     # By its path, since the files of an installed package are not on Python's path.
     small = pathlib.Path(__file__).with_name("trex_small.py")
     c = runpy.run_path(str(small))["get_config"]()

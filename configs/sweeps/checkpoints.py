@@ -9,7 +9,7 @@ learning rate falls along the training; `tokens.py` trains to the end of its sch
 
 
 def get_sweep():
-    """The grid of checkpoints, as shares of the training."""
+    """Returns the grid of checkpoints, as shares of the training."""
     return {
         "fixed": {
             "methods": "trackstar,trackstar_raw,grad_cos,bm25",

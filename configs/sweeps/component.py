@@ -9,7 +9,7 @@ proportion to the dimensions) is a dashed line. The config needs at least 1,024 
 
 
 def get_sweep():
-    """The grid of k."""
+    """Returns the grid of k."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw"},
         # 0 is the usual k.

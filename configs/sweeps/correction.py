@@ -9,7 +9,7 @@ the same by groups of queries: whether the model states the fact, its frequency,
 
 
 def get_sweep():
-    """The grid: three corrections under R = I, R_train and the mixture, at three sizes."""
+    """Returns the grid: three corrections under R = I, R_train and the mixture, at three sizes."""
     corrected = "exp3,exp5,trackstar"
     return {
         "axes": {

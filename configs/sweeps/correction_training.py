@@ -10,7 +10,7 @@ relation.
 
 
 def get_sweep():
-    """The grid: R = I, R_train and the mixture, with and without, along one training."""
+    """Returns the grid: R = I, R_train and the mixture, with and without, along one training."""
     return {
         "fixed": {
             "methods": "exp2,exp3,exp4,exp5,trackstar_raw,trackstar",

@@ -8,7 +8,7 @@ Cost: one training and two stores, then three searches a point.
 
 
 def get_sweep():
-    """The grid of dampings."""
+    """Returns the grid of dampings."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,exp4"},
         "axes": {"hessian.damping": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)},

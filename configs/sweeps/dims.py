@@ -8,7 +8,7 @@ Cost: one training, then a pass over the corpus a point, and two stores.
 
 
 def get_sweep():
-    """The grid of sides: a block has side × side dimensions."""
+    """Returns the grid of sides: a block has side × side dimensions."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,grad_cos,exp3"},
         "axes": {"projection.side": (4, 8, 16, 32, 48)},

@@ -14,7 +14,7 @@ Cost: nine trainings (21 epochs of three sizes), and a pass over the corpus a po
 
 
 def get_sweep():
-    """The grid of sizes, each with a learning rate that suits it, by epochs."""
+    """Returns the grid of sizes, each with a learning rate that suits it, by epochs."""
     return {
         "fixed": {
             "methods": "trackstar,exp5,grad_cos,bm25",

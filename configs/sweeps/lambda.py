@@ -8,7 +8,7 @@ Cost: one training and two stores, then two searches a point. The rule's λ is a
 
 
 def get_sweep():
-    """The grid of λ."""
+    """Returns the grid of λ."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw"},
         # −1 is the rule: λ σ_eval[k] = (1 − λ) σ_train[k].

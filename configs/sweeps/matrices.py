@@ -8,7 +8,7 @@ Cost: one training, then a pass over the corpus a point.
 
 
 def get_sweep():
-    """The grid of regular expressions on parameters."""
+    """Returns the grid of regular expressions on parameters."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,grad_cos"},
         "axes": {

@@ -8,7 +8,7 @@ Cost: three runs of the config. `seeds.csv` has all figures, `seeds.md` the head
 
 
 def get_sweep():
-    """The seeds."""
+    """Returns the seeds."""
     return {
         "axes": {"seed": (0, 1, 2)},
         "plots": [

@@ -9,7 +9,7 @@ attention and MLP would give larger models more of them: the number of blocks is
 
 
 def get_sweep():
-    """The grid of sizes, each with a learning rate that suits it."""
+    """Returns the grid of sizes, each with a learning rate that suits it."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,grad_cos,bm25", "projection.blocks": 4},
         "axes": {

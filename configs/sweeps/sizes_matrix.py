@@ -9,7 +9,7 @@ are the smaller, so that all have about 58,500 dimensions. `sizes.py` has few, i
 
 
 def get_sweep():
-    """The grid of sizes, each with a learning rate that suits it and the side of its blocks."""
+    """Returns the grid of sizes, each with a suitable learning rate and side of the blocks."""
     return {
         "fixed": {
             "methods": "trackstar,trackstar_raw,grad_cos,bm25",

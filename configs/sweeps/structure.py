@@ -9,7 +9,7 @@ Cost: one training, then a pass over the corpus for each side. A dense R of side
 
 
 def get_sweep():
-    """The grid of sides and structures, on 200 of the queries."""
+    """Returns the grid of sides and structures, on 200 of the queries."""
     return {
         "fixed": {
             "methods": "exp3,exp5,trackstar",

@@ -8,7 +8,7 @@ Cost: one training, two stores and one search; then a step for each pair of a po
 
 
 def get_sweep():
-    """The grid of rates."""
+    """Returns the grid of rates."""
     return {
         "axes": {
             "eval.tail_patch_learning_rate": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),

@@ -8,7 +8,7 @@ Cost: a training (31 epochs in all) and a pass over the corpus a point.
 
 
 def get_sweep():
-    """The grid of epochs."""
+    """Returns the grid of epochs."""
     return {
         "fixed": {"methods": "trackstar,trackstar_raw,grad_cos,bm25"},
         "axes": {"train.epochs": (1.0, 2.0, 4.0, 8.0, 16.0)},

@@ -48,7 +48,7 @@ class Captured(Retriever):
         return None
 
     def provenance(self, method):
-        """The captured gradients, and those of the queries at every checkpoint."""
+        """Returns the captured gradients, and those of the queries at every checkpoint."""
         steps = checkpoints.steps_of(self.run, method)
         return [
             self._path().rpartition("/")[2],

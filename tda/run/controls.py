@@ -17,7 +17,7 @@ class Labels(Retriever):
     """The passages annotated with each query's fact; only the run's own queries have any."""
 
     def provenance(self, method):
-        """The seed of the draw."""
+        """Returns the seed of the draw."""
         return [self.run.config.data.seed]
 
     def search(self, queries, methods, k, on_progress=None):
@@ -61,7 +61,7 @@ class Random(_Control):
     """Random scores: a function of the query's number, or of its text if it is not the run's."""
 
     def provenance(self, method):
-        """The seed."""
+        """Returns the seed."""
         return [self.run.config.seed]
 
     def _scores(self, queries, method, on_progress):
@@ -108,5 +108,5 @@ class GradientNorm(_Control):
         return (self._norms[kind] for _ in range(len(queries)))
 
     def provenance(self, method):
-        """The gradients."""
+        """Returns what identifies the gradients."""
         return encode.ranking_provenance(self.run, method.gradients)

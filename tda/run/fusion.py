@@ -26,7 +26,7 @@ class Fusion(Retriever):
         return self._first.lacks(method)
 
     def provenance(self, method):
-        """The rankings that are joined."""
+        """Returns the names of the rankings that are joined."""
         return [self._first.ranking_names(method)]
 
     def search(self, queries, methods, k, on_progress=None):

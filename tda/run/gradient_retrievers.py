@@ -139,7 +139,7 @@ class Gradients(Retriever):
         return None
 
     def provenance(self, method):
-        """Gradients, R and the index."""
+        """Returns what identifies gradients, R and the index."""
         config = self.run.config
         provenance = encode.ranking_provenance(self.run, method.gradients)
         if method.hessian != "none":
@@ -250,7 +250,7 @@ class Sums(Retriever):
         return any(encode.missing_stores(self.run, kind, name, step) for name, kind in pairs)
 
     def provenance(self, method):
-        """Gradients of every checkpoint, and R."""
+        """Returns what identifies the gradients of every checkpoint, and R."""
         provenance = []
         for step in checkpoints.steps_of(self.run, method):
             for kind in dict.fromkeys((method.gradients, method.query_gradients)):

@@ -286,7 +286,7 @@ class Dense(_Vectors):
         return None
 
     def provenance(self, method):
-        """The encoder."""
+        """Returns the identity of the encoder."""
         return [dense.identity(self.run.config.dense.model)]
 
     def _make_encoder(self) -> dense.SentenceEncoder:
@@ -311,7 +311,7 @@ class Hidden(_Vectors):
         self._poolers: dict = {}
 
     def provenance(self, method):
-        """The checkpoint."""
+        """Returns the identity of the checkpoint."""
         return [fingerprint(self.run.trained.fingerprint), self.run.trained.step]
 
     def _pooler(self, layer: str):

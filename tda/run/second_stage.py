@@ -69,7 +69,7 @@ class SecondStage(Retriever):
         return None
 
     def provenance(self, method):
-        """Gradients, metric and candidates."""
+        """Returns what identifies gradients, metric and candidates."""
         return [*self._gradients(method), self._first.ranking_names(method)]
 
     def _gradients(self, method: Method) -> list:
