@@ -182,12 +182,24 @@ class TextInputs:
         settings, table = self.settings, self.corpus.table
         if not settings.needs_estimate:
             return settings.known_scales()
+        batches = layouts.sample_passages(settings, table, self._layout)
         if self._directory is None:
-            return _load_or_estimate_scales(settings, table, self._layout, None, {})
+            return settings.estimate_scales(batches)
+        provenance = self._provenance | {
+            "correction": settings.moments.correction,
+            "sample": settings.moments.sample,
+            "seed": settings.moments.seed,
+            "tokens_per_batch": settings.tokens_per_batch,
+            "corpus": table.fingerprint(),
+        }
         with self.corpus.holding():
-            return _load_or_estimate_scales(
-                settings, table, self._layout, self._directory, self._provenance
-            )
+            file = self._directory / "scales.safetensors"
+            scales = kept_scales.load(file, provenance)
+            if scales is None:
+                scales = settings.estimate_scales(batches)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                kept_scales.save(file, scales, provenance)
+        return scales
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -287,33 +299,6 @@ def _shard_bytes(table: TokenTable, width: int, tokens_per_batch: int) -> int:
     )
     rows = max(1, int(tokens / max(1.0, table.token_count / len(table))))
     return min(SHARD_BYTES, rows * 4 * width)
-
-
-def _load_or_estimate_scales(
-    settings: TraceSettings,
-    table: TokenTable,
-    layout: BatchLayout,
-    directory: pathlib.Path | None,
-    provenance: dict | None,
-) -> dict[str, Scale]:
-    """Returns 1/√V, estimated from the passages; keeps it in `directory`, if there is one."""
-    batches = layouts.sample_passages(settings, table, layout)
-    if directory is None:
-        return settings.estimate_scales(batches)
-    provenance = provenance | {
-        "correction": settings.moments.correction,
-        "sample": settings.moments.sample,
-        "seed": settings.moments.seed,
-        "tokens_per_batch": settings.tokens_per_batch,
-        "corpus": table.fingerprint(),
-    }
-    file = directory / "scales.safetensors"
-    scales = kept_scales.load(file, provenance)
-    if scales is None:
-        scales = settings.estimate_scales(batches)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept_scales.save(file, scales, provenance)
-    return scales
 
 
 def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:

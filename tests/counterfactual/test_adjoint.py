@@ -1,10 +1,7 @@
 """The surrogate adjoint, against reverse mode where the two must agree, and by a dense matrix."""
 
-import types
-
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from tda.counterfactual import adjoint, metagradients
@@ -113,14 +110,8 @@ def test_in_run_influence_is_the_sum_of_each_steps_products():
         np.testing.assert_allclose(scores, products, atol=1e-4 * np.abs(products).max())
 
 
-def test_refusals():
+def test_too_large_a_fisher_matrix_is_refused():
     training = make_training()
     batches = kronecker.batches(training.table, np.arange(8), labels="sampled", layout=LAYOUT)
     with pytest.raises(ValueError, match="sample fewer passages"):
         adjoint.fisher_rows(training.model_fn, training.params, batches, limit=10**4)
-    final = {"opt_state": optax.sgd(0.1).init(training.params)}
-    plain = types.SimpleNamespace(
-        training=training, queries=make_queries(), final_state=lambda: final
-    )
-    with pytest.raises(ValueError, match="this optimizer has no second moments"):
-        adjoint.surrogate(plain, make_recursion(), None)
