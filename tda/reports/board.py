@@ -28,7 +28,7 @@ def summarise(record: dict) -> str:
     rows = []
     for m in _by_figure(record, first):
         means = (m["lds"].get(f, {}).get(label) for f, label in others)
-        brief = ["" if x is None else f"{x['mean']:.3f}" for x in means]
+        brief = ["" if x is None else formats.figure("lds", x["mean"]) for x in means]
         rows.append([m["title"], _cell(m["lds"][first[0]][first[1]]), *brief, _cost(m)])
     return "\n\n".join([_explain(record), formats.aligned([head, *rows]), _notes(record)])
 
@@ -76,7 +76,13 @@ def _columns(record: dict) -> list[tuple[str, str]]:
 
 def _by_figure(record: dict, column: tuple[str, str]) -> list[dict]:
     fraction, label = column
-    return sorted(record["methods"].values(), key=lambda m: -m["lds"][fraction][label]["mean"])
+
+    def place(method: dict) -> tuple[bool, float]:
+        mean = method["lds"][fraction][label]["mean"]
+        # NaN is neither above nor below: among other numbers it would leave them unsorted.
+        return math.isnan(mean), -mean
+
+    return sorted(record["methods"].values(), key=place)
 
 
 def _markdown(record: dict, columns: list[tuple[str, str]], has_cost: bool = False) -> str:
@@ -87,7 +93,7 @@ def _markdown(record: dict, columns: list[tuple[str, str]], has_cost: bool = Fal
     for m in _by_figure(record, _columns(record)[0]):
         cells = [_cell(m["lds"][f].get(label)) for f, label in columns]
         cells += [_cell(m.get(k), k) for k in others] + [_cost(m)] * has_cost
-        if any(cells):
+        if has_cost or any(cells):
             rows.append([m["title"], *cells])
     return formats.markdown(head, rows, "l" + "r" * (len(head) - 1))
 

@@ -138,7 +138,8 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
                 if metric in m
             ]
             if len(pairs) > 2:
-                lds_M, metric_M = np.array(pairs).T
+                pairs_Mx2 = np.array(pairs)
+                lds_M, metric_M = pairs_Mx2[np.isfinite(pairs_Mx2).all(axis=1)].T
                 agreements[metric] = figures.spearman(lds_M[:, None], metric_M[:, None]).item()
 
 

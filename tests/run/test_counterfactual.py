@@ -336,13 +336,14 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     record = {
         "methods": {
             "a": {"title": "A", "cost": None, "lds": lds(0.2)},
+            "c": {"title": "C", "cost": None, "lds": lds(float("nan"))},
             "b": {"title": "B", "cost": 2.345, "lds": lds(0.7)},
         },
         "ceilings": {"0.005": {"agreement": 0.5, "one": 0.7, "mean": 0.8, "orders": 2}},
         "queries": 3, "units": 4, "unit": "document", "steps": 5,
         "seconds of a training": 1.0, "metasmoothness": 0.9,
     }  # fmt: skip
-    a, b = record["methods"].values()
+    b = record["methods"]["b"]
     b["tail_patch"] = dict(mean=0.0123, low=0.01, high=0.02)
     record["agreements"] = {"0.005": {"mrr": 0.5, "tail_patch": -0.25}, "0.5": {}}
     b["lds"]["0.005"]["same order, less A's"] = dict(mean=0.5, low=0.4, high=0.6)
@@ -352,8 +353,10 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     ends = "0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] | +1.23% [+1.00%, +2.00%]"
     assert lines[6] == f"| B | {ends} | 2.3 |"
     assert lines[7] == "| A | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] |  |  |"
+    # A method without a figure is the last, not between the others.
+    assert lines[8] == "| C |  |  |  |  |"
     # Of the baseline there is no difference.
-    assert lines[11:15] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
+    assert lines[12:16] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
                             "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
     assert (
         "without 0.5%: agreement 0.500; ceilings 0.700 (one order), 0.800 (mean of 2)" in lines[-2]
