@@ -22,7 +22,8 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import record
-from tda.data import batches, tokens
+from tda.data import batches, tokenised, tokens
+from tda.data.documents import Document
 from tda.data.tokenizer import Tokenizer
 from tda.facts import files
 from tda.gradients.encoder import Encoder, make_encoder, scored_positions
@@ -55,8 +56,8 @@ def read(path: str) -> tuple[tokens.TokenTable, Tokenizer]:
     """Returns the corpus, tokenised by a tokenizer that is trained on it."""
     sentences = list(files.iter_sentences(path))
     tokenizer = Tokenizer.train([s.text for s in sentences], _VOCABULARY.value)
-    texts = ((s.sentence_id, s.text) for s in sentences)
-    return tokens.tokenise_passages(texts, tokenizer, _CONTEXT.value)[0], tokenizer
+    documents = (Document(s.sentence_id, s.text) for s in sentences)
+    return tokenised.tokenise_in_memory(documents, tokenizer, _CONTEXT.value)[0], tokenizer
 
 
 def padding(positions: np.ndarray, bucket_lengths: tuple[int, ...], rows: int) -> dict:

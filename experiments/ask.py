@@ -67,7 +67,7 @@ def run(directory: pathlib.Path) -> None:
     if moments is None and methods.parse(METHOD.value)[METHOD.value].corrected:
         moments = 8
     # Before the model, which may take minutes to load.
-    passages = corpora.documents(CORPUS.value, text_field=TEXT_FIELD.value, id_field=ID_FIELD.value)
+    passages = corpora.Corpus(CORPUS.value, text_field=TEXT_FIELD.value, id_field=ID_FIELD.value)
     directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
     if SAMPLE.value:

@@ -6,10 +6,6 @@ for each checkpoint (`GradientKind`), and are searched in a single scan over it 
 
 import dataclasses
 
-# The values that a field may have.
-HESSIANS = ("none", "train", "mixed")
-CURVATURES = ("none", "ekfac", "logra")
-PASSAGES = ("plain", "unsure", "adam_step")
 # Retrievers that ignore the query: the baselines that any useful method must beat.
 CONTROLS = ("random", "length", "gradient_norm")
 
@@ -37,7 +33,7 @@ class GradientKind:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How one method turns projected gradients, or text, into a ranking.
+    """A method: how projected gradients, or texts, become a ranking.
 
     Attributes:
         title: its name in tables.
@@ -55,9 +51,9 @@ class Method:
         passages: how a passage's gradient is changed first: not at all ("plain"); weighted by
             1 − p, with p the mean probability of its tokens ("unsure", TRAK's Q); or replaced by
             the step that Adam takes on it ("adam_step", LESS).
-        evaluation: the queries of R_eval when a query is scored: "all", all but this one
-            ("leave_one_out"), or the half that it is not in ("disjoint"); if empty, the rule of
-            the config (`hessian.evaluation`).
+        evaluation: the queries of R_eval when a query is scored: "all", all except it
+            ("leave_one_out"), or the half without it ("disjoint"); if empty, the rule of the
+            config (`hessian.evaluation`).
         layer: the layer of the "hidden" retriever: "last" or "middle".
         candidates: comma-separated methods whose first passages "rerank" and "rrf" rank; if empty,
             those of the config (`rerank.candidates`).
@@ -118,7 +114,7 @@ class Method:
 
     @property
     def beyond_plain(self) -> dict[str, object]:
-        """The fields other than correction, R, norm and retriever that are not at their default."""
+        """The fields other than correction, R, norm and retriever that are not default."""
         plain = ("title", "corrected", "hessian", "unit_norm", "retriever")
         fields = (f for f in dataclasses.fields(self) if f.name not in plain)
         return {f.name: x for f in fields if (x := getattr(self, f.name)) != f.default}
@@ -156,7 +152,7 @@ METHODS = {
     ),
     # The paper's ablations of TrackStar, numbered as in its table:
     # Exp 1: gradients with optimizer correction (by its second moments), as a dot product.
-    # Exp 2: gradients as they are, as a cosine.
+    # Exp 2: unchanged gradients, as a cosine.
     # Exp 3: gradients with optimizer correction, as a cosine.
     # Exp 4: gradients whitened by R of the passages (R_train), as a cosine.
     # Exp 5: optimizer correction and R_train, as a cosine: the default of `tda.trace`.
@@ -166,8 +162,8 @@ METHODS = {
     "exp4": Method("Exp 4: R_train, norm", hessian="train"),
     "exp5": Method("Exp 5: optimizer, R_train, norm", corrected=True, hessian="train"),
     "trackstar": Method("TrackStar", corrected=True, hessian="mixed"),
-    # TrackStar with one change. The first is Exp 5 under a descriptive name: rankings and stores
-    # are named by the other fields, so the two share their files.
+    # TrackStar with one change. The first is Exp 5 under a descriptive name: the files of rankings
+    # and stores are named by the other fields, so the two share them.
     "trackstar_train": Method("TrackStar, R of the passages", corrected=True, hessian="train"),
     "trackstar_raw": Method("TrackStar without optimizer correction", hessian="mixed"),
     "trackstar_all": Method(
@@ -213,8 +209,8 @@ METHODS = {
     "ekfac_cos": Method("EK-FAC influence, norm", curvature="ekfac"),
     "logra": Method("LoGra", hessian="train", unit_norm=False, curvature="logra"),
     "logra_cos": Method("LoGra, norm", hessian="train", curvature="logra"),
-    # Without any projection: of the candidates of a first stage, or of a small corpus. R is the
-    # product of a matrix's row and column second moments there.
+    # Without projection: for the candidates of a first stage, or a small corpus. R is then the
+    # product of a matrix's row and column second moments.
     "rerank_dot": Method("dot product, unprojected", retriever="rerank", unit_norm=False),
     "rerank_cos": Method("cosine, unprojected", retriever="rerank"),
     "rerank_exp3": Method("optimizer, norm, unprojected", retriever="rerank", corrected=True),

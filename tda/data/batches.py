@@ -1,7 +1,7 @@
-"""Length-bucketed batches of a few fixed shapes: deterministic, and each found by its number alone.
+"""Length-bucketed batches of a few fixed shapes: deterministic, and each built from its number.
 
 A `BatchLayout` says how sequences are cut into batches; `BatchLayout.batches` plans them for some
-rows of a table, and the sequence that it returns makes batch i when it is asked for it.
+rows of a table, and returns a sequence that builds batch i on demand.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from tda.runtime import sharding
 
 
 def draw(count: int, size: int, seed: int) -> np.ndarray:
-    """Draws `size` of `count` rows (all where 0) from all of them, and returns them in order."""
+    """Draws `size` of `count` row numbers, ascending; all of them if `size` is 0 or too large."""
     if not size or size >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:size])
@@ -29,8 +29,8 @@ class Batch:
         tokens: int32 [B, T], padded to the right.
         targets: int32 [B, T], the token after each.
         weights: float32 [B, T], 1 where the prediction carries a loss, 0 elsewhere (padding too).
-        rows: int64 [R ≤ B], the table's rows that the first R sequences are; the rest is padding.
-        places: int64 [R], where these rows stand among all the rows that were batched.
+        rows: int64 [R ≤ B], the table's rows of the first R sequences; the rest is padding.
+        places: int64 [R], the places of these rows among all the batched rows.
     """
 
     tokens: np.ndarray
@@ -47,7 +47,7 @@ class Batch:
 def buckets(context: int, ratio: float = 1.16, smallest: int = 8) -> tuple[int, ...]:
     """Returns padded lengths up to `context`: multiples of 8, each about `ratio` times the last.
 
-    Every length is compiled for; a smaller ratio trades compilations for less padding. 1.16 was
+    Each length costs a compilation; a smaller ratio means more of them and less padding. 1.16 was
     measured on sentences of T-REx (benchmarks/lengths.py).
     """
     if context < 1:
@@ -91,7 +91,7 @@ def plan(
     seed: int | None = None,
     spread: bool = False,
 ) -> Plan:
-    """Groups sequences of like length into batches of about `tokens_per_batch` positions.
+    """Groups sequences of similar length into batches of about `tokens_per_batch` positions.
 
     Args:
         positions: positions of each sequence, int [N].
@@ -167,7 +167,7 @@ def materialise(
 
 
 class Batches(Sequence):
-    """The batches of some rows of a table; each is made when it is asked for.
+    """The batches of some rows of a table, each built on demand.
 
     Args:
         table: the sequences.
@@ -196,13 +196,13 @@ class BatchLayout:
     """How sequences are cut into batches, and the devices that a batch is split over."""
 
     bucket_lengths: tuple[int, ...]
-    """The lengths T that batches may have, rising; each of them is compiled for."""
+    """The lengths T that batches may have, ascending; each costs a compilation."""
 
     tokens_per_batch: int
-    """B × T of a batch at most (but at least one sequence for each device)."""
+    """The largest B × T of a batch (which has at least one sequence for each device)."""
 
     pad: int
-    """The token that fills sequences up; it never carries a loss."""
+    """The padding token; it never carries a loss."""
 
     mesh: jax.sharding.Mesh | None = None
     """The devices that the batch axis is split over; one device where None."""
@@ -210,8 +210,8 @@ class BatchLayout:
     spread: bool = False
     """Whether a length's sequences are spread evenly over as few batches as hold them.
 
-    So a few sequences are padded least; of many, those that do not fill a batch move on to the next
-    length, and all batches of a length have one size, whichever rows are planned."""
+    This pads a few sequences least. Otherwise sequences that do not fill a batch move on to the
+    next length, and all batches of a length have one size, whichever rows are planned."""
 
     @property
     def multiple(self) -> int:
@@ -243,13 +243,13 @@ class BatchLayout:
         return Batches(table, rows, planned, self.pad)
 
     def padded_length(self, positions: int) -> int:
-        """Returns the shortest length that holds so many positions."""
+        """Returns the shortest length that holds this many positions."""
         return next(length for length in self.bucket_lengths if length >= positions)
 
     def put(self, arrays: dict[str, np.ndarray]) -> dict:
         """Splits the arrays of a batch over the mesh's devices.
 
-        A batch that they do not divide is filled up with sequences of padding, without a loss.
+        A batch that they do not divide is filled with sequences of padding, without a loss.
         """
         if self.mesh is None:
             return arrays

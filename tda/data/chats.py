@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The template that a tokenizer writes chats by, in Jinja, as transformers reads it.
+    """A tokenizer's template for chats, in Jinja, as transformers reads it.
 
-    A template comes with a model's files, so it runs in Jinja's sandbox, which lets it change no
-    value and reach nothing but what it is given.
+    A template comes with a model's files, so it runs in Jinja's sandbox, where it can change no
+    value and reach only its arguments.
 
     Attributes:
         source: the template.
@@ -27,7 +27,7 @@ class ChatTemplate:
         """Returns the text of a chat, with the beginning of an answer if `is_asked`.
 
         Raises:
-            ValueError: the template refuses the messages, or is none.
+            ValueError: the template refuses the messages, or is not valid.
             ImportError: Jinja is not installed.
         """
         jinja2 = _import_jinja()
@@ -45,12 +45,12 @@ class ChatTemplate:
     def render_with_answers(self, messages: Sequence[Mapping]) -> tuple[str, list[slice]]:
         """Returns the text of a chat, and the characters of each of the assistant's messages.
 
-        An answer is what the text of the chat so far lacks of the text with that message: it ends
-        with the token that ends a turn, which the model has to say, too.
+        An answer is all that its message adds to the text of the chat before it. So it ends with
+        the token that ends a turn, which the model has to produce too.
 
         Raises:
-            ValueError: as `render`; there is no message of the assistant; or the template writes
-                the beginning of a chat otherwise once it goes on, so that answers have no place.
+            ValueError: as `render`; there is no message of the assistant; or the template changes
+                the beginning of a chat when messages follow, so that answers have no fixed place.
         """
         text, answers = self.render(messages), []
         for i, message in enumerate(messages):
@@ -60,9 +60,9 @@ class ChatTemplate:
             so_far = self.render(messages[: i + 1])
             if not (so_far.startswith(before) and text.startswith(so_far)):
                 raise ValueError(
-                    f"the tokenizer's chat template writes the text before message {i} otherwise "
-                    "once the chat goes on, so the answer has no place in it; cut the chat after "
-                    "the answer, or give token ids ('input_ids') with 'labels'"
+                    f"the tokenizer's chat template changes the text before message {i} when "
+                    "messages follow, so the answer has no fixed place; cut the chat after the "
+                    "answer, or give token ids ('input_ids') with 'labels'"
                 )
             answers.append(slice(len(before), len(so_far)))
         if not answers:
@@ -105,7 +105,7 @@ def _compile(source: str):
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        """Reads `{% generation %}`, by which templates mark answers, as what is inside it."""
+        """Renders the contents of `{% generation %}`, with which templates mark answers."""
 
         tags = {"generation"}
 

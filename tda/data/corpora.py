@@ -40,7 +40,7 @@ _TFDS = re.compile(r"([a-zA-Z]\w*)(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 class Corpus:
     """A corpus by its name: an iterable of its documents, in its own order.
 
-    Of a folder, the files that are the corpus are chosen by the rule of `tda.data.folders`.
+    `tda.data.folders` has the rule by which the corpus's files in a folder are chosen.
 
     Attributes:
         source: a file, a glob pattern, a list of files, a folder, or the name of a TFDS dataset
@@ -108,9 +108,7 @@ class Corpus:
     def describe(self) -> dict:
         """Returns JSON values that tell this corpus from others, apart from its files."""
         fields = self.as_json() | {"kind": self._kind}
-        # Tokens of whole corpora are from before there was a share.
-        left_out = ("source", "data_dir", *(["share"] if self.share == 1 else []))
-        return {k: v for k, v in fields.items() if k not in left_out}
+        return {k: v for k, v in fields.items() if k not in ("source", "data_dir")}
 
     def as_json(self) -> dict:
         """Returns the arguments that make this corpus in another process, as JSON values."""
@@ -123,9 +121,9 @@ class Corpus:
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
-        """The pieces that the corpus is read in, each for itself: files, or ranges of rows."""
+        """The pieces of the corpus that are read independently: files, or ranges of rows."""
         if self._kind == "tfds":
-            # All files with the first piece: each is looked at once.
+            # All files belong to the first piece, so that each is checked once.
             return [
                 Piece(() if rows.start else tuple(self.files), len(rows)) for rows in self._ranges
             ]
@@ -133,8 +131,8 @@ class Corpus:
         groups: list[list[str]] = []
         left = 0
         for name, size in sizes_by_name.items():
-            # Ids that are numbered depend on all that came before; of small files, such as those
-            # of one document each, many make a piece.
+            # Numbered ids depend on all documents before, so then all files are one piece. Small
+            # files, such as those of one document each, share a piece.
             if not groups or (self.duplicate_ids == "refuse" and size > left):
                 groups.append([])
                 left = _PIECE_BYTES
@@ -144,7 +142,7 @@ class Corpus:
 
     @functools.cached_property
     def files(self) -> dict[str, str]:
-        """The path of every file, by the name that it has wherever the corpus is."""
+        """The path of every file, by a name that does not depend on where the corpus lies."""
         if self._kind == "datasets":
             path = pathlib.Path(os.path.expanduser(os.fspath(cast(str, self.source))))
             files = readers.datasets_files(path, self.split)
@@ -164,13 +162,13 @@ class Corpus:
         self.skipped = 0
         documents = self._read(piece)
         if self.share < 1:
-            # Whoever reads which piece, the sample is the same.
+            # The sample does not depend on which process reads which piece.
             most = self.share * 2**64
             documents = (d for d in documents if hash_64_bits(f"share {d.id}") < most)
         return _number(documents) if self.duplicate_ids == "number" else documents
 
     def _check_options(self) -> None:
-        """Checks that the options given have an effect on this kind of corpus."""
+        """Checks that the given options have an effect on this kind of corpus."""
         is_folder = isinstance(self.source, str | os.PathLike) and os.path.isdir(
             os.path.expanduser(self.source)
         )
@@ -234,11 +232,6 @@ class Corpus:
         self.skipped += 1
 
 
-def documents(source: str | os.PathLike | Sequence[str | os.PathLike], **options) -> Corpus:
-    """Returns the documents of a corpus, to iterate over: `Corpus(source, **options)`."""
-    return Corpus(source, **options)
-
-
 def _number(documents: Iterable[Document]) -> Iterator[Document]:
     """Adds a number to the id of each document whose id came before."""
     counts: dict[int, int] = {}
@@ -254,7 +247,7 @@ def _number(documents: Iterable[Document]) -> Iterator[Document]:
 def sample(
     documents: Iterable[Document], count: int, keep: str | None = None, seed: int = 0
 ) -> list[Document]:
-    """Draws documents from the whole of a corpus; returns them in its order.
+    """Draws documents uniformly from a corpus; returns them in its order.
 
     Args:
         documents: the documents, read once.
@@ -270,7 +263,7 @@ def sample(
             matching.append((i, document))
             continue
         # The documents with the smallest hashes stay. Python's heap has its smallest item on top,
-        # so hashes are negated to find the largest of those that stay.
+        # so hashes are negated: the top is the largest hash that stays.
         item = (-hash_64_bits(f"{seed} {document.id}", "big"), i, document)
         if len(drawn) < count:
             heapq.heappush(drawn, item)
@@ -280,19 +273,16 @@ def sample(
     return [d for _, d in sorted([*matching, *((i, d) for _, i, d in rest)], key=lambda x: x[0])]
 
 
-def describe_files(source, files: Iterable[str] | None = None) -> list:
-    """Returns names, sizes and times of change of a corpus's files; its name if it has no files.
+def describe_files(source: str | os.PathLike) -> list:
+    """Returns names, sizes and times of change of the files of a path or pattern.
 
-    Args:
-        source: the corpus, as `Corpus` takes it.
-        files: its files; by default all files of that name, or below a directory of that name.
+    A directory stands for all files below it. Returns the name itself if it names no file.
     """
-    if not files:
-        name = os.path.expanduser(os.fspath(source))
-        if os.path.isdir(name):
-            files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
-        else:
-            files = sorted(glob.glob(name)) or [name]
+    name = os.path.expanduser(os.fspath(source))
+    if os.path.isdir(name):
+        files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
+    else:
+        files = sorted(glob.glob(name)) or [name]
     states = {f: os.stat(f) for f in files if os.path.exists(f)}
     names = names_of(list(states), None)
     return [[names[f], s.st_size, s.st_mtime_ns] for f, s in states.items()] or [os.fspath(source)]
@@ -309,8 +299,8 @@ def _kind_of_all(files: Sequence[str]) -> str:
     if len(examples) > 1:
         shown = ", ".join(f"{kind} ({name})" for kind, name in examples.items())
         raise CorpusError(
-            f"the files are of several kinds, {shown}; give those of one kind, or Corpus(…, kind=) "
-            "if all of them are of one"
+            f"the files are of several kinds, {shown}; give files of one kind, or Corpus(…, kind=) "
+            "if they are all of one"
         )
     return next(iter(examples))
 
@@ -318,7 +308,7 @@ def _kind_of_all(files: Sequence[str]) -> str:
 def _guess_kind(source: str | os.PathLike) -> str:
     name = os.path.expanduser(os.fspath(source))
     path = pathlib.Path(name)
-    # `x.jsonl-00003-of-00020` is of the kind of `x.jsonl`, and `c4/*` of that of its first file.
+    # `x.jsonl-00003-of-00020` has the kind of `x.jsonl`, and `c4/*` that of its first file.
     files = sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
     first = re.sub(r"-\d+-of-\d+$", "", files[0] if files else path.name)
     if kind := kind_of(first):

@@ -15,7 +15,7 @@ from tda.data.jsonl import half_character
 _NOT_SCORED = -100
 # Fields that hold a document's id, in order of preference.
 _IDS = ("id", "sentence_id", "doc_id", "docid", "_id")
-# The fields that may stand in place of a text; of token ids the first alone is needed.
+# The fields that may replace a text; of those of token ids only the first is required.
 _COMPLETION = ("prompt", "completion")
 _TOKEN_IDS = ("input_ids", "attention_mask", "labels")
 _CHAT = ("messages",)
@@ -29,10 +29,10 @@ class Document:
         id: the document's name in the corpus.
         text: the document's text, which may be blank.
         prompt: text before it that carries no loss.
-        tokens: the document's token ids, in place of a text; they are taken as they are.
+        tokens: the document's token ids, in place of a text; the tokenizer adds nothing to them.
         scored: which of `tokens` the loss counts; all if None.
-        messages: the messages of a chat, in place of a text; the tokenizer's template writes it,
-            and the loss counts the assistant's messages alone.
+        messages: the messages of a chat, in place of a text; the tokenizer's template turns them
+            into a text, of which the loss counts the assistant's messages.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Document:
 
 
 def _first_of(names: str | None, record: Container[str]) -> str | None:
-    """Returns the first of some fields that a record has; the names as they are if it has none."""
+    """Returns the first of comma-separated fields that a record has; `names` if it has none."""
     if names is None or names in record:
         return names
     return next((name for name in names.split(",") if name in record), names)
@@ -55,20 +55,20 @@ def document_of(
 ) -> Document:
     """Returns a record's document.
 
-    A text that is missing (`is_missing`) is blank. A record without `text_field` may have
-    "prompt" and "completion", with the loss on the completion alone; the "messages" of a chat, with
-    the loss on the assistant's alone; or token ids in "input_ids", without those that
-    "attention_mask" leaves out, and with the loss on those that have "labels" other than -100.
+    A missing text (`is_missing`) is blank. A record without `text_field` may have "prompt" and
+    "completion", with the loss on the completion only; the "messages" of a chat, with the loss on
+    the assistant's; or token ids in "input_ids", without those that "attention_mask" leaves out,
+    and with the loss on those whose "labels" are not -100.
 
     Args:
         record: a mapping of fields.
-        place: where it stands, for messages.
+        place: the record's place, for messages.
         default_id: the document's id if the record has none.
         text_field, id_field: the fields of the text and the id; by default the id's usual names. Of
-            several with commas, "text,abstract", the first that the record has.
+            several, as in "text,abstract", the first that the record has counts.
 
     Raises:
-        CorpusError: a field is missing, or is not what it must be.
+        CorpusError: a field is missing or has a wrong value.
     """
     if not isinstance(record, Mapping):
         raise CorpusError(f"{place}: a document must be an object, not {type(record).__name__}")
@@ -145,8 +145,8 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
         scored = labels != _NOT_SCORED
         if (labels != ids)[scored].any():
             raise CorpusError(
-                f"{place}: 'labels' differ from 'input_ids' elsewhere than where they are "
-                f"{_NOT_SCORED}; labels are the ids at their own places, not those that follow"
+                f"{place}: 'labels' differ from 'input_ids' where they are not {_NOT_SCORED}; "
+                "labels are the ids of the same positions, not of the next ones"
             )
         if not (scored & attended).any():
             raise CorpusError(f"{place}: 'labels' leave every token out of the loss")
@@ -155,14 +155,14 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
 
 
 def check_token_ids(ids: Collection[int], place: str) -> None:
-    """Checks that token ids are numbers that a token may have.
+    """Checks that token ids are in the range of int32, from 0.
 
     Raises:
         CorpusError: one is negative, or beyond 32 bits.
     """
     for extreme in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= extreme < 1 << 31:
-            raise CorpusError(f"{place}: {extreme} is no token id; they are numbers from 0 on")
+            raise CorpusError(f"{place}: {extreme} is no token id; they are numbers from 0 up")
 
 
 def _decoded(text: bytes, place: str) -> str:
@@ -180,7 +180,7 @@ def is_missing(value) -> bool:
 
 
 def _form_without_text(names: Collection[str]) -> tuple[str, ...]:
-    """Returns the fields that stand in place of a text; none if nothing does."""
+    """Returns the fields that replace the text; none if there are none."""
     for form, needed in (
         (_COMPLETION, _COMPLETION),
         (_TOKEN_IDS, _TOKEN_IDS[:1]),
@@ -192,7 +192,7 @@ def _form_without_text(names: Collection[str]) -> tuple[str, ...]:
 
 
 def columns_of(names: list[str], file, text_field: str, id_field: str | None) -> list[str]:
-    """Returns the columns that a document needs: the others are not read."""
+    """Returns the columns that a document needs, so that the others need not be read."""
     text_field, id_field = (_first_of(field, names) for field in (text_field, id_field))
     form = () if text_field in names else _form_without_text(names)
     for field in (id_field,) if form else (text_field, id_field):

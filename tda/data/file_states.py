@@ -1,7 +1,7 @@
-"""Whether files still are what a corpus was tokenised from.
+"""Checks whether files are still those that a corpus was tokenised from.
 
-A file is what it was if its contents have the same SHA-256. Name, size and time of change only
-spare the reading: a file with another time, such as a copy, is read again and compared.
+A file is the same if its contents have the same SHA-256. One with the same size and time of change
+is not read; one with another time, such as a copy, is read and compared.
 """
 
 import concurrent.futures
@@ -48,7 +48,7 @@ def read_states(files: Mapping[str, str], with_digests: bool = False) -> dict[st
 def check_same(
     before: Mapping[str, FileState], files: Mapping[str, str], place: str
 ) -> dict[str, FileState]:
-    """Checks that files are those that a corpus was tokenised from; returns their state.
+    """Checks that files are those that a corpus was tokenised from; returns their states.
 
     Raises:
         CorpusError: they are not; the message names one that differs.
@@ -77,6 +77,6 @@ def _digests(files: Mapping[str, str]) -> dict[str, str]:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    # The hash is computed without Python's lock.
+    # hashlib releases Python's lock, so that threads compute hashes in parallel.
     with concurrent.futures.ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         return dict(zip(files, pool.map(digest, files.values()), strict=True))

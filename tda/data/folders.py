@@ -1,10 +1,10 @@
-"""Which files of a folder are a corpus.
+"""Chooses the files of a folder that are a corpus.
 
-The rule: all files below the folder that are of one kind, told by their suffix. Links to folders
-are followed, and each folder is read once. Hidden files and folders (with a name that begins with
-`.` or `_`), texts called README, LICENSE, NOTICE, CITATION or CHANGELOG, and dataset_info.json,
-never count. Other files without a known suffix are left out, with a warning that names them. Files
-of several kinds are refused. If file or folder names tell splits
+The rule: all files below the folder that are of one kind, by their suffix. Links to folders are
+followed, and each folder is read once. Hidden files and folders (with a name that begins with `.`
+or `_`), texts called README, LICENSE, NOTICE, CITATION or CHANGELOG, and dataset_info.json, never
+count. Other files without a known suffix are left out, with a warning that names them. Files of
+several kinds are refused. If file or folder names tell splits
 apart (`train-00000.parquet`, `test/a.jsonl`, `c4-train.00000-of-01024.json.gz`), one split is read,
 by default "train".
 """
@@ -166,7 +166,7 @@ def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> l
 
 
 def _list(folder: pathlib.Path, files: dict, excluded: list[pathlib.Path]) -> str:
-    """Returns numbers of files by suffix, with an example of each."""
+    """Lists the suffixes of files with their number and an example."""
     by_suffix = collections.defaultdict(list)
     for path in [p for paths in files.values() for p in paths] + excluded:
         by_suffix[path.suffix or "no suffix"].append(path.relative_to(folder).as_posix())

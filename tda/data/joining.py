@@ -1,4 +1,4 @@
-"""What stands between a prompt and its target."""
+"""Joins a prompt and its target, with a space between them or not."""
 
 import unicodedata
 
@@ -24,9 +24,8 @@ _UNSPACED = (
 def choose_joiner(prompt: str, target: str) -> str:
     """Returns a space if one belongs between prompt and target, else nothing.
 
-    A space is put after a word, or after a mark that ends a phrase (`.,;:!?…%)]}` or a closing
-    quote), and before a word (`Paris`, `.5`, `-3`, `.ae`), an opening bracket or a quote. The two
-    are joined as they are written
+    A space belongs after a word, or a mark that ends a phrase (`.,;:!?…%)]}` or a closing quote),
+    and before a word (`Paris`, `.5`, `-3`, `.ae`), an opening bracket or a quote. No space is put
 
     - if there is white space at the border already, or either is empty;
     - if the prompt ends in an opening bracket or quote, or in another symbol (`=`, `/`, `_`, `-`),
@@ -43,7 +42,7 @@ def choose_joiner(prompt: str, target: str) -> str:
 
 
 def join(prompt: str, target: str, joiner: str | None = None) -> str:
-    """Returns the text of a query; `joiner` by `choose_joiner` if None."""
+    """Returns the text of a query; if `joiner` is None, `choose_joiner` chooses it."""
     return prompt + (choose_joiner(prompt, target) if joiner is None else joiner) + target
 
 
@@ -58,7 +57,7 @@ def _takes_space_after(prompt: str) -> bool:
     if last in _QUOTES:
         # A quote closes behind a word or a mark, and opens elsewhere.
         return bool(before) and (_is_word(before) or before in _CLOSING - {":"})
-    # A symbol that stands apart from what is before it stands apart from what follows, too.
+    # A symbol with white space before it gets white space after it too.
     return last not in _OPENING and before.isspace()
 
 

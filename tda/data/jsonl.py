@@ -212,7 +212,7 @@ class _Zstd(io.RawIOBase):
         while not self._decompressed:
             self._compressed = self._compressed or self._raw.read(1 << 17)
             if not self._compressed:
-                # The library's own reader takes a truncated file for a short one.
+                # zstandard's own stream reader reports no error for a truncated file.
                 if self._frame is not None:
                     raise _DamagedError("it ends within a frame")
                 return 0
@@ -231,7 +231,7 @@ class _Zstd(io.RawIOBase):
 
 
 def half_character(text: str) -> str | None:
-    """Returns what is wrong with a text that has a lone surrogate, and the remedy; else None.
+    """Describes the lone surrogate that a text has, with a remedy; None if it has none.
 
     JSON can hold one ("\\ud83d"), but it is not Unicode: no tokenizer and no file accepts it.
     """

@@ -1,12 +1,13 @@
-"""Tokenises a long text in pieces, to the ids that the text has as a whole.
+"""Tokenises a long text in pieces, into the same ids as in one call.
 
 A call of a tokenizer takes some 60 bytes a character, so one call for a long text would take
 gigabytes. Pieces overlap. Two of them are joined where both have the same run of tokens, cut into
-the same words (as the tokenizer's pre-tokenizer cuts them), at the beginning of a word: what
-follows depends on nothing before it. A tokenizer without words, such as Llama 2's, may be joined at
-any token of such a run: a sequence of tokens is BPE's encoding of its text if each pair of
-neighbours is that of theirs, and each pair is one of a piece. Where two pieces share no such run,
-as in a word of a million letters, the overlap grows, and then the piece.
+the same words (as the tokenizer's pre-tokenizer cuts them), at the beginning of a word: the tokens
+from there on do not depend on the text before. With a tokenizer without words, such as Llama 2's,
+pieces may be joined at any token of such a run: a sequence of tokens is BPE's encoding of its text
+if each pair of neighbours is BPE's encoding of their text, and each pair here lies in one piece.
+Where two pieces share no such run, as in a word of a million letters, the overlap grows, and then
+the piece.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ import numpy as np
 # Characters of a piece, and of an overlap at first and at most.
 PIECE = 1 << 20
 _OVERLAP, _LONGEST_OVERLAP = 1 << 12, 1 << 18
-# Tokens that both pieces must have between the outer quarters of an overlap. The quarters are left
-# out, since a piece's ends may change the tokens there.
+# Tokens that both pieces must share in the inner half of an overlap. The outer quarters do not
+# count, since a piece's ends may change the tokens there.
 _SHARED_TOKENS = 16
 
 
@@ -38,15 +39,15 @@ class Tokens(NamedTuple):
 
 
 def encode_pieces(tokenizer: Any, text: str) -> Iterator[Tokens]:
-    """Yields the tokens of a text in order, as `tokenizer.encode_spans` has them, in pieces.
+    """Yields the tokens of a text in order, equal to `tokenizer.encode_spans`, in pieces.
 
     Args:
         tokenizer: the tokenizer; one without the method `encode_words` takes the text in one call.
         text: the text.
 
     Raises:
-        ValueError: tokens at the beginning of a piece depend on how the piece ends, so that no
-            pieces are right.
+        ValueError: tokens at the beginning of a piece depend on the piece's end, so that the text
+            cannot be cut.
     """
     if not hasattr(tokenizer, "encode_words"):
         ((ids, places),) = tokenizer.encode_spans([text])
@@ -81,12 +82,11 @@ def as_tokens(ids: Sequence[int], places: Sequence[tuple[int, int]]) -> Tokens:
 def _find_joint(
     tokenizer: Any, text: str, tokens: Tokens, stop: int
 ) -> tuple[int, int, Tokens, int] | None:
-    """Returns where a piece that ends at character `stop` is joined to a following one.
+    """Finds where a piece that ends at character `stop` can be joined to a following one.
 
     Returns:
-        The number of the piece's tokens before the joint; of the following piece, the character
-        that it begins with, its tokens, and their number before the joint. None if no overlap of
-        the two shows a joint.
+        The number of the piece's tokens before the joint; the following piece's first character,
+        its tokens, and their number before the joint. None if no overlap has a joint.
     """
     overlap = min(_OVERLAP, PIECE // 4)
     while overlap <= min(_LONGEST_OVERLAP, PIECE // 2):

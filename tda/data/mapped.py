@@ -1,9 +1,8 @@
 """A table of tokens that is read in place from the files of its parts.
 
-In memory are a few numbers for each part. Ids, hashes and lengths of all passages are read when
-they are asked for as a whole, never by a start. The bytes of an array are compared with their
-checksum when it is first read, so that a start, which reads little, also checks little; a damaged
-part is made again.
+Only a few numbers for each part are in memory. Ids, hashes and lengths of all passages are read on
+demand, never when a table is opened. An array is compared with its checksum when it is first read,
+so that opening a table, which reads little, also checks little; a damaged part is made again.
 """
 
 import collections
@@ -22,22 +21,22 @@ from tda.data.parts import name_passage
 from tda.data.tokens import TokenTable
 from tda.runtime.fingerprint import fingerprint
 
-# Parts that are mapped at a time: each takes a file handle, of which a process has about 1,000.
+# Parts that are mapped at a time: each takes a file handle, and a process has about 1,000 of them.
 _OPEN_PARTS = 256
 
 
 class MappedTable(TokenTable):
     """N sequences of token ids in the files of some parts.
 
-    `tokens`, `starts` and `scored` are copied into memory as a whole: for tables that fit there.
+    `tokens`, `starts` and `scored` are copied into memory, for tables that fit there.
 
     Args:
         folder: the parts' folder.
         parts: the parts, in order.
-        make_again: writes the part of that number again; None where the corpus is not at hand.
+        make_again: writes the part of that number again; None if the corpus is not available.
 
     Raises:
-        CorpusError: in whatever reads it, if a part is damaged and cannot be made again.
+        CorpusError: on reading, if a part is damaged and cannot be made again.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class MappedTable(TokenTable):
             "_bounds": bounds,
             "_open": functools.lru_cache(_OPEN_PARTS)(self._map),
             "_make_again": make_again,
-            # Names of arrays whose bytes are those that were written, by part.
+            # Names of the arrays whose checksums were compared, by part.
             "_checked": collections.defaultdict(set),
         }
         values["ids"] = MappedNames(self, is_document=False)
@@ -76,7 +75,7 @@ class MappedTable(TokenTable):
         return part_files.map_arrays(path)
 
     def _array(self, part: int, name: str) -> np.ndarray:
-        """Returns an array of a part; checks its bytes if they are read for the first time."""
+        """Returns an array of a part; compares its checksum at the first reading."""
         array = self._open(part)[name]
         if name not in self._checked[part]:
             if part_files.checksum(array) != self._parts[part].checksums[name]:
@@ -95,7 +94,7 @@ class MappedTable(TokenTable):
         self._make_again(part)
 
     def _starts(self, part: int) -> np.ndarray:
-        """Returns where the passages of a part start, and where the last one ends."""
+        """Returns the start of each passage of a part, and the end of the last one."""
         ends, arrays = self._array(part, "ends"), self._open(part)
         if "starts" not in arrays:
             arrays["starts"] = np.concatenate([[0], ends])
@@ -105,7 +104,7 @@ class MappedTable(TokenTable):
         return int(self._bounds[-1])
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Returns the part of a row, and its row there."""
+        """Returns the part of a row, and the row's number in that part."""
         if not 0 <= row < len(self):
             raise IndexError(f"there is no row {row}, there are {len(self)}")
         part = int(np.searchsorted(self._bounds, row, "right")) - 1

@@ -1,4 +1,4 @@
-"""Names of documents and passages: bytes and offsets in arrays, and hashes that find two alike."""
+"""Names of documents and passages: bytes and offsets in arrays, and hashes that find duplicates."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ _SORTED = 1 << 26
 
 
 class Names(Sequence):
-    """N names, each decoded when it is asked for."""
+    """N names, each decoded on demand."""
 
     def _name(self, i: int) -> str:
         """Returns name i, from 0 to N − 1."""
@@ -26,7 +26,7 @@ class Names(Sequence):
 
 
 class Strings(Names):
-    """N strings in one array of bytes, decoded when they are asked for.
+    """N strings in one array of bytes, decoded on demand.
 
     Args:
         bytes_: the strings in UTF-8, one after the other, uint8.
@@ -85,16 +85,16 @@ def check_unique(
 ) -> None:
     """Checks that no two documents of some parts have the same name.
 
-    Sorts hashes: a set of the names themselves would take many times the memory. Of very many, a
+    Sorts hashes, since a set of the names would take many times the memory. Very many are sorted a
     range of hashes at a time.
 
     Args:
         counts: the number of names of each part.
         hashes_of: returns the hashes of a part's names, uint64.
-        name_of: returns a name by the numbers of its part and of its hash there.
+        name_of: returns a name by the number of its part and its number in the part.
 
     Raises:
-        CorpusError: two have.
+        CorpusError: two do.
     """
     parts = range(len(counts))
     bits = max(0, sum(counts) // _SORTED).bit_length()

@@ -1,7 +1,7 @@
-"""The part of a corpus as a file: a safetensors file, whose arrays are read through a memory map.
+"""A part of a corpus as a safetensors file, whose arrays are read through a memory map.
 
-What follows from the other arrays is left out: `scored` if the loss counts all tokens but the first
-of every passage, and `spans` if every passage is a whole document.
+Arrays that follow from the others are left out: `scored` if the loss counts all tokens but the
+first of every passage, and `spans` if every passage is a whole document.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _DTYPES = {"I32": np.int32, "I64": np.int64, "U64": np.uint64, "U8": np.uint8, "
 
 @dataclasses.dataclass(frozen=True)
 class PartInfo:
-    """What a corpus's index holds of a part, so that a start opens no part."""
+    """A part's entry in the corpus's index, so that opening a corpus opens no part."""
 
     name: str
     """The file."""
@@ -34,8 +34,8 @@ class PartInfo:
     scored: int
     """Tokens that the loss counts."""
     lead: int
-    """The tokens at the beginning of every passage that the loss leaves out; 0 if an array says
-    which."""
+    """The number of tokens at the beginning of every passage that the loss leaves out; 0 if the
+    array `scored` is stored."""
     smallest: int
     """The smallest token id; `largest` is the largest."""
     largest: int
@@ -45,7 +45,7 @@ class PartInfo:
     names: int
     """Documents."""
     is_open: bool
-    """Whether the last document goes on in the next part."""
+    """Whether the last document continues in the next part."""
     is_split: bool
     """Whether a passage is a piece of a document."""
     files_before: int
@@ -66,7 +66,7 @@ def write(
     is_open: bool,
     files_before: int = 0,
 ) -> PartInfo:
-    """Writes the arrays of a part, atomically; returns what the index holds of them.
+    """Writes the arrays of a part, atomically; returns the part's entry in the index.
 
     Args:
         path: the file.
@@ -90,7 +90,7 @@ def write(
     has_rows = len(ends) > 0
     extremes = (
         [(int(lengths[i]), int(i)) for i in (lengths.argmin(), lengths.argmax())]
-        if (has_rows)
+        if has_rows
         else [(0, 0), (0, 0)]
     )
     sizes = json.dumps([lead, {k: len(x) for k, x in stored.items()}], sort_keys=True)
@@ -113,7 +113,7 @@ def write(
         checksums={k: checksum(x) for k, x in stored.items()},
     )
     text = json.dumps(dataclasses.asdict(info))
-    # With its own checksum, in one field: safetensors writes several in any order.
+    # One field with its own checksum in front: safetensors does not keep the order of several.
     described = {"part": f"{google_crc32c.value(text.encode()):08x}{text}"}
     with atomic_file.replacing(path) as part:
         safetensors.numpy.save_file(stored, part, described)
@@ -121,7 +121,7 @@ def write(
 
 
 def checksum(array: np.ndarray) -> int:
-    """Returns CRC-32C of an array's bytes: some GB/s, where SHA-256 takes ten times as long."""
+    """Returns the CRC-32C of an array's bytes, which is ten times as fast as SHA-256."""
     return google_crc32c.value(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
@@ -134,7 +134,7 @@ def derive_scored(starts: np.ndarray, ends: np.ndarray, lead: int) -> np.ndarray
 
 
 def read_info(path: pathlib.Path) -> PartInfo | None:
-    """Returns what the index holds of a part; None if its file is damaged."""
+    """Returns a part's entry in the index; None if its file is damaged."""
     try:
         header, data_start = _read_header(path)
         end = max((x["data_offsets"][1] for k, x in header.items() if k in ARRAYS), default=0)
@@ -149,13 +149,13 @@ def read_info(path: pathlib.Path) -> PartInfo | None:
 
 
 def info_from_json(fields: dict) -> PartInfo:
-    """Returns a `PartInfo` from its fields as JSON has them."""
+    """Returns a `PartInfo` from its fields in JSON."""
     lists = ("shortest", "longest", "counts")
     return PartInfo(**fields | {k: tuple(fields[k]) for k in lists})
 
 
 def map_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a part, read from its file as they are needed.
+    """Returns the arrays of a part, read from its file on demand.
 
     Raises:
         CorpusError: the file is missing or damaged.

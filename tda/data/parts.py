@@ -34,10 +34,10 @@ ARRAYS = {
 _CODE_OF = {np.int32: "i", np.int64: "q", np.uint64: "Q", np.bool_: "B"}
 _CODES = {k: _CODE_OF[d] for k, d in ARRAYS.items() if d in _CODE_OF}
 
-# Tokens of a part, of which a long document ends a part: they take 42 MB.
+# Tokens after which a part ends even within a document: they take 42 MB.
 PART_TOKENS = 1 << 23
 
-# A tokenizer that puts nothing before and after a text, for token ids.
+# Stands for a tokenizer that puts nothing before and after a text, for token ids.
 _AS_IT_IS = types.SimpleNamespace(begin=(), end=())
 
 
@@ -72,7 +72,7 @@ class Part:
     pairs take 70 to 660 bytes a token, these take 5 to 10.
 
     Attributes:
-        is_open: whether the last document goes on in the next part, where its name stands again.
+        is_open: whether the last document continues in the next part, which has its name again.
     """
 
     def __init__(self, tokenizer, context: int):
@@ -89,7 +89,7 @@ class Part:
     def add(self, documents: list[Document]) -> Iterator[None]:
         """Cuts documents into passages and appends these.
 
-        Yields where the part is full, which is to be cleared then.
+        Yields when the part is full; the caller then stores and clears it.
         """
         for document in documents:
             _check_characters(document)
@@ -101,7 +101,7 @@ class Part:
             elif document.messages:
                 yield from self._add(document, [self._chat_tokens(document)], _AS_IT_IS)
             elif document.text.strip():
-                # A token across the border is the text's, as in queries.
+                # A token across the border belongs to the text, as in queries.
                 border = len(text) - len(document.text) if document.prompt else -1
                 sequences = (_Sequence(p.ids, p.places, p.places[:, 1] > border) for p in pieces)
                 yield from self._add(document, sequences, self._tokenizer)
@@ -110,7 +110,7 @@ class Part:
             self._documents += 1
 
     def _encode(self, texts: list[str]) -> Iterator[Iterable[long_texts.Tokens]]:
-        """Yields the tokens of each text: a long one, which comes alone, in pieces."""
+        """Yields the tokens of each text; a long one, which is the only one, in pieces."""
         if len(texts) == 1 and len(texts[0]) > long_texts.PIECE:
             yield long_texts.encode_pieces(self._tokenizer, texts[0])
             return
@@ -185,8 +185,8 @@ def count_characters(document: Document) -> int:
 
 
 def _given_tokens(document: Document) -> _Sequence:
-    # Ids that come from elsewhere have what stands before and after them already; the place of a
-    # passage is that of its tokens.
+    # Given ids already have any tokens before and after the text; a passage's place is counted in
+    # tokens.
     ids = np.asarray(document.tokens, np.int32)
     numbers = np.arange(len(ids))
     scored = np.ones(len(ids), bool) if document.scored is None else document.scored
@@ -196,7 +196,7 @@ def _given_tokens(document: Document) -> _Sequence:
 def _passages(
     pieces: Iterable[_Sequence], tokenizer: Any, context: int
 ) -> Iterator[tuple[_Sequence, bool]]:
-    """Yields a document's passages, as `cut` has them, and whether there are several.
+    """Yields a document's passages, as `cut` makes them, and whether there are several.
 
     Args:
         pieces: the document's tokens in order, without the tokenizer's `begin` and `end`.
@@ -209,7 +209,7 @@ def _passages(
     for piece in pieces:
         rest = piece if rest is None else _concatenate(rest, piece)
         first = 0
-        # Passages that lie whole in these tokens, with enough after them for another.
+        # Passages that lie completely in these tokens, with enough after them for another.
         while len(rest.ids) - first > size + step:
             yield _slice(rest, first, first + size), True
             first, has_several = first + step, True
@@ -238,7 +238,7 @@ def _characters(places_Tx2: np.ndarray) -> tuple[int, int]:
 
 
 def _check_characters(document: Document) -> None:
-    """Checks what a tokenizer would refuse without naming the document."""
+    """Checks a document's texts, which a tokenizer would refuse without naming the document."""
     if not isinstance(document.text, str):
         kind = type(document.text).__name__
         raise CorpusError(f"document {document.id!r}: the text is {kind}, not a string")

@@ -1,8 +1,8 @@
 """Passages from Python as a corpus in pieces: a Grain source, a `datasets.Dataset`, and the like.
 
-No file says whether they are those of an earlier call, so that every call reads them once, and
-keeps a hash of each block. When they are read again to be tokenised, a block is compared with its
-hash before it goes into a part.
+No file tells whether they are those of an earlier call, so every call reads them once and keeps a
+hash of each block. When they are read again to be tokenised, each block is compared with its hash
+before it goes into a part.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tda.runtime.fingerprint import fingerprint_parts
 
 
 def can_be_read_again(passages: Any) -> bool:
-    """Returns whether passages are read from somewhere, and not a list in memory or an iterator."""
+    """Returns whether passages are a source with a length, not a list in memory or an iterator."""
     return isinstance(passages, Sized) and not isinstance(passages, list | tuple)
 
 
@@ -62,13 +62,13 @@ class PassageSource:
         """Yields the documents.
 
         Raises:
-            CorpusError: they are others than when they were first read.
+            CorpusError: they differ from those of the first reading.
         """
         for block, expected in itertools.zip_longest(self._blocks(), self._hashes):
             if block is None or expected is None or _hash(block) != expected:
                 raise CorpusError(
                     f"passages is a {type(self._arguments[0]).__name__} that gave other passages "
-                    "when it was read again; give one that is the same every time, or a list"
+                    "when it was read again; give one that always yields the same, or a list"
                 )
             yield from block
 

@@ -1,8 +1,8 @@
-"""A corpus in pieces that are read each for itself, and which of its tokens a process makes.
+"""A corpus in pieces that are read independently, and the share of its tokens that a process makes.
 
-The unit of work is a turn at a piece: every `stride`-th of its parts, from number `turn` on. There
-are more turns than pieces where a corpus has fewer pieces than there are processors; each then
-reads the whole piece, which takes little beside tokenising a part of it.
+The unit of work is a turn at a piece: every `stride`-th of its parts, from number `turn` on. A
+corpus with fewer pieces than processors has several turns for each piece; each of them reads the
+whole piece, which costs little compared with tokenising a share of it.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from tda.data.tokens import by_characters
 from tda.runtime import atomic_file, processes
 
 # Documents in one call of the tokenizer (which spreads them over threads), and calls for a part: a
-# part is what a kill loses at most. Long documents end a part earlier, so that memory does not grow
-# with their length: a part of so many characters has about 50 MB of arrays.
+# kill loses a part at most. Long documents end a part earlier, so that memory does not grow with
+# their length: a part of PART_CHARACTERS has about 50 MB of arrays.
 BATCH = 256
 BATCHES_A_PART = 64
 PART_CHARACTERS = 1 << 25
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     pieces: Sequence[Piece]
     files: Mapping[str, str]
-    """The path of every file, by the name that it has wherever the corpus is."""
+    """The path of every file, by a name that does not depend on where the corpus lies."""
     unit: str
     """What `Piece.size` counts: "B" or "document"."""
 
@@ -60,8 +60,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A share of a piece's parts: those with a number that leaves `turn` when divided by
-    `stride`."""
+    """A share of a piece's parts: those whose number modulo `stride` is `turn`."""
 
     piece: int
     turn: int
@@ -70,7 +69,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all turns of a corpus have in common."""
+    """The inputs that all turns of a corpus share."""
 
     source: Source
     tokenizer: Any
@@ -141,7 +140,7 @@ def _make_part(
         part_files.write(job.folder / name, part.arrays(), lead, counts, part.is_open, files)
 
     for batch in batches:
-        # A part may take longer than a notice leaves.
+        # A part may take longer than the time between a notice and the kill.
         processes.check_preemption()
         for _ in part.add(batch):
             write(file_name(piece, number, files))
@@ -155,7 +154,7 @@ def _make_part(
 
 @dataclasses.dataclass(frozen=True)
 class PieceEnd:
-    """What is known of a piece once it is read to its end."""
+    """Counts and file states of a piece, known once it is read to its end."""
 
     parts: int
     """Its number of parts."""
@@ -171,7 +170,7 @@ class PieceEnd:
 
 
 def read_end(folder: pathlib.Path, piece: int) -> PieceEnd | None:
-    """Returns what is known of a piece; None if nobody has read it to its end."""
+    """Returns a piece's counts and file states; None if it was not yet read to its end."""
     try:
         end = json.loads((folder / f"{piece:06d}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -184,7 +183,7 @@ _NAME = re.compile(r"(\d{6})-(\d{5})\.safetensors")
 
 
 def file_name(piece: int, number: int, file: int | None = None) -> str:
-    """Returns the name of a part's file: of its last one, which makes it complete, if None."""
+    """Returns the name of a part's file; for None, of its last one, which makes it complete."""
     label = "" if file is None else f".{file:03d}"
     return f"{piece:06d}-{number:05d}{label}.safetensors"
 
@@ -198,7 +197,7 @@ def list_parts(folder: pathlib.Path) -> dict[int, set[int]]:
 
 
 def read_part(folder: pathlib.Path, piece: int, number: int) -> list[part_files.PartInfo] | None:
-    """Returns what the files of a complete part hold; None if one is damaged."""
+    """Returns the index entries of a complete part's files; None if one is damaged."""
     last = part_files.read_info(folder / file_name(piece, number))
     if last is None:
         return None

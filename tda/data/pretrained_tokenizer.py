@@ -1,6 +1,6 @@
 """Tokenizers that come with a pretrained model: read from its files, or made from parts.
 
-A text has the token ids that the model was trained with. The ids that the tokenizer itself puts
+A text gets the token ids that the model was trained with. The ids that the tokenizer itself puts
 before and after a text (such as a begin-of-sequence token) are read from its template once.
 """
 
@@ -41,7 +41,7 @@ class PretrainedTokenizer:
         pad: the id of padding, which never carries a loss.
         parse_special: whether a special token spelled out in a text is read as that token, as in
             transformers; if a text spells out `begin`, it is not added again.
-        chat: the template that chats are written by, or None.
+        chat: the template of chats, or None.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PretrainedTokenizer:
         inner.no_padding()
         inner.encode_special_tokens = not parse_special
         if inner.post_processor is not None:
-            # `begin` and `end` stand for its template; what it does to offsets stays.
+            # `begin` and `end` replace its template; its treatment of offsets stays.
             state = json.loads(inner.post_processor.__getstate__())
             inner.post_processor = component("post_processor", without_template(state))
         self._inner, self.parse_special = inner, parse_special
@@ -68,8 +68,8 @@ class PretrainedTokenizer:
         self.pad = next(i for i in (pad, eos, 0) if i is not None)
 
     def __setstate__(self, state: dict) -> None:
-        # `tokenizers` copies by JSON, in which this setting does not stand: without it a copy, such
-        # as that of a worker process, would read special tokens in a text.
+        # `tokenizers` pickles as JSON, which lacks this setting: without it a copy, such as that of
+        # a worker process, would read special tokens in a text.
         self.__dict__.update(state)
         self._inner.encode_special_tokens = not self.parse_special
 
@@ -78,8 +78,8 @@ class PretrainedTokenizer:
         """Reads a model's directory, or its `tokenizer.json` alone.
 
         Raises:
-            FileNotFoundError, ValueError: as `tda.data.tokenizer_files.read`, which tells what is
-                read from which file.
+            FileNotFoundError, ValueError: as `tda.data.tokenizer_files.read`, which describes the
+                files.
         """
         parts = tokenizer_files.read(path)
         return cls(
@@ -109,7 +109,7 @@ class PretrainedTokenizer:
             return cls.load(tokenizer, parse_special)
         inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if isinstance(inner, tokenizers.Tokenizer):
-            # A copy, since truncation and padding are switched off in it.
+            # A copy, since the constructor switches off truncation and padding.
             inner = tokenizers.Tokenizer.from_str(inner.to_str())
             begin, end = read_template(inner)
             eos, pad = (getattr(tokenizer, f"{n}_token_id", None) for n in ("eos", "pad"))
@@ -147,7 +147,7 @@ class PretrainedTokenizer:
         tokens = {"bos_token": next(iter(self.begin), None), "eos_token": self.eos}
         tokens |= {"pad_token": self.pad}
         names = {k: inner.id_to_token(i) for k, i in tokens.items() if i is not None}
-        # The class that obeys tokenizer.json in all that stands there.
+        # The class of transformers that follows tokenizer.json in everything.
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
         for name, text in (
             ("tokenizer.json", inner.to_str(pretty=True)),
@@ -175,10 +175,10 @@ class PretrainedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id of a token that a sequence can hold.
+        """One more than the largest token id that a sequence can hold.
 
-        A special token that is not read in texts does not count: Gemma 3's tokenizer has one more
-        than its text model has rows.
+        A special token that is not read in texts does not count: Gemma 3's tokenizer has one that
+        exceeds the rows of its text model.
         """
         used = set(self._inner.get_vocab(with_added_tokens=False).values())
         for i, token in self._inner.get_added_tokens_decoder().items():
@@ -188,7 +188,7 @@ class PretrainedTokenizer:
         return 1 + max(used if self.eos is None else used | {self.eos})
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that decides which ids a text gets."""
+        """Returns a hash of all settings that decide a text's ids."""
         settings = json.dumps([self.begin, self.end, self.parse_special])
         return fingerprint_parts([self._inner.to_str(), settings])
 
@@ -226,7 +226,8 @@ class PretrainedTokenizer:
     def encode_chat(self, messages: Sequence[Mapping]) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Returns the token ids of a chat as the tokenizer's template writes it.
 
-        Special tokens in the text are read as those tokens, as in transformers: the template's are.
+        Special tokens spelled out in the text, such as the template's, are read as those tokens, as
+        in transformers.
 
         Args:
             messages: dicts of a "role" and a "content", in order.
@@ -269,7 +270,7 @@ class PretrainedTokenizer:
 
         Args:
             prompt, target: the texts.
-            joiner: what stands between them; by default a space where one belongs
+            joiner: the text between them; by default a space where one belongs
                 (`tda.data.joining.choose_joiner`).
 
         Returns:
@@ -292,7 +293,7 @@ class PretrainedTokenizer:
             raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
         if is_target[0] and not self.begin:
             raise ValueError(
-                f"nothing stands before the target {target!r}: this tokenizer has no token that "
+                f"no token comes before the target {target!r}: this tokenizer has no token that "
                 "begins a sequence; give the query a prompt"
             )
         ids = np.asarray([*self.begin, *ids], np.int32)

@@ -49,7 +49,7 @@ def rows_of_csv(
     """
     # A field may be longer than the 128 KiB that Python's reader takes by default.
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
-    # A record may have several lines: it is left out as a whole, not its bad line alone.
+    # A record may have several lines: the whole record is left out, not just its bad line.
     is_escaped = on_undecodable is not None
     lines = (line for _, line in jsonl.decoded_lines(file, is_escaped=is_escaped))
     is_tabbed = ".tsv" in os.path.basename(file).lower()

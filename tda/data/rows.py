@@ -1,7 +1,7 @@
-"""Reads queries and passages as users have them: tuples, texts, or rows with named fields.
+"""Reads queries and passages in users' forms: tuples, texts, or rows with named fields.
 
 A row with names (a dict, a row of `datasets`, of pandas, a named tuple) is read by its names, never
-by the order of its fields. What is not one of the documented forms is refused.
+by the order of its fields. Any other form than the documented ones is refused.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Query:
     Attributes:
         id: the query's name.
         prompt, target: the texts.
-        tokens: the token ids of prompt and target, if these are known (a continuation that the
-            model itself produced); the texts are then only shown.
+        tokens: the token ids of prompt and target, if they are known (a continuation that the model
+            itself produced); the texts are then for display only.
     """
 
     id: str

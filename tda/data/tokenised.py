@@ -1,18 +1,16 @@
 """A corpus of any size as a token table: tokenised in parts, which are read in place.
 
-    DIR/corpus.json        what the table was made from, counts, and what is known of each part;
-                           written last
-    DIR/parts/             the parts (`tda.data.part_files`), and what is known of each piece
+    DIR/corpus.json        the table's provenance, counts, and an entry for each part; written last
+    DIR/parts/             the parts (`tda.data.part_files`), and a file for each finished piece
 
-The corpus is cut into pieces, such as files, and these into parts, all tokenised by several
-processes (`tda.data.tokenising`). The bytes of a part depend on its documents alone, not on who
-makes it. A kill loses the parts that are being made, and a damaged part is made again when it is
-read (`tda.data.mapped`). A passage's id leads back to its place: it is
-the document's id if the passage is the whole document, else `ID#START-END` for its characters START
-to END.
+The corpus is cut into pieces, such as files, and these into parts, which several processes tokenise
+(`tda.data.tokenising`). The bytes of a part depend on its documents alone, not on the process that
+makes it. A kill loses the parts in progress, and a damaged part is made again when it is read
+(`tda.data.mapped`). A passage's id leads back to its place: it is the document's id if the passage
+is the whole document, else `ID#START-END` for its characters START to END.
 
-The table is that of another call if tokenizer, options and files are the same
-(`tda.data.file_states`): a corpus that was copied elsewhere is the same corpus.
+A table serves every call with the same tokenizer, options and files (`tda.data.file_states`); a
+copied corpus is the same corpus.
 """
 
 import collections
@@ -41,7 +39,7 @@ from tda.runtime import atomic_file, processes, progress
 from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Of the files below a directory of tokens; a directory of another format is refused.
+# The format of a directory of tokens; a directory of another format is refused.
 _FORMAT = 3
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
@@ -102,19 +100,19 @@ def tokenise_on_disk(
 ) -> tuple[MappedTable, Counts]:
     """Tokenises a corpus into `directory`, or opens the table that is there already.
 
-    Worker processes share the work, one for each processor. Every process of a run calls it, and
-    takes a share of the corpus; they need a directory that all of them see.
+    Worker processes share the work, one for each processor. Every process of a run calls it and
+    takes a share of the corpus; all of them must see the directory.
 
     Args:
         directory: the directory of the files.
         source: the corpus, the same documents in the same order in every call.
         tokenizer: the model's tokenizer.
         context: the most positions that a passage may have.
-        quiet: whether no progress is shown.
-        engine: who makes which parts.
+        quiet: whether to show no progress.
+        engine: assigns the parts to processes.
 
     Returns:
-        The passages, read from disk as they are needed, and counts of documents.
+        The passages, read from disk on demand, and counts of documents.
 
     Raises:
         CorpusError: two documents have the same id, a text or an id is not Unicode, there is no
@@ -139,7 +137,7 @@ def tokenise_on_disk(
 
 
 def is_finished(directory: pathlib.Path) -> bool:
-    """Returns whether the corpus of a directory is tokenised to its end."""
+    """Returns whether a directory holds a completely tokenised corpus."""
     return (directory / "corpus.json").exists()
 
 
@@ -153,7 +151,7 @@ def open_tokens(directory: pathlib.Path, job: Job | None = None) -> tuple[Mapped
     stored = _read_json(directory / "corpus.json")
     infos = [info_from_json(fields) for fields in stored["parts"]]
     if stored["skipped"]:
-        warnings.warn(f"{stored['skipped']} records are not UTF-8, and left out", stacklevel=2)
+        warnings.warn(f"{stored['skipped']} records are not UTF-8 and are left out", stacklevel=2)
 
     def make_again(part: int) -> None:
         name = infos[part].name
@@ -170,10 +168,10 @@ def open_tokens(directory: pathlib.Path, job: Job | None = None) -> tuple[Mapped
 
 
 def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
-    """Checks that a directory is of this corpus; returns whether it is finished.
+    """Checks that a directory belongs to this corpus; returns whether it is finished.
 
     Raises:
-        CorpusError: it is of another.
+        CorpusError: it belongs to another.
     """
     index, folder = directory / "corpus.json", directory / "parts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +191,7 @@ def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
         before = {name: FileState(*state) for name, state in stored["files"].items()}
         states = check_same(before, source.files, str(directory))
         if states != before:
-            # A copy: its times are noted, so that the next start need not read the files.
+            # A copied corpus: its times are stored, so that the next start need not read the files.
             atomic_file.write_json(index, stored | {"files": _as_json(states)})
         return True
     if stored is not None:
@@ -203,7 +201,7 @@ def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
 
 
 def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[str, FileState]:
-    """Removes the parts of files that were changed since they were begun."""
+    """Removes the parts of files that have changed since their tokenisation began."""
     before = {name: FileState(*state) for name, state in stored["files"].items()}
     states = read_states(source.files)
     if before.keys() != states.keys():
@@ -227,7 +225,7 @@ def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[
 
 
 def _work(job: Job, name: str, quiet: bool, engine: Engine) -> Work:
-    """Returns the turns at a corpus as groups of an engine's work."""
+    """Describes the turns at a corpus as groups of an engine's work."""
     workers, count = tokenising.count_workers(job.source), len(job.source.pieces)
     # Enough turns for all workers of all programs, and the same in all, whose hosts may differ.
     programs = engine.programs or workers * jax.process_count()
@@ -262,7 +260,7 @@ def _work(job: Job, name: str, quiet: bool, engine: Engine) -> Work:
 
 def _finish(job: Job, provenance: dict, index: pathlib.Path) -> None:
     """Checks the documents' names and writes the index, which makes the table complete."""
-    if index.exists():  # by another task of an array
+    if index.exists():  # another task of an array wrote it
         return
     infos, files, skipped = [], {}, 0
     for piece in range(len(job.source.pieces)):

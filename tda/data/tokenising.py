@@ -1,9 +1,9 @@
 """Tokenises the parts of a corpus in worker processes, one for each processor.
 
 A worker is a program of its own (`python -m tda.data.tokenising`), since a fork would copy the
-threads of jax, and a spawned process would run the caller's script again. It reads the job from its
-standard input, then one turn a line, and answers, all in lines of JSON. It ends when its caller
-does.
+threads of jax, and a spawned process would run the caller's script again. It reads the job and then
+one turn a line from its standard input, and writes answers, all as lines of JSON. It ends when its
+caller does.
 """
 
 import concurrent.futures
@@ -29,13 +29,13 @@ from tda.data.tokenizer import Tokenizer
 from tda.runtime import processes, progress
 from tda.runtime.fingerprint import fingerprint
 
-# Bytes, or documents, of a corpus that are worth another worker, which takes seconds to start.
+# Bytes, or documents, for which one more worker, which takes seconds to start, pays off.
 _WORTH_A_WORKER = {"B": 16 << 20, "document": 20_000}
 
 
 def count_workers(source: Source) -> int:
-    """Returns how many workers this process gives to a corpus; every process of a run calls it."""
-    if type(source) is not Corpus:  # a worker is told of no other
+    """Returns how many workers this process starts for a corpus; all processes must call it."""
+    if type(source) is not Corpus:  # no other source can be described to a worker
         return 1
     size = sum(piece.size for piece in source.pieces)
     processors = len(os.sched_getaffinity(0)) // processes.count_on_this_host()
@@ -49,7 +49,7 @@ def make_all(job: Job, turns: Sequence[Turn], workers: int, quiet: bool = False)
         job: the corpus.
         turns: the turns of this process.
         workers: the number of worker processes; with one, this process does the work.
-        quiet: whether no progress is shown.
+        quiet: whether to show no progress.
 
     Raises:
         CorpusError: a document cannot be used.
@@ -72,7 +72,7 @@ def _make_by_workers(job: str, turns: Sequence[Turn], count: int, shown: "_Shown
     for turn in turns:
         waiting.put(turn)
     reports: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-    # The workers are stopped before their threads are waited for.
+    # The stack is left first: it stops the workers, and then their threads end.
     with concurrent.futures.ThreadPoolExecutor(count) as pool, contextlib.ExitStack() as stack:
         running = []
         for _ in range(count):
@@ -82,7 +82,7 @@ def _make_by_workers(job: str, turns: Sequence[Turn], count: int, shown: "_Shown
         # Progress is shown by this thread, where a notice of preemption ends the work.
         while not all(future.done() for future in running):
             _next_report(reports)
-            # Not only after a part, which may take longer than a notice leaves.
+            # Also within a part, which may take longer than the time between notice and kill.
             processes.check_preemption()
             for future in running:
                 if future.done():
@@ -101,7 +101,7 @@ def _next_report(reports: "queue.SimpleQueue[Callable[[], None]]") -> None:
 
 
 class _Shown:
-    """The progress of turns: a piece's documents count for its size, as far as that is known."""
+    """The progress of turns, in the unit of the pieces' sizes."""
 
     def __init__(self, source: Source, turns: Sequence[Turn], update: Callable[[int], object]):
         self._source, self._update = source, update
@@ -150,7 +150,7 @@ def _read_job(line: str | bytes) -> Job:
     """Returns the job that a line of JSON describes.
 
     Raises:
-        CorpusError: the corpus has other files by now.
+        CorpusError: the corpus's files have changed.
     """
     fields = json.loads(line)
     with warnings.catch_warnings(action="ignore"):  # the caller has shown them
@@ -162,7 +162,7 @@ def _read_job(line: str | bytes) -> Job:
 
 
 class _Worker:
-    """A worker process, from its caller's side."""
+    """A worker process, as its caller sees it."""
 
     def __init__(self, job: str):
         environment = os.environ | {
@@ -180,7 +180,7 @@ class _Worker:
         self._job = job
 
     def make(self, turn: Turn, on_part: Callable[[int, int], None]) -> None:
-        """Has the worker make the parts of a turn."""
+        """Makes the parts of a turn in the worker."""
         stdin, stdout = cast(IO, self._process.stdin), cast(IO, self._process.stdout)
         try:
             if self._job:
@@ -189,7 +189,7 @@ class _Worker:
             stdin.write(json.dumps(dataclasses.astuple(turn)).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError:
-            pass  # its status says more
+            pass  # the worker has ended; its status is reported below
         for line in stdout:
             answer = json.loads(line)
             if "part" in answer:
@@ -206,7 +206,7 @@ class _Worker:
         )
 
     def stop(self) -> None:
-        """Ends the process, and what waits for its answers."""
+        """Ends the process, and thereby the thread that waits for its answers."""
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
@@ -225,9 +225,9 @@ def _drive(worker: _Worker, waiting, reports, shown: _Shown) -> None:
 
 def main() -> None:
     """Makes parts as a worker."""
-    # Ctrl-C goes to the caller as well, which ends its workers.
+    # Ctrl-C also reaches the caller, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Nothing that a library prints may come between the answers.
+    # The output of libraries goes to standard error, so that it does not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lock = threading.Lock()

@@ -18,8 +18,8 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 class Tokenizer(PretrainedTokenizer):
     """A tokenizer of whole sequences.
 
-    A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. A space is put before every
-    text, so that a name has the same tokens at the start of a sentence and inside one. A special
+    A sequence is `<bos> text <eos>`; `<pad>` never carries a loss. Every text gets a space in
+    front, so that a name has the same tokens at the start of a sentence and inside one. A special
     token spelled out in a text is split into ordinary bytes and never read as the token.
     """
 
@@ -78,7 +78,7 @@ class Tokenizer(PretrainedTokenizer):
             self._inner.save(str(part))
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that decides which ids a text gets."""
+        """Returns a hash of all settings that decide a text's ids."""
         return fingerprint_parts([self._inner.to_str()])
 
     def encode_query(
@@ -90,8 +90,8 @@ class Tokenizer(PretrainedTokenizer):
 
         Args:
             prompt, target: the texts.
-            joiner: what stands between them, as they are; by default a space where one belongs
-                (`tda.data.joining.choose_joiner`), or for white space that is there already.
+            joiner: the text between them; by default a space where one belongs
+                (`tda.data.joining.choose_joiner`), which also replaces white space at the border.
 
         Returns:
             Ids, int32 [T], and whether a token is the target's, bool [T].

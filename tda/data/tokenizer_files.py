@@ -1,10 +1,10 @@
 """The tokenizer of a Hugging Face directory, read as transformers reads it.
 
-`tokenizer.json` decides how a text is split, and its template what stands before and after it.
-Some of transformers' classes overrule the template, or whether a space is put before a text; the
-rules below are those of transformers 5.24. Where that version splits a text otherwise than
+`tokenizer.json` decides how a text is split, and its template which tokens come before and after.
+Some of transformers' classes overrule the template, or whether a text gets a space in front; the
+rules below are those of transformers 5.24. Where that version splits a text differently from
 tokenizer.json (its Llama class adds no space to a text that begins with one, and its GPT-2 class
-does not split SmolLM's digits), the file is obeyed: the model was trained with it.
+does not split SmolLM's digits), the file is followed: the model was trained with it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, models
 
 from tda.data.chats import ChatTemplate
 
-# The files of a model's directory that decide which ids a text gets.
+# The files of a model's directory that decide a text's ids.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,12 +34,12 @@ _SPECIAL_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class _ClassRules:
-    """What a class of transformers adds to its files.
+    """The rules of a class of transformers beyond its files.
 
     Attributes:
-        tokens: names of special tokens that the class has unless its files say others.
-        puts_prefix: whether a space is put before a text unless `add_prefix_space` says it,
-            whatever tokenizer.json says; None where tokenizer.json decides alone.
+        tokens: special tokens by name, unless the files have others.
+        puts_prefix: whether a text gets a space in front if `add_prefix_space` is absent, whatever
+            tokenizer.json says; None where tokenizer.json decides.
         begins: whether the begin-of-sequence token comes first, whatever the template says; None
             where the template decides.
     """
@@ -71,7 +71,7 @@ _RULES = {
     "LlamaTokenizer": _ClassRules(_LLAMA_TOKENS, puts_prefix=True),
     "Qwen2Tokenizer": _ClassRules(_QWEN_TOKENS, puts_prefix=False),
 }
-# The class of transformers that obeys tokenizer.json alone.
+# The class of transformers that follows tokenizer.json alone.
 _PLAIN = "TokenizersBackend"
 # The classes that belong to models, by `model_type` in config.json.
 _CLASS_OF_MODEL = {
@@ -185,7 +185,7 @@ def read_chat_template(source, special_tokens: dict[str, str]) -> ChatTemplate |
 def _warn_of_flag(file: pathlib.Path, flag: str, config: dict) -> None:
     warnings.warn(
         f"{file.with_name('tokenizer_config.json')}: {flag}={config[flag]} does not count beside "
-        f"{file.name}, as in transformers; to change what stands before and after a text, change "
+        f"{file.name}, as in transformers; to change the tokens before and after a text, change "
         f"{file.name} (its post_processor or pre_tokenizer)",
         stacklevel=2,
     )
@@ -236,7 +236,7 @@ def _special_tokens(config: dict, rules: _ClassRules, inner, listed: dict) -> di
 
 
 def _add_tokens(file, inner, config: dict, names: dict[str, str], listed: dict) -> None:
-    """Adds the tokens that stand in no other file than the tokenizer's configuration.
+    """Adds the tokens that only the tokenizer's configuration lists.
 
     Raises:
         ValueError: a token gets another id than its file says.
@@ -259,9 +259,9 @@ def _add_tokens(file, inner, config: dict, names: dict[str, str], listed: dict) 
             inner.add_tokens([token])
         if inner.token_to_id(token.content) != i:
             raise ValueError(
-                f"{file.parent}: the token {token.content!r} is said to have the id {i}, but has "
-                f"{inner.token_to_id(token.content)} in {file.name}; fetch the tokenizer's files "
-                "again, all of one version"
+                f"{file.parent}: the configuration gives the token {token.content!r} the id {i}, "
+                f"but {file.name} gives it {inner.token_to_id(token.content)}; fetch the "
+                "tokenizer's files again, all of one version"
             )
     known = {token.content for token in inner.get_added_tokens_decoder().values()}
     absent = [t for t in dict.fromkeys([*names.values(), *map(_content, extra)]) if t not in known]
@@ -269,7 +269,7 @@ def _add_tokens(file, inner, config: dict, names: dict[str, str], listed: dict) 
 
 
 def _prefix_changes(inner: tokenizers.Tokenizer, is_put: bool) -> dict[str, dict | None]:
-    """Returns the states of the tokenizer's steps that change if a space is put before a text."""
+    """Returns the new states of the steps that must change so that a space is put or not."""
     changes: dict[str, dict | None] = {}
     for kind in ("normalizer", "pre_tokenizer", "decoder"):
         step = getattr(inner, kind)
@@ -311,7 +311,7 @@ def component(kind: str, state: dict | None):
 
 
 def without_template(state: dict | None) -> dict | None:
-    """Returns a post-processor's JSON state without what it puts around a text."""
+    """Returns a post-processor's JSON state without the tokens that it puts around a text."""
     if state is None or state["type"] == "ByteLevel":
         return state  # it trims the characters that belong to a token
     if state["type"] == "RobertaProcessing":
@@ -356,7 +356,7 @@ def read_template(inner: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[i
     """
     if inner.post_processor is None:
         return (), ()
-    # A text of one token that no vocabulary has, so that the template's own are told from it.
+    # A text of one token that no vocabulary has, so that it differs from the template's tokens.
     probe = 2**32 - 1
     word = tokenizers.Tokenizer(models.WordLevel({"x": probe}, unk_token="x")).encode("x")
     ids = inner.post_processor.process(word, None, True).ids

@@ -1,6 +1,5 @@
 """Tokenised sequences in flat arrays, and the splitting of long documents into passages."""
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +11,6 @@ from tda.data import long_texts
 from tda.data.jsonl import half_character
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
-from tda.runtime import preemption
 from tda.runtime.fingerprint import fingerprint_parts
 
 T = TypeVar("T")
@@ -97,7 +95,7 @@ class TokenTable:
 
 
 class PassageTexts(Sequence):
-    """The texts of a table's sequences, decoded when they are asked for.
+    """The texts of a table's sequences, decoded on demand.
 
     Args:
         table: the sequences.
@@ -164,10 +162,6 @@ def window(tokenizer, context: int) -> tuple[int, int]:
     return step, size
 
 
-# Texts in one call of the tokenizer.
-_CALL_TEXTS = 1024
-
-
 def by_characters(items: Iterable[T], length: Callable[[T], int], most: int) -> Iterator[list[T]]:
     """Yields lists of at most `most` items, and of few characters (but at least one item)."""
     batch: list[T] = []
@@ -182,67 +176,6 @@ def by_characters(items: Iterable[T], length: Callable[[T], int], most: int) -> 
         yield batch
 
 
-def tokenise_passages(
-    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, context: int
-) -> tuple[TokenTable, dict[str, int]]:
-    """Tokenises documents into passages of at most `context` positions each.
-
-    A passage is `<bos> … <eos>`; a longer document is cut into consecutive passages, each starting
-    with `<bos>` and only the last ending with `<eos>`. A passage has its document's id, or `ID#0`,
-    `ID#1`, … if there are several. Nothing is dropped. If the tokenizer puts nothing before a text,
-    a passage begins with the last token of the one before it, which is not scored.
-
-    Args:
-        texts: (document id, text) pairs.
-        tokenizer: the model's tokenizer.
-        context: the most positions that a passage may have.
-
-    Returns:
-        The table, and counts {"documents", "passages", "split"}.
-
-    Raises:
-        ValueError: a text is empty or not Unicode, or two passages get the same id; the message
-            names the document or the id.
-    """
-    ids, documents, sequences = [], [], []
-    split = 0
-    texts = list(texts)
-    for document, text in texts:
-        if half := half_character(text):
-            raise ValueError(f"document {document!r}: the text has {half}")
-        if not text or text.isspace():
-            raise ValueError(f"document {document!r} has an empty text; remove it from the corpus")
-    encoded = (
-        tokens
-        for batch in by_characters(texts, lambda pair: len(pair[1]), _CALL_TEXTS)
-        for tokens in _encode([text for _, text in batch], tokenizer)
-    )
-    for (document, _), tokens in zip(texts, encoded, strict=True):
-        tokens = np.concatenate([tokens, np.asarray(tokenizer.end, np.int32)])
-        ranges = cut(tokens, tokenizer, context)
-        split += len(ranges) > 1
-        for i, (first, stop) in enumerate(ranges):
-            ids.append(document if len(ranges) == 1 else f"{document}#{i}")
-            documents.append(document)
-            begin = np.asarray(tokenizer.begin, np.int32)
-            sequences.append(np.concatenate([begin, tokens[first:stop]]))
-    if len(set(ids)) < len(ids):
-        twice = next(i for i, n in collections.Counter(ids).items() if n > 1)
-        raise ValueError(f"two passages have the id {twice!r}; give documents other ids")
-    scored = [np.arange(len(s)) > 0 for s in sequences]
-    counts = {"documents": len(texts), "passages": len(ids), "split": split}
-    return _table(ids, documents, sequences, scored), counts
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Returns the token ids of each text, int32; of a long one, which comes alone, in pieces."""
-    preemption.check()
-    if len(texts) == 1 and len(texts[0]) > long_texts.PIECE:
-        pieces = long_texts.encode_pieces(tokenizer, texts[0])
-        return [np.concatenate([piece.ids for piece in pieces])]
-    return [np.asarray(ids, np.int32) for ids in tokenizer.encode(texts)]
-
-
 def tokenise_queries(
     queries: Iterable[Query | tuple[str, str, str]],
     tokenizer: Tokenizer,
@@ -255,7 +188,7 @@ def tokenise_queries(
         queries: queries, or (query id, prompt, target) triples.
         tokenizer: the model's tokenizer.
         context: the model's positions.
-        joiner: what stands between prompt and target; by default a space where one belongs
+        joiner: the text between prompt and target; by default a space where one belongs
             (`tda.data.joining.choose_joiner`).
 
     Raises:
@@ -288,7 +221,7 @@ def _encode_query(query: Query, tokenizer, joiner: str | None) -> tuple[np.ndarr
     for field, text in (("prompt", query.prompt), ("target", query.target)):
         if half := half_character(text):
             raise ValueError(f"query {query.id!r}: the {field} has {half}")
-    # A user's own tokenizer need not know joiners: it gets one only if one is given.
+    # A user's own tokenizer need not support joiners: it gets one only if one is given.
     options = {} if joiner is None else {"joiner": joiner}
     try:
         return tokenizer.encode_query(query.prompt, query.target, **options)

@@ -5,8 +5,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from tda.data import jsonl, tokens
+from tda.data import jsonl, tokenised, tokens
 from tda.data.batches import buckets
+from tda.data.documents import Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
 from tda.facts import features, files, labels, lama, statements
@@ -191,10 +192,13 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
 
 
 def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
-    table, counts = processes.together(lambda: tokens.tokenise_passages(texts, tokenizer, context))
+    documents = _heeding(Document(*pair) for pair in texts)
+    table, counts = processes.together(
+        lambda: tokenised.tokenise_in_memory(documents, tokenizer, context, quiet=True)
+    )
     print(
-        f"{label}: {counts['documents']:,} documents, {counts['passages']:,} passages "
-        f"({counts['split']:,} documents longer than {context} tokens were split), "
+        f"{label}: {counts.documents:,} documents, {len(table):,} passages "
+        f"({counts.split:,} documents longer than {context} tokens were split), "
         f"{table.count_scored():,} tokens"
     )
     return table
@@ -202,7 +206,8 @@ def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.T
 
 def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
     """Returns the correct passage rows of each query, for all labels and for strict ones."""
-    # All passages of a document that states a fact are correct: labels do not say where it does.
+    # All passages of a document that states a fact are correct: labels do not say where it does. A
+    # document without a token to predict has no passage.
     rows: dict[str, list[int]] = {}
     for row, document in enumerate(passages.documents):
         rows.setdefault(document, []).append(row)
@@ -210,7 +215,7 @@ def _correct(sentences, facts, passages) -> dict[str, list[np.ndarray]]:
     for label, strict in (("all", False), ("strict", True)):
         by_fact = labels.relevant_passages(sentences, facts, strict=strict)
         out[label] = [
-            np.asarray(sorted(r for s in by_fact[f.fact_id] for r in rows[s]), np.int64)
+            np.asarray(sorted(r for s in by_fact[f.fact_id] for r in rows.get(s, ())), np.int64)
             for f in facts
         ]
     return out

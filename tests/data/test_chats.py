@@ -114,7 +114,7 @@ def test_chats_that_cannot_be_written_are_refused_by_name(directory):
     (directory / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content if loop.last else m.content[:2] }}|{% endfor %}"
     )
-    with pytest.raises(CorpusError, match="writes the text before message 1 otherwise"):
+    with pytest.raises(CorpusError, match="changes the text before message 1 when"):
         tokenise(CHAT, PretrainedTokenizer.load(directory))
     (directory / "chat_template.jinja").unlink()
     with pytest.raises(CorpusError, match="document 'c': this tokenizer has no chat template"):

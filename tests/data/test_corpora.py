@@ -58,32 +58,32 @@ def datasets(tmp_path, rows=ROWS):
 
 @pytest.mark.parametrize("make", [jsonl, parquet, datasets])
 def test_every_kind_is_known_by_its_files(tmp_path, make):
-    assert list(corpora.documents(make(tmp_path))) == DOCUMENTS
+    assert list(corpora.Corpus(make(tmp_path))) == DOCUMENTS
 
 
 def test_gzip_many_files_and_a_folder_of_texts(tmp_path):
     jsonl(tmp_path, ROWS[:2], "c4-0.json.gz")
     jsonl(tmp_path, ROWS[2:], "c4-1.json.gz")
-    assert list(corpora.documents(tmp_path / "c4-*.json.gz")) == DOCUMENTS
+    assert list(corpora.Corpus(tmp_path / "c4-*.json.gz")) == DOCUMENTS
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "b.txt").write_text("日本語", encoding="utf-8")
     (folder / "a.txt").write_text("Oslo\n")
     found = [Document("a.txt", "Oslo\n"), Document("deep/b.txt", "日本語")]
-    assert list(corpora.documents(folder)) == found
+    assert list(corpora.Corpus(folder)) == found
     (folder / "a.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"a.txt, line 1: not UTF-8"):
-        list(corpora.documents(folder))
+        list(corpora.Corpus(folder))
 
 
 def test_documents_without_an_id_are_named_by_their_place(tmp_path):
     rows = [{"text": d.text, "timestamp": 0} for d in DOCUMENTS]
-    found = list(corpora.documents(jsonl(tmp_path, rows)))
+    found = list(corpora.Corpus(jsonl(tmp_path, rows)))
     assert [d.id for d in found] == [f"a.jsonl:{i}" for i in range(4)]
-    found = list(corpora.documents(jsonl(tmp_path), text_field="url", id_field="text"))
+    found = list(corpora.Corpus(jsonl(tmp_path), text_field="url", id_field="text"))
     assert found[1] == Document("日本語 and é.", "http://b")
     numbered = [{"id": 7, "text": "x"}]
-    assert list(corpora.documents(jsonl(tmp_path, numbered))) == [Document("7", "x")]
+    assert list(corpora.Corpus(jsonl(tmp_path, numbered))) == [Document("7", "x")]
 
 
 def test_splits_of_a_datasets_directory(tmp_path):
@@ -92,14 +92,14 @@ def test_splits_of_a_datasets_directory(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         datasets(tmp_path / split, ROWS if split == "train" else ROWS[2:])
-    assert list(corpora.documents(tmp_path)) == DOCUMENTS
-    assert list(corpora.documents(tmp_path, split="test")) == DOCUMENTS[2:]
+    assert list(corpora.Corpus(tmp_path)) == DOCUMENTS
+    assert list(corpora.Corpus(tmp_path, split="test")) == DOCUMENTS[2:]
     with pytest.raises(CorpusError, match="no split 'dev'; there are train, test"):
-        list(corpora.documents(tmp_path, split="dev"))
+        list(corpora.Corpus(tmp_path, split="dev"))
     state = {"_data_files": [], "_indices_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "train" / "state.json").write_text(json.dumps(state))
     with pytest.raises(CorpusError, match="is a selection of another dataset.s rows; write"):
-        list(corpora.documents(tmp_path))
+        list(corpora.Corpus(tmp_path))
 
 
 class TinyC4(tfds.core.GeneratorBasedBuilder):
@@ -130,7 +130,7 @@ def test_the_hugging_face_copy_of_c4(tmp_path):
             }
             jsonl(tmp_path, [row, row], f"c4-{split}.{i:05d}-of-00002.json.gz")
     with pytest.warns(UserWarning, match="the split 'train' is read"):
-        documents = list(corpora.documents(tmp_path))
+        documents = list(corpora.Corpus(tmp_path))
     assert [d.id for d in documents] == [
         f"c4-train.{i:05d}-of-00002.json.gz:{row}" for i in (0, 1) for row in (0, 1)
     ]
@@ -139,13 +139,13 @@ def test_the_hugging_face_copy_of_c4(tmp_path):
 
 def test_a_tfds_dataset_by_its_name(tmp_path, monkeypatch):
     TinyC4(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    found = list(corpora.documents("tiny_c4", data_dir=tmp_path))
+    found = list(corpora.Corpus("tiny_c4", data_dir=tmp_path))
     assert {d.text for d in found} == {d.text for d in DOCUMENTS}
     assert [d.id for d in found] == [f"tiny_c4/train:{i}" for i in range(4)]
-    found = {d.id: d.text for d in corpora.documents("tiny_c4", data_dir=tmp_path, id_field="url")}
+    found = {d.id: d.text for d in corpora.Corpus("tiny_c4", data_dir=tmp_path, id_field="url")}
     assert found == {f"http://{d.id}": d.text for d in DOCUMENTS}
     with pytest.raises(CorpusError, match=r"no_such_set is no file, no directory and no TFDS"):
-        list(corpora.documents("no_such_set", data_dir=tmp_path))
+        list(corpora.Corpus("no_such_set", data_dir=tmp_path))
     corpus = corpora.Corpus("tiny_c4", data_dir=tmp_path)
     assert len(corpus.files) == 1 and corpus.pieces == [Piece(tuple(corpus.files), 4)]
     monkeypatch.setattr(corpora, "_PIECE_ROWS", 3)
@@ -153,11 +153,11 @@ def test_a_tfds_dataset_by_its_name(tmp_path, monkeypatch):
     corpus = corpora.Corpus(**json.loads(described))
     assert [piece.size for piece in corpus.pieces] == [3, 1]
     assert [d for i in (0, 1) for d in corpus.read(i)] == list(corpus)
-    versioned = list(corpora.documents("tiny_c4:1.0.0", data_dir=tmp_path))
+    versioned = list(corpora.Corpus("tiny_c4:1.0.0", data_dir=tmp_path))
     assert {d.text for d in versioned} == {d.text for d in DOCUMENTS}
     assert versioned[0].id == "tiny_c4:1.0.0/train:0"
     with pytest.raises(CorpusError, match=r"tiny_c4:2.0.0 is no file, no directory and no TFDS"):
-        list(corpora.documents("tiny_c4:2.0.0", data_dir=tmp_path))
+        list(corpora.Corpus("tiny_c4:2.0.0", data_dir=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_all_forms_of_a_tfds_name(monkeypatch, name):
         return [{"text": "x"}]
 
     monkeypatch.setattr(tfds, "data_source", data_source)
-    assert list(corpora.documents(name)) == [Document(f"{name}/train:0", "x")]
+    assert list(corpora.Corpus(name)) == [Document(f"{name}/train:0", "x")]
     assert asked == [(name, "train", None)]
 
 
@@ -182,7 +182,7 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
     (tmp_path / "c4").mkdir()
     for name in ("c4/part.csv", "a.csv", "./c4:3.0.1", str(tmp_path / "c4:3.0.1"), "a/b/c.csv"):
         with pytest.raises(FileNotFoundError, match="no such"):
-            corpora.documents(name)
+            corpora.Corpus(name)
 
 
 @pytest.mark.parametrize(
@@ -204,27 +204,27 @@ def test_what_looks_like_a_file_is_no_tfds_name(tmp_path, monkeypatch):
 )
 def test_what_is_wrong_is_named(tmp_path, rows, how, message):
     with pytest.raises(CorpusError, match=message):
-        list(corpora.documents(jsonl(tmp_path, rows), **how))
+        list(corpora.Corpus(jsonl(tmp_path, rows), **how))
 
 
 def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.jsonl"):
-        list(corpora.documents(tmp_path / "nothing.jsonl"))
+        list(corpora.Corpus(tmp_path / "nothing.jsonl"))
     with pytest.raises(FileNotFoundError, match="no such corpus"):
-        list(corpora.documents(tmp_path / "nothing"))
+        list(corpora.Corpus(tmp_path / "nothing"))
     with pytest.raises(CorpusError, match=r"holds no file of a corpus that is known: nothing"):
-        list(corpora.documents(tmp_path))
+        list(corpora.Corpus(tmp_path))
     (tmp_path / "a.html").write_text("x")
     with pytest.raises(CorpusError, match="no kind of corpus has that suffix; rename"):
-        list(corpora.documents(tmp_path / "a.html"))
+        list(corpora.Corpus(tmp_path / "a.html"))
     (tmp_path / "a.html").unlink()
     parquet(tmp_path)
     (tmp_path / "0.parquet").write_bytes(b"PAR1")
     with pytest.raises(CorpusError, match=r"0.parquet is not a Parquet file"):
-        list(corpora.documents(tmp_path))
+        list(corpora.Corpus(tmp_path))
     parquet(tmp_path)
     with pytest.raises(CorpusError, match="no column 'body'; the columns are id, text, url"):
-        list(corpora.documents(tmp_path, text_field="body"))
+        list(corpora.Corpus(tmp_path, text_field="body"))
 
 
 @pytest.mark.parametrize("make", [jsonl, parquet])
@@ -249,7 +249,6 @@ def test_a_share_is_the_same_documents_however_they_are_read(tmp_path):
     assert 150 < len(tenth) < 250 and tenth < set(ids)
     again = corpora.Corpus(**json.loads(json.dumps(half.as_json())))
     assert again.describe() == half.describe() != corpora.Corpus(tmp_path).describe()
-    assert "share" not in corpora.Corpus(tmp_path).describe()  # tokens of old remain valid
 
 
 def test_a_sample_is_of_the_whole_corpus_and_keeps_what_matches():
@@ -296,13 +295,13 @@ def test_other_forms_of_files(tmp_path):
             table.writeheader()
             table.writerows(ROWS)
     for name in ("a.jsonl.zst", "bom.jsonl", "array.json", "array.json.gz", "a.csv", "a.tsv"):
-        assert list(corpora.documents(tmp_path / name)) == DOCUMENTS, name
+        assert list(corpora.Corpus(tmp_path / name)) == DOCUMENTS, name
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames)[:-9])
     with pytest.raises(ValueError, match="a.jsonl.zst, after line 2: .* truncated or damaged"):
-        list(corpora.documents(tmp_path / "a.jsonl.zst"))
+        list(corpora.Corpus(tmp_path / "a.jsonl.zst"))
     (tmp_path / "a.csv").write_text("id,text\na,x,y\n")
     with pytest.raises(CorpusError, match="a.csv, line 2: the row has another number of fields"):
-        list(corpora.documents(tmp_path / "a.csv"))
+        list(corpora.Corpus(tmp_path / "a.csv"))
 
 
 def test_the_files_of_a_folder_that_are_a_corpus(tmp_path):
@@ -312,33 +311,33 @@ def test_the_files_of_a_folder_that_are_a_corpus(tmp_path):
     names = ["a/x.jsonl:0", "b/x.jsonl:0"]
     paths = [tmp_path / "a/x.jsonl", tmp_path / "b/x.jsonl"]
     for source in (tmp_path, f"{tmp_path}/*/x.jsonl", paths):
-        assert [d.id for d in corpora.documents(source)] == names
+        assert [d.id for d in corpora.Corpus(source)] == names
     with pytest.raises(ValueError, match="x.jsonl is listed twice"):
-        corpora.documents([*paths, paths[0]])
+        corpora.Corpus([*paths, paths[0]])
     write(tmp_path, {"page.html": "<p>"})
     with pytest.warns(UserWarning, match=r"left out of the corpus, 1 of .html \(page.html\)"):
-        assert [d.id for d in corpora.documents(tmp_path)] == names
+        assert [d.id for d in corpora.Corpus(tmp_path)] == names
     write(tmp_path, {"note.txt": "Oslo"})
     with pytest.raises(
         CorpusError, match=r"several kinds: 2 of .jsonl \(a/x.jsonl, …\), 1 of .txt"
     ):
-        corpora.documents(tmp_path)
+        corpora.Corpus(tmp_path)
     with pytest.warns(UserWarning, match="page.html"):
-        assert list(corpora.documents(tmp_path, kind="texts")) == [Document("note.txt", "Oslo")]
+        assert list(corpora.Corpus(tmp_path, kind="texts")) == [Document("note.txt", "Oslo")]
 
 
 def test_the_splits_of_a_folder(tmp_path):
     write(tmp_path, {"train.jsonl": LINE, "validation/a.jsonl": LINE, "dev.jsonl": LINE})
     with pytest.warns(UserWarning, match=r"the split 'train' is read \(.*validation: 2"):
-        assert [d.id for d in corpora.documents(tmp_path)] == ["train.jsonl:0"]
+        assert [d.id for d in corpora.Corpus(tmp_path)] == ["train.jsonl:0"]
     with pytest.warns(UserWarning, match="the split 'validation' is read"):
-        held_out = list(corpora.documents(tmp_path, split="validation"))
+        held_out = list(corpora.Corpus(tmp_path, split="validation"))
     assert [d.id for d in held_out] == ["dev.jsonl:0", "validation/a.jsonl:0"]
     with pytest.raises(CorpusError, match=r"has no split 'test' \("):
-        corpora.documents(tmp_path, split="test")
+        corpora.Corpus(tmp_path, split="test")
     write(tmp_path, {"more.jsonl": LINE})
     with pytest.raises(CorpusError, match=r"mixes files of splits with others \("):
-        corpora.documents(tmp_path)
+        corpora.Corpus(tmp_path)
 
 
 def test_what_is_not_utf_8_is_named_or_skipped_and_counted(tmp_path):
@@ -356,7 +355,7 @@ def test_what_is_not_utf_8_is_named_or_skipped_and_counted(tmp_path):
         ("t", "b.txt, line 1", ["Oslo"]),
     ):
         with pytest.raises(ValueError, match=f"{place}: not UTF-8"):
-            list(corpora.documents(tmp_path / name))
+            list(corpora.Corpus(tmp_path / name))
         corpus = corpora.Corpus(tmp_path / name, undecodable="skip")
         with pytest.warns(UserWarning, match="1 records are not UTF-8"):
             assert [d.text for d in corpus] == rest
@@ -371,7 +370,7 @@ def test_rows_of_parquet_that_are_not_utf_8(tmp_path):
     table = pyarrow.table({"text": binary.view(pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match="a.parquet, row 1: not UTF-8"):
-        list(corpora.documents(tmp_path / "a.parquet"))
+        list(corpora.Corpus(tmp_path / "a.parquet"))
     with pytest.warns(UserWarning, match="1 records"):
         found = list(corpora.Corpus(tmp_path / "a.parquet", undecodable="skip"))
     assert [d.id for d in found] == ["a.parquet:0", "a.parquet:2"]
@@ -413,7 +412,7 @@ def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
     arrow()
     datasets(tmp_path, ROWS)
     with pytest.raises(CorpusError, match="has no splits, so split='test' has no effect"):
-        list(corpora.documents(tmp_path, split="test"))
+        list(corpora.Corpus(tmp_path, split="test"))
 
 
 @pytest.mark.parametrize("form", [list, lambda files: str(files[0].parent / "*")])
@@ -423,7 +422,7 @@ def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
 def test_files_of_several_kinds_are_refused(tmp_path, form, names):
     """Guards: JSON lines read as a text, or a table as JSON."""
     write(tmp_path, dict.fromkeys(names, LINE))
-    with pytest.raises(CorpusError, match=r"of several kinds, .* \(a\..*give those of one kind"):
+    with pytest.raises(CorpusError, match=r"of several kinds, .* \(a\..*give files of one kind"):
         corpora.Corpus(form([tmp_path / name for name in names]))
 
 
@@ -443,11 +442,11 @@ def test_files_of_several_kinds_are_refused(tmp_path, form, names):
 )
 def test_tables_in_other_forms_are_refused(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
-        list(corpora.documents(write(tmp_path, files)))
+        list(corpora.Corpus(write(tmp_path, files)))
 
 
 def test_what_describes_a_dataset_is_no_corpus(tmp_path):
     write(tmp_path, {"a.jsonl": LINE, "dataset_infos.json": "{}", "README.md": "# About"})
-    assert [d.text for d in corpora.documents(tmp_path)] == ["Oslo"]
+    assert [d.text for d in corpora.Corpus(tmp_path)] == ["Oslo"]
     with pytest.raises(CorpusError, match="None is no corpus; give a path"):
         corpora.Corpus(None)

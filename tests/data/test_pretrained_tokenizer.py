@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tda.data import tokens
+from tda.data import tokenised
+from tda.data.documents import Document
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer_files import read_template
 
@@ -145,7 +146,7 @@ def test_tokens_of_every_file_are_added(tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": 320}))
     assert PretrainedTokenizer.load(tmp_path, True).encode(["<new><more>"]) == [[320, 321]]
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": 400}))
-    with pytest.raises(ValueError, match="'<new>' is said to have the id 400, but has 320"):
+    with pytest.raises(ValueError, match="'<new>' the id 400, but tokenizer.json gives it 320"):
         PretrainedTokenizer.load(tmp_path)
 
 
@@ -166,7 +167,7 @@ def test_the_beginning_is_never_doubled(tmp_path):
         for text in ("Bonn", "<s>Bonn", "<s> Bonn"):
             assert found.sequence(text).count(0) == 1
             assert found.encode_query(text, "x")[0].tolist().count(0) == 1
-            table, _ = tokens.tokenise_passages([("a", text)], found, 64)
+            table, _ = tokenised.tokenise_in_memory([Document("a", text)], found, 64, quiet=True)
             assert table.tokens.tolist().count(0) == 1
     # Without parse_special, what is spelled out is text; with it, it is the token.
     plain, parsed = (PretrainedTokenizer.load(directory, p) for p in (False, True))
@@ -219,7 +220,7 @@ def test_what_cannot_be_asked_is_told():
     found = PretrainedTokenizer(byte_level())
     with pytest.raises(ValueError, match="has no token"):
         found.encode_query("Bonn lies in", " ")
-    with pytest.raises(ValueError, match="nothing stands before the target 'Bonn'"):
+    with pytest.raises(ValueError, match="no token comes before the target 'Bonn'"):
         found.encode_query("", "Bonn")
     ids, is_target = PretrainedTokenizer(byte_level(), begin=[0]).encode_query("", "Bonn")
     assert ids[0] == 0 and is_target[1:].all()
@@ -238,7 +239,8 @@ def test_files_that_do_not_fit_are_named(tmp_path):
 def test_every_token_of_a_long_text_is_predicted_once(context, around):
     """Guards: tokens at the cuts of a document that no passage predicts."""
     found = PretrainedTokenizer(byte_level(), **around)
-    table, counts = tokens.tokenise_passages([("a", TEXTS[1]), ("b", TEXTS[0])], found, context)
+    documents = [Document("a", TEXTS[1]), Document("b", TEXTS[0])]
+    table, counts = tokenised.tokenise_in_memory(documents, found, context, quiet=True)
     assert table.lengths.max() <= context + 1
     predicted = {"a": [], "b": []}
     for i, document in enumerate(table.documents):
@@ -248,7 +250,7 @@ def test_every_token_of_a_long_text_is_predicted_once(context, around):
         whole = [*found.encode([text])[0]]
         expected = whole if around else whole[1:]
         assert predicted[name] in (expected, expected + list(found.end))
-    assert counts["documents"] == 2
+    assert counts.documents == 2
 
 
 def gguf_file(path, tokenizer_model, **fields):

@@ -18,7 +18,6 @@ from tda.data import (
     pieces,
     tokenised,
     tokenising,
-    tokens,
 )
 from tda.data.chats import ChatTemplate
 from tda.data.corpora import Corpus, CorpusError, Document
@@ -75,16 +74,11 @@ def same(a, b):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def test_the_same_passages_as_of_the_table_in_memory(tokenizer):
-    found, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
-    pairs = [(d.id, d.text) for d in DOCUMENTS if d.text.strip()]
-    expected, _ = tokens.tokenise_passages(pairs, tokenizer, 24)
-    several = len({n.split("#")[0] for n in found.ids if "#" in n})
+def test_a_table_counts_its_documents(tokenizer):
+    table, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    several = len({n.split("#")[0] for n in table.ids if "#" in n})
     assert counts == Counts(len(DOCUMENTS), 1, several) and several > 3
-    assert list(found.documents) == list(expected.documents)
-    for name in ("tokens", "starts", "scored"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    assert found.ids[0] == "short" and "blank" not in list(found.documents)
+    assert table.ids[0] == "short" and "blank" not in list(table.documents)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from tda.data import tokens
+from tda.data import tokenised, tokens
+from tda.data.documents import Document
+from tda.data.parts import Counts
 from tda.data.tokenizer import Tokenizer
 
 SHORT = "Oslo lies in Norway."
@@ -20,11 +22,16 @@ def sequence(table, i):
     return table.tokens[part].tolist(), table.scored[part].tolist()
 
 
+def tokenise(texts, tokenizer, context):
+    documents = [Document(*pair) for pair in texts]
+    return tokenised.tokenise_in_memory(documents, tokenizer, context, quiet=True)
+
+
 def test_a_passage_is_bos_text_eos(tokenizer):
     """Guards: doubled begin-of-sequence token."""
-    table, counts = tokens.tokenise_passages([("a", SHORT), ("b", "Oslo")], tokenizer, 64)
-    assert (table.ids, table.documents, len(table)) == (["a", "b"], ["a", "b"], 2)
-    assert counts == {"documents": 2, "passages": 2, "split": 0}
+    table, counts = tokenise([("a", SHORT), ("b", "Oslo")], tokenizer, 64)
+    assert list(table.ids) == list(table.documents) == ["a", "b"]
+    assert counts == Counts(documents=2, blank=0, split=0)
     for i, text in enumerate([SHORT, "Oslo"]):
         ids, scored = sequence(table, i)
         assert ids == [tokenizer.bos, *tokenizer.encode([text])[0], tokenizer.eos]
@@ -38,7 +45,7 @@ def test_a_passage_is_bos_text_eos(tokenizer):
 def test_splitting_loses_nothing(tokenizer, context):
     """Guards: tokens of long documents dropped in silence."""
     texts = [("first", LONG), ("short", "Oslo"), ("last", LONG[::-1])]
-    table, counts = tokens.tokenise_passages(texts, tokenizer, context)
+    table, counts = tokenise(texts, tokenizer, context)
     assert table.lengths.max() <= context + 1
     joined, scored_count = {}, {}
     for i, document in enumerate(table.documents):
@@ -53,46 +60,19 @@ def test_splitting_loses_nothing(tokenizer, context):
             whole.append(tokenizer.eos)
         assert joined[document] == whole
         assert scored_count[document] == len(whole)
-    assert counts["documents"] == 3 and counts["passages"] == len(table)
-    assert counts["split"] == sum(table.documents.count(d) > 1 for d in joined)
-
-
-def test_parts_are_numbered_and_keep_their_documents_id(tokenizer):
-    table, counts = tokens.tokenise_passages([("a", "Oslo"), ("doc", LONG)], tokenizer, 40)
-    parts = len(table) - 1
-    assert parts > 2
-    assert table.ids == ["a", *(f"doc#{i}" for i in range(parts))]
-    assert table.documents == ["a"] + ["doc"] * parts
-    assert counts == {"documents": 2, "passages": parts + 1, "split": 1}
+    assert counts.documents == 3
+    assert counts.split == sum(table.documents.count(d) > 1 for d in joined)
 
 
 def test_a_document_that_fits_exactly_is_not_split(tokenizer):
     n = len(tokenizer.encode([SHORT])[0]) + 1
-    table, _ = tokens.tokenise_passages([("a", SHORT)], tokenizer, n)
-    assert table.ids == ["a"] and table.tokens[-1] == tokenizer.eos
+    table, _ = tokenise([("a", SHORT)], tokenizer, n)
+    assert list(table.ids) == ["a"] and table.tokens[-1] == tokenizer.eos
     # One position less: the text still fits, and no passage of <eos> alone is made.
-    table, counts = tokens.tokenise_passages([("a", SHORT)], tokenizer, n - 1)
-    assert table.ids == ["a"] and table.tokens[-1] != tokenizer.eos and counts["split"] == 0
-    table, _ = tokens.tokenise_passages([("a", SHORT)], tokenizer, n - 2)
-    assert table.ids == ["a#0", "a#1"]
-
-
-def test_parts_do_not_take_another_documents_id(tokenizer):
-    with pytest.raises(ValueError, match="two passages have the id 'a#1'"):
-        tokens.tokenise_passages([("a", LONG), ("a#1", SHORT)], tokenizer, 40)
-
-
-@pytest.mark.parametrize("empty", ["", "  ", "\n"])
-def test_an_empty_text_is_refused_by_name(tokenizer, empty):
-    """Guards: an empty document writing over its neighbours."""
-    with pytest.raises(ValueError, match="document 'b' has an empty text"):
-        tokens.tokenise_passages([("a", SHORT), ("b", empty), ("c", SHORT)], tokenizer, 64)
-
-
-def test_no_documents(tokenizer):
-    table, counts = tokens.tokenise_passages([], tokenizer, 64)
-    assert len(table) == 0 and len(table.lengths) == 0
-    assert counts == {"documents": 0, "passages": 0, "split": 0}
+    table, counts = tokenise([("a", SHORT)], tokenizer, n - 1)
+    assert list(table.ids) == ["a"] and table.tokens[-1] != tokenizer.eos and counts.split == 0
+    table, _ = tokenise([("a", SHORT)], tokenizer, n - 2)
+    assert len(table) == 2
 
 
 def test_only_a_querys_target_is_scored(tokenizer):
@@ -112,7 +92,7 @@ def test_half_a_character_is_refused_by_name(tokenizer):
     """Guards: the tokenizer's "TextEncodeInput must be …", which names nothing."""
     half = "Oslo \ud83d"
     with pytest.raises(ValueError, match=r"document 'b': the text has half a character, \\ud83d"):
-        tokens.tokenise_passages([("a", SHORT), ("b", half)], tokenizer, 64)
+        tokenise([("a", SHORT), ("b", half)], tokenizer, 64)
     with pytest.raises(ValueError, match=r"query 'q2': the prompt has half a character"):
         tokens.tokenise_queries([("q1", "a", "b"), ("q2", half, "b")], tokenizer, 64)
     with pytest.raises(ValueError, match=r"query 'q2': the target has half a character"):

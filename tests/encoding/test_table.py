@@ -10,8 +10,9 @@ from flax import nnx
 from tda import hessian
 from tda import loss as losses
 from tda import store as stores
-from tda.data import tokens
+from tda.data import tokenised, tokens
 from tda.data.batches import BatchLayout, materialise
+from tda.data.documents import Document
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
 from tda.gradients.encoder import build_encoder, make_encoder, make_taps, scored_positions
@@ -29,8 +30,8 @@ LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
 @pytest.fixture(scope="module")
 def setup(decoder):
     tokenizer = Tokenizer.train(TEXTS, 300)
-    documents = [(str(i), t) for i, t in enumerate(TEXTS)]
-    table, _ = tokens.tokenise_passages(documents, tokenizer, 32)
+    documents = [Document(str(i), t) for i, t in enumerate(TEXTS)]
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
     model = decoder(vocab_size=tokenizer.vocab_size)
     return table, make_encoder(model, Projection(side=3, blocks=2))
 
@@ -186,7 +187,8 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
 ):
     """Guards: one bad example that spoils a batch, or ends the run."""
     tokenizer = Tokenizer.train(TEXTS, 300)
-    table, _ = tokens.tokenise_passages([(f"p{i}", t) for i, t in enumerate(TEXTS)], tokenizer, 32)
+    documents = [Document(f"p{i}", t) for i, t in enumerate(TEXTS)]
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
     sound = decoder(vocab_size=tokenizer.vocab_size, tied=False)
     broken = nnx.clone(sound)
     # A token that only the second passage reads.

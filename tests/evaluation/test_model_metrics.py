@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda.data import tokens
+from tda.data import tokenised, tokens
 from tda.data.batches import BatchLayout, materialise
+from tda.data.documents import Document
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation import tail_patch
 from tda.evaluation.likelihood import Likelihood, target_statistics
@@ -26,7 +27,8 @@ BUCKETS = (8, 16, 32)
 def setup():
     texts = ["Paris is in France.", "Oslo is in Norway and it is cold there.", "Rome is in Italy."]
     tokenizer = Tokenizer.train(texts, 300)
-    table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 32)
+    documents = [Document(str(i), t) for i, t in enumerate(texts)]
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
     questions = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
     queries = tokens.tokenise_queries(questions, tokenizer, 32)
     settings = DecoderSettings(

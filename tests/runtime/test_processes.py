@@ -20,7 +20,7 @@ if me >= 0:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
 from tda import store as stores
-from tda.data import corpora, pieces, tokenised, tokens
+from tda.data import corpora, documents, pieces, tokenised
 from tda.data.batches import BatchLayout
 from tda.data.tokenizer import Tokenizer
 from tda.gradients.encoder import make_encoder
@@ -33,7 +33,9 @@ from tda.runtime import code_version, processes, sharding
 
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(23)]
 tokenizer = Tokenizer.train(texts, 300)
-table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+table, _ = tokenised.tokenise_in_memory(
+    [documents.Document(str(i), t) for i, t in enumerate(texts)], tokenizer, 48, quiet=True
+)
 corpora._PIECE_BYTES, pieces.BATCH, pieces.BATCHES_A_PART = 1, 2, 1
 corpus = corpora.Corpus(os.path.dirname(path) + "/corpus")
 tokenised.tokenise_on_disk(path + "-tokens", corpus, tokenizer, 48, quiet=True)

@@ -123,7 +123,7 @@ if port:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
 from flax import nnx
 from tda import store as stores
-from tda.data import tokens
+from tda.data import documents, tokenised
 from tda.data.batches import BatchLayout
 from tda.data.tokenizer import Tokenizer
 from tda.encoding import table as encoding
@@ -133,7 +133,9 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(64)]
 tokenizer = Tokenizer.train(texts, 300)
-table, _ = tokens.tokenise_passages([(str(i), t) for i, t in enumerate(texts)], tokenizer, 48)
+table, _ = tokenised.tokenise_in_memory(
+    [documents.Document(str(i), t) for i, t in enumerate(texts)], tokenizer, 48, quiet=True
+)
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
 encoder = make_encoder(model, Projection(side=4, blocks=2))
