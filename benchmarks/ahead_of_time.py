@@ -1,6 +1,6 @@
 """The encoder and a training step, compiled ahead of time from shapes alone.
 
-So what they need on a large mesh is known without one: see `benchmarks.pod`.
+Their memory on a large mesh is thus known without one: see `benchmarks.pod`.
 """
 
 import functools

@@ -2,10 +2,10 @@
 
     python -m benchmarks.bergson_gradients --json=bergson_gradients.json
 
-The same weights, tokens, second moments and projection matrices on both sides, in float32: so every
-number of a row should be the same. Printed for each correction is the largest difference of a row's
-part for a matrix, over that part's norm, and the least cosine. Ends with status 1 where a
-difference is above 1e-4. Bergson's environment is made as by `benchmarks.vs_bergson`.
+Both sides have the same weights, tokens, second moments and projection matrices, in float32, so
+every number of a row should be equal. Prints, for each correction, the largest difference of a
+row's part for a matrix, over that part's norm, and the least cosine. Ends with status 1 if a
+difference is above 1e-4. Bergson's environment is that of `benchmarks.vs_bergson`.
 """
 
 import pathlib

@@ -2,10 +2,9 @@
 
     python bergson_side.py DIRECTORY
 
-One JSON command a line on standard input, one JSON answer a line on standard output. All work is
-done by the functions behind `bergson build` and `bergson trackstar`, unchanged, but these are kept
-from call to call, so that no time of theirs counts: the model, the datasets, the optimizer's second
-moments, and the projection matrices.
+One JSON command a line on standard input, one JSON answer a line on standard output. The unchanged
+functions behind `bergson build` and `bergson trackstar` do all work, but model, datasets, second
+moments and projection matrices are kept from call to call, so that loading them does not count.
 """
 
 import copy
@@ -125,7 +124,7 @@ class Side:
         }
 
     def _start(self) -> None:
-        """Puts what is kept in the place of Bergson's functions that load it."""
+        """Replaces Bergson's loading functions by the loaded objects."""
         if self.clock is not None:
             return
         workers = _module("utils.worker_utils")

@@ -1,4 +1,4 @@
-"""Measures tokenising by core, and what a start on a large corpus takes.
+"""Measures tokenising by core, and the start on a large corpus.
 
     python -m benchmarks.corpus --rows=10000000 --texts=/path/to/corpus.jsonl.gz
 
@@ -83,7 +83,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def _start(directory: pathlib.Path) -> dict:
-    """Does what comes before the first shard; returns seconds and memory."""
+    """Runs the work before the first shard; returns seconds and memory."""
     before, begin = _memory(), time.perf_counter()
     tokenizer = _tokenizer()
     source = _Synthetic(_ROWS.value)

@@ -1,4 +1,4 @@
-"""How close each correction comes to exact Adam on a trained model, and what it costs.
+"""How close each correction comes to exact Adam on a trained model, and its cost.
 
     python -m benchmarks.corrections --workdir=demo --json=corrections.json
     python -m benchmarks.corrections --workdir=runs/trex_small --config=configs/trex_small.py \\
@@ -10,10 +10,10 @@ the command line sets, must be the run's (projection and λ may differ). Queries
 those that state them, are sampled at random, or all are taken. Every correction encodes the same
 ones with the same projection matrices, and is compared with exact Adam:
 
-    relative error  √(mean (1 − Ŝ/S)²) of S = 1/√V over all weights; as it is, and with every matrix
-                    multiplied by the constant that makes it least (the error of shape alone)
-                    (--fresh=N compares with S estimated anew from N batches too: what of exact
-                    Adam's S is there again, and what is noise of the optimizer's short memory)
+    relative error  √(mean (1 − Ŝ/S)²) of S = 1/√V over all weights; and with every matrix
+                    multiplied by the constant that minimises it (the error of shape alone)
+                    (--fresh=N also compares with S estimated anew from N batches, which separates
+                    exact Adam's S from the noise of the optimizer's short memory)
     cosine          of a passage's encoding with its exact-Adam encoding; and of whole gradients,
                     not projected, of some passages, by kind of layer
     overlap         of the ten passages retrieved, |A ∩ B| / 10, mean over queries
@@ -57,7 +57,7 @@ from tda.training import loop
 _QUERIES = flags.DEFINE_integer("queries", 200, "queries, sampled at random; 0: all")
 _PASSAGES = flags.DEFINE_integer("passages", 0, "passages, at least all correct ones; 0: all")
 _WHOLE = flags.DEFINE_integer("whole", 64, "passages whose whole gradients are compared")
-_FRESH = flags.DEFINE_integer("fresh", 0, "batches that V is estimated from anew; 0: it is not")
+_FRESH = flags.DEFINE_integer("fresh", 0, "batches of a new estimate of V; 0: none")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds of timing after warm-up")
 _SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 
@@ -68,7 +68,7 @@ K = 10
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is encoded, by which model.
+    """The rows to encode, and the model.
 
     Attributes:
         config: of the run.

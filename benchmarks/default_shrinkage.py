@@ -104,7 +104,7 @@ def corpus(size: int, seed: int) -> tuple[list[str], list[tuple[str, str]], list
 def corpus_of_files() -> tuple[
     list[str], list[tuple[str, str]], list[list[int]], Iterator[tuple[str, str]]
 ]:
-    """Reads texts, queries and their rows as `corpus` does, and what else the model is told."""
+    """Reads texts, queries and their rows as `corpus` does, and further text for training."""
     sentences = list(files.iter_sentences(_SENTENCES.value))
     facts = list(files.iter_facts(_FACTS.value))
     config = trex_table1.get_config().data

@@ -3,16 +3,16 @@
     python -m benchmarks.encoder --json=encoder.json
     python -m benchmarks.encoder --sizes=10m --lengths=128 --rounds=5
 
-All sides run in one process, turn by turn: each round times every side once, and a side's figure is
-the median over rounds of its time over the training step's in the same round. A training step is
-forward, backward and Adam's update, jitted, with its state donated. Weights are random; a time does
-not depend on them. Memory is the compiler's own account: arguments, outputs and temporaries. Ratios
-are over the training step. `vmap(grad)` then project is given as many of the batch's examples as
-have 2 GiB of gradients, and the encoder the same ones beside it. The least that the count of matrix
-products allows is printed too: an encoder forms no weight gradient but for exact Adam's, which
-cannot do without, and never the embedding's and the head's. "none and factored" encodes both kinds
-in one pass, which is held against a pass for each. "training step, capturing" trains, and keeps its
-examples' encodings (`tda.Capture`).
+All sides run in one process, in turns: each round times every side once, and a side's figure is the
+median over rounds of its time over the training step's in the same round. A training step is
+forward, backward and Adam's update, jitted, with its state donated. Weights are random, since times
+do not depend on them. Memory is as the compiler states it: arguments, outputs and temporaries.
+Ratios are over the training step. `vmap(grad)` with projection gets as many of the batch's examples
+as have 2 GiB of gradients, and so does the encoder for this comparison. The least ratio that the
+count of matrix products allows is printed too: an encoder forms no weight gradients, except for
+exact Adam, and never those of embedding and head. "none and factored" encodes both kinds in one
+pass, in comparison with a pass for each. "training step, capturing" trains, and keeps its examples'
+encodings (`tda.Capture`).
 """
 
 import functools

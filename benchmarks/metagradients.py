@@ -4,7 +4,7 @@
 
 For each width of a decoder and each T: seconds of CPU of a training and of a reverse pass (both
 compiled before), the largest sum of live arrays' bytes during the pass, and the states on disk.
-Then the laws, fitted by least squares of relative errors, and what they say of `--say`.
+Then the laws, fitted by least squares of relative errors, and their predictions for `--say`.
 """
 
 import math

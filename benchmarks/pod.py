@@ -1,11 +1,11 @@
-"""What the large models need on each device of a pod, by compiling for a simulated mesh.
+"""The memory of large models on each device of a pod, by compiling for a simulated mesh.
 
     python -m benchmarks.pod --json=pod.json
     python -m benchmarks.pod --size=1b --fsdp=8 --tensor=2 --batch=32
 
-No array is ever allocated: the computations are lowered from shapes and compiled for simulated
-devices, and the compiler says what memory they take. The CPU compiler's account is a guide to, not
-the same as, that of an accelerator's, whose attention kernels need less.
+No array is allocated: the computations are lowered from shapes and compiled for simulated devices,
+and the compiler states their memory. The CPU compiler's figures are a guide to those of an
+accelerator, whose attention kernels need less.
 """
 
 import functools

@@ -2,17 +2,15 @@
 
     python -m benchmarks.scann_curve --config=configs/world_facts.py --workdir=demo --json=PATH
 
-The workdir is that of a finished run of `experiments.trace`, whose config, with what the command
-line sets, must be given; what is searched are its encodings by TrackStar. An index is built for
-every way of coding and partitioning, and searched in several ways, through the library's own calls.
-All sides run in one process, turn by turn. Exact search is one float32 product with all rows by
-XLA, and the k best and worst of each query. A *batch* is
-many queries at once; a *single* query comes alone, one after another. Two rates are given: of both
-rankings, proponents and opponents, and of proponents alone; exact search takes as long for either.
-Recall is over all queries; that of *signal* counts only those of the best rows whose scores as many
-random rows would not reach (the mean, and √(2 ln rows) deviations). What the codes and leaves have
-to tell apart is printed first: scores of the best rows and of the bulk, and what is left of them in
-fewer dimensions.
+The workdir is that of a finished run of `experiments.trace`; give its config and its config flags.
+Its encodings by TrackStar are searched. An index is built for every way of coding and partitioning,
+and searched in several ways, through the library's own calls. All sides run in one process, in
+turns. Exact search is one float32 product with all rows by XLA, and the k best and worst of each
+query. A *batch* is many queries at once; *single* queries come one after another. There are two
+rates: of both rankings, proponents and opponents, and of proponents alone; exact search takes as
+long for either. Recall is over all queries; that of *signal* counts only those of the best rows
+whose scores as many random rows would not reach (the mean, and √(2 ln rows) deviations). First the
+distribution of the scores is printed: of the best rows and of the bulk, and in fewer dimensions.
 """
 
 import dataclasses
@@ -41,7 +39,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds after warm-up")
 _PART_ROWS = flags.DEFINE_integer("part_rows", 25_000, "rows of a part of the index, at most")
 _BLOCKS = flags.DEFINE_list("dims_per_block", ["2", "3", "4", "8", "16"], "without leaves")
 _REORDER = flags.DEFINE_list("reorder", ["50", "100", "200", "500", "1000"], "per part")
-_BASE = flags.DEFINE_integer("base", 4, "dims_per_block of what follows")
+_BASE = flags.DEFINE_integer("base", 4, "dims_per_block of the following cases")
 _DTYPES = flags.DEFINE_list("reorder_dtypes", ["float32", "bfloat16"], "beside int8")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.03", "0.2"], "beside 0")
 _TRAINING = flags.DEFINE_list("training_rows", ["1000", "20000"], "beside 5000")

@@ -3,8 +3,8 @@
     python -m benchmarks.vs_bergson --json=vs_bergson.json
     python -m benchmarks.vs_bergson --sizes=10m,30m --cases=train,build/none --rounds=5
 
-Makes Bergson's own virtual environment in --venv if it is not there yet. torch's version is pinned,
-not its build: the CPU build is enough, and gigabytes smaller where pip knows of one.
+Creates Bergson's own virtual environment in --venv if it is missing. torch's version is pinned, not
+its build: the CPU build is enough, and gigabytes smaller if pip's index has one.
 
 Both sides get the same weights (transformers' `LlamaForCausalLM` is our decoder), the same random
 tokens, the same second moments, float32 and all cores. Bergson keeps one block of side × side for
@@ -22,17 +22,17 @@ a process of its own that waits while the other works; a round times ours, then 
   the queries' gradients, another pass for scores) against a store filled in one pass, from which R
   and scores are taken.
 
-A time counts what grows with the corpus: not starting a process, imports, loading or compilation,
-which all are warmed up. A case's first run with all of these is its "whole process" figure. What
-costs the same for any corpus (eigenvalues, λ, R^(−1/2)) is in TrackStar's ratio, and left out of
-that "of passes", which a large corpus tends to. "Cores' time" (in the JSON file) is all cores' work
-added up; where other work goes on it tells more than the clock. Bergson's batch is the best of
---their_tokens, ours is always --tokens. Bergson takes R from all rows here, as we do; by default it
-does from 10,000 at most, which spares a large corpus's first pass: see --hessian_rows, and the
+A time counts only work that grows with the corpus: starting a process, imports, loading and
+compilation come before. A case's first run with all of these is its "whole process" figure. Work
+of the same cost for any corpus (eigenvalues, λ, R^(−1/2)) is in TrackStar's ratio, but not in that
+"of passes", which a large corpus approaches. "Cores' time" (in the JSON file) is the sum over all
+cores, a better measure than the clock on a busy machine. Bergson's batch is the best of
+--their_tokens, ours is always --tokens. Bergson computes R from all rows here, as we do; by default
+it takes 10,000 at most, which saves most of a large corpus's first pass: see --hessian_rows and the
 parts of each run in the JSON file ("approximate_hessians" is that pass and the queries').
 
-Checked before any timing: equal losses and shapes, mean squares of the rows that agree, nothing
-that is not finite; and every query, a row of the corpus itself, finds itself first on both sides.
+Checked before any timing: losses and shapes are equal, mean squares of the rows agree, all numbers
+are finite, and every query, a row of the corpus itself, finds itself first on both sides.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ from tda import hessian
 from tda.model import functional
 
 BERGSON = "2.5.1"
-# What it imports for language models; its other requirements (images, sound, 8 bits) are left out.
+# Its imports for language models, without its other requirements (images, sound, 8 bits).
 NEEDED = (
     "torch==2.13.0 transformers==5.23.0 datasets==5.2.0 peft==0.21.2 torchopt==0.7.3 "
     "simple-parsing==0.1.9 jaxtyping==0.3.11 jinja2 ml_dtypes natsort petname pandas scipy"

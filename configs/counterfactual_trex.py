@@ -23,7 +23,7 @@ def get_config():
     c.rerank.passages = 0
     c.data.pool = "clean"
     c.data.exclude_relations = "P527,P138,P20,P937,P463"
-    # The bank's passages are no part of what the model is pretrained on.
+    # The bank's passages are not in the text that the model is pretrained on.
     c.data.n_sentences = 512
     c.data.n_queries = 40
     c.data.train_on = "rest"

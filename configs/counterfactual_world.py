@@ -28,7 +28,7 @@ def get_config(size: str = "full"):
     c.methods += "rerank_ekfac_cos"
     c.rerank.passages = 0
     c.data.pool = "clean"
-    # The bank's passages are no part of what the model is pretrained on.
+    # The bank's passages are not in the text that the model is pretrained on.
     c.data.n_sentences = 512
     c.data.n_queries = 32
     c.data.train_on = "rest"

@@ -11,7 +11,7 @@ third file alone) and 100 queries, without dense retrieval.
 `:copa`, `:piqa`, `:arithmetic`, `:word_problems`, `:stories`, `:wrong`, `:known_1000` and `:popqa`,
 also as `:small,copa`, ask another set of queries by `python -m experiments.trace`, with
 --config.data.queries=FILE in place of data.facts. The file of `wrong` is a run's results, and its
-targets are what the model said. As in the paper, all but facts have R of the passages alone.
+targets are the model's answers. As in the paper, all but facts have R of the passages alone.
 
 The judge goes by names (`lexical`); of a model: --config.judge.name=nli --config.judge.model=DIR.
 

@@ -25,7 +25,7 @@ def get_config():
     c.data.exclude_relations = "P527,P138,P20,P937,P463"
     c.data.n_sentences = 1_500
     c.data.n_queries = 100
-    # What teaches it to answer prompts by what the passages state: their facts that are not asked.
+    # Statements of the passages' other facts teach it to answer prompts by the passages.
     c.data.statements = 2
     c.data.statements_of = "corpus"
     c.model.context = 96
@@ -35,7 +35,7 @@ def get_config():
     c.train.tokens_per_batch = 1024
     c.train.save_every = 25
     c.gradients.tokens_per_batch = 2048
-    # 640 sentences: what a kill loses at most.
+    # 640 sentences, the most that a kill loses.
     c.store.shard_bytes = 32 << 20
     c.projection.pooling = "matrix"
     c.projection.side = 8

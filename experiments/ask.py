@@ -29,7 +29,7 @@ CORPUS = flags.DEFINE_string("corpus", None, "File, pattern, directory or TFDS n
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Text that the model continues.")
 TARGET = flags.DEFINE_multi_string("target", [], "Continuation to explain, one for each prompt.")
 JOINER = flags.DEFINE_string(
-    "joiner", None, "What stands between prompt and target; unset: a space where English puts one."
+    "joiner", None, "Text between prompt and target; unset: a space where English puts one."
 )
 SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.")
 KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")
@@ -54,13 +54,13 @@ def main(_):
 
 
 def run(directory: pathlib.Path) -> None:
-    """Does what the flags say, with files in `directory`."""
+    """Traces the prompts of the flags, with files in `directory`."""
     if KEEP.value is not None and not SAMPLE.value:
         raise ValueError("--keep selects what a draw must contain: give --sample too, or drop it")
     if JOINER.value is not None and not TARGET.value:
         raise ValueError(
-            "--joiner joins --prompt and --target, and the target is what the model itself says, "
-            "whose tokens are taken as they are; drop it, or give --target"
+            "--joiner joins --prompt and --target, and without --target the model's own next "
+            "tokens are the target; drop it, or give --target"
         )
     check_targets(PROMPT.value, TARGET.value)
     moments = MOMENTS.value

@@ -2,8 +2,8 @@
 
     python -m experiments.release --workdir=DIR --out=DIR2
 
-Any web server or GitHub Pages hosts the folder as it is. The licence in its README.md is yours to
-fill in; a later release into the same folder keeps it.
+Any web server or GitHub Pages hosts the folder. Fill in the licence in its README.md; a later
+release into the same folder keeps it.
 """
 
 from absl import flags

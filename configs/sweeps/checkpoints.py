@@ -1,4 +1,4 @@
-"""Influence and attribution as training goes on: checkpoints of one training.
+"""Influence and attribution in the course of training: checkpoints of one training.
 
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/checkpoints.py --workdir=DIR

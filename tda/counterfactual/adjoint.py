@@ -4,7 +4,7 @@ The exact cotangent passes a step's Hessian and the path through Adam's second m
 second moment's path is left out, and the Hessian is one of three: the Gauss–Newton matrix of the
 step's batch, by products; the mean Fisher matrix of labels drawn from the model,
 H̄ = Σ_i g_i g_iᵀ / tokens over a sample, the same at every step; or nothing. With u the cotangent
-of a step's gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: what is left are the passages' gradients
+of a step's gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: that leaves the passages' gradients
 at each step, which all queries share. (With the batch's own labels in H̄ the recursion diverges.)
 """
 

@@ -1,8 +1,8 @@
 """A training as a pure function of the weights of its data.
 
 L_t(θ, w) = Σ_i w_i nats_i / tokens_t, over the scored tokens i of batch t. The denominator is the
-number of the batch's scored tokens, whatever their weights: dropping a passage is w = 0, which
-leaves order, batches, schedule and the other passages' gradients as they are.
+number of the batch's scored tokens, independent of their weights: a passage is dropped by w = 0,
+which changes neither order, batches, schedule nor the other passages' gradients.
 """
 
 import dataclasses
@@ -79,8 +79,8 @@ class Training:
         batches: the batches of all steps, in order.
 
     Raises:
-        ValueError: there is no batch, or the parameters are not float32, in which alone the effect
-            of one passage is not lost in rounding.
+        ValueError: there is no batch, or the parameters are not float32: in a lower precision the
+            effect of one passage is lost in rounding.
     """
 
     def __init__(

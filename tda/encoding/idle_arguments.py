@@ -72,7 +72,7 @@ def check(
         (
             has_tokenizer,
             ("texts",),
-            "beside a tokenizer: it shows passages that are given as batches",
+            "beside a tokenizer: it is for passages that are batches",
             "leave it out",
         ),
         (

@@ -64,7 +64,7 @@ def cheapest_lengths(positions: np.ndarray, price: int) -> tuple[int, ...]:
 
     Args:
         positions: positions of each sequence, int [N], at least one sequence.
-        price: what a length costs beside its sequences' padded positions, in positions.
+        price: the cost of a length besides its sequences' padded positions, in positions.
     """
     lengths, counts = np.unique(positions, return_counts=True)
     # Sequences up to each length: a difference of two counts those padded to the longer one.
@@ -90,7 +90,7 @@ def sample_passages(
     mean = max(1.0, table.token_count / len(table))
     size = min(len(table), int(count * settings.tokens_per_batch / mean) + 1)
     rows = np.random.default_rng(seed).choice(len(table), size, replace=False)
-    # The estimate runs on one device, whatever mesh batches of the corpus are split over.
+    # The estimate runs on one device, even if a mesh encodes the corpus.
     layout = dataclasses.replace(layout, mesh=None)
     if is_small(table) and _compiling_positions(settings) < len(table.tokens):
         # With so slow positions the whole corpus would take longer here than in the encoder: a

@@ -32,7 +32,7 @@ def hits(first_ranks, k: int) -> np.ndarray:
 
 
 def mean(values, axis: int | None = None):
-    """Returns the mean, float64, of what was measured (not NaN); NaN where nothing was."""
+    """Returns the mean, float64, of the measured values (not NaN); NaN if there are none."""
     values = np.asarray(values, np.float64)
     measured = np.isfinite(values)
     count = measured.sum(axis)

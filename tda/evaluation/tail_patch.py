@@ -96,7 +96,7 @@ class TailPatch:
         Args:
             passages, queries: the sequences.
             pairs: (query row, passage row); a passage row of −1 is a step with a zero gradient,
-                which shows what the optimizer's momentum does on its own.
+                which shows the effect of the optimizer's momentum alone.
             on_done: called with the numbers of finished pairs and their rows of the result.
 
         Returns:

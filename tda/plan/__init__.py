@@ -1,1 +1,1 @@
-"""What a run will cost in time, memory and disk."""
+"""Estimates of a run's time, memory and disk."""

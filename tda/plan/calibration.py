@@ -135,7 +135,7 @@ def encoder_times(
         def call(arrays, batch, scored, forms):
             return compiled[batch["tokens"].shape](arrays, batch)
 
-        # An encoder that runs what was compiled above: its first call does not compile again.
+        # An encoder that runs the programs compiled above, so that its first call does not compile.
         ready = dataclasses.replace(encoder, compiled=call)
         turns = {s: _turn(ready, *s, vocab_size, mesh) for s in chosen}
         seconds_by_shape = {s: [] for s in chosen}
@@ -171,7 +171,7 @@ def _turn(encoder: Encoder, examples, positions, vocab_size, mesh) -> Callable[[
 
 
 def random_table(rows: int, positions: int, vocab_size: int) -> TokenTable:
-    """Returns sequences of random tokens, every token but the first of which is scored."""
+    """Returns sequences of random tokens, all scored but the first of each."""
     # T positions predict the T tokens after the first.
     length = positions + 1
     tokens = np.random.default_rng(0).integers(vocab_size, size=rows * length, dtype=np.int32)

@@ -55,7 +55,7 @@ def _gpu(title: str, tera: tuple, memory: tuple, *, cpus: int, ram: float) -> Ch
 # ct6e). Slices of v4 and v5p are named by their TensorCores, two to a chip, those of v5e and v6e by
 # their chips.
 # GPUs: NVIDIA's data sheets of the SXM modules, dense (half of what they state with sparsity);
-# memory is what a program sees of it. Hosts are NVIDIA's own machines of eight.
+# memory is what a program can use. Hosts are NVIDIA's own machines of eight.
 # Memory is GiB and GB/s; GPUs have TFLOP/s of bfloat16 and of float32.
 CHIPS = {
     "v4": _tpu("v4", 275, (32, 1228), cores=2, cpus=240, ram=407),

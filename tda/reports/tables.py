@@ -77,7 +77,7 @@ def _describe_judge(judge: dict) -> str:
     return (
         f"*AIS*: a passage counts as correct if the judge {judge['name']}{model}, which reads it "
         f"{read}, gives it more than {judge['threshold']:g}. The judge reads proponents alone: a "
-        "query without a correct one among them counts 0, whatever the rest of the corpus says."
+        "query without a correct one among them counts 0, even if the rest of the corpus has one."
     )
 
 

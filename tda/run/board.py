@@ -100,7 +100,7 @@ def score(run: Run) -> "_Board":
 
 
 def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Writes what each method finds, and whether it is correct, beside the bank.
+    """Writes each method's passages, and whether they are correct, beside the bank.
 
     Returns:
         The metrics of each method (`tda.run.evaluate`).

@@ -285,7 +285,7 @@ def write_bank(retrained: Retrained, made_from: dict) -> None:
     """
     settings, directory = retrained.run.config.counterfactual, retrained.directory
     manifest = {"made_from": made_from, "settings": flat(settings), "units": len(retrained.units)}
-    # Of the columns of `removed` and of `losses`, so that anyone's scores can be held against them.
+    # The columns of `removed` and of `losses`, so that other scores can be compared with them.
     corpus, by_passage = retrained.run.corpus, settings.unit == "passage"
     manifest["unit names"] = list(corpus.passages.ids) if by_passage else retrained.units
     manifest["query names"] = [f.fact_id for f in corpus.queries]

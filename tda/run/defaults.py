@@ -56,7 +56,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.prompt": (0, "which of a fact's prompts to ask: 0, 1 or 2"),
     "data.joiner": (
         str,
-        "what stands between prompt and target; unset: a space where English puts one "
+        "text between prompt and target; unset: a space where English puts one "
         "(tda/data/joining.py)",
     ),
     "data.seed": (0, "seed of the samples"),
@@ -66,7 +66,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.pretrained": (
         "",
         "start from this model and its tokenizer: a Hugging Face directory, a .gguf file or a "
-        "package that holds one; train.epochs=0 traces it as it is",
+        "package that holds one; train.epochs=0 traces it unchanged",
     ),
     "model.context": (128, "positions of a passage at most"),
     "model.dtype": ("float32", "dtype of computation: float32 or bfloat16"),
@@ -212,10 +212,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "counterfactual.learning_rate": (1e-3, "its largest learning rate"),
     "counterfactual.warmup": (8, "steps of its linear warm-up"),
     "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
-    "counterfactual.unit": ("passage", "what is dropped: passage, document, relation or subject"),
+    "counterfactual.unit": ("passage", "unit to drop: passage, document, relation or subject"),
     "counterfactual.held_out": (0, "left-out sentences to ask in place of the facts; 0: facts"),
     "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),
-    "counterfactual.subsets": (100, "random sets of units, each of which is a retraining"),
+    "counterfactual.subsets": (100, "random sets of units to drop, a retraining each"),
     "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),
     "counterfactual.together": (1, "retrainings that one program runs at a time"),
     "counterfactual.methods": (

@@ -1,4 +1,4 @@
-"""The stage that measures what the methods retrieved, and writes results and metrics."""
+"""The stage that measures the retrieved passages, and writes results and metrics."""
 
 import dataclasses
 import pathlib
@@ -339,7 +339,7 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts,
     if q in known.priors:
         more["target_prior_nats"] = known.priors[q]
     if q in known.generations:
-        # Names of the release's format, whatever the model's size is.
+        # The names of the release's format, also for models of other sizes than 8B.
         more["8b_generations"] = known.generations[q]
         more["8b_confidence"] = known.confidence[q]
     for label, ranks in ranked.first_ranks.items():

@@ -68,7 +68,7 @@ _RULES: tuple[Rule, ...] = (
     (
         ("gradients.output",),
         _have(lambda m: m.compares_gradients and not m.output),
-        "no method differentiates what it names",
+        "every method has an output of its own",
     ),
     (
         ("projection.blocks",),

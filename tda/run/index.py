@@ -79,7 +79,7 @@ def search(
     chosen = settings(config, source) if config.search.index == "scann" else None
     if chosen is None:
         return exactly(queries_QxE, scorers, k, correct), {}
-    # Recall is measured on a sample: exact search is what the index saves.
+    # Recall is measured on a sample: exact search for all queries would cost what the index saves.
     count = min(len(queries_QxE), config.search.recall_queries)
     rng = np.random.default_rng(config.data.seed)
     sample = np.sort(rng.permutation(len(queries_QxE))[:count])

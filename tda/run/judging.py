@@ -11,7 +11,7 @@ from tda.run.run import Run
 from tda.runtime import processes, progress
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 
-# Pairs whose scores are written together: what a kill may cost.
+# Pairs whose scores are written together, and lost by a kill.
 _TOGETHER = 1024
 
 

@@ -244,7 +244,7 @@ def _parts(table: TokenTable, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTable:
-    """Returns sequences of prompts and targets, of which the targets are scored."""
+    """Returns sequences of prompts and targets, with the targets scored."""
     names = [str(i) for i in range(len(parts))]
     flat = [x for pair in parts for x in pair]
     lengths = np.array([len(x) for x in flat], np.int64)

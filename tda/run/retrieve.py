@@ -142,7 +142,7 @@ def check_run(run: Run) -> None:
 
     Raises:
         ValueError: no parameter matches, there are too few layers for the blocks, too few queries
-            for R_eval, or no block of which R could be a Kronecker product.
+            for R_eval, or no block whose R could be a Kronecker product.
     """
     queries = len(run.corpus.queries)
     chosen = methods.parse(run.config.methods)

@@ -1,4 +1,4 @@
-"""Retrievers by name: what ranks a run's passages for queries.
+"""Retrievers by name, which rank a run's passages for queries.
 
 A method names its retriever (`Method.searched_by`). A run makes each retriever once: the batch
 stage (`tda.run.retrieve`) searches with all of the run's queries, a live session with one query.
@@ -67,7 +67,7 @@ class Retriever:
 
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
-            answers one question after the other from what the run kept.
+            answers one question after the other from the run's files.
     """
 
     shares_search = False

@@ -1,4 +1,4 @@
-"""A run: config, directory, corpus and trained model, and what follows from these."""
+"""A run: config, directory, corpus and trained model, and values derived from them."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 """A run's directory. A stage leaves a stamp of its inputs, and is skipped when the stamp matches.
 
-Process 0 reads and writes the stamps and tells the others: on a shared file system they might not
-yet see what it has just written, and would then take another path than it does.
+Process 0 reads and writes the stamps and tells the others, which might not see its latest files yet
+on a shared file system, and would then disagree with it.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ class Workdir:
         return processes.on_first_process(f"look for the stage {stage}", look)
 
     def claim(self, stage: str, made_from: dict, config: ConfigDict) -> None:
-        """Records, before the work, the inputs of `stage`, so that a killed one resumes from them.
+        """Records the inputs of `stage` before the work: a killed stage resumes only from the same.
 
         Args:
             stage: the stage.
