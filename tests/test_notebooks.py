@@ -32,7 +32,9 @@ def run(name: str, **replaced: str) -> tuple[dict, str]:
 
 
 def test_the_tutorials_are_there():
-    assert NAMES == ["own_nnx_model", "pretrained_model", "results_in_pandas"]
+    assert NAMES == [
+        "counterfactual_board", "own_nnx_model", "pretrained_model", "results_in_pandas"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,3 +79,17 @@ def test_a_pretrained_model_is_asked_twice(tmp_path, monkeypatch):
     assert "The capital of Spain is → Madrid" in printed
     assert len(names["by_method"]["exp3"].to_pandas()) == 2 * 2 * 2
     assert (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_bank_judges_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, printed = run("counterfactual_board", **{'subsets": 40': 'subsets": 8'})
+    table = names["table"]
+    assert len(table) == 7 and table["mean"].idxmax() == "metagradient (exact)"
+    assert table.loc["metagradient (exact)", "low"] > table.loc["random", "high"]
+    assert 0 < names["ceiling"] < 1 and f"ceiling: {names['ceiling']:.2f}" in printed
+    # The sentences that the retraining which is shown went without, by their names.
+    assert names["removed"].shape == (8, 60) and (names["removed"].sum(axis=1) == 6).all()
+    shown = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+    assert len(shown) == 6 and set(shown) <= {s["text"] for s in names["sentences"]}
