@@ -57,6 +57,8 @@ class PretrainedTokenizer:
     ):
         inner.no_truncation()
         inner.no_padding()
+        if getattr(inner.model, "dropout", None):
+            inner.model.dropout = None  # which would give a text other ids every time
         inner.encode_special_tokens = not parse_special
         if inner.post_processor is not None:
             # `begin` and `end` replace its template; its treatment of offsets stays.
@@ -198,13 +200,29 @@ class PretrainedTokenizer:
 
     def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Returns the token ids of each text, and the characters [start, stop) of each token."""
-        encodings = self._inner.encode_batch(texts, add_special_tokens=False)
+        encodings = self._encode_each(texts)
         out = [(e.ids, e.offsets) for e in encodings]
         if not (self.parse_special and self.begin):
             return out
         n = len(self.begin)
         # A text that spells out `begin` must not get it twice.
         return [(i[n:], o[n:]) if tuple(i[:n]) == self.begin else (i, o) for i, o in out]
+
+    def _encode_each(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Returns the library's encoding of each text.
+
+        Raises:
+            ValueError: a text has a word that the vocabulary lacks, and no token stands for these.
+        """
+        try:
+            return self._inner.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            if len(texts) > 1:
+                return [encoding for text in texts for encoding in self._encode_each([text])]
+            raise ValueError(
+                f"the tokenizer cannot encode the text {texts[0][:60]!r} ({error}); add the token "
+                "for unknown words to its vocabulary"
+            ) from error
 
     def encode_words(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the token ids of a text, their characters and their words.
@@ -214,7 +232,7 @@ class PretrainedTokenizer:
             of the word, as the pre-tokenizer cuts the text, that each token is a part of, int64
             [T].
         """
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        (encoding,) = self._encode_each([text])
         words = [-1 if word is None else word for word in encoding.word_ids]
         places_Tx2 = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         ids, words_T = np.asarray(encoding.ids, np.int32), np.asarray(words, np.int64)
@@ -248,7 +266,7 @@ class PretrainedTokenizer:
         text, answers = self.chat.render_with_answers(messages)
         self._inner.encode_special_tokens = False
         try:
-            encoding = self._inner.encode(text, add_special_tokens=False)
+            (encoding,) = self._encode_each([text])
         finally:
             self._inner.encode_special_tokens = not self.parse_special
         places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
@@ -290,7 +308,14 @@ class PretrainedTokenizer:
         first = len(text) - len(text[len(prompt) :].lstrip())
         is_target = [t and stop > first for t, (_, stop) in zip(is_target, spans, strict=True)]
         if not any(is_target):
-            raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
+            remedy = (
+                "the tokenizer has no token for any of its characters"
+                if target.strip()
+                else "give more than white space"
+            )
+            raise ValueError(
+                f"the target {target!r} of the prompt {prompt!r} has no token of its own; {remedy}"
+            )
         if is_target[0] and not self.begin:
             raise ValueError(
                 f"no token comes before the target {target!r}: this tokenizer has no token that "

@@ -108,6 +108,9 @@ class Tokenizer(PretrainedTokenizer):
         # Offsets count the characters of `text`, not the space that the tokenizer puts in front.
         is_target = [bool(target.strip()) and end > len(prompt) for _, end in encoded.offsets]
         if not any(is_target):
-            raise ValueError(f"the target {target!r} of the prompt {prompt!r} has no token")
+            raise ValueError(
+                f"the target {target!r} of the prompt {prompt!r} has no token of its own; give "
+                "more than white space"
+            )
         ids = np.asarray([self.bos, *encoded.ids], np.int32)
         return ids, np.asarray([False, *is_target])

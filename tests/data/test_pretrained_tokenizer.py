@@ -218,12 +218,35 @@ def test_tokenizers_in_other_forms(tmp_path):
 
 def test_what_cannot_be_asked_is_told():
     found = PretrainedTokenizer(byte_level())
-    with pytest.raises(ValueError, match="has no token"):
-        found.encode_query("Bonn lies in", " ")
+    with pytest.raises(ValueError, match="has no token of its own; give more than white space"):
+        found.encode_query("Bonn lies in", "\n")
     with pytest.raises(ValueError, match="no token comes before the target 'Bonn'"):
         found.encode_query("", "Bonn")
     ids, is_target = PretrainedTokenizer(byte_level(), begin=[0]).encode_query("", "Bonn")
     assert ids[0] == 0 and is_target[1:].all()
+
+
+def test_merges_that_drop_out_give_the_same_ids_every_time(tmp_path):
+    """Guards: other ids in every call, so that no stored token fits."""
+    inner = byte_level()
+    (expected,) = PretrainedTokenizer(byte_level()).encode(TEXTS[:1])
+    inner.model.dropout = 0.9
+    found = PretrainedTokenizer.load(write(tmp_path, inner, **NAMES))
+    assert all(found.encode(TEXTS[:1]) == [expected] for _ in range(3))
+
+
+@pytest.mark.parametrize("kind", [models.WordPiece, models.WordLevel])
+def test_words_that_the_vocabulary_lacks_are_named(kind):
+    """Guards: the library's bare exception, which names no text."""
+    inner = tokenizers.Tokenizer(kind({"Oslo": 0, "Rome": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PretrainedTokenizer(inner)
+    assert tokenizer.encode(["Oslo Rome", "Rome"]) == [[0, 1], [1]]
+    message = r"cannot encode the text 'Oslo and' \(.*UNK.*add the token for unknown words"
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(["Rome", "Oslo and"])
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode_words("Oslo and")
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):

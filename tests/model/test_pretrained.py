@@ -184,6 +184,10 @@ def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tmp_path):
         (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "needs factor, high_freq"),
         (dict(quantization_config={"bits": 4}), "quantization_config=.* is not supported"),
         (dict(hidden_size=None), "lacks 'hidden_size'"),
+        (dict(num_hidden_layers="3"), "num_hidden_layers='3'; it must be a number from 1 on"),
+        (dict(num_attention_heads=0), "num_attention_heads=0; it must be a number"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported: transf"),
+        (dict(architectures="Other"), "the architecture Other is not known"),
         (dict(attention_bias=True), r"lacks model.layers.0.self_attn.k_proj.bias.* and \d+ more"),
         (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight"),
         (dict(num_hidden_layers=2), "9 tensors have no place.*model.layers.2.input_layernorm"),
@@ -195,6 +199,28 @@ def test_what_does_not_fit_is_named(tmp_path, changes, message):
     model = tiny_llama.write(tmp_path / "model", **changes)
     with pytest.raises(PretrainedError, match=message):
         pretrained.load(model)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])
+def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
+    """Guards: integers taken for weights where no configuration says that they are quantised."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = tiny_llama.tensors()
+    weights[name] = weights[name].astype(dtype)
+    with pytest.raises(PretrainedError, match=rf"{name} has the dtype \w+, not one of F32, BF16"):
+        pretrained.load(tiny_llama.write(tmp_path / "a", weights))
+
+
+def test_of_two_forms_of_rotary_settings_the_older_counts(tmp_path):
+    """As in transformers (`convert_rope_params_to_dict`)."""
+    newer, older = {"rope_type": "default", "rope_theta": 500.0}, {"type": "linear", "factor": 2.0}
+    model = tiny_llama.write(tmp_path, rope_parameters=newer, rope_scaling=older)
+    settings = pretrained.load(model, quiet=True).settings
+    assert (settings.rope_base, settings.rope_scaling["kind"]) == (100.0, "linear")
+    settings = pretrained.load(
+        tiny_llama.write(tmp_path, rope_parameters=newer), quiet=True
+    ).settings
+    assert (settings.rope_base, settings.rope_scaling) == (500.0, None)
 
 
 def test_left_over_and_damaged_files_are_named(tmp_path):

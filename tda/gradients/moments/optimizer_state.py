@@ -133,10 +133,26 @@ class OptimizerState:
                 f"names {' and '.join(_MARKS)}; it has {', '.join(listed[:6]) or 'nothing'}{more}. "
                 "Leave scales out, and second moments are estimated"
             )
+        name = self.described.get("name")
+        if name is not None and name not in {*_STATES, *_NOT_SECOND_MOMENTS, "adafactor"}:
+            raise SecondMomentError(f"optimizer={name!r}: {_unknown_rule(name)}")
         for prefix, siblings in sorted(self._siblings.items()):
             if siblings >= {"count", "mu", "nu"}:
                 constants = self._constants(prefix, dict.fromkeys(self._injected))
                 _check_lacking(constants, siblings, f"the state {prefix.rstrip('/')!r}")
+
+    def check_labels(self, labels: Iterable[str]) -> None:
+        """Checks that the parts of a partition have second moments under their labels.
+
+        Raises:
+            SecondMomentError: the constants of a label would have no effect.
+        """
+        known = {part for prefix in self._siblings for part in prefix.split("/")[:-1]}
+        if self._siblings and (absent := sorted(set(labels) - known)):
+            raise SecondMomentError(
+                f"parts has the label {absent[0]!r}, under which the optimizer's state has no "
+                f"second moments; it has them under {', '.join(sorted(self._siblings)) or 'none'}"
+            )
 
     @property
     def _injected(self) -> list[str]:
@@ -334,11 +350,7 @@ def exact(moments: Moments) -> jax.Array:
     name, count = constants.get("name"), moments.count
     _check_lacking(constants, moments.siblings, moments.path)
     if name not in _STATES:
-        why = _NOT_SECOND_MOMENTS.get(name, "how it divides by ν is not known here")
-        raise SecondMomentError(
-            f"{moments.path} was trained with {name!r}: {why}; known are {', '.join(_STATES)} and "
-            "adafactor"
-        )
+        raise SecondMomentError(f"{moments.path} was trained with {name!r}: {_unknown_rule(name)}")
     if moments.siblings not in _STATES[name]:
         raise SecondMomentError(
             f"the description says that {moments.path} was trained with {name!r}, whose state has "
@@ -356,6 +368,11 @@ def exact(moments: Moments) -> jax.Array:
         decay, count = (0.0, 1) if count is None else (constants["decay"], count)
         return adam(nu, count, decay, after, within)
     return adam(nu, count, constants["b2"], eps, eps_root)
+
+
+def _unknown_rule(name) -> str:
+    why = _NOT_SECOND_MOMENTS.get(name, "how it divides by ν is not known here")
+    return f"{why}; known are {', '.join(_STATES)} and adafactor"
 
 
 def _check_lacking(constants: dict, siblings: frozenset[str], subject: str) -> None:

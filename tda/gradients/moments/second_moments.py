@@ -242,7 +242,8 @@ def second_moments(
         optimizer: "adam", "adamw", "nadam", "nadamw", "yogi", "amsgrad", "rmsprop", or "adam_pax"
             (MaxText's). Adafactor is recognised by its state.
         step: which checkpoint of a directory by step; None for the last.
-        parts: constants that differ between the parts of an `optax.partition`, by label.
+        parts: constants (and `optimizer`) that differ between the parts of an `optax.partition`, by
+            label.
         **constants: `b2`, `eps` and `eps_root` of the optimizer (0 if not given); for rmsprop
             `eps`, `eps_in_sqrt` and, if it corrects for bias, `decay`. No state has them, except
             for what `optax.inject_hyperparams` stores, which takes precedence; our own checkpoints
@@ -253,33 +254,37 @@ def second_moments(
             them.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    unknown = constants.keys() - set(_CONSTANTS)
-    if unknown:
-        raise SecondMomentError(
-            f"unknown constants {', '.join(sorted(unknown))}; an optimizer's are "
-            f"{', '.join(_CONSTANTS)}"
-        )
-    for given in (constants, *(parts or {}).values()):
-        _check_constants(given)
-    described = {k: v for k, v in constants.items() if v is not None} | (parts or {})
+    for label, given in {"": constants, **(parts or {})}.items():
+        _check_constants(given, f"parts[{label!r}]: " if label else "")
+    described = {k: v for k, v in constants.items() if v is not None}
+    for label, given in (parts or {}).items():
+        described[label] = {"name" if k == "optimizer" else k: v for k, v in given.items()}
     if optimizer is not None:
         described["name"] = optimizer
     state = optimizer_state.open_state(source, step, **described)
+    state.check_labels(parts or {})
     state.check()
     return SecondMoments(state)
 
 
-def _check_constants(constants: dict) -> None:
-    """Checks that an optimizer's constants are numbers in their range.
+def _check_constants(constants: dict, place: str) -> None:
+    """Checks that an optimizer's constants are known, and numbers in their range.
 
     Raises:
         SecondMomentError: one is not; the message names it.
     """
+    # A part may have another optimizer, too.
+    known = (*_CONSTANTS, "optimizer") if place else _CONSTANTS
+    if unknown := constants.keys() - set(known):
+        raise SecondMomentError(
+            f"{place}unknown constants {', '.join(sorted(unknown))}; an optimizer's are "
+            f"{', '.join(known)}"
+        )
     for name, below in (("b2", 1.0), ("decay", 1.0), ("eps", np.inf), ("eps_root", np.inf)):
         x = constants.get(name)
         if x is not None and not (isinstance(x, numbers.Real | jax.Array) and 0 <= x < below):
             limit = "" if below == np.inf else f" and below {below:g}"
-            raise SecondMomentError(f"{name}={x!r} must be a number from 0{limit}")
+            raise SecondMomentError(f"{place}{name}={x!r} must be a number from 0{limit}")
 
 
 def read(

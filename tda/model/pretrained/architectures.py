@@ -8,12 +8,12 @@ from tda.model.pretrained.configurations import Config, common, rope, windows
 from tda.model.pretrained.tensors import PretrainedError
 
 
-def llama(c: Config) -> dict:
-    """Llama 2 and 3, and SmolLM2."""
+def llama(c: Config, has_fraction: bool = False) -> dict:
+    """Llama 2 and 3, and SmolLM2; `has_fraction` as in `rope`, for others like them."""
     bias = bool(c.get("attention_bias", False))
     return (
         common(c, tied=False)
-        | rope(c)
+        | rope(c, has_fraction=has_fraction)
         | dict(
             activation=c.activation(default="silu"),
             norm_eps=c.get("rms_norm_eps", 1e-6),
@@ -53,7 +53,7 @@ def qwen3(c: Config) -> dict:
 def phi3(c: Config) -> dict:
     """Phi-3, Phi-3.5 and Phi-4."""
     c = c.with_defaults(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
-    arguments = llama(c) | windows(c)
+    arguments = llama(c, has_fraction=True) | windows(c)
     if (arguments["rope_scaling"] or {}).get("kind") == "yarn":
         raise PretrainedError(f"{c.path}: rotary scaling of type 'yarn' is not supported for Phi-3")
     return arguments | dict(attention_bias=False, out_bias=False, mlp_bias=False)
@@ -63,7 +63,7 @@ def smollm3(c: Config) -> dict:
     """SmolLM3."""
     c = c.with_defaults(rope_theta=2_000_000.0, num_key_value_heads=4)
     interval = c.get("no_rope_layer_interval", 4)
-    layers = range(c["num_hidden_layers"])
+    layers = range(c.count("num_hidden_layers"))
     rotated = c.get("no_rope_layers", [(i + 1) % interval != 0 for i in layers])
     rotated = [bool(rotated[i]) for i in layers]
     in_use = c.get("use_sliding_window", False)
@@ -86,7 +86,7 @@ def stablelm(c: Config) -> dict:
     c.refuse("use_parallel_residual")
     c.refuse("qk_layernorm")
     c = c.with_defaults(partial_rotary_factor=0.25)
-    return llama(c) | dict(
+    return llama(c, has_fraction=True) | dict(
         norm="layer",
         norm_eps=c.get("layer_norm_eps", 1e-5),
         attention_bias=bool(c.get("use_qkv_bias", False)),
@@ -214,16 +214,16 @@ def gpt2(c: Config) -> dict:
         c.refuse(key)
     c.refuse("scale_attn_weights", (None, True))
     c.refuse("reorder_and_upcast_attn", (None, False, True))  # scores are float32 in any case
-    width, heads = c.get("n_embd", 768), c.get("n_head", 12)
+    width, heads = c.count("n_embd", 768), c.count("n_head", 12)
     return dict(
-        vocab_size=c.get("vocab_size", 50257),
+        vocab_size=c.count("vocab_size", 50257),
         width=width,
-        layers=c.get("n_layer", 12),
+        layers=c.count("n_layer", 12),
         heads=heads,
         kv_heads=heads,
         head_width=width // heads,
-        ff_width=c.get("n_inner", 4 * width),
-        max_positions=c.get("n_positions", 1024),
+        ff_width=c.count("n_inner", 4 * width),
+        max_positions=c.count("n_positions", 1024),
         gated=False,
         activation=c.activation("activation_function", "gelu_new"),
         tied=bool(c.get("tie_word_embeddings", True)),
@@ -240,9 +240,8 @@ def neox(c: Config) -> dict:
     bias = bool(c.get("attention_bias", True))
     return (
         common(c, tied=False)
-        | rope(c)
+        | rope(c.with_defaults(rotary_pct=0.25), has_fraction=True)
         | dict(
-            rope_fraction=rope(c.with_defaults(rotary_pct=0.25))["rope_fraction"],
             gated=False,
             activation=c.activation(default="gelu"),
             norm="layer",

@@ -44,6 +44,13 @@ class Config:
         value = self.values.get(key)
         return default if value is None else value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """Returns a whole number from 1 on, or `default` where it is absent or null."""
+        value = self[key] if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PretrainedError(f"{self.path}: {key}={value!r}; it must be a number from 1 on")
+        return value
+
     def refuse(self, key: str, allowed=(None, False)) -> None:
         """Raises a PretrainedError unless the key has one of the allowed values or is absent."""
         if self.values.get(key) not in allowed:
@@ -59,19 +66,35 @@ class Config:
         return _ACTIVATIONS[name]
 
 
-def rope(c: Config, kind: str | None = None, base: float = 10_000.0) -> dict:
-    """Returns the settings of the rotary encoding, of one `kind` of layers where these differ."""
-    # Newer versions of transformers write rope_parameters, older ones rope_theta and rope_scaling.
+def rope(
+    c: Config, kind: str | None = None, base: float = 10_000.0, has_fraction: bool = False
+) -> dict:
+    """Returns the settings of the rotary encoding.
+
+    Args:
+        c: the configuration.
+        kind: the kind of layers, where these differ.
+        base: transformers' default of `rope_theta` for the family.
+        has_fraction: whether transformers lets the family rotate a part of each head alone.
+    """
+    # Newer versions of transformers write rope_parameters, older ones rope_theta and rope_scaling,
+    # which counts where a file has both.
     parameters = c.get("rope_parameters", {})
     if kind is not None and kind in parameters:
-        parameters = parameters[kind] or {}
-    scaling = dict(parameters or c.get("rope_scaling", {}))
+        scaling = dict(parameters[kind] or c.get("rope_scaling", {}))
+    else:
+        scaling = dict(c.get("rope_scaling", {}) or parameters)
     name = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     base = scaling.pop("rope_theta", c.get("rope_theta", c.get("rotary_emb_base", base)))
     fraction = scaling.pop(
         "partial_rotary_factor", c.get("partial_rotary_factor", c.get("rotary_pct", 1.0))
     )
+    if float(fraction) != 1.0 and not has_fraction:
+        raise PretrainedError(
+            f"{c.path}: partial_rotary_factor={fraction} is not supported: transformers rotates "
+            "whole heads in a model of this kind"
+        )
     scaling = {k: v for k, v in scaling.items() if v is not None}
     return dict(
         rope_base=float(base),
@@ -123,7 +146,11 @@ def windows(c: Config, has_window=None) -> dict:
         c: the configuration, whose `layer_types` tell which layers have the window.
         has_window: tells it by a layer's number where there are no `layer_types`; None for all.
     """
-    window, layers, types = c.get("sliding_window"), c["num_hidden_layers"], c.get("layer_types")
+    window, layers, types = (
+        c.get("sliding_window"),
+        c.count("num_hidden_layers"),
+        c.get("layer_types"),
+    )
     if window is None:
         return {}
     if types is not None:
@@ -149,14 +176,14 @@ def common(c: Config, *, tied: bool) -> dict:
         tied: transformers' default of `tie_word_embeddings` for the family.
     """
     c.refuse("quantization_config")
-    width, heads = c["hidden_size"], c["num_attention_heads"]
+    width, heads = c.count("hidden_size"), c.count("num_attention_heads")
     return dict(
-        vocab_size=c["vocab_size"],
+        vocab_size=c.count("vocab_size"),
         width=width,
-        layers=c["num_hidden_layers"],
+        layers=c.count("num_hidden_layers"),
         heads=heads,
-        kv_heads=c.get("num_key_value_heads", heads),
-        head_width=c.get("head_dim", width // heads),
-        ff_width=c["intermediate_size"],
+        kv_heads=c.count("num_key_value_heads", heads),
+        head_width=c.count("head_dim", width // heads),
+        ff_width=c.count("intermediate_size"),
         tied=bool(c.get("tie_word_embeddings", tied)),
     )

@@ -156,6 +156,7 @@ def find_family(config: configurations.Config) -> Family:
         PretrainedError: it names none, or an unknown one; the message lists the known ones.
     """
     names = config.get("architectures", [])
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]

@@ -197,6 +197,7 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
     described = Pretrained(family.arguments(config), {}, source, str(path), values)
     parts = family.parts(described.settings, source.shapes())
     used = {p.tensor for p in parts.values()}
+    source.check_weights(used & source.shapes().keys())
     left_over = [n for n in source.shapes() if n not in used and not family.is_ignored(n)]
     if described.settings.tied:
         left_over = [n for n in left_over if not _is_embedding(source, n, parts)]

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Protocol
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -100,11 +101,27 @@ class Safetensors:
         """Returns the shape of every tensor by its name."""
         return self._shapes
 
+    def check_weights(self, names: Iterable[str]) -> None:
+        """Checks that tensors hold floating-point numbers, and none that are quantised.
+
+        Raises:
+            PretrainedError: one does not.
+        """
+        for name in names:
+            dtype = self._file_of_tensor[name].get_slice(name).get_dtype()
+            if dtype not in _WEIGHTS:
+                raise PretrainedError(
+                    f"{name} has the dtype {dtype}, not one of {', '.join(_WEIGHTS)}: quantised "
+                    "weights have no gradients; fetch the model in one of these"
+                )
+
     def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a tensor's numbers at `index`."""
         return self._file_of_tensor[tensor].get_slice(tensor)[index]
 
 
+# Dtypes of weights, as safetensors names them.
+_WEIGHTS = ("F32", "BF16", "F16", "F64")
 _INDEX = "model.safetensors.index.json"
 _CONVERSION = (
     'python -c "from transformers import AutoModelForCausalLM as M; '

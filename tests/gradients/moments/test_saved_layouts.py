@@ -303,6 +303,7 @@ NOTHING = {
     "text": (adamw(), CONSTANTS | {"b2": "0.9"}, "b2='0.9' must be a number from 0 and below 1"),
     "range": (adamw(), CONSTANTS | {"b2": 1.5}, "b2=1.5 must be a number from 0 and below 1"),
     "sign": (adamw(), CONSTANTS | {"eps": -1e-8}, "eps=-1e-08 must be a number from 0"),
+    "name": (adamw(), CONSTANTS | {"optimizer": "Adam"}, "^optimizer='Adam': .*; known are adam, "),
     "adamw": (adamw(), {}, "'1/0' does not say .* pass optimizer=, b2=, eps= to .*adam_pax"),
 }
 
@@ -311,6 +312,28 @@ NOTHING = {
 def test_what_has_no_known_second_moments_is_refused(tx, constants, message):
     with pytest.raises(SecondMomentError, match=message):
         tda.second_moments(optax_state(tx, 1), **constants).scales(SITES, "adam")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"matrices": {"b2": 0.9}},
+            "label 'matrices', under which .* it has them under opt_st",
+        ),
+        ({"matrix": {"beta2": 0.9}}, r"parts\['matrix'\]: unknown constants beta2"),
+        ({"matrix": {"b2": 9}}, r"parts\['matrix'\]: b2=9 must be a number from 0"),
+    ],
+)
+def test_constants_of_a_part_that_would_have_no_effect_are_refused(parts, message):
+    """Guards: the constants of another part, or none, in silence."""
+    labels = {"matrix": adamw(), "other": optax.sgd(1e-3)}
+    tx = optax.partition(labels, lambda tree: jax.tree.map(lambda x: "matrix", tree))
+    state = {"opt_state": (tx.init({"kernel": jnp.ones((4, 4))}),)}
+    moments = tda.second_moments(state, parts={"matrix": CONSTANTS})
+    assert moments.state.moments(["kernel"])["kernel"].constants["name"] == CONSTANTS["optimizer"]
+    with pytest.raises(SecondMomentError, match=message):
+        tda.second_moments(state, **CONSTANTS, parts=parts)
 
 
 def test_moments_that_are_no_means_of_squares_are_refused():
