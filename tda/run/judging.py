@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
+import numpy as np
+
 from tda.evaluation import judges, kinds
 from tda.evaluation.judge import Claim, Judge, JudgeSettings, windows
 from tda.run.result_log import ResultLog
@@ -13,6 +15,8 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 
 # Pairs whose scores are written together, and lost by a kill.
 _TOGETHER = 1024
+# A probability of float32 may be so much above 1.
+_ROUNDING = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +96,23 @@ def judge_passages(
 
 
 def _score(judge: Judge, todo: dict[str, tuple[str, Claim]], log: ResultLog) -> None:
+    """Scores windows, and adds them to the log group by group.
+
+    Raises:
+        ValueError: a score is no number from 0 to 1.
+    """
     keys = list(todo)
     with progress.bar(len(keys), "judge", "window", saves_work=True) as bar:
         for first in range(0, len(keys), _TOGETHER):
             group = keys[first : first + _TOGETHER]
-            scores = judge.score([todo[key] for key in group])
+            scores = np.asarray(judge.score([todo[key] for key in group]))
+            # Not saved. A window whose score is NaN would be the best one: none is above it.
+            wrong = np.flatnonzero(~((scores >= 0) & (scores <= 1 + _ROUNDING)))
+            if len(wrong):
+                raise ValueError(
+                    f"judge {judge.identity} gave {scores[wrong[0]]} to the window "
+                    f"{todo[group[wrong[0]]][0][:80]!r}; a score is a number from 0 to 1"
+                )
             log.add(zip(group, map(float, scores), strict=True))
             bar.update(len(group))
             processes.check_preemption()

@@ -47,6 +47,16 @@ def test_a_passage_has_the_score_of_its_best_window(run):
     assert judging.judge_passages(run, judges.Lexical(), [(norway, 0)])[norway, 0].window == TEXT
 
 
+@pytest.mark.parametrize("score", [np.nan, 3.5, -0.5])
+def test_a_score_that_is_no_share_is_refused_and_not_kept(run, monkeypatch, score):
+    """Guards: NaN as the best window of all, and logits taken for probabilities."""
+    judge = Recorder()
+    monkeypatch.setattr(judge, "score", lambda pairs: np.full(len(pairs), score, np.float32))
+    with pytest.raises(ValueError, match=rf"recorder gave {score} to .*from 0 to 1"):
+        judging.judge_passages(run, judge, [(0, 0)])
+    assert not [line for f in run.workdir.path.glob("judge-*.jsonl") for line in f.open()]
+
+
 def test_a_window_is_judged_once_and_a_kill_loses_little(run, monkeypatch):
     monkeypatch.setattr(judging, "_TOGETHER", 3)
     judge, pairs = Recorder(), [(q, p) for q in range(4) for p in range(2)]
