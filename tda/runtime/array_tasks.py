@@ -1,9 +1,9 @@
 """Tasks of a cluster's array (SLURM, a Kubernetes indexed job): each computes a static part.
 
-The tasks are separate programs that share a workdir and nothing else. Group i of every work belongs
-to task i mod N. A task computes its part, waits as long as the others make progress, and goes on to
-the next work once all results are there. What is not split, each task would do for itself; it does
-so alone, behind a lock, and finds done what another has done.
+The tasks are separate programs that share only a workdir. Group i of every work belongs to task i
+mod N. A task computes its part, waits as long as the others make progress, and continues with the
+next work once all results exist. Work that is not split is done by one task, behind a lock; the
+others find it done.
 """
 
 import contextlib
@@ -18,10 +18,9 @@ import filelock
 from tda.runtime import command, preemption, processes
 from tda.runtime.engine import PROCESSES, Engine, Work
 
-# What a program says that ends before its work is done and may be repeated (EX_TEMPFAIL of
-# sysexits.h).
+# The exit status of a program that may be repeated to finish its work (EX_TEMPFAIL of sysexits.h).
 EXIT_STATUS = 75
-# Seconds between looks for the other tasks' results, at most.
+# The most seconds between two checks for the other tasks' results.
 _LONGEST_PAUSE = 10.0
 
 
@@ -41,14 +40,13 @@ class Unfinished(Exception):
 
 
 class Preparation(Engine):
-    """The engine of a call that does what is not split, training too, up to the first groups."""
+    """The engine of a call that does the work before the first groups, training included."""
 
     def compute(self, work: Work) -> None:
         """See `Engine`.
 
         Raises:
-            Unfinished: groups are missing that training need not wait for, with the status of
-                success.
+            Unfinished: groups after the training are missing; its status is that of success.
         """
         if work.precedes_training:
             return PROCESSES.compute(work)
@@ -71,7 +69,7 @@ class ArrayTask(Engine):
         count: the number of tasks.
         directory: the workdir, for a lock.
         party: identity of the array, see `tda.runtime.engine.Engine`.
-        patience: seconds that the task waits for the next result of the others.
+        patience: seconds that the task waits for another task's next result.
     """
 
     index: int
@@ -94,7 +92,8 @@ class ArrayTask(Engine):
         """See `Engine`.
 
         Raises:
-            Unfinished: groups of other tasks are missing, and no more of them came.
+            Unfinished: groups of other tasks are missing, and none of them appeared for
+                `patience` seconds.
         """
         missing, since, pause = work.find_missing(), time.monotonic(), 0.05
         # Called without groups too, for the progress of a work that is finished.

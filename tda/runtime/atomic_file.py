@@ -1,9 +1,9 @@
 """Files that appear whole or not at all, whenever the process is killed.
 
-A file is written under another name beside its own (HOST and a random number, `.part`), which no
-second writer has: of two writers of one path, both write whole files, and the later one stays. A
-writer holds a lock on its part, which dies with it; parts that a kill left behind are removed when
-a process first writes into their directory.
+A file is written under a unique name beside its own (with HOST and a random number, `.part`): two
+writers of one path both write whole files, and the later one stays. A writer holds a lock on its
+part, which ends with the process; parts that a kill left behind are removed when a process first
+writes into their directory.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ def replacing(path: str | os.PathLike, is_directory: bool = False) -> Iterator[p
 
     Args:
         path: the file, which need not exist.
-        is_directory: whether to make an empty directory instead. A directory is never replaced: if
-            another writer has made it meanwhile, that one stays.
+        is_directory: whether to make an empty directory instead. A directory is never replaced: one
+            that another writer made meanwhile stays.
     """
     path = pathlib.Path(path)
     _remove_leftovers(path.parent)
@@ -89,7 +89,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file of `write_arrays`."""
+    """Reads the arrays that `write_arrays` wrote, by name."""
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -127,7 +127,7 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
     try:
         names = [n for n in os.listdir(directory) if n.endswith(".part")]
     except OSError:
-        return  # whoever opens the file says what is wrong
+        return  # opening the file will raise the error
     for name in names:
         match = _PART.fullmatch(name)
         # The part may be removed or renamed by its writer at any moment.
@@ -138,7 +138,7 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
 
 def _is_left_behind(part: pathlib.Path, host: str) -> bool:
     is_old = time.time() - part.stat().st_mtime > _LONG_UNTOUCHED
-    # For an exclusive lock NFS wants a file that is open for writing.
+    # NFS gives an exclusive lock only on a file that is open for writing.
     handle = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

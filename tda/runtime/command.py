@@ -6,7 +6,7 @@ import sys
 
 
 def typed() -> str:
-    """Returns the command that started this program, to be typed again."""
+    """Returns the command that started this program, for the user to type again."""
     prefix, rest = _split()
     return shlex.join([*prefix, *rest])
 
@@ -36,7 +36,7 @@ def _split() -> tuple[list[str], list[str]]:
     if "-m" in words[:-1]:
         end = words.index("-m") + 2
         return words[:end], words[end:]
-    # A console script: its interpreter, which the script's first line names, was not typed.
+    # A console script: the user typed `tda`, not the interpreter that its first line names.
     for i, word in enumerate(words):
         if pathlib.Path(word).name == "tda":
             return ["tda"], words[i + 1 :]

@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that the next process or call does not compile them again.
+"""Keeps compiled programs on disk, so that the next process does not compile them again.
 
 A small `tda.trace` spends three quarters of its time in XLA's compiler. JAX can keep what it
 compiles (`jax_compilation_cache_dir`), by a key of the program, its options and the version of
@@ -77,7 +77,11 @@ def use(folder: str | None = None) -> None:
 
 
 def _user_folder() -> pathlib.Path:
-    """Returns this package's folder of files that can be made again; `RuntimeError`: no home."""
+    """Returns this package's cache folder.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "tda"
 
@@ -85,7 +89,8 @@ def _user_folder() -> pathlib.Path:
 def _processor() -> str:
     """Returns a hash of the processor's instructions, which JAX's key does not contain.
 
-    A home that several machines share would else give one of them another's instructions.
+    Otherwise a home directory shared by several machines would give one of them programs with
+    another's instructions.
     """
     features = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):

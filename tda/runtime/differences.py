@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 
-# Another model differs in every parameter; the first lines say as much as all of them.
+# Another model differs in every parameter, so the first lines are enough.
 _LINES = 8
 
 

@@ -1,11 +1,11 @@
-"""One job at a time in a directory: a second one is told who holds it, or waits.
+"""One job at a time in a directory: a second one is refused with the holder's name, or waits.
 
 A party of jobs, such as the tasks of a cluster's array, may hold it together (a shared lock).
 
-The job locks the file `.held` (flock), which the kernel unlocks when the process ends in whatever
-way, on other hosts of a shared file system too. The file says who holds it. Some file systems have
-no locks, or keep them from other hosts (Lustre and NFS, by their mount options): there the file's
-time is a sign of life, and a job that finds another host's file watches it before it takes over.
+The job locks the file `.held` (flock), which the kernel unlocks when the process ends in any way,
+also on other hosts of a shared file system. The file names the holder. Some file systems have no
+locks, or none between hosts (Lustre and NFS, by their mount options): there the file's time is a
+sign of life, and a job that finds another host's file watches it before it takes over.
 """
 
 import datetime
@@ -23,10 +23,10 @@ from collections.abc import Callable
 from tda.runtime import command
 
 FILE = ".held"
-# Seconds between two signs of life, and without any, until another host's job counts as dead.
+# Seconds between two signs of life, and seconds without one after which a job counts as dead.
 _BEAT, _SILENCE = 5.0, 15.0
 _LONGEST_PAUSE = 5.0
-# Seconds in which a job of a party tries again: each that comes locks the others out for a moment.
+# Seconds in which a job of a party tries again: each that arrives locks the others out briefly.
 _PARTY_PATIENCE = 20.0
 
 
@@ -41,8 +41,8 @@ class DirectoryLock:
 
     Args:
         directory: the directory; it must exist.
-        name: how a user names it, for messages.
-        party: identity of the jobs that may hold the directory together; empty for one alone.
+        name: the user's name for it, for messages.
+        party: identity of the jobs that may hold the directory together; empty for a single job.
     """
 
     def __init__(self, directory: str | os.PathLike, name: str = "", party: str = ""):
@@ -55,7 +55,7 @@ class DirectoryLock:
         """Takes the lock.
 
         Raises:
-            HeldError: another job has it; the message says which.
+            HeldError: another job has it; the message describes that job.
         """
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -75,7 +75,7 @@ class DirectoryLock:
         threading.Thread(target=self._show_life, args=(handle,), daemon=True).start()
 
     def wait(self) -> None:
-        """Takes the lock once no other job has it; says on standard error what it waits for."""
+        """Takes the lock once no other job has it; prints to standard error what it waits for."""
         seconds, last = 0.05, ""
         while self._handle is None:
             try:
@@ -89,16 +89,16 @@ class DirectoryLock:
                 seconds = min(2 * seconds, _LONGEST_PAUSE)
 
     def release(self, on_last: Callable[[], None] = lambda: None) -> None:
-        """Gives the lock back; does nothing in a process that does not have it.
+        """Releases the lock; does nothing in a process that does not have it.
 
         Args:
-            on_last: called before, unless another job of the party still has the lock.
+            on_last: called first, unless another job of the party still has the lock.
         """
         handle, self._handle = self._handle, None
         if handle is not None:
             self._is_released.set()
             try:
-                # The record is for the rest of the party too.
+                # The rest of the party still needs the record.
                 if not self._party or _lock(handle, fcntl.LOCK_EX):
                     on_last()
                     os.ftruncate(handle, 0)
@@ -128,12 +128,12 @@ def _lock(handle: int, kind: int) -> bool | None:
 
 
 def _find_holder(handle: int, path: pathlib.Path, party: str) -> dict | None:
-    """Locks the open file for this process; returns None, or the record of the job that has it."""
+    """Locks the open file for this process; returns None, or the record of the holder."""
     is_locked = _lock(handle, fcntl.LOCK_EX)
     if is_locked is False:
         if not party or not _lock(handle, fcntl.LOCK_SH):
             return _read(handle) or {}
-        # Those that share the lock are this party, or another: then it is given back.
+        # The jobs that share the lock are this party, or another, for which it is released again.
         record = _read(handle) or {}
         if record.get("party") == party:
             return None
@@ -156,13 +156,13 @@ def _find_holder(handle: int, path: pathlib.Path, party: str) -> dict | None:
             return _read(handle) or record
     token = _write(handle, party)
     if not has_locks:
-        # Of two jobs that start at the same moment, the one whose record stays has the lock.
+        # If two jobs start at the same moment, the one whose record remains has the lock.
         time.sleep(1.0)
         record = _read(handle)
         if record is not None and record.get("token") != token:
             return None if party and record.get("party") == party else record
     elif party and not _lock(handle, fcntl.LOCK_SH):
-        return _read(handle) or {}  # another job came between the two locks
+        return _read(handle) or {}  # another job took it between the two locks
     return None
 
 
@@ -190,7 +190,7 @@ def _write(handle: int, party: str) -> str:
 
 
 def _is_alive(path: pathlib.Path, holder: dict) -> bool:
-    """Watches the file of a job on another host for as long as it may take to show life."""
+    """Watches the file of a job on another host until it shows life, or long enough without."""
     print(f"watching {path} of {_describe(holder)} for signs of life", file=sys.stderr, flush=True)
     before, end = _time_of(path), time.monotonic() + _SILENCE
     while time.monotonic() < end:
@@ -201,7 +201,7 @@ def _is_alive(path: pathlib.Path, holder: dict) -> bool:
 
 
 def _time_of(path: pathlib.Path) -> int:
-    # Opened each time: NFS then asks its server, and else remembers the time for a minute.
+    # Opened each time, so that NFS asks its server; otherwise it caches the time for a minute.
     with open(path, "rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns
 

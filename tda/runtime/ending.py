@@ -1,4 +1,4 @@
-"""How a program ends before its work is done, and what it says."""
+"""Ends a program before its work is done, with a message that says how to continue."""
 
 import contextlib
 import os
@@ -32,13 +32,13 @@ def exit_preempted(notice: preemption.Preempted, workdir: str | None) -> None:
 
 
 def exit_together(event: str, status: int, workdir: str | None, *advice: str) -> None:
-    """Ends the program with the other processes, of which the first says why.
+    """Ends the program together with the other processes; the first prints the message.
 
     Args:
-        event: why.
+        event: the reason.
         status: the exit status.
         workdir: the directory of the run's files, if there is one.
-        *advice: what to run next, and the command; by default the same command again.
+        *advice: a sentence on what to run next, and the command; by default the same command.
     """
     is_first = processes.is_first()
     jax.distributed.shutdown()
@@ -74,8 +74,8 @@ def _exit_saying(
     print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a closed pipe
         sys.stdout.flush()
-    # Not sys.exit: the interpreter would wait for threads at work, or end in a crash of one whose
-    # libraries are gone.
+    # Not sys.exit: the interpreter would wait for running threads, or crash in one whose libraries
+    # are already gone.
     os._exit(status)
 
 

@@ -1,8 +1,8 @@
 """Long work over rows in groups, each with a small result file: a kill costs one group at most.
 
-A group is a range of rows, and its result depends on the rows alone, never on who computed it or
-beside which others. Results are reduced in the order of the groups, so that every sum has the same
-bits on any number of processes, however often they were killed.
+A group is a range of rows, and its result depends on the rows alone, not on the process that
+computed it or on other groups. Results are reduced in the order of the groups, so that every sum
+has the same bits on any number of processes, however often they were killed.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from tda.runtime import processes
 from tda.runtime.atomic_file import open_atomic
 from tda.runtime.engine import PROCESSES, Engine, Work
 
-# A scan reads this in 10 s to a minute, which is what a kill may cost.
+# A scan reads this in 10 s to a minute, the most that a kill may cost.
 _GROUP_BYTES = 4 << 30
-# Rows of a group have at least so many times the bytes of its result, so that results, which are
-# written and read again, add little to the time and the disk.
+# The least ratio of a group's row bytes to its result bytes, so that results, which are written and
+# read again, add little to the time and the disk.
 _ROWS_PER_RESULT = 16
 
 Result = dict[str, np.ndarray]
@@ -40,10 +40,10 @@ class Groups:
     """The directory of the result files; None computes all rows as one group, and keeps nothing."""
 
     group_bytes: int = _GROUP_BYTES
-    """The bytes of a group's rows, at least."""
+    """The least bytes of a group's rows."""
 
     engine: Engine = PROCESSES
-    """Who computes which group."""
+    """Assigns groups to processes."""
 
     is_joint: bool = False
     """Whether all processes compute every group together, on devices that they share."""
@@ -77,7 +77,8 @@ class Groups:
         process 0 reduces.
 
         Args:
-            name: the name of the work: a folder in `directory`. It says all that results depend on.
+            name: the name of the work, a folder in `directory`; identifies all that results depend
+                on.
             ranges: the rows of each group, from `ranges`.
             work: returns the arrays that are a group's result.
             reduction: is called with an iterator over the results, in the order of the groups.
@@ -92,7 +93,7 @@ class Groups:
         """
         if self.directory is None:
             return reduction(map(work, ranges))
-        # By the name that process 0 gives it: its last bits may differ between hosts.
+        # By process 0's name: its hash may differ between hosts, with the last bits of arrays.
         name = processes.on_first_process(f"name the work {name}", lambda: name)
         folder = self.directory / name
 
@@ -118,12 +119,12 @@ class Groups:
             paths = _paths(folder)
             results.append(reduction(_read(paths[i]) for i in range(len(ranges))))
 
-        # The others wait there for as long as it takes.
+        # The other processes wait here, however long it takes.
         processes.on_first_process(f"reduce {name}", reduce_all)
         return results[0] if results else None
 
 
-# All rows as one group, of which nothing is kept.
+# All rows as one group, without result files.
 ONE_GROUP = Groups()
 
 
@@ -136,7 +137,7 @@ def _missing(folder: pathlib.Path, ranges: list[range]) -> list[int]:
             _read(path)
             intact.add(i)
         except FileNotFoundError:
-            continue  # another task of an array has removed it, which was damaged
+            continue  # another task of an array has removed it, since it was damaged
         except GroupError:
             path.unlink(missing_ok=True)
     return [i for i in range(len(ranges)) if i not in intact]

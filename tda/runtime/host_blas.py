@@ -1,4 +1,4 @@
-"""Linear algebra of many blocks on the host: each block on one thread, a block per core at a time.
+"""Linear algebra of many blocks on the host: one thread for each block, one block for each core.
 
 The threads of a BLAS call wait for each other by spinning. If another process, or JAX itself, uses
 the same cores, such a call takes far longer than the same call on one thread.
@@ -43,7 +43,7 @@ def map_blocks(
         function: a function that spends its time in NumPy, which releases the interpreter's lock.
         blocks: the blocks, or the matrices of each; the iterable is advanced only as needed.
         workers: the number of blocks at a time; `cores()` by default.
-        memory: bytes that blocks in progress may take, with their copies; one block always may.
+        memory: the most bytes of all blocks in progress, with their copies; one block always fits.
     """
     workers = workers or cores()
     results: list[U] = []

@@ -1,4 +1,4 @@
-"""Huge pages for large arrays, where Linux gives them to programs on request.
+"""Requests huge pages for large arrays, on systems where Linux gives them on request.
 
 XLA's CPU backend allocates its buffers anew in every step, and touching them page by page took a
 third of a training step. glibc requests huge pages only if an environment variable says so when a
@@ -27,7 +27,7 @@ def use() -> None:
 
 
 def _on_request() -> bool:
-    """Returns whether programs get huge pages if, and only if, they ask for them."""
+    """Returns whether programs get huge pages only on request."""
     try:
         return "[madvise]" in _KERNEL_SETTING.read_text()
     except OSError:

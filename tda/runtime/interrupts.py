@@ -1,4 +1,4 @@
-"""Ctrl-C reaches the program even where its exception is dropped on the way."""
+"""Makes Ctrl-C reach the program even where its exception is dropped on the way."""
 
 import signal
 import sys
@@ -9,9 +9,9 @@ _GRACE = 5.0
 
 
 def watch() -> None:
-    """Has each Ctrl-C repeated until the program ends; called in the main thread."""
-    # Python drops what is raised in a finaliser or in a callback of the garbage collector, and jax
-    # has such a callback; asyncio drops a Ctrl-C that comes as its last task ends.
+    """Repeats each Ctrl-C until the program ends; must be called in the main thread."""
+    # Python drops exceptions in a finaliser or a callback of the garbage collector, and jax has
+    # such a callback; asyncio drops a Ctrl-C that comes as its last task ends.
     sys.unraisablehook = _repeat_if_dropped
     # A program that a shell started in the background ignores Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -32,7 +32,7 @@ def _repeat_if_dropped(unraisable) -> None:
 
 
 def _repeat_after(seconds: float) -> None:
-    # By a signal to the main thread, which wakes it from waiting.
+    # A signal to the main thread, which wakes it if it waits.
     main = threading.main_thread().ident
     timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT))
     timer.daemon = True

@@ -20,7 +20,7 @@ def join(
 
     Args:
         distributed: whether jax is to find the others by itself (Cloud TPU, SLURM, Open MPI); None
-            refuses to be one of several, False does not mind.
+            refuses to be one of several processes, False allows it.
         coordinator, num_processes, process_id: HOST:PORT of process 0, the number of processes, and
             this process's own, from 0; all of them or none.
         patience: seconds that a process which failed waits for the others to end too.
@@ -51,7 +51,8 @@ def join(
             process_id=process_id,
             cluster_detection_method="deactivate",
         )
-    # On CPUs processes exchange arrays by gloo, jax's default; stated since everything needs it.
+    # On CPUs processes exchange arrays by gloo. It is jax's default, stated here since all of this
+    # depends on it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(**arguments, shutdown_timeout_seconds=patience)
@@ -73,6 +74,6 @@ def _refuse_strays(refuse_ranks: bool) -> None:
             f"this is one of several processes ({nonzero[0]}); add --distributed to make "
             "them one run, or --nodistributed if each has its own --workdir"
         )
-    # The hosts of a TPU pod know of one another in any case.
+    # The hosts of a TPU pod know of one another without being joined.
     if jax.process_count() > 1:
         raise JoinError(f"this is one of {jax.process_count()} hosts; add --distributed")

@@ -1,4 +1,4 @@
-"""Metrics to where people look: TensorBoard and Weights & Biases, beside the files of a run.
+"""Metrics in TensorBoard and Weights & Biases, beside the files of a run.
 
 A series is a section ("train") with values by step; figures are those of a finished table. Any code
 calls `log` and `log_figures`, which do nothing while no writers are open. A resumed run logs a step
@@ -21,10 +21,10 @@ from tda.runtime.atomic_file import write_json
 
 
 class Writer(Protocol):
-    """A place that metrics are written to. What a call has written outlives a kill."""
+    """A place that metrics are written to. A finished call's values survive a kill."""
 
     def write(self, section: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds the values of a step of a section; none that is there already."""
+        """Adds the values of a step of a section, unless it has that step already."""
 
     def write_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Replaces the figures of the table of the checkpoint at `step`."""
@@ -33,13 +33,16 @@ class Writer(Protocol):
         """Ends the writing."""
 
 
-def _import(module: str, name: str, extra: str) -> Any:
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def _import(name: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(_MODULES[name])
     except ImportError as error:
         raise ValueError(
-            f"metrics.writers={name} needs {module}, which is not installed; "
-            f"pip install 'tda-jax[{extra}]'"
+            f"metrics.writers={name} needs {_MODULES[name]}, which is not installed; "
+            f"pip install 'tda-jax[{name}]'"
         ) from error
 
 
@@ -51,7 +54,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping):
-        _import("tensorboardX", "tensorboard", "tensorboard")
+        _import("tensorboard")
         self._root = directory / "tensorboard"
         self._sections: dict[str, tuple[Any, int]] = {}  # the files' writer, and the last step
 
@@ -79,10 +82,10 @@ class TensorBoard:
             writer.close()
 
     def _make_writer(self, folder: pathlib.Path) -> Any:
-        # Not SummaryWriter, whose `flush` leaves what its thread has not written yet to a kill.
+        # Not SummaryWriter: after its `flush`, a kill still loses events that wait in its thread.
         files = importlib.import_module("tensorboardX.event_file_writer")
         folder.mkdir(parents=True, exist_ok=True)
-        # Files are named by the second: without a number a second one would overwrite the first.
+        # Files are named by the time in seconds: the number keeps two of one second apart.
         number = len(list(folder.glob("*")))
         return files.EventsWriter(str(folder / "events"), f".{number:06d}")
 
@@ -128,7 +131,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping):
-        wandb = _import("wandb", "wandb", "wandb")
+        wandb = _import("wandb")
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "wandb.json"
         self._state: dict[str, Any] = {"id": uuid.uuid4().hex[:12], "last_steps": {}}
@@ -171,7 +174,6 @@ WRITERS: dict[str, Callable[[pathlib.Path, Mapping], Writer]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
 }
-_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _open: list[Writer] = []
 
 
@@ -190,13 +192,13 @@ def check(names: str) -> list[str]:
             )
         if listed.count(name) > 1:
             raise ValueError(f"metrics.writers={names!r} names {name} twice; name it once")
-        _import(_MODULES[name], name, name)
+        _import(name)
     return listed
 
 
 @contextlib.contextmanager
 def writing(names: str, directory: pathlib.Path, config: Mapping) -> Iterator[None]:
-    """Opens writers for what is logged inside; in process 0 alone.
+    """Opens writers for everything logged inside the context, in process 0 only.
 
     Args:
         names: comma-separated names of `WRITERS`; empty for none.
@@ -204,7 +206,7 @@ def writing(names: str, directory: pathlib.Path, config: Mapping) -> Iterator[No
         config: JSON values that describe the run.
 
     Raises:
-        ValueError: as `check` says.
+        ValueError: as `check`.
     """
     listed = check(names)
     with contextlib.ExitStack() as stack:

@@ -1,9 +1,9 @@
-"""A worker's side of an engine that asks for one group at a time, by work and number.
+"""The worker's side of an engine that requests one group at a time, by work and number.
 
-The worker runs the ordinary stages of the run, in a thread. Where they come to the work that is
-asked for, they stop, with all that the work holds in memory (model, compiled programs, queries),
-and compute the groups that are asked for. Asked for another work, the stages start again from the
-first, and find in files what the driver has finished.
+The worker runs the ordinary stages of the run in a thread. When they reach the requested work, they
+stop there, with the model, compiled programs and queries in memory, and compute the requested
+groups. On a request for another work, the stages start again from the first, and read from files
+what the driver has finished.
 """
 
 import queue
@@ -15,16 +15,16 @@ from tda.runtime.engine import Engine, Work
 
 # Seconds until a result that the driver has seen must be seen here: file systems differ.
 _PATIENCE = 120.0
-# What a work is cut for, since workers come and go.
+# The number of programs that a work is cut for, since the number of workers changes.
 PROGRAMS = 16
 
 
 class WorkerError(ValueError):
-    """A worker does not come to the work that it is asked for."""
+    """A worker does not reach the requested work."""
 
 
 class _Superseded(BaseException):
-    """Another work is asked for: the stages are left, whatever errors they would catch."""
+    """Another work is requested: leaves the stages, whatever errors they catch."""
 
 
 class OnDemand(Engine):
@@ -44,7 +44,7 @@ class OnDemand(Engine):
         threading.Thread(target=self._run, daemon=True).start()
 
     def open(self) -> None:
-        """Runs the stages once while `is_opening`; raises what they raise."""
+        """Runs the stages once while `is_opening`; raises their errors."""
         self.request("", 0)
 
     @property
@@ -56,8 +56,8 @@ class OnDemand(Engine):
         """Computes a group of a work; called by one thread at a time.
 
         Raises:
-            WorkerError: the stages do not come to this work.
-            Exception: what the work raises.
+            WorkerError: the stages do not reach this work.
+            Exception: the work's own error.
         """
         self._requests.put((name, number))
         error = self._replies.get()
@@ -71,12 +71,12 @@ class OnDemand(Engine):
     def compute(self, work: Work) -> None:
         """See `tda.runtime.engine.Engine`; called by the stages."""
         if self.is_opening and work.precedes_training and work.list_missing():
-            # The run is as open as it can be: nobody has trained the model yet.
+            # The run cannot be opened further, since the model is not trained yet.
             self._replies.put(None)
             self._name, self._number = self._requests.get()
             raise _Superseded
         if work.name != self._name:
-            # The driver has finished it before it asked for a later one.
+            # The driver has finished this work before it requested a later one.
             end = time.monotonic() + _PATIENCE
             while left := work.list_missing():
                 if time.monotonic() > end:

@@ -1,14 +1,14 @@
-"""Notices that the job is about to be ended, heeded where its work is saved.
+"""Notices that the job is about to be ended; the program stops at a place where its work is saved.
 
 SLURM, Kubernetes and Google's preempted machines send SIGTERM, and kill the program some 30 seconds
 later. A program that calls `watch` ends by `Preempted` instead, at the next of its own stops: a
 training step, a shard, a step of a scan.
 
-In one process a handler takes the notice. In several, jax takes it (its preemption service) and
-tells all processes a number beyond those that they have reported; each stops when it reports that
-number, so the numbers of a process rise by one. They count ticks of the time, which passes for all
-alike, where each works for itself, and steps in training (`lockstep`), where all must stop at the
-same step.
+In one process a signal handler takes the notice. In several, jax takes it (its preemption service)
+and tells all processes a number beyond those that they have reported; each stops when it reports
+that number, so a process's numbers must grow by one. Outside of training, where each process works
+for itself, they count ticks of the clock; in training (`lockstep`), where all must stop at the same
+step, they count steps.
 """
 
 import contextlib
@@ -26,21 +26,18 @@ from jax.experimental import multihost_utils
 EXIT_STATUS = 143
 # Seconds. The number of ticks is below 2^31 until 2106.
 _TICK = 2.0
-# Clocks may differ between hosts by up to so many ticks.
+# The most ticks by which the clocks of hosts may differ.
 _SKEW = 300
 
 T = TypeVar("T")
 
 
 class Preempted(Exception):
-    """The job was told to end, and has saved what it finished."""
-
-    def __init__(self, done: str = ""):
-        super().__init__(done)
+    """The job was told to end, and has saved what it finished; the message names that."""
 
 
 class _Watch:
-    """What this process knows of notices."""
+    """The state of this process with regard to notices."""
 
     def __init__(self):
         self.is_on = False
@@ -68,7 +65,7 @@ _watch = _Watch()
 
 
 def watch() -> None:
-    """Has notices heeded from now on; called in the main thread, once processes are joined."""
+    """Heeds notices from now on; called in the main thread, once processes are joined."""
     _watch.is_on = True
     _watch.next = _now() - _SKEW
     if jax.process_count() == 1:
@@ -87,9 +84,9 @@ def _now() -> int:
 
 @contextlib.contextmanager
 def lockstep() -> Iterator[None]:
-    """Has `is_due` answer alike in all processes inside, which enter and leave it together."""
+    """Makes `is_due` the same in all processes, which enter and leave the context together."""
     if _watch.is_joint:
-        # Steps go on from the largest number that any process has reported.
+        # Steps continue from the largest number that any process has reported.
         agreed = multihost_utils.process_allgather(np.array([_watch.next, _now()], np.int32))
         _watch.start = int(agreed[:, 0].max()), int(agreed[0, 1])
         _watch.report(_watch.start[0])
@@ -98,7 +95,7 @@ def lockstep() -> Iterator[None]:
         yield
     finally:
         _watch.is_in_lockstep = False
-        # Ticks go on from the last step, which is the same in all processes.
+        # Ticks continue from the last step, which is the same in all processes.
         _watch.start = max(_watch.start[0], _watch.next - 1), _watch.start[1]
 
 
@@ -106,7 +103,7 @@ def is_due(step: int) -> bool:
     """Returns whether training is to end at this step; the same in all processes.
 
     Args:
-        step: the steps since `lockstep`, rising by one from call to call.
+        step: the steps since `lockstep`, one more at each call.
     """
     if _watch.is_joint:
         _watch.report(_watch.start[0] + step)
@@ -114,8 +111,7 @@ def is_due(step: int) -> bool:
 
 
 def is_noticed() -> bool:
-    """Returns whether a notice has come; outside of `lockstep` in one process sooner than in
-    another."""
+    """Returns whether a notice has come; outside of `lockstep`, processes may differ for a time."""
     if _watch.is_joint and not _watch.is_in_lockstep:
         number, tick = _watch.start
         _watch.report(number + max(0, _now() - tick))
@@ -123,19 +119,19 @@ def is_noticed() -> bool:
 
 
 def check(done: str = "") -> None:
-    """Raises `Preempted` if a notice has come; not in training.
+    """Raises `Preempted` if a notice has come; not for use in training.
 
     Args:
-        done: what is saved, for the message.
+        done: the saved work, for the message.
     """
     if is_noticed():
         raise Preempted(done)
 
 
 def heed(work: Callable[[], T]) -> T:
-    """Calls `work` in another thread, which is left there if a notice comes.
+    """Calls `work` in another thread, which is abandoned if a notice comes.
 
-    For work inside a library, which cannot look for notices, and that a kill may end anywhere.
+    For work inside a library, which cannot check for notices, and which a kill may end anywhere.
 
     Raises:
         Preempted: a notice came.

@@ -1,12 +1,13 @@
 """Several processes of one run (`jax.distributed`): work of process 0 alone, and agreement.
 
-Process 0 writes the small files and takes every decision that depends on what is on disk. If each
+Process 0 writes the small files and takes every decision that depends on the files on disk. If each
 process looked for itself, one might see a file that another does not see yet, and would enter a
-collective alone, which hangs or fails. The others ask for a file only after process 0 has written
-it: some shared file systems remember for a while that a file was missing.
+collective alone, which hangs or fails. The others open a file only after process 0 has written it:
+some shared file systems remember for a while that a file was missing.
 
 Work that process 0 does for all may itself call these functions. The others then wait in the outer
-call and would take an inner message for its result, so inside such work process 0 counts as alone.
+call and would take an inner message for its result, so inside such work process 0 acts as if it
+were the only process.
 """
 
 import contextlib
@@ -55,14 +56,14 @@ def share(items: Sequence[Any]) -> list:
 
 
 def wait_until(is_done: Callable[[], bool], longest_pause: float) -> None:
-    """Returns once other processes have done what this one looks for, however long they take.
+    """Returns once other processes' work is done, however long they take.
 
     A barrier would not do: between CPUs a collective fails if a process waits in it for half an
     hour.
 
     Args:
-        is_done: looks whether it is done.
-        longest_pause: seconds between two looks, at most.
+        is_done: checks whether it is done.
+        longest_pause: the most seconds between two checks.
 
     Raises:
         Preempted: a notice came meanwhile.
@@ -75,7 +76,7 @@ def wait_until(is_done: Callable[[], bool], longest_pause: float) -> None:
 
 
 def check_preemption(is_joint: bool = False) -> None:
-    """Raises `Preempted` if a notice has come; not in training.
+    """Raises `Preempted` if a notice has come; not for use in training.
 
     Args:
         is_joint: whether the processes work together, so that all must end at the same place.
@@ -87,7 +88,7 @@ def check_preemption(is_joint: bool = False) -> None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Returns what `work` returns, which every process does for itself before they meet.
+    """Calls `work` in every process and returns its result once all processes have finished it.
 
     Raises:
         Preempted: in all processes, if `work` ends so in one, which may be too early for another.
@@ -113,7 +114,7 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
     another thread, where no mesh is set.
 
     Args:
-        task: the name of the work, an infinitive, for the error.
+        task: the work as an infinitive ("open the store"), for the error.
         work: returns a JSON value.
 
     Raises:
@@ -129,7 +130,7 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
         _working.for_all = True
         try:
             text = json.dumps(work()).encode()
-        except Exception as e:  # of any kind: the other processes must not wait for ever
+        except Exception as e:  # of any kind, or the other processes would wait for ever
             error = e
 
     thread = threading.Thread(target=run, daemon=True)
@@ -148,7 +149,7 @@ def on_first_process(task: str, work: Callable[[], Any]) -> Any:
         raise preemption.Preempted
     if length == _FAILED:
         raise ProcessError(f"process 0 failed to {task}; its own message says why")
-    # A power of two, since each length of the buffer is compiled for.
+    # A power of two, since each length of the buffer costs a compilation.
     buffer = np.zeros(1 << max(6, (length - 1).bit_length()), np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes())
@@ -174,7 +175,7 @@ def check_same_code() -> None:
 def check_alike(
     name: str, value: Any, advice: str = "start all with the same command, on the same files"
 ) -> None:
-    """Checks that every process has the same JSON value, so that two runs are never mixed.
+    """Checks that every process has the same JSON value, so that no two runs are mixed.
 
     Raises:
         ProcessError: in all processes, if one has another value; the message names that process.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tda.runtime import metrics, preemption, processes
 
-# Called with the name of the work, the amount that is done and the total (0 if not known).
+# Called with the name of the work, the finished amount and the total (0 if not known).
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,7 +50,7 @@ class _Bar(tqdm):
         if not self.saves_work:
             preemption.check_alone()
         shown = super().update(n)
-        # Seldom, since a bar may be moved a thousand times a second.
+        # Rarely, since a bar may be updated a thousand times a second.
         if time.monotonic() > self.logged + _LOG_SECONDS:
             self._log()
         return shown
@@ -60,7 +60,7 @@ class _Bar(tqdm):
         super().close()
 
     def _log(self):
-        # Disabled (of another process, or closed), a bar has no other attributes.
+        # A disabled bar (of another process, or closed) has no other attributes.
         if self.disable or self.n == self.initial:
             return
         self.logged = time.monotonic()
@@ -76,7 +76,7 @@ _open_bars: weakref.WeakSet[_Bar] = weakref.WeakSet()
 
 
 def _show_compiling(event: str, seconds: float, **details) -> None:
-    # JAX reports what has ended: after lowering, XLA's compiler runs.
+    # JAX reports the end of each step: after lowering, XLA's compiler runs.
     if event != "/jax/core/compile/jaxpr_to_mlir_module_duration":
         return
     for bar in list(_open_bars):
@@ -98,16 +98,16 @@ def bar(
 ) -> tqdm:
     """Returns a progress bar that also suits a log file: its line is rewritten every few seconds.
 
-    Of several processes only process 0 shows it.
+    Only process 0 shows it.
 
     Args:
         total: amount of work, in `unit`; None if not known.
         description: the name of the work.
         unit: the unit of work, such as "token".
         done: amount done before (a resumed run).
-        quiet: whether nothing is shown.
-        saves_work: whether the work itself ends at a notice of preemption, once it has saved what
-            is done; otherwise `update` ends it, in a program of one process.
+        quiet: whether to show nothing.
+        saves_work: whether the work itself stops at a notice of preemption, once it has saved its
+            results; otherwise `update` stops it, in a program of one process.
     """
     # A log file keeps every line that a terminal would overwrite.
     is_log = not sys.stderr.isatty()

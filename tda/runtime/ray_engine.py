@@ -1,9 +1,9 @@
 """Ray as the engine: workers on the machines of a Ray cluster compute groups on demand.
 
 Ray places the workers, restarts those that died, and repeats their calls. This program gives each
-worker that is free the next group, and looks for the results on disk. A group that takes longer
-than any other is given to a second worker too, since a worker whose machine is gone waits for
-another machine, and its group with it. Ray is optional: pip install 'tda-jax[ray]'.
+free worker the next group, and checks for the results on disk. A group that takes longer than any
+other also goes to a second worker, since a worker whose machine is gone waits for another machine,
+and its group with it. Ray is optional: pip install 'tda-jax[ray]'.
 """
 
 import collections
@@ -16,8 +16,8 @@ from typing import Any
 from tda.runtime import on_demand, preemption, progress
 from tda.runtime.engine import Engine, Work
 
-# Deaths of its worker that one group survives: each may be a machine that was taken away, and many
-# in turn are a program that crashes.
+# How often one group's worker may die: a single death may be a machine that was taken away, many in
+# a row are a program that crashes.
 _RETRIES = 8
 # Seconds: groups that take no longer are not given to a second worker.
 _SHORTEST_STRAGGLER = 10.0
@@ -31,7 +31,7 @@ class RayError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Which Ray cluster is used, and what of it."""
+    """The Ray cluster, and the resources used of it."""
 
     address: str = ""
     """The cluster's address; empty for that of RAY_ADDRESS, or else a new one on this machine."""
@@ -40,7 +40,7 @@ class Cluster:
     """The number of workers; 0 for as many as the cluster has room for."""
 
     resources: tuple[tuple[str, float], ...] = (("CPU", 1.0),)
-    """What each worker has for itself, such as CPU, GPU and TPU."""
+    """The resources reserved for each worker, such as CPU, GPU and TPU."""
 
     @property
     def has_accelerators(self) -> bool:
@@ -80,7 +80,7 @@ class RayEngine(Engine):
     Args:
         cluster: the cluster.
         worker: a class with the methods `open()` and `compute(work, number)`.
-        arguments: what it is made of, on every machine.
+        arguments: the arguments of that class, the same on every machine.
     """
 
     def __init__(self, cluster: Cluster, worker: type, *arguments: Any):
@@ -97,7 +97,7 @@ class RayEngine(Engine):
 
         Raises:
             RayError: no worker can be started, or results do not appear.
-            Exception: what a group raises.
+            Exception: a group's own error.
         """
         missing = work.find_missing()
         if missing:
@@ -170,7 +170,7 @@ class RayEngine(Engine):
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
-                    # Another worker has finished what an earlier call failed at.
+                    # An earlier call failed, but another worker has finished its group.
                     if call is None or is_current:
                         raise error.cause from error
                 except ray.exceptions.RayError as error:

@@ -1,7 +1,7 @@
 """The device mesh and its axis rules: no other module names an axis of the mesh.
 
 Other modules describe arrays by *logical* axes ("batch", "embed", "heads", …); `RULES` maps these
-to axes of the mesh. The mesh is always `Auto`: GSPMD propagates the layouts that nobody states.
+to axes of the mesh. The mesh is always `Auto`: GSPMD propagates layouts to all other arrays.
 """
 
 import math
@@ -28,7 +28,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """Returns a mesh with the axes `MESH_AXES` over `devices` (all devices by default).
 
     Args:
-        data: devices along the data axis; -1 for all that the other two axes leave.
+        data: devices along the data axis; -1 for all devices divided by the other two axes.
         fsdp: devices over which parameters are split and gathered layer by layer.
         tensor: devices over which heads, feed-forward width and vocabulary are split.
         devices: the devices to use, in order.
@@ -51,7 +51,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
     """Returns the PartitionSpec of an array with the given logical axes.
 
-    None is an axis that is replicated, `...` one that the compiler may lay out as it likes. An axis
+    None is an axis that is replicated, `...` one that the compiler lays out freely. An axis
     is replicated too if its mesh axes are taken by an earlier axis or, with `shape` and `mesh`, if
     its size is not a multiple of the devices along them.
     """
@@ -83,7 +83,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def devices_of_batch(examples: int) -> int:
-    """Returns the devices of the current mesh that a batch of so many examples is split over."""
+    """Returns the number of devices of the current mesh that a batch is split over."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else batch_devices(mesh)
     return devices if examples % devices == 0 else 1
@@ -109,12 +109,12 @@ def map_in_portions(function, batch, numbers: int, limit: int):
     examples = jax.tree.leaves(batch)[0].shape[0]
     devices = devices_of_batch(examples)
     per_device = examples // devices
-    # A divisor, since every turn of `lax.map` has the same shape.
+    # A divisor, since every step of `lax.map` has the same shape.
     fitting = (n for n in range(2, per_device + 1) if per_device % n == 0 and n * numbers <= limit)
     portion = max(fitting, default=1)
 
     def split(x):
-        """[B, …] to [turns, D, C, …]: in every turn each device works on examples of its own."""
+        """Returns [turns, D, C, …] of [B, …]: in every turn each device has its own examples."""
         x = jnp.swapaxes(x.reshape(devices, per_device // portion, portion, *x.shape[1:]), 0, 1)
         return constrain(x, None, "batch", *[...] * (x.ndim - 2))
 

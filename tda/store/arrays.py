@@ -7,7 +7,7 @@ from tda.store.location import Location, StoreError
 
 
 def fill_value(dtype: np.dtype) -> float | int:
-    """Returns what a row reads as that was never written: NaN, or the largest integer."""
+    """Returns the number that rows read as before they are written: NaN, or the largest integer."""
     return int(np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else np.nan
 
 
@@ -27,7 +27,7 @@ def metadata(shape: list[int], dtype: np.dtype, chunk_rows: int, shard_rows: int
 
 
 def open_array(location: Location, metadata: dict, create: bool = False) -> ts.TensorStore:
-    """Opens an array, or creates it, in place of the one that may be there.
+    """Opens an array, or creates it anew.
 
     Raises:
         StoreError: there is no such array, or it has other metadata.

@@ -1,15 +1,15 @@
-"""How rows of gradients lie on disk: as floats, or as codes of 8, 4, 3 or 2 bits with scales.
+"""How rows of gradients are stored: as floats, or as codes of 8, 4, 3 or 2 bits with scales.
 
 A row of codes is uint8: the codes of every group of (usually 64) consecutive numbers of a block,
 one group after the other, then a bfloat16 scale for each group. No group reaches into another
-block, whose numbers may be of another size; a block's last group is filled up with zeros.
+block, whose numbers may be of another size; a block's last group is padded with zeros.
 
 - int8: multiples (two's complement) of the scale, the group's largest number / 127 rounded up.
-- 4bit, 3bit, 2bit: levels of the scale, the group's root mean square. Levels are those of least
-  squared error for a unit Gaussian. A code's highest bit is the sign, the others are the number of
+- 4bit, 3bit, 2bit: levels times the scale, the group's root mean square. The levels minimise the
+  squared error of a unit Gaussian. A code's highest bit is the sign, the others are the number of
   the level's magnitude. A group's codes are planes of one bit, from the lowest to the sign: bit
-  k % 8 of byte k // 8 is of number k, as `np.unpackbits(..., bitorder="little")` reads it. XLA
-  decodes that on CPUs twice as fast as codes that stand side by side in a byte.
+  k % 8 of byte k // 8 belongs to number k, as `np.unpackbits(..., bitorder="little")` reads it. On
+  CPUs XLA decodes planes twice as fast as codes side by side in a byte.
 
 Levels, and the thresholds between them, have 15 bits at most and a scale has 8, so their products
 are exact in float32: every device, and NumPy, decodes the same numbers.
@@ -40,7 +40,7 @@ _LARGEST = 127
 # The smallest normal float32: most devices flush smaller numbers to 0.
 _TINY = np.finfo(np.float32).tiny
 _MOST = np.finfo(np.float32).max
-# The numbers of a group at most: with 2 bits a scale then adds an eighth to the codes.
+# The most numbers in a group: with 2 bits a scale then adds an eighth to the codes.
 _GROUP = 64
 # Bytes of float32 rows that the host encodes at a time.
 _STEP_BYTES = 16 << 20
@@ -48,7 +48,7 @@ _STEP_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What all rows of a store have in common."""
+    """The form of all rows of a store."""
 
     dtype: str
     """Dtype of the numbers on disk, of `DTYPES`."""
@@ -71,7 +71,7 @@ class Form:
 
     @functools.cached_property
     def group(self) -> int:
-        """The numbers of a group: 64, or the multiple of 8 below that makes rows shorter."""
+        """The numbers in a group: 64, or a smaller multiple of 8 if it makes rows shorter."""
         sizes = range(_GROUP, 0, -8)
         return min(sizes, key=lambda n: sum(-(-w // n) for w in self.widths) * (n * self.bits + 16))
 
@@ -101,7 +101,7 @@ class Form:
         return self.columns * self.array_dtype.itemsize
 
     def describe_codes(self) -> dict:
-        """Returns what a reader without this package needs to decode rows, as JSON values."""
+        """Returns JSON values with which a reader without this package can decode rows."""
         if not self.bits:
             return {}
         levels = {} if self.bits == 8 else {"levels": _levels(self.bits).tolist()}
@@ -114,7 +114,7 @@ def _levels(bits: int) -> np.ndarray:
 
 
 def _thresholds(bits: int) -> np.ndarray:
-    """Returns the magnitudes between levels, from which on the upper one is taken, float32."""
+    """Returns the magnitudes between levels at which the upper one takes over, float32."""
     m = _MAGNITUDES[bits]
     return (m[1:] + m[:-1]) / 2
 
@@ -133,7 +133,7 @@ def encode(x_RxE: jax.Array, form: Form) -> jax.Array:
     finite_Rx1 = jnp.isfinite(x_RxE).all(axis=1, keepdims=True)
     x_RxGxN = _into_groups(x_RxE, form)
     scale_RxG = _scales(x_RxGxN, form)
-    # Of zeros, of numbers that devices flush to 0, and of invalid rows.
+    # Groups of zeros, of numbers that devices flush to 0, and of invalid rows.
     is_empty_RxG = ~finite_Rx1 | (scale_RxG == 0)
     x_RxGxN = jnp.where(is_empty_RxG[..., None], 0, x_RxGxN)
     codes = _codes(x_RxGxN, jnp.where(is_empty_RxG, 1, scale_RxG)[..., None], form)
@@ -161,8 +161,8 @@ def _codes(x_RxGxN, scale_RxGx1, form: Form):
 def _scales(x_RxGxN, form: Form):
     """Returns the scale of every group, float32 [R, G] with the precision of bfloat16.
 
-    In operations whose results do not depend on the device: the squares of bfloat16 are exact in
-    float32, whether or not they are fused with a sum, and the order of the sum is written out.
+    Uses only operations whose results do not depend on the device: squares of bfloat16 are exact in
+    float32, fused with a sum or not, and the order of the sum is written out.
     """
     largest_RxG = jnp.max(jnp.abs(x_RxGxN), axis=-1)
     top = _LARGEST if form.bits == 8 else float(_MAGNITUDES[form.bits][-1])
@@ -170,7 +170,7 @@ def _scales(x_RxGxN, form: Form):
         step = (largest_RxG * np.float32(1 / _LARGEST)).view(jnp.uint32)
         scale = ((step + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(jnp.float32)
     else:
-        # A power of two takes the squares away from overflow and underflow.
+        # Scaling by a power of two keeps the squares from overflow and underflow.
         power = jnp.clip(largest_RxG.view(jnp.uint32) & 0x7F800000, 0x00800000, 0x7E800000)
         inverse = (0x7F000000 - power).view(jnp.float32)[..., None]
         square = jnp.square(jax.lax.reduce_precision(x_RxGxN * inverse, 8, 7))
@@ -189,7 +189,7 @@ _encode = jax.jit(encode, static_argnames="form")
 
 
 def encode_all(encodings: tuple, forms: tuple[Form, ...] | None) -> tuple:
-    """Returns the rows of every kind of gradients as stored; as they are if `forms` is None."""
+    """Returns the rows of every kind of gradients as stored; unchanged if `forms` is None."""
     return encodings if forms is None else tuple(map(_encode, encodings, forms))
 
 
@@ -216,7 +216,7 @@ def encode_on_host(x_RxE: np.ndarray, form: Form) -> np.ndarray:
 def decode(values, form: Form) -> jax.Array:
     """Decodes rows on the device, float32 [R, E]; the numbers of an invalid row are undefined.
 
-    Rows of floats are taken for decoded, whatever the form.
+    Rows of floats count as decoded, whatever the form.
     """
     if values.dtype != np.uint8:
         return values.astype(jnp.float32)
@@ -257,9 +257,9 @@ def decode_on_host(values: np.ndarray, form: Form) -> np.ndarray:
 
 
 def bounds(values: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the least and the largest number that each number of valid rows may have been.
+    """Returns the least and the largest value of each number before encoding: float32 [R, E] each.
 
-    Each float32 [R, E]: what is stored has that code. Floats count as exact.
+    All numbers between the two have the stored code. Floats count as exact.
     """
     if not form.bits:
         x_RxE = values.astype(np.float32)
@@ -277,9 +277,9 @@ def bounds(values: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
 
 
 def marks(values: np.ndarray, form: Form) -> np.ndarray:
-    """Returns a number of every row, float32 [R]: ∞ if it is invalid, NaN if it was never written.
+    """Returns a mark of every row, float32 [R]: ∞ if it is invalid, NaN if it was never written.
 
-    It is the first of the row, or its first scale: the fill value of codes, 255, makes that NaN.
+    It is the row's first number, or its first scale: the fill value of codes, 255, makes that NaN.
     """
     return _split(values, form)[1][:, 0] if form.bits else values[:, 0].astype(np.float32)
 
@@ -295,7 +295,7 @@ def _numbers(values: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _split(values, form: Form):
-    """Returns codes, uint8 [R, G, code_bytes], and scales, float32 [R, G]; of NumPy or of jax."""
+    """Returns codes, uint8 [R, G, code_bytes], and scales, float32 [R, G], in NumPy or jax."""
     end = form.groups * form.code_bytes
     codes = values[:, :end].reshape(len(values), form.groups, form.code_bytes)
     pairs = values[:, end:].reshape(len(values), form.groups, 2).astype(np.uint32)
@@ -307,7 +307,7 @@ def _is_padded(form: Form) -> bool:
 
 
 def _into_groups(x_RxE, form: Form):
-    """Returns the groups of rows, [R, G, N], each block's last one filled up with zeros."""
+    """Returns the groups of rows, [R, G, N], each block's last one padded with zeros."""
     if _is_padded(form):
         blocks, ends = [], np.cumsum(form.widths)[:-1]
         for x in jnp.split(x_RxE, ends, axis=1):
@@ -317,12 +317,12 @@ def _into_groups(x_RxE, form: Form):
 
 
 def _out_of_groups(x_RxGxN, form: Form, concatenate):
-    """Returns rows, [R, E], of their groups, without what they are filled up with."""
+    """Joins groups to rows, [R, E], without their padding."""
     rows, widths = len(x_RxGxN), form.widths
     if not _is_padded(form):
         return x_RxGxN.reshape(rows, form.width)
     if len(set(widths)) == 1:
-        # Equal blocks are cut by one slice, however many they are.
+        # One slice cuts all blocks of equal width.
         return x_RxGxN.reshape(rows, len(widths), -1)[:, :, : widths[0]].reshape(rows, form.width)
     flat, padded = x_RxGxN.reshape(rows, -1), [-(-w // form.group) * form.group for w in widths]
     starts = np.cumsum([0, *padded[:-1]])

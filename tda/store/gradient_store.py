@@ -17,7 +17,7 @@ from tda.store.rows import Rows
 from tda.store.segment import Segment, Span
 
 FORMAT = 3
-# Bytes that are read at a time, in spans of whole chunks, and how many spans ahead of the user.
+# Bytes read at a time, in spans of whole chunks, and the number of spans read ahead.
 _SPAN_BYTES = 64 << 20
 _SPANS_AHEAD = 3
 # One reader waits for the disk while the other checks checksums.
@@ -112,11 +112,11 @@ class GradientStore:
         """Withdraws passages, or all of documents; returns the number of rows that this adds.
 
         From now on they take no part in R and are never retrieved; their gradients stay on disk
-        until the store is removed. Of several processes the first writes the list. Concurrent
-        withdrawals are both kept; stores that are open elsewhere keep the list that they have read.
+        until the store is removed. Process 0 writes the list. Concurrent withdrawals are both kept;
+        stores that are open elsewhere keep the list that they have read.
 
         Raises:
-            StoreError: there is no such passage or document; nothing is withdrawn then.
+            StoreError: there is no such passage or document; then nothing is withdrawn.
         """
         count = processes.on_first_process(
             "withdraw passages", lambda: self._withdraw(ids, documents)
@@ -150,7 +150,7 @@ class GradientStore:
 
     @functools.cached_property
     def _shard_starts(self) -> np.ndarray:
-        """The first row of every shard, int64, rising."""
+        """The first row of every shard, int64, ascending."""
         return np.array([rows.start for rows in self.shards()], np.int64)
 
     def shards(self) -> list[slice]:
@@ -223,7 +223,7 @@ class GradientStore:
         return out
 
     def bounds(self, numbers) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the least and the largest numbers that valid rows may have had, [R, E] each."""
+        """Returns bounds of the numbers of valid rows before encoding (`codec.bounds`)."""
         out = np.empty((2, len(numbers), self.width), np.float32)
         for segment, at, local in self._split(self._checked(numbers)):
             values = self._read_advising(segment.read, local).values
@@ -252,7 +252,7 @@ class GradientStore:
 
     def _spans(self, step: int, rows: range) -> Iterator[tuple[Segment, int, Span]]:
         """Yields the spans of whole chunks that hold a range of rows."""
-        # A group of rows is in few of what may be 100,000 shards.
+        # A range of rows is in few shards, and there may be 100,000 of them.
         start = max(0, int(np.searchsorted(self._shard_starts, rows.start, "right")) - 1)
         stop = int(np.searchsorted(self._shard_starts, rows.stop))
         for segment, first, i in self._shards[start:stop]:
@@ -272,7 +272,7 @@ class GradientStore:
         return rows[max(0, within.start - start) : min(stop, within.stop) - start]
 
     def _read_advising(self, read, index) -> Rows:
-        """Returns `read(index)`; an error of damage also names the command that repairs it."""
+        """Returns `read(index)`; adds to an error about damage the command that repairs it."""
         try:
             return read(index)
         except StoreError as error:
@@ -284,7 +284,7 @@ class GradientStore:
             ) from error
 
     def damage(self, shard: int) -> str | None:
-        """Reads a whole shard; returns the error of a damaged one, None of any other."""
+        """Reads a whole shard; returns its error if it is damaged, else None."""
         segment, _, number = self._shards[shard]
         if number not in segment.written():
             return None
@@ -303,7 +303,7 @@ class GradientStore:
         return out
 
     def add_passages(self, number: int, passages: PassageList) -> None:
-        """Takes the passages of a segment, which are written with its shards.
+        """Sets the passages of a segment, which are written with its shards.
 
         Args:
             number: the number of the segment.
@@ -324,7 +324,7 @@ class GradientStore:
         self._segments[int(number)][1].passages.remove(name)
 
     def remove(self, shard: int) -> None:
-        """Removes a shard: it is missing from now on, and the next run writes it again."""
+        """Removes a shard, which the next run writes again."""
         segment, _, number = self._shards[shard]
         segment.remove(number)
 

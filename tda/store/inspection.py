@@ -1,4 +1,4 @@
-"""What a store holds, for people: its contents, its damaged files, and what is withdrawn."""
+"""Commands on a store: prints its contents, finds damaged files, withdraws passages."""
 
 import sys
 
@@ -40,7 +40,7 @@ def verify(path: str, report_only: bool = False) -> int:
             if damage:
                 damaged.append(i)
                 rows = f"rows {shards[i].start:,} to {shards[i].stop - 1:,}"
-                # Through the bar, which would be torn by a plain print.
+                # Through the bar, which a plain print would break.
                 bar.write(f"shard {i} ({rows}): {damage}", file=sys.stdout)
             bar.update()
     files = store.damaged_passages()
@@ -51,7 +51,7 @@ def verify(path: str, report_only: bool = False) -> int:
             store.remove(i)
         for name in files:
             store.remove_passages(name)
-    remark = "left as they are" if report_only else "removed; the next run writes them again"
+    remark = "not removed" if report_only else "removed; the next run writes them again"
     intact = len(shards) - len(missing) - len(damaged)
     print(f"{intact} of {len(shards)} shards are intact, {len(missing)} are not written yet")
     if damaged:

@@ -80,7 +80,7 @@ class Location:
     def names(self, folder: str = "") -> list[str]:
         """Returns the files below a folder, each with the folder before its name."""
         prefix = f"{folder}/" if folder else ""
-        # "0" follows "/" in ASCII: the range ends right behind the folder's last name.
+        # "0" follows "/" in ASCII, so the range ends right after the folder's last name.
         within = ts.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")
         keys = self._call("list files", lambda files: files.list(within))
         # An object whose name ends in "/" stands for an empty folder.
@@ -102,7 +102,7 @@ class Location:
     def update_json(self, name: str, change: Callable[[Any], Any]) -> None:
         """Replaces a JSON file's value by one derived from it, without losing concurrent updates.
 
-        `change` makes the new value of the old one, or of None if there is no such file; it is
+        `change` returns the new value, given the old one, or None if there is no such file; it is
         called again if another process wrote the file meanwhile.
 
         Raises:

@@ -12,7 +12,7 @@ from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
 from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList
 
-# Large enough to be written at the disk's rate, and little to lose in a killed run.
+# Large enough for the disk's full rate, and small enough for a killed run to lose little.
 SHARD_BYTES = 256 << 20
 _check_same = functools.partial(check_same, error=StoreError)
 
@@ -31,7 +31,7 @@ def create(
 ) -> GradientStore:
     """Creates a store, or opens the unfinished or finished one that exists already.
 
-    Of several processes the first creates it, and the others then open it.
+    Process 0 creates it, and the others then open it.
 
     Args:
         path: a directory, local or `gs://`, `s3://`: empty, absent, or a store's. Only files that
@@ -81,8 +81,8 @@ def create(
             location.write_json("manifest.json", manifest)
             return
         stored = read_manifest(location)
-        # Segments that were appended later are no difference; nor is other code, as long as it
-        # gives the same rows (`tda.encoding.table.check_stored_rows`).
+        # Segments that were appended later do not count as differences; nor does other code, as
+        # long as it gives the same rows (`tda.encoding.table.check_stored_rows`).
         same = {"segments": stored["segments"][:1], "code": manifest["code"]}
         _check_same(location.name, stored | same, manifest)
         GradientStore(location).restore_passages(0, passages)
@@ -103,7 +103,7 @@ def append(
     texts: Sequence[str] | None = None,
     corpus=None,
 ) -> GradientStore:
-    """Adds rows behind those of a store, as shards that are still to be written.
+    """Adds rows after those of a store, as shards that are still to be written.
 
     Rows that were appended before are not added again; missing files of their passages are written
     again, so that a killed run resumes.
@@ -111,11 +111,11 @@ def append(
     Args:
         path: the store.
         ids, shard_bytes, documents, texts, corpus: the new rows, as for `create`.
-        fingerprint: what the new rows were made from; equal to the store's.
+        fingerprint: identifies what the new rows are made from; must equal the store's.
 
     Raises:
         StoreError: the fingerprint differs, an id is in the store already, there are no rows, or
-            the directory that they belong in holds other files.
+            the new segment's directory holds other files.
     """
     if not len(ids):
         raise StoreError("there are no rows to append")
@@ -152,10 +152,10 @@ def append(
 
 
 def _clear_leftovers(location: Location, folder: str, number: str) -> str | None:
-    """Removes what a killed run left of a segment that no manifest names.
+    """Removes the files that a killed run left of a segment that no manifest names.
 
-    Returns the name of a file that is no part of the segment where the folder ("" is the whole
-    store) holds one; nothing is removed then.
+    If the folder ("" is the whole store) holds a file that is no part of the segment, returns its
+    name and removes nothing.
     """
     names, start = location.names(folder), f"{number}/"
     for name in names:
@@ -172,7 +172,7 @@ def open_store(path, fingerprint: dict | None = None) -> GradientStore:
 
     Args:
         path: its directory.
-        fingerprint: what its rows must have been made from; only these keys are compared.
+        fingerprint: the required fingerprint of its rows; only these keys are compared.
 
     Raises:
         StoreError: there is no store, its format is unknown, or its fingerprint differs; the
@@ -196,12 +196,12 @@ def check_same_kind(store: GradientStore, other: GradientStore) -> None:
 
 
 def exists(path) -> bool:
-    """Whether there is a store at `path`, finished or not."""
+    """Returns whether there is a store at `path`, finished or not."""
     return Location(path).read("manifest.json") is not None
 
 
 def finished(path) -> bool:
-    """Whether there is a store at `path` with all of its shards."""
+    """Returns whether there is a store at `path` with all of its shards."""
     return exists(path) and not GradientStore(Location(path)).missing()
 
 

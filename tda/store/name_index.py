@@ -1,4 +1,4 @@
-"""From names to rows without a scan, by two sorted arrays: hashes of all names, and their rows."""
+"""Finds rows by name without a scan, in two arrays: sorted hashes of all names, and their rows."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tda.runtime.fingerprint import hash_64_bits
 from tda.store import arrays
 from tda.store.location import Location, StoreError
 
-# Numbers in a chunk, which a look-up reads (512 KiB), and in a file (32 MiB).
+# Numbers in a chunk, the unit that a look-up reads (512 KiB), and in a file (32 MiB).
 _CHUNK, _SHARD = 1 << 16, 1 << 22
 
 
@@ -44,15 +44,15 @@ class NameIndex:
     def rows(self, name: str) -> list[int]:
         """Returns the rows whose name has the same hash."""
         key = np.uint64(hash_64_bits(name))
-        # Hashes are uniform numbers, so their place among all of them is easily guessed: the rank
-        # of a uniform number deviates by about √count, and this window rarely misses it.
+        # Hashes are uniform numbers, so a hash's place follows from its value: the rank of a
+        # uniform number deviates by about √count, and this window rarely misses it.
         guess = int(float(key) / 2.0**64 * self._count)
         reach = 64 + 8 * math.isqrt(self._count)
         while True:
             low, high = max(0, guess - reach), min(self._count, guess + reach)
             part = self._hashes[low:high].read().result()
             first, last = np.searchsorted(part, key), np.searchsorted(part, key, "right")
-            # A run of equal hashes that touches the window's end may go on beyond it.
+            # A run of equal hashes that touches the window's end may continue beyond it.
             if (low == 0 or first > 0) and (high == self._count or last < len(part)):
                 return self._rows[low + first : low + last].read().result().tolist()
             reach *= 4
@@ -86,25 +86,25 @@ def write(location: Location, names: Sequence[str] | HashedNames, unique: bool) 
 
 
 def sort_hashes(hashes: np.ndarray) -> np.ndarray:
-    """Returns the order that sorts hashes, of equal ones the first row first, int64 [N].
+    """Returns the order that sorts hashes, equal ones by row, int64 [N].
 
     Args:
         hashes: uint64 [N], uniform numbers.
     """
-    # Row numbers in place of the lowest bits: numbers are sorted in place in about half the time of
-    # an order of numbers.
+    # Row numbers replace the lowest bits: sorting numbers in place takes about half the time of
+    # `argsort`.
     bits = np.uint64(max(1, len(hashes) - 1).bit_length())
     keys = hashes >> bits << bits
     keys |= np.arange(len(hashes), dtype=np.uint64)
     keys.sort()
     keys &= (np.uint64(1) << bits) - np.uint64(1)
     rows = keys.view(np.int64)
-    # The few that differ in the lowest bits alone; numpy's stable sort takes little for the rest.
+    # Sorts the few that differ only in the lowest bits; numpy's stable sort is fast on the rest.
     return rows[np.argsort(hashes[rows], kind="stable")]
 
 
 def exists(files: set[str], folder: str, count: int) -> bool:
-    """Whether the index in a folder has all of its files."""
+    """Returns whether the index in a folder has all of its files."""
     names = [f"c/{i}" for i in range(math.ceil(count / _SHARD))] + ["zarr.json"]
     return all(f"{folder}/{array}/{n}" in files for array in ("hashes", "rows") for n in names)
 

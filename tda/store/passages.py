@@ -1,8 +1,8 @@
 """The passages of a store's rows: id, document and text, by row or by name without a scan.
 
-Records lie in array_record files of `FILE_ROWS` rows each. A file is written by whoever writes the
-shard that its first row is in, before that shard: decoding the texts of a large corpus takes a
-processor a day.
+Records are in array_record files of `FILE_ROWS` rows each. A file is written by the process that
+writes the shard of its first row, before that shard, so that the work is shared: decoding the texts
+of a large corpus takes one processor a day.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class PassageList:
     """The passages of new rows, in order."""
 
     ids: Sequence[str]
-    """Unique; `HashedNames` spare a large corpus the hashing."""
+    """Unique; `HashedNames` save hashing the names of a large corpus."""
     documents: Sequence[str]
     texts: Sequence[str] | None
     """None to store none."""
@@ -71,13 +71,13 @@ class PassageList:
             name_index.write(location / "documents", self.documents, unique=False)
 
     def _are_documents(self) -> bool:
-        """Whether every document is one passage, so that the index of ids serves for both."""
+        """Returns whether every document is one passage, so that the index of ids serves both."""
         if self.documents is self.ids:
             return True
         return not isinstance(self.ids, HashedNames) and list(self.documents) == list(self.ids)
 
     def write_records(self, location: Location, rows: slice) -> None:
-        """Writes the files of passages that begin in a range of rows; only the missing ones."""
+        """Writes those missing files of passages whose first row is in a range of rows."""
         folder = location / "passages"
         for number in _files_beginning(rows):
             if folder.path is None or not (folder.path / _file_name(number)).exists():
@@ -160,8 +160,8 @@ class Passages:
             contents = self._folder.read(name)
         if contents is None:
             raise StoreError(
-                f"{self._folder.name}/{name} is missing; make the store, or append these passages, "
-                "again"
+                f"{self._folder.name}/{name} is missing; build the store again, or append these "
+                "passages again"
             )
         if self._fetched is None:
             self._fetched = pathlib.Path(tempfile.mkdtemp(prefix="passages-"))

@@ -29,7 +29,7 @@ class Rows:
         return Rows(self.first + part.start, *self.map(lambda x: x[part]))
 
     def map(self, change: Callable, *others: "Rows") -> tuple:
-        """Returns `change` of the values and of `valid`, and of those of `others` after them."""
+        """Applies `change` to the values, then to `valid`, with those of `others` as arguments."""
         arrays = ((rows.values, rows.valid) for rows in (self, *others))
         return tuple(map(change, *arrays))
 
@@ -42,5 +42,5 @@ class Rows:
 
 def valid(rows_RxE: np.ndarray) -> np.ndarray:
     """Returns which rows hold a gradient, bool [R]; an invalid one is infinite throughout."""
-    # So its first number tells, and the others are not read.
+    # An invalid row is infinite throughout, so its first number is enough.
     return np.isfinite(rows_RxE[:, 0])

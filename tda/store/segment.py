@@ -14,7 +14,7 @@ from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList, Passages
 from tda.store.rows import Rows
 
-# As large as a reader's step on a CPU needs, and small beside a shard.
+# As large as a reader's step on a CPU, and small compared with a shard.
 _CHUNK_BYTES = 4 << 20
 
 
@@ -34,7 +34,7 @@ def describe(form: Form, passages: PassageList, shard_bytes: int, corpus) -> dic
     """
     count = len(passages.ids)
     shard = max(1, shard_bytes // form.row_bytes)
-    # No larger than a shard, nor than a small corpus needs.
+    # A chunk is no larger than a shard, nor than a small corpus needs.
     chunk = min(map(_power, (_CHUNK_BYTES // form.row_bytes, 2 * count - 1, shard)))
     return {
         "rows": count,
@@ -56,7 +56,7 @@ def make(location: Location, form: Form, described: dict, passages: PassageList)
     _open_array(location, form, described, create=True)
 
 
-# All files that `make` writes: a folder with any other file is never cleared.
+# All files that `make` and `write` make: a folder with any other file is never cleared.
 _MADE = re.compile(
     r"(ids|documents)/(hashes|rows)/(zarr\.json|c/\d+)"
     r"|passages/\d+\.array_record(\.[\w-]+\.[0-9a-f]{12}\.part)?"
@@ -65,7 +65,7 @@ _MADE = re.compile(
 
 
 def is_made(file: str) -> bool:
-    """Whether a file, named by its path below a segment, is one that `make` writes."""
+    """Returns whether a file, by its path below a segment, is one that a segment writes."""
     return _MADE.fullmatch(file) is not None
 
 
@@ -131,9 +131,9 @@ class Segment:
         return ~np.isfinite(codec.marks(values, self.form))
 
     def _chunk(self, values: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the values of a chunk and their checksum; the corpus's last chunk is filled up.
+        """Returns the values of a chunk and their checksum.
 
-        With the array's fill value, as TensorStore does it.
+        The corpus's last chunk is padded with the array's fill value, as TensorStore does.
         """
         if lacking := self.chunk_rows - len(values):
             fill = arrays.fill_value(values.dtype)
@@ -144,7 +144,7 @@ class Segment:
         return values, shard_file.checksum(values)
 
     def restore_passages(self, passages: PassageList) -> None:
-        """Writes what is missing of the passages, apart from those of shards yet to be written."""
+        """Writes the missing files of passages, except for shards that are yet to be written."""
         passages.write_indices(self.location)
         for shard in sorted(self.written()):
             passages.write_records(self.location, self.rows_of(shard))

@@ -1,4 +1,4 @@
-"""Shard files of an array, read and written at the disk's rate.
+"""Reads and writes shard files of an array at the disk's rate.
 
 A shard file (zarr v3, `sharding_indexed`) holds its chunks one after the other, each followed by
 its CRC32C, and at its end an index of their offsets. TensorStore reads and writes the same bytes,
@@ -85,7 +85,7 @@ def read(path: str, layout: Layout, first: int, count: int, buffers: Buffers) ->
     chunk_bytes = layout.chunk_bytes
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
-            # The kernel then reads further ahead: three times the rate for a tenth of its work.
+            # The kernel then reads further ahead, at three times the rate with a tenth of the work.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         start = _start(file, layout, first, count)
         if start is None:
@@ -135,7 +135,7 @@ def _fill(file: io.FileIO, offset: int, targets: list[memoryview]) -> None:
         if not n_read:
             raise StoreError(f"{file.name} is damaged: it is cut short")
         offset += n_read
-        # A call may end in the middle of a buffer: the next one goes on there.
+        # A call may end in the middle of a buffer, where the next one continues.
         while targets and n_read >= len(targets[0]):
             n_read -= len(targets.pop(0))
         if n_read:

@@ -619,7 +619,7 @@ def test_damaged_passages_that_were_appended_are_written_again(tmp_path):
     for name in damaged:
         store.remove_passages(name)
     damaged_store = stores.open_store(tmp_path / "s")
-    with pytest.raises(stores.StoreError, match="is missing; make the store, or append these pass"):
+    with pytest.raises(stores.StoreError, match="is missing; build the store again, or"):
         damaged_store.passages([12])
     assert damaged_store.missing() == []
     again = append("cde")
