@@ -1,9 +1,9 @@
 """R, the autocorrelation of projected gradients, summed in one pass over a source.
 
-R_b = Φ_bᵀΦ_b / n for each block b of an encoding (Chang et al. 2024, section 3.2). Of a block that
-is one matrix G, R_b may be the Kronecker product A ⊗ B / t of the second moments of its rows and of
-its columns, A = E[G Gᵀ] and B = E[Gᵀ G], as in Shampoo (Gupta et al. 2018). With t = E|G|², the
-trace of A and of B, the product has R_b's trace, and is R_b wherever R_b is a Kronecker product.
+R_b = Φ_bᵀΦ_b / n for each block b of an encoding (Chang et al. 2024, section 3.2). If a block is
+one matrix G, R_b may be the Kronecker product A ⊗ B / t of the second moments of its rows and its
+columns, A = E[G Gᵀ] and B = E[Gᵀ G], as in Shampoo (Gupta et al. 2018). With t = E|G|², the trace
+of A and of B, the product has R_b's trace, and equals R_b if R_b is a Kronecker product.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from tda.hessian.blocks import Shape
 from tda.runtime import sharding
 from tda.runtime.groups import ONE_GROUP, Groups
 
-# Bytes of float32 rows that fill the devices, and the multiple of it that one step sums: a step
-# reads and writes all of R, so longer steps spend less of their time on that.
+# Bytes of float32 rows that keep the devices busy, and how many such chunks one step sums: a step
+# reads and writes all of R, so longer steps spend a smaller share of their time on that.
 _CHUNK_BYTES = 64 << 20
 _CHUNKS_PER_STEP = 4
-# Bytes of R that one loop sums, at least a block: a program with a product for each of 210 blocks
-# takes 15 s to compile, and a portion is copied to the host whole.
+# Bytes of R that one loop sums (at least a block): a program with a product for each of 210 blocks
+# takes 15 s to compile, and a portion is copied to the host at once.
 _PORTION_BYTES = 64 << 20
 
 
@@ -67,9 +67,9 @@ def autocorrelation_of_source(
         sample: number of rows to draw from the whole source without repetition; 0 takes all.
         seed: seed of the draw.
         mesh: the devices; None is the default device.
-        on_rows: a function that is called with the number of rows of each step once it has begun.
+        on_rows: called with the number of rows of each step once the step has begun.
         groups: how rows are cut into groups whose sums are kept, and which processes share.
-        name: what identifies the source, the sample and the shapes, for the files of `groups`.
+        name: identifies the source, the sample and the shapes in the files of `groups`.
         shapes: the shape of each block (`tda.hessian.blocks`); None: all are dense.
 
     Returns:
@@ -80,7 +80,7 @@ def autocorrelation_of_source(
     """
     shapes = blocks.dense_shapes(source.form.widths) if shapes is None else tuple(shapes)
     drawn = _draw(source.rows, sample, seed)
-    # A group of rows that holds a sample of them reads and sums as much less.
+    # With a sample, a group of rows reads and sums only its share of the sample.
     row_bytes = max(1, source.form.row_bytes * (sample or source.rows) // max(1, source.rows))
     ranges = groups.ranges(source.rows, row_bytes, 8 * sum(d * d for s in shapes for d in s))
 
@@ -91,7 +91,7 @@ def autocorrelation_of_source(
 
 
 def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
-    """Draws rows in rising order, so that a store reads every chunk once; None takes all."""
+    """Draws row numbers, ascending so that a store reads every chunk once; None takes all."""
     if not sample or sample >= rows:
         return None
     return np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False, shuffle=False))
@@ -103,7 +103,7 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows, shapes) -> dict[str, np
     "fourth" has the sums of fourth powers in the same order.
     """
     devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    # Of a small source no more: rows of padding cost as much as others. The step is that of the
+    # No longer than a small source needs: rows of padding cost as much as others. Taken from the
     # whole source, so that a group's sums have the same bits however the source is cut.
     total = source.rows if drawn is None else len(drawn)
     share = 1 << max(0, (-(-total // devices) - 1).bit_length())
@@ -147,7 +147,7 @@ def _mean(shapes, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
             total[name] += x
     count = int(total["count"])
     if not count:
-        raise ValueError("there are no gradients to take R of")
+        raise ValueError("there are no gradients to compute R from")
     matrices, fourth_powers, number, start = [], [], 0, 0
     for portion in _portions(shapes):
         axes, n = len(portion.shape), portion.count
@@ -167,7 +167,7 @@ def _mean(shapes, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
 
 @dataclasses.dataclass(frozen=True)
 class _Portion:
-    """Blocks of one shape that stand side by side, summed by one loop.
+    """Neighbouring blocks of one shape, summed by one loop.
 
     Attributes:
         start: the first column.
@@ -214,8 +214,8 @@ def _add_rows(sums, values, valid, form: store.Form, shapes):
     """Adds rows to the sums of Gram matrices and of fourth powers of norms, on every device.
 
     Products are in float32, the fastest type of most devices. A plain float32 sum of them would
-    stand still after some 2²⁴ rows, and float64 is slow or missing there: each sum is a pair of
-    float32 numbers, high and low, updated by Knuth's two-sum, which loses nothing.
+    stop growing after some 2²⁴ rows, and devices are slow in float64 or lack it. So each sum is a
+    pair of float32 numbers, high and low, updated by Knuth's two-sum, which loses nothing.
     """
 
     def two_sum(pair, addend):
@@ -264,7 +264,7 @@ def _chunk_rows(width: int) -> int:
 
 
 def _read_rows(source, rows: range, drawn: np.ndarray | None, step: int) -> Iterator[store.Rows]:
-    """Reads a range of rows, or those of them that were drawn, `step` at a time."""
+    """Reads a range of rows, or the drawn ones among them, `step` at a time."""
     if drawn is None:
         yield from source.scan(step, rows)
         return

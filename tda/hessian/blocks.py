@@ -1,7 +1,7 @@
 """The blocks of an encoding, and loops over them: one compiled body where all blocks are alike.
 
-A block's *shape* says how its R is made: (E_b,) of a dense R, [E_b, E_b]; (k₁, k₂) where the block
-is one k₁ × k₂ matrix, row by row, and R the Kronecker product of a factor for each axis.
+A block's *shape* says what its R is: (E_b,) for a dense R, [E_b, E_b]; (k₁, k₂) if the block is one
+k₁ × k₂ matrix, row by row, and R the Kronecker product of a factor for each axis.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Stacking copies the matrices, so larger ones stay in a list: the time to compile a program with
-# one product for each block is small beside that of a search with matrices of this size.
+# Stacking copies the matrices, so larger ones stay in a list: compiling a program with one product
+# for each block takes little time compared with a search with matrices of this size.
 _STACKED_BYTES = 256 << 20
 
 
@@ -43,7 +43,7 @@ def dense_shapes(widths: Iterable[int]) -> tuple[Shape, ...]:
 def group_factors(
     factors: Iterable[np.ndarray], shapes: Sequence[Shape]
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields the factors of each block: one of a dense block, two of a Kronecker product."""
+    """Yields the factors of each block: one for a dense block, two for a Kronecker product."""
     remaining = iter(factors)
     for shape in shapes:
         yield tuple(next(remaining) for _ in shape)

@@ -3,13 +3,13 @@
 The mixture R = λ R_eval + (1 − λ) R_train removes directions that all queries share (Chang et al.
 2024, section 3.2).
 
-The eigenvalues of a Kronecker product A ⊗ B / t are all a_i b_j / t: its spectrum, with which
-mixing rule, damping and cutoff deal as with that of a dense R. What is mixed and shrunk are its
-factors: λ A_eval + (1 − λ) A_train is E[G Gᵀ] of the mixture of both samples, as λ R_eval +
-(1 − λ) R_train is its E[g gᵀ], while a mixture of two Kronecker products is no Kronecker product.
+The eigenvalues of a Kronecker product A ⊗ B / t are all a_i b_j / t. Mixing rule, damping and
+cutoff treat this spectrum like that of a dense R. Mixing and shrinkage apply to the factors:
+λ A_eval + (1 − λ) A_train is E[G Gᵀ] of the mixture of both samples, as λ R_eval + (1 − λ) R_train
+is its E[g gᵀ], while a mixture of two Kronecker products is no Kronecker product.
 
 R_eval of all queries contains each query's own gradient, and so its label: whitening then shrinks
-just the direction that the query asks for. The search can take it out again, exactly and at little
+the very direction that the query asks for. The search can remove it, exactly and at little
 cost (`tda.retrieval.scorer.Scorer.query_weight`), or each half of the queries can be whitened by
 R_eval of the other half (`draw_halves`).
 """
@@ -26,14 +26,14 @@ from tda.hessian import blocks
 from tda.hessian.blocks import Block, KroneckerRoot, Root, Shape, dense_shapes, group_factors
 from tda.runtime import host_blas
 
-# An eigenvalue below this share of the largest one is rounding. LAPACK's float32 eigenvalues of
+# An eigenvalue below this share of the largest is rounding. LAPACK's float32 eigenvalues of
 # rank-deficient blocks of up to 2,048 columns are off by 0.2 eps of the largest; the float32
 # products that R is the sum of add more, which 64 eps covers.
 _ROUNDING = 64 * np.finfo(np.float32).eps
 
 
 def spectra(R: list[np.ndarray], shapes: Sequence[Shape] | None = None) -> list[np.ndarray]:
-    """Returns the eigenvalues of each block in falling order: float64 [E_b].
+    """Returns the eigenvalues of each block in descending order: float64 [E_b].
 
     Args:
         R: the blocks, or the factors of each (`Autocorrelation.blocks`).
@@ -54,7 +54,7 @@ def spectra(R: list[np.ndarray], shapes: Sequence[Shape] | None = None) -> list[
 
 
 def spectrum(R: list[np.ndarray]) -> np.ndarray:
-    """Returns the eigenvalues of all blocks together in falling order: float64 [E]."""
+    """Returns the eigenvalues of all blocks together in descending order: float64 [E]."""
     return np.sort(np.concatenate(spectra(R)))[::-1]
 
 
@@ -66,10 +66,10 @@ def default_component(width: int) -> int:
 def check_component(evaluation: list[np.ndarray], k: int, count: int) -> None:
     """Checks that R_eval has an eigenvalue above rounding at component k of the mixing rule.
 
-    Otherwise the rule gives λ = 1, which leaves R_train out without a sign of it.
+    Otherwise the rule gives λ = 1, which leaves R_train out silently.
 
     Args:
-        evaluation: eigenvalues of R_eval by block, falling.
+        evaluation: eigenvalues of R_eval by block, descending.
         k: the component, counted from 1.
         count: number of queries in R_eval.
 
@@ -98,8 +98,8 @@ def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:
     """Returns λ of the paper's rule: λ σ_eval[k] = (1 − λ) σ_train[k].
 
     Args:
-        train: spectrum of R_train, falling.
-        evaluation: spectrum of R_eval, falling.
+        train: spectrum of R_train, descending.
+        evaluation: spectrum of R_eval, descending.
         k: the component, counted from 1.
 
     Raises:
@@ -114,7 +114,7 @@ def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:
 def mix(
     train: list[np.ndarray], evaluation: Iterable[np.ndarray], weight: float
 ) -> Iterator[np.ndarray]:
-    """Yields λ R_eval + (1 − λ) R_train by block, so that only one block more is in memory."""
+    """Yields λ R_eval + (1 − λ) R_train by block, so that only one more block is in memory."""
     for train_block, evaluation_block in zip(train, evaluation, strict=True):
         yield weight * evaluation_block + (1 - weight) * train_block
 
@@ -229,19 +229,19 @@ def _block_inverse_root(factors: tuple[np.ndarray, ...], damping: float, cutoff:
 
 
 def apply_root(root: Root, x):
-    """Returns W of one block's rows, [..., E_b]; of NumPy or, in a program, of jax arrays."""
+    """Applies W to one block's rows, [..., E_b], in NumPy or, inside a program, in jax."""
     if not isinstance(root, KroneckerRoot):
         return x @ root
     k1, k2 = root.scales.shape
     # Two products of all rows at once, with one transposition: up to 1.4 times as fast on CPUs as
-    # a small product for every row. The result stays transposed: W has its rows in another order.
+    # a small product for every row. The result stays transposed, as W's rows may have any order.
     right = (x.reshape(-1, k2) @ root.columns).reshape(-1, k1, k2).swapaxes(1, 2)
     both = (right.reshape(-1, k1) @ root.rows).reshape(-1, k2, k1)
     return (root.scales.T * both).reshape(x.shape)
 
 
 def apply_transposed_root(root: Root, x):
-    """Returns Wᵀ of one block's rows, as `apply_root` does W."""
+    """Applies Wᵀ to one block's rows, as `apply_root` applies W."""
     if not isinstance(root, KroneckerRoot):
         return x @ root.T
     k1, k2 = root.scales.shape

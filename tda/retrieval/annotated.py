@@ -17,7 +17,7 @@ def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed:
     Args:
         ids: ids of the queries; a query's draw depends on its id and the seed alone.
         correct: rows of the annotated passages of each query.
-        k: most passages of a query; where it has fewer, rows of −1 and scores of NaN follow.
+        k: the most passages of a query; if it has fewer, rows of −1 and scores of NaN follow.
         seed: seed of the draws.
 
     Returns:

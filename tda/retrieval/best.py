@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 
 # Queries that are merged at a time. Late in a scan few queries have a new row among their best, so
-# a larger group would mostly sort rows that stay.
+# a larger group would mostly sort unchanged queries.
 _MERGED = 16
 
 
 def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
     """Returns the k largest of the scores so far and the new ones; among equals the lower row.
 
-    The k largest of a query are in the k groups of rows with the largest maxima, and a query has
-    news only if a maximum is above its k-th score: each score is read once, for the maxima, and
+    The k largest of a query are in the k groups of rows with the largest maxima, and a query
+    changes only if a maximum is above its k-th score: each score is read once, for the maxima, and
     few are read again.
 
     Args:
-        best: the k largest scores so far, float32 [Q, k], falling, and their rows, int32 [Q, k].
+        best: the k largest scores so far, float32 [Q, k], descending, and their rows, int32 [Q, k].
         scores_RxQ: scores of the new rows.
         valid_R: which of the new rows are valid; the others are left out.
         first: number of the first new row, above all rows so far.
@@ -27,7 +27,7 @@ def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
     (count, k), size = best[0].shape, min(best[0].shape[0], _MERGED)
     length = len(valid_R)
     group = _group_rows(length, k)
-    # Signed and masked here and again below: XLA fuses both, and never writes out a second matrix.
+    # Signed and masked here and again below: XLA fuses both, and stores no second matrix.
     scores_GxNxQ, valid_GxN = scores_RxQ.reshape(-1, group, count), valid_R.reshape(-1, group)
     maxima_GxQ = jnp.where(valid_GxN[:, :, None], sign * scores_GxNxQ, -jnp.inf).max(axis=1)
 

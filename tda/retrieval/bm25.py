@@ -25,7 +25,7 @@ class Index:
         import bm25s
 
         texts = list(texts)
-        # Without stop words: a template's "the" and "of" stand in nearly every passage.
+        # Without stop words: a template's "the" and "of" are in nearly every passage.
         tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
         if not tokens.vocab:
             raise ValueError("no passage has a word that BM25 could index")
@@ -42,12 +42,12 @@ class Index:
         """Ranks passages by texts of queries, prompt and target; the rest as `by_score.rank`."""
         import bm25s
 
-        # As words: ids would be those of a vocabulary of the queries, and not of the index.
+        # As words, since ids would be those of a vocabulary of the queries, not of the index.
         split = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
 
         def scores():
             for words in split:
-                # bm25s cannot score a query of which the index knows no word.
+                # bm25s cannot score a query without a word that the index has.
                 known = [w for w in words if w in self._vocabulary]
                 zeros = np.zeros(self._rows, np.float32)
                 yield self._index.get_scores(known) if known else zeros

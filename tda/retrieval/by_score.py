@@ -14,7 +14,7 @@ def rank(
     k: int = 10,
     correct: dict[str, list[np.ndarray]] | None = None,
 ) -> Ranked:
-    """Ranks the k best passages of each query; opponents mean nothing here and are left out.
+    """Ranks the k best passages of each query, without opponents, which mean nothing here.
 
     Args:
         scores: scores of each query in turn, [C]; a score of minus infinity is never retrieved.

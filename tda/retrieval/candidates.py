@@ -6,18 +6,18 @@ import numpy as np
 
 from tda.retrieval.ranked import Ranked, first_rank
 
-# The larger, the less the first ranks count.
+# The larger this is, the less the first ranks count.
 _FUSION = 60
 
 
 def unite(rankings: Sequence[Ranked]) -> list[np.ndarray]:
-    """Returns the rows that any of some rankings has for each query, int64, rising."""
+    """Returns each query's rows in any of the rankings, int64, ascending."""
     rows_QxK = np.concatenate([ranked.proponents for ranked in rankings], axis=1)
     return [np.unique(rows[rows >= 0]) for rows in rows_QxK]
 
 
 def fuse(rankings: Sequence[Ranked]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields each query's candidates, rising, and their scores by reciprocal-rank fusion.
+    """Yields each query's candidates, ascending, and their scores by reciprocal-rank fusion.
 
     A passage's score is the sum of 1 / (60 + rank) over the rankings that have it, ranks from 1
     (Cormack, Clarke & Büttcher 2009, whose constant it is).
@@ -39,18 +39,18 @@ def rank(
 ) -> Ranked:
     """Ranks candidates by new scores; all other passages follow in the order of a first stage.
 
-    So the first correct passage of a query without a correct candidate keeps its rank of the first
-    stage, if the candidates are that ranking's first. Candidates of further rankings count as if
+    If the candidates are the first stage's best, the first correct passage of a query without a
+    correct candidate keeps its rank of the first stage. Candidates from other rankings count as if
     they had moved up from behind it, which is the least favourable case.
 
     Args:
         first: the first stage, whose passages are all among the candidates.
         scored: each query's candidates, rows and their scores.
-        k: number of proponents to keep; −1 fills up the end of shorter lists.
+        k: number of proponents to keep; shorter lists are padded with −1.
         correct: for each set of labels, the correct rows of each query.
 
     Returns:
-        The ranking, without opponents: the least of some candidates is no opponent.
+        The ranking, without opponents: the last candidate is no opponent.
     """
     count = len(first.proponents)
     rows_QxK = np.full((count, k), -1, np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class CorrectRows:
-    """The correct (query, row) pairs of a set of labels, by rising row: `queries` and `rows`, [N].
+    """The correct (query, row) pairs of a set of labels, sorted by row: `queries` and `rows`, [N].
 
     Args:
         lists: the correct rows of each query.
@@ -27,7 +27,7 @@ class CorrectRows:
         """Returns the pairs whose row is among `rows`, as places in `rows` and queries.
 
         Args:
-            rows: rising rows, with every correct row between the first and the last.
+            rows: ascending rows, with every correct row between the first and the last.
         """
         pairs = slice(*np.searchsorted(self.rows, [rows[0], rows[-1] + 1]))
         return np.searchsorted(rows, self.rows[pairs]), self.queries[pairs]
@@ -35,8 +35,8 @@ class CorrectRows:
     def within(self, first: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the pairs of each device's rows: queries and local rows, int32 [devices, N].
 
-        N is the same for all `first`, so that one compiled program takes them; unused places hold
-        a number that is out of bounds, which scatters drop.
+        N is the same for all `first`, so that one compiled program suffices; unused places hold a
+        number out of bounds, which scatters drop.
         """
         bounds = np.searchsorted(self.rows, first + self._device_rows * np.arange(devices + 1))
         queries = np.full((devices, self._most), np.iinfo(np.int32).max, np.int32)

@@ -57,7 +57,7 @@ class SentenceEncoder:
 
         try:
             self._model = sentence_transformers.SentenceTransformer(model)
-        # The library raises whatever those that it loads files with raise.
+        # The library passes on the errors of the libraries with which it loads files.
         except Exception as error:
             raise DenseError(
                 f"cannot load dense.model={model!r} ({error}); give the directory of a "
@@ -78,7 +78,7 @@ class SentenceEncoder:
 
 
 def identity(model: str) -> str:
-    """Returns what identifies a model: its name, or a hash of its directory's contents."""
+    """Returns an identity of a model: its name, or a hash of its directory's contents."""
     directory = pathlib.Path(model)
     if not directory.is_dir():
         return model

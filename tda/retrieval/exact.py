@@ -1,9 +1,9 @@
 """Exact search: one scan over the gradients answers every method that shares them.
 
-Rows are decoded, whitened and scaled on the devices on the way. Only the k best and the k worst
-rows of each query are kept, so memory does not grow with the corpus. Over a mesh, every device
-scores its own rows for all queries. Groups of rows, which several processes may share, have
-rankings of their own, which are merged at the end.
+The devices decode, whiten and scale rows during the scan. Only the k best and the k worst rows of
+each query are kept, so memory does not grow with the corpus. Over a mesh, every device scores its
+own rows for all queries. Each group of rows, which several processes may share, gets its own
+rankings, which are merged at the end.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class _Ranking:
     """A method's ranking so far; arrays have one more axis in front for devices.
 
     Attributes:
-        best, worst: the k largest scores and negated scores, each float32 [Q, k], falling, and
+        best, worst: the k largest scores and negated scores, each float32 [Q, k], descending, and
             their rows, int32 [Q, k]; worst is [Q, 0] if opponents are not searched for.
         above: for each set of labels, int32 [Q]: rows that are not correct and score at least as
             much as the best correct one.
@@ -50,7 +50,7 @@ def step_rows(width: int, devices: int = 1, touched: bool = True) -> int:
     Args:
         width: numbers in a row.
         devices: number of devices that share the rows.
-        touched: whether rows are decoded or whitened first; else nothing has to stay in a cache.
+        touched: whether rows are decoded or whitened first; otherwise no data is read twice.
     """
     # 16 MiB of float32 stay in the last-level cache of server CPUs between decoding, whitening and
     # scoring; an accelerator needs long products to be busy.
@@ -67,12 +67,12 @@ class ExactSearch:
     Args:
         source: projected gradients of the passages; invalid rows are never retrieved.
         mesh: the devices that rows are split over; None is the default device.
-        on_rows: a function that is called with the number of rows of each step once it has begun.
+        on_rows: called with the number of rows of each step once the step has begun.
         groups: how rows are cut into groups whose rankings are kept, and which processes share.
-        identity: JSON values that tell the source's rows from others, for the files of `groups`.
+        identity: JSON values that identify the source's rows in the files of `groups`.
         hold: whether the rows stay on the devices, which must have the memory, so that later
-            searches read and copy nothing. Rows that are withdrawn after the first search take
-            effect in a new `ExactSearch`.
+            searches read and copy nothing. A later withdrawal of rows takes effect only in a new
+            `ExactSearch`.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ExactSearch:
                 for i, name in enumerate(scorers)
             }
 
-        # Of each of the k best and the k worst of every method: float32 score and int64 row.
+        # A float32 score and an int64 row for each of the k best and the k worst of every method.
         result_bytes = 24 * k * len(gradients_QxE) * len(methods)
         ranges = self._groups.ranges(source.rows, source.form.row_bytes, result_bytes)
         name = "search"
@@ -178,7 +178,7 @@ class ExactSearch:
         for i, ranking in enumerate(rankings):
             for field, places in (("best", ranking.best), ("worst", ranking.worst)):
                 scores_DxQxk, rows_DxQxk = map(sharding.to_host, places)
-                # With fewer than k valid rows, the rest of the k places were never filled.
+                # With fewer than k valid rows, some of the k places were never filled.
                 k = min(scores_DxQxk.shape[-1], valid_count)
                 scores = np.concatenate(scores_DxQxk, axis=1)
                 row_numbers = np.concatenate(rows_DxQxk, axis=1).astype(np.int64)
@@ -219,7 +219,7 @@ def search(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Scan:
-    """What stays the same from step to step of a scan.
+    """The inputs that all steps of a scan share.
 
     Attributes:
         groups: the methods, by what they share.
@@ -284,7 +284,7 @@ def _advance_on_device(rankings, rows: Rows, labels, scan: _Scan):
 
 
 def _empty_ranking(queries: int, counts: tuple[int, int], devices: int, correct) -> _Ranking:
-    # Minus infinity in places that no row has taken yet: any score is above it.
+    # Empty places have minus infinity, which any score exceeds.
     def empty(k: int):
         shape = (devices, queries, k)
         return jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)

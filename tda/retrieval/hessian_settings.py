@@ -1,4 +1,4 @@
-"""How R is made: its sample, mixture, regularisation and structure."""
+"""The settings of R: its sample, mixture, regularisation and structure."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ STRUCTURES = ("dense", "kronecker")
 
 @dataclasses.dataclass(frozen=True)
 class HessianSettings:
-    """How R is made."""
+    """The settings of R."""
 
     sample: int = 0
-    """Passages that R_train is taken of, drawn at random; 0 takes all."""
+    """The number of random passages that R_train is computed from; 0 takes all."""
 
     seed: int = 0
     """Seed of that draw, and of the halves of queries."""
@@ -25,30 +25,29 @@ class HessianSettings:
     """k of the mixing rule, counted from 1; 0: in proportion to the width."""
 
     weight: float = -1.0
-    """λ, the weight of R_eval; below 0: by the rule."""
+    """λ, the weight of R_eval; below 0, the rule decides."""
 
     damping: float = -1.0
-    """Added to R, in mean eigenvalues of a block; below 0: R is shrunk as its sample size needs.
+    """Added to R, in mean eigenvalues of a block; below 0, R is shrunk as its sample size requires.
 
     R of few rows is mostly noise. With 1e-3 it ranked worse than no R at all when there were as
     many rows as columns, and no fixed number suited every size (benchmarks/default_shrinkage.py).
     """
 
     cutoff: float = 0.0
-    """Directions of smaller eigenvalues, in mean eigenvalues of a block, are left out."""
+    """The least eigenvalue, in mean eigenvalues of a block; other directions are left out."""
 
     evaluation: str = "all"
-    """The queries that R_eval is taken of: "all", "leave_one_out" or "disjoint"."""
+    """The queries that R_eval is computed from: "all", "leave_one_out" or "disjoint"."""
 
     structure: str = "dense"
     """R of a block that is one matrix: "dense", or "kronecker": a factor for rows and for columns.
 
-    A block that several matrices are added up in has no rows and columns of one space: it stays
-    dense.
+    A block that sums several matrices has no common rows and columns, so its R stays dense.
     """
 
     def shapes_of(self, shapes: Sequence[hessian.Shape]) -> tuple[hessian.Shape, ...]:
-        """Returns the shapes of R's blocks, of those of the gradients' blocks (`Layout.shapes`).
+        """Returns the shapes of R's blocks, given those of the gradients' blocks (`Layout.shapes`).
 
         Raises:
             ValueError: `structure` is unknown, or no block is one matrix.
@@ -68,7 +67,7 @@ class HessianSettings:
         return tuple(shapes)
 
     def evaluation_of(self, method: Method) -> str:
-        """Returns what a method's R_eval is taken of: its own rule, or that of the settings.
+        """Returns the queries of a method's R_eval: by its own rule, or by that of the settings.
 
         Raises:
             ValueError: `evaluation` is unknown.

@@ -28,7 +28,7 @@ class Pooler:
         without: ids of tokens that the mean leaves out: beginning, end, padding.
 
     Raises:
-        ValueError: no such layer, or the model does not give its hidden states.
+        ValueError: no such layer, or the model has no access to its hidden states.
     """
 
     def __init__(self, model: nnx.Module, layer: str, without: tuple[int, ...]):
@@ -37,7 +37,7 @@ class Pooler:
         if not hasattr(model, "residual_stream"):
             raise ValueError(
                 f"{type(model).__name__} has no method residual_stream(tokens, layers), which "
-                "gives the hidden states to compare; add it, or leave out methods of hidden states"
+                "returns the hidden states; add it, or leave out methods of hidden states"
             )
         self.width = None
         self._most = getattr(model, "max_positions", 0) or np.iinfo(np.int64).max
@@ -67,10 +67,10 @@ class Pooler:
         layout: BatchLayout,
         on_rows=lambda rows: None,
     ) -> np.ndarray:
-        """Returns representations of some rows of a table, float32 [R, D], in their order.
+        """Returns the mean hidden states of some rows of a table, float32 [R, D], in their order.
 
-        Every token that the model has a position for is read, even the last one, which the model
-        only predicts in training.
+        The model reads every token that it has a position for, even the last one, which in training
+        it only predicts.
         """
         rows = np.asarray(rows, np.int64)
         # One position more than in training: the last token.

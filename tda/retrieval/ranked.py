@@ -16,7 +16,7 @@ class Ranked:
 
     proponents: np.ndarray
     """int64 [Q, K], rows with the largest scores, best first; if a retriever returns fewer than K,
-    −1, which is no passage, fills up the end."""
+    the end is padded with −1."""
     proponent_scores: np.ndarray
     opponents: np.ndarray
     """int64 [Q, K], rows with the smallest scores, lowest first; [Q, 0] if they were not searched
@@ -28,7 +28,7 @@ class Ranked:
 
     @classmethod
     def of_proponents(cls, rows_QxK, scores_QxK, first_ranks=None) -> "Ranked":
-        """Returns a ranking by scores of which only the largest mean something."""
+        """Returns a ranking without opponents, for scores whose lowest values mean nothing."""
         empty = np.zeros((len(rows_QxK), 0))
         opponents = empty.astype(np.int64), empty.astype(np.float32)
         return cls(rows_QxK, scores_QxK, *opponents, first_ranks or {})
@@ -51,7 +51,7 @@ def load(path) -> Ranked:
 
 
 def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
-    """Joins rankings of parts of the queries to one of all, in the order of their numbers.
+    """Joins rankings of parts of the queries to one ranking, in the order of the query numbers.
 
     Args:
         parts: query numbers and their ranking; every number below Q is in exactly one part.

@@ -23,7 +23,7 @@ class Scorer:
         roots: W = R^(−1/2) by block, or None for the identity.
         unit_norm: whether N divides by the norm (a zero stays zero) or does nothing.
         query_weights: β of each block, or empty. With it a query with gradient g is scored by
-            R − β g gᵀ in place of R, which takes the query's own part out of R_eval. Needs `roots`,
+            R − β g gᵀ in place of R, which removes the query's own part from R_eval. Needs `roots`,
             all of them dense.
     """
 
@@ -45,9 +45,9 @@ class Scorer:
 
 
 def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[hessian.Root] | None:
-    """Returns F by block with F Fᵀ the inverse of R that a query is scored with: rows become x F.
+    """Returns F by block, where F Fᵀ is the inverse of the R that scores a query: rows become x F.
 
-    R^(−1/2) itself where the query's own part stays in R. None for the identity.
+    F is R^(−1/2) itself if the query's own part stays in R, and None for the identity.
 
     Args:
         scorer: how the query is scored.
@@ -70,7 +70,7 @@ def factors(scorer: Scorer, query_E: np.ndarray, slices: list[slice]) -> list[he
 def inverse_norms(x_RxE):
     """Returns 1 / |x| of every row, float32 [R]; 0 for a zero row."""
     norm_R = jnp.linalg.norm(x_RxE, axis=-1)
-    # The inner `where` keeps a division by zero out of what is not selected.
+    # The inner `where` avoids a division by zero in the values that the outer one drops.
     return jnp.where(norm_R > 0, 1 / jnp.where(norm_R > 0, norm_R, 1.0), 0.0)
 
 
@@ -92,7 +92,7 @@ def read_encodings(source: Source, scorer: Scorer, numbers) -> np.ndarray:
 
 
 def pad_rows(rows: Rows, step: int) -> Rows:
-    """Appends invalid rows up to `step`, so that one compiled program takes every step."""
+    """Appends invalid rows up to `step`, so that one compiled program suffices."""
     lacking = step - len(rows)
     if not lacking:
         return rows

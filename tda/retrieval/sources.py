@@ -1,4 +1,4 @@
-"""Sources of projected gradients: arrays, rows changed on the way, and sources side by side.
+"""Sources of projected gradients: arrays, rows changed while they are read, and joined sources.
 
 A sum of scores over checkpoints, Σ_c ⟨a_c, b_c⟩, is the inner product of rows put side by side. So
 one search over joined sources serves several checkpoints, each with its own blocks and R^(−1/2).
@@ -61,7 +61,7 @@ class Mapped:
         source: the original rows.
         change: a function of gradients, finite float32 [R, E], and their row numbers, int64 [R],
             that returns float32 [R, E]. It must treat every row independently, since scans and
-            reads pass rows in different groups.
+            reads group rows differently.
     """
 
     def __init__(self, source: Source, change: Callable[[np.ndarray, np.ndarray], np.ndarray]):
@@ -98,7 +98,7 @@ class Joined:
     def __init__(self, sources: Sequence[Source]):
         counts = [s.rows for s in sources]
         if len(set(counts)) != 1:
-            raise ValueError(f"sources side by side need as many rows each, not {counts}")
+            raise ValueError(f"joined sources must have equally many rows, not {counts}")
         self._sources, self.rows = list(sources), counts[0]
         widths = tuple(w for s in sources for w in s.form.widths)
         self.form = Form("float32", widths)
@@ -120,11 +120,11 @@ class Joined:
 
 
 def scan_full_steps(source: Source, step: int, rows: range | None = None) -> Iterator[Rows]:
-    """Yields a range of a source's rows in pieces of exactly `step`, wherever its files end."""
+    """Yields a range of a source's rows in pieces of `step`, whatever pieces the source yields."""
     waiting: list[Rows] = []
     count = 0
     for piece in source.scan(step, rows):
-        # Copied: a store reuses its buffers for the rows that come next.
+        # Copied, since a store reuses its buffers for the next rows.
         waiting.append(Rows(piece.first, *piece.map(np.copy)))
         count += len(piece)
         while count >= step:

@@ -1,4 +1,4 @@
-"""R of passages and queries, and the scorers that methods make of it: the one recipe for R.
+"""R of passages and queries, and the scorers that methods derive from it: the one recipe for R.
 
 `tda.trace`, runs and live questions all whiten by this module.
 """
@@ -35,7 +35,7 @@ class Part:
     """Queries that are searched together.
 
     Attributes:
-        queries: their places among the queries asked for, rising.
+        queries: their places among all queries, ascending.
         scorers: by the method's name.
     """
 
@@ -52,29 +52,29 @@ class _Root:
 
 
 class Whitening:
-    """R^(−1/2) of one source of gradients, each kind made when it is first needed.
+    """R^(−1/2) of one source of gradients, each kind computed when it is first needed.
 
     The kinds are "none" (the identity), "train" (R_train), and mixtures of R_train with an R_eval
-    of "all" queries, of all with one's own part to be taken out ("leave_one_out"), or of the
-    "first half" or the "second half" of the queries.
+    of "all" queries, of all queries where a query's own part is removed when it is scored
+    ("leave_one_out"), or of the "first half" or the "second half" of the queries.
 
     Args:
-        settings: how R is made.
+        settings: the settings of R.
         source: the passages' gradients.
-        queries_QxE: the gradients of the queries that R_eval is taken of; not needed for R_train.
-        mesh: the devices that R_train is summed on; one where None.
-        folder: where roots are kept for the next start; None keeps them in memory alone.
-        identity: JSON values that tell these gradients from others, for files.
+        queries_QxE: the gradients of the queries of R_eval; not needed for R_train.
+        mesh: the devices that R_train is summed on; None for one device.
+        folder: where roots are kept for the next start; None keeps them only in memory.
+        identity: JSON values that identify these gradients in files.
         shapes: of the gradients' blocks (`Layout.shapes`), which a Kronecker product needs.
         groups: how passages are cut into groups whose part of R_train is kept, and which processes
-            share; with a directory there has to be a `folder` too, from which all read the roots.
-        on_progress: told what is done; None shows a progress bar.
+            share; with a directory there must be a `folder` too, from which all read the roots.
+        on_progress: called with the progress; None shows a progress bar.
         quiet: shows no progress bar.
 
     Attributes:
-        notes: what was decided for each kind of R (λ, damping, shrinkage, …), for tables.
+        notes: the choices made for each kind of R (λ, damping, shrinkage, …), for tables.
         spectra: eigenvalues of R_train ("train") and of the first R_eval ("evaluation"), float64
-            [E], each block's falling, block after block.
+            [E], in descending order within each block, block after block.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Whitening:
     def parts(
         self, methods: dict[str, Method], numbers: Sequence[int | None] | None = None
     ) -> list[Part]:
-        """Returns how to search for some queries: all together unless their R differ.
+        """Splits queries into parts that are searched together: one part unless their R differ.
 
         Args:
             methods: by name.
-            numbers: which of the queries of R_eval each query is, None where it is none of them;
-                by default these queries in order. R_eval of all queries has no part of a query
-                that is none of them, and serves it whatever the rule is.
+            numbers: each query's number among the queries of R_eval, None if it is not one of them;
+                by default the queries of R_eval in order. A query that is not one of them has no
+                part in R_eval of all queries, which serves it under any rule.
         """
         if numbers is None:
             numbers = range(len(self._queries))
@@ -136,7 +136,7 @@ class Whitening:
         return self._scorer(method, self._kind(method, number))
 
     def of_queries(self, queries_QxE: np.ndarray) -> "Whitening":
-        """Returns the same R of the passages beside R of other queries."""
+        """Returns a whitening with the same R of the passages and R of other queries."""
         other = copy.copy(self)
         other._queries = queries_QxE
         other._roots = {k: r for k, r in self._roots.items() if k in ("none", "train")}
@@ -145,11 +145,11 @@ class Whitening:
         return other
 
     def train_roots(self) -> list[hessian.Root]:
-        """R_train^(−1/2) by block."""
+        """Returns R_train^(−1/2) by block."""
         return self._root("train").blocks
 
     def note(self, method: Method) -> dict | None:
-        """What a table says of a method's R; None where nothing was decided."""
+        """Returns a table's note on a method's R; None if no choice was made."""
         rule = method.hessian
         if rule == "mixed":
             rule = self._settings.evaluation_of(method)
@@ -162,7 +162,7 @@ class Whitening:
         return halves[-1] | {"lambda": weight, "evaluation": rule}
 
     def keep_spectra(self, directory: pathlib.Path, block_names, provenance) -> str | None:
-        """Writes the spectra that were taken (.npz), and returns the file's name.
+        """Writes the computed spectra (.npz), and returns the file's name.
 
         Arrays: "blocks" (names), "widths", and float64 [E] "train" and "evaluation".
         """
@@ -191,12 +191,12 @@ class Whitening:
             return "all"
         if rule != "disjoint":
             return rule
-        # R_eval is taken of the half that the query is not in.
+        # R_eval is that of the half without the query.
         return _HALVES[int(number in self._halves()[0])]
 
     @property
     def _kronecker(self) -> int:
-        """How many blocks have a Kronecker product as R."""
+        """The number of blocks whose R is a Kronecker product."""
         return sum(len(s) == 2 for s in self._shapes)
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
@@ -304,8 +304,8 @@ class Whitening:
         if kind == "leave_one_out":
             if n < 2:
                 raise ValueError("hessian.evaluation=leave_one_out needs two queries or more")
-            # The mean over the other n − 1: the whole sum goes in, one part of it comes out again.
-            # What a query weighs in the mixture, taken out of it when that query is scored.
+            # The mean over the other n − 1: the sum over all is divided by n − 1, and the query's
+            # own part, of this weight in the mixture, is subtracted when it is scored.
             blocks = [b * (n / (n - 1)) for b in blocks]
             query_weights = (weight / (n - 1),) * len(blocks)
         roots = self._inverse_root(hessian.mix(passages, blocks, weight), note)
@@ -313,13 +313,13 @@ class Whitening:
         return _Root(roots, query_weights)
 
     def _weight(self, evaluation: hessian.Autocorrelation, kind: str, note: dict) -> float:
-        """λ, by the rule or as the settings say."""
+        """Returns λ, by the rule or from the settings."""
         k = self._settings.component or hessian.default_component(self._source.form.width)
         weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks, self._shapes)
         spectrum = np.concatenate(by_block)
         self.spectra.setdefault("evaluation", spectrum)
         if weight < 0:
-            # With fewer directions than k the rule would compare R_train with rounding.
+            # With fewer than k directions the rule would compare R_train with rounding.
             hessian.check_component(by_block, k, evaluation.count)
             both = (np.sort(x)[::-1] for x in (self.spectra["train"], spectrum))
             weight = hessian.mixing_weight(*both, k)
@@ -327,7 +327,7 @@ class Whitening:
         return weight
 
     def _shrink(self, train: hessian.Autocorrelation, note: dict) -> list[np.ndarray]:
-        """Returns the blocks of R_train, shrunk as its sample size needs unless R is damped."""
+        """Returns the blocks of R_train, shrunk as its sample size requires unless R is damped."""
         if self._settings.damping >= 0:
             note["damping"] = self._settings.damping
             return train.blocks
@@ -362,9 +362,9 @@ class Whitening:
 
 
 def no_leave_one_out(method: Method) -> str:
-    """Says why R_eval of all other queries is no choice where R is a Kronecker product."""
-    # A query takes up to k directions out of either factor, where it takes one out of a dense R:
-    # every pair of query and passage would need a whitening of its own for the passage's norm.
+    """Returns the error for leave_one_out where R is a Kronecker product."""
+    # Removing a query changes up to k directions of either factor, but only one of a dense R: every
+    # pair of query and passage would need its own whitening for the passage's norm.
     return (
         f"{method.title}: with hessian.structure=kronecker, R_eval leave_one_out would whiten "
         "every passage anew for every query; use hessian.evaluation=disjoint or all, or "
@@ -373,7 +373,7 @@ def no_leave_one_out(method: Method) -> str:
 
 
 def describe_regularisation(note: dict) -> str:
-    """Describes R's structure, and how it was kept from magnifying noise: a note, in words."""
+    """Describes R's structure and regularisation, from a note, in words."""
     text = f"damping {note['damping']:.3g}" if "damping" in note else ""
     if "shrinkage" in note:
         text = f"shrunk by {note['shrinkage']:.2g}, the blocks' median"

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `ROOT/STEP` with one tree {"params", "opt_state", "step"} and, as custom
 metadata, a JSON description of its training. Orbax writes it atomically. The optimizer's state is
-read as anyone's is (`tda.training.saved_state`).
+read like that of other programs (`tda.training.saved_state`).
 """
 
 import json
@@ -32,7 +32,7 @@ def absolute(root) -> epath.Path:
 
 
 def steps(root) -> list[int]:
-    """Returns the steps of the complete checkpoints under `root`, rising."""
+    """Returns the steps of the complete checkpoints under `root`, ascending."""
     root = absolute(root)
     if not root.exists():
         return []
@@ -58,9 +58,9 @@ def save(
         step: training step.
         state: a tree of arrays.
         description: JSON values saved with the checkpoint.
-        keep: number of checkpoints that stay; 0 keeps all.
-        is_unscheduled: whether the checkpoint only stands in for the next one, which removes it;
-            scheduled ones all stay meanwhile.
+        keep: number of checkpoints to keep; 0 keeps all.
+        is_unscheduled: whether the checkpoint only replaces the next scheduled one, which removes
+            it; no scheduled one is removed meanwhile.
     """
     root = absolute(root)
     description = description | ({"unscheduled": True} if is_unscheduled else {})
@@ -71,8 +71,8 @@ def save(
 
 
 def _remove_old(root: epath.Path, keep: int) -> None:
-    # Methods that sum over checkpoints would see one that an uninterrupted training does not have.
-    # There are two at most, the second if the last removal was killed.
+    # Methods that sum over checkpoints must not see one that an uninterrupted training lacks. There
+    # are two at most, the second if the last removal was killed.
     for step in steps(root)[-4:-1]:
         if describe(root, step).get("unscheduled"):
             (root / str(step)).rmtree()
@@ -94,14 +94,14 @@ def _locate(root, step: int | None) -> epath.Path:
 
 def describe(root, step: int | None = None) -> dict:
     """Returns the description saved with a checkpoint, by default the last."""
-    # Not by Orbax's `metadata`, in which all processes may have to take part.
+    # Not with Orbax's `metadata`, which all processes may have to call.
     metadata = json.loads((_locate(root, step) / _METADATA).read_text())
     return dict(metadata.get("custom_metadata") or {})
 
 
 def _load(path, abstract_tree) -> Any:
     with warnings.catch_warnings():
-        # Where the caller states no sharding, the file's own sharding is intended.
+        # If the caller gives no sharding, the file's own is intended.
         warnings.filterwarnings("ignore", message="Sharding info not provided")
         return ocp.load(path, abstract_tree)
 

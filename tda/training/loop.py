@@ -27,7 +27,8 @@ def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
     So only the ratios of weights matter. A batch whose weights are all 0 has the loss 0.
     """
     nats = losses.total(merge(params), batch, losses.cross_entropy)
-    # The least float is a guard against 0 alone, and its reciprocal is finite: so are gradients.
+    # Only guards against 0. The reciprocal of the smallest normal float is finite, and so are
+    # gradients.
     return nats / jnp.maximum(jnp.sum(batch["weights"]), jnp.finfo(jnp.float32).tiny)
 
 
@@ -57,20 +58,20 @@ class Recorder(Protocol):
         """Returns the loss, its gradient by parameter, and the examples' parts [B, E]."""
 
     def resume(self, step: int) -> None:
-        """Continues before a step."""
+        """Resumes at a step."""
 
     def record(self, step: int, parts_BxE: jax.Array) -> None:
         """Takes the parts of a step's examples."""
 
     def keep(self, step: int) -> None:
-        """Writes what a checkpoint before `step` stands on."""
+        """Writes the parts that a checkpoint before `step` needs."""
 
     def forget(self, steps: list[int]) -> None:
-        """Removes what stood on other checkpoints than those of `steps`."""
+        """Removes the parts that only checkpoints other than those of `steps` need."""
 
 
 def make_step(merge: Callable, tx: optax.GradientTransformation, recorder: Recorder | None):
-    """Returns the compiled step: of a state and a batch, the next state, the loss, the parts."""
+    """Returns the compiled step, from a state and a batch to the next state, loss and parts."""
     if recorder is None:
         return jax.jit(
             lambda state, batch: (*train_step(merge, tx, state, batch), None), donate_argnums=0
@@ -90,7 +91,7 @@ def make_step(merge: Callable, tx: optax.GradientTransformation, recorder: Recor
 def initial_state(model: nnx.Module, tx: optax.GradientTransformation, mesh):
     """Returns the model's structure and a fresh training state laid out on `mesh`."""
     model_fn, params = functional.split(model)
-    # A copy: the compiled step donates its state's buffers, and the model must keep its arrays.
+    # A copy, since the compiled step donates its state's buffers, and the model keeps its arrays.
     params = functional.place(jax.tree.map(jnp.copy, params), model_fn.axes, mesh)
     state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
     return model_fn, jax.tree.map(jax.device_put, state, state_shardings(state, model_fn, mesh))
@@ -128,8 +129,8 @@ def abstract_state(state: dict, model_fn: functional.Functional, mesh) -> dict:
 def epoch_batches(table: TokenTable, epoch: int, layout: BatchLayout, seed: int) -> Batches:
     """Plans the batches of one epoch, which depend on table, layout, seed and epoch alone.
 
-    Not on the layout's devices: a training may resume on others. `BatchLayout.put` fills batches up
-    to a multiple of their number.
+    They do not depend on the layout's devices, since a training may resume on others;
+    `BatchLayout.put` pads batches to a multiple of their number.
     """
     return dataclasses.replace(layout, mesh=None).batches(table, seed=hash_seed(seed, epoch))
 
@@ -155,7 +156,7 @@ class TrainingSettings:
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Number of checkpoints that stay on disk; 0 for all."""
+    """Number of checkpoints to keep on disk; 0 for all."""
 
 
 def fit(
@@ -256,8 +257,8 @@ def fit(
             is_scheduled = (step + 1) % settings.save_every == 0 or step + 1 == steps
             is_preempted = preemption.is_due(step + 1 - first)
             if is_scheduled or is_preempted:
-                # The log goes first: a resumed run drops lines beyond its checkpoint, but cannot
-                # add lines that the kill lost.
+                # The log is written before the checkpoint: a resumed run drops lines beyond its
+                # checkpoint, but cannot add lines that a kill lost.
                 if log:
                     log.flush()
                 if not jnp.isfinite(loss):
@@ -313,6 +314,6 @@ def _trim_log(path, step: int) -> None:
                 if json.loads(line)["step"] < step:
                     earlier.append(line)
             except json.JSONDecodeError:
-                break  # A kill cut this line off; nothing valid follows it.
+                break  # a kill cut this line off, and nothing valid follows
     with atomic_file.open_atomic(path) as out:
         out.writelines(earlier)

@@ -11,7 +11,7 @@ CONSTANTS = {
     "b1": (0.9, ("adam", "adamw")),
     "b2": (0.99, ("adam", "adamw")),
     "eps": (1e-8, ("adam", "adamw")),
-    # Under the root: with it a step is smooth in gradients that vanish, as metagradients need.
+    # Inside the root: it makes a step smooth where gradients vanish, as metagradients require.
     "eps_root": (0.0, ("adam", "adamw")),
 }
 

@@ -1,4 +1,4 @@
-"""Optimizer states as Orbax checkpoints hold them, whatever program wrote them and in what layout.
+"""Reads optimizer states from Orbax checkpoints of any program and any layout.
 
 A checkpoint is one tree (`StandardCheckpointer`), a directory of several trees, called items
 (`CheckpointManager` with `Composite`, MaxText's `items/`), or a directory of either by step. Every
@@ -30,7 +30,7 @@ _STEP = re.compile(r"(?:.*_)?(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class SavedState:
-    """The leaves of all trees of a checkpoint, which are read when they are asked for.
+    """The leaves of all trees of a checkpoint, read on demand.
 
     Attributes:
         path: the checkpoint.
@@ -44,7 +44,7 @@ class SavedState:
 
     @property
     def names(self) -> list[str]:
-        """The path name of every leaf; where there are several trees, the tree's name first."""
+        """The path name of every leaf, with the tree's name in front if there are several trees."""
         return list(self._named)
 
     def load(self, names: Collection[str]) -> dict[str, jax.Array]:
@@ -88,12 +88,12 @@ class SavedState:
                 restore_args=jax.tree.unflatten(structure, restore_args),
             )
             with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
-                # Where no sharding is given, the file's own is intended.
+                # If no sharding is given, the file's own is intended.
                 warnings.filterwarnings("ignore", message="Sharding info not provided")
                 return reader.restore(self.path / tree_name, args=arguments)
 
         try:
-            # Else a process without a part would fail alone, and the others wait for it.
+            # Otherwise a process without a part would fail alone, and the others would wait for it.
             is_shared = all(map(_is_everywhere, leaves))
             restored = restore((lambda leaf: None) if is_shared else _layout_here)
         except ValueError as error:
@@ -115,7 +115,7 @@ def _is_everywhere(leaf) -> bool:
 def _layout_here(leaf) -> jax.sharding.Sharding:
     """Returns where to put a leaf whose devices are absent: one device, or those of all processes.
 
-    Several processes each read their part: no host need hold the states of a model over many.
+    Several processes each read their part, so that no host must hold the states of a large model.
     """
     if jax.process_count() == 1:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -145,7 +145,7 @@ def open_checkpoint(path: str | os.PathLike, step: int | None = None) -> SavedSt
         names = _tree_names(directory)
     elif step is not None and step != _step_of(root):
         raise CheckpointError(f"{root} is one checkpoint; leave step={step} out")
-    # Not a checkpointer's `metadata`, which warns where a tree has no description of its own.
+    # Not a checkpointer's `metadata`, which warns if a tree has no description of its own.
     handler = ocp.PyTreeCheckpointHandler()
     trees = {name: handler.metadata(directory / name).tree for name in names}
     is_tree = names == ["."]

@@ -26,12 +26,12 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
 from tda.runtime.groups import ONE_GROUP, Groups
 from tda.store.location import Location
 
-# An index of codes alone scores so many candidates by their encodings for each row that it returns.
+# How many candidates an index of codes alone scores by their encodings, per returned row.
 CANDIDATES = 40
 _FORMAT = 1
 # Bytes of encodings to read at a time.
 _STEP_BYTES = 64 << 20
-# The first parts that fit into so many bytes stay in memory; others are loaded for every search.
+# Parts stay in memory up to this many bytes; the others are loaded for every search.
 _RESIDENT_BYTES = 8 << 30
 
 
@@ -40,7 +40,7 @@ class Encodings:
     """The encodings of a corpus, C rows of E numbers, that an index is built from."""
 
     read: Callable[[np.ndarray], np.ndarray]
-    """From rising row numbers, int64 [R], to float32 [R, E]; an invalid row is all infinite."""
+    """From ascending row numbers, int64 [R], to float32 [R, E]; an invalid row is all infinite."""
     rows: int
     width: int
     fingerprint: dict
@@ -84,14 +84,14 @@ class Index:
     ) -> Ranked | None:
         """Ranks the rows with the largest and the smallest inner products that the index finds.
 
-        Among equal scores the lower row comes first. The ranking has no first ranks: an index knows
-        nothing of the other rows.
+        Among equal scores the lower row comes first. The ranking has no first ranks, since an index
+        does not score all rows.
 
         Args:
             queries_QxE: the queries' encodings.
             k: number of proponents and opponents; all rows if they are fewer.
             without: rows that were withdrawn after the build; never returned.
-            opponents: whether to search for them too, which takes as long as for proponents.
+            opponents: whether to search for opponents too, which doubles the time.
             candidates: if the index has codes alone, the rows of each query that are read and
                 scored by their encodings; 40 k by default.
 
@@ -127,7 +127,7 @@ class Index:
     def _search_parts(
         self, queries_QxE: np.ndarray, depth: int, without: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the best rows of all parts and their scores; every part is a group of its own."""
+        """Returns the best rows of all parts and their scores; each part is a group."""
         loaded_bytes = 0
 
         def work(numbers: range) -> dict[str, np.ndarray]:
@@ -156,7 +156,7 @@ class Index:
         return self._groups.reduce(f"scann-{fingerprint(parts)}", ranges, work, merge)
 
     def _score(self, queries_QxE: np.ndarray, rows_QxN: np.ndarray) -> np.ndarray:
-        """Returns the scores of every query's candidates, rising rows, by their encodings."""
+        """Returns the scores of every query's candidates, ascending rows, by their encodings."""
         scores_QxN = np.zeros(rows_QxN.shape, np.float32)
         for query_E, rows_N, scores_N in zip(queries_QxE, rows_QxN, scores_QxN, strict=True):
             with np.errstate(invalid="ignore"):
@@ -187,7 +187,7 @@ def build(
         settings: settings of ScaNN; `settings_for` chooses them.
         check: a function that returns a sample of queries, float32 [Q, E], and their exact ranking
             (in process 0), called once all parts exist.
-        groups: who builds which part, and where rankings of parts are kept.
+        groups: assigns parts to processes, and keeps rankings of parts.
 
     Raises:
         ScannError: the directory has an index of other encodings or settings; no row is valid; a
@@ -280,7 +280,7 @@ def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarra
         buffer[count : count + len(numbers[-1])] = x[valid]
         count += len(numbers[-1])
     rows_N, x_NxE = np.concatenate(numbers), buffer[:count]
-    # A sum is not finite if one of its numbers is not, and takes no array of truth values.
+    # A row's sum is not finite if one of its numbers is not, and needs no boolean array.
     bad = np.flatnonzero(~np.isfinite(x_NxE.sum(axis=1, dtype=np.float64)))
     if len(bad):
         raise ScannError(
@@ -293,8 +293,7 @@ def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarra
 def measure_recall(index: Index, queries_QxE: np.ndarray, exact: Ranked | None) -> dict | None:
     """Returns the shares, from 0 to 1, of the exact best and worst rows that an index finds.
 
-    If equal scores stand on both sides of the last, a row that exact search left out counts as
-    missed.
+    If equal scores are on both sides of the cut, a row that exact search left out counts as missed.
 
     Args:
         index: the index.

@@ -2,15 +2,15 @@
 
 import dataclasses
 
-# Below so many numbers in all rows (1 GiB), exact search answers a batch of queries in less than a
-# second on two CPU cores, and no index is worth its loss of recall.
+# Below this many numbers in all rows (1 GiB), exact search answers a batch of queries in less than
+# a second on two CPU cores, and no index is worth its loss of recall.
 _EXACT_NUMBERS = 1 << 28
-# Codes of a row, at least: recall depends on the bits of a row and not on its width. Whitened
+# The least number of codes of a row: recall depends on a row's bits, not on its width. Whitened
 # gradients do not cluster, so fewer codes lose the best rows (benchmarks/RESULTS.md, scann_curve).
 _CODES = 1024
-# Rows that codes are learned from, at most: more of them did not raise the recall.
+# The most rows that codes are learned from: more of them did not raise the recall.
 _TRAINING_ROWS = 5_000
-# Rows of a part, at least: fewer are too few to learn codes from.
+# The fewest rows of a part: fewer are too few to learn codes from.
 _PART_ROWS = 1_000
 REORDER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
