@@ -63,8 +63,8 @@ def describe() -> str:
 
 
 def _package() -> str:
-    # setup.py puts the mains inside the package; in a checkout they lie beside it. Only
-    # those of this very copy are run: another checkout may be installed too.
+    # setup.py puts the mains inside the package; in a checkout they are beside it. Only this copy's
+    # own mains are run, since another checkout may be installed too.
     here = pathlib.Path(__file__).parent
     if (here / "experiments").is_dir():
         return "tda.experiments"

@@ -118,17 +118,17 @@ class TraceResult(Sequence[Answer]):
         resamples: int = 10_000,
         seed: int = 0,
     ) -> list[GroupSum]:
-        """Adds up the scores of passages by what they have in common: a source, a topic, a year.
+        """Sums the scores of passages by a common label: a source, a topic, a year.
 
-        Single passages are noisy evidence, and their sums less so.
+        Single passages are noisy evidence, sums of many less so.
 
         Args:
-            label_of: the label of each document by its id, or a function of a passage.
+            label_of: the label of each document by its id, or a function from a passage to a label.
             resamples, seed: of the permutation test and of the intervals over queries.
 
         Returns:
-            The groups (`tda.evaluation.statistics.group_sums`), those first whose passages score
-            further above the mean than chance would have it.
+            The groups (`tda.evaluation.statistics.group_sums`), in descending order of how far
+            their passages' scores exceed the mean beyond chance.
 
         Raises:
             ValueError: some passages were not ranked, or a document has no label.
@@ -140,7 +140,7 @@ class TraceResult(Sequence[Answer]):
         overlap = all({p.id for p in a.proponents} & {p.id for p in a.opponents} for a in self)
         if fewest < len(passages) or not overlap:
             raise ValueError(
-                "sums by label are of the scores of all passages, and this trace has only each "
+                "sums by label need the scores of all passages, and this trace has only each "
                 "query's first and last; trace again with k= the number of passages"
             )
         labels = [_label(label_of, passage) for passage in passages.values()]
@@ -168,8 +168,8 @@ class TraceResult(Sequence[Answer]):
         """Returns the answers as text, a line of the terminal's width for each passage.
 
         Args:
-            queries, passages: the most queries, and passages of each, that are shown.
-            opponents: whether opponents are shown too.
+            queries, passages: the most queries to show, and the most passages of each.
+            opponents: whether to show opponents too.
         """
         width = shutil.get_terminal_size((100, 24)).columns
         lines = [self.method] if self.answers else [f"{self.method}: no queries"]
@@ -192,7 +192,7 @@ class TraceResult(Sequence[Answer]):
         return self.show()
 
     def _repr_html_(self) -> str:
-        """Returns the answers as notebooks show them: a table for each query."""
+        """Returns the answers as HTML for notebooks: a table for each query."""
         out = [f"<p><b>{html.escape(self.method)}</b></p>"]
         for answer in self.answers[:_SHOWN]:
             out.append(f"<p>{html.escape(_describe_query(answer))}</p><table>")

@@ -75,8 +75,8 @@ def trace(
     With a tokenizer, passages and queries are texts. Without one, both are batches: trees of arrays
     whose first axis is the examples, each of which has a loss.
 
-    Unless jax has a folder for compiled programs already (`jax_compilation_cache_dir`), it is given
-    one in the user's cache folder (`tda.runtime.compilation_cache`).
+    Unless jax already has a folder for compiled programs (`jax_compilation_cache_dir`), it gets one
+    in the user's cache folder (`tda.runtime.compilation_cache`).
 
     Args:
         model: any NNX model, in evaluation mode if it has one; wrap a Linen model in
@@ -102,48 +102,48 @@ def trace(
         k: the number of proponents, and of opponents, of each query.
         rerank: how many of the method's first passages are scored again without projection, by
             whole gradients with the same correction and norm, and R as a product of each matrix's
-            row and column second moments; 0 for none, as many as there are passages for all. No
-            opponents are found then. For texts.
-        contrast: further queries, in the form of `queries`: then the one answer is to the mean
-            gradient of `queries` less that of these (what makes the model say the ones rather than
-            the others?), or to the mean of `queries` alone if it is empty. A query weighs as much
-            as its gradient does before R; the norm is that of the difference.
+            row and column second moments; 0 for none, the number of passages for all. Then there
+            are no opponents. Only for texts.
+        contrast: further queries, in the form of `queries`. There is then one answer, to the mean
+            gradient of `queries` minus that of these (what makes the model say the ones rather than
+            the others?), or to the mean of `queries` alone if it is empty. Queries weigh by their
+            gradients' norms before R; the norm is that of the difference.
         context: the most positions of a passage, 512 by default; longer documents are cut into
             several passages.
-        tokens_per_batch: the most positions that are encoded together, 4096 by default; of a small
-            corpus, which would not fill four batches, fewer are.
+        tokens_per_batch: the most positions that are encoded together, 4096 by default; fewer for a
+            small corpus, which would not fill four batches.
         include, exclude, untapped: the choice of parameters (`tda.gradients.sites.find_sites`).
-        texts: the texts of passages that are given as batches, in order, to show.
+        texts: the texts, in order, of passages that are given as batches, for display.
         text_field, id_field: the fields of a passage's text and id, in files and rows with named
             fields; by default "text", and the id from "id", "sentence_id", "doc_id", "docid" or
             "_id".
-        joiner: what stands between prompt and target. By default one space where English puts one:
+        joiner: the text between prompt and target. By default one space where English puts one:
             none if there is white space already, after an opening bracket or another symbol
             (`2+2=`), after `":`, before a closing mark, and none in Chinese, Japanese or Thai
-            (`tda.data.joining.choose_joiner` has the whole rule). `joiner=""` joins them as
-            they are written: right for code.
+            (`tda.data.joining.choose_joiner` has the whole rule). `joiner=""`, for code, joins them
+            without a space.
         sample: the number of batches that second moments are estimated from, 16 by default, drawn
-            at random; from an iterator of batches, the first ones. Of a few texts and a large model
-            at most four, and small ones, or the estimate would cost more than the trace.
+            at random; from an iterator of batches, the first ones. With few texts and a large model
+            at most four small ones, or the estimate would cost more than the trace.
         damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
-            towards a multiple of the identity by as much as so few passages need (Ledoit and Wolf
-            2004), so that on a small corpus the noise in R does no harm; a line says how much.
+            towards a multiple of the identity, as much as the number of passages requires (Ledoit
+            and Wolf 2004), so that noise in R does no harm on a small corpus; it prints how much.
         structure: "dense", or "kronecker": R of each weight matrix as the Kronecker product of a
             factor for its rows and one for its columns, of 2k² numbers in place of k⁴, for a
             projection of a large side k; it needs `pooling="matrix"`, as by default.
         seed: the seed of the draw, 0 by default.
-        directory: where tokens and gradients are stored; a call that is killed resumes if it is
-            repeated with the same arguments. It serves several methods and corrections: those
-            with the same correction share their gradients. In memory if None.
+        directory: where tokens and gradients are stored; a killed call resumes if it is repeated
+            with the same arguments. It serves several methods and corrections; methods with the
+            same correction share their gradients. In memory if None.
         mesh: the devices that batches are split over; one device if None.
-        quiet: whether no progress is shown.
+        quiet: whether to show no progress.
 
     Returns:
         The ranked passages of each query.
 
     Raises:
-        ValueError: an argument does not fit, or has no effect beside another; the message names it
-            and says what to do.
+        ValueError: an argument is wrong, or has no effect beside another; the message names it and
+            says what to do.
         KeyError: `scales` lacks a parameter.
     """
     options = dict(
@@ -169,7 +169,7 @@ def trace(
     )
     if not isinstance(method, str):
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
-    # Queries are looked at first: what is wrong with them is told before the corpus is encoded.
+    # Nothing is encoded yet: `query` checks the queries first.
     index = _open(model, passages, method, **options)
     return index.query(queries, method, k, damping, joiner, rerank, contrast)
 
@@ -181,15 +181,15 @@ def encode(
     method: str | Sequence[str] = "trackstar_train",
     **options: Any,
 ) -> Index:
-    """Computes the gradients of passages once, to ask many questions of them.
+    """Computes the gradients of passages once, for many questions.
 
     index = tda.encode(model, "corpus.jsonl", tokenizer=tokenizer, directory="gradients")
     print(index.query([("Paris lies in", "France")]))
 
     Args:
         model, passages: as for `trace`.
-        method: the methods that will be asked, by which gradients are computed now. A method of
-            other gradients can be asked too: they are computed then.
+        method: the methods whose gradients are computed now. Those of other methods are computed
+            when they are first asked.
         **options: tokenizer, loss, correction, scales, projection, context, tokens_per_batch,
             include, exclude, untapped, texts, text_field, id_field, sample, structure, seed,
             directory, mesh and quiet, as for `trace`.

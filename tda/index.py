@@ -1,4 +1,4 @@
-"""Passages whose gradients are computed once, to be asked again and again."""
+"""Passages whose gradients are computed once, for many questions."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from tda.retrieval.sources import Source
 from tda.retrieval.whitening import Whitening, describe_regularisation
 from tda.runtime import progress
 
-# Gradients of so many bytes stay on the device between questions.
+# Gradients of up to this many bytes stay on the device between questions.
 _HELD_BYTES = 1 << 30
 
 
@@ -30,14 +30,14 @@ class Index:
     """The gradients of a corpus by one model. Returned by `tda.encode`.
 
     Gradients with the optimizer's correction and gradients without it are two kinds. Each is
-    computed when a method first needs it, and then serves all methods of its kind; so do R and the
-    compiled programs, so that a second question takes a fraction of the first one's time.
+    computed when a method first needs it, and then serves all methods of its kind. R and the
+    compiled programs are kept too, so that a second question takes a fraction of the first's time.
 
     Args:
         settings: the arguments of `tda.encode`.
         make_inputs: makes the gradients of given settings.
         has_tokenizer: whether queries are texts.
-        names: the methods that are asked by default.
+        names: the default methods.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Index:
         self._kinds: dict[bool, _Kind] = {}
 
     def encode(self) -> None:
-        """Computes the gradients that the methods by default need."""
+        """Computes the gradients that the default methods need."""
         for name in self._names:
             self._kind(METHODS[name]).hold()
 
@@ -93,7 +93,7 @@ class Index:
             The ranked passages of each query; by the method's name if `method` is a list.
 
         Raises:
-            ValueError: an argument does not fit, or has no effect beside another.
+            ValueError: an argument is wrong, or has no effect beside another.
         """
         checks.check_question(k, damping, joiner)
         names = parse_names(self._names[0] if method is None else method)
@@ -103,7 +103,7 @@ class Index:
         checks.check_rerank(rerank, k, chosen, self._settings, self._has_tokenizer)
         checks.check_contrast(contrast, rerank, chosen)
         idle_arguments.check(names, arguments, (), self._has_tokenizer)
-        # Two kinds read them twice; what is no iterable of queries is told as it is.
+        # Two kinds of gradients read an iterator twice. Other values are checked later, unchanged.
         queries, contrast = (list(x) if isinstance(x, Iterator) else x for x in (queries, contrast))
         results = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
@@ -124,7 +124,7 @@ class Index:
 
 
 class _Kind:
-    """The gradients of one kind, with what was made of them.
+    """The gradients of one kind, with the R and the search that use them.
 
     Args:
         inputs: the gradients.
@@ -136,7 +136,7 @@ class _Kind:
         self._is_held = False
 
     def hold(self) -> None:
-        """Computes the gradients, and keeps them on the device from the next search on."""
+        """Computes the gradients; from the next search on they stay on the device if they fit."""
         form = self._inputs.source.form
         self._is_held = 4 * self._inputs.source.rows * form.width <= _HELD_BYTES
 
@@ -156,7 +156,7 @@ class _Kind:
         joiner: str | None,
     ) -> EncodedQueries:
         """Returns queries with their gradients; with a contrast, one query (`mean_of`)."""
-        # A method that mixes in R of the queries needs more of them than others.
+        # A method that mixes in R of the queries needs more queries than others.
         strictest = max(chosen.values(), key=lambda m: m.hessian == "mixed")
         encoded = self._inputs.encode_queries(queries, strictest, joiner)
         if contrast is None:
@@ -176,7 +176,7 @@ class _Kind:
         k, rerank = depths
         source, quiet = self._inputs.source, self._settings.quiet
         whitening = self._whitening(source, encoded.gradients_QxE, damping)
-        # Plain methods take R of all queries, so that these are searched for together.
+        # Plain methods use R of all queries, so all queries are searched for together.
         (part,) = whitening.parts(chosen)
         with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
             rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
@@ -192,7 +192,7 @@ class _Kind:
         return {name: self._answer(encoded, m, rankings[name]) for name, m in chosen.items()}
 
     def _whitening(self, source: Source, queries_QxE: np.ndarray, damping: float) -> Whitening:
-        """Returns R with that of these queries; R of the passages is made once."""
+        """Returns the whitening with R of these queries; R of the passages is computed once."""
         if damping in self._whitenings:
             whitening = self._whitenings[damping].of_queries(queries_QxE)
         else:
@@ -231,12 +231,12 @@ class _Kind:
 
 
 def mean_of(encoded: EncodedQueries, contrast: EncodedQueries | None = None) -> EncodedQueries:
-    """Returns the mean gradient of some queries, less that of a contrast, as one query.
+    """Returns the mean gradient of some queries, minus that of a contrast, as one query.
 
     It is the gradient of the difference of two mean losses.
 
     Raises:
-        ValueError: nothing is left of it.
+        ValueError: it is zero.
     """
     mean_E = encoded.gradients_QxE.astype(np.float64).mean(axis=0)
     text = f"the mean of {len(encoded.queries):,} queries"
@@ -245,14 +245,14 @@ def mean_of(encoded: EncodedQueries, contrast: EncodedQueries | None = None) -> 
         text += f", less that of {len(contrast.queries):,} others"
     if not mean_E.any():
         raise ValueError(
-            "queries and contrast have the same mean gradient, so that nothing is left to ask; "
-            "give other queries in contrast"
+            "queries and contrast have the same mean gradient, so their difference is zero; give "
+            "other queries in contrast"
         )
     return EncodedQueries([Query("mean", text, "")], mean_E[None].astype(np.float32))
 
 
 def parse_names(method: str | Sequence[str]) -> list[str]:
-    """Returns the names of methods that need gradients, R and a norm alone.
+    """Returns the names of methods that need only gradients, R and a norm.
 
     Raises:
         ValueError: a name is unknown, or its method needs more.

@@ -1,8 +1,8 @@
 """Pure losses. Each takes logits, targets and weights and returns one number per example.
 
 L = Σ_t w_t f(logits_t, target_t). The weights select positions: all tokens of a passage, only the
-target tokens of a query, never padding. Logits of any dtype are taken in float32: in bfloat16 the
-log of a sum over the vocabulary keeps two or three digits.
+target tokens of a query, never padding. Logits of any dtype are cast to float32, since in bfloat16
+the log of a sum over the vocabulary keeps two or three digits.
 """
 
 import jax
@@ -47,7 +47,7 @@ OUTPUTS = {"loss": cross_entropy, "margin": margin, "logit": logit}
 
 
 def output(name: str):
-    """Returns the output function called `name`; all are losses: lower is better.
+    """Returns the output function of that name; all are losses, where lower is better.
 
     Raises:
         ValueError: no such output function.
@@ -58,7 +58,7 @@ def output(name: str):
 
 
 def of_examples(name: str):
-    """Returns the function of a model and a batch to `output(name)` of each example, [B]."""
+    """Returns a function from a model and a batch to `output(name)` of each example, [B]."""
     output_fn = output(name)
 
     def example_losses(model, batch: dict):
@@ -86,8 +86,8 @@ def has_separate_head(model) -> bool:
 
     `hidden` maps tokens [B, T] to states [B, T, D] and `logits` states to float32 [B, T, V], each
     position and each example by itself. Methods of these names may do anything in a user's model,
-    so its class says so: `has_separate_head = True`. A subclass that overrides a method of the
-    three has to say it again.
+    so its class must state it: `has_separate_head = True`. A subclass that overrides one of the
+    three methods must state it again.
     """
     methods = {"__call__", "hidden", "logits"}
     latest = next((kind for kind in type(model).__mro__ if methods & vars(kind).keys()), object)
@@ -113,7 +113,7 @@ def total(model, batch: dict, output_fn, scored: int | None = None, chunk: int |
         scored: an upper bound on an example's positions of nonzero weight; if it is less than T,
             logits are computed at this many positions only. None for T.
         chunk: the largest number of logits in one piece (a piece has at least one position);
-            None for what suits the device.
+            None for the device's default.
 
     Returns:
         A float32 scalar.

@@ -15,7 +15,7 @@ _LISTS = {
     "opponent_ids": str,
     "opponent_scores": float,
 }
-# Fields of the release's older files, by the names that they have now.
+# Current names of the fields of the release's older files.
 OLDER_NAMES = {
     "temperature_samples": "8b_generations",
     "model_confidence": "8b_confidence",
@@ -24,8 +24,8 @@ OLDER_NAMES = {
     "ground_truth": "groundtruth",
     "trex_id": "fact_id",
 }
-# In nats: known is a stated target that the query's own prompt makes e times as likely as prompts
-# about other subjects do; below, the relation alone suggests it.
+# In nats. A stated target counts as known if the query's own prompt makes it e times as likely as
+# prompts about other subjects do; below that, the relation alone suggests it.
 KNOWN_BEYOND_PRIOR = 1.0
 _REQUIRED = ("example_id", "query_set", "inputs_plaintext", "targets_plaintext", *_LISTS)
 
@@ -96,9 +96,9 @@ def read(path: str | os.PathLike) -> Iterator[dict]:
 
 
 def with_current_names(item: Any) -> Any:
-    """Returns a record whose fields have their current names; of both names the current one wins.
+    """Returns a record whose fields have their current names, which win over older ones.
 
-    What is no record is returned as it is.
+    A value that is no record is returned unchanged.
     """
     if not isinstance(item, dict) or not OLDER_NAMES.keys() & item.keys():
         return item

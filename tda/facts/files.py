@@ -10,7 +10,7 @@ Record = TypeVar("Record", Sentence, Fact)
 
 
 def iter_sentences(path: Paths) -> Iterator[Sentence]:
-    """Streams passages, in the order of the files; it holds no more than their ids.
+    """Streams passages, in the order of the files; only their ids stay in memory.
 
     Args:
         path: A file, a glob pattern (its matches are read in sorted order), or a list of files.

@@ -1,4 +1,4 @@
-"""Facts and sentences out of LAMA's own T-REx files (Petroni et al. 2019, arXiv 1909.01066).
+"""Reads facts and sentences from LAMA's own T-REx files (Petroni et al. 2019, arXiv 1909.01066).
 
 LAMA's folder `data` has `relations.jsonl`, with a template such as "[X] was born in [Y] ." for each
 relation, and `TREx/P19.jsonl` and its like, with a fact and its evidence sentences on each line.
@@ -19,9 +19,9 @@ _MASK = "[MASK]"
 def read(folder: str | os.PathLike) -> tuple[list[Sentence], list[Fact]]:
     """Returns LAMA's sentences and facts, in the order of its files.
 
-    A fact's id is its `uuid`. A sentence stands once, with all facts that it is evidence of; its id
-    is "lama-" and its number. Relations whose template goes on after the object ("[X] and [Y] are
-    twin cities .") make no query, and are left out with their sentences; a warning names them.
+    A fact's id is its `uuid`. Each sentence comes once, with all facts that it is evidence of; its
+    id is "lama-" and its number. Relations whose template continues after the object ("[X] and [Y]
+    are twin cities .") make no query, and are left out with their sentences; a warning names them.
 
     Args:
         folder: the folder that has `relations.jsonl` and `TREx`.

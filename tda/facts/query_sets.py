@@ -21,9 +21,8 @@ def read(path: jsonl.Paths) -> list[Fact]:
       (PopQA), asked alike.
     - `prompt` and `original_ending`: openings of stories.
     - `prompt`, `attribute`, `subject` and `relation_id`: facts (known_1000).
-    - records of results (`tda.results`) with sampled answers: what the model says where it does not
-      state the target. The target is its most frequent answer; records of stated targets, or
-      without answers, are left out.
+    - records of results (`tda.results`) with sampled answers: the model's wrong answers. The target
+      is its most frequent answer; records of stated targets, or without answers, are left out.
 
     Raises:
         ValueError: a record has none of these forms; the message names it.
@@ -70,7 +69,7 @@ def _read(path: jsonl.Paths) -> Iterator[tuple[str, Any]]:
 
 
 def _records(path: jsonl.Paths) -> Iterator[Any]:
-    """Yields records with the fields prompt and target, and others as they are."""
+    """Yields records with the fields prompt and target where their form is known."""
     for where, record in _read(path):
         record = with_current_names(record)
         if not isinstance(record, Mapping):

@@ -104,8 +104,7 @@ def sentence_from_dict(d: Any, where: str) -> Sentence:
     """Validates one decoded JSON object as a passage.
 
     Args:
-        d: The object. Fields not known here are ignored; an absent, null or empty optional field
-            is None.
+        d: The object. Unknown fields are ignored; an absent, null or empty optional field is None.
         where: Its place, for error messages, such as "sentences.jsonl.gz, line 17".
 
     Returns:
@@ -135,7 +134,7 @@ def fact_from_dict(d: Any, where: str) -> Fact:
 
 def _triple(value: Any, where: str) -> Triple:
     """Validates one item of `fact_triples`: an object, or the bare list of its three URIs."""
-    # The public description of the release leaves the shape of an item open, so both are read.
+    # The public description of the release does not give the form of an item, so both are read.
     if isinstance(value, list):
         if len(value) != 3:
             raise RecordError(
@@ -157,26 +156,26 @@ _REQUIRED = object()
 
 
 def _is_count(value: Any) -> bool:
-    # bool is an int in Python; a true where a number belongs is a mistake in the file.
+    # bool is an int in Python, but `true` instead of a number is a mistake in the file.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What a field of one type may hold in JSON."""
+    """The allowed values of a field of one type in JSON."""
 
     expected: str
     """The type in the words of an error."""
     accepts: Callable[[Any], bool]
     default: Any = None
-    """Stands for an absent or null field."""
+    """The value of an absent or null field."""
     convert: Callable[[Any], Any] = lambda value: value
-    """From a value to that of the record."""
+    """From a JSON value to that of the record."""
 
 
 _RULES: dict[Any, _Rule] = {
     str: _Rule("a non-empty string", lambda v: isinstance(v, str) and bool(v.strip()), _REQUIRED),
-    # An empty string says no more than null does, and the TFDS features store None as one.
+    # An empty string means the same as null, and the TFDS features store None as one.
     str | None: _Rule("a string or null", lambda v: isinstance(v, str), None, lambda v: v or None),
     int | None: _Rule("a whole number from 0 up, or null", _is_count),
     bool | None: _Rule("true, false or null", lambda v: isinstance(v, bool)),

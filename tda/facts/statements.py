@@ -23,7 +23,7 @@ def statements(
         facts: all facts of the corpus.
         queries: the facts that are asked for.
         n: number of prompts that state each fact, from prompt0 on; 1 to 3.
-        joiner: what stands between a prompt and the object; by default a space where one belongs
+        joiner: the text between a prompt and the object; by default a space where one belongs
             (`tda.data.joining.choose_joiner`).
 
     Yields:

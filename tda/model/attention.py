@@ -38,10 +38,10 @@ def causal_attention(
 def plain_attention(
     q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale: float | None = None, window=None, soft_cap=None
 ):
-    """Computes what `causal_attention` does, by operations that jax differentiates itself.
+    """Computes the same as `causal_attention`, by operations that jax differentiates itself.
 
     So derivatives of any order and mode exist (`jax.jvp` refuses functions with a backward pass of
-    their own), and the probabilities are kept for the backward pass.
+    their own), but the probabilities are kept for the backward pass.
     """
 
     def attend(soft_cap, *arguments):
@@ -54,7 +54,7 @@ def _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, so
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
     scale = K**-0.5 if scale is None else scale
-    # Queries are scaled, not scores: K numbers for each position in place of T.
+    # Queries are scaled, not scores: K numbers for each position instead of T.
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BxGxTxK, v_BxGxTxK = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxGxK, v_BxTxGxK))
     y_BxGxRxTxK = attend(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window)
@@ -62,14 +62,14 @@ def _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, so
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
-    """First position and end of each block: 64 positions of a short sequence, 128, or T / 16."""
+    """Returns each block's first position and end; a block has 64 positions, 128, or T / 16."""
     # Two to four times as fast as one product at 512 positions (benchmarks/RESULTS.md).
     size = 64 if T <= 128 else max(128, -(-T // 16))
     return [(i, min(i + size, T)) for i in range(0, T, size)]
 
 
 def _rows(x_BxGxRxTxK, start: int, stop: int):
-    """A block's positions of all R heads of a group, one after the other: [B, G, R·S, K]."""
+    """Returns a block's positions of all R heads of a group in a row: [B, G, R·S, K]."""
     B, G, _, _, K = x_BxGxRxTxK.shape
     return x_BxGxRxTxK[:, :, :, start:stop].reshape(B, G, -1, K)
 
@@ -80,7 +80,7 @@ def _products(equation: str, *operands):
 
 
 def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int, window, soft_cap):
-    """Scores of a block's rows and the keys up to its end; masked keys score −1e30."""
+    """Returns scores of a block's rows and the keys up to its end; masked keys score −1e30."""
     scores = _products("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK[:, :, :stop])
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -115,7 +115,7 @@ def _forward(soft_cap, q_BxGxRxTxK, k_BxGxTxK, v_BxGxTxK, window):
 
 
 def _split_heads(x_BxGxSxK, R: int):
-    """The rows of `_rows` with the heads on an axis of their own again: [B, G, R, S / R, K]."""
+    """Undoes `_rows`: returns [B, G, R, S / R, K], with the heads on an axis of their own."""
     return x_BxGxSxK.reshape(*x_BxGxSxK.shape[:2], R, -1, x_BxGxSxK.shape[-1])
 
 

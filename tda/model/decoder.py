@@ -44,7 +44,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )
 
-        # Random keys are drawn in this order: another order gives other initial weights.
+        # Random keys are drawn in this order; another order would change the initial weights.
         self.embedding = table(settings.vocab_size, "vocab")
         if settings.max_positions:
             self.position_embedding = table(settings.max_positions, None)
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
         if settings.scan:
             self.layers = nnx.vmap(lambda keys: Block(settings, keys))(keys)
         else:
-            # The same keys as the stacked layers get, so that both start from the same weights.
+            # The same keys as for stacked layers, so that both start from the same weights.
             state, graph = nnx.state(keys), nnx.graphdef(keys)
             by_layer = [jax.tree.map(lambda x, i=i: x[i], state) for i in range(settings.layers)]
             self.layers = nnx.List([Block(settings, nnx.merge(graph, k)) for k in by_layer])
@@ -77,14 +77,14 @@ class Decoder(nnx.Module):
         return self.settings.max_positions
 
     def _sights(self, T: int) -> tuple[Sight, bool]:
-        """The layers' sight; and whether it differs by layer, and so is stacked, [L, …]."""
+        """Returns the layers' sight, and whether it differs by layer and so is stacked, [L, …]."""
         s = self.settings
         rotation = in_window = None
         if not s.max_positions:
             rotation = in_window = positions.rotation(
                 s.rotated_features, s.rope_base, s.rope_scaling, T
             )
-            # Gemma 3 turns local layers by a base of their own, and does not stretch it.
+            # Gemma 3 has another base in layers with a window, without stretching.
             if s.window_rope_base is not None:
                 in_window = positions.rotation(s.rotated_features, s.window_rope_base)
         if s.window_layers is None and s.rope_layers is None:
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
             has_window = s.window is not None and (s.window_layers is None or s.window_layers[i])
             in_layer = in_window if has_window else rotation
             if s.rope_layers is not None and not s.rope_layers[i]:
-                # A turn by no angle leaves every feature as it is, and lets the layers be stacked.
+                # A rotation by 0 changes nothing, and lets the layers be stacked.
                 in_layer = positions.Rotation(jnp.zeros_like(rotation.inverse_period_K))
             no_window = None if s.window is None else _NO_WINDOW
             by_layer.append(Sight(in_layer, s.window if has_window else no_window))
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
         return self._stream(tokens_BxT, first, sight, stacked)
 
     def _stream(self, tokens_BxT, layers, sight: Sight, stacked: bool):
-        """The residual stream after these layers; if `stacked`, each layer has its own sight."""
+        """Returns the residual stream after some layers; if `stacked`, each has its own sight."""
         s = self.settings
         x_BxTxD = self.embedding(tokens_BxT)
         if s.embedding_scale != 1.0:
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
             T = tokens_BxT.shape[1]
             if T > s.max_positions:
                 raise ValueError(f"{T} positions are more than max_positions={s.max_positions}")
-            # Position numbers for each example: a tap then gives each example's own gradient.
+            # Position numbers for each example, so that a tap gives each example's own gradient.
             x_BxTxD += self.position_embedding(jnp.broadcast_to(jnp.arange(T), tokens_BxT.shape))
         x_BxTxD = sharding.constrain(x_BxTxD, "batch", None, None)
 

@@ -31,8 +31,8 @@ class Functional:
 def split(model: nnx.Module) -> tuple[Functional, dict]:
     """Takes a model apart into its structure and a nested dict of its parameters."""
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-    # Plain arrays, so that a model that writes to its variables (a Linen one to its keys) writes
-    # to copies.
+    # Plain arrays, so that a model that changes its variables (a Linen model its keys) changes
+    # copies.
     model_fn = Functional(graphdef, nnx.to_pure_dict(rest), logical_axes(state))
     return model_fn, nnx.to_pure_dict(state)
 
@@ -42,7 +42,7 @@ def logical_axes(state) -> dict[str, tuple]:
     axes = {}
     for path, variable in nnx.to_flat_state(state):
         stated = tuple(variable.get_metadata().get("axes") or ())
-        # A stacked parameter has the axis of layers in front of the stated ones.
+        # A stacked parameter has one more axis in front, that of the layers.
         axes[path_name(path)] = (None,) * (len(variable.shape) - len(stated)) + stated
     return axes
 

@@ -28,7 +28,7 @@ ACTIVATIONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What the attention of a layer can tell of positions. Axes may be stacked over layers."""
+    """How a layer's attention uses positions. Axes may be stacked over layers."""
 
     rotation: Rotation | None
     """Of queries and keys; None where positions are added to the embeddings."""
@@ -37,7 +37,7 @@ class Sight:
 
 
 def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):
-    """`dot_general` with the leading axes of `x` merged into one.
+    """Computes `dot_general` with the leading axes of `x` merged into one.
 
     The weight gradient then contracts one axis instead of two, so that XLA's CPU backend makes no
     transposed copy of both operands (a factor of two to three in a training step).
@@ -74,7 +74,7 @@ def linear(
 
 
 def _branch_scale(settings: DecoderSettings) -> float:
-    """Residual branches start small, so that the stream's scale does not grow with depth."""
+    """Returns the initial scale of a residual branch: the stream's must not grow with depth."""
     return 1.0 / (2 * settings.layers)
 
 
@@ -131,7 +131,7 @@ class MLP(nnx.Module):
         self.down = linear(settings, (F, D), ("mlp", "embed"), rngs, bias=bias, init_scale=scale)
 
     def __call__(self, x_BxTxD):
-        """Transforms every position alone: [B, T, D] to [B, T, D]."""
+        """Transforms every position by itself: [B, T, D] to [B, T, D]."""
         h_BxTxF, f = self.up(x_BxTxD), ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(recomputed(f)(h_BxTxF))
@@ -153,7 +153,7 @@ class Block(nnx.Module):
         def norm(is_there: bool):
             return make_norm(settings, settings.width, rngs) if is_there else None
 
-        # Random keys are drawn in this order: another order gives other initial weights.
+        # Random keys are drawn in this order; another order would change the initial weights.
         self.attention_norm = norm(before)
         self.attention = Attention(settings, rngs)
         self.attention_after_norm = norm(after)

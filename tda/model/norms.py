@@ -12,7 +12,7 @@ def recomputed(f):
 
     For cheap functions, whose results would take longer to write and read than to compute.
     """
-    # The barriers that keep XLA from merging both runs would also keep it from fusing them.
+    # The barriers that keep XLA from merging both runs would also prevent fusion.
     return jax.checkpoint(f, prevent_cse=False)
 
 

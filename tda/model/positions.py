@@ -1,4 +1,4 @@
-"""Rotary position encoding: its periods, how they are stretched, and two layouts of pairs."""
+"""Rotary position encoding: its periods, their stretching, and two layouts of pairs."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ class Rotation:
     """How fast each pair of features turns with the position. Axes may be stacked over layers."""
 
     inverse_period_K: jax.Array
-    """Radians per position, float32 [K / 2]; features without a pair here are not rotated."""
+    """Radians per position, float32 [K / 2]; features beyond these pairs are not rotated."""
     factor: float | jax.Array = 1.0
     """Factor of the rotated features."""
 
@@ -47,7 +47,7 @@ def rotation(
         T: number of positions, for "longrope" and "dynamic". As in transformers, padding counts.
     """
     if scaling is not None and scaling["kind"] == "dynamic":
-        # The base that stretches the longest period by what T exceeds the trained length by.
+        # The base that stretches the longest period by the ratio of T to the trained length.
         excess = max(T / scaling["max_position_embeddings"], 1.0) - 1.0
         base = base * (1.0 + scaling["factor"] * excess) ** (width / (width - 2))
         scaling = None
@@ -66,7 +66,7 @@ def rotation(
     if kind == "linear":
         return Rotation(inverse / factor)
     if kind == "llama3":
-        # Turns that a pair makes in the context length of the first training.
+        # A pair's turns over the context length of the first training.
         turns = inverse * scaling["original_max_position_embeddings"] / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         unscaled = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -108,7 +108,7 @@ def check(width: int, scaling: dict | None) -> None:
 
 
 def _yarn_ramp(width: int, base: float, scaling: dict):
-    """0 for pairs that turn often and stay as they are, 1 for stretched pairs, linear between."""
+    """Returns 0 for pairs with many turns, which stay, 1 for stretched pairs, linear between."""
     length = scaling["original_max_position_embeddings"]
 
     def pair(turns):
@@ -129,13 +129,13 @@ def rotary(x_BxTxHxK, rotation: Rotation, layout: str = "half"):
 
     Args:
         x_BxTxHxK: queries or keys.
-        rotation: the angles; features behind the last pair are not rotated.
+        rotation: the angles; features after the last pair are not rotated.
         layout: which features form a pair: i and i + K/2 ("half"), or 2i and 2i + 1
             ("interleaved").
     """
     inverse_period = rotation.inverse_period_K
     width = 2 * inverse_period.shape[-1]
-    # bfloat16 has 8 bits: from position 256 on, neighbours would have the same angle.
+    # In bfloat16, with 8 bits, neighbouring positions from 256 on would have the same angle.
     angle_TxK = jnp.arange(x_BxTxHxK.shape[1], dtype=jnp.float32)[:, None] * inverse_period
     sin, cos = jnp.sin(angle_TxK)[None, :, None], jnp.cos(angle_TxK)[None, :, None]
     # A factor of 1 costs nothing; a stacked one is an array of unknown value.

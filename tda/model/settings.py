@@ -11,7 +11,7 @@ from tda.model import positions
 class DecoderSettings:
     """The sizes and choices of a `tda.model.decoder.Decoder`.
 
-    The defaults are those of the Llama family. As JSON, a run keeps the fields by their names.
+    The defaults are those of the Llama family. Runs store the fields by name, as JSON.
 
     Raises:
         ValueError: a field is unknown or does not fit the others; the message names it.
@@ -40,7 +40,7 @@ class DecoderSettings:
     norm: Literal["rms", "layer", "layer_plain"] = "rms"
     """RMSNorm, LayerNorm with a bias, or LayerNorm without parameters (OLMo 1)."""
     norm_place: Literal["before", "after", "both"] = "before"
-    """Where norms stand: before attention and MLP, after them, or both."""
+    """The place of norms: before attention and MLP, after them, or both."""
     norm_eps: float = 1e-6
     """Epsilon of the norms."""
     norm_offset: float = 0.0

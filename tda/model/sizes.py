@@ -18,7 +18,7 @@ SIZES = {
 
 
 def size(name: str) -> dict:
-    """Returns the settings of a named size, all but the vocabulary's.
+    """Returns the settings of a named size, except for the vocabulary's.
 
     Raises:
         ValueError: there is no such size; the message lists the known ones.

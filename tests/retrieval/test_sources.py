@@ -71,7 +71,7 @@ def test_different_dtypes_are_joined_in_float32(tmp_path):
     rows = np.concatenate([f.decoded(joined.form) for f in joined.scan(16)])
     np.testing.assert_array_equal(rows[:, 8:], second)
     assert [len(f) for f in joined.scan(16)] == [16, 16, 16, 13]
-    with pytest.raises(ValueError, match="as many rows each"):
+    with pytest.raises(ValueError, match="equally many rows"):
         sources.Joined([InMemory(first, SLICES), InMemory(first[:5], SLICES)])
 
 

@@ -14,8 +14,8 @@ from tda.facts.world_facts.templates import ADDITIONS, PAIRED_STATEMENTS, STATEM
 N_SENTENCES = 20_000
 
 _MAX_STATEMENTS = 50
-# The count falls with a fact's rank r of n as 50 (1 + 10 r/n)^-1.6: a few facts near 50
-# statements, half of them below 4, the last stated once.
+# The count falls with a fact's rank r of n as 50 (1 + 10 r/n)^-1.6: a few facts have nearly 50
+# statements, half of them fewer than 4, the last one.
 _TAIL_REACH = 10.0
 _TAIL_EXPONENT = 1.6
 # Spread of the log-normal noise on popularity, so that no two relations rank alike.
@@ -80,7 +80,7 @@ def n_statements(facts: Sequence[WorldFact], seed: int) -> dict[str, int]:
 
 
 def _single_statements(facts: Sequence[WorldFact], seed: int) -> Iterator[_Statement]:
-    """Statements of one fact, and of a border, which is a fact about either side."""
+    """Yields statements of one fact; a border is a fact about either side."""
     by_relation = defaultdict(list)
     by_id = {fact.fact_id: fact for fact in facts}
     for fact in facts:

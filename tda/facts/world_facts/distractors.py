@@ -37,14 +37,14 @@ def distractors(
     places = [(country.name, country.phrase) for country in countries]
     places += [(country.capital, country.capital) for country in countries if country.capital]
     places += [(city.name, city.name) for city in cities]
-    # A name within another ("Guinea", "Papua New Guinea") would join what a fact joins as well.
+    # A name within another ("Guinea", "Papua New Guinea") could also join two names of a fact.
     similar = [pair for pair in _similar(places) if _unjoined(*pair, joined)]
     objects = {
         relation: sorted({fact.object.name for fact in facts if fact.relation == relation})
         for relation in _TEMPLATES["object"]
     }
     while True:
-        # Every choice draws from `rng` in this order: another order gives another corpus.
+        # Every choice draws from `rng` in this order; another order would change the corpus.
         kind = rng.choices(list(_KINDS), _KINDS.values())[0]
         names = {filler: rng.choice(texts) for filler, texts in WORDING["fillers"].items()}
         names["k"] = str(rng.randint(3, 30))
@@ -94,7 +94,7 @@ def _similar(places: Sequence[_Place]) -> list[tuple[_Place, _Place]]:
 
 
 def _rounded(number: int) -> str:
-    """Two significant digits: "3.2 million", "340,000"."""
+    """Returns a number with two significant digits: "3.2 million", "340,000"."""
     if number >= 10_000_000:
         return f"{round(number / 1e6)} million"
     if number >= 1_000_000:

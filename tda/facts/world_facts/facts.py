@@ -49,7 +49,7 @@ class WorldFact:
         return ":".join((self.relation, *self.keys))
 
     def triple(self) -> Triple:
-        """The annotation of a sentence that states this fact."""
+        """Returns the annotation of a sentence that states this fact."""
         return Triple(self.fact_id, self.subject.name, self.object.name, *self.uris, True)
 
     @property
@@ -100,7 +100,7 @@ def _prompts(fact: WorldFact) -> list[str]:
 
 
 def is_repetition(entity0: str, entity1: str, prompts: list[str]) -> bool:
-    """Whether the target could be copied: it is in a prompt or the subject, or holds the subject.
+    """Returns whether the target could be copied from a prompt or the subject, or contains it.
 
     Letter case and accents make no difference.
     """

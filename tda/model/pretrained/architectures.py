@@ -1,7 +1,7 @@
 """Each family's configuration as the decoder's settings.
 
-A function for each, from a `Config` to keyword arguments of `DecoderSettings`. Defaults are those
-that transformers has for keys which a file lacks.
+Each family has a function from a `Config` to keyword arguments of `DecoderSettings`. The defaults
+for keys that a file lacks are those of transformers.
 """
 
 from tda.model.pretrained.configurations import Config, common, rope, windows
@@ -125,7 +125,7 @@ def olmo2(c: Config) -> dict:
 
 
 def _gemma(c: Config, activation: str) -> dict:
-    """What all of Gemma's models share, given the name of their activation."""
+    """Returns the settings that all Gemma models share, given their activation."""
     c.refuse("use_bidirectional_attention")
     bias = bool(c.get("attention_bias", False))
     return common(c, tied=True) | dict(
@@ -170,7 +170,7 @@ def gemma2(c: Config) -> dict:
 
 
 def gemma3_of_pictures(c: Config) -> dict:
-    """The text model of a Gemma 3 that sees pictures too."""
+    """The text model of a Gemma 3 with vision."""
     text = dict(c["text_config"])
     text.setdefault("tie_word_embeddings", c.get("tie_word_embeddings", True))
     return gemma3(Config(text, f"{c.path}: text_config"))

@@ -1,6 +1,6 @@
-"""A published model's configuration (Hugging Face's `config.json`), and what all families read.
+"""A published model's configuration (Hugging Face's `config.json`), and settings of all families.
 
-The settings are keyword arguments of `DecoderSettings`: JSON values, which runs keep beside the
+The settings are keyword arguments of `DecoderSettings`: JSON values, which runs store beside the
 model. A setting that the decoder lacks is an error that names it.
 """
 
@@ -103,11 +103,11 @@ def rope(
     )
 
 
-_SCALING_NAMES = {"su": "longrope"}  # as the first Phi-3 models call it
+_SCALING_NAMES = {"su": "longrope"}  # its name in the first Phi-3 models
 
 
 def _scaling(c: Config, name: str, stated: dict) -> dict | None:
-    """Returns how the rotary periods are stretched, in the keys of `tda.model.positions`."""
+    """Returns the stretching of the rotary periods, in the keys of `tda.model.positions`."""
     if name == "default":
         return None
     if name in ("linear", "llama3"):
@@ -143,8 +143,9 @@ def windows(c: Config, has_window=None) -> dict:
     """Returns the settings of the sliding window.
 
     Args:
-        c: the configuration, whose `layer_types` tell which layers have the window.
-        has_window: tells it by a layer's number where there are no `layer_types`; None for all.
+        c: the configuration, whose `layer_types` name the layers with the window.
+        has_window: whether a layer has it, by its number, if there are no `layer_types`; None for
+            all layers.
     """
     window, layers, types = (
         c.get("sliding_window"),

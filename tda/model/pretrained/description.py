@@ -1,4 +1,4 @@
-"""A published model as its files describe it: the decoder's settings, and where its tensors are."""
+"""A published model as its files describe it: the decoder's settings and the places of tensors."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ class Pretrained:
         parts: the place of each parameter of the unstacked decoder, by path.
         source: the tensors.
         path: the directory or file.
-        config: its configuration, as written there.
+        config: its configuration, unchanged.
     """
 
     arguments: dict
@@ -35,11 +35,11 @@ class Pretrained:
         return DecoderSettings(**self.arguments)
 
     def abstract_decoder(self) -> Decoder:
-        """The decoder with shapes and dtypes in place of arrays."""
+        """Returns the decoder with shapes and dtypes in place of arrays."""
         return abstract_decoder(self.settings)
 
 
 def shorten(names: list[str], limit: int = 6) -> str:
-    """Lists the first names of many, for a message."""
+    """Lists names for a message: the first few, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

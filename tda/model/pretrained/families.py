@@ -20,9 +20,9 @@ class Family:
         arguments: from a `configurations.Config` to keyword arguments of `DecoderSettings`.
         layer: from the settings and a layer's prefix to the layer's parts by path of parameter.
         outside: from the settings and the model's prefix to the parts outside of the layers.
-        model_prefixes: how the names of tensors may begin in a model saved with its head.
-        layers_prefix: what stands before a layer's number.
-        ignored: a regular expression of tensors that are no parameters.
+        model_prefixes: possible beginnings of tensor names in a model saved with its head.
+        layers_prefix: the part of a tensor's name before a layer's number.
+        ignored: a regular expression for tensors that are no parameters.
     """
 
     arguments: Callable[[configurations.Config], dict]
@@ -33,7 +33,7 @@ class Family:
     ignored: str
 
     def is_ignored(self, tensor: str) -> bool:
-        """Whether a tensor is a buffer that holds nothing learned."""
+        """Returns whether a tensor is no parameter of the decoder, such as a buffer."""
         return re.search(self.ignored, tensor) is not None
 
     def parts(self, settings: DecoderSettings, tensors: Iterable[str]) -> dict[str, Part]:
@@ -52,7 +52,7 @@ class Family:
             parts |= {f"layers/{i}/{path}": part for path, part in layer.items()}
         embedding = parts["embedding/embedding"]
         if settings.tied and embedding.tensor not in tensors:
-            # A tied matrix may be saved under the name of the output matrix alone.
+            # A tied matrix may be saved only under the name of the output matrix.
             for head in (name for name in HEADS if name in tensors):
                 parts["embedding/embedding"] = dataclasses.replace(embedding, tensor=head)
         return parts
@@ -85,7 +85,7 @@ FAMILIES = {
     "GemmaForCausalLM": _like_llama(architectures.gemma),
     "Gemma2ForCausalLM": _like_llama(architectures.gemma2),
     "Gemma3ForCausalLM": _like_llama(architectures.gemma3),
-    # Texts have no gradient in the parameters that see pictures.
+    # The gradient of a text in the vision parameters is zero.
     "Gemma3ForConditionalGeneration": dataclasses.replace(
         _like_llama(architectures.gemma3_of_pictures),
         model_prefixes=("language_model.model.", "model.language_model."),
@@ -127,7 +127,7 @@ FAMILIES = {
 }
 
 
-# What the decoder lacks for other architectures that models are often published in.
+# What the decoder lacks for other common architectures.
 _LACKING = {
     "PhiForCausalLM": "one norm before attention and MLP in parallel",
     "GPTJForCausalLM": "one norm before attention and MLP in parallel",

@@ -1,8 +1,8 @@
 """GGUF files: the Llama family and Gemma, dequantised tensor by tensor by the `gguf` package.
 
 llama.cpp rotates pairs of adjacent features where Hugging Face's models rotate features half a head
-apart, so files of the architecture "llama" hold the rows of queries and keys in another order; they
-are put back here. Gemma's norm scales are stored with the 1 that its model adds.
+apart, so files of the architecture "llama" have the rows of queries and keys in another order,
+which is undone here. Gemma's norm scales are stored with the 1 that its model adds.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from tda.model.settings import DecoderSettings
 _ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "olmo2", "gemma", "gemma2", "gemma3")
 # Architectures whose rotary pairs are adjacent features.
 _ADJACENT_PAIRS = ("llama", "smollm3")
-# The period of layers, of which the last has no window. llama.cpp knows it, the file does not.
+# The period of layers; the last layer of each has no window. It is in llama.cpp, not in the file.
 _WINDOW_PERIODS = {"olmo2": 4, "gemma2": 2, "gemma3": 6}
-# Gemma 2's window, which llama.cpp knows, too, where a file does not say it.
+# Gemma 2's window, also in llama.cpp, for files without it.
 _DEFAULT_WINDOWS = {"gemma2": 4096}
-# Settings of llama.cpp that change what a model computes, by their value without effect.
+# Settings of llama.cpp that change a model's output, with the value that has no effect.
 _WITHOUT_EFFECT = {
     "expert_count": 0,
     "attention.clamp_kqv": 0.0,
@@ -49,7 +49,7 @@ def _import_gguf():
     return gguf
 
 
-# How llama.cpp calls the files of a split model.
+# llama.cpp's names for the files of a split model.
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -96,9 +96,9 @@ class Gguf:
         base: Any = self._gguf.GGUFReader
 
         class Reader(base):
-            """A reader of a plain array: a slice of NumPy's `memmap` takes several times as long.
+            """A reader of a plain array, whose slices are several times as fast as a `memmap`'s.
 
-            A vocabulary has a hundred thousand strings, of which it takes two slices each.
+            It takes two slices for each of a vocabulary's hundred thousand strings.
             """
 
             @property
@@ -133,7 +133,7 @@ class Gguf:
     def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a tensor's numbers at `index` as float32, dequantising only the rows needed."""
         stored = self._tensors[tensor]
-        # A vector's blocks are one row of bytes, of which a slice is no slice of its numbers.
+        # A vector's blocks are one row of bytes, where a slice of bytes is no slice of numbers.
         is_vector = len(stored.shape) == 1
         rows = np.ascontiguousarray(stored.data if is_vector else stored.data[index[0]])
         try:
@@ -173,7 +173,7 @@ def inspect(path: pathlib.Path) -> Pretrained:
 
 
 def _read_arguments(source: Gguf, architecture: str) -> dict:
-    """Keyword arguments of `DecoderSettings`, from the metadata and the tensors that exist."""
+    """Returns keyword arguments of `DecoderSettings`, from the metadata and existing tensors."""
 
     def value(key, default=None):
         stored = source.metadata(f"{architecture}.{key}", default)
@@ -227,7 +227,7 @@ def _read_arguments(source: Gguf, architecture: str) -> dict:
         arguments |= dict(norm_place="both")
     if architecture == "gemma3":
         arguments |= dict(query_key_norm="head")
-    # llama.cpp caps Gemma 2's scores and logits by these, if the file does not say it.
+    # llama.cpp's caps of Gemma 2's scores and logits, for files without them.
     caps = (50.0, 30.0) if architecture == "gemma2" else (0.0, 0.0)
     for name, key, cap in zip(
         ("attention_soft_cap", "logit_soft_cap"),
@@ -302,7 +302,7 @@ def _read_scaling(source: Gguf, architecture: str) -> dict | None:
 
 
 def _rows_of_adjacent_pairs(heads: int, head_width: int) -> np.ndarray:
-    """The file's row for each row of the model, whose pairs are half a head apart."""
+    """Returns the file's row for each row of the model, whose pairs are half a head apart."""
     rows_HxKx2 = np.arange(heads * head_width).reshape(heads, head_width // 2, 2)
     return rows_HxKx2.swapaxes(1, 2).reshape(-1)
 

@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata: byte-level BPE, or SentencePiece's BPE.
 
-The file gives tokens, merges or scores, and the name of the rule that splits text into words before
-merges apply; the rule itself is not in the file.
+The file has tokens, merges or scores, and the name of the rule that splits text into words before
+merges apply, but not the rule itself.
 """
 
 import pathlib
@@ -77,7 +77,7 @@ def _byte_level(path, vocabulary, merges, words: str | None) -> tokenizers.Token
             f"{', '.join(_WORDS)}; give the tokenizer.json of the model instead"
         )
     pairs = [tuple(m.split(" ")) for m in merges]
-    # Llama 3 keeps a word that is a token as it is, even where merges do not lead to it.
+    # Llama 3 keeps a word that is a token, even if merges do not lead to it.
     ignore_merges = words == "llama-bpe"
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
     pattern = _WORDS[words]
@@ -119,10 +119,10 @@ def _sentencepiece(vocabulary, types, scores, unknown, prefix: bool) -> tokenize
 
 
 def _isolate(inner, merged: set[str], user_defined: list[str], pairs, options: dict) -> None:
-    """Makes pieces that a user defined into tokens wherever the normalised text has them.
+    """Makes user-defined pieces tokens wherever the normalised text has them.
 
-    SentencePiece finds them after it has put the space before a text and written spaces as "▁", the
-    longest first, and merges nothing with them. An added token of `tokenizers` would be found
+    SentencePiece finds them after it has put a space before the text and replaced spaces by "▁",
+    the longest first, and merges nothing with them. An added token of `tokenizers` would be found
     before that.
 
     Args:
@@ -133,8 +133,8 @@ def _isolate(inner, merged: set[str], user_defined: list[str], pairs, options: d
     """
     longest_first = sorted(user_defined, key=len, reverse=True)
     pattern = Regex("|".join(re.escape(piece) for piece in longest_first))
-    # With `ignore_merges`, a word that is a token stays one: a piece that is set apart always is.
-    # So would be a token that no merges lead to, which SentencePiece never gives: its name goes.
+    # With `ignore_merges`, a word that is a token stays one token, as an isolated piece must. A
+    # token that no merges lead to, which SentencePiece never produces, would too, so it is renamed.
     words = sorted(merged)
     lone = [len(e.ids) == 1 for e in inner.encode_batch(words, add_special_tokens=False)]
     unreachable = {word for word, is_lone in zip(words, lone, strict=True) if not is_lone}

@@ -1,4 +1,4 @@
-"""Where published models keep each parameter of the decoder: names of tensors, by path.
+"""The places of the decoder's parameters in published models: names of tensors, by path.
 
 Each family has a function for one layer, which takes the decoder's settings and the prefix of the
 layer's tensors, and one for the parameters outside of the layers.
@@ -80,7 +80,7 @@ def llama_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     } | _head(settings, "lm_head.weight")
 
 
-# What plain MLPs, out-projections and norms are called in families that else are as Llama.
+# Names of modules in families that otherwise are like Llama.
 _STARCODER2 = {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 _OPT = {
     "input_layernorm": "self_attn_layer_norm",
@@ -120,7 +120,7 @@ starcoder2_layer, opt_layer, gpt_neo_layer = map(_renamed, (_STARCODER2, _OPT, _
 
 def opt_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of embeddings, final norm and head of OPT."""
-    # The first two rows are for padding, which here has no positions of its own.
+    # The first two rows are for padding, which has no positions here.
     rows = np.arange(2, settings.max_positions + 2)
     return {
         "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
@@ -130,7 +130,7 @@ def opt_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
 
 
 def phi3_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
-    """Returns the parts of a layer of Phi-3, whose matrices lie one below the other."""
+    """Returns the parts of a layer of Phi-3, whose matrices are stacked by rows."""
     parts = llama_layer(settings, prefix)
     K, F = settings.head_width, settings.ff_width
     rows = np.cumsum([0, *(K * n for n in (settings.heads, settings.kv_heads, settings.kv_heads))])

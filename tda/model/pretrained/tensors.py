@@ -1,4 +1,4 @@
-"""Tensors of files, read by name a slice at a time, and the slice that holds each parameter."""
+"""Tensors of files, read by name a slice at a time, and the slice of each parameter."""
 
 import collections
 import dataclasses
@@ -45,14 +45,14 @@ class Part:
         return tuple(reversed(shape)) if self.transpose else tuple(shape)
 
     def read(self, source: "Source", index: tuple[slice, ...]) -> np.ndarray:
-        """Reads the parameter's numbers at `index`, and no more of the tensor than they span."""
+        """Reads the parameter's numbers at `index`, and only the part of the tensor they span."""
         numbers = self.pick(source, index)
         return numbers.astype(np.float32) + np.float32(self.plus) if self.plus else numbers
 
     def pick(self, source: "Source", index: tuple[slice, ...]) -> np.ndarray:
-        """Reads numbers that belong to the parameter's, such as its moments: `plus` is not added.
+        """Reads the parameter's place in another source, such as its moments, without `plus`.
 
-        Gradients do not change if a parameter is stored with a number added, nor do moments.
+        Gradients and moments do not change if a parameter is stored with a number added.
         """
         index = list(reversed(index)) if self.transpose else list(index)
         picked = None
@@ -133,7 +133,7 @@ def weight_files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     """Returns the files of a model's weights, as transformers chooses them, with listed tensors.
 
     `model.safetensors` comes before the files that the index names. Every other file (an adapter,
-    an optimizer's state, another precision) is ignored, and an adapter by a warning.
+    an optimizer's state, another precision) is ignored; for an adapter there is a warning.
 
     Raises:
         PretrainedError: there are no such files; the index is damaged or names a missing file.
