@@ -108,3 +108,14 @@ def random_batch():
 def one_device():
     """A mesh of one device."""
     return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def runs_on_one_device():
+    """Runs of this process take one device, while a module's tests last: it compiles faster."""
+    one, make_mesh = jax.devices()[:1], sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding, "make_mesh", lambda *sides, devices=one: make_mesh(*sides, devices=one)
+        )
+        yield

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
+def run(config, tmp_path_factory, runs_on_one_device):
     """A finished run: its workdir and metrics."""
     path = tmp_path_factory.mktemp("run")
     return path, stages.trace(config, Workdir(path))[0]

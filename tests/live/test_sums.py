@@ -4,7 +4,7 @@ import pytest
 
 from tda import store as stores
 from tda.live import finished_run
-from tda.run import remembered, stages, train
+from tda.run import remembered, stages
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 from tests.live.test_live_methods import asked, check, linked, of_batch, silent
@@ -14,7 +14,7 @@ NAMES = ["tracin", "less", "trak"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, one_device):
+def workdir(tmp_path_factory, runs_on_one_device):
     """A finished run of two checkpoints."""
     folder = tmp_path_factory.mktemp("summed")
     config = make_config(folder)
@@ -23,11 +23,8 @@ def workdir(tmp_path_factory, one_device):
     config.train.keep, config.train.save_every, config.train.epochs = 0, 1, 3.0
     config.projection.blocks, config.several.checkpoints = 1, 2
     config.hessian.damping = 0.05
-    with pytest.MonkeyPatch.context() as patch:
-        # On one device: to compile for eight is most of the time.
-        patch.setattr(train, "make_mesh", lambda config: one_device)
-        stages.trace(config, Workdir(folder / "w"))
-        yield folder / "w"
+    stages.trace(config, Workdir(folder / "w"))
+    return folder / "w"
 
 
 def test_sums_over_checkpoints_are_those_of_the_run(workdir):

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from tda.model import sizes
 from tda.retrieval.scann import settings
 from tda.run import engines, run, stages
 from tda.run.workdir import Workdir
-from tda.runtime import groups, progress, sharding
+from tda.runtime import groups, progress
 from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
 from tda.runtime.directory_lock import HeldError
 from tda.viewer import export, opening
@@ -27,7 +26,7 @@ KEPT = ("stores", "retrieval", "results", "metrics.json", "table.md")
 
 
 @pytest.fixture(scope="module")
-def small_groups():
+def small_groups(runs_on_one_device):
     """Groups of two shards, so that every work has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_GROUP_SHARDS", 2)
@@ -35,12 +34,6 @@ def small_groups():
         patch.setattr(corpora, "_PIECE_BYTES", 1)
         shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
         patch.setitem(sizes.SIZES, "nano", shape)
-        # One device compiles in half the time of eight.
-        one = jax.devices()[:1]
-        make_mesh = sharding.make_mesh
-        patch.setattr(
-            sharding, "make_mesh", lambda *sides, devices=one: make_mesh(*sides, devices=one)
-        )
         yield
 
 

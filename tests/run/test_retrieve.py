@@ -15,7 +15,6 @@ from tda.methods import METHODS, GradientKind
 from tda.retrieval import by_score, dense, exact
 from tda.retrieval.sources import InMemory
 from tda.run import checkpoints, encode, retrieve, stages, vectors
-from tda.run import train as training
 from tda.run.gradient_retrievers import Gradients
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
@@ -29,7 +28,7 @@ MORE = "trak,less,ekfac,logra"
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory, one_device):
+def traced(tmp_path_factory, runs_on_one_device):
     """A config with its corpus, its model of several checkpoints, and what every method ranks."""
     path = tmp_path_factory.mktemp("attribution")
     config = make_config(path)
@@ -43,11 +42,8 @@ def traced(tmp_path_factory, one_device):
     config.hessian.damping = 1e-3
     config.eval.top_k = 12
     workdir = Workdir(path / "w")
-    with pytest.MonkeyPatch.context() as patch:
-        # On one device: to compile for eight is most of the time.
-        patch.setattr(training, "make_mesh", lambda config: one_device)
-        run = stages.prepare(config, workdir)
-        yield run, *retrieve.retrieve(run)
+    run = stages.prepare(config, workdir)
+    return run, *retrieve.retrieve(run)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_sweep_may_not_be_named_as_what_all_share(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(tmp_path_factory, runs_on_one_device):
     """A small grid that was run in this process: its sweep, its directory, what it computed."""
     path = tmp_path_factory.mktemp("sweep")
     config = make_config(path)
