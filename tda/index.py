@@ -181,9 +181,9 @@ class _Kind:
         with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
             rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
         if rerank and isinstance(self._inputs, TextInputs):
-            whole = self._inputs.whole_gradients
+            reranker = self._inputs.whole_gradients
             rankings = {
-                n: whole.rank(encoded.prompts, rankings[n], m, k) for n, m in chosen.items()
+                n: reranker.rank(encoded.prompts, rankings[n], m, k) for n, m in chosen.items()
             }
         for name, method in chosen.items():
             note = whitening.note(method)

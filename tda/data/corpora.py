@@ -55,7 +55,7 @@ class Corpus:
             and their number, from 0.
         split: the split of a TFDS dataset, or of a folder with several.
         data_dir: the directory of TFDS datasets; TFDS's default if None.
-        undecodable: "refuse" what is not UTF-8, or "skip" and count it.
+        undecodable: "refuse" records that are not UTF-8, or "skip" and count them.
         share: the share of the documents to read, drawn by a hash of their ids, from 0 to 1.
         duplicate_ids: "refuse" them, or "number": the second document of the id X becomes X~2
             (which keeps a number for every id in memory).

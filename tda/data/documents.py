@@ -32,7 +32,7 @@ class Document:
         tokens: the document's token ids, in place of a text; the tokenizer adds nothing to them.
         scored: which of `tokens` the loss counts; all if None.
         messages: the messages of a chat, in place of a text; the tokenizer's template turns them
-            into a text, of which the loss counts the assistant's messages.
+            into a text, and the loss counts only the assistant's.
     """
 
     id: str

@@ -175,7 +175,7 @@ def _list(folder: pathlib.Path, files: dict, excluded: list[pathlib.Path]) -> st
 
 
 def names_of(files: list[str], root: str | os.PathLike | None) -> dict[str, str]:
-    """Returns each file's name in ids: its path from the folder, or from what all files share.
+    """Returns each file's name in ids: its path from the folder, or from their common folder.
 
     Files of one name in two folders keep different names.
     """

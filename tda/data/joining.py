@@ -2,7 +2,7 @@
 
 import unicodedata
 
-# Closing marks: a word follows them after a space, and none stands before them.
+# Closing marks: they take a space after them, and none before.
 _CLOSING = frozenset(".,;:!?…%)]}’”»")
 _OPENING = frozenset("([{‘“«¿¡$€£#@")
 _QUOTES = frozenset("\"'`")
@@ -29,7 +29,7 @@ def choose_joiner(prompt: str, target: str) -> str:
 
     - if there is white space at the border already, or either is empty;
     - if the prompt ends in an opening bracket or quote, or in another symbol (`=`, `/`, `_`, `-`),
-      unless white space stands before that symbol (`2 + 2 =`);
+      unless white space comes before that symbol (`2 + 2 =`);
     - if the prompt ends in `":`, as a key of JSON does;
     - if the target begins with a closing mark or another symbol;
     - if either border is Chinese, Japanese, Thai, Lao, Tibetan, Khmer or Myanmar.

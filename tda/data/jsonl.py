@@ -24,7 +24,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; the message names its place, the field and what is expected."""
+    """A record that cannot be used; the message names its place, the field and the requirement."""
 
 
 def iter_records(path: Paths, on_undecodable: OnUndecodable = None) -> Iterator[tuple[str, Any]]:

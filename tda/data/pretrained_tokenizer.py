@@ -101,7 +101,7 @@ class PretrainedTokenizer:
         Args:
             tokenizer: a fast tokenizer of transformers (an `AutoTokenizer`), a
                 `tokenizers.Tokenizer`, a path for `load`, or an object with this class's methods,
-                which is returned as it is.
+                which is returned unchanged.
             parse_special: see the class.
 
         Raises:

@@ -106,7 +106,7 @@ def _right_choice(record: Mapping, where: str) -> Any:
 
 
 def _wrong_answer(record: Mapping) -> str | None:
-    """Returns what a model says instead of the target; None if it states it, or says nothing."""
+    """Returns a model's wrong answer; None if it states the target or gives no answer."""
     answers = [text.strip() for text in record.get("8b_generations") or () if text.strip()]
     if record.get("is_8b_correct") or not answers:
         return None

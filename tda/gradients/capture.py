@@ -24,7 +24,7 @@ _ROUNDING = 0.03
 
 
 class Capture:
-    """Differentiates a training loss, and keeps what each example adds to the gradient.
+    """Differentiates a training loss, and keeps each example's part of the gradient.
 
     In a training loop it takes the place of `nnx.value_and_grad`:
 
@@ -76,7 +76,7 @@ class Capture:
         Args:
             loss: a function of the model and `batch` to a scalar, such as the mean of the examples'
                 losses.
-            model: the model; it keeps what the loss changes in it (counts of dropout, statistics).
+            model: the model; the loss's changes to it stay (counts of dropout, statistics).
             batch: the loss's other arguments: trees of arrays with the examples first.
             has_aux: whether the loss returns a pair: the scalar and anything else.
 
@@ -126,7 +126,7 @@ class Capture:
         layer's product has a backward rule of its own.
 
         Args:
-            gradients, encodings_BxE: what a call returned.
+            gradients, encodings_BxE: results of a call.
 
         Raises:
             ValueError: they do not; the message names the blocks.

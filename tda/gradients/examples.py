@@ -71,10 +71,10 @@ def per_example(
 
 
 def name_missing_part(error: Exception, batch: Any, label: str = "a batch") -> None:
-    """Raises an error that says what a batch lacks, if a loss failed for that reason.
+    """Raises an error that names the part that a batch lacks, if a loss failed for that reason.
 
     Args:
-        error: what the loss raised.
+        error: the loss's error.
         batch: the batch.
         label: the batch's name.
 

@@ -296,5 +296,5 @@ def _einsum(parameter: str, equation: str) -> Product | None:
 
 
 def _ndim(x: str, out: str, out_ndim: int) -> int:
-    """Returns the input's number of axes: an ellipsis stands for equally many in both."""
+    """Returns the input's number of axes: an ellipsis means equally many in input and output."""
     return len(x.replace("...", "")) + out_ndim - len(out.replace("...", ""))

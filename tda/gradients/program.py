@@ -175,7 +175,7 @@ def _encoding_function(program: Program) -> Callable:
             projected = by_example(variables, missed, matrices, batch, scored)
         else:
             projected = by_taps(variables, batch, scored)
-        # A site's taps stand in the order of the kinds that take its gradient (`kinds_of`).
+        # A site's taps are in the order of the kinds that take its gradient (`kinds_of`).
         encodings = tuple(
             projections.pool(layout, {s: projected[s][kinds_of[s].index(i)] for s in kind.sites})
             for i, (layout, kind) in enumerate(zip(program.layouts, kinds, strict=True))

@@ -101,7 +101,7 @@ class Layout:
 
     @property
     def slices(self) -> list[slice]:
-        """Where each block stands in an encoding."""
+        """The columns of each block in an encoding."""
         size = self.side**2
         return [slice(i * size, (i + 1) * size) for i in range(len(self.blocks))]
 

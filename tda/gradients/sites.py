@@ -216,7 +216,7 @@ def left_out(model: nnx.Module, sites: list[Site]) -> dict[str, int]:
 
 
 def coverage(model: nnx.Module, sites: list[Site]) -> str:
-    """Describes in a line what share of the parameters the gradients cover and what they omit."""
+    """Returns a line with the share of the parameters that gradients cover and those left out."""
     covered, out = sum(math.prod(s.shape) for s in sites), left_out(model, sites)
     total = covered + sum(out.values())
     named = ", ".join(list(out)[:_NAMED]) or "none"

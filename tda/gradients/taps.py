@@ -7,7 +7,7 @@ summed loss with respect to the taps alone therefore gives the projected gradien
 in one backward pass, in which no weight gradient is formed.
 
 All kinds of taps have one shape: the identity on y, and a *rule* that makes the tap's gradient of δ
-and of what the forward pass kept (`identity_with_rule`). The rules:
+and of the forward pass's residuals (`identity_with_rule`). The rules:
 
 - `_project_factored`: (xA)ᵀ(δB). A correction 1/√V that is a sum of R outer products puts R scaled
   copies side by side in A and in B, as if there were R times as many positions.
@@ -17,9 +17,9 @@ and of what the forward pass kept (`identity_with_rule`). The rules:
   tap is one zero per example and position.
 
 Taps are put on a model from outside (`put_on`): the class of a module becomes a subclass that taps
-the output of the known class in it (`tda.gradients.layers.wrap_calls`). Paths and parameters stay
-what they were, and the model's own code runs unchanged. A layer may carry several taps, of
-different corrections. `tda.gradients.unseen` finds uses of a parameter that its tap does not see.
+the output of the known class in it (`tda.gradients.layers.wrap_calls`). Paths, parameters and the
+model's own code stay unchanged. A layer may carry several taps, of different corrections.
+`tda.gradients.unseen` finds uses of a parameter that its tap does not see.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Finds uses of a layer's parameter in a loss that the layer's tap does not see.
 
-A tap sees what the layer's known class does with its parameter, for inputs whose first axis is the
+A tap sees the uses of a parameter by the layer's known class, for inputs whose first axis is the
 batch. It misses a part of the gradient where the model reads the parameter directly
 (`x @ layer.kernel[...]`), where a subclass multiplies by it without calling the known class, and
 where the layer is called with other inputs: under `jax.vmap`, time-major, with the positions

@@ -132,7 +132,8 @@ def shrinkage(
     Args:
         R: the blocks.
         noise: expected squared error of each block (`Autocorrelation.noise`).
-        targets: what a multiple T of each block is drawn to, that of the same trace; None: I.
+        targets: each block is shrunk towards the multiple T of its target with the same trace; None
+            for I.
     """
     shares = np.zeros(len(R))
     for i, (block, block_noise) in enumerate(zip(R, noise, strict=True)):
@@ -156,7 +157,7 @@ def _target(block: np.ndarray, targets: Sequence[np.ndarray] | None, i: int) -> 
 
 
 def draw_halves(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the numbers below `count` into two halves, each int64 and rising.
+    """Splits the numbers below `count` at random into two halves, each int64 and ascending.
 
     Raises:
         ValueError: `count` is below two.

@@ -40,7 +40,7 @@ def merge(best, scores_RxQ, valid_R, first, sign: int = 1):
         new = sign * scores_GxNxQ.at[groups, :, q[:, None]].get(mode="clip")
         new = jnp.where(valid_GxN[groups], new, -jnp.inf).reshape(size, -1)
         places = groups[:, :, None] * group + jnp.arange(group, dtype=groups.dtype)
-        # For the same reason scores so far stand in front: their rows are lower.
+        # For the same reason the scores so far come first: their rows are lower.
         new = jnp.concatenate([scores_Qxk.at[q].get(mode="clip"), new], axis=1)
         rows = rows_Qxk.at[q].get(mode="clip")
         rows = jnp.concatenate([rows, first + places.reshape(size, -1)], 1)

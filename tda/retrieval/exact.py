@@ -222,7 +222,7 @@ class _Scan:
     """The inputs that all steps of a scan share.
 
     Attributes:
-        groups: the methods, by what they share.
+        groups: the methods, grouped by R.
         thresholds: for each set of labels, float32 [methods, Q]: the best correct scores.
         form: how rows are stored.
         norms: whether each method divides by norms.

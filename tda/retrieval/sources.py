@@ -55,7 +55,7 @@ class InMemory:
 
 
 class Mapped:
-    """A source whose rows are changed as they are read.
+    """A source that changes another's rows while they are read.
 
     Args:
         source: the original rows.

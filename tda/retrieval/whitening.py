@@ -207,7 +207,7 @@ class Whitening:
             return self._roots[kind]
         file, root = self._file(kind), None
         if file is None or not processes.on_first_process("look for R", file.exists):
-            # All processes sum R; process 0 decomposes it, and the others read what it wrote.
+            # All processes sum R; process 0 decomposes it, and the others read its file.
             train = self.train
 
             def decompose():

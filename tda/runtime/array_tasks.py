@@ -97,10 +97,10 @@ class ArrayTask(Engine):
         """
         missing, since, pause = work.find_missing(), time.monotonic(), 0.05
         # Called without groups too, for the progress of a work that is finished.
-        work.compute(self._own(missing))
+        work.compute(self._select_own(missing))
         while left := work.list_missing():
-            if own := self._own(left):  # another task has removed a damaged result
-                work.compute(own)
+            if numbers := self._select_own(left):  # another task has removed a damaged result
+                work.compute(numbers)
             elif len(left) < len(missing):
                 missing, since = left, time.monotonic()
             elif time.monotonic() - since >= self.patience:
@@ -111,7 +111,7 @@ class ArrayTask(Engine):
                 pause = min(2 * pause, _LONGEST_PAUSE)
         self._finished.append(work.name)
 
-    def _own(self, numbers: Sequence[int]) -> list[int]:
+    def _select_own(self, numbers: Sequence[int]) -> list[int]:
         return [i for i in numbers if i % self.count == self.index]
 
     def _describe(self, work: Work, left: list[int]) -> str:

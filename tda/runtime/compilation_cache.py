@@ -56,7 +56,7 @@ def use(folder: str | None = None) -> None:
         return
     try:
         root = pathlib.Path(named or _user_folder())
-        # Programs are run as they are read, so nobody else may write them.
+        # Programs from this folder are run, so nobody else may write to it.
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         programs = root / f"jaxlib-{jax.lib.__version__}-{_processor()}"
         programs.mkdir(mode=0o700, exist_ok=True)

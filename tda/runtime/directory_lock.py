@@ -75,7 +75,7 @@ class DirectoryLock:
         threading.Thread(target=self._show_life, args=(handle,), daemon=True).start()
 
     def wait(self) -> None:
-        """Takes the lock once no other job has it; prints to standard error what it waits for."""
+        """Takes the lock once no other job has it; until then prints the holder to stderr."""
         seconds, last = 0.05, ""
         while self._handle is None:
             try:

@@ -78,7 +78,7 @@ class Engine:
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        """Ends what the engine has started."""
+        """Ends the processes that the engine has started."""
 
 
 class Processes(Engine):

@@ -18,7 +18,7 @@ _CHUNK = 16 << 20
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON gives it back, so that it compares equal to what is read later."""
+    """Returns a value after a round trip through JSON, so that it equals the value read later."""
     return json.loads(json.dumps(value))
 
 

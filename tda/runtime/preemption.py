@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Preempted(Exception):
-    """The job was told to end, and has saved what it finished; the message names that."""
+    """The job was told to end, and has saved its finished work, which the message names."""
 
 
 class _Watch:
@@ -44,7 +44,7 @@ class _Watch:
         self.noticed = threading.Event()
         self.lock = threading.Lock()
         self.next = 0  # the number beyond the last reported one
-        self.start = (0, 0)  # a number, and the tick that it stands for
+        self.start = (0, 0)  # a number, and its tick
         self.is_in_lockstep = False
 
     @property

@@ -1,6 +1,6 @@
 """The gradient store: raw projected gradients on disk, with their passages.
 
-    DIR/manifest.json           shape, blocks, and a fingerprint of what the rows were made from
+    DIR/manifest.json           shape, blocks, and a fingerprint of the inputs of the rows
     DIR/withdrawn.json          rows that were withdrawn, if any
     DIR/0/gradients             zarr v3 array [C, E] of floats, or uint8 of codes and their scales
                                 (`tda.store.codec`); one file a shard, each chunk with its CRC32C

@@ -7,7 +7,7 @@ from tda.store.making import open_store
 
 
 def info(path: str) -> int:
-    """Prints what a store contains; returns the exit status."""
+    """Prints the contents of a store; returns the exit status."""
     store = open_store(path)
     shards, missing, m = store.shards(), store.missing(), store.manifest
     rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)

@@ -38,7 +38,7 @@ def create(
             a killed creation left are removed from it.
         ids: ids of the rows.
         blocks: name and width of each block of a row, in order.
-        fingerprint: JSON values that identify what the rows were made from.
+        fingerprint: JSON values that identify the inputs of the rows.
         dtype: dtype of the numbers on disk, of `DTYPES` (`tda.store.codec`).
         shard_bytes: approximate size of a shard, the most that a killed run loses.
         documents: id of each row's document; None for the row's own id.
@@ -111,7 +111,7 @@ def append(
     Args:
         path: the store.
         ids, shard_bytes, documents, texts, corpus: the new rows, as for `create`.
-        fingerprint: identifies what the new rows are made from; must equal the store's.
+        fingerprint: identifies the inputs of the new rows; must equal the store's.
 
     Raises:
         StoreError: the fingerprint differs, an id is in the store already, there are no rows, or

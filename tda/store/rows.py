@@ -28,9 +28,9 @@ class Rows:
     def __getitem__(self, part: slice) -> "Rows":
         return Rows(self.first + part.start, *self.map(lambda x: x[part]))
 
-    def map(self, change: Callable, *others: "Rows") -> tuple:
-        """Applies `change` to the values, then to `valid`, with those of `others` as arguments."""
-        arrays = ((rows.values, rows.valid) for rows in (self, *others))
+    def map(self, change: Callable, *more_rows: "Rows") -> tuple:
+        """Applies `change` to the values, then to `valid`, each with those of `more_rows`."""
+        arrays = ((rows.values, rows.valid) for rows in (self, *more_rows))
         return tuple(map(change, *arrays))
 
     def decoded(self, form: Form) -> np.ndarray:

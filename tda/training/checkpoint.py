@@ -23,7 +23,7 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is absent, or lacks what the caller needs."""
+    """A checkpoint is absent, or lacks something that the caller needs."""
 
 
 def absolute(root) -> epath.Path:

@@ -52,7 +52,7 @@ def _apply(tx: optax.GradientTransformation, state: dict, gradient: dict, loss: 
 
 
 class Recorder(Protocol):
-    """Keeps what each example adds to the gradient of its step (`tda.encoding.captured`)."""
+    """Keeps each example's part of the gradient of its step (`tda.encoding.captured`)."""
 
     def differentiate(self, loss: Callable, model: nnx.Module, batch: dict) -> tuple:
         """Returns the loss, its gradient by parameter, and the examples' parts [B, E]."""

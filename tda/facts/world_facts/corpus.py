@@ -84,7 +84,7 @@ def _single_statements(facts: Sequence[WorldFact], seed: int) -> Iterator[_State
     by_relation = defaultdict(list)
     by_id = {fact.fact_id: fact for fact in facts}
     for fact in facts:
-        # One direction of each border, of two keys, stands for both.
+        # Only one direction of each border, which has two keys: it represents both.
         if fact.keys == tuple(sorted(fact.keys)):
             by_relation[fact.relation].append(fact)
     for relation, members in by_relation.items():

@@ -254,11 +254,11 @@ def second_moments(
             them.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    for label, given in {"": constants, **(parts or {})}.items():
-        _check_constants(given, f"parts[{label!r}]: " if label else "")
+    for label, stated in {"": constants, **(parts or {})}.items():
+        _check_constants(stated, f"parts[{label!r}]: " if label else "")
     described = {k: v for k, v in constants.items() if v is not None}
-    for label, given in (parts or {}).items():
-        described[label] = {"name" if k == "optimizer" else k: v for k, v in given.items()}
+    for label, stated in (parts or {}).items():
+        described[label] = {"name" if k == "optimizer" else k: v for k, v in stated.items()}
     if optimizer is not None:
         described["name"] = optimizer
     state = optimizer_state.open_state(source, step, **described)

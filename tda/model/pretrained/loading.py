@@ -264,7 +264,7 @@ def _check(described: Pretrained) -> None:
 def place(
     described: Pretrained, mesh: jax.sharding.Mesh | None = None, quiet: bool = False
 ) -> Decoder:
-    """Returns the decoder with its parameters, of which each device reads its own slices."""
+    """Returns the decoder with its parameters; each device reads its own slices."""
     model_fn, abstract = functional.split(described.abstract_decoder())
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
     label = f"load {os.path.basename(described.path)}"

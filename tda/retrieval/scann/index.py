@@ -52,7 +52,7 @@ class Index:
 
     Attributes:
         path: its directory.
-        settings: settings of ScaNN; a search obeys `leaves_to_search` and `reorder` as they are.
+        settings: settings of ScaNN; a search uses the current `leaves_to_search` and `reorder`.
         parts: its parts, in the order of their rows.
         valid_rows: number of rows in the index.
         recall: recall against exact search (`measure_recall`); None if it was not measured.

@@ -22,7 +22,7 @@ class Settings:
 
     Attributes:
         part_rows: most rows of the corpus in one part; bounds memory.
-        dims_per_block: numbers of an encoding that one 4-bit code stands for; 0 makes no codes, and
+        dims_per_block: numbers of an encoding in one 4-bit code; with 0 there are no codes, and
             every row of a searched leaf is scored by its float32 encoding.
         threshold: threshold T of anisotropic quantisation: codes keep the scores of queries whose
             inner product with a row is at least T times the row's norm; 0 weights all errors alike.
