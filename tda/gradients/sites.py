@@ -16,6 +16,7 @@ from typing import Literal
 from flax import nnx
 
 from tda.gradients import layers
+from tda.runtime.differences import shorten
 
 # A stack's layers are numbered after the first of these in the path, else after its first part.
 _LAYERS = re.compile(r"(.*_)?(layers?|blocks?|stack|h)")
@@ -219,11 +220,9 @@ def coverage(model: nnx.Module, sites: list[Site]) -> str:
     """Returns a line with the share of the parameters that gradients cover and those left out."""
     covered, out = sum(math.prod(s.shape) for s in sites), left_out(model, sites)
     total = covered + sum(out.values())
-    named = ", ".join(list(out)[:_NAMED]) or "none"
-    more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
     return (
         f"gradients of {covered:,} of {total:,} parameters ({covered / total:.0%}); "
-        f"left out: {named}{more}"
+        f"left out: {shorten(list(out), _NAMED) or 'none'}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Lists how the description of finished work differs from that of the requested work."""
+"""Lists for messages: how two descriptions of work differ, and the first of many names."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 # Another model differs in every parameter, so the first lines are enough.
 _LINES = 8
@@ -44,6 +44,12 @@ def check_same(path: str | os.PathLike, before, now, error: type[Exception]) -> 
             f"{path} was built with other settings:{as_text(lines)}\n"
             "remove it, or use the settings that it was built with"
         )
+
+
+def shorten(names: Sequence[str], limit: int = 6) -> str:
+    """Lists names: the first few, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _shown(value) -> str:

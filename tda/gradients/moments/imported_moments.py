@@ -19,8 +19,9 @@ from tda.gradients import sites
 from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.gradients.moments.second_moments import Scale
-from tda.model.pretrained.description import Pretrained, shorten
+from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.tensors import Safetensors
+from tda.runtime.differences import shorten
 
 # PyTorch's name for the running mean of squared gradients.
 _FIELD = "exp_avg_sq"

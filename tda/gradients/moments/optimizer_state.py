@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tda.model.functional import flat_parameters
+from tda.runtime.differences import shorten
 from tda.training import saved_state
 from tda.training.checkpoint import CheckpointError
 
@@ -127,10 +128,9 @@ class OptimizerState:
         """
         if not self._states:
             listed = sorted(self.names)
-            more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
             raise SecondMomentError(
                 f"the optimizer's state has no second moments{self._reason()}, nothing under the "
-                f"names {' and '.join(_MARKS)}; it has {', '.join(listed[:6]) or 'nothing'}{more}. "
+                f"names {' and '.join(_MARKS)}; it has {shorten(listed) or 'nothing'}. "
                 "Leave scales out, and second moments are estimated"
             )
         name = self.described.get("name")
@@ -215,11 +215,10 @@ class OptimizerState:
     def _missing(self, path: str) -> str:
         of_it = sorted(n for n in self.names if path in _parameter_paths(n, anywhere=True))
         elsewhere = sorted(n for n in self.names if any(f"/{m}/" in f"/{n}" for m in _MARKS))
-        more = f" and {len(elsewhere) - 6} more" if len(elsewhere) > 6 else ""
         return (
             f"the optimizer's state has no second moments of {path}{self._reason()}; of that "
             f"parameter it has {', '.join(of_it) or 'nothing'}; under the names "
-            f"{' and '.join(_MARKS)} it has {', '.join(elsewhere[:6]) or 'nothing'}{more}. Names "
+            f"{' and '.join(_MARKS)} it has {shorten(elsewhere) or 'nothing'}. Names "
             "must agree as a whole; without second moments leave scales out, and they are estimated"
         )
 

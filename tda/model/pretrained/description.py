@@ -37,9 +37,3 @@ class Pretrained:
     def abstract_decoder(self) -> Decoder:
         """Returns the decoder with shapes and dtypes in place of arrays."""
         return abstract_decoder(self.settings)
-
-
-def shorten(names: list[str], limit: int = 6) -> str:
-    """Lists names for a message: the first few, and the number of the others."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

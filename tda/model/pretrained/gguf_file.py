@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tda.model.pretrained.description import Pretrained, shorten
+from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.layouts import llama_layer, llama_outside
 from tda.model.pretrained.tensors import Part, PretrainedError
 from tda.model.settings import DecoderSettings
+from tda.runtime.differences import shorten
 
 _ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "olmo2", "gemma", "gemma2", "gemma3")
 # Architectures whose rotary pairs are adjacent features.

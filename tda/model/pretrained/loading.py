@@ -26,9 +26,10 @@ from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import families, gguf_file, gguf_tokenizer, tensors
 from tda.model.pretrained.configurations import Config
-from tda.model.pretrained.description import Pretrained, shorten
+from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.tensors import Part, PretrainedError, Source
 from tda.runtime import progress, sharding
+from tda.runtime.differences import shorten
 
 
 def load(
