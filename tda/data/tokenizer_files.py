@@ -218,7 +218,7 @@ def _find_class(file: pathlib.Path, config: dict, inner: tokenizers.Tokenizer) -
 
 
 def _state(inner: tokenizers.Tokenizer) -> str:
-    """The steps before and after the tokenizer's model, as JSON."""
+    """Returns the steps before and after the tokenizer's model, as JSON."""
     steps = (inner.normalizer, inner.pre_tokenizer, inner.post_processor, inner.decoder)
     return json.dumps([json.loads(step.__getstate__()) for step in steps if step is not None])
 
