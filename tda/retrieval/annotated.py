@@ -27,7 +27,8 @@ def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed:
     for row_K, name, passages in zip(rows_QxK, ids, correct, strict=True):
         digest = hashlib.sha256(f"annotated {seed} {name}".encode()).digest()
         rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
-        drawn = rng.permutation(np.sort(passages))[:k]
+        # A row that is named twice is one passage.
+        drawn = rng.permutation(np.unique(passages))[:k]
         row_K[: len(drawn)] = drawn
     scores_QxK = np.where(rows_QxK < 0, np.nan, 1.0).astype(np.float32)
     return Ranked.of_proponents(rows_QxK, scores_QxK)

@@ -123,7 +123,7 @@ def test_differences_between_all_methods(values):
 
 
 def test_annotated_passages_are_drawn_and_padded():
-    correct = [np.array([5, 3]), np.arange(50), np.array([], np.int64)]
+    correct = [np.array([5, 3, 5]), np.arange(50), np.array([], np.int64)]
     result = annotated.ranked(["q1", "q2", "q3"], correct, k=4)
     assert set(result.proponents[0]) == {3, 5, -1} and result.proponents[0, 2:].tolist() == [-1, -1]
     assert len(set(result.proponents[1].tolist())) == 4 and (result.proponents[1] >= 0).all()
