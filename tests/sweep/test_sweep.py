@@ -286,7 +286,7 @@ def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, m
                 sweep.main(config, tmp_path / "w")
     # A point alone tells it too, before it reads anything.
     wrong = grid._with_values(config, {"train.final": 0.0, "data.sentences": "/nowhere"}, "s.py")
-    with pytest.raises(ValueError, match="ends at 0: give eval.tail_patch_learning_rate"):
+    with pytest.raises(ValueError, match="ends at 0; give eval.tail_patch_learning_rate"):
         points.run_point(grid.Point("p", {}, wrong), tmp_path / "w")
 
 
