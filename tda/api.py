@@ -36,7 +36,9 @@ def load(
         tda.model.pretrained.PretrainedError: the model is of an unknown kind.
         FileNotFoundError: no such path, or a directory without tokenizer.json.
     """
-    return pretrained.load(path, **options), pretrained.load_tokenizer(path, parse_special)
+    # The tokenizer first: a large model takes minutes to load.
+    tokenizer = pretrained.load_tokenizer(path, parse_special)
+    return pretrained.load(path, **options), tokenizer
 
 
 def trace(

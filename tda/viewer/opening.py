@@ -78,7 +78,7 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
             f"{workdir} has results but no metrics.json: the evaluation did not finish, and they "
             "may be of different runs; run the same command again, or name files with --results"
         )
-    measured = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if files else {}
+    measured = _read_metrics(path / "metrics.json") if files else {}
     # Results of an earlier evaluation may have other queries, or another model.
     outdated = sorted(p.name for p in files if p.stem not in measured)
     if outdated:
@@ -88,6 +88,16 @@ def _results_of(workdir: str) -> list[pathlib.Path]:
         )
     shown = {p.stem: p for p in files}
     return [shown[name] for name in measured if name in shown]
+
+
+def _read_metrics(path: pathlib.Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); run the same command again, which writes it anew, or "
+            "name files with --results"
+        ) from error
 
 
 def _answers_of(workdir: str) -> list[pathlib.Path]:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -210,7 +211,7 @@ def open_unpacked(path: str) -> BinaryIO:
     with gzip.open(path, "rb") as packed:
         try:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ResultsError(f"{path} is not a complete gzip file: {error}") from error
     unpacked.seek(0)
     return unpacked

@@ -45,6 +45,9 @@ def test_results_of_another_evaluation_are_left_out_and_told(workdir, tmp_path, 
     found = opening.collect(str(workdir), names, None, str(tmp_path))
     assert [f.label for f in found.files] == ["bm25", "trackstar"]
     # One that was killed while it wrote left no metrics: whose the files are, nobody knows.
+    (workdir / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match="metrics.json is damaged .* or name files with --results"):
+        opening.collect(str(workdir), [], None, str(tmp_path))
     (workdir / "metrics.json").unlink()
     with pytest.raises(ValueError, match="no metrics.json.*run the same command again.*--results"):
         opening.collect(str(workdir), [], None, str(tmp_path))

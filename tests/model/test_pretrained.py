@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import tda
 from tda.model import functional, pretrained
 from tda.model.pretrained import PretrainedError, tensors
 from tda.runtime import sharding
@@ -221,6 +222,14 @@ def test_of_two_forms_of_rotary_settings_the_older_counts(tmp_path):
         tiny_llama.write(tmp_path, rope_parameters=newer), quiet=True
     ).settings
     assert (settings.rope_base, settings.rope_scaling) == (500.0, None)
+
+
+def test_a_tokenizer_that_is_missing_is_told_before_the_model_is_loaded(directory, monkeypatch):
+    monkeypatch.setattr(pretrained, "load", None)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file; convert"):
+        tda.load(directory)
+    with pytest.raises(PretrainedError, match="is neither a directory nor a .gguf file"):
+        tda.load(directory / "config.json")
 
 
 def test_left_over_and_damaged_files_are_named(tmp_path):

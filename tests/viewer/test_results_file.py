@@ -44,9 +44,11 @@ def test_gzip_is_the_same(tmp_path, items):
     path.write_bytes(gzip.compress("".join(json.dumps(i) + "\n" for i in items).encode()))
     file = ResultsFile(path, "a")
     assert [file.record(i) for i in (24, 0, 7)] == [items[24], items[0], items[7]]
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(results.ResultsError, match="not a complete gzip file"):
-        ResultsFile(path, "a")
+    content = path.read_bytes()
+    for damaged in (content[:-20], content[:40] + bytes(30) + content[70:]):
+        path.write_bytes(damaged)
+        with pytest.raises(results.ResultsError, match="not a complete gzip file"):
+            ResultsFile(path, "a")
 
 
 def test_a_malformed_line_is_shown_and_the_rest_loads(tmp_path, items):

@@ -138,6 +138,7 @@ def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
         FileNotFoundError: no such path, or a directory without tokenizer.json.
     """
     path = locate(path)
+    _check_form(path)
     if path.is_dir():
         return PretrainedTokenizer.load(path, parse_special)
     return gguf_tokenizer.load(path, parse_special)
@@ -170,8 +171,7 @@ def _digest(file: pathlib.Path, pieces: int = 256, piece_bytes: int = 1 << 14) -
 def inspect(path) -> Pretrained:
     """Describes and checks a model's files, without reading its numbers; raises as `load` does."""
     path = locate(path)
-    if path.is_file() and path.suffix != ".gguf":
-        raise PretrainedError(f"{path} is neither a directory nor a .gguf file")
+    _check_form(path)
     try:
         described = gguf_file.inspect(path) if path.is_file() else _inspect_directory(path)
         _check(described)
@@ -180,6 +180,11 @@ def inspect(path) -> Pretrained:
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}") from error
     return described
+
+
+def _check_form(path: pathlib.Path) -> None:
+    if path.is_file() and path.suffix != ".gguf":
+        raise PretrainedError(f"{path} is neither a directory nor a .gguf file")
 
 
 def _inspect_directory(path: pathlib.Path) -> Pretrained:
