@@ -13,14 +13,18 @@ import dataclasses
 import filecmp
 import itertools
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from tda import api, methods
 from tda.answers import TraceResult
 from tda.data import corpora
+from tda.encoding.checks import check_queries
 from tda.gradients.projection import Projection
 from tda.model import generation
+from tda.runtime.directories import make_directory
+from tda.runtime.patterns import compile_pattern
 
 from .launch import WORKDIR, start
 
@@ -31,18 +35,18 @@ TARGET = flags.DEFINE_multi_string("target", [], "Continuation to explain, one f
 JOINER = flags.DEFINE_string(
     "joiner", None, "Text between prompt and target; unset: a space where English puts one."
 )
-SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.")
+SAMPLE = flags.DEFINE_integer("sample", 0, "Documents to draw from the corpus; 0: all.", 0)
 KEEP = flags.DEFINE_string("keep", None, "Documents that match this expression are in the draw.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of the corpus that holds the text.")
 ID_FIELD = flags.DEFINE_string("id_field", None, "Field of the corpus that holds the id.")
 METHOD = flags.DEFINE_string("method", "trackstar_train", "Name of a method of tda/methods.py.")
 CORRECTION = flags.DEFINE_string("correction", None, "factored (unset), adam or low_rank(R).")
-SIDE = flags.DEFINE_integer("side", 16, "Each weight matrix has side × side dimensions.")
-CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.")
-BATCH = flags.DEFINE_integer("tokens_per_batch", 2048, "Positions of a batch.")
-MOMENTS = flags.DEFINE_integer("moments", None, "Batches to estimate V from; unset: 8.")
-TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of computation: float32 or bfloat16.")
+SIDE = flags.DEFINE_integer("side", 16, "Each weight matrix has side × side dimensions.", 1)
+CONTEXT = flags.DEFINE_integer("context", 256, "Tokens of a passage at most.", 1)
+BATCH = flags.DEFINE_integer("tokens_per_batch", 2048, "Positions of a batch.", 1)
+MOMENTS = flags.DEFINE_integer("moments", None, "Batches to estimate V from; unset: 8.", 1)
+TOP_K = flags.DEFINE_integer("top_k", 10, "Proponents of each prompt.", 1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of computation.")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
 flags.declare_key_flag("compilation_cache")
@@ -63,12 +67,17 @@ def run(directory: pathlib.Path) -> None:
             "tokens are the target; drop it, or give --target"
         )
     check_targets(PROMPT.value, TARGET.value)
-    moments = MOMENTS.value
-    if moments is None and methods.parse(METHOD.value)[METHOD.value].corrected:
-        moments = 8
-    # Before the model, which may take minutes to load.
+    # All that needs no model is checked before it, which may take minutes to load.
+    compile_pattern("--keep", KEEP.value or "")
     passages = corpora.Corpus(CORPUS.value, text_field=TEXT_FIELD.value, id_field=ID_FIELD.value)
-    directory.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = dict(
+        correction=CORRECTION.value, sample=MOMENTS.value, directory=directory / "store"
+    )
+    (name,) = api.check_options(passages, METHOD.value, **options)
+    check_queries(methods.METHODS[name], len(PROMPT.value))
+    if MOMENTS.value is None and methods.METHODS[name].corrected:
+        options["sample"] = 8
+    make_directory(directory, f"--workdir={directory}")
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
     if SAMPLE.value:
         passages = corpora.sample(passages, SAMPLE.value, KEEP.value)
@@ -78,15 +87,13 @@ def run(directory: pathlib.Path) -> None:
         passages,
         queries,
         tokenizer=tokenizer,
-        directory=directory / "store",
-        method=METHOD.value,
-        correction=CORRECTION.value,
+        method=name,
         projection=Projection(side=SIDE.value, pooling="matrix"),
         context=CONTEXT.value,
         tokens_per_batch=BATCH.value,
-        sample=moments,
         k=TOP_K.value,
         joiner=JOINER.value,
+        **options,
     )
     print("\n" + answers.show(passages=TOP_K.value))
     print(f"\nfile: {save(answers, directory)}")

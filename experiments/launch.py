@@ -21,6 +21,7 @@ from tda.run.registry import load_plugins
 from tda.runtime import (
     array_tasks,
     compilation_cache,
+    directories,
     ending,
     huge_pages,
     interrupts,
@@ -72,6 +73,7 @@ def launch(
         _join(is_alone)
         preemption.watch()
         try:
+            _check_workdir()
             compilation_cache.use(COMPILATION_CACHE.value)
             with contextlib.ExitStack() as quiet:
                 if not processes.is_first():
@@ -117,6 +119,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
         if not takes_arguments:
             _refuse_arguments(arguments)
         try:
+            _check_workdir()
             compilation_cache.use(COMPILATION_CACHE.value)
             load_plugins(PLUGIN.value)
             main(arguments[1:])
@@ -139,6 +142,11 @@ def _start(run: Callable[[list[str]], None], takes_config: bool) -> None:
 def _refuse_arguments(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unexpected arguments: {' '.join(arguments[1:])}")
+
+
+def _check_workdir() -> None:
+    if WORKDIR.value is not None and "://" not in WORKDIR.value:
+        directories.check_directory(WORKDIR.value, f"--workdir={WORKDIR.value}")
 
 
 def _join(is_alone: Callable[[], bool] = lambda: False) -> None:

@@ -12,12 +12,13 @@ from tda.answers import TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import batch_inputs, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
-from tda.gradients.moments.second_moments import Scale, SecondMoments
+from tda.gradients.moments.second_moments import Scale, SecondMoments, check_full
 from tda.gradients.projection import Projection
 from tda.index import Index, parse_names
 from tda.methods import METHODS
 from tda.model import pretrained
 from tda.runtime import compilation_cache
+from tda.runtime.directories import check_directory
 
 __all__ = ["encode", "load", "trace"]
 
@@ -204,6 +205,35 @@ def encode(
     return index
 
 
+def check_options(
+    passages: Any, method: str | Sequence[str], *, has_tokenizer: bool = True, **optional: Any
+) -> list[str]:
+    """Checks arguments of `trace` that need no model; returns the methods' names.
+
+    Args:
+        passages, method: as for `trace`.
+        has_tokenizer: whether passages and queries are texts.
+        **optional: arguments of `trace` that only some calls may give; None: not given.
+
+    Raises:
+        ValueError: one is wrong, or has no effect beside another.
+    """
+    arguments = {name: x for name, x in optional.items() if x is not None}
+    for name in ("directory", "text_field", "id_field"):
+        place = arguments.get(name)
+        if not isinstance(place, str | os.PathLike | None):
+            raise ValueError(f"{name}={place!r}; give a string, or leave it out")
+        if place == "":
+            raise ValueError(f"{name}='' is empty; give a name, or leave it out")
+    if (directory := arguments.get("directory")) is not None:
+        check_directory(directory, f"directory={os.fspath(directory)!r}")
+    names = parse_names(method)
+    idle_arguments.check(names, arguments, passages, has_tokenizer)
+    if "scales" not in arguments and any(METHODS[name].corrected for name in names):
+        check_full(arguments.get("correction", "factored"))
+    return names
+
+
 def _open(
     model: nnx.Module,
     passages: str | os.PathLike | Iterable,
@@ -230,19 +260,10 @@ def _open(
     quiet: bool = False,
 ) -> Index:
     """Returns an index that has computed nothing yet; arguments as for `trace`."""
-    for name, place in (
-        ("directory", directory),
-        ("text_field", text_field),
-        ("id_field", id_field),
-    ):
-        if not isinstance(place, str | os.PathLike | None):
-            raise ValueError(f"{name}={place!r}; give a string, or leave it out")
-        if place == "":
-            raise ValueError(f"{name}='' is empty; give a name, or leave it out")
-    if directory is not None and os.path.exists(directory) and not os.path.isdir(directory):
-        raise ValueError(f"directory={os.fspath(directory)!r} is a file; give a directory")
-    names = parse_names(method)
-    optional: dict[str, Any] = dict(
+    names = check_options(
+        passages,
+        method,
+        has_tokenizer=tokenizer is not None,
         correction=correction,
         scales=scales,
         sample=sample,
@@ -255,8 +276,6 @@ def _open(
         id_field=id_field,
         directory=directory,
     )
-    arguments = {name: x for name, x in optional.items() if x is not None}
-    idle_arguments.check(names, arguments, passages, has_tokenizer=tokenizer is not None)
     compilation_cache.use()
     settings = TraceSettings(
         model=model,

@@ -20,6 +20,7 @@ from tda.data.documents import Document
 from tda.data.folders import CorpusError, kind_of, list_corpus, names_of
 from tda.data.pieces import Piece
 from tda.runtime.fingerprint import hash_64_bits
+from tda.runtime.patterns import compile_pattern
 
 KINDS = ("jsonl", "csv", "parquet", "datasets", "texts", "tfds")
 _READERS = {
@@ -255,8 +256,11 @@ def sample(
         keep: a regular expression; every document whose text matches it is in the sample, even if
             these are more than `count`.
         seed: the seed of the draw, which depends on the documents' ids and nothing else.
+
+    Raises:
+        ValueError: `keep` is not a regular expression.
     """
-    pattern = re.compile(keep) if keep else None
+    pattern = compile_pattern("keep", keep) if keep else None
     matching, drawn = [], []
     for i, document in enumerate(documents):
         if pattern is not None and pattern.search(document.text):

@@ -3,7 +3,6 @@
 import math
 import numbers
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,14 @@ from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
 from tda.gradients.encoder import check_blocks
 from tda.gradients.factors import check_sites
-from tda.gradients.moments.second_moments import check_full, parse_correction
+from tda.gradients.moments.second_moments import parse_correction
 from tda.gradients.pair_products import NOT_FACTORED
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
 from tda.retrieval.hessian_settings import HessianSettings
+from tda.runtime.patterns import compile_pattern
 
 # With fewer queries than this, the mixture removes each query's own direction.
 _FEWEST_QUERIES = 16
@@ -49,16 +49,8 @@ def check_settings(settings: TraceSettings) -> None:
             f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"
         )
     check_blocks(settings.model, settings.projection)
-    if settings.needs_estimate:
-        check_full(settings.moments.correction)
-    parse_correction(settings.moments.correction)
     for name in ("include", "exclude"):
-        try:
-            re.compile(settings.scope[name] or "")
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"{name}={settings.scope[name]!r} is not a regular expression ({error})"
-            ) from error
+        compile_pattern(name, settings.scope[name] or "")
     if settings.structure != "dense":
         HessianSettings(structure=settings.structure).shapes_of(settings.layout().shapes)
 

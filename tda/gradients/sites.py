@@ -17,6 +17,7 @@ from flax import nnx
 
 from tda.gradients import layers
 from tda.runtime.differences import shorten
+from tda.runtime.patterns import compile_pattern
 
 # A stack's layers are numbered after the first of these in the path, else after its first part.
 _LAYERS = re.compile(r"(.*_)?(layers?|blocks?|stack|h)")
@@ -108,8 +109,9 @@ def find_sites(
             tap turns out to miss a part of the gradient; otherwise that is an error (`unseen`).
 
     Raises:
-        ValueError: no parameter matches, none matches `exclude`, untapped="error" and a parameter
-            cannot have a tap, or the model is in training mode.
+        ValueError: no parameter matches, none matches `exclude`, one of the two is not a regular
+            expression, untapped="error" and a parameter cannot have a tap, or the model is in
+            training mode.
     """
     training = [
         f"{'/'.join(map(str, path)) or 'the model'} ({type(module).__name__})"
@@ -123,6 +125,8 @@ def find_sites(
         )
     if untapped not in ("leave", "reference", "error"):
         raise ValueError(f"untapped is {untapped!r}; use leave, reference or error")
+    for name, pattern in (("include", include), ("exclude", exclude)):
+        compile_pattern(name, pattern or "")
     everything = _sites(model)
     if exclude and not any(re.search(exclude, s.path) for s in everything):
         listed = ", ".join(s.path for s in everything)

@@ -5,6 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from tda.runtime.patterns import compile_pattern
+
 # By key: the default and the meaning, which `--help` shows. A type stands for a key without a
 # default: the rule's value holds until the key is set.
 KEYS: dict[str, tuple[Any, str]] = {
@@ -317,6 +319,8 @@ def check_values(config: ConfigDict) -> None:
                 raise ValueError(f"{key}={value} must be {least}")
             if value < 0:
                 raise ValueError(f"{key}={value} must not be negative")
+    for key in ("gradients.include", "gradients.exclude"):
+        compile_pattern(key, values[key])
     if not 0 < values["train.traced"] <= 1:
         raise ValueError(f"train.traced={values['train.traced']} must be above 0, and 1 at most")
     if values["hessian.weight"] > 1:

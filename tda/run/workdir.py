@@ -17,6 +17,7 @@ from tda.run.defaults import flat
 from tda.runtime import directory_lock, processes
 from tda.runtime.atomic_file import write_json
 from tda.runtime.differences import as_text, differences
+from tda.runtime.directories import make_directory
 from tda.runtime.directory_lock import DirectoryLock
 from tda.runtime.fingerprint import plain
 
@@ -35,6 +36,7 @@ class Workdir:
     """The directory of one run.
 
     Raises:
+        tda.runtime.directories.DirectoryError: it cannot be made.
         WorkdirError: it cannot be written, processes on several hosts do not share it, or it is an
             address of object storage.
     """
@@ -63,8 +65,8 @@ class Workdir:
 
     def _make(self) -> str:
         token = f"{time.time_ns()}-{os.getpid()}"
+        make_directory(self.path, f"--workdir={self.path}")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._probe(token).write_text(token)
         except OSError as error:
             raise WorkdirError(

@@ -103,6 +103,10 @@ def _is_local(workdir: str | None) -> TypeGuard[str]:
 
 def _write_traceback(workdir: str) -> str:
     """Writes the traceback to a file of the workdir; returns a note that names the file."""
+    # A workdir that cannot be written is the error itself, or one beside which a traceback says
+    # nothing: the line is enough.
+    if not (os.path.isdir(workdir) and os.access(workdir, os.W_OK)):
+        return ""
     number = "" if processes.is_first() else f"-{jax.process_index()}"
     path = os.path.join(workdir, f"error{number}.txt")
     try:

@@ -11,6 +11,7 @@ import re
 import shutil
 
 from tda.runtime import progress
+from tda.runtime.directories import check_directory, make_directory
 from tda.viewer.collection import Collection
 from tda.viewer.results_file import to_json
 from tda.viewer.server import static_files
@@ -42,16 +43,16 @@ def export(collection: Collection, out) -> int:
 
     Raises:
         ExportError: the folder holds other files.
+        tda.runtime.directories.DirectoryError: it cannot be made.
         OSError: it cannot be written.
     """
     out = pathlib.Path(out)
     # Only a folder with this file is an export, which another may replace.
     mark = out / f".{_MARK}"
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file; name a folder")
+    check_directory(out)
     if out.is_dir() and any(out.iterdir()) and not mark.exists():
         raise ExportError(f"{out} holds other files; name an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     mark.touch()
     for folder in ("data", "static", "plots"):
         shutil.rmtree(out / folder, ignore_errors=True)

@@ -266,6 +266,8 @@ def test_a_sample_is_of_the_whole_corpus_and_keeps_what_matches():
     assert corpora.sample(found, 100, "Bonn", 2) != drawn
     assert len(corpora.sample(found, 2, keep="Bonn")) == 4
     assert corpora.sample(found[:5], 100) == found[:5]
+    with pytest.raises(ValueError, match=r"keep='\(' is not a regular expression"):
+        corpora.sample(found, 100, keep="(")
 
 
 LINE = '{"text": "Oslo"}\n'

@@ -30,6 +30,7 @@ from tda.run import corpus, defaults, evaluate, measures, moments, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
 from tda.runtime import metrics, progress
+from tda.runtime.directories import DirectoryError
 from tda.training import checkpoint, loop
 from tda.viewer.notes import TYPES
 from tda.viewer.release import release
@@ -715,8 +716,9 @@ def test_what_an_optimizer_has_is_accepted():
 
 def test_an_unwritable_workdir_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WorkdirError, match="cannot write to --workdir=.*choose another"):
-        Workdir(tmp_path / "file" / "w")
+    for place in ("file", "file/w"):
+        with pytest.raises(DirectoryError, match="--workdir=.* is a file; give a directory"):
+            Workdir(tmp_path / place)
 
 
 def command(config_key_values, workdir):

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import ask
+from experiments import ask, launch
 from tda import results
 from tda.data.rows import Query
 from tda.live import finished_run
@@ -153,6 +153,53 @@ def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
     with flagsaver.flagsaver(keep="Bonn"), pytest.raises(ValueError, match="give --sample too"):
         ask.run(tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(keep="(", sample=3), r"--keep='\(' is not a regular expression \(missing \)"),
+        (dict(method="trackstar,exp3"), "method='trackstar,exp3'|unknown method"),
+        (dict(method="bm25"), "method='bm25' is not one of"),
+        (dict(method="trackstar"), "R of 1 queries contains little"),
+        (dict(correction="adams"), "unknown correction 'adams'"),
+        (dict(correction="none"), "correction 'none' is not made from second moments"),
+        (dict(method="grad_cos", moments=4), "sample=4 has no effect with method='grad_cos'"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_it_is_loaded(
+    tmp_path, monkeypatch, changes, message
+):
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(ask.api, "load", None)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    question = dict(model="absent", corpus=str(tmp_path / "a.jsonl"), prompt=["He was born in"])
+    with flagsaver.flagsaver(**question | changes), pytest.raises(ValueError, match=message):
+        ask.run(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["top_k", "side", "context", "tokens_per_batch", "moments"])
+def test_a_count_of_nothing_is_refused_with_its_flag(name):
+    flags.FLAGS.mark_as_parsed()
+    with pytest.raises(flags.IllegalFlagValueError, match=name), flagsaver.flagsaver(**{name: 0}):
+        pass
+
+
+@pytest.mark.parametrize("start", [launch.start, launch.launch])
+@pytest.mark.parametrize("place", ["file", "file/w"])
+def test_every_main_refuses_a_file_as_its_workdir(tmp_path, monkeypatch, capsys, start, place):
+    flags.FLAGS.mark_as_parsed()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(launch, "_start", lambda run, takes_config: run(["main"]))
+    monkeypatch.setattr(launch.flags, "mark_flags_as_required", lambda _: None)
+    monkeypatch.setattr(launch.preemption, "watch", lambda: None)
+    with flagsaver.flagsaver(workdir=str(tmp_path / place)):
+        with pytest.raises(SystemExit) as end:
+            start(None)
+    message = capsys.readouterr().err or end.value.code
+    assert message.strip().endswith(f"{tmp_path}/file is a file; give a directory")
+    assert message.startswith(f"error: --workdir={tmp_path}/{place} ")
 
 
 def test_saying_nothing_is_told(monkeypatch):

@@ -73,6 +73,9 @@ def test_nothing_found_is_refused_with_what_there_is(decoder):
         find_sites(decoder(), "experts")
     with pytest.raises(ValueError, match="no weight matrix matches"):
         find_sites(decoder(), exclude=".")
+    for name in ("include", "exclude"):
+        with pytest.raises(ValueError, match=rf"{name}='\(' is not a regular expression"):
+            find_sites(decoder(), **{name: "("})
 
 
 def test_any_models_layers_are_found():

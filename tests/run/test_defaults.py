@@ -56,6 +56,15 @@ def test_impossible_values_are_refused_by_key(changes, message):
     assert str(refused.value) == message
 
 
+@pytest.mark.parametrize("key", ["gradients.include", "gradients.exclude"])
+def test_a_pattern_of_parameters_is_checked(key):
+    """Guards: a traceback of `re` after the training."""
+    config = defaults.get_config()
+    config.update_from_flattened_dict({key: "mlp["})
+    with pytest.raises(ValueError, match=rf"^{key}='mlp\[' is not a regular expression \("):
+        defaults.check_values(config)
+
+
 def test_choices_are_those_of_the_code():
     """Guards: a choice that the code has and a config may not name, or the other way round."""
     assert set(defaults.CHOICES["store.dtype"]) == {*stores.DTYPES, NO_STORE}

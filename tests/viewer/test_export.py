@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tda import results
+from tda.runtime.directories import DirectoryError
 from tda.viewer.collection import Collection
 from tda.viewer.export import ExportError, bundle, export
 from tda.viewer.server import static_files
@@ -65,8 +66,9 @@ def test_other_files_are_not_overwritten(collection, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(ExportError, match="holds other files"):
         export(collection, tmp_path / "full")
-    with pytest.raises(ExportError, match="is a file"):
-        export(collection, tmp_path / "a.jsonl")
+    for out in ("a.jsonl", "a.jsonl/out"):
+        with pytest.raises(DirectoryError, match="a.jsonl is a file; give a directory"):
+            export(collection, tmp_path / out)
 
 
 def test_modules_become_one_script():

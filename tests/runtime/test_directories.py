@@ -1,0 +1,49 @@
+"""A directory that cannot be made is named with what is in its way."""
+
+import pathlib
+
+import pytest
+
+from tda.runtime import ending
+from tda.runtime.directories import DirectoryError, make_directory
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "--workdir=D is a file; give a directory"),
+        ("file/a/b", "--workdir=D cannot be made: {0}/file is a file; give a directory"),
+        ("link", "--workdir=D is a link that leads nowhere; give a directory"),
+    ],
+)
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(DirectoryError) as refused:
+        make_directory(tmp_path / place, "--workdir=D")
+    assert str(refused.value) == message.format(tmp_path)
+
+
+def test_a_directory_that_the_system_refuses_is_named(tmp_path, monkeypatch):
+    make_directory(tmp_path / "a" / "b")
+    make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(DirectoryError, match="write to .*c: Permission denied; choose another"):
+        make_directory(tmp_path / "c")
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/w", "absent"])
+def test_an_error_beside_a_workdir_that_cannot_be_is_one_line(tmp_path, capsys, workdir):
+    """Guards: the traceback of the failed attempt to write the traceback there."""
+    (tmp_path / "file").touch()
+    try:
+        raise DirectoryError("the reason")
+    except DirectoryError as error:
+        with pytest.raises(SystemExit):
+            ending.exit_with(error, str(tmp_path / workdir))
+    assert capsys.readouterr().err == "error: the reason\n"
