@@ -74,7 +74,7 @@ def make_contributions(
         B, T = batch["tokens"].shape
         variables = jax.tree.map(lambda x: x, variables)
         for site, tap in with_direction(direction_E).items():
-            sites.module_at(variables, site)["taps"][0]["direction"] = tap.direction
+            sites.module_at(variables, site)["tda_taps"][0]["direction"] = tap.direction
 
         def summed(tap_arrays):
             return total(nnx.merge(graphdef, tap_arrays, variables), batch)

@@ -72,8 +72,8 @@ class GradientFactors:
             module = modules[site.module]
             layers.wrap_calls(module, _watch_call)
             empty = jnp.zeros((*site.stack_shape, 1))
-            module.factors = nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
-            module.watched_path = site.path
+            module.tda_factors = nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
+            module.tda_path = site.path
         graphdef, *states = nnx.split(watched, taps.Zeros, ...)
         templates, variables = map(nnx.to_pure_dict, states)
         if mesh is not None:
@@ -104,10 +104,10 @@ class GradientFactors:
                 B = unseen.count_examples(batch)
                 none = (B, 1, site.rows), (B, 1, site.columns)
                 for name, shape in zip(Factors._fields, shapes.get(site.path, none), strict=True):
-                    at = module_at(zeros, site)["factors"]
+                    at = module_at(zeros, site)["tda_factors"]
                     at[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
             cotangents = jax.grad(total_with)(zeros)
-            return {s.path: Factors(**module_at(cotangents, s)["factors"]) for s in sites}
+            return {s.path: Factors(**module_at(cotangents, s)["tda_factors"]) for s in sites}
 
         self._compiled, self._variables = jax.jit(factors), variables
         # The decoder calls each layer once, and so its factors are known to be right.
@@ -155,14 +155,14 @@ def _watch_call(layer, use: str, call, inputs):
         shapes = _SHAPES.get(None)
         if shapes is not None:
             pair = x_BxSxM.shape, y_BxSxN.shape
-            if shapes.setdefault(layer.watched_path, pair) != pair:
+            if shapes.setdefault(layer.tda_path, pair) != pair:
                 raise ValueError(
-                    f"{layer.watched_path} is called several times, with inputs of "
-                    f"{list(shapes[layer.watched_path][0])} and {list(pair[0])}: its gradient has "
+                    f"{layer.tda_path} is called several times, with inputs of "
+                    f"{list(shapes[layer.tda_path][0])} and {list(pair[0])}: its gradient has "
                     "no single pair of factors; leave it out (exclude=)"
                 )
             return y_BxSxN
-        zeros = tuple(layer.factors[name][...] for name in Factors._fields)
+        zeros = tuple(layer.tda_factors[name][...] for name in Factors._fields)
         return _keep_both(y_BxSxN, zeros, jax.lax.stop_gradient(x_BxSxM).astype(jnp.float32))
 
     return layers.change_product(layer, call, inputs, change)

@@ -169,13 +169,14 @@ def corrected(
         bases: all eigenvectors, from `eigenvectors` without `keep`.
 
     Raises:
-        ValueError: no example counts, or the loss uses a parameter where no tap sees it.
+        ValueError: no example counts, the loss uses a parameter where no tap sees it, or a layer is
+            called several times.
     """
 
     by_site = {
         s: (jnp.asarray(bases[s.path].left), jnp.asarray(bases[s.path].right)) for s in chosen
     }
-    empty = {s: (_zeros(s, s.rows, s.columns),) for s in chosen}
+    empty = {s: (_zeros(s, s.rows, s.columns), _zeros(s)) for s in chosen}
     sums, count = _sum_over_batches(model, empty, by_site, batches, labels)
     examples = count["examples"]
     if not examples:
@@ -278,7 +279,11 @@ def _moments(d_BxTxN, x_BxTxM, mask_BxT):
 
 
 def _squares(d_BxTxN, x_BxTxM, left_MxM, right_NxN):
-    """Returns Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples: float32 [M, N]."""
+    """Returns Σ_i (Q_Aᵀ G_i Q_S)² over the batch's examples, float32 [M, N], and 1 for this call.
+
+    G_i is the gradient by one call of the layer, so the squares of several calls must not be added:
+    their sum lacks the products of one call with another.
+    """
     xQ_BxTxM = _einsum("btm,mk->btk", x_BxTxM.astype(jnp.float32), left_MxM)
     dQ_BxTxN = _einsum("btn,nk->btk", d_BxTxN.astype(jnp.float32), right_NxN)
 
@@ -287,7 +292,7 @@ def _squares(d_BxTxN, x_BxTxM, left_MxM, right_NxN):
         return total + jnp.square(_einsum("tm,tn->mn", *example)), None
 
     empty = jnp.zeros((xQ_BxTxM.shape[-1], dQ_BxTxN.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, empty, (xQ_BxTxM, dQ_BxTxN))[0]
+    return jax.lax.scan(add, empty, (xQ_BxTxM, dQ_BxTxN))[0], jnp.ones((), jnp.float32)
 
 
 # A covariance of lower precision has other eigenvectors, so products keep full float32.
@@ -299,15 +304,16 @@ _watch_squares = taps.identity_with_rule(_squares)
 def _watch_call(layer, use, call, inputs):
     """Calls a layer and watches its product (`tda.gradients.layers.wrap_calls`)."""
     del use  # always a product: tables of tokens have no Kronecker factors
-    watch = {name: variable[...] for name, variable in layer.watch.items()}
+    watch = {name: variable[...] for name, variable in layer.tda_watch.items()}
 
     def change(y_BxTxN, x_BxTxM):
         x_BxTxM = jax.lax.stop_gradient(x_BxTxM)
+        sums = watch["sum0"], watch["sum1"]
         if "left_basis" in watch:
             bases = watch["left_basis"], watch["right_basis"]
-            return _watch_squares(y_BxTxN, watch["sum0"], x_BxTxM, *bases)
+            return _watch_squares(y_BxTxN, sums, x_BxTxM, *bases)
         mask_BxT = (watch["weights"] > 0).astype(jnp.float32)
-        return _watch_moments(y_BxTxN, (watch["sum0"], watch["sum1"]), x_BxTxM, mask_BxT)
+        return _watch_moments(y_BxTxN, sums, x_BxTxM, mask_BxT)
 
     return layers.change_product(layer, call, inputs, change)
 
@@ -323,7 +329,7 @@ def _sum_over_batches(
 
     Args:
         model: any NNX model.
-        empty: zeros in the shapes of each site's sums: two of `_moments`, or one of `_squares`.
+        empty: zeros in the shapes of each site's two sums.
         bases: Q_A and Q_S of each site, for `_squares`; empty for `_moments`.
         batches, labels: see `covariances`.
 
@@ -344,7 +350,7 @@ def _sum_over_batches(
         else:
             # A placeholder: each batch replaces it with its own weights.
             watch["weights"] = nnx.Variable(_zeros(site, 1, 1))
-        module.watch = nnx.Dict(watch)
+        module.tda_watch = nnx.Dict(watch)
     graphdef, *states = nnx.split(watched, taps.Zeros, ...)
     sums, variables = map(nnx.to_pure_dict, states)
     search = unseen.make_search(model, empty, by_position=True)
@@ -359,7 +365,7 @@ def _sum_over_batches(
         for site in empty:
             if site not in bases:
                 shape = (*site.stack_shape, *batch["weights"].shape)
-                watch = sites.module_at(variables, site)["watch"]
+                watch = sites.module_at(variables, site)["tda_watch"]
                 watch["weights"] = jnp.broadcast_to(batch["weights"], shape)
 
         def watched_total(zeros):
@@ -369,12 +375,26 @@ def _sum_over_batches(
 
     sums = jax.tree.map(jnp.copy, sums)
     count = {"positions": 0, "examples": 0}
-    for batch in batches:
+    for i, batch in enumerate(batches):
         count["positions"] += int((batch["weights"] > 0).sum())
         count["examples"] += int((batch["weights"] > 0).any(axis=1).sum())
         sums = add(sums, variables, batch)
-    by_site = {}
-    for site in empty:
-        watch = sites.module_at(sums, site)["watch"]
-        by_site[site] = [watch[f"sum{i}"] for i in range(len(empty[site]))]
-    return by_site, count
+        if bases and i == 0:
+            _check_called_once(_by_site(sums, empty))
+    return _by_site(sums, empty), count
+
+
+def _by_site(sums: dict, chosen: Iterable[sites.Site]) -> dict[sites.Site, list]:
+    watches = {s: sites.module_at(sums, s)["tda_watch"] for s in chosen}
+    return {s: [watch["sum0"], watch["sum1"]] for s, watch in watches.items()}
+
+
+def _check_called_once(sums: dict[sites.Site, list]) -> None:
+    """Checks the calls that `_squares` counted in one batch, those of a scan included."""
+    several = [s.path for s, (_, calls) in sums.items() if np.max(sharding.to_host(calls)) > 1]
+    if several:
+        raise ValueError(
+            f"the layer of {', '.join(several)} is called several times in a forward pass, but "
+            "EK-FAC's eigenvalues need one call, whose gradient is the example's; leave it out "
+            "(exclude=), or choose another method for it"
+        )

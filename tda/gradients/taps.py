@@ -74,9 +74,9 @@ def put_on(model: nnx.Module, taps: dict[Site, tuple[Tap, ...]]) -> nnx.Module:
         taps: the taps of each site.
 
     Returns:
-        The model with a list `taps` in each module, of dicts of variables: "zeros" of type `Zeros`
-        ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one example of one position), and the arrays
-        of `Tap`.
+        The model with a list `tda_taps` in each module, of dicts of variables: "zeros" of type
+        `Zeros` ([(L,) 1, k, k], or [(L,) 1, 1] for positions: one example of one position), and the
+        arrays of `Tap`. The prefix sets it apart from a layer's own attributes.
     """
     tapped = nnx.clone(model)
     modules = dict(nnx.iter_modules(tapped))
@@ -84,7 +84,7 @@ def put_on(model: nnx.Module, taps: dict[Site, tuple[Tap, ...]]) -> nnx.Module:
         module = modules[site.module]
         layers.wrap_calls(module, _tap_call)
         axes = _matrix_axes(getattr(module, site.parameter), site)
-        module.taps = nnx.List([nnx.Dict(_variables(tap, site, axes)) for tap in of_site])
+        module.tda_taps = nnx.List([nnx.Dict(_variables(tap, site, axes)) for tap in of_site])
     return tapped
 
 
@@ -119,7 +119,7 @@ def _carried_taps(layer: nnx.Module, inputs) -> list[tuple[jax.Array, Tap]]:
         ValueError: the first axis of the layer's inputs is not the batch.
     """
     carried = []
-    for variables in layer.taps:
+    for variables in layer.tda_taps:
         arrays = {name: variable[...] for name, variable in variables.items()}
         zeros = arrays.pop("zeros")
         bases = arrays.pop("left_basis", None), arrays.pop("right_basis", None)
@@ -150,7 +150,7 @@ def without_taps(model: nnx.Module, sites: Iterable[Site]) -> nnx.Module:
     """Takes the taps off some sites of a model from `put_on`, in place, and returns the model."""
     modules = dict(nnx.iter_modules(model))
     for site in sites:
-        modules[site.module].taps = nnx.List([])
+        modules[site.module].tda_taps = nnx.List([])
     return model
 
 
@@ -166,13 +166,13 @@ def zeros_for(templates: dict, examples: int) -> dict:
 
 def cotangents_at(cotangents: dict, site: Site) -> list:
     """Returns the gradients of a site's taps."""
-    of_site = module_at(cotangents, site)["taps"]
+    of_site = module_at(cotangents, site)["tda_taps"]
     return [of_site[i]["zeros"] for i in range(len(of_site))]
 
 
 def matrices_at(variables: dict, site: Site) -> tuple:
     """Returns A, B and the scale (or None) of each of a site's taps."""
-    of_site = module_at(variables, site)["taps"]
+    of_site = module_at(variables, site)["tda_taps"]
     each = (of_site[i] for i in range(len(of_site)))
     return tuple((tap["left"], tap["right"], tap.get("scale")) for tap in each)
 
@@ -271,7 +271,7 @@ _tap_positions = identity_with_rule(_split_over_positions)
 
 def _tap_call(layer, use: str, call, inputs):
     """Calls a layer and taps its output (`tda.gradients.layers.wrap_calls`)."""
-    if not layer.taps:
+    if not layer.tda_taps:
         return call(layer, inputs)
     if use == "look_up":
         return _tap_look_up(layer, call, inputs)

@@ -78,7 +78,7 @@ def make_search(
                 own_model = nnx.merge(graphdef, variables)
                 modules = dict(nnx.iter_modules(own_model))
                 for site in chosen:
-                    modules[site.module].axes_seen = jax.tree.leaves(batch)[0].shape[:axes]
+                    modules[site.module].tda_axes_seen = jax.tree.leaves(batch)[0].shape[:axes]
                 return loss(own_model, batch)
 
             larger, traced = _trace(blind_loss, variables, batch, batches)
@@ -232,7 +232,7 @@ def refuse(missed: Mapping[sites.Site, str], remedy: str = "") -> None:
 def _with_zeros(layer, use, call, inputs):
     """Calls a layer with its parameter replaced by zeros (see `layers.wrap_calls`)."""
     del use
-    if jnp.shape(inputs)[: len(layer.axes_seen)] != layer.axes_seen:
+    if jnp.shape(inputs)[: len(layer.tda_axes_seen)] != layer.tda_axes_seen:
         return call(layer, inputs)  # no tap can tell the examples, or the positions, apart here
     parameter = layers.product(layer).parameter
     graphdef, state = nnx.split(layer)

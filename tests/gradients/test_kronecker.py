@@ -13,6 +13,7 @@ from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.gradients import kronecker, reference
 from tda.gradients.encoder import build_encoder, make_encoder
+from tda.gradients.factors import GradientFactors
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
@@ -189,6 +190,71 @@ def test_eigenvalues_are_the_mean_squares_of_turned_gradients(decoder, scan, lab
             rtol=1e-3,
             atol=1e-5 * np.square(turned).max(),
         )
+
+
+class Recurrent(nnx.Module):
+    """A layer called once, twice, or `calls` times by a scan."""
+
+    def __init__(self, calls, by_scan=False):
+        rngs = nnx.Rngs(0)
+        self.embed, self.inner = nnx.Embed(50, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.out, self.calls, self.by_scan = nnx.Linear(4, 50, rngs=rngs), calls, by_scan
+
+    def __call__(self, tokens):
+        def step(x, _):
+            return jnp.tanh(self.inner(x)), None
+
+        x = self.embed(tokens)
+        if self.by_scan:
+            return self.out(jax.lax.scan(step, x, None, length=self.calls)[0])
+        for _ in range(self.calls):
+            x, _ = step(x, None)
+        return self.out(x)
+
+
+def eigenvalues_and_mean_squares(model):
+    """Λ of the inner layer, and the same by numpy from whole gradients."""
+    chosen = find_sites(model, include="inner/kernel")
+    bases = {chosen[0].path: kronecker.Curvature(*(np.linalg.qr(Z)[0] for Z in noise(2)))}
+    (batch,) = batches("data", bucket_lengths=(8,), tokens_per_batch=48)
+    G = np.asarray(whole_gradients(model, batch)[chosen[0].path], np.float64)
+    Q = bases[chosen[0].path]
+    mean_squares = np.square(Q.left.T @ G @ Q.right).mean(0)
+    curvature = kronecker.corrected(model, chosen, batches("data"), "data", bases)
+    return curvature[chosen[0].path].values, mean_squares
+
+
+def noise(count):
+    return np.random.default_rng(3).normal(size=(count, 4, 4)).astype(np.float32)
+
+
+def test_eigenvalues_of_a_layer_that_is_called_once_are_mean_squares():
+    values, mean_squares = eigenvalues_and_mean_squares(Recurrent(1))
+    np.testing.assert_allclose(values, mean_squares, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by_scan", [False, True])
+def test_layer_that_is_called_several_times_is_refused(by_scan):
+    """Guards: squares that are added call by call, without the products of two calls."""
+    with pytest.raises(ValueError, match="inner/kernel is called several times"):
+        eigenvalues_and_mean_squares(Recurrent(3, by_scan))
+
+
+@pytest.mark.parametrize("name", ["taps", "axes_seen", "watch", "factors", "watched_path"])
+@pytest.mark.parametrize("kind", [int, nnx.Param])
+def test_layers_may_have_attributes_of_any_name(name, kind):
+    """Guards: names of the package's own on a user's layer that replace the layer's."""
+    model, named = Recurrent(1), Recurrent(1)
+    setattr(named.inner, name, 7 if kind is int else nnx.Param(jnp.full(3, 7.0)))
+    (batch,) = batches("data", bucket_lengths=(8,), tokens_per_batch=48)
+    results = []
+    for m in (model, named):
+        chosen = find_sites(m, include="inner/kernel")
+        whole = GradientFactors(m, chosen)(batch)["inner/kernel"]
+        encodings = make_encoder(m, P, include="inner/kernel")(batch)
+        results.append((eigenvalues_and_mean_squares(m)[0], encodings, *whole))
+    for plain, of_named in zip(*results, strict=True):
+        np.testing.assert_array_equal(plain, of_named)
 
 
 def fitted(model):
