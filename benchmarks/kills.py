@@ -1,9 +1,12 @@
 """Kills a whole run with SIGKILL at random moments, and continues it until it is finished.
 
-    python -m benchmarks.kills --kills=100 -- --config=configs/world_facts.py
+    python -m benchmarks.kills --kills=100 -- --config=configs/world_facts.py \\
+        --config.train.save_every=20
 
-The flags of `experiments.trace` follow `--`. The same run without a kill comes first; then every
-file that a run leaves for its user is compared byte for byte.
+The flags of `experiments.trace` follow `--`. A program lives up to --longest seconds, and training
+resumes from its last checkpoint: one every 20 steps is there before the kill, one every 500 never.
+The same run without a kill comes first; then every file that a run leaves for its user is compared
+byte for byte.
 """
 
 import collections
