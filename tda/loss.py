@@ -62,7 +62,13 @@ def of_examples(name: str):
     output_fn = output(name)
 
     def example_losses(model, batch: dict):
-        return output_fn(model(batch["tokens"]), batch["targets"], batch["weights"])
+        logits_BxTxV = model(batch["tokens"])
+        if not hasattr(logits_BxTxV, "shape"):
+            raise ValueError(
+                f"the model returns a {type(logits_BxTxV).__name__}, not logits [B, T, V]; pass "
+                "loss= as a function of the model and a batch"
+            )
+        return output_fn(logits_BxTxV, batch["targets"], batch["weights"])
 
     return example_losses
 
@@ -73,6 +79,11 @@ def check_shape(loss_B, count: int) -> None:
     Raises:
         ValueError: it is not.
     """
+    if not hasattr(loss_B, "shape"):
+        raise ValueError(
+            f"the loss of {count} examples is a {type(loss_B).__name__}, not an array of shape "
+            f"({count},); return one number for each example, and nothing beside it"
+        )
     if loss_B.shape != (count,):
         raise ValueError(
             f"the loss of {count} examples has the shape {loss_B.shape}, not ({count},): it "

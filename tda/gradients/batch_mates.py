@@ -36,7 +36,7 @@ _IN_PLACE, _MOVED = _Tolerance(1e-3, 0.01), _Tolerance(0.2, 1.0)
 
 
 class MatesCheck:
-    """A check that runs once, on the first batch of different examples."""
+    """A check of the first batch of different examples, and of the order in a few later ones."""
 
     def __init__(self, model: nnx.Module, losses: Callable):
         """Makes the check.
@@ -46,7 +46,7 @@ class MatesCheck:
             losses: a function of the model and a batch to each example's loss, [B]. The gradients
                 are not enough: those of a loss that is centred over the batch add up to 0.
         """
-        self._model, self._plain_losses = model, losses
+        self._model, self._plain_losses, self._batches = model, losses, 0
         model_fn, parameters = functional.split(model)
         compiled = jax.jit(lambda parameters, batch: losses(model_fn.merge(parameters), batch))
         self._losses: Callable | None = functools.partial(compiled, parameters)
@@ -63,7 +63,14 @@ class MatesCheck:
             ValueError: an example's encoding or loss changes with the other examples of its batch.
         """
         count = count_examples(batch)
-        if self._losses is None or count < 2 or not is_local(batch):
+        self._batches += 1
+        if count < 2 or not is_local(batch):
+            return
+        if self._losses is None:
+            # A model may sort its examples by what is equal in the first batch, such as a length.
+            # The 2nd, 4th, 8th, … batch tells, at little cost however many there are.
+            if not self._batches & (self._batches - 1):
+                self._check_order(encode, batch, encodings)
             return
         # Three more batches: copies of the first half replace the second half; copies of the
         # second replace the first; the second half moves to the front.
@@ -87,14 +94,14 @@ class MatesCheck:
                 change = self._change_among_copies(batch, rows[:, 0])
             if change:
                 culprit = _name_culprit(self._model, self._plain_losses, batch, batches[:2], half)
-                share = f"{change:.0%}" if change >= 0.01 else f"{change:.1%}"
-                raise ValueError(
-                    f"the {quantity} of an example changes by {share} with the batch "
-                    f"that it is in{culprit}; it must depend on that example alone: use no "
-                    "statistics of the batch, no other order of its examples, and no dropout "
-                    "(model.eval())"
-                )
+                _refuse(quantity, change, culprit)
         self._losses = self._model = None  # done: release the model's arrays
+
+    def _check_order(self, encode: Callable, batch, encodings: tuple) -> None:
+        """Checks that the encodings of a batch from back to front are the same, back to front."""
+        backwards = encode(_take(batch, np.arange(count_examples(batch))[::-1]))
+        if change := _change(_flat(encodings), _flat(backwards)[::-1], _MOVED):
+            _refuse("gradient", change)
 
     def _change_among_copies(self, batch, losses_B: np.ndarray) -> float:
         """Returns how much the least and the largest loss change in batches of their own copies.
@@ -109,6 +116,15 @@ class MatesCheck:
             changes.append(abs(copies[i, 0] - losses_B[i]) / size if size > 0 else 0.0)
         largest = max(x if np.isfinite(x) else 0.0 for x in changes)
         return largest if largest > _IN_PLACE.relative else 0
+
+
+def _refuse(quantity: str, change: float, culprit: str = "") -> None:
+    share = f"{change:.0%}" if change >= 0.01 else f"{change:.1%}"
+    raise ValueError(
+        f"the {quantity} of an example changes by {share} with the batch that it is in{culprit}; "
+        "it must depend on that example alone: use no statistics of the batch, no other order of "
+        "its examples, and no dropout (model.eval())"
+    )
 
 
 def is_local(batch) -> bool:

@@ -1,4 +1,4 @@
-"""Compares the first batch's encodings with gradients formed without any tap.
+"""Compares encodings with gradients formed without any tap, until every block was compared once.
 
 A tap takes a layer's output to be its input times the parameter, and the parameter to be the
 model's own. A loss may break either in ways that no trace shows: it scales or noises the parameters
@@ -9,6 +9,7 @@ parameters themselves.
 """
 
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +27,20 @@ from tda.gradients.taps import Tap
 from tda.model import functional
 
 # The largest difference that may be rounding, relative to a block's norm, and the least norm that
-# counts, relative to the largest block's. Accelerators round float32 products to TF32 or bfloat16.
-_FLOAT32, _HALF = (0.03, 0.01), (0.25, 0.1)
+# counts, relative to the largest block's: a key's bias has rounding only, about 1e-7 of it in
+# float32. Accelerators round float32 products to TF32 or bfloat16.
+_FLOAT32, _HALF = (0.03, 1e-4), (0.25, 0.1)
+# jax's message for the forward-mode derivative of a tap, which has a rule for reverse mode only.
+_IS_FORWARD = re.compile("custom_vjp|custom_lin")
 _HALF_TYPES = re.compile(r"\b(bf16|f16|f8_\w+)\[")
 
 
 class TapsCheck:
-    """Finds the sites whose taps do not give the gradient of the parameter, on the first batch."""
+    """Finds the sites whose taps do not give the gradient of the parameter.
+
+    Attributes:
+        open_blocks: the numbers of the blocks without a gradient in any example compared so far.
+    """
 
     def __init__(
         self, model: nnx.Module, losses: Callable, projection: Projection, taps: Mapping[Site, Tap]
@@ -64,6 +72,16 @@ class TapsCheck:
             return projections.pool(self._layout, projected)[0]
 
         self._encode = jax.jit(encode)
+        self._tolerance: tuple[float, float] | None = None
+        self.open_blocks = {*range(len(self._layout.slices))}
+
+    def is_computable(self, batch) -> bool:
+        """Returns whether the loss of a batch can be differentiated without taps."""
+        try:
+            jax.eval_shape(self._encode, self._parameters, batch)
+        except Exception:  # whatever the user's loss raises
+            return False
+        return True
 
     def wrong_paths(self, batch, encodings_BxE) -> list[str]:
         """Returns the paths of the sites in whose blocks the encodings differ from the gradients.
@@ -72,34 +90,66 @@ class TapsCheck:
             batch: a tree of arrays that this process can address, the examples first.
             encodings_BxE: its encodings by taps.
         """
-        # The two largest gradients, which rounding changes least. Two are enough: a use that taps
-        # do not see is the same for all examples.
         encodings_BxE = np.asarray(encodings_BxE, np.float64)
-        norms_B = np.nan_to_num(np.linalg.norm(encodings_BxE, axis=1))
-        rows = np.argsort(-norms_B, stable=True)[:2]
-        # Not laid out as the batch is: one example cannot be split over devices.
-        examples = [jax.tree.map(lambda x, i=i: np.asarray(x)[[i]], batch) for i in rows]
-        is_half = _HALF_TYPES.search(str(self._encode.trace(self._parameters, examples[0]).jaxpr))
-        tolerance = _HALF if is_half or jax.default_backend() != "cpu" else _FLOAT32
+        norms_BxN = np.nan_to_num(
+            np.stack([np.linalg.norm(encodings_BxE[:, s], axis=1) for s in self._layout.slices], 1)
+        )
         wrong: set[int] = set()
-        for row, example in zip(rows, examples, strict=True):
-            expected_E = np.asarray(self._encode(self._parameters, example), np.float64)
-            wrong |= self._different_blocks(expected_E, encodings_BxE[row], *tolerance)
+        for row in self._rows_to_compare(batch, norms_BxN):
+            expected_E = self._encode(self._parameters, _example(batch, row))
+            wrong |= self._compare(np.asarray(expected_E, np.float64), encodings_BxE[row])
         return [path for path, blocks in self._layout.members.items() if wrong & {*blocks}]
 
-    def _different_blocks(self, expected_E, got_E, relative: float, floor: float) -> set[int]:
+    def _rows_to_compare(self, batch, norms_BxN: np.ndarray) -> list[int]:
+        """Returns a few examples in which all open blocks have gradients that have any here."""
+        rows: list[int] = []
+        if len(self.open_blocks) == norms_BxN.shape[1]:
+            # The two largest gradients, which rounding changes least. Two are enough: a use that
+            # taps do not see is the same for all examples.
+            rows = [*map(int, np.argsort(-np.linalg.norm(norms_BxN, axis=1), stable=True)[:2])]
+            if self._tolerance is None:
+                self._tolerance = self._choose_tolerance(_example(batch, rows[0]))
+        counted_BxN = self._is_counted(norms_BxN)
+        waiting_N = np.zeros(norms_BxN.shape[1], bool)
+        waiting_N[[*self.open_blocks]] = True
+        waiting_N &= ~counted_BxN[rows].any(axis=0)
+        while (counted_BxN & waiting_N).any():
+            rows.append(int(np.argmax((counted_BxN & waiting_N).sum(axis=1))))
+            waiting_N &= ~counted_BxN[rows[-1]]
+        return rows
+
+    def _choose_tolerance(self, example) -> tuple[float, float]:
+        is_half = _HALF_TYPES.search(str(self._encode.trace(self._parameters, example).jaxpr))
+        return _HALF if is_half or jax.default_backend() != "cpu" else _FLOAT32
+
+    def _is_counted(self, norms: np.ndarray) -> np.ndarray:
+        """Returns whether blocks [..., N] have more than rounding beside their largest: bool."""
+        return norms > self._tolerance[1] * norms.max(axis=-1, keepdims=True)
+
+    def _compare(self, expected_E, got_E) -> set[int]:
         """Returns the numbers of the blocks that differ by more than rounding."""
+        relative, floor = self._tolerance
         slices = self._layout.slices
-        norms = np.array([np.linalg.norm(expected_E[s]) for s in slices])
-        errors = np.array([np.linalg.norm((got_E - expected_E)[s]) for s in slices])
+        norms, own_norms, errors = (
+            np.array([np.linalg.norm(x[s]) for s in slices])
+            for x in (expected_E, got_E, got_E - expected_E)
+        )
         # Infinities and NaN come from the model, and are the same either way.
         finite = np.isfinite(norms) & np.isfinite(errors)
-        largest = norms.max(initial=0, where=finite)
+        norms, own_norms = np.where(finite, norms, 0), np.where(finite, own_norms, 0)
+        has_gradient = self._is_counted(norms) | self._is_counted(own_norms)
+        self.open_blocks -= {*map(int, np.flatnonzero(has_gradient))}
+        largest = norms.max(initial=0)
         return {*np.flatnonzero(finite & (errors > relative * np.maximum(norms, floor * largest)))}
 
 
+def _example(batch, row: int):
+    """Returns one example of a batch, not laid out as the batch is: devices cannot share it."""
+    return jax.tree.map(lambda x: np.asarray(x)[[row]], batch)
+
+
 class FirstBatch:
-    """Checks that run once, on a model's first batch.
+    """Checks of a model's first batch, and of later ones where the first could not tell.
 
     Attributes:
         successor: the encoder that takes over where taps turn out not to give the gradient; None
@@ -140,22 +190,33 @@ class FirstBatch:
         """
         try:
             encodings = encode(batch)
-        except (NotImplementedError, TypeError) as error:
-            # jax's message for the forward-mode derivative of a tap, which has a rule for reverse
-            # mode only.
-            if not re.search("custom_vjp|custom_lin", str(error)):
+        except Exception as error:
+            if not self._is_caused_by_taps(error, batch):
                 raise
             self._replace([s for s in self._sites if s.tapped], error)
             return ()
         self._mates(encode, batch, encodings)
         if self._taps_check is not None and is_local(batch):
             wrong = self._taps_check.wrong_paths(batch, *encodings)
-            self._taps_check = None  # done: release the model's arrays
+            if wrong or not self._taps_check.open_blocks:
+                self._taps_check = None  # done: release the model's arrays
             if wrong:
                 self._replace([s for s in self._sites if s.path in wrong])
         if self._taps_check is None:
             self._without_taps = None
         return encodings
+
+    def _is_caused_by_taps(self, error: Exception, batch) -> bool:
+        """Returns whether a loss fails because of the taps on its model."""
+        if isinstance(error, NotImplementedError | TypeError) and _IS_FORWARD.search(str(error)):
+            return True
+        # This package's own errors say what is wrong; others are of the model if it has them, too,
+        # without taps. Memory that runs out is neither's fault.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_own = frame.f_globals.get("__name__", "").partition(".")[0] == "tda"
+        if is_own or self._taps_check is None or isinstance(error, jax.errors.JaxRuntimeError):
+            return False
+        return self._taps_check.is_computable(batch)
 
     def _replace(self, wrong: list[Site], error: Exception | None = None) -> None:
         tapped = [s for s in wrong if s.tapped]
@@ -163,6 +224,12 @@ class FirstBatch:
             self.successor = self._without_taps(tapped)
             return
         remedy = " or pass untapped='reference' to form their full gradients" if tapped else ""
+        if error is not None and not _IS_FORWARD.search(str(error)):
+            raise ValueError(
+                f"with taps on {', '.join(s.path for s in wrong)} the loss fails, and without it "
+                f"does not ({type(error).__name__}: {error}). Use exclude= to leave out the layer "
+                f"that it fails in{remedy}"
+            ) from error
         raise ValueError(
             f"taps do not give the gradient of {', '.join(s.path for s in wrong)}: the loss "
             "changes the parameters before it uses them (scales, noises, stops), differentiates "

@@ -214,12 +214,12 @@ def _einsum(equation, *operands):
 
 
 def _project(x_BxTxM, A_MxRP, side: int):
-    """Returns x A: float32 [B, T·R, k], multiplied in the precision of x, float16 in float32.
+    """Returns x A: float32 [B, T·R, k], multiplied in bfloat16 or float64 if x is, else in float32.
 
     float16 ends at 65,504 and is coarse below 6e-5: A with a scale 1/√V in it leaves that range at
-    both ends. bfloat16 has the range of float32.
+    both ends, and integers have none of it. bfloat16 has the range of float32.
     """
-    if x_BxTxM.dtype == jnp.float16:
+    if x_BxTxM.dtype not in (jnp.bfloat16, jnp.float64):
         x_BxTxM = _f32(x_BxTxM)
     xA_BxTxRP = _einsum("btm,mp->btp", x_BxTxM, A_MxRP.astype(x_BxTxM.dtype))
     return xA_BxTxRP.reshape(x_BxTxM.shape[0], -1, side)

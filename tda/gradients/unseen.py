@@ -108,7 +108,7 @@ def count_examples(batch) -> int:
     """Returns the length of the first axis, which all arrays of a batch must share.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not, or it is 0.
     """
     shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
     lengths = {s[0] if s else None for s in shapes}
@@ -116,6 +116,8 @@ def count_examples(batch) -> int:
         raise ValueError(
             f"every array of a batch must have the examples as its first axis; got shapes {shapes}"
         )
+    if 0 in lengths:
+        raise ValueError(f"a batch has no examples (shapes {shapes}); leave it out")
     return lengths.pop()
 
 

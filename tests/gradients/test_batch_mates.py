@@ -35,6 +35,13 @@ class Centred(Model):
         return x - x.mean(0)
 
 
+class Mixed(Model):
+    """Each example is mixed with another, which cannot be seen if all are the same."""
+
+    def between(self, x):
+        return (x + x[::-1]) / 2
+
+
 class Statistics(nnx.Module):
     """A user's own norm over the batch."""
 
@@ -65,6 +72,14 @@ class Sorted(Model):
 
     def __call__(self, x):
         order = jnp.argsort(x[:, 0])
+        return super().__call__(x[order])[jnp.argsort(order)]
+
+
+class SortedByLength(Model):
+    """Examples of one length, the count of numbers other than 0, stay in their places."""
+
+    def __call__(self, x):
+        order = jnp.argsort(jnp.sum(x != 0, axis=1), stable=True)
         return super().__call__(x[order])[jnp.argsort(order)]
 
 
@@ -153,10 +168,20 @@ def test_another_order_inside_the_model_or_chance_is_refused(kind):
 
 def test_a_later_batch_is_checked_where_the_first_tells_nothing():
     same = {name: np.repeat(x[:1], 5, axis=0) for name, x in make_batch().items()}
-    encodings = per_example(evaluated(Centred), squares, [make_batch(1), same, make_batch()], P)
+    encodings = per_example(evaluated(Mixed), squares, [make_batch(1), same, make_batch()], P)
     with pytest.raises(ValueError, match="the loss of an example changes"):
         for _ in encodings:
             pass
+
+
+def test_an_order_that_later_batches_have_is_refused():
+    """Guards: examples sorted by length, behind a first batch of one length."""
+    ragged = make_batch(4)
+    ragged["x"] *= np.arange(D) < np.array([4, 2, 3, 1])[:, None]
+    encodings = per_example(evaluated(SortedByLength), squares, [make_batch(4), ragged], P)
+    with pytest.raises(ValueError, match="the gradient of an example changes"):
+        list(encodings)
+    assert len(list(per_example(evaluated(Model), squares, [make_batch(4), ragged] * 2, P))) == 4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

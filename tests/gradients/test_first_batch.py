@@ -163,3 +163,92 @@ def test_a_loss_that_is_not_one_number_an_example_is_refused(batch, of):
     encode = make_encoder(Model(nnx.Rngs(0)), P, output=lambda m, b: of(squares(m, b)))
     with pytest.raises(ValueError, match=r"the loss of 5 examples has the shape .*, not \(5,\)"):
         encode(batch)
+
+
+def test_a_batch_without_gradients_tells_nothing(batch):
+    """Guards: a first batch whose examples all weigh 0, after which nothing was compared."""
+
+    def loss(model, batch):
+        return with_parameters(lambda x: 2 * x)(model, batch) * batch["weight"]
+
+    encode = make_encoder(Model(nnx.Rngs(0)), P, output=loss)
+    weighted = batch | {"weight": np.zeros(5, np.float32)}
+    assert not np.asarray(encode(weighted)).any()
+    with pytest.raises(ValueError, match="do not give the gradient of first/kernel, second/kernel"):
+        encode(weighted | {"weight": np.ones(5, np.float32)})
+
+
+class Experts(Model):
+    """Its second layer is called for negative inputs only, and has a product of its own."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.second = nnx.Linear(D, D, rngs=rngs, dot_general=tripled)
+
+    def __call__(self, x):
+        return jnp.where(x[:, :1] < 0, self.second(x), self.first(x))
+
+
+@pytest.mark.parametrize("untapped", ["leave", "reference"])
+def test_a_block_is_compared_where_it_first_has_a_gradient(batch, untapped):
+    """Guards: an expert that no example of the first batch reached."""
+    model, scope = Experts(nnx.Rngs(0)), dict(output=squares, untapped=untapped, include="kernel")
+    encode = make_encoder(model, P, **scope)
+    positive = {"x": np.abs(batch["x"])}
+    encode(positive)
+    if untapped == "leave":
+        with pytest.raises(ValueError, match="do not give the gradient of second/kernel:"):
+            encode(batch)
+        return
+    for each in (batch, positive, batch):
+        expected = reference.encode(model, each, P, **scope)
+        close = dict(rtol=0, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(encode(each), expected, **close)
+
+
+def test_a_block_of_small_gradients_is_compared(batch):
+    class Scaled(Model):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.small = nnx.Linear(D, 3, rngs=rngs, dot_general=tripled)
+
+        def __call__(self, x):
+            return super().__call__(x) + 1e-4 * self.small(x)
+
+    with pytest.raises(ValueError, match="do not give the gradient of small/kernel:"):
+        make_encoder(Scaled(nnx.Rngs(0)), P, output=squares)(batch)
+
+
+class Splits(Model):
+    """Splits a layer into its parameters and nothing else, where taps are something else."""
+
+    def __call__(self, x):
+        graphdef, parameters = nnx.split(self.first, nnx.Param)
+        return self.second(jnp.tanh(nnx.merge(graphdef, parameters)(x)))
+
+
+def test_a_model_that_fails_with_taps_alone_names_them(batch):
+    model, scope = Splits(nnx.Rngs(0)), dict(output=squares, include="kernel")
+    with pytest.raises(ValueError, match="with taps on first/kernel, second/kernel the loss fails"):
+        make_encoder(model, P, **scope)(batch)
+    assert_equal_to_the_reference(model, batch, untapped="reference", **scope)
+    with pytest.raises(KeyError, match="mask"):
+        make_encoder(model, P, output=lambda model, batch: batch["mask"])(batch)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, bool])
+def test_a_layer_may_be_called_with_integers(batch, dtype):
+    whole = {"x": (batch["x"] > -1).astype(dtype)}
+    assert_equal_to_the_reference(Model(nnx.Rngs(0)), whole, output=squares)
+
+
+def test_a_loss_that_returns_more_than_the_loss_is_refused(batch):
+    encode = make_encoder(Model(nnx.Rngs(0)), P, output=lambda m, b: (squares(m, b), {}))
+    with pytest.raises(ValueError, match=r"is a tuple, not an array of shape \(5,\)"):
+        encode(batch)
+
+
+def test_a_batch_without_examples_is_refused():
+    encode = make_encoder(Model(nnx.Rngs(0)), P, output=squares)
+    with pytest.raises(ValueError, match="no examples .*leave it out"):
+        encode({"x": np.zeros((0, D), np.float32), "y": np.zeros((0, 0))})
