@@ -301,11 +301,9 @@ def check_batch(label: str, batch: Any) -> None:
                 f"{place} is an array of {leaf.dtype}, not of numbers; leave it out, or convert it"
             )
     try:
-        count = count_examples(batch)
+        count_examples(batch)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
-    if not count:
-        raise ValueError(f"{label} has no examples: {examples.describe_batch(batch)}; leave it out")
 
 
 def check_query_gradients(gradients_QxE: np.ndarray, names: list[str]) -> None:

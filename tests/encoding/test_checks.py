@@ -204,7 +204,10 @@ LACKING = (
     ("other", "message"),
     [
         (UNWEIGHTED, LACKING),
-        ({k: x[:0] for k, x in BATCH.items()}, "batch 1 of %s has no examples: .*leave it out"),
+        (
+            {k: x[:0] for k, x in BATCH.items()},
+            "batch 1 of %s: a batch has no examples .*leave it out",
+        ),
         (BATCH | {"tokens": BATCH["tokens"] * 1.0}, "must be an integer"),
         (BATCH | {"weights": BATCH["weights"][:, :4]}, "incompatible shapes"),
         (BATCH | {"weights": BATCH["weights"][:3]}, "batch 1 of %s: every array of a batch must"),
