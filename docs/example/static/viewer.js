@@ -1682,14 +1682,14 @@ function explained({ board, fraction, label }) {
   return [
     h("b", {}, "LDS"), ` tells how well a method's scores predict what retraining does. The model was trained again ${bank ? count(bank.subsets) : "many"} times, ` +
     `each time without a random ${share(fraction)} of ${count(board.units)} ${board.unit ?? "unit"}s of the corpus` +
-    (label === "mean of orders" ? ", in two orders of the data" : "") +
+    (label === "mean of orders" ? `, in ${count(bank?.orders ?? 2)} orders of the data` : "") +
     `. The more a method's scores of what was removed add up to, the more a query's loss should have risen. LDS is the rank correlation (Spearman) ` +
     `of the two over the retrainings, as the mean over ${count(board.queries)} queries: 1 is a perfect prediction, 0 is chance.`,
   ];
 }
 
 /** The most that scores can reach that know nothing of the order of the data. */
-const most = ({ board, fraction, label }) => board.ceilings?.[fraction]?.[label === "same order" ? "one" : "two"];
+const most = ({ board, fraction, label }) => board.ceilings?.[fraction]?.[label === "same order" ? "one" : "mean"];
 
 function ceiling(view) {
   const { board, fraction } = view;
