@@ -96,10 +96,8 @@ class SecondStage(Retriever):
         for (_, output), sharing in groups.items():
             first = self._first.rank(next(iter(sharing.values())), queries, on_progress)
             united = candidates.unite(list(first.values())) if first else None
-            if united is None:
-                pairs = Pairs.of_all(len(queries), count)
-            else:
-                pairs = Pairs.of_lists(united)
+            every = [np.arange(count)] * len(queries)
+            pairs = Pairs.of_lists(every if united is None else united)
             scores = self._scores(output, sharing, queries, pairs, on_progress)
             for name, scores_P in (scores or {}).items():
                 by_query = pairs.by_query(scores_P, len(queries))
