@@ -39,7 +39,7 @@ class TapsCheck:
     """Finds the sites whose taps do not give the gradient of the parameter.
 
     Attributes:
-        open_blocks: the numbers of the blocks without a gradient in any example compared so far.
+        is_open_N: the blocks without a gradient in any example compared so far, bool [N].
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TapsCheck:
 
         self._encode = jax.jit(encode)
         self._tolerance: tuple[float, float] | None = None
-        self.open_blocks = {*range(len(self._layout.slices))}
+        self.is_open_N = np.ones(len(self._layout.slices), bool)
 
     def is_computable(self, batch) -> bool:
         """Returns whether the loss of a batch can be differentiated without taps."""
@@ -91,56 +91,55 @@ class TapsCheck:
             encodings_BxE: its encodings by taps.
         """
         encodings_BxE = np.asarray(encodings_BxE, np.float64)
-        norms_BxN = np.nan_to_num(
-            np.stack([np.linalg.norm(encodings_BxE[:, s], axis=1) for s in self._layout.slices], 1)
-        )
-        wrong: set[int] = set()
-        for row in self._rows_to_compare(batch, norms_BxN):
+        is_wrong_N = np.zeros_like(self.is_open_N)
+        for row in self._rows_to_compare(batch, np.nan_to_num(self._block_norms(encodings_BxE))):
             expected_E = self._encode(self._parameters, _example(batch, row))
-            wrong |= self._compare(np.asarray(expected_E, np.float64), encodings_BxE[row])
-        return [path for path, blocks in self._layout.members.items() if wrong & {*blocks}]
+            is_wrong_N |= self._compare(np.asarray(expected_E, np.float64), encodings_BxE[row])
+        members = self._layout.members.items()
+        return [path for path, blocks in members if is_wrong_N[[*blocks]].any()]
 
     def _rows_to_compare(self, batch, norms_BxN: np.ndarray) -> list[int]:
         """Returns a few examples in which all open blocks have gradients that have any here."""
         rows: list[int] = []
-        if len(self.open_blocks) == norms_BxN.shape[1]:
+        if self.is_open_N.all():
             # The two largest gradients, which rounding changes least. Two are enough: a use that
             # taps do not see is the same for all examples.
             rows = [*map(int, np.argsort(-np.linalg.norm(norms_BxN, axis=1), stable=True)[:2])]
             if self._tolerance is None:
                 self._tolerance = self._choose_tolerance(_example(batch, rows[0]))
         counted_BxN = self._is_counted(norms_BxN)
-        waiting_N = np.zeros(norms_BxN.shape[1], bool)
-        waiting_N[[*self.open_blocks]] = True
-        waiting_N &= ~counted_BxN[rows].any(axis=0)
-        while (counted_BxN & waiting_N).any():
-            rows.append(int(np.argmax((counted_BxN & waiting_N).sum(axis=1))))
-            waiting_N &= ~counted_BxN[rows[-1]]
+        waiting_BxN = counted_BxN & self.is_open_N & ~counted_BxN[rows].any(axis=0)
+        while waiting_BxN.any():
+            rows.append(int(np.argmax(waiting_BxN.sum(axis=1))))
+            waiting_BxN &= ~counted_BxN[rows[-1]]
         return rows
 
     def _choose_tolerance(self, example) -> tuple[float, float]:
         is_half = _HALF_TYPES.search(str(self._encode.trace(self._parameters, example).jaxpr))
         return _HALF if is_half or jax.default_backend() != "cpu" else _FLOAT32
 
+    def _block_norms(self, encodings: np.ndarray) -> np.ndarray:
+        """Returns the norm of each block of encodings [..., E]: float64 [..., N]."""
+        slices = self._layout.slices
+        return np.stack([np.linalg.norm(encodings[..., s], axis=-1) for s in slices], axis=-1)
+
     def _is_counted(self, norms: np.ndarray) -> np.ndarray:
         """Returns whether blocks [..., N] have more than rounding beside their largest: bool."""
         return norms > self._tolerance[1] * norms.max(axis=-1, keepdims=True)
 
-    def _compare(self, expected_E, got_E) -> set[int]:
-        """Returns the numbers of the blocks that differ by more than rounding."""
+    def _compare(self, expected_E, got_E) -> np.ndarray:
+        """Closes the blocks with a gradient; returns which blocks are wrong by more than rounding.
+
+        Returns:
+            bool [N].
+        """
         relative, floor = self._tolerance
-        slices = self._layout.slices
-        norms, own_norms, errors = (
-            np.array([np.linalg.norm(x[s]) for s in slices])
-            for x in (expected_E, got_E, got_E - expected_E)
-        )
+        norms, own_norms, errors = map(self._block_norms, (expected_E, got_E, got_E - expected_E))
         # Infinities and NaN come from the model, and are the same either way.
         finite = np.isfinite(norms) & np.isfinite(errors)
         norms, own_norms = np.where(finite, norms, 0), np.where(finite, own_norms, 0)
-        has_gradient = self._is_counted(norms) | self._is_counted(own_norms)
-        self.open_blocks -= {*map(int, np.flatnonzero(has_gradient))}
-        largest = norms.max(initial=0)
-        return {*np.flatnonzero(finite & (errors > relative * np.maximum(norms, floor * largest)))}
+        self.is_open_N &= ~(self._is_counted(norms) | self._is_counted(own_norms))
+        return finite & (errors > relative * np.maximum(norms, floor * norms.max()))
 
 
 def _example(batch, row: int):
@@ -198,7 +197,7 @@ class FirstBatch:
         self._mates(encode, batch, encodings)
         if self._taps_check is not None and is_local(batch):
             wrong = self._taps_check.wrong_paths(batch, *encodings)
-            if wrong or not self._taps_check.open_blocks:
+            if wrong or not self._taps_check.is_open_N.any():
                 self._taps_check = None  # done: release the model's arrays
             if wrong:
                 self._replace([s for s in self._sites if s.path in wrong])
