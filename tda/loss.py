@@ -81,8 +81,8 @@ def check_shape(loss_B, count: int) -> None:
     """
     if not hasattr(loss_B, "shape"):
         raise ValueError(
-            f"the loss of {count} examples is a {type(loss_B).__name__}, not an array of shape "
-            f"({count},); return one number for each example, and nothing beside it"
+            f"the loss returns a {type(loss_B).__name__}, not an array of shape ({count},); return "
+            "only the losses"
         )
     if loss_B.shape != (count,):
         raise ValueError(

@@ -218,10 +218,6 @@ def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> N
         examples.name_missing_part(error, batch, label)
         error.add_note(f"This was the loss of {label}: {examples.describe_batch(batch)}.")
         raise
-    if not hasattr(shaped, "shape"):
-        raise ValueError(
-            f"the loss returns a {type(shaped).__name__}, not an array; return only the losses"
-        )
     losses.check_shape(shaped, count)
     if not jnp.issubdtype(shaped.dtype, jnp.floating):
         raise ValueError(f"the loss has the dtype {shaped.dtype}; return floating-point numbers")

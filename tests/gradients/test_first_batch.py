@@ -244,7 +244,7 @@ def test_a_layer_may_be_called_with_integers(batch, dtype):
 
 def test_a_loss_that_returns_more_than_the_loss_is_refused(batch):
     encode = make_encoder(Model(nnx.Rngs(0)), P, output=lambda m, b: (squares(m, b), {}))
-    with pytest.raises(ValueError, match=r"is a tuple, not an array of shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"returns a tuple, not an array of shape \(5,\)"):
         encode(batch)
 
 
