@@ -145,7 +145,7 @@ def _refuse_arguments(arguments: list[str]) -> None:
 
 
 def _check_workdir() -> None:
-    if WORKDIR.value is not None and "://" not in WORKDIR.value:
+    if directories.is_local(WORKDIR.value):
         directories.check_directory(WORKDIR.value, f"--workdir={WORKDIR.value}")
 
 

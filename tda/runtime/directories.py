@@ -2,10 +2,16 @@
 
 import os
 import pathlib
+from typing import TypeGuard
 
 
 class DirectoryError(ValueError):
     """A directory cannot be made."""
+
+
+def is_local(path: str | None) -> TypeGuard[str]:
+    """Returns whether a path is given and is of a file system, not of object storage."""
+    return path is not None and "://" not in path
 
 
 def check_directory(path: str | os.PathLike, label: str = "") -> None:

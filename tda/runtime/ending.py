@@ -7,11 +7,10 @@ import re
 import signal
 import sys
 import traceback
-from typing import TypeGuard
 
 import jax
 
-from tda.runtime import command, preemption, processes
+from tda.runtime import command, directories, preemption, processes
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -59,7 +58,7 @@ def forget_errors(workdir: str | None) -> None:
 
     A task of an array that has done only its part leaves them: another task's may be among them.
     """
-    if _is_local(workdir):
+    if directories.is_local(workdir):
         for path in pathlib.Path(workdir).glob("error*.txt"):
             if _TRACEBACK.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -86,7 +85,7 @@ def _describe_error(error: Exception, workdir: str | None) -> str:
         error: the error that is being handled.
         workdir: the directory of the run's files, if there is one.
     """
-    traceback_note = _write_traceback(workdir) if _is_local(workdir) else ""
+    traceback_note = _write_traceback(workdir) if directories.is_local(workdir) else ""
     advice = ""
     if "No space left" in str(error) and workdir is not None:
         advice = (
@@ -95,10 +94,6 @@ def _describe_error(error: Exception, workdir: str | None) -> str:
         )
     process = f" in process {jax.process_index()}" if jax.process_count() > 1 else ""
     return f"error{process}: {error}{advice}{traceback_note}"
-
-
-def _is_local(workdir: str | None) -> TypeGuard[str]:
-    return workdir is not None and "://" not in workdir
 
 
 def _write_traceback(workdir: str) -> str:
