@@ -115,26 +115,22 @@ def _notes(record: dict) -> str:
     ]
     for fraction, c in record["ceilings"].items():
         lines.append(
-            f"Reruns in another order without {_share(fraction)}: agreement {c['agreement']:.3f}; "
-            f"ceilings {c['one']:.3f} (one order), {c['mean']:.3f} (mean of {c['orders']})."
+            f"Reruns in another order without {formats.share(fraction)}: agreement "
+            f"{c['agreement']:.3f}; ceilings {c['one']:.3f} (one order), {c['mean']:.3f} "
+            f"(mean of {c['orders']})."
         )
     for fraction, by_metric in record["agreements"].items():
         if by_metric:
             order = ", ".join(f"{_TITLES[k]} {x:.2f}" for k, x in by_metric.items())
             lines.append(
-                f"Agreement with LDS at {_share(fraction)} on the order of the methods "
+                f"Agreement with LDS at {formats.share(fraction)} on the order of the methods "
                 f"(Spearman): {order}."
             )
     return "\n".join(lines)
 
 
 def _label(column: tuple[str, str]) -> str:
-    return f"{_share(column[0])}, {column[1]}"
-
-
-def _share(fraction: str) -> str:
-    # Three digits: without decimals 0.5% would be 0%.
-    return f"{100 * float(fraction):.3g}%"
+    return f"{formats.share(column[0])}, {column[1]}"
 
 
 def _cost(method: dict) -> str:

@@ -32,6 +32,11 @@ def figure(metric: str, x: float | None, signed: bool = False, missing: str = ""
     return f"{x:+.3f}" if signed else f"{x:.3f}"
 
 
+def share(fraction: float | str) -> str:
+    """Returns a share as a percentage of three digits: without decimals 0.5% would be 0%."""
+    return f"{100 * float(fraction):.3g}%"
+
+
 def figure_with_interval(metrics: dict, metric: str, missing: str = "") -> str:
     """Formats a method's figure with its 95% interval in brackets, where it has one."""
     text = figure(metric, metrics.get(metric), missing=missing)

@@ -25,6 +25,7 @@ from tda.data.rows import Query
 from tda.data.tokens import tokenise_queries
 from tda.facts.records import Fact
 from tda.model import functional
+from tda.reports import formats
 from tda.run import train
 from tda.run.defaults import flat
 from tda.run.run import Corpus, Run, Trained
@@ -195,7 +196,9 @@ def retrain(run: Run) -> Retrained:
         removed = draw_subsets(len(units), fraction, settings.subsets, settings.seed)
         drawn = {"fraction": fraction, "seed": settings.seed, "units": len(units)}
         retrained.banks[fraction] = [
-            retrained.retraining(order).bank(removed, f"retrain without {fraction:.0%}", drawn)
+            retrained.retraining(order).bank(
+                removed, f"retrain without {formats.share(fraction)}", drawn
+            )
             for order in range(settings.orders)
         ]
     processes.on_first_process("describe the bank", lambda: write_bank(retrained, made_from))
