@@ -66,9 +66,6 @@ class Sampler:
             samples: continuations of each prompt.
             seed: seed of the draws, which depend on a prompt's tokens too, not on other prompts.
             on_done: called with the numbers of finished prompts and their continuations.
-
-        Raises:
-            ValueError: a prompt is longer than the longest bucket.
         """
         out: list = [None] * len(prompts)
         # Prompts of equal counts are drawn together, so that they end together.
