@@ -140,6 +140,7 @@ class Run:
     trained: Trained  # the model at the traced checkpoint
     live: bool = False  # finished, and held open for questions: no store is written
     engine: Engine = PROCESSES  # who computes which group of a stage's work
+    groups_folder: str = "groups"  # in the workdir; of its own for each run that shares one
 
     def at_step(self, step: int) -> "Run":
         """Returns the run with the model of another checkpoint of the same training."""
@@ -185,11 +186,11 @@ class Run:
     def groups(self) -> Groups:
         """The groups of rows that R and searches are computed in; files of an unfinished search."""
         group_bytes = _GROUP_SHARDS * self.config.store.shard_bytes
-        return Groups(self.workdir / "groups", group_bytes, self.engine)
+        return Groups(self.workdir / self.groups_folder, group_bytes, self.engine)
 
     def remove_groups(self) -> None:
         """Removes the files of groups, which only unfinished rankings need."""
-        shutil.rmtree(self.workdir / "groups", ignore_errors=True)
+        shutil.rmtree(self.workdir / self.groups_folder, ignore_errors=True)
 
     @property
     def hessian(self) -> HessianSettings:

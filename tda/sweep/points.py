@@ -1,6 +1,7 @@
 """Runs the points of a sweep; points that need the same training or stores share them."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -213,6 +214,8 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             run = stages.prepare(config, shared)
+        # A point removes its groups' results at the end, maybe while another writes its own.
+        run = dataclasses.replace(run, groups_folder=f"groups-{point.name}")
         with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
             rankings, notes = retrieve.retrieve(run)
         # The point is unfinished until the new figures are complete.

@@ -270,6 +270,28 @@ def test_what_a_changed_file_would_make_is_not_marked_as_made(swept, tmp_path, m
     assert markers == [points._marker(point, "stores", old)]
 
 
+def test_points_of_one_training_remove_no_results_of_each_others_groups(swept, monkeypatch):
+    """Guards: a point that ended while another wrote a group's result, whose folder was gone."""
+    found, path, _ = swept
+    folders = []
+
+    def rank(run):
+        folders.append(run.groups.directory)
+        folders[-1].mkdir()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(points.retrieve, "retrieve", rank)
+    for point in found.points[:2]:
+        with with_bytes(path / "points" / point.name / "point.json", None):
+            with pytest.raises(RuntimeError, match="killed"):
+                points.run_point(point, path)
+    assert found.points[0].training == found.points[1].training
+    first, second = folders
+    assert first != second and first.parent == second.parent
+    for folder in folders:
+        folder.rmdir()
+
+
 def test_what_is_wrong_with_a_point_is_told_before_any_is_run(swept, tmp_path, monkeypatch):
     found, path, _ = swept
     config = found.points[0].config
@@ -417,7 +439,11 @@ def test_killed_and_in_parallel_it_ends_in_the_same_table(tmp_path):
     assert last.returncode == 0 and "4 of 4 points" in told, told
     for name in ("s/sweep.csv", "s/p.png"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    # A point that fails is told, and the others' figures are there.
-    failing = start(tmp_path / "failing", "--config.data.facts=/nowhere.jsonl")
+    # A missing file is told before any point starts, what is wrong inside one by every point.
+    missing = start(tmp_path / "missing", "--config.data.facts=/nowhere.jsonl")
+    told = missing.communicate()[0]
+    assert missing.returncode == 1 and "error: point" in told and "/nowhere.jsonl" in told
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    failing = start(tmp_path / "failing", f"--config.data.facts={tmp_path / 'bad.jsonl'}")
     told = failing.communicate()[0]
-    assert failing.returncode == 1 and "4 points failed" in told and "/nowhere.jsonl" in told
+    assert failing.returncode == 1 and "4 points failed" in told and "bad.jsonl" in told
