@@ -110,6 +110,15 @@ def one_device():
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """One browser for all tests of a process: Playwright does not start twice at a time."""
+    from tests.viewer.browser import launched
+
+    with launched() as opened:
+        yield opened
+
+
 @pytest.fixture(scope="module")
 def runs_on_one_device():
     """Runs of this process take one device, while a module's tests last: it compiles faster."""

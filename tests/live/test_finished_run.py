@@ -18,7 +18,7 @@ from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
 from tda.viewer.notes import Notes
 from tests.experiments.test_trace import make_config
-from tests.viewer.browser import Page, launched, serving
+from tests.viewer.browser import Page, serving
 
 pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_retrievers.py
 NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
@@ -234,13 +234,13 @@ def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory)
         assert found["methods"][0]["record"]["proponent_ids"] == asked["proponent_ids"]
 
 
-def test_a_live_trace_in_the_browser(workdir, run, tmp_path):
+def test_a_live_trace_in_the_browser(browser, workdir, run, tmp_path):
     """From the page to the store and back: the run's own answer, and its heat."""
     asked = of_batch(workdir, "trackstar")[2]
     collection = Collection(workdir, Notes(tmp_path / "notes.jsonl"))
     for name in ("trackstar", "bm25"):
         collection.add(workdir / "results" / f"{name}.jsonl")
-    with launched() as browser, serving(collection, run) as address:
+    with serving(collection, run) as address:
         page = Page(browser)
         page.open(f"{address}#view=trace")
         page.page.wait_for_selector(".methods input")

@@ -1,14 +1,8 @@
-"""One browser for all tests, and a page that must end without anything having gone wrong."""
+"""Pages that must end without anything having gone wrong."""
 
 import pytest
 
-from tests.viewer.browser import Page, launched
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with launched() as found:
-        yield found
+from tests.viewer.browser import Page
 
 
 @pytest.fixture
