@@ -33,6 +33,11 @@ def is_alone() -> bool:
     return _read().is_alone
 
 
+def task() -> str:
+    """Returns the number of this task of an array; empty if it is none."""
+    return _read().task
+
+
 def choose(config, workdir: Workdir, has_board: bool = False) -> Engine:
     """Returns the engine that the flags ask for; see `tda.run.engines.choose_engine`."""
     return engines.choose_engine(config, workdir, _read(), has_board)

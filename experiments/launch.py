@@ -56,6 +56,7 @@ def launch(
     needs_workdir: bool = True,
     tells_idle_keys: bool = False,
     is_alone: Callable[[], bool] = lambda: False,
+    task: Callable[[], str] = lambda: "",
 ) -> None:
     """Parses the command line and calls `main(config, workdir)`.
 
@@ -64,6 +65,7 @@ def launch(
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
         tells_idle_keys: whether to print the keys of the command line that a run never reads.
         is_alone: returns whether no other processes are joined; called before jax starts.
+        task: returns the number of this task of an array; empty if it is none.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     tfds.disable_progress_bar()
@@ -93,7 +95,7 @@ def launch(
         except array_tasks.Unfinished as rest:
             ending.exit_together(str(rest), rest.status, WORKDIR.value, rest.advice, rest.command)
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
-            ending.exit_with(error, WORKDIR.value)
+            ending.exit_with(error, WORKDIR.value, task())
         except Exception:
             if jax.process_count() == 1:
                 raise

@@ -20,7 +20,7 @@ from tda.counterfactual.example_gradients import ExampleGradients
 from tda.data.batches import Batch, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
-from tda.runtime import sharding
+from tda.runtime import preemption, sharding
 from tda.training import loop
 
 State = dict[str, Any]
@@ -167,6 +167,7 @@ class Training:
         state = self.start() if state is None else state
         for i in range(first, self.steps if stop is None else stop):
             on_step(i, state)
+            preemption.check()
             batch = self.batches[i]
             state = self._advance(state, batch.arrays, batch.spread(token_weights))
         return state
@@ -181,6 +182,7 @@ class Training:
         M = len(token_weights_MxC)
         state = jax.tree.map(lambda x: jnp.repeat(x[None], M, axis=0), self.start())
         for batch in self.batches:
+            preemption.check()
             weights_MxBxT = np.stack([batch.spread(w) for w in token_weights_MxC])
             state = self._advance_together(state, batch.arrays, weights_MxBxT)
         return state

@@ -20,7 +20,7 @@ from tda.methods import Method
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory, Source
-from tda.runtime import atomic_file, processes, progress
+from tda.runtime import atomic_file, preemption, processes, progress
 from tda.runtime.fingerprint import fingerprint
 from tda.runtime.groups import ONE_GROUP, Groups
 from tda.runtime.progress import Progress
@@ -286,7 +286,8 @@ class Whitening:
     def _make(self, kind: str, train: hessian.Autocorrelation) -> _Root:
         self._tell("decomposing R")
         if "train" not in self.spectra:
-            self.spectra["train"] = np.concatenate(hessian.spectra(train.blocks, self._shapes))
+            spectra = preemption.heed(lambda: hessian.spectra(train.blocks, self._shapes))
+            self.spectra["train"] = np.concatenate(spectra)
         note: dict = {}
         passages = self._shrink(train, note)
         if kind == "train":
@@ -358,7 +359,8 @@ class Whitening:
         if self._kronecker:
             note |= {"kronecker": self._kronecker, "blocks": len(self._shapes)}
         damping = s.damping if s.damping >= 0 else _FLOOR
-        return hessian.inverse_root(R, damping, s.cutoff, self._shapes)
+        # LAPACK may take longer than the time between a notice of preemption and the kill.
+        return preemption.heed(lambda: hessian.inverse_root(R, damping, s.cutoff, self._shapes))
 
 
 def no_leave_one_out(method: Method) -> str:

@@ -49,8 +49,13 @@ def whole_moments(
         if not processes.on_first_process("look for R without projection", file.exists):
             sample = _sample(run)
             with progress.bar(len(sample), "R without projection", "passage") as bar:
+
+                def on_rows(count: int) -> None:
+                    bar.update(count)
+                    processes.check_preemption(is_joint=True)
+
                 moments = pair_products.fit_moments(
-                    factors, metric, run.layout, run.corpus.passages, sample, bar.update
+                    factors, metric, run.layout, run.corpus.passages, sample, on_rows
                 )
             arrays = {f"{p}|left": pair[0] for p, pair in moments.items()}
             arrays |= {f"{p}|right": pair[1] for p, pair in moments.items()}
@@ -115,6 +120,7 @@ def _fit(run: Run, kind: GradientKind) -> dict:
                 yield batch
                 # Rows that only fill a batch up have no weights.
                 bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
+                processes.check_preemption(is_joint=True)
 
     covariances = kronecker.covariances(model, chosen, batches("covariances"), labels)
     factors = kronecker.eigenvectors(covariances, _rank(run, kind))

@@ -40,6 +40,11 @@ class EngineFlags:
         """Whether this program is not to be joined with others."""
         return self.groups is not None or self.engine != ""
 
+    @property
+    def task(self) -> str:
+        """The number of this task of an array; empty if it is none."""
+        return "".join(re.findall(r"^(\d+)/\d+$", self.groups or ""))
+
 
 def read_flags(groups, patience, engine, cluster: tuple, plugins) -> EngineFlags:
     """Returns the flags of the command line; called before jax starts.

@@ -233,6 +233,7 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
             done = list(zip(group, values, strict=True))
             nats |= dict(done)
             log.add(done)
+            processes.check_preemption(is_joint=True)
     return {q: float(np.mean([nats[key] for key in of_query])) for q, of_query in keys.items()}
 
 
@@ -288,6 +289,7 @@ def generations(run: Run, queries: Sequence[int]) -> dict[int, list[str]]:
             ]
             have.update(done)
             log.add(done)
+            processes.check_preemption(is_joint=True)
 
         if todo:
             sampler = Sampler(run.trained.model, tokenizer.eos, run.unsharded_layout)

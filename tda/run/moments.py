@@ -67,6 +67,7 @@ def _sample(run: Run, on_progress: Progress | None):
     for done, batch in enumerate(itertools.islice(epoch, count)):
         if on_progress is not None:
             on_progress("estimating second moments", done, count)
+        processes.check_preemption(is_joint=True)
         yield batch.arrays()
 
 

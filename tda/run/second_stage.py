@@ -18,7 +18,7 @@ from tda.run import curvature, moments
 from tda.run.first_stage import FirstStage
 from tda.run.retrievers import Result, Retriever, tell
 from tda.run.run import Run
-from tda.runtime import progress, sharding
+from tda.runtime import processes, progress, sharding
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import ONE_GROUP
 
@@ -141,7 +141,13 @@ class SecondStage(Retriever):
                 on_rows = progress.counted(on_progress, "scoring without projection", total)
             else:
                 title = f"second stage ({', '.join(methods)})"
-                on_rows = stack.enter_context(progress.bar(total, title, "passage")).update
+                bar = stack.enter_context(progress.bar(total, title, "passage", saves_work=True))
+
+                def on_rows(count: int) -> None:
+                    bar.update(count)
+                    # A group may take longer than the time between a notice and the kill.
+                    processes.check_preemption(groups.is_joint)
+
             identity = plain([identity, list(methods)])
             passages = run.corpus.passages
             return scorer.score(queries.table, passages, pairs, groups, identity, on_rows)

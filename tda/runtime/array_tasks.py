@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import filelock
 
@@ -22,6 +22,8 @@ from tda.runtime.engine import PROCESSES, Engine, Work
 EXIT_STATUS = 75
 # The most seconds between two checks for the other tasks' results.
 _LONGEST_PAUSE = 10.0
+# Seconds between two looks for a notice while another task has the lock.
+_LOCK_SECONDS = 2.0
 
 
 class Unfinished(Exception):
@@ -84,9 +86,18 @@ class ArrayTask(Engine):
         self._lock = filelock.FileLock(self.directory / ".alone.lock")
         self._finished: list[str] = []
 
-    def alone(self) -> contextlib.AbstractContextManager:
-        """See `Engine`."""
-        return self._lock
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """See `Engine`; a notice of preemption ends the wait for another task's work."""
+        while True:
+            with contextlib.suppress(filelock.Timeout):
+                self._lock.acquire(timeout=_LOCK_SECONDS)
+                break
+            preemption.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def compute(self, work: Work) -> None:
         """See `Engine`.

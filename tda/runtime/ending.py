@@ -14,7 +14,7 @@ from tda.runtime import command, directories, preemption, processes
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 _INTERRUPTED = 130
-# The traceback of a process; the first has no number.
+# The traceback of a process or of a task; the first process of a run has no number.
 _TRACEBACK = re.compile(r"error(-\d+)?\.txt")
 
 
@@ -46,10 +46,16 @@ def exit_together(event: str, status: int, workdir: str | None, *advice: str) ->
     _exit_saying(event, status, workdir, *advice)
 
 
-def exit_with(error: Exception, workdir: str | None) -> None:
-    """Ends the program with the error in a line; the traceback goes to a file in the workdir."""
+def exit_with(error: Exception, workdir: str | None, task: str = "") -> None:
+    """Ends the program with the error in a line; the traceback goes to a file in the workdir.
+
+    Args:
+        error: the error that is being handled.
+        workdir: the directory of the run's files, if there is one.
+        task: the number of this task of an array, whose traceback has a file of its own.
+    """
     # Printed here and not at the interpreter's end, which may not come if another process is gone.
-    print(_describe_error(error, workdir), file=sys.stderr, flush=True)
+    print(_describe_error(error, workdir, task), file=sys.stderr, flush=True)
     sys.exit(1)
 
 
@@ -78,32 +84,29 @@ def _exit_saying(
     os._exit(status)
 
 
-def _describe_error(error: Exception, workdir: str | None) -> str:
-    """Returns an error's line with what to do, and writes its traceback into the workdir.
-
-    Args:
-        error: the error that is being handled.
-        workdir: the directory of the run's files, if there is one.
-    """
-    traceback_note = _write_traceback(workdir) if directories.is_local(workdir) else ""
+def _describe_error(error: Exception, workdir: str | None, task: str) -> str:
+    """Returns an error's line with what to do, and writes its traceback into the workdir."""
+    number = task or ("" if processes.is_first() else str(jax.process_index()))
+    traceback_note = _write_traceback(workdir, number) if directories.is_local(workdir) else ""
     advice = ""
     if "No space left" in str(error) and workdir is not None:
         advice = (
             f"\nthe disk of --workdir={workdir} is full: free some space and run the same "
             "command again; it continues where it stopped"
         )
-    process = f" in process {jax.process_index()}" if jax.process_count() > 1 else ""
-    return f"error{process}: {error}{advice}{traceback_note}"
+    place = f" in task {task}" if task else ""
+    if jax.process_count() > 1:
+        place = f" in process {jax.process_index()}"
+    return f"error{place}: {error}{advice}{traceback_note}"
 
 
-def _write_traceback(workdir: str) -> str:
+def _write_traceback(workdir: str, number: str) -> str:
     """Writes the traceback to a file of the workdir; returns a note that names the file."""
     # A workdir that cannot be written is the error itself, or one beside which a traceback says
     # nothing: the line is enough.
     if not (os.path.isdir(workdir) and os.access(workdir, os.W_OK)):
         return ""
-    number = "" if processes.is_first() else f"-{jax.process_index()}"
-    path = os.path.join(workdir, f"error{number}.txt")
+    path = os.path.join(workdir, f"error-{number}.txt" if number else "error.txt")
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(traceback.format_exc())

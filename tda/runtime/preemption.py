@@ -154,9 +154,3 @@ def heed(work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
-
-
-def check_alone() -> None:
-    """Raises `Preempted` if there is one process and a notice has come to it."""
-    if _watch.noticed.is_set() and jax.process_count() == 1:
-        raise Preempted

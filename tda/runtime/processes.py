@@ -87,6 +87,12 @@ def check_preemption(is_joint: bool = False) -> None:
         raise preemption.Preempted
 
 
+def check_preemption_alone() -> None:
+    """Raises `Preempted` if a notice has come, and no other process takes part in the work."""
+    if _is_alone():
+        preemption.check()
+
+
 def together(work: Callable[[], T]) -> T:
     """Calls `work` in every process and returns its result once all processes have finished it.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
-from tda.runtime import metrics, preemption, processes
+from tda.runtime import metrics, processes
 
 # Called with the name of the work, the finished amount and the total (0 if not known).
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ class _Bar(tqdm):
     def update(self, n=1):
         self.postfix = None
         if not self.saves_work:
-            preemption.check_alone()
+            processes.check_preemption_alone()
         shown = super().update(n)
         # Rarely, since a bar may be updated a thousand times a second.
         if time.monotonic() > self.logged + _LOG_SECONDS:
@@ -107,7 +107,7 @@ def bar(
         done: amount done before (a resumed run).
         quiet: whether to show nothing.
         saves_work: whether the work itself stops at a notice of preemption, once it has saved its
-            results; otherwise `update` stops it, in a program of one process.
+            results; otherwise `update` stops it, where no other process takes part.
     """
     # A log file keeps every line that a terminal would overwrite.
     is_log = not sys.stderr.isatty()

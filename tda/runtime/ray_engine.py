@@ -113,6 +113,7 @@ class RayEngine(Engine):
                         f"the workers have computed {work.name}, and {len(left)} of its results "
                         "are not here; do all machines share the workdir?"
                     )
+                preemption.check()
                 time.sleep(0.2)
         work.compute([])  # for its progress
 

@@ -18,7 +18,7 @@ from tda.model import functional
 from tda.run import capturing, defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
-from tda.runtime import metrics, preemption, progress
+from tda.runtime import metrics, processes, progress
 from tda.runtime.atomic_file import write_json
 from tda.runtime.differences import as_text, differences
 from tda.runtime.fingerprint import fingerprint, plain
@@ -133,7 +133,7 @@ def run_all(
     with progress.bar(len(points), "sweep", "point", len(points) - len(waiting)) as bar:
         try:
             while waiting or running:
-                preemption.check_alone()
+                processes.check_preemption_alone()
                 while waiting and len(running) < parallel:
                     point = _next(waiting, [p for p, _ in running.values()], directory)
                     waiting.remove(point)

@@ -77,7 +77,9 @@ def test_several_at_once_are_those_of_one_at_a_time():
 
 def test_a_killed_bank_continues_with_what_is_missing(tmp_path, monkeypatch):
     retraining = make_retraining(groups=Groups(tmp_path))
-    noticed = iter([False, True])
+    # Asked at each step and after each training: the notice comes within the third training.
+    asked = 2 * (make_training().steps + 1) + 3
+    noticed = iter([False] * asked + [True])
     monkeypatch.setattr(preemption, "is_noticed", lambda: next(noticed, False))
     with pytest.raises(preemption.Preempted):
         retraining.bank(REMOVED, "killed")

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from tda.run.engines import EngineFlags
 from tda.runtime import ending
 from tda.runtime.directories import DirectoryError, make_directory
 
@@ -47,3 +48,22 @@ def test_an_error_beside_a_workdir_that_cannot_be_is_one_line(tmp_path, capsys, 
         with pytest.raises(SystemExit):
             ending.exit_with(error, str(tmp_path / workdir))
     assert capsys.readouterr().err == "error: the reason\n"
+
+
+def test_each_task_of_an_array_keeps_a_traceback_of_its_own(tmp_path, capsys):
+    for groups in ("3/64", "11/64", "none", None):
+        try:
+            raise DirectoryError(f"the reason of {groups}")
+        except DirectoryError as error:
+            with pytest.raises(SystemExit):
+                ending.exit_with(error, str(tmp_path), EngineFlags(groups).task)
+    said = capsys.readouterr().err
+    assert "error in task 3: the reason of 3/64\n" in said and "error: the reason of None\n" in said
+    texts = {path.name: path.read_text().splitlines()[-1] for path in tmp_path.iterdir()}
+    assert {name: text.rpartition(" ")[2] for name, text in texts.items()} == {
+        "error-3.txt": "3/64",
+        "error-11.txt": "11/64",
+        "error.txt": "None",
+    }
+    ending.forget_errors(str(tmp_path))
+    assert not list(tmp_path.iterdir())

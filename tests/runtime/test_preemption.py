@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 
+import jax
 import pytest
 
-from tda.runtime import preemption
+from tda.runtime import preemption, processes, progress
+from tda.runtime.array_tasks import ArrayTask
 
 PROGRAM = """
 import os, signal, sys, time
@@ -92,6 +94,29 @@ def test_a_notice_to_one_process_ends_both(stage):
         assert (5 if stage == "training" else 1) <= int(ends[0]) < 150
     else:
         assert ends[0] == "noticed"
+
+
+@pytest.fixture
+def notice(monkeypatch):
+    """A notice that has come to this process."""
+    monkeypatch.setattr(preemption, "_watch", preemption._Watch())
+    preemption._watch.noticed.set()
+
+
+def test_a_wait_for_the_work_of_another_task_is_left(tmp_path, notice):
+    with ArrayTask(0, 2, tmp_path, "an array").alone():  # nobody else has the lock
+        waiting = ArrayTask(1, 2, tmp_path, "an array")
+        with pytest.raises(preemption.Preempted), waiting.alone():
+            raise AssertionError("the lock of another task was taken")
+
+
+def test_a_bar_ends_the_work_that_process_0_does_for_all(notice, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    bar = progress.bar(2, "work", "step", quiet=True)
+    bar.update()  # all take part: they must end at the same place
+    monkeypatch.setattr(processes._working, "for_all", True, raising=False)
+    with pytest.raises(preemption.Preempted):
+        bar.update()
 
 
 def test_work_in_a_library_is_left():

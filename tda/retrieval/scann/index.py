@@ -9,6 +9,7 @@ may be moved. ScaNN is optional: pip install 'tda-jax[scann]'.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from tda import store
 from tda.retrieval.ranked import Ranked, best_of
 from tda.retrieval.scann.part import Part, ScannError, import_scann, write_part
 from tda.retrieval.scann.settings import Settings
-from tda.runtime import processes, progress
+from tda.runtime import preemption, processes, progress
 from tda.runtime.differences import check_same
 from tda.runtime.engine import Engine, Work
 from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain
@@ -248,9 +249,10 @@ def _build_missing_parts(
         with progress.bar(encodings.rows, "index", "row", encodings.rows - sum(rows)) as bar:
             for i in numbers:
                 directory, covered = parts[i]
-                write_part(directory, *_read_valid(encodings, covered, buffer), settings)
+                rows_N, x_NxE = _read_valid(encodings, covered, buffer)
+                # ScaNN may take longer than the time between a notice and the kill.
+                preemption.heed(functools.partial(write_part, directory, rows_N, x_NxE, settings))
                 bar.update(len(covered))
-                processes.check_preemption()
 
     def list_missing() -> list[int]:
         return [i for i, (directory, _) in enumerate(parts) if not directory.exists()]
@@ -273,6 +275,7 @@ def _read_valid(encodings: Encodings, covered: range, buffer) -> tuple[np.ndarra
     step = max(1, _STEP_BYTES // (4 * encodings.width))
     numbers, count = [], 0
     for first in range(covered.start, covered.stop, step):
+        preemption.check()
         rows = np.arange(first, min(first + step, covered.stop))
         x = encodings.read(rows)
         valid = store.valid(x)
