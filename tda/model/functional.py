@@ -41,7 +41,9 @@ def logical_axes(state) -> dict[str, tuple]:
     """Returns the logical axes of every variable of an NNX state, by path name."""
     axes = {}
     for path, variable in nnx.to_flat_state(state):
-        stated = tuple(variable.get_metadata().get("axes") or ())
+        # A module's plain arrays (a mask, a table of positions) are in its state too.
+        metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
+        stated = tuple(metadata.get("axes") or ())
         # A stacked parameter has one more axis in front, that of the layers.
         axes[path_name(path)] = (None,) * (len(variable.shape) - len(stated)) + stated
     return axes

@@ -135,6 +135,25 @@ def test_what_cannot_be_tapped_is_named_and_taken_if_asked(random_batch):
     assert_equal_to_the_reference(model, batch, untapped="reference", exclude="each")
 
 
+class PlainArrays(nnx.Module):
+    """Arrays that are no variables: a table of angles, and the mask of a convolution."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        self.angles = jnp.sin(jnp.arange(5.0 * D).reshape(5, D))
+        mask = jnp.tril(jnp.ones((3, D, D)))
+        self.conv = nnx.Conv(D, D, 3, padding="CAUSAL", mask=mask, rngs=rngs)
+        self.lm_head = nnx.Linear(D, V, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.lm_head(jnp.tanh(self.conv(self.embed(tokens) + self.angles)))
+
+
+def test_modules_may_hold_plain_arrays(random_batch):
+    model, batch = PlainArrays(nnx.Rngs(0)), random_batch([5, 3], 5)
+    assert_equal_to_the_reference(model, batch, untapped="reference")
+
+
 class Scanned(nnx.Module):
     """A user's own stack of layers, with a layer shared by all of them."""
 
