@@ -13,6 +13,7 @@ import dataclasses
 import filecmp
 import itertools
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
@@ -20,9 +21,9 @@ from absl import flags
 from tda import api, methods
 from tda.answers import TraceResult
 from tda.data import corpora
-from tda.encoding.checks import check_queries
+from tda.encoding.checks import check_context, check_queries
 from tda.gradients.projection import Projection
-from tda.model import generation
+from tda.model import generation, pretrained
 from tda.runtime.directories import make_directory
 from tda.runtime.patterns import compile_pattern
 
@@ -51,10 +52,26 @@ flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
 flags.declare_key_flag("compilation_cache")
 
+# Arguments of `tda.trace` that are flags here, some by another name.
+_FLAG_OF = {"k": "top_k", "sample": "moments"} | {
+    name: name
+    for name in ("method", "correction", "context", "tokens_per_batch", "joiner")
+    + ("text_field", "id_field")
+}
+_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_FLAG_OF)})=(?:'([^']*)')?")
+
 
 def main(_):
     """Loads the model, traces the prompts and prints the proponents."""
-    run(pathlib.Path(WORKDIR.value))
+    try:
+        run(pathlib.Path(WORKDIR.value))
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from error
+
+
+def with_flags(message: str) -> str:
+    """Returns a message of `tda.trace` with this program's flags in place of its arguments."""
+    return _ARGUMENT.sub(lambda m: f"--{_FLAG_OF[m[1]]}={m[2] or ''}", message)
 
 
 def run(directory: pathlib.Path) -> None:
@@ -77,6 +94,7 @@ def run(directory: pathlib.Path) -> None:
     check_queries(methods.METHODS[name], len(PROMPT.value))
     if MOMENTS.value is None and methods.METHODS[name].corrected:
         options["sample"] = 8
+    check_context(CONTEXT.value, pretrained.inspect(MODEL.value).arguments.get("max_positions", 0))
     make_directory(directory, f"--workdir={directory}")
     model, tokenizer = api.load(MODEL.value, dtype=DTYPE.value)
     if SAMPLE.value:

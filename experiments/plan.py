@@ -11,12 +11,14 @@ estimated, nor are methods with several checkpoints, other outputs or curvature:
 those that it leaves out.
 """
 
+import pathlib
 import sys
 
 from absl import flags
 
 from tda.plan import chips, planner, report
 from tda.runtime.atomic_file import write_json
+from tda.runtime.directories import make_directory
 
 from .launch import launch
 
@@ -31,6 +33,8 @@ JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
 
 def main(config, workdir):
     """Prints the plan; exits with status 1 if something does not fit."""
+    if JSON.value:
+        make_directory(pathlib.Path(JSON.value).parent, f"the folder of --json={JSON.value}")
     figures = planner.run(
         config,
         workdir,

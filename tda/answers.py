@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import os
+import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from tda import results
 from tda.data.tokenised import place_of
 from tda.evaluation.statistics import GroupSum, group_sums
+from tda.runtime.directories import make_directory
 from tda.viewer import opening
 from tda.viewer.collection import Collection
 
@@ -161,7 +163,11 @@ class TraceResult(Sequence[Answer]):
             opening.serve(collection, None, "127.0.0.1", port, [], allow_urls=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the answers to `path` as JSON lines, a record of `tda.results` each."""
+        """Writes the answers to `path` as JSON lines, a record of `tda.results` each.
+
+        Its folder is made if it does not exist.
+        """
+        make_directory(pathlib.Path(path).parent)
         results.write(path, self.records())
 
     def show(self, queries: int = 10, passages: int = 5, opponents: bool = False) -> str:

@@ -369,8 +369,8 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
     assert "1 more queries" in found.show(queries=1)
     page = found._repr_html_()
     assert "&lt;b&gt;0" in page and "<b>0" not in page and page.count("<table>") == 2
-    found.save(tmp_path / "r.jsonl")
-    records = list(results.read(tmp_path / "r.jsonl"))
+    found.save(tmp_path / "new" / "r.jsonl")
+    records = list(results.read(tmp_path / "new" / "r.jsonl"))
     assert [r["example_id"] for r in records] == ["0", "q2"]
     assert records[1]["proponent_ids"] == [f.id for f in found[1].proponents]
     assert records[1]["targets_plaintext"] == "Lima"

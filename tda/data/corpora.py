@@ -303,8 +303,8 @@ def _kind_of_all(files: Sequence[str]) -> str:
     if len(examples) > 1:
         shown = ", ".join(f"{kind} ({name})" for kind, name in examples.items())
         raise CorpusError(
-            f"the files are of several kinds, {shown}; give files of one kind, or Corpus(…, kind=) "
-            "if they are all of one"
+            f"the files are of several kinds, {shown}; give files of one kind, or in Python "
+            "Corpus(…, kind=) if they are all of one"
         )
     return next(iter(examples))
 
@@ -320,7 +320,7 @@ def _guess_kind(source: str | os.PathLike) -> str:
     if files:
         raise CorpusError(
             f"{source}: no kind of corpus has that suffix; rename the file, or give "
-            f"Corpus(path, kind=) with one of {', '.join(KINDS)}"
+            f"in Python Corpus(path, kind=) with one of {', '.join(KINDS)}"
         )
     if path.is_absolute() or name.startswith(".") or (path.suffix and not _names_tfds(name)):
         raise FileNotFoundError(f"{source}: no such corpus")

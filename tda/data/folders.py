@@ -79,7 +79,7 @@ def list_corpus(folder: pathlib.Path, kind: str | None, split: str) -> tuple[str
         reason = "files of several kinds" if kinds else "no file of a corpus that is known"
         raise CorpusError(
             f"{folder} holds {reason}: {_list(folder, files, excluded)}; name those of the corpus "
-            f"by a pattern such as '{folder}/**/*.jsonl', or by Corpus(folder, kind=)"
+            f"by a pattern such as '{folder}/**/*.jsonl', or in Python by Corpus(folder, kind=)"
         )
     ((kind, paths),) = kinds.items()
     if excluded:
@@ -158,7 +158,7 @@ def _choose_split(folder, kind: str, paths: list[pathlib.Path], split: str) -> l
             reason = "mixes files of splits with others"
         raise CorpusError(
             f"{folder} {reason} ({counts}); name the files of the corpus by a pattern, or a split "
-            "by Corpus(folder, split=)"
+            "in Python by Corpus(folder, split=)"
         )
     if len(splits) > 1:
         warnings.warn(f"{folder}: the split {split!r} is read ({counts})", stacklevel=2)

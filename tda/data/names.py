@@ -116,5 +116,5 @@ def check_unique(
                 if name == following:
                     raise CorpusError(
                         f"two documents have the id {name!r}; give them other ids, or read them "
-                        "by Corpus(…, duplicate_ids='number')"
+                        "in Python by Corpus(…, duplicate_ids='number')"
                     )

@@ -173,12 +173,7 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
         ValueError: they do not.
     """
     check_count("context", reading.context)
-    positions = getattr(settings.model, "max_positions", 0)
-    if positions and reading.context > positions:
-        raise ValueError(
-            f"context={reading.context} is beyond the model's table of {positions} positions; "
-            f"give context={positions}"
-        )
+    check_context(reading.context, getattr(settings.model, "max_positions", 0))
     shape = (2, min(reading.context, 8))
     batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets")}
     batch["weights"] = np.ones(shape, np.float32)
@@ -193,6 +188,19 @@ def check_reading(settings: TraceSettings, reading: TextSettings) -> None:
             "give the model's own tokenizer"
         )
     check_loss(settings, batch)
+
+
+def check_context(context: int, positions: int) -> None:
+    """Checks that a context fits a model's table of positions; 0: it has none.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if positions and context > positions:
+        raise ValueError(
+            f"context={context} is beyond the model's table of {positions} positions; "
+            f"give context={positions}"
+        )
 
 
 def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> None:

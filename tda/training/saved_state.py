@@ -138,6 +138,8 @@ def open_checkpoint(path: str | os.PathLike, step: int | None = None) -> SavedSt
     root = absolute(path)
     if not root.exists():
         raise CheckpointError(f"no checkpoint {root}; available steps: none")
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is a file; give the directory of an Orbax checkpoint")
     directory = root
     names = _tree_names(root)
     if not names:

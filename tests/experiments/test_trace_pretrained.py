@@ -1,6 +1,7 @@
 """`experiments.trace` and `experiments.ask` from a pretrained model on."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,12 +160,13 @@ def test_what_a_draw_must_hold_needs_a_draw(tmp_path):
     ("changes", "message"),
     [
         (dict(keep="(", sample=3), r"--keep='\(' is not a regular expression \(missing \)"),
-        (dict(method="trackstar,exp3"), "method='trackstar,exp3'|unknown method"),
-        (dict(method="bm25"), "method='bm25' is not one of"),
+        (dict(method="trackstar,exp3"), "--method=trackstar,exp3|unknown method"),
+        (dict(method="bm25"), "--method=bm25 is not one of"),
         (dict(method="trackstar"), "R of 1 queries contains little"),
         (dict(correction="adams"), "unknown correction 'adams'"),
         (dict(correction="none"), "correction 'none' is not made from second moments"),
-        (dict(method="grad_cos", moments=4), "sample=4 has no effect with method='grad_cos'"),
+        (dict(method="grad_cos", moments=4), "--moments=4 has no effect with --method=grad_cos"),
+        (dict(context=80), "--context=80 is beyond .* 64 positions; give --context=64"),
     ],
 )
 def test_what_needs_no_model_is_refused_before_it_is_loaded(
@@ -172,10 +174,13 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(
 ):
     flags.FLAGS.mark_as_parsed()
     monkeypatch.setattr(ask.api, "load", None)
+    described = SimpleNamespace(arguments={"max_positions": 64})
+    monkeypatch.setattr(ask.pretrained, "inspect", lambda path: described)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     question = dict(model="absent", corpus=str(tmp_path / "a.jsonl"), prompt=["He was born in"])
+    question["workdir"] = str(tmp_path / "w")
     with flagsaver.flagsaver(**question | changes), pytest.raises(ValueError, match=message):
-        ask.run(tmp_path / "w")
+        ask.main([])
     assert not (tmp_path / "w").exists()
 
 

@@ -7,9 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from flax import nnx
 
 from configs import paper_c4
+from experiments import plan as plan_main
 from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -388,3 +391,19 @@ def test_the_program_needs_no_workdir_and_no_corpus(tmp_path):
 def test_other_programs_still_need_a_workdir():
     done = command("experiments.trace", "--config=configs/paper_c4.py")
     assert done.returncode != 0 and "--workdir must have a value" in done.stderr
+
+
+def test_the_folder_of_the_figures_is_made_before_they_are_measured(paper, tmp_path, monkeypatch):
+    """Guards: minutes of measuring that end without the file."""
+    flags.FLAGS.mark_as_parsed()
+    file = tmp_path / "new" / "plan.json"
+    monkeypatch.setattr(planner, "run", lambda *_, **__: paper)
+    with flagsaver.flagsaver(json=str(file)):
+        plan_main.main(None, None)
+    assert json.loads(file.read_text())["lacking"] == []
+    monkeypatch.setattr(planner, "run", None)
+    with (
+        flagsaver.flagsaver(json=str(file / "plan.json")),
+        pytest.raises(ValueError, match="the folder of --json=.* is a file; give a directory"),
+    ):
+        plan_main.main(None, None)

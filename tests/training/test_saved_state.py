@@ -87,6 +87,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="no checkpoint .*available steps: none"):
             saved_state.open_checkpoint(path)
+    (tmp_path / "optimizer.pkl").touch()
+    with pytest.raises(CheckpointError, match="optimizer.pkl is a file; give the directory of an"):
+        saved_state.open_checkpoint(tmp_path / "optimizer.pkl")
 
 
 ONE_DEVICE = """
