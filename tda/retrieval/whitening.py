@@ -203,25 +203,30 @@ class Whitening:
         return hessian.draw_halves(len(self._queries), self._settings.seed)
 
     def _root(self, kind: str) -> _Root:
-        if kind in self._roots:
-            return self._roots[kind]
-        file, root = self._file(kind), None
-        if file is None or not processes.on_first_process("look for R", file.exists):
+        if kind not in self._roots:
+            file = self._file(kind)
+            # Without a file every process decomposes R for itself: each has the sums.
+            self._roots[kind] = (
+                self._make(kind, self.train) if file is None else self._kept_root(file, kind)
+            )
+        return self._roots[kind]
+
+    def _kept_root(self, file: pathlib.Path, kind: str) -> _Root:
+        root: _Root | None = None
+        if not processes.on_first_process("look for R", file.exists):
             # All processes sum R; process 0 decomposes it, and the others read its file.
             train = self.train
 
             def decompose():
                 nonlocal root
                 # Another task of an array may have decomposed it meanwhile.
-                if not (self._groups.engine.party and file is not None and file.exists()):
+                if not (self._groups.engine.party and file.exists()):
                     root = self._make(kind, train)
-                    if file is not None:
-                        self._keep(file, root, kind)
+                    self._keep(file, root, kind)
 
             with self._groups.engine.alone():
                 processes.on_first_process("decompose R", decompose)
-        self._roots[kind] = self._read(file, kind) if root is None else root
-        return self._roots[kind]
+        return self._read(file, kind) if root is None else root
 
     def _file(self, kind: str) -> pathlib.Path | None:
         if self._folder is None:

@@ -90,9 +90,9 @@ if me >= 0:
 """
 
 
-def run(arguments):
+def run(arguments, program=PROGRAM):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -104,6 +104,41 @@ def finish(*processes):
     finally:
         for process in processes:
             process.kill()
+
+
+TRACE = """
+import os, sys
+port, me, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+if me >= 0:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=me)
+from flax import nnx
+import tda
+from tda.data.tokenizer import Tokenizer
+from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
+
+texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(9)]
+tokenizer = Tokenizer.train(texts, 300)
+shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
+model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
+queries = [("Passage 3 of", "many"), ("Passage 7 of", "many")]
+traced = tda.trace(model, texts, queries, tokenizer=tokenizer, directory=path, quiet=True)
+print(traced, file=open(f"{path}-{me}", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_joined_processes_trace_with_one_directory(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    finish(run([port, -1, tmp_path / "one"], TRACE))
+    finish(*(run([port, me, tmp_path / "two"], TRACE) for me in (0, 1)))
+    expected = (tmp_path / "one--1").read_text()
+    assert "Passage" in expected
+    assert [(tmp_path / f"two-{me}").read_text() for me in (0, 1)] == [expected] * 2
 
 
 @pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "spans"])
