@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import tempfile
 from importlib import metadata
 
 # Before jax is imported anywhere; a subprocess of a test inherits both. Compiling is most of the
@@ -10,8 +11,11 @@ from importlib import metadata
 os.environ["JAX_PLATFORMS"] = "cpu"
 # No program that a test starts is to start twice for huge pages.
 os.environ.setdefault("GLIBC_TUNABLES", "")
-# Nor is a test to depend on what earlier runs compiled, or to write into the user's home.
-os.environ["TDA_COMPILATION_CACHE"] = "off"
+# Nor is a test to depend on what earlier runs compiled, or to write into the user's home: the
+# workers of a run, and what they start, share a folder of programs, which goes when the run ends.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="tda-programs-")
+    os.environ["TDA_COMPILATION_CACHE"] = _PROGRAMS.name
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -31,7 +35,9 @@ from flax import nnx
 
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
-from tda.runtime import sharding
+from tda.runtime import compilation_cache, sharding
+
+compilation_cache.use()
 
 TINY = dict(vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 
@@ -42,7 +48,7 @@ def pytest_report_header():
 
 
 # A worker that kept the programs of all files would grow beyond 5 GB. Dropping them after every
-# file would compile again what files share, so they go only when the worker has grown.
+# file would load or compile again what files share, so they go only when the worker has grown.
 _PROGRAMS_BYTES = 1_200_000_000
 
 

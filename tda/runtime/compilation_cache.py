@@ -6,6 +6,7 @@ jaxlib. This module gives it a folder, unless one is configured already.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -143,6 +144,7 @@ def _mend_loading(programs: pathlib.Path) -> None:
 
         load = compilation_cache.get_executable_and_time
 
+        @functools.wraps(load)
         def load_quietly(key, *arguments, **options):
             with _dropping_false_alarms():
                 try:

@@ -34,14 +34,17 @@ print(len(hits), jax.config.jax_compilation_cache_dir)
 def fresh(monkeypatch, tmp_path):
     """The state of a process that has not decided yet, with a cache folder of its own."""
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
-    load = jax_internals.get_executable_and_time
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax_cache.reset_cache()
+    # As jax has it: the cache that all tests share has mended it already.
+    as_jax_has_it = jax_internals.get_executable_and_time.__wrapped__
+    monkeypatch.setattr(jax_internals, "get_executable_and_time", as_jax_has_it)
     monkeypatch.setattr(compilation_cache, "_is_decided", False)
     monkeypatch.delenv(compilation_cache.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path / "tda"
     for name, value in before.items():
         jax.config.update(name, value)
-    jax_internals.get_executable_and_time = load
     jax_cache.reset_cache()
 
 
