@@ -23,7 +23,8 @@ def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
     """Returns the type of a passage for a query, a key of `TYPES`.
 
     - `states`: the judge says so.
-    - `part`: it names subject or target, and has half of the words of the other's name.
+    - `part`: it names subject or target, and has half of the words of the other's name, the last
+      among them: of people, a first name in common says nothing.
     - `prior`: it has most of the prompt's words other than the subject: the relation, of others.
     - `entity`: it names subject or target.
     - `name`: it has half of the words of one of their names.
@@ -40,8 +41,12 @@ def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
     query, words = _read(claim), set(words_of(text))
     named = [bool(entity(text)) for entity in query.entities]
     in_part = [any(share(name, words) >= _PRESENT for name in names) for names in query.names]
+    with_last = [
+        any(share(name, words) >= _PRESENT and name[-1] in words for name in names)
+        for names in query.names
+    ]
     subject, target = (
-        is_named or is_partial for is_named, is_partial in zip(named, in_part, strict=True)
+        is_named or is_partial for is_named, is_partial in zip(named, with_last, strict=True)
     )
     fits = {
         "part": any(named) and subject and target,

@@ -15,6 +15,7 @@ ADA = Claim(f"{PROMPT} Paris", PROMPT, ("Paris", "City of Light"), ("Ada Byron (
         ("Ada Byron, some say, loved Paris.", "part"),  # both, which the judge did not accept
         ("Byron went to Paris.", "part"),
         ("Ada Byron saw the light of a city.", "part"),  # two of the three words of an alias
+        ("Ada Lovelace went to Paris.", "entity"),  # a first name in common says nothing
         ("Bea was born in the city of Rome.", "prior"),
         ("A small city, where many were born.", "prior"),
         ("Ada Byron wrote letters.", "entity"),
