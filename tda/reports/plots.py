@@ -124,6 +124,8 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
         if panel.percent:
             axis = axes.xaxis if names else axes.yaxis
+            if names:  # labels such as 0.005% stand side by side
+                axis.set_major_locator(ticker.MaxNLocator(4))
             # Rounded, so that 0.07 is not 7.000000000000001%; + 0 makes −0 a 0.
             axis.set_major_formatter(
                 ticker.FuncFormatter(lambda x, _: f"{round(100 * x, 6) + 0:g}%")

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from tda.methods import METHODS
-from tda.reports import tables
+from tda.reports import formats, tables
 
 ROWS = ("annotated", "bm25", "trackstar", "exp5", "exp1", "random", "length")
 
@@ -59,6 +59,12 @@ def test_a_figure_that_is_not_above_the_controls_is_marked(metrics):
     text = tables.markdown(chosen, metrics, {"trackstar": "λ = 0.5"})
     assert "not above a control, which ignores the query (random, passage length)" in text
     assert "- TrackStar: λ = 0.5" in text
+
+
+def test_a_small_change_of_probability_is_not_shown_as_none():
+    changes = {0.0248: "+2.48%", 0.0001: "+0.01%", 0.0000126: "+0.0013%", -3e-8: "-0.0000030%"}
+    assert {x: formats.figure("tail_patch", x) for x in changes} == changes
+    assert formats.figure("tail_patch", 0.0) == "+0.00%"
 
 
 def test_comma_separated_values_hold_every_figure(metrics):
