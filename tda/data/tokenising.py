@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -176,6 +175,9 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            # A terminal sends Ctrl-C to all of a group; the caller alone takes it, and ends its
+            # workers. One that is still importing would print a traceback.
+            process_group=0,
         )
         self._job = job
 
@@ -225,8 +227,6 @@ def _drive(worker: _Worker, waiting, reports, shown: _Shown) -> None:
 
 def main() -> None:
     """Makes parts as a worker."""
-    # Ctrl-C also reaches the caller, which ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The output of libraries goes to standard error, so that it does not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -241,6 +241,15 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
         tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24, quiet=True)
 
 
+def test_a_terminals_ctrl_c_reaches_no_worker():
+    """Guards: tracebacks of workers that are still importing."""
+    worker = tokenising._Worker("")
+    try:
+        assert os.getpgid(worker._process.pid) != os.getpgrp()
+    finally:
+        worker.stop()
+
+
 def test_a_worker_gets_its_job_as_json(tmp_path):
     write_lines = (tmp_path / "a.jsonl").write_text
     write_lines('{"body": "<eos> x"}\n')
