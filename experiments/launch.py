@@ -126,7 +126,7 @@ def start(main: Callable[[list[str]], None], takes_arguments: bool = False) -> N
             load_plugins(PLUGIN.value)
             main(arguments[1:])
         except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {error}{ending.describe_remedy(error, WORKDIR.value)}")
 
     _start(run, takes_config=False)
 

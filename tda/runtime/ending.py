@@ -88,16 +88,20 @@ def _describe_error(error: Exception, workdir: str | None, task: str) -> str:
     """Returns an error's line with what to do, and writes its traceback into the workdir."""
     number = task or ("" if processes.is_first() else str(jax.process_index()))
     traceback_note = _write_traceback(workdir, number) if directories.is_local(workdir) else ""
-    advice = ""
-    if "No space left" in str(error) and workdir is not None:
-        advice = (
-            f"\nthe disk of --workdir={workdir} is full: free some space and run the same "
-            "command again; it continues where it stopped"
-        )
     place = f" in task {task}" if task else ""
     if jax.process_count() > 1:
         place = f" in process {jax.process_index()}"
-    return f"error{place}: {error}{advice}{traceback_note}"
+    return f"error{place}: {error}{describe_remedy(error, workdir)}{traceback_note}"
+
+
+def describe_remedy(error: Exception, workdir: str | None) -> str:
+    """Returns a line that says what to do about an error, where its own does not; else ""."""
+    if "No space left" not in str(error) or workdir is None:
+        return ""
+    return (
+        f"\nthe disk of --workdir={workdir} is full: free some space and run the same command "
+        "again; it continues where it stopped"
+    )
 
 
 def _write_traceback(workdir: str, number: str) -> str:

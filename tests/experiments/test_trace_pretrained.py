@@ -207,6 +207,20 @@ def test_every_main_refuses_a_file_as_its_workdir(tmp_path, monkeypatch, capsys,
     assert message.startswith(f"error: --workdir={tmp_path}/{place} ")
 
 
+def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
+    def fill_disk(_):
+        raise OSError(28, "No space left on device")
+
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(launch, "_start", lambda run, takes_config: run(["ask"]))
+    monkeypatch.setattr(launch.compilation_cache, "use", lambda _: None)
+    with (
+        flagsaver.flagsaver(workdir=str(tmp_path)),
+        pytest.raises(SystemExit, match=r"is full: free some space and run the same command again"),
+    ):
+        launch.start(fill_disk)
+
+
 def test_saying_nothing_is_told(monkeypatch):
     monkeypatch.setattr(generation, "greedy", lambda *_: [32, 10])
     with pytest.raises(ValueError, match="give a --target"):
