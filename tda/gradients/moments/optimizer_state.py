@@ -286,8 +286,9 @@ def open_state(source: Any, step: int | None = None, **constants: Any) -> Optimi
     if not names:
         held = ", ".join(sorted({n.split("/")[0] for n in saved.names}))
         raise CheckpointError(
-            f"{saved.path} has no optimizer state (it holds {held}); "
-            "use correction='none', or a checkpoint saved with its optimizer's state"
+            f"{saved.path} has no optimizer state (it holds {held}); give a checkpoint that was "
+            "saved with it, or none, and second moments are estimated (in a run, by "
+            "gradients.second_moments=estimate)"
         )
     described = saved.description.get("optimizer")
     if not isinstance(described, dict):  # another program's metadata may say anything here

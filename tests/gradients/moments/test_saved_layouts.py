@@ -358,7 +358,7 @@ def test_a_step_of_a_state_in_memory_is_refused():
 def test_a_checkpoint_of_parameters_alone_is_refused(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "c", {"params": PARAMS})
-    with pytest.raises(CheckpointError, match=r"no optimizer state \(it holds params\)"):
+    with pytest.raises(CheckpointError, match=r"\(it holds params\); .* are estimated"):
         tda.second_moments(tmp_path / "c", **CONSTANTS)
 
 
