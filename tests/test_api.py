@@ -360,6 +360,26 @@ def test_linen_models_through_the_bridge(untapped):
     assert found[0].proponents[0].score == pytest.approx(1, abs=1e-5)
 
 
+class Heated(Bigram):
+    """A model whose parameters are a number, an array of NumPy's and arrays of jax's."""
+
+    def __init__(self, number, array, vocab_size):
+        super().__init__(vocab_size, nnx.Rngs(0))
+        self.temperature = nnx.Param(number(2.0))
+        self.first.kernel = nnx.Param(array(self.first.kernel[...]))
+
+    def __call__(self, tokens_BxT):
+        return super().__call__(tokens_BxT) / self.temperature
+
+
+def test_parameters_may_be_numbers_and_arrays_of_numpy(tokenizer, tmp_path):
+    options = dict(include=".", untapped="reference", directory=tmp_path / "kept")
+    kinds = (float, np.asarray), (jnp.float32, jnp.asarray)
+    models = [Heated(*kind, tokenizer.vocab_size) for kind in kinds]
+    answers = [call(m, tokenizer, **options).answers for m in models]
+    assert answers[0] == answers[1]
+
+
 def test_answers_print_and_save(model, tokenizer, tmp_path):
     found = call(model, tokenizer, [(f"<b>{i}", t) for i, t in enumerate(TEXTS)])
     text = str(found)

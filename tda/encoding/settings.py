@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from tda import loss as losses
@@ -80,7 +81,7 @@ class TraceSettings:
     @property
     def parameter_count(self) -> int:
         """The number of the model's parameters."""
-        return sum(x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
+        return sum(np.size(x) for x in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
 
     def sites(self) -> list[sites.Site]:
         """Returns the parameters whose gradients are taken."""

@@ -13,9 +13,12 @@ import re
 import warnings
 from typing import Literal
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tda.gradients import layers
+from tda.model import functional
 from tda.runtime.differences import shorten
 from tda.runtime.patterns import compile_pattern
 
@@ -145,6 +148,7 @@ def find_sites(
         sites = [dataclasses.replace(s, by_reference=True) for s in sites]
     else:
         sites = [s for s in sites if s.tapped]
+    _check_dtypes(model, sites)
     if not sites:
         listed = ", ".join(s.path + ("" if s.tapped else " (no tap)") for s in everything)
         raise ValueError(
@@ -152,6 +156,18 @@ def find_sites(
             f"the model has {listed or 'none'}"
         )
     return sorted(sites, key=lambda s: s.path)
+
+
+def _check_dtypes(model: nnx.Module, sites: list[Site]) -> None:
+    """Checks that sites are of real numbers; others have no gradient, or one of complex numbers."""
+    arrays = functional.flat_parameters(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    dtypes = {s.path: jnp.result_type(arrays[s.path]) for s in sites}
+    wrong = [f"{path} ({x})" for path, x in dtypes.items() if not jnp.issubdtype(x, jnp.floating)]
+    if wrong:
+        raise ValueError(
+            f"gradients are of floating-point parameters, not of {', '.join(wrong)}; use exclude= "
+            "to leave out what is named"
+        )
 
 
 def _selected(site: Site, include: str | None, exclude: str | None) -> bool:
@@ -170,7 +186,8 @@ def _sites(model: nnx.Module) -> list[Site]:
     all_sites = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, parameter = path
-        shape, alone = tuple(variable.shape), tuple(path) not in shared
+        # A scalar may be a number of Python's.
+        shape, alone = np.shape(variable.get_value()), tuple(path) not in shared
         all_sites.append(_site(tuple(module), parameter, shape, modules, alone))
     return all_sites
 

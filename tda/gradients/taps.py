@@ -23,6 +23,7 @@ model's own code stay unchanged. A layer may carry several taps, of different co
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -358,9 +359,11 @@ def _tap_rows(layer, rows, inputs):
 
 def _tap_rows_once(zeros, tap: Tap, y_BxTxN, inputs):
     B, scale_BxTxN = tap.right, None
+    # A number beyond the table (of padding, say) looks up no row, so no row has its gradient.
+    look_up = functools.partial(jnp.take, indices=inputs, axis=0, mode="fill", fill_value=0)
     if tap.scale is not None:
-        scale_BxTxN = jnp.take(tap.scale, inputs, axis=0).reshape(y_BxTxN.shape)
-    xA_BxTxRP = jnp.take(tap.left, inputs, axis=0)
+        scale_BxTxN = look_up(tap.scale).reshape(y_BxTxN.shape)
+    xA_BxTxRP = look_up(tap.left)
     xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, tap.side)
     if tap.direction is None:
         return _tap_factored(y_BxTxN, zeros, xA_BxSxP, B, scale_BxTxN)

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tda.runtime import sharding
@@ -34,7 +36,11 @@ def split(model: nnx.Module) -> tuple[Functional, dict]:
     # Plain arrays, so that a model that changes its variables (a Linen model its keys) changes
     # copies.
     model_fn = Functional(graphdef, nnx.to_pure_dict(rest), logical_axes(state))
-    return model_fn, nnx.to_pure_dict(state)
+    # A parameter may be an array of NumPy's, or a number.
+    return model_fn, jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float | int) else x,
+        nnx.to_pure_dict(state),
+    )
 
 
 def logical_axes(state) -> dict[str, tuple]:
@@ -45,7 +51,9 @@ def logical_axes(state) -> dict[str, tuple]:
         metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
         stated = tuple(metadata.get("axes") or ())
         # A stacked parameter has one more axis in front, that of the layers.
-        axes[path_name(path)] = (None,) * (len(variable.shape) - len(stated)) + stated
+        leaves = jax.tree.leaves(variable)
+        ndim = np.ndim(leaves[0]) if len(leaves) == 1 else 0
+        axes[path_name(path)] = (None,) * (ndim - len(stated)) + stated
     return axes
 
 

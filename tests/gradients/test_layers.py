@@ -154,6 +154,25 @@ def test_modules_may_hold_plain_arrays(random_batch):
     assert_equal_to_the_reference(model, batch, untapped="reference")
 
 
+class Padded(nnx.Module):
+    """A table whose padding has a number beyond it, and is masked after the look-up."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(V // 2, D, rngs=rngs)
+        self.lm_head = nnx.Linear(D, V, rngs=rngs)
+
+    def __call__(self, tokens):
+        is_word = (tokens < V // 2)[..., None]
+        return self.lm_head(jnp.tanh(jnp.where(is_word, self.embed(tokens), 0)))
+
+
+def test_numbers_beyond_a_table_have_no_gradient(random_batch):
+    """Guards: 0 · NaN, since jax looks up NaN there."""
+    batch = random_batch([5, 3], 5)
+    assert (batch["tokens"] >= V // 2).any()
+    assert_equal_to_the_reference(Padded(nnx.Rngs(0)), batch)
+
+
 class Scanned(nnx.Module):
     """A user's own stack of layers, with a layer shared by all of them."""
 

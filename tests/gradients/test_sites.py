@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -208,3 +209,15 @@ def test_finding_allocates_nothing(decoder):
     assert names(find_sites(abstract, ".")) == names(find_sites(decoder(), "."))
     leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64])
+@pytest.mark.parametrize("untapped", ["leave", "reference"])
+def test_a_parameter_of_other_than_real_numbers_is_refused(dtype, untapped):
+    """Guards: half of a complex gradient; jax's own message, which names no parameter."""
+    model = nnx.Sequential(*(nnx.Linear(3, 3, rngs=nnx.Rngs(0)) for _ in range(2)))
+    model.layers[1].kernel = nnx.Param(jnp.ones((3, 3), dtype))
+    with pytest.raises(ValueError, match=rf"not of layers/1/kernel \({dtype.__name__}\); use excl"):
+        find_sites(model, untapped=untapped)
+    (site,) = find_sites(model, exclude="layers/1/kernel")
+    assert site.path == "layers/0/kernel"
