@@ -108,8 +108,9 @@ def choose_engine(
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"{flag} must be I/N, with the task's number I from 0 to N−1, or none")
     index, count = map(int, match.groups())
-    # The tasks of one array have the same config and the same count.
-    party = f"{count} tasks, {fingerprint(config.to_json())}"
+    # The tasks of one array have the same count, config and code.
+    identity = fingerprint([config.to_json(), code_version.describe()])
+    party = f"{count} tasks, {identity}"
     return ArrayTask(index, count, workdir.path, party, chosen.patience)
 
 

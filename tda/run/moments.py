@@ -32,7 +32,10 @@ def inverse_root_moments(
         return None
     trained, sites = run.trained, run.sites(kind)
     if provenance["second_moments"] == "optimizer":
-        scales = second_moments.read(trained.root, sites, provenance["correction"], trained.step)
+        correction = provenance["correction"]
+        # Factors are sums: over another number of devices they would have other last bits.
+        on_host = sharding.is_local(trained.mesh) and correction != "adam"
+        scales = second_moments.read(trained.root, sites, correction, trained.step, on_host)
         return {path: s.map(lambda x: _to_mesh(x, trained.mesh)) for path, s in scales.items()}
     # Every projection shares an estimate: its file is named by the other values.
     keys = ("checkpoint", "step", "correction", "second_moments", "parameters")

@@ -159,6 +159,14 @@ def to_host(x) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def host_device() -> jax.Device:
+    """Returns the CPU; where JAX_PLATFORMS leaves it out, the first local device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def is_local(mesh: Mesh | None) -> bool:
     """Returns whether all of the mesh's devices are this process's; true without a mesh."""
     index = jax.process_index()

@@ -108,7 +108,10 @@ def _is_everywhere(leaf) -> bool:
     saved = getattr(leaf, "sharding", None)
     if saved is None or jax.process_count() == 1:
         return True
-    holders = {device.process_index for device in saved.to_jax_sharding().device_set}
+    try:
+        holders = {device.process_index for device in saved.to_jax_sharding().device_set}
+    except ValueError:  # saved by one device, which is another process's now
+        return False
     return len(holders) == jax.process_count()
 
 

@@ -16,7 +16,7 @@ from tda.model import sizes
 from tda.retrieval.scann import settings
 from tda.run import engines, run, stages
 from tda.run.workdir import Workdir
-from tda.runtime import groups, progress
+from tda.runtime import code_version, groups, progress
 from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
 from tda.runtime.directory_lock import HeldError
 from tda.viewer import export, opening
@@ -269,7 +269,7 @@ def test_a_damaged_result_costs_one_group(alone, tmp_path, monkeypatch):
     assert contents(path) == contents(alone[1])
 
 
-def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path):
+def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path, monkeypatch):
     config, path = alone[0], trained(alone, tmp_path / "array")
     other = config.copy_and_resolve_references()
     other.eval.top_k = 3
@@ -279,6 +279,9 @@ def test_another_array_and_a_job_alone_are_refused_meanwhile(alone, tmp_path):
             with pytest.raises(HeldError, match="in use by the tasks of an array, whose first was"):
                 trace(changed, path, part)
         assert trace(config, path, "1/2") is not None
+        monkeypatch.setattr(code_version, "describe", lambda: {"tda": "another checkout"})
+        with pytest.raises(HeldError, match="in use by the tasks of an array"):
+            trace(config, path, "1/2")
 
 
 @pytest.mark.parametrize("part", ["2/2", "-1/2", "1", "1/0", "a/b", ""])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,14 @@ def test_a_state_of_eight_devices_is_read_on_one(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert float(ran.stdout) == 120
+
+
+def test_a_leaf_of_a_device_of_another_process_is_read_in_parts(monkeypatch):
+    """Guards: joined processes that cannot open what a single device has saved."""
+
+    def refuse():
+        raise ValueError("Device cpu:0 was not found in jax.local_devices().")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    leaf = types.SimpleNamespace(sharding=types.SimpleNamespace(to_jax_sharding=refuse))
+    assert not saved_state._is_everywhere(leaf)

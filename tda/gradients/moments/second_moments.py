@@ -29,6 +29,7 @@ import numpy as np
 from tda.gradients import sites
 from tda.gradients.moments import low_rank, optimizer_state
 from tda.gradients.moments.optimizer_state import Moments, OptimizerState, SecondMomentError
+from tda.runtime import sharding
 
 CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
 
@@ -199,7 +200,12 @@ class SecondMoments:
 
     state: OptimizerState
 
-    def scales(self, chosen: list[sites.Site], correction: str = "factored") -> dict[str, Scale]:
+    def scales(
+        self,
+        chosen: list[sites.Site],
+        correction: str = "factored",
+        place: Callable[[Any], Any] = lambda x: x,
+    ) -> dict[str, Scale]:
         """Returns the scale of every site, by path.
 
         Args:
@@ -208,6 +214,7 @@ class SecondMoments:
                 (Adafactor's row and column statistics, or the same statistics of another
                 optimizer's ν), "adafactor" (as "factored", but an error unless Adafactor wrote the
                 state) or "low_rank(R)" (the sum of R outer products closest to "adam").
+            place: moves a parameter's moments to where its scale is computed.
 
         Raises:
             SecondMomentError: the correction is unknown, or the state does not have what it needs.
@@ -215,7 +222,15 @@ class SecondMoments:
         if parse_correction(correction)[0] == "none":
             raise SecondMomentError("correction 'none' has no scales to read")
         moments = self.state.moments([s.path for s in chosen])
-        return finite({s.path: site_scale(s, moments[s.path], correction) for s in chosen})
+
+        def scale_of(site: sites.Site) -> Scale:
+            of_site = moments[site.path]
+            fields = {name: place(x) for name, x in of_site.fields.items()}
+            count = None if of_site.count is None else place(of_site.count)
+            placed = dataclasses.replace(of_site, fields=fields, count=count)
+            return site_scale(site, placed, correction)
+
+        return finite({s.path: scale_of(s) for s in chosen})
 
 
 # The arguments of `second_moments` that a description calls by the same name.
@@ -288,10 +303,28 @@ def _check_constants(constants: dict, place: str) -> None:
 
 
 def read(
-    root, chosen: list[sites.Site], correction: str, step: int | None = None
+    root,
+    chosen: list[sites.Site],
+    correction: str,
+    step: int | None = None,
+    on_host: bool = False,
 ) -> dict[str, Scale]:
-    """Reads the scale of every site from a checkpoint that describes its optimizer."""
-    return second_moments(root, step=step).scales(chosen, correction)
+    """Reads the scale of every site from a checkpoint that describes its optimizer.
+
+    Args:
+        root: the checkpoints.
+        chosen: the sites.
+        correction: as for `SecondMoments.scales`.
+        step: the step; None for the last.
+        on_host: whether this host computes the scales from whole moments, so that their bits do not
+            depend on the devices and processes that share the state. A collective if several
+            processes share it.
+    """
+    moments = second_moments(root, step=step)
+    if not on_host:
+        return moments.scales(chosen, correction)
+    with jax.default_device(sharding.host_device()):
+        return moments.scales(chosen, correction, sharding.to_host)
 
 
 def finite(scales: dict[str, Scale]) -> dict[str, Scale]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.second_moments import (
@@ -263,6 +264,24 @@ def test_factored_moments_are_made_from_adams(adam_runs, scan):
         rows, columns = V.mean(-1, keepdims=True), V.mean(-2, keepdims=True)
         expected = 1 / np.sqrt(rows * columns / rows.mean(-2, keepdims=True))
         np.testing.assert_allclose(scale.dense(), expected, rtol=1e-4)
+
+
+def test_a_host_computes_the_same_bits_however_the_state_is_split(adam_runs, tmp_path):
+    """Guards: stores whose rows depend on the number of processes that encoded them."""
+    model, state, root = adam_runs[True]
+    mesh = jax.make_mesh((8,), ("parts",))
+
+    def split(x):
+        axes = [i for i, size in enumerate(jnp.shape(x)) if size % 8 == 0]
+        parts = ["parts" if i in axes[:1] else None for i in range(jnp.ndim(x))]
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*parts)))
+
+    checkpoint.save(tmp_path, 3, jax.tree.map(split, state), {"optimizer": CONSTANTS})
+    read = lambda at: second_moments.read(at, find_sites(model), "factored", on_host=True)  # noqa: E731
+    whole, parts = read(root), read(tmp_path)
+    for path, scale in whole.items():
+        np.testing.assert_array_equal(parts[path].left, scale.left)
+        np.testing.assert_array_equal(parts[path].right, scale.right)
 
 
 @pytest.mark.parametrize("correction", ["factored", "adafactor"])
