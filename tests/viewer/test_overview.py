@@ -69,6 +69,12 @@ def test_a_run_opens_on_what_it_found(page, address, workdir):
         ["gradient cosine", "0.500 [0.490, 0.510]", "–", "–"],
         ["gradient dot product", "0.250", "–", "–"],
     ]
+    # Nothing of JavaScript's own, such as the length of an empty list, stands between the sections.
+    texts = page.page.evaluate(
+        "[...document.querySelector('.overview').childNodes].filter((n) => n.nodeType === 3)"
+        ".map((n) => n.data)"
+    )
+    assert not any(texts)
     titles = page.page.locator(".story circle title").all_text_contents()
     assert titles == [
         "TrackStar: MRR 0.651, tail-patch +2.48%",

@@ -25,7 +25,7 @@ export async function showOverview(element, rows, chosen, tools) {
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
     data.index.run && story(data.index.run),
-    data.index.links?.length && h("p", {}, "Download: ", data.index.links.map(([name, href], i) => [i ? " · " : "", h("a", { href }, name)])),
+    data.index.links?.length > 0 && h("p", {}, "Download: ", data.index.links.map(([name, href], i) => [i ? " · " : "", h("a", { href }, name)])),
     suggested(rows),
     h("h3", {}, "In detail"),
     h("p.quiet", {}, `${count(chosen.length)} queries of ${main.title}${filtered}, for the methods that are shown. Click a bar to see its queries.`),
