@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from docs import colab
 from tests.test_docs import files_of_the_pages
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "docs" / "notebooks"
@@ -15,7 +16,8 @@ NAMES = sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb"))
 
 def code_cells(name: str) -> list[dict]:
     notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
-    return [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    cells = [c for c in notebook["cells"] if c["id"] != colab.CELL]
+    return [c for c in cells if c["cell_type"] == "code"]
 
 
 def run(name: str, **replaced: str) -> tuple[dict, str]:
