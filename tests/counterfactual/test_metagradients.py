@@ -75,8 +75,12 @@ def test_forward_mode_passes_a_backward_pass_of_ones_own(forward):
 
 def test_a_killed_pass_continues_backwards(tmp_path, scores, reverse, monkeypatch):
     kept = metagradients.Reverse(make_training(), make_queries(), tmp_path)
-    kept._pull = reverse._pull
-    monkeypatch.setattr(preemption, "is_noticed", lambda: True)
+
+    def pull_and_notice(*arguments):
+        monkeypatch.setattr(preemption, "is_noticed", lambda: True)
+        return reverse._pull(*arguments)
+
+    kept._pull = pull_and_notice
     with pytest.raises(preemption.Preempted):
         kept.by_token(ALL)
     monkeypatch.undo()
