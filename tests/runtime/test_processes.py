@@ -129,6 +129,47 @@ print(traced, file=open(f"{path}-{me}", "w"))
 """
 
 
+MOMENTS = """
+import sys
+port, me, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+if me >= 0:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=3, process_id=me)
+import numpy as np
+import optax
+from tda.gradients.moments import second_moments
+from tda.gradients.sites import Site
+from tda.training import checkpoint
+
+if me < 0:
+    params = {"w": {"kernel": np.zeros((48, 33), np.float32)}}
+    nu = np.exp(np.random.default_rng(0).normal(size=(48, 33))).astype(np.float32)
+    adam, *rest = optax.adam(1e-3).init(jax.tree.map(jax.numpy.asarray, params))
+    adam = adam._replace(nu={"w": {"kernel": jax.numpy.asarray(nu)}}, count=jax.numpy.int32(3))
+    constants = {"name": "adam", "b2": 0.9, "eps": 0.1, "eps_root": 0.0}
+    state = {"params": params, "opt_state": (adam, *rest)}
+    checkpoint.save(path, 3, state, {"optimizer": constants})
+scale = second_moments.read(path, [Site(("w",), "kernel", 48, 33)], "factored", 3, on_host=True)
+np.savez(f"{path}-{me}.npz", left=scale["w/kernel"].left, right=scale["w/kernel"].right)
+"""
+
+
+@pytest.mark.slow
+def test_joined_processes_read_the_bits_that_one_process_reads(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    path = tmp_path / "checkpoints"
+    finish(run([port, -1, path], MOMENTS))
+    finish(*(run([port, me, path], MOMENTS) for me in range(3)))
+    expected = np.load(f"{path}--1.npz")
+    for me in range(3):
+        scale = np.load(f"{path}-{me}.npz")
+        for side in ("left", "right"):
+            np.testing.assert_array_equal(scale[side], expected[side])
+
+
 @pytest.mark.slow
 def test_joined_processes_trace_with_one_directory(tmp_path):
     with socket.socket() as s:
