@@ -46,7 +46,7 @@ def files_of_the_pages(directory: pathlib.Path) -> None:
     model = tiny_llama.write(directory / "SmolLM2-135M", found, **config)
     write_tokenizer(model, byte_level(template=True), **NAMES)
     records = [
-        {"id": f"s{i}", "text": f"{b} is the {word} of {a}."}
+        {"id": f"s{i}", "text": f"{b} is the {word} of {a}.", "source": word}
         for i, (word, a, b) in enumerate(
             (w, a, b) for w in ("capital", "seat") for a, b in PLACES.items()
         )
@@ -82,6 +82,7 @@ def test_huggingface(world):
     names, said = run_snippets((DOCS / "huggingface.md").read_text())
     assert "The capital of Spain is → Madrid" in said
     assert len(list(results.read("results.jsonl"))) == 2
+    assert {group.label for group in names["sums"]} == {"capital", "seat"}
     assert len(names["traced"][0].proponents) == 8  # the second trace keeps its default of ten
     assert names["scales"].keys() == {
         f"layers/{m}/kernel"
@@ -199,6 +200,18 @@ def test_add_a_method_by_a_plugin(world):
     assert ended.returncode == 0, ended.stderr
     records = list(results.read(world / "w" / "results" / "words.jsonl"))
     assert records and all(r["proponents"] for r in records)
+
+
+def test_scores(world):
+    """The calibration finds how much losses rise by a score, whatever a query's mean."""
+    rng = np.random.default_rng(0)
+    sums = rng.normal(size=(12, 16))
+    rise = 3 * sums + rng.normal(size=16) + rng.normal(scale=0.01, size=sums.shape)
+    arrays = {f"0.05/{m}": sums + 5 for m in ("trackstar", "rerank_trackstar", "grad_cos")}
+    (world / "board").mkdir()
+    np.savez(world / "board" / "board.npz", **arrays, **{"0.05/same order": rise})
+    _, said = run_snippets((DOCS / "scores.md").read_text())
+    assert said.count("by 0.30 nats") == 3
 
 
 def test_add_a_corpus(world):

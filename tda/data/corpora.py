@@ -120,6 +120,25 @@ class Corpus:
             options["data_dir"] = os.fspath(self.data_dir)
         return options
 
+    def labels(self, field: str) -> dict[str, str]:
+        """Reads a field of every document, such as its source or year, in two passes.
+
+        `tda.answers.TraceResult.by` sums scores by such labels.
+
+        Args:
+            field: the field or column; numbers become strings.
+
+        Returns:
+            The labels by the documents' ids, of a share of the documents too for all of them.
+
+        Raises:
+            CorpusError: a document lacks the field, or has neither a string nor a number there.
+        """
+        documents = dataclasses.replace(self, share=1.0)
+        # A document's id may be a number too, and its text may not.
+        labelled = dataclasses.replace(documents, id_field=field, duplicate_ids="refuse")
+        return {d.id: label.id for d, label in zip(documents, labelled, strict=True)}
+
     @functools.cached_property
     def pieces(self) -> list[Piece]:
         """The pieces of the corpus that are read independently: files, or ranges of rows."""

@@ -452,3 +452,14 @@ def test_what_describes_a_dataset_is_no_corpus(tmp_path):
     assert [d.text for d in corpora.Corpus(tmp_path)] == ["Oslo"]
     with pytest.raises(CorpusError, match="None is no corpus; give a path"):
         corpora.Corpus(None)
+
+
+@pytest.mark.parametrize("make", [jsonl, parquet, datasets])
+def test_a_field_is_a_label_by_id_even_of_numbers_and_of_a_share(tmp_path, make):
+    years = [1999, 2001, 1999, 2001]
+    rows = [{**row, "year": year} for row, year in zip(ROWS, years, strict=True)]
+    corpus = corpora.Corpus(make(tmp_path, rows), share=0.5, duplicate_ids="number")
+    assert corpus.labels("year") == {"a": "1999", "b": "2001", "c": "1999", "d": "2001"}
+    assert corpus.labels("url")["d"] == "http://d"
+    with pytest.raises(CorpusError, match="'topic'"):
+        corpus.labels("topic")
