@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tda.runtime import atomic_file
+from tda.runtime import atomic_file, metrics
 
 # Distinguishable also with colour-vision deficiencies (Okabe & Ito 2008).
 _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999933".split()
@@ -141,6 +141,7 @@ def draw(
         metadata = {"Date": None} if suffix == "svg" else {}
         with atomic_file.open_atomic(files[-1], "wb") as out:
             figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
+    metrics.log_plot(files[0])
     return files
 
 

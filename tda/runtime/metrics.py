@@ -1,13 +1,14 @@
 """Metrics in TensorBoard and Weights & Biases, beside the files of a run.
 
 A series is a section ("train") with values by step; figures are those of a finished table. Any code
-calls `log` and `log_figures`, which do nothing while no writers are open. A resumed run logs a step
-again only if the writer does not have it yet.
+calls `log`, `log_figures` and `log_plot`, which do nothing while no writers are open. A resumed run
+logs a step again only if the writer does not have it yet.
 """
 
 import contextlib
 import importlib
 import json
+import os
 import pathlib
 import shutil
 import struct
@@ -28,6 +29,9 @@ class Writer(Protocol):
 
     def write_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Replaces the figures of the table of the checkpoint at `step`."""
+
+    def write_plot(self, name: str, png: pathlib.Path) -> None:
+        """Shows a picture in the place of the last one of that name."""
 
     def close(self) -> None:
         """Ends the writing."""
@@ -66,20 +70,34 @@ class TensorBoard:
             self._sections[section] = self._make_writer(folder), last
         writer, last = self._sections[section]
         if step > last:
-            self._add(writer, section, step, values)
+            self._add(writer, step, self._scalars(section, values))
             self._sections[section] = writer, step
 
     def write_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Writer`."""
-        shutil.rmtree(self._root / "table", ignore_errors=True)
-        writer = self._make_writer(self._root / "table")
-        self._add(writer, "table", step, figures)
-        writer.close()
+        self._replace("table", step, self._scalars("table", figures))
+
+    def write_plot(self, name: str, png: pathlib.Path) -> None:
+        """See `Writer`."""
+        summary = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
+        content = png.read_bytes()
+        # A PNG file begins with 8 bytes of its own, and the length and name of its first chunk.
+        width, height = struct.unpack_from(">II", content, 16)
+        image = summary.Image(
+            width=width, height=height, colorspace=4, encoded_image_string=content
+        )
+        self._replace(f"plots/{name}", 0, [summary.Value(tag=f"plots/{name}", image=image)])
 
     def close(self) -> None:
         """See `Writer`."""
         for writer, _ in self._sections.values():
             writer.close()
+
+    def _replace(self, section: str, step: int, values: list) -> None:
+        shutil.rmtree(self._root / section, ignore_errors=True)
+        writer = self._make_writer(self._root / section)
+        self._add(writer, step, values)
+        writer.close()
 
     def _make_writer(self, folder: pathlib.Path) -> Any:
         # Not SummaryWriter: after its `flush`, a kill still loses events that wait in its thread.
@@ -90,14 +108,17 @@ class TensorBoard:
         return files.EventsWriter(str(folder / "events"), f".{number:06d}")
 
     @staticmethod
-    def _add(writer, section: str, step: int, values: Mapping[str, float]) -> None:
+    def _scalars(section: str, values: Mapping[str, float]) -> list:
+        value_of = importlib.import_module("tensorboardX.proto.summary_pb2").Summary.Value
+        return [value_of(tag=f"{section}/{n}", simple_value=v) for n, v in values.items()]
+
+    @staticmethod
+    def _add(writer, step: int, values: list) -> None:
         event, summary = (
             importlib.import_module(f"tensorboardX.proto.{name}_pb2")
             for name in ("event", "summary")
         )
-        value_of = summary.Summary.Value
-        listed = [value_of(tag=f"{section}/{n}", simple_value=v) for n, v in values.items()]
-        summary = summary.Summary(value=listed)
+        summary = summary.Summary(value=values)
         writer.write_event(event.Event(wall_time=time.time(), step=step, summary=summary))
         writer.flush()
 
@@ -165,6 +186,10 @@ class WeightsAndBiases:
         """See `Writer`."""
         self._run.summary.update({f"table/{n}": v for n, v in ({"step": step} | figures).items()})
 
+    def write_plot(self, name: str, png: pathlib.Path) -> None:
+        """See `Writer`."""
+        self._run.log({f"plots/{name}": _import("wandb").Image(str(png))})
+
     def close(self) -> None:
         """See `Writer`."""
         self._run.finish()
@@ -228,3 +253,10 @@ def log_figures(step: int, figures: Mapping[str, float]) -> None:
     """Writes the figures of a table to all open writers."""
     for writer in _open:
         writer.write_figures(step, figures)
+
+
+def log_plot(png: str | os.PathLike) -> None:
+    """Shows a PNG file, by its name without the suffix, in all open writers."""
+    path = pathlib.Path(png)
+    for writer in _open:
+        writer.write_plot(path.stem, path)

@@ -1,11 +1,13 @@
 """Metrics reach TensorBoard and wandb once each, whatever is killed and resumed."""
 
 import json
+import pathlib
 import sys
 import types
 
 import pytest
 
+from tda.reports import plots
 from tda.runtime import metrics, progress
 
 
@@ -49,6 +51,22 @@ def test_the_figures_of_a_later_table_replace_the_earlier(tmp_path):
     assert read_scalars(tmp_path / "tensorboard" / "table") == [(7, "table/mrr/bm25", 0.5)]
 
 
+def test_a_plot_that_is_drawn_is_shown_in_the_place_of_the_last(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for y in (1.0, 2.0):
+        with metrics.writing("tensorboard,wandb", tmp_path, {}):
+            line = plots.Line("a", [0.0, 1.0], [0.0, y])
+            png, _ = plots.draw(tmp_path / "costs", [plots.Panel("MRR", [line])], "cost")
+    (event,) = metrics.TensorBoard.read_events(tmp_path / "tensorboard" / "plots" / "costs")
+    (value,) = event.summary.value
+    content = pathlib.Path(png).read_bytes()
+    assert value.tag == "plots/costs" and value.image.encoded_image_string == content
+    height, width, _ = pytest.importorskip("matplotlib.image").imread(png).shape
+    assert (value.image.width, value.image.height) == (width, height)
+    assert fake.logged == [{"plots/costs": str(tmp_path / "costs.png")}] * 2
+
+
 def test_a_progress_bar_logs_its_rate(tmp_path):
     with metrics.writing("tensorboard", tmp_path, {}):
         with progress.bar(40, "encode corpus", "token", done=10) as bar:
@@ -64,6 +82,9 @@ class FakeWandb(types.SimpleNamespace):
 
     def __init__(self):
         super().__init__(inits=[], logged=[], axes=set(), summary={}, finished=0)
+
+    def Image(self, path):
+        return path
 
     def init(self, **arguments):
         self.inits.append(arguments)
