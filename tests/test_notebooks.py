@@ -65,7 +65,6 @@ def test_results_are_read_in_pandas(monkeypatch):
     assert f"{means.loc['trackstar', 'reciprocal']:.3f}" in stored
 
 
-@pytest.mark.slow
 def test_an_own_model_is_traced_to_the_sentence_that_states_the_fact():
     names, printed = run("own_nnx_model")
     for (_, country, city), answer in zip(names["questions"], names["traced"], strict=True):
@@ -73,7 +72,6 @@ def test_an_own_model_is_traced_to_the_sentence_that_states_the_fact():
         assert f"the main city of {country} → {city}" in printed
 
 
-@pytest.mark.slow
 def test_a_pretrained_model_is_asked_twice(tmp_path, monkeypatch):
     files_of_the_pages(tmp_path)
     monkeypatch.chdir(tmp_path)
