@@ -39,6 +39,7 @@ def get_config(size: str = "full"):
     c.train.learning_rate = 3e-3
     c.projection.side = 16
     c.projection.pooling = "matrix"
+    c.store.dtype = "float32"
     c.counterfactual.epochs = 2.0
     c.counterfactual.tokens_per_batch = 512
     c.counterfactual.learning_rate = 1e-3

@@ -39,6 +39,7 @@ def get_config():
     c.store.shard_bytes = 32 << 20
     c.projection.pooling = "matrix"
     c.projection.side = 8
+    c.store.dtype = "float32"
     # The committed figures were made with it.
     c.hessian.damping = 1e-3
     # A step, or an answer, takes seconds.

@@ -124,7 +124,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     # The store.
     "store.dtype": (
-        "float32",
+        "int8",
         "float32, bfloat16, int8, 4bit, 3bit, 2bit (bits with a scale for every 64 numbers), or "
         "none: no store, the corpus is encoded while it is searched, and once more for R unless R "
         "is sampled",

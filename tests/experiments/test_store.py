@@ -25,6 +25,7 @@ def config(tmp_path_factory):
     c = make_config(tmp_path_factory.mktemp("store"))
     c.methods = "trackstar,grad_cos"
     c.eval.tail_patch_queries = 0
+    c.store.dtype = "float32"
     c.store.shard_bytes = 512
     return c
 
