@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-OURS = {"tda", "experiments", "configs", "benchmarks", "tests"}
+OURS = {"tda", "experiments", "configs", "benchmarks", "tests", "docs"}
 # Imported by another name than they are installed by; the environment knows the others.
 NAMES = {"PIL": "pillow", "transformers": "transformers", "torch": "torch"}
 
