@@ -1,7 +1,9 @@
 """The bank and the board of a run, from a config to a table."""
 
+import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -215,8 +217,24 @@ def test_tasks_joined_processes_and_workers_write_the_same_bank(tmp_path):
     pytest.importorskip("ray")
     flags = "--engine=ray", "--workers=2", "--worker_resources=CPU=0.5"
     driver = start(config, tmp_path / "ray", *flags)
+    while not list(tmp_path.glob("ray/**/retrainings/*/*.npz")):
+        assert driver.poll() is None
+        time.sleep(0.02)
+    os.kill(find_worker(driver.pid), signal.SIGKILL)
     assert driver.wait() == 0, driver.stderr.read()
     check(tmp_path / "ray")
+
+
+def find_worker(driver):
+    """Returns a worker of the Ray cluster that a process has started."""
+    parents, workers = {}, []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            number, text = int(process.name), (process / "stat").read_text()
+            parents[number] = int(text.rpartition(")")[2].split()[1])
+            if b"ray::Worker" in (process / "cmdline").read_bytes():
+                workers.append(number)
+    return next(worker for worker in workers if parents.get(parents[worker]) == driver)
 
 
 @pytest.mark.parametrize(
