@@ -53,11 +53,8 @@ flags.declare_key_flag("plugin")
 flags.declare_key_flag("compilation_cache")
 
 # Arguments of `tda.trace` that are flags here, some by another name.
-_FLAG_OF = {"k": "top_k", "sample": "moments"} | {
-    name: name
-    for name in ("method", "correction", "context", "tokens_per_batch", "joiner")
-    + ("text_field", "id_field")
-}
+_SAME = "method correction context tokens_per_batch joiner text_field id_field".split()
+_FLAG_OF = {"k": "top_k", "sample": "moments"} | dict(zip(_SAME, _SAME, strict=True))
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_FLAG_OF)})=(?:'([^']*)')?")
 
 
@@ -66,12 +63,8 @@ def main(_):
     try:
         run(pathlib.Path(WORKDIR.value))
     except ValueError as error:
-        raise ValueError(with_flags(str(error))) from error
-
-
-def with_flags(message: str) -> str:
-    """Returns a message of `tda.trace` with this program's flags in place of its arguments."""
-    return _ARGUMENT.sub(lambda m: f"--{_FLAG_OF[m[1]]}={m[2] or ''}", message)
+        told = _ARGUMENT.sub(lambda m: f"--{_FLAG_OF[m[1]]}={m[2] or ''}", str(error))
+        raise ValueError(told) from error
 
 
 def run(directory: pathlib.Path) -> None:
