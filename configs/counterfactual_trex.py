@@ -33,6 +33,7 @@ def get_config():
     c.train.learning_rate = 3e-3
     c.projection.side = 16
     c.projection.pooling = "matrix"
+    # The committed figures were made with it.
     c.store.dtype = "float32"
     c.counterfactual.epochs = 1.0
     c.counterfactual.warmup = 5

@@ -39,6 +39,7 @@ def get_config(size: str = "full"):
     c.train.learning_rate = 3e-3
     c.projection.side = 16
     c.projection.pooling = "matrix"
+    # The committed figures were made with it.
     c.store.dtype = "float32"
     c.counterfactual.epochs = 2.0
     c.counterfactual.tokens_per_batch = 512

@@ -25,6 +25,7 @@ def get_config():
     c.projection.side = 64
     c.projection.blocks = 8
     c.gradients.tokens_per_batch = 1 << 20
+    # As the paper's.
     c.store.dtype = "float32"
     c.store.shard_bytes = 4 << 30
     # No more than the chips of a host: each host then has a copy of the model and encodes alone.

@@ -39,9 +39,9 @@ def get_config():
     c.store.shard_bytes = 32 << 20
     c.projection.pooling = "matrix"
     c.projection.side = 8
-    c.store.dtype = "float32"
-    # The committed figures were made with it.
+    # The committed figures were made with these.
     c.hessian.damping = 1e-3
+    c.store.dtype = "float32"
     # A step, or an answer, takes seconds.
     c.eval.tail_patch_queries = 30
     c.eval.sampled_queries = 10

@@ -40,13 +40,10 @@ def kind_of(text: str, claim: Claim, is_stated: bool) -> str:
         return "states"
     query, words = _read(claim), set(words_of(text))
     named = [bool(entity(text)) for entity in query.entities]
-    in_part = [any(share(name, words) >= _PRESENT for name in names) for names in query.names]
-    with_last = [
-        any(share(name, words) >= _PRESENT and name[-1] in words for name in names)
-        for names in query.names
-    ]
+    in_part = [[n for n in names if share(n, words) >= _PRESENT] for names in query.names]
     subject, target = (
-        is_named or is_partial for is_named, is_partial in zip(named, with_last, strict=True)
+        is_named or any(name[-1] in words for name in partial)
+        for is_named, partial in zip(named, in_part, strict=True)
     )
     fits = {
         "part": any(named) and subject and target,
