@@ -112,7 +112,7 @@ def check_rerank(
     is_exact = parse_correction(settings.moments.correction)[0] == "adam"
     if is_exact and any(m.corrected and m.hessian == "train" for m in methods):
         raise ValueError(f"rerank={rerank}: {NOT_FACTORED}")
-    check_sites(settings.model, settings.sites())
+    check_sites(settings.sites())
 
 
 def check_model(model: Any) -> None:

@@ -1,13 +1,13 @@
 """The factors of examples' gradients: each layer's inputs x, and its outputs' gradients δ.
 
 The gradient of a layer y = x W is G = Σ_t x_t δ_tᵀ. T·(M + N) numbers hold it exactly, where the
-M × N of G itself are many more; `tda.gradients.pair_products` takes inner products from them.
+M × N of G itself are many more; `tda.gradients.pair_products` takes inner products from them. A
+table that looks up rows has their numbers instead of x (`tda.gradients.outer_products`).
 One backward pass gives the factors of all layers and examples, as it gives a tap's projections.
 """
 
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,10 @@ from tda.gradients import layers, taps, unseen
 from tda.gradients import projection as projections
 from tda.gradients.batch_mates import is_local
 from tda.gradients.first_batch import TapsCheck
+from tda.gradients.outer_products import Factors, Terms, einsum, multiply
 from tda.gradients.sites import Site, module_at
 from tda.model import functional
 from tda.runtime import sharding
-
-
-class Factors(NamedTuple):
-    """The gradients of examples at one site, as sums of outer products."""
-
-    inputs: jax.Array  # x, float32 [(L,) B, S, M]; S is the layer's positions
-    deltas: jax.Array  # δ, float32 [(L,) B, S, N]
 
 
 class GradientFactors:
@@ -36,13 +30,17 @@ class GradientFactors:
 
     Args:
         model: any NNX model.
-        sites: the matrices, which must have taps and be no tables of tokens.
+        sites: the matrices and tables, which must have taps.
         output: as in `tda.gradients.encoder.make_encoder`.
         mesh: devices that the parameters are laid out on; None leaves them where they are.
 
     Raises:
-        ValueError: a site has no tap, or looks up rows; with a batch, the factors do not give the
-            gradient (a layer that is called twice, a parameter that no tap sees).
+        ValueError: a site has no tap; with a batch, the factors do not give the gradient (a layer
+            that is called twice, a parameter that no tap sees).
+
+    Attributes:
+        sites: the sites.
+        tables: the paths of those that hold a table.
     """
 
     def __init__(
@@ -54,9 +52,12 @@ class GradientFactors:
     ):
         watched = nnx.clone(model)
         modules = dict(nnx.iter_modules(watched))
-        check_sites(model, sites)
+        check_sites(sites)
         self.sites = tuple(sites)
-        is_head = any(s.group == "head" for s in sites)
+        tables = {s.path: layers.table(type(modules[s.module])) for s in sites}
+        tables = {path: table for path, table in tables.items() if table is not None}
+        self.tables = frozenset(tables)
+        is_head = any(s.group == "head" for s in sites) or any(t.attend for t in tables.values())
         output_fn = losses.output(output) if isinstance(output, str) else None
         example_losses = losses.of_examples(output) if isinstance(output, str) else output
 
@@ -72,7 +73,12 @@ class GradientFactors:
             module = modules[site.module]
             layers.wrap_calls(module, _watch_call)
             empty = jnp.zeros((*site.stack_shape, 1))
-            module.tda_factors = nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
+            module.tda_factors = nnx.Dict(
+                {
+                    use: nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
+                    for use in self._uses(site)
+                }
+            )
             module.tda_path = site.path
         graphdef, *states = nnx.split(watched, taps.Zeros, ...)
         templates, variables = map(nnx.to_pure_dict, states)
@@ -86,7 +92,7 @@ class GradientFactors:
             )
         search = unseen.make_search(model, list(sites))
 
-        def factors(variables: dict, batch) -> dict[str, Factors]:
+        def factors(variables: dict, batch) -> dict[str, Terms]:
             unseen.refuse(search(total, batch))
 
             def total_with(zeros):
@@ -99,23 +105,43 @@ class GradientFactors:
             finally:
                 _SHAPES.reset(token)
             zeros = jax.tree.map(lambda x: x, templates)
+            B = unseen.count_examples(batch)
             for site in sites:
-                # A layer that is not called has a gradient of zeros.
-                B = unseen.count_examples(batch)
-                none = (B, 1, site.rows), (B, 1, site.columns)
-                for name, shape in zip(Factors._fields, shapes.get(site.path, none), strict=True):
-                    at = module_at(zeros, site)["tda_factors"]
-                    at[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
+                first = self._uses(site)[0]
+                if not any((site.path, use) in shapes for use in self._uses(site)):
+                    # A layer that is not called has a gradient of zeros.
+                    rows = 1 if site.path in self.tables else site.rows
+                    shapes[site.path, first] = (B, 1, rows), (B, 1, site.columns)
+                for use in self._uses(site):
+                    for name, shape in zip(
+                        Factors._fields, shapes.get((site.path, use), ()), strict=False
+                    ):
+                        at = module_at(zeros, site)["tda_factors"][use]
+                        at[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
             cotangents = jax.grad(total_with)(zeros)
-            return {s.path: Factors(**module_at(cotangents, s)["tda_factors"]) for s in sites}
+            return {
+                s.path: tuple(
+                    _term(s, use, **module_at(cotangents, s)["tda_factors"][use])
+                    for use in self._uses(s)
+                    if (s.path, use) in shapes
+                )
+                for s in sites
+            }
 
         self._compiled, self._variables = jax.jit(factors), variables
         # The decoder calls each layer once, and so its factors are known to be right.
         is_known = isinstance(output, str) and losses.has_separate_head(model)
         self._check = None if is_known else _Check(model, sites, example_losses)
 
-    def __call__(self, batch) -> dict[str, Factors]:
-        """Returns the factors of every site by path.
+    def _uses(self, site: Site) -> tuple[str, ...]:
+        return ("look_up", "attend") if site.path in self.tables else ("product",)
+
+    def shapes(self, batch) -> dict[str, Terms]:
+        """Returns the shapes of a batch's factors; the batch may have shapes alone."""
+        return jax.eval_shape(self._compiled, self._variables, batch)
+
+    def __call__(self, batch) -> dict[str, Terms]:
+        """Returns the factors of every site by path: one pair, or two of a tied table.
 
         Args:
             batch: a tree of arrays, the examples first; {"tokens", "targets", "weights"} for an
@@ -128,18 +154,29 @@ class GradientFactors:
         return factors
 
 
-def check_sites(model: nnx.Module, sites: Sequence[Site]) -> None:
+def check_sites(sites: Sequence[Site]) -> None:
     """Checks that the gradient of every site has factors; see `GradientFactors`."""
-    modules = dict(nnx.iter_modules(model))
-    refused = [
-        s.path for s in sites if not s.tapped or layers.table(type(modules[s.module])) is not None
-    ]
+    refused = [s.path for s in sites if not s.tapped]
     if refused:
         raise ValueError(
             f"{', '.join(refused)}: gradients without projection are those of layers that "
-            "multiply their input by a matrix; leave these parameters out (exclude=, include=, "
-            "untapped='leave')"
+            "multiply their input by a matrix, or look up its rows; leave these parameters out "
+            "(exclude=, include=, untapped='leave')"
         )
+
+
+def _term(site: Site, use: str, inputs, deltas) -> Factors:
+    """Returns the factors that one use of a parameter gave."""
+    if use == "attend":
+        # y = x Wᵀ has the gradient Σ_t δ_t x_tᵀ.
+        return Factors(deltas, inputs)
+    if use == "product":
+        return Factors(inputs, deltas)
+    numbers = inputs.astype(jnp.int32)
+    numbers = jnp.where(numbers < 0, numbers + site.rows, numbers)
+    # A number beyond the table (of padding, say) looks up no row, so no row has its gradient.
+    is_row = (numbers >= 0) & (numbers < site.rows)
+    return Factors(jnp.where(is_row, numbers, 0), jnp.where(is_row, deltas, 0))
 
 
 # Shapes of the watched layers' inputs and outputs by path, while a trace collects them.
@@ -149,22 +186,25 @@ _keep_both = taps.identity_with_rule(lambda d, x: (x, d.astype(jnp.float32)))
 
 def _watch_call(layer, use: str, call, inputs):
     """Calls a layer and keeps its input and its output's gradient (`layers.wrap_calls`)."""
-    del use  # always a product: tables of tokens are refused
 
     def change(y_BxSxN, x_BxSxM):
         shapes = _SHAPES.get(None)
         if shapes is not None:
-            pair = x_BxSxM.shape, y_BxSxN.shape
-            if shapes.setdefault(layer.tda_path, pair) != pair:
+            pair, key = (x_BxSxM.shape, y_BxSxN.shape), (layer.tda_path, use)
+            if shapes.setdefault(key, pair) != pair:
                 raise ValueError(
                     f"{layer.tda_path} is called several times, with inputs of "
-                    f"{list(shapes[layer.tda_path][0])} and {list(pair[0])}: its gradient has "
+                    f"{list(shapes[key][0])} and {list(pair[0])}: its gradient has "
                     "no single pair of factors; leave it out (exclude=)"
                 )
             return y_BxSxN
-        zeros = tuple(layer.tda_factors[name][...] for name in Factors._fields)
+        zeros = tuple(layer.tda_factors[use][name][...] for name in Factors._fields)
         return _keep_both(y_BxSxN, zeros, jax.lax.stop_gradient(x_BxSxM).astype(jnp.float32))
 
+    if use == "look_up":
+        # As cotangents, numbers of rows are float32, which is exact up to 2²⁴ rows.
+        numbers_BxSx1 = inputs.reshape(inputs.shape[0], -1, 1).astype(jnp.float32)
+        return layers.change_rows(layer, call, inputs, lambda y: change(y, numbers_BxSx1))
     return layers.change_product(layer, call, inputs, change)
 
 
@@ -181,13 +221,14 @@ class _Check:
         self._taps = encoders.make_taps(sites, self._projection, None)
         self._check = TapsCheck(model, example_losses, self._projection, self._taps)
 
-    def __call__(self, batch, factors: dict[str, Factors]) -> None:
-        projected = {}
-        for site, tap in self._taps.items():
-            x, d = factors[site.path]
-            x = jnp.einsum("...bsm,...mp->...bsp", x, tap.left, precision="highest")
-            d = jnp.einsum("...bsn,...nq->...bsq", d, tap.right, precision="highest")
-            projected[site] = jnp.einsum("...bsp,...bsq->...bpq", x, d, precision="highest")
+    def __call__(self, batch, factors: dict[str, Terms]) -> None:
+        projected = {
+            site: sum(
+                einsum("...sp,...sq->...pq", multiply(x, tap.left), multiply(d, tap.right))
+                for x, d in factors[site.path]
+            )
+            for site, tap in self._taps.items()
+        }
         layout = projections.layout(list(self._sites), self._projection)
         encodings_BxE = sharding.to_host(projections.pool(layout, projected))
         if wrong := self._check.wrong_paths(batch, encodings_BxE):

@@ -163,6 +163,29 @@ def change_product(layer: nnx.Module, call: Callable, inputs, change: Callable):
     return back(change(y_BxTxN, known_product.inputs(inputs)))
 
 
+def change_rows(layer: nnx.Module, call: Callable, ids, change: Callable):
+    """Calls an embedding and changes the rows that it looks up.
+
+    Args:
+        layer: a layer of a class that holds a table.
+        call, ids: the arguments that `wrap_calls` passes to `around`; ids: row numbers [B, …].
+        change: a function from rows [B, T', N] to new rows.
+    """
+
+    def changed(rows):
+        y_BxTxN, back = product(layer).outputs(rows)
+        return back(change(y_BxTxN))
+
+    if known(type(layer)) is nnx.Embed:
+        return changed(call(layer, ids))
+    # Another class may scale or shift its rows, so it gets a table of just these rows, changed.
+    parameter = table(type(layer)).parameter
+    rows = changed(getattr(layer, parameter)[...][ids])
+    graphdef, state = nnx.split(layer)
+    state[parameter] = state[parameter].replace(rows.reshape(-1, rows.shape[-1]))
+    return call(nnx.merge(graphdef, state), jnp.arange(ids.size).reshape(ids.shape))
+
+
 def changes_parameters(module: nnx.Module) -> bool:
     """Returns whether `module` changes its layers' parameters before it calls them."""
     return isinstance(module, _CHANGING)

@@ -10,12 +10,17 @@ factor of two on CPUs):
     half    S·M·N a passage, T·M·N a pair: the passage's is formed
     whole   S·M·N a passage, T·M·N a query, M·N a pair: both are; only where every passage of a
             batch is compared with every query
+
+A table that only looks up rows has S·T·N a pair, and its gradient is never formed: a metric's part
+of a row is applied to that row's δ, so that even one that weighs every number leaves a sum of outer
+products. A tied table has all four products of its two sums (`tda.gradients.outer_products`).
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +29,21 @@ import numpy as np
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients import kronecker
-from tda.gradients.factors import Factors, GradientFactors
+from tda.gradients.factors import GradientFactors
 from tda.gradients.moments.second_moments import Scale
+from tda.gradients.outer_products import (
+    Factors,
+    Size,
+    Terms,
+    einsum,
+    form,
+    forming,
+    matrix_numbers,
+    multiply,
+    products,
+    second_moments,
+    sizes_of,
+)
 from tda.gradients.sites import Site
 from tda.runtime import host_blas, sharding
 
@@ -48,7 +66,8 @@ class SiteMetric:
     Attributes:
         scales: a sum of outer products by which every number is multiplied first: [(L,) R, M] and
             [(L,) R, N].
-        bases: matrices that rows and columns are then multiplied by: [(L,) M, M] and [(L,) N, N].
+        bases: matrices that rows and columns are then multiplied by: [(L,) M, M] and [(L,) N, N];
+            of a table's rows a diagonal, [(L,) M].
         weights: what every number is multiplied by last: [(L,) M, N].
     """
 
@@ -96,7 +115,7 @@ def whitened(
 
     Args:
         metric: without weights, from `identity` or `corrected`.
-        moments: A = E[G Gᵀ] and B = E[Gᵀ G] by path, under `metric`, from `add_moments`.
+        moments: A = E[G Gᵀ] and B = E[Gᵀ G] by path, under `metric`, from `fit_moments`.
         damping: added to A and B, in mean eigenvalues of each.
 
     Raises:
@@ -107,11 +126,15 @@ def whitened(
         if m.weights is not None:
             raise ValueError(NOT_FACTORED)
         A, B = moments[path]
-        trace = np.trace(A, axis1=-2, axis2=-1)[..., None, None]
+        trace = np.trace(B, axis1=-2, axis2=-1)[..., None, None]
         if not (trace > 0).all():
             raise ValueError(f"{path} has no R: all gradients of the sample vanish")
         with host_blas.one_thread():
-            left, right = _inverse_root(A / trace, damping), _inverse_root(B / trace, damping)
+            right = _inverse_root(B / trace, damping)
+            if A.ndim < B.ndim:
+                left = _inverse_root_of_diagonal(A / trace[..., 0], damping)
+            else:
+                left = _inverse_root(A / trace, damping)
         # R is A ⊗ B / tr A, so that E‖G‖² is its trace; left and right here are those of A / tr A.
         bases = jnp.asarray(left, jnp.float32), jnp.asarray(right / np.sqrt(trace), jnp.float32)
         whitened_metric[path] = dataclasses.replace(m, bases=bases)
@@ -126,47 +149,87 @@ def _inverse_root(A: np.ndarray, damping: float) -> np.ndarray:
     return np.einsum("...mk,...k,...nk->...mn", vectors, values**-0.5, vectors)
 
 
+def _inverse_root_of_diagonal(a: np.ndarray, damping: float) -> np.ndarray:
+    """Returns `_inverse_root` of a diagonal matrix as a diagonal, float64 [(L,) M]."""
+    a = np.asarray(a, np.float64)
+    return (a + damping * a.mean(-1, keepdims=True)) ** -0.5
+
+
 @jax.jit
-def transform(metric: Metric, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Applies scales and bases of a metric to factors; scales give R copies of every position."""
+def transform(metric: Metric, factors: dict[str, Terms]) -> dict[str, Terms]:
+    """Applies scales and bases of a metric to factors; scales give R copies of every position.
+
+    Weights are applied to rows that are looked up, unless the table is tied.
+    """
     return {path: _transform(m, factors[path]) for path, m in metric.items()}
 
 
-def _transform(m: SiteMetric, factors: Factors) -> Factors:
+def _transform(m: SiteMetric, terms: Terms) -> Terms:
+    if terms[0].inputs.ndim == 4:
+        return jax.vmap(_transform)(m, terms)
+    # The gradient of a table that is tied must be formed for weights, with all its terms.
+    at_once = m if _is_looked_up(terms) else dataclasses.replace(m, weights=None)
+    return tuple(_transform_rows(at_once, t) if t.looks_up else _change(m, t) for t in terms)
+
+
+def _change(m: SiteMetric, factors: Factors) -> Factors:
     ends = list(factors)
     for i in range(2):
-        x = ends[i]  # [(L,) B, S, M]
+        x = ends[i]  # [B, S, M]
         if m.scales is not None:
-            copies = x[..., None, :, :] * m.scales[i][..., None, :, None, :]
-            x = copies.reshape(*x.shape[:-2], -1, x.shape[-1])
+            copies = x[:, None] * m.scales[i][:, None]
+            x = copies.reshape(len(x), -1, x.shape[-1])
         if m.bases is not None:
-            x = _einsum("...bsm,...mk->...bsk", x, m.bases[i])
+            basis = m.bases[i]
+            x = x * basis if basis.ndim == 1 else multiply(x, basis)
         ends[i] = x
     return Factors(*ends)
 
 
-def zero_moments(sites: Sequence[Site]) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _transform_rows(m: SiteMetric, rows: Factors) -> Factors:
+    """Applies a metric to δ alone: equal row numbers have equal parts of it."""
+    numbers_BxS, d_BxSxN = rows.inputs[..., 0], rows.deltas
+    if m.scales is not None:
+        left_RxV, right_RxN = m.scales
+        d_BxSxN = d_BxSxN * einsum("rbs,rn->bsn", left_RxV[:, numbers_BxS], right_RxN)
+    if m.bases is not None:
+        left_V, right_NxN = m.bases
+        d_BxSxN = multiply(d_BxSxN * left_V[numbers_BxS][..., None], right_NxN)
+    return rows._replace(deltas=_weighted(m, d_BxSxN, numbers_BxS))
+
+
+def _is_looked_up(terms: Terms) -> bool:
+    """Returns whether a gradient is that of a table's rows alone."""
+    return all(t.looks_up for t in terms)
+
+
+def zero_moments(factors: GradientFactors) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Returns zeros to add moments to, by path."""
 
-    def zeros(site: Site, side: int) -> jax.Array:
-        return jnp.zeros((*site.stack_shape, side, side))
+    def zeros(site: Site) -> tuple[jax.Array, jax.Array]:
+        # V² numbers of a table's rows would not fit. Rows are nearly orthogonal, since few
+        # passages have any two tokens in common.
+        left = (site.rows,) if site.path in factors.tables else (site.rows, site.rows)
+        sides = left, (site.columns, site.columns)
+        return tuple(jnp.zeros((*site.stack_shape, *side)) for side in sides)
 
-    return {s.path: (zeros(s, s.rows), zeros(s, s.columns)) for s in sites}
+    return {s.path: zeros(s) for s in factors.sites}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_moments(sums: dict, factors: dict[str, Factors]) -> dict:
-    """Adds Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i of a batch's transformed factors, by path."""
+def add_moments(sums: dict, factors: dict[str, Terms]) -> dict:
+    """Adds Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i of a batch's transformed factors, by path.
 
-    def add(path: str, pair):
-        x, d = factors[path]
-        # G Gᵀ = Σ_{s,t} x_s ⟨δ_s, δ_t⟩ x_tᵀ: no gradient is formed.
-        kernels = _einsum("...sn,...tn->...st", d, d), _einsum("...sm,...tm->...st", x, x)
-        left = _einsum("...bsm,...bsk->...mk", x, _einsum("...st,...tm->...sm", kernels[0], x))
-        right = _einsum("...bsn,...bsk->...nk", d, _einsum("...st,...tn->...sn", kernels[1], d))
-        return pair[0] + left, pair[1] + right
+    Of a table the diagonal of Σ_i G_i G_iᵀ is added.
+    """
 
-    return {path: add(path, pair) for path, pair in sums.items()}
+    def add(pair, terms: Terms):
+        if terms[0].inputs.ndim == 4:
+            return jax.vmap(add)(pair, terms)
+        rows = len(pair[0]) if pair[0].ndim == 1 else None
+        return jax.tree.map(jnp.add, pair, second_moments(terms, rows))
+
+    return {path: add(pair, factors[path]) for path, pair in sums.items()}
 
 
 def fit_moments(
@@ -177,8 +240,11 @@ def fit_moments(
     rows: np.ndarray,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns E[G Gᵀ] and E[Gᵀ G] of the gradients of a table's rows under a metric, by path."""
-    sums = zero_moments(factors.sites)
+    """Returns E[G Gᵀ] and E[Gᵀ G] of the gradients of some sequences under a metric, by path.
+
+    E[G Gᵀ] is [(L,) M, M]; of a table of tokens or positions its diagonal, [(L,) M].
+    """
+    sums = zero_moments(factors)
     for batch in layout.batches(table, rows):
         changed = transform(metric, factors(layout.put(batch.arrays())))
         sums = add_moments(sums, changed)
@@ -188,19 +254,22 @@ def fit_moments(
 
 
 @jax.jit
-def norms(metric: Metric, factors: dict[str, Factors]) -> jax.Array:
+def norms(metric: Metric, factors: dict[str, Terms]) -> jax.Array:
     """Returns ‖C^(1/2) G_i‖ of transformed factors, float32 [B]."""
 
-    def of_layer(m: SiteMetric, passages: Factors, _):
-        def of_passage(x_SxM, d_SxN):
-            (S, M), N = x_SxM.shape, d_SxN.shape[1]
-            if m.weights is None and S * (M + N) < M * N:
-                kernels = _einsum("sm,tm->st", x_SxM, x_SxM), _einsum("sn,tn->st", d_SxN, d_SxN)
-                return jnp.sum(kernels[0] * kernels[1])
-            return jnp.sum(jnp.square(_weighted(m, _einsum("sm,sn->mn", x_SxM, d_SxN))))
+    def of_layer(m: SiteMetric, passages: Terms, _):
+        sizes = sizes_of(passages)
+        is_ghost = _ghost(1, sizes, sizes, m) < forming(sizes)
 
-        S, M, N = _shape(passages)
-        return _map(of_passage, passages, min(M * N, S * S) + S * (M + N))
+        def of_passage(passage: Terms):
+            if is_ghost:
+                return products(passage, jax.tree.map(lambda x: x[None], passage))[0]
+            return jnp.sum(jnp.square(_weighted(m, form(passage))))
+
+        S = sum(z.positions for z in sizes)
+        numbers = sum(z.positions * (z.rows + z.columns) for z in sizes)
+        numbers += S * S if is_ghost else matrix_numbers(sizes)
+        return _map(of_passage, (passages,), numbers)
 
     squares_B = _sum_over_sites(metric, factors, None, of_layer)
     return jnp.sqrt(jnp.maximum(squares_B, 0.0))
@@ -208,7 +277,7 @@ def norms(metric: Metric, factors: dict[str, Factors]) -> jax.Array:
 
 @jax.jit
 def listed_products(
-    metric: Metric, passages: dict[str, Factors], queries: dict[str, Factors], lists_BxU: jax.Array
+    metric: Metric, passages: dict[str, Terms], queries: dict[str, Terms], lists_BxU: jax.Array
 ) -> jax.Array:
     """Returns products of each passage with queries of its own, float32 [B, U].
 
@@ -218,38 +287,34 @@ def listed_products(
         lists_BxU: numbers of queries.
     """
 
-    def of_layer(m: SiteMetric, passages: Factors, queries: Factors):
-        def of_passage(x_SxM, d_SxN, list_U):
-            return _products(m, x_SxM, d_SxN, queries.inputs[list_U], queries.deltas[list_U])
+    def of_layer(m: SiteMetric, passages: Terms, queries: Terms):
+        def of_passage(passage: Terms, list_U):
+            return _products(m, passage, jax.tree.map(lambda x: x[list_U], queries))
 
-        (S, M, N), (T, _, _) = _shape(passages), _shape(queries)
-        numbers = lists_BxU.shape[1] * T * (S + M + N)
-        return _map(of_passage, (*passages, lists_BxU), numbers)
+        S = sum(z.positions for z in sizes_of(passages))
+        each = sum(z.positions * (S + z.rows + z.columns) for z in sizes_of(queries))
+        return _map(of_passage, (passages, lists_BxU), lists_BxU.shape[1] * each)
 
     return _sum_over_sites(metric, passages, queries, of_layer)
 
 
 @jax.jit
-def all_products(
-    metric: Metric, passages: dict[str, Factors], queries: dict[str, Factors]
-) -> jax.Array:
+def all_products(metric: Metric, passages: dict[str, Terms], queries: dict[str, Terms]):
     """Returns products of all passages with all queries, float32 [B, Q]; see `listed_products`."""
 
-    def of_layer(m: SiteMetric, passages: Factors, queries: Factors):
-        (S, M, N), (T, _, _) = _shape(passages), _shape(queries)
-        B, Q = len(passages.inputs), len(queries.inputs)
-        if _both_formed(B, Q, S, T, M, N) > B * min(_ghost(Q, S, T, M, N, m), _half(Q, S, T, M, N)):
-            return _map(
-                lambda x_SxM, d_SxN: _products(m, x_SxM, d_SxN, *queries),
-                passages,
-                Q * T * (S + N),
-            )
-        H_QxMxN = _weighted(m, _einsum("qtm,qtn->qmn", *queries))
+    def of_layer(m: SiteMetric, passages: Terms, queries: Terms):
+        sizes = sizes_of(passages), sizes_of(queries)
+        B, Q = len(passages[0].deltas), len(queries[0].deltas)
+        if _both_formed(B, Q, *sizes) > B * min(_ghost(Q, *sizes, m), _half(Q, *sizes)):
+            S = sum(z.positions for z in sizes[0])
+            numbers = sum(z.positions * (S + z.columns) for z in sizes[1])
+            return _map(lambda passage: _products(m, passage, queries), (passages,), Q * numbers)
+        H_QxMxN = _weighted(m, jax.vmap(form)(queries))
 
-        def of_passage(x_SxM, d_SxN):
-            return _einsum("mn,qmn->q", _weighted(m, _einsum("sm,sn->mn", x_SxM, d_SxN)), H_QxMxN)
+        def of_passage(passage: Terms):
+            return einsum("mn,qmn->q", _weighted(m, form(passage)), H_QxMxN)
 
-        return _map(of_passage, passages, M * N, _AT_ONCE)
+        return _map(of_passage, (passages,), matrix_numbers(sizes[0]), _AT_ONCE)
 
     return _sum_over_sites(metric, passages, queries, of_layer)
 
@@ -260,56 +325,59 @@ def operations(
     """Returns the operations of `each` listed products a passage, and of all products by tiles."""
     listed = complete = 0.0
     for path, m in metric.items():
-        shape = *_shape(passages[path])[:1], *_shape(queries[path])
-        *stack, B, _, _ = passages[path].inputs.shape
-        layers, Q = math.prod(stack), queries[path].inputs.shape[-3]
-        listed += layers * B * min(_ghost(each, *shape, m), _half(each, *shape))
+        sizes = sizes_of(passages[path]), sizes_of(queries[path])
+        m = _still_to_apply(m, passages[path])
+        *stack, B, _, _ = passages[path][0].deltas.shape
+        layers, Q = math.prod(stack), queries[path][0].deltas.shape[-3]
+        listed += layers * B * min(_ghost(each, *sizes, m), _half(each, *sizes))
         of_tile = min(
-            _ghost(tile, *shape, m), _half(tile, *shape), _both_formed(B, tile, *shape) / B
+            _ghost(tile, *sizes, m), _half(tile, *sizes), _both_formed(B, tile, *sizes) / B
         )
         complete += layers * B * of_tile * Q / tile
     return listed, complete
 
 
-def _both_formed(B: int, Q: int, S: int, T: int, M: int, N: int) -> int:
-    return (B * S + Q * T + B * Q) * M * N
+def _both_formed(B: int, Q: int, passage: list[Size], query: list[Size]) -> float:
+    return B * forming(passage) + Q * forming(query) + B * Q * matrix_numbers(passage)
 
 
-def _ghost(U: int, S: int, T: int, M: int, N: int, m: SiteMetric) -> float:
-    return math.inf if m.weights is not None else U * S * T * (M + N)
+def _ghost(U: int, passage: list[Size], query: list[Size], m: SiteMetric) -> float:
+    if m.weights is not None:
+        return math.inf
+    pairs = itertools.product(passage, query)
+    return U * sum(a.positions * b.positions * (min(a.rows, b.rows) + a.columns) for a, b in pairs)
 
 
-def _half(U: int, S: int, T: int, M: int, N: int) -> int:
-    return (S + U * T) * M * N
+def _half(U: int, passage: list[Size], query: list[Size]) -> float:
+    return forming(passage) + U * forming(query)
 
 
-def _products(m: SiteMetric, x_SxM, d_SxN, xq_UxTxM, dq_UxTxN):
+def _products(m: SiteMetric, passage: Terms, queries: Terms):
     """Returns products of one passage with U queries, float32 [U]."""
-    (S, M), N, (U, T, _) = x_SxM.shape, d_SxN.shape[1], xq_UxTxM.shape
-    if _ghost(U, S, T, M, N, m) <= _half(U, S, T, M, N):
-        x_SxUxT = _einsum("sm,utm->sut", x_SxM, xq_UxTxM)
-        return _einsum("sut,sut->u", x_SxUxT, _einsum("sn,utn->sut", d_SxN, dq_UxTxN))
+    sizes, U = (sizes_of(passage), sizes_of(queries)), len(queries[0].deltas)
+    if _ghost(U, *sizes, m) <= _half(U, *sizes):
+        return products(passage, queries)
     # Both sides have the weights, and here the passage's gradient has them twice.
-    G_MxN = _weighted(m, _weighted(m, _einsum("sm,sn->mn", x_SxM, d_SxN)))
-    return _einsum("utn,utn->u", _einsum("utm,mn->utn", xq_UxTxM, G_MxN), dq_UxTxN)
+    G_MxN = _weighted(m, _weighted(m, form(passage)))
+    return sum(einsum("utn,utn->u", multiply(b.inputs, G_MxN), b.deltas) for b in queries)
 
 
-def _weighted(m: SiteMetric, G):
-    return G if m.weights is None else G * m.weights
+def _weighted(m: SiteMetric, G, rows=...):
+    return G if m.weights is None else G * m.weights[rows]
 
 
-def _shape(factors: Factors) -> tuple[int, int, int]:
-    """Returns positions, M and N."""
-    return (*factors.inputs.shape[-2:], factors.deltas.shape[-1])
+def _still_to_apply(m: SiteMetric, terms: Terms) -> SiteMetric:
+    """Returns what `transform` left of a metric."""
+    return SiteMetric(weights=None if _is_looked_up(terms) else m.weights)
 
 
-def _map(of_passage, batch, numbers: int, limit: int | None = None):
+def _map(of_passage, batch: tuple, numbers: int, limit: int | None = None):
     """Maps a function over passages, each device over its own; see `sharding.map_in_portions`."""
     if limit is None:
         # CPUs are fastest one passage at a time, whose product with all its queries is large.
         limit = _AT_ONCE if sharding.is_accelerated() else 0
     return sharding.map_in_portions(
-        lambda arrays: jax.vmap(jax.vmap(of_passage))(*arrays), tuple(batch), numbers, limit
+        lambda arrays: jax.vmap(jax.vmap(of_passage))(*arrays), batch, numbers, limit
     )
 
 
@@ -317,9 +385,9 @@ def _sum_over_sites(metric: Metric, passages: dict, queries: dict | None, of_lay
     """Sums a function of (metric, passages, queries) of a layer over all sites and their layers."""
     total = jnp.float32(0)
     for path, m in metric.items():
-        weights = SiteMetric(weights=m.weights)
-        layer = weights, passages[path], None if queries is None else queries[path]
-        if passages[path].inputs.ndim == 3:
+        m = _still_to_apply(m, passages[path])
+        layer = m, passages[path], None if queries is None else queries[path]
+        if passages[path][0].inputs.ndim == 3:
             total = total + of_layer(*layer)
         else:
             out = jax.eval_shape(of_layer, *jax.tree.map(lambda x: x[0], layer))
@@ -328,7 +396,3 @@ def _sum_over_sites(metric: Metric, passages: dict, queries: dict | None, of_lay
             )
             total = total + summed[0]
     return total
-
-
-# Products of lower precision than float32 would differ by more than near candidates do.
-_einsum = functools.partial(jnp.einsum, precision="highest")

@@ -16,8 +16,9 @@ import numpy as np
 
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
-from tda.gradients import pair_products
-from tda.gradients.factors import Factors, GradientFactors
+from tda.gradients import outer_products, pair_products
+from tda.gradients.factors import GradientFactors
+from tda.gradients.outer_products import Terms
 from tda.gradients.pair_products import Metric
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
@@ -102,9 +103,7 @@ class PairScorer:
         memory: int,
     ):
         self._factors, self._metrics, self._layout = factors, metrics, layout
-        widths = [(s.stack or 1) * (s.rows + s.columns) for s in factors.sites]
-        self._positions = max(1, memory // (4 * sum(widths) * len(metrics)))
-        self._tile = max(1, _FORMED // max(s.rows * s.columns for s in factors.sites))
+        self._memory = memory
 
     def score(
         self,
@@ -165,8 +164,22 @@ class PairScorer:
         order = np.argsort(lengths, kind="stable")
         if not len(order):
             return []
-        each = max(1, self._positions // self._padded(lengths))
+        each = max(1, self._memory // self._bytes(self._padded(lengths)))
         return [numbers[order[i : i + each]] for i in range(0, len(order), each)]
+
+    def _bytes(self, length: int) -> int:
+        """Returns the bytes that a query of some positions takes, for all metrics."""
+        factors = self._shapes(length)
+        metrics = [metric for metric, _ in self._metrics.values()]
+        changed = [jax.eval_shape(pair_products.transform, m, factors) for m in metrics]
+        arrays = jax.tree.leaves(changed)
+        return sum(x.size * x.dtype.itemsize for x in arrays) // self._layout.multiple
+
+    def _shapes(self, length: int) -> dict[str, Terms]:
+        """Returns the shapes of the factors of the smallest batch of sequences of a length."""
+        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        shape = self._layout.multiple, length
+        return self._factors.shapes({k: jax.ShapeDtypeStruct(shape, x) for k, x in dtypes.items()})
 
     def _padded(self, lengths: np.ndarray) -> int:
         """Returns the padded length of queries: a bucket's, if one is long enough."""
@@ -177,7 +190,9 @@ class PairScorer:
         """Returns the transformed factors of some queries by metric, all of one padded length."""
         longest = self._padded(queries.lengths_of(numbers) - 1)
         layout = dataclasses.replace(self._layout, bucket_lengths=(longest,))
-        tile = min(self._tile, len(numbers))
+        sizes = map(outer_products.sizes_of, self._shapes(longest).values())
+        largest = max(map(outer_products.matrix_numbers, sizes))
+        tile = min(max(1, _FORMED // max(1, largest)), len(numbers))
         count = -(-len(numbers) // tile) * tile
         arrays: dict[str, Any] = {name: None for name in self._metrics}
         norms = {name: np.ones(count, np.float32) for name in self._metrics}
@@ -191,7 +206,7 @@ class PairScorer:
                 if arrays[name] is None:
                     # Zeros fill up the last tile.
                     arrays[name] = jax.tree.map(
-                        lambda x: np.zeros((*x.shape[:-3], count, *x.shape[-2:]), np.float32),
+                        lambda x: np.zeros((*x.shape[:-3], count, *x.shape[-2:]), x.dtype),
                         changed,
                     )
                 for all_x, x in zip(*map(jax.tree.leaves, (arrays[name], changed)), strict=True):
@@ -247,15 +262,15 @@ class PairScorer:
 class _QuerySide:
     """Transformed factors of Q queries; whole gradients are formed for a tile of them at a time."""
 
-    factors: dict[str, Factors]
+    factors: dict[str, Terms]
     norms: np.ndarray  # float32 [Q]
     tile: int
 
     def products(
-        self, metric: Metric, passages: dict[str, Factors], lists: list[np.ndarray]
+        self, metric: Metric, passages: dict[str, Terms], lists: list[np.ndarray]
     ) -> list[np.ndarray]:
         """Returns the products of each passage with the queries of its list."""
-        B = next(iter(passages.values())).inputs.shape[-3]
+        B = next(iter(passages.values()))[0].deltas.shape[-3]
         calls = -(-max(map(len, lists)) // _LIST)
         listed, complete = pair_products.operations(
             metric, passages, self.factors, calls * _LIST, self.tile

@@ -275,7 +275,7 @@ def _tap_call(layer, use: str, call, inputs):
     if not layer.tda_taps:
         return call(layer, inputs)
     if use == "look_up":
-        return _tap_look_up(layer, call, inputs)
+        return layers.change_rows(layer, call, inputs, lambda y: _tap_rows(layer, y, inputs))
     # A tied head multiplies by the table's transpose: input and output change places.
     transposed = use == "attend"
     return layers.change_product(
@@ -334,27 +334,14 @@ def _by_position(x_BxSxP, zeros_BxT):
     return x_BxSxP.reshape(*zeros_BxT.shape, -1, x_BxSxP.shape[-1])
 
 
-def _tap_look_up(layer, call, inputs):
-    """Taps the rows of a table that `inputs` look up."""
-    if layers.known(type(layer)) is nnx.Embed:
-        return _tap_rows(layer, call(layer, inputs), inputs)
-    # Another class may scale or shift its rows, so it gets a table of just these rows, tapped.
-    parameter = layers.table(type(layer)).parameter
-    rows = _tap_rows(layer, getattr(layer, parameter)[...][inputs], inputs)
-    graphdef, state = nnx.split(layer)
-    state[parameter] = state[parameter].replace(rows.reshape(-1, rows.shape[-1]))
-    return call(nnx.merge(graphdef, state), jnp.arange(inputs.size).reshape(inputs.shape))
-
-
-def _tap_rows(layer, rows, inputs):
+def _tap_rows(layer, y_BxTxN, inputs):
     """Puts a layer's taps on looked-up rows: the product of one-hot rows with the table.
 
     So exact scales need no weight gradient: each position has a row of its own.
     """
-    y_BxTxN, back = layers.product(layer).outputs(rows)
     for zeros, tap in _carried_taps(layer, inputs):
         y_BxTxN = _tap_rows_once(zeros, tap, y_BxTxN, inputs)
-    return back(y_BxTxN)
+    return y_BxTxN
 
 
 def _tap_rows_once(zeros, tap: Tap, y_BxTxN, inputs):

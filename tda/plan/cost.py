@@ -137,12 +137,16 @@ def encoding_operations(model: Model, taps: Iterable[Taps], shapes: Mapping[tupl
 def pair_operations(matrices: Iterable[Matrix], positions: float, query_positions: float) -> float:
     """Returns the operations of one product of whole gradients (`tda.gradients.pair_products`).
 
-    S·T·(M + N) a matrix with S positions of the passage and T of the query, or T·M·N.
+    S·T·(M + N) a matrix with S positions of the passage and T of the query, or T·M·N; of a table
+    S·T·N.
     """
-    return sum(
-        2 * query_positions * m.count * min(positions * (m.rows + m.columns), m.rows * m.columns)
-        for m in matrices
-    )
+
+    def each(m: Matrix) -> float:
+        if m.looked_up:
+            return positions * m.columns
+        return min(positions * (m.rows + m.columns), m.rows * m.columns)
+
+    return sum(2 * query_positions * m.count * each(m) for m in matrices)
 
 
 def batch_shapes(

@@ -148,7 +148,7 @@ def check_run(run: Run) -> None:
     chosen = methods.parse(run.config.methods)
     for method in (chosen | first_stage.first_methods(run.config, chosen)).values():
         if method.retriever == "rerank":
-            check_sites(run.trained.model, run.sites(method.gradients))
+            check_sites(run.sites(method.gradients))
         if not method.takes_gradients:
             continue
         shapes = run.block_shapes(method.gradients)

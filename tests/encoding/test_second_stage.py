@@ -9,14 +9,16 @@ from tests.gradients.test_pair_products import whitener
 from tests.test_api import QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer  # noqa: F401
 
 
-def whole_gradients(model, tokenizer):  # noqa: F811
+def whole_gradients(model, tokenizer, include):  # noqa: F811
     """Those of queries and of passages, float64 [N, M, N] by path."""
     asked = [tokenizer.encode_query(*q[-2:]) for q in QUERIES]
     queries = batch_of([i.tolist() for i, _ in asked], [s for _, s in asked])
     sides = []
     for batch in (queries, batch_of(sequences(tokenizer, TEXTS))):
         gradients = reference.per_example_gradients(model, batch)
-        sides.append({s.path: np.asarray(gradients[s.path], float) for s in find_sites(model)})
+        sides.append(
+            {s.path: np.asarray(gradients[s.path], float) for s in find_sites(model, include)}
+        )
     return sides
 
 
@@ -26,13 +28,16 @@ def cosines(sides):
     return rows[0] @ rows[1].T
 
 
+@pytest.mark.parametrize("include", [None, "."])
 @pytest.mark.parametrize("method", ["grad_cos", "exp4"])
-def test_all_passages_are_ranked_by_whole_gradients(model, tokenizer, method):  # noqa: F811
-    sides = whole_gradients(model, tokenizer)
+def test_all_passages_are_ranked_by_whole_gradients(model, tokenizer, method, include):  # noqa: F811
+    sides = whole_gradients(model, tokenizer, include)
+    assert ("embed/embedding" in sides[0]) == (include == ".")
     if method == "exp4":
-        change = {p: whitener(lambda G: G, x) for p, x in sides[1].items()}
+        change = {p: whitener(lambda G: G, x, "embed" in p) for p, x in sides[1].items()}
         sides = [{p: change[p](x) for p, x in s.items()} for s in sides]
-    result = call(model, tokenizer, method=method, rerank=len(TEXTS), k=len(TEXTS))
+    how = dict(method=method, include=include)
+    result = call(model, tokenizer, rerank=len(TEXTS), k=len(TEXTS), **how)
     for q, scores in enumerate(cosines(sides)):
         by_text = {p.text: p.score for p in result[q].proponents}
         got = [next(x for text, x in by_text.items() if t in text) for t in TEXTS]
@@ -56,7 +61,7 @@ def test_the_first_passages_alone_are_scored_again(model, tokenizer):  # noqa: F
         (dict(rerank=True), "rerank=True"),
         (dict(rerank=9, method="trackstar"), "R without projection is R of the passages"),
         (dict(rerank=9, correction="adam"), "exact Adam correction"),
-        (dict(rerank=9, include="embed"), "multiply their input by a matrix"),
+        (dict(rerank=9, include="bias", untapped="reference"), "multiply their input by a matrix"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, tokenizer, arguments, message):  # noqa: F811

@@ -261,7 +261,7 @@ def test_layers_may_have_attributes_of_any_name(name, kind):
     results = []
     for m in (model, named):
         chosen = find_sites(m, include="inner/kernel")
-        whole = GradientFactors(m, chosen)(batch)["inner/kernel"]
+        (whole,) = GradientFactors(m, chosen)(batch)["inner/kernel"]
         encodings = make_encoder(m, P, include="inner/kernel")(batch)
         results.append((eigenvalues_and_mean_squares(m)[0], encodings, *whole))
     for plain, of_named in zip(*results, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tda.gradients import kronecker, pair_products, reference
+from tda.gradients import kronecker, layers, pair_products, reference
 from tda.gradients.factors import GradientFactors
 from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
 from tda.gradients.pair_products import SiteMetric
@@ -34,6 +34,36 @@ class UserModel(nnx.Module):
         return self.out(jnp.tanh(self.equation(x)))
 
 
+class Tables(nnx.Module):
+    """Tokens, positions, and one more table for each of two layers of a stack."""
+
+    def __init__(self, rngs):
+        self.embed = Scaled(V, D, rngs=rngs)
+        self.position = nnx.Embed(9, D, rngs=rngs)
+        self.layers = nnx.vmap(lambda keys: nnx.Embed(V, D, rngs=keys))(rngs.fork(split=2))
+        self.out = nnx.Linear(D, V, rngs=rngs)
+
+    def __call__(self, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embed(tokens - V) + self.position(positions)  # negative numbers count from the end
+        step = lambda x, table: jnp.cumsum(jnp.tanh(x + table(tokens)), axis=1)  # noqa: E731
+        x = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        return self.out(x)
+
+
+class Scaled(nnx.Module):
+    """A registered table that scales its rows."""
+
+    def __init__(self, rows, width, rngs):
+        self.table = nnx.Param(rngs.normal((rows, width)))
+
+    def __call__(self, ids):
+        return 3.0 * self.table[...][ids]
+
+
+layers.register_embedding(Scaled, "table")
+
+
 class Twice(UserModel):
     """Calls a layer two times, so that its gradient is a sum of two products."""
 
@@ -52,7 +82,7 @@ def whole(model, sites, batch):
 def make_metric(name, sites, gradients):
     """The metric, and C^(1/2) as a function of whole gradients."""
     rng, metric, apply = np.random.default_rng(0), {}, {}
-    for site in sites:
+    for site in kronecker.factored(sites) if name == "ekfac" else sites:
         shape = () if site.stack is None else (site.stack,)
         full = adam_scale(np.exp(rng.normal(size=(*shape, site.rows, site.columns))), 7, 0.9, 1e-3)
         scale = full if name == "adam" else factored_scale(full.full)
@@ -77,16 +107,23 @@ def make_metric(name, sites, gradients):
             dense = np.asarray(scale.dense(), np.float64)
             apply[site.path] = lambda G, s=dense: G * s
     if name.endswith("whitened"):
-        return metric, {p: whitener(apply[p], gradients[p]) for p in apply}
+        tables = {
+            s.path for s in sites if s.group == "embedding" or s.path.startswith("layers/emb")
+        }
+        return metric, {p: whitener(apply[p], gradients[p], p in tables) for p in apply}
     return metric, apply
 
 
-def whitener(apply, gradients):
-    """R^(−1/2) of gradients after `apply`, with R = E[G Gᵀ] ⊗ E[Gᵀ G] / E‖G‖², damped."""
+def whitener(apply, gradients, is_table=False):
+    """R^(−1/2) of gradients after `apply`, with R = E[G Gᵀ] ⊗ E[Gᵀ G] / E‖G‖², damped.
+
+    Of a table E[G Gᵀ] counts as diagonal.
+    """
     G = apply(gradients)
     T = np.swapaxes(G, -1, -2)
     roots = []
-    for moment in ((G @ T).mean(0), (T @ G).mean(0)):
+    rows = (G @ T).mean(0)
+    for moment in (rows * np.eye(rows.shape[-1]) if is_table else rows, (T @ G).mean(0)):
         n = moment.shape[-1]
         mean = np.trace(moment, axis1=-1, axis2=-2)[..., None, None] / n
         values, vectors = np.linalg.eigh(moment + pair_products.DAMPING * mean * np.eye(n))
@@ -95,44 +132,54 @@ def whitener(apply, gradients):
     return lambda x: norm * (roots[0] @ apply(x) @ roots[1])
 
 
-@pytest.fixture(scope="module", params=["scanned", "user's"])
+MODELS = {
+    "user's": lambda decoder: UserModel(nnx.Rngs(0)),
+    "tables": lambda decoder: Tables(nnx.Rngs(0)),
+    "tied, scanned": lambda decoder: decoder(vocab_size=V),
+    "positions": lambda decoder: decoder(vocab_size=V, max_positions=9, tied=False, scan=False),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, decoder, random_batch):
-    """A model's sites, and factors and whole gradients of five passages and three queries."""
-    if request.param == "user's":
-        model = UserModel(nnx.Rngs(0))
-    else:
-        model = decoder()
-    sites = find_sites(model)
+    """A model's factors, and those and whole gradients of five passages and three queries.
+
+    Eight tokens, so that passages and queries have many in common.
+    """
+    model = MODELS[request.param](decoder)
+    sites = find_sites(model, ".")
     factors = GradientFactors(model, sites)
-    batches = random_batch([6, 9, 3, 7, 9], 9, vocab_size=V), random_batch([4, 2, 4], 4, V, seed=1)
-    return sites, [factors(b) for b in batches], [whole(model, sites, b) for b in batches]
+    batches = random_batch([6, 9, 3, 7, 9], 9, vocab_size=8), random_batch([4, 2, 4], 4, 8, seed=1)
+    return factors, [factors(b) for b in batches], [whole(model, sites, b) for b in batches]
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_products_are_those_of_whole_gradients(case, name):
-    sites, (passages, queries), gradients = case
-    metric, apply = make_metric(name, sites, gradients[0])
+    factors, (passages, queries), gradients = case
+    if name == "ekfac" and not any("layers" in p or "plain" in p for p in passages):
+        pytest.skip("a model without a layer that has Kronecker factors")
+    metric, apply = make_metric(name, factors.sites, gradients[0])
     if name.endswith("whitened"):
-        sums = pair_products.zero_moments(sites)
+        sums = pair_products.zero_moments(factors)
         sums = pair_products.add_moments(sums, pair_products.transform(metric, passages))
         means = {p: tuple(np.asarray(x) / 5 for x in pair) for p, pair in sums.items()}
         metric = pair_products.whitened(metric, means)
     changed = [
-        np.concatenate([apply[p](G).reshape(len(G), -1) for p, G in g.items()], axis=1)
+        np.concatenate([f(g[p]).reshape(len(g[p]), -1) for p, f in apply.items()], axis=1)
         for g in gradients
     ]
     expected_BxQ = changed[0] @ changed[1].T
     passages, queries = (pair_products.transform(metric, x) for x in (passages, queries))
     norms_B = np.linalg.norm(changed[0], axis=1)
-    tolerance = 1e-5 * norms_B.max() * np.linalg.norm(changed[1], axis=1).max()
+    # R of five passages is damped in most directions, which magnifies the rounding of its float32.
+    rtol = 5e-5 if name.endswith("whitened") else 1e-5
+    tolerance = rtol * norms_B.max() * np.linalg.norm(changed[1], axis=1).max()
     got = pair_products.all_products(metric, passages, queries)
     np.testing.assert_allclose(got, expected_BxQ, rtol=0, atol=tolerance)
     lists = np.array([[2, 0], [1, 1], [0, 2], [2, 1], [0, 0]])
     got = pair_products.listed_products(metric, passages, queries, lists)
     expected = np.take_along_axis(expected_BxQ, lists, 1)
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
-    # R of five passages is damped in most directions, which magnifies the rounding of its float32.
-    rtol = 5e-5 if name.endswith("whitened") else 1e-5
     np.testing.assert_allclose(pair_products.norms(metric, passages), norms_B, rtol=rtol)
 
 
@@ -142,9 +189,10 @@ def test_every_form_gives_the_same(monkeypatch, S, T, Q, M, N):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     passages, queries = (
-        {"w": pair_products.Factors(normal(n, s, M), normal(n, s, N))} for n, s in ((8, S), (Q, T))
+        {"w": (pair_products.Factors(normal(n, s, M), normal(n, s, N)),)}
+        for n, s in ((8, S), (Q, T))
     )
-    G, H = (np.einsum("bsm,bsn->bmn", *x["w"]) for x in (passages, queries))
+    G, H = (np.einsum("bsm,bsn->bmn", *x["w"][0]) for x in (passages, queries))
     metric, expected = {"w": SiteMetric()}, np.einsum("bmn,qmn->bq", G, H)
     atol = 1e-5 * np.abs(expected).max()
     for form in ("_ghost", "_half", "whole"):
@@ -160,8 +208,8 @@ def test_every_form_gives_the_same(monkeypatch, S, T, Q, M, N):
 
 
 def test_products_are_the_same_on_a_mesh(case):
-    sites, (passages, queries), _ = case
-    metric = pair_products.identity(sites)
+    factors, (passages, queries), _ = case
+    metric = pair_products.identity(factors.sites)
     mesh = sharding.make_mesh(data=5, devices=jax.devices()[:5])
     place = lambda x: jax.device_put(x, sharding.named(mesh, (None,) * (x.ndim - 3) + ("batch",)))  # noqa: E731
     alone = pair_products.all_products(metric, passages, queries)
@@ -171,8 +219,8 @@ def test_products_are_the_same_on_a_mesh(case):
 
 
 def test_exact_adam_and_r_are_refused(case):
-    sites, _, gradients = case
-    metric, _ = make_metric("adam", sites, gradients[0])
+    factors, _, gradients = case
+    metric, _ = make_metric("adam", factors.sites, gradients[0])
     with pytest.raises(ValueError, match="exact Adam correction"):
         pair_products.whitened(metric, {})
 
@@ -185,13 +233,52 @@ def test_a_layer_that_is_called_twice_is_refused(random_batch):
         factors(random_batch([5, 4], 5, vocab_size=V))
 
 
-def test_tables_and_parameters_without_taps_are_refused(decoder):
-    for scope, path in (
-        (dict(include="embed"), "embed"),
-        (
-            dict(include="scale", untapped="reference"),
-            "scale",
-        ),
-    ):
-        with pytest.raises(ValueError, match=f"{path}.*multiply their input by a matrix"):
-            GradientFactors(decoder(), find_sites(decoder(), **scope))
+class TwoLookUps(UserModel):
+    """Looks up the same number of rows two times."""
+
+    def __call__(self, tokens):
+        return self.out(jnp.tanh(self.equation(self.embed(tokens) + self.embed(tokens[:, ::-1]))))
+
+
+def test_a_table_that_is_looked_up_twice_is_refused(random_batch):
+    """Guards: the sums of two row numbers taken for a row's number."""
+    model = TwoLookUps(nnx.Rngs(0))
+    factors = GradientFactors(model, find_sites(model, "embed"))
+    with pytest.raises(ValueError, match="of embed/embedding do not give its gradient.*exclude="):
+        factors(random_batch([5, 4], 5, vocab_size=V))
+
+
+def test_numbers_beyond_the_table_have_no_gradient(random_batch):
+    """Guards: the gradient of padding added to the table's last row, or to another of its rows."""
+    model = Tables(nnx.Rngs(0))
+    batch = random_batch([5, 4], 5, vocab_size=V)
+    factors = GradientFactors(model, find_sites(model, "embed/table"))
+    (ordinary,) = factors(batch)["embed/table"]
+    batch["tokens"][1, 2] = 2 * V
+    (rows,) = factors(batch)["embed/table"]
+    assert np.abs(ordinary.deltas[1, 2]).max() > 0 and not np.any(rows.deltas[1, 2])
+    assert (np.asarray(rows.inputs) < V).all()
+
+
+def test_a_table_forms_nothing_as_wide_as_the_vocabulary(random_batch):
+    """Guards: one-hot rows, or the gradient of a table, by the rule that forms cheap gradients."""
+    model = UserModel(nnx.Rngs(0))
+    factors = GradientFactors(model, find_sites(model, "embed"))
+    many = random_batch([40] * 3, 40, vocab_size=V)
+    for name in ("identity", "adam"):
+        metric, _ = make_metric(name, factors.sites, {})
+        changed = pair_products.transform(metric, factors(many))
+        (term,) = changed["embed/embedding"]
+        assert term.inputs.shape == (3, 40, 1) and term.deltas.shape == (3, 40, D)
+        for traced in (
+            jax.make_jaxpr(pair_products.all_products)(metric, changed, changed),
+            jax.make_jaxpr(pair_products.norms)(metric, changed),
+        ):
+            # The weights alone, [V, D], have no axis in front.
+            assert f",{V},{D}]" not in str(traced)
+
+
+def test_parameters_without_taps_are_refused(decoder):
+    model = decoder()
+    with pytest.raises(ValueError, match="scale.*multiply their input by a matrix, or look up"):
+        GradientFactors(model, find_sites(model, "scale", untapped="reference"))

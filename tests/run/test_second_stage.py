@@ -28,6 +28,8 @@ def traced(tmp_path_factory, one_device):
     config = make_config(path)
     config.methods = NAMES
     config.projection.blocks = 1
+    # The embedding too, which is the head of this model.
+    config.gradients.include = "."
     config.rerank.passages, config.rerank.candidates = 5, "trackstar,bm25"
     config.eval.top_k = 5
     workdir = Workdir(path / "w")
@@ -83,7 +85,9 @@ def test_scores_of_all_passages_are_those_of_whole_gradients(traced, complete, g
     # By hand, with R of all passages, which are fewer than curvature.sample.
     changed_by_r = []
     for g in scaled:
-        whitened = {p: whitener(lambda G: G, scaled[1][p])(x) for p, x in g.items()}
+        whitened = {
+            p: whitener(lambda G: G, scaled[1][p], "embedding" in p)(x) for p, x in g.items()
+        }
         changed_by_r.append(unit(rows(whitened)))
     expected = changed_by_r[0] @ changed_by_r[1].T
     got = scores_of(complete, "rerank_trackstar")
@@ -138,8 +142,8 @@ def test_what_does_not_fit_is_refused(traced):
         config = changed(run, **keys).config
         with pytest.raises(ValueError, match=message):
             retrieve.check(config, retrieve.methods.parse(NAMES))
-    with pytest.raises(ValueError, match="multiply their input by a matrix"):
-        retrieve.check_run(changed(run, gradients__include="embedding"))
+    with pytest.raises(ValueError, match="scale.*multiply their input by a matrix"):
+        retrieve.check_run(changed(run, gradients__untapped="reference"))
 
 
 def test_keys_without_effect_are_told(traced):
