@@ -18,7 +18,7 @@ from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients import outer_products, pair_products
 from tda.gradients.factors import GradientFactors
-from tda.gradients.outer_products import Terms
+from tda.gradients.outer_products import Factors, Terms
 from tda.gradients.pair_products import Metric
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
@@ -213,6 +213,8 @@ class PairScorer:
                     rows = sharding.to_host(x)[..., : len(batch.places), :, :]
                     all_x[..., batch.places, :, :] = rows
         mesh = self._layout.mesh
+        for by_path in arrays.values():
+            by_path |= {path: tuple(map(_drop_zeros, terms)) for path, terms in by_path.items()}
 
         def place(x):
             return jnp.asarray(x) if mesh is None else sharding.replicate(mesh, x)
@@ -256,6 +258,19 @@ class PairScorer:
         return {
             n: np.where(np.isfinite(x), x, -np.inf).astype(np.float32) for n, x in scores.items()
         }
+
+
+def _drop_zeros(term: Factors) -> Factors:
+    """Drops positions that add nothing to any sequence's gradient; the others move to the front.
+
+    A query scores its target alone, so that most of a head's positions are such, each V wide.
+    """
+    is_used = np.any(term.deltas, axis=-1)
+    if not term.looks_up:
+        is_used &= np.any(term.inputs, axis=-1)
+    most = max(1, int(is_used.sum(axis=-1).max()))
+    at = np.argsort(~is_used, axis=-1, kind="stable")[..., :most, None]
+    return Factors(*(np.take_along_axis(x, at, axis=-2) for x in term))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tda import loss as losses
 from tda.gradients import kronecker, layers, pair_products, reference
 from tda.gradients.factors import GradientFactors
 from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
@@ -276,6 +277,18 @@ def test_a_table_forms_nothing_as_wide_as_the_vocabulary(random_batch):
         ):
             # The weights alone, [V, D], have no axis in front.
             assert f",{V},{D}]" not in str(traced)
+        costs = pair_products.operations(metric, changed, changed, each=2, tile=3)
+        assert costs == (3 * 2 * 40 * 40 * D, 3 * 3 * 40 * 40 * D)
+
+
+def test_a_tied_heads_factors_are_of_the_whole_sequence(decoder, random_batch, monkeypatch):
+    """Guards: those of pieces of it, which serve other layers."""
+    model, batch = decoder(), random_batch([5, 4], 5, vocab_size=V)
+    whole = GradientFactors(model, find_sites(model, "embedding"))(batch)
+    monkeypatch.setattr(losses, "_CHUNK", 2 * V)
+    pieces = GradientFactors(model, find_sites(model, "embedding"))(batch)
+    for x, y in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
 def test_parameters_without_taps_are_refused(decoder):

@@ -17,6 +17,10 @@ from tda.runtime.groups import Groups
 from tests.gradients.test_kronecker import table
 
 PASSAGES, QUERIES = table((5, 8, 2, 6, 3, 7)), table((4, 2, 4, 3), seed=1)
+# The last two tokens of each query are scored.
+QUERIES.scored[:] = np.isin(
+    np.arange(len(QUERIES.tokens)) + 2, [*QUERIES.starts, *QUERIES.starts + 1]
+)
 LAYOUT = BatchLayout((4, 8), tokens_per_batch=24, pad=0)
 ALL = [np.arange(6)] * 4
 LISTS = [np.array(rows) for rows in ([3, 0], [3, 2, 4], [], [1])]
@@ -29,7 +33,7 @@ def model(decoder):
 
 @pytest.fixture(scope="module")
 def factors(model):
-    return GradientFactors(model, find_sites(model))
+    return GradientFactors(model, find_sites(model, "."))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def expected_QxC(model):
     for t in (QUERIES, PASSAGES):
         (batch,) = dataclasses.replace(LAYOUT, bucket_lengths=(8,), tokens_per_batch=48).batches(t)
         g = jax.jit(lambda b: reference.per_example_gradients(model, b))(batch.arrays())
-        rows = [np.asarray(g[s.path], np.float64).reshape(6, -1) for s in find_sites(model)]
+        rows = [np.asarray(g[s.path], np.float64).reshape(6, -1) for s in find_sites(model, ".")]
         sides.append(np.concatenate(rows, axis=1)[: len(t)])
     dot = sides[0] @ sides[1].T
     norms = [np.linalg.norm(x, axis=1) for x in sides]
@@ -64,6 +68,21 @@ def test_scores_are_those_of_whole_gradients(factors, expected_QxC):
         assert_right(scores, pairs, expected_QxC)
     rows = [rows.tolist() for rows, _ in Pairs.of_lists(LISTS).by_query(np.zeros(6), 4)]
     assert rows == [[0, 3], [2, 3, 4], [], [1]]
+
+
+def test_queries_are_held_where_they_have_gradients(model, factors):
+    """Guards: V numbers of a tied head at every position of a query; bytes that are not counted."""
+    few = scorer(factors)
+    side = few._query_side(QUERIES, np.arange(4))["dot"]
+    rows, head = side.factors["embedding/embedding"]
+    assert (rows.looks_up, head.looks_up) == (True, False)
+    assert rows.inputs.shape == (4, 4, 1) and head.inputs.shape == (4, 2, model.vocab_size)
+    metric = pair_products.identity(list(factors.sites))
+    batch = next(iter(LAYOUT.batches(QUERIES, np.array([0])))).arrays()
+    changed = pair_products.transform(metric, factors(batch))
+    arrays = jax.tree.leaves(changed)
+    # Two metrics.
+    assert few._bytes(4) == 2 * sum(x.nbytes for x in arrays) // len(batch["tokens"])
 
 
 def test_a_long_list_of_queries_is_scored_in_calls(factors, expected_QxC, monkeypatch):
@@ -101,13 +120,22 @@ def test_killed_scores_resume_to_identical_bytes(factors, tmp_path, monkeypatch)
     assert len(computed) == 4
 
 
-def test_scores_are_the_same_on_a_mesh(model, expected_QxC):
-    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+def test_scores_are_the_same_on_a_mesh(model, factors, expected_QxC):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     layout = dataclasses.replace(LAYOUT, tokens_per_batch=32, mesh=mesh)
-    pairs = Pairs.of_lists(LISTS)
-    factors = GradientFactors(model, find_sites(model), mesh=mesh)
+    pairs, alone = Pairs.of_lists(LISTS), factors
+    factors = GradientFactors(model, find_sites(model, "."), mesh=mesh)
     scores = scorer(factors, layout=layout).score(QUERIES, PASSAGES, pairs)
     assert_right(scores, pairs, expected_QxC)
+    # Moments too: of a table's rows the diagonal.
+    metric, rows = pair_products.identity(list(factors.sites)), np.arange(6)
+    expected = pair_products.fit_moments(alone, metric, LAYOUT, PASSAGES, rows)
+    with jax.set_mesh(mesh):
+        moments = pair_products.fit_moments(factors, metric, layout, PASSAGES, rows)
+    assert moments["embedding/embedding"][0].shape == (model.vocab_size,)
+    for path, pair in expected.items():
+        for x, y in zip(moments[path], pair, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
 def test_a_score_that_is_not_finite_ranks_last(factors, monkeypatch):
