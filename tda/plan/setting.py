@@ -118,9 +118,9 @@ class Setting:
         }
         return parameters + max(sum(more[c] for c in corrections) for corrections in self.passes)
 
-    def matrices(self) -> list[cost.Matrix]:
-        """Returns the matrices whose gradients are taken."""
-        return _matrices(self.sites)
+    def matrices(self) -> tuple[cost.Matrix, ...]:
+        """Returns the matrices whose gradients are taken; a tied embedding is two of them."""
+        return next(iter(self.taps.values())).matrices
 
     def mean_lengths(self) -> tuple[float, float]:
         """Returns the mean positions of a passage and of a query; queries count as passages where

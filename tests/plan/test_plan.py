@@ -122,6 +122,10 @@ def test_the_second_stage_is_counted(paper):
     (m, n) = s.sites[0].rows, s.sites[0].columns
     one = cost.pair_operations([cost.Matrix(m, n)], length, 10)
     assert one == 2 * 10 * min(length * (m + n), m * n)
+    assert cost.pair_operations([cost.Matrix(m, n, looked_up=True)], length, 10) == 20 * length * n
+    config.gradients.include, config.model.size, config.projection.blocks = ".", "tiny", 1
+    embedding = [x for x in setting.of(config).matrices() if x.rows == config.tokenizer.vocab_size]
+    assert {x.looked_up for x in embedding} == {True, False}  # tied
     pairs = 2 * 5415 * 2000 * cost.pair_operations(s.matrices(), *s.mean_lengths())
     encoding = 5415 * 2000 * length * cost.model_operations(s.model, (length + 1) / 2)
     second = stage(found, "second stage")
