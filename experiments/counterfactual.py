@@ -25,4 +25,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-    launch(main, is_alone=engine_flags.is_alone, task=engine_flags.task)
+    launch(main, read_engine=engine_flags.read)

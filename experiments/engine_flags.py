@@ -23,21 +23,12 @@ _RESOURCES = flags.DEFINE_list("worker_resources", ["CPU=1"], "Of each, such as 
 
 
 @functools.cache
-def _read() -> engines.EngineFlags:
+def read() -> engines.EngineFlags:
+    """Returns the flags of the engine; called before jax starts."""
     cluster = _ADDRESS.value, _WORKERS.value, _RESOURCES.value
     return engines.read_flags(_GROUPS.value, _PATIENCE.value, _ENGINE.value, cluster, PLUGIN.value)
 
 
-def is_alone() -> bool:
-    """Returns whether this program is not to be joined with others; called before jax starts."""
-    return _read().is_alone
-
-
-def task() -> str:
-    """Returns the number of this task of an array; empty if it is none."""
-    return _read().task
-
-
 def choose(config, workdir: Workdir, has_board: bool = False) -> Engine:
     """Returns the engine that the flags ask for; see `tda.run.engines.choose_engine`."""
-    return engines.choose_engine(config, workdir, _read(), has_board)
+    return engines.choose_engine(config, workdir, read(), has_board)

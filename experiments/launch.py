@@ -55,8 +55,7 @@ def launch(
     main: Callable[[ConfigDict, str | None], None],
     needs_workdir: bool = True,
     tells_idle_keys: bool = False,
-    is_alone: Callable[[], bool] = lambda: False,
-    task: Callable[[], str] = lambda: "",
+    read_engine: Callable | None = None,
 ) -> None:
     """Parses the command line and calls `main(config, workdir)`.
 
@@ -64,15 +63,14 @@ def launch(
         main: the program.
         needs_workdir: whether `--workdir` is required; without it `main` gets None.
         tells_idle_keys: whether to print the keys of the command line that a run never reads.
-        is_alone: returns whether no other processes are joined; called before jax starts.
-        task: returns the number of this task of an array; empty if it is none.
+        read_engine: returns the flags of the engine (`engine_flags.read`); None if it has none.
     """
     flags.mark_flags_as_required(["config", "workdir"] if needs_workdir else ["config"])
     tfds.disable_progress_bar()
 
     def run(arguments):
         _refuse_arguments(arguments)
-        _join(is_alone)
+        _join(read_engine)
         preemption.watch()
         try:
             _check_workdir()
@@ -95,7 +93,7 @@ def launch(
         except array_tasks.Unfinished as rest:
             ending.exit_together(str(rest), rest.status, WORKDIR.value, rest.advice, rest.command)
         except (ValueError, OSError, FloatingPointError, processes.ProcessError) as error:
-            ending.exit_with(error, WORKDIR.value, task())
+            ending.exit_with(error, WORKDIR.value, read_engine().task if read_engine else "")
         except Exception:
             if jax.process_count() == 1:
                 raise
@@ -151,11 +149,11 @@ def _check_workdir() -> None:
         directories.check_directory(WORKDIR.value, f"--workdir={WORKDIR.value}")
 
 
-def _join(is_alone: Callable[[], bool] = lambda: False) -> None:
+def _join(read_engine: Callable | None = None) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     arguments = [f.value for f in (DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
     try:
-        if is_alone() and arguments[0] is None:
+        if read_engine and read_engine().is_alone and arguments[0] is None:
             arguments[0] = False
         joining.join(*arguments, patience=_PATIENCE)
     except ValueError as error:

@@ -21,4 +21,4 @@ def main(config, workdir, table="table1"):
 
 
 if __name__ == "__main__":
-    launch(main, tells_idle_keys=True, is_alone=engine_flags.is_alone, task=engine_flags.task)
+    launch(main, tells_idle_keys=True, read_engine=engine_flags.read)

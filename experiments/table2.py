@@ -11,4 +11,4 @@ from .table1 import main
 
 if __name__ == "__main__":
     table2 = functools.partial(main, table="table2")
-    launch(table2, tells_idle_keys=True, is_alone=engine_flags.is_alone, task=engine_flags.task)
+    launch(table2, tells_idle_keys=True, read_engine=engine_flags.read)

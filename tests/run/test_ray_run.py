@@ -39,7 +39,7 @@ engines.ray_worker.Worker = Dying
 import experiments.trace
 from experiments.launch import launch
 sys.argv[1:] = sys.argv[2:]
-launch(experiments.trace.main, is_alone=experiments.engine_flags.is_alone)
+launch(experiments.trace.main, read_engine=experiments.engine_flags.read)
 """
 
 
