@@ -53,7 +53,7 @@ class Reverse:
     Args:
         training: the training.
         queries: the queries.
-        directory: the directory of states and of an unfinished pass; None keeps states in memory.
+        directory: the directory of states and of an unfinished pass.
         at_once: queries whose cotangents pass a step as one batch. More than 1 needs a jax whose
             batched second derivatives are right; 1 takes them one after another.
 
@@ -65,16 +65,14 @@ class Reverse:
         self,
         training: Training,
         queries: QueryLosses,
-        directory: pathlib.Path | None = None,
+        directory: pathlib.Path,
         at_once: int = 1,
     ):
         if at_once > 1:
             check_batched_second_derivatives()
         self.training, self.queries, self.directory = training, queries, directory
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         self.stride = max(1, math.isqrt(training.steps))
-        self._in_memory: dict[int, State] = {}
 
         def pull(state, batch, weights_BxT, cotangents):
             floats, counts = split_state(state)
@@ -91,10 +89,9 @@ class Reverse:
 
     def keep_states(self) -> None:
         """Trains once and saves the state at every √T-th step, unless all are saved already."""
-        missing = [i for i in range(0, self.training.steps, self.stride) if not self._has(i)]
-        if missing or not self._has(self.training.steps):
-            final = self.training.run(on_step=self._keep)
-            self._keep(self.training.steps, final)
+        steps = self.training.steps
+        if not all(self._state_path(i).exists() for i in (*range(0, steps, self.stride), steps)):
+            self._keep(steps, self.training.run(on_step=self._keep))
 
     def final_state(self) -> State:
         """Returns the state at the end of the training."""
@@ -158,7 +155,7 @@ class Reverse:
     def _resume(self, name: str, numbers: np.ndarray) -> tuple[int, list, np.ndarray]:
         """Returns step, cotangents and scores of an unfinished pass, or of one that begins."""
         path = self._pass_path(name)
-        if path is not None and path.exists():
+        if path.exists():
             arrays = read_arrays(path)
             floats = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(arrays) - 2)]
             return int(arrays["step"]), floats, arrays["scores"]
@@ -174,42 +171,30 @@ class Reverse:
         scores_QxC = np.zeros((len(numbers), len(self.training.table.tokens)), np.float32)
         return self.training.steps, cotangents, scores_QxC
 
-    def _pass_path(self, name: str) -> pathlib.Path | None:
-        return None if self.directory is None else self.directory / f"pass-{name}.npz"
+    def _pass_path(self, name: str) -> pathlib.Path:
+        return self.directory / f"pass-{name}.npz"
 
     def _save_pass(self, name: str, step: int, cotangents: list, scores_QxC: np.ndarray) -> None:
-        path = self._pass_path(name)
-        if path is not None:
-            leaves = {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(cotangents)}
-            write_arrays(path, leaves | {"step": np.int64(step), "scores": scores_QxC})
+        leaves = {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(cotangents)}
+        arrays = leaves | {"step": np.int64(step), "scores": scores_QxC}
+        write_arrays(self._pass_path(name), arrays)
 
     def forget_pass(self, name: str) -> None:
         """Removes the file of a pass whose scores are saved elsewhere."""
-        if path := self._pass_path(name):
-            path.unlink(missing_ok=True)
+        self._pass_path(name).unlink(missing_ok=True)
 
-    def _state_path(self, step: int) -> pathlib.Path | None:
-        return None if self.directory is None else self.directory / f"state-{step:06d}.npz"
-
-    def _has(self, step: int) -> bool:
-        path = self._state_path(step)
-        return step in self._in_memory if path is None else path.exists()
+    def _state_path(self, step: int) -> pathlib.Path:
+        return self.directory / f"state-{step:06d}.npz"
 
     def _keep(self, step: int, state: State) -> None:
-        if (step % self.stride and step < self.training.steps) or self._has(step):
-            return
         path = self._state_path(step)
-        if path is None:
-            self._in_memory[step] = jax.tree.map(np.asarray, jax.device_get(state))
-        else:
-            leaves = jax.tree.leaves(state)
-            write_arrays(path, {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(leaves)})
+        if (step % self.stride and step < self.training.steps) or path.exists():
+            return
+        leaves = jax.tree.leaves(state)
+        write_arrays(path, {f"leaf{i}": sharding.to_host(x) for i, x in enumerate(leaves)})
 
     def _read(self, step: int) -> State:
-        path = self._state_path(step)
-        if path is None:
-            return jax.tree.map(jnp.array, self._in_memory[step])
-        arrays = read_arrays(path)
+        arrays = read_arrays(self._state_path(step))
         treedef = jax.tree.structure(jax.eval_shape(self.training.start))
         return jax.tree.unflatten(
             treedef, [jnp.array(arrays[f"leaf{i}"]) for i in range(len(arrays))]
@@ -225,17 +210,14 @@ class Forward:
     Args:
         training: the training.
         queries: the queries.
-        plain: whether a `Decoder` computes its attention by operations that jax differentiates
-            itself, rather than by the training's own backward pass.
 
     Raises:
-        TypeError: `plain`, and the model is no `Decoder`.
+        TypeError: the model is no `Decoder`.
     """
 
-    def __init__(self, training: Training, queries: QueryLosses, plain: bool = True):
+    def __init__(self, training: Training, queries: QueryLosses):
         self.training, self.queries = training, queries
-        model_fn = training.model_fn
-        model_fn = with_plain_attention(model_fn, training.params) if plain else model_fn
+        model_fn = with_plain_attention(training.model_fn, training.params)
 
         def push(state, tangents, batch, weights_BxT, direction_BxT):
             floats, counts = split_state(state)
@@ -253,13 +235,7 @@ class Forward:
             def losses(params):
                 return queries.of_batch(params, batch, model_fn)
 
-            if plain:
-                return jax.jvp(losses, (params,), (tangents,))[1]
-            # A custom backward pass has no forward mode; the transpose of its pullback is J.
-            losses_B, pullback = jax.vjp(losses, params)
-            return jax.grad(lambda u_B: _inner(pullback(u_B)[0], tangents))(
-                jnp.zeros_like(losses_B)
-            )
+            return jax.jvp(losses, (params,), (tangents,))[1]
 
         self._push = jax.jit(push, donate_argnums=(0, 1))
         self._slopes = jax.jit(slopes)
@@ -284,10 +260,6 @@ class Forward:
         return out
 
 
-def _inner(a: dict, b: dict) -> jax.Array:
-    return sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
-
-
 def with_plain_attention(model_fn: functional.Functional, params: dict) -> functional.Functional:
     """Returns the structure of a `Decoder` with attention that `jax.jvp` can pass.
 
@@ -298,7 +270,7 @@ def with_plain_attention(model_fn: functional.Functional, params: dict) -> funct
     if not isinstance(model, Decoder):
         raise TypeError(
             f"the model is a {type(model).__name__}, and only a Decoder's attention can be "
-            "replaced; if its layers have no backward pass of their own, pass plain=False"
+            "replaced by one that jax.jvp passes; give a Decoder"
         )
     settings = dataclasses.replace(model.settings, attention="plain")
     return functional.split(abstract_decoder(settings))[0]

@@ -26,7 +26,7 @@ def make_recursion(**changes):
 
 
 @pytest.mark.slow
-def test_one_step_without_second_moments_is_exact():
+def test_one_step_without_second_moments_is_exact(tmp_path):
     """With b2 = 1 − tiny and one step the Hessian has no part: the surrogate is the derivative."""
     training = make_training()
     # At the first step ν̂ = g² moves with the data; a large eps_root takes that path away.
@@ -38,7 +38,7 @@ def test_one_step_without_second_moments_is_exact():
         training.table,
         list(LAYOUT.batches(training.table))[:1],
     )
-    exact = metagradients.Reverse(one, make_queries())
+    exact = metagradients.Reverse(one, make_queries(), tmp_path)
     recursion = adjoint.AdamRecursion(lambda step: 0.1, clip=0.0, eps_root=1e4)
     scores = adjoint.surrogate(exact, recursion, None)
     unit_C, _ = units_of_tokens(one.table, range(PASSAGES))

@@ -1,6 +1,8 @@
 """A tiny training and its queries, shared by the tests of this room."""
 
 import functools
+import pathlib
+import tempfile
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from tests.conftest import TINY, make_decoder
 
 PASSAGES, QUERIES = 24, 5
 LAYOUT = BatchLayout((8,), 64, pad=0)
+_STATES = tempfile.TemporaryDirectory()
 
 
 def make_table(lengths, seed, name="p", targets=None):
@@ -46,7 +49,7 @@ def make_training(seed=0, optimizer_name="adam", epochs=2.0):
 
 @functools.cache
 def make_reverse():
-    return Reverse(make_training(), make_queries())
+    return Reverse(make_training(), make_queries(), pathlib.Path(_STATES.name))
 
 
 @functools.cache
