@@ -139,7 +139,7 @@ class Ours:
         built = self.build(correction, rows, tokens)
         parts = {"encode the corpus": built["seconds"]}
         encoder, table = self.encoder(correction), self.table(self.setup["queries"])
-        store, slices = self.store, self.store.slices
+        store, slices = self.store, hessian.block_slices(self.store.form.widths)
         watch = Stopwatch()
 
         def lap(name):

@@ -4,9 +4,10 @@ import numpy as np
 
 from tda.data import tokens
 from tda.gradients import contributions
+from tda.hessian import block_slices
 from tda.live.speaker import Speaker
 from tda.methods import GradientKind, Method
-from tda.retrieval.scorer import Scorer, factors
+from tda.retrieval.scorer import factors
 from tda.run import moments
 from tda.run.gradient_retrievers import Encodings
 from tda.run.retrievers import Queries
@@ -63,10 +64,9 @@ class Heat:
         if not np.isfinite(stored_E).all():
             raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")
         on_progress("splitting the score", 0, 0)
-        whitening = Scorer(factors(scorer, query_E, store.slices), method.unit_norm)
-        direction_E = contributions.direction_of(
-            query_E, stored_E, whitening.roots, store.slices, whitening.unit_norm
-        )
+        slices = block_slices(store.form.widths)
+        roots = factors(scorer, query_E, slices)
+        direction_E = contributions.direction_of(query_E, stored_E, roots, slices, method.unit_norm)
         ids, pieces = tokens_of(store, row, self._speaker)
         parts_T = self._parts(kind, ids, direction_E, on_progress)
         score = float(stored_E.astype(np.float64) @ direction_E)

@@ -60,13 +60,7 @@ class Pooler:
         probe = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         self.width = jax.eval_shape(self._pooled, self._state, probe).shape[-1]
 
-    def rows(
-        self,
-        table: TokenTable,
-        rows: np.ndarray,
-        layout: BatchLayout,
-        on_rows=lambda rows: None,
-    ) -> np.ndarray:
+    def rows(self, table: TokenTable, rows: np.ndarray, layout: BatchLayout) -> np.ndarray:
         """Returns the mean hidden states of some rows of a table, float32 [R, D], in their order.
 
         The model reads every token that it has a position for, even the last one, which in training
@@ -83,5 +77,4 @@ class Pooler:
         for batch in batching.Batches(table, rows, planned, layout.pad):
             pooled_BxD = self._pooled(self._state, batch.tokens)
             out[batch.places] = np.asarray(pooled_BxD)[: len(batch.places)]
-            on_rows(len(batch.places))
         return out

@@ -18,7 +18,6 @@ from tda.store.location import StoreError
 from tda.store.making import (
     append,
     check_root,
-    check_same_kind,
     create,
     exists,
     finished,
@@ -37,7 +36,6 @@ __all__ = [
     "StoreError",
     "append",
     "check_root",
-    "check_same_kind",
     "create",
     "decode",
     "exists",

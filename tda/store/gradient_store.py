@@ -54,12 +54,6 @@ class GradientStore:
         """E, the numbers in a row."""
         return self.form.width
 
-    @property
-    def slices(self) -> list[slice]:
-        """The columns of each block."""
-        ends = np.cumsum([0, *self.form.widths])
-        return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-
     def passages(self, numbers: Sequence[int]) -> list[Passage]:
         """Reads id, document and text of rows, in the order of `numbers`.
 

@@ -185,16 +185,6 @@ def open_store(path, fingerprint: dict | None = None) -> GradientStore:
     return store
 
 
-def check_same_kind(store: GradientStore, other: GradientStore) -> None:
-    """Checks that the rows of two stores can be compared, such as queries with passages.
-
-    Raises:
-        StoreError: they were built with different settings; the message lists the differences.
-    """
-    keys = ("width", "blocks", "block_widths", "fingerprint")
-    _check_same(store.path, *({k: s.manifest[k] for k in keys} for s in (store, other)))
-
-
 def exists(path) -> bool:
     """Returns whether there is a store at `path`, finished or not."""
     return Location(path).read("manifest.json") is not None

@@ -43,7 +43,7 @@ def test_rows_are_read_back_by_slice_by_number_and_in_chunks(tmp_path):
     assert [start for start, _ in pieces] == [0, 2, 4, 6, 8]
     np.testing.assert_array_equal(np.concatenate([x for _, x in pieces]), data)
     assert [p.id for p in again.passages(range(10))] == [f"p{i}" for i in range(10)]
-    assert again.slices == [slice(0, 4), slice(4, 8)]
+    assert again.form.widths == (4, 4)
 
 
 def test_a_store_is_finished_when_no_shard_is_missing(tmp_path):
@@ -648,17 +648,6 @@ def test_damaged_passages_are_named_and_written_again(tmp_path):
         store.remove_passages(name)
     make()
     assert contents(tmp_path / "s") == before
-
-
-def test_stores_of_different_settings_are_not_compared(tmp_path):
-    """Guards: queries searched in a store of another projection."""
-    passages = filled(tmp_path / "s", rows())
-    other = MADE | {"projection": {"seed": 7, "side": 2}}
-    queries = stores.create(tmp_path / "q", ["a"], BLOCKS, MADE, corpus="other")
-    stores.check_same_kind(passages, queries)
-    queries = stores.create(tmp_path / "r", ["a"], BLOCKS, other)
-    with pytest.raises(stores.StoreError, match="fingerprint.projection.seed: 0 → 7"):
-        stores.check_same_kind(passages, queries)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "3bit"])
