@@ -100,9 +100,7 @@ def _reason(error: Exception) -> str:
     return f"{error.msg} at {line}column {error.colno}"
 
 
-def decoded_lines(
-    file: str, on_undecodable: OnUndecodable = None, is_escaped: bool = False
-) -> Iterator[tuple[int, str]]:
+def decoded_lines(file: str, is_escaped: bool) -> Iterator[tuple[int, str]]:
     """Yields the number, from 1, and the text of every line of a file; see `iter_records`.
 
     If `is_escaped`, bytes that are not UTF-8 are lone surrogates in the text, and no error.
@@ -114,13 +112,10 @@ def decoded_lines(
         try:
             yield number, line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
-            message = (
+            raise RecordError(
                 f"{os.path.basename(file)}, line {number}: not UTF-8 ({error.reason} at byte "
                 f"{error.start}); convert the file to UTF-8"
-            )
-            if on_undecodable is None:
-                raise RecordError(message) from None
-            on_undecodable(message)
+            ) from None
 
 
 def expand(path: Paths) -> list[str]:

@@ -183,11 +183,10 @@ def from_arrow(file, name, text_field, id_field, on_undecodable) -> Iterator[Doc
 
 def from_texts(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:
     """Yields a text file as a document; arguments as for `from_jsonl`."""
-    undecodable: list[str] = []
-    note = None if on_undecodable is None else undecodable.append
-    text = "".join(line for _, line in jsonl.decoded_lines(file, note))
-    if undecodable and on_undecodable is not None:
-        on_undecodable(undecodable[0])
+    lines = jsonl.decoded_lines(file, is_escaped=on_undecodable is not None)
+    text = "".join(line for _, line in lines)
+    if on_undecodable is not None and half_character(text):
+        on_undecodable(name)
     else:
         yield Document(name, text)
 

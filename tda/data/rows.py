@@ -135,7 +135,7 @@ def _query(i: int, row: Any) -> Query:
 
 def _query_of_tokens(i: int, query: Query) -> Query:
     for field, ids in zip(("prompt", "target"), query.tokens, strict=True):
-        if not all(map(_is_whole, ids)):
+        if not all(map(is_whole, ids)):
             raise ValueError(f"query {i}: the tokens of the {field} are {_shown(ids)}; give ids")
     return dataclasses.replace(query, id=_name(query.id, f"query {i}", ValueError))
 
@@ -153,7 +153,7 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
     if fields is not None:
         return document_of(fields, place, str(i), text_field, id_field)
     pair = _as_tuple(row)
-    if pair and all(_is_whole(x) for x in pair):
+    if pair and all(is_whole(x) for x in pair):
         check_token_ids(pair, place)
         return Document(str(i), "", tokens=tuple(map(int, pair)))
     if pair is None or len(pair) != 2 or not isinstance(pair[1], str):
@@ -209,12 +209,13 @@ def _name(name: Any, place: str, error: type[ValueError]) -> str:
         if half := half_character(name):
             raise error(f"{place}: the id has {half}")
         return name
-    if _is_whole(name):
+    if is_whole(name):
         return str(int(name))
     raise error(f"{place} has the id {_shown(name)}; give a string or a whole number")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Returns whether a value is a whole number, of Python or NumPy, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -45,17 +45,10 @@ _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
 
 
-def place_of(passage: str, documents: Sequence[str] | None = None) -> tuple[str, slice | None]:
-    """Returns a passage's document and its characters there; None for the whole document.
-
-    Args:
-        passage: the passage's id.
-        documents: ids of documents, needed only if one of them itself ends in `#START-END`.
-    """
+def place_of(passage: str) -> tuple[str, slice | None]:
+    """Returns the document and its characters that a passage's id names; None for all of it."""
     match = _SPAN.fullmatch(passage)
-    if match is None or (documents is not None and passage in documents):
-        return passage, None
-    return match[1], slice(int(match[2]), int(match[3]))
+    return (match[1], slice(int(match[2]), int(match[3]))) if match else (passage, None)
 
 
 def tokenise_in_memory(

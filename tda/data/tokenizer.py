@@ -84,20 +84,9 @@ class Tokenizer(PretrainedTokenizer):
     def encode_query(
         self, prompt: str, target: str, joiner: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the token ids of `<bos> prompt target` and which of them are the target's.
+        """Does what `PretrainedTokenizer.encode_query` does, with `<bos>` before the prompt.
 
-        A token that crosses the boundary counts as the target's.
-
-        Args:
-            prompt, target: the texts.
-            joiner: the text between them; by default a space where one belongs
-                (`tda.data.joining.choose_joiner`), which also replaces white space at the border.
-
-        Returns:
-            Ids, int32 [T], and whether a token is the target's, bool [T].
-
-        Raises:
-            ValueError: the target has no token.
+        By default a space where one belongs also replaces white space at the border.
         """
         if joiner is None:
             has_space = prompt[-1:].isspace() or target[:1].isspace()

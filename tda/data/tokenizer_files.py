@@ -124,12 +124,12 @@ def read(path) -> TokenizerParts:
         inner = tokenizers.Tokenizer.from_file(os.fspath(file))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{file} is not a tokenizer file: {error}") from error
-    config = _read_json(file.with_name("tokenizer_config.json"))
+    config = read_json(file.with_name("tokenizer_config.json"))
     if "added_tokens_decoder" not in config:
-        config |= _read_json(file.with_name("special_tokens_map.json"))
+        config |= read_json(file.with_name("special_tokens_map.json"))
     class_name = _find_class(file, config, inner)
     rules = _RULES.get(class_name, _ClassRules())
-    listed = _read_json(file.with_name("added_tokens.json"))
+    listed = read_json(file.with_name("added_tokens.json"))
     names = _special_tokens(config, rules, inner, listed)
     _add_tokens(file, inner, config, names, listed)
     prefix = config.get("add_prefix_space")
@@ -191,7 +191,12 @@ def _warn_of_flag(file: pathlib.Path, flag: str, config: dict) -> None:
     )
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def read_json(file: pathlib.Path) -> dict:
+    """Returns the settings in a JSON file of a model; none if there is no file.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
     if not file.exists():
         return {}
     try:
@@ -199,13 +204,13 @@ def _read_json(file: pathlib.Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object")
+        raise ValueError(f"{file} is a {type(values).__name__}, not an object of settings")
     return values
 
 
 def _find_class(file: pathlib.Path, config: dict, inner: tokenizers.Tokenizer) -> str:
     """Returns the class that transformers' AutoTokenizer takes, without "Fast"."""
-    model = _read_json(file.with_name("config.json"))
+    model = read_json(file.with_name("config.json"))
     model_type = model.get("model_type")
     of_model = _CLASS_OF_MODEL.get(model_type, "")
     stated = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "")

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
+from tda.data.rows import is_whole
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
@@ -40,7 +41,7 @@ def check_settings(settings: TraceSettings) -> None:
     check_count("tokens_per_batch", settings.tokens_per_batch)
     check_count("sample", settings.moments.sample)
     seed = settings.moments.seed
-    if not _is_whole(seed) or seed < 0:
+    if not is_whole(seed) or seed < 0:
         raise ValueError(f"seed={seed!r}; give a whole number, 0 or more")
     if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
         raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
@@ -97,7 +98,7 @@ def check_rerank(
     Raises:
         ValueError: they cannot; the message says why, and what to do.
     """
-    if isinstance(rerank, numbers.Integral) and not isinstance(rerank, bool) and rerank == 0:
+    if is_whole(rerank) and rerank == 0:
         return
     check_count("rerank", rerank)
     if rerank < k:
@@ -142,12 +143,8 @@ def check_count(name: str, value: Any) -> None:
     Raises:
         ValueError: it is not.
     """
-    if not _is_whole(value) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name}={value!r}; give a whole number, 1 or more")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_queries(method: Method, count: int) -> None:

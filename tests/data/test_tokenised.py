@@ -452,7 +452,6 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
 def test_places_of_ids():
     assert tokenised.place_of("a/b#12-40") == ("a/b", slice(12, 40))
     assert tokenised.place_of("a#b") == ("a#b", None)
-    assert tokenised.place_of("x#1-2", documents=["x#1-2"]) == ("x#1-2", None)
 
 
 def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):

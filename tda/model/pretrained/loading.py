@@ -7,7 +7,6 @@ onto a mesh.
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -21,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
-from tda.data.tokenizer_files import TOKENIZER_FILES
+from tda.data.tokenizer_files import TOKENIZER_FILES, read_json
 from tda.model import functional
 from tda.model.decoder import Decoder
 from tda.model.pretrained import families, gguf_file, gguf_tokenizer, tensors
@@ -191,12 +190,7 @@ def _inspect_directory(path: pathlib.Path) -> Pretrained:
     file = path / "config.json"
     if not file.exists():
         raise PretrainedError(f"{path} has no config.json; is it a Hugging Face model?")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PretrainedError(f"{file} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise PretrainedError(f"{file} is a {type(values).__name__}, not an object of settings")
+    values = read_json(file)
     config, source = Config(values, str(file)), tensors.open_directory(path)
     config.refuse("transformers_weights")  # names other files than the usual ones
     family = families.find_family(config)
