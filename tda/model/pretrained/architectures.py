@@ -156,16 +156,16 @@ def gemma2(c: Config) -> dict:
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
     )
-    return (
-        _gemma(c, c.activation("hidden_activation", "gelu_pytorch_tanh"))
-        | rope(c)
-        | windows(c, lambda i: i % 2 == 0)
-        | dict(
-            norm_place="both",
-            attention_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
-            attention_soft_cap=c.get("attn_logit_softcapping"),
-            logit_soft_cap=c.get("final_logit_softcapping"),
-        )
+    return _gemma_with_norms(c) | rope(c) | windows(c, lambda i: i % 2 == 0)
+
+
+def _gemma_with_norms(c: Config) -> dict:
+    """Returns the settings that Gemma 2 and 3 share."""
+    return _gemma(c, c.activation("hidden_activation", "gelu_pytorch_tanh")) | dict(
+        norm_place="both",
+        attention_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_soft_cap=c.get("attn_logit_softcapping"),
+        logit_soft_cap=c.get("final_logit_softcapping"),
     )
 
 
@@ -192,20 +192,33 @@ def gemma3(c: Config) -> dict:
     if "rope_parameters" not in c.values:
         window_rope_base = c.get("rope_local_base_freq", 10_000.0)
     arguments = (
-        _gemma(c, c.activation("hidden_activation", "gelu_pytorch_tanh"))
+        _gemma_with_norms(c)
         | rope(c, "full_attention")
         | windows(c, lambda i: bool((i + 1) % pattern))
-        | dict(
-            norm_place="both",
-            query_key_norm="head",
-            attention_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5,
-            attention_soft_cap=c.get("attn_logit_softcapping"),
-            logit_soft_cap=c.get("final_logit_softcapping"),
-        )
+        | dict(query_key_norm="head")
     )
     if "window" in arguments:
         arguments["window_rope_base"] = float(window_rope_base)
     return arguments
+
+
+def _layer_normed(activation: str, eps: float, bias: bool = True, mlp_bias: bool = True) -> dict:
+    """Returns the settings of a LayerNorm and a plain MLP, which models after GPT-2 share."""
+    return dict(
+        gated=False,
+        activation=activation,
+        norm="layer",
+        norm_eps=eps,
+        attention_bias=bias,
+        out_bias=bias,
+        mlp_bias=mlp_bias,
+    )
+
+
+def _of_gpt2(c: Config) -> dict:
+    """Returns `_layer_normed` by GPT-2's keys."""
+    activation = c.activation("activation_function", "gelu_new")
+    return _layer_normed(activation, c.get("layer_norm_epsilon", 1e-5))
 
 
 def gpt2(c: Config) -> dict:
@@ -224,14 +237,8 @@ def gpt2(c: Config) -> dict:
         head_width=width // heads,
         ff_width=c.count("n_inner", 4 * width),
         max_positions=c.count("n_positions", 1024),
-        gated=False,
-        activation=c.activation("activation_function", "gelu_new"),
         tied=bool(c.get("tie_word_embeddings", True)),
-        norm="layer",
-        norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        attention_bias=True,
-        out_bias=True,
-        mlp_bias=True,
+        **_of_gpt2(c),
     )
 
 
@@ -241,36 +248,17 @@ def neox(c: Config) -> dict:
     return (
         common(c, tied=False)
         | rope(c.with_defaults(rotary_pct=0.25), has_fraction=True)
-        | dict(
-            gated=False,
-            activation=c.activation(default="gelu"),
-            norm="layer",
-            norm_eps=c.get("layer_norm_eps", 1e-5),
-            parallel=bool(c.get("use_parallel_residual", True)),
-            attention_bias=bias,
-            out_bias=bias,
-            mlp_bias=True,
-        )
+        | _layer_normed(c.activation(default="gelu"), c.get("layer_norm_eps", 1e-5), bias)
+        | dict(parallel=bool(c.get("use_parallel_residual", True)))
     )
 
 
 def starcoder2(c: Config) -> dict:
     """StarCoder 2."""
     bias = bool(c.get("use_bias", True))
-    return (
-        common(c, tied=True)
-        | rope(c)
-        | windows(c)
-        | dict(
-            gated=False,
-            activation=c.activation(default="gelu_pytorch_tanh"),
-            norm="layer",
-            norm_eps=c.get("norm_epsilon", 1e-5),
-            attention_bias=bias,
-            out_bias=bias,
-            mlp_bias=bias,
-        )
-    )
+    activation, eps = c.activation(default="gelu_pytorch_tanh"), c.get("norm_epsilon", 1e-5)
+    layers = _layer_normed(activation, eps, bias, bias)
+    return common(c, tied=True) | rope(c) | windows(c) | layers
 
 
 def opt(c: Config) -> dict:
@@ -281,16 +269,11 @@ def opt(c: Config) -> dict:
     c.refuse("word_embed_proj_dim", (None, c["hidden_size"]))
     bias = bool(c.get("enable_bias", True))
     c = c.with_defaults(intermediate_size=c["ffn_dim"])
+    activation, eps = c.activation("activation_function", "relu"), 1e-5  # PyTorch's own
     return common(c, tied=True) | dict(
         kv_heads=c["num_attention_heads"],
         max_positions=c["max_position_embeddings"],
-        gated=False,
-        activation=c.activation("activation_function", "relu"),
-        norm="layer",
-        norm_eps=1e-5,  # PyTorch's own
-        attention_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
+        **_layer_normed(activation, eps, bias, bias),
     )
 
 
@@ -309,15 +292,8 @@ def gpt_neo(c: Config) -> dict:
     return (
         common(c, tied=True)
         | windows(c, lambda i: kinds[i] == "local")
+        | _of_gpt2(c)
         | dict(
-            max_positions=c["max_position_embeddings"],
-            gated=False,
-            activation=c.activation("activation_function", "gelu_new"),
-            norm="layer",
-            norm_eps=c.get("layer_norm_epsilon", 1e-5),
-            attention_scale=1.0,
-            attention_bias=False,
-            out_bias=True,
-            mlp_bias=True,
+            max_positions=c["max_position_embeddings"], attention_scale=1.0, attention_bias=False
         )
     )
