@@ -84,7 +84,7 @@ def describe(takes_config: bool) -> str:
         lines += _entry(f"--[no]{name}" if flag.boolean else f"--{name}=", flag.help + default)
     if takes_config:
         lines += ["", "Keys of the config (--config.KEY=VALUE; the config may set other defaults):"]
-        for key, (default, meaning) in defaults.KEYS.items():
+        for key, (default, meaning, *_) in defaults.KEYS.items():
             value = "" if isinstance(default, type) else default
             lines += _entry(f"{key}={value}", meaning)
     return "\n".join(lines)

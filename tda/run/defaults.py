@@ -7,9 +7,12 @@ from ml_collections.config_dict import placeholder
 
 from tda.runtime.patterns import compile_pattern
 
-# By key: the default and the meaning, which `--help` shows. A type stands for a key without a
-# default: the rule's value holds until the key is set.
-KEYS: dict[str, tuple[Any, str]] = {
+# The signs of numbers that may not be 0, and of those whose default of −1 stands for a rule; all
+# other numbers are 0 or more.
+POSITIVE, SIGNED = "positive", "signed"
+# By key: the default, the meaning, which `--help` shows, and perhaps a number's sign. A type stands
+# for a key without a default: the rule's value holds until the key is set.
+KEYS: dict[str, tuple] = {
     "seed": (0, "seed of the initial parameters, the order of batches and random controls"),
     "methods": ("trackstar,grad_cos,grad_dot,bm25", "rows of the table: names in tda/methods.py"),
     # The corpus and the queries.
@@ -26,7 +29,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "JSON lines, Parquet, CSV or text files, several files with commas, or a TFDS name "
         "(docs/large_corpora.md)",
     ),
-    "data.share": (1.0, "share of the documents of data.corpus to take, by a hash of their ids"),
+    "data.share": (
+        1.0,
+        "share of the documents of data.corpus to take, by a hash of their ids",
+        POSITIVE,
+    ),
     "data.queries": (
         "",
         "JSON lines with prompt and target, to ask data.corpus, or in another form of "
@@ -62,7 +69,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "(tda/data/joining.py)",
     ),
     "data.seed": (0, "seed of the samples"),
-    "tokenizer.vocab_size": (4096, "size of the vocabulary to learn"),
+    "tokenizer.vocab_size": (4096, "size of the vocabulary to learn", POSITIVE),
     # The model.
     "model.size": ("tiny", "a size in tda/model/sizes.py"),
     "model.pretrained": (
@@ -70,14 +77,14 @@ KEYS: dict[str, tuple[Any, str]] = {
         "start from this model and its tokenizer: a Hugging Face directory, a .gguf file or a "
         "package that holds one; train.epochs=0 traces it unchanged",
     ),
-    "model.context": (128, "positions of a passage at most"),
+    "model.context": (128, "positions of a passage at most", POSITIVE),
     "model.dtype": ("float32", "dtype of computation: float32 or bfloat16"),
     "model.remat": (False, "recompute activations in the backward pass to save memory"),
     # Training.
     "train.epochs": (10.0, "passes over the training text"),
-    "train.tokens_per_batch": (2048, "positions of a batch"),
+    "train.tokens_per_batch": (2048, "positions of a batch", POSITIVE),
     "train.optimizer": ("adam", "optimizer: adam, adamw or adafactor"),
-    "train.learning_rate": (1e-3, "largest learning rate"),
+    "train.learning_rate": (1e-3, "largest learning rate", POSITIVE),
     "train.schedule": ("cosine", "schedule after the warm-up: cosine, linear or constant"),
     "train.warmup": (100, "steps of linear warm-up"),
     "train.final": (
@@ -91,7 +98,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.eps_root": (float, "eps_root of adam and adamw, added under the root; unset: 0"),
     "train.weight_decay": (float, "weight decay of adamw; unset: 0"),
     "train.clip": (1.0, "largest global norm of a gradient"),
-    "train.save_every": (500, "steps between checkpoints"),
+    "train.save_every": (500, "steps between checkpoints", POSITIVE),
     "train.keep": (1, "how many of the last checkpoints to keep; 0: all"),
     "train.capture": (
         False,
@@ -104,7 +111,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "auto",
         "source of V: optimizer, estimate, or auto (the optimizer's where the checkpoint has them)",
     ),
-    "gradients.estimate_batches": (200, "batches to estimate second moments from"),
+    "gradients.estimate_batches": (200, "batches to estimate second moments from", POSITIVE),
     "gradients.output": ("loss", "differentiated output: loss, margin or logit"),
     "gradients.include": ("", "regular expression of parameters; empty: the layers' matrices"),
     "gradients.exclude": ("", "regular expression of parameters to leave out"),
@@ -112,10 +119,14 @@ KEYS: dict[str, tuple[Any, str]] = {
         "leave",
         "parameters that no tap reaches: leave, reference (slow) or error",
     ),
-    "gradients.tokens_per_batch": (4096, "positions of a batch to encode"),
+    "gradients.tokens_per_batch": (4096, "positions of a batch to encode", POSITIVE),
     # Projection.
-    "projection.side": (16, "a block of the encoding has side × side dimensions"),
-    "projection.blocks": (8, "contiguous blocks of layers, each with attention and MLP apart"),
+    "projection.side": (16, "a block of the encoding has side × side dimensions", POSITIVE),
+    "projection.blocks": (
+        8,
+        "contiguous blocks of layers, each with attention and MLP apart",
+        POSITIVE,
+    ),
     "projection.seed": (0, "seed of the projection matrices"),
     "projection.family": ("gaussian", "distribution of their entries: gaussian or rademacher"),
     "projection.pooling": (
@@ -134,12 +145,16 @@ KEYS: dict[str, tuple[Any, str]] = {
         "directory of this run's stores, local, gs://BUCKET/PATH or s3://BUCKET/PATH; empty: "
         "stores/ in the workdir",
     ),
-    "store.shard_bytes": (256 << 20, "size of a file; a host encodes whole files"),
+    "store.shard_bytes": (256 << 20, "size of a file; a host encodes whole files", POSITIVE),
     # Search.
     "search.index": ("none", "none (exact), or scann: approximate, for large corpora"),
-    "search.depth": (100, "passages to ask an index for; deeper ranks are unknown"),
+    "search.depth": (100, "passages to ask an index for; deeper ranks are unknown", POSITIVE),
     "search.recall_queries": (100, "queries to measure an index's recall on"),
-    "search.memory_gib": (8.0, "memory of an index, or of the second stage's queries, GiB"),
+    "search.memory_gib": (
+        8.0,
+        "memory of an index, or of the second stage's queries, GiB",
+        POSITIVE,
+    ),
     # Each replaces the rule's value (tda/retrieval/scann/settings.py).
     "search.scann.part_rows": (int, "rows of a part of the index at most"),
     "search.scann.dims_per_block": (int, "numbers that a 4-bit code stands for; 0: no codes"),
@@ -159,10 +174,15 @@ KEYS: dict[str, tuple[Any, str]] = {
     "hessian.sample": (0, "passages to sum R_train over, drawn at random; 0: all"),
     "hessian.seed": (0, "seed of that draw"),
     "hessian.component": (0, "k of the mixing rule; 0: 1000 for 65,536 dimensions, in proportion"),
-    "hessian.weight": (-1.0, "λ of R_eval in the mixture; -1: by the rule, for k or more queries"),
+    "hessian.weight": (
+        -1.0,
+        "λ of R_eval in the mixture; -1: by the rule, for k or more queries",
+        SIGNED,
+    ),
     "hessian.damping": (
         -1.0,
         "in mean eigenvalues of a block; -1: what the sample's size needs (Ledoit and Wolf)",
+        SIGNED,
     ),
     "hessian.cutoff": (0.0, "leave out directions of smaller eigenvalues, in the same unit"),
     "hessian.structure": (
@@ -174,19 +194,19 @@ KEYS: dict[str, tuple[Any, str]] = {
         "queries of R_eval: all, leave_one_out, or disjoint (the half without the query)",
     ),
     # Methods over several checkpoints; EK-FAC and LoGra; dense retrieval.
-    "several.checkpoints": (3, "checkpoints that TracIn, TRAK and LESS use"),
+    "several.checkpoints": (3, "checkpoints that TracIn, TRAK and LESS use", POSITIVE),
     "several.keep_stores": (True, "keep the stores of earlier checkpoints after their search"),
     "curvature.sample": (4096, "passages to take the factors of EK-FAC and LoGra from; 0: all"),
     "curvature.seed": (0, "seed of that draw and of EK-FAC's labels"),
-    "curvature.damping": (0.1, "damping of EK-FAC, in mean eigenvalues of a matrix"),
+    "curvature.damping": (0.1, "damping of EK-FAC, in mean eigenvalues of a matrix", POSITIVE),
     "dense.model": ("", "sentence encoder: a directory, or a name on the Hugging Face hub"),
     # Evaluation.
     "eval.queries": (0, "queries to evaluate on; 0: all"),
-    "eval.top_k": (10, "proponents of a query to write and to patch with"),
+    "eval.top_k": (10, "proponents of a query to write and to patch with", POSITIVE),
     "eval.tail_patch_queries": (100, "queries of the tail-patch; 0: no tail-patch"),
     "eval.tail_patch_learning_rate": (0.0, "0: the training's at the traced checkpoint"),
     "eval.tail_patch_state": ("restored", "optimizer state: restored, or fresh (zeros)"),
-    "eval.known_rank": (10, "a fact is known if each token of the target ranks so high"),
+    "eval.known_rank": (10, "a fact is known if each token of the target ranks so high", POSITIVE),
     "eval.prior_prompts": (
         10,
         "prompts about other subjects after which a target's log p is its prior; 0: none",
@@ -194,49 +214,53 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.samples": (20, "answers to draw from the model for a query; 0: none"),
     "eval.sampled_queries": (100, "queries to draw answers for; 0: all"),
     "eval.frequency_edges": ("1,10,100,1000,10000", "where buckets of fact frequency begin"),
-    "eval.resamples": (10_000, "resamples of the queries for intervals"),
+    "eval.resamples": (10_000, "resamples of the queries for intervals", POSITIVE),
     "eval.seed": (0, "seed of answers and intervals"),
     # Who judges whether proponents entail their query (docs/evaluation.md).
     "judge.name": ("", "lexical, nli, or a plugin's; empty: nobody"),
     "judge.model": ("", "model of nli: a directory, or a name on the Hugging Face hub"),
     "judge.sentences": (3, "sentences of a window, the best of which counts; 0: whole passages"),
     "judge.threshold": (0.5, "a passage whose score is above it entails its query"),
-    "judge.batch": (32, "pairs that the model scores at a time"),
-    "judge.tokens": (512, "tokens of a premise and its claim at most"),
+    "judge.batch": (32, "pairs that the model scores at a time", POSITIVE),
+    "judge.tokens": (512, "tokens of a premise and its claim at most", POSITIVE),
     "metrics.writers": (
         "",
         "where metrics go beside train.jsonl and metrics.json: tensorboard, wandb, or both with a "
         "comma",
     ),
     # For `experiments.counterfactual`: a training on the corpus that continues the traced model.
-    "counterfactual.epochs": (2.0, "passes over the corpus of that training"),
-    "counterfactual.tokens_per_batch": (1024, "positions of a batch of it"),
-    "counterfactual.learning_rate": (1e-3, "its largest learning rate"),
+    "counterfactual.epochs": (2.0, "passes over the corpus of that training", POSITIVE),
+    "counterfactual.tokens_per_batch": (1024, "positions of a batch of it", POSITIVE),
+    "counterfactual.learning_rate": (1e-3, "its largest learning rate", POSITIVE),
     "counterfactual.warmup": (8, "steps of its linear warm-up"),
     "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
     "counterfactual.unit": ("passage", "unit to drop: passage, document, relation or subject"),
     "counterfactual.held_out": (0, "left-out sentences to ask in place of the facts; 0: facts"),
     "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),
-    "counterfactual.subsets": (100, "random sets of units to drop, a retraining each"),
-    "counterfactual.orders": (1, "orders of the data that all sets are retrained in"),
-    "counterfactual.together": (1, "retrainings that one program runs at a time"),
+    "counterfactual.subsets": (100, "random sets of units to drop, a retraining each", POSITIVE),
+    "counterfactual.orders": (1, "orders of the data that all sets are retrained in", POSITIVE),
+    "counterfactual.together": (1, "retrainings that one program runs at a time", POSITIVE),
     "counterfactual.methods": (
         "metagradient,adjoint_batch,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,"
         "source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,adam_dot_whole,adam_cosine_whole",
         "methods of the bank's own, beside those of methods (tda/run/bank_scores.py)",
     ),
-    "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch"),
-    "counterfactual.fisher": (256, "passages of the adjoint's mean Fisher matrix, and of CG"),
+    "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch", POSITIVE),
+    "counterfactual.fisher": (
+        256,
+        "passages of the adjoint's mean Fisher matrix, and of CG",
+        POSITIVE,
+    ),
     "counterfactual.own_top": (0, "queries to retrain without each method's own top 1 %; 0: none"),
     "counterfactual.seed": (0, "seed of the sets, and of the first order"),
-    "counterfactual.resamples": (1000, "resamples of subsets and queries for intervals"),
+    "counterfactual.resamples": (1000, "resamples of subsets and queries for intervals", POSITIVE),
     # For `experiments.plan`, where there is no corpus to read.
     "plan.passages": (0, "passages of the corpus; 0: read it"),
     "plan.tokens": (0, "tokens of the corpus"),
     "plan.queries": (0, "number of queries"),
-    "mesh.data": (-1, "devices along the data axis; -1: all that are left"),
-    "mesh.fsdp": (1, "devices that share the parameters"),
-    "mesh.tensor": (1, "devices that share a matrix product"),
+    "mesh.data": (-1, "devices along the data axis; -1: all that are left", SIGNED),
+    "mesh.fsdp": (1, "devices that share the parameters", POSITIVE),
+    "mesh.tensor": (1, "devices that share a matrix product", POSITIVE),
 }
 
 
@@ -262,42 +286,6 @@ CHOICES = {
     "eval.tail_patch_state": ("restored", "fresh"),
     "counterfactual.unit": ("passage", "document", "relation", "subject"),
 }
-# Keys that count at least one of something; all other numbers may be 0.
-_POSITIVE = (
-    "tokenizer.vocab_size",
-    "model.context",
-    "train.tokens_per_batch",
-    "train.learning_rate",
-    "train.save_every",
-    "gradients.estimate_batches",
-    "gradients.tokens_per_batch",
-    "projection.side",
-    "projection.blocks",
-    "store.shard_bytes",
-    "search.depth",
-    "search.memory_gib",
-    "several.checkpoints",
-    "curvature.damping",
-    "eval.top_k",
-    "eval.known_rank",
-    "eval.resamples",
-    "data.share",
-    "judge.batch",
-    "judge.tokens",
-    "counterfactual.epochs",
-    "counterfactual.tokens_per_batch",
-    "counterfactual.learning_rate",
-    "counterfactual.subsets",
-    "counterfactual.orders",
-    "counterfactual.together",
-    "counterfactual.queries_at_once",
-    "counterfactual.fisher",
-    "counterfactual.resamples",
-    "mesh.fsdp",
-    "mesh.tensor",
-)
-# Keys whose default of −1 stands for a rule.
-_NEGATIVE = ("hessian.weight", "hessian.damping", "mesh.data")
 
 
 def check_values(config: ConfigDict) -> None:
@@ -313,8 +301,9 @@ def check_values(config: ConfigDict) -> None:
             listed = f"{', '.join(others)} or {last}"
             raise ValueError(f"unknown {key}={values[key]!r}; use {listed}")
     for key, value in values.items():
-        if isinstance(value, int | float) and key not in _NEGATIVE:
-            if value <= 0 and key in _POSITIVE:
+        sign = KEYS.get(key, ())[2:]  # a plugin may have keys of its own
+        if isinstance(value, int | float) and SIGNED not in sign:
+            if value <= 0 and POSITIVE in sign:
                 least = "1 or more" if isinstance(value, int) else "above 0"
                 raise ValueError(f"{key}={value} must be {least}")
             if value < 0:
@@ -339,7 +328,7 @@ def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 def get_config() -> ConfigDict:
     """Returns a config of the defaults."""
     config = ConfigDict()
-    for key, (default, _) in KEYS.items():
+    for key, (default, *_) in KEYS.items():
         *sections, name = key.split(".")
         section = config
         for parent in sections:

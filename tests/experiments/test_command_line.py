@@ -61,7 +61,7 @@ def run(*arguments, cwd, python_path=ROOT):
 
 def test_help_shows_flags_and_the_keys_of_the_config(tmp_path):
     shown = run("trace", "--help", cwd=tmp_path).stdout
-    for key, (_, meaning) in defaults.KEYS.items():
+    for key, (_, meaning, *_) in defaults.KEYS.items():
         assert f"\n  {key}=" in shown and meaning.split()[0] in shown
     assert "--groups=" in shown and "--groups=" in run("table1", "--help", cwd=tmp_path).stdout
     assert "--workdir=" in shown and max(map(len, shown.splitlines())) <= 100

@@ -16,7 +16,7 @@ CONFIGS = sorted(pathlib.Path(__file__).parents[2].joinpath("configs").glob("[a-
 
 
 def test_every_key_has_a_meaning_in_one_line():
-    for key, (_, meaning) in defaults.KEYS.items():
+    for key, (_, meaning, *_) in defaults.KEYS.items():
         assert meaning and "\n" not in meaning and not meaning.endswith("."), key
 
 
