@@ -749,24 +749,17 @@ def test_keys_of_a_config_are_listed_with_their_sections():
     assert {"methods", "data.sentences", "eval.queries"} <= set(keys)
 
 
+def changed_keys(config):
+    """The keys of a config that are not the defaults, for a command line."""
+    before = defaults.flat(defaults.get_config())
+    return {key: value for key, value in defaults.flat(config).items() if value != before[key]}
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_files(tmp_path):
     """Whatever stage the kill falls into: training, encoding, search, tail-patch."""
     config = make_config(tmp_path)
-    changed = {
-        "data.sentences": config.data.sentences,
-        "data.facts": config.data.facts,
-        "data.pool": "all",
-        "tokenizer.vocab_size": 300,
-        "model.context": 32,
-        "train.epochs": 6.0,
-        "train.tokens_per_batch": 256,
-        "train.warmup": 2,
-        "train.save_every": 2,
-        "projection.side": 4,
-        "projection.blocks": 2,
-        "eval.tail_patch_queries": 2,
-    }
+    changed = changed_keys(config)
     one_device = os.environ | {"XLA_FLAGS": ""}
 
     def start(workdir):

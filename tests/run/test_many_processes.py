@@ -19,7 +19,7 @@ from experiments import launch
 from tda import results
 from tda.retrieval import ranked
 from tda.training import checkpoint
-from tests.experiments.test_trace import make_config, without_labels
+from tests.experiments.test_trace import changed_keys, make_config, without_labels
 
 # Little work for the compiler; and on a busy machine a device may be late for a collective.
 FLAGS = [
@@ -70,19 +70,8 @@ def run_alone(arguments):
 
 def keys(tmp_path, **changed):
     """The command-line keys of the tiny run."""
-    c = make_config(tmp_path)
-    set_ = {
-        "data.sentences": c.data.sentences,
-        "data.facts": c.data.facts,
-        "data.pool": "all",
-        "tokenizer.vocab_size": 300,
-        "model.context": 32,
-        "train.epochs": 6.0,
-        "train.tokens_per_batch": 256,
-        "train.warmup": 2,
+    set_ = changed_keys(make_config(tmp_path)) | {
         "train.save_every": 4,
-        "projection.side": 4,
-        "projection.blocks": 2,
         "store.shard_bytes": 512,
         "methods": "trackstar,bm25",
         "eval.tail_patch_queries": 1,
