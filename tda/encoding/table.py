@@ -10,7 +10,7 @@ from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.gradients.encoder import Encoder, scored_positions
 from tda.runtime import code_version, preemption, processes, progress, sharding
-from tda.runtime.differences import as_text, differences
+from tda.runtime.differences import as_text, differences, shorten
 from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.store import Form, GradientStore, Rows, StoreError, valid
 
@@ -281,12 +281,7 @@ class _Writer:
             waiting, self._waiting = self._waiting, None
             invalid = waiting.result()
             if invalid:
-                self._bar.write(_describe_invalid(self._description, invalid))
-
-
-def _describe_invalid(description: str, invalid: list[str]) -> str:
-    names = ", ".join(invalid[:5]) + (" …" if len(invalid) > 5 else "")
-    return (
-        f"{description}: the gradients of {len(invalid)} passages are not finite, so they are "
-        f"never retrieved: {names}"
-    )
+                self._bar.write(
+                    f"{self._description}: the gradients of {len(invalid)} passages are not "
+                    f"finite, so they are never retrieved: {shorten(invalid, 5)}"
+                )

@@ -3,7 +3,11 @@
 import sys
 
 from tda.runtime import progress
+from tda.runtime.differences import shorten
 from tda.store.making import open_store
+
+# The most names that a line lists.
+_MOST = 12
 
 
 def info(path: str) -> int:
@@ -14,11 +18,11 @@ def info(path: str) -> int:
     print(f"{store.path}")
     print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}")
     print(f"  size        {store.rows * store.form.row_bytes / 2**30:,.2f} GiB when finished")
-    print(f"  blocks      {len(m['blocks'])}: {_shortened(m['blocks'])}")
+    print(f"  blocks      {len(m['blocks'])}: {shorten(m['blocks'], _MOST)}")
     print(f"  segments    {len(m['segments'])}: {[s['rows'] for s in m['segments']]} rows")
     print(f"  written     {len(shards) - len(missing)} of {len(shards)} shards, {rows_done:,} rows")
     if missing:
-        print(f"  missing     shards {_shortened(missing)}")
+        print(f"  missing     shards {shorten([*map(str, missing)], _MOST)}")
     print(f"  withdrawn   {len(store.withdrawn):,} rows")
     for key, value in sorted(m["fingerprint"].items()):
         # A shape for each parameter would fill pages.
@@ -55,9 +59,9 @@ def verify(path: str, report_only: bool = False) -> int:
     intact = len(shards) - len(missing) - len(damaged)
     print(f"{intact} of {len(shards)} shards are intact, {len(missing)} are not written yet")
     if damaged:
-        print(f"{len(damaged)} damaged: {_shortened(damaged)} ({remark})")
+        print(f"{len(damaged)} damaged: {shorten([*map(str, damaged)], _MOST)} ({remark})")
     if files:
-        print(f"{len(files)} files of passages are damaged: {_shortened(list(files))} ({remark})")
+        print(f"{len(files)} files of passages are damaged: {shorten([*files], _MOST)} ({remark})")
     return 1 if damaged or files else 0
 
 
@@ -69,8 +73,3 @@ def withdraw(path: str, ids: list[str], documents: list[str]) -> int:
     count = store.withdraw(ids, documents)
     print(f"{count:,} rows are withdrawn, {len(store.withdrawn):,} in all")
     return 0
-
-
-def _shortened(items: list, most: int = 12) -> str:
-    text = ", ".join(map(str, items[:most]))
-    return text + (f", … ({len(items)} in all)" if len(items) > most else "")
