@@ -113,7 +113,8 @@ class MappedTable(TokenTable):
     @property
     def tokens(self) -> np.ndarray:
         """All tokens, int32, copied into memory."""
-        return self._concatenated("tokens", np.int32)
+        parts = (self._array(i, "tokens") for i in range(len(self._parts)))
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     @property
     def starts(self) -> np.ndarray:
@@ -125,10 +126,6 @@ class MappedTable(TokenTable):
         """Whether the loss counts each token, bool, copied into memory."""
         pieces = [self._scored(i, 0, part.rows) for i, part in enumerate(self._parts)]
         return np.concatenate(pieces)
-
-    def _concatenated(self, name: str, dtype) -> np.ndarray:
-        parts = (self._array(i, name) for i in range(len(self._parts)))
-        return np.concatenate([np.zeros(0, dtype), *parts])
 
     def _scored(self, part: int, first: int, stop: int) -> np.ndarray:
         """Returns which tokens the loss counts, of rows [first, stop) of a part."""
@@ -191,15 +188,16 @@ class MappedTable(TokenTable):
         return sum(
             self._parts[i].scored
             if stop - start == self._parts[i].rows
-            else self._count_scored(i, start, stop)
+            else int(self._scored_lengths(i, start, stop).sum())
             for i, start, stop in self._ranges(first, len(self) if stop is None else stop)
         )
 
-    def _count_scored(self, part: int, first: int, stop: int) -> int:
+    def _scored_lengths(self, part: int, first: int, stop: int) -> np.ndarray:
         lead, bounds = self._parts[part].lead, self._starts(part)[first : stop + 1]
         if lead:
-            return int(np.maximum(np.diff(bounds) - lead, 0).sum())
-        return int(self._array(part, "scored")[bounds[0] : bounds[-1]].sum())
+            return np.maximum(np.diff(bounds) - lead, 0)
+        scored = self._array(part, "scored")[bounds[0] : bounds[-1]]
+        return np.diff(np.concatenate([[0], np.cumsum(scored)])[bounds - bounds[0]])
 
     def _ranges(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yields the parts of rows [first, stop), with the rows [start, stop) in each."""
@@ -213,15 +211,8 @@ class MappedTable(TokenTable):
     @property
     def scored_lengths(self) -> np.ndarray:
         """Tokens that the loss counts of each sequence, int64 [N]."""
-        out = []
-        for i, part in enumerate(self._parts):
-            starts = self._starts(i)
-            if part.lead:
-                out.append(np.maximum(np.diff(starts) - part.lead, 0))
-            else:
-                before = np.concatenate([[0], np.cumsum(self._array(i, "scored"))])
-                out.append(np.diff(before[starts]))
-        return np.concatenate(out)
+        parts = [self._scored_lengths(i, 0, part.rows) for i, part in enumerate(self._parts)]
+        return np.concatenate(parts)
 
     def fingerprint(self) -> str:
         """Returns a hash of tokens, scored positions and ids: of the digests of the parts."""
