@@ -159,7 +159,7 @@ def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:
     evaluation = hessian.autocorrelation_of_source(InMemory(queries, slices)).blocks
     weight = h.weight
     if weight < 0:
-        spectra = hessian.spectrum(loop), hessian.spectrum(evaluation)
+        spectra = hessian.spectra(loop), hessian.spectra(evaluation)
         width = passages.shape[1]
         weight = hessian.mixing_weight(*spectra, h.component or hessian.default_component(width))
     roots = hessian.inverse_root(hessian.mix(loop, evaluation, weight), h.damping)

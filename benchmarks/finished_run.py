@@ -38,7 +38,7 @@ def scorers(store, queries_QxE: np.ndarray) -> dict[str, Scorer]:
     train = hessian.autocorrelation_of_source(store).blocks
     asked = hessian.autocorrelation_of_source(InMemory(queries_QxE, slices)).blocks
     k = hessian.default_component(store.form.width)
-    weight = hessian.mixing_weight(hessian.spectrum(train), hessian.spectrum(asked), k)
+    weight = hessian.mixing_weight(hessian.spectra(train), hessian.spectra(asked), k)
     roots = hessian.inverse_root(hessian.mix(train, asked, weight))
     return {"trackstar": Scorer(roots, True), "cosine": Scorer(None, True)}
 

@@ -151,7 +151,7 @@ class Ours:
         train = hessian.autocorrelation_of_source(store).blocks
         evaluation = hessian.autocorrelation_of_source(InMemory(queries, slices)).blocks
         lap("R")
-        spectra = hessian.spectrum(train), hessian.spectrum(evaluation)
+        spectra = hessian.spectra(train), hessian.spectra(evaluation)
         weight = hessian.mixing_weight(*spectra, self.setup["component"])
         mixed = hessian.mix(train, evaluation, weight)
         scorers = {"trackstar": Scorer(hessian.inverse_root(mixed, self.setup["damping"]), True)}

@@ -14,7 +14,6 @@ from tda.hessian.root import (
     shrink,
     shrinkage,
     spectra,
-    spectrum,
     whiten,
 )
 
@@ -37,6 +36,5 @@ __all__ = [
     "shrink",
     "shrinkage",
     "spectra",
-    "spectrum",
     "whiten",
 ]

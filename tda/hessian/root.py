@@ -53,11 +53,6 @@ def spectra(R: list[np.ndarray], shapes: Sequence[Shape] | None = None) -> list[
     return out
 
 
-def spectrum(R: list[np.ndarray]) -> np.ndarray:
-    """Returns the eigenvalues of all blocks together in descending order: float64 [E]."""
-    return np.sort(np.concatenate(spectra(R)))[::-1]
-
-
 def default_component(width: int) -> int:
     """Returns the component k of the mixing rule: 1000 of 65,536 columns, in proportion."""
     return max(1, round(1000 * width / 65536))
@@ -94,18 +89,18 @@ def check_component(evaluation: list[np.ndarray], k: int, count: int) -> None:
         )
 
 
-def mixing_weight(train: np.ndarray, evaluation: np.ndarray, k: int) -> float:
+def mixing_weight(train: Sequence[np.ndarray], evaluation: Sequence[np.ndarray], k: int) -> float:
     """Returns λ of the paper's rule: λ σ_eval[k] = (1 − λ) σ_train[k].
 
     Args:
-        train: spectrum of R_train, descending.
-        evaluation: spectrum of R_eval, descending.
+        train: eigenvalues of R_train by block, in any order.
+        evaluation: eigenvalues of R_eval, likewise.
         k: the component, counted from 1.
 
     Raises:
         ValueError: both spectra vanish at k, since the gradients span fewer than k directions.
     """
-    a, b = train[k - 1], evaluation[k - 1]
+    a, b = (np.sort(np.concatenate(values))[-k] for values in (train, evaluation))
     if a + b <= 0:
         raise ValueError(f"both spectra vanish at component {k}; choose a smaller one")
     return float(a / (a + b))

@@ -322,13 +322,11 @@ class Whitening:
         """Returns λ, by the rule or from the settings."""
         k = self._settings.component or hessian.default_component(self._source.form.width)
         weight, by_block = self._settings.weight, hessian.spectra(evaluation.blocks, self._shapes)
-        spectrum = np.concatenate(by_block)
-        self.spectra.setdefault("evaluation", spectrum)
+        self.spectra.setdefault("evaluation", np.concatenate(by_block))
         if weight < 0:
             # With fewer than k directions the rule would compare R_train with rounding.
             hessian.check_component(by_block, k, evaluation.count)
-            both = (np.sort(x)[::-1] for x in (self.spectra["train"], spectrum))
-            weight = hessian.mixing_weight(*both, k)
+            weight = hessian.mixing_weight([self.spectra["train"]], by_block, k)
         note |= {"lambda": weight, "component": k, "evaluation": kind}
         return weight
 

@@ -276,8 +276,7 @@ def test_spectra_are_kept_beside_the_rankings(traced):
         first = np.linalg.eigvalsh(x[:, :16].T @ x[:, :16] / len(x))[::-1]
         np.testing.assert_allclose(values[0], first, rtol=1e-3, atol=1e-5 * first.max())
     k = notes["trackstar_all"]["component"]
-    train, evaluation = (np.sort(spectra[n])[::-1] for n in ("train", "evaluation"))
-    weight = hessian.mixing_weight(train, evaluation, k)
+    weight = hessian.mixing_weight([spectra["train"]], [spectra["evaluation"]], k)
     assert notes["trackstar_all"]["lambda"] == pytest.approx(weight)
 
 
