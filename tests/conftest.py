@@ -1,5 +1,6 @@
 """Settings of every test run: eight CPU devices in one process, and tiny models to test with."""
 
+import ctypes
 import functools
 import os
 import pathlib
@@ -47,9 +48,11 @@ def pytest_report_header():
     return ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
-# A worker that kept the programs of all files would grow beyond 5 GB. Dropping them after every
-# file would load or compile again what files share, so they go only when the worker has grown.
-_PROGRAMS_BYTES = 1_200_000_000
+# A worker that kept all of its memory would grow beyond 5 GB. Most of it the compiler has freed and
+# glibc keeps, by hundreds of MB a test. Dropping the programs too would load or compile again what
+# files share, so they go after a file, and only if the worker is large without what glibc kept.
+_MOST_BYTES = 1_000_000_000
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
 def _resident_bytes() -> int:
@@ -59,11 +62,19 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
+@pytest.fixture(autouse=True)
+def _freed_memory():
+    yield
+    if _resident_bytes() > _MOST_BYTES:
+        _trim(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs():
     yield
-    if _resident_bytes() > _PROGRAMS_BYTES:
+    if _resident_bytes() > _MOST_BYTES:
         jax.clear_caches()
+        _trim(0)
 
 
 @functools.cache
