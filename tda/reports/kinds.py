@@ -24,7 +24,7 @@ def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
     panels = [Panel("share of the proponents", [_shares(*x) for x in by_method.items()], True)]
     if any(x["n_tail_patches"] for by_kind in by_method.values() for x in by_kind.values()):
         steps = [
-            Line(METHODS[n].title, list(kinds), [_number(x["tail_patch"]) for x in kinds.values()])
+            Line(METHODS[n].title, list(kinds), [x["tail_patch"] for x in kinds.values()])
             for n, kinds in by_method.items()
         ]
         panels.append(Panel("tail-patch of a step on one", steps, True))
@@ -34,7 +34,7 @@ def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
         Panel(
             METHODS[n].title,
             [
-                Line(kind, range(1, 1 + len(x["by_rank"])), list(map(_number, x["by_rank"])))
+                Line(kind, range(1, 1 + len(x["by_rank"])), x["by_rank"])
                 for kind, x in by_method[n].items()
             ],
             True,
@@ -45,10 +45,6 @@ def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
 
 
 def _shares(name: str, contents: dict) -> Line:
-    low, high = ([_number(x["interval"][i]) for x in contents.values()] for i in (0, 1))
-    shares = [_number(x["share"]) for x in contents.values()]
+    low, high = zip(*(x["interval"] for x in contents.values()), strict=True)
+    shares = [x["share"] for x in contents.values()]
     return Line(METHODS[name].title, list(contents), shares, low, high)
-
-
-def _number(x: float | None) -> float:
-    return float("nan") if x is None else x

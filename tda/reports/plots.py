@@ -30,11 +30,11 @@ class Line:
     """The name in the legend; lines with the same label look alike in every panel."""
     x: Sequence
     """Numbers, or names: each name then has a row, and the figures are read on the x axis."""
-    y: Sequence[float]
-    """The figures; NaN where there is none."""
-    low: Sequence[float] | None = None
-    """The lower ends of the figures' intervals, or NaN; None for no intervals."""
-    high: Sequence[float] | None = None
+    y: Sequence[float | None]
+    """The figures; NaN or None where there is none."""
+    low: Sequence[float | None] | None = None
+    """The lower ends of the figures' intervals, as `y`; None for no intervals."""
+    high: Sequence[float | None] | None = None
     """The upper ends."""
     marked: float | None = None
     """An x that a vertical line of the same colour marks, if x are numbers."""

@@ -256,15 +256,14 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
     return out
 
 
-def _figure(rows: list[dict], has_seeds: bool) -> tuple[float, float, float]:
+def _figure(rows: list[dict], has_seeds: bool) -> tuple:
     """Returns a figure and its interval: over queries, or one standard deviation over seeds."""
     if has_seeds:
         spread = statistics.across_seeds([r["value"] for r in rows])
         return spread["mean"], spread["mean"] - spread["sd"], spread["mean"] + spread["sd"]
     # Without seeds, a later point with the same x replaces an earlier one.
     row = rows[-1]
-    low, high = (float("nan") if row[k] is None else row[k] for k in ("low", "high"))
-    return row["value"], low, high
+    return row["value"], row["low"], row["high"]
 
 
 def _applies(column: str, row: dict) -> bool:
