@@ -313,7 +313,7 @@ class Sums(Retriever):
         Finished rankings do not need these stores; a new ranking encodes them again.
         """
         self._at_step.cache_clear()
-        if self.run.config.several.keep_stores or self.run.engine.party:
+        if self.run.config.several.keep_stores or self.run.engine.has_readers:
             return
         for method in methods.values():
             for step in checkpoints.steps_of(self.run, method)[:-1]:

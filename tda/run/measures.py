@@ -164,7 +164,7 @@ def _measure_patches(
         groups.reduce(
             f"tail-patch-{fingerprint([log.path.name, keys])}", ranges, work, keep, bar.update
         )
-    if not run.engine.party:
+    if not run.engine.has_readers:
         processes.on_first_process("remove groups", run.remove_groups)
 
 

@@ -87,7 +87,7 @@ def _search(
         for name, result in (search() if shared is None else shared).items():
             _write(files[name], result)
         # Only unfinished rankings need them.
-        if not run.engine.party:
+        if not run.engine.has_readers:
             run.remove_groups()
 
     with run.engine.alone():

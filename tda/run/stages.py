@@ -141,7 +141,8 @@ def opened(config, workdir: Workdir, engine: Engine = PROCESSES) -> Iterator[Run
             run[0].remove_groups()
 
     # The last of several jobs removes what only unfinished rankings need.
-    with workdir.hold(engine.party, on_last=remove_groups if engine.party else lambda: None):
+    on_last = remove_groups if engine.has_readers else lambda: None
+    with workdir.hold(engine.party, on_last=on_last):
         try:
             with metric_writers.writing(config.metrics.writers, workdir.path, config.to_dict()):
                 run.append(prepare(config, workdir, engine))

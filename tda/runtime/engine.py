@@ -44,8 +44,7 @@ class Engine:
 
     Attributes:
         party: identity of the jobs that work on the run at the same time, each by itself (the tasks
-            of an array, Ray's workers); empty if one job works alone. Jobs of a party must not
-            remove files that the others may still read.
+            of an array, Ray's workers); empty if one job works alone.
         can_train: whether this program may train the model, which is not split into groups.
         programs: how many programs of a party share the work, or a guess that is the same in all;
             0 if one job works alone.
@@ -54,6 +53,11 @@ class Engine:
     party: str = ""
     can_train: bool = True
     programs: int = 0
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether other programs may read what this one has finished with, until it ends."""
+        return self.party != ""
 
     def compute(self, work: Work) -> None:
         """Returns once no group of the work is missing.

@@ -99,7 +99,6 @@ class OnDemand(Engine):
 
     def _run(self) -> None:
         self._name, self._number = self._requests.get()
-        again = True
         while True:
             error: Exception | None = None
             try:
@@ -110,17 +109,8 @@ class OnDemand(Engine):
                         "hosts the same code and files?"
                     )
             except _Superseded:
-                again = True
                 continue
-            except FileNotFoundError as raised:
-                # The driver removes the groups of a ranking that it has finished, perhaps while a
-                # worker looks for them. The next start finds the ranking.
-                if again:
-                    again = False
-                    continue
-                error = raised
             except Exception as raised:
                 error = raised
-            again = True
             self._replies.put(error)
             self._name, self._number = self._requests.get()

@@ -83,6 +83,9 @@ class RayEngine(Engine):
         arguments: the arguments of that class, the same on every machine.
     """
 
+    # A worker that starts its stages again passes through all finished work.
+    has_readers = True
+
     def __init__(self, cluster: Cluster, worker: type, *arguments: Any):
         # This program leaves accelerators to the workers.
         self.can_train = not cluster.has_accelerators

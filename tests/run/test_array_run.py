@@ -19,6 +19,7 @@ from tda.run.workdir import Workdir
 from tda.runtime import code_version, groups, progress
 from tda.runtime.array_tasks import EXIT_STATUS, Unfinished
 from tda.runtime.directory_lock import HeldError
+from tda.runtime.engine import PROCESSES, Processes
 from tda.viewer import export, opening
 from tests.experiments.test_trace import make_config, without_labels
 
@@ -104,6 +105,30 @@ def trained(alone, path):
     for file in path.glob("*.jsonl"):
         file.unlink()
     return path
+
+
+def test_groups_stay_until_no_program_reads_them(plain, tmp_path, monkeypatch):
+    """Workers of Ray start their stages again, and pass through works that are finished."""
+    config, evaluate = plain[0], stages.evaluate.evaluate
+    kept = []
+
+    class WithReaders(Processes):
+        has_readers = True
+
+        def close(self):
+            kept.append((path / "groups").exists())
+
+    def look(run, rankings):
+        kept.append((path / "groups").exists())
+        return evaluate(run, rankings)
+
+    monkeypatch.setattr(stages.evaluate, "evaluate", look)
+    for engine, expected in ((WithReaders(), [True, True]), (PROCESSES, [False])):
+        path = trained(plain, tmp_path / str(len(expected)))
+        stages.trace(config, Workdir(path), engine)
+        assert kept == expected and not (path / "groups").exists()
+        kept.clear()
+        assert contents(path) == contents(plain[1])
 
 
 def check_array(alone, path, count):

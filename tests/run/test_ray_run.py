@@ -12,23 +12,26 @@ from tests.run.test_many_processes import FLAGS, keys, plain_keys
 # Small groups. Of every work one worker is killed at its first group.
 PROGRAM = """
 import os, pathlib, signal, sys
+from tda.retrieval.scann import settings
 from tda.run import engines, ray_worker, run
 from tda.runtime import groups
 
 FOLDER = pathlib.Path(sys.argv[1])
 
-def make_groups_small(run, groups):
-    run._GROUP_SHARDS, groups._ROWS_PER_RESULT = 2, 0
+def make_groups_small(run, groups, settings):
+    run._GROUP_SHARDS, groups._ROWS_PER_RESULT, settings._EXACT_NUMBERS = 2, 0, 0
 
-make_groups_small(run, groups)
+make_groups_small(run, groups, settings)
 
 class Dying(ray_worker.Worker):
     def __init__(self, opening):
-        make_groups_small(run, groups)
+        make_groups_small(run, groups, settings)
         super().__init__(opening)
 
     def compute(self, work, number):
-        stage = "tokens" if work.startswith("tokens") else work.partition("-")[0]
+        stage = work.partition("-")[0]
+        if work.startswith(("tokens", "index")):
+            stage = work[: len("index")]
         try:
             (FOLDER / stage).touch(exist_ok=False)
         except FileExistsError:
@@ -49,12 +52,13 @@ def test_workers_of_ray_are_killed_in_every_stage_and_the_run_ends(tmp_path, has
     pytest.importorskip("ray")
     stages = {"encode queries", "encode corpus", "R", "search", "tail"}
     if has_labels:
-        methods = "trackstar,exp2,hidden_last,bm25"
+        methods = "trackstar,exp2,rerank_cos,hidden_last,bm25"
         arguments = keys(tmp_path, methods=methods, **{"eval.samples": 0})
-        stages.add("hidden")
+        stages |= {"hidden", "second"}
     else:
-        arguments = plain_keys(tmp_path, methods="trackstar", **{"eval.samples": 0})
-        stages.add("tokens")
+        index = {"search.index": "scann", "search.scann.part_rows": 4}
+        arguments = plain_keys(tmp_path, methods="trackstar", **index, **{"eval.samples": 0})
+        stages |= {"token", "index", "scann"}
     killed = tmp_path / "killed"
     killed.mkdir()
     flags = " ".join(["--xla_force_host_platform_device_count=1", *FLAGS])

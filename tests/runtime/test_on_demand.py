@@ -46,22 +46,6 @@ def test_groups_of_a_work_are_computed_by_one_start_of_the_stages():
     assert stages.results["second"] == {1} and stages.starts == 3 and stages.reduced == ["first"]
 
 
-def test_files_that_the_driver_has_just_removed_are_looked_for_once_more():
-    stages, removed = Stages(), [1]
-
-    def beside_the_driver(engine):
-        if not engine.is_opening and removed:
-            raise FileNotFoundError(removed.pop())
-        stages(engine)
-
-    worker = OnDemand(beside_the_driver)
-    worker.request("first", 0)
-    assert stages.results["first"] == {0}
-    removed += [2, 3]
-    with pytest.raises(FileNotFoundError, match="2"):
-        worker.request("second", 0)
-
-
 def test_a_worker_opens_before_the_model_is_trained():
     results, trained = {"tokens": set(), "encode": set()}, []
 
