@@ -51,6 +51,7 @@ class Method:
         passages: how a passage's gradient is changed first: not at all ("plain"); weighted by
             1 − p, with p the mean probability of its tokens ("unsure", TRAK's Q); or replaced by
             the step that Adam takes on it ("adam_step", LESS).
+        query_output: the function that is differentiated for queries; if empty, that of passages.
         evaluation: the queries of R_eval when a query is scored: "all", all except it
             ("leave_one_out"), or the half without it ("disjoint"); if empty, the rule of the
             config (`hessian.evaluation`).
@@ -69,6 +70,7 @@ class Method:
     several: bool = False
     by_learning_rate: bool = False
     passages: str = "plain"
+    query_output: str = ""
     evaluation: str = ""
     layer: str = "last"
     candidates: str = ""
@@ -88,9 +90,10 @@ class Method:
     @property
     def query_gradients(self) -> GradientKind:
         """The kind of gradients of the queries: LESS takes Adam's steps on passages only."""
+        kind = dataclasses.replace(self.gradients, output=self.query_output or self.output)
         if not self.steps_by_adam:
-            return self.gradients
-        return dataclasses.replace(self.gradients, corrected=False, adam_step=False)
+            return kind
+        return dataclasses.replace(kind, corrected=False, adam_step=False)
 
     @property
     def takes_gradients(self) -> bool:
@@ -186,6 +189,9 @@ METHODS = {
     ),
     "trackstar_logit": Method(
         "TrackStar, target logit", corrected=True, hessian="mixed", output="logit"
+    ),
+    "trackstar_query_logit": Method(
+        "TrackStar, logit of queries", corrected=True, hessian="mixed", query_output="logit"
     ),
     # Other gradient methods.
     "grad_dot": Method("gradient dot product", unit_norm=False),

@@ -57,9 +57,9 @@ class Heat:
             row = store.row_of(passage)
         except KeyError as error:
             raise ValueError(f"the store has no passage {passage!r}") from error
-        query_E = self._encodings.of_queries(queries, kind, on_progress)[0]
+        query_E = self._encodings.of_queries(queries, method.query_gradients, on_progress)[0]
         (number,) = queries.numbers
-        scorer = self._encodings.whitening(kind, on_progress).scorer(method, number)
+        scorer = self._encodings.whitening(method, on_progress).scorer(method, number)
         (stored_E,) = store.read([row])
         if not np.isfinite(stored_E).all():
             raise ValueError(f"the gradient of {passage!r} is not finite, or was withdrawn")

@@ -73,7 +73,7 @@ class Captured(Retriever):
             gradients = []
             for step in steps:
                 tell(on_progress, f"opening the checkpoint of step {step}")
-                at, kinds = self._at_step(step), [m.gradients for m in of_steps.values()]
+                at, kinds = self._at_step(step), [m.query_gradients for m in of_steps.values()]
                 gradients.append(
                     np.concatenate([at.of_queries(queries, kind, on_progress) for kind in kinds])
                 )

@@ -28,12 +28,17 @@ class Encodings:
         self._passages: dict[GradientKind, Source] = {}
         self._queries: dict[GradientKind, np.ndarray | None] = {}
         self._encoders: dict = {}
-        self._whitenings: dict[GradientKind, Whitening] = {}
+        self._whitenings: dict[tuple[GradientKind, GradientKind], Whitening] = {}
         self._on_progress: Progress | None = None
 
-    def encode(self, kind: GradientKind) -> None:
-        """Encodes the rows that are missing from a kind's stores."""
-        if kind not in self._passages or kind not in self._queries:
+    def encode(self, method: Method) -> None:
+        """Encodes the rows that are missing from the stores of a method's gradients."""
+        kind = method.gradients
+        if kind != method.query_gradients:
+            # Passages of the queries' kind would not be read.
+            self.passages(kind)
+            self.run_queries(method.query_gradients)
+        elif kind not in self._passages or kind not in self._queries:
             self._passages[kind], self._queries[kind] = encode.encode(self.run, kind)
 
     def passages(self, kind: GradientKind) -> Source:
@@ -78,36 +83,38 @@ class Encodings:
             raise ValueError("the question's gradient is not finite: look at the model's logits")
         return encoded_QxE
 
-    def identity(self, kind: GradientKind) -> list:
-        """Returns JSON values that identify the gradients of passages and queries."""
+    def identity(self, method: Method) -> list:
+        """Returns JSON values that identify a method's gradients of passages and queries."""
         run = self.run
         if not run.live:
-            return [*encode.ranking_provenance(run, kind), run.corpus.fingerprint]
+            return [*gradients_provenance(run, method), run.corpus.fingerprint]
         # By the stores: the fingerprint would read the whole corpus.
-        paths = [run.store_path(name, kind) for name in ("corpus", "queries")]
+        kinds = (("corpus", method.gradients), ("queries", method.query_gradients))
+        paths = [run.store_path(name, kind) for name, kind in kinds]
         opened = [stores.open_store(p) for p in paths if stores.finished(p)]
         return [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
 
-    def whitening(self, kind: GradientKind, on_progress: Progress | None = None) -> Whitening:
-        """Returns R^(−1/2) of a kind; a live session keeps it on disk for the next one."""
+    def whitening(self, method: Method, on_progress: Progress | None = None) -> Whitening:
+        """Returns R^(−1/2) of a method's gradients; a live session keeps it for the next one."""
         self._on_progress = on_progress
-        if kind not in self._whitenings:
-            run, source = self.run, self.passages(kind)
+        kinds = method.gradients, method.query_gradients
+        if kinds not in self._whitenings:
+            run, source = self.run, self.passages(method.gradients)
             # R takes a scan of the store, for minutes: kept for the next session or restart.
             groups = ONE_GROUP if run.live else run.groups
             folder = run.workdir / "live" if run.live else groups.directory
-            self._whitenings[kind] = Whitening(
+            self._whitenings[kinds] = Whitening(
                 run.hessian,
                 source,
-                self.run_queries(kind),
+                self.run_queries(method.query_gradients),
                 run.search_mesh,
                 folder=folder,
-                identity=self.identity(kind),
-                shapes=run.block_shapes(kind),
+                identity=self.identity(method),
+                shapes=run.block_shapes(method.gradients),
                 groups=groups,
                 on_progress=self._relay if run.live else None,
             )
-        return self._whitenings[kind]
+        return self._whitenings[kinds]
 
     def _relay(self, description: str, done: int, total: int) -> None:
         # R outlives its first question; later ones report to their own progress.
@@ -118,6 +125,12 @@ class Encodings:
         """Frees all gradients."""
         for cache in (self._passages, self._queries, self._encoders, self._whitenings):
             cache.clear()
+
+
+def gradients_provenance(run: Run, method: Method, step: int | None = None) -> list:
+    """Returns what a ranking depends on of a method's gradients, as JSON values."""
+    kinds = dict.fromkeys((method.gradients, method.query_gradients))
+    return [x for kind in kinds for x in encode.ranking_provenance(run, kind, step)]
 
 
 class Gradients(Retriever):
@@ -134,14 +147,14 @@ class Gradients(Retriever):
         missing = encode.missing_stores(self.run, method.gradients, "corpus")
         if missing or method.hessian != "mixed":
             return missing
-        if encode.missing_stores(self.run, method.gradients, "queries"):
+        if encode.missing_stores(self.run, method.query_gradients, "queries"):
             return "R_eval needs the gradients of the run's queries, which are not stored"
         return None
 
     def provenance(self, method):
         """Returns what identifies gradients, R and the index."""
         config = self.run.config
-        provenance = encode.ranking_provenance(self.run, method.gradients)
+        provenance = gradients_provenance(self.run, method)
         if method.hessian != "none":
             provenance.append(dict(config.hessian))
         if config.search.index != "none":
@@ -150,30 +163,32 @@ class Gradients(Retriever):
 
     def prepare(self, methods, later=()):
         """Encodes corpus and queries."""
-        for kind in dict.fromkeys(m.gradients for m in methods.values()):
-            self.encodings.encode(kind)
+        for method in methods.values():
+            self.encodings.encode(method)
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
-        kinds: dict[GradientKind, dict[str, Method]] = {}
+        kinds: dict[tuple, dict[str, Method]] = {}
         for name, method in methods.items():
-            kinds.setdefault(method.gradients, {})[name] = method
+            kinds.setdefault((method.gradients, method.query_gradients), {})[name] = method
         results: dict[str, Result] = {}
-        for kind, sharing in kinds.items():
-            results |= self._search_kind(queries, kind, sharing, k, on_progress)
+        for sharing in kinds.values():
+            results |= self._search_kinds(queries, sharing, k, on_progress)
         return results
 
-    def _search_kind(self, queries, kind, methods, k, on_progress) -> dict[str, Result]:
-        run, source = self.run, self.encodings.passages(kind)
+    def _search_kinds(self, queries, methods, k, on_progress) -> dict[str, Result]:
+        """Searches by methods of the same kinds of gradients."""
+        any_method = next(iter(methods.values()))
+        run, source = self.run, self.encodings.passages(any_method.gradients)
         if not run.live:
             print(f"search {source.rows:,} passages: {', '.join(methods)}")
-        gradients_QxE = self.encodings.of_queries(queries, kind, on_progress)
-        whitening = self.encodings.whitening(kind, on_progress)
+        gradients_QxE = self.encodings.of_queries(queries, any_method.query_gradients, on_progress)
+        whitening = self.encodings.whitening(any_method, on_progress)
         rankings: dict[str, list] = {n: [] for n in methods}
         notes: dict[str, dict] = {n: {} for n in methods}
 
         # A live question leaves no files.
-        identity = None if run.live else self.encodings.identity(kind)
+        identity = None if run.live else self.encodings.identity(any_method)
         search_exactly = functools.partial(scan, run, source, identity, on_progress)
         for number, part in enumerate(whitening.parts(methods, queries.numbers)):
             # A method whose R differs between halves of the queries has an index for each half.
@@ -200,15 +215,16 @@ class Gradients(Retriever):
         if not all(rankings.values()):
             return {}  # another process merges the groups' rankings
         # Spectra are for a run's plots; a live question writes no files.
-        spectra = None if run.live else self._keep_spectra(kind, whitening)
+        spectra = None if run.live else self._keep_spectra(any_method, whitening)
         for name, method in methods.items():
             note = whitening.note(method)
             notes[name] |= note | {"spectra": spectra} if note else {}
         return {n: Result(ranked.join(rankings[n]), notes[n]) for n in methods}
 
-    def _keep_spectra(self, kind: GradientKind, whitening: Whitening) -> str | None:
-        run = self.run
-        provenance = [run.provenance(kind), dict(run.config.hessian)]
+    def _keep_spectra(self, method: Method, whitening: Whitening) -> str | None:
+        run, kind = self.run, method.gradients
+        kinds = dict.fromkeys((kind, method.query_gradients))
+        provenance = [*map(run.provenance, kinds), dict(run.config.hessian)]
         provenance += [run.corpus.fingerprint, run.config.store.dtype]
         directory = run.workdir / "retrieval"
         return whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
@@ -253,8 +269,7 @@ class Sums(Retriever):
         """Returns what identifies the gradients of every checkpoint, and R."""
         provenance = []
         for step in checkpoints.steps_of(self.run, method):
-            for kind in dict.fromkeys((method.gradients, method.query_gradients)):
-                provenance += encode.ranking_provenance(self.run, kind, step)
+            provenance += gradients_provenance(self.run, method, step)
         if method.hessian != "none":
             provenance.append(dict(self.run.config.hessian))
         return provenance
@@ -269,13 +284,7 @@ class Sums(Retriever):
                 ]
                 kinds = [method.gradients, *(m.gradients for m in sharing)]
                 encode.encode_together(encodings.run, kinds)
-                if method.query_gradients == method.gradients:
-                    encodings.encode(method.gradients)
-                else:
-                    # Adam's steps for passages and plain gradients for queries: a store of plain
-                    # passages would not be read.
-                    encodings.passages(method.gradients)
-                    encodings.run_queries(method.query_gradients)
+                encodings.encode(method)
                 if method.passages == "unsure":
                     vectors.probabilities(encodings.run)
 
@@ -301,7 +310,7 @@ class Sums(Retriever):
         queries_QxE = encodings.of_queries(queries, method.query_gradients, on_progress)
         roots, probabilities = [], None
         if method.hessian == "train":
-            roots = encodings.whitening(kind, on_progress).train_roots()
+            roots = encodings.whitening(method, on_progress).train_roots()
         if method.passages == "unsure":
             tell(on_progress, "likelihood of the passages")
             probabilities = vectors.probabilities(encodings.run)

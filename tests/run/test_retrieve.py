@@ -7,6 +7,7 @@ import pytest
 
 from tda import hessian, methods
 from tda import loss as losses
+from tda import store as stores
 from tda.data import batches
 from tda.gradients import adam_steps, kronecker, reference
 from tda.gradients.projection import Projection
@@ -261,6 +262,43 @@ def test_what_R_eval_is_made_of_changes_the_scores_but_not_much_else(traced):
         assert np.abs(scores[i]).max() <= 1 + 1e-5
         for other in scores[:i]:
             assert np.abs(scores[i] - other).max() > 1e-4
+
+
+def test_queries_may_be_differentiated_by_another_function(traced, monkeypatch):
+    """R_train is of the passages' losses, and R_eval of the queries' logits."""
+    exp5 = dataclasses.replace(METHODS["exp5"], query_output="logit")
+    monkeypatch.setitem(METHODS, "apart", exp5)
+    names = "trackstar_query_logit,apart,exp5"
+    run = changed(traced[0], methods=names, hessian__weight=0.5)
+    ranked, notes = retrieve.retrieve(run)
+    passages, queries_by_loss = rows(traced, GradientKind(corrected=True))
+    store = run.store_path("corpus", GradientKind(corrected=True, output="logit"))
+    assert not stores.exists(store)  # a store that nothing would read
+    queries = rows(traced, GradientKind(corrected=True, output="logit"))[1]
+    assert np.abs(queries - queries_by_loss).max() > 0.1 * np.abs(queries).max()
+
+    def score(gradients, weight):
+        whitened_pair = [], []
+        for block in hessian.block_slices((16,) * (passages.shape[1] // 16)):
+            evaluated, trained = gradients[:, block], passages[:, block]
+            R = weight * evaluated.T @ evaluated / 4 + (1 - weight) * trained.T @ trained / 12
+            values, directions = np.linalg.eigh(R)
+            root = directions / np.sqrt(values + 1e-3 * values.mean()) @ directions.T
+            for parts, x in zip(whitened_pair, (evaluated, trained), strict=True):
+                parts.append(x @ root)
+        whitened_queries, whitened_passages = (np.concatenate(x, axis=1) for x in whitened_pair)
+        return unit(whitened_queries) @ unit(whitened_passages).T
+
+    for name, gradients, weight in (
+        ("trackstar_query_logit", queries, 0.5),
+        ("apart", queries, 0.0),
+        ("exp5", queries_by_loss, 0.0),
+    ):
+        np.testing.assert_allclose(
+            scores_of(ranked, name), score(gradients, weight), atol=2e-3, err_msg=name
+        )
+    spectra = {notes[name]["spectra"] for name in names.split(",")}
+    assert len(spectra) == 2  # another R_eval
 
 
 def test_spectra_are_kept_beside_the_rankings(traced):
