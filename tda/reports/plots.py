@@ -134,6 +134,7 @@ def draw(
         figure.legend(
             handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )
+    _hide_covered_names(figure)
     files = []
     for suffix in ("png", "svg"):
         files.append(f"{os.fspath(path)}.{suffix}")
@@ -160,6 +161,17 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
         for i, labels in enumerate(families.values())
         for j, label in enumerate(labels)
     }
+
+
+def _hide_covered_names(figure) -> None:
+    """Hides names of points that would cover others: a crowd of points has a few names."""
+    figure.draw_without_rendering()  # only then texts have places
+    boxes = []
+    for text in (text for axes in figure.axes for text in axes.texts):
+        box = text.get_window_extent()
+        text.set_visible(not any(box.overlaps(other) for other in boxes))
+        if text.get_visible():
+            boxes.append(box)
 
 
 def _draw_lines(axes, lines: Sequence[Line], styles: dict[str, dict]) -> None:

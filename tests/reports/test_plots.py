@@ -57,6 +57,14 @@ def test_named_points_are_not_joined(tmp_path, drawn):
     assert {t.get_text(): t.xy for t in axes.texts} == {"one": (1, 0.1), "ten": (10, 0.2)}
 
 
+def test_names_in_a_crowd_of_points_do_not_cover_each_other(tmp_path, drawn):
+    close, far = [1.0, 1.001, 1.002], [100.0]
+    line = plots.Line("a", close + far, [0.2] * 4, names=["first", "second", "third", "far"])
+    plots.draw(tmp_path / "p", [plots.Panel("LDS", [line])], "cost", log_x=True)
+    (axes,) = drawn[0].axes
+    assert [t.get_text() for t in axes.texts if t.get_visible()] == ["first", "far"]
+
+
 def test_names_have_rows(tmp_path, drawn):
     lines = [
         plots.Line("a", ["z", "y"], [1, 2], [0.5, 1.5], [1.5, 3]),
