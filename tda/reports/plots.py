@@ -89,7 +89,7 @@ def draw(
         ImportError: matplotlib is not installed.
     """
     check()
-    from matplotlib import ticker
+    from matplotlib import rc_context, ticker
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -138,9 +138,10 @@ def draw(
     files = []
     for suffix in ("png", "svg"):
         files.append(f"{os.fspath(path)}.{suffix}")
-        # No date in the file, so that the same figures give the same bytes.
+        # Without a date and random ids, so that the same figures give the same bytes.
         metadata = {"Date": None} if suffix == "svg" else {}
-        with atomic_file.open_atomic(files[-1], "wb") as out:
+        same_ids = rc_context({"svg.hashsalt": "tda"})
+        with same_ids, atomic_file.open_atomic(files[-1], "wb") as out:
             figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
     metrics.log_plot(files[0])
     return files

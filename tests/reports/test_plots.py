@@ -1,5 +1,6 @@
 """Plots: what is drawn is what was given; files are whole, and the same for the same figures."""
 
+import pathlib
 import sys
 import xml.etree.ElementTree as ET
 
@@ -145,9 +146,9 @@ def test_files(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert ET.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.png", "p.svg"]
-    before = (tmp_path / "p.png").read_bytes()
+    before = [pathlib.Path(file).read_bytes() for file in files]
     plots.draw(tmp_path / "p", panels(), "x")
-    assert (tmp_path / "p.png").read_bytes() == before
+    assert [pathlib.Path(file).read_bytes() for file in files] == before
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
