@@ -1,6 +1,5 @@
 """Attribution in one call: from a model, passages and queries to ranked passages."""
 
-import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -150,11 +149,33 @@ def trace(
             says what to do.
         KeyError: `scales` lacks a parameter.
     """
-    given = locals()
     if not isinstance(method, str):
         raise ValueError(f"method={method!r}; give the name of one, such as 'trackstar_train'")
     # Nothing is encoded yet: `query` checks the queries first.
-    index = _open(**{name: given[name] for name in inspect.signature(_open).parameters})
+    index = _open(
+        model,
+        passages,
+        method,
+        tokenizer=tokenizer,
+        loss=loss,
+        correction=correction,
+        scales=scales,
+        projection=projection,
+        context=context,
+        tokens_per_batch=tokens_per_batch,
+        include=include,
+        exclude=exclude,
+        untapped=untapped,
+        texts=texts,
+        text_field=text_field,
+        id_field=id_field,
+        sample=sample,
+        structure=structure,
+        seed=seed,
+        directory=directory,
+        mesh=mesh,
+        quiet=quiet,
+    )
     return index.query(queries, method, k, damping, joiner, rerank, contrast)
 
 

@@ -96,6 +96,11 @@ class Method:
         return dataclasses.replace(kind, corrected=False, adam_step=False)
 
     @property
+    def kinds(self) -> tuple[GradientKind, GradientKind]:
+        """The kinds of gradients of passages and of queries."""
+        return self.gradients, self.query_gradients
+
+    @property
     def takes_gradients(self) -> bool:
         """Whether the method needs the passages' projected gradients."""
         return self.retriever in ("gradient", "gradient_norm")

@@ -166,9 +166,11 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
 
 def _hide_covered_names(figure) -> None:
     """Hides names of points that would cover others: a crowd of points has a few names."""
-    figure.draw_without_rendering()  # only then texts have places
+    names = [text for axes in figure.axes for text in axes.texts]
+    if names:
+        figure.draw_without_rendering()  # only then texts have places
     boxes = []
-    for text in (text for axes in figure.axes for text in axes.texts):
+    for text in names:
         box = text.get_window_extent()
         text.set_visible(not any(box.overlaps(other) for other in boxes))
         if text.get_visible():

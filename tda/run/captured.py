@@ -52,14 +52,14 @@ class Captured(Retriever):
         steps = checkpoints.steps_of(self.run, method)
         return [
             self._path().rpartition("/")[2],
-            *(self.run.provenance(method.gradients, step) for step in steps),
+            *(self.run.provenance(method.query_gradients, step) for step in steps),
         ]
 
     def prepare(self, methods, later=()):
         """Encodes the queries at every checkpoint."""
         for method in methods.values():
             for step in checkpoints.steps_of(self.run, method):
-                self._at_step(step).run_queries(method.gradients)
+                self._at_step(step).run_queries(method.query_gradients)
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""

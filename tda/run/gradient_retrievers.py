@@ -33,11 +33,11 @@ class Encodings:
 
     def encode(self, method: Method) -> None:
         """Encodes the rows that are missing from the stores of a method's gradients."""
-        kind = method.gradients
-        if kind != method.query_gradients:
+        kind, of_queries = method.kinds
+        if kind != of_queries:
             # Passages of the queries' kind would not be read.
             self.passages(kind)
-            self.run_queries(method.query_gradients)
+            self.run_queries(of_queries)
         elif kind not in self._passages or kind not in self._queries:
             self._passages[kind], self._queries[kind] = encode.encode(self.run, kind)
 
@@ -89,15 +89,14 @@ class Encodings:
         if not run.live:
             return [*gradients_provenance(run, method), run.corpus.fingerprint]
         # By the stores: the fingerprint would read the whole corpus.
-        kinds = (("corpus", method.gradients), ("queries", method.query_gradients))
-        paths = [run.store_path(name, kind) for name, kind in kinds]
+        paths = list(map(run.store_path, ("corpus", "queries"), method.kinds))
         opened = [stores.open_store(p) for p in paths if stores.finished(p)]
         return [x for s in opened for x in (s.manifest, s.withdrawn.tolist())]
 
     def whitening(self, method: Method, on_progress: Progress | None = None) -> Whitening:
         """Returns R^(−1/2) of a method's gradients; a live session keeps it for the next one."""
         self._on_progress = on_progress
-        kinds = method.gradients, method.query_gradients
+        kinds = method.kinds
         if kinds not in self._whitenings:
             run, source = self.run, self.passages(method.gradients)
             # R takes a scan of the store, for minutes: kept for the next session or restart.
@@ -129,7 +128,7 @@ class Encodings:
 
 def gradients_provenance(run: Run, method: Method, step: int | None = None) -> list:
     """Returns what a ranking depends on of a method's gradients, as JSON values."""
-    kinds = dict.fromkeys((method.gradients, method.query_gradients))
+    kinds = dict.fromkeys(method.kinds)
     return [x for kind in kinds for x in encode.ranking_provenance(run, kind, step)]
 
 
@@ -170,7 +169,7 @@ class Gradients(Retriever):
         """See `Retriever`."""
         kinds: dict[tuple, dict[str, Method]] = {}
         for name, method in methods.items():
-            kinds.setdefault((method.gradients, method.query_gradients), {})[name] = method
+            kinds.setdefault(method.kinds, {})[name] = method
         results: dict[str, Result] = {}
         for sharing in kinds.values():
             results |= self._search_kinds(queries, sharing, k, on_progress)
@@ -223,8 +222,7 @@ class Gradients(Retriever):
 
     def _keep_spectra(self, method: Method, whitening: Whitening) -> str | None:
         run, kind = self.run, method.gradients
-        kinds = dict.fromkeys((kind, method.query_gradients))
-        provenance = [*map(run.provenance, kinds), dict(run.config.hessian)]
+        provenance = [*map(run.provenance, dict.fromkeys(method.kinds)), dict(run.config.hessian)]
         provenance += [run.corpus.fingerprint, run.config.store.dtype]
         directory = run.workdir / "retrieval"
         return whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
@@ -262,7 +260,7 @@ class Sums(Retriever):
         return None
 
     def _lacks_stores(self, step: int, method: Method) -> bool:
-        pairs = (("corpus", method.gradients), ("queries", method.query_gradients))
+        pairs = zip(("corpus", "queries"), method.kinds, strict=True)
         return any(encode.missing_stores(self.run, kind, name, step) for name, kind in pairs)
 
     def provenance(self, method):

@@ -33,6 +33,11 @@ def check(config, method: Method) -> None:
         raise ValueError(
             f"{method.title}: a method without projection takes plain gradients of one checkpoint"
         )
+    if method.query_output:
+        raise ValueError(
+            f"{method.title}: a method without projection differentiates one function of passages "
+            "and queries; name it by output"
+        )
     if method.hessian not in ("none", "train"):
         raise ValueError(f"{method.title}: R without projection is none or train")
     if method.curvature == "logra" or (method.curvature != "none" and method.hessian != "none"):

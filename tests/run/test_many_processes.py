@@ -58,9 +58,9 @@ def join(*arguments, count=2, **how):
     return [(p.returncode, *texts) for p, texts in zip(started, out, strict=True)]
 
 
-def run_alone(arguments):
-    """One process with as many devices as two have together."""
-    process = start(arguments, devices=4)
+def run_alone(arguments, devices=4, **how):
+    """One process, by default with as many devices as two have together."""
+    process = start(arguments, devices, **how)
     try:
         _, errors = process.communicate(timeout=900)
     finally:
@@ -181,9 +181,7 @@ run.shutil.rmtree = lambda path, ignore_errors: None
 def test_processes_share_R_search_and_tail_patches_to_the_last_bit(tmp_path, count):
     arguments = keys(tmp_path, methods="trackstar,grad_dot,tracin", **{"train.keep": 0})
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start([*arguments, f"--workdir={one}"], devices=4, program=GROUPS)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone([*arguments, f"--workdir={one}"], program=GROUPS)
     shutil.copytree(one, two)
     for folder in ("retrieval", "results", "groups"):
         shutil.rmtree(two / folder)
@@ -250,9 +248,7 @@ def test_a_run_told_to_end_resumes_with_other_numbers_of_processes(tmp_path):
     store = {"store.shard_bytes": 64, "store.dtype": "float32"}
     arguments = keys(tmp_path, methods="exp3", **store, **{"eval.tail_patch_queries": 0})
     one, many = tmp_path / "one", tmp_path / "many"
-    alone = start([*arguments, f"--workdir={one}"], devices=1)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone([*arguments, f"--workdir={one}"], devices=1)
     arguments.append(f"--workdir={many}")
     training = "the training at step"
     for count, stage, saved in ((4, "train", training), (2, "train", training), (3, "encode", "")):
@@ -263,9 +259,7 @@ def test_a_run_told_to_end_resumes_with_other_numbers_of_processes(tmp_path):
         assert "ended by SIGTERM" not in ended[1][2]
     shards = [*(many / "stores").rglob("gradients/c.*.0")]
     assert 0 < len(shards) < len([*(one / "stores").rglob("gradients/c.*.0")])
-    alone = start(arguments, devices=1)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone(arguments, devices=1)
     checkpoints = [checkpoint.steps(w / "model" / "checkpoints") for w in (one, many)]
     assert checkpoints[0] == checkpoints[1]
     losses = [(w / "train.jsonl").read_text().splitlines() for w in (one, many)]
@@ -329,9 +323,7 @@ def test_two_processes_tokenise_and_trace_as_one(tmp_path):
     """To the last byte, without labels; the model is trained by one."""
     arguments = plain_keys(tmp_path, **{"eval.tail_patch_queries": 0})
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start([*arguments, f"--workdir={one}"], devices=2, program=EARLY)
-    _, errors = alone.communicate(timeout=900)
-    assert alone.returncode == 0, errors[-3000:]
+    run_alone([*arguments, f"--workdir={one}"], devices=2, program=EARLY)
     kept = ("model", "stages")
     shutil.copytree(one, two, ignore=lambda _, names: {*names} - {*kept} if _ == str(one) else ())
     ended = join([*arguments, f"--workdir={two}"], program=EARLY)

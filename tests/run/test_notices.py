@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from tests.run.test_array_run import KEPT, contents
-from tests.run.test_many_processes import join, keys, start
+from tests.run.test_many_processes import join, keys, run_alone
 
 # Small groups. A process gets a notice at its first group, shard or part of a stage, and takes its
 # time, so that the others must not wait for its result.
@@ -43,13 +43,6 @@ launch(main)
 """
 
 
-def run_to_end(arguments, program=PROGRAM):
-    """A run by one process."""
-    process = start(arguments, devices=1, program=program)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("methods", "search", "stages"),
@@ -71,7 +64,7 @@ def test_a_notice_in_every_stage_costs_a_group_on_any_number(tmp_path, methods, 
     # Shards of few rows, so that every process has a group of every stage.
     arguments = keys(tmp_path, methods=methods, **{"store.shard_bytes": 128}, **search)
     one, many = tmp_path / "one", tmp_path / "many"
-    run_to_end([*arguments, f"--workdir={one}"])
+    run_alone([*arguments, f"--workdir={one}"], devices=1, program=PROGRAM)
     # The same model: joined processes would train another, in its last bits.
     shutil.copytree(one, many, ignore=lambda _, names: {*KEPT, "groups", "indices"} & {*names})
     for log in many.glob("*.jsonl"):

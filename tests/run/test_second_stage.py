@@ -1,5 +1,7 @@
 """The methods of the second stage in a run and in live questions, against whole gradients."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -142,6 +144,9 @@ def test_what_does_not_fit_is_refused(traced):
         config = changed(run, **keys).config
         with pytest.raises(ValueError, match=message):
             retrieve.check(config, retrieve.methods.parse(NAMES))
+    apart = dataclasses.replace(retrieve.methods.METHODS["rerank_cos"], query_output="logit")
+    with pytest.raises(ValueError, match="one function of passages and queries"):
+        retrieve.check(run.config, {"apart": apart})
     with pytest.raises(ValueError, match="scale.*multiply their input by a matrix"):
         retrieve.check_run(changed(run, gradients__untapped="reference"))
 
