@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from safetensors.numpy import load_file, save_file
 
 import tda
@@ -147,15 +148,46 @@ def write_maxtext(directory: pathlib.Path, moments: dict) -> None:
         manager.save(1000, args=ocp.args.Composite(items=ocp.args.PyTreeSave(state)))
 
 
-def test_trainers(world):
+def write_levanter(directory: pathlib.Path, moments: dict, is_scanned: bool) -> None:
+    """Writes the second moments as Levanter does: outputs first, and heads on an axis of theirs."""
+    heads = {
+        "q_proj": (G, H // G, K, D),
+        "k_proj": (G, K, D),
+        "v_proj": (G, K, D),
+        "o_proj": (D, H, K),
+    }
+    arrays: dict[str, list] = {}
+    for name, v in moments.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(\w+_proj)\.weight\.exp_avg_sq", name)
+        if match:
+            place = f"{match[2]}/{match[3]}/weight/"
+            place = f"stacked/{place}" if is_scanned else f"blocks/{match[1]}/{place}"
+            arrays.setdefault(place, []).append(v.reshape(heads.get(match[3], v.shape)))
+    store = {"driver": "ocdbt", "base": directory.absolute().as_uri() + "/"}
+    for place, layers in arrays.items():
+        for tree in ("model", "opt_state/inner_state/1/mu", "opt_state/inner_state/1/nu"):
+            array = np.stack(layers) if is_scanned else layers[0]
+            path = f"{tree}/transformer/layers/{place}"
+            spec = {"driver": "zarr3", "kvstore": {**store, "path": path}}
+            array = array if tree.endswith("nu") else np.zeros_like(array)
+            options = dict(create=True, dtype=array.dtype, shape=array.shape)
+            tensorstore.open(spec, **options).result().write(array).result()
+
+
+def equal_moments(found: dict, expected: dict) -> None:
+    assert len(found) == 14
+    for name, v in found.items():
+        np.testing.assert_allclose(v, expected[name], rtol=1e-4)
+
+
+def test_trainers(world, monkeypatch):
     """Guards: heads not turned, the query's scale the wrong way round, the wrong axis of layers."""
     (world / "SmolLM2-135M").rename("llama-hf")
     moments = load_file("optimizer.safetensors")
     write_maxtext(world / "maxtext" / "checkpoints", moments)
-    names, _ = run_snippets((DOCS / "trainers.md").read_text())
-    assert len(names["moments"]) == 14
-    for name, v in names["moments"].items():
-        np.testing.assert_allclose(v, moments[name], rtol=1e-4)
+    maxtext, _, levanter = (DOCS / "trainers.md").read_text().partition("## Levanter")
+    names, _ = run_snippets(maxtext)
+    equal_moments(names["moments"], moments)
     inspected, chosen = loading.inspect("llama-hf"), find_sites(names["model"])
     adam = dict(b2=0.95, eps=1e-8, step=1000)
     expected = imported_moments.read("optimizer.safetensors", inspected, chosen, "factored", **adam)
@@ -163,6 +195,12 @@ def test_trainers(world):
     for path, scale in expected.items():
         np.testing.assert_allclose(names["scales"][path].dense(), scale.dense(), rtol=1e-4)
     assert len(names["traced"][0].proponents) == 8
+    for is_scanned in (True, False):
+        run = world / str(is_scanned)
+        write_levanter(run / "checkpoints/RUN_ID/step-1000", moments, is_scanned)
+        monkeypatch.chdir(run)
+        equal_moments(run_snippets(levanter)[0]["moments"], moments)
+        equal_moments(load_file("moments.safetensors"), moments)
 
 
 @pytest.mark.parametrize("dtype", ["4bit", "3bit", "2bit"])
