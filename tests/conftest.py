@@ -23,6 +23,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        # jax 0.10 can still generate code as it used to, in half of the time. Later versions end
+        # at a flag that they no longer know.
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        * metadata.version("jaxlib").startswith("0.10."),
         # bfloat16 is rounded where the program says, not wherever the compiler did not fuse: else
         # the same example is rounded otherwise in another shape of batch or on more devices.
         "--xla_allow_excess_precision=false",
