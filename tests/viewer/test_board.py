@@ -19,6 +19,7 @@ from tda.viewer.board import Board
 from tda.viewer.export import export
 from tests.viewer.big_file import records
 from tests.viewer.browser import Page, serving
+from tests.viewer.test_overview import OVERLAPS
 
 METHODS = {"metagradient": 0.1, "trackstar": 0.5, "bm25": 2.0, "random": 50.0}
 QUERIES, UNITS, SUBSETS = 5, 40, 12
@@ -52,6 +53,7 @@ def workdir(tmp_path_factory):
         banks=banks, queries=facts, units=range(UNITS), trainings=[types.SimpleNamespace(steps=7)],
     )  # fmt: skip
     scores = {n: effects + noise * rng.normal(size=effects.shape) for n, noise in METHODS.items()}
+    scores["random"] *= 1e-6  # numbers of many digits below the plot
     bank_scores = types.SimpleNamespace(
         retrained=retrained, costs={"metagradient": 10.5}, training_seconds=2.0
     )
@@ -221,3 +223,14 @@ def test_what_is_no_board_is_refused(tmp_path, text):
         ResultsError, match=r"board.json is not a board of methods \(.*compute it again"
     ):
         Board(tmp_path / "board.json")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_numbers_of_the_axes_do_not_run_into_each_other(browser, collection, width):
+    page = Page(browser, width=width)
+    with serving(collection) as address:
+        page.open(f"{address}#view=board&method=random")
+        longest = max(page.page.locator(".scatter text").all_text_contents()[:-2], key=len)
+        assert len(longest) > 5 and page.page.evaluate(OVERLAPS) == []
+    page.context.close()
+    page.fine()

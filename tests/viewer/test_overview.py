@@ -120,6 +120,49 @@ def test_a_run_without_labels_has_one_measure(page, workdir, tmp_path):
         assert not page.texts(".story p")
 
 
+CROWDED = {
+    "trackstar": (0.651, 0.0248), "trackstar_train": (0.640, 0.0251), "ekfac": (0.645, 0.0235),
+    "rerank_trackstar": (0.72, 0.0262), "hidden": (0.66, 0.004), "bm25": (0.94, 0.0145),
+    "grad_cos": (0.515, 0.0224), "grad_dot": (0.357, 0.017), "random": (0.01, -0.001),
+}  # fmt: skip
+OVERLAPS = """[...document.querySelectorAll(".scatter text")].flatMap((a, i, all) => {
+  const box = (e) => e.getBoundingClientRect();
+  const crosses = (a, b) =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const others = [...all.slice(i + 1), ...document.querySelectorAll(".scatter circle")];
+  const isCut = box(a).left < 0 || box(a).right > document.documentElement.clientWidth;
+  return [...(isCut ? [a] : []), ...others.filter((b) => crosses(box(a), box(b)))].map(
+    (b) => `${a.textContent}: ${b.textContent}`);
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_names_of_crowded_points_neither_overlap_nor_are_cut(browser, workdir, tmp_path, width):
+    """What has no room for its name has a number, and a touch tells each point."""
+    (tmp_path / "results").symlink_to(workdir / "results")
+    metrics = {}
+    for name, (mrr, patch) in CROWDED.items():
+        ends = {"mrr": [mrr - 0.02, mrr + 0.02], "tail_patch": [patch - 0.006, patch + 0.006]}
+        metrics[name] = {"mrr": mrr, "tail_patch": patch, "intervals": ends}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    page = Page(browser, width=width)
+    with serving(opening.collect(str(tmp_path), [], None, str(tmp_path))) as url:
+        page.open(url)
+        assert page.page.evaluate(OVERLAPS) == []
+        texts = page.page.locator(".scatter text").all_text_contents()
+        numbers = dict(x.split(" ", 1) for x in page.text(".numbered").split(" · "))
+        for name in page.texts(".story tbody th"):
+            number = next((n for n, numbered in numbers.items() if numbered == name), None)
+            assert texts.count(name if number is None else number) == 1
+        for circle in page.page.locator(".scatter circle").all():
+            circle.scroll_into_view_if_needed()
+            box = circle.bounding_box()
+            page.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            assert page.text(".pointed") == circle.locator("title").text_content()
+    page.context.close()
+    page.fine()
+
+
 def test_four_methods_stand_side_by_side(page, address):
     page.open(f"{address}#view=query&files=trackstar,bm25,grad_cos,grad_dot&q=q00003")
     tops = page.page.eval_on_selector_all(

@@ -64,7 +64,7 @@ function story({ facts, methods }) {
         shown.map(([metric, write]) => cell(m, metric, write))))))),
     both.length > 1 && scatter(both.map((m) => ({
       x: m.mrr[0], y: m.tail_patch[0], xs: ends(m.mrr), ys: ends(m.tail_patch),
-      title: `${m.title}: MRR ${m.mrr[0].toFixed(3)}, tail-patch ${step(m.tail_patch[0])}`, name: both.length < 9 && m.title,
+      title: `${m.title}: MRR ${m.mrr[0].toFixed(3)}, tail-patch ${step(m.tail_patch[0])}`, name: m.title,
     })), {
       x: "MRR: finds passages that state the fact",
       y: "tail-patch: change of p(target)",
