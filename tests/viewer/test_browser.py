@@ -96,6 +96,31 @@ def test_smoke_open_filter_compare_highlight(page, address, folder):
     assert offered == ["rank = 1 and (target"]
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(
+    "text", ["rank = ", "rank == 3", '"a b', "no_field = 3", "(", "bm26.rank = 1"]
+)
+def test_a_link_with_a_wrong_filter_says_so_and_shows_all_queries(browser, address, width, text):
+    """On a phone too, where the list is folded; and nothing else is said to be filtered by it."""
+    page = Page(browser, width=width)
+    link = urllib.parse.quote(text)
+    for view in ("query", "overview"):
+        page.open(f"{address}#view={view}&filter={link}")
+        message = page.page.locator(".told .wrong")
+        assert message.is_visible()
+        assert re.search(r"incomplete|not expected|not closed|no field", message.inner_text())
+        assert "all queries are listed" in message.inner_text()
+        assert page.page.locator("#queries li").count() == 50
+    # The links of the overview narrow what is shown, and not by what is wrong.
+    assert f"{QUERIES} queries of TrackStar, for" in page.text("h3:text('In detail') + p")
+    page.page.locator(".grouped a").first.click()
+    page.page.wait_for_selector("article.query")
+    assert page.page.locator(".told .wrong").count() == 0
+    assert 0 < page.page.locator("#queries li").count() < 50
+    page.context.close()
+    page.fine()
+
+
 @pytest.mark.slow
 def test_pages_sorting_jumps_and_random(page, address, folder):
     items = items_of(folder)

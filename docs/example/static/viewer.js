@@ -1175,7 +1175,7 @@ function parse(text, knows) {
 
   const peek = () => list[next];
   const isWord = (word) => peek()?.word?.toLowerCase() === word;
-  const end = () => new FilterError("the filter is incomplete", text.length);
+  const end = () => new FilterError("it is incomplete", text.length);
 
   function any(depth) {
     if (depth > DEEPEST) throw new FilterError("too deeply nested", peek()?.at ?? 0);
@@ -1304,6 +1304,7 @@ class Rows {
     this.state = state;
     this.files = shown(data, state);
     this.main = this.files[0];
+    this.filter = ""; // by which the list is chosen: an earlier one while the state's has an error
   }
 
   threshold() {
@@ -1538,7 +1539,7 @@ class Sidebar {
     const all = main.rows;
     const loading = main.loaded < all ? `, ${count(main.loaded)} read so far` : "";
     fill(this.status, error
-      ? h("span.wrong", {}, `${error.message} (at ${error.at + 1}); the list is as before`)
+      ? h("span.wrong", {}, `filter: ${error.message} (at ${error.at + 1}); ${rows.filter ? "the list is as before" : "all queries are listed"}`)
       : `${count(chosen.length)} of ${count(all)} queries${loading}`);
     refill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
       .map(([name, filter, , title]) =>
@@ -2270,7 +2271,7 @@ async function showOverview(element, rows, chosen, tools) {
     return match === undefined ? null : rows.marks(file, match);
   });
   const marksByFile = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
-  const filtered = rows.state.filter ? ` that match “${rows.state.filter}”` : "";
+  const filtered = rows.filter ? ` that match “${rows.filter}”` : "";
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
     data.index.run && story(data.index.run),
@@ -2358,7 +2359,7 @@ const short = (text) => (text.length > 120 ? `${text.slice(0, 120)}…` : text);
 
 /** A link to the queries that pass a filter, beside the present one. */
 function narrowed(rows, extra) {
-  const { filter } = rows.state;
+  const { filter } = rows;
   const both = filter ? `(${filter}) and ${extra}` : extra;
   return state.link({ view: "query", filter: both, page: "", q: "" });
 }
@@ -2639,6 +2640,7 @@ const sidebar = new Sidebar(document.getElementById("side"), { onOpen: open, onH
 let rows = null; // by the state
 let chosen = [];
 let listed = null; // the file whose rows are chosen
+let filter = ""; // by which they are
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
 const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
@@ -2679,11 +2681,13 @@ async function drawn(isCurrent, focus) {
   const result = await rows.chosen();
   await Promise.all(loading);
   if (!isCurrent()) return;
-  // An error, such as a filter that is half typed, leaves the last list.
-  chosen = result.rows ?? (listed === rows.main.label ? chosen : (await rows.chosen("")).rows);
+  // An error, such as a filter that is half typed, leaves the last list, and in a new page all.
+  if (result.rows) [chosen, filter] = [result.rows, now.filter];
+  else if (listed !== rows.main.label) [chosen, filter] = [(await rows.chosen("")).rows, ""];
+  rows.filter = filter;
   listed = rows.main.label;
   // What the model does not state is no place to begin.
-  const stated = now.filter || now.sort ? undefined : chosen.find((r) => rows.main.columns.model_correct?.[r]);
+  const stated = filter || now.sort ? undefined : chosen.find((r) => rows.main.columns.model_correct?.[r]);
   const row = now.q ? rowOf(rows.main, now.q) : stated ?? chosen[0];
   sidebar.update(rows, chosen, result.error, row);
   drawTop();

@@ -48,7 +48,7 @@ export function parse(text, knows) {
 
   const peek = () => list[next];
   const isWord = (word) => peek()?.word?.toLowerCase() === word;
-  const end = () => new FilterError("the filter is incomplete", text.length);
+  const end = () => new FilterError("it is incomplete", text.length);
 
   function any(depth) {
     if (depth > DEEPEST) throw new FilterError("too deeply nested", peek()?.at ?? 0);

@@ -22,6 +22,7 @@ const sidebar = new Sidebar(document.getElementById("side"), { onOpen: open, onH
 let rows = null; // by the state
 let chosen = [];
 let listed = null; // the file whose rows are chosen
+let filter = ""; // by which they are
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
 const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
@@ -62,11 +63,13 @@ async function drawn(isCurrent, focus) {
   const result = await rows.chosen();
   await Promise.all(loading);
   if (!isCurrent()) return;
-  // An error, such as a filter that is half typed, leaves the last list.
-  chosen = result.rows ?? (listed === rows.main.label ? chosen : (await rows.chosen("")).rows);
+  // An error, such as a filter that is half typed, leaves the last list, and in a new page all.
+  if (result.rows) [chosen, filter] = [result.rows, now.filter];
+  else if (listed !== rows.main.label) [chosen, filter] = [(await rows.chosen("")).rows, ""];
+  rows.filter = filter;
   listed = rows.main.label;
   // What the model does not state is no place to begin.
-  const stated = now.filter || now.sort ? undefined : chosen.find((r) => rows.main.columns.model_correct?.[r]);
+  const stated = filter || now.sort ? undefined : chosen.find((r) => rows.main.columns.model_correct?.[r]);
   const row = now.q ? rowOf(rows.main, now.q) : stated ?? chosen[0];
   sidebar.update(rows, chosen, result.error, row);
   drawTop();

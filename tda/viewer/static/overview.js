@@ -21,7 +21,7 @@ export async function showOverview(element, rows, chosen, tools) {
     return match === undefined ? null : rows.marks(file, match);
   });
   const marksByFile = new Map(files.map((f) => [f, new Map(marksOf(f).map((m, i) => [chosen[i], m]))]));
-  const filtered = rows.state.filter ? ` that match “${rows.state.filter}”` : "";
+  const filtered = rows.filter ? ` that match “${rows.filter}”` : "";
   fill(element, h("article.overview", {},
     h("h2", {}, "Overview"),
     data.index.run && story(data.index.run),
@@ -109,7 +109,7 @@ const short = (text) => (text.length > 120 ? `${text.slice(0, 120)}…` : text);
 
 /** A link to the queries that pass a filter, beside the present one. */
 function narrowed(rows, extra) {
-  const { filter } = rows.state;
+  const { filter } = rows;
   const both = filter ? `(${filter}) and ${extra}` : extra;
   return state.link({ view: "query", filter: both, page: "", q: "" });
 }

@@ -14,6 +14,7 @@ export class Rows {
     this.state = state;
     this.files = shown(data, state);
     this.main = this.files[0];
+    this.filter = ""; // by which the list is chosen: an earlier one while the state's has an error
   }
 
   threshold() {

@@ -99,7 +99,7 @@ export class Sidebar {
     const all = main.rows;
     const loading = main.loaded < all ? `, ${count(main.loaded)} read so far` : "";
     fill(this.status, error
-      ? h("span.wrong", {}, `${error.message} (at ${error.at + 1}); the list is as before`)
+      ? h("span.wrong", {}, `filter: ${error.message} (at ${error.at + 1}); ${rows.filter ? "the list is as before" : "all queries are listed"}`)
       : `${count(chosen.length)} of ${count(all)} queries${loading}`);
     refill(this.presets, PRESETS.filter(([, , needs]) => needs && has(main, needs) && (needs !== "id" || rows.data.notes.size))
       .map(([name, filter, , title]) =>
