@@ -36,7 +36,7 @@ def choose_joiner(prompt: str, target: str) -> str:
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
-    if _is_unspaced(prompt[-1]) or _is_unspaced(target[0]):
+    if is_unspaced(prompt[-1]) or is_unspaced(target[0]):
         return ""
     return " " if _takes_space_after(prompt) and _takes_space_before(target) else ""
 
@@ -48,7 +48,7 @@ def join(prompt: str, target: str, joiner: str | None = None) -> str:
 
 def _takes_space_after(prompt: str) -> bool:
     last, before = prompt[-1], prompt[-2:-1]
-    if _is_word(last):
+    if is_word(last):
         return True
     if last == ":" and before in _QUOTES:
         return False
@@ -56,7 +56,7 @@ def _takes_space_after(prompt: str) -> bool:
         return True
     if last in _QUOTES:
         # A quote closes behind a word or a mark, and opens elsewhere.
-        return bool(before) and (_is_word(before) or before in _CLOSING - {":"})
+        return bool(before) and (is_word(before) or before in _CLOSING - {":"})
     # A symbol with white space before it gets white space after it too.
     return last not in _OPENING and before.isspace()
 
@@ -67,13 +67,15 @@ def _takes_space_before(target: str) -> bool:
     starts_word = (first in "-+" and target[1:2].isdigit()) or (
         first == "." and target[1:2].isalnum()
     )
-    return _is_word(first) or first in _OPENING or first in _QUOTES or starts_word
+    return is_word(first) or first in _OPENING or first in _QUOTES or starts_word
 
 
-def _is_word(character: str) -> bool:
+def is_word(character: str) -> bool:
+    """Returns whether a character is part of a word."""
     # Marks are parts of words: vowel signs and accents that follow their letter.
     return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
-def _is_unspaced(character: str) -> bool:
+def is_unspaced(character: str) -> bool:
+    """Returns whether a character's script has no spaces between words."""
     return any(low <= ord(character) <= high for low, high in _UNSPACED)

@@ -16,7 +16,7 @@ from tda import results
 from tda.data.joining import join
 from tda.data.rows import Query
 from tda.live.heat import Heat
-from tda.live.speaker import Speaker
+from tda.live.speaker import Speaker, may_begin_word
 from tda.methods import METHODS, Method
 from tda.methods import parse as parse_methods
 from tda.retrieval.ranked import Ranked
@@ -113,14 +113,24 @@ class LiveRun:
         }
 
     def complete(self, progress: Progress, prompt: str, tokens: int) -> dict:
-        """Returns the model's own completion of a prompt, and the prompt's tokens."""
+        """Returns the model's own completion of a prompt, and the prompt's tokens.
+
+        "continues" says whether it begins with the rest of the prompt's last word.
+        """
         self._open(progress)
         steps = self.speaker.complete(prompt, tokens, on_progress=progress)
         ended = bool(steps) and steps[-1]["token"] == "<eos>"
         answers = self.speaker.answers(prompt)
         ids = self.speaker.ids_of(prompt)
         steps = steps[:-1] if ended else steps
-        return {"prompt": ids, "steps": steps, "ended": ended, "answers": answers}
+        continues = not may_begin_word(prompt, "".join(step["token"] for step in steps))
+        return {
+            "prompt": ids,
+            "steps": steps,
+            "ended": ended,
+            "continues": continues,
+            "answers": answers,
+        }
 
     def trace(self, progress: Progress, query: Query, methods: list[str], k: int) -> dict:
         """Returns the passages of a question by method, as results records."""

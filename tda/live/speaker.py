@@ -1,5 +1,6 @@
 """Completes a prompt with the model, and scores a target by its likelihood."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,11 +8,14 @@ import numpy as np
 from flax import nnx
 
 from tda.data import batches, tokens
-from tda.data.joining import join
+from tda.data.joining import choose_joiner, is_unspaced, is_word, join
 from tda.data.rows import Query
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import target_statistics
 from tda.runtime.progress import Progress, silent
+
+# Of an answer's first token; less likely ones are not worth a run of the model.
+_LEAST_PROBABILITY = 1e-3
 
 
 class Speaker:
@@ -80,16 +84,16 @@ class Speaker:
             shown = shown if is_part else text
         return texts
 
-    def answers(self, prompt: str, count: int = 4, longest: int = 8) -> list[dict]:
+    def answers(self, prompt: str, count: int = 4, longest: int = 12) -> list[dict]:
         """Returns whole words that the model may say next, likeliest first.
 
-        Each begins with one of the likeliest tokens and continues greedily to the end of the word,
-        or of a name of several words.
+        Each begins with one of the likeliest tokens that begin a word and continues greedily to the
+        end of the word, or of a name of several words.
 
         Args:
             prompt: the text to complete.
-            count: the number of first tokens to try.
-            longest: the most tokens of an answer.
+            count: the most answers; four times as many first tokens are tried.
+            longest: the most tokens up to the end of a word.
 
         Returns:
             [{"target", "probability", "ids"}]: a target that, joined to the prompt, gives the text
@@ -98,22 +102,49 @@ class Speaker:
         start = self.ids_of(prompt)
         first_V = _softmax(self._logits_of(start)[-1])
         answers: dict[str, dict] = {}
-        for token in np.argsort(-first_V, kind="stable")[:count].tolist():
-            ids, text, probability = list(start), "", float(first_V[token])
-            while token not in self._special and _goes_on(text, self.shown(token)):
-                text += self.shown(token)
-                ids.append(token)
-                if len(ids) - len(start) == longest or len(ids) > self.context:
-                    break
-                p_V = _softmax(self._logits_of(ids)[-1])
-                token = int(p_V.argmax())
-                if _goes_on(text, self.shown(token)):
-                    probability *= float(p_V[token])
-            if text.strip():
-                target = self._target(prompt, text)
-                answer = {"target": target, "probability": probability, "ids": ids[len(start) :]}
+        for token in np.argsort(-first_V, kind="stable")[: 4 * count].tolist():
+            if len(answers) == count or (answers and first_V[token] < _LEAST_PROBABILITY):
+                break
+            word = self._say_word(prompt, start, token, longest)
+            if word is not None:
+                text, ids, rest = word
+                target, probability = self._target(prompt, text), float(first_V[token]) * rest
+                answer = {"target": target, "probability": probability, "ids": ids}
                 answers.setdefault(target, answer)
         return sorted(answers.values(), key=lambda answer: -answer["probability"])
+
+    def _say_word(
+        self, prompt: str, start: list[int], token: int, longest: int
+    ) -> tuple[str, list[int], float] | None:
+        """Returns the word that begins with a token, its tokens, and p(the others | the first).
+
+        None if the token begins no word, or the word has no end within `longest` tokens.
+        """
+        ids, probabilities = [token], [1.0]
+        while True:
+            # A special token is no text, and nothing goes on behind it.
+            said = zip(ids, self._texts_of(start, ids), strict=True)
+            pieces = ["\n" if i in self._special else piece for i, piece in said]
+            text = "".join(pieces)
+            if not may_begin_word(prompt, text):
+                return None
+            end = _end_of_word(text)
+            if end is not None:
+                break
+            if ids[-1] in self._special:
+                return None
+            if len(ids) == longest or len(start) + len(ids) > self.context:
+                # In a script without spaces any token may end a word.
+                if not is_unspaced(text[-1:] or " "):
+                    return None
+                end = len(text)
+                break
+            p_V = _softmax(self._logits_of([*start, *ids])[-1])
+            ids.append(int(p_V.argmax()))
+            probabilities.append(float(p_V[ids[-1]]))
+        stops = np.cumsum(list(map(len, pieces)))
+        n = int(np.searchsorted(stops, end)) + 1
+        return "".join(pieces[:n]), ids[:n], math.prod(probabilities[:n])
 
     def ids_of(self, prompt: str) -> list[int]:
         """Returns the tokens of a prompt that is to be completed.
@@ -190,12 +221,38 @@ class Speaker:
         return tokens.tokenise_queries([query], self.tokenizer, self.context, self.joiner)
 
 
-def _goes_on(text: str, token: str) -> bool:
-    """Returns whether a token continues the word that a text ends with, or the name."""
-    if not text.strip():
-        return True
-    is_name = text.split()[-1][:1].isupper()
-    return token[:1].isalnum() or (is_name and token[:1] == " " and token[1:2].isupper())
+def may_begin_word(prompt: str, text: str) -> bool:
+    """Returns whether a text after a prompt begins with a word of its own, or may yet do so."""
+    word, last = text.lstrip(), prompt.rstrip()[-1:]
+    if not word or not is_word(word[0]):
+        # A mark alone does not tell: `-` may begin `-3`.
+        return len(word) < 2 or choose_joiner("a", word) == " "
+    goes_on = text[0] == word[0] and bool(last) and is_word(last)
+    return not goes_on or is_unspaced(last) or is_unspaced(word[0])
+
+
+def _end_of_word(text: str) -> int | None:
+    """Returns where a text's first word ends, or the name that begins there; None if it may go on.
+
+    Hyphens and apostrophes are inside of words (Guinea-Bissau, d'Ivoire), and points of numbers.
+    """
+    at = next((i for i, c in enumerate(text) if is_word(c)), len(text))
+    is_name = text[at : at + 1].isupper()
+    for i in range(at, len(text)):
+        before, c, after = text[max(0, i - 1)], text[i], text[i + 1 : i + 2]
+        if is_word(c):
+            continue
+        joins = c in "-'’" or (c in ".,:" and before.isdigit()) or (c == " " and is_name)
+        if not joins or (after and not _goes_on(c, after)):
+            return i
+    return None
+
+
+def _goes_on(mark: str, after: str) -> bool:
+    """Returns whether a character after a mark in a word goes on with the word."""
+    if mark == " ":
+        return after.isupper()
+    return after.isdigit() if mark in ".,:" else is_word(after)
 
 
 def _softmax(x_V: np.ndarray) -> np.ndarray:

@@ -166,6 +166,14 @@ def test_a_completion_ends_where_the_model_ends_the_passage(run):
         found = run.complete(silent, prompt, 4)
         assert "<eos>" not in [s["token"] for s in found["steps"]]
         assert found["ended"] == (len(found["steps"]) < 4)
+        assert not found["continues"]
+
+
+def test_a_completion_says_whether_it_continues_the_prompts_last_word(run, monkeypatch):
+    steps = [{"id": 1, "token": token, "probability": 0.5, "others": []} for token in ("ey", " is")]
+    monkeypatch.setattr(run.speaker, "complete", lambda *told, **options: steps)
+    for prompt, continues in (("It lies in Turk", True), ("It says “", False)):
+        assert run.complete(silent, prompt, 4)["continues"] == continues
 
 
 def test_what_can_be_asked_is_described(run):

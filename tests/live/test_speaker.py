@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from tda.data import tokens
 from tda.data.rows import Query
@@ -49,27 +50,74 @@ def test_likelihood_is_that_of_the_evaluation(speaker_and_model):
         assert likelihood["rank"] == expected.ranks[q]
 
 
-def test_answers_are_whole_words_with_their_probability(speaker_and_model, monkeypatch):
-    """Subwords are joined to words, and words to names; a name ends where other text begins."""
-    plain, model = speaker_and_model
-    texts = {"Abu Dhabi, which": 0.75, "a Town": 0.25}
-    tokenizer = Tokenizer.train([f"The capital is {text}" for text in texts] * 9, 300)
-    paths = [(tokenizer.encode([text])[0], p) for text, p in texts.items()]
+def guessing(monkeypatch, model, prompt, texts, learnt=()):
+    """A speaker that says each of these texts after a prompt, with its probability."""
+    tokenizer = Tokenizer.train(list(learnt or [f"{prompt}{text}" for text in texts]) * 9, 400)
+    # The tokenizer itself would put a space before each text.
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    subwords = tokenizer._inner.model.tokenize
+    paths = [
+        ([t.id for piece, _ in split(text) for t in subwords(piece)], p)
+        for text, p in texts.items()
+    ]
     speaker = Speaker(model, tokenizer, 60)
-    start = 1 + len(tokenizer.encode(["The capital is"])[0])
+    start = len(speaker.ids_of(prompt))
 
     def logits(ids):
         said = list(ids[start:])
         p_V = np.full(tokenizer.vocab_size, 1e-9)
         for path, p in paths:
-            if path[: len(said)] == said and len(said) < len(path):
-                p_V[path[len(said)]] += p
+            if path[: len(said)] == said:
+                p_V[path[len(said)] if len(said) < len(path) else tokenizer.eos] += p
         return np.log(p_V)[None]
 
     monkeypatch.setattr(speaker, "_logits_of", logits)
-    answers = speaker.answers("The capital is", 2, longest=40)
-    assert [a["target"] for a in answers] == ["Abu Dhabi", "a"]
-    np.testing.assert_allclose([a["probability"] for a in answers], [0.75, 0.25], rtol=1e-3)
+    return speaker
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "targets"),
+    [
+        # Subwords are joined to words, and words to names; a name ends where other text begins.
+        ("The capital is", {" Abu Dhabi, which": 0.75, " a Town": 0.25}, ["Abu Dhabi", "a"]),
+        # The rest of the prompt's last word is no answer, nor is a mark.
+        ("It lies in Turk", {"ey": 0.6, ", a": 0.25, " Norway.": 0.15}, [None, None, "Norway"]),
+        # Letters of several tokens, hyphens and apostrophes stand inside of a word.
+        ("In", {" São Paulo (": 0.7, " Guinea-Bissau - a": 0.3}, ["São Paulo", "Guinea-Bissau"]),
+        ("Say", {" O’Neil’ ": 0.6, " rock'n'roll' a": 0.4}, ["O’Neil", "rock'n'roll"]),
+        # A point, a comma or a sign may belong to a number.
+        ("It has", {" 1,000, or": 0.5, " 3.5.": 0.3, " -3": 0.2}, ["1,000", "3.5", "-3"]),
+        ("2+2=", {"4": 0.9, " five": 0.1}, ["4", " five"]),
+        # In a script without spaces a word may stand right after the prompt.
+        ("日本の首都は", {"東京。": 1}, ["東京"]),
+    ],
+)
+def test_answers_are_whole_words_with_their_probability(
+    decoder, monkeypatch, prompt, texts, targets
+):
+    speaker = guessing(monkeypatch, decoder(vocab_size=400), prompt, texts)
+    answers = speaker.answers(prompt, sum(t is not None for t in targets), longest=40)
+    expected = [(t, p) for t, p in zip(targets, texts.values(), strict=True) if t]
+    assert [a["target"] for a in answers] == [target for target, _ in expected]
+    np.testing.assert_allclose(
+        [a["probability"] for a in answers], [p for _, p in expected], rtol=1e-3
+    )
+    start = speaker.ids_of(prompt)
+    for answer in answers:
+        said = speaker.tokenizer.decode([*start, *answer["ids"]])
+        text = said.removeprefix(speaker.tokenizer.decode(start))
+        assert text.strip() == answer["target"].strip()
+
+
+def test_a_word_without_an_end_is_no_answer(decoder, monkeypatch):
+    """It is cut by the most tokens, or by the context."""
+    texts, decode = {" Llanfair.": 0.7, " b.": 0.3}, decoder(vocab_size=400)
+    # Learnt of these, the tokenizer has a token for each letter alone.
+    speaker = guessing(monkeypatch, decode, "It is", texts, learnt=[" L b."])
+    for longest, targets in ((4, ["b"]), (40, ["Llanfair", "b"])):
+        assert [a["target"] for a in speaker.answers("It is", longest=longest)] == targets
+    speaker.context = len(speaker.ids_of("It is")) + 3
+    assert [a["target"] for a in speaker.answers("It is", longest=40)] == ["b"]
 
 
 def saying(monkeypatch, speaker, prompt, said):

@@ -42,7 +42,8 @@ class Answers:
             {"target": "Paris", "probability": 0.45, "ids": [10, 11]},
             {"target": "<b>Lyon</b>", "probability": 0.2, "ids": [77]},
         ]
-        return {"prompt": [1, 2, 3], "steps": steps, "ended": True, "answers": answers}
+        whole = {"ended": True, "continues": False}
+        return {"prompt": [1, 2, 3], "steps": steps, "answers": answers} | whole
 
     def context(self, progress, passage):
         self.asked.append(passage)
@@ -144,6 +145,36 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     assert page.page.input_value("#prompt") == example.inner_text()
     page.until(lambda: answers.asked[-1] == (example.inner_text(), 24))
     page.until(lambda: example.inner_text() in page.text(".said"))
+
+
+def test_a_part_of_a_word_is_no_target(page, address, answers, monkeypatch):
+    """The rest of the prompt's last word, and the last word if the most tokens cut it."""
+    said = ["ey", " is", " in", " Eur"]
+    steps = [
+        {"id": i, "token": t, "probability": 0.5, "others": [{"token": "es", "probability": 0.26}]}
+        for i, t in enumerate(said)
+    ]
+    completion = {"prompt": [1], "steps": steps, "ended": False, "continues": True, "answers": []}
+    monkeypatch.setattr(answers, "complete", lambda *told: completion)
+    asking(page, address)
+    page.until(lambda: page.text(".progress") == "")
+    page.page.fill("#prompt", "Turk")
+    page.page.click("text=Let the model go on")
+    words = page.page.locator(".said .word")
+    words.first.wait_for()
+    assert page.text(".said") == "Turkey is in Eur"
+    assert page.texts(".said .word:enabled") == ["is", "in"]
+    # Another token is no word either; "token by token" shows what the model might have said.
+    titles = [w.get_attribute("title") for w in words.all()]
+    assert titles == ["part of a word", "50.0%", "50.0%", "part of a word"]
+    # Dragging as far as the cut word stops before it.
+    start, end = (words.nth(i).bounding_box() for i in (1, 3))
+    page.page.mouse.move(start["x"] + 2, start["y"] + 5)
+    page.page.mouse.down()
+    page.page.mouse.move(end["x"] + 4, end["y"] + 5, steps=8)
+    page.page.mouse.up()
+    page.page.wait_for_selector(".results .column")
+    assert answers.asked[-1][:2] == ("Turkey ", "is in")
 
 
 def test_a_span_of_what_the_model_says_is_traced_by_its_tokens(page, address, answers):

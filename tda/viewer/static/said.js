@@ -1,18 +1,23 @@
-// What the model says after a prompt, in words: a span of them is traced by a click.
+// What the model says after a prompt, in words: a span of whole ones is traced by a click.
 
 import { h, percent } from "./dom.js";
 
 /**
  * A completion as words, of which a click chooses one, and dragging or a click with Shift several.
  *
- * @param completion {text, prompt, steps}: the prompt's text, its tokens, and what follows it.
+ * @param completion {text, prompt, steps, continues, ended}: the prompt's text, its tokens, what
+ *     follows it, whether that begins inside of a word, and whether the model ended it.
  * @param span the span that is chosen, as `onChoose` gets it, or null.
  * @param onChoose hears of {prompt, target, tokens}: the texts before and in the span, and the ids
  *     of their tokens as they were generated.
  */
 export function said(completion, span, onChoose) {
   const words = wordsOf(completion.steps);
-  const buttons = words.map((word) => h("button.word", { type: "button", title: describe(completion.steps, word) }, word.text.trim()));
+  // The prompt's last word may go on, and the last word of all may be cut: neither is a target.
+  const isPart = (i) => (i === 0 && completion.continues) || (i > 0 && i === words.length - 1 && !completion.ended && /[\p{L}\p{N}\p{M}]$/u.test(words[i].text));
+  const buttons = words.map((word, i) => h("button.word", {
+    type: "button", disabled: isPart(i), title: isPart(i) ? "part of a word" : percent(likelihood(completion.steps, word)),
+  }, word.text.trim()));
   const box = h("p.said", { role: "group", "aria-label": "What the model says", dir: "auto" },
     h("span.quiet", {}, completion.text.trimEnd()),
     words.map(({ text }, i) => {
@@ -31,7 +36,7 @@ export function said(completion, span, onChoose) {
   }, [Infinity, -1]);
   if (span) mark(...chosen);
   let from = -1, to = -1, dragged = false;
-  const under = (e) => buttons.indexOf(document.elementFromPoint(e.clientX, e.clientY)?.closest(".word"));
+  const under = (e) => buttons.indexOf(document.elementFromPoint(e.clientX, e.clientY)?.closest(".word:enabled"));
   box.addEventListener("pointerdown", (e) => ([from, to, dragged] = [under(e), -1, false]));
   box.addEventListener("pointermove", (e) => {
     const at = from < 0 || !e.buttons ? -1 : under(e);
@@ -82,9 +87,5 @@ export function spanOf({ text, prompt, steps }, first, stop) {
   };
 }
 
-/** A word's probability, and what else the model might have said there. */
-function describe(steps, { first, stop }) {
-  const probability = steps.slice(first, stop).reduce((p, s) => p * s.probability, 1);
-  const others = steps[first].others.slice(0, 3).map((o) => `${o.token.trim() || "␣"} ${percent(o.probability)}`);
-  return `${percent(probability)}${others.length ? `; or ${others.join(", ")}` : ""}`;
-}
+/** The probability of a word. */
+const likelihood = (steps, { first, stop }) => steps.slice(first, stop).reduce((p, s) => p * s.probability, 1);
