@@ -3,6 +3,7 @@
     python -m experiments.view --workdir=DIR
     python -m experiments.view --results=a.jsonl,b.jsonl.gz,https://HOST/c.jsonl
     python -m experiments.view --workdir=DIR --export=OUT
+    python -m experiments.view --results=a.jsonl --metadata=corpus.jsonl --by=source,year
 
 Serves on 127.0.0.1 unless --host is given. With a workdir it shows tables, plots and the results of
 the last evaluation (`results/METHOD.jsonl` of the methods in `metrics.json`, or the files of
@@ -14,6 +15,8 @@ import tempfile
 
 from absl import flags
 
+from tda.data.corpora import Corpus
+from tda.evaluation.by_label import FiguresByLabel
 from tda.live import finished_run
 from tda.viewer import opening
 from tda.viewer.export import export
@@ -33,6 +36,10 @@ _NAMES = flags.DEFINE_list("names", [], "Further host names of the viewer.")
 _URLS = flags.DEFINE_bool("allow_urls", False, "Let the page fetch results from URLs.")
 _AGREEMENT = flags.DEFINE_bool("agreement", False, "Tell how notes agree with the judge; no more.")
 _LIVE = flags.DEFINE_bool("live", True, "Answer live questions from the workdir.")
+_METADATA = flags.DEFINE_string(
+    "metadata", None, "The corpus whose documents have the --by fields."
+)
+_BY = flags.DEFINE_list("by", [], "Fields, such as source,year, by which scores are added up.")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("plugin")
 flags.declare_key_flag("compilation_cache")
@@ -45,6 +52,15 @@ def main(_):
         collection = opening.collect(
             WORKDIR.value, _RESULTS.value, _NOTES.value, folder, _QUERIES.value
         )
+        if bool(_BY.value) != bool(_METADATA.value):
+            raise ValueError(
+                "--by names fields of the documents in --metadata; give both, as in "
+                "--metadata=corpus.jsonl --by=source,year"
+            )
+        if _BY.value:
+            documents = Corpus(_METADATA.value)
+            labels = {field: documents.labels(field) for field in _BY.value}
+            collection.groups = FiguresByLabel(labels)
         for file in collection.files:
             if file.malformed:
                 print(f"{file.path}: {file.malformed:,} malformed lines, shown as such")

@@ -9,10 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-import numpy as np
-
 from tda import results
 from tda.data.tokenised import place_of
+from tda.evaluation import by_label
 from tda.evaluation.statistics import GroupSum, group_sums
 from tda.runtime.directories import make_directory
 from tda.viewer import opening
@@ -135,31 +134,31 @@ class TraceResult(Sequence[Answer]):
         Raises:
             ValueError: some passages were not ranked, or a document has no label.
         """
-        scores = [{p.id: p.score for p in a.proponents + a.opponents} for a in self]
-        passages = {p.id: p for a in self for p in a.proponents + a.opponents}
-        fewest = min(map(len, scores), default=0)
-        # Of n passages the first k and the last k are all of them only if these overlap.
-        overlap = all({p.id for p in a.proponents} & {p.id for p in a.opponents} for a in self)
-        if fewest < len(passages) or not overlap:
+        complete = by_label.complete_scores(self.records())
+        if complete is None:
             raise ValueError(
                 "sums by label need the scores of all passages, and this trace has only each "
                 "query's first and last; trace again with k= the number of passages"
             )
-        labels = [_label(label_of, passage) for passage in passages.values()]
-        table_QxC = np.array([[s[name] for name in passages] for s in scores])
+        names, table_QxC = complete
+        passages = {p.id: p for a in self for p in a.proponents + a.opponents}
+        labels = [_label(label_of, passages[name]) for name in names]
         return group_sums(table_QxC, labels, resamples, seed)
 
-    def view(self, port: int = 0) -> None:
+    def view(self, port: int = 0, labels: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Shows the answers in the web viewer; prints its address, and serves until interrupted.
 
         Args:
             port: the port on this machine; 0 takes a free one.
+            labels: for each key, such as "source", the labels of documents by their ids, by which
+                the viewer adds up scores as `by` does.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "answers.jsonl")
             self.save(path)
             collection = Collection()
             collection.add(path, "answers", self.method)
+            collection.groups = by_label.FiguresByLabel(labels) if labels else None
             opening.serve(collection, None, "127.0.0.1", port, [], allow_urls=False)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -229,10 +228,11 @@ def _label(
 ) -> str:
     if callable(label_of):
         return str(label_of(passage))
-    document = passage.id if passage.id in label_of else place_of(passage.id)[0]
-    if document not in label_of:
+    label = by_label.label_of(label_of, passage.id)
+    if label is None:
+        document = place_of(passage.id)[0]
         raise ValueError(f"document {document!r} has no label; give one to every document")
-    return str(label_of[document])
+    return str(label)
 
 
 def _lists(answer: Answer, opponents: bool) -> Iterator[tuple[str, tuple[RankedPassage, ...]]]:

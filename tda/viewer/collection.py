@@ -9,6 +9,7 @@ import pathlib
 import re
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from tda.methods import METHODS
 from tda.results import ResultsError
@@ -21,6 +22,19 @@ _PLOTS = (".png", ".svg")
 _MOST_PLOTS = 200
 # Characters of a table: a page lays it out as HTML, cell by cell.
 _LONGEST_TABLE = 100_000
+
+
+class Groups(Protocol):
+    """Figures of passages by what they have in common.
+
+    Attributes:
+        keys: what they may have in common, such as "source".
+    """
+
+    keys: tuple[str, ...]
+
+    def figures(self, file: ResultsFile, key: str, row: int | None = None) -> dict:
+        """Returns the figures of one query, or the mean of all, as JSON values."""
 
 
 class Collection:
@@ -39,6 +53,8 @@ class Collection:
         self.notes = notes
         # Names and addresses of files beside an export that its overview links to.
         self.links: list[list[str]] = []
+        # None where nothing is known of the passages' documents.
+        self.groups: Groups | None = None
         board = None if workdir is None else self.workdir / "board.json"
         self.board = Board(board) if board is not None and board.is_file() else None
         self.files: list[ResultsFile] = []
@@ -85,6 +101,7 @@ class Collection:
             "types": TYPES,
             "notes": self.notes is not None,
             "board": self.board is not None,
+            "keys": [] if self.groups is None else self.groups.keys,
             "run": None if self.workdir is None else run_figures.read(self.workdir),
             "links": self.links,
             "tables": self._tables(),
@@ -96,7 +113,8 @@ class Collection:
 
         Args:
             name: "index", "notes", "board", "board-QUERY", "FILE/summaries-CHUNK",
-                "FILE/records-CHUNK" or "overlap-FILE-FILE", each query and file by its number.
+                "FILE/records-CHUNK", "FILE/by-KEY", "FILE/by-KEY-ROW" or "overlap-FILE-FILE", each
+                query, key and file by its number.
 
         Raises:
             KeyError: there is no such piece.
@@ -120,6 +138,14 @@ class Collection:
                 return read_chunk(int(match[3]))
             except IndexError as error:
                 raise KeyError(name) from error
+        if self.groups is not None and (
+            match := re.fullmatch(r"(\d{1,6})/by-(\d{1,6})(?:-(\d{1,9}))?", name)
+        ):
+            file, key = self._numbered(match[1], name), int(match[2])
+            row = None if match[3] is None else int(match[3])
+            if key >= len(self.groups.keys) or (row is not None and row >= len(file)):
+                raise KeyError(name)
+            return self.groups.figures(file, self.groups.keys[key], row)
         if match := re.fullmatch(r"overlap-(\d{1,6})-(\d{1,6})", name):
             one, other = (self._numbered(n, name) for n in match.groups())
             return results_file.overlap(one, other)
@@ -143,6 +169,9 @@ class Collection:
             ):
                 for chunk in range(results_file.chunks(len(file), size)):
                     yield f"{i}/{kind}-{chunk}"
+            for key in range(0 if self.groups is None else len(self.groups.keys)):
+                yield f"{i}/by-{key}"
+                yield from (f"{i}/by-{key}-{row}" for row in range(len(file)))
             yield from (f"overlap-{i}-{j}" for j in range(len(self.files)) if j != i)
 
     def plot(self, file: str) -> pathlib.Path:

@@ -138,6 +138,15 @@ def test_the_program_serves_exports_and_ends(workdir, tmp_path):
         [*command, f"--export={workdir}"], capture_output=True, text=True, check=False
     )
     assert again.returncode == 1 and "holds other files" in again.stderr
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [{"id": f"c4-0-{d}", "text": "a", "source": "web"} for d in range(3000)]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    by = [*command, "--by=source"]
+    grouped = [*by, f"--metadata={corpus}", f"--export={tmp_path / 'grouped'}"]
+    subprocess.run(grouped, check=True, capture_output=True)
+    assert '"label":"web","size":6' in (tmp_path / "grouped" / "data" / "0" / "by-0.js").read_text()
+    alone = subprocess.run(by, capture_output=True, text=True, check=False, timeout=60)
+    assert alone.returncode == 1 and "--metadata; give both" in alone.stderr
     # Without notes there is nothing to compare; served, the results would seem to be the answer.
     alone = [*command[:3], f"--results={workdir}/results/bm25.jsonl", "--agreement"]
     compared = subprocess.run(alone, capture_output=True, text=True, check=False, timeout=60)

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from tda import results
+from tda.evaluation.by_label import FiguresByLabel
 from tda.viewer.collection import Collection
 from tda.viewer.notes import Notes
 from tests.viewer.big_file import note_on, records
@@ -16,7 +17,8 @@ from tests.viewer.test_browser import other_method
 
 AXE = "axe-core@4.11.0"
 VIEWS = ["", "#side=both&filter=rank+%3C%3D+3", "#filter=rank+%3D", "#view=overview", "#view=notes",
-         "#view=trace", "#judge=entailment&hl=%5B%22the%22%5D"]  # fmt: skip
+         "#view=trace", "#view=metadata", "#view=metadata&files=whole&key=year",
+         "#judge=entailment&hl=%5B%22the%22%5D"]  # fmt: skip
 # Serious ones must not be; moderate ones (such as best practices) are looked at by hand.
 IMPACTS = ("serious", "critical")
 
@@ -49,6 +51,17 @@ def address(tmp_path_factory):
     collection = Collection(notes=notes)
     for name in ("trackstar", "bm25"):
         collection.add(folder / f"{name}.jsonl")
+    # The one file has the first passages of each query, and the other all.
+    same = {
+        f"{kind}{part}": items[0][f"proponent{part}"]
+        for kind in ("proponent", "opponent")
+        for part in ("s", "_ids", "_scores")
+    }
+    results.write(folder / "whole.jsonl", [item | same for item in items])
+    collection.add(folder / "whole.jsonl")
+    names = {name for item in items for name in item["proponent_ids"]}
+    labels = {key: {n: f"{key} {len(n)}" for n in names} for key in ("source", "year")}
+    collection.groups = FiguresByLabel(labels)
     with serving(collection) as found:
         yield found
 

@@ -291,6 +291,7 @@ class Data {
     }));
     this.records = new Map();
     this.loading = new Map();
+    this.grouped = new Map();
     await this.readNotes();
   }
 
@@ -359,6 +360,16 @@ class Data {
       file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`));
     }
     return file.overlaps.get(other.label);
+  }
+
+  /** The figures of a file's passages by a key, of the query in a row or of all; read once. */
+  groups(file, key, row) {
+    const name = `${file.number}/by-${key}${row === undefined ? "" : `-${row}`}`;
+    if (!this.grouped.has(name)) {
+      this.grouped.set(name, piece(name));
+      this.grouped.get(name).catch(() => this.grouped.delete(name));
+    }
+    return this.grouped.get(name);
   }
 
   async readNotes() {
@@ -520,6 +531,7 @@ const DEFAULTS = {
   order: "",
   method: "",
   by: "lds",
+  key: "",
 };
 
 let home = "query";
@@ -1614,7 +1626,7 @@ class Sidebar {
     const here = row === this.current;
     return h("li", {},
       h("a", {
-        href: state.link(place(main, row)),
+        href: state.link(this.place(row)),
         "aria-current": here ? "true" : null,
         onclick: (e) => {
           if (e.ctrlKey || e.metaKey || e.shiftKey) return;
@@ -1622,6 +1634,12 @@ class Sidebar {
           this.onOpen(row);
         },
       }, inside));
+  }
+
+  /** The address of a row: in the view by metadata it is shown there. */
+  place(row) {
+    const { main, state: now } = this.rows;
+    return { ...place(main, row), view: now.view === "metadata" ? "metadata" : "query" };
   }
 
   /** Opens the query so many places after the one that is shown. */
@@ -2200,6 +2218,78 @@ function drawn({ tokens, score, sum, faithful }, sought) {
 return { Live, heatFor };
 })();
 
+modules.metadata = (() => {
+// Scores by what the passages' documents have in common: for one query, and the mean of all.
+
+const { count, fill, h, number, percent, refill } = modules.dom;
+const state = modules.state;
+
+const MANY = 40; // groups shown before "all"
+
+/** Fills `element` with the figures of every file that is shown, by the key that the state names. */
+async function showMetadata(element, rows, row, isCurrent) {
+  const { data, files, main } = rows;
+  const { keys } = data.index;
+  const key = Math.max(0, keys.indexOf(rows.state.key));
+  const parts = await Promise.all(files.map(async (file) => {
+    const match = row === undefined ? undefined : rows.match(file, row);
+    return { file, all: await data.groups(file, key), query: match === undefined ? null : await data.groups(file, key, match) };
+  }));
+  if (!isCurrent()) return;
+  const column = (name) => (row === undefined ? "" : main.columns[name]?.[row] ?? "");
+  refill(element, h("article.overview.metadata", {},
+    h("h2", {}, "By metadata"),
+    h("p", {}, "Single passages are noisy evidence; together, those of a ", h("b", {}, keys[key]), " say more."),
+    keys.length > 1 && h("div.segments", { role: "group", "aria-label": "Added up by" }, keys.map((name, i) =>
+      h("button", { type: "button", "aria-pressed": String(i === key), onclick: () => state.set({ key: name }) }, name))),
+    row !== undefined && h("p.quiet", {}, "This query: ", h("a", { href: state.link({ view: "query" }) }, column("prompt"), " ", h("b", {}, column("target")))),
+    rows.filter && h("p.quiet", {}, "Means are over all queries of a file, whatever the filter."),
+    parts.map((part) => section(keys[key], part))));
+}
+
+function section(key, { file, all, query }) {
+  const ofQuery = new Map((query?.groups ?? []).map((g) => [g.label, g]));
+  const n = `${count(all.queries)} ${all.queries === 1 ? "query" : "queries"}`;
+  const figures = all.complete ? sums(n) : shares(n, query);
+  const columns = figures.flatMap(([, ...listed]) => listed);
+  const table = (groups) => h("table", {},
+    h("thead", {},
+      h("tr", {}, h("td", {}), figures.map(([title, ...listed]) => h(title ? "th" : "td", { scope: title ? "colgroup" : null, colspan: listed.length }, title))),
+      h("tr", {}, [key, ...columns.map(([name]) => name)].map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, groups.map((g) => h("tr", {}, h("th", { scope: "row" }, g.label),
+      columns.map(([, write]) => h("td", {}, write(g, ofQuery.get(g.label))))))));
+  const box = h("div.scrolling", { tabindex: "0", role: "region", "aria-label": `${file.title} by ${key}` }, table(all.groups.slice(0, MANY)));
+  return h("section", {}, h("h3", {}, file.title), h("p.quiet", {}, explained(key, all)), box,
+    all.groups.length > MANY && h("button", { type: "button", onclick: (e) => (fill(box, table(all.groups)), e.target.remove()) }, `all ${count(all.groups.length)}`));
+}
+
+function explained(key, { complete, passages }) {
+  if (!complete) {
+    return `This file has each query's first ${count(passages)} passages only, so these are no sums over the corpus, but ` +
+      `shares of the first ${count(passages)} by ${key}: counts, without scores. In brackets: 95% intervals over queries.`;
+  }
+  return `Sums of the scores of all ${count(passages)} passages. Expected: what as many passages have on average, whatever their ${key}. ` +
+    "p: how often passages that are drawn at random lie as far from it (two-sided, of each group by itself). In brackets: 95% intervals over queries.";
+}
+
+const interval = (g, write) => [write(g.mean), g.low !== null && h("span.quiet", {}, ` [${write(g.low)}, ${write(g.high)}]`)];
+const chance = (g) => (g ? number(g.p, 4) : "–");
+
+/** The columns of a table in their groups: [title, [name, (group of all queries, of this query) → cell]…]. */
+const sums = (n) => [
+  ["", ["passages", (g) => count(g.size)]],
+  ["this query", ["sum", (g, q) => number(q?.mean)], ["expected", (g, q) => number(q?.expected)], ["p", (g, q) => chance(q)]],
+  [`mean of ${n}`, ["sum", (g) => interval(g, (x) => number(x))], ["expected", (g) => number(g.expected)], ["p", chance]],
+];
+const shares = (n, query) => [
+  ["", ["proponents", (g) => count(g.size)]],
+  ["this query", ["share", (g, q) => (query ? percent(q?.mean ?? 0) : "–")]],
+  [`mean of ${n}`, ["share", (g) => interval(g, percent)]],
+];
+
+return { showMetadata };
+})();
+
 modules.noteview = (() => {
 // All notes: counts of each type for each method, and the notes themselves.
 
@@ -2623,6 +2713,7 @@ const { count, fill, h, number, percent, refill, tell } = modules.dom;
 const { showBoard } = modules.board;
 const { Data } = modules.data;
 const { heatFor, Live } = modules.live;
+const { showMetadata } = modules.metadata;
 const { judges, metrics } = modules.metrics;
 const { showNotes } = modules.noteview;
 const { showOverview } = modules.overview;
@@ -2644,7 +2735,7 @@ let listed = null; // the file whose rows are chosen
 let filter = ""; // by which they are
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
-const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
+const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["metadata", "Metadata"], ["board", "Board"]];
 
 async function start() {
   theme(remembered());
@@ -2706,6 +2797,7 @@ async function drawMain(now, row, isCurrent) {
   document.title = `${VIEWS.find(([view]) => view === now.view)?.[1] ?? "Queries"} · tda`;
   if (now.view === "overview") return showOverview(main, rows, chosen, { isCurrent });
   if (now.view === "board") return showBoard(main, rows, isCurrent);
+  if (now.view === "metadata" && hasView("metadata")) return showMetadata(main, rows, row, isCurrent);
   if (now.view === "notes") return showNotes(main, rows, isCurrent);
   if (now.view === "trace") {
     if (data.index.live) return live.show(main, rows, isCurrent);
@@ -2737,7 +2829,7 @@ function renote(query, passage) {
 function open(row) {
   sidebar.unfold(false);
   scrollTo(0, 0);
-  state.set(place(rows.main, row));
+  state.set(sidebar.place(row));
 }
 
 function drawTop() {
@@ -2745,13 +2837,19 @@ function drawTop() {
   refill(top,
     h("div.bar-row", {},
       h("h1", {}, h("a.brand", { href: state.link({ view: "", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
-      h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => view === "board" ? data.index.board : rows.main).map(([view, name]) =>
+      h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => hasView(view)).map(([view, name]) =>
         h("a", { href: state.link({ view, page: "" }), "aria-current": now.view === view ? "page" : null }, name))),
       h("div.tools", {},
         data.index.upload && h("button", { type: "button", onclick: () => showOpen(data.index, reopened) }, "Open…"),
         h("button", { type: "button", onclick: turnTheme, "aria-label": "Dark or light", title: "Dark or light (d)" }, "◐"),
         h("button", { type: "button", onclick: () => showHelp(rows), "aria-label": "Help", title: "Help (?)" }, "?"))),
     rows.main && !["board", "trace"].includes(now.view) && h("div.methods-row", {}, picker(), judging()));
+}
+
+/** Whether there is anything to show in a view. */
+function hasView(view) {
+  if (view === "board") return data.index.board;
+  return rows.main && (view !== "metadata" || data.index.keys?.length > 0);
 }
 
 /** The methods in one line; opened, all of them with their figures. */

@@ -72,6 +72,7 @@ export class Data {
     }));
     this.records = new Map();
     this.loading = new Map();
+    this.grouped = new Map();
     await this.readNotes();
   }
 
@@ -140,6 +141,16 @@ export class Data {
       file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`));
     }
     return file.overlaps.get(other.label);
+  }
+
+  /** The figures of a file's passages by a key, of the query in a row or of all; read once. */
+  groups(file, key, row) {
+    const name = `${file.number}/by-${key}${row === undefined ? "" : `-${row}`}`;
+    if (!this.grouped.has(name)) {
+      this.grouped.set(name, piece(name));
+      this.grouped.get(name).catch(() => this.grouped.delete(name));
+    }
+    return this.grouped.get(name);
   }
 
   async readNotes() {

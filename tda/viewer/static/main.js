@@ -4,6 +4,7 @@ import { count, fill, h, number, percent, refill, tell } from "./dom.js";
 import { showBoard } from "./board.js";
 import { Data } from "./data.js";
 import { heatFor, Live } from "./live.js";
+import { showMetadata } from "./metadata.js";
 import { judges, metrics } from "./metrics.js";
 import { showNotes } from "./noteview.js";
 import { showOverview } from "./overview.js";
@@ -25,7 +26,7 @@ let listed = null; // the file whose rows are chosen
 let filter = ""; // by which they are
 let turn = 0; // of drawing: what was begun for an earlier state is dropped
 
-const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["board", "Board"]];
+const VIEWS = [["query", "Queries"], ["overview", "Overview"], ["trace", "Trace"], ["notes", "Notes"], ["metadata", "Metadata"], ["board", "Board"]];
 
 async function start() {
   theme(remembered());
@@ -87,6 +88,7 @@ async function drawMain(now, row, isCurrent) {
   document.title = `${VIEWS.find(([view]) => view === now.view)?.[1] ?? "Queries"} · tda`;
   if (now.view === "overview") return showOverview(main, rows, chosen, { isCurrent });
   if (now.view === "board") return showBoard(main, rows, isCurrent);
+  if (now.view === "metadata" && hasView("metadata")) return showMetadata(main, rows, row, isCurrent);
   if (now.view === "notes") return showNotes(main, rows, isCurrent);
   if (now.view === "trace") {
     if (data.index.live) return live.show(main, rows, isCurrent);
@@ -118,7 +120,7 @@ function renote(query, passage) {
 function open(row) {
   sidebar.unfold(false);
   scrollTo(0, 0);
-  state.set(place(rows.main, row));
+  state.set(sidebar.place(row));
 }
 
 function drawTop() {
@@ -126,13 +128,19 @@ function drawTop() {
   refill(top,
     h("div.bar-row", {},
       h("h1", {}, h("a.brand", { href: state.link({ view: "", q: "", filter: "", page: "" }), "aria-label": "tda viewer" }, "tda")),
-      h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => view === "board" ? data.index.board : rows.main).map(([view, name]) =>
+      h("nav.views", { "aria-label": "Views" }, VIEWS.filter(([view]) => hasView(view)).map(([view, name]) =>
         h("a", { href: state.link({ view, page: "" }), "aria-current": now.view === view ? "page" : null }, name))),
       h("div.tools", {},
         data.index.upload && h("button", { type: "button", onclick: () => showOpen(data.index, reopened) }, "Open…"),
         h("button", { type: "button", onclick: turnTheme, "aria-label": "Dark or light", title: "Dark or light (d)" }, "◐"),
         h("button", { type: "button", onclick: () => showHelp(rows), "aria-label": "Help", title: "Help (?)" }, "?"))),
     rows.main && !["board", "trace"].includes(now.view) && h("div.methods-row", {}, picker(), judging()));
+}
+
+/** Whether there is anything to show in a view. */
+function hasView(view) {
+  if (view === "board") return data.index.board;
+  return rows.main && (view !== "metadata" || data.index.keys?.length > 0);
 }
 
 /** The methods in one line; opened, all of them with their figures. */

@@ -174,7 +174,7 @@ export class Sidebar {
     const here = row === this.current;
     return h("li", {},
       h("a", {
-        href: state.link(place(main, row)),
+        href: state.link(this.place(row)),
         "aria-current": here ? "true" : null,
         onclick: (e) => {
           if (e.ctrlKey || e.metaKey || e.shiftKey) return;
@@ -182,6 +182,12 @@ export class Sidebar {
           this.onOpen(row);
         },
       }, inside));
+  }
+
+  /** The address of a row: in the view by metadata it is shown there. */
+  place(row) {
+    const { main, state: now } = this.rows;
+    return { ...place(main, row), view: now.view === "metadata" ? "metadata" : "query" };
   }
 
   /** Opens the query so many places after the one that is shown. */

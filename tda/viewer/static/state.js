@@ -19,6 +19,7 @@ const DEFAULTS = {
   order: "",
   method: "",
   by: "lds",
+  key: "",
 };
 
 let home = "query";
