@@ -138,7 +138,9 @@ def test_answers_become_a_table_and_a_page(model, tokenizer, monkeypatch):
     monkeypatch.setattr(opening, "serve", lambda *arguments, **how: served.append(arguments[0]))
     answers.view()
     (file,) = served[0].files
-    assert file.title == answers.method
+    assert file.title == answers.method and served[0].index()["keys"] == []
+    answers.view(labels={"source": {}})
+    assert served[1].index()["keys"] == ("source",)
 
 
 def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
