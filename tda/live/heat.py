@@ -71,8 +71,10 @@ class Heat:
         parts_T = self._parts(kind, ids, direction_E, on_progress)
         score = float(stored_E.astype(np.float64) @ direction_E)
         total = float(parts_T.sum())
-        # Larger than the rounding of float32 sums in another order; other tokens differ by more.
-        near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum())
+        # Larger than the rounding of float32 sums in another order, and than four standard
+        # deviations of the store's rounding; other tokens differ by more.
+        rounding = store.form.rounding * float(np.linalg.norm(stored_E * direction_E))
+        near = 0.02 * abs(score) + 1e-3 * float(np.abs(parts_T).sum()) + 4 * rounding
         special = len(self._speaker.tokenizer.begin)
         return {
             "tokens": [

@@ -35,6 +35,16 @@ _MAGNITUDES = {
         4: (0.1284, 0.3881, 0.6568, 0.9423, 1.2562, 1.6181, 2.0690, 2.7326),
     }.items()
 }
+# Root mean squares of rounding errors, in those of their groups: of the levels of a unit Gaussian
+# (Max, table I); of steps whose largest multiple, 127, is about three; of a significand of 8 bits.
+_ROUNDING = {
+    "float32": 0.0,
+    "bfloat16": 2**-9,
+    "int8": 3 / 127 / 12**0.5,
+    "4bit": 0.0975,
+    "3bit": 0.1859,
+    "2bit": 0.3428,
+}
 # −128 is left out, so that the codes are symmetric around 0.
 _LARGEST = 127
 # The smallest normal float32: most devices flush smaller numbers to 0.
@@ -99,6 +109,11 @@ class Form:
     def row_bytes(self) -> int:
         """Bytes of a row on disk."""
         return self.columns * self.array_dtype.itemsize
+
+    @property
+    def rounding(self) -> float:
+        """About the root mean square of a number's rounding error, in that of its group."""
+        return _ROUNDING[self.dtype]
 
     def describe_codes(self) -> dict:
         """Returns JSON values with which a reader without this package can decode rows."""

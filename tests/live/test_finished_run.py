@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import types
 
 import numpy as np
@@ -36,6 +37,7 @@ def workdir(tmp_path_factory):
     config.methods = ",".join(NAMES)
     config.eval.tail_patch_queries = 0
     config.hessian.damping = 0.02
+    config.store.dtype = "float32"
     stages.trace(config, Workdir(folder / "w"))
     return folder / "w"
 
@@ -154,11 +156,24 @@ def test_heat_sums_to_the_score(workdir, run, name):
             assert asked["proponents"][i] == text
 
 
-def test_heat_tells_where_a_passage_is_read_otherwise(run, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "int8", "2bit"])
+def test_heat_tells_where_a_passage_is_read_otherwise(workdir, run, tmp_path, monkeypatch, dtype):
+    """And not where the store alone has rounded it."""
+    shutil.copytree(workdir, tmp_path / "w")
+    config = run.run.config.copy_and_resolve_references()
+    config.methods, config.store.dtype = "grad_dot", dtype
+    stages.trace(config, Workdir(tmp_path / "w"))
+    run = finished_run.open_workdir(tmp_path / "w")
+    record = of_batch(tmp_path / "w", "grad_dot")[0]
+    asked = question_of(record)
+    found = [run.heat(silent, asked, "grad_dot", i) for i in record["proponent_ids"]]
+    assert all(f["faithful"] for f in found)
+    assert any(f["sum"] != pytest.approx(f["score"], rel=1e-3) for f in found) == (
+        dtype != "float32"
+    )
     other = np.asarray([1, 9, 9, 9, 9]), list("abcde")
     monkeypatch.setattr(heat, "tokens_of", lambda store, row, speaker: other)
-    found = run.heat(silent, Query("", "The capital of France is", "Paris"), "grad_dot", "s00")
-    assert not found["faithful"]
+    assert not run.heat(silent, asked, "grad_dot", record["proponent_ids"][0])["faithful"]
 
 
 def test_a_completion_ends_where_the_model_ends_the_passage(run):

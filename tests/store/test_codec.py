@@ -123,6 +123,7 @@ def test_the_error_is_that_of_the_best_levels_for_a_gaussian(dtype):
     form = Form(dtype, (512, 512))
     back = codec.decode_on_host(codec.encode_on_host(x, form), form)
     assert np.square(back - x).mean() == pytest.approx(DISTORTION[dtype], rel=0.15)
+    assert form.rounding == pytest.approx(DISTORTION[dtype] ** 0.5, rel=0.15)
     assert form.row_bytes == 1024 * form.bits // 8 + 2 * 16
 
 
