@@ -1,24 +1,16 @@
 """Measured rates: what is measured, and that they say how long real work takes."""
 
-import statistics
-import time
-
 import numpy as np
 import pytest
 from flax import nnx
 
-from configs import world_facts
-from tda import store as stores
-from tda.encoding import table
 from tda.gradients import encoder as encoders
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
-from tda.plan import calibration, setting
+from tda.plan import calibration
 from tda.plan.calibration import EncoderTimes
-from tda.run import corpus, train
-from tda.run.workdir import Workdir
 
 
 def test_seconds_add_up_over_batches_and_each_shape_is_compiled_once():
@@ -83,36 +75,3 @@ def test_products_are_timed():
         assert 1e7 < rate < 1e14
     # An eigendecomposition reaches a fraction of a product's rate.
     assert found.eigen < found.gram
-
-
-@pytest.mark.slow
-def test_a_calibration_says_how_long_encoding_really_takes(tmp_path, one_device):
-    """Within 20%: both in turns, compilation included, so that a busy machine slows both."""
-    config = world_facts.get_config()
-    config.data.n_sentences, config.data.n_queries = 5000, 100
-    data = corpus.load(config, Workdir(tmp_path))
-    planned = setting.of(config)
-    assert planned.size.passages == len(data.passages)
-    model = train.build_model(config, planned.size.vocab_size)
-    projection = Projection(**dict(config.projection))
-    blocks = dict.fromkeys(map(str, range(len(planned.widths))), planned.widths[0])
-    layout = data.layout(config.gradients.tokens_per_batch, one_device)
-
-    def make():
-        """A new encoder: nothing of it is compiled yet."""
-        scales = calibration.ones(planned.sites, "factored")
-        return encoders.make_encoder(model, projection, scales, mesh=one_device)
-
-    ratios = []
-    for turn in range(5):
-        times = calibration.encoder_times(
-            make(), planned.shapes, planned.size.vocab_size, one_device
-        )
-        store = stores.create(tmp_path / str(turn), data.passages.ids, blocks, {})
-        encoder = make()
-        started = time.perf_counter()
-        table.fill_stores([store], encoder, data.passages, layout)
-        taken = time.perf_counter() - started
-        ratios.append(times.seconds(planned.shapes) / taken)
-        print(f"predicted over real: {ratios[-1]:.3f} of {taken:.1f} s")
-    assert 1 / 1.2 < statistics.median(ratios) < 1.2, ratios

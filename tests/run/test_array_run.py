@@ -43,7 +43,8 @@ def run_alone(path, methods, is_labelled=True, **changed):
     config = make_config(path)
     if not is_labelled:
         config = without_labels(config, path)
-    config.methods, config.store.shard_bytes = methods, 512
+    # Rounded to int8, all shards would be one group.
+    config.methods, config.store.shard_bytes, config.store.dtype = methods, 512, "float32"
     config.model.size, config.train.epochs = "nano", 2.0
     config.eval.update(changed)
     stages.trace(config, Workdir(path / "alone"))

@@ -21,6 +21,8 @@ def retrained(tmp_path_factory):
     config = test_counterfactual.make_config(path, methods="captured_plain,bm25")
     config.counterfactual.update(subsets=1, orders=1, own_top=0, epochs=3.0)
     config.projection.blocks = DEFAULT_BLOCKS
+    # Scores are held against sums of float32 numbers.
+    config.store.dtype = "float32"
     with stages.opened(config, Workdir(path / "w")) as run:
         yield counterfactual.retrain(run)
 

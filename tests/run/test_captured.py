@@ -109,6 +109,8 @@ def ranked(tmp_path_factory, one_device):
     path = tmp_path_factory.mktemp("captured")
     config = make_config(path)
     config.methods = "captured,captured_plain"
+    # Scores are held against sums of float32 numbers.
+    config.store.dtype = "float32"
     config.train.capture = True
     config.train.keep = 0
     config.train.save_every = 1

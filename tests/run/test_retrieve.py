@@ -41,6 +41,8 @@ def traced(tmp_path_factory, runs_on_one_device):
     config.several.checkpoints = 2
     # The tests compute R^(−1/2) themselves, with a fixed damping.
     config.hessian.damping = 1e-3
+    # Scores are held against sums of float32 numbers.
+    config.store.dtype = "float32"
     config.eval.top_k = 12
     workdir = Workdir(path / "w")
     run = stages.prepare(config, workdir)
