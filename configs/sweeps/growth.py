@@ -1,4 +1,4 @@
-"""Does influence come closer to attribution as models grow? Three sizes by training tokens.
+"""Does influence come closer to attribution as models grow? Four sizes by training tokens.
 
     python -m experiments.sweep --config=configs/world_facts.py \\
         --sweep=configs/sweeps/growth.py --workdir=DIR
@@ -8,7 +8,7 @@ tail-patch less what momentum does; and what proponents say. A model that has le
 heart says little of larger corpora: give many documents and few epochs
 (`--config=configs/open_wiki.py` with articles and sentences; its keys as in that file).
 
-Cost: nine trainings (21 epochs of three sizes), and a pass over the corpus a point;
+Cost: twelve trainings (28 epochs of four sizes), and a pass over the corpus a point;
 `python -m experiments.plan` with the config, --config.model.size and --hardware estimates a pass.
 """
 
@@ -23,6 +23,7 @@ def get_sweep():
         },
         "axes": {
             "model.size, train.learning_rate": (
+                ("micro", 3e-3),
                 ("tiny", 3e-3),
                 ("mini", 1.5e-3),
                 ("small", 1.5e-3),

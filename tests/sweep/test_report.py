@@ -163,14 +163,14 @@ def test_growth_draws_a_judges_figures_by_size(tmp_path, monkeypatch):
     )
     (shipped,) = [p for p in SHIPPED if p.stem == "growth"]
     loaded = grid.load(str(shipped), world_facts.get_config())
-    assert len(loaded.points) == 9 and len({p.training for p in loaded.points}) == 9
+    assert len(loaded.points) == 12 == len({p.training for p in loaded.points})
     assert {p.config.judge.name for p in loaded.points} == {"lexical"}
     more = dict(ais_mrr=0.3, ais_recall_at_10=0.4, by_kind=KINDS)
     results = [make_result(p, **more) for p in loaded.points]
     report.write(loaded, results, tmp_path, True)
     assert [panel.title for panel in drawn["growth"]] == ["MRR", "AIS-MRR", "AIS recall@10"]
-    # A line for each of three methods and sizes; BM25 is left out.
-    assert [len(panel.lines) for panel in drawn["growth"]] == [9, 9, 9]
+    # A line for each of three methods and four sizes; BM25 is left out.
+    assert [len(panel.lines) for panel in drawn["growth"]] == [12, 12, 12]
     assert [len(panel.lines) for panel in drawn["growth_by_size"]] == [9, 9]
     (panel,) = drawn["growth_kinds"]
     assert len(panel.lines) == 12 and (panel.lines[0].y, panel.lines[0].low) == ((0.25,), (0.2,))
