@@ -30,7 +30,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: $(MODELS)
-	$(VENV)/bin/python -m pytest -m ""
+	$(VENV)/bin/python -m pytest -m "" -n 2
 
 # The oldest releases that setup.py allows, on the oldest Python; the newest, on later ones. uv finds
 # the interpreters on the path (with pyenv: `pyenv shell 3.11 3.12 3.13`), and downloads others.

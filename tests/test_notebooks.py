@@ -81,7 +81,6 @@ def test_a_pretrained_model_is_asked_twice(tmp_path, monkeypatch):
     assert (tmp_path / "results.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_a_bank_judges_methods(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, printed = run("counterfactual_board", **{'subsets": 40': 'subsets": 8'})
