@@ -15,8 +15,7 @@ import tempfile
 
 from absl import flags
 
-from tda.data.corpora import Corpus
-from tda.evaluation.by_label import FiguresByLabel
+from tda.evaluation import by_label
 from tda.live import finished_run
 from tda.viewer import opening
 from tda.viewer.export import export
@@ -52,15 +51,7 @@ def main(_):
         collection = opening.collect(
             WORKDIR.value, _RESULTS.value, _NOTES.value, folder, _QUERIES.value
         )
-        if bool(_BY.value) != bool(_METADATA.value):
-            raise ValueError(
-                "--by names fields of the documents in --metadata; give both, as in "
-                "--metadata=corpus.jsonl --by=source,year"
-            )
-        if _BY.value:
-            documents = Corpus(_METADATA.value)
-            labels = {field: documents.labels(field) for field in _BY.value}
-            collection.groups = FiguresByLabel(labels)
+        collection.groups = by_label.of_corpus(_METADATA.value, _BY.value)
         for file in collection.files:
             if file.malformed:
                 print(f"{file.path}: {file.malformed:,} malformed lines, shown as such")

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from tda.data.corpora import Corpus
 from tda.data.tokenised import place_of
 from tda.evaluation import statistics
 from tda.viewer.results_file import ResultsFile
@@ -109,6 +110,27 @@ class FiguresByLabel:
             )
         ]
         return sorted(groups, key=lambda g: -g["mean"])
+
+
+def of_corpus(path: str | None, fields: Sequence[str]) -> FiguresByLabel | None:
+    """Returns the figures by fields of a corpus's documents; None if neither is given.
+
+    Args:
+        path: the corpus (`tda.data.corpora.Corpus`).
+        fields: fields of its documents, the keys.
+
+    Raises:
+        ValueError: one is given without the other.
+    """
+    if bool(fields) != bool(path):
+        raise ValueError(
+            "--by names fields of the documents in --metadata; give both, as in "
+            "--metadata=corpus.jsonl --by=source,year"
+        )
+    if not path:
+        return None
+    documents = Corpus(path)
+    return FiguresByLabel({field: documents.labels(field) for field in fields})
 
 
 @functools.lru_cache(maxsize=256)
