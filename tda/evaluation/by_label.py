@@ -54,6 +54,8 @@ class FiguresByLabel:
     def __init__(self, labels: Mapping[str, Mapping[str, str]]):
         self._labels = labels
         self.keys = tuple(labels)
+        self._rankings = functools.lru_cache(maxsize=16)(_rankings)
+        self._figures = functools.lru_cache(maxsize=256)(self._compute)
 
     def figures(self, file: ResultsFile, key: str, row: int | None = None) -> dict:
         """Returns the figures of a results file's passages by the labels of a key.
@@ -69,15 +71,15 @@ class FiguresByLabel:
             otherwise its mean is its share of a query's proponents, of which there are at most
             "passages", and its size the number of those proponents.
         """
-        return _figures(self, file, key, row)
+        return self._figures(file, key, row)
 
     def _compute(self, file: ResultsFile, key: str, row: int | None) -> dict:
-        records, is_complete = _rankings(file)
+        records, is_complete = self._rankings(file)
         if row is not None:
             records = {row: records[row]} if row in records else {}
         chosen, groups, passages = list(records.values()), [], 0
         if chosen and is_complete:
-            names, table_QxC = complete_scores(chosen) or ([], np.zeros((0, 0)))
+            names, table_QxC = complete_scores(chosen)
             passages = len(names)
             sums = statistics.group_sums(table_QxC, self._named(key, names))
             groups = [dataclasses.asdict(g) for g in sums]
@@ -94,7 +96,8 @@ class FiguresByLabel:
         }
 
     def _named(self, key: str, passages: Iterable[str]) -> list[str]:
-        return [label_of(self._labels[key], name) or _NO_LABEL for name in passages]
+        labels = (label_of(self._labels[key], name) for name in passages)
+        return [_NO_LABEL if label is None else str(label) for label in labels]
 
     def _shares(self, key: str, proponents: list[list[str]]) -> list[dict]:
         rows = [self._named(key, names) for names in proponents]
@@ -133,12 +136,6 @@ def of_corpus(path: str | None, fields: Sequence[str]) -> FiguresByLabel | None:
     return FiguresByLabel({field: documents.labels(field) for field in fields})
 
 
-@functools.lru_cache(maxsize=256)
-def _figures(by_label: FiguresByLabel, file: ResultsFile, key: str, row: int | None) -> dict:
-    return by_label._compute(file, key, row)
-
-
-@functools.lru_cache(maxsize=16)
 def _rankings(file: ResultsFile) -> tuple[dict[int, dict], bool]:
     """Returns the ids and scores of a file's records by row, and whether they are complete."""
     fields = [f"{kind}_{x}" for kind in ("proponent", "opponent") for x in ("ids", "scores")]

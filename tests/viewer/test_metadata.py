@@ -80,9 +80,10 @@ def test_the_first_passages_alone_are_counted_and_not_summed(collection):
 
 
 def test_passages_without_a_label_have_a_group_of_their_own(collection):
-    collection.groups = FiguresByLabel({"source": {"d1": "books"}})
+    """An empty label is one, as `traced.by` has it."""
+    collection.groups = FiguresByLabel({"source": {"d1": "books", "d2": ""}})
     sizes = {g["label"]: g["size"] for g in collection.piece("0/by-0")["groups"]}
-    assert sizes == {"books": 1, "not in the corpus": 23}
+    assert sizes == {"books": 1, "": 1, "not in the corpus": 22}
 
 
 def table(page, file):
