@@ -26,7 +26,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         # jax 0.10 can still generate code as it used to, in half of the time. Later versions end
         # at a flag that they no longer know.
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-        * metadata.version("jaxlib").startswith("0.10."),
+        if metadata.version("jaxlib").startswith("0.10.")
+        else "",
         # bfloat16 is rounded where the program says, not wherever the compiler did not fuse: else
         # the same example is rounded otherwise in another shape of batch or on more devices.
         "--xla_allow_excess_precision=false",
