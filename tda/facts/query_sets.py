@@ -37,6 +37,7 @@ def read(path: jsonl.Paths) -> list[Fact]:
         Fact(
             q.id, _text(r, "subject"), _text(r, "relation_id"), q.target, "", "", "",
             _names(r, "s_aliases"), _names(r, "possible_answers"), (), prompt0=q.prompt,
+            other_choices=_names(r, "other_choices"),
         )
         for q, r in zip(queries, records, strict=True)
     ]  # fmt: skip
@@ -79,7 +80,7 @@ def _records(path: jsonl.Paths) -> Iterator[Any]:
                 asked_again = {"id": record.get("example_id"), "target": answer}
                 yield {**record, **asked_again, "prompt": record.get("inputs_plaintext")}
         elif "targets" in record and "label" in record:
-            yield {**record, "target": _right_choice(record, where)}
+            yield {**record, **_choices(record, where)}
         elif "question" in record and "possible_answers" in record:
             prompt, prop = f"Q: {record['question']}\n\nA:", record.get("prop")
             named = {"subject": record.get("subj"), "relation_id": prop}
@@ -95,14 +96,15 @@ def _records(path: jsonl.Paths) -> Iterator[Any]:
             yield record
 
 
-def _right_choice(record: Mapping, where: str) -> Any:
+def _choices(record: Mapping, where: str) -> dict:
     targets, label = record["targets"], record["label"]
     is_choice = isinstance(targets, list) and isinstance(label, int) and 0 <= label < len(targets)
     if not is_choice:
         raise jsonl.RecordError(
             f"{where}: label={label!r} is no place in targets, from 0; give the right one's"
         )
-    return targets[label]
+    others = [x for i, x in enumerate(targets) if i != label]
+    return {"target": targets[label], "other_choices": others}
 
 
 def _wrong_answer(record: Mapping) -> str | None:

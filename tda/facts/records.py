@@ -80,6 +80,8 @@ class Fact:
     """Number of objects that the subject has under this relation."""
     kilt_id: str | None = None
     """Identifier of the fact in KILT."""
+    other_choices: tuple[str, ...] = ()
+    """Targets to choose from beside the right one, where a query has such."""
 
     @property
     def uris(self) -> tuple[str, str, str]:

@@ -18,7 +18,8 @@ def figure(metric: str, x: float | None, signed: bool = False, missing: str = ""
 
     Args:
         metric: changes of probability ("tail_patch…") are shown in percent, those below 0.01% to
-            two digits; those of log p ("tail_patch_log…") in nats, every other metric as a decimal.
+            two digits, and below 0.0001% with a power of ten; those of log p ("tail_patch_log…")
+            in nats, every other metric as a decimal.
         x: the figure.
         signed: whether a decimal shows its sign too; changes always do.
         missing: the text for a figure that was not measured.
@@ -29,6 +30,9 @@ def figure(metric: str, x: float | None, signed: bool = False, missing: str = ""
         return f"{x:+.4f}"
     if metric.startswith("tail_patch"):
         percent = abs(100 * x)
+        # A target of many words is so unlikely that nothing moves it by more.
+        if 0 < percent < 1e-4:
+            return f"{100 * x:+.1e}%"
         # A small model that is sure of nothing moves probabilities by less than 0.01%.
         decimals = 1 - math.floor(math.log10(percent)) if 0 < percent < 0.01 else 2
         return f"{100 * x:+.{decimals}f}%"

@@ -30,6 +30,8 @@ _RUN_COLUMNS = (
     ("recall_at_10_known", "recall@10 known"),
     *JUDGED,
     COLUMNS[4],
+    # Targets of other tasks are sentences, whose probability hardly moves.
+    ("tail_patch_log", "tail-patch, log p"),
 )
 _MRR_COLUMNS = (
     ("mrr", "MRR"),
@@ -90,6 +92,8 @@ def _measured(
     def is_measured(key: str) -> bool:
         if key.startswith("ais_"):
             return is_judged
+        if key == "tail_patch_log":
+            return not has_labels
         return has_labels or key.startswith("tail_patch")
 
     return [(key, title) for key, title in columns if is_measured(key)]
@@ -119,6 +123,11 @@ def run_table(metrics: dict) -> str:
         "the target ranks high under the prompt). "
         + _about_labels(metrics, "Strict: only labels known to be sure count."),
     ]
+    if m.get("n_with_choices"):
+        lines.append(
+            f"Of several choices the model prefers the right one for {m['chosen']:.1%} of "
+            f"{m['n_with_choices']} queries."
+        )
     if m["n_tail_patch_queries"]:
         rule = m["tail_patch_rule"]
         control = formats.figure("tail_patch", m["tail_patch_control"])

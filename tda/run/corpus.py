@@ -13,7 +13,7 @@ from tda.data.tokenizer import Tokenizer
 from tda.facts import features, files, labels, lama, statements
 from tda.facts.records import Fact, Sentence
 from tda.model import pretrained
-from tda.run import learnt_tokenizer, plain_corpus
+from tda.run import learnt_tokenizer, plain_corpus, questions
 from tda.run.defaults import check_values
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
@@ -74,8 +74,7 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
     elif more:
         training = _passages("training text", texts + more, tokenizer, context)
     print(f"{len(facts):,} queries")
-    queries = ((f.fact_id, f.prompt(config.data.prompt), f.entity1) for f in facts)
-    prompts = tokens.tokenise_queries(queries, tokenizer, context, config.data.joiner)
+    prompts = questions.tokenise(facts, config, tokenizer)
     correct = _correct(sentences, facts, passages)
     # Metrics depend on the labels; gradients do not.
     rows = repr({k: [r.tolist() for r in v] for k, v in correct.items()})

@@ -42,12 +42,18 @@ class Known:
     nats: np.ndarray  # float32 [Q], −log p(target | prompt)
     ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
     priors: dict[int, float]  # by query row, mean −log p(target | prompts about other subjects)
+    choices: dict[int, list[float]]  # by query row, −log p of each choice beside the target
     # None without labels: such a corpus is never read as a whole.
     frequencies: np.ndarray | None  # int64 [Q], passages of the corpus that name both entities
     bucket: np.ndarray  # int64 [Q], the number of each frequency's bucket
     buckets: list[str]  # the buckets' names
     generations: dict[int, list[str]]  # the model's sampled answers, by query row
     confidence: dict[int, float]  # share of these that state the target, by query row
+
+    @property
+    def chosen(self) -> float:
+        """The share of queries with choices whose target is likelier than every other choice."""
+        return ranking.mean([self.nats[q] < min(others) for q, others in self.choices.items()])
 
 
 def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:
@@ -112,6 +118,7 @@ def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
     nats, ranks = measures.likelihoods(run)
     priors = measures.priors(run, queries.tolist())
+    choices = measures.other_choices(run, queries.tolist())
     frequencies, bucket, buckets = None, np.zeros(0, np.int64), []
     if corpus.has_labels:
         with progress.bar(len(corpus.sentences), "fact frequency", "passage") as bar:
@@ -123,13 +130,18 @@ def _known(run: Run, queries: np.ndarray) -> Known:
         chosen = queries[draw(len(queries), e.sampled_queries, run.config.data.seed)]
         answers = measures.generations(run, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
-    known = Known(nats, ranks, priors, frequencies, bucket, buckets, answers, confidence)
+    known = Known(nats, ranks, priors, choices, frequencies, bucket, buckets, answers, confidence)
     ranks = ranks[queries]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
         f"queries, in the top {e.known_rank} for {np.mean(ranks <= e.known_rank):.1%}; "
         f"median −log p {np.median(nats[queries]):.2f} nats"
     )
+    if choices:
+        print(
+            f"of several choices the model prefers the right one for {known.chosen:.1%} of "
+            f"{len(choices)} queries"
+        )
     if confidence:
         print(
             f"of {e.samples} samples for each of {len(confidence)} queries "
@@ -259,6 +271,8 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
         "tail_patch_log_control": summary.number(ranking.mean(log_change(control))),
         "tail_patch_rule": patches.rule,
         "confidence": summary.number(ranking.mean(list(known.confidence.values()))),
+        "n_with_choices": len(known.choices),
+        "chosen": summary.number(known.chosen),
     }
     if run.config.judge.name:
         shared["judge"] = dict(run.config.judge)
@@ -338,6 +352,8 @@ def _record(run: Run, ranked: Ranked, known: Known, patches: _Patches, verdicts,
     more: dict = {}
     if q in known.priors:
         more["target_prior_nats"] = known.priors[q]
+    if q in known.choices:
+        more["other_choice_nats"] = known.choices[q]
     if q in known.generations:
         # The names of the release's format, also for models of other sizes than 8B.
         more["8b_generations"] = known.generations[q]

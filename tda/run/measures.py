@@ -17,6 +17,7 @@ from tda.data.tokens import TokenTable
 from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.sampling import Sampler
 from tda.evaluation.tail_patch import TailPatch
+from tda.run import questions
 from tda.run.result_log import ResultLog
 from tda.run.run import Corpus, Run
 from tda.run.train import learning_rates, make_optimizer, restore_state
@@ -30,6 +31,9 @@ _PAIRS_PER_GROUP = 64
 # Sequences whose likelihoods are written together.
 _PRIORS_TOGETHER = 4096
 
+
+# The tokens of a prompt, and those of a target.
+_Parts = tuple[np.ndarray, np.ndarray]
 
 _NO_STEP = (
     "a tail-patch step takes the learning rate of the traced checkpoint, and the schedule ends at "
@@ -205,7 +209,7 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
     by_relation: dict[str, list[int]] = {}
     for q, fact in enumerate(corpus.queries):
         by_relation.setdefault(fact.relation, []).append(q)
-    sequences, keys = {}, {}
+    parts: dict[int, list[_Parts]] = {}
     for q in queries if e.prior_prompts else ():
         fact = corpus.queries[q]
         about_others = [
@@ -217,10 +221,31 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
         ]
         drawn = draw(len(about_others), e.prior_prompts, e.seed)
         for other in (about_others[i] for i in drawn):
-            parts = _parts(corpus.prompts, other)[0], _parts(corpus.prompts, q)[1]
-            key = f"{_hash(parts[0])} {_hash(parts[1])}"
-            sequences[key] = parts
-            keys.setdefault(q, []).append(key)
+            pair = _parts(corpus.prompts, other)[0], _parts(corpus.prompts, q)[1]
+            parts.setdefault(q, []).append(pair)
+    return {q: float(np.mean(nats)) for q, nats in _nats(run, parts).items()}
+
+
+def other_choices(run: Run, queries: Sequence[int]) -> dict[int, list[float]]:
+    """Returns how likely the choices beside a query's target are.
+
+    By query row −log p(choice | prompt) in nats of each; a query without choices is left out.
+    """
+    facts = [run.corpus.queries[q] for q in queries]
+    table = questions.tokenise_choices(facts, run.config, run.corpus.tokenizer)
+    parts: dict[int, list[_Parts]] = {}
+    asked = (q for q, fact in zip(queries, facts, strict=True) for _ in fact.other_choices)
+    for row, q in enumerate(asked):
+        parts.setdefault(q, []).append(_parts(table, row))
+    return _nats(run, parts)
+
+
+def _nats(run: Run, parts: dict[int, list[_Parts]]) -> dict[int, list[float]]:
+    """Returns −log p of the second part after the first, in nats, by the key of each."""
+    sequences, keys = {}, {}
+    for q, of_query in parts.items():
+        keys[q] = [f"{_hash(prompt)} {_hash(target)}" for prompt, target in of_query]
+        sequences |= dict(zip(keys[q], of_query, strict=True))
     log = ResultLog(run.workdir / f"priors-{fingerprint(run.checkpoint)}.jsonl")
     with run.engine.alone():
         nats = log.read()
@@ -234,17 +259,17 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
             nats |= dict(done)
             log.add(done)
             processes.check_preemption(is_joint=True)
-    return {q: float(np.mean([nats[key] for key in of_query])) for q, of_query in keys.items()}
+    return {q: [nats[key] for key in of_query] for q, of_query in keys.items()}
 
 
-def _parts(table: TokenTable, row: int) -> tuple[np.ndarray, np.ndarray]:
+def _parts(table: TokenTable, row: int) -> _Parts:
     """Returns the tokens of a query's prompt, and those of its target."""
     tokens, scored = table.sequence(row)
     target = int(np.flatnonzero(scored)[0])
     return tokens[:target], tokens[target:]
 
 
-def _table(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTable:
+def _table(parts: Sequence[_Parts]) -> TokenTable:
     """Returns sequences of prompts and targets, with the targets scored."""
     names = [str(i) for i in range(len(parts))]
     flat = [x for pair in parts for x in pair]

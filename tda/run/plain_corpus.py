@@ -14,7 +14,7 @@ from tda.evaluation import frequency
 from tda.facts import files, labels, query_sets
 from tda.facts.records import Fact
 from tda.model import pretrained
-from tda.run import learnt_tokenizer
+from tda.run import learnt_tokenizer, questions
 from tda.run.defaults import KEYS, flat
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
@@ -83,7 +83,8 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         identity = fingerprint([documents.describe(), sizes])
         tokenizer = learnt_tokenizer.load(config, workdir, identity, lambda: _texts(documents))
     # Checked before the corpus is tokenised, which may take days.
-    _prompts(config, facts if config.data.pool == "named" else _drawn(config, facts), tokenizer)
+    asked = facts if config.data.pool == "named" else _drawn(config, facts)
+    questions.tokenise(asked, config, tokenizer)
     passages, counts = tokenised.tokenise_on_disk(
         workdir / FOLDER, documents, tokenizer, config.model.context, engine=engine
     )
@@ -117,7 +118,7 @@ def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path)
     if data.pool == "named":
         facts = _named(facts, passages, tokenizer, workdir)
     facts = _drawn(config, facts)
-    prompts = _prompts(config, facts, tokenizer)
+    prompts = questions.tokenise(facts, config, tokenizer)
     tables = {"corpus": passages, "training": passages, "queries": prompts, "tokenizer": tokenizer}
     return Corpus(
         sentences=[],
@@ -202,9 +203,3 @@ def _facts(data) -> list[Fact]:
             "leaves none; give other facts"
         )
     return facts
-
-
-def _prompts(config, facts: list[Fact], tokenizer) -> tokens.TokenTable:
-    data = config.data
-    queries = ((f.fact_id, f.prompt(data.prompt), f.entity1) for f in facts)
-    return tokens.tokenise_queries(queries, tokenizer, config.model.context, data.joiner)

@@ -22,6 +22,7 @@ FIELDS = {
     "target_nats": "−log p(target given prompt) by the model, in nats",
     "target_rank": "the worst rank of a token of the target; 1: greedy decoding states it",
     "target_prior_nats": "mean −log p(target) after prompts about other subjects of the relation",
+    "other_choice_nats": "−log p of each choice beside the target, where there are choices",
     "is_8b_correct": "whether greedy decoding states the target (of this model, whatever its size)",
     "8b_generations": "answers sampled from the model",
     "8b_confidence": "the share of these that state the target",

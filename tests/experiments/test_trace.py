@@ -25,8 +25,10 @@ from tda.encoding import table
 from tda.evaluation.likelihood import Likelihood
 from tda.live import finished_run
 from tda.methods import METHODS, GradientKind
+from tda.reports import tables
 from tda.retrieval import annotated, bm25, exact
-from tda.run import corpus, defaults, evaluate, measures, moments, stages, train
+from tda.retrieval.ranked import Ranked
+from tda.run import corpus, defaults, evaluate, measures, moments, questions, stages, train
 from tda.run import encode as encoding_stage
 from tda.run.workdir import Workdir, WorkdirError
 from tda.runtime import metrics, progress
@@ -329,6 +331,48 @@ def test_a_targets_prior_is_its_mean_after_other_subjects(finished):
     without = config.copy_and_resolve_references()
     without.eval.prior_prompts = 0
     assert measures.priors(dataclasses.replace(run, config=without), [0]) == {}
+
+
+def test_a_model_with_choices_is_asked_which_it_prefers(finished, tmp_path, capsys):
+    config, path, _ = finished
+    run = stages.prepare(config, Workdir(path))
+    facts = run.corpus.queries
+    others = {0: facts[1:3], 2: facts[3:]}
+    chosen_from = [
+        dataclasses.replace(f, other_choices=tuple(o.entity1 for o in others.get(q, ())))
+        for q, f in enumerate(facts)
+    ]
+    swapped = tokens.tokenise_queries(
+        [(f"{q} {o.fact_id}", facts[q].prompt0, o.entity1) for q in others for o in others[q]],
+        run.corpus.tokenizer, config.model.context,
+    )  # fmt: skip
+    a, b, c = Likelihood(run.trained.model, run.unsharded_layout)(swapped).nats
+    config = config.copy_and_resolve_references()
+    config.eval.update(samples=0, tail_patch_queries=0)
+    config.judge.name = ""
+    corpus = dataclasses.replace(run.corpus, queries=chosen_from)
+    run = dataclasses.replace(run, config=config, corpus=corpus)
+    first = Ranked.of_proponents(np.zeros((4, 1), int), np.zeros((4, 1)), {"all": np.ones(4)})
+    m = evaluate.evaluate(run, {"bm25": first}, tmp_path)["bm25"]
+    records = list(results.read(tmp_path / "results" / "bm25.jsonl"))
+    nats = [r["target_nats"] for r in records]
+    for q, expected in enumerate(([a, b], None, [c], None)):
+        assert records[q].get("other_choice_nats") == (
+            expected if expected is None else pytest.approx(expected, rel=1e-4)
+        )
+    preferred = [nats[0] < min(a, b), nats[2] < c]
+    assert m["n_with_choices"] == 2 and m["chosen"] == np.mean(preferred)
+    told = f"prefers the right one for {np.mean(preferred):.1%} of 2 queries"
+    assert told in capsys.readouterr().out and told in tables.run_table({"bm25": m})
+    known = evaluate.Known(
+        np.array([1.0, 2.0, 3.0]), np.ones(3), {}, {0: [0.5, 2.0], 2: [4.0, 5.0]},
+        None, np.zeros(0), [], {}, {},
+    )  # fmt: skip
+    assert known.chosen == 0.5
+    # A choice that does not fit is told before anything is trained.
+    facts[3] = dataclasses.replace(facts[3], other_choices=("very " * 40,))
+    with pytest.raises(ValueError, match=f"query '{facts[3].fact_id}' needs .* positions"):
+        questions.tokenise(facts, config, corpus.tokenizer)
 
 
 def test_the_model_is_asked_for_answers(finished):

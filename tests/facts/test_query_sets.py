@@ -34,6 +34,7 @@ def read(tmp_path, *records):
 def test_every_form_is_a_prompt_and_a_target(tmp_path, record, expected):
     (fact,) = read(tmp_path, record)
     assert (fact.fact_id, fact.prompt0, fact.entity1, fact.entity0, fact.relation) == expected
+    assert fact.other_choices == ((" he sat.",) if "choices" in record else ())
 
 
 def test_open_questions_of_a_table_have_all_names(tmp_path):

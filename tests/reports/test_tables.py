@@ -62,7 +62,7 @@ def test_a_figure_that_is_not_above_the_controls_is_marked(metrics):
 
 
 def test_a_small_change_of_probability_is_not_shown_as_none():
-    changes = {0.0248: "+2.48%", 0.0001: "+0.01%", 0.0000126: "+0.0013%", -3e-8: "-0.0000030%"}
+    changes = {0.0248: "+2.48%", 0.0001: "+0.01%", 0.0000126: "+0.0013%", -3e-8: "-3.0e-06%"}
     assert {x: formats.figure("tail_patch", x) for x in changes} == changes
     assert formats.figure("tail_patch", 0.0) == "+0.00%"
 
