@@ -12,7 +12,7 @@ cluster's scheduler (a point waits for what another is computing; the same comma
 gathers the results). Points that run together on one accelerator share its memory:
 XLA_PYTHON_CLIENT_MEM_FRACTION limits what each takes.
 
-    DIR/NAME/                the results of configs/sweeps/NAME.py:
+    DIR/NAME/                the results of configs/sweeps/NAME.py (with --board: DIR/NAME_board/):
         sweep.csv            a row for each point, method and metric
         differences.csv      paired differences between a point's methods, with intervals
         seeds.md             if the seed is swept: mean and spread over its values,
@@ -44,6 +44,7 @@ SWEEP = flags.DEFINE_string("sweep", None, "File of the sweep, or a packaged one
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Points to run at a time.", lower_bound=1)
 LIST = flags.DEFINE_bool("list", False, "Print a command for each point, and run none.")
 POINT = flags.DEFINE_string("point", None, "Run this point alone, in this process.")
+BOARD = flags.DEFINE_bool("board", False, "Hold each point against retraining, too: LDS.")
 PLOTS = flags.DEFINE_bool("plots", True, "Draw the sweep's plots; needs matplotlib.")
 
 # Flags that do not belong to a point's command.
@@ -54,7 +55,7 @@ def main(config, workdir):
     """Runs the sweep, or a point of it, or lists its points."""
     # --list writes nothing, not even the directory.
     directory = pathlib.Path(workdir) if LIST.value else Workdir(workdir).path
-    sweep = grid.load(find_packaged(SWEEP.value, "sweeps"), config)
+    sweep = grid.load(find_packaged(SWEEP.value, "sweeps"), config, BOARD.value)
     name = pathlib.Path(SWEEP.value).stem
     if name in ("points", "runs"):
         raise ValueError(f"--sweep={SWEEP.value}: {name}/ holds the work of all sweeps; rename it")
@@ -84,7 +85,8 @@ def main(config, workdir):
     errors |= dict.fromkeys(stale, "a file that it was run from has changed since")
     points.check_alike(finished, directory)
     if finished:
-        files = report.write(sweep, points.read(finished, directory), directory / name, PLOTS.value)
+        out = directory / (f"{name}_board" if BOARD.value else name)
+        files = report.write(sweep, points.read(finished, directory), out, PLOTS.value)
         print(f"{len(finished)} of {len(sweep.points)} points: {', '.join(map(str, files))}")
     if errors:
         lines = "\n  ".join(f"{name}: {error}" for name, error in errors.items())

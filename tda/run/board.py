@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from tda import methods as method_lib
 from tda.counterfactual import figures
 from tda.counterfactual.bank import draw_subsets
+from tda.counterfactual.figures import Lds
 from tda.evaluation import statistics
 from tda.evaluation.statistics import Interval
 from tda.reports import board as board_report
@@ -85,22 +87,24 @@ def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
             if engine.party and workdir.has_new("board.json"):  # by another task of the array
                 record = json.loads((workdir / "board.json").read_text(encoding="utf-8"))
             else:
-                record = board.write(workdir)
+                record = board.write(workdir.path, board.retrained.directory.path)[0]
     print(board_report.summarise(record))
     return record
 
 
-def score(run: Run) -> "_Board":
+def score(run: Run) -> "Board":
     """Retrains, which is computed in groups, and scores by every method."""
     bank_scores = BankScores(counterfactual.retrain(run))
-    board = _Board(bank_scores, bank_scores.compute())
+    board = Board(bank_scores, bank_scores.compute())
     if board.config.counterfactual.own_top:
         board.compute_own_top()
     return board
 
 
-def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Writes each method's passages, and whether they are correct, beside the bank.
+def _write_passages(
+    retrained: Retrained, scores: dict[str, np.ndarray], out: pathlib.Path
+) -> dict[str, dict]:
+    """Writes each method's passages, and whether they are correct, into a directory.
 
     Returns:
         The metrics of each method (`tda.run.evaluate`).
@@ -118,7 +122,7 @@ def _write_passages(retrained: Retrained, scores: dict[str, np.ndarray]) -> dict
         }
         rankings[name] = Ranked.of_proponents(best_rows_QxK, best_QxK, first_ranks)
     run = dataclasses.replace(run, config=config, engine=PROCESSES)
-    return evaluate.evaluate(run, rankings, retrained.directory.path)
+    return evaluate.evaluate(run, rankings, out)
 
 
 def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
@@ -143,7 +147,20 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
                 agreements[metric] = figures.spearman(lds_M[:, None], metric_M[:, None]).item()
 
 
-class _Board:
+def _add_lds(metrics: dict[str, dict], key: str, lds: Lds) -> None:
+    """Adds the LDS of every method, and its differences to the others', to their metrics."""
+    for name, of_method in metrics.items():
+        interval = lds.interval(name)
+        of_method[key] = interval.mean
+        of_method.setdefault("counts", {})[key] = interval.count
+        of_method.setdefault("intervals", {})[key] = [interval.low, interval.high]
+        for other in (n for n in metrics if n != name):
+            d = lds.difference(name, other)
+            differences = of_method.setdefault("differences", {}).setdefault(other, {})
+            differences[key] = {"difference": d.mean, "low": d.low, "high": d.high, "p": None}
+
+
+class Board:
     """The figures of methods.
 
     Args:
@@ -156,24 +173,35 @@ class _Board:
         self._bank_scores = bank_scores
         self.config = self.retrained.run.config
         self.own_top: dict[str, Interval] = {}
+        self.lds: dict[float, Lds] = {}
+        """By fraction, in the first order of the data."""
         self.arrays: dict[str, np.ndarray] = {}
         """float64: FRACTION/LABEL holds the rises of the losses, [M, Q]; FRACTION/METHOD those that
         the method predicted, [M, Q]; FRACTION/LABEL/METHOD the LDS of each query, [Q]."""
 
-    def write(self, workdir: Workdir) -> dict:
-        """Writes the board's files; returns the board as JSON values."""
+    def write(self, directory: pathlib.Path, passages: pathlib.Path) -> tuple[dict, dict]:
+        """Writes the board's files into a directory, and the methods' passages into another.
+
+        Returns:
+            The board as JSON values; and of each method its LDS in the first order of the data, by
+            fraction such as "lds_0.05", beside the metrics of its passages (`tda.run.evaluate`).
+        """
         record = self.figures()
+        metrics: dict[str, dict] = {name: {} for name in self.scores}
         if self.config.counterfactual.unit == "passage":
-            _add_metrics(record, _write_passages(self.retrained, self.scores))
-        with open_atomic(workdir / "board.md") as out:
+            metrics = _write_passages(self.retrained, self.scores, passages)
+            _add_metrics(record, metrics)
+        for fraction, lds in self.lds.items():
+            _add_lds(metrics, f"lds_{fraction}", lds)
+        with open_atomic(directory / "board.md") as out:
             out.write(f"{board_report.describe(record)}\n")
-        write_arrays(workdir / "board.npz", self.arrays)
+        write_arrays(directory / "board.npz", self.arrays)
         # Plots are an extra; a board without them is complete.
         if plots.is_installed():
-            board_report.draw_costs(record, workdir / "costs")
+            board_report.draw_costs(record, directory / "costs")
         # Last: other tasks of an array take this file as a sign that the board is finished.
-        write_json(workdir / "board.json", plain(record))
-        return record
+        write_json(directory / "board.json", plain(record))
+        return record, metrics
 
     def figures(self) -> dict:
         """Returns the board as JSON values."""
@@ -201,6 +229,7 @@ class _Board:
             for label, changes_MxQ in changes.items():
                 self.arrays[f"{fraction}/{label}"] = changes_MxQ
                 lds = figures.lds(scores, banks[0], settings.resamples, settings.seed, changes_MxQ)
+                self.lds.setdefault(fraction, lds)
                 for name in scores:
                     of_method = record["methods"][name]["lds"].setdefault(str(fraction), {})
                     of_method[label] = _as_json(lds.interval(name))

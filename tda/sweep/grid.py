@@ -6,7 +6,7 @@ A sweep file has `get_sweep()`, which returns a dict:
         for several keys that change together; its values are tuples. Figures are reported as mean
         and spread over the values of the key "seed".
     "fixed": {key: value}, set at every point.
-    "plots": a list of {"name", "x", "y", "lines", "log_x", "omit", "mark"}: see
+    "plots": a list of {"name", "x", "y", "lines", "log_x", "where", "omit", "mark"}: see
         `tda.sweep.report`.
 """
 
@@ -30,6 +30,8 @@ _AFTER_TRAINING = frozenset(
         "judge plan metrics"
     ).split()
 )
+# Keys of `counterfactual` that do not affect its retrainings.
+_AFTER_RETRAINING = ("methods", "own_top", "fisher", "queries_at_once", "resamples", "together")
 # Sections that do not affect the stores. (`rerank` does: candidates may come from other stores.)
 _AFTER_STORES = ("hessian", "eval", "judge", "plan", "metrics")
 
@@ -44,11 +46,16 @@ class Point:
     """The values that the axes set at this point, by key."""
     config: ConfigDict
     """The complete config."""
+    is_board: bool = False
+    """Whether it is held against retraining (`tda.run.board`), or traced."""
 
     @property
     def training(self) -> str:
-        """The name of this point's training, shared by all points that train alike."""
+        """The name of this point's training, shared by all that train and retrain alike."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _AFTER_TRAINING}
+        if self.is_board:
+            for key in _AFTER_RETRAINING:
+                del config["counterfactual"][key]
         return fingerprint(plain(config | {"train": train.settings(self.config)}))
 
     @property
@@ -80,8 +87,13 @@ class Sweep:
     plots: list[dict]
 
 
-def load(path: str, config: ConfigDict) -> Sweep:
+def load(path: str, config: ConfigDict, is_board: bool = False) -> Sweep:
     """Reads a sweep file and applies its grid to a config.
+
+    Args:
+        path: the sweep file.
+        config: the config that its values are set in.
+        is_board: whether the points are held against retraining.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -109,7 +121,8 @@ def load(path: str, config: ConfigDict) -> Sweep:
             for key, value in zip(keys, axis_values, strict=True)
         }
         name = _name_point(values, contents["fixed"])
-        points.append(Point(name, values, _with_values(fixed, values, path)))
+        name = f"board,{name}" if is_board else name
+        points.append(Point(name, values, _with_values(fixed, values, path), is_board))
     return Sweep(names, points, list(contents["plots"]))
 
 

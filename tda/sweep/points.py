@@ -15,7 +15,16 @@ import jax
 from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
-from tda.run import capturing, defaults, evaluate, retrieve, stages, train
+from tda.run import (
+    board,
+    capturing,
+    counterfactual,
+    defaults,
+    evaluate,
+    retrieve,
+    stages,
+    train,
+)
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import metrics, processes, progress
@@ -38,6 +47,9 @@ def check(point: Point) -> None:
     try:
         # Without the sentence encoder, which the point itself loads.
         stages.check(point.config, encoder=False)
+        if point.is_board:
+            counterfactual.check(point.config)
+            board.check(point.config)
     except (ValueError, OSError) as error:
         raise ValueError(f"point {point.name}: {error}") from error
 
@@ -193,7 +205,7 @@ def _failure(log: pathlib.Path, code: int) -> str:
 
 
 def run_point(point: Point, directory: pathlib.Path) -> None:
-    """Traces one point, unless it is finished.
+    """Traces one point, or holds it against retraining, unless it is finished.
 
     Of the points that share a training or stores, one computes them and the others wait.
     """
@@ -207,25 +219,46 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         if is_finished(point, directory):
             return
         stages.check(config)
-        capturing.check(config)
+        if not point.is_board:
+            capturing.check(config)
         # Before the files are read: if one changes later, its digest no longer matches, and the
         # point runs again.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             run = stages.prepare(config, shared)
-        # A point removes its groups' results at the end, maybe while another writes its own.
-        run = dataclasses.replace(run, groups_folder=f"groups-{point.name}")
-        with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
-            rankings, notes = retrieve.retrieve(run)
-        # The point is unfinished until the new figures are complete.
-        (point_directory / "point.json").unlink(missing_ok=True)
-        evaluate.evaluate(run, rankings, point_directory)
+        measure = _hold_against_retraining if point.is_board else _trace
+        notes = measure(point, run, shared, files, point_directory)
         about = _about(run) | {"notes": notes}
         made_of = {"files": files, "corpus": run.corpus.fingerprint}
         made_of["training"] = fingerprint(plain(run.trained.fingerprint))
         stamp = {"made_from": _made_from(point), "made_of": made_of, "about": about}
         write_json(point_directory / "point.json", stamp)
+
+
+def _trace(point: Point, run: Run, shared: Workdir, files: dict, out: pathlib.Path) -> dict:
+    """Retrieves and measures, and writes the metrics; returns notes by method."""
+    # A point removes its groups' results at the end, maybe while another writes its own.
+    run = dataclasses.replace(run, groups_folder=f"groups-{point.name}")
+    with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
+        rankings, notes = retrieve.retrieve(run)
+    # The point is unfinished until the new figures are complete.
+    (out / "point.json").unlink(missing_ok=True)
+    evaluate.evaluate(run, rankings, out)
+    return notes
+
+
+def _hold_against_retraining(
+    point: Point, run: Run, shared: Workdir, files: dict, out: pathlib.Path
+) -> dict:
+    """Retrains and scores, and writes the board and the metrics; returns notes by method."""
+    # Points that train alike share the bank, and what they score alike.
+    with filelock.FileLock(shared / "board.lock"):
+        scored = board.score(run)
+        (out / "point.json").unlink(missing_ok=True)
+        metrics = scored.write(out, out)[1]
+    write_json(out / "metrics.json", plain(metrics))
+    return {}
 
 
 @contextlib.contextmanager

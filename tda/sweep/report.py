@@ -8,6 +8,8 @@ A plot is a dict with these keys:
     "lines": the columns that distinguish lines (by default "method"), the first by colour and the
         others by dashes.
     "log_x": whether the x axis is logarithmic.
+    "where": keys and values of the points to draw, such as {"projection.side": 16}, or tuples of
+        values; by default all points.
     "omit": by metric, the methods that its panel leaves out, such as one far above the others.
     "mark": keys and values of the point whose x is marked on each line, such as
         {"hessian.weight": -1.0}; "mark_label" names it in the legend.
@@ -16,12 +18,14 @@ A plot is a dict with these keys:
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 
 from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
 from tda.reports import formats, plots
 from tda.reports.tables import JUDGED, reference_of
+from tda.run.bank_scores import TITLES as OF_BANK
 from tda.runtime import atomic_file
 from tda.sweep.grid import Point, Sweep
 
@@ -47,6 +51,7 @@ _TITLES = {
     "parameters": "parameters",
     "training_tokens": "training tokens",
     "projection.side": "side of a block",
+    "hessian.damping": "damping of R, in mean eigenvalues",
     "eval.tail_patch_learning_rate": "learning rate of the step",
 }
 
@@ -67,7 +72,7 @@ def rows(results: list[Result]) -> list[dict]:
             for group, figures in _groups(m):
                 for metric, value in figures.items():
                     # The dictionary also has counts, intervals and descriptions.
-                    is_metric = metric.startswith(("mrr", "recall", "ais", "tail_patch"))
+                    is_metric = metric.startswith(("mrr", "recall", "ais", "tail_patch", "lds"))
                     if is_metric and isinstance(value, int | float):
                         low, high = figures.get("intervals", {}).get(metric, (None, None))
                         out.append(
@@ -159,13 +164,14 @@ def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict
     reference = reference_of(row["method"] for row in figures)
     # A row is "method" minus "other": the sign changes if the reference is "method".
     to_reference = [
-        row | {"method": row[other_side], "mean": sign * row["mean"]}
+        # Without 0.0 added, none would be −0.
+        row | {"method": row[other_side], "mean": sign * row["mean"] + 0.0}
         for row in figure_differences
         for side, other_side, sign in (("method", "other", -1), ("other", "method", 1))
         if row[side] == reference
     ]
     if to_reference:
-        parts.append(f"Difference to {METHODS[reference].title}, likewise:")
+        parts.append(f"Difference to {_shown('method', reference)}, likewise:")
         signed = functools.partial(_mean_and_spread, sign="+")
         parts.append(_headline(axes, to_reference, signed))
     return "\n\n".join(parts) + "\n"
@@ -181,15 +187,27 @@ def _headline(axes: list[str], table: list[dict], cell) -> str:
         if not row["group"]:
             key = (_shown("method", row["method"]), *(str(row[a]) for a in axes))
             by_key.setdefault(key, {})[row["metric"]] = row
-    metrics = [m for m in HEADLINE if any(m in by_metric for by_metric in by_key.values())]
+    measured = dict.fromkeys(m for by_metric in by_key.values() for m in by_metric)
+    metrics = [*_lds_of(measured), *(m for m in HEADLINE if m in measured)]
     return formats.markdown(
-        ["method", *axes, *(_TITLES.get(m, m) for m in metrics)],
+        ["method", *axes, *map(_title, metrics)],
         [
             [*key, *(cell(m, by_metric[m]) if m in by_metric else "–" for m in metrics)]
             for key, by_metric in by_key.items()
         ],
         "l" * (1 + len(axes)) + "r" * len(metrics),
     )
+
+
+def _lds_of(metrics: Iterable[str]) -> list[str]:
+    """Returns the LDS of each fraction, which a sweep held against retraining has."""
+    return [m for m in metrics if m.startswith("lds_")]
+
+
+def _title(metric: str) -> str:
+    if metric.startswith("lds_"):
+        return f"LDS, {formats.share(metric.removeprefix('lds_'))} left out"
+    return _TITLES.get(metric, metric)
 
 
 def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
@@ -201,17 +219,20 @@ def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:
-    unknown = set(plot) - {"name", "x", "y", "lines", "log_x", "omit", "mark", "mark_label"}
-    columns = plot.get("lines", ["method"])
-    absent = [c for c in [plot["x"], *columns, *plot.get("mark", {})] if c not in table[0]]
+    known = {"name", "x", "y", "lines", "log_x", "where", "omit", "mark", "mark_label"}
+    unknown = set(plot) - known
+    columns, where = plot.get("lines", ["method"]), plot.get("where", {})
+    used = [plot["x"], *columns, *where, *plot.get("mark", {})]
+    absent = [c for c in used if c not in table[0]]
     if unknown or absent:
         raise ValueError(
             f"plot {plot['name']!r}: "
             + (f"unknown {', '.join(sorted(unknown))}" if unknown else "")
             + (f"no column {', '.join(absent)}; there are {', '.join(table[0])}" if absent else "")
         )
+    table = [r for r in table if all(_is_one_of(r[key], value) for key, value in where.items())]
     panels = []
-    for metric in plot["y"]:
+    for metric in (*_lds_of(dict.fromkeys(r["metric"] for r in table)), *plot["y"]):
         omitted = plot.get("omit", {}).get(metric, ())
         metric_rows = [
             r
@@ -221,7 +242,7 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
         if metric_rows:
             lines = _lines(plot, columns, metric_rows, "seed" in sweep.axes)
             is_percent = metric.startswith("tail_patch") and "log" not in metric
-            panels.append(plots.Panel(_TITLES.get(metric, metric), lines, is_percent))
+            panels.append(plots.Panel(_title(metric), lines, is_percent))
     if not panels:
         return []
     return plots.draw(
@@ -231,6 +252,10 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
         log_x=plot.get("log_x", False),
         mark_label=plot.get("mark_label", "marked"),
     )
+
+
+def _is_one_of(value, wanted) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
 def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -> list[plots.Line]:
@@ -267,12 +292,14 @@ def _figure(rows: list[dict], has_seeds: bool) -> tuple:
 
 
 def _applies(column: str, row: dict) -> bool:
-    """Returns whether a column applies to a row: some methods have no optimizer correction."""
+    """Returns whether a column applies to a row: some methods have no correction, others no R."""
     method = METHODS.get(row["method"])
-    return column != "gradients.correction" or method is None or method.corrected
+    if column == "gradients.correction":
+        return method is None or method.corrected
+    return column != "hessian.structure" or (method is not None and method.hessian != "none")
 
 
 def _shown(column: str, value) -> str:
     if column == "method":
-        return METHODS[value].title if value in METHODS else value
+        return METHODS[value].title if value in METHODS else OF_BANK.get(value, value)
     return f"{_TITLES.get(column, column.split('.')[-1])} {value}"

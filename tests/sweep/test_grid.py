@@ -75,6 +75,25 @@ def test_what_each_key_makes_anew(key, trains, encodes):
 
 
 @pytest.mark.parametrize(
+    "key, value, retrains",
+    [
+        ("counterfactual.methods", "in_run", False),
+        ("counterfactual.own_top", 3, False),
+        ("projection.side", 2, False),
+        ("counterfactual.epochs", 3.0, True),
+        ("counterfactual.held_out", 4, True),
+        ("seed", 1, True),
+    ],
+)
+def test_points_that_retrain_alike_share_a_bank(tmp_path, key, value, retrains):
+    path = write(tmp_path / "s.py", f'{{"axes": {{"{key}": [{value!r}]}}}}')
+    config = defaults.get_config()
+    (traced,), (held,) = (grid.load(path, config, b).points for b in (False, True))
+    assert held.name == f"board,{traced.name}" and not traced.is_board and held.is_board
+    assert (held.training != grid.Point("p", {}, config, is_board=True).training) == retrains
+
+
+@pytest.mark.parametrize(
     "body, message",
     [
         ('{"axes": {"hessian.weigh": [1]}}', "no key 'hessian.weigh'; did you mean hessian.weight"),

@@ -220,3 +220,47 @@ def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
     assert [line.x for line in lines] == [[t] for t in titles] == [[line.label] for line in lines]
     (y,), (low,), (high,) = lines[0].y, lines[0].low, lines[0].high
     assert (low, y, high) == pytest.approx((0.5, 0.6, 0.7))  # a standard deviation over seeds
+
+
+def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
+    body = """{
+        "fixed": {"methods": "grad_dot,trackstar"},
+        "axes": {"seed": (0, 1), "projection.side, hessian.structure": (
+            (4, "dense"), (8, "dense"), (8, "kronecker"))},
+        "plots": [{"name": "p", "x": "projection.side", "y": ("mrr",),
+                   "lines": ["method", "hessian.structure"],
+                   "where": {"seed": (0, 1), "projection.side": 8}}],
+    }"""
+    loaded = grid.load(write(tmp_path / "s.py", body), defaults.get_config(), is_board=True)
+    results = []
+    for point in loaded.points:
+        _, metrics, about = make_result(point, point.config.seed)
+        of_method = next(iter(metrics.values()))
+        of_method["lds_0.05"] = 0.25 + 0.5 * point.config.seed
+        of_method["differences"] = {
+            other: {"lds_0.05": {"difference": difference, "p": None}}
+            for other, difference in (("trackstar", 0.5), ("grad_dot", 0.0))
+        }
+        metrics = {"dot_whole": of_method, "trackstar": of_method, "grad_dot": of_method}
+        results.append((point, metrics, about))
+    drawn = []
+    monkeypatch.setattr(
+        report.plots, "draw", lambda _, panels, *a, **kw: drawn.extend(panels) or []
+    )
+    report.write(loaded, results, tmp_path, True)
+    text = (tmp_path / "seeds.md").read_text()
+    head = "| method | projection.side | hessian.structure | LDS, 5% left out | MRR |"
+    assert text.startswith(head)
+    assert "| gradient dot product, whole | 4 | dense | 0.500 ± 0.354 |" in text
+    (_, differences) = text.split("Difference to TrackStar")
+    assert "gradient dot product, whole | 4 | dense | +0.500 ± 0.000 |" in differences
+    assert "| gradient dot product | 4 | dense | +0.000 ± 0.000 |" in differences
+    assert [p.title for p in drawn] == ["LDS, 5% left out", "MRR"]
+    # R is of one structure or the other; what has no R is one line.
+    assert [line.label for line in drawn[0].lines] == [
+        "gradient dot product, whole",
+        "TrackStar, structure dense",
+        "gradient dot product",
+        "TrackStar, structure kronecker",
+    ]
+    assert {x for line in drawn[0].lines for x in line.x} == {8}

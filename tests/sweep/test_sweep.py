@@ -24,6 +24,7 @@ from tda.run.workdir import Workdir
 from tda.sweep import digests, grid, points, report
 from tda.training import loop
 from tests.experiments.test_trace import make_config
+from tests.run import test_counterfactual
 from tests.sweep.test_grid import write
 
 
@@ -95,6 +96,52 @@ def test_a_point_is_what_a_trace_of_its_config_is(swept, tmp_path):
         result = f"results/{name}.jsonl"
         own = path / "points" / point.name / result
         assert own.read_bytes() == (tmp_path / "alone" / result).read_bytes()
+
+
+def test_points_held_against_retraining_share_the_retrainings(tmp_path, runs_on_one_device):
+    config = test_counterfactual.make_config(
+        tmp_path,
+        **{
+            "methods": "grad_dot,bm25",
+            "counterfactual.methods": "dot_whole",
+            "counterfactual.orders": 1,
+            "counterfactual.own_top": 0,
+            "counterfactual.subsets": 3,
+            "eval.tail_patch_queries": 0,
+            "eval.samples": 0,
+        },
+    )
+    path = write(tmp_path / "s.py", '{"axes": {"projection.side": (2, 4)}}')
+    found = grid.load(path, config, is_board=True)
+    written = []
+    for point in found.points:
+        points.run_point(point, tmp_path / "w")
+        (bank,) = (tmp_path / "w" / "runs").glob("*/counterfactual")
+        shared = [*bank.glob("retrainings/**/*.npz"), *bank.glob("scores/dot_whole-*")]
+        written.append({f: f.stat().st_mtime_ns for f in shared})
+    assert written[0] == written[1] and len(written[0]) > 1
+    finished = points.read(found.points, tmp_path / "w")
+    for point, metrics, _ in finished:
+        out = tmp_path / "w" / "points" / point.name
+        board = json.loads((out / "board.json").read_text())["methods"]
+        assert [*metrics] == ["dot_whole", "grad_dot", "bm25"] and (out / "board.md").exists()
+        for name, m in metrics.items():
+            lds = board[name]["lds"]["0.3"]["same order"]
+            assert m["lds_0.3"] == lds["mean"] and m["mrr"] == board[name]["mrr"]["mean"]
+            assert m["intervals"]["lds_0.3"] == [lds["low"], lds["high"]]
+            assert (out / "results" / f"{name}.jsonl").exists()
+            for other, d in m["differences"].items():
+                difference = m["lds_0.3"] - metrics[other]["lds_0.3"]
+                assert d["lds_0.3"]["difference"] == pytest.approx(difference)
+    # Of another side the projected scores are others, and the rest is the same.
+    (_, a, _), (_, b, _) = finished
+    assert a["grad_dot"]["lds_0.3"] != b["grad_dot"]["lds_0.3"]
+    assert all(a[n]["lds_0.3"] == b[n]["lds_0.3"] for n in ("dot_whole", "bm25"))
+    # What a board cannot have is refused before anything runs.
+    config.counterfactual.subsets = 1
+    (point,) = grid.load(write(tmp_path / "s.py", '{"axes": {"seed": (0,)}}'), config, True).points
+    with pytest.raises(ValueError, match="point board,seed=0-.*counterfactual.subsets=1"):
+        points.check(point)
 
 
 def test_finished_points_are_gathered_and_not_run_again(swept, monkeypatch, capsys):
