@@ -11,7 +11,8 @@ other words; larger corpora are drawn from the 20,000 sentences of `world_facts`
 and a model of four layers of twice the width is trained for two epochs, on other facts in the words
 of their prompts too: with the small one no method finds anything (MRR 0.01). The passages are
 ranked by `exp3` (no R), by `grad_cos` (neither R nor optimizer correction), and by
-`trackstar_train` under each rule for shrinking R, all from the same two sets of gradients.
+`trackstar_train` under each rule for shrinking R, with R dense and as a Kronecker product, all from
+the same two sets of gradients.
 
 Prints the mean reciprocal rank of the first passage that states the fact, its mean over training
 seeds, and its difference to the better of `exp3` and `grad_cos` (the better in the mean over seeds)
@@ -19,6 +20,7 @@ with the standard error of the paired difference. While it runs, each seed's fig
 over its queries.
 """
 
+import itertools
 import json
 import pathlib
 import random
@@ -50,7 +52,6 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.retrieval import exact
 from tda.retrieval.hessian_settings import HessianSettings
-from tda.retrieval.sources import Source
 from tda.retrieval.whitening import Whitening
 
 _SIZES = flags.DEFINE_list("sizes", ["60", "260", "1060"], "numbers of passages")
@@ -58,6 +59,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "training seeds")
 _DAMPINGS = flags.DEFINE_list(
     "dampings", ["-1", "0.001", "0.1", "1"], "rules for R; below 0 shrinks it as its size needs"
 )
+_STRUCTURES = flags.DEFINE_list("structures", ["dense", "kronecker"], "structures of R")
 _RECORD = flags.DEFINE_string("record", "", "JSON lines of finished seeds, which are not run again")
 _SENTENCES = flags.DEFINE_string("sentences", "", "JSON lines of a corpus of more than 20,000")
 _FACTS = flags.DEFINE_string("facts", "", "JSON lines of its facts")
@@ -182,8 +184,12 @@ def print_known(model: Decoder, tokenizer: PretrainedTokenizer, queries) -> None
     print(f"targets in the first ten: {np.mean(np.concatenate(ranks) <= 10):.1%}", flush=True)
 
 
-def encode(model, tokenizer, texts, queries, method: str) -> tuple[Source, np.ndarray]:
-    """Takes the gradients of passages and queries as `tda.trace` does."""
+def encode(model, tokenizer, texts, queries, method: str) -> tuple:
+    """Takes the gradients of passages and queries as `tda.trace` does.
+
+    Returns:
+        The passages' source, the queries' gradients, [Q, E], and the shapes of their blocks.
+    """
     settings = TraceSettings(
         model=model,
         loss="loss",
@@ -204,13 +210,13 @@ def encode(model, tokenizer, texts, queries, method: str) -> tuple[Source, np.nd
     )
     made = inputs.TextInputs(settings, inputs.TextCorpus(texts, reading, quiet=True))
     encoded = made.encode_queries(queries, methods.METHODS[method], joiner=None)
-    return made.source, encoded.gradients_QxE
+    return made.source, encoded.gradients_QxE, settings.layout().shapes
 
 
-def reciprocal_ranks(gradients, method: str, damping: float, correct) -> np.ndarray:
+def reciprocal_ranks(gradients, method: str, settings: HessianSettings, correct) -> np.ndarray:
     """Returns the reciprocal rank of each query by a method, float64 [Q]."""
-    source, queries_QxE = gradients
-    whitening = Whitening(HessianSettings(damping=damping), source, queries_QxE, quiet=True)
+    source, queries_QxE, shapes = gradients
+    whitening = Whitening(settings, source, queries_QxE, shapes=shapes, quiet=True)
     (part,) = whitening.parts({"": methods.METHODS[method]})
     rows = {"": [np.asarray(c) for c in correct]}
     ranked = exact.search(queries_QxE, source, part.scorers, k=1, correct=rows)[""]
@@ -230,18 +236,19 @@ def measure(size: int, seed: int) -> dict[str, float]:
     print_known(model, PretrainedTokenizer.wrap(tokenizer), queries)
     corrected, raw = (encode(model, tokenizer, texts, queries, m) for m in ("exp3", "grad_cos"))
     ranks_Q = {
-        "exp3": reciprocal_ranks(corrected, "exp3", 0, correct),
-        "grad_cos": reciprocal_ranks(raw, "grad_cos", 0, correct),
+        "exp3": reciprocal_ranks(corrected, "exp3", HessianSettings(), correct),
+        "grad_cos": reciprocal_ranks(raw, "grad_cos", HessianSettings(), correct),
     }
-    for damping in _DAMPINGS.value:
-        ranks_Q[f"damping {damping}"] = reciprocal_ranks(
-            corrected, "trackstar_train", float(damping), correct
+    for structure, damping in itertools.product(_STRUCTURES.value, _DAMPINGS.value):
+        settings = HessianSettings(damping=float(damping), structure=structure)
+        ranks_Q[f"{structure}, damping {damping}"] = reciprocal_ranks(
+            corrected, "trackstar_train", settings, correct
         )
     jax.clear_caches()
     for name, ranks in ranks_Q.items():
         difference = ranks - ranks_Q["exp3"]
         error = np.std(difference, ddof=1) / len(ranks) ** 0.5
-        print(f"  {name:15s} {ranks.mean():.3f}, less exp3 {difference.mean():+.3f} ± {error:.3f}")
+        print(f"  {name:24s} {ranks.mean():.3f}, less exp3 {difference.mean():+.3f} ± {error:.3f}")
     return {name: float(ranks.mean()) for name, ranks in ranks_Q.items()}
 
 
@@ -272,7 +279,7 @@ def print_table(size: int, figures: dict[str, list[float]]) -> None:
         difference = np.subtract(values, better)
         error = np.std(difference, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
         print(
-            f"{size:7,d}  {name:15s} {np.mean(values):.3f}   "
+            f"{size:7,d}  {name:24s} {np.mean(values):.3f}   "
             f"{np.mean(difference):+.3f} ± {error:.3f}   " + " ".join(f"{v:.3f}" for v in values),
             flush=True,
         )
