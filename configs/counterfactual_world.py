@@ -40,8 +40,9 @@ def get_config(size: str = "full"):
     c.train.learning_rate = 3e-3
     c.projection.side = 16
     c.projection.pooling = "matrix"
-    # The committed figures were made with it.
+    # The committed figures were made with these.
     c.store.dtype = "float32"
+    c.hessian.structure = "dense"
     c.counterfactual.epochs = 2.0
     c.counterfactual.tokens_per_batch = 512
     c.counterfactual.learning_rate = 1e-3

@@ -67,7 +67,7 @@ def trace(
     joiner: str | None = None,
     sample: int | None = None,
     damping: float = -1.0,
-    structure: str = "dense",
+    structure: str = "auto",
     seed: int | None = None,
     directory: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -131,9 +131,10 @@ def trace(
         damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
             towards a multiple of the identity, as much as the number of passages requires (Ledoit
             and Wolf 2004), so that noise in R does no harm on a small corpus; it prints how much.
-        structure: "dense", or "kronecker": R of each weight matrix as the Kronecker product of a
-            factor for its rows and one for its columns, of 2k² numbers in place of k⁴, for a
-            projection of a large side k; it needs `pooling="matrix"`, as by default.
+        structure: that of R of a weight matrix: "dense"; "kronecker", the product of a factor for
+            its rows and one for its columns, of 2k² numbers in place of k⁴, for a projection of a
+            large side k; or "auto", a product where there are fewer passages than 4 k², from which
+            a dense R would learn noise. A product needs `pooling="matrix"`, as by default.
         seed: the seed of the draw, 0 by default.
         directory: where tokens and gradients are stored; a killed call resumes if it is repeated
             with the same arguments. It serves several methods and corrections; methods with the
@@ -255,7 +256,7 @@ def _open(
     text_field: str | None = None,
     id_field: str | None = None,
     sample: int | None = None,
-    structure: str = "dense",
+    structure: str = "auto",
     seed: int | None = None,
     directory: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -269,7 +270,7 @@ def _open(
         correction=correction,
         scales=scales,
         sample=sample,
-        structure=None if structure == "dense" else structure,
+        structure=None if structure == "auto" else structure,
         seed=seed,
         context=context,
         tokens_per_batch=tokens_per_batch,

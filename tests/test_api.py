@@ -462,7 +462,7 @@ def test_r_of_each_matrix_may_be_a_kronecker_product(model, tokenizer, capsys):
     factored = dict(structure="kronecker", projection=apart)
     result = call(model, tokenizer, quiet=False, damping=1e-3, **factored)
     assert re.search(r"damping 0.001; a Kronecker product in (\d+) of \1", capsys.readouterr().out)
-    dense = call(model, tokenizer, damping=1e-3, projection=apart)
+    dense = call(model, tokenizer, damping=1e-3, structure="dense", projection=apart)
     assert result[0].proponents[0].score != pytest.approx(dense[0].proponents[0].score, abs=1e-3)
     for changes, error in (
         (dict(projection=pooled), "several matrices are added up in each block.*pooling=matrix"),
@@ -471,6 +471,18 @@ def test_r_of_each_matrix_may_be_a_kronecker_product(model, tokenizer, capsys):
     ):
         with pytest.raises(ValueError, match=error):
             call(model, tokenizer, **factored | changes)
+
+
+@pytest.mark.parametrize(("side", "structure"), [(1, "dense"), (2, "kronecker")])
+def test_few_passages_have_an_r_of_products(model, tokenizer, side, structure):
+    """Fewer than four passages for each number of a block would make a dense R noisy."""
+    assert 4 * 1 <= len(TEXTS) < 4 * 2**2
+    chosen = dict(damping=1e-3, projection=Projection(side=side, pooling="matrix"))
+    by_default = call(model, tokenizer, **chosen).show()
+    assert by_default == call(model, tokenizer, structure=structure, **chosen).show()
+    other = "dense" if structure == "kronecker" else "kronecker"
+    if side > 1:  # of side 1 both are the same number
+        assert by_default != call(model, tokenizer, structure=other, **chosen).show()
 
 
 def test_what_the_package_offers():

@@ -52,8 +52,8 @@ def check_settings(settings: TraceSettings) -> None:
     check_blocks(settings.model, settings.projection)
     for name in ("include", "exclude"):
         compile_pattern(name, settings.scope[name] or "")
-    if settings.structure != "dense":
-        HessianSettings(structure=settings.structure).shapes_of(settings.layout().shapes)
+    if settings.structure != "auto":
+        HessianSettings(structure=settings.structure).shapes_of(settings.layout().shapes, 0)
 
 
 def check_question(k: Any, damping: Any, joiner: Any) -> None:

@@ -70,7 +70,7 @@ class TraceSettings:
     """The devices that batches are split over; one device if None."""
     quiet: bool
     """Whether no progress is shown."""
-    structure: str = "dense"
+    structure: str = "auto"
     """The structure of R (`tda.retrieval.hessian_settings.HessianSettings`)."""
 
     @property

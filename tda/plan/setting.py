@@ -191,7 +191,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         sites=chosen,
         model=count_model(find_sites(model, include="."), arguments),
         blocks=layout.shapes,
-        r_blocks=HessianSettings(**dict(config.hessian)).shapes_of(layout.shapes),
+        r_blocks=HessianSettings(**dict(config.hessian)).shapes_of(layout.shapes, size.passages),
         taps={
             c: count_taps(chosen, projection.side, c, model.settings.tied) for c in chosen_methods
         },

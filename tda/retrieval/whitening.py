@@ -97,7 +97,7 @@ class Whitening:
         self._slices = hessian.block_slices(source.form.widths)
         if shapes is None:
             shapes = hessian.dense_shapes(source.form.widths)
-        self._shapes = settings.shapes_of(shapes)
+        self._shapes = settings.shapes_of(shapes, source.rows)
         self._roots: dict[str, _Root] = {"none": _Root(None)}
         self.notes: dict[str, dict] = {}
         self.spectra: dict[str, np.ndarray] = {}
@@ -371,9 +371,9 @@ def no_leave_one_out(method: Method) -> str:
     # Removing a query changes up to k directions of either factor, but only one of a dense R: every
     # pair of query and passage would need its own whitening for the passage's norm.
     return (
-        f"{method.title}: with hessian.structure=kronecker, R_eval leave_one_out would whiten "
-        "every passage anew for every query; use hessian.evaluation=disjoint or all, or "
-        "hessian.structure=dense"
+        f"{method.title}: where R is a Kronecker product, R_eval leave_one_out would whiten every "
+        "passage anew for every query; use R_eval disjoint or of all queries, or structure=dense "
+        "(hessian.structure)"
     )
 
 

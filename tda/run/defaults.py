@@ -186,8 +186,8 @@ KEYS: dict[str, tuple] = {
     ),
     "hessian.cutoff": (0.0, "leave out directions of smaller eigenvalues, in the same unit"),
     "hessian.structure": (
-        "dense",
-        "dense, or kronecker: of each block that is one matrix, a factor for rows and for columns",
+        "auto",
+        "of R of a matrix: dense; kronecker, a factor for rows and for columns; auto: by passages",
     ),
     "hessian.evaluation": (
         "all",
@@ -282,7 +282,7 @@ CHOICES = {
     "store.dtype": ("float32", "bfloat16", "int8", "4bit", "3bit", "2bit", "none"),
     "search.index": ("none", "scann"),
     "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
-    "hessian.structure": ("dense", "kronecker"),
+    "hessian.structure": ("auto", "dense", "kronecker"),
     "eval.tail_patch_state": ("restored", "fresh"),
     "counterfactual.unit": ("passage", "document", "relation", "subject"),
 }

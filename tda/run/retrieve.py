@@ -153,10 +153,12 @@ def check_run(run: Run) -> None:
             continue
         shapes = run.block_shapes(method.gradients)
         if method.hessian != "none":
-            shapes = run.hessian.shapes_of(shapes)
+            shapes = run.hessian.shapes_of(shapes, run.corpus.rows)
         if method.hessian != "mixed":
             continue
         evaluation = run.hessian.evaluation_of(method)
+        if evaluation == "leave_one_out" and any(len(shape) == 2 for shape in shapes):
+            raise ValueError(no_leave_one_out(method))
         if evaluation != "all" and queries < 2:
             raise ValueError(
                 f"{method.title}: R_eval {evaluation} takes other queries than the scored one, and "

@@ -266,17 +266,32 @@ def test_what_no_product_can_be_is_refused(data):
     source = InMemory(data[0], SLICES)
     with pytest.raises(ValueError, match="no effect.*pooling=matrix"):
         Whitening(HessianSettings(structure="kronecker"), source, shapes=((4,), (26,)))
-    with pytest.raises(ValueError, match="unknown structure='block' of R; use dense, kronecker"):
+    unknown = "unknown structure='block' of R; use auto, dense, kronecker"
+    with pytest.raises(ValueError, match=unknown):
         Whitening(HessianSettings(structure="block"), source)
     method = METHODS["trackstar_leave_one_out"]
     for number in (None, 3):
-        with pytest.raises(ValueError, match="use hessian.evaluation=disjoint or all"):
+        with pytest.raises(ValueError, match="use R_eval disjoint or of all queries"):
             whitening(data).scorer(method, number)
     config = defaults.get_config()
     config.hessian.structure = "kronecker"
-    with pytest.raises(ValueError, match="use hessian.evaluation=disjoint or all"):
+    with pytest.raises(ValueError, match="use R_eval disjoint or of all queries"):
         retrieve.check(config, {"m": method})
     retrieve.check(config, {"m": METHODS["trackstar_disjoint"]})
+
+
+def test_passages_decide_where_r_is_a_product():
+    shapes = ((4, 4), (2, 3), (5,))
+    auto = HessianSettings(structure="auto")
+    assert auto.shapes_of(shapes, 64) == ((16,), (6,), (5,))
+    assert auto.shapes_of(shapes, 63) == ((4, 4), (6,), (5,))
+    assert auto.shapes_of(shapes, 23) == shapes
+    # What counts is the passages that R is computed from.
+    assert HessianSettings(structure="auto", sample=23).shapes_of(shapes, 64) == shapes
+    assert HessianSettings(structure="auto", sample=99).shapes_of(shapes, 64)[0] == (16,)
+    # Where each query is left out, R has to be dense.
+    left_out = HessianSettings(structure="auto", evaluation="leave_one_out")
+    assert left_out.shapes_of(shapes, 2) == ((16,), (6,), (5,))
 
 
 def test_halves_have_factors_of_the_other_half(data):
