@@ -441,7 +441,14 @@ def test_queries_of_too_few_directions_are_not_mixed_in(model, tokenizer):
     wide = Projection(side=16, pooling="matrix")
     queries = [q[-2:] for q in QUERIES] * 8
     with pytest.raises(ValueError, match="R_eval of 16 queries has no direction at component"):
-        call(model, tokenizer, queries=queries, method="trackstar", projection=wide)
+        call(
+            model,
+            tokenizer,
+            structure="dense",
+            queries=queries,
+            method="trackstar",
+            projection=wide,
+        )
 
 
 def test_r_is_shrunk_as_the_passages_need_and_says_so(model, tokenizer, capsys):
@@ -450,7 +457,10 @@ def test_r_is_shrunk_as_the_passages_need_and_says_so(model, tokenizer, capsys):
         r"R of 8 passages: shrunk by 0\.\d+, the blocks' median", capsys.readouterr().out
     )
     damped = call(model, tokenizer, damping=1e-3, quiet=False)
-    assert "R of 8 passages: damping 0.001\n" in capsys.readouterr().out
+    assert (
+        "R of 8 passages: damping 0.001; a Kronecker product in 2 of 2 blocks\n"
+        in capsys.readouterr().out
+    )
     assert by_default[0].proponents[0].score != pytest.approx(
         damped[0].proponents[0].score, abs=0.01
     )
