@@ -133,8 +133,9 @@ def trace(
             and Wolf 2004), so that noise in R does no harm on a small corpus; it prints how much.
         structure: that of R of a weight matrix: "dense"; "kronecker", the product of a factor for
             its rows and one for its columns, of 2k² numbers in place of k⁴, for a projection of a
-            large side k; or "auto", a product where there are fewer passages than 4 k², from which
-            a dense R would learn noise. A product needs `pooling="matrix"`, as by default.
+            large side k; or "auto", a product where there are 2 k passages or more, and fewer than
+            4 k², from which a dense R would learn noise. A product needs `pooling="matrix"`, as by
+            default.
         seed: the seed of the draw, 0 by default.
         directory: where tokens and gradients are stored; a killed call resumes if it is repeated
             with the same arguments. It serves several methods and corrections; methods with the

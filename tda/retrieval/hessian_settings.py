@@ -9,10 +9,10 @@ from tda.methods import Method
 
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
 STRUCTURES = ("auto", "dense", "kronecker")
-# Passages for each number of a block, below which "auto" takes a product. Against retraining on 512
-# passages a dense R of blocks of 256 and 1,024 numbers was worse (results/README.md); with 17 for
-# each number the two were level, and with 35 the dense one found more.
-_PASSAGES_PER_NUMBER = 4
+# "auto" takes a product below so many passages for each number of a block: with 0.2 to 2 of them a
+# dense R was worse, with 17 it was level, and with 35 better (results/README.md). And only from so
+# many for each row or column, since the factors of fewer are noise as well.
+_PASSAGES_PER_NUMBER, _PASSAGES_PER_ROW = 4, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class HessianSettings:
     structure: str = "dense"
     """R of a block that is one matrix: "dense", or "kronecker": a factor for rows and for columns.
 
-    "auto" takes a product where the passages are too few for a dense R: fewer than four for each
-    number of the block. A block that sums several matrices has no common rows and columns, so its R
-    stays dense.
+    "auto" takes a product where the passages are enough for its factors, two for each row and
+    column, and too few for a dense R, fewer than four for each number of the block. A block that
+    sums several matrices has no common rows and columns, so its R stays dense.
     """
 
     def shapes_of(
@@ -77,7 +77,9 @@ class HessianSettings:
         if self.structure == "auto":
             rows = min(self.sample or passages, passages)
             return tuple(
-                shape if rows < _PASSAGES_PER_NUMBER * width else (width,)
+                shape
+                if _PASSAGES_PER_ROW * max(shape) <= rows < _PASSAGES_PER_NUMBER * width
+                else (width,)
                 for shape, (width,) in zip(shapes, dense, strict=True)
             )
         if all(len(s) == 1 for s in shapes):

@@ -286,6 +286,9 @@ def test_passages_decide_where_r_is_a_product():
     assert auto.shapes_of(shapes, 64) == ((16,), (6,), (5,))
     assert auto.shapes_of(shapes, 63) == ((4, 4), (6,), (5,))
     assert auto.shapes_of(shapes, 23) == shapes
+    # Of too few passages the factors are noise as well.
+    assert auto.shapes_of(shapes, 7) == ((16,), (2, 3), (5,))
+    assert auto.shapes_of(shapes, 5) == ((16,), (6,), (5,))
     # What counts is the passages that R is computed from.
     assert HessianSettings(structure="auto", sample=23).shapes_of(shapes, 64) == shapes
     assert HessianSettings(structure="auto", sample=99).shapes_of(shapes, 64)[0] == (16,)
