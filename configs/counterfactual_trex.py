@@ -6,7 +6,7 @@
 
 Cost: a retraining takes 2 to 5 s on 2 CPU cores; an hour in all, on a machine with other work.
 Expected LDS at 5%: metagradient 0.98, adjoint 0.69, EK-FAC 0.62, whole dot product 0.57, projected
-0.25; Exp 5 0.39, TrackStar 0.30, BM25 0.19; random within 0.1 of 0.
+0.25; Exp 5 0.39, TrackStar 0.28, BM25 0.19; random within 0.1 of 0.
 """
 
 from tda.run import defaults
