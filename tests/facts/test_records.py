@@ -115,6 +115,7 @@ def test_fact_keeps_every_field():
         "prompt1": None,
         "n_objects_same_subject": None,
         "kilt_id": None,
+        "other_choices": (),
     }
 
 

@@ -57,7 +57,7 @@ def workdir(tmp_path_factory):
     bank_scores = types.SimpleNamespace(
         retrained=retrained, costs={"metagradient": 10.5}, training_seconds=2.0
     )
-    computed = board._Board(bank_scores, scores)
+    computed = board.Board(bank_scores, scores)
     computed._metasmoothness = lambda: 0.875
     record = computed.figures()
     record["methods"]["bm25"]["own_top"] = {"mean": -0.01, "low": -0.125, "high": 0.5}
