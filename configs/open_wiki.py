@@ -12,6 +12,7 @@ third file alone) and 100 queries, without dense retrieval.
 also as `:small,copa`, ask another set of queries by `python -m experiments.trace`, with
 --config.data.queries=FILE in place of data.facts. The file of `wrong` is a run's results, and its
 targets are the model's answers. As in the paper, all but facts have R of the passages alone.
+What SmolLM2-135M does of them: results/README.md, "Other tasks".
 
 The judge goes by names (`lexical`); of a model: --config.judge.name=nli --config.judge.model=DIR.
 
