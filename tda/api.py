@@ -134,7 +134,7 @@ def trace(
         structure: that of R of a weight matrix: "dense"; "kronecker", the product of a factor for
             its rows and one for its columns, of 2k² numbers in place of k⁴, for a projection of a
             large side k; or "auto", a product where there are 2 k passages or more, and fewer than
-            4 k², from which a dense R would learn noise. A product needs `pooling="matrix"`, as by
+            3 k², from which a dense R would learn noise. A product needs `pooling="matrix"`, as by
             default.
         seed: the seed of the draw, 0 by default.
         directory: where tokens and gradients are stored; a killed call resumes if it is repeated

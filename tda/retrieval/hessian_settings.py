@@ -10,9 +10,9 @@ from tda.methods import Method
 EVALUATIONS = ("all", "leave_one_out", "disjoint")
 STRUCTURES = ("auto", "dense", "kronecker")
 # "auto" takes a product below so many passages for each number of a block: with 0.2 to 2 of them a
-# dense R was worse, with 17 it was level, and with 35 better (results/README.md). And only from so
-# many for each row or column, since the factors of fewer are noise as well.
-_PASSAGES_PER_NUMBER, _PASSAGES_PER_ROW = 4, 2
+# dense R was worse, with 4 a little better (results/README.md). And only from so many for each row
+# or column, since the factors of fewer are noise as well.
+_PASSAGES_PER_NUMBER, _PASSAGES_PER_ROW = 3, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class HessianSettings:
     """R of a block that is one matrix: "dense", or "kronecker": a factor for rows and for columns.
 
     "auto" takes a product where the passages are enough for its factors, two for each row and
-    column, and too few for a dense R, fewer than four for each number of the block. A block that
+    column, and too few for a dense R, fewer than three for each number of the block. A block that
     sums several matrices has no common rows and columns, so its R stays dense.
     """
 
