@@ -27,7 +27,6 @@ def get_sweep():
             "counterfactual.orders": 1,
             "counterfactual.own_top": 0,
             "eval.tail_patch_queries": 0,
-            "eval.samples": 0,
         },
         "axes": {
             "seed": (0, 1, 2),

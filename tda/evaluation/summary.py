@@ -5,6 +5,7 @@ by its mean, its bootstrap interval, its mean in each group of queries, and its 
 other methods.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -207,12 +208,15 @@ def compared(
     )
     for (a, b, metric), d in zip(pairs, computed, strict=True):
         if d.count:
-            out[a][b][metric] = _difference(d.mean, d.low, d.high, d.p)
-            out[b][a][metric] = _difference(-d.mean, -d.high, -d.low, d.p)
+            out[a][b][metric] = difference_as_json(d.mean, d.low, d.high, d.p)
+            out[b][a][metric] = difference_as_json(-d.mean, -d.high, -d.low, d.p)
     return out
 
 
-def _difference(mean: float, low: float, high: float, p: float) -> dict:
+def difference_as_json(
+    mean: float, low: float, high: float, p: float = math.nan
+) -> dict[str, float | None]:
+    """Returns a paired difference, its interval and its p as JSON values, None if not measured."""
     return {"difference": number(mean), "low": number(low), "high": number(high), "p": number(p)}
 
 

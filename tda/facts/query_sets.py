@@ -103,8 +103,7 @@ def _choices(record: Mapping, where: str) -> dict:
         raise jsonl.RecordError(
             f"{where}: label={label!r} is no place in targets, from 0; give the right one's"
         )
-    others = [x for i, x in enumerate(targets) if i != label]
-    return {"target": targets[label], "other_choices": others}
+    return {"target": targets[label], "other_choices": targets[:label] + targets[label + 1 :]}
 
 
 def _wrong_answer(record: Mapping) -> str | None:

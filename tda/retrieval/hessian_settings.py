@@ -68,13 +68,11 @@ class HessianSettings:
             raise ValueError(
                 f"unknown structure={self.structure!r} of R; use {', '.join(STRUCTURES)}"
             )
-        dense = hessian.dense_shapes(map(math.prod, shapes))
-        if self.structure == "dense":
-            return dense
+        dense, is_auto = hessian.dense_shapes(map(math.prod, shapes)), self.structure == "auto"
         # What leaves each query out needs a dense R (`tda.retrieval.whitening`).
-        if self.structure == "auto" and self.evaluation == "leave_one_out":
+        if self.structure == "dense" or (is_auto and self.evaluation == "leave_one_out"):
             return dense
-        if self.structure == "auto":
+        if is_auto:
             rows = min(self.sample or passages, passages)
             return tuple(
                 shape

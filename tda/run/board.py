@@ -12,7 +12,7 @@ from tda import methods as method_lib
 from tda.counterfactual import figures
 from tda.counterfactual.bank import draw_subsets
 from tda.counterfactual.figures import Lds
-from tda.evaluation import statistics
+from tda.evaluation import statistics, summary
 from tda.evaluation.statistics import Interval
 from tda.reports import board as board_report
 from tda.reports import plots
@@ -35,11 +35,12 @@ _WEIGHT_STEP = 0.05
 
 
 def check(config) -> None:
-    """Checks the methods of the board.
+    """Checks the bank's keys and the methods of the board.
 
     Raises:
-        ValueError: one is unknown, or does not score every passage.
+        ValueError: a value is impossible, or a method is unknown or does not score every passage.
     """
+    counterfactual.check(config)
     names = own_methods(config)
     unknown = [n for n in names if n not in TITLES]
     if unknown:
@@ -79,7 +80,6 @@ def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
         tda.runtime.array_tasks.Unfinished: other tasks of an array have to compute their part, or
             a run of several processes has retrained.
     """
-    counterfactual.check(config)
     check(config)
     with stages.opened(config, workdir, engine) as run:
         board = score(run)
@@ -147,19 +147,6 @@ def _add_metrics(record: dict, metrics: dict[str, dict]) -> None:
                 agreements[metric] = figures.spearman(lds_M[:, None], metric_M[:, None]).item()
 
 
-def _add_lds(metrics: dict[str, dict], key: str, lds: Lds) -> None:
-    """Adds the LDS of every method, and its differences to the others', to their metrics."""
-    for name, of_method in metrics.items():
-        interval = lds.interval(name)
-        of_method[key] = interval.mean
-        of_method.setdefault("counts", {})[key] = interval.count
-        of_method.setdefault("intervals", {})[key] = [interval.low, interval.high]
-        for other in (n for n in metrics if n != name):
-            d = lds.difference(name, other)
-            differences = of_method.setdefault("differences", {}).setdefault(other, {})
-            differences[key] = {"difference": d.mean, "low": d.low, "high": d.high, "p": None}
-
-
 class Board:
     """The figures of methods.
 
@@ -183,16 +170,14 @@ class Board:
         """Writes the board's files into a directory, and the methods' passages into another.
 
         Returns:
-            The board as JSON values; and of each method its LDS in the first order of the data, by
-            fraction such as "lds_0.05", beside the metrics of its passages (`tda.run.evaluate`).
+            The board as JSON values; and the metrics of each method's passages
+            (`tda.run.evaluate`), none where a unit is not a passage.
         """
         record = self.figures()
         metrics: dict[str, dict] = {name: {} for name in self.scores}
         if self.config.counterfactual.unit == "passage":
             metrics = _write_passages(self.retrained, self.scores, passages)
             _add_metrics(record, metrics)
-        for fraction, lds in self.lds.items():
-            _add_lds(metrics, f"lds_{fraction}", lds)
         with open_atomic(directory / "board.md") as out:
             out.write(f"{board_report.describe(record)}\n")
         write_arrays(directory / "board.npz", self.arrays)
@@ -202,6 +187,25 @@ class Board:
         # Last: other tasks of an array take this file as a sign that the board is finished.
         write_json(directory / "board.json", plain(record))
         return record, metrics
+
+    def add_lds(self, metrics: dict[str, dict]) -> None:
+        """Adds the LDS of every method to its metrics, and the differences to the other methods'.
+
+        It is that in the first order of the data, by fraction: "lds_0.05". The board has been
+        written before.
+        """
+        for fraction, lds in self.lds.items():
+            key = f"lds_{fraction}"
+            for name, of_method in metrics.items():
+                figures_of_lds = summary.as_json({key: lds.interval(name)})
+                of_method[key] = figures_of_lds[key]
+                for part in ("counts", "intervals"):
+                    of_method.setdefault(part, {}).update(figures_of_lds[part])
+                differences = of_method.setdefault("differences", {})
+                for other in (n for n in metrics if n != name):
+                    d = lds.difference(name, other)
+                    of_other = differences.setdefault(other, {})
+                    of_other[key] = summary.difference_as_json(d.mean, d.low, d.high)
 
     def figures(self) -> dict:
         """Returns the board as JSON values."""

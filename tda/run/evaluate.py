@@ -53,7 +53,7 @@ class Known:
     @property
     def chosen(self) -> float:
         """The share of queries with choices whose target is likelier than every other choice."""
-        return ranking.mean([self.nats[q] < min(others) for q, others in self.choices.items()])
+        return ranking.mean([self.nats[q] < min(nats) for q, nats in self.choices.items()])
 
 
 def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:

@@ -234,8 +234,8 @@ def other_choices(run: Run, queries: Sequence[int]) -> dict[int, list[float]]:
     facts = [run.corpus.queries[q] for q in queries]
     table = questions.tokenise_choices(facts, run.config, run.corpus.tokenizer)
     parts: dict[int, list[_Parts]] = {}
-    asked = (q for q, fact in zip(queries, facts, strict=True) for _ in fact.other_choices)
-    for row, q in enumerate(asked):
+    query_of_choice = np.repeat(queries, [len(fact.other_choices) for fact in facts]).tolist()
+    for row, q in enumerate(query_of_choice):
         parts.setdefault(q, []).append(_parts(table, row))
     return _nats(run, parts)
 

@@ -83,8 +83,8 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         identity = fingerprint([documents.describe(), sizes])
         tokenizer = learnt_tokenizer.load(config, workdir, identity, lambda: _texts(documents))
     # Checked before the corpus is tokenised, which may take days.
-    asked = facts if config.data.pool == "named" else _drawn(config, facts)
-    questions.tokenise(asked, config, tokenizer)
+    candidates = facts if config.data.pool == "named" else _drawn(config, facts)
+    questions.tokenise(candidates, config, tokenizer)
     passages, counts = tokenised.tokenise_on_disk(
         workdir / FOLDER, documents, tokenizer, config.model.context, engine=engine
     )

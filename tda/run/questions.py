@@ -21,11 +21,11 @@ def tokenise(facts: Sequence[Fact], config: ConfigDict, tokenizer) -> TokenTable
 
 def tokenise_choices(facts: Iterable[Fact], config: ConfigDict, tokenizer) -> TokenTable:
     """Returns every fact's prompt with each choice beside its target, in order."""
-    asked = ((f, choice) for f in facts for choice in f.other_choices)
-    return _tokenise(asked, config, tokenizer)
+    choices = ((f, choice) for f in facts for choice in f.other_choices)
+    return _tokenise(choices, config, tokenizer)
 
 
-def _tokenise(asked: Iterable[tuple[Fact, str]], config: ConfigDict, tokenizer) -> TokenTable:
+def _tokenise(targets: Iterable[tuple[Fact, str]], config: ConfigDict, tokenizer) -> TokenTable:
     data = config.data
-    queries = ((f.fact_id, f.prompt(data.prompt), target) for f, target in asked)
+    queries = ((f.fact_id, f.prompt(data.prompt), target) for f, target in targets)
     return tokenise_queries(queries, tokenizer, config.model.context, data.joiner)

@@ -15,16 +15,7 @@ import jax
 from tda.gradients import projection as projections
 from tda.methods import GradientKind
 from tda.model import functional
-from tda.run import (
-    board,
-    capturing,
-    counterfactual,
-    defaults,
-    evaluate,
-    retrieve,
-    stages,
-    train,
-)
+from tda.run import board, capturing, defaults, evaluate, retrieve, stages, train
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import metrics, processes, progress
@@ -46,12 +37,15 @@ def check(point: Point) -> None:
     """
     try:
         # Without the sentence encoder, which the point itself loads.
-        stages.check(point.config, encoder=False)
-        if point.is_board:
-            counterfactual.check(point.config)
-            board.check(point.config)
+        _check(point, encoder=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"point {point.name}: {error}") from error
+
+
+def _check(point: Point, encoder: bool = True) -> None:
+    stages.check(point.config, encoder)
+    # What a trace ranks by its own training has to keep; a bank's training is run again for it.
+    (board if point.is_board else capturing).check(point.config)
 
 
 def _made_from(point: Point) -> dict:
@@ -218,17 +212,18 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
     ):
         if is_finished(point, directory):
             return
-        stages.check(config)
-        if not point.is_board:
-            capturing.check(config)
+        _check(point)
         # Before the files are read: if one changes later, its digest no longer matches, and the
         # point runs again.
         files = digests.digests(config)
         shared = Workdir(directory / "runs" / point.training)
         with _once(shared / _marker(point, "training", files), shared / "training.lock"):
             run = stages.prepare(config, shared)
-        measure = _hold_against_retraining if point.is_board else _trace
-        notes = measure(point, run, shared, files, point_directory)
+        if point.is_board:
+            notes: dict = {}
+            _hold_against_retraining(run, point_directory)
+        else:
+            notes = _trace(point, run, files, point_directory)
         about = _about(run) | {"notes": notes}
         made_of = {"files": files, "corpus": run.corpus.fingerprint}
         made_of["training"] = fingerprint(plain(run.trained.fingerprint))
@@ -236,11 +231,12 @@ def run_point(point: Point, directory: pathlib.Path) -> None:
         write_json(point_directory / "point.json", stamp)
 
 
-def _trace(point: Point, run: Run, shared: Workdir, files: dict, out: pathlib.Path) -> dict:
+def _trace(point: Point, run: Run, files: dict, out: pathlib.Path) -> dict:
     """Retrieves and measures, and writes the metrics; returns notes by method."""
     # A point removes its groups' results at the end, maybe while another writes its own.
     run = dataclasses.replace(run, groups_folder=f"groups-{point.name}")
-    with _once(shared / _marker(point, "stores", files), shared / f"{point.encoding}.lock"):
+    marker = run.workdir / _marker(point, "stores", files)
+    with _once(marker, run.workdir / f"{point.encoding}.lock"):
         rankings, notes = retrieve.retrieve(run)
     # The point is unfinished until the new figures are complete.
     (out / "point.json").unlink(missing_ok=True)
@@ -248,17 +244,15 @@ def _trace(point: Point, run: Run, shared: Workdir, files: dict, out: pathlib.Pa
     return notes
 
 
-def _hold_against_retraining(
-    point: Point, run: Run, shared: Workdir, files: dict, out: pathlib.Path
-) -> dict:
-    """Retrains and scores, and writes the board and the metrics; returns notes by method."""
+def _hold_against_retraining(run: Run, out: pathlib.Path) -> None:
+    """Retrains and scores, and writes the board and the metrics."""
     # Points that train alike share the bank, and what they score alike.
-    with filelock.FileLock(shared / "board.lock"):
+    with filelock.FileLock(run.workdir / "board.lock"):
         scored = board.score(run)
         (out / "point.json").unlink(missing_ok=True)
         metrics = scored.write(out, out)[1]
+    scored.add_lds(metrics)
     write_json(out / "metrics.json", plain(metrics))
-    return {}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tda.evaluation.summary import HEADLINE
 from tda.methods import METHODS
 from tda.reports import formats, plots
 from tda.reports.tables import JUDGED, reference_of
-from tda.run.bank_scores import TITLES as OF_BANK
+from tda.run.bank_scores import title
 from tda.runtime import atomic_file
 from tda.sweep.grid import Point, Sweep
 
@@ -187,7 +187,7 @@ def _headline(axes: list[str], table: list[dict], cell) -> str:
         if not row["group"]:
             key = (_shown("method", row["method"]), *(str(row[a]) for a in axes))
             by_key.setdefault(key, {})[row["metric"]] = row
-    measured = dict.fromkeys(m for by_metric in by_key.values() for m in by_metric)
+    measured = [m for by_metric in by_key.values() for m in by_metric]
     metrics = [*_lds_of(measured), *(m for m in HEADLINE if m in measured)]
     return formats.markdown(
         ["method", *axes, *map(_title, metrics)],
@@ -201,7 +201,7 @@ def _headline(axes: list[str], table: list[dict], cell) -> str:
 
 def _lds_of(metrics: Iterable[str]) -> list[str]:
     """Returns the LDS of each fraction, which a sweep held against retraining has."""
-    return [m for m in metrics if m.startswith("lds_")]
+    return list(dict.fromkeys(m for m in metrics if m.startswith("lds_")))
 
 
 def _title(metric: str) -> str:
@@ -232,7 +232,7 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
         )
     table = [r for r in table if all(_is_one_of(r[key], value) for key, value in where.items())]
     panels = []
-    for metric in (*_lds_of(dict.fromkeys(r["metric"] for r in table)), *plot["y"]):
+    for metric in (*_lds_of(r["metric"] for r in table), *plot["y"]):
         omitted = plot.get("omit", {}).get(metric, ())
         metric_rows = [
             r
@@ -301,5 +301,5 @@ def _applies(column: str, row: dict) -> bool:
 
 def _shown(column: str, value) -> str:
     if column == "method":
-        return METHODS[value].title if value in METHODS else OF_BANK.get(value, value)
+        return title(value)
     return f"{_TITLES.get(column, column.split('.')[-1])} {value}"
