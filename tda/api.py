@@ -131,6 +131,7 @@ def trace(
         damping: added to R, in mean eigenvalues of a block, such as 1e-3. By default R is shrunk
             towards a multiple of the identity, as much as the number of passages requires (Ledoit
             and Wolf 2004), so that noise in R does no harm on a small corpus; it prints how much.
+            The R of `rerank` has 1e-3 by default.
         structure: that of R of a weight matrix: "dense"; "kronecker", the product of a factor for
             its rows and one for its columns, of 2k² numbers in place of k⁴, for a projection of a
             large side k; or "auto", a product where there are 2 k passages or more, and fewer than

@@ -6,8 +6,11 @@ import pytest
 
 import tda
 from tda import hessian
+from tda.data.rows import Query
 from tda.encoding import table as encoding
+from tda.encoding.inputs import EncodedQueries
 from tda.gradients.projection import Projection
+from tda.index import mean_of
 from tda.viewer import opening
 from tests.test_api import PLACES, QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer
 
@@ -170,6 +173,30 @@ def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             index.query(QUERIES, **options)
+
+
+def test_means_that_differ_by_rounding_are_the_same():
+    """Mistake: scores of what is left of a gradient less itself, in a batch of another shape."""
+    rng = np.random.default_rng(0)
+    x_QxE = rng.normal(size=(3, 50)).astype(np.float32)
+    rounded_QxE = x_QxE[[1, 2, 0]] * np.float32(1 + 1e-6)
+    queries = [Query(str(i), "", "") for i in range(3)]
+    with pytest.raises(ValueError, match="same mean gradient"):
+        mean_of(EncodedQueries(queries, x_QxE), EncodedQueries(queries, rounded_QxE))
+    other = mean_of(EncodedQueries(queries, x_QxE), EncodedQueries(queries[:2], x_QxE[:2]))
+    expected = x_QxE.mean(0) - x_QxE[:2].mean(0)
+    np.testing.assert_allclose(other.gradients_QxE[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_passage_without_a_finite_gradient_is_told(model, tokenizer):
+    """Mistake: a passage that is missing from every ranking without a word."""
+    batches = [batch_of(sequences(tokenizer, TEXTS))]
+    batches[0]["weights"][3] = np.nan
+    asked = [batch_of(sequences(tokenizer, [TEXTS[2]]))]
+    with pytest.warns(UserWarning, match="gradients of 1 passages are not finite.*retrieved: 3$"):
+        answers = tda.trace(model, batches, asked, method="grad_cos", k=9, **OPTIONS)
+    assert [p.id for p in answers[0].proponents].count("3") == 0
+    assert len(answers[0].proponents) == len(TEXTS) - 1
 
 
 def test_scores_are_added_up_by_label(model, tokenizer):

@@ -140,7 +140,8 @@ class BatchInputs:
                 f"there are {len(texts)} texts and {len(gradients_CxE)} passages; give a text for "
                 "each passage"
             )
-        return in_memory(gradients_CxE, encoder.layout.slices)
+        ids = list(map(str, range(len(gradients_CxE))))
+        return in_memory(gradients_CxE, encoder.layout.slices, ids)
 
     def passage_of(self, row: int) -> tuple[str, str]:
         """Returns the id and the text of a row's passage."""

@@ -54,14 +54,19 @@ class WholeGradients:
         return pair_products.corrected(sites, self._scales)
 
     @functools.cached_property
-    def _whitened(self) -> Metric:
+    def _moments(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         rows = draw(len(self._table), _SAMPLE, self._settings.moments.seed)
-        moments = pair_products.fit_moments(
+        return pair_products.fit_moments(
             self._factors, self._plain, self._layout, self._table, rows
         )
-        return pair_products.whitened(self._plain, moments)
 
-    def rank(self, queries: TokenTable, first: Ranked, method: Method, k: int) -> Ranked:
+    def _whitened(self, damping: float) -> Metric:
+        damping = pair_products.DAMPING if damping < 0 else damping
+        return pair_products.whitened(self._plain, self._moments, damping)
+
+    def rank(
+        self, queries: TokenTable, first: Ranked, method: Method, k: int, damping: float = -1.0
+    ) -> Ranked:
         """Ranks the proponents of a first ranking again; the result has no opponents.
 
         Args:
@@ -70,10 +75,11 @@ class WholeGradients:
             method: decides correction, R and norm; R of a matrix is the product of the second
                 moments of its rows and of its columns.
             k: the number of proponents.
+            damping: of R, in mean eigenvalues of a factor; below 0, `pair_products.DAMPING`.
         """
         lists = candidates.unite([first])
         pairs = Pairs.of_lists(lists)
-        metric = self._whitened if method.hessian == "train" else self._plain
+        metric = self._whitened(damping) if method.hessian == "train" else self._plain
         scorer = PairScorer(self._factors, {"": (metric, method.unit_norm)}, self._layout, _MEMORY)
         total = len(pairs.rows) * scorer.passes(queries, np.unique(pairs.queries))
         quiet = self._settings.quiet

@@ -1,5 +1,6 @@
 """Encodes a whole table of sequences: into memory, into a store, or while it is searched."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -83,6 +84,26 @@ def _collect(out: list[np.ndarray], batch) -> None:
         of_kind[places] = sharding.to_host(x)[: len(places)]
 
 
+def mark_invalid(x_RxE: np.ndarray, ids: Sequence[str]) -> None:
+    """Makes rows with a number that is not finite infinite throughout, and warns of them.
+
+    Args:
+        x_RxE: gradients, changed in place.
+        ids: the passages' ids, length R.
+    """
+    invalid = np.flatnonzero(~np.isfinite(x_RxE).all(axis=1))
+    if len(invalid):
+        x_RxE[invalid] = np.inf
+        warnings.warn(_describe_invalid([ids[i] for i in invalid]), stacklevel=2)
+
+
+def _describe_invalid(ids: Sequence[str]) -> str:
+    return (
+        f"the gradients of {len(ids)} passages are not finite, so they are never retrieved: "
+        f"{shorten(ids, 5)}"
+    )
+
+
 class OnTheFly:
     """A corpus without a store, whose gradients are computed whenever they are read.
 
@@ -116,7 +137,7 @@ class OnTheFly:
     def read(self, numbers) -> np.ndarray:
         """Returns some rows, float32 [R, E]; a row with a number that is not finite is infinite."""
         x_RxE = encode_rows(self._encoder, self._table, numbers, self._layout)
-        x_RxE[~np.isfinite(x_RxE).all(axis=1)] = np.inf
+        mark_invalid(x_RxE, [self._table.ids[i] for i in numbers])
         return x_RxE
 
 
@@ -281,7 +302,4 @@ class _Writer:
             waiting, self._waiting = self._waiting, None
             invalid = waiting.result()
             if invalid:
-                self._bar.write(
-                    f"{self._description}: the gradients of {len(invalid)} passages are not "
-                    f"finite, so they are never retrieved: {shorten(invalid, 5)}"
-                )
+                self._bar.write(f"{self._description}: {_describe_invalid(invalid)}")

@@ -45,6 +45,7 @@ from tda.gradients.outer_products import (
     sizes_of,
 )
 from tda.gradients.sites import Site
+from tda.hessian.root import ROUNDING
 from tda.runtime import host_blas, sharding
 
 # Numbers that a device holds at once while products are taken: 64 MiB of float32.
@@ -116,7 +117,8 @@ def whitened(
     Args:
         metric: without weights, from `identity` or `corrected`.
         moments: A = E[G Gᵀ] and B = E[Gᵀ G] by path, under `metric`, from `fit_moments`.
-        damping: added to A and B, in mean eigenvalues of each.
+        damping: added to A and B, in mean eigenvalues of each; with 0, directions that are no more
+            than rounding are left out (a pseudo-inverse).
 
     Raises:
         ValueError: the metric has weights, or all gradients of a matrix vanish.
@@ -143,16 +145,25 @@ def whitened(
 
 def _inverse_root(A: np.ndarray, damping: float) -> np.ndarray:
     """Returns A^(−1/2) of a damped moment, float64 [(L,) M, M]."""
-    mean = np.trace(A, axis1=-2, axis2=-1)[..., None] / A.shape[-1]
     values, vectors = np.linalg.eigh(np.asarray(A, np.float64))
-    values = np.maximum(values, 0) + damping * mean
-    return np.einsum("...mk,...k,...nk->...mn", vectors, values**-0.5, vectors)
+    return np.einsum("...mk,...k,...nk->...mn", vectors, _damped_root(values, damping), vectors)
 
 
 def _inverse_root_of_diagonal(a: np.ndarray, damping: float) -> np.ndarray:
     """Returns `_inverse_root` of a diagonal matrix as a diagonal, float64 [(L,) M]."""
-    a = np.asarray(a, np.float64)
-    return (a + damping * a.mean(-1, keepdims=True)) ** -0.5
+    return _damped_root(np.asarray(a, np.float64), damping)
+
+
+def _damped_root(values: np.ndarray, damping: float) -> np.ndarray:
+    """Returns (λ + damping · mean)^(−1/2) of eigenvalues; with 0, those of rounding are left out.
+
+    So does `tda.hessian.inverse_root`.
+    """
+    values = np.maximum(values, 0) + damping * values.mean(-1, keepdims=True)
+    if damping:
+        return values**-0.5
+    is_rounding = values <= ROUNDING * values.max(-1, keepdims=True)
+    return np.where(is_rounding, 0.0, np.where(is_rounding, 1.0, values) ** -0.5)
 
 
 @jax.jit

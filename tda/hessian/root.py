@@ -29,7 +29,7 @@ from tda.runtime import host_blas
 # An eigenvalue below this share of the largest is rounding. LAPACK's float32 eigenvalues of
 # rank-deficient blocks of up to 2,048 columns are off by 0.2 eps of the largest; the float32
 # products that R is the sum of add more, which 64 eps covers.
-_ROUNDING = 64 * np.finfo(np.float32).eps
+ROUNDING = 64 * np.finfo(np.float32).eps
 
 
 def spectra(R: list[np.ndarray], shapes: Sequence[Shape] | None = None) -> list[np.ndarray]:
@@ -77,7 +77,7 @@ def check_component(evaluation: list[np.ndarray], k: int, count: int) -> None:
         raise ValueError(
             f"there is no component {k} (hessian.component) of {len(values)} dimensions"
         )
-    rounding = np.concatenate([np.full(len(x), _ROUNDING * x[0]) for x in evaluation])
+    rounding = np.concatenate([np.full(len(x), ROUNDING * x[0]) for x in evaluation])
     at_k = np.argsort(-values, kind="stable")[k - 1]
     if values[at_k] <= rounding[at_k]:
         raise ValueError(
@@ -211,7 +211,7 @@ def _block_inverse_root(factors: tuple[np.ndarray, ...], damping: float, cutoff:
         values, vectors = np.linalg.eigh((x / (trace / len(x))).astype(np.float32))
         values = np.maximum(values, 0.0)
         if not damping:
-            values[values < _ROUNDING * values[-1]] = 0.0
+            values[values < ROUNDING * values[-1]] = 0.0
         pairs.append((values, vectors))
     # In units of R's mean eigenvalue, the trace over E_b, for a Kronecker product too.
     values = pairs[0][0] if len(pairs) == 1 else np.outer(pairs[0][0], pairs[1][0])

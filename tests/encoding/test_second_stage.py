@@ -44,6 +44,26 @@ def test_all_passages_are_ranked_by_whole_gradients(model, tokenizer, method, in
         np.testing.assert_allclose(got, scores, rtol=0, atol=1e-5 if method == "grad_cos" else 1e-3)
 
 
+def test_r_has_the_damping_that_was_given(model, tokenizer):  # noqa: F811
+    """Mistake: an option that one stage ignores."""
+    damping = 0.3
+    sides = whole_gradients(model, tokenizer, None)
+    change = {p: whitener(lambda G: G, x, damping=damping) for p, x in sides[1].items()}
+    sides = [{p: change[p](x) for p, x in s.items()} for s in sides]
+    count = len(TEXTS)
+    how = dict(method="exp4", rerank=count, k=count, damping=damping)
+    for answer, scores in zip(call(model, tokenizer, **how), cosines(sides), strict=True):
+        got = [next(p.score for p in answer.proponents if p.text in t) for t in TEXTS]
+        np.testing.assert_allclose(got, scores, rtol=0, atol=1e-3)
+
+
+def test_more_passages_than_there_are_adds_none(model, tokenizer):  # noqa: F811
+    """Mistake: places of a list that nothing fills, read as the last passage."""
+    for answer in call(model, tokenizer, rerank=20, k=20):
+        assert sorted(p.id for p in answer.proponents) == sorted(map(str, range(len(TEXTS))))
+        assert np.isfinite([p.score for p in answer.proponents]).all()
+
+
 def test_the_first_passages_alone_are_scored_again(model, tokenizer):  # noqa: F811
     first = call(model, tokenizer, method="grad_cos", k=4)
     again = call(model, tokenizer, method="grad_cos", k=4, rerank=4)

@@ -204,10 +204,14 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
         )
         found[name] = store.read(slice(0, 5))
     told = "".join(capsys.readouterr())
-    assert "the gradients of 1 passages are not finite, so they are never retrieved: p1" in told
+    message = "the gradients of 1 passages are not finite, so they are never retrieved: p1"
+    assert message in told
     np.testing.assert_array_equal(stores.valid(found["broken"]), [True, False, True, True, True])
     others = [0, 2, 3, 4]
     np.testing.assert_array_equal(found["broken"][others], found["sound"][others])
+    with pytest.warns(UserWarning, match=message):  # without a store too
+        read = encoding.OnTheFly(encoder, table, LAYOUT).read(np.arange(5))
+    np.testing.assert_array_equal(stores.valid(read), [True, False, True, True, True])
 
 
 def test_logits_are_computed_only_where_a_loss_is(decoder):

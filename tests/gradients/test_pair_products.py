@@ -115,7 +115,7 @@ def make_metric(name, sites, gradients):
     return metric, apply
 
 
-def whitener(apply, gradients, is_table=False):
+def whitener(apply, gradients, is_table=False, damping=pair_products.DAMPING):
     """R^(−1/2) of gradients after `apply`, with R = E[G Gᵀ] ⊗ E[Gᵀ G] / E‖G‖², damped.
 
     Of a table E[G Gᵀ] counts as diagonal.
@@ -127,7 +127,7 @@ def whitener(apply, gradients, is_table=False):
     for moment in (rows * np.eye(rows.shape[-1]) if is_table else rows, (T @ G).mean(0)):
         n = moment.shape[-1]
         mean = np.trace(moment, axis1=-1, axis2=-2)[..., None, None] / n
-        values, vectors = np.linalg.eigh(moment + pair_products.DAMPING * mean * np.eye(n))
+        values, vectors = np.linalg.eigh(moment + damping * mean * np.eye(n))
         roots.append(vectors * values[..., None, :] ** -0.5 @ np.swapaxes(vectors, -1, -2))
     norm = (G**2).sum((-1, -2)).mean(0)[..., None, None] ** 0.5
     return lambda x: norm * (roots[0] @ apply(x) @ roots[1])
@@ -224,6 +224,23 @@ def test_exact_adam_and_r_are_refused(case):
     metric, _ = make_metric("adam", factors.sites, gradients[0])
     with pytest.raises(ValueError, match="exact Adam correction"):
         pair_products.whitened(metric, {})
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_without_damping_directions_that_no_gradient_has_are_left_out(is_table):
+    """Mistake: their infinite root, which makes a NaN of every score."""
+    G_RxMxN = np.random.default_rng(0).normal(size=(3, 4, 6))
+    G_RxMxN[:, 2] = G_RxMxN[:, :, 5] = 0
+    A, B = (np.einsum(f"rmn,{x}->{y}", G_RxMxN, G_RxMxN) for x, y in (("rkn", "mk"), ("rmk", "nk")))
+    moments = {"w": (np.diag(A) if is_table else A, B)}
+    bases = pair_products.whitened({"w": SiteMetric()}, moments, damping=0.0)["w"].bases
+    for moment, root in zip(moments["w"], bases, strict=True):
+        moment, root = (np.diag(x) if x.ndim == 1 else x for x in (moment, root))
+        # R^(-1/2) R R^(-1/2) is a projection, up to a scale.
+        projection = np.asarray(root, float) @ moment @ root
+        projection *= (len(moment) - 1) / np.trace(projection)
+        assert np.isfinite(projection).all()
+        np.testing.assert_allclose(projection @ projection, projection, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_is_called_twice_is_refused(random_batch):
