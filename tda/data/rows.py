@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MappingView, Set
+from collections.abc import Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -44,26 +44,32 @@ class Query:
     tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
-def parse_queries(queries: Iterable) -> list[Query]:
+def parse_queries(queries: Iterable, places: Sequence[str] | None = None) -> list[Query]:
     """Returns the queries; one without an id is named by its number, from 0.
 
     Args:
         queries: an iterable of (prompt, target), (id, prompt, target), `Query`, or rows with the
             fields "prompt" and "target", and "id" if they have names; other fields are ignored.
+        places: where each row is from, for messages; None names a row by its number.
 
     Raises:
         ValueError: a row is none of these, a text is not a string, or two queries have one id; the
             message says which row it is and what was given.
     """
     _check_container(queries, "queries", _QUERY_FORMS)
-    parsed = [_query(i, row) for i, row in enumerate(queries)]
+
+    def place(i: int) -> str:
+        return f"query {i}" if places is None else places[i]
+
+    parsed = [_query(i, row, place(i)) for i, row in enumerate(queries)]
     if not parsed:
         raise ValueError("there are no queries")
     numbers_by_id: dict[str, int] = {}
     for i, query in enumerate(parsed):
         if (before := numbers_by_id.setdefault(query.id, i)) != i:
             raise ValueError(
-                f"queries {before} and {i} both have the id {query.id!r}; give them different ids"
+                f"{place(before)} and {place(i)} both have the id {query.id!r}; give them "
+                "different ids"
             )
     return parsed
 
@@ -104,15 +110,15 @@ def parse_passages(
         yield _passage(i, row, text_field or "text", id_field)
 
 
-def _query(i: int, row: Any) -> Query:
+def _query(i: int, row: Any, place: str) -> Query:
     if isinstance(row, Query) and row.tokens is not None:
-        return _query_of_tokens(i, row)
+        return _query_of_tokens(row, place)
     fields = dataclasses.asdict(row) if isinstance(row, Query) else _as_mapping(row)
     if fields is not None:
         missing = [k for k in ("prompt", "target") if k not in fields]
         if missing:
             raise ValueError(
-                f"query {i} has no field {missing[0]!r}; its fields are "
+                f"{place} has no field {missing[0]!r}; its fields are "
                 f"{', '.join(map(str, fields)) or 'none'}; {_QUERY_FORMS}"
             )
         name = fields.get("id")
@@ -120,24 +126,22 @@ def _query(i: int, row: Any) -> Query:
     else:
         texts = _as_tuple(row)
         if texts is None or len(texts) not in (2, 3):
-            raise ValueError(f"query {i} is {_shown(row)}; {_QUERY_FORMS}")
+            raise ValueError(f"{place} is {_shown(row)}; {_QUERY_FORMS}")
         values = (None, *texts) if len(texts) == 2 else texts
         if len(texts) == 3 and texts[0] is None:
-            raise ValueError(f"query {i} has the id None; give a name, or (prompt, target)")
+            raise ValueError(f"{place} has the id None; give a name, or (prompt, target)")
     name, prompt, target = values
     for field, text in (("prompt", prompt), ("target", target)):
         if not isinstance(text, str):
-            raise ValueError(
-                f"query {i}: the {field} is {_shown(text)}, not a string; give its text"
-            )
-    return Query(str(i) if name is None else _name(name, f"query {i}", ValueError), prompt, target)
+            raise ValueError(f"{place}: the {field} is {_shown(text)}, not a string; give its text")
+    return Query(str(i) if name is None else _name(name, place, ValueError), prompt, target)
 
 
-def _query_of_tokens(i: int, query: Query) -> Query:
+def _query_of_tokens(query: Query, place: str) -> Query:
     for field, ids in zip(("prompt", "target"), query.tokens, strict=True):
         if not all(map(is_whole, ids)):
-            raise ValueError(f"query {i}: the tokens of the {field} are {_shown(ids)}; give ids")
-    return dataclasses.replace(query, id=_name(query.id, f"query {i}", ValueError))
+            raise ValueError(f"{place}: the tokens of the {field} are {_shown(ids)}; give ids")
+    return dataclasses.replace(query, id=_name(query.id, place, ValueError))
 
 
 def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Document:

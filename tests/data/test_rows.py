@@ -121,9 +121,11 @@ def test_containers_that_are_no_lists_of_rows_are_refused(rows, message):
 
 
 def test_queries_of_one_id_are_refused():
-    with pytest.raises(ValueError, match="queries 0 and 2 both have the id 'q'; give them diff"):
+    with pytest.raises(
+        ValueError, match="query 0 and query 2 both have the id 'q'; give them diff"
+    ):
         parse_queries([("q", "a", "b"), ("a", "b"), ("q", "c", "d")])
-    with pytest.raises(ValueError, match="queries 0 and 1 both have the id '1'"):
+    with pytest.raises(ValueError, match="query 0 and query 1 both have the id '1'"):
         parse_queries([(1, "a", "b"), ("a", "b")])
 
 

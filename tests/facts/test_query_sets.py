@@ -49,7 +49,7 @@ def test_open_questions_of_a_table_have_all_names(tmp_path):
     assert (fact.entity0, fact.relation, fact.entity1) == ("Norway", "capital", "Oslo")
     assert fact.entity1_alias == ("Oslo", "Kristiania") and fact.entity0_alias == ()
     path.write_text(f"{header}\n{row.replace(names, 'Oslo')}\n")
-    with pytest.raises(RecordError, match="possible_answers='Oslo' is no list in JSON"):
+    with pytest.raises(RecordError, match="line 2: possible_answers='Oslo' is no list in JSON"):
         query_sets.read(path)
 
 
@@ -79,9 +79,39 @@ def test_results_are_asked_for_what_the_model_gets_wrong(tmp_path):
 
 
 def test_other_records_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="q.jsonl: query 1 has no field 'target'"):
+    with pytest.raises(ValueError, match="q.jsonl, line 2 has no field 'target'"):
         read(tmp_path, {"prompt": "a", "target": "b"}, {"prompt": "a"})
     with pytest.raises(RecordError, match="line 1: label=2 is no place in targets"):
         read(tmp_path, {"prompt": "a", "targets": ["b", "c"], "label": 2})
     with pytest.raises(ValueError, match="the target is 5"):
         read(tmp_path, {"question": "a", "answer": 5})
+    silent = results.record("a", "trex", "Oslo is in", "Norway", [], [], is_8b_correct=True)
+    same = {"id": "a", "prompt": "b", "target": "c"}
+    with pytest.raises(ValueError, match="q.jsonl, line 2 and q.jsonl, line 3 both have the id"):
+        read(tmp_path, silent, same, same)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "2 + 2 =", "targets": ["4", 5], "label": 0}, r"other_choices=\[5\]"),
+        ({"prompt": "a", "targets": ["b", "c"], "label": True}, "label=True is no place"),
+        ({"question": None, "answer": "18"}, "the question is None"),
+        ({"question": " ", "possible_answers": ["b"], "obj": "b"}, "the question is ' '"),
+        ({"question": "a", "possible_answers": ["b", 3], "obj": "b"}, "possible_answers=.*, 3"),
+        ({"question": "a", "possible_answers": {"b": 1}, "obj": "b"}, "possible_answers="),
+        ({"inputs_plaintext": "a", "8b_generations": [1]}, r"8b_generations=\[1\]"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_record(tmp_path, record, message):
+    """Mistake: a choice that is left out because it is a number, or a question called None."""
+    with pytest.raises(RecordError, match=f"q.jsonl, line 1: {message}"):
+        read(tmp_path, record)
+
+
+@pytest.mark.parametrize("field", ["attribute", "original_ending", "answer"])
+def test_a_stated_target_counts_beside_fields_of_other_forms(tmp_path, field):
+    """Mistake: a column of the user's own that replaces the target."""
+    record = {"prompt": "Oslo is in", "target": "Norway", "question": "Where?", field: "country"}
+    (fact,) = read(tmp_path, record)
+    assert (fact.prompt0, fact.entity1) == ("Oslo is in", "Norway")

@@ -99,7 +99,7 @@ def test_what_needs_labels_is_refused_by_name(config, changes, message):
 
 def test_queries_that_are_none_are_named(config, tmp_path):
     config.data.queries = write(tmp_path / "q.jsonl", [{"prompt": "The capital"}])
-    with pytest.raises(ValueError, match="q.jsonl: query 0 has no field 'target'"):
+    with pytest.raises(ValueError, match="q.jsonl, line 1 has no field 'target'"):
         corpus.load(config, Workdir(tmp_path / "w"))
     assert not (tmp_path / "w" / "tokens").exists()
 
