@@ -5,11 +5,11 @@
 
 Points share a training or gradient stores: whatever the swept keys do not affect is computed once.
 A killed sweep continues where it stopped. A finished point is run again only if a file that its
-config names (data.sentences, data.facts, model.pretrained, dense.model) has other contents now;
-if the text to train on has changed, the sweep needs another workdir. `--parallel=N` runs N points
-at a time, each in a process of its own; `--list` prints a command for each point instead, for a
-cluster's scheduler (a point waits for what another is computing; the same command without `--list`
-gathers the results). Points that run together on one accelerator share its memory:
+config names (corpus, queries, a pretrained model, a sentence encoder, a judge's model) has other
+contents now; if the text to train on has changed, the sweep needs another workdir. `--parallel=N`
+runs N points at a time, each in a process of its own; `--list` prints a command for each point
+instead, for a cluster's scheduler (a point waits for what another is computing; the same command
+without `--list` gathers the results). Points that run together on one accelerator share its memory:
 XLA_PYTHON_CLIENT_MEM_FRACTION limits what each takes.
 
     DIR/NAME/                the results of configs/sweeps/NAME.py (with --board: DIR/NAME_board/):

@@ -305,7 +305,7 @@ def describe_files(source: str | os.PathLike) -> list:
     if os.path.isdir(name):
         files = sorted(str(p) for p in pathlib.Path(name).rglob("*") if p.is_file())
     else:
-        files = sorted(glob.glob(name)) or [name]
+        files = sorted(glob.glob(name, recursive=True)) or [name]
     states = {f: os.stat(f) for f in files if os.path.exists(f)}
     names = names_of(list(states), None)
     return [[names[f], s.st_size, s.st_mtime_ns] for f, s in states.items()] or [os.fspath(source)]

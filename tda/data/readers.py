@@ -199,8 +199,28 @@ def open_tfds(name: str, split: str, data_dir) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    try:
+    with _advising(name):
         return tfds.data_source(name, split=split, data_dir=data_dir)
+
+
+def list_tfds_files(name: str, split: str, data_dir) -> list[str]:
+    """Returns the files of a split of a TFDS dataset, in order.
+
+    Raises:
+        CorpusError: it cannot be opened.
+    """
+    import tensorflow_datasets as tfds
+
+    with _advising(name):
+        instructions = tfds.builder(name, data_dir=data_dir).info.splits[split].file_instructions
+    return list(dict.fromkeys(os.fspath(x.filename) for x in instructions))
+
+
+@contextlib.contextmanager
+def _advising(name: str) -> Iterator[None]:
+    """Says in TFDS's errors what to do about a dataset that cannot be opened."""
+    try:
+        yield
     except Exception as error:  # TFDS raises errors of many classes, some of its own
         first = str(error).strip().splitlines()[0]
         raise CorpusError(
@@ -208,14 +228,6 @@ def open_tfds(name: str, split: str, data_dir) -> Any:
             f"prepare a TFDS dataset by tfds.builder({name!r}, file_format='array_record')"
             ".download_and_prepare()"
         ) from error
-
-
-def list_tfds_files(name: str, split: str, data_dir) -> list[str]:
-    """Returns the files of a split of a TFDS dataset, in order."""
-    import tensorflow_datasets as tfds
-
-    instructions = tfds.builder(name, data_dir=data_dir).info.splits[split].file_instructions
-    return list(dict.fromkeys(os.fspath(x.filename) for x in instructions))
 
 
 def from_rows(rows: Any, name: str, numbers: range, text_field, id_field) -> Iterator[Document]:

@@ -30,14 +30,8 @@ def read(folder: str | os.PathLike) -> tuple[list[Sentence], list[Fact]]:
         FileNotFoundError: it lacks one of the two.
         RecordError: a record lacks a field, or a field has another type; the message names both.
     """
-    folder = pathlib.Path(folder).expanduser()
-    files = sorted((folder / "TREx").glob("P*.jsonl"))
-    if not files or not (folder / "relations.jsonl").exists():
-        raise FileNotFoundError(
-            f"{folder} has no relations.jsonl, or no TREx/P*.jsonl; give the folder `data` that "
-            "LAMA's data.zip unpacks to"
-        )
-    relations = _relations(folder / "relations.jsonl")
+    of_relations, *files = list_files(folder)
+    relations = _relations(of_relations)
     facts: list[Fact] = []
     ids: dict[str, str] = {}
     triples: dict[str, list[dict]] = defaultdict(list)
@@ -77,6 +71,22 @@ def read(folder: str | os.PathLike) -> tuple[list[Sentence], list[Fact]]:
         for text, i in ids.items()
     ]
     return sentences, facts
+
+
+def list_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Returns the files that `read` reads, that of the relations first.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    relations, files = folder / "relations.jsonl", sorted((folder / "TREx").glob("P*.jsonl"))
+    if not files or not relations.exists():
+        raise FileNotFoundError(
+            f"{folder} has no relations.jsonl, or no TREx/P*.jsonl; give the folder `data` that "
+            "LAMA's data.zip unpacks to"
+        )
+    return [relations, *files]
 
 
 def _relations(path: pathlib.Path) -> dict[str, tuple[str, str]]:

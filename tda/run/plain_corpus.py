@@ -63,7 +63,7 @@ def check(config) -> None:
                 f"{method.title} needs labels, which data.corpus={data.corpus} does not have; "
                 "leave it out of methods"
             )
-    _documents(data)
+    documents_of(data)
     jsonl.expand(data.queries or data.facts)
 
 
@@ -74,7 +74,7 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
         ValueError: a file is missing, a record is malformed, a query does not fit.
         tda.runtime.processes.ProcessError: processes read different files.
     """
-    documents = _documents(config.data)
+    documents = documents_of(config.data)
     facts = _facts(config.data)
     if config.model.pretrained:
         tokenizer = pretrained.load_tokenizer(config.model.pretrained)
@@ -133,12 +133,19 @@ def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path)
     )
 
 
-def _documents(data) -> Documents:
+def documents_of(data) -> Documents:
+    """Returns the documents that the section `data` of a config names."""
     options = {"data_dir": data.dir} if data.dir else {}
     if data.share != 1:
         options["share"] = data.share
-    source = data.corpus.split(",") if "," in data.corpus else data.corpus
+    names = sources_of(data)
+    source = names if len(names) > 1 else names[0]
     return Documents(source, text_field=data.text_field, id_field=data.id_field or None, **options)
+
+
+def sources_of(data) -> list[str]:
+    """Returns the names in `data.corpus`."""
+    return data.corpus.split(",")
 
 
 def _texts(documents: Documents) -> Iterator[str]:

@@ -56,6 +56,9 @@ class Point:
         if self.is_board:
             for key in _AFTER_RETRAINING:
                 del config["counterfactual"][key]
+            if self.config.train.traced < 1:
+                # The bank's training continues from the traced checkpoint.
+                config["traced"] = self.config.train.traced
         return fingerprint(plain(config | {"train": train.settings(self.config)}))
 
     @property

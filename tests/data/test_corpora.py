@@ -146,6 +146,8 @@ def test_a_tfds_dataset_by_its_name(tmp_path, monkeypatch):
     assert found == {f"http://{d.id}": d.text for d in DOCUMENTS}
     with pytest.raises(CorpusError, match=r"no_such_set is no file, no directory and no TFDS"):
         list(corpora.Corpus("no_such_set", data_dir=tmp_path))
+    with pytest.raises(CorpusError, match=r"no_such_set is no file, no directory and no TFDS"):
+        list(corpora.Corpus("no_such_set", data_dir=tmp_path).files)
     corpus = corpora.Corpus("tiny_c4", data_dir=tmp_path)
     assert len(corpus.files) == 1 and corpus.pieces == [Piece(tuple(corpus.files), 4)]
     monkeypatch.setattr(corpora, "_PIECE_ROWS", 3)

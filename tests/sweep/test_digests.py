@@ -50,6 +50,32 @@ def test_what_changed_is_named(config, tmp_path, key):
     assert digests.differing(before, now) == (["data.sentences"] if key == "data.sentences" else [])
 
 
+@pytest.mark.parametrize(
+    "changes, key, file",
+    [
+        # Two corpora, one with files below folders.
+        ({"data.corpus": "s0.jsonl,deep/**/*.jsonl"}, "data.corpus", "deep/a/b/c.jsonl"),
+        ({"data.corpus": "s0.jsonl,deep/**/*.jsonl"}, "data.corpus", "s0.jsonl"),
+        ({"data.corpus": "s0.jsonl", "data.queries": "s1.jsonl"}, "data.queries", "s1.jsonl"),
+        ({"data.name": "lama", "data.dir": "lama"}, "data.dir", "lama/TREx/P1.jsonl"),
+        ({"judge.name": "nli", "judge.model": "e"}, "judge.model", "e/weights.bin"),
+    ],
+)
+def test_every_key_that_names_files_counts(config, tmp_path, monkeypatch, changes, key, file):
+    """Mistake: figures of other contents that count as finished, and stand in one table."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("deep/a/b/c.jsonl", "lama/relations.jsonl", "lama/TREx/P1.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    config.data.sentences = config.data.facts = config.model.pretrained = ""
+    config.methods = "trackstar"
+    config.update_from_flattened_dict(changes)
+    before = digests.digests(config)
+    assert before[key]
+    (tmp_path / file).write_text("another\n")
+    assert digests.differing(before, digests.digests(config)) == [key]
+
+
 def test_what_is_not_read_does_not_count(config):
     config.methods = "trackstar"
     config.model.pretrained = config.data.sentences = ""

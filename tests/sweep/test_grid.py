@@ -82,6 +82,7 @@ def test_what_each_key_makes_anew(key, trains, encodes):
         ("projection.side", 2, False),
         ("counterfactual.epochs", 3.0, True),
         ("counterfactual.held_out", 4, True),
+        ("train.traced", 0.5, True),
         ("seed", 1, True),
     ],
 )
