@@ -18,7 +18,7 @@ A plot is a dict with these keys:
 import functools
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tda.evaluation import statistics
 from tda.evaluation.summary import HEADLINE
@@ -240,7 +240,7 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
             if r["metric"] == metric and not r["group"] and r["method"] not in omitted
         ]
         if metric_rows:
-            lines = _lines(plot, columns, metric_rows, "seed" in sweep.axes)
+            lines = _lines(plot, columns, metric_rows, sweep.axes)
             is_percent = metric.startswith("tail_patch") and "log" not in metric
             panels.append(plots.Panel(_title(metric), lines, is_percent))
     if not panels:
@@ -258,7 +258,9 @@ def _is_one_of(value, wanted) -> bool:
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
-def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -> list[plots.Line]:
+def _lines(
+    plot: dict, columns: list[str], table: list[dict], axes: Sequence[str]
+) -> list[plots.Line]:
     """Returns the lines of one panel."""
     by_label: dict[tuple[str, str], list[dict]] = {}
     x, mark = plot["x"], plot.get("mark")
@@ -275,10 +277,30 @@ def _lines(plot: dict, columns: list[str], table: list[dict], has_seeds: bool) -
         for row in line_rows:
             # Points of a line with the same x differ by seed.
             by_x.setdefault(_shown(x, row[x]) if x == "method" else row[x], []).append(row)
-        points = [_figure(same_x, has_seeds) for same_x in by_x.values()]
+        for same_x in by_x.values():
+            _check_one_figure(plot, same_x, axes)
+        points = [_figure(same_x, "seed" in axes) for same_x in by_x.values()]
         y, low, high = zip(*points, strict=True)
         out.append(plots.Line(label, list(by_x), y, low, high, marked, family))
     return out
+
+
+def _check_one_figure(plot: dict, rows: list[dict], axes: Sequence[str]) -> None:
+    """Checks that the rows of one place of a line have one figure for each seed.
+
+    Raises:
+        ValueError: some have several; the message names the axes that they differ in.
+    """
+    by_seed: dict = {}
+    for row in rows:
+        by_seed.setdefault(row.get("seed"), []).append(row)
+    for alike in by_seed.values():
+        if len({f"{row['value']:.6g}" for row in alike}) > 1:
+            mixed = [a for a in axes if len({repr(row[a]) for row in alike}) > 1]
+            raise ValueError(
+                f"plot {plot['name']!r}: points that differ in {', '.join(mixed)} would be one at "
+                f"{plot['x']}={alike[0][plot['x']]}; name that in lines, or choose points by where"
+            )
 
 
 def _figure(rows: list[dict], has_seeds: bool) -> tuple:
@@ -286,7 +308,6 @@ def _figure(rows: list[dict], has_seeds: bool) -> tuple:
     if has_seeds:
         spread = statistics.across_seeds([r["value"] for r in rows])
         return spread["mean"], spread["mean"] - spread["sd"], spread["mean"] + spread["sd"]
-    # Without seeds, a later point with the same x replaces an earlier one.
     row = rows[-1]
     return row["value"], row["low"], row["high"]
 

@@ -222,6 +222,28 @@ def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
     assert (low, y, high) == pytest.approx((0.5, 0.6, 0.7))  # a standard deviation over seeds
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_a_plot_does_not_mix_the_points_of_an_axis_that_it_does_not_name(tmp_path, seeds):
+    """Mistake: dampings that count as seeds, or of which the last one stands for all."""
+    body = f"""{{
+        "fixed": {{"methods": "trackstar"}},
+        "axes": {{"seed": {seeds}, "projection.side": (4, 8), "hessian.damping": (0.1, 1.0)}},
+        "plots": [{{"name": "p", "x": "projection.side", "y": ("mrr",)}}],
+    }}"""
+    loaded = grid.load(write(tmp_path / "s.py", body), defaults.get_config())
+    results = [
+        make_result(p, mrr=p.values["hessian.damping"] + p.values["seed"]) for p in loaded.points
+    ]
+    message = "plot 'p': points that differ in hessian.damping .* projection.side=4; name that"
+    with pytest.raises(ValueError, match=message):
+        report.write(loaded, results, tmp_path, True)
+    assert (tmp_path / "sweep.csv").exists()
+    for chosen in ({"lines": ["method", "hessian.damping"]}, {"where": {"hessian.damping": 1.0}}):
+        loaded.plots[0] |= chosen
+        assert report.write(loaded, results, tmp_path, True)
+        del loaded.plots[0][next(iter(chosen))]
+
+
 def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
     body = """{
         "fixed": {"methods": "grad_dot,trackstar"},
