@@ -24,6 +24,7 @@ from tda.gradients.batch_mates import MatesCheck, is_local
 from tda.gradients.projection import Projection
 from tda.gradients.sites import Site
 from tda.gradients.taps import Tap
+from tda.gradients.unseen import count_examples
 from tda.model import functional
 
 # The largest difference that may be rounding, relative to a block's norm, and the least norm that
@@ -40,6 +41,8 @@ class TapsCheck:
 
     Attributes:
         is_open_N: the blocks without a gradient in any example compared so far, bool [N].
+        is_alone: whether only batches of one example were compared so far, in which a division by
+            the number of examples does not show.
     """
 
     def __init__(
@@ -73,7 +76,11 @@ class TapsCheck:
 
         self._encode = jax.jit(encode)
         self._tolerance: tuple[float, float] | None = None
-        self.is_open_N = np.ones(len(self._layout.slices), bool)
+        self.is_open_N, self.is_alone = np.ones(len(self._layout.slices), bool), True
+
+    def is_done(self, count: int) -> bool:
+        """Returns whether a batch of `count` examples has nothing left to tell."""
+        return not self.is_open_N.any() and (count < 2 or not self.is_alone)
 
     def is_computable(self, batch) -> bool:
         """Returns whether the loss of a batch can be differentiated without taps."""
@@ -92,6 +99,8 @@ class TapsCheck:
         """
         encodings_BxE = np.asarray(encodings_BxE, np.float64)
         is_wrong_N = np.zeros_like(self.is_open_N)
+        if self.is_alone and len(encodings_BxE) > 1:
+            self.is_open_N[:], self.is_alone = True, False
         for row in self._rows_to_compare(batch, np.nan_to_num(self._block_norms(encodings_BxE))):
             expected_E = self._encode(self._parameters, _example(batch, row))
             is_wrong_N |= self._compare(np.asarray(expected_E, np.float64), encodings_BxE[row])
@@ -195,9 +204,10 @@ class FirstBatch:
             self._replace([s for s in self._sites if s.tapped], error)
             return ()
         self._mates(encode, batch, encodings)
-        if self._taps_check is not None and is_local(batch):
+        count = count_examples(batch)
+        if self._taps_check and is_local(batch) and not self._taps_check.is_done(count):
             wrong = self._taps_check.wrong_paths(batch, *encodings)
-            if wrong or not self._taps_check.is_open_N.any():
+            if wrong or self._taps_check.is_done(2):
                 self._taps_check = None  # done: release the model's arrays
             if wrong:
                 self._replace([s for s in self._sites if s.path in wrong])

@@ -178,6 +178,15 @@ def test_a_batch_without_gradients_tells_nothing(batch):
         encode(weighted | {"weight": np.ones(5, np.float32)})
 
 
+def test_a_batch_of_one_example_does_not_tell_what_several_do(batch):
+    """Mistake: one query asked first, after which a loss over the batch's size passed unseen."""
+    encode = make_encoder(Model(nnx.Rngs(0)), P, output=LOSSES["mean"][0])
+    for i in range(2):
+        encode({"x": batch["x"][i : i + 1]})
+    with pytest.raises(ValueError, match="do not give the gradient of first/kernel, second/kernel"):
+        encode(batch)
+
+
 class Experts(Model):
     """Its second layer is called for negative inputs only, and has a product of its own."""
 
