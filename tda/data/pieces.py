@@ -7,7 +7,6 @@ whole piece, which costs little compared with tokenising a share of it.
 
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -172,7 +171,7 @@ class PieceEnd:
 def read_end(folder: pathlib.Path, piece: int) -> PieceEnd | None:
     """Returns a piece's counts and file states; None if it was not yet read to its end."""
     try:
-        end = json.loads((folder / f"{piece:06d}.json").read_text(encoding="utf-8"))
+        end = atomic_file.read_json(folder / f"{piece:06d}.json")
     except FileNotFoundError:
         return None
     states = {name: FileState(*state) for name, state in end["files"].items()}

@@ -16,7 +16,6 @@ copied corpus is the same corpus.
 import collections
 import dataclasses
 import itertools
-import json
 import pathlib
 import re
 import warnings
@@ -318,4 +317,4 @@ def _sum(counts: Iterable[Counts]) -> Counts:
 
 
 def _read_json(path: pathlib.Path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return atomic_file.read_json(path) if path.exists() else None

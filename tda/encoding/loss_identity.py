@@ -57,7 +57,7 @@ def save(identity: str, directory: str | os.PathLike) -> None:
 
 def _load(directory) -> dict | None:
     file = pathlib.Path(directory) / _FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return atomic_file.read_json(file) if file.exists() else None
 
 
 def identify(loss: Callable, model: nnx.Module) -> str:

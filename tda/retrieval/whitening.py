@@ -236,7 +236,7 @@ class Whitening:
 
     def _read(self, file: pathlib.Path, kind: str) -> _Root:
         self._tell("reading R")
-        with np.load(file, allow_pickle=False) as arrays:
+        with atomic_file.naming_damaged(file), np.load(file, allow_pickle=False) as arrays:
             for name in set(arrays) & {"train", "evaluation"}:
                 self.spectra.setdefault(name, arrays[name])
             self.notes[kind] = json.loads(str(arrays["note"]))

@@ -1,7 +1,6 @@
 """The board: every method's scores of all units, compared with the bank."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -22,7 +21,7 @@ from tda.run.bank_scores import TITLES, BankScores, family, own_methods, title
 from tda.run.counterfactual import Retrained
 from tda.run.run import Run
 from tda.run.workdir import Workdir
-from tda.runtime.atomic_file import open_atomic, write_arrays, write_json
+from tda.runtime.atomic_file import open_atomic, read_json, write_arrays, write_json
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import plain
 
@@ -85,7 +84,7 @@ def measure(config, workdir: Workdir, engine: Engine = PROCESSES) -> dict:
         board = score(run)
         with engine.alone():
             if engine.party and workdir.has_new("board.json"):  # by another task of the array
-                record = json.loads((workdir / "board.json").read_text(encoding="utf-8"))
+                record = read_json(workdir / "board.json")
             else:
                 record = board.write(workdir.path, board.retrained.directory.path)[0]
     print(board_report.summarise(record))

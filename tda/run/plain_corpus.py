@@ -1,7 +1,6 @@
 """The corpus of a run without labels: `data.corpus`, tokenised by file and part, and mapped."""
 
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ from tda.run.defaults import KEYS, flat
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
 from tda.runtime import processes, progress
-from tda.runtime.atomic_file import write_json
+from tda.runtime.atomic_file import read_json, write_json
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint
 
@@ -179,7 +178,7 @@ def _named(facts: list[Fact], passages, tokenizer, workdir) -> list[Fact]:
             with progress.bar(len(passages), "names of the facts", "passage") as bar:
                 read = (texts[row] for row in range(len(passages)))
                 write_json(file, frequency.counts(facts, read, bar.update).tolist())
-        return json.loads(file.read_text())
+        return read_json(file)
 
     counts = processes.on_first_process("look for the names of the facts", count)
     named = [f for f, n in zip(facts, counts, strict=True) if n]

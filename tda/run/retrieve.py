@@ -1,6 +1,5 @@
 """The stage that retrieves passages for every query by every method."""
 
-import json
 import math
 import pathlib
 
@@ -21,7 +20,7 @@ from tda.run.registry import retriever_of
 from tda.run.retrievers import Result, Retriever, queries_of_run
 from tda.run.run import Run
 from tda.runtime import processes
-from tda.runtime.atomic_file import write_json
+from tda.runtime.atomic_file import read_json, write_json
 
 
 def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
@@ -213,7 +212,7 @@ def _file(run: Run, retriever: Retriever, method: Method) -> pathlib.Path:
 
 def _notes(files: dict[str, pathlib.Path]) -> dict:
     notes = {n: f.with_suffix(".json") for n, f in files.items()}
-    return {n: json.loads(f.read_text()) for n, f in notes.items() if f.exists()}
+    return {n: read_json(f) for n, f in notes.items() if f.exists()}
 
 
 def _write(file: pathlib.Path, result: Result) -> None:

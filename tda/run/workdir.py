@@ -5,7 +5,6 @@ on a shared file system, and would then disagree with it.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import time
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tda.run.defaults import flat
 from tda.runtime import directory_lock, processes
-from tda.runtime.atomic_file import write_json
+from tda.runtime.atomic_file import read_json, write_json
 from tda.runtime.differences import as_text, differences
 from tda.runtime.directories import make_directory
 from tda.runtime.directory_lock import DirectoryLock
@@ -123,7 +122,7 @@ class Workdir:
             stamp = self._stamp(stage)
             if not stamp.exists():
                 return False
-            record = json.loads(stamp.read_text(encoding="utf-8"))
+            record = read_json(stamp)
             is_same = made_from is None or record["made_from"] == plain(made_from)
             return record["finished"] and is_same
 
@@ -151,7 +150,7 @@ class Workdir:
     def _claim(self, stage: str, record: dict) -> None:
         stamp = self._stamp(stage)
         if stamp.exists():
-            before = json.loads(stamp.read_text(encoding="utf-8"))
+            before = read_json(stamp)
             if lines := list(differences(before["made_from"], record["made_from"])):
                 # A key of the config says more than the many values that follow from it.
                 keys = list(differences(before["config"], record["config"]))
@@ -170,7 +169,7 @@ class Workdir:
 
         def write():
             stamp = self._stamp(stage)
-            record = json.loads(stamp.read_text(encoding="utf-8"))
+            record = read_json(stamp)
             write_json(stamp, record | {"finished": True})
 
         processes.on_first_process(f"end the stage {stage}", write)

@@ -17,6 +17,7 @@ import shutil
 import socket
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -26,6 +27,10 @@ _PART = re.compile(r".*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
 # Seconds. Locks of other hosts are not seen on every file system (NFS mounted with `nolock`), so a
 # part of another host counts as left behind only if it has not been written to for a day.
 _LONG_UNTOUCHED = 86_400.0
+
+
+class DamagedError(ValueError):
+    """A file of this package was cut off or changed after it was written."""
 
 
 @contextlib.contextmanager
@@ -82,6 +87,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         out.write("\n")
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads the JSON that `write_json` wrote.
+
+    Raises:
+        DamagedError: the file is no JSON.
+        FileNotFoundError: there is no such file.
+    """
+    with naming_damaged(path):
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Writes arrays by name to `path` (.npz); the file appears whole or not at all."""
     with open_atomic(path, "wb") as out:
@@ -89,9 +105,33 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the arrays that `write_arrays` wrote, by name."""
-    with np.load(path, allow_pickle=False) as arrays:
+    """Reads the arrays that `write_arrays` wrote, by name.
+
+    Raises:
+        DamagedError: the file holds no arrays.
+        FileNotFoundError: there is no such file.
+    """
+    with naming_damaged(path), np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+@contextlib.contextmanager
+def naming_damaged(path: str | os.PathLike, *errors: type[Exception]) -> Iterator[None]:
+    """Names a file in the error of a library that cannot read it, and says what to do.
+
+    Args:
+        path: a file that the same command makes again where it is missing.
+        errors: the library's errors beside `ValueError`, `EOFError` and those of zip files.
+
+    Raises:
+        DamagedError: the file cannot be read.
+    """
+    try:
+        yield
+    except (ValueError, EOFError, zipfile.BadZipFile, *errors) as error:
+        raise DamagedError(
+            f"{path} is damaged ({error}); remove it, and the same command makes it again"
+        ) from error
 
 
 def _host() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import subprocess
 import time
@@ -19,7 +18,7 @@ from tda.run import board, capturing, defaults, evaluate, retrieve, stages, trai
 from tda.run.run import Run
 from tda.run.workdir import Workdir
 from tda.runtime import metrics, processes, progress
-from tda.runtime.atomic_file import write_json
+from tda.runtime.atomic_file import read_json, write_json
 from tda.runtime.differences import as_text, differences
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.sweep import digests
@@ -57,7 +56,7 @@ def _made_from(point: Point) -> dict:
 def _stamp(point: Point, directory: pathlib.Path) -> dict | None:
     """Returns the record of a finished point; None if there is none."""
     file = directory / "points" / point.name / "point.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def _changes(point: Point, stamp: dict) -> list[str]:
@@ -111,7 +110,7 @@ def read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dict
     out = []
     for point in points:
         metrics, stamp = (
-            json.loads((directory / "points" / point.name / name).read_text(encoding="utf-8"))
+            read_json(directory / "points" / point.name / name)
             for name in ("metrics.json", "point.json")
         )
         out.append((point, metrics, stamp["about"]))

@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from tda.gradients.moments import kept_scales
+from tda.gradients.moments.second_moments import Scale
 from tda.runtime import atomic_file
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -34,6 +37,33 @@ def test_an_error_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_file_that_was_cut_off_is_named(tmp_path, left):
+    """Mistake: the error of a library, which says neither the file nor what to do."""
+    made_from, scale = {"seed": 0}, Scale(left=np.ones((1, 3)), right=np.ones((1, 2)))
+    for name, write, read in (
+        ("a.json", lambda p: atomic_file.write_json(p, made_from), atomic_file.read_json),
+        (
+            "b.npz",
+            lambda p: atomic_file.write_arrays(p, {"x": np.ones(9)}),
+            atomic_file.read_arrays,
+        ),
+        (
+            "c.safetensors",
+            lambda p: kept_scales.save(p, {"w": scale}, made_from),
+            lambda p: kept_scales.load(p, made_from),
+        ),
+    ):
+        write(tmp_path / name)
+        read(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(left * len(content))])
+        with pytest.raises(atomic_file.DamagedError, match=f"{name} is damaged .*; remove it"):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        atomic_file.read_json(tmp_path / "absent.json")
 
 
 def test_two_writers_of_one_path_both_write_whole_files(tmp_path):

@@ -5,7 +5,7 @@ import os
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tda.gradients.moments.second_moments import Scale
@@ -35,7 +35,10 @@ def load(path, made_from: dict) -> dict[str, Scale] | None:
     if not os.path.exists(path):
         return None
     parts_by_name: dict[str, dict] = {}
-    with safe_open(os.fspath(path), framework="numpy") as opened:
+    with (
+        atomic_file.naming_damaged(path, SafetensorError),
+        safe_open(os.fspath(path), framework="numpy") as opened,
+    ):
         if (opened.metadata() or {}).get("made_from") != json.dumps(made_from, sort_keys=True):
             return None
         for key in opened.keys():
