@@ -52,7 +52,9 @@ def find_packaged(path: str, folder: str = "") -> str:
     """
     file, colon, argument = path.partition(":")
     packaged = _CONFIGS / folder / f"{pathlib.Path(file).stem}.py"
-    if pathlib.Path(file).is_file() or not packaged.is_file():
+    # A file of the caller's own that is not there is no packaged one of the same name.
+    is_named = pathlib.Path(file).parent in map(pathlib.Path, ("", "configs", f"configs/{folder}"))
+    if pathlib.Path(file).is_file() or not (is_named and packaged.is_file()):
         return path
     return f"{packaged}{colon}{argument}"
 

@@ -1,5 +1,6 @@
 """Every key of a config, with its default, its meaning in a line, and the values it may have."""
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -288,6 +289,10 @@ CHOICES = {
 }
 
 
+# Limits that may be infinite.
+_UNBOUNDED = ("train.clip", "search.memory_gib")
+
+
 def check_values(config: ConfigDict) -> None:
     """Checks each value of a config by itself.
 
@@ -302,11 +307,15 @@ def check_values(config: ConfigDict) -> None:
             raise ValueError(f"unknown {key}={values[key]!r}; use {listed}")
     for key, value in values.items():
         sign = KEYS.get(key, ())[2:]  # a plugin may have keys of its own
-        if isinstance(value, int | float) and SIGNED not in sign:
+        if isinstance(value, int | float):
+            if not math.isfinite(value) and key not in _UNBOUNDED:
+                raise ValueError(f"{key}={value} must be a finite number")
             if value <= 0 and POSITIVE in sign:
                 least = "1 or more" if isinstance(value, int) else "above 0"
                 raise ValueError(f"{key}={value} must be {least}")
-            if value < 0:
+            if value < 0 and SIGNED in sign and value != -1:
+                raise ValueError(f"{key}={value} must not be negative, unless it is -1")
+            if value < 0 and SIGNED not in sign:
                 raise ValueError(f"{key}={value} must not be negative")
     for key in ("gradients.include", "gradients.exclude"):
         compile_pattern(key, values[key])

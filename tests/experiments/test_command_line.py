@@ -27,6 +27,9 @@ def test_a_packaged_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch)
     (tmp_path / "world_facts.py").touch()
     assert command_line.find_packaged("world_facts.py") == "world_facts.py"
     assert command_line.find_packaged("absent.py") == "absent.py"
+    # Mistake: a folder that is misspelt, and a packaged config in the place of the caller's.
+    for name in ("mine/world_facts.py", str(tmp_path / "no" / "lambda.py")):
+        assert command_line.find_packaged(name, "" if "mine" in name else "sweeps") == name
     # Guards: an argument of get_config that was dropped without a word.
     path = command_line.find_packaged("counterfactual_world:small")
     assert path == f"{ROOT}/configs/counterfactual_world.py:small"

@@ -46,6 +46,9 @@ def test_the_defaults_and_the_packaged_configs_have_possible_values():
         ({"data.n_queries": -1}, "data.n_queries=-1 must not be negative"),
         ({"train.traced": 1.5}, "train.traced=1.5 must be above 0, and 1 at most"),
         ({"hessian.weight": 1.5}, "hessian.weight=1.5 must be 1 at most, or -1"),
+        ({"hessian.damping": float("nan")}, "hessian.damping=nan must be a finite number"),
+        ({"train.epochs": float("inf")}, "train.epochs=inf must be a finite number"),
+        ({"hessian.damping": -0.1}, "hessian.damping=-0.1 must not be negative, unless it is -1"),
     ],
 )
 def test_impossible_values_are_refused_by_key(changes, message):
