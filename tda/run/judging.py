@@ -8,6 +8,7 @@ import numpy as np
 
 from tda.evaluation import judges, kinds
 from tda.evaluation.judge import Claim, Judge, JudgeSettings, windows
+from tda.evaluation.summary import CUT
 from tda.run.result_log import ResultLog
 from tda.run.run import Run
 from tda.runtime import processes, progress
@@ -32,11 +33,21 @@ def make_judge(config) -> Judge | None:
     """Returns the judge that a config names; None if it names none.
 
     Raises:
-        ValueError: there is no such judge, or it lacks an extra or a model.
+        ValueError: there is no such judge, it lacks an extra or a model, or its figures would not
+            be what their names say.
     """
-    j = config.judge
+    j, top_k = config.judge, config.eval.top_k
     if not j.name:
         return None
+    if top_k < CUT:
+        raise ValueError(
+            f"eval.top_k={top_k}: a judge's recall@{CUT} and precision@{CUT} are of {CUT} "
+            f"proponents; use eval.top_k={CUT} or more"
+        )
+    if j.threshold >= 1:
+        raise ValueError(
+            f"judge.threshold={j.threshold}: no score is above it; give less than 1, such as 0.5"
+        )
     return _make(j.name, judges.JUDGES.get(j.name), JudgeSettings(j.model, j.batch, j.tokens))
 
 

@@ -106,6 +106,20 @@ def test_a_judge_that_cannot_be_had_is_refused_before_all_work(run):
         stages.check(run.config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.top_k": 5}, "eval.top_k=5: a judge's recall@10"),
+        ({"judge.threshold": 1.0}, "judge.threshold=1.0: no score is above it"),
+    ],
+)
+def test_a_judges_figures_are_what_their_names_say(run, changes, message):
+    """Mistake: recall@10 of five proponents, and a bound that nothing passes."""
+    run.config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        stages.check(run.config)
+
+
 def test_the_check_and_the_reading_share_one_judge(run, monkeypatch):
     """A judge's model may take minutes to load, and be as large as the run's own."""
     made = []
