@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from tda import results
+from tda.data.documents import is_missing
 from tda.data.tokenised import place_of
 from tda.evaluation import by_label
 from tda.evaluation.statistics import GroupSum, group_sums
@@ -227,9 +228,10 @@ def _label(
     label_of: Mapping[str, str] | Callable[[RankedPassage], str], passage: RankedPassage
 ) -> str:
     if callable(label_of):
-        return str(label_of(passage))
-    label = by_label.label_of(label_of, passage.id)
-    if label is None:
+        label = label_of(passage)
+    else:
+        label = by_label.label_of(label_of, passage.id)
+    if is_missing(label):
         document = place_of(passage.id)[0]
         raise ValueError(f"document {document!r} has no label; give one to every document")
     return str(label)

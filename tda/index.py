@@ -166,7 +166,11 @@ class _Kind:
             return encoded
         if isinstance(contrast, Sized) and not len(contrast):
             return mean_of(encoded)
-        return mean_of(encoded, self._inputs.encode_queries(contrast, strictest, joiner))
+        try:
+            others = self._inputs.encode_queries(contrast, strictest, joiner)
+        except ValueError as error:
+            raise ValueError(f"contrast: {error}") from error
+        return mean_of(encoded, others)
 
     def query(
         self,

@@ -168,6 +168,7 @@ def test_a_contrast_is_the_difference_of_two_means(model, tokenizer):
     assert 0.01 < np.abs(cosines).max() <= 1
     for options, message in (
         (dict(contrast=QUERIES), "same mean gradient"),
+        (dict(contrast=[("The town", 3)]), "contrast: query 0: the target is 3"),
         (dict(contrast=others, rerank=10), "rerank=10 scores each query by its own"),
         (dict(contrast=others, method="trackstar"), "R of the queries is for single queries"),
     ):
@@ -214,8 +215,11 @@ def test_scores_are_added_up_by_label(model, tokenizer):
             assert group.size == len(ids) and 0 < group.p <= 1
             assert group.mean == pytest.approx(sum(scores[i] for i in ids), rel=1e-6)
     assert {g.label for g in groups} == {"even", "odd"}
+    for missing in ({}, {"7": None}, {"7": float("nan")}):
+        with pytest.raises(ValueError, match="document '7' has no label"):
+            traced.by({str(i): "a" for i in range(7)} | missing)
     with pytest.raises(ValueError, match="document '7' has no label"):
-        traced.by({str(i): "a" for i in range(7)})
+        traced.by(lambda p: None if p.id == "7" else "a")
     for k in (2, len(TEXTS) // 2):
         with pytest.raises(ValueError, match="trace again with k= the number of passages"):
             index.query(QUERIES, "grad_cos", k=k).by(labels)

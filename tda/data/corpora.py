@@ -132,12 +132,21 @@ class Corpus:
             The labels by the documents' ids, of a share of the documents too for all of them.
 
         Raises:
-            CorpusError: a document lacks the field, or has neither a string nor a number there.
+            CorpusError: a document lacks the field, or has neither a string nor a number there, or
+                two have one id.
         """
         documents = dataclasses.replace(self, share=1.0)
         # A document's id may be a number too, and its text may not.
         labelled = dataclasses.replace(documents, id_field=field, duplicate_ids="refuse")
-        return {d.id: label.id for d, label in zip(documents, labelled, strict=True)}
+        labels: dict[str, str] = {}
+        for document, label in zip(documents, labelled, strict=True):
+            if document.id in labels:
+                raise CorpusError(
+                    f"two documents have the id {document.id!r}, so it has no one label; give them "
+                    "other ids, or use duplicate_ids='number'"
+                )
+            labels[document.id] = label.id
+        return labels
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:

@@ -242,6 +242,7 @@ def _check_characters(document: Document) -> None:
     if not isinstance(document.text, str):
         kind = type(document.text).__name__
         raise CorpusError(f"document {document.id!r}: the text is {kind}, not a string")
-    for field, value in (("id", document.id), ("text", document.text)):
+    for field in ("id", "text", "prompt"):
+        value = getattr(document, field)
         if half := half_character(value):
             raise CorpusError(f"document {document.id!r}: the {field} has {half}")

@@ -12,7 +12,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import sites
 from tda.gradients.moments import estimate
-from tda.gradients.moments.second_moments import Scale, SecondMoments
+from tda.gradients.moments.second_moments import Scale, SecondMoments, check_scales
 from tda.gradients.projection import Layout, Projection, layout
 from tda.gradients.sites import find_sites
 from tda.runtime import progress
@@ -118,6 +118,7 @@ class TraceSettings:
                 f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
                 "parameter; for an optimizer's state give tda.second_moments(state, ...)"
             )
+        check_scales(self.moments.scales, self.sites())
         return self.moments.scales
 
     def estimate_scales(self, batches: Iterable) -> dict[str, Scale]:

@@ -30,7 +30,7 @@ from tda.gradients import projection as projections
 from tda.gradients import taps, unseen
 from tda.gradients.batch_mates import MatesCheck
 from tda.gradients.first_batch import FirstBatch, TapsCheck
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.second_moments import Scale, check_scales
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_coverage
 from tda.gradients.taps import Tap
@@ -163,13 +163,16 @@ def make_encoder(
             warning below a half.
 
     Raises:
-        ValueError: nothing is included, or `projection` does not fit the model (more blocks than
-            layers, or blocks of a model without numbered layers); with a batch, if
-            taps miss a part of a gradient (`tda.gradients.unseen`), unless `untapped` allows it.
+        ValueError: nothing is included, `projection` does not fit the model (more blocks than
+            layers, or blocks of a model without numbered layers), or a scale is no `Scale` of its
+            matrix's shape; with a batch, if taps miss a part of a gradient
+            (`tda.gradients.unseen`), unless `untapped` allows it.
         KeyError: `scales` lacks a parameter.
     """
     sites = find_sites(model, include, exclude, untapped)
     check_blocks(model, projection)
+    if scales is not None:
+        check_scales(scales, sites)
     if tell:
         tell_coverage(model, sites, is_default=include is None and exclude is None)
     return _make_checked(model, sites, projection, scales, output, mesh)

@@ -465,3 +465,7 @@ def test_a_field_is_a_label_by_id_even_of_numbers_and_of_a_share(tmp_path, make)
     assert corpus.labels("url")["d"] == "http://d"
     with pytest.raises(CorpusError, match="'topic'"):
         corpus.labels("topic")
+    (tmp_path / "again").mkdir()
+    again = corpora.Corpus(make(tmp_path / "again", [*rows, rows[0] | {"year": 1}]))
+    with pytest.raises(CorpusError, match="two documents have the id 'a'.*number"):
+        again.labels("year")

@@ -437,6 +437,7 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
     half = "Oslo \ud83d"
     for wrong, message in (
         (Document("p7", half), r"document 'p7': the text has half a character, \\ud83d at 5 "),
+        (Document("p8", "Oslo", prompt=half), "document 'p8': the prompt has half a character"),
         (Document(half, "Oslo"), r"document 'Oslo \\ud83d': the id has half a character"),
         (Document("p8", None), "document 'p8': the text is NoneType, not a string"),
     ):

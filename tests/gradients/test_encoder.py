@@ -373,8 +373,20 @@ def test_errors(decoder):
     with pytest.raises(ValueError, match="blocks=3 exceeds"):
         make_encoder(model, Projection(blocks=3))
     some = {"layers/mlp/up/kernel": Scale(full=jnp.ones((2, 16, 24)))}
-    with pytest.raises(KeyError, match="layers/attention"):
-        make_encoder(model, P, some)
+    for scales in (some, {}):  # an empty one is not the same as none
+        with pytest.raises(KeyError, match="scales has no 1/√V of layers/attention/key/kernel"):
+            make_encoder(model, P, scales)
+    name, stack = "layers/mlp/up/kernel", dict(include="mlp/up")
+    for scale, message in (
+        (3.0, rf"scales\['{name}'\] is of type float; give a Scale"),
+        # The same number of weights, or a shape that broadcasts.
+        (Scale(full=jnp.ones((2, 24, 16))), r"shapes \[None, None, \(2, 24, 16\)\]; give full"),
+        (Scale(full=jnp.ones((1, 24))), r"of the shape \(2, 16, 24\), or left and right"),
+        (Scale(jnp.ones((2, 1, 16)), jnp.ones((2, 2, 24))), "left, right and full of the shapes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_encoder(model, P, {name: scale}, **stack)
+    make_encoder(model, P, {name: Scale(jnp.ones((2, 3, 16)), jnp.ones((2, 3, 24)))}, **stack)
 
 
 def test_pooling_adds_up_the_layers_of_a_block():

@@ -19,7 +19,7 @@ EK-FAC's damping is one (`tda.gradients.kronecker`).
 import dataclasses
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from tda.gradients import sites
 from tda.gradients.moments import low_rank, optimizer_state
 from tda.gradients.moments.optimizer_state import Moments, OptimizerState, SecondMomentError
 from tda.runtime import sharding
+from tda.runtime.differences import shorten
 
 CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
 
@@ -58,6 +59,33 @@ class Scale:
         """Returns a scale with `change` applied to each array."""
         parts = self.left, self.right, self.full
         return Scale(*(None if x is None else change(x) for x in parts))
+
+
+def check_scales(scales: Mapping[str, Scale], chosen: Sequence[sites.Site]) -> None:
+    """Checks that there is a scale of the right shape for every site.
+
+    Raises:
+        KeyError: a site has none.
+        ValueError: it is no `Scale`, or its arrays have other shapes; the message names the site.
+    """
+    if missing := [s.path for s in chosen if s.path not in scales]:
+        raise KeyError(f"scales has no 1/√V of {shorten(missing)}; it has {shorten([*scales])}")
+    for site in chosen:
+        scale, stack, sides = scales[site.path], site.stack_shape, (site.rows, site.columns)
+        if not isinstance(scale, Scale):
+            raise ValueError(
+                f"scales[{site.path!r}] is of type {type(scale).__name__}; give a Scale "
+                "(tda.gradients.moments.second_moments), or tda.second_moments of an optimizer"
+            )
+        parts = scale.left, scale.right, scale.full
+        shapes = [None if x is None else np.shape(x) for x in parts]
+        rank = shapes[0][-2:-1] if shapes[0] else ()
+        whole, product = (*stack, *sides), [(*stack, *rank, side) for side in sides]
+        if shapes not in ([None, None, whole], [*product, None]):
+            raise ValueError(
+                f"scales[{site.path!r}] has left, right and full of the shapes {shapes}; give full "
+                f"of the shape {whole}, or left and right of {[(*stack, 'R', n) for n in sides]}"
+            )
 
 
 def parse_correction(text: str) -> tuple[str, int | None]:
