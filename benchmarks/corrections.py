@@ -370,5 +370,5 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-    flags.set_default(launch.CONFIG, "configs/world_facts.py")
+    flags.set_default(launch.CONFIG, "configs/world_facts.py:pooled")
     launch.launch(main)

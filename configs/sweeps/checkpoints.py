@@ -1,6 +1,6 @@
 """Influence and attribution in the course of training: checkpoints of one training.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/checkpoints.py --workdir=DIR
 
 Cost: one training whose checkpoints are all kept, then a pass over the corpus a point. The

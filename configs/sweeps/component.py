@@ -1,6 +1,6 @@
 """k of the mixing rule: the component at which the spectra of R_train and R_eval are made equal.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/component.py --workdir=DIR
 
 Cost: one training and two stores, then two searches a point. The usual k (1000 of 65,536, in

@@ -1,6 +1,6 @@
 """Where does the optimizer correction help? Correction × R × dimensions.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/correction.py --workdir=DIR
 
 Cost: one training, then three passes over the corpus for each number of dimensions. The table has

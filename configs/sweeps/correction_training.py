@@ -1,6 +1,6 @@
 """Where does the optimizer correction help? Correction × R × how far the training has come.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/correction_training.py --workdir=DIR
 
 Cost: one training whose checkpoints are all kept, then a pass over the corpus a point. The

@@ -1,6 +1,6 @@
 """Damping of R, in mean eigenvalues of a block.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/damping.py --workdir=DIR
 
 Cost: one training and two stores, then three searches a point.

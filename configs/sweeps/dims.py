@@ -1,6 +1,6 @@
 """How many dimensions gradients are projected to.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/dims.py --workdir=DIR
 
 Cost: one training, then a pass over the corpus a point, and two stores.

@@ -1,6 +1,6 @@
 """Does influence come closer to attribution as models grow? Four sizes by training tokens.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/growth.py --workdir=DIR
 
 MRR and recall by labels, where the corpus has any; AIS-MRR and recall by the judge of names;
@@ -18,7 +18,6 @@ def get_sweep():
     return {
         "fixed": {
             "methods": "trackstar,exp5,grad_cos,bm25",
-            "projection.blocks": 4,
             "judge.name": "lexical",
         },
         "axes": {

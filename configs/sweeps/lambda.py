@@ -1,6 +1,6 @@
 """λ of TrackStar's mixture, from R_train alone (0) to R_eval alone (1), and the rule's own choice.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/lambda.py --workdir=DIR
 
 Cost: one training and two stores, then two searches a point. The rule's λ is a dashed line.

@@ -1,6 +1,6 @@
 """Which of the model's matrices carry attribution: attention, MLP, the embedding, all.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/matrices.py --workdir=DIR
 
 Cost: one training, then a pass over the corpus a point.

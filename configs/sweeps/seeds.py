@@ -1,6 +1,6 @@
 """Three trainings that differ in their seed alone: mean and spread of every figure.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/seeds.py --workdir=DIR
 
 Cost: three runs of the config. `seeds.csv` has all figures, `seeds.md` the headline.

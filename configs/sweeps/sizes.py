@@ -1,6 +1,6 @@
 """Influence and attribution by the model's size.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/sizes.py --workdir=DIR
 
 Cost: a training and a pass over the corpus a point. A block of dimensions for each layer's

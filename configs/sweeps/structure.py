@@ -1,6 +1,6 @@
 """R dense and as a Kronecker product, by the side of a block for each matrix.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/structure.py --workdir=DIR
 
 Cost: one training, then a pass over the corpus for each side. A dense R of side 48 is left out:

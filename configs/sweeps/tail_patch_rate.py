@@ -1,6 +1,6 @@
 """The learning rate of the tail-patch step, its optimizer's state restored or fresh.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/tail_patch_rate.py --workdir=DIR
 
 Cost: one training, two stores and one search; then a step for each pair of a point.

@@ -1,6 +1,6 @@
 """Influence and attribution by training tokens: each number of epochs is a training of its own.
 
-    python -m experiments.sweep --config=configs/world_facts.py \\
+    python -m experiments.sweep --config=configs/world_facts.py:pooled \\
         --sweep=configs/sweeps/tokens.py --workdir=DIR
 
 Cost: a training (31 epochs in all) and a pass over the corpus a point.
