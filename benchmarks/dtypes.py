@@ -1,6 +1,7 @@
 """Bytes of a store against the quality of its search, by side, dtype and structure of R.
 
-    python -m benchmarks.dtypes --config=configs/world_facts.py:pooled --workdir=pooled --json=dtypes.json
+    python -m benchmarks.dtypes --config=configs/world_facts.py:pooled --workdir=pooled \\
+        --config.store.dtype=float32 --json=dtypes.json
     python -m benchmarks.dtypes --config=configs/trex_sweeps.py --workdir=runs/trex \\
         --config.store.dtype=float32 --sides=16,24,32 --structures=dense,kronecker --json=f.json
 

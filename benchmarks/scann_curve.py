@@ -1,6 +1,7 @@
 """Recall of the approximate index against its rate, beside exact search on the same rows.
 
-    python -m benchmarks.scann_curve --config=configs/world_facts.py:pooled --workdir=pooled --json=PATH
+    python -m benchmarks.scann_curve --config=configs/world_facts.py:pooled --workdir=pooled \\
+        --json=PATH
 
 The workdir is that of a finished run of `experiments.trace`; give its config and its config flags.
 Its encodings by TrackStar are searched. An index is built for every way of coding and partitioning,

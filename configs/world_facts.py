@@ -2,8 +2,8 @@
 
     python -m experiments.trace --config=configs/world_facts.py --workdir=demo
 
-`--config=configs/world_facts.py:pooled` adds gradients up in 8 blocks (4,608 dimensions for 16,128),
-damped by 1e-3: most of the demo's sections in results/README.md were made with it.
+`--config=configs/world_facts.py:pooled` adds matrices up in 8 blocks, 4,608 dimensions in place of
+16,128, and damps R by 1e-3: most of the demo's sections in results/README.md were made with it.
 
 Cost: about 4 minutes and 2 GiB of memory on 2 CPU cores, 1 GB of disk.
 Expected: the target is among the model's first ten for about 88% of the 1,094 queries. MRR:

@@ -10,6 +10,7 @@ import zipfile
 import pytest
 
 import tda.__main__ as command
+from configs import world_facts
 from experiments import command_line
 from tda.run import defaults
 
@@ -35,6 +36,14 @@ def test_a_packaged_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch)
     assert path == f"{ROOT}/configs/counterfactual_world.py:small"
     config = command_line._read_config(["main", f"--config={path}"])
     assert config.counterfactual.subsets == 40
+
+
+def test_the_demo_pools_its_gradients_on_request():
+    config = command_line._read_config(["main", "--config=configs/world_facts.py:pooled"])
+    assert (config.projection.pooling, config.projection.blocks) == ("blocks", 4)
+    assert world_facts.get_config().projection.pooling == "matrix"
+    with pytest.raises(ValueError, match="world_facts.py:pool: give pooled"):
+        world_facts.get_config("pool")
 
 
 def test_only_the_config_flag_is_resolved(tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ def interrupt(words, directory, file):
 def flags_of(config, directory):
     keys = ("data.sentences", "data.facts", "data.pool", "tokenizer.vocab_size", "model.context")
     keys += ("train.epochs", "train.tokens_per_batch", "train.warmup", "train.save_every")
-    keys += ("projection.side", "projection.blocks", "eval.tail_patch_queries")
+    keys += ("projection.side", "projection.pooling", "projection.blocks")
+    keys += ("eval.tail_patch_queries",)
     flat = {k: config[k.split(".")[0]][k.split(".")[1]] for k in keys}
     return [
         "--config=configs/world_facts.py",

@@ -16,6 +16,7 @@ import types
 import numpy as np
 import pytest
 
+from configs import world_facts
 from tda import results
 from tda import store as stores
 from tda.data import tokens
@@ -798,11 +799,9 @@ def test_keys_of_a_config_are_listed_with_their_sections():
 
 
 def changed_keys(config):
-    """The keys of a config that are not the defaults, for a command with `world_facts.py`."""
-    before = defaults.flat(defaults.get_config())
-    changed = {key: value for key, value in defaults.flat(config).items() if value != before[key]}
-    # The default, which `world_facts.py` changes to a pool that needs labels.
-    return changed | {"data.pool": config.data.pool}
+    """The keys of a config that are not the demo's, for a command with `world_facts.py`."""
+    demo = defaults.flat(world_facts.get_config())
+    return {key: value for key, value in defaults.flat(config).items() if value != demo[key]}
 
 
 @pytest.mark.slow
