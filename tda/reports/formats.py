@@ -59,7 +59,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> 
     `align` has a letter for each column: l, c or r.
     """
     rule = "|".join(_MARKDOWN_RULES[letter] for letter in align)
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    # A user's names may hold a bar, which would begin another column.
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in (head, *rows))
+    lines = [f"| {' | '.join(cells)} |" for cells in escaped]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 

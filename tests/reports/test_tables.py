@@ -85,3 +85,8 @@ def test_latex_is_a_whole_table(metrics):
     assert {x.count("&") for x in body} == {3 + len(tables.COLUMNS)}
     assert r"\textbf{0.900}" in text and r"0.300$^\dagger$" in text and r"+3.00\%" in text
     assert "%" not in text.replace(r"\%", "") and "#" not in text
+
+
+def test_a_name_with_a_bar_begins_no_column():
+    text = formats.markdown(["method", "a|b"], [["x|y", "0.5"]], "lr")
+    assert text.splitlines() == ["| method | a\\|b |", "|---|---:|", "| x\\|y | 0.5 |"]
