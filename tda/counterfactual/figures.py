@@ -12,25 +12,7 @@ import numpy as np
 
 from tda.counterfactual.bank import Bank
 from tda.evaluation import ranking
-from tda.evaluation.statistics import Interval
-
-
-def ranks(values_MxQ: np.ndarray) -> np.ndarray:
-    """Returns ranks down each column, float64 from 0; equal values share the mean of theirs."""
-    values_MxQ = np.asarray(values_MxQ)
-    order = np.argsort(values_MxQ, axis=0, kind="stable")
-    ordered = np.take_along_axis(values_MxQ, order, axis=0)
-    numbers = np.broadcast_to(np.arange(len(values_MxQ))[:, None], values_MxQ.shape)
-    is_new = np.ones(values_MxQ.shape, bool)
-    is_new[1:] = ordered[1:] != ordered[:-1]
-    first = np.maximum.accumulate(np.where(is_new, numbers, 0), axis=0)
-    # The last of equal values: the same from the other end.
-    ends = np.ones(values_MxQ.shape, bool)
-    ends[:-1] = is_new[1:]
-    last = np.minimum.accumulate(np.where(ends, numbers, len(numbers))[::-1], axis=0)[::-1]
-    out = np.empty(values_MxQ.shape)
-    np.put_along_axis(out, order, (first + last) / 2, axis=0)
-    return out
+from tda.evaluation.statistics import Interval, interval_of_draws
 
 
 def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
@@ -39,8 +21,10 @@ def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
     A constant column has the correlation 0, as a method without information on the query; a column
     with a value that is not finite has NaN.
     """
+    from scipy import stats  # here: it takes a second to import
+
     finite_Q = np.isfinite(a_MxQ).all(axis=0) & np.isfinite(b_MxQ).all(axis=0)
-    a, b = (ranks(np.where(finite_Q, x, 0.0)) for x in (a_MxQ, b_MxQ))
+    a, b = (stats.rankdata(np.where(finite_Q, x, 0.0), axis=0) for x in (a_MxQ, b_MxQ))
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     size_Q = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
     product_Q = (a * b).sum(axis=0)
@@ -81,21 +65,13 @@ class Lds:
 
     def interval(self, name: str) -> Interval:
         """Returns the mean over queries and its 95 % interval."""
-        return _interval(self.by_query[name], self.resampled[name])
+        return interval_of_draws(self.by_query[name], self.resampled[name])
 
     def difference(self, name: str, other: str) -> Interval:
         """Returns the paired difference of two methods and its 95 % interval."""
         difference_Q = self.by_query[name] - self.by_query[other]
-        return _interval(difference_Q, self.resampled[name] - self.resampled[other])
-
-
-def _interval(values_Q: np.ndarray, resampled_R: np.ndarray) -> Interval:
-    measured = values_Q[np.isfinite(values_Q)]
-    if len(measured) < 2:
-        mean = float(measured.mean()) if len(measured) else float("nan")
-        return Interval(mean, float("nan"), float("nan"), len(measured))
-    low, high = np.nanquantile(resampled_R, (0.025, 0.975))
-    return Interval(float(measured.mean()), float(low), float(high), len(measured))
+        drawn_R = self.resampled[name] - self.resampled[other]
+        return interval_of_draws(difference_Q, drawn_R)
 
 
 def lds(

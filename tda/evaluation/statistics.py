@@ -95,14 +95,16 @@ def differences(
 def _intervals(values_QxM, resamples: int, seed: int) -> tuple[list[Interval], np.ndarray]:
     """Returns the interval of each column, and the resampled means."""
     drawn_RxM = resampled_means(values_QxM, resamples, seed)
-    out = []
-    for x_Q, drawn_R in zip(values_QxM.T, drawn_RxM.T, strict=True):
-        measured = x_Q[np.isfinite(x_Q)]
-        mean = measured.mean() if len(measured) else np.nan
-        # A draw without any measured query has no mean.
-        ends = np.nanquantile(drawn_R, _TAILS) if len(measured) > 1 else (np.nan, np.nan)
-        out.append(Interval(float(mean), *map(float, ends), len(measured)))
-    return out, drawn_RxM
+    return list(map(interval_of_draws, values_QxM.T, drawn_RxM.T)), drawn_RxM
+
+
+def interval_of_draws(values_Q: np.ndarray, drawn_R: np.ndarray) -> Interval:
+    """Returns the mean of measured values, and the interval of their means in resamples."""
+    measured = values_Q[np.isfinite(values_Q)]
+    mean = measured.mean() if len(measured) else np.nan
+    # A draw without any measured query has no mean.
+    ends = np.nanquantile(drawn_R, _TAILS) if len(measured) > 1 else (np.nan, np.nan)
+    return Interval(float(mean), *map(float, ends), len(measured))
 
 
 @dataclasses.dataclass(frozen=True)
