@@ -7,7 +7,7 @@ which changes neither order, batches, schedule nor the other passages' gradients
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -227,18 +227,15 @@ class QueryLosses:
         """Returns the losses under `count` models whose parameters are stacked: float32 [M, Q]."""
         return self._gather(lambda arrays: self._losses_together(params, arrays), (count,))
 
-    def gradients(self, params: dict) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
-        """Yields the queries' numbers and whole gradients by path, [B, …], batch by batch."""
-        for batch in self.batches:
-            gradients = self._gradients(params, batch.arrays())
-            R = len(batch.places)
-            yield batch.places, {path: x[:R] for path, x in gradients.items()}
-
     def all_gradients(self, params: dict) -> dict[str, jax.Array]:
         """Returns the whole gradients of all queries by path, float32 [Q, …]."""
-        numbers, parts = zip(*self.gradients(params), strict=True)
-        order = np.argsort(np.concatenate(numbers))
-        return {p: jnp.concatenate([part[p] for part in parts])[order] for p in parts[0]}
+        parts = [self._gradients(params, batch.arrays()) for batch in self.batches]
+        counts = [len(batch.places) for batch in self.batches]
+        order = np.argsort(np.concatenate([batch.places for batch in self.batches]))
+        return {
+            p: jnp.concatenate([x[p][:n] for x, n in zip(parts, counts, strict=True)])[order]
+            for p in parts[0]
+        }
 
     def _gather(self, compute: Callable[[dict], jax.Array], leading: tuple[int, ...]) -> np.ndarray:
         out = np.zeros((*leading, len(self)), np.float32)

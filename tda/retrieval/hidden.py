@@ -4,8 +4,6 @@ Retrieving passages whose representation is similar to the query's is a baseline
 papers (Pezeshkpour et al. 2021; Akyürek et al. 2022).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,12 +37,11 @@ class Pooler:
                 f"{type(model).__name__} has no method residual_stream(tokens, layers), which "
                 "returns the hidden states; add it, or leave out methods of hidden states"
             )
-        self.width = None
         self._most = getattr(model, "max_positions", 0) or np.iinfo(np.int64).max
         graphdef, self._state = nnx.split(model)
 
-        @functools.partial(jax.jit, static_argnames="layer")
-        def pooled(state, tokens_BxT, layer):
+        @jax.jit
+        def pooled(state, tokens_BxT):
             model = nnx.merge(graphdef, state)
             if layer == "last":
                 h_BxTxD = model.hidden(tokens_BxT)
@@ -56,7 +53,7 @@ class Pooler:
             )
             return total_BxD / jnp.maximum(counted_BxT.sum(axis=1), 1)[:, None]
 
-        self._pooled = functools.partial(pooled, layer=layer)
+        self._pooled = pooled
         probe = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         self.width = jax.eval_shape(self._pooled, self._state, probe).shape[-1]
 

@@ -53,15 +53,10 @@ def scores_by(retrained: Retrained, name: str) -> np.ndarray:
 
 def run_alone(retrained: Retrained, name: str, workdir: Workdir) -> Run:
     """Returns the bank's run with one method, in a directory of its own."""
-    config = _config_alone(retrained, name)
-    return dataclasses.replace(retrained.run, config=config, workdir=workdir, engine=PROCESSES)
-
-
-def _config_alone(retrained: Retrained, name: str) -> ConfigDict:
     config = ConfigDict(retrained.run.config.to_dict())
     config.methods, config.store.root = name, ""
     config.eval.top_k = retrained.run.corpus.rows
-    return config
+    return dataclasses.replace(retrained.run, config=config, workdir=workdir, engine=PROCESSES)
 
 
 def train_capturing(retrained: Retrained, run: Run) -> dict:
