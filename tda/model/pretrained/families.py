@@ -29,8 +29,8 @@ class Family:
     layer: Callable[[DecoderSettings, str], dict[str, Part]]
     outside: Callable[[DecoderSettings, str], dict[str, Part]]
     model_prefixes: tuple[str, ...]
-    layers_prefix: str
-    ignored: str
+    layers_prefix: str = "layers."
+    ignored: str = r"^$"
 
     def is_ignored(self, tensor: str) -> bool:
         """Returns whether a tensor is no parameter of the decoder, such as a buffer."""
@@ -66,7 +66,6 @@ def _like_llama(
         layer,
         layouts.llama_outside,
         model_prefixes=("model.",),
-        layers_prefix="layers.",
         ignored=r"rotary_emb\.inv_freq$",
     )
 
@@ -97,8 +96,6 @@ FAMILIES = {
         layouts.opt_layer,
         layouts.opt_outside,
         model_prefixes=("model.decoder.", "decoder."),
-        layers_prefix="layers.",
-        ignored=r"^$",
     ),
     "GPTNeoForCausalLM": Family(
         architectures.gpt_neo,
@@ -121,7 +118,6 @@ FAMILIES = {
         layouts.neox_layer,
         layouts.neox_outside,
         model_prefixes=("gpt_neox.",),
-        layers_prefix="layers.",
         ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
     ),
 }

@@ -68,16 +68,30 @@ def llama_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     return parts
 
 
-def _head(settings: DecoderSettings, tensor: str) -> dict[str, Part]:
-    return {} if settings.tied else {"head/kernel": Part(tensor, transpose=True)}
+def _outside(embedding: str, final_norm: str, positions: str = "", skipped=0, head="lm_head"):
+    """Returns the function of embeddings, final norm and head, given the names of their modules.
+
+    The first `skipped` rows of a table of positions are for padding, which has none here.
+    """
+
+    def outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
+        parts = {"embedding/embedding": Part(f"{prefix}{embedding}.weight")}
+        if positions:
+            rows = np.arange(skipped, settings.max_positions + skipped) if skipped else None
+            table = Part(f"{prefix}{positions}.weight", take=rows)
+            parts["position_embedding/embedding"] = table
+        parts |= norm(settings, "final_norm", f"{prefix}{final_norm}")
+        if not settings.tied:
+            parts["head/kernel"] = Part(f"{head}.weight", transpose=True)
+        return parts
+
+    return outside
 
 
-def llama_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
-    """Returns the parts of embedding, final norm and head by Llama's names."""
-    return {
-        "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
-        **norm(settings, "final_norm", f"{prefix}norm"),
-    } | _head(settings, "lm_head.weight")
+llama_outside = _outside("embed_tokens", "norm")
+opt_outside = _outside("embed_tokens", "final_layer_norm", "embed_positions", skipped=2)
+gpt2_outside = _outside("wte", "ln_f", "wpe")
+neox_outside = _outside("embed_in", "final_layer_norm", head="embed_out")
 
 
 # Names of modules in families that otherwise are like Llama.
@@ -118,17 +132,6 @@ def _renamed(names: dict[str, str]):
 starcoder2_layer, opt_layer, gpt_neo_layer = map(_renamed, (_STARCODER2, _OPT, _GPT_NEO))
 
 
-def opt_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
-    """Returns the parts of embeddings, final norm and head of OPT."""
-    # The first two rows are for padding, which has no positions here.
-    rows = np.arange(2, settings.max_positions + 2)
-    return {
-        "embedding/embedding": Part(f"{prefix}embed_tokens.weight"),
-        "position_embedding/embedding": Part(f"{prefix}embed_positions.weight", take=rows),
-        **norm(settings, "final_norm", f"{prefix}final_layer_norm"),
-    } | _head(settings, "lm_head.weight")
-
-
 def phi3_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of a layer of Phi-3, whose matrices are stacked by rows."""
     parts = llama_layer(settings, prefix)
@@ -160,14 +163,6 @@ def gpt2_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     return parts
 
 
-def gpt2_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
-    """Returns the parts of embeddings, final norm and head of GPT-2."""
-    return {
-        "embedding/embedding": Part(f"{prefix}wte.weight"),
-        "position_embedding/embedding": Part(f"{prefix}wpe.weight"),
-    } | (norm(settings, "final_norm", f"{prefix}ln_f") | _head(settings, "lm_head.weight"))
-
-
 def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     """Returns the parts of a layer of GPT-NeoX."""
     # One matrix holds a head's queries, keys and values, then the next head's.
@@ -181,11 +176,3 @@ def neox_layer(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
     parts |= linear("attention/out", f"{prefix}attention.dense", settings.out_bias)
     parts |= linear("mlp/up", f"{prefix}mlp.dense_h_to_4h", True)
     return parts | linear("mlp/down", f"{prefix}mlp.dense_4h_to_h", True)
-
-
-def neox_outside(settings: DecoderSettings, prefix: str) -> dict[str, Part]:
-    """Returns the parts of embedding, final norm and head of GPT-NeoX."""
-    return {"embedding/embedding": Part(f"{prefix}embed_in.weight")} | (
-        norm(settings, "final_norm", f"{prefix}final_layer_norm")
-        | _head(settings, "embed_out.weight")
-    )
