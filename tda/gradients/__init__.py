@@ -2,5 +2,3 @@
 
 from tda.gradients.examples import left_out, per_example
 from tda.gradients.projection import Projection
-
-__all__ = ["Projection", "left_out", "per_example"]

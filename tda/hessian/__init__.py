@@ -16,25 +16,3 @@ from tda.hessian.root import (
     spectra,
     whiten,
 )
-
-__all__ = [
-    "Autocorrelation",
-    "KroneckerRoot",
-    "Root",
-    "Shape",
-    "apply_root",
-    "apply_transposed_root",
-    "autocorrelation_of_source",
-    "block_slices",
-    "check_component",
-    "default_component",
-    "dense_shapes",
-    "draw_halves",
-    "inverse_root",
-    "mix",
-    "mixing_weight",
-    "shrink",
-    "shrinkage",
-    "spectra",
-    "whiten",
-]

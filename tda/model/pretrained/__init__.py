@@ -7,14 +7,3 @@ GGUF. A tensor without a place in the decoder is an error that names it.
 from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.loading import inspect, load, load_tokenizer, locate, place, state_of
 from tda.model.pretrained.tensors import PretrainedError
-
-__all__ = [
-    "Pretrained",
-    "PretrainedError",
-    "inspect",
-    "load",
-    "load_tokenizer",
-    "locate",
-    "place",
-    "state_of",
-]
