@@ -131,22 +131,17 @@ def test_on_a_mesh(trained, random_batch):
 
 
 @pytest.mark.parametrize(
-    ("described", "told"),
+    ("tx", "described", "told"),
     [
-        ({"name": "nadam", **ADAM}, "trained with 'nadam'"),
-        ({"name": "adam", "b2": 0.9, "eps": 1e-3}, "lacks optimizer.b1"),
-        ({}, "trained with None"),
+        (optax.adam(1.0), {"name": "nadam", **ADAM}, "trained with 'nadam'"),
+        (optax.adam(1.0), {"name": "adam", "b2": 0.9, "eps": 1e-3}, "lacks optimizer.b1"),
+        (optax.adam(1.0), {}, "trained with None"),
+        (optax.scale_by_rms(), DESCRIBED["optimizer"], "no mu and no count of layers/attention"),
     ],
 )
-def test_what_is_not_adams_is_told(decoder, tmp_path, described, told):
-    _save(decoder(), optax.adam(1.0), tmp_path / "c", described)
+def test_what_is_not_adams_is_told(decoder, tmp_path, tx, described, told):
+    _save(decoder(), tx, tmp_path / "c", described)
     with pytest.raises(SecondMomentError, match=told):
-        adam_steps.read(tmp_path / "c", find_sites(decoder()))
-
-
-def test_a_state_without_momentum_is_told(decoder, tmp_path):
-    _save(decoder(), optax.scale_by_rms(), tmp_path / "c", DESCRIBED["optimizer"])
-    with pytest.raises(SecondMomentError, match="no mu and no count of layers/attention"):
         adam_steps.read(tmp_path / "c", find_sites(decoder()))
 
 

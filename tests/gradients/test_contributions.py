@@ -10,23 +10,12 @@ from tda import hessian
 from tda.gradients import kronecker, reference
 from tda.gradients.contributions import direction_of, make_contributions
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import scorer
+from tests.gradients.test_encoder import scales_of
 
 P = Projection(side=4, blocks=2)
-
-
-def scales_of(model, correction):
-    if correction == "none":
-        return None
-    scales = {}
-    for site in find_sites(model, "."):
-        rng = np.random.default_rng(list(site.path.encode()))
-        full = adam_scale(np.exp(rng.normal(size=site.shape)), 7, 0.9, 1e-3)
-        scales[site.path] = full if correction == "adam" else factored_scale(full.full)
-    return scales
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -36,7 +25,7 @@ def scales_of(model, correction):
 @pytest.mark.parametrize("include", [None, "."])
 def test_parts_sum_to_the_inner_product(decoder, random_batch, scan, correction, include):
     model, batch = decoder(scan=scan), random_batch([6, 3, 5], 6)
-    scales = scales_of(model, correction)
+    scales = scales_of(model, correction, ".")
     encoded = np.asarray(make_encoder(model, P, scales, include=include)(batch))
     direction = np.random.default_rng(0).normal(size=encoded.shape[1]).astype(np.float32)
     parts = make_contributions(model, P, scales, include=include)(batch, direction)

@@ -18,7 +18,7 @@ from tda.data.tokenizer import Tokenizer
 from tda.gradients import projection as projections
 from tda.gradients import reference, sites
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
+from tda.gradients.moments.second_moments import Scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
@@ -27,20 +27,17 @@ from tda.runtime import sharding
 P = Projection(side=4, blocks=2)
 
 
-def scales_of(model, correction, include=None):
+def scales_of(model, correction="adam", include=None, **scope):
     """Scales of very different size for every weight, the same for scanned and unrolled models."""
     if correction == "none":
         return None
     scales = {}
-    for site in find_sites(model, include):
-        nu = np.stack([second_moment(n, site.rows, site.columns) for n in site.names()])
-        full = adam_scale(nu if site.stack else nu[0], 7, 0.9, 1e-3)
-        scales[site.path] = full if correction == "adam" else factored_scale(full.full)
+    for site in find_sites(model, include, **scope):
+        seeds = [list(name.encode()) for name in site.names()]
+        layers = [np.random.default_rng(s).normal(size=(site.rows, site.columns)) for s in seeds]
+        full = jnp.exp(jnp.asarray(layers if site.stack else layers[0], jnp.float32))
+        scales[site.path] = Scale(full=full) if correction == "adam" else factored_scale(full)
     return scales
-
-
-def second_moment(name, rows, columns):
-    return np.exp(2 * np.random.default_rng(list(name.encode())).normal(size=(rows, columns)))
 
 
 def assert_same_encodings(got, expected, tolerance=1e-5, side=P.side):

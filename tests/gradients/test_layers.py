@@ -8,28 +8,18 @@ from flax import nnx
 
 from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
+from tests.gradients.test_encoder import scales_of
 
 P = Projection(side=3, blocks=1)
 V, D = 50, 6
 
 
-def scales_of(model, **scope):
-    """An exact scale of every weight; each site's own."""
-    scales = {}
-    for site in find_sites(model, ".", **scope):
-        rng = np.random.default_rng(list(site.path.encode()))
-        stack = () if site.stack is None else (site.stack,)
-        nu = np.exp(rng.normal(size=(*stack, site.rows, site.columns)))
-        scales[site.path] = adam_scale(nu, 7, 0.9, 1e-3)
-    return scales
-
-
 def assert_equal_to_the_reference(model, batch, projection=P, **kwargs):
-    for scales in (None, scales_of(model, untapped=kwargs.get("untapped", "leave"))):
+    exact = scales_of(model, include=".", untapped=kwargs.get("untapped", "leave"))
+    for scales in (None, exact):
         got = make_encoder(model, projection, scales, include=".", **kwargs)(batch)
         expected = np.asarray(
             reference.encode(model, batch, projection, scales, include=".", **kwargs)

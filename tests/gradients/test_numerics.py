@@ -14,11 +14,12 @@ from flax import nnx
 
 from tda.gradients import projection, reference
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import Scale, adam_scale, factored_scale
+from tda.gradients.moments.second_moments import Scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
+from tests.gradients.test_encoder import scales_of
 
 P = Projection(side=4, blocks=1)
 
@@ -38,8 +39,8 @@ def times(model, batch):
 def scale_of(correction):
     if correction == "none":
         return None
-    full = adam_scale(np.exp(np.random.default_rng(1).normal(size=(8, 12))), 7, 0.9, 1e-3)
-    return full if correction == "adam" else factored_scale(full.full)
+    full = jnp.exp(jnp.asarray(np.random.default_rng(1).normal(size=(8, 12)), jnp.float32))
+    return Scale(full=full) if correction == "adam" else factored_scale(full)
 
 
 def exactly(batch, scale):
@@ -111,12 +112,7 @@ def test_every_matrix_gives_something_for_every_example(
     """Guards: kernels that return zeros."""
     model, p = decoder(dtype=dtype, scan=scan, tied=False), Projection(side=4, pooling="matrix")
     chosen = find_sites(model, ".")
-    scales = None
-    if correction == "adam":
-        ones = {
-            s.path: np.ones(((s.stack,) if s.stack else ()) + (s.rows, s.columns)) for s in chosen
-        }
-        scales = {path: adam_scale(x, 1, 0.0, 1.0) for path, x in ones.items()}
+    scales = ones(model, ".") if correction == "adam" else None
     encoder = make_encoder(model, p, scales, include=".")
     got = np.asarray(encoder(random_batch([6, 4, 3], 6))).reshape(3, -1, 16)
     assert got.shape[1] == sum(s.stack or 1 for s in chosen) == 2 + 2 * 7
@@ -129,12 +125,10 @@ def off(got, expected, side=4):
     return relative(got, expected).max()
 
 
-def ones(model):
+def ones(model, include=None):
     """A scale of 1 for every weight: products are then taken in float32, weight by weight."""
-    shapes = {
-        s.path: ((s.stack,) if s.stack else ()) + (s.rows, s.columns) for s in find_sites(model)
-    }
-    return {path: Scale(full=jnp.ones(shape)) for path, shape in shapes.items()}
+    chosen = find_sites(model, include)
+    return {s.path: Scale(full=jnp.ones((*s.stack_shape, s.rows, s.columns))) for s in chosen}
 
 
 @pytest.mark.parametrize(("family", "tolerance"), [("gaussian", 1e-2), ("rademacher", 1e-5)])
@@ -151,13 +145,8 @@ def test_bfloat16_loses_nothing_but_the_digits_of_a_and_b(decoder, random_batch,
 def test_bfloat16_is_near_the_reference(decoder, random_batch, correction):
     """Guards: half precision before projection."""
     low, full = decoder(dtype="bfloat16"), decoder()
-    batch, p, scales = random_batch([6, 4], 6), Projection(side=4, blocks=2), None
-    if correction == "adam":
-        rng = np.random.default_rng(0)
-        scales = {
-            path: adam_scale(np.exp(2 * rng.normal(size=x.full.shape)), 7, 0.9, 1e-3)
-            for path, x in ones(full).items()
-        }
+    batch, p = random_batch([6, 4], 6), Projection(side=4, blocks=2)
+    scales = scales_of(full, correction)
     got = make_encoder(low, p, scales)(batch)
     # The same model, each weight's gradient rounded to bfloat16; and one that never rounds.
     assert off(got, reference.encode(low, batch, p, scales)) < 1e-2

@@ -15,9 +15,9 @@ from flax import nnx
 
 from tda.gradients import layers, reference, sites
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import adam_scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
+from tests.gradients.test_encoder import scales_of
 
 # Compiling three families takes a minute, and the package is not small.
 pytestmark = pytest.mark.slow
@@ -78,17 +78,6 @@ def loss(model, batch):
     return -jnp.sum(picked * batch["weights"], axis=-1)
 
 
-def scales_of(chosen, correction):
-    if correction == "none":
-        return None
-    scales = {}
-    for site in chosen:
-        rng = np.random.default_rng(list(site.path.encode()))
-        full = adam_scale(np.exp(2 * rng.normal(size=(site.rows, site.columns))), 7, 0.9, 1e-3)
-        scales[site.path] = full if correction == "adam" else factored_scale(full.full)
-    return scales
-
-
 @pytest.mark.parametrize("correction", ["none", "factored", "adam"])
 @pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3"])
 def test_every_parameter_equals_the_reference(tunix, random_batch, name, correction):
@@ -98,7 +87,7 @@ def test_every_parameter_equals_the_reference(tunix, random_batch, name, correct
     chosen = find_sites(model, ".", untapped="reference")
     assert not sites.left_out(model, chosen)
     assert all(s.tapped for s in chosen if s.rows > 1)
-    scales = scales_of(chosen, correction)
+    scales = scales_of(model, correction, ".", untapped="reference")
     for untapped in ("leave", "reference"):
         scope = dict(output=loss, include=".", untapped=untapped)
         encoder = make_encoder(model, projection, scales, **scope)

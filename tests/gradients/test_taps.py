@@ -10,11 +10,10 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import program, reference, taps
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import adam_scale
 from tda.gradients.projection import Projection
-from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
+from tests.gradients.test_encoder import scales_of
 
 P = Projection(side=4, blocks=2)
 
@@ -26,20 +25,12 @@ def traced_anew():
     program.compile_shared.cache_clear()
 
 
-def exact_scales(model):
-    scales = {}
-    for site in find_sites(model):
-        nu = np.exp(np.random.default_rng(len(scales)).normal(size=site.shape))
-        scales[site.path] = adam_scale(nu, 7, 0.9, 1e-3)
-    return scales
-
-
 @pytest.mark.parametrize("at_once", [0, 16 * 24, 5 * 16 * 24])
 def test_examples_in_turns_keep_their_order(decoder, random_batch, monkeypatch, at_once):
     """Guards: rows that trade places; the layers' matrices take from one to six examples a turn."""
     monkeypatch.setattr(taps, "_AT_ONCE", at_once)
     model = decoder()
-    scales, batch = exact_scales(model), random_batch([6, 4, 2, 5, 1, 3], 6)
+    scales, batch = scales_of(model), random_batch([6, 4, 2, 5, 1, 3], 6)
     got = make_encoder(model, P, scales)(batch)
     expected = np.asarray(reference.encode(model, batch, P, scales))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -50,7 +41,7 @@ def test_accelerators_take_more_examples_and_logits_at_once(decoder, random_batc
     monkeypatch.setattr(taps, "_AT_ONCE", 0)
     monkeypatch.setattr(losses, "_CHUNK", 50 * 4)
     model = decoder()
-    scales, batch = exact_scales(model), random_batch([6, 4, 2, 5], 6)
+    scales, batch = scales_of(model), random_batch([6, 4, 2, 5], 6)
 
     def count_turns():
         program.compile_shared.cache_clear()
@@ -72,7 +63,7 @@ def test_accelerators_take_more_examples_and_logits_at_once(decoder, random_batc
 def test_devices_take_turns_over_their_own_examples(decoder, random_batch, monkeypatch):
     monkeypatch.setattr(taps, "_AT_ONCE", 0)
     model = decoder()
-    scales, batch = exact_scales(model), random_batch([6, 4, 2, 5, 1, 3, 6, 2], 6)
+    scales, batch = scales_of(model), random_batch([6, 4, 2, 5, 1, 3, 6, 2], 6)
     expected = np.asarray(make_encoder(model, P, scales)(batch))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     fn, params = functional.split(model)

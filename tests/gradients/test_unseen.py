@@ -13,7 +13,8 @@ from tda.gradients import contributions, kronecker, layers, reference, sites, un
 from tda.gradients.encoder import build_encoder, make_encoder, make_taps
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
-from tests.gradients.test_layers import D, V, assert_equal_to_the_reference, scales_of
+from tests.gradients.test_encoder import scales_of
+from tests.gradients.test_layers import D, V, assert_equal_to_the_reference
 
 P = Projection(side=3, pooling="matrix")
 
@@ -431,10 +432,10 @@ def test_each_kind_decides_for_itself(random_batch):
         return P, make_taps(chosen, P, scales)
 
     whole, plain = part("first/kernel", "reference"), part("second/kernel", "leave")
-    exact = part(".", "reference", scales_of(model, untapped="reference"))
+    exact = part(".", "reference", scales_of(model, include=".", untapped="reference"))
     got = build_encoder(model, [whole, plain, exact]).encode_all(batch)
     for x, one in zip(got, (whole, plain, exact), strict=True):
-        scales = scales_of(model, untapped="reference") if one is exact else None
+        scales = scales_of(model, include=".", untapped="reference") if one is exact else None
         gradients = reference.per_example_gradients(model, batch)
         expected = reference.project(list(one[1]), gradients, P, scales)
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

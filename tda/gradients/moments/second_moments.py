@@ -104,11 +104,6 @@ def parse_correction(text: str) -> tuple[str, int | None]:
     return text, None
 
 
-def adam_scale(nu, count, b2: float, eps: float, eps_root: float = 0.0) -> Scale:
-    """Returns Adam's exact scale of every weight, from ν after `count` steps."""
-    return Scale(full=optimizer_state.adam(nu, count, b2, eps, eps_root))
-
-
 def factored_scale(full) -> Scale:
     """Returns the rank-one scale from the row and column means of V = full⁻².
 
@@ -331,11 +326,7 @@ def _check_constants(constants: dict, place: str) -> None:
 
 
 def read(
-    root,
-    chosen: list[sites.Site],
-    correction: str,
-    step: int | None = None,
-    on_host: bool = False,
+    root, chosen: list[sites.Site], correction: str, step: int | None = None, on_host: bool = False
 ) -> dict[str, Scale]:
     """Reads the scale of every site from a checkpoint that describes its optimizer.
 

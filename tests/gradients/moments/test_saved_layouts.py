@@ -157,10 +157,7 @@ MANAGED = {
         lambda: STANDARD(nnx.state(nnx_optimizer(adamw()))["opt_state"]),
         "default",
     ),
-    "pure dict": (
-        lambda: STANDARD(nnx.to_pure_dict(nnx.state(nnx_optimizer(adamw())))),
-        "default",
-    ),
+    "pure dict": (lambda: STANDARD(nnx.to_pure_dict(nnx.state(nnx_optimizer(adamw())))), "default"),
     "TrainState": (lambda: STANDARD(train_state(lambda p: p)), "default"),
     "MaxText": (maxtext, "items"),
 }
@@ -317,10 +314,7 @@ def test_what_has_no_known_second_moments_is_refused(tx, constants, message):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (
-            {"matrices": {"b2": 0.9}},
-            "label 'matrices', under which .* it has them under opt_st",
-        ),
+        ({"matrices": {"b2": 0.9}}, "label 'matrices', under which .* it has them under opt_st"),
         ({"matrix": {"beta2": 0.9}}, r"parts\['matrix'\]: unknown constants beta2"),
         ({"matrix": {"b2": 9}}, r"parts\['matrix'\]: b2=9 must be a number from 0"),
     ],
