@@ -19,14 +19,11 @@ from tda.viewer.collection import Collection
 from tda.viewer.jobs import Cancelled
 from tda.viewer.notes import Notes
 from tests.experiments.test_trace import make_config
+from tests.live.test_live_methods import check, of_batch, silent
 from tests.viewer.browser import Page, serving
 
 pytestmark = pytest.mark.slow  # the quick ones: tests/live/test_retrievers.py
 NAMES = ("trackstar", "exp4", "grad_cos", "grad_dot", "bm25")
-
-
-def silent(what, done, total):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +44,22 @@ def run(workdir):
     return finished_run.open_workdir(workdir)
 
 
-def of_batch(workdir, name):
-    return list(results.read(workdir / "results" / f"{name}.jsonl"))
-
-
 def question_of(record, tokens=None):
     return Query("question", record["inputs_plaintext"], record["targets_plaintext"], tokens)
 
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_querys_live_passages_are_those_of_the_run(workdir, run, number):
-    asked = of_batch(workdir, "bm25")[number]
-    found = run.trace(silent, question_of(asked), list(NAMES), 10)
+    found = run.trace(silent, question_of(of_batch(workdir, "bm25", number)), list(NAMES), 10)
     assert [m["name"] for m in found["methods"]] == list(NAMES)
     for method in found["methods"]:
-        expected, got = of_batch(workdir, method["name"])[number], method["record"]
-        results.check(got, method["name"])
-        for kind in ("proponent", "opponent"):
-            scale = max(map(abs, expected[f"{kind}_scores"]), default=1)
-            np.testing.assert_allclose(
-                got[f"{kind}_scores"], expected[f"{kind}_scores"], rtol=1e-4, atol=1e-5 * scale
-            )
-            assert got[f"{kind}_ids"] == expected[f"{kind}_ids"], method["name"]
-            assert got[f"{kind}s"] == expected[f"{kind}s"]
+        results.check(method["record"], method["name"])
+    check(found, workdir, number, tolerance=1e-4)
 
 
 def test_a_generated_span_is_traced_by_its_own_tokens(workdir, run):
     """Mistakes: the span encoded again; another tokenisation given the run's own gradient."""
-    asked = of_batch(workdir, "grad_cos")[0]
+    asked = of_batch(workdir, "grad_cos", 0)
     table = run.speaker.table(question_of(asked))
     prompt, target = (tuple(table.tokens[m].tolist()) for m in (~table.scored, table.scored))
     as_encoded = question_of(asked, (prompt, target))
@@ -108,7 +93,7 @@ def test_a_passages_document_is_around_it(run, monkeypatch):
 
 def test_the_settings_of_r_are_the_runs(workdir, run):
     """Guards: defaults taken in the place of the run's own config."""
-    asked = of_batch(workdir, "trackstar")[0]
+    asked = of_batch(workdir, "trackstar", 0)
     kept = json.loads((workdir / remembered.CONFIG).read_text())
     assert kept["hessian"]["damping"] == 0.02
     live = finished_run.LiveRun(workdir)
@@ -120,7 +105,8 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
 
 
 def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run):
-    for asked in of_batch(workdir, "bm25"):
+    for number in range(4):
+        asked = of_batch(workdir, "bm25", number)
         question = question_of(asked)
         found = run.speaker.likelihood(question)
         assert found["nats"] == pytest.approx(asked["target_nats"], rel=1e-4)
@@ -128,7 +114,7 @@ def test_what_the_model_thinks_of_a_target_is_what_the_run_measured(workdir, run
 
 
 def test_r_is_kept_and_read_again(workdir, run):
-    asked = of_batch(workdir, "trackstar")[1]
+    asked = of_batch(workdir, "trackstar", 1)
     question = question_of(asked)
     run.trace(silent, question, ["trackstar"], 10)
     kept = sorted((workdir / "live").glob("inverse-root-*.npz"))
@@ -142,7 +128,8 @@ def test_r_is_kept_and_read_again(workdir, run):
 
 @pytest.mark.parametrize("name", ["trackstar", "exp4", "grad_dot"])
 def test_heat_sums_to_the_score(workdir, run, name):
-    for asked in of_batch(workdir, name)[:2]:
+    for number in range(2):
+        asked = of_batch(workdir, name, number)
         for i in (0, 7):
             question = question_of(asked)
             found = run.heat(silent, question, name, asked["proponent_ids"][i])
@@ -164,7 +151,7 @@ def test_heat_tells_where_a_passage_is_read_otherwise(workdir, run, tmp_path, mo
     config.methods, config.store.dtype = "grad_dot", dtype
     stages.trace(config, Workdir(tmp_path / "w"))
     run = finished_run.open_workdir(tmp_path / "w")
-    record = of_batch(tmp_path / "w", "grad_dot")[0]
+    record = of_batch(tmp_path / "w", "grad_dot", 0)
     asked = question_of(record)
     found = [run.heat(silent, asked, "grad_dot", i) for i in record["proponent_ids"]]
     assert all(f["faithful"] for f in found)
@@ -251,7 +238,7 @@ def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory)
     for seed in (0, 1, 0):
         config.projection.seed = seed
         stages.trace(config, Workdir(folder))
-        (asked, *_) = of_batch(folder, "grad_cos")
+        asked = of_batch(folder, "grad_cos", 0)
         question = question_of(asked)
         found = finished_run.open_workdir(folder).trace(silent, question, ["grad_cos"], 10)
         assert found["methods"][0]["record"]["proponent_ids"] == asked["proponent_ids"]
@@ -259,7 +246,7 @@ def test_of_several_stores_the_runs_own_is_asked(workdir, run, tmp_path_factory)
 
 def test_a_live_trace_in_the_browser(browser, workdir, run, tmp_path):
     """From the page to the store and back: the run's own answer, and its heat."""
-    asked = of_batch(workdir, "trackstar")[2]
+    asked = of_batch(workdir, "trackstar", 2)
     collection = Collection(workdir, Notes(tmp_path / "notes.jsonl"))
     for name in ("trackstar", "bm25"):
         collection.add(workdir / "results" / f"{name}.jsonl")
@@ -275,9 +262,9 @@ def test_a_live_trace_in_the_browser(browser, workdir, run, tmp_path):
         page.page.wait_for_selector(".results .column", timeout=120_000)
         for name in NAMES:
             shown = page.texts(f".results [data-method={name}] .card p.text")
-            expected = of_batch(workdir, name)[2]["proponents"]
+            expected = of_batch(workdir, name, 2)["proponents"]
             assert shown == expected, name
-            correct = of_batch(workdir, name)[2]["proponent_correct"]
+            correct = of_batch(workdir, name, 2)["proponent_correct"]
             assert page.page.locator(f"[data-method={name}] .tag.yes").count() == sum(correct) > 0
         page.page.click("#trackstar-proponents-1 >> text=heat")
         page.page.wait_for_selector("#trackstar-proponents-1 .token", timeout=120_000)

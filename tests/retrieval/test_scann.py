@@ -9,7 +9,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -23,6 +22,7 @@ from tda.retrieval.scann.part import ScannError
 from tda.retrieval.scann.settings import Settings, settings_for
 from tda.runtime.array_tasks import ArrayTask, Unfinished
 from tda.runtime.groups import Groups
+from tests.store.test_kills import start
 
 pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
 
@@ -356,29 +356,19 @@ print("end", flush=True)
 """
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILD, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, 30])
 def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, kills):
     """Guards: a killed run that must start again from nothing; rows twice, rows never."""
     np.save(tmp_path / "x.npy", clustered(8700)[0])
-    run = start(tmp_path / "x.npy", tmp_path / "uninterrupted")
+    run = start(BUILD, [tmp_path / "x.npy", tmp_path / "uninterrupted"])
     assert run.stdout.readline() == "from 0\n", run.stderr.read()[-2000:]
     began = time.monotonic()
     assert run.wait() == 0, run.stderr.read()[-2000:]
     length = time.monotonic() - began
     rng, ended, froms, killed = random.Random(kills), False, [], 0
     while not ended:
-        run = start(tmp_path / "x.npy", tmp_path / "killed")
+        run = start(BUILD, [tmp_path / "x.npy", tmp_path / "killed"])
         line = run.stdout.readline()
         froms += [int(line.split()[1])] if line.startswith("from") else []
         if killed < kills:
@@ -474,12 +464,7 @@ def test_no_pickle_is_written(tree):
         ("fingerprint.encodings: of a test → of", 2500, FLAT, {"encodings": "of more"}),
         ("fingerprint.more: absent → 1", 2500, FLAT, {"more": 1}),
         ("rows: 2500 → 2400", 2400, FLAT, {}),
-        (
-            "settings.dims_per_block: 2 → 4",
-            2500,
-            dataclasses.replace(FLAT, dims_per_block=4),
-            {},
-        ),
+        ("settings.dims_per_block: 2 → 4", 2500, dataclasses.replace(FLAT, dims_per_block=4), {}),
     ],
 )
 def test_an_index_of_other_encodings_or_settings_is_refused(

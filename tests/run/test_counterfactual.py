@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from tda.run.workdir import Workdir
 from tda.runtime import array_tasks, preemption
 from tests.experiments import test_trace
 from tests.run import test_many_processes
+from tests.runtime.test_processes import free_port
 
 METHODS = "exp3,grad_dot,tracin,trak,bm25,rerank_ekfac,random"
 
@@ -198,9 +198,7 @@ def test_tasks_joined_processes_and_workers_write_the_same_bank(tmp_path):
     assert not (array / "counterfactual" / "groups").exists()
     check(array)
     # The processes of one run retrain, and one process does the rest.
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"--coordinator=localhost:{s.getsockname()[1]}"
+    address = f"--coordinator=localhost:{free_port()}"
     joined = [
         start(config, tmp_path / "joined", address, "--num_processes=2", f"--process_id={i}")
         for i in range(2)

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -20,6 +19,7 @@ from tda import results
 from tda.retrieval import ranked
 from tda.training import checkpoint
 from tests.experiments.test_trace import changed_keys, make_config, without_labels
+from tests.runtime.test_processes import free_port
 
 # Little work for the compiler; and on a busy machine a device may be late for a collective.
 FLAGS = [
@@ -42,10 +42,7 @@ def start(arguments, devices=2, program=RUN, **more):
 
 def join(*arguments, count=2, **how):
     """Several processes with the same or each with its own arguments: [(rc, stdout, stderr)]."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    common = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    common = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
     started = [
         start([*common, f"--process_id={i}", *arguments[i % len(arguments)]], **how)
         for i in range(count)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ import pytest
 
 from tda.runtime import preemption, processes, progress
 from tda.runtime.array_tasks import ArrayTask
+from tests.runtime.test_processes import free_port
 
 PROGRAM = """
 import os, signal, sys, time
@@ -74,11 +74,8 @@ SLOW = ("preparation", "before", "between")
 )
 def test_a_notice_to_one_process_ends_both(stage):
     """Before training, as it begins, in it, when it has just ended, and at work after it."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
-    words = [sys.executable, "-c", PROGRAM, str(port)]
+    words = [sys.executable, "-c", PROGRAM, str(free_port())]
     pipe = subprocess.PIPE
     both = [
         subprocess.Popen([*words, str(me), stage], env=env, text=True, stdout=pipe, stderr=pipe)

@@ -90,6 +90,13 @@ if me >= 0:
 """
 
 
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 def run(arguments, program=PROGRAM):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
@@ -157,9 +164,7 @@ np.savez(f"{path}-{me}.npz", left=scale["w/kernel"].left, right=scale["w/kernel"
 
 @pytest.mark.slow
 def test_joined_processes_read_the_bits_that_one_process_reads(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     path = tmp_path / "checkpoints"
     finish(run([port, -1, path], MOMENTS))
     finish(*(run([port, me, path], MOMENTS) for me in range(3)))
@@ -172,9 +177,7 @@ def test_joined_processes_read_the_bits_that_one_process_reads(tmp_path):
 
 @pytest.mark.slow
 def test_joined_processes_trace_with_one_directory(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     finish(run([port, -1, tmp_path / "one"], TRACE))
     finish(*(run([port, me, tmp_path / "two"], TRACE) for me in (0, 1)))
     expected = (tmp_path / "one--1").read_text()
@@ -185,9 +188,7 @@ def test_joined_processes_trace_with_one_directory(tmp_path):
 @pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "spans"])
 def test_two_processes_write_the_store_that_one_writes(tmp_path, how):
     """Guards: streaming shards that overwrite each other; rows written twice or never."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     (tmp_path / "corpus").mkdir()
     for name in "abc":
         rows = [f'{{"text": "Passage {i} of {name}."}}\n' for i in range(5)]

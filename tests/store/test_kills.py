@@ -4,7 +4,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import pytest
 
 from tda import store as stores
 from tda.store import shard_file
+from tests.runtime.test_processes import free_port
 
 # Makes a store, fills it, appends and fills again; slow enough to be hit anywhere.
 WRITE = """
@@ -164,11 +164,7 @@ def test_encoding_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path, c
     """The real thing, by one process and by two that share the work."""
 
     def begin(path):
-        port = 0
-        if count > 1:
-            with socket.socket() as s:
-                s.bind(("localhost", 0))
-                port = s.getsockname()[1]
+        port = free_port() if count > 1 else 0
         env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         return [start(ENCODE, [port, me, path, "float32"], **env) for me in range(count)]
 

@@ -22,6 +22,7 @@ from tda.training import checkpoint, loop
 from tda.training.checkpoint import CheckpointError
 from tda.training.loop import TrainingSettings
 from tda.training.optimizer import make_optimizer, schedule
+from tests.data import test_batches
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
@@ -30,11 +31,7 @@ LAYOUT = BatchLayout((4, 8), tokens_per_batch=32, pad=0)
 
 def table_of(count=14, seed=0):
     rng = np.random.default_rng(seed)
-    sequences = [rng.integers(1, 50, rng.integers(3, 9)) for _ in range(count)]
-    starts = np.cumsum([0, *map(len, sequences)])
-    scored = np.concatenate([np.arange(len(s)) > 0 for s in sequences])
-    ids = [str(i) for i in range(count)]
-    return TokenTable(ids, ids, np.concatenate(sequences).astype(np.int32), starts, scored)
+    return test_batches.table_of([rng.integers(1, 50, rng.integers(3, 9)) for _ in range(count)])
 
 
 def optimizer():
