@@ -146,10 +146,7 @@ def encoder_of(run: Run, scales: dict[str, Scale] | None, other_seed: bool = Fal
 def encode(run: Run, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Returns the gradients of queries and passages, float32 [Q, E] and [C, E]."""
     rows_of = functools.partial(table.encode_rows, encoder, layout=run.layout)
-    return (
-        rows_of(run.corpus.prompts, run.queries),
-        rows_of(run.corpus.passages, run.passages),
-    )
+    return (rows_of(run.corpus.prompts, run.queries), rows_of(run.corpus.passages, run.passages))
 
 
 def retrieve(run: Run, queries, passages, slices) -> dict[str, Ranked]:

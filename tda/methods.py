@@ -151,12 +151,7 @@ METHODS = {
     "bm25": Method("BM25", retriever="bm25"),
     "dense": Method("dense retrieval", retriever="dense"),
     "trak": Method(
-        "TRAK",
-        hessian="train",
-        unit_norm=False,
-        output="margin",
-        several=True,
-        passages="unsure",
+        "TRAK", hessian="train", unit_norm=False, output="margin", several=True, passages="unsure"
     ),
     # The paper's ablations of TrackStar, numbered as in its table:
     # Exp 1: gradients with optimizer correction (by its second moments), as a dot product.
@@ -184,10 +179,7 @@ METHODS = {
         evaluation="leave_one_out",
     ),
     "trackstar_disjoint": Method(
-        "TrackStar, R_eval of other queries",
-        corrected=True,
-        hessian="mixed",
-        evaluation="disjoint",
+        "TrackStar, R_eval of other queries", corrected=True, hessian="mixed", evaluation="disjoint"
     ),
     "trackstar_margin": Method(
         "TrackStar, margin", corrected=True, hessian="mixed", output="margin"
@@ -256,18 +248,7 @@ METHODS = {
 }
 
 # The rows of the paper's table, in its order.
-PAPER = (
-    "annotated",
-    "bm25",
-    "dense",
-    "trak",
-    "exp1",
-    "exp2",
-    "exp3",
-    "exp4",
-    "exp5",
-    "trackstar",
-)
+PAPER = ("annotated", "bm25", "dense", "trak", "exp1", "exp2", "exp3", "exp4", "exp5", "trackstar")
 # Those of its table for a corpus without labels.
 PAPER_OPEN = ("bm25", "dense", "grad_dot", "grad_cos", "trackstar")
 

@@ -62,11 +62,7 @@ class Reverse:
     """
 
     def __init__(
-        self,
-        training: Training,
-        queries: QueryLosses,
-        directory: pathlib.Path,
-        at_once: int = 1,
+        self, training: Training, queries: QueryLosses, directory: pathlib.Path, at_once: int = 1
     ):
         if at_once > 1:
             check_batched_second_derivatives()

@@ -181,11 +181,7 @@ def is_missing(value) -> bool:
 
 def _form_without_text(names: Collection[str]) -> tuple[str, ...]:
     """Returns the fields that replace the text; none if there are none."""
-    for form, needed in (
-        (_COMPLETION, _COMPLETION),
-        (_TOKEN_IDS, _TOKEN_IDS[:1]),
-        (_CHAT, _CHAT),
-    ):
+    for form, needed in ((_COMPLETION, _COMPLETION), (_TOKEN_IDS, _TOKEN_IDS[:1]), (_CHAT, _CHAT)):
         if set(needed) <= set(names):
             return form
     return ()

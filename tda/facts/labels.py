@@ -65,9 +65,7 @@ def relevant_passages(
 
 
 def clean_pool(
-    facts: Sequence[Fact],
-    sentences: Iterable[Sentence],
-    exclude_relations: Sequence[str] = (),
+    facts: Sequence[Fact], sentences: Iterable[Sentence], exclude_relations: Sequence[str] = ()
 ) -> list[Fact]:
     """Returns the facts whose query has one right answer and a passage that states it, in order.
 

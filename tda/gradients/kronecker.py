@@ -74,12 +74,7 @@ def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
 
 
 def batches(
-    table: TokenTable,
-    rows: np.ndarray,
-    *,
-    labels: str,
-    layout: BatchLayout,
-    seed: int = 0,
+    table: TokenTable, rows: np.ndarray, *, labels: str, layout: BatchLayout, seed: int = 0
 ) -> Iterator[dict]:
     """Yields batches {"tokens", "targets", "weights"} of a table's rows.
 

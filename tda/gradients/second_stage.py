@@ -206,8 +206,7 @@ class PairScorer:
                 if arrays[name] is None:
                     # Zeros fill up the last tile.
                     arrays[name] = jax.tree.map(
-                        lambda x: np.zeros((*x.shape[:-3], count, *x.shape[-2:]), x.dtype),
-                        changed,
+                        lambda x: np.zeros((*x.shape[:-3], count, *x.shape[-2:]), x.dtype), changed
                     )
                 for all_x, x in zip(*map(jax.tree.leaves, (arrays[name], changed)), strict=True):
                     rows = sharding.to_host(x)[..., : len(batch.places), :, :]

@@ -34,10 +34,7 @@ class Index:
         self._index.index(tokens, show_progress=False)
 
     def search(
-        self,
-        queries: list[str],
-        k: int = 10,
-        correct: dict[str, list[np.ndarray]] | None = None,
+        self, queries: list[str], k: int = 10, correct: dict[str, list[np.ndarray]] | None = None
     ) -> Ranked:
         """Ranks passages by texts of queries, prompt and target; the rest as `by_score.rank`."""
         import bm25s

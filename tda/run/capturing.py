@@ -38,12 +38,7 @@ def path_of(config, workdir: Workdir, made_from: dict) -> str:
 
 
 def make_recorder(
-    config,
-    corpus: Corpus,
-    workdir: Workdir,
-    model: nnx.Module,
-    made_from: dict,
-    rows: TrainingRows,
+    config, corpus: Corpus, workdir: Workdir, model: nnx.Module, made_from: dict, rows: TrainingRows
 ) -> Recorder:
     """Returns the recorder of a training's gradients, after creating their store.
 

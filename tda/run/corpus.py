@@ -147,9 +147,7 @@ def _records(data, workdir: Workdir) -> tuple[list[Sentence], list[Fact]]:
     # Process 0 prepares the files before the others read them.
     processes.on_first_process(
         f"prepare {data.name}",
-        lambda: records.extend(
-            preemption.heed(lambda: features.load_tfds(data.name, directory)),
-        ),
+        lambda: records.extend(preemption.heed(lambda: features.load_tfds(data.name, directory))),
     )
     sentences, facts = records or features.load_tfds(data.name, directory)
     return sentences, facts

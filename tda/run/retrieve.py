@@ -68,10 +68,7 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
 
 
 def _search(
-    run: Run,
-    retriever: Retriever,
-    group: dict[str, Method],
-    files: dict[str, pathlib.Path],
+    run: Run, retriever: Retriever, group: dict[str, Method], files: dict[str, pathlib.Path]
 ) -> None:
     """Ranks by the methods of a group, and writes their rankings."""
 

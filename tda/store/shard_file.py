@@ -185,10 +185,7 @@ def writing(folder: Location, name: str, chunks: int) -> Iterator[Writer]:
         writer.end()
         folder.write(name, memory.getvalue())
         return
-    with (
-        atomic_file.replacing(folder.path / name) as part,
-        open(part, "wb", buffering=0) as file,
-    ):
+    with atomic_file.replacing(folder.path / name) as part, open(part, "wb", buffering=0) as file:
         writer = Writer(file, chunks)
         yield writer
         writer.end()

@@ -118,10 +118,7 @@ def read(points: list[Point], directory: pathlib.Path) -> list[tuple[Point, dict
 
 
 def run_all(
-    points: list[Point],
-    directory: pathlib.Path,
-    parallel: int,
-    command: Command,
+    points: list[Point], directory: pathlib.Path, parallel: int, command: Command
 ) -> dict[str, str]:
     """Runs every point that is not finished, `parallel` at a time, each by its `command`.
 

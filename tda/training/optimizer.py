@@ -48,10 +48,7 @@ def schedule(name: str, peak: float, steps: int, warmup: int, final: float):
 
 
 def make_optimizer(
-    name: str,
-    learning_rate,
-    clip: float | None = 1.0,
-    **constants: float,
+    name: str, learning_rate, clip: float | None = 1.0, **constants: float
 ) -> optax.GradientTransformation:
     """Returns Adam, AdamW or Adafactor, after clipping by global norm.
 

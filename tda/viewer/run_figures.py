@@ -36,10 +36,7 @@ def read(workdir: pathlib.Path) -> dict | None:
         model, train, data = (config[room] for room in ("model", "train", "data"))
         epochs = f"{train['epochs']:g} epoch{'' if train['epochs'] == 1 else 's'}"
         size = model["pretrained"] or f"{model['size']}, from scratch: {epochs}"
-        facts += [
-            ["model", size],
-            ["corpus", data["corpus"] or data["sentences"] or data["name"]],
-        ]
+        facts += [["model", size], ["corpus", data["corpus"] or data["sentences"] or data["name"]]]
     first = next(iter(metrics.values()), {})
     if "n_queries" in first:
         facts.append(["queries", f"{first['n_queries']:,}"])

@@ -306,11 +306,7 @@ def _query(body: dict, field: str) -> Query:
 _LIVE_ARGUMENTS: dict[str, dict[str, Callable]] = {
     "describe": {},
     "complete": {"prompt": _text, "tokens": functools.partial(_integer, most=64)},
-    "trace": {
-        "query": _query,
-        "methods": _texts,
-        "k": functools.partial(_integer, most=100),
-    },
+    "trace": {"query": _query, "methods": _texts, "k": functools.partial(_integer, most=100)},
     "context": {"passage": _text},
     "heat": {"query": _query, "method": _text, "passage": _text},
 }

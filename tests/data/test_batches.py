@@ -128,8 +128,7 @@ def test_buckets_need_a_context():
 def test_a_batch_by_hand():
     """Guards: padding rows overwriting real rows; weights of padding."""
     table = table_of(
-        [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 4, 2]],
-        [[0, 0, 1, 1], [0, 1, 1], [0, 0, 0, 1, 0]],
+        [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 4, 2]], [[0, 0, 1, 1], [0, 1, 1], [0, 0, 0, 1, 0]]
     )
     batch = batches.materialise(table, np.asarray([2, 0]), length=5, size=3, pad=0)
     np.testing.assert_array_equal(batch.tokens, [[1, 8, 9, 4, 2], [1, 5, 6, 2, 0], [0, 0, 0, 0, 0]])

@@ -9,16 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tda.data import (
-    corpora,
-    long_texts,
-    names,
-    part_files,
-    parts,
-    pieces,
-    tokenised,
-    tokenising,
-)
+from tda.data import corpora, long_texts, names, part_files, parts, pieces, tokenised, tokenising
 from tda.data.chats import ChatTemplate
 from tda.data.corpora import Corpus, CorpusError, Document
 from tda.data.parts import Counts, Part

@@ -94,9 +94,7 @@ def test_a_tokenizer_file_that_adds_tokens_itself_does_not_double_them(tokenizer
             {"Sequence": {"id": "A", "type_id": 0}},
         ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {
-            "<bos>": {"id": "<bos>", "ids": [tokenizer.bos], "tokens": ["<bos>"]},
-        },
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [tokenizer.bos], "tokens": ["<bos>"]}},
     }
     path.write_text(json.dumps(stored), encoding="utf-8")
     loaded = Tokenizer.load(path)

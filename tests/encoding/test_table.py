@@ -242,10 +242,7 @@ def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path, 
     encoding.fill_stores([store], encoder, table, LAYOUT)
     queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
     R = hessian.autocorrelation_of_source(store).blocks
-    scorers = {
-        "dot": Scorer(None, False),
-        "whitened": Scorer(hessian.inverse_root(R), True),
-    }
+    scorers = {"dot": Scorer(None, False), "whitened": Scorer(hessian.inverse_root(R), True)}
     correct = {"all": [np.array([1, 4]), np.array([0])]}
     expected = exact.search(queries, store, scorers, 3, correct)
     for span_bytes in (256 << 20, 2 * 4 * 36):  # all rows at a time; two

@@ -43,11 +43,7 @@ def test_tail_patch_scores_are_means_over_the_first_proponents():
         "tail_patch_at_3": [0.02, -0.1, NAN],
         "tail_patch_at_10": [0.055, -0.1, NAN],
         "tail_patch_log_at_1": [np.log(1.1), np.log(1.2), NAN],
-        "tail_patch_log_at_3": [
-            np.log([1.1, 1.2, 1.3]).mean(),
-            np.log([1.2, 0.4]).mean(),
-            NAN,
-        ],
+        "tail_patch_log_at_3": [np.log([1.1, 1.2, 1.3]).mean(), np.log([1.2, 0.4]).mean(), NAN],
     }.items():
         np.testing.assert_allclose(result[name], expected, rtol=1e-12, err_msg=name)
     few = summary.patch_values(np.log(p[:, :4]), control)

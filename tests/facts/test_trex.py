@@ -26,8 +26,7 @@ class FakeDownloads:
 
 
 @pytest.mark.parametrize(
-    ("config", "facts_file"),
-    [("sample", "trex_facts_sample.jsonl"), ("full", "trex_facts.jsonl")],
+    ("config", "facts_file"), [("sample", "trex_facts_sample.jsonl"), ("full", "trex_facts.jsonl")]
 )
 def test_release_is_fetched_from_its_public_addresses(tmp_path, monkeypatch, config, facts_file):
     downloads = FakeDownloads(write(tmp_path))

@@ -56,7 +56,4 @@ def write(folder, shards=2):
                 for record in records[i * size : (i + 1) * size]
             ]
             (folder / f"{name}.jsonl-{i}").write_text("".join(lines))
-    return {
-        "sentences": str(folder / "sentences.jsonl-*"),
-        "facts": str(folder / "facts.jsonl-0"),
-    }
+    return {"sentences": str(folder / "sentences.jsonl-*"), "facts": str(folder / "facts.jsonl-0")}

@@ -208,11 +208,7 @@ def test_parameters_can_be_bfloat16(decoder):
 
 @pytest.mark.parametrize(
     ("name", "vocab_size", "expected", "tolerance"),
-    [
-        ("154m", 32_768, 154e6, 0.01),
-        ("1b", 32_768, 1.0e9, 0.02),
-        ("8b", 128_256, 8.03e9, 0.01),
-    ],
+    [("154m", 32_768, 154e6, 0.01), ("1b", 32_768, 1.0e9, 0.02), ("8b", 128_256, 8.03e9, 0.01)],
 )
 def test_parameter_counts_of_the_large_sizes(name, vocab_size, expected, tolerance):
     count = parameter_count(DecoderSettings(vocab_size=vocab_size, **sizes.size(name)))

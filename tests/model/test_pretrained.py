@@ -267,10 +267,7 @@ def gguf_of(path, metadata=(), change=lambda name, x: x):
     gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in dict(
-        embedding_length=D,
-        block_count=L,
-        feed_forward_length=F,
-        context_length=64,
+        embedding_length=D, block_count=L, feed_forward_length=F, context_length=64
     ).items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_uint32("llama.attention.head_count", H)

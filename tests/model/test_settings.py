@@ -94,8 +94,7 @@ def test_layers_in_any_form_agree_and_see_no_later_token(name):
 
 # Each takes 14 s, nearly all of it compiling; the others are compared with the slow tests.
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == "gemma3" else pytest.mark.slow) for n in FAMILIES],
+    "name", [pytest.param(n, marks=() if n == "gemma3" else pytest.mark.slow) for n in FAMILIES]
 )
 def test_encodings_equal_the_reference_in_every_parameter(name, random_batch):
     """Guards: gradients that a bias, a cap, a window or a second norm takes another way."""

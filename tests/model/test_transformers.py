@@ -103,10 +103,7 @@ CASES = {
             rope_parameters=LONG,
         ),
     ),
-    "phi3-long": (
-        "Phi3",
-        dict(original_max_position_embeddings=8, rope_parameters=LONG),
-    ),
+    "phi3-long": ("Phi3", dict(original_max_position_embeddings=8, rope_parameters=LONG)),
     "olmo": ("Olmo", dict()),
     "olmo-clipped": ("Olmo", dict(clip_qkv=0.8)),
     "olmo2": ("Olmo2", dict()),

@@ -164,11 +164,7 @@ def test_a_method_that_scores_all_alike_gets_the_last_rank(data):
     queries, passages = data
     same = np.ones_like(passages)
     ranking = exact.search(
-        queries,
-        source(same),
-        {"m": Scorer(None, True)},
-        5,
-        {"all": [np.array([0, 1])] * 5},
+        queries, source(same), {"m": Scorer(None, True)}, 5, {"all": [np.array([0, 1])] * 5}
     )["m"]
     assert (ranking.first_ranks["all"] == 96).all()  # behind the 95 that are not correct
 

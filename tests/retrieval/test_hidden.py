@@ -24,9 +24,7 @@ def table(*lengths):
 def test_a_passage_has_a_token_more_than_the_model_positions(positions):
     model = Decoder(DecoderSettings(**SIZES, layers=2, max_positions=positions), rngs=nnx.Rngs(0))
     pooled = Pooler(model, "last", without=(0,)).rows(
-        passages := table(17, 5, 16),
-        np.array([2, 0, 1]),
-        BatchLayout(buckets(16), 64, pad=0),
+        passages := table(17, 5, 16), np.array([2, 0, 1]), BatchLayout(buckets(16), 64, pad=0)
     )
     for row, h_D in zip([2, 0, 1], pooled, strict=True):
         read = passages.tokens[passages.starts[row] : passages.starts[row + 1]]

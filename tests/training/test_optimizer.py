@@ -62,11 +62,7 @@ def test_weight_decay_is_adamws_alone():
 @pytest.mark.parametrize(
     ("name", "constants", "message"),
     [
-        (
-            "adam",
-            {"weight_decay": 0.2},
-            "weight_decay=0.2 would have no effect .* eps, eps_root;",
-        ),
+        ("adam", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .* eps, eps_root;"),
         ("adafactor", {"weight_decay": 0.2}, "weight_decay=0.2 would have no effect .*: none;"),
         ("adafactor", {"b2": 0.95, "eps": 1e-6}, "b2=0.95, eps=1e-06 would have no effect"),
         ("adamw", {"beta2": 0.95}, "beta2=0.95 would have no effect .*: weight_decay, b1, b2, eps"),

@@ -52,13 +52,7 @@ def test_leaves_are_read_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"step_prefix": "ckpt"},
-        {"step_format_fixed_length": 8},
-    ],
-    ids=str,
+    "options", [{}, {"step_prefix": "ckpt"}, {"step_format_fixed_length": 8}], ids=str
 )
 def test_steps_are_found_however_they_are_called(tmp_path, options):
     """Guards: 9 after 10; another step than the one that is asked for."""

@@ -72,8 +72,7 @@ def n_statements(facts: Sequence[WorldFact], seed: int) -> dict[str, int]:
     ranked = sorted(facts, key=noisy_popularity, reverse=True)
     return {
         fact.fact_id: max(
-            1,
-            round(_MAX_STATEMENTS * (1 + _TAIL_REACH * rank / len(ranked)) ** -_TAIL_EXPONENT),
+            1, round(_MAX_STATEMENTS * (1 + _TAIL_REACH * rank / len(ranked)) ** -_TAIL_EXPONENT)
         )
         for rank, fact in enumerate(ranked)
     }

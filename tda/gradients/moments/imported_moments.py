@@ -132,12 +132,7 @@ def _of_safetensors(path: pathlib.Path):
             raise SecondMomentError(
                 f"{path} does not say Adam's {', '.join(lacking)} for {name}; pass them"
             )
-        return constants | {
-            "name": name,
-            "shape": shapes[field],
-            "source": source,
-            "tensor": field,
-        }
+        return constants | {"name": name, "shape": shapes[field], "source": source, "tensor": field}
 
     return state
 

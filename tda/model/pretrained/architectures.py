@@ -43,10 +43,7 @@ def qwen3(c: Config) -> dict:
     """Qwen 3."""
     bias = bool(c.get("attention_bias", False))
     return qwen2(c) | dict(
-        query_key_norm="head",
-        attention_bias=bias,
-        out_bias=bias,
-        head_width=c.get("head_dim", 128),
+        query_key_norm="head", attention_bias=bias, out_bias=bias, head_width=c.get("head_dim", 128)
     )
 
 
