@@ -156,7 +156,7 @@ def test_without_a_store_the_results_are_the_same(config, run, tmp_path):
             np.testing.assert_allclose(a["proponent_scores"], b["proponent_scores"], atol=1e-4)
 
 
-def test_below_the_size_where_an_index_pays_search_is_exact(config, run, tmp_path, capsys):
+def test_below_the_size_where_an_index_pays_search_is_exact(config, run, capsys):
     pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
     path, metrics = run
     other = config.copy_and_resolve_references()
@@ -199,7 +199,7 @@ def test_through_an_index_the_recall_stands_beside_the_table(
     assert len(list((path / "indices").iterdir())) == 2
 
 
-def test_a_rank_that_an_index_does_not_know_counts_as_the_last(monkeypatch):
+def test_a_rank_that_an_index_does_not_know_counts_as_the_last():
     deep = ranked.Ranked(
         np.array([[5, 3, 8], [1, 2, 0], [4, 6, 7]]),
         np.zeros((3, 3), np.float32),

@@ -60,7 +60,7 @@ def test_table_2_is_of_a_judges_verdicts(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def test_the_config_of_table_2(monkeypatch):
+def test_the_config_of_table_2():
     from configs import open_wiki
 
     for size in ("full", "small"):

@@ -17,10 +17,6 @@ def fact_line(i):
     return json.dumps(fact) + "\n"
 
 
-def ids(sentences):
-    return [sentence.sentence_id for sentence in sentences]
-
-
 def test_streaming_reads_no_further_than_its_consumer(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(line(1) + "not json\n")

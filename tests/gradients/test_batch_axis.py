@@ -178,7 +178,7 @@ def squares(model, batch):
     return jnp.sum(jax.vmap(model)(batch["x"]) ** 2, axis=-1)
 
 
-def test_a_model_mapped_inside_the_loss(random_batch):
+def test_a_model_mapped_inside_the_loss():
     """Guards: features of the length of the batch taken for it."""
     model = nnx.Sequential(nnx.Linear(B, B, rngs=nnx.Rngs(0)), nnx.Linear(B, 3, rngs=nnx.Rngs(1)))
     batch = {"x": np.random.default_rng(0).normal(size=(B, B)).astype(np.float32)}

@@ -221,6 +221,6 @@ def test_attention_with_dropout_is_refused():
         find_sites(model)
 
 
-def test_a_known_model_is_not_checked(decoder, random_batch):
+def test_a_known_model_is_not_checked(decoder):
     """Guards: an encoding that costs more than it did."""
     assert make_encoder(decoder(), Projection(side=2, blocks=1)).first_batch is None

@@ -144,7 +144,7 @@ def test_a_layer_with_a_product_of_its_own_is_refused(batch, own):
         make_encoder(model, P, output=squares)(batch)
 
 
-def test_a_layer_may_be_called_by_keyword(batch, random_batch):
+def test_a_layer_may_be_called_by_keyword(batch):
     class ByName(Model):
         def __init__(self, rngs):
             super().__init__(rngs)

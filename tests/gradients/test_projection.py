@@ -184,7 +184,7 @@ def test_matrices_outside_layers_have_their_own_blocks(decoder):
     assert plan.members["head/kernel"] == (1,)
 
 
-def test_more_than_nine_layers_stay_in_numerical_order(decoder):
+def test_more_than_nine_layers_stay_in_numerical_order():
     """Guards: layer 10 before layer 2, as sorting by text would have it."""
     chosen = [Site(("layers", i, "mlp", "up"), "kernel", 2, 3, None) for i in range(12)]
     plan = layout(chosen, Projection(side=2, blocks=12))

@@ -201,7 +201,7 @@ def test_only_json_is_taken(client):
         assert found.status_code == status, (kind, body[:20])
 
 
-def test_an_upload_is_shown(client, folder):
+def test_an_upload_is_shown(client):
     body = "".join(json.dumps(r) + "\n" for r in records(12, 2, 30)).encode()
     headers = {TOKEN_HEADER: token(client)}
     found = client.post("/api/upload?name=../../my file.jsonl", content=body, headers=headers)
