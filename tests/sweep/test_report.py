@@ -35,16 +35,36 @@ def make_result(point, seed=0, **more):
     return point, {name: m for name in chosen}, about | {"notes": notes}
 
 
+def load(tmp_path, body, **how):
+    return grid.load(write(tmp_path / "s.py", body), defaults.get_config(), **how)
+
+
+def shipped(name, config):
+    (path,) = [p for p in SHIPPED if p.stem == name]
+    return grid.load(str(path), config)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: the path, the panels, and the other arguments of each plot."""
+    drawn = []
+    monkeypatch.setattr(report.plots, "draw", lambda *a, **k: drawn.append((*a, k)) or [])
+    return drawn
+
+
 def test_the_table_is_tidy(tmp_path):
-    path = write(
-        tmp_path / "s.py",
+    loaded = load(
+        tmp_path,
         '{"fixed": {"methods": "trackstar,bm25"}, "axes": {"hessian.weight": [-1.0, 0.5]}}',
     )
-    loaded = grid.load(path, defaults.get_config())
     files = report.write(loaded, [make_result(p) for p in loaded.points], tmp_path, True)
     assert files == [str(tmp_path / "sweep.csv")]
-    with open(files[0], encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read(files[0])
     # Two points × two methods × (two metrics and one of a group); nothing that has no value.
     assert len(rows) == 12
     first = rows[0]
@@ -61,11 +81,9 @@ def test_the_table_is_tidy(tmp_path):
 
 
 def test_differences_have_one_row_for_each_pair_and_group(tmp_path):
-    path = write(
-        tmp_path / "s.py",
-        '{"fixed": {"methods": "trackstar,exp5,bm25"}, "axes": {"hessian.weight": [0.5]}}',
+    loaded = load(
+        tmp_path, '{"fixed": {"methods": "trackstar,exp5,bm25"}, "axes": {"hessian.weight": [0.5]}}'
     )
-    loaded = grid.load(path, defaults.get_config())
     (point,) = loaded.points
     _, metrics, about = make_result(point)
     d = {"difference": 0.25, "low": 0.1, "high": 0.4, "p": 0.01}
@@ -76,8 +94,7 @@ def test_differences_have_one_row_for_each_pair_and_group(tmp_path):
         metrics[name] |= {"differences": text, "by_stated": {"stated": {"differences": text}}}
     files = report.write(loaded, [(point, metrics, about)], tmp_path, False)
     assert files == [str(tmp_path / "sweep.csv"), str(tmp_path / "differences.csv")]
-    with open(files[1], encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read(files[1])
     assert [(r["method"], r["other"], r["group"]) for r in rows] == [
         ("trackstar", "exp5", ""),
         ("trackstar", "exp5", "stated: stated"),
@@ -89,15 +106,13 @@ def test_differences_have_one_row_for_each_pair_and_group(tmp_path):
 
 
 def test_seeds_are_summarised(tmp_path):
-    path = write(
-        tmp_path / "s.py",
+    loaded = load(
+        tmp_path,
         '{"fixed": {"methods": "bm25"}, "axes": {"seed": [0, 1, 2], "projection.side": [2, 4]}}',
     )
-    loaded = grid.load(path, defaults.get_config())
     results = [make_result(p, p.values["seed"]) for p in loaded.points]
     files = report.write(loaded, results, tmp_path, True)
-    with open(files[1], encoding="utf-8") as lines:
-        rows = [r for r in csv.DictReader(lines) if r["metric"] == "mrr" and not r["group"]]
+    rows = [r for r in read(files[1]) if r["metric"] == "mrr" and not r["group"]]
     assert [r["projection.side"] for r in rows] == ["2", "4"]
     for r in rows:
         figures = [float(r[k]) for k in ("mean", "sd", "least", "most", "seeds")]
@@ -108,11 +123,9 @@ def test_seeds_are_summarised(tmp_path):
 
 
 def test_differences_are_summarised_over_seeds(tmp_path):
-    path = write(
-        tmp_path / "s.py",
-        '{"fixed": {"methods": "bm25,trackstar,exp5"}, "axes": {"seed": [0, 1, 2]}}',
+    loaded = load(
+        tmp_path, '{"fixed": {"methods": "bm25,trackstar,exp5"}, "axes": {"seed": [0, 1, 2]}}'
     )
-    loaded = grid.load(path, defaults.get_config())
     results = []
     for p in loaded.points:
         _, metrics, about = make_result(p, p.values["seed"])
@@ -127,8 +140,7 @@ def test_differences_are_summarised_over_seeds(tmp_path):
     assert [f.name for f in files] == [
         "sweep.csv", "differences.csv", "seeds.csv", "seeds_differences.csv", "seeds.md",
     ]  # fmt: skip
-    with open(files[3], encoding="utf-8") as lines:
-        rows = {(r["method"], r["other"]): r for r in csv.DictReader(lines)}
+    rows = {(r["method"], r["other"]): r for r in read(files[3])}
     assert len(rows) == 3
     figures = [float(rows["trackstar", "exp5"][k]) for k in ("mean", "sd", "least", "most")]
     assert figures == pytest.approx([0.2, 0.2, 0.0, 0.4])
@@ -156,33 +168,24 @@ def test_shipped_sweeps(tmp_path, path):
     assert f"--sweep=configs/sweeps/{path.name}" in path.read_text()
 
 
-def test_growth_draws_a_judges_figures_by_size(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        report.plots, "draw", lambda path, panels, *a, **k: drawn.update({path.name: panels}) or []
-    )
-    (shipped,) = [p for p in SHIPPED if p.stem == "growth"]
-    loaded = grid.load(str(shipped), world_facts.get_config())
+def test_growth_draws_a_judges_figures_by_size(tmp_path, drawn):
+    loaded = shipped("growth", world_facts.get_config())
     assert len(loaded.points) == 12 == len({p.training for p in loaded.points})
     assert {p.config.judge.name for p in loaded.points} == {"lexical"}
     more = dict(ais_mrr=0.3, ais_recall_at_10=0.4, by_kind=KINDS)
     results = [make_result(p, **more) for p in loaded.points]
     report.write(loaded, results, tmp_path, True)
-    assert [panel.title for panel in drawn["growth"]] == ["MRR", "AIS-MRR", "AIS recall@10"]
+    panels = {path.name: panels for path, panels, *_ in drawn}
+    assert [panel.title for panel in panels["growth"]] == ["MRR", "AIS-MRR", "AIS recall@10"]
     # A line for each of three methods and four sizes; BM25 is left out.
-    assert [len(panel.lines) for panel in drawn["growth"]] == [12, 12, 12]
-    assert [len(panel.lines) for panel in drawn["growth_by_size"]] == [9, 9]
-    (panel,) = drawn["growth_kinds"]
+    assert [len(panel.lines) for panel in panels["growth"]] == [12, 12, 12]
+    assert [len(panel.lines) for panel in panels["growth_by_size"]] == [9, 9]
+    (panel,) = panels["growth_kinds"]
     assert len(panel.lines) == 12 and (panel.lines[0].y, panel.lines[0].low) == ((0.25,), (0.2,))
 
 
-def test_marked_points_and_labels(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        report.plots, "draw", lambda path, panels, *a, **k: drawn.append((panels, a, k)) or []
-    )
-    (shipped,) = [p for p in SHIPPED if p.stem == "lambda"]
-    loaded = grid.load(str(shipped), defaults.get_config())
+def test_marked_points_and_labels(tmp_path, drawn):
+    loaded = shipped("lambda", defaults.get_config())
     results = []
     for p in loaded.points:
         _, metrics, about = make_result(p)
@@ -190,7 +193,7 @@ def test_marked_points_and_labels(tmp_path, monkeypatch):
         about["notes"] = {m: {"lambda": 0.7 if value < 0 else value} for m in metrics}
         results.append((p, metrics, about))
     report.write(loaded, results, tmp_path, True)
-    panels, (x_label,), keywords = drawn[0]
+    _, panels, x_label, keywords = drawn[0]
     assert x_label == "λ" and keywords["mark_label"] == "the rule's λ"
     assert [p.title for p in panels] == ["MRR", "recall@10"]  # no tail-patch was measured
     line = panels[0].lines[0]
@@ -199,23 +202,18 @@ def test_marked_points_and_labels(tmp_path, monkeypatch):
     assert set(line.low) == {0.4} and set(line.high) == {0.6}
     loaded.plots[0]["omit"] = {"mrr": ("trackstar",)}
     report.write(loaded, results, tmp_path, True)
-    (without, complete), _, _ = drawn[-1]
+    _, (without, complete), *_ = drawn[-1]
     assert [x.label for x in complete.lines] == ["TrackStar", *(x.label for x in without.lines)]
     with pytest.raises(ValueError, match="plot 'lambda': no column nowhere"):
         loaded.plots[0]["x"] = "nowhere"
         report.write(loaded, results, tmp_path, True)
 
 
-def test_methods_side_by_side_have_their_titles(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        report.plots, "draw", lambda path, panels, *a, **k: drawn.append(panels) or []
-    )
-    (shipped,) = [p for p in SHIPPED if p.stem == "seeds"]
-    loaded = grid.load(str(shipped), defaults.get_config())
+def test_methods_side_by_side_have_their_titles(tmp_path, drawn):
+    loaded = shipped("seeds", defaults.get_config())
     results = [make_result(p, p.values["seed"]) for p in loaded.points]
     report.write(loaded, results, tmp_path, True)
-    lines = drawn[0][0].lines
+    lines = drawn[0][1][0].lines
     titles = [methods.METHODS[n].title for n in methods.parse(defaults.get_config().methods)]
     assert [line.x for line in lines] == [[t] for t in titles] == [[line.label] for line in lines]
     (y,), (low,), (high,) = lines[0].y, lines[0].low, lines[0].high
@@ -230,7 +228,7 @@ def test_a_plot_does_not_mix_the_points_of_an_axis_that_it_does_not_name(tmp_pat
         "axes": {{"seed": {seeds}, "projection.side": (4, 8), "hessian.damping": (0.1, 1.0)}},
         "plots": [{{"name": "p", "x": "projection.side", "y": ("mrr",)}}],
     }}"""
-    loaded = grid.load(write(tmp_path / "s.py", body), defaults.get_config())
+    loaded = load(tmp_path, body)
     results = [
         make_result(p, mrr=p.values["hessian.damping"] + p.values["seed"]) for p in loaded.points
     ]
@@ -244,7 +242,7 @@ def test_a_plot_does_not_mix_the_points_of_an_axis_that_it_does_not_name(tmp_pat
         del loaded.plots[0][next(iter(chosen))]
 
 
-def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
+def test_a_board_leads_with_its_lds(tmp_path, drawn):
     body = """{
         "fixed": {"methods": "grad_dot,trackstar"},
         "axes": {"seed": (0, 1), "projection.side, hessian.structure": (
@@ -253,7 +251,7 @@ def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
                    "lines": ["method", "hessian.structure"],
                    "where": {"seed": (0, 1), "projection.side": 8}}],
     }"""
-    loaded = grid.load(write(tmp_path / "s.py", body), defaults.get_config(), is_board=True)
+    loaded = load(tmp_path, body, is_board=True)
     results = []
     for point in loaded.points:
         _, metrics, about = make_result(point, point.config.seed)
@@ -265,10 +263,6 @@ def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
         }
         metrics = {"dot_whole": of_method, "trackstar": of_method, "grad_dot": of_method}
         results.append((point, metrics, about))
-    drawn = []
-    monkeypatch.setattr(
-        report.plots, "draw", lambda _, panels, *a, **kw: drawn.extend(panels) or []
-    )
     report.write(loaded, results, tmp_path, True)
     text = (tmp_path / "seeds.md").read_text()
     head = "| method | projection.side | hessian.structure | LDS, 5% left out | MRR |"
@@ -277,12 +271,13 @@ def test_a_board_leads_with_its_lds(tmp_path, monkeypatch):
     (_, differences) = text.split("Difference to TrackStar")
     assert "gradient dot product, whole | 4 | dense | +0.500 ± 0.000 |" in differences
     assert "| gradient dot product | 4 | dense | +0.000 ± 0.000 |" in differences
-    assert [p.title for p in drawn] == ["LDS, 5% left out", "MRR"]
+    ((_, panels, *_),) = drawn
+    assert [p.title for p in panels] == ["LDS, 5% left out", "MRR"]
     # R is of one structure or the other; what has no R is one line.
-    assert [line.label for line in drawn[0].lines] == [
+    assert [line.label for line in panels[0].lines] == [
         "gradient dot product, whole",
         "TrackStar, structure dense",
         "gradient dot product",
         "TrackStar, structure kronecker",
     ]
-    assert {x for line in drawn[0].lines for x in line.x} == {8}
+    assert {x for line in panels[0].lines for x in line.x} == {8}
