@@ -1,6 +1,7 @@
 """Encoding whole tables: order, padding, and stores that are filled again after a kill."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,12 @@ def setup(decoder):
     return table, make_encoder(model, Projection(side=3, blocks=2))
 
 
+def make_store(path, table, layout, dtype="float32", shard_rows=2, **made_from):
+    blocks = dict.fromkeys(layout.blocks, 9)
+    shard_bytes = shard_rows * stores.Form(dtype, tuple(blocks.values())).row_bytes
+    return stores.create(path, table.ids, blocks, made_from, dtype, shard_bytes=shard_bytes)
+
+
 # Row 2 is the longest: in the last case it comes last in the batch that it shares.
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [4, 2], [3], [2, 0, 1]])
 def test_rows_come_in_the_order_asked_for(setup, rows):
@@ -61,13 +68,8 @@ def counted(encoder):
 
 def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, tmp_path):
     table, encoder = setup
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    make = lambda name: stores.create(  # noqa: E731
-        tmp_path / name, table.ids, blocks, {}, shard_bytes=2 * 4 * encoder.layout.width
-    )
-    whole = make("whole")
+    whole, begun = (make_store(tmp_path / n, table, encoder.layout) for n in ("whole", "begun"))
     encoding.fill_stores([whole], encoder, table, LAYOUT)
-    begun = make("begun")
     assert begun.missing() == [0, 1, 2]
     begun.write(1, whole.read(slice(2, 4)))
     counting, encoded = counted(encoder)
@@ -80,9 +82,7 @@ def test_a_store_that_was_begun_is_finished_and_nothing_is_encoded_twice(setup, 
 def test_a_notice_ends_encoding_and_search_at_a_shard(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(preemption, "_watch", preemption._Watch())
     table, encoder = setup
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    shard_bytes = 2 * 4 * encoder.layout.width
-    store = stores.create(tmp_path, table.ids, blocks, {}, shard_bytes=shard_bytes)
+    store = make_store(tmp_path, table, encoder.layout)
     preemption._watch.noticed.set()
     for missing in ([1, 2], [2], []):  # a shard each time, written whole
         with pytest.raises(preemption.Preempted):
@@ -101,11 +101,7 @@ def test_other_code_adds_rows_only_if_it_gives_those_that_are_stored(
 ):
     """Guards: two checkouts that fill one store by turns, and nobody is told."""
     table, encoder = setup
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    shard_bytes = 2 * stores.Form(dtype, tuple(blocks.values())).row_bytes
-    make = lambda: stores.create(  # noqa: E731
-        tmp_path, table.ids, blocks, {}, dtype, shard_bytes=shard_bytes
-    )
+    make = functools.partial(make_store, tmp_path, table, encoder.layout, dtype)
     begun = make()
     stored_RxE = encoding.encode_rows(encoder, table, np.array([2, 3]), LAYOUT)
     stored_RxE[0] = np.nan  # a row without a gradient says nothing
@@ -130,7 +126,6 @@ def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss, dtype)
         model = decoder(vocab_size=int(table.tokens.max()) + 1)
         own = losses.of_examples("loss")
         encoder = make_encoder(model, Projection(side=3, blocks=2), output=own)
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
     left = []
 
     class Watching(type(encoder)):
@@ -139,7 +134,7 @@ def test_rows_are_quantised_on_the_device(setup, decoder, tmp_path, loss, dtype)
             return encodings
 
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)}
-    store = stores.create(tmp_path, table.ids, blocks, {}, dtype)
+    store = make_store(tmp_path, table, encoder.layout, dtype, shard_rows=5)
     encoding.fill_stores([store], Watching(**fields), table, LAYOUT)
     assert {(x.dtype.name, x.shape[1]) for x in left} == {("uint8", store.form.columns)}
     rows = encoding.encode_rows(encoder, table, np.arange(5), LAYOUT)
@@ -156,13 +151,9 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
         chosen = find_sites(model)
         kinds.append((projection, make_taps(chosen, projection, None)))
     made = build_encoder(model, kinds)
-    width = 4 * made.layouts[0].width
-    blocks = dict.fromkeys(made.layouts[0].blocks, 9)
-    found = [
-        stores.create(tmp_path / name, table.ids, blocks, {"seed": i}, shard_bytes=2 * width)
-        for i, name in enumerate("ab")
-    ]
-    mark = np.ones((2, made.layouts[0].width), np.float32)
+    layout = made.layouts[0]
+    found = [make_store(tmp_path / name, table, layout, seed=i) for i, name in enumerate("ab")]
+    mark = np.ones((2, layout.width), np.float32)
     found[0].write(0, mark)
     found[1].write(0, 2 * mark)
     found[0].write(1, mark)
@@ -177,7 +168,7 @@ def test_several_stores_are_filled_in_one_pass(setup, decoder, tmp_path):
         expected[kept] = i + 1
         np.testing.assert_allclose(store.read(slice(0, 5)), expected, rtol=2e-4, atol=1e-5)
     encoding.fill_stores(found, None, table, LAYOUT)  # finished: the encoder is not called
-    other = stores.create(tmp_path / "c", table.ids, blocks, {}, shard_bytes=9 * width)
+    other = make_store(tmp_path / "c", table, layout, shard_rows=9)
     with pytest.raises(stores.StoreError, match="shards of .*c are not those of .*a"):
         encoding.fill_stores([found[0], other], made, table, LAYOUT)
 
@@ -197,8 +188,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
     found = {}
     for name, model in (("sound", sound), ("broken", broken)):
         encoder = make_encoder(model, Projection(side=3, blocks=2))
-        blocks = dict.fromkeys(encoder.layout.blocks, 9)
-        store = stores.create(tmp_path / name, table.ids, blocks, {})
+        store = make_store(tmp_path / name, table, encoder.layout, shard_rows=5)
         encoding.fill_stores(
             [store], encoder, table, dataclasses.replace(LAYOUT, tokens_per_batch=256)
         )
@@ -237,8 +227,7 @@ def test_logits_are_computed_only_where_a_loss_is(decoder):
 def test_searched_as_it_is_encoded_it_finds_what_a_store_gives(setup, tmp_path, monkeypatch):
     """No store at all: the same ranking, ranks and scores, whatever the spans are."""
     table, encoder = setup
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    store = stores.create(tmp_path / "s", table.ids, blocks, {})
+    store = make_store(tmp_path / "s", table, encoder.layout, shard_rows=5)
     encoding.fill_stores([store], encoder, table, LAYOUT)
     queries = encoding.encode_rows(encoder, table, np.array([1, 3]), LAYOUT)
     R = hessian.autocorrelation_of_source(store).blocks
@@ -276,9 +265,7 @@ def test_a_table_that_is_not_the_stores_is_refused(setup, tmp_path):
 def test_a_shard_that_cannot_be_written_ends_the_run(setup, tmp_path, monkeypatch):
     """Guards: an error in the thread that writes, which nobody hears."""
     table, encoder = setup
-    blocks = dict.fromkeys(encoder.layout.blocks, 9)
-    width = 4 * encoder.layout.width
-    store = stores.create(tmp_path / "s", table.ids, blocks, {}, shard_bytes=2 * width)
+    store = make_store(tmp_path / "s", table, encoder.layout)
 
     def full(self, shard, rows):
         raise stores.StoreError("No space left")
