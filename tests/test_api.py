@@ -128,14 +128,6 @@ def test_the_correction_is_estimated_from_the_passages(model, tokenizer):
         assert found[0].proponents[0].id == str(expected[0].argmax())
 
 
-def test_second_moments_without_effect_are_refused(model, tokenizer):
-    scales = {"first/kernel": None}
-    with pytest.raises(ValueError, match="scales= has no effect with method='grad_cos'"):
-        call(model, tokenizer, method="grad_cos", scales=scales)
-    with pytest.raises(ValueError, match="correction='adam' has no effect beside scales="):
-        call(model, tokenizer, method="exp3", correction="adam", scales=scales)
-
-
 def test_batches_and_a_loss_of_ones_own_give_the_same(model, tokenizer):
     """No tokenizer: trees of arrays, and a loss that calls the model in its own way."""
 
@@ -405,26 +397,12 @@ def test_answers_print_and_save(model, tokenizer, tmp_path):
         (dict(method="exp9"), "unknown method 'exp9'"),
         (dict(queries=["Oslo"]), r"query 0 is 'Oslo' \(str\); give"),
         (dict(queries=[]), "there are no queries"),
-        (dict(texts=TEXTS), "texts= has no effect beside a tokenizer"),
-        (dict(method="trackstar"), "R of 2 queries contains little.*use method='trackstar_train'"),
         (dict(queries=[("Norway", " ")]), "has no token"),
     ],
 )
 def test_what_does_not_fit_is_told(model, tokenizer, how, message):
     with pytest.raises(ValueError, match=message):
         call(model, tokenizer, **dict(projection=Projection(side=8, pooling="matrix")) | how)
-
-
-def test_models_and_passages_that_do_not_belong_together(model, tokenizer):
-    other = Bigram(tokenizer.vocab_size - 5, nnx.Rngs(1))
-    with pytest.raises(ValueError, match="give the model's own tokenizer"):
-        call(other, tokenizer)
-    with pytest.raises(ValueError, match="passages are a path; give the model's tokenizer"):
-        tda.trace(model, "corpus.jsonl", [])
-    with pytest.raises(
-        ValueError, match="directory='somewhere' has no effect on batches: it is for texts"
-    ):
-        tda.trace(model, [], [], directory="somewhere")
 
 
 def test_trackstar_mixes_where_there_are_queries_enough(model, tokenizer):

@@ -95,7 +95,7 @@ SHAPE = r"the loss of \d examples has the shape"
         (dict(projection=8), "projection=8; give tda.Projection"),
         (dict(include="("), "include='\\(' is not a regular expression"),
         (dict(joiner=3), "joiner=3; give a string"),
-        (dict(method="trackstar"), "R of 2 queries contains little"),
+        (dict(method="trackstar"), "R of 2 queries contains little.*use method='trackstar_train'"),
         (dict(loss=lambda m, b: nats(m, b).mean()), SHAPE + r" \(\), not \(2,\): it must be one"),
         (dict(loss=nats), SHAPE + r" \(2, 8\), not"),
         (dict(loss=lambda m, b: (nats(m, b).sum(-1), 1)), "the loss returns a tuple, not an array"),
@@ -128,7 +128,7 @@ def test_arguments_that_do_not_fit_are_refused_first(
         ("SmolLM2", "model is a str, not an NNX module; give a flax.nnx.Module"),
         (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "the model maps tokens|dot_general"),
         (Positions(300, 16), "context=512 is beyond the model's table of 16 positions; give cont"),
-        (Positions(280, 0), "the tokenizer has 300 tokens, the model 280"),
+        (Positions(280, 0), "the tokenizer has 300 tokens, the model 280: give the model's own"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_first(tokenizer, nothing_is_encoded, model, message):
