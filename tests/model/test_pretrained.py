@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -14,18 +13,11 @@ from tda.model import functional, pretrained
 from tda.model.pretrained import PretrainedError, tensors
 from tda.runtime import sharding
 from tests.model import tiny_llama
-from tests.model.tiny_llama import CONFIG, D, F, G, H, K, L, V
-
-TOKENS = np.random.default_rng(1).integers(0, V, (2, 7)).astype(np.int32)
+from tests.model.tiny_llama import CONFIG, D, F, H, K, L
 
 
 def parameters(model):
     return functional.flat_parameters(functional.split(model)[1])
-
-
-def logits(model):
-    fn, params = functional.split(model)
-    return np.asarray(jax.jit(fn.apply)(params, TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -260,76 +252,6 @@ def test_left_over_and_damaged_files_are_named(tmp_path):
         pretrained.load(whole)
     with pytest.raises(FileNotFoundError, match="no such model"):
         pretrained.load(tmp_path / "nowhere")
-
-
-def gguf_of(path, metadata=(), change=lambda name, x: x):
-    """The tiny model as llama.cpp's converter writes it."""
-    gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in dict(
-        embedding_length=D, block_count=L, feed_forward_length=F, context_length=64
-    ).items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_uint32("llama.attention.head_count", H)
-    writer.add_uint32("llama.attention.head_count_kv", G)
-    writer.add_uint32("llama.attention.key_length", K)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32("llama.rope.freq_base", 100.0)
-    for key, value in metadata:
-        writer.add_string(key, value)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for name, x in tiny_llama.tensors().items():
-        heads = {"q": H, "k": G}.get(name[name.find("self_attn.") + len("self_attn.")])
-        if "self_attn." in name and heads:
-            # Pairs half a head apart come to lie side by side.
-            x = x.reshape(heads, 2, K // 2, D).swapaxes(1, 2).reshape(x.shape)
-        layer = name.split(".")[2] if ".layers." in name else None
-        own = name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")
-        own = names[own] if layer is None else f"blk.{layer}.{names[own]}"
-        writer.add_tensor(f"{own}.weight", change(own, np.ascontiguousarray(x)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_gguf_is_the_same_model_with_pairs_put_back(directory, tmp_path):
-    """Guards: rotary pairs of another layout, which gives a fluent model of wrong logits."""
-    file = gguf_of(tmp_path / "tiny.gguf")
-    ours, theirs = pretrained.load(file, quiet=True), pretrained.load(directory, quiet=True)
-    expected = parameters(theirs)
-    for name, x in parameters(ours).items():
-        np.testing.assert_array_equal(x, expected[name], err_msg=name)
-    np.testing.assert_array_equal(logits(ours), logits(theirs))
-
-
-def test_gguf_errors_name_the_file(tmp_path):
-    with pytest.raises(PretrainedError, match="expert_count=8 is not supported"):
-        pretrained.load(gguf_of(tmp_path / "a.gguf", [("llama.expert_count", "8")]))
-    with pytest.raises(PretrainedError, match=r"rope.scaling.type 'longrope' .* is not"):
-        pretrained.load(gguf_of(tmp_path / "b.gguf", [("llama.rope.scaling.type", "longrope")]))
-    damaged = tmp_path / "c.gguf"
-    damaged.write_bytes(b"GGUF" + bytes(3))
-    with pytest.raises(PretrainedError, match=r"c.gguf cannot be read as GGUF"):
-        pretrained.load(damaged)
-    other = tmp_path / "d.bin"
-    other.write_bytes(b"")
-    with pytest.raises(PretrainedError, match=r"neither a directory nor a .gguf file"):
-        pretrained.load(other)
 
 
 @pytest.mark.parametrize(
