@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.gradients import kronecker, reference
 from tda.gradients.encoder import build_encoder, make_encoder
@@ -18,6 +17,7 @@ from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.runtime import sharding
+from tests.data.test_batches import table_of
 
 P = Projection(side=4, pooling="matrix")
 LAYOUT = BatchLayout((4, 8), tokens_per_batch=24, pad=0)
@@ -26,11 +26,7 @@ LAYOUT = BatchLayout((4, 8), tokens_per_batch=24, pad=0)
 def table(lengths=(5, 8, 2, 6, 3, 7), seed=0):
     """Sequences of random tokens, all but the first token of each scored."""
     rng = np.random.default_rng(seed)
-    starts = np.cumsum([0, *(n + 1 for n in lengths)])
-    scored = np.ones(starts[-1], bool)
-    scored[starts[:-1]] = False
-    names = [f"p{i}" for i in range(len(lengths))]
-    return tokens.TokenTable(names, names, rng.integers(1, 50, starts[-1]), starts, scored)
+    return table_of([rng.integers(1, 50, n + 1) for n in lengths])
 
 
 def batches(labels, rows=range(6), **changes):

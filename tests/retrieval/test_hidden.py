@@ -5,19 +5,17 @@ import pytest
 from flax import nnx
 
 from tda.data.batches import BatchLayout, buckets
-from tda.data.tokens import TokenTable
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.retrieval.hidden import Pooler
+from tests.data.test_batches import table_of
 
 SIZES = dict(vocab_size=40, width=8, heads=2, kv_heads=2, head_width=4, ff_width=16, scan=False)
 
 
 def table(*lengths):
-    starts = np.cumsum([0, *lengths])
-    tokens = np.random.default_rng(0).integers(1, 40, size=starts[-1], dtype=np.int32)
-    ids = [str(i) for i in range(len(lengths))]
-    return TokenTable(ids, ids, tokens, starts, np.ones(starts[-1], bool))
+    rng = np.random.default_rng(0)
+    return table_of([rng.integers(1, 40, n) for n in lengths])
 
 
 @pytest.mark.parametrize("positions", [0, 16])

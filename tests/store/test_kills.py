@@ -1,7 +1,6 @@
 """Killed at any moment and started again, a store ends in the bytes of an uninterrupted run."""
 
 import os
-import pathlib
 import random
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from tda import store as stores
 from tda.store import shard_file
 from tests.runtime.test_processes import free_port
+from tests.store.test_gradient_store import contents
 
 # Makes a store, fills it, appends and fills again; slow enough to be hit anywhere.
 WRITE = """
@@ -51,14 +51,6 @@ def start(program, arguments, **env):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-
-
-def contents(path):
-    return {
-        str(p.relative_to(path)): p.read_bytes()
-        for p in pathlib.Path(path).rglob("*")
-        if p.is_file()
-    }
 
 
 def assert_same(one, other):

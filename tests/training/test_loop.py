@@ -23,6 +23,7 @@ from tda.training.checkpoint import CheckpointError
 from tda.training.loop import TrainingSettings
 from tda.training.optimizer import make_optimizer, schedule
 from tests.data import test_batches
+from tests.training.test_checkpoint import assert_same
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
@@ -59,11 +60,6 @@ def fit(model, directory, log_path=None, mesh=None, description=None, **changes)
 def steps_in(log_path):
     lines = pathlib.Path(log_path).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["step"] for line in lines]
-
-
-def assert_same(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
