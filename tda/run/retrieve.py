@@ -234,7 +234,9 @@ def describe(note: dict) -> str:
         parts.append(f"R_eval of {_EVALUATIONS[note['evaluation']]}")
     if "damping" in note or "shrinkage" in note:
         parts.append(describe_regularisation(note))
-    if "checkpoints" in note:
+    if "weights" in note:
         pairs = zip(note["checkpoints"], note["weights"], strict=True)
         parts.append("checkpoints " + ", ".join(f"{s} ({w:.2f})" for s, w in pairs))
+    elif "checkpoints" in note:  # of captured gradients, which have a weight each
+        parts.append(f"checkpoints {', '.join(map(str, note['checkpoints']))}")
     return "; ".join(parts)

@@ -124,6 +124,14 @@ def ranked(tmp_path_factory, one_device):
         yield run, retrieve.retrieve(run)[0]
 
 
+@pytest.mark.slow
+def test_a_run_ends_with_the_checkpoints_of_the_queries(ranked):
+    """Mistake: a note that the last lines of a run cannot print, after all of its work."""
+    run, rankings = ranked
+    notes = retrieve.retrieve(run)[1]
+    assert {retrieve.describe(notes[name]) for name in rankings} == {"checkpoints 1, 2, 3, 4"}
+
+
 def rate_of(run):
     """The learning rate by step."""
     t = training.options(run.config)
