@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import overload
 
 import numpy as np
+from flax import nnx
 
 from tda import methods
 from tda.answers import Answer, RankedPassage, TraceResult
@@ -30,7 +31,7 @@ _HELD_BYTES = 1 << 30
 
 
 class Index:
-    """The gradients of a corpus by one model. Returned by `tda.encode`.
+    """The gradients of a corpus by one model, as it was given. Returned by `tda.encode`.
 
     Gradients with the optimizer's correction and gradients without it are two kinds. Each is
     computed when a method first needs it, and then serves all methods of its kind. R and the
@@ -51,7 +52,9 @@ class Index:
         names: Sequence[str],
     ):
         checks.check_settings(settings)
-        self._settings, self._make_inputs = settings, make_inputs
+        # Shares the arrays: a model that is trained on gets new ones, and this one keeps its own.
+        self._settings = dataclasses.replace(settings, model=nnx.clone(settings.model))
+        self._make_inputs = make_inputs
         self._has_tokenizer, self._names = has_tokenizer, tuple(names)
         self._kinds: dict[bool, _Kind] = {}
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import tda
 from tda import hessian
@@ -82,6 +83,16 @@ def test_a_second_question_compiles_nothing(model, tokenizer):
     # Longer than any before: a program of its own, which shows that the listener hears.
     index.query([(" ".join(TEXTS[:3]), "Lima")])
     assert compiled
+
+
+def test_a_model_that_is_trained_on_does_not_change_the_answers(model, tokenizer):
+    """Mistake: gradients of two models in one ranking."""
+    trained = nnx.clone(model)
+    index = tda.encode(trained, TEXTS, method="grad_cos", tokenizer=tokenizer, **OPTIONS)
+    trained.second.kernel[...] = -2 * trained.first.kernel[...].sum() * trained.second.kernel[...]
+    for method, how in (("grad_cos", {}), ("exp3", {}), ("grad_cos", dict(rerank=4))):
+        answers = index.query(QUERIES, method, k=3, **how)
+        assert same(answers, call(model, tokenizer, method=method, **how)), method
 
 
 def test_batches_are_asked_again_too(model, tokenizer):
