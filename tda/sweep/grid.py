@@ -10,6 +10,7 @@ A sweep file has `get_sweep()`, which returns a dict:
         `tda.sweep.report`.
 """
 
+import collections
 import dataclasses
 import difflib
 import itertools
@@ -126,6 +127,9 @@ def load(path: str, config: ConfigDict, is_board: bool = False) -> Sweep:
         name = _name_point(values, contents["fixed"])
         name = f"board,{name}" if is_board else name
         points.append(Point(name, values, _with_values(fixed, values, path), is_board))
+    counts = collections.Counter(p.name for p in points)
+    if twice := [p.values for p in points if counts[p.name] > 1]:
+        raise ValueError(f"{path}: an axis has a value twice, so that {twice[0]} is two points")
     return Sweep(names, points, list(contents["plots"]))
 
 

@@ -102,6 +102,8 @@ def test_points_that_retrain_alike_share_a_bank(tmp_path, key, value, retrains):
         ('{"axes": {"hessian.weight": []}}', "axis 'hessian.weight' needs values"),
         ('{"axes": {"seed, hessian.weight": [(1,)]}}', "needs values, each of 2"),
         ('{"axes": {"seed": [1], "seed, train.epochs": [(1, 2)]}}', "a key is on two axes"),
+        # Mistake: a spread over seeds that has one of them twice.
+        ('{"axes": {"seed": [0, 1, 0]}}', "an axis has a value twice, so that {'seed': 0} is"),
         ('{"axes": {}}', "no axes"),
         ('{"axes": {"seed": [1]}, "plot": []}', "unknown plot"),
     ],
