@@ -140,8 +140,7 @@ class BatchInputs:
                 f"there are {len(texts)} texts and {len(gradients_CxE)} passages; give a text for "
                 "each passage"
             )
-        ids = list(map(str, range(len(gradients_CxE))))
-        return in_memory(gradients_CxE, encoder.layout.slices, ids)
+        return in_memory(gradients_CxE, encoder.layout.slices, str)
 
     def passage_of(self, row: int) -> tuple[str, str]:
         """Returns the id and the text of a row's passage."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -55,9 +55,11 @@ class EncodedQueries:
     """Their tokens; None for batches."""
 
 
-def in_memory(gradients_CxE: np.ndarray, slices: list[slice], ids: Sequence[str]) -> InMemory:
+def in_memory(
+    gradients_CxE: np.ndarray, slices: list[slice], id_of: Callable[[int], str]
+) -> InMemory:
     """Returns gradients as a source; rows that are not finite are never retrieved."""
-    encoding.mark_invalid(gradients_CxE, ids)
+    encoding.mark_invalid(gradients_CxE, id_of)
     return InMemory(gradients_CxE, slices)
 
 
@@ -341,4 +343,4 @@ def _encode_in_memory(
     if is_small:
         # Afterwards: a batch of one passage would take a good part of the time of all of these.
         _check_finite_passages(table, lambda row: gradients_CxE[row])
-    return in_memory(gradients_CxE, encoder.layout.slices, table.ids)
+    return in_memory(gradients_CxE, encoder.layout.slices, table.ids.__getitem__)

@@ -84,17 +84,17 @@ def _collect(out: list[np.ndarray], batch) -> None:
         of_kind[places] = sharding.to_host(x)[: len(places)]
 
 
-def mark_invalid(x_RxE: np.ndarray, ids: Sequence[str]) -> None:
+def mark_invalid(x_RxE: np.ndarray, id_of: Callable[[int], str]) -> None:
     """Makes rows with a number that is not finite infinite throughout, and warns of them.
 
     Args:
         x_RxE: gradients, changed in place.
-        ids: the passages' ids, length R.
+        id_of: returns the id of a row's passage.
     """
-    invalid = np.flatnonzero(~np.isfinite(x_RxE).all(axis=1))
-    if len(invalid):
+    invalid = np.flatnonzero(~np.isfinite(x_RxE).all(axis=1)).tolist()
+    if invalid:
         x_RxE[invalid] = np.inf
-        warnings.warn(_describe_invalid([ids[i] for i in invalid]), stacklevel=2)
+        warnings.warn(_describe_invalid([id_of(row) for row in invalid]), stacklevel=2)
 
 
 def _describe_invalid(ids: Sequence[str]) -> str:
@@ -137,7 +137,7 @@ class OnTheFly:
     def read(self, numbers) -> np.ndarray:
         """Returns some rows, float32 [R, E]; a row with a number that is not finite is infinite."""
         x_RxE = encode_rows(self._encoder, self._table, numbers, self._layout)
-        mark_invalid(x_RxE, [self._table.ids[i] for i in numbers])
+        mark_invalid(x_RxE, lambda row: self._table.ids[int(numbers[row])])
         return x_RxE
 
 
