@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tda.evaluation.frequency import Names, normalised
 from tda.evaluation.judge import Claim, Judge
+from tda.facts.names import Names, normalised
 
 # Words of a prompt that say nothing about its relation.
 _FUNCTION_WORDS = frozenset(

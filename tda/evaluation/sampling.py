@@ -15,7 +15,7 @@ from flax import nnx
 
 from tda import loss as losses
 from tda.data.batches import BatchLayout
-from tda.evaluation.frequency import begins_with
+from tda.facts.names import begins_with
 from tda.runtime import progress, sharding
 
 # Queries whose samples are drawn together.
@@ -145,7 +145,7 @@ def _pick(p_V: np.ndarray, uniform: Sequence[float]) -> list[int]:
 def confidence(generations: Sequence[str], answers: Iterable[str]) -> float:
     """Returns the share of the generations that begin with one of the answers, as whole words.
 
-    The answers are the target and its aliases; see `tda.evaluation.frequency` on case.
+    The answers are the target and its aliases; see `tda.facts.names` on case.
     """
     answers = list(answers)
     return float(np.mean([begins_with(text, answers) for text in generations]))

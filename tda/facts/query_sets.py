@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tda.data import jsonl, readers, rows
+from tda.facts.names import begins_with
 from tda.facts.records import Fact
 from tda.results import with_current_names
 
@@ -15,7 +16,8 @@ def read(path: jsonl.Paths) -> list[Fact]:
     """Reads the queries of a file of JSON lines, or of a .tsv file, by the fields of each record.
 
     - records of results (`tda.results`) with sampled answers: the model's wrong answers. The target
-      is its most frequent answer; records of stated targets, or without answers, are left out.
+      is its most frequent answer that does not state the target; records of targets that greedy
+      decoding states, and those without such an answer, are left out.
     - `prompt`, `targets` and `label`: the right one of several (COPA, PIQA).
     - `prompt` and `target`, with an `id` or not.
     - `question`, `obj` and `possible_answers`, the target and all of its names: open questions
@@ -128,9 +130,11 @@ def _choices(record: Mapping, where: str) -> dict:
 
 
 def _wrong_answer(record: Mapping, where: str) -> str | None:
-    """Returns a model's wrong answer; None if it states the target or gives no answer."""
+    """Returns a model's wrong answer; None if it states the target or gives no other answer."""
+    target = _text(record, "targets_plaintext")
     generations = (text.strip() for text in _names(record, "8b_generations", where))
-    answers = [text for text in generations if text]
+    # Greedy decoding may miss a target that samples state.
+    answers = [text for text in generations if text and not begins_with(text, [target])]
     if record.get("is_8b_correct") or not answers:
         return None
     # Of equally frequent ones the first.

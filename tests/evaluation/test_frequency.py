@@ -6,6 +6,7 @@ import pytest
 
 from tda.evaluation import frequency
 from tda.facts import files
+from tda.facts.names import normalised
 from tda.facts.records import Fact
 from tests.facts import trex
 
@@ -58,13 +59,13 @@ def slow(facts, texts):
     """Every name of every fact by a regular expression in every text."""
 
     def names(text, all_names):
-        for name in map(frequency.normalised, all_names):
+        for name in map(normalised, all_names):
             flags = 0 if len(name) <= 3 else re.IGNORECASE
             if name and re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text, flags):
                 return True
         return False
 
-    texts = list(map(frequency.normalised, texts))
+    texts = list(map(normalised, texts))
     return [
         sum(names(t, [f.entity0, *f.entity0_alias]) and names(t, [f.entity1, *f.entity1_alias])
             for t in texts)

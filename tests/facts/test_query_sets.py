@@ -70,12 +70,15 @@ def test_results_are_asked_for_what_the_model_gets_wrong(tmp_path):
         tmp_path,
         record("right", ["Norway", "Norway"], is_8b_correct=True),
         record("wrong", ["Italy", " Sweden", "Sweden ", ""], is_8b_correct=False),
+        record("sometimes right", ["Norway and", "norway.", "Spain"], is_8b_correct=False),
+        record("right when sampled", ["Norway and"], is_8b_correct=False),
         record("silent", ["", " "], is_8b_correct=False),
         record("not sampled", None, is_8b_correct=False),
         record("older", None, is_8b_correct=False, temperature_samples=["Finland"]),
     )
-    expected = [("wrong", "Oslo is in", "Sweden"), ("older", "Oslo is in", "Finland")]
-    assert [(f.fact_id, f.prompt0, f.entity1) for f in facts] == expected
+    answers = {"wrong": "Sweden", "sometimes right": "Spain", "older": "Finland"}
+    assert {f.fact_id: f.entity1 for f in facts} == answers
+    assert {f.prompt0 for f in facts} == {"Oslo is in"}
 
 
 def test_other_records_are_refused(tmp_path):
