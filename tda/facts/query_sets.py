@@ -33,7 +33,7 @@ def read(path: jsonl.Paths) -> list[Fact]:
         FileNotFoundError, tda.data.jsonl.RecordError: as for `iter_records`.
     """
     placed = list(_records(path))
-    places, records = ([pair[i] for pair in placed] for i in range(2))
+    records, places = [record for _, record in placed], [where for where, _ in placed]
     try:
         queries = rows.parse_queries(records, places)
     except ValueError as error:
@@ -88,28 +88,32 @@ def _records(path: jsonl.Paths) -> Iterator[tuple[str, Any]]:
         record = with_current_names(record)
         if not isinstance(record, Mapping):
             yield where, record
-        elif "8b_generations" in record or "inputs_plaintext" in record:
-            if (answer := _wrong_answer(record, where)) is not None:
-                asked_again = {"id": record.get("example_id"), "target": answer}
-                yield where, {**record, **asked_again, "prompt": record.get("inputs_plaintext")}
-        elif "targets" in record and "label" in record:
-            yield where, {**record, **_choices(record, where)}
-        elif "prompt" in record and "target" in record:
-            yield where, record
-        elif "question" in record and "possible_answers" in record:
-            named = {"subject": record.get("subj"), "relation_id": record.get("prop")}
-            asked = {"prompt": _question(record, where), "target": record.get("obj")}
-            yield where, {**record, **named, **asked}
-        elif "question" in record and "answer" in record:
-            asked = {"prompt": _question(record, where), "target": record["answer"]}
-            yield where, {**record, **asked}
-        elif "original_ending" in record:
-            yield where, {**record, "target": record["original_ending"]}
-        elif "attribute" in record:
-            fact = {"id": record.get("known_id"), **record, "target": record["attribute"]}
-            yield where, fact
-        else:
-            yield where, record
+        elif (fields := _fields(record, where)) is not None:
+            yield where, {**record, **fields}
+
+
+def _fields(record: Mapping, where: str) -> dict | None:
+    """Returns what a record lacks by its form, or has by other names; None to leave it out."""
+    if "8b_generations" in record or "inputs_plaintext" in record:
+        answer, prompt = _wrong_answer(record, where), record.get("inputs_plaintext")
+        if answer is None:
+            return None
+        return {"id": record.get("example_id"), "prompt": prompt, "target": answer}
+    if "targets" in record and "label" in record:
+        return _choices(record, where)
+    if "prompt" in record and "target" in record:
+        return {}
+    if "question" in record and "possible_answers" in record:
+        named = {"subject": record.get("subj"), "relation_id": record.get("prop")}
+        return named | {"prompt": _question(record, where), "target": record.get("obj")}
+    if "question" in record and "answer" in record:
+        return {"prompt": _question(record, where), "target": record["answer"]}
+    if "original_ending" in record:
+        return {"target": record["original_ending"]}
+    if "attribute" in record:
+        name = record.get("id", record.get("known_id"))
+        return {"id": name, "target": record["attribute"]}
+    return {}
 
 
 def _question(record: Mapping, where: str) -> str:
