@@ -134,7 +134,7 @@ def whitened(
         with host_blas.one_thread():
             right = _inverse_root(B / trace, damping)
             if A.ndim < B.ndim:
-                left = _inverse_root_of_diagonal(A / trace[..., 0], damping)
+                left = _damped_root(np.asarray(A / trace[..., 0], np.float64), damping)
             else:
                 left = _inverse_root(A / trace, damping)
         # R is A ⊗ B / tr A, so that E‖G‖² is its trace; left and right here are those of A / tr A.
@@ -147,11 +147,6 @@ def _inverse_root(A: np.ndarray, damping: float) -> np.ndarray:
     """Returns A^(−1/2) of a damped moment, float64 [(L,) M, M]."""
     values, vectors = np.linalg.eigh(np.asarray(A, np.float64))
     return np.einsum("...mk,...k,...nk->...mn", vectors, _damped_root(values, damping), vectors)
-
-
-def _inverse_root_of_diagonal(a: np.ndarray, damping: float) -> np.ndarray:
-    """Returns `_inverse_root` of a diagonal matrix as a diagonal, float64 [(L,) M]."""
-    return _damped_root(np.asarray(a, np.float64), damping)
 
 
 def _damped_root(values: np.ndarray, damping: float) -> np.ndarray:
