@@ -7,10 +7,10 @@ import numpy as np
 from tda.data.batches import BatchLayout, draw
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TraceSettings
-from tda.gradients import pair_products
+from tda.gradients import pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
 from tda.gradients.moments.second_moments import Scale
-from tda.gradients.pair_products import Metric
+from tda.gradients.pair_metrics import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
 from tda.retrieval import candidates
@@ -50,8 +50,8 @@ class WholeGradients:
     def _plain(self) -> Metric:
         sites = self._settings.sites()
         if self._scales is None:
-            return pair_products.identity(sites)
-        return pair_products.corrected(sites, self._scales)
+            return pair_metrics.identity(sites)
+        return pair_metrics.corrected(sites, self._scales)
 
     @functools.cached_property
     def _moments(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -61,8 +61,8 @@ class WholeGradients:
         )
 
     def _whitened(self, damping: float) -> Metric:
-        damping = pair_products.DAMPING if damping < 0 else damping
-        return pair_products.whitened(self._plain, self._moments, damping)
+        damping = pair_metrics.DAMPING if damping < 0 else damping
+        return pair_metrics.whitened(self._plain, self._moments, damping)
 
     def rank(
         self, queries: TokenTable, first: Ranked, method: Method, k: int, damping: float = -1.0
@@ -75,7 +75,7 @@ class WholeGradients:
             method: decides correction, R and norm; R of a matrix is the product of the second
                 moments of its rows and of its columns.
             k: the number of proponents.
-            damping: of R, in mean eigenvalues of a factor; below 0, `pair_products.DAMPING`.
+            damping: of R, in mean eigenvalues of a factor; below 0, `pair_metrics.DAMPING`.
         """
         lists = candidates.unite([first])
         pairs = Pairs.of_lists(lists)

@@ -19,7 +19,7 @@ from tda.data.tokens import TokenTable
 from tda.gradients import outer_products, pair_products
 from tda.gradients.factors import GradientFactors
 from tda.gradients.outer_products import Factors, Terms
-from tda.gradients.pair_products import Metric
+from tda.gradients.pair_metrics import Metric
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 from tda.runtime.groups import ONE_GROUP, Groups

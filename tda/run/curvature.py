@@ -7,7 +7,7 @@ import numpy as np
 from tda.data.batches import draw
 from tda.gradients import kronecker, pair_products, sites, taps
 from tda.gradients.factors import GradientFactors
-from tda.gradients.pair_products import Metric
+from tda.gradients.pair_metrics import Metric
 from tda.methods import GradientKind, Method
 from tda.run.run import CURVATURE_LABELS, Run
 from tda.runtime import atomic_file, processes, progress

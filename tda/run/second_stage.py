@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tda.gradients import pair_products
+from tda.gradients import pair_metrics
 from tda.gradients.factors import GradientFactors
-from tda.gradients.pair_products import Metric
+from tda.gradients.pair_metrics import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
 from tda.retrieval import by_score, candidates
@@ -43,7 +43,7 @@ def check(config, method: Method) -> None:
     if method.curvature == "logra" or (method.curvature != "none" and method.hessian != "none"):
         raise ValueError(f"{method.title}: without projection there is EK-FAC alone, or R alone")
     if method.hessian == "train" and method.corrected and config.gradients.correction == "adam":
-        raise ValueError(f"{method.title}: {pair_products.NOT_FACTORED}")
+        raise ValueError(f"{method.title}: {pair_metrics.NOT_FACTORED}")
 
 
 class SecondStage(Retriever):
@@ -88,7 +88,7 @@ class SecondStage(Retriever):
     def _damping(self) -> float:
         """The damping of R's factors, in mean eigenvalues."""
         damping = self.run.config.hessian.damping
-        return pair_products.DAMPING if damping < 0 else damping
+        return pair_metrics.DAMPING if damping < 0 else damping
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
@@ -164,14 +164,14 @@ class SecondStage(Retriever):
             sites = run.sites(kind)
             if kind.curvature == "ekfac":
                 fitted = curvature.factors(run, kind)
-                metric = pair_products.ekfac(sites, fitted, run.config.curvature.damping)
+                metric = pair_metrics.ekfac(sites, fitted, run.config.curvature.damping)
             elif kind.corrected:
-                metric = pair_products.corrected(sites, moments.inverse_root_moments(run, kind))
+                metric = pair_metrics.corrected(sites, moments.inverse_root_moments(run, kind))
             else:
-                metric = pair_products.identity(sites)
+                metric = pair_metrics.identity(sites)
             if method.hessian == "train":
                 sums = curvature.whole_moments(run, method, factors, metric)
-                metric = pair_products.whitened(metric, sums, self._damping)
+                metric = pair_metrics.whitened(metric, sums, self._damping)
             self._metrics[name] = metric
         return self._metrics[name]
 

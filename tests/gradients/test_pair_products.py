@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients import kronecker, layers, pair_products, reference
+from tda.gradients import kronecker, layers, pair_metrics, pair_products, reference
 from tda.gradients.factors import GradientFactors
 from tda.gradients.moments.second_moments import Scale, factored_scale
-from tda.gradients.pair_products import SiteMetric
+from tda.gradients.pair_metrics import SiteMetric
 from tda.gradients.sites import find_sites
 from tda.runtime import sharding
 from tests.gradients.test_layers import D, V
@@ -96,7 +96,7 @@ def make_metric(name, sites, gradients):
             )
             values = np.exp(rng.normal(size=(*shape, site.rows, site.columns))).astype(np.float32)
             c = kronecker.Curvature(left, right, values)
-            metric |= pair_products.ekfac([site], {site.path: c}, 0.1)
+            metric |= pair_metrics.ekfac([site], {site.path: c}, 0.1)
             weights = (values + 0.1 * values.mean(axis=(-1, -2), keepdims=True)) ** -0.5
             apply[site.path] = lambda G, A=left, B=right, w=weights: (
                 np.swapaxes(A, -1, -2) @ G @ B * w
@@ -104,7 +104,7 @@ def make_metric(name, sites, gradients):
         elif name in ("identity", "whitened"):
             metric[site.path], apply[site.path] = SiteMetric(), lambda G: G
         else:
-            metric |= pair_products.corrected([site], {site.path: scale})
+            metric |= pair_metrics.corrected([site], {site.path: scale})
             dense = np.asarray(scale.dense(), np.float64)
             apply[site.path] = lambda G, s=dense: G * s
     if name.endswith("whitened"):
@@ -115,7 +115,7 @@ def make_metric(name, sites, gradients):
     return metric, apply
 
 
-def whitener(apply, gradients, is_table=False, damping=pair_products.DAMPING):
+def whitener(apply, gradients, is_table=False, damping=pair_metrics.DAMPING):
     """R^(−1/2) of gradients after `apply`, with R = E[G Gᵀ] ⊗ E[Gᵀ G] / E‖G‖², damped.
 
     Of a table E[G Gᵀ] counts as diagonal.
@@ -164,7 +164,7 @@ def test_products_are_those_of_whole_gradients(case, name):
         sums = pair_products.zero_moments(factors)
         sums = pair_products.add_moments(sums, pair_products.transform(metric, passages))
         means = {p: tuple(np.asarray(x) / 5 for x in pair) for p, pair in sums.items()}
-        metric = pair_products.whitened(metric, means)
+        metric = pair_metrics.whitened(metric, means)
     changed = [
         np.concatenate([f(g[p]).reshape(len(g[p]), -1) for p, f in apply.items()], axis=1)
         for g in gradients
@@ -210,7 +210,7 @@ def test_every_form_gives_the_same(monkeypatch, S, T, Q, M, N):
 
 def test_products_are_the_same_on_a_mesh(case):
     factors, (passages, queries), _ = case
-    metric = pair_products.identity(factors.sites)
+    metric = pair_metrics.identity(factors.sites)
     mesh = sharding.make_mesh(data=5, devices=jax.devices()[:5])
     place = lambda x: jax.device_put(x, sharding.named(mesh, (None,) * (x.ndim - 3) + ("batch",)))  # noqa: E731
     alone = pair_products.all_products(metric, passages, queries)
@@ -223,7 +223,7 @@ def test_exact_adam_and_r_are_refused(case):
     factors, _, gradients = case
     metric, _ = make_metric("adam", factors.sites, gradients[0])
     with pytest.raises(ValueError, match="exact Adam correction"):
-        pair_products.whitened(metric, {})
+        pair_metrics.whitened(metric, {})
 
 
 @pytest.mark.parametrize("is_table", [False, True])
@@ -233,7 +233,7 @@ def test_without_damping_directions_that_no_gradient_has_are_left_out(is_table):
     G_RxMxN[:, 2] = G_RxMxN[:, :, 5] = 0
     A, B = (np.einsum(f"rmn,{x}->{y}", G_RxMxN, G_RxMxN) for x, y in (("rkn", "mk"), ("rmk", "nk")))
     moments = {"w": (np.diag(A) if is_table else A, B)}
-    bases = pair_products.whitened({"w": SiteMetric()}, moments, damping=0.0)["w"].bases
+    bases = pair_metrics.whitened({"w": SiteMetric()}, moments, damping=0.0)["w"].bases
     for moment, root in zip(moments["w"], bases, strict=True):
         moment, root = (np.diag(x) if x.ndim == 1 else x for x in (moment, root))
         # R^(-1/2) R R^(-1/2) is a projection, up to a scale.

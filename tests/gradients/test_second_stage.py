@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tda.data.batches import BatchLayout
-from tda.gradients import pair_products, reference, second_stage
+from tda.gradients import pair_metrics, pair_products, reference, second_stage
 from tda.gradients.factors import GradientFactors
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.gradients.sites import find_sites
@@ -51,7 +51,7 @@ def expected_QxC(model):
 
 
 def scorer(factors, memory=1 << 30, layout=LAYOUT):
-    metric = pair_products.identity(list(factors.sites))
+    metric = pair_metrics.identity(list(factors.sites))
     return PairScorer(factors, {"dot": (metric, False), "cosine": (metric, True)}, layout, memory)
 
 
@@ -77,7 +77,7 @@ def test_queries_are_held_where_they_have_gradients(model, factors):
     rows, head = side.factors["embedding/embedding"]
     assert (rows.looks_up, head.looks_up) == (True, False)
     assert rows.inputs.shape == (4, 4, 1) and head.inputs.shape == (4, 2, model.vocab_size)
-    metric = pair_products.identity(list(factors.sites))
+    metric = pair_metrics.identity(list(factors.sites))
     batch = next(iter(LAYOUT.batches(QUERIES, np.array([0])))).arrays()
     changed = pair_products.transform(metric, factors(batch))
     arrays = jax.tree.leaves(changed)
@@ -128,7 +128,7 @@ def test_scores_are_the_same_on_a_mesh(model, factors, expected_QxC):
     scores = scorer(factors, layout=layout).score(QUERIES, PASSAGES, pairs)
     assert_right(scores, pairs, expected_QxC)
     # Moments too: of a table's rows the diagonal.
-    metric, rows = pair_products.identity(list(factors.sites)), np.arange(6)
+    metric, rows = pair_metrics.identity(list(factors.sites)), np.arange(6)
     expected = pair_products.fit_moments(alone, metric, LAYOUT, PASSAGES, rows)
     with jax.set_mesh(mesh):
         moments = pair_products.fit_moments(factors, metric, layout, PASSAGES, rows)
