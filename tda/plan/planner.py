@@ -58,6 +58,9 @@ def run(
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
     here = hardware is None
+    if not here and config.model.dtype == "auto":
+        config = config.copy_and_resolve_references()
+        config.model.dtype = "bfloat16"  # named hardware is an accelerator
     devices = jax.device_count() if here else hardware.chips
     parts = config.mesh.fsdp * config.mesh.tensor
     if devices % parts:

@@ -198,7 +198,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         methods=chosen_methods,
         reranking=_reranking(config, size.passages),
         left_out=left_out,
-        dtype=config.model.dtype,
+        dtype=train.computing_dtype(config),
         store_dtype=config.store.dtype,
         r_rows=min(config.hessian.sample or size.passages, size.passages),
         rule=config.hessian.weight < 0,

@@ -59,10 +59,10 @@ def check(config: ConfigDict) -> None:
             f"data.corpus={config.data.corpus}: the bank keeps its corpus in memory; give the "
             "passages as data.sentences, which need no annotations"
         )
-    if config.model.dtype != "float32":
+    if train.computing_dtype(config) != "float32":
         raise ValueError(
-            f"model.dtype={config.model.dtype}: retrainings that differ in a few passages need "
-            "model.dtype=float32"
+            f"model.dtype={config.model.dtype} would compute in bfloat16: retrainings that differ "
+            "in a few passages need model.dtype=float32"
         )
     if config.counterfactual.held_out and config.data.train_on != "rest":
         raise ValueError(

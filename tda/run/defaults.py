@@ -79,7 +79,10 @@ KEYS: dict[str, tuple] = {
         "package that holds one; train.epochs=0 traces it unchanged",
     ),
     "model.context": (128, "positions of a passage at most", POSITIVE),
-    "model.dtype": ("float32", "dtype of computation: float32 or bfloat16"),
+    "model.dtype": (
+        "auto",
+        "dtype of computation: float32, bfloat16, or auto (bfloat16 on accelerators)",
+    ),
     "model.remat": (False, "recompute activations in the backward pass to save memory"),
     # Training.
     "train.epochs": (10.0, "passes over the training text"),
@@ -272,7 +275,7 @@ CHOICES = {
     "data.train_on": ("corpus", "all", "rest"),
     "data.statements_of": ("all", "corpus"),
     "data.prompt": (0, 1, 2),
-    "model.dtype": ("float32", "bfloat16"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
     "train.optimizer": ("adam", "adamw", "adafactor"),
     "train.schedule": ("cosine", "linear", "constant"),
     "gradients.second_moments": ("auto", "optimizer", "estimate"),

@@ -171,7 +171,10 @@ def remember(run: Run) -> None:
             correct=np.concatenate([*correct, np.zeros(0, np.int64)]),
             counts=np.asarray([len(rows) for rows in correct]),
         )
-    write_json(run.workdir / CONFIG, run.config.to_dict())
+    config = run.config.to_dict()
+    # A machine of another kind may open the run.
+    config["model"]["dtype"] = train.computing_dtype(run.config)
+    write_json(run.workdir / CONFIG, config)
 
 
 def open_run(path: pathlib.Path) -> Run:

@@ -70,7 +70,7 @@ def model_arguments(config, vocab_size: int = 0) -> dict:
             the context has more positions than it.
     """
     m = config.model
-    computing = dict(dtype=m.dtype, remat=m.remat)
+    computing = dict(dtype=computing_dtype(config), remat=m.remat)
     if not m.pretrained:
         return sizes.size(m.size) | dict(vocab_size=vocab_size) | computing
     arguments = pretrained.inspect(m.pretrained).arguments | computing
@@ -87,6 +87,11 @@ def model_arguments(config, vocab_size: int = 0) -> dict:
             f"{m.pretrained} has; give model.context={positions} or less"
         )
     return arguments
+
+
+def computing_dtype(config) -> str:
+    """Returns the dtype that the model computes in: "float32" or "bfloat16"."""
+    return sharding.usual_dtype() if config.model.dtype == "auto" else config.model.dtype
 
 
 def total_steps(config, corpus: Corpus) -> tuple[int, BatchLayout]:

@@ -96,6 +96,7 @@ def test_the_settings_of_r_are_the_runs(workdir, run):
     asked = of_batch(workdir, "trackstar", 0)
     kept = json.loads((workdir / remembered.CONFIG).read_text())
     assert kept["hessian"]["damping"] == 0.02
+    assert kept["model"]["dtype"] == "float32"  # not "auto": another machine may open the run
     live = finished_run.LiveRun(workdir)
     live.run.config.hessian.damping = 1e-3
     chosen = {"trackstar": METHODS["trackstar"]}

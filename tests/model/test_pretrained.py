@@ -65,6 +65,17 @@ def test_many_files_and_half_precision_are_the_same_model(directory, tmp_path):
         np.testing.assert_array_equal(x, rounded)
 
 
+def test_accelerators_compute_in_bfloat16(directory, monkeypatch):
+    def dtypes(**options):
+        model = pretrained.load(directory, quiet=True, **options)
+        return model.settings.dtype, {str(x.dtype) for x in parameters(model).values()}
+
+    assert dtypes() == ("float32", {"float32"})
+    monkeypatch.setattr(sharding, "is_accelerated", lambda: True)
+    assert dtypes() == ("bfloat16", {"float32"})
+    assert dtypes(dtype="float32") == ("float32", {"float32"})
+
+
 @pytest.mark.parametrize("path", ["layers/mlp/up/kernel", "layers/attention/out/kernel"])
 def test_devices_read_their_own_parts_and_no_more(directory, monkeypatch, path):
     """Guards: a model that is whole on a host before it is split."""

@@ -16,8 +16,9 @@ from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan import calibration, chips, cost, planner, report, setting
-from tda.run import corpus, defaults
+from tda.run import corpus, defaults, train
 from tda.run.workdir import Workdir
+from tda.runtime import sharding
 
 TEBI, GIBI = 2**40, 2**30
 
@@ -43,6 +44,17 @@ def test_the_papers_store_takes_87_tebibytes(paper):
     assert paper["setting"] | {"parameters": 8_030_261_248, "blocks": 16} == paper["setting"]
     assert "TF32" not in text
     assert paper["lacking"] == [] and "DOES NOT FIT" not in text
+
+
+def test_a_run_computes_in_bfloat16_on_accelerators_and_the_plan_too(small, monkeypatch):
+    named = planner.run(small, hardware=chips.parse("h100"))
+    assert named["setting"]["dtype"] == "bfloat16" and small.model.dtype == "auto"
+    assert "float32 model" not in report.text(named)
+    assert setting.of(small).dtype == "float32" == train.model_arguments(small)["dtype"]
+    monkeypatch.setattr(sharding, "is_accelerated", lambda: True)
+    assert setting.of(small).dtype == "bfloat16" == train.model_arguments(small)["dtype"]
+    small.model.dtype = "float32"
+    assert "float32 model" in report.text(planner.run(small, hardware=chips.parse("h100")))
 
 
 def test_hours_are_operations_over_the_share_of_the_peak(paper):
@@ -259,7 +271,6 @@ def test_a_real_corpus_is_counted_and_nothing_is_left_in_the_workdir(small, tmp_
     assert sum(B * T * n for (B, T), n in shapes.items()) == pytest.approx(
         s["tokens"] / (1 - s["padding"])
     )
-    assert "float32 model" in report.text(found)
     stages = {x["stage"]: x["operations"] for x in found["stages"]}
     assert "encode queries, factored" in stages and "R, none" not in stages
     # The passages that state a fact are scored once more, for their ranks.

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from configs import counterfactual_trex, counterfactual_world
 from tda import results
 from tda.counterfactual import figures
 from tda.counterfactual.bank import Bank
@@ -24,7 +25,7 @@ from tda.retrieval.ranked import Ranked
 from tda.run import bank_rankings, bank_scores, board, counterfactual, defaults
 from tda.run import corpus as corpus_stage
 from tda.run.workdir import Workdir
-from tda.runtime import array_tasks, preemption
+from tda.runtime import array_tasks, preemption, sharding
 from tests.experiments import test_trace
 from tests.run import test_many_processes
 from tests.runtime.test_processes import free_port
@@ -241,7 +242,7 @@ def find_worker(driver):
         ({"counterfactual.held_out": 4}, "held_out=4 .* use data.train_on=rest"),
         ({"counterfactual.fractions": "0.05,1"}, "fractions=0.05,1: give shares above 0"),
         ({"counterfactual.fractions": "x"}, "fractions=x: give shares above 0"),
-        ({"model.dtype": "bfloat16"}, "model.dtype=bfloat16: .* need model.dtype=float32"),
+        ({"model.dtype": "bfloat16"}, "=bfloat16 would .* need model.dtype=float32"),
         ({"train.optimizer": "adafactor"}, "the bank is trained by adam or adamw"),
         ({"counterfactual.methods": "dots"}, "unknown dots; there are metagradient"),
         ({"counterfactual.subsets": 1}, "subsets=1: LDS is a correlation .*; give two or more"),
@@ -256,6 +257,14 @@ def test_what_a_bank_cannot_have_is_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
         counterfactual.check(config)
         board.check(config)
+
+
+def test_on_accelerators_a_bank_asks_for_float32(monkeypatch):
+    monkeypatch.setattr(sharding, "is_accelerated", lambda: True)
+    with pytest.raises(ValueError, match="=auto would compute in bfloat16: .*=float32"):
+        counterfactual.check(defaults.get_config())
+    for packaged in (counterfactual_world, counterfactual_trex):
+        counterfactual.check(packaged.get_config())
 
 
 def test_a_triple_without_uris_is_of_no_unit():

@@ -35,7 +35,7 @@ def load(
     path,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     param_dtype: str = "float32",
     scan: bool = True,
     remat: bool = False,
@@ -47,8 +47,10 @@ def load(
         path: a directory with config.json and .safetensors files, a .gguf file, or the name of a
             package that holds one (`locate`).
         mesh: devices that the parameters are laid out on; None for one device.
-        dtype, param_dtype, scan, remat: fields of `DecoderSettings`. Parameters are "float32" by
-            default, even where the file's are bfloat16: gradients and steps have their precision.
+        dtype: dtype of the computation, "float32" or "bfloat16"; None for bfloat16 on accelerators
+            and float32 on a CPU.
+        param_dtype, scan, remat: fields of `DecoderSettings`. Parameters are "float32" by default,
+            even where the file's are bfloat16: gradients and steps have their precision.
         quiet: whether to show no progress bar.
 
     Raises:
@@ -57,6 +59,7 @@ def load(
         ValueError: an argument has a wrong value; the message names it.
         FileNotFoundError: no such path.
     """
+    dtype = sharding.usual_dtype() if dtype is None else dtype
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         _check_dtype(name, value)
     if not (mesh is None or isinstance(mesh, jax.sharding.Mesh)):
