@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tda.evaluation import frequency, ranking
+from tda.evaluation import frequency, ranking, statistics, summary
 from tda.facts.records import Fact, Triple
 
 # The closest kind first; a passage is of the first kind that fits.
@@ -116,3 +116,48 @@ def by_rank(kinds_QxK: np.ndarray, count: int = len(KINDS)) -> np.ndarray:
     return np.stack(
         [ranking.mean(shares(rank_Q[:, None], count), axis=0) for rank_Q in kinds_QxK.T]
     )
+
+
+def figures(
+    names: Sequence[str],
+    kinds_QxK: np.ndarray,
+    steps_QxK: np.ndarray,
+    *,
+    knowledge_Q: np.ndarray,
+    **bootstrap: int,
+) -> dict[str, dict]:
+    """Returns the figures of each kind, as JSON values.
+
+    Args:
+        names: the kinds.
+        kinds_QxK: the kinds of a method's proponents, as indices into `names`; −1 for no passage.
+        steps_QxK: the tail-patch of each pair, float64; NaN where it was not measured.
+        knowledge_Q: what the model knows of each query (`tda.evaluation.summary.knowledge`).
+        **bootstrap: resamples and seed of the intervals (`tda.evaluation.statistics.intervals`).
+
+    Returns:
+        For each name its "share" of the proponents with "interval", the share "by_rank" and
+        "by_prior", of each group of `knowledge_Q`; the mean "tail_patch" over "n_tail_patches"
+        pairs.
+    """
+    count = len(names)
+    shares_QxN = shares(kinds_QxK, count)
+    steps, by_rank_KxN = by_kind(kinds_QxK, steps_QxK, count), by_rank(kinds_QxK, count)
+    known = {
+        group: ranking.mean(shares_QxN[knowledge_Q == i], axis=0)
+        for i, group in enumerate(summary.KNOWLEDGE)
+        if np.any(knowledge_Q == i)
+    }
+    return {
+        name: {
+            "share": summary.number(interval.mean),
+            "interval": [summary.number(interval.low), summary.number(interval.high)],
+            "by_rank": [summary.number(x) for x in by_rank_KxN[:, k]],
+            "by_prior": {group: summary.number(share_N[k]) for group, share_N in known.items()},
+            "tail_patch": summary.number(steps[k]),
+            "n_tail_patches": int(np.sum((kinds_QxK == k) & np.isfinite(steps_QxK))),
+        }
+        for k, (name, interval) in enumerate(
+            zip(names, statistics.intervals(shares_QxN, **bootstrap), strict=True)
+        )
+    }

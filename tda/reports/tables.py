@@ -209,6 +209,12 @@ def _kind_tables(metrics: dict, key: str, title: str) -> list[str]:
         f"## What {title}, at rank 1",
         _by_method(by_method, columns, lambda m, kind: _first_cell(m[kind])),
     ]
+    groups = dict.fromkeys(g for m in by_method.values() for x in m.values() for g in x["by_prior"])
+    for group in groups if len(groups) > 1 else ():
+        parts += [
+            f"## What {title}, of facts that the model {group}",
+            _by_method(by_method, columns, lambda m, k, g=group: _percent(m[k]["by_prior"].get(g))),
+        ]
     if any(x["n_tail_patches"] for m in by_method.values() for x in m.values()):
         parts += [
             f"## Tail-patch by what {title}\n\nMean over pairs of a query and a passage "
@@ -219,8 +225,11 @@ def _kind_tables(metrics: dict, key: str, title: str) -> list[str]:
 
 
 def _first_cell(content: dict) -> str:
-    first = content["by_rank"][:1]
-    return "–" if not first or first[0] is None else f"{first[0]:.1%}"
+    return _percent(next(iter(content["by_rank"]), None))
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
 
 
 def _share_cell(content: dict) -> str:

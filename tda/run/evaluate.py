@@ -1,14 +1,14 @@
 """The stage that measures the retrieved passages, and writes results and metrics."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 
 from tda import results
 from tda.data.batches import draw
-from tda.evaluation import content, frequency, kinds, ranking, sampling, statistics, summary
+from tda.evaluation import content, frequency, kinds, ranking, sampling, summary
 from tda.evaluation.tail_patch import change, log_change
 from tda.retrieval.ranked import Ranked
 from tda.run import judging, measures
@@ -55,6 +55,17 @@ class Known:
         """The share of queries with choices whose target is likelier than every other choice."""
         return ranking.mean([self.nats[q] < min(nats) for q, nats in self.choices.items()])
 
+    def stated(self, queries: np.ndarray) -> np.ndarray:
+        """Returns whether greedy decoding states each target: it has rank 1 at every token."""
+        return self.ranks[queries] == 1
+
+    def knowledge(self, queries: np.ndarray) -> np.ndarray:
+        """Returns what the model knows of each query, as `summary.knowledge` does."""
+        if not self.priors:
+            return np.full(len(queries), -1)
+        beyond = [self.priors.get(q, np.nan) - self.nats[q] for q in queries.tolist()]
+        return summary.knowledge(self.stated(queries), np.array(beyond))
+
 
 def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:
     """Computes the metrics of every method; writes `results/METHOD.jsonl` and `metrics.json`.
@@ -74,15 +85,21 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     values = {n: _values(run, r, known, patches, verdicts, queries) for n, r in rankings.items()}
     metrics = _metrics(run, known, patches, values, queries)
     contents = _contents(run, queries) if run.corpus.has_labels else None
+    of_kinds = functools.partial(
+        content.figures,
+        knowledge_Q=known.knowledge(queries),
+        resamples=run.config.eval.resamples,
+        seed=run.config.eval.seed,
+    )
     for name, ranked in rankings.items():
         proponents_QxK = ranked.proponents[queries]
         steps_QxK = change(patches.changes(ranked.proponents)[queries])
         if contents is not None:
             kinds_QxK = contents.kinds(proponents_QxK)
-            metrics[name]["by_content"] = _by_kind(run, content.KINDS, kinds_QxK, steps_QxK)
+            metrics[name]["by_content"] = of_kinds(content.KINDS, kinds_QxK, steps_QxK)
         if verdicts is not None:
             kinds_QxK = _judged_kinds(verdicts, proponents_QxK, queries)
-            metrics[name]["by_kind"] = _by_kind(run, kinds.TITLES, kinds_QxK, steps_QxK)
+            metrics[name]["by_kind"] = of_kinds(kinds.TITLES, kinds_QxK, steps_QxK)
 
     def write():
         # Another task of the same array has written what this one would write.
@@ -243,8 +260,7 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     relations = sorted({corpus.queries[q].relation for q in queries})
     number = {name: i for i, name in enumerate(relations)}
     of_relation = np.array([number[corpus.queries[q].relation] for q in queries], np.int64)
-    # Rank 1 of every token: greedy decoding would state the target.
-    stated = (known.ranks[queries] != 1).astype(np.int64)
+    stated = (~known.stated(queries)).astype(np.int64)
     intervals = summary.intervals(values, **bootstrap)
     groups = {}
     if relations != [""]:  # prompts and targets alone have none
@@ -256,9 +272,8 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
         values, stated, ["stated", "not stated"], **bootstrap, differences=True
     )
     if known.priors:
-        beyond = [known.priors.get(q, np.nan) - known.nats[q] for q in queries.tolist()]
         groups["by_prior"] = summary.grouped(
-            values, summary.knowledge(stated == 0, np.array(beyond)), summary.KNOWLEDGE, **bootstrap
+            values, known.knowledge(queries), summary.KNOWLEDGE, **bootstrap
         )
     differences = summary.compared(values, **bootstrap)
     control = patches.control(queries)
@@ -307,26 +322,6 @@ def _judged_kinds(verdicts: _Verdicts, proponents_QxK: np.ndarray, queries) -> n
     return np.array(
         [[kinds.KINDS.index(verdicts[q, p].kind) if p >= 0 else -1 for p in ps] for q, ps in rows]
     )
-
-
-def _by_kind(run: Run, names: Sequence[str], kinds_QxK: np.ndarray, steps_QxK) -> dict:
-    """Returns, by kind of passage, its share of proponents and the effect of a step."""
-    e, count = run.config.eval, len(names)
-    shares = statistics.intervals(
-        content.shares(kinds_QxK, count), resamples=e.resamples, seed=e.seed
-    )
-    steps = content.by_kind(kinds_QxK, steps_QxK, count)
-    by_rank_KxN = content.by_rank(kinds_QxK, count)
-    return {
-        name: {
-            "share": summary.number(shares[k].mean),
-            "interval": [summary.number(shares[k].low), summary.number(shares[k].high)],
-            "by_rank": [summary.number(x) for x in by_rank_KxN[:, k]],
-            "tail_patch": summary.number(steps[k]),
-            "n_tail_patches": int(np.sum((kinds_QxK == k) & np.isfinite(steps_QxK))),
-        }
-        for k, name in enumerate(names)
-    }
 
 
 def _query_set(data) -> str:

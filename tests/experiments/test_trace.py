@@ -325,6 +325,11 @@ def test_a_targets_prior_is_its_mean_after_other_subjects(finished):
     ]
     groups = metrics["bm25"]["by_prior"]
     assert {n: g["n_queries"] for n, g in groups.items()} == dict(collections.Counter(names))
+    said = metrics["bm25"]["by_content"]["states the fact"]["by_prior"]
+    for group in groups:
+        of_group = [r for r, name in zip(found, names, strict=True) if name == group]
+        by_hand = np.mean([np.mean(r["proponent_correct"]) for r in of_group])
+        assert said[group] == pytest.approx(by_hand)
     without = config.copy_and_resolve_references()
     without.eval.prior_prompts = 0
     assert measures.priors(dataclasses.replace(run, config=without), [0]) == {}

@@ -10,6 +10,7 @@ from tda.reports import tables
 def kind(share, interval, tail_patch=None, count=0):
     """What is told of a kind of passages."""
     told = {"share": share, "interval": interval, "tail_patch": tail_patch, "by_rank": [share]}
+    told["by_prior"] = {"knows": share, "guesses": share and share / 2}
     return told | {"n_tail_patches": count}
 
 
@@ -88,6 +89,11 @@ def test_the_tables_of_details(metrics):
     said = rows(text, "What the proponents say")
     assert said["BM25"] == ["75.0% [50.0%, 100.0%]", "25.0% [0.0%, 50.0%]"]
     assert said["gradient cosine"] == ["–", "50.0%"]  # of one query: no interval
+    assert (
+        rows(text, "What the proponents say, of facts that the model knows")["BM25"][0] == "75.0%"
+    )
+    guessed = rows(text, "What the proponents say, of facts that the model guesses")
+    assert guessed["BM25"] == ["37.5%", "12.5%"] and guessed["gradient cosine"] == ["–", "25.0%"]
     stepped = rows(text, "Tail-patch by what the proponents say")
     assert stepped["BM25"] == ["+0.12% (150)", ""] and stepped["TrackStar"][0] == "-0.03% (200)"
     apart = rows(text, "Difference to TrackStar")
