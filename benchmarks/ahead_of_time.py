@@ -12,7 +12,7 @@ from flax import nnx
 
 from tda.gradients import encoder as encoders
 from tda.gradients import sites, taps
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.moments.scales import parse_correction
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
@@ -57,7 +57,7 @@ def compile_encoder(
         projection: the projection.
         mesh: of real or simulated devices.
         batch, length: B and T of a batch over all devices.
-        correction: as `tda.gradients.moments.second_moments.parse_correction` takes it.
+        correction: as `tda.gradients.moments.scales.parse_correction` takes it.
 
     Returns:
         The compiled computation.

@@ -44,7 +44,7 @@ from tda.evaluation import ranking
 from tda.gradients import reference, sites
 from tda.gradients.encoder import Encoder, make_encoder, scored_positions
 from tda.gradients.moments import estimate, second_moments
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import exact

@@ -30,7 +30,7 @@ from benchmarks import record
 from tda.gradients import reference
 from tda.gradients.capture import Capture
 from tda.gradients.encoder import build_encoder, make_encoder, make_taps
-from tda.gradients.moments.second_moments import Scale, from_full
+from tda.gradients.moments.scales import Scale, from_full
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model.decoder import Decoder

@@ -26,7 +26,7 @@ from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import from_full
+from tda.gradients.moments.scales import from_full
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional

@@ -12,7 +12,8 @@ from tda.answers import TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.encoding import batch_inputs, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
-from tda.gradients.moments.second_moments import Scale, SecondMoments, check_full
+from tda.gradients.moments.scales import Scale, check_full
+from tda.gradients.moments.second_moments import SecondMoments
 from tda.gradients.projection import Projection
 from tda.index import Index, parse_names
 from tda.methods import METHODS

@@ -18,7 +18,7 @@ from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
 from tda.gradients.encoder import check_blocks
 from tda.gradients.factors import check_sites
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.moments.scales import parse_correction
 from tda.gradients.pair_metrics import NOT_FACTORED
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples

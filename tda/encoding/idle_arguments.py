@@ -5,7 +5,7 @@ from typing import Any
 
 from tda import methods
 from tda.data.corpora import Corpus
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.moments.scales import parse_correction
 
 # Arguments of the optimizer correction, and those for texts.
 _MOMENTS = ("scales", "correction", "sample", "seed")

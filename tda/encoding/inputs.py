@@ -26,7 +26,7 @@ from tda.encoding.second_stage import WholeGradients
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments import kept_scales
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.methods import Method
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import processes, progress

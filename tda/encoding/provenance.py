@@ -8,7 +8,7 @@ import jax
 
 from tda.encoding import loss_identity
 from tda.encoding.settings import TraceSettings
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.model import functional
 from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_arrays, plain

@@ -9,7 +9,7 @@ from tda.data.tokens import TokenTable
 from tda.encoding.settings import TraceSettings
 from tda.gradients import pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.pair_metrics import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method

@@ -12,7 +12,8 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import sites
 from tda.gradients.moments import estimate
-from tda.gradients.moments.second_moments import Scale, SecondMoments, check_scales
+from tda.gradients.moments.scales import Scale, check_scales
+from tda.gradients.moments.second_moments import SecondMoments
 from tda.gradients.projection import Layout, Projection, layout
 from tda.gradients.sites import find_sites
 from tda.runtime import progress

@@ -18,7 +18,7 @@ from tda import loss as losses
 from tda.gradients import encoder as encoders
 from tda.gradients import projection as projections
 from tda.gradients import sites, taps, unseen
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.sites import find_sites
 from tda.hessian import apply_root, apply_transposed_root
 

@@ -30,7 +30,7 @@ from tda.gradients import projection as projections
 from tda.gradients import taps, unseen
 from tda.gradients.batch_mates import MatesCheck
 from tda.gradients.first_batch import FirstBatch, TapsCheck
-from tda.gradients.moments.second_moments import Scale, check_scales
+from tda.gradients.moments.scales import Scale, check_scales
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_coverage
 from tda.gradients.taps import Tap

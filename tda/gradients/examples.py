@@ -11,7 +11,7 @@ from jax.tree_util import keystr
 from tda import loss as losses
 from tda.gradients import sites
 from tda.gradients.encoder import Encoder, make_encoder
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 

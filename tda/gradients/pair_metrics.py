@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda.gradients import kronecker
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.sites import Site
 from tda.hessian.root import ROUNDING
 from tda.runtime import host_blas

@@ -14,7 +14,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import projection as projections
 from tda.gradients import sites
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.gradients.sites import find_sites
 from tda.model import functional
 

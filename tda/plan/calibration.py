@@ -18,7 +18,7 @@ from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
 from tda.gradients import sites
 from tda.gradients.encoder import Encoder
-from tda.gradients.moments.second_moments import Scale, parse_correction
+from tda.gradients.moments.scales import Scale, parse_correction
 from tda.runtime import host_blas, progress, sharding
 
 # Shapes of batches that are measured: compiling each takes seconds, and the time of a position

@@ -16,7 +16,7 @@ from tda.data import tokenised
 from tda.data.batches import buckets
 from tda.gradients import projection as projections
 from tda.gradients import sites
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.moments.scales import parse_correction
 from tda.gradients.sites import find_sites
 from tda.hessian import Shape
 from tda.model.decoder import abstract_decoder

@@ -7,7 +7,7 @@ import jax
 from tda import loss as losses
 from tda.gradients import adam_steps
 from tda.gradients.moments import estimate, kept_scales, second_moments
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.methods import GradientKind
 from tda.run import train
 from tda.run.run import Run

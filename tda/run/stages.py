@@ -8,7 +8,7 @@ import optax
 
 from tda import methods
 from tda import store as stores
-from tda.gradients.moments.second_moments import parse_correction
+from tda.gradients.moments.scales import parse_correction
 from tda.model.decoder import abstract_decoder
 from tda.model.settings import DecoderSettings
 from tda.reports import kinds, plots, tables

@@ -18,7 +18,7 @@ from tda.data.tokenizer import Tokenizer
 from tda.gradients import projection as projections
 from tda.gradients import reference, sites
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import Scale, factored_scale
+from tda.gradients.moments.scales import Scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tda.gradients import projection, reference
 from tda.gradients.encoder import make_encoder
-from tda.gradients.moments.second_moments import Scale, factored_scale
+from tda.gradients.moments.scales import Scale, factored_scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional

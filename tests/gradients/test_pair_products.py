@@ -9,7 +9,7 @@ from flax import nnx
 from tda import loss as losses
 from tda.gradients import kronecker, layers, pair_metrics, pair_products, reference
 from tda.gradients.factors import GradientFactors
-from tda.gradients.moments.second_moments import Scale, factored_scale
+from tda.gradients.moments.scales import Scale, factored_scale
 from tda.gradients.pair_metrics import SiteMetric
 from tda.gradients.sites import find_sites
 from tda.runtime import sharding

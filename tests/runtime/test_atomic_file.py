@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tda.gradients.moments import kept_scales
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale
 from tda.runtime import atomic_file
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.getcwd()}

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tda.gradients import sites
-from tda.gradients.moments import optimizer_state, second_moments
+from tda.gradients.moments import optimizer_state
 from tda.gradients.moments.optimizer_state import SecondMomentError
+from tda.gradients.moments.scales import Scale, check_full, finite, from_full
 from tda.model import functional
 
 
@@ -82,7 +83,7 @@ def estimate(
     correction: str,
     eps: float = 1e-8,
     floor: float = optimizer_state.FLOOR,
-) -> dict[str, second_moments.Scale]:
+) -> dict[str, Scale]:
     """Returns 1/√V from a sample of batches: 1 / (√max(V, floor · mean V) + eps).
 
     V has the same floor as the optimizer's moments (`tda.gradients.moments.second_moments`). A
@@ -90,7 +91,7 @@ def estimate(
 
     Args:
         model, loss, batches, chosen: see `squared_gradients`.
-        correction: "adam", "factored" or "low_rank(R)" (`tda.gradients.moments.second_moments`).
+        correction: "adam", "factored" or "low_rank(R)" (`tda.gradients.moments.scales`).
         eps: Adam's epsilon, outside the root.
         floor: of V, relative to its mean over each matrix.
 
@@ -102,11 +103,11 @@ def estimate(
             not finite.
     """
     # Checked before any gradient is computed.
-    second_moments.check_full(correction)
+    check_full(correction)
     scales = {}
     for path, V in squared_gradients(model, loss, batches, chosen).items():
-        scales[path] = second_moments.from_full(_inverse_root(V, floor, eps), correction)
-    return second_moments.finite(scales)
+        scales[path] = from_full(_inverse_root(V, floor, eps), correction)
+    return finite(scales)
 
 
 # Compiled as one: a program for each operation takes longer to compile.

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda.gradients import sites
-from tda.gradients.moments import optimizer_state, second_moments
+from tda.gradients.moments import optimizer_state
 from tda.gradients.moments.optimizer_state import SecondMomentError
-from tda.gradients.moments.second_moments import Scale
+from tda.gradients.moments.scales import Scale, check_full, finite, from_full
 from tda.model.pretrained.description import Pretrained
 from tda.model.pretrained.tensors import Safetensors
 from tda.runtime.differences import shorten
@@ -64,7 +64,7 @@ def read(
         SecondMomentError: moments are missing, ambiguous or of another shape, or constants are
             missing; the message names them.
     """
-    second_moments.check_full(correction)
+    check_full(correction)
     path = pathlib.Path(path)
     if not path.exists():
         raise SecondMomentError(f"{path}: no such file or directory")
@@ -84,8 +84,8 @@ def read(
             nu = optimizer_state.raise_to_floor(_slice(moments, part, site, path), axis=None)
             layers.append(optimizer_state.adam(nu, moments["step"], moments["b2"], moments["eps"]))
         full = layers[0] if site.stack is None else jnp.stack(layers)
-        scales[site.path] = second_moments.from_full(site.matrix(full), correction)
-    return second_moments.finite(scales)
+        scales[site.path] = from_full(site.matrix(full), correction)
+    return finite(scales)
 
 
 def _parts(pretrained: Pretrained, site: sites.Site) -> list:

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients.moments import second_moments
 from tda.gradients.moments.estimate import estimate, squared_gradients
 from tda.gradients.moments.optimizer_state import SecondMomentError
+from tda.gradients.moments.scales import from_full
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tda.training import loop
@@ -61,7 +61,7 @@ def test_every_correction_is_made_from_the_same_moments(decoder, sample):
         for correction in ("factored", "low_rank(2)"):
             np.testing.assert_allclose(
                 found[correction][site.path].dense(),
-                second_moments.from_full(full, correction).dense(),
+                from_full(full, correction).dense(),
                 rtol=1e-3,
             )
 

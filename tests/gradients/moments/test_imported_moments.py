@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from tda.gradients.moments import imported_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
-from tda.gradients.moments.second_moments import from_full
+from tda.gradients.moments.scales import from_full
 from tda.gradients.sites import find_sites
 from tda.model import pretrained
 from tda.model.pretrained import loading

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tda.gradients.moments import low_rank
-from tda.gradients.moments.second_moments import factored_scale
+from tda.gradients.moments.scales import factored_scale
 
 
 def heavy_tailed(shape, seed=0):

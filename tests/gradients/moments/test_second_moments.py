@@ -8,14 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tda.gradients.moments import optimizer_state, second_moments
-from tda.gradients.moments.second_moments import (
-    Scale,
-    SecondMomentError,
-    adafactor_scale,
-    factored_scale,
-    low_rank_scale,
-    parse_correction,
-)
+from tda.gradients.moments.scales import Scale, factored_scale, low_rank_scale, parse_correction
+from tda.gradients.moments.second_moments import SecondMomentError, adafactor_scale
 from tda.gradients.sites import Site, find_sites
 from tda.model import functional
 from tda.training import checkpoint
