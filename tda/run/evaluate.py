@@ -42,6 +42,7 @@ class Known:
     nats: np.ndarray  # float32 [Q], −log p(target | prompt)
     ranks: np.ndarray  # int64 [Q], worst rank of a token of the target
     priors: dict[int, float]  # by query row, mean −log p(target | prompts about other subjects)
+    knowledge: np.ndarray  # int64, of each sampled query (`tda.evaluation.summary.knowledge`)
     choices: dict[int, list[float]]  # by query row, −log p of each choice beside the target
     # None without labels: such a corpus is never read as a whole.
     frequencies: np.ndarray | None  # int64 [Q], passages of the corpus that name both entities
@@ -58,13 +59,6 @@ class Known:
     def stated(self, queries: np.ndarray) -> np.ndarray:
         """Returns whether greedy decoding states each target: it has rank 1 at every token."""
         return self.ranks[queries] == 1
-
-    def knowledge(self, queries: np.ndarray) -> np.ndarray:
-        """Returns what the model knows of each query, as `summary.knowledge` does."""
-        if not self.priors:
-            return np.full(len(queries), -1)
-        beyond = [self.priors.get(q, np.nan) - self.nats[q] for q in queries.tolist()]
-        return summary.knowledge(self.stated(queries), np.array(beyond))
 
 
 def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = None) -> dict:
@@ -87,7 +81,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
     contents = _contents(run, queries) if run.corpus.has_labels else None
     of_kinds = functools.partial(
         content.figures,
-        knowledge_Q=known.knowledge(queries),
+        knowledge_Q=known.knowledge,
         resamples=run.config.eval.resamples,
         seed=run.config.eval.seed,
     )
@@ -134,7 +128,7 @@ def _figures(metrics: dict) -> dict[str, float]:
 def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
     nats, ranks = measures.likelihoods(run)
-    priors = measures.priors(run, queries.tolist())
+    priors, knowledge = measures.priors(run, queries.tolist()), measures.knowledge(run, queries)
     choices = measures.other_choices(run, queries.tolist())
     frequencies, bucket, buckets = None, np.zeros(0, np.int64), []
     if corpus.has_labels:
@@ -147,7 +141,9 @@ def _known(run: Run, queries: np.ndarray) -> Known:
         chosen = queries[draw(len(queries), e.sampled_queries, run.config.data.seed)]
         answers = measures.generations(run, chosen.tolist())
     confidence = {q: sampling.confidence(g, corpus.answers(q)) for q, g in answers.items()}
-    known = Known(nats, ranks, priors, choices, frequencies, bucket, buckets, answers, confidence)
+    known = Known(
+        nats, ranks, priors, knowledge, choices, frequencies, bucket, buckets, answers, confidence
+    )
     ranks = ranks[queries]
     print(
         f"the model ranks the target first for {np.mean(ranks == 1):.1%} of the "
@@ -273,7 +269,7 @@ def _metrics(run: Run, known: Known, patches: _Patches, values: dict, queries) -
     )
     if known.priors:
         groups["by_prior"] = summary.grouped(
-            values, known.knowledge(queries), summary.KNOWLEDGE, **bootstrap
+            values, known.knowledge, summary.KNOWLEDGE, **bootstrap
         )
     differences = summary.compared(values, **bootstrap)
     control = patches.control(queries)

@@ -14,6 +14,7 @@ import numpy as np
 
 from tda.data.batches import draw
 from tda.data.tokens import TokenTable
+from tda.evaluation import summary
 from tda.evaluation.likelihood import Likelihood
 from tda.evaluation.sampling import Sampler
 from tda.evaluation.tail_patch import TailPatch
@@ -224,6 +225,19 @@ def priors(run: Run, queries: Sequence[int]) -> dict[int, float]:
             pair = _parts(corpus.prompts, other)[0], _parts(corpus.prompts, q)[1]
             parts.setdefault(q, []).append(pair)
     return {q: float(np.mean(nats)) for q, nats in _nats(run, parts).items()}
+
+
+def knowledge(run: Run, queries: np.ndarray) -> np.ndarray:
+    """Returns what the model knows of each query: indices into `tda.evaluation.summary.KNOWLEDGE`.
+
+    −1 where that is not measured (`eval.prior_prompts=0`).
+    """
+    nats, ranks = likelihoods(run)
+    prior_of = priors(run, queries.tolist())
+    if not prior_of:
+        return np.full(len(queries), -1)
+    beyond = [prior_of.get(q, np.nan) - nats[q] for q in queries.tolist()]
+    return summary.knowledge(ranks[queries] == 1, np.array(beyond))
 
 
 def other_choices(run: Run, queries: Sequence[int]) -> dict[int, list[float]]:

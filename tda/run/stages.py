@@ -8,6 +8,8 @@ import optax
 
 from tda import methods
 from tda import store as stores
+from tda.data.batches import draw
+from tda.evaluation import summary
 from tda.gradients.moments.scales import parse_correction
 from tda.model.decoder import abstract_decoder
 from tda.model.settings import DecoderSettings
@@ -181,9 +183,16 @@ def _trace(run: Run) -> tuple[dict, dict]:
 
 
 def examples(run: Run, rankings: dict[str, Ranked]) -> str:
-    """Describes a few queries with the top three proponents of each method in full text."""
+    """Describes a few queries with the top three proponents of each method in full text.
+
+    Facts that the model knows come first: of what it guesses or does not say, no passage may be the
+    reason.
+    """
     config, corpus = run.config, run.corpus
-    chosen = np.random.default_rng(config.data.seed + 1).permutation(len(corpus.queries))[:3]
+    queries = draw(len(corpus.queries), config.eval.queries, config.data.seed)
+    is_known = measures.knowledge(run, queries) == summary.KNOWLEDGE.index("knows")
+    order = np.random.default_rng(config.data.seed + 1).permutation(len(queries))
+    chosen = queries[sorted(order, key=lambda i: not is_known[i])[:3]]
     lines = []
     for q in sorted(map(int, chosen)):
         fact = corpus.queries[q]

@@ -45,6 +45,7 @@ FIELDS = {
 }
 # Suggested views of the viewer: title, filter, and the field that it needs.
 _PRESETS = (
+    ("The model knows the fact", "knowledge = knows", "knowledge"),
     ("The model states the target", "model_correct", "model_correct"),
     ("At least half of the sampled answers state it", "confidence >= 0.5", "confidence"),
     ("The model says something else", "not model_correct", "model_correct"),

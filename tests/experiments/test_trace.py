@@ -335,6 +335,18 @@ def test_a_targets_prior_is_its_mean_after_other_subjects(finished):
     assert measures.priors(dataclasses.replace(run, config=without), [0]) == {}
 
 
+def test_known_facts_are_shown_first(finished, monkeypatch):
+    """Guards: examples of facts that the model guesses or does not state, where it knows others."""
+    config, path, _ = finished
+    run = stages.prepare(config, Workdir(path))
+    prompts = [f.prompt0 for f in run.corpus.queries]
+    for known in ([0, 1, 3], [1, 2, 3]):
+        knowledge = np.array([0 if q in known else 1 + q % 2 for q in range(4)])
+        monkeypatch.setattr(measures, "knowledge", lambda run, queries, k=knowledge: k[queries])
+        text = stages.examples(run, {})
+        assert [p for p in prompts if f"{p} →" in text] == [prompts[q] for q in known]
+
+
 def test_a_model_with_choices_is_asked_which_it_prefers(finished, tmp_path, capsys):
     config, path, _ = finished
     run = stages.prepare(config, Workdir(path))
@@ -367,7 +379,7 @@ def test_a_model_with_choices_is_asked_which_it_prefers(finished, tmp_path, caps
     told = f"prefers the right one for {np.mean(preferred):.1%} of 2 queries"
     assert told in capsys.readouterr().out and told in tables.run_table({"bm25": m})
     known = evaluate.Known(
-        np.array([1.0, 2.0, 3.0]), np.ones(3), {}, {0: [0.5, 2.0], 2: [4.0, 5.0]},
+        np.array([1.0, 2.0, 3.0]), np.ones(3), {}, np.zeros(3, int), {0: [0.5, 2.0], 2: [4.0, 5.0]},
         None, np.zeros(0), [], {}, {},
     )  # fmt: skip
     assert known.chosen == 0.5

@@ -77,7 +77,7 @@ function story({ facts, methods }) {
 /** The methods by which queries are suggested: as many as fit side by side, the shown ones first. */
 const compared = ({ files, data }) => [...new Set([...files, ...data.files])].slice(0, 4).filter((f) => judges(f).length);
 
-/** Three queries to begin with: the model states the fact, and the methods differ most. */
+/** Three queries to begin with: the model knows the fact (states it, where no prior was measured), and the methods differ most. */
 function suggested(rows) {
   const { main } = rows;
   const ranked = compared(rows);
@@ -88,10 +88,13 @@ function suggested(rows) {
     const all = ranked.filter((f) => rows.match(f, row) !== undefined).map((f) => reciprocal(f, row));
     return Math.max(...all) - Math.min(...all);
   };
-  const stated = Array.from({ length: main.loaded }, (_, row) => row).filter((r) => main.columns.model_correct[r] && rows.marks(main, r));
-  const far = new Map(stated.map((row) => [row, spread(row)]));
+  const { model_correct: states, knowledge } = main.columns;
+  const isMeasured = main.fields.includes("knowledge");
+  const known = Array.from({ length: main.loaded }, (_, row) => row)
+    .filter((r) => (isMeasured ? knowledge[r] === "knows" : states[r]) && rows.marks(main, r));
+  const far = new Map(known.map((row) => [row, spread(row)]));
   const likely = (row) => main.columns.probability?.[row] ?? 0;
-  const best = stated.filter((r) => far.get(r) > 0).sort((a, b) => far.get(b) - far.get(a) || likely(b) - likely(a));
+  const best = known.filter((r) => far.get(r) > 0).sort((a, b) => far.get(b) - far.get(a) || likely(b) - likely(a));
   // One of each relation first.
   const relation = (row) => main.columns.relation?.[row];
   const firsts = best.filter((row, i) => best.findIndex((r) => relation(r) === relation(row)) === i);
@@ -99,7 +102,7 @@ function suggested(rows) {
   if (!three.length) return null;
   const firstAt = (file, row) => firstRank(rows.marks(file, rows.match(file, row)) ?? []) ?? "none";
   return h("section", {}, h("h3", {}, "Three queries to start with"),
-    h("p.quiet", {}, "The model states the fact, and the methods differ most in where they rank the first passage that states it."),
+    h("p.quiet", {}, `The model ${isMeasured ? "knows" : "states"} the fact, and the methods differ most in where they rank the first passage that states it.`),
     h("ul.suggested", {}, three.map((row) => h("li", {},
       h("a", { href: state.link({ ...place(main, row), files: labels }) }, main.columns.prompt[row], " ", h("b", {}, main.columns.target[row])),
       h("span.quiet", {}, ranked.map((f) => ` · ${f.title}: ${firstAt(f, row)}`))))));

@@ -9,6 +9,7 @@ export const PAGE = 50;
 const PRESETS = [
   ["correct", "model_correct", "model_correct", "The model states the target"],
   ["wrong", "not model_correct", "model_correct", "The model does not state the target"],
+  ["known", "knowledge = knows", "knowledge", "The model states the target, and it is the prompt's subject that makes it likely"],
   ["guessed", "knowledge = guesses", "knowledge", "The model states the target, but little more because of the prompt's subject"],
   ["confident", "confidence >= 0.5", "confidence", "At least half of the model's samples state it"],
   ["likely", "probability >= 0.1", "probability", "The model gives the target 10% or more"],
