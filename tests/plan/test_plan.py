@@ -46,6 +46,18 @@ def test_the_papers_store_takes_87_tebibytes(paper):
     assert paper["lacking"] == [] and "DOES NOT FIT" not in text
 
 
+def test_the_papers_corpus_takes_7_tebibytes_as_recommended():
+    config = paper_c4.get_config("recommended")
+    plan = planner.run(config, hardware=chips.parse("v5p-256"), disk=7 * TEBI)
+    assert plan["lacking"] == [] and plan["disk"]["dtype"] == "2bit"
+    assert 6 * TEBI < plan["needs"]["stores on disk"]["needed"] < 7 * TEBI
+    assert planner.run(paper_c4.get_config(), hardware=chips.parse("v5p-256"), disk=7 * TEBI)[
+        "lacking"
+    ]
+    with pytest.raises(ValueError, match="paper_c4.py:half: give paper or recommended"):
+        paper_c4.get_config("half")
+
+
 def test_a_run_computes_in_bfloat16_on_accelerators_and_the_plan_too(small, monkeypatch):
     named = planner.run(small, hardware=chips.parse("h100"))
     assert named["setting"]["dtype"] == "bfloat16" and small.model.dtype == "auto"
