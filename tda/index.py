@@ -87,7 +87,16 @@ class Index:
         contrast: Iterable | None = None,
     ) -> dict[str, TraceResult]: ...
 
-    def query(self, queries, method=None, k=10, damping=-1.0, joiner=None, rerank=0, contrast=None):
+    def query(
+        self,
+        queries: Iterable,
+        method: str | list[str] | tuple[str, ...] | None = None,
+        k: int = 10,
+        damping: float = -1.0,
+        joiner: str | None = None,
+        rerank: int = 0,
+        contrast: Iterable | None = None,
+    ) -> TraceResult | dict[str, TraceResult]:
         """Finds the passages that made the model say something.
 
         Args:
@@ -111,13 +120,13 @@ class Index:
         idle_arguments.check(names, arguments, (), self._has_tokenizer)
         # Two kinds of gradients read an iterator twice. Other values are checked later, unchanged.
         queries, contrast = (list(x) if isinstance(x, Iterator) else x for x in (queries, contrast))
-        results = {}
+        results: dict[str, TraceResult] = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
         for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
-            chosen = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
-            kind = self._kind(next(iter(chosen.values())))
-            encoded = kind.encode_queries(queries, contrast, chosen, joiner)
-            results |= kind.query(encoded, chosen, (k, rerank), damping)
+            of_kind = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
+            kind = self._kind(next(iter(of_kind.values())))
+            encoded = kind.encode_queries(queries, contrast, of_kind, joiner)
+            results |= kind.query(encoded, of_kind, (k, rerank), damping)
         return results[names[0]] if isinstance(method, str | None) else results
 
     def _kind(self, method: Method) -> "_Kind":

@@ -102,7 +102,7 @@ class Capture:
 
         unseen.refuse(search(scalar, batch))
 
-        def total(zeros: dict, params: dict):
+        def total(zeros: dict, params: dict) -> tuple[jax.Array, tuple]:
             own_model = nnx.merge(graphdef, zeros, params, rest)
             value = loss(own_model, *batch)
             changed = nnx.state(own_model, nnx.Not(nnx.Any(taps.Zeros, nnx.Param)))

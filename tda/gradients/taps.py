@@ -24,7 +24,7 @@ model's own code stay unchanged. A layer may carry several taps, of different co
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Tap:
     bases: tuple[jax.Array, jax.Array] | None = None
 
 
-def put_on(model: nnx.Module, taps: dict[Site, tuple[Tap, ...]]) -> nnx.Module:
+def put_on(model: nnx.Module, taps: Mapping[Site, tuple[Tap, ...]]) -> nnx.Module:
     """Returns a copy of `model` whose sites carry taps; the copy shares the arrays.
 
     Args:

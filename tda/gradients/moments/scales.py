@@ -85,7 +85,7 @@ def parse_correction(text: str) -> tuple[str, int | None]:
     return text, None
 
 
-def factored_scale(full) -> Scale:
+def factored_scale(full: jax.typing.ArrayLike) -> Scale:
     """Returns the rank-one scale from the row and column means of V = full⁻².
 
     This is Adafactor's factorisation (Shazeer & Stern 2018, eq. 3), and shares its weakness: where
@@ -100,7 +100,7 @@ def factored_scale(full) -> Scale:
 
 
 @jax.jit
-def _factor(full):
+def _factor(full: jax.Array) -> tuple[jax.Array, jax.Array]:
     # √V over the matrix's largest √V, so that squares are at most 1 and do not all underflow.
     least = jnp.min(full, axis=(-1, -2), keepdims=True)
     rows, columns = (_root_mean_square(least / full, axis) for axis in (-1, -2))
@@ -108,12 +108,12 @@ def _factor(full):
     return overall / rows, columns**-1 * least[..., 0]
 
 
-def _root_mean_square(x, axis: int):
+def _root_mean_square(x: jax.Array, axis: int) -> jax.Array:
     most = jnp.max(x, axis=axis, keepdims=True)
     return jnp.squeeze(most, axis) * jnp.sqrt(jnp.mean(jnp.square(x / most), axis=axis))
 
 
-def low_rank_scale(full, rank: int) -> Scale:
+def low_rank_scale(full: jax.typing.ArrayLike, rank: int) -> Scale:
     """Returns the sum of `rank` outer products closest to 1/√V in relative terms.
 
     It minimises Σ (1 − Ŝ/S)², after S is balanced by `factored_scale`
@@ -142,7 +142,7 @@ def check_full(correction: str) -> tuple[str, int | None]:
     return name, rank
 
 
-def from_full(full, correction: str) -> Scale:
+def from_full(full: jax.Array, correction: str) -> Scale:
     """Returns a correction's scale, made from 1/√V of every weight: float32 [(L,) M, N].
 
     Raises:

@@ -18,6 +18,7 @@ EK-FAC's damping is one (`tda.gradients.kronecker`).
 
 import dataclasses
 import numbers
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,12 @@ from tda.gradients.moments.scales import Scale, finite, from_full, parse_correct
 from tda.runtime import sharding
 
 
-def adafactor_scale(v_row, v_col, v, shape: tuple[int, ...]) -> Scale:
+def adafactor_scale(
+    v_row: jax.typing.ArrayLike,
+    v_col: jax.typing.ArrayLike,
+    v: jax.typing.ArrayLike,
+    shape: tuple[int, ...],
+) -> Scale:
     """Returns the scale by which optax's Adafactor multiplies a gradient of this shape.
 
     For the two largest axes d1 ≤ d0, optax stores v_row, the mean over d0, and v_col, the mean
@@ -153,7 +159,7 @@ def second_moments(
     """
     for label, stated in {"": constants, **(parts or {})}.items():
         _check_constants(stated, f"parts[{label!r}]: " if label else "")
-    described = {k: v for k, v in constants.items() if v is not None}
+    described: dict[str, Any] = {k: v for k, v in constants.items() if v is not None}
     for label, stated in (parts or {}).items():
         described[label] = {"name" if k == "optimizer" else k: v for k, v in stated.items()}
     if optimizer is not None:
@@ -179,13 +185,18 @@ def _check_constants(constants: dict, place: str) -> None:
         )
     for name, below in (("b2", 1.0), ("decay", 1.0), ("eps", np.inf), ("eps_root", np.inf)):
         x = constants.get(name)
-        if x is not None and not (isinstance(x, numbers.Real | jax.Array) and 0 <= x < below):
+        is_number = isinstance(x, numbers.Real | jax.Array)
+        if x is not None and not (is_number and 0 <= x < below):
             limit = "" if below == np.inf else f" and below {below:g}"
             raise SecondMomentError(f"{place}{name}={x!r} must be a number from 0{limit}")
 
 
 def read(
-    root, chosen: list[sites.Site], correction: str, step: int | None = None, on_host: bool = False
+    root: str | os.PathLike,
+    chosen: list[sites.Site],
+    correction: str,
+    step: int | None = None,
+    on_host: bool = False,
 ) -> dict[str, Scale]:
     """Reads the scale of every site from a checkpoint that describes its optimizer.
 
@@ -234,11 +245,10 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
                 f"of every weight: {correction!r} has nothing to work from; "
                 "use correction='factored'"
             )
-        stored = [moments.fields[field] for field in ("v_row", "v_col", "v")]
-        if stored[-1].shape == site.shape:
-            V = optimizer_state.raise_to_floor(site.matrix(stored[-1]))
-            return Scale(full=1.0 / jnp.sqrt(V))
-        return _as_matrix(site, adafactor_scale(*stored, site.shape))
+        v_row, v_col, v = (moments.fields[field] for field in ("v_row", "v_col", "v"))
+        if v.shape == site.shape:
+            return Scale(full=1.0 / jnp.sqrt(optimizer_state.raise_to_floor(site.matrix(v))))
+        return _as_matrix(site, adafactor_scale(v_row, v_col, v, site.shape))
     if name == "adafactor":
         raise SecondMomentError(
             f"{site.path} was not trained with Adafactor (the state has "

@@ -11,8 +11,9 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from tda.runtime.differences import shorten
 
 
 def load(
-    path,
+    path: str | os.PathLike,
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
@@ -79,7 +80,7 @@ def _check_dtype(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}; use float32, bfloat16 or float16")
 
 
-def locate(path) -> pathlib.Path:
+def locate(path: str | os.PathLike) -> pathlib.Path:
     """Returns the directory or file of a model.
 
     Args:
@@ -128,7 +129,7 @@ def _find_in_hub_cache(name: str) -> pathlib.Path | None:
         return None
 
 
-def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
+def load_tokenizer(path: str | os.PathLike, parse_special: bool = False) -> PretrainedTokenizer:
     """Returns the tokenizer of a model, from its `tokenizer.json` or GGUF metadata.
 
     Args:
@@ -146,7 +147,7 @@ def load_tokenizer(path, parse_special: bool = False) -> PretrainedTokenizer:
     return gguf_tokenizer.load(path, parse_special)
 
 
-def state_of(path) -> list:
+def state_of(path: str | os.PathLike) -> list:
     """Returns names, sizes and hashes of a model's files: JSON values that identify the model.
 
     The hash covers pieces spread over the whole of a large file. That suffices, since further
@@ -170,7 +171,7 @@ def _digest(file: pathlib.Path, pieces: int = 256, piece_bytes: int = 1 << 14) -
     return digest.hexdigest()
 
 
-def inspect(path) -> Pretrained:
+def inspect(path: str | os.PathLike) -> Pretrained:
     """Describes and checks a model's files, without reading its numbers; raises as `load` does."""
     path = locate(path)
     _check_form(path)
@@ -253,14 +254,14 @@ def _check(described: Pretrained) -> None:
     unmapped = sorted(shapes.keys() ^ described.parts.keys())
     if unmapped:
         raise PretrainedError(f"{described.path}: no tensor is known for {shorten(unmapped)}")
-    for path, shape in shapes.items():
-        part = described.parts[path]
+    for name, shape in shapes.items():
+        part = described.parts[name]
         tensor_shape = tensor_shapes[part.tensor]
         fits = part.take is None or tensor_shape[part.axis] > int(part.take.max())
         if not fits or part.shape(tensor_shape) != shape:
             raise PretrainedError(
                 f"{described.path}: {part.tensor} has the shape {tensor_shape}, which does not fit "
-                f"{path} {shape}; do the configuration and the tensors belong together?"
+                f"{name} {shape}; do the configuration and the tensors belong together?"
             )
 
 
@@ -273,7 +274,7 @@ def place(
     label = f"load {os.path.basename(described.path)}"
     with progress.bar(total, label, "number", quiet=quiet) as bar:
 
-        def read(path, x):
+        def read(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
             name = functional.path_name(path)
             read_slice = _reader(described, name, x.shape, x.dtype)
             if mesh is None:
@@ -285,7 +286,7 @@ def place(
             return parameter
 
         params = jax.tree_util.tree_map_with_path(read, abstract)
-    return model_fn.merge(params)
+    return cast(Decoder, model_fn.merge(params))
 
 
 def _path_in_layer(path: str, layer: int) -> str:
@@ -293,14 +294,16 @@ def _path_in_layer(path: str, layer: int) -> str:
     return path.replace("layers/", f"layers/{layer}/", 1)
 
 
-def _reader(described: Pretrained, path: str, shape: tuple[int, ...], dtype):
+def _reader(
+    described: Pretrained, path: str, shape: tuple[int, ...], dtype: Any
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """Returns a function from an index to the parameter's numbers there."""
     parts = path.split("/")
     is_stacked = parts[0] == "layers" and not parts[1].isdigit()
     # Devices with the same slice request it one after the other, so the last one is cached.
     cache: list = [None, None]
 
-    def read(index):
+    def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds == cache[0]:
             return cache[1]
