@@ -13,7 +13,7 @@ from tda.gradients.moments import low_rank
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.runtime.differences import shorten
 
-CORRECTIONS = ("none", "adam", "adafactor", "factored", "low_rank(R)")
+CORRECTIONS = ("none", "adam", "factored", "low_rank(R)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +134,9 @@ def check_full(correction: str) -> tuple[str, int | None]:
         SecondMomentError: it is not "adam", "factored" or "low_rank(R)".
     """
     name, rank = parse_correction(correction)
-    if name in ("none", "adafactor"):
+    if name == "none":
         raise SecondMomentError(
-            f"correction {name!r} is not made from second moments of every weight; use adam, "
-            "factored or low_rank(R)"
+            "correction 'none' is not made from second moments; use adam, factored or low_rank(R)"
         )
     return name, rank
 

@@ -100,8 +100,7 @@ class SecondMoments:
             chosen: the sites.
             correction: "adam" (the optimizer's exact scale of every weight), "factored"
                 (Adafactor's row and column statistics, or the same statistics of another
-                optimizer's ν), "adafactor" (as "factored", but an error unless Adafactor wrote the
-                state) or "low_rank(R)" (the sum of R outer products closest to "adam").
+                optimizer's ν) or "low_rank(R)" (the sum of R outer products closest to "adam").
             place: moves a parameter's moments to where its scale is computed.
 
         Raises:
@@ -222,7 +221,6 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
     Raises:
         SecondMomentError: the moments do not have what the correction needs.
     """
-    name, _ = parse_correction(correction)
     if moments.count is not None and jnp.ndim(moments.count):
         raise SecondMomentError(
             f"the optimizer's count of {site.path} has the shape {jnp.shape(moments.count)}, not "
@@ -239,7 +237,7 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
             "has: the state is damaged, or is not of second moments"
         )
     if "v_row" in moments.fields:
-        if name not in ("adafactor", "factored"):
+        if correction != "factored":
             raise SecondMomentError(
                 f"{site.path} was trained with Adafactor, whose statistics are of rank one and not "
                 f"of every weight: {correction!r} has nothing to work from; "
@@ -249,11 +247,6 @@ def site_scale(site: sites.Site, moments: Moments, correction: str) -> Scale:
         if v.shape == site.shape:
             return Scale(full=1.0 / jnp.sqrt(optimizer_state.raise_to_floor(site.matrix(v))))
         return _as_matrix(site, adafactor_scale(v_row, v_col, v, site.shape))
-    if name == "adafactor":
-        raise SecondMomentError(
-            f"{site.path} was not trained with Adafactor (the state has "
-            f"{', '.join(sorted(moments.siblings))}); use 'factored' for the same statistics of ν"
-        )
     for field in ("nu", "nu_max"):
         x = moments.fields.get(field)
         if x is not None and x.shape != site.shape:
