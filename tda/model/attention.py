@@ -75,8 +75,9 @@ def _rows(x_BxGxRxTxK, start: int, stop: int):
 
 
 def _products(equation: str, *operands):
-    # Sums in float32: a bfloat16 sum of many products loses most of them.
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    # Sums in float32: a bfloat16 sum of many products loses most of them. Float32 operands are not
+    # rounded to TF32 or bfloat16, as accelerators do by default.
+    return jnp.einsum(equation, *operands, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _scores(q_BxGxSxK, k_BxGxTxK, start: int, stop: int, window, soft_cap):

@@ -161,7 +161,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BxTxD):
         """Applies the output matrix to hidden states: float32 [B, T, V]."""
         if self.settings.tied:
-            y_BxTxV = self.embedding.attend(hidden_BxTxD)
+            with jax.default_matmul_precision("highest"):  # as all linear layers
+                y_BxTxV = self.embedding.attend(hidden_BxTxD)
         else:
             y_BxTxV = self.head(hidden_BxTxD)
         y_BxTxV = y_BxTxV.astype(jnp.float32)

@@ -67,6 +67,8 @@ def linear(
         kernel_metadata={"axes": axes},
         bias_metadata={"axes": axes[1:]},
         dot_general=_rows_dot_general,
+        # float32 means float32 on accelerators too; bfloat16 is multiplied as it is.
+        precision="highest",
         dtype=jnp.dtype(settings.dtype),
         param_dtype=jnp.dtype(settings.param_dtype),
         rngs=rngs,

@@ -90,7 +90,10 @@ class DecoderSettings:
     remat: bool = False
     """Whether the backward pass recomputes a layer's activations instead of storing them."""
     dtype: str = "float32"
-    """Dtype of the computation, "float32" or "bfloat16"; logits are always float32."""
+    """Dtype of the computation, "float32" or "bfloat16"; logits are always float32.
+
+    "float32" holds on accelerators too, which by default round such products to TF32 or bfloat16.
+    """
     param_dtype: str = "float32"
     """Dtype of the parameters."""
 

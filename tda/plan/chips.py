@@ -27,6 +27,10 @@ class Chip:
     host: "Host" = dataclasses.field(kw_only=True)
     """The host that chips of this type usually have."""
 
+    def peak(self, dtype: str) -> float:
+        """Returns the FLOP/s of a model that computes in "bfloat16" or "float32"."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Host:

@@ -101,7 +101,7 @@ def run(
         lacking = cost.lacking(needs)
     return {
         "setting": s.figures(),
-        "hardware": _named(hardware, mfu, devices),
+        "hardware": _named(hardware, s.dtype, mfu, devices),
         "stages": _stages(s, hardware, mfu, devices, Rates(reading, tokenising), measured),
         "disk": _disk(s, reading),
         "needs": {k: {"needed": n, "there": t} for k, (n, t) in needs.items()},
@@ -163,12 +163,12 @@ def _free(path: str) -> float:
     return shutil.disk_usage(folder).free
 
 
-def _named(hardware: chips.Hardware | None, mfu: float, devices: int) -> dict:
+def _named(hardware: chips.Hardware | None, dtype: str, mfu: float, devices: int) -> dict:
     described = {"devices": devices, "measured": hardware is None}
     if hardware is None:
         title = f"this machine, {devices} × {jax.devices()[0].device_kind}"
         return {"title": title} | described
-    return {"title": hardware.title, "peak": hardware.chip.bfloat16, "mfu": mfu} | described
+    return {"title": hardware.title, "peak": hardware.chip.peak(dtype), "mfu": mfu} | described
 
 
 def _measure(config, s: Setting, mesh) -> dict:
@@ -210,7 +210,7 @@ def _stages(s: Setting, hardware, mfu, devices, host_rates: Rates, measured) -> 
     def encode(name, corrections, shapes, tokens=None):
         operations = cost.encoding_operations(s.model, [s.taps[c] for c in corrections], shapes)
         if hardware:
-            seconds = operations / (devices * hardware.chip.bfloat16 * mfu)
+            seconds = operations / (devices * hardware.chip.peak(s.dtype) * mfu)
         else:
             seconds = measured and measured["encoder"][corrections].seconds(shapes)
         if shapes:

@@ -24,8 +24,9 @@ def _heading(figures: dict) -> str:
     structure = f"; R of {kronecker} a Kronecker product" if kronecker else ""
     rates = "rates measured here"
     if not h["measured"]:
-        rates = f"{h['mfu']:.0%} of {h['peak'] / 1e12:,.0f} TFLOP/s (bfloat16) each assumed (--mfu)"
-    heading = formats.aligned(
+        peak = f"{h['peak'] / 1e12:,.0f} TFLOP/s ({s['dtype']})"
+        rates = f"{h['mfu']:.0%} of {peak} each assumed (--mfu)"
+    return formats.aligned(
         [
             ["model", f"{s['parameters']:,} parameters; gradients of {share:.0%} of them"],
             ["corpus", corpus],
@@ -34,9 +35,6 @@ def _heading(figures: dict) -> str:
         ],
         "ll",
     )
-    if not h["measured"] and s["dtype"] != "bfloat16":
-        heading += "\n(a float32 model is assumed to reach this too; GPUs reach half with TF32)"
-    return heading
 
 
 def _stages(stages: list[dict]) -> str:

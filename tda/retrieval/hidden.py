@@ -49,7 +49,10 @@ class Pooler:
                 h_BxTxD = model.residual_stream(tokens_BxT, max(1, model.layer_count // 2))
             counted_BxT = jnp.all(tokens_BxT[..., None] != jnp.asarray(without), axis=-1)
             total_BxD = jnp.einsum(
-                "btd,bt->bd", h_BxTxD.astype(jnp.float32), counted_BxT.astype(jnp.float32)
+                "btd,bt->bd",
+                h_BxTxD.astype(jnp.float32),
+                counted_BxT.astype(jnp.float32),
+                precision="highest",
             )
             return total_BxD / jnp.maximum(counted_BxT.sum(axis=1), 1)[:, None]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tda import loss as losses
 from tda.gradients import projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments.scales import Scale, factored_scale
@@ -165,3 +166,36 @@ def test_devices_that_share_a_batch_encode_as_one_does_in_bfloat16(decoder, rand
         with jax.set_mesh(mesh):
             encode = make_encoder(model_fn.merge(placed), p)
             assert off(encode(sharding.put_batch(mesh, batch)), expected) < 1e-5
+
+
+def precisions(trace):
+    """The precision of every matrix product in a jaxpr and in those that it calls."""
+    for equation in trace.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        parts = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        for part in parts:
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from precisions(inner)
+
+
+@pytest.mark.parametrize("correction", ["none", "factored", "adam"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_product_has_the_devices_own_precision(decoder, random_batch, correction, tied):
+    """Guards: a float32 model whose products an accelerator rounds to TF32 or bfloat16."""
+    model, batch = decoder(tied=tied), random_batch([6, 4], 6)
+    scales = None if correction == "none" else scales_of(model, correction)
+    encode = make_encoder(model, Projection(side=4, blocks=2), scales)
+    model_fn, params = functional.split(model)
+
+    def training_loss(params):
+        own_model = model_fn.merge(params)
+        return losses.total(own_model, batch, losses.cross_entropy)
+
+    for trace in (jax.make_jaxpr(encode)(batch), jax.make_jaxpr(jax.grad(training_loss))(params)):
+        found = list(precisions(trace.jaxpr))
+        assert len(found) > 10
+        assert {p for pair in found for p in (pair or [None])} == {jax.lax.Precision.HIGHEST}
