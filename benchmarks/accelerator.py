@@ -15,6 +15,8 @@ rate falls or memory is full, and downward if not even that one fits. It is the 
 passes over all sequences after an uncounted one, which starts and compiles. The parts:
 
 - `train`: forward, backward, Adam's update.
+- `capture`: the same with the projected gradients of each of its examples (`tda.Capture`), a block
+  of side × side for every weight matrix, in the batch that is best for `train`.
 - `encode`: from tokens in memory to rows in memory (`tda.encoding.table`), a block of side × side
   for every weight matrix. Every side is measured with the first one's batch.
 - `search`: rows/s of exact search (the 10 best and the 10 worst) over float32 rows in the device's
@@ -55,6 +57,7 @@ from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
 from tda.encoding import table as encoding
 from tda.evaluation.tail_patch import TailPatch
+from tda.gradients.capture import Capture
 from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -68,7 +71,7 @@ from tda.retrieval.sources import InMemory
 from tda.runtime import atomic_file, sharding
 from tda.training import loop
 
-PARTS = ("bergson", "train", "encode", "tail_patch", "search")
+PARTS = ("bergson", "train", "capture", "encode", "tail_patch", "search")
 _OUT = flags.DEFINE_string("out", None, "directory of the record and the table")
 _PARTS = flags.DEFINE_list("parts", list(PARTS), "what to measure")
 _SHAPES = flags.DEFINE_list(
@@ -119,6 +122,7 @@ def plan() -> list[Case]:
     ]
     for shape in _SHAPES.value:
         cases += [Case("train", shape), Case("tail_patch", shape)]
+        cases += [Case("capture", shape, side) for side in sides]
         for correction, side in itertools.product(_CORRECTIONS.value, sides):
             cases.append(Case("encode", shape, side, correction))
     cases += [Case("search", queries=count) for count in SEARCHED]
@@ -169,6 +173,7 @@ class Bench:
         parts = {
             "bergson": self._against_bergson,
             "train": self._train,
+            "capture": self._capture,
             "encode": self._encode,
             "tail_patch": self._tail_patch,
             "search": self._search,
@@ -210,25 +215,40 @@ class Bench:
         return setting.count_model(everything, arguments)
 
     def _train(self, case: Case) -> dict:
+        figures = self._best_of_steps(case.shape, lambda merge, tx: loop.make_step(merge, tx, None))
+        context = (flags.FLAGS.length + 1) / 2
+        operations = cost.training_operations(self._counted(case.shape), context)
+        return self._with_share(figures, operations)
+
+    def _capture(self, case: Case) -> dict:
+        projection = Projection(case.side, pooling="matrix")
+        capture = Capture(self._model(case.shape), projection, tell=False)
+        capturing = functools.partial(measured_encoders.capturing_step, capture)
+
+        def make_step(merge, tx):
+            return jax.jit(functools.partial(capturing, merge, tx), donate_argnums=0)
+
+        return self._best_of_steps(case.shape, make_step, Case("train", case.shape))
+
+    def _best_of_steps(self, shape: str, make_step: Callable, known: Case | None = None) -> dict:
+        """Returns the figures of training steps; `known` has found the best batch, if measured."""
         tx, table = optax.adam(1e-3), random_table(_SEQUENCES.value)
 
         def rate_of(batch: int) -> float:
-            model_fn, state = loop.initial_state(self._model(case.shape), tx, self._mesh)
-            step, layout = loop.make_step(model_fn.merge, tx, None), self._layout(batch)
+            model_fn, state = loop.initial_state(self._model(shape), tx, self._mesh)
+            step, layout = make_step(model_fn.merge, tx), self._layout(batch)
             inputs, states = [x.arrays() for x in layout.batches(table)], [state]
 
             def train_on_all():
                 for arrays in inputs:
-                    states[0], loss, _ = step(states[0], layout.put(arrays))
-                return loss
+                    states[0], *made = step(states[0], layout.put(arrays))
+                return made
 
             with jax.set_mesh(self._mesh):
                 return rate(train_on_all, self._tokens)
 
-        figures = figures_of_best(record.best_batch(rate_of, self._batches))
-        context = (flags.FLAGS.length + 1) / 2
-        operations = cost.training_operations(self._counted(case.shape), context)
-        return self._with_share(figures, operations)
+        best = self._lines.figures.get(known.title, {}).get("batch") if known else None
+        return figures_of_best(record.best_batch(rate_of, [best] if best else self._batches))
 
     def _encode(self, case: Case) -> dict:
         model, table = self._model(case.shape), random_table(_SEQUENCES.value)

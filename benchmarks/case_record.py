@@ -76,7 +76,7 @@ class Record:
             if name.endswith(" a second") and value is not None
         ]
         unit, share, over = "tokens a second", figures.get("share of the peak"), ""
-        if case.part == "encode" and unit in figures and unit in training:
+        if case.part in ("encode", "capture") and unit in figures and unit in training:
             over = f"{training[unit] / figures[unit]:.2f}"
         cells = ["; ".join(rates) or figures["failed"], str(figures.get("batch", "")), over]
         return [case.title, *cells, "" if share is None else f"{share:.0%}"]

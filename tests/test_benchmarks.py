@@ -68,13 +68,19 @@ def test_the_accelerator_benchmark_measures_every_case_once(tmp_path):
 
     assert "[1/1] train, micro" in run("--parts=train")
     before = (tmp_path / "record.jsonl").read_text()
-    out = run("--parts=train,encode,tail_patch,search")
-    assert "[1/6]" not in out and "[6/6] search, queries 1024" in out
+    out = run("--parts=train,capture,encode,tail_patch,search")
+    assert "[1/7]" not in out and "[7/7] search, queries 1024" in out
     text = (tmp_path / "record.jsonl").read_text()
     assert text.startswith(before)
-    rates = {"train": "tokens", "encode": "tokens", "tail_patch": "pairs", "search": "rows"}
+    rates = {
+        "train": "tokens",
+        "capture": "tokens",
+        "encode": "tokens",
+        "tail_patch": "pairs",
+        "search": "rows",
+    }
     entries = [json.loads(line) for line in text.splitlines()]
-    assert len(entries) == 6
+    assert len(entries) == 7
     for entry in entries:
         value = entry["figures"][f"{rates[entry['case'].split(',')[0]]} a second"]
         assert math.isfinite(value) and value > 0
