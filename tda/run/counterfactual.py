@@ -20,6 +20,7 @@ from tda.counterfactual.training import (
     sum_by_unit,
     units_of_tokens,
 )
+from tda.data import corpora
 from tda.data.batches import BatchLayout, buckets, draw
 from tda.data.rows import Query
 from tda.data.tokens import tokenise_queries
@@ -33,10 +34,12 @@ from tda.run.workdir import Workdir
 from tda.runtime import processes, sharding
 from tda.runtime.array_tasks import Unfinished
 from tda.runtime.atomic_file import write_arrays, write_json
-from tda.runtime.fingerprint import plain
+from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import Groups
 from tda.training import checkpoint
 
+# Units that every corpus has; any other is a field of the lines of data.sentences.
+_UNITS = ("passage", "document", "relation", "subject")
 # Ratio of neighbouring lengths of batches: seven programs are compiled for each, so few of them.
 _RATIO = 1.6
 # Largest allowed difference of reverse and forward mode, relative to the largest slope of a query.
@@ -58,6 +61,12 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"data.corpus={config.data.corpus}: the bank keeps its corpus in memory; give the "
             "passages as data.sentences, which need no annotations"
+        )
+    unit = config.counterfactual.unit
+    if unit not in _UNITS and not config.data.sentences:
+        raise ValueError(
+            f"unknown counterfactual.unit={unit!r}; use {', '.join(_UNITS)}, or a field of the "
+            "lines of data.sentences, which names no file here"
         )
     if train.computing_dtype(config) != "float32":
         raise ValueError(
@@ -251,6 +260,9 @@ def _unit_names(run: Run, unit: str) -> list:
         return list(range(len(table)))
     if unit == "document":
         return list(table.documents)
+    if unit not in _UNITS:
+        labels = corpora.Corpus(run.config.data.sentences, id_field="sentence_id").labels(unit)
+        return [labels[d] for d in table.documents]
     key = {"relation": "predicate_uri", "subject": "entity0_uri"}[unit]
     # A triple that only names its fact has no URIs: an empty one is no unit.
     of_sentence = {
@@ -264,8 +276,12 @@ def _identity(run: Run, order: int) -> dict:
     """Returns what decides the training in an order of the data, as JSON values."""
     c = run.config
     keys = ("epochs", "tokens_per_batch", "unit", "seed")
+    unit = c.counterfactual.unit
+    # The fingerprint of the passages does not cover other fields of their lines.
+    fields = {} if unit in _UNITS else {"units": fingerprint(_unit_names(run, unit))}
     return plain(
         {
+            **fields,
             "start": run.trained.fingerprint,
             "step": run.trained.step,
             "optimizer": {k: v for k, v in train.settings(c).items() if k != "epochs"},

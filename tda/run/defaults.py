@@ -238,7 +238,10 @@ KEYS: dict[str, tuple] = {
     "counterfactual.learning_rate": (1e-3, "its largest learning rate", POSITIVE),
     "counterfactual.warmup": (8, "steps of its linear warm-up"),
     "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
-    "counterfactual.unit": ("passage", "unit to drop: passage, document, relation or subject"),
+    "counterfactual.unit": (
+        "passage",
+        "unit to drop: passage, document, relation, subject, or a field of data.sentences' lines",
+    ),
     "counterfactual.held_out": (0, "left-out sentences to ask in place of the facts; 0: facts"),
     "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),
     "counterfactual.subsets": (100, "random sets of units to drop, a retraining each", POSITIVE),
@@ -288,7 +291,6 @@ CHOICES = {
     "hessian.evaluation": ("all", "leave_one_out", "disjoint"),
     "hessian.structure": ("auto", "dense", "kronecker"),
     "eval.tail_patch_state": ("restored", "fresh"),
-    "counterfactual.unit": ("passage", "document", "relation", "subject"),
 }
 
 

@@ -280,6 +280,39 @@ def test_a_triple_without_uris_is_of_no_unit():
     assert counterfactual._unit_names(run, "subject") == [None, "s", None, "s"]
 
 
+def test_any_field_of_the_sentences_is_a_unit(tmp_path):
+    """Guards: a bank whose units are those that the file had before."""
+
+    def write(sources):
+        lines = [
+            json.dumps({"sentence_id": f"s{i}", "text": f"text {i}", "source": source})
+            for i, source in enumerate(sources)
+        ]
+        (tmp_path / "s.jsonl").write_text("\n".join(lines))
+
+    config = defaults.get_config()
+    config.counterfactual.unit = "source"
+    with pytest.raises(ValueError, match="unknown counterfactual.unit='source'; use passage,"):
+        counterfactual.check(config)
+    config.data.sentences = str(tmp_path / "s.jsonl")
+    counterfactual.check(config)
+    corpus = types.SimpleNamespace(
+        passages=types.SimpleNamespace(documents=["s2", "s0", "s1", "s0"]),
+        fingerprint={"corpus": "c", "queries": "q"},
+    )
+    trained = types.SimpleNamespace(fingerprint="t", step=3)
+    run = types.SimpleNamespace(config=config, corpus=corpus, trained=trained)
+    write(["web", "book", "web"])
+    assert counterfactual._unit_names(run, "source") == ["web", "web", "book", "web"]
+    before = counterfactual._identity(run, 0)
+    assert counterfactual._identity(run, 0) == before
+    write(["web", "book", "book"])
+    assert counterfactual._identity(run, 0) != before
+    (tmp_path / "s.jsonl").write_text('{"sentence_id": "s0", "text": "x"}\n')
+    with pytest.raises(ValueError, match="s.jsonl.*source"):
+        counterfactual._unit_names(run, "source")
+
+
 def test_checkpoints_on_the_way_are_some_of_those_kept():
     """Guards: a training of four steps, with one state on the way for two checkpoints."""
     steps_of = counterfactual._checkpoint_steps
