@@ -5,7 +5,6 @@ whole sequence again for every token, so that any model can be sampled; samples 
 same tokens so far share a run.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -17,6 +16,7 @@ from tda import loss as losses
 from tda.data.batches import BatchLayout
 from tda.facts.names import begins_with
 from tda.runtime import progress, sharding
+from tda.runtime.fingerprint import seed_of
 
 # Queries whose samples are drawn together.
 _TOGETHER = 64
@@ -128,8 +128,8 @@ class Sampler:
 
 def _uniform(prompt: Sequence[int], count: int, samples: int, seed: int) -> np.ndarray:
     """Draws numbers in [0, 1), float64 [samples, count]: each picks a token."""
-    digest = hashlib.sha256(f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()).digest()
-    rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+    asked = f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()
+    rng = np.random.default_rng(seed_of(asked))
     # A column at a time, so that the first tokens do not depend on how many are drawn.
     return rng.random((count, samples)).T
 

@@ -3,12 +3,12 @@
 The row "annotated sentences" of the paper's table 1, the tail-patch score of the ground truth.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from tda.retrieval.ranked import Ranked
+from tda.runtime.fingerprint import seed_of
 
 
 def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed: int = 0) -> Ranked:
@@ -25,8 +25,7 @@ def ranked(ids: Sequence[str], correct: Sequence[np.ndarray], k: int = 10, seed:
     """
     rows_QxK = np.full((len(ids), k), -1, np.int64)
     for row_K, name, passages in zip(rows_QxK, ids, correct, strict=True):
-        digest = hashlib.sha256(f"annotated {seed} {name}".encode()).digest()
-        rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+        rng = np.random.default_rng(seed_of(f"annotated {seed} {name}".encode()))
         # A row that is named twice is one passage.
         drawn = rng.permutation(np.unique(passages))[:k]
         row_K[: len(drawn)] = drawn

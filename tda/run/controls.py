@@ -1,6 +1,5 @@
 """Retrievers to compare methods with: the labels themselves, and scores that ignore the query."""
 
-import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,6 +9,7 @@ from tda.retrieval import annotated, by_score, exact
 from tda.run import encode
 from tda.run.retrievers import Queries, Result, Retriever, tell
 from tda.run.run import Run
+from tda.runtime.fingerprint import seed_of
 from tda.runtime.progress import Progress
 
 
@@ -71,8 +71,7 @@ class Random(_Control):
                 yield by_score.random_scores(rows, seed, number)
                 continue
             # The same question gets the same passages in every session.
-            digest = hashlib.sha256(text.encode()).digest()
-            yield by_score.random_scores(rows, seed, *np.frombuffer(digest, np.uint32).tolist())
+            yield by_score.random_scores(rows, seed, *seed_of(text.encode()).tolist())
 
 
 class Length(_Control):

@@ -7,7 +7,6 @@ jaxlib. This module gives it a folder, unless one is configured already.
 
 import contextlib
 import functools
-import hashlib
 import os
 import pathlib
 import platform
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from tda.runtime.fingerprint import fingerprint
 
 VARIABLE = "TDA_COMPILATION_CACHE"
 OFF = "off"
@@ -98,7 +99,7 @@ def _processor() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         names = ("flags", "Features", "model name")
         features += sorted({line for line in lines if line.startswith(names)})
-    return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
+    return fingerprint(features)
 
 
 def _check_owner(folder: pathlib.Path) -> None:

@@ -73,3 +73,8 @@ def hash_64_bits(text: str, byteorder: str = "little") -> int:
     """Returns a hash of a text, a number below 2^64 that is spread evenly."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, byteorder)
+
+
+def seed_of(data: bytes) -> np.ndarray:
+    """Returns a seed for `numpy.random.default_rng` from these bytes alone: uint32 [8]."""
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint32)
