@@ -63,10 +63,20 @@ class TraceResult(Sequence[Answer]):
     Attributes:
         method: the title of the method that ranked the passages.
         answers: the answers.
+
+    Args:
+        read_labels: returns the labels of a field of the corpus by its documents' ids; None if the
+            corpus is not of documents with fields.
     """
 
-    def __init__(self, method: str, answers: Sequence[Answer]):
+    def __init__(
+        self,
+        method: str,
+        answers: Sequence[Answer],
+        read_labels: Callable[[str], Mapping[str, str]] | None = None,
+    ):
         self.method, self.answers = method, tuple(answers)
+        self._read_labels = read_labels
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -116,7 +126,7 @@ class TraceResult(Sequence[Answer]):
 
     def by(
         self,
-        label_of: Mapping[str, str] | Callable[[RankedPassage], str],
+        label_of: str | Mapping[str, str] | Callable[[RankedPassage], str],
         resamples: int = 10_000,
         seed: int = 0,
     ) -> list[GroupSum]:
@@ -125,7 +135,8 @@ class TraceResult(Sequence[Answer]):
         Single passages are noisy evidence, sums of many less so.
 
         Args:
-            label_of: the label of each document by its id, or a function from a passage to a label.
+            label_of: a field of the corpus's documents, such as "source"; the label of each
+                document by its id; or a function from a passage to a label.
             resamples, seed: of the permutation test and of the intervals over queries.
 
         Returns:
@@ -133,7 +144,8 @@ class TraceResult(Sequence[Answer]):
             their passages' scores exceed the mean beyond chance.
 
         Raises:
-            ValueError: some passages were not ranked, or a document has no label.
+            ValueError: some passages were not ranked, a document has no label, or the corpus has no
+                fields.
         """
         complete = by_label.complete_scores(self.records())
         if complete is None:
@@ -141,19 +153,35 @@ class TraceResult(Sequence[Answer]):
                 "sums by label need the scores of all passages, and this trace has only each "
                 "query's first and last; trace again with k= the number of passages"
             )
+        if isinstance(label_of, str):
+            label_of = self._labels(label_of)
         names, table_QxC = complete
         passages = {p.id: p for a in self for p in a.proponents + a.opponents}
         labels = [_label(label_of, passages[name]) for name in names]
         return group_sums(table_QxC, labels, resamples, seed)
 
-    def view(self, port: int = 0, labels: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def _labels(self, field: str) -> Mapping[str, str]:
+        if self._read_labels is None:
+            raise ValueError(
+                f"the passages are not a corpus of files, so they have no field {field!r}; give "
+                "the labels of documents by their ids"
+            )
+        return self._read_labels(field)
+
+    def view(
+        self,
+        port: int = 0,
+        labels: Sequence[str] | Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         """Shows the answers in the web viewer; prints its address, and serves until interrupted.
 
         Args:
             port: the port on this machine; 0 takes a free one.
-            labels: for each key, such as "source", the labels of documents by their ids, by which
-                the viewer adds up scores as `by` does.
+            labels: fields of the corpus's documents, such as ["source"], by which the viewer adds
+                up scores as `by` does; or for each key the labels of documents by their ids.
         """
+        if labels is not None and not isinstance(labels, Mapping):
+            labels = {field: self._labels(field) for field in labels}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "answers.jsonl")
             self.save(path)

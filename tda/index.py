@@ -248,6 +248,7 @@ class _Kind:
                 )
                 for q, query in enumerate(encoded.queries)
             ],
+            self._inputs.read_labels,
         )
 
 

@@ -1,5 +1,7 @@
 """Gradients that are computed once and asked again: the answers of `tda.trace`, with less work."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from flax import nnx
 
 import tda
 from tda import hessian
+from tda.data.corpora import Corpus
 from tda.data.rows import Query
 from tda.encoding import table as encoding
 from tda.encoding.inputs import EncodedQueries
@@ -234,6 +237,27 @@ def test_scores_are_added_up_by_label(model, tokenizer):
     for k in (2, len(TEXTS) // 2):
         with pytest.raises(ValueError, match="trace again with k= the number of passages"):
             index.query(QUERIES, "grad_cos", k=k).by(labels)
+
+
+def test_scores_are_added_up_by_a_field_of_the_corpus(model, tokenizer, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(opening, "serve", lambda *arguments, **how: served.append(arguments[0]))
+    lines = [{"id": f"d{i}", "text": t, "source": "ab"[i % 2]} for i, t in enumerate(TEXTS)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = tmp_path / "c.jsonl"
+    for passages in (str(corpus), Corpus(corpus)):
+        index = tda.encode(model, passages, tokenizer=tokenizer, **OPTIONS)
+        traced = index.query(QUERIES, "grad_cos", k=len(TEXTS))
+        by_field = traced.by("source", resamples=20)
+        assert by_field == traced.by({d["id"]: d["source"] for d in lines}, resamples=20)
+        assert {g.label for g in by_field} == {"a", "b"}
+        with pytest.raises(ValueError, match="c.jsonl.*topic"):
+            traced.by("topic")
+    traced.view(labels=["source"])
+    assert served[0].index()["keys"] == ("source",)
+    traced = tda.trace(model, TEXTS, QUERIES, tokenizer=tokenizer, k=len(TEXTS), **OPTIONS)
+    with pytest.raises(ValueError, match="no field 'source'; give the labels"):
+        traced.by("source")
 
 
 def test_the_passages_of_a_document_have_its_label(model, tokenizer):

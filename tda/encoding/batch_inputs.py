@@ -92,6 +92,7 @@ class BatchInputs:
 
     def __init__(self, settings: TraceSettings, corpus: BatchCorpus):
         self.settings, self.corpus = settings, corpus
+        self.read_labels = None  # arrays have no fields
         for _ in _checked(corpus.first, settings, "passages"):
             pass
 

@@ -73,7 +73,15 @@ class TextCorpus:
     """
 
     def __init__(self, passages, reading: TextSettings, quiet: bool):
+        if isinstance(passages, str | os.PathLike):
+            field = reading.text_field or "text"
+            passages = Corpus(passages, text_field=field, id_field=reading.id_field)
         self._passages, self.reading, self._quiet = passages, reading, quiet
+
+    @property
+    def read_labels(self) -> Callable[[str], dict[str, str]] | None:
+        """Reads a field of the documents (`Corpus.labels`); None if they are not a corpus."""
+        return self._passages.labels if isinstance(self._passages, Corpus) else None
 
     @functools.cached_property
     def table(self) -> TokenTable:
@@ -114,6 +122,7 @@ class TextInputs:
 
     def __init__(self, settings: TraceSettings, corpus: TextCorpus):
         self.settings, self.corpus = settings, corpus
+        self.read_labels = corpus.read_labels
         checks.check_reading(settings, corpus.reading)
         self._prompt_layouts: list[BatchLayout] = []
 
@@ -306,8 +315,6 @@ def _shard_bytes(table: TokenTable, width: int, tokens_per_batch: int) -> int:
 def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
     """Tokenises the corpus, on disk if it can be read again and there is a directory."""
     fields = reading.text_field, reading.id_field
-    if isinstance(passages, str | os.PathLike):
-        passages = Corpus(passages, text_field=fields[0] or "text", id_field=fields[1])
     is_corpus, directory = isinstance(passages, Corpus), reading.directory
     arguments = reading.tokenizer, reading.context, quiet
     if directory is not None and (is_corpus or can_be_read_again(passages)):
