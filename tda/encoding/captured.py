@@ -19,7 +19,11 @@ from tda.gradients.capture import Capture
 from tda.runtime import processes, sharding
 from tda.runtime.atomic_file import read_arrays, write_arrays
 from tda.store import GradientStore, StoreError
+from tda.store.location import Location
 from tda.training import loop
+
+# Beside the store's manifest.
+_STEPS = "training.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,33 @@ class TrainingRows:
             times[row] += 1
             names.append(ids[row] if times[row] == 1 else f"{ids[row]} (time {times[row]})")
         return names
+
+
+def keep_steps(path: str, rows: TrainingRows, rates: np.ndarray) -> None:
+    """Writes each step's first row and learning rate into the store's directory.
+
+    Args:
+        path: the store.
+        rows: the plan of the training.
+        rates: the learning rate of each step, [steps].
+    """
+    steps = {"first_rows": rows.starts.tolist(), "learning_rates": np.asarray(rates).tolist()}
+    if processes.is_first():
+        Location(path).write_json(_STEPS, steps)
+
+
+def read_rates(path: str) -> np.ndarray:
+    """Returns the learning rate of each step, float32 [steps]; see `keep_steps`.
+
+    Raises:
+        StoreError: the store has none.
+    """
+    steps = Location(path).read_json(_STEPS)
+    if steps is None:
+        raise StoreError(
+            f"{path} has no {_STEPS}, which its training wrote; train in a new workdir"
+        )
+    return np.array(steps["learning_rates"], np.float32)
 
 
 class Recorder:

@@ -13,9 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tda import methods as method_lib
+from tda.encoding import captured
 from tda.encoding.captured import TrainingRows
 from tda.retrieval.ranked import Ranked
-from tda.run import capturing, first_stage, retrieve
+from tda.run import capturing, first_stage, retrieve, train
 from tda.run.counterfactual import Retrained
 from tda.run.registry import retriever_of
 from tda.run.run import Run
@@ -76,6 +77,9 @@ def train_capturing(retrained: Retrained, run: Run) -> dict:
     recorder = capturing.make_recorder(
         run.config, run.corpus, run.workdir, model, run.trained.fingerprint, rows
     )
+    rates = train.learning_rates(run.config, training.steps)(np.arange(training.steps))
+    path = capturing.path_of(run.config, run.workdir, run.trained.fingerprint)
+    captured.keep_steps(path, rows, rates)
     advance = loop.make_step(training.model_fn.merge, training.tx, recorder)
     state = training.start()
     for step, batch in enumerate(training.batches):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tda import store as stores
-from tda.encoding.captured import TrainingRows
+from tda.encoding.captured import TrainingRows, read_rates
 from tda.methods import Method
 from tda.retrieval import by_score
 from tda.run import checkpoints, train
@@ -97,8 +97,7 @@ class Captured(Retriever):
         )
         rows = TrainingRows.of(run.corpus.training, layout, run.total_steps, seed)
         passages = _passages_of(run.corpus, rows)
-        rate = train.learning_rates(run.config, run.total_steps)
-        rates = np.asarray(rate(np.arange(run.total_steps)), np.float32)[rows.steps]
+        rates = read_rates(self._path())[rows.steps]
         # Steps after the traced checkpoint had no effect on it.
         rates[rows.steps >= run.trained.step] = 0
         nearest = np.abs(rows.steps[:, None] + 0.5 - np.array(steps)).argmin(axis=1)

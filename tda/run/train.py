@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from tda.data.batches import BatchLayout
+from tda.encoding import captured
 from tda.encoding.captured import TrainingRows
 from tda.model import functional, pretrained, sizes
 from tda.model.decoder import Decoder, abstract_decoder
@@ -247,6 +249,8 @@ def _fit(config, corpus: Corpus, model, made_from, layout, description: dict, wo
     if t["capture"]:
         rows = TrainingRows.of(corpus.training, layout, steps, config.seed)
         recorder = capturing.make_recorder(config, corpus, workdir, model, made_from, rows)
+        rates = learning_rates(config, steps)(np.arange(steps))
+        captured.keep_steps(capturing.path_of(config, workdir, made_from), rows, rates)
     loop.fit(
         model,
         make_optimizer(config, steps),

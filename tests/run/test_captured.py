@@ -1,6 +1,7 @@
 """The gradients of a training's own steps: kept through kills, and ranked by as their sum says."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tda import store as stores
+from tda.encoding import captured
 from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients import reference
 from tda.gradients.capture import Capture
@@ -72,6 +74,20 @@ def test_a_killed_training_keeps_the_same_rows(decoder, tmp_path, monkeypatch):
     assert {p.id for p in store.passages(every)} >= {"0", "0 (time 2)"}
     # Of what was kept beside the store, only the last checkpoint's is left.
     assert [p.name for p in (tmp_path / "killed" / "captured").iterdir()] == ["rows-before-11.npz"]
+
+
+def test_the_store_tells_each_steps_rows_and_learning_rate(decoder, tmp_path):
+    store, rows = fit(decoder, tmp_path / "w", str(tmp_path / "a"))
+    with pytest.raises(stores.StoreError, match="a has no training.json of its .*; train in a new"):
+        captured.read_rates(str(tmp_path / "a"))
+    rates = np.linspace(1e-3, 1e-4, STEPS)
+    captured.keep_steps(str(tmp_path / "a"), rows, rates)
+    np.testing.assert_array_equal(captured.read_rates(str(tmp_path / "a")), rates.astype("f4"))
+    first_rows = json.loads((tmp_path / "a" / "training.json").read_text())["first_rows"]
+    assert len(first_rows) == STEPS + 1 and first_rows[-1] == store.rows
+    # It is no part of the store, which opens and resumes as before.
+    again, _ = fit(decoder, tmp_path / "w", str(tmp_path / "a"))
+    assert not again.missing()
 
 
 def test_a_checkpoint_without_captured_rows_is_refused(decoder, tmp_path):
