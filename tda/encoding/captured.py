@@ -83,9 +83,7 @@ def read_rates(path: str) -> np.ndarray:
     """
     steps = Location(path).read_json(_STEPS)
     if steps is None:
-        raise StoreError(
-            f"{path} has no {_STEPS}, which its training wrote; train in a new workdir"
-        )
+        raise StoreError(f"{path} has no {_STEPS} of its training; train in a new workdir")
     return np.array(steps["learning_rates"], np.float32)
 
 

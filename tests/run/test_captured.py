@@ -78,7 +78,7 @@ def test_a_killed_training_keeps_the_same_rows(decoder, tmp_path, monkeypatch):
 
 def test_the_store_tells_each_steps_rows_and_learning_rate(decoder, tmp_path):
     store, rows = fit(decoder, tmp_path / "w", str(tmp_path / "a"))
-    with pytest.raises(stores.StoreError, match="a has no training.json of its .*; train in a new"):
+    with pytest.raises(stores.StoreError, match="a has no training.json of its training"):
         captured.read_rates(str(tmp_path / "a"))
     rates = np.linspace(1e-3, 1e-4, STEPS)
     captured.keep_steps(str(tmp_path / "a"), rows, rates)
