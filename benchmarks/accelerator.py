@@ -247,8 +247,12 @@ class Bench:
             with jax.set_mesh(self._mesh):
                 return rate(train_on_all, self._tokens)
 
-        best = self._lines.figures.get(known.title, {}).get("batch") if known else None
-        return figures_of_best(record.best_batch(rate_of, [best] if best else self._batches))
+        return self._best(rate_of, known)
+
+    def _best(self, rate_of: Callable[[int], float], known: Case | None) -> dict:
+        """Returns the figures of the best batch, which `known` has found if it is measured."""
+        batch = self._lines.figures.get(known.title, {}).get("batch") if known else None
+        return figures_of_best(record.best_batch(rate_of, [batch] if batch else self._batches))
 
     def _encode(self, case: Case) -> dict:
         model, table = self._model(case.shape), random_table(_SEQUENCES.value)
@@ -269,8 +273,7 @@ class Bench:
                 )
 
         first = dataclasses.replace(case, side=int(_SIDES.value[0]))
-        known = self._lines.figures.get(first.title, {}).get("batch")
-        figures = figures_of_best(record.best_batch(rate_of, [known] if known else self._batches))
+        figures = self._best(rate_of, first)
         tied, length = model.settings.tied, flags.FLAGS.length
         taps = setting.count_taps(chosen, case.side, case.correction, tied)
         counted = self._counted(case.shape)

@@ -128,7 +128,8 @@ def _figures(metrics: dict) -> dict[str, float]:
 def _known(run: Run, queries: np.ndarray) -> Known:
     corpus, e = run.corpus, run.config.eval
     nats, ranks = measures.likelihoods(run)
-    priors, knowledge = measures.priors(run, queries.tolist()), measures.knowledge(run, queries)
+    priors = measures.priors(run, queries.tolist())
+    knowledge = measures.knowledge_by(nats, ranks, priors, queries)
     choices = measures.other_choices(run, queries.tolist())
     frequencies, bucket, buckets = None, np.zeros(0, np.int64), []
     if corpus.has_labels:

@@ -232,12 +232,17 @@ def knowledge(run: Run, queries: np.ndarray) -> np.ndarray:
 
     −1 where that is not measured (`eval.prior_prompts=0`).
     """
-    nats, ranks = likelihoods(run)
-    prior_of = priors(run, queries.tolist())
+    return knowledge_by(*likelihoods(run), priors(run, queries.tolist()), queries)
+
+
+def knowledge_by(
+    nats_Q: np.ndarray, ranks_Q: np.ndarray, prior_of: dict[int, float], queries: np.ndarray
+) -> np.ndarray:
+    """Returns what `knowledge` does, by what `likelihoods` and `priors` returned."""
     if not prior_of:
         return np.full(len(queries), -1)
-    beyond = [prior_of.get(q, np.nan) - nats[q] for q in queries.tolist()]
-    return summary.knowledge(ranks[queries] == 1, np.array(beyond))
+    beyond = [prior_of.get(q, np.nan) - nats_Q[q] for q in queries.tolist()]
+    return summary.knowledge(ranks_Q[queries] == 1, np.array(beyond))
 
 
 def other_choices(run: Run, queries: Sequence[int]) -> dict[int, list[float]]:
