@@ -128,8 +128,8 @@ class Sampler:
 
 def _uniform(prompt: Sequence[int], count: int, samples: int, seed: int) -> np.ndarray:
     """Draws numbers in [0, 1), float64 [samples, count]: each picks a token."""
-    asked = f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()
-    rng = np.random.default_rng(seed_of(asked))
+    key = f"{seed}|".encode() + np.asarray(prompt, np.int64).tobytes()
+    rng = np.random.default_rng(seed_of(key))
     # A column at a time, so that the first tokens do not depend on how many are drawn.
     return rng.random((count, samples)).T
 
