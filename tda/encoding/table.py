@@ -13,16 +13,16 @@ from tda.gradients.encoder import Encoder, scored_positions
 from tda.runtime import code_version, preemption, processes, progress, sharding
 from tda.runtime.differences import as_text, differences, shorten
 from tda.runtime.engine import PROCESSES, Engine, Work
-from tda.store import Form, GradientStore, Rows, StoreError, valid
+from tda.store import Form, GradientStore, Rows, StoreError, codec, valid
 
 # As many bytes as a shard of a store has by default.
 _SPAN_BYTES = 256 << 20
 # Rows that are encoded again if other code began a store: few enough to share a batch.
 _COMPARED_ROWS = 4
-# The largest distance between two encodings of a row, as a share of its norm, that rounding
-# explains. Products in bfloat16 are off by 2^-9 each, and other shapes of batches or versions of
-# XLA sum them in another order. At 3 % the cosine of the two is 0.9995, which changes no ranking;
-# another projection, loss or correction moves a row by tens of per cent.
+# The largest distance between two encodings of a row, as a share of its norm less what storing
+# takes off, that rounding explains. Products in bfloat16 are off by 2^-9 each, and other shapes of
+# batches or versions of XLA sum them in another order. At 3 % the cosine of the two is 0.9995, and
+# no ranking changes; another projection, loss or correction moves a row by tens of per cent.
 _ROUNDING = 0.03
 
 
@@ -239,19 +239,22 @@ def _check_stored_rows(stores, lacking: list[list[int]], encoder, table, layout)
         if not len(numbers):
             continue
         encoded_RxE = encode_kinds(encoder, table, numbers, layout)[kind]
-        # To the nearest row that would be stored as the same codes.
-        distances = np.linalg.norm(
-            encoded_RxE - np.clip(encoded_RxE, *store.bounds(numbers)), axis=1
+        stored_RxE = store.read(numbers)
+        anew = codec.encode_on_host(encoded_RxE, store.form)
+        # Less what storing takes off every row.
+        distances = np.linalg.norm(encoded_RxE - stored_RxE, axis=1) - np.linalg.norm(
+            encoded_RxE - codec.decode_on_host(anew, store.form), axis=1
         )
-        distances /= np.linalg.norm(store.read(numbers), axis=1)
+        distances /= np.linalg.norm(stored_RxE, axis=1)
         # A NaN is not rounding either.
         worst = int(np.argmax(np.where(np.isnan(distances), np.inf, distances)))
         if not distances[worst] <= _ROUNDING:
             raise StoreError(
                 f"{store.path} was begun by other code:{as_text(differences(stored_code, code))}\n"
-                f"and this code's gradient of passage {table.ids[numbers[worst]]!r} differs by "
-                f"{distances[worst]:.1%} of its norm; rounding explains {_ROUNDING:.0%}. Resume "
-                "with the code that began it, or remove the store to encode the corpus anew"
+                f"and this code's gradient of passage {table.ids[numbers[worst]]!r} is off by "
+                f"{distances[worst]:.1%} of its norm more than storing explains; rounding explains "
+                f"{_ROUNDING:.0%}. Resume with the code that began it, or remove the store to "
+                "encode the corpus anew"
             )
 
 

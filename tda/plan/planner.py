@@ -271,7 +271,7 @@ def _disk(s: Setting, reading: float) -> dict:
     code, passages = cost.code_bytes(s.width), s.size.passages
     by_dtype = {}
     for dtype in store.DTYPES:
-        row = store.Form(dtype, tuple(s.widths)).row_bytes
+        row = s.form(dtype).row_bytes
         by_dtype[dtype] = {
             "row": row,
             "store": row * passages,
@@ -282,6 +282,7 @@ def _disk(s: Setting, reading: float) -> dict:
     return {
         "stores": len(s.taps) * s.has_store,
         "dtype": s.store_dtype,
+        "rank": s.store_rank,
         "reading": reading,
         "codes": code * passages,
         **by_dtype,

@@ -67,7 +67,7 @@ def _disk(disk: dict) -> str:
     count, rate = disk["stores"], f"{disk['reading'] / 1e9:g} GB/s"
     names = [f"{d} (chosen)" if d == disk["dtype"] else d for d in store.DTYPES]
     table = [
-        ["on disk", *names],
+        ["on disk" + f", {disk['rank']} pairs of vectors a block" * (disk["rank"] > 0), *names],
         row("a gradient", lambda x: as_bytes(x["row"])),
         row("a store of the corpus", lambda x: as_bytes(x["store"])),
         row(f"  one scan at {rate} (--reading)", lambda x: _time(x["scan_seconds"])),

@@ -72,6 +72,8 @@ class Setting:
     dtype: str
     """The dtype that the model computes in."""
     store_dtype: str
+    store_rank: int
+    """Pairs of vectors that a block is stored as, or 0."""
     r_rows: int
     """Passages that R is summed over."""
     rule: bool
@@ -96,7 +98,11 @@ class Setting:
         """Returns the bytes of a number of gradients on disk."""
         if not self.has_store:
             return 0
-        return rows * store.Form(self.store_dtype, tuple(self.widths)).row_bytes
+        return rows * self.form(self.store_dtype).row_bytes
+
+    def form(self, dtype: str) -> store.Form:
+        """Returns how gradients are stored in a dtype."""
+        return store.Form(dtype, tuple(self.widths), self.store_rank)
 
     def decompositions(self, correction: str) -> tuple[int, int]:
         """Returns how many R^(−1/2) a store's methods need, and how many decompositions of R."""
@@ -173,8 +179,9 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
     scope = dict(include=g.include or None, exclude=g.exclude or None, untapped=g.untapped)
     chosen = find_sites(model, **scope)
     layout = projections.layout(chosen, projection)
-    stored = "float32" if config.store.dtype == NO_STORE else config.store.dtype
-    form = store.Form(stored, tuple(map(math.prod, layout.shapes)))
+    has_store = config.store.dtype != NO_STORE
+    stored, rank = (config.store.dtype, config.store.rank) if has_store else ("float32", 0)
+    form = store.Form(stored, tuple(map(math.prod, layout.shapes)), rank)
     shard_rows = max(1, config.store.shard_bytes // form.row_bytes)
     plan = (buckets(config.model.context), g.tokens_per_batch, multiple, shard_rows)
     if size.positions is None:
@@ -200,6 +207,7 @@ def of(config, multiple: int = 1, workdir: str | None = None) -> Setting:
         left_out=left_out,
         dtype=train.computing_dtype(config),
         store_dtype=config.store.dtype,
+        store_rank=rank,
         r_rows=min(config.hessian.sample or size.passages, size.passages),
         rule=config.hessian.weight < 0,
         shapes=shapes,

@@ -126,7 +126,7 @@ class ExactSearch:
         if source.rows > np.iinfo(np.int32).max:
             raise ValueError(f"one search cannot number {source.rows} rows; search in parts")
         widths, methods = source.form.widths, list(scorers.values())
-        touched = source.form.dtype != "float32" or any(m.roots is not None for m in methods)
+        touched = not source.form.is_plain or any(m.roots is not None for m in methods)
         step = step_rows(source.form.width, devices, touched)
         k, correct = min(k, source.rows), correct or {}
         scorer_groups = group_scorers(gradients_QxE, methods, widths)

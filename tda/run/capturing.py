@@ -9,7 +9,7 @@ from tda import store as stores
 from tda.encoding.captured import Recorder, TrainingRows
 from tda.gradients.capture import Capture
 from tda.run import first_stage
-from tda.run.run import NO_STORE, Corpus, projection_of
+from tda.run.run import NO_STORE, Corpus, projection_of, stored_as
 from tda.run.workdir import Workdir
 from tda.runtime.fingerprint import fingerprint, plain
 
@@ -32,7 +32,7 @@ def check(config) -> None:
 def path_of(config, workdir: Workdir, made_from: dict) -> str:
     """Returns the directory of a training's captured gradients."""
     g, projection = config.gradients, dataclasses.asdict(projection_of(config))
-    parts = [made_from, projection, g.include, g.exclude, config.store.dtype]
+    parts = [made_from, projection, g.include, g.exclude, stored_as(config)]
     root = config.store.root or str(workdir / "stores")
     return f"{root}/captured-{fingerprint(plain(parts))}"
 
@@ -58,6 +58,7 @@ def make_recorder(
         plain({"training": made_from, "projection": dataclasses.asdict(projection)}),
         "float32" if config.store.dtype == NO_STORE else config.store.dtype,
         config.store.shard_bytes,
+        rank=0 if config.store.dtype == NO_STORE else config.store.rank,
         documents=[table.documents[i] for i in rows.sequences],
     )
     return Recorder(capture, store, rows, workdir / "model" / "captured")

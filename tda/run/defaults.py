@@ -144,6 +144,11 @@ KEYS: dict[str, tuple] = {
         "none: no store, the corpus is encoded while it is searched, and once more for R unless R "
         "is sampled",
     ),
+    "store.rank": (
+        0,
+        "pairs of vectors that each matrix's block is stored as (projection.pooling=matrix); 0: "
+        "its numbers themselves",
+    ),
     "store.root": (
         "",
         "directory of this run's stores, local, gs://BUCKET/PATH or s3://BUCKET/PATH; empty: "

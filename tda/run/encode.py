@@ -17,7 +17,7 @@ from tda.gradients.taps import Tap
 from tda.methods import GradientKind
 from tda.retrieval.sources import Source
 from tda.run import curvature, moments
-from tda.run.run import NO_STORE, Run
+from tda.run.run import NO_STORE, Run, stored_as
 from tda.runtime import processes
 from tda.runtime.progress import Progress
 
@@ -179,7 +179,7 @@ def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) ->
         return stores.open_store(path).withdrawn.tolist() if stores.exists(path) else []
 
     withdrawn = processes.on_first_process("look for withdrawn passages", read_withdrawn)
-    return [run.provenance(kind, step), run.config.store.dtype, withdrawn]
+    return [run.provenance(kind, step), stored_as(run.config), withdrawn]
 
 
 def make_encoder(run: Run, kind: GradientKind, on_progress: Progress | None = None):
@@ -210,9 +210,10 @@ def _store(run: Run, kind: GradientKind, name: str) -> stores.GradientStore:
             table.ids,
             dict.fromkeys(run.blocks(kind), run.projection(kind).side ** 2),
             run.provenance(kind),
-            # Queries are few: not quantised.
+            # Queries are few: stored as they are.
             run.config.store.dtype if name == "corpus" else "float32",
             run.config.store.shard_bytes,
+            rank=run.config.store.rank if name == "corpus" else 0,
             documents=table.documents,
             texts=PassageTexts(table, run.corpus.tokenizer),
             corpus=run.corpus.fingerprint[name],

@@ -13,7 +13,7 @@ from tda.retrieval.whitening import Whitening
 from tda.run import checkpoints, encode, index, vectors
 from tda.run.checkpoints import Part
 from tda.run.retrievers import Queries, Result, Retriever, scan, tell
-from tda.run.run import Run
+from tda.run.run import Run, stored_as
 from tda.runtime import processes
 from tda.runtime.fingerprint import plain
 from tda.runtime.groups import ONE_GROUP
@@ -222,8 +222,11 @@ class Gradients(Retriever):
 
     def _keep_spectra(self, method: Method, whitening: Whitening) -> str | None:
         run, kind = self.run, method.gradients
-        provenance = [*map(run.provenance, dict.fromkeys(method.kinds)), dict(run.config.hessian)]
-        provenance += [run.corpus.fingerprint, run.config.store.dtype]
+        provenance: list = [
+            *map(run.provenance, dict.fromkeys(method.kinds)),
+            dict(run.config.hessian),
+        ]
+        provenance += [run.corpus.fingerprint, stored_as(run.config)]
         directory = run.workdir / "retrieval"
         return whitening.keep_spectra(directory, run.blocks(kind), plain(provenance))
 

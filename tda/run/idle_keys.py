@@ -75,7 +75,11 @@ _RULES: tuple[Rule, ...] = (
         lambda c, _: c.projection.pooling == "blocks",
         "projection.pooling is not blocks",
     ),
-    (("store.shard_bytes",), lambda c, _: c.store.dtype != "none", "store.dtype is none"),
+    (
+        ("store.shard_bytes", "store.rank"),
+        lambda c, _: c.store.dtype != "none",
+        "store.dtype is none",
+    ),
     (
         ("search.depth", "search.recall_queries", "search.scann"),
         lambda c, _: c.search.index != "none",

@@ -28,7 +28,7 @@ from tda.runtime import sharding
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import Groups
-from tda.store import Passage
+from tda.store import Form, Passage
 from tda.training import checkpoint
 
 # `store.dtype` of a run without a store: the corpus is encoded while it is searched.
@@ -55,6 +55,25 @@ def projection_of(config) -> Projection:
     if settings["pooling"] != "blocks":
         settings["blocks"] = projections.DEFAULT_BLOCKS
     return Projection(**settings)
+
+
+def stored_as(config) -> str:
+    """Names how a run's rows are stored, such as "int8" or "2bit, rank 8".
+
+    Raises:
+        ValueError: the blocks cannot be stored as pairs of vectors.
+    """
+    dtype, rank = config.store.dtype, config.store.rank
+    if not rank or dtype == NO_STORE:
+        return dtype
+    if config.projection.pooling != "matrix":
+        raise ValueError(
+            f"store.rank={rank} stores each matrix's block as {rank} pairs of vectors; a sum of "
+            "several matrices' blocks needs many more. Use projection.pooling=matrix, or "
+            "store.rank=0"
+        )
+    Form(dtype, (config.projection.side**2,), rank)
+    return f"{dtype}, rank {rank}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,5 +306,5 @@ class Run:
         """Returns the directory of the store of the "corpus" or of the "queries"."""
         provenance = self.provenance(kind, step)
         label = kind.curvature if kind.curvature != "none" else provenance["correction"]
-        rows = {name: self.corpus.fingerprint[name], "dtype": self.config.store.dtype}
+        rows = {name: self.corpus.fingerprint[name], "dtype": stored_as(self.config)}
         return f"{self.store_root}/{name}-{label}-{fingerprint(provenance | rows)}"

@@ -27,7 +27,7 @@ from tda.run import (
     train,
 )
 from tda.run.defaults import check_values
-from tda.run.run import Run, Trained, projection_of
+from tda.run.run import Run, Trained, projection_of, stored_as
 from tda.run.workdir import Workdir
 from tda.runtime import metrics as metric_writers
 from tda.runtime import processes
@@ -58,6 +58,7 @@ def check(config, encoder: bool = True) -> None:
         chosen = {n: m for n, m in chosen.items() if m.retriever != "dense"}
     DecoderSettings(**train.model_arguments(config))
     projection_of(config)
+    stored_as(config)
     parse_correction(config.gradients.correction)
     evaluate.frequency_edges(config)
     retrieve.check(config, chosen)

@@ -38,7 +38,8 @@ class GradientStore:
     def __init__(self, location: Location):
         self.location, self.path = location, location.name
         self.manifest = read_manifest(location)
-        self.form = Form(self.manifest["dtype"], tuple(self.manifest["block_widths"]))
+        m = self.manifest
+        self.form = Form(m["dtype"], tuple(m["block_widths"]), m.get("rank", 0))
         # Shared by the segments, so that a scan needs no more memory when rows were appended.
         buffers = shard_file.Buffers()
         # Every segment with the number of its first row.
@@ -180,7 +181,7 @@ class GradientStore:
         """
         segment, _, number = self._shards[shard]
         rows = segment.rows_of(number)
-        is_stored = encodings.dtype != np.float32
+        is_stored = encodings.dtype != np.float32 or encodings.shape[1] != self.width
         columns = self.form.columns if is_stored else self.width
         shape, dtype = (rows.stop - rows.start, columns), self.form.array_dtype
         if encodings.shape != shape or (is_stored and encodings.dtype != dtype):
@@ -215,14 +216,6 @@ class GradientStore:
             out[at] = self._read_advising(segment.read, local).decoded(self.form)
         out[np.isin(numbers, self.withdrawn)] = np.inf
         return out
-
-    def bounds(self, numbers) -> tuple[np.ndarray, np.ndarray]:
-        """Returns bounds of the numbers of valid rows before encoding (`codec.bounds`)."""
-        out = np.empty((2, len(numbers), self.width), np.float32)
-        for segment, at, local in self._split(self._checked(numbers)):
-            values = self._read_advising(segment.read, local).values
-            out[:, at] = codec.bounds(values, self.form)
-        return out[0], out[1]
 
     def scan(self, step: int, rows: range | None = None) -> Iterator[Rows]:
         """Reads rows in order, at most `step` at a time; files are read ahead.

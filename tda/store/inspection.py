@@ -16,7 +16,8 @@ def info(path: str) -> int:
     shards, missing, m = store.shards(), store.missing(), store.manifest
     rows_done = store.rows - sum(shards[i].stop - shards[i].start for i in missing)
     print(f"{store.path}")
-    print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}")
+    pairs = f" in {store.form.rank} pairs of vectors a block" if store.form.rank else ""
+    print(f"  rows        {store.rows:,} of {store.width:,} numbers, {m['dtype']}{pairs}")
     print(f"  size        {store.rows * store.form.row_bytes / 2**30:,.2f} GiB when finished")
     print(f"  blocks      {len(m['blocks'])}: {shorten(m['blocks'], _MOST)}")
     print(f"  segments    {len(m['segments'])}: {[s['rows'] for s in m['segments']]} rows")

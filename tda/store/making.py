@@ -25,6 +25,7 @@ def create(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     *,
+    rank: int = 0,
     documents: Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     corpus=None,
@@ -41,6 +42,8 @@ def create(
         fingerprint: JSON values that identify the inputs of the rows.
         dtype: dtype of the numbers on disk, of `DTYPES` (`tda.store.codec`).
         shard_bytes: approximate size of a shard, the most that a killed run loses.
+        rank: pairs of vectors that each block is stored as (`tda.store.vector_pairs`); 0 stores
+            its numbers themselves.
         documents: id of each row's document; None for the row's own id.
         texts: texts of the rows; None to store none.
         corpus: a JSON value that identifies the text of the rows.
@@ -48,13 +51,14 @@ def create(
     Raises:
         StoreError: the directory holds another store or other files; the corpus is empty, two ids
             are the same, or the directory is not writable.
+        ValueError: the blocks cannot be stored as pairs of vectors.
     """
     if not len(ids):
         raise StoreError("there are no rows to store: the corpus is empty")
     if dtype not in DTYPES:
         raise StoreError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     passages = PassageList(ids, ids if documents is None else documents, texts)
-    form, location = Form(dtype, tuple(blocks.values())), Location(path)
+    form, location = Form(dtype, tuple(blocks.values()), rank), Location(path)
     described = segment.describe(form, passages, shard_bytes, corpus)
     manifest = {
         "format": FORMAT,
@@ -62,7 +66,7 @@ def create(
         "dtype": dtype,
         "blocks": list(blocks),
         "block_widths": list(form.widths),
-        **form.describe_codes(),
+        **form.describe(),
         "fingerprint": fingerprint,
         "code": code_version.describe(),
         "segments": [described],

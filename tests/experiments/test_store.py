@@ -113,19 +113,24 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(config, run, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_store_of_few_bits_is_resumed_to_the_same_bytes_beside_exact_queries(
-    config, run, tmp_path
+    config, run, tmp_path, rank
 ):
     path, _ = run
     other = config.copy_and_resolve_references()
     other.store.dtype, other.store.shard_bytes = "2bit", 96
+    if rank:
+        other.projection.pooling, other.projection.side = "matrix", 8
+        other.store.rank, other.store.shard_bytes = rank, 2048
     other.methods, other.eval.samples = "trackstar", 0
     for name in ("model", "stages"):
         shutil.copytree(path / name, tmp_path / name)
     metrics = stages.trace(other, Workdir(tmp_path))[0]
     store = stores.open_store(corpora(tmp_path)[0])
     (queries,) = (tmp_path / "stores").glob("queries-*")
-    assert store.form.dtype == "2bit" and stores.open_store(queries).form.dtype == "float32"
+    assert (store.form.dtype, store.form.rank) == ("2bit", rank)
+    assert stores.open_store(queries).form.is_plain
     folder = pathlib.Path(store.path, "0", "gradients")
     whole = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert len(whole) > 2
@@ -219,10 +224,15 @@ def test_a_rank_that_an_index_does_not_know_counts_as_the_last():
     [
         ({"search.index": "faiss"}, "unknown search.index='faiss'"),
         ({"search.index": "scann", "store.dtype": "none"}, "needs a store to index"),
+        ({"store.rank": 2}, "store.rank=2 stores each matrix.s block .*projection.pooling=matrix"),
+        (
+            {"store.rank": 8, "projection.pooling": "matrix", "projection.side": 16},
+            "rank 8: 8 pairs of vectors",
+        ),
         ({"search.index": "scann", "search.depth": 9}, "search.depth=9 is less than eval.top_k=10"),
     ],
 )
-def test_indices_that_cannot_be_are_refused_at_once(config, tmp_path, changes, message):
+def test_stores_and_indices_that_cannot_be_are_refused_at_once(config, tmp_path, changes, message):
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):

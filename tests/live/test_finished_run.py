@@ -144,12 +144,16 @@ def test_heat_sums_to_the_score(workdir, run, name):
             assert asked["proponents"][i] == text
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "2bit"])
-def test_heat_tells_where_a_passage_is_read_otherwise(workdir, run, tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("int8", 0), ("2bit", 0), ("2bit", 2)])
+def test_heat_tells_where_a_passage_is_read_otherwise(
+    workdir, run, tmp_path, monkeypatch, dtype, rank
+):
     """And not where the store alone has rounded it."""
     shutil.copytree(workdir, tmp_path / "w")
     config = run.run.config.copy_and_resolve_references()
-    config.methods, config.store.dtype = "grad_dot", dtype
+    config.methods, config.store.dtype, config.store.rank = "grad_dot", dtype, rank
+    if rank:
+        config.projection.pooling, config.projection.side = "matrix", 8
     stages.trace(config, Workdir(tmp_path / "w"))
     run = finished_run.open_workdir(tmp_path / "w")
     record = of_batch(tmp_path / "w", "grad_dot", 0)

@@ -107,8 +107,6 @@ def test_every_decoder_gives_the_same_bits(dtype, widths):
     back = rows.decoded(form)
     decode = jax.jit(stores.decode, static_argnames="form")
     assert np.asarray(decode(values, form)).tobytes() == back.tobytes()
-    low, high = codec.bounds(values, form)
-    assert (low <= x).all() and (x <= high).all() and (low <= back).all() and (back <= high).all()
     assert not back[3].any()
     # No group reaches into another block: each keeps its own size.
     error = np.square(back - x).sum(axis=0), np.square(x).sum(axis=0)
@@ -130,11 +128,9 @@ def test_the_error_is_that_of_the_best_levels_for_a_gaussian(dtype):
 def test_int8_is_within_half_a_step():
     x, form = data(), Form("int8", WIDTHS)
     values = codec.encode_on_host(x, form)
-    low, high = codec.bounds(values, form)
     back = codec.decode_on_host(values, form)
     largest = np.abs(x[:, -64:]).max(axis=1)
     assert (np.abs(back - x)[:, -64:].max(axis=1) <= largest / 127 / 2 * 1.009).all()
-    assert ((high - low)[:, -64:] <= largest[:, None] / 127 * 1.009).all()
     assert np.abs(codec._numbers(values, form)).max() >= 126
 
 
@@ -189,3 +185,72 @@ def test_floats_are_rounded_to_nearest():
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="'int4'; use float32, bfloat16, int8, 4bit, 3bit, 2bit"):
         Form("int4", (4,))
+
+
+def blocks_of_rank(rank, count=6, k=24, noise=0.0):
+    """Rows of two k × k blocks, sums of `rank` products of vectors of falling size."""
+    rng = np.random.default_rng(rank)
+    u, v = rng.normal(size=(2, count, 2, rank, k))
+    G = np.einsum("nbci,nbcj,c->nbij", u, v, 2.0 ** -np.arange(rank))
+    G += noise * rng.normal(size=G.shape)
+    return G.astype(np.float32).reshape(count, -1)
+
+
+@pytest.mark.parametrize("dtype", stores.DTYPES)
+@pytest.mark.parametrize("k", [24, 20])
+def test_pairs_of_vectors_keep_what_has_their_rank(dtype, k):
+    x, form = blocks_of_rank(3, k=k), Form(dtype, (k * k,) * 2, 4)
+    x[2, : k * k], x[3], x[4] = 0, 1e-25 * x[3], 1e25 * x[4]
+    back = codec.decode_on_host(codec.encode_on_host(x, form), form)
+    x, back = x.astype(np.float64), back.astype(np.float64)
+    error = np.linalg.norm(back - x, axis=1) / np.linalg.norm(x, axis=1)
+    # Both vectors of a pair are rounded.
+    assert (error < 1.2 * 2**0.5 * codec._ROUNDING[dtype] + 1e-5).all()
+    assert not back[2, : k * k].any()
+    numbers = 2 * 2 * 4 * k
+    assert form.row_bytes >= numbers * (form.bits or 8 * form.array_dtype.itemsize) // 8
+    assert sum(form.stored_widths) == numbers and form.width == 2 * k * k
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_pairs_of_vectors_leave_out_little_more_than_the_best(rank):
+    """Guards: too few rounds, or vectors that are not orthonormal."""
+    x, form = blocks_of_rank(12, 20, noise=0.02), Form("float32", (576,) * 2, rank)
+    values = codec.encode_on_host(x, form)
+    back = codec.decode_on_host(values, form)
+    s = np.linalg.svd(x.reshape(-1, 24, 24), compute_uv=False)
+    kept = 1 - np.square((back - x).reshape(-1, 576)).sum(axis=1) / np.square(s).sum(axis=1)
+    best = np.square(s[:, :rank]).sum(axis=1) / np.square(s).sum(axis=1)
+    assert (kept < best + 1e-6).all() and (kept > 0.8 * best).all()
+    assert (kept / best).mean() > 0.99
+    u = values.reshape(-1, 2, rank, 24)[:, 0]
+    np.testing.assert_allclose(u @ u.swapaxes(1, 2), np.tile(np.eye(rank), (40, 1, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", stores.DTYPES)
+def test_the_device_and_numpy_read_pairs_alike(dtype):
+    x, form = blocks_of_rank(8, 40, noise=0.1), Form(dtype, (576,) * 2, 4)
+    x[5, 700], x[6, 3] = np.nan, -np.inf
+    values = codec.encode_on_host(x, form)
+    stored = np.asarray(jax.jit(codec.encode, static_argnames="form")(x, form))
+    np.testing.assert_array_equal(stored, values)
+    assert values.shape == (40, form.columns) and values.dtype == form.array_dtype
+    assert (~np.isfinite(codec.marks(values, form))).nonzero()[0].tolist() == [5, 6]
+    back = codec.decode_on_host(values, form)
+    assert np.isinf(back[[5, 6]]).all()
+    on_device = np.asarray(jax.jit(stores.decode, static_argnames="form")(values, form))
+    valid = np.delete(np.arange(40), [5, 6])
+    np.testing.assert_allclose(on_device[valid], back[valid], atol=1e-5 * np.abs(back[valid]).max())
+    # Decoded rows stay as they are.
+    np.testing.assert_array_equal(stores.decode(back[valid], form), back[valid])
+
+
+def test_pairs_that_save_nothing_and_blocks_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="rank 8: 8 pairs .* 256 numbers, and a whole block 256"):
+        Form("int8", (256, 256), 8)
+    with pytest.raises(ValueError, match="square blocks of one side"):
+        Form("int8", (256, 144), 2)
+    with pytest.raises(ValueError, match="square blocks of one side"):
+        Form("int8", (60, 60), 2)
+    with pytest.raises(ValueError, match="rank -1"):
+        Form("int8", (256, 256), -1)
