@@ -24,8 +24,9 @@ from tda.runtime import sharding
 from tda.runtime.fingerprint import fingerprint, fingerprint_parts
 from tda.runtime.groups import ONE_GROUP, Groups
 
-# Queries that a passage is compared with in one call. A passage's list is filled up to a multiple.
-_LIST = 32
+# Queries that a passage is compared with in one call: a list is filled up to a multiple of the
+# smallest that holds it, or of the largest. Each size is a program of its own.
+_LISTS = 2, 8, 32
 # Numbers of the queries' gradients of a matrix that are formed at a time: 256 MiB of float32.
 _FORMED = 2**26
 # The most pairs and passages in a group: a minute or so on CPUs, the work that a kill may lose.
@@ -285,9 +286,11 @@ class _QuerySide:
     ) -> list[np.ndarray]:
         """Returns the products of each passage with the queries of its list."""
         B = next(iter(passages.values()))[0].deltas.shape[-3]
-        calls = -(-max(map(len, lists)) // _LIST)
+        longest = max(map(len, lists))
+        size = next((n for n in _LISTS if n >= longest), _LISTS[-1])
+        filled_length = -(-longest // size) * size
         listed, complete = pair_products.operations(
-            metric, passages, self.factors, calls * _LIST, self.tile
+            metric, passages, self.factors, filled_length, self.tile
         )
         if complete <= listed:
             parts = []
@@ -297,12 +300,12 @@ class _QuerySide:
             all_BxQ = np.concatenate([sharding.to_host(x) for x in parts], axis=1)
             return [all_BxQ[i, numbers] for i, numbers in enumerate(lists)]
         # The last call of a list is filled up with the first query.
-        filled = np.zeros((B, calls * _LIST), np.int32)
+        filled = np.zeros((B, filled_length), np.int32)
         for i, numbers in enumerate(lists):
             filled[i, : len(numbers)] = numbers
         parts = [
-            pair_products.listed_products(metric, passages, self.factors, filled[:, i : i + _LIST])
-            for i in range(0, filled.shape[1], _LIST)
+            pair_products.listed_products(metric, passages, self.factors, filled[:, i : i + size])
+            for i in range(0, filled_length, size)
         ]
         listed_BxU = np.concatenate([sharding.to_host(x) for x in parts], axis=1)
         return [listed_BxU[i, : len(numbers)] for i, numbers in enumerate(lists)]

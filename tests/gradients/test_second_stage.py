@@ -85,11 +85,21 @@ def test_queries_are_held_where_they_have_gradients(model, factors):
     assert few._bytes(4) == 2 * sum(x.nbytes for x in arrays) // len(batch["tokens"])
 
 
-def test_a_long_list_of_queries_is_scored_in_calls(factors, expected_QxC, monkeypatch):
-    monkeypatch.setattr(second_stage, "_LIST", 3)
+@pytest.mark.parametrize("lists", [ALL, LISTS], ids=["all", "few"])
+def test_lists_of_queries_are_scored_in_calls_of_a_size_that_fits(
+    factors, expected_QxC, monkeypatch, lists
+):
+    sizes = []
+    listed = pair_products.listed_products
+    monkeypatch.setattr(second_stage, "_LISTS", (1, 3))
     monkeypatch.setattr(pair_products, "operations", lambda *_: (0, 1))
-    pairs = Pairs.of_lists(ALL)
+    monkeypatch.setattr(
+        pair_products, "listed_products", lambda *a: (sizes.append(a[-1].shape[1]), listed(*a))[1]
+    )
+    pairs = Pairs.of_lists(lists)
     assert_right(scorer(factors).score(QUERIES, PASSAGES, pairs), pairs, expected_QxC)
+    # Four queries take two calls of three, and up to one query one of one.
+    assert set(sizes) == ({3} if lists is ALL else {1, 3})
 
 
 def test_queries_that_do_not_fit_into_memory_are_scored_in_portions(factors, expected_QxC):
