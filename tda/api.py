@@ -97,7 +97,9 @@ def trace(
             (with a tokenizer, the batch is {"tokens", "targets", "weights"}, each [B, T]).
         method: a name in `tda.methods.METHODS`. "trackstar_train" (the paper's Exp 5)
             whitens by R of the passages; "trackstar" also mixes in R of the queries, which needs
-            many queries of one form.
+            many queries of one form. "ekfac" are influence functions (Grosse et al. 2023), for
+            texts: the inverse Fisher matrix of up to 4,096 passages, with labels drawn from the
+            model, before the projection; with `rerank`, without one.
         correction: the form of √V that gradients are divided by: "factored" (the default),
             "low_rank(R)" or "adam".
         scales: the optimizer's second moments (`tda.second_moments`), or 1/√V by path of parameter;

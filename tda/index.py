@@ -15,7 +15,7 @@ from tda.encoding import checks, idle_arguments
 from tda.encoding.batch_inputs import BatchInputs
 from tda.encoding.inputs import EncodedQueries, TextInputs
 from tda.encoding.settings import TraceSettings
-from tda.methods import METHODS, Method
+from tda.methods import METHODS, GradientKind, Method
 from tda.retrieval.exact import ExactSearch
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
@@ -33,9 +33,10 @@ _HELD_BYTES = 1 << 30
 class Index:
     """The gradients of a corpus by one model, as it was given. Returned by `tda.encode`.
 
-    Gradients with the optimizer's correction and gradients without it are two kinds. Each is
-    computed when a method first needs it, and then serves all methods of its kind. R and the
-    compiled programs are kept too, so that a second question takes a fraction of the first's time.
+    Gradients with the optimizer's correction, gradients without it and those that EK-FAC changes
+    are three kinds. Each is computed when a method first needs it, and then serves all methods of
+    its kind. R and the compiled programs are kept too, so that a second question takes a fraction
+    of the first's time.
 
     Args:
         settings: the arguments of `tda.encode`.
@@ -56,7 +57,7 @@ class Index:
         self._settings = dataclasses.replace(settings, model=nnx.clone(settings.model))
         self._make_inputs = make_inputs
         self._has_tokenizer, self._names = has_tokenizer, tuple(names)
-        self._kinds: dict[bool, _Kind] = {}
+        self._kinds: dict[GradientKind, _Kind] = {}
 
     def encode(self) -> None:
         """Computes the gradients that the default methods need."""
@@ -122,8 +123,8 @@ class Index:
         queries, contrast = (list(x) if isinstance(x, Iterator) else x for x in (queries, contrast))
         results: dict[str, TraceResult] = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
-        for corrected in dict.fromkeys(METHODS[name].corrected for name in names):
-            of_kind = {n: METHODS[n] for n in names if METHODS[n].corrected == corrected}
+        for gradients in dict.fromkeys(METHODS[name].gradients for name in names):
+            of_kind = {n: METHODS[n] for n in names if METHODS[n].gradients == gradients}
             kind = self._kind(next(iter(of_kind.values())))
             encoded = kind.encode_queries(queries, contrast, of_kind, joiner)
             results |= kind.query(encoded, of_kind, (k, rerank), damping)
@@ -131,11 +132,14 @@ class Index:
 
     def _kind(self, method: Method) -> "_Kind":
         """Returns the gradients that a method needs."""
-        corrected = method.corrected
-        if corrected not in self._kinds:
-            settings = dataclasses.replace(self._settings, corrected=corrected)
-            self._kinds[corrected] = _Kind(self._make_inputs(settings))
-        return self._kinds[corrected]
+        gradients = method.gradients
+        if gradients not in self._kinds:
+            settings = dataclasses.replace(
+                self._settings, corrected=gradients.corrected, curvature=gradients.curvature
+            )
+            checks.check_curvature(settings, self._has_tokenizer)
+            self._kinds[gradients] = _Kind(self._make_inputs(settings))
+        return self._kinds[gradients]
 
 
 class _Kind:
@@ -274,7 +278,7 @@ def mean_of(encoded: EncodedQueries, contrast: EncodedQueries | None = None) -> 
 
 
 def parse_names(method: str | Sequence[str]) -> list[str]:
-    """Returns the names of methods that need only gradients, R and a norm.
+    """Returns the names of methods that need only gradients, EK-FAC or R, and a norm.
 
     Raises:
         ValueError: a name is unknown, or its method needs more.

@@ -129,8 +129,9 @@ class Method:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the method needs only the gradients of one checkpoint, R and a norm."""
-        return self.retriever == "gradient" and not self.beyond_plain
+        """Whether the method needs only gradients of one checkpoint, EK-FAC or R, and a norm."""
+        extra = {k: x for k, x in self.beyond_plain.items() if (k, x) != ("curvature", "ekfac")}
+        return self.retriever == "gradient" and not extra
 
     @property
     def searched_by(self) -> str:

@@ -70,6 +70,26 @@ def check_question(k: Any, damping: Any, joiner: Any) -> None:
         raise ValueError(f"joiner={joiner!r}; give a string, such as ' ' or ''")
 
 
+def check_curvature(settings: TraceSettings, has_tokenizer: bool) -> None:
+    """Checks that the gradients' curvature can be computed.
+
+    Raises:
+        ValueError: it cannot; the message says why, and what to do.
+    """
+    if settings.curvature == "none":
+        return
+    if not has_tokenizer or callable(settings.loss):
+        raise ValueError(
+            "EK-FAC draws labels from the model's own logits: it is for texts and loss='loss', "
+            "'margin' or 'logit'; give them and a tokenizer, or use another method"
+        )
+    if settings.scope["untapped"] == "reference":
+        raise ValueError(
+            "untapped='reference' has no effect with EK-FAC, which takes layers that multiply by a "
+            "matrix alone; leave it out"
+        )
+
+
 def check_contrast(contrast: Any, rerank: Any, methods: Sequence[Method]) -> None:
     """Checks that a question about the difference of two mean gradients is possible.
 

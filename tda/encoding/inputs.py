@@ -14,7 +14,7 @@ import numpy as np
 
 from tda import store as stores
 from tda.data import tokenised, tokens
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.data.corpora import Corpus
 from tda.data.passage_source import PassageSource, can_be_read_again
 from tda.data.rows import Query, parse_passages, parse_queries
@@ -24,17 +24,22 @@ from tda.encoding import provenance as provenances
 from tda.encoding import table as encoding
 from tda.encoding.second_stage import WholeGradients
 from tda.encoding.settings import TextSettings, TraceSettings
-from tda.gradients.encoder import Encoder, make_encoder
+from tda.gradients import fitted_curvature, kronecker
+from tda.gradients.encoder import Encoder, build_encoder, make_encoder
+from tda.gradients.kronecker import Curvature
 from tda.gradients.moments import kept_scales
 from tda.gradients.moments.scales import Scale
 from tda.methods import Method
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import processes, progress
 from tda.runtime.directory_lock import DirectoryLock
+from tda.runtime.fingerprint import fingerprint, plain
 from tda.store.making import SHARD_BYTES
 
 # The most bytes of gradients that are kept in memory if no directory is given.
 _MEMORY = 8 << 30
+# The most passages that EK-FAC's factors are computed from.
+_CURVATURE_SAMPLE = 4096
 # Approximate tokens of a shard: the most that a kill loses, a few minutes on slow machines. Batches
 # are planned within a shard, so large batches need larger shards: each length's last batch is
 # padded.
@@ -156,7 +161,9 @@ class TextInputs:
     @functools.cached_property
     def whole_gradients(self) -> WholeGradients:
         """The passages' whole gradients, for scores without projection."""
-        return WholeGradients(self.settings, self.corpus.table, self._layout, self._scales)
+        return WholeGradients(
+            self.settings, self.corpus.table, self._layout, self._scales, self._curvature
+        )
 
     def _layout_of(self, prompts: TokenTable) -> BatchLayout:
         """Returns a layout for prompts: an earlier one if they fit, so that nothing is compiled."""
@@ -213,6 +220,38 @@ class TextInputs:
         return scales
 
     @functools.cached_property
+    def _curvature(self) -> dict[str, Curvature] | None:
+        """EK-FAC's factors by path, from a sample of the passages; None for other gradients."""
+        settings, table = self.settings, self.corpus.table
+        if settings.curvature == "none":
+            return None
+        rows = draw(len(table), _CURVATURE_SAMPLE, settings.moments.seed)
+        labels = {"labels": "sampled", "seed": settings.moments.seed}
+
+        def batches(stage: str) -> Iterator[dict]:
+            with progress.bar(
+                len(rows), f"EK-FAC: {stage}", "passage", quiet=settings.quiet
+            ) as bar:
+                for batch in kronecker.batches(table, rows, layout=self._layout, **labels):
+                    yield batch
+                    bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
+
+        def fit() -> dict[str, Curvature]:
+            return fitted_curvature.fit(settings.model, settings.sites(), batches, "sampled")
+
+        if self._directory is None:
+            return fit()
+        made_from = [self._provenance, table.fingerprint(), len(rows), labels]
+        with self.corpus.holding():
+            file = self._directory / f"factors-{fingerprint(plain(made_from))}.npz"
+            if file.exists():
+                return fitted_curvature.load(file)
+            factors = fit()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fitted_curvature.save(file, factors)
+        return factors
+
+    @functools.cached_property
     def encoder(self) -> Encoder:
         """The encoder of queries and passages."""
         settings, directory = self.settings, self._directory
@@ -221,6 +260,12 @@ class TextInputs:
         if directory is not None and (directory / "gradients" / "manifest.json").exists():
             # Refuses another model's store before second moments are estimated again.
             stores.open_store(directory / "gradients", self._provenance)
+        if self._curvature is not None:
+            projection = settings.projection
+            by_site = kronecker.ekfac_taps(settings.sites(), projection, self._curvature)
+            return build_encoder(
+                settings.model, [(projection, by_site)], settings.loss, settings.mesh
+            )
         return make_encoder(
             settings.model,
             settings.projection,

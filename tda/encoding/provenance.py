@@ -32,6 +32,8 @@ def describe_gradients(settings: TraceSettings, directory: pathlib.Path) -> dict
 
 def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
     """Returns the folder's name of gradients with one correction; `scales` is 1/√V if known."""
+    if settings.curvature != "none":
+        return settings.curvature
     if not settings.corrected:
         return "uncorrected"
     moments = settings.moments
@@ -45,6 +47,8 @@ def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) ->
 
 def describe_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> dict:
     """Returns the correction of the gradients as JSON values."""
+    if settings.curvature != "none":
+        return {"correction": settings.curvature}
     if scales is None:
         return {"correction": "none"}
     arrays = {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}

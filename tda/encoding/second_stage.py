@@ -7,8 +7,9 @@ import numpy as np
 from tda.data.batches import BatchLayout, draw
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TraceSettings
-from tda.gradients import pair_metrics, pair_products
+from tda.gradients import kronecker, pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
+from tda.gradients.kronecker import Curvature
 from tda.gradients.moments.scales import Scale
 from tda.gradients.pair_metrics import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
@@ -29,6 +30,7 @@ class WholeGradients:
         table: the passages.
         layout: how they are batched.
         scales: 1/√V by path, for methods with correction.
+        curvature: EK-FAC's factors by path, for its methods.
 
     Raises:
         ValueError: a parameter is not a matrix that its layer multiplies by; the message names it.
@@ -40,8 +42,10 @@ class WholeGradients:
         table: TokenTable,
         layout: BatchLayout,
         scales: dict[str, Scale] | None,
+        curvature: dict[str, Curvature] | None = None,
     ):
         self._settings, self._table, self._layout, self._scales = settings, table, layout, scales
+        self._curvature = curvature
         self._factors = GradientFactors(
             settings.model, settings.sites(), settings.loss, settings.mesh
         )
@@ -49,6 +53,8 @@ class WholeGradients:
     @functools.cached_property
     def _plain(self) -> Metric:
         sites = self._settings.sites()
+        if self._curvature is not None:
+            return pair_metrics.ekfac(sites, self._curvature, kronecker.DAMPING)
         if self._scales is None:
             return pair_metrics.identity(sites)
         return pair_metrics.corrected(sites, self._scales)

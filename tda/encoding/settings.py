@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.gradients import sites
+from tda.gradients import kronecker, sites
 from tda.gradients.moments import estimate
 from tda.gradients.moments.scales import Scale, check_scales
 from tda.gradients.moments.second_moments import SecondMoments
@@ -71,6 +71,8 @@ class TraceSettings:
     """The devices that batches are split over; one device if None."""
     quiet: bool
     """Whether no progress is shown."""
+    curvature: str = "none"
+    """What changes gradients before the projection: "ekfac" or "none" (`GradientKind`)."""
     structure: str = "auto"
     """The structure of R (`tda.retrieval.hessian_settings.HessianSettings`)."""
 
@@ -86,7 +88,8 @@ class TraceSettings:
 
     def sites(self) -> list[sites.Site]:
         """Returns the parameters whose gradients are taken."""
-        return find_sites(self.model, **self.scope)
+        chosen = find_sites(self.model, **self.scope)
+        return chosen if self.curvature == "none" else kronecker.factored(chosen)
 
     def layout(self) -> Layout:
         """Returns the blocks of an encoding."""

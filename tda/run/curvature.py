@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from tda.data.batches import draw
-from tda.gradients import kronecker, pair_products, sites, taps
+from tda.gradients import fitted_curvature, kronecker, pair_products, sites, taps
 from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_metrics import Metric
 from tda.methods import GradientKind, Method
@@ -27,9 +27,14 @@ def factors(run: Run, kind: GradientKind) -> dict[str, kronecker.Curvature]:
     file = file_of(run, kind)
     with run.engine.alone():
         if processes.on_first_process("look for curvature", file.exists):
-            return _load(file)
+            return fitted_curvature.load(file)
         fitted = _fit(run, kind)
-        processes.on_first_process("keep curvature", lambda: _save(file, fitted))
+
+        def save():
+            file.parent.mkdir(exist_ok=True)
+            fitted_curvature.save(file, fitted)
+
+        processes.on_first_process("keep curvature", save)
     return fitted
 
 
@@ -122,28 +127,4 @@ def _fit(run: Run, kind: GradientKind) -> dict:
                 bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
                 processes.check_preemption(is_joint=True)
 
-    covariances = kronecker.covariances(model, chosen, batches("covariances"), labels)
-    factors = kronecker.eigenvectors(covariances, _rank(run, kind))
-    if kind.curvature == "ekfac":
-        factors = kronecker.corrected(model, chosen, batches("eigenvalues"), labels, factors)
-    return factors
-
-
-def _save(file: pathlib.Path, factors: dict) -> None:
-    file.parent.mkdir(exist_ok=True)
-    arrays = {
-        f"{path}|{name}": x
-        for path, c in factors.items()
-        for name, x in (("left", c.left), ("right", c.right), ("values", c.values))
-        if x is not None
-    }
-    atomic_file.write_arrays(file, arrays)
-
-
-def _load(file: pathlib.Path) -> dict:
-    arrays = atomic_file.read_arrays(file)
-    paths = {name.rpartition("|")[0] for name in arrays}
-    return {
-        p: kronecker.Curvature(arrays[f"{p}|left"], arrays[f"{p}|right"], arrays.get(f"{p}|values"))
-        for p in paths
-    }
+    return fitted_curvature.fit(model, chosen, batches, labels, _rank(run, kind))

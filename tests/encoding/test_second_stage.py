@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from tda.gradients import reference
+import tda
+from tda.gradients import fitted_curvature, reference
+from tda.gradients import projection as projections
+from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tests.gradients.test_pair_products import whitener
 from tests.test_api import QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer  # noqa: F401
@@ -42,6 +45,79 @@ def test_all_passages_are_ranked_by_whole_gradients(model, tokenizer, method, in
         by_text = {p.text: p.score for p in result[q].proponents}
         got = [next(x for text, x in by_text.items() if t in text) for t in TEXTS]
         np.testing.assert_allclose(got, scores, rtol=0, atol=1e-5 if method == "grad_cos" else 1e-3)
+
+
+@pytest.mark.parametrize("rerank", [0, len(TEXTS)])
+@pytest.mark.parametrize("method", ["ekfac", "ekfac_cos"])
+def test_influence_functions_with_and_without_projection(
+    model,  # noqa: F811
+    tokenizer,  # noqa: F811
+    method,
+    rerank,
+):
+    """Guards: EK-FAC's inverse on one side alone, or twice; P before it; another projection."""
+    projection = Projection(side=3, pooling="matrix")
+    index = tda.encode(
+        model, TEXTS, tokenizer=tokenizer, method=method, projection=projection, quiet=True
+    )
+    (kind,) = index._kinds.values()
+    factors = kind._inputs._curvature
+    sites = {s.path: s for s in find_sites(model)}
+    assert set(factors) == set(sites)
+    rows = []
+    for side in whole_gradients(model, tokenizer, None):
+        parts = []
+        for path, c in factors.items():
+            root = (c.values + 0.1 * c.values.mean()) ** -0.5
+            x = c.left @ ((c.left.T @ side[path] @ c.right) * root) @ c.right.T
+            if not rerank:
+                A, B = projections.matrices(sites[path], projection)
+                x = A.T @ x @ B
+            parts.append(x.reshape(len(x), -1))
+        rows.append(np.concatenate(parts, axis=1))
+    if method == "ekfac_cos":
+        rows = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+    found = index.query(QUERIES, k=len(TEXTS), rerank=rerank)
+    for answer, scores in zip(found, rows[0] @ rows[1].T, strict=True):
+        got = [next(p.score for p in answer.proponents if p.text in t) for t in TEXTS]
+        np.testing.assert_allclose(got, scores, rtol=0, atol=1e-4 * np.abs(scores).max())
+
+
+def test_influence_functions_keep_their_factors(model, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """A call that is repeated fits nothing anew; other passages have other factors."""
+    how = dict(method="ekfac", directory=tmp_path)
+    first = call(model, tokenizer, **how)
+    fitted = []
+    fit = fitted_curvature.fit
+    monkeypatch.setattr(fitted_curvature, "fit", lambda *a: (fitted.append(1), fit(*a))[1])
+    again = call(model, tokenizer, **how)
+    assert not fitted and [a.proponents for a in again] == [a.proponents for a in first]
+    assert {p.name for p in (tmp_path / "ekfac").iterdir()} >= {"gradients"}
+    call(model, tokenizer, passages=TEXTS[:4], directory=tmp_path / "other", method="ekfac")
+    assert fitted == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss": lambda own_model, batch: None},
+            "EK-FAC draws labels from the model's own logits",
+        ),
+        ({"untapped": "reference"}, "untapped='reference' has no effect with EK-FAC"),
+        ({"damping": 0.1}, "damping=0.1 has no effect .* has no R"),
+        ({"sample": 2}, "sample=2 has no effect"),
+    ],
+)
+def test_what_influence_functions_cannot_do_is_refused(model, tokenizer, changes, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        call(model, tokenizer, method="ekfac", **changes)
+
+
+def test_influence_functions_of_batches_are_refused(model, tokenizer):  # noqa: F811
+    batches = [batch_of(sequences(tokenizer, TEXTS))]
+    with pytest.raises(ValueError, match="it is for texts .* give them and a tokenizer"):
+        tda.trace(model, batches, batches, method="ekfac", quiet=True)
 
 
 def test_r_has_the_damping_that_was_given(model, tokenizer):  # noqa: F811
