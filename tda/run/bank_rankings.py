@@ -56,7 +56,7 @@ def run_alone(retrained: Retrained, name: str, workdir: Workdir) -> Run:
     """Returns the bank's run with one method, in a directory of its own."""
     config = ConfigDict(retrained.run.config.to_dict())
     config.methods, config.store.root = name, ""
-    config.eval.top_k = retrained.run.corpus.rows
+    config.eval.top_k, config.eval.queries = retrained.run.corpus.rows, 0
     return dataclasses.replace(retrained.run, config=config, workdir=workdir, engine=PROCESSES)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tda.data.batches import draw
 from tda.gradients import pair_metrics
 from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_metrics import Metric
@@ -75,7 +76,18 @@ class SecondStage(Retriever):
 
     def provenance(self, method):
         """Returns what identifies gradients, metric and candidates."""
-        return [*self._gradients(method), self._first.ranking_names(method)]
+        parts = [*self._gradients(method), self._first.ranking_names(method)]
+        if (evaluated := self._evaluated) is not None:
+            parts.append({"queries": evaluated})
+        return parts
+
+    @functools.cached_property
+    def _evaluated(self) -> list[int] | None:
+        """The queries whose candidates are scored: of a run those that it evaluates; None: all."""
+        config, count = self.run.config, len(self.run.corpus.prompts)
+        if self.run.live or not config.rerank.passages or not 0 < config.eval.queries < count:
+            return None
+        return draw(count, config.eval.queries, config.data.seed).tolist()
 
     def _gradients(self, method: Method) -> list:
         provenance = self.run.provenance(method.gradients)
@@ -102,7 +114,12 @@ class SecondStage(Retriever):
             first = self._first.rank(next(iter(sharing.values())), queries, on_progress)
             united = candidates.unite(list(first.values())) if first else None
             every = [np.arange(count)] * len(queries)
-            pairs = Pairs.of_lists(every if united is None else united)
+            lists = every if united is None else united
+            if self._evaluated is not None:
+                none = np.zeros(0, np.int64)
+                is_evaluated = np.isin(np.arange(len(queries)), self._evaluated)
+                lists = [x if e else none for x, e in zip(lists, is_evaluated, strict=True)]
+            pairs = Pairs.of_lists(lists)
             scores = self._scores(output, sharing, queries, pairs, on_progress)
             for name, scores_P in (scores or {}).items():
                 by_query = pairs.by_query(scores_P, len(queries))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.data.rows import Query
 from tda.gradients import reference, second_stage
 from tda.gradients.moments import second_moments
@@ -111,6 +111,27 @@ def test_candidates_have_the_scores_that_they_have_among_all(traced, complete):
             np.testing.assert_allclose(
                 ranked[name].proponent_scores[q], scores[q, best], rtol=1e-3, atol=1e-5
             )
+
+
+def test_candidates_of_queries_that_are_not_evaluated_are_not_scored(traced, monkeypatch):
+    """And a later run that evaluates all of them scores all."""
+    run, ranked, _ = traced
+    scored, score = [], second_stage.PairScorer.score
+    monkeypatch.setattr(
+        second_stage.PairScorer,
+        "score",
+        lambda self, *args: (scored.append(np.unique(args[2].queries)), score(self, *args))[1],
+    )
+    few = retrieve.retrieve(changed(run, eval__queries=2))[0]
+    (evaluated,) = scored
+    assert evaluated.tolist() == draw(4, 2, run.config.data.seed).tolist()
+    for name in NAMES.split(",")[1:]:
+        of_evaluated = few[name].proponents[evaluated]
+        np.testing.assert_array_equal(of_evaluated, ranked[name].proponents[evaluated])
+        others = np.setdiff1d(np.arange(4), evaluated)
+        assert (few[name].proponents[others] == -1).all()
+    again = retrieve.retrieve(run)[0]
+    assert len(scored) == 1 and (again["rerank_exp3"].proponents >= 0).any(axis=1).all()
 
 
 def test_a_live_question_has_the_runs_answer(traced):
