@@ -57,6 +57,7 @@ def trace(
     k: int = 10,
     rerank: int = 0,
     contrast: Iterable | None = None,
+    candidates: str | None = None,
     context: int | None = None,
     tokens_per_batch: int | None = None,
     include: str | None = None,
@@ -114,6 +115,7 @@ def trace(
             gradient of `queries` minus that of these (what makes the model say the ones rather than
             the others?), or to the mean of `queries` alone if it is empty. Queries weigh by their
             gradients' norms before R; the norm is that of the difference.
+        candidates: "bm25" scores BM25's first `rerank` passages again too.
         context: the most positions of a passage, 512 by default; longer documents are cut into
             several passages.
         tokens_per_batch: the most positions that are encoded together, 4096 by default; fewer for a
@@ -182,7 +184,7 @@ def trace(
         mesh=mesh,
         quiet=quiet,
     )
-    return index.query(queries, method, k, damping, joiner, rerank, contrast)
+    return index.query(queries, method, k, damping, joiner, rerank, contrast, candidates)
 
 
 def encode(

@@ -74,6 +74,7 @@ class Index:
         joiner: str | None = None,
         rerank: int = 0,
         contrast: Iterable | None = None,
+        candidates: str | None = None,
     ) -> TraceResult: ...
 
     @overload
@@ -86,6 +87,7 @@ class Index:
         joiner: str | None = None,
         rerank: int = 0,
         contrast: Iterable | None = None,
+        candidates: str | None = None,
     ) -> dict[str, TraceResult]: ...
 
     def query(
@@ -97,11 +99,12 @@ class Index:
         joiner: str | None = None,
         rerank: int = 0,
         contrast: Iterable | None = None,
+        candidates: str | None = None,
     ) -> TraceResult | dict[str, TraceResult]:
         """Finds the passages that made the model say something.
 
         Args:
-            queries, k, damping, joiner, rerank, contrast: as for `tda.trace`.
+            queries, k, damping, joiner, rerank, contrast, candidates: as for `tda.trace`.
             method: a name in `tda.methods.METHODS`, by default the first that was given to
                 `tda.encode`; or a list of names, each of which ranks the passages.
 
@@ -117,6 +120,7 @@ class Index:
         arguments = {name: x for name, x in optional.items() if x is not None}
         chosen = [METHODS[n] for n in names]
         checks.check_rerank(rerank, k, chosen, self._settings, self._has_tokenizer)
+        checks.check_candidates(candidates, rerank)
         checks.check_contrast(contrast, rerank, chosen)
         idle_arguments.check(names, arguments, (), self._has_tokenizer)
         # Two kinds of gradients read an iterator twice. Other values are checked later, unchanged.
@@ -127,7 +131,7 @@ class Index:
             of_kind = {n: METHODS[n] for n in names if METHODS[n].gradients == gradients}
             kind = self._kind(next(iter(of_kind.values())))
             encoded = kind.encode_queries(queries, contrast, of_kind, joiner)
-            results |= kind.query(encoded, of_kind, (k, rerank), damping)
+            results |= kind.query(encoded, of_kind, (k, rerank), damping, candidates)
         return results[names[0]] if isinstance(method, str | None) else results
 
     def _kind(self, method: Method) -> "_Kind":
@@ -194,6 +198,7 @@ class _Kind:
         chosen: dict[str, Method],
         depths: tuple[int, int],
         damping: float,
+        candidates: str | None = None,
     ) -> dict[str, TraceResult]:
         """Returns the answers of methods of this kind, by name; depths are k and rerank."""
         k, rerank = depths
@@ -205,8 +210,9 @@ class _Kind:
             rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
         if rerank and isinstance(self._inputs, TextInputs):
             reranker = self._inputs.whole_gradients
+            others = [self._inputs.first_by_words(encoded, rerank)] if candidates else []
             rankings = {
-                n: reranker.rank(encoded.prompts, rankings[n], m, k, damping)
+                n: reranker.rank(encoded.prompts, [rankings[n], *others], m, k, damping)
                 for n, m in chosen.items()
             }
         for name, method in chosen.items():

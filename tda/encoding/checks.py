@@ -136,6 +136,21 @@ def check_rerank(
     check_sites(settings.sites())
 
 
+def check_candidates(candidates: Any, rerank: int) -> None:
+    """Checks which further passages a second stage takes.
+
+    Raises:
+        ValueError: they are of an unknown kind, or there is no second stage.
+    """
+    if candidates not in (None, "bm25"):
+        raise ValueError(f"candidates={candidates!r}; give 'bm25', or leave it out")
+    if candidates and not rerank:
+        raise ValueError(
+            f"candidates={candidates!r} has no effect without rerank; give a number, such as "
+            "rerank=100"
+        )
+
+
 def check_model(model: Any) -> None:
     """Checks that the model is an NNX module.
 

@@ -14,32 +14,31 @@ import numpy as np
 
 from tda import store as stores
 from tda.data import tokenised, tokens
-from tda.data.batches import BatchLayout, draw
+from tda.data.batches import BatchLayout
 from tda.data.corpora import Corpus
 from tda.data.passage_source import PassageSource, can_be_read_again
 from tda.data.rows import Query, parse_passages, parse_queries
 from tda.data.tokens import PassageTexts, TokenTable
-from tda.encoding import checks, layouts, loss_identity
+from tda.encoding import checks, curvature, layouts, loss_identity
 from tda.encoding import provenance as provenances
 from tda.encoding import table as encoding
 from tda.encoding.second_stage import WholeGradients
 from tda.encoding.settings import TextSettings, TraceSettings
-from tda.gradients import fitted_curvature, kronecker
+from tda.gradients import kronecker
 from tda.gradients.encoder import Encoder, build_encoder, make_encoder
 from tda.gradients.kronecker import Curvature
 from tda.gradients.moments import kept_scales
 from tda.gradients.moments.scales import Scale
 from tda.methods import Method
+from tda.retrieval import bm25
+from tda.retrieval.ranked import Ranked
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import processes, progress
 from tda.runtime.directory_lock import DirectoryLock
-from tda.runtime.fingerprint import fingerprint, plain
 from tda.store.making import SHARD_BYTES
 
 # The most bytes of gradients that are kept in memory if no directory is given.
 _MEMORY = 8 << 30
-# The most passages that EK-FAC's factors are computed from.
-_CURVATURE_SAMPLE = 4096
 # Approximate tokens of a shard: the most that a kill loses, a few minutes on slow machines. Batches
 # are planned within a shard, so large batches need larger shards: each length's last batch is
 # padded.
@@ -93,6 +92,11 @@ class TextCorpus:
         """The passages' tokens."""
         with self.holding():
             return _tokenise(self._passages, self.reading, self._quiet)
+
+    @functools.cached_property
+    def words(self) -> bm25.Index:
+        """The index of the passages' words."""
+        return bm25.Index(PassageTexts(self.table, self.reading.tokenizer))
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -157,6 +161,12 @@ class TextInputs:
         gradients_QxE = encoding.encode_rows(encoder, prompts, np.arange(len(prompts)), layout)
         checks.check_query_gradients(gradients_QxE, [q.id for q in queries])
         return EncodedQueries(queries, gradients_QxE, prompts)
+
+    def first_by_words(self, queries: EncodedQueries, k: int) -> Ranked:
+        """Returns BM25's first k passages."""
+        assert queries.prompts is not None  # they are texts
+        texts = PassageTexts(queries.prompts, self.corpus.reading.tokenizer)
+        return self.corpus.words.search(list(texts), k)
 
     @functools.cached_property
     def whole_gradients(self) -> WholeGradients:
@@ -225,31 +235,10 @@ class TextInputs:
         settings, table = self.settings, self.corpus.table
         if settings.curvature == "none":
             return None
-        rows = draw(len(table), _CURVATURE_SAMPLE, settings.moments.seed)
-        labels = {"labels": "sampled", "seed": settings.moments.seed}
-
-        def batches(stage: str) -> Iterator[dict]:
-            with progress.bar(
-                len(rows), f"EK-FAC: {stage}", "passage", quiet=settings.quiet
-            ) as bar:
-                for batch in kronecker.batches(table, rows, layout=self._layout, **labels):
-                    yield batch
-                    bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
-
-        def fit() -> dict[str, Curvature]:
-            return fitted_curvature.fit(settings.model, settings.sites(), batches, "sampled")
-
         if self._directory is None:
-            return fit()
-        made_from = [self._provenance, table.fingerprint(), len(rows), labels]
-        with self.corpus.holding():
-            file = self._directory / f"factors-{fingerprint(plain(made_from))}.npz"
-            if file.exists():
-                return fitted_curvature.load(file)
-            factors = fit()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fitted_curvature.save(file, factors)
-        return factors
+            return curvature.fit(settings, table, self._layout)
+        kept = self._directory, self._provenance, self.corpus.holding
+        return curvature.load_or_fit(settings, table, self._layout, *kept)
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -1,6 +1,7 @@
 """The second stage of `tda.trace`: a method's first passages, scored again by whole gradients."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -71,19 +72,24 @@ class WholeGradients:
         return pair_metrics.whitened(self._plain, self._moments, damping)
 
     def rank(
-        self, queries: TokenTable, first: Ranked, method: Method, k: int, damping: float = -1.0
+        self,
+        queries: TokenTable,
+        first: Sequence[Ranked],
+        method: Method,
+        k: int,
+        damping: float = -1.0,
     ) -> Ranked:
-        """Ranks the proponents of a first ranking again; the result has no opponents.
+        """Ranks the proponents of first rankings again; the result has no opponents.
 
         Args:
             queries: the queries, none longer than the longest passage may be.
-            first: the first ranking.
+            first: the first rankings.
             method: decides correction, R and norm; R of a matrix is the product of the second
                 moments of its rows and of its columns.
             k: the number of proponents.
             damping: of R, in mean eigenvalues of a factor; below 0, `pair_metrics.DAMPING`.
         """
-        lists = candidates.unite([first])
+        lists = candidates.unite(first)
         pairs = Pairs.of_lists(lists)
         metric = self._whitened(damping) if method.hessian == "train" else self._plain
         scorer = PairScorer(self._factors, {"": (metric, method.unit_norm)}, self._layout, _MEMORY)
@@ -91,4 +97,4 @@ class WholeGradients:
         quiet = self._settings.quiet
         with progress.bar(total, "second stage", "passage", quiet=quiet) as bar:
             scores = scorer.score(queries, self._table, pairs, on_passages=bar.update)
-        return candidates.rank(first, pairs.by_query(scores[""], len(lists)), k)
+        return candidates.rank(first[0], pairs.by_query(scores[""], len(lists)), k)

@@ -8,6 +8,7 @@ from tda.gradients import fitted_curvature, reference
 from tda.gradients import projection as projections
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
+from tda.retrieval import bm25
 from tests.gradients.test_pair_products import whitener
 from tests.test_api import QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer  # noqa: F401
 
@@ -131,6 +132,26 @@ def test_r_has_the_damping_that_was_given(model, tokenizer):  # noqa: F811
     for answer, scores in zip(call(model, tokenizer, **how), cosines(sides), strict=True):
         got = [next(p.score for p in answer.proponents if p.text in t) for t in TEXTS]
         np.testing.assert_allclose(got, scores, rtol=0, atol=1e-3)
+
+
+def test_the_first_passages_of_bm25_are_scored_too(model, tokenizer):  # noqa: F811
+    how = dict(method="grad_cos", k=2, rerank=2)
+    alone = call(model, tokenizer, **how)
+    both = call(model, tokenizer, candidates="bm25", **how)
+    scores = cosines(whole_gradients(model, tokenizer, None))
+    by_words = bm25.Index(TEXTS).search([" ".join(q[-2:]) for q in QUERIES], 2).proponents
+    first = call(model, tokenizer, method="grad_cos", k=2)
+    changes = 0
+    for q, answer in enumerate(both):
+        found = {int(p.id) for p in first[q].proponents}
+        united = sorted(found | set(by_words[q].tolist()), key=lambda row: -scores[q, row])
+        assert [int(p.id) for p in answer.proponents] == united[:2]
+        changes += [p.id for p in answer.proponents] != [p.id for p in alone[q].proponents]
+    assert changes
+    with pytest.raises(ValueError, match="candidates='bm25' has no effect without rerank"):
+        call(model, tokenizer, candidates="bm25")
+    with pytest.raises(ValueError, match="candidates='dense'; give 'bm25'"):
+        call(model, tokenizer, candidates="dense", rerank=3)
 
 
 def test_more_passages_than_there_are_adds_none(model, tokenizer):  # noqa: F811
