@@ -12,7 +12,8 @@ as have 2 GiB of gradients, and so does the encoder for this comparison. The lea
 count of matrix products allows is printed too: an encoder forms no weight gradients, except for
 exact Adam, and never those of embedding and head. "none and factored" encodes both kinds in one
 pass, in comparison with a pass for each. "training step, capturing" trains, and keeps its examples'
-encodings (`tda.Capture`).
+encodings (`tda.Capture`). With `--stored=int8,2bit,2bit:8` the encodings are quantised in the same
+program, after the colon as so many pairs of vectors of a matrix (`--pooling=matrix`).
 """
 
 import functools
@@ -37,6 +38,7 @@ from tda.model.decoder import Decoder
 from tda.model.settings import DecoderSettings
 from tda.plan.calibration import memory_of
 from tda.runtime import huge_pages, sharding
+from tda.store import Form
 from tda.training import loop
 
 _SIZES = flags.DEFINE_list("sizes", ["10m", "30m", "135m"], "models")
@@ -44,6 +46,8 @@ _LENGTHS = flags.DEFINE_list("lengths", ["128", "512"], "positions of a batch's 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "rounds after warm-up")
 _TOKENS = flags.DEFINE_integer("tokens", 2048, "positions of a batch")
 _SIDE = flags.DEFINE_integer("side", 16, "side of the projection")
+_POOLING = flags.DEFINE_string("pooling", "blocks", "of the projection, a block for each layer")
+_STORED = flags.DEFINE_list("stored", [], "dtypes of a store, with a rank or not")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of computation")
 _VMAP = flags.DEFINE_bool("vmap", True, "time vmap(grad) too")
 
@@ -138,7 +142,8 @@ def case(size: str, length: int) -> dict:
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     head = vocabulary * SIZES[size]["width"]
     batch = random_batch(vocabulary, max(1, _TOKENS.value // length), length)
-    projection = Projection(side=_SIDE.value, blocks=SIZES[size]["layers"])
+    blocks = {"blocks": SIZES[size]["layers"]} if _POOLING.value == "blocks" else {}
+    projection = Projection(side=_SIDE.value, pooling=_POOLING.value, **blocks)
     step = TrainingStep(model, batch)
     capturing = TrainingStep(model, batch, projection)
     sides = {"training step": step, "training step, capturing": capturing}
@@ -148,6 +153,14 @@ def case(size: str, length: int) -> dict:
         compiled = encoder.compiled.lower(encoder.arrays, batch).compile()
         sides[correction] = functools.partial(compiled, encoder.arrays, batch)
         memory[correction] = memory_of(compiled)
+    plain = make_encoder(model, projection)
+    for stored in _STORED.value:
+        dtype, _, rank = stored.partition(":")
+        widths = tuple(w.stop - w.start for w in plain.layout.slices)
+        forms = (Form(dtype, widths, int(rank or 0)),)
+        compiled = plain.compiled.lower(plain.arrays, batch, None, forms).compile()
+        sides[f"none, as {stored}"] = functools.partial(compiled, plain.arrays, batch)
+        memory[f"none, as {stored}"] = memory_of(compiled)
     # Two kinds of gradients in one pass, as a table of many rows has them encoded.
     both = build_encoder(model, [kind_of(model, projection, c) for c in BOTH])
     compiled = both.compiled.lower(both.arrays, batch).compile()

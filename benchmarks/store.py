@@ -9,8 +9,8 @@
    passage by id, and planning the batches of as many sequences.
 3. Faults: writers killed with SIGKILL at random moments, bits flipped at random places, and a full
    file system; then the store is finished, and compared byte for byte with one without faults.
-4. Exact search of the same rows in every dtype, in turns, from the page cache: rows a CPU
-   second, and the rate over int8's, the median of the rounds.
+4. Exact search of the same rows in every dtype, and as 4 pairs of vectors of each block, in turns,
+   from the page cache: rows a CPU second, and the rate over int8's, the median of the rounds.
 
 `benchmarks.dtypes` measures the quality of each dtype.
 """
@@ -47,6 +47,8 @@ _FLIPS = flags.DEFINE_integer("flips", 60, "bits flipped")
 _CHILD = flags.DEFINE_string("child", None, "for internal use: write this store")
 
 WIDTH, BLOCKS = 4096, {"a": 2048, "b": 2048}
+# Blocks of matrices of side 32.
+SQUARES = dict.fromkeys("abcd", 1024)
 
 
 def rates(root: str) -> dict:
@@ -218,11 +220,12 @@ def search(root: str) -> dict:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((_ROWS.value, WIDTH), np.float32)
     ids, by_dtype = [str(i) for i in range(len(x))], {}
-    for dtype in stores.DTYPES:
-        by_dtype[dtype] = stores.create(f"{root}/{dtype}", ids, BLOCKS, {}, dtype)
-        for i, shard in enumerate(by_dtype[dtype].shards()):
-            by_dtype[dtype].write(i, x[shard])
-    roots = [np.eye(w, dtype=np.float32) for w in BLOCKS.values()]
+    for rank, dtype in [*((0, d) for d in stores.DTYPES), (4, "int8"), (4, "2bit")]:
+        name = f"{dtype}, rank {rank}" if rank else dtype
+        by_dtype[name] = stores.create(f"{root}/{name}", ids, SQUARES, {}, dtype, rank=rank)
+        for i, shard in enumerate(by_dtype[name].shards()):
+            by_dtype[name].write(i, x[shard])
+    roots = [np.eye(w, dtype=np.float32) for w in SQUARES.values()]
     plain, figures = Scorer(None, True), {}
     for count, scorer in ((16, plain), (128, plain), (16, Scorer(roots, True))):
         queries = rng.standard_normal((count, WIDTH), np.float32)
