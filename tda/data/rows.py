@@ -44,6 +44,17 @@ class Query:
     tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Question(Query):
+    """A live question: with another target, what makes the model say the one rather than the other.
+
+    Attributes:
+        contrast: the other target; empty for none.
+    """
+
+    contrast: str = ""
+
+
 def parse_queries(queries: Iterable, places: Sequence[str] | None = None) -> list[Query]:
     """Returns the queries; one without an id is named by its number, from 0.
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tda import results
 from tda.data.joining import join
-from tda.data.rows import Query
+from tda.data.rows import Query, Question
 from tda.live.heat import Heat
 from tda.live.speaker import Speaker, may_begin_word
 from tda.methods import METHODS, Method
@@ -92,6 +92,9 @@ class LiveRun:
         except ValueError as error:  # a plugin's method without a retriever
             return str(error)
 
+    def _takes_contrasts(self, method: Method) -> bool:
+        return self.lacks(method) is None and self._retriever(method).takes_contrasts
+
     def describe(self, progress: Progress) -> dict:
         """Returns all methods, the run's own first, why some are unavailable, and sizes."""
         self._open(progress)
@@ -105,6 +108,7 @@ class LiveRun:
                     "title": METHODS[name].title,
                     "usual": name in usual,
                     "lacks": self.lacks(METHODS[name]),
+                    "contrasts": self._takes_contrasts(METHODS[name]),
                 }
                 for name in dict.fromkeys([*usual, *METHODS])
             ],
@@ -132,22 +136,24 @@ class LiveRun:
             "answers": answers,
         }
 
-    def trace(self, progress: Progress, query: Query, methods: list[str], k: int) -> dict:
+    def trace(self, progress: Progress, query: Question, methods: list[str], k: int) -> dict:
         """Returns the passages of a question by method, as results records."""
         self._open(progress)
         chosen = parse_methods(",".join(methods))
         likelihood = self.speaker.likelihood(query)
         records = self.records(query, chosen, k, progress)
+        other = self.speaker.likelihood(_contrast(query)) if query.contrast else None
         return {
             "probability": math.exp(-likelihood["nats"]),
             "rank": likelihood["rank"],
+            "contrast_probability": None if other is None else math.exp(-other["nats"]),
             "methods": [
                 {"name": n, "title": m.title, "record": records[n]} for n, m in chosen.items()
             ],
         }
 
     def records(
-        self, query: Query, methods: dict[str, Method], k: int, progress: Progress
+        self, query: Question, methods: dict[str, Method], k: int, progress: Progress
     ) -> dict[str, dict]:
         """Returns the passages of a question by method, as results records.
 
@@ -163,6 +169,11 @@ class LiveRun:
         for name, method in methods.items():
             if why := self.lacks(method):
                 raise ValueError(f"{name}: {why}")
+            if query.contrast and not self._takes_contrasts(method):
+                raise ValueError(
+                    f"{name}: it ranks for one target, not for the difference of two; leave the "
+                    "method out, or the other target"
+                )
         queries = self._queries(query)
         groups: dict[str, dict[str, Method]] = {}
         for name, method in methods.items():
@@ -174,7 +185,9 @@ class LiveRun:
                 records[name] = self._record(query, queries, result.ranked)
         return records
 
-    def _queries(self, query: Query) -> Queries:
+    def _queries(self, query: Question) -> Queries:
+        if query.contrast:
+            return self._contrasted(query)
         table, known = self.speaker.table(query), self.run.corpus.known
         number = known.number(query.prompt, query.target)
         text = join(query.prompt, query.target, self.speaker.joiner)
@@ -186,6 +199,12 @@ class LiveRun:
                 if list(self.speaker.table(as_asked).tokens) != list(table.tokens):
                     number = None
         return Queries(table, [text], [number], {})
+
+    def _contrasted(self, query: Question) -> Queries:
+        other = _contrast(query)
+        text = join(query.prompt, query.target, self.speaker.joiner)
+        tables = self.speaker.table(query), self.speaker.table(other)
+        return Queries(tables[0], [f"{text} rather than {other.target}"], [None], {}, tables[1])
 
     def _record(self, query: Query, queries: Queries, ranked: Ranked) -> dict:
         corpus, (number,) = self.run.corpus, queries.numbers
@@ -243,7 +262,7 @@ class LiveRun:
             "later": max(0, len(rows) - stop),
         }
 
-    def heat(self, progress: Progress, query: Query, method: str, passage: str) -> dict:
+    def heat(self, progress: Progress, query: Question, method: str, passage: str) -> dict:
         """Returns how much each position of a passage adds to its score; see `Heat.split`.
 
         Raises:
@@ -260,3 +279,8 @@ class LiveRun:
         if why := self.lacks(chosen):
             raise ValueError(why)
         return self._heat.split(self._queries(query), chosen, passage, progress)
+
+
+def _contrast(query: Question) -> Query:
+    """Returns a question's prompt with its other target."""
+    return Query("contrast", query.prompt, query.contrast)

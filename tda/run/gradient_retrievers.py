@@ -67,7 +67,7 @@ class Encodings:
         """Returns the gradients of queries, float32 [Q, E]; the run's own are read from the store.
 
         Raises:
-            ValueError: a gradient is not finite.
+            ValueError: a gradient is not finite, or is that of its contrast.
         """
         stored_QxE = self.run_queries(kind)
         if stored_QxE is not None and None not in queries.numbers:
@@ -79,6 +79,10 @@ class Encodings:
         # One query a batch, so that its bytes do not depend on the others.
         layout, rows = self.run.corpus.layout(1), np.arange(len(queries))
         encoded_QxE = encoding.encode_rows(encoder, queries.table, rows, layout)
+        if queries.contrast is not None:
+            encoded_QxE -= encoding.encode_rows(encoder, queries.contrast, rows, layout)
+            if not encoded_QxE.any(axis=1).all():
+                raise ValueError("both targets have the same gradient; give another one")
         if not np.isfinite(encoded_QxE).all():
             raise ValueError("the question's gradient is not finite: look at the model's logits")
         return encoded_QxE
@@ -136,6 +140,7 @@ class Gradients(Retriever):
     """Methods that scan the gradients of the traced checkpoint: those of a kind share a scan."""
 
     shares_search = True
+    takes_contrasts = True
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -242,6 +247,7 @@ class Sums(Retriever):
     """Methods that sum over checkpoints, or first change the passages' gradients."""
 
     shares_search = True
+    takes_contrasts = True
 
     def __init__(self, run: Run):
         super().__init__(run)

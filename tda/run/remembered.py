@@ -17,6 +17,7 @@ from tda.methods import METHODS
 from tda.model import pretrained
 from tda.run import corpus as corpora
 from tda.run import learnt_tokenizer, train
+from tda.run.defaults import get_config
 from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
 from tda.runtime import atomic_file, sharding
@@ -187,7 +188,7 @@ def open_run(path: pathlib.Path) -> Run:
         LiveError: a file of the run is missing; the message names it.
     """
     # From the workdir alone: the corpus may be large or gone.
-    config = ConfigDict(_read_json(path / CONFIG))
+    config = _read_config(path)
     root = str(path / "model" / "checkpoints")
     provenance = _read_json(path / "stages" / "train.json")["made_from"]
     step = train.traced_step(config, provenance["steps"], checkpoint.steps(root))
@@ -213,6 +214,15 @@ def _read_json(path: pathlib.Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LiveError(f"{path} is missing: the run is not finished") from error
+
+
+def _read_config(path: pathlib.Path) -> ConfigDict:
+    """Returns a run's config; keys that are newer than the run have their defaults."""
+    config, stored = get_config().to_dict(), _read_json(path / CONFIG)
+    for name, value in stored.items():
+        is_section = isinstance(value, dict) and isinstance(config.get(name), dict)
+        config[name] = config[name] | value if is_section else value
+    return ConfigDict(config)
 
 
 def _tokenizer(path: pathlib.Path, config: ConfigDict):

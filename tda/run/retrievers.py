@@ -36,6 +36,7 @@ class Queries:
     texts: Sequence[str]  # prompt and target of each
     numbers: Sequence[int | None]  # row among the run's queries; None for another question
     correct: dict[str, list[np.ndarray]]  # by labels to rank, the correct rows of each query
+    contrast: TokenTable | None = None  # sequences whose gradients are subtracted from the queries'
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,6 +65,7 @@ class Retriever:
         shares_search: whether all processes of a run call `search`, which shares the work; else
             process 0 alone does.
         searches_together: whether all methods of a run that name it are searched at once.
+        takes_contrasts: whether it can rank by the difference of two targets' gradients.
 
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
@@ -72,6 +74,7 @@ class Retriever:
 
     shares_search = False
     searches_together = False
+    takes_contrasts = False
 
     def __init__(self, run: Run):
         self.run = run

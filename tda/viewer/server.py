@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.viewer import download
 from tda.viewer.collection import Collection
 from tda.viewer.guard import Guard
@@ -56,13 +56,13 @@ class Live(Protocol):
     def complete(self, progress: Callable, prompt: str, tokens: int) -> dict:
         """Returns the model's own completion of a prompt, and whole words that it may say."""
 
-    def trace(self, progress: Callable, query: Query, methods: list[str], k: int) -> dict:
+    def trace(self, progress: Callable, query: Question, methods: list[str], k: int) -> dict:
         """Returns the passages of each method, as results records."""
 
     def context(self, progress: Callable, passage: str) -> dict:
         """Returns the texts before and after a passage in its document."""
 
-    def heat(self, progress: Callable, query: Query, method: str, passage: str) -> dict:
+    def heat(self, progress: Callable, query: Question, method: str, passage: str) -> dict:
         """Returns the share of a passage's score that each of its positions carries."""
 
 
@@ -286,7 +286,7 @@ def _integer(body: dict, field: str, most: int) -> int:
     return value
 
 
-def _query(body: dict, field: str) -> Query:
+def _query(body: dict, field: str) -> Question:
     """Reads a question: its texts, and its tokens if the model itself produced it."""
     value = body.get(field)
     if not isinstance(value, dict):
@@ -299,7 +299,9 @@ def _query(body: dict, field: str) -> Query:
         if not all(type(i) is int for part in tokens for i in part):
             raise HTTPException(400, "'tokens' must hold whole numbers")
         tokens = tuple(map(tuple, tokens))
-    return Query("question", _text(value, "prompt"), _text(value, "target"), tokens)
+    texts = _text(value, "prompt"), _text(value, "target")
+    contrast = _text(value, "contrast") if "contrast" in value else ""
+    return Question("question", *texts, tokens, contrast.strip())
 
 
 # The arguments of each method of `Live`, in order, and the function that reads each from a request.

@@ -21,7 +21,7 @@ from tda import results
 from tda import store as stores
 from tda.data import tokens
 from tda.data.jsonl import RecordError
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.encoding import table
 from tda.evaluation.likelihood import Likelihood
 from tda.live import finished_run
@@ -180,7 +180,9 @@ def test_a_corpus_without_labels_is_traced_as_one_with_labels(finished, tmp_path
     live, name = finished_run.LiveRun(path), "trackstar"
     assert live.describe(progress.silent)["passages"] == 12
     chosen = {n: METHODS[n] for n in ("trackstar", "length")}
-    asked = live.records(Query("", "The capital of Norway is", "Oslo"), chosen, 10, progress.silent)
+    asked = live.records(
+        Question("", "The capital of Norway is", "Oslo"), chosen, 10, progress.silent
+    )
     record = list(results.read(path / "results" / f"{name}.jsonl"))[1]
     assert asked[name]["proponent_ids"] == record["proponent_ids"]
     assert "proponent_correct" not in asked[name]

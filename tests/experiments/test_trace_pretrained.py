@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 
 from experiments import ask, launch
 from tda import results
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.live import finished_run
 from tda.model import functional, generation, pretrained
 from tda.run import corpus, stages, train
@@ -67,7 +67,7 @@ def check_live(workdir, names):
     answers = finished_run.open_workdir(workdir)
     expected = {n: list(results.read(workdir / "results" / f"{n}.jsonl"))[1] for n in names}
     record = expected[names[0]]
-    question = Query("", record["inputs_plaintext"], record["targets_plaintext"])
+    question = Question("", record["inputs_plaintext"], record["targets_plaintext"])
     found = answers.trace(lambda *told: None, question, names, 10)["methods"]
     for name, got in ((m["name"], m["record"]) for m in found):
         scores = expected[name]["proponent_scores"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tda import results
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.live import finished_run, heat
 from tda.methods import METHODS
 from tda.run import remembered, stages
@@ -45,7 +45,7 @@ def run(workdir):
 
 
 def question_of(record, tokens=None):
-    return Query("question", record["inputs_plaintext"], record["targets_plaintext"], tokens)
+    return Question("question", record["inputs_plaintext"], record["targets_plaintext"], tokens)
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -144,7 +144,52 @@ def test_heat_sums_to_the_score(workdir, run, name):
             assert asked["proponents"][i] == text
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("int8", 0), ("2bit", 0), ("2bit", 2)])
+def test_a_run_that_is_older_than_a_key_has_its_default(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "w")
+    file = tmp_path / "w" / "config.json"
+    config = json.loads(file.read_text())
+    del config["store"]["rank"], config["rerank"]
+    file.write_text(json.dumps(config))
+    older = finished_run.open_workdir(tmp_path / "w")
+    assert older.run.config.store.rank == 0 and older.run.config.rerank.passages == 100
+    asked = older.trace(silent, Question("", "The capital of France is", "Paris"), ["grad_cos"], 3)
+    assert len(asked["methods"][0]["record"]["proponent_ids"]) == 3
+
+
+def test_a_question_of_two_targets_is_their_difference(run):
+    """Guards: the wrong sign, a contrast that is dropped, and R or a norm before the difference."""
+    prompt, many = "The capital of France is", run.run.corpus.rows
+    methods = ["grad_dot", "exp1"]
+
+    def scores(target, contrast=""):
+        question = Question("", prompt, target, contrast=contrast)
+        traced = run.trace(silent, question, methods, many)
+        return traced, [
+            dict(zip(m["record"]["proponent_ids"], m["record"]["proponent_scores"], strict=True))
+            for m in traced["methods"]
+        ]
+
+    (told, both), (_, paris), (rome, other) = (
+        scores(*targets) for targets in (("Paris", "Rome"), ("Paris",), ("Rome",))
+    )
+    for found, one, two in zip(both, paris, other, strict=True):
+        expected = {i: one[i] - two[i] for i in one}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5 * max(map(abs, one.values())))
+    assert told["contrast_probability"] == pytest.approx(rome["probability"])
+    question = Question("", prompt, "Paris", contrast="Rome")
+    heat = run.heat(silent, question, "grad_dot", next(iter(both[0])))
+    assert heat["faithful"] and heat["score"] == pytest.approx(
+        next(iter(both[0].values())), rel=1e-3
+    )
+    with pytest.raises(ValueError, match="bm25: it ranks for one target"):
+        run.trace(silent, question, ["bm25"], 3)
+    with pytest.raises(ValueError, match="both targets have the same gradient"):
+        run.trace(silent, Question("", prompt, "Paris", contrast="Paris"), ["grad_dot"], 3)
+    described = {m["name"]: m["contrasts"] for m in run.describe(silent)["methods"]}
+    assert described["grad_dot"] and not described["bm25"] and not described["hidden_last"]
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("int8", 0), ("2bit", 0), ("int8", 3)])
 def test_heat_tells_where_a_passage_is_read_otherwise(
     workdir, run, tmp_path, monkeypatch, dtype, rank
 ):
@@ -194,15 +239,15 @@ def test_what_can_be_asked_is_described(run):
 
 def test_refusals(workdir, run, tmp_path):
     with pytest.raises(ValueError, match="unknown method 'bert'"):
-        run.trace(silent, Query("", "a", "b"), ["bert"], 3)
+        run.trace(silent, Question("", "a", "b"), ["bert"], 3)
     with pytest.raises(ValueError, match="the context has 32"):
-        run.trace(silent, Query("", "long " * 60, "b"), ["grad_cos"], 3)
+        run.trace(silent, Question("", "long " * 60, "b"), ["grad_cos"], 3)
     with pytest.raises(ValueError, match="has no token"):
-        run.trace(silent, Query("", "a", " "), ["grad_cos"], 3)
+        run.trace(silent, Question("", "a", " "), ["grad_cos"], 3)
     with pytest.raises(ValueError, match="no passage 'zz'"):
-        run.heat(silent, Query("", "a", "b"), "grad_cos", "zz")
+        run.heat(silent, Question("", "a", "b"), "grad_cos", "zz")
     with pytest.raises(ValueError, match="BM25: its scores are not inner products"):
-        run.heat(silent, Query("", "a", "b"), "bm25", "s00")
+        run.heat(silent, Question("", "a", "b"), "bm25", "s00")
     with pytest.raises(ValueError, match="the context 32"):
         run.complete(silent, "long " * 60, 3)
     assert finished_run.open_workdir(tmp_path) is None
@@ -214,7 +259,7 @@ def test_a_search_ends_when_it_is_not_wanted(run):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run.trace(progress, Query("", "The capital of France is", "Paris"), ["grad_cos"], 3)
+        run.trace(progress, Question("", "The capital of France is", "Paris"), ["grad_cos"], 3)
 
 
 def test_stores_that_are_not_this_models_are_not_asked(workdir, tmp_path):

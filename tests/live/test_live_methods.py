@@ -12,7 +12,7 @@ import pytest
 
 from tda import results
 from tda import store as stores
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.live import finished_run
 from tda.methods import METHODS
 from tda.run import remembered, stages, train
@@ -25,7 +25,7 @@ NAMES = (
     "trackstar_disjoint,trackstar_margin,ekfac,logra_cos,hidden_last,hidden_middle,"
     "random,length,gradient_norm"
 ).split(",")
-OWN = Query("own", "The capital of Norway is", "Paris")
+OWN = Question("own", "The capital of Norway is", "Paris")
 
 
 class Words:
@@ -85,7 +85,7 @@ def of_batch(workdir, name, number):
 
 def asked(workdir, number=0):
     record = of_batch(workdir, "bm25", number)
-    return Query("asked", record["inputs_plaintext"], record["targets_plaintext"])
+    return Question("asked", record["inputs_plaintext"], record["targets_plaintext"])
 
 
 def check(found, workdir, number, tolerance=2e-4):

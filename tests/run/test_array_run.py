@@ -9,7 +9,7 @@ import pytest
 
 from tda import results
 from tda.data import corpora, pieces
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.live import finished_run
 from tda.methods import METHODS
 from tda.model import sizes
@@ -177,7 +177,7 @@ def test_a_corpus_without_labels_is_asked_without_its_files(plain, tmp_path):
     query, methods = list(results.read(path / "results" / "trackstar.jsonl"))[1], ("length",)
     question = query["inputs_plaintext"], query["targets_plaintext"]
     chosen = {n: METHODS[n] for n in ("trackstar", *methods)}
-    asked = live.records(Query("", *question), chosen, 10, progress.silent)
+    asked = live.records(Question("", *question), chosen, 10, progress.silent)
     assert asked["trackstar"]["proponent_ids"] == query["proponent_ids"]
     assert "proponent_correct" not in asked["trackstar"]
     longest = np.argsort(-live.run.corpus.lengths, kind="stable")[:10]

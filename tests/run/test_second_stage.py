@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tda.data.batches import BatchLayout, draw
-from tda.data.rows import Query
+from tda.data.rows import Question
 from tda.gradients import reference, second_stage
 from tda.gradients.moments import second_moments
 from tda.live.finished_run import LiveRun
@@ -141,7 +141,7 @@ def test_a_live_question_has_the_runs_answer(traced):
     number = 2
     fact = run.corpus.queries[number]
     methods = {n: retrieve.methods.METHODS[n] for n in NAMES.split(",")[1:]}
-    query = Query("", fact.prompt(run.config.data.prompt), fact.entity1)
+    query = Question("", fact.prompt(run.config.data.prompt), fact.entity1)
     records = live.records(query, methods, 5, lambda *_: None)
     for name, record in records.items():
         ids = [run.corpus.passages.ids[r] for r in ranked[name].proponents[number]]
@@ -208,7 +208,7 @@ def test_words_and_gradients_together(traced, complete):
     live = LiveRun(run.workdir.path)
     fact = run.corpus.queries[1]
     chosen = {n: retrieve.methods.METHODS[n] for n in ("rerank_bm25", "rrf")}
-    query = Query("", fact.prompt0, fact.entity1)
+    query = Question("", fact.prompt0, fact.entity1)
     records = live.records(query, chosen, 5, lambda *_: None)
     for name, record in records.items():
         rows = joined[name].proponents[1]

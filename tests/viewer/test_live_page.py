@@ -21,9 +21,12 @@ class Answers:
     def describe(self, progress):
         return {
             "methods": [
-                {"name": "trackstar", "title": "TrackStar", "usual": True, "lacks": None},
-                {"name": "bm25", "title": "BM25", "usual": True, "lacks": None},
-                {"name": "exp5", "title": "Exp 5", "usual": False, "lacks": "no such store"},
+                {"name": n, "title": t, "usual": u, "lacks": why, "contrasts": n == "trackstar"}
+                for n, t, u, why in (
+                    ("trackstar", "TrackStar", True, None),
+                    ("bm25", "BM25", True, None),
+                    ("exp5", "Exp 5", False, "no such store"),
+                )
             ],
             "passages": 1200,
             "parameters": 5300000,
@@ -52,7 +55,7 @@ class Answers:
     def trace(self, progress, query, methods, k):
         prompt, target = query.prompt, query.target
         self.asked.append((prompt, target, methods, k))
-        self.tokens = query.tokens
+        self.tokens, self.contrast = query.tokens, query.contrast
         if prompt == "slow":
             for i in range(3000):
                 progress("searching passages", i, 3000)
@@ -66,7 +69,8 @@ class Answers:
             {"name": m, "title": m.title(), "record": r}
             for m, r in zip(methods, made, strict=False)
         ]
-        return {"probability": 0.25, "rank": 3, "methods": listed}
+        other = 0.125 if query.contrast else None
+        return {"probability": 0.25, "rank": 3, "contrast_probability": other, "methods": listed}
 
     def heat(self, progress, query, method, passage):
         self.asked.append((query.prompt, query.target, method, passage))
@@ -145,6 +149,33 @@ def test_a_question_is_completed_and_traced(page, address, answers):
     assert page.page.input_value("#prompt") == example.inner_text()
     page.until(lambda: answers.asked[-1] == (example.inner_text(), 24))
     page.until(lambda: example.inner_text() in page.text(".said"))
+
+
+def test_a_question_of_one_target_rather_than_another(page, address, answers):
+    asking(page, address)
+    for box, text in (
+        ("prompt", "The capital of France is"),
+        ("target", "Paris"),
+        ("rather", "<b>"),
+    ):
+        page.page.fill(f"#{box}", text)
+    page.page.locator(".main-action").click()
+    page.page.wait_for_selector(".results .column")
+    # BM25 ranks for one target: it is left out, and that is said.
+    assert answers.asked[-1] == ("The capital is", "Paris", ["trackstar"], 10)
+    assert answers.contrast == "<b>" and page.texts(".results .column h3") == ["Trackstar"]
+    told = page.text(".results")
+    assert "say Paris rather than <b>, opponents the contrary" in told
+    assert "rank for one target: BM25" in told and "12.5%" in page.text(".results .facts")
+    assert page.page.evaluate(CHECKED) == ["trackstar", "bm25"]
+    # The address asks the same again; without the other target it is the plain question.
+    page.open(page.page.url)
+    page.page.wait_for_selector(".methods input")
+    assert page.page.input_value("#rather") == "<b>"
+    page.page.fill("#rather", "")
+    page.page.locator(".main-action").click()
+    page.until(lambda: answers.asked[-1][2] == ["trackstar", "bm25"])
+    assert answers.contrast == "" and "rather" not in page.page.url
 
 
 def test_a_part_of_a_word_is_no_target(page, address, answers, monkeypatch):

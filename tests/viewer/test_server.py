@@ -259,6 +259,7 @@ def test_live_questions_run_as_jobs(client):
             {"tokens": [[1]]},
             {"tokens": [[1], ["2"]]},
             {"tokens": "1"},
+            {"contrast": None},
         )
     ]
     for body in ({"k": 0}, {"k": True}, {"methods": "bm25"}, {"query": None}, *malformed):

@@ -525,6 +525,7 @@ const DEFAULTS = {
   hl: "",
   prompt: "",
   target: "",
+  rather: "", // another target, which the question subtracts
   tokens: "", // ids of prompt and target, where the model itself said the target
   methods: "",
   share: "",
@@ -924,7 +925,7 @@ async function showQuery(element, rows, row, tools) {
         sides(now.side),
         h("button.wide", { type: "button", onclick: copyLink }, "Copy link"),
         data.index.live && h("a.button", {
-          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext, tokens: "" }),
+          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext, rather: "", tokens: "" }),
         }, "Trace live"),
         board && board.texts.some((t) => t.query === main.columns.query[row]) &&
           h("a.button", { href: state.link({ view: "board" }) }, "Against retraining")),
@@ -1993,15 +1994,16 @@ class Live {
     this.rows = rows;
     const now = rows.state;
     // What was typed stays when the page is drawn anew, unless a link asks something else.
-    const asks = JSON.stringify([now.prompt, now.target]);
+    const asks = JSON.stringify([now.prompt, now.target, now.rather]);
     const isSame = this.asks === asks && this.box;
-    const [promptText, targetText] = isSame ? [this.box.prompt.value, this.box.target.value] : [now.prompt, now.target];
+    const typed = isSame ? Object.values(this.box).map((b) => b.value) : [now.prompt, now.target, now.rather];
     if (isSame) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
     this.asks = asks;
     if (!isSame) Object.assign(this, { span: tokensOf(now), completion: null, answer: null });
-    const prompt = h("textarea", { id: "prompt", rows: 2, value: promptText, spellcheck: "false" });
-    const target = h("input", { id: "target", value: targetText, autocomplete: "off", spellcheck: "false" });
-    this.box = { prompt, target };
+    const prompt = h("textarea", { id: "prompt", rows: 2, value: typed[0], spellcheck: "false" });
+    const input = (id, value) => h("input", { id, value, autocomplete: "off", spellcheck: "false" });
+    const [target, rather] = [input("target", typed[1]), input("rather", typed[2])];
+    this.box = { prompt, target, rather };
     this.progress = h("div.progress", { role: "status" });
     this.completed = h("div.completed", {});
     this.results = h("div.results", {});
@@ -2016,6 +2018,7 @@ class Live {
         h("div.row", {}, h("button", { type: "button", onclick: () => this.complete() }, "Let the model go on")),
         this.completed,
         h("label", { for: "target" }, "Target"), target,
+        h("label", { for: "rather" }, "Rather than ", h("span.quiet", {}, "(another target, or nothing)")), rather,
         this.choice,
         h("div.row", {}, this.go, h("button", { type: "button", onclick: () => this.cancel() }, "Stop"))),
         h("div.answer", {}, this.progress, this.results))));
@@ -2100,7 +2103,7 @@ class Live {
       }
     }
     return firsts.size > 0 && h("div.row", {}, h("span.quiet", {}, "For example"), [...firsts.values()].map((row) =>
-      h("button.chip", { type: "button", onclick: () => (Object.assign(this.box.prompt, { value: prompt[row] }), Object.assign(this.box.target, { value: "" }), this.complete()) }, prompt[row])));
+      h("button.chip", { type: "button", onclick: () => (Object.assign(this.box.prompt, { value: prompt[row] }), Object.assign(this.box.target, { value: "" }), Object.assign(this.box.rather, { value: "" }), this.complete()) }, prompt[row])));
   }
 
   /** What the model says, and whole answers that it may give: each is traced by a click. */
@@ -2110,6 +2113,7 @@ class Live {
       this.span = span;
       Object.assign(this.box.prompt, { value: span.prompt });
       Object.assign(this.box.target, { value: span.target });
+      Object.assign(this.box.rather, { value: "" });
       return this.trace();
     };
     const answer = (a) => h("button", { type: "button", title: `Trace “${a.target.trim()}”`,
@@ -2126,20 +2130,24 @@ class Live {
   }
 
   async trace() {
-    const methods = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
-    const [prompt, target] = [this.box.prompt.value, this.box.target.value];
+    const checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
+    const [prompt, target, rather] = ["prompt", "target", "rather"].map((name) => this.box[name].value);
+    const able = this.abilities.methods.filter((m) => m.contrasts || !rather.trim()).map((m) => m.name);
+    const methods = checked.filter((name) => able.includes(name));
     if (!target.trim()) return tell("Give a target, or let the model go on and click a word of its answer.", "wrong");
-    if (!methods.length) return tell("Choose a method.", "wrong");
-    this.checked = methods;
-    this.asks = JSON.stringify([prompt, target]);
+    if (!checked.length) return tell("Choose a method.", "wrong");
+    if (!methods.length) return tell("These methods rank for one target: choose one that compares gradients.", "wrong");
+    this.checked = checked;
+    this.asks = JSON.stringify([prompt, target, rather]);
     // Tokens stand for a text only as long as nobody changes it.
     const isSaid = this.span?.prompt === prompt && this.span.target === target;
-    const query = { prompt, target, tokens: isSaid ? this.span.tokens : null };
+    const query = { prompt, target, tokens: isSaid ? this.span.tokens : null, contrast: rather };
     const tokens = isSaid ? query.tokens.map((ids) => ids.join(".")).join("-") : "";
-    state.set({ prompt, target, tokens, methods: methods.join(",") }, { replace: true });
+    state.set({ prompt, target, rather, tokens, methods: checked.join(",") }, { replace: true });
     const answer = await this.ask("trace", { query, methods, k: 10 });
     if (!answer) return;
-    this.answer = { ...answer, query };
+    const left = checked.filter((name) => !able.includes(name)).map((name) => this.abilities.methods.find((m) => m.name === name).title);
+    this.answer = { ...answer, query, left };
     this.showAnswer();
     // On a narrow page the passages are below the form.
     if (this.results.getBoundingClientRect().top > innerHeight - 100) this.results.scrollIntoView();
@@ -2147,6 +2155,7 @@ class Live {
 
   showAnswer() {
     const { data, answer } = this;
+    const rather = answer.query.contrast.trim();
     const methods = answer.methods.map((m, i) => ({
       label: m.name, title: m.title, record: m.record, marks: m.record.proponent_correct ?? null, first: i === 0,
     }));
@@ -2155,7 +2164,10 @@ class Live {
     fill(this.results, heading(record),
       h("dl.facts", {},
         h("div", {}, h("dt", {}, "p(target | prompt)"), h("dd", {}, percent(answer.probability))),
-        h("div", {}, h("dt", {}, "target's rank"), h("dd", {}, String(answer.rank)))),
+        h("div", {}, h("dt", {}, "target's rank"), h("dd", {}, String(answer.rank))),
+        rather !== "" && h("div", {}, h("dt", {}, `p(${rather} | prompt)`), h("dd", {}, percent(answer.contrast_probability)))),
+      rather !== "" && h("p.quiet", {}, "Proponents make the model say ", h("b", {}, answer.query.target.trim()), " rather than ",
+        h("b", {}, rather), ", opponents the contrary.", answer.left.length > 0 && ` Left out, since they rank for one target: ${answer.left.join(", ")}.`),
       h("div.actions", {}, sides(this.rows.state.side)),
       highlightBar(),
       h("div.columns", { "data-count": methods.length }, methods.map((m) => column(m, methods.filter((o) => o !== m), context))));

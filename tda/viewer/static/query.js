@@ -60,7 +60,7 @@ export async function showQuery(element, rows, row, tools) {
         sides(now.side),
         h("button.wide", { type: "button", onclick: copyLink }, "Copy link"),
         data.index.live && h("a.button", {
-          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext, tokens: "" }),
+          href: state.link({ view: "trace", prompt: record.inputs_plaintext, target: record.targets_plaintext, rather: "", tokens: "" }),
         }, "Trace live"),
         board && board.texts.some((t) => t.query === main.columns.query[row]) &&
           h("a.button", { href: state.link({ view: "board" }) }, "Against retraining")),

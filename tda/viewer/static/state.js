@@ -13,6 +13,7 @@ const DEFAULTS = {
   hl: "",
   prompt: "",
   target: "",
+  rather: "", // another target, which the question subtracts
   tokens: "", // ids of prompt and target, where the model itself said the target
   methods: "",
   share: "",
