@@ -222,6 +222,10 @@ METHODS = {
     "rerank_trackstar": Method(
         "TrackStar, unprojected", retriever="rerank", corrected=True, hessian="train"
     ),
+    # With R of the queries too, as `trackstar` has it.
+    "rerank_mixed": Method(
+        "TrackStar, unprojected, R mixed", retriever="rerank", corrected=True, hessian="mixed"
+    ),
     "rerank_ekfac": Method(
         "EK-FAC influence, unprojected", retriever="rerank", unit_norm=False, curvature="ekfac"
     ),

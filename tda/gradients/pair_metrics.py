@@ -1,6 +1,7 @@
 """Metrics C^(1/2) of whole gradients, applied to both sides of a product (`pair_products`)."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class SiteMetric:
 
 # C^(1/2) by path of site.
 Metric = dict[str, SiteMetric]
+# A = E[G Gᵀ] and B = E[Gᵀ G] by path of site (`pair_products.fit_moments`).
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def identity(sites: list[Site]) -> Metric:
@@ -71,9 +74,7 @@ def ekfac(sites: list[Site], curvature: dict[str, kronecker.Curvature], damping:
     return metric
 
 
-def whitened(
-    metric: Metric, moments: dict[str, tuple[np.ndarray, np.ndarray]], damping: float = DAMPING
-) -> Metric:
+def whitened(metric: Metric, moments: Moments, damping: float = DAMPING) -> Metric:
     """Returns a metric followed by R^(−1/2), R = A ⊗ B / tr A of each matrix.
 
     Args:
@@ -104,6 +105,108 @@ def whitened(
         bases = jnp.asarray(left, jnp.float32), jnp.asarray(right / np.sqrt(trace), jnp.float32)
         whitened_metric[path] = dataclasses.replace(m, bases=bases)
     return whitened_metric
+
+
+def mix(train: Moments, evaluation: Moments, weight: float) -> Moments:
+    """Returns λ R_eval + (1 − λ) R_train, each factor by itself, as `tda.hessian.mix` does."""
+    return {
+        path: tuple(
+            weight * e + (1 - weight) * t for t, e in zip(pair, evaluation[path], strict=True)
+        )
+        for path, pair in train.items()
+    }
+
+
+def mixing_weight(train: Moments, evaluation: Moments, k: int) -> float:
+    """Returns λ of the paper's rule: λ σ_eval[k] = (1 − λ) σ_train[k] (`tda.hessian`).
+
+    Args:
+        train, evaluation: moments of passages and of queries.
+        k: the component among the eigenvalues of all A ⊗ B / tr A, counted from 1.
+
+    Raises:
+        ValueError: R_eval has no more than rounding at component k, so that λ would be 1.
+    """
+    of_train, of_queries = map(_eigenvalues, (train, evaluation))
+    largest = max(float(rows.max() * columns.max()) for rows, columns in of_queries)
+    a, b = _kth_product(of_train, k), _kth_product(of_queries, k)
+    if b <= ROUNDING * largest:
+        raise ValueError(
+            f"R of the queries has no direction at component {k}, where the mixing rule compares "
+            "it with R of the passages: ask more queries, set a smaller hessian.component or a "
+            "hessian.weight from 0 to 1, or use rerank_trackstar, with R of the passages alone"
+        )
+    return a / (a + b)
+
+
+def _eigenvalues(moments: Moments) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the eigenvalues of A / tr A and of B of every layer, float64 [M] and [N]."""
+    pairs = []
+    for A, B in moments.values():
+        columns = np.maximum(np.linalg.eigvalsh(np.asarray(B, np.float64)), 0)
+        is_diagonal = A.ndim < B.ndim
+        rows = np.asarray(A, np.float64)
+        rows = rows if is_diagonal else np.maximum(np.linalg.eigvalsh(rows), 0)
+        rows = rows / np.maximum(rows.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+        flat = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
+        pairs += zip(*flat, strict=True)
+    return pairs
+
+
+def _kth_product(pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> float:
+    """Returns the k-th largest of all products of a number of the left and one of the right.
+
+    By halving an interval: a model's products are as many as its weights.
+    """
+    columns = [np.sort(right) for _, right in pairs]
+
+    def count(least: float) -> int:
+        above = 0
+        for (left, _), right in zip(pairs, columns, strict=True):
+            positive = left[left > 0]
+            above += len(positive) * len(right) - int(
+                np.searchsorted(right, least / positive).sum()
+            )
+        return above
+
+    high = max(float(left.max() * right.max()) for left, right in pairs)
+    low = high * np.finfo(np.float64).eps ** 2
+    if not high or count(low) < k:
+        return 0.0
+    for _ in range(64):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if count(middle) >= k else (low, middle)
+    return low
+
+
+def balance_tables(
+    metric: Metric, squares: dict[str, float], numbers: dict[str, int], tables: Iterable[str]
+) -> Metric:
+    """Scales tables so that a number of theirs weighs what one of the other matrices does.
+
+    R^(−1/2) G has as many units of squared norm as numbers, were R right. Of a table R keeps a
+    diagonal for the rows alone, and the columns' moments are those of frequent tokens: rare tokens'
+    rows, whitened so, have thousands of times their share, and a cosine would compare nothing else.
+
+    Args:
+        metric: C^(1/2), with bases.
+        squares: the mean of ‖C^(1/2) G‖² over passages, by path.
+        numbers: how many numbers a gradient has, by path.
+        tables: the paths of tables.
+    """
+    tables = set(tables) & set(metric)
+    others = [path for path in metric if path not in tables]
+    if not others:
+        return metric
+    usual = sum(squares[p] for p in others) / sum(numbers[p] for p in others)
+    scaled = dict(metric)
+    for path in tables:
+        bases = metric[path].bases
+        if bases is not None and squares[path] > 0:
+            factor = np.float32(np.sqrt(usual * numbers[path] / squares[path]))
+            bases = bases[0] * factor, bases[1]
+            scaled[path] = dataclasses.replace(metric[path], bases=bases)
+    return scaled
 
 
 def _inverse_root(A: np.ndarray, damping: float) -> np.ndarray:

@@ -28,6 +28,7 @@ import numpy as np
 
 from tda.data.batches import BatchLayout
 from tda.data.tokens import TokenTable
+from tda.gradients import pair_metrics
 from tda.gradients.factors import GradientFactors
 from tda.gradients.outer_products import (
     Factors,
@@ -146,6 +147,32 @@ def fit_moments(
         on_rows(len(batch.rows))
     count = np.float32(len(rows))
     return {path: tuple(sharding.to_host(x) / count for x in pair) for path, pair in sums.items()}
+
+
+def balanced(
+    factors: GradientFactors,
+    metric: Metric,
+    layout: BatchLayout,
+    table: TokenTable,
+    rows: np.ndarray,
+) -> Metric:
+    """Returns a metric with R whose tables weigh what other matrices do (`balance_tables`).
+
+    Args:
+        factors, metric: the gradients and C^(1/2).
+        layout, table, rows: a sample of passages, over which squared norms are averaged.
+    """
+    if not factors.tables:
+        return metric
+    squares = dict.fromkeys(metric, 0.0)
+    for batch in layout.batches(table, rows):
+        changed = transform(metric, factors(layout.put(batch.arrays())))
+        for path in metric:
+            norms_B = sharding.to_host(norms({path: metric[path]}, {path: changed[path]}))
+            squares[path] += float(np.square(norms_B[: len(batch.rows)], dtype=np.float64).sum())
+    squares = {path: x / len(rows) for path, x in squares.items()}
+    numbers = {s.path: math.prod(s.shape) for s in factors.sites}
+    return pair_metrics.balance_tables(metric, squares, numbers, factors.tables)
 
 
 @jax.jit

@@ -7,11 +7,14 @@ import numpy as np
 from tda.data.batches import draw
 from tda.gradients import fitted_curvature, kronecker, pair_products, sites, taps
 from tda.gradients.factors import GradientFactors
-from tda.gradients.pair_metrics import Metric
+from tda.gradients.pair_metrics import Metric, Moments
 from tda.methods import GradientKind, Method
 from tda.run.run import CURVATURE_LABELS, Run
 from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint, plain
+
+# Passages over which the norms of tables and of other matrices are compared.
+_BALANCED = 256
 
 
 def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
@@ -39,28 +42,31 @@ def factors(run: Run, kind: GradientKind) -> dict[str, kronecker.Curvature]:
 
 
 def whole_moments(
-    run: Run, method: Method, factors: GradientFactors, metric: Metric
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns E[G Gᵀ] and E[Gᵀ G] of whole gradients of a sample of passages, by path.
+    run: Run, method: Method, factors: GradientFactors, metric: Metric, of: str = "passages"
+) -> Moments:
+    """Returns E[G Gᵀ] and E[Gᵀ G] of whole gradients by path: of a sample of passages, or queries.
 
     Args:
         run: the run.
         method: the method whose R they are.
         factors: computes the gradients.
         metric: the correction before R.
+        of: "passages" or "queries"; all queries are in R.
     """
-    file = file_of_metric(run, method)
+    file = _file_of_moments(run, method, of)
     with run.engine.alone():
-        if not processes.on_first_process("look for R without projection", file.exists):
-            sample = _sample(run)
-            with progress.bar(len(sample), "R without projection", "passage") as bar:
+        if not processes.on_first_process(f"look for R of {of}", file.exists):
+            is_corpus = of == "passages"
+            table = run.corpus.passages if is_corpus else run.corpus.prompts
+            rows = _sample(run) if is_corpus else np.arange(len(table))
+            with progress.bar(len(rows), f"R of {of} without projection", "row") as bar:
 
                 def on_rows(count: int) -> None:
                     bar.update(count)
                     processes.check_preemption(is_joint=True)
 
                 moments = pair_products.fit_moments(
-                    factors, metric, run.layout, run.corpus.passages, sample, on_rows
+                    factors, metric, run.layout, table, rows, on_rows
                 )
             arrays = {f"{p}|left": pair[0] for p, pair in moments.items()}
             arrays |= {f"{p}|right": pair[1] for p, pair in moments.items()}
@@ -74,16 +80,28 @@ def whole_moments(
     return {s.path: (arrays[f"{s.path}|left"], arrays[f"{s.path}|right"]) for s in factors.sites}
 
 
-def file_of_metric(run: Run, method: Method) -> pathlib.Path | None:
-    """Returns the file of the metric of a method without projection; None if it needs none."""
+def balanced(run: Run, factors: GradientFactors, metric: Metric) -> Metric:
+    """Returns a metric with R whose tables weigh what other matrices do, by a few passages."""
+    rows = draw(run.corpus.rows, _BALANCED, run.config.curvature.seed)
+    return pair_products.balanced(factors, metric, run.layout, run.corpus.passages, rows)
+
+
+def files_of_metric(run: Run, method: Method) -> list[pathlib.Path]:
+    """Returns the files of the metric of a method without projection."""
     kind = method.gradients
     if kind.curvature != "none":
-        return file_of(run, kind)
-    if method.hessian == "none":
-        return None
+        return [file_of(run, kind)]
+    sources = {"none": (), "train": ("passages",), "mixed": ("passages", "queries")}
+    return [_file_of_moments(run, method, of) for of in sources[method.hessian]]
+
+
+def _file_of_moments(run: Run, method: Method, of: str) -> pathlib.Path:
+    kind = method.gradients
     provenance = run.provenance(kind)
     provenance.pop("projection")
     provenance |= {"R": run.curvature_provenance("whole")}
+    if of == "queries":
+        provenance |= {"queries": run.corpus.fingerprint["queries"]}
     return run.workdir / "curvature" / f"whole-{fingerprint(plain(provenance))}.npz"
 
 

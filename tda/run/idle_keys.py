@@ -112,7 +112,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     (
         ("curvature",),
-        _have(lambda m: m.curvature != "none" or (m.retriever, m.hessian) == ("rerank", "train")),
+        _have(lambda m: m.curvature != "none" or (m.retriever == "rerank" and m.hessian != "none")),
         "no method uses Kronecker factors",
     ),
     (("curvature.damping",), _have(lambda m: m.curvature == "ekfac"), "no method is EK-FAC"),

@@ -3,17 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
 
+from tda import hessian
 from tda.data.batches import draw
 from tda.gradients import pair_metrics
 from tda.gradients.factors import GradientFactors
-from tda.gradients.pair_metrics import Metric
+from tda.gradients.pair_metrics import Metric, Moments
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
 from tda.retrieval import by_score, candidates
+from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.run import curvature, moments
 from tda.run.first_stage import FirstStage
@@ -39,11 +42,17 @@ def check(config, method: Method) -> None:
             f"{method.title}: a method without projection differentiates one function of passages "
             "and queries; name it by output"
         )
-    if method.hessian not in ("none", "train"):
-        raise ValueError(f"{method.title}: R without projection is none or train")
+    if (
+        method.hessian == "mixed"
+        and HessianSettings(**config.hessian).evaluation_of(method) != "all"
+    ):
+        raise ValueError(
+            f"{method.title}: R_eval without projection is of all queries; use "
+            "hessian.evaluation=all, or a method with R of the passages alone"
+        )
     if method.curvature == "logra" or (method.curvature != "none" and method.hessian != "none"):
         raise ValueError(f"{method.title}: without projection there is EK-FAC alone, or R alone")
-    if method.hessian == "train" and method.corrected and config.gradients.correction == "adam":
+    if method.hessian != "none" and method.corrected and config.gradients.correction == "adam":
         raise ValueError(f"{method.title}: {pair_metrics.NOT_FACTORED}")
 
 
@@ -64,13 +73,13 @@ class SecondStage(Retriever):
         self._first = FirstStage(run, make)
         self._factors = functools.cache(self._make_factors)
         self._metrics: dict[str, Metric] = {}
+        self._notes: dict[str, dict] = {}
 
     def lacks(self, method):
         """Returns what is missing for the candidates or the metric, or None."""
         if why := self._first.lacks(method):
             return why
-        file = curvature.file_of_metric(self.run, method)
-        if file is not None and not file.exists():
+        if not all(file.exists() for file in curvature.files_of_metric(self.run, method)):
             return "the run has no curvature on disk for it: the method was not run"
         return None
 
@@ -94,6 +103,11 @@ class SecondStage(Retriever):
         provenance.pop("projection")
         if method.hessian != "none":
             provenance |= {"R": self.run.curvature_provenance("whole"), "damping": self._damping}
+            provenance["tables"] = "balanced"
+        if method.hessian == "mixed":
+            h = self.run.config.hessian
+            queries = self.run.corpus.fingerprint["queries"]
+            provenance["R of queries"] = [queries, h.weight, h.component]
         return [provenance]
 
     @property
@@ -123,8 +137,9 @@ class SecondStage(Retriever):
             scores = self._scores(output, sharing, queries, pairs, on_progress)
             for name, scores_P in (scores or {}).items():
                 by_query = pairs.by_query(scores_P, len(queries))
+                note = self._notes.get(self._name_of_metric(sharing[name]), {})
                 results[name] = Result(
-                    self._ranked(first, by_query, len(queries), k, queries.correct)
+                    self._ranked(first, by_query, len(queries), k, queries.correct), note
                 )
         return results
 
@@ -174,9 +189,12 @@ class SecondStage(Retriever):
             passages = run.corpus.passages
             return scorer.score(queries.table, passages, pairs, groups, identity, on_rows)
 
+    def _name_of_metric(self, method: Method) -> str:
+        return fingerprint(plain([dataclasses.asdict(method.gradients), method.hessian]))
+
     def _metric(self, method: Method, factors: GradientFactors) -> Metric:
         run, kind = self.run, method.gradients
-        name = fingerprint(plain([dataclasses.asdict(kind), method.hessian]))
+        name = self._name_of_metric(method)
         if name not in self._metrics:
             sites = run.sites(kind)
             if kind.curvature == "ekfac":
@@ -186,11 +204,26 @@ class SecondStage(Retriever):
                 metric = pair_metrics.corrected(sites, moments.inverse_root_moments(run, kind))
             else:
                 metric = pair_metrics.identity(sites)
-            if method.hessian == "train":
+            if method.hessian != "none":
                 sums = curvature.whole_moments(run, method, factors, metric)
+                note: dict = {"damping": self._damping}
+                if method.hessian == "mixed":
+                    asked = curvature.whole_moments(run, method, factors, metric, "queries")
+                    sums, note = self._mix(sums, asked, note)
                 metric = pair_metrics.whitened(metric, sums, self._damping)
+                metric = curvature.balanced(run, factors, metric)
+                self._notes[name] = note
             self._metrics[name] = metric
         return self._metrics[name]
+
+    def _mix(self, train: Moments, evaluation: Moments, note: dict) -> tuple[Moments, dict]:
+        """Returns the mixture of R of passages and of queries, with a note of λ."""
+        h, sites = self.run.config.hessian, self.run.sites(Method("").gradients)
+        numbers = sum(math.prod(s.shape) for s in sites)
+        k = h.component or hessian.default_component(numbers)
+        weight = h.weight if h.weight >= 0 else pair_metrics.mixing_weight(train, evaluation, k)
+        note |= {"lambda": weight, "component": k, "evaluation": "all"}
+        return pair_metrics.mix(train, evaluation, weight), note
 
     def release(self, methods):
         """Frees the metrics and the compiled programs."""
