@@ -115,22 +115,43 @@ def make_metric(name, sites, gradients):
     return metric, apply
 
 
-def whitener(apply, gradients, is_table=False, damping=pair_metrics.DAMPING):
+def whitener(
+    apply, gradients, is_table=False, damping=pair_metrics.DAMPING, queries=None, weight=0.0
+):
     """R^(−1/2) of gradients after `apply`, with R = E[G Gᵀ] ⊗ E[Gᵀ G] / E‖G‖², damped.
 
-    Of a table E[G Gᵀ] counts as diagonal.
+    Of a table E[G Gᵀ] counts as diagonal. Moments of queries, if given, are mixed in.
     """
-    G = apply(gradients)
-    T = np.swapaxes(G, -1, -2)
+
+    def moments(gradients):
+        G = apply(gradients)
+        T = np.swapaxes(G, -1, -2)
+        rows = (G @ T).mean(0)
+        rows = rows * np.eye(rows.shape[-1]) if is_table else rows
+        return rows, (T @ G).mean(0), (G**2).sum((-1, -2)).mean(0)[..., None, None]
+
+    mixture = moments(gradients)
+    if queries is not None:
+        pairs = zip(mixture, moments(queries), strict=True)
+        mixture = [(1 - weight) * x + weight * y for x, y in pairs]
     roots = []
-    rows = (G @ T).mean(0)
-    for moment in (rows * np.eye(rows.shape[-1]) if is_table else rows, (T @ G).mean(0)):
+    for moment in mixture[:2]:
         n = moment.shape[-1]
         mean = np.trace(moment, axis1=-1, axis2=-2)[..., None, None] / n
         values, vectors = np.linalg.eigh(moment + damping * mean * np.eye(n))
         roots.append(vectors * values[..., None, :] ** -0.5 @ np.swapaxes(vectors, -1, -2))
-    norm = (G**2).sum((-1, -2)).mean(0)[..., None, None] ** 0.5
-    return lambda x: norm * (roots[0] @ apply(x) @ roots[1])
+    return lambda x: mixture[2] ** 0.5 * (roots[0] @ apply(x) @ roots[1])
+
+
+def balance(sides, is_table):
+    """Gradients of queries and of passages, a table's number of the mean size of the others'."""
+    of_passages = sides[1]
+    squares = {p: np.square(x).sum() / len(x) for p, x in of_passages.items()}
+    numbers = {p: x[0].size for p, x in of_passages.items()}
+    others = [p for p in squares if not is_table(p)]
+    usual = sum(squares[p] for p in others) / sum(numbers[p] for p in others)
+    scales = {p: (usual * numbers[p] / squares[p]) ** 0.5 if is_table(p) else 1.0 for p in squares}
+    return [{p: scales[p] * x for p, x in side.items()} for side in sides]
 
 
 MODELS = {
@@ -308,3 +329,35 @@ def test_parameters_without_taps_are_refused(decoder):
     model = decoder()
     with pytest.raises(ValueError, match="scale.*multiply their input by a matrix, or look up"):
         GradientFactors(model, find_sites(model, "scale", untapped="reference"))
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 100])
+def test_lambda_by_the_rule_is_that_of_all_products(k):
+    """Of the products of all eigenvalues, which are too many to be formed."""
+    rng = np.random.default_rng(0)
+
+    def moment(*shape):
+        x = rng.normal(size=(*shape, shape[-1]))
+        return x @ np.swapaxes(x, -1, -2)
+
+    def make():
+        table = rng.exponential(size=9), moment(4)
+        return {"layers": (moment(3, 6), moment(3, 5)), "table": table}
+
+    def products(moments):
+        found = []
+        for A, B in moments.values():
+            A = A if A.ndim == B.ndim else A[..., None] * np.eye(len(A))
+            for rows, columns in zip(
+                A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True
+            ):
+                found.append(np.kron(rows, columns) / np.trace(rows))
+        return np.sort(np.concatenate([np.linalg.eigvalsh(x) for x in found]))[::-1]
+
+    train, evaluation = make(), make()
+    a, b = products(train)[k - 1], products(evaluation)[k - 1]
+    assert pair_metrics.mixing_weight(train, evaluation, k) == pytest.approx(a / (a + b))
+    few = {"one": (np.diag([1.0, 0, 0]), np.diag([1.0, 0]))}
+    assert pair_metrics.mixing_weight(train, few, 1) > 0
+    with pytest.raises(ValueError, match="R of the queries has no direction at component 2"):
+        pair_metrics.mixing_weight(train, few, 2)

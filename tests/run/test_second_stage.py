@@ -15,12 +15,13 @@ from tda.run import idle_keys, remembered, retrieve, stages
 from tda.run import train as training
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
-from tests.gradients.test_pair_products import whitener
+from tests.gradients.test_pair_products import balance, whitener
 from tests.run.test_retrieve import changed, scores_of, unit
 
 pytestmark = pytest.mark.slow  # a run of its own, and many encoders
 
-NAMES = "trackstar,rerank_exp3,rerank_trackstar"
+NAMES = "trackstar,rerank_exp3,rerank_trackstar,rerank_mixed"
+WEIGHT = 0.6
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def traced(tmp_path_factory, one_device):
     config.gradients.include = "."
     config.rerank.passages, config.rerank.candidates = 5, "trackstar,bm25"
     config.eval.top_k = 5
+    config.hessian.weight = WEIGHT
     workdir = Workdir(path / "w")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_mesh", lambda config: one_device)
@@ -84,17 +86,30 @@ def test_scores_of_all_passages_are_those_of_whole_gradients(traced, complete, g
     queries, passages = map(unit, map(rows, scaled))
     expected = queries @ passages.T
     np.testing.assert_allclose(scores_of(complete, "rerank_exp3"), expected, rtol=0, atol=1e-5)
-    # By hand, with R of all passages, which are fewer than curvature.sample.
-    changed_by_r = []
-    for g in scaled:
-        whitened = {
-            p: whitener(lambda G: G, scaled[1][p], "embedding" in p)(x) for p, x in g.items()
-        }
-        changed_by_r.append(unit(rows(whitened)))
-    expected = changed_by_r[0] @ changed_by_r[1].T
-    got = scores_of(complete, "rerank_trackstar")
-    # R of twelve passages is damped in most directions, which magnifies rounding.
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    # By hand, with R of all passages, which are fewer than curvature.sample, and of all queries.
+    for name, weight in (("rerank_trackstar", 0.0), ("rerank_mixed", WEIGHT)):
+        changed_by_r = []
+        for g in scaled:
+            whitened = {}
+            for p, x in g.items():
+                is_table = "embedding" in p
+                how = dict(queries=scaled[0][p], weight=weight)
+                whitened[p] = whitener(lambda G: G, scaled[1][p], is_table, **how)(x)
+            changed_by_r.append(whitened)
+        changed_by_r = balance(changed_by_r, lambda path: "embedding" in path)
+        queries, passages = map(unit, map(rows, changed_by_r))
+        # R of twelve passages is damped in most directions, which magnifies rounding.
+        got = scores_of(complete, name)
+        np.testing.assert_allclose(got, queries @ passages.T, rtol=0, atol=1e-3)
+
+
+def test_lambda_is_that_of_the_rule_and_noted(traced):
+    run = traced[0]
+    _, notes = retrieve.retrieve(changed(run, methods="rerank_mixed", hessian__component=3))
+    assert notes["rerank_mixed"]["lambda"] == WEIGHT
+    by_rule = changed(run, methods="rerank_mixed", hessian__component=3, hessian__weight=-1.0)
+    _, notes = retrieve.retrieve(by_rule)
+    assert 0 < notes["rerank_mixed"]["lambda"] < 1 and notes["rerank_mixed"]["component"] == 3
 
 
 def test_candidates_have_the_scores_that_they_have_among_all(traced, complete):
@@ -161,6 +176,7 @@ def test_what_does_not_fit_is_refused(traced):
         (dict(rerank__candidates="trackstar,rerank_cos"), "rerank_cos score the candidates"),
         (dict(gradients__correction="adam"), "exact Adam correction"),
         (dict(rerank__candidates="trackstars"), "unknown method 'trackstars'"),
+        (dict(hessian__evaluation="disjoint"), "R_eval without projection is of all queries"),
     ):
         config = changed(run, **keys).config
         with pytest.raises(ValueError, match=message):
