@@ -22,7 +22,7 @@ from tda.runtime import progress
 # The most passages that R is computed from, and the bytes of the queries' factors in memory.
 _SAMPLE, _MEMORY = 4096, 4 << 30
 # Passages over which the norms of tables and of other matrices are compared.
-_BALANCED = 256
+_BALANCED = 512
 
 
 class WholeGradients:
@@ -72,7 +72,8 @@ class WholeGradients:
     def _whitened(self, damping: float) -> Metric:
         damping = pair_metrics.DAMPING if damping < 0 else damping
         metric = pair_metrics.whitened(self._plain, self._moments, damping)
-        rows = draw(len(self._table), _BALANCED, self._settings.moments.seed)
+        # Others than R's, whose tokens R has seen: those of other passages may be rarer.
+        rows = draw(len(self._table), _BALANCED, self._settings.moments.seed + 1)
         return pair_products.balanced(self._factors, metric, self._layout, self._table, rows)
 
     def rank(

@@ -14,7 +14,7 @@ from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint, plain
 
 # Passages over which the norms of tables and of other matrices are compared.
-_BALANCED = 256
+_BALANCED = 512
 
 
 def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
@@ -82,7 +82,8 @@ def whole_moments(
 
 def balanced(run: Run, factors: GradientFactors, metric: Metric) -> Metric:
     """Returns a metric with R whose tables weigh what other matrices do, by a few passages."""
-    rows = draw(run.corpus.rows, _BALANCED, run.config.curvature.seed)
+    # Others than R's, whose tokens R has seen: those of other passages may be rarer.
+    rows = draw(run.corpus.rows, _BALANCED, run.config.curvature.seed + 1)
     return pair_products.balanced(factors, metric, run.layout, run.corpus.passages, rows)
 
 

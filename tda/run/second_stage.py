@@ -103,7 +103,7 @@ class SecondStage(Retriever):
         provenance.pop("projection")
         if method.hessian != "none":
             provenance |= {"R": self.run.curvature_provenance("whole"), "damping": self._damping}
-            provenance["tables"] = "balanced"
+            provenance["tables"] = "balanced by others"
         if method.hessian == "mixed":
             h = self.run.config.hessian
             queries = self.run.corpus.fingerprint["queries"]
