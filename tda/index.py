@@ -210,9 +210,9 @@ class _Kind:
             rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
         if rerank and isinstance(self._inputs, TextInputs):
             reranker = self._inputs.whole_gradients
-            others = [self._inputs.first_by_words(encoded, rerank)] if candidates else []
+            by_words = [self._inputs.first_by_words(encoded, rerank)] if candidates else []
             rankings = {
-                n: reranker.rank(encoded.prompts, [rankings[n], *others], m, k, damping)
+                n: reranker.rank(encoded.prompts, [rankings[n], *by_words], m, k, damping)
                 for n, m in chosen.items()
             }
         for name, method in chosen.items():

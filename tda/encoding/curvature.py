@@ -22,12 +22,9 @@ def fit(settings: TraceSettings, table: TokenTable, layout: BatchLayout) -> dict
     rows = draw(len(table), _SAMPLE, seed)
 
     def batches(stage: str) -> Iterator[dict]:
-        quiet = settings.quiet
-        with progress.bar(len(rows), f"EK-FAC: {stage}", "passage", quiet=quiet) as bar:
-            for batch in kronecker.batches(table, rows, labels="sampled", layout=layout, seed=seed):
-                yield batch
-                # Rows that only fill a batch up have no weights.
-                bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
+        name, options = f"EK-FAC: {stage}", {"labels": "sampled", "layout": layout, "seed": seed}
+        with progress.bar(len(rows), name, "passage", quiet=settings.quiet) as bar:
+            yield from kronecker.batches(table, rows, **options, on_rows=bar.update)
 
     return fitted_curvature.fit(settings.model, settings.sites(), batches, "sampled")
 

@@ -237,8 +237,10 @@ class TextInputs:
             return None
         if self._directory is None:
             return curvature.fit(settings, table, self._layout)
-        kept = self._directory, self._provenance, self.corpus.holding
-        return curvature.load_or_fit(settings, table, self._layout, *kept)
+        provenance, holding = self._provenance, self.corpus.holding
+        return curvature.load_or_fit(
+            settings, table, self._layout, self._directory, provenance, holding
+        )
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -21,8 +21,6 @@ from tda.runtime import progress
 
 # The most passages that R is computed from, and the bytes of the queries' factors in memory.
 _SAMPLE, _MEMORY = 4096, 4 << 30
-# Passages over which the norms of tables and of other matrices are compared.
-_BALANCED = 512
 
 
 class WholeGradients:
@@ -49,6 +47,8 @@ class WholeGradients:
     ):
         self._settings, self._table, self._layout, self._scales = settings, table, layout, scales
         self._curvature = curvature
+        # Made once for all questions.
+        self._whitened = functools.cache(self._make_whitened)
         self._factors = GradientFactors(
             settings.model, settings.sites(), settings.loss, settings.mesh
         )
@@ -69,12 +69,11 @@ class WholeGradients:
             self._factors, self._plain, self._layout, self._table, rows
         )
 
-    def _whitened(self, damping: float) -> Metric:
+    def _make_whitened(self, damping: float) -> Metric:
         damping = pair_metrics.DAMPING if damping < 0 else damping
         metric = pair_metrics.whitened(self._plain, self._moments, damping)
-        # Others than R's, whose tokens R has seen: those of other passages may be rarer.
-        rows = draw(len(self._table), _BALANCED, self._settings.moments.seed + 1)
-        return pair_products.balanced(self._factors, metric, self._layout, self._table, rows)
+        seed = self._settings.moments.seed
+        return pair_products.balanced(self._factors, metric, self._layout, self._table, seed)
 
     def rank(
         self,

@@ -14,7 +14,7 @@ estimate of the influence, at the cost of the exact Adam correction and two chan
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,13 @@ def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
 
 
 def batches(
-    table: TokenTable, rows: np.ndarray, *, labels: str, layout: BatchLayout, seed: int = 0
+    table: TokenTable,
+    rows: np.ndarray,
+    *,
+    labels: str,
+    layout: BatchLayout,
+    seed: int = 0,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[dict]:
     """Yields batches {"tokens", "targets", "weights"} of a table's rows.
 
@@ -84,6 +90,7 @@ def batches(
             seed, the row and the position only; "data": the targets are the next tokens.
         layout: how the rows are batched.
         seed: the seed of the sampled labels.
+        on_rows: called with the number of a batch's rows when the next one is asked for.
     """
     for batch in layout.batches(table, rows):
         arrays = batch.arrays()
@@ -94,6 +101,7 @@ def batches(
                     batch.tokens.shape[1]
                 )
         yield arrays
+        on_rows(len(batch.rows))
 
 
 def covariances(

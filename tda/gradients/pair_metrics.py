@@ -195,10 +195,10 @@ def balance_tables(
         tables: the paths of tables.
     """
     tables = set(tables) & set(metric)
-    others = [path for path in metric if path not in tables]
-    if not others:
+    matrices = [path for path in metric if path not in tables]
+    if not matrices:
         return metric
-    usual = sum(squares[p] for p in others) / sum(numbers[p] for p in others)
+    usual = sum(squares[p] for p in matrices) / sum(numbers[p] for p in matrices)
     scaled = dict(metric)
     for path in tables:
         bases = metric[path].bases

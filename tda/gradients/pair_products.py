@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.data.tokens import TokenTable
 from tda.gradients import pair_metrics
 from tda.gradients.factors import GradientFactors
@@ -49,6 +49,8 @@ from tda.runtime import sharding
 
 # Numbers that a device holds at once while products are taken: 64 MiB of float32.
 _AT_ONCE = 2**24
+# Passages over which the norms of tables and of other matrices are compared.
+_BALANCED = 512
 
 
 @jax.jit
@@ -154,16 +156,19 @@ def balanced(
     metric: Metric,
     layout: BatchLayout,
     table: TokenTable,
-    rows: np.ndarray,
+    seed: int,
 ) -> Metric:
     """Returns a metric with R whose tables weigh what other matrices do (`balance_tables`).
 
     Args:
         factors, metric: the gradients and C^(1/2).
-        layout, table, rows: a sample of passages, over which squared norms are averaged.
+        layout, table: the passages, over some of which squared norms are averaged.
+        seed: of the draw of R's own passages.
     """
     if not factors.tables:
         return metric
+    # Others than R's, whose tokens R has seen: those of other passages may be rarer.
+    rows = draw(len(table), _BALANCED, seed + 1)
     squares = dict.fromkeys(metric, 0.0)
     for batch in layout.batches(table, rows):
         changed = transform(metric, factors(layout.put(batch.arrays())))

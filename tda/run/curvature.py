@@ -13,9 +13,6 @@ from tda.run.run import CURVATURE_LABELS, Run
 from tda.runtime import atomic_file, processes, progress
 from tda.runtime.fingerprint import fingerprint, plain
 
-# Passages over which the norms of tables and of other matrices are compared.
-_BALANCED = 512
-
 
 def make_taps(run: Run, kind: GradientKind) -> dict[sites.Site, taps.Tap]:
     """Returns the taps of the gradients that EK-FAC or LoGra compares, by site."""
@@ -80,13 +77,6 @@ def whole_moments(
     return {s.path: (arrays[f"{s.path}|left"], arrays[f"{s.path}|right"]) for s in factors.sites}
 
 
-def balanced(run: Run, factors: GradientFactors, metric: Metric) -> Metric:
-    """Returns a metric with R whose tables weigh what other matrices do, by a few passages."""
-    # Others than R's, whose tokens R has seen: those of other passages may be rarer.
-    rows = draw(run.corpus.rows, _BALANCED, run.config.curvature.seed + 1)
-    return pair_products.balanced(factors, metric, run.layout, run.corpus.passages, rows)
-
-
 def files_of_metric(run: Run, method: Method) -> list[pathlib.Path]:
     """Returns the files of the metric of a method without projection."""
     kind = method.gradients
@@ -136,14 +126,13 @@ def _fit(run: Run, kind: GradientKind) -> dict:
     rows = _sample(run)
 
     def batches(stage):
-        sampled = kronecker.batches(
-            corpus.passages, rows, labels=labels, layout=run.layout, seed=settings.seed
-        )
         with progress.bar(len(rows), f"{kind.curvature}: {stage}", "passage") as bar:
-            for batch in sampled:
-                yield batch
-                # Rows that only fill a batch up have no weights.
-                bar.update(int((batch["weights"] > 0).any(axis=1).sum()))
+
+            def on_rows(count: int) -> None:
+                bar.update(count)
                 processes.check_preemption(is_joint=True)
+
+            options = {"labels": labels, "layout": run.layout, "seed": settings.seed}
+            yield from kronecker.batches(corpus.passages, rows, **options, on_rows=on_rows)
 
     return fitted_curvature.fit(model, chosen, batches, labels, _rank(run, kind))

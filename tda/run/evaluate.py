@@ -71,7 +71,7 @@ def evaluate(run: Run, rankings: dict[str, Ranked], out: pathlib.Path | None = N
         rankings: by method. A row of −1 is no passage: a method may find fewer than K.
         out: directory to write to; by default the workdir.
     """
-    queries = draw(len(run.corpus.queries), run.config.eval.queries, run.config.data.seed)
+    queries = run.evaluated
     known = _known(run, queries)
     # All methods at once: a pair that several retrieve is measured once.
     patches = _Patches.measure(run, rankings, queries)

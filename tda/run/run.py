@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from tda.data import tokens
-from tda.data.batches import BatchLayout
+from tda.data.batches import BatchLayout, draw
 from tda.data.joining import join
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.tokenizer import Tokenizer
@@ -301,6 +301,12 @@ class Run:
     def store_root(self) -> str:
         """The directory of the run's stores, local or in object storage."""
         return self.config.store.root or str(self.workdir / "stores")
+
+    @property
+    def evaluated(self) -> np.ndarray:
+        """The queries that figures are over, int64 [N], ascending."""
+        config = self.config
+        return draw(len(self.corpus.queries), config.eval.queries, config.data.seed)
 
     def store_path(self, name: str, kind: GradientKind, step: int | None = None) -> str:
         """Returns the directory of the store of the "corpus" or of the "queries"."""

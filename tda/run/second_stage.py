@@ -9,8 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tda import hessian
-from tda.data.batches import draw
-from tda.gradients import pair_metrics
+from tda.gradients import pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_metrics import Metric, Moments
 from tda.gradients.second_stage import Pairs, PairScorer
@@ -93,10 +92,10 @@ class SecondStage(Retriever):
     @functools.cached_property
     def _evaluated(self) -> list[int] | None:
         """The queries whose candidates are scored: of a run those that it evaluates; None: all."""
-        config, count = self.run.config, len(self.run.corpus.prompts)
-        if self.run.live or not config.rerank.passages or not 0 < config.eval.queries < count:
+        if self.run.live or not self.run.config.rerank.passages:
             return None
-        return draw(count, config.eval.queries, config.data.seed).tolist()
+        evaluated = self.run.evaluated
+        return None if len(evaluated) == len(self.run.corpus.prompts) else evaluated.tolist()
 
     def _gradients(self, method: Method) -> list:
         provenance = self.run.provenance(method.gradients)
@@ -208,21 +207,24 @@ class SecondStage(Retriever):
                 sums = curvature.whole_moments(run, method, factors, metric)
                 note: dict = {"damping": self._damping}
                 if method.hessian == "mixed":
-                    asked = curvature.whole_moments(run, method, factors, metric, "queries")
-                    sums, note = self._mix(sums, asked, note)
+                    of_queries = curvature.whole_moments(run, method, factors, metric, "queries")
+                    sums, of_mixture = self._mix(sums, of_queries)
+                    note |= of_mixture
                 metric = pair_metrics.whitened(metric, sums, self._damping)
-                metric = curvature.balanced(run, factors, metric)
+                seed = run.config.curvature.seed
+                passages = run.corpus.passages
+                metric = pair_products.balanced(factors, metric, run.layout, passages, seed)
                 self._notes[name] = note
             self._metrics[name] = metric
         return self._metrics[name]
 
-    def _mix(self, train: Moments, evaluation: Moments, note: dict) -> tuple[Moments, dict]:
+    def _mix(self, train: Moments, evaluation: Moments) -> tuple[Moments, dict]:
         """Returns the mixture of R of passages and of queries, with a note of λ."""
         h, sites = self.run.config.hessian, self.run.sites(Method("").gradients)
         numbers = sum(math.prod(s.shape) for s in sites)
         k = h.component or hessian.default_component(numbers)
         weight = h.weight if h.weight >= 0 else pair_metrics.mixing_weight(train, evaluation, k)
-        note |= {"lambda": weight, "component": k, "evaluation": "all"}
+        note = {"lambda": weight, "component": k, "evaluation": "all"}
         return pair_metrics.mix(train, evaluation, weight), note
 
     def release(self, methods):

@@ -8,7 +8,6 @@ import optax
 
 from tda import methods
 from tda import store as stores
-from tda.data.batches import draw
 from tda.evaluation import summary
 from tda.gradients.moments.scales import parse_correction
 from tda.model.decoder import abstract_decoder
@@ -190,7 +189,7 @@ def examples(run: Run, rankings: dict[str, Ranked]) -> str:
     reason.
     """
     config, corpus = run.config, run.corpus
-    queries = draw(len(corpus.queries), config.eval.queries, config.data.seed)
+    queries = run.evaluated
     is_known = measures.knowledge(run, queries) == summary.KNOWLEDGE.index("knows")
     order = np.random.default_rng(config.data.seed + 1).permutation(len(queries))
     chosen = queries[sorted(order, key=lambda i: not is_known[i])[:3]]
