@@ -9,17 +9,18 @@ Expected LDS at 5%: metagradient 0.98, adjoint 0.69, EK-FAC 0.62, whole dot prod
 0.25; Exp 5 0.39, TrackStar 0.28, BM25 0.19; random within 0.1 of 0.
 """
 
+import pathlib
+import runpy
+
 from tda.run import defaults
 
 
 def get_config():
     """Returns the config of the bank of T-REx sentences."""
     c = defaults.get_config()
-    c.methods = "trackstar,trackstar_raw,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,ekfac,"
-    c.methods += "ekfac_cos,logra,bm25,hidden_last,random,length,gradient_norm,"
-    # Every passage is scored without projection.
-    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac,"
-    c.methods += "rerank_ekfac_cos"
+    # By its path, since the files of an installed package are not on Python's path.
+    world = pathlib.Path(__file__).with_name("counterfactual_world.py")
+    runpy.run_path(str(world))["add_methods"](c)
     c.rerank.passages = 0
     c.data.pool = "clean"
     c.data.exclude_relations = "P527,P138,P20,P937,P463"
@@ -41,5 +42,7 @@ def get_config():
     c.counterfactual.epochs = 1.0
     c.counterfactual.warmup = 5
     c.counterfactual.subsets = 100
-    c.counterfactual.fractions = "0.05,0.5"
+    c.counterfactual.fractions = "0.05,0.5,0.01"
+    c.counterfactual.orders = 2
+    c.counterfactual.own_top = 16
     return c

@@ -13,7 +13,21 @@ Shampoo, EK-FAC, the other adjoints and gradients over √V, whole, 0.69 to 0.71
 0.65, projected 0.44; TrackStar 0.53; BM25 0.28; random within 0.1 of 0.
 """
 
+import importlib.util
+import pathlib
+import runpy
+
 from tda.run import defaults
+
+METHODS = (
+    "trackstar,trackstar_raw,trackstar_leave_one_out,trackstar_disjoint,exp1,exp3,exp4,exp5,"
+    "grad_cos,grad_dot,trak,tracin,less,captured,captured_plain,ekfac,ekfac_cos,logra,logra_cos,"
+    "bm25,hidden_middle,hidden_last,random,length,gradient_norm,trackstar_logit,trackstar_margin,"
+    "trackstar_query_logit,"
+    # Every passage is scored without projection.
+    "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_exp5,rerank_trackstar,rerank_ekfac,"
+    "rerank_ekfac_cos"
+)
 
 
 def get_config(size: str = "full"):
@@ -21,12 +35,7 @@ def get_config(size: str = "full"):
     if size not in ("full", "small"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()
-    c.methods = "trackstar,trackstar_raw,exp1,exp3,exp4,exp5,grad_cos,grad_dot,trak,tracin,less,"
-    c.methods += "captured,captured_plain,ekfac,ekfac_cos,logra,bm25,hidden_last,random,length,"
-    c.methods += "gradient_norm,trackstar_logit,trackstar_margin,trackstar_query_logit,"
-    # Every passage is scored without projection.
-    c.methods += "rerank_dot,rerank_cos,rerank_exp3,rerank_exp4,rerank_trackstar,rerank_ekfac,"
-    c.methods += "rerank_ekfac_cos"
+    add_methods(c)
     c.rerank.passages = 0
     c.data.pool = "clean"
     # The bank's passages are not in the text that the model is pretrained on.
@@ -50,10 +59,11 @@ def get_config(size: str = "full"):
     c.counterfactual.learning_rate = 1e-3
     c.counterfactual.warmup = 8
     c.counterfactual.subsets = 100
-    c.counterfactual.fractions = "0.05,0.5"
+    c.counterfactual.fractions = "0.05,0.5,0.01"
     c.counterfactual.orders = 2
     c.counterfactual.own_top = 16
     if size == "small":
+        c.dense.model = ""
         c.methods = "captured,captured_plain,exp1,trackstar,rerank_trackstar,grad_cos,grad_dot,"
         c.methods += "bm25,random"
         c.counterfactual.methods = "metagradient,ekfac_whole,adam_dot_whole,dot_whole"
@@ -63,3 +73,13 @@ def get_config(size: str = "full"):
         c.counterfactual.orders = 1
         c.counterfactual.own_top = 0
     return c
+
+
+def add_methods(c) -> None:
+    """Adds the rows of a board; dense retrieval where its extra is installed."""
+    c.methods = METHODS
+    if importlib.util.find_spec("sentence_transformers"):
+        c.methods += ",dense"
+        # By its path, since the files of an installed package are not on Python's path.
+        table1 = pathlib.Path(__file__).with_name("trex_table1.py")
+        c.dense.model = runpy.run_path(str(table1))["sentence_encoder"]()

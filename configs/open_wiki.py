@@ -18,7 +18,7 @@ The judge goes by names (`lexical`); of a model: --config.judge.name=nli --confi
 
 Cost: the small one takes 13 minutes on 2 busy CPU cores, and 0.1 GB; the other many hours.
 Expected AIS-MRR of the small one, by the judge of names: BM25 0.94, dense 0.83, rrf 0.58,
-rerank_bm25 0.35, rerank_mixed 0.26, TrackStar 0.21, gradient cosine 0.08, random 0
+rerank_bm25 0.35, rerank_trackstar 0.26, TrackStar 0.21, gradient cosine 0.08, random 0
 (results/README.md).
 """
 
@@ -47,7 +47,7 @@ def get_config(variant: str = "full"):
     has_dense = importlib.util.find_spec("sentence_transformers")
     dense = "dense," if has_dense else ""
     c.methods = (
-        f"bm25,{dense}grad_dot,grad_cos,exp5,trackstar,rerank_trackstar,rerank_mixed,rerank_bm25,"
+        f"bm25,{dense}grad_dot,grad_cos,exp5,trackstar,rerank_exp5,rerank_trackstar,rerank_bm25,"
         "rrf,random"
     )
     # By its path, since the files of an installed package are not on Python's path.
@@ -86,7 +86,7 @@ def get_config(variant: str = "full"):
         c.data.n_queries = min(c.data.n_queries, 200)
         c.eval.sampled_queries = 0
     if queries in TASKS:
-        c.methods = f"bm25,{dense}grad_dot,grad_cos,exp5,rerank_trackstar,random"
+        c.methods = f"bm25,{dense}grad_dot,grad_cos,exp5,rerank_exp5,random"
         c.judge.name = ""
     if queries in ("piqa", "word_problems", "stories"):
         c.model.context = 384  # the longest are twice as long as the others' context

@@ -219,12 +219,14 @@ METHODS = {
     "rerank_cos": Method("cosine, unprojected", retriever="rerank"),
     "rerank_exp3": Method("optimizer, norm, unprojected", retriever="rerank", corrected=True),
     "rerank_exp4": Method("R_train, norm, unprojected", retriever="rerank", hessian="train"),
-    "rerank_trackstar": Method(
-        "TrackStar, unprojected", retriever="rerank", corrected=True, hessian="train"
+    "rerank_exp5": Method(
+        "optimizer, R_train, norm, unprojected",
+        retriever="rerank",
+        corrected=True,
+        hessian="train",
     ),
-    # With R of the queries too, as `trackstar` has it.
-    "rerank_mixed": Method(
-        "TrackStar, unprojected, R mixed", retriever="rerank", corrected=True, hessian="mixed"
+    "rerank_trackstar": Method(
+        "TrackStar, unprojected", retriever="rerank", corrected=True, hessian="mixed"
     ),
     "rerank_ekfac": Method(
         "EK-FAC influence, unprojected", retriever="rerank", unit_norm=False, curvature="ekfac"
@@ -237,7 +239,7 @@ METHODS = {
         "TrackStar on BM25's passages, unprojected",
         retriever="rerank",
         corrected=True,
-        hessian="train",
+        hessian="mixed",
         candidates="bm25",
     ),
     "rrf": Method(

@@ -134,7 +134,7 @@ def mixing_weight(train: Moments, evaluation: Moments, k: int) -> float:
         raise ValueError(
             f"R of the queries has no direction at component {k}, where the mixing rule compares "
             "it with R of the passages: ask more queries, set a smaller hessian.component or a "
-            "hessian.weight from 0 to 1, or use rerank_trackstar, with R of the passages alone"
+            "hessian.weight from 0 to 1, or use rerank_exp5, with R of the passages alone"
         )
     return a / (a + b)
 

@@ -67,7 +67,7 @@ def test_the_config_of_table_2():
         config = open_wiki.get_config(size)
         named = config.methods.split(",")
         assert set(methods.PAPER_OPEN) - {"dense"} < set(named) <= set(METHODS)
-        assert {"rerank_trackstar", "rerank_bm25", "rrf"} < set(named) and config.judge.name
+        assert {"rerank_exp5", "rerank_bm25", "rrf"} < set(named) and config.judge.name
     for queries in (*open_wiki.TASKS, "known_1000"):
         config = open_wiki.get_config(f"small,{queries}")
         mixed = [m for m in methods.parse(config.methods).values() if m.hessian == "mixed"]

@@ -20,7 +20,7 @@ from tests.run.test_retrieve import changed, scores_of, unit
 
 pytestmark = pytest.mark.slow  # a run of its own, and many encoders
 
-NAMES = "trackstar,rerank_exp3,rerank_trackstar,rerank_mixed"
+NAMES = "trackstar,rerank_exp3,rerank_exp5,rerank_trackstar"
 WEIGHT = 0.6
 
 
@@ -87,7 +87,7 @@ def test_scores_of_all_passages_are_those_of_whole_gradients(traced, complete, g
     expected = queries @ passages.T
     np.testing.assert_allclose(scores_of(complete, "rerank_exp3"), expected, rtol=0, atol=1e-5)
     # By hand, with R of all passages, which are fewer than curvature.sample, and of all queries.
-    for name, weight in (("rerank_trackstar", 0.0), ("rerank_mixed", WEIGHT)):
+    for name, weight in (("rerank_exp5", 0.0), ("rerank_trackstar", WEIGHT)):
         changed_by_r = []
         for g in scaled:
             whitened = {}
@@ -105,11 +105,13 @@ def test_scores_of_all_passages_are_those_of_whole_gradients(traced, complete, g
 
 def test_lambda_is_that_of_the_rule_and_noted(traced):
     run = traced[0]
-    _, notes = retrieve.retrieve(changed(run, methods="rerank_mixed", hessian__component=3))
-    assert notes["rerank_mixed"]["lambda"] == WEIGHT
-    by_rule = changed(run, methods="rerank_mixed", hessian__component=3, hessian__weight=-1.0)
+    _, notes = retrieve.retrieve(changed(run, methods="rerank_trackstar", hessian__component=3))
+    assert notes["rerank_trackstar"]["lambda"] == WEIGHT
+    by_rule = changed(run, methods="rerank_trackstar", hessian__component=3, hessian__weight=-1.0)
     _, notes = retrieve.retrieve(by_rule)
-    assert 0 < notes["rerank_mixed"]["lambda"] < 1 and notes["rerank_mixed"]["component"] == 3
+    assert (
+        0 < notes["rerank_trackstar"]["lambda"] < 1 and notes["rerank_trackstar"]["component"] == 3
+    )
 
 
 def test_candidates_have_the_scores_that_they_have_among_all(traced, complete):
@@ -201,7 +203,7 @@ def test_keys_without_effect_are_told(traced):
 def test_words_and_gradients_together(traced, complete):
     run, ranked, _ = traced
     joined, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rrf,bm25"))
-    scores = scores_of(complete, "rerank_trackstar")
+    scores = scores_of(complete, "rerank_exp5")
     for q in range(4):
         words, gradients = (
             [row for row in x.proponents[q].tolist() if row >= 0]
@@ -217,9 +219,9 @@ def test_words_and_gradients_together(traced, complete):
         best = sorted(ranks, key=lambda row: -ranks[row])[:5]
         assert joined["rrf"].proponents[q].tolist() == best
     # Candidates of the others do not count.
-    together, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rerank_trackstar"))
+    together, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rerank_exp5"))
     np.testing.assert_array_equal(
-        together["rerank_trackstar"].proponents, ranked["rerank_trackstar"].proponents
+        together["rerank_exp5"].proponents, ranked["rerank_exp5"].proponents
     )
     live = LiveRun(run.workdir.path)
     fact = run.corpus.queries[1]

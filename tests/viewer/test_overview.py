@@ -124,7 +124,7 @@ def test_a_run_without_labels_has_one_measure(page, workdir, tmp_path):
 
 CROWDED = {
     "trackstar": (0.651, 0.0248), "trackstar_train": (0.640, 0.0251), "ekfac": (0.645, 0.0235),
-    "rerank_trackstar": (0.72, 0.0262), "hidden": (0.66, 0.004), "bm25": (0.94, 0.0145),
+    "rerank_exp5": (0.72, 0.0262), "hidden": (0.66, 0.004), "bm25": (0.94, 0.0145),
     "grad_cos": (0.515, 0.0224), "grad_dot": (0.357, 0.017), "random": (0.01, -0.001),
 }  # fmt: skip
 OVERLAPS = """[...document.querySelectorAll(".scatter text")].flatMap((a, i, all) => {
