@@ -125,13 +125,8 @@ def check_rerank(
         raise ValueError(f"rerank={rerank} is below k={k}: rankings would be too short; raise it")
     if not has_tokenizer:
         raise ValueError(f"rerank={rerank} has no effect on batches: it is for texts; leave it out")
-    if any(m.hessian == "mixed" for m in methods):
-        raise ValueError(
-            f"rerank={rerank}: R without projection is R of the passages; use a method such as "
-            "'trackstar_train'"
-        )
     is_exact = parse_correction(settings.moments.correction)[0] == "adam"
-    if is_exact and any(m.corrected and m.hessian == "train" for m in methods):
+    if is_exact and any(m.corrected and m.hessian != "none" for m in methods):
         raise ValueError(f"rerank={rerank}: {NOT_FACTORED}")
     check_sites(settings.sites())
 

@@ -12,7 +12,7 @@ from tda.gradients import kronecker, pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
 from tda.gradients.kronecker import Curvature
 from tda.gradients.moments.scales import Scale
-from tda.gradients.pair_metrics import Metric
+from tda.gradients.pair_metrics import Metric, Moments
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
 from tda.retrieval import candidates
@@ -63,17 +63,35 @@ class WholeGradients:
         return pair_metrics.corrected(sites, self._scales)
 
     @functools.cached_property
-    def _moments(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _moments(self) -> Moments:
         rows = draw(len(self._table), _SAMPLE, self._settings.moments.seed)
         return pair_products.fit_moments(
             self._factors, self._plain, self._layout, self._table, rows
         )
 
     def _make_whitened(self, damping: float) -> Metric:
+        return self._whiten(self._moments, damping)
+
+    def _whiten(self, moments: Moments, damping: float) -> Metric:
         damping = pair_metrics.DAMPING if damping < 0 else damping
-        metric = pair_metrics.whitened(self._plain, self._moments, damping)
+        metric = pair_metrics.whitened(self._plain, moments, damping)
         seed = self._settings.moments.seed
         return pair_products.balanced(self._factors, metric, self._layout, self._table, seed)
+
+    def _metric(self, method: Method, queries: TokenTable, damping: float) -> Metric:
+        if method.hessian == "none":
+            return self._plain
+        if method.hessian == "train":
+            return self._whitened(damping)
+        rows = np.arange(len(queries))
+        of_queries = pair_products.fit_moments(
+            self._factors, self._plain, self._layout, queries, rows
+        )
+        mixed, weight, k = pair_metrics.mixture(self._moments, of_queries)
+        if not self._settings.quiet:
+            note = f"λ = {weight:.3f}, k = {k:,d}"
+            print(f"second stage: R of {len(rows):,d} queries mixed in, {note}")
+        return self._whiten(mixed, damping)
 
     def rank(
         self,
@@ -95,7 +113,7 @@ class WholeGradients:
         """
         lists = candidates.unite(first)
         pairs = Pairs.of_lists(lists)
-        metric = self._whitened(damping) if method.hessian == "train" else self._plain
+        metric = self._metric(method, queries, damping)
         scorer = PairScorer(self._factors, {"": (metric, method.unit_norm)}, self._layout, _MEMORY)
         total = len(pairs.rows) * scorer.passes(queries, np.unique(pairs.queries))
         quiet = self._settings.quiet

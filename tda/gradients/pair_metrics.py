@@ -1,6 +1,7 @@
 """Metrics C^(1/2) of whole gradients, applied to both sides of a product (`pair_products`)."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from tda.gradients import kronecker
 from tda.gradients.moments.scales import Scale
 from tda.gradients.sites import Site
-from tda.hessian.root import ROUNDING
+from tda.hessian.root import ROUNDING, default_component
 from tda.runtime import host_blas
 
 NOT_FACTORED = (
@@ -107,14 +108,30 @@ def whitened(metric: Metric, moments: Moments, damping: float = DAMPING) -> Metr
     return whitened_metric
 
 
-def mix(train: Moments, evaluation: Moments, weight: float) -> Moments:
-    """Returns λ R_eval + (1 − λ) R_train, each factor by itself, as `tda.hessian.mix` does."""
-    return {
+def mixture(
+    train: Moments, evaluation: Moments, weight: float = -1.0, component: int = 0
+) -> tuple[Moments, float, int]:
+    """Returns λ R_eval + (1 − λ) R_train, each factor by itself (`tda.hessian.mix`), λ and k.
+
+    Args:
+        train, evaluation: moments of passages and of queries.
+        weight: λ; below 0, that of `mixing_weight`.
+        component: k of its rule; 0: in proportion to the numbers of a gradient.
+    """
+    if not component:
+        numbers = sum(
+            math.prod(B.shape[:-2]) * A.shape[-1] * B.shape[-1] for A, B in train.values()
+        )
+        component = default_component(numbers)
+    if weight < 0:
+        weight = mixing_weight(train, evaluation, component)
+    mixed = {
         path: tuple(
             weight * e + (1 - weight) * t for t, e in zip(pair, evaluation[path], strict=True)
         )
         for path, pair in train.items()
     }
+    return mixed, weight, component
 
 
 def mixing_weight(train: Moments, evaluation: Moments, k: int) -> float:
@@ -134,7 +151,8 @@ def mixing_weight(train: Moments, evaluation: Moments, k: int) -> float:
         raise ValueError(
             f"R of the queries has no direction at component {k}, where the mixing rule compares "
             "it with R of the passages: ask more queries, set a smaller hessian.component or a "
-            "hessian.weight from 0 to 1, or use rerank_exp5, with R of the passages alone"
+            "hessian.weight from 0 to 1, or use a method with R of the passages alone, such as "
+            "rerank_exp5 (in tda.trace, 'trackstar_train')"
         )
     return a / (a + b)
 

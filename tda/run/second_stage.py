@@ -3,15 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import numpy as np
 
-from tda import hessian
 from tda.gradients import pair_metrics, pair_products
 from tda.gradients.factors import GradientFactors
-from tda.gradients.pair_metrics import Metric, Moments
+from tda.gradients.pair_metrics import Metric
 from tda.gradients.second_stage import Pairs, PairScorer
 from tda.methods import Method
 from tda.retrieval import by_score, candidates
@@ -208,8 +206,10 @@ class SecondStage(Retriever):
                 note: dict = {"damping": self._damping}
                 if method.hessian == "mixed":
                     of_queries = curvature.whole_moments(run, method, factors, metric, "queries")
-                    sums, of_mixture = self._mix(sums, of_queries)
-                    note |= of_mixture
+                    h = run.config.hessian
+                    mixed = pair_metrics.mixture(sums, of_queries, h.weight, h.component)
+                    sums, weight, k = mixed
+                    note |= {"lambda": weight, "component": k, "evaluation": "all"}
                 metric = pair_metrics.whitened(metric, sums, self._damping)
                 seed = run.config.curvature.seed
                 passages = run.corpus.passages
@@ -217,15 +217,6 @@ class SecondStage(Retriever):
                 self._notes[name] = note
             self._metrics[name] = metric
         return self._metrics[name]
-
-    def _mix(self, train: Moments, evaluation: Moments) -> tuple[Moments, dict]:
-        """Returns the mixture of R of passages and of queries, with a note of λ."""
-        h, sites = self.run.config.hessian, self.run.sites(Method("").gradients)
-        numbers = sum(math.prod(s.shape) for s in sites)
-        k = h.component or hessian.default_component(numbers)
-        weight = h.weight if h.weight >= 0 else pair_metrics.mixing_weight(train, evaluation, k)
-        note = {"lambda": weight, "component": k, "evaluation": "all"}
-        return pair_metrics.mix(train, evaluation, weight), note
 
     def release(self, methods):
         """Frees the metrics and the compiled programs."""

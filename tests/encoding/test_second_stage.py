@@ -4,18 +4,28 @@ import numpy as np
 import pytest
 
 import tda
-from tda.gradients import fitted_curvature, reference
+from tda.gradients import fitted_curvature, pair_metrics, reference
 from tda.gradients import projection as projections
+from tda.gradients.moments.scales import Scale
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.retrieval import bm25
 from tests.gradients.test_pair_products import balance, whitener
-from tests.test_api import QUERIES, TEXTS, batch_of, call, model, sequences, tokenizer  # noqa: F401
+from tests.test_api import (  # noqa: F401
+    PLACES,
+    QUERIES,
+    TEXTS,
+    batch_of,
+    call,
+    model,
+    sequences,
+    tokenizer,
+)
 
 
-def whole_gradients(model, tokenizer, include):  # noqa: F811
+def whole_gradients(model, tokenizer, include, queries=QUERIES):  # noqa: F811
     """Those of queries and of passages, float64 [N, M, N] by path."""
-    asked = [tokenizer.encode_query(*q[-2:]) for q in QUERIES]
+    asked = [tokenizer.encode_query(*q[-2:]) for q in queries]
     queries = batch_of([i.tolist() for i, _ in asked], [s for _, s in asked])
     sides = []
     for batch in (queries, batch_of(sequences(tokenizer, TEXTS))):
@@ -135,6 +145,46 @@ def test_r_has_the_damping_that_was_given(model, tokenizer):  # noqa: F811
         np.testing.assert_allclose(got, scores, rtol=0, atol=1e-3)
 
 
+def test_r_of_the_queries_is_mixed_in(model, tokenizer, monkeypatch):  # noqa: F811
+    """Guards: λ of other moments than those of the correction; queries of an earlier question."""
+    weights = []
+    mixture = pair_metrics.mixture
+
+    def recorded(*moments):
+        weights.append(mixture(*moments)[1])
+        return mixture(*moments)
+
+    monkeypatch.setattr(pair_metrics, "mixture", recorded)
+    queries = [
+        (f"The {word} of {a} is", b)
+        for word in ("town", "seat")
+        for a in PLACES
+        for b in PLACES.values()
+    ]
+    scales = {
+        s.path: Scale(*(np.linspace(0.5, 2, n, dtype=np.float32)[None] for n in s.shape))
+        for s in find_sites(model)
+    }
+    index = tda.encode(model, TEXTS, tokenizer=tokenizer, scales=scales, quiet=True)
+    for asked in (queries[:16], queries):
+        sides = [
+            {p: x * scales[p].dense() for p, x in side.items()}
+            for side in whole_gradients(model, tokenizer, None, asked)
+        ]
+        found = index.query(asked, method="trackstar", k=len(TEXTS), rerank=len(TEXTS))
+        weight = weights[-1]
+        assert 0 < weight < 1
+        change = {
+            p: whitener(lambda G: G, x, queries=sides[0][p], weight=weight)
+            for p, x in sides[1].items()
+        }
+        expected = cosines([{p: change[p](x) for p, x in s.items()} for s in sides])
+        for answer, scores in zip(found, expected, strict=True):
+            got = [next(p.score for p in answer.proponents if p.text in t) for t in TEXTS]
+            np.testing.assert_allclose(got, scores, rtol=0, atol=1e-3)
+    assert weights[0] != weights[1]
+
+
 def test_the_first_passages_of_bm25_are_scored_too(model, tokenizer):  # noqa: F811
     how = dict(method="grad_cos", k=2, rerank=2)
     alone = call(model, tokenizer, **how)
@@ -177,7 +227,6 @@ def test_the_first_passages_alone_are_scored_again(model, tokenizer):  # noqa: F
         (dict(rerank=2), "rerank=2 is below k=3"),
         (dict(rerank=-1), "rerank=-1"),
         (dict(rerank=True), "rerank=True"),
-        (dict(rerank=9, method="trackstar"), "R without projection is R of the passages"),
         (dict(rerank=9, correction="adam"), "exact Adam correction"),
         (dict(rerank=9, include="bias", untapped="reference"), "multiply their input by a matrix"),
     ],
