@@ -329,6 +329,16 @@ def test_the_api_page_has_the_public_names():
 
 
 @pytest.mark.slow
+def test_workflows_run_what_there_is():
+    """Guards: a renamed target, found out after the change that renamed it."""
+    workflows = (ROOT / ".github" / "workflows").glob("*.yml")
+    commands = [c for p in workflows for c in re.findall(r"- run: (.*)", p.read_text())]
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = [c.split()[1:] for c in commands if c.startswith("make ")]
+    assert ".ci/run" in commands and ["docs", "release"] in made
+    assert set(sum(made, [])) <= set(phony.split())
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs_jupyter", reason="needs the extra `docs`")
     command = f"python -m mkdocs build --strict -f {ROOT}/mkdocs.yml -d {tmp_path}/site"
