@@ -328,7 +328,6 @@ def test_the_api_page_has_the_public_names():
     assert {n.rsplit(".")[-1] for n in named} >= set(tda.__all__)
 
 
-@pytest.mark.slow
 def test_workflows_run_what_there_is():
     """Guards: a renamed target, found out after the change that renamed it."""
     workflows = (ROOT / ".github" / "workflows").glob("*.yml")
@@ -339,6 +338,7 @@ def test_workflows_run_what_there_is():
     assert set(sum(made, [])) <= set(phony.split())
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs_jupyter", reason="needs the extra `docs`")
     command = f"python -m mkdocs build --strict -f {ROOT}/mkdocs.yml -d {tmp_path}/site"
