@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.interpreters import partial_eval  # not public, but in jax 0.10.1 to 0.12
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from tda.model import functional
 from tda.runtime import atomic_file
@@ -77,18 +76,31 @@ def identify(loss: Callable, model: nnx.Module) -> str:
     # The gradient is traced, not the loss: a custom gradient does not show in the forward steps.
     gradient = jax.grad(lambda p, b: loss(model_fn.merge(p), b).sum(), allow_int=True)
     traced = jax.make_jaxpr(gradient)(shapes, batch)
-    # jax has no public way to drop dead code from a jaxpr, hence `jax.interpreters`. Without
-    # it, code that the gradient does not depend on (a scan's zeros among it) would change the hash.
-    steps, used, _ = partial_eval.dce_jaxpr_consts(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    steps = _without_dead_code(traced.jaxpr)
     text = re.sub(r"\b(name|jvp|fwd|bwd)=\S+", "", str(steps))
     hashed = hashlib.blake2b(text.encode(), digest_size=8)
-    constants = [x for x, is_used in zip(traced.consts, used, strict=True) if is_used]
+    values = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+    constants = [values[v] for v in steps.constvars]
     for constant in (*constants, *_constants(steps)):
         if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
             constant = jax.random.key_data(constant)
         x = np.asarray(constant)
         hashed.update(f"{x.shape} {x.dtype}\0".encode() + x.tobytes())
     return hashed.hexdigest()
+
+
+def _without_dead_code(jaxpr: Jaxpr) -> Jaxpr:
+    """Returns a jaxpr without the steps and constants that its outputs do not depend on.
+
+    Those of loops, branches and jitted calls stay whole. (jax has no public function for it.)
+    """
+    needed, steps = {v for v in jaxpr.outvars if isinstance(v, Var)}, []
+    for step in reversed(jaxpr.eqns):
+        if step.effects or not needed.isdisjoint(step.outvars):
+            steps.append(step)
+            needed.update(v for v in step.invars if isinstance(v, Var))
+    constants = [v for v in jaxpr.constvars if v in needed]
+    return jaxpr.replace(constvars=constants, eqns=steps[::-1])
 
 
 def _constants(steps: Jaxpr) -> Iterator:
