@@ -69,7 +69,7 @@ class HessianSettings:
                 f"unknown structure={self.structure!r} of R; use {', '.join(STRUCTURES)}"
             )
         dense, is_auto = hessian.dense_shapes(map(math.prod, shapes)), self.structure == "auto"
-        # What leaves each query out needs a dense R (`tda.retrieval.whitening`).
+        # A product with each query left out is searched query by query (`tda.retrieval.whitening`).
         if self.structure == "dense" or (is_auto and self.evaluation == "leave_one_out"):
             return dense
         if is_auto:

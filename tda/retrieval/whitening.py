@@ -28,6 +28,8 @@ from tda.runtime.progress import Progress
 # Eigenvalues below this are the rounding of float32 products, in mean eigenvalues.
 _FLOOR = 1e-6
 _HALVES = ("first half", "second half")
+# The kind of R_eval without query 3 is "without 3".
+_WITHOUT = "without "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,12 @@ class Whitening:
 
     The kinds are "none" (the identity), "train" (R_train), and mixtures of R_train with an R_eval
     of "all" queries, of all queries where a query's own part is removed when it is scored
-    ("leave_one_out"), or of the "first half" or the "second half" of the queries.
+    ("leave_one_out"), of all queries but one ("without 3"), or of the "first half" or the "second
+    half" of the queries.
+
+    Leaving one query out changes one direction of a dense R, which the scorer takes out again, but
+    up to k directions of either factor of a Kronecker product. There each query has an R of its
+    own, and a search of its own.
 
     Args:
         settings: the settings of R.
@@ -153,13 +160,16 @@ class Whitening:
         rule = method.hessian
         if rule == "mixed":
             rule = self._settings.evaluation_of(method)
-        if rule != "disjoint":
-            return self.notes.get(rule)
-        halves = [self.notes[h] for h in reversed(_HALVES) if h in self.notes]
-        if not halves:
-            return None
-        weight = float(np.mean([note["lambda"] for note in halves]))
-        return halves[-1] | {"lambda": weight, "evaluation": rule}
+        kinds: list[str] = [rule]
+        if rule == "disjoint":
+            kinds = list(reversed(_HALVES))
+        elif rule == "leave_one_out" and self._kronecker:
+            kinds = [kind for kind in self.notes if kind.startswith(_WITHOUT)]
+        notes = [self.notes[kind] for kind in kinds if kind in self.notes]
+        if len(kinds) < 2 or not notes:
+            return notes[0] if notes else None
+        weight = float(np.mean([note["lambda"] for note in notes]))
+        return notes[-1] | {"lambda": weight, "evaluation": rule}
 
     def keep_spectra(self, directory: pathlib.Path, block_names, provenance) -> str | None:
         """Writes the computed spectra (.npz), and returns the file's name.
@@ -185,10 +195,10 @@ class Whitening:
         if method.hessian != "mixed":
             return method.hessian
         rule = self._settings.evaluation_of(method)
-        if rule == "leave_one_out" and self._kronecker:
-            raise ValueError(no_leave_one_out(method))
         if number is None:
             return "all"
+        if rule == "leave_one_out" and self._kronecker:
+            return f"{_WITHOUT}{number}"
         if rule != "disjoint":
             return rule
         # R_eval is that of the half without the query.
@@ -302,6 +312,8 @@ class Whitening:
         queries_QxE = self._queries
         if kind in _HALVES:
             queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
+        elif kind.startswith(_WITHOUT):
+            queries_QxE = np.delete(queries_QxE, int(kind.removeprefix(_WITHOUT)), axis=0)
         evaluation = hessian.autocorrelation_of_source(
             InMemory(queries_QxE, self._slices), shapes=self._shapes
         )
@@ -364,17 +376,6 @@ class Whitening:
         damping = s.damping if s.damping >= 0 else _FLOOR
         # LAPACK may take longer than the time between a notice of preemption and the kill.
         return preemption.heed(lambda: hessian.inverse_root(R, damping, s.cutoff, self._shapes))
-
-
-def no_leave_one_out(method: Method) -> str:
-    """Returns the error for leave_one_out where R is a Kronecker product."""
-    # Removing a query changes up to k directions of either factor, but only one of a dense R: every
-    # pair of query and passage would need its own whitening for the passage's norm.
-    return (
-        f"{method.title}: where R is a Kronecker product, R_eval leave_one_out would whiten every "
-        "passage anew for every query; use R_eval disjoint or of all queries, or structure=dense "
-        "(hessian.structure)"
-    )
 
 
 def describe_regularisation(note: dict) -> str:

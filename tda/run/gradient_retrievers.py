@@ -14,10 +14,14 @@ from tda.run import checkpoints, encode, index, vectors
 from tda.run.checkpoints import Part
 from tda.run.retrievers import Queries, Result, Retriever, scan, tell
 from tda.run.run import Run, stored_as
-from tda.runtime import processes
+from tda.runtime import processes, progress
 from tda.runtime.fingerprint import plain
 from tda.runtime.groups import ONE_GROUP
 from tda.runtime.progress import Progress
+
+
+def _be_quiet(*_) -> None:
+    pass
 
 
 class Encodings:
@@ -193,8 +197,15 @@ class Gradients(Retriever):
 
         # A live question leaves no files.
         identity = None if run.live else self.encodings.identity(any_method)
-        search_exactly = functools.partial(scan, run, source, identity, on_progress)
-        for number, part in enumerate(whitening.parts(methods, queries.numbers)):
+        parts = whitening.parts(methods, queries.numbers)
+        # With an R for each query, one bar for all of them.
+        counts = [len(part.queries) for part in parts]
+        is_by_query = counts.count(1) > 2 and on_progress is None
+        title = f"search ({', '.join(methods)})"
+        bar = progress.bar(sum(counts), title, "query", quiet=not is_by_query)
+        on_rows = _be_quiet if is_by_query else on_progress
+        search_exactly = functools.partial(scan, run, source, identity, on_rows)
+        for number, part in enumerate(parts):
             # A method whose R differs between halves of the queries has an index for each half.
             suffix = f"-{number}" if number else ""
             names = {}
@@ -216,6 +227,8 @@ class Gradients(Retriever):
             for name, ranking in rankings_by_name.items():
                 rankings[name].append((part.queries, ranking))
                 notes[name] |= index_notes.get(name, {})
+            bar.update(len(part.queries))
+        bar.close()
         if not all(rankings.values()):
             return {}  # another process merges the groups' rankings
         # Spectra are for a run's plots; a live question writes no files.

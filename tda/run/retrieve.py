@@ -13,7 +13,7 @@ from tda.methods import GradientKind, Method
 from tda.retrieval import dense, ranked
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
-from tda.retrieval.whitening import describe_regularisation, no_leave_one_out
+from tda.retrieval.whitening import describe_regularisation
 from tda.run import encode, first_stage, second_stage
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
@@ -106,16 +106,13 @@ def check(config, chosen: dict[str, Method]) -> None:
         if method.searched_by == "sums" and method.hessian == "mixed":
             raise ValueError(f"{method.title}: {NO_MIXTURE}")
         if method.hessian == "mixed":
-            settings = HessianSettings(**dict(config.hessian))
-            evaluation = settings.evaluation_of(method)
+            evaluation = HessianSettings(**dict(config.hessian)).evaluation_of(method)
             if evaluation == "leave_one_out" and config.search.index != "none":
                 raise ValueError(
                     f"{method.title}: with R_eval leave_one_out a passage's norm depends on the "
                     "query, and an index holds one; use hessian.evaluation=disjoint or all, or "
                     "search.index=none"
                 )
-            if evaluation == "leave_one_out" and settings.structure == "kronecker":
-                raise ValueError(no_leave_one_out(method))
         if method.steps_by_adam and config.train.optimizer not in adam_steps.OPTIMIZERS:
             raise ValueError(
                 f"{method.title} steps by Adam, whose moments train.optimizer="
@@ -153,8 +150,6 @@ def check_run(run: Run) -> None:
         if method.hessian != "mixed":
             continue
         evaluation = run.hessian.evaluation_of(method)
-        if evaluation == "leave_one_out" and any(len(shape) == 2 for shape in shapes):
-            raise ValueError(no_leave_one_out(method))
         if evaluation != "all" and queries < 2:
             raise ValueError(
                 f"{method.title}: R_eval {evaluation} takes other queries than the scored one, and "
@@ -162,6 +157,8 @@ def check_run(run: Run) -> None:
             )
         if run.config.hessian.weight < 0:
             count = queries // 2 if evaluation == "disjoint" else queries
+            if evaluation == "leave_one_out" and any(len(shape) == 2 for shape in shapes):
+                count = queries - 1
             widths = list(map(math.prod, shapes))
             # A dense block of R_eval has at most as many directions as there are queries; the
             # factors of a Kronecker product may have full rank already with one query.

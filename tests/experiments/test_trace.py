@@ -680,10 +680,6 @@ def test_what_the_config_alone_tells_is_told_before_anything_is_read(tmp_path, c
     [
         ({"hessian.component": 17}, "R_eval of 4 queries has no direction at component 17"),
         ({"hessian.evaluation": "leave_one_out", "data.n_queries": 1}, "there is one query"),
-        (
-            {"methods": "trackstar_leave_one_out", "projection.pooling": "matrix"},
-            "R_eval leave_one_out would whiten every passage anew .*structure=dense",
-        ),
         ({"hessian.evaluation": "disjoint", "hessian.component": 9}, "R_eval of 2 queries has no"),
         ({"gradients.include": "nothing"}, "nothing"),
         ({"projection.blocks": 9}, "blocks=9 exceeds the model's 4 layers"),

@@ -13,7 +13,7 @@ from tda.retrieval import exact
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import Whitening
-from tda.run import defaults, retrieve
+from tda.run import retrieve
 from tda.runtime import groups, sharding
 from tda.runtime.engine import Engine
 from tda.runtime.groups import Groups
@@ -269,15 +269,6 @@ def test_what_no_product_can_be_is_refused(data):
     unknown = "unknown structure='block' of R; use auto, dense, kronecker"
     with pytest.raises(ValueError, match=unknown):
         Whitening(HessianSettings(structure="block"), source)
-    method = METHODS["trackstar_leave_one_out"]
-    for number in (None, 3):
-        with pytest.raises(ValueError, match="use R_eval disjoint or of all queries"):
-            whitening(data).scorer(method, number)
-    config = defaults.get_config()
-    config.hessian.structure = "kronecker"
-    with pytest.raises(ValueError, match="use R_eval disjoint or of all queries"):
-        retrieve.check(config, {"m": method})
-    retrieve.check(config, {"m": METHODS["trackstar_disjoint"]})
 
 
 def test_passages_decide_where_r_is_a_product():
@@ -295,6 +286,28 @@ def test_passages_decide_where_r_is_a_product():
     # Where each query is left out, R has to be dense.
     left_out = HessianSettings(structure="auto", evaluation="leave_one_out")
     assert left_out.shapes_of(shapes, 17) == ((16,), (6,), (5,))
+
+
+def test_a_query_that_is_left_out_has_factors_of_the_others(data):
+    """Against R without it, made anew; a query that is in no R_eval has that of all."""
+    method, n = METHODS["trackstar_leave_one_out"], len(data[1])
+    made = whitening(data, damping=0.05, weight=-1.0, component=2)
+    parts = made.parts({"m": method})
+    assert [p.queries.tolist() for p in sorted(parts, key=lambda p: p.queries[0])] == [
+        [q] for q in range(n)
+    ]
+    weights = []
+    for part in parts:
+        rest = np.delete(data[1], part.queries, axis=0)
+        of_rest = whitening((data[0], rest), damping=0.05, weight=-1.0, component=2)
+        expected = scores(data, of_rest.scorer(METHODS["trackstar_all"], None))
+        np.testing.assert_allclose(scores(data, part.scorers["m"]), expected, atol=1e-6)
+        weights.append(of_rest.note(METHODS["trackstar_all"])["lambda"])
+    note = made.note(method)
+    assert len(set(weights)) == n and note["lambda"] == pytest.approx(np.mean(weights))
+    assert note["evaluation"] == "leave_one_out" and note["kronecker"] == 3
+    stranger, of_all = made.scorer(method, None), made.scorer(METHODS["trackstar_all"], None)
+    assert stranger.roots is of_all.roots
 
 
 def test_halves_have_factors_of_the_other_half(data):

@@ -266,6 +266,20 @@ def test_what_R_eval_is_made_of_changes_the_scores_but_not_much_else(traced):
             assert np.abs(scores[i] - other).max() > 1e-4
 
 
+def test_a_product_without_the_query_is_searched_query_by_query(traced, capfd):
+    names = "trackstar_all,trackstar_leave_one_out"
+    keys = dict(hessian__structure="kronecker", hessian__component=1, projection__pooling="matrix")
+    run = changed(traced[0], methods=names, **keys)
+    retrieve.check_run(run)
+    ranked, notes = retrieve.retrieve(run)
+    shown = capfd.readouterr().err
+    assert "search (trackstar_leave_one_out): 100%" not in shown  # one for each query
+    assert "8.00/8.00" in shown.split("search (trackstar_all, trackstar_leave_one_out)")[-1]
+    assert notes["trackstar_leave_one_out"]["evaluation"] == "leave_one_out"
+    of_all, of_rest = (scores_of(ranked, n) for n in names.split(","))
+    assert np.isfinite(of_rest).all() and np.abs(of_all - of_rest).max() > 1e-3
+
+
 def test_queries_may_be_differentiated_by_another_function(traced, monkeypatch):
     """R_train is of the passages' losses, and R_eval of the queries' logits."""
     exp5 = dataclasses.replace(METHODS["exp5"], query_output="logit")
