@@ -203,7 +203,7 @@ def test_keys_without_effect_are_told(traced):
 def test_words_and_gradients_together(traced, complete):
     run, ranked, _ = traced
     joined, _ = retrieve.retrieve(changed(run, methods="rerank_bm25,rrf,bm25"))
-    scores = scores_of(complete, "rerank_exp5")
+    scores = scores_of(complete, "rerank_trackstar")
     for q in range(4):
         words, gradients = (
             [row for row in x.proponents[q].tolist() if row >= 0]
