@@ -6,12 +6,14 @@ from tda.methods import METHODS
 from tda.reports import plots, tables
 from tda.reports.plots import Line, Panel
 
+_LEAST_PAIRS = 5
+
 
 def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
     """Draws two figures, `PATH` and `PATH_by_rank`, as PNG and SVG; returns the files.
 
-    The first has every method's shares and tail-patch by kind; the second, the shares by rank of
-    the reference method, and of BM25 if it is among the methods.
+    The first has every method's shares and tail-patch by kind, of five pairs or more; the second,
+    the shares by rank of the reference method, and of BM25 if it is among the methods.
 
     Args:
         path: without a suffix.
@@ -24,7 +26,7 @@ def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
     panels = [Panel("share of the proponents", [_shares(*x) for x in by_method.items()], True)]
     if any(x["n_tail_patches"] for by_kind in by_method.values() for x in by_kind.values()):
         steps = [
-            Line(METHODS[n].title, list(kinds), [x["tail_patch"] for x in kinds.values()])
+            Line(METHODS[n].title, list(kinds), list(map(_step, kinds.values())))
             for n, kinds in by_method.items()
         ]
         panels.append(Panel("tail-patch of a step on one", steps, True))
@@ -42,6 +44,11 @@ def draw(path: str | os.PathLike, metrics: dict) -> list[str]:
         for n in shown
     ]
     return files + plots.draw(f"{os.fspath(path)}_by_rank", by_rank, "rank")
+
+
+def _step(contents: dict) -> float:
+    """Returns the mean tail-patch of a kind; NaN, which is not drawn, if it is of few pairs."""
+    return contents["tail_patch"] if contents["n_tail_patches"] >= _LEAST_PAIRS else float("nan")
 
 
 def _shares(name: str, contents: dict) -> Line:

@@ -155,8 +155,8 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
     return {
         label: {
             "color": _COLOURS[i % len(_COLOURS)],
-            "marker": _MARKERS[(i + j) % len(_MARKERS)],
-            # The ninth family has the first colour again, hence other dashes.
+            # The ninth family has the first colour again, hence another marker and other dashes.
+            "marker": _MARKERS[(i + j + i // len(_COLOURS)) % len(_MARKERS)],
             "linestyle": _DASHES[(j + i // len(_COLOURS)) % len(_DASHES)],
         }
         for i, labels in enumerate(families.values())
@@ -204,9 +204,9 @@ def _draw_rows(axes, lines: Sequence[Line], names: list[str], styles: dict[str, 
     """Draws a row for each name, from the top, with a point for each line that has the name."""
     labels_by_name = {n: [line.label for line in lines if n in line.x] for n in names}
     for line in lines:
-        # The points of one row are spread over half of its height.
+        # The points of one row are spread over most of its height.
         labels = [labels_by_name[n] for n in line.x]
-        offsets = [0.5 * ((row.index(line.label) + 0.5) / len(row) - 0.5) for row in labels]
+        offsets = [0.8 * ((row.index(line.label) + 0.5) / len(row) - 0.5) for row in labels]
         rows = np.array([names.index(n) for n in line.x]) + offsets
         style = styles[line.label] | {"linestyle": "none"}
         axes.plot(np.asarray(line.y, float), rows, markersize=5, **style)
