@@ -156,7 +156,7 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
         label: {
             "color": _COLOURS[i % len(_COLOURS)],
             # The ninth family has the first colour again, hence another marker and other dashes.
-            "marker": _MARKERS[(i + j + i // len(_COLOURS)) % len(_MARKERS)],
+            "marker": _MARKERS[(i + j + 4 * (i // len(_COLOURS))) % len(_MARKERS)],
             "linestyle": _DASHES[(j + i // len(_COLOURS)) % len(_DASHES)],
         }
         for i, labels in enumerate(families.values())

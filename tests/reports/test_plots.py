@@ -79,12 +79,10 @@ def test_names_have_rows(tmp_path, drawn):
     np.testing.assert_array_equal(a.get_xdata(), [1, 2])
     np.testing.assert_array_equal(b.get_xdata(), [3, 4])
     # Side by side where a row has both.
-    np.testing.assert_allclose(a.get_ydata(), [0, 0.875])
-    np.testing.assert_allclose(b.get_ydata(), [1.125, 2])
+    np.testing.assert_allclose(a.get_ydata(), [0, 0.8])
+    np.testing.assert_allclose(b.get_ydata(), [1.2, 2])
     (ends,) = axes.collections
-    np.testing.assert_allclose(
-        ends.get_segments(), [[(0.5, 0), (1.5, 0)], [(1.5, 0.875), (3, 0.875)]]
-    )
+    np.testing.assert_allclose(ends.get_segments(), [[(0.5, 0), (1.5, 0)], [(1.5, 0.8), (3, 0.8)]])
     assert a.get_linestyle() == "None"  # nothing lies between two names
     assert axes.xaxis.get_major_formatter()(0.025, 0) == "2.5%"
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["a", "b"]
@@ -111,6 +109,8 @@ def test_lines_of_a_family_share_a_colour_and_no_two_look_alike(tmp_path, drawn)
     assert [made[i].get_color() == made[i + 1].get_color() for i in range(0, 20, 2)] == [True] * 10
     looks = {(m.get_color(), m.get_linestyle(), m.get_marker()) for m in made}
     assert len(looks) == 20
+    # Points in rows have no dashes.
+    assert len({(m.get_color(), m.get_marker()) for m in made}) == 20
     # So many bands would hide one another: error bars.
     assert not any(type(c).__name__ == "FillBetweenPolyCollection" for c in axes.collections)
     assert len(axes.collections) == 20
