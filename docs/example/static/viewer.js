@@ -1996,7 +1996,7 @@ class Live {
     // What was typed stays when the page is drawn anew, unless a link asks something else.
     const asks = JSON.stringify([now.prompt, now.target, now.rather]);
     const isSame = this.asks === asks && this.box;
-    const typed = isSame ? Object.values(this.box).map((b) => b.value) : [now.prompt, now.target, now.rather];
+    const typed = isSame ? this.written() : [now.prompt, now.target, now.rather];
     if (isSame) this.checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
     this.asks = asks;
     if (!isSame) Object.assign(this, { span: tokensOf(now), completion: null, answer: null });
@@ -2034,6 +2034,15 @@ class Live {
     if (!isCurrent()) return;
     this.showChoice();
     if (!this.running) fill(this.progress);
+  }
+
+  /** The prompt, the target and the other target in the form. */
+  written() {
+    return Object.values(this.box).map((box) => box.value);
+  }
+
+  write(...texts) {
+    Object.values(this.box).forEach((box, i) => (box.value = texts[i] ?? ""));
   }
 
   showChoice() {
@@ -2103,7 +2112,7 @@ class Live {
       }
     }
     return firsts.size > 0 && h("div.row", {}, h("span.quiet", {}, "For example"), [...firsts.values()].map((row) =>
-      h("button.chip", { type: "button", onclick: () => (Object.assign(this.box.prompt, { value: prompt[row] }), Object.assign(this.box.target, { value: "" }), Object.assign(this.box.rather, { value: "" }), this.complete()) }, prompt[row])));
+      h("button.chip", { type: "button", onclick: () => (this.write(prompt[row]), this.complete()) }, prompt[row])));
   }
 
   /** What the model says, and whole answers that it may give: each is traced by a click. */
@@ -2111,9 +2120,7 @@ class Live {
     const { answers, steps, ended, prompt, text } = this.completion;
     const choose = (span) => {
       this.span = span;
-      Object.assign(this.box.prompt, { value: span.prompt });
-      Object.assign(this.box.target, { value: span.target });
-      Object.assign(this.box.rather, { value: "" });
+      this.write(span.prompt, span.target);
       return this.trace();
     };
     const answer = (a) => h("button", { type: "button", title: `Trace “${a.target.trim()}”`,
@@ -2131,7 +2138,7 @@ class Live {
 
   async trace() {
     const checked = [...this.choice.querySelectorAll("input:checked")].map((i) => i.value);
-    const [prompt, target, rather] = ["prompt", "target", "rather"].map((name) => this.box[name].value);
+    const [prompt, target, rather] = this.written();
     const able = this.abilities.methods.filter((m) => m.contrasts || !rather.trim()).map((m) => m.name);
     const methods = checked.filter((name) => able.includes(name));
     if (!target.trim()) return tell("Give a target, or let the model go on and click a word of its answer.", "wrong");
