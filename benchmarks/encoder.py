@@ -13,7 +13,7 @@ count of matrix products allows is printed too: an encoder forms no weight gradi
 exact Adam, and never those of embedding and head. "none and factored" encodes both kinds in one
 pass, in comparison with a pass for each. "training step, capturing" trains, and keeps its examples'
 encodings (`tda.Capture`). With `--stored=int8,2bit,2bit:8` the encodings are quantised in the same
-program, after the colon as so many pairs of vectors of a matrix (`--pooling=matrix`).
+program, after the colon as so many pairs of vectors of a matrix (`--per_matrix`).
 """
 
 import functools
@@ -46,7 +46,7 @@ _LENGTHS = flags.DEFINE_list("lengths", ["128", "512"], "positions of a batch's 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "rounds after warm-up")
 _TOKENS = flags.DEFINE_integer("tokens", 2048, "positions of a batch")
 _SIDE = flags.DEFINE_integer("side", 16, "side of the projection")
-_POOLING = flags.DEFINE_string("pooling", "blocks", "of the projection, a block for each layer")
+_PER_MATRIX = flags.DEFINE_bool("per_matrix", False, "a block for each matrix, not for each layer")
 _STORED = flags.DEFINE_list("stored", [], "dtypes of a store, with a rank or not")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of computation")
 _VMAP = flags.DEFINE_bool("vmap", True, "time vmap(grad) too")
@@ -142,8 +142,8 @@ def case(size: str, length: int) -> dict:
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     head = vocabulary * SIZES[size]["width"]
     batch = random_batch(vocabulary, max(1, _TOKENS.value // length), length)
-    blocks = {"blocks": SIZES[size]["layers"]} if _POOLING.value == "blocks" else {}
-    projection = Projection(side=_SIDE.value, pooling=_POOLING.value, **blocks)
+    pooling = {"pooling": "matrix"} if _PER_MATRIX.value else {"blocks": SIZES[size]["layers"]}
+    projection = Projection(side=_SIDE.value, **pooling)
     step = TrainingStep(model, batch)
     capturing = TrainingStep(model, batch, projection)
     sides = {"training step": step, "training step, capturing": capturing}

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -53,6 +54,29 @@ def test_a_record_goes_on_and_is_about_one_machine(tmp_path):
     assert rows[4] == "| search, queries 8 | out of memory |  |  |  |"
     with pytest.raises(ValueError, match="is about .*'A'.*, and this is .*'B'.*; give another"):
         Record(path, {"device": "B", "jax": "1"})
+
+
+def test_no_two_flags_of_a_benchmark_have_one_name():
+    """Mistake: a flag that a benchmark defines, and another that imports it: neither starts."""
+    sources = {p.stem: p.read_text() for p in (ROOT / "benchmarks").glob("*.py")}
+
+    def modules_of(name, found):
+        if name not in found:
+            found[name] = None
+            for names in re.findall(r"^from benchmarks import (.*)$", sources[name], re.MULTILINE):
+                for imported in names.split(","):
+                    modules_of(imported.split(" as ")[0].strip(), found)
+            for imported in re.findall(
+                r"^from benchmarks\.(\w+) import", sources[name], re.MULTILINE
+            ):
+                modules_of(imported, found)
+        return list(found)
+
+    assert {"encoder", "vs_bergson", "record"} <= set(modules_of("accelerator", {}))
+    for name in sources:
+        texts = [sources[m] for m in modules_of(name, {})]
+        defined = [f for t in texts for f in re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", t)]
+        assert len(defined) == len(set(defined)), f"{name}: {sorted(defined)}"
 
 
 @pytest.mark.slow
