@@ -19,6 +19,7 @@ from tda.gradients import kronecker
 from tda.gradients.kronecker import DAMPING, Curvature
 from tda.gradients.sites import Site
 from tda.model import functional
+from tda.runtime import progress
 
 
 def gauss_newton(
@@ -109,7 +110,15 @@ class DampedInverse:
                 lambda x: self.product(batch, x), self.precondition, target, start, steps
             )
 
-        return solve({s.path: gradients[s.path] for s in self.chosen}, batch)
+        target = {s.path: gradients[s.path] for s in self.chosen}
+        count, rows = len(next(iter(target.values()))), []
+        # Query by query: each takes `steps` products, and together they would show no progress.
+        with progress.bar(count, "conjugate gradients", "query") as bar:
+            for q in range(count):
+                row = solve({path: x[q : q + 1] for path, x in target.items()}, batch)
+                rows.append(jax.block_until_ready(row))
+                bar.update()
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
     def by_astra(self, gradients: Gradients, batches: Iterable[dict], rate: float = 0.01):
         """Returns (H + D)⁻¹ of gradients by path, after a step on each batch.
@@ -133,8 +142,10 @@ class DampedInverse:
 
         x = self.precondition(target)
         state = tx.init(x)
-        for batch in batches:
-            x, state = step(x, state, batch)
+        with progress.bar(None, "ASTRA", "step") as bar:
+            for batch in batches:
+                x, state = jax.block_until_ready(step(x, state, batch))
+                bar.update()
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in x.values()):
             raise FloatingPointError(
                 f"ASTRA diverged at a rate of {rate}; use a lower one, larger batches, or more "
