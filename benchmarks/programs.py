@@ -8,8 +8,9 @@ traced as an accelerator would get them, in bfloat16. Matrix products are counte
 the loops around them: how many there are (each is a launch or more), their operations, and the
 bytes that they read and write if nothing else is fused with them. *Least time* takes the larger of
 operations over the chip's peak and bytes over its bandwidth for each product, float32 ones at
-their own peak, and adds them up: no program of these products is faster. Ratios are over the
-training step (forward, backward and Adam's update). `tda.plan.cost` counts by formula what this
+their own peak, and adds them up: no program of these products is faster. *Fused* lets the
+products within an example move no bytes, as a flash kernel does. Ratios are over the training step
+(forward, backward and Adam's update). `tda.plan.cost` counts by formula what this
 counts from the program; `benchmarks.accelerator` measures both.
 """
 
@@ -50,6 +51,8 @@ class Products:
     operations: float = 0
     bytes: float = 0
     seconds: float = 0
+    fused_seconds: float = 0
+    """The same where products within an example (attention's) move no bytes."""
 
     def add(self, step, trips: float, chip: chips.Chip) -> None:
         """Adds one product that runs `trips` times."""
@@ -63,7 +66,9 @@ class Products:
         self.count += trips
         self.operations += trips * operations
         self.bytes += trips * moved
-        self.seconds += trips * max(operations / peak, moved / chip.bandwidth)
+        of_operations, of_bytes = operations / peak, moved / chip.bandwidth
+        self.seconds += trips * max(of_operations, of_bytes)
+        self.fused_seconds += trips * (of_operations if batched else max(of_operations, of_bytes))
 
 
 def products_of(jaxpr: Jaxpr, chip: chips.Chip) -> Products:
@@ -135,8 +140,8 @@ def count(shape: str, chip: chips.Chip) -> dict[str, Products]:
 def main(_):
     """Prints and saves the figures."""
     chip = chips.parse(_HARDWARE.value).chip
-    print("| shape | program | products | TFLOP | GiB | operations | bytes | least time |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| shape | program | products | TFLOP | GiB | operations | bytes | least time | fused |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     figures = collections.defaultdict(dict)
     for shape in flags.FLAGS.shapes:
         # What depends on the backend, such as how many logits are held at a time.
@@ -145,8 +150,13 @@ def main(_):
         training = programs["training step"]
         for name, p in programs.items():
             figures[shape][name] = dataclasses.asdict(p)
-            ratios = (p.operations / training.operations, p.bytes / training.bytes)
-            shown = " | ".join(f"{x:.2f}" for x in (*ratios, p.seconds / training.seconds))
+            ratios = (
+                p.operations / training.operations,
+                p.bytes / training.bytes,
+                p.seconds / training.seconds,
+                p.fused_seconds / training.fused_seconds,
+            )
+            shown = " | ".join(f"{x:.2f}" for x in ratios)
             print(
                 f"| {shape} | {name} | {p.count:,.0f} | {p.operations / 1e12:.2f} | "
                 f"{p.bytes / 2**30:.2f} | {shown} |",
