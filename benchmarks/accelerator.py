@@ -86,6 +86,7 @@ _BATCHES = flags.DEFINE_list(
     "batches", ["8", "16", "32", "64", "128", "256", "512"], "sequences of a batch, rising"
 )
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 49152, "tokens of the vocabulary")
+_ATTENTION = flags.DEFINE_enum("attention", "blocked", ["blocked", "fused"], "kernel of attention")
 _FSDP = flags.DEFINE_integer("fsdp", 1, "devices that share one copy of the parameters")
 _SEARCH = flags.DEFINE_integer("search_mib", 8192, "MiB of rows to search")
 _WIDTH = flags.DEFINE_integer("search_width", 16384, "numbers of such a row")
@@ -132,7 +133,8 @@ def plan() -> list[Case]:
 def settings_of(shape: str) -> dict:
     """Returns the settings of a model, those of its vocabulary and dtype too."""
     of_shape = SHAPES[shape] if shape in SHAPES else sizes.size(shape)
-    return {"vocab_size": _VOCABULARY.value, "dtype": flags.FLAGS.dtype, **of_shape}
+    chosen = {"dtype": flags.FLAGS.dtype, "attention": _ATTENTION.value}
+    return {"vocab_size": _VOCABULARY.value, **chosen, **of_shape}
 
 
 def rate(call: Callable[[], object], count: int) -> float:
@@ -383,7 +385,10 @@ def main(argv):
         flags.FLAGS.dtype = "bfloat16" if sharding.is_accelerated() else "float32"
     out, cases = pathlib.Path(_OUT.value), plan()
     out.mkdir(parents=True, exist_ok=True)
-    protocol = {name: flags.FLAGS[name].value for name in ("sequences", "length", "dtype", "fsdp")}
+    protocol = {
+        name: flags.FLAGS[name].value
+        for name in ("sequences", "length", "dtype", "fsdp", "attention")
+    }
     lines = Record(out / "record.jsonl", record.machine() | protocol)
     bench = Bench(lines)
     for i, case in enumerate(cases):

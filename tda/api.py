@@ -32,7 +32,8 @@ def load(
     Args:
         path: the directory or the file, or the name of a package that holds a GGUF file.
         parse_special: see `tda.data.pretrained_tokenizer.PretrainedTokenizer`.
-        **options: mesh, dtype, param_dtype, scan, remat, quiet: see `tda.model.pretrained.load`.
+        **options: mesh, dtype, param_dtype, scan, remat, attention, quiet: see
+            `tda.model.pretrained.load`.
 
     Raises:
         tda.model.pretrained.PretrainedError: the model is of an unknown kind.

@@ -50,6 +50,22 @@ def plain_attention(
     return _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap)
 
 
+def fused_attention(
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale: float | None = None, window=None, soft_cap=None
+):
+    """Computes the same as `causal_attention`, where it can by a kernel that keeps scores on chip.
+
+    That is cuDNN's (Dao et al. 2022): on NVIDIA GPUs, in bfloat16, without window and cap. It has
+    derivatives of first order in reverse mode alone. Everywhere else `causal_attention` computes.
+    """
+    has_kernel = jax.default_backend() == "gpu" and q_BxTxHxK.dtype == jnp.bfloat16
+    if not has_kernel or window is not None or soft_cap is not None:
+        return causal_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap)
+    return jax.nn.dot_product_attention(
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
 def _split_and_attend(attend, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale, window, soft_cap):
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tda.model.attention import causal_attention, plain_attention
+from tda.model.attention import causal_attention, fused_attention, plain_attention
 from tda.model.norms import make_norm, recomputed
 from tda.model.positions import Rotation, rotary
 from tda.model.settings import DecoderSettings
@@ -80,6 +80,9 @@ def _branch_scale(settings: DecoderSettings) -> float:
     return 1.0 / (2 * settings.layers)
 
 
+_ATTENTION = {"blocked": causal_attention, "plain": plain_attention, "fused": fused_attention}
+
+
 class Attention(nnx.Module):
     """Causal self-attention with H query heads over `kv_heads` key and value heads of width K."""
 
@@ -115,7 +118,7 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if sight.rotation is not None:
             q, k = (rotary(x, sight.rotation, s.rope_layout) for x in (q, k))
-        attend = plain_attention if s.attention == "plain" else causal_attention
+        attend = _ATTENTION[s.attention]
         y_BxTxHxK = attend(q, k, v, s.attention_scale, sight.window, s.attention_soft_cap)
         return self.out(y_BxTxHxK.reshape(B, T, s.heads * s.head_width))
 

@@ -47,8 +47,9 @@ class DecoderSettings:
     """Added to the scales of RMSNorm: 1 where they are stored as the distance from 1 (Gemma)."""
     parallel: bool = False
     """Whether attention and MLP both read the stream that enters the layer (GPT-NeoX)."""
-    attention: Literal["blocked", "plain"] = "blocked"
-    """"plain" has no backward pass of its own, which saves memory but which `jax.jvp` refuses."""
+    attention: Literal["blocked", "plain", "fused"] = "blocked"
+    """"plain" has no backward pass of its own, which saves memory but which `jax.jvp` refuses;
+    "fused" is cuDNN's kernel where there is one (`tda.model.attention`)."""
     attention_bias: bool = False
     """Whether queries, keys and values have biases."""
     out_bias: bool = False

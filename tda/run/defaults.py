@@ -83,6 +83,10 @@ KEYS: dict[str, tuple] = {
         "auto",
         "dtype of computation: float32, bfloat16, or auto (bfloat16 on accelerators)",
     ),
+    "model.attention": (
+        "blocked",
+        "blocked, or fused: cuDNN's kernel, on NVIDIA GPUs in bfloat16; elsewhere as blocked",
+    ),
     "model.remat": (False, "recompute activations in the backward pass to save memory"),
     # Training.
     "train.epochs": (10.0, "passes over the training text"),
@@ -284,6 +288,7 @@ CHOICES = {
     "data.statements_of": ("all", "corpus"),
     "data.prompt": (0, 1, 2),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("blocked", "fused"),
     "train.optimizer": ("adam", "adamw", "adafactor"),
     "train.schedule": ("cosine", "linear", "constant"),
     "gradients.second_moments": ("auto", "optimizer", "estimate"),

@@ -73,6 +73,8 @@ def model_arguments(config, vocab_size: int = 0) -> dict:
     """
     m = config.model
     computing = dict(dtype=computing_dtype(config), remat=m.remat)
+    # Trainings that were finished before there was a choice have none.
+    computing |= {} if m.attention == "blocked" else {"attention": m.attention}
     if not m.pretrained:
         return sizes.size(m.size) | dict(vocab_size=vocab_size) | computing
     arguments = pretrained.inspect(m.pretrained).arguments | computing

@@ -1,13 +1,14 @@
 """Causal attention in blocks, against the plain formula, in values and gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.model.attention import causal_attention, plain_attention
+from tda.model.attention import causal_attention, fused_attention, plain_attention
 
 
 def plain(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, scale=None, window=None, soft_cap=None):
@@ -116,3 +117,42 @@ def test_large_scores_do_not_overflow():
     q, k, v, towards = arrays(1, 70, 2, 2, 4)
     for x in value_and_gradients(causal_attention, 1e4 * q, k, v, towards):
         assert np.isfinite(x).all()
+
+
+def test_the_fused_kernel_is_taken_where_there_is_one(monkeypatch):
+    """As jax lowers it for a GPU, forward and backward; what it is asked for, against ours."""
+    q, k, v, towards = (x.astype(jnp.bfloat16) for x in arrays(2, 70, 4, 2, 8))
+    attend, asked = jax.nn.dot_product_attention, []
+
+    def by_xla(*arrays, **how):
+        asked.append(how.pop("implementation"))
+        return attend(*arrays, **how, implementation="xla")
+
+    expected = value_and_gradients(causal_attention, q, k, v, towards)
+    for x, y in zip(value_and_gradients(fused_attention, q, k, v, towards), expected, strict=True):
+        np.testing.assert_array_equal(x, y)  # on a CPU the same program
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    got = value_and_gradients(functools.partial(fused_attention, scale=0.3), q, k, v, towards)
+    expected = value_and_gradients(functools.partial(causal_attention, scale=0.3), q, k, v, towards)
+    for x, y in zip(got, expected, strict=True):
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        assert np.linalg.norm(x - y) < 0.01 * np.linalg.norm(y)
+    assert set(asked) == {"cudnn"}
+    asked.clear()
+    for how in (dict(window=9), dict(soft_cap=3.0)):
+        fused_attention(q, k, v, **how)
+    fused_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert not asked
+    # jax asks a device for cuDNN's version, and there is none here.
+    kernel = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    for name in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(kernel, name, lambda *_: 91000)
+    lowered = jax.jit(lambda *x: value_and_gradients(fused_attention, *x)).trace(q, k, v, towards)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"__cudnn\$\w+", text)) == {
+        "__cudnn$fmhaSoftmax",
+        "__cudnn$fmhaSoftmaxBackward",
+    }
+    assert "dot_general" not in text

@@ -40,6 +40,7 @@ def load(
     param_dtype: str = "float32",
     scan: bool = True,
     remat: bool = False,
+    attention: str = "blocked",
     quiet: bool = False,
 ) -> Decoder:
     """Returns the decoder with the parameters of a Hugging Face directory or a GGUF file.
@@ -50,8 +51,9 @@ def load(
         mesh: devices that the parameters are laid out on; None for one device.
         dtype: dtype of the computation, "float32" or "bfloat16"; None for bfloat16 on accelerators
             and float32 on a CPU.
-        param_dtype, scan, remat: fields of `DecoderSettings`. Parameters are "float32" by default,
-            even where the file's are bfloat16: gradients and steps have their precision.
+        param_dtype, scan, remat, attention: fields of `DecoderSettings`. Parameters are "float32"
+            by default, even where the file's are bfloat16: gradients and steps have their
+            precision.
         quiet: whether to show no progress bar.
 
     Raises:
@@ -66,7 +68,9 @@ def load(
     if not (mesh is None or isinstance(mesh, jax.sharding.Mesh)):
         raise ValueError(f"mesh={mesh!r}; give a jax.sharding.Mesh, or None")
     described = inspect(path)
-    changes = dict(dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat)
+    changes = dict(
+        dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat, attention=attention
+    )
     described = dataclasses.replace(described, arguments=described.arguments | changes)
     return place(described, mesh, quiet)
 
