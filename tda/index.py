@@ -206,8 +206,9 @@ class _Kind:
         whitening = self._whitening(source, encoded.gradients_QxE, damping)
         # Plain methods use R of all queries, so all queries are searched for together.
         (part,) = whitening.parts(chosen)
+        scorers = part.scorers
         with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
-            rankings = self._search.rank(encoded.gradients_QxE, part.scorers, max(k, rerank))
+            rankings = self._search.rank(encoded.gradients_QxE, scorers, max(k, rerank))
         if rerank and isinstance(self._inputs, TextInputs):
             reranker = self._inputs.whole_gradients
             by_words = [self._inputs.first_by_words(encoded, rerank)] if candidates else []

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -38,11 +38,16 @@ class Part:
 
     Attributes:
         queries: their places among all queries, ascending.
-        scorers: by the method's name.
+        make_scorers: returns the scorers by the method's name; R is computed only then.
     """
 
     queries: np.ndarray
-    scorers: dict[str, Scorer]
+    make_scorers: Callable[[], dict[str, Scorer]]
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """The scorers by the method's name."""
+        return self.make_scorers()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +127,22 @@ class Whitening:
         """
         if numbers is None:
             numbers = range(len(self._queries))
-        together: dict[str, Scorer] = {}
-        split: dict[tuple[str, ...], list[str]] = {}
+        by_kinds: dict[tuple[str, ...], dict[str, Method]] = {}
         for name, method in methods.items():
             kinds = tuple(self._kind(method, number) for number in numbers)
-            if len(set(kinds)) == 1:
-                together[name] = self._scorer(method, kinds[0])
-            else:
-                split.setdefault(kinds, []).append(name)
-        parts = [Part(np.arange(len(numbers)), together)] if together else []
-        for kinds, names in split.items():
+            # Methods with one R for all queries are searched together, whichever it is.
+            key = kinds if len(set(kinds)) > 1 else ("",) * len(kinds)
+            by_kinds.setdefault(key, {})[name] = method
+        parts = []
+        for kinds, chosen in sorted(by_kinds.items(), key=lambda item: item[0][0] != ""):
             for kind in sorted(set(kinds), reverse=True):
                 places = np.flatnonzero([k == kind for k in kinds])
-                scorers = {n: self._scorer(methods[n], kind) for n in names}
-                parts.append(Part(places, scorers))
+                make = functools.partial(self._scorers, chosen, numbers[places[0]])
+                parts.append(Part(places, make))
         return parts
+
+    def _scorers(self, chosen: dict[str, Method], number: int | None) -> dict[str, Scorer]:
+        return {name: self.scorer(method, number) for name, method in chosen.items()}
 
     def scorer(self, method: Method, number: int | None) -> Scorer:
         """Returns how a method scores passages for one query; `number` as in `parts`."""
@@ -213,13 +219,15 @@ class Whitening:
         return hessian.draw_halves(len(self._queries), self._settings.seed)
 
     def _root(self, kind: str) -> _Root:
-        if kind not in self._roots:
-            file = self._file(kind)
-            # Without a file every process decomposes R for itself: each has the sums.
-            self._roots[kind] = (
-                self._make(kind, self.train) if file is None else self._kept_root(file, kind)
-            )
-        return self._roots[kind]
+        if kind in self._roots:
+            return self._roots[kind]
+        file = self._file(kind)
+        # Without a file every process decomposes R for itself: each has the sums.
+        root = self._make(kind, self.train) if file is None else self._kept_root(file, kind)
+        # Each of those without a query is for one search.
+        if not kind.startswith(_WITHOUT):
+            self._roots[kind] = root
+        return root
 
     def _kept_root(self, file: pathlib.Path, kind: str) -> _Root:
         root: _Root | None = None

@@ -207,10 +207,9 @@ class Gradients(Retriever):
         search_exactly = functools.partial(scan, run, source, identity, on_rows)
         for number, part in enumerate(parts):
             # A method whose R differs between halves of the queries has an index for each half.
-            suffix = f"-{number}" if number else ""
-            names = {}
+            suffix, scorers, names = f"-{number}" if number else "", part.scorers, {}
             if run.config.search.index != "none":
-                names = {n: f"{self.ranking_name(methods[n])}{suffix}" for n in part.scorers}
+                names = {n: f"{self.ranking_name(methods[n])}{suffix}" for n in scorers}
             correct = {
                 label: [lists[q] for q in part.queries] for label, lists in queries.correct.items()
             }
@@ -218,7 +217,7 @@ class Gradients(Retriever):
                 run,
                 source,
                 gradients_QxE[part.queries],
-                part.scorers,
+                scorers,
                 correct,
                 names,
                 search_exactly,

@@ -184,7 +184,8 @@ def test_where_r_is_a_kronecker_product_both_structures_agree():
 def test_the_rule_reads_the_products_of_eigenvalues(data):
     settings = HessianSettings(structure="kronecker", component=5)
     made = Whitening(settings, InMemory(data[0], SLICES), data[1], shapes=SHAPES, quiet=True)
-    weight = made.parts({"": METHODS["trackstar"]}) and made.note(METHODS["trackstar"])["lambda"]
+    made.scorer(METHODS["trackstar"], 0)
+    weight = made.note(METHODS["trackstar"])["lambda"]
     at_5 = []
     for x in data:
         R = [product([s.mean(0) for s in samples(x, n)]) for n in range(len(SHAPES))]
@@ -306,6 +307,8 @@ def test_a_query_that_is_left_out_has_factors_of_the_others(data):
     note = made.note(method)
     assert len(set(weights)) == n and note["lambda"] == pytest.approx(np.mean(weights))
     assert note["evaluation"] == "leave_one_out" and note["kronecker"] == 3
+    # Each is made for its search alone.
+    assert not [kind for kind in made._roots if kind.startswith("without")]
     stranger, of_all = made.scorer(method, None), made.scorer(METHODS["trackstar_all"], None)
     assert stranger.roots is of_all.roots
 

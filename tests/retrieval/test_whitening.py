@@ -120,7 +120,8 @@ def test_too_few_queries_for_the_rule_are_refused():
     def parts(count, name="trackstar", **changes):
         queries = (rng.normal(size=(count, 80)) + 1).astype(np.float32)
         made = Whitening(HessianSettings(**changes), passages, queries)
-        made.parts({"m": METHODS[name], "other": METHODS["exp5"]})
+        for part in made.parts({"m": METHODS[name], "other": METHODS["exp5"]}):
+            assert part.scorers
         return made
 
     ways_out = "3 queries.*component 7.*hessian.component.*hessian.weight.*exp5"
@@ -142,9 +143,9 @@ def test_too_few_queries_for_the_rule_are_refused():
 
 def test_spectra_of_an_earlier_search_stay(data, tmp_path):
     both, train = whitening(data), whitening(data)
-    both.parts({"m": METHODS["trackstar"]})
+    both.scorer(METHODS["trackstar"], 0)
     name = both.keep_spectra(tmp_path, ("a", "b"), {"x": 1})
-    train.parts({"m": METHODS["exp5"]})
+    train.scorer(METHODS["exp5"], None)
     assert train.keep_spectra(tmp_path, ("a", "b"), {"x": 1}) == name
     with np.load(tmp_path / name, allow_pickle=False) as kept:
         assert set(kept) == {"blocks", "widths", "train", "evaluation"}
