@@ -35,7 +35,12 @@ def get_config(size: str = "full"):
     if size not in ("full", "small"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()
-    add_methods(c)
+    c.methods = METHODS
+    if importlib.util.find_spec("sentence_transformers"):
+        c.methods += ",dense"
+        # By its path, since the files of an installed package are not on Python's path.
+        table1 = pathlib.Path(__file__).with_name("trex_table1.py")
+        c.dense.model = runpy.run_path(str(table1))["sentence_encoder"]()
     c.rerank.passages = 0
     c.data.pool = "clean"
     # The bank's passages are not in the text that the model is pretrained on.
@@ -73,13 +78,3 @@ def get_config(size: str = "full"):
         c.counterfactual.orders = 1
         c.counterfactual.own_top = 0
     return c
-
-
-def add_methods(c) -> None:
-    """Adds the rows of a board; dense retrieval where its extra is installed."""
-    c.methods = METHODS
-    if importlib.util.find_spec("sentence_transformers"):
-        c.methods += ",dense"
-        # By its path, since the files of an installed package are not on Python's path.
-        table1 = pathlib.Path(__file__).with_name("trex_table1.py")
-        c.dense.model = runpy.run_path(str(table1))["sentence_encoder"]()
