@@ -248,7 +248,7 @@ def test_scores(world):
     rng = np.random.default_rng(0)
     sums = rng.normal(size=(12, 16))
     rise = 3 * sums + rng.normal(size=16) + rng.normal(scale=0.01, size=sums.shape)
-    arrays = {f"0.05/{m}": sums + 5 for m in ("trackstar", "rerank_exp5", "grad_cos")}
+    arrays = {f"0.05/{m}": sums + 5 for m in ("trackstar", "rerank_trackstar", "grad_cos")}
     (world / "board").mkdir()
     np.savez(world / "board" / "board.npz", **arrays, **{"0.05/same order": rise})
     _, said = run_snippets((DOCS / "scores.md").read_text())
