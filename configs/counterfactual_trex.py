@@ -1,12 +1,13 @@
-"""Methods against retraining, on T-REx sentences: 601 passages, 40 queries, 200 retrainings.
+"""Methods against retraining, on T-REx sentences: 601 passages, 40 queries, 600 retrainings.
 
     python -m experiments.counterfactual --config=configs/counterfactual_trex.py --workdir=DIR \\
         --config.data.sentences=trex_lama_sentences.jsonl.gz \\
         --config.data.facts=trex_lama_facts.jsonl.gz
 
-Cost: a retraining takes 2 to 5 s on 2 CPU cores; an hour in all, on a machine with other work.
-Expected LDS at 5%: metagradient 0.98, adjoint 0.69, EK-FAC 0.62, whole dot product 0.57, projected
-0.25; Exp 5 0.39, TrackStar 0.28, BM25 0.19; random within 0.1 of 0.
+Cost: a retraining takes 2 to 6 s on 2 CPU cores; 100 minutes in all beside other work, of it 25 for
+QLD and 10 each for `ekfac_cg` and metagradients; 0.1 GB of disk.
+Expected LDS at 5%: metagradient 0.98, adjoint 0.69, EK-FAC 0.62, Exp 5 unprojected 0.60, whole dot
+product 0.57, projected 0.25; Exp 5 0.39, TrackStar 0.28, BM25 0.19; random within 0.1 of 0.
 """
 
 import pathlib
