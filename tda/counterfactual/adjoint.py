@@ -1,11 +1,12 @@
 """The surrogate adjoint: reverse mode through Adam's recursion, without second derivatives.
 
 The exact cotangent passes a step's Hessian and the path through Adam's second moment. Here the
-second moment's path is left out, and the Hessian is one of three: the Gauss–Newton matrix of the
+second moment's path is left out, and the Hessian is one of four: the Gauss–Newton matrix of the
 step's batch, by products; the mean Fisher matrix of labels drawn from the model,
-H̄ = Σ_i g_i g_iᵀ / tokens over a sample, the same at every step; or nothing. With u the cotangent
-of a step's gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: that leaves the passages' gradients
-at each step, which all queries share. (With the batch's own labels in H̄ the recursion diverges.)
+H̄ = Σ_i g_i g_iᵀ / tokens over a sample, the same at every step; EK-FAC's form of it; or nothing.
+With u the cotangent of a step's gradient, dL/dw_i = ⟨g_i(θ_t), u⟩ / tokens_t: that leaves the
+passages' gradients at each step, which all queries share. (With the batch's own labels in H̄ the
+recursion diverges.)
 """
 
 import dataclasses
@@ -16,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tda.counterfactual import eigenbasis
 from tda.counterfactual.example_gradients import ExampleGradients, as_rows, by_path
 from tda.counterfactual.inverse import gauss_newton
 from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import State
+from tda.gradients import kronecker
 from tda.gradients.kronecker import sampled_loss
+from tda.gradients.sites import Site
 from tda.model import functional
 from tda.runtime import progress, sharding
 
@@ -87,6 +91,24 @@ def mean_fisher(fisher_SxP: jax.Array) -> Hessian:
     return lambda batch, params, u_QxP: product(u_QxP, fisher_SxP)
 
 
+def ekfac(chosen: list[Site], curvature: dict[str, kronecker.Curvature], tokens: float) -> Hessian:
+    """Returns products with EK-FAC's mean Fisher matrix; of other parameters they are 0.
+
+    Args:
+        chosen: the matrices, from `tda.gradients.kronecker.factored`.
+        curvature: EK-FAC's eigenvectors and eigenvalues by path, which are means over passages.
+        tokens: scored tokens of a passage, on average.
+    """
+
+    @jax.jit
+    def product(params, u_QxP):
+        x = by_path(u_QxP, params)
+        products = eigenbasis.apply(chosen, curvature, lambda c: c.values / tokens, x)
+        return as_rows({path: products.get(path, jnp.zeros_like(y)) for path, y in x.items()})
+
+    return lambda batch, params, u_QxP: product(params, u_QxP)
+
+
 def batch_gauss_newton(model_fn: functional.Functional) -> Hessian:
     """Returns products with the Gauss–Newton matrix of each step's batch, at its parameters.
 
@@ -109,7 +131,7 @@ def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | Non
     Args:
         reverse: the training with its kept states, and the queries.
         recursion: the optimizer.
-        hessian: `batch_gauss_newton` or `mean_fisher`; None for no Hessian.
+        hessian: `batch_gauss_newton`, `mean_fisher` or `ekfac`; None for no Hessian.
 
     Raises:
         FloatingPointError: the recursion diverged.

@@ -41,6 +41,7 @@ TITLES = {
     "metagradient": "metagradient (exact)",
     "adjoint_batch": "Adam's adjoint, Gauss–Newton of the batch",
     "adjoint": "Adam's adjoint, mean Fisher",
+    "adjoint_ekfac": "Adam's adjoint, EK-FAC",
     "adjoint_none": "Adam's adjoint, no Hessian",
     "in_run_adam": "in-run first order, Adam",
     "in_run": "in-run first order, plain",
@@ -186,6 +187,11 @@ class BankScores:
         if name == "adjoint_none":
             return None
         params = self.retrained.reverse.final_state()["params"]
+        if name == "adjoint_ekfac":
+            model = training.model_fn.merge(params)
+            chosen = kronecker.factored(find_sites(model))
+            tokens = training.table.count_scored() / len(training.table)
+            return adjoint.ekfac(chosen, self._ekfac(model, chosen), tokens)
         sample = self._sampled(self.config.counterfactual.fisher)
         return adjoint.mean_fisher(
             adjoint.fisher_rows(training.model_fn, params, sample, _FISHER_NUMBERS)

@@ -257,8 +257,9 @@ KEYS: dict[str, tuple] = {
     "counterfactual.orders": (1, "orders of the data that all sets are retrained in", POSITIVE),
     "counterfactual.together": (1, "retrainings that one program runs at a time", POSITIVE),
     "counterfactual.methods": (
-        "metagradient,adjoint_batch,adjoint,adjoint_none,in_run_adam,in_run,ekfac_cg,"
-        "source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,adam_dot_whole,adam_cosine_whole",
+        "metagradient,adjoint_batch,adjoint,adjoint_ekfac,adjoint_none,in_run_adam,in_run,"
+        "ekfac_cg,source,shampoo_whole,ekfac_whole,dot_whole,cosine_whole,adam_dot_whole,"
+        "adam_cosine_whole",
         "methods of the bank's own, beside those of methods (tda/run/bank_scores.py)",
     ),
     "counterfactual.queries_at_once": (1, "queries whose metagradients are one batch", POSITIVE),

@@ -1,14 +1,16 @@
 """The surrogate adjoint, against reverse mode where the two must agree, and by a dense matrix."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.counterfactual import adjoint, metagradients
-from tda.counterfactual.example_gradients import as_rows
+from tda.counterfactual import adjoint, eigenbasis, metagradients
+from tda.counterfactual.example_gradients import as_rows, by_path
 from tda.counterfactual.in_run import in_run
 from tda.counterfactual.training import Training, sum_by_unit, units_of_tokens
 from tda.gradients import kronecker
+from tda.gradients.sites import find_sites
 from tda.training import optimizer
 from tests.counterfactual.world import (
     LAYOUT,
@@ -72,6 +74,35 @@ def test_the_recursion_is_that_of_a_dense_matrix():
         np.testing.assert_allclose(d[0], G[t] @ u / tokens, rtol=1e-4)
     np.testing.assert_allclose(ours[0][0], theta, rtol=1e-4)
     np.testing.assert_allclose(ours[1][0], mu, rtol=1e-4)
+
+
+def test_products_with_ekfac_are_those_of_its_matrices():
+    """Guards: the inverse in place of F; means over passages where the recursion is per token."""
+    training = make_training()
+    model = training.model_fn.merge(training.params)
+    chosen = kronecker.factored(find_sites(model))
+    rows = np.arange(PASSAGES)
+    curvature = eigenbasis.fit_ekfac(
+        model,
+        chosen,
+        lambda: kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT),
+    )
+    size = sum(x.size for x in jax.tree.leaves(training.params))
+    u_QxP = np.random.default_rng(0).normal(size=(2, size)).astype(np.float32)
+    product = adjoint.ekfac(chosen, curvature, tokens=7.0)({}, training.params, u_QxP)
+    u, products = (by_path(x, training.params) for x in (u_QxP, product))
+    sites = {s.path: s for s in chosen}
+    assert 0 < len(sites) < len(u)
+    for path, x in u.items():
+        if path not in sites:
+            assert not np.asarray(products[path]).any()
+            continue
+        c, matrix = curvature[path], jax.vmap(sites[path].matrix)
+        U = np.asarray(matrix(x), np.float64)
+        expected = c.left @ ((np.swapaxes(c.left, -1, -2) @ U @ c.right) * c.values / 7)
+        expected = expected @ np.swapaxes(c.right, -1, -2)
+        atol = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(matrix(products[path]), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.slow
