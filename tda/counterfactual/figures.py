@@ -13,23 +13,32 @@ import numpy as np
 from tda.counterfactual.bank import Bank
 from tda.evaluation import ranking
 from tda.evaluation.statistics import Interval, interval_of_draws
+from tda.runtime import progress
 
 
-def spearman(a_MxQ: np.ndarray, b_MxQ: np.ndarray) -> np.ndarray:
-    """Returns Spearman's correlation of each column of two arrays, float64 [Q].
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns Spearman's correlation of each column of two arrays, float64 […, Q].
 
     A constant column has the correlation 0, as a method without information on the query; a column
     with a value that is not finite has NaN.
+
+    Args:
+        a, b: [M, …, Q]; axes of length 1 between M and Q are repeated.
     """
+    (a, a_is_finite), (b, b_is_finite) = map(_centred_ranks, (a, b))
+    size = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+    product = (a * b).sum(axis=0)
+    out = np.divide(product, size, out=np.zeros_like(product), where=size > 0)
+    return np.where(a_is_finite & b_is_finite, out, np.nan)
+
+
+def _centred_ranks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ranks within each column less their mean, and whether all of it is finite."""
     from scipy import stats  # here: it takes a second to import
 
-    finite_Q = np.isfinite(a_MxQ).all(axis=0) & np.isfinite(b_MxQ).all(axis=0)
-    a, b = (stats.rankdata(np.where(finite_Q, x, 0.0), axis=0) for x in (a_MxQ, b_MxQ))
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    size_Q = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    product_Q = (a * b).sum(axis=0)
-    out_Q = np.divide(product_Q, size_Q, out=np.zeros_like(product_Q), where=size_Q > 0)
-    return np.where(finite_Q, out_Q, np.nan)
+    is_finite = np.isfinite(x).all(axis=0)
+    ranks = stats.rankdata(np.where(is_finite, x, 0.0), axis=0)
+    return ranks - ranks.mean(axis=0), is_finite
 
 
 def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
@@ -106,15 +115,19 @@ def lds(
     by_query = {name: spearman(x, changes_MxQ) for name, x in predicted.items()}
     M, Q = changes_MxQ.shape
     rng = np.random.default_rng(seed)
-    resampled = {name: np.full(resamples, np.nan) for name in scores}
-    for r in range(resamples):
-        subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
-        drawn = np.ix_(subsets, queries)
-        for name, x in predicted.items():
-            with np.errstate(invalid="ignore"):
-                correlations = spearman(x[drawn], changes_MxQ[drawn])
-            measured = correlations[np.isfinite(correlations)]
-            resampled[name][r] = measured.mean() if len(measured) else np.nan
+    resampled_RxN = np.full((resamples, len(scores)), np.nan)
+    # All methods at once: what is drawn of the losses is ranked once for all of them.
+    predicted_MxNxQ = np.stack(list(predicted.values()), axis=1)
+    with progress.bar(resamples, "intervals", "resample") as bar:
+        for r in range(resamples):
+            subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
+            changes = changes_MxQ[np.ix_(subsets, queries)][:, None]
+            correlations_NxQ = spearman(predicted_MxNxQ[subsets][:, :, queries], changes)
+            for n, of_method in enumerate(correlations_NxQ):
+                measured = of_method[np.isfinite(of_method)]
+                resampled_RxN[r, n] = measured.mean() if len(measured) else np.nan
+            bar.update()
+    resampled = dict(zip(scores, resampled_RxN.T, strict=True))
     return Lds(by_query, resampled)
 
 
