@@ -1,4 +1,4 @@
-"""Methods against retraining, on the demo's corpus: 512 sentences, 32 queries, 400 retrainings.
+"""Methods against retraining, on the demo's corpus: 512 sentences, 32 queries, 600 retrainings.
 
     python -m experiments.counterfactual --config=configs/counterfactual_world.py --workdir=DIR
 
@@ -7,7 +7,7 @@ without 5 %, in one order of the data: about 3 minutes.
 
 Cost: a retraining takes 2 s on 2 CPU cores, metagradients of all queries and
 `adjoint_batch` 5 minutes each, `ekfac_cg` 12, QLD 25 (a retraining for each method and each of 16
-queries); 0.3 GB of disk.
+queries): 90 minutes beside other work; 0.2 GB of disk.
 Expected LDS at 5%: metagradient 0.94; adjoint with each batch's Gauss–Newton matrix 0.90; SOURCE,
 Shampoo, EK-FAC, the other adjoints and gradients over √V, whole, 0.69 to 0.71; whole dot product
 0.65, projected 0.44; TrackStar 0.53; BM25 0.28; random within 0.1 of 0.
