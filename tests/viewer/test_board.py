@@ -128,9 +128,12 @@ def test_the_page_shows_the_board_and_leads_to_a_query_and_back(page, collection
             cells = markdown[title]
             assert lds == minus(cells["LDS 5%, same order"])
             assert cost == cells["cost"]
-            assert qld == minus(cells["QLD"])
-            # In percent, with a digit more than in the file.
-            assert tail_patch == ("1.250" if cells["tail-patch"] else "")
+            # Its interval is shown where the pointer rests.
+            assert qld == minus(cells["QLD"]).partition(" [")[0]
+            # In percent, with two digits more than in the file.
+            assert tail_patch == ("1.2500" if cells["tail-patch"] else "")
+        hint = page.page.locator(".board td.figure[title]").get_attribute("title")
+        assert hint == minus(markdown["BM25"]["QLD"])
         # By LDS, then by what is clicked; and back the other way round.
         assert [r[0] for r in rows] == list(markdown)
         page.page.click("thead >> text=method")

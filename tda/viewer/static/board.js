@@ -8,6 +8,8 @@ import * as state from "./state.js";
 
 /** A number with as many decimals as `board.md` gives it. */
 const fixed = (x, digits = 3) => (x === null || x === undefined ? "" : x.toFixed(digits).replace("-", "−"));
+// A small model's steps move a target by thousandths of a per cent.
+const DIGITS = { cost: 1, "tail-patch": 4 };
 const withInterval = (i) => (i ? `${fixed(i.mean)} [${fixed(i.low)}, ${fixed(i.high)}]` : "");
 const share = (fraction) => `${Number((100 * fraction).toPrecision(3))}%`;
 
@@ -122,7 +124,8 @@ function table(view) {
   });
   const line = (m) => {
     const i = interval(view, m);
-    const figures = columns(view).slice(2).map(([key, , , value]) => h("td.figure", {}, key === "qld" ? withInterval(board.methods[m].own_top) : fixed(value(view, m), key === "cost" ? 1 : 3)));
+    const figures = columns(view).slice(2).map(([key, , , value]) =>
+      h("td.figure", { title: key === "qld" ? withInterval(board.methods[m].own_top) || null : null }, fixed(value(view, m), DIGITS[key])));
     return h("tr", { class: m === view.method ? "chosen" : null },
       h("th", { scope: "row" }, view.at < 0 ? board.methods[m].title : h("button.link", {
         type: "button", "aria-pressed": String(m === view.method), onclick: () => state.set({ method: m }),
