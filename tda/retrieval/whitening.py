@@ -142,11 +142,20 @@ class Whitening:
         return parts
 
     def _scorers(self, chosen: dict[str, Method], number: int | None) -> dict[str, Scorer]:
-        return {name: self.scorer(method, number) for name, method in chosen.items()}
+        # Methods of one kind share its root: the search whitens once for all of them.
+        roots: dict[str, _Root] = {}
+        scorers = {}
+        for name, method in chosen.items():
+            kind = self._kind(method, number)
+            if kind not in roots:
+                roots[kind] = self._root(kind)
+            root = roots[kind]
+            scorers[name] = Scorer(root.blocks, method.unit_norm, root.query_weights)
+        return scorers
 
     def scorer(self, method: Method, number: int | None) -> Scorer:
         """Returns how a method scores passages for one query; `number` as in `parts`."""
-        return self._scorer(method, self._kind(method, number))
+        return self._scorers({"": method}, number)[""]
 
     def of_queries(self, queries_QxE: np.ndarray) -> "Whitening":
         """Returns a whitening with the same R of the passages and R of other queries."""
@@ -171,9 +180,11 @@ class Whitening:
             kinds = list(reversed(_HALVES))
         elif rule == "leave_one_out" and self._kronecker:
             kinds = [kind for kind in self.notes if kind.startswith(_WITHOUT)]
+        if kinds == [rule]:
+            return self.notes.get(rule)
         notes = [self.notes[kind] for kind in kinds if kind in self.notes]
-        if len(kinds) < 2 or not notes:
-            return notes[0] if notes else None
+        if not notes:
+            return None
         weight = float(np.mean([note["lambda"] for note in notes]))
         return notes[-1] | {"lambda": weight, "evaluation": rule}
 
@@ -192,10 +203,6 @@ class Whitening:
         # Sorted: the same bytes whether R was decomposed or read.
         atomic_file.write_arrays(directory / name, dict(sorted((arrays | self.spectra).items())))
         return name
-
-    def _scorer(self, method: Method, kind: str) -> Scorer:
-        root = self._root(kind)
-        return Scorer(root.blocks, method.unit_norm, root.query_weights)
 
     def _kind(self, method: Method, number: int | None) -> str:
         if method.hessian != "mixed":

@@ -307,6 +307,11 @@ def test_a_query_that_is_left_out_has_factors_of_the_others(data):
     note = made.note(method)
     assert len(set(weights)) == n and note["lambda"] == pytest.approx(np.mean(weights))
     assert note["evaluation"] == "leave_one_out" and note["kronecker"] == 3
+    # A live question makes one of them.
+    alone = whitening(data, damping=0.05, weight=-1.0, component=2)
+    alone.scorer(method, 3)
+    assert alone.note(method)["evaluation"] == "leave_one_out"
+    assert "all but the query" in retrieve.describe(alone.note(method))
     # Each is made for its search alone.
     assert not [kind for kind in made._roots if kind.startswith("without")]
     stranger, of_all = made.scorer(method, None), made.scorer(METHODS["trackstar_all"], None)
