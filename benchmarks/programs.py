@@ -10,8 +10,8 @@ bytes that they read and write if nothing else is fused with them. *Least time* 
 operations over the chip's peak and bytes over its bandwidth for each product, float32 ones at
 their own peak, and adds them up: no program of these products is faster. *Fused* lets the
 products within an example move no bytes, as a flash kernel does. Ratios are over the training step
-(forward, backward and Adam's update). `tda.plan.cost` counts by formula what this
-counts from the program; `benchmarks.accelerator` measures both.
+(forward, backward and Adam's update). `tda.plan.cost` counts by formula what this counts from the
+program; `benchmarks.accelerator` measures both.
 """
 
 import collections

@@ -36,7 +36,7 @@ def get_config(size: str = "full"):
         raise ValueError(f"counterfactual_world.py:{size}: give full or small after the colon")
     c = defaults.get_config()
     c.methods = METHODS
-    if importlib.util.find_spec("sentence_transformers"):
+    if size == "full" and importlib.util.find_spec("sentence_transformers"):
         c.methods += ",dense"
         # By its path, since the files of an installed package are not on Python's path.
         table1 = pathlib.Path(__file__).with_name("trex_table1.py")
@@ -68,7 +68,6 @@ def get_config(size: str = "full"):
     c.counterfactual.orders = 2
     c.counterfactual.own_top = 16
     if size == "small":
-        c.dense.model = ""
         c.methods = "captured,captured_plain,exp1,trackstar,rerank_trackstar,grad_cos,grad_dot,"
         c.methods += "bm25,random"
         c.counterfactual.methods = "metagradient,ekfac_whole,adam_dot_whole,dot_whole"

@@ -111,8 +111,8 @@ def trace(
         rerank: how many of the method's first passages are scored again without projection, by
             whole gradients with the same correction and norm, and R as a product of each matrix's
             row and column second moments (of "trackstar" with those of the queries, mixed by the
-            paper's rule); 0 for none, the number of passages for all. Then there
-            are no opponents. Only for texts.
+            paper's rule); 0 for none, the number of passages for all. Then there are no opponents.
+            Only for texts.
         contrast: further queries, in the form of `queries`. There is then one answer, to the mean
             gradient of `queries` minus that of these (what makes the model say the ones rather than
             the others?), or to the mean of `queries` alone if it is empty. Queries weigh by their

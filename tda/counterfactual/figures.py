@@ -111,13 +111,12 @@ def lds(
             f"LDS is a correlation over retrainings, and the bank has {len(changes_MxQ)}; give two "
             "subsets or more (counterfactual.subsets)"
         )
-    predicted = {name: predictions(x, bank.removed_MxU) for name, x in scores.items()}
-    by_query = {name: spearman(x, changes_MxQ) for name, x in predicted.items()}
+    # All methods at once: losses are ranked once for all of them.
+    predicted_MxNxQ = np.stack([predictions(x, bank.removed_MxU) for x in scores.values()], axis=1)
+    by_query_NxQ = spearman(predicted_MxNxQ, changes_MxQ[:, None])
     M, Q = changes_MxQ.shape
     rng = np.random.default_rng(seed)
     resampled_RxN = np.full((resamples, len(scores)), np.nan)
-    # All methods at once: what is drawn of the losses is ranked once for all of them.
-    predicted_MxNxQ = np.stack(list(predicted.values()), axis=1)
     with progress.bar(resamples, "intervals", "resample") as bar:
         for r in range(resamples):
             subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
@@ -127,7 +126,9 @@ def lds(
                 measured = of_method[np.isfinite(of_method)]
                 resampled_RxN[r, n] = measured.mean() if len(measured) else np.nan
             bar.update()
-    resampled = dict(zip(scores, resampled_RxN.T, strict=True))
+    by_query, resampled = (
+        dict(zip(scores, x, strict=True)) for x in (by_query_NxQ, resampled_RxN.T)
+    )
     return Lds(by_query, resampled)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from tda import methods as method_lib
 from tda.counterfactual import adjoint, eigenbasis, source, unprojected
@@ -188,10 +189,8 @@ class BankScores:
             return None
         params = self.retrained.reverse.final_state()["params"]
         if name == "adjoint_ekfac":
-            model = training.model_fn.merge(params)
-            chosen = kronecker.factored(find_sites(model))
             tokens = training.table.count_scored() / len(training.table)
-            return adjoint.ekfac(chosen, self._ekfac(model, chosen), tokens)
+            return adjoint.ekfac(*self._ekfac(params), tokens)
         sample = self._sampled(self.config.counterfactual.fisher)
         return adjoint.mean_fisher(
             adjoint.fisher_rows(training.model_fn, params, sample, _FISHER_NUMBERS)
@@ -200,15 +199,14 @@ class BankScores:
     def _gradient_score(self, name: str, final: dict) -> GradientScore:
         unit_norm = "cosine" in name
         if name.startswith(("ekfac", "shampoo")):
-            model = self.retrained.trainings[0].model_fn.merge(final["params"])
-            chosen = kronecker.factored(find_sites(model))
+            params, damping = final["params"], self.config.curvature.damping
             if name.startswith("ekfac"):
-                curvature = self._ekfac(model, chosen)
+                chosen, curvature = self._ekfac(params)
             else:
+                _, chosen = self._factored(params)
                 curvature = eigenbasis.fit_shampoo(
-                    chosen, lambda: self._sampled_gradients([final["params"]])
+                    chosen, lambda: self._sampled_gradients([params])
                 )
-            damping = self.config.curvature.damping
             return GradientScore(unprojected.ekfac(chosen, curvature, damping))
         if name.startswith("adam"):
             scales = self._inverse_root_moments(final)
@@ -217,9 +215,15 @@ class BankScores:
             return GradientScore(unprojected.times(scales, power), unit_norm)
         return GradientScore(unprojected.identity, unit_norm)
 
-    def _ekfac(self, model, chosen: list[Site]) -> dict[str, Curvature]:
-        sample = self.config.curvature.sample
-        return eigenbasis.fit_ekfac(model, chosen, lambda: self._sampled(sample))
+    def _factored(self, params: dict) -> tuple[nnx.Module, list[Site]]:
+        """Returns the model with these parameters, and its matrices with Kronecker factors."""
+        model = self.retrained.trainings[0].model_fn.merge(params)
+        return model, kronecker.factored(find_sites(model))
+
+    def _ekfac(self, params: dict) -> tuple[list[Site], dict[str, Curvature]]:
+        """Returns the matrices and EK-FAC's curvature; fitted anew, as each method's cost is."""
+        (model, chosen), sample = self._factored(params), self.config.curvature.sample
+        return chosen, eigenbasis.fit_ekfac(model, chosen, lambda: self._sampled(sample))
 
     def _sampled_gradients(
         self, at: list[dict], scales: Gradients | None = None
@@ -236,12 +240,8 @@ class BankScores:
 
     def _damped_inverse(self, params: dict) -> DampedInverse:
         """Returns (H + D)⁻¹ at the end of the training, by EK-FAC and products with H."""
-        model_fn = self.retrained.trainings[0].model_fn
-        model = model_fn.merge(params)
-        chosen = kronecker.factored(find_sites(model))
-        plain_fn = with_plain_attention(model_fn, params)
-        damping = self.config.curvature.damping
-        return DampedInverse(plain_fn, params, chosen, self._ekfac(model, chosen), damping)
+        plain_fn = with_plain_attention(self.retrained.trainings[0].model_fn, params)
+        return DampedInverse(plain_fn, params, *self._ekfac(params), self.config.curvature.damping)
 
     def _conjugate_gradients(self, inverse: DampedInverse, queries: Gradients) -> Gradients:
         table, settings = self.retrained.trainings[0].table, self.config.counterfactual
@@ -267,8 +267,7 @@ class BankScores:
         """Returns SOURCE's scores, [Q, N], from the states that reverse mode keeps."""
         retrained, recursion = self.retrained, self._recursion()
         training, reverse = retrained.trainings[0], retrained.reverse
-        model = training.model_fn.merge(reverse.final_state()["params"])
-        chosen = kronecker.factored(find_sites(model))
+        _, chosen = self._factored(reverse.final_state()["params"])
         saved = [*range(reverse.stride, training.steps, reverse.stride), training.steps]
         segments, states = [], []
         for first, stop in source.divide(saved, _SEGMENTS):

@@ -202,9 +202,9 @@ class Gradients(Retriever):
         counts = [len(part.queries) for part in parts]
         is_by_query = counts.count(1) > 2 and on_progress is None
         title = f"search ({', '.join(methods)})"
-        bar = progress.bar(sum(counts), title, "query", quiet=not is_by_query)
         on_rows = _be_quiet if is_by_query else on_progress
         search_exactly = functools.partial(scan, run, source, identity, on_rows)
+        bar = progress.bar(sum(counts), title, "query", quiet=not is_by_query)
         for number, part in enumerate(parts):
             # A method whose R differs between halves of the queries has an index for each half.
             suffix, scorers, names = f"-{number}" if number else "", part.scorers, {}
