@@ -20,13 +20,14 @@ import optax
 from tda.counterfactual import eigenbasis
 from tda.counterfactual.example_gradients import ExampleGradients, as_rows, by_path
 from tda.counterfactual.inverse import gauss_newton
+from tda.counterfactual.loss_products import LossProducts
 from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import State
 from tda.gradients import kronecker
 from tda.gradients.kronecker import sampled_loss
 from tda.gradients.sites import Site
 from tda.model import functional
-from tda.runtime import progress, sharding
+from tda.runtime import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def batch_gauss_newton(model_fn: functional.Functional) -> Hessian:
 
     Args:
         model_fn: the model's structure, through whose layers `jax.jvp` passes
-            (`tda.counterfactual.metagradients.with_plain_attention`).
+            (`tda.counterfactual.training.with_plain_attention`).
     """
 
     @jax.jit
@@ -125,13 +126,19 @@ def batch_gauss_newton(model_fn: functional.Functional) -> Hessian:
     return product
 
 
-def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | None) -> np.ndarray:
-    """Returns −dL/dw of every query and passage, by the surrogate: float32 [Q, N].
+def surrogate(
+    reverse: Reverse,
+    recursion: AdamRecursion,
+    hessian: Hessian | None,
+    by_token: bool = False,
+) -> np.ndarray:
+    """Returns −dL/dw of every query and passage, by the surrogate: float32 [Q, N], or by token.
 
     Args:
         reverse: the training with its kept states, and the queries.
         recursion: the optimizer.
         hessian: `batch_gauss_newton`, `mean_fisher` or `ekfac`; None for no Hessian.
+        by_token: whether the scores are of the table's tokens, [Q, C].
 
     Raises:
         FloatingPointError: the recursion diverged.
@@ -140,33 +147,31 @@ def surrogate(reverse: Reverse, recursion: AdamRecursion, hessian: Hessian | Non
     theta_QxP = as_rows(queries.all_gradients(reverse.final_state()["params"]))
     mu_QxP = jnp.zeros_like(theta_QxP)
     step_back = jax.jit(_step_back, static_argnames="recursion", donate_argnums=(0, 1))
-    scores_QxN = np.zeros((len(queries), len(training.table)), np.float32)
+    products = LossProducts(training, by_token)
+    scores = products.zeros(len(queries))
     with progress.bar(training.steps, "surrogate adjoint", "step") as bar:
         for step, before, after in reverse.backwards():
             batch = training.batches[step]
-            gradients_BxP = as_rows(training.example_gradients(before["params"], batch.arrays))
-            tokens = max(float(batch.arrays["weights"].sum()), 1.0)
-            theta_QxP, mu_QxP, u_QxP, d_QxB = step_back(
+            theta_QxP, mu_QxP, u_QxP = step_back(
                 theta_QxP,
                 mu_QxP,
-                gradients_BxP,
+                training.gradient_norm(before["params"], batch.arrays) if recursion.clip else 0.0,
                 second_moment(after),
                 jnp.float32(step),
                 jnp.float32(recursion.learning_rate(step)),
-                jnp.float32(tokens),
-                recursion=dataclasses.replace(recursion, learning_rate=no_rate),
+                recursion=dataclasses.replace(recursion, learning_rate=_no_rate),
             )
             if hessian is not None:
                 theta_QxP = theta_QxP + hessian(batch.arrays, before["params"], u_QxP)
-            rows = batch.rows
-            scores_QxN[:, rows] -= sharding.to_host(d_QxB)[:, : len(rows)]
+            tokens = max(float(batch.arrays["weights"].sum()), 1.0)
+            products.add(scores, before["params"], batch, u_QxP, -1 / tokens)
             bar.update(1)
-    if not np.isfinite(scores_QxN).all():
+    if not np.isfinite(scores).all():
         raise FloatingPointError("the surrogate adjoint diverged; lower the learning rate")
-    return scores_QxN
+    return scores
 
 
-def no_rate(step: int) -> float:
+def _no_rate(step: int) -> float:
     """Replaces the schedule in constants that jit hashes; the rate is an argument of its own."""
     return 0.0
 
@@ -183,19 +188,14 @@ def inverse_root(nu_P, step, recursion: AdamRecursion):
     return 1 / (jnp.sqrt(nu_P / (1 - r.b2 ** (step + 1)) + r.eps_root) + r.eps)
 
 
-def _step_back(theta, mu, gradients_BxP, nu_P, step, rate, tokens, recursion):
+def _step_back(theta, mu, gradient_norm, nu_P, step, rate, recursion):
     """Returns cotangents before a step, without its Hessian.
 
-    They are those of the parameters, of the first moment, and of the step's gradient (u); and
-    dL/dw, [Q, B].
+    They are those of the parameters, of the first moment, and of the step's gradient (u), [Q, P].
     """
     r = recursion
     mu = mu - rate / (1 - r.b1 ** (step + 1)) * inverse_root(nu_P, step, r) * theta
-    gradient_P = jnp.sum(gradients_BxP, axis=0) / tokens
-    norm = jnp.linalg.norm(gradient_P)
     # The clipping's factor, taken as a constant.
-    factor = jnp.minimum(1.0, r.clip / jnp.maximum(norm, 1e-30)) if r.clip else 1.0
+    factor = jnp.minimum(1.0, r.clip / jnp.maximum(gradient_norm, 1e-30)) if r.clip else 1.0
     u_QxP = (1 - r.b1) * factor * mu
-    theta = theta * (1 - rate * r.weight_decay)
-    d_QxB = jnp.matmul(u_QxP, gradients_BxP.T, precision="highest") / tokens
-    return theta, r.b1 * mu, u_QxP, d_QxB
+    return theta * (1 - rate * r.weight_decay), r.b1 * mu, u_QxP

@@ -6,49 +6,40 @@ clipping and the effect of later steps on a change are left out. The gradients o
 and of all queries are taken at the parameters of that step.
 """
 
-import dataclasses
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tda.counterfactual.adjoint import AdamRecursion, inverse_root, no_rate, second_moment
+from tda.counterfactual.adjoint import AdamRecursion, inverse_root, second_moment
 from tda.counterfactual.example_gradients import as_rows
+from tda.counterfactual.loss_products import LossProducts
 from tda.counterfactual.metagradients import Reverse
-from tda.runtime import progress, sharding
+from tda.runtime import progress
 
 
-def in_run(reverse: Reverse, recursion: AdamRecursion, is_preconditioned: bool) -> np.ndarray:
-    """Returns the sum over steps of every query and passage, float32 [Q, N].
+def in_run(
+    reverse: Reverse,
+    recursion: AdamRecursion,
+    is_preconditioned: bool,
+    by_token: bool = False,
+) -> np.ndarray:
+    """Returns the sum over steps of every query and passage, float32 [Q, N], or token, [Q, C].
 
     Args:
         reverse: the training with its kept states, and the queries.
         recursion: the optimizer.
         is_preconditioned: whether P is Adam's; else it is the identity.
+        by_token: whether the scores are of tokens.
     """
     training, queries = reverse.training, reverse.queries
-    scores_QxN = np.zeros((len(queries), len(training.table)), np.float32)
-    constants = dataclasses.replace(recursion, learning_rate=no_rate)
-    products = jax.jit(_products, static_argnames=("recursion", "is_preconditioned"))
+    products = LossProducts(training, by_token)
+    scores = products.zeros(len(queries))
     with progress.bar(training.steps, "in-run", "step") as bar:
         for step, before, after in reverse.backwards():
             batch = training.batches[step]
-            product_QxB = products(
-                as_rows(queries.all_gradients(before["params"])),
-                as_rows(training.example_gradients(before["params"], batch.arrays)),
-                second_moment(after),
-                jnp.float32(step),
-                constants,
-                is_preconditioned,
-            )
-            rate, tokens = recursion.learning_rate(step), batch.arrays["weights"].sum()
-            product_QxB = sharding.to_host(product_QxB)[:, : len(batch.rows)]
-            scores_QxN[:, batch.rows] += float(rate) / max(float(tokens), 1.0) * product_QxB
+            u_QxP = as_rows(queries.all_gradients(before["params"]))
+            if is_preconditioned:
+                u_QxP = u_QxP * inverse_root(second_moment(after), step, recursion)
+            tokens = max(float(batch.arrays["weights"].sum()), 1.0)
+            rate = float(recursion.learning_rate(step))
+            products.add(scores, before["params"], batch, u_QxP, rate / tokens)
             bar.update(1)
-    return scores_QxN
-
-
-def _products(queries_QxP, rows_BxP, nu_P, step, recursion, is_preconditioned):
-    if is_preconditioned:
-        queries_QxP = queries_QxP * inverse_root(nu_P, step, recursion)
-    return jnp.matmul(queries_QxP, rows_BxP.T, precision="highest")
+    return scores

@@ -65,7 +65,7 @@ class DampedInverse:
 
     Raises (where a product is taken):
         TypeError: the model's layers have a backward pass of their own, which `jax.jvp` refuses;
-            `tda.counterfactual.metagradients.with_plain_attention` gives a decoder without.
+            `tda.counterfactual.training.with_plain_attention` gives a decoder without.
     """
 
     model_fn: functional.Functional

@@ -10,7 +10,6 @@ training. The cotangents of all queries pass a step together, and are saved at t
 that a killed pass resumes from there.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -20,9 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda.counterfactual.training import QueryLosses, State, Training
-from tda.model import functional
-from tda.model.decoder import Decoder, abstract_decoder
+from tda.counterfactual.training import QueryLosses, State, Training, with_plain_attention
 from tda.runtime import preemption, progress, sharding
 from tda.runtime.atomic_file import read_arrays, write_arrays
 
@@ -254,22 +251,6 @@ class Forward:
             slopes_B = self._slopes(state["params"], of_params, query_batch.arrays())
             out[query_batch.places] = sharding.to_host(slopes_B)[: len(query_batch.places)]
         return out
-
-
-def with_plain_attention(model_fn: functional.Functional, params: dict) -> functional.Functional:
-    """Returns the structure of a `Decoder` with attention that `jax.jvp` can pass.
-
-    Raises:
-        TypeError: the model is not a `Decoder`.
-    """
-    model = model_fn.merge(params)
-    if not isinstance(model, Decoder):
-        raise TypeError(
-            f"the model is a {type(model).__name__}, and only a Decoder's attention can be "
-            "replaced by one that jax.jvp passes; give a Decoder"
-        )
-    settings = dataclasses.replace(model.settings, attention="plain")
-    return functional.split(abstract_decoder(settings))[0]
 
 
 @functools.cache

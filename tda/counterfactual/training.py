@@ -20,6 +20,7 @@ from tda.counterfactual.example_gradients import ExampleGradients
 from tda.data.batches import Batch, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
+from tda.model.decoder import Decoder, abstract_decoder
 from tda.runtime import preemption, sharding
 from tda.training import loop
 
@@ -121,6 +122,16 @@ class Training:
         """A weight of 1 for every token of the table: the unchanged training."""
         return np.ones(len(self.table.tokens), np.float32)
 
+    @functools.cached_property
+    def gradient_norm(self) -> Callable[[dict, dict], jax.Array]:
+        """Computes the global norm of a batch's gradient, from the parameters and its arrays."""
+
+        def norm(params, batch):
+            weights_BxT = jnp.ones_like(batch["weights"])
+            return optax.global_norm(_gradient(self.model_fn, params, batch, weights_BxT))
+
+        return jax.jit(norm)
+
     def start(self) -> State:
         """Returns the state before the first step: {"params", "opt_state", "step"}."""
         # A copy: a compiled step reuses the buffers of its state.
@@ -136,13 +147,7 @@ class Training:
             weights_BxT: the weight of each target.
             model_fn: the model's structure; the training's own by default.
         """
-        model_fn = model_fn or self.model_fn
-
-        def loss(params):
-            logits_BxTxV = model_fn.merge(params)(batch["tokens"])
-            return batch_nats(logits_BxTxV, batch, weights_BxT)
-
-        gradient = jax.grad(loss)(state["params"])
+        gradient = _gradient(model_fn or self.model_fn, state["params"], batch, weights_BxT)
         updates, opt_state = self.tx.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
@@ -186,6 +191,16 @@ class Training:
             weights_MxBxT = np.stack([batch.spread(w) for w in token_weights_MxC])
             state = self._advance_together(state, batch.arrays, weights_MxBxT)
         return state
+
+
+def _gradient(model_fn: functional.Functional, params: dict, batch: dict, weights_BxT) -> dict:
+    """Returns the gradient of a batch's loss."""
+
+    def loss(params):
+        logits_BxTxV = model_fn.merge(params)(batch["tokens"])
+        return batch_nats(logits_BxTxV, batch, weights_BxT)
+
+    return jax.grad(loss)(params)
 
 
 def batch_nats(logits_BxTxV, batch: dict, weights_BxT):
@@ -245,6 +260,22 @@ class QueryLosses:
         return out
 
 
+def with_plain_attention(model_fn: functional.Functional, params: dict) -> functional.Functional:
+    """Returns the structure of a `Decoder` with attention that `jax.jvp` can pass.
+
+    Raises:
+        TypeError: the model is not a `Decoder`.
+    """
+    model = model_fn.merge(params)
+    if not isinstance(model, Decoder):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, and only a Decoder's attention can be "
+            "replaced by one that jax.jvp passes; give a Decoder"
+        )
+    settings = dataclasses.replace(model.settings, attention="plain")
+    return functional.split(abstract_decoder(settings))[0]
+
+
 def sum_by_unit(values_QxC: np.ndarray, unit_C: np.ndarray, units: int) -> np.ndarray:
     """Returns sums of values by token over each unit, [Q, U]; a unit of −1 does not count."""
     counted = unit_C >= 0
@@ -265,3 +296,17 @@ def units_of_tokens(table: TokenTable, names: Iterable[Any]) -> tuple[np.ndarray
     numbers: dict = {}
     of_row = [-1 if n is None else numbers.setdefault(n, len(numbers)) for n in names]
     return np.repeat(np.asarray(of_row, np.int64), table.lengths), list(numbers)
+
+
+def tokens_as_units(table: TokenTable) -> tuple[np.ndarray, list[str]]:
+    """Returns the unit of each token of a table, int64 [C], and the units' names.
+
+    Every scored token is a unit, and any other is of none (−1). A name is the passage's id and the
+    token's place in it, from 0: "p3:7".
+    """
+    scored_C = np.asarray(table.scored)
+    unit_C = np.where(scored_C, np.cumsum(scored_C) - 1, -1)
+    place_C = np.arange(len(scored_C)) - np.repeat(table.starts[:-1], table.lengths)
+    passage_C = np.repeat(np.arange(len(table)), table.lengths)
+    places = zip(passage_C[scored_C].tolist(), place_C[scored_C].tolist(), strict=True)
+    return unit_C, [f"{table.ids[row]}:{place}" for row, place in places]

@@ -212,7 +212,7 @@ class Board:
         record: dict = {"methods": {}, "ceilings": {}, "banks": {}, "agreements": {}}
         for name in scores:
             cost = self._bank_scores.costs.get(name)
-            about = {"title": title(name), "family": family(name), "cost": cost}
+            about = {"title": title(name, settings.unit), "family": family(name), "cost": cost}
             record["methods"][name] = about | {"lds": {}}
         for fraction, banks in self.retrained.banks.items():
             changes = {"same order": banks[0].changes_MxQ}

@@ -18,6 +18,7 @@ from tda.counterfactual.training import (
     Training,
     plan_batches,
     sum_by_unit,
+    tokens_as_units,
     units_of_tokens,
 )
 from tda.data import corpora
@@ -39,7 +40,7 @@ from tda.runtime.groups import Groups
 from tda.training import checkpoint
 
 # Units that every corpus has; any other is a field of the lines of data.sentences.
-_UNITS = ("passage", "document", "relation", "subject")
+_UNITS = ("passage", "document", "relation", "subject", "token")
 # Ratio of neighbouring lengths of batches: seven programs are compiled for each, so few of them.
 _RATIO = 1.6
 # Largest allowed difference of reverse and forward mode, relative to the largest slope of a query.
@@ -153,10 +154,20 @@ class Retrained:
             settings.together,
         )
 
-    def by_unit(self, scores_QxN: np.ndarray) -> np.ndarray:
-        """Returns sums of passages' scores over units, float64 [Q, U]."""
-        starts = self.trainings[0].table.starts[:-1]
-        return sum_by_unit(scores_QxN, self.unit_C[starts], len(self.units))
+    def by_unit(self, scores: np.ndarray) -> np.ndarray:
+        """Returns sums of scores over units, float64 [Q, U].
+
+        Args:
+            scores: of the table's tokens, [Q, C]; or of its passages, [Q, N]. Where a unit is a
+                token, a passage's score is shared evenly by its scored tokens.
+        """
+        table, units = self.trainings[0].table, len(self.units)
+        if scores.shape[1] == len(table.tokens):
+            return sum_by_unit(scores, self.unit_C, units)
+        if self.run.config.counterfactual.unit == "token":
+            shares_QxN = scores / np.maximum(table.scored_lengths, 1)
+            return sum_by_unit(np.repeat(shares_QxN, table.lengths, axis=1), self.unit_C, units)
+        return sum_by_unit(scores, self.unit_C[table.starts[:-1]], units)
 
 
 def retrain(run: Run) -> Retrained:
@@ -191,7 +202,10 @@ def retrain(run: Run) -> Retrained:
         tx = train.make_optimizer(config, len(batches))
         trainings.append(Training(model_fn, params, tx, corpus.passages, batches))
     queries = QueryLosses(model_fn, corpus.prompts, layout)
-    unit_C, units = units_of_tokens(corpus.passages, _unit_names(run, settings.unit))
+    if settings.unit == "token":
+        unit_C, units = tokens_as_units(corpus.passages)
+    else:
+        unit_C, units = units_of_tokens(corpus.passages, _unit_names(run, settings.unit))
     if len(units) < 2:
         raise ValueError(
             f"counterfactual.unit={settings.unit}: the corpus has {len(units)} of them, and a bank "

@@ -249,7 +249,7 @@ KEYS: dict[str, tuple] = {
     "counterfactual.eps_root": (1e-8, "its optimizer's eps_root; above 0 it is smooth in its data"),
     "counterfactual.unit": (
         "passage",
-        "unit to drop: passage, document, relation, subject, or a field of data.sentences' lines",
+        "unit to drop: passage, document, relation, subject, token, or a field of data.sentences",
     ),
     "counterfactual.held_out": (0, "left-out sentences to ask in place of the facts; 0: facts"),
     "counterfactual.fractions": ("0.05", "comma-separated shares of the units to drop"),

@@ -8,7 +8,12 @@ import pytest
 from tda.counterfactual import adjoint, eigenbasis, metagradients
 from tda.counterfactual.example_gradients import as_rows, by_path
 from tda.counterfactual.in_run import in_run
-from tda.counterfactual.training import Training, sum_by_unit, units_of_tokens
+from tda.counterfactual.training import (
+    Training,
+    sum_by_unit,
+    units_of_tokens,
+    with_plain_attention,
+)
 from tda.gradients import kronecker
 from tda.gradients.sites import find_sites
 from tda.training import optimizer
@@ -61,17 +66,17 @@ def test_the_recursion_is_that_of_a_dense_matrix():
     ours = jnp.asarray(theta[None], jnp.float32), jnp.asarray(mu[None], jnp.float32)
     for t in reversed(range(steps)):
         rate, tokens = 0.3 + t, 7.0
-        arrays = [jnp.asarray(x, jnp.float32) for x in (G[t], nu[t])]
-        numbers = [jnp.float32(x) for x in (t, rate, tokens)]
-        *ours, u_of_step, d = adjoint._step_back(*ours, *arrays, *numbers, recursion=r)
+        norm = np.linalg.norm(G[t].sum(0) / tokens)
+        arrays = [jnp.asarray(x, jnp.float32) for x in (norm, nu[t], t, rate)]
+        *ours, u_of_step = adjoint._step_back(*ours, *arrays, recursion=r)
         ours[0] = ours[0] + hessian({}, {}, u_of_step)
         D = np.diag(1 / (np.sqrt(nu[t] / (1 - r.b2 ** (t + 1)) + r.eps_root) + r.eps))
         mu = mu - rate / (1 - r.b1 ** (t + 1)) * D @ theta
-        clip = min(1, 0.5 / np.linalg.norm(G[t].sum(0) / tokens))
+        clip = min(1, 0.5 / norm)
         u = (1 - r.b1) * clip * mu
         theta = (1 - rate * 0.1) * theta + fisher.T @ fisher @ u
         mu = r.b1 * mu
-        np.testing.assert_allclose(d[0], G[t] @ u / tokens, rtol=1e-4)
+        np.testing.assert_allclose(u_of_step[0], u, rtol=1e-4)
     np.testing.assert_allclose(ours[0][0], theta, rtol=1e-4)
     np.testing.assert_allclose(ours[1][0], mu, rtol=1e-4)
 
@@ -113,7 +118,7 @@ def test_it_is_close_to_reverse_mode_with_each_hessian():
     rows, final = np.arange(PASSAGES), reverse.final_state()["params"]
     batches = kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT)
     fisher = adjoint.fisher_rows(training.model_fn, final, batches, limit=10**6)
-    plain_fn = metagradients.with_plain_attention(training.model_fn, training.params)
+    plain_fn = with_plain_attention(training.model_fn, training.params)
     hessians = None, adjoint.mean_fisher(fisher), adjoint.batch_gauss_newton(plain_fn)
     plain, mean, batch = (adjoint.surrogate(reverse, make_recursion(), h) for h in hessians)
     for scores in (plain, mean, batch):

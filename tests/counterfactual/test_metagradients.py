@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from tda.counterfactual import metagradients
-from tda.counterfactual.training import sum_by_unit, units_of_tokens
+from tda.counterfactual.training import sum_by_unit, units_of_tokens, with_plain_attention
 from tda.model import functional
 from tda.runtime import preemption
 from tests.counterfactual.world import (
@@ -121,4 +121,4 @@ def test_a_jax_that_fails_the_check_is_refused(tmp_path, monkeypatch):
 def test_only_a_decoders_attention_is_replaced():
     model_fn, params = functional.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match="the model is a Linear"):
-        metagradients.with_plain_attention(model_fn, params)
+        with_plain_attention(model_fn, params)

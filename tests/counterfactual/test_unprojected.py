@@ -12,6 +12,7 @@ from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.unprojected import GradientScore
 from tda.gradients import kronecker, reference
 from tda.gradients.sites import find_sites
+from tda.model import functional
 from tests.conftest import make_decoder
 from tests.counterfactual.world import LAYOUT, PASSAGES, make_queries, make_training
 
@@ -82,6 +83,14 @@ def test_scales_multiply_each_weight(scored):
     scores, passages, asked, scales, _ = scored
     a = flat(asked, lambda p, g: g * np.asarray(scales[p], np.float64))
     assert_close(scores["half"], a @ flat(passages).T)
+
+
+def test_directions_have_the_order_of_the_parameters():
+    """Guards: the order of names, where layers are numbered: 10 before 2."""
+    params = {"layers": {i: np.full(2, i, np.float32) for i in range(12)}}
+    queries = {p: x[None] for p, x in functional.flat_parameters(params).items()}
+    directions = unprojected._directions(GradientScore(unprojected.identity), params, queries)
+    np.testing.assert_array_equal(directions[0], np.repeat(np.arange(12), 2))
 
 
 def test_ekfac_is_a_solve_with_the_dense_matrix(scored):

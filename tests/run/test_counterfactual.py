@@ -138,6 +138,31 @@ def test_a_bank_is_asked_by_sentences_that_it_leaves_out(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_unit_can_be_a_token(tmp_path):
+    """Derivatives by token predict retrainings without them; a passage's score is shared evenly."""
+    names = "metagradient,adjoint_none,dot_whole,cosine_whole"
+    settings = {"counterfactual.methods": names, "counterfactual.unit": "token"}
+    settings |= {"counterfactual.orders": 1, "counterfactual.subsets": 20}
+    config = make_config(tmp_path, methods="bm25", **settings)
+    record = board.measure(config, Workdir(tmp_path / "w"))
+    methods = record["methods"]
+    lds = {n: m["lds"]["0.3"]["same order"]["mean"] for n, m in methods.items()}
+    assert lds["metagradient"] > 0.8
+    assert [n for n, m in methods.items() if "shared" in m["title"]] == ["cosine_whole", "bm25"]
+    manifest = json.loads((tmp_path / "w" / "counterfactual" / "bank.json").read_text())
+    passages = {n.rpartition(":")[0] for n in manifest["unit names"]}
+    assert len(passages) == 10 < record["units"] == len(manifest["unit names"])
+    scores = {
+        p.name.split("-")[0]: np.load(p)["scores"]
+        for p in (tmp_path / "w" / "counterfactual" / "scores").glob("*.npz")
+    }
+    places = [n.rpartition(":")[0] for n in manifest["unit names"]]
+    for name, of_units in scores.items():
+        values = [len({*of_units[0][np.array(places) == p].tolist()}) for p in passages]
+        assert (max(values) == 1) == (name in ("cosine_whole", "bm25"))
+
+
+@pytest.mark.slow
 def test_held_out_sentences_have_a_board(tmp_path):
     """The metagradient predicts their losses too; without labels there is no MRR."""
     settings = {"counterfactual.methods": "metagradient,dot_whole", "counterfactual.held_out": 2}
