@@ -14,9 +14,20 @@ if TYPE_CHECKING:
     from tda.gradients.capture import Capture
     from tda.gradients.moments.second_moments import second_moments
     from tda.gradients.projection import Projection
+    from tda.training.recipe import TrainingRecipe
+    from tda.training_trace import trace_training
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "Projection", "encode", "load", "second_moments", "trace"]
+__all__ = [
+    "Capture",
+    "Projection",
+    "TrainingRecipe",
+    "encode",
+    "load",
+    "second_moments",
+    "trace",
+    "trace_training",
+]
 
 _WHERE = {
     "Capture": "tda.gradients.capture",
@@ -25,6 +36,8 @@ _WHERE = {
     "trace": "tda.api",
     "Projection": "tda.gradients.projection",
     "second_moments": "tda.gradients.moments.second_moments",
+    "trace_training": "tda.training_trace",
+    "TrainingRecipe": "tda.training.recipe",
 }
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tda.answers import TraceResult
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
-from tda.encoding import batch_inputs, idle_arguments, inputs
+from tda.encoding import batch_inputs, checks, idle_arguments, inputs
 from tda.encoding.settings import MomentSettings, TextSettings, TraceSettings
 from tda.gradients.moments.scales import Scale, check_full
 from tda.gradients.moments.second_moments import SecondMoments
@@ -19,7 +19,6 @@ from tda.index import Index, parse_names
 from tda.methods import METHODS
 from tda.model import pretrained
 from tda.runtime import compilation_cache
-from tda.runtime.directories import check_directory
 
 __all__ = ["encode", "load", "trace"]
 
@@ -231,14 +230,7 @@ def check_options(
         ValueError: one is wrong, or has no effect beside another.
     """
     arguments = {name: x for name, x in optional.items() if x is not None}
-    for name in ("directory", "text_field", "id_field"):
-        place = arguments.get(name)
-        if not isinstance(place, str | os.PathLike | None):
-            raise ValueError(f"{name}={place!r}; give a string, or leave it out")
-        if place == "":
-            raise ValueError(f"{name}='' is empty; give a name, or leave it out")
-    if (directory := arguments.get("directory")) is not None:
-        check_directory(directory, f"directory={os.fspath(directory)!r}")
+    checks.check_names(**{n: arguments.get(n) for n in ("directory", "text_field", "id_field")})
     names = parse_names(method)
     idle_arguments.check(names, arguments, passages, has_tokenizer)
     if "scales" not in arguments and any(METHODS[name].corrected for name in names):

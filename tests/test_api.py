@@ -477,10 +477,12 @@ def test_what_the_package_offers():
     assert set(tda.__all__) == {
         "Capture",
         "Projection",
+        "TrainingRecipe",
         "encode",
         "load",
         "second_moments",
         "trace",
+        "trace_training",
     }
     assert tda.Projection is Projection and callable(tda.load)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

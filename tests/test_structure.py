@@ -10,7 +10,7 @@ ROOT = pathlib.Path(tda.__file__).parent
 # From the top of the house to its ground; a module imports its own floor and those below.
 FLOORS = [
     {"__main__"},
-    {"api", "index", "answers"},
+    {"api", "index", "training_trace", "answers"},
     {"sweep", "live", "plan"},
     {"run"},
     {"encoding"},

@@ -25,6 +25,7 @@ from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
 from tda.retrieval.hessian_settings import HessianSettings
+from tda.runtime.directories import check_directory
 from tda.runtime.patterns import compile_pattern
 
 # With fewer queries than this, the mixture removes each query's own direction.
@@ -165,6 +166,21 @@ def check_model(model: Any) -> None:
     else:
         remedy = "give a flax.nnx.Module, such as tda.load returns"
     raise ValueError(f"model is a {type(model).__name__}, not an NNX module; {remedy}")
+
+
+def check_names(**arguments: Any) -> None:
+    """Checks arguments that are names or paths, or None; the argument `directory` can be a folder.
+
+    Raises:
+        ValueError: one is of another type or empty, or `directory` is a file.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise ValueError(f"{name}={value!r}; give a string, or leave it out")
+        if value == "":
+            raise ValueError(f"{name}='' is empty; give a name, or leave it out")
+    if (directory := arguments.get("directory")) is not None:
+        check_directory(directory, f"directory={os.fspath(directory)!r}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -1,10 +1,12 @@
 """Progress of long work: done, rate and time left, on standard error."""
 
+import contextlib
+import contextvars
 import re
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from tqdm import tqdm
@@ -88,6 +90,19 @@ def _show_compiling(event: str, seconds: float, **details) -> None:
 jax.monitoring.register_event_duration_secs_listener(_show_compiling)
 
 
+_is_hidden = contextvars.ContextVar("is_hidden", default=False)
+
+
+@contextlib.contextmanager
+def hidden(quiet: bool) -> Iterator[None]:
+    """Shows no progress bar inside, if `quiet`."""
+    token = _is_hidden.set(quiet)
+    try:
+        yield
+    finally:
+        _is_hidden.reset(token)
+
+
 def bar(
     total: int | None,
     description: str,
@@ -121,7 +136,7 @@ def bar(
         dynamic_ncols=True,
         smoothing=0.05,
         file=sys.stderr,
-        disable=quiet or not processes.is_first(),
+        disable=quiet or _is_hidden.get() or not processes.is_first(),
     )
     progress_bar.saves_work = saves_work
     _open_bars.add(progress_bar)
