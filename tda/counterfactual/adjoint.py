@@ -24,7 +24,7 @@ from tda.counterfactual.loss_products import LossProducts
 from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import State
 from tda.gradients import kronecker
-from tda.gradients.kronecker import sampled_loss
+from tda.gradients.sampled_labels import sampled_loss
 from tda.gradients.sites import Site
 from tda.model import functional
 from tda.runtime import progress
@@ -53,7 +53,7 @@ def fisher_rows(
     Args:
         model_fn: the model's structure.
         params: the parameters.
-        batches: passages with sampled labels (`tda.gradients.kronecker.batches`).
+        batches: passages with sampled labels (`tda.gradients.sampled_labels.batches`).
         limit: the largest S · P.
 
     Returns:

@@ -27,7 +27,7 @@ def fit_ekfac(
     Args:
         model: the model.
         chosen: the matrices, from `kronecker.factored`.
-        batches: returns the batches of passages with sampled labels (`kronecker.batches`).
+        batches: returns the batches of passages with sampled labels (`sampled_labels.batches`).
     """
     covariances = kronecker.covariances(model, chosen, batches(), "sampled")
     bases = kronecker.eigenvectors(covariances)

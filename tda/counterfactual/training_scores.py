@@ -19,9 +19,10 @@ from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import with_plain_attention
 from tda.counterfactual.unprojected import GradientScore
 from tda.data.batches import BatchLayout, draw
-from tda.gradients import kronecker
-from tda.gradients.kronecker import Curvature, sampled_loss
+from tda.gradients import kronecker, sampled_labels
+from tda.gradients.kronecker import Curvature
 from tda.gradients.moments import optimizer_state
+from tda.gradients.sampled_labels import sampled_loss
 from tda.gradients.sites import Site, find_sites
 from tda.model import functional
 
@@ -144,7 +145,7 @@ class TrainingScores:
         table, seed = self._training.table, self._settings.seed
         rows = draw(len(table), count, seed)
         layout = self._settings.layout
-        return kronecker.batches(table, rows, labels="sampled", layout=layout, seed=seed)
+        return sampled_labels.batches(table, rows, labels="sampled", layout=layout, seed=seed)
 
     def _hessian(self, name: str) -> adjoint.Hessian | None:
         """Returns the approximation of the Hessian in an adjoint of this name."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from tda.data.batches import BatchLayout, draw
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TraceSettings
-from tda.gradients import fitted_curvature, kronecker
+from tda.gradients import fitted_curvature, sampled_labels
 from tda.gradients.kronecker import Curvature
 from tda.runtime import progress
 from tda.runtime.fingerprint import fingerprint, plain
@@ -24,7 +24,7 @@ def fit(settings: TraceSettings, table: TokenTable, layout: BatchLayout) -> dict
     def batches(stage: str) -> Iterator[dict]:
         name, options = f"EK-FAC: {stage}", {"labels": "sampled", "layout": layout, "seed": seed}
         with progress.bar(len(rows), name, "passage", quiet=settings.quiet) as bar:
-            yield from kronecker.batches(table, rows, **options, on_rows=bar.update)
+            yield from sampled_labels.batches(table, rows, **options, on_rows=bar.update)
 
     return fitted_curvature.fit(settings.model, settings.sites(), batches, "sampled")
 

@@ -22,8 +22,8 @@ def fit(
     Args:
         model: any NNX model of tokens to logits.
         chosen: the sites, from `kronecker.factored`.
-        batches: returns the sample's batches (`kronecker.batches`) for a pass over it, by the name
-            of what the pass computes.
+        batches: returns the sample's batches (`sampled_labels.batches`) for a pass over it, by the
+            name of what the pass computes.
         labels: "sampled" or "data", as the batches have them.
         keep: the number of leading eigenvectors, without eigenvalues; None for EK-FAC.
     """

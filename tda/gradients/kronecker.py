@@ -14,7 +14,7 @@ estimate of the influence, at the cost of the exact Adam correction and two chan
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,7 @@ import numpy as np
 from flax import nnx
 
 from tda import loss as losses
-from tda.data.batches import BatchLayout
-from tda.data.tokens import TokenTable
-from tda.gradients import layers, sites, taps, unseen
+from tda.gradients import layers, sampled_labels, sites, taps, unseen
 from tda.gradients import projection as projections
 from tda.runtime import host_blas, sharding
 
@@ -59,51 +57,6 @@ def factored(chosen: list[sites.Site]) -> list[sites.Site]:
     return factored_sites
 
 
-def sampled_loss(logits_BxTxV, uniform_BxT, weights_BxT):
-    """Returns the cross-entropy of labels drawn from the model's own predictions: float32 [B].
-
-    Args:
-        logits_BxTxV: the model's logits.
-        uniform_BxT: a number in [0, 1) per position, which draws the position's label.
-        weights_BxT: the weights of the positions.
-    """
-    p_BxTxV = jax.nn.softmax(jax.lax.stop_gradient(logits_BxTxV).astype(jnp.float32))
-    below_BxT = jnp.sum(jnp.cumsum(p_BxTxV, axis=-1) <= uniform_BxT[..., None], axis=-1)
-    labels_BxT = jnp.minimum(below_BxT, logits_BxTxV.shape[-1] - 1)
-    return losses.cross_entropy(logits_BxTxV, labels_BxT, weights_BxT)
-
-
-def batches(
-    table: TokenTable,
-    rows: np.ndarray,
-    *,
-    labels: str,
-    layout: BatchLayout,
-    seed: int = 0,
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> Iterator[dict]:
-    """Yields batches {"tokens", "targets", "weights"} of a table's rows.
-
-    Args:
-        table, rows: the passages.
-        labels: "sampled": the targets are uniform numbers for `sampled_loss`, which depend on the
-            seed, the row and the position only; "data": the targets are the next tokens.
-        layout: how the rows are batched.
-        seed: the seed of the sampled labels.
-        on_rows: called with the number of a batch's rows when the next one is asked for.
-    """
-    for batch in layout.batches(table, rows):
-        arrays = batch.arrays()
-        if labels == "sampled":
-            arrays["targets"] = np.zeros(batch.tokens.shape, np.float32)
-            for i, row in enumerate(batch.rows):
-                arrays["targets"][i] = np.random.default_rng([seed, row]).random(
-                    batch.tokens.shape[1]
-                )
-        yield arrays
-        on_rows(len(batch.rows))
-
-
 def covariances(
     model: nnx.Module, chosen: list[sites.Site], batches: Iterable[dict], labels: str
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -112,7 +65,7 @@ def covariances(
     Args:
         model: any NNX model of tokens to logits.
         chosen: the sites, from `factored`.
-        batches: from `batches`; positions of weight 0 do not count.
+        batches: from `sampled_labels.batches`; positions of weight 0 do not count.
         labels: "sampled" or "data", as the batches have them.
 
     Returns:
@@ -341,7 +294,7 @@ def _sum_over_batches(
     """
     if labels not in ("sampled", "data"):
         raise ValueError(f"unknown labels {labels!r}; use sampled or data")
-    output_fn = sampled_loss if labels == "sampled" else losses.cross_entropy
+    output_fn = sampled_labels.sampled_loss if labels == "sampled" else losses.cross_entropy
     watched = nnx.clone(model)
     modules = dict(nnx.iter_modules(watched))
     for site, zeros in empty.items():

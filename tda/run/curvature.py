@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from tda.data.batches import draw
-from tda.gradients import fitted_curvature, kronecker, pair_products, sites, taps
+from tda.gradients import fitted_curvature, kronecker, pair_products, sampled_labels, sites, taps
 from tda.gradients.factors import GradientFactors
 from tda.gradients.pair_metrics import Metric, Moments
 from tda.methods import GradientKind, Method
@@ -133,6 +133,6 @@ def _fit(run: Run, kind: GradientKind) -> dict:
                 processes.check_preemption(is_joint=True)
 
             options = {"labels": labels, "layout": run.layout, "seed": settings.seed}
-            yield from kronecker.batches(corpus.passages, rows, **options, on_rows=on_rows)
+            yield from sampled_labels.batches(corpus.passages, rows, **options, on_rows=on_rows)
 
     return fitted_curvature.fit(model, chosen, batches, labels, _rank(run, kind))

@@ -14,7 +14,7 @@ from tda.counterfactual.training import (
     units_of_tokens,
     with_plain_attention,
 )
-from tda.gradients import kronecker
+from tda.gradients import kronecker, sampled_labels
 from tda.gradients.sites import find_sites
 from tda.training import optimizer
 from tests.counterfactual.world import (
@@ -90,7 +90,7 @@ def test_products_with_ekfac_are_those_of_its_matrices():
     curvature = eigenbasis.fit_ekfac(
         model,
         chosen,
-        lambda: kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT),
+        lambda: sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT),
     )
     size = sum(x.size for x in jax.tree.leaves(training.params))
     u_QxP = np.random.default_rng(0).normal(size=(2, size)).astype(np.float32)
@@ -116,7 +116,7 @@ def test_it_is_close_to_reverse_mode_with_each_hessian():
     unit_C, _ = units_of_tokens(training.table, range(PASSAGES))
     exact = sum_by_unit(exact_scores(), unit_C, PASSAGES)
     rows, final = np.arange(PASSAGES), reverse.final_state()["params"]
-    batches = kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT)
+    batches = sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT)
     fisher = adjoint.fisher_rows(training.model_fn, final, batches, limit=10**6)
     plain_fn = with_plain_attention(training.model_fn, training.params)
     hessians = None, adjoint.mean_fisher(fisher), adjoint.batch_gauss_newton(plain_fn)
@@ -148,6 +148,6 @@ def test_in_run_influence_is_the_sum_of_each_steps_products():
 
 def test_too_large_a_fisher_matrix_is_refused():
     training = make_training()
-    batches = kronecker.batches(training.table, np.arange(8), labels="sampled", layout=LAYOUT)
+    batches = sampled_labels.batches(training.table, np.arange(8), labels="sampled", layout=LAYOUT)
     with pytest.raises(ValueError, match="sample fewer passages"):
         adjoint.fisher_rows(training.model_fn, training.params, batches, limit=10**4)

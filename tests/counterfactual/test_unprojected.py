@@ -10,7 +10,7 @@ import pytest
 from tda.counterfactual import eigenbasis, unprojected
 from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.unprojected import GradientScore
-from tda.gradients import kronecker, reference
+from tda.gradients import reference, sampled_labels
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tests.conftest import make_decoder
@@ -42,7 +42,7 @@ def scored():
 
     def batches():
         rows = np.arange(PASSAGES)
-        return kronecker.batches(training.table, rows, labels="sampled", layout=LAYOUT)
+        return sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT)
 
     curvature = eigenbasis.fit_ekfac(make_decoder(), chosen, batches)
     methods = {

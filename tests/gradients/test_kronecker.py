@@ -10,7 +10,7 @@ from flax import nnx
 
 from tda import loss as losses
 from tda.data.batches import BatchLayout
-from tda.gradients import kronecker, reference
+from tda.gradients import kronecker, reference, sampled_labels
 from tda.gradients.encoder import build_encoder, make_encoder
 from tda.gradients.factors import GradientFactors
 from tda.gradients.projection import Projection
@@ -31,7 +31,7 @@ def table(lengths=(5, 8, 2, 6, 3, 7), seed=0):
 
 def batches(labels, rows=range(6), **changes):
     layout = dataclasses.replace(LAYOUT, **changes)
-    return list(kronecker.batches(table(), np.asarray(rows), labels=labels, layout=layout))
+    return list(sampled_labels.batches(table(), np.asarray(rows), labels=labels, layout=layout))
 
 
 def whole_gradients(model, batch):
@@ -41,7 +41,7 @@ def whole_gradients(model, batch):
 def examples(model, labels):
     """The whole gradient of each example, float64 [N, (L,) M, N] by site."""
     chosen = kronecker.factored(find_sites(model))
-    output = losses.cross_entropy if labels == "data" else kronecker.sampled_loss
+    output = losses.cross_entropy if labels == "data" else sampled_labels.sampled_loss
     loss = lambda model, b: output(model(b["tokens"]), b["targets"], b["weights"])  # noqa: E731
     (batch,) = batches(labels, bucket_lengths=(8,), tokens_per_batch=48)
     whole = jax.jit(lambda b: reference.per_example_gradients(model, b, loss))(batch)
@@ -67,7 +67,9 @@ def test_labels_are_drawn_from_the_models_predictions():
     logits = np.tile(rng.normal(size=(1, 1, 5)), (1, 20_000, 1)).astype(np.float32)
     uniform = rng.random((1, 20_000)).astype(np.float32)
     # The gradient of cross-entropy is p − onehot: its mean over draws is zero.
-    gradient = jax.grad(lambda x: kronecker.sampled_loss(x, uniform, jnp.ones_like(uniform)).sum())
+    gradient = jax.grad(
+        lambda x: sampled_labels.sampled_loss(x, uniform, jnp.ones_like(uniform)).sum()
+    )
     p = jax.nn.softmax(logits[0, 0])
     shares = p - np.asarray(gradient(logits))[0].mean(0)
     np.testing.assert_allclose(shares, p, atol=0.01)

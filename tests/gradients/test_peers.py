@@ -15,7 +15,7 @@ from tda import hessian
 from tda.data import tokens
 from tda.data.batches import BatchLayout
 from tda.evaluation.likelihood import Likelihood
-from tda.gradients import kronecker, reference, taps
+from tda.gradients import kronecker, reference, sampled_labels, taps
 from tda.gradients.encoder import build_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
@@ -146,7 +146,7 @@ def test_ekfac_is_kronfluences(setting, tmp_path):
 
     def batches():
         layout = BatchLayout((T,), tokens_per_batch=20 * T, pad=0)
-        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
+        return sampled_labels.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
 
     bases = kronecker.eigenvectors(kronecker.covariances(model, chosen, batches(), "data"))
     curvature = kronecker.corrected(model, chosen, batches(), "data", bases)
@@ -279,7 +279,7 @@ def test_logra_is_dattris(setting, tmp_path, monkeypatch):
 
     def batches():
         layout = BatchLayout((T,), tokens_per_batch=20 * T, pad=0)
-        return kronecker.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
+        return sampled_labels.batches(passages, np.arange(PASSAGES), labels="data", layout=layout)
 
     of = kronecker.covariances(model, chosen, batches(), "data")
     ends = kronecker.logra_taps(chosen, D, kronecker.eigenvectors(of, keep=D))
