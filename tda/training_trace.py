@@ -80,9 +80,9 @@ def trace_training(
         recipe: the training; `tda.TrainingRecipe()` by default.
         k: the number of proponents, and of opponents, of each query.
         context, text_field, id_field, joiner: as for `tda.trace`.
-        directory: where tokens and the training's states are kept. A killed call that is repeated
-            resumes, and another method or other queries find the training done. If None, in a
-            temporary folder.
+        directory: where tokens and the training's states are kept. Of a killed call that is
+            repeated, the training and a pass of metagradients go on where they stopped; another
+            method, or other queries, find the training done. If None, in a temporary folder.
         quiet: whether to show no progress.
 
     Returns:

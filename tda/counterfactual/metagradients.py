@@ -81,10 +81,24 @@ class Reverse:
         self._pull = jax.jit(pull, donate_argnums=3)
 
     def keep_states(self) -> None:
-        """Trains once and saves the state at every √T-th step, unless all are saved already."""
+        """Trains, from the last state that is saved, and saves that at every √T-th step."""
         steps = self.training.steps
-        if not all(self._state_path(i).exists() for i in (*range(0, steps, self.stride), steps)):
-            self._keep(steps, self.training.run(on_step=self._keep))
+        saved = [*range(0, steps, self.stride), steps]
+        done = next(
+            (i for i, step in enumerate(saved) if not self._state_path(step).exists()), None
+        )
+        if done is None:
+            return
+        first = saved[done - 1] if done else 0
+        state = self._read(first) if done else None
+        with progress.bar(steps, "train, keeping states", "step", first, saves_work=True) as bar:
+
+            def on_step(step, state):
+                self._keep(step, state)
+                bar.update(step - bar.n)
+
+            self._keep(steps, self.training.run(state=state, first=first, on_step=on_step))
+            bar.update(steps - bar.n)
 
     def final_state(self) -> State:
         """Returns the state at the end of the training."""

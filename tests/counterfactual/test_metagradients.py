@@ -92,6 +92,27 @@ def test_a_killed_pass_continues_backwards(tmp_path, scores, reverse, monkeypatc
     np.testing.assert_array_equal(kept.final_state()["step"], 6)
 
 
+def test_a_killed_training_goes_on_from_its_last_state(reverse, tmp_path, monkeypatch):
+    kept = metagradients.Reverse(make_training(), make_queries(), tmp_path)
+    steps, advance = [], kept.training._advance
+
+    def count(*arguments):
+        steps.append(1)
+        return advance(*arguments)
+
+    monkeypatch.setattr(kept.training, "_advance", count)
+    monkeypatch.setattr(preemption, "is_noticed", lambda: len(steps) == 3)
+    with pytest.raises(preemption.Preempted):
+        kept.keep_states()
+    assert {p.name for p in tmp_path.iterdir()} == {"state-000000.npz", "state-000002.npz"}
+    monkeypatch.setattr(preemption, "is_noticed", lambda: False)
+    final = kept.final_state()
+    assert len(steps) == 3 + 4
+    kept.keep_states()
+    assert len(steps) == 7
+    jax.tree.map(np.testing.assert_array_equal, final, reverse.final_state())
+
+
 def test_tokens_sum_to_passages(scores, forward):
     """A passage's score is the derivative by the weight of all its tokens."""
     table = make_training().table
