@@ -92,7 +92,7 @@ def trace_training(
         ValueError: an argument is wrong; the message names it and says what to do.
         TypeError: the method needs forward mode ("adjoint_batch", "ekfac_cg", "ekfac_astra"), and
             the model is no `tda.model.decoder.Decoder`.
-        FloatingPointError: the adjoint diverged.
+        FloatingPointError: the training, or what is followed back through it, diverged.
     """
     if not isinstance(method, str) or method not in TITLES:
         raise ValueError(f"method={method!r}; give one of {', '.join(TITLES)}")
@@ -128,6 +128,11 @@ def trace_training(
         scores = _make_scores(Reverse(training, losses, states), recipe, layout)
         # Passes of several queries are kept apart; their states are one training's.
         found = scores.compute(method, queries_name=f"queries-{prompts.fingerprint()}")
+    if not np.isfinite(found).all():
+        raise FloatingPointError(
+            f"the training or its derivatives diverge with learning_rate={recipe.learning_rate}; "
+            "lower it"
+        )
     texts = PassageTexts(corpus.table, reading.tokenizer)
     return TraceResult(
         TITLES[method],

@@ -170,6 +170,12 @@ def test_bad_models_are_refused(model, tokenizer):
         trace(model, tokenizer, "adjoint_batch")
 
 
+def test_a_training_that_diverges_is_refused(model, tokenizer):
+    wild = dataclasses.replace(RECIPE, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"diverge with learning_rate=1e\+30; lower it"):
+        trace(model, tokenizer, "dot_whole", recipe=wild)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
