@@ -55,8 +55,8 @@ def pytest_report_header():
 
 # A worker that kept all of its memory would grow beyond 5 GB. Most of it the compiler has freed and
 # glibc keeps, by hundreds of MB a test. Dropping the programs too would load or compile again what
-# files share, so they go after a file, and only if the worker is large without what glibc kept.
-_MOST_BYTES = 1_000_000_000
+# tests share, so they go after a file, or where a worker comes near 2 GB without what glibc kept.
+_MOST_BYTES, _MOST_IN_A_FILE = 1_000_000_000, 1_500_000_000
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
@@ -67,19 +67,25 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
+def _drop_programs() -> None:
+    jax.clear_caches()
+    _trim(0)
+
+
 @pytest.fixture(autouse=True)
 def _freed_memory():
     yield
     if _resident_bytes() > _MOST_BYTES:
         _trim(0)
+    if _resident_bytes() > _MOST_IN_A_FILE:
+        _drop_programs()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs():
     yield
     if _resident_bytes() > _MOST_BYTES:
-        jax.clear_caches()
-        _trim(0)
+        _drop_programs()
 
 
 @functools.cache
