@@ -62,10 +62,11 @@ def trace_training(
 
     Where `tda.trace` looks at the trained model alone, this follows each query's loss back through
     the training. A score is the nats by which the loss would rise without the passage, to first
-    order: exact for "metagradient" (MAGIC, 2504.16430), approximate for the adjoints. Memory is
-    that of a batch's whole gradients and of some copies of the parameters for every query, which
-    suits models of up to some ten million parameters on a CPU host; the training takes place once
-    to keep its states, and once more on the way back.
+    order: exact for "metagradient" (MAGIC, 2504.16430), approximate for the adjoints; other
+    methods' scores have scales of their own. Memory is that of a batch's whole gradients and of
+    some copies of the parameters for every query, which suits models of up to some ten million
+    parameters on a CPU host; the training takes place once to keep its states, and once more on
+    the way back.
 
     Args:
         model: an NNX model from tokens [B, T] to logits [B, T, V], before the training, in float32
@@ -119,12 +120,13 @@ def trace_training(
     for table, label in ((prompts, "queries"), (corpus.table, "passages")):
         checks.check_token_ids(settings, table, label)
     with _folder(corpus, reading.directory) as folder, progress.hidden(quiet):
-        training, layout = _make_training(model, recipe, corpus.table, prompts, reading)
+        pad = reading.tokenizer.pad
+        training, layout = _make_training(model, recipe, corpus.table, pad)
         made_from = provenance.describe_gradients(settings, folder)
         made_from |= {"recipe": dataclasses.asdict(recipe), "corpus": corpus.table.fingerprint()}
         made_from |= {"lengths": list(layout.bucket_lengths)}
         states = folder / f"training-{fingerprint(plain(made_from))}"
-        losses = QueryLosses(training.model_fn, prompts, layout)
+        losses = QueryLosses(training.model_fn, prompts, _layout(prompts, recipe, pad))
         scores = _make_scores(Reverse(training, losses, states), recipe, layout)
         # Passes of several queries are kept apart; their states are one training's.
         found = scores.compute(method, queries_name=f"queries-{prompts.fingerprint()}")
@@ -170,24 +172,23 @@ def _folder(corpus: TextCorpus, directory: pathlib.Path | None) -> Iterator[path
         yield pathlib.Path(folder)
 
 
+def _layout(table: TokenTable, recipe: TrainingRecipe, pad: int) -> BatchLayout:
+    longest = int(table.lengths_of(np.array(table.longest)))
+    return BatchLayout(buckets(max(1, longest - 1), _RATIO), recipe.tokens_per_batch, pad)
+
+
 def _make_training(
-    model: nnx.Module,
-    recipe: TrainingRecipe,
-    table: TokenTable,
-    prompts: TokenTable,
-    reading: TextSettings,
+    model: nnx.Module, recipe: TrainingRecipe, table: TokenTable, pad: int
 ) -> tuple[Training, BatchLayout]:
-    """Returns the training, and the layout of batches of passages and queries."""
-    longest = max(int(t.lengths_of(np.array(t.longest))) for t in (table, prompts))
-    lengths = buckets(max(1, longest - 1), _RATIO)
-    layout = BatchLayout(lengths, recipe.tokens_per_batch, reading.tokenizer.pad)
-    batches = plan_batches(table, layout, recipe.epochs, recipe.seed)
+    """Returns the training, and the layout of its batches."""
     computing = getattr(getattr(model, "settings", None), "dtype", "float32")
     if computing != "float32":
         raise ValueError(
             f"the model computes in {computing}, which rounds away what single passages do to a "
             "training; load it with dtype='float32'"
         )
+    layout = _layout(table, recipe, pad)
+    batches = plan_batches(table, layout, recipe.epochs, recipe.seed)
     model_fn, params = functional.split(model)
     params = jax.tree.map(sharding.to_host, params)
     return Training(model_fn, params, recipe.make_optimizer(len(batches)), table, batches), layout

@@ -101,6 +101,9 @@ def test_a_directory_keeps_the_training_and_passes(model, tokenizer, tmp_path, m
     again = trace(model, tokenizer, "in_run", directory=tmp_path)
     assert sum(runs) == 1 and scores_of(again).tolist() == scores_of(first).tolist()
     trace(model, tokenizer, "dot_whole", directory=tmp_path)
+    longer = [("The town of Norway is " + "the " * 40, "Oslo")]
+    how = dict(tokenizer=tokenizer, recipe=RECIPE, directory=tmp_path, quiet=True)
+    tda.trace_training(model, TEXTS, longer, method="dot_whole", **how)
     assert sum(runs) == 1
     faster = dataclasses.replace(RECIPE, learning_rate=6e-3)
     trace(model, tokenizer, "dot_whole", directory=tmp_path, recipe=faster)
