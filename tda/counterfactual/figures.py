@@ -25,20 +25,48 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Args:
         a, b: [M, …, Q]; axes of length 1 between M and Q are repeated.
     """
-    (a, a_is_finite), (b, b_is_finite) = map(_centred_ranks, (a, b))
-    size = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    product = (a * b).sum(axis=0)
-    out = np.divide(product, size, out=np.zeros_like(product), where=size > 0)
-    return np.where(a_is_finite & b_is_finite, out, np.nan)
+    ones_M = np.ones(len(a), np.int64)
+    out = _correlations(_Columns(a).ranks(ones_M), _Columns(b).ranks(ones_M), ones_M)
+    return np.where(np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0), out, np.nan)
 
 
-def _centred_ranks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ranks within each column less their mean, and whether all of it is finite."""
-    from scipy import stats  # here: it takes a second to import
+class _Columns:
+    """Columns of an array, sorted once for the ranks of any draws of its rows.
 
-    is_finite = np.isfinite(x).all(axis=0)
-    ranks = stats.rankdata(np.where(is_finite, x, 0.0), axis=0)
-    return ranks - ranks.mean(axis=0), is_finite
+    Args:
+        x: [M, …]; a column with a value that is not finite is taken as constant.
+    """
+
+    def __init__(self, x: np.ndarray):
+        x = np.where(np.isfinite(x).all(axis=0), x, 0.0)
+        self._order = np.argsort(x, axis=0)
+        values = np.take_along_axis(x, self._order, axis=0)
+        places = np.arange(len(x) + 1).reshape(-1, *[1] * (x.ndim - 1))
+        edges = np.ones((1, *x.shape[1:]), bool)
+        begins = np.concatenate([edges, values[1:] != values[:-1], edges])
+        # Of each row: how many sorted rows are below its ties, and how many are not above them.
+        below = np.maximum.accumulate(np.where(begins, places, 0), axis=0)[:-1]
+        ends = np.where(begins, places, len(x))[::-1]
+        up_to = np.minimum.accumulate(ends, axis=0)[::-1][1:]
+        self._below, self._up_to = np.empty_like(self._order), np.empty_like(self._order)
+        np.put_along_axis(self._below, self._order, below, axis=0)
+        np.put_along_axis(self._up_to, self._order, up_to, axis=0)
+
+    def ranks(self, count_M: np.ndarray) -> np.ndarray:
+        """Returns the rows' ranks less their mean, where row m is there `count_M[m]` times."""
+        drawn = np.zeros((len(self._order) + 1, *self._order.shape[1:]), np.int64)
+        np.cumsum(count_M[self._order], axis=0, out=drawn[1:])
+        low, high = (np.take_along_axis(drawn, x, axis=0) for x in (self._below, self._up_to))
+        return (low + high - count_M.sum()) / 2
+
+
+def _correlations(a: np.ndarray, b: np.ndarray, count_M: np.ndarray) -> np.ndarray:
+    """Returns the correlations of centred columns whose rows are there several times."""
+    product, squares_a, squares_b = (
+        np.tensordot(count_M, x, axes=1) for x in (a * b, a * a, b * b)
+    )
+    size = np.sqrt(squares_a * squares_b)
+    return np.divide(product, size, out=np.zeros_like(product), where=size > 0)
 
 
 def predictions(scores_QxU: np.ndarray, removed_MxU: np.ndarray) -> np.ndarray:
@@ -111,20 +139,22 @@ def lds(
             f"LDS is a correlation over retrainings, and the bank has {len(changes_MxQ)}; give two "
             "subsets or more (counterfactual.subsets)"
         )
-    # All methods at once: losses are ranked once for all of them.
     predicted_MxNxQ = np.stack([predictions(x, bank.removed_MxU) for x in scores.values()], axis=1)
     by_query_NxQ = spearman(predicted_MxNxQ, changes_MxQ[:, None])
+    is_measured_NxQ = np.isfinite(by_query_NxQ)
+    columns = _Columns(predicted_MxNxQ), _Columns(changes_MxQ[:, None])
     M, Q = changes_MxQ.shape
     rng = np.random.default_rng(seed)
     resampled_RxN = np.full((resamples, len(scores)), np.nan)
     with progress.bar(resamples, "intervals", "resample") as bar:
         for r in range(resamples):
             subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
-            changes = changes_MxQ[np.ix_(subsets, queries)][:, None]
-            correlations_NxQ = spearman(predicted_MxNxQ[subsets][:, :, queries], changes)
-            for n, of_method in enumerate(correlations_NxQ):
-                measured = of_method[np.isfinite(of_method)]
-                resampled_RxN[r, n] = measured.mean() if len(measured) else np.nan
+            count_M = np.bincount(subsets, minlength=M)
+            ranks = (x.ranks(count_M) for x in columns)
+            correlations_NxQ = _correlations(*ranks, count_M)[:, queries]
+            measured = is_measured_NxQ[:, queries]
+            total_N = np.where(measured, correlations_NxQ, 0.0).sum(axis=1)
+            np.divide(total_N, measured.sum(axis=1), resampled_RxN[r], where=measured.any(axis=1))
             bar.update()
     by_query, resampled = (
         dict(zip(scores, x, strict=True)) for x in (by_query_NxQ, resampled_RxN.T)

@@ -51,6 +51,27 @@ def test_intervals_cover_subsets_and_queries_and_pair_methods():
     assert fewer.high - fewer.low > 1.3 * (a.high - a.low)
 
 
+def test_intervals_are_of_resampled_rows():
+    """Against scipy's correlation of each draw, ties and a column that is not finite included."""
+    scores, bank = make_bank(noise=1.0, M=12, Q=4, U=8)
+    scores = {"ties": scores.round(), "flat": np.ones_like(scores)}
+    changes = bank.changes_MxQ.round(1)
+    changes[3, 2] = np.nan
+    found = figures.lds(scores, bank, resamples=20, seed=3, changes_MxQ=changes)
+    rng, measured = np.random.default_rng(3), [0, 1, 3]
+    for r in range(20):
+        rows, queries = rng.integers(12, size=12), rng.integers(4, size=4)
+        of_query = {
+            q: stats.spearmanr(
+                figures.predictions(scores["ties"], bank.removed_MxU)[rows, q], changes[rows, q]
+            ).statistic
+            for q in measured
+        }
+        expected = np.mean([of_query[q] for q in queries if q in measured])
+        assert found.resampled["ties"][r] == pytest.approx(expected, rel=1e-12)
+        assert found.resampled["flat"][r] == 0
+
+
 def test_ceilings_of_reruns():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(4000, 3))
