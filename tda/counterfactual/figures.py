@@ -150,8 +150,8 @@ def lds(
         for r in range(resamples):
             subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
             count_M = np.bincount(subsets, minlength=M)
-            ranks = (x.ranks(count_M) for x in columns)
-            correlations_NxQ = _correlations(*ranks, count_M)[:, queries]
+            predicted, changes = (x.ranks(count_M) for x in columns)
+            correlations_NxQ = _correlations(predicted, changes, count_M)[:, queries]
             measured = is_measured_NxQ[:, queries]
             total_N = np.where(measured, correlations_NxQ, 0.0).sum(axis=1)
             np.divide(total_N, measured.sum(axis=1), resampled_RxN[r], where=measured.any(axis=1))
