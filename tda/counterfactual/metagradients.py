@@ -81,7 +81,7 @@ class Reverse:
         self._pull = jax.jit(pull, donate_argnums=3)
 
     def keep_states(self) -> None:
-        """Trains, from the last state that is saved, and saves that at every √T-th step."""
+        """Trains on from the last saved state, and saves the state at every √T-th step."""
         steps = self.training.steps
         saved = [*range(0, steps, self.stride), steps]
         done = next(
