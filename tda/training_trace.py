@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from tda.answers import Answer, RankedPassage, TraceResult
 from tda.counterfactual.adjoint import AdamRecursion
 from tda.counterfactual.metagradients import Reverse
-from tda.counterfactual.training import QueryLosses, Training, plan_batches, sum_by_unit
+from tda.counterfactual.training import QueryLosses, Training, plan_batches
 from tda.counterfactual.training_scores import (
     FISHER_NUMBERS,
     TITLES,
@@ -119,7 +119,9 @@ def trace_training(
     prompts = tokens.tokenise_queries(parsed, reading.tokenizer, context, joiner)
     for table, label in ((prompts, "queries"), (corpus.table, "passages")):
         checks.check_token_ids(settings, table, label)
-    with _folder(corpus, reading.directory) as folder, progress.hidden(quiet):
+    keeping = contextlib.nullcontext(directory) if directory else tempfile.TemporaryDirectory()
+    with corpus.holding(), keeping as place, progress.hidden(quiet):
+        folder = pathlib.Path(place)
         pad = reading.tokenizer.pad
         training, layout = _make_training(model, recipe, corpus.table, pad)
         made_from = provenance.describe_gradients(settings, folder)
@@ -140,7 +142,7 @@ def trace_training(
         TITLES[method],
         [
             _answer(query, scores_N, k, corpus.table, texts)
-            for query, scores_N in zip(parsed, _by_passage(found, corpus.table), strict=True)
+            for query, scores_N in zip(parsed, found, strict=True)
         ],
         corpus.read_labels,
     )
@@ -159,17 +161,6 @@ def _settings(model: nnx.Module, recipe: TrainingRecipe, quiet: bool) -> TraceSe
         mesh=None,
         quiet=quiet,
     )
-
-
-@contextlib.contextmanager
-def _folder(corpus: TextCorpus, directory: pathlib.Path | None) -> Iterator[pathlib.Path]:
-    """Holds the directory, or a temporary one."""
-    if directory is not None:
-        with corpus.holding():
-            yield directory
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield pathlib.Path(folder)
 
 
 def _layout(table: TokenTable, recipe: TrainingRecipe, pad: int) -> BatchLayout:
@@ -205,14 +196,6 @@ def _make_scores(reverse: Reverse, recipe: TrainingRecipe, layout: BatchLayout) 
     fisher = min(_FISHER, max(1, FISHER_NUMBERS // parameters))
     settings = ScoreSettings(layout, _SAMPLE, fisher, seed=recipe.seed)
     return TrainingScores(reverse, recursion, settings)
-
-
-def _by_passage(scores: np.ndarray, table: TokenTable) -> np.ndarray:
-    """Returns scores of passages, [Q, N], from those or from scores of tokens, [Q, C]."""
-    if scores.shape[1] == len(table):
-        return scores
-    rows_C = np.repeat(np.arange(len(table)), table.lengths)
-    return sum_by_unit(scores, rows_C, len(table))
 
 
 def _answer(

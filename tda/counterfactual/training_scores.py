@@ -16,7 +16,7 @@ from tda.counterfactual.example_gradients import ExampleGradients
 from tda.counterfactual.in_run import in_run
 from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.metagradients import Reverse
-from tda.counterfactual.training import with_plain_attention
+from tda.counterfactual.training import sum_by_unit, units_of_tokens, with_plain_attention
 from tda.counterfactual.unprojected import GradientScore
 from tda.data.batches import BatchLayout, draw
 from tda.gradients import kronecker, sampled_labels
@@ -101,8 +101,6 @@ class TrainingScores:
     ) -> np.ndarray:
         """Returns a method's scores of all queries and passages, [Q, N], or tokens, [Q, C].
 
-        Those of "metagradient" are always of tokens.
-
         Args:
             name: a name in `TITLES`.
             by_token: whether the scores are of tokens.
@@ -112,7 +110,8 @@ class TrainingScores:
             ValueError: the method has no scores of tokens (`scores_tokens`).
         """
         if name == "metagradient":
-            return self._reverse.by_token(np.arange(len(self._queries)), queries_name)
+            scores_QxC = self._reverse.by_token(np.arange(len(self._queries)), queries_name)
+            return scores_QxC if by_token else self._by_passage(scores_QxC)
         if by_token and not scores_tokens(name):
             raise ValueError(f"{name} scores whole passages; take another method, or units")
         if name.startswith("adjoint"):
@@ -132,6 +131,11 @@ class TrainingScores:
         else:
             method = self._gradient_score(name, final)
         return self._whole(queries, final["params"], method, by_token)
+
+    def _by_passage(self, scores_QxC: np.ndarray) -> np.ndarray:
+        table = self._training.table
+        row_C, _ = units_of_tokens(table, range(len(table)))
+        return sum_by_unit(scores_QxC, row_C, len(table))
 
     def _whole(
         self, queries: Gradients, params: dict, method: GradientScore, by_token: bool

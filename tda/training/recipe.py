@@ -62,12 +62,9 @@ class TrainingRecipe:
 
     def make_optimizer(self, steps: int) -> optax.GradientTransformation:
         """Returns the optimizer of a training of `steps` steps."""
+        constants = {"weight_decay": self.weight_decay, **self.adam_constants}
         return optimizer.make_optimizer(
-            "adamw" if self.weight_decay else "adam",
-            self.learning_rates(steps),
-            clip=self.clip,
-            **({"weight_decay": self.weight_decay} if self.weight_decay else {}),
-            **self.adam_constants,
+            "adamw", self.learning_rates(steps), clip=self.clip, **constants
         )
 
     @property

@@ -50,7 +50,7 @@ def test_products_of_a_token_are_those_of_its_own_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in TITLES if n != "metagradient"])
+@pytest.mark.parametrize("name", TITLES)
 def test_scores_of_tokens_sum_to_those_of_their_passages(name):
     scores, table = make_scores(), make_training().table
     if not training_scores.scores_tokens(name):
