@@ -1,5 +1,6 @@
 """The stage that reads, checks and tokenises the corpus and the queries of a config."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -58,13 +59,13 @@ def load(config, workdir: Workdir, engine: Engine = PROCESSES) -> Corpus:
     # Before the tokenizer is trained, which may take minutes.
     if not facts:
         raise ValueError("there are no queries: the facts file, or the pool of facts, is empty")
-    texts = [(s.sentence_id, s.text) for s in sentences]
+    texts = [Document(s.sentence_id, s.text) for s in sentences]
     more = _more_text(config.data, all_sentences, all_facts, sentences, facts)
     tokenizer: Tokenizer | PretrainedTokenizer
     if config.model.pretrained:
         tokenizer = pretrained.load_tokenizer(config.model.pretrained)
     else:
-        read = [text for _, text in texts + more]
+        read = list(map(plain_corpus.learnt_text, texts + more))
         tokenizer = learnt_tokenizer.load(config, workdir, fingerprint_texts(read), lambda: read)
     context = config.model.context
     passages = _passages("corpus", texts, tokenizer, context)
@@ -119,6 +120,8 @@ def check_files(config) -> None:
         raise ValueError(
             "data.pool=named is for data.corpus, which has no labels; use clean, or all"
         )
+    if data.also_train_on:
+        plain_corpus.documents_of(data, "also_train_on")
     if data.queries:
         raise ValueError(
             f"data.queries={data.queries} is for data.corpus, which is not set; give the queries "
@@ -160,16 +163,22 @@ def _heeding(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
-def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple[str, str]]:
-    """Returns the text that the model is trained on besides the corpus, as (id, text)."""
+def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[Document]:
+    """Returns the documents that the model is trained on besides the corpus."""
     more = []
     if data.train_on != "corpus":
         selected = {s.sentence_id for s in sentences}
-        more = [(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected]
+        more = [
+            Document(s.sentence_id, s.text) for s in all_sentences if s.sentence_id not in selected
+        ]
+    if data.also_train_on:
+        others = plain_corpus.documents_of(data, "also_train_on")
+        pieces = map(others.read, range(len(others.pieces)))
+        more += _heeding(itertools.chain.from_iterable(pieces))
     if data.train_on == "rest" and not more:
         raise ValueError(
             "data.train_on=rest trains on the sentences outside the corpus, and there are none; "
-            "give a smaller data.n_sentences, or data.train_on=corpus"
+            "give a smaller data.n_sentences, data.also_train_on, or data.train_on=corpus"
         )
     if not data.statements:
         return more
@@ -185,13 +194,14 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[tuple
     stated_facts = list(statements.statements(facts, queries, data.statements, data.joiner))
     if not stated_facts:
         print(f"no fact is stated besides the corpus: all {len(facts):,} answer a query")
-    return more + stated_facts
+    return more + [Document(*pair) for pair in stated_facts]
 
 
-def _passages(label: str, texts, tokenizer: Tokenizer, context: int) -> tokens.TokenTable:
-    documents = _heeding(Document(*pair) for pair in texts)
+def _passages(
+    label: str, documents: list[Document], tokenizer: Tokenizer, context: int
+) -> tokens.TokenTable:
     table, counts = processes.together(
-        lambda: tokenised.tokenise_in_memory(documents, tokenizer, context, quiet=True)
+        lambda: tokenised.tokenise_in_memory(_heeding(documents), tokenizer, context, quiet=True)
     )
     print(
         f"{label}: {counts.documents:,} documents, {len(table):,} passages "

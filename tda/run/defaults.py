@@ -32,7 +32,8 @@ KEYS: dict[str, tuple] = {
     ),
     "data.share": (
         1.0,
-        "share of the documents of data.corpus to take, by a hash of their ids",
+        "share of the documents of data.corpus or data.also_train_on to take, by a hash of their "
+        "ids",
         POSITIVE,
     ),
     "data.queries": (
@@ -60,6 +61,11 @@ KEYS: dict[str, tuple] = {
     "data.train_on": (
         "corpus",
         "training text: corpus, all (also what n_sentences leaves out), or rest (that alone)",
+    ),
+    "data.also_train_on": (
+        "",
+        "plain documents that the model learns from too and that are not traced, named as "
+        "data.corpus; for a corpus with labels",
     ),
     "data.statements": (0, "train also on facts not asked, each stated by 0 to 3 of its prompts"),
     "data.statements_of": ("all", "which facts: all, or those that the corpus states (corpus)"),

@@ -30,8 +30,8 @@ _RULES: tuple[Rule, ...] = (
     (("data.name",), lambda c, _: not c.data.corpus, "data.corpus names documents"),
     (
         ("data.text_field", "data.id_field", "data.share"),
-        lambda c, _: bool(c.data.corpus),
-        "no data.corpus is named",
+        lambda c, _: bool(c.data.corpus or c.data.also_train_on),
+        "no data.corpus or data.also_train_on is named",
     ),
     (("data.statements_of",), lambda c, _: c.data.statements > 0, "data.statements is 0"),
     (

@@ -8,6 +8,7 @@ from tda import methods
 from tda.data import jsonl, tokenised, tokens
 from tda.data.batches import buckets
 from tda.data.corpora import Corpus as Documents
+from tda.data.documents import Document
 from tda.data.file_states import read_states
 from tda.evaluation import frequency
 from tda.facts import files, labels, query_sets
@@ -28,7 +29,10 @@ FOLDER = "tokens"
 # change few merges, and take hours to count.
 _LEARNT_CHARACTERS = 1 << 30
 # Keys without a meaning for a corpus without labels, and for queries that are not facts.
-_LABELLED = ("data.sentences", "data.n_sentences", "data.train_on", "data.statements")
+_LABELLED = (
+    *("data.sentences", "data.n_sentences", "data.train_on", "data.also_train_on"),
+    "data.statements",
+)
 _OF_FACTS = ("data.facts", "data.exclude_relations", "data.prompt", "data.pool")
 
 
@@ -132,26 +136,31 @@ def _corpus(config, facts, tokenizer, passages, workdir: Workdir | pathlib.Path)
     )
 
 
-def documents_of(data) -> Documents:
-    """Returns the documents that the section `data` of a config names."""
+def documents_of(data, key: str = "corpus") -> Documents:
+    """Returns the documents that a key of the section `data` of a config names."""
     options = {"data_dir": data.dir} if data.dir else {}
     if data.share != 1:
         options["share"] = data.share
-    names = sources_of(data)
+    names = sources_of(data, key)
     source = names if len(names) > 1 else names[0]
     return Documents(source, text_field=data.text_field, id_field=data.id_field or None, **options)
 
 
-def sources_of(data) -> list[str]:
-    """Returns the names in `data.corpus`."""
-    return data.corpus.split(",")
+def sources_of(data, key: str = "corpus") -> list[str]:
+    """Returns the names in `data.corpus`, or in another key of the section."""
+    return data[key].split(",")
+
+
+def learnt_text(document: Document) -> str:
+    """Returns what a tokenizer learns from a document."""
+    return f"{document.prompt} {document.text}" if document.prompt else document.text
 
 
 def _texts(documents: Documents) -> Iterator[str]:
     """Yields the texts that a tokenizer is learnt from."""
     share = _LEARNT_CHARACTERS // len(documents.pieces)
     for piece in range(len(documents.pieces)):
-        texts = (f"{d.prompt} {d.text}" if d.prompt else d.text for d in documents.read(piece))
+        texts = map(learnt_text, documents.read(piece))
         pairs = ((text, len(text)) for text in texts)
         totals = itertools.accumulate(pairs, lambda a, b: (b[0], a[1] + b[1]))
         for text, total in totals:

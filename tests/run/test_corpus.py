@@ -5,15 +5,21 @@ import pytest
 from tda.run import corpus
 from tda.run.run import Run
 from tda.run.workdir import Workdir
-from tests.experiments.test_trace import make_config, records
+from tests.experiments.test_trace import make_config, records, write
 from tests.facts import test_lama
 
 
-def load(tmp_path, sentences=None, facts=None, **changes):
+def make_config_of(tmp_path, sentences=None, facts=None, **changes):
     config = make_config(tmp_path, sentences, facts)
     config.data.n_sentences, config.data.n_queries = 6, 1
     config.update_from_flattened_dict({f"data.{k}": v for k, v in changes.items()})
-    return corpus.load(config, Workdir(tmp_path / "w"))
+    return config
+
+
+def load(tmp_path, sentences=None, facts=None, **changes):
+    return corpus.load(
+        make_config_of(tmp_path, sentences, facts, **changes), Workdir(tmp_path / "w")
+    )
 
 
 def texts_beside(data):
@@ -39,6 +45,29 @@ def test_on_what_is_left_out_of_the_corpus_alone(tmp_path):
     assert len(data.training) == len(texts_beside(data)) == 6
     with pytest.raises(ValueError, match="and there are none; give a smaller data.n_sentences"):
         load(tmp_path, train_on="rest", n_sentences=0)
+
+
+def test_on_other_documents_that_are_not_traced(tmp_path):
+    articles = [{"title": f"a{i}", "text": f"Article {i}. " * 100} for i in range(40)]
+    named = {"also_train_on": write(tmp_path / "a.jsonl", articles), "id_field": "title"}
+
+    def read(**changes):
+        folder = tmp_path / "-".join(["run", *changes])
+        folder.mkdir()
+        return load(folder, **named, **changes)
+
+    def articles_of(data):
+        return {name.split("#")[0] for name in texts_beside(data)}
+
+    both = read()
+    assert articles_of(both) == {f"a{i}" for i in range(40)} and len(both.passages) == 6
+    assert any("Article 39. Article 39." in text for text in texts_beside(both).values())
+    assert 0 < len(articles_of(read(share=0.5))) < 40
+    # All sentences are passages, and "rest" is the articles alone.
+    alone = read(train_on="rest", n_sentences=0)
+    assert len(alone.training) == len(texts_beside(alone)) and len(articles_of(alone)) == 40
+    with pytest.raises(FileNotFoundError, match="/nowhere: no such corpus"):
+        corpus.check_files(make_config_of(tmp_path, also_train_on="/nowhere"))
 
 
 def test_on_statements_of_facts_that_are_not_asked(tmp_path):

@@ -79,6 +79,7 @@ def test_facts_are_asked_whose_names_a_passage_has(config, tmp_path, monkeypatch
         ({"data.n_sentences": 5}, "data.n_sentences=5 does not go with data.corpus"),
         ({"data.pool": "clean"}, "data.pool=clean does not go with .* has no labels"),
         ({"data.train_on": "all"}, "data.train_on=all does not go with"),
+        ({"data.also_train_on": "x"}, "data.also_train_on=x does not go with"),
         ({"data.statements": 1}, "data.statements=1 does not go with"),
         ({"data.prompt": 1}, "data.prompt=1 does not go with data.queries=.* holds no facts"),
         ({"data.facts": "f.jsonl"}, "data.queries .* or --config.data.facts, and not both"),

@@ -56,6 +56,7 @@ def test_what_changed_is_named(config, tmp_path, key):
         # Two corpora, one with files below folders.
         ({"data.corpus": "s0.jsonl,deep/**/*.jsonl"}, "data.corpus", "deep/a/b/c.jsonl"),
         ({"data.corpus": "s0.jsonl,deep/**/*.jsonl"}, "data.corpus", "s0.jsonl"),
+        ({"data.also_train_on": "s0.jsonl,s1.jsonl"}, "data.also_train_on", "s1.jsonl"),
         ({"data.corpus": "s0.jsonl", "data.queries": "s1.jsonl"}, "data.queries", "s1.jsonl"),
         ({"data.name": "lama", "data.dir": "lama"}, "data.dir", "lama/TREx/P1.jsonl"),
         ({"judge.name": "nli", "judge.model": "e"}, "judge.model", "e/weights.bin"),
