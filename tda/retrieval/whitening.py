@@ -7,8 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,7 +15,9 @@ import numpy as np
 
 from tda import hessian
 from tda.methods import Method
+from tda.retrieval import root_file
 from tda.retrieval.hessian_settings import HessianSettings
+from tda.retrieval.root_file import Root
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory, Source
 from tda.runtime import atomic_file, preemption, processes, progress
@@ -48,14 +48,6 @@ class Part:
     def scorers(self) -> dict[str, Scorer]:
         """The scorers by the method's name."""
         return self.make_scorers()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Root:
-    """R^(−1/2) by block (`hessian.inverse_root`), or None; and `Scorer.query_weights`."""
-
-    blocks: list[hessian.Root] | None
-    query_weights: tuple[float, ...] = ()
 
 
 class Whitening:
@@ -110,7 +102,7 @@ class Whitening:
         if shapes is None:
             shapes = hessian.dense_shapes(source.form.widths)
         self._shapes = settings.shapes_of(shapes, source.rows)
-        self._roots: dict[str, _Root] = {"none": _Root(None)}
+        self._roots: dict[str, Root] = {"none": Root(None)}
         self.notes: dict[str, dict] = {}
         self.spectra: dict[str, np.ndarray] = {}
 
@@ -143,7 +135,7 @@ class Whitening:
 
     def _scorers(self, chosen: dict[str, Method], number: int | None) -> dict[str, Scorer]:
         # Methods of one kind share its root: the search whitens once for all of them.
-        roots: dict[str, _Root] = {}
+        roots: dict[str, Root] = {}
         scorers = {}
         for name, method in chosen.items():
             kind = self._kind(method, number)
@@ -225,7 +217,7 @@ class Whitening:
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
         return hessian.draw_halves(len(self._queries), self._settings.seed)
 
-    def _root(self, kind: str) -> _Root:
+    def _root(self, kind: str) -> Root:
         if kind in self._roots:
             return self._roots[kind]
         file = self._file(kind)
@@ -236,8 +228,8 @@ class Whitening:
             self._roots[kind] = root
         return root
 
-    def _kept_root(self, file: pathlib.Path, kind: str) -> _Root:
-        root: _Root | None = None
+    def _kept_root(self, file: pathlib.Path, kind: str) -> Root:
+        root: Root | None = None
         if not processes.on_first_process("look for R", file.exists):
             # All processes sum R; process 0 decomposes it, and the others read its file.
             train = self.train
@@ -247,7 +239,7 @@ class Whitening:
                 # Another task of an array may have decomposed it meanwhile.
                 if not (self._groups.engine.party and file.exists()):
                     root = self._make(kind, train)
-                    self._keep(file, root, kind)
+                    root_file.write(file, root, self.notes[kind], self.spectra)
 
             with self._groups.engine.alone():
                 processes.on_first_process("decompose R", decompose)
@@ -259,29 +251,11 @@ class Whitening:
         made_from = [dataclasses.asdict(self._settings), self._identity]
         return self._folder / f"inverse-root-{kind.replace(' ', '-')}-{fingerprint(made_from)}.npz"
 
-    def _read(self, file: pathlib.Path, kind: str) -> _Root:
+    def _read(self, file: pathlib.Path, kind: str) -> Root:
         self._tell("reading R")
-        with atomic_file.naming_damaged(file), np.load(file, allow_pickle=False) as arrays:
-            for name in set(arrays) & {"train", "evaluation"}:
-                self.spectra.setdefault(name, arrays[name])
-            self.notes[kind] = json.loads(str(arrays["note"]))
-            numbers = itertools.count()
-            blocks = [
-                arrays[str(next(numbers))]
-                if len(shape) == 1
-                else hessian.KroneckerRoot(*(arrays[str(next(numbers))] for _ in range(3)))
-                for shape in self._shapes
-            ]
-            return _Root(blocks, tuple(arrays["own"].tolist()))
-
-    def _keep(self, file: pathlib.Path, root: _Root, kind: str) -> None:
-        arrays = {"own": np.asarray(root.query_weights), "note": json.dumps(self.notes[kind])}
-        leaves = enumerate(jax.tree.leaves(root.blocks))
-        arrays |= {str(i): x for i, x in leaves} | self.spectra
-        # A read-only workdir can still be asked; R is then computed again in each session.
-        with contextlib.suppress(PermissionError):
-            file.parent.mkdir(exist_ok=True)
-            atomic_file.write_arrays(file, arrays)
+        root, self.notes[kind], spectra = root_file.read(file, self._shapes)
+        self.spectra = spectra | self.spectra
+        return root
 
     def _tell(self, description: str) -> None:
         if self._on_progress is not None:
@@ -313,7 +287,7 @@ class Whitening:
         with progress.bar(total, "R_train", "passage", quiet=self._quiet) as bar:
             yield bar.update
 
-    def _make(self, kind: str, train: hessian.Autocorrelation) -> _Root:
+    def _make(self, kind: str, train: hessian.Autocorrelation) -> Root:
         self._tell("decomposing R")
         if "train" not in self.spectra:
             spectra = preemption.heed(lambda: hessian.spectra(train.blocks, self._shapes))
@@ -323,7 +297,7 @@ class Whitening:
         if kind == "train":
             roots = self._inverse_root(passages, note)
             self.notes[kind] = note
-            return _Root(roots)
+            return Root(roots)
         queries_QxE = self._queries
         if kind in _HALVES:
             queries_QxE = queries_QxE[self._halves()[_HALVES.index(kind)]]
@@ -343,7 +317,7 @@ class Whitening:
             query_weights = (weight / (n - 1),) * len(blocks)
         roots = self._inverse_root(hessian.mix(passages, blocks, weight), note)
         self.notes[kind] = note
-        return _Root(roots, query_weights)
+        return Root(roots, query_weights)
 
     def _weight(self, evaluation: hessian.Autocorrelation, kind: str, note: dict) -> float:
         """Returns λ, by the rule or from the settings."""
