@@ -25,6 +25,7 @@ from tda.data.corpora import Corpus
 from tda.data.file_states import read_states
 from tda.data.tokenizer import Tokenizer
 from tda.data.tokens import PassageTexts
+from tda.runtime import progress
 from tda.runtime.fingerprint import hash_64_bits
 
 from . import record
@@ -87,7 +88,8 @@ def _start(directory: pathlib.Path) -> dict:
     before, begin = _memory(), time.perf_counter()
     tokenizer = _tokenizer()
     source = _Synthetic(_ROWS.value)
-    table, _ = tokenised.tokenise_on_disk(directory / "tokens", source, tokenizer, 64, quiet=True)
+    with progress.hidden():
+        table, _ = tokenised.tokenise_on_disk(directory / "tokens", source, tokenizer, 64)
     opened = time.perf_counter() - begin
     store = stores.create(
         directory / "store",
@@ -136,7 +138,8 @@ def _tokenising(directory: pathlib.Path, texts: str) -> dict:
             resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         ]
         place = directory / f"workers{workers}"
-        table, _ = tokenised.tokenise_on_disk(place, corpus, tokenizer, 512, quiet=True)
+        with progress.hidden():
+            table, _ = tokenised.tokenise_on_disk(place, corpus, tokenizer, 512)
         seconds = time.perf_counter() - begin
         after = [
             resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -53,6 +53,7 @@ from tda.model.settings import DecoderSettings
 from tda.retrieval import exact
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.whitening import Whitening
+from tda.runtime import progress
 
 _SIZES = flags.DEFINE_list("sizes", ["60", "260", "1060"], "numbers of passages")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "training seeds")
@@ -199,7 +200,6 @@ def encode(model, tokenizer, texts, queries, method: str) -> tuple:
         scope=dict(include=None, exclude=None, untapped="leave"),
         tokens_per_batch=4096,
         mesh=None,
-        quiet=True,
     )
     reading = TextSettings(
         tokenizer=PretrainedTokenizer.wrap(tokenizer),
@@ -208,7 +208,7 @@ def encode(model, tokenizer, texts, queries, method: str) -> tuple:
         id_field=None,
         directory=None,
     )
-    made = inputs.TextInputs(settings, inputs.TextCorpus(texts, reading, quiet=True))
+    made = inputs.TextInputs(settings, inputs.TextCorpus(texts, reading))
     encoded = made.encode_queries(queries, methods.METHODS[method], joiner=None)
     return made.source, encoded.gradients_QxE, settings.layout().shapes
 
@@ -216,7 +216,7 @@ def encode(model, tokenizer, texts, queries, method: str) -> tuple:
 def reciprocal_ranks(gradients, method: str, settings: HessianSettings, correct) -> np.ndarray:
     """Returns the reciprocal rank of each query by a method, float64 [Q]."""
     source, queries_QxE, shapes = gradients
-    whitening = Whitening(settings, source, queries_QxE, shapes=shapes, quiet=True)
+    whitening = Whitening(settings, source, queries_QxE, shapes=shapes)
     (part,) = whitening.parts({"": methods.METHODS[method]})
     rows = {"": [np.asarray(c) for c in correct]}
     ranked = exact.search(queries_QxE, source, part.scorers, k=1, correct=rows)[""]
@@ -264,7 +264,8 @@ def main(argv):
     for size in map(int, _SIZES.value):
         rows = []
         for seed in range(_SEEDS.value):
-            figures = finished.get((size, seed)) or measure(size, seed)
+            with progress.hidden():
+                figures = finished.get((size, seed)) or measure(size, seed)
             rows.append(figures)
             if record is not None and (size, seed) not in finished:
                 with record.open("a") as out:

@@ -29,6 +29,7 @@ from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.sources import InMemory
 from tda.retrieval.whitening import Whitening
+from tda.runtime import progress
 from tda.runtime.array_tasks import ArrayTask
 from tda.runtime.groups import ONE_GROUP, Groups
 
@@ -79,11 +80,12 @@ def rank(source, queries_QxE, folder=None, groups=ONE_GROUP) -> Ranked:
         folder=folder,
         identity=identity,
         groups=groups,
-        quiet=True,
     )
-    (part,) = whitening.parts({"": method})
+    with progress.hidden():
+        (part,) = whitening.parts({"": method})
+        scorers = part.scorers
     search = exact.ExactSearch(source, groups=groups, identity=identity)
-    return search.rank(queries_QxE, part.scorers, 10)[""]
+    return search.rank(queries_QxE, scorers, 10)[""]
 
 
 def start(root: pathlib.Path, out: pathlib.Path, part: str) -> subprocess.Popen:

@@ -296,11 +296,10 @@ def _open(
         tokens_per_batch=4096 if tokens_per_batch is None else tokens_per_batch,
         structure=structure,
         mesh=mesh,
-        quiet=quiet,
     )
     if tokenizer is None:
         batches = batch_inputs.BatchCorpus(passages, texts)
-        return Index(settings, lambda s: batch_inputs.BatchInputs(s, batches), False, names)
+        return Index(settings, lambda s: batch_inputs.BatchInputs(s, batches), False, names, quiet)
     reading = TextSettings(
         tokenizer=PretrainedTokenizer.wrap(tokenizer),
         context=512 if context is None else context,
@@ -308,5 +307,5 @@ def _open(
         id_field=id_field,
         directory=None if directory is None else pathlib.Path(directory),
     )
-    corpus = inputs.TextCorpus(passages, reading, quiet)
-    return Index(settings, lambda s: inputs.TextInputs(s, corpus), True, names)
+    corpus = inputs.TextCorpus(passages, reading)
+    return Index(settings, lambda s: inputs.TextInputs(s, corpus), True, names, quiet)

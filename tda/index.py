@@ -43,6 +43,7 @@ class Index:
         make_inputs: makes the gradients of given settings.
         has_tokenizer: whether queries are texts.
         names: the default methods.
+        quiet: whether to show no progress.
     """
 
     def __init__(
@@ -51,18 +52,20 @@ class Index:
         make_inputs: Callable[[TraceSettings], TextInputs | BatchInputs],
         has_tokenizer: bool,
         names: Sequence[str],
+        quiet: bool = False,
     ):
         checks.check_settings(settings)
         # Shares the arrays: a model that is trained on gets new ones, and this one keeps its own.
         self._settings = dataclasses.replace(settings, model=nnx.clone(settings.model))
         self._make_inputs = make_inputs
-        self._has_tokenizer, self._names = has_tokenizer, tuple(names)
+        self._has_tokenizer, self._names, self._quiet = has_tokenizer, tuple(names), quiet
         self._kinds: dict[GradientKind, _Kind] = {}
 
     def encode(self) -> None:
         """Computes the gradients that the default methods need."""
-        for name in self._names:
-            self._kind(METHODS[name]).hold()
+        with progress.hidden(self._quiet):
+            for name in self._names:
+                self._kind(METHODS[name]).hold()
 
     @overload
     def query(
@@ -127,11 +130,12 @@ class Index:
         queries, contrast = (list(x) if isinstance(x, Iterator) else x for x in (queries, contrast))
         results: dict[str, TraceResult] = {}
         # Methods of one kind share the queries' gradients and one scan over the passages'.
-        for gradients in dict.fromkeys(METHODS[name].gradients for name in names):
-            of_kind = {n: METHODS[n] for n in names if METHODS[n].gradients == gradients}
-            kind = self._kind(next(iter(of_kind.values())))
-            encoded = kind.encode_queries(queries, contrast, of_kind, joiner)
-            results |= kind.query(encoded, of_kind, (k, rerank), damping, candidates)
+        with progress.hidden(self._quiet):
+            for gradients in dict.fromkeys(METHODS[name].gradients for name in names):
+                of_kind = {n: METHODS[n] for n in names if METHODS[n].gradients == gradients}
+                kind = self._kind(next(iter(of_kind.values())))
+                encoded = kind.encode_queries(queries, contrast, of_kind, joiner)
+                results |= kind.query(encoded, of_kind, (k, rerank), damping, candidates)
         return results[names[0]] if isinstance(method, str | None) else results
 
     def _kind(self, method: Method) -> "_Kind":
@@ -202,12 +206,12 @@ class _Kind:
     ) -> dict[str, TraceResult]:
         """Returns the answers of methods of this kind, by name; depths are k and rerank."""
         k, rerank = depths
-        source, quiet = self._inputs.source, self._settings.quiet
+        source = self._inputs.source
         whitening = self._whitening(source, encoded.gradients_QxE, damping)
         # Plain methods use R of all queries, so all queries are searched for together.
         (part,) = whitening.parts(chosen)
         scorers = part.scorers
-        with progress.bar(source.rows, "search", "passage", quiet=quiet) as self._bar:
+        with progress.bar(source.rows, "search", "passage") as self._bar:
             rankings = self._search.rank(encoded.gradients_QxE, scorers, max(k, rerank))
         if rerank and isinstance(self._inputs, TextInputs):
             reranker = self._inputs.whole_gradients
@@ -218,8 +222,9 @@ class _Kind:
             }
         for name, method in chosen.items():
             note = whitening.note(method)
-            if note is not None and not quiet:
-                print(f"{name}: R of {source.rows:,d} passages: {describe_regularisation(note)}")
+            if note is not None:
+                described = describe_regularisation(note)
+                progress.tell(f"{name}: R of {source.rows:,d} passages: {described}")
         return {name: self._answer(encoded, m, rankings[name]) for name, m in chosen.items()}
 
     def _whitening(self, source: Source, queries_QxE: np.ndarray, damping: float) -> Whitening:
@@ -233,7 +238,6 @@ class _Kind:
                 queries_QxE,
                 self._settings.mesh,
                 shapes=self._settings.layout().shapes,
-                quiet=self._settings.quiet,
             )
         self._whitenings[damping] = whitening
         return whitening

@@ -103,7 +103,7 @@ def trace_training(
         raise ValueError(f"recipe={recipe!r}; give a tda.TrainingRecipe")
     recipe = recipe or TrainingRecipe()
     compilation_cache.use()
-    settings = _settings(model, recipe, quiet)
+    settings = _settings(model, recipe)
     reading = TextSettings(
         PretrainedTokenizer.wrap(tokenizer),
         context,
@@ -113,12 +113,13 @@ def trace_training(
     )
     checks.check_settings(settings)
     checks.check_reading(settings, reading)
-    corpus, parsed = TextCorpus(passages, reading, quiet), parse_queries(queries)
+    corpus, parsed = TextCorpus(passages, reading), parse_queries(queries)
     if not parsed:
         raise ValueError("there are no queries; give one or more")
     prompts = tokens.tokenise_queries(parsed, reading.tokenizer, context, joiner)
-    for table, label in ((prompts, "queries"), (corpus.table, "passages")):
-        checks.check_token_ids(settings, table, label)
+    with progress.hidden(quiet):
+        for table, label in ((prompts, "queries"), (corpus.table, "passages")):
+            checks.check_token_ids(settings, table, label)
     keeping = contextlib.nullcontext(directory) if directory else tempfile.TemporaryDirectory()
     with corpus.holding(), keeping as place, progress.hidden(quiet):
         folder = pathlib.Path(place)
@@ -148,7 +149,7 @@ def trace_training(
     )
 
 
-def _settings(model: nnx.Module, recipe: TrainingRecipe, quiet: bool) -> TraceSettings:
+def _settings(model: nnx.Module, recipe: TrainingRecipe) -> TraceSettings:
     """Returns the arguments of a trace of the model by raw gradients, for its checks."""
     return TraceSettings(
         model=model,
@@ -159,7 +160,6 @@ def _settings(model: nnx.Module, recipe: TrainingRecipe, quiet: bool) -> TraceSe
         scope=dict(include=None, exclude=None, untapped="leave"),
         tokens_per_batch=recipe.tokens_per_batch,
         mesh=None,
-        quiet=quiet,
     )
 
 

@@ -296,6 +296,14 @@ def test_what_is_left_out_is_told(model, tokenizer, capsys):
     assert told.endswith("l7/bias and 2 more")
 
 
+@pytest.mark.parametrize("where", ["memory", "directory"])
+def test_a_quiet_trace_says_nothing(model, tokenizer, tmp_path, capfd, where):
+    how = {"directory": tmp_path} if where == "directory" else {}
+    for method, rerank in (("trackstar_train", 4), ("ekfac", 0)):
+        call(model, tokenizer, method=method, rerank=rerank, **how)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):
     """Guards: a tokenizer that puts nothing between texts, so that their tokens run together."""
     plain = PretrainedTokenizer.wrap(byte_level())

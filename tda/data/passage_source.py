@@ -33,22 +33,19 @@ class PassageSource:
     Args:
         passages, text_field, id_field: as for `tda.data.rows.parse_passages`; with a length, which
             is only shown.
-        quiet: whether no progress is shown.
     """
 
     unit, skipped = "document", 0
     files: Mapping[str, str] = {}
 
-    def __init__(
-        self, passages: Any, text_field: str | None, id_field: str | None, quiet: bool = False
-    ):
-        self._arguments, self._quiet = (passages, text_field, id_field), quiet
+    def __init__(self, passages: Any, text_field: str | None, id_field: str | None):
+        self._arguments = passages, text_field, id_field
         self.pieces = [Piece((), len(passages))]
 
     @functools.cached_property
     def _hashes(self) -> list[bytes]:
         hashes = []
-        with progress.bar(self.pieces[0].size, "read", "document", quiet=self._quiet) as bar:
+        with progress.bar(self.pieces[0].size, "read", "document") as bar:
             for block in self._blocks():
                 hashes.append(_hash(block))
                 bar.update(len(block))

@@ -51,7 +51,7 @@ def place_of(passage: str) -> tuple[str, slice | None]:
 
 
 def tokenise_in_memory(
-    documents: Iterable[Document], tokenizer, context: int, quiet: bool = False
+    documents: Iterable[Document], tokenizer, context: int
 ) -> tuple[TokenTable, Counts]:
     """Tokenises a corpus that fits in memory; see `tokenise_on_disk`."""
     parts, counts = [], []
@@ -64,7 +64,7 @@ def tokenise_in_memory(
         hashes.append(parts[-1]["name_hashes"][: -1 if part.is_open else None])
         part.clear()
 
-    with progress.bar(None, "tokenise", "document", quiet=quiet) as bar:
+    with progress.bar(None, "tokenise", "document") as bar:
         batches = pieces.part_batches(documents)
         for _, group in itertools.groupby(batches, key=lambda x: x[0]):
             for _, batch in group:
@@ -87,7 +87,6 @@ def tokenise_on_disk(
     source: Source,
     tokenizer,
     context: int,
-    quiet: bool = False,
     engine: Engine = PROCESSES,
 ) -> tuple[MappedTable, Counts]:
     """Tokenises a corpus into `directory`, or opens the table that is there already.
@@ -100,7 +99,6 @@ def tokenise_on_disk(
         source: the corpus, the same documents in the same order in every call.
         tokenizer: the model's tokenizer.
         context: the most positions that a passage may have.
-        quiet: whether to show no progress.
         engine: assigns the parts to processes.
 
     Returns:
@@ -122,7 +120,7 @@ def tokenise_on_disk(
             "look for tokens", lambda: _begin(directory, provenance, source)
         )
     if not is_finished:
-        engine.compute(_work(job, f"tokens {fingerprint(provenance)}", quiet, engine))
+        engine.compute(_work(job, f"tokens {fingerprint(provenance)}", engine))
         with engine.alone():
             processes.on_first_process("index the tokens", lambda: _finish(job, provenance, index))
     return open_tokens(directory, job)
@@ -216,7 +214,7 @@ def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[
     return states
 
 
-def _work(job: Job, name: str, quiet: bool, engine: Engine) -> Work:
+def _work(job: Job, name: str, engine: Engine) -> Work:
     """Describes the turns at a corpus as groups of an engine's work."""
     workers, count = tokenising.count_workers(job.source), len(job.source.pieces)
     # Enough turns for all workers of all programs, and the same in all, whose hosts may differ.
@@ -245,7 +243,7 @@ def _work(job: Job, name: str, quiet: bool, engine: Engine) -> Work:
         return list_missing()
 
     def compute(numbers: Sequence[int]) -> None:
-        tokenising.make_all(job, [turns[i] for i in numbers], workers, quiet)
+        tokenising.make_all(job, [turns[i] for i in numbers], workers)
 
     return Work(name, compute, find_missing, list_missing, precedes_training=True)
 

@@ -41,21 +41,20 @@ def count_workers(source: Source) -> int:
     return max(1, min(processors, size // _WORTH_A_WORKER[source.unit]))
 
 
-def make_all(job: Job, turns: Sequence[Turn], workers: int, quiet: bool = False) -> None:
+def make_all(job: Job, turns: Sequence[Turn], workers: int) -> None:
     """Makes the missing parts of some turns, and shows progress.
 
     Args:
         job: the corpus.
         turns: the turns of this process.
         workers: the number of worker processes; with one, this process does the work.
-        quiet: whether to show no progress.
 
     Raises:
         CorpusError: a document cannot be used.
         Preempted: a notice came to a program of one process.
     """
     sizes = {t.piece: job.source.pieces[t.piece].size for t in turns}
-    with progress.bar(sum(sizes.values()), "tokenise", job.source.unit, quiet=quiet) as bar:
+    with progress.bar(sum(sizes.values()), "tokenise", job.source.unit) as bar:
         shown = _Shown(job.source, turns, bar.update)
         encoded = _describe_job(job) if min(workers, len(turns)) > 1 else None
         if encoded is not None:

@@ -150,7 +150,7 @@ class BatchInputs:
 
     def _encode(self, batches, description: str) -> np.ndarray:
         encoder, encoded = self.encoder, []
-        with progress.bar(None, description, "example", quiet=self.settings.quiet) as bar:
+        with progress.bar(None, description, "example") as bar:
             for x_BxE in encode_each(encoder, batches):
                 encoded.append(x_BxE)
                 bar.update(len(x_BxE))

@@ -23,7 +23,7 @@ def fit(settings: TraceSettings, table: TokenTable, layout: BatchLayout) -> dict
 
     def batches(stage: str) -> Iterator[dict]:
         name, options = f"EK-FAC: {stage}", {"labels": "sampled", "layout": layout, "seed": seed}
-        with progress.bar(len(rows), name, "passage", quiet=settings.quiet) as bar:
+        with progress.bar(len(rows), name, "passage") as bar:
             yield from sampled_labels.batches(table, rows, **options, on_rows=bar.update)
 
     return fitted_curvature.fit(settings.model, settings.sites(), batches, "sampled")

@@ -73,14 +73,13 @@ class TextCorpus:
     Args:
         passages: as for `tda.trace`.
         reading: how they are read.
-        quiet: whether no progress is shown.
     """
 
-    def __init__(self, passages, reading: TextSettings, quiet: bool):
+    def __init__(self, passages, reading: TextSettings):
         if isinstance(passages, str | os.PathLike):
             field = reading.text_field or "text"
             passages = Corpus(passages, text_field=field, id_field=reading.id_field)
-        self._passages, self.reading, self._quiet = passages, reading, quiet
+        self._passages, self.reading = passages, reading
 
     @property
     def read_labels(self) -> Callable[[str], dict[str, str]] | None:
@@ -91,7 +90,7 @@ class TextCorpus:
     def table(self) -> TokenTable:
         """The passages' tokens."""
         with self.holding():
-            return _tokenise(self._passages, self.reading, self._quiet)
+            return _tokenise(self._passages, self.reading)
 
     @functools.cached_property
     def words(self) -> bm25.Index:
@@ -272,7 +271,7 @@ class TextInputs:
         """The passages' gradients."""
         encoder, table = self.encoder, self.corpus.table
         if self._directory is None:
-            return _encode_in_memory(encoder, table, self._layout, self.settings.quiet)
+            return _encode_in_memory(encoder, table, self._layout)
         with self.corpus.holding():
             return self._fill_store(encoder, table, self._directory)
 
@@ -294,9 +293,7 @@ class TextInputs:
         if len(store.missing()) == len(store.shards()):
             _check_longest_passage(encoder, table, self._layout)
         loss_identity.save(provenance["loss"], directory)
-        encoding.fill_stores(
-            [store], encoder, table, self._layout, "encode passages", settings.quiet
-        )
+        encoding.fill_stores([store], encoder, table, self._layout, "encode passages")
         return store
 
     def passage_of(self, row: int) -> tuple[str, str]:
@@ -348,28 +345,25 @@ def _shard_bytes(table: TokenTable, width: int, tokens_per_batch: int) -> int:
     return min(SHARD_BYTES, rows * 4 * width)
 
 
-def _tokenise(passages, reading: TextSettings, quiet: bool) -> TokenTable:
+def _tokenise(passages, reading: TextSettings) -> TokenTable:
     """Tokenises the corpus, on disk if it can be read again and there is a directory."""
     fields = reading.text_field, reading.id_field
     is_corpus, directory = isinstance(passages, Corpus), reading.directory
-    arguments = reading.tokenizer, reading.context, quiet
+    arguments = reading.tokenizer, reading.context
     if directory is not None and (is_corpus or can_be_read_again(passages)):
-        source = passages if is_corpus else PassageSource(passages, *fields, quiet)
+        source = passages if is_corpus else PassageSource(passages, *fields)
         table, counts = tokenised.tokenise_on_disk(directory / "tokens", source, *arguments)
     else:
         documents = passages if is_corpus else parse_passages(passages, *fields)
         table, counts = tokenised.tokenise_in_memory(documents, *arguments)
-    if not quiet:
-        print(
-            f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "
-            f"{len(table):,} passages, {table.count_scored():,} tokens"
-        )
+    progress.tell(
+        f"{counts.documents:,} documents ({counts.blank:,} of them blank and left out), "
+        f"{len(table):,} passages, {table.count_scored():,} tokens"
+    )
     return table
 
 
-def _encode_in_memory(
-    encoder: Encoder, table: TokenTable, layout: BatchLayout, quiet: bool
-) -> InMemory:
+def _encode_in_memory(encoder: Encoder, table: TokenTable, layout: BatchLayout) -> InMemory:
     needed = 4 * len(table) * encoder.layout.width
     if needed > _MEMORY:
         raise ValueError(
@@ -380,7 +374,7 @@ def _encode_in_memory(
     if not is_small:
         _check_longest_passage(encoder, table, layout)
     total = table.count_scored()
-    with progress.bar(total, "encode passages", "token", quiet=quiet) as bar:
+    with progress.bar(total, "encode passages", "token") as bar:
         rows = np.arange(len(table))
         gradients_CxE = encoding.encode_rows(encoder, table, rows, layout, bar.update)
     if is_small:

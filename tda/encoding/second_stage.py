@@ -88,9 +88,9 @@ class WholeGradients:
             self._factors, self._plain, self._layout, queries, rows
         )
         mixed, weight, k = pair_metrics.mixture(self._moments, of_queries)
-        if not self._settings.quiet:
-            note = f"λ = {weight:.3f}, k = {k:,d}"
-            print(f"second stage: R of {len(rows):,d} queries mixed in, {note}")
+        progress.tell(
+            f"second stage: R of {len(rows):,d} queries mixed in, λ = {weight:.3f}, k = {k:,d}"
+        )
         return self._whiten(mixed, damping)
 
     def rank(
@@ -116,7 +116,6 @@ class WholeGradients:
         metric = self._metric(method, queries, damping)
         scorer = PairScorer(self._factors, {"": (metric, method.unit_norm)}, self._layout, _MEMORY)
         total = len(pairs.rows) * scorer.passes(queries, np.unique(pairs.queries))
-        quiet = self._settings.quiet
-        with progress.bar(total, "second stage", "passage", quiet=quiet) as bar:
+        with progress.bar(total, "second stage", "passage") as bar:
             scores = scorer.score(queries, self._table, pairs, on_passages=bar.update)
         return candidates.rank(first[0], pairs.by_query(scores[""], len(lists)), k)

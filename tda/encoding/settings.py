@@ -69,8 +69,6 @@ class TraceSettings:
     """The most positions that are encoded together."""
     mesh: jax.sharding.Mesh | None
     """The devices that batches are split over; one device if None."""
-    quiet: bool
-    """Whether no progress is shown."""
     curvature: str = "none"
     """What changes gradients before the projection: "ekfac" or "none" (`GradientKind`)."""
     structure: str = "auto"
@@ -98,7 +96,7 @@ class TraceSettings:
     def print_coverage(self) -> None:
         """Prints what share of the parameters the gradients cover, and what is left out."""
         is_default = self.scope.get("include") is None and self.scope.get("exclude") is None
-        sites.tell_coverage(self.model, self.sites(), is_default, self.quiet)
+        sites.tell_coverage(self.model, self.sites(), is_default)
 
     def example_losses(self, model, batch) -> jax.Array:
         """Returns the loss of each example of a batch, [B]."""
@@ -128,7 +126,7 @@ class TraceSettings:
     def estimate_scales(self, batches: Iterable) -> dict[str, Scale]:
         """Returns 1/√V by path, estimated from batches."""
         batches = list(batches)
-        with progress.bar(len(batches), "second moments", "batch", quiet=self.quiet) as bar:
+        with progress.bar(len(batches), "second moments", "batch") as bar:
 
             def counted():
                 for batch in batches:

@@ -147,7 +147,6 @@ def fill_stores(
     table: TokenTable,
     layout: BatchLayout,
     description: str = "encode",
-    quiet: bool = False,
     engine: Engine = PROCESSES,
 ) -> None:
     """Encodes the rows of every shard that one of the stores lacks; resumes after a kill.
@@ -163,7 +162,6 @@ def fill_stores(
         table: the corpus.
         layout: how rows are batched, and the devices that a batch is split over.
         description: the name of the work in the progress bar.
-        quiet: whether no progress is shown.
         engine: who encodes which shard.
 
     Raises:
@@ -195,7 +193,7 @@ def fill_stores(
         done = sum(tokens) - sum(tokens[i] for i in missing)
         total = done + sum(tokens[i] for i in numbers)
         with (
-            progress.bar(total, description, "token", done, quiet, saves_work=True) as bar,
+            progress.bar(total, description, "token", done, saves_work=True) as bar,
             _Writer(stores, lacking, description, bar) as writer,
         ):
             for turn, i in enumerate(numbers):

@@ -19,6 +19,7 @@ from flax import nnx
 
 from tda.gradients import layers
 from tda.model import functional
+from tda.runtime import progress
 from tda.runtime.differences import shorten
 from tda.runtime.patterns import compile_pattern
 
@@ -252,20 +253,16 @@ def has_numbered_layers(model: nnx.Module) -> bool:
     return any(layer_of(name) is not None for site in _sites(model) for name in site.names())
 
 
-def tell_coverage(
-    model: nnx.Module, sites: list[Site], is_default: bool = True, quiet: bool = False
-) -> None:
+def tell_coverage(model: nnx.Module, sites: list[Site], is_default: bool = True) -> None:
     """Prints what share of the parameters the gradients cover, and warns below a half.
 
     Args:
         model: the model.
         sites: the sites whose gradients are taken.
         is_default: whether the caller selected no sites; there is no warning otherwise.
-        quiet: whether to print nothing; the warning is given all the same.
     """
     described = coverage(model, sites)
-    if not quiet:
-        print(described)
+    progress.tell(described)
     covered = sum(math.prod(s.shape) for s in sites)
     if is_default and covered < sum(left_out(model, sites).values()):
         warnings.warn(

@@ -73,7 +73,6 @@ class Whitening:
         groups: how passages are cut into groups whose part of R_train is kept, and which processes
             share; with a directory there must be a `folder` too, from which all read the roots.
         on_progress: called with the progress; None shows a progress bar.
-        quiet: shows no progress bar.
 
     Attributes:
         notes: the choices made for each kind of R (λ, damping, shrinkage, …), for tables.
@@ -93,11 +92,10 @@ class Whitening:
         shapes: Sequence[hessian.Shape] | None = None,
         groups: Groups = ONE_GROUP,
         on_progress: Progress | None = None,
-        quiet: bool = False,
     ):
         self._settings, self._source, self._queries = settings, source, queries_QxE
         self._mesh, self._folder, self._identity, self._groups = mesh, folder, identity, groups
-        self._on_progress, self._quiet = on_progress, quiet
+        self._on_progress = on_progress
         self._slices = hessian.block_slices(source.form.widths)
         if shapes is None:
             shapes = hessian.dense_shapes(source.form.widths)
@@ -284,7 +282,7 @@ class Whitening:
         if self._on_progress is not None:
             yield progress.counted(self._on_progress, "R of the passages", total)
             return
-        with progress.bar(total, "R_train", "passage", quiet=self._quiet) as bar:
+        with progress.bar(total, "R_train", "passage") as bar:
             yield bar.update
 
     def _make(self, kind: str, train: hessian.Autocorrelation) -> Root:

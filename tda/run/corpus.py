@@ -18,7 +18,7 @@ from tda.run import learnt_tokenizer, plain_corpus, questions
 from tda.run.defaults import check_values
 from tda.run.run import Corpus
 from tda.run.workdir import Workdir
-from tda.runtime import preemption, processes
+from tda.runtime import preemption, processes, progress
 from tda.runtime.engine import PROCESSES, Engine
 from tda.runtime.fingerprint import fingerprint_parts, fingerprint_texts
 
@@ -200,9 +200,10 @@ def _more_text(data, all_sentences, all_facts, sentences, queries) -> list[Docum
 def _passages(
     label: str, documents: list[Document], tokenizer: Tokenizer, context: int
 ) -> tokens.TokenTable:
-    table, counts = processes.together(
-        lambda: tokenised.tokenise_in_memory(_heeding(documents), tokenizer, context, quiet=True)
-    )
+    with progress.hidden():
+        table, counts = processes.together(
+            lambda: tokenised.tokenise_in_memory(_heeding(documents), tokenizer, context)
+        )
     print(
         f"{label}: {counts.documents:,} documents, {len(table):,} passages "
         f"({counts.split:,} documents longer than {context} tokens were split), "

@@ -20,10 +20,6 @@ from tda.runtime.groups import ONE_GROUP
 from tda.runtime.progress import Progress
 
 
-def _be_quiet(*_) -> None:
-    pass
-
-
 class Encodings:
     """Gradients of a run at one checkpoint, and R^(−1/2), by kind; each is computed once."""
 
@@ -202,9 +198,10 @@ class Gradients(Retriever):
         counts = [len(part.queries) for part in parts]
         is_by_query = counts.count(1) > 2 and on_progress is None
         title = f"search ({', '.join(methods)})"
-        on_rows = _be_quiet if is_by_query else on_progress
+        on_rows = progress.silent if is_by_query else on_progress
         search_exactly = functools.partial(scan, run, source, identity, on_rows)
-        bar = progress.bar(sum(counts), title, "query", quiet=not is_by_query)
+        with progress.hidden(not is_by_query):
+            bar = progress.bar(sum(counts), title, "query")
         for number, part in enumerate(parts):
             # A method whose R differs between halves of the queries has an index for each half.
             suffix, scorers, names = f"-{number}" if number else "", part.scorers, {}

@@ -94,22 +94,26 @@ _is_hidden = contextvars.ContextVar("is_hidden", default=False)
 
 
 @contextlib.contextmanager
-def hidden(quiet: bool) -> Iterator[None]:
-    """Shows no progress bar inside, if `quiet`."""
-    token = _is_hidden.set(quiet)
+def hidden(quiet: bool = True) -> Iterator[None]:
+    """Shows no progress bar inside and prints no note (`tell`), if `quiet`.
+
+    Threads that are started inside show theirs.
+    """
+    token = _is_hidden.set(quiet or _is_hidden.get())
     try:
         yield
     finally:
         _is_hidden.reset(token)
 
 
+def tell(text: str) -> None:
+    """Prints a note, unless progress is hidden."""
+    if not _is_hidden.get():
+        print(text)
+
+
 def bar(
-    total: int | None,
-    description: str,
-    unit: str,
-    done: int = 0,
-    quiet: bool = False,
-    saves_work: bool = False,
+    total: int | None, description: str, unit: str, done: int = 0, saves_work: bool = False
 ) -> tqdm:
     """Returns a progress bar that also suits a log file: its line is rewritten every few seconds.
 
@@ -120,7 +124,6 @@ def bar(
         description: the name of the work.
         unit: the unit of work, such as "token".
         done: amount done before (a resumed run).
-        quiet: whether to show nothing.
         saves_work: whether the work itself stops at a notice of preemption, once it has saved its
             results; otherwise `update` stops it, where no other process takes part.
     """
@@ -136,7 +139,7 @@ def bar(
         dynamic_ncols=True,
         smoothing=0.05,
         file=sys.stderr,
-        disable=quiet or _is_hidden.get() or not processes.is_first(),
+        disable=_is_hidden.get() or not processes.is_first(),
     )
     progress_bar.saves_work = saves_work
     _open_bars.add(progress_bar)

@@ -55,7 +55,8 @@ def collect(
         path = _fetched(name, folder) if download.is_url(name) else name
         path = _shortened(path, queries, folder) if queries else path
         size = pathlib.Path(path).stat().st_size
-        with progress.bar(size, f"open {name}", "B", quiet=size < 64 << 20) as bar:
+        is_small = size < 64 << 20
+        with progress.hidden(is_small), progress.bar(size, f"open {name}", "B") as bar:
             collection.add(path, label, on_bytes=bar.update)
     return collection
 

@@ -41,8 +41,8 @@ def tokenizer(monkeypatch):
 
 
 def tokenise(path, rows, tokenizer):
-    source = PassageSource(rows, None, None, quiet=True)
-    return tokenised.tokenise_on_disk(path, source, tokenizer, 24, quiet=True)
+    source = PassageSource(rows, None, None)
+    return tokenised.tokenise_on_disk(path, source, tokenizer, 24)
 
 
 def parts_of(path):
@@ -59,9 +59,9 @@ def test_parts_have_the_bytes_of_those_of_a_file(tmp_path, tokenizer, library):
     file = tmp_path / "corpus.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     of_file = tmp_path / "file"
-    tokenised.tokenise_on_disk(of_file, Corpus(file), tokenizer, 24, quiet=True)
+    tokenised.tokenise_on_disk(of_file, Corpus(file), tokenizer, 24)
     reading = TextSettings(tokenizer, 24, None, None, tmp_path / "rows")
-    table = inputs.TextCorpus(rows, reading, quiet=True).table
+    table = inputs.TextCorpus(rows, reading).table
     assert isinstance(table, MappedTable) and table.ids[0] == "d0"
     parts = parts_of(tmp_path / "rows" / "tokens")
     assert len(parts) == 7 and parts == parts_of(of_file)

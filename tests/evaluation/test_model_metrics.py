@@ -28,7 +28,7 @@ def setup():
     texts = ["Paris is in France.", "Oslo is in Norway and it is cold there.", "Rome is in Italy."]
     tokenizer = Tokenizer.train(texts, 300)
     documents = [Document(str(i), t) for i, t in enumerate(texts)]
-    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32)
     questions = [("a", "Paris is in", "France"), ("b", "Oslo is", "in Norway")]
     queries = tokens.tokenise_queries(questions, tokenizer, 32)
     settings = DecoderSettings(

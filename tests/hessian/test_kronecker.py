@@ -87,9 +87,7 @@ def reference(data, damping, mixed):
 def whitening(data, folder=None, **settings):
     settings = HessianSettings(**{"structure": "kronecker", "weight": LAMBDA} | settings)
     source, groups = InMemory(data[0], SLICES), Groups(folder)
-    return Whitening(
-        settings, source, data[1], folder=folder, shapes=SHAPES, groups=groups, quiet=True
-    )
+    return Whitening(settings, source, data[1], folder=folder, shapes=SHAPES, groups=groups)
 
 
 def scores(data, scorer):
@@ -171,7 +169,7 @@ def test_where_r_is_a_kronecker_product_both_structures_agree():
     by_structure = []
     for structure in ("dense", "kronecker"):
         settings = HessianSettings(structure=structure, damping=0.02)
-        made = Whitening(settings, source, queries, shapes=((3, 4),), quiet=True)
+        made = Whitening(settings, source, queries, shapes=((3, 4),))
         scorer = made.scorer(METHODS["exp5"], None)
         ranked = exact.search(queries, source, {"": scorer}, 12)[""]
         by_structure.append((ranked.proponents, ranked.proponent_scores, made.spectra["train"]))
@@ -183,7 +181,7 @@ def test_where_r_is_a_kronecker_product_both_structures_agree():
 
 def test_the_rule_reads_the_products_of_eigenvalues(data):
     settings = HessianSettings(structure="kronecker", component=5)
-    made = Whitening(settings, InMemory(data[0], SLICES), data[1], shapes=SHAPES, quiet=True)
+    made = Whitening(settings, InMemory(data[0], SLICES), data[1], shapes=SHAPES)
     made.scorer(METHODS["trackstar"], 0)
     weight = made.note(METHODS["trackstar"])["lambda"]
     at_5 = []

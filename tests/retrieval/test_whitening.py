@@ -195,9 +195,7 @@ def test_a_search_that_was_killed_reads_R_with_its_note_and_spectra(data, tmp_pa
     passages, queries = data
 
     def make(source):
-        return Whitening(
-            HessianSettings(), source, queries, folder=tmp_path, identity="x", quiet=True
-        )
+        return Whitening(HessianSettings(), source, queries, folder=tmp_path, identity="x")
 
     first, second = make(InMemory(passages, SLICES)), make(InMemory(passages, SLICES))
     (part,) = first.parts({"m": METHODS["trackstar"]})
@@ -253,7 +251,7 @@ def test_r_of_as_many_passages_as_columns_is_shrunk_by_default():
     def mean_reciprocal_rank(count, **changes):
         noise, topic = rows(count)
         source = InMemory(np.float32(noise + directions[topic] * 0.5), [slice(0, E)])
-        whitening = Whitening(HessianSettings(**changes), source, quiet=True)
+        whitening = Whitening(HessianSettings(**changes), source)
         scorers = {"m": whitening.scorer(METHODS["trackstar_train"], None)}
         ranked = exact.search(queries, source, scorers, count)["m"]
         hits = topic[ranked.proponents] == np.arange(topics)[:, None]

@@ -109,7 +109,7 @@ def test_a_wait_for_the_work_of_another_task_is_left(tmp_path, notice):
 
 def test_a_bar_ends_the_work_that_process_0_does_for_all(notice, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    bar = progress.bar(2, "work", "step", quiet=True)
+    bar = progress.bar(2, "work", "step")
     bar.update()  # all take part: they must end at the same place
     monkeypatch.setattr(processes._working, "for_all", True, raising=False)
     with pytest.raises(preemption.Preempted):

@@ -20,7 +20,11 @@ def test_a_bar_says_compiling_until_its_first_step_is_done(capsys):
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_a_quiet_bar_says_nothing(capsys):
-    with progress.bar(3, "encode", "batch", quiet=True):
+def test_hidden_progress_says_nothing(capsys):
+    # Inside, a function that would show its own progress does not.
+    with progress.hidden(), progress.hidden(False), progress.bar(3, "encode", "batch"):
         jax.jit(lambda x: x * 5 + 1)(jnp.ones(3))
-    assert capsys.readouterr().err == ""
+        progress.tell("a note")
+    assert capsys.readouterr() == ("", "")
+    progress.tell("a note")
+    assert capsys.readouterr().out == "a note\n"

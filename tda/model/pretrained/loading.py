@@ -72,7 +72,8 @@ def load(
         dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat, attention=attention
     )
     described = dataclasses.replace(described, arguments=described.arguments | changes)
-    return place(described, mesh, quiet)
+    with progress.hidden(quiet):
+        return place(described, mesh)
 
 
 def _check_dtype(name: str, value: Any) -> None:
@@ -269,14 +270,12 @@ def _check(described: Pretrained) -> None:
             )
 
 
-def place(
-    described: Pretrained, mesh: jax.sharding.Mesh | None = None, quiet: bool = False
-) -> Decoder:
+def place(described: Pretrained, mesh: jax.sharding.Mesh | None = None) -> Decoder:
     """Returns the decoder with its parameters; each device reads its own slices."""
     model_fn, abstract = functional.split(described.abstract_decoder())
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
     label = f"load {os.path.basename(described.path)}"
-    with progress.bar(total, label, "number", quiet=quiet) as bar:
+    with progress.bar(total, label, "number") as bar:
 
         def read(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
             name = functional.path_name(path)
