@@ -52,7 +52,7 @@ def answers(tokenizer, ids, scored):
 def test_a_chat_is_written_by_the_template_and_learnt_from_its_answers(directory):
     tokenizer = PretrainedTokenizer.load(directory)
     documents = parse_passages([{"messages": CHAT, "id": "c"}])
-    table, counts = tokenised.tokenise_in_memory(documents, tokenizer, 512, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(documents, tokenizer, 512)
     assert list(table.ids) == ["c"] and counts == Counts(1, 0, 0)
     assert answers(tokenizer, table.tokens, table.scored).split("<|im_end|>") == [
         "Oslo.", "\nLima.", "\n"
@@ -68,7 +68,7 @@ def test_long_chats_are_cut_and_parts_without_an_answer_left_out(directory):
     tokenizer = PretrainedTokenizer.load(directory)
     chat = [{"role": "user", "content": "word " * 40}, {"role": "assistant", "content": "Yes."}]
     documents = parse_passages([{"messages": chat, "id": "c"}])
-    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32)
     assert all(table.scored[table.starts[i] : table.starts[i + 1]].any() for i in range(len(table)))
     assert answers(tokenizer, table.tokens, table.scored).startswith("Yes.<|im_end|>")
 
@@ -103,7 +103,7 @@ def test_chats_that_cannot_be_written_are_refused_by_name(directory):
 
     def tokenise(messages, tokenizer=tokenizer):
         documents = parse_passages([{"messages": messages, "id": "c"}])
-        tokenised.tokenise_in_memory(documents, tokenizer, 512, quiet=True)
+        tokenised.tokenise_in_memory(documents, tokenizer, 512)
 
     with pytest.raises(CorpusError, match="document 'c': there is no message with the role"):
         tokenise(CHAT[:1])

@@ -123,7 +123,7 @@ def test_passages_of_a_long_document_are_those_of_the_whole(begin, end, context,
     tables = []
     for piece in (1 << 20, 600):
         monkeypatch.setattr(long_texts, "PIECE", piece)
-        tables.append(tokenised.tokenise_in_memory(documents, tokenizer, context, quiet=True))
+        tables.append(tokenised.tokenise_in_memory(documents, tokenizer, context))
     (a, counts), (b, other) = tables
     assert counts == other and list(a.ids) == list(b.ids)
     for name in ("tokens", "starts", "scored"):
@@ -134,7 +134,7 @@ def test_a_document_longer_than_a_part_resumes_to_the_same_table(tmp_path, monke
     """Guards: memory that grows with a document; its passages twice, or under another's name."""
     tokenizer = PretrainedTokenizer(byte_level(), begin=[0])
     documents = [Document(f"d{i}", LONG["words"][: 3000 * (i % 2) + 90]) for i in range(4)]
-    whole, counts = tokenised.tokenise_in_memory(documents, tokenizer, 24, quiet=True)
+    whole, counts = tokenised.tokenise_in_memory(documents, tokenizer, 24)
     monkeypatch.setattr(long_texts, "PIECE", 600)
     monkeypatch.setattr(parts, "PART_TOKENS", 400)
     monkeypatch.setattr(pieces, "BATCH", 1)
@@ -156,7 +156,7 @@ def test_a_document_longer_than_a_part_resumes_to_the_same_table(tmp_path, monke
         monkeypatch.setattr(part_files, "write", killed)
         try:
             table, same_counts = tokenised.tokenise_on_disk(
-                tmp_path, Listed(documents), tokenizer, 24, quiet=True
+                tmp_path, Listed(documents), tokenizer, 24
             )
             break
         except Killed:

@@ -167,7 +167,7 @@ def test_the_beginning_is_never_doubled(tmp_path):
         for text in ("Bonn", "<s>Bonn", "<s> Bonn"):
             assert found.sequence(text).count(0) == 1
             assert found.encode_query(text, "x")[0].tolist().count(0) == 1
-            table, _ = tokenised.tokenise_in_memory([Document("a", text)], found, 64, quiet=True)
+            table, _ = tokenised.tokenise_in_memory([Document("a", text)], found, 64)
             assert table.tokens.tolist().count(0) == 1
     # Without parse_special, what is spelled out is text; with it, it is the token.
     plain, parsed = (PretrainedTokenizer.load(directory, p) for p in (False, True))
@@ -263,7 +263,7 @@ def test_every_token_of_a_long_text_is_predicted_once(context, around):
     """Guards: tokens at the cuts of a document that no passage predicts."""
     found = PretrainedTokenizer(byte_level(), **around)
     documents = [Document("a", TEXTS[1]), Document("b", TEXTS[0])]
-    table, counts = tokenised.tokenise_in_memory(documents, found, context, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(documents, found, context)
     assert table.lengths.max() <= context + 1
     predicted = {"a": [], "b": []}
     for i, document in enumerate(table.documents):

@@ -66,7 +66,7 @@ def same(a, b):
 
 
 def test_a_table_counts_its_documents(tokenizer):
-    table, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24)
     several = len({n.split("#")[0] for n in table.ids if "#" in n})
     assert counts == Counts(len(DOCUMENTS), 1, several) and several > 3
     assert table.ids[0] == "short" and "blank" not in list(table.documents)
@@ -77,7 +77,7 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
     """Guards: spans that are off by the space that a tokenizer puts in front."""
     if own:
         tokenizer = Tokenizer.train(TEXTS, 320)
-    found, _ = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    found, _ = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24)
     texts = {d.id: d.text for d in DOCUMENTS}
     spans = []
     for i, name in enumerate(found.ids):
@@ -98,9 +98,9 @@ def test_ids_lead_back_to_the_characters(tokenizer, own):
 
 
 def test_on_disk_as_in_memory(tokenizer, tmp_path):
-    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24)
     source = Listed(DOCUMENTS[:20], [], DOCUMENTS[20:])
-    table, same_counts = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    table, same_counts = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
     same(table, expected)
     assert same_counts == counts
     for name in ("lengths", "scored_lengths"):
@@ -120,18 +120,18 @@ def test_on_disk_as_in_memory(tokenizer, tmp_path):
     assert table.documents.hashes().tolist() == [hash_64_bits(x) for x in expected.documents]
     # There already: the documents are not read again.
     gone = Listed([], [], [])
-    again, _ = tokenised.tokenise_on_disk(tmp_path, gone, tokenizer, 24, quiet=True)
+    again, _ = tokenised.tokenise_on_disk(tmp_path, gone, tokenizer, 24)
     same(again, expected)
     assert again.fingerprint() == table.fingerprint()
     with pytest.raises(CorpusError, match="made from another corpus; it differs in context"):
-        tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 25, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 25)
 
 
 def test_a_start_reads_no_part(tokenizer, tmp_path, monkeypatch):
     """Guards: checks of ids, lengths or tokens by row at every start."""
-    tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24)
     monkeypatch.setattr(part_files, "map_arrays", None)
-    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24)
     assert len(table) > 40 and table.count_scored() < table.token_count
     assert table.fingerprint() and table.longest and table.token_range and table.documents
 
@@ -139,7 +139,7 @@ def test_a_start_reads_no_part(tokenizer, tmp_path, monkeypatch):
 def test_a_passage_takes_few_bytes_beside_its_tokens(tokenizer, tmp_path):
     """Guards: a byte of `scored` a token, where it follows from where passages start."""
     documents = [Document(f"d{i}", LONG * 3) for i in range(20)]
-    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(documents), tokenizer, 512, quiet=True)
+    table, _ = tokenised.tokenise_on_disk(tmp_path, Listed(documents), tokenizer, 512)
     assert not table.scored.all()
     size = sum(p.stat().st_size for p in (tmp_path / "parts").glob("*.safetensors"))
     assert size < 4.6 * table.token_count
@@ -158,7 +158,7 @@ def make_killed(directory, source, tokenizer, documents):
 
     with pytest.raises(KeyboardInterrupt):
         killed = Killed(*source.lists)
-        tokenised.tokenise_on_disk(directory, killed, tokenizer, 24, quiet=True)
+        tokenised.tokenise_on_disk(directory, killed, tokenizer, 24)
 
 
 def contents(directory):
@@ -168,7 +168,7 @@ def contents(directory):
 def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch):
     """Guards: a resumed corpus with documents twice, or without some; parts made twice."""
     source = Listed(DOCUMENTS[:25], DOCUMENTS[25:])
-    tokenised.tokenise_on_disk(tmp_path / "a", source, tokenizer, 24, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path / "a", source, tokenizer, 24)
     for count in (5, 14, 15, 40):
         make_killed(tmp_path / "b", source, tokenizer, count)
     assert len(list((tmp_path / "b" / "parts").glob("*.safetensors"))) == 6
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch
         return make(job, piece, number, batches)
 
     monkeypatch.setattr(pieces, "_make_part", counted)
-    tokenised.tokenise_on_disk(tmp_path / "b", source, tokenizer, 24, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path / "b", source, tokenizer, 24)
     assert made == [(0, 1), (1, 1), (1, 2)]
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -215,7 +215,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
     for workers in (1, 2):
         monkeypatch.setattr(tokenising, "count_workers", lambda _, n=workers: n)
         place = tmp_path / str(workers)
-        tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24, quiet=True)
+        tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24)
     assert len(contents(tmp_path / "1")) == 5
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     # A notice ends the workers long before their first part.
@@ -223,13 +223,13 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, monkeypatch):
     try:
         with pytest.raises(preemption.Preempted):
             place = tmp_path / "ended"
-            tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24, quiet=True)
+            tokenised.tokenise_on_disk(place, Corpus(folder), tokenizer, 24)
     finally:
         preemption._watch.noticed.clear()
     assert list(contents(place)) == ["made_from.json"]
     (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": 5}')
     with pytest.raises(CorpusError, match="a.jsonl, line 2: 'text' is int"):
-        tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path / "3", Corpus(folder), tokenizer, 24)
 
 
 def test_a_terminals_ctrl_c_reaches_no_worker():
@@ -273,10 +273,10 @@ def test_what_json_cannot_describe_is_tokenised_in_one_process(tokenizer, tmp_pa
     monkeypatch.setattr(tokenising, "_Worker", None)
     own = OwnTokenizer(byte_level(), begin=[0])
     for i, (source, one) in enumerate([(corpus, own), (Listed(), tokenizer)]):
-        table, _ = tokenised.tokenise_on_disk(tmp_path / str(i), source, one, 24, quiet=True)
+        table, _ = tokenised.tokenise_on_disk(tmp_path / str(i), source, one, 24)
         assert len(table)
     with pytest.raises(TypeError, match="NoneType"):  # workers would be started for the rest
-        tokenised.tokenise_on_disk(tmp_path / "2", corpus, tokenizer, 24, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path / "2", corpus, tokenizer, 24)
 
 
 def test_programs_on_other_hosts_cut_a_corpus_alike(tokenizer, tmp_path, monkeypatch):
@@ -295,7 +295,7 @@ def test_programs_on_other_hosts_cut_a_corpus_alike(tokenizer, tmp_path, monkeyp
         monkeypatch.setattr(tokenising, "count_workers", lambda _, n=workers: n)
         with contextlib.suppress(TypeError):  # the index lacks parts at first
             tokenised.tokenise_on_disk(
-                tmp_path / "t", Corpus(tmp_path / "a.jsonl"), tokenizer, 24, True, Task()
+                tmp_path / "t", Corpus(tmp_path / "a.jsonl"), tokenizer, 24, Task()
             )
     assert missing == {1: [0, 1, 2], 8: [1]}
 
@@ -311,7 +311,7 @@ def test_a_flipped_bit_is_found_and_its_part_made_again(tokenizer, tmp_path):
     """Guards: damage that no size shows, in each array of a part and in its header."""
     ids = Document("z", "", tokens=(5, 6, 7), scored=(True, False, True))
     source = Listed([*DOCUMENTS[:12], ids])
-    table, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    table, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
     expected, written = read_all(table), contents(tmp_path)
     names = sorted(n for n in written if n.endswith(".safetensors"))
     assert len(names) > 2
@@ -329,7 +329,7 @@ def test_a_flipped_bit_is_found_and_its_part_made_again(tokenizer, tmp_path):
         opened, _ = tokenised.open_tokens(tmp_path)
         with pytest.raises(CorpusError, match=f"{name} is missing or damaged"):
             read_all(opened)
-        again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+        again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
         with pytest.warns(UserWarning, match=f"{name} is missing or damaged, and made again"):
             values = read_all(again)
         for x, y in zip(values, expected, strict=True):
@@ -338,7 +338,7 @@ def test_a_flipped_bit_is_found_and_its_part_made_again(tokenizer, tmp_path):
     # A corpus that has changed meanwhile is not read in place of the lost part.
     path.write_bytes(damaged)
     source.lists = ([*DOCUMENTS[:12], Document("z", "other")],)
-    again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+    again, _ = tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
     with pytest.raises(CorpusError, match="has changed; remove that directory"):
         read_all(again)
 
@@ -352,7 +352,7 @@ def test_a_copied_corpus_is_the_same_corpus(tokenizer, tmp_path):
 
     def make(path):
         corpus = Corpus(path)
-        return tokenised.tokenise_on_disk(tokens_folder, corpus, tokenizer, 24, quiet=True)[0]
+        return tokenised.tokenise_on_disk(tokens_folder, corpus, tokenizer, 24)[0]
 
     table = make(folder)
     assert list(table.ids) == ["a.jsonl:0", "b.jsonl:0"]
@@ -397,13 +397,13 @@ def test_a_file_that_changed_before_the_end_is_tokenised_again(tmp_path, monkeyp
     for place in ("a", "b"):
         with pytest.raises(KeyboardInterrupt):
             corpus = Corpus(files[0].parent)
-            tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24, quiet=True)
+            tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24)
         write("two")
         os.utime(files[1], ns=(7, 7))
     monkeypatch.setattr(pieces, "_make_part", make)
     for place in "ab":
         corpus = Corpus(files[0].parent)
-        tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24, quiet=True)
+        tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -413,18 +413,18 @@ def test_one_id_in_two_parts_is_refused(tokenizer, tmp_path, monkeypatch):
     for most in (names._SORTED, 3):
         monkeypatch.setattr(names, "_SORTED", most)
         with pytest.raises(CorpusError, match="two documents have the id 'd7'"):
-            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
     # Two names of one hash are two names.
     monkeypatch.setattr(parts, "hash_64_bits", lambda name: 5)
-    tokenised.tokenise_on_disk(tmp_path / "b", Listed(), tokenizer, 24, quiet=True)
+    tokenised.tokenise_on_disk(tmp_path / "b", Listed(), tokenizer, 24)
 
 
 def test_what_cannot_be_is_told(tokenizer, tmp_path):
     with pytest.raises(CorpusError, match="two documents have the id 'short'"):
-        tokenised.tokenise_in_memory([*DOCUMENTS, DOCUMENTS[0]], tokenizer, 24, quiet=True)
+        tokenised.tokenise_in_memory([*DOCUMENTS, DOCUMENTS[0]], tokenizer, 24)
     for nothing in ([], [Document("a", " ")]):
         with pytest.raises(CorpusError, match="the corpus has no text"):
-            tokenised.tokenise_in_memory(nothing, tokenizer, 24, quiet=True)
+            tokenised.tokenise_in_memory(nothing, tokenizer, 24)
     half = "Oslo \ud83d"
     for wrong, message in (
         (Document("p7", half), r"document 'p7': the text has half a character, \\ud83d at 5 "),
@@ -433,12 +433,12 @@ def test_what_cannot_be_is_told(tokenizer, tmp_path):
         (Document("p8", None), "document 'p8': the text is NoneType, not a string"),
     ):
         with pytest.raises(CorpusError, match=message):
-            tokenised.tokenise_in_memory([*DOCUMENTS, wrong], tokenizer, 24, quiet=True)
+            tokenised.tokenise_in_memory([*DOCUMENTS, wrong], tokenizer, 24)
         with pytest.raises(CorpusError, match=message):
             source = Listed([*DOCUMENTS, wrong])
-            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24, quiet=True)
+            tokenised.tokenise_on_disk(tmp_path, source, tokenizer, 24)
     with pytest.raises(ValueError, match="context=0 holds only the tokens before every text"):
-        tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 0, quiet=True)
+        tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 0)
 
 
 def test_places_of_ids():
@@ -448,7 +448,7 @@ def test_places_of_ids():
 
 def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):
     """Guards: memory that grows with the documents of a part, however long they are."""
-    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24, quiet=True)
+    expected, counts = tokenised.tokenise_in_memory(DOCUMENTS, tokenizer, 24)
     monkeypatch.setattr(pieces, "BATCH", 256)
     monkeypatch.setattr(pieces, "BATCHES_A_PART", 64)
     monkeypatch.setattr(long_texts, "PIECE", 300)
@@ -460,7 +460,7 @@ def test_long_documents_are_encoded_a_few_at_a_time(tokenizer, tmp_path, monkeyp
         return encode_spans(texts)
 
     monkeypatch.setattr(tokenizer, "encode_spans", watched)
-    table, same_counts = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24, quiet=True)
+    table, same_counts = tokenised.tokenise_on_disk(tmp_path, Listed(), tokenizer, 24)
     same(table, expected)
     files = list((tmp_path / "parts").glob("*.safetensors"))
     assert same_counts == counts and len(files) > 2
@@ -485,7 +485,7 @@ def test_rows_of_token_ids_are_taken_as_they_are(tokenizer):
     ids = tokenizer.sequence(LONG)
     rows = list(parse_passages([ids, np.array(ids[:9]), {"input_ids": ids[:5] + [2, 2], "id": "m",
                                 "attention_mask": [1] * 5 + [0, 0]}]))  # fmt: skip
-    table, counts = tokenised.tokenise_in_memory(rows, tokenizer, 24, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(rows, tokenizer, 24)
     assert counts == Counts(3, 0, 1)
     place = [i for i, name in enumerate(table.documents) if name == "0"]
     joined = [table.tokens[table.starts[i] : table.starts[i + 1]].tolist() for i in place]
@@ -508,7 +508,7 @@ def test_labels_say_which_token_ids_the_loss_counts(tokenizer):
     """Guards: labels ignored, or shifted by the attention mask."""
     row = {"input_ids": [9, 3, 4, 5, 6], "labels": [9, -100, -100, 5, 6], "id": "a",
            "attention_mask": [0, 1, 1, 1, 1]}  # fmt: skip
-    table, _ = tokenised.tokenise_in_memory(parse_passages([row]), tokenizer, 24, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(parse_passages([row]), tokenizer, 24)
     assert table.tokens.tolist() == [3, 4, 5, 6]
     assert table.scored.tolist() == [False, False, True, True]
 
@@ -518,7 +518,7 @@ def test_the_loss_of_a_completion_is_on_it_alone(tokenizer, context):
     row = {"prompt": "The capital of Norway is", "completion": "Oslo.", "id": "c"}
     rows = list(parse_passages([row]))
     assert rows == [Document("c", "Oslo.", "The capital of Norway is")]
-    table, _ = tokenised.tokenise_in_memory(rows, tokenizer, context, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(rows, tokenizer, context)
     assert tokenizer.decode(table.tokens[table.scored]).strip() == "Oslo."
     for i in range(len(table)):
         assert table.scored[table.starts[i] : table.starts[i + 1]].any()
@@ -532,11 +532,11 @@ def test_documents_without_a_token_to_predict_become_no_passage():
     """Guards: passages whose gradient is zero, with a score above that of all opponents."""
     bare = PretrainedTokenizer(byte_level())
     rows = list(parse_passages(["a", TEXTS[0], [7], {"input_ids": [5, 6], "labels": [5, -100]}]))
-    table, counts = tokenised.tokenise_in_memory(rows, bare, 64, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(rows, bare, 64)
     assert list(table.ids) == ["1"] and counts == Counts(4, 3, 0)
     # A token that begins every text predicts the only one after it.
     begun = PretrainedTokenizer(byte_level(), begin=[0])
-    table, counts = tokenised.tokenise_in_memory(rows, begun, 64, quiet=True)
+    table, counts = tokenised.tokenise_in_memory(rows, begun, 64)
     assert list(table.ids) == ["0", "1"] and counts.blank == 2
     with pytest.raises(CorpusError, match="has no text: .* or of a single token"):
-        tokenised.tokenise_in_memory(rows[:1], bare, 64, quiet=True)
+        tokenised.tokenise_in_memory(rows[:1], bare, 64)

@@ -24,7 +24,7 @@ def sequence(table, i):
 
 def tokenise(texts, tokenizer, context):
     documents = [Document(*pair) for pair in texts]
-    return tokenised.tokenise_in_memory(documents, tokenizer, context, quiet=True)
+    return tokenised.tokenise_in_memory(documents, tokenizer, context)
 
 
 def test_a_passage_is_bos_text_eos(tokenizer):

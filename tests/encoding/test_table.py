@@ -32,7 +32,7 @@ LAYOUT = BatchLayout((8, 16, 32), tokens_per_batch=32, pad=0)
 def setup(decoder):
     tokenizer = Tokenizer.train(TEXTS, 300)
     documents = [Document(str(i), t) for i, t in enumerate(TEXTS)]
-    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32)
     model = decoder(vocab_size=tokenizer.vocab_size)
     return table, make_encoder(model, Projection(side=3, blocks=2))
 
@@ -184,7 +184,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_spares_its_batch_mates(
     """Guards: one bad example that spoils a batch, or ends the run."""
     tokenizer = Tokenizer.train(TEXTS, 300)
     documents = [Document(f"p{i}", t) for i, t in enumerate(TEXTS)]
-    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32, quiet=True)
+    table, _ = tokenised.tokenise_in_memory(documents, tokenizer, 32)
     sound = decoder(vocab_size=tokenizer.vocab_size, tied=False)
     broken = nnx.clone(sound)
     # A token that only the second passage reads.

@@ -126,7 +126,7 @@ from tda.model.settings import DecoderSettings
 texts = [f"Passage {i} of {'many words ' * (i % 5)}here." for i in range(64)]
 tokenizer = Tokenizer.train(texts, 300)
 table, _ = tokenised.tokenise_in_memory(
-    [documents.Document(str(i), t) for i, t in enumerate(texts)], tokenizer, 48, quiet=True
+    [documents.Document(str(i), t) for i, t in enumerate(texts)], tokenizer, 48
 )
 shape = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=24)
 model = Decoder(DecoderSettings(vocab_size=tokenizer.vocab_size, **shape), rngs=nnx.Rngs(0))
