@@ -141,14 +141,14 @@ def documents_of(data, key: str = "corpus") -> Documents:
     options = {"data_dir": data.dir} if data.dir else {}
     if data.share != 1:
         options["share"] = data.share
-    names = sources_of(data, key)
+    names = sources_of(data[key])
     source = names if len(names) > 1 else names[0]
     return Documents(source, text_field=data.text_field, id_field=data.id_field or None, **options)
 
 
-def sources_of(data, key: str = "corpus") -> list[str]:
-    """Returns the names in `data.corpus`, or in another key of the section."""
-    return data[key].split(",")
+def sources_of(value: str) -> list[str]:
+    """Returns the names in a key's value, such as that of `data.corpus`."""
+    return value.split(",")
 
 
 def learnt_text(document: Document) -> str:

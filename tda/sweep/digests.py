@@ -14,8 +14,8 @@ from tda.retrieval import dense
 from tda.run import defaults, plain_corpus
 from tda.runtime.fingerprint import fingerprint, fingerprint_files
 
-# Keys of the section `data` that name documents.
-_DOCUMENTS = ("corpus", "also_train_on")
+# Keys that name documents, several with commas.
+_DOCUMENTS = ("data.corpus", "data.also_train_on")
 
 
 def _files_of(key: str) -> Callable[[ConfigDict], str | None]:
@@ -23,7 +23,8 @@ def _files_of(key: str) -> Callable[[ConfigDict], str | None]:
 
 
 def _documents_of(key: str) -> Callable[[ConfigDict], str | None]:
-    return lambda c: fingerprint_files(plain_corpus.documents_of(c.data, key).files.values())
+    name = key.removeprefix("data.")
+    return lambda c: fingerprint_files(plain_corpus.documents_of(c.data, name).files.values())
 
 
 def _encoder_of(key: str) -> Callable[[ConfigDict], str | None]:
@@ -39,7 +40,7 @@ _DIGESTS: dict[str, Callable[[ConfigDict], str | None]] = {
     "data.sentences": _files_of("data.sentences"),
     "data.facts": _files_of("data.facts"),
     "data.queries": _files_of("data.queries"),
-    **{f"data.{key}": _documents_of(key) for key in _DOCUMENTS},
+    **{key: _documents_of(key) for key in _DOCUMENTS},
     "data.dir": lambda c: fingerprint_files(lama.list_files(c.data.dir)),
     "model.pretrained": lambda c: fingerprint(pretrained.state_of(c.model.pretrained)),
     "dense.model": _encoder_of("dense.model"),
@@ -77,9 +78,7 @@ def differing(before: dict[str, str | None], now: dict[str, str | None]) -> list
 
 
 def _digest(key: str, name: str, config: ConfigDict) -> str | None:
-    section, _, name_in_it = key.partition(".")
-    names_documents = section == "data" and name_in_it in _DOCUMENTS
-    sources = plain_corpus.sources_of(config.data, name_in_it) if names_documents else [name]
+    sources = plain_corpus.sources_of(name) if key in _DOCUMENTS else [name]
     try:
         state = key, name, json.dumps([corpora.describe_files(source) for source in sources])
         if state not in _digests:
