@@ -120,7 +120,8 @@ def structures(count: int) -> dict:
         width = math.prod(shape)
         factors = [x @ x.T for n in shape for x in [rng.normal(size=(n, 2 * n))]] * count
         roots = blocks.stack(hessian.inverse_root(factors, shapes=[shape] * count))
-        x_RxE = jnp.asarray(rng.normal(size=(step_rows(count * width), count * width)), jnp.float32)
+        rows = step_rows(1 << 20, count * width)
+        x_RxE = jnp.asarray(rng.normal(size=(rows, count * width)), jnp.float32)
         slices = block_slices([width] * count)
         whiten = jax.jit(lambda x, r, slices=slices: hessian.whiten(x, r, slices))
         name = f"{'dense' if len(shape) == 1 else 'Kronecker'}, side {math.isqrt(width)}"

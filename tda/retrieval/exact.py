@@ -44,10 +44,11 @@ class _Ranking:
     above: dict[str, jax.Array]
 
 
-def step_rows(width: int, devices: int = 1, touched: bool = True) -> int:
+def step_rows(total: int, width: int, devices: int = 1, touched: bool = True) -> int:
     """Returns the rows to score at a time: enough to fill an accelerator, or a CPU's cache.
 
     Args:
+        total: rows of the source.
         width: numbers in a row.
         devices: number of devices that share the rows.
         touched: whether rows are decoded or whitened first; otherwise no data is read twice.
@@ -58,7 +59,10 @@ def step_rows(width: int, devices: int = 1, touched: bool = True) -> int:
     if jax.default_backend() == "cpu":
         numbers, most = (1 << 22, 4096) if touched else (1 << 25, 8192)
     rows = min(most, max(128, numbers // width))
-    return (1 << (rows.bit_length() - 1)) * devices
+    # The last step is padded to its full length, so a small source gets a shorter one: 60 rows over
+    # eight devices would otherwise take a gigabyte of zeros.
+    needed = -(-total // devices)
+    return min(1 << (rows.bit_length() - 1), 1 << max(0, needed - 1).bit_length()) * devices
 
 
 class ExactSearch:
@@ -127,7 +131,7 @@ class ExactSearch:
             raise ValueError(f"one search cannot number {source.rows} rows; search in parts")
         widths, methods = source.form.widths, list(scorers.values())
         touched = not source.form.is_plain or any(m.roots is not None for m in methods)
-        step = step_rows(source.form.width, devices, touched)
+        step = step_rows(source.rows, source.form.width, devices, touched)
         k, correct = min(k, source.rows), correct or {}
         scorer_groups = group_scorers(gradients_QxE, methods, widths)
         pairs = {label: CorrectRows(lists, step // devices) for label, lists in correct.items()}

@@ -103,7 +103,8 @@ class GradientNorm(_Control):
         if kind not in self._norms:
             tell(on_progress, "norms of gradients")
             source = encode.encode_passages(self.run, kind)
-            self._norms[kind] = by_score.norms(source, exact.step_rows(source.form.width))
+            step = exact.step_rows(source.rows, source.form.width)
+            self._norms[kind] = by_score.norms(source, step)
         return (self._norms[kind] for _ in range(len(queries)))
 
     def provenance(self, method):

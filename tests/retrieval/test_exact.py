@@ -11,13 +11,14 @@ import pytest
 from tda import hessian
 from tda import store as stores
 from tda.hessian import block_slices
-from tda.retrieval import best, exact, ranked
+from tda.retrieval import best, exact, ranked, scorer
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory
 from tda.runtime import groups, sharding
 from tda.runtime.groups import Groups
 
 SLICES = [slice(0, 3), slice(3, 8)]
+STEP_ROWS = exact.step_rows
 
 
 @pytest.fixture
@@ -30,7 +31,11 @@ def data():
 def small_steps(monkeypatch):
     """Searches take 16 rows at a time, or what a test sets."""
     steps = {"rows": 16}
-    monkeypatch.setattr(exact, "step_rows", lambda width, devices, touched: steps["rows"] * devices)
+
+    def step_rows(total, width, devices, touched):
+        return steps["rows"] * devices
+
+    monkeypatch.setattr(exact, "step_rows", step_rows)
     return steps
 
 
@@ -197,6 +202,32 @@ def test_a_zero_gradient_scores_zero_and_not_nan(data):
     ranking = exact.search(queries, source(passages), {"m": Scorer(None, True)}, 97)["m"]
     assert np.isfinite(ranking.proponent_scores).all()
     assert (ranking.proponent_scores[ranking.proponents == 4] == 0).all()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_small_source_is_not_padded_to_a_large_step(data, monkeypatch, devices):
+    queries, passages = data
+    monkeypatch.setattr(exact, "step_rows", STEP_ROWS)
+    steps = []
+
+    def pad_rows(rows, step):
+        steps.append(step)
+        return scorer.pad_rows(rows, step)
+
+    monkeypatch.setattr(exact, "pad_rows", pad_rows)
+    search = exact.ExactSearch(source(passages), mesh_of(devices))
+    ranking = search.rank(queries, {"dot": Scorer(None, False)}, len(passages))["dot"]
+    expected = np.argsort(-queries @ passages.T, kind="stable")
+    np.testing.assert_array_equal(ranking.proponents, expected)
+    # 97 rows: one step of 128 on one device, or of 16 on each of eight.
+    assert steps == [128]
+
+
+@pytest.mark.parametrize("total", [1, 3, 511, 4096, 10**6, 2**31 - 1])
+def test_a_large_source_is_searched_in_steps_of_a_size(total):
+    full = STEP_ROWS(2**31 - 1, 4608)
+    step = STEP_ROWS(total, 4608)
+    assert step == full or total <= step < 2 * total
 
 
 def test_fewer_passages_than_k(data):

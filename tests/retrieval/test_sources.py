@@ -14,7 +14,7 @@ SLICES = [slice(0, 3), slice(3, 8)]
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Searches take 16 rows at a time."""
-    monkeypatch.setattr(exact, "step_rows", lambda width, devices, touched: 16 * devices)
+    monkeypatch.setattr(exact, "step_rows", lambda total, width, devices, touched: 16 * devices)
 
 
 def gradients(count=61, seed=0):
