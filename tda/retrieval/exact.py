@@ -26,6 +26,10 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_arrays
 from tda.runtime.groups import ONE_GROUP, Groups
 from tda.store import Form, Rows
 
+# Scores that differ by less, in units of the norms' product, are equal: those of one gradient were
+# seen to differ by 2^-25 between one device and eight, and all to be within 2^-22 of float64's.
+_ROUNDING = 2.0**-20
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class _Ranking:
         best, worst: the k largest scores and negated scores, each float32 [Q, k], descending, and
             their rows, int32 [Q, k]; worst is [Q, 0] if opponents are not searched for.
         above: for each set of labels, int32 [Q]: rows that are not correct and score at least as
-            much as the best correct one.
+            much as the best correct one, up to rounding.
     """
 
     best: tuple[jax.Array, jax.Array]
@@ -137,8 +141,8 @@ class ExactSearch:
         pairs = {label: CorrectRows(lists, step // devices) for label, lists in correct.items()}
         # Ranks need the best correct score of each query before the scan: they are counts of rows
         # at or above it.
-        thresholds = _best_correct_scores(scorer_groups, methods, source, pairs, step)
-        scan = _Scan(scorer_groups, thresholds, source.form, tuple(m.unit_norm for m in methods))
+        limits = _rank_limits(scorer_groups, methods, source, pairs, step)
+        scan = _Scan(scorer_groups, limits, source.form, tuple(m.unit_norm for m in methods))
         if self._mesh is not None:
             scan = jax.tree.map(functools.partial(sharding.replicate, self._mesh), scan)
         counts = k, k if opponents else 0
@@ -149,9 +153,9 @@ class ExactSearch:
 
         def merge_all(results: Iterator[dict[str, np.ndarray]]) -> dict[str, Ranked]:
             merged = functools.reduce(functools.partial(_merge_groups, k), results)
-            limits = {label: np.asarray(t) for label, t in thresholds.items()}
+            limits_MxQ = {label: np.asarray(x) for label, x in limits.items()}
             return {
-                name: _finish(merged, i, {label: t[i] for label, t in limits.items()})
+                name: _finish(merged, i, {label: x[i] for label, x in limits_MxQ.items()})
                 for i, name in enumerate(scorers)
             }
 
@@ -227,13 +231,14 @@ class _Scan:
 
     Attributes:
         groups: the methods, grouped by R.
-        thresholds: for each set of labels, float32 [methods, Q]: the best correct scores.
+        limits: for each set of labels, float32 [methods, Q]: the scores from which on a row counts
+            against the best correct one.
         form: how rows are stored.
         norms: whether each method divides by norms.
     """
 
     groups: list[ScorerGroup]
-    thresholds: dict[str, jax.Array]
+    limits: dict[str, jax.Array]
     form: Form = dataclasses.field(metadata=dict(static=True))
     norms: tuple[bool, ...] = dataclasses.field(metadata=dict(static=True))
 
@@ -272,7 +277,7 @@ def _advance_on_device(rankings, rows: Rows, labels, scan: _Scan):
             scores_RxQ = scores[scan.norms[i]]
             above = {}
             for label, (query_N, row_N) in labels.items():
-                limit_Q = scan.thresholds[label][i]
+                limit_Q = scan.limits[label][i]
                 high_RxQ = jnp.where(rows.valid[:, None], scores_RxQ, -jnp.inf) >= limit_Q
                 # Correct rows do not count: take each (row, query) pair out of its query's sum.
                 correct_N = high_RxQ.at[row_N, query_N].get(mode="fill", fill_value=False)
@@ -300,37 +305,45 @@ def _empty_ranking(queries: int, counts: tuple[int, int], devices: int, correct)
 _score = jax.jit(score, static_argnames="widths")
 
 
-def _best_correct_scores(
+def _rank_limits(
     groups: list[ScorerGroup],
     methods: list[Scorer],
     source: Source,
     pairs: dict[str, CorrectRows],
     step: int,
 ) -> dict[str, jax.Array]:
-    """Returns the best score of a correct row, by label: float32 [methods, Q].
+    """Returns the scores that count against a query's best correct row: float32 [methods, Q].
 
-    NaN where a query has no correct row.
+    By label; NaN where a query has no correct row. A score is as high if it reaches that of the
+    correct row up to rounding: a duplicate's may be rounded in another way, on another device or
+    in another place of a step, and is to count wherever it lies.
     """
     rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(p.rows for p in pairs.values())]))
     shape = len(methods), len(groups[0].queries_QxE)
-    best = {label: np.full(shape, np.nan, np.float32) for label in pairs}
+    limits = {label: np.full(shape, np.nan, np.float32) for label in pairs}
     for start in range(0, len(rows), step):
         step_of_rows = rows[start : start + step]
         places = {label: p.among(step_of_rows) for label, p in pairs.items()}
         gradients = source.read(step_of_rows)
         valid_R = store.valid(gradients)
         gradients = np.where(valid_R[:, None], gradients, 0)
-        # Padded to the step of the scan: a product of the same shape rounds the same way, so a
-        # correct row's score here equals its score there.
+        # Padded, so that one compiled program takes every step.
         gradients = np.pad(gradients, [(0, step - len(step_of_rows)), (0, 0)])
         for group in groups:
             scores = _score(group, gradients, source.form.widths)
-            for i in group.methods:
-                scores_RxQ = np.asarray(scores[methods[i].unit_norm])
-                for label, (row_N, query_N) in places.items():
-                    value_N = np.where(valid_R[row_N], scores_RxQ[row_N, query_N], np.nan)
-                    np.fmax.at(best[label][i], query_N, value_N)
-    return {label: jnp.asarray(b) for label, b in best.items()}
+            products_RxQ, cosines_RxQ = (np.asarray(scores[n]) for n in (False, True))
+            for label, (row_N, query_N) in places.items():
+                product_N, cosine_N = products_RxQ[row_N, query_N], cosines_RxQ[row_N, query_N]
+                # The norms' product; 0 where the score is.
+                norms_N = np.zeros_like(product_N)
+                np.divide(product_N, cosine_N, where=cosine_N != 0, out=norms_N)
+                for i in group.methods:
+                    limit_N = product_N - _ROUNDING * norms_N
+                    if methods[i].unit_norm:
+                        limit_N = cosine_N - _ROUNDING
+                    limit_N = np.where(valid_R[row_N], limit_N, np.nan)
+                    np.fmax.at(limits[label][i], query_N, limit_N)
+    return {label: jnp.asarray(x) for label, x in limits.items()}
 
 
 def _merge_groups(k: int, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict:
@@ -342,11 +355,11 @@ def _merge_groups(k: int, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) ->
     return out
 
 
-def _finish(arrays: dict[str, np.ndarray], method: int, thresholds: dict[str, np.ndarray]):
+def _finish(arrays: dict[str, np.ndarray], method: int, limits: dict[str, np.ndarray]):
     """Returns a method's ranking from the merged arrays of all groups."""
     ranks = {
         label: np.where(np.isnan(limit), 0, arrays[f"{method}/above {label}"] + 1)
-        for label, limit in thresholds.items()
+        for label, limit in limits.items()
     }
     return Ranked(
         arrays[f"{method}/best rows"],

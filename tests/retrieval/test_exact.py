@@ -186,6 +186,28 @@ def test_a_row_that_labels_name_twice_counts_once(data, devices):
     assert ranked.first_rank(np.array([3.0, 2, 1]), np.array([1, 1])) == 2
 
 
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("rounding", [1 - 2.0**-22, 1 + 2.0**-22])
+def test_a_duplicate_counts_however_it_is_rounded(data, monkeypatch, unit_norm, rounding):
+    """The search for limits and the scan are other programs, which may round in other ways."""
+    queries, passages = data
+    passages = np.concatenate([passages, passages[:5], passages[:5]])
+    correct = [np.array([q]) for q in range(5)]
+    scorers = {"m": Scorer(None, unit_norm)}
+    expected = exact.search(queries, source(passages), scorers, 10, {"a": correct})["m"]
+
+    def score_elsewhere(*arguments):
+        return jax.tree.map(lambda x: x * rounding, scorer.score(*arguments))
+
+    monkeypatch.setattr(exact, "_score", score_elsewhere)
+    rounded = exact.search(queries, source(passages), scorers, 10, {"a": correct})["m"]
+    np.testing.assert_array_equal(rounded.first_ranks["a"], expected.first_ranks["a"])
+    # The row itself, its two duplicates, and what scores more.
+    scores_QxC = naive(queries, passages, None, unit_norm)
+    ranks_Q = [(scores_QxC[q] >= scores_QxC[q, q] - 1e-6).sum() for q in range(5)]
+    np.testing.assert_array_equal(expected.first_ranks["a"], ranks_Q)
+
+
 def test_queries_that_have_no_ranking_are_refused(data):
     queries, passages = data
     with pytest.raises(ValueError, match="no queries"):
