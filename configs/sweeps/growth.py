@@ -8,7 +8,7 @@ tail-patch less what momentum does; and what proponents say. A model that has le
 heart says little of larger corpora: give many documents and few epochs
 (`--config=configs/open_wiki.py` with articles and sentences; its keys as in that file).
 LDS with `--board --config=configs/counterfactual_world.py`, which retrains at every point
-(results/README.md has the flags; give larger sizes a lower counterfactual.learning_rate).
+(results/README.md has the flags, with a counterfactual.learning_rate that suits the largest size).
 
 Cost: twelve trainings (28 epochs of four sizes), and a pass over the corpus a point;
 `python -m experiments.plan` with the config, --config.model.size and --hardware estimates a pass.
