@@ -113,6 +113,11 @@ def _notes(record: dict) -> str:
         f"steps; cost in trainings of {record['seconds of a training']:.1f} s, for methods that "
         f"are timed; metasmoothness {record['metasmoothness']:.3f}."
     ]
+    for fraction, bank in record["banks"].items():
+        lines.append(
+            f"Without {formats.share(fraction)} a query's loss changes by "
+            f"{bank['sd of changes']:.3f} nats (standard deviation over retrainings)."
+        )
     for fraction, c in record["ceilings"].items():
         lines.append(
             f"Reruns in another order without {formats.share(fraction)}: agreement "

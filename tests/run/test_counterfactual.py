@@ -423,6 +423,7 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
             "b": {"title": "B", "cost": 2.345, "lds": lds(0.7)},
         },
         "ceilings": {"0.005": {"agreement": 0.5, "one": 0.7, "mean": 0.8, "orders": 2}},
+        "banks": {"0.005": {"sd of changes": 0.1234}, "0.5": {"sd of changes": 2.0}},
         "queries": 3, "units": 4, "unit": "document", "steps": 5,
         "seconds of a training": 1.0, "metasmoothness": 0.9,
     }  # fmt: skip
@@ -441,6 +442,8 @@ def test_the_board_is_sorted_and_has_a_column_for_each_fraction_and_order():
     # Of the baseline there is no difference.
     assert lines[12:16] == ["| method | LDS 0.5%, same order, less A's |", "|---|---:|",
                             "| B | 0.500 [0.400, 0.600] |", ""]  # fmt: skip
+    assert lines[-4].startswith("Without 0.5% a query's loss changes by 0.123 nats (")
+    assert lines[-3].startswith("Without 50% a query's loss changes by 2.000 nats (")
     assert (
         "without 0.5%: agreement 0.500; ceilings 0.700 (one order), 0.800 (mean of 2)" in lines[-2]
     )
