@@ -26,9 +26,9 @@ from tda.runtime.fingerprint import fingerprint, fingerprint_arrays
 from tda.runtime.groups import ONE_GROUP, Groups
 from tda.store import Form, Rows
 
-# Scores that differ by less, in units of the norms' product, are equal: those of one gradient were
-# seen to differ by 2^-25 between one device and eight, and all to be within 2^-22 of float64's.
-_ROUNDING = 2.0**-20
+# Scores that differ by no more, in units of the norms' product, are equal: all were seen to be
+# within 2^-23 of float64's, and those of one gradient to differ by 2^-25 between two programs.
+_ROUNDING = 2.0**-22
 
 
 @jax.tree_util.register_dataclass

@@ -187,7 +187,7 @@ def test_a_row_that_labels_name_twice_counts_once(data, devices):
 
 
 @pytest.mark.parametrize("unit_norm", [False, True])
-@pytest.mark.parametrize("rounding", [1 - 2.0**-22, 1 + 2.0**-22])
+@pytest.mark.parametrize("rounding", [1 - 2.0**-23, 1 + 2.0**-23])
 def test_a_duplicate_counts_however_it_is_rounded(data, monkeypatch, unit_norm, rounding):
     """The search for limits and the scan are other programs, which may round in other ways."""
     queries, passages = data
