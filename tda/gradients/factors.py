@@ -50,91 +50,83 @@ class GradientFactors:
         output: str | Callable = "loss",
         mesh: jax.sharding.Mesh | None = None,
     ):
-        watched = nnx.clone(model)
-        modules = dict(nnx.iter_modules(watched))
         check_sites(sites)
         self.sites = tuple(sites)
+        watched = nnx.clone(model)
+        modules = dict(nnx.iter_modules(watched))
         tables = {s.path: layers.table(type(modules[s.module])) for s in sites}
         tables = {path: table for path, table in tables.items() if table is not None}
         self.tables = frozenset(tables)
-        is_head = any(s.group == "head" for s in sites) or any(t.attend for t in tables.values())
-        output_fn = losses.output(output) if isinstance(output, str) else None
-        example_losses = losses.of_examples(output) if isinstance(output, str) else output
-
-        def total(own_model, batch):
-            if output_fn is None or is_head:
-                # A head's factors are of the whole sequence, not of pieces of it.
-                loss_B = example_losses(own_model, batch)
-                losses.check_shape(loss_B, unseen.count_examples(batch))
-                return jnp.sum(loss_B)
-            return losses.total(own_model, batch, output_fn)
-
         for site in sites:
-            module = modules[site.module]
-            layers.wrap_calls(module, _watch_call)
-            empty = jnp.zeros((*site.stack_shape, 1))
-            module.tda_factors = nnx.Dict(
-                {
-                    use: nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
-                    for use in self._uses(site)
-                }
-            )
-            module.tda_path = site.path
-        graphdef, *states = nnx.split(watched, taps.Zeros, ...)
-        templates, variables = map(nnx.to_pure_dict, states)
+            self._watch(modules[site.module], site)
+        self._graphdef, *states = nnx.split(watched, taps.Zeros, ...)
+        self._templates, variables = map(nnx.to_pure_dict, states)
         if mesh is not None:
-            axes = functional.logical_axes(states[1])
-            variables = jax.tree_util.tree_map_with_path(
-                lambda path, x: jax.device_put(
-                    x, sharding.named(mesh, axes[functional.path_name(path)], x.shape)
-                ),
-                variables,
-            )
-        search = unseen.make_search(model, list(sites))
-
-        def factors(variables: dict, batch) -> dict[str, Terms]:
-            unseen.refuse(search(total, batch))
-
-            def total_with(zeros):
-                return total(nnx.merge(graphdef, zeros, variables), batch)
-
-            token = _SHAPES.set({})
-            try:
-                jax.eval_shape(total_with, templates)
-                shapes = _SHAPES.get()
-            finally:
-                _SHAPES.reset(token)
-            zeros = jax.tree.map(lambda x: x, templates)
-            B = unseen.count_examples(batch)
-            for site in sites:
-                first = self._uses(site)[0]
-                if not any((site.path, use) in shapes for use in self._uses(site)):
-                    # A layer that is not called has a gradient of zeros.
-                    rows = 1 if site.path in self.tables else site.rows
-                    shapes[site.path, first] = (B, 1, rows), (B, 1, site.columns)
-                for use in self._uses(site):
-                    for name, shape in zip(
-                        Factors._fields, shapes.get((site.path, use), ()), strict=False
-                    ):
-                        at = module_at(zeros, site)["tda_factors"][use]
-                        at[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
-            cotangents = jax.grad(total_with)(zeros)
-            return {
-                s.path: tuple(
-                    _term(s, use, **module_at(cotangents, s)["tda_factors"][use])
-                    for use in self._uses(s)
-                    if (s.path, use) in shapes
-                )
-                for s in sites
-            }
-
-        self._compiled, self._variables = jax.jit(factors), variables
+            variables = functional.place(variables, functional.logical_axes(states[1]), mesh)
+        is_head = any(s.group == "head" for s in sites) or any(t.attend for t in tables.values())
+        self._total = _make_total(output, is_head)
+        self._search = unseen.make_search(model, list(sites))
+        self._compiled, self._variables = jax.jit(self._factors), variables
         # The decoder calls each layer once, and so its factors are known to be right.
         is_known = isinstance(output, str) and losses.has_separate_head(model)
-        self._check = None if is_known else _Check(model, sites, example_losses)
+        self._check = None if is_known else _Check(model, sites, _of_examples(output))
 
     def _uses(self, site: Site) -> tuple[str, ...]:
         return ("look_up", "attend") if site.path in self.tables else ("product",)
+
+    def _watch(self, module: nnx.Module, site: Site) -> None:
+        """Wraps the calls of a site's layer, so that zeros beside it take its factors."""
+        layers.wrap_calls(module, _watch_call)
+        empty = jnp.zeros((*site.stack_shape, 1))
+        module.tda_factors = nnx.Dict(
+            {
+                use: nnx.Dict(inputs=taps.Zeros(empty), deltas=taps.Zeros(empty))
+                for use in self._uses(site)
+            }
+        )
+        module.tda_path = site.path
+
+    def _factors(self, variables: dict, batch) -> dict[str, Terms]:
+        """Returns a batch's factors: the cotangents of zeros of the factors' shapes."""
+        unseen.refuse(self._search(self._total, batch))
+
+        def total_with(zeros: dict) -> jax.Array:
+            return self._total(nnx.merge(self._graphdef, zeros, variables), batch)
+
+        shapes = self._shapes(total_with, unseen.count_examples(batch))
+        zeros = jax.tree.map(lambda x: x, self._templates)
+        for site in self.sites:
+            for use in self._uses(site):
+                # A table that is looked up alone has no factors of its other use.
+                if (site.path, use) in shapes:
+                    leaves = module_at(zeros, site)["tda_factors"][use]
+                    for name, shape in zip(Factors._fields, shapes[site.path, use], strict=True):
+                        leaves[name] = jnp.zeros((*site.stack_shape, *shape), jnp.float32)
+        cotangents = jax.grad(total_with)(zeros)
+        return {
+            s.path: tuple(
+                _term(s, use, **module_at(cotangents, s)["tda_factors"][use])
+                for use in self._uses(s)
+                if (s.path, use) in shapes
+            )
+            for s in self.sites
+        }
+
+    def _shapes(self, total_with: Callable, examples: int) -> dict[tuple[str, str], tuple]:
+        """Returns the shapes of the factors by path and use, from a trace of the loss."""
+        token = _SHAPES.set({})
+        try:
+            jax.eval_shape(total_with, self._templates)
+            shapes = _SHAPES.get()
+        finally:
+            _SHAPES.reset(token)
+        for site in self.sites:
+            first, *others = self._uses(site)
+            if not any((site.path, use) in shapes for use in (first, *others)):
+                # A layer that is not called has a gradient of zeros.
+                rows = 1 if site.path in self.tables else site.rows
+                shapes[site.path, first] = (examples, 1, rows), (examples, 1, site.columns)
+        return shapes
 
     def shapes(self, batch) -> dict[str, Terms]:
         """Returns the shapes of a batch's factors; the batch may have shapes alone."""
@@ -152,6 +144,26 @@ class GradientFactors:
             self._check(batch, factors)
             self._check = None
         return factors
+
+
+def _of_examples(output: str | Callable) -> Callable:
+    return losses.of_examples(output) if isinstance(output, str) else output
+
+
+def _make_total(output: str | Callable, is_head: bool) -> Callable:
+    """Returns a function from a model and a batch to the sum of its examples' losses."""
+    if isinstance(output, str) and not is_head:
+        output_fn = losses.output(output)
+        return lambda own_model, batch: losses.total(own_model, batch, output_fn)
+    # A head's factors are of the whole sequence, not of pieces of it.
+    example_losses = _of_examples(output)
+
+    def total(own_model: nnx.Module, batch) -> jax.Array:
+        loss_B = example_losses(own_model, batch)
+        losses.check_shape(loss_B, unseen.count_examples(batch))
+        return jnp.sum(loss_B)
+
+    return total
 
 
 def check_sites(sites: Sequence[Site]) -> None:
