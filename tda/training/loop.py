@@ -1,9 +1,6 @@
 """A training step, and a training loop that resumes exactly after being killed at any moment."""
 
 import dataclasses
-import json
-import os
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,9 +13,10 @@ from tda import loss as losses
 from tda.data.batches import Batches, BatchLayout
 from tda.data.tokens import TokenTable
 from tda.model import functional
-from tda.runtime import atomic_file, metrics, preemption, processes, progress, sharding
+from tda.runtime import preemption, processes, progress, sharding
 from tda.runtime.differences import as_text, differences
 from tda.training import checkpoint
+from tda.training.loss_log import LossLog
 
 
 def batch_loss(merge: Callable, params: dict, batch: dict) -> jax.Array:
@@ -226,41 +224,26 @@ def fit(
     first = int(state["step"])
     if recorder is not None:
         recorder.resume(first)
-    log_path = log_path if processes.is_first() else None
-    _trim_log(log_path, first)
-    log = open(log_path, "a", encoding="utf-8") if log_path else None
     total_tokens, seen_tokens = (round(tokens_per_epoch * n / per_epoch) for n in (steps, first))
     with (
         preemption.lockstep(),
         jax.set_mesh(mesh),
-        progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as progress_bar,
+        progress.bar(total_tokens, "train", "token", seen_tokens, saves_work=True) as bar,
+        LossLog(log_path if processes.is_first() else None, first, steps, schedule, bar) as log,
     ):
-        since, tokens_since = time.perf_counter(), 0
         for step, epoch, batch in _stream(table, first, steps, per_epoch, layout, seed):
             state, loss, parts = step_fn(state, layout.put(batch.arrays()))
             if recorder is not None:
                 recorder.record(step, parts)
             tokens = int(batch.weights.sum())
-            progress_bar.update(tokens)
-            tokens_since += tokens
-            # Reading the loss waits for the device, so it is read at every tenth step only.
-            if log and (step % 10 == 0 or step + 1 == steps):
-                record = {"step": step, "epoch": epoch, "loss": float(loss), "tokens": tokens}
-                progress_bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
-                log.write(json.dumps(record) + "\n")
-                now = time.perf_counter()
-                values = {"loss": record["loss"], "tokens_per_second": tokens_since / (now - since)}
-                if schedule is not None:
-                    values["learning_rate"] = float(schedule(step))
-                metrics.log("train", step, values)
-                since, tokens_since = now, 0
+            bar.update(tokens)
+            log.add(step, epoch, loss, tokens)
             is_scheduled = (step + 1) % settings.save_every == 0 or step + 1 == steps
             is_preempted = preemption.is_due(step + 1 - first)
             if is_scheduled or is_preempted:
                 # The log is written before the checkpoint: a resumed run drops lines beyond its
                 # checkpoint, but cannot add lines that a kill lost.
-                if log:
-                    log.flush()
+                log.flush()
                 if not jnp.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss at step {step} is {float(loss)}; lower the learning rate"
@@ -274,8 +257,6 @@ def fit(
                     recorder.forget([step + 1])
             if is_preempted and step + 1 < steps:
                 raise preemption.Preempted(f"the training at step {step + 1} of {steps}")
-    if log:
-        log.close()
     return state
 
 
@@ -301,19 +282,3 @@ def _stream(table, first, steps, per_epoch, layout, seed):
         if batches is None or number == 0:
             batches = epoch_batches(table, epoch, layout, seed)
         yield step, epoch, batches[number]
-
-
-def _trim_log(path, step: int) -> None:
-    """Drops the log lines at or past `step`, where a resumed run starts, and a torn last line."""
-    if not path or not os.path.exists(path):
-        return
-    earlier = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                if json.loads(line)["step"] < step:
-                    earlier.append(line)
-            except json.JSONDecodeError:
-                break  # a kill cut this line off, and nothing valid follows
-    with atomic_file.open_atomic(path) as out:
-        out.writelines(earlier)
