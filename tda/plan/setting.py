@@ -114,6 +114,11 @@ class Setting:
         kinds = [{m.hessian for m in ms} - {"none"} for ms in self.methods.values()]
         return max(((1 + ("mixed" in k), len(k)) for k in kinds if k), default=(0, 0))
 
+    def r_memory(self) -> int:
+        """Returns the bytes of R, its roots and eigenvectors in memory."""
+        matrices, roots = self.hessians()
+        return cost.hessian_bytes(self.r_blocks, matrices, roots) if matrices else 0
+
     def held(self) -> int:
         """Returns the bytes that stay in memory, over the devices of one copy of the model."""
         tapped = _matrices(self.sites)
