@@ -89,7 +89,6 @@ def draw(
         ImportError: matplotlib is not installed.
     """
     check()
-    from matplotlib import rc_context, ticker
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -123,28 +122,40 @@ def draw(
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if panel.percent:
-            axis = axes.xaxis if names else axes.yaxis
-            if names:  # labels such as 0.005% stand side by side
-                axis.set_major_locator(ticker.MaxNLocator(4))
-            # Rounded, so that 0.07 is not 7.000000000000001%; + 0 makes −0 a 0.
-            axis.set_major_formatter(
-                ticker.FuncFormatter(lambda x, _: f"{round(100 * x, 6) + 0:g}%")
-            )
+            _show_percent(axes, bool(names))
     if has_legend:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )
     _hide_covered_names(figure)
+    return _save(figure, path)
+
+
+def _save(figure, path: str | os.PathLike) -> list[str]:
+    """Writes a figure as PNG and SVG, the same bytes for the same figure; returns their paths."""
+    from matplotlib import rc_context
+
     files = []
     for suffix in ("png", "svg"):
         files.append(f"{os.fspath(path)}.{suffix}")
-        # Without a date and random ids, so that the same figures give the same bytes.
+        # Without a date and random ids.
         metadata = {"Date": None} if suffix == "svg" else {}
         same_ids = rc_context({"svg.hashsalt": "tda"})
         with same_ids, atomic_file.open_atomic(files[-1], "wb") as out:
             figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
     metrics.log_plot(files[0])
     return files
+
+
+def _show_percent(axes, in_rows: bool) -> None:
+    """Shows the figures of an axis as percentages: of the x axis if each name has a row."""
+    from matplotlib import ticker
+
+    axis = axes.xaxis if in_rows else axes.yaxis
+    if in_rows:  # labels such as 0.005% stand side by side
+        axis.set_major_locator(ticker.MaxNLocator(4))
+    # Rounded, so that 0.07 is not 7.000000000000001%; + 0 makes −0 a 0.
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{round(100 * x, 6) + 0:g}%"))
 
 
 def _styles(lines: Sequence[Line]) -> dict[str, dict]:
