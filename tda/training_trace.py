@@ -118,6 +118,7 @@ def trace_training(
         raise ValueError("there are no queries; give one or more")
     prompts = tokens.tokenise_queries(parsed, reading.tokenizer, context, joiner)
     with progress.hidden(quiet):
+        # `corpus.table` holds the directory itself, so this cannot move into the block below.
         for table, label in ((prompts, "queries"), (corpus.table, "passages")):
             checks.check_token_ids(settings, table, label)
     keeping = contextlib.nullcontext(directory) if directory else tempfile.TemporaryDirectory()
