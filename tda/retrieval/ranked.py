@@ -50,6 +50,12 @@ def load(path) -> Ranked:
     return Ranked(**arrays, first_ranks=ranks)
 
 
+def shorten(ranked: Ranked, k: int) -> Ranked:
+    """Returns the first k proponents and opponents of each query; ranks stay those of all rows."""
+    fields = ("proponents", "proponent_scores", "opponents", "opponent_scores")
+    return dataclasses.replace(ranked, **{name: getattr(ranked, name)[:, :k] for name in fields})
+
+
 def join(parts: Sequence[tuple[np.ndarray, Ranked]]) -> Ranked:
     """Joins rankings of parts of the queries to one ranking, in the order of the query numbers.
 

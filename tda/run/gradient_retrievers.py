@@ -146,6 +146,11 @@ class Gradients(Retriever):
         super().__init__(run)
         self.encodings = Encodings(run)
 
+    @property
+    def same_for_every_k(self) -> bool:
+        """Whether the search is exact: an index reads more the more passages are asked for."""
+        return self.run.config.search.index == "none"
+
     def lacks(self, method):
         """Returns which of the gradients that a method needs are missing, or None."""
         missing = encode.missing_stores(self.run, method.gradients, "corpus")

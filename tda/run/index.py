@@ -4,11 +4,13 @@ Ranks of correct passages are known only as deep as the index is searched; a cor
 does not return counts as the last of the corpus, so MRR and recall are lower bounds.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import numpy as np
 
+from tda.retrieval import ranked
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.scann import index as scann_index
@@ -129,13 +131,7 @@ def _cut(deep: Ranked, k: int, correct, rows: int) -> Ranked:
         label: np.array([rank(deep.proponents[q], c) for q, c in enumerate(lists)], np.int64)
         for label, lists in correct.items()
     }
-    return Ranked(
-        deep.proponents[:, :k],
-        deep.proponent_scores[:, :k],
-        deep.opponents[:, :k],
-        deep.opponent_scores[:, :k],
-        ranks,
-    )
+    return dataclasses.replace(ranked.shorten(deep, k), first_ranks=ranks)
 
 
 def describe(notes: dict) -> list[str]:

@@ -46,7 +46,7 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
     todo = {n: chosen[n] for n in chosen if n in first.values()}
     candidates = first_stage.first_stage(run, todo)
     if candidates is not None:
-        retrieve(candidates)
+        todo = _take_first_stage(run, candidates, todo, retrievers, files)
     kinds = [m.gradients for m in todo.values() if m.takes_gradients]
     encode.print_coverage(run, kinds)
     encode.encode_together(run, kinds)
@@ -65,6 +65,37 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
         retriever.release(group)
     notes = processes.on_first_process("read notes", lambda: _notes(files))
     return {n: ranked.load(files[n]) for n in chosen}, notes
+
+
+def _take_first_stage(
+    run: Run,
+    candidates: Run,
+    todo: dict[str, Method],
+    retrievers: dict[str, Retriever],
+    files: dict[str, pathlib.Path],
+) -> dict[str, Method]:
+    """Finds candidates, whose rankings begin with those of the same methods for the table.
+
+    Returns:
+        The methods that are still to be searched.
+    """
+    rankings, notes = retrieve(candidates)
+    finders = {m: n for n, m in methods.parse(candidates.config.methods).items()}
+    found = {
+        n: finders[m]
+        for n, m in todo.items()
+        if m in finders and retrievers[m.searched_by].same_for_every_k
+    }
+
+    def write() -> None:
+        for name, finder in found.items():
+            if not files[name].exists():
+                best = ranked.shorten(rankings[finder], run.config.eval.top_k)
+                _write(files[name], Result(best, notes.get(finder, {})))
+
+    with run.engine.alone():
+        processes.on_first_process("shorten rankings", write)
+    return {n: m for n, m in todo.items() if n not in found}
 
 
 def _search(

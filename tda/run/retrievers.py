@@ -66,6 +66,7 @@ class Retriever:
             process 0 alone does.
         searches_together: whether all methods of a run that name it are searched at once.
         takes_contrasts: whether it can rank by the difference of two targets' gradients.
+        same_for_every_k: whether the first passages are the same however many are asked for.
 
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
@@ -75,6 +76,7 @@ class Retriever:
     shares_search = False
     searches_together = False
     takes_contrasts = False
+    same_for_every_k = False
 
     def __init__(self, run: Run):
         self.run = run
@@ -174,6 +176,7 @@ def tell(on_progress: Progress | None, description: str) -> None:
 class Words(Retriever):
     """BM25; its index is built at the first search."""
 
+    same_for_every_k = True
     _index: bm25.Index | None = None
 
     def search(self, queries, methods, k, on_progress=None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from tda.retrieval import by_score, dense, exact
 from tda.retrieval.sources import InMemory
 from tda.run import checkpoints, encode, retrieve, stages, vectors
 from tda.run.gradient_retrievers import Gradients
+from tda.run.registry import retriever_of
 from tda.run.workdir import Workdir
 from tests.experiments.test_trace import make_config
 
@@ -402,6 +404,35 @@ def test_a_second_run_reads_what_is_there(traced, monkeypatch):
         monkeypatch.setattr(module, name, None)
     again, told = retrieve.retrieve(run)
     assert told == notes and again.keys() == ranked.keys()
+
+
+def test_candidates_spare_a_search_for_the_table(traced, monkeypatch):
+    """A run with a second stage scans the store once for both, not once for each."""
+    depths, rank = [], exact.ExactSearch.rank
+
+    def counted(self, queries, scorers, k, *args, **kwargs):
+        depths.append((sorted(scorers), k))
+        return rank(self, queries, scorers, k, *args, **kwargs)
+
+    monkeypatch.setattr(exact.ExactSearch, "rank", counted)
+    # A weight of its own, so that no other test's rankings are found on disk.
+    keys = dict(eval__top_k=3, rerank__passages=8, hessian__weight=0.31)
+    alone = changed(traced[0], methods="trackstar,bm25", **keys)
+    expected, notes_alone = retrieve.retrieve(alone)
+    for name in expected:
+        retriever = retriever_of(METHODS[name])(alone)
+        file = retrieve._file(alone, retriever, METHODS[name])
+        file.unlink()
+        file.with_suffix(".json").unlink(missing_ok=True)
+    together = changed(traced[0], methods="trackstar,exp2,rrf,bm25", **keys)
+    ranked, notes = retrieve.retrieve(together)
+    assert depths == [(["trackstar"], 3), (["trackstar"], 8), (["exp2"], 3)]
+    assert notes["trackstar"]["lambda"] == notes_alone["trackstar"]["lambda"] == 0.31
+    for name, ranking in expected.items():
+        assert ranking.proponents.shape == (4, 3)
+        jax.tree.map(np.testing.assert_array_equal, vars(ranked[name]), vars(ranking))
+    # What an index finds depends on how many passages it is asked for.
+    assert not Gradients(changed(together, search__index="scann")).same_for_every_k
 
 
 def test_what_the_config_lacks_is_told(traced, monkeypatch):
