@@ -1,7 +1,8 @@
-"""Adds "Open in Colab" to the site's notebooks and index, once `mkdocs.yml` states a `repo_url`.
+"""Adds to the site what follows from the project's address, once `mkdocs.yml` states a `repo_url`.
 
-A hook of mkdocs. Colab opens notebooks of GitHub alone, so that without an address there the site
-has no badges, and the notebooks no cell that installs what they need.
+A hook of mkdocs: "Open in Colab" on notebooks and index, and links from the pages to files of the
+repository that the site does not hold (results, code). Colab opens notebooks of GitHub alone, so
+without an address there are no badges, and the notebooks have no cell that installs what they need.
 """
 
 import json
@@ -58,6 +59,12 @@ def on_pre_build(config) -> None:
     """Brings the notebooks' first cells up to date with the address."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         write_install_cell(path, github_address(config["repo_url"]))
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Makes links to files beside docs/ links to the repository."""
+    address = github_address(config["repo_url"])
+    return markdown.replace("](../", f"]({address}/blob/main/") if address else markdown
 
 
 def on_page_content(html: str, page, config, files) -> str:

@@ -37,6 +37,15 @@ def test_with_an_address_every_notebook_and_the_index_has_its_badge(repo_url):
     assert content_of("tuning.md", repo_url) == "<p>text</p>"
 
 
+def test_links_to_files_beside_the_pages_lead_to_the_repository():
+    """The site holds docs/ alone, and the pages cite results, benchmarks and code."""
+    page = "[figures](../results/README.md#judges), [methods](methods.md)"
+    assert colab.on_page_markdown(page, None, {"repo_url": ADDRESS}, []) == (
+        f"[figures]({ADDRESS}/blob/main/results/README.md#judges), [methods](methods.md)"
+    )
+    assert colab.on_page_markdown(page, None, {"repo_url": None}, []) == page
+
+
 @pytest.mark.parametrize("repo_url", [None, "", "https://gitlab.com/owner/name"])
 def test_without_an_address_of_github_nothing_is_shown(repo_url):
     for source in ("index.md", f"notebooks/{NAMES[0]}"):

@@ -267,8 +267,8 @@ def tell_coverage(model: nnx.Module, sites: list[Site], is_default: bool = True)
     if is_default and covered < sum(left_out(model, sites).values()):
         warnings.warn(
             f"{described}. That is less than half: include='.' takes embeddings and the head too, "
-            "untapped='reference' parameters without taps; tda.gradients.left_out(model) names all "
-            "that is left out",
+            "and with untapped='reference' all other parameters; tda.gradients.left_out(model) "
+            "names all that is left out",
             stacklevel=3,
         )
 
