@@ -148,6 +148,11 @@ class TraceResult(Sequence[Answer]):
                 fields.
         """
         complete = by_label.complete_scores(self.records())
+        if complete is None and not any(a.opponents for a in self):
+            raise ValueError(
+                "sums by label need the scores of all passages, and a second stage (rerank=) ranks "
+                "its candidates alone; trace without it, with k= the number of passages"
+            )
         if complete is None:
             raise ValueError(
                 "sums by label need the scores of all passages, and this trace has only each "

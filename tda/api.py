@@ -143,7 +143,7 @@ def trace(
             large side k; or "auto", a product where there are 2 k passages or more, and fewer than
             3 k², from which a dense R would learn noise. A product needs `pooling="matrix"`, as by
             default.
-        seed: the seed of the draw, 0 by default.
+        seed: the seed of the draw, and of EK-FAC's passages and labels; 0 by default.
         directory: where tokens and gradients are stored; a killed call resumes if it is repeated
             with the same arguments. It serves several methods and corrections; methods with the
             same correction share their gradients. In memory if None.

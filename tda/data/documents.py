@@ -154,6 +154,38 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
     return tuple(ids[attended].tolist()), scored
 
 
+def with_checked_tokens(document: Document, place: str) -> Document:
+    """Returns a document of Python's with its token ids and their mask as tuples.
+
+    Raises:
+        CorpusError: the ids are no list of whole numbers, or the mask does not fit them.
+    """
+    if document.tokens is None:
+        return document
+    ids = _as_list(document.tokens)
+    if ids is None or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
+        raise CorpusError(f"{place}: the tokens are not a list of whole numbers")
+    check_token_ids(ids.tolist(), place)
+    scored = None if document.scored is None else _as_list(document.scored)
+    if document.scored is not None and (
+        scored is None or scored.dtype != bool or len(scored) != len(ids)
+    ):
+        raise CorpusError(
+            f"{place}: 'scored' is not a list of {len(ids)} booleans, one for each token"
+        )
+    mask = None if scored is None else tuple(scored.tolist())
+    return dataclasses.replace(document, tokens=tuple(ids.tolist()), scored=mask)
+
+
+def _as_list(values) -> np.ndarray | None:
+    """Returns values as an array of one axis; None if they are none."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        return None
+    return array if array.ndim == 1 else None
+
+
 def check_token_ids(ids: Collection[int], place: str) -> None:
     """Checks that token ids are in the range of int32, from 0.
 

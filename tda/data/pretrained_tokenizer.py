@@ -300,13 +300,10 @@ class PretrainedTokenizer:
         """
         text = join(prompt, target, joiner)
         ((ids, spans),) = self.encode_spans([text])
-        # The boundary is the end of the prompt's last word: white space after it may be a token of
-        # its own or part of the target's first token.
-        boundary = len(prompt.rstrip())
-        is_target = [bool(target.strip()) and stop > boundary for _, stop in spans]
-        # White space between the two that is a token of its own belongs to the prompt.
-        first = len(text) - len(text[len(prompt) :].lstrip())
-        is_target = [t and stop > first for t, (_, stop) in zip(is_target, spans, strict=True)]
+        # A token that crosses the border is the target's; white space that is a token of its own,
+        # and the joiner's words, are the prompt's.
+        border = len(text) - len(target.lstrip())
+        is_target = [bool(target.strip()) and stop > border for _, stop in spans]
         if not any(is_target):
             remedy = (
                 "the tokenizer has no token for any of its characters"

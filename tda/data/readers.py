@@ -25,9 +25,17 @@ def from_jsonl(file, name, text_field, id_field, on_undecodable) -> Iterator[Doc
         on_undecodable: called with the message of a record that is not UTF-8, which is left out;
             an error if None.
     """
-    for i, (place, record) in enumerate(jsonl.iter_records(file, on_undecodable)):
+    left_out = 0
+
+    def leave_out(place: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        on_undecodable(place)
+
+    records = jsonl.iter_records(file, on_undecodable and leave_out)
+    for i, (place, record) in enumerate(records):
         # Errors name a line, counted from 1 with blank lines; ids name a record, from 0.
-        yield document_of(record, place, f"{name}:{i}", text_field, id_field)
+        yield document_of(record, place, f"{name}:{i + left_out}", text_field, id_field)
 
 
 def from_csv(file, name, text_field, id_field, on_undecodable) -> Iterator[Document]:

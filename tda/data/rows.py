@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from tda.data.documents import Document, check_token_ids, document_of, is_missing
+from tda.data.documents import (
+    Document,
+    check_token_ids,
+    document_of,
+    is_missing,
+    with_checked_tokens,
+)
 from tda.data.folders import CorpusError
 from tda.data.jsonl import half_character
 
@@ -161,6 +167,7 @@ def _passage(i: int, row: Any, text_field: str, id_field: str | None) -> Documen
         for field, text in (("text", row.text), ("prompt", row.prompt)):
             if not isinstance(text, str):
                 raise CorpusError(f"{place}: the {field} is {_shown(text)}, not a string")
+        row = with_checked_tokens(row, place)
         return dataclasses.replace(row, id=_name(row.id, place, CorpusError))
     if isinstance(row, str):
         return Document(str(i), row)

@@ -14,6 +14,7 @@ copied corpus is the same corpus.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -39,7 +40,7 @@ from tda.runtime.engine import PROCESSES, Engine, Work
 from tda.runtime.fingerprint import fingerprint, plain
 
 # The format of a directory of tokens; a directory of another format is refused.
-_FORMAT = 3
+_FORMAT = 4
 _SPAN = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NO_TEXT = "the corpus has no text: it has no document, or only blank ones, or of a single token"
 
@@ -186,12 +187,16 @@ def _begin(directory: pathlib.Path, provenance: dict, source: Source) -> bool:
         return True
     if stored is not None:
         states = _forget_changed(stored, source, folder)
-    atomic_file.write_json(begun, {"made_from": provenance, "files": _as_json(states)})
+    begun_with = {"made_from": provenance, "files": _as_json(states), "pieces": _names(source)}
+    atomic_file.write_json(begun, begun_with)
     return False
 
 
 def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[str, FileState]:
-    """Removes the parts of files that have changed since their tokenisation began."""
+    """Removes the parts of files that have changed since their tokenisation began.
+
+    Pieces are files up to some size, so a file that changed may have moved others to other pieces.
+    """
     before = {name: FileState(*state) for name, state in stored["files"].items()}
     states = read_states(source.files)
     if before.keys() != states.keys():
@@ -200,18 +205,23 @@ def _forget_changed(stored: dict, source: Source, folder: pathlib.Path) -> dict[
             f"{folder.parent} was made from another corpus; it differs in its files: {differing}; "
             "remove it, or use another directory"
         )
-    for number, piece in enumerate(source.pieces):
-        end = read_end(folder, number)
-        if all(states[name] == before[name] for name in piece.files):
-            continue
-        try:
-            if end is None:
-                raise CorpusError
-            check_same(end.states, {n: source.files[n] for n in piece.files}, str(folder))
-        except CorpusError:
-            for path in folder.glob(f"{number:06d}[-.]*"):
-                path.unlink()
+    pieces_then_and_now = itertools.zip_longest(stored["pieces"], _names(source))
+    for number, (then, now) in enumerate(pieces_then_and_now):
+        if now is not None and then == now:
+            end = read_end(folder, number)
+            if all(states[name] == before[name] for name in now):
+                continue
+            with contextlib.suppress(CorpusError):
+                if end is not None:
+                    check_same(end.states, {n: source.files[n] for n in now}, str(folder))
+                    continue
+        for path in folder.glob(f"{number:06d}[-.]*"):
+            path.unlink()
     return states
+
+
+def _names(source: Source) -> list[list[str]]:
+    return [list(piece.files) for piece in source.pieces]
 
 
 def _work(job: Job, name: str, engine: Engine) -> Work:

@@ -94,8 +94,11 @@ class Tokenizer(PretrainedTokenizer):
             joiner = " " if prompt and has_space else choose_joiner(prompt, target)
         text = join(prompt, target, joiner)
         encoded = self._inner.encode(text, add_special_tokens=False)
+        # The joiner's words are the prompt's. White space of its own that is no part of the prompt
+        # is the target's.
+        border = max(len(prompt), len(text[: len(text) - len(target)].rstrip()))
         # Offsets count the characters of `text`, not the space that the tokenizer puts in front.
-        is_target = [bool(target.strip()) and end > len(prompt) for _, end in encoded.offsets]
+        is_target = [bool(target.strip()) and end > border for _, end in encoded.offsets]
         if not any(is_target):
             raise ValueError(
                 f"the target {target!r} of the prompt {prompt!r} has no token of its own; give "

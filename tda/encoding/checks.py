@@ -390,6 +390,8 @@ def check_token_ids(settings: TraceSettings, table: TokenTable, label: str) -> N
         ValueError: the model lacks a token.
     """
     vocab_size = getattr(settings.model, "vocab_size", None)
+    if vocab_size is None and not callable(settings.loss):
+        vocab_size = _count_logits(settings.model, np.zeros((1, 2), np.int32))
     smallest, largest = table.token_range
     if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
         raise ValueError(

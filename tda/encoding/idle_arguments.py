@@ -8,7 +8,7 @@ from tda.data.corpora import Corpus
 from tda.gradients.moments.scales import parse_correction
 
 # Arguments of the optimizer correction, and those for texts.
-_MOMENTS = ("scales", "correction", "sample", "seed")
+_MOMENTS = ("scales", "correction", "sample")
 _READING = ("context", "tokens_per_batch", "text_field", "id_field", "joiner", "directory")
 
 
@@ -30,12 +30,14 @@ def check(
     described = f"method={', '.join(names)!r}"
     if "correction" in arguments:
         parse_correction(arguments["correction"])
+    # EK-FAC draws passages and labels.
+    is_drawing = any(m.curvature != "none" for m in chosen)
     is_iterator = not has_tokenizer and not isinstance(passages, Sequence)
     # Whether a rule applies, the arguments without an effect then, why, and what to do.
     rules: list[tuple[bool, tuple[str, ...], str, str]] = [
         (
             not any(m.corrected for m in chosen),
-            _MOMENTS,
+            _MOMENTS if is_drawing else (*_MOMENTS, "seed"),
             f"with {described}, whose gradients are not corrected",
             "leave it out, or use a corrected method such as 'trackstar_train' or 'exp3'",
         ),
@@ -47,7 +49,7 @@ def check(
         ),
         (
             "scales" in arguments,
-            ("sample", "seed"),
+            ("sample",) if is_drawing else ("sample", "seed"),
             "beside scales=: no second moments are estimated",
             "leave it out",
         ),

@@ -33,7 +33,7 @@ def describe_gradients(settings: TraceSettings, directory: pathlib.Path) -> dict
 def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> str:
     """Returns the folder's name of gradients with one correction; `scales` is 1/√V if known."""
     if settings.curvature != "none":
-        return settings.curvature
+        return f"{settings.curvature}_seed{settings.moments.seed}"
     if not settings.corrected:
         return "uncorrected"
     moments = settings.moments
@@ -48,7 +48,8 @@ def name_correction(settings: TraceSettings, scales: dict[str, Scale] | None) ->
 def describe_correction(settings: TraceSettings, scales: dict[str, Scale] | None) -> dict:
     """Returns the correction of the gradients as JSON values."""
     if settings.curvature != "none":
-        return {"correction": settings.curvature}
+        # The factors are of passages and labels that the seed draws.
+        return {"correction": settings.curvature, "seed": settings.moments.seed}
     if scales is None:
         return {"correction": "none"}
     arrays = {f"{p}/{n}": x for p, s in scales.items() for n, x in vars(s).items() if x is not None}

@@ -1,5 +1,6 @@
 """The second stage of `tda.trace`: a method's first passages, scored again by whole gradients."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -84,9 +85,12 @@ class WholeGradients:
         if method.hessian == "train":
             return self._whitened(damping)
         rows = np.arange(len(queries))
-        of_queries = pair_products.fit_moments(
-            self._factors, self._plain, self._layout, queries, rows
-        )
+        # A query may be longer than every passage.
+        longest, lengths = int(queries.lengths.max()) - 1, self._layout.bucket_lengths
+        layout = self._layout
+        if longest > lengths[-1]:
+            layout = dataclasses.replace(layout, bucket_lengths=(*lengths, longest))
+        of_queries = pair_products.fit_moments(self._factors, self._plain, layout, queries, rows)
         mixed, weight, k = pair_metrics.mixture(self._moments, of_queries)
         progress.tell(
             f"second stage: R of {len(rows):,d} queries mixed in, λ = {weight:.3f}, k = {k:,d}"

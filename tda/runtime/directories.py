@@ -15,15 +15,22 @@ def is_local(path: str | None) -> TypeGuard[str]:
 
 
 def check_directory(path: str | os.PathLike, label: str = "") -> None:
-    """Checks that no file is in the place of a directory or above it.
+    """Checks that a path can be a directory of this machine's file system.
 
     Args:
         path: the directory, which need not exist.
         label: the user's name for it in the error, such as --workdir=DIR; by default the path.
 
     Raises:
-        DirectoryError: a file, or a link that leads nowhere, is there.
+        DirectoryError: a file, or a link that leads nowhere, is there or above it; or the path is
+            an address, or begins with ~, which would become folders of these names.
     """
+    if "://" in os.fspath(path):
+        raise DirectoryError(f"{label or path} is an address; give a directory that is mounted")
+    if os.fspath(path).startswith("~"):
+        raise DirectoryError(
+            f"{label or path} begins with ~, which nothing replaces here; write the whole path"
+        )
     path = pathlib.Path(path)
     for place in (path, *path.parents):
         if place.is_dir():

@@ -78,6 +78,19 @@ def test_both_kinds_of_tokenizer_join_alike(kind):
     assert table.tokens.tolist()[1:] == tokenizer.encode(["The sum is4"])[0]
 
 
+@pytest.mark.parametrize("kind", ["trained", "pretrained"])
+def test_the_words_of_a_joiner_are_the_prompts(kind):
+    """Guards: a loss on `Answer:`, which passages with these words would answer."""
+    texts = ["Question: Paris lies in\nAnswer: France → France"]
+    if kind == "trained":
+        tokenizer = Tokenizer.train(texts, 300)
+    else:
+        tokenizer = PretrainedTokenizer(byte_level(), begin=[0])
+    for joiner in ("\nAnswer: ", " → ", " ", "\n", ""):
+        ids, is_target = tokenizer.encode_query("Question: Paris lies in", "France", joiner)
+        assert tokenizer.decode(ids[is_target]).strip() == "France", joiner
+
+
 def test_token_ids_that_are_known_are_not_encoded_anew():
     tokenizer = Tokenizer.train(["Oslo"], 300)
     split = tuple(tokenizer.encode(["O"])[0] + tokenizer.encode(["slo"])[0])

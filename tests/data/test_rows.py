@@ -150,6 +150,12 @@ def test_a_passage_in_every_form(row, document):
     assert list(parse_passages([row])) == [document]
 
 
+def test_token_ids_may_be_an_array():
+    document = Document("x", "", tokens=np.array([5, 6]), scored=np.array([False, True]))
+    (found,) = parse_passages([document])
+    assert found == Document("x", "", tokens=(5, 6), scored=(False, True))
+
+
 def test_the_items_of_a_dict_are_passages_in_its_order():
     texts = {"x": "a", "y": "b"}
     assert list(parse_passages(texts.items())) == [Document("x", "a"), Document("y", "b")]
@@ -175,6 +181,13 @@ def test_fields_of_passages_have_names():
         (Document("x", None), "passage 0: the text is None, not a string"),
         (Document("x", "a", prompt=5), r"passage 0: the prompt is 5 \(int\), not a string"),
         (Document(None, "a"), "passage 0 has the id None; give a string"),
+        (Document("x", "", tokens=(5, 1.7)), "passage 0: the tokens are not a list of whole numb"),
+        (Document("x", "", tokens=(5, 2**40)), "passage 0: 1099511627776 is no token id"),
+        (
+            Document("x", "", tokens=(5, 6), scored=(True,)),
+            "passage 0: 'scored' is not a list of 2 booleans",
+        ),
+        (Document("x", "", tokens=(5, 6), scored=(0, 1)), "'scored' is not a list of 2 booleans"),
     ],
 )
 def test_another_form_of_passage_is_refused(row, message):

@@ -407,6 +407,39 @@ def test_a_file_that_changed_before_the_end_is_tokenised_again(tmp_path, monkeyp
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_a_file_that_moved_to_another_piece_is_tokenised_again(tmp_path, monkeypatch):
+    """Guards: parts of the old second piece taken for the new one's, and lost documents."""
+    tokenizer = PretrainedTokenizer(byte_level(), begin=[0])
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+
+    def write(name, word, count):
+        rows = [{"id": f"{word}{i}", "text": f"{TEXTS[0]} {word}"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    for name in "abc":
+        write(name, name, 20)
+    monkeypatch.setattr(corpora, "_PIECE_BYTES", (folder / "a.jsonl").stat().st_size + 1)
+    make = pieces._make_part
+
+    def killed(job, piece, *arguments):
+        if piece == 2:
+            raise KeyboardInterrupt
+        return make(job, piece, *arguments)
+
+    monkeypatch.setattr(pieces, "_make_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenised.tokenise_on_disk(tmp_path / "t", Corpus(folder), tokenizer, 24)
+    monkeypatch.setattr(pieces, "_make_part", make)
+    # Now the first two files share a piece, and the third one is the second.
+    write("a", "a", 4)
+    write("b", "new", 8)
+    assert [len(p.files) for p in Corpus(folder).pieces] == [2, 1]
+    table, _ = tokenised.tokenise_on_disk(tmp_path / "t", Corpus(folder), tokenizer, 24)
+    documents = dict.fromkeys(table.documents)
+    assert [d.rstrip("0123456789") for d in documents] == ["a"] * 4 + ["new"] * 8 + ["c"] * 20
+
+
 def test_one_id_in_two_parts_is_refused(tokenizer, tmp_path, monkeypatch):
     """Guards: duplicates that only a comparison across parts shows."""
     source = Listed(DOCUMENTS, [Document("d7", TEXTS[1])])

@@ -1,5 +1,7 @@
 """Passages and queries as tables of tokens."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,15 @@ def test_a_document_that_fits_exactly_is_not_split(tokenizer):
     assert list(table.ids) == ["a"] and table.tokens[-1] != tokenizer.eos and counts.split == 0
     table, _ = tokenise([("a", SHORT)], tokenizer, n - 2)
     assert len(table) == 2
+
+
+def test_no_passage_holds_only_ends_of_the_text(tokenizer):
+    """A template may end in several tokens, of which a passage may have no room for the last."""
+    two_ends = types.SimpleNamespace(begin=[1], end=[2, 3])
+    for n in range(1, 40):
+        text = [9] * n
+        ranges = tokens.cut([*text, 2, 3], two_ends, 8)
+        assert all(first < n for first, _ in ranges) and ranges[-1][1] >= n
 
 
 def test_only_a_querys_target_is_scored(tokenizer):

@@ -290,6 +290,14 @@ def test_fields_beside_a_corpus_that_has_its_own_are_refused(tokenizer, tmp_path
         call(tokenizer, corpus, id_field="key")
 
 
+def test_passages_of_token_ids_that_an_own_model_lacks_are_refused(tokenizer, nothing_is_encoded):
+    """A model without an attribute `vocab_size` has as many tokens as logits."""
+    model = Bigram(300, nnx.Rngs(0))
+    del model.vocab_size
+    with pytest.raises(ValueError, match="the passages have token ids from 4 to 900, the model"):
+        call(tokenizer, [[4, 5, 6], [7, 900, 8]], model=model)
+
+
 @pytest.mark.parametrize("ids", [((5,), (5000,)), ((-1,), (5,))])
 def test_queries_of_token_ids_that_the_model_lacks_are_refused(tokenizer, nothing_is_encoded, ids):
     """Guards: a look-up beyond the table of embeddings, which jax answers with another row."""

@@ -104,9 +104,29 @@ def test_influence_functions_keep_their_factors(model, tokenizer, tmp_path, monk
     monkeypatch.setattr(fitted_curvature, "fit", lambda *a: (fitted.append(1), fit(*a))[1])
     again = call(model, tokenizer, **how)
     assert not fitted and [a.proponents for a in again] == [a.proponents for a in first]
-    assert {p.name for p in (tmp_path / "ekfac").iterdir()} >= {"gradients"}
+    assert {p.name for p in (tmp_path / "ekfac_seed0").iterdir()} >= {"gradients"}
     call(model, tokenizer, passages=TEXTS[:4], directory=tmp_path / "other", method="ekfac")
     assert fitted == [1]
+
+
+def test_influence_functions_of_another_seed_have_a_store_of_their_own(model, tokenizer, tmp_path):  # noqa: F811
+    """Guards: queries by one seed's factors against the stored passages of another's."""
+    how = dict(method="ekfac_cos", k=3)
+    for seed in (0, 5):
+        stored = call(model, tokenizer, seed=seed, directory=tmp_path, **how)
+        expected = call(model, tokenizer, seed=seed, **how)
+        for a, b in zip(stored, expected, strict=True):
+            assert [p.id for p in a.proponents] == [p.id for p in b.proponents]
+            scores = [[p.score for p in x.proponents] for x in (a, b)]
+            np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+
+
+def test_a_query_may_be_longer_than_every_passage(model, tokenizer):  # noqa: F811
+    queries = [(f"The town of {a} is", b) for a in PLACES for b in PLACES.values()]
+    queries[0] = ("Far in the north of Europe, behind many hills, the town of Norway is", "Oslo")
+    assert len(tokenizer.encode([queries[0][0]])[0]) > max(map(len, tokenizer.encode(TEXTS)))
+    result = call(model, tokenizer, queries=queries, method="trackstar", rerank=5, k=3)
+    assert np.isfinite([p.score for a in result for p in a.proponents]).all()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,20 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, place, message):
     assert str(refused.value) == message.format(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/run", "gs://bucket/run is an address; give a directory that is mounted"),
+        ("~/run", "~/run begins with ~, which nothing replaces here; write the whole path"),
+    ],
+)
+def test_no_folder_is_made_for_an_address_or_a_tilde(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DirectoryError, match=message):
+        make_directory(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_that_the_system_refuses_is_named(tmp_path, monkeypatch):
     make_directory(tmp_path / "a" / "b")
     make_directory(tmp_path / "a" / "b")
