@@ -7,6 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# What templates take for today, since a corpus has to have the same tokens on every day: the date
+# that Llama 3's writes where there is no clock.
+_TODAY = datetime.datetime(2024, 7, 26)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
@@ -122,5 +126,5 @@ def _compile(source: str):
     # What transformers offers to templates.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = _TODAY.strftime
     return environment.from_string(source)

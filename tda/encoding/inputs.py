@@ -43,6 +43,8 @@ _MEMORY = 8 << 30
 # are planned within a shard, so large batches need larger shards: each length's last batch is
 # padded.
 _SHARD_TOKENS, _SHARD_BATCHES = 1 << 15, 16
+# Batches of prompts beyond which another program is compiled, for larger ones.
+_MOST_PROMPT_BATCHES = 8
 # The most shards of a store, each of which is a file, unless they would exceed `SHARD_BYTES`.
 _MOST_SHARDS = 1 << 16
 
@@ -177,12 +179,14 @@ class TextInputs:
     def _layout_of(self, prompts: TokenTable) -> BatchLayout:
         """Returns a layout for prompts: an earlier one if they fit, so that nothing is compiled."""
         longest = int(prompts.lengths.max()) - 1
+        needed = len(prompts) * (longest + 1)
+        # The layout of one prompt would take many for as many batches.
+        least = min(self.settings.tokens_per_batch, needed // _MOST_PROMPT_BATCHES)
         for layout in self._prompt_layouts:
-            if longest <= layout.bucket_lengths[-1]:
+            if longest <= layout.bucket_lengths[-1] and least <= layout.tokens_per_batch:
                 return layout
         layout = layouts.make_layout(self.settings, prompts, self.corpus.reading.tokenizer.pad)
         # A few prompts would leave most of a batch of the passages' size as padding.
-        needed = len(prompts) * (longest + 1)
         layout = dataclasses.replace(layout, tokens_per_batch=min(layout.tokens_per_batch, needed))
         self._prompt_layouts.append(layout)
         return layout

@@ -121,6 +121,12 @@ def test_chats_that_cannot_be_written_are_refused_by_name(directory):
         tokenise(CHAT, PretrainedTokenizer.load(directory))
 
 
+def test_a_template_with_a_date_writes_the_same_text_on_every_day():
+    """Guards: a corpus that differs tomorrow, so that its stored tokens are refused."""
+    source = "Today: {{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert ChatTemplate(source).render(CHAT[:1]) == f"Today: 26 Jul 2024 {CHAT[0]['content']}"
+
+
 def test_templates_reach_nothing_but_the_messages():
     """Guards: files from elsewhere as code."""
     for source in (

@@ -34,6 +34,22 @@ def call(tokenizer, texts=TEXTS, **how):
     return tda.trace(model, texts, [QUERY], tokenizer=tokenizer, **how)
 
 
+def test_many_prompts_are_not_encoded_one_by_one_after_a_single_one(tokenizer, monkeypatch):
+    model = Bigram(tokenizer.vocab_size, nnx.Rngs(0))
+    how = dict(projection=Projection(side=4, pooling="matrix"), method="grad_cos", quiet=True)
+    index = tda.encode(model, TEXTS[:20], tokenizer=tokenizer, **how)
+    batches, encode_rows = [], encoding.encode_rows
+
+    def counted(encoder, table, rows, layout):
+        batches.append(len(layout.batches(table, rows)))
+        return encode_rows(encoder, table, rows, layout)
+
+    monkeypatch.setattr(encoding, "encode_rows", counted)
+    for count in (1, 4, 200, 100):
+        index.query([(f"The town number {i} is", "the seat") for i in range(count)], k=1)
+    assert batches[0] == 1 and all(n <= 8 for n in batches), batches
+
+
 def test_a_kill_loses_some_minutes_and_not_the_corpus(tokenizer, tmp_path, monkeypatch, capsys):
     """Guards: small gradients of a large model, all of which fit one shard of many bytes."""
     write = stores.GradientStore.write
