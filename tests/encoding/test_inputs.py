@@ -46,7 +46,8 @@ def test_many_prompts_are_not_encoded_one_by_one_after_a_single_one(tokenizer, m
 
     monkeypatch.setattr(encoding, "encode_rows", counted)
     for count in (1, 4, 200, 100):
-        index.query([(f"The town number {i} is", "the seat") for i in range(count)], k=1)
+        prompts = ["The one town whose number is large", "The town number 3 is"][:count]
+        index.query([(prompts[i % len(prompts)], "the seat") for i in range(count)], k=1)
     assert batches[0] == 1 and all(n <= 8 for n in batches), batches
 
 
