@@ -121,6 +121,26 @@ def test_a_link_with_a_wrong_filter_says_so_and_shows_all_queries(browser, addre
     page.fine()
 
 
+def test_names_with_hyphens_and_other_signs_are_marked(page, tmp_path):
+    """Each is literal text of a regular expression with the flag u, which forbids other escapes."""
+    targets = ["Coca-Cola", r"a\b-^$.*+?(c)[d]{e}|/,:;<=>@#%&~`!'\"_f"]
+    results.write(
+        tmp_path / "m.jsonl",
+        (
+            results.record(str(i), "q", "Jean-Luc Picard drinks", target, [("p", text, 0.5)], [])
+            for i, target in enumerate(targets)
+            for text in [f"Jean-Luc Picard drinks {target} here."]
+        ),
+    )
+    collection = Collection()
+    collection.add(tmp_path / "m.jsonl")
+    with serving(collection) as address:
+        for i, target in enumerate(targets):
+            page.open(f"{address}#q={i}")
+            assert page.texts("article.card mark.target") == [target]
+            assert page.texts("article.card mark.prompt") == ["Jean-Luc Picard"]
+
+
 @pytest.mark.slow
 def test_pages_sorting_jumps_and_random(page, address, folder):
     items = items_of(folder)

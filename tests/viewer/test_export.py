@@ -113,3 +113,10 @@ def test_nothing_of_the_page_parses_markup():
             source,
         )
         assert found is None, (name, found)
+
+
+def test_no_pattern_escapes_what_the_flag_u_forbids():
+    """A pattern with such an escape throws, and its page cannot be shown."""
+    source = "".join(f.decode() for n, f in static_files().items() if n.endswith(".js"))
+    classes = re.findall(r'replace\(/\[(.+?)\]/gu, "\\\\\$&"\)[^;]*\\\\s\+', source)
+    assert classes and all(set(c) <= set("^$\\.*+?()[]{}|/") for c in classes)

@@ -482,7 +482,7 @@ function find(text, list) {
   );
   const spans = [];
   for (const { text: term, kind } of longest) {
-    const literal = term.replace(/[\\^$.*+?()[\]{}|/-]/gu, "\\$&").replace(/\s+/gu, "\\s+");
+    const literal = term.replace(/[\\^$.*+?()[\]{}|/]/gu, "\\$&").replace(/\s+/gu, "\\s+");
     const before = /^[\p{L}\p{N}]/u.test(term) && kind !== "own" ? "(?<![\\p{L}\\p{N}])" : "";
     const after = /[\p{L}\p{N}]$/u.test(term) && kind !== "own" ? "(?![\\p{L}\\p{N}])" : "";
     for (const match of text.matchAll(new RegExp(before + literal + after, "giu"))) {
