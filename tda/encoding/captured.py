@@ -118,12 +118,19 @@ class Recorder:
         """Continues before a step.
 
         Raises:
-            StoreError: the training's checkpoint was written without its examples' parts.
+            StoreError: the training's checkpoint was written without its examples' parts, or with
+                those of the steps before in another store.
         """
         first = int(self._rows.starts[step])
         self._shard = next(
             (i for i, s in enumerate(self._shards) if s.stop > first), len(self._shards)
         )
+        if not set(range(self._shard)).isdisjoint(self._store.missing()):
+            raise StoreError(
+                f"{self._store.path} lacks rows of the steps before {step}, from which the "
+                "training resumes; bring back the store that they were written to, or start the "
+                "training anew in another directory"
+            )
         if self._shard == len(self._shards) or first == self._shards[self._shard].start:
             return
         path = self._file(step)

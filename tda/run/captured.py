@@ -18,12 +18,11 @@ from tda import store as stores
 from tda.encoding.captured import TrainingRows, read_rates
 from tda.methods import Method
 from tda.retrieval import by_score
-from tda.run import checkpoints, train
-from tda.run.capturing import path_of
+from tda.run import capturing, checkpoints, train
 from tda.run.gradient_retrievers import Encodings
 from tda.run.retrievers import Result, Retriever, tell
 from tda.run.run import Corpus, Run
-from tda.runtime import progress
+from tda.runtime import processes, progress
 
 # Bytes of float32 scores that are held at a time, and rows that are read at a time.
 _SCORES, _STEP = 1 << 30, 4096
@@ -39,13 +38,11 @@ class Captured(Retriever):
         self._at_step = functools.cache(lambda step: Encodings(run.at_step(step)))
 
     def _path(self) -> str:
-        return path_of(self.run.config, self.run.workdir, self.run.trained.fingerprint)
+        return capturing.path_of(self.run.config, self.run.workdir, self.run.trained.fingerprint)
 
     def lacks(self, method):
         """Returns what is missing: None if the training kept its gradients."""
-        if not stores.finished(self._path()):
-            return "the training did not keep its examples' gradients (train.capture)"
-        return None
+        return capturing.lacks(self.run.config, self.run.workdir, self.run.trained.fingerprint)
 
     def provenance(self, method):
         """Returns the captured gradients, and those of the queries at every checkpoint."""
@@ -56,7 +53,15 @@ class Captured(Retriever):
         ]
 
     def prepare(self, methods, later=()):
-        """Encodes the queries at every checkpoint."""
+        """Encodes the queries at every checkpoint.
+
+        Raises:
+            StoreError: the training kept no gradients, or those of other settings.
+        """
+        method = next(iter(methods.values()))
+        why = processes.on_first_process("look for captured rows", lambda: self.lacks(method))
+        if why:
+            raise stores.StoreError(f"{method.title}: {why}")
         for method in methods.values():
             for step in checkpoints.steps_of(self.run, method):
                 self._at_step(step).run_queries(method.query_gradients)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from flax import nnx
+from ml_collections import ConfigDict
 
 from tda import methods as method_lib
 from tda import store as stores
@@ -11,6 +12,7 @@ from tda.gradients.capture import Capture
 from tda.run import first_stage
 from tda.run.run import NO_STORE, Corpus, projection_of, stored_as
 from tda.run.workdir import Workdir
+from tda.runtime.differences import as_text
 from tda.runtime.fingerprint import fingerprint, plain
 
 
@@ -27,6 +29,41 @@ def check(config) -> None:
                 f"{method.title} needs a training that keeps its examples' gradients; give "
                 "train.capture=True, in a new workdir"
             )
+
+
+def settings(config) -> dict:
+    """Returns the values that decide what a training captures, by key of the config."""
+    g, s = config.gradients, config.store
+    projection = dataclasses.asdict(projection_of(config))
+    return {
+        **{f"projection.{name}": value for name, value in projection.items()},
+        "gradients.include": g.include,
+        "gradients.exclude": g.exclude,
+        "store.dtype": s.dtype,
+        "store.rank": 0 if s.dtype == NO_STORE else s.rank,
+    }
+
+
+def claim(config, workdir: Workdir) -> None:
+    """Records what a training captures before its first step.
+
+    Raises:
+        tda.run.workdir.WorkdirError: it was begun with other gradients; the message names the keys.
+    """
+    # Without a config: the keys of `settings` themselves tell what differs.
+    workdir.claim("capture", settings(config), ConfigDict())
+
+
+def lacks(config, workdir: Workdir, made_from: dict) -> str | None:
+    """Returns why a training has no captured gradients of a config; None if it has."""
+    if stores.finished(path_of(config, workdir, made_from)):
+        return None
+    if lines := workdir.changes("capture", settings(config)):
+        return (
+            f"the training kept the gradients of other settings:{as_text(lines)}\n"
+            "use those, or train in a new workdir"
+        )
+    return "the training did not keep its examples' gradients (train.capture)"
 
 
 def path_of(config, workdir: Workdir, made_from: dict) -> str:

@@ -200,6 +200,8 @@ def train(config, corpus: Corpus, workdir: Workdir) -> Trained:
         if steps:
             check(config, steps)
         workdir.claim("train", made_from, config)
+        if steps and config.train.capture:
+            capturing.claim(config, workdir)
         # Process 0 alone writes; live questions build the model from this file.
         if processes.is_first():
             (workdir / "model").mkdir(exist_ok=True)

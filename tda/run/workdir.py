@@ -128,6 +128,13 @@ class Workdir:
 
         return processes.on_first_process(f"look for the stage {stage}", look)
 
+    def changes(self, stage: str, made_from: dict) -> list[str]:
+        """Returns, on one process, how inputs differ from those that `stage` was begun with."""
+        stamp = self._stamp(stage)
+        if not stamp.exists():
+            return []
+        return list(differences(read_json(stamp)["made_from"], plain(made_from)))
+
     def claim(self, stage: str, made_from: dict, config: ConfigDict) -> None:
         """Records the inputs of `stage` before the work: a killed stage resumes only from the same.
 

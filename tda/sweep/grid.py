@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tda.run import defaults, train
+from tda.run import capturing, defaults, train
 from tda.run.run import projection_of
 from tda.runtime.fingerprint import fingerprint, plain
 
@@ -60,6 +60,9 @@ class Point:
             if self.config.train.traced < 1:
                 # The bank's training continues from the traced checkpoint.
                 config["traced"] = self.config.train.traced
+        if self.config.train.capture:
+            # The gradients of a training's steps are kept only while it runs.
+            config["captured"] = [capturing.settings(self.config), self.config.store.root]
         return fingerprint(plain(config | {"train": train.settings(self.config)}))
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -19,7 +20,7 @@ from tda.run import capturing, defaults, encode, retrieve, stages
 from tda.run import train as training
 from tda.run.captured import Captured
 from tda.run.retrievers import queries_of_run
-from tda.run.workdir import Workdir
+from tda.run.workdir import Workdir, WorkdirError
 from tda.training import loop
 from tda.training.loop import TrainingSettings
 from tda.training.optimizer import schedule
@@ -209,6 +210,38 @@ def test_methods_share_a_scan_without_what_was_withdrawn(ranked, monkeypatch):
     found = Captured(run).search(queries_of_run(run), methods, run.corpus.rows)
     assert len(scans) == 1 and list(found) == list(methods)
     assert found["captured"].ranked.proponents[0].tolist() == [*before[1:], -1]
+
+
+def capturing_config(path, **projection):
+    config = make_config(path)
+    config.train.capture, config.methods = True, "captured_plain"
+    config.projection.update(projection)
+    return config
+
+
+@pytest.mark.slow
+def test_a_training_keeps_the_gradients_of_one_projection(tmp_path, monkeypatch):
+    """Mistake: one store with rows of two projections, from a training that was resumed."""
+    workdir = Workdir(tmp_path / "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.preemption, "is_due", lambda steps: steps == 6)
+        with pytest.raises(loop.preemption.Preempted):
+            stages.prepare(capturing_config(tmp_path, seed=0), workdir)
+    with pytest.raises(WorkdirError, match="its capture differs in\n  projection.seed: 0 → 1\n"):
+        stages.prepare(capturing_config(tmp_path, seed=1), workdir)
+    run = stages.prepare(capturing_config(tmp_path, seed=0), workdir)
+    retrieve.retrieve(run)
+    # A finished training serves other projections too, except for what it captured.
+    run = stages.prepare(capturing_config(tmp_path, seed=1), workdir)
+    with pytest.raises(stores.StoreError, match="other settings:\n  projection.seed: 0 → 1\nuse"):
+        retrieve.retrieve(run)
+
+
+def test_a_training_does_not_resume_with_another_store(decoder, tmp_path):
+    fit(decoder, tmp_path / "w", str(tmp_path / "a"))
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(stores.StoreError, match="a lacks rows of the steps before 11, from"):
+        fit(decoder, tmp_path / "w", str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("is_first_stage", [False, True])

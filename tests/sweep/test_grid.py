@@ -75,6 +75,28 @@ def test_what_each_key_makes_anew(key, trains, encodes):
 
 
 @pytest.mark.parametrize(
+    "key, value, trains",
+    [
+        ("projection.side", 2, True),
+        ("projection.seed", 1, True),
+        ("gradients.exclude", "mlp", True),
+        ("store.dtype", "float32", True),
+        ("store.root", "elsewhere", True),
+        ("store.shard_bytes", 1 << 10, False),
+        ("gradients.correction", "adam", False),
+        ("hessian.damping", 1.0, False),
+    ],
+)
+def test_trainings_that_capture_other_gradients_are_apart(tmp_path, key, value, trains):
+    config = defaults.get_config()
+    for captures in (False, True):
+        config.train.capture = captures
+        other = grid._with_values(config, {key: value}, "s.py")
+        a, b = grid.Point("a", {}, config), grid.Point("b", {}, other)
+        assert (a.training != b.training) == (trains and captures)
+
+
+@pytest.mark.parametrize(
     "key, value, retrains",
     [
         ("counterfactual.methods", "in_run", False),
