@@ -18,18 +18,25 @@ from tda.training import checkpoint
 def steps_of(run: Run, method: Method) -> list[int]:
     """Returns the checkpoints that a method sums over, rising; the traced one is the last.
 
-    They are `several.checkpoints` of those on disk, at even distances, or all if there are fewer.
+    They are `several.checkpoints` of the training's, at even distances, or all if there are fewer.
     """
     traced = run.trained.step
     if not method.several:
         return [traced]
-    count, root = run.config.several.checkpoints, run.trained.root
-    saved = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
+    count, root, saved = run.config.several.checkpoints, run.trained.root, run.trained.steps
+    if saved is None:
+        saved = processes.on_first_process("list checkpoints", lambda: checkpoint.steps(root))
     saved = [s for s in saved if s <= traced]
     if len(saved) <= count:
         return saved
     at = np.linspace(0, len(saved), count + 1)[1:].round().astype(int) - 1
     return [saved[i] for i in at]
+
+
+def steps_before_last(saved: range, count: int) -> list[int]:
+    """Returns up to `count` − 1 of the saved steps at even distances; the last step is apart."""
+    places = {min(round(i * len(saved) / count), len(saved) - 1) for i in range(1, count)}
+    return [saved[i] for i in sorted(places) if saved]
 
 
 def weights(run: Run, method: Method, steps: list[int]) -> np.ndarray:

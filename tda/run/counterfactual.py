@@ -28,7 +28,7 @@ from tda.data.tokens import tokenise_queries
 from tda.facts.records import Fact
 from tda.model import functional
 from tda.reports import formats
-from tda.run import train
+from tda.run import checkpoints, train
 from tda.run.defaults import flat
 from tda.run.run import Corpus, Run, Trained
 from tda.run.workdir import Workdir
@@ -344,10 +344,11 @@ def _finished_run(retrained: Retrained) -> Run:
         "tokenizer": run.corpus.tokenizer.fingerprint(),
         "model": arguments,
     }
-    at = _checkpoint_steps(range(reverse.stride, steps, reverse.stride), config.several.checkpoints)
+    saved = range(reverse.stride, steps, reverse.stride)
+    chosen = [*checkpoints.steps_before_last(saved, config.several.checkpoints), steps]
     with run.engine.alone():
         reverse.keep_states()
-        for step in sorted({*at, steps} - {*checkpoint.steps(root)}):
+        for step in sorted({*chosen} - {*checkpoint.steps(root)}):
             checkpoint.save(root, step, reverse.state_at(step), description, keep=0)
     mesh = train.working_mesh(config)
     identity = {**_identity(run, 0), "steps": steps}
@@ -359,15 +360,11 @@ def _finished_run(retrained: Retrained) -> Run:
         mesh,
         plain(identity),
         (layout_of(config, run.corpus), config.counterfactual.seed),
+        # Other configs of this bank may have saved others.
+        tuple(chosen),
     )
     corpus = dataclasses.replace(run.corpus, training=run.corpus.passages)
     return dataclasses.replace(run, corpus=corpus, trained=trained)
-
-
-def _checkpoint_steps(saved: range, count: int) -> list[int]:
-    """Returns up to `count` − 1 of the saved steps at even distances; the last step is apart."""
-    places = {min(round(i * len(saved) / count), len(saved) - 1) for i in range(1, count)}
-    return [saved[i] for i in sorted(places) if saved]
 
 
 def check_modes_agree(retrained: Retrained, by_token_QxC: np.ndarray) -> float:

@@ -88,6 +88,8 @@ class Trained:
     fingerprint: dict  # JSON values that identify the training
     batches: tuple[BatchLayout, int] | None = None  # layout and seed of its batches; None: the
     # config's
+    steps: tuple[int, ...] | None = None  # checkpoints that a method may sum over, rising; None:
+    # those on disk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tda.run import capturing, defaults, train
+from tda import methods
+from tda.run import capturing, defaults, first_stage, train
 from tda.run.run import projection_of
 from tda.runtime.fingerprint import fingerprint, plain
 
@@ -60,10 +61,22 @@ class Point:
             if self.config.train.traced < 1:
                 # The bank's training continues from the traced checkpoint.
                 config["traced"] = self.config.train.traced
+        if self._sums_over_steps:
+            # Which checkpoints the first point keeps decides the figures of the others.
+            config["saved"] = [self.config.train.save_every, self.config.train.keep]
         if self.config.train.capture:
             # The gradients of a training's steps are kept only while it runs.
             config["captured"] = [capturing.settings(self.config), self.config.store.root]
         return fingerprint(plain(config | {"train": train.settings(self.config)}))
+
+    @property
+    def _sums_over_steps(self) -> bool:
+        """Whether figures depend on the checkpoints that the training keeps on its way."""
+        if self.is_board:  # a bank saves the checkpoints of its own training
+            return False
+        chosen = methods.parse(self.config.methods)
+        chosen |= first_stage.first_methods(self.config, chosen)
+        return self.config.train.capture or any(m.several for m in chosen.values())
 
     @property
     def stores(self) -> str:

@@ -20,12 +20,13 @@ from tda import results
 from tda.counterfactual import figures
 from tda.counterfactual.bank import Bank
 from tda.facts.records import Sentence, Triple
+from tda.methods import METHODS as ALL_METHODS
 from tda.reports import board as board_report
 from tda.retrieval.ranked import Ranked
-from tda.run import bank_rankings, bank_scores, board, counterfactual, defaults
+from tda.run import bank_rankings, bank_scores, board, checkpoints, counterfactual, defaults, stages
 from tda.run import corpus as corpus_stage
 from tda.run.workdir import Workdir
-from tda.runtime import array_tasks, preemption, sharding
+from tda.runtime import array_tasks, preemption, progress, sharding
 from tests.experiments import test_trace
 from tests.run import test_many_processes
 from tests.runtime.test_processes import free_port
@@ -340,10 +341,24 @@ def test_any_field_of_the_sentences_is_a_unit(tmp_path):
 
 def test_checkpoints_on_the_way_are_some_of_those_kept():
     """Guards: a training of four steps, with one state on the way for two checkpoints."""
-    steps_of = counterfactual._checkpoint_steps
+    steps_of = checkpoints.steps_before_last
     assert steps_of(range(6, 48, 6), 3) == [18, 36]
     assert steps_of(range(2, 4, 2), 3) == [2]
     assert steps_of(range(1, 1), 3) == [] and steps_of(range(1, 9), 1) == []
+
+
+@pytest.mark.slow
+def test_a_bank_sums_over_the_checkpoints_that_its_config_asks_for(tmp_path):
+    """Mistake: other steps, and other figures, where another config had saved some before."""
+    keys = {"counterfactual.epochs": 8.0, "counterfactual.subsets": 1, "counterfactual.orders": 1}
+    for count in (3, 2):
+        config = make_config(tmp_path, **keys, **{"several.checkpoints": count})
+        with progress.hidden():
+            retrained = counterfactual.retrain(stages.prepare(config, Workdir(tmp_path / "w")))
+        steps, stride = retrained.trainings[0].steps, retrained.reverse.stride
+        before_last = checkpoints.steps_before_last(range(stride, steps, stride), count)
+        assert len(before_last) == count - 1
+        assert checkpoints.steps_of(retrained.run, ALL_METHODS["tracin"]) == [*before_last, steps]
 
 
 def test_the_engine_of_the_run_computes_retrainings(tmp_path, monkeypatch):

@@ -96,6 +96,25 @@ def test_trainings_that_capture_other_gradients_are_apart(tmp_path, key, value, 
         assert (a.training != b.training) == (trains and captures)
 
 
+@pytest.mark.parametrize("key, value", [("train.save_every", 50), ("train.keep", 0)])
+@pytest.mark.parametrize(
+    "changes, trains",
+    [
+        ({"methods": "tracin"}, True),
+        ({"methods": "rerank_cos", "rerank.candidates": "bm25,trak"}, True),
+        ({"train.capture": True}, True),
+        ({"methods": "trackstar"}, False),
+    ],
+)
+def test_methods_of_several_checkpoints_have_those_of_their_point(key, value, changes, trains):
+    """Mistake: the figures of all points by the checkpoints that the first one kept."""
+    config = grid._with_values(defaults.get_config(), changes, "s.py")
+    other = grid._with_values(config, {key: value}, "s.py")
+    for is_board in (False, True):
+        a, b = (grid.Point("p", {}, c, is_board) for c in (config, other))
+        assert (a.training != b.training) == (trains and not is_board)
+
+
 @pytest.mark.parametrize(
     "key, value, retrains",
     [
