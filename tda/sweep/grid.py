@@ -16,8 +16,10 @@ import difflib
 import itertools
 import re
 import runpy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tda import methods
@@ -117,17 +119,10 @@ def load(path: str, config: ConfigDict, is_board: bool = False) -> Sweep:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it has no `get_sweep`, or sets a key that the config lacks; the message names
-            the file and the key.
+        ValueError: it has no `get_sweep`, has something else in place of an axis, or sets a key
+            that the config lacks; the message names the file and the key.
     """
-    module = runpy.run_path(path)
-    if "get_sweep" not in module:
-        raise ValueError(f"{path} has no function get_sweep()")
-    contents = {"fixed": {}, "plots": []} | dict(module["get_sweep"]())
-    unknown = set(contents) - {"axes", "fixed", "plots"}
-    if unknown or not contents.get("axes"):
-        problem = f"unknown {', '.join(sorted(unknown))}" if unknown else "no axes"
-        raise ValueError(f"{path}: {problem}; get_sweep() returns axes, fixed and plots")
+    contents = _read(path)
     fixed = _with_values(config, contents["fixed"], path)
     axes = [_parse_axis(key, values, path) for key, values in contents["axes"].items()]
     names = tuple(key for keys, _ in axes for key in keys)
@@ -140,21 +135,64 @@ def load(path: str, config: ConfigDict, is_board: bool = False) -> Sweep:
             for (keys, _), axis_values in zip(axes, choice, strict=True)
             for key, value in zip(keys, axis_values, strict=True)
         }
+        point_config = _with_values(fixed, values, path)
         name = _name_point(values, contents["fixed"])
         name = f"board,{name}" if is_board else name
-        points.append(Point(name, values, _with_values(fixed, values, path), is_board))
+        points.append(Point(name, values, point_config, is_board))
     counts = collections.Counter(p.name for p in points)
     if twice := [p.values for p in points if counts[p.name] > 1]:
         raise ValueError(f"{path}: an axis has a value twice, so that {twice[0]} is two points")
     return Sweep(names, points, list(contents["plots"]))
 
 
+def _read(path: str) -> dict:
+    """Returns what a sweep file's `get_sweep` returns, with "fixed" and "plots" if it has none."""
+    module = runpy.run_path(path)
+    if "get_sweep" not in module:
+        raise ValueError(f"{path} has no function get_sweep()")
+    returned = module["get_sweep"]()
+    _check_keys(returned, "get_sweep()", path)
+    contents = {"fixed": {}, "plots": []} | dict(returned)
+    unknown = set(contents) - {"axes", "fixed", "plots"}
+    if unknown or not contents.get("axes"):
+        problem = f"unknown {', '.join(sorted(unknown))}" if unknown else "no axes"
+        raise ValueError(f"{path}: {problem}; get_sweep() returns axes, fixed and plots")
+    for name in ("axes", "fixed"):
+        _check_keys(contents[name], name, path)
+    contents["fixed"] = {key: _python_value(value) for key, value in contents["fixed"].items()}
+    return contents
+
+
+def _check_keys(value, name: str, path: str) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{path}: {name} is {value!r}; give a dict by key")
+
+
 def _parse_axis(key: str, values, path: str) -> tuple[list[str], list[tuple]]:
     keys = [k.strip() for k in key.split(",")]
-    rows = [tuple(v) if len(keys) > 1 else (v,) for v in values]
-    if not rows or any(len(row) != len(keys) for row in rows):
-        raise ValueError(f"{path}: axis {key!r} needs values, each of {len(keys)}")
-    return keys, rows
+    rows = _python_values(values)
+    if rows is not None and len(keys) > 1:
+        rows = [_python_values(row) for row in rows]
+    elif rows is not None:
+        rows = [(value,) for value in rows]
+    if not rows or any(row is None or len(row) != len(keys) for row in rows):
+        of_each = f", each a tuple of {len(keys)}" if len(keys) > 1 else ""
+        raise ValueError(f"{path}: axis {key!r} needs a list of values{of_each}, not {values!r}")
+    return keys, [tuple(row) for row in rows]
+
+
+def _python_values(values) -> list | None:
+    """Returns the values of a list, a tuple or an array; None if it is something else."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        return None
+    if isinstance(values, np.ndarray) and not values.ndim:  # it is Iterable, and cannot be iterated
+        return None
+    return [_python_value(value) for value in values]
+
+
+def _python_value(value):
+    """Returns a number of numpy as Python's, which JSON and the config take."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:

@@ -140,18 +140,44 @@ def test_points_that_retrain_alike_share_a_bank(tmp_path, key, value, retrains):
     [
         ('{"axes": {"hessian.weigh": [1]}}', "no key 'hessian.weigh'; did you mean hessian.weight"),
         ('{"axes": {"hessian.weight": ["x"]}}', "cannot set hessian.weight='x'"),
-        ('{"axes": {"hessian.weight": []}}', "axis 'hessian.weight' needs values"),
-        ('{"axes": {"seed, hessian.weight": [(1,)]}}', "needs values, each of 2"),
+        ('{"axes": {"hessian.weight": []}}', "axis 'hessian.weight' needs a list of values"),
+        ('{"axes": {"seed, hessian.weight": [(1,)]}}', "a list of values, each a tuple of 2"),
         ('{"axes": {"seed": [1], "seed, train.epochs": [(1, 2)]}}', "a key is on two axes"),
         # Mistake: a spread over seeds that has one of them twice.
         ('{"axes": {"seed": [0, 1, 0]}}', "an axis has a value twice, so that {'seed': 0} is"),
         ('{"axes": {}}', "no axes"),
+        ('{"axes": {"seed": 1}}', "axis 'seed' needs a list of values, not 1"),
+        ('{"axes": {"seed": None}}', "axis 'seed' needs a list of values, not None"),
+        ('{"axes": {"methods": "bm25"}}', "axis 'methods' needs a list of values, not 'bm25'"),
+        (
+            '{"axes": {"seed, model.size": (1, 2)}}',
+            "axis 'seed, model.size' needs a list of values",
+        ),
+        ('{"axes": {"seed, model.size": ["ab"]}}', "axis 'seed, model.size' needs a list"),
+        ('{"axes": {"seed": __import__("numpy").eye(2)}}', "cannot set seed=array"),
+        ('{"axes": ["seed"]}', r"axes is \['seed'\]; give a dict by key"),
+        ('{"axes": {0: [1]}}', "axes is {0: .*; give a dict by key"),
+        ('{"axes": {"seed": [1]}, "fixed": "seed"}', "fixed is 'seed'; give a dict by key"),
+        ("None", r"get_sweep\(\) is None; give a dict by key"),
         ('{"axes": {"seed": [1]}, "plot": []}', "unknown plot"),
     ],
 )
 def test_what_a_file_may_not_say(tmp_path, body, message):
     with pytest.raises(ValueError, match=rf"s.py: .*{message}"):
         grid.load(write(tmp_path / "s.py", body), defaults.get_config())
+
+
+def test_numbers_of_numpy_are_as_pythons(tmp_path):
+    loaded = []
+    for seeds, rows, side in (
+        ("(0, 1)", "[(8, 0.5), (16, 0.25)]", "2"),
+        ("np.arange(2)", "zip(np.array([8, 16]), np.float32([0.5, 0.25]))", "np.int64(2)"),
+    ):
+        axes = f'"seed": {seeds}, "model.context, train.learning_rate": {rows}'
+        body = f'{{"axes": {{{axes}}}, "fixed": {{"projection.side": {side}}}}}'
+        path = write(tmp_path / "s.py", body.replace("np.", "__import__('numpy')."))
+        loaded.append(grid.load(path, defaults.get_config()).points)
+    assert loaded[0] == loaded[1] and len({p.name for p in loaded[0]}) == 4
 
 
 def test_other_files_are_refused(tmp_path):
