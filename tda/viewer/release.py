@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any
 
 from tda.runtime.atomic_file import open_atomic
 from tda.viewer import data_card, opening
@@ -25,6 +24,10 @@ from tda.viewer.results_file import ResultsFile
 
 # Fields of a method's retrieval, in contrast to those of the query.
 _OF_RETRIEVAL = re.compile(r"(proponent|opponent|first_)")
+# Keys of a config that name files, and those that name files or else a data set or a model.
+_FILES = ("data.sentences", "data.facts", "data.queries", "data.dir", "store.root")
+_LISTS = ("data.corpus", "data.also_train_on")  # several with commas
+_FILES_OR_NAMES = (*_LISTS, "model.pretrained", "dense.model", "judge.model")
 _LICENCE = re.compile(r"^license:.*$", re.MULTILINE)
 
 
@@ -82,12 +85,30 @@ def _write_queries(file: ResultsFile, path: pathlib.Path) -> None:
             out.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
-def _public_names(config: Any) -> dict[str, str]:
-    """Returns the last part of each absolute path in a config, by path."""
-    if isinstance(config, dict):
-        return {p: n for value in config.values() for p, n in _public_names(value).items()}
-    paths = str(config).split(",") if isinstance(config, str) else []
-    return {p: os.path.basename(p.rstrip("/")) for p in paths if p.startswith(("/", "~"))}
+def _public_names(config: dict, section: str = "") -> dict[str, str]:
+    """Returns the last part of each path of this machine in a config, by path."""
+    names: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            names |= _public_names(value, f"{section}{name}.")
+        elif isinstance(value, str):
+            for path in _paths_in(f"{section}{name}", value):
+                # "/" has no last part, and stands for much else in a text.
+                if last := os.path.basename(path.rstrip("/")):
+                    names[path] = last
+    return names
+
+
+def _paths_in(key: str, value: str) -> list[str]:
+    """Returns the paths in a value, not names of data sets and models such as "c4/en"."""
+    pieces = [piece.strip() for piece in value.split(",")] if key in _LISTS else [value.strip()]
+    if key in _FILES:
+        return [piece for piece in pieces if "://" not in piece]
+    if key in _FILES_OR_NAMES:
+        return [piece for piece in pieces if piece.startswith(("/", "~", "."))]
+    # A plugin's key may name a file; other texts, such as patterns, begin with a slash too.
+    is_path = value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
+    return [value] if is_path else []
 
 
 def _write(path: pathlib.Path, text: str, names: dict[str, str]) -> None:

@@ -67,6 +67,42 @@ def test_no_folder_of_the_machine_is_published(workdir, tmp_path):
     assert config["judge"]["model"] == "nli"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "published"),
+    [
+        ("gradients.include", "/mlp/|/attention/", "/mlp/|/attention/"),
+        ("data.joiner", "/", "/"),
+        ("data.corpus", f"c4/en, {CORPUS}, ../someone/b.csv", "c4/en, leads.jsonl.gz, b.csv"),
+        ("data.also_train_on", "~/someone/*.jsonl,wiki", "*.jsonl,wiki"),
+        ("data.sentences", "/home/someone, secret/s.jsonl", "s.jsonl"),
+        ("data.queries", "someone/q.jsonl", "q.jsonl"),
+        ("data.dir", "/", "/"),
+        ("model.pretrained", "/home/someone/model/", "model"),
+        ("dense.model", "org/encoder", "org/encoder"),
+        ("store.root", "gs://bucket/stores", "gs://bucket/stores"),
+    ],
+)
+def test_only_paths_are_shortened(workdir, tmp_path, key, value, published):
+    config = json.loads((workdir / "config.json").read_text())
+    section, name = key.split(".")
+    config.setdefault(section, {})[name] = value
+    (workdir / "config.json").write_text(json.dumps(config))
+    release(str(workdir), str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[section][name] == published
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "[config.json](config.json)" in card and "someone" not in card
+    assert "view=query&files=trackstar" in card and "`data/`, `static/`" in card
+
+
+def test_a_file_that_a_plugins_key_names_is_shortened(workdir, tmp_path):
+    config = json.loads((workdir / "config.json").read_text()) | {"plugin": {"x": str(workdir)}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    release(str(workdir), str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["plugin"]["x"] == workdir.name
+
+
 def test_a_later_release_keeps_the_licence_alone(workdir, tmp_path):
     card = tmp_path / "out" / "README.md"
     release(str(workdir), str(tmp_path / "out"))
