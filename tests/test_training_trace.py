@@ -1,6 +1,7 @@
 """Attribution through a training of one's own model, against trainings without its passages."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +188,30 @@ def test_a_training_that_diverges_is_refused(model, tokenizer):
         ({"clip": -1.0}, "clip=-1.0 of the recipe; give a number 0 or more"),
         ({"schedule": "step"}, "unknown schedule 'step'"),
         ({"b1": float("nan")}, "b1=nan"),
+        ({"b1": 1}, "b1=1 of the recipe; give a number from 0 to below 1"),
+        ({"b2": 1.5}, "b2=1.5 of the recipe"),
+        ({"epochs": float("inf")}, "epochs=inf of the recipe; give a number above 0"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4' of the recipe"),
+        (
+            {"learning_rate": lambda step: 1e-4},
+            "is a function; .* by schedule=, warmup= and final=",
+        ),
+        ({"clip": None}, "clip=None of the recipe; give a number 0 or more, 0 for no clipping"),
+        ({"weight_decay": None}, "weight_decay=None"),
+        ({"tokens_per_batch": 64.5}, "tokens_per_batch=64.5 of the recipe; give a whole number"),
+        ({"warmup": True}, "warmup=True"),
+        ({"final": 2}, "final=2 of the recipe; give a number from 0 to 1"),
+        ({"seed": -1}, "seed=-1 of the recipe; give a whole number"),
+        ({"schedule": ["cosine"]}, r"unknown schedule \['cosine'\]"),
     ],
 )
 def test_bad_recipes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingRecipe(**change)
+
+
+def test_numbers_of_numpy_are_as_pythons():
+    recipe = TrainingRecipe(np.float32(0.5), np.int64(2), np.int32(64), seed=np.uint8(3))
+    assert recipe == TrainingRecipe(0.5, 2, 64, seed=3)
+    values = dataclasses.asdict(recipe)
+    assert json.loads(json.dumps(values)) == values

@@ -1,10 +1,34 @@
 """How a model is trained on passages, each of them an example: optimizer, schedule and batches."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import optax
 
 from tda.training import optimizer
+
+# What each number of a recipe may be, in words and as a test.
+_ABOVE_0 = ("a number above 0", lambda x: 0 < x < math.inf)
+_0_OR_MORE = ("a number 0 or more", lambda x: 0 <= x < math.inf)
+_BELOW_1 = ("a number from 0 to below 1", lambda x: 0 <= x < 1)
+_WHOLE = ("a whole number 0 or more", lambda x: isinstance(x, int) and x >= 0)
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "learning_rate": _ABOVE_0,
+    "epochs": _ABOVE_0,
+    "tokens_per_batch": ("a whole number 1 or more", lambda x: isinstance(x, int) and x >= 1),
+    "warmup": _WHOLE,
+    "final": ("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "clip": ("a number 0 or more, 0 for no clipping", lambda x: x >= 0),
+    "weight_decay": _0_OR_MORE,
+    "b1": _BELOW_1,
+    "b2": _BELOW_1,
+    "eps": _ABOVE_0,
+    "eps_root": _0_OR_MORE,
+    "seed": _WHOLE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +50,9 @@ class TrainingRecipe:
         eps_root: Adam's other epsilon, inside the root. Above 0, a step is smooth in its data,
             also where a gradient vanishes.
         seed: the seed of the order of the data.
+
+    Raises:
+        ValueError: a value is not possible; the message names it.
     """
 
     learning_rate: float = 1e-4
@@ -43,12 +70,19 @@ class TrainingRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        positive = ("learning_rate", "epochs", "tokens_per_batch", "eps")
-        for name in (*positive, "warmup", "final", "clip", "weight_decay", "b1", "b2", "eps_root"):
+        for name in _ALLOWED:
+            # Numbers of numpy are no JSON, in which a finished trace keeps its recipe.
+            object.__setattr__(self, name, _python_value(getattr(self, name)))
+        if callable(self.learning_rate):
+            raise ValueError(
+                "learning_rate of the recipe is a function; give the largest rate as a number, and "
+                "its course by schedule=, warmup= and final="
+            )
+        for name, (allowed, is_allowed) in _ALLOWED.items():
             value = getattr(self, name)
-            if not value >= 0 or (name in positive and not value):
-                lowest = "above 0" if name in positive else "0 or more"
-                raise ValueError(f"{name}={value!r} of the recipe; give a number {lowest}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not is_allowed(value):
+                raise ValueError(f"{name}={value!r} of the recipe; give {allowed}")
         # Refuses an unknown schedule before any work is done.
         optimizer.schedule(self.schedule, self.learning_rate, self.warmup, self.warmup, self.final)
 
@@ -71,3 +105,8 @@ class TrainingRecipe:
     def adam_constants(self) -> dict[str, float]:
         """The constants of Adam's moments, by name."""
         return {name: getattr(self, name) for name in ("b1", "b2", "eps", "eps_root")}
+
+
+def _python_value(value):
+    """Returns a number of numpy as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
