@@ -32,6 +32,10 @@ def main(arguments):
     if len(arguments) != 2 or arguments[0] not in commands:
         sys.exit(f"usage: {of_main('store')} {'|'.join(commands)} DIR")
     command, path = arguments
+    if _REPORT.value and command != "verify":
+        sys.exit(f"error: --report_only has no effect on {command}; leave it out")
+    if (_IDS.value or _DOCUMENTS.value) and command != "withdraw":
+        sys.exit(f"error: --ids and --documents have no effect on {command}; leave them out")
     sys.exit(commands[command](path))
 
 

@@ -29,7 +29,7 @@ class Lexical(Judge):
     If the subject's names are unknown, all words of the prompt count as the subject's.
     """
 
-    identity = "lexical-1"
+    identity = "lexical-2"
 
     def score(self, pairs):
         """See `Judge`."""
@@ -44,7 +44,8 @@ class Lexical(Judge):
         if not names:
             return share(relation, words)
         is_named = bool(subject(premise))
-        named = 1.0 if is_named else max(share(name, words) for name in names)
+        # A name of function words or signs alone ("The Who", "!!!") has no share: only all of it.
+        named = 1.0 if is_named else max((share(n, words) for n in names if n), default=0.0)
         return named * (1 - _RELATION + _RELATION * share(relation, words))
 
 

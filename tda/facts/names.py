@@ -1,7 +1,8 @@
 """Names of entities in texts, found as strings.
 
-As in Chang et al. (2024): a match is a whole word or words: no letter or digit may touch it. Case
-does not count, except for names of three characters or fewer, since "US" is not "us".
+As in Chang et al. (2024): a match is a whole word or words: no letter or digit may touch it, nor a
+mark that belongs to a letter. Case does not count, except for names of three characters or fewer,
+since "US" is not "us".
 """
 
 import unicodedata
@@ -63,7 +64,10 @@ def _automaton(numbers_of: dict[str, set[int]]):
 
 
 def _touched(text: str, at: int) -> bool:
-    return 0 <= at < len(text) and text[at].isalnum()
+    # Vowel signs and other combining marks belong to the letter before them.
+    return 0 <= at < len(text) and (
+        text[at].isalnum() or unicodedata.category(text[at]).startswith("M")
+    )
 
 
 def begins_with(text: str, names: Iterable[str]) -> bool:

@@ -44,11 +44,16 @@ _RULES: tuple[Rule, ...] = (
             f"train.{name}"
             for name in (
                 *("optimizer", "learning_rate", "schedule", "warmup", "final", "b1", "b2", "eps"),
-                *("eps_root", "weight_decay", "clip", "save_every", "keep", "traced"),
+                *("eps_root", "weight_decay", "clip", "save_every", "keep", "traced", "capture"),
             )
         ),
         _is_trained,
         "train.epochs is 0",
+    ),
+    (
+        ("train.final",),
+        lambda c, _: c.train.schedule != "constant",
+        "train.schedule is constant",
     ),
     (
         ("projection", "store", "search"),
@@ -64,6 +69,11 @@ _RULES: tuple[Rule, ...] = (
         ("gradients.correction", "gradients.second_moments", "gradients.estimate_batches"),
         _have(lambda m: m.compares_gradients and m.corrected),
         "no method corrects gradients",
+    ),
+    (
+        ("gradients.estimate_batches",),
+        lambda c, _: c.gradients.second_moments != "optimizer",
+        "gradients.second_moments is optimizer",
     ),
     (
         ("gradients.output",),
@@ -121,6 +131,11 @@ _RULES: tuple[Rule, ...] = (
         ("eval.tail_patch_learning_rate", "eval.tail_patch_state"),
         lambda c, _: c.eval.tail_patch_queries > 0,
         "eval.tail_patch_queries is 0",
+    ),
+    (
+        ("eval.frequency_edges",),
+        lambda c, _: not c.data.corpus,
+        "the documents of data.corpus have no labels",
     ),
     (("eval.sampled_queries",), lambda c, _: c.eval.samples > 0, "eval.samples is 0"),
     (

@@ -7,6 +7,7 @@ the same cores, such a call takes far longer than the same call on one thread.
 import collections
 import concurrent.futures
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ _COPIES = 4
 
 def one_thread() -> contextlib.AbstractContextManager:
     """Limits BLAS and LAPACK calls, NumPy's or JAX's on a CPU, to one thread inside the context."""
+    # JAX takes LAPACK from SciPy's library, and only libraries that are loaded can be limited.
+    importlib.import_module("scipy.linalg")
     return threadpoolctl.threadpool_limits(1, user_api="blas")
 
 

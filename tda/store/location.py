@@ -33,6 +33,8 @@ class Location:
         if scheme not in ("", "file", "gs", "s3"):
             raise StoreError(f"{self.name}: use a local path, gs://BUCKET/PATH or s3://BUCKET/PATH")
         local = self.name.removeprefix("file://")
+        if local.startswith("~"):
+            raise StoreError(f"{self.name} begins with ~, which nothing replaces; write all of it")
         self.path = pathlib.Path(os.path.abspath(local)) if scheme in ("", "file") else None
 
     def __truediv__(self, name: str) -> "Location":

@@ -37,6 +37,11 @@ def test_only_whole_words_count():
     assert count(f, "Ann's Oslo", "Oslo-Ann", "“Ann” ×Oslo×") == 3
 
 
+def test_vowel_signs_belong_to_the_word():
+    f = fact("राम", "भारत")
+    assert count(f, "रामायण भारत", "राम भारतीय") == 0 and count(f, "राम, भारत।") == 1
+
+
 def test_short_names_keep_their_case():
     f = fact("Barack Obama", "US")
     assert count(f, "Barack Obama told us", "barack obama left the US") == 1

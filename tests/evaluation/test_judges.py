@@ -48,6 +48,16 @@ def test_a_premise_without_the_target_or_the_subject_states_nothing(premise, sco
     assert Lexical().score([(premise, BORN)]) == pytest.approx([score])
 
 
+@pytest.mark.parametrize("names", [("The Who",), ("!!!",), ("Douglas Adams", "The")])
+def test_a_name_without_words_of_its_own_is_found_whole_or_not_at_all(names):
+    """Guards: a name of function words alone, of which every passage has all the words."""
+    claim = Claim("x", f"{names[0]} comes from", ("Cambridge",), names)
+    scores = Lexical().score([("Cambridge has a university", claim)])
+    assert scores.tolist() == [0.0]
+    (score,) = Lexical().score([(f"{names[0]} played in Cambridge", claim)])
+    assert score == pytest.approx(0.8)
+
+
 def test_without_names_the_prompt_stands_for_the_subject():
     claim = Claim("The capital of Norway is Oslo", "The capital of Norway is", ("Oslo",))
     premises = ["Oslo, Norway's capital", "Norway loves Oslo", "Oslo", "Norway's capital"]

@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from absl.flags import FLAGS
+from absl.testing import flagsaver
 
 from experiments import store as store_main
 from tda import store as stores
@@ -271,7 +273,19 @@ def test_refusals(run, tmp_path, capsys):
         inspection.info(str(tmp_path))
     with pytest.raises(ValueError, match="--ids"):
         inspection.withdraw(corpora(run[0])[0], [], [])
+    FLAGS.mark_as_parsed()
     with pytest.raises(SystemExit, match="usage"):
         store_main.main(["look", "x"])
     with pytest.raises(stores.StoreError, match="no store at"):
         store_main.main(["info", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"), [({"report_only": True}, "withdraw"), ({"ids": ["a"]}, "verify")]
+)
+def test_flags_of_another_command_are_refused(tmp_path, flags, command):
+    """Guards: passages withdrawn by a command that was only to report."""
+    FLAGS.mark_as_parsed()
+    refused = pytest.raises(SystemExit, match=f"no effect on {command}; leave")
+    with flagsaver.flagsaver(**flags), refused:
+        store_main.main([command, str(tmp_path)])

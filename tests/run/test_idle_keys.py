@@ -44,6 +44,10 @@ def config_of(**changes):
         ("grad_cos", "judge.threshold", {}),
         ("grad_cos", "judge.batch", {"judge.name": "lexical"}),
         ("grad_cos", "plan.tokens", {}),
+        ("grad_cos", "train.final", {"train.schedule": "constant"}),
+        ("grad_cos", "train.capture", PRETRAINED),
+        ("exp3", "gradients.estimate_batches", {"gradients.second_moments": "optimizer"}),
+        ("grad_cos", "eval.frequency_edges", {"data.corpus": "a", "data.queries": "b"}),
     ],
 )
 def test_a_key_that_no_method_reads_is_told(methods, key, changes):
@@ -68,7 +72,7 @@ def test_keys_that_are_read_are_not_told(methods, changes):
         idle |= {"hessian.seed", "data.name", "data.statements_of"}
     # TFDS's directory is that of a corpus without labels too.
     idle |= {"data.dir"} if config.data.sentences else set()
-    idle |= set() if config.data.corpus else {
+    idle |= {"eval.frequency_edges"} if config.data.corpus else {
         "data.text_field", "data.id_field", "data.share"
     }  # fmt: skip
     keys = [k for k in defaults.KEYS if not any(f"{k}.".startswith(f"{name}.") for name in idle)]

@@ -1,5 +1,9 @@
 """Linear algebra of many blocks on the host: order, threads, what is in hand, errors."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -45,6 +49,23 @@ def test_a_call_takes_one_thread_and_the_rest_is_put_back():
         with pytest.raises(np.linalg.LinAlgError):
             host_blas.map_blocks(np.linalg.inv, [np.eye(2), np.zeros((2, 2))], workers=2)
         assert threads() == before
+
+
+def test_jaxs_decompositions_take_one_thread_the_first_time_too():
+    """Guards: eigenvectors that depend on what a process computed before."""
+    program = (
+        "import jax.numpy as jnp, threadpoolctl\n"
+        "from tda.runtime import host_blas\n"
+        "with host_blas.one_thread():\n"
+        "    jnp.linalg.eigh(jnp.eye(4))[0].block_until_ready()\n"
+        "    info = threadpoolctl.threadpool_info()\n"
+        "print([x['num_threads'] for x in info if x['user_api'] == 'blas'])"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+    )
+    assert set(json.loads(done.stdout)) == {1}
 
 
 @pytest.mark.parametrize(

@@ -656,6 +656,8 @@ def test_opening_reads_no_rows_of_a_large_store(tmp_path, monkeypatch):
 def test_addresses_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(stores.StoreError, match="use a local path, gs://"):
         stores.create("ftp://a/b", ["a"], BLOCKS, MADE)
+    with pytest.raises(stores.StoreError, match="~/stores begins with ~"):
+        stores.check_root("~/stores")
     (tmp_path / "file").write_text("")
     with pytest.raises(stores.StoreError, match="file"):
         stores.create(tmp_path / "file" / "s", ["a"], BLOCKS, MADE)
