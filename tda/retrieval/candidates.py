@@ -1,5 +1,6 @@
 """The candidates of a second stage: the first passages of several rankings, ranked anew."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -8,6 +9,12 @@ from tda.retrieval.ranked import Ranked, first_rank
 
 # The larger this is, the less the first ranks count.
 _FUSION = 60
+
+
+def without_unmatched(ranked: Ranked) -> Ranked:
+    """Drops the proponents whose score is not above 0: their rows are −1."""
+    rows = np.where(ranked.proponent_scores > 0, ranked.proponents, -1)
+    return dataclasses.replace(ranked, proponents=rows)
 
 
 def unite(rankings: Sequence[Ranked]) -> list[np.ndarray]:

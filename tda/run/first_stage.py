@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tda import methods as method_lib
 from tda.methods import Method
-from tda.retrieval import ranked
+from tda.retrieval import candidates, ranked
 from tda.retrieval.ranked import Ranked
 from tda.run.retrievers import Queries, Retriever
 from tda.run.run import Run
@@ -102,4 +102,14 @@ class FirstStage:
             else:
                 file = self._run.workdir / "retrieval" / f"{retriever.ranking_name(first)}.npz"
                 rankings[name] = ranked.load(file)
+        return rankings
+
+    def rank_matches(
+        self, method: Method, queries: Queries, on_progress: Progress | None
+    ) -> dict[str, Ranked]:
+        """Returns the rankings of `rank` without passages that only fill them up."""
+        rankings = self.rank(method, queries, on_progress)
+        for name, (_, retriever) in self._retrievers_of(method).items():
+            if retriever.zero_is_no_match:
+                rankings[name] = candidates.without_unmatched(rankings[name])
         return rankings

@@ -12,6 +12,8 @@ from tda.run.run import Run
 class Fusion(Retriever):
     """Reciprocal-rank fusion of a method's candidates (Cormack et al. 2009).
 
+    A passage that shares no word with the query has no rank among BM25's.
+
     Args:
         run: the run.
         make: as for `FirstStage`.
@@ -26,14 +28,15 @@ class Fusion(Retriever):
         return self._first.lacks(method)
 
     def provenance(self, method):
-        """Returns the names of the rankings that are joined."""
-        return [self._first.ranking_names(method)]
+        """Returns the names of the rankings that are joined, and what of them is."""
+        return [self._first.ranking_names(method), "matches"]
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
         results = {}
         for name, method in methods.items():
-            rankings = list(self._first.rank(method, queries, on_progress).values())
+            # BM25 fills its list up with unmatched passages, by row: their ranks would count fully.
+            rankings = list(self._first.rank_matches(method, queries, on_progress).values())
             fused = candidates.fuse(rankings)
             results[name] = Result(candidates.rank(rankings[0], fused, k, queries.correct))
         return results

@@ -67,6 +67,8 @@ class Retriever:
         searches_together: whether all methods of a run that name it are searched at once.
         takes_contrasts: whether it can rank by the difference of two targets' gradients.
         same_for_every_k: whether the first passages are the same however many are asked for.
+        zero_is_no_match: whether a passage without a score above 0 does not match the query at all
+            and only fills the ranking up.
 
     Args:
         run: the run whose passages are ranked. If `run.live`, the retriever is held open and
@@ -77,6 +79,7 @@ class Retriever:
     searches_together = False
     takes_contrasts = False
     same_for_every_k = False
+    zero_is_no_match = False
 
     def __init__(self, run: Run):
         self.run = run
@@ -177,6 +180,7 @@ class Words(Retriever):
     """BM25; its index is built at the first search."""
 
     same_for_every_k = True
+    zero_is_no_match = True  # a passage that shares no word with the query
     _index: bm25.Index | None = None
 
     def search(self, queries, methods, k, on_progress=None):
