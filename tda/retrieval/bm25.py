@@ -1,6 +1,6 @@
 """BM25: the lexical baseline, by the `bm25s` library."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -34,9 +34,18 @@ class Index:
         self._index.index(tokens, show_progress=False)
 
     def search(
-        self, queries: list[str], k: int = 10, correct: dict[str, list[np.ndarray]] | None = None
+        self,
+        queries: list[str],
+        k: int = 10,
+        correct: dict[str, list[np.ndarray]] | None = None,
+        withdrawn: Sequence[int] | np.ndarray = (),
     ) -> Ranked:
-        """Ranks passages by texts of queries, prompt and target; the rest as `by_score.rank`."""
+        """Ranks passages by texts of queries, prompt and target.
+
+        Args:
+            queries, k, correct: as for `by_score.rank`.
+            withdrawn: rows that are never retrieved; all others score as if they were.
+        """
         import bm25s
 
         # As words, since ids would be those of a vocabulary of the queries, not of the index.
@@ -46,7 +55,10 @@ class Index:
             for words in split:
                 # bm25s cannot score a query without a word that the index has.
                 known = [w for w in words if w in self._vocabulary]
-                zeros = np.zeros(self._rows, np.float32)
-                yield self._index.get_scores(known) if known else zeros
+                scores_C = np.zeros(self._rows, np.float32)
+                if known:
+                    scores_C[:] = self._index.get_scores(known)
+                scores_C[np.asarray(withdrawn, np.int64)] = -np.inf
+                yield scores_C
 
         return by_score.rank(scores(), len(queries), k, correct)

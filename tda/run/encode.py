@@ -175,10 +175,9 @@ def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) ->
     """Returns the values of a kind's gradients that a ranking depends on, as JSON values."""
     path = run.store_path("corpus", kind, step)
 
-    def read_withdrawn():
-        return stores.open_store(path).withdrawn.tolist() if stores.exists(path) else []
-
-    withdrawn = processes.on_first_process("look for withdrawn passages", read_withdrawn)
+    withdrawn = processes.on_first_process(
+        "look for withdrawn passages", lambda: stores.withdrawn(path).tolist()
+    )
     return [run.provenance(kind, step), stored_as(run.config), withdrawn]
 
 

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from tda import store as stores
 from tda.data.batches import buckets
-from tda.methods import METHODS
 from tda.model import pretrained
 from tda.run import corpus as corpora
 from tda.run import learnt_tokenizer, train
 from tda.run.defaults import get_config
 from tda.run.run import Corpus, Run, Trained
+from tda.run.withdrawals import corpus_stores
 from tda.run.workdir import Workdir
 from tda.runtime import atomic_file, sharding
 from tda.runtime.atomic_file import write_json
@@ -202,9 +202,7 @@ def open_run(path: pathlib.Path) -> Run:
     corpus = RememberedCorpus(config, workdir, tokenizer)
     run = Run(config, workdir, corpus, trained, live=True)
     # Any finished store of the corpus has the passages' texts.
-    kinds = dict.fromkeys(m.gradients for m in METHODS.values())
-    paths = (run.store_path("corpus", kind) for kind in kinds)
-    path = next((p for p in paths if stores.finished(p)), None)
+    path = next(filter(stores.finished, corpus_stores(run)), None)
     corpus.store = None if path is None else stores.open_store(path)
     return run
 

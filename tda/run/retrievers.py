@@ -6,6 +6,7 @@ stage (`tda.run.retrieve`) searches with all of the run's queries, a live sessio
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import InMemory, Source
 from tda.run import vectors
 from tda.run.run import Run
+from tda.run.withdrawals import withdrawn_passages
 from tda.runtime import progress
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import ONE_GROUP
@@ -129,13 +131,19 @@ class Retriever:
         fields.pop("title")  # methods that differ in nothing else share a ranking
         fields.pop("candidates")  # their rankings are in `provenance`
         run = self.run
-        common = [fields, run.corpus.fingerprint, run.config.eval.top_k]
+        common: list = [fields, run.corpus.fingerprint, run.config.eval.top_k]
+        if len(self.withdrawn):
+            common.append({"withdrawn": self.withdrawn.tolist()})
         return f"{method.retriever}-{fingerprint(plain(common + self.provenance(method)))}"
 
-    @property
+    @functools.cached_property
     def withdrawn(self) -> np.ndarray:
-        """Rows that live questions never retrieve, int64."""
-        return self.run.corpus.withdrawn if self.run.live else np.zeros(0, np.int64)
+        """Rows that are never retrieved, int64.
+
+        In a run all processes read them together: first for `ranking_name`, before any search.
+        """
+        run = self.run
+        return run.corpus.withdrawn if run.live else withdrawn_passages(run)
 
 
 def scan(
@@ -197,24 +205,10 @@ class Words(Retriever):
             self._index = bm25.Index(texts)
         tell(on_progress, "BM25")
         withdrawn = self.withdrawn
-        # Extra rows: k must be left when withdrawn ones are removed.
-        ranked = self._index.search(queries.texts, k + len(withdrawn), queries.correct)
-        # Removed from the answer, not from the index: other passages keep their scores.
-        return dict.fromkeys(methods, Result(_without(ranked, withdrawn, k)))
-
-
-def _without(ranked: Ranked, withdrawn: np.ndarray, k: int) -> Ranked:
-    """Removes withdrawn passages from a ranking of k + len(withdrawn) proponents."""
-    if not len(withdrawn):
-        return ranked
-    # Stable: withdrawn rows move to the end, all others keep their order.
-    order = np.argsort(np.isin(ranked.proponents, withdrawn), axis=1, kind="stable")
-    left = min(k, ranked.proponents.shape[1] - len(withdrawn))
-    rows, scores = (
-        np.take_along_axis(x, order, 1)[:, :left]
-        for x in (ranked.proponents, ranked.proponent_scores)
-    )
-    return dataclasses.replace(ranked, proponents=rows, proponent_scores=scores)
+        k = min(k, self.run.corpus.rows - len(withdrawn))
+        # Left out of the ranking, not of the index: other passages keep their scores.
+        ranked = self._index.search(queries.texts, k, queries.correct, withdrawn)
+        return dict.fromkeys(methods, Result(ranked))
 
 
 class _Vectors(Retriever):

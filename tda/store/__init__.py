@@ -15,6 +15,15 @@ is local, `gs://` or `s3://`, and any zarr reader opens the arrays.
 from tda.store.codec import DTYPES, Form, decode
 from tda.store.gradient_store import GradientStore
 from tda.store.location import StoreError
-from tda.store.making import append, check_root, create, exists, finished, open_store, remove
+from tda.store.making import (
+    append,
+    check_root,
+    create,
+    exists,
+    finished,
+    open_store,
+    remove,
+    withdrawn,
+)
 from tda.store.passages import Passage
 from tda.store.rows import Rows, valid

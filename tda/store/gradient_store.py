@@ -100,8 +100,7 @@ class GradientStore:
     @functools.cached_property
     def withdrawn(self) -> np.ndarray:
         """Rows that were withdrawn, int64, ascending."""
-        stored = self.location.read_json("withdrawn.json")
-        return np.asarray(stored["rows"] if stored else [], np.int64)
+        return read_withdrawn(self.location)
 
     def withdraw(self, ids: Sequence[str] = (), documents: Sequence[str] = ()) -> int:
         """Withdraws passages, or all of documents; returns the number of rows that this adds.
@@ -319,6 +318,12 @@ class GradientStore:
 def _pieces(rows: Rows, step: int) -> Iterator[Rows]:
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
+
+
+def read_withdrawn(location: Location) -> np.ndarray:
+    """Returns the withdrawn rows of the store at a location, int64, ascending."""
+    stored = location.read_json("withdrawn.json")
+    return np.asarray(stored["rows"] if stored else [], np.int64)
 
 
 def read_manifest(location: Location) -> dict:

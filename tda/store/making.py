@@ -4,11 +4,13 @@ import functools
 import uuid
 from collections.abc import Sequence
 
+import numpy as np
+
 from tda.runtime import code_version, processes
 from tda.runtime.differences import check_same
 from tda.store import segment
 from tda.store.codec import DTYPES, Form
-from tda.store.gradient_store import FORMAT, GradientStore, read_manifest
+from tda.store.gradient_store import FORMAT, GradientStore, read_manifest, read_withdrawn
 from tda.store.location import Location, StoreError
 from tda.store.passages import PassageList
 
@@ -197,6 +199,11 @@ def exists(path) -> bool:
 def finished(path) -> bool:
     """Returns whether there is a store at `path` with all of its shards."""
     return exists(path) and not GradientStore(Location(path)).missing()
+
+
+def withdrawn(path) -> np.ndarray:
+    """Returns the rows withdrawn from the store at `path`, int64; none if there is no store."""
+    return read_withdrawn(Location(path))
 
 
 def remove(path) -> None:

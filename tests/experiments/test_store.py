@@ -14,7 +14,7 @@ from experiments import store as store_main
 from tda import store as stores
 from tda.retrieval import ranked
 from tda.retrieval.scann import settings
-from tda.run import index, stages
+from tda.run import index, retrieve, stages
 from tda.run.workdir import Workdir
 from tda.store import inspection
 from tda.store.location import Location
@@ -266,6 +266,30 @@ def test_withdrawn_passages_are_no_longer_retrieved(config, run, capsys):
             assert len(r["proponent_ids"]) == 10
     for file in (path / "retrieval").glob("gradient-*.npz"):
         ranked.load(file)
+
+
+def test_methods_without_gradients_leave_out_what_was_withdrawn(config, run, tmp_path):
+    """Guards: a list that only gradient methods heed, and rankings on disk from before it."""
+    shutil.copytree(run[0], tmp_path / "w")
+    other = config.copy_and_resolve_references()
+    other.methods, other.eval.top_k = "bm25,hidden_last,length,random,rrf", 11
+    other.rerank.passages = 12
+
+    def rank():
+        return retrieve.retrieve(stages.prepare(other, Workdir(tmp_path / "w")))[0]
+
+    before = rank()
+    gone = before["bm25"].proponents[0, 0]
+    for path in corpora(tmp_path / "w"):
+        store = stores.open_store(path)
+        store.withdraw([store.passages([gone])[0].id])
+    after = rank()
+    assert gone not in after.pop("rrf").proponents
+    for method, ranking in after.items():
+        assert (ranking.proponents >= 0).all()
+        for rows, rows_before in zip(ranking.proponents, before[method].proponents, strict=True):
+            left = rows_before[rows_before != gone]
+            assert rows[: len(left)].tolist() == left.tolist(), method
 
 
 def test_refusals(run, tmp_path, capsys):

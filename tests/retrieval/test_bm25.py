@@ -36,6 +36,14 @@ def test_a_query_of_unknown_words_ranks_nothing_first():
     assert ranking.first_ranks["all"][0] == 4
 
 
+def test_withdrawn_passages_have_no_rank_and_leave_the_scores_as_they_are():
+    index, correct = bm25.Index(TEXTS), {"all": [np.array([0]), np.array([0, 1])]}
+    whole, less = (index.search(["capital france"] * 2, 3, correct, w) for w in ([], [0]))
+    assert whole.proponents[0].tolist() == [0, 1, 2] and less.proponents[0].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(less.proponent_scores[:, :2], whole.proponent_scores[:, 1:])
+    assert less.first_ranks["all"].tolist() == [0, 1]
+
+
 def test_a_corpus_without_words_is_an_error():
     with pytest.raises(ValueError, match="no passage has a word"):
         bm25.Index(["!", "?"])
