@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tda import methods
 from tda.retrieval import ranked
 from tda.retrieval import scorer as scoring
 from tda.retrieval.ranked import Ranked
@@ -18,6 +19,7 @@ from tda.retrieval.scann import part
 from tda.retrieval.scann.settings import Settings, settings_for
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
+from tda.run import first_stage
 from tda.run.run import NO_STORE, Run
 
 
@@ -36,6 +38,14 @@ def check(config) -> None:
     # An index returns no more rows than it is searched for.
     if s.depth < config.eval.top_k:
         raise ValueError(f"search.depth={s.depth} is less than eval.top_k={config.eval.top_k}")
+    finders = first_stage.first_methods(config, methods.parse(config.methods))
+    indexed = [name for name, method in finders.items() if method.shares_scan]
+    if indexed and s.depth < config.rerank.passages:
+        raise ValueError(
+            f"search.depth={s.depth} is less than rerank.passages={config.rerank.passages}, the "
+            f"candidates to take from the index of {', '.join(indexed)}; raise search.depth, or "
+            "lower rerank.passages"
+        )
     part.import_scann()
 
 

@@ -232,6 +232,10 @@ def test_a_rank_that_an_index_does_not_know_counts_as_the_last():
             "rank 8: 8 pairs of vectors",
         ),
         ({"search.index": "scann", "search.depth": 9}, "search.depth=9 is less than eval.top_k=10"),
+        (
+            {"search.index": "scann", "methods": "rrf", "rerank.passages": 101},
+            "search.depth=100 is less than rerank.passages=101, .* index of trackstar; raise",
+        ),
     ],
 )
 def test_stores_and_indices_that_cannot_be_are_refused_at_once(config, tmp_path, changes, message):
