@@ -168,7 +168,7 @@ KEYS: dict[str, tuple] = {
     # Search.
     "search.index": ("none", "none (exact), or scann: approximate, for large corpora"),
     "search.depth": (100, "passages to ask an index for; deeper ranks are unknown", POSITIVE),
-    "search.recall_queries": (100, "queries to measure an index's recall on"),
+    "search.recall_queries": (100, "queries to measure an index's recall on; 0: none"),
     "search.memory_gib": (
         8.0,
         "memory of an index, or of the second stage's queries, GiB",

@@ -20,7 +20,7 @@ from tda.retrieval.scann.settings import Settings, settings_for
 from tda.retrieval.scorer import Scorer
 from tda.retrieval.sources import Source
 from tda.run import first_stage
-from tda.run.run import NO_STORE, Run
+from tda.run.run import NO_STORE, Run, memory_bytes
 
 
 def check(config) -> None:
@@ -46,17 +46,38 @@ def check(config) -> None:
             f"candidates to take from the index of {', '.join(indexed)}; raise search.depth, or "
             "lower rerank.passages"
         )
+    try:
+        # The rule sets `part_rows`, and leaves what else conflicts at these defaults.
+        Settings(**({"part_rows": 1} | _changes(config)))
+    except ValueError as error:
+        raise ValueError(f"search.scann.{error}") from error
     part.import_scann()
+
+
+def _changes(config) -> dict:
+    """Returns the settings of ScaNN that the config sets itself."""
+    return {k: v for k, v in config.search.scann.items() if v is not None}
+
+
+def choose(config, rows: int, width: int) -> Settings | None:
+    """Returns the settings of an index of rows of `width` numbers; None if search is exact.
+
+    Raises:
+        ValueError: search.memory_gib is too little for such rows.
+    """
+    if config.search.index == "none":
+        return None
+    try:
+        return settings_for(
+            rows, width, config.eval.top_k, memory_bytes(config), **_changes(config)
+        )
+    except ValueError as error:
+        raise ValueError(f"search.memory_gib={config.search.memory_gib}: {error}") from error
 
 
 def settings(config, source: Source) -> Settings | None:
     """Returns the settings of the index; None, after printing why, if the search is exact."""
-    s = config.search
-    changes = {k: v for k, v in s.scann.items() if v is not None}
-    memory_bytes = int(s.memory_gib * 2**30)
-    chosen = settings_for(
-        source.rows, source.form.width, config.eval.top_k, memory_bytes, **changes
-    )
+    chosen = choose(config, source.rows, source.form.width)
     if chosen is None:
         print(
             f"search.index=scann: {source.rows:,} rows of {source.form.width:,} numbers are "
@@ -112,7 +133,8 @@ def search(
             {"encodings": fingerprints[name]},
         )
         directory = run.workdir / "indices" / fingerprints[name]
-        index = scann_index.build(directory, encodings, chosen, rank_sample, run.groups)
+        check_recall = rank_sample if count else None
+        index = scann_index.build(directory, encodings, chosen, check_recall, run.groups)
         deep = index.search(
             encodings_QxE,
             min(config.search.depth, source.rows),
@@ -149,10 +171,15 @@ def describe(notes: dict) -> list[str]:
     lines = []
     for name, note in notes.items():
         if "index" in note:
-            r = note["index"]["recall"]
-            lines.append(
-                f"{name}: searched through a ScaNN index, recall@{r['k']} against exact search "
-                f"over {r['queries']} queries: proponents {r['proponents']:.3f}, opponents "
-                f"{r['opponents']:.3f}"
-            )
+            lines.append(f"{name}: searched through a ScaNN index, {_recall(note['index'])}")
     return lines
+
+
+def _recall(note: dict) -> str:
+    r = note["recall"]
+    if r is None:
+        return "whose recall was not measured (search.recall_queries=0)"
+    return (
+        f"recall@{r['k']} against exact search over {r['queries']} queries: proponents "
+        f"{r['proponents']:.3f}, opponents {r['opponents']:.3f}"
+    )

@@ -14,7 +14,7 @@ from tda.retrieval import dense, ranked
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.ranked import Ranked
 from tda.retrieval.whitening import describe_regularisation
-from tda.run import encode, first_stage, second_stage
+from tda.run import encode, first_stage, index, second_stage
 from tda.run.gradient_retrievers import NO_MIXTURE
 from tda.run.registry import retriever_of
 from tda.run.retrievers import Result, Retriever, queries_of_run
@@ -166,7 +166,8 @@ def check_run(run: Run) -> None:
 
     Raises:
         ValueError: no parameter matches, there are too few layers for the blocks, too few queries
-            for R_eval, or no block whose R could be a Kronecker product.
+            for R_eval, too little memory for an index, or no block whose R could be a Kronecker
+            product.
     """
     queries = len(run.corpus.queries)
     chosen = methods.parse(run.config.methods)
@@ -176,6 +177,8 @@ def check_run(run: Run) -> None:
         if not method.takes_gradients:
             continue
         shapes = run.block_shapes(method.gradients)
+        if method.shares_scan:
+            index.choose(run.config, run.corpus.rows, sum(map(math.prod, shapes)))
         if method.hessian != "none":
             shapes = run.hessian.shapes_of(shapes, run.corpus.rows)
         if method.hessian != "mixed":

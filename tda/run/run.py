@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -55,6 +56,11 @@ def projection_of(config) -> Projection:
     if settings["pooling"] != "blocks":
         settings["blocks"] = projections.DEFAULT_BLOCKS
     return Projection(**settings)
+
+
+def memory_bytes(config) -> int:
+    """Returns `search.memory_gib`, which may be infinite, in bytes."""
+    return int(min(config.search.memory_gib * 2**30, sys.maxsize))
 
 
 def stored_as(config) -> str:

@@ -18,7 +18,7 @@ from tda.retrieval.ranked import Ranked
 from tda.run import curvature, moments
 from tda.run.first_stage import FirstStage
 from tda.run.retrievers import Result, Retriever, tell
-from tda.run.run import Run
+from tda.run.run import Run, memory_bytes
 from tda.runtime import processes, progress, sharding
 from tda.runtime.fingerprint import fingerprint, plain
 from tda.runtime.groups import ONE_GROUP
@@ -162,7 +162,7 @@ class SecondStage(Retriever):
         tell(on_progress, "preparing gradients without projection")
         factors = self._factors(output)
         metrics = {n: (self._metric(m, factors), m.unit_norm) for n, m in methods.items()}
-        scorer = PairScorer(factors, metrics, run.layout, int(run.config.search.memory_gib * 2**30))
+        scorer = PairScorer(factors, metrics, run.layout, memory_bytes(run.config))
         total = len(pairs.rows) * scorer.passes(queries.table, np.unique(pairs.queries))
         identity = [self._gradients(m) for m in methods.values()]
         groups = ONE_GROUP

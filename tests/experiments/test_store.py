@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from experiments import store as store_main
 from tda import store as stores
 from tda.retrieval import ranked
 from tda.retrieval.scann import settings
+from tda.retrieval.scorer import Scorer
+from tda.retrieval.sources import InMemory
 from tda.run import index, retrieve, stages
 from tda.run.workdir import Workdir
+from tda.runtime.groups import ONE_GROUP
 from tda.store import inspection
 from tda.store.location import Location
 from tests.experiments.test_trace import make_config
@@ -232,6 +236,11 @@ def test_a_rank_that_an_index_does_not_know_counts_as_the_last():
             "rank 8: 8 pairs of vectors",
         ),
         ({"search.index": "scann", "search.depth": 9}, "search.depth=9 is less than eval.top_k=10"),
+        ({"search.index": "scann", "search.scann.part_rows": 0}, "search.scann.part_rows is 0"),
+        (
+            {"search.index": "scann", "search.scann.reorder_dtype": "float16"},
+            "search.scann.reorder_dtype is 'float16'; use float32",
+        ),
         (
             {"search.index": "scann", "methods": "rrf", "rerank.passages": 101},
             "search.depth=100 is less than rerank.passages=101, .* index of trackstar; raise",
@@ -243,6 +252,30 @@ def test_stores_and_indices_that_cannot_be_are_refused_at_once(config, tmp_path,
     other.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         stages.trace(other, Workdir(tmp_path))
+
+
+def test_memory_that_holds_no_index_is_refused_before_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "_EXACT_NUMBERS", 0)
+    other = config.copy_and_resolve_references()
+    other.search.index, other.search.memory_gib = "scann", 1e-4
+    with pytest.raises(ValueError, match="search.memory_gib=0.0001: .* too few rows of 64 numbers"):
+        stages.prepare(other, Workdir(tmp_path))
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_an_index_without_a_measured_recall_or_a_limit_of_memory(config, tmp_path, monkeypatch):
+    """Guards: values that every check lets pass, and that fail once the index is built."""
+    pytest.importorskip("scann", reason="ScaNN is not installed: pip install 'tda-jax[scann]'")
+    monkeypatch.setattr(settings, "_EXACT_NUMBERS", 0)
+    x = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+    source, other = InMemory(x, [slice(0, 16)]), config.copy_and_resolve_references()
+    other.search.update(index="scann", recall_queries=0, memory_gib=np.inf)
+    run = types.SimpleNamespace(config=other, workdir=tmp_path, groups=ONE_GROUP)
+    scorers = {"a": Scorer(None, True)}
+    ranked, notes = index.search(run, source, x[:2], scorers, {}, {"a": "a"}, None, 5)
+    assert ranked["a"].proponents[:, 0].tolist() == [0, 1]
+    (line,) = index.describe(notes)
+    assert "recall was not measured (search.recall_queries=0)" in line
 
 
 def test_r_of_a_sample_is_another_ranking_of_its_own(config, run):

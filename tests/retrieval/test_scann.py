@@ -549,6 +549,6 @@ def test_the_rule_can_be_overridden_key_by_key():
     assert settings_for(100_000, 11_008, k=100).reorder > chosen.reorder
     with pytest.raises(TypeError, match="colour"):
         settings_for(100_000, 11_008, colour=1)
-    with pytest.raises(ValueError, match="0.5 GiB hold too few rows of 65536 numbers .* 1.0 GiB"):
+    with pytest.raises(ValueError, match="0.5 GiB hold too few rows of 65536 numbers .* 0.98 GiB"):
         settings_for(100_000, 65_536, memory_bytes=1 << 29)
     assert settings_for(100_000, 65_536, memory_bytes=1 << 30).part_rows >= 1_000

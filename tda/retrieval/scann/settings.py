@@ -1,6 +1,7 @@
 """Settings of an approximate index, and the rule that chooses them from the corpus's size."""
 
 import dataclasses
+import math
 
 # Below this many numbers in all rows (1 GiB), exact search answers a batch of queries in less than
 # a second on two CPU cores, and no index is worth its loss of recall.
@@ -116,8 +117,8 @@ def settings_for(
         training = changes.get("training_rows", _PART_ROWS // 2)
         needed = 4 * width * (3 * _PART_ROWS + 2 * training)
         raise ValueError(
-            f"{memory_bytes / 2**30:.1f} GiB hold too few rows of {width} numbers for a part of an "
-            f"index; {needed / 2**30:.1f} GiB are enough"
+            f"{memory_bytes / 2**30:.3g} GiB hold too few rows of {width} numbers for a part of an "
+            f"index; {math.ceil(needed / 2**30 * 100) / 100:.2f} GiB are enough"
         )
     part_rows = min(rows, part_rows)
     parts = -(-rows // part_rows)
