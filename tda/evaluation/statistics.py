@@ -80,12 +80,13 @@ def differences(
 
     Both arrays have the same queries and metrics. `p` is twice the smaller share of draws on one
     side of zero, each counted with one draw more, so that it is never 0 (Davison & Hinkley 1997,
-    section 4.2).
+    section 4.2). A draw without any measured query is on neither side and does not count.
     """
     values_QxM, others_QxM = np.asarray(values_QxM, float), np.asarray(others_QxM, float)
     paired, drawn_RxM = _intervals(values_QxM - others_QxM, resamples, seed)
     below_M, above_M = (drawn_RxM <= 0).sum(axis=0), (drawn_RxM >= 0).sum(axis=0)
-    p_M = np.minimum(1.0, 2.0 * (1 + np.minimum(below_M, above_M)) / (1 + resamples))
+    draws_M = np.isfinite(drawn_RxM).sum(axis=0)
+    p_M = np.minimum(1.0, 2.0 * (1 + np.minimum(below_M, above_M)) / (1 + draws_M))
     return [
         Difference(**vars(i), p=float(p) if i.count > 1 else float("nan"))
         for i, p in zip(paired, p_M, strict=True)

@@ -87,6 +87,18 @@ def test_p_is_uniform_where_nothing_differs():
     assert statistics.differences(a[:, :1], a[:, :1])[0].p == 1.0
 
 
+def test_draws_without_a_measured_query_do_not_count_for_p():
+    """Guards: a share of all draws, which is too small where few queries were measured."""
+    values = np.full((100, 1), np.nan)
+    values[3], values[7] = 1.0, -0.5
+    (difference,) = statistics.differences(values, np.zeros((100, 1)))
+    means = statistics.resampled_means(values)[:, 0]
+    means = means[np.isfinite(means)]
+    assert 8000 < len(means) < 9000  # 1 − (1 − 2/100)^100 of 10,000
+    expected = 2 * (1 + (means <= 0).sum()) / (1 + len(means))
+    assert difference.p == pytest.approx(expected, rel=1e-12)
+
+
 def test_an_unmeasured_figure_is_nan():
     x = np.array([[np.nan, 1.0, 0.0], [np.nan, np.nan, 1.0]])
     none, one, two = statistics.intervals(x)
