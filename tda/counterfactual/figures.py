@@ -99,16 +99,23 @@ class Lds:
     """Of each method, the correlation of each query, float64 [Q]."""
     resampled: dict[str, np.ndarray]
     """Of each method, means over resampled queries and subsets, float64 [resamples]."""
+    resampled_with: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
+    """The same of a method and another one that was measured on other queries: means of the first
+    over the queries measured in both."""
 
     def interval(self, name: str) -> Interval:
         """Returns the mean over queries and its 95 % interval."""
         return interval_of_draws(self.by_query[name], self.resampled[name])
 
     def difference(self, name: str, other: str) -> Interval:
-        """Returns the paired difference of two methods and its 95 % interval."""
+        """Returns the difference of two methods over the queries measured in both, and its 95 %
+        interval."""
         difference_Q = self.by_query[name] - self.by_query[other]
-        drawn_R = self.resampled[name] - self.resampled[other]
-        return interval_of_draws(difference_Q, drawn_R)
+        drawn_R, others_R = (
+            self.resampled_with.get((a, b), self.resampled[a])
+            for a, b in ((name, other), (other, name))
+        )
+        return interval_of_draws(difference_Q, drawn_R - others_R)
 
 
 def lds(
@@ -142,24 +149,34 @@ def lds(
     predicted_MxNxQ = np.stack([predictions(x, bank.removed_MxU) for x in scores.values()], axis=1)
     by_query_NxQ = spearman(predicted_MxNxQ, changes_MxQ[:, None])
     is_measured_NxQ = np.isfinite(by_query_NxQ)
+    # Nearly always one: all methods are measured on the same queries.
+    sets_SxQ, set_N = np.unique(is_measured_NxQ, axis=0, return_inverse=True)
     columns = _Columns(predicted_MxNxQ), _Columns(changes_MxQ[:, None])
     M, Q = changes_MxQ.shape
     rng = np.random.default_rng(seed)
-    resampled_RxN = np.full((resamples, len(scores)), np.nan)
+    means_SxRxN = np.full((len(sets_SxQ), resamples, len(scores)), np.nan)
     with progress.bar(resamples, "intervals", "resample") as bar:
         for r in range(resamples):
             subsets, queries = rng.integers(M, size=M), rng.integers(Q, size=Q)
             count_M = np.bincount(subsets, minlength=M)
             predicted, changes = (x.ranks(count_M) for x in columns)
             correlations_NxQ = _correlations(predicted, changes, count_M)[:, queries]
-            measured = is_measured_NxQ[:, queries]
-            total_N = np.where(measured, correlations_NxQ, 0.0).sum(axis=1)
-            np.divide(total_N, measured.sum(axis=1), resampled_RxN[r], where=measured.any(axis=1))
+            for set_Q, means_RxN in zip(sets_SxQ, means_SxRxN, strict=True):
+                measured = (is_measured_NxQ & set_Q)[:, queries]
+                total_N = np.where(measured, correlations_NxQ, 0.0).sum(axis=1)
+                np.divide(total_N, measured.sum(axis=1), means_RxN[r], where=measured.any(axis=1))
             bar.update()
-    by_query, resampled = (
-        dict(zip(scores, x, strict=True)) for x in (by_query_NxQ, resampled_RxN.T)
+    set_of = dict(zip(scores, set_N.ravel().tolist(), strict=True))
+    column = {name: n for n, name in enumerate(scores)}
+    return Lds(
+        dict(zip(scores, by_query_NxQ, strict=True)),
+        {name: means_SxRxN[set_of[name], :, column[name]] for name in scores},
+        {
+            (name, other): means_SxRxN[set_of[other], :, column[name]]
+            for name, other in itertools.permutations(scores, 2)
+            if set_of[name] != set_of[other]
+        },
     )
-    return Lds(by_query, resampled)
 
 
 @dataclasses.dataclass(frozen=True)

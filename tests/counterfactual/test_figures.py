@@ -51,6 +51,26 @@ def test_intervals_cover_subsets_and_queries_and_pair_methods():
     assert fewer.high - fewer.low > 1.3 * (a.high - a.low)
 
 
+def test_a_difference_is_over_the_queries_measured_in_both():
+    """Guards: an interval of means over each method's own queries, far from its own mean."""
+    scores, bank = make_bank(noise=2.0)
+    changes = bank.changes_MxQ.copy()
+    changes[:, 3:] = np.random.default_rng(2).normal(size=changes[:, 3:].shape)  # hard queries
+    part, other = scores.copy(), 0.5 * scores + np.random.default_rng(1).normal(size=scores.shape)
+    part[3:], other[:1] = np.nan, np.nan
+    methods = {"all": scores, "part": part, "other": other}
+    result = figures.lds(methods, bank, resamples=100, changes_MxQ=changes)
+    same = result.difference("part", "all")
+    assert (same.mean, same.low, same.high, same.count) == (0, 0, 0, 3)
+    # As if the other queries had no scores in either.
+    cut = {
+        n: np.where(np.isin(np.arange(6), [1, 2])[:, None], x, np.nan) for n, x in methods.items()
+    }
+    alone = figures.lds(cut, bank, resamples=100, changes_MxQ=changes)
+    for pair in (("part", "other"), ("other", "part")):
+        assert vars(result.difference(*pair)) == pytest.approx(vars(alone.difference(*pair)))
+
+
 def test_intervals_are_of_resampled_rows():
     """Against scipy's correlation of each draw, ties and a column that is not finite included."""
     scores, bank = make_bank(noise=1.0, M=12, Q=4, U=8)
