@@ -187,7 +187,7 @@ def inverse_root(
         The roots, float32: symmetric [E_b, E_b] of dense blocks, `KroneckerRoot` of the others.
 
     Raises:
-        ValueError: damping or cutoff is below 0.
+        ValueError: damping or cutoff is below 0, or the cutoff leaves no direction of a block.
     """
     if damping < 0 or cutoff < 0:
         raise ValueError(f"damping={damping} and cutoff={cutoff} must not be negative")
@@ -216,6 +216,11 @@ def _block_inverse_root(factors: tuple[np.ndarray, ...], damping: float, cutoff:
     # In units of R's mean eigenvalue, the trace over E_b, for a Kronecker product too.
     values = pairs[0][0] if len(pairs) == 1 else np.outer(pairs[0][0], pairs[1][0])
     left_out = (values < cutoff) | (values + damping <= 0)
+    if left_out.all():
+        raise ValueError(
+            f"hessian.cutoff={cutoff:g} is above every eigenvalue of a block: the largest is "
+            f"{values.max():.3g} in its unit, the block's mean eigenvalue; lower the cutoff"
+        )
     with np.errstate(divide="ignore"):
         scales = np.where(left_out, 0.0, (values + damping) ** -0.5) / np.sqrt(trace / size)
     if len(pairs) == 1:

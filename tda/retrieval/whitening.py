@@ -374,4 +374,6 @@ def describe_regularisation(note: dict) -> str:
         text += f", and R_eval towards R_train by {note['shrinkage of R_eval']:.2g}"
     if "kronecker" in note:
         text += f"; a Kronecker product in {note['kronecker']} of {note['blocks']} blocks"
+    if note.get("cutoff"):
+        text += f"; without eigenvalues below {note['cutoff']:.3g} of a block's mean"
     return text

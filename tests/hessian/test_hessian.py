@@ -331,6 +331,15 @@ def test_a_cutoff_leaves_small_directions_out():
     assert np.isfinite(root).all()
 
 
+@pytest.mark.parametrize("shapes", [None, [(2, 2)]])
+def test_a_cutoff_above_every_eigenvalue_is_refused(shapes):
+    """Guards: R^(−1/2) of zeros, and so scores of zero, without a word."""
+    R = [np.diag([3.0, 1.0])] if shapes is None else [np.diag([3.0, 1.0]), np.diag([2.0, 2.0])]
+    assert hessian.inverse_root(R, damping=0.0, cutoff=1.4, shapes=shapes)
+    with pytest.raises(ValueError, match="hessian.cutoff=2 is above every .* largest is 1.5 in"):
+        hessian.inverse_root(R, damping=0.0, cutoff=2.0, shapes=shapes)
+
+
 def test_halves_hold_every_query_once():
     a, b = hessian.draw_halves(7, seed=1)
     assert sorted([*a, *b]) == list(range(7)) and len(a) == 3

@@ -8,7 +8,7 @@ from tda.methods import METHODS
 from tda.retrieval import exact
 from tda.retrieval.hessian_settings import HessianSettings
 from tda.retrieval.sources import InMemory
-from tda.retrieval.whitening import Whitening
+from tda.retrieval.whitening import Whitening, describe_regularisation
 from tda.runtime import atomic_file
 
 SLICES = [slice(0, 3), slice(3, 8)]
@@ -229,6 +229,13 @@ def test_a_query_alone_is_scored_as_among_all(data, name):
             assert alone.query_weights == among_all.query_weights
             for a, b in zip(alone.roots, among_all.roots, strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_a_cutoff_is_described_where_there_is_one():
+    note = {"damping": 1e-3, "cutoff": 0.0}
+    assert describe_regularisation(note) == "damping 0.001"
+    described = describe_regularisation(note | {"cutoff": 0.5})
+    assert described == "damping 0.001; without eigenvalues below 0.5 of a block's mean"
 
 
 def test_r_of_as_many_passages_as_columns_is_shrunk_by_default():
