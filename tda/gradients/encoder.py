@@ -35,6 +35,7 @@ from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import Site, find_sites, has_numbered_layers, tell_coverage
 from tda.gradients.taps import Tap
 from tda.model import functional
+from tda.model.decoder import is_as_built
 from tda.runtime import sharding
 from tda.store import Form, codec
 
@@ -190,7 +191,7 @@ def _make_checked(
     taps_ = make_taps(sites, projection_, scales)
     encoder = build_encoder(model, [(projection_, taps_)], output, mesh)
     # The decoder computes each example by itself, and so do the losses that have a name.
-    if isinstance(output, str) and losses.has_separate_head(model):
+    if isinstance(output, str) and is_as_built(model):
         return encoder
     example_losses = losses.of_examples(output) if isinstance(output, str) else output
 

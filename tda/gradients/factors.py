@@ -22,6 +22,7 @@ from tda.gradients.first_batch import TapsCheck
 from tda.gradients.outer_products import Factors, Terms, einsum, multiply
 from tda.gradients.sites import Site, module_at
 from tda.model import functional
+from tda.model.decoder import is_as_built
 from tda.runtime import sharding
 
 
@@ -68,7 +69,7 @@ class GradientFactors:
         self._search = unseen.make_search(model, list(sites))
         self._compiled, self._variables = jax.jit(self._factors), variables
         # The decoder calls each layer once, and so its factors are known to be right.
-        is_known = isinstance(output, str) and losses.has_separate_head(model)
+        is_known = isinstance(output, str) and is_as_built(model)
         self._check = None if is_known else _Check(model, sites, _of_examples(output))
 
     def _uses(self, site: Site) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ and a gated MLP. Layers are stacked and scanned (`scan=True`) or a list. Every m
 `nnx.Linear` or an `nnx.Embed` whose parameters carry their logical axes in the metadata key `axes`.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -179,4 +182,29 @@ def abstract_decoder(settings: DecoderSettings) -> Decoder:
 
     Initialising them would compile for seconds, and take 32 GB at 8B parameters.
     """
-    return nnx.eval_shape(lambda: Decoder(settings, rngs=nnx.Rngs(0)))
+    stacked = dataclasses.replace(settings, scan=True)
+    model = nnx.eval_shape(lambda: Decoder(stacked, rngs=nnx.Rngs(0)))
+    if not settings.scan:
+        # A list of layers is copied from one: jax needs a minute to trace 126 of them.
+        block = nnx.eval_shape(lambda: Block(settings, nnx.Rngs(0)))
+        model.layers = nnx.List([nnx.clone(block) for _ in range(settings.layers)])
+        model.settings = settings
+    return model
+
+
+def is_as_built(model) -> bool:
+    """Returns whether a model is a `Decoder` whose structure is the one that its settings build.
+
+    Such a decoder calls each of its layers once, computes each product as the layer's class does,
+    and treats each example by itself. None of that holds of a subclass or of a decoder whose parts
+    were shared or replaced (`model.layers[1] = model.layers[0]`), whatever its class states.
+    """
+    if type(model) is not Decoder or type(model.settings) is not DecoderSettings:
+        return False
+    return nnx.graphdef(model) == _built_structure(model.settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _built_structure(settings: DecoderSettings) -> nnx.GraphDef:
+    """Returns the classes, static attributes and shared parts of a new decoder."""
+    return nnx.graphdef(abstract_decoder(settings))

@@ -8,7 +8,12 @@ from flax import nnx
 
 from tda.gradients import reference
 from tda.gradients.encoder import make_encoder
+from tda.gradients.factors import GradientFactors
 from tda.gradients.projection import Projection
+from tda.gradients.sites import find_sites
+from tda.model.decoder import Decoder
+from tda.model.settings import DecoderSettings
+from tests.conftest import TINY
 from tests.gradients.test_batch_axis import assert_equal_to_the_reference
 
 D, P = 4, Projection(side=3, pooling="matrix")
@@ -142,6 +147,38 @@ def test_a_layer_with_a_product_of_its_own_is_refused(batch, own):
         ValueError, match="the gradient of first/kernel: .*product is not its class"
     ):
         make_encoder(model, P, output=squares)(batch)
+
+
+def share_mlp(model):
+    model.layers[1].mlp = model.layers[0].mlp
+
+
+def own_product(model):
+    model.layers[0].mlp.up.dot_general = tripled
+
+
+def own_product_of_a_subclass(model):
+    class Own(Decoder):
+        pass
+
+    own_product(model)
+    object.__setattr__(model, "__class__", Own)
+
+
+@pytest.mark.parametrize("change", [share_mlp, own_product, own_product_of_a_subclass])
+def test_a_changed_decoder_is_checked_as_any_model(random_batch, change):
+    """Guards: a decoder's class taken for proof of what its layers compute."""
+    model = Decoder(DecoderSettings(**TINY, scan=False), rngs=nnx.Rngs(0))
+    change(model)
+    batch = random_batch([5, 4], 5)
+    factors = GradientFactors(model, find_sites(model, "mlp/up"))
+    with pytest.raises(ValueError, match="of layers/0/mlp/up/kernel do not give its gradient"):
+        factors(batch)
+    if change is share_mlp:  # a tap takes both of a layer's calls
+        assert_equal_to_the_reference(model, batch, include="mlp/up")
+        return
+    with pytest.raises(ValueError, match="the gradient of layers/0/mlp/up/kernel"):
+        make_encoder(model, P, include="mlp/up")(batch)
 
 
 def test_a_layer_may_be_called_by_keyword(batch):

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 import tda
 from tda.model import functional, pretrained
+from tda.model.decoder import is_as_built
 from tda.model.pretrained import PretrainedError, tensors
 from tda.runtime import sharding
 from tests.model import tiny_llama
@@ -93,6 +94,7 @@ def test_devices_read_their_own_parts_and_no_more(directory, monkeypatch, path):
     for name, x in parameters(model).items():
         np.testing.assert_array_equal(np.asarray(x), whole[name])
     assert parameters(model)[path].sharding.num_devices == 8
+    assert is_as_built(model) and is_as_built(pretrained.load(directory, quiet=True))
     largest.clear()
     pretrained.load(directory, mesh=mesh, quiet=True)
     # Split over fsdp (D) and tensor (heads, F): an eighth of each matrix at a time.

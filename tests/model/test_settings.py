@@ -1,5 +1,6 @@
 """The decoder's settings of other families: layers in any form agree, and gradients are right."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,8 +14,9 @@ from tda.gradients.encoder import make_encoder
 from tda.gradients.projection import Projection
 from tda.gradients.sites import find_sites
 from tda.model import functional
-from tda.model.decoder import Decoder
+from tda.model.decoder import Decoder, abstract_decoder, is_as_built
 from tda.model.settings import DecoderSettings
+from tda.runtime import sharding
 
 TINY = dict(vocab_size=50, width=16, layers=3, heads=2, kv_heads=1, head_width=8, ff_width=24)
 FAMILIES = {
@@ -65,8 +67,72 @@ def make(name, **changes):
             noise = rng.uniform(-0.5, 0.5, (layers, variable.shape[-1])).astype(np.float32)
             at = next((p for p in path if isinstance(p, int)), slice(None))
             noise = noise[at] if "layers" in path else noise[0]
-            variable[...] = variable[...] + jnp.asarray(noise)
+            variable[...] = variable[...] + jnp.asarray(noise, variable.dtype)
     return model
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_decoder_is_as_built_wherever_it_comes_from(name, scan):
+    """Guards: decoders of runs and files checked as models of unknown structure are, at a cost."""
+    dtypes = dict(dtype="bfloat16", param_dtype="bfloat16") if name == "gpt2" else {}
+    model = make(name, scan=scan, remat=scan, attention="fused", **dtypes)
+    assert is_as_built(model) and is_as_built(nnx.clone(model))
+    # As checkpoints and files are loaded: arrays put into an abstract decoder, on a mesh.
+    abstract = functional.split(abstract_decoder(model.settings))[0]
+    params = functional.split(model)[1]
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert is_as_built(abstract.merge(functional.place(params, abstract.axes, mesh)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_list_of_abstract_layers_is_that_of_a_traced_decoder(name):
+    settings = DecoderSettings(**TINY | FAMILIES[name], scan=False)
+    traced = nnx.eval_shape(lambda: Decoder(settings, rngs=nnx.Rngs(0)))
+    (graphdef, state), (expected_graphdef, expected) = map(
+        nnx.split, (abstract_decoder(settings), traced)
+    )
+    assert graphdef == expected_graphdef
+    assert nnx.to_pure_dict(state) == nnx.to_pure_dict(expected)
+
+
+def share_layer(model):
+    model.layers[1] = model.layers[0]
+
+
+def share_parameter(model):
+    model.layers[1].mlp.up.kernel = model.layers[0].mlp.up.kernel
+
+
+def replace_product(model):
+    model.layers[0].mlp.up.dot_general = jax.lax.dot_general
+
+
+def replace_layer(model):
+    class Own(nnx.Linear):
+        pass
+
+    model.layers[0].mlp.up = Own(16, 24, use_bias=False, rngs=nnx.Rngs(0))
+
+
+def replace_settings(model):
+    model.settings = dataclasses.replace(model.settings, layers=2)
+
+
+@pytest.mark.parametrize(
+    "change", [share_layer, share_parameter, replace_product, replace_layer, replace_settings]
+)
+def test_a_changed_decoder_is_not_as_built(change):
+    model = Decoder(DecoderSettings(**TINY, scan=False), rngs=nnx.Rngs(0))
+    change(model)
+    assert not is_as_built(model)
+
+
+def test_a_subclass_of_the_decoder_is_not_as_built():
+    class Own(Decoder):
+        pass
+
+    assert not is_as_built(Own(DecoderSettings(**TINY), rngs=nnx.Rngs(0)))
 
 
 def logits(model, tokens):
