@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ _CHUNKS_PER_STEP = 4
 # Bytes of R that one loop sums (at least a block): a program with a product for each of 210 blocks
 # takes 15 s to compile, and a portion is copied to the host at once.
 _PORTION_BYTES = 64 << 20
+# The first unit of sums of squares: the smallest normal number of float32, a power of two.
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,8 @@ def autocorrelation_of_source(
     def work(rows: range) -> dict[str, np.ndarray]:
         return _sum_rows(source, rows, drawn, mesh, on_rows, shapes)
 
-    return groups.reduce(f"R-{name}", ranges, work, functools.partial(_mean, shapes), on_rows)
+    # "scaled": unlike sums of earlier versions, whose fourth powers may have overflowed.
+    return groups.reduce(f"R-scaled-{name}", ranges, work, functools.partial(_mean, shapes), on_rows)
 
 
 def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
@@ -115,27 +119,29 @@ def _sum_rows(source, rows: range, drawn, mesh, on_rows, shapes) -> dict[str, np
     def zeros(*shape):
         return tuple(put(x) for x in np.zeros((2, devices, *shape), np.float32))
 
+    def no_squares(count):
+        return *zeros(count), put(np.full((devices, count), _TINY))
+
     def pad_and_put(x):
         # Padding rows are invalid, and let one compiled program take every step.
         padded = np.pad(x, [(0, step - len(x)), *[(0, 0)] * (x.ndim - 1)])
         return put(padded.reshape(devices, -1, *x.shape[1:]))
 
     count = 0
-    sums = [(zeros(p.count, d, d), zeros(p.count)) for p in _portions(shapes) for d in p.shape]
+    sums = [(zeros(p.count, d, d), no_squares(p.count)) for p in _portions(shapes) for d in p.shape]
     for piece in _read_rows(source, rows, drawn, step):
         rows_on_device = pad_and_put(piece.values), pad_and_put(piece.valid)
         sums = _add_rows(sums, *rows_on_device, source.form, shapes)
         count += int(piece.valid.sum())
         on_rows(len(piece))
     out, fourth = {}, []
-    for i, pairs in enumerate(sums):
+    for i, (gram, squares) in enumerate(sums):
         # Frees a portion on the devices before the next one is copied: R may fill half their
         # memory.
         sums[i] = None
-        out[str(i)], fourth_N = (
-            sum(sharding.to_host(x).astype(np.float64).sum(0) for x in pair) for pair in pairs
-        )
-        fourth.append(fourth_N)
+        out[str(i)] = sum(sharding.to_host(x).astype(np.float64).sum(0) for x in gram)
+        high, low, scale = (sharding.to_host(x).astype(np.float64) for x in squares)
+        fourth.append(np.sum((high + low) * np.square(scale), axis=0))
     return out | {"fourth": np.concatenate(fourth), "count": np.int64(count)}
 
 
@@ -160,6 +166,11 @@ def _mean(shapes, results: Iterator[dict[str, np.ndarray]]) -> Autocorrelation:
     # Σ_i ‖x_i x_iᵀ − R‖² / n = Σ_i |x_i|⁴ / n − ‖R‖², negative only by rounding.
     squares = np.array([np.sum(np.square(R)) for R in matrices])
     noise = np.maximum(0.0, np.array(fourth_powers) - squares) / count
+    if not np.isfinite(noise).all():
+        raise ValueError(
+            "R is not finite: squares of the gradients' numbers, or their sums, exceed the range "
+            "of float32 (3e38); scale the loss, or the scales of the correction, down"
+        )
     if count == 1:
         noise = np.full_like(noise, np.inf)
     return Autocorrelation(matrices, noise, count)
@@ -195,18 +206,59 @@ def _portions(shapes: Sequence[Shape]) -> list[_Portion]:
     return portions
 
 
-def _second_moments(x_RxB, shape: Shape):
-    """Returns, for each axis of a block, the sum of outer products and of their squared norms."""
+class _Addends(NamedTuple):
+    """What rows of a block add to its sums."""
+
+    grams: tuple[jax.Array, ...]
+    """For each axis the sum of outer products."""
+    terms: jax.Array
+    """Numbers whose squares add up to the sum of the outer products' squared norms."""
+    largest: jax.Array
+    """The largest of these numbers."""
+
+
+def _second_moments(x_RxB, shape: Shape) -> _Addends:
+    """Returns what rows of a block add to its sums."""
     # By default TPUs and GPUs round the factors to bfloat16 or TF32, and R^(−1/2) magnifies that
     # error in the small eigenvalues.
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     if len(shape) == 1:
-        fourth = jnp.sum(jnp.square(jnp.sum(jnp.square(x_RxB), axis=1)))
-        return [(product(x_RxB.T, x_RxB), fourth)]
+        squared_norms_R = jnp.sum(jnp.square(x_RxB), axis=1)
+        return _Addends((product(x_RxB.T, x_RxB),), squared_norms_R, jnp.max(squared_norms_R))
     G_RxMxN, columns_RMxN = x_RxB.reshape(-1, *shape), x_RxB.reshape(-1, shape[1])
     outer_RxMxM = product(G_RxMxN, G_RxMxN.transpose(0, 2, 1))
-    fourth = jnp.sum(jnp.square(outer_RxMxM))  # ‖G Gᵀ‖ = ‖Gᵀ G‖
-    return [(outer_RxMxM.sum(0), fourth), (product(columns_RMxN.T, columns_RMxN), fourth)]
+    grams = outer_RxMxM.sum(0), product(columns_RMxN.T, columns_RMxN)
+    # ‖G Gᵀ‖ = ‖Gᵀ G‖, and the largest number of a product G Gᵀ is on its diagonal.
+    return _Addends(grams, outer_RxMxM, jnp.max(jnp.diagonal(outer_RxMxM, axis1=1, axis2=2)))
+
+
+def _two_sum(pair, addend):
+    """Adds to a sum of two float32 numbers, high and low, without losing anything (Knuth)."""
+    high, low = pair
+    total = high + addend
+    added = total - high
+    return total, low + ((high - (total - added)) + (addend - added))
+
+
+def _add_squares(squares, terms, largest):
+    """Adds the squares of some terms to a sum (high, low, scale) of (high + low) · scale².
+
+    Squares of squared norms span four times the exponents of the gradients: in float32 they
+    overflow from norms of 4e9 on, and vanish below 1e-10. So they are those of terms in units of a
+    power of two, which changes no digit, and which grows with the largest term so far.
+    """
+    high, low, scale = squares
+    # Units whose reciprocal is a normal number too: products are faster than divisions.
+    unit = jnp.minimum(jnp.maximum(scale, _power_of_two(largest)), 1 / _TINY)
+    shrunk = jnp.square(scale * (1 / unit))
+    sum_of_squares = jnp.sum(jnp.square(terms * (1 / unit)))
+    return *_two_sum((high * shrunk, low * shrunk), sum_of_squares), unit
+
+
+def _power_of_two(x):
+    """Returns the largest power of two that is not above x, or 0 below float32's normal numbers."""
+    exponent = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    return jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "shapes"), donate_argnums=0)
@@ -215,14 +267,8 @@ def _add_rows(sums, values, valid, form: store.Form, shapes):
 
     Products are in float32, the fastest type of most devices. A plain float32 sum of them would
     stop growing after some 2²⁴ rows, and devices are slow in float64 or lack it. So each sum is a
-    pair of float32 numbers, high and low, updated by Knuth's two-sum, which loses nothing.
+    pair of float32 numbers, high and low.
     """
-
-    def two_sum(pair, addend):
-        high, low = pair
-        total = high + addend
-        added = total - high
-        return total, low + ((high - (total - added)) + (addend - added))
 
     def add_on_device(sums, values, valid):
         x_RxE = jnp.where(valid[:, None], store.decode(values, form), 0.0)
@@ -230,20 +276,20 @@ def _add_rows(sums, values, valid, form: store.Form, shapes):
         def add_block(i, portion_sums, portion: _Portion):
             start = portion.start + i * portion.width
             x_RxB = jax.lax.dynamic_slice_in_dim(x_RxE, start, portion.width, axis=1)
-            out = []
-            for pairs, addends in zip(
-                portion_sums, _second_moments(x_RxB, portion.shape), strict=True
-            ):
-                added = map(two_sum, jax.tree.map(lambda x: x[i], pairs), addends)
-                # In place: the loop holds no second copy of the sums.
-                out.append(
-                    jax.tree.map(
-                        lambda x, x_i: jax.lax.dynamic_update_index_in_dim(x, x_i, i, 0),
-                        pairs,
-                        tuple(added),
-                    )
-                )
-            return out
+            addends = _second_moments(x_RxB, portion.shape)
+            grams, squares = zip(*jax.tree.map(lambda x: x[i], portion_sums), strict=True)
+            # The axes have the same squares, which are summed once.
+            sum_of_squares = _add_squares(squares[0], addends.terms, addends.largest)
+            added = [
+                (_two_sum(pair, gram), sum_of_squares)
+                for pair, gram in zip(grams, addends.grams, strict=True)
+            ]
+            # In place: the loop holds no second copy of the sums.
+            return jax.tree.map(
+                lambda x, x_i: jax.lax.dynamic_update_index_in_dim(x, x_i, i, 0),
+                portion_sums,
+                added,
+            )
 
         remaining, out = iter(sums), []
         for portion in _portions(shapes):

@@ -129,7 +129,15 @@ def shrinkage(
         noise: expected squared error of each block (`Autocorrelation.noise`).
         targets: each block is shrunk towards the multiple T of its target with the same trace; None
             for I.
+
+    Raises:
+        ValueError: the noise of a block is not a number.
     """
+    if np.isnan(noise).any():
+        raise ValueError(
+            f"noise of block {int(np.flatnonzero(np.isnan(noise))[0])} is NaN, which tells no "
+            "shrinkage; give gradients whose squares float32 can hold, or set a damping"
+        )
     shares = np.zeros(len(R))
     for i, (block, block_noise) in enumerate(zip(R, noise, strict=True)):
         distance = np.sum(np.square(block - _target(block, targets, i)))

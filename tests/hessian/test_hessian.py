@@ -47,7 +47,7 @@ def test_blocks_are_the_same_however_many_one_loop_sums(monkeypatch, portion_byt
 def test_the_program_of_its_sums_does_not_grow_with_the_number_of_blocks():
     def count_products(blocks):
         rows = np.ones((1, 4, 8 * blocks), np.float32), np.ones((1, 4), bool)
-        sums = [((np.zeros((1, blocks, 8, 8)),) * 2, (np.zeros((1, blocks)),) * 2)]
+        sums = [((np.zeros((1, blocks, 8, 8)),) * 2, (np.ones((1, blocks)),) * 3)]
         form = Form("float32", (8,) * blocks)
         program = autocorrelation._add_rows.lower(sums, *rows, form, ((8,),) * blocks).as_text()
         return program.count("dot_general")
@@ -127,7 +127,7 @@ def test_products_are_in_full_precision_on_every_device():
     """Guards: low-precision Gram matrices: accelerators round a float32 product unless told."""
     widths, roots = (3, 5), [np.eye(3), np.eye(5)]
     form = Form("float32", widths)
-    sums = [tuple((jnp.zeros(s), jnp.zeros(s)) for s in ((1, 1, w, w), (1, 1))) for w in widths]
+    sums = [((jnp.zeros((1, 1, w, w)),) * 2, (jnp.ones((1, 1)),) * 3) for w in widths]
     valid = np.ones((1, 4), bool)
     for function in (
         lambda x: autocorrelation._add_rows(sums, x[None], valid, form, ((3,), (5,))),
@@ -267,6 +267,45 @@ def test_R_of_groups_is_R_of_all_rows_whatever_was_killed(tmp_path, monkeypatch,
     for a, b, c in zip(resumed.blocks, whole.blocks, one_sum.blocks, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("shapes", [((8,),), ((2, 4),)])
+@pytest.mark.parametrize("exponent", [-50, -34, 26, 31, 50])
+def test_noise_scales_with_the_gradients(shapes, exponent, devices):
+    """Guards: fourth powers of norms that overflow or vanish in float32, and with them shrinkage.
+
+    R of NaN's shrinkage became a multiple of the identity.
+    """
+    x, mesh = gradients(60), sharding.make_mesh(devices=jax.devices()[:devices])
+    one, scaled = (
+        hessian.autocorrelation_of_source(
+            InMemory(x * np.float32(2.0**power), [slice(0, 8)]), mesh=mesh, shapes=shapes
+        )
+        for power in (0, exponent)
+    )
+    np.testing.assert_allclose(scaled.noise, one.noise * 2.0 ** (4 * exponent), rtol=1e-6)
+    shares = hessian.shrinkage(one.blocks, one.noise)
+    np.testing.assert_allclose(hessian.shrinkage(scaled.blocks, scaled.noise), shares, rtol=1e-6)
+
+
+def test_noise_of_rows_whose_scale_changes_is_exact(monkeypatch):
+    """Guards: a unit of the first rows alone, in which later ones overflow."""
+    monkeypatch.setattr(autocorrelation, "_chunk_rows", lambda width: 1)
+    monkeypatch.setattr(autocorrelation, "_CHUNKS_PER_STEP", 1)
+    powers = np.array([-60, 0, -2, 30, 31, -10])
+    x = np.ldexp(gradients(6), powers[:, None]).astype(np.float32)
+    R = hessian.autocorrelation_of_source(InMemory(x, [slice(0, 8)]))
+    outer_products = x[:, :, None].astype(np.float64) * x[:, None, :]
+    expected = np.sum(np.square(outer_products - outer_products.mean(0))) / 6**2
+    np.testing.assert_allclose(R.noise, expected, rtol=1e-5)
+
+
+def test_what_is_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match="R is not finite.*scale the loss"):
+        hessian.autocorrelation_of_source(InMemory(gradients() * np.float32(1e20), SLICES))
+    with pytest.raises(ValueError, match="noise of block 1 is NaN"):
+        hessian.shrinkage([np.eye(3), np.eye(5)], np.array([0.5, np.nan]))
 
 
 def test_a_long_sum_on_the_devices_does_not_stand_still(monkeypatch):
