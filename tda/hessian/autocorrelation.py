@@ -91,7 +91,9 @@ def autocorrelation_of_source(
         return _sum_rows(source, rows, drawn, mesh, on_rows, shapes)
 
     # "scaled": unlike sums of earlier versions, whose fourth powers may have overflowed.
-    return groups.reduce(f"R-scaled-{name}", ranges, work, functools.partial(_mean, shapes), on_rows)
+    return groups.reduce(
+        f"R-scaled-{name}", ranges, work, functools.partial(_mean, shapes), on_rows
+    )
 
 
 def _draw(rows: int, sample: int, seed: int) -> np.ndarray | None:
