@@ -23,7 +23,8 @@ from tda.runtime import progress
 from tda.runtime.differences import shorten
 from tda.runtime.patterns import compile_pattern
 
-# A stack's layers are numbered after the first of these in the path, else after its first part.
+# A stack's layers are numbered after the first of these in the path, else after its first part;
+# within a layer that has a number, in what follows that.
 _LAYERS = re.compile(r"(.*_)?(layers?|blocks?|stack|h)")
 
 _GROUPS = {
@@ -298,9 +299,19 @@ def _names(module: tuple, parameter: str, stack: int | None) -> list[str]:
     parts = [str(p) for p in (*module, parameter)]
     if stack is None:
         return ["/".join(parts)]
+    at = _index_of_number(parts)
+    return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(stack)]
+
+
+def _index_of_number(parts: list[str]) -> int:
+    """Returns the place of a stacked layer's number in a path."""
     named = (i for i, p in enumerate(parts) if _LAYERS.fullmatch(p))
     at = next(named, 0) + 1
-    return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(stack)]
+    if at == len(parts) or not parts[at].isdigit():
+        return at
+    # The stack is inside a layer that has a number already, as its experts are.
+    inside = parts[at + 1 :]
+    return at + 1 + min(_index_of_number(inside), len(inside) - 1)
 
 
 def module_at(tree: dict, site: Site) -> dict:

@@ -102,6 +102,24 @@ def test_a_stack_is_told_from_a_single_matrix():
 
 
 @pytest.mark.parametrize(
+    ("path", "second"),
+    [
+        ("layers/0/experts/kernel", "layers/0/experts/1/kernel"),
+        ("encoder/0/experts/kernel", "encoder/0/experts/1/kernel"),
+        ("blocks/0/kernel", "blocks/0/1/kernel"),
+        ("layers/0/mlp/blocks/up/kernel", "layers/0/mlp/blocks/1/up/kernel"),
+        ("stages/0/layers/up/kernel", "stages/0/layers/1/up/kernel"),
+    ],
+)
+def test_a_stack_in_a_numbered_layer_is_of_that_layer(path, second):
+    """Guards: the experts of all layers as layers, each with a block of the encoding."""
+    *module, parameter = (int(p) if p.isdigit() else p for p in path.split("/"))
+    found = sites.Site(tuple(module), parameter, 2, 3, stack=3).names()
+    assert found[1] == second and len(set(found)) == 3
+    assert {sites.layer_of(name) for name in found} == {0}
+
+
+@pytest.mark.parametrize(
     ("path", "group", "layer"),
     [
         ("layers/11/attention/out/kernel", "attention", 11),
