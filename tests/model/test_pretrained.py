@@ -207,6 +207,21 @@ def test_what_does_not_fit_is_named(tmp_path, changes, message):
         pretrained.load(model)
 
 
+@pytest.mark.parametrize("family", ["Gemma3", "Olmo3"])
+def test_a_scaling_of_window_layers_is_refused(tmp_path, family):
+    """Guards: layers with a window whose positions are not stretched as they were in training."""
+    stated = dict(rope_type="linear", rope_theta=100.0, factor=8.0)
+    full = dict(rope_type="default", rope_theta=1000.0)
+    model = tiny_llama.write(
+        tmp_path / "model",
+        architectures=[f"{family}ForCausalLM"],
+        sliding_window=4,
+        rope_parameters=dict(sliding_attention=stated, full_attention=full),
+    )
+    with pytest.raises(PretrainedError, match=r"rope_parameters\['sliding_attention'\].*'linear'"):
+        pretrained.inspect(model)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])
 def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
     """Guards: integers taken for weights where no configuration says that they are quantised."""

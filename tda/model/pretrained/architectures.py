@@ -107,11 +107,30 @@ def olmo3(c: Config) -> dict:
     base = 500_000.0
     window_base = rope(Config({}, c.path), base=base)["rope_base"]
     if "sliding_attention" in c.get("rope_parameters", {}):
-        window_base = rope(c, "sliding_attention", base)["rope_base"]
+        window_base = _window_rope_base(c, base)
     c = c.with_defaults(sliding_window=4096)
     window = windows(c, lambda i: (i + 1) % 4 != 0)
     window |= dict(window_rope_base=window_base) if window else {}
     return olmo2(c) | rope(c, "full_attention", base) | window
+
+
+def _window_rope_base(c: Config, base: float = 10_000.0) -> float:
+    """Returns the base of the rotary periods in layers with a window, which must be unscaled.
+
+    Raises:
+        PretrainedError: these layers have a scaling of their own.
+    """
+    window = rope(c, "sliding_attention", base)
+    # Without an entry of their own the scaling is that of layers with full attention alone.
+    stated = c.get("rope_parameters", {}).get("sliding_attention")
+    if stated and window["rope_scaling"] is not None:
+        kind = window["rope_scaling"]["kind"]
+        raise PretrainedError(
+            f"{c.path}: rope_parameters['sliding_attention'] has a rotary scaling of type "
+            f"{kind!r}, which is supported for full attention alone; use a model whose layers "
+            "with a window have rope_type 'default'"
+        )
+    return window["rope_base"]
 
 
 def olmo2(c: Config) -> dict:
@@ -185,7 +204,7 @@ def gemma3(c: Config) -> dict:
         sliding_window=4096,
     )
     pattern = c.get("sliding_window_pattern", 6)
-    window_rope_base = rope(c, "sliding_attention")["rope_base"]
+    window_rope_base = _window_rope_base(c)
     if "rope_parameters" not in c.values:
         window_rope_base = c.get("rope_local_base_freq", 10_000.0)
     arguments = (
