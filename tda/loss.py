@@ -169,6 +169,10 @@ def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
     # The differentiable arrays that `piece` closes over: taps and, in training, the output matrix.
     piece, closed_over = jax.closure_convert(piece, *(x[0] for x in slices))
 
+    def sum_dtype(x):
+        # A sum of hundreds of pieces in bfloat16 would keep two digits.
+        return jnp.promote_types(x.dtype, jnp.float32)
+
     @jax.custom_vjp
     def summed(h_SxBxPxD, closed_over, targets, weights):
         def step(so_far, x):
@@ -184,8 +188,9 @@ def _sum_of_pieces(piece, pieces: int, h_BxTxD, targets_BxT, weights_BxT):
             )(h, *closed_over)
             return (so_far[0] + value, jax.tree.map(jnp.add, so_far[1], d_closed)), d_h
 
-        start = jnp.float32(0), jax.tree.map(jnp.zeros_like, list(closed_over))
+        start = jnp.float32(0), [jnp.zeros(x.shape, sum_dtype(x)) for x in closed_over]
         (value, d_closed), d_h = jax.lax.scan(step, start, (h_SxBxPxD, targets, weights))
+        d_closed = [d.astype(x.dtype) for d, x in zip(d_closed, closed_over, strict=True)]
         return value, (d_h, d_closed)
 
     def backward(residuals, g):

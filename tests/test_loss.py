@@ -98,6 +98,24 @@ def test_a_total_in_pieces_is_the_total(decoder, random_batch, tied, name):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
 
 
+def test_pieces_of_a_gradient_in_half_precision_are_added_in_float32(decoder, random_batch):
+    """Guards: a head's gradient that loses digits with every piece."""
+    model_fn, params = functional.split(decoder(tied=False, param_dtype="bfloat16"))
+    batch = random_batch([64] * 2, 64)
+
+    def head(chunk, params=params):
+        def total(p):
+            return loss.total(model_fn.merge(p), batch, loss.cross_entropy, chunk=chunk)
+
+        gradient = jax.jit(jax.grad(total))(params)["head"]["kernel"]
+        assert gradient.dtype == params["head"]["kernel"].dtype
+        return np.asarray(gradient, np.float32)
+
+    exact = head(2**24, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    error, unavoidable = (np.linalg.norm(head(chunk) - exact) for chunk in (2 * 50, 2**24))
+    assert error < 1.5 * unavoidable
+
+
 def test_logits_of_a_batch_are_never_whole(decoder, random_batch):
     """Guards: [B, T, V] in float32 at once."""
     model_fn, params = functional.split(decoder())
